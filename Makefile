@@ -1,0 +1,60 @@
+# Every task a person does, one word each.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run test bench guest payloads lint fmt install packages
+
+GUEST := resources/guest/build.sh
+BANTAM := target/release/bantam
+# Crates that are built for a guest, outside the workspace.
+GUEST_CRATES := tests/agent tests/payloads
+PREFIX ?= /usr/local
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+run: packages ## Boot a Linux microVM: a shell at a terminal, a report otherwise
+	cargo build --release --package bantam
+	@kernel=$$($(GUEST) kernel full | grep '/vmlinux$$')
+	rootfs=$$($(GUEST) rootfs | grep '/rootfs.ext4$$')
+	mkdir -p target/run
+	cp --sparse=always "$$rootfs" target/run/root.img
+	mode=report
+	if [[ -t 0 && -t 1 ]]; then mode=shell; fi
+	exec $(BANTAM) run --kernel "$$kernel" --disk target/run/root.img \
+	    --append "quiet bantam.mode=$$mode" --memory 256M --cpus 2
+
+test: packages guest payloads ## Run all tests, on real KVM
+	cargo build --package bantam
+	cargo test --workspace
+
+bench: packages guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
+	cargo build --release --package bantam
+	cargo bench --package bantam-tests -- $(ONLY)
+
+guest: packages ## Build the guest kernels and root file system (once, cached)
+	@$(GUEST) all >/dev/null
+
+payloads: ## Build the bare-metal guests
+	cargo build --release --target x86_64-unknown-linux-gnu \
+	    --manifest-path tests/payloads/Cargo.toml
+
+lint: ## Check formatting and lints
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	for crate in $(GUEST_CRATES); do
+	    cargo fmt --manifest-path $$crate/Cargo.toml --check
+	    cargo clippy --manifest-path $$crate/Cargo.toml -- -D warnings
+	done
+
+fmt: ## Format all code
+	cargo fmt --all
+	for crate in $(GUEST_CRATES); do cargo fmt --manifest-path $$crate/Cargo.toml; done
+
+install: ## Install bantam, its man pages and completions under PREFIX
+	cargo build --release --package bantam
+	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)"
+
+packages: ## Install the Debian packages that the tasks above need
+	@resources/install-packages.sh
+.ONESHELL:

@@ -1,0 +1,164 @@
+//! Differentiated system description table: the devices a guest cannot find by probing
+//! (ACPI 6.5 section 5.2.11.1).
+//!
+//! The guest interprets this while it boots, so there is no more of it than the guest needs; in
+//! particular, what has a default (`_STA`, and on x86 `_CCA`) is left to it.
+
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
+};
+use acpi_tables::{Aml, AmlSink};
+
+use super::{ACPI_SLEEP_TYPE_S5, AcpiDevices, VirtioMmioWindow};
+use crate::error::{Error, Result};
+use crate::layout::{
+    DEVICE_HOLE, DEVICE_HOLE_END, POWER_BUTTON_GSI, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+};
+
+/// Value of the notification that the power button was pressed (ACPI 6.5 section 5.6.6).
+const POWER_BUTTON_PRESSED: u8 = 0x80;
+
+/// The definition block, in ACPI machine language, of the machine with these devices.
+pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
+    let virtio = devices
+        .virtio_mmio
+        .iter()
+        .enumerate()
+        .map(|(index, window)| VirtioMmioDevice::new(index, window))
+        .collect::<Result<Vec<_>>>()?;
+
+    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice];
+    if devices.serial {
+        system_bus.push(&SerialPort);
+    }
+    system_bus.extend(virtio.iter().map(|device| device as &dyn Aml));
+
+    let mut aml = Vec::new();
+    Scope::new("_SB_".into(), system_bus).to_aml_bytes(&mut aml);
+    // Section 7.4.2: the sleep type, and one that hardware-reduced platforms have no register for.
+    Name::new(
+        "_S5_".into(),
+        &Package::new(vec![&ACPI_SLEEP_TYPE_S5, &0_u8]),
+    )
+    .to_aml_bytes(&mut aml);
+    Ok(aml)
+}
+
+/// An interrupt that only its device uses, edge-triggered, active high.
+fn interrupt(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}
+
+/// The control method power button (ACPI 6.5 section 4.8.2.2.1.2).
+struct PowerButton;
+
+impl Aml for PowerButton {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "PWRB".into(),
+            vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Turns the one interrupt it has into a press of the power button (ACPI 6.5 section 5.6.9).
+struct GenericEventDevice;
+
+impl Aml for GenericEventDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "GED_".into(),
+            vec![
+                &Name::new("_HID".into(), &"ACPI0013"),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&interrupt(POWER_BUTTON_GSI)]),
+                ),
+                &Method::new(
+                    "_EVT".into(),
+                    1,
+                    false,
+                    vec![&Notify::new(&Path::new("PWRB"), &POWER_BUTTON_PRESSED)],
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The first serial port, a 16550.
+struct SerialPort;
+
+impl Aml for SerialPort {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "COM1".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+                &Name::new("_UID".into(), &1_u8),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &IO::new(SERIAL_PORT, SERIAL_PORT, 1, SERIAL_PORT_COUNT as u8),
+                        &interrupt(SERIAL_GSI),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// A virtio-mmio device (virtio 1.3 section 4.2).
+struct VirtioMmioDevice {
+    index: usize,
+    address: u32,
+    size: u32,
+    gsi: u32,
+}
+
+impl VirtioMmioDevice {
+    fn new(index: usize, window: &VirtioMmioWindow) -> Result<Self> {
+        let &VirtioMmioWindow { address, size, gsi } = window;
+        let outside = || Error::DeviceWindow { address, size };
+        let end = address.checked_add(size).ok_or_else(outside)?;
+        if address < DEVICE_HOLE || end > DEVICE_HOLE_END || size == 0 {
+            return Err(outside());
+        }
+        if index > MAX_INDEX {
+            return Err(Error::AcpiTablesTooLarge);
+        }
+        Ok(Self {
+            index,
+            address: address as u32,
+            size: size as u32,
+            gsi,
+        })
+    }
+}
+
+/// The name of a device has four characters, three of which are its index in hexadecimal. Many
+/// fewer devices already fill the area for the tables.
+const MAX_INDEX: usize = 0xfff;
+
+impl Aml for VirtioMmioDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            Path::new(&format!("V{:03X}", self.index)),
+            vec![
+                &Name::new("_HID".into(), &"LNRO0005"),
+                &Name::new("_UID".into(), &self.index),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &Memory32Fixed::new(true, self.address, self.size),
+                        &interrupt(self.gsi),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}

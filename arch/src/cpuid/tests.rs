@@ -1,0 +1,217 @@
+use super::*;
+use crate::layout::MAX_VCPUS;
+use proptest::prelude::*;
+
+fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+    kvm_cpuid_entry2 {
+        function,
+        index,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    }
+}
+
+fn name(text: &[u8; 12]) -> [u32; 3] {
+    let word = |at: usize| u32::from_le_bytes(text[at..at + 4].try_into().unwrap());
+    [word(0), word(8), word(4)]
+}
+
+/// A server of 2 x 28 cores of 2 threads, as an Intel host would show it.
+fn intel() -> Vec<kvm_cpuid_entry2> {
+    let [ebx, ecx, edx] = name(b"GenuineIntel");
+    vec![
+        entry(0, 0, [0x1f, ebx, ecx, edx]),
+        entry(1, 0, [0x606a6, 0x3740_0800, 0x77fa_3203, 0x1f8b_fbff]),
+        entry(4, 0, [0xfc00_4121, 0x02c0_003f, 0x3f, 0]),
+        entry(4, 1, [0xfc00_4122, 0x01c0_003f, 0x3f, 0]),
+        entry(4, 2, [0xfc00_4143, 0x04c0_003f, 0x3ff, 0]),
+        entry(4, 3, [0xfc0f_c163, 0x02c0_003f, 0xdfff, 4]),
+        entry(4, 4, [0; 4]),
+        entry(0xb, 0, [1, 2, 0x100, 0x37]),
+        entry(0xb, 1, [6, 56, 0x201, 0x37]),
+        entry(0x1f, 0, [1, 2, 0x100, 0x37]),
+        entry(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
+        entry(0x4000_0001, 0, [0x0100_7efb, 0, 0, 0]),
+        entry(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]),
+        entry(0x8000_0001, 0, [0, 0, 0x121, 0x2c10_0800]),
+        entry(0x8000_0008, 0, [0x3039, 0, 0, 0]),
+    ]
+}
+
+/// A server of 64 cores of 2 threads, as an AMD host would show it.
+fn amd() -> Vec<kvm_cpuid_entry2> {
+    let [ebx, ecx, edx] = name(b"AuthenticAMD");
+    vec![
+        entry(0, 0, [0x10, ebx, ecx, edx]),
+        entry(1, 0, [0x00a0_0f11, 0x1180_0800, 0xfeda_3203, 0x078b_fbff]),
+        entry(0xb, 0, [1, 2, 0x100, 0x11]),
+        entry(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
+        entry(0x8000_0000, 0, [0x8000_0026, ebx, ecx, edx]),
+        entry(0x8000_0001, 0, [0x00a0_0f11, 0, 0x0040_03f3, 0x2fd3_fbff]),
+        entry(0x8000_0008, 0, [0x3030, 0x7, 0x0001_707f, 0]),
+        entry(0x8000_001d, 0, [0x4121, 0x01c0_003f, 0x3f, 0]),
+        entry(0x8000_001d, 2, [0x4143, 0x01c0_003f, 0x3ff, 2]),
+        entry(0x8000_001d, 3, [0x0003_c163, 0x03c0_003f, 0x7fff, 1]),
+        entry(0x8000_001e, 0, [0x11, 0x108, 0x307, 0]),
+        entry(0x8000_0026, 0, [1, 2, 0x100, 0x11]),
+    ]
+}
+
+fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+    let mut found = cpuid
+        .as_slice()
+        .iter()
+        .filter(|entry| entry.function == function && entry.index == index);
+    let leaf = *found
+        .next()
+        .unwrap_or_else(|| panic!("no leaf {function:#x}.{index}"));
+    assert!(found.next().is_none(), "two leaves {function:#x}.{index}");
+    leaf
+}
+
+fn has_leaf(cpuid: &CpuId, function: u32) -> bool {
+    cpuid
+        .as_slice()
+        .iter()
+        .any(|entry| entry.function == function)
+}
+
+fn vendors() -> impl Strategy<Value = Vec<kvm_cpuid_entry2>> {
+    prop_oneof![Just(intel()), Just(amd())]
+}
+
+proptest! {
+    #[test]
+    fn topology_is_one_package_of_single_threaded_cores(
+        supported in vendors(),
+        count in 1..=MAX_VCPUS,
+    ) {
+        let count_32 = u32::from(count);
+        let mut packages = Vec::new();
+        let mut ids = Vec::new();
+        for index in 0..count {
+            let cpuid = vcpu_cpuid(&supported, index, count, true).unwrap();
+            let features = leaf(&cpuid, 1, 0);
+            let id = features.ebx >> 24;
+            prop_assert_eq!(features.ebx >> 16 & 0xff, count_32);
+            prop_assert_eq!(features.edx >> 28 & 1 == 1, count > 1);
+
+            let threads = leaf(&cpuid, 0xb, 0);
+            let cores = leaf(&cpuid, 0xb, 1);
+            let end = leaf(&cpuid, 0xb, 2);
+            prop_assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
+            prop_assert_eq!((cores.ebx, cores.ecx), (count_32, 0x201));
+            prop_assert_eq!((end.ebx, end.ecx), (0, 2));
+            for level in [threads, cores, end] {
+                prop_assert_eq!(level.edx, id);
+                prop_assert_eq!(level.flags, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
+            }
+            prop_assert!(1 << cores.eax >= count_32);
+            prop_assert!(cores.eax == 0 || 1 << (cores.eax - 1) < count_32);
+            packages.push(id >> cores.eax);
+            ids.push(id);
+        }
+        prop_assert_eq!(ids, (0..count_32).collect::<Vec<_>>());
+        prop_assert!(packages.iter().all(|&package| package == 0));
+    }
+
+    #[test]
+    fn intel_caches_are_shared_by_the_cores_of_the_package(count in 1..=MAX_VCPUS) {
+        let cpuid = vcpu_cpuid(&intel(), 0, count, true).unwrap();
+        let id_space = u32::from(count).next_power_of_two();
+        for (index, sharers) in [(0, 1), (1, 1), (2, 1), (3, id_space)] {
+            let cache = leaf(&cpuid, 4, index);
+            prop_assert_eq!((cache.eax >> 14 & 0xfff) + 1, sharers);
+            prop_assert_eq!((cache.eax >> 26) + 1, id_space);
+            let host = intel()[2 + index as usize];
+            prop_assert_eq!(cache.eax & 0x3fff, host.eax & 0x3fff);
+            prop_assert_eq!((cache.ebx, cache.ecx, cache.edx), (host.ebx, host.ecx, host.edx));
+        }
+        prop_assert_eq!(leaf(&cpuid, 4, 4).eax, 0);
+        prop_assert_eq!(leaf(&cpuid, 0x1f, 1).eax, leaf(&cpuid, 0xb, 1).eax);
+        prop_assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, 0);
+    }
+
+    #[test]
+    fn amd_leaves_agree_with_the_topology(
+        (count, index) in (1..=MAX_VCPUS).prop_flat_map(|count| (Just(count), 0..count)),
+    ) {
+        let cpuid = vcpu_cpuid(&amd(), index, count, true).unwrap();
+        let id = u32::from(index);
+        let sizes = leaf(&cpuid, 0x8000_0008, 0);
+        prop_assert_eq!((sizes.ecx & 0xff) + 1, u32::from(count));
+        prop_assert_eq!(sizes.ecx >> 12 & 0xf, leaf(&cpuid, 0xb, 1).eax);
+        prop_assert_eq!(sizes.ecx >> 16, 1, "what is not topology stays");
+        prop_assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx >> 1 & 1 == 1, count > 1);
+        for (cache, sharers) in [(0, 1), (2, 1), (3, u32::from(count))] {
+            prop_assert_eq!((leaf(&cpuid, 0x8000_001d, cache).eax >> 14) + 1, sharers);
+        }
+        let ids = leaf(&cpuid, 0x8000_001e, 0);
+        prop_assert_eq!((ids.eax, ids.ebx, ids.ecx), (id, id, 0));
+        prop_assert!(!has_leaf(&cpuid, 0x8000_0026));
+    }
+
+    #[test]
+    fn any_host_leaves_give_a_table(
+        leaves in prop::collection::vec((any::<u32>(), 0..4_u32, any::<[u32; 4]>()), 0..300),
+        index: u8,
+        count: u8,
+    ) {
+        let supported: Vec<_> = leaves
+            .into_iter()
+            .map(|(function, index, registers)| entry(function & 0x8000_003f, index, registers))
+            .collect();
+        let possible = (1..=MAX_VCPUS).contains(&count) && index < count;
+        match vcpu_cpuid(&supported, index, count, false) {
+            Ok(_) => prop_assert!(possible),
+            Err(Error::CpuidTooLong { count, .. }) => prop_assert!(count > 256),
+            Err(_) => prop_assert!(!possible),
+        }
+    }
+}
+
+#[test]
+fn features_stay_as_kvm_gave_them() {
+    let cpuid = vcpu_cpuid(&intel(), 0, 2, true).unwrap();
+    let features = leaf(&cpuid, 1, 0);
+    assert_eq!(features.eax, 0x606a6);
+    assert_eq!(features.ebx & 0xffff, 0x0800);
+    assert_eq!(features.ecx, 0x77fa_3203 | 1 << 24 | 1 << 31);
+    assert_eq!(features.edx, 0x1f8b_fbff | 1 << 28);
+    for function in [0x4000_0000, 0x4000_0001, 0x8000_0001] {
+        let host = *intel()
+            .iter()
+            .find(|entry| entry.function == function)
+            .unwrap();
+        assert_eq!(leaf(&cpuid, function, 0), host);
+    }
+}
+
+#[test]
+fn deadline_timer_is_offered_only_when_kvm_has_it() {
+    for offered in [false, true] {
+        let cpuid = vcpu_cpuid(&amd(), 0, 1, offered).unwrap();
+        assert_eq!(leaf(&cpuid, 1, 0).ecx >> 24 & 1 == 1, offered);
+    }
+}
+
+#[test]
+fn processors_without_a_leaf_are_not_given_it() {
+    let cpuid = vcpu_cpuid(&amd(), 0, 4, true).unwrap();
+    assert!(!has_leaf(&cpuid, 0x1f));
+
+    let mut old = amd();
+    old[0].eax = 0xa;
+    for entry in &mut old {
+        if entry.function == 0x8000_0001 {
+            entry.ecx &= !(1 << 22);
+        }
+    }
+    old.retain(|entry| entry.function != 0x8000_001e);
+    let cpuid = vcpu_cpuid(&old, 0, 4, true).unwrap();
+    assert!(!has_leaf(&cpuid, 0xb));
+    assert!(!has_leaf(&cpuid, 0x8000_001e));
+}

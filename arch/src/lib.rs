@@ -1,0 +1,28 @@
+//! What an x86-64 guest CPU needs to start: where things lie in memory, the state of its registers,
+//! and the tables that describe the machine to it.
+//!
+//! Everything here is a pure function of its arguments or a write to guest memory. Talking to KVM
+//! is the caller's business; only the plain structures of its interface are used.
+
+#![forbid(unsafe_code)]
+
+pub mod acpi;
+pub mod cpuid;
+mod error;
+pub mod lapic;
+pub mod layout;
+pub mod memory_map;
+pub mod mptable;
+pub mod msrs;
+pub mod registers;
+
+pub use error::{Error, Result};
+
+/// How the boot vCPU enters the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryProtocol {
+    /// PVH: 32-bit protected mode without paging (Xen's `docs/misc/pvh`).
+    Pvh,
+    /// The 64-bit entry of the Linux boot protocol (`Documentation/arch/x86/boot.rst`).
+    Linux64,
+}

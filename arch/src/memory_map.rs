@@ -1,0 +1,123 @@
+//! Where guest memory lies, for the monitor that maps it and for the guest that is told about it.
+
+use crate::layout::{
+    ACPI_TABLES, CONVENTIONAL_MEMORY_END, DEVICE_HOLE, DEVICE_HOLE_END, HIGH_MEMORY, MP_TABLE,
+};
+
+/// What a range of the guest's memory map may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Memory the guest may use as it likes (E820 type 1).
+    Ram,
+    /// Memory the guest may read but not reuse: firmware tables (E820 type 2).
+    Reserved,
+}
+
+/// One range of the memory map a guest is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryMapEntry {
+    /// Guest-physical address of the first byte.
+    pub address: u64,
+    /// Size in bytes, never zero.
+    pub size: u64,
+    /// What the range may be used for.
+    pub kind: MemoryKind,
+}
+
+impl MemoryMapEntry {
+    fn new(range: std::ops::Range<u64>, kind: MemoryKind) -> Self {
+        Self {
+            address: range.start,
+            size: range.end - range.start,
+            kind,
+        }
+    }
+}
+
+/// The ranges of guest-physical memory that are backed by host memory, as `(start, size)` in bytes
+/// and in ascending order: RAM starts at address zero, and what would reach into the device hole
+/// goes above 4 GiB instead.
+///
+/// The sizes add up to `memory_size`.
+pub fn ram_regions(memory_size: u64) -> Vec<(u64, u64)> {
+    let low = memory_size.min(DEVICE_HOLE);
+    [(0, low), (DEVICE_HOLE_END, memory_size - low)]
+        .into_iter()
+        .filter(|&(_, size)| size > 0)
+        .collect()
+}
+
+/// The memory map that tells a guest of `memory_size` bytes what it may use, in ascending order.
+///
+/// It follows [`ram_regions`], less the legacy area from 640 KiB to 1 MiB and the MP table below
+/// it. `memory_size` is between [`MIN_MEMORY_SIZE`](crate::layout::MIN_MEMORY_SIZE) and
+/// [`MAX_MEMORY_SIZE`](crate::layout::MAX_MEMORY_SIZE).
+pub fn memory_map(memory_size: u64) -> Vec<MemoryMapEntry> {
+    let mut map = vec![
+        MemoryMapEntry::new(0..MP_TABLE, MemoryKind::Ram),
+        MemoryMapEntry::new(MP_TABLE..CONVENTIONAL_MEMORY_END, MemoryKind::Reserved),
+        MemoryMapEntry::new(ACPI_TABLES..HIGH_MEMORY, MemoryKind::Reserved),
+    ];
+    for (start, size) in ram_regions(memory_size) {
+        let usable = start.max(HIGH_MEMORY)..start + size;
+        if !usable.is_empty() {
+            map.push(MemoryMapEntry::new(usable, MemoryKind::Ram));
+        }
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{MAX_MEMORY_SIZE, MIN_MEMORY_SIZE};
+    use proptest::prelude::*;
+
+    #[test]
+    fn small_memory_ends_below_the_device_hole() {
+        assert_eq!(ram_regions(128 << 20), [(0, 128 << 20)]);
+        assert_eq!(ram_regions(DEVICE_HOLE), [(0, DEVICE_HOLE)]);
+    }
+
+    #[test]
+    fn memory_beyond_the_hole_goes_above_4_gib() {
+        assert_eq!(
+            ram_regions(DEVICE_HOLE + 4096),
+            [(0, DEVICE_HOLE), (1 << 32, 4096)]
+        );
+    }
+
+    #[test]
+    fn guest_map_of_8_gib() {
+        let entry = |address, end, kind| MemoryMapEntry::new(address..end, kind);
+        assert_eq!(
+            memory_map(8 << 30),
+            [
+                entry(0, 0x9_fc00, MemoryKind::Ram),
+                entry(0x9_fc00, 0xa_0000, MemoryKind::Reserved),
+                entry(0xe_0000, 0x10_0000, MemoryKind::Reserved),
+                entry(0x10_0000, 0xc000_0000, MemoryKind::Ram),
+                entry(0x1_0000_0000, 0x2_4000_0000, MemoryKind::Ram),
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn guest_map_is_ordered_and_backed(size in MIN_MEMORY_SIZE..=MAX_MEMORY_SIZE) {
+            let regions = ram_regions(size);
+            prop_assert_eq!(regions.iter().map(|&(_, size)| size).sum::<u64>(), size);
+            let mut end = 0;
+            for entry in memory_map(size) {
+                prop_assert!(entry.address >= end);
+                prop_assert!(entry.size > 0);
+                end = entry.address + entry.size;
+                prop_assert!(
+                    regions.iter().any(|&(start, size)| entry.address >= start && end <= start + size)
+                );
+            }
+            let (last_start, last_size) = regions[regions.len() - 1];
+            prop_assert_eq!(end, last_start + last_size);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The kernel command line.
+
+use std::fmt;
+
+use vm_memory::GuestAddress;
+
+/// Longest command line in bytes, without its NUL, that an x86 Linux kernel keeps
+/// (`COMMAND_LINE_SIZE` less one); what is beyond would be dropped silently.
+pub(crate) const LINUX_COMMAND_LINE_LIMIT: usize = 2047;
+
+/// Why a command line is refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandLineError {
+    /// The kernel takes printable ASCII only.
+    #[error(
+        "the kernel command line holds {character:?} at byte {position}: \
+         only printable ASCII characters and spaces are allowed"
+    )]
+    InvalidCharacter {
+        /// The character refused.
+        character: char,
+        /// Its offset in the text, in bytes.
+        position: usize,
+    },
+    /// What follows would become part of the quoted value.
+    #[error("the kernel command line has an unclosed double quote in `{text}`")]
+    UnclosedQuote {
+        /// The text with an odd number of double quotes.
+        text: String,
+    },
+    /// The kernel would cut the end off.
+    #[error(
+        "the kernel command line is {length} bytes long, but this kernel takes at most {limit}: \
+         shorten it by {}", .length - .limit
+    )]
+    TooLong {
+        /// Length in bytes, with what the monitor added.
+        length: usize,
+        /// The kernel's limit in bytes, without the NUL.
+        limit: usize,
+    },
+}
+
+/// A kernel command line under construction: parameters for the kernel and, after a word `--`,
+/// arguments for the guest's init.
+///
+/// What is appended goes where it is read: kernel parameters always stay before the `--`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CommandLine {
+    kernel_parameters: String,
+    init_arguments: String,
+}
+
+impl CommandLine {
+    /// A command line that starts with `text`, which may hold a `--`.
+    ///
+    /// # Errors
+    ///
+    /// `text` has a character that is not printable ASCII, or an unclosed double quote.
+    pub fn new(text: &str) -> Result<Self, CommandLineError> {
+        let mut command_line = Self::default();
+        command_line.append(text)?;
+        Ok(command_line)
+    }
+
+    /// Adds the kernel parameters of `text` after the present ones and, when `text` has a `--`,
+    /// the arguments after it to those for init.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CommandLine::new`]; the command line is then unchanged.
+    pub fn append(&mut self, text: &str) -> Result<(), CommandLineError> {
+        if let Some((position, character)) = text
+            .char_indices()
+            .find(|(_, character)| !matches!(character, ' '..='~'))
+        {
+            return Err(CommandLineError::InvalidCharacter {
+                character,
+                position,
+            });
+        }
+        if !text.matches('"').count().is_multiple_of(2) {
+            return Err(CommandLineError::UnclosedQuote {
+                text: text.trim().to_owned(),
+            });
+        }
+        let (kernel_parameters, init_arguments) = split_at_double_dash(text);
+        append_words(&mut self.kernel_parameters, kernel_parameters);
+        append_words(&mut self.init_arguments, init_arguments);
+        Ok(())
+    }
+
+    /// Tells a kernel without ACPI or device tree about a virtio-mmio device: `size` bytes of
+    /// registers at `address`, interrupting on `gsi`
+    /// (Linux Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).
+    pub fn add_virtio_mmio_device(&mut self, address: GuestAddress, size: u64, gsi: u32) {
+        let size = match size {
+            whole if whole % 1024 == 0 => format!("{}K", whole / 1024),
+            bytes => bytes.to_string(),
+        };
+        append_words(
+            &mut self.kernel_parameters,
+            &format!("virtio_mmio.device={size}@{:#x}:{gsi}", address.0),
+        );
+    }
+
+    /// The command line as the kernel wants it in memory: NUL-terminated, `limit` bytes at most
+    /// without the NUL.
+    pub(crate) fn to_bytes_with_nul(&self, limit: usize) -> Result<Vec<u8>, CommandLineError> {
+        let mut bytes = self.to_string().into_bytes();
+        if bytes.len() > limit {
+            return Err(CommandLineError::TooLong {
+                length: bytes.len(),
+                limit,
+            });
+        }
+        bytes.push(0);
+        Ok(bytes)
+    }
+}
+
+impl fmt::Display for CommandLine {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.kernel_parameters)?;
+        if !self.init_arguments.is_empty() {
+            if !self.kernel_parameters.is_empty() {
+                formatter.write_str(" ")?;
+            }
+            write!(formatter, "-- {}", self.init_arguments)?;
+        }
+        Ok(())
+    }
+}
+
+/// Splits at the first word `--` outside double quotes, where the kernel's `parse_args()` stops.
+fn split_at_double_dash(text: &str) -> (&str, &str) {
+    let mut in_quotes = false;
+    let mut word_start = 0;
+    for (position, character) in text.char_indices() {
+        match character {
+            '"' => in_quotes = !in_quotes,
+            ' ' if !in_quotes => {
+                if &text[word_start..position] == "--" {
+                    return (&text[..word_start], &text[position..]);
+                }
+                word_start = position + 1;
+            }
+            _ => {}
+        }
+    }
+    match &text[word_start..] {
+        "--" => (&text[..word_start], ""),
+        _ => (text, ""),
+    }
+}
+
+fn append_words(line: &mut String, words: &str) {
+    let words = words.trim();
+    if !line.is_empty() && !words.is_empty() {
+        line.push(' ');
+    }
+    line.push_str(words);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn kernel_parameters_stay_before_init_arguments() {
+        let mut line = CommandLine::new("console=ttyS0 -- single -v").unwrap();
+        line.append("quiet").unwrap();
+        line.append("panic=1 -- last").unwrap();
+        line.add_virtio_mmio_device(GuestAddress(0xd000_0000), 0x1000, 6);
+        assert_eq!(
+            line.to_string(),
+            "console=ttyS0 quiet panic=1 virtio_mmio.device=4K@0xd0000000:6 -- single -v last"
+        );
+    }
+
+    #[test]
+    fn double_dash_counts_only_as_an_unquoted_word() {
+        for text in ["a=-- b", "a \"x -- y\" b", "a--", "--a"] {
+            let mut line = CommandLine::new(text).unwrap();
+            line.append("added").unwrap();
+            assert_eq!(line.to_string(), format!("{text} added"));
+        }
+        let mut line = CommandLine::new("-- init").unwrap();
+        assert_eq!(line.to_string(), "-- init");
+        line.append("added").unwrap();
+        assert_eq!(line.to_string(), "added -- init");
+        assert_eq!(CommandLine::new("quiet --").unwrap().to_string(), "quiet");
+    }
+
+    #[test]
+    fn virtio_mmio_size_is_exact() {
+        let mut line = CommandLine::default();
+        line.add_virtio_mmio_device(GuestAddress(0x1000), 0x200, 31);
+        assert_eq!(line.to_string(), "virtio_mmio.device=512@0x1000:31");
+    }
+
+    #[test]
+    fn characters_the_kernel_would_misread_are_refused() {
+        for (text, character, position) in [("a\0b", '\0', 1), ("a\n", '\n', 1), ("ttyé", 'é', 3)]
+        {
+            assert_eq!(
+                CommandLine::new(text),
+                Err(CommandLineError::InvalidCharacter {
+                    character,
+                    position
+                })
+            );
+        }
+        let mut line = CommandLine::new("quiet").unwrap();
+        assert!(matches!(
+            line.append("init=\"/bin/sh"),
+            Err(CommandLineError::UnclosedQuote { .. })
+        ));
+        assert_eq!(line.to_string(), "quiet");
+    }
+
+    #[test]
+    fn length_is_checked_without_the_nul() {
+        let line = CommandLine::new(&"x".repeat(100)).unwrap();
+        assert_eq!(line.to_bytes_with_nul(100).unwrap().len(), 101);
+        let error = line.to_bytes_with_nul(99).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the kernel command line is 100 bytes long, but this kernel takes at most 99: \
+             shorten it by 1"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_appended_is_a_kernel_parameter(text in "[ -~]{0,80}") {
+            if let Ok(mut line) = CommandLine::new(&text) {
+                line.append("added").unwrap();
+                let line = line.to_string();
+                let (kernel_parameters, _) = split_at_double_dash(&line);
+                prop_assert!(kernel_parameters.trim_end().ends_with("added"), "{}", line);
+            }
+        }
+
+        #[test]
+        fn any_text_is_accepted_or_refused(text in any::<String>()) {
+            if let Ok(line) = CommandLine::new(&text) {
+                prop_assert!(line.to_string().is_ascii());
+            }
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! The command line: its options, their help, and the machine they describe.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bantam_vmm::config::{
+    BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize, NetConfig, OnReboot,
+    SerialConfig, VcpuCount,
+};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Parser, Subcommand};
+use clap_complete::Shell;
+use tracing::level_filters::LevelFilter;
+
+/// Runs virtual machines on KVM.
+#[derive(Debug, Parser)]
+#[command(name = "bantam", version, max_term_width = 100)]
+#[command(after_help = "Exit status: 0 when all went well, 1 with a line of reason otherwise.")]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Run(Box<RunArgs>),
+    /// Shows whether this host can run machines, and what to do if it cannot
+    ///
+    /// Looks for KVM and what Bantam needs of it, and for what disks and networks make use of.
+    /// Each line of the table says what was found; where something is missing, a line below it
+    /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
+    Check,
+    /// Prints completions for a shell
+    ///
+    /// For example, for bash:
+    ///
+    ///   bantam completions bash > /usr/share/bash-completion/completions/bantam
+    #[command(verbatim_doc_comment)]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Writes the manual pages into a folder
+    Man {
+        /// The folder, created if it does not exist
+        folder: PathBuf,
+    },
+}
+
+/// Boots a machine and stays until it ends
+///
+/// Boots a Linux kernel, or another kernel that can be entered in the same way, in a machine of
+/// its own and stays until the machine ends. Options come from the command line, from a machine
+/// file (--config), or from both; the command line wins.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = RUN_HELP)]
+pub struct RunArgs {
+    /// Machine file with options for this command, in TOML
+    ///
+    /// Its keys are the names of the options below without the dashes: kernel = "vmlinux",
+    /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
+    /// readonly and id; a network device is a table [[net]] with the keys tap, mac and mtu.
+    /// Relative paths are relative to the folder of the file. An option on the command line
+    /// replaces what the file says; a --disk replaces all its disks, a --net all its network
+    /// devices.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Kernel image: bzImage or ELF (vmlinux)
+    ///
+    /// Needed on the command line or in the machine file.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line, in place of the default one
+    ///
+    /// The default one puts the console on the serial port and fits the machine. To only add to
+    /// it, see --append.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+
+    /// Words to add to the kernel command line
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub cpus: Option<VcpuCount>,
+
+    /// Guest memory, such as 512M or 2G [default: 256M]
+    ///
+    /// A number with a unit of K, M, G or T, each 1024 times the one before; a number alone
+    /// counts MiB. From 16M to 1023G.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub memory: Option<MemorySize>,
+
+    /// Disk for the guest; can be given more than once
+    ///
+    /// PATH is a raw image or a block device. With ro the guest cannot write to it; NAME, up to
+    /// 20 characters, is its serial number in the guest. A comma in PATH or NAME is written twice.
+    /// The guest finds the disks in the order in which they are given: /dev/vda, /dev/vdb, ...
+    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME]")]
+    pub disks: Vec<DiskConfig>,
+
+    /// Network device for the guest; can be given more than once
+    ///
+    /// NAME is a tap interface of the host, MAC the address of the guest's end, N the largest
+    /// packet in bytes.
+    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,mtu=N]")]
+    pub nets: Vec<NetConfig>,
+
+    /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
+    ///
+    /// stdio: standard input and output. Where standard input is a terminal, every key goes to
+    /// the guest but Ctrl-A, which starts a command: Ctrl-A h lists them, Ctrl-A x quits.
+    /// pty: a new pseudoterminal, whose name is printed on standard error.
+    /// file=PATH: a file that gets the guest's output.
+    /// socket=PATH: a Unix domain socket that a client can connect to.
+    /// none: nowhere.
+    #[arg(long, value_name = "WHERE", verbatim_doc_comment)]
+    pub serial: Option<SerialConfig>,
+
+    /// Whether the guest has an entropy device (virtio-rng) [default: on]
+    #[arg(long, value_name = "on|off", value_parser = switch())]
+    pub rng: Option<bool>,
+
+    /// How the kernel is entered [default: auto]
+    ///
+    /// auto takes the best way that the kernel image offers.
+    #[arg(long, value_name = "PROTOCOL", value_parser = choice::<BootProtocolOption, _>(["auto", "pvh", "linux64"]))]
+    pub boot_protocol: Option<BootProtocolOption>,
+
+    /// What a reboot of the guest does: end the machine, or start it again [default: exit]
+    #[arg(long, value_name = "ACTION", value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
+    pub on_reboot: Option<OnReboot>,
+
+    /// Whether the kernel command line gets words that some hosts need [default: on]
+    ///
+    /// On a host without hardware virtualization a guest kernel must do without some processor
+    /// features. Bantam notices such a host and tells the kernel so on its command line; off
+    /// leaves the command line alone.
+    #[arg(long, value_name = "on|off", value_parser = switch())]
+    pub host_workarounds: Option<bool>,
+
+    /// How much to log on standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
+    pub log: LevelFilter,
+}
+
+const RUN_HELP: &str = "\
+Examples:
+  Boot a kernel with a root file system, and quit with Ctrl-A x:
+    bantam run --kernel vmlinux --disk root.img --append 'root=/dev/vda'
+
+  Two vCPUs, a read-only root, a data disk and a network:
+    bantam run --kernel bzImage --cpus 2 --memory 1G \\
+        --disk root.img,ro --disk data.img,id=data \\
+        --net tap=tap0,mac=52:54:00:12:34:56 --append 'root=/dev/vda ro'
+
+  A test in CI, which ends when the guest powers off:
+    bantam run --kernel vmlinux --initrd test.cpio </dev/null >console.log
+
+  The machine that a file describes, but with more memory:
+    bantam run --config web.toml --memory 4G
+
+Keys, where standard input is a terminal:
+  Ctrl-A x         quit
+  Ctrl-A h         list these keys
+  Ctrl-A a         send Ctrl-A to the guest (also Ctrl-A Ctrl-A)
+
+Exit status:
+  0  the guest powered off or rebooted, or was told to stop by Ctrl-A x,
+     SIGTERM, SIGINT, SIGHUP or SIGQUIT
+  1  anything else, with one line of reason on standard error";
+
+impl RunArgs {
+    /// The machine that the command line and the machine file describe together.
+    pub fn into_config(self) -> anyhow::Result<MachineConfig> {
+        let options = MachineOptions {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            append: self.append,
+            cpus: self.cpus,
+            memory: self.memory,
+            disks: (!self.disks.is_empty()).then_some(self.disks),
+            nets: (!self.nets.is_empty()).then_some(self.nets),
+            serial: self.serial,
+            rng: self.rng,
+            boot_protocol: self.boot_protocol,
+            on_reboot: self.on_reboot,
+            host_workarounds: self.host_workarounds,
+        };
+        let options = match &self.config {
+            Some(file) => options.or(MachineOptions::from_file(file)?),
+            None => options,
+        };
+        Ok(options.into_config()?)
+    }
+}
+
+/// Accepts the names, and reads them as values.
+fn choice<T, const N: usize>(names: [&'static str; N]) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static> + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| name.parse())
+}
+
+fn switch() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["on", "off"]).map(|name| name == "on")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn run_args(arguments: &[&str]) -> RunArgs {
+        let arguments = ["bantam", "run"].iter().chain(arguments);
+        match Args::try_parse_from(arguments).unwrap().command {
+            Command::Run(args) => *args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn config(arguments: &[&str]) -> MachineConfig {
+        run_args(arguments).into_config().unwrap()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_kernel_is_enough() {
+        assert_eq!(
+            config(&["--kernel", "vmlinux"]),
+            MachineConfig::new("vmlinux")
+        );
+        assert_eq!(run_args(&["--kernel", "vmlinux"]).log, LevelFilter::WARN);
+    }
+
+    #[test]
+    fn every_option_reaches_the_machine() {
+        let args = run_args(&[
+            "--kernel=k",
+            "--initrd=i",
+            "--cmdline=-x",
+            "--append",
+            "-y z",
+            "--cpus=3",
+            "--memory=1G",
+            "--disk=a.img,ro,id=root",
+            "--disk=b.img",
+            "--net=tap=t0,mtu=9000",
+            "--serial=socket=s.sock",
+            "--rng=off",
+            "--boot-protocol=pvh",
+            "--on-reboot=restart",
+            "--host-workarounds=off",
+            "--log=off",
+        ]);
+        assert_eq!(args.log, LevelFilter::OFF);
+        let expected = MachineConfig {
+            initrd: Some("i".into()),
+            cmdline: Some("-x".into()),
+            append: Some("-y z".into()),
+            cpus: "3".parse().unwrap(),
+            memory: "1G".parse().unwrap(),
+            disks: vec![
+                "a.img,ro,id=root".parse().unwrap(),
+                DiskConfig::new("b.img"),
+            ],
+            nets: vec!["tap=t0,mtu=9000".parse().unwrap()],
+            serial: SerialConfig::Socket("s.sock".into()),
+            rng: false,
+            boot_protocol: BootProtocolOption::Pvh,
+            on_reboot: OnReboot::Restart,
+            host_workarounds: false,
+            ..MachineConfig::new("k")
+        };
+        assert_eq!(args.into_config().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_machine_file() {
+        let folder = std::env::temp_dir().join(format!("bantam-args-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("machine.toml");
+        fs::write(
+            &file,
+            "kernel = 'k'\ncpus = 4\nmemory = '1G'\n[[disk]]\npath = 'a.img'\n",
+        )
+        .unwrap();
+        let config = config(&[
+            "--config",
+            file.to_str().unwrap(),
+            "--cpus=2",
+            "--disk=b.img",
+        ]);
+        fs::remove_dir_all(&folder).unwrap();
+        let expected = MachineConfig {
+            cpus: "2".parse().unwrap(),
+            memory: "1G".parse().unwrap(),
+            disks: vec![DiskConfig::new("b.img")],
+            ..MachineConfig::new(folder.join("k"))
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn every_name_of_a_choice_is_read() {
+        let command = Args::command();
+        let run = command.find_subcommand("run").unwrap();
+        for argument in run.get_arguments() {
+            for value in argument.get_possible_values() {
+                let option = format!("--{}={}", argument.get_long().unwrap(), value.get_name());
+                run_args(&[&option]);
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_refused() {
+        for arguments in [
+            ["--cpus", "1000"],
+            ["--cpus", "-1"],
+            ["--memory", "1M"],
+            ["--memory", "lots"],
+            ["--net", "tap0"],
+            ["--serial", "tty"],
+            ["--rng", "yes"],
+            ["--log", "loud"],
+        ] {
+            let arguments = ["bantam", "run"].into_iter().chain(arguments);
+            assert!(
+                Args::try_parse_from(arguments.clone()).is_err(),
+                "{arguments:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_option_has_help_and_the_long_help_has_examples() {
+        let mut command = Args::command();
+        for subcommand in command.get_subcommands() {
+            assert!(
+                subcommand.get_about().is_some(),
+                "{}",
+                subcommand.get_name()
+            );
+            for argument in subcommand.get_arguments() {
+                assert!(argument.get_help().is_some(), "{}", argument.get_id());
+            }
+        }
+        let run = command.find_subcommand_mut("run").unwrap();
+        let help = run.render_long_help().to_string();
+        for text in ["Examples:", "Ctrl-A x", "Exit status:"] {
+            assert!(help.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_help_states_the_real_defaults_and_limits() {
+        let defaults = MachineConfig::new("k");
+        let mut command = Args::command();
+        let help = command
+            .find_subcommand_mut("run")
+            .unwrap()
+            .render_help()
+            .to_string();
+        for default in [
+            defaults.cpus.to_string(),
+            defaults.memory.to_string(),
+            defaults.serial.to_string(),
+            defaults.boot_protocol.to_string(),
+            defaults.on_reboot.to_string(),
+        ] {
+            assert!(help.contains(&format!("[default: {default}]")), "{default}");
+        }
+        assert!(defaults.rng && defaults.host_workarounds);
+    }
+}

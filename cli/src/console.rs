@@ -1,0 +1,353 @@
+//! The guest's serial port on standard input and output.
+//!
+//! Two pipes stand between them, so that neither a slow reader of the output nor a guest that
+//! reads no input holds up the machine or the main thread.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use bantam_vmm::Console;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{pipe2, read, write};
+
+use crate::escape::{CTRL_A, EscapeFilter, HELP, Key};
+use crate::say;
+use crate::signals::Signals;
+use crate::terminal::RawTerminal;
+
+/// Input kept until the guest takes it, beside what the pipe holds, in bytes.
+const PENDING_INPUT_CAPACITY: usize = 4096;
+/// Most bytes copied at a time.
+const CHUNK_SIZE: usize = 4096;
+
+/// Standard input and output as the other end of a serial port.
+#[derive(Debug)]
+pub struct StdioConsole {
+    /// The machine's ends of the pipes. They outlive a machine, so that the next one goes on
+    /// where it ended.
+    machine_input: OwnedFd,
+    machine_output: OwnedFd,
+    output: Output,
+    /// Keys and piped input on their way to the guest.
+    pub input: Input,
+}
+
+impl StdioConsole {
+    /// Starts to copy output. Input is copied when the main loop says so.
+    pub fn new() -> anyhow::Result<Self> {
+        let pipes = || -> nix::Result<_> {
+            let (machine_input, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+            let (output, machine_output) = pipe2(OFlag::O_CLOEXEC)?;
+            fcntl(&machine_output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            Ok((machine_input, input, output, machine_output))
+        };
+        let (machine_input, input, output, machine_output) =
+            pipes().context("cannot create the pipes of the serial console")?;
+        Ok(Self {
+            machine_input,
+            machine_output,
+            output: Output::start(output)
+                .context("cannot start the thread of the serial console")?,
+            input: Input::new(input),
+        })
+    }
+
+    /// Ends of the pipes for one machine.
+    pub fn for_machine(&self) -> io::Result<Console> {
+        Ok(Console {
+            input: Some(self.machine_input.try_clone()?),
+            output: Some(self.machine_output.try_clone()?),
+        })
+    }
+
+    /// Gives the terminal back and waits until all output is copied, at most for `limit` or until
+    /// a signal arrives.
+    pub fn finish(self, signals: &Signals, limit: Option<Duration>) {
+        drop(self.input);
+        drop(self.machine_output);
+        self.output.wait_until_copied(signals, limit);
+    }
+}
+
+/// A thread that copies output from a pipe to standard output.
+#[derive(Debug)]
+struct Output {
+    /// Hangs up when the thread has copied everything.
+    copied: OwnedFd,
+}
+
+impl Output {
+    fn start(from: OwnedFd) -> io::Result<Self> {
+        let (copied, copying) = pipe2(OFlag::O_CLOEXEC)?;
+        thread::Builder::new()
+            .name("console".into())
+            .spawn(move || {
+                copy_output(&from, &io::stdout());
+                drop(copying);
+            })?;
+        Ok(Self { copied })
+    }
+
+    fn wait_until_copied(&self, signals: &Signals, limit: Option<Duration>) {
+        let timeout = limit.map_or(PollTimeout::NONE, |limit| {
+            PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [
+            PollFd::new(self.copied.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Err(error) = poll(&mut fds, timeout) {
+            tracing::warn!("serial console: cannot wait for the rest of the output: {error}");
+        }
+    }
+}
+
+/// Copies until the pipe's other end is closed. When nobody takes the output any more it is
+/// dropped, and the guest goes on.
+fn copy_output(from: &OwnedFd, to: &impl AsFd) {
+    let mut chunk = [0; CHUNK_SIZE];
+    let mut taken = true;
+    loop {
+        let bytes = match read(from, &mut chunk) {
+            Ok(0) => return,
+            Ok(count) => chunk.get(..count).unwrap_or_default(),
+            Err(Errno::EINTR) => continue,
+            Err(error) => return tracing::error!("serial console: cannot read output: {error}"),
+        };
+        if taken && let Err(error) = write_all(to.as_fd(), bytes) {
+            taken = false;
+            tracing::warn!(
+                "serial console: cannot write to standard output: {error}: output is dropped"
+            );
+        }
+    }
+}
+
+fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> nix::Result<()> {
+    while !bytes.is_empty() {
+        match write(to, bytes) {
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            Err(Errno::EINTR) => {}
+            // Whoever shares standard output with this process can have made it nonblocking.
+            Err(Errno::EAGAIN) => {
+                poll(
+                    &mut [PollFd::new(to, PollFlags::POLLOUT)],
+                    PollTimeout::NONE,
+                )?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Standard input on its way to the guest.
+#[derive(Debug)]
+pub struct Input {
+    stdin: io::Stdin,
+    to_guest: OwnedFd,
+    terminal: Option<RawTerminal>,
+    filter: EscapeFilter,
+    pending: Vec<u8>,
+    /// Whether standard input has not ended yet.
+    open: bool,
+    /// Whether keys were dropped since the guest last took input.
+    dropping: bool,
+}
+
+impl Input {
+    fn new(to_guest: OwnedFd) -> Self {
+        Self {
+            stdin: io::stdin(),
+            to_guest,
+            terminal: None,
+            filter: EscapeFilter::default(),
+            pending: Vec::new(),
+            open: true,
+            dropping: false,
+        }
+    }
+
+    /// Makes the terminal raw, if standard input is one.
+    pub fn enter_terminal(&mut self) -> anyhow::Result<()> {
+        if self.terminal.is_none() {
+            self.terminal =
+                RawTerminal::enter().context("cannot set up the terminal on standard input")?;
+        }
+        Ok(())
+    }
+
+    /// Gives the terminal back before the process is stopped.
+    pub fn suspend(&self) {
+        if let Some(terminal) = &self.terminal {
+            terminal.suspend();
+        }
+    }
+
+    /// Takes the terminal again when the process goes on.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        match &self.terminal {
+            Some(terminal) => terminal
+                .resume()
+                .context("cannot set up the terminal again"),
+            None => Ok(()),
+        }
+    }
+
+    /// Standard input, if there is room for more of it. There always is for a terminal: the user
+    /// must be able to quit.
+    pub fn source(&self) -> Option<BorrowedFd<'_>> {
+        let wanted = match &self.terminal {
+            Some(terminal) => terminal.in_foreground(),
+            None => self.pending.is_empty(),
+        };
+        (self.open && wanted).then(|| self.stdin.as_fd())
+    }
+
+    /// The pipe to the guest, if there is input for it.
+    pub fn destination(&self) -> Option<BorrowedFd<'_>> {
+        (!self.pending.is_empty()).then(|| self.to_guest.as_fd())
+    }
+
+    /// Reads what there is on standard input, and passes it on as far as the guest has room.
+    /// Returns whether the user wants to quit.
+    pub fn read(&mut self) -> bool {
+        let mut chunk = [0; CHUNK_SIZE];
+        let bytes = match read(&self.stdin, &mut chunk) {
+            Ok(0) => {
+                tracing::info!("serial console: standard input has ended");
+                self.open = false;
+                return false;
+            }
+            Ok(count) => chunk.get(..count).unwrap_or_default(),
+            Err(Errno::EINTR | Errno::EAGAIN) => return false,
+            Err(error) => {
+                tracing::warn!("serial console: cannot read standard input: {error}");
+                self.open = false;
+                return false;
+            }
+        };
+        let quit = self.accept(bytes);
+        self.write();
+        quit
+    }
+
+    fn accept(&mut self, bytes: &[u8]) -> bool {
+        if self.terminal.is_none() {
+            self.pending.extend_from_slice(bytes);
+            return false;
+        }
+        for &byte in bytes {
+            match self.filter.next(byte) {
+                Key::Prefix => {}
+                Key::Guest(byte) => self.type_keys(&[byte]),
+                Key::NoCommand(byte) => self.type_keys(&[CTRL_A, byte]),
+                Key::Help => say(format_args!("{HELP}")),
+                Key::Quit => return true,
+            }
+        }
+        false
+    }
+
+    fn type_keys(&mut self, keys: &[u8]) {
+        if self.pending.len() + keys.len() <= PENDING_INPUT_CAPACITY {
+            self.pending.extend_from_slice(keys);
+        } else if !self.dropping {
+            self.dropping = true;
+            tracing::warn!("serial console: the guest reads no input: keys are dropped");
+        }
+    }
+
+    /// Passes on as much as the guest has room for.
+    pub fn write(&mut self) {
+        while !self.pending.is_empty() {
+            match write(&self.to_guest, &self.pending) {
+                Ok(count) => {
+                    self.pending.drain(..count);
+                    self.dropping = false;
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return,
+                Err(error) => {
+                    tracing::warn!("serial console: cannot pass input on: {error}");
+                    self.pending.clear();
+                    self.open = false;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_is_copied_to_its_end() {
+        let (from, source) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (sink, to) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let written: Vec<u8> = (0..=255).cycle().take(3 * CHUNK_SIZE + 7).collect();
+        write_all(source.as_fd(), &written).unwrap();
+        drop(source);
+        copy_output(&from, &to);
+        drop(to);
+        let mut copied = Vec::new();
+        io::Read::read_to_end(&mut std::fs::File::from(sink), &mut copied).unwrap();
+        assert_eq!(copied, written);
+    }
+
+    #[test]
+    fn output_that_nobody_takes_is_dropped_and_the_guest_goes_on() {
+        let (from, source) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (sink, to) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        drop(sink);
+        let copier = thread::spawn(move || copy_output(&from, &to));
+        // More than the pipe holds: it would stall if nobody read it.
+        write_all(source.as_fd(), &vec![0; 1 << 20]).unwrap();
+        drop(source);
+        copier.join().unwrap();
+    }
+
+    fn input() -> (Input, OwnedFd) {
+        let (from, to_guest) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        (Input::new(to_guest), from)
+    }
+
+    #[test]
+    fn piped_input_has_no_commands() {
+        let (mut input, from) = input();
+        assert!(!input.accept(b"\x01x\x01\x01"));
+        input.write();
+        let mut bytes = [0; 8];
+        let count = read(&from, &mut bytes).unwrap();
+        assert_eq!(&bytes[..count], b"\x01x\x01\x01");
+        assert!(input.destination().is_none());
+    }
+
+    #[test]
+    fn piped_input_waits_for_the_guest() {
+        let (mut input, from) = input();
+        while input.destination().is_none() {
+            input.accept(&[0; CHUNK_SIZE]);
+            input.write();
+        }
+        assert!(input.source().is_none());
+        read(&from, &mut [0; 2 * CHUNK_SIZE]).unwrap();
+        input.write();
+        assert!(input.source().is_some());
+    }
+
+    #[test]
+    fn keys_that_a_guest_does_not_take_are_bounded() {
+        let (mut input, _from) = input();
+        for _ in 0..2 * PENDING_INPUT_CAPACITY {
+            input.type_keys(b"k");
+        }
+        assert_eq!(input.pending.len(), PENDING_INPUT_CAPACITY);
+    }
+}

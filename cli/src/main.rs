@@ -1,0 +1,153 @@
+//! Bantam, a KVM virtual machine monitor: the command line.
+
+mod args;
+mod check;
+mod console;
+mod documents;
+mod escape;
+mod run;
+mod signals;
+mod terminal;
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use tracing::level_filters::LevelFilter;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return report_usage(&error),
+    };
+    let result = match args.command {
+        Command::Run(args) => {
+            log_to_stderr(args.log);
+            args.into_config().and_then(|config| run::run(&config))
+        }
+        Command::Check => check::check(&mut io::stdout().lock()),
+        Command::Completions { shell } => documents::print_completions(shell),
+        Command::Man { folder } => documents::write_man_pages(&folder),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format_args!("error: {}", reason(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes a line to standard error. Where that is closed, there is nobody to tell.
+fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+fn log_to_stderr(level: LevelFilter) {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_max_level(level)
+        .with_target(false)
+        .with_timer(tracing_subscriber::fmt::time::uptime())
+        .log_internal_errors(false)
+        .init();
+}
+
+/// Prints help and version as clap lays them out, and an error as one line.
+fn report_usage(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A reader that leaves early, such as a pager, has seen enough.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::FAILURE
+        }
+        _ => {
+            say(format_args!("{}", usage_line(&error.to_string())));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The paragraphs that say what is wrong and what to do, without those that repeat the usage.
+fn usage_line(rendered: &str) -> String {
+    rendered
+        .split("\n\n")
+        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|paragraph| {
+            !paragraph.is_empty()
+                && !paragraph.starts_with("Usage:")
+                && !paragraph.starts_with("For more information")
+        })
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+/// An error and its causes on one line, without those that a text before them already contains.
+fn reason(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if line.is_empty() {
+            line = text;
+        } else if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+    }
+    line.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    fn usage_error(line: &str) -> String {
+        let error = Args::try_parse_from(line.split(' ')).unwrap_err();
+        usage_line(&error.to_string())
+    }
+
+    #[test]
+    fn usage_errors_are_one_line() {
+        assert_eq!(
+            usage_error("bantam run --boot-protocol bios"),
+            "error: invalid value 'bios' for '--boot-protocol <PROTOCOL>' \
+             [possible values: auto, pvh, linux64]"
+        );
+        assert_eq!(
+            usage_error("bantam run --kernle x"),
+            "error: unexpected argument '--kernle' found; \
+             tip: a similar argument exists: '--kernel'"
+        );
+        assert_eq!(
+            usage_error("bantam run --cpus 0"),
+            "error: invalid value '0' for '--cpus <N>': \
+             invalid number of vCPUs '0': expected 1 to 32"
+        );
+        assert_eq!(
+            usage_error("bantam run --disk a,rw"),
+            "error: invalid value 'a,rw' for '--disk <PATH[,ro][,id=NAME]>': unknown option 'rw', \
+             expected one of 'path', 'readonly', 'ro', 'id'; a disk is PATH[,ro][,id=NAME]"
+        );
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let io = || io::Error::other("it is gone");
+        let told = Err::<(), _>(io())
+            .context("cannot open 'x': it is gone")
+            .unwrap_err();
+        assert_eq!(reason(&told), "cannot open 'x': it is gone");
+        let untold = Err::<(), _>(io()).context("cannot open 'x'").unwrap_err();
+        assert_eq!(reason(&untold), "cannot open 'x': it is gone");
+    }
+}

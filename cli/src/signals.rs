@@ -1,0 +1,90 @@
+//! Signals to the process, read in turn by its main thread.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::libc;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::getpid;
+
+/// Signals that ask for the end of the process, unless whoever started it had them ignored, as
+/// nohup and shells without job control do.
+const STOP_SIGNALS: [Signal; 4] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// To end, by this signal.
+    Stop(Signal),
+    /// To give the terminal back and sleep.
+    Suspend,
+    /// To go on after such a sleep.
+    Continue,
+}
+
+/// The queue of signals that this process reads.
+#[derive(Debug)]
+pub struct Signals {
+    queue: SignalFd,
+}
+
+impl Signals {
+    /// Diverts signals into the queue. Only threads started later follow the calling thread, so
+    /// it must be the only one.
+    pub fn block() -> nix::Result<Self> {
+        let mut mask = SigSet::empty();
+        for signal in STOP_SIGNALS.into_iter().chain([Signal::SIGTSTP]) {
+            if !is_ignored(signal)? {
+                mask.add(signal);
+            }
+        }
+        mask.add(Signal::SIGCONT);
+        mask.thread_block()?;
+        let queue = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Self { queue })
+    }
+
+    /// What the next signal in the queue asks for.
+    pub fn next(&self) -> nix::Result<Option<Request>> {
+        let Some(info) = self.queue.read_signal()? else {
+            return Ok(None);
+        };
+        let signal = i32::try_from(info.ssi_signo).ok().map(Signal::try_from);
+        Ok(match signal {
+            Some(Ok(Signal::SIGTSTP)) => Some(Request::Suspend),
+            Some(Ok(Signal::SIGCONT)) => Some(Request::Continue),
+            Some(Ok(signal)) => Some(Request::Stop(signal)),
+            _ => None,
+        })
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.queue.as_fd()
+    }
+}
+
+/// Puts the process to sleep until it is told to continue.
+pub fn sleep_until_continued() -> nix::Result<()> {
+    kill(getpid(), Signal::SIGSTOP)
+}
+
+fn is_ignored(signal: Signal) -> nix::Result<bool> {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: a null action only asks; the kernel fills in `action` if the call succeeds.
+    let action = unsafe {
+        nix::errno::Errno::result(libc::sigaction(
+            signal as libc::c_int,
+            std::ptr::null(),
+            action.as_mut_ptr(),
+        ))?;
+        action.assume_init()
+    };
+    Ok(action.sa_sigaction == libc::SIG_IGN)
+}

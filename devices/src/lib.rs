@@ -1,0 +1,23 @@
+//! What a guest talks to: buses, the serial port, power control, the virtio transport and devices.
+//!
+//! Nothing here knows of KVM. A device raises interrupts through [`InterruptLine`], reads guest
+//! memory through `vm-memory`, and does its work on an [`EventLoop`]; so each can be tested with
+//! no virtual machine around it.
+
+pub mod acpi_power;
+pub mod bus;
+pub mod disk;
+pub mod event_loop;
+pub mod i8042;
+pub mod interrupt;
+pub mod power;
+pub mod serial;
+pub mod tap;
+pub mod virtio;
+
+pub use event_loop::EventLoop;
+pub use interrupt::InterruptLine;
+pub use power::PowerControl;
+
+/// The memory of a guest, as devices see it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

@@ -1,0 +1,305 @@
+//! The serial port: a 16550 whose bytes come from and go to a file descriptor of the host.
+//!
+//! A vCPU only ever moves bytes into and out of memory here; the descriptors are read and written
+//! by a [`SerialWorker`] on the event loop. A reader on the host that is slow makes the port look
+//! busy to the guest, as a slow line would.
+
+mod worker;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use vm_superio::Trigger;
+use vm_superio::serial::SerialEvents;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+pub use worker::{SerialEndpoint, SerialWorker};
+
+use crate::InterruptLine;
+use crate::bus::BusDevice;
+
+/// Interrupt enable register.
+const INTERRUPT_ENABLE: u8 = 1;
+/// Modem control register.
+const MODEM_CONTROL: u8 = 4;
+/// Line status register.
+const LINE_STATUS: u8 = 5;
+/// Bits of the line status register by which a driver sees that it can send: transmitter holding
+/// register empty, transmitter empty.
+const TRANSMITTER_EMPTY: u8 = 0x60;
+/// Output that is kept until the host takes it, in bytes.
+const OUTPUT_CAPACITY: usize = 64 << 10;
+
+/// The registers of a 16550, eight ports.
+pub struct Serial {
+    uart: vm_superio::Serial<Line, Attention, Output>,
+    attention: Arc<EventFd>,
+    warned: bool,
+}
+
+/// Whether the worker is told of what the guest does.
+struct Attention(Arc<EventFd>);
+
+/// Bytes that the guest has sent and the host has not taken.
+struct Output {
+    bytes: VecDeque<u8>,
+    attention: Arc<EventFd>,
+    /// Whether there is anybody to take them.
+    connected: bool,
+    /// Whether the guest has found the port busy.
+    was_full: bool,
+}
+
+struct Line(Box<dyn InterruptLine>);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.trigger()
+    }
+}
+
+impl SerialEvents for Attention {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        signal(&self.0);
+    }
+}
+
+impl io::Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.connected {
+            return Ok(bytes.len());
+        }
+        if self.bytes.len() + bytes.len() > OUTPUT_CAPACITY {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.bytes.is_empty() {
+            signal(&self.attention);
+        }
+        self.bytes.extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn signal(event: &EventFd) {
+    // It fails only when the counter is full, and then it is readable as wanted.
+    let _ = event.write(1);
+}
+
+impl Serial {
+    /// A port that raises `interrupt`. Until a [`SerialWorker`] serves it, it has no input and
+    /// drops its output.
+    ///
+    /// # Errors
+    /// When the host gives no file descriptor.
+    pub fn new(interrupt: Box<dyn InterruptLine>) -> io::Result<Serial> {
+        let attention = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let output = Output {
+            bytes: VecDeque::new(),
+            attention: attention.clone(),
+            connected: false,
+            was_full: false,
+        };
+        Ok(Serial {
+            uart: vm_superio::Serial::with_events(
+                Line(interrupt),
+                Attention(attention.clone()),
+                output,
+            ),
+            attention,
+            warned: false,
+        })
+    }
+
+    fn attention(&self) -> Arc<EventFd> {
+        self.attention.clone()
+    }
+
+    fn set_connected(&mut self, connected: bool) {
+        self.uart.writer_mut().connected = connected;
+    }
+
+    /// Takes what the guest has sent. A guest that found the port busy hears that it is free.
+    fn take_output(&mut self) -> VecDeque<u8> {
+        let output = self.uart.writer_mut();
+        let bytes = std::mem::take(&mut output.bytes);
+        if std::mem::take(&mut output.was_full) {
+            // Enabling an interrupt anew raises it if its condition holds, as the condition
+            // "transmitter empty" does from now on.
+            let enabled = self.uart.read(INTERRUPT_ENABLE);
+            self.write_register(INTERRUPT_ENABLE, enabled);
+        }
+        bytes
+    }
+
+    /// Gives the guest as many of `bytes` as its receive FIFO has room for; says how many.
+    fn receive(&mut self, bytes: &[u8]) -> usize {
+        match self.uart.enqueue_raw_bytes(bytes) {
+            Ok(count) => count,
+            Err(vm_superio::serial::Error::FullFifo) => 0,
+            Err(error) => {
+                // The bytes are in the FIFO; only their interrupt is missing.
+                self.warn_once(&format_args!("cannot raise its interrupt: {error:?}"));
+                bytes.len()
+            }
+        }
+    }
+
+    fn write_register(&mut self, offset: u8, value: u8) {
+        if let Err(error) = self.uart.write(offset, value) {
+            self.warn_once(&format_args!("output was lost: {error:?}"));
+        }
+    }
+
+    /// A guest can do a wrong thing without end; the log hears of the first.
+    fn warn_once(&mut self, message: &dyn std::fmt::Display) {
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!("serial port: {message}");
+        }
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let (&mut [ref mut value], Ok(offset)) = (&mut *data, u8::try_from(offset)) else {
+            data.fill(0xff);
+            return;
+        };
+        *value = self.uart.read(offset);
+        if offset == LINE_STATUS {
+            let output = self.uart.writer_mut();
+            if output.bytes.len() >= OUTPUT_CAPACITY {
+                output.was_full = true;
+                *value &= !TRANSMITTER_EMPTY;
+            }
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let (&[value], Ok(offset)) = (data, u8::try_from(offset)) {
+            self.write_register(offset, value);
+            if offset == MODEM_CONTROL {
+                // Input held back during loopback can go on.
+                signal(&self.attention);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const DATA: u64 = 0;
+    const THRE_INTERRUPT: u8 = 2;
+
+    struct Counter(Arc<AtomicUsize>);
+
+    impl InterruptLine for Counter {
+        fn trigger(&self) -> io::Result<()> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    fn serial() -> (Serial, Arc<AtomicUsize>) {
+        let interrupts = Arc::new(AtomicUsize::new(0));
+        (
+            Serial::new(Box::new(Counter(interrupts.clone()))).unwrap(),
+            interrupts,
+        )
+    }
+
+    fn line_status(serial: &mut Serial) -> u8 {
+        let mut status = [0];
+        serial.read(LINE_STATUS.into(), &mut status);
+        status[0]
+    }
+
+    #[test]
+    fn a_full_port_is_busy_until_the_host_takes_its_output() {
+        let (mut serial, interrupts) = serial();
+        serial.set_connected(true);
+        serial.write(INTERRUPT_ENABLE.into(), &[THRE_INTERRUPT]);
+        for _ in 0..OUTPUT_CAPACITY {
+            assert_eq!(
+                line_status(&mut serial) & TRANSMITTER_EMPTY,
+                TRANSMITTER_EMPTY
+            );
+            serial.write(DATA, b"x");
+        }
+        assert_eq!(line_status(&mut serial) & TRANSMITTER_EMPTY, 0);
+        serial.write(DATA, b"y");
+        let mut identification = [0];
+        serial.read(2, &mut identification);
+        let before = interrupts.load(Ordering::SeqCst);
+
+        let output = serial.take_output();
+        assert_eq!(output.len(), OUTPUT_CAPACITY);
+        assert!(output.iter().all(|&byte| byte == b'x'));
+        assert_eq!(interrupts.load(Ordering::SeqCst), before + 1);
+        serial.read(2, &mut identification);
+        assert_eq!(
+            identification[0] & 0xf,
+            2,
+            "transmitter holding register empty"
+        );
+        assert_eq!(
+            line_status(&mut serial) & TRANSMITTER_EMPTY,
+            TRANSMITTER_EMPTY
+        );
+    }
+
+    #[test]
+    fn output_nobody_takes_is_dropped() {
+        let (mut serial, _) = serial();
+        for _ in 0..2 * OUTPUT_CAPACITY {
+            serial.write(DATA, b"x");
+        }
+        assert_eq!(
+            line_status(&mut serial) & TRANSMITTER_EMPTY,
+            TRANSMITTER_EMPTY
+        );
+        assert!(serial.take_output().is_empty());
+    }
+
+    #[test]
+    fn input_waits_for_room() {
+        let (mut serial, _) = serial();
+        let bytes = [7; 100];
+        let taken = serial.receive(&bytes);
+        assert!((1..100).contains(&taken));
+        assert_eq!(serial.receive(&bytes), 0);
+        let attention = serial.attention();
+        let mut data = [0];
+        for _ in 0..taken {
+            assert!(attention.read().is_err());
+            serial.read(DATA, &mut data);
+            assert_eq!(data, [7]);
+        }
+        assert!(attention.read().is_ok(), "the worker hears of the room");
+        assert_eq!(serial.receive(&bytes), taken);
+    }
+
+    #[test]
+    fn odd_accesses_are_harmless() {
+        let (mut serial, _) = serial();
+        for offset in 0..=9 {
+            for size in [0, 2, 4, 8] {
+                serial.read(offset, &mut vec![0; size]);
+                serial.write(offset, &vec![0xff; size]);
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The host's side of the serial port.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Serial;
+
+/// Bytes read from the host at a time: what the receive FIFO takes.
+const INPUT_CHUNK: usize = 64;
+/// How long the last output waits for a reader that has stopped reading.
+const LAST_OUTPUT_TIMEOUT_MS: u16 = 10_000;
+
+/// Where the bytes of a serial port come from and go to.
+pub enum SerialEndpoint {
+    /// Descriptors of the host. They must be non-blocking, or regular files.
+    Descriptors {
+        /// Source of input.
+        input: Option<OwnedFd>,
+        /// Sink of output.
+        output: Option<OwnedFd>,
+    },
+    /// A socket that serves one client at a time. Output is dropped while there is none.
+    Listener(UnixListener),
+}
+
+/// Moves bytes between a serial port and its endpoint, on the event loop.
+pub struct SerialWorker {
+    port: Arc<Mutex<Serial>>,
+    attention: Arc<EventFd>,
+    listener: Option<UnixListener>,
+    input: Option<Endpoint>,
+    output: Option<Endpoint>,
+    /// Read from the endpoint, not yet taken by the guest.
+    pending_input: VecDeque<u8>,
+    /// Sent by the guest, not yet taken by the endpoint.
+    pending_output: VecDeque<u8>,
+}
+
+/// One direction of the endpoint.
+struct Endpoint {
+    stream: Stream,
+    /// Whether the event loop watches it.
+    watched: bool,
+}
+
+/// A descriptor, read and written as a file is whatever it is.
+type Stream = std::fs::File;
+
+impl Endpoint {
+    fn new(descriptor: OwnedFd) -> Endpoint {
+        Endpoint {
+            stream: Stream::from(descriptor),
+            watched: false,
+        }
+    }
+
+    /// Starts or stops watching for `events`.
+    fn watch(&mut self, wanted: bool, events: EventSet, operations: &mut EventOps<'_>) -> bool {
+        if wanted != self.watched {
+            let events = Events::new(&self.stream, events);
+            let result = if wanted {
+                operations.add(events)
+            } else {
+                operations.remove(events)
+            };
+            if let Err(error) = result {
+                tracing::warn!("serial port: cannot watch its endpoint: {error}");
+                return false;
+            }
+            self.watched = wanted;
+        }
+        true
+    }
+}
+
+impl SerialWorker {
+    /// A worker for `port`, which sends its output to `endpoint` from now on.
+    pub fn new(port: Arc<Mutex<Serial>>, endpoint: SerialEndpoint) -> SerialWorker {
+        let (listener, input, output) = match endpoint {
+            SerialEndpoint::Descriptors { input, output } => {
+                (None, input.map(Endpoint::new), output.map(Endpoint::new))
+            }
+            SerialEndpoint::Listener(listener) => (Some(listener), None, None),
+        };
+        let attention = {
+            let mut port = lock(&port);
+            port.set_connected(output.is_some());
+            port.attention()
+        };
+        SerialWorker {
+            port,
+            attention,
+            listener,
+            input,
+            output,
+            pending_input: VecDeque::new(),
+            pending_output: VecDeque::new(),
+        }
+    }
+
+    /// Sends what the guest has written, as far as the endpoint takes it.
+    fn send(&mut self) -> io::Result<()> {
+        let Some(output) = &mut self.output else {
+            return Ok(());
+        };
+        loop {
+            if self.pending_output.is_empty() {
+                self.pending_output = lock(&self.port).take_output();
+            }
+            let (bytes, _) = self.pending_output.as_slices();
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            match output.stream.write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => drop(self.pending_output.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn process_output(&mut self, operations: &mut EventOps<'_>) {
+        let (blocked, closed) = match self.send() {
+            Ok(()) => (false, false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (true, false),
+            Err(error) => {
+                if self.listener.is_none() {
+                    tracing::warn!("serial port: its output is lost from here on: {error}");
+                }
+                (false, true)
+            }
+        };
+        if let Some(output) = &mut self.output {
+            let watching = output.watch(blocked, EventSet::OUT, operations);
+            if closed || !watching {
+                self.close_output(operations);
+            }
+        }
+    }
+
+    /// Moves input to the guest until it has no room or the endpoint no more.
+    fn process_input(&mut self, operations: &mut EventOps<'_>) {
+        loop {
+            if !self.pending_input.is_empty() {
+                let bytes = self.pending_input.make_contiguous();
+                let taken = lock(&self.port).receive(bytes);
+                self.pending_input.drain(..taken);
+            }
+            let Some(input) = &mut self.input else {
+                return;
+            };
+            if !self.pending_input.is_empty() {
+                // The guest asks for more by emptying its FIFO.
+                input.watch(false, EventSet::IN, operations);
+                return;
+            }
+            let mut bytes = [0; INPUT_CHUNK];
+            match input.stream.read(&mut bytes) {
+                Ok(0) => return self.close_input(operations),
+                Ok(count) => self.pending_input.extend(&bytes[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !input.watch(true, EventSet::IN, operations) {
+                        self.close_input(operations);
+                    }
+                    return;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!("serial port: its input has ended: {error}");
+                    return self.close_input(operations);
+                }
+            }
+        }
+    }
+
+    fn close_input(&mut self, operations: &mut EventOps<'_>) {
+        if let Some(mut input) = self.input.take() {
+            input.watch(false, EventSet::IN, operations);
+        }
+        if self.listener.is_some() && self.output.is_some() {
+            // One end of a connection is as good as closed without the other.
+            self.close_output(operations);
+        }
+    }
+
+    fn close_output(&mut self, operations: &mut EventOps<'_>) {
+        if let Some(mut output) = self.output.take() {
+            output.watch(false, EventSet::OUT, operations);
+        }
+        self.pending_output.clear();
+        let mut port = lock(&self.port);
+        port.set_connected(false);
+        port.take_output();
+        drop(port);
+        if self.listener.is_some() && self.input.is_some() {
+            self.close_input(operations);
+        }
+    }
+
+    /// Takes the next client, if the last one has gone.
+    fn accept(&mut self, operations: &mut EventOps<'_>) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        if self.input.is_some() {
+            // It stays in the backlog; a connection that ends makes room.
+            return;
+        }
+        match listener.accept().and_then(|(client, _)| split(client)) {
+            Ok((input, output)) => {
+                self.input = Some(Endpoint::new(input));
+                self.output = Some(Endpoint::new(output));
+                lock(&self.port).set_connected(true);
+                self.process_input(operations);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!("serial port: cannot accept a client: {error}"),
+        }
+    }
+}
+
+/// Both directions of a connection, as descriptors of their own: an event loop knows a descriptor
+/// once.
+fn split(client: UnixStream) -> io::Result<(OwnedFd, OwnedFd)> {
+    client.set_nonblocking(true)?;
+    Ok((client.try_clone()?.into(), client.into()))
+}
+
+fn lock(port: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
+    port.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MutEventSubscriber for SerialWorker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        let attention = operations.add(Events::new(&*self.attention, EventSet::IN));
+        let listener = match &self.listener {
+            Some(listener) => operations.add(Events::new(
+                listener,
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+            )),
+            None => Ok(()),
+        };
+        if let Err(error) = attention.and(listener) {
+            tracing::error!("serial port: cannot watch its endpoint: {error}");
+        }
+        self.process_output(operations);
+        self.process_input(operations);
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        if events.fd() == self.attention.as_raw_fd() {
+            // It fails only where nobody has signalled.
+            let _ = self.attention.read();
+        }
+        self.process_output(operations);
+        self.process_input(operations);
+        self.accept(operations);
+    }
+}
+
+impl Drop for SerialWorker {
+    /// The guest's last words reach a reader that is still reading.
+    fn drop(&mut self) {
+        while let Err(error) = self.send() {
+            let Some(output) = &self.output else {
+                return;
+            };
+            let mut poll = [PollFd::new(output.stream.as_fd(), PollFlags::POLLOUT)];
+            let timeout = PollTimeout::from(LAST_OUTPUT_TIMEOUT_MS);
+            let retry = error.kind() == io::ErrorKind::WouldBlock
+                && nix::poll::poll(&mut poll, timeout).is_ok_and(|ready| ready > 0);
+            if !retry {
+                let lost = self.pending_output.len();
+                tracing::warn!("serial port: the last {lost} bytes of output are lost: {error}");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Block requests (section 5.2.6): what a descriptor chain asks for, and the doing of it.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use vm_memory::Bytes;
+
+use super::{ID_SIZE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS};
+use crate::GuestMemory;
+use crate::disk::{DiskFile, SECTOR_SIZE};
+use crate::virtio::{Chain, GuestBuffers, QueueError};
+
+/// Size of `struct virtio_blk_req` before its data.
+const HEADER_SIZE: usize = 16;
+/// Size of `struct virtio_blk_discard_write_zeroes`.
+const RANGE_SIZE: usize = 16;
+
+/// A chain that is no block request, so that the device cannot even say so in its status byte.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RequestError {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(
+        "the descriptor chain at {head} is no block request: it has {readable} bytes to read and {writable} to write"
+    )]
+    NoRequest {
+        head: u16,
+        readable: usize,
+        writable: usize,
+    },
+    #[error("the status byte at {0:#x} cannot be written")]
+    Status(u64),
+}
+
+/// Why a request failed, as the driver is told.
+#[derive(Debug)]
+enum Failure {
+    /// The request itself is wrong, or goes past the disk.
+    Invalid,
+    /// The device does not know this request, or it was not negotiated.
+    Unsupported,
+    /// The host could not do it.
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure::Host(error)
+    }
+}
+
+/// Does what block requests ask for, one at a time.
+pub(super) struct RequestHandler {
+    name: String,
+    disk: Arc<DiskFile>,
+    id: [u8; ID_SIZE],
+    features: u64,
+    memory: Arc<GuestMemory>,
+    warned: bool,
+}
+
+impl RequestHandler {
+    pub(super) fn new(
+        name: String,
+        disk: Arc<DiskFile>,
+        id: [u8; ID_SIZE],
+        features: u64,
+        memory: Arc<GuestMemory>,
+    ) -> RequestHandler {
+        RequestHandler {
+            name,
+            disk,
+            id,
+            features,
+            memory,
+            warned: false,
+        }
+    }
+
+    /// Does the request in `chain` and writes its status. Gives how many bytes of the chain's
+    /// writable buffers the driver may look at.
+    pub(super) fn handle(&mut self, chain: &mut Chain) -> Result<u32, RequestError> {
+        let no_request = RequestError::NoRequest {
+            head: chain.head,
+            readable: chain.readable.len(),
+            writable: chain.writable.len(),
+        };
+        let mut header = [0; HEADER_SIZE];
+        let header_size = chain.readable.read(&mut header);
+        let Some(status_address) = chain.last_writable_byte else {
+            return Err(no_request);
+        };
+        if header_size < HEADER_SIZE {
+            return Err(no_request);
+        }
+        let written = chain.writable.len();
+        chain.writable.truncate(written - 1);
+
+        let status = match self.perform(&header, &mut chain.readable, &mut chain.writable) {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failure::Invalid) => VIRTIO_BLK_S_IOERR,
+            Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+            Err(Failure::Host(error)) => {
+                self.warn_once(&error);
+                VIRTIO_BLK_S_IOERR
+            }
+        };
+        self.memory
+            .write_obj(status as u8, status_address)
+            .map_err(|_| RequestError::Status(status_address.0))?;
+        // A chain's buffers are at most 4 GiB in all, its status byte among them.
+        Ok(written as u32)
+    }
+
+    fn perform(
+        &self,
+        header: &[u8; HEADER_SIZE],
+        readable: &mut GuestBuffers,
+        writable: &mut GuestBuffers,
+    ) -> Result<(), Failure> {
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
+        let sector = u64::from_le_bytes(sector);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => {
+                let offset = self.data_offset(sector, writable.len())?;
+                Ok(self.disk.read(writable, offset)?)
+            }
+            VIRTIO_BLK_T_OUT => {
+                self.check_writable()?;
+                let offset = self.data_offset(sector, readable.len())?;
+                self.disk.write(readable, offset)?;
+                self.finish_write()
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush()?),
+            VIRTIO_BLK_T_GET_ID if writable.len() < ID_SIZE => Err(Failure::Invalid),
+            VIRTIO_BLK_T_GET_ID => {
+                writable.write(&self.id);
+                Ok(())
+            }
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => {
+                self.for_each_range(readable, MAX_DISCARD_SECTORS, 0, |offset, len, _| {
+                    self.disk.discard(offset, len)
+                })
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self
+                .for_each_range(
+                    readable,
+                    MAX_WRITE_ZEROES_SECTORS,
+                    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+                    |offset, len, flags| self.disk.write_zeroes(offset, len, flags != 0),
+                ),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// Applies `action` to the ranges of a discard or write-zeroes request, after all of them have
+    /// been found valid.
+    fn for_each_range(
+        &self,
+        readable: &mut GuestBuffers,
+        max_sectors: u32,
+        known_flags: u32,
+        action: impl Fn(u64, u64, u32) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        self.check_writable()?;
+        let len = readable.len();
+        if len == 0 || len % RANGE_SIZE != 0 || len / RANGE_SIZE > MAX_RANGES as usize {
+            return Err(Failure::Invalid);
+        }
+        let mut ranges = [(0, 0, 0); MAX_RANGES as usize];
+        let ranges = &mut ranges[..len / RANGE_SIZE];
+        for range in &mut *ranges {
+            let mut bytes = [0; RANGE_SIZE];
+            readable.read(&mut bytes);
+            let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = bytes;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let count = u32::from_le_bytes([c0, c1, c2, c3]);
+            let flags = u32::from_le_bytes(flags);
+            if flags & !known_flags != 0 {
+                return Err(Failure::Unsupported);
+            }
+            if count > max_sectors {
+                return Err(Failure::Invalid);
+            }
+            let len = u64::from(count) * SECTOR_SIZE;
+            *range = (self.offset(sector, len)?, len, flags);
+        }
+        for &mut (offset, len, flags) in ranges {
+            if len > 0 {
+                action(offset, len, flags)?;
+            }
+        }
+        self.finish_write()
+    }
+
+    /// A driver that cannot flush takes a write that is done for one that lasts (section 5.2.6.2).
+    fn finish_write(&self) -> Result<(), Failure> {
+        if !self.negotiated(VIRTIO_BLK_F_FLUSH) {
+            self.disk.flush()?;
+        }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), Failure> {
+        if self.disk.is_read_only() {
+            return Err(Failure::Invalid);
+        }
+        Ok(())
+    }
+
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    fn data_offset(&self, sector: u64, len: usize) -> Result<u64, Failure> {
+        let len = len as u64;
+        if len % SECTOR_SIZE != 0 {
+            return Err(Failure::Invalid);
+        }
+        self.offset(sector, len)
+    }
+
+    /// Where on the disk `sector` is, if `len` bytes from there are all on it.
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        sector
+            .checked_mul(SECTOR_SIZE)
+            .filter(|offset| {
+                offset
+                    .checked_add(len)
+                    .is_some_and(|end| end <= self.disk.size())
+            })
+            .ok_or(Failure::Invalid)
+    }
+
+    /// A failing disk fails often; the log hears of the first until the device is reset.
+    fn warn_once(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::error!(
+                "{}: a request failed, and the guest was told so: {error}",
+                self.name
+            );
+        }
+    }
+}

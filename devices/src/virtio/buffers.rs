@@ -1,0 +1,450 @@
+//! The guest memory that a descriptor chain names, as host I/O vectors.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use libc::iovec;
+use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
+
+use crate::GuestMemory;
+
+/// Most vectors that the kernel takes in one call (`IOV_MAX`).
+const MAX_VECTORS_PER_CALL: usize = 1024;
+
+/// Why a buffer cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BufferError {
+    /// Part of the buffer is not guest RAM.
+    #[error("a buffer of {len:#x} bytes at {address:#x} is not in guest memory")]
+    OutsideMemory {
+        /// Guest-physical address of the buffer.
+        address: u64,
+        /// Size in bytes.
+        len: u32,
+    },
+}
+
+/// Where the bytes of a packet are that [`GuestBuffers::read_packet`] has read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PacketRead {
+    /// How many bytes are at the front of the list.
+    pub in_list: usize,
+    /// How many bytes, those that follow, are at the start of the overflow.
+    pub in_overflow: usize,
+}
+
+/// A list of byte ranges of guest memory that is read or written from front to back.
+///
+/// It keeps the memory alive, so its vectors stay valid. The guest may change the bytes at any
+/// time: they are only ever copied, by the host kernel or by volatile accesses, never borrowed.
+pub struct GuestBuffers {
+    memory: Arc<GuestMemory>,
+    vectors: Vec<iovec>,
+    /// Index of the first vector with bytes left.
+    front: usize,
+    /// Bytes left.
+    len: usize,
+}
+
+// SAFETY: the raw pointers in `vectors` point into `memory`, which is shared between threads
+// already and outlives them as this struct owns a reference to it.
+unsafe impl Send for GuestBuffers {}
+
+impl GuestBuffers {
+    /// An empty list over `memory`.
+    pub fn new(memory: Arc<GuestMemory>) -> GuestBuffers {
+        GuestBuffers {
+            memory,
+            vectors: Vec::new(),
+            front: 0,
+            len: 0,
+        }
+    }
+
+    /// Empties the list; its allocation is kept for the next chain.
+    pub fn clear(&mut self) {
+        self.vectors.clear();
+        self.front = 0;
+        self.len = 0;
+    }
+
+    /// Appends the `len` bytes at `address`.
+    ///
+    /// # Errors
+    /// When they are not all guest memory.
+    pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BufferError> {
+        let outside = BufferError::OutsideMemory {
+            address: address.0,
+            len,
+        };
+        // Either direction of access is the same to plain memory.
+        let Ok(slices) = self
+            .memory
+            .get_slices(address, len as usize, Permissions::ReadWrite)
+        else {
+            return Err(outside);
+        };
+        for slice in slices {
+            let Ok(slice) = slice else {
+                return Err(outside);
+            };
+            self.vectors.push(iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            });
+            self.len += slice.len();
+        }
+        Ok(())
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no bytes are left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Drops bytes from the end so that no more than `len` are left.
+    pub fn truncate(&mut self, len: usize) {
+        while self.len > len {
+            let excess = self.len - len;
+            match self.vectors.last_mut() {
+                Some(last) if last.iov_len > excess => {
+                    last.iov_len -= excess;
+                    self.len = len;
+                }
+                Some(last) => {
+                    self.len -= last.iov_len;
+                    self.vectors.pop();
+                }
+                None => self.len = 0,
+            }
+        }
+    }
+
+    /// Drops `count` bytes from the front, or all if there are fewer.
+    pub fn advance(&mut self, count: usize) {
+        let mut left = count.min(self.len);
+        self.len -= left;
+        while let Some(vector) = self.vectors.get_mut(self.front) {
+            if vector.iov_len > left {
+                vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(left).cast();
+                vector.iov_len -= left;
+                break;
+            }
+            left -= vector.iov_len;
+            self.front += 1;
+        }
+        // A list that is appended to for ever does not grow for ever.
+        if self.front > self.vectors.len() / 2 {
+            self.vectors.drain(..self.front);
+            self.front = 0;
+        }
+    }
+
+    /// Copies bytes from the front into `bytes` and drops them. The result is how many: fewer than
+    /// asked for only where the list ends.
+    pub fn read(&mut self, bytes: &mut [u8]) -> usize {
+        let count = self.copy(0, bytes.len(), |guest, range| {
+            let target = bytes[range.clone()].as_mut_ptr();
+            // SAFETY: `copy` passes a pointer to `range.len()` bytes of mapped guest memory, and
+            // `target` is a slice of that length of our own memory, so the two do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(guest, target, range.len()) }
+        });
+        self.advance(count);
+        count
+    }
+
+    /// Copies `bytes` to the front of the list and drops what was written there. The result is how
+    /// many: fewer than asked for only where the list ends.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let count = self.write_at(0, bytes);
+        self.advance(count);
+        count
+    }
+
+    /// Copies `bytes` to the place `offset` bytes after the front, dropping nothing. The result is
+    /// how many: fewer than asked for only where the list ends.
+    pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> usize {
+        self.copy(offset, bytes.len(), |guest, range| {
+            let source = bytes[range.clone()].as_ptr();
+            // SAFETY: as in `read`, in the other direction.
+            unsafe { std::ptr::copy_nonoverlapping(source, guest, range.len()) }
+        })
+    }
+
+    /// Calls `piece` for each contiguous part of the `len` bytes that start `offset` bytes after the
+    /// front, with the part's place in them; gives the number of bytes covered.
+    fn copy(
+        &self,
+        offset: usize,
+        len: usize,
+        mut piece: impl FnMut(*mut u8, std::ops::Range<usize>),
+    ) -> usize {
+        let mut skip = offset;
+        let mut done = 0;
+        for vector in self.vectors.iter().skip(self.front) {
+            if done == len {
+                break;
+            }
+            let skipped = vector.iov_len.min(skip);
+            skip -= skipped;
+            let count = (vector.iov_len - skipped).min(len - done);
+            let start = vector.iov_base.cast::<u8>().wrapping_add(skipped);
+            piece(start, done..done + count);
+            done += count;
+        }
+        done
+    }
+
+    /// Fills the list from `fd`, at `offset` where it has one. Does as much as one call does.
+    ///
+    /// # Errors
+    /// As `preadv` or `readv`.
+    pub fn read_from(&mut self, fd: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
+        let (vectors, count) = self.vectors_for_call();
+        // SAFETY: `vectors` points to `count` vectors, each of which covers guest memory that is
+        // mapped and writable for as long as `self.memory` lives.
+        let result = unsafe {
+            match offset {
+                Some(offset) => libc::preadv(fd.as_raw_fd(), vectors, count, offset as libc::off_t),
+                None => libc::readv(fd.as_raw_fd(), vectors, count),
+            }
+        };
+        self.finish_call(result)
+    }
+
+    /// Reads a packet from `fd`, by one call, to the front of the list and, as far as it does not
+    /// fit there, to `overflow`. Drops nothing from the list.
+    ///
+    /// # Errors
+    /// As `readv`.
+    pub fn read_packet(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        overflow: &mut [u8],
+    ) -> io::Result<PacketRead> {
+        let overflow_index = self.vectors.len().min(self.front + MAX_VECTORS_PER_CALL - 1);
+        let room = if overflow_index == self.vectors.len() {
+            self.len
+        } else {
+            let vectors = &self.vectors[self.front..overflow_index];
+            vectors.iter().map(|vector| vector.iov_len).sum()
+        };
+        let overflow_vector = iovec {
+            iov_base: overflow.as_mut_ptr().cast(),
+            iov_len: overflow.len(),
+        };
+        self.vectors.insert(overflow_index, overflow_vector);
+        let (vectors, count) = self.vectors_for_call();
+        // SAFETY: as in `read_from` for all vectors but the last, which covers `overflow`.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), vectors, count) };
+        // A failed call left its reason in errno, which nothing before this conversion touches.
+        let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
+        self.vectors.remove(overflow_index);
+        let len = result?;
+        Ok(PacketRead {
+            in_list: len.min(room),
+            in_overflow: len.saturating_sub(room),
+        })
+    }
+
+    /// Sends the list to `fd`, at `offset` where it has one. Does as much as one call does.
+    ///
+    /// # Errors
+    /// As `pwritev` or `writev`.
+    pub fn write_to(&mut self, fd: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
+        let (vectors, count) = self.vectors_for_call();
+        // SAFETY: as in `read_from`; the kernel only reads the memory.
+        let result = unsafe {
+            match offset {
+                Some(offset) => {
+                    libc::pwritev(fd.as_raw_fd(), vectors, count, offset as libc::off_t)
+                }
+                None => libc::writev(fd.as_raw_fd(), vectors, count),
+            }
+        };
+        self.finish_call(result)
+    }
+
+    fn vectors_for_call(&self) -> (*const iovec, libc::c_int) {
+        let left = self.vectors.get(self.front..).unwrap_or_default();
+        (
+            left.as_ptr(),
+            left.len().min(MAX_VECTORS_PER_CALL) as libc::c_int,
+        )
+    }
+
+    fn finish_call(&mut self, result: isize) -> io::Result<usize> {
+        let count = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.advance(count);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use vm_memory::Bytes;
+
+    const REGION_SIZE: usize = 0x1000;
+
+    /// Two regions that touch, then a hole, then a third.
+    fn memory() -> Arc<GuestMemory> {
+        let regions = [
+            (GuestAddress(0), REGION_SIZE),
+            (GuestAddress(0x1000), REGION_SIZE),
+            (GuestAddress(0x4000), REGION_SIZE),
+        ];
+        Arc::new(GuestMemory::from_ranges(&regions).unwrap())
+    }
+
+    #[test]
+    fn bytes_cross_buffers_and_regions() {
+        let memory = memory();
+        let mut buffers = GuestBuffers::new(memory.clone());
+        buffers.push(GuestAddress(0xffe), 4).unwrap();
+        buffers.push(GuestAddress(0x20), 0).unwrap();
+        buffers.push(GuestAddress(0x4000), 3).unwrap();
+        assert_eq!(buffers.len(), 7);
+        assert_eq!(buffers.write(b"abc"), 3);
+        assert_eq!(buffers.write(b"defghi"), 4);
+        assert!(buffers.is_empty());
+        let mut bytes = [0; 4];
+        memory.read_slice(&mut bytes, GuestAddress(0xffe)).unwrap();
+        assert_eq!(&bytes, b"abcd");
+        memory.read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
+        assert_eq!(&bytes, b"efg\0");
+
+        buffers.clear();
+        buffers.push(GuestAddress(0xffe), 4).unwrap();
+        let mut bytes = [0; 8];
+        assert_eq!(buffers.read(&mut bytes[..1]), 1);
+        assert_eq!(buffers.read(&mut bytes[1..]), 3);
+        assert_eq!(&bytes[..4], b"abcd");
+    }
+
+    #[test]
+    fn only_guest_memory_is_taken() {
+        let mut buffers = GuestBuffers::new(memory());
+        for (address, len) in [
+            (0x1fff, 2),
+            (0x2000, 1),
+            (0x3fff, 2),
+            (0x5000, 1),
+            (u64::MAX, 1),
+            (u64::MAX - 1, 0x10),
+            (0, u32::MAX),
+        ] {
+            assert_eq!(
+                buffers.push(GuestAddress(address), len),
+                Err(BufferError::OutsideMemory { address, len }),
+            );
+        }
+    }
+
+    #[test]
+    fn truncating_keeps_the_front() {
+        let mut buffers = GuestBuffers::new(memory());
+        buffers.push(GuestAddress(0), 4).unwrap();
+        buffers.push(GuestAddress(8), 4).unwrap();
+        buffers.truncate(9);
+        assert_eq!(buffers.len(), 8);
+        buffers.truncate(4);
+        assert_eq!(buffers.len(), 4);
+        buffers.truncate(1);
+        assert_eq!(buffers.write(b"xyz"), 1);
+        buffers.truncate(0);
+        assert_eq!(buffers.write(b"xyz"), 0);
+    }
+
+    #[test]
+    fn bytes_are_written_at_an_offset() {
+        let memory = memory();
+        let mut buffers = GuestBuffers::new(memory.clone());
+        buffers.push(GuestAddress(0x100), 3).unwrap();
+        buffers.push(GuestAddress(0x200), 3).unwrap();
+        buffers.advance(1);
+        assert_eq!(buffers.write_at(1, b"abc"), 3);
+        assert_eq!(buffers.write_at(4, b"de"), 1);
+        assert_eq!(buffers.write_at(5, b"x"), 0);
+        assert_eq!(buffers.len(), 5);
+        let mut bytes = [0; 3];
+        memory.read_slice(&mut bytes, GuestAddress(0x100)).unwrap();
+        assert_eq!(&bytes, b"\0\0a");
+        memory.read_slice(&mut bytes, GuestAddress(0x200)).unwrap();
+        assert_eq!(&bytes, b"bcd");
+    }
+
+    #[test]
+    fn a_list_in_steady_use_does_not_grow() {
+        let mut buffers = GuestBuffers::new(memory());
+        buffers.push(GuestAddress(0), 4).unwrap();
+        for _ in 0..1000 {
+            buffers.push(GuestAddress(8), 4).unwrap();
+            buffers.advance(4);
+            assert_eq!(buffers.len(), 4);
+        }
+        assert!(buffers.vectors.len() < 4, "{}", buffers.vectors.len());
+    }
+
+    #[test]
+    fn what_a_list_does_not_hold_of_a_packet_overflows() {
+        let memory = memory();
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let mut overflow = [0; 4];
+        let mut buffers = GuestBuffers::new(memory.clone());
+        buffers.push(GuestAddress(0x100), 2).unwrap();
+        buffers.push(GuestAddress(0x200), 2).unwrap();
+        for (packet, in_list, in_overflow) in
+            [("ab", 2, 0), ("abcd", 4, 0), ("abcdefg", 4, 3), ("abcdefghijk", 4, 4)]
+        {
+            theirs.send(packet.as_bytes()).unwrap();
+            let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
+            assert_eq!(read, PacketRead { in_list, in_overflow });
+            assert_eq!(buffers.len(), 4);
+        }
+        assert_eq!(&overflow, b"efgh");
+
+        buffers.clear();
+        for index in 0..2000 {
+            buffers.push(GuestAddress(index), 1).unwrap();
+        }
+        theirs.send(&[0x5a; 1025]).unwrap();
+        let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
+        let (in_list, in_overflow) = (MAX_VECTORS_PER_CALL - 1, 2);
+        assert_eq!(read, PacketRead { in_list, in_overflow });
+        assert_eq!(buffers.len(), 2000);
+        let mut byte = [0];
+        memory.read_slice(&mut byte, GuestAddress(in_list as u64 - 1)).unwrap();
+        assert_eq!(byte, [0x5a]);
+        memory.read_slice(&mut byte, GuestAddress(in_list as u64)).unwrap();
+        assert_ne!(byte, [0x5a]);
+    }
+
+    #[test]
+    fn files_are_read_and_written_in_place() {
+        let memory = memory();
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        memory.write_slice(b"hello", GuestAddress(0x100)).unwrap();
+        let mut buffers = GuestBuffers::new(memory.clone());
+        buffers.push(GuestAddress(0x100), 2).unwrap();
+        buffers.push(GuestAddress(0x102), 3).unwrap();
+        assert_eq!(buffers.write_to(file.as_fd(), Some(7)).unwrap(), 5);
+        assert!(buffers.is_empty());
+
+        buffers.clear();
+        buffers.push(GuestAddress(0x4000), 3).unwrap();
+        buffers.push(GuestAddress(0x200), 10).unwrap();
+        assert_eq!(buffers.read_from(file.as_fd(), Some(7)).unwrap(), 5);
+        assert_eq!(buffers.len(), 8, "a short read leaves the rest");
+        let mut bytes = [0; 3];
+        memory.read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();
+        assert_eq!(&bytes, b"hel");
+    }
+}

@@ -1,0 +1,83 @@
+//! Virtio devices (Virtual I/O Device version 1.3) and the transport that carries them.
+//!
+//! A device has two halves. The front, a [`VirtioDevice`], stays with the transport: it says what
+//! the device is and holds its configuration space. Once the driver is ready, the transport
+//! activates it: the device makes a worker that owns the queues, and the worker moves to an event
+//! loop, where it lives until the driver resets the device.
+
+pub mod block;
+mod buffers;
+mod interrupt;
+pub mod mmio;
+pub mod net;
+mod queue;
+pub mod rng;
+#[cfg(test)]
+mod test_driver;
+
+use std::sync::Arc;
+
+pub use buffers::{BufferError, GuestBuffers};
+pub use interrupt::VirtioInterrupt;
+pub use queue::{Chain, QueueError, VirtQueue};
+
+use crate::GuestMemory;
+use crate::event_loop::Subscriber;
+
+/// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX` (section 6): notifications are suppressed by index.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_VERSION_1` (section 6): the device follows the standard, not its predecessors.
+pub const F_VERSION_1: u64 = 1 << 32;
+
+/// Device types (section 5).
+pub mod device_id {
+    /// Network card.
+    pub const NETWORK: u32 = 1;
+    /// Block device.
+    pub const BLOCK: u32 = 2;
+    /// Entropy source.
+    pub const ENTROPY: u32 = 4;
+}
+
+/// What every device of this crate offers, whatever its type.
+pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
+
+/// The front of a virtio device: what it is and its configuration space.
+///
+/// Its methods are called by the transport, on whichever vCPU thread the driver runs.
+pub trait VirtioDevice: Send {
+    /// Device type (section 5).
+    fn device_id(&self) -> u32;
+
+    /// Feature bits offered to the driver, [`COMMON_FEATURES`] among them.
+    fn features(&self) -> u64;
+
+    /// Largest size of each queue in descriptors, a power of two; as many entries as queues.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// The device-specific configuration space as it is now.
+    fn config(&self) -> &[u8];
+
+    /// Makes the worker that serves the driver's queues, from what was negotiated.
+    ///
+    /// Called when the driver sets `DRIVER_OK`, and again after each reset. The worker is dropped
+    /// on reset; it must leave nothing of a request undone that it has taken.
+    ///
+    /// # Errors
+    /// One line that says why the device cannot work; it then asks the driver for a reset.
+    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String>;
+}
+
+/// What a device is given to work with.
+pub struct Activation {
+    /// Memory of the guest.
+    pub memory: Arc<GuestMemory>,
+    /// Feature bits that both sides accepted.
+    pub features: u64,
+    /// All queues of the device, those the driver left unused among them.
+    pub queues: Vec<VirtQueue>,
+    /// The way to tell the driver of used buffers and of trouble.
+    pub interrupt: Arc<VirtioInterrupt>,
+}

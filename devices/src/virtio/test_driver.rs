@@ -1,0 +1,180 @@
+//! The driver's side of a virtqueue, for tests of the device's side.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{VirtQueue, VirtioInterrupt};
+use crate::{GuestMemory, InterruptLine};
+
+/// Offset of the available ring from the descriptor table; room for 256 descriptors.
+const AVAILABLE: u64 = 0x1000;
+/// Offset of the used ring from the descriptor table.
+const USED: u64 = 0x2000;
+/// Size of the memory that the rings take, in bytes.
+pub const RINGS_SIZE: u64 = 0x3000;
+
+/// A buffer as a driver describes it.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffer {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Size in bytes.
+    pub len: u32,
+    /// Whether the device writes it.
+    pub writable: bool,
+}
+
+/// A driver with one queue of up to 256 descriptors, whose rings are in the [`RINGS_SIZE`] bytes
+/// of memory at `base`.
+pub struct TestDriver {
+    memory: Arc<GuestMemory>,
+    base: u64,
+    size: u16,
+    next_descriptor: u16,
+    next_available: u16,
+    next_used: u16,
+    doorbell: EventFd,
+}
+
+impl TestDriver {
+    pub fn new(memory: &Arc<GuestMemory>, base: u64, size: u16) -> TestDriver {
+        TestDriver {
+            memory: memory.clone(),
+            base,
+            size,
+            next_descriptor: 0,
+            next_available: 0,
+            next_used: 0,
+            doorbell: EventFd::new(EFD_NONBLOCK).unwrap(),
+        }
+    }
+
+    /// The device's side, as the driver sets it up.
+    pub fn queue(&self, index: u16, event_index: bool) -> VirtQueue {
+        let mut queue = Queue::new(self.size).unwrap();
+        queue
+            .try_set_desc_table_address(GuestAddress(self.base))
+            .unwrap();
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.base + AVAILABLE))
+            .unwrap();
+        queue
+            .try_set_used_ring_address(GuestAddress(self.base + USED))
+            .unwrap();
+        queue.set_event_idx(event_index);
+        queue.set_ready(true);
+        assert!(queue.is_valid(&*self.memory));
+        let doorbell = self.doorbell.try_clone().unwrap();
+        VirtQueue::new(index, queue, doorbell, self.memory.clone())
+    }
+
+    /// Makes a chain of `buffers` available and gives its head. Descriptors are used in turn: it
+    /// is for the test not to have more of them out than there are.
+    pub fn offer(&mut self, buffers: &[Buffer]) -> u16 {
+        let head = self.next_descriptor % self.size;
+        for (position, buffer) in buffers.iter().enumerate() {
+            let index = self.next_descriptor % self.size;
+            self.next_descriptor = (index + 1) % self.size;
+            let mut flags = 0;
+            if buffer.writable {
+                flags |= VRING_DESC_F_WRITE as u16;
+            }
+            if position + 1 < buffers.len() {
+                flags |= VRING_DESC_F_NEXT as u16;
+            }
+            let next = self.next_descriptor;
+            self.write_descriptor(index, *buffer, flags, next);
+        }
+        self.offer_head(head);
+        head
+    }
+
+    /// Writes a descriptor as it is.
+    pub fn write_descriptor(&self, index: u16, buffer: Buffer, flags: u16, next: u16) {
+        let address = self.base + u64::from(index) * 16;
+        self.store(address, buffer.address);
+        self.store(address + 8, u64::from(buffer.len) | u64::from(flags) << 32 | u64::from(next) << 48);
+    }
+
+    /// Makes the chain that starts at descriptor `head` available.
+    pub fn offer_head(&mut self, head: u16) {
+        let slot = u64::from(self.next_available % self.size);
+        self.store(self.base + AVAILABLE + 4 + slot * 2, head);
+        self.next_available = self.next_available.wrapping_add(1);
+        self.store(self.base + AVAILABLE + 2, self.next_available);
+    }
+
+    /// The chains that the device has returned since the last call: head and length of each.
+    pub fn take_used(&mut self) -> Vec<(u16, u32)> {
+        let end: u16 = self.load(self.base + USED + 2);
+        let mut used = Vec::new();
+        while self.next_used != end {
+            let element = self.base + USED + 4 + u64::from(self.next_used % self.size) * 8;
+            used.push((self.load::<u32>(element) as u16, self.load(element + 4)));
+            self.next_used = self.next_used.wrapping_add(1);
+        }
+        used
+    }
+
+    /// With event indices: asks for an interrupt once the device has returned the chain that is
+    /// `index`th of all, counted from zero.
+    pub fn set_used_event(&self, index: u16) {
+        self.store(self.base + AVAILABLE + 4 + u64::from(self.size) * 2, index);
+    }
+
+    /// Without event indices: asks for no interrupts, or for them again.
+    pub fn set_no_interrupt(&self, no_interrupt: bool) {
+        self.store(self.base + AVAILABLE, u16::from(no_interrupt));
+    }
+
+    /// Without event indices: whether the device wants the doorbell to be rung.
+    pub fn wants_doorbell(&self) -> bool {
+        self.load::<u16>(self.base + USED) == 0
+    }
+
+    pub fn ring_doorbell(&self) {
+        self.doorbell.write(1).unwrap();
+    }
+
+    fn store<T: vm_memory::AtomicAccess>(&self, address: u64, value: T) {
+        self.memory
+            .store(value, GuestAddress(address), Ordering::Release)
+            .unwrap();
+    }
+
+    fn load<T: vm_memory::AtomicAccess>(&self, address: u64) -> T {
+        self.memory
+            .load(GuestAddress(address), Ordering::Acquire)
+            .unwrap()
+    }
+}
+
+/// An interrupt line that counts.
+#[derive(Clone, Default)]
+pub struct InterruptCounter(Arc<AtomicUsize>);
+
+impl InterruptCounter {
+    /// How many interrupts there were since the last call.
+    pub fn take(&self) -> usize {
+        self.0.swap(0, Ordering::SeqCst)
+    }
+
+    /// An interrupt for a device, which is counted here.
+    pub fn interrupt(&self) -> Arc<VirtioInterrupt> {
+        let line = Box::new(self.clone());
+        Arc::new(VirtioInterrupt::new("device".to_string(), line))
+    }
+}
+
+impl InterruptLine for InterruptCounter {
+    fn trigger(&self) -> io::Result<()> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}

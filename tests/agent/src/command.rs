@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! What a test can ask of the guest, and how it is written: `name` or `name:argument:...`.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::str::{FromStr, Split};
+
+use crate::error::{Context, Error, Result};
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    FirstLine,
+    Uname,
+    Cpus,
+    Memory,
+    Clocksource,
+    Time,
+    Sleep {
+        milliseconds: u64,
+    },
+    DiskInfo {
+        disk: String,
+    },
+    DiskWriteVerify {
+        disk: String,
+        offset: u64,
+        length: u64,
+        seed: u64,
+    },
+    DiskChecksum {
+        disk: String,
+    },
+    DiskDiscard {
+        disk: String,
+        offset: u64,
+        length: u64,
+    },
+    DiskZeroout {
+        disk: String,
+        offset: u64,
+        length: u64,
+    },
+    DiskWriteRefused {
+        disk: String,
+    },
+    Net {
+        interface: String,
+        address: Ipv4Addr,
+        prefix: u8,
+        peer: Ipv4Addr,
+    },
+    NetInfo {
+        interface: String,
+    },
+    NetTcpSend {
+        peer: SocketAddrV4,
+        length: u64,
+        seed: u64,
+    },
+    NetTcpReceive {
+        peer: SocketAddrV4,
+        length: u64,
+        seed: u64,
+    },
+    Rng {
+        length: u64,
+    },
+    Entropy,
+    EchoLine,
+    SerialEchoBytes {
+        length: u64,
+    },
+    PowerButton,
+    Poweroff,
+    Reboot,
+    Panic,
+}
+
+impl FromStr for Command {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut words = text.split(':');
+        let name = words.next().unwrap_or_default();
+        let mut arguments = Arguments(words);
+        let command = match name {
+            "first-line" => Self::FirstLine,
+            "uname" => Self::Uname,
+            "cpus" => Self::Cpus,
+            "memory" => Self::Memory,
+            "clocksource" => Self::Clocksource,
+            "time" => Self::Time,
+            "sleep" => Self::Sleep {
+                milliseconds: arguments.parsed("milliseconds")?,
+            },
+            "disk-info" => Self::DiskInfo {
+                disk: arguments.device("disk")?,
+            },
+            "disk-write-verify" => Self::DiskWriteVerify {
+                disk: arguments.device("disk")?,
+                offset: arguments.size("offset")?,
+                length: arguments.size("length")?,
+                seed: arguments.parsed("seed")?,
+            },
+            "disk-checksum" => Self::DiskChecksum {
+                disk: arguments.device("disk")?,
+            },
+            "disk-discard" => Self::DiskDiscard {
+                disk: arguments.device("disk")?,
+                offset: arguments.size("offset")?,
+                length: arguments.size("length")?,
+            },
+            "disk-zeroout" => Self::DiskZeroout {
+                disk: arguments.device("disk")?,
+                offset: arguments.size("offset")?,
+                length: arguments.size("length")?,
+            },
+            "disk-write-refused" => Self::DiskWriteRefused {
+                disk: arguments.device("disk")?,
+            },
+            "net" => {
+                let interface = arguments.device("interface")?;
+                let (address, prefix) = arguments.subnet("address")?;
+                Self::Net {
+                    interface,
+                    address,
+                    prefix,
+                    peer: arguments.parsed("peer")?,
+                }
+            }
+            "net-info" => Self::NetInfo {
+                interface: arguments.device("interface")?,
+            },
+            "net-tcp-send" => Self::NetTcpSend {
+                peer: arguments.peer()?,
+                length: arguments.size("length")?,
+                seed: arguments.parsed("seed")?,
+            },
+            "net-tcp-receive" => Self::NetTcpReceive {
+                peer: arguments.peer()?,
+                length: arguments.size("length")?,
+                seed: arguments.parsed("seed")?,
+            },
+            "rng" => Self::Rng {
+                length: arguments.size("length")?,
+            },
+            "entropy" => Self::Entropy,
+            "echo-line" => Self::EchoLine,
+            "serial-echo-bytes" => Self::SerialEchoBytes {
+                length: arguments.size("length")?,
+            },
+            "power-button" => Self::PowerButton,
+            "poweroff" => Self::Poweroff,
+            "reboot" => Self::Reboot,
+            "panic" => Self::Panic,
+            _ => return Err(Error::new("unknown command")),
+        };
+        arguments.end()?;
+        Ok(command)
+    }
+}
+
+struct Arguments<'a>(Split<'a, char>);
+
+impl<'a> Arguments<'a> {
+    fn text(&mut self, name: &str) -> Result<&'a str> {
+        self.0
+            .next()
+            .filter(|word| !word.is_empty())
+            .ok_or_else(|| Error::new(format!("missing argument: {name}")))
+    }
+
+    fn parsed<T: FromStr<Err: std::fmt::Display>>(&mut self, name: &str) -> Result<T> {
+        let word = self.text(name)?;
+        word.parse().context(format_args!("{name} {word}"))
+    }
+
+    /// A name that is safe to put into a path.
+    fn device(&mut self, name: &str) -> Result<String> {
+        let word = self.text(name)?;
+        if !word.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(Error::new(format!("{name} {word}: not a device name")));
+        }
+        Ok(word.to_owned())
+    }
+
+    /// A number of bytes, with an optional K, M or G (powers of 1024).
+    fn size(&mut self, name: &str) -> Result<u64> {
+        let word = self.text(name)?;
+        let (digits, shift) = match word.as_bytes() {
+            [.., b'K'] => (&word[..word.len() - 1], 10),
+            [.., b'M'] => (&word[..word.len() - 1], 20),
+            [.., b'G'] => (&word[..word.len() - 1], 30),
+            _ => (word, 0),
+        };
+        let number: u64 = digits.parse().context(format_args!("{name} {word}"))?;
+        number
+            .checked_mul(1 << shift)
+            .ok_or_else(|| Error::new(format!("{name} {word}: too large")))
+    }
+
+    fn subnet(&mut self, name: &str) -> Result<(Ipv4Addr, u8)> {
+        let word = self.text(name)?;
+        let invalid = || Error::new(format!("{name} {word}: not ADDRESS/PREFIX"));
+        let (address, prefix) = word.split_once('/').ok_or_else(invalid)?;
+        let address = address.parse().map_err(|_| invalid())?;
+        let prefix = prefix.parse().map_err(|_| invalid())?;
+        if prefix > 32 {
+            return Err(invalid());
+        }
+        Ok((address, prefix))
+    }
+
+    fn peer(&mut self) -> Result<SocketAddrV4> {
+        Ok(SocketAddrV4::new(
+            self.parsed("peer")?,
+            self.parsed("port")?,
+        ))
+    }
+
+    fn end(mut self) -> Result<()> {
+        match self.0.next() {
+            None => Ok(()),
+            Some(word) => Err(Error::new(format!("unexpected argument: {word}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reason(text: &str) -> String {
+        match text.parse::<Command>() {
+            Ok(command) => panic!("{text} was taken for {command:?}"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn words_alone() {
+        assert_eq!("cpus".parse(), Ok(Command::Cpus));
+        assert_eq!("power-button".parse(), Ok(Command::PowerButton));
+    }
+
+    #[test]
+    fn arguments_in_order() {
+        assert_eq!(
+            "disk-write-verify:vdb:4K:1M:18446744073709551615".parse(),
+            Ok(Command::DiskWriteVerify {
+                disk: "vdb".into(),
+                offset: 4096,
+                length: 1 << 20,
+                seed: u64::MAX,
+            })
+        );
+        assert_eq!(
+            "net:eth0:192.168.7.2/24:192.168.7.1".parse(),
+            Ok(Command::Net {
+                interface: "eth0".into(),
+                address: Ipv4Addr::new(192, 168, 7, 2),
+                prefix: 24,
+                peer: Ipv4Addr::new(192, 168, 7, 1),
+            })
+        );
+        assert_eq!(
+            "net-tcp-send:10.0.0.1:8080:2G:3".parse(),
+            Ok(Command::NetTcpSend {
+                peer: SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 1), 8080),
+                length: 2 << 30,
+                seed: 3,
+            })
+        );
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert_eq!(reason(""), "unknown command");
+        assert_eq!(reason("disks"), "unknown command");
+        assert_eq!(reason("disk-info"), "missing argument: disk");
+        assert_eq!(reason("disk-info:"), "missing argument: disk");
+        assert_eq!(reason("disk-info:vda:1"), "unexpected argument: 1");
+        assert_eq!(reason("disk-info:../sda"), "disk ../sda: not a device name");
+        assert_eq!(
+            reason("rng:lots"),
+            "length lots: invalid digit found in string"
+        );
+        assert_eq!(reason("rng:99999999999G"), "length 99999999999G: too large");
+        assert_eq!(
+            reason("net:eth0:10.0.0.1/33:10.0.0.2"),
+            "address 10.0.0.1/33: not ADDRESS/PREFIX"
+        );
+        assert_eq!(
+            reason("net-tcp-send:10.0.0.1:65536:1:1"),
+            "port 65536: number too large to fit in target type"
+        );
+    }
+}

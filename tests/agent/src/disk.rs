@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Commands about block devices.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::time::Instant;
+
+use crate::error::{Context, Error, Result};
+use crate::pattern::{self, Crc32};
+use crate::sys::{self, BlockRange};
+use crate::system::{attribute, number, rate};
+
+const CHUNK: usize = 1 << 20;
+
+/// The strictest alignment of memory that direct access asks for.
+const ALIGNMENT: usize = 4096;
+
+pub fn info(disk: &str) -> Result<String> {
+    let block = |name: &str| number(&format!("/sys/block/{disk}/{name}"));
+    // A disk need not have a serial number.
+    let serial = attribute(&format!("/sys/block/{disk}/serial")).unwrap_or_default();
+    Ok(format!(
+        "size={} ro={} serial={} logical={} physical={} discard-max={} write-zeroes-max={}",
+        size(disk)?,
+        block("ro")?,
+        if serial.is_empty() { "-" } else { &serial },
+        block("queue/logical_block_size")?,
+        block("queue/physical_block_size")?,
+        block("queue/discard_max_bytes")?,
+        block("queue/write_zeroes_max_bytes")?,
+    ))
+}
+
+/// The size of a disk in bytes.
+pub fn size(disk: &str) -> Result<u64> {
+    // Always in sectors of 512 bytes, whatever the block size of the disk.
+    Ok(number(&format!("/sys/block/{disk}/size"))? * 512)
+}
+
+pub fn is_read_only(disk: &str) -> Result<bool> {
+    Ok(number(&format!("/sys/block/{disk}/ro"))? != 0)
+}
+
+pub fn write_verify(disk: &str, offset: u64, length: u64, seed: u64) -> Result<String> {
+    let device = Disk::open(disk, offset, length)?;
+    let mut buffer = Buffer::new();
+
+    let started = Instant::now();
+    device.each_chunk(|position, size| {
+        let chunk = buffer.slice(size);
+        pattern::fill(seed, position, chunk);
+        device
+            .file
+            .write_all_at(chunk, offset + position)
+            .context(format_args!("write {size} bytes at {}", offset + position))
+    })?;
+    device.file.sync_all().context("flush")?;
+    let write_rate = rate(length, started.elapsed());
+
+    if !device.direct {
+        sys::forget_cached_blocks(&device.file).context("drop cached blocks")?;
+    }
+    let started = Instant::now();
+    device.each_chunk(|position, size| {
+        let chunk = buffer.slice(size);
+        device.read(chunk, offset + position)?;
+        match pattern::first_difference(seed, position, chunk) {
+            None => Ok(()),
+            Some(index) => Err(Error::new(format!("byte at {} is wrong", offset + index))),
+        }
+    })?;
+    let read_rate = rate(length, started.elapsed());
+
+    let direct = if device.direct { "yes" } else { "no" };
+    Ok(format!(
+        "direct={direct} write={write_rate} read={read_rate}"
+    ))
+}
+
+pub fn checksum(disk: &str) -> Result<String> {
+    let length = size(disk)?;
+    let device = Disk::open_read_only(disk, length)?;
+    let mut buffer = Buffer::new();
+    let mut crc = Crc32::new();
+    device.each_chunk(|position, size| {
+        let chunk = buffer.slice(size);
+        device.read(chunk, position)?;
+        crc.update(chunk);
+        Ok(())
+    })?;
+    Ok(format!("bytes={length} crc32={:08x}", crc.value()))
+}
+
+/// What a discarded block reads as is up to the device: say it, expect nothing.
+pub fn discard(disk: &str, offset: u64, length: u64) -> Result<String> {
+    let device = Disk::open(disk, offset, length)?;
+    sys::block_range(&device.file, BlockRange::Discard, offset, length).context("discard")?;
+    let zeroes = if device.first_nonzero(offset)?.is_none() {
+        "yes"
+    } else {
+        "no"
+    };
+    Ok(format!("zeroes={zeroes}"))
+}
+
+pub fn zeroout(disk: &str, offset: u64, length: u64) -> Result<String> {
+    let device = Disk::open(disk, offset, length)?;
+    sys::block_range(&device.file, BlockRange::ZeroOut, offset, length).context("zero out")?;
+    match device.first_nonzero(offset)? {
+        None => Ok(String::new()),
+        Some(position) => Err(Error::new(format!("byte at {position} is not zero"))),
+    }
+}
+
+pub fn write_refused(disk: &str) -> Result<String> {
+    let path = format!("/dev/{disk}");
+    let block = [0; 512];
+    // The refusal may come when the device is opened or when it is written to.
+    let written = OpenOptions::new().write(true).open(&path).and_then(|file| {
+        file.write_all_at(&block, 0)?;
+        file.sync_all()
+    });
+    match written {
+        Ok(()) => Err(Error::new("the write was accepted")),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            Ok(format!("error={:?}", error.kind()))
+        }
+        Err(error) => Err(error).context(format_args!("write to {path}")),
+    }
+}
+
+/// A block device and the length of the part of it that a command is about.
+struct Disk {
+    file: File,
+    direct: bool,
+    length: u64,
+}
+
+impl Disk {
+    fn open(disk: &str, offset: u64, length: u64) -> Result<Self> {
+        let block_size = number(&format!("/sys/block/{disk}/queue/logical_block_size"))?;
+        let direct = offset.is_multiple_of(block_size) && length.is_multiple_of(block_size);
+        Self::open_with(disk, true, direct, length)
+    }
+
+    fn open_read_only(disk: &str, length: u64) -> Result<Self> {
+        Self::open_with(disk, false, true, length)
+    }
+
+    fn open_with(disk: &str, write: bool, direct: bool, length: u64) -> Result<Self> {
+        let path = format!("/dev/{disk}");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+            .open(&path)
+            .context(format_args!("open {path}"))?;
+        Ok(Self {
+            file,
+            direct,
+            length,
+        })
+    }
+
+    /// Calls `work` with the position, counted from the start of the part, and the size of each chunk.
+    fn each_chunk(&self, mut work: impl FnMut(u64, usize) -> Result<()>) -> Result<()> {
+        let mut position = 0;
+        while position < self.length {
+            let size = (self.length - position).min(CHUNK as u64);
+            work(position, size as usize)?;
+            position += size;
+        }
+        Ok(())
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let size = buffer.len();
+        self.file
+            .read_exact_at(buffer, offset)
+            .context(format_args!("read {size} bytes at {offset}"))
+    }
+
+    fn first_nonzero(&self, offset: u64) -> Result<Option<u64>> {
+        let mut buffer = Buffer::new();
+        let mut found = None;
+        self.each_chunk(|position, size| {
+            if found.is_none() {
+                let chunk = buffer.slice(size);
+                self.read(chunk, offset + position)?;
+                let index = chunk.iter().position(|&byte| byte != 0);
+                found = index.map(|index| offset + position + index as u64);
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+}
+
+/// A chunk of memory aligned for direct access.
+struct Buffer(Vec<u8>);
+
+impl Buffer {
+    fn new() -> Self {
+        Self(vec![0; CHUNK + ALIGNMENT])
+    }
+
+    fn slice(&mut self, size: usize) -> &mut [u8] {
+        let start = self.0.as_ptr().align_offset(ALIGNMENT);
+        &mut self.0[start..start + size]
+    }
+}

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! The end of the guest, and the button that asks for it.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::process;
+use std::time::{Duration, Instant};
+
+use crate::console::say;
+use crate::error::{Context, Error, Result};
+use crate::sys::{self, Reboot};
+use crate::system::names;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    PowerOff,
+    Restart,
+    /// The first process exits, which no kernel survives.
+    Panic,
+}
+
+impl Ending {
+    pub fn happen(self) -> ! {
+        sys::sync();
+        // Fails while a file is open for writing, and where root is in memory: no harm either way.
+        let _ = sys::remount_root_read_only();
+        let how = match self {
+            // Without ACPI a machine cannot be switched off: the kernel would stop the processors and
+            // stay there for ever. A monitor can be told to take a restart for the end.
+            Self::PowerOff if Path::new("/sys/firmware/acpi").exists() => Reboot::PowerOff,
+            Self::PowerOff | Self::Restart => Reboot::Restart,
+            Self::Panic => process::exit(1),
+        };
+        say(format_args!("bantam: reboot: {}", sys::reboot(how)));
+        process::exit(1)
+    }
+}
+
+/// Waits until the power button is pressed. Says that it does so by calling `waiting`.
+pub fn button(waiting: impl FnOnce()) -> Result<()> {
+    const TIMEOUT: Duration = Duration::from_secs(120);
+
+    let mut devices = Vec::new();
+    for name in names("/dev/input")?
+        .iter()
+        .filter(|name| name.starts_with("event"))
+    {
+        let path = format!("/dev/input/{name}");
+        devices.push(File::open(&path).context(path)?);
+    }
+    if devices.is_empty() {
+        return Err(Error::new("no input device"));
+    }
+    waiting();
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !sys::wait_readable(&devices, left).context("wait for an event")? {
+            return Err(Error::new(format!(
+                "not pressed within {} s",
+                TIMEOUT.as_secs()
+            )));
+        }
+        for device in &mut devices {
+            if sys::wait_readable(std::slice::from_ref(device), Duration::ZERO)
+                .context("wait for an event")?
+            {
+                let mut event = [0; 24];
+                device.read_exact(&mut event).context("read an event")?;
+                if is_power_key_press(&event) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// `struct input_event`: a time of 16 bytes, type, code, value.
+fn is_power_key_press(event: &[u8; 24]) -> bool {
+    const KEY: u16 = 1;
+    const POWER: u16 = 116;
+    const PRESS: u32 = 1;
+    event[16..18] == KEY.to_ne_bytes()
+        && event[18..20] == POWER.to_ne_bytes()
+        && event[20..] == PRESS.to_ne_bytes()
+}

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! A description of the machine for people to read.
+
+use crate::console::say;
+use crate::error::{Context, Result};
+use crate::{disk, net, sys, system};
+
+pub fn print() -> Result<()> {
+    say(format_args!("{}", sys::uname().context("uname")?));
+    say(format_args!("cpus: {}", system::online_cpus()?.len()));
+    say(format_args!("memory: {} MiB", system::memory()? / 1024));
+    for disk in system::names("/sys/block")? {
+        let size = disk::size(&disk)?;
+        let access = if disk::is_read_only(&disk)? {
+            "read-only"
+        } else {
+            "read-write"
+        };
+        say(format_args!("disk: {disk}, {size} bytes, {access}"));
+    }
+    for interface in system::names("/sys/class/net")?
+        .iter()
+        .filter(|name| *name != "lo")
+    {
+        let mac = net::mac(interface)?;
+        let mtu = net::mtu(interface)?;
+        say(format_args!("network: {interface}, {mac}, mtu {mtu}"));
+    }
+    Ok(())
+}

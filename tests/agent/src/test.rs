@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Carries out commands, with one line of answer to each.
+
+use std::thread;
+use std::time::Duration;
+
+use crate::command::Command;
+use crate::console::{self, say};
+use crate::error::{Context, Result};
+use crate::power::{self, Ending};
+use crate::{disk, net, random, sys, system};
+
+/// Carries out the commands in order and returns how the guest is to end. A command that fails does
+/// not keep the next one from being carried out.
+pub fn run<'a>(commands: impl Iterator<Item = &'a str>) -> Ending {
+    let mut ending = Ending::PowerOff;
+    for word in commands {
+        match word.parse().and_then(|command| carry_out(&command, word)) {
+            Ok(Outcome::Done(details)) => {
+                let space = if details.is_empty() { "" } else { " " };
+                say(format_args!("bantam: {word} ok{space}{details}"));
+            }
+            Ok(Outcome::End(how)) => {
+                say(format_args!("bantam: {word} ok"));
+                ending = how;
+                break;
+            }
+            Err(reason) => say(format_args!("bantam: {word} failed {reason}")),
+        }
+    }
+    say(format_args!("bantam: done"));
+    ending
+}
+
+enum Outcome {
+    Done(String),
+    End(Ending),
+}
+
+fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
+    // The host must not act before the guest is ready for it.
+    let waiting = || say(format_args!("bantam: {word} waiting"));
+    let details = match *command {
+        Command::FirstLine => String::new(),
+        Command::Uname => sys::uname().context("uname")?,
+        Command::Cpus => system::cpus()?,
+        Command::Memory => format!("total={}kB", system::memory()?),
+        Command::Clocksource => system::clocksource()?,
+        Command::Time => system::time()?,
+        Command::Sleep { milliseconds } => {
+            thread::sleep(Duration::from_millis(milliseconds));
+            String::new()
+        }
+        Command::DiskInfo { ref disk } => disk::info(disk)?,
+        Command::DiskWriteVerify {
+            ref disk,
+            offset,
+            length,
+            seed,
+        } => disk::write_verify(disk, offset, length, seed)?,
+        Command::DiskChecksum { ref disk } => disk::checksum(disk)?,
+        Command::DiskDiscard {
+            ref disk,
+            offset,
+            length,
+        } => disk::discard(disk, offset, length)?,
+        Command::DiskZeroout {
+            ref disk,
+            offset,
+            length,
+        } => disk::zeroout(disk, offset, length)?,
+        Command::DiskWriteRefused { ref disk } => disk::write_refused(disk)?,
+        Command::Net {
+            ref interface,
+            address,
+            prefix,
+            peer,
+        } => net::configure(interface, address, prefix, peer)?,
+        Command::NetInfo { ref interface } => net::info(interface)?,
+        Command::NetTcpSend { peer, length, seed } => net::tcp_send(peer, length, seed)?,
+        Command::NetTcpReceive { peer, length, seed } => net::tcp_receive(peer, length, seed)?,
+        Command::Rng { length } => random::hardware(length)?,
+        Command::Entropy => random::entropy()?,
+        Command::EchoLine => console::echo_line(waiting)?,
+        Command::SerialEchoBytes { length } => console::echo_bytes(length, waiting)?,
+        Command::PowerButton => {
+            power::button(waiting)?;
+            String::new()
+        }
+        Command::Poweroff => return Ok(Outcome::End(Ending::PowerOff)),
+        Command::Reboot => return Ok(Outcome::End(Ending::Restart)),
+        Command::Panic => return Ok(Outcome::End(Ending::Panic)),
+    };
+    Ok(Outcome::Done(details))
+}

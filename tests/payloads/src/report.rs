@@ -1,0 +1,68 @@
+//! What a payload found, for a person and for the program that started it: a line for each check,
+//! then `PASS` or `FAIL`, then the end of the machine.
+
+use core::fmt::Display;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use crate::system_call::{self, write_port_8};
+use crate::{arguments, port, println, time};
+
+static FAILED: AtomicBool = AtomicBool::new(false);
+
+/// Where neither memory nor a device is in any monitor: the last page below the I/O APIC.
+const UNUSED_ADDRESS: u32 = 0xfebf_f000;
+
+/// Prints that the check `name` succeeded.
+pub fn ok(name: impl Display) {
+    println!("ok: {name}");
+}
+
+/// Prints that the check `name` failed, and why; the verdict will be `FAIL`.
+pub fn fail(name: impl Display, reason: impl Display) {
+    FAILED.store(true, Ordering::Relaxed);
+    println!("FAIL: {name}: {reason}");
+}
+
+/// Prints how the check `name` went.
+pub fn check<E: Display>(name: impl Display, result: Result<(), E>) {
+    match result {
+        Ok(()) => ok(name),
+        Err(reason) => fail(name, reason),
+    }
+}
+
+/// Prints the verdict, then ends the machine as the argument `finish=` says: `reset` (when there
+/// is none), `poweroff`, `triple-fault`, `hang` or `emulation-failure`.
+pub fn finish() -> ! {
+    let way = arguments::value("finish").unwrap_or("reset");
+    if !matches!(way, "reset" | "poweroff" | "triple-fault" | "hang" | "emulation-failure") {
+        fail("finish", format_args!("there is no way to finish called '{way}'"));
+    }
+    println!("{}", if FAILED.load(Ordering::Relaxed) { "FAIL" } else { "PASS" });
+    match way {
+        "poweroff" => {
+            write_port_8(port::ACPI_SLEEP_CONTROL, port::ACPI_SOFT_OFF);
+            still_running(way);
+        }
+        "triple-fault" => system_call::triple_fault(),
+        "hang" => system_call::halt(),
+        "emulation-failure" => {
+            system_call::execute_unknown_instruction(UNUSED_ADDRESS);
+            still_running(way);
+        }
+        _ => {}
+    }
+    reset()
+}
+
+/// A monitor may let the processor run on for a moment before it acts.
+fn still_running(way: &str) {
+    time::delay(time::Duration::from_millis(200));
+    println!("FAIL: finish: the machine still runs after {way}");
+}
+
+/// Resets the machine by the keyboard controller, or by a triple fault where there is none.
+pub fn reset() -> ! {
+    write_port_8(port::I8042_COMMAND, port::I8042_PULSE_RESET_LINE);
+    system_call::triple_fault()
+}

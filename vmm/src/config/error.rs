@@ -1,0 +1,171 @@
+//! What can be wrong with a configuration.
+
+use std::io;
+use std::path::PathBuf;
+
+use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
+
+use super::memory_size::Bytes;
+use super::{DiskId, InterfaceName, Mtu};
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The machine file could not be read.
+    #[error("cannot read machine file '{}': {source}", path.display())]
+    ReadMachineFile {
+        /// The machine file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A line of the machine file is wrong.
+    #[error("{}:{line}: {message}", path.display())]
+    MachineFile {
+        /// The machine file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// There is nothing to boot.
+    #[error("no kernel given: add '--kernel FILE', or 'kernel = \"FILE\"' in the machine file")]
+    NoKernel,
+    /// Not a number of vCPUs that a machine can have.
+    #[error("invalid number of vCPUs '{text}': expected 1 to {MAX_VCPUS}")]
+    VcpuCount {
+        /// What was given.
+        text: String,
+    },
+    /// Not a memory size.
+    #[error(
+        "invalid memory size '{text}': expected a number with an optional unit K, M, G or T, \
+         such as 512M (a number alone counts MiB)"
+    )]
+    MemorySizeFormat {
+        /// What was given.
+        text: String,
+    },
+    /// Less or more memory than a machine can have.
+    #[error(
+        "memory size {text} is out of range: {} to {}",
+        Bytes(MIN_MEMORY_SIZE),
+        Bytes(MAX_MEMORY_SIZE)
+    )]
+    MemorySizeRange {
+        /// What was given.
+        text: String,
+    },
+    /// Not a whole number of pages.
+    #[error("memory size {text} is not a multiple of 4K")]
+    MemorySizePages {
+        /// What was given.
+        text: String,
+    },
+    /// Not a description of a disk.
+    #[error("{reason}; a disk is PATH[,ro][,id=NAME]")]
+    DiskOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not the id of a disk.
+    #[error("invalid disk id '{}': expected 1 to {} printable ASCII characters",
+        text.escape_debug(), DiskId::MAX_SIZE)]
+    DiskId {
+        /// What was given.
+        text: String,
+    },
+    /// Two disks have the same id.
+    #[error("disk id '{id}' is given to two disks: give each an id of its own")]
+    RepeatedDiskId {
+        /// The id.
+        id: DiskId,
+    },
+    /// A file is the disk of two devices.
+    #[error(
+        "disk '{}' is given twice: give each device a file of its own, or make both read-only",
+        path.display()
+    )]
+    RepeatedDisk {
+        /// The file, as given the second time.
+        path: PathBuf,
+    },
+    /// Not a description of a network device.
+    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N]")]
+    NetOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not the name of a network interface.
+    #[error(
+        "invalid interface name '{}': expected 1 to {} ASCII characters without space, '/', ':' or '%'",
+        text.escape_debug(), InterfaceName::MAX_SIZE
+    )]
+    InterfaceName {
+        /// What was given.
+        text: String,
+    },
+    /// Not a MAC address.
+    #[error(
+        "invalid MAC address '{}': expected one such as 52:54:00:12:34:56",
+        text.escape_debug()
+    )]
+    MacAddressFormat {
+        /// What was given.
+        text: String,
+    },
+    /// A MAC address that no interface can have.
+    #[error(
+        "MAC address '{text}' is not that of one interface: \
+         its first byte must be even, and it must not be all zeros"
+    )]
+    MacAddressKind {
+        /// What was given.
+        text: String,
+    },
+    /// Not a size that packets can have.
+    #[error("mtu {size} is out of range: {} to {}", Mtu::MIN, u16::MAX)]
+    Mtu {
+        /// What was given.
+        size: i64,
+    },
+    /// Two network devices use the same interface.
+    #[error("tap interface '{tap}' is given twice: give each network device one of its own")]
+    RepeatedTap {
+        /// The interface.
+        tap: InterfaceName,
+    },
+    /// Not an other end that a serial port can have.
+    #[error("invalid serial port '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
+    Serial {
+        /// What was given.
+        text: String,
+    },
+    /// Not a boot protocol.
+    #[error("invalid boot protocol '{text}': expected auto, pvh or linux64")]
+    BootProtocol {
+        /// What was given.
+        text: String,
+    },
+    /// Not something that a reboot can do.
+    #[error("invalid action on reboot '{text}': expected exit or restart")]
+    OnReboot {
+        /// What was given.
+        text: String,
+    },
+    /// More devices than a machine has interrupts for.
+    #[error(
+        "too many devices: {disks} disks, {nets} network devices and {rng} entropy device make {}, \
+         but a machine has room for {MAX_VIRTIO_DEVICES}",
+        disks + nets + rng
+    )]
+    TooManyDevices {
+        /// Number of disks.
+        disks: usize,
+        /// Number of network devices.
+        nets: usize,
+        /// Number of entropy devices.
+        rng: usize,
+    },
+}

@@ -1,0 +1,217 @@
+//! What a machine is made of, as a user writes it: on the command line or in a machine file.
+//!
+//! [`MachineOptions`] holds what one source says, every part of it optional. Both sources read the
+//! same structs: a machine file through [`toml`], an option such as `--disk disk.img,ro,id=root`
+//! through a small serde deserializer for option strings. [`MachineOptions::or`] lays one source
+//! over another, and [`MachineOptions::into_config`] fills in the defaults and checks the result,
+//! a [`MachineConfig`]. An embedding program starts from [`MachineConfig::new`] instead.
+
+mod disk;
+mod error;
+mod memory_size;
+mod net;
+mod option_string;
+mod options;
+mod serial;
+mod vcpu_count;
+mod whole_number;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::hash::Hash;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use bantam_arch::layout;
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as ValueError;
+
+pub use disk::{DiskConfig, DiskId};
+pub use error::ConfigError;
+pub use memory_size::MemorySize;
+pub use net::{InterfaceName, MacAddress, Mtu, NetConfig};
+pub use options::MachineOptions;
+pub use serial::SerialConfig;
+pub use vcpu_count::VcpuCount;
+
+/// Everything that decides what a machine is.
+///
+/// The types of the fields hold only values that are right by themselves;
+/// [`MachineConfig::validate`] checks that they are right together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line in place of the one that fits the machine.
+    pub cmdline: Option<String>,
+    /// Words added to the end of the kernel command line.
+    pub append: Option<String>,
+    /// Number of vCPUs.
+    pub cpus: VcpuCount,
+    /// Guest memory.
+    pub memory: MemorySize,
+    /// Disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order in which the guest finds them.
+    pub nets: Vec<NetConfig>,
+    /// Other end of the serial port.
+    pub serial: SerialConfig,
+    /// Whether the guest has an entropy device.
+    pub rng: bool,
+    /// How the kernel is entered.
+    pub boot_protocol: BootProtocolOption,
+    /// What a reboot of the guest does.
+    pub on_reboot: OnReboot,
+    /// Whether a host without hardware virtualization adds the words to the kernel command line
+    /// that a guest needs there.
+    pub host_workarounds: bool,
+}
+
+impl MachineConfig {
+    /// A machine that boots `kernel` and is otherwise all defaults: one vCPU, 256 MiB of memory,
+    /// the serial port on standard input and output, an entropy device, no disk and no network.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: None,
+            append: None,
+            cpus: VcpuCount::default(),
+            memory: MemorySize::default(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            serial: SerialConfig::default(),
+            rng: true,
+            boot_protocol: BootProtocolOption::default(),
+            on_reboot: OnReboot::default(),
+            host_workarounds: true,
+        }
+    }
+
+    /// Checks that the parts of the machine fit together.
+    ///
+    /// # Errors
+    ///
+    /// When two disks have the same id, a file is the disk of two devices and not read-only in
+    /// both, two network devices use the same tap interface, or there are more devices than a
+    /// machine has interrupts for ([`layout::MAX_VIRTIO_DEVICES`]).
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
+        if devices > layout::MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::TooManyDevices {
+                disks: self.disks.len(),
+                nets: self.nets.len(),
+                rng: usize::from(self.rng),
+            });
+        }
+        if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {
+            return Err(ConfigError::RepeatedDiskId { id: id.clone() });
+        }
+        if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
+            return Err(ConfigError::RepeatedTap { tap: tap.clone() });
+        }
+        self.validate_disk_sharing()
+    }
+
+    fn validate_disk_sharing(&self) -> Result<(), ConfigError> {
+        let mut readonly_by_file = HashMap::new();
+        for disk in &self.disks {
+            // A file that cannot be resolved is reported when it is opened.
+            let file = disk
+                .path
+                .canonicalize()
+                .unwrap_or_else(|_| disk.path.clone());
+            if let Some(other_readonly) = readonly_by_file.insert(file, disk.readonly)
+                && !(disk.readonly && other_readonly)
+            {
+                return Err(ConfigError::RepeatedDisk {
+                    path: disk.path.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T> {
+    let mut seen = HashSet::new();
+    items.find_map(|item| seen.replace(item))
+}
+
+/// How the kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocolOption {
+    /// The best one that the kernel image offers.
+    #[default]
+    Auto,
+    /// PVH (Xen, `docs/misc/pvh`).
+    Pvh,
+    /// 64-bit Linux boot protocol (`Documentation/arch/x86/boot.rst`).
+    Linux64,
+}
+
+impl FromStr for BootProtocolOption {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        variant_by_name(text).ok_or_else(|| ConfigError::BootProtocol { text: text.into() })
+    }
+}
+
+impl fmt::Display for BootProtocolOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Pvh => "pvh",
+            Self::Linux64 => "linux64",
+        })
+    }
+}
+
+/// What a reboot of the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// Ends the machine.
+    #[default]
+    Exit,
+    /// Starts the machine again.
+    Restart,
+}
+
+impl FromStr for OnReboot {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        variant_by_name(text).ok_or_else(|| ConfigError::OnReboot { text: text.into() })
+    }
+}
+
+impl fmt::Display for OnReboot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Exit => "exit",
+            Self::Restart => "restart",
+        })
+    }
+}
+
+/// The unit variant that serde knows by this name, so that names are written once.
+fn variant_by_name<'de, T: Deserialize<'de>>(name: &'de str) -> Option<T> {
+    let deserializer = IntoDeserializer::<ValueError>::into_deserializer(name);
+    T::deserialize(deserializer).ok()
+}
+
+/// Makes a relative path relative to `folder`.
+fn rebase(path: &mut PathBuf, folder: &Path) {
+    if path.is_relative() {
+        *path = folder.join(&path);
+    }
+}
+
+#[cfg(test)]
+mod tests;

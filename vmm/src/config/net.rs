@@ -1,0 +1,318 @@
+//! Network devices.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer};
+
+use super::{ConfigError, option_string, whole_number};
+
+/// A network device of the guest, connected to a tap interface of the host.
+///
+/// On the command line `tap=NAME[,mac=MAC][,mtu=N]`; in a machine file a `[[net]]` table with the
+/// same keys.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Tap interface of the host.
+    pub tap: InterfaceName,
+    /// The guest's MAC address.
+    pub mac: Option<MacAddress>,
+    /// Largest packet the guest is told to send.
+    pub mtu: Option<Mtu>,
+}
+
+impl NetConfig {
+    /// The address given, or else one that is made from the tap's name: locally administered, and
+    /// the same at each start.
+    pub fn mac_address(&self) -> MacAddress {
+        self.mac.unwrap_or_else(|| {
+            // FNV-1a, 64 bits.
+            let hash = self
+                .tap
+                .as_str()
+                .bytes()
+                .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+                });
+            let [a, b, c, d, e, ..] = hash.to_le_bytes();
+            MacAddress([0x02, a, b, c, d, e])
+        })
+    }
+}
+
+impl FromStr for NetConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        option_string::parse(text, None).map_err(|error| ConfigError::NetOption {
+            reason: error.to_string(),
+        })
+    }
+}
+
+impl fmt::Display for NetConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tap={}", option_string::escape(self.tap.as_str()))?;
+        if let Some(mac) = self.mac {
+            write!(f, ",mac={mac}")?;
+        }
+        match self.mtu {
+            Some(mtu) => write!(f, ",mtu={mtu}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Name of a network interface of the host: 1 to 15 printable ASCII characters that Linux allows
+/// in such a name (no space, `/`, `:`, nor `%`, which makes it a pattern).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+pub struct InterfaceName(String);
+
+impl InterfaceName {
+    /// Most bytes of a name: `IFNAMSIZ` less the terminating NUL.
+    pub const MAX_SIZE: usize = 15;
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for InterfaceName {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        let allowed = |byte: u8| byte.is_ascii_graphic() && !b"/:%".contains(&byte);
+        if !(1..=Self::MAX_SIZE).contains(&text.len())
+            || !text.bytes().all(allowed)
+            || text == "."
+            || text == ".."
+        {
+            return Err(ConfigError::InterfaceName { text });
+        }
+        Ok(Self(text))
+    }
+}
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// MAC address of one interface: neither a multicast address nor all zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MacAddress([u8; 6]);
+
+impl MacAddress {
+    /// The bytes in the order in which they are written and sent.
+    pub fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl TryFrom<[u8; 6]> for MacAddress {
+    type Error = ConfigError;
+
+    fn try_from(bytes: [u8; 6]) -> Result<Self, ConfigError> {
+        let address = Self(bytes);
+        if bytes[0] & 1 != 0 || bytes == [0; 6] {
+            return Err(ConfigError::MacAddressKind {
+                text: address.to_string(),
+            });
+        }
+        Ok(address)
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let invalid = || ConfigError::MacAddressFormat { text: text.into() };
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let digits = parts.next().ok_or_else(invalid)?;
+            if digits.len() != 2 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(invalid());
+            }
+            *byte = u8::from_str_radix(digits, 16).map_err(|_| invalid())?;
+        }
+        if parts.next().is_some() {
+            return Err(invalid());
+        }
+        Self::try_from(bytes)
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// Maximum transmission unit in bytes: 68 to 65535 (virtio 1.3, section 5.1.4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mtu(u16);
+
+impl Mtu {
+    /// Least value: what every IPv4 link must carry.
+    pub const MIN: u16 = 68;
+
+    /// The number of bytes.
+    pub fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for Mtu {
+    type Error = ConfigError;
+
+    fn try_from(size: i64) -> Result<Self, ConfigError> {
+        match u16::try_from(size) {
+            Ok(size @ Self::MIN..) => Ok(Self(size)),
+            _ => Err(ConfigError::Mtu { size }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Mtu {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        whole_number::deserialize(deserializer, Self::try_from)
+    }
+}
+
+impl fmt::Display for Mtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn net(text: &str) -> Result<NetConfig, String> {
+        text.parse().map_err(|error: ConfigError| error.to_string())
+    }
+
+    #[test]
+    fn reads_the_option_string() {
+        let net = net("mtu=9000,tap=vm-tap0,mac=52:54:00:AB:cd:01").unwrap();
+        assert_eq!(net.tap.as_str(), "vm-tap0");
+        assert_eq!(net.mac.unwrap().bytes(), [0x52, 0x54, 0, 0xab, 0xcd, 1]);
+        assert_eq!(net.mtu.unwrap().get(), 9000);
+    }
+
+    #[test]
+    fn refuses_what_is_wrong_and_shows_the_accepted_form() {
+        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N]";
+        for (text, reason) in [
+            ("", "an item has no name"),
+            (
+                "tap0",
+                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu'",
+            ),
+            ("mac=52:54:00:12:34:56", "'tap' is missing"),
+            ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65535"),
+            ("tap=t,mtu=65536", "mtu 65536 is out of range: 68 to 65535"),
+            (
+                "tap=t,mtu=big",
+                "the value 'big' of 'mtu' is not a whole number",
+            ),
+            (
+                "tap=t,mac=01:00:5e:00:00:01",
+                "MAC address '01:00:5e:00:00:01' is not that of one interface: \
+                 its first byte must be even, and it must not be all zeros",
+            ),
+            (
+                "tap=t,mac=52:54:00:12:34",
+                "invalid MAC address '52:54:00:12:34': expected one such as 52:54:00:12:34:56",
+            ),
+        ] {
+            assert_eq!(net(text).unwrap_err(), format!("{reason}{form}"));
+        }
+    }
+
+    #[test]
+    fn an_address_of_ones_own_is_stable_and_local() {
+        let address = |text: &str| net(text).unwrap().mac_address().to_string();
+        assert_eq!(address("tap=vm-tap0"), address("tap=vm-tap0,mtu=9000"));
+        assert_ne!(address("tap=vm-tap0"), address("tap=vm-tap1"));
+        assert!(address("tap=vm-tap0").starts_with("02:"));
+        assert_eq!(address("tap=t,mac=52:54:00:ab:cd:01"), "52:54:00:ab:cd:01");
+    }
+
+    #[test]
+    fn interface_names_follow_linux() {
+        for name in ["tap0", "a", "vm.12_3-x@if4", "123456789012345"] {
+            assert!(InterfaceName::try_from(name.to_owned()).is_ok(), "{name}");
+        }
+        for name in [
+            "",
+            ".",
+            "..",
+            "a b",
+            "a/b",
+            "a:b",
+            "tap%d",
+            "é",
+            "1234567890123456",
+        ] {
+            assert!(InterfaceName::try_from(name.to_owned()).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn mac_addresses_need_twelve_digits_in_pairs() {
+        for text in [
+            "",
+            "525400123456",
+            "52-54-00-12-34-56",
+            "52:54:00:12:34:+6",
+            "5:4:0:1:3:5",
+        ] {
+            assert!(text.parse::<MacAddress>().is_err(), "{text}");
+        }
+        assert!("52:54:00:12:34:56:78".parse::<MacAddress>().is_err());
+        assert!("00:00:00:00:00:00".parse::<MacAddress>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn display_parses_back(
+            tap in "[a-z,=@][a-z0-9,.=-]{0,14}",
+            mac in proptest::option::of(any::<[u8; 6]>()),
+            mtu in proptest::option::of(68..=65535i64),
+        ) {
+            let net = NetConfig {
+                tap: InterfaceName::try_from(tap).unwrap(),
+                mac: mac.and_then(|bytes| MacAddress::try_from(bytes).ok()),
+                mtu: mtu.map(|size| Mtu::try_from(size).unwrap()),
+            };
+            prop_assert_eq!(net.to_string().parse::<NetConfig>().unwrap(), net);
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused(text in ".*", mac in "[0-9a-f:é]{0,20}") {
+            let _ = text.parse::<NetConfig>();
+            let _ = text.parse::<MacAddress>();
+            let _ = mac.parse::<MacAddress>();
+        }
+    }
+}

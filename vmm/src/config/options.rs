@@ -1,0 +1,197 @@
+//! What one source, the command line or a machine file, says about a machine.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{
+    BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize, NetConfig, OnReboot,
+    SerialConfig, VcpuCount, rebase,
+};
+
+/// Most bytes of a machine file.
+const MAX_MACHINE_FILE_SIZE: u64 = 1 << 20;
+
+/// What one source says about a machine; `None` where it says nothing.
+///
+/// A machine file is TOML. Its keys are the long options of the command line without `--`:
+///
+/// ```toml
+/// kernel = "vmlinux"
+/// memory = "512M"
+/// on-reboot = "restart"
+///
+/// [[disk]]
+/// path = "root.img"
+/// readonly = true
+///
+/// [[net]]
+/// tap = "tap0"
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MachineOptions {
+    /// See [`MachineConfig::kernel`].
+    pub kernel: Option<PathBuf>,
+    /// See [`MachineConfig::initrd`].
+    pub initrd: Option<PathBuf>,
+    /// See [`MachineConfig::cmdline`].
+    pub cmdline: Option<String>,
+    /// See [`MachineConfig::append`].
+    pub append: Option<String>,
+    /// See [`MachineConfig::cpus`].
+    pub cpus: Option<VcpuCount>,
+    /// See [`MachineConfig::memory`].
+    pub memory: Option<MemorySize>,
+    /// See [`MachineConfig::disks`].
+    #[serde(rename = "disk")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// See [`MachineConfig::nets`].
+    #[serde(rename = "net")]
+    pub nets: Option<Vec<NetConfig>>,
+    /// See [`MachineConfig::serial`].
+    pub serial: Option<SerialConfig>,
+    /// See [`MachineConfig::rng`].
+    pub rng: Option<bool>,
+    /// See [`MachineConfig::boot_protocol`].
+    pub boot_protocol: Option<BootProtocolOption>,
+    /// See [`MachineConfig::on_reboot`].
+    pub on_reboot: Option<OnReboot>,
+    /// See [`MachineConfig::host_workarounds`].
+    pub host_workarounds: Option<bool>,
+}
+
+impl MachineOptions {
+    /// Reads a machine file of at most 1 MiB.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, and as [`Self::from_toml`].
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = read_machine_file(path).map_err(|source| ConfigError::ReadMachineFile {
+            path: path.into(),
+            source,
+        })?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Reads the text of the machine file `path`. Relative paths in it are relative to the folder
+    /// of that file.
+    ///
+    /// # Errors
+    ///
+    /// When the text is not TOML, has an option that does not exist or a value that an option
+    /// cannot have. The error names the line.
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut options: Self = toml::from_str(text).map_err(|error| ConfigError::MachineFile {
+            path: path.into(),
+            line: line_number(text, error.span().map_or(0, |span| span.start)),
+            message: describe(error.message()),
+        })?;
+        if let Some(folder) = path.parent() {
+            options.rebase_paths(folder);
+        }
+        Ok(options)
+    }
+
+    fn rebase_paths(&mut self, folder: &Path) {
+        let serial = match &mut self.serial {
+            Some(SerialConfig::File(path) | SerialConfig::Socket(path)) => Some(path),
+            _ => None,
+        };
+        let disks = self.disks.iter_mut().flatten().map(|disk| &mut disk.path);
+        for path in self
+            .kernel
+            .iter_mut()
+            .chain(&mut self.initrd)
+            .chain(serial)
+            .chain(disks)
+        {
+            rebase(path, folder);
+        }
+    }
+
+    /// Takes from `fallback` what `self` does not say. Disks are taken all or none, and so are
+    /// network devices.
+    #[must_use]
+    pub fn or(self, fallback: Self) -> Self {
+        Self {
+            kernel: self.kernel.or(fallback.kernel),
+            initrd: self.initrd.or(fallback.initrd),
+            cmdline: self.cmdline.or(fallback.cmdline),
+            append: self.append.or(fallback.append),
+            cpus: self.cpus.or(fallback.cpus),
+            memory: self.memory.or(fallback.memory),
+            disks: self.disks.or(fallback.disks),
+            nets: self.nets.or(fallback.nets),
+            serial: self.serial.or(fallback.serial),
+            rng: self.rng.or(fallback.rng),
+            boot_protocol: self.boot_protocol.or(fallback.boot_protocol),
+            on_reboot: self.on_reboot.or(fallback.on_reboot),
+            host_workarounds: self.host_workarounds.or(fallback.host_workarounds),
+        }
+    }
+
+    /// Fills in the defaults.
+    ///
+    /// # Errors
+    ///
+    /// When there is no kernel, and as [`MachineConfig::validate`].
+    pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
+        let defaults = MachineConfig::new(self.kernel.ok_or(ConfigError::NoKernel)?);
+        let config = MachineConfig {
+            kernel: defaults.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            append: self.append,
+            cpus: self.cpus.unwrap_or(defaults.cpus),
+            memory: self.memory.unwrap_or(defaults.memory),
+            disks: self.disks.unwrap_or(defaults.disks),
+            nets: self.nets.unwrap_or(defaults.nets),
+            serial: self.serial.unwrap_or(defaults.serial),
+            rng: self.rng.unwrap_or(defaults.rng),
+            boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
+            on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),
+            host_workarounds: self.host_workarounds.unwrap_or(defaults.host_workarounds),
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn read_machine_file(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let mut file = File::open(path)?.take(MAX_MACHINE_FILE_SIZE + 1);
+    if file.read_to_string(&mut text)? as u64 > MAX_MACHINE_FILE_SIZE {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "it is larger than 1 MiB",
+        ));
+    }
+    Ok(text)
+}
+
+/// Number, from 1, of the line with the byte at `offset`.
+fn line_number(text: &str, offset: usize) -> usize {
+    1 + text
+        .bytes()
+        .take(offset)
+        .filter(|&byte| byte == b'\n')
+        .count()
+}
+
+/// Serde's words for a struct in those of a configuration file, on one line.
+fn describe(message: &str) -> String {
+    let message = message.replace('`', "'").replace('\n', " ");
+    for (serde_words, words) in [
+        ("unknown field", "unknown option"),
+        ("missing field", "missing option"),
+    ] {
+        if let Some(rest) = message.strip_prefix(serde_words) {
+            return format!("{words}{rest}");
+        }
+    }
+    message
+}

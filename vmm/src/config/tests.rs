@@ -1,0 +1,285 @@
+//! Tests of machine files, of how sources combine, and of what fits together.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn options(text: &str) -> Result<MachineOptions, String> {
+    MachineOptions::from_toml(text, Path::new("/vm/machine.toml"))
+        .map_err(|error| error.to_string())
+}
+
+fn config(text: &str) -> Result<MachineConfig, String> {
+    options(text)?
+        .into_config()
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_kernel_is_enough() {
+    assert_eq!(
+        config("kernel = 'vmlinux'"),
+        Ok(MachineConfig::new("/vm/vmlinux"))
+    );
+    let config = MachineConfig::new("/vm/vmlinux");
+    assert_eq!((config.cpus.get(), config.memory.bytes()), (1, 256 << 20));
+    assert_eq!(config.serial, SerialConfig::Stdio);
+    assert!(config.rng && config.host_workarounds);
+}
+
+#[test]
+fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
+    let config = config(
+        r#"
+        kernel = "vmlinux"
+        initrd = "/boot/initrd"
+        cmdline = "console=ttyS0"
+        append = "quiet"
+        cpus = 2
+        memory = "512M"
+        serial = "file=logs/serial.log"
+        rng = false
+        boot-protocol = "linux64"
+        on-reboot = "restart"
+        host-workarounds = false
+
+        [[disk]]
+        path = "root,1.img"
+        readonly = true
+        id = "root"
+
+        [[disk]]
+        path = "/data.img"
+
+        [[net]]
+        tap = "tap0"
+        mac = "52:54:00:12:34:56"
+        mtu = 1500
+        "#,
+    );
+    let expected = MachineConfig {
+        kernel: "/vm/vmlinux".into(),
+        initrd: Some("/boot/initrd".into()),
+        cmdline: Some("console=ttyS0".into()),
+        append: Some("quiet".into()),
+        cpus: "2".parse().unwrap(),
+        memory: "512M".parse().unwrap(),
+        disks: vec![
+            "/vm/root,,1.img,ro,id=root".parse().unwrap(),
+            DiskConfig::new("/data.img"),
+        ],
+        nets: vec!["tap=tap0,mac=52:54:00:12:34:56,mtu=1500".parse().unwrap()],
+        serial: SerialConfig::File("/vm/logs/serial.log".into()),
+        rng: false,
+        boot_protocol: BootProtocolOption::Linux64,
+        on_reboot: OnReboot::Restart,
+        host_workarounds: false,
+    };
+    assert_eq!(config, Ok(expected));
+}
+
+#[test]
+fn errors_in_a_machine_file_name_the_line() {
+    for (text, expected) in [
+        (
+            "kernel = 'k'\nmemroy = 5",
+            "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
+             'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'serial', 'rng', \
+             'boot-protocol', 'on-reboot', 'host-workarounds'",
+        ),
+        (
+            "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
+            "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
+             'id'",
+        ),
+        (
+            "\n[[net]]\nmtu = 99",
+            "/vm/machine.toml:2: missing option 'tap'",
+        ),
+        (
+            "[[net]]\ntap = 't'\nmtu = 5",
+            "/vm/machine.toml:3: mtu 5 is out of range: 68 to 65535",
+        ),
+        (
+            "cpus = 1000",
+            "/vm/machine.toml:1: invalid number of vCPUs '1000': expected 1 to 32",
+        ),
+        (
+            "cpus = 'two'",
+            "/vm/machine.toml:1: invalid type: string \"two\", expected a whole number",
+        ),
+        (
+            "memory = '1M'",
+            "/vm/machine.toml:1: memory size 1M is out of range: 16M to 1023G",
+        ),
+        (
+            "memory = -1",
+            "/vm/machine.toml:1: memory size -1M is out of range: 16M to 1023G",
+        ),
+        (
+            "memory = 1.5",
+            "/vm/machine.toml:1: invalid type: floating point `1.5`, expected a memory size such \
+             as \"512M\"",
+        ),
+        (
+            "rng = 'on'",
+            "/vm/machine.toml:1: invalid type: string \"on\", expected a boolean",
+        ),
+        (
+            "on-reboot = 'stop'",
+            "/vm/machine.toml:1: unknown variant 'stop', expected 'exit' or 'restart'",
+        ),
+    ] {
+        assert_eq!(options(text).unwrap_err(), expected.replace('`', "'"));
+    }
+    let broken = options("kernel = 'k'\ncpus =\n").unwrap_err();
+    assert!(broken.starts_with("/vm/machine.toml:2: "), "{broken}");
+    assert!(!broken.contains('\n'), "{broken}");
+}
+
+#[test]
+fn an_integer_memory_size_counts_mebibytes() {
+    assert_eq!(
+        config("kernel = 'k'\nmemory = 512").unwrap().memory.bytes(),
+        512 << 20
+    );
+}
+
+#[test]
+fn the_first_source_wins_and_lists_are_not_mixed() {
+    let file = options(
+        "kernel = 'file'\ncpus = 4\nrng = false\n[[disk]]\npath = '/a'\n[[net]]\ntap = 'tap0'",
+    )
+    .unwrap();
+    let command_line = MachineOptions {
+        kernel: Some("line".into()),
+        rng: Some(true),
+        disks: Some(vec![DiskConfig::new("/b")]),
+        ..MachineOptions::default()
+    };
+    let config = command_line.or(file).into_config().unwrap();
+    assert_eq!(config.kernel, Path::new("line"));
+    assert_eq!(config.cpus.get(), 4);
+    assert!(config.rng);
+    assert_eq!(config.disks, [DiskConfig::new("/b")]);
+    assert_eq!(config.nets.len(), 1);
+}
+
+#[test]
+fn a_missing_kernel_or_machine_file_is_reported() {
+    let error = MachineOptions::default()
+        .into_config()
+        .unwrap_err()
+        .to_string();
+    assert!(error.starts_with("no kernel given"), "{error}");
+    let error = MachineOptions::from_file(Path::new("/nonexistent.toml"))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "cannot read machine file '/nonexistent.toml': No such file or directory (os error 2)"
+    );
+    let error = MachineOptions::from_file(Path::new("/dev/zero"))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "cannot read machine file '/dev/zero': it is larger than 1 MiB"
+    );
+}
+
+fn with_disks(disks: &[&str]) -> Result<(), String> {
+    let disks = disks.iter().map(|disk| disk.parse().unwrap()).collect();
+    let config = MachineConfig {
+        disks,
+        ..MachineConfig::new("k")
+    };
+    config.validate().map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_file_is_not_two_disks_unless_read_only() {
+    // The same existing file by two names, and a file that does not exist.
+    for [one, other] in [
+        ["/dev/null", "/dev/../dev/null"],
+        ["missing.img", "missing.img"],
+    ] {
+        let expected = format!(
+            "disk '{other}' is given twice: \
+             give each device a file of its own, or make both read-only"
+        );
+        assert_eq!(with_disks(&[one, other]), Err(expected.clone()));
+        assert_eq!(with_disks(&[&format!("{one},ro"), other]), Err(expected));
+        assert_eq!(
+            with_disks(&[&format!("{one},ro"), &format!("{other},ro")]),
+            Ok(())
+        );
+    }
+}
+
+#[test]
+fn ids_and_taps_are_not_repeated() {
+    assert_eq!(with_disks(&["a,id=x", "b,id=y", "c"]), Ok(()));
+    assert_eq!(
+        with_disks(&["a,id=x", "b,id=x"]).unwrap_err(),
+        "disk id 'x' is given to two disks: give each an id of its own"
+    );
+    let net: NetConfig = "tap=t".parse().unwrap();
+    let config = MachineConfig {
+        nets: vec![net.clone(), net],
+        ..MachineConfig::new("k")
+    };
+    assert_eq!(
+        config.validate().unwrap_err().to_string(),
+        "tap interface 't' is given twice: give each network device one of its own"
+    );
+}
+
+#[test]
+fn devices_have_an_interrupt_each() {
+    let disks: Vec<_> = (0..18)
+        .map(|index| DiskConfig::new(format!("{index}.img")))
+        .collect();
+    let mut config = MachineConfig {
+        disks,
+        rng: false,
+        ..MachineConfig::new("k")
+    };
+    config.validate().unwrap();
+    config.rng = true;
+    assert_eq!(
+        config.validate().unwrap_err().to_string(),
+        "too many devices: 18 disks, 0 network devices and 1 entropy device make 19, \
+         but a machine has room for 18"
+    );
+}
+
+#[test]
+fn choices_read_what_they_display() {
+    for choice in [
+        BootProtocolOption::Auto,
+        BootProtocolOption::Pvh,
+        BootProtocolOption::Linux64,
+    ] {
+        assert_eq!(
+            choice.to_string().parse::<BootProtocolOption>().unwrap(),
+            choice
+        );
+    }
+    for choice in [OnReboot::Exit, OnReboot::Restart] {
+        assert_eq!(choice.to_string().parse::<OnReboot>().unwrap(), choice);
+    }
+    assert!("PVH".parse::<BootProtocolOption>().is_err());
+    assert!("".parse::<OnReboot>().is_err());
+}
+
+proptest! {
+    #[test]
+    fn any_machine_file_is_read_or_refused(text in "(?s).*|([a-z]{1,8} = ['0-9a-z]{1,8}\n){0,4}") {
+        if let Err(error) = options(&text) {
+            prop_assert!(!error.contains('\n'), "{}", error);
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Whole numbers in option strings and machine files.
+
+use std::fmt;
+
+use serde::de::{Deserializer, Error, Visitor};
+
+/// Reads a number and hands it to `check`, whose error text becomes the deserializer's error.
+pub(super) fn deserialize<'de, D, T, E>(
+    deserializer: D,
+    check: impl FnOnce(i64) -> Result<T, E>,
+) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    E: fmt::Display,
+{
+    let number = deserializer.deserialize_i64(WholeNumberVisitor)?;
+    check(number).map_err(D::Error::custom)
+}
+
+struct WholeNumberVisitor;
+
+impl Visitor<'_> for WholeNumberVisitor {
+    type Value = i64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number")
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<i64, E> {
+        Ok(number)
+    }
+}

@@ -1,0 +1,165 @@
+//! What can go wrong with a machine.
+
+use std::io;
+use std::path::PathBuf;
+
+use bantam_devices::disk::DiskError;
+use bantam_devices::tap::TapError;
+
+use crate::config::ConfigError;
+use crate::host::HostError;
+
+/// Why a machine cannot be built, or has ended otherwise than by its guest's wish. Each displays as
+/// one line with cause and remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The host cannot run machines.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A request to KVM failed.
+    #[error("KVM cannot {action}: {source}")]
+    Kvm {
+        /// What was asked of it.
+        action: &'static str,
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+    /// There is no memory for the guest.
+    #[error("cannot reserve {mib} MiB of guest memory: {reason}; use a smaller --memory")]
+    Memory {
+        /// How much was asked for.
+        mib: u64,
+        /// Why not.
+        reason: String,
+    },
+    /// The kernel image cannot be opened.
+    #[error("cannot open kernel '{path}': {source}", path = .path.display())]
+    OpenKernel {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kernel image cannot be loaded.
+    #[error("cannot load kernel '{path}': {source}", path = .path.display())]
+    LoadKernel {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: bantam_boot::KernelError,
+    },
+    /// The initrd cannot be opened.
+    #[error("cannot open initrd '{path}': {source}", path = .path.display())]
+    OpenInitrd {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The initrd cannot be loaded.
+    #[error("cannot load initrd '{path}': {source}", path = .path.display())]
+    LoadInitrd {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: bantam_boot::InitrdError,
+    },
+    /// The kernel command line is not valid.
+    #[error("invalid kernel command line: {0}")]
+    CommandLine(#[from] bantam_boot::CommandLineError),
+    /// What the kernel is told at its start cannot be written.
+    #[error("cannot start the kernel: {0}")]
+    StartInformation(#[from] bantam_boot::StartInformationError),
+    /// The tables that describe the machine cannot be made.
+    #[error("cannot describe the machine to the guest: {0}")]
+    Tables(#[from] bantam_arch::Error),
+    /// Two devices of the machine are in each other's way.
+    #[error(transparent)]
+    Bus(#[from] bantam_devices::bus::BusError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A network interface cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The host's end of the serial port cannot be used.
+    #[error("cannot {action}: {source}{remedy}")]
+    Serial {
+        /// What was being done, to what.
+        action: String,
+        /// Why it failed.
+        source: io::Error,
+        /// What to do about it, as a continuation of the line.
+        remedy: &'static str,
+    },
+    /// The host is out of something small: file descriptors, threads.
+    #[error("cannot create {what}: {source}")]
+    Resource {
+        /// What could not be had.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The event loop cannot go on.
+    #[error("the device event loop failed: {0}")]
+    EventLoop(#[from] event_manager::Error),
+    /// A thread of the machine panicked, which is a bug of the monitor.
+    #[error("a thread of the machine panicked: this is a bug, please report it with the log")]
+    Panic,
+    /// What the guest wrote could not be brought to stable storage at the end.
+    #[error("cannot flush disk '{path}' at the end: {source}", path = .path.display())]
+    Flush {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The guest shut a vCPU down by faulting while it handled a fault that it could not handle.
+    #[error(
+        "the guest crashed: triple fault of vCPU {vcpu} at {rip:#x} (registers are in the log at \
+         level error)"
+    )]
+    TripleFault {
+        /// Index of the vCPU.
+        vcpu: u8,
+        /// Its instruction pointer.
+        rip: u64,
+    },
+    /// The guest ran an instruction that KVM cannot run for it.
+    #[error(
+        "KVM cannot emulate the instruction at {rip:#x} of vCPU {vcpu}, bytes {bytes}: {remedy}"
+    )]
+    Emulation {
+        /// Index of the vCPU.
+        vcpu: u8,
+        /// Its instruction pointer.
+        rip: u64,
+        /// The instruction bytes in hexadecimal, as far as they are known.
+        bytes: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// KVM stopped running a vCPU.
+    #[error("KVM cannot run vCPU {vcpu}: {reason} (registers are in the log at level error)")]
+    Vcpu {
+        /// Index of the vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// For `map_err` on a request to KVM that was to `action`.
+    pub(crate) fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+        move |source| Error::Kvm { action, source }
+    }
+
+    /// For `map_err` on the creation of `what`.
+    pub(crate) fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
+        move |source| Error::Resource { what, source }
+    }
+}

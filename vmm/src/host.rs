@@ -1,0 +1,346 @@
+//! What the host offers to machines.
+
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+use kvm_ioctls::{Cap, Kvm};
+
+const KVM_DEVICE: &CStr = c"/dev/kvm";
+const TUN_DEVICE: &str = "/dev/net/tun";
+
+/// The stable version of the KVM API; no program should run on another (KVM API, section 4.1).
+const KVM_API_VERSION: i32 = 12;
+
+/// Bit of `CAP_NET_ADMIN` in a set of Linux capabilities (`linux/capability.h`).
+const CAP_NET_ADMIN: u32 = 12;
+
+/// What lets the host's processor run guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Virtualization {
+    /// Intel VT-x.
+    Vmx,
+    /// AMD-V.
+    Svm,
+    /// No help from the processor: `kvm_pvm` switches page tables and emulates a guest's
+    /// privileged instructions.
+    Pvm,
+    /// Nothing.
+    None,
+}
+
+/// Finds out what lets the host's processor run guests.
+pub fn virtualization() -> Virtualization {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    match processor_virtualization(&cpuinfo) {
+        Virtualization::None if Path::new("/sys/module/kvm_pvm").exists() => Virtualization::Pvm,
+        found => found,
+    }
+}
+
+fn processor_virtualization(cpuinfo: &str) -> Virtualization {
+    let flags = cpuinfo
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.trim() == "flags")
+        .map_or("", |(_, flags)| flags);
+    let has = |name| flags.split_whitespace().any(|flag| flag == name);
+    if has("vmx") {
+        Virtualization::Vmx
+    } else if has("svm") {
+        Virtualization::Svm
+    } else {
+        Virtualization::None
+    }
+}
+
+/// Why the host cannot run machines.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// `/dev/kvm` cannot be opened for reading and writing.
+    #[error("cannot open /dev/kvm: {source}: {}", open_remedy(source, *virtualization))]
+    OpenKvm {
+        /// Why.
+        source: io::Error,
+        /// What lets the host's processor run guests.
+        virtualization: Virtualization,
+    },
+    /// `/dev/kvm` is not KVM, or one of another age.
+    #[error(
+        "KVM has API version {found}, but version {KVM_API_VERSION} is needed: update the kernel"
+    )]
+    KvmApiVersion {
+        /// The version found; negative when there was no answer.
+        found: i32,
+    },
+    /// KVM lacks something without which no machine runs.
+    #[error("KVM lacks {name} ({purpose}): update the kernel")]
+    KvmCapability {
+        /// Name in the KVM API.
+        name: &'static str,
+        /// What it is for.
+        purpose: &'static str,
+    },
+}
+
+fn open_remedy(error: &io::Error, virtualization: Virtualization) -> &'static str {
+    match (error.kind(), virtualization) {
+        (io::ErrorKind::PermissionDenied, _) => {
+            "add the user to the device's group: sudo usermod -aG kvm $USER, then log in again"
+        }
+        (io::ErrorKind::NotFound, Virtualization::Vmx) => {
+            "load the module: sudo modprobe kvm_intel"
+        }
+        (io::ErrorKind::NotFound, Virtualization::Svm) => "load the module: sudo modprobe kvm_amd",
+        (io::ErrorKind::NotFound, _) => {
+            "enable virtualization in the firmware, or nested virtualization if the host is itself \
+             a virtual machine; in a container, pass the device in"
+        }
+        _ => "see that the device can be used here, and that nothing else blocks it",
+    }
+}
+
+/// Opens KVM, whatever it is able to do.
+///
+/// # Errors
+///
+/// [`HostError::OpenKvm`] and [`HostError::KvmApiVersion`].
+pub fn open_kvm_device() -> Result<Kvm, HostError> {
+    let kvm = Kvm::new_with_path(KVM_DEVICE).map_err(|error| HostError::OpenKvm {
+        source: error.into(),
+        virtualization: virtualization(),
+    })?;
+    match kvm.get_api_version() {
+        KVM_API_VERSION => Ok(kvm),
+        found => Err(HostError::KvmApiVersion { found }),
+    }
+}
+
+/// Opens KVM and checks that it has all that machines need.
+///
+/// # Errors
+///
+/// As [`HostError`] says.
+pub fn open_kvm() -> Result<Kvm, HostError> {
+    let kvm = open_kvm_device()?;
+    let missing = kvm_capabilities(&kvm).find(|found| found.required && !found.present);
+    match missing {
+        Some(KvmCapability { name, purpose, .. }) => {
+            Err(HostError::KvmCapability { name, purpose })
+        }
+        None => Ok(kvm),
+    }
+}
+
+/// Something that KVM may be able to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvmCapability {
+    /// Name in the KVM API.
+    pub name: &'static str,
+    /// What it is for.
+    pub purpose: &'static str,
+    /// Whether no machine runs without it.
+    pub required: bool,
+    /// Whether this host's KVM has it.
+    pub present: bool,
+}
+
+/// Asks KVM for each capability that machines need or make use of.
+pub fn kvm_capabilities(kvm: &Kvm) -> impl Iterator<Item = KvmCapability> {
+    const REQUIRED: bool = true;
+    const USEFUL: bool = false;
+    [
+        (
+            Cap::UserMemory,
+            "KVM_CAP_USER_MEMORY",
+            REQUIRED,
+            "guest memory",
+        ),
+        (
+            Cap::ExtCpuid,
+            "KVM_CAP_EXT_CPUID",
+            REQUIRED,
+            "CPUID of the guest",
+        ),
+        (
+            Cap::SetTssAddr,
+            "KVM_CAP_SET_TSS_ADDR",
+            REQUIRED,
+            "real mode on Intel processors",
+        ),
+        (
+            Cap::MpState,
+            "KVM_CAP_MP_STATE",
+            REQUIRED,
+            "starting more than one vCPU",
+        ),
+        (
+            Cap::Irqchip,
+            "KVM_CAP_IRQCHIP",
+            REQUIRED,
+            "interrupt controllers in the kernel",
+        ),
+        (
+            Cap::Irqfd,
+            "KVM_CAP_IRQFD",
+            REQUIRED,
+            "interrupts from devices",
+        ),
+        (
+            Cap::Ioeventfd,
+            "KVM_CAP_IOEVENTFD",
+            REQUIRED,
+            "notifications to devices",
+        ),
+        (
+            Cap::AdjustClock,
+            "KVM_CAP_ADJUST_CLOCK",
+            REQUIRED,
+            "the guest's clock",
+        ),
+        (
+            Cap::ImmediateExit,
+            "KVM_CAP_IMMEDIATE_EXIT",
+            USEFUL,
+            "stopping a vCPU at once",
+        ),
+        (
+            Cap::TscDeadlineTimer,
+            "KVM_CAP_TSC_DEADLINE_TIMER",
+            USEFUL,
+            "precise guest timers",
+        ),
+        (
+            Cap::X2ApicApi,
+            "KVM_CAP_X2APIC_API",
+            USEFUL,
+            "more than 255 interrupt targets",
+        ),
+    ]
+    .into_iter()
+    .map(|(capability, name, required, purpose)| KvmCapability {
+        name,
+        purpose,
+        required,
+        present: kvm.check_extension(capability),
+    })
+}
+
+/// Opens `/dev/net/tun`, which tap interfaces are attached through.
+///
+/// # Errors
+///
+/// Why it cannot be opened for reading and writing.
+pub fn open_tun() -> io::Result<File> {
+    File::options().read(true).write(true).open(TUN_DEVICE)
+}
+
+/// Whether this process may create tap interfaces and attach to those of others
+/// (`CAP_NET_ADMIN`).
+pub fn can_administer_network() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    effective_capabilities(&status) & (1 << CAP_NET_ADMIN) != 0
+}
+
+fn effective_capabilities(status: &str) -> u64 {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+/// Checks that this process may use io_uring.
+///
+/// # Errors
+///
+/// `ENOSYS` when the kernel has none or a filter hides it, `EPERM` when it is turned off.
+pub fn check_io_uring() -> io::Result<()> {
+    // SAFETY: without room for its parameters the call creates nothing, and neither reads nor
+    // writes memory of this process.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_io_uring_setup,
+            0,
+            std::ptr::null_mut::<libc::c_void>(),
+        )
+    };
+    debug_assert_eq!(result, -1);
+    match io::Error::last_os_error() {
+        // It got as far as the missing parameters.
+        error if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => Ok(()),
+        error => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_of_the_processor_tell_its_virtualization() {
+        let cpuinfo =
+            |flags| format!("processor\t: 0\nvmx flags\t: ept\nflags\t\t: fpu {flags} lm\n");
+        assert_eq!(
+            processor_virtualization(&cpuinfo("vmx")),
+            Virtualization::Vmx
+        );
+        assert_eq!(
+            processor_virtualization(&cpuinfo("svm")),
+            Virtualization::Svm
+        );
+        assert_eq!(
+            processor_virtualization(&cpuinfo("svm_lock vmxoff")),
+            Virtualization::None
+        );
+        assert_eq!(processor_virtualization(""), Virtualization::None);
+    }
+
+    #[test]
+    fn effective_capabilities_are_hexadecimal() {
+        let status = "Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n";
+        assert_eq!(effective_capabilities(status), 0x1ff_ffff_ffff);
+        assert_eq!(effective_capabilities("CapEff:\tjunk"), 0);
+    }
+
+    #[test]
+    fn an_unusable_kvm_device_comes_with_a_remedy() {
+        for (kind, virtualization, remedy) in [
+            (
+                io::ErrorKind::PermissionDenied,
+                Virtualization::Vmx,
+                "usermod -aG kvm",
+            ),
+            (
+                io::ErrorKind::NotFound,
+                Virtualization::Vmx,
+                "modprobe kvm_intel",
+            ),
+            (
+                io::ErrorKind::NotFound,
+                Virtualization::Svm,
+                "modprobe kvm_amd",
+            ),
+            (io::ErrorKind::NotFound, Virtualization::None, "firmware"),
+        ] {
+            let error = HostError::OpenKvm {
+                source: kind.into(),
+                virtualization,
+            }
+            .to_string();
+            assert!(error.starts_with("cannot open /dev/kvm: "), "{error}");
+            assert!(error.contains(remedy), "{error}");
+        }
+    }
+
+    #[test]
+    fn io_uring_answers_without_creating_a_ring() {
+        if let Err(error) = check_io_uring() {
+            assert!(
+                matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)),
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The host's end of the serial port.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use bantam_devices::serial::SerialEndpoint;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::pty::openpty;
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+
+use crate::config::SerialConfig;
+use crate::error::Error;
+
+/// The program's own end of a serial port that is configured as `stdio`.
+///
+/// Both descriptors must be non-blocking; pipes of the program's own are the usual choice.
+#[derive(Debug, Default)]
+pub struct Console {
+    /// Where the guest's input comes from.
+    pub input: Option<OwnedFd>,
+    /// Where the guest's output goes.
+    pub output: Option<OwnedFd>,
+}
+
+/// An open endpoint, and what must outlive it.
+pub(crate) struct OpenSerial {
+    pub(crate) endpoint: Option<SerialEndpoint>,
+    pub(crate) guard: SerialGuard,
+}
+
+/// Keeps what the endpoint needs beside its descriptors, and cleans up after it.
+#[derive(Default)]
+pub(crate) struct SerialGuard {
+    path: Option<PathBuf>,
+    remove_at_end: bool,
+    /// A pseudoterminal hangs up when nobody has its other end open, so the machine has.
+    _pty_user_end: Option<OwnedFd>,
+}
+
+impl SerialGuard {
+    /// Where a user finds the port: the pseudoterminal, file or socket.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+}
+
+impl Drop for SerialGuard {
+    fn drop(&mut self) {
+        if self.remove_at_end
+            && let Some(path) = &self.path
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!("cannot remove socket '{}': {error}", path.display());
+        }
+    }
+}
+
+/// Opens the endpoint that `config` names.
+pub(crate) fn open(config: &SerialConfig, console: Console) -> Result<OpenSerial, Error> {
+    match config {
+        SerialConfig::Stdio => Ok(OpenSerial {
+            endpoint: Some(SerialEndpoint::Descriptors {
+                input: console.input,
+                output: console.output,
+            }),
+            guard: SerialGuard::default(),
+        }),
+        SerialConfig::Pty => open_pty().map_err(|source| Error::Serial {
+            action: "open a pseudoterminal for the serial port".to_string(),
+            source,
+            remedy: "",
+        }),
+        SerialConfig::File(path) => open_file(path),
+        SerialConfig::Socket(path) => open_socket(path),
+        SerialConfig::None => Ok(OpenSerial {
+            endpoint: None,
+            guard: SerialGuard::default(),
+        }),
+    }
+}
+
+fn open_pty() -> io::Result<OpenSerial> {
+    let pty = openpty(None, None)?;
+    // The guest does its own echo and line editing.
+    let mut settings = tcgetattr(&pty.slave)?;
+    cfmakeraw(&mut settings);
+    tcsetattr(&pty.slave, SetArg::TCSANOW, &settings)?;
+    let path = nix::unistd::ttyname(&pty.slave)?;
+    set_nonblocking(&pty.master)?;
+    let input = pty.master.try_clone()?;
+    Ok(OpenSerial {
+        endpoint: Some(SerialEndpoint::Descriptors {
+            input: Some(input),
+            output: Some(pty.master),
+        }),
+        guard: SerialGuard {
+            path: Some(path),
+            remove_at_end: false,
+            _pty_user_end: Some(pty.slave),
+        },
+    })
+}
+
+fn set_nonblocking(descriptor: &impl AsFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
+    fcntl(descriptor, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+fn open_file(path: &Path) -> Result<OpenSerial, Error> {
+    let file: File = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .map_err(|source| Error::Serial {
+            action: format!("open '{}' for the serial port's output", path.display()),
+            source,
+            remedy: "",
+        })?;
+    Ok(OpenSerial {
+        endpoint: Some(SerialEndpoint::Descriptors {
+            input: None,
+            output: Some(file.into()),
+        }),
+        guard: SerialGuard {
+            path: Some(path.to_path_buf()),
+            remove_at_end: false,
+            _pty_user_end: None,
+        },
+    })
+}
+
+fn open_socket(path: &Path) -> Result<OpenSerial, Error> {
+    let error = |remedy| {
+        move |source| Error::Serial {
+            action: format!("listen on '{}' for the serial port", path.display()),
+            source,
+            remedy,
+        }
+    };
+    let listener = match UnixListener::bind(path) {
+        Err(failure) if failure.kind() == io::ErrorKind::AddrInUse => {
+            if !is_abandoned_socket(path) {
+                return Err(error("; choose another path")(failure));
+            }
+            fs::remove_file(path).map_err(error(""))?;
+            UnixListener::bind(path).map_err(error(""))?
+        }
+        result => result.map_err(error(""))?,
+    };
+    let guard = SerialGuard {
+        path: Some(path.to_path_buf()),
+        remove_at_end: true,
+        _pty_user_end: None,
+    };
+    listener.set_nonblocking(true).map_err(error(""))?;
+    Ok(OpenSerial {
+        endpoint: Some(SerialEndpoint::Listener(listener)),
+        guard,
+    })
+}
+
+/// Whether `path` is a socket that a program has left behind without listening any more.
+fn is_abandoned_socket(path: &Path) -> bool {
+    let is_socket =
+        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    is_socket
+        && UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}

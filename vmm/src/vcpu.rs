@@ -1,0 +1,389 @@
+//! A vCPU: its setup and the loop that runs the guest on a thread of its own.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use bantam_arch::{EntryProtocol, cpuid, lapic, msrs, registers};
+use bantam_devices::GuestMemory;
+use bantam_devices::bus::Bus;
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, Msrs,
+    kvm_cpuid_entry2, kvm_regs, kvm_signal_mask, kvm_sregs,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
+use nix::errno::Errno;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+use crate::control::{Control, ExitReason};
+use crate::error::Error;
+use crate::vm::Vm;
+use crate::workarounds::emulation_remedy;
+
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
+
+/// Longest instruction of the architecture in bytes.
+const MAX_INSTRUCTION_SIZE: usize = 15;
+
+/// The signal that takes a vCPU out of the guest. It is blocked on vCPU threads but for the time in
+/// the guest, where it has no effect beyond ending it, so no disposition is touched.
+pub(crate) fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+/// Where and how the boot vCPU starts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BootEntry {
+    pub(crate) entry: GuestAddress,
+    pub(crate) protocol: EntryProtocol,
+}
+
+/// What all vCPUs of a machine have in common at their start.
+pub(crate) struct VcpuModel {
+    supported_cpuid: Vec<kvm_cpuid_entry2>,
+    tsc_deadline_timer: bool,
+    msrs: Msrs,
+    count: u8,
+}
+
+impl VcpuModel {
+    /// The model for `count` vCPUs on this host.
+    pub(crate) fn new(kvm: &Kvm, count: u8) -> Result<VcpuModel, Error> {
+        let supported_cpuid = kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("list the CPU features it supports"))?
+            .as_slice()
+            .to_vec();
+        let known = kvm
+            .get_msr_index_list()
+            .map_err(Error::kvm("list the MSRs it knows"))?;
+        let mut boot_msrs = msrs::boot_msrs();
+        boot_msrs.retain(|msr| known.as_slice().contains(&msr.index));
+        Ok(VcpuModel {
+            supported_cpuid,
+            tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+            // It fails only for more entries than KVM takes, which is far beyond these.
+            msrs: Msrs::from_entries(&boot_msrs).map_err(|_| Error::Kvm {
+                action: "take the MSRs",
+                source: kvm_ioctls::Error::new(libc::E2BIG),
+            })?,
+            count,
+        })
+    }
+}
+
+/// One vCPU, not yet running.
+pub(crate) struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+}
+
+/// What a vCPU reaches when it leaves the guest.
+pub(crate) struct VcpuEnvironment {
+    pub(crate) ports: Bus,
+    pub(crate) mmio: Bus,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) control: Arc<Control>,
+}
+
+impl Vcpu {
+    /// Creates vCPU number `index`. The one with `boot` starts there; others wait for the guest to
+    /// start them by an INIT-SIPI sequence, before which KVM keeps them off.
+    pub(crate) fn new(
+        vm: &Vm,
+        model: &VcpuModel,
+        index: u8,
+        boot: Option<BootEntry>,
+    ) -> Result<Vcpu, Error> {
+        let fd = vm.create_vcpu(index)?;
+        let table = cpuid::vcpu_cpuid(
+            &model.supported_cpuid,
+            index,
+            model.count,
+            model.tsc_deadline_timer,
+        )?;
+        fd.set_cpuid2(&table)
+            .map_err(Error::kvm("set the CPU features of a vCPU"))?;
+        let set = fd
+            .set_msrs(&model.msrs)
+            .map_err(Error::kvm("set the MSRs of a vCPU"))?;
+        if let Some(refused) = model.msrs.as_slice().get(set) {
+            tracing::debug!(
+                "KVM refused to set MSR {:#x} and those after it",
+                refused.index
+            );
+        }
+        if let Some(boot) = boot {
+            set_boot_state(&fd, boot)?;
+        }
+        Ok(Vcpu { index, fd })
+    }
+
+    /// Runs the guest on the calling thread until the machine ends.
+    pub(crate) fn run(mut self, environment: &VcpuEnvironment) {
+        let control = &environment.control;
+        control.register_vcpu_thread();
+        let outcome = match self.unblock_kick_signal_in_guest() {
+            Ok(()) => self.run_loop(environment),
+            Err(error) => Err(error),
+        };
+        if let Some(outcome) = outcome.transpose() {
+            if outcome.is_err() {
+                tracing::error!("{}", self.describe_registers());
+            }
+            control.finish(outcome);
+        }
+    }
+
+    /// Blocks the kick signal on this thread, and has KVM unblock it while it runs the guest. A
+    /// signal that arrives outside the guest stays pending and ends the next entry at once.
+    fn unblock_kick_signal_in_guest(&self) -> Result<(), Error> {
+        /// `struct kvm_signal_mask` with the kernel's `sigset_t` of 64 bits in place.
+        #[repr(C)]
+        struct SignalMask {
+            header: kvm_signal_mask,
+            set: [u8; KERNEL_SIGSET_SIZE],
+        }
+        const KERNEL_SIGSET_SIZE: usize = 8;
+
+        // SAFETY: an all-zero sigset_t is valid storage for the calls below, which get valid
+        // pointers to it and change nothing but this thread's signal mask.
+        let outside = unsafe {
+            let mut kick: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut kick);
+            libc::sigaddset(&mut kick, kick_signal());
+            let mut outside: libc::sigset_t = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_BLOCK, &kick, &mut outside);
+            libc::sigdelset(&mut outside, kick_signal());
+            outside
+        };
+        let mut mask = SignalMask {
+            header: kvm_signal_mask {
+                len: KERNEL_SIGSET_SIZE as u32,
+                ..Default::default()
+            },
+            set: [0; KERNEL_SIGSET_SIZE],
+        };
+        for (position, byte) in mask.set.iter_mut().enumerate() {
+            for bit in 0..8 {
+                let signal = (position * 8 + bit + 1) as libc::c_int;
+                // SAFETY: `outside` is an initialized set and `signal` a number from 1 to 64.
+                if unsafe { libc::sigismember(&outside, signal) } == 1 {
+                    *byte |= 1 << bit;
+                }
+            }
+        }
+        // SAFETY: KVM reads the header and the `len` bytes that follow it, all within `mask`.
+        let result = unsafe { ioctl_with_ref(&self.fd, KVM_SET_SIGNAL_MASK(), &mask) };
+        if result != 0 {
+            return Err(Error::Kvm {
+                action: "set the signal mask of a vCPU",
+                source: kvm_ioctls::Error::last(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives the reason when this vCPU ended the machine, and `None` when something else did.
+    fn run_loop(&mut self, environment: &VcpuEnvironment) -> Result<Option<ExitReason>, Error> {
+        let VcpuEnvironment {
+            ports,
+            mmio,
+            control,
+            ..
+        } = environment;
+        while !control.is_stopping() {
+            match self.fd.run() {
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    mmio.read(address, data);
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    mmio.write(address, data);
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    let data: *const [u8] = data;
+                    let width = self.port_access_width();
+                    // SAFETY: the data is in the run structure that KVM shares, which is mapped as
+                    // long as the vCPU exists and changed only by the next entry.
+                    for value in unsafe { &*data }.chunks(width) {
+                        ports.write(port.into(), value);
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    let data: *mut [u8] = data;
+                    let width = self.port_access_width();
+                    // SAFETY: as above; and the borrow that gave `data` has ended.
+                    for value in unsafe { &mut *data }.chunks_mut(width) {
+                        ports.read(port.into(), value);
+                    }
+                }
+                Ok(VcpuExit::Shutdown) => {
+                    return Err(Error::TripleFault {
+                        vcpu: self.index,
+                        rip: self.registers().rip,
+                    });
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+                    return Ok(Some(ExitReason::PowerOff));
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+                    return Ok(Some(ExitReason::Reboot));
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                    return Err(self.error("the guest reported a crash".to_string()));
+                }
+                Ok(VcpuExit::InternalError) => {
+                    return Err(self.internal_error(&environment.memory));
+                }
+                Ok(VcpuExit::FailEntry(reason, _)) => {
+                    return Err(self.error(format!("entering the guest failed ({reason:#x})")));
+                }
+                Ok(VcpuExit::Intr) => {}
+                Ok(other) => {
+                    let reason = format!("an exit that this machine does not expect: {other:?}");
+                    return Err(self.error(reason));
+                }
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+                Err(error) => {
+                    let reason = Errno::from_raw(error.errno()).desc().to_string();
+                    return Err(self.error(reason));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Width in bytes of each access of the port exit that just happened: a string instruction
+    /// makes many at once.
+    fn port_access_width(&mut self) -> usize {
+        // SAFETY: the exit reason was KVM_EXIT_IO, for which this is the active member; any bits
+        // are a valid u8.
+        let width = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size };
+        usize::from(width.max(1))
+    }
+
+    fn error(&self, reason: String) -> Error {
+        Error::Vcpu {
+            vcpu: self.index,
+            reason,
+        }
+    }
+
+    fn internal_error(&mut self, memory: &GuestMemory) -> Error {
+        // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, for which this is the active
+        // member; it is made of integers only.
+        let failure = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.emulation_failure };
+        if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
+            return self.error(format!("internal error {}", failure.suberror));
+        }
+        let rip = self.registers().rip;
+        let has_bytes = failure.ndata >= 3
+            && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
+        let bytes = if has_bytes {
+            // SAFETY: the only member of the union, made of integers only.
+            let instruction = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
+            let size = usize::from(instruction.insn_size).min(MAX_INSTRUCTION_SIZE);
+            instruction.insn_bytes[..size].to_vec()
+        } else {
+            self.instruction_bytes(rip, memory)
+        };
+        Error::Emulation {
+            vcpu: self.index,
+            rip,
+            bytes: hexadecimal(&bytes),
+            remedy: emulation_remedy(),
+        }
+    }
+
+    /// The bytes at `rip` up to the end of its page, as far as the guest's page tables lead there.
+    fn instruction_bytes(&self, rip: u64, memory: &GuestMemory) -> Vec<u8> {
+        let Ok(translation) = self.fd.translate_gva(rip) else {
+            return Vec::new();
+        };
+        let mut bytes = vec![0; MAX_INSTRUCTION_SIZE.min(0x1000 - (rip & 0xfff) as usize)];
+        let address = GuestAddress(translation.physical_address);
+        if translation.valid == 0 || memory.read_slice(&mut bytes, address).is_err() {
+            bytes.clear();
+        }
+        bytes
+    }
+
+    fn registers(&self) -> kvm_regs {
+        self.fd.get_regs().unwrap_or_default()
+    }
+
+    fn describe_registers(&self) -> String {
+        let regs = self.registers();
+        let sregs = self.fd.get_sregs().unwrap_or_default();
+        format!(
+            "vCPU {}: {}",
+            self.index,
+            format_registers(&regs, &sregs).unwrap_or_default()
+        )
+    }
+}
+
+/// Gives the boot vCPU the registers of its entry, and the wiring of the legacy interrupt pins.
+fn set_boot_state(fd: &VcpuFd, boot: BootEntry) -> Result<(), Error> {
+    let BootEntry { entry, protocol } = boot;
+    let sregs = fd
+        .get_sregs()
+        .map_err(Error::kvm("read the registers of a vCPU"))?;
+    fd.set_sregs(&registers::special_registers(sregs, protocol))
+        .and_then(|()| fd.set_regs(&registers::general_registers(entry.0, protocol)))
+        .and_then(|()| fd.set_fpu(&registers::floating_point_state()))
+        .map_err(Error::kvm("set the registers of a vCPU"))?;
+    let mut lapic = fd
+        .get_lapic()
+        .map_err(Error::kvm("read the local APIC of a vCPU"))?;
+    lapic::set_local_interrupt_pins(&mut lapic);
+    fd.set_lapic(&lapic)
+        .map_err(Error::kvm("set the local APIC of a vCPU"))
+}
+
+fn format_registers(regs: &kvm_regs, sregs: &kvm_sregs) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    for (name, value) in [
+        ("rip", regs.rip),
+        ("rflags", regs.rflags),
+        ("rax", regs.rax),
+        ("rbx", regs.rbx),
+        ("rcx", regs.rcx),
+        ("rdx", regs.rdx),
+        ("rsi", regs.rsi),
+        ("rdi", regs.rdi),
+        ("rsp", regs.rsp),
+        ("rbp", regs.rbp),
+        ("r8", regs.r8),
+        ("r9", regs.r9),
+        ("r10", regs.r10),
+        ("r11", regs.r11),
+        ("r12", regs.r12),
+        ("r13", regs.r13),
+        ("r14", regs.r14),
+        ("r15", regs.r15),
+        ("cr0", sregs.cr0),
+        ("cr2", sregs.cr2),
+        ("cr3", sregs.cr3),
+        ("cr4", sregs.cr4),
+        ("efer", sregs.efer),
+        ("cs", sregs.cs.selector.into()),
+        ("ss", sregs.ss.selector.into()),
+        ("idt", sregs.idt.base),
+        ("gdt", sregs.gdt.base),
+    ] {
+        write!(text, "{name}={value:#x} ")?;
+    }
+    Ok(text)
+}
+
+/// Bytes as a debugger prints them, or words that say there are none.
+fn hexadecimal(bytes: &[u8]) -> String {
+    if bytes.is_empty() {
+        return "unknown".to_string();
+    }
+    let bytes: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.join(" ")
+}

@@ -1,0 +1,105 @@
+//! The KVM virtual machine: memory slots, interrupt controllers, irqfds and ioeventfds.
+
+use std::sync::Arc;
+
+use bantam_arch::layout;
+use bantam_devices::GuestMemory;
+use bantam_devices::virtio::mmio;
+use kvm_bindings::{
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pic_state,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::error::Error;
+
+/// A virtual machine of KVM with its memory and interrupt controllers.
+pub(crate) struct Vm {
+    fd: VmFd,
+    /// KVM uses this memory for as long as the machine exists.
+    _memory: Arc<GuestMemory>,
+}
+
+impl Vm {
+    pub(crate) fn new(kvm: &Kvm, memory: Arc<GuestMemory>) -> Result<Vm, Error> {
+        let fd = kvm
+            .create_vm()
+            .map_err(Error::kvm("create a virtual machine"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(Error::kvm("place its identity map"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(Error::kvm("place its task state segment"))?;
+        fd.create_irq_chip()
+            .map_err(Error::kvm("create the interrupt controllers"))?;
+        mask_legacy_interrupt_controllers(&fd)?;
+        for (slot, region) in memory.iter().enumerate() {
+            let host_address = region.as_ptr() as u64;
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: host_address,
+            };
+            // SAFETY: the range is a mapping of that size which lives as long as `_memory`, that
+            // is, as long as the virtual machine; slots do not overlap as regions do not.
+            unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("map guest memory"))?;
+        }
+        Ok(Vm {
+            fd,
+            _memory: memory,
+        })
+    }
+
+    pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
+        self.fd
+            .create_vcpu(index.into())
+            .map_err(Error::kvm("create a vCPU"))
+    }
+
+    /// A new event that raises an edge of interrupt `gsi` when it is signalled (an irqfd).
+    pub(crate) fn interrupt_event(&self, gsi: u32) -> Result<EventFd, Error> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(Error::resource("an event for an interrupt"))?;
+        self.fd
+            .register_irqfd(&event, gsi)
+            .map_err(Error::kvm("bind an interrupt to an event"))?;
+        Ok(event)
+    }
+
+    /// Has `doorbell` signalled when the guest writes `queue` to the doorbell register of the
+    /// virtio-mmio window at `window` (an ioeventfd).
+    pub(crate) fn bind_doorbell(
+        &self,
+        window: u64,
+        queue: u32,
+        doorbell: &EventFd,
+    ) -> Result<(), Error> {
+        // The type of the value says how wide the write is.
+        let _: [u8; mmio::QUEUE_NOTIFY_SIZE as usize] = queue.to_le_bytes();
+        let address = IoEventAddress::Mmio(window + mmio::QUEUE_NOTIFY);
+        self.fd
+            .register_ioevent(doorbell, &address, queue)
+            .map_err(Error::kvm("bind a doorbell to an event"))
+    }
+}
+
+/// Masks all inputs of the two 8259s, as firmware would leave them: a guest that takes the machine
+/// for one without them (hardware-reduced ACPI) never does, and interrupts would reach it twice.
+fn mask_legacy_interrupt_controllers(fd: &VmFd) -> Result<(), Error> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut irqchip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        irqchip.chip.pic = kvm_pic_state {
+            imr: u8::MAX,
+            ..Default::default()
+        };
+        fd.set_irqchip(&irqchip)
+            .map_err(Error::kvm("mask the legacy interrupt controllers"))?;
+    }
+    Ok(())
+}
