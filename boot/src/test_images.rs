@@ -29,6 +29,7 @@ pub(crate) fn loaded_kernel(end: u64, setup_header: Option<setup_header>) -> Loa
     LoadedKernel {
         entry: GuestAddress(MIB),
         protocol: EntryProtocol::Linux64,
+        start: GuestAddress(MIB),
         end: GuestAddress(end),
         setup_header,
         format: KernelFormat::Elf,

@@ -172,12 +172,11 @@ impl Tap {
     /// When the host has no taps, the name is not that of a free tap, or this user may not do it.
     pub fn open(name: &str, mtu: Option<u16>) -> Result<Tap, TapError> {
         check_name(name)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(CONTROL_DEVICE)
-            .map_err(|source| control_error(name, source))?;
+        let file = open_control_device().map_err(|source| control_error(name, source))?;
+        Tap::attach(file, name, mtu)
+    }
+
+    fn attach(file: File, name: &str, mtu: Option<u16>) -> Result<Tap, TapError> {
         let mut attachment = interface_request(name);
         attachment.ifr_ifru.ifru_flags =
             (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as c_short;
@@ -351,6 +350,14 @@ impl AsRawFd for Tap {
     }
 }
 
+fn open_control_device() -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(CONTROL_DEVICE)
+}
+
 /// Whether `error`, of a read or a write, says that the interface has been removed.
 pub fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV))
@@ -420,6 +427,7 @@ fn attach_error(name: &str, errno: Errno) -> TapError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::poll::{PollFd, PollFlags, poll};
     use std::path::PathBuf;
     use std::process::Command;
 
@@ -475,7 +483,11 @@ mod tests {
             udp_segmentation: tap.segments_udp(),
         };
         tap.set_offloads(all).unwrap();
-        tap.set_offloads(Offloads { checksum: false, ..all }).unwrap();
+        tap.set_offloads(Offloads {
+            checksum: false,
+            ..all
+        })
+        .unwrap();
         drop(tap);
         assert_eq!(attribute(&name, "mtu"), None);
     }
@@ -524,10 +536,54 @@ mod tests {
         // Nobody answers to the address resolution that this starts.
         let socket = std::net::UdpSocket::bind("198.51.100.1:0").unwrap();
         socket.send_to(b"hello", "198.51.100.2:9").unwrap();
-        // What the interface itself sends on coming up follows later; it is not waited for.
+        let mut readable = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut readable, 5000u16).unwrap(), 1);
         tap.discard_queued();
-        let error = (&tap.file).read(&mut [0; 2048]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        // What the interface sends of itself, as it has come up, may follow at any time.
+        let mut packet = [0; 2048];
+        while (&tap.file).read(&mut packet).is_ok() {
+            let protocol = &packet[PACKET_HEADER_SIZE + 12..][..2];
+            assert_ne!(protocol, [8, 6], "the address resolution");
+        }
+    }
+
+    #[test]
+    fn another_user_is_told_what_root_can_do() {
+        const NOBODY: u32 = 65534;
+        if !may_create_taps() {
+            return;
+        }
+        let (others, own) = (name('e'), name('f'));
+        ip(&format!("tuntap add dev {others} mode tap user 1"));
+        ip(&format!("tuntap add dev {own} mode tap user {NOBODY}"));
+        // The host may keep others from the control device; here they get past that.
+        let attempts = [name('g'), others.clone(), own.clone()]
+            .map(|name| (open_control_device().unwrap(), name));
+        let thread = std::thread::spawn(move || {
+            // SAFETY: the system call, unlike the function of the C library, changes the user of
+            // this thread alone, and takes plain numbers.
+            let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+            assert_eq!(result, 0);
+            attempts.map(|(file, name)| {
+                Tap::attach(file, &name, Some(1400)).map_err(|error| error.to_string())
+            })
+        });
+        let [new, others_result, own_result] = thread.join().unwrap();
+        for name in [others, own] {
+            ip(&format!("link del {name}"));
+        }
+        let error = new.unwrap_err();
+        assert!(
+            error.contains("run as root, or have root create it by"),
+            "{error}"
+        );
+        let error = others_result.unwrap_err();
+        assert!(error.contains("it belongs to another user"), "{error}");
+        let error = own_result.unwrap_err();
+        assert!(
+            error.contains("it is 1500, and as root 'ip link set"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -553,8 +609,16 @@ mod tests {
     fn refusals_say_what_helps() {
         for (name, errno, remedy) in [
             ("lo", Errno::EPERM, "belongs to another user"),
-            ("no-such-tap", Errno::EPERM, "ip tuntap add dev no-such-tap mode tap"),
-            ("no-such-tap", Errno::ENFILE, "cannot attach to tap 'no-such-tap': "),
+            (
+                "no-such-tap",
+                Errno::EPERM,
+                "ip tuntap add dev no-such-tap mode tap",
+            ),
+            (
+                "no-such-tap",
+                Errno::ENFILE,
+                "cannot attach to tap 'no-such-tap': ",
+            ),
         ] {
             let error = attach_error(name, errno).to_string();
             assert!(error.contains(remedy), "{error}");
@@ -562,7 +626,10 @@ mod tests {
         for (errno, remedy) in [
             (libc::ENOENT, "modprobe tun"),
             (libc::EACCES, "run as root"),
-            (libc::EMFILE, "cannot open /dev/net/tun for tap 'x': Too many open files"),
+            (
+                libc::EMFILE,
+                "cannot open /dev/net/tun for tap 'x': Too many open files",
+            ),
         ] {
             let error = control_error("x", io::Error::from_raw_os_error(errno)).to_string();
             assert!(error.contains(remedy), "{error}");
@@ -579,7 +646,14 @@ mod tests {
             udp_segmentation: true,
         };
         assert_eq!(all.bits(), 0x6f);
-        assert_eq!(Offloads { checksum: false, ..all }.bits(), 0);
+        assert_eq!(
+            Offloads {
+                checksum: false,
+                ..all
+            }
+            .bits(),
+            0
+        );
         let ecn_alone = Offloads {
             checksum: true,
             ecn: true,

@@ -1,7 +1,8 @@
 //! Links every payload as a static ELF executable at a fixed physical address.
 
 fn main() {
-    let directory = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets the package's directory");
+    let directory =
+        std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets the package's directory");
     let script = format!("{directory}/payload.ld");
     println!("cargo::rerun-if-changed={script}");
     for argument in [

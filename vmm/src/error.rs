@@ -51,6 +51,9 @@ pub enum Error {
         /// Why not.
         source: bantam_boot::KernelError,
     },
+    /// The loaded kernel cannot be read back from guest memory.
+    #[error("cannot examine the loaded kernel: {0}")]
+    ReadKernel(vm_memory::GuestMemoryError),
     /// The initrd cannot be opened.
     #[error("cannot open initrd '{path}': {source}", path = .path.display())]
     OpenInitrd {

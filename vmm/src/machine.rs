@@ -11,7 +11,8 @@ use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::{memory_map, ram_regions};
 use bantam_arch::{layout, mptable, registers};
 use bantam_boot::{
-    BootProtocol, CommandLine, StartInformation, load_initrd, load_kernel, write_start_information,
+    BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
+    write_start_information,
 };
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::bus::Bus;
@@ -401,7 +402,11 @@ fn load_guest(
         }
         None => None,
     };
-    let command_line = command_line(config, windows)?;
+    let command_line = if finds_devices_by_acpi(config, &kernel, memory)? {
+        command_line(config, &[])?
+    } else {
+        command_line(config, windows)?
+    };
     tracing::info!("kernel command line: {command_line}");
 
     let vcpu_count = config.cpus.get();
@@ -428,8 +433,27 @@ fn load_guest(
     })
 }
 
+/// Whether the kernel finds its virtio devices without being told of them on its command line.
+fn finds_devices_by_acpi(
+    config: &MachineConfig,
+    kernel: &LoadedKernel,
+    memory: &GuestMemory,
+) -> Result<bool, Error> {
+    let switched_off = [&config.cmdline, &config.append]
+        .into_iter()
+        .flatten()
+        .flat_map(|text| text.split_whitespace())
+        .any(|word| word == "acpi=off");
+    if switched_off {
+        return Ok(false);
+    }
+    kernel
+        .finds_virtio_mmio_by_acpi(memory)
+        .map_err(Error::ReadKernel)
+}
+
 /// What the kernel is told in words: the user's or the default command line, what the user adds,
-/// what the host needs, and where the devices are.
+/// what the host needs, and where devices are that it does not find otherwise.
 fn command_line(
     config: &MachineConfig,
     windows: &[VirtioMmioWindow],
@@ -446,6 +470,9 @@ fn command_line(
     {
         tracing::info!("this host has no hardware virtualization: the kernel is told {parameters}");
         line.append(parameters)?;
+        if config.serial != SerialConfig::None {
+            line.append(workarounds::EARLY_CONSOLE)?;
+        }
     }
     for window in windows {
         line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);

@@ -129,11 +129,18 @@ impl Vcpu {
             Ok(()) => self.run_loop(environment),
             Err(error) => Err(error),
         };
-        if let Some(outcome) = outcome.transpose() {
-            if outcome.is_err() {
-                tracing::error!("{}", self.describe_registers());
+        match outcome.transpose() {
+            Some(outcome) => {
+                if outcome.is_err() {
+                    tracing::error!("{}", self.describe_registers());
+                }
+                control.finish(outcome);
             }
-            control.finish(outcome);
+            // Where a guest that had to be stopped was hanging.
+            None if tracing::enabled!(tracing::Level::DEBUG) => {
+                tracing::debug!("{}", self.describe_registers());
+            }
+            None => {}
         }
     }
 

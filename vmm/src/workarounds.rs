@@ -8,6 +8,10 @@ use crate::host::{Virtualization, virtualization};
 const KERNEL_PARAMETERS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
                                  tsc=reliable no_timer_check";
 
+/// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do,
+/// which is minutes before its ordinary one.
+pub(crate) const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
+
 /// The kernel parameters that the host asks for, if any.
 pub(crate) fn kernel_parameters() -> Option<&'static str> {
     match virtualization() {

@@ -173,6 +173,7 @@ impl BzImage {
         Ok(LoadedKernel {
             entry: GuestAddress(load_address + LINUX64_ENTRY_OFFSET),
             protocol: EntryProtocol::Linux64,
+            start: GuestAddress(load_address),
             end: GuestAddress(end),
             setup_header: Some(*header),
             format: KernelFormat::SelfExtractingBzImage,

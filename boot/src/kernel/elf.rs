@@ -119,8 +119,9 @@ impl ElfKernel {
         }
 
         // All is checked before the first segment is written.
-        let mut end = 0;
+        let (mut start, mut end) = (u64::MAX, 0);
         for segment in &self.segments {
+            start = segment.address.min(start);
             end = placement::check_address(segment.address, segment.memory_size)?.max(end);
         }
         placement::check_memory(memory, end)?;
@@ -131,6 +132,7 @@ impl ElfKernel {
         Ok(LoadedKernel {
             entry: GuestAddress(entry),
             protocol,
+            start: GuestAddress(start),
             end: GuestAddress(end),
             setup_header,
             format,

@@ -15,13 +15,19 @@ use std::io::{Read, Seek, SeekFrom};
 
 use bantam_arch::{EntryProtocol, layout};
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use memchr::memmem;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 pub use error::KernelError;
 pub use payload::{Compression, PayloadError};
 
 use crate::command_line::LINUX_COMMAND_LINE_LIMIT;
 use crate::image_file::regular_file_length;
+
+/// ACPI hardware id of a virtio-mmio device.
+const VIRTIO_MMIO_ACPI_ID: &[u8] = b"LNRO0005";
+/// Bytes of the kernel that are searched at a time.
+const SEARCH_CHUNK_SIZE: usize = 64 << 10;
 
 /// How the user wants the kernel to be entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,6 +69,8 @@ pub struct LoadedKernel {
     pub entry: GuestAddress,
     /// How it must be entered.
     pub protocol: EntryProtocol,
+    /// First address of the kernel.
+    pub start: GuestAddress,
     /// First address after the kernel, with its `.bss` and what it needs to unpack itself.
     pub end: GuestAddress,
     /// The setup header, when the kernel came from a bzImage. Fields that its version of the boot
@@ -73,6 +81,40 @@ pub struct LoadedKernel {
 }
 
 impl LoadedKernel {
+    /// Whether the kernel, as it was loaded into `memory`, finds virtio-mmio devices in the ACPI
+    /// tables, so that it must not be told of them on its command line as well: it would register
+    /// each twice. A kernel has the ACPI id of such devices in it exactly if its driver is built in
+    /// and uses ACPI (Linux drivers/virtio/virtio_mmio.c).
+    ///
+    /// # Errors
+    ///
+    /// The kernel is not in `memory`.
+    pub fn finds_virtio_mmio_by_acpi(
+        &self,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, GuestMemoryError> {
+        let finder = memmem::Finder::new(VIRTIO_MMIO_ACPI_ID);
+        let overlap = VIRTIO_MMIO_ACPI_ID.len() - 1;
+        let mut chunk = vec![0; SEARCH_CHUNK_SIZE];
+        let mut address = self.start;
+        while address < self.end {
+            let size = self
+                .end
+                .unchecked_offset_from(address)
+                .min(SEARCH_CHUNK_SIZE as u64);
+            let bytes = &mut chunk[..size as usize];
+            memory.read_slice(bytes, address)?;
+            if finder.find(bytes).is_some() {
+                return Ok(true);
+            }
+            if size < SEARCH_CHUNK_SIZE as u64 {
+                break;
+            }
+            address = address.unchecked_add(size - overlap as u64);
+        }
+        Ok(false)
+    }
+
     /// Most bytes of command line the kernel takes, without the NUL.
     pub(crate) fn command_line_limit(&self) -> usize {
         match self.setup_header {

@@ -54,12 +54,38 @@ fn elf_is_entered_by_pvh_when_it_can_be() {
         LoadedKernel {
             entry: GuestAddress(TestElf::PVH_ENTRY),
             protocol: EntryProtocol::Pvh,
+            start: GuestAddress(TestElf::ADDRESS),
             end: GuestAddress(TestElf::ADDRESS + TestElf::MEMORY_SIZE),
             setup_header: None,
             format: KernelFormat::Elf,
         }
     );
     assert_eq!(load(&image, BootProtocol::Pvh).unwrap(), kernel);
+}
+
+#[test]
+fn a_kernel_with_the_acpi_id_of_virtio_mmio_is_known() {
+    let guest = memory(16 * MIB);
+    let kernel = LoadedKernel {
+        start: GuestAddress(MIB + 3),
+        end: GuestAddress(MIB + 3 + 2 * SEARCH_CHUNK_SIZE as u64),
+        ..load(&TestElf::with_pvh().build(), BootProtocol::Auto).unwrap()
+    };
+    let last = kernel.end.0 - VIRTIO_MMIO_ACPI_ID.len() as u64;
+    let across_chunks = kernel.start.0 + SEARCH_CHUNK_SIZE as u64 - 1;
+    for address in [kernel.start.0, across_chunks, last] {
+        assert!(!kernel.finds_virtio_mmio_by_acpi(&guest).unwrap());
+        let id = GuestAddress(address);
+        guest.write_slice(VIRTIO_MMIO_ACPI_ID, id).unwrap();
+        assert!(kernel.finds_virtio_mmio_by_acpi(&guest).unwrap());
+        guest
+            .write_slice(&[0; VIRTIO_MMIO_ACPI_ID.len()], id)
+            .unwrap();
+    }
+    guest
+        .write_slice(VIRTIO_MMIO_ACPI_ID, GuestAddress(last + 1))
+        .unwrap();
+    assert!(!kernel.finds_virtio_mmio_by_acpi(&guest).unwrap());
 }
 
 #[test]

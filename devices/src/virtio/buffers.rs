@@ -228,7 +228,10 @@ impl GuestBuffers {
         fd: BorrowedFd<'_>,
         overflow: &mut [u8],
     ) -> io::Result<PacketRead> {
-        let overflow_index = self.vectors.len().min(self.front + MAX_VECTORS_PER_CALL - 1);
+        let overflow_index = self
+            .vectors
+            .len()
+            .min(self.front + MAX_VECTORS_PER_CALL - 1);
         let room = if overflow_index == self.vectors.len() {
             self.len
         } else {
@@ -401,12 +404,21 @@ mod tests {
         let mut buffers = GuestBuffers::new(memory.clone());
         buffers.push(GuestAddress(0x100), 2).unwrap();
         buffers.push(GuestAddress(0x200), 2).unwrap();
-        for (packet, in_list, in_overflow) in
-            [("ab", 2, 0), ("abcd", 4, 0), ("abcdefg", 4, 3), ("abcdefghijk", 4, 4)]
-        {
+        for (packet, in_list, in_overflow) in [
+            ("ab", 2, 0),
+            ("abcd", 4, 0),
+            ("abcdefg", 4, 3),
+            ("abcdefghijk", 4, 4),
+        ] {
             theirs.send(packet.as_bytes()).unwrap();
             let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
-            assert_eq!(read, PacketRead { in_list, in_overflow });
+            assert_eq!(
+                read,
+                PacketRead {
+                    in_list,
+                    in_overflow
+                }
+            );
             assert_eq!(buffers.len(), 4);
         }
         assert_eq!(&overflow, b"efgh");
@@ -418,12 +430,22 @@ mod tests {
         theirs.send(&[0x5a; 1025]).unwrap();
         let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
         let (in_list, in_overflow) = (MAX_VECTORS_PER_CALL - 1, 2);
-        assert_eq!(read, PacketRead { in_list, in_overflow });
+        assert_eq!(
+            read,
+            PacketRead {
+                in_list,
+                in_overflow
+            }
+        );
         assert_eq!(buffers.len(), 2000);
         let mut byte = [0];
-        memory.read_slice(&mut byte, GuestAddress(in_list as u64 - 1)).unwrap();
+        memory
+            .read_slice(&mut byte, GuestAddress(in_list as u64 - 1))
+            .unwrap();
         assert_eq!(byte, [0x5a]);
-        memory.read_slice(&mut byte, GuestAddress(in_list as u64)).unwrap();
+        memory
+            .read_slice(&mut byte, GuestAddress(in_list as u64))
+            .unwrap();
         assert_ne!(byte, [0x5a]);
     }
 

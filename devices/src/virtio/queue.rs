@@ -245,12 +245,19 @@ impl VirtQueue {
             let slot = u64::from(next_used & (self.queue.size() - 1));
             let element = [u32::from(head).to_le(), written.to_le()];
             self.memory
-                .write_obj(element, GuestAddress(ring + USED_RING + slot * USED_ELEMENT_SIZE))
+                .write_obj(
+                    element,
+                    GuestAddress(ring + USED_RING + slot * USED_ELEMENT_SIZE),
+                )
                 .map_err(|error| self.ring_error(virtio_queue::Error::GuestMemory(error)))?;
             next_used = next_used.wrapping_add(1);
         }
         self.memory
-            .store(next_used.to_le(), GuestAddress(ring + USED_INDEX), Ordering::Release)
+            .store(
+                next_used.to_le(),
+                GuestAddress(ring + USED_INDEX),
+                Ordering::Release,
+            )
             .map_err(|error| self.ring_error(virtio_queue::Error::GuestMemory(error)))?;
         self.queue.set_next_used(next_used);
         Ok(())
@@ -418,12 +425,18 @@ mod tests {
         let (mut driver, mut queue, mut chain) = pair(false);
         driver.offer(&[buffer(0, 3, true), buffer(8, 5, false)]);
         let error = queue.pop(&mut chain).unwrap_err();
-        assert!(matches!(error, QueueError::Order { head: 0, .. }), "{error}");
+        assert!(
+            matches!(error, QueueError::Order { head: 0, .. }),
+            "{error}"
+        );
 
         let (mut driver, mut queue, mut chain) = pair(false);
         driver.offer(&[buffer(0x4000, 1, true)]);
         let error = queue.pop(&mut chain).unwrap_err();
-        assert!(matches!(error, QueueError::Buffer { head: 0, .. }), "{error}");
+        assert!(
+            matches!(error, QueueError::Buffer { head: 0, .. }),
+            "{error}"
+        );
 
         // A chain that is a loop, one whose link leads nowhere, and a head that is none.
         for (next, head) in [(0, 0), (4, 0), (0, 4)] {
@@ -452,7 +465,10 @@ mod tests {
         queue.add_used(0, 0).unwrap();
         assert!(!queue.needs_interrupt().unwrap());
         driver.set_no_interrupt(false);
-        assert!(!queue.needs_interrupt().unwrap(), "that chain was considered");
+        assert!(
+            !queue.needs_interrupt().unwrap(),
+            "that chain was considered"
+        );
     }
 
     #[test]
@@ -464,7 +480,10 @@ mod tests {
         assert!(!queue.needs_interrupt().unwrap(), "index 0 has passed");
         driver.set_used_event(4);
         queue.add_used_together(&[(0, 0), (1, 0)]).unwrap();
-        assert!(!queue.needs_interrupt().unwrap(), "index 4 is not returned yet");
+        assert!(
+            !queue.needs_interrupt().unwrap(),
+            "index 4 is not returned yet"
+        );
         queue.add_used_together(&[(0, 0), (1, 0), (2, 0)]).unwrap();
         assert!(queue.needs_interrupt().unwrap(), "index 4 is among them");
         assert!(!queue.needs_interrupt().unwrap());
@@ -499,13 +518,17 @@ mod tests {
     #[test]
     fn a_queue_that_is_not_set_up_leaves_memory_alone() {
         let memory = memory();
-        memory.write_slice(&[0x5a; 0x8000], GuestAddress(0)).unwrap();
+        memory
+            .write_slice(&[0x5a; 0x8000], GuestAddress(0))
+            .unwrap();
         let (queue, doorbell) = (Queue::new(4).unwrap(), EventFd::new(0).unwrap());
         let mut queue = VirtQueue::new(0, queue, doorbell, memory.clone());
         let counter = InterruptCounter::default();
         let mut chain = Chain::new(&memory);
         let serve = |_: &mut Chain| -> Result<u32, QueueError> { panic!("there is no chain") };
-        queue.serve(&mut chain, &counter.interrupt(), serve).unwrap();
+        queue
+            .serve(&mut chain, &counter.interrupt(), serve)
+            .unwrap();
         let mut bytes = vec![0; 0x8000];
         memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         assert!(bytes.iter().all(|&byte| byte == 0x5a));

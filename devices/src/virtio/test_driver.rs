@@ -99,7 +99,10 @@ impl TestDriver {
     pub fn write_descriptor(&self, index: u16, buffer: Buffer, flags: u16, next: u16) {
         let address = self.base + u64::from(index) * 16;
         self.store(address, buffer.address);
-        self.store(address + 8, u64::from(buffer.len) | u64::from(flags) << 32 | u64::from(next) << 48);
+        self.store(
+            address + 8,
+            u64::from(buffer.len) | u64::from(flags) << 32 | u64::from(next) << 48,
+        );
     }
 
     /// Makes the chain that starts at descriptor `head` available.

@@ -30,8 +30,10 @@ pub(crate) unsafe fn read<T: Copy>(address: u64) -> T {
 ///
 /// The range is mapped memory.
 pub(crate) unsafe fn bytes_sum(address: u64, size: u64) -> u8 {
-    // SAFETY: as the caller promises.
-    (0..size).fold(0, |sum: u8, offset| sum.wrapping_add(unsafe { read(address + offset) }))
+    (0..size).fold(0, |sum: u8, offset| {
+        // SAFETY: as the caller promises.
+        sum.wrapping_add(unsafe { read(address + offset) })
+    })
 }
 
 /// What the ACPI tables say.
@@ -57,10 +59,15 @@ pub fn walk(rsdp: u64) -> Result<Acpi, String> {
             return Err(format!("no ACPI root pointer at {rsdp:#x}"));
         }
         if bytes_sum(rsdp, 20) != 0 || bytes_sum(rsdp, u64::from(read::<u32>(rsdp + 20))) != 0 {
-            return Err(format!("the ACPI root pointer at {rsdp:#x} has a wrong checksum"));
+            return Err(format!(
+                "the ACPI root pointer at {rsdp:#x} has a wrong checksum"
+            ));
         }
-        let mut acpi =
-            Acpi { tables: Vec::new(), processors: Vec::new(), io_apics: Vec::new() };
+        let mut acpi = Acpi {
+            tables: Vec::new(),
+            processors: Vec::new(),
+            io_apics: Vec::new(),
+        };
         let root = read::<u64>(rsdp + 24);
         let (signature, root_length) = check_table(root)?;
         if signature != *b"XSDT" {
@@ -88,15 +95,23 @@ pub fn walk(rsdp: u64) -> Result<Acpi, String> {
 
 unsafe fn check_table(address: u64) -> Result<([u8; 4], u64), String> {
     // SAFETY: a table of the walk.
-    let (signature, length) =
-        unsafe { (read::<[u8; 4]>(address), u64::from(read::<u32>(address + 4))) };
+    let (signature, length) = unsafe {
+        (
+            read::<[u8; 4]>(address),
+            u64::from(read::<u32>(address + 4)),
+        )
+    };
     let name = signature.escape_ascii();
     if !(HEADER_SIZE..1 << 20).contains(&length) {
-        return Err(format!("ACPI table {name} at {address:#x} claims {length} bytes"));
+        return Err(format!(
+            "ACPI table {name} at {address:#x} claims {length} bytes"
+        ));
     }
     // SAFETY: the length is plausible, and the table lies in memory.
     if unsafe { bytes_sum(address, length) } != 0 {
-        return Err(format!("ACPI table {name} at {address:#x} has a wrong checksum"));
+        return Err(format!(
+            "ACPI table {name} at {address:#x} has a wrong checksum"
+        ));
     }
     Ok((signature, length))
 }

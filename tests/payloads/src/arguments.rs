@@ -27,7 +27,10 @@ pub fn parsed<T: FromStr>(name: &str) -> Option<T> {
 
 /// Whether the word `name` stands alone on the command line.
 pub fn flag(name: &str) -> bool {
-    BootInfo::get().command_line.split_whitespace().any(|word| word == name)
+    BootInfo::get()
+        .command_line
+        .split_whitespace()
+        .any(|word| word == name)
 }
 
 /// A virtio-mmio device that the command line names: `virtio_mmio.device=SIZE@ADDRESS:GSI`.

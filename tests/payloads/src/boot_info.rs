@@ -113,7 +113,10 @@ impl BootInfo {
 
     /// The ranges of usable memory.
     pub fn ram(&self) -> impl Iterator<Item = MemoryRange> {
-        self.memory.iter().copied().filter(|range| range.kind == MemoryRange::RAM)
+        self.memory
+            .iter()
+            .copied()
+            .filter(|range| range.kind == MemoryRange::RAM)
     }
 }
 
@@ -137,15 +140,33 @@ pub(crate) unsafe fn read(protocol: u64, information: u64) {
 unsafe fn read_start_info(address: u64) -> BootInfo {
     // SAFETY: the protocol says that EBX held the address of this structure.
     let info = unsafe { (address as *const StartInfo).read_unaligned() };
-    assert!(info.magic == PVH_MAGIC, "PVH start info at {address:#x} has no magic number");
-    assert!(info.version >= 1, "PVH start info version {} has no memory map", info.version);
+    assert!(
+        info.magic == PVH_MAGIC,
+        "PVH start info at {address:#x} has no magic number"
+    );
+    assert!(
+        info.version >= 1,
+        "PVH start info version {} has no memory map",
+        info.version
+    );
     // SAFETY: the memory map has this many entries of this size.
     let entry = |index: u32| unsafe {
-        (info.memory_map as *const StartInfoMemory).add(index as usize).read_unaligned()
+        (info.memory_map as *const StartInfoMemory)
+            .add(index as usize)
+            .read_unaligned()
     };
     let ranges = (0..info.memory_map_entries).map(|index| {
-        let StartInfoMemory { address, size, kind, .. } = entry(index);
-        MemoryRange { address, size, kind }
+        let StartInfoMemory {
+            address,
+            size,
+            kind,
+            ..
+        } = entry(index);
+        MemoryRange {
+            address,
+            size,
+            kind,
+        }
     });
     heap::initialise(ranges.clone());
     BootInfo {
@@ -170,8 +191,7 @@ unsafe fn read_zero_page(address: u64) -> BootInfo {
         )
     };
     let ranges = (0..count.min(zero_page::E820_MAX_ENTRIES)).map(|index| {
-        let entry =
-            address + zero_page::E820_TABLE + u64::from(index) * zero_page::E820_ENTRY_SIZE;
+        let entry = address + zero_page::E820_TABLE + u64::from(index) * zero_page::E820_ENTRY_SIZE;
         // SAFETY: an entry of the table, which has no more than its maximum of entries.
         unsafe {
             MemoryRange {

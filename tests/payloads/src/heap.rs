@@ -15,7 +15,10 @@ struct BumpAllocator {
 }
 
 #[global_allocator]
-static HEAP: BumpAllocator = BumpAllocator { next: AtomicUsize::new(0), end: AtomicUsize::new(0) };
+static HEAP: BumpAllocator = BumpAllocator {
+    next: AtomicUsize::new(0),
+    end: AtomicUsize::new(0),
+};
 
 // SAFETY: every allocation is a range of the heap of its own, aligned as asked, and the heap is
 // memory that nothing else uses.
@@ -23,11 +26,19 @@ unsafe impl GlobalAlloc for BumpAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let end = self.end.load(Ordering::Relaxed);
         let mut address = 0;
-        let claimed = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
-            address = next.next_multiple_of(layout.align());
-            address.checked_add(layout.size()).filter(|&after| after <= end)
-        });
-        if claimed.is_ok() { address as *mut u8 } else { core::ptr::null_mut() }
+        let claimed = self
+            .next
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| {
+                address = next.next_multiple_of(layout.align());
+                address
+                    .checked_add(layout.size())
+                    .filter(|&after| after <= end)
+            });
+        if claimed.is_ok() {
+            address as *mut u8
+        } else {
+            core::ptr::null_mut()
+        }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {

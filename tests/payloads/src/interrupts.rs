@@ -2,7 +2,7 @@
 //! 6 and 11, 82093AA data sheet). The handler of every vector is in `assembly/traps.s`: it counts
 //! the interrupt and acknowledges it.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 use core::time::Duration;
 
 use crate::mmio::{read_32, write_32};
@@ -53,18 +53,19 @@ unsafe extern "C" {
 
 /// Points every gate of the interrupt descriptor table at its stub.
 pub(crate) fn fill_descriptor_table() {
-    for vector in 0..256 {
-        let handler = &raw const vector_stubs as u64 + vector as u64 * STUB_SIZE;
+    // SAFETY: one processor runs, and no exception happens here that would use the table.
+    let table = unsafe { (&raw mut interrupt_descriptor_table).as_mut_unchecked() };
+    let mut handler = &raw const vector_stubs as u64;
+    for gate in table {
         let low = (handler & 0xffff)
             | RING_0_CODE << 16
             | INTERRUPT_GATE << 32
             | (handler >> 16 & 0xffff) << 48;
-        // SAFETY: no exception happens here that would use the table, and one processor runs.
-        unsafe {
-            let gate = &raw mut interrupt_descriptor_table[vector];
-            gate.write_volatile([low, handler >> 32]);
-        }
+        *gate = [low, handler >> 32];
+        handler += STUB_SIZE;
     }
+    // The processor reads the table behind the compiler's back.
+    compiler_fence(Ordering::SeqCst);
 }
 
 /// How many interrupts of this vector all processors have taken.
@@ -136,7 +137,10 @@ pub fn start_periodic_timer(period: Duration) {
     enable_local_apic();
     write_local_apic(TIMER_DIVIDE, DIVIDE_BY_1);
     write_local_apic(TIMER, u32::from(TIMER_VECTOR) | PERIODIC);
-    write_local_apic(TIMER_INITIAL_COUNT, u32::try_from(period.as_nanos()).unwrap_or(u32::MAX));
+    write_local_apic(
+        TIMER_INITIAL_COUNT,
+        u32::try_from(period.as_nanos()).unwrap_or(u32::MAX),
+    );
 }
 
 /// Stops the timer of this processor's local APIC.

@@ -92,7 +92,10 @@ fn panic(information: &PanicInfo<'_>) -> ! {
     if PANICKED.swap(true, Ordering::Relaxed) {
         system_call::triple_fault();
     }
-    println!("FAIL: {information}");
+    match information.location() {
+        Some(place) => println!("FAIL: panic at {place}: {}", information.message()),
+        None => println!("FAIL: panic: {}", information.message()),
+    }
     println!("FAIL");
     report::reset()
 }

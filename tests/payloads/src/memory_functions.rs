@@ -41,8 +41,12 @@ unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, count: usize) -> 
     for index in 0..count {
         // SAFETY: the caller passes two ranges of `count` bytes that it may read; volatile so that
         // the loop is not compiled into a call of memcmp.
-        let (left, right) =
-            unsafe { (left.add(index).read_volatile(), right.add(index).read_volatile()) };
+        let (left, right) = unsafe {
+            (
+                left.add(index).read_volatile(),
+                right.add(index).read_volatile(),
+            )
+        };
         if left != right {
             return i32::from(left) - i32::from(right);
         }

@@ -2,6 +2,9 @@
 
 use core::arch::asm;
 
+/// A page where no monitor has memory or a device: the last below the I/O APIC.
+pub const UNUSED_PAGE: u64 = 0xfebf_f000;
+
 macro_rules! accessors {
     ($($read:ident, $write:ident, $type:ty, $register:ident, $move_in:literal, $move_out:literal;)*) => {$(
         /// Reads a register of this size at a guest-physical address.

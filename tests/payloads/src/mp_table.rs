@@ -90,7 +90,11 @@ fn parse(floating_pointer: u64) -> Result<MpTable, &'static str> {
                 0..=LAST_ENTRY_TYPE => {}
                 _ => return Err("the MP configuration table has an entry of unknown type"),
             }
-            entry += if kind == PROCESSOR { PROCESSOR_SIZE } else { OTHER_ENTRY_SIZE };
+            entry += if kind == PROCESSOR {
+                PROCESSOR_SIZE
+            } else {
+                OTHER_ENTRY_SIZE
+            };
         }
         if entry != table + length {
             return Err("the MP configuration table ends inside an entry");

@@ -26,7 +26,10 @@ pub fn map(address: u64, size: u64) {
         static mut page_directory_pointers: [u64; 512];
     }
     let end = address + size;
-    assert!(end <= MAPPABLE_SIZE, "memory at {end:#x} is too high to be mapped");
+    assert!(
+        end <= MAPPABLE_SIZE,
+        "memory at {end:#x} is too high to be mapped"
+    );
     for gib in address / GIB..end.div_ceil(GIB) {
         // SAFETY: the table of the entry code, which only this function changes.
         unsafe {
@@ -38,7 +41,10 @@ pub fn map(address: u64, size: u64) {
             for (page, mapping) in directory.0.iter_mut().enumerate() {
                 *mapping = gib * GIB + page as u64 * LARGE_PAGE_SIZE + LARGE_PAGE;
             }
-            ptr::write_volatile(entry, ptr::from_ref(directory) as u64 + PRESENT_WRITABLE_USER);
+            ptr::write_volatile(
+                entry,
+                ptr::from_ref(directory) as u64 + PRESENT_WRITABLE_USER,
+            );
         }
     }
     system_call::flush_translations();

@@ -5,12 +5,9 @@ use core::fmt::Display;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::system_call::{self, write_port_8};
-use crate::{arguments, port, println, time};
+use crate::{arguments, mmio, port, println, time};
 
 static FAILED: AtomicBool = AtomicBool::new(false);
-
-/// Where neither memory nor a device is in any monitor: the last page below the I/O APIC.
-const UNUSED_ADDRESS: u32 = 0xfebf_f000;
 
 /// Prints that the check `name` succeeded.
 pub fn ok(name: impl Display) {
@@ -35,10 +32,23 @@ pub fn check<E: Display>(name: impl Display, result: Result<(), E>) {
 /// is none), `poweroff`, `triple-fault`, `hang` or `emulation-failure`.
 pub fn finish() -> ! {
     let way = arguments::value("finish").unwrap_or("reset");
-    if !matches!(way, "reset" | "poweroff" | "triple-fault" | "hang" | "emulation-failure") {
-        fail("finish", format_args!("there is no way to finish called '{way}'"));
+    if !matches!(
+        way,
+        "reset" | "poweroff" | "triple-fault" | "hang" | "emulation-failure"
+    ) {
+        fail(
+            "finish",
+            format_args!("there is no way to finish called '{way}'"),
+        );
     }
-    println!("{}", if FAILED.load(Ordering::Relaxed) { "FAIL" } else { "PASS" });
+    println!(
+        "{}",
+        if FAILED.load(Ordering::Relaxed) {
+            "FAIL"
+        } else {
+            "PASS"
+        }
+    );
     match way {
         "poweroff" => {
             write_port_8(port::ACPI_SLEEP_CONTROL, port::ACPI_SOFT_OFF);
@@ -47,7 +57,7 @@ pub fn finish() -> ! {
         "triple-fault" => system_call::triple_fault(),
         "hang" => system_call::halt(),
         "emulation-failure" => {
-            system_call::execute_unknown_instruction(UNUSED_ADDRESS);
+            system_call::execute_unknown_instruction(mmio::UNUSED_PAGE);
             still_running(way);
         }
         _ => {}

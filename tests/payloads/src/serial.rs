@@ -37,7 +37,10 @@ pub fn read() -> Option<u8> {
 /// Makes the port raise its interrupt (GSI 4) while there is input, or stops it.
 pub fn interrupt_on_input(wanted: bool) {
     write_port_8(MODEM_CONTROL, DTR_RTS_OUT2);
-    write_port_8(INTERRUPT_ENABLE, if wanted { RECEIVED_DATA_AVAILABLE } else { 0 });
+    write_port_8(
+        INTERRUPT_ENABLE,
+        if wanted { RECEIVED_DATA_AVAILABLE } else { 0 },
+    );
 }
 
 /// Gathers formatted text so that few system calls print it.
@@ -76,7 +79,10 @@ pub fn print(arguments: fmt::Arguments<'_>) {
         }
         core::hint::spin_loop();
     }
-    let mut line = Line { bytes: [0; 128], length: 0 };
+    let mut line = Line {
+        bytes: [0; 128],
+        length: 0,
+    };
     let _ = line.write_fmt(arguments);
     line.flush();
     BUSY.store(false, Ordering::Release);

@@ -71,7 +71,12 @@ pub fn write_port_32(port: u16, value: u32) {
 
 /// Writes `bytes` to the 16550 at `port` when its transmitter is empty: no more than it can hold.
 pub fn write_serial(port: u16, bytes: &[u8]) {
-    call(Call::WriteSerial, u64::from(port), bytes.as_ptr() as u64, bytes.len() as u64);
+    call(
+        Call::WriteSerial,
+        u64::from(port),
+        bytes.as_ptr() as u64,
+        bytes.len() as u64,
+    );
 }
 
 /// Reads a model-specific register.
@@ -124,8 +129,8 @@ pub fn triple_fault() -> ! {
 }
 
 /// Executes in ring 0 an instruction that KVM has to emulate and cannot: KVM_RUN fails with an
-/// internal error. `address` is a guest-physical address below 4 GiB with neither memory nor a
+/// internal error. `address` is a mapped guest-physical address with neither memory nor a
 /// device. Returns only where something else than KVM emulated the instruction.
-pub fn execute_unknown_instruction(address: u32) {
-    call(Call::UnknownInstruction, u64::from(address), 0, 0);
+pub fn execute_unknown_instruction(address: u64) {
+    call(Call::UnknownInstruction, address, 0, 0);
 }

@@ -32,8 +32,8 @@ pub fn ticks_per_second() -> u64 {
                 break (end, timer_end);
             }
         };
-        let counted = u128::from(end - start) * 1_000_000_000
-            / (timer_end - timer_start).as_nanos();
+        let counted =
+            u128::from(end - start) * 1_000_000_000 / (timer_end - timer_start).as_nanos();
         frequency = counted as u64;
         FREQUENCY.store(frequency, Ordering::Relaxed);
     }

@@ -48,11 +48,6 @@ impl DroppedPackets {
         }
         self.count += 1;
     }
-
-    #[cfg(test)]
-    pub(super) fn count(&self) -> u64 {
-        self.count
-    }
 }
 
 impl Drop for DroppedPackets {

@@ -20,7 +20,9 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 
-use super::{Activation, COMMON_FEATURES, QueueError, VirtQueue, VirtioDevice, VirtioInterrupt, device_id};
+use super::{
+    Activation, COMMON_FEATURES, QueueError, VirtQueue, VirtioDevice, VirtioInterrupt, device_id,
+};
 use crate::event_loop::Subscriber;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use dropped::DroppedPackets;
@@ -119,9 +121,16 @@ impl VirtioDevice for Net {
         self.tap
             .set_offloads(offloads(activation.features))
             .map_err(|error| {
-                format!("cannot set the offloads of tap '{}': {error}", self.tap.name())
+                format!(
+                    "cannot set the offloads of tap '{}': {error}",
+                    self.tap.name()
+                )
             })?;
-        Ok(Box::new(Worker::new(self.tap.clone(), self.mtu, activation)?))
+        Ok(Box::new(Worker::new(
+            self.tap.clone(),
+            self.mtu,
+            activation,
+        )?))
     }
 }
 

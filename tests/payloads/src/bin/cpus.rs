@@ -36,7 +36,10 @@ fn check_processors() {
                 "MP table by {:#x}: processors {:?}, boot processor {:?}, I/O APICs {:x?}",
                 table.floating_pointer, table.processors, table.boot_processors, table.io_apics
             );
-            report::check("the MP table marks this processor", marks_this_processor(&table));
+            report::check(
+                "the MP table marks this processor",
+                marks_this_processor(&table),
+            );
             listed.push(("MP table", table.processors));
         }
         Ok(None) if matches!(require, Some("mp" | "both")) => {
@@ -47,8 +50,11 @@ fn check_processors() {
     }
     match BootInfo::get().rsdp.map(acpi::walk) {
         Some(Ok(acpi)) => {
-            let names: Vec<String> =
-                acpi.tables.iter().map(|name| format!("{}", name.escape_ascii())).collect();
+            let names: Vec<String> = acpi
+                .tables
+                .iter()
+                .map(|name| format!("{}", name.escape_ascii()))
+                .collect();
             println!(
                 "ACPI tables {names:?}: processors {:?}, I/O APICs {:x?}",
                 acpi.processors, acpi.io_apics
@@ -63,7 +69,11 @@ fn check_processors() {
         None => println!("no ACPI"),
     }
     if let [(_, first), (_, second)] = &listed[..] {
-        let same = if first == second { Ok(()) } else { Err("they list different processors") };
+        let same = if first == second {
+            Ok(())
+        } else {
+            Err("they list different processors")
+        };
         report::check("the MP table and the MADT agree", same);
     }
     let Some((source, ids)) = listed.first() else {
@@ -85,7 +95,10 @@ fn marks_this_processor(table: &mp_table::MpTable) -> Result<(), String> {
     if table.boot_processors == [own] {
         Ok(())
     } else {
-        Err(format!("this is processor {own}, marked is {:?}", table.boot_processors))
+        Err(format!(
+            "this is processor {own}, marked is {:?}",
+            table.boot_processors
+        ))
     }
 }
 
@@ -96,7 +109,10 @@ fn start_all(ids: &[u8]) {
         match processors::start(id, application_processor) {
             Ok(index) => {
                 running += 1;
-                report::check(format!("processor {id} starts and takes an interrupt"), ping(id, index));
+                report::check(
+                    format!("processor {id} starts and takes an interrupt"),
+                    ping(id, index),
+                );
             }
             Err(reason) => report::fail(format!("processor {id}"), reason),
         }
@@ -114,7 +130,11 @@ fn ping(id: u8, index: usize) -> Result<(), String> {
         core::hint::spin_loop();
     }
     let ids = IDS[index].load(Ordering::Acquire);
-    println!("processor {index}: local APIC id {}, by CPUID {}", ids & 0xffff, ids >> 16);
+    println!(
+        "processor {index}: local APIC id {}, by CPUID {}",
+        ids & 0xffff,
+        ids >> 16
+    );
     if ids & 0xffff != u32::from(id) {
         return Err(format!("its local APIC says {}", ids & 0xffff));
     }

@@ -58,7 +58,11 @@ fn check_devices() {
     }
     if let Some(expected) = arguments::value("expect-devices") {
         let found = ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-        let result = if found == expected { Ok(()) } else { Err(format!("found {found}")) };
+        let result = if found == expected {
+            Ok(())
+        } else {
+            Err(format!("found {found}"))
+        };
         report::check(format!("the devices are {expected}"), result);
     }
 }
@@ -109,8 +113,9 @@ fn random_bytes(rng: &mut Rng) -> Result<(), String> {
     let mut previous = [0; 64];
     for _ in 0..64 {
         let mut bytes = [0; 64];
-        let filled =
-            rng.read(&mut bytes, Completion::Polled).map_err(|error| error.to_string())?;
+        let filled = rng
+            .read(&mut bytes, Completion::Polled)
+            .map_err(|error| error.to_string())?;
         if filled == 0 {
             return Err(String::from("a request got no bytes"));
         }
@@ -118,7 +123,10 @@ fn random_bytes(rng: &mut Rng) -> Result<(), String> {
             return Err(String::from("two requests got the same bytes"));
         }
         previous = bytes;
-        ones += bytes[..filled].iter().map(|byte| byte.count_ones()).sum::<u32>();
+        ones += bytes[..filled]
+            .iter()
+            .map(|byte| byte.count_ones())
+            .sum::<u32>();
         total += 8 * filled as u32;
     }
     // The standard deviation of 32768 fair bits is 90.
@@ -140,9 +148,15 @@ fn check_block(device: MmioDevice, vector: u8) {
     if capacity == 0 {
         return report::fail("block capacity", "it is zero");
     }
-    report::check("block reads its first and last sector", first_and_last(&mut block));
+    report::check(
+        "block reads its first and last sector",
+        first_and_last(&mut block),
+    );
     report::check("block refuses what is outside it", outside(&mut block));
-    report::check("block refuses unknown requests", unknown_request(&mut block));
+    report::check(
+        "block refuses unknown requests",
+        unknown_request(&mut block),
+    );
     match block.read_id(Completion::Polled) {
         Ok(id) => {
             let end = id.iter().position(|&byte| byte == 0).unwrap_or(id.len());
@@ -175,7 +189,12 @@ fn first_and_last(block: &mut Block) -> Result<(), Error> {
 fn outside(block: &mut Block) -> Result<(), String> {
     let capacity = block.capacity();
     let mut sectors = vec![0; 2 * SECTOR_SIZE];
-    for sector in [capacity - 1, capacity, u64::MAX, u64::MAX / SECTOR_SIZE as u64] {
+    for sector in [
+        capacity - 1,
+        capacity,
+        u64::MAX,
+        u64::MAX / SECTOR_SIZE as u64,
+    ] {
         match block.read(sector, &mut sectors, Completion::Polled) {
             Err(Error::Status(STATUS_IO_ERROR)) => {}
             other => return Err(format!("two sectors from {sector}: {other:?}")),
@@ -189,7 +208,10 @@ fn outside(block: &mut Block) -> Result<(), String> {
 
 fn unknown_request(block: &mut Block) -> Result<(), String> {
     let mut bytes = [0; SECTOR_SIZE];
-    let header = RequestHeader { kind: 0x1234, ..RequestHeader::default() };
+    let header = RequestHeader {
+        kind: 0x1234,
+        ..RequestHeader::default()
+    };
     let result = block
         .submit_header(header, Some(Buffer::writable(&mut bytes)))
         .map(|_| block.kick())
@@ -211,7 +233,10 @@ fn pattern(sector: u64, generation: u64) -> [u8; SECTOR_SIZE] {
 fn check_block_writes(block: &mut Block) {
     let area = block.capacity().min(2048);
     report::check("block keeps what is written", random_writes(block, area));
-    report::check("block does many requests at a time", many_at_a_time(block, area));
+    report::check(
+        "block does many requests at a time",
+        many_at_a_time(block, area),
+    );
     if block.features & block_feature::FLUSH != 0 {
         report::check("block flushes", block.flush(Completion::Polled));
     }
@@ -219,7 +244,11 @@ fn check_block_writes(block: &mut Block) {
         report::check("block writes zeroes", zeroes(block, area));
     }
     if block.features & block_feature::DISCARD != 0 {
-        let range = SectorRange { sector: 0, count: area as u32, flags: 0 };
+        let range = SectorRange {
+            sector: 0,
+            count: area as u32,
+            flags: 0,
+        };
         let discarded = block.clear(RequestType::Discard, range, Completion::Polled);
         report::check("block discards", discarded);
     }
@@ -246,10 +275,14 @@ fn random_writes(block: &mut Block, area: u64) -> Result<(), String> {
             .map_err(|error| format!("{count} sectors from {start}: {error}"))?;
     }
     let mut bytes = vec![0; area as usize * SECTOR_SIZE];
-    block.read(0, &mut bytes, Completion::Polled).map_err(|error| error.to_string())?;
+    block
+        .read(0, &mut bytes, Completion::Polled)
+        .map_err(|error| error.to_string())?;
     for (sector, found) in bytes.chunks(SECTOR_SIZE).enumerate() {
         if found != pattern(sector as u64, generations[sector]) {
-            return Err(format!("sector {sector} does not have what was written last"));
+            return Err(format!(
+                "sector {sector} does not have what was written last"
+            ));
         }
     }
     Ok(())
@@ -262,7 +295,8 @@ fn many_at_a_time(block: &mut Block, area: u64) -> Result<(), String> {
         if sector % 64 == 0 {
             let count = (area - sector).min(64);
             let mut bytes = Vec::with_capacity(count as usize * SECTOR_SIZE);
-            (sector..sector + count).for_each(|sector| bytes.extend_from_slice(&pattern(sector, 1)));
+            (sector..sector + count)
+                .for_each(|sector| bytes.extend_from_slice(&pattern(sector, 1)));
             block
                 .write(sector, &bytes, Completion::Polled)
                 .map_err(|error| format!("{count} sectors from {sector}: {error}"))?;
@@ -276,7 +310,9 @@ fn many_at_a_time(block: &mut Block, area: u64) -> Result<(), String> {
     let deadline = Deadline::after(Duration::from_secs(10));
     while completed < REQUESTS {
         while submitted < REQUESTS {
-            let Some(head) = block.queue.next_head(3) else { break };
+            let Some(head) = block.queue.next_head(3) else {
+                break;
+            };
             let sector = random.below(area);
             let buffer = &mut buffers[usize::from(head)];
             sectors[usize::from(head)] = sector;
@@ -286,16 +322,20 @@ fn many_at_a_time(block: &mut Block, area: u64) -> Result<(), String> {
             submitted += 1;
         }
         block.kick();
-        while let Some((head, result)) = block.complete().map_err(|error| error.to_string())? {
+        while let Some(done) = block.complete().map_err(|error| error.to_string())? {
+            let head = done.head;
             let sector = sectors[usize::from(head)];
-            result.map_err(|error| format!("sector {sector}: {error}"))?;
+            done.result
+                .map_err(|error| format!("sector {sector}: {error}"))?;
             if buffers[usize::from(head)] != pattern(sector, 1) {
                 return Err(format!("a read of sector {sector} brought another"));
             }
             completed += 1;
         }
         if deadline.passed() {
-            return Err(format!("{completed} of {REQUESTS} requests were done in time"));
+            return Err(format!(
+                "{completed} of {REQUESTS} requests were done in time"
+            ));
         }
     }
     Ok(())
@@ -303,12 +343,18 @@ fn many_at_a_time(block: &mut Block, area: u64) -> Result<(), String> {
 
 fn zeroes(block: &mut Block, area: u64) -> Result<(), String> {
     let (start, count) = (area / 4, area / 2);
-    let range = SectorRange { sector: start, count: count as u32, flags: 0 };
+    let range = SectorRange {
+        sector: start,
+        count: count as u32,
+        flags: 0,
+    };
     block
         .clear(RequestType::WriteZeroes, range, Completion::Polled)
         .map_err(|error| error.to_string())?;
     let mut bytes = vec![0xff; area as usize * SECTOR_SIZE];
-    block.read(0, &mut bytes, Completion::Polled).map_err(|error| error.to_string())?;
+    block
+        .read(0, &mut bytes, Completion::Polled)
+        .map_err(|error| error.to_string())?;
     for (sector, found) in (0..).zip(bytes.chunks(SECTOR_SIZE)) {
         let zero = found.iter().all(|&byte| byte == 0);
         if zero != (start..start + count).contains(&sector) {
@@ -321,12 +367,20 @@ fn zeroes(block: &mut Block, area: u64) -> Result<(), String> {
 // --- Network --------------------------------------------------------------------------------------
 
 fn check_net(device: MmioDevice, vector: u8) {
-    let wanted = if arguments::flag("offloads") { OFFLOADS } else { 0 };
+    let wanted = if arguments::flag("offloads") {
+        OFFLOADS
+    } else {
+        0
+    };
     let mut net = match Net::open(device, QUEUE_SIZE, wanted) {
         Ok(net) => net,
         Err(reason) => return report::fail("net initialises", reason),
     };
-    println!("net: address {:02x?}, features {:#x}", net.mac(), net.features);
+    println!(
+        "net: address {:02x?}, features {:#x}",
+        net.mac(),
+        net.features
+    );
     report::check("net has an address", has_address(&net));
     let broadcast = arp_request(net.mac(), [0; 4], [0; 4]);
     report::check(
@@ -338,10 +392,16 @@ fn check_net(device: MmioDevice, vector: u8) {
     });
     report::check("net interrupts", by_interrupt);
     if let Some(addresses) = arguments::value("net-arp") {
-        report::check(format!("net resolves {addresses}"), resolve(&mut net, addresses));
+        report::check(
+            format!("net resolves {addresses}"),
+            resolve(&mut net, addresses),
+        );
     }
     if let Some(count) = arguments::parsed::<u32>("net-echo") {
-        report::check(format!("net echoes {count} frames"), echo(&mut net, vector, count));
+        report::check(
+            format!("net echoes {count} frames"),
+            echo(&mut net, vector, count),
+        );
     }
 }
 
@@ -372,7 +432,11 @@ fn arp_request(mac: [u8; 6], own: [u8; 4], target: [u8; 4]) -> Vec<u8> {
 }
 
 fn parse_ipv4(text: &str) -> Option<[u8; 4]> {
-    let bytes: Vec<u8> = text.split('.').map(str::parse).collect::<Result<_, _>>().ok()?;
+    let bytes: Vec<u8> = text
+        .split('.')
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .ok()?;
     bytes.try_into().ok()
 }
 
@@ -410,7 +474,9 @@ fn echo(net: &mut Net, vector: u8, count: u32) -> Result<(), String> {
     let mut start = 0;
     for frame_number in 0..count {
         let (mut header, mut frame) = net
-            .receive(Completion::Interrupt, |header, frame| (header, frame.to_vec()))
+            .receive(Completion::Interrupt, |header, frame| {
+                (header, frame.to_vec())
+            })
             .map_err(|error| format!("frame {frame_number}: {error}"))?;
         if frame.len() < 14 {
             return Err(format!("frame {frame_number} has {} bytes", frame.len()));
@@ -428,6 +494,9 @@ fn echo(net: &mut Net, vector: u8, count: u32) -> Result<(), String> {
         bytes += frame.len();
     }
     let elapsed = time::duration(start, time::ticks());
-    println!("net: {count} frames, {bytes} bytes in {} us", elapsed.as_micros());
+    println!(
+        "net: {count} frames, {bytes} bytes in {} us",
+        elapsed.as_micros()
+    );
     Ok(())
 }

@@ -27,7 +27,12 @@ payload!(check_memory);
 fn check_memory() {
     let info = BootInfo::get();
     for range in &info.memory {
-        println!("{:#012x}..{:#012x} type {}", range.address, range.end(), range.kind);
+        println!(
+            "{:#012x}..{:#012x} type {}",
+            range.address,
+            range.end(),
+            range.kind
+        );
     }
     report::check("no range overlaps another", no_overlap(&info.memory));
     report::check("no RAM where the devices are", no_ram_at_devices());
@@ -39,18 +44,25 @@ fn check_memory() {
         let name = format!("RAM at {:#x} keeps what is written", range.address);
         report::check(name, check_range(range));
     }
-    report::check("the ends of RAM are not one another's aliases", no_aliases());
+    report::check(
+        "the ends of RAM are not one another's aliases",
+        no_aliases(),
+    );
 }
 
 fn no_overlap(memory: &[MemoryRange]) -> Result<(), String> {
     // qboot's map has an entry of no bytes.
     let mut sorted: Vec<_> = memory.iter().filter(|range| range.size != 0).collect();
     sorted.sort_unstable_by_key(|range| range.address);
-    match sorted.windows(2).find(|pair| pair[0].end() > pair[1].address) {
+    match sorted
+        .windows(2)
+        .find(|pair| pair[0].end() > pair[1].address)
+    {
         None => Ok(()),
-        Some(pair) => {
-            Err(format!("{:#x} ends after {:#x} starts", pair[0].address, pair[1].address))
-        }
+        Some(pair) => Err(format!(
+            "{:#x} ends after {:#x} starts",
+            pair[0].address, pair[1].address
+        )),
     }
 }
 
@@ -60,7 +72,11 @@ fn no_ram_in(forbidden: core::ops::Range<u64>) -> Result<(), String> {
         .find(|range| range.address < forbidden.end && range.end() > forbidden.start)
     {
         None => Ok(()),
-        Some(range) => Err(format!("RAM from {:#x} to {:#x}", range.address, range.end())),
+        Some(range) => Err(format!(
+            "RAM from {:#x} to {:#x}",
+            range.address,
+            range.end()
+        )),
     }
 }
 
@@ -77,7 +93,9 @@ fn no_ram_in_legacy_area() -> Result<(), String> {
 /// Memory under the legacy area and reserved pages count as the machine's, not as RAM.
 fn total_is(mib: u64) -> Result<(), String> {
     let total: u64 = BootInfo::get().ram().map(|range| range.size).sum();
-    let missing = (mib * MIB).checked_sub(total).ok_or_else(|| format!("{total} bytes are more"))?;
+    let missing = (mib * MIB)
+        .checked_sub(total)
+        .ok_or_else(|| format!("{total} bytes are more"))?;
     if missing > LEGACY_AREA_SIZE {
         return Err(format!("the map has {total} bytes of RAM, {missing} fewer"));
     }
@@ -92,8 +110,14 @@ fn in_use(address: u64) -> bool {
 /// First and last whole page of every RAM range, except this program's own.
 fn edge_pages(range: MemoryRange) -> impl Iterator<Item = u64> {
     let first = range.address.next_multiple_of(PAGE_SIZE);
-    let last = (range.end() & !(PAGE_SIZE - 1)).saturating_sub(PAGE_SIZE).max(first);
-    let first_free = if in_use(first) { heap::end().next_multiple_of(PAGE_SIZE) } else { first };
+    let last = (range.end() & !(PAGE_SIZE - 1))
+        .saturating_sub(PAGE_SIZE)
+        .max(first);
+    let first_free = if in_use(first) {
+        heap::end().next_multiple_of(PAGE_SIZE)
+    } else {
+        first
+    };
     [first_free, last].into_iter().filter(|&page| !in_use(page))
 }
 
@@ -129,7 +153,10 @@ fn no_aliases() -> Result<(), String> {
         for &page in &pages {
             mmio::write_64(page, page ^ u64::MAX);
         }
-        let alias = pages.iter().copied().find(|&page| mmio::read_64(page) != page ^ u64::MAX);
+        let alias = pages
+            .iter()
+            .copied()
+            .find(|&page| mmio::read_64(page) != page ^ u64::MAX);
         for (&page, &bytes) in pages.iter().zip(&before).rev() {
             mmio::write_64(page, bytes);
         }

@@ -32,7 +32,10 @@ fn use_serial_port() {
             Some("interrupt") => true,
             Some(mode) => return report::fail("mode", format!("there is no mode '{mode}'")),
         };
-        report::check(format!("{count} bytes of input"), echo(count, interrupt_driven));
+        report::check(
+            format!("{count} bytes of input"),
+            echo(count, interrupt_driven),
+        );
     }
     if let Some(kib) = arguments::parsed::<usize>("print-kib") {
         print_kib(kib);
@@ -60,7 +63,9 @@ fn echo(count: usize, interrupt_driven: bool) -> Result<(), String> {
             }
         }
         let Some(byte) = byte else {
-            return Err(format!("byte {received} did not come within {INPUT_TIMEOUT:?}"));
+            return Err(format!(
+                "byte {received} did not come within {INPUT_TIMEOUT:?}"
+            ));
         };
         checksum = (checksum ^ u64::from(byte)).wrapping_mul(FNV_PRIME);
         serial::write(&[byte]);

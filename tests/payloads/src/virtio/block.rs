@@ -89,6 +89,15 @@ pub struct SectorRange {
     pub flags: u32,
 }
 
+/// A request that the device has completed.
+#[derive(Debug, Clone, Copy)]
+pub struct Completed {
+    /// Head of its chain, as [`Block::submit`] returned it.
+    pub head: u16,
+    /// How many bytes the device says it wrote, the status byte included, or how it failed.
+    pub result: Result<u32, Error>,
+}
+
 /// The driver's part of a request that the device may be working on.
 #[repr(C, align(32))]
 struct Slot {
@@ -132,9 +141,17 @@ impl Block {
         let queue = device.set_up_queue(0, queue_size, features)?;
         device.set_driver_ok();
         let slots = (0..queue.size())
-            .map(|_| Slot { header: RequestHeader::default(), status: STATUS_UNTOUCHED })
+            .map(|_| Slot {
+                header: RequestHeader::default(),
+                status: STATUS_UNTOUCHED,
+            })
             .collect();
-        Ok(Self { device, queue, features, slots })
+        Ok(Self {
+            device,
+            queue,
+            features,
+            slots,
+        })
     }
 
     /// Size of the device in sectors.
@@ -154,7 +171,14 @@ impl Block {
         sector: u64,
         data: Option<Buffer>,
     ) -> Result<u16, Error> {
-        self.submit_header(RequestHeader { kind: kind as u32, reserved: 0, sector }, data)
+        self.submit_header(
+            RequestHeader {
+                kind: kind as u32,
+                reserved: 0,
+                sector,
+            },
+            data,
+        )
     }
 
     /// As [`submit`](Self::submit), of any header.
@@ -185,13 +209,17 @@ impl Block {
         self.queue.kick(&self.device)
     }
 
-    /// Takes a request that the device has completed: its head, and how it ended.
+    /// Takes a request that the device has completed.
     ///
     /// # Errors
     ///
     /// When the device breaks the rules of the used ring.
-    pub fn complete(&mut self) -> Result<Option<(u16, Result<u32, Error>)>, Error> {
-        Ok(self.queue.take_used()?.map(|used| (used.head, self.result(used))))
+    pub fn complete(&mut self) -> Result<Option<Completed>, Error> {
+        let used = self.queue.take_used()?;
+        Ok(used.map(|used| Completed {
+            head: used.head,
+            result: self.result(used),
+        }))
     }
 
     /// The status byte of a request that the device has completed.
@@ -242,7 +270,12 @@ impl Block {
         completion: Completion,
     ) -> Result<(), Error> {
         let length = bytes.len() as u32 + 1;
-        match self.request(RequestType::Read, sector, Some(Buffer::writable(bytes)), completion)? {
+        match self.request(
+            RequestType::Read,
+            sector,
+            Some(Buffer::writable(bytes)),
+            completion,
+        )? {
             written if written == length => Ok(()),
             written => Err(Error::WrongLength(written)),
         }
@@ -259,7 +292,12 @@ impl Block {
         bytes: &[u8],
         completion: Completion,
     ) -> Result<(), Error> {
-        self.request(RequestType::Write, sector, Some(Buffer::readable(bytes)), completion)?;
+        self.request(
+            RequestType::Write,
+            sector,
+            Some(Buffer::readable(bytes)),
+            completion,
+        )?;
         Ok(())
     }
 
@@ -280,7 +318,12 @@ impl Block {
     /// When the request fails or the device does not answer.
     pub fn read_id(&mut self, completion: Completion) -> Result<[u8; ID_SIZE], Error> {
         let mut id = [0; ID_SIZE];
-        self.request(RequestType::GetId, 0, Some(Buffer::writable(&mut id)), completion)?;
+        self.request(
+            RequestType::GetId,
+            0,
+            Some(Buffer::writable(&mut id)),
+            completion,
+        )?;
         Ok(id)
     }
 

@@ -66,7 +66,10 @@ impl MmioDevice {
     /// When there is no virtio-mmio device of version 2.
     pub fn probe(window: VirtioMmioWindow) -> Result<Self, Error> {
         let device = Self { window };
-        match (device.read(register::MAGIC_VALUE), device.read(register::VERSION)) {
+        match (
+            device.read(register::MAGIC_VALUE),
+            device.read(register::VERSION),
+        ) {
             (MAGIC, VERSION) => Ok(device),
             (magic, version) => Err(Error::NotVirtio(magic, version)),
         }
@@ -210,12 +213,7 @@ impl MmioDevice {
     /// # Errors
     ///
     /// When the device has no such queue.
-    pub fn set_up_queue(
-        &self,
-        index: u16,
-        size: u16,
-        features: u64,
-    ) -> Result<SplitQueue, Error> {
+    pub fn set_up_queue(&self, index: u16, size: u16, features: u64) -> Result<SplitQueue, Error> {
         let max = self.queue_size_max(index);
         let size = u32::from(size).min(max) as u16;
         if size == 0 {
@@ -228,17 +226,30 @@ impl MmioDevice {
 
     /// Gives a queue to the device.
     pub fn attach_queue(&self, queue: &SplitQueue) {
-        self.write_queue(u32::from(queue.index()), u32::from(queue.size()), queue.addresses());
+        self.write_queue(
+            u32::from(queue.index()),
+            u32::from(queue.size()),
+            queue.addresses(),
+        );
     }
 
     /// Writes all registers of a queue, whatever they are.
     pub fn write_queue(&self, index: u32, size: u32, addresses: QueueAddresses) {
         self.write(register::QUEUE_SELECT, index);
         self.write(register::QUEUE_SIZE, size);
-        self.write(register::QUEUE_DESCRIPTORS_LOW, addresses.descriptors as u32);
-        self.write(register::QUEUE_DESCRIPTORS_HIGH, (addresses.descriptors >> 32) as u32);
+        self.write(
+            register::QUEUE_DESCRIPTORS_LOW,
+            addresses.descriptors as u32,
+        );
+        self.write(
+            register::QUEUE_DESCRIPTORS_HIGH,
+            (addresses.descriptors >> 32) as u32,
+        );
         self.write(register::QUEUE_DRIVER_LOW, addresses.available as u32);
-        self.write(register::QUEUE_DRIVER_HIGH, (addresses.available >> 32) as u32);
+        self.write(
+            register::QUEUE_DRIVER_HIGH,
+            (addresses.available >> 32) as u32,
+        );
         self.write(register::QUEUE_DEVICE_LOW, addresses.used as u32);
         self.write(register::QUEUE_DEVICE_HIGH, (addresses.used >> 32) as u32);
         self.write(register::QUEUE_READY, 1);

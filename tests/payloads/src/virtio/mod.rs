@@ -90,7 +90,10 @@ impl fmt::Display for Error {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotVirtio(magic, version) => {
-                write!(formatter, "no virtio-mmio 2: magic {magic:#x}, version {version}")
+                write!(
+                    formatter,
+                    "no virtio-mmio 2: magic {magic:#x}, version {version}"
+                )
             }
             Self::WrongType(id) => write!(formatter, "the device's id is {id}"),
             Self::NotReset(status) => write!(formatter, "status {status:#x} after a reset"),
@@ -145,7 +148,11 @@ pub fn wait_for_used(
         Completion::Interrupt => {
             if !interrupts::wait_until(REQUEST_TIMEOUT, || queue.has_used()) {
                 let needs_reset = device.needs_reset();
-                return Err(if needs_reset { Error::NeedsReset } else { Error::TimedOut });
+                return Err(if needs_reset {
+                    Error::NeedsReset
+                } else {
+                    Error::TimedOut
+                });
             }
             device.acknowledge_interrupt();
         }

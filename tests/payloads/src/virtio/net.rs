@@ -94,9 +94,19 @@ impl Net {
         let transmit_queue = device.set_up_queue(TRANSMIT_QUEUE, queue_size, features)?;
         device.set_driver_ok();
         let buffers = (0..receive_queue.size()).map(|_| None).collect();
-        let mut net = Self { device, receive_queue, transmit_queue, features, buffers };
+        let mut net = Self {
+            device,
+            receive_queue,
+            transmit_queue,
+            features,
+            buffers,
+        };
         let large = features & net_feature::GUEST_TSO4 != 0;
-        let size = if large { LARGE_BUFFER_SIZE } else { BUFFER_SIZE };
+        let size = if large {
+            LARGE_BUFFER_SIZE
+        } else {
+            BUFFER_SIZE
+        };
         for _ in 0..net.receive_queue.size() {
             net.post(vec![0; size].into_boxed_slice())?;
         }
@@ -113,7 +123,8 @@ impl Net {
     /// The card's address.
     pub fn mac(&self) -> [u8; 6] {
         core::array::from_fn(|index| {
-            self.device.read_byte(super::mmio::register::CONFIG + index as u64)
+            self.device
+                .read_byte(super::mmio::register::CONFIG + index as u64)
         })
     }
 
@@ -154,7 +165,8 @@ impl Net {
         completion: Completion,
     ) -> Result<(), Error> {
         let header = [header];
-        self.transmit_queue.add(&[Buffer::readable(&header), Buffer::readable(frame)])?;
+        self.transmit_queue
+            .add(&[Buffer::readable(&header), Buffer::readable(frame)])?;
         self.transmit_queue.kick(&self.device);
         wait_for_used(&self.device, &mut self.transmit_queue, completion)?;
         Ok(())

@@ -6,8 +6,8 @@ use core::alloc::Layout;
 use core::ptr;
 use core::sync::atomic::{Ordering, fence};
 
-use super::mmio::{MmioDevice, QueueAddresses};
 use super::Error;
+use super::mmio::{MmioDevice, QueueAddresses};
 
 /// Flag of a descriptor: its `next` counts.
 pub const DESCRIPTOR_NEXT: u16 = 1;
@@ -66,7 +66,12 @@ impl Buffer {
 
     fn descriptor(&self) -> Descriptor {
         let flags = if self.writable { DESCRIPTOR_WRITE } else { 0 };
-        Descriptor { address: self.address, length: self.length, flags, next: 0 }
+        Descriptor {
+            address: self.address,
+            length: self.length,
+            flags,
+            next: 0,
+        }
     }
 }
 
@@ -239,33 +244,41 @@ impl SplitQueue {
         self.used_index() != self.next_used
     }
 
-    /// Takes the next chain that the device has used, and frees its descriptors.
-    ///
-    /// # Errors
-    ///
-    /// When its head is none of the queue's.
-    pub fn take_used(&mut self) -> Result<Option<Used>, Error> {
+    /// Takes the next element of the used ring as it is: the head of a chain, and how many bytes
+    /// the device says it wrote.
+    pub fn take_used_element(&mut self) -> Option<(u32, u32)> {
         if !self.has_used() {
-            return Ok(None);
+            return None;
         }
         fence(Ordering::Acquire);
         let slot = 2 + 4 * (self.next_used % self.size);
         let half = |offset| u32::from(self.read_used(slot + offset));
-        let (id, length) = (half(0) | half(1) << 16, half(2) | half(3) << 16);
+        let element = (half(0) | half(1) << 16, half(2) | half(3) << 16);
         self.next_used = self.next_used.wrapping_add(1);
         if self.event_index {
             self.write_available(2 + self.size, self.next_used);
         }
+        Some(element)
+    }
+
+    /// Takes the next chain that the device has used, and frees its descriptors.
+    ///
+    /// # Errors
+    ///
+    /// When no chain that begins there was made available.
+    pub fn take_used(&mut self) -> Result<Option<Used>, Error> {
+        let Some((id, length)) = self.take_used_element() else {
+            return Ok(None);
+        };
         if id >= u32::from(self.size) || self.free.contains(&(id as u16)) {
             return Err(Error::WrongChain(id));
         }
         let head = id as u16;
         let mut next = head;
-        // A chain that a hostile payload wrote by itself may have a loop.
-        while self.free.len() < usize::from(self.size) {
+        loop {
             self.free.push(next);
             let descriptor = self.descriptor(next);
-            if descriptor.flags & DESCRIPTOR_NEXT == 0 || descriptor.next >= self.size {
+            if descriptor.flags & DESCRIPTOR_NEXT == 0 {
                 break;
             }
             next = descriptor.next;
@@ -277,7 +290,11 @@ impl SplitQueue {
     pub fn want_interrupts(&mut self, wanted: bool) {
         if self.event_index {
             // The used index comes to half its range behind only after 32768 chains.
-            let event = if wanted { self.next_used } else { self.next_used.wrapping_sub(1) };
+            let event = if wanted {
+                self.next_used
+            } else {
+                self.next_used.wrapping_sub(1)
+            };
             self.write_available(2 + self.size, event);
         } else {
             self.write_available(0, if wanted { 0 } else { AVAILABLE_NO_INTERRUPT });
@@ -296,7 +313,11 @@ impl SplitQueue {
     pub fn set_descriptor(&mut self, index: u16, descriptor: Descriptor) {
         assert!(index < self.size);
         // SAFETY: inside the table.
-        unsafe { self.descriptors.add(usize::from(index)).write_volatile(descriptor) }
+        unsafe {
+            self.descriptors
+                .add(usize::from(index))
+                .write_volatile(descriptor);
+        }
     }
 
     /// Makes the chain that begins at `head` available, whatever `head` is.

@@ -4,7 +4,8 @@
 //!
 //! Arguments: `seed=N` (1 when there is none) starts the random numbers; `rounds=N` (500) is how
 //! many random accesses each device gets; `only=registers|queues|chains|driver|ports` leaves out
-//! the others. Block devices are only read.
+//! the others; `lenient` lets a device overlook an attack, as long as a reset brings it back. Block
+//! devices are only read.
 
 #![no_std]
 #![no_main]

@@ -43,15 +43,15 @@ fn attack_serial(random: &mut Random) {
         2 => drop(read_port_32(register)),
         // What goes out should not disturb a terminal.
         _ if register == port::SERIAL => write_port_8(register, b'.'),
-        3 if register != port::SERIAL + 7 => write_port_16(register, random.next() as u16),
-        4 if register != port::SERIAL + 7 => write_port_32(register, random.next() as u32),
-        _ => write_port_8(register, random.next() as u8),
+        3 if register != port::SERIAL + 7 => write_port_16(register, random.next_u64() as u16),
+        4 if register != port::SERIAL + 7 => write_port_32(register, random.next_u64() as u32),
+        _ => write_port_8(register, random.next_u64() as u8),
     }
 }
 
 fn attack_keyboard_controller(random: &mut Random) {
     let register = I8042_DATA + random.below(5) as u16;
-    let command = random.next() as u8;
+    let command = random.next_u64() as u8;
     match random.below(6) {
         0 => drop(read_port_8(register)),
         1 => drop(read_port_16(register)),
@@ -66,7 +66,7 @@ fn attack_keyboard_controller(random: &mut Random) {
 
 fn attack_acpi(random: &mut Random) {
     let register = port::ACPI_SLEEP_CONTROL + random.below(u64::from(ACPI_PORTS)) as u16;
-    let value = random.next() as u32 & ACPI_HARMLESS;
+    let value = random.next_u64() as u32 & ACPI_HARMLESS;
     match random.below(6) {
         0 => drop(read_port_8(register)),
         1 => drop(read_port_16(register)),

@@ -1,23 +1,31 @@
 //! Queues that no device can serve.
 
+use runtime::mmio::UNUSED_PAGE;
 use runtime::virtio::mmio::{QueueAddresses, register};
 
 use crate::target::{Expected, Outcome, Session, Target, end_of_low_ram};
 
 const OUTSIDE_RAM: u64 = 1 << 46;
-const LOCAL_APIC: u64 = 0xfee0_0000;
 
 /// Where to put one part of a queue, given its right place.
 type Placement = fn(&Session, u64) -> u64;
 
 const PLACEMENTS: &[(&str, Expected, Placement)] = &[
     ("outside RAM", Expected::Notice, |_, _| OUTSIDE_RAM),
-    ("across the end of RAM", Expected::Notice, |_, _| end_of_low_ram() - 16),
-    ("at the end of the address space", Expected::Notice, |_, _| u64::MAX - 15),
-    ("in the local APIC", Expected::Notice, |_, _| LOCAL_APIC),
-    ("in the device's own registers", Expected::Notice, |session, _| {
-        session.device.window().address
+    ("across the end of RAM", Expected::Notice, |_, _| {
+        end_of_low_ram() - 16
     }),
+    (
+        "at the end of the address space",
+        Expected::Notice,
+        |_, _| u64::MAX - 15,
+    ),
+    ("in the device hole", Expected::Notice, |_, _| UNUSED_PAGE),
+    (
+        "in the device's own registers",
+        Expected::Notice,
+        |session, _| session.device.window().address,
+    ),
     ("unaligned", Expected::Notice, |_, address| address + 1),
 ];
 
@@ -38,12 +46,18 @@ pub fn attack(target: &Target) {
             Ok(start(session, size, addresses))
         });
     }
-    let max = target.device.queue_size_max(target.request_queue().unwrap_or(0));
-    target.check("queue of twice the most descriptors", Expected::Notice, || {
-        let session = Session::prepare(target)?;
-        let addresses = session.queue.addresses();
-        Ok(start(session, 2 * max, addresses))
-    });
+    let max = target
+        .device
+        .queue_size_max(target.request_queue().unwrap_or(0));
+    target.check(
+        "queue of twice the most descriptors",
+        Expected::Notice,
+        || {
+            let session = Session::prepare(target)?;
+            let addresses = session.queue.addresses();
+            Ok(start(session, 2 * max, addresses))
+        },
+    );
     for (part_name, part) in PARTS {
         for &(place_name, expected, placement) in PLACEMENTS {
             let name = alloc::format!("{part_name} {place_name}");
@@ -60,23 +74,36 @@ pub fn attack(target: &Target) {
     target.check("parts of a queue in one place", Expected::Anything, || {
         let session = Session::prepare(target)?;
         let address = session.queue.addresses().descriptors;
-        let addresses =
-            QueueAddresses { descriptors: address, available: address, used: address };
+        let addresses = QueueAddresses {
+            descriptors: address,
+            available: address,
+            used: address,
+        };
         let size = u32::from(session.queue.size());
         Ok(start(session, size, addresses))
     });
-    target.check("queue that is ready with nothing else set", Expected::Anything, || {
-        let session = Session::prepare(target)?;
-        session.device.write(register::QUEUE_READY, 1);
-        session.device.set_driver_ok();
-        session.notify();
-        Ok(if session.device.needs_reset() { Outcome::NeedsReset } else { Outcome::Silent })
-    });
+    target.check(
+        "queue that is ready with nothing else set",
+        Expected::Anything,
+        || {
+            let session = Session::prepare(target)?;
+            session.device.write(register::QUEUE_READY, 1);
+            session.device.set_driver_ok();
+            session.notify();
+            Ok(if session.device.needs_reset() {
+                Outcome::NeedsReset
+            } else {
+                Outcome::Silent
+            })
+        },
+    );
 }
 
 /// Gives the device its queue, starts it and submits a valid request where that can be seen.
 fn start(mut session: Session, size: u32, addresses: QueueAddresses) -> Outcome {
-    session.device.write_queue(u32::from(session.queue.index()), size, addresses);
+    session
+        .device
+        .write_queue(u32::from(session.queue.index()), size, addresses);
     if session.device.read(register::QUEUE_READY) == 0 {
         return Outcome::Refused;
     }

@@ -15,8 +15,25 @@ const BATCH: u64 = 50;
 const PLAYGROUND_SIZE: usize = 0x4000;
 const LOW_PLAYGROUND_SIZE: usize = 0x1000;
 
-const VALUES: &[u64] =
-    &[0, 1, 2, 3, 4, 7, 8, 0xb, 0xf, 0x10, 0x40, 0x80, 0xff, 0x100, 0xffff, 0x8000_0000, u64::MAX];
+const VALUES: &[u64] = &[
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    0xb,
+    0xf,
+    0x10,
+    0x40,
+    0x80,
+    0xff,
+    0x100,
+    0xffff,
+    0x8000_0000,
+    u64::MAX,
+];
 
 pub fn attack(target: &Target, random: &mut Random, rounds: u64) {
     let mut left = rounds;
@@ -32,7 +49,11 @@ pub fn attack(target: &Target, random: &mut Random, rounds: u64) {
             }
             let needs_reset = target.device.needs_reset();
             target.device.reset()?;
-            Ok(if needs_reset { Outcome::NeedsReset } else { Outcome::Silent })
+            Ok(if needs_reset {
+                Outcome::NeedsReset
+            } else {
+                Outcome::Silent
+            })
         });
     }
 }
@@ -56,7 +77,7 @@ fn access(target: &Target, random: &mut Random, playground: u64) {
     // A queue must not end up in this program's own memory.
     let value = if !is_address {
         match random.below(3) {
-            0 => random.next(),
+            0 => random.next_u64(),
             _ => random.choose(VALUES),
         }
     } else if offset & 4 == 0 {
@@ -65,7 +86,7 @@ fn access(target: &Target, random: &mut Random, playground: u64) {
             playground + 0x1000,
             playground + 0x2001,
             end_of_low_ram(),
-            0xfee0_0000,
+            mmio::UNUSED_PAGE,
             0xffff_f000,
             0xffff_ffff,
             target.device.window().address,
