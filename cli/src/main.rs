@@ -102,7 +102,18 @@ fn reason(error: &anyhow::Error) -> String {
             line = format!("{line}: {text}");
         }
     }
-    line.replace('\n', " ")
+    without_error_numbers(line.replace('\n', " "))
+}
+
+/// The text without the numbers that the standard library puts behind the words of an error of the
+/// operating system.
+fn without_error_numbers(mut text: String) -> String {
+    while let Some(start) = text.find(" (os error ")
+        && let Some(len) = text[start..].find(')')
+    {
+        text.replace_range(start..=start + len, "");
+    }
+    text
 }
 
 #[cfg(test)]
@@ -137,6 +148,16 @@ mod tests {
             usage_error("bantam run --disk a,rw"),
             "error: invalid value 'a,rw' for '--disk <PATH[,ro][,id=NAME]>': unknown option 'rw', \
              expected one of 'path', 'readonly', 'ro', 'id'; a disk is PATH[,ro][,id=NAME]"
+        );
+    }
+
+    #[test]
+    fn errors_of_the_system_are_told_in_words() {
+        let error = io::Error::from_raw_os_error(2);
+        let told = anyhow::anyhow!("cannot open 'x': {error}; try another");
+        assert_eq!(
+            reason(&told),
+            "cannot open 'x': No such file or directory; try another"
         );
     }
 

@@ -1,1 +1,41 @@
-//! Skeleton.
+//! What the tests of Bantam on real KVM, and its benchmarks, have in common: finding and building
+//! the monitor and the guests, and starting machines that can be waited for and never stay behind.
+
+mod artefacts;
+mod images;
+mod linux;
+mod network;
+mod pattern;
+mod process;
+mod requirements;
+mod watchdog;
+
+pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
+pub use images::{BzImage, Compression, elf_kernel};
+pub use linux::{LinuxSlot, answer, linux_slot};
+pub use network::{HostTap, PacketSocket, interface_exists, tap_name};
+pub use pattern::{crc32, first_difference, fnv1a, pattern};
+pub use process::{Bantam, Ended, Running, unprivileged};
+pub use requirements::{lacks_kvm, lacks_taps};
+
+/// Ends a test that cannot run on this host: it fails with the reason, unless the environment
+/// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.
+#[macro_export]
+macro_rules! require_kvm {
+    () => {
+        if $crate::lacks_kvm() {
+            return;
+        }
+    };
+}
+
+/// As [`require_kvm`], for tests that also create network interfaces; `BANTAM_SKIP_TAP_TESTS` set
+/// to 1 skips them where they cannot.
+#[macro_export]
+macro_rules! require_taps {
+    () => {
+        if $crate::lacks_kvm() || $crate::lacks_taps() {
+            return;
+        }
+    };
+}

@@ -1,5 +1,6 @@
 //! What the host offers to machines.
 
+use std::arch::x86_64::__cpuid;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
@@ -32,23 +33,22 @@ pub enum Virtualization {
 
 /// Finds out what lets the host's processor run guests.
 pub fn virtualization() -> Virtualization {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    match processor_virtualization(&cpuinfo) {
-        Virtualization::None if Path::new("/sys/module/kvm_pvm").exists() => Virtualization::Pvm,
-        found => found,
+    // KVM has one way of running guests at a time, so where this module is loaded, it is the one.
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        return Virtualization::Pvm;
     }
+    processor_virtualization(|leaf| __cpuid(leaf).ecx)
 }
 
-fn processor_virtualization(cpuinfo: &str) -> Virtualization {
-    let flags = cpuinfo
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.trim() == "flags")
-        .map_or("", |(_, flags)| flags);
-    let has = |name| flags.split_whitespace().any(|flag| flag == name);
-    if has("vmx") {
+/// What the processor says of itself, where `ecx_of` gives register ECX of a CPUID leaf: bit 5 of
+/// leaf 1 is VMX (Intel SDM, volume 2A, CPUID), bit 2 of leaf 0x8000_0001 is SVM (AMD APM, volume
+/// 3, appendix E). Both leaves exist on every 64-bit processor.
+fn processor_virtualization(ecx_of: impl Fn(u32) -> u32) -> Virtualization {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    if ecx_of(1) & VMX != 0 {
         Virtualization::Vmx
-    } else if has("svm") {
+    } else if ecx_of(0x8000_0001) & SVM != 0 {
         Virtualization::Svm
     } else {
         Virtualization::None
@@ -279,22 +279,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags_of_the_processor_tell_its_virtualization() {
-        let cpuinfo =
-            |flags| format!("processor\t: 0\nvmx flags\t: ept\nflags\t\t: fpu {flags} lm\n");
-        assert_eq!(
-            processor_virtualization(&cpuinfo("vmx")),
-            Virtualization::Vmx
-        );
-        assert_eq!(
-            processor_virtualization(&cpuinfo("svm")),
-            Virtualization::Svm
-        );
-        assert_eq!(
-            processor_virtualization(&cpuinfo("svm_lock vmxoff")),
-            Virtualization::None
-        );
-        assert_eq!(processor_virtualization(""), Virtualization::None);
+    fn processors_say_how_they_virtualize() {
+        let processor = |standard: u32, extended: u32| {
+            processor_virtualization(|leaf| match leaf {
+                1 => standard,
+                0x8000_0001 => extended,
+                _ => panic!("leaf {leaf:#x} says nothing of it"),
+            })
+        };
+        assert_eq!(processor(1 << 5, !(1 << 2)), Virtualization::Vmx);
+        assert_eq!(processor(!(1 << 5), 1 << 2), Virtualization::Svm);
+        assert_eq!(processor(!(1 << 5), !(1 << 2)), Virtualization::None);
+    }
+
+    #[test]
+    fn the_processor_agrees_with_the_kernel() {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
+        let has = |flag| cpuinfo.split_whitespace().any(|word| word == flag);
+        // Flags are missing there where the firmware has switched off what the processor can do.
+        let found = processor_virtualization(|leaf| __cpuid(leaf).ecx);
+        if has("vmx") {
+            assert_eq!(found, Virtualization::Vmx);
+        } else if has("svm") {
+            assert_eq!(found, Virtualization::Svm);
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};
+use crate::config::{BootProtocolOption, MachineConfig, Mtu, SerialConfig};
 use crate::control::{Control, EndOnPanic, ExitReason};
 use crate::error::Error;
 use crate::host::open_kvm;
@@ -353,7 +353,7 @@ fn attach_disks(
 
 fn attach_networks(virtio: &mut VirtioDevices<'_>, config: &MachineConfig) -> Result<(), Error> {
     for net in &config.nets {
-        let mtu = net.mtu.map(|mtu| mtu.get());
+        let mtu = net.mtu.map(Mtu::get);
         let tap = Tap::open(net.tap.as_str(), mtu)?;
         let device = Net::new(tap, net.mac_address().bytes(), mtu);
         virtio.attach(format!("network interface '{}'", net.tap), Box::new(device))?;

@@ -14,8 +14,8 @@ use super::Serial;
 
 /// Bytes read from the host at a time: what the receive FIFO takes.
 const INPUT_CHUNK: usize = 64;
-/// How long the last output waits for a reader that has stopped reading.
-const LAST_OUTPUT_TIMEOUT_MS: u16 = 10_000;
+/// How long the last output waits for a reader that does not read any of it.
+const LAST_OUTPUT_TIMEOUT_MS: u16 = 3_000;
 
 /// Where the bytes of a serial port come from and go to.
 pub enum SerialEndpoint {

@@ -399,7 +399,9 @@ impl BusDevice for MmioTransport {
             return;
         }
         match <&mut [u8; 4]>::try_from(&mut *data) {
-            Ok(bytes) if offset % 4 == 0 => *bytes = self.read_register(offset).to_le_bytes(),
+            Ok(bytes) if offset.is_multiple_of(4) => {
+                *bytes = self.read_register(offset).to_le_bytes()
+            }
             _ => {
                 data.fill(0);
                 self.warn_once(format_args!(
@@ -418,7 +420,9 @@ impl BusDevice for MmioTransport {
             return;
         }
         match <[u8; 4]>::try_from(data) {
-            Ok(bytes) if offset % 4 == 0 => self.write_register(offset, u32::from_le_bytes(bytes)),
+            Ok(bytes) if offset.is_multiple_of(4) => {
+                self.write_register(offset, u32::from_le_bytes(bytes))
+            }
             _ => self.warn_once(format_args!(
                 "write of {} bytes at {offset:#x}: registers are 4 bytes wide",
                 data.len()

@@ -17,7 +17,7 @@ mod test_driver;
 
 use std::sync::Arc;
 
-pub use buffers::{BufferError, GuestBuffers};
+pub use buffers::{BufferError, GuestBuffers, PacketRead};
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, QueueError, VirtQueue};
 

@@ -41,7 +41,6 @@ pub fn run() -> Result<Ending> {
         .stdin(copy()?)
         .stdout(copy()?)
         .stderr(copy()?)
-        .env_clear()
         .envs([
             ("HOME", "/root"),
             ("PATH", "/sbin:/bin"),

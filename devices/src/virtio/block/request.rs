@@ -170,7 +170,7 @@ impl RequestHandler {
     ) -> Result<(), Failure> {
         self.check_writable()?;
         let len = readable.len();
-        if len == 0 || len % RANGE_SIZE != 0 || len / RANGE_SIZE > MAX_RANGES as usize {
+        if len == 0 || !len.is_multiple_of(RANGE_SIZE) || len / RANGE_SIZE > MAX_RANGES as usize {
             return Err(Failure::Invalid);
         }
         let mut ranges = [(0, 0, 0); MAX_RANGES as usize];
@@ -220,7 +220,7 @@ impl RequestHandler {
 
     fn data_offset(&self, sector: u64, len: usize) -> Result<u64, Failure> {
         let len = len as u64;
-        if len % SECTOR_SIZE != 0 {
+        if !len.is_multiple_of(SECTOR_SIZE) {
             return Err(Failure::Invalid);
         }
         self.offset(sector, len)

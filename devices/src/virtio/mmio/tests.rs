@@ -69,8 +69,7 @@ impl Machine {
                 }
             }
         });
-        let memory =
-            Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap());
+        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap());
         let interrupts = Arc::new(AtomicUsize::new(0));
         let line = Box::new(Counter(interrupts.clone()));
         let transport = MmioTransport::new(
@@ -115,9 +114,21 @@ impl Machine {
         self.write(register::QUEUE_SELECT, 0);
         self.write(register::QUEUE_SIZE, size);
         for (low, high, address) in [
-            (register::QUEUE_DESCRIPTORS_LOW, register::QUEUE_DESCRIPTORS_HIGH, descriptors),
-            (register::QUEUE_DRIVER_LOW, register::QUEUE_DRIVER_HIGH, available),
-            (register::QUEUE_DEVICE_LOW, register::QUEUE_DEVICE_HIGH, used),
+            (
+                register::QUEUE_DESCRIPTORS_LOW,
+                register::QUEUE_DESCRIPTORS_HIGH,
+                descriptors,
+            ),
+            (
+                register::QUEUE_DRIVER_LOW,
+                register::QUEUE_DRIVER_HIGH,
+                available,
+            ),
+            (
+                register::QUEUE_DEVICE_LOW,
+                register::QUEUE_DEVICE_HIGH,
+                used,
+            ),
         ] {
             self.write(low, address as u32);
             self.write(high, (address >> 32) as u32);
@@ -126,12 +137,17 @@ impl Machine {
     }
 
     fn finish_initialization(&mut self) -> u32 {
-        self.write(register::STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        self.write(
+            register::STATUS,
+            ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
+        );
         self.read(register::STATUS)
     }
 
     fn initialize(&mut self) {
-        self.memory.write_slice(&[0; 0x2000], GuestAddress(AVAILABLE)).unwrap();
+        self.memory
+            .write_slice(&[0; 0x2000], GuestAddress(AVAILABLE))
+            .unwrap();
         self.negotiate(F_VERSION_1);
         self.set_up_queue(QUEUE_SIZE, DESCRIPTORS, AVAILABLE, USED);
         let status = self.finish_initialization();
@@ -151,7 +167,9 @@ impl Machine {
     fn offer(&mut self, head: u16, count: u16) {
         let slot = AVAILABLE + 4 + u64::from((count - 1) % QUEUE_SIZE as u16) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
-        self.memory.write_obj(count, GuestAddress(AVAILABLE + 2)).unwrap();
+        self.memory
+            .write_obj(count, GuestAddress(AVAILABLE + 2))
+            .unwrap();
         self.write(QUEUE_NOTIFY, 0);
     }
 
@@ -211,7 +229,10 @@ fn a_queue_is_served_and_interrupts() {
     machine.write(register::INTERRUPT_ACKNOWLEDGE, 1);
     assert_eq!(machine.read(register::INTERRUPT_STATUS), 0);
     let mut bytes = [0; 64];
-    machine.memory.read_slice(&mut bytes, GuestAddress(BUFFER)).unwrap();
+    machine
+        .memory
+        .read_slice(&mut bytes, GuestAddress(BUFFER))
+        .unwrap();
     assert_ne!(bytes, [0; 64]);
     let written: u32 = machine.memory.read_obj(GuestAddress(USED + 8)).unwrap();
     assert_eq!(written, 64);
@@ -221,7 +242,10 @@ fn a_queue_is_served_and_interrupts() {
 fn a_driver_that_wants_no_interrupt_gets_none() {
     let mut machine = Machine::new();
     machine.initialize();
-    machine.memory.write_obj(1u16, GuestAddress(AVAILABLE)).unwrap();
+    machine
+        .memory
+        .write_obj(1u16, GuestAddress(AVAILABLE))
+        .unwrap();
     machine.set_descriptor(0, BUFFER, 64, DESCRIPTOR_WRITE, 0);
     machine.offer(0, 1);
     machine.wait_until("a used buffer", |machine| machine.used_count() == 1);
@@ -275,9 +299,12 @@ fn queues_that_cannot_be_served_need_a_reset() {
     }
 }
 
+/// Makes a broken chain available.
+type Break = fn(&mut Machine);
+
 #[test]
 fn broken_chains_need_a_reset() {
-    let breaks: [(&str, fn(&mut Machine)); 8] = [
+    let breaks: [(&str, Break); 8] = [
         ("a loop", |machine| {
             machine.set_descriptor(0, BUFFER, 8, DESCRIPTOR_WRITE | DESCRIPTOR_NEXT, 1);
             machine.set_descriptor(1, BUFFER, 8, DESCRIPTOR_WRITE | DESCRIPTOR_NEXT, 0);
@@ -287,7 +314,9 @@ fn broken_chains_need_a_reset() {
             machine.set_descriptor(0, BUFFER, 8, DESCRIPTOR_WRITE | DESCRIPTOR_NEXT, 99);
             machine.offer(0, 1);
         }),
-        ("a head out of range", |machine| machine.offer(QUEUE_SIZE as u16, 1)),
+        ("a head out of range", |machine| {
+            machine.offer(QUEUE_SIZE as u16, 1)
+        }),
         ("a buffer outside memory", |machine| {
             machine.set_descriptor(0, 0xd000_0000, 8, DESCRIPTOR_WRITE, 0);
             machine.offer(0, 1);

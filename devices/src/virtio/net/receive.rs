@@ -9,8 +9,7 @@ use super::dropped::{DropReason, DroppedPackets};
 use super::{DriverError, Halt, MAX_PACKET_SIZE};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, Tap, is_gone};
-use crate::virtio::buffers::PacketRead;
-use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, PacketRead, VirtQueue, VirtioInterrupt};
 
 /// Most packets received before other devices have their turn.
 const MAX_PACKETS_PER_TURN: usize = 256;

@@ -1,0 +1,237 @@
+//! Against taps of this host, where this user may create them.
+
+use super::*;
+use nix::poll::{PollFd, PollFlags, poll};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// A name that no other test and no other process of tests uses.
+fn name(suffix: char) -> String {
+    format!("btest{}{suffix}", std::process::id())
+}
+
+/// What sysfs says of an interface; `None` where there is no such interface.
+fn attribute(name: &str, attribute: &str) -> Option<String> {
+    let path: PathBuf = ["/sys/class/net", name, attribute].iter().collect();
+    Some(std::fs::read_to_string(path).ok()?.trim().to_string())
+}
+
+fn is_up(name: &str) -> bool {
+    let flags = attribute(name, "flags").unwrap();
+    u32::from_str_radix(flags.trim_start_matches("0x"), 16).unwrap() & libc::IFF_UP as u32 != 0
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(status.unwrap().success(), "ip {arguments}");
+}
+
+/// Taps can be made only by root, and only where there is the driver.
+fn may_create_taps() -> bool {
+    let may = nix::unistd::geteuid().is_root() && std::fs::exists(CONTROL_DEVICE).unwrap();
+    if !may {
+        eprintln!("skipped: this user cannot create taps here");
+    }
+    may
+}
+
+#[test]
+fn a_created_tap_is_up_and_vanishes() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('a');
+    let tap = Tap::open(&name, Some(1400)).unwrap();
+    assert!(tap.created());
+    assert_eq!(tap.name(), name);
+    assert!(is_up(&name));
+    assert_eq!(attribute(&name, "mtu").unwrap(), "1400");
+
+    let error = Tap::open(&name, None).unwrap_err().to_string();
+    assert!(error.contains("in use by another machine"), "{error}");
+    let all = Offloads {
+        checksum: true,
+        tcp4_segmentation: true,
+        tcp6_segmentation: true,
+        ecn: true,
+        udp_segmentation: tap.segments_udp(),
+    };
+    tap.set_offloads(all).unwrap();
+    tap.set_offloads(Offloads {
+        checksum: false,
+        ..all
+    })
+    .unwrap();
+    drop(tap);
+    assert_eq!(attribute(&name, "mtu"), None);
+}
+
+#[test]
+fn an_existing_tap_is_left_as_it_is() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('b');
+    ip(&format!("tuntap add dev {name} mode tap"));
+    for mtu in [None, Some(1500), Some(9000)] {
+        let tap = Tap::open(&name, mtu).unwrap();
+        assert!(!tap.created());
+        assert!(!is_up(&name));
+        drop(tap);
+    }
+    assert_eq!(attribute(&name, "mtu").unwrap(), "9000");
+    let error = Tap::open(&name, Some(40)).unwrap_err().to_string();
+    assert!(error.contains("a tap takes 68 to 65521"), "{error}");
+    ip(&format!("link del {name}"));
+}
+
+#[test]
+fn a_removed_tap_is_gone() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('c');
+    let tap = Tap::open(&name, None).unwrap();
+    ip(&format!("link del {name}"));
+    let error = (&tap.file).read(&mut [0; 64]).unwrap_err();
+    assert!(is_gone(&error), "{error}");
+    tap.discard_queued();
+    assert!(tap.set_offloads(Offloads::default()).is_err());
+}
+
+#[test]
+fn what_was_queued_is_discarded() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('d');
+    let tap = Tap::open(&name, None).unwrap();
+    ip(&format!("addr add 198.51.100.1/24 dev {name}"));
+    // Nobody answers to the address resolution that this starts.
+    let socket = std::net::UdpSocket::bind("198.51.100.1:0").unwrap();
+    socket.send_to(b"hello", "198.51.100.2:9").unwrap();
+    let mut readable = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut readable, 5000u16).unwrap(), 1);
+    tap.discard_queued();
+    // What the interface sends of itself, as it has come up, may follow at any time.
+    let mut packet = [0; 2048];
+    while (&tap.file).read(&mut packet).is_ok() {
+        let protocol = &packet[PACKET_HEADER_SIZE + 12..][..2];
+        assert_ne!(protocol, [8, 6], "the address resolution");
+    }
+}
+
+#[test]
+fn another_user_is_told_what_root_can_do() {
+    const NOBODY: u32 = 65534;
+    if !may_create_taps() {
+        return;
+    }
+    let (others, own) = (name('e'), name('f'));
+    ip(&format!("tuntap add dev {others} mode tap user 1"));
+    ip(&format!("tuntap add dev {own} mode tap user {NOBODY}"));
+    // The host may keep others from the control device; here they get past that.
+    let attempts =
+        [name('g'), others.clone(), own.clone()].map(|name| (open_control_device().unwrap(), name));
+    let thread = std::thread::spawn(move || {
+        // SAFETY: the system call, unlike the function of the C library, changes the user of
+        // this thread alone, and takes plain numbers.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+        assert_eq!(result, 0);
+        attempts.map(|(file, name)| {
+            Tap::attach(file, &name, Some(1400)).map_err(|error| error.to_string())
+        })
+    });
+    let [new, others_result, own_result] = thread.join().unwrap();
+    for name in [others, own] {
+        ip(&format!("link del {name}"));
+    }
+    let error = new.unwrap_err();
+    assert!(
+        error.contains("run as root, or have root create it by"),
+        "{error}"
+    );
+    let error = others_result.unwrap_err();
+    assert!(error.contains("it belongs to another user"), "{error}");
+    let error = own_result.unwrap_err();
+    assert!(
+        error.contains("it is 1500, and as root 'ip link set"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_is_no_tap_is_refused() {
+    for (name, reason) in [
+        ("", "has a name"),
+        ("sixteen-bytes-xx", "at most 15 bytes"),
+        ("tap%d", "no '/', ':', '%'"),
+        ("a b", "white space"),
+        ("a\0b", "white space"),
+        ("..", "cannot be called so"),
+    ] {
+        let error = Tap::open(name, None).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+    if may_create_taps() {
+        let error = Tap::open("lo", None).unwrap_err().to_string();
+        assert!(error.contains("it is not a tap"), "{error}");
+    }
+}
+
+#[test]
+fn refusals_say_what_helps() {
+    for (name, errno, remedy) in [
+        ("lo", Errno::EPERM, "belongs to another user"),
+        (
+            "no-such-tap",
+            Errno::EPERM,
+            "ip tuntap add dev no-such-tap mode tap",
+        ),
+        (
+            "no-such-tap",
+            Errno::ENFILE,
+            "cannot attach to tap 'no-such-tap': ",
+        ),
+    ] {
+        let error = attach_error(name, errno).to_string();
+        assert!(error.contains(remedy), "{error}");
+    }
+    for (errno, remedy) in [
+        (libc::ENOENT, "modprobe tun"),
+        (libc::EACCES, "run as root"),
+        (
+            libc::EMFILE,
+            "cannot open /dev/net/tun for tap 'x': Too many open files",
+        ),
+    ] {
+        let error = control_error("x", io::Error::from_raw_os_error(errno)).to_string();
+        assert!(error.contains(remedy), "{error}");
+    }
+}
+
+#[test]
+fn offloads_without_their_foundation_are_not_asked_for() {
+    let all = Offloads {
+        checksum: true,
+        tcp4_segmentation: true,
+        tcp6_segmentation: true,
+        ecn: true,
+        udp_segmentation: true,
+    };
+    assert_eq!(all.bits(), 0x6f);
+    assert_eq!(
+        Offloads {
+            checksum: false,
+            ..all
+        }
+        .bits(),
+        0
+    );
+    let ecn_alone = Offloads {
+        checksum: true,
+        ecn: true,
+        ..Offloads::default()
+    };
+    assert_eq!(ecn_alone.bits(), libc::TUN_F_CSUM);
+}

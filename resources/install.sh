@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# install.sh BINARY PREFIX: installs bantam, its manual pages and its shell completions.
+set -euo pipefail
+
+if (($# != 2)); then
+    echo "usage: install.sh BINARY PREFIX" >&2
+    exit 2
+fi
+binary=$1
+prefix=$2
+
+# All of it is made before anything is installed: a program that does not run leaves no traces.
+work=$(mktemp --directory)
+trap 'rm -rf -- "$work"' EXIT
+"$binary" man "$work/man"
+for shell in bash fish zsh; do
+    "$binary" completions "$shell" >"$work/$shell"
+done
+
+install -D --mode=755 -- "$binary" "$prefix/bin/bantam"
+install -D --mode=644 --target-directory="$prefix/share/man/man1" -- "$work"/man/*.1
+install -D --mode=644 -- "$work/bash" "$prefix/share/bash-completion/completions/bantam"
+install -D --mode=644 -- "$work/fish" "$prefix/share/fish/vendor_completions.d/bantam.fish"
+install -D --mode=644 -- "$work/zsh" "$prefix/share/zsh/site-functions/_bantam"

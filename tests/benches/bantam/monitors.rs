@@ -1,0 +1,175 @@
+//! The monitors that are compared, started on the same guest.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use bantam_vmm::host::{Virtualization, virtualization};
+
+/// The monitor that Bantam is compared with.
+pub const PEER: &str = "QEMU microvm";
+
+const QEMU: &str = "qemu-system-x86_64";
+/// What Bantam itself tells a Linux guest on a host without hardware virtualization.
+const QEMU_HOST_WORDS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
+                               tsc=reliable no_timer_check";
+
+/// One of the monitors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Monitor {
+    /// Bantam.
+    Bantam,
+    /// The peer.
+    Qemu,
+}
+
+impl Monitor {
+    /// Both, in the order in which they take turns.
+    pub const BOTH: [Self; 2] = [Self::Bantam, Self::Qemu];
+}
+
+/// A guest with one vCPU and its serial port on standard output.
+#[derive(Debug, Clone, Default)]
+pub struct Guest {
+    /// ELF image.
+    pub kernel: PathBuf,
+    /// Whole kernel command line, but for what monitor and host add to it.
+    pub command_line: String,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Raw image of a virtio-blk disk.
+    pub disk: Option<PathBuf>,
+    /// Name of a tap interface for a virtio-net device. Bantam only.
+    pub tap: Option<String>,
+}
+
+/// Where the monitors are.
+pub struct Monitors {
+    bantam: PathBuf,
+    qemu_version: String,
+    virtualization: Virtualization,
+    folder: PathBuf,
+}
+
+impl Monitors {
+    /// Finds the monitors: Bantam where `BANTAM_BIN` says, or else as a release build in cargo's
+    /// target folder. `folder` is for files of the benchmarks.
+    ///
+    /// # Panics
+    ///
+    /// When one of them is missing.
+    pub fn find(target_folder: &Path, folder: &Path) -> Self {
+        let bantam = env::var_os("BANTAM_BIN")
+            .map_or_else(|| target_folder.join("release/bantam"), PathBuf::from);
+        assert!(
+            bantam.is_file(),
+            "there is no '{}': run 'make bench', or name the program in BANTAM_BIN",
+            bantam.display()
+        );
+        Self {
+            bantam,
+            qemu_version: qemu_version(),
+            virtualization: virtualization(),
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// Name of the peer with its version.
+    pub fn peer_name(&self) -> String {
+        format!("QEMU {} microvm", self.qemu_version)
+    }
+
+    /// What is compared, and where.
+    pub fn description(&self) -> String {
+        let cpus = thread::available_parallelism().map_or(0, usize::from);
+        let host = match self.virtualization {
+            Virtualization::Vmx => "VT-x",
+            Virtualization::Svm => "AMD-V",
+            Virtualization::Pvm | Virtualization::None => "no hardware virtualization",
+        };
+        format!(
+            "{} beside {}; host with {cpus} CPUs, {host}",
+            self.bantam.display(),
+            self.peer_name()
+        )
+    }
+
+    /// A folder for files of the benchmarks.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The command that runs `guest` under `monitor`.
+    pub fn command(&self, monitor: Monitor, guest: &Guest) -> Command {
+        match monitor {
+            Monitor::Bantam => self.bantam_command(guest),
+            Monitor::Qemu => self.qemu_command(guest),
+        }
+    }
+
+    fn bantam_command(&self, guest: &Guest) -> Command {
+        let mut command = Command::new(&self.bantam);
+        command.arg("run").arg("--kernel").arg(&guest.kernel);
+        command.args(["--cmdline", &guest.command_line]);
+        command.args(["--memory", &format!("{}M", guest.memory_mib)]);
+        // The peer's machine has none.
+        command.args(["--rng", "off"]);
+        if let Some(disk) = &guest.disk {
+            command.arg("--disk").arg(disk);
+        }
+        if let Some(tap) = &guest.tap {
+            command.arg("--net").arg(format!("tap={tap}"));
+        }
+        command
+    }
+
+    /// The leanest machine that runs the guest.
+    fn qemu_command(&self, guest: &Guest) -> Command {
+        assert!(guest.tap.is_none(), "networks are not compared");
+        let nested = match self.virtualization {
+            Virtualization::Vmx | Virtualization::Svm => false,
+            Virtualization::Pvm | Virtualization::None => true,
+        };
+        let mut command_line = guest.command_line.clone();
+        let mut cpu = "host";
+        if nested {
+            command_line = format!("{command_line} {QEMU_HOST_WORDS}");
+            // QEMU 7.2 ends when it cannot set the MSR of this feature.
+            cpu = "host,-arch-capabilities";
+        }
+        let mut command = Command::new(QEMU);
+        command.args([
+            "-machine",
+            "microvm,x-option-roms=off,isa-serial=on,rtc=off,acpi=off,pit=off,pic=off",
+            "-enable-kvm",
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+        ]);
+        command.args(["-display", "none", "-serial", "stdio", "-cpu", cpu]);
+        command.args(["-m", &guest.memory_mib.to_string()]);
+        command.arg("-kernel").arg(&guest.kernel);
+        command.args(["-append", &command_line]);
+        if let Some(disk) = &guest.disk {
+            let path = disk.to_str().expect("the benchmarks chose the name");
+            command.args(["-global", "virtio-mmio.force-legacy=false"]);
+            command.args(["-device", "virtio-blk-device,drive=disk"]);
+            command.args(["-drive", &format!("id=disk,file={path},format=raw,if=none")]);
+        }
+        command
+    }
+}
+
+fn qemu_version() -> String {
+    let output = Command::new(QEMU)
+        .arg("--version")
+        .output()
+        .unwrap_or_else(|error| {
+            panic!("cannot run {QEMU}: {error}; try: apt-get install qemu-system-x86")
+        });
+    let text = String::from_utf8_lossy(&output.stdout);
+    // "QEMU emulator version 7.2.22 (Debian ...)".
+    let version = text.split_whitespace().nth(3);
+    version.unwrap_or("of unknown version").to_owned()
+}

@@ -1,0 +1,175 @@
+//! The table, and the file with its rows.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::monitors::{Monitors, PEER};
+use crate::statistics::Samples;
+
+/// What a measurement should be.
+#[derive(Debug, Clone, Copy)]
+pub enum Goal {
+    /// At most this, in the row's unit.
+    AtMost(f64),
+    /// At most this share of the peer's.
+    RatioAtMost(f64),
+    /// Nothing in particular: the row is for information.
+    None,
+}
+
+/// One row: Bantam's measurements, and the peer's where there are any.
+#[derive(Debug)]
+pub struct Row {
+    /// What is measured.
+    pub name: String,
+    /// The unit of all numbers but the ratio.
+    pub unit: &'static str,
+    /// Bantam's.
+    pub bantam: Samples,
+    /// The peer's.
+    pub peer: Option<Samples>,
+    /// What Bantam's should be.
+    pub goal: Goal,
+}
+
+impl Row {
+    fn ratio(&self) -> Option<f64> {
+        let peer = self.peer.as_ref()?.median();
+        Some(self.bantam.median() / peer)
+    }
+
+    fn is_met(&self) -> bool {
+        match self.goal {
+            Goal::AtMost(limit) => self.bantam.median() <= limit,
+            Goal::RatioAtMost(limit) => self.ratio().is_some_and(|ratio| ratio <= limit),
+            Goal::None => true,
+        }
+    }
+
+    fn goal_text(&self) -> Option<String> {
+        match self.goal {
+            Goal::AtMost(limit) => Some(format!("at most {limit} {}", self.unit)),
+            Goal::RatioAtMost(limit) => Some(format!("at most {limit} of {PEER}'s")),
+            Goal::None => None,
+        }
+    }
+}
+
+/// A row as programs read it. All numbers are medians.
+#[derive(Serialize)]
+struct Record<'a> {
+    name: &'a str,
+    unit: &'a str,
+    bantam: f64,
+    /// Null, like the numbers that need it, where the peer is not measured.
+    peer_name: Option<&'a str>,
+    peer: Option<f64>,
+    ratio: Option<f64>,
+    /// Null where there is none, which is always met.
+    goal: Option<String>,
+    met: bool,
+    runs: usize,
+}
+
+/// All rows of one run of the benchmarks.
+pub struct Report {
+    heading: String,
+    peer_name: String,
+    rows: Vec<Row>,
+}
+
+impl Report {
+    /// A report without rows.
+    pub fn new(monitors: &Monitors) -> Self {
+        Self {
+            heading: monitors.description(),
+            peer_name: monitors.peer_name().to_owned(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a row at the end.
+    pub fn add(&mut self, row: Row) {
+        self.rows.push(row);
+    }
+
+    /// Prints the table.
+    pub fn print(&self) {
+        let mut table =
+            vec![["", "unit", "bantam", PEER, "ratio", "goal", "met"].map(String::from)];
+        for row in &self.rows {
+            table.push([
+                row.name.clone(),
+                row.unit.to_owned(),
+                cell(&row.bantam),
+                row.peer.as_ref().map(cell).unwrap_or_default(),
+                row.ratio()
+                    .map(|ratio| format!("{ratio:.3}"))
+                    .unwrap_or_default(),
+                row.goal_text().unwrap_or_default(),
+                match (row.goal, row.is_met()) {
+                    (Goal::None, _) => "",
+                    (_, true) => "yes",
+                    (_, false) => "NO",
+                }
+                .to_owned(),
+            ]);
+        }
+        let widths: [usize; 7] = std::array::from_fn(|column| {
+            let widths = table.iter().map(|cells| cells[column].chars().count());
+            widths.max().unwrap_or(0)
+        });
+        println!("{}", self.heading);
+        println!("Each number is a median, with the least and the greatest behind it.\n");
+        for cells in &table {
+            let mut line = String::new();
+            for (cell, width) in cells.iter().zip(widths) {
+                write!(line, "{cell:<width$}  ").expect("text grows");
+            }
+            println!("{}", line.trim_end());
+        }
+    }
+
+    /// Writes the rows as a JSON array to the file `path`.
+    pub fn write(&self, path: &Path) {
+        let records: Vec<Record<'_>> = self
+            .rows
+            .iter()
+            .map(|row| Record {
+                name: &row.name,
+                unit: row.unit,
+                bantam: row.bantam.median(),
+                peer_name: row.peer.is_some().then_some(&*self.peer_name),
+                peer: row.peer.as_ref().map(Samples::median),
+                ratio: row.ratio(),
+                goal: row.goal_text(),
+                met: row.is_met(),
+                runs: row.bantam.count(),
+            })
+            .collect();
+        let text = serde_json::to_string_pretty(&records).expect("rows are plain data");
+        fs::write(path, text + "\n")
+            .unwrap_or_else(|error| panic!("cannot write '{}': {error}", path.display()));
+        println!("\nwritten to {}", path.display());
+    }
+}
+
+fn cell(samples: &Samples) -> String {
+    let digits = match samples.median() {
+        1000.0.. => 0,
+        100.0.. => 1,
+        _ => 2,
+    };
+    let median = format!("{:.digits$}", samples.median());
+    if samples.count() == 1 {
+        return median;
+    }
+    format!(
+        "{median} ({:.digits$}..{:.digits$})",
+        samples.least(),
+        samples.greatest()
+    )
+}

@@ -1,0 +1,171 @@
+//! The monitor and the guests, built where they are not there yet.
+
+use std::env;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+/// The target of the payloads, which keeps their build apart from the host's build settings.
+const PAYLOAD_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("this package is in a workspace")
+}
+
+/// Cargo's target folder.
+pub(crate) fn target_folder() -> PathBuf {
+    // Relative to the workspace, as for cargo when it runs there.
+    let folder = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    workspace().join(folder)
+}
+
+/// The `bantam` program: what `BANTAM_BIN` names, or else a debug build of this workspace.
+///
+/// # Panics
+///
+/// When it cannot be built.
+pub fn monitor() -> &'static Path {
+    static MONITOR: OnceLock<PathBuf> = OnceLock::new();
+    MONITOR.get_or_init(|| {
+        if let Some(path) = env::var_os("BANTAM_BIN") {
+            return path.into();
+        }
+        let mut cargo = cargo("build");
+        cargo.args(["--package", "bantam", "--manifest-path"]);
+        cargo.arg(workspace().join("Cargo.toml"));
+        cargo.arg("--target-dir").arg(target_folder());
+        output_of(cargo);
+        target_folder().join("debug/bantam")
+    })
+}
+
+/// A bare-metal guest of `tests/payloads`.
+///
+/// # Panics
+///
+/// When they cannot be built, or there is none of that name.
+pub fn payload(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let target_folder = target_folder().join("payloads");
+        let mut cargo = cargo("build");
+        cargo.args(["--release", "--target", PAYLOAD_TARGET, "--manifest-path"]);
+        cargo.arg(workspace().join("tests/payloads/Cargo.toml"));
+        cargo.arg("--target-dir").arg(&target_folder);
+        output_of(cargo);
+        target_folder.join(PAYLOAD_TARGET).join("release")
+    });
+    let path = folder.join(name);
+    assert!(path.is_file(), "there is no payload '{name}'");
+    path
+}
+
+fn cargo(command: &str) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args([command, "--quiet"]);
+    cargo
+}
+
+/// A Linux kernel made for tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// One processor, and devices found by the command line only.
+    Small,
+    /// With SMP, ACPI and PCI.
+    Full,
+}
+
+impl Kernel {
+    /// Its ELF image.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be built.
+    pub fn vmlinux(self) -> PathBuf {
+        let flavour = match self {
+            Self::Small => "small",
+            Self::Full => "full",
+        };
+        file_named("vmlinux", &guest_script("build.sh", &["kernel", flavour]))
+    }
+}
+
+/// The full kernel's bzImage in every compression format.
+///
+/// # Panics
+///
+/// When they cannot be built.
+pub fn bzimages() -> Vec<PathBuf> {
+    guest_script("build.sh", &["bzimages"])
+}
+
+/// The bzImage that Debian ships for virtual machines.
+///
+/// # Panics
+///
+/// When it cannot be fetched.
+pub fn debian_kernel() -> PathBuf {
+    file_named("bzImage", &guest_script("debian-kernel.sh", &[]))
+}
+
+/// A root file system whose first process is the test agent.
+pub struct RootFileSystem {
+    /// An ext4 image. Tests boot from copies of it.
+    pub ext4: PathBuf,
+    /// An initial RAM disk with only the agent.
+    pub initrd: PathBuf,
+}
+
+impl RootFileSystem {
+    /// Finds or builds it.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be built.
+    pub fn new() -> Self {
+        let paths = guest_script("build.sh", &["rootfs"]);
+        Self {
+            ext4: file_named("rootfs.ext4", &paths),
+            initrd: file_named("initrd.cpio", &paths),
+        }
+    }
+}
+
+impl Default for RootFileSystem {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Runs a script of `resources/guest`, which prints the paths of what it has made.
+fn guest_script(name: &str, arguments: &[&str]) -> Vec<PathBuf> {
+    let mut script = Command::new(workspace().join("resources/guest").join(name));
+    script.args(arguments);
+    output_of(script).lines().map(PathBuf::from).collect()
+}
+
+fn file_named(name: &str, paths: &[PathBuf]) -> PathBuf {
+    paths
+        .iter()
+        .find(|path| path.file_name() == Some(OsStr::new(name)))
+        .unwrap_or_else(|| panic!("there is no '{name}' among {paths:?}"))
+        .clone()
+}
+
+/// Runs a program, whose messages go where those of the tests go.
+fn output_of(mut command: Command) -> String {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?} failed: {}",
+        output.status
+    );
+    String::from_utf8(output.stdout).expect("paths are text")
+}

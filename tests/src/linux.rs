@@ -1,0 +1,57 @@
+//! Linux guests.
+
+use std::fs::File;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::artefacts::target_folder;
+
+/// How many Linux guests start at the same time. Each keeps a processor busy, and more of them
+/// than processors would only make one another exceed their time.
+const SLOTS: usize = 2;
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The right to run a Linux guest, shared with other test processes.
+pub struct LinuxSlot {
+    _lock: Flock<File>,
+}
+
+/// Waits for the right to run a Linux guest.
+///
+/// # Panics
+///
+/// When the locks cannot be used.
+pub fn linux_slot() -> LinuxSlot {
+    loop {
+        for number in 0..SLOTS {
+            let path = target_folder().join(format!("linux-guest-{number}.lock"));
+            let file = File::create(&path)
+                .unwrap_or_else(|error| panic!("cannot create '{}': {error}", path.display()));
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return LinuxSlot { _lock: lock },
+                Err((_, Errno::EWOULDBLOCK)) => {}
+                Err((_, error)) => panic!("cannot lock '{}': {error}", path.display()),
+            }
+        }
+        thread::sleep(RETRY_INTERVAL);
+    }
+}
+
+/// What the guest's test agent answered to `command`: the details after `ok`.
+///
+/// # Panics
+///
+/// When it did not answer so.
+#[track_caller]
+pub fn answer(output: &str, command: &str) -> String {
+    let prefix = format!("bantam: {command} ok");
+    output
+        .lines()
+        .find_map(|line| line.trim_end().strip_prefix(&prefix))
+        .unwrap_or_else(|| panic!("'{command}' failed or was not carried out:\n{output}"))
+        .trim()
+        .to_owned()
+}

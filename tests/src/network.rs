@@ -1,0 +1,172 @@
+//! The host's end of a guest's network.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::mem::size_of;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Command, id};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, SockaddrLike, bind, setsockopt,
+    socket,
+};
+use nix::sys::time::TimeVal;
+
+/// Interfaces that this process has named.
+static NAMED: AtomicU32 = AtomicU32::new(0);
+
+/// A name that no other interface has.
+pub fn tap_name() -> String {
+    format!("bt{}n{}", id(), NAMED.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Whether the host has an interface of that name.
+pub fn interface_exists(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).exists()
+}
+
+/// A tap interface that is there before a machine and after it, with an address of the host in a
+/// network of its own. It is deleted when this is dropped.
+pub struct HostTap {
+    /// Name of the interface.
+    pub name: String,
+    /// The host's address.
+    pub host: Ipv4Addr,
+    /// An address for the guest.
+    pub guest: Ipv4Addr,
+}
+
+impl HostTap {
+    /// Length of the network's prefix in bits.
+    pub const PREFIX: u8 = 30;
+
+    /// Creates the interface and brings it up.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be created.
+    pub fn new() -> Self {
+        let name = tap_name();
+        // A subnet of four addresses among those set apart for tests of devices (RFC 2544).
+        let number = id()
+            .wrapping_mul(8)
+            .wrapping_add(NAMED.load(Ordering::Relaxed));
+        let subnet = Ipv4Addr::new(198, 18, 0, 0).to_bits() + number % (1 << 14) * 4;
+        ip(&["tuntap", "add", "dev", &name, "mode", "tap"]);
+        let tap = Self {
+            name,
+            host: Ipv4Addr::from_bits(subnet + 1),
+            guest: Ipv4Addr::from_bits(subnet + 2),
+        };
+        let address = format!("{}/{}", tap.host, Self::PREFIX);
+        ip(&["address", "add", &address, "dev", &tap.name]);
+        ip(&["link", "set", &tap.name, "up"]);
+        tap
+    }
+}
+
+impl Default for HostTap {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for HostTap {
+    fn drop(&mut self) {
+        ip(&["link", "delete", &self.name]);
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let status = Command::new("ip").args(arguments).status();
+    let succeeded = status.as_ref().is_ok_and(|status| status.success());
+    if !succeeded && !std::thread::panicking() {
+        panic!("'ip {}' failed: {status:?}", arguments.join(" "));
+    }
+}
+
+/// Whole Ethernet frames on an interface.
+pub struct PacketSocket {
+    socket: File,
+}
+
+impl PacketSocket {
+    /// Opens a socket on the interface `name`.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such interface, or it cannot be opened.
+    pub fn open(name: &str) -> Self {
+        let socket = socket(
+            AddressFamily::Packet,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::EthAll,
+        )
+        .expect("root may open packet sockets");
+        let index = if_nametoindex(name).expect("the interface exists");
+        bind(socket.as_raw_fd(), &link_address(index)).expect("the interface can be bound to");
+        Self {
+            socket: socket.into(),
+        }
+    }
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    ///
+    /// As the socket says: the interface can vanish.
+    pub fn send(&self, frame: &[u8]) -> std::io::Result<()> {
+        (&self.socket).write_all(frame)
+    }
+
+    /// Waits for a frame for which `wanted` holds, and passes over all others.
+    ///
+    /// # Panics
+    ///
+    /// When the socket takes no time-out.
+    pub fn receive(&self, limit: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + limit;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            let left = TimeVal::new(
+                left.as_secs() as i64,
+                i64::from(left.subsec_micros().max(1)),
+            );
+            setsockopt(&self.socket, ReceiveTimeout, &left).expect("sockets have time-outs");
+            let frame = match (&self.socket).read(&mut buffer) {
+                Ok(size) => &buffer[..size],
+                Err(_) => return None,
+            };
+            if wanted(frame) {
+                return Some(frame.to_vec());
+            }
+        }
+    }
+}
+
+fn link_address(interface_index: u32) -> LinkAddr {
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_ifindex: interface_index as i32,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let size = size_of::<libc::sockaddr_ll>() as u32;
+    // SAFETY: the pointer is to a whole address of the family that it says, of the size given.
+    unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size)) }
+        .expect("the family is that of packets")
+}

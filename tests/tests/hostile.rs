@@ -1,0 +1,47 @@
+//! A guest that does to the devices what no driver should.
+
+use std::fs;
+
+use bantam_tests::{Bantam, pattern, require_kvm, require_taps, tap_name};
+
+/// Attacks all devices of a machine, with random numbers from `seed`.
+fn attack(seed: u32, mut bantam: Bantam) {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    let before = pattern(u64::from(seed), 0, 1 << 20);
+    fs::write(&disk, &before).unwrap();
+    bantam = bantam.disk(&disk, "").append(format!("seed={seed}"));
+    let ended = bantam.finish();
+    ended.passed();
+    assert!(!ended.stderr.contains("panicked"), "{ended}");
+    // The log must not grow with the attacks.
+    assert!(ended.stderr.lines().count() < 2000, "{ended}");
+    // The guest only ever asks the disk to be read.
+    assert!(fs::read(&disk).unwrap() == before, "{ended}");
+}
+
+#[test]
+fn the_monitor_withstands_a_guest_that_misuses_its_devices() {
+    require_kvm!();
+    for seed in 1..=4 {
+        attack(seed, Bantam::payload("hostile"));
+    }
+}
+
+#[test]
+fn the_monitor_withstands_a_guest_that_misuses_a_network_device() {
+    require_taps!();
+    for seed in 5..=6 {
+        let net = format!("tap={}", tap_name());
+        attack(seed, Bantam::payload("hostile").option("--net", net));
+    }
+}
+
+#[test]
+fn the_monitor_withstands_an_attack_with_several_vcpus_and_little_memory() {
+    require_kvm!();
+    let bantam = Bantam::payload("hostile")
+        .option("--cpus", "2")
+        .option("--memory", "16M");
+    attack(7, bantam);
+}
