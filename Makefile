@@ -30,7 +30,7 @@ test: packages guest payloads ## Run all tests, on real KVM
 
 bench: packages guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
 	cargo build --release --package bantam
-	cargo bench --package bantam-tests -- $(ONLY)
+	cargo bench --package bantam-tests --bench bantam -- $(ONLY)
 
 guest: packages ## Build the guest kernels and root file system (once, cached)
 	@$(GUEST) all >/dev/null

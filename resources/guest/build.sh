@@ -63,8 +63,8 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' HUP TERM
 
-# follow WHAT COMMAND...: runs the command and says how far it has come, by the number of files that
-# it reports as made.
+# follow WHAT COMMAND...: runs the command and says how far it has come, by the time and the number of
+# files that it reports as made.
 follow() {
     local what=$1 log=$work/log started=$SECONDS next=30 files line
     shift
@@ -74,8 +74,9 @@ follow() {
     while kill -0 "$job" 2>/dev/null; do
         sleep 1
         if [[ -t 2 ]] || ((SECONDS - started >= next)); then
-            files=$(grep --count '^  [A-Z0-9]* ' "$log" || true)
-            line="$what: $((SECONDS - started)) s, $files files"
+            files=$(grep --count '^  [A-Z0-9]* ' "$log") || true
+            line="$what: $((SECONDS - started)) s"
+            ((files == 0)) || line+=", $files files"
             if [[ -t 2 ]]; then
                 printf '\r%s\033[K' "$line" >&2
             else

@@ -1,6 +1,6 @@
 //! Devices, driven by bare-metal guests.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -181,14 +181,13 @@ fn serial_output_waits_for_a_slow_reader_and_nothing_is_lost() {
     require_kvm!();
     const LINE: &str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+\n";
     const KIB: usize = 512;
-    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let (mut reader, writer) = std::io::pipe().unwrap();
     let machine = Bantam::payload("serial")
         .append(format!("print-kib={KIB}"))
         .stdout(writer)
         .start();
     // Longer than the guest needs to fill every buffer on the way.
     thread::sleep(Duration::from_millis(500));
-    let mut reader = File::from(reader);
     let mut output = Vec::new();
     let mut chunk = [0; 16 << 10];
     loop {

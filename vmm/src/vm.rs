@@ -10,7 +10,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
@@ -19,7 +19,7 @@ use crate::error::Error;
 pub(crate) struct Vm {
     fd: VmFd,
     /// KVM uses this memory for as long as the machine exists.
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Vm {
@@ -27,30 +27,42 @@ impl Vm {
         let fd = kvm
             .create_vm()
             .map_err(Error::kvm("create a virtual machine"))?;
+        let vm = Vm { fd, memory };
+        // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
+        // controllers and ioeventfds queue one that takes milliseconds, for which slots set after
+        // them would have to wait.
+        vm.set_memory_slots(|region| region.len())
+            .map_err(Error::kvm("map guest memory"))?;
+        let fd = &vm.fd;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Error::kvm("place its identity map"))?;
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(Error::kvm("place its task state segment"))?;
         fd.create_irq_chip()
             .map_err(Error::kvm("create the interrupt controllers"))?;
-        mask_legacy_interrupt_controllers(&fd)?;
-        for (slot, region) in memory.iter().enumerate() {
-            let host_address = region.as_ptr() as u64;
+        mask_legacy_interrupt_controllers(fd)?;
+        Ok(vm)
+    }
+
+    /// Makes each region of guest memory a slot of the size in bytes that `size` says: all of it,
+    /// or zero to remove the slot.
+    fn set_memory_slots(
+        &self,
+        size: impl Fn(&GuestRegionMmap) -> u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        for (slot, region) in self.memory.iter().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,
                 guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: host_address,
+                memory_size: size(region),
+                userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the range is a mapping of that size which lives as long as `_memory`, that
-            // is, as long as the virtual machine; slots do not overlap as regions do not.
-            unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("map guest memory"))?;
+            // SAFETY: the range is a mapping of at least that size which lives as long as `memory`,
+            // that is, as long as the virtual machine; slots do not overlap as regions do not.
+            unsafe { self.fd.set_user_memory_region(slot) }?;
         }
-        Ok(Vm {
-            fd,
-            _memory: memory,
-        })
+        Ok(())
     }
 
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
@@ -83,6 +95,16 @@ impl Vm {
         self.fd
             .register_ioevent(doorbell, &address, queue)
             .map_err(Error::kvm("bind a doorbell to an event"))
+    }
+}
+
+impl Drop for Vm {
+    /// Removing the slots hurries the grace period that is queued, if one is; the end of the virtual
+    /// machine would wait for it at its leisure, for milliseconds.
+    fn drop(&mut self) {
+        if let Err(error) = self.set_memory_slots(|_| 0) {
+            tracing::warn!("cannot unmap guest memory: {error}");
+        }
     }
 }
 

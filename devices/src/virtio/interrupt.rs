@@ -1,5 +1,6 @@
 //! The interrupt of a virtio device and the state its driver reads when it receives one.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::InterruptLine;
@@ -8,6 +9,8 @@ use crate::InterruptLine;
 const USED_BUFFER: u32 = 1 << 0;
 /// `InterruptStatus` bit 1: the configuration changed.
 const CONFIGURATION_CHANGE: u32 = 1 << 1;
+/// Lines that a device may log: a guest can cause them without end.
+const MAX_LOG_LINES: u32 = 20;
 
 /// Shared by the transport, where the driver reads and acknowledges, and the worker, which
 /// notifies. All of it is atomic: neither side waits for the other.
@@ -16,6 +19,7 @@ pub struct VirtioInterrupt {
     line: Box<dyn InterruptLine>,
     status: AtomicU32,
     needs_reset: AtomicBool,
+    log_lines: AtomicU32,
 }
 
 impl VirtioInterrupt {
@@ -26,6 +30,7 @@ impl VirtioInterrupt {
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            log_lines: AtomicU32::new(0),
         }
     }
 
@@ -35,11 +40,25 @@ impl VirtioInterrupt {
     }
 
     /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, which is
-    /// logged the first time until the driver resets the device.
-    pub fn need_reset(&self, reason: &dyn std::fmt::Display) {
+    /// logged.
+    pub fn need_reset(&self, reason: &dyn fmt::Display) {
         if !self.needs_reset.swap(true, Ordering::AcqRel) {
-            tracing::warn!("{} needs a reset by its driver: {reason}", self.name);
+            self.warn(format_args!("its driver must reset it: {reason}"));
             self.raise(CONFIGURATION_CHANGE);
+        }
+    }
+
+    /// Logs a warning about the device, until it has logged as much as one may.
+    pub fn warn(&self, message: fmt::Arguments<'_>) {
+        let name = &self.name;
+        let count = |lines| (lines <= MAX_LOG_LINES).then_some(lines + 1);
+        match self
+            .log_lines
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count)
+        {
+            Ok(..MAX_LOG_LINES) => tracing::warn!("{name}: {message}"),
+            Ok(_) => tracing::warn!("{name}: what else there is to say of it is not logged"),
+            Err(_) => {}
         }
     }
 
@@ -69,7 +88,7 @@ impl VirtioInterrupt {
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
         if let Err(error) = self.line.trigger() {
-            tracing::error!("{}: cannot raise an interrupt: {error}", self.name);
+            self.warn(format_args!("cannot raise an interrupt: {error}"));
         }
     }
 }

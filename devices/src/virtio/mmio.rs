@@ -242,7 +242,7 @@ impl MmioTransport {
             return;
         }
         if added & VIRTIO_CONFIG_S_FAILED != 0 {
-            tracing::warn!("{}: the driver has given up", self.interrupt.name());
+            self.interrupt.warn(format_args!("the driver has given up"));
         }
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.accepts_features() {
             // The driver sees that it was refused by reading the bit back as zero.
@@ -363,7 +363,8 @@ impl MmioTransport {
         if let Some(worker) = self.worker.take()
             && let Err(error) = self.event_loop.remove(worker)
         {
-            tracing::error!("{}: cannot stop its worker: {error}", self.interrupt.name());
+            self.interrupt
+                .warn(format_args!("cannot stop its worker: {error}"));
         }
         for doorbell in &self.doorbells {
             // It fails only where nobody has rung.
@@ -381,7 +382,7 @@ impl MmioTransport {
     /// A guest can do a wrong thing without end; the log hears of the first.
     fn warn_once(&mut self, message: std::fmt::Arguments<'_>) {
         if !std::mem::replace(&mut self.warned, true) {
-            tracing::warn!("{}: {message}", self.interrupt.name());
+            self.interrupt.warn(message);
         }
     }
 }
@@ -400,7 +401,7 @@ impl BusDevice for MmioTransport {
         }
         match <&mut [u8; 4]>::try_from(&mut *data) {
             Ok(bytes) if offset.is_multiple_of(4) => {
-                *bytes = self.read_register(offset).to_le_bytes()
+                *bytes = self.read_register(offset).to_le_bytes();
             }
             _ => {
                 data.fill(0);
@@ -421,7 +422,7 @@ impl BusDevice for MmioTransport {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(bytes) if offset.is_multiple_of(4) => {
-                self.write_register(offset, u32::from_le_bytes(bytes))
+                self.write_register(offset, u32::from_le_bytes(bytes));
             }
             _ => self.warn_once(format_args!(
                 "write of {} bytes at {offset:#x}: registers are 4 bytes wide",

@@ -73,7 +73,7 @@ struct Worker {
 }
 
 /// Fills the chain's buffers; gives how many bytes.
-fn fill(source: &File, chain: &mut Chain, device: &str) -> u32 {
+fn fill(source: &File, chain: &mut Chain, interrupt: &VirtioInterrupt) -> u32 {
     chain.writable.truncate(MAX_BYTES_PER_BUFFER);
     let mut filled = 0;
     while !chain.writable.is_empty() {
@@ -82,7 +82,7 @@ fn fill(source: &File, chain: &mut Chain, device: &str) -> u32 {
             Ok(count) => filled += count as u32,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
-                tracing::error!("{device}: cannot draw entropy: {error}");
+                interrupt.warn(format_args!("cannot draw entropy: {error}"));
                 break;
             }
         }
@@ -102,10 +102,10 @@ impl MutEventSubscriber for Worker {
         if self.interrupt.needs_reset() {
             return;
         }
-        let (source, name) = (&self.source, self.interrupt.name());
+        let (source, interrupt) = (&self.source, &*self.interrupt);
         let served: Result<(), QueueError> =
-            self.queue.serve(&mut self.chain, &self.interrupt, |chain| {
-                Ok(fill(source, chain, name))
+            self.queue.serve(&mut self.chain, interrupt, |chain| {
+                Ok(fill(source, chain, interrupt))
             });
         if let Err(error) = served {
             self.interrupt.need_reset(&error);

@@ -7,70 +7,97 @@ use std::str::{FromStr, Split};
 
 use crate::error::{Context, Error, Result};
 
+/// Each is documented by what it answers after `ok`.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
+    /// Nothing.
     FirstLine,
+    /// What `uname -a` prints.
     Uname,
+    /// `online=N packages=N cpu0=package:N;core:N;siblings:LIST ...`
     Cpus,
+    /// `total=NkB`
     Memory,
+    /// The name of the current clock source.
     Clocksource,
+    /// `slept=Nms wall=SECONDS`, the time of a sleep of 200 ms, and that since 1970.
     Time,
+    /// Nothing, but late.
     Sleep {
         milliseconds: u64,
     },
+    /// `size=BYTES ro=0|1 serial=TEXT|- logical=BYTES physical=BYTES discard-max=BYTES
+    /// write-zeroes-max=BYTES`
     DiskInfo {
         disk: String,
     },
+    /// `direct=yes|no write=RATE read=RATE` if the pattern of the seed, once written, is read back.
     DiskWriteVerify {
         disk: String,
         offset: u64,
         length: u64,
         seed: u64,
     },
+    /// `bytes=N crc32=HEX` of the whole disk.
     DiskChecksum {
         disk: String,
     },
+    /// `zeroes=yes|no`, what the part reads as afterwards.
     DiskDiscard {
         disk: String,
         offset: u64,
         length: u64,
     },
+    /// Nothing, if the part is zero afterwards.
     DiskZeroout {
         disk: String,
         offset: u64,
         length: u64,
     },
+    /// `error=KIND`, if the disk cannot be written to.
     DiskWriteRefused {
         disk: String,
     },
+    /// `rtt=Nus`, the time of the first ping that the peer answers.
     Net {
         interface: String,
         address: Ipv4Addr,
         prefix: u8,
         peer: Ipv4Addr,
     },
+    /// `mac=ADDRESS mtu=N state=TEXT rx-checksum=0|1 tx-checksum=0|1 scatter-gather=0|1 tso=0|1 gso=0|1
+    /// gro=0|1`
     NetInfo {
         interface: String,
     },
+    /// `bytes=N rate=RATE`, once the peer has the pattern of the seed and closes the connection.
     NetTcpSend {
         peer: SocketAddrV4,
         length: u64,
         seed: u64,
     },
+    /// `bytes=N rate=RATE`, if the pattern of the seed comes from the peer.
     NetTcpReceive {
         peer: SocketAddrV4,
         length: u64,
         seed: u64,
     },
+    /// `source=NAME bytes=N values=N crc32=HEX` of bytes from the virtio random number generator, and
+    /// how many different ones there are.
     Rng {
         length: u64,
     },
+    /// `available=BITS`, if the kernel's random number generator is ready.
     Entropy,
+    /// The next line of the console's input.
     EchoLine,
+    /// `bytes=N crc32=HEX` of the next bytes of the console's input.
     SerialEchoBytes {
         length: u64,
     },
+    /// Nothing, once the power button is pressed.
     PowerButton,
+    /// Nothing. This one and the next two are the last of a list.
     Poweroff,
     Reboot,
     Panic,

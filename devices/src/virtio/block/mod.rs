@@ -113,14 +113,13 @@ impl VirtioDevice for Block {
         let Ok([queue]) = <[VirtQueue; 1]>::try_from(activation.queues) else {
             return Err("this block device has one queue".to_string());
         };
-        let name = activation.interrupt.name().to_string();
         Ok(Box::new(Worker {
             handler: RequestHandler::new(
-                name,
                 self.disk.clone(),
                 self.id,
                 activation.features,
                 activation.memory.clone(),
+                activation.interrupt.clone(),
             ),
             chain: Chain::new(&activation.memory),
             queue,

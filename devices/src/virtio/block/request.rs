@@ -14,7 +14,7 @@ use vm_memory::Bytes;
 use super::{ID_SIZE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS};
 use crate::GuestMemory;
 use crate::disk::{DiskFile, SECTOR_SIZE};
-use crate::virtio::{Chain, GuestBuffers, QueueError};
+use crate::virtio::{Chain, GuestBuffers, QueueError, VirtioInterrupt};
 
 /// Size of `struct virtio_blk_req` before its data.
 const HEADER_SIZE: usize = 16;
@@ -57,28 +57,28 @@ impl From<io::Error> for Failure {
 
 /// Does what block requests ask for, one at a time.
 pub(super) struct RequestHandler {
-    name: String,
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
     features: u64,
     memory: Arc<GuestMemory>,
+    interrupt: Arc<VirtioInterrupt>,
     warned: bool,
 }
 
 impl RequestHandler {
     pub(super) fn new(
-        name: String,
         disk: Arc<DiskFile>,
         id: [u8; ID_SIZE],
         features: u64,
         memory: Arc<GuestMemory>,
+        interrupt: Arc<VirtioInterrupt>,
     ) -> RequestHandler {
         RequestHandler {
-            name,
             disk,
             id,
             features,
             memory,
+            interrupt,
             warned: false,
         }
     }
@@ -241,10 +241,9 @@ impl RequestHandler {
     /// A failing disk fails often; the log hears of the first until the device is reset.
     fn warn_once(&mut self, error: &io::Error) {
         if !std::mem::replace(&mut self.warned, true) {
-            tracing::error!(
-                "{}: a request failed, and the guest was told so: {error}",
-                self.name
-            );
+            self.interrupt.warn(format_args!(
+                "a request failed, and the guest was told so: {error}"
+            ));
         }
     }
 }

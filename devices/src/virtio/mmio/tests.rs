@@ -315,7 +315,7 @@ fn broken_chains_need_a_reset() {
             machine.offer(0, 1);
         }),
         ("a head out of range", |machine| {
-            machine.offer(QUEUE_SIZE as u16, 1)
+            machine.offer(QUEUE_SIZE as u16, 1);
         }),
         ("a buffer outside memory", |machine| {
             machine.set_descriptor(0, 0xd000_0000, 8, DESCRIPTOR_WRITE, 0);

@@ -1,6 +1,9 @@
 //! The account of packets that were lost between the driver and the tap.
 
 use std::io;
+use std::sync::Arc;
+
+use crate::virtio::VirtioInterrupt;
 
 /// Why a packet was dropped.
 #[derive(Debug, thiserror::Error)]
@@ -16,15 +19,15 @@ pub(super) enum DropReason {
 /// Counts the packets that were dropped. The log hears of the first, as what drops one often drops
 /// many, and at the end of their number.
 pub(super) struct DroppedPackets {
-    device: String,
+    interrupt: Arc<VirtioInterrupt>,
     tap: String,
     count: u64,
 }
 
 impl DroppedPackets {
-    pub(super) fn new(device: &str, tap: &str) -> DroppedPackets {
+    pub(super) fn new(interrupt: Arc<VirtioInterrupt>, tap: &str) -> DroppedPackets {
         DroppedPackets {
-            device: device.to_string(),
+            interrupt,
             tap: tap.to_string(),
             count: 0,
         }
@@ -32,18 +35,18 @@ impl DroppedPackets {
 
     pub(super) fn record(&mut self, reason: &DropReason) {
         if self.count == 0 {
-            let DroppedPackets { device, tap, .. } = self;
+            let DroppedPackets { interrupt, tap, .. } = self;
             match reason {
                 // So says a tap that is down.
                 DropReason::Tap(error) if error.raw_os_error() == Some(libc::EIO) => {
-                    tracing::warn!(
-                        "{device}: a packet was dropped, as tap '{tap}' is down; as root \
+                    interrupt.warn(format_args!(
+                        "a packet was dropped, as tap '{tap}' is down; as root \
                          'ip link set {tap} up' brings it up"
-                    );
+                    ));
                 }
-                reason => tracing::warn!(
-                    "{device}: a packet to or from tap '{tap}' was dropped: {reason}"
-                ),
+                reason => interrupt.warn(format_args!(
+                    "a packet to or from tap '{tap}' was dropped: {reason}"
+                )),
             }
         }
         self.count += 1;
@@ -53,8 +56,14 @@ impl DroppedPackets {
 impl Drop for DroppedPackets {
     fn drop(&mut self) {
         if self.count > 1 {
-            let DroppedPackets { device, tap, count } = self;
-            tracing::warn!("{device}: {count} packets to or from tap '{tap}' were dropped");
+            let DroppedPackets {
+                interrupt,
+                tap,
+                count,
+            } = self;
+            interrupt.warn(format_args!(
+                "{count} packets to or from tap '{tap}' were dropped"
+            ));
         }
     }
 }

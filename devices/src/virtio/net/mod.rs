@@ -202,7 +202,7 @@ impl Worker {
         };
         let merges_buffers = activation.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         Ok(Worker {
-            dropped: DroppedPackets::new(activation.interrupt.name(), tap.name()),
+            dropped: DroppedPackets::new(activation.interrupt.clone(), tap.name()),
             tap,
             tap_is_gone: false,
             receiver: Receiver::new(
@@ -265,12 +265,11 @@ impl Worker {
 
     fn lose_tap(&mut self) {
         if !std::mem::replace(&mut self.tap_is_gone, true) {
-            tracing::error!(
-                "{}: tap '{}' has been removed; the guest has no network on this card until the \
+            self.interrupt.warn(format_args!(
+                "tap '{}' has been removed; the guest has no network on this card until the \
                  machine is started anew",
-                self.interrupt.name(),
                 self.tap.name()
-            );
+            ));
         }
     }
 
@@ -335,8 +334,9 @@ impl Drop for Worker {
             return;
         }
         if let Err(error) = self.tap.set_offloads(Offloads::default()) {
-            let device = self.interrupt.name();
-            tracing::error!("{device}: cannot clear the offloads of its tap: {error}");
+            self.interrupt.warn(format_args!(
+                "cannot clear the offloads of its tap: {error}"
+            ));
         }
         self.tap.discard_queued();
     }

@@ -1,0 +1,375 @@
+//! The serial port's other end: terminals, pipes, files and sockets.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_tests::{Bantam, require_kvm};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::openpty;
+use nix::sys::signal::Signal;
+use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+
+/// How long a test waits for what should come at once.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A terminal and the person at it.
+struct Terminal {
+    /// The person's end.
+    person: File,
+    /// The programs' end.
+    programs: OwnedFd,
+    original: Termios,
+    seen: Vec<u8>,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let pty = openpty(None, None).expect("the host has pseudoterminals");
+        Self {
+            original: tcgetattr(&pty.slave).expect("it is a terminal"),
+            person: pty.master.into(),
+            programs: pty.slave,
+            seen: Vec::new(),
+        }
+    }
+
+    /// The monitor with this terminal for input and output.
+    fn at(&self, bantam: Bantam) -> Bantam {
+        let end = || self.programs.try_clone().expect("there are descriptors");
+        bantam.stdin(end()).stdout(end())
+    }
+
+    fn settings(&self) -> Termios {
+        tcgetattr(&self.programs).expect("it is a terminal")
+    }
+
+    #[track_caller]
+    fn assert_raw(&self) {
+        let flags = self.settings().local_flags;
+        assert!(!flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG));
+    }
+
+    #[track_caller]
+    fn assert_restored(&self) {
+        assert_eq!(self.settings(), self.original);
+    }
+
+    fn type_keys(&mut self, keys: &[u8]) {
+        self.person.write_all(keys).expect("it is open");
+    }
+
+    fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !String::from_utf8_lossy(&self.seen).contains(text) {
+            let mut events = [PollFd::new(self.person.as_fd(), PollFlags::POLLIN)];
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).expect("it is short");
+            let ready = poll(&mut events, left).expect("it can be polled");
+            let seen = String::from_utf8_lossy(&self.seen);
+            assert!(ready == 1, "no '{text}' on the terminal, only\n{seen}");
+            let mut bytes = [0; 4096];
+            let count = self.person.read(&mut bytes).expect("it is open");
+            self.seen.extend_from_slice(&bytes[..count]);
+        }
+    }
+}
+
+fn hanging() -> Bantam {
+    Bantam::payload("hello").append("finish=hang")
+}
+
+// --- A terminal -------------------------------------------------------------------------------
+
+#[test]
+fn ctrl_a_x_quits_and_ctrl_a_h_helps() {
+    require_kvm!();
+    let mut terminal = Terminal::new();
+    let machine = terminal.at(hanging()).start();
+    terminal.wait_for("PASS\r\n");
+    terminal.assert_raw();
+    terminal.type_keys(b"\x01h");
+    machine.wait_for_error("Ctrl-A x   quit");
+    // Neither the interrupt key nor an x alone is for the monitor.
+    terminal.type_keys(b"\x03x\x01x");
+    machine.wait().succeeded();
+    terminal.assert_restored();
+}
+
+#[test]
+fn keys_go_to_the_guest_and_are_not_echoed() {
+    require_kvm!();
+    let mut terminal = Terminal::new();
+    let machine = terminal
+        .at(Bantam::payload("serial").append("bytes=5 mode=interrupt"))
+        .start();
+    terminal.wait_for("ready\r\n");
+    terminal.type_keys(b"k\x01\x01\x03\x01be");
+    terminal.wait_for("checksum");
+    machine.wait().succeeded();
+    let seen = String::from_utf8_lossy(&terminal.seen).into_owned();
+    assert!(seen.contains("ready\r\nk\x01\x03\x01b\r\n"), "{seen:?}");
+    terminal.assert_restored();
+}
+
+#[test]
+fn the_terminal_is_restored_when_the_guest_ends_the_machine() {
+    require_kvm!();
+    for (ending, status) in [("poweroff", 0), ("triple-fault", 1)] {
+        let terminal = Terminal::new();
+        let bantam = Bantam::payload("hello").append(format!("finish={ending}"));
+        let ended = terminal.at(bantam).finish();
+        assert_eq!(ended.status.code(), Some(status), "{ended}");
+        terminal.assert_restored();
+    }
+}
+
+#[test]
+fn the_terminal_is_restored_when_a_signal_stops_the_machine() {
+    require_kvm!();
+    let mut terminal = Terminal::new();
+    let machine = terminal.at(hanging()).start();
+    terminal.wait_for("PASS\r\n");
+    terminal.assert_raw();
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+    terminal.assert_restored();
+}
+
+#[test]
+fn the_terminal_is_restored_when_the_monitor_crashes() {
+    require_kvm!();
+    for signal in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGABRT] {
+        let mut terminal = Terminal::new();
+        let machine = terminal.at(hanging()).start();
+        terminal.wait_for("PASS\r\n");
+        terminal.assert_raw();
+        machine.signal(signal);
+        let ended = machine.wait();
+        assert_eq!(ended.status.signal(), Some(signal as i32), "{ended}");
+        terminal.assert_restored();
+    }
+}
+
+#[test]
+fn the_terminal_is_given_back_while_the_monitor_is_suspended() {
+    require_kvm!();
+    let mut terminal = Terminal::new();
+    let machine = terminal.at(hanging()).start();
+    terminal.wait_for("PASS\r\n");
+    machine.signal(Signal::SIGTSTP);
+    wait_until(|| process_state(machine.pid().as_raw()) == 'T');
+    terminal.assert_restored();
+    machine.signal(Signal::SIGCONT);
+    wait_until(|| terminal.settings() != terminal.original);
+    terminal.assert_raw();
+    terminal.type_keys(b"\x01x");
+    machine.wait().succeeded();
+    terminal.assert_restored();
+}
+
+/// The state of a process (proc(5), `/proc/PID/stat`).
+fn process_state(pid: i32) -> char {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process exists");
+    let after_name = stat.rsplit_once(") ").expect("the name is in parentheses");
+    after_name.1.chars().next().expect("the state is next")
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "it did not happen in time");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+// --- Pipes and files in its place ---------------------------------------------------------------
+
+fn hello_alone() -> Bantam {
+    Bantam::payload("hello")
+        .option("--cmdline", "alone")
+        .option("--rng", "off")
+        .option("--host-workarounds", "off")
+}
+
+const HELLO_ALONE: &str = "hello from ring 3 via pvh\ncommand line: alone\nPASS\n";
+
+#[test]
+fn standard_output_has_what_the_guest_prints_and_nothing_else() {
+    require_kvm!();
+    for log in ["off", "trace"] {
+        let ended = hello_alone().option("--log", log).finish();
+        assert_eq!(ended.succeeded().text(), HELLO_ALONE);
+        assert_eq!(ended.stderr.is_empty(), log == "off", "{ended}");
+    }
+}
+
+#[test]
+fn piped_input_is_for_the_guest_alone() {
+    require_kvm!();
+    let mut machine = Bantam::payload("serial")
+        .stdin(Stdio::piped())
+        .append("bytes=4 mode=interrupt")
+        .start();
+    machine.wait_for_output("ready\n");
+    // At a terminal, this would be help and the end.
+    machine.send(b"\x01h\x01x");
+    let ended = machine.wait();
+    ended.passed().printed("ready\n\x01h\x01x\n");
+}
+
+#[test]
+fn a_guest_runs_to_its_end_without_standard_streams() {
+    require_kvm!();
+    for (redirection, output) in [
+        ("<&-", HELLO_ALONE),
+        ("</dev/null", HELLO_ALONE),
+        ("2>&-", HELLO_ALONE),
+        (">&-", ""),
+        ("<&- >&- 2>&-", ""),
+    ] {
+        let script = format!("exec \"$@\" {redirection}");
+        let launcher = ["sh", "-c", &script, "sh"];
+        let ended = hello_alone().launcher(launcher).finish();
+        assert_eq!(ended.succeeded().text(), output, "{redirection}");
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_does_not_hold_the_guest_up() {
+    require_kvm!();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = Bantam::payload("serial")
+        .append("print-kib=256")
+        .stdout(writer)
+        .option("--log", "info")
+        .finish();
+    ended.succeeded();
+    assert!(ended.stderr.contains("has ended: Reboot"), "{ended}");
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_reader_that_has_stopped_reading() {
+    require_kvm!();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let machine = Bantam::payload("serial")
+        .append("print-kib=4096")
+        .stdout(writer)
+        .option("--log", "info")
+        .start();
+    machine.wait_for_error("kernel command line");
+    thread::sleep(Duration::from_millis(300));
+    let asked = Instant::now();
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+    assert!(asked.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_file_gets_the_output() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    fs::write(
+        &path,
+        "what was there before, which is longer than what comes now ".repeat(9),
+    )
+    .unwrap();
+    let ended = hello_alone()
+        .option("--serial", format!("file={}", path.display()))
+        .finish();
+    assert_eq!(ended.succeeded().text(), "");
+    assert_eq!(fs::read_to_string(&path).unwrap(), HELLO_ALONE);
+}
+
+#[test]
+fn output_can_go_nowhere() {
+    require_kvm!();
+    let ended = hello_alone().option("--serial", "none").finish();
+    assert_eq!(ended.succeeded().text(), "");
+    assert_eq!(ended.stderr, "");
+}
+
+// --- A pseudoterminal and a socket of its own ---------------------------------------------------
+
+#[test]
+fn a_pseudoterminal_is_named_and_leads_to_the_guest() {
+    require_kvm!();
+    let machine = Bantam::payload("serial")
+        .option("--serial", "pty")
+        .append("bytes=3 mode=interrupt finish=hang")
+        .start();
+    let line = machine.wait_for_error("\n");
+    let path = line
+        .strip_prefix("serial console: ")
+        .unwrap_or_else(|| panic!("{line}"))
+        .trim_end()
+        .to_owned();
+    let mut user = File::options().read(true).write(true).open(&path).unwrap();
+    let mut seen = Vec::new();
+    read_until(&mut user, &mut seen, b"ready\n");
+    user.write_all(b"x\ry").unwrap();
+    // As raw as the guest's bytes are: no character is translated.
+    read_until(&mut user, &mut seen, b"ready\nx\ry\n");
+    read_until(&mut user, &mut seen, b"PASS\n");
+    drop(user);
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+    assert!(!Path::new(&path).exists());
+}
+
+fn read_until(from: &mut impl Read, seen: &mut Vec<u8>, wanted: &[u8]) {
+    while !seen.windows(wanted.len()).any(|window| window == wanted) {
+        let mut bytes = [0; 256];
+        match from.read(&mut bytes) {
+            Ok(count @ 1..) => seen.extend_from_slice(&bytes[..count]),
+            other => panic!("{other:?} after {}", String::from_utf8_lossy(seen)),
+        }
+    }
+}
+
+#[test]
+fn a_socket_serves_one_client_after_another() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let machine = Bantam::payload("serial")
+        .option("--serial", format!("socket={}", path.display()))
+        .append("bytes=1000000 mode=interrupt")
+        .start();
+    wait_until(|| path.exists());
+    for byte in b"abc" {
+        let mut client = UnixStream::connect(&path).unwrap();
+        talk(&mut client, *byte);
+    }
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+    assert!(!path.exists(), "the socket has outlived its machine");
+}
+
+/// Sends a byte until the guest sends it back: what comes before the guest is ready is lost.
+fn talk(client: &mut UnixStream, byte: u8) {
+    client
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .expect("sockets have time-outs");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < deadline, "the guest sent nothing back");
+        client.write_all(&[byte]).expect("the monitor is connected");
+        let mut bytes = [0; 256];
+        match client.read(&mut bytes) {
+            Ok(count) if bytes[..count].contains(&byte) => return,
+            Ok(0) => panic!("the monitor hung up"),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => panic!("cannot read: {error}"),
+        }
+    }
+}

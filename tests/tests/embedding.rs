@@ -1,0 +1,301 @@
+//! The monitor as a library, as a program that embeds it uses it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{ErrorKind, PipeReader, Read};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_tests::{payload, require_kvm};
+use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
+use bantam_vmm::{Console, Error, ExitReason, Machine};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// One test at a time: they look at what belongs to the whole process.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A machine that runs the payload `hello` and then ends as `finish` says.
+fn hello(finish: &str) -> MachineConfig {
+    MachineConfig {
+        append: Some(format!("finish={finish}")),
+        ..MachineConfig::new(payload("hello"))
+    }
+}
+
+/// A console for a machine, and the end from which its output is read.
+fn console() -> (Console, PipeReader) {
+    let (reader, writer) = std::io::pipe().expect("there are pipes");
+    for end in [reader.as_fd(), writer.as_fd()] {
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
+    }
+    let console = Console {
+        input: None,
+        output: Some(writer.into()),
+    };
+    (console, reader)
+}
+
+fn started(config: &MachineConfig) -> (Machine, PipeReader) {
+    let (console, reader) = console();
+    let mut machine = Machine::new(config, console).unwrap_or_else(|error| panic!("{error}"));
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
+    (machine, reader)
+}
+
+/// Reads output until it contains `text`, or up to its end.
+fn read_until(output: &mut PipeReader, text: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut seen = Vec::new();
+    loop {
+        let mut bytes = [0; 4096];
+        match output.read(&mut bytes) {
+            Ok(0) => break,
+            Ok(count) => seen.extend_from_slice(&bytes[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                assert!(Instant::now() < deadline, "no '{text}' came in time");
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("cannot read the console: {error}"),
+        }
+        if String::from_utf8_lossy(&seen).contains(text) {
+            break;
+        }
+    }
+    String::from_utf8_lossy(&seen).into_owned()
+}
+
+fn has_ended(machine: &Machine) -> bool {
+    let mut events = [PollFd::new(machine.exit_event(), PollFlags::POLLIN)];
+    poll(&mut events, PollTimeout::ZERO).expect("it can be polled") == 1
+}
+
+#[test]
+fn a_machine_ends_with_the_reason_that_its_guest_gives() {
+    require_kvm!();
+    let _alone = alone();
+    for (finish, reason) in [
+        ("poweroff", ExitReason::PowerOff),
+        ("reset", ExitReason::Reboot),
+    ] {
+        let (machine, mut output) = started(&hello(finish));
+        assert_eq!(machine.wait().unwrap(), reason);
+        assert!(read_until(&mut output, "PASS\n").ends_with("PASS\n"));
+    }
+    let (machine, _output) = started(&hello("triple-fault"));
+    let error = machine.wait().unwrap_err();
+    assert!(
+        matches!(error, Error::TripleFault { vcpu: 0, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_machine_is_stopped_from_outside_and_its_event_tells() {
+    require_kvm!();
+    let _alone = alone();
+    let (machine, mut output) = started(&hello("hang"));
+    read_until(&mut output, "PASS\n");
+    assert!(!has_ended(&machine));
+    machine.stop();
+    assert!(has_ended(&machine));
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn the_first_reason_of_an_end_counts() {
+    require_kvm!();
+    let _alone = alone();
+    let (machine, _output) = started(&hello("poweroff"));
+    while !has_ended(&machine) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    machine.stop();
+    assert_eq!(machine.wait().unwrap(), ExitReason::PowerOff);
+}
+
+#[test]
+fn a_machine_that_was_never_started_can_be_waited_for() {
+    require_kvm!();
+    let _alone = alone();
+    let machine = Machine::new(&hello("hang"), Console::default()).unwrap();
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn ten_machines_run_at_once_and_apart() {
+    require_kvm!();
+    let _alone = alone();
+    let running: Vec<_> = (0..10)
+        .map(|number| {
+            let mut config = hello("hang");
+            config.append = Some(format!("number={number}. finish=hang"));
+            started(&config)
+        })
+        .collect();
+    let mut machines = Vec::new();
+    for (number, (machine, mut output)) in running.into_iter().enumerate() {
+        let text = read_until(&mut output, "PASS\n");
+        assert!(text.contains(&format!("number={number}.")), "{text}");
+        machines.push((machine, output));
+    }
+    // One that ends takes no other with it.
+    let (first, _output) = machines.remove(0);
+    first.stop();
+    first.wait().unwrap();
+    for (machine, _output) in machines {
+        assert!(!has_ended(&machine));
+        machine.stop();
+        assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+    }
+}
+
+#[test]
+fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
+    require_kvm!();
+    let _alone = alone();
+    let missing = MachineConfig::new("/nowhere/vmlinux");
+    let error = Machine::new(&missing, Console::default()).err().unwrap();
+    assert!(matches!(error, Error::OpenKernel { .. }), "{error}");
+
+    let mut config = hello("reset");
+    config.disks = vec![DiskConfig::new("/nowhere/disk")];
+    let error = Machine::new(&config, Console::default()).err().unwrap();
+    assert!(matches!(error, Error::Disk(_)), "{error}");
+}
+
+/// What machines could leave behind in the process.
+#[derive(Debug, PartialEq, Eq)]
+struct Traces {
+    /// What each descriptor leads to.
+    descriptors: BTreeMap<String, String>,
+    /// Threads that the library names.
+    threads: Vec<String>,
+    /// Masks of signals: blocked by this thread, ignored and caught by the process.
+    signals: Vec<String>,
+}
+
+impl Traces {
+    fn now() -> Self {
+        let signals = ["SigBlk:", "SigIgn:", "SigCgt:"];
+        let status = fs::read_to_string("/proc/thread-self/status").expect("there is a /proc");
+        Self {
+            descriptors: descriptors(),
+            threads: library_threads(),
+            signals: status
+                .lines()
+                .filter(|line| signals.iter().any(|signal| line.starts_with(signal)))
+                .map(str::to_owned)
+                .collect(),
+        }
+    }
+}
+
+fn descriptors() -> BTreeMap<String, String> {
+    let folder = fs::read_dir("/proc/self/fd").expect("there is a /proc");
+    folder
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            // The descriptor of this very reading is gone by now.
+            let target = fs::read_link(&path).ok()?;
+            let target = target.to_string_lossy().into_owned();
+            (!target.ends_with("/fd")).then(|| (path.to_string_lossy().into_owned(), target))
+        })
+        .collect()
+}
+
+fn library_threads() -> Vec<String> {
+    let folder = fs::read_dir("/proc/self/task").expect("there is a /proc");
+    folder
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("comm")).ok())
+        .filter(|name| name.starts_with("bantam"))
+        .collect()
+}
+
+/// Size of the process's address space in bytes.
+fn address_space() -> u64 {
+    let pages = fs::read_to_string("/proc/self/statm").expect("there is a /proc");
+    let pages = pages.split(' ').next().and_then(|pages| pages.parse().ok());
+    pages.map_or(0, |pages: u64| pages * 4096)
+}
+
+#[test]
+fn a_machine_leaves_no_trace_in_the_process() {
+    require_kvm!();
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::write(&disk, [0; 4096]).unwrap();
+    let mut config = hello("hang");
+    config.cpus = "2".parse().unwrap();
+    config.disks = vec![DiskConfig::new(&disk)];
+    // What the first machine initialises once and for all is no leak.
+    drop(started(&config));
+    let before = Traces::now();
+    let size_before = address_space();
+
+    let (machine, mut output) = started(&config);
+    read_until(&mut output, "PASS\n");
+    let during = Traces::now();
+    assert!(during.descriptors.len() > before.descriptors.len());
+    assert_eq!(during.threads.len(), 3, "{:?}", during.threads);
+    assert_eq!(during.signals, before.signals);
+    machine.stop();
+    machine.wait().unwrap();
+    drop(output);
+    assert_eq!(Traces::now(), before);
+
+    for round in 0..20 {
+        let (machine, output) = started(&config);
+        match round % 3 {
+            0 => drop(machine),
+            1 => {
+                machine.stop();
+                machine.wait().unwrap();
+            }
+            // Never started.
+            _ => drop(Machine::new(&hello("hang"), Console::default()).unwrap()),
+        }
+        drop(output);
+    }
+    // Machines that cannot be built.
+    config.serial = SerialConfig::File(folder.path().join("log"));
+    config.initrd = Some("/nowhere/initrd".into());
+    for _ in 0..5 {
+        assert!(Machine::new(&config, Console::default()).is_err());
+    }
+    assert_eq!(Traces::now(), before);
+    // Twenty times 256 MiB would be 5 GiB. The rest is what allocators keep for threads.
+    let growth = address_space().saturating_sub(size_before);
+    assert!(growth < 2 << 30, "{} MiB more", growth >> 20);
+}
+
+#[test]
+fn a_console_file_holds_all_output_when_the_machine_has_ended() {
+    require_kvm!();
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let mut config = MachineConfig::new(payload("serial"));
+    config.append = Some("print-kib=64".to_owned());
+    config.serial = SerialConfig::File(path.clone());
+    let mut machine = Machine::new(&config, Console::default()).unwrap();
+    assert_eq!(machine.serial_path(), Some(path.as_path()));
+    machine.start().unwrap();
+    machine.wait().unwrap();
+    let mut text = String::new();
+    File::open(&path)
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert!(
+        text.len() > 64 << 10 && text.ends_with("PASS\n"),
+        "{} bytes",
+        text.len()
+    );
+}

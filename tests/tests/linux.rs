@@ -1,0 +1,334 @@
+//! Linux guests: that the drivers of a real kernel work with the devices.
+//!
+//! A boot takes long where the host has no hardware virtualization, so that each does much.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use bantam_tests::{
+    Bantam, Ended, HostTap, Kernel, RootFileSystem, answer, bzimages, crc32, debian_kernel,
+    first_difference, interface_exists, linux_slot, pattern, require_kvm, require_taps,
+};
+use bantam_vmm::config::{DiskConfig, MachineConfig};
+use bantam_vmm::{Console, ExitReason, Machine};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+const MIB: usize = 1 << 20;
+
+/// A copy of the root file system, for a guest to write to.
+fn root_disk(folder: &TempDir) -> PathBuf {
+    let path = folder.path().join("root");
+    fs::copy(RootFileSystem::new().ext4, &path).expect("there is room for a root file system");
+    path
+}
+
+fn test_words(commands: &[&str]) -> String {
+    format!("quiet bantam.mode=test bantam.test={}", commands.join(","))
+}
+
+/// The value of `name=` among the details of an answer.
+fn value<'a>(details: &'a str, name: &str) -> &'a str {
+    details
+        .split(' ')
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+        .unwrap_or_else(|| panic!("no {name} in '{details}'"))
+}
+
+#[track_caller]
+fn assert_words(details: &str, expected: &[&str]) {
+    for word in expected {
+        assert!(
+            details.split(' ').any(|found| found == *word),
+            "no {word} in '{details}'"
+        );
+    }
+}
+
+// --- Disks, entropy, time and the console -------------------------------------------------------
+
+#[test]
+fn linux_uses_disks_entropy_clock_and_console() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let before = pattern(11, 0, 8 * MIB);
+    fs::write(&data, &before).unwrap();
+    let read_only = folder.path().join("read-only");
+    let precious = pattern(12, 0, MIB);
+    fs::write(&read_only, &precious).unwrap();
+
+    let commands = [
+        "cpus",
+        "clocksource",
+        "time",
+        "entropy",
+        "rng:4096",
+        "disk-info:vda",
+        "disk-info:vdb",
+        "disk-checksum:vdb",
+        "disk-write-verify:vdb:1M:2M:13",
+        "disk-zeroout:vdb:4M:1M",
+        "disk-discard:vdb:6M:1M",
+        "disk-info:vdc",
+        "disk-checksum:vdc",
+        "disk-write-refused:vdc",
+        "echo-line",
+    ];
+    let mut machine = Bantam::linux(Kernel::Small)
+        .disk(&root_disk(&folder), "")
+        .disk(&data, ",id=data")
+        .disk(&read_only, ",ro")
+        .append(test_words(&commands))
+        .stdin(Stdio::piped())
+        .option("--log", "info")
+        .start();
+    machine.wait_for_output("bantam: echo-line waiting");
+    machine.send(b"the quick brown fox\n");
+    let ended = machine.wait();
+    ended.succeeded();
+    // A kernel without ACPI cannot switch the machine off.
+    assert!(ended.stderr.contains("has ended: Reboot"), "{ended}");
+    let text = ended.text();
+    let answer = |command| answer(&text, command);
+
+    assert_eq!(value(&answer("cpus"), "online"), "1");
+    assert!(!answer("clocksource").is_empty());
+    assert_right_time(&answer("time"));
+    answer("entropy");
+    assert!(answer("rng:4096").starts_with("source=virtio_rng"));
+    assert_words(&answer("disk-info:vda"), &["ro=0", "serial=disk0"]);
+    let size = format!("size={}", before.len());
+    assert_words(
+        &answer("disk-info:vdb"),
+        &[&size, "ro=0", "serial=data", "logical=512"],
+    );
+    for limit in ["discard-max", "write-zeroes-max"] {
+        assert_ne!(value(&answer("disk-info:vdb"), limit), "0", "{limit}");
+    }
+    let checksum = |bytes: &[u8]| format!("{:08x}", crc32(bytes));
+    assert_eq!(
+        value(&answer("disk-checksum:vdb"), "crc32"),
+        checksum(&before)
+    );
+    answer("disk-write-verify:vdb:1M:2M:13");
+    answer("disk-zeroout:vdb:4M:1M");
+    answer("disk-discard:vdb:6M:1M");
+    assert_words(&answer("disk-info:vdc"), &["ro=1"]);
+    assert_eq!(
+        value(&answer("disk-checksum:vdc"), "crc32"),
+        checksum(&precious)
+    );
+    answer("disk-write-refused:vdc");
+    assert_eq!(answer("echo-line"), "the quick brown fox");
+
+    let mut expected = before;
+    expected[MIB..3 * MIB].copy_from_slice(&pattern(13, 0, 2 * MIB));
+    expected[4 * MIB..5 * MIB].fill(0);
+    let mut after = fs::read(&data).unwrap();
+    // What is discarded may read as it was or as zeroes.
+    after[6 * MIB..7 * MIB].copy_from_slice(&expected[6 * MIB..7 * MIB]);
+    assert_eq!(after.len(), expected.len());
+    let wrong = after.iter().zip(&expected).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "the byte there is not what the guest wrote");
+    assert!(fs::read(&read_only).unwrap() == precious);
+}
+
+/// Checks that the guest knows the time of day, as far as a boot's duration allows.
+#[track_caller]
+fn assert_right_time(details: &str) {
+    let wall: u64 = value(details, "wall").parse().expect("it is a number");
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .expect("it is after 1970");
+    let difference = now.as_secs().abs_diff(wall);
+    assert!(difference < 300, "the guest's clock is {difference} s off");
+}
+
+// --- The network --------------------------------------------------------------------------------
+
+#[test]
+fn linux_exchanges_data_with_the_host_by_tcp() {
+    const LENGTH: usize = 4 * MIB;
+    require_taps!();
+    let tap = HostTap::new();
+    let folder = tempfile::tempdir().unwrap();
+    let listen = || TcpListener::bind(SocketAddrV4::new(tap.host, 0)).unwrap();
+    let (sink, source) = (listen(), listen());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+
+    let net = format!("net:eth0:{}/{}:{}", tap.guest, HostTap::PREFIX, tap.host);
+    let send = format!("net-tcp-send:{}:{}:{LENGTH}:21", tap.host, port(&sink));
+    let receive = format!("net-tcp-receive:{}:{}:{LENGTH}:22", tap.host, port(&source));
+    let commands = [&net, "net-info:eth0", &send, &receive];
+    let machine = Bantam::linux(Kernel::Small)
+        .disk(&root_disk(&folder), "")
+        .option("--net", format!("tap={},mac=52:54:00:12:34:56", tap.name))
+        .append(test_words(&commands))
+        .start();
+    machine.wait_for_output(&format!("bantam: {net} ok"));
+
+    let mut received = Vec::new();
+    accept(&sink).read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), LENGTH);
+    assert_eq!(first_difference(21, 0, &received), None);
+    accept(&source).write_all(&pattern(22, 0, LENGTH)).unwrap();
+
+    let ended = machine.wait();
+    let text = ended.succeeded().text();
+    assert_words(
+        &answer(&text, "net-info:eth0"),
+        &["mac=52:54:00:12:34:56", "mtu=1500"],
+    );
+    for command in [&send, &receive] {
+        assert_eq!(value(&answer(&text, command), "bytes"), LENGTH.to_string());
+    }
+    assert!(interface_exists(&tap.name));
+}
+
+fn accept(listener: &TcpListener) -> TcpStream {
+    const LIMIT: Duration = Duration::from_secs(120);
+    let deadline = Instant::now() + LIMIT;
+    listener.set_nonblocking(true).expect("sockets can be");
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).expect("sockets can be");
+                stream
+                    .set_read_timeout(Some(LIMIT))
+                    .expect("sockets can be");
+                stream
+                    .set_write_timeout(Some(LIMIT))
+                    .expect("sockets can be");
+                return stream;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                assert!(Instant::now() < deadline, "the guest does not connect");
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => panic!("cannot accept: {error}"),
+        }
+    }
+}
+
+// --- SMP and ACPI -------------------------------------------------------------------------------
+
+#[test]
+fn linux_runs_on_four_vcpus_feels_its_power_button_and_reboots() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let config = MachineConfig {
+        cpus: "4".parse().unwrap(),
+        disks: vec![DiskConfig::new(root_disk(&folder))],
+        append: Some(test_words(&["cpus", "time", "power-button", "reboot"])),
+        ..MachineConfig::new(Kernel::Full.vmlinux())
+    };
+    let _slot = linux_slot();
+    let (mut output, writer) = std::io::pipe().unwrap();
+    for end in [output.as_fd(), writer.as_fd()] {
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    }
+    let console = Console {
+        input: None,
+        output: Some(writer.into()),
+    };
+    let mut machine = Machine::new(&config, console).unwrap();
+    machine.start().unwrap();
+    let mut text = String::new();
+    read_until(&mut output, &mut text, "bantam: power-button waiting");
+    machine.press_power_button().unwrap();
+    read_until(&mut output, &mut text, "bantam: done");
+    assert_eq!(machine.wait().unwrap(), ExitReason::Reboot);
+
+    let cpus = answer(&text, "cpus");
+    assert_words(&cpus, &["online=4", "packages=1"]);
+    for number in 0..4 {
+        // Each a core of its own.
+        let topology = value(&cpus, &format!("cpu{number}"));
+        assert_eq!(
+            topology,
+            format!("package:0;core:{number};siblings:{number}")
+        );
+    }
+    assert_right_time(&answer(&text, "time"));
+    answer(&text, "power-button");
+    answer(&text, "reboot");
+}
+
+fn read_until(output: &mut impl Read, text: &mut String, wanted: &str) {
+    let deadline = Instant::now() + Duration::from_secs(240);
+    while !text.contains(wanted) {
+        let mut bytes = [0; 4096];
+        match output.read(&mut bytes) {
+            Ok(count @ 1..) => text.push_str(&String::from_utf8_lossy(&bytes[..count])),
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            other => panic!("no '{wanted}' came ({other:?}) but\n{text}"),
+        }
+    }
+}
+
+#[test]
+fn linux_boots_from_an_initrd_and_switches_the_machine_off() {
+    require_kvm!();
+    let ended = Bantam::linux(Kernel::Full)
+        .option("--initrd", RootFileSystem::new().initrd)
+        .option("--memory", "128M")
+        .append(test_words(&["first-line", "memory", "poweroff"]))
+        .option("--log", "info")
+        .finish();
+    let text = ended.succeeded().text();
+    answer(&text, "first-line");
+    let memory = answer(&text, "memory");
+    let kib: u64 = value(&memory, "total")
+        .trim_end_matches("kB")
+        .parse()
+        .unwrap();
+    assert!((90 << 10..128 << 10).contains(&kib), "{memory}");
+    assert!(ended.stderr.contains("has ended: PowerOff"), "{ended}");
+}
+
+// --- Kernel images ------------------------------------------------------------------------------
+
+/// Boots a kernel up to its first line, and stops it.
+fn first_line(kernel: &Path) -> Ended {
+    let _slot = linux_slot();
+    let machine = Bantam::run(kernel)
+        .append("earlyprintk=ttyS0")
+        .option("--log", "info")
+        .start();
+    machine.wait_for_output("Linux version ");
+    machine.wait_for_output("\n");
+    machine.signal(Signal::SIGTERM);
+    let ended = machine.wait();
+    ended.succeeded();
+    ended
+}
+
+#[test]
+fn linux_bzimages_of_every_compression_start() {
+    require_kvm!();
+    let images = bzimages();
+    assert_eq!(images.len(), 7);
+    for image in images {
+        let ended = first_line(&image);
+        let compression = image.extension().unwrap().to_str().unwrap();
+        let format = format!("bzImage ({compression})");
+        assert!(ended.stderr.contains(&format), "{ended}");
+        ended.printed("Linux version 6.12.");
+    }
+}
+
+#[test]
+fn the_kernel_that_debian_ships_starts() {
+    require_kvm!();
+    first_line(&debian_kernel()).printed("Linux version 6.1.");
+}
