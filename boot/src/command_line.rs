@@ -23,7 +23,7 @@ pub enum CommandLineError {
         position: usize,
     },
     /// What follows would become part of the quoted value.
-    #[error("the kernel command line has an unclosed double quote in `{text}`")]
+    #[error("the kernel command line has an unclosed double quote in '{text}'")]
     UnclosedQuote {
         /// The text with an odd number of double quotes.
         text: String,

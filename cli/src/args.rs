@@ -57,7 +57,7 @@ pub enum Command {
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
-    /// Its keys are the names of the options below without the dashes: kernel = "vmlinux",
+    /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
     /// readonly and id; a network device is a table [[net]] with the keys tap, mac and mtu.
     /// Relative paths are relative to the folder of the file. An option on the command line
@@ -78,8 +78,8 @@ pub struct RunArgs {
 
     /// Kernel command line, in place of the default one
     ///
-    /// The default one puts the console on the serial port and fits the machine. To only add to
-    /// it, see --append.
+    /// The default is "reboot=k panic=-1 console=ttyS0" and, where there is a disk and no initrd,
+    /// "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see --append.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
 
@@ -118,7 +118,7 @@ pub struct RunArgs {
     /// stdio: standard input and output. Where standard input is a terminal, every key goes to
     /// the guest but Ctrl-A, which starts a command: Ctrl-A h lists them, Ctrl-A x quits.
     /// pty: a new pseudoterminal, whose name is printed on standard error.
-    /// file=PATH: a file that gets the guest's output.
+    /// file=PATH: a file to which the guest's output is appended.
     /// socket=PATH: a Unix domain socket that a client can connect to.
     /// none: nowhere.
     #[arg(long, value_name = "WHERE", verbatim_doc_comment)]
@@ -154,12 +154,12 @@ pub struct RunArgs {
 const RUN_HELP: &str = "\
 Examples:
   Boot a kernel with a root file system, and quit with Ctrl-A x:
-    bantam run --kernel vmlinux --disk root.img --append 'root=/dev/vda'
+    bantam run --kernel vmlinux --disk root.img
 
   Two vCPUs, a read-only root, a data disk and a network:
     bantam run --kernel bzImage --cpus 2 --memory 1G \\
         --disk root.img,ro --disk data.img,id=data \\
-        --net tap=tap0,mac=52:54:00:12:34:56 --append 'root=/dev/vda ro'
+        --net tap=tap0,mac=52:54:00:12:34:56
 
   A test in CI, which ends when the guest powers off:
     bantam run --kernel vmlinux --initrd test.cpio </dev/null >console.log

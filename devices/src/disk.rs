@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
@@ -12,6 +12,9 @@ use crate::virtio::GuestBuffers;
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
+
+/// First bytes of a qcow2 image.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
@@ -59,11 +62,21 @@ pub enum DiskError {
     },
     /// Another machine uses it.
     #[error(
-        "cannot lock disk '{path}': it is in use by another machine or disk; \
+        "cannot lock disk '{path}': it is in use by another machine, disk or mount; \
          only read-only disks can be shared",
         path = .path.display()
     )]
     InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is an image of a format that is not raw, which would reach the guest as garbage.
+    #[error(
+        "cannot use disk '{path}': it is a qcow2 image; \
+         'qemu-img convert -O raw' makes a raw one of it",
+        path = .path.display()
+    )]
+    Qcow2 {
         /// The image.
         path: PathBuf,
     },
@@ -104,9 +117,15 @@ impl DiskFile {
                 source,
             }
         };
+        let mut flags = libc::O_NONBLOCK;
+        if !read_only && is_block_device(path) {
+            // One that is mounted, or opened so by another, is refused as busy.
+            flags |= libc::O_EXCL;
+        }
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
+            .custom_flags(flags)
             .open(path)
             .map_err(|source| open_error(path, read_only, source))?;
         let metadata = file.metadata().map_err(with_path("examine"))?;
@@ -122,8 +141,10 @@ impl DiskFile {
         } else {
             let kind = if kind.is_dir() {
                 "a directory"
+            } else if kind.is_fifo() {
+                "a pipe"
             } else {
-                "something else"
+                "a device of another kind"
             };
             let path = path.to_path_buf();
             return Err(DiskError::Kind { path, kind });
@@ -139,12 +160,25 @@ impl DiskFile {
             let path = path.to_path_buf();
             return Err(DiskError::Size { path, size, reason });
         }
-        lock(&file, read_only).map_err(|source| match source.kind() {
+        let access = if read_only {
+            Access::Shared
+        } else {
+            Access::Exclusive
+        };
+        lock_file(&file, access).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
                 path: path.to_path_buf(),
             },
             _ => with_path("lock")(source),
         })?;
+        let mut magic = [0; QCOW2_MAGIC.len()];
+        file.read_exact_at(&mut magic, 0)
+            .map_err(with_path("read"))?;
+        if magic == QCOW2_MAGIC {
+            return Err(DiskError::Qcow2 {
+                path: path.to_path_buf(),
+            });
+        }
         Ok(DiskFile {
             file,
             size,
@@ -260,7 +294,6 @@ impl DiskFile {
     }
 
     fn fill_with_zeroes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
         let zeroes = [0; ZEROES_SIZE];
         while len > 0 {
             let count = len.min(ZEROES_SIZE as u64);
@@ -275,6 +308,11 @@ impl DiskFile {
 fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     let remedy = match source.raw_os_error() {
         Some(libc::EACCES | libc::EROFS) if !read_only => "; ',ro' opens it read-only",
+        Some(libc::EBUSY) => {
+            return DiskError::InUse {
+                path: path.to_path_buf(),
+            };
+        }
         Some(libc::EISDIR) => {
             let path = path.to_path_buf();
             let kind = "a directory";
@@ -294,15 +332,33 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     }
 }
 
-/// Locks that belong to the open file also conflict within one process, unlike traditional record
-/// locks.
-fn lock(file: &File, read_only: bool) -> io::Result<()> {
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+/// How a file is shared with others that lock it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// With any number that share it too.
+    Shared,
+    /// With nobody.
+    Exclusive,
+}
+
+/// Locks all of `file` for as long as it is open, without waiting.
+///
+/// The lock belongs to the open file, so it conflicts also with one of the same process, unlike
+/// traditional record locks.
+///
+/// # Errors
+/// As `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
+pub fn lock_file(file: &File, access: Access) -> io::Result<()> {
+    let kind = match access {
+        Access::Shared => libc::F_RDLCK,
+        Access::Exclusive => libc::F_WRLCK,
+    };
     let lock = libc::flock {
-        l_type: if read_only {
-            libc::F_RDLCK
-        } else {
-            libc::F_WRLCK
-        } as libc::c_short,
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 0,
@@ -352,6 +408,19 @@ mod tests {
         assert!(message(Path::new("/dev/null"), false).contains("not a regular file"));
         assert!(message(&image(&directory, 0), false).contains("truncate"));
         assert!(message(&image(&directory, 1000), false).contains("no multiple of 512"));
+    }
+
+    #[test]
+    fn a_qcow2_image_and_a_pipe_are_refused() {
+        let directory = directory();
+        let path = image(&directory, 1024);
+        fs::write(&path, [&QCOW2_MAGIC[..], &[0; 508]].concat()).unwrap();
+        assert!(message(&path, true).contains("qemu-img convert"));
+        let pipe = directory.as_path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for read_only in [true, false] {
+            assert!(message(&pipe, read_only).contains("it is a pipe"));
+        }
     }
 
     #[test]

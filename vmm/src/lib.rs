@@ -22,12 +22,14 @@
 
 pub mod config;
 mod control;
+mod devices;
 mod error;
+mod event_loop;
+mod guest;
 pub mod host;
 mod machine;
 mod serial;
 mod vcpu;
-mod virtio;
 mod vm;
 mod workarounds;
 

@@ -1,45 +1,30 @@
 //! A machine: how it is put together, started and ended.
 
-use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
-use bantam_arch::memory_map::{memory_map, ram_regions};
-use bantam_arch::{layout, mptable, registers};
-use bantam_boot::{
-    BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
-    write_start_information,
-};
-use bantam_devices::acpi_power::{AcpiPower, PowerValues};
+use bantam_arch::layout;
+use bantam_arch::memory_map::ram_regions;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
-use bantam_devices::event_loop::Subscriber;
-use bantam_devices::i8042::I8042;
-use bantam_devices::serial::{Serial, SerialWorker};
-use bantam_devices::tap::Tap;
-use bantam_devices::virtio::block::Block;
-use bantam_devices::virtio::net::Net;
-use bantam_devices::virtio::rng::Rng;
-use bantam_devices::{EventLoop, GuestMemory, InterruptLine};
-use event_manager::EventManager;
+use bantam_devices::{GuestMemory, InterruptLine};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::{BootProtocolOption, MachineConfig, Mtu, SerialConfig};
+use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
+use crate::devices::{VirtioDevices, attach_power_control, attach_serial};
 use crate::error::Error;
+use crate::event_loop::EventLoopThread;
+use crate::guest::load_guest;
 use crate::host::open_kvm;
-use crate::serial::{self, Console, SerialGuard};
-use crate::vcpu::{BootEntry, Vcpu, VcpuEnvironment, VcpuModel};
-use crate::virtio::VirtioDevices;
+use crate::serial::{Console, SerialGuard};
+use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
-use crate::workarounds;
 
 /// A virtual machine.
 ///
@@ -77,23 +62,15 @@ impl Machine {
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
         attach_power_control(&mut ports, &control)?;
-        let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
-        let mut virtio = VirtioDevices {
-            vm: &vm,
-            memory: &memory,
-            event_loop: &event_loop.handle,
-            mmio: &mut mmio,
-            windows: Vec::new(),
-        };
-        let disks = attach_disks(&mut virtio, config)?;
-        attach_networks(&mut virtio, config)?;
+        let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
+        let disks = virtio.attach_disks(&config.disks)?;
+        virtio.attach_networks(&config.nets)?;
         if config.rng {
-            let rng = Rng::new().map_err(Error::resource("the entropy device"))?;
-            virtio.attach("entropy device".to_string(), Box::new(rng))?;
+            virtio.attach_entropy()?;
         }
-        let windows = virtio.windows;
-
-        let boot = load_guest(config, &memory, &windows)?;
+        let boot = load_guest(config, &memory, virtio.windows())?;
+        // Last, so that no output file is made for a machine that cannot be.
+        let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
         let model = VcpuModel::new(&kvm, config.cpus.get())?;
         let vcpus = (0..config.cpus.get())
             .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
@@ -224,62 +201,6 @@ fn wait_readable(event: BorrowedFd<'_>) -> Result<(), Error> {
     }
 }
 
-/// The thread that does the work of all devices.
-struct EventLoopThread {
-    handle: EventLoop,
-    ending: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl EventLoopThread {
-    fn start(control: Arc<Control>) -> Result<EventLoopThread, Error> {
-        let mut manager: EventManager<Subscriber> = EventManager::new()?;
-        let handle = EventLoop::of(&manager);
-        let ending = Arc::new(AtomicBool::new(false));
-        let thread = thread::Builder::new()
-            .name("bantam-devices".to_string())
-            .spawn({
-                let ending = ending.clone();
-                move || {
-                    let _end_on_panic = EndOnPanic(control.clone());
-                    while !ending.load(Ordering::SeqCst) {
-                        if let Err(error) = manager.run() {
-                            control.finish(Err(error.into()));
-                            return;
-                        }
-                    }
-                }
-            })
-            .map_err(Error::resource("the thread of the devices"))?;
-        Ok(EventLoopThread {
-            handle,
-            ending,
-            thread: Some(thread),
-        })
-    }
-
-    /// Ends the loop. All workers are dropped, and finish what they have begun as they are.
-    fn end(&mut self) {
-        let Some(thread) = self.thread.take() else {
-            return;
-        };
-        self.ending.store(true, Ordering::SeqCst);
-        if let Err(error) = self.handle.wake() {
-            tracing::error!("cannot end the device event loop: {error}");
-            return;
-        }
-        if thread.join().is_err() {
-            tracing::error!("the thread of the devices panicked");
-        }
-    }
-}
-
-impl Drop for EventLoopThread {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
 fn allocate_memory(size: u64) -> Result<GuestMemory, Error> {
     let regions: Vec<(GuestAddress, usize)> = ram_regions(size)
         .into_iter()
@@ -289,207 +210,4 @@ fn allocate_memory(size: u64) -> Result<GuestMemory, Error> {
         mib: size >> 20,
         reason: error.to_string(),
     })
-}
-
-/// The ways by which a guest ends the machine: the keyboard controller and the ACPI registers.
-fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
-    ports.insert(
-        layout::I8042_PORT.into(),
-        layout::I8042_PORT_COUNT.into(),
-        Arc::new(Mutex::new(I8042::new(control.clone()))),
-    )?;
-    let values = PowerValues {
-        soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
-        reset: acpi::ACPI_RESET_VALUE,
-    };
-    ports.insert(
-        layout::ACPI_POWER_PORT.into(),
-        layout::ACPI_POWER_PORT_COUNT.into(),
-        Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
-    )?;
-    Ok(())
-}
-
-fn attach_serial(
-    ports: &mut Bus,
-    vm: &Vm,
-    event_loop: &EventLoop,
-    config: &SerialConfig,
-    console: Console,
-) -> Result<SerialGuard, Error> {
-    let open = serial::open(config, console)?;
-    let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
-    let port = Serial::new(Box::new(interrupt)).map_err(Error::resource("the serial port"))?;
-    let port = Arc::new(Mutex::new(port));
-    if let Some(endpoint) = open.endpoint {
-        event_loop.add(Box::new(SerialWorker::new(port.clone(), endpoint)))?;
-    }
-    ports.insert(
-        layout::SERIAL_PORT.into(),
-        layout::SERIAL_PORT_COUNT.into(),
-        port,
-    )?;
-    Ok(open.guard)
-}
-
-fn attach_disks(
-    virtio: &mut VirtioDevices<'_>,
-    config: &MachineConfig,
-) -> Result<Vec<(PathBuf, Arc<DiskFile>)>, Error> {
-    let mut disks = Vec::with_capacity(config.disks.len());
-    for (index, disk) in config.disks.iter().enumerate() {
-        let file = DiskFile::open(&disk.path, disk.readonly)?;
-        let id = match &disk.id {
-            Some(id) => id.as_str().to_string(),
-            None => format!("disk{index}"),
-        };
-        let block = Block::new(file, &id);
-        disks.push((disk.path.clone(), block.disk()));
-        let name = format!("disk '{}'", disk.path.display());
-        virtio.attach(name, Box::new(block))?;
-    }
-    Ok(disks)
-}
-
-fn attach_networks(virtio: &mut VirtioDevices<'_>, config: &MachineConfig) -> Result<(), Error> {
-    for net in &config.nets {
-        let mtu = net.mtu.map(Mtu::get);
-        let tap = Tap::open(net.tap.as_str(), mtu)?;
-        let device = Net::new(tap, net.mac_address().bytes(), mtu);
-        virtio.attach(format!("network interface '{}'", net.tap), Box::new(device))?;
-    }
-    Ok(())
-}
-
-/// Puts all that the guest finds at its start into memory.
-fn load_guest(
-    config: &MachineConfig,
-    memory: &GuestMemory,
-    windows: &[VirtioMmioWindow],
-) -> Result<BootEntry, Error> {
-    let path = &config.kernel;
-    let mut file = File::open(path).map_err(|source| Error::OpenKernel {
-        path: path.clone(),
-        source,
-    })?;
-    let wanted = match config.boot_protocol {
-        BootProtocolOption::Auto => BootProtocol::Auto,
-        BootProtocolOption::Pvh => BootProtocol::Pvh,
-        BootProtocolOption::Linux64 => BootProtocol::Linux64,
-    };
-    let kernel = load_kernel(memory, &mut file, wanted).map_err(|source| Error::LoadKernel {
-        path: path.clone(),
-        source,
-    })?;
-    tracing::info!(
-        "kernel '{}' is an {}, entered at {:#x} by {:?}",
-        path.display(),
-        kernel.format,
-        kernel.entry.0,
-        kernel.protocol
-    );
-    let initrd = match &config.initrd {
-        Some(path) => {
-            let mut file = File::open(path).map_err(|source| Error::OpenInitrd {
-                path: path.clone(),
-                source,
-            })?;
-            let initrd = load_initrd(memory, &mut file, &kernel);
-            Some(initrd.map_err(|source| Error::LoadInitrd {
-                path: path.clone(),
-                source,
-            })?)
-        }
-        None => None,
-    };
-    let command_line = if finds_devices_by_acpi(config, &kernel, memory)? {
-        command_line(config, &[])?
-    } else {
-        command_line(config, windows)?
-    };
-    tracing::info!("kernel command line: {command_line}");
-
-    let vcpu_count = config.cpus.get();
-    let rsdp = acpi::write_acpi_tables(
-        memory,
-        &AcpiDevices {
-            vcpu_count,
-            virtio_mmio: windows,
-            serial: true,
-        },
-    )?;
-    mptable::write_mp_table(memory, vcpu_count)?;
-    registers::write_boot_tables(memory, kernel.protocol)?;
-    let information = StartInformation {
-        memory_map: &memory_map(config.memory.bytes()),
-        command_line: &command_line,
-        initrd,
-        rsdp: Some(rsdp),
-    };
-    write_start_information(memory, &kernel, &information)?;
-    Ok(BootEntry {
-        entry: kernel.entry,
-        protocol: kernel.protocol,
-    })
-}
-
-/// Whether the kernel finds its virtio devices without being told of them on its command line.
-fn finds_devices_by_acpi(
-    config: &MachineConfig,
-    kernel: &LoadedKernel,
-    memory: &GuestMemory,
-) -> Result<bool, Error> {
-    let switched_off = [&config.cmdline, &config.append]
-        .into_iter()
-        .flatten()
-        .flat_map(|text| text.split_whitespace())
-        .any(|word| word == "acpi=off");
-    if switched_off {
-        return Ok(false);
-    }
-    kernel
-        .finds_virtio_mmio_by_acpi(memory)
-        .map_err(Error::ReadKernel)
-}
-
-/// What the kernel is told in words: the user's or the default command line, what the user adds,
-/// what the host needs, and where devices are that it does not find otherwise.
-fn command_line(
-    config: &MachineConfig,
-    windows: &[VirtioMmioWindow],
-) -> Result<CommandLine, Error> {
-    let mut line = match &config.cmdline {
-        Some(text) => CommandLine::new(text)?,
-        None => default_command_line(config)?,
-    };
-    if let Some(text) = &config.append {
-        line.append(text)?;
-    }
-    if config.host_workarounds
-        && let Some(parameters) = workarounds::kernel_parameters()
-    {
-        tracing::info!("this host has no hardware virtualization: the kernel is told {parameters}");
-        line.append(parameters)?;
-        if config.serial != SerialConfig::None {
-            line.append(workarounds::EARLY_CONSOLE)?;
-        }
-    }
-    for window in windows {
-        line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);
-    }
-    Ok(line)
-}
-
-/// A console where there is a serial port, an end of the machine where the kernel has no more to
-/// do, and the first disk as the root file system where no initrd finds one.
-fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
-    let mut line = CommandLine::new("reboot=k panic=-1")?;
-    if config.serial != SerialConfig::None {
-        line.append("console=ttyS0")?;
-    }
-    if let (Some(disk), None) = (config.disks.first(), &config.initrd) {
-        line.append("root=/dev/vda")?;
-        line.append(if disk.readonly { "ro" } else { "rw" })?;
-    }
-    Ok(line)
 }

@@ -1,12 +1,13 @@
 //! The host's end of the serial port.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use bantam_devices::disk::{Access, lock_file};
 use bantam_devices::serial::SerialEndpoint;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
@@ -112,16 +113,22 @@ fn set_nonblocking(descriptor: &impl AsFd) -> io::Result<()> {
 }
 
 fn open_file(path: &Path) -> Result<OpenSerial, Error> {
-    let file: File = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .map_err(|source| Error::Serial {
+    let error = |remedy| {
+        move |source| Error::Serial {
             action: format!("open '{}' for the serial port's output", path.display()),
             source,
-            remedy: "",
-        })?;
+            remedy,
+        }
+    };
+    // Appending loses nothing of what the file holds, whatever it is.
+    let file = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(error(""))?;
+    lock_file(&file, Access::Exclusive).map_err(error(
+        "; it is in use by another machine, or is a disk of this one",
+    ))?;
     Ok(OpenSerial {
         endpoint: Some(SerialEndpoint::Descriptors {
             input: None,

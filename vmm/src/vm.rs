@@ -31,7 +31,7 @@ impl Vm {
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
         // controllers and ioeventfds queue one that takes milliseconds, for which slots set after
         // them would have to wait.
-        vm.set_memory_slots(|region| region.len())
+        vm.set_memory_slots(GuestMemoryRegion::len)
             .map_err(Error::kvm("map guest memory"))?;
         let fd = &vm.fd;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)

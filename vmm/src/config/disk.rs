@@ -13,7 +13,7 @@ use super::{ConfigError, option_string};
 /// On the command line `PATH[,ro][,id=NAME]`, where a comma in the path or name is doubled; in a
 /// machine file a `[[disk]]` table with the keys `path`, `readonly` and `id`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a disk with path, readonly and id")]
 pub struct DiskConfig {
     /// File or block device with the disk's contents.
     pub path: PathBuf,

@@ -91,6 +91,12 @@ pub enum ConfigError {
         /// The file, as given the second time.
         path: PathBuf,
     },
+    /// The serial port would write to a file that the machine reads.
+    #[error("the output of the serial port would go to '{}', which the machine uses otherwise: choose another file", path.display())]
+    SerialFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// Not a description of a network device.
     #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N]")]
     NetOption {

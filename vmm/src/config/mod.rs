@@ -96,7 +96,7 @@ impl MachineConfig {
     /// # Errors
     ///
     /// When two disks have the same id, a file is the disk of two devices and not read-only in
-    /// both, two network devices use the same tap interface, or there are more devices than a
+    /// both, or also that of the serial port's output, two network devices use the same tap interface, or there are more devices than a
     /// machine has interrupts for ([`layout::MAX_VIRTIO_DEVICES`]).
     pub fn validate(&self) -> Result<(), ConfigError> {
         let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
@@ -113,18 +113,30 @@ impl MachineConfig {
         if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
         }
+        self.validate_serial_file()?;
         self.validate_disk_sharing()
+    }
+
+    fn validate_serial_file(&self) -> Result<(), ConfigError> {
+        let SerialConfig::File(path) = &self.serial else {
+            return Ok(());
+        };
+        let output = resolve(path);
+        let mut inputs = [Some(&self.kernel), self.initrd.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(self.disks.iter().map(|disk| &disk.path));
+        if inputs.any(|input| resolve(input) == output) {
+            return Err(ConfigError::SerialFile { path: path.clone() });
+        }
+        Ok(())
     }
 
     fn validate_disk_sharing(&self) -> Result<(), ConfigError> {
         let mut readonly_by_file = HashMap::new();
         for disk in &self.disks {
-            // A file that cannot be resolved is reported when it is opened.
-            let file = disk
-                .path
-                .canonicalize()
-                .unwrap_or_else(|_| disk.path.clone());
-            if let Some(other_readonly) = readonly_by_file.insert(file, disk.readonly)
+            let other = readonly_by_file.insert(resolve(&disk.path), disk.readonly);
+            if let Some(other_readonly) = other
                 && !(disk.readonly && other_readonly)
             {
                 return Err(ConfigError::RepeatedDisk {
@@ -134,6 +146,11 @@ impl MachineConfig {
         }
         Ok(())
     }
+}
+
+/// The same path for the same file. One that cannot be resolved is reported when it is opened.
+fn resolve(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
 }
 
 fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T> {

@@ -12,7 +12,10 @@ use super::{ConfigError, option_string, whole_number};
 /// On the command line `tap=NAME[,mac=MAC][,mtu=N]`; in a machine file a `[[net]]` table with the
 /// same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a network device with tap, mac and mtu"
+)]
 pub struct NetConfig {
     /// Tap interface of the host.
     pub tap: InterfaceName,

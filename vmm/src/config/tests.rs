@@ -283,3 +283,30 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_serial_port_writes_to_no_file_that_the_machine_reads() {
+    let folder = temporary_folder();
+    let file = folder.join("image");
+    std::fs::write(&file, "x").unwrap();
+    let other_name = folder.join(".").join("image");
+    let mut config = MachineConfig::new(&file);
+    config.serial = SerialConfig::File(other_name);
+    let error = config.validate().unwrap_err().to_string();
+    assert!(error.contains("choose another file"), "{error}");
+
+    config.kernel = "vmlinux".into();
+    config.validate().unwrap();
+    config.disks.push(DiskConfig::new(&file));
+    assert!(config.validate().is_err());
+    config.disks.clear();
+    config.initrd = Some(file);
+    assert!(config.validate().is_err());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+fn temporary_folder() -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("bantam-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}

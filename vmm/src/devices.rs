@@ -1,0 +1,166 @@
+//! The devices of the machine: buses, windows, interrupts and doorbells.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use bantam_arch::acpi::{self, VirtioMmioWindow};
+use bantam_arch::layout;
+use bantam_devices::acpi_power::{AcpiPower, PowerValues};
+use bantam_devices::bus::Bus;
+use bantam_devices::disk::DiskFile;
+use bantam_devices::i8042::I8042;
+use bantam_devices::serial::{Serial, SerialWorker};
+use bantam_devices::tap::Tap;
+use bantam_devices::virtio::block::Block;
+use bantam_devices::virtio::mmio::MmioTransport;
+use bantam_devices::virtio::net::Net;
+use bantam_devices::virtio::rng::Rng;
+use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
+use bantam_devices::{EventLoop, GuestMemory};
+
+use crate::config::{DiskConfig, Mtu, NetConfig, SerialConfig};
+use crate::control::Control;
+use crate::error::Error;
+use crate::serial::{self, Console, SerialGuard};
+use crate::vm::Vm;
+
+/// The ways by which a guest ends the machine: the keyboard controller and the ACPI registers.
+pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+    ports.insert(
+        layout::I8042_PORT.into(),
+        layout::I8042_PORT_COUNT.into(),
+        Arc::new(Mutex::new(I8042::new(control.clone()))),
+    )?;
+    let values = PowerValues {
+        soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
+        reset: acpi::ACPI_RESET_VALUE,
+    };
+    ports.insert(
+        layout::ACPI_POWER_PORT.into(),
+        layout::ACPI_POWER_PORT_COUNT.into(),
+        Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
+    )?;
+    Ok(())
+}
+
+/// The serial port, with the host's end that `config` names.
+pub(crate) fn attach_serial(
+    ports: &mut Bus,
+    vm: &Vm,
+    event_loop: &EventLoop,
+    config: &SerialConfig,
+    console: Console,
+) -> Result<SerialGuard, Error> {
+    let open = serial::open(config, console)?;
+    let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
+    let port = Serial::new(Box::new(interrupt)).map_err(Error::resource("the serial port"))?;
+    let port = Arc::new(Mutex::new(port));
+    if let Some(endpoint) = open.endpoint {
+        event_loop.add(Box::new(SerialWorker::new(port.clone(), endpoint)))?;
+    }
+    ports.insert(
+        layout::SERIAL_PORT.into(),
+        layout::SERIAL_PORT_COUNT.into(),
+        port,
+    )?;
+    Ok(open.guard)
+}
+
+/// Gives each virtio device its place in the machine, in the order in which they are attached.
+pub(crate) struct VirtioDevices<'a> {
+    vm: &'a Vm,
+    memory: &'a Arc<GuestMemory>,
+    event_loop: &'a EventLoop,
+    mmio: &'a mut Bus,
+    windows: Vec<VirtioMmioWindow>,
+}
+
+impl<'a> VirtioDevices<'a> {
+    /// None yet.
+    pub(crate) fn new(
+        vm: &'a Vm,
+        memory: &'a Arc<GuestMemory>,
+        event_loop: &'a EventLoop,
+        mmio: &'a mut Bus,
+    ) -> VirtioDevices<'a> {
+        VirtioDevices {
+            vm,
+            memory,
+            event_loop,
+            mmio,
+            windows: Vec::new(),
+        }
+    }
+
+    /// The windows taken so far, in ascending order.
+    pub(crate) fn windows(&self) -> &[VirtioMmioWindow] {
+        &self.windows
+    }
+
+    /// Attaches the disks that `configs` name, and gives them with the paths they were opened by.
+    pub(crate) fn attach_disks(
+        &mut self,
+        configs: &[DiskConfig],
+    ) -> Result<Vec<(PathBuf, Arc<DiskFile>)>, Error> {
+        let mut disks = Vec::with_capacity(configs.len());
+        for (index, config) in configs.iter().enumerate() {
+            let file = DiskFile::open(&config.path, config.readonly)?;
+            let id = match &config.id {
+                Some(id) => id.as_str().to_string(),
+                None => format!("disk{index}"),
+            };
+            let block = Block::new(file, &id);
+            disks.push((config.path.clone(), block.disk()));
+            let name = format!("disk '{}'", config.path.display());
+            self.attach(name, Box::new(block))?;
+        }
+        Ok(disks)
+    }
+
+    /// Attaches the network interfaces that `configs` name.
+    pub(crate) fn attach_networks(&mut self, configs: &[NetConfig]) -> Result<(), Error> {
+        for config in configs {
+            let mtu = config.mtu.map(Mtu::get);
+            let tap = Tap::open(config.tap.as_str(), mtu)?;
+            let device = Net::new(tap, config.mac_address().bytes(), mtu);
+            self.attach(
+                format!("network interface '{}'", config.tap),
+                Box::new(device),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Attaches an entropy device.
+    pub(crate) fn attach_entropy(&mut self) -> Result<(), Error> {
+        let rng = Rng::new().map_err(Error::resource("the entropy device"))?;
+        self.attach("entropy device".to_string(), Box::new(rng))
+    }
+
+    /// Puts `device`, called `name` in the log, behind the next free window and interrupt.
+    fn attach(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
+        let index = self.windows.len() as u32;
+        let window = VirtioMmioWindow {
+            address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_WINDOW_SIZE,
+            size: layout::VIRTIO_MMIO_WINDOW_SIZE,
+            gsi: layout::FIRST_VIRTIO_GSI + index,
+        };
+        let line = self.vm.interrupt_event(window.gsi)?;
+        let interrupt = VirtioInterrupt::new(name, Box::new(line));
+        let transport = MmioTransport::new(
+            device,
+            self.memory.clone(),
+            self.event_loop.clone(),
+            interrupt,
+        )
+        .map_err(Error::resource("the doorbells of a device"))?;
+        for (queue, doorbell) in transport.doorbells().iter().enumerate() {
+            self.vm
+                .bind_doorbell(window.address, queue as u32, doorbell)?;
+        }
+        self.mmio
+            .insert(window.address, window.size, Arc::new(Mutex::new(transport)))?;
+        self.windows.push(window);
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! What the guest finds in its memory at its start: kernel, initrd, command line and tables.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
+use bantam_arch::memory_map::memory_map;
+use bantam_arch::{mptable, registers};
+use bantam_boot::{
+    BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
+    write_start_information,
+};
+use bantam_devices::GuestMemory;
+use vm_memory::GuestAddress;
+
+use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};
+use crate::error::Error;
+use crate::vcpu::BootEntry;
+use crate::workarounds;
+
+/// Puts all that the guest finds at its start into memory.
+pub(crate) fn load_guest(
+    config: &MachineConfig,
+    memory: &GuestMemory,
+    windows: &[VirtioMmioWindow],
+) -> Result<BootEntry, Error> {
+    let path = &config.kernel;
+    let mut file = open_image(path).map_err(|source| Error::OpenKernel {
+        path: path.clone(),
+        source,
+    })?;
+    let wanted = match config.boot_protocol {
+        BootProtocolOption::Auto => BootProtocol::Auto,
+        BootProtocolOption::Pvh => BootProtocol::Pvh,
+        BootProtocolOption::Linux64 => BootProtocol::Linux64,
+    };
+    let kernel = load_kernel(memory, &mut file, wanted).map_err(|source| Error::LoadKernel {
+        path: path.clone(),
+        source,
+    })?;
+    tracing::info!(
+        "kernel '{}': {}, entered at {:#x} by {:?}",
+        path.display(),
+        kernel.format,
+        kernel.entry.0,
+        kernel.protocol
+    );
+    let initrd = match &config.initrd {
+        Some(path) => {
+            let mut file = open_image(path).map_err(|source| Error::OpenInitrd {
+                path: path.clone(),
+                source,
+            })?;
+            let initrd = load_initrd(memory, &mut file, &kernel);
+            Some(initrd.map_err(|source| Error::LoadInitrd {
+                path: path.clone(),
+                source,
+            })?)
+        }
+        None => None,
+    };
+    let command_line = if finds_devices_by_acpi(config, &kernel, memory)? {
+        command_line(config, &[])?
+    } else {
+        command_line(config, windows)?
+    };
+    tracing::info!("kernel command line: {command_line}");
+
+    let vcpu_count = config.cpus.get();
+    let rsdp = acpi::write_acpi_tables(
+        memory,
+        &AcpiDevices {
+            vcpu_count,
+            virtio_mmio: windows,
+            serial: true,
+        },
+    )?;
+    mptable::write_mp_table(memory, vcpu_count)?;
+    registers::write_boot_tables(memory, kernel.protocol)?;
+    let information = StartInformation {
+        memory_map: &memory_map(config.memory.bytes()),
+        command_line: &command_line,
+        initrd,
+        rsdp: Some(rsdp),
+    };
+    write_start_information(memory, &kernel, &information)?;
+    Ok(BootEntry {
+        entry: kernel.entry,
+        protocol: kernel.protocol,
+    })
+}
+
+/// Opens a file without waiting for what it may be instead: a pipe that nobody writes to.
+fn open_image(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// Whether the kernel finds its virtio devices without being told of them on its command line.
+fn finds_devices_by_acpi(
+    config: &MachineConfig,
+    kernel: &LoadedKernel,
+    memory: &GuestMemory,
+) -> Result<bool, Error> {
+    let switched_off = [&config.cmdline, &config.append]
+        .into_iter()
+        .flatten()
+        .flat_map(|text| text.split_whitespace())
+        .any(|word| word == "acpi=off");
+    if switched_off {
+        return Ok(false);
+    }
+    kernel
+        .finds_virtio_mmio_by_acpi(memory)
+        .map_err(Error::ReadKernel)
+}
+
+/// What the kernel is told in words: the user's or the default command line, what the user adds,
+/// what the host needs, and where devices are that it does not find otherwise.
+fn command_line(
+    config: &MachineConfig,
+    windows: &[VirtioMmioWindow],
+) -> Result<CommandLine, Error> {
+    let mut line = match &config.cmdline {
+        Some(text) => CommandLine::new(text)?,
+        None => default_command_line(config)?,
+    };
+    if let Some(text) = &config.append {
+        line.append(text)?;
+    }
+    if config.host_workarounds
+        && let Some(parameters) = workarounds::kernel_parameters()
+    {
+        let early_console = match config.serial {
+            SerialConfig::None => "",
+            _ => workarounds::EARLY_CONSOLE,
+        };
+        let parameters = format!("{parameters} {early_console}");
+        tracing::info!("this host has no hardware virtualization: the kernel is told {parameters}");
+        line.append(&parameters)?;
+    }
+    for window in windows {
+        line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);
+    }
+    Ok(line)
+}
+
+/// A console where there is a serial port, an end of the machine where the kernel has no more to
+/// do, and the first disk as the root file system where no initrd finds one.
+fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
+    let mut line = CommandLine::new("reboot=k panic=-1")?;
+    if config.serial != SerialConfig::None {
+        line.append("console=ttyS0")?;
+    }
+    if let (Some(disk), None) = (config.disks.first(), &config.initrd) {
+        line.append("root=/dev/vda")?;
+        line.append(if disk.readonly { "ro" } else { "rw" })?;
+    }
+    Ok(line)
+}
