@@ -83,6 +83,8 @@ pub const ACPI_POWER_PORT_COUNT: u16 = 3;
 
 // --- Global system interrupts -----------------------------------------------------------------
 
+/// Interrupt of the timer of a PC. This machine has none, but kernels take it for given.
+pub const TIMER_GSI: u32 = 0;
 /// Interrupt of the first serial port, edge-triggered.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI generic event device, raised when the power button is pressed.

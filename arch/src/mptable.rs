@@ -4,7 +4,7 @@
 use vm_memory::GuestMemoryMmap;
 
 use crate::error::{Result, check_vcpu_count, write_memory};
-use crate::layout::{IO_APIC, IO_APIC_PIN_COUNT, LOCAL_APIC, MP_TABLE};
+use crate::layout::{IO_APIC, IO_APIC_PIN_COUNT, LOCAL_APIC, MP_TABLE, TIMER_GSI};
 
 /// Version 1.4 of the specification.
 const SPECIFICATION_REVISION: u8 = 4;
@@ -48,13 +48,16 @@ const ALL_LOCAL_APICS: u8 = 0xff;
 /// are edge-triggered, and say so: a bus of this kind has no interrupts from 16 on whose trigger
 /// could be taken for granted.
 ///
+/// Only inputs with a device, those in `gsis`, are listed, and the timer's, which kernels look for:
+/// a guest sets up each that it finds.
+///
 /// # Errors
 /// When `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
 /// memory at [`MP_TABLE`].
-pub fn write_mp_table(memory: &GuestMemoryMmap<()>, vcpu_count: u8) -> Result<()> {
+pub fn write_mp_table(memory: &GuestMemoryMmap<()>, vcpu_count: u8, gsis: &[u32]) -> Result<()> {
     check_vcpu_count(vcpu_count)?;
     let mut bytes = floating_pointer();
-    bytes.extend(configuration_table(vcpu_count));
+    bytes.extend(configuration_table(vcpu_count, gsis));
     write_memory(memory, "MP table", MP_TABLE, &bytes)
 }
 
@@ -72,7 +75,7 @@ fn floating_pointer() -> Vec<u8> {
 }
 
 /// Section 4.2: header and base entries.
-fn configuration_table(vcpu_count: u8) -> Vec<u8> {
+fn configuration_table(vcpu_count: u8, gsis: &[u32]) -> Vec<u8> {
     let io_apic_id = vcpu_count;
     let mut entries = Entries::default();
     for apic_id in 0..vcpu_count {
@@ -80,14 +83,17 @@ fn configuration_table(vcpu_count: u8) -> Vec<u8> {
     }
     entries.isa_bus();
     entries.io_apic(io_apic_id);
-    for pin in 0..IO_APIC_PIN_COUNT as u8 {
-        entries.interrupt(
-            ENTRY_IO_INTERRUPT,
-            INTERRUPT_VECTORED,
-            FLAGS_EDGE_HIGH,
-            pin,
-            (io_apic_id, pin),
-        );
+    for gsi in 0..IO_APIC_PIN_COUNT {
+        if gsi == TIMER_GSI || gsis.contains(&gsi) {
+            let pin = gsi as u8;
+            entries.interrupt(
+                ENTRY_IO_INTERRUPT,
+                INTERRUPT_VECTORED,
+                FLAGS_EDGE_HIGH,
+                pin,
+                (io_apic_id, pin),
+            );
+        }
     }
     for (kind, apic_id, pin) in [
         (INTERRUPT_EXTERNAL, 0, 0),
@@ -194,9 +200,9 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     /// The KiB that holds the table, followed by the bytes after it.
-    fn written(vcpu_count: u8) -> (Vec<u8>, Vec<u8>) {
+    fn written(vcpu_count: u8, gsis: &[u32]) -> (Vec<u8>, Vec<u8>) {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        write_mp_table(&memory, vcpu_count).unwrap();
+        write_mp_table(&memory, vcpu_count, gsis).unwrap();
         let read = |address, size| {
             let mut bytes = vec![0; size];
             memory
@@ -231,8 +237,9 @@ mod tests {
 
     #[test]
     fn every_vcpu_count_gives_a_valid_table_in_its_kib() {
+        let all: Vec<u32> = (0..IO_APIC_PIN_COUNT).collect();
         for vcpu_count in 1..=MAX_VCPUS {
-            let (area, after) = written(vcpu_count);
+            let (area, after) = written(vcpu_count, &all);
             assert!(after.iter().all(|&byte| byte == 0));
 
             let pointer = &area[..16];
@@ -254,7 +261,7 @@ mod tests {
 
     #[test]
     fn entries_describe_processors_and_interrupts() {
-        let (area, _) = written(3);
+        let (area, _) = written(3, &[4, 6, 23, 99]);
         let length = usize::from(u16_at(&area, 20));
         let entries = entries(&area[16..16 + length]);
         let of_type = |kind: u8| {
@@ -272,10 +279,10 @@ mod tests {
         assert_eq!(u32_at(io_apic, 4), 0xfec0_0000);
 
         let interrupts: Vec<_> = of_type(3).collect();
-        assert_eq!(interrupts.len(), 24);
-        for (pin, interrupt) in (0..).zip(interrupts) {
-            assert_eq!(interrupt, [3, 0, 0b0101, 0, 0, pin, 3, pin]);
-        }
+        assert_eq!(
+            interrupts,
+            [0, 4, 6, 23].map(|pin| [3, 0, 0b0101, 0, 0, pin, 3, pin])
+        );
         assert_eq!(
             of_type(4).collect::<Vec<_>>(),
             [[4, 3, 0, 0, 0, 0, 0, 0], [4, 1, 0, 0, 0, 0, 0xff, 1]]
@@ -286,7 +293,7 @@ mod tests {
     fn vcpus_it_cannot_hold_are_refused() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for count in [0, MAX_VCPUS + 1, u8::MAX] {
-            let error = write_mp_table(&memory, count).unwrap_err();
+            let error = write_mp_table(&memory, count, &[]).unwrap_err();
             assert!(matches!(error, Error::VcpuCount { .. }));
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
-use bantam_arch::{mptable, registers};
+use bantam_arch::{layout, mptable, registers};
 use bantam_boot::{
     BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
     write_start_information,
@@ -77,7 +77,12 @@ pub(crate) fn load_guest(
             serial: true,
         },
     )?;
-    mptable::write_mp_table(memory, vcpu_count)?;
+    let gsis: Vec<u32> = windows
+        .iter()
+        .map(|window| window.gsi)
+        .chain([layout::SERIAL_GSI])
+        .collect();
+    mptable::write_mp_table(memory, vcpu_count, &gsis)?;
     registers::write_boot_tables(memory, kernel.protocol)?;
     let information = StartInformation {
         memory_map: &memory_map(config.memory.bytes()),
@@ -133,7 +138,7 @@ fn command_line(
         line.append(text)?;
     }
     if config.host_workarounds
-        && let Some(parameters) = workarounds::kernel_parameters()
+        && let Some(parameters) = workarounds::guest_kernel_parameters()
     {
         let early_console = match config.serial {
             SerialConfig::None => "",

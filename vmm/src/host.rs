@@ -8,6 +8,8 @@ use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
+pub use crate::workarounds::guest_kernel_parameters;
+
 const KVM_DEVICE: &CStr = c"/dev/kvm";
 const TUN_DEVICE: &str = "/dev/net/tun";
 

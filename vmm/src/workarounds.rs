@@ -3,17 +3,20 @@
 use crate::host::{Virtualization, virtualization};
 
 /// Keeps a kernel from instructions that KVM's emulator does not know (`xsave` and the features
-/// named), and from measurements that take long under emulation: clock calibration by `tsc=`, the
-/// timer check. See docs/nested-kvm.md.
+/// named) and from measurements that take long under emulation (clock calibration, the timer
+/// check). Programs still see the host's processor: as a kernel without `xsave` keeps no AVX
+/// registers for them, the word that it hands to init as an environment variable keeps glibc from
+/// using any. See docs/nested-kvm.md.
 const KERNEL_PARAMETERS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
-                                 tsc=reliable no_timer_check";
+     tsc=reliable no_timer_check GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,\
+     -AVX512BW,-AVX_Fast_Unaligned_Load";
 
 /// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do,
 /// which is minutes before its ordinary one.
 pub(crate) const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
 
-/// The kernel parameters that the host asks for, if any.
-pub(crate) fn kernel_parameters() -> Option<&'static str> {
+/// What a Linux guest must be told on its command line on this host, if anything.
+pub fn guest_kernel_parameters() -> Option<&'static str> {
     match virtualization() {
         Virtualization::Vmx | Virtualization::Svm => None,
         Virtualization::Pvm | Virtualization::None => Some(KERNEL_PARAMETERS),

@@ -5,15 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-use bantam_vmm::host::{Virtualization, virtualization};
+use bantam_vmm::host::{Virtualization, guest_kernel_parameters, virtualization};
 
 /// The monitor that Bantam is compared with.
 pub const PEER: &str = "QEMU microvm";
 
 const QEMU: &str = "qemu-system-x86_64";
-/// What Bantam itself tells a Linux guest on a host without hardware virtualization.
-const QEMU_HOST_WORDS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
-                               tsc=reliable no_timer_check";
 
 /// One of the monitors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,14 +124,11 @@ impl Monitors {
     /// The leanest machine that runs the guest.
     fn qemu_command(&self, guest: &Guest) -> Command {
         assert!(guest.tap.is_none(), "networks are not compared");
-        let nested = match self.virtualization {
-            Virtualization::Vmx | Virtualization::Svm => false,
-            Virtualization::Pvm | Virtualization::None => true,
-        };
         let mut command_line = guest.command_line.clone();
         let mut cpu = "host";
-        if nested {
-            command_line = format!("{command_line} {QEMU_HOST_WORDS}");
+        // Bantam adds these itself.
+        if let Some(words) = guest_kernel_parameters() {
+            command_line = format!("{command_line} {words}");
             // QEMU 7.2 ends when it cannot set the MSR of this feature.
             cpu = "host,-arch-capabilities";
         }
