@@ -22,14 +22,7 @@ build: ## Build the monitor for use
 	    cargo build --release --target $(TARGET) --package bantam
 
 run: packages build ## Boot a Linux microVM: a shell at a terminal, a report otherwise
-	@kernel=$$($(GUEST) kernel full | grep '/vmlinux$$')
-	rootfs=$$($(GUEST) rootfs | grep '/rootfs.ext4$$')
-	mkdir -p "$(TARGET_DIR)/run"
-	cp --sparse=always "$$rootfs" "$(TARGET_DIR)/run/root.img"
-	mode=report
-	if [[ -t 0 && -t 1 ]]; then mode=shell; fi
-	exec $(BANTAM) run --kernel "$$kernel" --disk "$(TARGET_DIR)/run/root.img" \
-	    --append "quiet bantam.mode=$$mode" --memory 256M --cpus 2
+	@exec resources/run.sh "$(BANTAM)" "$(TARGET_DIR)/run"
 
 test: packages guest payloads ## Run all tests, on real KVM
 	cargo build --package bantam

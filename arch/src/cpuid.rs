@@ -11,6 +11,7 @@ const FEATURES: u32 = 0x1;
 const CACHES_INTEL: u32 = 0x4;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
+const KVM_FEATURES: u32 = 0x4000_0001;
 const HIGHEST_EXTENDED: u32 = 0x8000_0000;
 const FEATURES_AMD: u32 = 0x8000_0001;
 const SIZES_AMD: u32 = 0x8000_0008;
@@ -22,6 +23,11 @@ const TOPOLOGY_AMD: u32 = 0x8000_0026;
 const ECX_TSC_DEADLINE_TIMER: u32 = 24;
 const ECX_HYPERVISOR: u32 = 31;
 const EDX_HYPER_THREADING: u32 = 28;
+
+/// Bits of [`KVM_FEATURES`] (Linux Documentation/virt/kvm/x86/cpuid.rst).
+const EAX_PV_UNHALT: u32 = 7;
+const EAX_PV_SEND_IPI: u32 = 11;
+const EAX_PV_SCHED_YIELD: u32 = 13;
 
 /// Bits of [`FEATURES_AMD`].
 const ECX_CORE_MULTIPROCESSING_LEGACY: u32 = 1;
@@ -105,6 +111,22 @@ pub fn vcpu_cpuid(
         vcpu_index,
         count: entries.len(),
     })
+}
+
+/// Takes from `supported`, the leaves that `KVM_GET_SUPPORTED_CPUID` returned, the features by
+/// which a guest with several vCPUs calls KVM.
+///
+/// `vmcall` and `vmmcall` differ between processors, and KVM replaces the one by the other in the
+/// guest's code. Where KVM emulates the guest's kernel, that is a write to read-only memory, by
+/// which the kernel crashes.
+pub fn hide_hypercalls(supported: &mut [kvm_cpuid_entry2]) {
+    for entry in supported {
+        if entry.function == KVM_FEATURES {
+            for bit in [EAX_PV_UNHALT, EAX_PV_SEND_IPI, EAX_PV_SCHED_YIELD] {
+                set_bit(&mut entry.eax, bit, false);
+            }
+        }
+    }
 }
 
 /// What decides which leaves the guest looks at.

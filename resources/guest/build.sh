@@ -70,7 +70,7 @@ follow() {
     shift
     "$@" </dev/null >"$log" 2>&1 &
     job=$!
-    say "$what"
+    [[ -t 2 ]] || say "$what"
     while kill -0 "$job" 2>/dev/null; do
         sleep 1
         if [[ -t 2 ]] || ((SECONDS - started >= next)); then
@@ -124,10 +124,10 @@ artefact() {
 }
 
 kernel() {
-    local flavour=$1
-    [[ $flavour == small || $flavour == full ]] || usage
+    local flavour=$1 inputs
     require_packages "${kernel_packages[@]}"
-    artefact "kernel-$flavour" "$(kernel_inputs "$flavour")" build_kernel "$flavour"
+    inputs=$(kernel_inputs "$flavour")
+    artefact "kernel-$flavour" "$inputs" build_kernel "$flavour"
 }
 
 kernel_inputs() {
@@ -169,9 +169,11 @@ make_kernel() {
 }
 
 rootfs() {
+    local inputs
     require_packages "${rootfs_packages[@]}"
     command -v cargo >/dev/null || die "missing cargo, see https://rustup.rs"
-    artefact rootfs "$(rootfs_inputs)" build_rootfs
+    inputs=$(rootfs_inputs)
+    artefact rootfs "$inputs" build_rootfs
 }
 
 rootfs_inputs() {

@@ -85,7 +85,7 @@ impl Drop for HostTap {
 
 fn ip(arguments: &[&str]) {
     let status = Command::new("ip").args(arguments).status();
-    let succeeded = status.as_ref().is_ok_and(|status| status.success());
+    let succeeded = matches!(&status, Ok(status) if status.success());
     if !succeeded && !std::thread::panicking() {
         panic!("'ip {}' failed: {status:?}", arguments.join(" "));
     }

@@ -1,19 +1,19 @@
 //! How bare-metal kernels are loaded and entered, and the machine that they find.
 
-use bantam_tests::{
-    Bantam, BzImage, Compression, Ended, elf_kernel, monitor, payload, require_kvm,
-};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use bantam_tests::{
+    Bantam, BzImage, Compression, Ended, elf_kernel, monitor, payload, require_kvm,
+};
 use tempfile::TempDir;
 
 /// A folder with a file that holds `bytes`.
 fn file_with(bytes: &[u8]) -> (TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is a folder for temporary files");
     let path = folder.path().join("kernel");
-    fs::write(&path, bytes).unwrap();
+    fs::write(&path, bytes).expect("it can be written to");
     (folder, path)
 }
 
@@ -97,7 +97,7 @@ fn a_bzimage_of_unknown_compression_decompresses_itself() {
 /// 64-bit machine code, at whatever address, that prints a text of at most 127 bytes on the serial
 /// port and has the keyboard controller reset the machine.
 fn print_and_reset(text: &str) -> Vec<u8> {
-    let size = u8::try_from(text.len()).unwrap();
+    let size = u8::try_from(text.len()).expect("the text is short");
     let mut code = vec![
         0xfc, // cld
         0x48, 0x8d, 0x35, 0x13, 0, 0, 0, // lea rsi, [rip + text]

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use bantam_tests::{Bantam, Ended, fnv1a, pattern, require_kvm};
+use nix::fcntl::{FcntlArg, fcntl};
 
 /// Bytes at the start of a disk that the payload `devices` writes to.
 const WRITTEN: usize = 1 << 20;
@@ -92,7 +93,7 @@ fn a_disk_is_read_written_flushed_zeroed_and_discarded() {
 }
 
 fn allocated_bytes(path: &Path) -> u64 {
-    fs::metadata(path).unwrap().blocks() * 512
+    fs::metadata(path).expect("it exists").blocks() * 512
 }
 
 #[test]
@@ -180,16 +181,18 @@ fn serial_input_arrives_without_interrupts() {
 fn serial_output_waits_for_a_slow_reader_and_nothing_is_lost() {
     require_kvm!();
     const LINE: &str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+\n";
-    const KIB: usize = 512;
+    const KIB: usize = 96;
     let (mut reader, writer) = std::io::pipe().unwrap();
+    fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
     let machine = Bantam::payload("serial")
         .append(format!("print-kib={KIB}"))
         .stdout(writer)
         .start();
-    // Longer than the guest needs to fill every buffer on the way.
-    thread::sleep(Duration::from_millis(500));
+    // Longer than the guest needs to fill every buffer on the way, of which the largest is a pipe
+    // of 64 KiB.
+    thread::sleep(Duration::from_millis(1500));
     let mut output = Vec::new();
-    let mut chunk = [0; 16 << 10];
+    let mut chunk = [0; 1000];
     loop {
         match reader.read(&mut chunk).unwrap() {
             0 => break,

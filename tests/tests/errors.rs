@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use bantam_tests::{Bantam, BzImage, Compression, elf_kernel, payload, require_kvm, unprivileged};
 use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
 use tempfile::TempDir;
 
 /// Files of one test.
@@ -55,18 +56,17 @@ fn with_devices(setup: &str) -> Vec<String> {
         "mount -t tmpfs tmpfs /dev && {setup} && \
          exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\""
     );
-    [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        &script,
-        "sh",
-    ]
-    .map(str::to_owned)
-    .to_vec()
+    let namespaces: &[&str] = if geteuid().is_root() {
+        &["--mount"]
+    } else {
+        &["--mount", "--user", "--map-root-user"]
+    };
+    ["unshare"]
+        .iter()
+        .chain(namespaces)
+        .chain(&["sh", "-c", &script, "sh"])
+        .map(|word| (*word).to_owned())
+        .collect()
 }
 
 #[test]

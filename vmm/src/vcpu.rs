@@ -20,7 +20,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::control::{Control, ExitReason};
 use crate::error::Error;
 use crate::vm::Vm;
-use crate::workarounds::emulation_remedy;
+use crate::workarounds::{emulation_remedy, hypercalls_work};
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 
@@ -51,11 +51,14 @@ pub(crate) struct VcpuModel {
 impl VcpuModel {
     /// The model for `count` vCPUs on this host.
     pub(crate) fn new(kvm: &Kvm, count: u8) -> Result<VcpuModel, Error> {
-        let supported_cpuid = kvm
+        let mut supported_cpuid = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("list the CPU features it supports"))?
             .as_slice()
             .to_vec();
+        if !hypercalls_work() {
+            cpuid::hide_hypercalls(&mut supported_cpuid);
+        }
         let known = kvm
             .get_msr_index_list()
             .map_err(Error::kvm("list the MSRs it knows"))?;

@@ -23,6 +23,11 @@ pub fn guest_kernel_parameters() -> Option<&'static str> {
     }
 }
 
+/// Whether a guest's kernel can call KVM.
+pub(crate) fn hypercalls_work() -> bool {
+    matches!(virtualization(), Virtualization::Vmx | Virtualization::Svm)
+}
+
 /// What to do about an instruction that KVM cannot emulate.
 pub(crate) fn emulation_remedy() -> &'static str {
     match virtualization() {

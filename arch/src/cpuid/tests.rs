@@ -215,3 +215,18 @@ fn processors_without_a_leaf_are_not_given_it() {
     assert!(!has_leaf(&cpuid, 0xb));
     assert!(!has_leaf(&cpuid, 0x8000_001e));
 }
+
+#[test]
+fn hypercalls_are_hidden_and_other_features_of_kvm_are_not() {
+    let mut leaves = intel();
+    hide_hypercalls(&mut leaves);
+    let hidden = 1 << 7 | 1 << 11 | 1 << 13;
+    for (before, after) in intel().iter().zip(&leaves) {
+        let mut expected = *before;
+        if before.function == KVM_FEATURES {
+            assert_ne!(before.eax & hidden, 0);
+            expected.eax &= !hidden;
+        }
+        assert_eq!(*after, expected);
+    }
+}

@@ -19,10 +19,12 @@ pub fn print() -> Result<()> {
         };
         say(format_args!("disk: {disk}, {size} bytes, {access}"));
     }
-    for interface in system::names("/sys/class/net")?
-        .iter()
-        .filter(|name| *name != "lo")
-    {
+    let mut interfaces = system::names("/sys/class/net")?;
+    interfaces.retain(|name| name != "lo");
+    if interfaces.is_empty() {
+        say(format_args!("network: none"));
+    }
+    for interface in &interfaces {
         let mac = net::mac(interface)?;
         let mtu = net::mtu(interface)?;
         say(format_args!("network: {interface}, {mac}, mtu {mtu}"));
