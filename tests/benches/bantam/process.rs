@@ -36,6 +36,10 @@ pub struct Ended {
 
 impl Process {
     /// Starts a process with no input.
+    #[expect(
+        clippy::zombie_processes,
+        reason = "it is waited for by its id, as only wait4 tells its CPU time"
+    )]
     pub fn start(mut command: Command) -> Self {
         let (output, writer) = io::pipe().expect("there are file descriptors");
         let errors = writer.try_clone().expect("there are file descriptors");
