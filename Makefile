@@ -17,28 +17,28 @@ help: ## Show this list
 
 # Static: one file that runs whatever the host's C library, starts faster and takes less memory. The
 # target is named so that the flags are for the monitor alone, not for what runs while it is built.
-build: ## Build the monitor for use
+build: packages ## Build the monitor for use
 	RUSTFLAGS="-C target-feature=+crt-static" \
 	    cargo build --release --target $(TARGET) --package bantam
 
-run: packages build ## Boot a Linux microVM: a shell at a terminal, a report otherwise
+run: build ## Boot a Linux microVM: a shell at a terminal, a report otherwise
 	@exec resources/run.sh "$(BANTAM)" "$(TARGET_DIR)/run"
 
-test: packages guest payloads ## Run all tests, on real KVM
+test: guest payloads ## Run all tests, on real KVM
 	cargo build --package bantam
 	cargo test --workspace
 
-bench: packages build guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
+bench: build guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
 	BANTAM_BIN=$(BANTAM) cargo bench --package bantam-tests --bench bantam -- $(ONLY)
 
 guest: packages ## Build the guest kernels and root file system (once, cached)
 	@$(GUEST) all >/dev/null
 
-payloads: ## Build the bare-metal guests
-	cargo build --release --target $(TARGET) \
+payloads: packages ## Build the bare-metal guests
+	cargo build --release --target $(TARGET) --target-dir "$(TARGET_DIR)/payloads" \
 	    --manifest-path tests/payloads/Cargo.toml
 
-lint: ## Check formatting and lints
+lint: packages ## Check formatting and lints
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	for crate in $(GUEST_CRATES); do

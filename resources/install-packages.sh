@@ -24,6 +24,7 @@ if ((EUID != 0)); then
     fi
     as_root=(sudo)
 fi
-export DEBIAN_FRONTEND=noninteractive
-"${as_root[@]}" apt-get update --quiet --quiet >&2
-"${as_root[@]}" apt-get install --quiet --yes --no-install-recommends "${missing[@]}" >&2
+# Set by `env`, as sudo drops most of its caller's environment.
+apt_get=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get)
+"${apt_get[@]}" update --quiet --quiet >&2
+"${apt_get[@]}" install --quiet --yes --no-install-recommends "${missing[@]}" >&2

@@ -11,15 +11,23 @@ build=$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh
 kernel=$("$build" kernel full | grep '/vmlinux$')
 rootfs=$("$build" rootfs | grep '/rootfs\.ext4$')
 mkdir -p -- "$folder"
-cp --sparse=always -- "$rootfs" "$folder/root.img"
+# A new file: an older machine may still run from the one that was there.
+cp --sparse=always --remove-destination -- "$rootfs" "$folder/root.img"
+
+# Whether a program started from here can create a tap: bit 12 of its capabilities is CAP_NET_ADMIN.
+can_create_tap() {
+    local capabilities
+    capabilities=$(sed --quiet 's/^CapEff:[[:space:]]*//p' /proc/self/status)
+    [[ -r /dev/net/tun && -w /dev/net/tun ]] && ((16#$capabilities >> 12 & 1))
+}
 
 if [[ -t 0 && -t 1 ]]; then mode=shell; else mode=report; fi
 net=()
-if ((EUID == 0)) && [[ -c /dev/net/tun ]]; then
+if can_create_tap; then
     # A name of its own, so that two of these can run at once.
     net=(--net "tap=bantam$$")
 else
-    echo "No network: only root can create its tap (docs/networking.md says how to have one)." >&2
+    echo "No network: its tap takes CAP_NET_ADMIN (docs/networking.md says how to have one)." >&2
 fi
 exec "$bantam" run --kernel "$kernel" --disk "$folder/root.img" "${net[@]}" --cpus 2 \
     --append "quiet bantam.mode=$mode"

@@ -104,7 +104,7 @@ fn virtualization_row(virtualization: Virtualization) -> Row {
         ),
         Virtualization::None => Row::limited(
             SUBJECT,
-            "none found (no vmx or svm in /proc/cpuinfo)",
+            "none found (CPUID reports neither VMX nor SVM)",
             "enable virtualization in the firmware, or nested virtualization if the host is itself \
              a virtual machine",
         ),
@@ -187,16 +187,16 @@ fn network_administration_row(allowed: bool) -> Row {
 fn io_uring_row(checked: io::Result<()>) -> Row {
     const SUBJECT: &str = "io_uring";
     let Err(error) = checked else {
-        return Row::ok(SUBJECT, "available; nothing needs it yet");
+        return Row::ok(SUBJECT, "available");
     };
     let remedy = match error.kind() {
         io::ErrorKind::PermissionDenied => {
-            "nothing needs it yet; to allow it: sudo sysctl kernel.io_uring_disabled=0, and in a \
-             container a seccomp profile that allows it"
+            "machines run without it; to allow it: sudo sysctl kernel.io_uring_disabled=0, \
+             and in a container a seccomp profile that allows it"
         }
         _ => {
-            "nothing needs it yet; to have it: a kernel with CONFIG_IO_URING, and in a container a \
-             seccomp profile that allows it"
+            "machines run without it; to have it: a kernel with CONFIG_IO_URING, and in a \
+             container a seccomp profile that allows it"
         }
     };
     Row::limited(SUBJECT, error.to_string(), remedy)

@@ -128,17 +128,8 @@ impl DiskFile {
             .custom_flags(flags)
             .open(path)
             .map_err(|source| open_error(path, read_only, source))?;
-        let metadata = file.metadata().map_err(with_path("examine"))?;
-        let kind = metadata.file_type();
-        let size = if kind.is_file() {
-            metadata.len()
-        } else if kind.is_block_device() {
-            let mut size = 0;
-            // SAFETY: the request writes one u64 to the place it is given.
-            unsafe { block_device::size_in_bytes(file.as_raw_fd(), &mut size) }
-                .map_err(|errno| with_path("measure")(errno.into()))?;
-            size
-        } else {
+        let kind = file.metadata().map_err(with_path("examine"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
             let kind = if kind.is_dir() {
                 "a directory"
             } else if kind.is_fifo() {
@@ -148,6 +139,27 @@ impl DiskFile {
             };
             let path = path.to_path_buf();
             return Err(DiskError::Kind { path, kind });
+        }
+        // Before it is measured: whoever has it may change its size.
+        let access = if read_only {
+            Access::Shared
+        } else {
+            Access::Exclusive
+        };
+        lock_file(&file, access).map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
+                path: path.to_path_buf(),
+            },
+            _ => with_path("lock")(source),
+        })?;
+        let size = if kind.is_file() {
+            file.metadata().map_err(with_path("measure"))?.len()
+        } else {
+            let mut size = 0;
+            // SAFETY: the request writes one u64 to the place it is given.
+            unsafe { block_device::size_in_bytes(file.as_raw_fd(), &mut size) }
+                .map_err(|errno| with_path("measure")(errno.into()))?;
+            size
         };
         let reason = match size {
             0 => Some("no disk at all; 'truncate --size=1G FILE' makes an empty one"),
@@ -160,17 +172,6 @@ impl DiskFile {
             let path = path.to_path_buf();
             return Err(DiskError::Size { path, size, reason });
         }
-        let access = if read_only {
-            Access::Shared
-        } else {
-            Access::Exclusive
-        };
-        lock_file(&file, access).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
-                path: path.to_path_buf(),
-            },
-            _ => with_path("lock")(source),
-        })?;
         let mut magic = [0; QCOW2_MAGIC.len()];
         file.read_exact_at(&mut magic, 0)
             .map_err(with_path("read"))?;
@@ -256,12 +257,11 @@ impl DiskFile {
     /// # Errors
     /// As `fallocate` and `pwrite`, or the block device's.
     pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
-        if self.is_block_device {
+        let zeroed = if self.is_block_device {
             // SAFETY: the request reads two u64 from the place it is given.
-            unsafe { block_device::zero_out(self.file.as_raw_fd(), &[offset, len]) }?;
-            return Ok(());
-        }
-        let zeroed = if deallocate {
+            let done = unsafe { block_device::zero_out(self.file.as_raw_fd(), &[offset, len]) };
+            done.map(drop).map_err(io::Error::from)
+        } else if deallocate {
             self.deallocate(offset, len)
         } else {
             self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
@@ -368,10 +368,12 @@ pub fn lock_file(file: &File, access: Access) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the host cannot do what was asked for. A block device whose sectors are larger than those
+/// of the guest's disk says `EINVAL` to a range that is no multiple of them.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL)
     )
 }
 

@@ -18,7 +18,7 @@ shopt -s inherit_errexit
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 agent=$(cd -- "$here/../../tests/agent" && pwd)
-cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bantam}
+cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-${HOME:-~}/.cache}/bantam}
 
 linux=6.12
 kernel_packages=(bc binutils bison bzip2 flex gcc gzip libelf-dev "linux-source-$linux" lz4 lzop
@@ -26,8 +26,9 @@ kernel_packages=(bc binutils bison bzip2 flex gcc gzip libelf-dev "linux-source-
 rootfs_packages=(busybox-static e2fsprogs gcc)
 compressions=(bzip2 gzip lz4 lzma lzo xz zstd)
 
-# Nothing of the caller's environment may change what is built.
-export LC_ALL=C
+# Nothing of the caller's environment may change what is built. mke2fs and debugfs are in folders
+# that not every user's PATH has.
+export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 unset MAKEFLAGS MFLAGS CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
 
 say() {

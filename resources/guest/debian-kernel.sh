@@ -8,7 +8,7 @@
 set -euo pipefail
 shopt -s inherit_errexit
 
-cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bantam}
+cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-${HOME:-~}/.cache}/bantam}
 export LC_ALL=C
 
 die() {
@@ -16,10 +16,26 @@ die() {
     exit 1
 }
 
-# A package without content depends on the newest kernel.
-package=$(apt-cache depends --important linux-image-cloud-amd64 2>/dev/null |
-    sed --quiet 's/^ *Depends: //p')
-[[ -n $package ]] || die "apt knows no linux-image-cloud-amd64, try: apt-get update"
+# The package of the newest kernel, on which a package without content depends; nothing where apt
+# has no lists of packages.
+newest_package() {
+    apt-cache depends --important linux-image-cloud-amd64 2>/dev/null |
+        sed --quiet 's/^ *Depends: //p' || true
+}
+
+newest_cached() {
+    find "$cache" -mindepth 1 -maxdepth 1 -name 'linux-image-*-cloud-amd64' -printf '%f\n' \
+        2>/dev/null | sort --version-sort | tail -n 1 || true
+}
+
+package=$(newest_package)
+[[ -n $package ]] || package=$(newest_cached)
+if [[ -z $package ]]; then
+    ((EUID == 0)) || die "apt knows no linux-image-cloud-amd64, try: sudo apt-get update"
+    apt-get --quiet --quiet update >&2 || die "cannot update apt's lists of packages"
+    package=$(newest_package)
+    [[ -n $package ]] || die "apt's sources have no linux-image-cloud-amd64: add those of Debian"
+fi
 
 folder=$cache/$package
 mkdir -p -- "$cache"

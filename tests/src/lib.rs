@@ -15,8 +15,8 @@ pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
 pub use network::{HostTap, PacketSocket, interface_exists, tap_name};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
-pub use process::{Bantam, Ended, Running, unprivileged};
-pub use requirements::{lacks_kvm, lacks_taps};
+pub use process::{Bantam, Ended, Running, unprivileged, with_devices};
+pub use requirements::{lacks_kvm, lacks_namespaces, lacks_taps};
 
 /// Ends a test that cannot run on this host: it fails with the reason, unless the environment
 /// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.
@@ -35,6 +35,17 @@ macro_rules! require_kvm {
 macro_rules! require_taps {
     () => {
         if $crate::lacks_kvm() || $crate::lacks_taps() {
+            return;
+        }
+    };
+}
+
+/// As [`require_kvm`], for tests that use [`with_devices`] in place of KVM;
+/// `BANTAM_SKIP_NAMESPACE_TESTS` set to 1 skips them where mount namespaces cannot be had.
+#[macro_export]
+macro_rules! require_namespaces {
+    () => {
+        if $crate::lacks_namespaces() {
             return;
         }
     };

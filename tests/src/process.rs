@@ -473,3 +473,23 @@ pub fn unprivileged() -> Vec<&'static str> {
         Vec::new()
     }
 }
+
+/// A [`Bantam::launcher`] that runs the monitor without capabilities, and with a `/dev` in which
+/// `setup`, a shell command, has put everything. That takes `CAP_SYS_ADMIN` or user namespaces.
+pub fn with_devices(setup: &str) -> Vec<String> {
+    let script = format!(
+        "mount -t tmpfs tmpfs /dev && {setup} && \
+         exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\""
+    );
+    let namespaces: &[&str] = if geteuid().is_root() {
+        &["--mount"]
+    } else {
+        &["--mount", "--user", "--map-root-user"]
+    };
+    ["unshare"]
+        .iter()
+        .chain(namespaces)
+        .chain(&["sh", "-c", &script, "sh"])
+        .map(|word| (*word).to_owned())
+        .collect()
+}

@@ -4,8 +4,11 @@ use std::env;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use nix::unistd::geteuid;
+use bantam_vmm::host;
+
+use crate::process::with_devices;
 
 /// Whether there is no usable `/dev/kvm` and the user has said to skip tests then.
 ///
@@ -23,12 +26,34 @@ pub fn lacks_kvm() -> bool {
 ///
 /// When it cannot and the user has not said so.
 pub fn lacks_taps() -> bool {
-    let reason = if geteuid().is_root() {
+    let reason = if host::can_administer_network() {
         open_for_update("/dev/net/tun").err()
     } else {
-        Some("only root can create network interfaces".to_owned())
+        Some("creating network interfaces takes CAP_NET_ADMIN".to_owned())
     };
     skip_or_fail(reason, "BANTAM_SKIP_TAP_TESTS")
+}
+
+/// Whether this process cannot give a program a `/dev` of its own, as [`with_devices`] does, and
+/// the user has said to skip tests then.
+///
+/// # Panics
+///
+/// When it cannot and the user has not said so.
+pub fn lacks_namespaces() -> bool {
+    let words = with_devices("true");
+    let (program, arguments) = words.split_first().expect("a launcher has a program");
+    let mut probe = Command::new(program);
+    probe.args(arguments).arg("/bin/true").stdin(Stdio::null());
+    let reason = match probe.output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => {
+            let message = String::from_utf8_lossy(&output.stderr);
+            Some(format!("no mount namespace: {}", message.trim()))
+        }
+        Err(error) => Some(format!("cannot run {program}: {error}")),
+    };
+    skip_or_fail(reason, "BANTAM_SKIP_NAMESPACE_TESTS")
 }
 
 fn open_for_update(path: &str) -> Result<(), String> {

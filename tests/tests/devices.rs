@@ -181,16 +181,16 @@ fn serial_input_arrives_without_interrupts() {
 fn serial_output_waits_for_a_slow_reader_and_nothing_is_lost() {
     require_kvm!();
     const LINE: &str = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+\n";
-    const KIB: usize = 96;
+    const KIB: usize = 150;
     let (mut reader, writer) = std::io::pipe().unwrap();
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
     let machine = Bantam::payload("serial")
         .append(format!("print-kib={KIB}"))
         .stdout(writer)
         .start();
-    // Longer than the guest needs to fill every buffer on the way, of which the largest is a pipe
-    // of 64 KiB.
-    thread::sleep(Duration::from_millis(1500));
+    // Longer than the guest needs to fill the buffers on the way and end, and than the machine waits
+    // for a reader at its end.
+    thread::sleep(Duration::from_millis(4500));
     let mut output = Vec::new();
     let mut chunk = [0; 1000];
     loop {

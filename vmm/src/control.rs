@@ -59,21 +59,23 @@ impl Control {
 
     /// Ends the machine for the reason `outcome`, unless it has ended already.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
+        // Held throughout: whoever comes second returns, and may join threads, only when the first
+        // has kicked all of them. A thread that registers later sees that the machine is stopping.
+        let threads = lock(&self.vcpu_threads);
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
         *lock(&self.outcome) = Some(outcome);
-        // A thread that registers after this sees that the machine is stopping. The threads are
-        // joined only once the event below is set, so that all of these still exist.
-        for &thread in &*lock(&self.vcpu_threads) {
-            // SAFETY: the thread registered itself and has not been joined, as said above; and it
-            // blocks the signal except in the guest, so nothing but its entry is interrupted.
+        for &thread in &*threads {
+            // SAFETY: the thread has registered itself, and has not been joined, as said above. It
+            // blocks the signal but in the guest, so all that the signal does is to end that.
             let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
             if error != 0 {
                 let error = io::Error::from_raw_os_error(error);
                 tracing::error!("cannot stop a vCPU thread: {error}");
             }
         }
+        drop(threads);
         // It fails only when the counter is full, and then it is readable as wanted.
         let _ = self.exit_event.write(1);
     }

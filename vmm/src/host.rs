@@ -172,12 +172,6 @@ pub fn kvm_capabilities(kvm: &Kvm) -> impl Iterator<Item = KvmCapability> {
             "real mode on Intel processors",
         ),
         (
-            Cap::MpState,
-            "KVM_CAP_MP_STATE",
-            REQUIRED,
-            "starting more than one vCPU",
-        ),
-        (
             Cap::Irqchip,
             "KVM_CAP_IRQCHIP",
             REQUIRED,
@@ -196,28 +190,10 @@ pub fn kvm_capabilities(kvm: &Kvm) -> impl Iterator<Item = KvmCapability> {
             "notifications to devices",
         ),
         (
-            Cap::AdjustClock,
-            "KVM_CAP_ADJUST_CLOCK",
-            REQUIRED,
-            "the guest's clock",
-        ),
-        (
-            Cap::ImmediateExit,
-            "KVM_CAP_IMMEDIATE_EXIT",
-            USEFUL,
-            "stopping a vCPU at once",
-        ),
-        (
             Cap::TscDeadlineTimer,
             "KVM_CAP_TSC_DEADLINE_TIMER",
             USEFUL,
             "precise guest timers",
-        ),
-        (
-            Cap::X2ApicApi,
-            "KVM_CAP_X2APIC_API",
-            USEFUL,
-            "more than 255 interrupt targets",
         ),
     ]
     .into_iter()

@@ -161,11 +161,14 @@ impl Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
+        self.serial.remove_socket();
         self.event_loop.end();
         let mut flushed = Ok(());
         for (path, disk) in self.disks.drain(..) {
             if let Err(source) = flush_at_end(&disk) {
-                flushed = Err(Error::Flush { path, source });
+                let error = Error::Flush { path, source };
+                tracing::error!("{error}");
+                flushed = flushed.and(Err(error));
             }
         }
         let outcome = self.control.take_outcome();

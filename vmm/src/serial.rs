@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -49,14 +49,22 @@ impl SerialGuard {
     }
 }
 
-impl Drop for SerialGuard {
-    fn drop(&mut self) {
-        if self.remove_at_end
+impl SerialGuard {
+    /// Removes the socket, if there is one. This must happen while the machine still listens to it:
+    /// later it could be one that another machine has made in its place.
+    pub(crate) fn remove_socket(&mut self) {
+        if std::mem::take(&mut self.remove_at_end)
             && let Some(path) = &self.path
             && let Err(error) = fs::remove_file(path)
         {
             tracing::warn!("cannot remove socket '{}': {error}", path.display());
         }
+    }
+}
+
+impl Drop for SerialGuard {
+    fn drop(&mut self) {
+        self.remove_socket();
     }
 }
 
@@ -124,6 +132,8 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
     let file = OpenOptions::new()
         .append(true)
         .create(true)
+        // A pipe that nobody reads is refused, and a slow reader holds up no device.
+        .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(error(""))?;
     lock_file(&file, Access::Exclusive).map_err(error(

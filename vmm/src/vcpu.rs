@@ -127,9 +127,12 @@ impl Vcpu {
     /// Runs the guest on the calling thread until the machine ends.
     pub(crate) fn run(mut self, environment: &VcpuEnvironment) {
         let control = &environment.control;
-        control.register_vcpu_thread();
         let outcome = match self.unblock_kick_signal_in_guest() {
-            Ok(()) => self.run_loop(environment),
+            Ok(()) => {
+                // Not before: until it is blocked, the signal ends the process.
+                control.register_vcpu_thread();
+                self.run_loop(environment)
+            }
             Err(error) => Err(error),
         };
         match outcome.transpose() {

@@ -103,7 +103,7 @@ impl Drop for Vm {
     /// machine would wait for it at its leisure, for milliseconds.
     fn drop(&mut self) {
         if let Err(error) = self.set_memory_slots(|_| 0) {
-            tracing::warn!("cannot unmap guest memory: {error}");
+            tracing::debug!("cannot unmap guest memory: {error}");
         }
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,6 +17,9 @@ use super::Serial;
 const INPUT_CHUNK: usize = 64;
 /// How long the last output waits for a reader that does not read any of it.
 const LAST_OUTPUT_TIMEOUT_MS: u16 = 3_000;
+/// Size of a pipe that holds what it held before (64 KiB, unless its maker chose) and all that can
+/// be left for it, in bytes.
+const LAST_OUTPUT_PIPE_SIZE: libc::c_int = 1 << 20;
 
 /// Where the bytes of a serial port come from and go to.
 pub enum SerialEndpoint {
@@ -105,15 +109,21 @@ impl SerialWorker {
         }
     }
 
-    /// Sends what the guest has written, as far as the endpoint takes it.
+    /// Sends what the guest has written so far, as far as the endpoint takes it. What it writes
+    /// meanwhile calls for attention anew, so that a guest that never stops holds up nobody.
     fn send(&mut self) -> io::Result<()> {
+        self.send_pending()?;
+        if self.output.is_some() {
+            self.pending_output = lock(&self.port).take_output();
+        }
+        self.send_pending()
+    }
+
+    fn send_pending(&mut self) -> io::Result<()> {
         let Some(output) = &mut self.output else {
             return Ok(());
         };
         loop {
-            if self.pending_output.is_empty() {
-                self.pending_output = lock(&self.port).take_output();
-            }
             let (bytes, _) = self.pending_output.as_slices();
             if bytes.is_empty() {
                 return Ok(());
@@ -205,24 +215,25 @@ impl SerialWorker {
         }
     }
 
-    /// Takes the next client, if the last one has gone.
+    /// Takes the next client that has not hung up, if the last one has gone. Others stay in the
+    /// backlog.
     fn accept(&mut self, operations: &mut EventOps<'_>) {
-        let Some(listener) = &self.listener else {
-            return;
-        };
-        if self.input.is_some() {
-            // It stays in the backlog; a connection that ends makes room.
-            return;
-        }
-        match listener.accept().and_then(|(client, _)| split(client)) {
-            Ok((input, output)) => {
-                self.input = Some(Endpoint::new(input));
-                self.output = Some(Endpoint::new(output));
-                lock(&self.port).set_connected(true);
-                self.process_input(operations);
+        while self.input.is_none()
+            && let Some(listener) = &self.listener
+        {
+            match listener.accept().and_then(|(client, _)| split(client)) {
+                Ok((input, output)) => {
+                    self.input = Some(Endpoint::new(input));
+                    self.output = Some(Endpoint::new(output));
+                    lock(&self.port).set_connected(true);
+                    self.process_input(operations);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    tracing::warn!("serial port: cannot accept a client: {error}");
+                    return;
+                }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => tracing::warn!("serial port: cannot accept a client: {error}"),
         }
     }
 }
@@ -267,21 +278,36 @@ impl MutEventSubscriber for SerialWorker {
 }
 
 impl Drop for SerialWorker {
-    /// The guest's last words reach a reader that is still reading.
+    /// The guest's last words reach a reader that is still reading, and wait in a pipe for one that
+    /// may read later.
     fn drop(&mut self) {
         while let Err(error) = self.send() {
             let Some(output) = &self.output else {
                 return;
             };
-            let mut poll = [PollFd::new(output.stream.as_fd(), PollFlags::POLLOUT)];
-            let timeout = PollTimeout::from(LAST_OUTPUT_TIMEOUT_MS);
+            let stream = &output.stream;
             let retry = error.kind() == io::ErrorKind::WouldBlock
-                && nix::poll::poll(&mut poll, timeout).is_ok_and(|ready| ready > 0);
+                && (make_room_in_pipe(stream) || wait_for_reader(stream));
             if !retry {
-                let lost = self.pending_output.len();
-                tracing::warn!("serial port: the last {lost} bytes of output are lost: {error}");
+                let lost = self.pending_output.len() + lock(&self.port).take_output().len();
+                tracing::warn!(
+                    "serial port: the last {lost} bytes of output are lost: nobody read them"
+                );
                 return;
             }
         }
     }
+}
+
+/// Whether `stream` is a pipe that has been made large enough for all that is left.
+fn make_room_in_pipe(stream: &Stream) -> bool {
+    let size = fcntl(stream, FcntlArg::F_GETPIPE_SZ).unwrap_or(LAST_OUTPUT_PIPE_SIZE);
+    size < LAST_OUTPUT_PIPE_SIZE
+        && fcntl(stream, FcntlArg::F_SETPIPE_SZ(LAST_OUTPUT_PIPE_SIZE)).is_ok()
+}
+
+fn wait_for_reader(stream: &Stream) -> bool {
+    let mut poll = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+    nix::poll::poll(&mut poll, PollTimeout::from(LAST_OUTPUT_TIMEOUT_MS))
+        .is_ok_and(|ready| ready > 0)
 }

@@ -192,6 +192,8 @@ impl MmioTransport {
             register::INTERRUPT_ACKNOWLEDGE => self.interrupt.acknowledge(value),
             register::STATUS => self.set_status(value),
             register::QUEUE_SIZE => self.set_up_queue(|queue| queue.size = value),
+            // A driver that lets go of a device that it has reset.
+            register::QUEUE_READY if value == 0 && self.status == 0 => {}
             register::QUEUE_READY => self.set_up_queue(|queue| queue.ready = value == 1),
             register::QUEUE_DESCRIPTORS_LOW => {
                 self.set_up_queue(|queue| set_low(&mut queue.descriptors, value));

@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -24,6 +25,9 @@ const USED_INDEX: u64 = 2;
 const USED_RING: u64 = 4;
 /// Size of an element of the used ring in bytes.
 const USED_ELEMENT_SIZE: u64 = 8;
+
+/// How long one queue is served before other devices have their turn.
+const MAX_TURN: Duration = Duration::from_millis(20);
 
 /// What a driver did that makes a queue unusable until the device is reset.
 #[derive(Debug, thiserror::Error)]
@@ -183,8 +187,10 @@ impl VirtQueue {
         for descriptor in descriptors.by_ref() {
             count += 1;
             has_next = descriptor.has_next();
-            // No chain is longer than its queue, an indirect table included (section 2.7.5.3.1).
-            if count > self.queue.size() {
+            // No chain is longer than its queue, an indirect table included (section 2.7.5.3.1). A
+            // driver that uses a smaller queue than it could is not held to that one's size, as
+            // Linux does not hold itself to it.
+            if count > self.queue.max_size() {
                 has_next = true;
                 break;
             }
@@ -293,8 +299,9 @@ impl VirtQueue {
     /// Serves the available chains: `handle` does what each asks for and says how many bytes of its
     /// writable buffers it filled. One interrupt tells the driver of them all.
     ///
-    /// No more chains are served than the queue holds, so that a driver that never stops leaves
-    /// other devices their turn; for the rest the doorbell is rung again.
+    /// No more chains are served than the queue holds, and none is begun after [`MAX_TURN`], so that
+    /// a driver that never stops leaves other devices their turn; for the rest the doorbell is rung
+    /// again.
     ///
     /// # Errors
     /// When the driver has broken the rules of the rings, or those that `handle` knows.
@@ -306,19 +313,34 @@ impl VirtQueue {
     ) -> Result<(), E> {
         self.disable_doorbell()?;
         let mut served = false;
+        let result = self.serve_turn(chain, &mut served, &mut handle);
+        // The driver hears of what was done, even when it has broken the rules after that.
+        if served && self.needs_interrupt()? {
+            interrupt.notify_used_buffer();
+        }
+        result
+    }
+
+    fn serve_turn<E: From<QueueError>>(
+        &mut self,
+        chain: &mut Chain,
+        served: &mut bool,
+        handle: &mut impl FnMut(&mut Chain) -> Result<u32, E>,
+    ) -> Result<(), E> {
+        let start = Instant::now();
         for _ in 0..self.queue.size() {
             if !self.pop(chain)? {
                 break;
             }
             let written = handle(chain)?;
             self.add_used(chain.head, written)?;
-            served = true;
+            *served = true;
+            if start.elapsed() >= MAX_TURN {
+                break;
+            }
         }
         if self.enable_doorbell()? {
             self.ring_doorbell();
-        }
-        if served && self.needs_interrupt()? {
-            interrupt.notify_used_buffer();
         }
         Ok(())
     }

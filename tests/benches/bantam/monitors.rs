@@ -51,14 +51,24 @@ pub struct Monitors {
 
 impl Monitors {
     /// Finds the monitors: Bantam where `BANTAM_BIN` says, or else as a release build in cargo's
-    /// target folder. `folder` is for files of the benchmarks.
+    /// target folder, by preference the one that `make build` makes. `folder` is for files of the
+    /// benchmarks.
     ///
     /// # Panics
     ///
     /// When one of them is missing.
     pub fn find(target_folder: &Path, folder: &Path) -> Self {
-        let bantam = env::var_os("BANTAM_BIN")
-            .map_or_else(|| target_folder.join("release/bantam"), PathBuf::from);
+        let bantam = env::var_os("BANTAM_BIN").map_or_else(
+            || {
+                let static_build = target_folder.join("x86_64-unknown-linux-gnu/release/bantam");
+                if static_build.is_file() {
+                    static_build
+                } else {
+                    target_folder.join("release/bantam")
+                }
+            },
+            PathBuf::from,
+        );
         assert!(
             bantam.is_file(),
             "there is no '{}': run 'make bench', or name the program in BANTAM_BIN",

@@ -92,7 +92,11 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// The serial port would write to a file that the machine reads.
-    #[error("the output of the serial port would go to '{}', which the machine uses otherwise: choose another file", path.display())]
+    #[error(
+        "the output of the serial port would go to '{}', which the machine uses otherwise: \
+         choose another file",
+        path.display()
+    )]
     SerialFile {
         /// The file.
         path: PathBuf,
@@ -131,7 +135,7 @@ pub enum ConfigError {
         text: String,
     },
     /// Not a size that packets can have.
-    #[error("mtu {size} is out of range: {} to {}", Mtu::MIN, u16::MAX)]
+    #[error("mtu {size} is out of range: {} to {}", Mtu::MIN, Mtu::MAX)]
     Mtu {
         /// What was given.
         size: i64,

@@ -18,7 +18,9 @@ mod whole_number;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::fs;
 use std::hash::Hash;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -95,9 +97,13 @@ impl MachineConfig {
     ///
     /// # Errors
     ///
-    /// When two disks have the same id, a file is the disk of two devices and not read-only in
-    /// both, or also that of the serial port's output, two network devices use the same tap interface, or there are more devices than a
-    /// machine has interrupts for ([`layout::MAX_VIRTIO_DEVICES`]).
+    /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
+    ///   ([`layout::MAX_VIRTIO_DEVICES`]).
+    /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
+    /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
+    ///   kernel or the initrd.
+    /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
         if devices > layout::MAX_VIRTIO_DEVICES {
@@ -121,12 +127,12 @@ impl MachineConfig {
         let SerialConfig::File(path) = &self.serial else {
             return Ok(());
         };
-        let output = resolve(path);
+        let output = FileIdentity::of(path);
         let mut inputs = [Some(&self.kernel), self.initrd.as_ref()]
             .into_iter()
             .flatten()
             .chain(self.disks.iter().map(|disk| &disk.path));
-        if inputs.any(|input| resolve(input) == output) {
+        if inputs.any(|input| FileIdentity::of(input) == output) {
             return Err(ConfigError::SerialFile { path: path.clone() });
         }
         Ok(())
@@ -135,7 +141,7 @@ impl MachineConfig {
     fn validate_disk_sharing(&self) -> Result<(), ConfigError> {
         let mut readonly_by_file = HashMap::new();
         for disk in &self.disks {
-            let other = readonly_by_file.insert(resolve(&disk.path), disk.readonly);
+            let other = readonly_by_file.insert(FileIdentity::of(&disk.path), disk.readonly);
             if let Some(other_readonly) = other
                 && !(disk.readonly && other_readonly)
             {
@@ -148,9 +154,25 @@ impl MachineConfig {
     }
 }
 
-/// The same path for the same file. One that cannot be resolved is reported when it is opened.
-fn resolve(path: &Path) -> PathBuf {
-    path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
+/// What two names of one file, be they links or paths, have in common.
+#[derive(PartialEq, Eq, Hash)]
+enum FileIdentity {
+    /// An existing file.
+    Inode { device: u64, inode: u64 },
+    /// A file that is not there, or out of reach. If it is needed, opening it says so.
+    Path(PathBuf),
+}
+
+impl FileIdentity {
+    fn of(path: &Path) -> Self {
+        match fs::metadata(path) {
+            Ok(metadata) => Self::Inode {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            },
+            Err(_) => Self::Path(path.to_path_buf()),
+        }
+    }
 }
 
 fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T> {

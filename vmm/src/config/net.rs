@@ -167,13 +167,17 @@ impl fmt::Display for MacAddress {
     }
 }
 
-/// Maximum transmission unit in bytes: 68 to 65535 (virtio 1.3, section 5.1.4.1).
+/// Maximum transmission unit in bytes: [`Mtu::MIN`] to [`Mtu::MAX`] (virtio 1.3, section 5.1.4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mtu(u16);
 
 impl Mtu {
     /// Least value: what every IPv4 link must carry.
     pub const MIN: u16 = 68;
+
+    /// Greatest value: what a tap can be set to, as Linux counts its Ethernet header of 14 bytes
+    /// into the 65535 of a packet.
+    pub const MAX: u16 = 65_521;
 
     /// The number of bytes.
     pub fn get(self) -> u16 {
@@ -186,7 +190,7 @@ impl TryFrom<i64> for Mtu {
 
     fn try_from(size: i64) -> Result<Self, ConfigError> {
         match u16::try_from(size) {
-            Ok(size @ Self::MIN..) => Ok(Self(size)),
+            Ok(size @ Self::MIN..=Self::MAX) => Ok(Self(size)),
             _ => Err(ConfigError::Mtu { size }),
         }
     }
@@ -232,8 +236,8 @@ mod tests {
                 "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu'",
             ),
             ("mac=52:54:00:12:34:56", "'tap' is missing"),
-            ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65535"),
-            ("tap=t,mtu=65536", "mtu 65536 is out of range: 68 to 65535"),
+            ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65521"),
+            ("tap=t,mtu=65522", "mtu 65522 is out of range: 68 to 65521"),
             (
                 "tap=t,mtu=big",
                 "the value 'big' of 'mtu' is not a whole number",
@@ -301,7 +305,7 @@ mod tests {
         fn display_parses_back(
             tap in "[a-z,=@][a-z0-9,.=-]{0,14}",
             mac in proptest::option::of(any::<[u8; 6]>()),
-            mtu in proptest::option::of(68..=65535i64),
+            mtu in proptest::option::of(68..=65521i64),
         ) {
             let net = NetConfig {
                 tap: InterfaceName::try_from(tap).unwrap(),

@@ -100,7 +100,7 @@ fn errors_in_a_machine_file_name_the_line() {
         ),
         (
             "[[net]]\ntap = 't'\nmtu = 5",
-            "/vm/machine.toml:3: mtu 5 is out of range: 68 to 65535",
+            "/vm/machine.toml:3: mtu 5 is out of range: 68 to 65521",
         ),
         (
             "cpus = 1000",
@@ -220,6 +220,21 @@ fn a_file_is_not_two_disks_unless_read_only() {
 }
 
 #[test]
+fn hard_links_are_the_same_file() {
+    let folder = temporary_folder("hard-links");
+    let [one, other] = ["one.img", "other.img"].map(|name| folder.join(name));
+    std::fs::write(&one, "x").unwrap();
+    std::fs::hard_link(&one, &other).unwrap();
+    let names = [&one, &other].map(|path| path.to_str().unwrap());
+    assert!(with_disks(&names).unwrap_err().contains("given twice"));
+
+    std::fs::remove_file(&other).unwrap();
+    std::fs::write(&other, "x").unwrap();
+    assert_eq!(with_disks(&names), Ok(()));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
 fn ids_and_taps_are_not_repeated() {
     assert_eq!(with_disks(&["a,id=x", "b,id=y", "c"]), Ok(()));
     assert_eq!(
@@ -286,7 +301,7 @@ proptest! {
 
 #[test]
 fn the_serial_port_writes_to_no_file_that_the_machine_reads() {
-    let folder = temporary_folder();
+    let folder = temporary_folder("serial-file");
     let file = folder.join("image");
     std::fs::write(&file, "x").unwrap();
     let other_name = folder.join(".").join("image");
@@ -299,14 +314,20 @@ fn the_serial_port_writes_to_no_file_that_the_machine_reads() {
     config.validate().unwrap();
     config.disks.push(DiskConfig::new(&file));
     assert!(config.validate().is_err());
+
+    let hard_link = folder.join("link");
+    std::fs::hard_link(&file, &hard_link).unwrap();
+    config.disks = vec![DiskConfig::new(hard_link)];
+    assert!(config.validate().is_err());
     config.disks.clear();
     config.initrd = Some(file);
     assert!(config.validate().is_err());
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-fn temporary_folder() -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("bantam-config-{}", std::process::id()));
+/// A folder for the test of that name.
+fn temporary_folder(test: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("bantam-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     folder
 }
