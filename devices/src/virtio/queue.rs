@@ -128,11 +128,6 @@ impl VirtQueue {
         }
     }
 
-    /// Whether the driver uses this queue.
-    pub fn is_ready(&self) -> bool {
-        self.queue.ready()
-    }
-
     /// Size in descriptors.
     pub fn size(&self) -> u16 {
         self.queue.size()

@@ -93,11 +93,6 @@ impl Net {
             config: space,
         }
     }
-
-    /// The tap behind the device.
-    pub fn tap(&self) -> Arc<Tap> {
-        self.tap.clone()
-    }
 }
 
 impl VirtioDevice for Net {
