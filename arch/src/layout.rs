@@ -1,12 +1,15 @@
 //! Every guest-physical address, I/O port and interrupt line the machine uses, in ascending order.
 //!
-//! Low memory follows the PC: RAM up to 640 KiB, the firmware area up to 1 MiB, RAM from there to
+//! Low memory follows the PC: RAM up to 636 KiB, the firmware area up to 1 MiB, RAM from there to
 //! the device hole that ends at 4 GiB, and the rest of RAM above 4 GiB.
 
 // --- Guest-physical memory: below 1 MiB -------------------------------------------------------
 
 /// Global descriptor table for the 64-bit Linux boot protocol and PVH.
 pub const GDT: u64 = 0x500;
+/// First conventional memory that a guest may use. The page below it is where a PC keeps its
+/// interrupt vectors, and kernels do not take it for RAM even where they are told that it is.
+pub const CONVENTIONAL_MEMORY: u64 = 0x1000;
 /// `struct hvm_start_info` of the PVH boot protocol.
 pub const PVH_START_INFO: u64 = 0x6000;
 /// Module list that `hvm_start_info` points to: the initrd, when there is one.
@@ -29,14 +32,18 @@ pub const IDENTITY_MAP_GIB: u64 = 4;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Room for the command line including its NUL, in bytes.
 pub const COMMAND_LINE_MAX_SIZE: usize = 0x1_0000;
-/// Extended BIOS data area, the last KiB below 640 KiB: the first place where a kernel looks for
-/// the MP floating pointer structure. Reserved in the memory map.
+/// End of conventional memory: from here to 1 MiB everything is the firmware's, one reserved range
+/// of the memory map.
+pub const CONVENTIONAL_MEMORY_END: u64 = 0x9_f000;
+/// `struct setup_data` of the 64-bit Linux boot protocol, with a seed for the kernel's random
+/// numbers.
+pub const RANDOM_SEED: u64 = CONVENTIONAL_MEMORY_END;
+/// MP floating pointer structure and MP table, in the last KiB below 640 KiB: the first place where
+/// a kernel looks for them.
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Size of that area in bytes.
 pub const MP_TABLE_MAX_SIZE: usize = 0x400;
-/// End of conventional memory and start of the legacy video area, where there is no RAM to use.
-pub const CONVENTIONAL_MEMORY_END: u64 = 0xa_0000;
-/// ACPI root pointer, followed by the other tables. Reserved in the memory map.
+/// ACPI root pointer, followed by the other tables.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables in bytes.
 pub const ACPI_TABLES_MAX_SIZE: usize = 0x2_0000;

@@ -1,7 +1,7 @@
 //! Where guest memory lies, for the monitor that maps it and for the guest that is told about it.
 
 use crate::layout::{
-    ACPI_TABLES, CONVENTIONAL_MEMORY_END, DEVICE_HOLE, DEVICE_HOLE_END, HIGH_MEMORY, MP_TABLE,
+    CONVENTIONAL_MEMORY, CONVENTIONAL_MEMORY_END, DEVICE_HOLE, DEVICE_HOLE_END, HIGH_MEMORY,
 };
 
 /// What a range of the guest's memory map may be used for.
@@ -49,14 +49,19 @@ pub fn ram_regions(memory_size: u64) -> Vec<(u64, u64)> {
 
 /// The memory map that tells a guest of `memory_size` bytes what it may use, in ascending order.
 ///
-/// It follows [`ram_regions`], less the legacy area from 640 KiB to 1 MiB and the MP table below
-/// it. `memory_size` is between [`MIN_MEMORY_SIZE`](crate::layout::MIN_MEMORY_SIZE) and
+/// It follows [`ram_regions`], less page zero and the firmware area below 1 MiB. `memory_size` is
+/// between [`MIN_MEMORY_SIZE`](crate::layout::MIN_MEMORY_SIZE) and
 /// [`MAX_MEMORY_SIZE`](crate::layout::MAX_MEMORY_SIZE).
+///
+/// It has as few ranges as it can: Linux goes through the map thousands of times while it sets up
+/// its page tables, and adds a range of its own for page zero unless the map leaves that out.
 pub fn memory_map(memory_size: u64) -> Vec<MemoryMapEntry> {
     let mut map = vec![
-        MemoryMapEntry::new(0..MP_TABLE, MemoryKind::Ram),
-        MemoryMapEntry::new(MP_TABLE..CONVENTIONAL_MEMORY_END, MemoryKind::Reserved),
-        MemoryMapEntry::new(ACPI_TABLES..HIGH_MEMORY, MemoryKind::Reserved),
+        MemoryMapEntry::new(
+            CONVENTIONAL_MEMORY..CONVENTIONAL_MEMORY_END,
+            MemoryKind::Ram,
+        ),
+        MemoryMapEntry::new(CONVENTIONAL_MEMORY_END..HIGH_MEMORY, MemoryKind::Reserved),
     ];
     for (start, size) in ram_regions(memory_size) {
         let usable = start.max(HIGH_MEMORY)..start + size;
@@ -93,9 +98,8 @@ mod tests {
         assert_eq!(
             memory_map(8 << 30),
             [
-                entry(0, 0x9_fc00, MemoryKind::Ram),
-                entry(0x9_fc00, 0xa_0000, MemoryKind::Reserved),
-                entry(0xe_0000, 0x10_0000, MemoryKind::Reserved),
+                entry(0x1000, 0x9_f000, MemoryKind::Ram),
+                entry(0x9_f000, 0x10_0000, MemoryKind::Reserved),
                 entry(0x10_0000, 0xc000_0000, MemoryKind::Ram),
                 entry(0x1_0000_0000, 0x2_4000_0000, MemoryKind::Ram),
             ]

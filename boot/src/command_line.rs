@@ -90,6 +90,13 @@ impl CommandLine {
         Ok(())
     }
 
+    /// Whether `word` is one of the kernel parameters.
+    pub fn has_parameter(&self, word: &str) -> bool {
+        self.kernel_parameters
+            .split_ascii_whitespace()
+            .any(|parameter| parameter == word)
+    }
+
     /// Tells a kernel without ACPI or device tree about a virtio-mmio device: `size` bytes of
     /// registers at `address`, interrupting on `gsi`
     /// (Linux Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).
@@ -192,6 +199,13 @@ mod tests {
         line.append("added").unwrap();
         assert_eq!(line.to_string(), "added -- init");
         assert_eq!(CommandLine::new("quiet --").unwrap().to_string(), "quiet");
+    }
+
+    #[test]
+    fn a_parameter_is_a_whole_word_before_the_double_dash() {
+        let line = CommandLine::new("acpi=off  not-quiet loud=quiet -- quiet").unwrap();
+        assert!(line.has_parameter("acpi=off") && line.has_parameter("loud=quiet"));
+        assert!(!line.has_parameter("quiet") && !line.has_parameter("acpi"));
     }
 
     #[test]

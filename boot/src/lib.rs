@@ -27,4 +27,6 @@ pub use initrd::{Initrd, InitrdError, load_initrd};
 pub use kernel::{
     BootProtocol, Compression, KernelError, KernelFormat, LoadedKernel, PayloadError, load_kernel,
 };
-pub use start_information::{StartInformation, StartInformationError, write_start_information};
+pub use start_information::{
+    RANDOM_SEED_SIZE, StartInformation, StartInformationError, write_start_information,
+};

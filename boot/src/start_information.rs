@@ -2,7 +2,7 @@
 
 use bantam_arch::memory_map::{MemoryKind, MemoryMapEntry};
 use bantam_arch::{EntryProtocol, layout};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bootparam::{SETUP_RNG_SEED, boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE,
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
@@ -27,8 +27,11 @@ const SETUP_HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// `type_of_loader` of a boot loader without a number of its own.
 const UNREGISTERED_LOADER: u8 = 0xff;
 
+/// Size of the seed for the kernel's random numbers in bytes: what Linux counts as enough.
+pub const RANDOM_SEED_SIZE: usize = 32;
+
 /// What a kernel is told at its start.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct StartInformation<'a> {
     /// Which ranges of guest-physical memory the kernel may use.
     pub memory_map: &'a [MemoryMapEntry],
@@ -38,6 +41,9 @@ pub struct StartInformation<'a> {
     pub initrd: Option<Initrd>,
     /// The ACPI root pointer, when there are ACPI tables.
     pub rsdp: Option<GuestAddress>,
+    /// Unpredictable bytes, different for each start, from which the kernel seeds its random
+    /// numbers. The 64-bit Linux protocol passes them on, PVH has no place for them.
+    pub random_seed: [u8; RANDOM_SEED_SIZE],
 }
 
 /// Why the start information cannot be written.
@@ -168,6 +174,8 @@ fn write_linux_boot_params(
     });
     params.hdr.type_of_loader = UNREGISTERED_LOADER;
     params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
+    params.hdr.setup_data = layout::RANDOM_SEED;
+    write_random_seed(memory, &information.random_seed)?;
     if let Some(initrd) = information.initrd {
         params.hdr.ramdisk_image = initrd.address.0 as u32;
         params.ext_ramdisk_image = (initrd.address.0 >> 32) as u32;
@@ -185,6 +193,19 @@ fn write_linux_boot_params(
     }
     write_structure(memory, "the zero page", layout::ZERO_PAGE, &params)?;
     Ok(GuestAddress(layout::ZERO_PAGE))
+}
+
+/// Writes the only element of the list that `setup_data` points to (boot.rst, "setup_data").
+fn write_random_seed(
+    memory: &GuestMemoryMmap,
+    seed: &[u8; RANDOM_SEED_SIZE],
+) -> Result<(), StartInformationError> {
+    let mut element = Vec::with_capacity(16 + seed.len());
+    element.extend(0_u64.to_le_bytes());
+    element.extend(SETUP_RNG_SEED.to_le_bytes());
+    element.extend((seed.len() as u32).to_le_bytes());
+    element.extend(seed);
+    write_bytes(memory, "the random seed", layout::RANDOM_SEED, &element)
 }
 
 /// The number of a memory kind, the same for PVH as for E820 (ACPI 6.5 section 15.1, "Address
@@ -242,6 +263,7 @@ mod tests {
         size: 12345,
     };
     const RSDP: GuestAddress = GuestAddress(layout::ACPI_TABLES);
+    const SEED: [u8; RANDOM_SEED_SIZE] = *b"thirty-two bytes of a test seed.";
 
     fn read<const N: usize>(memory: &GuestMemoryMmap, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
@@ -272,6 +294,7 @@ mod tests {
             command_line: &CommandLine::new("quiet").unwrap(),
             initrd,
             rsdp: Some(RSDP),
+            random_seed: SEED,
         };
         write_start_information(memory, &kernel, &information).unwrap()
     }
@@ -328,6 +351,11 @@ mod tests {
         );
         assert_eq!(u32_at(&memory, page + 0x238), 2047);
         assert_eq!(&read(&memory, layout::COMMAND_LINE), b"quiet\0");
+        let setup_data = u64_at(&memory, page + 0x250);
+        assert_eq!(u64_at(&memory, setup_data), 0);
+        assert_eq!(u32_at(&memory, setup_data + 8), 9);
+        assert_eq!(u32_at(&memory, setup_data + 12), 32);
+        assert_eq!(read(&memory, setup_data + 16), SEED);
         // The kernel clears much of the page unless this byte is zero.
         assert_eq!(read(&memory, page + 0x1ef), [0]);
         let expected = memory_map(16 * MIB);
@@ -370,6 +398,7 @@ mod tests {
                 command_line: &CommandLine::new(&"x".repeat(length)).unwrap(),
                 initrd: None,
                 rsdp: None,
+                random_seed: SEED,
             };
             write_start_information(&memory, &loaded_kernel(MIB, header), &information).is_ok()
         };
@@ -391,6 +420,7 @@ mod tests {
                     command_line: &CommandLine::default(),
                     initrd: None,
                     rsdp: None,
+                    random_seed: SEED,
                 };
                 write_start_information(&memory, &kernel, &information)
             };
@@ -422,6 +452,7 @@ mod tests {
                 command_line: &CommandLine::default(),
                 initrd: None,
                 rsdp: None,
+                random_seed: SEED,
             },
         )
         .unwrap_err();

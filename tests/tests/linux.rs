@@ -94,6 +94,7 @@ fn linux_uses_disks_entropy_clock_and_console() {
     machine.send(b"the quick brown fox\n");
     let ended = machine.wait();
     ended.succeeded();
+    assert!(ended.stderr.contains("by Linux64"), "{ended}");
     // A kernel without ACPI cannot switch the machine off.
     assert!(ended.stderr.contains("has ended: Reboot"), "{ended}");
     let text = ended.text();
@@ -159,7 +160,6 @@ fn linux_exchanges_data_with_the_host_by_tcp() {
     const LENGTH: usize = 4 * MIB;
     require_taps!();
     let tap = HostTap::new();
-    let folder = tempfile::tempdir().unwrap();
     let listen = || TcpListener::bind(SocketAddrV4::new(tap.host, 0)).unwrap();
     let (sink, source) = (listen(), listen());
     let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
@@ -169,7 +169,7 @@ fn linux_exchanges_data_with_the_host_by_tcp() {
     let receive = format!("net-tcp-receive:{}:{}:{LENGTH}:22", tap.host, port(&source));
     let commands = [&net, "net-info:eth0", &send, &receive];
     let machine = Bantam::linux(Kernel::Small)
-        .disk(&root_disk(&folder), "")
+        .option("--initrd", RootFileSystem::new().initrd)
         .option("--net", format!("tap={},mac=52:54:00:12:34:56", tap.name))
         .append(test_words(&commands))
         .start();
@@ -282,6 +282,7 @@ fn linux_boots_from_an_initrd_and_switches_the_machine_off() {
     let ended = Bantam::linux(Kernel::Full)
         .option("--initrd", RootFileSystem::new().initrd)
         .option("--memory", "128M")
+        .option("--boot-protocol", "pvh")
         .append(test_words(&["first-line", "memory", "poweroff"]))
         .option("--log", "info")
         .finish();
@@ -293,7 +294,22 @@ fn linux_boots_from_an_initrd_and_switches_the_machine_off() {
         .parse()
         .unwrap();
     assert!((90 << 10..128 << 10).contains(&kib), "{memory}");
+    assert!(ended.stderr.contains("by Pvh"), "{ended}");
     assert!(ended.stderr.contains("has ended: PowerOff"), "{ended}");
+}
+
+/// Without the monitor's seed they are ready long after the first of them are used.
+#[test]
+fn linux_has_good_random_numbers_from_the_start() {
+    require_kvm!();
+    let _slot = linux_slot();
+    let machine = Bantam::run(Kernel::Small.vmlinux())
+        .append("earlyprintk=ttyS0")
+        .start();
+    machine.wait_for_output("Kernel command line:");
+    machine.signal(Signal::SIGTERM);
+    let ended = machine.wait();
+    ended.succeeded().printed("random: crng init done");
 }
 
 // --- Kernel images ------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ pub enum Error {
     /// What the kernel is told at its start cannot be written.
     #[error("cannot start the kernel: {0}")]
     StartInformation(#[from] bantam_boot::StartInformationError),
+    /// The host gives no random bytes.
+    #[error("cannot get random bytes from the host: {0}")]
+    RandomSeed(#[source] io::Error),
     /// The tables that describe the machine cannot be made.
     #[error("cannot describe the machine to the guest: {0}")]
     Tables(#[from] bantam_arch::Error),

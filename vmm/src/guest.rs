@@ -9,8 +9,8 @@ use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
 use bantam_arch::{layout, mptable, registers};
 use bantam_boot::{
-    BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
-    write_start_information,
+    BootProtocol, CommandLine, LoadedKernel, RANDOM_SEED_SIZE, StartInformation, load_initrd,
+    load_kernel, write_start_information,
 };
 use bantam_devices::GuestMemory;
 use vm_memory::GuestAddress;
@@ -61,11 +61,7 @@ pub(crate) fn load_guest(
         }
         None => None,
     };
-    let command_line = if finds_devices_by_acpi(config, &kernel, memory)? {
-        command_line(config, &[])?
-    } else {
-        command_line(config, windows)?
-    };
+    let command_line = command_line(config, &kernel, memory, windows)?;
     tracing::info!("kernel command line: {command_line}");
 
     let vcpu_count = config.cpus.get();
@@ -89,12 +85,19 @@ pub(crate) fn load_guest(
         command_line: &command_line,
         initrd,
         rsdp: Some(rsdp),
+        random_seed: random_seed()?,
     };
     write_start_information(memory, &kernel, &information)?;
     Ok(BootEntry {
         entry: kernel.entry,
         protocol: kernel.protocol,
     })
+}
+
+fn random_seed() -> Result<[u8; RANDOM_SEED_SIZE], Error> {
+    let mut seed = [0; RANDOM_SEED_SIZE];
+    getrandom::fill(&mut seed).map_err(|source| Error::RandomSeed(source.into()))?;
+    Ok(seed)
 }
 
 /// Opens a file without waiting for what it may be instead: a pipe that nobody writes to.
@@ -105,29 +108,12 @@ fn open_image(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Whether the kernel finds its virtio devices without being told of them on its command line.
-fn finds_devices_by_acpi(
+/// What the kernel is told in words: the user's or the default command line, what the user adds,
+/// what the host needs, and where devices are that the kernel does not find by ACPI.
+fn command_line(
     config: &MachineConfig,
     kernel: &LoadedKernel,
     memory: &GuestMemory,
-) -> Result<bool, Error> {
-    let switched_off = [&config.cmdline, &config.append]
-        .into_iter()
-        .flatten()
-        .flat_map(|text| text.split_whitespace())
-        .any(|word| word == "acpi=off");
-    if switched_off {
-        return Ok(false);
-    }
-    kernel
-        .finds_virtio_mmio_by_acpi(memory)
-        .map_err(Error::ReadKernel)
-}
-
-/// What the kernel is told in words: the user's or the default command line, what the user adds,
-/// what the host needs, and where devices are that it does not find otherwise.
-fn command_line(
-    config: &MachineConfig,
     windows: &[VirtioMmioWindow],
 ) -> Result<CommandLine, Error> {
     let mut line = match &config.cmdline {
@@ -140,16 +126,20 @@ fn command_line(
     if config.host_workarounds
         && let Some(parameters) = workarounds::guest_kernel_parameters()
     {
-        let early_console = match config.serial {
-            SerialConfig::None => "",
-            _ => workarounds::EARLY_CONSOLE,
-        };
-        let parameters = format!("{parameters} {early_console}");
         tracing::info!("this host has no hardware virtualization: the kernel is told {parameters}");
-        line.append(&parameters)?;
+        line.append(parameters)?;
+        if config.serial != SerialConfig::None && !line.has_parameter("quiet") {
+            line.append(workarounds::EARLY_CONSOLE)?;
+        }
     }
-    for window in windows {
-        line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);
+    let finds_devices_by_acpi = !line.has_parameter("acpi=off")
+        && kernel
+            .finds_virtio_mmio_by_acpi(memory)
+            .map_err(Error::ReadKernel)?;
+    if !finds_devices_by_acpi {
+        for window in windows {
+            line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);
+        }
     }
     Ok(line)
 }

@@ -3,12 +3,13 @@
 use crate::host::{Virtualization, virtualization};
 
 /// Keeps a kernel from instructions that KVM's emulator does not know (`xsave` and the features
-/// named) and from measurements that take long under emulation (clock calibration, the timer
-/// check). Programs still see the host's processor: as a kernel without `xsave` keeps no AVX
+/// named), from filling and copying memory byte by byte, as it does with the features `erms` and
+/// `fsrm` and the emulator then takes as long for each byte as for eight, and from measurements that
+/// take long under emulation (clock calibration, the timer check). Programs still see the host's processor: as a kernel without `xsave` keeps no AVX
 /// registers for them, the word that it hands to init as an environment variable keeps glibc from
 /// using any. See docs/nested-kvm.md.
-const KERNEL_PARAMETERS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
-     tsc=reliable no_timer_check GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,\
+const KERNEL_PARAMETERS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave,\
+     erms,fsrm tsc=reliable no_timer_check GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,\
      -AVX512BW,-AVX_Fast_Unaligned_Load";
 
 /// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do,

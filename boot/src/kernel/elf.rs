@@ -19,6 +19,10 @@ pub(super) const MAGIC: &[u8] = b"\x7fELF";
 /// Note that holds the 32-bit PVH entry point (Xen public/elfnote.h, `PHYS32_ENTRY`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
+/// Owner of the notes by which Linux says what it is (include/linux/build-salt.h); it has some
+/// since 4.19.
+const LINUX_NOTE_OWNER: &[u8] = b"Linux\0";
+
 /// Size of the part of the ELF header that is the same in 32-bit and 64-bit files and says which
 /// it is.
 const COMMON_HEADER_SIZE: usize = 20;
@@ -41,7 +45,14 @@ struct Segment {
 pub(super) struct ElfKernel {
     segments: Vec<Segment>,
     linux64_entry: u64,
+    notes: Notes,
+}
+
+/// What the notes of an ELF kernel say.
+#[derive(Default)]
+struct Notes {
     pvh_entry: Option<u64>,
+    is_linux: bool,
 }
 
 impl ElfKernel {
@@ -51,7 +62,7 @@ impl ElfKernel {
         let mut kernel = Self {
             segments: Vec::new(),
             linux64_entry: header.e_entry,
-            pvh_entry: None,
+            notes: Notes::default(),
         };
         for program_header in read_program_headers(image, length, &header)? {
             let (offset, size) = (program_header.p_offset, program_header.p_filesz);
@@ -70,14 +81,14 @@ impl ElfKernel {
                         memory_size: program_header.p_memsz,
                     });
                 }
-                PT_NOTE if kernel.pvh_entry.is_none() => {
+                PT_NOTE => {
                     seek_within(image, length, "the note segment", offset, size)?;
                     if size > MAX_NOTES_SIZE {
                         return Err(KernelError::MalformedElf("a note segment exceeds 1 MiB"));
                     }
                     let mut notes = vec![0; size as usize];
                     image.read_exact(&mut notes)?;
-                    kernel.pvh_entry = find_pvh_entry(&notes, program_header.p_align)?;
+                    kernel.notes.read(&notes, program_header.p_align)?;
                 }
                 PT_INTERP => {
                     return Err(KernelError::NotExecutableImage {
@@ -102,7 +113,11 @@ impl ElfKernel {
         format: KernelFormat,
         setup_header: Option<setup_header>,
     ) -> Result<LoadedKernel, KernelError> {
-        let (protocol, entry) = match (wanted, self.pvh_entry) {
+        let preferred = match wanted {
+            BootProtocol::Auto if self.notes.is_linux => BootProtocol::Linux64,
+            _ => wanted,
+        };
+        let (protocol, entry) = match (preferred, self.notes.pvh_entry) {
             (BootProtocol::Auto | BootProtocol::Pvh, Some(entry)) => (EntryProtocol::Pvh, entry),
             (BootProtocol::Pvh, None) => return Err(KernelError::NoPvhEntry),
             (BootProtocol::Auto, None) | (BootProtocol::Linux64, _) => {
@@ -223,43 +238,54 @@ fn machine_name(is_little_endian: bool, is_32_bit: bool, machine: u16) -> String
     name.to_owned()
 }
 
-/// Finds the PVH entry point in the notes of one segment (Xen docs/misc/pvh, "Entry point").
-fn find_pvh_entry(notes: &[u8], segment_alignment: u64) -> Result<Option<u64>, KernelError> {
-    const MALFORMED: KernelError = KernelError::MalformedElf("a note runs past its segment");
-    let alignment = if segment_alignment == 8 { 8 } else { 4 };
-    let mut rest = notes;
-    while !rest.is_empty() {
-        let mut header = Elf64_Nhdr::default();
-        let (bytes, after) = rest
-            .split_at_checked(size_of::<Elf64_Nhdr>())
-            .ok_or(MALFORMED)?;
-        header.as_mut_slice().copy_from_slice(bytes);
-        let name_size = header.n_namesz as usize;
-        let descriptor_size = header.n_descsz as usize;
+impl Notes {
+    /// Reads the notes of one segment, among them the PVH entry point (Xen docs/misc/pvh, "Entry
+    /// point"). The first entry point counts.
+    fn read(&mut self, notes: &[u8], segment_alignment: u64) -> Result<(), KernelError> {
+        const MALFORMED: KernelError = KernelError::MalformedElf("a note runs past its segment");
+        let alignment = if segment_alignment == 8 { 8 } else { 4 };
+        let mut rest = notes;
+        while !rest.is_empty() {
+            let mut header = Elf64_Nhdr::default();
+            let (bytes, after) = rest
+                .split_at_checked(size_of::<Elf64_Nhdr>())
+                .ok_or(MALFORMED)?;
+            header.as_mut_slice().copy_from_slice(bytes);
+            let name_size = header.n_namesz as usize;
+            let descriptor_size = header.n_descsz as usize;
 
-        let name = after.get(..name_size).ok_or(MALFORMED)?;
-        // Padding is counted from the start of the note; the segment may end without the last.
-        let header_and_name = size_of::<Elf64_Nhdr>() + name_size;
-        let descriptor_start = header_and_name.next_multiple_of(alignment);
-        let descriptor_end = descriptor_start + descriptor_size;
-        let descriptor = rest
-            .get(descriptor_start..descriptor_end)
-            .ok_or(MALFORMED)?;
+            let name = after.get(..name_size).ok_or(MALFORMED)?;
+            // Padding is counted from the start of the note; the segment may end without the last.
+            let header_and_name = size_of::<Elf64_Nhdr>() + name_size;
+            let descriptor_start = header_and_name.next_multiple_of(alignment);
+            let descriptor_end = descriptor_start + descriptor_size;
+            let descriptor = rest
+                .get(descriptor_start..descriptor_end)
+                .ok_or(MALFORMED)?;
 
-        if header.n_type == XEN_ELFNOTE_PHYS32_ENTRY && name == b"Xen\0" {
-            // Linux wrote the address in eight bytes before it wrote it in four.
-            return match *descriptor {
-                [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => {
-                    Ok(Some(u32::from_le_bytes([a, b, c, d]).into()))
-                }
-                _ => Err(KernelError::MalformedElf(
-                    "its PVH note holds no 32-bit entry point",
-                )),
-            };
+            if name == LINUX_NOTE_OWNER {
+                self.is_linux = true;
+            }
+            if header.n_type == XEN_ELFNOTE_PHYS32_ENTRY
+                && name == b"Xen\0"
+                && self.pvh_entry.is_none()
+            {
+                // Linux wrote the address in eight bytes before it wrote it in four.
+                self.pvh_entry = match *descriptor {
+                    [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => {
+                        Some(u32::from_le_bytes([a, b, c, d]).into())
+                    }
+                    _ => {
+                        return Err(KernelError::MalformedElf(
+                            "its PVH note holds no 32-bit entry point",
+                        ));
+                    }
+                };
+            }
+            rest = rest
+                .get(descriptor_end.next_multiple_of(alignment)..)
+                .unwrap_or_default();
         }
-        rest = rest
-            .get(descriptor_end.next_multiple_of(alignment)..)
-            .unwrap_or_default();
+        Ok(())
     }
-    Ok(None)
 }

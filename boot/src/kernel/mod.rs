@@ -32,7 +32,8 @@ const SEARCH_CHUNK_SIZE: usize = 64 << 10;
 /// How the user wants the kernel to be entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BootProtocol {
-    /// By PVH when the kernel has an entry point for it, else by the 64-bit Linux entry.
+    /// Linux by its 64-bit entry, so that it gets a random seed. Any other kernel by PVH when it has
+    /// an entry point for it, else by the 64-bit entry.
     #[default]
     Auto,
     /// By PVH only.

@@ -101,6 +101,17 @@ fn elf_is_entered_in_64_bit_mode_when_asked_or_when_it_must_be() {
 }
 
 #[test]
+fn linux_is_entered_in_64_bit_mode_unless_pvh_is_asked_for() {
+    let mut elf = TestElf::with_pvh();
+    elf.notes.extend(note(b"Linux\0", 0x101, &[0; 4]));
+    let image = elf.build();
+    let protocol = |wanted| load(&image, wanted).unwrap().protocol;
+    assert_eq!(protocol(BootProtocol::Auto), EntryProtocol::Linux64);
+    assert_eq!(protocol(BootProtocol::Linux64), EntryProtocol::Linux64);
+    assert_eq!(protocol(BootProtocol::Pvh), EntryProtocol::Pvh);
+}
+
+#[test]
 fn pvh_is_an_error_without_the_note() {
     let error = load(&TestElf::without_pvh().build(), BootProtocol::Pvh).unwrap_err();
     assert!(error.to_string().contains("CONFIG_PVH=y"), "{error}");

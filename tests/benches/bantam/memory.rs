@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::unistd::Pid;
 
-use crate::boot::{FIRST_LINE, LIMIT, linux_guest};
+use crate::boot::{FIRST_LINE, LIMIT, STOP_LIMIT, linux_guest};
 use crate::monitors::{Monitor, Monitors};
 use crate::process::Process;
 use crate::report::{Goal, Report, Row};
@@ -15,8 +15,6 @@ const RUNS: usize = 3;
 const MIB: f64 = (1 << 20) as f64;
 /// How long the guest waits for input before memory is looked at.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
-/// How long a monitor may take to end.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// Most bytes that can lie beside guest memory in one mapping: the kernel joins mappings of the
 /// same kind that happen to touch.
 const MAX_NEIGHBOUR_SIZE: u64 = 8 << 20;

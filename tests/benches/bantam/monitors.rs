@@ -12,6 +12,11 @@ pub const PEER: &str = "QEMU microvm";
 
 const QEMU: &str = "qemu-system-x86_64";
 
+/// What a Linux kernel must be told under any monitor on a host without hardware virtualization, or
+/// else it does not get to its first process.
+const NEEDED_WORDS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
+     tsc=reliable no_timer_check";
+
 /// One of the monitors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Monitor {
@@ -19,10 +24,12 @@ pub enum Monitor {
     Bantam,
     /// The peer.
     Qemu,
+    /// The peer, with the kernel told all that Bantam tells it on this host.
+    QemuWithBantamsWords,
 }
 
 impl Monitor {
-    /// Both, in the order in which they take turns.
+    /// The two that are compared, in the order in which they take turns.
     pub const BOTH: [Self; 2] = [Self::Bantam, Self::Qemu];
 }
 
@@ -111,7 +118,10 @@ impl Monitors {
     pub fn command(&self, monitor: Monitor, guest: &Guest) -> Command {
         match monitor {
             Monitor::Bantam => self.bantam_command(guest),
-            Monitor::Qemu => self.qemu_command(guest),
+            Monitor::Qemu => self.qemu_command(guest, NEEDED_WORDS),
+            Monitor::QemuWithBantamsWords => {
+                self.qemu_command(guest, guest_kernel_parameters().unwrap_or_default())
+            }
         }
     }
 
@@ -131,13 +141,12 @@ impl Monitors {
         command
     }
 
-    /// The leanest machine that runs the guest.
-    fn qemu_command(&self, guest: &Guest) -> Command {
+    /// The leanest machine that runs the guest, which is told `words` on a host where it needs any.
+    fn qemu_command(&self, guest: &Guest, words: &str) -> Command {
         assert!(guest.tap.is_none(), "networks are not compared");
         let mut command_line = guest.command_line.clone();
         let mut cpu = "host";
-        // Bantam adds these itself.
-        if let Some(words) = guest_kernel_parameters() {
+        if guest_kernel_parameters().is_some() {
             command_line = format!("{command_line} {words}");
             // QEMU 7.2 ends when it cannot set the MSR of this feature.
             cpu = "host,-arch-capabilities";

@@ -19,8 +19,9 @@ const DEVICES: core::ops::Range<u64> = 0xfec0_0000..0x1_0000_0000;
 const MIB: u64 = 1 << 20;
 const PAGE_SIZE: u64 = 4096;
 const PAYLOAD_START: u64 = MIB;
-/// The PC's area for video memory and firmware, less the page before it that monitors reserve.
-const LEGACY_AREA_SIZE: u64 = MIB - 0x9_f000;
+/// The PC's area for video memory and firmware with the page before it, and page zero: what monitors
+/// reserve.
+const LEGACY_AREA_SIZE: u64 = MIB - 0x9_f000 + PAGE_SIZE;
 
 payload!(check_memory);
 
