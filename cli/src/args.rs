@@ -103,7 +103,13 @@ pub struct RunArgs {
     /// PATH is a raw image or a block device. With ro the guest cannot write to it; NAME, up to
     /// 20 characters, is its serial number in the guest. A comma in PATH or NAME is written twice.
     /// The guest finds the disks in the order in which they are given: /dev/vda, /dev/vdb, ...
-    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME]")]
+    ///
+    /// cache=writeback (the default) keeps what the guest writes in the host's page cache until the
+    /// guest flushes it; writethrough puts every write on stable storage, none bypasses the page
+    /// cache, and unsafe ignores flushes. engine=auto (the default) does each request in the way
+    /// that is best for it; io_uring and sync do all in one way. queues=N, 1 to 8, is one for each
+    /// vCPU up to 4 by default. iothread=on gives the disk a thread of its own.
+    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME][,KEY=VALUE]...")]
     pub disks: Vec<DiskConfig>,
 
     /// Network device for the guest; can be given more than once

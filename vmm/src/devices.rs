@@ -7,20 +7,21 @@ use bantam_arch::acpi::{self, VirtioMmioWindow};
 use bantam_arch::layout;
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::bus::Bus;
-use bantam_devices::disk::DiskFile;
+use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::Tap;
-use bantam_devices::virtio::block::Block;
+use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::Net;
 use bantam_devices::virtio::rng::Rng;
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
-use crate::config::{DiskConfig, Mtu, NetConfig, SerialConfig};
+use crate::config::{BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, SerialConfig};
 use crate::control::Control;
 use crate::error::Error;
+use crate::event_loop::EventLoopThread;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
 
@@ -66,6 +67,15 @@ pub(crate) fn attach_serial(
     Ok(open.guard)
 }
 
+/// The disks of a machine.
+#[derive(Default)]
+pub(crate) struct AttachedDisks {
+    /// The images, with the paths they were opened by.
+    pub(crate) files: Vec<(PathBuf, Arc<DiskFile>)>,
+    /// The threads of those that have one of their own.
+    pub(crate) threads: Vec<EventLoopThread>,
+}
+
 /// Gives each virtio device its place in the machine, in the order in which they are attached.
 pub(crate) struct VirtioDevices<'a> {
     vm: &'a Vm,
@@ -97,22 +107,50 @@ impl<'a> VirtioDevices<'a> {
         &self.windows
     }
 
-    /// Attaches the disks that `configs` name, and gives them with the paths they were opened by.
+    /// Attaches the disks that `configs` name to a machine of `vcpus`.
     pub(crate) fn attach_disks(
         &mut self,
         configs: &[DiskConfig],
-    ) -> Result<Vec<(PathBuf, Arc<DiskFile>)>, Error> {
-        let mut disks = Vec::with_capacity(configs.len());
+        vcpus: u8,
+        control: &Arc<Control>,
+    ) -> Result<AttachedDisks, Error> {
+        let mut disks = AttachedDisks::default();
         for (index, config) in configs.iter().enumerate() {
-            let file = DiskFile::open(&config.path, config.readonly)?;
+            let cache = match config.cache {
+                CacheModeOption::Writeback => CacheMode::Writeback,
+                CacheModeOption::Writethrough => CacheMode::Writethrough,
+                CacheModeOption::None => CacheMode::None,
+                CacheModeOption::Unsafe => CacheMode::Unsafe,
+            };
+            let options = BlockOptions {
+                engine: match config.engine {
+                    BlockEngineOption::Auto => Engine::Auto,
+                    BlockEngineOption::IoUring => Engine::IoUring,
+                    BlockEngineOption::Sync => Engine::Sync,
+                },
+                queues: config.queue_count(vcpus),
+            };
+            let file = DiskFile::open(&config.path, config.readonly, cache)?;
             let id = match &config.id {
                 Some(id) => id.as_str().to_string(),
                 None => format!("disk{index}"),
             };
-            let block = Block::new(file, &id);
-            disks.push((config.path.clone(), block.disk()));
+            let block = Block::new(file, &id, &options).map_err(|source| Error::IoUring {
+                path: config.path.clone(),
+                source,
+            })?;
+            disks.files.push((config.path.clone(), block.disk()));
             let name = format!("disk '{}'", config.path.display());
-            self.attach(name, Box::new(block))?;
+            let event_loop = if config.iothread {
+                let thread_name = format!("bantam-io{index}");
+                let thread = EventLoopThread::start(&thread_name, control.clone())?;
+                let event_loop = thread.handle.clone();
+                disks.threads.push(thread);
+                event_loop
+            } else {
+                self.event_loop.clone()
+            };
+            self.attach_to(event_loop, name, Box::new(block))?;
         }
         Ok(disks)
     }
@@ -139,6 +177,16 @@ impl<'a> VirtioDevices<'a> {
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.
     fn attach(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
+        self.attach_to(self.event_loop.clone(), name, device)
+    }
+
+    /// As [`VirtioDevices::attach`], where `event_loop` does the device's work.
+    fn attach_to(
+        &mut self,
+        event_loop: EventLoop,
+        name: String,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), Error> {
         let index = self.windows.len() as u32;
         let window = VirtioMmioWindow {
             address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_WINDOW_SIZE,
@@ -147,13 +195,8 @@ impl<'a> VirtioDevices<'a> {
         };
         let line = self.vm.interrupt_event(window.gsi)?;
         let interrupt = VirtioInterrupt::new(name, Box::new(line));
-        let transport = MmioTransport::new(
-            device,
-            self.memory.clone(),
-            self.event_loop.clone(),
-            interrupt,
-        )
-        .map_err(Error::resource("the doorbells of a device"))?;
+        let transport = MmioTransport::new(device, self.memory.clone(), event_loop, interrupt)
+            .map_err(Error::resource("the doorbells of a device"))?;
         for (queue, doorbell) in transport.doorbells().iter().enumerate() {
             self.vm
                 .bind_doorbell(window.address, queue as u32, doorbell)?;

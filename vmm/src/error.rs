@@ -88,6 +88,18 @@ pub enum Error {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A disk is to be served by io_uring, and the host has none.
+    #[error(
+        "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \
+         'bantam check'",
+        path = .path.display()
+    )]
+    IoUring {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),

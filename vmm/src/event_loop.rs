@@ -1,4 +1,4 @@
-//! The thread on which the machine's devices do their work.
+//! The threads on which the machine's devices do their work.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use event_manager::EventManager;
 use crate::control::{Control, EndOnPanic};
 use crate::error::Error;
 
-/// The thread that does the work of all devices.
+/// A thread that does the work of devices.
 pub(crate) struct EventLoopThread {
     pub(crate) handle: EventLoop,
     ending: Arc<AtomicBool>,
@@ -19,12 +19,13 @@ pub(crate) struct EventLoopThread {
 }
 
 impl EventLoopThread {
-    pub(crate) fn start(control: Arc<Control>) -> Result<EventLoopThread, Error> {
+    /// Starts a loop on a thread called `name`.
+    pub(crate) fn start(name: &str, control: Arc<Control>) -> Result<EventLoopThread, Error> {
         let mut manager: EventManager<Subscriber> = EventManager::new()?;
         let handle = EventLoop::of(&manager);
         let ending = Arc::new(AtomicBool::new(false));
         let thread = thread::Builder::new()
-            .name("bantam-devices".to_string())
+            .name(name.to_string())
             .spawn({
                 let ending = ending.clone();
                 move || {
@@ -37,7 +38,7 @@ impl EventLoopThread {
                     }
                 }
             })
-            .map_err(Error::resource("the thread of the devices"))?;
+            .map_err(Error::resource("a thread of the devices"))?;
         Ok(EventLoopThread {
             handle,
             ending,
@@ -56,7 +57,7 @@ impl EventLoopThread {
             return;
         }
         if thread.join().is_err() {
-            tracing::error!("the thread of the devices panicked");
+            tracing::error!("a thread of the devices panicked");
         }
     }
 }

@@ -35,7 +35,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     environment: Arc<VcpuEnvironment>,
     vcpu_threads: Vec<JoinHandle<()>>,
-    event_loop: EventLoopThread,
+    event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
     disks: Vec<(PathBuf, Arc<DiskFile>)>,
     serial: SerialGuard,
@@ -56,14 +56,14 @@ impl Machine {
         let vm = Vm::new(&kvm, memory.clone())?;
         let control =
             Arc::new(Control::new().map_err(Error::resource("the machine's exit event"))?);
-        let event_loop = EventLoopThread::start(control.clone())?;
+        let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
 
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
         attach_power_control(&mut ports, &control)?;
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
-        let disks = virtio.attach_disks(&config.disks)?;
+        let disks = virtio.attach_disks(&config.disks, config.cpus.get(), &control)?;
         virtio.attach_networks(&config.nets)?;
         if config.rng {
             virtio.attach_entropy()?;
@@ -85,9 +85,9 @@ impl Machine {
             control,
             vcpus,
             vcpu_threads: Vec::new(),
-            event_loop,
+            event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
             power_button,
-            disks,
+            disks: disks.files,
             serial,
             _vm: vm,
         })
@@ -162,7 +162,9 @@ impl Machine {
             }
         }
         self.serial.remove_socket();
-        self.event_loop.end();
+        for event_loop in &mut self.event_loops {
+            event_loop.end();
+        }
         let mut flushed = Ok(());
         for (path, disk) in self.disks.drain(..) {
             if let Err(source) = flush_at_end(&disk) {

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use bantam_devices::disk::{Access, lock_file};
+use bantam_devices::disk::{Lock, lock_file};
 use bantam_devices::serial::SerialEndpoint;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
@@ -136,7 +136,7 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(error(""))?;
-    lock_file(&file, Access::Exclusive).map_err(error(
+    lock_file(&file, Lock::Exclusive).map_err(error(
         "; it is in use by another machine, or is a disk of this one",
     ))?;
     Ok(OpenSerial {

@@ -25,6 +25,15 @@ pub enum BufferError {
     },
 }
 
+/// A place in a file, and how it is accessed.
+#[derive(Debug, Clone, Copy)]
+pub struct FilePosition {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Flags of `preadv2` and `pwritev2`.
+    pub flags: libc::c_int,
+}
+
 /// Where the bytes of a packet are that [`GuestBuffers::read_packet`] has read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PacketRead {
@@ -201,18 +210,24 @@ impl GuestBuffers {
         done
     }
 
-    /// Fills the list from `fd`, at `offset` where it has one. Does as much as one call does.
+    /// Fills the list from `fd`, at `position` where it has one. Does as much as one call does.
     ///
     /// # Errors
-    /// As `preadv` or `readv`.
-    pub fn read_from(&mut self, fd: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        let (vectors, count) = self.vectors_for_call();
+    /// As `preadv2` or `readv`.
+    pub fn read_from(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        position: Option<FilePosition>,
+    ) -> io::Result<usize> {
+        let (fd, (vectors, count)) = (fd.as_raw_fd(), self.vectors_for_call());
         // SAFETY: `vectors` points to `count` vectors, each of which covers guest memory that is
         // mapped and writable for as long as `self.memory` lives.
         let result = unsafe {
-            match offset {
-                Some(offset) => libc::preadv(fd.as_raw_fd(), vectors, count, offset as libc::off_t),
-                None => libc::readv(fd.as_raw_fd(), vectors, count),
+            match position {
+                Some(FilePosition { offset, flags }) => {
+                    libc::preadv2(fd, vectors, count, offset as libc::off_t, flags)
+                }
+                None => libc::readv(fd, vectors, count),
             }
         };
         self.finish_call(result)
@@ -256,30 +271,46 @@ impl GuestBuffers {
         })
     }
 
-    /// Sends the list to `fd`, at `offset` where it has one. Does as much as one call does.
+    /// Sends the list to `fd`, at `position` where it has one. Does as much as one call does.
     ///
     /// # Errors
-    /// As `pwritev` or `writev`.
-    pub fn write_to(&mut self, fd: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        let (vectors, count) = self.vectors_for_call();
+    /// As `pwritev2` or `writev`.
+    pub fn write_to(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        position: Option<FilePosition>,
+    ) -> io::Result<usize> {
+        let (fd, (vectors, count)) = (fd.as_raw_fd(), self.vectors_for_call());
         // SAFETY: as in `read_from`; the kernel only reads the memory.
         let result = unsafe {
-            match offset {
-                Some(offset) => {
-                    libc::pwritev(fd.as_raw_fd(), vectors, count, offset as libc::off_t)
+            match position {
+                Some(FilePosition { offset, flags }) => {
+                    libc::pwritev2(fd, vectors, count, offset as libc::off_t, flags)
                 }
-                None => libc::writev(fd.as_raw_fd(), vectors, count),
+                None => libc::writev(fd, vectors, count),
             }
         };
         self.finish_call(result)
     }
 
-    fn vectors_for_call(&self) -> (*const iovec, libc::c_int) {
+    /// What is left of the list, as far as one call takes it. The vectors are valid until the list
+    /// changes, and the memory that they cover for as long as the list lives.
+    pub fn vectors(&self) -> &[iovec] {
         let left = self.vectors.get(self.front..).unwrap_or_default();
-        (
-            left.as_ptr(),
-            left.len().min(MAX_VECTORS_PER_CALL) as libc::c_int,
-        )
+        left.get(..MAX_VECTORS_PER_CALL).unwrap_or(left)
+    }
+
+    /// Whether each range starts at a multiple of `address` and has a multiple of `size` bytes, both
+    /// powers of two.
+    pub fn are_aligned(&self, address: usize, size: usize) -> bool {
+        self.vectors().iter().all(|vector| {
+            vector.iov_base.addr() & (address - 1) == 0 && vector.iov_len & (size - 1) == 0
+        })
+    }
+
+    fn vectors_for_call(&self) -> (*const iovec, libc::c_int) {
+        let vectors = self.vectors();
+        (vectors.as_ptr(), vectors.len() as libc::c_int)
     }
 
     fn finish_call(&mut self, result: isize) -> io::Result<usize> {
@@ -454,16 +485,20 @@ mod tests {
         let memory = memory();
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         memory.write_slice(b"hello", GuestAddress(0x100)).unwrap();
+        let at_7 = Some(FilePosition {
+            offset: 7,
+            flags: 0,
+        });
         let mut buffers = GuestBuffers::new(memory.clone());
         buffers.push(GuestAddress(0x100), 2).unwrap();
         buffers.push(GuestAddress(0x102), 3).unwrap();
-        assert_eq!(buffers.write_to(file.as_fd(), Some(7)).unwrap(), 5);
+        assert_eq!(buffers.write_to(file.as_fd(), at_7).unwrap(), 5);
         assert!(buffers.is_empty());
 
         buffers.clear();
         buffers.push(GuestAddress(0x4000), 3).unwrap();
         buffers.push(GuestAddress(0x200), 10).unwrap();
-        assert_eq!(buffers.read_from(file.as_fd(), Some(7)).unwrap(), 5);
+        assert_eq!(buffers.read_from(file.as_fd(), at_7).unwrap(), 5);
         assert_eq!(buffers.len(), 8, "a short read leaves the rest");
         let mut bytes = [0; 3];
         memory.read_slice(&mut bytes, GuestAddress(0x4000)).unwrap();

@@ -17,9 +17,9 @@ mod test_driver;
 
 use std::sync::Arc;
 
-pub use buffers::{BufferError, GuestBuffers, PacketRead};
+pub use buffers::{BufferError, FilePosition, GuestBuffers, PacketRead};
 pub use interrupt::VirtioInterrupt;
-pub use queue::{Chain, QueueError, VirtQueue};
+pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 
 use crate::GuestMemory;
 use crate::event_loop::Subscriber;

@@ -17,6 +17,8 @@ use crate::GuestMemory;
 
 /// Offset of the flags in the available ring (section 2.7.6).
 const AVAILABLE_FLAGS: u64 = 0;
+/// Offset of the index in the available ring.
+const AVAILABLE_INDEX: u64 = 2;
 /// Offset of the elements, of two bytes each, in the available ring; `used_event` follows them.
 const AVAILABLE_RING: u64 = 4;
 /// Offset of the index in the used ring (section 2.7.8).
@@ -27,7 +29,7 @@ const USED_RING: u64 = 4;
 const USED_ELEMENT_SIZE: u64 = 8;
 
 /// How long one queue is served before other devices have their turn.
-const MAX_TURN: Duration = Duration::from_millis(20);
+pub const MAX_TURN: Duration = Duration::from_millis(20);
 
 /// What a driver did that makes a queue unusable until the device is reset.
 #[derive(Debug, thiserror::Error)]
@@ -220,6 +222,15 @@ impl VirtQueue {
         Ok(true)
     }
 
+    /// Whether a chain is available.
+    ///
+    /// # Errors
+    /// When the available ring cannot be read.
+    pub fn has_available(&self) -> Result<bool, QueueError> {
+        let index = self.load(self.queue.avail_ring() + AVAILABLE_INDEX)?;
+        Ok(self.queue.ready() && index != self.queue.next_avail())
+    }
+
     /// Puts the chain taken last back, to be taken again.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
@@ -348,6 +359,9 @@ impl VirtQueue {
     pub fn needs_interrupt(&mut self) -> Result<bool, QueueError> {
         let used = self.queue.next_used();
         let added = used.wrapping_sub(std::mem::replace(&mut self.considered_used, used));
+        if added == 0 {
+            return Ok(false);
+        }
         // What the driver wishes is read after it can see the used index: of the two sides, at
         // least one sees what the other wrote.
         fence(Ordering::SeqCst);
@@ -358,7 +372,7 @@ impl VirtQueue {
             return Ok(behind < added);
         }
         let flags = self.load(ring + AVAILABLE_FLAGS)?;
-        Ok(added > 0 && u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     fn load(&self, address: u64) -> Result<u16, QueueError> {

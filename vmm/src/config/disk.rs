@@ -4,16 +4,20 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use bantam_devices::virtio::block::MAX_QUEUES;
+use serde::{Deserialize, Deserializer};
 
-use super::{ConfigError, option_string};
+use super::{ConfigError, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
 ///
-/// On the command line `PATH[,ro][,id=NAME]`, where a comma in the path or name is doubled; in a
-/// machine file a `[[disk]]` table with the keys `path`, `readonly` and `id`.
+/// On the command line `PATH[,ro][,id=NAME][,KEY=VALUE]...`, where a comma in the path or name is
+/// doubled; in a machine file a `[[disk]]` table with the same keys, and `readonly` for `ro`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a disk with path, readonly and id")]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a disk with path, readonly, id, cache, engine, queues and iothread"
+)]
 pub struct DiskConfig {
     /// File or block device with the disk's contents.
     pub path: PathBuf,
@@ -22,15 +26,41 @@ pub struct DiskConfig {
     pub readonly: bool,
     /// Serial number by which the guest can tell the disk from others.
     pub id: Option<DiskId>,
+    /// Where written data is kept until a flush.
+    #[serde(default)]
+    pub cache: CacheModeOption,
+    /// How requests are done.
+    #[serde(default)]
+    pub engine: BlockEngineOption,
+    /// Number of queues; one for each vCPU, up to [`DiskConfig::DEFAULT_MAX_QUEUES`], if not given.
+    pub queues: Option<DiskQueueCount>,
+    /// Whether the disk is served by a thread of its own.
+    #[serde(default)]
+    pub iothread: bool,
 }
 
 impl DiskConfig {
-    /// A disk that the guest can read and write, without an id.
+    /// Most queues that a disk has unless it is told how many.
+    pub const DEFAULT_MAX_QUEUES: u16 = 4;
+
+    /// A disk that the guest can read and write, without an id and with the default for all else.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
             readonly: false,
             id: None,
+            cache: CacheModeOption::default(),
+            engine: BlockEngineOption::default(),
+            queues: None,
+            iothread: false,
+        }
+    }
+
+    /// Number of queues in a machine of `vcpus`.
+    pub fn queue_count(&self, vcpus: u8) -> u16 {
+        match self.queues {
+            Some(count) => count.get(),
+            None => u16::from(vcpus).min(Self::DEFAULT_MAX_QUEUES),
         }
     }
 }
@@ -51,10 +81,99 @@ impl fmt::Display for DiskConfig {
         if self.readonly {
             f.write_str(",ro")?;
         }
-        match &self.id {
-            Some(id) => write!(f, ",id={}", option_string::escape(id.as_str())),
-            None => Ok(()),
+        if let Some(id) = &self.id {
+            write!(f, ",id={}", option_string::escape(id.as_str()))?;
         }
+        if self.cache != CacheModeOption::default() {
+            write!(f, ",cache={}", self.cache)?;
+        }
+        if self.engine != BlockEngineOption::default() {
+            write!(f, ",engine={}", self.engine)?;
+        }
+        if let Some(queues) = self.queues {
+            write!(f, ",queues={}", queues.get())?;
+        }
+        if self.iothread {
+            f.write_str(",iothread=on")?;
+        }
+        Ok(())
+    }
+}
+
+/// Where data that the guest has written is kept until the guest flushes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheModeOption {
+    /// In the host's page cache.
+    #[default]
+    Writeback,
+    /// Nowhere: a write that is acknowledged is on stable storage.
+    Writethrough,
+    /// In the storage's own cache; the host's page cache is bypassed.
+    None,
+    /// In the host's page cache, and flushes do nothing.
+    Unsafe,
+}
+
+impl fmt::Display for CacheModeOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Writeback => "writeback",
+            Self::Writethrough => "writethrough",
+            Self::None => "none",
+            Self::Unsafe => "unsafe",
+        })
+    }
+}
+
+/// How the requests of a disk are done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockEngineOption {
+    /// Each in the way that is best for it, as far as the host has it.
+    #[default]
+    Auto,
+    /// All by io_uring.
+    IoUring,
+    /// One after the other.
+    Sync,
+}
+
+impl fmt::Display for BlockEngineOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::IoUring => "io_uring",
+            Self::Sync => "sync",
+        })
+    }
+}
+
+/// A number of queues from 1 to [`MAX_QUEUES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskQueueCount(u16);
+
+impl DiskQueueCount {
+    /// The number as an integer.
+    pub fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for DiskQueueCount {
+    type Error = ConfigError;
+
+    fn try_from(count: i64) -> Result<Self, ConfigError> {
+        match u16::try_from(count) {
+            Ok(count @ 1..=MAX_QUEUES) => Ok(Self(count)),
+            _ => Err(ConfigError::DiskQueueCount { count }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DiskQueueCount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        whole_number::deserialize(deserializer, Self::try_from)
     }
 }
 
@@ -110,17 +229,44 @@ mod tests {
             path: "/a=b,c.img".into(),
             readonly: true,
             id: Some(id),
+            cache: CacheModeOption::None,
+            engine: BlockEngineOption::IoUring,
+            queues: Some(DiskQueueCount(3)),
+            iothread: true,
         };
-        assert_eq!(disk("/a=b,,c.img,id=root disk,ro"), Ok(expected));
+        let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on";
+        assert_eq!(disk(text), Ok(expected));
+        assert!(!disk("a,iothread=off").unwrap().iothread);
     }
 
     #[test]
     fn errors_show_the_accepted_form() {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
-            "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id'; \
-             a disk is PATH[,ro][,id=NAME]"
+            "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'cache', \
+             'engine', 'queues', 'iothread'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
+        assert!(
+            disk("root.img,cache=no")
+                .unwrap_err()
+                .contains("expected one of `writeback`")
+        );
+        for (text, reason) in [
+            ("a,queues=0", "from 1 to 8"),
+            ("a,queues=9", "from 1 to 8"),
+            ("a,iothread=1", "'iothread' is on or off"),
+            ("a,engine", "engine=VALUE"),
+        ] {
+            let error = disk(text).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn there_are_as_many_queues_as_vcpus_up_to_a_limit() {
+        let counts = |text| [1, 2, 32].map(|vcpus| disk(text).unwrap().queue_count(vcpus));
+        assert_eq!(counts("a"), [1, 2, 4]);
+        assert_eq!(counts("a,queues=8"), [8, 8, 8]);
     }
 
     #[test]
@@ -137,9 +283,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn display_parses_back(path in ".+", readonly: bool, id in proptest::option::of("[ -~]{1,20}")) {
+        fn display_parses_back(
+            path in ".+",
+            readonly: bool,
+            id in proptest::option::of("[ -~]{1,20}"),
+            cache in prop_oneof![Just(CacheModeOption::Writeback), Just(CacheModeOption::Unsafe)],
+            engine in prop_oneof![Just(BlockEngineOption::Auto), Just(BlockEngineOption::Sync)],
+            queues in proptest::option::of(1..=MAX_QUEUES),
+            iothread: bool,
+        ) {
             let id = id.map(|id| DiskId::try_from(id).unwrap());
-            let disk = DiskConfig { path: path.into(), readonly, id };
+            let disk = DiskConfig {
+                path: path.into(),
+                readonly,
+                id,
+                cache,
+                engine,
+                queues: queues.map(DiskQueueCount),
+                iothread,
+            };
             prop_assert_eq!(disk.to_string().parse::<DiskConfig>().unwrap(), disk);
         }
     }

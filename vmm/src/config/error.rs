@@ -1,5 +1,6 @@
 //! What can be wrong with a configuration.
 
+use bantam_devices::virtio::block::MAX_QUEUES;
 use std::io;
 use std::path::PathBuf;
 
@@ -64,10 +65,16 @@ pub enum ConfigError {
         text: String,
     },
     /// Not a description of a disk.
-    #[error("{reason}; a disk is PATH[,ro][,id=NAME]")]
+    #[error("{reason}; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]...")]
     DiskOption {
         /// What is wrong with it.
         reason: String,
+    },
+    /// Not a number of queues that a disk can have.
+    #[error("invalid number of queues {count}: expected a number from 1 to {MAX_QUEUES}")]
+    DiskQueueCount {
+        /// What was given.
+        count: i64,
     },
     /// Not the id of a disk.
     #[error("invalid disk id '{}': expected 1 to {} printable ASCII characters",

@@ -29,7 +29,7 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
-pub use disk::{DiskConfig, DiskId};
+pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig};

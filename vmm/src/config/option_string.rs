@@ -87,10 +87,20 @@ impl<'de> Deserializer<'de> for ItemValue {
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        match self.value {
-            None => visitor.visit_bool(true),
-            Some(_) => Err(OptionStringError(format!("'{}' takes no value", self.key))),
+        match self.value.as_deref() {
+            None | Some("on") => visitor.visit_bool(true),
+            Some("off") => visitor.visit_bool(false),
+            Some(_) => Err(OptionStringError(format!("'{}' is on or off", self.key))),
         }
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        _variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        visitor.visit_enum(self.text()?.into_deserializer())
     }
 
     fn deserialize_i64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
@@ -110,7 +120,7 @@ impl<'de> Deserializer<'de> for ItemValue {
 
     forward_to_deserialize_any! {
         i8 i16 i32 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
     }
 }
 
@@ -197,7 +207,7 @@ mod tests {
             sample("a,size=").unwrap_err(),
             "the value of 'size' is empty"
         );
-        assert_eq!(sample("a,flag=1").unwrap_err(), "'flag' takes no value");
+        assert_eq!(sample("a,flag=1").unwrap_err(), "'flag' is on or off");
         assert_eq!(
             sample("a,size").unwrap_err(),
             "'size' needs a value: size=VALUE"

@@ -1,22 +1,28 @@
 //! The block device (section 5.2) over a raw disk image.
 
 mod request;
+mod ring;
+mod worker;
 
+use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::{
-    Activation, COMMON_FEATURES, Chain, VirtQueue, VirtioDevice, VirtioInterrupt, device_id,
-};
-use crate::disk::{DiskFile, SECTOR_SIZE};
+use super::{Activation, COMMON_FEATURES, VirtioDevice, device_id};
+use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
 use request::RequestHandler;
+use ring::Ring;
+use worker::{MAX_IN_FLIGHT, Worker};
 
+pub use worker::Engine;
+
+/// Most queues of one device.
+pub const MAX_QUEUES: u16 = 8;
 const QUEUE_SIZE: u16 = 256;
 /// Data segments of a request: what is left of a queue beside the header and the status.
 const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
@@ -34,6 +40,9 @@ mod config {
     pub const CAPACITY: usize = 0;
     pub const SEG_MAX: usize = 12;
     pub const BLK_SIZE: usize = 20;
+    pub const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub const MIN_IO_SIZE: usize = 26;
+    pub const NUM_QUEUES: usize = 34;
     pub const MAX_DISCARD_SECTORS: usize = 36;
     pub const MAX_DISCARD_SEG: usize = 40;
     pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
@@ -43,41 +52,50 @@ mod config {
     pub const SIZE: usize = 60;
 }
 
+/// How a block device works.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockOptions {
+    /// How requests are done.
+    pub engine: Engine,
+    /// Number of queues, from 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+}
+
 /// The front of a block device.
 pub struct Block {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
     config: [u8; config::SIZE],
+    engine: Engine,
+    queue_sizes: Vec<u16>,
 }
 
 impl Block {
     /// A block device over `disk`. Its serial number is `id`, of which the first [`ID_SIZE`] bytes
     /// count.
-    pub fn new(disk: DiskFile, id: &str) -> Block {
+    ///
+    /// # Errors
+    /// When the host has no io_uring and the engine needs it.
+    pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> io::Result<Block> {
         let mut id_bytes = [0; ID_SIZE];
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *byte = given;
         }
-        let mut space = [0; config::SIZE];
-        let capacity = disk.size() / SECTOR_SIZE;
-        space[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
-        for (offset, value) in [
-            (config::SEG_MAX, MAX_SEGMENTS),
-            (config::BLK_SIZE, SECTOR_SIZE as u32),
-            (config::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
-            (config::MAX_DISCARD_SEG, MAX_RANGES),
-            (config::DISCARD_SECTOR_ALIGNMENT, 1),
-            (config::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
-            (config::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
-        ] {
-            space[offset..][..4].copy_from_slice(&value.to_le_bytes());
-        }
-        space[config::WRITE_ZEROES_MAY_UNMAP] = 1;
-        Block {
+        let engine = match (options.engine, Ring::new(&disk, 1)) {
+            (Engine::Auto, Err(error)) => {
+                tracing::info!("disk '{id}' is served without io_uring: {error}");
+                Engine::Sync
+            }
+            (Engine::IoUring, Err(error)) => return Err(error),
+            (engine, _) => engine,
+        };
+        Ok(Block {
+            config: config_space(&disk, options.queues),
             disk: Arc::new(disk),
             id: id_bytes,
-            config: space,
-        }
+            engine,
+            queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
+        })
     }
 
     /// The disk behind the device.
@@ -86,23 +104,58 @@ impl Block {
     }
 }
 
+/// The configuration space of a device over `disk`.
+fn config_space(disk: &DiskFile, queues: u16) -> [u8; config::SIZE] {
+    let mut space = [0; config::SIZE];
+    let capacity = disk.size() / SECTOR_SIZE;
+    space[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
+    let (logical, physical) = (disk.logical_block_size(), disk.physical_block_size());
+    for (offset, value) in [
+        (config::SEG_MAX, MAX_SEGMENTS),
+        (config::BLK_SIZE, logical),
+        (config::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
+        (config::MAX_DISCARD_SEG, MAX_RANGES),
+        (
+            config::DISCARD_SECTOR_ALIGNMENT,
+            physical / SECTOR_SIZE as u32,
+        ),
+        (config::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
+        (config::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
+    ] {
+        space[offset..][..4].copy_from_slice(&value.to_le_bytes());
+    }
+    let blocks = physical / logical;
+    space[config::PHYSICAL_BLOCK_EXP] = blocks.ilog2() as u8;
+    space[config::MIN_IO_SIZE..][..2].copy_from_slice(&(blocks as u16).to_le_bytes());
+    space[config::NUM_QUEUES..][..2].copy_from_slice(&queues.to_le_bytes());
+    space[config::WRITE_ZEROES_MAY_UNMAP] = 1;
+    space
+}
+
 impl VirtioDevice for Block {
     fn device_id(&self) -> u32 {
         device_id::BLOCK
     }
 
     fn features(&self) -> u64 {
-        let mut features = COMMON_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE;
-        features |= if self.disk.is_read_only() {
-            1 << VIRTIO_BLK_F_RO
-        } else {
-            1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-        };
+        let mut features = COMMON_FEATURES
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_MQ;
+        if self.disk.is_read_only() {
+            return features | 1 << VIRTIO_BLK_F_RO;
+        }
+        features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        // Without it the driver knows that there is nothing to flush.
+        if self.disk.cache() != CacheMode::Writethrough {
+            features |= 1 << VIRTIO_BLK_F_FLUSH;
+        }
         features
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn config(&self) -> &[u8] {
@@ -110,49 +163,28 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
-        let Ok([queue]) = <[VirtQueue; 1]>::try_from(activation.queues) else {
-            return Err("this block device has one queue".to_string());
-        };
-        Ok(Box::new(Worker {
-            handler: RequestHandler::new(
-                self.disk.clone(),
-                self.id,
-                activation.features,
-                activation.memory.clone(),
-                activation.interrupt.clone(),
+        let ring = match self.engine {
+            Engine::Sync => None,
+            Engine::Auto | Engine::IoUring => Some(
+                Ring::new(&self.disk, MAX_IN_FLIGHT as u32)
+                    .map_err(|error| format!("cannot set up io_uring: {error}"))?,
             ),
-            chain: Chain::new(&activation.memory),
-            queue,
-            interrupt: activation.interrupt,
-        }))
-    }
-}
-
-struct Worker {
-    handler: RequestHandler,
-    chain: Chain,
-    queue: VirtQueue,
-    interrupt: Arc<VirtioInterrupt>,
-}
-
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, operations: &mut EventOps<'_>) {
-        if let Err(error) = operations.add(Events::new(&self.queue, EventSet::IN)) {
-            self.interrupt.need_reset(&error);
-        }
-    }
-
-    fn process(&mut self, _events: Events, _operations: &mut EventOps<'_>) {
-        self.queue.clear_doorbell();
-        if self.interrupt.needs_reset() {
-            return;
-        }
-        let handler = &mut self.handler;
-        let served = self.queue.serve(&mut self.chain, &self.interrupt, |chain| {
-            handler.handle(chain)
-        });
-        if let Err(error) = served {
-            self.interrupt.need_reset(&error);
-        }
+        };
+        let handler = RequestHandler::new(
+            self.disk.clone(),
+            self.id,
+            activation.features,
+            activation.memory.clone(),
+            activation.interrupt.clone(),
+        );
+        Ok(Box::new(Worker::new(
+            self.disk.clone(),
+            handler,
+            activation.memory,
+            activation.interrupt,
+            activation.queues,
+            self.engine,
+            ring,
+        )))
     }
 }

@@ -9,11 +9,11 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{ID_SIZE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS};
 use crate::GuestMemory;
-use crate::disk::{DiskFile, SECTOR_SIZE};
+use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::virtio::{Chain, GuestBuffers, QueueError, VirtioInterrupt};
 
 /// Size of `struct virtio_blk_req` before its data.
@@ -21,7 +21,7 @@ const HEADER_SIZE: usize = 16;
 /// Size of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_SIZE: usize = 16;
 
-/// A chain that is no block request, so that the device cannot even say so in its status byte.
+/// Why a request cannot even be answered by its status byte.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RequestError {
     #[error(transparent)]
@@ -36,11 +36,13 @@ pub(super) enum RequestError {
     },
     #[error("the status byte at {0:#x} cannot be written")]
     Status(u64),
+    #[error("cannot use io_uring: {0}")]
+    Ring(#[from] io::Error),
 }
 
 /// Why a request failed, as the driver is told.
 #[derive(Debug)]
-enum Failure {
+pub(super) enum Failure {
     /// The request itself is wrong, or goes past the disk.
     Invalid,
     /// The device does not know this request, or it was not negotiated.
@@ -55,7 +57,28 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Does what block requests ask for, one at a time.
+/// What a request asks for, found to be within the disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Operation {
+    Read { offset: u64 },
+    Write { offset: u64 },
+    Flush,
+    GetId,
+    Discard,
+    WriteZeroes,
+}
+
+/// What it takes to return a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Request {
+    /// Index of the chain's first descriptor.
+    pub(super) head: u16,
+    /// How many bytes of the chain's writable buffers the driver may look at.
+    pub(super) written: u32,
+    status_address: GuestAddress,
+}
+
+/// Reads requests from their chains, does what can be done at once, and writes their status.
 pub(super) struct RequestHandler {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
@@ -83,9 +106,12 @@ impl RequestHandler {
         }
     }
 
-    /// Does the request in `chain` and writes its status. Gives how many bytes of the chain's
-    /// writable buffers the driver may look at.
-    pub(super) fn handle(&mut self, chain: &mut Chain) -> Result<u32, RequestError> {
+    /// Reads the request in `chain`, whose buffers are left with its data alone, and what it asks
+    /// for, unless that cannot be.
+    pub(super) fn parse(
+        &self,
+        chain: &mut Chain,
+    ) -> Result<(Request, Result<Operation, Failure>), RequestError> {
         let no_request = RequestError::NoRequest {
             head: chain.head,
             readable: chain.readable.len(),
@@ -101,61 +127,98 @@ impl RequestHandler {
         }
         let written = chain.writable.len();
         chain.writable.truncate(written - 1);
-
-        let status = match self.perform(&header, &mut chain.readable, &mut chain.writable) {
-            Ok(()) => VIRTIO_BLK_S_OK,
-            Err(Failure::Invalid) => VIRTIO_BLK_S_IOERR,
-            Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-            Err(Failure::Host(error)) => {
-                self.warn_once(&error);
-                VIRTIO_BLK_S_IOERR
-            }
+        let request = Request {
+            head: chain.head,
+            // A chain's buffers are at most 4 GiB in all, its status byte among them.
+            written: written as u32,
+            status_address,
         };
-        self.memory
-            .write_obj(status as u8, status_address)
-            .map_err(|_| RequestError::Status(status_address.0))?;
-        // A chain's buffers are at most 4 GiB in all, its status byte among them.
-        Ok(written as u32)
+        Ok((request, self.operation(&header, chain)))
     }
 
-    fn perform(
-        &self,
-        header: &[u8; HEADER_SIZE],
-        readable: &mut GuestBuffers,
-        writable: &mut GuestBuffers,
-    ) -> Result<(), Failure> {
+    fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
-            VIRTIO_BLK_T_IN => {
-                let offset = self.data_offset(sector, writable.len())?;
-                Ok(self.disk.read(writable, offset)?)
-            }
+            VIRTIO_BLK_T_IN => Ok(Operation::Read {
+                offset: self.data_offset(sector, chain.writable.len())?,
+            }),
             VIRTIO_BLK_T_OUT => {
                 self.check_writable()?;
-                let offset = self.data_offset(sector, readable.len())?;
-                self.disk.write(readable, offset)?;
-                self.finish_write()
+                Ok(Operation::Write {
+                    offset: self.data_offset(sector, chain.readable.len())?,
+                })
             }
-            VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush()?),
-            VIRTIO_BLK_T_GET_ID if writable.len() < ID_SIZE => Err(Failure::Invalid),
-            VIRTIO_BLK_T_GET_ID => {
+            VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
+            VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId),
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => Ok(Operation::Discard),
+            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => {
+                Ok(Operation::WriteZeroes)
+            }
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// Does what `operation` asks for with the data in `chain`, and returns when it is done.
+    pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
+        let Chain {
+            readable, writable, ..
+        } = chain;
+        match operation {
+            Operation::Read { offset } => Ok(self.disk.read(writable, offset)?),
+            Operation::Write { offset } => {
+                Ok(self
+                    .disk
+                    .write(readable, offset, self.writes_are_durable())?)
+            }
+            Operation::Flush => Ok(self.disk.flush()?),
+            Operation::GetId if writable.len() < ID_SIZE => Err(Failure::Invalid),
+            Operation::GetId => {
                 writable.write(&self.id);
                 Ok(())
             }
-            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => {
+            Operation::Discard => {
                 self.for_each_range(readable, MAX_DISCARD_SECTORS, 0, |offset, len, _| {
                     self.disk.discard(offset, len)
                 })
             }
-            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self
-                .for_each_range(
-                    readable,
-                    MAX_WRITE_ZEROES_SECTORS,
-                    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-                    |offset, len, flags| self.disk.write_zeroes(offset, len, flags != 0),
-                ),
-            _ => Err(Failure::Unsupported),
+            Operation::WriteZeroes => self.for_each_range(
+                readable,
+                MAX_WRITE_ZEROES_SECTORS,
+                VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+                |offset, len, flags| self.disk.write_zeroes(offset, len, flags != 0),
+            ),
+        }
+    }
+
+    /// Writes the status of a request that is over.
+    pub(super) fn finish(
+        &mut self,
+        request: &Request,
+        result: &Result<(), Failure>,
+    ) -> Result<(), RequestError> {
+        let status = match result {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failure::Invalid) => VIRTIO_BLK_S_IOERR,
+            Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+            Err(Failure::Host(error)) => {
+                self.warn_once(error);
+                VIRTIO_BLK_S_IOERR
+            }
+        };
+        let address = request.status_address;
+        self.memory
+            .write_obj(status as u8, address)
+            .map_err(|_| RequestError::Status(address.0))
+    }
+
+    /// Whether a write must be on stable storage before it is acknowledged: a driver that cannot
+    /// flush takes a write that is done for one that lasts (section 5.2.6.2).
+    pub(super) fn writes_are_durable(&self) -> bool {
+        match self.disk.cache() {
+            CacheMode::Writethrough => true,
+            CacheMode::Unsafe => false,
+            CacheMode::Writeback | CacheMode::None => !self.negotiated(VIRTIO_BLK_F_FLUSH),
         }
     }
 
@@ -196,12 +259,7 @@ impl RequestHandler {
                 action(offset, len, flags)?;
             }
         }
-        self.finish_write()
-    }
-
-    /// A driver that cannot flush takes a write that is done for one that lasts (section 5.2.6.2).
-    fn finish_write(&self) -> Result<(), Failure> {
-        if !self.negotiated(VIRTIO_BLK_F_FLUSH) {
+        if self.writes_are_durable() {
             self.disk.flush()?;
         }
         Ok(())

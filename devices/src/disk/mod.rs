@@ -1,14 +1,15 @@
 //! Raw disk images: a regular file or a block device whose bytes are the disk's.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 
-use crate::virtio::GuestBuffers;
+use crate::virtio::{FilePosition, GuestBuffers};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -19,9 +20,24 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
 
+/// Largest block size that is passed on to the guest.
+const MAX_BLOCK_SIZE: u32 = 64 << 10;
+/// Physical block size where the host does not tell: a page.
+const DEFAULT_PHYSICAL_BLOCK_SIZE: u32 = 4096;
+
 mod block_device {
     //! Requests to block devices (`linux/fs.h`).
     nix::ioctl_read!(size_in_bytes, 0x12, 114, u64);
+    nix::ioctl_read_bad!(
+        logical_block_size,
+        nix::request_code_none!(0x12, 104),
+        libc::c_int
+    );
+    nix::ioctl_read_bad!(
+        physical_block_size,
+        nix::request_code_none!(0x12, 123),
+        libc::c_uint
+    );
     // These two are numbered without a size, so nix's "bad" form is the right one.
     nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(zero_out, nix::request_code_none!(0x12, 127), [u64; 2]);
@@ -80,6 +96,18 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
+    /// The page cache cannot be bypassed.
+    #[error(
+        "cannot open disk '{path}' with 'cache=none': {source}; its file system may not have \
+         O_DIRECT, so use another cache mode",
+        path = .path.display()
+    )]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The file system refused something else.
     #[error("cannot {action} disk '{path}': {source}", path = .path.display())]
     Io {
@@ -92,13 +120,51 @@ pub enum DiskError {
     },
 }
 
+/// Where what a guest has written is kept until it asks for a flush, and what a flush does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheMode {
+    /// In the host's page cache; a flush brings it to stable storage.
+    #[default]
+    Writeback,
+    /// Nowhere: every write is on stable storage before it is acknowledged.
+    Writethrough,
+    /// In the storage's own cache: the host's page cache is bypassed (`O_DIRECT`). A flush brings it
+    /// to stable storage.
+    None,
+    /// In the host's page cache, flushes included: a crash of the host can lose it all.
+    Unsafe,
+}
+
+/// One of the files by which a disk is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// The image, opened as the cache mode wants it.
+    Usual,
+    /// The image by way of the page cache, for requests that `O_DIRECT` does not take.
+    Buffered,
+}
+
+/// What `O_DIRECT` asks of a request.
+#[derive(Debug, Clone, Copy)]
+struct Alignment {
+    /// Multiple that offset and size must be of, a power of two of bytes.
+    offset: u64,
+    /// Multiple that addresses in memory must be of, a power of two of bytes.
+    memory: usize,
+}
+
 /// An open raw disk image, locked against other users for as long as it is open.
 #[derive(Debug)]
 pub struct DiskFile {
     file: File,
-    size: u64,
+    /// For requests that are not aligned, where the usual file bypasses the page cache.
+    buffered: Option<(File, Alignment)>,
+    size: AtomicU64,
     read_only: bool,
     is_block_device: bool,
+    cache: CacheMode,
+    logical_block_size: u32,
+    physical_block_size: u32,
 }
 
 impl DiskFile {
@@ -108,8 +174,8 @@ impl DiskFile {
     /// locks over the whole file, which other monitors see as well.
     ///
     /// # Errors
-    /// When it cannot be opened, is no disk, or is in use.
-    pub fn open(path: &Path, read_only: bool) -> Result<DiskFile, DiskError> {
+    /// When it cannot be opened, is no disk, is in use, or cannot be used with `cache`.
+    pub fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<DiskFile, DiskError> {
         let with_path = |action| {
             move |source| DiskError::Io {
                 path: path.to_path_buf(),
@@ -141,26 +207,18 @@ impl DiskFile {
             return Err(DiskError::Kind { path, kind });
         }
         // Before it is measured: whoever has it may change its size.
-        let access = if read_only {
-            Access::Shared
+        let lock = if read_only {
+            Lock::Shared
         } else {
-            Access::Exclusive
+            Lock::Exclusive
         };
-        lock_file(&file, access).map_err(|source| match source.kind() {
+        lock_file(&file, lock).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
                 path: path.to_path_buf(),
             },
             _ => with_path("lock")(source),
         })?;
-        let size = if kind.is_file() {
-            file.metadata().map_err(with_path("measure"))?.len()
-        } else {
-            let mut size = 0;
-            // SAFETY: the request writes one u64 to the place it is given.
-            unsafe { block_device::size_in_bytes(file.as_raw_fd(), &mut size) }
-                .map_err(|errno| with_path("measure")(errno.into()))?;
-            size
-        };
+        let size = measure(&file, kind).map_err(with_path("measure"))?;
         let reason = match size {
             0 => Some("no disk at all; 'truncate --size=1G FILE' makes an empty one"),
             size if size % SECTOR_SIZE != 0 => {
@@ -180,17 +238,41 @@ impl DiskFile {
                 path: path.to_path_buf(),
             });
         }
+        let (mut logical_block_size, physical_block_size) =
+            block_sizes(&file, kind).map_err(with_path("examine"))?;
+        let mut buffered = None;
+        let mut usual = file;
+        if cache == CacheMode::None {
+            let alignment = direct_alignment(&usual, logical_block_size);
+            if !size.is_multiple_of(alignment.offset) {
+                let path = path.to_path_buf();
+                let reason = "no multiple of what its storage reads at a time, which 'cache=none' \
+                              needs; use another cache mode";
+                return Err(DiskError::Size { path, size, reason });
+            }
+            logical_block_size = logical_block_size.max(alignment.offset as u32);
+            // The lock stays with this first open file, which serves requests that are not aligned.
+            let direct = open_direct(&usual, read_only).map_err(|source| DiskError::Direct {
+                path: path.to_path_buf(),
+                source,
+            })?;
+            buffered = Some((std::mem::replace(&mut usual, direct), alignment));
+        }
         Ok(DiskFile {
-            file,
-            size,
+            file: usual,
+            buffered,
+            size: AtomicU64::new(size),
             read_only,
             is_block_device: kind.is_block_device(),
+            cache,
+            logical_block_size,
+            physical_block_size: physical_block_size.max(logical_block_size),
         })
     }
 
     /// Size in bytes, a multiple of [`SECTOR_SIZE`].
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// Whether nothing may be written.
@@ -198,30 +280,93 @@ impl DiskFile {
         self.read_only
     }
 
+    /// What becomes of written data.
+    pub fn cache(&self) -> CacheMode {
+        self.cache
+    }
+
+    /// Smallest unit in which the guest should address the disk, in bytes.
+    pub fn logical_block_size(&self) -> u32 {
+        self.logical_block_size
+    }
+
+    /// Unit that the host writes without reading the rest of it first, in bytes; a multiple of
+    /// [`DiskFile::logical_block_size`].
+    pub fn physical_block_size(&self) -> u32 {
+        self.physical_block_size
+    }
+
+    /// The image as it is opened for `access`, if it is.
+    pub fn file(&self, access: Access) -> Option<&File> {
+        match access {
+            Access::Usual => Some(&self.file),
+            Access::Buffered => self.buffered.as_ref().map(|(file, _)| file),
+        }
+    }
+
+    /// By which file a transfer between `offset` and `buffers` goes.
+    pub fn access_for(&self, buffers: &GuestBuffers, offset: u64) -> Access {
+        match &self.buffered {
+            Some((_, alignment))
+                if !offset.is_multiple_of(alignment.offset)
+                    || !buffers.are_aligned(alignment.memory, alignment.offset as usize) =>
+            {
+                Access::Buffered
+            }
+            _ => Access::Usual,
+        }
+    }
+
     /// Fills `buffers` with the bytes from `offset` on.
     ///
     /// # Errors
     /// As `preadv`; also when the file ends before the buffers do.
     pub fn read(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
-        self.transfer(buffers, offset, GuestBuffers::read_from)
+        self.transfer(buffers, offset, 0, GuestBuffers::read_from)
     }
 
-    /// Writes `buffers` to the bytes from `offset` on.
+    /// As [`DiskFile::read`], but only with what the page cache holds: what is not read is left in
+    /// `buffers`.
     ///
     /// # Errors
-    /// As `pwritev`.
-    pub fn write(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
-        self.transfer(buffers, offset, GuestBuffers::write_to)
+    /// As [`DiskFile::read`].
+    pub fn read_cached(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
+        match self.transfer(buffers, offset, libc::RWF_NOWAIT, GuestBuffers::read_from) {
+            // A file system that cannot tell says `EOPNOTSUPP`.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EAGAIN | libc::EOPNOTSUPP | libc::EINVAL)
+                ) =>
+            {
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Writes `buffers` to the bytes from `offset` on; if it is to be `durable`, to stable storage.
+    ///
+    /// # Errors
+    /// As `pwritev2`.
+    pub fn write(&self, buffers: &mut GuestBuffers, offset: u64, durable: bool) -> io::Result<()> {
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        self.transfer(buffers, offset, flags, GuestBuffers::write_to)
     }
 
     fn transfer(
         &self,
         buffers: &mut GuestBuffers,
         mut offset: u64,
-        call: impl Fn(&mut GuestBuffers, BorrowedFd<'_>, Option<u64>) -> io::Result<usize>,
+        flags: libc::c_int,
+        call: fn(&mut GuestBuffers, BorrowedFd<'_>, Option<FilePosition>) -> io::Result<usize>,
     ) -> io::Result<()> {
         while !buffers.is_empty() {
-            match call(buffers, self.file.as_fd(), Some(offset)) {
+            let file = match self.access_for(buffers, offset) {
+                Access::Usual => &self.file,
+                Access::Buffered => self.plain_file(),
+            };
+            match call(buffers, file.as_fd(), Some(FilePosition { offset, flags })) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => offset += count as u64,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -231,12 +376,16 @@ impl DiskFile {
         Ok(())
     }
 
-    /// Brings everything written so far to stable storage.
+    /// Brings everything written so far to stable storage, unless the cache mode is
+    /// [`CacheMode::Unsafe`].
     ///
     /// # Errors
     /// As `fdatasync`.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match self.cache {
+            CacheMode::Unsafe => Ok(()),
+            _ => self.file.sync_data(),
+        }
     }
 
     /// Gives the storage of a range back to the host. What the range reads as afterwards is not
@@ -293,11 +442,17 @@ impl DiskFile {
         }
     }
 
+    /// The file that takes any offset and size.
+    fn plain_file(&self) -> &File {
+        self.file(Access::Buffered).unwrap_or(&self.file)
+    }
+
     fn fill_with_zeroes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         let zeroes = [0; ZEROES_SIZE];
         while len > 0 {
             let count = len.min(ZEROES_SIZE as u64);
-            self.file.write_all_at(&zeroes[..count as usize], offset)?;
+            self.plain_file()
+                .write_all_at(&zeroes[..count as usize], offset)?;
             offset += count;
             len -= count;
         }
@@ -336,9 +491,79 @@ fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
+/// Size in bytes of an open image of this kind.
+fn measure(file: &File, kind: FileType) -> io::Result<u64> {
+    if kind.is_file() {
+        return Ok(file.metadata()?.len());
+    }
+    let mut size = 0;
+    // SAFETY: the request writes one u64 to the place it is given.
+    unsafe { block_device::size_in_bytes(file.as_raw_fd(), &mut size) }?;
+    Ok(size)
+}
+
+/// Logical and physical block size, in bytes.
+fn block_sizes(file: &File, kind: FileType) -> io::Result<(u32, u32)> {
+    if kind.is_file() {
+        let preferred = std::os::unix::fs::MetadataExt::blksize(&file.metadata()?);
+        let physical = match u32::try_from(preferred) {
+            Ok(size @ 512..=MAX_BLOCK_SIZE) if size.is_power_of_two() => size,
+            _ => DEFAULT_PHYSICAL_BLOCK_SIZE,
+        };
+        return Ok((SECTOR_SIZE as u32, physical));
+    }
+    let (mut logical, mut physical) = (0, 0);
+    // SAFETY: the requests each write one integer of the type that they are declared with.
+    unsafe {
+        block_device::logical_block_size(file.as_raw_fd(), &mut logical)?;
+        block_device::physical_block_size(file.as_raw_fd(), &mut physical)?;
+    }
+    Ok((logical as u32, physical))
+}
+
+/// What `O_DIRECT` asks of requests to `file`: what the kernel says, or else what suits any storage
+/// of that block size.
+fn direct_alignment(file: &File, logical_block_size: u32) -> Alignment {
+    const SAFE: u32 = 4096;
+    // SAFETY: all-zero bytes are a valid `struct statx`, which is plain numbers.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty string with its NUL, and the call writes one `struct statx`.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut status,
+        )
+    };
+    let known = result == 0
+        && status.stx_mask & libc::STATX_DIOALIGN != 0
+        && status.stx_dio_offset_align.is_power_of_two()
+        && status.stx_dio_mem_align.is_power_of_two();
+    let (offset, memory) = if known {
+        (status.stx_dio_offset_align, status.stx_dio_mem_align)
+    } else {
+        (SAFE.max(logical_block_size), SAFE)
+    };
+    Alignment {
+        offset: u64::from(offset),
+        memory: memory as usize,
+    }
+}
+
+/// Opens the file that `file` is once more, to bypass the page cache.
+fn open_direct(file: &File, read_only: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_DIRECT)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// How a file is shared with others that lock it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum Lock {
     /// With any number that share it too.
     Shared,
     /// With nobody.
@@ -352,10 +577,10 @@ pub enum Access {
 ///
 /// # Errors
 /// As `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
-pub fn lock_file(file: &File, access: Access) -> io::Result<()> {
-    let kind = match access {
-        Access::Shared => libc::F_RDLCK,
-        Access::Exclusive => libc::F_WRLCK,
+pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
+    let kind = match lock {
+        Lock::Shared => libc::F_RDLCK,
+        Lock::Exclusive => libc::F_WRLCK,
     };
     let lock = libc::flock {
         l_type: kind as libc::c_short,
@@ -378,110 +603,4 @@ fn is_unsupported(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::GuestMemory;
-    use std::fs;
-    use std::sync::Arc;
-    use vm_memory::{Bytes, GuestAddress};
-    use vmm_sys_util::tempdir::TempDir;
-
-    fn directory() -> TempDir {
-        TempDir::new().unwrap()
-    }
-
-    fn image(directory: &TempDir, size: usize) -> PathBuf {
-        let path = directory.as_path().join("disk.img");
-        fs::write(&path, vec![0x5a; size]).unwrap();
-        path
-    }
-
-    fn message(path: &Path, read_only: bool) -> String {
-        DiskFile::open(path, read_only).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn what_is_no_disk_is_refused() {
-        let directory = directory();
-        let path = directory.as_path().join("disk.img");
-        assert!(message(&path, false).contains("No such file"));
-        assert!(message(directory.as_path(), false).contains("it is a directory"));
-        assert!(message(directory.as_path(), true).contains("it is a directory"));
-        assert!(message(Path::new("/dev/null"), false).contains("not a regular file"));
-        assert!(message(&image(&directory, 0), false).contains("truncate"));
-        assert!(message(&image(&directory, 1000), false).contains("no multiple of 512"));
-    }
-
-    #[test]
-    fn a_qcow2_image_and_a_pipe_are_refused() {
-        let directory = directory();
-        let path = image(&directory, 1024);
-        fs::write(&path, [&QCOW2_MAGIC[..], &[0; 508]].concat()).unwrap();
-        assert!(message(&path, true).contains("qemu-img convert"));
-        let pipe = directory.as_path().join("pipe");
-        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        for read_only in [true, false] {
-            assert!(message(&pipe, read_only).contains("it is a pipe"));
-        }
-    }
-
-    #[test]
-    fn a_writable_disk_is_used_once() {
-        let directory = directory();
-        let path = image(&directory, 1024);
-        let writable = DiskFile::open(&path, false).unwrap();
-        assert!(message(&path, false).contains("in use"));
-        assert!(message(&path, true).contains("in use"));
-        drop(writable);
-        let _reader = DiskFile::open(&path, true).unwrap();
-        let _second_reader = DiskFile::open(&path, true).unwrap();
-        assert!(message(&path, false).contains("in use"));
-    }
-
-    #[test]
-    fn bytes_go_both_ways_and_ranges_become_zero() {
-        let directory = directory();
-        let path = image(&directory, 64 << 10);
-        let disk = DiskFile::open(&path, false).unwrap();
-        assert_eq!(disk.size(), 64 << 10);
-        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 10)]).unwrap());
-        let mut buffers = GuestBuffers::new(memory.clone());
-
-        memory.write_slice(b"first", GuestAddress(0)).unwrap();
-        buffers.push(GuestAddress(0), 512).unwrap();
-        disk.write(&mut buffers, 4096).unwrap();
-        disk.flush().unwrap();
-        assert_eq!(&fs::read(&path).unwrap()[4096..4101], b"first");
-
-        for (offset, deallocate) in [(8192, true), (16384, false)] {
-            disk.write_zeroes(offset, 4096, deallocate).unwrap();
-            let bytes = fs::read(&path).unwrap();
-            let (start, end) = (offset as usize, offset as usize + 4096);
-            assert!(bytes[start..end].iter().all(|&byte| byte == 0));
-            assert_eq!((bytes[start - 1], bytes[end]), (0x5a, 0x5a));
-        }
-        disk.fill_with_zeroes(100, 70).unwrap();
-        let bytes = fs::read(&path).unwrap();
-        assert_eq!(bytes[99..171].iter().filter(|&&byte| byte == 0).count(), 70);
-        disk.discard(0, 4096).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().len(), 64 << 10);
-    }
-
-    #[test]
-    fn a_truncated_file_is_an_error() {
-        let directory = directory();
-        let path = image(&directory, 4096);
-        let disk = DiskFile::open(&path, false).unwrap();
-        OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .set_len(700)
-            .unwrap();
-        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap());
-        let mut buffers = GuestBuffers::new(memory);
-        buffers.push(GuestAddress(0), 1024).unwrap();
-        let error = disk.read(&mut buffers, 0).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-    }
-}
+mod tests;

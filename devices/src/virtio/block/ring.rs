@@ -1,0 +1,218 @@
+//! Requests on their way through io_uring.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::squeue::Entry;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, Probe, opcode};
+
+use crate::disk::{Access, DiskFile};
+use crate::virtio::GuestBuffers;
+
+/// Entries of the submission queue: more than are ever left unsubmitted.
+const SUBMISSION_ENTRIES: u32 = 64;
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// From the disk to the guest.
+    Read,
+    /// From the guest to the disk; if it is to be durable, to stable storage.
+    Write { durable: bool },
+}
+
+/// An operation that the kernel has finished.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Completion {
+    /// What the operation was pushed with.
+    pub token: u64,
+    /// The result of the system call that it stands for: a count, or a negated error number.
+    pub result: i32,
+}
+
+/// An io_uring over the files of one disk.
+pub(super) struct Ring {
+    ring: IoUring,
+    unsubmitted: usize,
+}
+
+impl AsRawFd for Ring {
+    /// Readable while there are completions.
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}
+
+impl Ring {
+    /// A ring for up to `in_flight` operations at once on the files of `disk`.
+    ///
+    /// # Errors
+    /// When the host has no io_uring, forbids it, or lacks an operation.
+    pub(super) fn new(disk: &DiskFile, in_flight: u32) -> io::Result<Ring> {
+        let build = |cooperative: bool| {
+            let mut builder = IoUring::builder();
+            builder.setup_clamp().setup_cqsize(in_flight);
+            if cooperative {
+                builder.setup_coop_taskrun();
+            }
+            builder.build(SUBMISSION_ENTRIES)
+        };
+        // Kernels before 5.19 refuse the flag.
+        let ring = build(true).or_else(|_| build(false))?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+        ];
+        if !needed.iter().all(|&code| probe.is_supported(code)) {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let files: Vec<RawFd> = [Access::Usual, Access::Buffered]
+            .into_iter()
+            .filter_map(|access| disk.file(access))
+            .map(AsRawFd::as_raw_fd)
+            .collect();
+        ring.submitter().register_files(&files)?;
+        Ok(Ring {
+            ring,
+            unsubmitted: 0,
+        })
+    }
+
+    /// Adds a transfer between `buffers` and the disk at `offset`, as much of it as one operation
+    /// does.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    ///
+    /// # Safety
+    /// `buffers` must neither be changed nor dropped before the operation with this token is
+    /// completed.
+    pub(super) unsafe fn push_transfer(
+        &mut self,
+        direction: Direction,
+        access: Access,
+        buffers: &GuestBuffers,
+        offset: u64,
+        token: u64,
+    ) -> io::Result<()> {
+        let file = fixed(access);
+        let vectors = buffers.vectors();
+        let flags = match direction {
+            Direction::Write { durable: true } => libc::RWF_DSYNC,
+            _ => 0,
+        };
+        let entry = match (direction, vectors) {
+            (Direction::Read, [vector]) => {
+                let base = vector.iov_base.cast();
+                opcode::Read::new(file, base, vector.iov_len as u32)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Write { .. }, [vector]) => {
+                let base = vector.iov_base.cast_const().cast();
+                opcode::Write::new(file, base, vector.iov_len as u32)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Read, _) => {
+                opcode::Readv::new(file, vectors.as_ptr(), vectors.len() as u32)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Write { .. }, _) => {
+                opcode::Writev::new(file, vectors.as_ptr(), vectors.len() as u32)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+        };
+        // SAFETY: the vectors and the guest memory that they cover are those of `buffers`, which the
+        // caller keeps as they are.
+        unsafe { self.push(entry.user_data(token)) }
+    }
+
+    /// Adds a flush of what is written so far.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub(super) fn push_flush(&mut self, token: u64) -> io::Result<()> {
+        let entry = opcode::Fsync::new(fixed(Access::Usual))
+            .flags(FsyncFlags::DATASYNC)
+            .build();
+        // SAFETY: the operation refers to no memory.
+        unsafe { self.push(entry.user_data(token)) }
+    }
+
+    /// # Safety
+    /// What `entry` points to must stay as it is until the operation is completed.
+    unsafe fn push(&mut self, entry: Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: as the caller promises.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            if pushed.is_ok() {
+                self.unsubmitted += 1;
+                return Ok(());
+            }
+            self.submit()?;
+        }
+    }
+
+    /// How many operations were added since the last submission.
+    pub(super) fn unsubmitted(&self) -> usize {
+        self.unsubmitted
+    }
+
+    /// Hands all that was added to the kernel, by one system call.
+    ///
+    /// # Errors
+    /// As `io_uring_enter`.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        self.enter(0)
+    }
+
+    /// As [`Ring::submit`], and waits until there is a completion.
+    ///
+    /// # Errors
+    /// As `io_uring_enter`.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        self.enter(1)
+    }
+
+    fn enter(&mut self, wanted: usize) -> io::Result<()> {
+        loop {
+            match self.ring.submit_and_wait(wanted) {
+                Ok(count) => {
+                    self.unsubmitted = self.unsubmitted.saturating_sub(count);
+                    if self.unsubmitted == 0 {
+                        return Ok(());
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Moves what is completed to the end of `completions`.
+    pub(super) fn take_completions(&mut self, completions: &mut Vec<Completion>) {
+        completions.extend(self.ring.completion().map(|entry| Completion {
+            token: entry.user_data(),
+            result: entry.result(),
+        }));
+    }
+}
+
+/// Place of a file in the table that is registered with the ring.
+fn fixed(access: Access) -> Fixed {
+    match access {
+        Access::Usual => Fixed(0),
+        Access::Buffered => Fixed(1),
+    }
+}

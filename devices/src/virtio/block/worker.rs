@@ -1,0 +1,441 @@
+//! The worker of a block device: takes requests from the queues, chooses how each is done, and
+//! returns it when it is.
+
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
+use super::ring::{Completion, Direction, Ring};
+use crate::GuestMemory;
+use crate::disk::{CacheMode, DiskFile};
+use crate::virtio::{Chain, MAX_TURN, QueueError, VirtQueue, VirtioInterrupt};
+
+/// Most requests of a device that the ring has at once. More stay in their queues.
+pub(super) const MAX_IN_FLIGHT: usize = 256;
+/// Most requests that are handed to the kernel by one system call: enough to spread its cost, and
+/// few enough that the driver can prepare the next ones while these are done.
+const MAX_BATCH: usize = 8;
+/// A write to the page cache that takes longer than this was held back by the host.
+const SLOW_WRITE: Duration = Duration::from_millis(1);
+/// For how long writes then go through the ring, so that they hold nothing else back.
+const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
+/// What an event of the ring is told from one of the queues by, which have their index.
+const RING_EVENT: u32 = u32::MAX;
+
+/// How requests are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Each request in the way that is best for it: at once where it does not block, by io_uring
+    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
+    #[default]
+    Auto,
+    /// By io_uring.
+    IoUring,
+    /// One at a time, by system calls that block the event loop.
+    Sync,
+}
+
+/// What the ring is to do for a request, as far as it is not done yet.
+#[derive(Debug, Clone, Copy)]
+enum RingOperation {
+    /// Transfers what is left of the chain's buffers.
+    Transfer {
+        direction: Direction,
+        offset: u64,
+    },
+    Flush,
+}
+
+/// A request that the ring has.
+struct InFlight {
+    queue: usize,
+    request: Request,
+    operation: RingOperation,
+    /// Holds the buffers. The kernel has their vectors, so it stays as it is until the completion.
+    chain: Chain,
+}
+
+pub(super) struct Worker {
+    disk: Arc<DiskFile>,
+    handler: RequestHandler,
+    interrupt: Arc<VirtioInterrupt>,
+    memory: Arc<GuestMemory>,
+    queues: Vec<VirtQueue>,
+    engine: Engine,
+    ring: Option<Ring>,
+    /// The chain taken last.
+    chain: Chain,
+    /// What the ring has, by the token of the operation.
+    in_flight: Vec<Option<InFlight>>,
+    /// Tokens that are not in use.
+    free_tokens: Vec<usize>,
+    /// Chains of requests that are over, for the next ones.
+    spare_chains: Vec<Chain>,
+    completions: Vec<Completion>,
+    /// Whether requests may be left in queues because the ring had no room for them.
+    stalled: bool,
+    /// Until when writes to the page cache are taken to block.
+    slow_writes_until: Option<Instant>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        disk: Arc<DiskFile>,
+        handler: RequestHandler,
+        memory: Arc<GuestMemory>,
+        interrupt: Arc<VirtioInterrupt>,
+        queues: Vec<VirtQueue>,
+        engine: Engine,
+        ring: Option<Ring>,
+    ) -> Worker {
+        Worker {
+            chain: Chain::new(&memory),
+            disk,
+            handler,
+            interrupt,
+            memory,
+            queues,
+            engine,
+            ring,
+            in_flight: Vec::new(),
+            free_tokens: Vec::new(),
+            spare_chains: Vec::new(),
+            completions: Vec::new(),
+            stalled: false,
+            slow_writes_until: None,
+        }
+    }
+
+    /// Serves a queue until it is empty, the ring is full, or its turn is over. Where requests are
+    /// left, the doorbell is rung for them or a completion comes.
+    fn serve(&mut self, index: usize) -> Result<(), RequestError> {
+        let end = Instant::now() + MAX_TURN;
+        self.queues[index].disable_doorbell()?;
+        loop {
+            let mut batch = 0;
+            while batch < MAX_BATCH && self.has_room() && self.queues[index].pop(&mut self.chain)? {
+                self.begin(index)?;
+                batch += 1;
+            }
+            self.submit()?;
+            if !self.has_room() {
+                self.stalled = true;
+                return Ok(());
+            }
+            if batch < MAX_BATCH {
+                if !self.queues[index].enable_doorbell()? {
+                    return Ok(());
+                }
+                self.queues[index].disable_doorbell()?;
+            } else if Instant::now() >= end {
+                self.queues[index].ring_doorbell();
+                return Ok(());
+            }
+            self.interrupt_driver()?;
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight_count() < MAX_IN_FLIGHT
+    }
+
+    fn in_flight_count(&self) -> usize {
+        self.in_flight.len() - self.free_tokens.len()
+    }
+
+    fn unsubmitted(&self) -> usize {
+        self.ring.as_ref().map_or(0, Ring::unsubmitted)
+    }
+
+    /// Does the request in `self.chain`, or gives it to the ring.
+    fn begin(&mut self, queue: usize) -> Result<(), RequestError> {
+        let (request, operation) = self.handler.parse(&mut self.chain)?;
+        let result = match operation {
+            Ok(operation) => match self.ring_operation(queue, operation)? {
+                Some(operation) => return self.give_to_ring(queue, request, operation),
+                None => self.perform(operation),
+            },
+            Err(failure) => Err(failure),
+        };
+        self.finish(queue, &request, result)
+    }
+
+    /// What the ring is to do for `operation`, unless it is better done at once. A part of it that
+    /// could be done without blocking may be done already.
+    fn ring_operation(
+        &mut self,
+        queue: usize,
+        operation: Operation,
+    ) -> Result<Option<RingOperation>, QueueError> {
+        if self.ring.is_none() {
+            return Ok(None);
+        }
+        let uses_page_cache = self.disk.cache() != CacheMode::None;
+        let may_be_quick = self.engine == Engine::Auto && uses_page_cache;
+        Ok(match operation {
+            Operation::Read { mut offset } => {
+                // Several at once are cheaper by one call of the ring, which too does those at once
+                // that the page cache can answer.
+                let is_alone = may_be_quick
+                    && self.unsubmitted() == 0
+                    && !self.queues[queue].has_available()?;
+                if is_alone {
+                    let buffers = &mut self.chain.writable;
+                    let wanted = buffers.len();
+                    // A failure shows again when the rest is done.
+                    let _ = self.disk.read_cached(buffers, offset);
+                    if buffers.is_empty() {
+                        return Ok(None);
+                    }
+                    offset += (wanted - buffers.len()) as u64;
+                }
+                let direction = Direction::Read;
+                Some(RingOperation::Transfer { direction, offset })
+            }
+            Operation::Write { offset } => {
+                let durable = self.handler.writes_are_durable();
+                if may_be_quick && !durable && !self.writes_are_slow() {
+                    return Ok(None);
+                }
+                let direction = Direction::Write { durable };
+                Some(RingOperation::Transfer { direction, offset })
+            }
+            Operation::Flush if self.disk.cache() != CacheMode::Unsafe => {
+                Some(RingOperation::Flush)
+            }
+            _ => None,
+        })
+    }
+
+    fn perform(&mut self, operation: Operation) -> Result<(), Failure> {
+        if !matches!(operation, Operation::Write { .. }) {
+            return self.handler.perform(operation, &mut self.chain);
+        }
+        let start = Instant::now();
+        let result = self.handler.perform(operation, &mut self.chain);
+        let now = Instant::now();
+        if now - start >= SLOW_WRITE {
+            self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
+        }
+        result
+    }
+
+    fn writes_are_slow(&mut self) -> bool {
+        match self.slow_writes_until {
+            Some(until) if Instant::now() < until => true,
+            _ => {
+                self.slow_writes_until = None;
+                false
+            }
+        }
+    }
+
+    /// Moves the request and its chain to the ring.
+    fn give_to_ring(
+        &mut self,
+        queue: usize,
+        request: Request,
+        operation: RingOperation,
+    ) -> Result<(), RequestError> {
+        let spare = self.spare_chains.pop();
+        let spare = spare.unwrap_or_else(|| Chain::new(&self.memory));
+        let in_flight = InFlight {
+            queue,
+            request,
+            operation,
+            chain: mem::replace(&mut self.chain, spare),
+        };
+        let token = self.free_tokens.pop().unwrap_or_else(|| {
+            self.in_flight.push(None);
+            self.in_flight.len() - 1
+        });
+        self.push(token, in_flight)
+    }
+
+    /// Adds the operation of a request to the ring, and keeps the request until it is completed.
+    fn push(&mut self, token: usize, in_flight: InFlight) -> Result<(), RequestError> {
+        let in_flight = self.in_flight[token].insert(in_flight);
+        let Some(ring) = &mut self.ring else {
+            return Ok(());
+        };
+        match in_flight.operation {
+            RingOperation::Flush => ring.push_flush(token as u64)?,
+            RingOperation::Transfer { direction, offset } => {
+                let buffers = match direction {
+                    Direction::Read => &in_flight.chain.writable,
+                    Direction::Write { .. } => &in_flight.chain.readable,
+                };
+                let access = self.disk.access_for(buffers, offset);
+                // SAFETY: the buffers stay in their place in `self.in_flight`, and unchanged, until
+                // `complete` takes them out, which it does for the completion of this token only.
+                // Dropping the worker waits for all completions.
+                unsafe { ring.push_transfer(direction, access, buffers, offset, token as u64)? }
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands what was added to the ring to the kernel, and returns what is completed.
+    fn submit(&mut self) -> Result<(), RequestError> {
+        while let Some(ring) = &mut self.ring
+            && ring.unsubmitted() > 0
+        {
+            ring.submit()?;
+            self.complete()?;
+        }
+        Ok(())
+    }
+
+    /// Returns the requests that the ring has completed, and goes on with those of which it has done
+    /// a part.
+    fn complete(&mut self) -> Result<(), RequestError> {
+        let mut completions = mem::take(&mut self.completions);
+        if let Some(ring) = &mut self.ring {
+            ring.take_completions(&mut completions);
+        }
+        let mut result = Ok(());
+        for completion in completions.drain(..) {
+            // All are looked at: no token is lost to the failure of another.
+            let completed = self.complete_one(completion);
+            result = result.and(completed);
+        }
+        self.completions = completions;
+        result
+    }
+
+    fn complete_one(&mut self, completion: Completion) -> Result<(), RequestError> {
+        let token = completion.token as usize;
+        let Some(mut in_flight) = self.in_flight.get_mut(token).and_then(Option::take) else {
+            return Ok(());
+        };
+        match in_flight.advance(completion.result) {
+            None => self.push(token, in_flight),
+            Some(result) => {
+                self.free_tokens.push(token);
+                let finished = self.finish(in_flight.queue, &in_flight.request, result);
+                self.spare_chains.push(in_flight.chain);
+                finished
+            }
+        }
+    }
+
+    /// Tells the driver that a request is over.
+    fn finish(
+        &mut self,
+        queue: usize,
+        request: &Request,
+        result: Result<(), Failure>,
+    ) -> Result<(), RequestError> {
+        self.handler.finish(request, &result)?;
+        Ok(self.queues[queue].add_used(request.head, request.written)?)
+    }
+
+    fn interrupt_driver(&mut self) -> Result<(), QueueError> {
+        let mut needed = false;
+        for queue in &mut self.queues {
+            needed |= queue.needs_interrupt()?;
+        }
+        if needed {
+            self.interrupt.notify_used_buffer();
+        }
+        Ok(())
+    }
+
+    fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
+        if event != RING_EVENT {
+            return self.serve(event as usize);
+        }
+        self.complete()?;
+        self.submit()?;
+        if mem::take(&mut self.stalled) {
+            for queue in 0..self.queues.len() {
+                self.serve(queue)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl InFlight {
+    /// Takes account of what the kernel has done: the request's end, unless there is more to do.
+    fn advance(&mut self, result: i32) -> Option<Result<(), Failure>> {
+        let count = match u32::try_from(result) {
+            Ok(count) => count as usize,
+            Err(_) => {
+                let error = io::Error::from_raw_os_error(-result);
+                return match error.raw_os_error() {
+                    Some(libc::EINTR | libc::EAGAIN) => None,
+                    _ => Some(Err(error.into())),
+                };
+            }
+        };
+        let RingOperation::Transfer { direction, offset } = &mut self.operation else {
+            return Some(Ok(()));
+        };
+        let buffers = match direction {
+            Direction::Read => &mut self.chain.writable,
+            Direction::Write { .. } => &mut self.chain.readable,
+        };
+        if count == 0 && !buffers.is_empty() {
+            let error = io::Error::from(io::ErrorKind::UnexpectedEof);
+            return Some(Err(error.into()));
+        }
+        buffers.advance(count);
+        *offset += count as u64;
+        buffers.is_empty().then_some(Ok(()))
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        // The driver rings often and each ring is an event of its own, so that none needs to be read.
+        let doorbells = self.queues.iter().enumerate().map(|(index, queue)| {
+            let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            Events::with_data(queue, index as u32, set)
+        });
+        let completions = self
+            .ring
+            .iter()
+            .map(|ring| Events::with_data(ring, RING_EVENT, EventSet::IN));
+        for events in doorbells.chain(completions) {
+            if let Err(error) = operations.add(events) {
+                self.interrupt.need_reset(&error);
+                return;
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _operations: &mut EventOps<'_>) {
+        if self.interrupt.needs_reset() {
+            return;
+        }
+        let handled = self.handle_event(events.data());
+        // The driver hears of what was done, even when it has broken the rules after that.
+        let told = self.interrupt_driver();
+        if let Err(error) = handled.and(told.map_err(RequestError::from)) {
+            self.interrupt.need_reset(&error);
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// Waits for what the ring has: the kernel writes to the guest's memory until then.
+    fn drop(&mut self) {
+        while self.in_flight_count() > 0 {
+            let Some(ring) = &mut self.ring else { return };
+            if let Err(error) = ring.wait() {
+                self.interrupt
+                    .warn(format_args!("cannot wait for its requests: {error}"));
+                // With them the kernel keeps the guest's memory, which is thus never given back.
+                mem::forget(mem::take(&mut self.in_flight));
+                return;
+            }
+            // The driver is not listening any more.
+            let _ = self.complete();
+        }
+    }
+}
