@@ -8,6 +8,7 @@ pub mod acpi_power;
 pub mod bus;
 pub mod disk;
 pub mod event_loop;
+mod guest_memory;
 pub mod i8042;
 pub mod interrupt;
 pub mod power;
@@ -16,8 +17,6 @@ pub mod tap;
 pub mod virtio;
 
 pub use event_loop::EventLoop;
+pub use guest_memory::GuestMemory;
 pub use interrupt::InterruptLine;
 pub use power::PowerControl;
-
-/// The memory of a guest, as devices see it.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

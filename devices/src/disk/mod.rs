@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
 
@@ -19,6 +21,11 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
+
+/// How long a lock is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_millis(250);
+/// How long to wait before the next look at it.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// Largest block size that is passed on to the guest.
 const MAX_BLOCK_SIZE: u32 = 64 << 10;
@@ -212,7 +219,7 @@ impl DiskFile {
         } else {
             Lock::Exclusive
         };
-        lock_file(&file, lock).map_err(|source| match source.kind() {
+        lock_patiently(&file, lock).map_err(|source| match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
                 path: path.to_path_buf(),
             },
@@ -591,6 +598,22 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     };
     fcntl(file, FcntlArg::F_OFD_SETLK(&lock))?;
     Ok(())
+}
+
+/// As [`lock_file`], but waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its
+/// own until the kernel has taken down its io_uring, which is soon after its end.
+fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock_file(file, lock) {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
+            {
+                thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Whether the host cannot do what was asked for. A block device whose sectors are larger than those

@@ -8,6 +8,7 @@ use libc::iovec;
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use crate::GuestMemory;
+use crate::guest_memory::host_address;
 
 /// Most vectors that the kernel takes in one call (`IOV_MAX`).
 const MAX_VECTORS_PER_CALL: usize = 1024;
@@ -87,6 +88,14 @@ impl GuestBuffers {
             address: address.0,
             len,
         };
+        if let Some(pointer) = host_address(&self.memory, address, len as usize) {
+            self.vectors.push(iovec {
+                iov_base: pointer.as_ptr().cast(),
+                iov_len: len as usize,
+            });
+            self.len += len as usize;
+            return Ok(());
+        }
         // Either direction of access is the same to plain memory.
         let Ok(slices) = self
             .memory
@@ -149,10 +158,34 @@ impl GuestBuffers {
             self.front += 1;
         }
         // A list that is appended to for ever does not grow for ever.
-        if self.front > self.vectors.len() / 2 {
+        if self.front == self.vectors.len() {
+            self.vectors.clear();
+            self.front = 0;
+        } else if self.front > self.vectors.len() / 2 {
             self.vectors.drain(..self.front);
             self.front = 0;
         }
+    }
+
+    /// Takes the first `N` bytes from the front, if there are so many.
+    pub fn read_array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        match self.vectors.get(self.front) {
+            Some(vector) if vector.iov_len >= N => {
+                // SAFETY: the vector covers as many bytes of mapped guest memory, and `bytes` is our
+                // own, so the two do not overlap.
+                unsafe {
+                    let guest = vector.iov_base.cast::<u8>();
+                    std::ptr::copy_nonoverlapping(guest, bytes.as_mut_ptr(), N);
+                }
+                self.advance(N);
+            }
+            _ if self.len < N => return None,
+            _ => {
+                self.read(&mut bytes);
+            }
+        }
+        Some(bytes)
     }
 
     /// Copies bytes from the front into `bytes` and drops them. The result is how many: fewer than

@@ -337,12 +337,8 @@ impl MmioTransport {
                     "the doorbell of queue {index} cannot be duplicated"
                 ));
             };
-            queues.push(VirtQueue::new(
-                index as u16,
-                queue,
-                doorbell,
-                self.memory.clone(),
-            ));
+            let queue = VirtQueue::new(index as u16, &queue, doorbell, self.memory.clone());
+            queues.push(queue.map_err(|error| error.to_string())?);
         }
         // Buffers that the driver made available before this are served without a doorbell.
         for queue in &queues {

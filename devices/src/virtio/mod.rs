@@ -11,6 +11,7 @@ mod interrupt;
 pub mod mmio;
 pub mod net;
 mod queue;
+mod rings;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;

@@ -71,7 +71,7 @@ impl TestDriver {
         queue.set_ready(true);
         assert!(queue.is_valid(&*self.memory));
         let doorbell = self.doorbell.try_clone().unwrap();
-        VirtQueue::new(index, queue, doorbell, self.memory.clone())
+        VirtQueue::new(index, &queue, doorbell, self.memory.clone()).unwrap()
     }
 
     /// Makes a chain of `buffers` available and gives its head. Descriptors are used in turn: it

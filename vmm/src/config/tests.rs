@@ -92,7 +92,7 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
             "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
-             'id'",
+             'id', 'cache', 'engine', 'queues', 'iothread'",
         ),
         (
             "\n[[net]]\nmtu = 99",

@@ -17,7 +17,7 @@ use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
 use request::RequestHandler;
 use ring::Ring;
-use worker::{MAX_IN_FLIGHT, Worker};
+use worker::Worker;
 
 pub use worker::Engine;
 
@@ -81,7 +81,7 @@ impl Block {
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *byte = given;
         }
-        let engine = match (options.engine, Ring::new(&disk, 1)) {
+        let engine = match (options.engine, Ring::new(&disk)) {
             (Engine::Auto, Err(error)) => {
                 tracing::info!("disk '{id}' is served without io_uring: {error}");
                 Engine::Sync
@@ -166,7 +166,7 @@ impl VirtioDevice for Block {
         let ring = match self.engine {
             Engine::Sync => None,
             Engine::Auto | Engine::IoUring => Some(
-                Ring::new(&self.disk, MAX_IN_FLIGHT as u32)
+                Ring::new(&self.disk)
                     .map_err(|error| format!("cannot set up io_uring: {error}"))?,
             ),
         };

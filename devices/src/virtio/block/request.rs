@@ -9,11 +9,12 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::{ID_SIZE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS};
 use crate::GuestMemory;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
+use crate::guest_memory::host_address;
 use crate::virtio::{Chain, GuestBuffers, QueueError, VirtioInterrupt};
 
 /// Size of `struct virtio_blk_req` before its data.
@@ -117,14 +118,10 @@ impl RequestHandler {
             readable: chain.readable.len(),
             writable: chain.writable.len(),
         };
-        let mut header = [0; HEADER_SIZE];
-        let header_size = chain.readable.read(&mut header);
-        let Some(status_address) = chain.last_writable_byte else {
+        let header = chain.readable.read_array();
+        let (Some(header), Some(status_address)) = (header, chain.last_writable_byte) else {
             return Err(no_request);
         };
-        if header_size < HEADER_SIZE {
-            return Err(no_request);
-        }
         let written = chain.writable.len();
         chain.writable.truncate(written - 1);
         let request = Request {
@@ -207,9 +204,12 @@ impl RequestHandler {
             }
         };
         let address = request.status_address;
-        self.memory
-            .write_obj(status as u8, address)
-            .map_err(|_| RequestError::Status(address.0))
+        let byte = host_address(&self.memory, address, 1);
+        let byte = byte.ok_or(RequestError::Status(address.0))?;
+        // SAFETY: the byte is mapped for as long as `self.memory` lives, and of one byte nobody sees
+        // a part.
+        unsafe { byte.write_volatile(status as u8) };
+        Ok(())
     }
 
     /// Whether a write must be on stable storage before it is acknowledged: a driver that cannot

@@ -13,6 +13,9 @@ use crate::virtio::GuestBuffers;
 /// Entries of the submission queue: more than are ever left unsubmitted.
 const SUBMISSION_ENTRIES: u32 = 64;
 
+/// Most operations at once.
+pub(super) const MAX_IN_FLIGHT: usize = 256;
+
 /// Which way bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
@@ -45,14 +48,14 @@ impl AsRawFd for Ring {
 }
 
 impl Ring {
-    /// A ring for up to `in_flight` operations at once on the files of `disk`.
+    /// A ring for up to [`MAX_IN_FLIGHT`] operations at once on the files of `disk`.
     ///
     /// # Errors
     /// When the host has no io_uring, forbids it, or lacks an operation.
-    pub(super) fn new(disk: &DiskFile, in_flight: u32) -> io::Result<Ring> {
+    pub(super) fn new(disk: &DiskFile) -> io::Result<Ring> {
         let build = |cooperative: bool| {
             let mut builder = IoUring::builder();
-            builder.setup_clamp().setup_cqsize(in_flight);
+            builder.setup_cqsize(MAX_IN_FLIGHT as u32);
             if cooperative {
                 builder.setup_coop_taskrun();
             }
@@ -206,6 +209,14 @@ impl Ring {
             token: entry.user_data(),
             result: entry.result(),
         }));
+    }
+}
+
+impl Drop for Ring {
+    /// The kernel takes a ring down some time after it is closed. The files, which hold the lock of
+    /// the disk, are not to be kept that long.
+    fn drop(&mut self) {
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 

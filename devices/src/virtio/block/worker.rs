@@ -9,13 +9,11 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
-use super::ring::{Completion, Direction, Ring};
+use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use crate::GuestMemory;
 use crate::disk::{CacheMode, DiskFile};
 use crate::virtio::{Chain, MAX_TURN, QueueError, VirtQueue, VirtioInterrupt};
 
-/// Most requests of a device that the ring has at once. More stay in their queues.
-pub(super) const MAX_IN_FLIGHT: usize = 256;
 /// Most requests that are handed to the kernel by one system call: enough to spread its cost, and
 /// few enough that the driver can prepare the next ones while these are done.
 const MAX_BATCH: usize = 8;
@@ -50,13 +48,21 @@ enum RingOperation {
     Flush,
 }
 
+/// Room for one request.
+struct Slot {
+    /// Holds the buffers. While the ring has the request, the kernel has their vectors, so that the
+    /// chain stays as it is until the completion.
+    chain: Chain,
+    /// What the ring has of it, if it has it.
+    in_flight: Option<InFlight>,
+}
+
 /// A request that the ring has.
+#[derive(Clone, Copy)]
 struct InFlight {
     queue: usize,
     request: Request,
     operation: RingOperation,
-    /// Holds the buffers. The kernel has their vectors, so it stays as it is until the completion.
-    chain: Chain,
 }
 
 pub(super) struct Worker {
@@ -67,14 +73,11 @@ pub(super) struct Worker {
     queues: Vec<VirtQueue>,
     engine: Engine,
     ring: Option<Ring>,
-    /// The chain taken last.
-    chain: Chain,
-    /// What the ring has, by the token of the operation.
-    in_flight: Vec<Option<InFlight>>,
-    /// Tokens that are not in use.
-    free_tokens: Vec<usize>,
-    /// Chains of requests that are over, for the next ones.
-    spare_chains: Vec<Chain>,
+    /// Requests, each in the place that is the token of its operation. A slot is made when all others
+    /// are in use, and a request moves from its slot to nowhere else.
+    slots: Vec<Slot>,
+    /// Slots that are not in use.
+    free_slots: Vec<usize>,
     completions: Vec<Completion>,
     /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
@@ -93,7 +96,6 @@ impl Worker {
         ring: Option<Ring>,
     ) -> Worker {
         Worker {
-            chain: Chain::new(&memory),
             disk,
             handler,
             interrupt,
@@ -101,9 +103,8 @@ impl Worker {
             queues,
             engine,
             ring,
-            in_flight: Vec::new(),
-            free_tokens: Vec::new(),
-            spare_chains: Vec::new(),
+            slots: Vec::new(),
+            free_slots: Vec::new(),
             completions: Vec::new(),
             stalled: false,
             slow_writes_until: None,
@@ -114,11 +115,10 @@ impl Worker {
     /// left, the doorbell is rung for them or a completion comes.
     fn serve(&mut self, index: usize) -> Result<(), RequestError> {
         let end = Instant::now() + MAX_TURN;
-        self.queues[index].disable_doorbell()?;
+        self.queues[index].disable_doorbell();
         loop {
             let mut batch = 0;
-            while batch < MAX_BATCH && self.has_room() && self.queues[index].pop(&mut self.chain)? {
-                self.begin(index)?;
+            while batch < MAX_BATCH && self.has_room() && self.begin_next(index)? {
                 batch += 1;
             }
             self.submit()?;
@@ -130,12 +130,12 @@ impl Worker {
                 if !self.queues[index].enable_doorbell()? {
                     return Ok(());
                 }
-                self.queues[index].disable_doorbell()?;
+                self.queues[index].disable_doorbell();
             } else if Instant::now() >= end {
                 self.queues[index].ring_doorbell();
                 return Ok(());
             }
-            self.interrupt_driver()?;
+            self.interrupt_driver();
         }
     }
 
@@ -144,24 +144,53 @@ impl Worker {
     }
 
     fn in_flight_count(&self) -> usize {
-        self.in_flight.len() - self.free_tokens.len()
+        self.slots.len() - self.free_slots.len()
     }
 
     fn unsubmitted(&self) -> usize {
         self.ring.as_ref().map_or(0, Ring::unsubmitted)
     }
 
-    /// Does the request in `self.chain`, or gives it to the ring.
-    fn begin(&mut self, queue: usize) -> Result<(), RequestError> {
-        let (request, operation) = self.handler.parse(&mut self.chain)?;
+    /// Takes the next request from a queue and does it, or gives it to the ring. `false` where there
+    /// is none.
+    fn begin_next(&mut self, queue: usize) -> Result<bool, RequestError> {
+        let slot = self.free_slots.pop().unwrap_or_else(|| {
+            self.slots.push(Slot {
+                chain: Chain::new(&self.memory),
+                in_flight: None,
+            });
+            self.slots.len() - 1
+        });
+        let begun = self.begin(queue, slot);
+        if self.slots[slot].in_flight.is_none() {
+            self.free_slots.push(slot);
+        }
+        begun
+    }
+
+    fn begin(&mut self, queue: usize, slot: usize) -> Result<bool, RequestError> {
+        let chain = &mut self.slots[slot].chain;
+        if !self.queues[queue].pop(chain)? {
+            return Ok(false);
+        }
+        let (request, operation) = self.handler.parse(chain)?;
         let result = match operation {
-            Ok(operation) => match self.ring_operation(queue, operation)? {
-                Some(operation) => return self.give_to_ring(queue, request, operation),
-                None => self.perform(operation),
+            Ok(operation) => match self.ring_operation(queue, slot, operation)? {
+                Some(operation) => {
+                    self.slots[slot].in_flight = Some(InFlight {
+                        queue,
+                        request,
+                        operation,
+                    });
+                    self.push(slot)?;
+                    return Ok(true);
+                }
+                None => self.perform(slot, operation),
             },
             Err(failure) => Err(failure),
         };
-        self.finish(queue, &request, result)
+        self.finish(queue, &request, result)?;
+        Ok(true)
     }
 
     /// What the ring is to do for `operation`, unless it is better done at once. A part of it that
@@ -169,6 +198,7 @@ impl Worker {
     fn ring_operation(
         &mut self,
         queue: usize,
+        slot: usize,
         operation: Operation,
     ) -> Result<Option<RingOperation>, QueueError> {
         if self.ring.is_none() {
@@ -184,7 +214,7 @@ impl Worker {
                     && self.unsubmitted() == 0
                     && !self.queues[queue].has_available()?;
                 if is_alone {
-                    let buffers = &mut self.chain.writable;
+                    let buffers = &mut self.slots[slot].chain.writable;
                     let wanted = buffers.len();
                     // A failure shows again when the rest is done.
                     let _ = self.disk.read_cached(buffers, offset);
@@ -211,12 +241,13 @@ impl Worker {
         })
     }
 
-    fn perform(&mut self, operation: Operation) -> Result<(), Failure> {
+    fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
+        let chain = &mut self.slots[slot].chain;
         if !matches!(operation, Operation::Write { .. }) {
-            return self.handler.perform(operation, &mut self.chain);
+            return self.handler.perform(operation, chain);
         }
         let start = Instant::now();
-        let result = self.handler.perform(operation, &mut self.chain);
+        let result = self.handler.perform(operation, chain);
         let now = Instant::now();
         if now - start >= SLOW_WRITE {
             self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
@@ -234,46 +265,24 @@ impl Worker {
         }
     }
 
-    /// Moves the request and its chain to the ring.
-    fn give_to_ring(
-        &mut self,
-        queue: usize,
-        request: Request,
-        operation: RingOperation,
-    ) -> Result<(), RequestError> {
-        let spare = self.spare_chains.pop();
-        let spare = spare.unwrap_or_else(|| Chain::new(&self.memory));
-        let in_flight = InFlight {
-            queue,
-            request,
-            operation,
-            chain: mem::replace(&mut self.chain, spare),
-        };
-        let token = self.free_tokens.pop().unwrap_or_else(|| {
-            self.in_flight.push(None);
-            self.in_flight.len() - 1
-        });
-        self.push(token, in_flight)
-    }
-
-    /// Adds the operation of a request to the ring, and keeps the request until it is completed.
-    fn push(&mut self, token: usize, in_flight: InFlight) -> Result<(), RequestError> {
-        let in_flight = self.in_flight[token].insert(in_flight);
-        let Some(ring) = &mut self.ring else {
+    /// Adds the operation of the request in `slot` to the ring.
+    fn push(&mut self, slot: usize) -> Result<(), RequestError> {
+        let Slot { chain, in_flight } = &self.slots[slot];
+        let (Some(ring), Some(in_flight)) = (&mut self.ring, in_flight) else {
             return Ok(());
         };
+        let token = slot as u64;
         match in_flight.operation {
-            RingOperation::Flush => ring.push_flush(token as u64)?,
+            RingOperation::Flush => ring.push_flush(token)?,
             RingOperation::Transfer { direction, offset } => {
                 let buffers = match direction {
-                    Direction::Read => &in_flight.chain.writable,
-                    Direction::Write { .. } => &in_flight.chain.readable,
+                    Direction::Read => &chain.writable,
+                    Direction::Write { .. } => &chain.readable,
                 };
                 let access = self.disk.access_for(buffers, offset);
-                // SAFETY: the buffers stay in their place in `self.in_flight`, and unchanged, until
-                // `complete` takes them out, which it does for the completion of this token only.
-                // Dropping the worker waits for all completions.
-                unsafe { ring.push_transfer(direction, access, buffers, offset, token as u64)? }
+                // SAFETY: the slot is not taken for another request while it has one in flight, which
+                // ends with the completion of this token. Dropping the worker waits for all of them.
+                unsafe { ring.push_transfer(direction, access, buffers, offset, token)? }
             }
         }
         Ok(())
@@ -308,17 +317,20 @@ impl Worker {
     }
 
     fn complete_one(&mut self, completion: Completion) -> Result<(), RequestError> {
-        let token = completion.token as usize;
-        let Some(mut in_flight) = self.in_flight.get_mut(token).and_then(Option::take) else {
+        let index = completion.token as usize;
+        let Some(slot) = self.slots.get_mut(index) else {
             return Ok(());
         };
-        match in_flight.advance(completion.result) {
-            None => self.push(token, in_flight),
+        let Some(in_flight) = &mut slot.in_flight else {
+            return Ok(());
+        };
+        match in_flight.advance(&mut slot.chain, completion.result) {
+            None => self.push(index),
             Some(result) => {
-                self.free_tokens.push(token);
-                let finished = self.finish(in_flight.queue, &in_flight.request, result);
-                self.spare_chains.push(in_flight.chain);
-                finished
+                let InFlight { queue, request, .. } = *in_flight;
+                slot.in_flight = None;
+                self.free_slots.push(index);
+                self.finish(queue, &request, result)
             }
         }
     }
@@ -331,18 +343,18 @@ impl Worker {
         result: Result<(), Failure>,
     ) -> Result<(), RequestError> {
         self.handler.finish(request, &result)?;
-        Ok(self.queues[queue].add_used(request.head, request.written)?)
+        self.queues[queue].add_used(request.head, request.written);
+        Ok(())
     }
 
-    fn interrupt_driver(&mut self) -> Result<(), QueueError> {
+    fn interrupt_driver(&mut self) {
         let mut needed = false;
         for queue in &mut self.queues {
-            needed |= queue.needs_interrupt()?;
+            needed |= queue.needs_interrupt();
         }
         if needed {
             self.interrupt.notify_used_buffer();
         }
-        Ok(())
     }
 
     fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
@@ -362,7 +374,7 @@ impl Worker {
 
 impl InFlight {
     /// Takes account of what the kernel has done: the request's end, unless there is more to do.
-    fn advance(&mut self, result: i32) -> Option<Result<(), Failure>> {
+    fn advance(&mut self, chain: &mut Chain, result: i32) -> Option<Result<(), Failure>> {
         let count = match u32::try_from(result) {
             Ok(count) => count as usize,
             Err(_) => {
@@ -377,8 +389,8 @@ impl InFlight {
             return Some(Ok(()));
         };
         let buffers = match direction {
-            Direction::Read => &mut self.chain.writable,
-            Direction::Write { .. } => &mut self.chain.readable,
+            Direction::Read => &mut chain.writable,
+            Direction::Write { .. } => &mut chain.readable,
         };
         if count == 0 && !buffers.is_empty() {
             let error = io::Error::from(io::ErrorKind::UnexpectedEof);
@@ -415,8 +427,8 @@ impl MutEventSubscriber for Worker {
         }
         let handled = self.handle_event(events.data());
         // The driver hears of what was done, even when it has broken the rules after that.
-        let told = self.interrupt_driver();
-        if let Err(error) = handled.and(told.map_err(RequestError::from)) {
+        self.interrupt_driver();
+        if let Err(error) = handled {
             self.interrupt.need_reset(&error);
         }
     }
@@ -431,7 +443,7 @@ impl Drop for Worker {
                 self.interrupt
                     .warn(format_args!("cannot wait for its requests: {error}"));
                 // With them the kernel keeps the guest's memory, which is thus never given back.
-                mem::forget(mem::take(&mut self.in_flight));
+                mem::forget(mem::take(&mut self.slots));
                 return;
             }
             // The driver is not listening any more.

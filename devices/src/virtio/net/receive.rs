@@ -84,7 +84,7 @@ impl Receiver {
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
-        self.queue.disable_doorbell()?;
+        self.queue.disable_doorbell();
         let mut delivered = false;
         let mut halt = Halt::Tap;
         for _ in 0..MAX_PACKETS_PER_TURN {
@@ -97,7 +97,7 @@ impl Receiver {
                 }
             }
         }
-        if delivered && self.queue.needs_interrupt()? {
+        if delivered && self.queue.needs_interrupt() {
             interrupt.notify_used_buffer();
         }
         Ok(halt)
@@ -161,7 +161,7 @@ impl Receiver {
             if !self.queue.enable_doorbell()? {
                 return Ok(false);
             }
-            self.queue.disable_doorbell()?;
+            self.queue.disable_doorbell();
         }
     }
 
@@ -205,7 +205,7 @@ impl Receiver {
         let buffer_count = self.filled.len() as u16;
         list.write_at(BUFFER_COUNT_OFFSET, &buffer_count.to_le_bytes());
         list.advance(filled_size);
-        self.queue.add_used_together(&self.filled)?;
+        self.queue.add_used_together(&self.filled);
         Ok(())
     }
 }

@@ -41,7 +41,7 @@ impl Transmitter {
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, QueueError> {
-        self.queue.disable_doorbell()?;
+        self.queue.disable_doorbell();
         let mut halt = Halt::Driver;
         let mut used = false;
         for _ in 0..self.queue.size() {
@@ -55,13 +55,13 @@ impl Transmitter {
                 halt = reason;
                 break;
             }
-            self.queue.add_used(self.chain.head, 0)?;
+            self.queue.add_used(self.chain.head, 0);
             used = true;
         }
         if halt == Halt::Driver && self.queue.enable_doorbell()? {
             self.queue.ring_doorbell();
         }
-        if used && self.queue.needs_interrupt()? {
+        if used && self.queue.needs_interrupt() {
             interrupt.notify_used_buffer();
         }
         Ok(halt)
