@@ -265,21 +265,25 @@ impl VirtQueue {
     /// # Errors
     /// When the driver says that more are than there can be.
     pub fn has_available(&mut self) -> Result<bool, QueueError> {
-        if self.seen_available != self.next_available {
-            return Ok(true);
-        }
+        Ok(self.seen_available != self.next_available || self.available_count()? > 0)
+    }
+
+    /// How many chains are available.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::has_available`].
+    pub fn available_count(&mut self) -> Result<u16, QueueError> {
         let Some(rings) = &self.rings else {
-            return Ok(false);
+            return Ok(0);
         };
-        self.seen_available = rings.available_index();
-        let count = self.seen_available.wrapping_sub(self.next_available);
+        let index = rings.available_index();
+        let count = index.wrapping_sub(self.next_available);
         if count > self.size {
-            // What it said is not believed when it is asked again.
-            self.seen_available = self.next_available;
             let queue = self.index;
             return Err(QueueError::TooManyAvailable { queue, count });
         }
-        Ok(count > 0)
+        self.seen_available = index;
+        Ok(count)
     }
 
     /// Puts the chain taken last back, to be taken again.

@@ -12,13 +12,15 @@ use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use crate::GuestMemory;
 use crate::disk::{CacheMode, DiskFile};
-use crate::virtio::{Chain, MAX_TURN, QueueError, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
 
-/// Most requests that are handed to the kernel by one system call: enough to spread its cost, and
-/// few enough that the driver can prepare the next ones while these are done.
-const MAX_BATCH: usize = 8;
-/// A write to the page cache that takes longer than this was held back by the host.
-const SLOW_WRITE: Duration = Duration::from_millis(1);
+/// Most requests that are begun before the driver is told of those that are done. It prepares the
+/// next ones while the rest is done, so that neither waits for the other.
+const MAX_BATCH: u16 = 8;
+/// Fewest requests of which several system calls cost more than one of the ring's.
+const MIN_RING_BATCH: u16 = 4;
+/// Writes to the page cache that take longer than this together were held back by the host.
+const SLOW_WRITES: Duration = Duration::from_millis(2);
 /// For how long writes then go through the ring, so that they hold nothing else back.
 const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
 /// What an event of the ring is told from one of the queues by, which have their index.
@@ -81,6 +83,10 @@ pub(super) struct Worker {
     completions: Vec<Completion>,
     /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
+    /// Whether the requests that are begun now are so many that the ring is quicker.
+    is_large_batch: bool,
+    /// Whether data was written to the page cache since slow writes were last looked for.
+    has_written: bool,
     /// Until when writes to the page cache are taken to block.
     slow_writes_until: Option<Instant>,
 }
@@ -107,6 +113,8 @@ impl Worker {
             free_slots: Vec::new(),
             completions: Vec::new(),
             stalled: false,
+            is_large_batch: false,
+            has_written: false,
             slow_writes_until: None,
         }
     }
@@ -114,28 +122,39 @@ impl Worker {
     /// Serves a queue until it is empty, the ring is full, or its turn is over. Where requests are
     /// left, the doorbell is rung for them or a completion comes.
     fn serve(&mut self, index: usize) -> Result<(), RequestError> {
-        let end = Instant::now() + MAX_TURN;
+        let start = Instant::now();
+        let mut now = start;
         self.queues[index].disable_doorbell();
         loop {
-            let mut batch = 0;
-            while batch < MAX_BATCH && self.has_room() && self.begin_next(index)? {
-                batch += 1;
-            }
-            self.submit()?;
-            if !self.has_room() {
-                self.stalled = true;
-                return Ok(());
-            }
-            if batch < MAX_BATCH {
+            let waiting = self.queues[index].available_count()?;
+            if waiting == 0 {
                 if !self.queues[index].enable_doorbell()? {
                     return Ok(());
                 }
                 self.queues[index].disable_doorbell();
-            } else if Instant::now() >= end {
+                continue;
+            }
+            // Half of them: while the driver takes these, there is more to do here.
+            let batch = (waiting / 2).clamp(1, MAX_BATCH);
+            self.is_large_batch = batch >= MIN_RING_BATCH;
+            for _ in 0..batch {
+                if !self.has_room() {
+                    self.submit()?;
+                    self.stalled = true;
+                    return Ok(());
+                }
+                self.begin_next(index)?;
+            }
+            self.submit()?;
+            self.interrupt_driver();
+            let before = mem::replace(&mut now, Instant::now());
+            if now - before >= SLOW_WRITES && mem::take(&mut self.has_written) {
+                self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
+            }
+            if now - start >= MAX_TURN {
                 self.queues[index].ring_doorbell();
                 return Ok(());
             }
-            self.interrupt_driver();
         }
     }
 
@@ -145,10 +164,6 @@ impl Worker {
 
     fn in_flight_count(&self) -> usize {
         self.slots.len() - self.free_slots.len()
-    }
-
-    fn unsubmitted(&self) -> usize {
-        self.ring.as_ref().map_or(0, Ring::unsubmitted)
     }
 
     /// Takes the next request from a queue and does it, or gives it to the ring. `false` where there
@@ -175,7 +190,7 @@ impl Worker {
         }
         let (request, operation) = self.handler.parse(chain)?;
         let result = match operation {
-            Ok(operation) => match self.ring_operation(queue, slot, operation)? {
+            Ok(operation) => match self.ring_operation(slot, operation) {
                 Some(operation) => {
                     self.slots[slot].in_flight = Some(InFlight {
                         queue,
@@ -195,31 +210,20 @@ impl Worker {
 
     /// What the ring is to do for `operation`, unless it is better done at once. A part of it that
     /// could be done without blocking may be done already.
-    fn ring_operation(
-        &mut self,
-        queue: usize,
-        slot: usize,
-        operation: Operation,
-    ) -> Result<Option<RingOperation>, QueueError> {
-        if self.ring.is_none() {
-            return Ok(None);
-        }
+    fn ring_operation(&mut self, slot: usize, operation: Operation) -> Option<RingOperation> {
+        self.ring.as_ref()?;
         let uses_page_cache = self.disk.cache() != CacheMode::None;
         let may_be_quick = self.engine == Engine::Auto && uses_page_cache;
-        Ok(match operation {
+        match operation {
             Operation::Read { mut offset } => {
-                // Several at once are cheaper by one call of the ring, which too does those at once
-                // that the page cache can answer.
-                let is_alone = may_be_quick
-                    && self.unsubmitted() == 0
-                    && !self.queues[queue].has_available()?;
-                if is_alone {
+                // The ring too does at once what the page cache can answer.
+                if may_be_quick && !self.is_large_batch {
                     let buffers = &mut self.slots[slot].chain.writable;
                     let wanted = buffers.len();
                     // A failure shows again when the rest is done.
                     let _ = self.disk.read_cached(buffers, offset);
                     if buffers.is_empty() {
-                        return Ok(None);
+                        return None;
                     }
                     offset += (wanted - buffers.len()) as u64;
                 }
@@ -229,7 +233,7 @@ impl Worker {
             Operation::Write { offset } => {
                 let durable = self.handler.writes_are_durable();
                 if may_be_quick && !durable && !self.writes_are_slow() {
-                    return Ok(None);
+                    return None;
                 }
                 let direction = Direction::Write { durable };
                 Some(RingOperation::Transfer { direction, offset })
@@ -238,21 +242,13 @@ impl Worker {
                 Some(RingOperation::Flush)
             }
             _ => None,
-        })
+        }
     }
 
     fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
+        self.has_written |= matches!(operation, Operation::Write { .. });
         let chain = &mut self.slots[slot].chain;
-        if !matches!(operation, Operation::Write { .. }) {
-            return self.handler.perform(operation, chain);
-        }
-        let start = Instant::now();
-        let result = self.handler.perform(operation, chain);
-        let now = Instant::now();
-        if now - start >= SLOW_WRITE {
-            self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
-        }
-        result
+        self.handler.perform(operation, chain)
     }
 
     fn writes_are_slow(&mut self) -> bool {
