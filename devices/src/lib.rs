@@ -12,6 +12,7 @@ mod guest_memory;
 pub mod i8042;
 pub mod interrupt;
 pub mod power;
+pub mod rate_limiter;
 pub mod serial;
 pub mod tap;
 pub mod virtio;

@@ -9,6 +9,7 @@ use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
+use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::Tap;
 use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
@@ -18,7 +19,9 @@ use bantam_devices::virtio::rng::Rng;
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
-use crate::config::{BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, SerialConfig};
+use crate::config::{
+    BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity, SerialConfig,
+};
 use crate::control::Control;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
@@ -129,6 +132,9 @@ impl<'a> VirtioDevices<'a> {
                     BlockEngineOption::Sync => Engine::Sync,
                 },
                 queues: config.queue_count(vcpus),
+                polls: config.poll,
+                bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
+                operations: rate_limit(config.operations_per_second, config.burst_operations),
             };
             let file = DiskFile::open(&config.path, config.readonly, cache)?;
             let id = match &config.id {
@@ -206,4 +212,12 @@ impl<'a> VirtioDevices<'a> {
         self.windows.push(window);
         Ok(())
     }
+}
+
+fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
+    let limit = RateLimit::per_second(per_second?.get());
+    Some(RateLimit {
+        burst: burst.map_or(limit.burst, Quantity::get),
+        ..limit
+    })
 }

@@ -74,10 +74,15 @@ impl TestDriver {
         VirtQueue::new(index, &queue, doorbell, self.memory.clone()).unwrap()
     }
 
+    /// Head of the chain that [`TestDriver::offer`] makes available next.
+    pub fn next_head(&self) -> u16 {
+        self.next_descriptor % self.size
+    }
+
     /// Makes a chain of `buffers` available and gives its head. Descriptors are used in turn: it
     /// is for the test not to have more of them out than there are.
     pub fn offer(&mut self, buffers: &[Buffer]) -> u16 {
-        let head = self.next_descriptor % self.size;
+        let head = self.next_head();
         for (position, buffer) in buffers.iter().enumerate() {
             let index = self.next_descriptor % self.size;
             self.next_descriptor = (index + 1) % self.size;

@@ -7,17 +7,14 @@ use std::str::FromStr;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Deserializer};
 
-use super::{ConfigError, option_string, whole_number};
+use super::{ConfigError, Quantity, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
 ///
 /// On the command line `PATH[,ro][,id=NAME][,KEY=VALUE]...`, where a comma in the path or name is
 /// doubled; in a machine file a `[[disk]]` table with the same keys, and `readonly` for `ro`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(
-    deny_unknown_fields,
-    expecting = "a disk with path, readonly, id, cache, engine, queues and iothread"
-)]
+#[serde(deny_unknown_fields, expecting = "a disk: a table with a path")]
 pub struct DiskConfig {
     /// File or block device with the disk's contents.
     pub path: PathBuf,
@@ -37,6 +34,21 @@ pub struct DiskConfig {
     /// Whether the disk is served by a thread of its own.
     #[serde(default)]
     pub iothread: bool,
+    /// Whether that thread looks for requests for a while before it sleeps, as long as that pays.
+    #[serde(default)]
+    pub poll: bool,
+    /// Limit of the bytes that are read and written in a second.
+    #[serde(rename = "bytes-per-second")]
+    pub bytes_per_second: Option<Quantity>,
+    /// How many bytes may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "burst-bytes")]
+    pub burst_bytes: Option<Quantity>,
+    /// Limit of the requests in a second.
+    #[serde(rename = "operations-per-second")]
+    pub operations_per_second: Option<Quantity>,
+    /// How many requests may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "burst-operations")]
+    pub burst_operations: Option<Quantity>,
 }
 
 impl DiskConfig {
@@ -53,6 +65,11 @@ impl DiskConfig {
             engine: BlockEngineOption::default(),
             queues: None,
             iothread: false,
+            poll: false,
+            bytes_per_second: None,
+            burst_bytes: None,
+            operations_per_second: None,
+            burst_operations: None,
         }
     }
 
@@ -95,6 +112,19 @@ impl fmt::Display for DiskConfig {
         }
         if self.iothread {
             f.write_str(",iothread=on")?;
+        }
+        if self.poll {
+            f.write_str(",poll=on")?;
+        }
+        for (key, quantity) in [
+            ("bytes-per-second", self.bytes_per_second),
+            ("burst-bytes", self.burst_bytes),
+            ("operations-per-second", self.operations_per_second),
+            ("burst-operations", self.burst_operations),
+        ] {
+            if let Some(quantity) = quantity {
+                write!(f, ",{key}={}", quantity.get())?;
+            }
         }
         Ok(())
     }
@@ -233,8 +263,14 @@ mod tests {
             engine: BlockEngineOption::IoUring,
             queues: Some(DiskQueueCount(3)),
             iothread: true,
+            poll: true,
+            bytes_per_second: Some(Quantity::try_from(10_i64 << 20).unwrap()),
+            burst_bytes: None,
+            operations_per_second: Some(Quantity::try_from(500).unwrap()),
+            burst_operations: Some(Quantity::try_from(2048).unwrap()),
         };
-        let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on";
+        let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
+                    poll=on,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
         assert_eq!(disk(text), Ok(expected));
         assert!(!disk("a,iothread=off").unwrap().iothread);
     }
@@ -244,7 +280,8 @@ mod tests {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
             "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'cache', \
-             'engine', 'queues', 'iothread'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
+             'engine', 'queues', 'iothread', 'poll', 'bytes-per-second', 'burst-bytes', \
+             'operations-per-second', 'burst-operations'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
         assert!(
             disk("root.img,cache=no")
@@ -291,6 +328,8 @@ mod tests {
             engine in prop_oneof![Just(BlockEngineOption::Auto), Just(BlockEngineOption::Sync)],
             queues in proptest::option::of(1..=MAX_QUEUES),
             iothread: bool,
+            poll: bool,
+            limit in proptest::option::of(1..=i64::MAX),
         ) {
             let id = id.map(|id| DiskId::try_from(id).unwrap());
             let disk = DiskConfig {
@@ -301,6 +340,9 @@ mod tests {
                 engine,
                 queues: queues.map(DiskQueueCount),
                 iothread,
+                poll,
+                bytes_per_second: limit.map(|limit| Quantity::try_from(limit).unwrap()),
+                ..DiskConfig::new("")
             };
             prop_assert_eq!(disk.to_string().parse::<DiskConfig>().unwrap(), disk);
         }

@@ -76,6 +76,12 @@ pub enum ConfigError {
         /// What was given.
         count: i64,
     },
+    /// Not a number of bytes or operations.
+    #[error("invalid quantity '{text}': expected a number from 1 on, such as 500 or 10M")]
+    Quantity {
+        /// What was given.
+        text: String,
+    },
     /// Not the id of a disk.
     #[error("invalid disk id '{}': expected 1 to {} printable ASCII characters",
         text.escape_debug(), DiskId::MAX_SIZE)]

@@ -12,6 +12,7 @@ mod memory_size;
 mod net;
 mod option_string;
 mod options;
+mod quantity;
 mod serial;
 mod vcpu_count;
 mod whole_number;
@@ -34,6 +35,7 @@ pub use error::ConfigError;
 pub use memory_size::MemorySize;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig};
 pub use options::MachineOptions;
+pub use quantity::Quantity;
 pub use serial::SerialConfig;
 pub use vcpu_count::VcpuCount;
 

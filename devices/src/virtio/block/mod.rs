@@ -1,7 +1,11 @@
 //! The block device (section 5.2) over a raw disk image.
 
+mod limits;
+mod polling;
 mod request;
 mod ring;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::io;
@@ -15,6 +19,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{Activation, COMMON_FEATURES, VirtioDevice, device_id};
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
+use crate::rate_limiter::RateLimit;
 use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
@@ -59,6 +64,25 @@ pub struct BlockOptions {
     pub engine: Engine,
     /// Number of queues, from 1 to [`MAX_QUEUES`].
     pub queues: u16,
+    /// Whether the event loop looks for requests for a while before it sleeps, as long as that pays.
+    pub polls: bool,
+    /// Limit of the bytes that are read and written.
+    pub bytes: Option<RateLimit>,
+    /// Limit of requests.
+    pub operations: Option<RateLimit>,
+}
+
+impl Default for BlockOptions {
+    /// One queue, and no limits.
+    fn default() -> BlockOptions {
+        BlockOptions {
+            engine: Engine::Auto,
+            queues: 1,
+            polls: false,
+            bytes: None,
+            operations: None,
+        }
+    }
 }
 
 /// The front of a block device.
@@ -66,7 +90,7 @@ pub struct Block {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
     config: [u8; config::SIZE],
-    engine: Engine,
+    options: BlockOptions,
     queue_sizes: Vec<u16>,
 }
 
@@ -93,7 +117,7 @@ impl Block {
             config: config_space(&disk, options.queues),
             disk: Arc::new(disk),
             id: id_bytes,
-            engine,
+            options: BlockOptions { engine, ..*options },
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
         })
     }
@@ -163,7 +187,7 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
-        let ring = match self.engine {
+        let ring = match self.options.engine {
             Engine::Sync => None,
             Engine::Auto | Engine::IoUring => Some(
                 Ring::new(&self.disk)
@@ -177,14 +201,18 @@ impl VirtioDevice for Block {
             activation.memory.clone(),
             activation.interrupt.clone(),
         );
-        Ok(Box::new(Worker::new(
+        let worker = Worker::new(
             self.disk.clone(),
             handler,
             activation.memory,
             activation.interrupt,
             activation.queues,
-            self.engine,
+            &self.options,
             ring,
-        )))
+        );
+        match worker {
+            Ok(worker) => Ok(Box::new(worker)),
+            Err(error) => Err(format!("cannot create the timer of its limits: {error}")),
+        }
     }
 }

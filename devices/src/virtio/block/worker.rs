@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use super::BlockOptions;
+use super::limits::Limits;
+use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use crate::GuestMemory;
@@ -23,8 +26,10 @@ const MIN_RING_BATCH: u16 = 4;
 const SLOW_WRITES: Duration = Duration::from_millis(2);
 /// For how long writes then go through the ring, so that they hold nothing else back.
 const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
-/// What an event of the ring is told from one of the queues by, which have their index.
+/// What an event of the ring is told from those of the queues by, which have their index.
 const RING_EVENT: u32 = u32::MAX;
+/// As [`RING_EVENT`], for the timer of the limits.
+const TIMER_EVENT: u32 = RING_EVENT - 1;
 
 /// How requests are done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -81,7 +86,8 @@ pub(super) struct Worker {
     /// Slots that are not in use.
     free_slots: Vec<usize>,
     completions: Vec<Completion>,
-    /// Whether requests may be left in queues because the ring had no room for them.
+    /// Whether requests may be left in queues because the ring had no room for them, or a limit was
+    /// reached.
     stalled: bool,
     /// Whether the requests that are begun now are so many that the ring is quicker.
     is_large_batch: bool,
@@ -89,6 +95,8 @@ pub(super) struct Worker {
     has_written: bool,
     /// Until when writes to the page cache are taken to block.
     slow_writes_until: Option<Instant>,
+    limits: Option<Limits>,
+    polling: Option<Polling>,
 }
 
 impl Worker {
@@ -98,16 +106,16 @@ impl Worker {
         memory: Arc<GuestMemory>,
         interrupt: Arc<VirtioInterrupt>,
         queues: Vec<VirtQueue>,
-        engine: Engine,
+        options: &BlockOptions,
         ring: Option<Ring>,
-    ) -> Worker {
-        Worker {
+    ) -> io::Result<Worker> {
+        Ok(Worker {
             disk,
             handler,
             interrupt,
             memory,
             queues,
-            engine,
+            engine: options.engine,
             ring,
             slots: Vec::new(),
             free_slots: Vec::new(),
@@ -116,7 +124,9 @@ impl Worker {
             is_large_batch: false,
             has_written: false,
             slow_writes_until: None,
-        }
+            limits: Limits::new(options)?,
+            polling: options.polls.then(Polling::new),
+        })
     }
 
     /// Serves a queue until it is empty, the ring is full, or its turn is over. Where requests are
@@ -128,6 +138,9 @@ impl Worker {
         loop {
             let waiting = self.queues[index].available_count()?;
             if waiting == 0 {
+                if self.poll(index)? {
+                    continue;
+                }
                 if !self.queues[index].enable_doorbell()? {
                     return Ok(());
                 }
@@ -138,7 +151,7 @@ impl Worker {
             let batch = (waiting / 2).clamp(1, MAX_BATCH);
             self.is_large_batch = batch >= MIN_RING_BATCH;
             for _ in 0..batch {
-                if !self.has_room() {
+                if !self.has_room() || !self.is_allowed()? {
                     self.submit()?;
                     self.stalled = true;
                     return Ok(());
@@ -155,6 +168,32 @@ impl Worker {
                 self.queues[index].ring_doorbell();
                 return Ok(());
             }
+        }
+    }
+
+    /// Waits for requests in a queue that is empty, as long as that pays. `true` when there are any.
+    fn poll(&mut self, index: usize) -> Result<bool, RequestError> {
+        let Some(polling) = &mut self.polling else {
+            return Ok(false);
+        };
+        let end = polling.begin();
+        while Instant::now() < end {
+            if self.in_flight_count() > 0 {
+                self.complete()?;
+                self.interrupt_driver();
+            }
+            if self.queues[index].available_count()? > 0 {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
+        }
+        Ok(false)
+    }
+
+    fn is_allowed(&mut self) -> io::Result<bool> {
+        match &mut self.limits {
+            Some(limits) => limits.allow(),
+            None => Ok(true),
         }
     }
 
@@ -189,6 +228,14 @@ impl Worker {
             return Ok(false);
         }
         let (request, operation) = self.handler.parse(chain)?;
+        if let Some(limits) = &mut self.limits {
+            let bytes = match operation {
+                Ok(Operation::Read { .. }) => chain.writable.len(),
+                Ok(Operation::Write { .. }) => chain.readable.len(),
+                _ => 0,
+            };
+            limits.count(bytes as u64);
+        }
         let result = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
                 Some(operation) => {
@@ -354,11 +401,23 @@ impl Worker {
     }
 
     fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
-        if event != RING_EVENT {
-            return self.serve(event as usize);
+        match event {
+            RING_EVENT => {
+                self.complete()?;
+                self.submit()?;
+            }
+            TIMER_EVENT => {
+                if let Some(limits) = &mut self.limits {
+                    limits.clear()?;
+                }
+            }
+            queue => {
+                if let Some(polling) = &mut self.polling {
+                    polling.woken();
+                }
+                return self.serve(queue as usize);
+            }
         }
-        self.complete()?;
-        self.submit()?;
         if mem::take(&mut self.stalled) {
             for queue in 0..self.queues.len() {
                 self.serve(queue)?;
@@ -409,7 +468,11 @@ impl MutEventSubscriber for Worker {
             .ring
             .iter()
             .map(|ring| Events::with_data(ring, RING_EVENT, EventSet::IN));
-        for events in doorbells.chain(completions) {
+        let timer = self
+            .limits
+            .iter()
+            .map(|limits| Events::with_data(limits, TIMER_EVENT, EventSet::IN));
+        for events in doorbells.chain(completions).chain(timer) {
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset(&error);
                 return;

@@ -1,0 +1,395 @@
+//! The whole device against a driver of our own, with files of the host.
+
+use std::fs::{self, OpenOptions};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, SubscriberId, SubscriberOps};
+use proptest::prelude::*;
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::tempdir::TempDir;
+
+use super::*;
+use crate::GuestMemory;
+use crate::virtio::VirtioInterrupt;
+use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
+
+const RINGS: u64 = 0x1000;
+/// Headers and status bytes of requests, at the place that their head gives.
+const HEADERS: u64 = RINGS + RINGS_SIZE;
+const HEADER_STRIDE: u64 = 32;
+const DATA: u64 = 0x1_0000;
+const MEMORY_SIZE: usize = 0x80_0000;
+const DISK_SIZE: usize = 0x40_0000;
+const UNTOUCHED: u8 = 0xff;
+const LIMIT: Duration = Duration::from_secs(20);
+
+const ENGINES: [Engine; 3] = [Engine::Auto, Engine::IoUring, Engine::Sync];
+const CACHE_MODES: [CacheMode; 4] = [
+    CacheMode::Writeback,
+    CacheMode::Writethrough,
+    CacheMode::None,
+    CacheMode::Unsafe,
+];
+
+/// A device at work, its driver, and its disk.
+struct Machine {
+    memory: Arc<GuestMemory>,
+    driver: TestDriver,
+    interrupts: InterruptCounter,
+    interrupt: Arc<VirtioInterrupt>,
+    manager: EventManager<Subscriber>,
+    worker: SubscriberId,
+    image: PathBuf,
+    _folder: TempDir,
+}
+
+fn byte_of_disk(offset: usize) -> u8 {
+    (offset / 512 * 7 + offset % 251) as u8
+}
+
+impl Machine {
+    fn new(engine: Engine, cache: CacheMode) -> Machine {
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        Machine::with(&options, cache)
+    }
+
+    fn with(options: &BlockOptions, cache: CacheMode) -> Machine {
+        // Beside this program: the usual place may be in memory, where there may be no O_DIRECT.
+        let program = std::env::current_exe().unwrap();
+        let folder = TempDir::new_in(program.parent().unwrap()).unwrap();
+        let image = folder.as_path().join("disk.img");
+        let bytes: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
+        fs::write(&image, bytes).unwrap();
+        let disk = DiskFile::open(&image, false, cache).unwrap();
+        let mut block = Block::new(disk, "test disk", options).unwrap();
+
+        let regions = [(GuestAddress(0), MEMORY_SIZE)];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let driver = TestDriver::new(&memory, RINGS, 256);
+        let interrupts = InterruptCounter::default();
+        let interrupt = interrupts.interrupt();
+        let activation = Activation {
+            memory: memory.clone(),
+            features: block.features(),
+            queues: vec![driver.queue(0, false)],
+            interrupt: interrupt.clone(),
+        };
+        let mut manager = EventManager::new().unwrap();
+        let worker = manager.add_subscriber(block.activate(activation).unwrap());
+        Machine {
+            memory,
+            driver,
+            interrupts,
+            interrupt,
+            manager,
+            worker,
+            image,
+            _folder: folder,
+        }
+    }
+
+    /// Makes a request with its data at the given places available.
+    fn offer(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
+        let head = self.driver.next_head();
+        let header = HEADERS + u64::from(head) * HEADER_STRIDE;
+        let status = header + 16;
+        let address = GuestAddress;
+        self.memory.write_obj(kind, address(header)).unwrap();
+        self.memory.write_obj(sector, address(header + 8)).unwrap();
+        self.memory.write_obj(UNTOUCHED, address(status)).unwrap();
+        let buffer = |address, len, writable| Buffer {
+            address,
+            len,
+            writable,
+        };
+        let mut buffers = vec![buffer(header, 16, false)];
+        let device_writes = kind != VIRTIO_BLK_T_OUT;
+        buffers.extend(
+            data.iter()
+                .map(|&(address, len)| buffer(address, len, device_writes)),
+        );
+        buffers.push(buffer(status, 1, true));
+        assert_eq!(self.driver.offer(&buffers), head);
+        head
+    }
+
+    /// Rings the doorbell and lets the device work until it has returned `count` requests.
+    fn run(&mut self, count: usize) -> Vec<(u16, u32)> {
+        self.driver.ring_doorbell();
+        let deadline = Instant::now() + LIMIT;
+        let mut used = Vec::new();
+        while used.len() < count {
+            assert!(Instant::now() < deadline, "only {used:?} are done");
+            self.manager.run_with_timeout(100).unwrap();
+            used.extend(self.driver.take_used());
+        }
+        used
+    }
+
+    fn status(&self, head: u16) -> u32 {
+        let address = HEADERS + u64::from(head) * HEADER_STRIDE + 16;
+        let status: u8 = self.memory.read_obj(GuestAddress(address)).unwrap();
+        status.into()
+    }
+
+    /// Has one request done, and gives its status.
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u32 {
+        let head = self.offer(kind, sector, data);
+        let used = self.run(1);
+        assert_eq!(used.len(), 1);
+        assert_eq!(used[0].0, head);
+        self.status(head)
+    }
+
+    fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let address = GuestAddress(address);
+        self.memory.read_slice(&mut bytes, address).unwrap();
+        bytes
+    }
+}
+
+fn for_each_kind(check: impl Fn(Machine)) {
+    for engine in ENGINES {
+        for cache in CACHE_MODES {
+            check(Machine::new(engine, cache));
+        }
+    }
+}
+
+#[test]
+fn one_request_after_the_other() {
+    for_each_kind(|mut machine| {
+        // In three pieces, of which the second is aligned to nothing.
+        let pieces = [(DATA, 512), (DATA + 0x1003, 509), (DATA + 0x2000, 3)];
+        assert_eq!(
+            machine.request(VIRTIO_BLK_T_IN, 9, &pieces),
+            VIRTIO_BLK_S_OK
+        );
+        let read: Vec<u8> = pieces
+            .iter()
+            .flat_map(|&(address, len)| machine.bytes(address, len as usize))
+            .collect();
+        let expected: Vec<u8> = (9 * 512..11 * 512).map(byte_of_disk).collect();
+        assert!(read == expected);
+
+        assert_eq!(
+            machine.request(VIRTIO_BLK_T_OUT, 4096, &pieces),
+            VIRTIO_BLK_S_OK
+        );
+        assert_eq!(machine.request(VIRTIO_BLK_T_FLUSH, 0, &[]), VIRTIO_BLK_S_OK);
+        assert!(fs::read(&machine.image).unwrap()[4096 * 512..][..1024] == expected);
+
+        assert_eq!(
+            machine.request(VIRTIO_BLK_T_GET_ID, 0, &[(DATA, 20)]),
+            VIRTIO_BLK_S_OK
+        );
+        assert_eq!(&machine.bytes(DATA, 10), b"test disk\0");
+        assert!(machine.interrupts.take() >= 4);
+    });
+}
+
+#[test]
+fn many_requests_at_once() {
+    const LEN: u32 = 3 * 512;
+    for_each_kind(|mut machine| {
+        for index in 0..64_u64 {
+            let data = (0..LEN).map(|byte| (byte as u8) ^ (index as u8));
+            let address = DATA + index * 0x2000;
+            let bytes: Vec<u8> = data.collect();
+            machine
+                .memory
+                .write_slice(&bytes, GuestAddress(address))
+                .unwrap();
+            machine.offer(VIRTIO_BLK_T_OUT, index * 5, &[(address, LEN)]);
+        }
+        let used = machine.run(64);
+        assert!(
+            used.iter()
+                .all(|&(head, _)| machine.status(head) == VIRTIO_BLK_S_OK)
+        );
+        let reads: Vec<u16> = (0..64)
+            .map(|index| {
+                let address = DATA + 0x20_0000 + index * 0x2000;
+                machine.offer(VIRTIO_BLK_T_IN, index * 5, &[(address, LEN)])
+            })
+            .collect();
+        let mut used = machine.run(64);
+        used.sort_by_key(|&(head, _)| reads.iter().position(|&read| read == head));
+        for (index, &(head, written)) in used.iter().enumerate() {
+            assert_eq!((head, written), (reads[index], LEN + 1));
+            assert_eq!(machine.status(head), VIRTIO_BLK_S_OK);
+            let (from, to) = (DATA + index as u64 * 0x2000, 0x20_0000);
+            assert!(machine.bytes(from, LEN as usize) == machine.bytes(from + to, LEN as usize));
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_and_the_rest_is_done() {
+    let end = DISK_SIZE as u64 / 512;
+    for_each_kind(|mut machine| {
+        for (kind, sector, len, status) in [
+            (VIRTIO_BLK_T_IN, end, 512, VIRTIO_BLK_S_IOERR),
+            (VIRTIO_BLK_T_IN, end - 1, 1024, VIRTIO_BLK_S_IOERR),
+            (VIRTIO_BLK_T_OUT, u64::MAX, 512, VIRTIO_BLK_S_IOERR),
+            (VIRTIO_BLK_T_IN, 0, 511, VIRTIO_BLK_S_IOERR),
+            (VIRTIO_BLK_T_GET_ID, 0, 19, VIRTIO_BLK_S_IOERR),
+            (77, 0, 512, VIRTIO_BLK_S_UNSUPP),
+            (VIRTIO_BLK_T_IN, end - 1, 512, VIRTIO_BLK_S_OK),
+        ] {
+            assert_eq!(machine.request(kind, sector, &[(DATA, len)]), status);
+        }
+        assert!(!machine.interrupt.needs_reset());
+    });
+}
+
+#[test]
+fn a_file_that_was_truncated_fails_the_requests_beyond_its_end() {
+    for_each_kind(|mut machine| {
+        let file = OpenOptions::new().write(true).open(&machine.image).unwrap();
+        file.set_len(0x10_0000).unwrap();
+        let beyond = 0x10_0000 / 512;
+        for _ in 0..20 {
+            machine.offer(VIRTIO_BLK_T_IN, beyond - 1, &[(DATA, 1024)]);
+        }
+        for (head, _) in machine.run(20) {
+            assert_eq!(machine.status(head), VIRTIO_BLK_S_IOERR);
+        }
+        let inside = machine.request(VIRTIO_BLK_T_IN, beyond - 1, &[(DATA, 512)]);
+        assert_eq!(inside, VIRTIO_BLK_S_OK);
+    });
+}
+
+#[test]
+fn a_reset_waits_for_what_is_under_way() {
+    for_each_kind(|mut machine| {
+        let heads: Vec<u16> = (0..32)
+            .map(|index| {
+                let address = DATA + index * 0x2_0000;
+                machine.offer(VIRTIO_BLK_T_IN, index * 256, &[(address, 0x2_0000)])
+            })
+            .collect();
+        machine.driver.ring_doorbell();
+        machine.manager.run_with_timeout(0).unwrap();
+        drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+        for (index, &head) in heads.iter().enumerate() {
+            assert_eq!(machine.status(head), VIRTIO_BLK_S_OK);
+            let start = index * 0x2_0000;
+            let expected: Vec<u8> = (start..start + 0x2_0000).map(byte_of_disk).collect();
+            assert!(machine.bytes(DATA + start as u64, 0x2_0000) == expected);
+        }
+        // The lock ends with the device.
+        drop(machine.manager);
+        DiskFile::open(&machine.image, false, CacheMode::Writeback).unwrap();
+    });
+}
+
+#[test]
+fn limits_are_kept_without_spinning() {
+    let limit = RateLimit {
+        per_second: 100,
+        burst: 10,
+    };
+    let in_sectors = RateLimit {
+        per_second: 100 * 512,
+        burst: 10 * 512,
+    };
+    for (operations, bytes) in [(Some(limit), None), (None, Some(in_sectors))] {
+        let options = BlockOptions {
+            operations,
+            bytes,
+            ..BlockOptions::default()
+        };
+        let mut machine = Machine::with(&options, CacheMode::Writeback);
+        for sector in 0..30 {
+            machine.offer(VIRTIO_BLK_T_IN, sector, &[(DATA, 512)]);
+        }
+        machine.driver.ring_doorbell();
+        let (start, mut done, mut turns) = (Instant::now(), 0, 0);
+        while done < 30 {
+            assert!(start.elapsed() < LIMIT, "only {done} are done");
+            machine.manager.run_with_timeout(1000).unwrap();
+            done += machine.driver.take_used().len();
+            turns += 1;
+        }
+        // Ten of them, and one that goes beyond, come at once.
+        assert!(start.elapsed() >= Duration::from_millis(180));
+        assert!(turns <= 40, "{turns} turns");
+    }
+}
+
+#[test]
+fn a_device_that_polls_does_what_others_do() {
+    let options = BlockOptions {
+        polls: true,
+        ..BlockOptions::default()
+    };
+    let mut machine = Machine::with(&options, CacheMode::Writeback);
+    for sector in 0..100 {
+        let status = machine.request(VIRTIO_BLK_T_IN, sector, &[(DATA, 512)]);
+        assert_eq!(status, VIRTIO_BLK_S_OK);
+        let start = sector as usize * 512;
+        let expected: Vec<u8> = (start..start + 512).map(byte_of_disk).collect();
+        assert!(machine.bytes(DATA, 512) == expected);
+    }
+}
+
+#[test]
+fn writes_last_where_the_driver_cannot_flush() {
+    let durable = |cache, features| {
+        let machine = Machine::new(Engine::Sync, cache);
+        drop(machine.manager);
+        let disk = DiskFile::open(&machine.image, false, cache).unwrap();
+        let (memory, interrupt) = (machine.memory, machine.interrupt);
+        RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, interrupt)
+            .writes_are_durable()
+    };
+    let flush = 1 << VIRTIO_BLK_F_FLUSH;
+    let of_each = |features| CACHE_MODES.map(|cache| durable(cache, features));
+    assert_eq!(of_each(flush), [false, true, false, false]);
+    assert_eq!(of_each(0), [true, true, true, false]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Descriptors of any content: the device returns the chain, or asks for a reset.
+    #[test]
+    fn a_hostile_driver_is_survived(
+        descriptors in prop::collection::vec(
+            (0..0x90_0000_u64, prop_oneof![0..0x3000_u32, any::<u32>()], 0..8_u16, 0..20_u16),
+            16,
+        ),
+        header in prop::collection::vec(prop_oneof![0..16_u8, any::<u8>()], 16),
+        heads in prop::collection::vec(0..20_u16, 1..10),
+        engine in prop::sample::select(&ENGINES[..]),
+    ) {
+        let mut machine = Machine::new(engine, CacheMode::Writeback);
+        machine.memory.write_slice(&header, GuestAddress(HEADERS)).unwrap();
+        for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
+            let address = if index % 4 == 0 { HEADERS } else { address };
+            let buffer = Buffer { address, len, writable: false };
+            machine.driver.write_descriptor(index as u16, buffer, flags, next);
+        }
+        for &head in &heads {
+            machine.driver.offer_head(head);
+        }
+        machine.driver.ring_doorbell();
+        let deadline = Instant::now() + LIMIT;
+        let mut returned = 0;
+        while returned < heads.len() && !machine.interrupt.needs_reset() {
+            prop_assert!(Instant::now() < deadline, "the device does nothing");
+            machine.manager.run_with_timeout(100).unwrap();
+            returned += machine.driver.take_used().len();
+        }
+    }
+}
