@@ -71,7 +71,7 @@ fn parse_window(text: &str) -> Option<VirtioMmioWindow> {
 }
 
 /// A number as Linux writes sizes: decimal or hexadecimal, perhaps with a suffix K, M or G.
-fn parse_number(text: &str) -> Option<u64> {
+pub fn parse_number(text: &str) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()? {
         b'K' | b'k' => (&text[..text.len() - 1], 10),
         b'M' | b'm' => (&text[..text.len() - 1], 20),

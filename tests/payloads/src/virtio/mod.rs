@@ -12,9 +12,13 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod slot_queue;
+pub mod transport;
 
 pub use mmio::MmioDevice;
 pub use queue::{Buffer, SplitQueue, Used};
+pub use slot_queue::SlotQueue;
+pub use transport::Transport;
 
 /// Device ids (section 5).
 pub mod device_id {
