@@ -4,16 +4,16 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
-use core::ptr;
 
 use runtime::random::Random;
+use runtime::time;
 use runtime::virtio::block::{
     RequestHeader, RequestType, SECTOR_SIZE, STATUS_OK, STATUS_UNTOUCHED, block_feature,
 };
 use runtime::virtio::queue::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor};
 use runtime::virtio::{SlotQueue, Transport, feature};
-use runtime::{heap, time};
 
+use crate::buffers;
 use crate::completion::Waiter;
 use crate::histogram::Histogram;
 use crate::outcome::Outcome;
@@ -211,27 +211,15 @@ fn requests<'a>(
     })
 }
 
-/// Makes the requests of all queues, those of a queue together, in memory after the heap.
+/// Makes the requests of all queues, those of a queue together.
 fn make_slots(
     queues: &mut [SlotQueue],
     depth: u16,
     stride: u16,
     block_size: u32,
 ) -> Result<Vec<Slot>, String> {
-    let memory = heap::memory_after();
-    let first_buffer = memory.start.next_multiple_of(4096);
     let size = queues.len() as u64 * u64::from(depth) * u64::from(block_size);
-    if first_buffer + size > memory.end {
-        return Err(alloc::format!(
-            "the buffers take {} MiB of memory, and there are {}: give the machine more, or a \
-             smaller depth",
-            size.div_ceil(1 << 20),
-            memory.end.saturating_sub(first_buffer) >> 20
-        ));
-    }
-    // SAFETY: memory that nothing else uses. Writing it has the host give it to the guest before
-    // anything is measured.
-    unsafe { ptr::write_bytes(first_buffer as *mut u8, 0, size as usize) };
+    let first_buffer = buffers::reserve(size)?;
     let mut slots = Vec::with_capacity(queues.len() * usize::from(depth));
     for queue in queues {
         let shared: Vec<Shared> = (0..depth).map(|_| Shared::new()).collect();

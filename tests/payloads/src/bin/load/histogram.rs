@@ -43,17 +43,18 @@ impl Histogram {
         }
     }
 
-    /// The time that `share` of all operations took at most, in ticks: the middle of its step.
-    pub fn percentile(&self, share: f64) -> u64 {
-        let wanted = ((self.total as f64 * share) as u64).clamp(1, self.total.max(1));
+    /// The time that `share` of all operations took at most, in ticks: the middle of its step. `None`
+    /// where there are no times.
+    pub fn percentile(&self, share: f64) -> Option<u64> {
+        let wanted = ((self.total as f64 * share) as u64).max(1);
         let mut seen = 0;
         for (bucket, &count) in self.counts.iter().enumerate() {
             seen += u64::from(count);
             if seen >= wanted {
-                return middle(bucket as u64);
+                return Some(middle(bucket as u64));
             }
         }
-        0
+        None
     }
 }
 

@@ -27,8 +27,11 @@
 extern crate alloc;
 
 mod block;
+mod buffers;
 mod completion;
+mod frame;
 mod histogram;
+mod net;
 mod outcome;
 mod settings;
 mod stamp;
@@ -56,6 +59,7 @@ fn run() -> Result<Outcome, String> {
     // Before the first measurement, as it takes milliseconds.
     time::ticks_per_second();
     match &settings.test {
+        Test::Net(net) => net::run(&*find(device_id::NET, "network card")?, &settings, net),
         Test::Block(block) => {
             block::run(&*find(device_id::BLOCK, "block device")?, &settings, block)
         }

@@ -1,5 +1,6 @@
 //! What a load did.
 
+use alloc::format;
 use alloc::string::String;
 
 use runtime::time::ticks_per_second;
@@ -35,7 +36,10 @@ impl Outcome {
         let seconds = self.ticks as f64 / frequency;
         let operations = self.operations as f64;
         let bytes = self.operations * u64::from(self.operation_size);
-        let nanoseconds = |share| (self.latency.percentile(share) as f64 * 1e9 / frequency) as u64;
+        let nanoseconds = |share| match self.latency.percentile(share) {
+            Some(ticks) => format!("{:.0}", ticks as f64 * 1e9 / frequency),
+            None => "null".into(),
+        };
         println!(
             "{{\"load\":\"{}\",\"operations\":{},\"bytes\":{bytes},\"seconds\":{seconds:.6},\
              \"operations_per_second\":{:.0},\"bytes_per_second\":{:.0},\"p50_ns\":{},\

@@ -7,6 +7,13 @@ use core::ops::RangeInclusive;
 use runtime::arguments;
 use runtime::virtio::Completion;
 
+use crate::frame::MAX_UNCUT_SIZE;
+
+/// The smallest frame that Ethernet has, without its check sequence.
+const MIN_FRAME_SIZE: u64 = 60;
+/// The largest frame that a card cuts into segments.
+const MAX_CUT_SIZE: u64 = 65_536;
+
 /// A whole load.
 pub struct Settings {
     /// What is loaded.
@@ -23,6 +30,8 @@ pub struct Settings {
 pub enum Test {
     /// A block device.
     Block(BlockSettings),
+    /// A network card.
+    Net(NetSettings),
 }
 
 /// When a load ends.
@@ -72,14 +81,34 @@ pub enum Pattern {
     Random,
 }
 
+/// What a network card has to do.
+pub struct NetSettings {
+    /// Which way frames go.
+    pub mode: NetMode,
+    /// Bytes of a frame, with its Ethernet header.
+    pub packet_size: u32,
+}
+
+/// Which way frames go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetMode {
+    /// To the host.
+    Transmit,
+    /// From the host.
+    Receive,
+    /// To the host and back.
+    RoundTrip,
+}
+
 impl Settings {
     /// Reads and checks the arguments; an error is a line for the user.
     pub fn from_command_line() -> Result<Self, String> {
         let test = match arguments::value("test") {
             Some("block") => Test::Block(BlockSettings::from_command_line()?),
+            Some("net") => Test::Net(NetSettings::from_command_line()?),
             other => {
                 let given = other.map_or_else(String::new, |name| format!(", not '{name}'"));
-                return Err(format!("expected test=block{given}"));
+                return Err(format!("expected test=block or test=net{given}"));
             }
         };
         let limit = match (
@@ -131,6 +160,27 @@ impl BlockSettings {
             queues: number("queues", 1..=4)?.unwrap_or(1) as u16,
             verify: arguments::flag("verify"),
             seed: number("seed", 0..=u64::MAX)?.unwrap_or(0),
+        })
+    }
+}
+
+impl NetSettings {
+    fn from_command_line() -> Result<Self, String> {
+        let mode = choice(
+            "mode",
+            &[
+                ("transmit", NetMode::Transmit),
+                ("receive", NetMode::Receive),
+                ("round-trip", NetMode::RoundTrip),
+            ],
+        )?;
+        let max = match mode {
+            NetMode::Transmit => MAX_CUT_SIZE,
+            NetMode::Receive | NetMode::RoundTrip => MAX_UNCUT_SIZE as u64,
+        };
+        Ok(Self {
+            mode,
+            packet_size: number("packet-size", MIN_FRAME_SIZE..=max)?.unwrap_or(64) as u32,
         })
     }
 }
