@@ -120,8 +120,8 @@ fn measure_case<T>(
     let guest = guest(image, DiskAccess::Cached, case.arguments);
     let (mut bantam, mut qemu, mut of_host) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
-        bantam.push(load::run(monitors, Monitor::Bantam, &guest, || ()));
-        qemu.push(load::run(monitors, Monitor::Qemu, &guest, || ()));
+        bantam.push(load::run(monitors, Monitor::Bantam, &guest));
+        qemu.push(load::run(monitors, Monitor::Qemu, &guest));
         of_host.push(host());
     }
     report.add(Row {
@@ -170,8 +170,8 @@ fn measure_direct(monitors: &Monitors, report: &mut Report, image: &Path) {
     }
     let (mut bantam, mut qemu, mut host) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
-        bantam.push(load::run(monitors, Monitor::Bantam, &guest, || ()));
-        qemu.push(load::run(monitors, Monitor::Qemu, &guest, || ()));
+        bantam.push(load::run(monitors, Monitor::Bantam, &guest));
+        qemu.push(load::run(monitors, Monitor::Qemu, &guest));
         host.push(
             direct_io_uring_loop(image, DIRECT_DEPTH)
                 .unwrap_or_else(|error| cannot("read", image, &error)),

@@ -54,24 +54,17 @@ pub fn guest(arguments: &str) -> Guest {
     }
 }
 
-/// Runs a guest; `traffic` makes what has to go on on the host while the load is measured.
+/// Runs a guest.
 ///
 /// # Panics
 ///
 /// When the guest finds anything wrong.
-pub fn run<T>(
-    monitors: &Monitors,
-    monitor: Monitor,
-    guest: &Guest,
-    traffic: impl FnOnce() -> T,
-) -> Load {
+pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
     let mut process = Process::start(monitors.command(monitor, guest));
     process.wait_for(READY, LIMIT);
     let before = process.threads_cpu(serves_devices);
-    let traffic = traffic();
     process.wait_for(DONE, LIMIT);
     let device_cpu = process.threads_cpu(serves_devices).saturating_sub(before);
-    drop(traffic);
     let text = process.text();
     process.stop(LIMIT);
     let line = text.lines().find(|line| line.starts_with('{'));

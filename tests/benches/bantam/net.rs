@@ -91,7 +91,10 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
             tap: Some(tap.name.clone()),
             ..load::guest(&format!("test=net {}", case.arguments))
         };
-        let run = |monitor| load::run(monitors, monitor, &guest, || case.host.start(&tap.name));
+        let run = |monitor| {
+            let _traffic = case.host.start(&tap.name);
+            load::run(monitors, monitor, &guest)
+        };
         let (mut bantam, mut qemu) = (Vec::new(), Vec::new());
         for _ in 0..RUNS {
             bantam.push(run(Monitor::Bantam));
