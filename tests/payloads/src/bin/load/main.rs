@@ -39,7 +39,7 @@ mod stamp;
 use alloc::boxed::Box;
 use alloc::string::String;
 
-use runtime::virtio::{MmioDevice, Transport, device_id};
+use runtime::virtio::{MmioDevice, PciDevice, Transport, device_id};
 use runtime::{arguments, payload, println, report, time};
 
 use crate::outcome::Outcome;
@@ -71,7 +71,7 @@ fn say_ready() {
     println!("load: ready");
 }
 
-/// The first device of this type.
+/// The first device of this type, among those of the command line or else on PCI.
 fn find(id: u32, name: &str) -> Result<Box<dyn Transport>, String> {
     for window in arguments::virtio_mmio_windows() {
         // Microvm machines name windows that hold nothing.
@@ -81,5 +81,9 @@ fn find(id: u32, name: &str) -> Result<Box<dyn Transport>, String> {
             return Ok(Box::new(device));
         }
     }
-    Err(alloc::format!("there is no {name}"))
+    let mut on_pci = PciDevice::all().into_iter();
+    match on_pci.find(|device| device.device_id() == id) {
+        Some(device) => Ok(Box::new(device)),
+        None => Err(alloc::format!("there is no {name}")),
+    }
 }
