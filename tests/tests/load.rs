@@ -1,7 +1,20 @@
 //! The payload `load` on disks and network cards: under load, no data is lost or mixed up.
 
+extern crate alloc;
+
+// The payload's own parts that need no machine.
+#[allow(dead_code, missing_docs)]
+#[path = "../payloads/src/bin/load/histogram.rs"]
+mod histogram;
+#[allow(dead_code, missing_docs)]
+#[path = "../payloads/src/bin/load/stamp.rs"]
+mod stamp;
+
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use histogram::Histogram;
+use stamp::Stamps;
 
 use bantam_tests::{Bantam, Ended, HostTap, Traffic, require_kvm, require_taps, tap_name};
 
@@ -26,7 +39,7 @@ fn figure(ended: &Ended, name: &str) -> u64 {
     figure.unwrap_or_else(|| panic!("no '{name}' in\n{ended}"))
 }
 
-fn empty_disk(folder: &Path) -> std::path::PathBuf {
+fn empty_disk(folder: &Path) -> PathBuf {
     let path = folder.join("disk");
     let disk = File::create(&path).expect("the folder is writable");
     disk.set_len(DISK_SIZE).expect("sizes can be set");
@@ -35,7 +48,7 @@ fn empty_disk(folder: &Path) -> std::path::PathBuf {
 
 /// Writes all of a disk with stamps, and then loads it in other ways that check and change them.
 fn no_data_is_mixed_up(depth: u32, completion: &str) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is room for temporary files");
     let disk = empty_disk(folder.path());
     let common = format!("verify seed=7 depth={depth} completion={completion}");
     let blocks = DISK_SIZE / BLOCK_SIZE;
@@ -208,4 +221,51 @@ fn frames_that_do_not_come_back_are_counted() {
     ended
         .succeeded()
         .printed("FAIL: net round trip: 4 errors, the first: a frame did not come back");
+}
+
+#[test]
+fn a_histogram_knows_times_to_two_percent() {
+    assert_eq!(Histogram::new().percentile(0.5), None);
+    for scale in [1, 7, 1000, 123_456, 1 << 30] {
+        let mut histogram = Histogram::new();
+        for time in 1..=1000 {
+            histogram.record(time * scale);
+        }
+        for (share, expected) in [(0.001, 1), (0.5, 500), (0.99, 990), (0.999, 999)] {
+            let expected = (expected * scale) as f64;
+            let found = histogram.percentile(share).expect("there are times") as f64;
+            assert!(
+                (found - expected).abs() <= 0.02 * expected,
+                "{share} of {scale}: {found}, not {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_histogram_takes_any_time() {
+    let mut histogram = Histogram::new();
+    histogram.record(0);
+    histogram.record(u64::MAX);
+    assert_eq!(histogram.percentile(0.5), Some(0));
+    assert!(histogram.percentile(1.0) > Some(1 << 39));
+}
+
+#[test]
+fn stamps_tell_places_seeds_and_generations_apart() {
+    let mut stamps = Stamps::new(7, 16).unwrap();
+    let mut data = [0; 512];
+    stamps.fill(3, &mut data);
+    assert_eq!(stamps.check(3, &data), Ok(()));
+    // Of another place, of another load, and another seed.
+    assert!(stamps.check(4, &data).is_err());
+    assert_eq!(Stamps::new(7, 16).unwrap().check(3, &data), Ok(()));
+    assert!(Stamps::new(8, 16).unwrap().check(3, &data).is_err());
+    // What was written before is stale, and so is half of it.
+    let before = data;
+    stamps.fill(3, &mut data);
+    assert!(stamps.check(3, &before).is_err());
+    data[256..].copy_from_slice(&before[256..]);
+    assert!(stamps.check(3, &data).is_err());
+    assert!(Stamps::new(7, u64::MAX).is_err());
 }

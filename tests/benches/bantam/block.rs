@@ -138,7 +138,13 @@ fn measure_case<T>(
 }
 
 fn add_cpu(report: &mut Report, name: &str, bantam: &[Load], qemu: &[Load]) {
-    let per_operation = |load: &Load| load.device_cpu.as_secs_f64() * 1e6 / load.operations;
+    let per_operation = |load: &Load| {
+        assert!(
+            !load.device_cpu.is_zero(),
+            "no thread of a monitor is known to serve its disk"
+        );
+        load.device_cpu.as_secs_f64() * 1e6 / load.operations
+    };
     report.add(Row {
         name: row_name(name, "device threads' CPU time, each"),
         unit: "us",
