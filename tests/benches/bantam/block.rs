@@ -60,7 +60,6 @@ const READ_DEPTH_32: Case = Case {
     goal: Goal::RatioAtLeast(1.9),
 };
 
-/// Writes come last: the kernel writes back for a while.
 const OTHER_CASES: [Case; 4] = [
     Case {
         name: "4 KiB random read, depth 4",
@@ -120,8 +119,11 @@ fn measure_case<T>(
     let guest = guest(image, DiskAccess::Cached, case.arguments);
     let (mut bantam, mut qemu, mut of_host) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
-        bantam.push(load::run(monitors, Monitor::Bantam, &guest));
-        qemu.push(load::run(monitors, Monitor::Qemu, &guest));
+        for (monitor, loads) in [(Monitor::Bantam, &mut bantam), (Monitor::Qemu, &mut qemu)] {
+            // Or else the kernel writes back what the last load wrote while this one is measured.
+            sync(image);
+            loads.push(load::run(monitors, monitor, &guest));
+        }
         of_host.push(host());
     }
     report.add(Row {
@@ -225,6 +227,12 @@ fn write_image(path: &Path) {
         file.sync_all()
     };
     write().unwrap_or_else(|error| cannot("write", path, &error));
+}
+
+fn sync(path: &Path) {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .unwrap_or_else(|error| cannot("sync", path, &error));
 }
 
 fn cannot(what: &str, path: &Path, error: &std::io::Error) -> ! {
