@@ -2,6 +2,7 @@
 //! header, chain and buffer are made once, and a request that is done is made available again with
 //! another sector.
 
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -113,7 +114,7 @@ pub fn run(
     settings: &Settings,
     block: &BlockSettings,
 ) -> Result<Outcome, String> {
-    let fail = |error| alloc::format!("cannot initialise the block device: {error}");
+    let fail = |error| format!("cannot initialise the block device: {error}");
     let features = device.initialise(WANTED).map_err(fail)?;
     let requests = requests(device, features, settings, block)?;
     let indirect = features & feature::INDIRECT_DESCRIPTORS != 0;
@@ -124,7 +125,7 @@ pub fn run(
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| {
             let depth = settings.depth;
-            alloc::format!("depth={depth} takes {needed} descriptors of a queue: {error}")
+            format!("depth={depth} takes {needed} descriptors of a queue: {error}")
         })?;
     device.set_driver_ok();
     let slots = make_slots(&mut queues, settings.depth, stride, block.block_size)?;
@@ -176,7 +177,7 @@ fn requests<'a>(
         1
     };
     if block.queues > queues {
-        return Err(alloc::format!(
+        return Err(format!(
             "queues={}: the block device has {queues}",
             block.queues
         ));
@@ -185,14 +186,14 @@ fn requests<'a>(
     let capacity = sectors.saturating_mul(SECTOR_SIZE as u64);
     let span = block.span.unwrap_or(capacity);
     if span > capacity {
-        return Err(alloc::format!(
+        return Err(format!(
             "span={span}: the block device has {capacity} bytes"
         ));
     }
     let blocks = span / u64::from(block.block_size);
     let in_flight = u64::from(settings.depth) * u64::from(block.queues);
     if blocks == 0 || (block.verify && blocks < in_flight) {
-        return Err(alloc::format!(
+        return Err(format!(
             "{span} bytes of disk are too few for {in_flight} requests of {} bytes",
             block.block_size
         ));
@@ -330,9 +331,7 @@ impl Load<'_> {
                     let index = used.head / u32::from(self.stride);
                     if index as usize >= self.depth {
                         let head = used.head;
-                        return Err(alloc::format!(
-                            "the device used chain {head}, which is none"
-                        ));
+                        return Err(format!("the device used chain {head}, which is none"));
                     }
                     let slot = queue * self.depth + index as usize;
                     self.end(slot, now);
@@ -396,7 +395,7 @@ impl Load<'_> {
         let status = unsafe { (&raw const (*slot.shared).status.0).read_volatile() };
         let mut result = Ok(());
         if status != STATUS_OK {
-            result = Err(alloc::format!("request status {status}"));
+            result = Err(format!("request status {status}"));
         }
         if let Some(stamps) = &mut self.requests.stamps {
             if !slot.writes && result.is_ok() {

@@ -1,5 +1,6 @@
 //! Memory for data, which the heap is too small for.
 
+use alloc::format;
 use alloc::string::String;
 use core::ptr;
 
@@ -15,7 +16,7 @@ pub fn reserve(size: u64) -> Result<u64, String> {
     let memory = heap::memory_after();
     let start = memory.start.next_multiple_of(4096);
     if start.saturating_add(size) > memory.end {
-        return Err(alloc::format!(
+        return Err(format!(
             "the buffers take {} MiB of memory, and there are {}: give the machine more, or a \
              smaller depth",
             size.div_ceil(1 << 20),

@@ -1,5 +1,6 @@
 //! Waiting for a device, polled or by interrupt.
 
+use alloc::format;
 use alloc::string::String;
 use core::time::Duration;
 
@@ -92,7 +93,7 @@ impl<'a> Waiter<'a> {
                 } else {
                     ""
                 };
-                return Err(alloc::format!(
+                return Err(format!(
                     "the device has done nothing for {SILENCE_LIMIT:?}{state}"
                 ));
             }

@@ -37,6 +37,7 @@ mod settings;
 mod stamp;
 
 use alloc::boxed::Box;
+use alloc::format;
 use alloc::string::String;
 
 use runtime::virtio::{MmioDevice, PciDevice, Transport, device_id};
@@ -73,17 +74,17 @@ fn say_ready() {
 
 /// The first device of this type, among those of the command line or else on PCI.
 fn find(id: u32, name: &str) -> Result<Box<dyn Transport>, String> {
+    let mut passed_over = String::new();
     for window in arguments::virtio_mmio_windows() {
-        // Microvm machines name windows that hold nothing.
-        if let Ok(device) = MmioDevice::probe(window)
-            && device.device_id() == id
-        {
-            return Ok(Box::new(device));
+        match MmioDevice::probe(window) {
+            Ok(device) if device.device_id() == id => return Ok(Box::new(device)),
+            Ok(_) => {}
+            Err(reason) => passed_over = format!("; at {:#x} is {reason}", window.address),
         }
     }
     let mut on_pci = PciDevice::all().into_iter();
     match on_pci.find(|device| device.device_id() == id) {
         Some(device) => Ok(Box::new(device)),
-        None => Err(alloc::format!("there is no {name}")),
+        None => Err(format!("there is no {name}{passed_over}")),
     }
 }

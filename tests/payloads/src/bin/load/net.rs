@@ -1,6 +1,7 @@
 //! The load of a network card (section 5.1). A frame to send is made once and sent again and again;
 //! a buffer that was received into is given back at once.
 
+use alloc::format;
 use alloc::string::String;
 use core::ptr;
 
@@ -39,13 +40,13 @@ pub fn run(
     settings: &Settings,
     net: &NetSettings,
 ) -> Result<Outcome, String> {
-    let fail = |error| alloc::format!("cannot initialise the network card: {error}");
+    let fail = |error| format!("cannot initialise the network card: {error}");
     let cut = net.packet_size as usize > MAX_UNCUT_SIZE;
     let offloads = net_feature::CHECKSUM | net_feature::HOST_TSO4;
     let wanted = if cut { WANTED | offloads } else { WANTED };
     let features = device.initialise(wanted).map_err(fail)?;
     if cut && features & offloads != offloads {
-        return Err(alloc::format!(
+        return Err(format!(
             "packet-size={}: the network card does not segment TCP",
             net.packet_size
         ));
@@ -181,9 +182,7 @@ fn end(limit: Limit, start: u64) -> (u64, u64) {
 fn checked(head: u32, count: u16) -> Result<u16, String> {
     match u16::try_from(head) {
         Ok(index) if index < count => Ok(index),
-        _ => Err(alloc::format!(
-            "the device used chain {head}, which is none"
-        )),
+        _ => Err(format!("the device used chain {head}, which is none")),
     }
 }
 

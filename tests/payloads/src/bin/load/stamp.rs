@@ -1,5 +1,6 @@
 //! Data that says where on a disk it belongs, by which load it was written, and when.
 
+use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -35,7 +36,7 @@ impl Stamps {
     /// When there are too many.
     pub fn new(seed: u64, blocks: u64) -> Result<Self, String> {
         if blocks > MAX_BLOCKS {
-            return Err(alloc::format!(
+            return Err(format!(
                 "verify: {blocks} blocks are too many to keep track of: give a span of at most \
                  {MAX_BLOCKS} blocks"
             ));
@@ -95,7 +96,7 @@ impl Stamps {
             let offset = start + sector as u64 * SECTOR_SIZE;
             let generation = words[0];
             if written != 0 && generation != written {
-                return Err(alloc::format!(
+                return Err(format!(
                     "at {offset:#x} of the disk is generation {generation:#x}, and {written:#x} \
                      was written"
                 ));
@@ -104,7 +105,7 @@ impl Stamps {
                 let offset = offset + index as u64 * WORD_SIZE;
                 let expected = word(self.seed, offset, generation);
                 if found != expected {
-                    return Err(alloc::format!(
+                    return Err(format!(
                         "at {offset:#x} of the disk is {found:#018x}, not {expected:#018x}"
                     ));
                 }
