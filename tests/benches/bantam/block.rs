@@ -139,7 +139,9 @@ fn measure_case<T>(
     (bantam, of_host)
 }
 
+/// Adds the row of CPU time of a load, and says whether any of its rows are to be believed.
 fn add_cpu(report: &mut Report, name: &str, bantam: &[Load], qemu: &[Load]) {
+    load::warn_of_too_few_cpus(&format!("block: {name}"), &[bantam, qemu].concat());
     let per_operation = |load: &Load| {
         assert!(
             !load.device_cpu.is_zero(),

@@ -17,6 +17,8 @@ const READY: &str = "load: ready";
 const DONE: &str = "\nPASS";
 /// For a load of a second.
 const LIMIT: Duration = Duration::from_secs(20);
+/// How long a monitor's threads wait for a CPU at most, in a second, on a host that does nothing else.
+const MAX_CPU_WAIT: Duration = Duration::from_millis(100);
 const MEMORY_MIB: u64 = 128;
 
 /// What a load did.
@@ -32,6 +34,8 @@ pub struct Load {
     pub median_latency: Option<f64>,
     /// CPU time of the monitor's threads that serve devices.
     pub device_cpu: Duration,
+    /// How long threads of the monitor waited for a CPU.
+    cpu_wait: Duration,
 }
 
 /// The line that the payload prints, as far as it is used.
@@ -62,9 +66,11 @@ pub fn guest(arguments: &str) -> Guest {
 pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
     let mut process = Process::start(monitors.command(monitor, guest));
     process.wait_for(READY, LIMIT);
-    let before = process.threads_cpu(serves_devices);
+    let cpu_before = process.threads_cpu(serves_devices);
+    let wait_before = process.threads_cpu_wait();
     process.wait_for(DONE, LIMIT);
-    let device_cpu = process.threads_cpu(serves_devices).saturating_sub(before);
+    let device_cpu = process.threads_cpu(serves_devices);
+    let cpu_wait = process.threads_cpu_wait();
     let text = process.text();
     process.stop(LIMIT);
     let line = text.lines().find(|line| line.starts_with('{'));
@@ -76,7 +82,8 @@ pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
         operations_per_second: line.operations_per_second,
         bytes_per_second: line.bytes_per_second,
         median_latency: line.p50_ns,
-        device_cpu,
+        device_cpu: device_cpu.saturating_sub(cpu_before),
+        cpu_wait: cpu_wait.saturating_sub(wait_before),
     }
 }
 
@@ -87,6 +94,19 @@ fn serves_devices(name: &str) -> bool {
         || name.starts_with("bantam-io")
         || name.starts_with("IO ")
         || name.starts_with("iou-")
+}
+
+/// Says so if the host had too few CPUs to spare for the runs of a load, as figures then tell little.
+pub fn warn_of_too_few_cpus(name: &str, loads: &[Load]) {
+    let disturbed = loads.iter().filter(|load| load.cpu_wait > MAX_CPU_WAIT);
+    let disturbed = disturbed.count();
+    if disturbed > 0 {
+        eprintln!(
+            "{name}: in {disturbed} of {} runs the monitor waited more than {MAX_CPU_WAIT:?} for a \
+             CPU: the host has too few to spare",
+            loads.len()
+        );
+    }
 }
 
 /// One number of some runs.

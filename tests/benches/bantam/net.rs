@@ -100,8 +100,10 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
             bantam.push(run(Monitor::Bantam));
             qemu.push(run(Monitor::Qemu));
         }
+        let name = format!("net: {}", case.name);
+        load::warn_of_too_few_cpus(&name, &[&bantam[..], &qemu].concat());
         report.add(Row {
-            name: format!("net: {}", case.name),
+            name,
             unit: case.unit,
             bantam: load::samples(&bantam, case.figure),
             peer: Some(Peer::monitor(load::samples(&qemu, case.figure))),

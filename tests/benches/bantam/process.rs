@@ -81,6 +81,17 @@ impl Process {
     /// CPU time that those of its threads have taken so far whose names are `wanted`, of threads
     /// that exist now.
     pub fn threads_cpu(&self, wanted: impl Fn(&str) -> bool) -> Duration {
+        self.threads_time(0, wanted)
+    }
+
+    /// How long its threads that exist now have so far been ready to run without a CPU to run on.
+    pub fn threads_cpu_wait(&self) -> Duration {
+        self.threads_time(1, |_| true)
+    }
+
+    /// Sum of a field of the threads' `schedstat`: the time on a CPU, then that of waiting for one, in
+    /// nanoseconds (Documentation/scheduler/sched-stats.rst).
+    fn threads_time(&self, field: usize, wanted: impl Fn(&str) -> bool) -> Duration {
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid))
             .expect("the process exists until it is reaped");
         let times = threads.filter_map(|thread| {
@@ -88,9 +99,7 @@ impl Process {
             // A thread may end while it is looked at.
             let name = fs::read_to_string(folder.join("comm")).ok()?;
             let statistics = fs::read_to_string(folder.join("schedstat")).ok()?;
-            // Its first field is the time on a CPU in nanoseconds (Documentation/scheduler/
-            // sched-stats.rst).
-            let time = statistics.split_whitespace().next()?.parse().ok()?;
+            let time = statistics.split_whitespace().nth(field)?.parse().ok()?;
             wanted(name.trim_end()).then(|| Duration::from_nanos(time))
         });
         times.sum()
