@@ -8,6 +8,7 @@ mod network;
 mod pattern;
 mod process;
 mod requirements;
+mod traffic;
 mod watchdog;
 
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
@@ -17,6 +18,7 @@ pub use network::{HostTap, PacketSocket, interface_exists, tap_name};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{Bantam, Ended, Running, unprivileged, with_devices};
 pub use requirements::{lacks_kvm, lacks_namespaces, lacks_taps};
+pub use traffic::Traffic;
 
 /// Ends a test that cannot run on this host: it fails with the reason, unless the environment
 /// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, SockaddrLike, bind, setsockopt,
-    socket,
+    AddressFamily, LinkAddr, SockFlag, SockType, SockaddrLike, bind, setsockopt, socket,
 };
 use nix::sys::time::TimeVal;
 
@@ -103,17 +102,8 @@ impl PacketSocket {
     ///
     /// When there is no such interface, or it cannot be opened.
     pub fn open(name: &str) -> Self {
-        let socket = socket(
-            AddressFamily::Packet,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::EthAll,
-        )
-        .expect("root may open packet sockets");
-        let index = if_nametoindex(name).expect("the interface exists");
-        bind(socket.as_raw_fd(), &link_address(index)).expect("the interface can be bound to");
         Self {
-            socket: socket.into(),
+            socket: packet_socket(name, libc::ETH_P_ALL as u16),
         }
     }
 
@@ -155,10 +145,30 @@ impl PacketSocket {
     }
 }
 
-fn link_address(interface_index: u32) -> LinkAddr {
+/// A socket for whole Ethernet frames of an EtherType on the interface `name`.
+///
+/// # Panics
+///
+/// When there is no such interface, or it cannot be opened.
+pub(crate) fn packet_socket(name: &str, ether_type: u16) -> File {
+    // Without a protocol nothing arrives before the socket is bound.
+    let socket = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .expect("root may open packet sockets");
+    let index = if_nametoindex(name).expect("the interface exists");
+    let address = link_address(index, ether_type);
+    bind(socket.as_raw_fd(), &address).expect("the interface can be bound to");
+    socket.into()
+}
+
+fn link_address(interface_index: u32, ether_type: u16) -> LinkAddr {
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
-        sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+        sll_protocol: ether_type.to_be(),
         sll_ifindex: interface_index as i32,
         sll_hatype: 0,
         sll_pkttype: 0,

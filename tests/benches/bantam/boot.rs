@@ -7,9 +7,9 @@ use std::time::Duration;
 use bantam_tests::{Kernel, RootFileSystem};
 use bantam_vmm::host::guest_kernel_parameters;
 
-use crate::monitors::{Guest, Monitor, Monitors};
+use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors};
 use crate::process::Process;
-use crate::report::{Goal, Report, Row};
+use crate::report::{Goal, Peer, Report, Row};
 
 const RUNS: usize = 5;
 /// Without hardware virtualization a boot takes a quarter of a minute on an idle host.
@@ -29,7 +29,10 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
             "console=ttyS0 root=/dev/vda rw reboot=k panic=-1 quiet bantam.mode={mode}"
         ),
         memory_mib: 128,
-        disk: Some(disk),
+        disk: Some(Disk {
+            image: disk,
+            access: DiskAccess::Default,
+        }),
         tap: None,
     }
 }
@@ -74,7 +77,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
             name: format!("boot: start to first line of init, {name}"),
             unit: "s",
             bantam: all(&bantam),
-            peer: Some(all(peer)),
+            peer: Some(Peer::monitor(all(peer))),
             goal,
         });
     };

@@ -3,10 +3,14 @@
 //!
 //! Prints a table, and writes its rows to `bench/results.json` in cargo's target folder.
 
+mod block;
 mod boot;
+mod host_io;
+mod load;
 mod many;
 mod memory;
 mod monitors;
+mod net;
 mod process;
 mod report;
 mod start;
@@ -22,11 +26,13 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 6] = [
     ("start", start::measure),
     ("boot", boot::measure),
     ("memory", memory::measure),
     ("many", many::measure),
+    ("block", block::measure),
+    ("net", net::measure),
 ];
 
 fn main() {

@@ -13,7 +13,7 @@ use bantam_vmm::{Console, Machine};
 use crate::memory::MonitorMemory;
 use crate::monitors::{Guest, Monitor, Monitors};
 use crate::process::Process;
-use crate::report::{Goal, Report, Row};
+use crate::report::{Goal, Peer, Report, Row};
 use crate::statistics::Samples;
 
 const MACHINES: usize = 100;
@@ -54,14 +54,14 @@ fn measure_processes(monitors: &Monitors, taps: &[String], report: &mut Report) 
         name: format!("many: {MACHINES} processes, start to idle guest, each"),
         unit: "ms",
         bantam: bantam.times,
-        peer: Some(qemu.times),
+        peer: Some(Peer::monitor(qemu.times)),
         goal: Goal::None,
     });
     report.add(Row {
         name: format!("many: {MACHINES} processes, memory without guest memory, Pss, each"),
         unit: "MiB",
         bantam: bantam.memory,
-        peer: Some(qemu.memory),
+        peer: Some(Peer::monitor(qemu.memory)),
         goal: Goal::None,
     });
     report.add(Row {

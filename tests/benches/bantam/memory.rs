@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use crate::boot::{FIRST_LINE, LIMIT, STOP_LIMIT, linux_guest};
 use crate::monitors::{Monitor, Monitors};
 use crate::process::Process;
-use crate::report::{Goal, Report, Row};
+use crate::report::{Goal, Peer, Report, Row};
 
 const RUNS: usize = 3;
 const MIB: f64 = (1 << 20) as f64;
@@ -120,7 +120,9 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
             name: name.to_owned(),
             unit: "MiB",
             bantam: turns.iter().map(|[bantam, _]| mib(bantam)).collect(),
-            peer: Some(turns.iter().map(|[_, qemu]| mib(qemu)).collect()),
+            peer: Some(Peer::monitor(
+                turns.iter().map(|[_, qemu]| mib(qemu)).collect(),
+            )),
             goal,
         });
     };

@@ -42,10 +42,30 @@ pub struct Guest {
     pub command_line: String,
     /// Memory in MiB.
     pub memory_mib: u64,
-    /// Raw image of a virtio-blk disk.
-    pub disk: Option<PathBuf>,
-    /// Name of a tap interface for a virtio-net device. Bantam only.
+    /// A virtio-blk disk.
+    pub disk: Option<Disk>,
+    /// Name of a tap interface for a virtio-net device; the peer takes only one that exists.
     pub tap: Option<String>,
+}
+
+/// A virtio-blk disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// Raw image.
+    pub image: PathBuf,
+    /// How a monitor reads and writes it.
+    pub access: DiskAccess,
+}
+
+/// How a monitor reads and writes a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskAccess {
+    /// As each monitor does when it is told nothing.
+    Default,
+    /// Through the page cache, as fast as each monitor can: the peer by io_uring in an I/O thread.
+    Cached,
+    /// The same past the page cache (`O_DIRECT`).
+    Direct,
 }
 
 /// Where the monitors are.
@@ -133,7 +153,11 @@ impl Monitors {
         // The peer's machine has none.
         command.args(["--rng", "off"]);
         if let Some(disk) = &guest.disk {
-            command.arg("--disk").arg(disk);
+            let mut value = disk.image.clone().into_os_string();
+            if disk.access == DiskAccess::Direct {
+                value.push(",cache=none");
+            }
+            command.arg("--disk").arg(value);
         }
         if let Some(tap) = &guest.tap {
             command.arg("--net").arg(format!("tap={tap}"));
@@ -143,7 +167,6 @@ impl Monitors {
 
     /// The leanest machine that runs the guest, which is told `words` on a host where it needs any.
     fn qemu_command(&self, guest: &Guest, words: &str) -> Command {
-        assert!(guest.tap.is_none(), "networks are not compared");
         let mut command_line = guest.command_line.clone();
         let mut cpu = "host";
         if guest_kernel_parameters().is_some() {
@@ -164,11 +187,33 @@ impl Monitors {
         command.args(["-m", &guest.memory_mib.to_string()]);
         command.arg("-kernel").arg(&guest.kernel);
         command.args(["-append", &command_line]);
+        // Its threads have names only if they are asked to.
+        command.args(["-name", "guest,debug-threads=on"]);
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
         if let Some(disk) = &guest.disk {
-            let path = disk.to_str().expect("the benchmarks chose the name");
-            command.args(["-global", "virtio-mmio.force-legacy=false"]);
-            command.args(["-device", "virtio-blk-device,drive=disk"]);
-            command.args(["-drive", &format!("id=disk,file={path},format=raw,if=none")]);
+            let path = disk.image.to_str().expect("the benchmarks chose the name");
+            let drive = format!("id=disk,file={path},format=raw,if=none");
+            let (drive, device) = match disk.access {
+                DiskAccess::Default => (drive, "virtio-blk-device,drive=disk"),
+                DiskAccess::Cached | DiskAccess::Direct => {
+                    command.args(["-object", "iothread,id=io"]);
+                    let cache = if disk.access == DiskAccess::Direct {
+                        "cache=writeback,cache.direct=on"
+                    } else {
+                        "cache=writeback"
+                    };
+                    (
+                        format!("{drive},aio=io_uring,{cache}"),
+                        "virtio-blk-device,drive=disk,iothread=io",
+                    )
+                }
+            };
+            command.args(["-drive", &drive, "-device", device]);
+        }
+        if let Some(tap) = &guest.tap {
+            let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
+            command.args(["-netdev", &netdev]);
+            command.args(["-device", "virtio-net-device,netdev=net"]);
         }
         command
     }

@@ -78,20 +78,57 @@ impl Process {
         Duration::from_secs_f64(ticks / CLOCK_TICKS)
     }
 
+    /// CPU time that those of its threads have taken so far whose names are `wanted`, of threads
+    /// that exist now.
+    pub fn threads_cpu(&self, wanted: impl Fn(&str) -> bool) -> Duration {
+        self.threads_time(0, wanted)
+    }
+
+    /// How long its threads that exist now have so far been ready to run without a CPU to run on.
+    pub fn threads_cpu_wait(&self) -> Duration {
+        self.threads_time(1, |_| true)
+    }
+
+    /// Sum of a field of the threads' `schedstat`: the time on a CPU, then that of waiting for one, in
+    /// nanoseconds (Documentation/scheduler/sched-stats.rst).
+    fn threads_time(&self, field: usize, wanted: impl Fn(&str) -> bool) -> Duration {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid))
+            .expect("the process exists until it is reaped");
+        let times = threads.filter_map(|thread| {
+            let folder = thread.ok()?.path();
+            // A thread may end while it is looked at.
+            let name = fs::read_to_string(folder.join("comm")).ok()?;
+            let statistics = fs::read_to_string(folder.join("schedstat")).ok()?;
+            let time = statistics.split_whitespace().nth(field)?.parse().ok()?;
+            wanted(name.trim_end()).then(|| Duration::from_nanos(time))
+        });
+        times.sum()
+    }
+
     /// Waits until it has printed `text`, and returns the time since its start.
     ///
     /// # Panics
     ///
     /// When it has not printed that by the time `limit` since its start.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Duration {
-        loop {
-            if self.has_printed(text) {
-                return self.started.elapsed();
-            }
+        if !self.prints(text, limit) {
+            panic!("it ended without printing '{text}':\n{}", self.text());
+        }
+        self.started.elapsed()
+    }
+
+    /// Waits until it has printed `text`; `false` when it ends without.
+    ///
+    /// # Panics
+    ///
+    /// When neither has happened by the time `limit` since its start.
+    pub fn prints(&mut self, text: &str, limit: Duration) -> bool {
+        while !self.has_printed(text) {
             if !self.read(limit) {
-                panic!("it ended without printing '{text}':\n{}", self.text());
+                return false;
             }
         }
+        true
     }
 
     /// Waits for its end, which must be a success.
@@ -123,7 +160,8 @@ impl Process {
         windows.any(|window| window == text.as_bytes())
     }
 
-    fn text(&self) -> String {
+    /// What it has printed so far.
+    pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.printed).into_owned()
     }
 

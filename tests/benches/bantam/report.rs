@@ -16,8 +16,36 @@ pub enum Goal {
     AtMost(f64),
     /// At most this share of the peer's.
     RatioAtMost(f64),
+    /// At least this share of the peer's.
+    RatioAtLeast(f64),
     /// Nothing in particular: the row is for information.
     None,
+}
+
+/// What Bantam is compared with in a row.
+#[derive(Debug)]
+pub struct Peer {
+    /// `None` is the other monitor.
+    name: Option<&'static str>,
+    samples: Samples,
+}
+
+impl Peer {
+    /// The other monitor.
+    pub fn monitor(samples: Samples) -> Self {
+        Self {
+            name: None,
+            samples,
+        }
+    }
+
+    /// Something else.
+    pub fn named(name: &'static str, samples: Samples) -> Self {
+        Self {
+            name: Some(name),
+            samples,
+        }
+    }
 }
 
 /// One row: Bantam's measurements, and the peer's where there are any.
@@ -30,14 +58,14 @@ pub struct Row {
     /// Bantam's.
     pub bantam: Samples,
     /// The peer's.
-    pub peer: Option<Samples>,
+    pub peer: Option<Peer>,
     /// What Bantam's should be.
     pub goal: Goal,
 }
 
 impl Row {
     fn ratio(&self) -> Option<f64> {
-        let peer = self.peer.as_ref()?.median();
+        let peer = self.peer.as_ref()?.samples.median();
         Some(self.bantam.median() / peer)
     }
 
@@ -45,14 +73,18 @@ impl Row {
         match self.goal {
             Goal::AtMost(limit) => self.bantam.median() <= limit,
             Goal::RatioAtMost(limit) => self.ratio().is_some_and(|ratio| ratio <= limit),
+            Goal::RatioAtLeast(limit) => self.ratio().is_some_and(|ratio| ratio >= limit),
             Goal::None => true,
         }
     }
 
     fn goal_text(&self) -> Option<String> {
+        let peer = self.peer.as_ref().and_then(|peer| peer.name);
+        let peer = peer.unwrap_or(PEER);
         match self.goal {
             Goal::AtMost(limit) => Some(format!("at most {limit} {}", self.unit)),
-            Goal::RatioAtMost(limit) => Some(format!("at most {limit} of {PEER}'s")),
+            Goal::RatioAtMost(limit) => Some(format!("at most {limit} of {peer}'s")),
+            Goal::RatioAtLeast(limit) => Some(format!("at least {limit} of {peer}'s")),
             Goal::None => None,
         }
     }
@@ -99,13 +131,16 @@ impl Report {
     /// Prints the table.
     pub fn print(&self) {
         let mut table =
-            vec![["", "unit", "bantam", PEER, "ratio", "goal", "met"].map(String::from)];
+            vec![["", "unit", "bantam", "peer", "ratio", "goal", "met"].map(String::from)];
         for row in &self.rows {
             table.push([
                 row.name.clone(),
                 row.unit.to_owned(),
                 cell(&row.bantam),
-                row.peer.as_ref().map(cell).unwrap_or_default(),
+                row.peer
+                    .as_ref()
+                    .map(|peer| cell(&peer.samples))
+                    .unwrap_or_default(),
                 row.ratio()
                     .map(|ratio| format!("{ratio:.3}"))
                     .unwrap_or_default(),
@@ -142,8 +177,11 @@ impl Report {
                 name: &row.name,
                 unit: row.unit,
                 bantam: row.bantam.median(),
-                peer_name: row.peer.is_some().then_some(&*self.peer_name),
-                peer: row.peer.as_ref().map(Samples::median),
+                peer_name: row
+                    .peer
+                    .as_ref()
+                    .map(|peer| peer.name.unwrap_or(&self.peer_name)),
+                peer: row.peer.as_ref().map(|peer| peer.samples.median()),
                 ratio: row.ratio(),
                 goal: row.goal_text(),
                 met: row.is_met(),

@@ -7,7 +7,7 @@ use bantam_tests::payload;
 
 use crate::monitors::{Guest, Monitor, Monitors};
 use crate::process::{Ended, Process};
-use crate::report::{Goal, Report, Row};
+use crate::report::{Goal, Peer, Report, Row};
 
 const RUNS: usize = 31;
 const LIMIT: Duration = Duration::from_secs(30);
@@ -33,7 +33,9 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
                 .iter()
                 .map(|[bantam, _]| milliseconds(bantam))
                 .collect(),
-            peer: Some(turns.iter().map(|[_, qemu]| milliseconds(qemu)).collect()),
+            peer: Some(Peer::monitor(
+                turns.iter().map(|[_, qemu]| milliseconds(qemu)).collect(),
+            )),
             goal: Goal::RatioAtMost(limit),
         });
     };

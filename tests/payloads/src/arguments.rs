@@ -70,8 +70,9 @@ fn parse_window(text: &str) -> Option<VirtioMmioWindow> {
     })
 }
 
-/// A number as Linux writes sizes: decimal or hexadecimal, perhaps with a suffix K, M or G.
-fn parse_number(text: &str) -> Option<u64> {
+/// A number as Linux writes sizes: decimal or hexadecimal, perhaps with a suffix K, M or G. `None`
+/// when it is none, or too large.
+pub fn parse_number(text: &str) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()? {
         b'K' | b'k' => (&text[..text.len() - 1], 10),
         b'M' | b'm' => (&text[..text.len() - 1], 20),
@@ -82,5 +83,5 @@ fn parse_number(text: &str) -> Option<u64> {
         Some(hexadecimal) => u64::from_str_radix(hexadecimal, 16).ok()?,
         None => digits.parse().ok()?,
     };
-    number.checked_shl(shift)
+    number.checked_mul(1 << shift)
 }

@@ -2,9 +2,10 @@
 //! out last is ever taken back, which is enough for buffers that live for one check.
 
 use core::alloc::{GlobalAlloc, Layout};
+use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::boot_info::MemoryRange;
+use crate::boot_info::{BootInfo, MemoryRange};
 
 /// Most memory the heap takes: the monitor may have left an initrd higher up.
 const MAX_SIZE: u64 = 8 << 20;
@@ -64,6 +65,16 @@ pub fn image_end() -> u64 {
 /// First address after the heap.
 pub fn end() -> u64 {
     HEAP.end.load(Ordering::Relaxed) as u64
+}
+
+/// RAM after the heap, in the same range of the memory map; a payload that boots without an initrd
+/// may use it as it likes.
+pub fn memory_after() -> Range<u64> {
+    let start = end();
+    let range = BootInfo::get()
+        .ram()
+        .find(|range| (range.address..=range.end()).contains(&start));
+    start..range.map_or(start, |range| range.end())
 }
 
 /// Calls `work`, then takes back all memory it was given.

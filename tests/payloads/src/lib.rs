@@ -22,6 +22,7 @@ mod memory_functions;
 pub mod mmio;
 pub mod mp_table;
 pub mod paging;
+pub mod pci;
 pub mod port;
 pub mod processors;
 pub mod random;

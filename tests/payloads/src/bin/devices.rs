@@ -24,7 +24,7 @@ use runtime::virtio::block::{
 };
 use runtime::virtio::net::{Header, Net, OFFLOADS, net_feature};
 use runtime::virtio::rng::Rng;
-use runtime::virtio::{Buffer, Completion, Error, MmioDevice, device_id, wait_for_used};
+use runtime::virtio::{Buffer, Completion, Error, MmioDevice, Transport, device_id, wait_for_used};
 use runtime::{arguments, interrupts, payload, println, report};
 
 const FIRST_DEVICE_VECTOR: u8 = 0x50;

@@ -3,7 +3,8 @@
 use alloc::vec::Vec;
 
 use super::{
-    Buffer, Completion, Error, MmioDevice, SplitQueue, Used, device_id, feature, wait_for_used,
+    Buffer, Completion, Error, MmioDevice, SplitQueue, Transport, Used, device_id, feature,
+    wait_for_used,
 };
 
 /// Size of the sectors that requests count in.

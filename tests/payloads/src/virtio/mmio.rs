@@ -1,16 +1,12 @@
 //! The virtio-mmio transport, version 2 (section 4.2.2).
 
-use core::time::Duration;
-
 use super::queue::SplitQueue;
 use super::{Error, feature, status};
 use crate::arguments::VirtioMmioWindow;
 use crate::mmio::{read_8, read_16, read_32, write_8, write_16, write_32};
-use crate::time::Deadline;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
-const RESET_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Offsets of the registers.
 #[expect(missing_docs, reason = "named as in section 4.2.2")]
@@ -143,23 +139,6 @@ impl MmioDevice {
         self.status() & status::NEEDS_RESET != 0
     }
 
-    /// Resets the device and waits until it has.
-    ///
-    /// # Errors
-    ///
-    /// When its status does not become zero.
-    pub fn reset(&self) -> Result<(), Error> {
-        self.write(register::STATUS, 0);
-        let deadline = Deadline::after(RESET_TIMEOUT);
-        loop {
-            match self.status() {
-                0 => return Ok(()),
-                status if deadline.passed() => return Err(Error::NotReset(status)),
-                _ => core::hint::spin_loop(),
-            }
-        }
-    }
-
     /// All features the device offers.
     pub fn offered_features(&self) -> u64 {
         self.write(register::DEVICE_FEATURES_SELECT, 1);
@@ -176,30 +155,6 @@ impl MmioDevice {
         self.write(register::DRIVER_FEATURES, features as u32);
     }
 
-    /// Device initialization (section 3.1.1) up to the negotiation of features: those of `wanted`
-    /// that the device offers, and `VERSION_1`. Returns what was negotiated.
-    ///
-    /// # Errors
-    ///
-    /// When the device cannot be reset, is a legacy one, or refuses what it has offered.
-    pub fn initialise(&self, wanted: u64) -> Result<u64, Error> {
-        self.reset()?;
-        self.write(register::STATUS, status::ACKNOWLEDGE);
-        self.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
-        let offered = self.offered_features();
-        if offered & feature::VERSION_1 == 0 {
-            return Err(Error::Legacy(offered));
-        }
-        let accepted = offered & (wanted | feature::VERSION_1);
-        self.accept_features(accepted);
-        let before = status::ACKNOWLEDGE | status::DRIVER;
-        self.write(register::STATUS, before | status::FEATURES_OK);
-        if self.status() & status::FEATURES_OK == 0 {
-            return Err(Error::FeaturesRefused(accepted));
-        }
-        Ok(accepted)
-    }
-
     /// The most descriptors that queue `index` takes; zero where there is no such queue.
     pub fn queue_size_max(&self, index: u16) -> u32 {
         self.write(register::QUEUE_SELECT, u32::from(index));
@@ -207,8 +162,8 @@ impl MmioDevice {
     }
 
     /// Makes a queue of at most `size` descriptors for queue `index`, in memory of the heap, and
-    /// gives it to the device. Comes after [`initialise`](Self::initialise), whose result says
-    /// which features hold.
+    /// gives it to the device. Comes after [`initialise`](super::Transport::initialise), whose
+    /// result says which features hold.
     ///
     /// # Errors
     ///
@@ -253,14 +208,6 @@ impl MmioDevice {
         self.write(register::QUEUE_DEVICE_LOW, addresses.used as u32);
         self.write(register::QUEUE_DEVICE_HIGH, (addresses.used >> 32) as u32);
         self.write(register::QUEUE_READY, 1);
-    }
-
-    /// Ends the initialization: the device is live.
-    pub fn set_driver_ok(&self) {
-        self.write(
-            register::STATUS,
-            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
-        );
     }
 
     /// Rings the doorbell of queue `index`.

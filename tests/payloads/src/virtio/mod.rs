@@ -10,11 +10,17 @@ use crate::time::Deadline;
 pub mod block;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod slot_queue;
+pub mod transport;
 
 pub use mmio::MmioDevice;
+pub use pci::PciDevice;
 pub use queue::{Buffer, SplitQueue, Used};
+pub use slot_queue::SlotQueue;
+pub use transport::Transport;
 
 /// Device ids (section 5).
 pub mod device_id {

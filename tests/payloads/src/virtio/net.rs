@@ -4,7 +4,9 @@ use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use super::{Buffer, Completion, Error, MmioDevice, SplitQueue, device_id, feature, wait_for_used};
+use super::{
+    Buffer, Completion, Error, MmioDevice, SplitQueue, Transport, device_id, feature, wait_for_used,
+};
 
 /// Feature bits.
 pub mod net_feature {

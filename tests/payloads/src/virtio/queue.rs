@@ -16,8 +16,8 @@ pub const DESCRIPTOR_WRITE: u16 = 2;
 /// Flag of a descriptor: the buffer is a table of descriptors.
 pub const DESCRIPTOR_INDIRECT: u16 = 4;
 
-const AVAILABLE_NO_INTERRUPT: u16 = 1;
-const USED_NO_NOTIFY: u16 = 1;
+pub(super) const AVAILABLE_NO_INTERRUPT: u16 = 1;
+pub(super) const USED_NO_NOTIFY: u16 = 1;
 const PAGE_SIZE: usize = 4096;
 
 /// One entry of a descriptor table.

@@ -1,6 +1,8 @@
 //! A driver of the entropy device (section 5.4).
 
-use super::{Buffer, Completion, Error, MmioDevice, SplitQueue, device_id, feature, wait_for_used};
+use super::{
+    Buffer, Completion, Error, MmioDevice, SplitQueue, Transport, device_id, feature, wait_for_used,
+};
 
 /// An entropy device.
 pub struct Rng {

@@ -3,7 +3,7 @@
 use core::time::Duration;
 use runtime::time;
 use runtime::virtio::mmio::register;
-use runtime::virtio::{device_id, status};
+use runtime::virtio::{Transport, device_id, status};
 
 use crate::target::{Expected, Outcome, Session, Target};
 

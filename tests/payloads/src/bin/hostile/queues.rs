@@ -1,6 +1,7 @@
 //! Queues that no device can serve.
 
 use runtime::mmio::UNUSED_PAGE;
+use runtime::virtio::Transport;
 use runtime::virtio::mmio::{QueueAddresses, register};
 
 use crate::target::{Expected, Outcome, Session, Target, end_of_low_ram};

@@ -3,6 +3,7 @@
 use alloc::vec;
 use runtime::mmio;
 use runtime::random::Random;
+use runtime::virtio::Transport;
 use runtime::virtio::mmio::register;
 
 use crate::target::{Expected, Outcome, Target, end_of_low_ram};

@@ -10,7 +10,7 @@ use runtime::virtio::block::{Block, RequestHeader, RequestType, SECTOR_SIZE, STA
 use runtime::virtio::net::{HEADER_SIZE, Header, Net};
 use runtime::virtio::queue::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor};
 use runtime::virtio::rng::Rng;
-use runtime::virtio::{Completion, Error, MmioDevice, SplitQueue, device_id, feature};
+use runtime::virtio::{Completion, Error, MmioDevice, SplitQueue, Transport, device_id, feature};
 use runtime::{arguments, heap, report};
 
 const QUEUE_SIZE: u16 = 16;
