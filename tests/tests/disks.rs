@@ -2,8 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use bantam_tests::{Bantam, require_kvm};
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 const DISK_SIZE: usize = 4 << 20;
@@ -19,17 +22,72 @@ fn image() -> (TempDir, PathBuf) {
 #[test]
 fn every_engine_does_all_requests_in_every_cache_mode() {
     require_kvm!();
-    for engine in ["auto", "io_uring", "sync"] {
-        for cache in ["writeback", "writethrough", "none", "unsafe"] {
-            let (_folder, path) = image();
-            let ended = Bantam::payload("devices")
-                .disk(&path, &format!(",engine={engine},cache={cache}"))
-                .append("block-test=write")
+    for kind in all_kinds() {
+        let (_folder, path) = image();
+        let ended = Bantam::payload("devices")
+            .disk(&path, &kind)
+            .append("block-test=write")
+            .finish();
+        ended.passed();
+        // The lock is gone with the machine.
+        Bantam::payload("hello").disk(&path, "").finish().passed();
+    }
+}
+
+/// Every combination of engine and cache mode, as it follows the path of a disk.
+fn all_kinds() -> impl Iterator<Item = String> {
+    ["auto", "io_uring", "sync"].iter().flat_map(|engine| {
+        ["writeback", "writethrough", "none", "unsafe"]
+            .iter()
+            .map(move |cache| format!(",engine={engine},cache={cache}"))
+    })
+}
+
+#[test]
+fn no_data_is_mixed_up() {
+    require_kvm!();
+    let blocks = DISK_SIZE / 4096;
+    for kind in all_kinds() {
+        let (_folder, path) = image();
+        for words in [
+            format!("mode=write pattern=seq operations={blocks}"),
+            "mode=mixed pattern=random operations=1000".into(),
+        ] {
+            let ended = Bantam::payload("load")
+                .disk(&path, &kind)
+                .append(format!("test=block verify seed=3 depth=64 {words}"))
                 .finish();
             ended.passed();
-            // The lock is gone with the machine.
-            Bantam::payload("hello").disk(&path, "").finish().passed();
         }
+    }
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_monitor_that_is_killed() {
+    require_kvm!();
+    let blocks = DISK_SIZE / 4096;
+    for kind in all_kinds() {
+        let (_folder, path) = image();
+        let load = |words: &str| {
+            Bantam::payload("load").disk(&path, &kind).append(format!(
+                "test=block verify seed=5 depth=32 pattern=seq {words}"
+            ))
+        };
+        let machine = load(&format!("mode=write operations={blocks} finish=hang")).start();
+        machine.wait_for_output("PASS");
+        machine.signal(Signal::SIGKILL);
+        machine.wait();
+        // Whose lock is free at once.
+        load(&format!("mode=read operations={blocks}"))
+            .finish()
+            .passed();
+
+        let machine = load("mode=write seconds=60").start();
+        machine.wait_for_output("load: ready");
+        thread::sleep(Duration::from_millis(20));
+        machine.signal(Signal::SIGKILL);
+        machine.wait();
+        Bantam::payload("hello").disk(&path, "").finish().passed();
     }
 }
 
