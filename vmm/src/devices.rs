@@ -10,7 +10,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::serial::{Serial, SerialWorker};
-use bantam_devices::tap::Tap;
+use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::block::Block;
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::Net;
@@ -18,7 +18,7 @@ use bantam_devices::virtio::rng::Rng;
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
-use crate::config::{DiskConfig, Mtu, NetConfig, SerialConfig};
+use crate::config::{DiskConfig, Mtu, NetConfig, QueuePairs, SerialConfig};
 use crate::control::Control;
 use crate::error::Error;
 use crate::serial::{self, Console, SerialGuard};
@@ -117,11 +117,27 @@ impl<'a> VirtioDevices<'a> {
         Ok(disks)
     }
 
-    /// Attaches the network interfaces that `configs` name.
-    pub(crate) fn attach_networks(&mut self, configs: &[NetConfig]) -> Result<(), Error> {
+    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs.
+    pub(crate) fn attach_networks(
+        &mut self,
+        configs: &[NetConfig],
+        vcpu_count: u8,
+    ) -> Result<(), Error> {
         for config in configs {
             let mtu = config.mtu.map(Mtu::get);
-            let tap = Tap::open(config.tap.as_str(), mtu)?;
+            let useful = vcpu_count.min(QueuePairs::MAX);
+            let queues = match config.queues {
+                Some(queues) => QueueCount::Exactly(queues.get().into()),
+                None => QueueCount::AtMost(useful.into()),
+            };
+            let tap = Tap::open(config.tap.as_str(), mtu, queues)?;
+            if config.queues.is_none() && tap.queues().len() < useful.into() {
+                tracing::info!(
+                    "tap '{}' was made with a single queue, so {vcpu_count} vCPUs share one; made \
+                     with 'multi_queue', it has one for each",
+                    config.tap
+                );
+            }
             let device = Net::new(tap, config.mac_address().bytes(), mtu);
             self.attach(
                 format!("network interface '{}'", config.tap),

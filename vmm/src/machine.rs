@@ -64,7 +64,7 @@ impl Machine {
         attach_power_control(&mut ports, &control)?;
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks)?;
-        virtio.attach_networks(&config.nets)?;
+        virtio.attach_networks(&config.nets, config.cpus.get())?;
         if config.rng {
             virtio.attach_entropy()?;
         }

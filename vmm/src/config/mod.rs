@@ -32,7 +32,7 @@ use serde::de::value::Error as ValueError;
 pub use disk::{DiskConfig, DiskId};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
-pub use net::{InterfaceName, MacAddress, Mtu, NetConfig};
+pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use options::MachineOptions;
 pub use serial::SerialConfig;
 pub use vcpu_count::VcpuCount;

@@ -6,13 +6,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
-use super::{DriverError, Halt, MAX_PACKET_SIZE};
+use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
-use crate::tap::{PACKET_HEADER_SIZE, Tap, is_gone};
-use crate::virtio::{Chain, PacketRead, VirtQueue, VirtioInterrupt};
-
-/// Most packets received before other devices have their turn.
-const MAX_PACKETS_PER_TURN: usize = 256;
+use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
+use crate::virtio::{Chain, PacketRead, QueueError, VirtQueue, VirtioInterrupt};
 
 /// Offset of `num_buffers` in the header of a packet (section 5.1.6).
 const BUFFER_COUNT_OFFSET: usize = 10;
@@ -73,39 +70,62 @@ impl Receiver {
         self.queue.as_raw_fd()
     }
 
-    pub(super) fn clear_doorbell(&self) {
-        self.queue.clear_doorbell();
+    /// Puts the queue off to a later turn.
+    pub(super) fn ring_doorbell(&self) {
+        self.queue.ring_doorbell();
     }
 
-    /// Receives what the tap has, for one turn at most. One interrupt tells the driver of it all.
+    /// Receives what the tap has, for one turn at most.
     pub(super) fn receive(
         &mut self,
-        tap: &Tap,
+        tap: &TapQueue,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell()?;
-        let mut delivered = false;
-        let mut halt = Halt::Tap;
+        let mut unreported = 0;
+        let result = self.receive_turn(tap, interrupt, dropped, &mut unreported);
+        // The driver hears of what was received, even when it has broken the rules after that.
+        self.report(&mut unreported, interrupt)?;
+        result
+    }
+
+    fn receive_turn(
+        &mut self,
+        tap: &TapQueue,
+        interrupt: &VirtioInterrupt,
+        dropped: &mut DroppedPackets,
+        unreported: &mut usize,
+    ) -> Result<Halt, DriverError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
             match self.receive_packet(tap, dropped)? {
-                Outcome::Delivered => delivered = true,
+                Outcome::Delivered => *unreported += 1,
                 Outcome::Dropped => {}
-                Outcome::Halted(reason) => {
-                    halt = reason;
-                    break;
-                }
+                Outcome::Halted(halt) => return Ok(halt),
+            }
+            if *unreported == PACKETS_PER_INTERRUPT {
+                self.report(unreported, interrupt)?;
             }
         }
-        if delivered && self.queue.needs_interrupt()? {
+        // The tap is ready at once if it has more.
+        Ok(Halt::Tap)
+    }
+
+    /// Tells the driver of the packets delivered since the last time, if it wants to know.
+    fn report(
+        &mut self,
+        unreported: &mut usize,
+        interrupt: &VirtioInterrupt,
+    ) -> Result<(), QueueError> {
+        if std::mem::take(unreported) > 0 && self.queue.needs_interrupt()? {
             interrupt.notify_used_buffer();
         }
-        Ok(halt)
+        Ok(())
     }
 
     fn receive_packet(
         &mut self,
-        tap: &Tap,
+        tap: &TapQueue,
         dropped: &mut DroppedPackets,
     ) -> Result<Outcome, DriverError> {
         let packet = match self.waiting.take() {

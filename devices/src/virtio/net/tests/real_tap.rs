@@ -8,6 +8,7 @@ use nix::sys::socket::sockopt::UdpGsoSegment;
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_HDR_GSO_UDP_L4;
 
 use super::*;
+use crate::tap::QueueCount;
 
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status();
@@ -68,7 +69,7 @@ fn the_host_and_the_driver_exchange_packets() {
         eprintln!("skipped: this user cannot create taps here");
         return;
     }
-    let tap = Tap::open(&name, Some(1500)).unwrap();
+    let tap = Tap::open(&name, Some(1500), QueueCount::Exactly(1)).unwrap();
     ip(&format!("addr add 198.51.100.5/30 dev {name}"));
     let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], Some(1500));
     let features = net.features();
