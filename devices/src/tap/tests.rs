@@ -75,6 +75,39 @@ fn a_created_tap_is_up_and_vanishes() {
 }
 
 #[test]
+fn a_tap_has_the_queues_that_it_was_made_with() {
+    if !may_create_taps() {
+        return;
+    }
+    let (single, many) = (name('h'), name('i'));
+    ip(&format!("tuntap add dev {single} mode tap"));
+    ip(&format!("tuntap add dev {many} mode tap multi_queue"));
+    for (name, queues, expected) in [
+        (&single, QueueCount::Exactly(1), 1),
+        (&single, QueueCount::AtMost(4), 1),
+        (&many, QueueCount::Exactly(1), 1),
+        (&many, QueueCount::AtMost(4), 4),
+        (&many, QueueCount::Exactly(8), 8),
+    ] {
+        let tap = Tap::open(name, None, queues).unwrap();
+        assert_eq!(tap.queues().len(), expected, "{queues:?}");
+        tap.use_queues(expected).unwrap();
+        let error = Tap::open(name, None, queues).unwrap_err().to_string();
+        assert!(error.contains("in use by another machine"), "{error}");
+        tap.use_queues(1).unwrap();
+        let error = Tap::open(name, None, queues).unwrap_err().to_string();
+        assert!(error.contains("in use by another machine"), "{error}");
+    }
+    let error = Tap::open(&single, None, QueueCount::Exactly(2)).unwrap_err();
+    assert!(error.to_string().contains("multi_queue"), "{error}");
+    ip(&format!("link del {single}"));
+    ip(&format!("link del {many}"));
+    let created = Tap::open(&many, None, QueueCount::Exactly(3)).unwrap();
+    assert!(created.created());
+    assert_eq!(created.queues().len(), 3);
+}
+
+#[test]
 fn an_existing_tap_is_left_as_it_is() {
     if !may_create_taps() {
         return;

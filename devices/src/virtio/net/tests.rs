@@ -1,5 +1,6 @@
 //! The whole device against a driver of our own and a socket in place of the tap.
 
+mod control_queue;
 mod real_tap;
 
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDrive
 
 const RECEIVE_RINGS: u64 = 0x1000;
 const TRANSMIT_RINGS: u64 = RECEIVE_RINGS + RINGS_SIZE;
+const CONTROL_RINGS: u64 = TRANSMIT_RINGS + RINGS_SIZE;
 /// The card's own address.
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Where the drivers of the tests keep their packets.
@@ -33,6 +35,7 @@ struct Machine {
     memory: Arc<GuestMemory>,
     receive: TestDriver,
     transmit: TestDriver,
+    control: TestDriver,
     interrupts: InterruptCounter,
     interrupt: Arc<VirtioInterrupt>,
     manager: EventManager<Subscriber>,
@@ -79,6 +82,7 @@ impl Machine {
         let event_index = features & F_EVENT_IDX != 0;
         let receive = TestDriver::new(&memory, RECEIVE_RINGS, 256);
         let transmit = TestDriver::new(&memory, TRANSMIT_RINGS, 256);
+        let control = TestDriver::new(&memory, CONTROL_RINGS, 256);
         let interrupts = InterruptCounter::default();
         let interrupt = interrupts.interrupt();
         let mut manager = EventManager::new().unwrap();
@@ -88,6 +92,7 @@ impl Machine {
             queues: vec![
                 receive.queue(0, event_index),
                 transmit.queue(1, event_index),
+                control.queue(2, event_index),
             ],
             interrupt: interrupt.clone(),
         }));
@@ -95,6 +100,7 @@ impl Machine {
             memory,
             receive,
             transmit,
+            control,
             interrupts,
             interrupt,
             manager,
