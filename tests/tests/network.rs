@@ -1,7 +1,7 @@
 //! Network devices, driven by bare-metal guests, and the tap interfaces of the host.
 
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::process::Command;
 use std::thread::sleep;
@@ -171,18 +171,22 @@ fn a_machine_outlives_its_tap() {
 
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status();
-    assert!(status.unwrap().success(), "ip {arguments}");
+    assert!(
+        status.is_ok_and(|status| status.success()),
+        "ip {arguments}"
+    );
 }
 
 /// Processor time that the devices of the machine `pid` have taken, in ticks of 10 ms.
 fn device_thread_ticks(pid: Pid) -> u64 {
-    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
-        let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
-        let (name, fields) = stat.rsplit_once(") ").unwrap();
-        if name.ends_with("(bantam-devices") {
-            let mut fields = fields.split(' ').skip(11).map(|field| field.parse::<u64>());
-            let (user, system) = (fields.next().unwrap(), fields.next().unwrap());
-            return user.unwrap() + system.unwrap();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the machine runs");
+    for task in tasks.flatten() {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        if let Some((name, fields)) = stat.rsplit_once(") ")
+            && name.ends_with("(bantam-devices")
+        {
+            let times = fields.split(' ').skip(11).take(2);
+            return times.filter_map(|time| time.parse::<u64>().ok()).sum();
         }
     }
     panic!("{pid} has no thread for devices");
@@ -234,21 +238,17 @@ fn linux_on_two_vcpus_uses_two_pairs_of_queues() {
 }
 
 fn accept(listener: &TcpListener) -> TcpStream {
-    listener.set_nonblocking(true).unwrap();
+    listener.set_nonblocking(true).expect("sockets can be");
     let mut accepted = None;
-    wait_until("the guest connects", || match listener.accept() {
-        Ok((stream, _)) => {
-            accepted = Some(stream);
-            true
-        }
-        Err(error) if error.kind() == ErrorKind::WouldBlock => false,
-        Err(error) => panic!("cannot accept: {error}"),
+    wait_until("the guest connects", || {
+        accepted = listener.accept().ok();
+        accepted.is_some()
     });
-    let stream = accepted.unwrap();
-    stream.set_nonblocking(false).unwrap();
+    let (stream, _) = accepted.expect("that was waited for");
     let limit = Some(Duration::from_secs(120));
-    stream.set_read_timeout(limit).unwrap();
-    stream.set_write_timeout(limit).unwrap();
+    stream.set_nonblocking(false).expect("sockets can be");
+    stream.set_read_timeout(limit).expect("sockets can be");
+    stream.set_write_timeout(limit).expect("sockets can be");
     stream
 }
 
