@@ -169,6 +169,31 @@ fn a_machine_outlives_its_tap() {
     assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
 }
 
+#[test]
+fn a_guest_that_takes_no_frames_costs_nothing() {
+    require_taps!();
+    let tap = tap_name();
+    let machine = Bantam::payload("devices")
+        .option("--net", format!("tap={tap}"))
+        .append("finish=hang")
+        .start();
+    machine.wait_for_output("PASS\n");
+    let socket = PacketSocket::open(&tap);
+    let frame = frame(GUEST_MAC, HOST_MAC, &pattern(1, 0, 1000));
+    // More than the guest has buffers for, and more than the tap holds.
+    let flood = || (0..3000).filter(|_| socket.send(&frame).is_ok()).count();
+    assert!(flood() >= 256);
+    let before = device_thread_ticks(machine.pid());
+    let deadline = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < deadline {
+        flood();
+    }
+    let ticks = device_thread_ticks(machine.pid()) - before;
+    assert!(ticks <= 5, "the devices have taken {ticks} of 50 ticks");
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+}
+
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status();
     assert!(
