@@ -6,6 +6,7 @@
 mod config;
 mod control;
 mod dropped;
+mod expected_size;
 mod filter;
 mod receive;
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
+use super::expected_size::ExpectedSize;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
@@ -22,16 +23,16 @@ struct EmptyBuffer {
 
 /// Puts packets into the buffers of the receive queue.
 ///
-/// The length of a packet is known only once it has been read, so buffers for the largest are
-/// taken from the queue beforehand and those that are left over kept for the next. A packet for
-/// which the driver had too few ends in `overflow`, from where it is copied to the buffers that
-/// the driver adds.
+/// The length of a packet is known only once it has been read, so buffers for one as large as is
+/// expected are taken from the queue beforehand and those that are left over kept for the next. A
+/// packet for which there were too few ends in `overflow`, from where it is copied to those that
+/// are taken then, or that the driver adds.
 pub(super) struct Receiver {
     queue: VirtQueue,
     /// Most buffers that a packet may be spread over.
     max_buffers: usize,
-    /// What buffers are taken for in advance, in bytes.
-    largest_packet: usize,
+    /// What buffers are taken for in advance.
+    expected: ExpectedSize,
     /// Every buffer taken from the queue, one behind the other.
     chain: Chain,
     /// What the buffers in `chain` are, in the same order.
@@ -48,7 +49,7 @@ impl Receiver {
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
         merges_buffers: bool,
-        largest_packet: usize,
+        expected: ExpectedSize,
     ) -> Receiver {
         Receiver {
             max_buffers: if merges_buffers {
@@ -57,7 +58,7 @@ impl Receiver {
                 1
             },
             queue,
-            largest_packet,
+            expected,
             chain: Chain::new(memory),
             buffers: VecDeque::new(),
             overflow: vec![0; MAX_PACKET_SIZE].into_boxed_slice(),
@@ -131,7 +132,7 @@ impl Receiver {
         let packet = match self.waiting.take() {
             Some(packet) => packet,
             None => {
-                if !self.take_buffers(self.largest_packet, 1)? {
+                if !self.take_buffers(self.expected.guess(), 1)? {
                     return Ok(Outcome::Halted(Halt::Driver));
                 }
                 let buffers = &mut self.chain.writable;
@@ -149,6 +150,7 @@ impl Receiver {
             }
         };
         let len = packet.in_list + packet.in_overflow;
+        self.expected.learn(len);
         // A tap puts a header before each packet: it can only have ended.
         if len < PACKET_HEADER_SIZE {
             return Ok(Outcome::Halted(Halt::TapGone));

@@ -11,6 +11,7 @@ use virtio_bindings::bindings::virtio_net::{
 use super::config::ConfigSpace;
 use super::control::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
+use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
@@ -107,10 +108,11 @@ impl Worker {
             queues,
             interrupt,
         } = activation;
-        let largest_packet = if features & GUEST_SEGMENTATION != 0 {
+        let usual_size = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu);
+        let largest_size = if features & GUEST_SEGMENTATION != 0 {
             MAX_PACKET_SIZE
         } else {
-            PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu)
+            usual_size
         };
         let merges_buffers = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let pair_count = if features & 1 << VIRTIO_NET_F_MQ != 0 {
@@ -125,7 +127,12 @@ impl Worker {
                 return Err(format!("{pair_count} pairs of queues have too few queues"));
             };
             pairs.push(QueuePair {
-                receiver: Receiver::new(receive_queue, &memory, merges_buffers, largest_packet),
+                receiver: Receiver::new(
+                    receive_queue,
+                    &memory,
+                    merges_buffers,
+                    ExpectedSize::new(usual_size, largest_size),
+                ),
                 transmitter: Transmitter::new(transmit_queue, &memory),
                 receive_halt: Halt::Driver,
                 transmit_halt: Halt::Driver,
