@@ -169,10 +169,11 @@ impl Receiver {
     }
 
     /// Takes buffers from the queue until there are `wanted` bytes, while it has any. `true` when
-    /// there are `required` bytes, or as many buffers as there may be; else the driver has been
-    /// asked to ring for the next.
+    /// there are `required` bytes, or as many buffers as there may be; else the doorbell is rung
+    /// for the next.
     fn take_buffers(&mut self, wanted: usize, required: usize) -> Result<bool, DriverError> {
-        loop {
+        // A driver may make buffers available and take them back without end.
+        for _ in 0..self.queue.size() {
             while self.chain.writable.len() < wanted
                 && self.buffers.len() < self.max_buffers
                 && self.take_buffer()?
@@ -185,6 +186,8 @@ impl Receiver {
             }
             self.queue.disable_doorbell()?;
         }
+        self.queue.ring_doorbell();
+        Ok(false)
     }
 
     /// Takes one buffer from the queue; `false` where it has none.

@@ -57,11 +57,12 @@ impl Transmitter {
         unreported: &mut usize,
     ) -> Result<Halt, QueueError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
-            while !self.queue.pop(&mut self.chain)? {
+            if !self.queue.pop(&mut self.chain)? {
                 if !self.queue.enable_doorbell()? {
                     return Ok(Halt::Driver);
                 }
                 self.queue.disable_doorbell()?;
+                continue;
             }
             if let Some(tap) = tap
                 && let Err(halt) = self.send(tap, dropped)
