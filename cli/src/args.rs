@@ -59,7 +59,8 @@ pub struct RunArgs {
     ///
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
-    /// readonly and id; a network device is a table [[net]] with the keys tap, mac and mtu.
+    /// readonly and id; a network device is a table [[net]] with the keys tap, mac, mtu
+    /// and queues.
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
     /// devices.
@@ -117,9 +118,10 @@ pub struct RunArgs {
 
     /// Network device for the guest; can be given more than once
     ///
-    /// NAME is a tap interface of the host, MAC the address of the guest's end, N the largest
-    /// packet in bytes.
-    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,mtu=N]")]
+    /// NAME is a tap interface of the host, MAC the address of the guest's end. mtu is the largest
+    /// packet in bytes; queues, 1 to 8, how many pairs of queues the device has [default: one for
+    /// each vCPU, where the tap has them].
+    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,mtu=N][,queues=N]")]
     pub nets: Vec<NetConfig>,
 
     /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]

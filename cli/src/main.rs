@@ -145,9 +145,9 @@ mod tests {
              invalid number of vCPUs '0': expected 1 to 32"
         );
         assert_eq!(
-            usage_error("bantam run --disk a,rw"),
-            "error: invalid value 'a,rw' for '--disk <PATH[,ro][,id=NAME]>': unknown option 'rw', \
-             expected one of 'path', 'readonly', 'ro', 'id'; a disk is PATH[,ro][,id=NAME]"
+            usage_error("bantam run --disk a,poll=1"),
+            "error: invalid value 'a,poll=1' for '--disk <PATH[,ro][,id=NAME][,KEY=VALUE]...>': \
+             'poll' is on or off; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
     }
 

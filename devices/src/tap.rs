@@ -1,15 +1,21 @@
 //! Tap interfaces: the host's end of a guest's network card.
 
+mod error;
+
 use std::ffi::{c_char, c_int, c_short};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::ifreq;
 use nix::errno::Errno;
-use nix::net::if_::if_nametoindex;
+
+pub use error::TapError;
+use error::{attach_error, control_error};
 
 /// The device that makes taps.
 const CONTROL_DEVICE: &str = "/dev/net/tun";
@@ -31,90 +37,14 @@ mod request {
     nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, ifreq);
     nix::ioctl_read_bad!(get_flags, libc::TUNGETIFF, ifreq);
     nix::ioctl_write_int_bad!(set_offloads, libc::TUNSETOFFLOAD);
+    nix::ioctl_write_ptr_bad!(set_filter, libc::TUNSETTXFILTER, u8);
+    nix::ioctl_write_ptr_bad!(set_queue, libc::TUNSETQUEUE, ifreq);
     nix::ioctl_write_ptr_bad!(set_header_size, libc::TUNSETVNETHDRSZ, c_int);
 
     nix::ioctl_read_bad!(get_interface_flags, libc::SIOCGIFFLAGS, ifreq);
     nix::ioctl_write_ptr_bad!(set_interface_flags, libc::SIOCSIFFLAGS, ifreq);
     nix::ioctl_read_bad!(get_mtu, libc::SIOCGIFMTU, ifreq);
     nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, ifreq);
-}
-
-/// Why a tap cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TapError {
-    /// No interface can have this name.
-    #[error("cannot use tap '{name}': {reason}")]
-    Name {
-        /// The name given.
-        name: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// The device that makes taps cannot be opened.
-    #[error("cannot open {CONTROL_DEVICE} for tap '{name}': {source}{remedy}")]
-    Control {
-        /// The tap.
-        name: String,
-        /// Why not.
-        source: io::Error,
-        /// What may help, as a continuation of the line.
-        remedy: &'static str,
-    },
-    /// There is no such tap, and this user may not make one.
-    #[error(
-        "cannot create tap '{name}': not permitted; run as root, or have root create it by \
-         'ip tuntap add dev {name} mode tap user USER && ip link set {name} up'"
-    )]
-    MayNotCreate {
-        /// The tap.
-        name: String,
-    },
-    /// There is such a tap, and it is not this user's.
-    #[error(
-        "cannot attach to tap '{name}': not permitted, as it belongs to another user; run as root, \
-         or have root create it anew with 'user USER'"
-    )]
-    MayNotAttach {
-        /// The tap.
-        name: String,
-    },
-    /// Something else has the tap.
-    #[error("cannot attach to tap '{name}': it is in use by another machine or program")]
-    InUse {
-        /// The tap.
-        name: String,
-    },
-    /// The interface of that name is something else.
-    #[error(
-        "cannot attach to tap '{name}': an interface of that name exists, but it is not a tap with \
-         a single queue; choose another name"
-    )]
-    NoTap {
-        /// The interface.
-        name: String,
-    },
-    /// The tap's largest packet cannot be set.
-    #[error("cannot set the MTU of tap '{name}' to {mtu}: {source}{remedy}")]
-    Mtu {
-        /// The tap.
-        name: String,
-        /// The size asked for, in bytes.
-        mtu: u16,
-        /// Why not.
-        source: io::Error,
-        /// What may help, as a continuation of the line.
-        remedy: String,
-    },
-    /// The host refused something else.
-    #[error("cannot {action} tap '{name}': {source}")]
-    Io {
-        /// The tap.
-        name: String,
-        /// What was being done.
-        action: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
 }
 
 /// Work on packets that their reader is ready to do, so that the host need not.
@@ -152,14 +82,68 @@ impl Offloads {
     }
 }
 
-/// An open tap. Each read takes one packet that the host sent to the interface, and each write
-/// sends one to the host, preceded by a header of [`PACKET_HEADER_SIZE`] bytes. Neither waits.
+/// Which frames the host hands out, by the address that they are for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FrameFilter {
+    /// Every frame.
+    All,
+    /// Those to one of `addresses`, and with `all_multicast` those to any group. The host is exact
+    /// with eight addresses; beyond them it also hands out frames that were not asked for.
+    Only {
+        /// Addresses of interfaces, of groups and that of all, if it is wanted.
+        addresses: Vec<[u8; 6]>,
+        /// Whether to hand out frames to any group.
+        all_multicast: bool,
+    },
+}
+
+/// How many queues a tap is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueCount {
+    /// So many, or it is an error.
+    Exactly(usize),
+    /// So many, or one where the tap was made with a single one.
+    AtMost(usize),
+}
+
+impl QueueCount {
+    fn get(self) -> usize {
+        let (QueueCount::Exactly(count) | QueueCount::AtMost(count)) = self;
+        count
+    }
+}
+
+/// One queue of a tap. Each read takes one packet that the host sent to the interface, and each
+/// write sends one to the host, preceded by a header of [`PACKET_HEADER_SIZE`] bytes. Neither
+/// waits.
+#[derive(Debug)]
+pub struct TapQueue(File);
+
+impl AsFd for TapQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for TapQueue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// An open tap.
+///
+/// The host spreads the packets that it sends over those of its queues that are in use, and a
+/// connection's over one of them: the one by which packets of that connection came last. At first
+/// only the first queue is in use; the others neither have packets nor take any.
 #[derive(Debug)]
 pub struct Tap {
-    file: File,
+    /// At least one.
+    queues: Vec<TapQueue>,
+    queues_in_use: AtomicUsize,
     name: String,
     created: bool,
-    segments_udp: bool,
+    offloads: Offloads,
 }
 
 impl Tap {
@@ -169,44 +153,63 @@ impl Tap {
     /// given, in bytes, it is set on either kind.
     ///
     /// # Errors
-    /// When the host has no taps, the name is not that of a free tap, or this user may not do it.
-    pub fn open(name: &str, mtu: Option<u16>) -> Result<Tap, TapError> {
+    /// When the host has no taps, the name is not that of a free tap, it has not the queues that
+    /// are asked for, or this user may not do it.
+    pub fn open(name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError> {
         check_name(name)?;
-        let file = open_control_device().map_err(|source| control_error(name, source))?;
-        Tap::attach(file, name, mtu)
+        let first = open_control_device().map_err(|source| control_error(name, source))?;
+        Tap::attach(first, name, mtu, queues)
     }
 
-    fn attach(file: File, name: &str, mtu: Option<u16>) -> Result<Tap, TapError> {
-        let mut attachment = interface_request(name);
-        attachment.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as c_short;
-        // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
-        unsafe { request::attach(file.as_raw_fd(), &attachment) }
-            .map_err(|errno| attach_error(name, errno))?;
-
+    /// [`Tap::open`] with `first` as the control device.
+    fn attach(
+        first: File,
+        name: &str,
+        mtu: Option<u16>,
+        queues: QueueCount,
+    ) -> Result<Tap, TapError> {
+        let has_many_queues = attach_first_queue(&first, name, queues.get() > 1)?;
+        let count = match queues {
+            QueueCount::Exactly(count) if count > 1 && !has_many_queues => {
+                return Err(TapError::SingleQueue {
+                    name: name.to_string(),
+                    queues: count,
+                });
+            }
+            _ if !has_many_queues => 1,
+            queues => queues.get(),
+        };
+        // A tap with a single queue, the host gives to one only.
+        if has_many_queues && queues_attached(name).is_some_and(|count| count > 1) {
+            return Err(TapError::InUse {
+                name: name.to_string(),
+            });
+        }
         let mut tap = Tap {
-            file,
+            queues: vec![TapQueue(first)],
+            queues_in_use: AtomicUsize::new(1),
             name: name.to_string(),
             created: false,
-            segments_udp: false,
+            offloads: Offloads::default(),
         };
         tap.created = !tap.is_persistent()?;
         // SAFETY: the request reads an int from the place it is given.
-        unsafe { request::set_header_size(tap.as_raw_fd(), &(PACKET_HEADER_SIZE as c_int)) }
+        unsafe { request::set_header_size(tap.control(), &(PACKET_HEADER_SIZE as c_int)) }
             .map_err(|errno| tap.io_error("set the header size of", errno))?;
-        let udp_segmentation = Offloads {
-            checksum: true,
-            udp_segmentation: true,
-            ..Offloads::default()
-        };
-        tap.segments_udp = tap.set_offloads(udp_segmentation).is_ok();
-        // Also those that the last user of an existing tap may have left.
-        tap.set_offloads(Offloads::default())
-            .map_err(|source| TapError::Io {
-                name: name.to_string(),
-                action: "set the offloads of",
-                source,
-            })?;
+        for _ in 1..count {
+            let queue = open_control_device().map_err(|source| control_error(name, source))?;
+            attach_queue(&queue, name, true).map_err(|errno| attach_error(name, errno))?;
+            set_queue_in_use(&queue, false)
+                .map_err(|errno| tap.io_error("set aside a queue of", errno))?;
+            tap.queues.push(TapQueue(queue));
+        }
+        tap.offloads = tap.probe_offloads();
+        // Also what the last user of an existing tap may have left.
+        tap.forget_driver().map_err(|source| TapError::Io {
+            name: name.to_string(),
+            action: "set the offloads of",
+            source,
+        })?;
         if let Some(mtu) = mtu {
             tap.set_mtu(mtu)?;
         }
@@ -226,9 +229,29 @@ impl Tap {
         self.created
     }
 
-    /// Whether the host can keep UDP datagrams together on their way through the tap.
-    pub fn segments_udp(&self) -> bool {
-        self.segments_udp
+    /// The queues, those that are not in use among them; at least one.
+    pub fn queues(&self) -> &[TapQueue] {
+        &self.queues
+    }
+
+    /// Which offloads the host knows.
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    /// Uses the first `count` queues from now on. What the others hold is lost.
+    ///
+    /// # Errors
+    /// As the `TUNSETQUEUE` request: the tap is gone. Then some may be in use that were not.
+    pub fn use_queues(&self, count: usize) -> io::Result<()> {
+        let present = self.queues_in_use.load(Ordering::Relaxed);
+        for (index, queue) in self.queues.iter().enumerate().skip(1) {
+            if (index < present) != (index < count) {
+                set_queue_in_use(&queue.0, index < count)?;
+            }
+        }
+        self.queues_in_use.store(count, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Says which packets the host may hand out unfinished from now on.
@@ -237,16 +260,63 @@ impl Tap {
     /// As the `TUNSETOFFLOAD` request: the host does not know them, or the tap is gone.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         // SAFETY: the request takes its argument by value.
-        unsafe { request::set_offloads(self.as_raw_fd(), offloads.bits() as c_int) }?;
+        unsafe { request::set_offloads(self.control(), offloads.bits() as c_int) }?;
         Ok(())
     }
 
-    /// Throws away the packets that the host has sent and nobody has read.
+    /// Says which frames the host hands out from now on, as long as the tap exists.
+    ///
+    /// # Errors
+    /// As the `TUNSETTXFILTER` request: the tap is gone.
+    pub fn set_filter(&self, filter: &FrameFilter) -> io::Result<()> {
+        let filter = encode_filter(filter);
+        // SAFETY: the request reads a struct tun_filter and as many addresses behind it as its
+        // count says, of which `filter` consists.
+        unsafe { request::set_filter(self.control(), filter.as_ptr()) }?;
+        Ok(())
+    }
+
+    /// Takes back all that was set on behalf of a driver: nothing is left unfinished, every frame
+    /// is handed out, and only the first queue is in use.
+    ///
+    /// # Errors
+    /// When the tap is gone.
+    pub fn forget_driver(&self) -> io::Result<()> {
+        self.set_offloads(Offloads::default())?;
+        self.set_filter(&FrameFilter::All)?;
+        self.use_queues(1)
+    }
+
+    /// The queue by which requests to the tap as a whole are made.
+    fn control(&self) -> RawFd {
+        self.queues[0].as_raw_fd()
+    }
+
+    fn probe_offloads(&self) -> Offloads {
+        let mut known = Offloads::default();
+        let with: [fn(&mut Offloads); 5] = [
+            |offloads| offloads.checksum = true,
+            |offloads| offloads.tcp4_segmentation = true,
+            |offloads| offloads.tcp6_segmentation = true,
+            |offloads| offloads.ecn = true,
+            |offloads| offloads.udp_segmentation = true,
+        ];
+        for add in with {
+            let mut wanted = known;
+            add(&mut wanted);
+            if self.set_offloads(wanted).is_ok() {
+                known = wanted;
+            }
+        }
+        known
+    }
+
+    /// Throws away the packets that the first queue holds.
     pub fn discard_queued(&self) {
         // A packet of which only the header is read is gone all the same.
         let mut header = [0; PACKET_HEADER_SIZE];
         for _ in 0..MAX_DISCARDED_PACKETS {
-            if !matches!((&self.file).read(&mut header), Ok(1..)) {
+            if !matches!((&self.queues[0].0).read(&mut header), Ok(1..)) {
                 break;
             }
         }
@@ -255,7 +325,7 @@ impl Tap {
     fn is_persistent(&self) -> Result<bool, TapError> {
         let mut answer = interface_request(&self.name);
         // SAFETY: the request writes an ifreq to the place it is given.
-        unsafe { request::get_flags(self.as_raw_fd(), &mut answer) }
+        unsafe { request::get_flags(self.control(), &mut answer) }
             .map_err(|errno| self.io_error("examine", errno))?;
         // SAFETY: all bytes of the union were initialized, and any are a valid integer.
         let flags = unsafe { answer.ifr_ifru.ifru_flags };
@@ -330,23 +400,12 @@ impl Tap {
 impl From<std::os::fd::OwnedFd> for Tap {
     fn from(socket: std::os::fd::OwnedFd) -> Tap {
         Tap {
-            file: File::from(socket),
+            queues: vec![TapQueue(File::from(socket))],
+            queues_in_use: AtomicUsize::new(1),
             name: "stand-in".to_string(),
             created: false,
-            segments_udp: false,
+            offloads: Offloads::default(),
         }
-    }
-}
-
-impl AsFd for Tap {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
-impl AsRawFd for Tap {
-    fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
     }
 }
 
@@ -356,6 +415,86 @@ fn open_control_device() -> io::Result<File> {
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(CONTROL_DEVICE)
+}
+
+/// Makes `file` the first queue of the tap called `name`, and says whether it may have others.
+/// They may where `many` are wanted and the tap is new; one that exists is as it was made.
+fn attach_first_queue(file: &File, name: &str, many: bool) -> Result<bool, TapError> {
+    for many in [many, !many] {
+        match attach_queue(file, name, many) {
+            Ok(()) => return Ok(many),
+            // So says a tap that was made the other way.
+            Err(Errno::EINVAL) => {}
+            Err(errno) => return Err(attach_error(name, errno)),
+        }
+    }
+    Err(attach_error(name, Errno::EINVAL))
+}
+
+fn attach_queue(file: &File, name: &str, is_one_of_many: bool) -> Result<(), Errno> {
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if is_one_of_many {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    let mut attachment = interface_request(name);
+    attachment.ifr_ifru.ifru_flags = flags as c_short;
+    // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
+    unsafe { request::attach(file.as_raw_fd(), &attachment) }?;
+    Ok(())
+}
+
+fn set_queue_in_use(queue: &File, in_use: bool) -> Result<(), Errno> {
+    let mut change = interface_request("");
+    let flag = if in_use {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    change.ifr_ifru.ifru_flags = flag as c_short;
+    // SAFETY: the request reads an ifreq from the place it is given.
+    unsafe { request::set_queue(queue.as_raw_fd(), &change) }?;
+    Ok(())
+}
+
+/// How many queues of the tap called `name` are in use, by whomever; `None` where sysfs does not
+/// say.
+fn queues_attached(name: &str) -> Option<usize> {
+    let queues = Path::new("/sys/class/net").join(name).join("queues");
+    let is_of_tap =
+        |entry: &std::fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(b"tx-");
+    let entries = std::fs::read_dir(queues).ok()?;
+    Some(entries.flatten().filter(is_of_tap).count())
+}
+
+/// `struct tun_filter`: flags, the number of addresses, and the addresses.
+fn encode_filter(filter: &FrameFilter) -> Vec<u8> {
+    let (addresses, all_multicast) = match filter {
+        // A filter without addresses lets everything pass.
+        FrameFilter::All => (&[][..], false),
+        FrameFilter::Only {
+            addresses,
+            all_multicast,
+        } => (&addresses[..], *all_multicast),
+    };
+    // No frame is for the address of zeroes, so by itself it lets none pass.
+    let addresses = if addresses.is_empty() && *filter != FrameFilter::All {
+        &[[0; 6]]
+    } else {
+        addresses
+    };
+    let addresses = &addresses[..addresses.len().min(u16::MAX.into())];
+    let flags = if all_multicast {
+        libc::TUN_FLT_ALLMULTI as u16
+    } else {
+        0
+    };
+    let count = addresses.len() as u16;
+    [
+        &flags.to_ne_bytes(),
+        &count.to_ne_bytes(),
+        addresses.as_flattened(),
+    ]
+    .concat()
 }
 
 /// Whether `error`, of a read or a write, says that the interface has been removed.
@@ -391,37 +530,6 @@ fn interface_request(name: &str) -> ifreq {
         *target = byte as c_char;
     }
     request
-}
-
-fn control_error(name: &str, source: io::Error) -> TapError {
-    let remedy = match source.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            "; as root 'modprobe tun' loads the driver"
-        }
-        Some(libc::EACCES | libc::EPERM) => "; run as root, or as a user who may open it",
-        _ => "",
-    };
-    TapError::Control {
-        name: name.to_string(),
-        source,
-        remedy,
-    }
-}
-
-fn attach_error(name: &str, errno: Errno) -> TapError {
-    let exists = if_nametoindex(name).is_ok();
-    let name = name.to_string();
-    match errno {
-        Errno::EPERM | Errno::EACCES if exists => TapError::MayNotAttach { name },
-        Errno::EPERM | Errno::EACCES => TapError::MayNotCreate { name },
-        Errno::EBUSY => TapError::InUse { name },
-        Errno::EINVAL if exists => TapError::NoTap { name },
-        errno => TapError::Io {
-            name,
-            action: "attach to",
-            source: errno.into(),
-        },
-    }
 }
 
 #[cfg(test)]

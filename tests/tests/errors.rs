@@ -386,7 +386,7 @@ fn values_that_an_option_does_not_have_are_refused_with_those_it_has() {
             "stdio, pty, file=PATH, socket=PATH or none",
         ),
         ("--disk", "a.img,rw", "PATH[,ro][,id=NAME]"),
-        ("--net", "tun=tap0", "tap=NAME[,mac=MAC][,mtu=N]"),
+        ("--net", "tun=tap0", "tap=NAME[,mac=MAC][,mtu=N][,queues=N]"),
         (
             "--net",
             "tap=tap0,mac=ff:ff:ff:ff:ff:ff",

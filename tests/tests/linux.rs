@@ -221,13 +221,15 @@ fn accept(listener: &TcpListener) -> TcpStream {
 // --- SMP and ACPI -------------------------------------------------------------------------------
 
 #[test]
-fn linux_runs_on_four_vcpus_feels_its_power_button_and_reboots() {
+fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
+    let root = root_disk(&folder);
+    let commands = ["cpus", "time", "power-button", "disk-info:vda", "reboot"];
     let config = MachineConfig {
         cpus: "4".parse().unwrap(),
-        disks: vec![DiskConfig::new(root_disk(&folder))],
-        append: Some(test_words(&["cpus", "time", "power-button", "reboot"])),
+        disks: vec![DiskConfig::new(&root)],
+        append: Some(test_words(&commands)),
         ..MachineConfig::new(Kernel::Full.vmlinux())
     };
     let _slot = linux_slot();
@@ -243,6 +245,15 @@ fn linux_runs_on_four_vcpus_feels_its_power_button_and_reboots() {
     machine.start().unwrap();
     let mut text = String::new();
     read_until(&mut output, &mut text, "bantam: power-button waiting");
+    let larger = fs::metadata(&root).unwrap().len() + MIB as u64;
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&root)
+        .unwrap()
+        .set_len(larger)
+        .unwrap();
+    assert_eq!(machine.update_disk_size(0).unwrap(), larger);
+    assert!(machine.update_disk_size(1).is_err());
     machine.press_power_button().unwrap();
     read_until(&mut output, &mut text, "bantam: done");
     assert_eq!(machine.wait().unwrap(), ExitReason::Reboot);
@@ -259,6 +270,10 @@ fn linux_runs_on_four_vcpus_feels_its_power_button_and_reboots() {
     }
     assert_right_time(&answer(&text, "time"));
     answer(&text, "power-button");
+    assert_words(
+        &answer(&text, "disk-info:vda"),
+        &[&format!("size={larger}")],
+    );
     answer(&text, "reboot");
 }
 

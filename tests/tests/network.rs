@@ -1,11 +1,18 @@
 //! Network devices, driven by bare-metal guests, and the tap interfaces of the host.
 
-use std::time::Duration;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, HostTap, PacketSocket, interface_exists, pattern, require_taps, tap_name, unprivileged,
+    Bantam, HostTap, Kernel, PacketSocket, RootFileSystem, answer, first_difference,
+    interface_exists, pattern, require_taps, tap_name, unprivileged,
 };
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -83,7 +90,7 @@ fn the_mtu_of_a_network_device_is_that_of_its_tap() {
         .append("finish=hang")
         .start();
     machine.wait_for_output("PASS\n");
-    let mtu = std::fs::read_to_string(format!("/sys/class/net/{tap}/mtu")).unwrap();
+    let mtu = fs::read_to_string(format!("/sys/class/net/{tap}/mtu")).unwrap();
     assert_eq!(mtu.trim(), "1400");
     machine.signal(Signal::SIGTERM);
     machine.wait().succeeded();
@@ -118,4 +125,163 @@ fn a_tap_that_the_user_may_not_create_is_refused_with_a_remedy() {
         "{reason}"
     );
     assert!(reason.contains("ip tuntap add"), "{reason}");
+}
+
+#[test]
+fn a_tap_with_a_single_queue_serves_two_vcpus_but_is_not_split() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = |suffix: &str| {
+        Bantam::payload("hello")
+            .option("--cpus", "2")
+            .option("--log", "info")
+            .option("--net", format!("tap={}{suffix}", tap.name))
+    };
+    let ended = machine("").finish();
+    ended.passed();
+    assert!(
+        ended.stderr.contains("was made with a single queue"),
+        "{ended}"
+    );
+    let ended = machine(",queues=2").finish();
+    let reason = ended.failed_with_one_line();
+    assert!(reason.contains("mode tap multi_queue"), "{reason}");
+}
+
+#[test]
+fn a_machine_outlives_its_tap() {
+    require_taps!();
+    let tap = tap_name();
+    let machine = Bantam::payload("devices")
+        .option("--net", format!("tap={tap},queues=2"))
+        .append("finish=hang")
+        .start();
+    machine.wait_for_output("PASS\n");
+    ip(&format!("link delete {tap}"));
+    machine.wait_for_error("has been removed");
+    let before = device_thread_ticks(machine.pid());
+    sleep(Duration::from_millis(500));
+    let ticks = device_thread_ticks(machine.pid()) - before;
+    assert!(ticks <= 5, "the devices have taken {ticks} of 50 ticks");
+    machine.signal(Signal::SIGTERM);
+    let ended = machine.wait();
+    ended.succeeded();
+    assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
+}
+
+#[test]
+fn a_guest_that_takes_no_frames_costs_nothing() {
+    require_taps!();
+    let tap = tap_name();
+    let machine = Bantam::payload("devices")
+        .option("--net", format!("tap={tap}"))
+        .append("finish=hang")
+        .start();
+    machine.wait_for_output("PASS\n");
+    let socket = PacketSocket::open(&tap);
+    let frame = frame(GUEST_MAC, HOST_MAC, &pattern(1, 0, 1000));
+    // More than the guest has buffers for, and more than the tap holds.
+    let flood = || (0..3000).filter(|_| socket.send(&frame).is_ok()).count();
+    assert!(flood() >= 256);
+    let before = device_thread_ticks(machine.pid());
+    let deadline = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < deadline {
+        flood();
+    }
+    let ticks = device_thread_ticks(machine.pid()) - before;
+    assert!(ticks <= 5, "the devices have taken {ticks} of 50 ticks");
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(
+        status.is_ok_and(|status| status.success()),
+        "ip {arguments}"
+    );
+}
+
+/// Processor time that the devices of the machine `pid` have taken, in ticks of 10 ms.
+fn device_thread_ticks(pid: Pid) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the machine runs");
+    for task in tasks.flatten() {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        if let Some((name, fields)) = stat.rsplit_once(") ")
+            && name.ends_with("(bantam-devices")
+        {
+            let times = fields.split(' ').skip(11).take(2);
+            return times.filter_map(|time| time.parse::<u64>().ok()).sum();
+        }
+    }
+    panic!("{pid} has no thread for devices");
+}
+
+/// The driver of a real kernel takes the pairs of queues that it is offered into use, and what
+/// goes through them and back arrives whole.
+#[test]
+fn linux_on_two_vcpus_uses_two_pairs_of_queues() {
+    const LENGTH: usize = 4 << 20;
+    require_taps!();
+    let tap = tap_name();
+    let subnet = Ipv4Addr::new(198, 19, 0, 0).to_bits() + std::process::id() % (1 << 14) * 4;
+    let (host, guest) = (Ipv4Addr::from(subnet + 1), Ipv4Addr::from(subnet + 2));
+    let listen = || TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let (sink, source) = (listen(), listen());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+
+    let net = format!("net:eth0:{guest}/30:{host}");
+    let send = format!("net-tcp-send:{host}:{}:{LENGTH}:31", port(&sink));
+    let receive = format!("net-tcp-receive:{host}:{}:{LENGTH}:32", port(&source));
+    let commands = [&net[..], &send, &receive].join(",");
+    let machine = Bantam::linux(Kernel::Full)
+        .option("--initrd", RootFileSystem::new().initrd)
+        .option("--cpus", "2")
+        .option("--net", format!("tap={tap}"))
+        .append(format!("quiet bantam.mode=test bantam.test={commands}"))
+        .start();
+    wait_until("there is a tap", || interface_exists(&tap));
+    ip(&format!("address add {host}/30 dev {tap}"));
+    machine.wait_for_output(&format!("bantam: {net} ok"));
+    let queues = fs::read_dir(format!("/sys/class/net/{tap}/queues")).unwrap();
+    let names = queues.map(|queue| queue.unwrap().file_name());
+    let transmit_queues = names.filter(|name| name.as_encoded_bytes().starts_with(b"tx-"));
+    assert_eq!(transmit_queues.count(), 2);
+
+    let mut received = Vec::new();
+    accept(&sink).read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), LENGTH);
+    assert_eq!(first_difference(31, 0, &received), None);
+    accept(&source).write_all(&pattern(32, 0, LENGTH)).unwrap();
+
+    let ended = machine.wait();
+    let text = ended.succeeded().text();
+    for command in [&send, &receive] {
+        let answer = answer(&text, command);
+        assert!(answer.contains(&format!("bytes={LENGTH}")), "{answer}");
+    }
+}
+
+fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).expect("sockets can be");
+    let mut accepted = None;
+    wait_until("the guest connects", || {
+        accepted = listener.accept().ok();
+        accepted.is_some()
+    });
+    let (stream, _) = accepted.expect("that was waited for");
+    let limit = Some(Duration::from_secs(120));
+    stream.set_nonblocking(false).expect("sockets can be");
+    stream.set_read_timeout(limit).expect("sockets can be");
+    stream.set_write_timeout(limit).expect("sockets can be");
+    stream
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        sleep(Duration::from_millis(10));
+    }
 }

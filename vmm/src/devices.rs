@@ -11,8 +11,8 @@ use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::serial::{Serial, SerialWorker};
-use bantam_devices::tap::Tap;
-use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
+use bantam_devices::tap::{QueueCount, Tap};
+use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::Net;
 use bantam_devices::virtio::rng::Rng;
@@ -20,7 +20,8 @@ use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
 use crate::config::{
-    BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity, SerialConfig,
+    BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,
+    SerialConfig,
 };
 use crate::control::Control;
 use crate::error::Error;
@@ -73,8 +74,8 @@ pub(crate) fn attach_serial(
 /// The disks of a machine.
 #[derive(Default)]
 pub(crate) struct AttachedDisks {
-    /// The images, with the paths they were opened by.
-    pub(crate) files: Vec<(PathBuf, Arc<DiskFile>)>,
+    /// The devices, with the paths by which their images were opened.
+    pub(crate) disks: Vec<(PathBuf, BlockControl)>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -145,8 +146,9 @@ impl<'a> VirtioDevices<'a> {
                 path: config.path.clone(),
                 source,
             })?;
-            disks.files.push((config.path.clone(), block.disk()));
-            let name = format!("disk '{}'", config.path.display());
+            let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
+            let block_control = block.control(interrupt.clone());
+            disks.disks.push((config.path.clone(), block_control));
             let event_loop = if config.iothread {
                 let thread_name = format!("bantam-io{index}");
                 let thread = EventLoopThread::start(&thread_name, control.clone())?;
@@ -156,16 +158,32 @@ impl<'a> VirtioDevices<'a> {
             } else {
                 self.event_loop.clone()
             };
-            self.attach_to(event_loop, name, Box::new(block))?;
+            self.attach_to(event_loop, interrupt, Box::new(block))?;
         }
         Ok(disks)
     }
 
-    /// Attaches the network interfaces that `configs` name.
-    pub(crate) fn attach_networks(&mut self, configs: &[NetConfig]) -> Result<(), Error> {
+    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs.
+    pub(crate) fn attach_networks(
+        &mut self,
+        configs: &[NetConfig],
+        vcpu_count: u8,
+    ) -> Result<(), Error> {
         for config in configs {
             let mtu = config.mtu.map(Mtu::get);
-            let tap = Tap::open(config.tap.as_str(), mtu)?;
+            let useful = vcpu_count.min(QueuePairs::MAX);
+            let queues = match config.queues {
+                Some(queues) => QueueCount::Exactly(queues.get().into()),
+                None => QueueCount::AtMost(useful.into()),
+            };
+            let tap = Tap::open(config.tap.as_str(), mtu, queues)?;
+            if config.queues.is_none() && tap.queues().len() < useful.into() {
+                tracing::info!(
+                    "tap '{}' was made with a single queue, so {vcpu_count} vCPUs share one; made \
+                     with 'multi_queue', it has one for each",
+                    config.tap
+                );
+            }
             let device = Net::new(tap, config.mac_address().bytes(), mtu);
             self.attach(
                 format!("network interface '{}'", config.tap),
@@ -183,24 +201,34 @@ impl<'a> VirtioDevices<'a> {
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.
     fn attach(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        self.attach_to(self.event_loop.clone(), name, device)
+        let interrupt = self.next_interrupt(name)?;
+        self.attach_to(self.event_loop.clone(), interrupt, device)
     }
 
-    /// As [`VirtioDevices::attach`], where `event_loop` does the device's work.
-    fn attach_to(
-        &mut self,
-        event_loop: EventLoop,
-        name: String,
-        device: Box<dyn VirtioDevice>,
-    ) -> Result<(), Error> {
+    /// The interrupt of the device that is attached next, called `name` in the log.
+    fn next_interrupt(&self, name: String) -> Result<Arc<VirtioInterrupt>, Error> {
+        let line = self.vm.interrupt_event(self.next_window().gsi)?;
+        Ok(Arc::new(VirtioInterrupt::new(name, Box::new(line))))
+    }
+
+    fn next_window(&self) -> VirtioMmioWindow {
         let index = self.windows.len() as u32;
-        let window = VirtioMmioWindow {
+        VirtioMmioWindow {
             address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_WINDOW_SIZE,
             size: layout::VIRTIO_MMIO_WINDOW_SIZE,
             gsi: layout::FIRST_VIRTIO_GSI + index,
-        };
-        let line = self.vm.interrupt_event(window.gsi)?;
-        let interrupt = VirtioInterrupt::new(name, Box::new(line));
+        }
+    }
+
+    /// As [`VirtioDevices::attach`], where `event_loop` does the device's work and `interrupt` is
+    /// [`VirtioDevices::next_interrupt`].
+    fn attach_to(
+        &mut self,
+        event_loop: EventLoop,
+        interrupt: Arc<VirtioInterrupt>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), Error> {
+        let window = self.next_window();
         let transport = MmioTransport::new(device, self.memory.clone(), event_loop, interrupt)
             .map_err(Error::resource("the doorbells of a device"))?;
         for (queue, doorbell) in transport.doorbells().iter().enumerate() {

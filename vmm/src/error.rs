@@ -88,6 +88,22 @@ pub enum Error {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The machine has fewer disks.
+    #[error("cannot change disk {index}: the machine has {count}, counted from 0")]
+    NoSuchDisk {
+        /// Which disk was asked for, counted from zero.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The new size of a disk cannot be used.
+    #[error("cannot change the size of disk '{path}': {source}", path = .path.display())]
+    DiskSize {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// A disk is to be served by io_uring, and the host has none.
     #[error(
         "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \

@@ -9,6 +9,7 @@ use bantam_arch::layout;
 use bantam_arch::memory_map::ram_regions;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::{GuestMemory, InterruptLine};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,7 +38,7 @@ pub struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
-    disks: Vec<(PathBuf, Arc<DiskFile>)>,
+    disks: Vec<(PathBuf, BlockControl)>,
     serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -64,7 +65,7 @@ impl Machine {
         attach_power_control(&mut ports, &control)?;
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), &control)?;
-        virtio.attach_networks(&config.nets)?;
+        virtio.attach_networks(&config.nets, config.cpus.get())?;
         if config.rng {
             virtio.attach_entropy()?;
         }
@@ -87,7 +88,7 @@ impl Machine {
             vcpu_threads: Vec::new(),
             event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
             power_button,
-            disks: disks.files,
+            disks: disks.disks,
             serial,
             _vm: vm,
         })
@@ -132,6 +133,22 @@ impl Machine {
             .map_err(Error::resource("the interrupt of the power button"))
     }
 
+    /// Looks how large the image of a disk is now, counted as in the configuration, and lets the guest
+    /// know if that has changed. Gives the size in bytes.
+    ///
+    /// # Errors
+    /// When there is no such disk, or the size cannot be a disk's; the disk then keeps the one it has.
+    pub fn update_disk_size(&self, index: usize) -> Result<u64, Error> {
+        let (path, disk) = self.disks.get(index).ok_or(Error::NoSuchDisk {
+            index,
+            count: self.disks.len(),
+        })?;
+        disk.update_size().map_err(|source| Error::DiskSize {
+            path: path.clone(),
+            source,
+        })
+    }
+
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but
     /// no request is left half done.
     pub fn stop(&self) {
@@ -167,7 +184,7 @@ impl Machine {
         }
         let mut flushed = Ok(());
         for (path, disk) in self.disks.drain(..) {
-            if let Err(source) = flush_at_end(&disk) {
+            if let Err(source) = flush_at_end(disk.disk()) {
                 let error = Error::Flush { path, source };
                 tracing::error!("{error}");
                 flushed = flushed.and(Err(error));

@@ -282,6 +282,24 @@ impl DiskFile {
         self.size.load(Ordering::Acquire)
     }
 
+    /// Takes the size that the image has now for the disk's, and gives it.
+    ///
+    /// # Errors
+    /// When it cannot be measured, or cannot be the size of this disk: that is a multiple of
+    /// [`DiskFile::logical_block_size`] and not zero.
+    pub fn update_size(&self) -> io::Result<u64> {
+        let size = measure(&self.file, self.file.metadata()?.file_type())?;
+        if size == 0 || !size.is_multiple_of(self.logical_block_size.into()) {
+            let error = format!(
+                "its size of {size} bytes is not a multiple of {}",
+                self.logical_block_size
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(size)
+    }
+
     /// Whether nothing may be written.
     pub fn is_read_only(&self) -> bool {
         self.read_only

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+const ONE: QueueCount = QueueCount::Exactly(1);
+
 /// A name that no other test and no other process of tests uses.
 fn name(suffix: char) -> String {
     format!("btest{}{suffix}", std::process::id())
@@ -42,20 +44,20 @@ fn a_created_tap_is_up_and_vanishes() {
         return;
     }
     let name = name('a');
-    let tap = Tap::open(&name, Some(1400)).unwrap();
+    let tap = Tap::open(&name, Some(1400), ONE).unwrap();
     assert!(tap.created());
     assert_eq!(tap.name(), name);
     assert!(is_up(&name));
     assert_eq!(attribute(&name, "mtu").unwrap(), "1400");
 
-    let error = Tap::open(&name, None).unwrap_err().to_string();
+    let error = Tap::open(&name, None, ONE).unwrap_err().to_string();
     assert!(error.contains("in use by another machine"), "{error}");
     let all = Offloads {
         checksum: true,
         tcp4_segmentation: true,
         tcp6_segmentation: true,
         ecn: true,
-        udp_segmentation: tap.segments_udp(),
+        udp_segmentation: tap.offloads().udp_segmentation,
     };
     tap.set_offloads(all).unwrap();
     tap.set_offloads(Offloads {
@@ -72,6 +74,54 @@ fn a_created_tap_is_up_and_vanishes() {
     }
 }
 
+/// Opens a tap that this test has just closed. A program that another test is starting has it open
+/// until it runs.
+fn open_once_free(name: &str, queues: QueueCount) -> Tap {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Tap::open(name, None, queues) {
+            Err(TapError::InUse { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result.unwrap(),
+        }
+    }
+}
+
+#[test]
+fn a_tap_has_the_queues_that_it_was_made_with() {
+    if !may_create_taps() {
+        return;
+    }
+    let (single, many) = (name('h'), name('i'));
+    ip(&format!("tuntap add dev {single} mode tap"));
+    ip(&format!("tuntap add dev {many} mode tap multi_queue"));
+    let error = Tap::open(&single, None, QueueCount::Exactly(2)).unwrap_err();
+    assert!(matches!(error, TapError::SingleQueue { .. }), "{error}");
+    assert!(error.to_string().contains("multi_queue"), "{error}");
+    for (name, queues, expected) in [
+        (&single, QueueCount::Exactly(1), 1),
+        (&single, QueueCount::AtMost(4), 1),
+        (&many, QueueCount::Exactly(1), 1),
+        (&many, QueueCount::AtMost(4), 4),
+        (&many, QueueCount::Exactly(8), 8),
+    ] {
+        let tap = open_once_free(name, queues);
+        assert_eq!(tap.queues().len(), expected, "{queues:?}");
+        tap.use_queues(expected).unwrap();
+        let error = Tap::open(name, None, queues).unwrap_err().to_string();
+        assert!(error.contains("in use by another machine"), "{error}");
+        tap.use_queues(1).unwrap();
+        let error = Tap::open(name, None, queues).unwrap_err().to_string();
+        assert!(error.contains("in use by another machine"), "{error}");
+    }
+    ip(&format!("link del {single}"));
+    ip(&format!("link del {many}"));
+    let created = Tap::open(&many, None, QueueCount::Exactly(3)).unwrap();
+    assert!(created.created());
+    assert_eq!(created.queues().len(), 3);
+}
+
 #[test]
 fn an_existing_tap_is_left_as_it_is() {
     if !may_create_taps() {
@@ -80,13 +130,13 @@ fn an_existing_tap_is_left_as_it_is() {
     let name = name('b');
     ip(&format!("tuntap add dev {name} mode tap"));
     for mtu in [None, Some(1500), Some(9000)] {
-        let tap = Tap::open(&name, mtu).unwrap();
+        let tap = Tap::open(&name, mtu, ONE).unwrap();
         assert!(!tap.created());
         assert!(!is_up(&name));
         drop(tap);
     }
     assert_eq!(attribute(&name, "mtu").unwrap(), "9000");
-    let error = Tap::open(&name, Some(40)).unwrap_err().to_string();
+    let error = Tap::open(&name, Some(40), ONE).unwrap_err().to_string();
     assert!(error.contains("a tap takes 68 to 65521"), "{error}");
     ip(&format!("link del {name}"));
 }
@@ -97,9 +147,9 @@ fn a_removed_tap_is_gone() {
         return;
     }
     let name = name('c');
-    let tap = Tap::open(&name, None).unwrap();
+    let tap = Tap::open(&name, None, ONE).unwrap();
     ip(&format!("link del {name}"));
-    let error = (&tap.file).read(&mut [0; 64]).unwrap_err();
+    let error = (&tap.queues()[0].0).read(&mut [0; 64]).unwrap_err();
     assert!(is_gone(&error), "{error}");
     tap.discard_queued();
     assert!(tap.set_offloads(Offloads::default()).is_err());
@@ -111,17 +161,17 @@ fn what_was_queued_is_discarded() {
         return;
     }
     let name = name('d');
-    let tap = Tap::open(&name, None).unwrap();
+    let tap = Tap::open(&name, None, ONE).unwrap();
     ip(&format!("addr add 198.51.100.1/24 dev {name}"));
     // Nobody answers to the address resolution that this starts.
     let socket = std::net::UdpSocket::bind("198.51.100.1:0").unwrap();
     socket.send_to(b"hello", "198.51.100.2:9").unwrap();
-    let mut readable = [PollFd::new(tap.as_fd(), PollFlags::POLLIN)];
+    let mut readable = [PollFd::new(tap.queues()[0].as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut readable, 5000u16).unwrap(), 1);
     tap.discard_queued();
     // What the interface sends of itself, as it has come up, may follow at any time.
     let mut packet = [0; 2048];
-    while (&tap.file).read(&mut packet).is_ok() {
+    while (&tap.queues()[0].0).read(&mut packet).is_ok() {
         let protocol = &packet[PACKET_HEADER_SIZE + 12..][..2];
         assert_ne!(protocol, [8, 6], "the address resolution");
     }
@@ -145,7 +195,7 @@ fn another_user_is_told_what_root_can_do() {
         let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
         assert_eq!(result, 0);
         attempts.map(|(file, name)| {
-            Tap::attach(file, &name, Some(1400)).map_err(|error| error.to_string())
+            Tap::attach(file, &name, Some(1400), ONE).map_err(|error| error.to_string())
         })
     });
     let [new, others_result, own_result] = thread.join().unwrap();
@@ -176,11 +226,11 @@ fn what_is_no_tap_is_refused() {
         ("a\0b", "white space"),
         ("..", "cannot be called so"),
     ] {
-        let error = Tap::open(name, None).unwrap_err().to_string();
+        let error = Tap::open(name, None, ONE).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
     }
     if may_create_taps() {
-        let error = Tap::open("lo", None).unwrap_err().to_string();
+        let error = Tap::open("lo", None, ONE).unwrap_err().to_string();
         assert!(error.contains("it is not a tap"), "{error}");
     }
 }

@@ -39,6 +39,11 @@ impl VirtioInterrupt {
         self.raise(USED_BUFFER);
     }
 
+    /// Tells the driver that the configuration space has changed.
+    pub fn notify_configuration_change(&self) {
+        self.raise(CONFIGURATION_CHANGE);
+    }
+
     /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, which is
     /// logged.
     pub fn need_reset(&self, reason: &dyn fmt::Display) {

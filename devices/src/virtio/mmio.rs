@@ -121,7 +121,7 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
         event_loop: EventLoop,
-        interrupt: VirtioInterrupt,
+        interrupt: Arc<VirtioInterrupt>,
     ) -> io::Result<MmioTransport> {
         let queue_count = device.queue_max_sizes().len();
         let doorbells = (0..queue_count)
@@ -131,7 +131,7 @@ impl MmioTransport {
             device,
             memory,
             event_loop,
-            interrupt: Arc::new(interrupt),
+            interrupt,
             doorbells,
             worker: None,
             status: 0,
@@ -169,7 +169,7 @@ impl MmioTransport {
                 .map_or(0, |queue| u32::from(queue.ready)),
             register::INTERRUPT_STATUS => self.interrupt.status(),
             register::STATUS => self.status(),
-            register::CONFIG_GENERATION => 0,
+            register::CONFIG_GENERATION => self.device.config().generation(),
             // No device has shared memory, which reads as a length and a base of -1
             // (section 4.2.2).
             register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
@@ -388,13 +388,7 @@ impl MmioTransport {
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(start) = offset.checked_sub(register::CONFIG) {
-            let config = self.device.config();
-            for (position, byte) in data.iter_mut().enumerate() {
-                *byte = usize::try_from(start)
-                    .ok()
-                    .and_then(|start| config.get(start.checked_add(position)?).copied())
-                    .unwrap_or_default();
-            }
+            self.device.config().read(start, data);
             return;
         }
         match <&mut [u8; 4]>::try_from(&mut *data) {

@@ -7,6 +7,7 @@
 
 pub mod block;
 mod buffers;
+mod config_space;
 mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -19,6 +20,7 @@ mod test_driver;
 use std::sync::Arc;
 
 pub use buffers::{BufferError, FilePosition, GuestBuffers, PacketRead};
+pub use config_space::ConfigSpace;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 
@@ -58,8 +60,8 @@ pub trait VirtioDevice: Send {
     /// Largest size of each queue in descriptors, a power of two; as many entries as queues.
     fn queue_max_sizes(&self) -> &[u16];
 
-    /// The device-specific configuration space as it is now.
-    fn config(&self) -> &[u8];
+    /// The device-specific configuration space.
+    fn config(&self) -> &ConfigSpace;
 
     /// Makes the worker that serves the driver's queues, from what was negotiated.
     ///

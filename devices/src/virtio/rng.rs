@@ -8,8 +8,8 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::{
-    Activation, COMMON_FEATURES, Chain, QueueError, VirtQueue, VirtioDevice, VirtioInterrupt,
-    device_id,
+    Activation, COMMON_FEATURES, Chain, ConfigSpace, QueueError, VirtQueue, VirtioDevice,
+    VirtioInterrupt, device_id,
 };
 use crate::event_loop::Subscriber;
 
@@ -21,6 +21,7 @@ const MAX_BYTES_PER_BUFFER: usize = 64 << 10;
 /// The front of the entropy device.
 pub struct Rng {
     source: Arc<File>,
+    config: ConfigSpace,
 }
 
 impl Rng {
@@ -31,6 +32,7 @@ impl Rng {
     pub fn new() -> io::Result<Rng> {
         Ok(Rng {
             source: Arc::new(File::open("/dev/urandom")?),
+            config: ConfigSpace::new(Vec::new()),
         })
     }
 }
@@ -48,8 +50,8 @@ impl VirtioDevice for Rng {
         &[QUEUE_SIZE]
     }
 
-    fn config(&self) -> &[u8] {
-        &[]
+    fn config(&self) -> &ConfigSpace {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {

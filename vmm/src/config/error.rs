@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 
 use super::memory_size::Bytes;
-use super::{DiskId, InterfaceName, Mtu};
+use super::{DiskId, InterfaceName, Mtu, QueuePairs};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +115,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// Not a description of a network device.
-    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N]")]
+    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N]")]
     NetOption {
         /// What is wrong with it.
         reason: String,
@@ -152,6 +152,16 @@ pub enum ConfigError {
     Mtu {
         /// What was given.
         size: i64,
+    },
+    /// Not a number of pairs of queues that a network device can have.
+    #[error(
+        "queues {count} is out of range: {} to {}",
+        QueuePairs::MIN,
+        QueuePairs::MAX
+    )]
+    QueuePairs {
+        /// What was given.
+        count: i64,
     },
     /// Two network devices use the same interface.
     #[error("tap interface '{tap}' is given twice: give each network device one of its own")]

@@ -33,7 +33,7 @@ use serde::de::value::Error as ValueError;
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
-pub use net::{InterfaceName, MacAddress, Mtu, NetConfig};
+pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use options::MachineOptions;
 pub use quantity::Quantity;
 pub use serial::SerialConfig;

@@ -9,12 +9,12 @@ use super::{ConfigError, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
 ///
-/// On the command line `tap=NAME[,mac=MAC][,mtu=N]`; in a machine file a `[[net]]` table with the
+/// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N]`; in a machine file a `[[net]]` table with the
 /// same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(
     deny_unknown_fields,
-    expecting = "a network device with tap, mac and mtu"
+    expecting = "a network device with tap, mac, mtu and queues"
 )]
 pub struct NetConfig {
     /// Tap interface of the host.
@@ -23,6 +23,9 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// Largest packet the guest is told to send.
     pub mtu: Option<Mtu>,
+    /// How many pairs of queues the device has. By default as many as the machine has vCPUs, no
+    /// more than [`QueuePairs::MAX`], or one where the tap was made with a single queue.
+    pub queues: Option<QueuePairs>,
 }
 
 impl NetConfig {
@@ -60,8 +63,11 @@ impl fmt::Display for NetConfig {
         if let Some(mac) = self.mac {
             write!(f, ",mac={mac}")?;
         }
-        match self.mtu {
-            Some(mtu) => write!(f, ",mtu={mtu}"),
+        if let Some(mtu) = self.mtu {
+            write!(f, ",mtu={mtu}")?;
+        }
+        match self.queues {
+            Some(queues) => write!(f, ",queues={queues}"),
             None => Ok(()),
         }
     }
@@ -208,6 +214,47 @@ impl fmt::Display for Mtu {
     }
 }
 
+/// Number of pairs of queues, one to receive and one to transmit each: [`QueuePairs::MIN`] to
+/// [`QueuePairs::MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuePairs(u8);
+
+impl QueuePairs {
+    /// Least number.
+    pub const MIN: u8 = 1;
+
+    /// Greatest number.
+    pub const MAX: u8 = 8;
+
+    /// The number of pairs.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for QueuePairs {
+    type Error = ConfigError;
+
+    fn try_from(count: i64) -> Result<Self, ConfigError> {
+        match u8::try_from(count) {
+            Ok(count @ Self::MIN..=Self::MAX) => Ok(Self(count)),
+            _ => Err(ConfigError::QueuePairs { count }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for QueuePairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        whole_number::deserialize(deserializer, Self::try_from)
+    }
+}
+
+impl fmt::Display for QueuePairs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -220,24 +267,27 @@ mod tests {
 
     #[test]
     fn reads_the_option_string() {
-        let net = net("mtu=9000,tap=vm-tap0,mac=52:54:00:AB:cd:01").unwrap();
+        let net = net("mtu=9000,tap=vm-tap0,queues=4,mac=52:54:00:AB:cd:01").unwrap();
         assert_eq!(net.tap.as_str(), "vm-tap0");
         assert_eq!(net.mac.unwrap().bytes(), [0x52, 0x54, 0, 0xab, 0xcd, 1]);
         assert_eq!(net.mtu.unwrap().get(), 9000);
+        assert_eq!(net.queues.unwrap().get(), 4);
     }
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N]";
+        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N]";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
-                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu'",
+                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues'",
             ),
             ("mac=52:54:00:12:34:56", "'tap' is missing"),
             ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65521"),
             ("tap=t,mtu=65522", "mtu 65522 is out of range: 68 to 65521"),
+            ("tap=t,queues=0", "queues 0 is out of range: 1 to 8"),
+            ("tap=t,queues=9", "queues 9 is out of range: 1 to 8"),
             (
                 "tap=t,mtu=big",
                 "the value 'big' of 'mtu' is not a whole number",
@@ -306,11 +356,13 @@ mod tests {
             tap in "[a-z,=@][a-z0-9,.=-]{0,14}",
             mac in proptest::option::of(any::<[u8; 6]>()),
             mtu in proptest::option::of(68..=65521i64),
+            queues in proptest::option::of(1..=8i64),
         ) {
             let net = NetConfig {
                 tap: InterfaceName::try_from(tap).unwrap(),
                 mac: mac.and_then(|bytes| MacAddress::try_from(bytes).ok()),
                 mtu: mtu.map(|size| Mtu::try_from(size).unwrap()),
+                queues: queues.map(|count| QueuePairs::try_from(count).unwrap()),
             };
             prop_assert_eq!(net.to_string().parse::<NetConfig>().unwrap(), net);
         }

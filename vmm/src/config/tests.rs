@@ -57,6 +57,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         tap = "tap0"
         mac = "52:54:00:12:34:56"
         mtu = 1500
+        queues = 2
         "#,
     );
     let expected = MachineConfig {
@@ -70,7 +71,11 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
             "/vm/root,,1.img,ro,id=root".parse().unwrap(),
             DiskConfig::new("/data.img"),
         ],
-        nets: vec!["tap=tap0,mac=52:54:00:12:34:56,mtu=1500".parse().unwrap()],
+        nets: vec![
+            "tap=tap0,mac=52:54:00:12:34:56,mtu=1500,queues=2"
+                .parse()
+                .unwrap(),
+        ],
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
         boot_protocol: BootProtocolOption::Linux64,

@@ -16,7 +16,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::{Activation, COMMON_FEATURES, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::RateLimit;
@@ -89,7 +89,7 @@ impl Default for BlockOptions {
 pub struct Block {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
-    config: [u8; config::SIZE],
+    config: Arc<ConfigSpace>,
     options: BlockOptions,
     queue_sizes: Vec<u16>,
 }
@@ -114,7 +114,7 @@ impl Block {
             (engine, _) => engine,
         };
         Ok(Block {
-            config: config_space(&disk, options.queues),
+            config: Arc::new(config_space(&disk, options.queues)),
             disk: Arc::new(disk),
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
@@ -122,15 +122,49 @@ impl Block {
         })
     }
 
+    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
+    pub fn control(&self, interrupt: Arc<VirtioInterrupt>) -> BlockControl {
+        BlockControl {
+            disk: self.disk.clone(),
+            config: self.config.clone(),
+            interrupt,
+        }
+    }
+}
+
+/// What the owner of a machine can do with a block device while the guest uses it.
+pub struct BlockControl {
+    disk: Arc<DiskFile>,
+    config: Arc<ConfigSpace>,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+impl BlockControl {
     /// The disk behind the device.
-    pub fn disk(&self) -> Arc<DiskFile> {
-        self.disk.clone()
+    pub fn disk(&self) -> &DiskFile {
+        &self.disk
+    }
+
+    /// Looks how large the image is now, and tells the driver if that has changed. Gives the size in
+    /// bytes.
+    ///
+    /// # Errors
+    /// As [`DiskFile::update_size`]; the disk then keeps its size.
+    pub fn update_size(&self) -> io::Result<u64> {
+        let before = self.disk.size();
+        let size = self.disk.update_size()?;
+        if size != before {
+            let capacity = size / SECTOR_SIZE;
+            self.config.write(config::CAPACITY, &capacity.to_le_bytes());
+            self.interrupt.notify_configuration_change();
+        }
+        Ok(size)
     }
 }
 
 /// The configuration space of a device over `disk`.
-fn config_space(disk: &DiskFile, queues: u16) -> [u8; config::SIZE] {
-    let mut space = [0; config::SIZE];
+fn config_space(disk: &DiskFile, queues: u16) -> ConfigSpace {
+    let mut space = vec![0; config::SIZE];
     let capacity = disk.size() / SECTOR_SIZE;
     space[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
     let (logical, physical) = (disk.logical_block_size(), disk.physical_block_size());
@@ -153,7 +187,7 @@ fn config_space(disk: &DiskFile, queues: u16) -> [u8; config::SIZE] {
     space[config::MIN_IO_SIZE..][..2].copy_from_slice(&(blocks as u16).to_le_bytes());
     space[config::NUM_QUEUES..][..2].copy_from_slice(&queues.to_le_bytes());
     space[config::WRITE_ZEROES_MAY_UNMAP] = 1;
-    space
+    ConfigSpace::new(space)
 }
 
 impl VirtioDevice for Block {
@@ -182,7 +216,7 @@ impl VirtioDevice for Block {
         &self.queue_sizes
     }
 
-    fn config(&self) -> &[u8] {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 

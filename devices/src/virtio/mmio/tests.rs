@@ -76,7 +76,7 @@ impl Machine {
             Box::new(Rng::new().unwrap()),
             memory.clone(),
             event_loop.clone(),
-            VirtioInterrupt::new("test device".to_string(), line),
+            Arc::new(VirtioInterrupt::new("test device".to_string(), line)),
         );
         Machine {
             transport: transport.unwrap(),

@@ -6,13 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
-use super::{DriverError, Halt, MAX_PACKET_SIZE};
+use super::expected_size::ExpectedSize;
+use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
-use crate::tap::{PACKET_HEADER_SIZE, Tap, is_gone};
+use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{Chain, PacketRead, VirtQueue, VirtioInterrupt};
-
-/// Most packets received before other devices have their turn.
-const MAX_PACKETS_PER_TURN: usize = 256;
 
 /// Offset of `num_buffers` in the header of a packet (section 5.1.6).
 const BUFFER_COUNT_OFFSET: usize = 10;
@@ -25,16 +23,16 @@ struct EmptyBuffer {
 
 /// Puts packets into the buffers of the receive queue.
 ///
-/// The length of a packet is known only once it has been read, so buffers for the largest are
-/// taken from the queue beforehand and those that are left over kept for the next. A packet for
-/// which the driver had too few ends in `overflow`, from where it is copied to the buffers that
-/// the driver adds.
+/// The length of a packet is known only once it has been read, so buffers for one as large as is
+/// expected are taken from the queue beforehand and those that are left over kept for the next. A
+/// packet for which there were too few ends in `overflow`, from where it is copied to those that
+/// are taken then, or that the driver adds.
 pub(super) struct Receiver {
     queue: VirtQueue,
     /// Most buffers that a packet may be spread over.
     max_buffers: usize,
-    /// What buffers are taken for in advance, in bytes.
-    largest_packet: usize,
+    /// What buffers are taken for in advance.
+    expected: ExpectedSize,
     /// Every buffer taken from the queue, one behind the other.
     chain: Chain,
     /// What the buffers in `chain` are, in the same order.
@@ -51,7 +49,7 @@ impl Receiver {
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
         merges_buffers: bool,
-        largest_packet: usize,
+        expected: ExpectedSize,
     ) -> Receiver {
         Receiver {
             max_buffers: if merges_buffers {
@@ -60,7 +58,7 @@ impl Receiver {
                 1
             },
             queue,
-            largest_packet,
+            expected,
             chain: Chain::new(memory),
             buffers: VecDeque::new(),
             overflow: vec![0; MAX_PACKET_SIZE].into_boxed_slice(),
@@ -73,45 +71,63 @@ impl Receiver {
         self.queue.as_raw_fd()
     }
 
-    pub(super) fn clear_doorbell(&self) {
-        self.queue.clear_doorbell();
+    /// Puts the queue off to a later turn.
+    pub(super) fn ring_doorbell(&self) {
+        self.queue.ring_doorbell();
     }
 
-    /// Receives what the tap has, for one turn at most. One interrupt tells the driver of it all.
+    /// Receives what the tap has, for one turn at most.
     pub(super) fn receive(
         &mut self,
-        tap: &Tap,
+        tap: &TapQueue,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
-        let mut delivered = false;
-        let mut halt = Halt::Tap;
+        let mut unreported = 0;
+        let result = self.receive_turn(tap, interrupt, dropped, &mut unreported);
+        // The driver hears of what was received, even when it has broken the rules after that.
+        self.report(&mut unreported, interrupt);
+        result
+    }
+
+    fn receive_turn(
+        &mut self,
+        tap: &TapQueue,
+        interrupt: &VirtioInterrupt,
+        dropped: &mut DroppedPackets,
+        unreported: &mut usize,
+    ) -> Result<Halt, DriverError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
             match self.receive_packet(tap, dropped)? {
-                Outcome::Delivered => delivered = true,
+                Outcome::Delivered => *unreported += 1,
                 Outcome::Dropped => {}
-                Outcome::Halted(reason) => {
-                    halt = reason;
-                    break;
-                }
+                Outcome::Halted(halt) => return Ok(halt),
+            }
+            if *unreported == PACKETS_PER_INTERRUPT {
+                self.report(unreported, interrupt);
             }
         }
-        if delivered && self.queue.needs_interrupt() {
+        // The tap is ready at once if it has more.
+        Ok(Halt::Tap)
+    }
+
+    /// Tells the driver of the packets delivered since the last time, if it wants to know.
+    fn report(&mut self, unreported: &mut usize, interrupt: &VirtioInterrupt) {
+        if std::mem::take(unreported) > 0 && self.queue.needs_interrupt() {
             interrupt.notify_used_buffer();
         }
-        Ok(halt)
     }
 
     fn receive_packet(
         &mut self,
-        tap: &Tap,
+        tap: &TapQueue,
         dropped: &mut DroppedPackets,
     ) -> Result<Outcome, DriverError> {
         let packet = match self.waiting.take() {
             Some(packet) => packet,
             None => {
-                if !self.take_buffers(self.largest_packet, 1)? {
+                if !self.take_buffers(self.expected.guess(), 1)? {
                     return Ok(Outcome::Halted(Halt::Driver));
                 }
                 let buffers = &mut self.chain.writable;
@@ -129,6 +145,7 @@ impl Receiver {
             }
         };
         let len = packet.in_list + packet.in_overflow;
+        self.expected.learn(len);
         // A tap puts a header before each packet: it can only have ended.
         if len < PACKET_HEADER_SIZE {
             return Ok(Outcome::Halted(Halt::TapGone));
@@ -147,10 +164,11 @@ impl Receiver {
     }
 
     /// Takes buffers from the queue until there are `wanted` bytes, while it has any. `true` when
-    /// there are `required` bytes, or as many buffers as there may be; else the driver has been
-    /// asked to ring for the next.
+    /// there are `required` bytes, or as many buffers as there may be; else the doorbell is rung
+    /// for the next.
     fn take_buffers(&mut self, wanted: usize, required: usize) -> Result<bool, DriverError> {
-        loop {
+        // A driver may make buffers available and take them back without end.
+        for _ in 0..self.queue.size() {
             while self.chain.writable.len() < wanted
                 && self.buffers.len() < self.max_buffers
                 && self.take_buffer()?
@@ -163,6 +181,8 @@ impl Receiver {
             }
             self.queue.disable_doorbell();
         }
+        self.queue.ring_doorbell();
+        Ok(false)
     }
 
     /// Takes one buffer from the queue; `false` where it has none.

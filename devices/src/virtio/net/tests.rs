@@ -1,5 +1,6 @@
 //! The whole device against a driver of our own and a socket in place of the tap.
 
+mod control_queue;
 mod real_tap;
 
 use std::collections::VecDeque;
@@ -15,10 +16,14 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::GuestMemory;
 use crate::virtio::F_EVENT_IDX;
+use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
 const RECEIVE_RINGS: u64 = 0x1000;
 const TRANSMIT_RINGS: u64 = RECEIVE_RINGS + RINGS_SIZE;
+const CONTROL_RINGS: u64 = TRANSMIT_RINGS + RINGS_SIZE;
+/// The card's own address.
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Where the drivers of the tests keep their packets.
 const DATA: u64 = 0x1_0000;
 const MEMORY_SIZE: u64 = 0x20_0000;
@@ -30,6 +35,7 @@ struct Machine {
     memory: Arc<GuestMemory>,
     receive: TestDriver,
     transmit: TestDriver,
+    control: TestDriver,
     interrupts: InterruptCounter,
     interrupt: Arc<VirtioInterrupt>,
     manager: EventManager<Subscriber>,
@@ -40,6 +46,11 @@ struct Machine {
 fn memory() -> Arc<GuestMemory> {
     let regions = [(GuestAddress(0), MEMORY_SIZE as usize)];
     Arc::new(GuestMemory::from_ranges(&regions).unwrap())
+}
+
+fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
+    let config = Arc::new(config_space(MAC, 1, 1500));
+    Worker::new(tap, 1500, config, activation).unwrap()
 }
 
 /// A socket in place of a tap, and its far end.
@@ -58,7 +69,7 @@ impl Machine {
     fn new(features: u64) -> Machine {
         let (tap, host) = stand_in();
         Machine::with(features, host, |activation| {
-            Box::new(Worker::new(Arc::new(tap), 1500, activation).unwrap())
+            Box::new(worker(Arc::new(tap), activation))
         })
     }
 
@@ -71,6 +82,7 @@ impl Machine {
         let event_index = features & F_EVENT_IDX != 0;
         let receive = TestDriver::new(&memory, RECEIVE_RINGS, 256);
         let transmit = TestDriver::new(&memory, TRANSMIT_RINGS, 256);
+        let control = TestDriver::new(&memory, CONTROL_RINGS, 256);
         let interrupts = InterruptCounter::default();
         let interrupt = interrupts.interrupt();
         let mut manager = EventManager::new().unwrap();
@@ -80,6 +92,7 @@ impl Machine {
             queues: vec![
                 receive.queue(0, event_index),
                 transmit.queue(1, event_index),
+                control.queue(2, event_index),
             ],
             interrupt: interrupt.clone(),
         }));
@@ -87,6 +100,7 @@ impl Machine {
             memory,
             receive,
             transmit,
+            control,
             interrupts,
             interrupt,
             manager,
@@ -192,13 +206,16 @@ fn received(mut packet: Vec<u8>, buffer_count: u16) -> Vec<u8> {
 }
 
 #[test]
-fn the_configuration_space_follows_the_standard() {
+fn what_is_offered_follows_tap_and_mtu() {
     let net = Net::new(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000));
-    assert_eq!(net.config(), [2, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0x28, 0x23]);
+    let config = [2, 0, 0, 1, 2, 3, 0, 0, 1, 0, 0x28, 0x23];
+    assert_eq!(net.config().array(0), config);
     assert_ne!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
     assert_eq!(net.features() & 1 << VIRTIO_NET_F_HOST_USO, 0);
+    assert_eq!(net.features() & 1 << VIRTIO_NET_F_MQ, 0);
+    assert_eq!(net.queue_max_sizes().len(), 3);
 
-    let net = Net::new(stand_in().0, [2; 6], None);
+    let net = Net::new(stand_in().0, MAC, None);
     assert_eq!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
 }
 
@@ -423,12 +440,13 @@ fn a_tap_that_vanishes_leaves_a_machine_without_network() {
 fn a_reset_leaves_no_packets_to_the_next_driver() {
     let (tap, host) = stand_in();
     let tap = Arc::new(tap);
-    let worker = |activation| Worker::new(tap.clone(), 1500, activation).unwrap();
-    let mut machine = Machine::with(0, host, |activation| Box::new(worker(activation)));
+    let mut machine = Machine::with(0, host, |activation| {
+        Box::new(worker(tap.clone(), activation))
+    });
     machine.host_sends(&packet(60, 1));
     machine.host_sends(&packet(60, 2));
     drop(machine.manager.remove_subscriber(machine.worker).unwrap());
-    assert_eq!(read(&*tap, &mut [0; 100]), Err(Errno::EAGAIN));
+    assert_eq!(read(&tap.queues()[0], &mut [0; 100]), Err(Errno::EAGAIN));
 }
 
 /// A random packet length, small ones as often as large ones.

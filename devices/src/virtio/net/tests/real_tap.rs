@@ -8,6 +8,7 @@ use nix::sys::socket::sockopt::UdpGsoSegment;
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_HDR_GSO_UDP_L4;
 
 use super::*;
+use crate::tap::QueueCount;
 
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status();
@@ -40,6 +41,14 @@ fn datagram(to_mac: [u8; 6], from: [u8; 4], to: [u8; 4], port: u16, payload: &[u
     packet
 }
 
+fn may_create_taps() -> bool {
+    let may = nix::unistd::geteuid().is_root() && std::fs::exists("/dev/net/tun").unwrap();
+    if !may {
+        eprintln!("skipped: this user cannot create taps here");
+    }
+    may
+}
+
 /// Waits for the packet of `len` bytes that the host sends to the driver's address, among others
 /// that it sends of itself; the driver's buffers are all of 256 bytes.
 fn await_packet(machine: &mut Machine, len: usize) -> Vec<u8> {
@@ -63,12 +72,11 @@ fn await_packet(machine: &mut Machine, len: usize) -> Vec<u8> {
 
 #[test]
 fn the_host_and_the_driver_exchange_packets() {
-    let name = format!("btest{}n", std::process::id());
-    if !nix::unistd::geteuid().is_root() || !std::fs::exists("/dev/net/tun").unwrap() {
-        eprintln!("skipped: this user cannot create taps here");
+    if !may_create_taps() {
         return;
     }
-    let tap = Tap::open(&name, Some(1500)).unwrap();
+    let name = format!("btest{}n", std::process::id());
+    let tap = Tap::open(&name, Some(1500), QueueCount::Exactly(1)).unwrap();
     ip(&format!("addr add 198.51.100.5/30 dev {name}"));
     let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], Some(1500));
     let features = net.features();
@@ -127,5 +135,236 @@ fn the_host_and_the_driver_exchange_packets() {
     machine.transmit(&greeting, &[]);
     machine.run();
     assert_eq!(machine.transmit.take_used().len(), 1);
+    assert!(!machine.interrupt.needs_reset());
+}
+
+/// The sizes of the datagrams that arrive up to one of `last` bytes; the driver's buffers are all
+/// of 256 bytes, and no datagram is larger than one.
+fn sizes_up_to(machine: &mut Machine, last: usize) -> Vec<usize> {
+    const HEADERS: usize = PACKET_HEADER_SIZE + 14 + 20 + 8;
+    let mut sizes = Vec::new();
+    for _ in 0..500 {
+        machine.manager.run_with_timeout(10).unwrap();
+        for (head, len) in machine.receive.take_used() {
+            let packet = machine.bytes(DATA + u64::from(head) * 256, len as usize);
+            // What the host sends of itself is no UDP to the port "discard".
+            if packet.get(HEADERS - 6..HEADERS - 4) == Some(&[0, 9]) {
+                sizes.push(packet.len() - HEADERS);
+            }
+        }
+        if sizes.last() == Some(&last) {
+            return sizes;
+        }
+    }
+    panic!("no datagram of {last} bytes has arrived, but {sizes:?}");
+}
+
+#[test]
+fn the_host_filters_frames_as_the_driver_commands() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = format!("btest{}f", std::process::id());
+    let tap = Tap::open(&name, None, QueueCount::Exactly(1)).unwrap();
+    ip(&format!("addr add 198.51.100.9/29 dev {name}"));
+    let neighbours = [
+        (10, "02:00:00:00:00:01"),
+        (11, "02:00:00:00:00:02"),
+        (12, "01:00:5e:00:00:77"),
+    ];
+    for (host, mac) in neighbours {
+        ip(&format!(
+            "neigh replace 198.51.100.{host} lladdr {mac} dev {name}"
+        ));
+    }
+    let socket = UdpSocket::bind("198.51.100.9:0").unwrap();
+    // To the card, to another, to a group, and to the card.
+    let send = |first: u8| {
+        for (size, host) in (first..).zip([10, 11, 12, 10]) {
+            let target = format!("198.51.100.{host}:9");
+            socket.send_to(&vec![0; size.into()], target).unwrap();
+        }
+    };
+    let mut net = Net::new(tap, MAC, None);
+    let features = net.features() & !GUEST_OFFLOADS;
+    let activate = |activation| net.activate(activation).unwrap();
+    let mut machine = Machine::with(features, stand_in().1, activate);
+    machine.offer_receive_buffers(&[256; 200]);
+    machine.run();
+    send(10);
+    assert_eq!(sizes_up_to(&mut machine, 13), [10, 11, 12, 13]);
+    assert_eq!(machine.command(&[0, 0, 0]), 0);
+    send(20);
+    assert_eq!(sizes_up_to(&mut machine, 23), [20, 23]);
+    assert_eq!(machine.command(&[0, 1, 1]), 0);
+    send(30);
+    assert_eq!(sizes_up_to(&mut machine, 33), [30, 32, 33]);
+    assert_eq!(machine.command(&[0, 1, 0]), 0);
+    let table = [1, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 2, 0, 0, 0, 0];
+    assert_eq!(machine.command(&table), 0);
+    send(40);
+    assert_eq!(sizes_up_to(&mut machine, 43), [40, 41, 43]);
+    // The card is now the other one.
+    assert_eq!(machine.command(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
+    assert_eq!(machine.command(&[1, 1, 2, 0, 0, 0, 0, 2]), 0);
+    send(50);
+    assert_eq!(machine.command(&[0, 0, 1]), 0);
+    send(60);
+    assert_eq!(sizes_up_to(&mut machine, 63), [51, 60, 61, 62, 63]);
+
+    // The next driver has set no filter.
+    assert_eq!(machine.command(&[0, 0, 0]), 0);
+    drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+    assert_eq!(net.config().array(0), MAC);
+    let activate = |activation| net.activate(activation).unwrap();
+    let mut machine = Machine::with(features, stand_in().1, activate);
+    machine.offer_receive_buffers(&[256; 200]);
+    machine.run();
+    send(70);
+    assert_eq!(sizes_up_to(&mut machine, 73), [70, 71, 72, 73]);
+}
+
+#[test]
+fn offloads_are_switched_at_run_time() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = format!("btest{}o", std::process::id());
+    let tap = Tap::open(&name, None, QueueCount::Exactly(1)).unwrap();
+    let mut net = Net::new(tap, MAC, None);
+    let negotiated = net.features() & GUEST_OFFLOADS;
+    assert_ne!(negotiated & 1 << VIRTIO_NET_F_GUEST_TSO6, 0);
+    let features = net.features() & !(1 << VIRTIO_NET_F_GUEST_TSO4);
+    let activate = |activation| net.activate(activation).unwrap();
+    let mut machine = Machine::with(features, stand_in().1, activate);
+    for (offloads, answer) in [
+        (0, 0),
+        (1 << VIRTIO_NET_F_GUEST_CSUM, 0),
+        (negotiated, 1),
+        (negotiated & features, 0),
+        (1 << VIRTIO_NET_F_MAC, 1),
+    ] {
+        let command = [&[5, 0][..], &u64::to_le_bytes(offloads)].concat();
+        assert_eq!(machine.command(&command), answer, "{offloads:#x}");
+    }
+}
+
+/// The rings of a second pair of queues.
+const SECOND_RECEIVE_RINGS: u64 = CONTROL_RINGS + RINGS_SIZE;
+const SECOND_TRANSMIT_RINGS: u64 = SECOND_RECEIVE_RINGS + RINGS_SIZE;
+const _: () = assert!(SECOND_TRANSMIT_RINGS + RINGS_SIZE <= DATA);
+
+#[test]
+fn pairs_of_queues_are_used_as_the_driver_commands() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = format!("btest{}q", std::process::id());
+    let tap = Tap::open(&name, None, QueueCount::Exactly(2)).unwrap();
+    ip(&format!("addr add 198.51.100.17/30 dev {name}"));
+    let attached = || std::fs::read_dir(format!("/sys/class/net/{name}/queues")).unwrap();
+    let queues_in_use = || {
+        let names = attached().map(|entry| entry.unwrap().file_name());
+        names
+            .filter(|name| name.as_encoded_bytes().starts_with(b"tx"))
+            .count()
+    };
+    let mac = std::fs::read_to_string(format!("/sys/class/net/{name}/address")).unwrap();
+    let mac: Vec<u8> = mac
+        .trim()
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    let mac: [u8; 6] = mac.try_into().unwrap();
+    let socket = UdpSocket::bind("198.51.100.17:0").unwrap();
+    let timeout = std::time::Duration::from_secs(5);
+    socket.set_read_timeout(Some(timeout)).unwrap();
+    let port = socket.local_addr().unwrap().port();
+
+    let mut net = Net::new(tap, MAC, None);
+    assert_eq!(net.config().array(8), [2, 0]);
+    assert_eq!(net.queue_max_sizes().len(), 5);
+    let features = net.features();
+    let mut second = None;
+    let mut machine = Machine::with(features, stand_in().1, |mut activation| {
+        let receive = TestDriver::new(&activation.memory, SECOND_RECEIVE_RINGS, 256);
+        let transmit = TestDriver::new(&activation.memory, SECOND_TRANSMIT_RINGS, 256);
+        let control = activation.queues.pop().unwrap();
+        let event_index = features & F_EVENT_IDX != 0;
+        activation.queues.push(receive.queue(2, event_index));
+        activation.queues.push(transmit.queue(3, event_index));
+        activation.queues.push(control);
+        second = Some((receive, transmit));
+        net.activate(activation).unwrap()
+    });
+    let (mut second_receive, mut second_transmit) = second.unwrap();
+    let datagram =
+        |payload: &[u8]| datagram(mac, [198, 51, 100, 18], [198, 51, 100, 17], port, payload);
+    let mut send = |machine: &mut Machine, payload: &[u8]| {
+        let packet = datagram(payload);
+        machine
+            .memory
+            .write_slice(&packet, GuestAddress(DATA))
+            .unwrap();
+        second_transmit.offer(&[readable(DATA, packet.len() as u32)]);
+        second_transmit.ring_doorbell();
+        machine.run();
+        second_transmit.take_used().len()
+    };
+    let arrived = |payload: &[u8]| {
+        let mut bytes = [0; 64];
+        let len = socket.recv(&mut bytes).unwrap();
+        assert_eq!(&bytes[..len], payload);
+    };
+
+    assert_eq!(queues_in_use(), 1);
+    assert_eq!(
+        send(&mut machine, b"early"),
+        0,
+        "the pair is not in use yet"
+    );
+    for (pairs, answer) in [(0, 1), (3, 1), (2, 0)] {
+        assert_eq!(machine.command(&[4, 0, pairs, 0]), answer, "{pairs}");
+    }
+    assert_eq!(queues_in_use(), 2);
+    arrived(b"early");
+    assert_eq!(send(&mut machine, b"second"), 2);
+    arrived(b"second");
+
+    // The host answers where a connection's packets have come from.
+    for number in 0..32 {
+        second_receive.offer(&[writable(DATA + 0x8000 + number * 2048, 2048)]);
+    }
+    second_receive.ring_doorbell();
+    machine.run();
+    ip(&format!(
+        "neigh replace 198.51.100.18 lladdr 02:00:00:00:00:01 dev {name}"
+    ));
+    socket.send_to(&[0x77; 900], "198.51.100.18:9").unwrap();
+    let mut received = false;
+    for _ in 0..500 {
+        machine.manager.run_with_timeout(10).unwrap();
+        let used = second_receive.take_used();
+        received |= used
+            .iter()
+            .any(|&(_, len)| len as usize == PACKET_HEADER_SIZE + 42 + 900);
+        if received {
+            break;
+        }
+    }
+    assert!(received, "the second pair has received nothing");
+
+    assert_eq!(machine.command(&[4, 0, 1, 0]), 0);
+    assert_eq!(queues_in_use(), 1);
+    assert_eq!(
+        send(&mut machine, b"late"),
+        0,
+        "the pair is out of use again"
+    );
+    assert_eq!(machine.turn(), 0, "what is out of use costs nothing");
+    // A driver that comes after it begins with one pair.
+    assert_eq!(machine.command(&[4, 0, 2, 0]), 0);
+    drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+    assert_eq!(queues_in_use(), 1);
     assert!(!machine.interrupt.needs_reset());
 }

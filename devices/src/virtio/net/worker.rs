@@ -1,0 +1,398 @@
+//! The worker: moves packets between the queues and the tap, and does what the driver commands.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+};
+
+use super::config::{MacAddress, mac, set_mac};
+use super::control::{Command, ControlQueue};
+use super::dropped::DroppedPackets;
+use super::expected_size::ExpectedSize;
+use super::filter::ReceiveFilter;
+use super::receive::Receiver;
+use super::transmit::Transmitter;
+use super::{
+    DriverError, GUEST_OFFLOADS, GUEST_SEGMENTATION, Halt, MAX_FRAME_HEADER_SIZE, MAX_PACKET_SIZE,
+    offloads,
+};
+use crate::tap::{PACKET_HEADER_SIZE, Tap};
+use crate::virtio::{Activation, ConfigSpace, VirtioInterrupt};
+
+/// What the event loop has found ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    ControlDoorbell,
+    /// The doorbell of the receive queue of a pair.
+    ReceiveDoorbell(usize),
+    /// That of its transmit queue.
+    TransmitDoorbell(usize),
+    /// The queue of the tap that belongs to a pair.
+    Tap(usize),
+}
+
+impl Source {
+    /// What the event loop keeps of it.
+    fn token(self) -> u32 {
+        let (kind, pair) = match self {
+            Source::ControlDoorbell => (0, 0),
+            Source::ReceiveDoorbell(pair) => (1, pair),
+            Source::TransmitDoorbell(pair) => (2, pair),
+            Source::Tap(pair) => (3, pair),
+        };
+        (pair as u32) << 2 | kind
+    }
+
+    fn of_token(token: u32) -> Source {
+        let pair = (token >> 2) as usize;
+        match token & 3 {
+            0 => Source::ControlDoorbell,
+            1 => Source::ReceiveDoorbell(pair),
+            2 => Source::TransmitDoorbell(pair),
+            _ => Source::Tap(pair),
+        }
+    }
+}
+
+/// A receive queue, a transmit queue, and how they stand with their queue of the tap.
+struct QueuePair {
+    receiver: Receiver,
+    transmitter: Transmitter,
+    receive_halt: Halt,
+    transmit_halt: Halt,
+    /// What the event loop watches the tap's queue for, if it does.
+    watched: Option<EventSet>,
+}
+
+impl QueuePair {
+    fn ring_doorbells(&self) {
+        self.receiver.ring_doorbell();
+        self.transmitter.ring_doorbell();
+    }
+}
+
+pub(super) struct Worker {
+    tap: Arc<Tap>,
+    /// Whether the tap has been removed from the host. Packets of the guest then go nowhere, as
+    /// from a card whose cable is pulled.
+    tap_is_gone: bool,
+    pairs: Vec<QueuePair>,
+    /// How many of them, the first ones, the driver uses.
+    pairs_in_use: usize,
+    control: Option<ControlQueue>,
+    features: u64,
+    filter: ReceiveFilter,
+    config: Arc<ConfigSpace>,
+    /// The address that the card has for the next driver again.
+    own_mac: MacAddress,
+    dropped: DroppedPackets,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+impl Worker {
+    /// For packets of at most `mtu` bytes, as far as neither side leaves segmentation to the
+    /// other.
+    ///
+    /// Where the queues are is in section 5.1.2: those of each pair behind one another, then the
+    /// control queue. The driver knows of more than one pair only by the feature `MQ`.
+    pub(super) fn new(
+        tap: Arc<Tap>,
+        mtu: u16,
+        config: Arc<ConfigSpace>,
+        activation: Activation,
+    ) -> Result<Worker, String> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        let usual_size = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu);
+        let largest_size = if features & GUEST_SEGMENTATION != 0 {
+            MAX_PACKET_SIZE
+        } else {
+            usual_size
+        };
+        let merges_buffers = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let pair_count = if features & 1 << VIRTIO_NET_F_MQ != 0 {
+            tap.queues().len()
+        } else {
+            1
+        };
+        let mut queues = queues.into_iter();
+        let mut pairs = Vec::with_capacity(pair_count);
+        for _ in 0..pair_count {
+            let (Some(receive_queue), Some(transmit_queue)) = (queues.next(), queues.next()) else {
+                return Err(format!("{pair_count} pairs of queues have too few queues"));
+            };
+            pairs.push(QueuePair {
+                receiver: Receiver::new(
+                    receive_queue,
+                    &memory,
+                    merges_buffers,
+                    ExpectedSize::new(usual_size, largest_size),
+                ),
+                transmitter: Transmitter::new(transmit_queue, &memory),
+                receive_halt: Halt::Driver,
+                transmit_halt: Halt::Driver,
+                watched: None,
+            });
+        }
+        let control = (features & 1 << VIRTIO_NET_F_CTRL_VQ != 0)
+            .then(|| queues.next())
+            .flatten()
+            .map(|queue| ControlQueue::new(queue, &memory, features));
+        Ok(Worker {
+            dropped: DroppedPackets::new(interrupt.clone(), tap.name()),
+            tap,
+            tap_is_gone: false,
+            pairs,
+            pairs_in_use: 1,
+            control,
+            features,
+            filter: ReceiveFilter::new(),
+            own_mac: mac(&config),
+            config,
+            interrupt,
+        })
+    }
+
+    fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
+        match source {
+            Source::ControlDoorbell => self.obey_commands(),
+            Source::ReceiveDoorbell(pair) => self.receive(pair),
+            Source::TransmitDoorbell(pair) => self.transmit(pair),
+            Source::Tap(pair) => {
+                if ready.intersects(EventSet::ERROR | EventSet::HANG_UP) {
+                    self.lose_tap();
+                }
+                if ready.contains(EventSet::IN) {
+                    self.receive(pair)?;
+                }
+                let waits = |pair: &QueuePair| pair.transmit_halt == Halt::Tap;
+                if self.pairs.get(pair).is_some_and(waits) {
+                    self.transmit(pair)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Receives on one pair, for one turn at most.
+    fn receive(&mut self, index: usize) -> Result<(), DriverError> {
+        let (Some(pair), Some(tap)) = (
+            self.pairs[..self.pairs_in_use].get_mut(index),
+            self.tap.queues().get(index),
+        ) else {
+            return Ok(());
+        };
+        if self.tap_is_gone {
+            return Ok(());
+        }
+        pair.receive_halt = pair
+            .receiver
+            .receive(tap, &self.interrupt, &mut self.dropped)?;
+        if pair.receive_halt == Halt::TapGone {
+            self.lose_tap();
+        }
+        Ok(())
+    }
+
+    /// Transmits on one pair, for one turn at most.
+    fn transmit(&mut self, index: usize) -> Result<(), DriverError> {
+        let Some(pair) = self.pairs[..self.pairs_in_use].get_mut(index) else {
+            return Ok(());
+        };
+        let tap = self.tap.queues().get(index).filter(|_| !self.tap_is_gone);
+        pair.transmit_halt = pair
+            .transmitter
+            .transmit(tap, &self.interrupt, &mut self.dropped)?;
+        if pair.transmit_halt == Halt::TapGone {
+            self.lose_tap();
+        }
+        Ok(())
+    }
+
+    /// From now on the driver's packets are taken all the same, those among them that have waited
+    /// for the tap.
+    fn lose_tap(&mut self) {
+        if std::mem::replace(&mut self.tap_is_gone, true) {
+            return;
+        }
+        self.interrupt.warn(format_args!(
+            "tap '{}' has been removed; the guest has no network on this card until the machine \
+             is started anew",
+            self.tap.name()
+        ));
+        for pair in &self.pairs {
+            pair.transmitter.ring_doorbell();
+        }
+    }
+
+    fn obey_commands(&mut self) -> Result<(), DriverError> {
+        let Some(mut control) = self.control.take() else {
+            return Ok(());
+        };
+        let interrupt = self.interrupt.clone();
+        let result = control.serve(&interrupt, |command| self.obey(command));
+        self.control = Some(control);
+        result
+    }
+
+    /// Does what the driver commands; `false` where that cannot be done.
+    fn obey(&mut self, command: Command) -> Result<bool, DriverError> {
+        match command {
+            Command::Mode(mode, on) => {
+                self.filter.set_mode(mode, on);
+                self.apply_filter();
+                Ok(true)
+            }
+            Command::AddressTable { unicast, multicast } => {
+                self.filter.set_table(unicast, multicast);
+                self.apply_filter();
+                Ok(true)
+            }
+            Command::Address(address) => {
+                // That of one card is no group's, and not that of none.
+                let valid = address[0] & 1 == 0 && address != [0; 6];
+                if valid {
+                    set_mac(&self.config, address);
+                    self.apply_filter();
+                }
+                Ok(valid)
+            }
+            Command::QueuePairs(count) => self.use_pairs(count.into()),
+            Command::Offloads(wanted) => {
+                let negotiated = self.features & GUEST_OFFLOADS;
+                Ok(wanted & !negotiated == 0
+                    && (self.tap_is_gone || self.tap.set_offloads(offloads(wanted)).is_ok()))
+            }
+        }
+    }
+
+    /// Has the host filter frames, where it spares the monitor and the guest the most. The driver
+    /// must cope with frames that it does not want, so it need not know when that fails.
+    fn apply_filter(&self) {
+        if self.tap_is_gone {
+            return;
+        }
+        let filter = self.filter.for_tap(mac(&self.config));
+        if let Err(error) = self.tap.set_filter(&filter) {
+            self.interrupt.warn(format_args!(
+                "cannot set which frames tap '{}' passes to the guest, which thus has too many: \
+                 {error}",
+                self.tap.name()
+            ));
+        }
+    }
+
+    fn use_pairs(&mut self, count: usize) -> Result<bool, DriverError> {
+        if !(1..=self.pairs.len()).contains(&count) {
+            return Ok(false);
+        }
+        // What the driver has left in queues that it will not use is not kept from it.
+        for index in count..self.pairs_in_use {
+            self.transmit(index)?;
+        }
+        if !self.tap_is_gone
+            && let Err(error) = self.tap.use_queues(count)
+        {
+            self.interrupt.warn(format_args!(
+                "cannot use {count} queues of tap '{}': {error}",
+                self.tap.name()
+            ));
+            return Ok(false);
+        }
+        // What the driver has made available in them before is waiting.
+        for pair in self.pairs[..count].iter().skip(self.pairs_in_use) {
+            pair.ring_doorbells();
+        }
+        self.pairs_in_use = count;
+        Ok(true)
+    }
+
+    /// Has the event loop watch the tap for what is waited for. An error of the tap is reported
+    /// even while nothing is, so it is watched no more once it has been removed, nor while the
+    /// device needs a reset. Nor is a queue of it that is not in use, which is in error always.
+    fn watch_tap(&mut self, operations: &mut EventOps<'_>) {
+        let at_rest = self.tap_is_gone || self.interrupt.needs_reset();
+        for (index, (pair, tap)) in self.pairs.iter_mut().zip(self.tap.queues()).enumerate() {
+            let wanted = if at_rest || index >= self.pairs_in_use {
+                None
+            } else {
+                let mut readiness = EventSet::empty();
+                readiness.set(EventSet::IN, pair.receive_halt == Halt::Tap);
+                readiness.set(EventSet::OUT, pair.transmit_halt == Halt::Tap);
+                Some(readiness)
+            };
+            if wanted == pair.watched {
+                continue;
+            }
+            let token = Source::Tap(index).token();
+            let events = Events::with_data(tap, token, wanted.unwrap_or(EventSet::empty()));
+            let done = match (pair.watched, wanted) {
+                (None, _) => operations.add(events),
+                (_, Some(_)) => operations.modify(events),
+                (_, None) => operations.remove(events),
+            };
+            pair.watched = wanted;
+            if let Err(error) = done {
+                self.interrupt.need_reset(&error);
+            }
+        }
+    }
+
+    fn doorbells(&self) -> impl Iterator<Item = (RawFd, Source)> {
+        let of_pairs = self.pairs.iter().enumerate().flat_map(|(index, pair)| {
+            [
+                (pair.receiver.doorbell(), Source::ReceiveDoorbell(index)),
+                (pair.transmitter.doorbell(), Source::TransmitDoorbell(index)),
+            ]
+        });
+        let of_control = self.control.iter();
+        of_pairs.chain(of_control.map(|control| (control.doorbell(), Source::ControlDoorbell)))
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        for (doorbell, source) in self.doorbells() {
+            // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+            let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let events = Events::with_data_raw(doorbell, source.token(), readiness);
+            if let Err(error) = operations.add(events) {
+                self.interrupt.need_reset(&error);
+            }
+        }
+        self.watch_tap(operations);
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        let source = Source::of_token(events.data());
+        if !self.interrupt.needs_reset()
+            && let Err(error) = self.handle(source, events.event_set())
+        {
+            self.interrupt.need_reset(&error);
+        }
+        self.watch_tap(operations);
+    }
+}
+
+/// The next driver may not take what this one did, so no packet is left to it that was queued
+/// for this one.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        set_mac(&self.config, self.own_mac);
+        if self.tap_is_gone {
+            return;
+        }
+        if let Err(error) = self.tap.forget_driver() {
+            self.interrupt
+                .warn(format_args!("cannot bring its tap to rest: {error}"));
+        }
+        self.tap.discard_queued();
+    }
+}
