@@ -8,6 +8,7 @@ mod control;
 mod dropped;
 mod expected_size;
 mod filter;
+mod packet_ring;
 mod receive;
 #[cfg(test)]
 mod tests;

@@ -5,22 +5,37 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
+use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
 
+/// Fewest packets that are sent together.
+const MIN_BATCH: usize = 2;
+
 /// Sends the packets of the transmit queue.
 pub(super) struct Transmitter {
     queue: VirtQueue,
-    chain: Chain,
+    /// Packets that are sent together. The first serves when there is one alone.
+    chains: Vec<Chain>,
+    ring: Option<PacketRing>,
+    results: Vec<i32>,
 }
 
 impl Transmitter {
-    pub(super) fn new(queue: VirtQueue, memory: &Arc<GuestMemory>) -> Transmitter {
+    /// With `ring`, packets are sent together where there are several.
+    pub(super) fn new(
+        queue: VirtQueue,
+        memory: &Arc<GuestMemory>,
+        ring: Option<PacketRing>,
+    ) -> Transmitter {
+        let count = if ring.is_some() { MAX_BATCH } else { 1 };
         Transmitter {
             queue,
-            chain: Chain::new(memory),
+            chains: (0..count).map(|_| Chain::new(memory)).collect(),
+            ring,
+            results: Vec::new(),
         }
     }
 
@@ -56,28 +71,110 @@ impl Transmitter {
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Halt, QueueError> {
-        for _ in 0..MAX_PACKETS_PER_TURN {
-            if !self.queue.pop(&mut self.chain)? {
+        let mut steps = 0;
+        while steps < MAX_PACKETS_PER_TURN {
+            let waiting = usize::from(self.queue.available_count()?);
+            if waiting == 0 {
+                steps += 1;
                 if !self.queue.enable_doorbell()? {
                     return Ok(Halt::Driver);
                 }
                 self.queue.disable_doorbell();
                 continue;
             }
-            if let Some(tap) = tap
-                && let Err(halt) = self.send(tap, dropped)
-            {
-                self.queue.undo_pop();
-                return Ok(halt);
+            // Half of them: while the driver takes these, there is more to do here.
+            let batch = (waiting / 2).min(self.chains.len());
+            match (tap, &self.ring) {
+                (Some(_), Some(_)) if batch >= MIN_BATCH => {
+                    steps += batch;
+                    *unreported += batch;
+                    if let Some(halt) = self.send_together(batch, dropped)? {
+                        return Ok(halt);
+                    }
+                }
+                _ => {
+                    steps += 1;
+                    if let Some(halt) = self.send_one(tap, dropped)? {
+                        return Ok(halt);
+                    }
+                    *unreported += 1;
+                }
             }
-            self.queue.add_used(self.chain.head, 0);
-            *unreported += 1;
-            if *unreported == PACKETS_PER_INTERRUPT {
+            if *unreported >= PACKETS_PER_INTERRUPT {
                 self.report(unreported, interrupt);
             }
         }
         self.queue.ring_doorbell();
         Ok(Halt::Driver)
+    }
+
+    /// Takes the next packet and sends it, if there is a tap and unless that says to halt.
+    fn send_one(
+        &mut self,
+        tap: Option<&TapQueue>,
+        dropped: &mut DroppedPackets,
+    ) -> Result<Option<Halt>, QueueError> {
+        let Some(chain) = self.chains.first_mut() else {
+            return Ok(None);
+        };
+        if !self.queue.pop(chain)? {
+            return Ok(None);
+        }
+        if let Some(tap) = tap
+            && let Err(halt) = send(tap, chain, dropped)
+        {
+            self.queue.undo_pop();
+            return Ok(Some(halt));
+        }
+        self.queue.add_used(chain.head, 0);
+        Ok(None)
+    }
+
+    /// Takes the next `count` packets and sends them by one system call. What the tap cannot take is
+    /// dropped: it takes as much as the host has memory for.
+    fn send_together(
+        &mut self,
+        count: usize,
+        dropped: &mut DroppedPackets,
+    ) -> Result<Option<Halt>, QueueError> {
+        let (mut packets, mut broken) = (0, Ok(()));
+        for _ in 0..count {
+            let chain = &mut self.chains[packets];
+            match self.queue.pop(chain) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // Those before it are sent first.
+                Err(error) => {
+                    broken = Err(error);
+                    break;
+                }
+            }
+            if is_packet(chain, dropped) {
+                packets += 1;
+            } else {
+                self.queue.add_used(chain.head, 0);
+            }
+        }
+        let sent = &self.chains[..packets];
+        if let Some(ring) = &mut self.ring
+            && let Err(error) = ring.send(sent, &mut self.results)
+        {
+            dropped.record(&DropReason::Tap(error));
+            self.ring = None;
+        }
+        let mut halt = None;
+        for (chain, &result) in sent.iter().zip(&self.results) {
+            if result < 0 {
+                let error = io::Error::from_raw_os_error(-result);
+                if is_gone(&error) {
+                    halt = Some(Halt::TapGone);
+                } else {
+                    dropped.record(&DropReason::Tap(error));
+                }
+            }
+            self.queue.add_used(chain.head, 0);
+        }
+        broken.map(|()| halt)
     }
 
     /// Tells the driver of the packets that were taken from it since the last time, if it wants to
@@ -87,22 +184,30 @@ impl Transmitter {
             interrupt.notify_used_buffer();
         }
     }
+}
 
-    /// Sends one packet, or drops it where that cannot be done, now or later.
-    fn send(&mut self, tap: &TapQueue, dropped: &mut DroppedPackets) -> Result<(), Halt> {
-        let len = self.chain.readable.len();
-        if !(PACKET_HEADER_SIZE..=MAX_PACKET_SIZE).contains(&len) {
-            dropped.record(&DropReason::NoPacket(len));
-            return Ok(());
-        }
-        match self.chain.readable.write_to(tap.as_fd(), None) {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
-            Err(error) if is_gone(&error) => Err(Halt::TapGone),
-            Err(error) => {
-                dropped.record(&DropReason::Tap(error));
-                Ok(())
-            }
+/// Whether `chain` holds a packet; otherwise that is recorded.
+fn is_packet(chain: &Chain, dropped: &mut DroppedPackets) -> bool {
+    let len = chain.readable.len();
+    let is_packet = (PACKET_HEADER_SIZE..=MAX_PACKET_SIZE).contains(&len);
+    if !is_packet {
+        dropped.record(&DropReason::NoPacket(len));
+    }
+    is_packet
+}
+
+/// Sends the packet in `chain`, or drops it where that cannot be done, now or later.
+fn send(tap: &TapQueue, chain: &mut Chain, dropped: &mut DroppedPackets) -> Result<(), Halt> {
+    if !is_packet(chain, dropped) {
+        return Ok(());
+    }
+    match chain.readable.write_to(tap.as_fd(), None) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
+        Err(error) if is_gone(&error) => Err(Halt::TapGone),
+        Err(error) => {
+            dropped.record(&DropReason::Tap(error));
+            Ok(())
         }
     }
 }

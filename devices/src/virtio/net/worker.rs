@@ -13,6 +13,7 @@ use super::control::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
+use super::packet_ring::PacketRing;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
 use super::{
@@ -128,6 +129,8 @@ impl Worker {
             let (Some(receive_queue), Some(transmit_queue)) = (queues.next(), queues.next()) else {
                 return Err(format!("{pair_count} pairs of queues have too few queues"));
             };
+            let tap_queue = tap.queues().get(pairs.len());
+            let ring = tap_queue.and_then(|tap_queue| PacketRing::new(tap_queue).ok());
             pairs.push(QueuePair {
                 receiver: Receiver::new(
                     receive_queue,
@@ -135,7 +138,7 @@ impl Worker {
                     merges_buffers,
                     ExpectedSize::new(usual_size, largest_size),
                 ),
-                transmitter: Transmitter::new(transmit_queue, &memory),
+                transmitter: Transmitter::new(transmit_queue, &memory, ring),
                 receive_halt: Halt::Driver,
                 transmit_halt: Halt::Driver,
                 watched: None,
