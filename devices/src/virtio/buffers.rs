@@ -11,7 +11,7 @@ use crate::GuestMemory;
 use crate::guest_memory::host_address;
 
 /// Most vectors that the kernel takes in one call (`IOV_MAX`).
-const MAX_VECTORS_PER_CALL: usize = 1024;
+pub(crate) const MAX_VECTORS_PER_CALL: usize = 1024;
 
 /// Why a buffer cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -33,15 +33,6 @@ pub struct FilePosition {
     pub offset: u64,
     /// Flags of `preadv2` and `pwritev2`.
     pub flags: libc::c_int,
-}
-
-/// Where the bytes of a packet are that [`GuestBuffers::read_packet`] has read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PacketRead {
-    /// How many bytes are at the front of the list.
-    pub in_list: usize,
-    /// How many bytes, those that follow, are at the start of the overflow.
-    pub in_overflow: usize,
 }
 
 /// A list of byte ranges of guest memory that is read or written from front to back.
@@ -114,6 +105,14 @@ impl GuestBuffers {
             self.len += slice.len();
         }
         Ok(())
+    }
+
+    /// Moves all that is in `other`, a list over the same memory, to the end of this one.
+    pub fn append(&mut self, other: &mut GuestBuffers) {
+        self.vectors
+            .extend_from_slice(other.vectors.get(other.front..).unwrap_or_default());
+        self.len += other.len;
+        other.clear();
     }
 
     /// Bytes left.
@@ -264,44 +263,6 @@ impl GuestBuffers {
             }
         };
         self.finish_call(result)
-    }
-
-    /// Reads a packet from `fd`, by one call, to the front of the list and, as far as it does not
-    /// fit there, to `overflow`. Drops nothing from the list.
-    ///
-    /// # Errors
-    /// As `readv`.
-    pub fn read_packet(
-        &mut self,
-        fd: BorrowedFd<'_>,
-        overflow: &mut [u8],
-    ) -> io::Result<PacketRead> {
-        let overflow_index = self
-            .vectors
-            .len()
-            .min(self.front + MAX_VECTORS_PER_CALL - 1);
-        let room = if overflow_index == self.vectors.len() {
-            self.len
-        } else {
-            let vectors = &self.vectors[self.front..overflow_index];
-            vectors.iter().map(|vector| vector.iov_len).sum()
-        };
-        let overflow_vector = iovec {
-            iov_base: overflow.as_mut_ptr().cast(),
-            iov_len: overflow.len(),
-        };
-        self.vectors.insert(overflow_index, overflow_vector);
-        let (vectors, count) = self.vectors_for_call();
-        // SAFETY: as in `read_from` for all vectors but the last, which covers `overflow`.
-        let result = unsafe { libc::readv(fd.as_raw_fd(), vectors, count) };
-        // A failed call left its reason in errno, which nothing before this conversion touches.
-        let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
-        self.vectors.remove(overflow_index);
-        let len = result?;
-        Ok(PacketRead {
-            in_list: len.min(room),
-            in_overflow: len.saturating_sub(room),
-        })
     }
 
     /// Sends the list to `fd`, at `position` where it has one. Does as much as one call does.
@@ -458,59 +419,6 @@ mod tests {
             assert_eq!(buffers.len(), 4);
         }
         assert!(buffers.vectors.len() < 4, "{}", buffers.vectors.len());
-    }
-
-    #[test]
-    fn what_a_list_does_not_hold_of_a_packet_overflows() {
-        let memory = memory();
-        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
-        let mut overflow = [0; 4];
-        let mut buffers = GuestBuffers::new(memory.clone());
-        buffers.push(GuestAddress(0x100), 2).unwrap();
-        buffers.push(GuestAddress(0x200), 2).unwrap();
-        for (packet, in_list, in_overflow) in [
-            ("ab", 2, 0),
-            ("abcd", 4, 0),
-            ("abcdefg", 4, 3),
-            ("abcdefghijk", 4, 4),
-        ] {
-            theirs.send(packet.as_bytes()).unwrap();
-            let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
-            assert_eq!(
-                read,
-                PacketRead {
-                    in_list,
-                    in_overflow
-                }
-            );
-            assert_eq!(buffers.len(), 4);
-        }
-        assert_eq!(&overflow, b"efgh");
-
-        buffers.clear();
-        for index in 0..2000 {
-            buffers.push(GuestAddress(index), 1).unwrap();
-        }
-        theirs.send(&[0x5a; 1025]).unwrap();
-        let read = buffers.read_packet(ours.as_fd(), &mut overflow).unwrap();
-        let (in_list, in_overflow) = (MAX_VECTORS_PER_CALL - 1, 2);
-        assert_eq!(
-            read,
-            PacketRead {
-                in_list,
-                in_overflow
-            }
-        );
-        assert_eq!(buffers.len(), 2000);
-        let mut byte = [0];
-        memory
-            .read_slice(&mut byte, GuestAddress(in_list as u64 - 1))
-            .unwrap();
-        assert_eq!(byte, [0x5a]);
-        memory
-            .read_slice(&mut byte, GuestAddress(in_list as u64))
-            .unwrap();
-        assert_ne!(byte, [0x5a]);
     }
 
     #[test]

@@ -19,7 +19,8 @@ mod test_driver;
 
 use std::sync::Arc;
 
-pub use buffers::{BufferError, FilePosition, GuestBuffers, PacketRead};
+pub(crate) use buffers::MAX_VECTORS_PER_CALL;
+pub use buffers::{BufferError, FilePosition, GuestBuffers};
 pub use config_space::ConfigSpace;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};

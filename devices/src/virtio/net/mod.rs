@@ -10,6 +10,7 @@ mod expected_size;
 mod filter;
 mod packet_ring;
 mod receive;
+mod receive_slot;
 #[cfg(test)]
 mod tests;
 mod transmit;

@@ -1,11 +1,14 @@
-//! Packets that go to a tap together, by one system call of io_uring.
+//! Packets that go to or come from a tap together, by one system call of io_uring.
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::ptr;
 
+use io_uring::squeue::Entry;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, Probe, opcode};
 
+use super::receive_slot::ReceiveSlot;
 use crate::tap::TapQueue;
 use crate::virtio::Chain;
 
@@ -21,22 +24,34 @@ const NO_OFFSET: u64 = u64::MAX;
 pub(super) struct PacketRing {
     /// None once it has failed: it may then hold operations that were not submitted.
     ring: Option<IoUring>,
+    /// Flags by which no operation waits for the tap.
+    flags: i32,
 }
 
 impl PacketRing {
-    /// A ring that sends packets to `tap`, which must be non-blocking.
+    /// A ring for packets to and from `tap`, which must be non-blocking.
     ///
     /// # Errors
     /// When the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(tap: &TapQueue) -> io::Result<PacketRing> {
-        let ring = IoUring::new(MAX_BATCH as u32)?;
+        let mut ring = IoUring::new(MAX_BATCH as u32)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        if !probe.is_supported(opcode::Write::CODE) || !probe.is_supported(opcode::Writev::CODE) {
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Readv::CODE,
+            opcode::Write::CODE,
+            opcode::Writev::CODE,
+        ];
+        if !needed.iter().all(|&code| probe.is_supported(code)) {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         ring.submitter().register_files(&[tap.as_raw_fd()])?;
-        Ok(PacketRing { ring: Some(ring) })
+        let flags = flags_against_waiting(&mut ring)?;
+        Ok(PacketRing {
+            ring: Some(ring),
+            flags,
+        })
     }
 
     /// Sends what each of `chains`, at most [`MAX_BATCH`], has for the device as one packet, in their
@@ -47,48 +62,112 @@ impl PacketRing {
     /// As `io_uring_enter`. The ring is of no more use then, and packets without a result were not
     /// sent, which `ECANCELED` stands for.
     pub(super) fn send(&mut self, chains: &[Chain], results: &mut Vec<i32>) -> io::Result<()> {
-        results.clear();
-        results.resize(chains.len(), -libc::ECANCELED);
-        let Some(mut ring) = self.ring.take() else {
-            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
-        };
-        for (token, chain) in chains.iter().enumerate().take(MAX_BATCH) {
-            let entry = match chain.readable.vectors() {
-                [vector] => {
-                    let base = vector.iov_base.cast_const().cast();
-                    opcode::Write::new(TAP, base, vector.iov_len as u32)
-                        .offset(NO_OFFSET)
-                        .build()
-                }
-                vectors => opcode::Writev::new(TAP, vectors.as_ptr(), vectors.len() as u32)
+        let flags = self.flags;
+        let entries = chains.iter().map(|chain| match chain.readable.vectors() {
+            [vector] => {
+                let base = vector.iov_base.cast_const().cast();
+                opcode::Write::new(TAP, base, vector.iov_len as u32)
                     .offset(NO_OFFSET)
-                    .build(),
-            };
-            // SAFETY: the vectors, and the guest memory that they cover, are those of `chains`, which
-            // are borrowed until all operations are completed. The queue has room for a batch, and
-            // is empty before each.
-            let pushed = unsafe { ring.submission().push(&entry.user_data(token as u64)) };
-            debug_assert!(pushed.is_ok());
-        }
-        let mut missing = chains.len().min(MAX_BATCH);
-        while missing > 0 {
-            match ring.submit_and_wait(missing) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    // A non-blocking tap takes a packet or refuses it at once: what was submitted is
-                    // completed, and the rest goes with the ring.
-                    return Err(error);
-                }
-                _ => {}
+                    .rw_flags(flags)
+                    .build()
             }
-            for completion in ring.completion() {
-                missing -= 1;
-                if let Some(result) = results.get_mut(completion.user_data() as usize) {
-                    *result = completion.result();
-                }
+            vectors => opcode::Writev::new(TAP, vectors.as_ptr(), vectors.len() as u32)
+                .offset(NO_OFFSET)
+                .rw_flags(flags)
+                .build(),
+        });
+        // SAFETY: the vectors, and the guest memory that they cover, are those of `chains`, which are
+        // borrowed until this call returns.
+        unsafe { run(&mut self.ring, entries, results) }
+    }
+
+    /// Reads a packet into each of `slots`, at most [`MAX_BATCH`], in their order, as far as there are
+    /// any. Puts into `results` the size of each, or a negated error number.
+    ///
+    /// # Errors
+    /// As [`PacketRing::send`].
+    pub(super) fn receive(
+        &mut self,
+        slots: &mut [ReceiveSlot],
+        results: &mut Vec<i32>,
+    ) -> io::Result<()> {
+        let flags = self.flags;
+        let entries = slots.iter_mut().map(|slot| {
+            let vectors = slot.vectors_to_read_to();
+            opcode::Readv::new(TAP, vectors.as_ptr(), vectors.len() as u32)
+                .offset(NO_OFFSET)
+                .rw_flags(flags)
+                .build()
+        });
+        // SAFETY: the vectors, and the memory that they cover, are those of `slots`, which are borrowed
+        // until this call returns, and each of which makes its vectors once.
+        unsafe { run(&mut self.ring, entries, results) }
+    }
+}
+
+/// Has the kernel do all operations of `entries`, of which the ring takes no more than
+/// [`MAX_BATCH`], and returns when they are done. Puts their results into `results`. The ring is gone
+/// when that fails.
+///
+/// # Safety
+/// What the entries point to must be valid for the kernel's use until this returns, and none of them
+/// may wait for the tap.
+unsafe fn run(
+    place: &mut Option<IoUring>,
+    entries: impl Iterator<Item = Entry>,
+    results: &mut Vec<i32>,
+) -> io::Result<()> {
+    results.clear();
+    let Some(mut ring) = place.take() else {
+        return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+    };
+    for (token, entry) in entries.enumerate().take(MAX_BATCH) {
+        // SAFETY: as the caller promises. The queue, which is empty before, has room for a batch.
+        let pushed = unsafe { ring.submission().push(&entry.user_data(token as u64)) };
+        debug_assert!(pushed.is_ok());
+        results.push(-libc::ECANCELED);
+    }
+    let mut missing = results.len();
+    while missing > 0 {
+        match ring.submit_and_wait(missing) {
+            // As no operation waits, what was submitted is completed; the rest goes with the ring.
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        for completion in ring.completion() {
+            missing -= 1;
+            if let Some(result) = results.get_mut(completion.user_data() as usize) {
+                *result = completion.result();
             }
         }
-        self.ring = Some(ring);
-        Ok(())
+    }
+    *place = Some(ring);
+    Ok(())
+}
+
+/// The flags by which operations on the registered file do not wait for it. Where the file knows such
+/// a flag, io_uring would otherwise wait even for one that is non-blocking; where it does not, the
+/// flag is an error, and non-blocking means what it says.
+fn flags_against_waiting(ring: &mut IoUring) -> io::Result<i32> {
+    let nothing = opcode::Read::new(TAP, ptr::null_mut(), 0)
+        .offset(NO_OFFSET)
+        .rw_flags(libc::RWF_NOWAIT)
+        .build();
+    // SAFETY: the operation refers to no memory, and the queue is empty.
+    let pushed = unsafe { ring.submission().push(&nothing) };
+    debug_assert!(pushed.is_ok());
+    loop {
+        match ring.submit_and_wait(1) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+            Ok(_) => {}
+        }
+        if let Some(completion) = ring.completion().next() {
+            return Ok(match completion.result() {
+                result if result == -libc::EOPNOTSUPP => 0,
+                _ => libc::RWF_NOWAIT,
+            });
+        }
     }
 }
 

@@ -2,55 +2,52 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
 use super::expected_size::ExpectedSize;
+use super::packet_ring::{MAX_BATCH, PacketRing};
+use super::receive_slot::ReceiveSlot;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
-use crate::virtio::{Chain, PacketRead, VirtQueue, VirtioInterrupt};
-
-/// Offset of `num_buffers` in the header of a packet (section 5.1.6).
-const BUFFER_COUNT_OFFSET: usize = 10;
-
-/// A chain that was taken from the queue and has no packet in it yet.
-struct EmptyBuffer {
-    head: u16,
-    size: usize,
-}
+use crate::virtio::{VirtQueue, VirtioInterrupt};
 
 /// Puts packets into the buffers of the receive queue.
 ///
 /// The length of a packet is known only once it has been read, so buffers for one as large as is
 /// expected are taken from the queue beforehand and those that are left over kept for the next. A
-/// packet for which there were too few ends in `overflow`, from where it is copied to those that
+/// packet for which there were too few ends in an overflow, from where it is copied to those that
 /// are taken then, or that the driver adds.
+///
+/// Where there is an io_uring, several packets are read by one system call, as many as seem to be
+/// there: a call more for nothing costs as much as it saves for two packets.
 pub(super) struct Receiver {
     queue: VirtQueue,
     /// Most buffers that a packet may be spread over.
     max_buffers: usize,
     /// What buffers are taken for in advance.
     expected: ExpectedSize,
-    /// Every buffer taken from the queue, one behind the other.
-    chain: Chain,
-    /// What the buffers in `chain` are, in the same order.
-    buffers: VecDeque<EmptyBuffer>,
-    overflow: Box<[u8]>,
-    /// A packet that has been read and waits for buffers.
-    waiting: Option<PacketRead>,
-    /// The buffers that the present packet fills, kept for its allocation.
-    filled: Vec<(u16, u32)>,
+    /// Places for packets, in the order in which these come. Those at the front that hold one have
+    /// yet to be delivered; all others are empty.
+    slots: VecDeque<ReceiveSlot>,
+    ring: Option<PacketRing>,
+    /// How many packets to read next time.
+    batch: usize,
+    results: Vec<i32>,
 }
 
 impl Receiver {
+    /// With `ring`, several packets are read together.
     pub(super) fn new(
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
         merges_buffers: bool,
         expected: ExpectedSize,
+        ring: Option<PacketRing>,
     ) -> Receiver {
+        let slot_count = if ring.is_some() { MAX_BATCH } else { 1 };
         Receiver {
             max_buffers: if merges_buffers {
                 usize::from(queue.size())
@@ -59,11 +56,10 @@ impl Receiver {
             },
             queue,
             expected,
-            chain: Chain::new(memory),
-            buffers: VecDeque::new(),
-            overflow: vec![0; MAX_PACKET_SIZE].into_boxed_slice(),
-            waiting: None,
-            filled: Vec::new(),
+            slots: (0..slot_count).map(|_| ReceiveSlot::new(memory)).collect(),
+            ring,
+            batch: 1,
+            results: Vec::new(),
         }
     }
 
@@ -98,18 +94,29 @@ impl Receiver {
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Halt, DriverError> {
-        for _ in 0..MAX_PACKETS_PER_TURN {
-            match self.receive_packet(tap, dropped)? {
-                Outcome::Delivered => *unreported += 1,
-                Outcome::Dropped => {}
-                Outcome::Halted(halt) => return Ok(halt),
+        let mut packets = 0;
+        while packets < MAX_PACKETS_PER_TURN {
+            // Those that were read before come first.
+            let halt = match self.deliver_read(dropped, unreported)? {
+                Some(halt) => Some(halt),
+                None => self.read(tap, dropped, &mut packets)?,
+            };
+            if let Some(halt) = halt {
+                // What was read along with that is delivered all the same.
+                return Ok(match self.deliver_read(dropped, unreported)? {
+                    Some(other) if halt == Halt::Tap => other,
+                    _ => halt,
+                });
             }
-            if *unreported == PACKETS_PER_INTERRUPT {
+            if *unreported >= PACKETS_PER_INTERRUPT {
                 self.report(unreported, interrupt);
             }
         }
-        // The tap is ready at once if it has more.
-        Ok(Halt::Tap)
+        Ok(match self.deliver_read(dropped, unreported)? {
+            Some(halt) => halt,
+            // The tap is ready at once if it has more.
+            None => Halt::Tap,
+        })
     }
 
     /// Tells the driver of the packets delivered since the last time, if it wants to know.
@@ -119,62 +126,114 @@ impl Receiver {
         }
     }
 
-    fn receive_packet(
+    /// Reads packets into empty slots, all of which are, and counts them; or says why there are none.
+    fn read(
         &mut self,
         tap: &TapQueue,
         dropped: &mut DroppedPackets,
-    ) -> Result<Outcome, DriverError> {
-        let packet = match self.waiting.take() {
-            Some(packet) => packet,
-            None => {
-                if !self.take_buffers(self.expected.guess(), 1)? {
-                    return Ok(Outcome::Halted(Halt::Driver));
-                }
-                let buffers = &mut self.chain.writable;
-                match buffers.read_packet(tap.as_fd(), &mut self.overflow) {
-                    Ok(packet) => packet,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        return Ok(Outcome::Halted(Halt::Tap));
-                    }
-                    Err(error) if is_gone(&error) => return Ok(Outcome::Halted(Halt::TapGone)),
-                    Err(error) => {
-                        dropped.record(&DropReason::Tap(error));
-                        return Ok(Outcome::Dropped);
-                    }
+        packets: &mut usize,
+    ) -> Result<Option<Halt>, DriverError> {
+        if !self.take_buffers(0, 1)? {
+            return Ok(Some(Halt::Driver));
+        }
+        let mut ready = 1;
+        while ready < self.batch.min(self.slots.len()) && self.fill(ready, self.expected.guess())? {
+            ready += 1;
+        }
+        self.results.clear();
+        match &mut self.ring {
+            Some(ring) if ready > 1 => {
+                let slots = &mut self.slots.make_contiguous()[..ready];
+                if let Err(error) = ring.receive(slots, &mut self.results) {
+                    dropped.record(&DropReason::Tap(error));
+                    self.ring = None;
+                    self.batch = 1;
                 }
             }
+            _ => {
+                let slot = &mut self.slots[0];
+                self.results.push(slot.read(tap));
+            }
+        }
+        let mut halt = None;
+        let mut received = 0;
+        // The slots of packets come to the front, in their order; there may be others between them.
+        for (index, &result) in self.results.iter().enumerate() {
+            let error = match u32::try_from(result) {
+                Ok(len) => {
+                    self.expected.learn(len as usize);
+                    self.slots[index].received(len as usize);
+                    self.slots.swap(received, index);
+                    received += 1;
+                    continue;
+                }
+                Err(_) => io::Error::from_raw_os_error(result.wrapping_neg()),
+            };
+            match error.raw_os_error() {
+                Some(libc::EAGAIN | libc::ECANCELED) => halt = halt.or(Some(Halt::Tap)),
+                _ if is_gone(&error) => halt = Some(Halt::TapGone),
+                _ => {
+                    *packets += 1;
+                    dropped.record(&DropReason::Tap(error));
+                }
+            }
+        }
+        *packets += received;
+        self.batch = if received == ready {
+            (2 * ready).min(self.slots.len())
+        } else {
+            received.max(1)
         };
-        let len = packet.in_list + packet.in_overflow;
-        self.expected.learn(len);
-        // A tap puts a header before each packet: it can only have ended.
-        if len < PACKET_HEADER_SIZE {
-            return Ok(Outcome::Halted(Halt::TapGone));
-        }
-        if len <= MAX_PACKET_SIZE && !self.take_buffers(len, len)? {
-            self.waiting = Some(packet);
-            return Ok(Outcome::Halted(Halt::Driver));
-        }
-        // One larger than all may have been cut short; its full length is not known.
-        if len > MAX_PACKET_SIZE || len > self.chain.writable.len() {
-            dropped.record(&DropReason::NoRoom(len));
-            return Ok(Outcome::Dropped);
-        }
-        self.deliver(packet)?;
-        Ok(Outcome::Delivered)
+        Ok(halt)
     }
 
-    /// Takes buffers from the queue until there are `wanted` bytes, while it has any. `true` when
-    /// there are `required` bytes, or as many buffers as there may be; else the doorbell is rung
-    /// for the next.
-    fn take_buffers(&mut self, wanted: usize, required: usize) -> Result<bool, DriverError> {
+    /// Delivers the packets that have been read, or says what keeps them.
+    fn deliver_read(
+        &mut self,
+        dropped: &mut DroppedPackets,
+        unreported: &mut usize,
+    ) -> Result<Option<Halt>, DriverError> {
+        // An empty slot goes behind the others as soon as its packet is delivered.
+        while let Some(len) = self.slots.front().and_then(ReceiveSlot::packet_size) {
+            // A tap puts a header before each packet: it can only have ended.
+            if len < PACKET_HEADER_SIZE {
+                return Ok(Some(Halt::TapGone));
+            }
+            if len <= MAX_PACKET_SIZE && !self.take_buffers(0, len)? {
+                return Ok(Some(Halt::Driver));
+            }
+            let Some(mut slot) = self.slots.pop_front() else {
+                break;
+            };
+            // One larger than all may have been cut short; its full length is not known.
+            if len > MAX_PACKET_SIZE || len > slot.room() {
+                slot.forget();
+                dropped.record(&DropReason::NoRoom(len));
+            } else {
+                slot.deliver(&mut self.queue);
+                *unreported += 1;
+            }
+            self.slots.push_back(slot);
+        }
+        Ok(None)
+    }
+
+    /// Takes buffers for a slot until there are as many bytes as expected, or as `required` if that is
+    /// more, while the queue has any. `true` when there are `required` bytes, or as many buffers as
+    /// there may be; else the doorbell is rung for the next.
+    fn take_buffers(&mut self, slot: usize, required: usize) -> Result<bool, DriverError> {
+        let wanted = self.expected.guess().max(required);
         // A driver may make buffers available and take them back without end.
         for _ in 0..self.queue.size() {
-            while self.chain.writable.len() < wanted
-                && self.buffers.len() < self.max_buffers
-                && self.take_buffer()?
-            {}
-            if self.chain.writable.len() >= required || self.buffers.len() >= self.max_buffers {
+            self.fill(slot, wanted)?;
+            let place = &self.slots[slot];
+            if place.room() >= required || place.buffer_count() >= self.max_buffers {
                 return Ok(true);
+            }
+            // The driver has no more until some of them are returned, so those count that others have
+            // in advance.
+            if self.take_from_others(slot) {
+                continue;
             }
             if !self.queue.enable_doorbell()? {
                 return Ok(false);
@@ -185,54 +244,27 @@ impl Receiver {
         Ok(false)
     }
 
-    /// Takes one buffer from the queue; `false` where it has none.
-    fn take_buffer(&mut self) -> Result<bool, DriverError> {
-        let before = self.chain.writable.len();
-        if !self.queue.pop_behind(&mut self.chain)? {
-            return Ok(false);
-        }
-        let head = self.chain.head;
-        let size = self.chain.writable.len() - before;
-        // Each holds a header at least (section 5.1.6.3.1).
-        if size < PACKET_HEADER_SIZE {
-            return Err(DriverError::ReceiveBuffer {
-                head,
-                readable: self.chain.readable.len(),
-                writable: size,
-            });
-        }
-        self.chain.readable.clear();
-        self.buffers.push_back(EmptyBuffer { head, size });
-        Ok(true)
+    /// Takes buffers for a slot until there are `wanted` bytes, or as many buffers as there may be,
+    /// while the queue has any. `true` when there are any.
+    fn fill(&mut self, slot: usize, wanted: usize) -> Result<bool, DriverError> {
+        let place = &mut self.slots[slot];
+        while place.room() < wanted
+            && place.buffer_count() < self.max_buffers
+            && place.take_buffer(&mut self.queue)?
+        {}
+        Ok(place.buffer_count() > 0)
     }
 
-    /// Completes a packet, which the buffers have room for, and returns those that it fills.
-    fn deliver(&mut self, packet: PacketRead) -> Result<(), DriverError> {
-        let list = &mut self.chain.writable;
-        list.write_at(packet.in_list, &self.overflow[..packet.in_overflow]);
-        let mut left = packet.in_list + packet.in_overflow;
-        let mut filled_size = 0;
-        self.filled.clear();
-        while left > 0
-            && let Some(buffer) = self.buffers.pop_front()
-        {
-            let len = left.min(buffer.size);
-            left -= len;
-            filled_size += buffer.size;
-            // No packet is larger than MAX_PACKET_SIZE, so neither number is cut.
-            self.filled.push((buffer.head, len as u32));
+    /// Moves the buffers of the last empty slot that has any to one before it. `false` if there is
+    /// none.
+    fn take_from_others(&mut self, slot: usize) -> bool {
+        for other in (slot + 1..self.slots.len()).rev() {
+            if self.slots[other].packet_size().is_none() && self.slots[other].buffer_count() > 0 {
+                let (before, after) = self.slots.make_contiguous().split_at_mut(other);
+                before[slot].take_buffers_of(&mut after[0]);
+                return true;
+            }
         }
-        let buffer_count = self.filled.len() as u16;
-        list.write_at(BUFFER_COUNT_OFFSET, &buffer_count.to_le_bytes());
-        list.advance(filled_size);
-        self.queue.add_used_together(&self.filled);
-        Ok(())
+        false
     }
-}
-
-/// What became of an attempt to receive one packet.
-enum Outcome {
-    Delivered,
-    Dropped,
-    Halted(Halt),
 }

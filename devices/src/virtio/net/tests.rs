@@ -358,8 +358,16 @@ fn without_merging_a_packet_that_does_not_fit_is_dropped() {
     machine.host_sends(&packet(101, 1));
     machine.host_sends(&packet(100, 2));
     machine.run();
-    assert_eq!(machine.receive.take_used(), [(0, 100)]);
-    assert_eq!(machine.bytes(DATA, 100), received(packet(100, 2), 1));
+    let used = machine.receive.take_used();
+    let [(head @ 0..2, 100)] = used[..] else {
+        panic!("{used:?}");
+    };
+    let buffer = DATA + u64::from(head) * 100;
+    assert_eq!(machine.bytes(buffer, 100), received(packet(100, 2), 1));
+    // The buffer of the other is not lost.
+    machine.host_sends(&packet(70, 3));
+    machine.run();
+    assert_eq!(machine.receive.take_used(), [(1 - head, 70)]);
 }
 
 #[test]
@@ -373,7 +381,53 @@ fn a_packet_that_no_driver_takes_is_dropped() {
     let len: u32 = used.iter().map(|&(_, len)| len).sum();
     assert_eq!(len as usize, MAX_PACKET_SIZE);
     let expected = received(packet(MAX_PACKET_SIZE, 2), used.len() as u16);
-    assert!(machine.bytes(DATA, MAX_PACKET_SIZE) == expected);
+    let buffers = used.iter().flat_map(|&(head, len)| {
+        let buffer = DATA + u64::from(head) * 0x1000;
+        machine.bytes(buffer, len as usize)
+    });
+    assert!(buffers.eq(expected));
+}
+
+#[test]
+fn packets_arrive_in_order_however_few_buffers_there_are() {
+    let mut machine = Machine::new(MERGE | SEGMENTS);
+    let size = |number: u8| if number % 5 < 3 { 60 } else { 5000 };
+    let mut places = [0; 256];
+    let mut received_parts: VecDeque<(u16, u32)> = VecDeque::new();
+    let (mut sent, mut next) = (0, 0);
+    for round in 0..1000 {
+        for _ in 0..round % 5 {
+            if sent < 100 {
+                machine.host_sends(&packet(size(sent), sent));
+                sent += 1;
+            }
+        }
+        for buffer in 0..5 {
+            let address = DATA + (round * 5 + buffer) % 200 * 2000;
+            places[usize::from(machine.receive.next_head())] = address;
+            machine.receive.offer(&[writable(address, 2000)]);
+        }
+        machine.receive.ring_doorbell();
+        machine.run();
+        received_parts.extend(machine.receive.take_used());
+        while let Some(&(head, _)) = received_parts.front() {
+            let header = machine.bytes(places[usize::from(head)], 12);
+            let count = u16::from_le_bytes([header[10], header[11]]);
+            if received_parts.len() < usize::from(count) {
+                break;
+            }
+            let bytes: Vec<u8> = received_parts
+                .drain(..usize::from(count))
+                .flat_map(|(head, len)| machine.bytes(places[usize::from(head)], len as usize))
+                .collect();
+            assert!(bytes == received(packet(size(next), next), count), "{next}");
+            next += 1;
+        }
+        if next == 100 {
+            return;
+        }
+    }
+    panic!("only {next} packets came");
 }
 
 #[test]

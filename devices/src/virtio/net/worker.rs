@@ -130,15 +130,16 @@ impl Worker {
                 return Err(format!("{pair_count} pairs of queues have too few queues"));
             };
             let tap_queue = tap.queues().get(pairs.len());
-            let ring = tap_queue.and_then(|tap_queue| PacketRing::new(tap_queue).ok());
+            let ring = || tap_queue.and_then(|tap_queue| PacketRing::new(tap_queue).ok());
             pairs.push(QueuePair {
                 receiver: Receiver::new(
                     receive_queue,
                     &memory,
                     merges_buffers,
                     ExpectedSize::new(usual_size, largest_size),
+                    ring(),
                 ),
-                transmitter: Transmitter::new(transmit_queue, &memory, ring),
+                transmitter: Transmitter::new(transmit_queue, &memory, ring()),
                 receive_halt: Halt::Driver,
                 transmit_halt: Halt::Driver,
                 watched: None,

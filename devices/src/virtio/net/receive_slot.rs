@@ -1,0 +1,167 @@
+//! A place for one packet on its way to the driver.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use libc::iovec;
+
+use super::{DriverError, MAX_PACKET_SIZE};
+use crate::GuestMemory;
+use crate::tap::{PACKET_HEADER_SIZE, TapQueue};
+use crate::virtio::{Chain, MAX_VECTORS_PER_CALL, VirtQueue};
+
+/// Offset of `num_buffers` in the header of a packet (section 5.1.6).
+const BUFFER_COUNT_OFFSET: usize = 10;
+
+/// A chain that was taken from the queue and has no packet in it yet.
+struct EmptyBuffer {
+    head: u16,
+    size: usize,
+}
+
+/// Buffers for a packet, and the packet once it has been read.
+pub(super) struct ReceiveSlot {
+    /// Every buffer, one behind the other.
+    chain: Chain,
+    /// What the buffers in `chain` are, in the same order.
+    buffers: VecDeque<EmptyBuffer>,
+    /// What does not fit into the buffers. It takes no memory until there is such a packet.
+    overflow: Box<[u8]>,
+    /// Size of the packet that has been read.
+    packet: Option<usize>,
+    /// How much of it is in the buffers; the rest is in the overflow.
+    in_buffers: usize,
+    /// Buffers and overflow, as a system call takes them.
+    vectors: Vec<iovec>,
+    /// The buffers that a packet fills, kept for its allocation.
+    filled: Vec<(u16, u32)>,
+}
+
+// SAFETY: the pointers in `vectors` are into guest memory, which `chain` keeps alive and which is
+// shared between threads already, and into `overflow`, which this struct owns.
+unsafe impl Send for ReceiveSlot {}
+
+impl ReceiveSlot {
+    pub(super) fn new(memory: &Arc<GuestMemory>) -> ReceiveSlot {
+        ReceiveSlot {
+            chain: Chain::new(memory),
+            buffers: VecDeque::new(),
+            overflow: vec![0; MAX_PACKET_SIZE].into_boxed_slice(),
+            packet: None,
+            in_buffers: 0,
+            vectors: Vec::new(),
+            filled: Vec::new(),
+        }
+    }
+
+    /// Bytes that the buffers have room for.
+    pub(super) fn room(&self) -> usize {
+        self.chain.writable.len()
+    }
+
+    /// Number of buffers.
+    pub(super) fn buffer_count(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Size of the packet that has been read and not been delivered, header included.
+    pub(super) fn packet_size(&self) -> Option<usize> {
+        self.packet
+    }
+
+    /// Takes one buffer from the queue; `false` where it has none.
+    pub(super) fn take_buffer(&mut self, queue: &mut VirtQueue) -> Result<bool, DriverError> {
+        let before = self.chain.writable.len();
+        if !queue.pop_behind(&mut self.chain)? {
+            return Ok(false);
+        }
+        let head = self.chain.head;
+        let size = self.chain.writable.len() - before;
+        // Each holds a header at least (section 5.1.6.3.1).
+        if size < PACKET_HEADER_SIZE {
+            return Err(DriverError::ReceiveBuffer {
+                head,
+                readable: self.chain.readable.len(),
+                writable: size,
+            });
+        }
+        self.chain.readable.clear();
+        self.buffers.push_back(EmptyBuffer { head, size });
+        Ok(true)
+    }
+
+    /// Takes the buffers of another slot, which has no packet.
+    pub(super) fn take_buffers_of(&mut self, other: &mut ReceiveSlot) {
+        self.chain.writable.append(&mut other.chain.writable);
+        self.buffers.append(&mut other.buffers);
+    }
+
+    /// Where a packet is to be read to. The vectors are valid as long as the slot is neither changed
+    /// nor dropped.
+    pub(super) fn vectors_to_read_to(&mut self) -> &[iovec] {
+        let buffers = self.chain.writable.vectors();
+        // The overflow is the last of as many as a call takes.
+        let buffers = &buffers[..buffers.len().min(MAX_VECTORS_PER_CALL - 1)];
+        self.in_buffers = buffers.iter().map(|vector| vector.iov_len).sum();
+        self.vectors.clear();
+        self.vectors.extend_from_slice(buffers);
+        self.vectors.push(iovec {
+            iov_base: self.overflow.as_mut_ptr().cast(),
+            iov_len: self.overflow.len(),
+        });
+        &self.vectors
+    }
+
+    /// Reads a packet from `tap`. Gives its size, or a negated error number.
+    pub(super) fn read(&mut self, tap: &TapQueue) -> i32 {
+        let vectors = self.vectors_to_read_to();
+        let count = vectors.len() as libc::c_int;
+        // SAFETY: the vectors cover guest memory and the overflow, both of which outlive the call.
+        let result = unsafe { libc::readv(tap.as_raw_fd(), vectors.as_ptr(), count) };
+        match i32::try_from(result) {
+            Ok(size @ 0..) => size,
+            _ => -io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO),
+        }
+    }
+
+    /// Takes note that a packet of `size` bytes has been read to where the vectors said.
+    pub(super) fn received(&mut self, size: usize) {
+        self.packet = Some(size);
+    }
+
+    /// Drops the packet.
+    pub(super) fn forget(&mut self) {
+        self.packet = None;
+    }
+
+    /// Completes the packet, which the buffers have room for, and returns those that it fills to the
+    /// driver.
+    pub(super) fn deliver(&mut self, queue: &mut VirtQueue) {
+        let Some(size) = self.packet.take() else {
+            return;
+        };
+        let list = &mut self.chain.writable;
+        let in_overflow = size.saturating_sub(self.in_buffers);
+        list.write_at(self.in_buffers, &self.overflow[..in_overflow]);
+        let mut left = size;
+        let mut filled_size = 0;
+        self.filled.clear();
+        while left > 0
+            && let Some(buffer) = self.buffers.pop_front()
+        {
+            let len = left.min(buffer.size);
+            left -= len;
+            filled_size += buffer.size;
+            // No packet is larger than MAX_PACKET_SIZE, so neither number is cut.
+            self.filled.push((buffer.head, len as u32));
+        }
+        let buffer_count = self.filled.len() as u16;
+        list.write_at(BUFFER_COUNT_OFFSET, &buffer_count.to_le_bytes());
+        list.advance(filled_size);
+        queue.add_used_together(&self.filled);
+    }
+}
