@@ -10,6 +10,7 @@ mod process;
 mod requirements;
 mod traffic;
 mod watchdog;
+mod workload;
 
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use images::{BzImage, Compression, elf_kernel};
@@ -19,6 +20,7 @@ pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{Bantam, Ended, Running, unprivileged, with_devices};
 pub use requirements::{lacks_kvm, lacks_namespaces, lacks_taps};
 pub use traffic::Traffic;
+pub use workload::after_random_work;
 
 /// Ends a test that cannot run on this host: it fails with the reason, unless the environment
 /// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.

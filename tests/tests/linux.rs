@@ -12,8 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use bantam_tests::{
-    Bantam, Ended, HostTap, Kernel, RootFileSystem, answer, bzimages, crc32, debian_kernel,
-    first_difference, interface_exists, linux_slot, pattern, require_kvm, require_taps,
+    Bantam, Ended, HostTap, Kernel, RootFileSystem, after_random_work, answer, bzimages, crc32,
+    debian_kernel, first_difference, interface_exists, linux_slot, pattern, require_kvm,
+    require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::{Console, ExitReason, Machine};
@@ -140,6 +141,41 @@ fn linux_uses_disks_entropy_clock_and_console() {
     let wrong = after.iter().zip(&expected).position(|(a, b)| a != b);
     assert_eq!(wrong, None, "the byte there is not what the guest wrote");
     assert!(fs::read(&read_only).unwrap() == precious);
+}
+
+#[test]
+fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
+    const SIZE: usize = 4 * MIB;
+    const OPERATIONS: u32 = 32;
+    require_kvm!();
+    // Its own file system, as cache=none needs one that has O_DIRECT.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut bantam = Bantam::linux(Kernel::Small).disk(&root_disk(&folder), "");
+    let mut disks = Vec::new();
+    for engine in ["auto", "io_uring", "sync"] {
+        for cache in ["writeback", "writethrough", "none", "unsafe"] {
+            let seed = disks.len() as u64;
+            let letter = char::from(b'b' + disks.len() as u8);
+            let path = folder.path().join(format!("{engine}-{cache}"));
+            fs::write(&path, pattern(seed, 0, SIZE)).unwrap();
+            bantam = bantam.disk(&path, &format!(",engine={engine},cache={cache}"));
+            let command = format!("disk-verify-random:vd{letter}:{seed}:{OPERATIONS}");
+            disks.push((path, seed, command));
+        }
+    }
+    let commands: Vec<&str> = disks.iter().map(|(_, _, command)| &**command).collect();
+    let ended = bantam.append(test_words(&commands)).finish();
+    let text = ended.succeeded().text();
+    for (path, seed, command) in &disks {
+        let block_size = value(&answer(&text, command), "block-size")
+            .parse()
+            .expect("it is a number");
+        let expected = after_random_work(*seed, OPERATIONS, block_size, SIZE);
+        let found = fs::read(path).unwrap();
+        assert_eq!(found.len(), SIZE);
+        let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "the byte there of '{}'", path.display());
+    }
 }
 
 /// Checks that the guest knows the time of day, as far as a boot's duration allows.

@@ -38,6 +38,13 @@ pub enum Command {
         length: u64,
         seed: u64,
     },
+    /// `block-size=BYTES`, if random work on a disk that holds the pattern of the seed leaves behind what
+    /// it should. OPERATIONS is how many each of its areas has.
+    DiskVerifyRandom {
+        disk: String,
+        seed: u64,
+        operations: u32,
+    },
     /// `bytes=N crc32=HEX` of the whole disk.
     DiskChecksum {
         disk: String,
@@ -128,6 +135,11 @@ impl FromStr for Command {
                 offset: arguments.size("offset")?,
                 length: arguments.size("length")?,
                 seed: arguments.parsed("seed")?,
+            },
+            "disk-verify-random" => Self::DiskVerifyRandom {
+                disk: arguments.device("disk")?,
+                seed: arguments.parsed("seed")?,
+                operations: arguments.parsed("operations")?,
             },
             "disk-checksum" => Self::DiskChecksum {
                 disk: arguments.device("disk")?,

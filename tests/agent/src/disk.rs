@@ -5,14 +5,16 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::thread;
 use std::time::Instant;
 
 use crate::error::{Context, Error, Result};
 use crate::pattern::{self, Crc32};
 use crate::sys::{self, BlockRange};
 use crate::system::{attribute, number, rate};
+use crate::workload::{AREAS, Area, MAX_TRANSFER, Step, Transfer};
 
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = MAX_TRANSFER;
 
 /// The strictest alignment of memory that direct access asks for.
 const ALIGNMENT: usize = 4096;
@@ -77,6 +79,66 @@ pub fn write_verify(disk: &str, offset: u64, length: u64, seed: u64) -> Result<S
     Ok(format!(
         "direct={direct} write={write_rate} read={read_rate}"
     ))
+}
+
+/// Has several threads read, write and flush at random, each in an area of its own, and checks at the
+/// end that the disk holds what it should.
+pub fn verify_random(disk: &str, seed: u64, operations: u32) -> Result<String> {
+    let length = size(disk)?;
+    let block_size = number(&format!("/sys/block/{disk}/queue/logical_block_size"))? as usize;
+    let direct = Disk::open_with(disk, true, true, length)?;
+    let buffered = Disk::open_with(disk, true, false, length)?;
+    let work = |number| {
+        let mut area = Area::new(number, length, block_size, seed);
+        let mut buffer = Buffer::new();
+        for step in 0..operations {
+            carry_out(&mut area, &mut buffer, &direct, &buffered)
+                .context(format_args!("area {number}, step {step}"))?;
+        }
+        Ok((area, buffer))
+    };
+    let areas = thread::scope(|scope| {
+        let threads: Vec<_> = (0..AREAS)
+            .map(|number| scope.spawn(move || work(number)))
+            .collect();
+        let ended = threads.into_iter().map(|thread| {
+            let ended = thread.join();
+            ended.unwrap_or_else(|_| Err(Error::new("a thread has panicked")))
+        });
+        ended.collect::<Result<Vec<_>>>()
+    })?;
+    buffered.file.sync_all().context("flush")?;
+    for (area, mut buffer) in areas {
+        for position in (0..area.size()).step_by(CHUNK) {
+            let size = CHUNK.min(area.size() - position);
+            let offset = area.start() + position as u64;
+            direct.expect(&area, buffer.slice(size), offset)?;
+        }
+    }
+    Ok(format!("block-size={block_size}"))
+}
+
+fn carry_out(area: &mut Area, buffer: &mut Buffer, direct: &Disk, buffered: &Disk) -> Result<()> {
+    let step = area.next_step();
+    let (Step::Write(transfer) | Step::Read(transfer)) = step else {
+        let flushed = match step {
+            Step::Flush { data_only: true } => buffered.file.sync_data(),
+            _ => buffered.file.sync_all(),
+        };
+        return flushed.context("flush");
+    };
+    let Transfer { offset, length, .. } = transfer;
+    let device = if transfer.direct { direct } else { buffered };
+    let part = transfer.misalignment..transfer.misalignment + length;
+    let buffer = &mut buffer.slice(part.end)[part];
+    if matches!(step, Step::Read(_)) {
+        return device.expect(area, buffer, offset);
+    }
+    area.fill(offset, buffer);
+    device
+        .file
+        .write_all_at(buffer, offset)
+        .context(format_args!("write {length} bytes at {offset}"))
 }
 
 pub fn checksum(disk: &str) -> Result<String> {
@@ -187,6 +249,20 @@ impl Disk {
             .context(format_args!("read {size} bytes at {offset}"))
     }
 
+    /// Reads into `buffer`, which is then as `area` has it.
+    fn expect(&self, area: &Area, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.read(buffer, offset)?;
+        let mut expected = vec![0; buffer.len()];
+        area.fill(offset, &mut expected);
+        match expected.iter().zip(&*buffer).position(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(index) => Err(Error::new(format!(
+                "byte at {} is wrong",
+                offset + index as u64
+            ))),
+        }
+    }
+
     fn first_nonzero(&self, offset: u64) -> Result<Option<u64>> {
         let mut buffer = Buffer::new();
         let mut found = None;
@@ -203,12 +279,12 @@ impl Disk {
     }
 }
 
-/// A chunk of memory aligned for direct access.
+/// A chunk of memory aligned for direct access, with room for a page more.
 struct Buffer(Vec<u8>);
 
 impl Buffer {
     fn new() -> Self {
-        Self(vec![0; CHUNK + ALIGNMENT])
+        Self(vec![0; CHUNK + 2 * ALIGNMENT])
     }
 
     fn slice(&mut self, size: usize) -> &mut [u8] {
