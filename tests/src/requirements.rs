@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use bantam_vmm::host;
 
+use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
 
 /// Whether there is no usable `/dev/kvm` and the user has said to skip tests then.
@@ -54,6 +55,18 @@ pub fn lacks_namespaces() -> bool {
         Err(error) => Some(format!("cannot run {program}: {error}")),
     };
     skip_or_fail(reason, "BANTAM_SKIP_NAMESPACE_TESTS")
+}
+
+/// Whether this process cannot make a [`LoopDevice`] and the user has said to skip tests then.
+///
+/// # Panics
+///
+/// When it cannot and the user has not said so.
+pub fn lacks_loop_devices() -> bool {
+    let file = tempfile::NamedTempFile::new().expect("there is room for temporary files");
+    file.as_file().set_len(1 << 20).expect("sizes can be set");
+    let reason = LoopDevice::try_new(file.path()).err();
+    skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
 }
 
 fn open_for_update(path: &str) -> Result<(), String> {

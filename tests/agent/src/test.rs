@@ -60,10 +60,10 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
             seed,
         } => disk::write_verify(disk, offset, length, seed)?,
         Command::DiskVerifyRandom {
-            ref disk,
+            ref disks,
             seed,
             operations,
-        } => disk::verify_random(disk, seed, operations)?,
+        } => disk::verify_random(disks, seed, operations)?,
         Command::DiskChecksum { ref disk } => disk::checksum(disk)?,
         Command::DiskDiscard {
             ref disk,

@@ -81,9 +81,10 @@ impl Area {
             let data_only = self.random(2) == 0;
             return Step::Flush { data_only };
         }
-        // As many small transfers as large ones.
+        // Of every magnitude, but the large ones, which take long, are rare.
         let most = self.blocks.len().min(MAX_TRANSFER / self.block_size);
-        let magnitude = self.random(u64::from(most.ilog2()) + 1);
+        let magnitudes = u64::from(most.ilog2()) + 1;
+        let magnitude = self.random(magnitudes).min(self.random(magnitudes));
         let count = 1 + self.random(1 << magnitude) as usize;
         let first = self.random((self.blocks.len() - count + 1) as u64) as usize;
         let misalignment = self.random((Self::PAGE / self.block_size) as u64) as usize;
