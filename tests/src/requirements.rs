@@ -35,8 +35,9 @@ pub fn lacks_taps() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_TAP_TESTS")
 }
 
-/// Whether this process cannot give a program a `/dev` of its own, as [`with_devices`] does, and
-/// the user has said to skip tests then.
+/// Whether this process cannot give a program a `/dev` or a file system of its own, as
+/// [`with_devices`] and [`with_mounts`](crate::with_mounts) do, and the user has said to skip tests
+/// then.
 ///
 /// # Panics
 ///

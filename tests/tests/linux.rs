@@ -145,8 +145,8 @@ fn linux_uses_disks_entropy_clock_and_console() {
 
 #[test]
 fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
-    const SIZE: usize = 4 * MIB;
-    const OPERATIONS: u32 = 12;
+    const SIZE: usize = 3 * MIB;
+    const OPERATIONS: u32 = 10;
     require_kvm!();
     // Its own file system, as cache=none needs one that has O_DIRECT.
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -8,7 +8,7 @@
 use super::pattern;
 
 /// How many areas a disk has.
-pub const AREAS: u64 = 4;
+pub const AREAS: u64 = 3;
 
 /// Most bytes of a transfer.
 pub const MAX_TRANSFER: usize = 1 << 20;
@@ -41,10 +41,14 @@ pub struct Transfer {
 pub struct Area {
     start: u64,
     block_size: usize,
-    /// The seed of the pattern that each block has its part of.
-    blocks: Vec<u64>,
+    /// Which step wrote each block last, counted from one; none did where it is zero.
+    blocks: Vec<u32>,
+    steps: u32,
+    /// The seed of the pattern that the disk held before.
+    disk_seed: u64,
+    /// The seed of the area's random numbers.
     seed: u64,
-    /// How many random numbers were taken.
+    /// How many of them were taken.
     taken: u64,
 }
 
@@ -58,7 +62,9 @@ impl Area {
         Self {
             start: number * size,
             block_size,
-            blocks: vec![seed; size as usize / block_size],
+            blocks: vec![0; size as usize / block_size],
+            steps: 0,
+            disk_seed: seed,
             seed: pattern::word(seed, number),
             taken: 0,
         }
@@ -76,6 +82,7 @@ impl Area {
 
     /// What is to be done next. Of a write, account is taken.
     pub fn next_step(&mut self) -> Step {
+        self.steps += 1;
         let kind = self.random(16);
         if kind == 0 {
             let data_only = self.random(2) == 0;
@@ -99,8 +106,7 @@ impl Area {
             6 => Step::Read(transfer(false)),
             _ => {
                 let step = Step::Write(transfer(kind < 13));
-                let seed = self.number();
-                self.blocks[first..first + count].fill(seed);
+                self.blocks[first..first + count].fill(self.steps);
                 step
             }
         }
@@ -110,19 +116,21 @@ impl Area {
     pub fn fill(&self, offset: u64, buffer: &mut [u8]) {
         let first = (offset - self.start) as usize / self.block_size;
         let chunks = buffer.chunks_mut(self.block_size);
-        for (index, (&seed, chunk)) in self.blocks[first..].iter().zip(chunks).enumerate() {
+        for (index, (&step, chunk)) in self.blocks[first..].iter().zip(chunks).enumerate() {
+            let seed = match step {
+                0 => self.disk_seed,
+                // Each step has a pattern of its own.
+                step => !pattern::word(self.seed, step.into()),
+            };
             pattern::fill(seed, offset + (index * self.block_size) as u64, chunk);
         }
     }
 
     /// A random number below `limit`.
     fn random(&mut self, limit: u64) -> u64 {
-        ((u128::from(self.number()) * u128::from(limit)) >> 64) as u64
-    }
-
-    fn number(&mut self) -> u64 {
         self.taken += 1;
-        pattern::word(self.seed, self.taken)
+        let number = pattern::word(self.seed, self.taken);
+        ((u128::from(number) * u128::from(limit)) >> 64) as u64
     }
 }
 
@@ -130,8 +138,8 @@ impl Area {
 mod tests {
     use super::*;
 
-    const DISK_SIZE: u64 = 4 << 20;
     const AREA_SIZE: usize = 1 << 20;
+    const DISK_SIZE: u64 = AREAS * AREA_SIZE as u64;
 
     #[test]
     fn transfers_stay_in_their_area() {
