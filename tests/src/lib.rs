@@ -4,21 +4,27 @@
 mod artefacts;
 mod images;
 mod linux;
+mod loop_device;
 mod network;
 mod pattern;
 mod process;
 mod requirements;
 mod traffic;
 mod watchdog;
+mod workload;
 
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
+pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, interface_exists, tap_name};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
-pub use process::{Bantam, Ended, Running, unprivileged, with_devices};
-pub use requirements::{lacks_kvm, lacks_namespaces, lacks_taps};
+pub use process::{
+    Bantam, Ended, Running, unprivileged, with_devices, with_file_size_limit, with_mounts,
+};
+pub use requirements::{lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps};
 pub use traffic::Traffic;
+pub use workload::after_random_work;
 
 /// Ends a test that cannot run on this host: it fails with the reason, unless the environment
 /// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.
@@ -42,12 +48,23 @@ macro_rules! require_taps {
     };
 }
 
-/// As [`require_kvm`], for tests that use [`with_devices`] in place of KVM;
+/// As [`require_kvm`], but for tests that use [`with_devices`] or [`with_mounts`];
 /// `BANTAM_SKIP_NAMESPACE_TESTS` set to 1 skips them where mount namespaces cannot be had.
 #[macro_export]
 macro_rules! require_namespaces {
     () => {
         if $crate::lacks_namespaces() {
+            return;
+        }
+    };
+}
+
+/// As [`require_kvm`], for tests that also use a [`LoopDevice`]; `BANTAM_SKIP_LOOP_TESTS` set to 1
+/// skips them where there is none.
+#[macro_export]
+macro_rules! require_loop_devices {
+    () => {
+        if $crate::lacks_kvm() || $crate::lacks_loop_devices() {
             return;
         }
     };

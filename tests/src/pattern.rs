@@ -2,7 +2,7 @@
 
 #[allow(dead_code, missing_docs)]
 #[path = "../agent/src/pattern.rs"]
-mod agent;
+pub(crate) mod agent;
 
 /// The part of the Linux agent's pattern of `seed` from `offset` on, `length` bytes long.
 pub fn pattern(seed: u64, offset: u64, length: usize) -> Vec<u8> {

@@ -477,10 +477,16 @@ pub fn unprivileged() -> Vec<&'static str> {
 /// A [`Bantam::launcher`] that runs the monitor without capabilities, and with a `/dev` in which
 /// `setup`, a shell command, has put everything. That takes `CAP_SYS_ADMIN` or user namespaces.
 pub fn with_devices(setup: &str) -> Vec<String> {
-    let script = format!(
-        "mount -t tmpfs tmpfs /dev && {setup} && \
-         exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\""
-    );
+    let mut launcher = with_mounts(&format!("mount -t tmpfs tmpfs /dev && {setup}"));
+    let unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"];
+    launcher.extend(unprivileged.map(str::to_owned));
+    launcher
+}
+
+/// A [`Bantam::launcher`] that runs the monitor after `setup`, a shell command whose mounts nobody
+/// else sees. That takes `CAP_SYS_ADMIN` or user namespaces.
+pub fn with_mounts(setup: &str) -> Vec<String> {
+    let script = format!("{setup} && exec \"$@\"");
     let namespaces: &[&str] = if geteuid().is_root() {
         &["--mount"]
     } else {
@@ -492,4 +498,11 @@ pub fn with_devices(setup: &str) -> Vec<String> {
         .chain(&["sh", "-c", &script, "sh"])
         .map(|word| (*word).to_owned())
         .collect()
+}
+
+/// A [`Bantam::launcher`] that lets the monitor write to the first `size` bytes of files only: more
+/// is an error (`RLIMIT_FSIZE`, with `SIGXFSZ` ignored).
+pub fn with_file_size_limit(size: u64) -> Vec<String> {
+    let script = format!("trap '' XFSZ && exec prlimit --fsize={size} -- \"$@\"");
+    ["sh", "-c", &script, "sh"].map(str::to_owned).into()
 }

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use bantam_vmm::host;
 
+use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
 
 /// Whether there is no usable `/dev/kvm` and the user has said to skip tests then.
@@ -34,8 +35,9 @@ pub fn lacks_taps() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_TAP_TESTS")
 }
 
-/// Whether this process cannot give a program a `/dev` of its own, as [`with_devices`] does, and
-/// the user has said to skip tests then.
+/// Whether this process cannot give a program a `/dev` or a file system of its own, as
+/// [`with_devices`] and [`with_mounts`](crate::with_mounts) do, and the user has said to skip tests
+/// then.
 ///
 /// # Panics
 ///
@@ -54,6 +56,18 @@ pub fn lacks_namespaces() -> bool {
         Err(error) => Some(format!("cannot run {program}: {error}")),
     };
     skip_or_fail(reason, "BANTAM_SKIP_NAMESPACE_TESTS")
+}
+
+/// Whether this process cannot make a [`LoopDevice`] and the user has said to skip tests then.
+///
+/// # Panics
+///
+/// When it cannot and the user has not said so.
+pub fn lacks_loop_devices() -> bool {
+    let file = tempfile::NamedTempFile::new().expect("there is room for temporary files");
+    file.as_file().set_len(1 << 20).expect("sizes can be set");
+    let reason = LoopDevice::try_new(file.path()).err();
+    skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
 }
 
 fn open_for_update(path: &str) -> Result<(), String> {

@@ -1,11 +1,14 @@
 //! Disks in every cache mode and by every engine.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use bantam_tests::{Bantam, require_kvm};
+use bantam_tests::{
+    Bantam, Ended, LoopDevice, require_kvm, require_loop_devices, require_namespaces,
+    with_file_size_limit, with_mounts,
+};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
@@ -104,4 +107,139 @@ fn disks_have_threads_and_queues_of_their_own() {
         .append("block-test=write")
         .finish();
     ended.passed();
+}
+
+// --- Failures of the host -------------------------------------------------------------------------
+
+/// Blocks of a disk that the payload `load` reads or writes at a time.
+const BLOCKS: usize = DISK_SIZE / 4096;
+
+/// Checks that a machine has lived with requests that failed: the payload was told of each, and the
+/// user once, why. Returns how many they were.
+#[track_caller]
+fn failed_requests(ended: &Ended, reason: &str) -> usize {
+    let warnings: Vec<_> = ended.stderr.lines().collect();
+    assert_eq!(warnings.len(), 1, "{ended}");
+    let warning = format!("a request failed, and the guest was told so: {reason}");
+    assert!(warnings[0].contains(&warning), "{ended}");
+    let text = ended.succeeded().text();
+    text.lines()
+        .find_map(|line| {
+            let (_, errors) = line.strip_prefix("FAIL: ")?.split_once(": ")?;
+            let count = errors.strip_suffix(" errors, the first: request status 1")?;
+            count.parse().ok()
+        })
+        .unwrap_or_else(|| panic!("no I/O errors in\n{ended}"))
+}
+
+#[test]
+fn writes_that_the_host_refuses_fail_and_all_else_works() {
+    const LIMIT: usize = DISK_SIZE / 2;
+    require_kvm!();
+    for kind in all_kinds() {
+        let (_folder, path) = image();
+        let load = |words: &str| {
+            Bantam::payload("load")
+                .disk(&path, &kind)
+                .append(format!("test=block seed=9 depth=32 {words}"))
+        };
+        // A write that is done in part has failed as well.
+        let limited = |words, limit| {
+            load(words)
+                .launcher(with_file_size_limit(limit as u64))
+                .finish()
+        };
+        let write = format!("mode=write pattern=seq verify operations={BLOCKS}");
+        let ended = limited(&write, LIMIT + 1024);
+        let failed = failed_requests(&ended, "File too large");
+        assert_eq!(failed, BLOCKS / 2, "{kind}: {ended}");
+        let content = fs::read(&path).unwrap();
+        assert_eq!(content.len(), DISK_SIZE);
+        let refused = &content[LIMIT + 1024..];
+        assert!(refused.iter().all(|&byte| byte == 0x5a), "{kind}");
+
+        let read = format!("mode=read verify span={LIMIT} operations={BLOCKS}");
+        load(&read).finish().passed();
+        let ended = limited("mode=mixed operations=2000", LIMIT);
+        let failed = failed_requests(&ended, "File too large");
+        // Of a thousand writes, about half.
+        assert!((400..600).contains(&failed), "{kind}: {ended}");
+    }
+}
+
+#[test]
+fn a_full_file_system_fails_the_writes_that_need_room() {
+    require_kvm!();
+    require_namespaces!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    let setup = format!(
+        "mount -t tmpfs -o size={} tmpfs '{}' && truncate --size={DISK_SIZE} '{}'",
+        DISK_SIZE / 2,
+        folder.path().display(),
+        path.display()
+    );
+    // Not every host has O_DIRECT there.
+    for kind in all_kinds().filter(|kind| !kind.ends_with("none")) {
+        let ended = Bantam::payload("load")
+            .disk(&path, &kind)
+            .append("test=block mode=mixed seed=9 depth=32 operations=4000")
+            .launcher(with_mounts(&setup))
+            .finish();
+        let failed = failed_requests(&ended, "No space left on device");
+        // Of two thousand writes, a quarter fills the room, and then every other one needs more.
+        assert!((500..1000).contains(&failed), "{kind}: {ended}");
+    }
+}
+
+/// With and without the page cache: the other modes are for writes.
+fn kinds_that_read_differently() -> impl Iterator<Item = String> {
+    all_kinds().filter(|kind| kind.ends_with("=writeback") || kind.ends_with("=none"))
+}
+
+#[test]
+fn storage_that_fails_fails_the_requests_to_it() {
+    require_loop_devices!();
+    for kind in kinds_that_read_differently() {
+        let (_folder, path) = image();
+        let device = LoopDevice::new(&path);
+        // What is missing cannot be read, though the device still has its size.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(DISK_SIZE as u64 / 2).unwrap();
+        let ended = Bantam::payload("load")
+            .disk(&device.path, &kind)
+            .append(format!(
+                "test=block mode=read pattern=seq depth=32 operations={BLOCKS}"
+            ))
+            .finish();
+        let failed = failed_requests(&ended, "Input/output error");
+        assert_eq!(failed, BLOCKS / 2, "{kind}: {ended}");
+    }
+}
+
+#[test]
+fn a_file_made_shorter_under_a_machine_fails_reads_beyond_its_end() {
+    require_kvm!();
+    let run = |kind: &str| {
+        let (_folder, path) = image();
+        // The limit leaves time, before it is the turn of what will be missing.
+        let machine = Bantam::payload("load")
+            .disk(&path, &format!("{kind},operations-per-second=1000"))
+            .append(format!(
+                "test=block mode=read pattern=seq completion=interrupt operations={BLOCKS}"
+            ))
+            .start();
+        machine.wait_for_output("load: ready");
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(DISK_SIZE as u64 / 2).unwrap();
+        let ended = machine.wait();
+        let failed = failed_requests(&ended, "unexpected end of file");
+        assert!((1..=BLOCKS / 2).contains(&failed), "{kind}: {ended}");
+    };
+    // At the same time: they mostly wait.
+    thread::scope(|scope| {
+        for kind in kinds_that_read_differently() {
+            scope.spawn(move || run(&kind));
+        }
+    });
 }

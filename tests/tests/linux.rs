@@ -12,8 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use bantam_tests::{
-    Bantam, Ended, HostTap, Kernel, RootFileSystem, answer, bzimages, crc32, debian_kernel,
-    first_difference, interface_exists, linux_slot, pattern, require_kvm, require_taps,
+    Bantam, Ended, HostTap, Kernel, RootFileSystem, after_random_work, answer, bzimages, crc32,
+    debian_kernel, first_difference, interface_exists, linux_slot, pattern, require_kvm,
+    require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::{Console, ExitReason, Machine};
@@ -140,6 +141,44 @@ fn linux_uses_disks_entropy_clock_and_console() {
     let wrong = after.iter().zip(&expected).position(|(a, b)| a != b);
     assert_eq!(wrong, None, "the byte there is not what the guest wrote");
     assert!(fs::read(&read_only).unwrap() == precious);
+}
+
+#[test]
+fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
+    const SIZE: usize = 3 * MIB;
+    const OPERATIONS: u32 = 10;
+    require_kvm!();
+    // Its own file system, as cache=none needs one that has O_DIRECT.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut bantam = Bantam::linux(Kernel::Small).disk(&root_disk(&folder), "");
+    let mut paths = Vec::new();
+    for engine in ["auto", "io_uring", "sync"] {
+        for cache in ["writeback", "writethrough", "none", "unsafe"] {
+            let path = folder.path().join(format!("{engine}-{cache}"));
+            fs::write(&path, pattern(paths.len() as u64, 0, SIZE)).unwrap();
+            bantam = bantam.disk(&path, &format!(",engine={engine},cache={cache}"));
+            paths.push(path);
+        }
+    }
+    let names: Vec<_> = ('b'..)
+        .take(paths.len())
+        .map(|c| format!("vd{c}"))
+        .collect();
+    let command = format!("disk-verify-random:{}:0:{OPERATIONS}", names.join("+"));
+    let ended = bantam.append(test_words(&[&command])).finish();
+    let details = answer(&ended.succeeded().text(), &command);
+    let block_sizes: Vec<usize> = value(&details, "block-sizes")
+        .split('+')
+        .map(|size| size.parse().expect("it is a number"))
+        .collect();
+    assert_eq!(block_sizes.len(), paths.len());
+    for (seed, (path, block_size)) in (0..).zip(paths.iter().zip(block_sizes)) {
+        let expected = after_random_work(seed, OPERATIONS, block_size, SIZE);
+        let found = fs::read(path).unwrap();
+        assert_eq!(found.len(), SIZE);
+        let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "the byte there of '{}'", path.display());
+    }
 }
 
 /// Checks that the guest knows the time of day, as far as a boot's duration allows.

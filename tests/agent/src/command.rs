@@ -38,6 +38,14 @@ pub enum Command {
         length: u64,
         seed: u64,
     },
+    /// `block-sizes=BYTES+...`, if random work on disks leaves behind what it should. They are written
+    /// `vdb+vdc+...`; the first holds the pattern of the seed, the next that of the next seed, and so on.
+    /// The number of operations is that of each area of a disk.
+    DiskVerifyRandom {
+        disks: Vec<String>,
+        seed: u64,
+        operations: u32,
+    },
     /// `bytes=N crc32=HEX` of the whole disk.
     DiskChecksum {
         disk: String,
@@ -129,6 +137,11 @@ impl FromStr for Command {
                 length: arguments.size("length")?,
                 seed: arguments.parsed("seed")?,
             },
+            "disk-verify-random" => Self::DiskVerifyRandom {
+                disks: arguments.devices("disk")?,
+                seed: arguments.parsed("seed")?,
+                operations: arguments.parsed("operations")?,
+            },
             "disk-checksum" => Self::DiskChecksum {
                 disk: arguments.device("disk")?,
             },
@@ -204,11 +217,13 @@ impl<'a> Arguments<'a> {
 
     /// A name that is safe to put into a path.
     fn device(&mut self, name: &str) -> Result<String> {
-        let word = self.text(name)?;
-        if !word.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Err(Error::new(format!("{name} {word}: not a device name")));
-        }
-        Ok(word.to_owned())
+        device(name, self.text(name)?)
+    }
+
+    /// Such names, with a `+` between them.
+    fn devices(&mut self, name: &str) -> Result<Vec<String>> {
+        let words = self.text(name)?.split('+');
+        words.map(|word| device(name, word)).collect()
     }
 
     /// A number of bytes, with an optional K, M or G (powers of 1024).
@@ -253,6 +268,13 @@ impl<'a> Arguments<'a> {
     }
 }
 
+fn device(name: &str, word: &str) -> Result<String> {
+    if word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        return Err(Error::new(format!("{name} {word}: not a device name")));
+    }
+    Ok(word.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,6 +304,14 @@ mod tests {
             })
         );
         assert_eq!(
+            "disk-verify-random:vdb+vdc:7:32".parse(),
+            Ok(Command::DiskVerifyRandom {
+                disks: vec!["vdb".into(), "vdc".into()],
+                seed: 7,
+                operations: 32,
+            })
+        );
+        assert_eq!(
             "net:eth0:192.168.7.2/24:192.168.7.1".parse(),
             Ok(Command::Net {
                 interface: "eth0".into(),
@@ -308,6 +338,10 @@ mod tests {
         assert_eq!(reason("disk-info:"), "missing argument: disk");
         assert_eq!(reason("disk-info:vda:1"), "unexpected argument: 1");
         assert_eq!(reason("disk-info:../sda"), "disk ../sda: not a device name");
+        assert_eq!(
+            reason("disk-verify-random:vdb+:1:1"),
+            "disk : not a device name"
+        );
         assert_eq!(
             reason("rng:lots"),
             "length lots: invalid digit found in string"

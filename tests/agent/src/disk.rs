@@ -5,14 +5,16 @@
 use std::fs::{File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::thread;
 use std::time::Instant;
 
 use crate::error::{Context, Error, Result};
 use crate::pattern::{self, Crc32};
 use crate::sys::{self, BlockRange};
 use crate::system::{attribute, number, rate};
+use crate::workload::{AREAS, Area, MAX_TRANSFER, Step, Transfer};
 
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = MAX_TRANSFER;
 
 /// The strictest alignment of memory that direct access asks for.
 const ALIGNMENT: usize = 4096;
@@ -77,6 +79,109 @@ pub fn write_verify(disk: &str, offset: u64, length: u64, seed: u64) -> Result<S
     Ok(format!(
         "direct={direct} write={write_rate} read={read_rate}"
     ))
+}
+
+/// Has several threads read, write and flush at random, each in an area of its own of every disk, and
+/// checks at the end that the disks hold what they should.
+pub fn verify_random(names: &[String], seed: u64, operations: u32) -> Result<String> {
+    let disks = names
+        .iter()
+        .zip(seed..)
+        .map(|(name, seed)| RandomDisk::open(name, seed))
+        .collect::<Result<Vec<_>>>()?;
+    let opened = &disks;
+    let areas = thread::scope(|scope| {
+        // All disks by the same threads: a thread and its memory are what takes longest.
+        let threads: Vec<_> = (0..AREAS)
+            .map(|area| scope.spawn(move || work_on(area, opened, operations)))
+            .collect();
+        let ended = threads.into_iter().map(|thread| {
+            let ended = thread.join();
+            ended.unwrap_or_else(|_| Err(Error::new("a thread has panicked")))
+        });
+        ended.collect::<Result<Vec<_>>>()
+    })?;
+    let mut buffer = Buffer::new();
+    for disk in &disks {
+        disk.buffered.file.sync_all().context("flush")?;
+    }
+    for (disk, area) in areas.iter().flat_map(|areas| disks.iter().zip(areas)) {
+        for position in (0..area.size()).step_by(CHUNK) {
+            let size = CHUNK.min(area.size() - position);
+            let offset = area.start() + position as u64;
+            disk.direct
+                .expect(area, buffer.slice(size), offset)
+                .context(disk.name)?;
+        }
+    }
+    let block_sizes = disks.iter().map(|disk| disk.block_size.to_string());
+    Ok(format!(
+        "block-sizes={}",
+        block_sizes.collect::<Vec<_>>().join("+")
+    ))
+}
+
+/// A disk for random work.
+struct RandomDisk<'a> {
+    name: &'a str,
+    direct: Disk,
+    buffered: Disk,
+    block_size: usize,
+    seed: u64,
+}
+
+impl<'a> RandomDisk<'a> {
+    fn open(name: &'a str, seed: u64) -> Result<Self> {
+        let length = size(name)?;
+        let block_size = number(&format!("/sys/block/{name}/queue/logical_block_size"))?;
+        Ok(Self {
+            name,
+            direct: Disk::open_with(name, true, true, length)?,
+            buffered: Disk::open_with(name, true, false, length)?,
+            block_size: block_size as usize,
+            seed,
+        })
+    }
+}
+
+fn work_on(number: u64, disks: &[RandomDisk<'_>], operations: u32) -> Result<Vec<Area>> {
+    let mut buffer = Buffer::new();
+    let work = |disk: &RandomDisk<'_>| {
+        let mut area = Area::new(number, disk.direct.length, disk.block_size, disk.seed);
+        for step in 0..operations {
+            carry_out(&mut area, &mut buffer, disk)
+                .context(format_args!("{}, area {number}, step {step}", disk.name))?;
+        }
+        Ok(area)
+    };
+    disks.iter().map(work).collect()
+}
+
+fn carry_out(area: &mut Area, buffer: &mut Buffer, disk: &RandomDisk<'_>) -> Result<()> {
+    let step = area.next_step();
+    let (Step::Write(transfer) | Step::Read(transfer)) = step else {
+        let flushed = match step {
+            Step::Flush { data_only: true } => disk.buffered.file.sync_data(),
+            _ => disk.buffered.file.sync_all(),
+        };
+        return flushed.context("flush");
+    };
+    let Transfer { offset, length, .. } = transfer;
+    let device = if transfer.direct {
+        &disk.direct
+    } else {
+        &disk.buffered
+    };
+    let part = transfer.misalignment..transfer.misalignment + length;
+    let buffer = &mut buffer.slice(part.end)[part];
+    if matches!(step, Step::Read(_)) {
+        return device.expect(area, buffer, offset);
+    }
+    area.fill(offset, buffer);
+    device
+        .file
+        .write_all_at(buffer, offset)
+        .context(format_args!("write {length} bytes at {offset}"))
 }
 
 pub fn checksum(disk: &str) -> Result<String> {
@@ -187,6 +292,23 @@ impl Disk {
             .context(format_args!("read {size} bytes at {offset}"))
     }
 
+    /// Reads into `buffer`, which is then as `area` has it.
+    fn expect(&self, area: &Area, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.read(buffer, offset)?;
+        let mut expected = [0; Area::PAGE];
+        let mut position = offset;
+        for chunk in buffer.chunks(Area::PAGE) {
+            let expected = &mut expected[..chunk.len()];
+            area.fill(position, expected);
+            if let Some(index) = expected.iter().zip(chunk).position(|(a, b)| a != b) {
+                let wrong = position + index as u64;
+                return Err(Error::new(format!("byte at {wrong} is wrong")));
+            }
+            position += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
     fn first_nonzero(&self, offset: u64) -> Result<Option<u64>> {
         let mut buffer = Buffer::new();
         let mut found = None;
@@ -203,12 +325,12 @@ impl Disk {
     }
 }
 
-/// A chunk of memory aligned for direct access.
+/// A chunk of memory aligned for direct access, with room for a page more.
 struct Buffer(Vec<u8>);
 
 impl Buffer {
     fn new() -> Self {
-        Self(vec![0; CHUNK + ALIGNMENT])
+        Self(vec![0; CHUNK + 2 * ALIGNMENT])
     }
 
     fn slice(&mut self, size: usize) -> &mut [u8] {

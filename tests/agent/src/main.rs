@@ -25,6 +25,7 @@ mod shell;
 mod sys;
 mod system;
 mod test;
+mod workload;
 
 use std::env;
 use std::path::Path;

@@ -35,7 +35,7 @@ pub fn first_difference(seed: u64, offset: u64, data: &[u8]) -> Option<u64> {
 }
 
 /// The word at `index` of the SplitMix64 sequence of `seed`.
-fn word(seed: u64, index: u64) -> u64 {
+pub fn word(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

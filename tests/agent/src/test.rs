@@ -59,6 +59,11 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
             length,
             seed,
         } => disk::write_verify(disk, offset, length, seed)?,
+        Command::DiskVerifyRandom {
+            ref disks,
+            seed,
+            operations,
+        } => disk::verify_random(disks, seed, operations)?,
         Command::DiskChecksum { ref disk } => disk::checksum(disk)?,
         Command::DiskDiscard {
             ref disk,

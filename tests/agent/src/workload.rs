@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//! Random work on a disk, of which the host knows beforehand what it leaves behind.
+//!
+//! The disk is divided into areas, each with a thread of its own in the guest, so that the order in
+//! which requests are done does not matter.
+
+use super::pattern;
+
+/// How many areas a disk has.
+pub const AREAS: u64 = 3;
+
+/// Most bytes of a transfer.
+pub const MAX_TRANSFER: usize = 1 << 20;
+
+/// What is to be done next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Write what [`Area::fill`] gives.
+    Write(Transfer),
+    /// Read, and expect what [`Area::fill`] gives.
+    Read(Transfer),
+    /// Flush; without the file's metadata if so told.
+    Flush { data_only: bool },
+}
+
+/// Where bytes go, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transfer {
+    /// Whether the guest's page cache is bypassed.
+    pub direct: bool,
+    /// Bytes from the start of the disk, a multiple of the block size.
+    pub offset: u64,
+    /// Bytes, a multiple of the block size.
+    pub length: usize,
+    /// Multiple of the block size, less than [`Area::PAGE`], at which the bytes are in a page of memory.
+    pub misalignment: usize,
+}
+
+/// A part of a disk, and what its blocks should hold.
+pub struct Area {
+    start: u64,
+    block_size: usize,
+    /// Which step wrote each block last, counted from one; none did where it is zero.
+    blocks: Vec<u32>,
+    steps: u32,
+    /// The seed of the pattern that the disk held before.
+    disk_seed: u64,
+    /// The seed of the area's random numbers.
+    seed: u64,
+    /// How many of them were taken.
+    taken: u64,
+}
+
+impl Area {
+    /// What an area begins and ends at a multiple of, so that no page of the guest's cache belongs to two.
+    pub const PAGE: usize = 4096;
+
+    /// The area of this number on a disk of `disk_size` bytes that holds the pattern of `seed`.
+    pub fn new(number: u64, disk_size: u64, block_size: usize, seed: u64) -> Self {
+        let size = disk_size / AREAS / Self::PAGE as u64 * Self::PAGE as u64;
+        Self {
+            start: number * size,
+            block_size,
+            blocks: vec![0; size as usize / block_size],
+            steps: 0,
+            disk_seed: seed,
+            seed: pattern::word(seed, number),
+            taken: 0,
+        }
+    }
+
+    /// Where it begins on the disk.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// How many bytes it has.
+    pub fn size(&self) -> usize {
+        self.blocks.len() * self.block_size
+    }
+
+    /// What is to be done next. Of a write, account is taken.
+    pub fn next_step(&mut self) -> Step {
+        self.steps += 1;
+        let kind = self.random(16);
+        if kind == 0 {
+            let data_only = self.random(2) == 0;
+            return Step::Flush { data_only };
+        }
+        // Of every magnitude, but the large ones, which take long, are rare.
+        let most = self.blocks.len().min(MAX_TRANSFER / self.block_size);
+        let magnitudes = u64::from(most.ilog2()) + 1;
+        let magnitude = self.random(magnitudes).min(self.random(magnitudes));
+        let count = 1 + self.random(1 << magnitude) as usize;
+        let first = self.random((self.blocks.len() - count + 1) as u64) as usize;
+        let misalignment = self.random((Self::PAGE / self.block_size) as u64) as usize;
+        let transfer = |direct| Transfer {
+            direct,
+            offset: self.start + (first * self.block_size) as u64,
+            length: count * self.block_size,
+            misalignment: misalignment * self.block_size,
+        };
+        match kind {
+            1..=5 => Step::Read(transfer(true)),
+            6 => Step::Read(transfer(false)),
+            _ => {
+                let step = Step::Write(transfer(kind < 13));
+                self.blocks[first..first + count].fill(self.steps);
+                step
+            }
+        }
+    }
+
+    /// Fills `buffer` with what the disk should hold from `offset` on, all of it in this area.
+    pub fn fill(&self, offset: u64, buffer: &mut [u8]) {
+        let first = (offset - self.start) as usize / self.block_size;
+        let chunks = buffer.chunks_mut(self.block_size);
+        for (index, (&step, chunk)) in self.blocks[first..].iter().zip(chunks).enumerate() {
+            let seed = match step {
+                0 => self.disk_seed,
+                // Each step has a pattern of its own.
+                step => !pattern::word(self.seed, step.into()),
+            };
+            pattern::fill(seed, offset + (index * self.block_size) as u64, chunk);
+        }
+    }
+
+    /// A random number below `limit`.
+    fn random(&mut self, limit: u64) -> u64 {
+        self.taken += 1;
+        let number = pattern::word(self.seed, self.taken);
+        ((u128::from(number) * u128::from(limit)) >> 64) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AREA_SIZE: usize = 1 << 20;
+    const DISK_SIZE: u64 = AREAS * AREA_SIZE as u64;
+
+    #[test]
+    fn transfers_stay_in_their_area() {
+        for number in 0..AREAS {
+            let mut area = Area::new(number, DISK_SIZE, 512, 1);
+            assert_eq!(area.start(), number << 20);
+            assert_eq!(area.size(), AREA_SIZE);
+            for _ in 0..1000 {
+                if let Step::Read(transfer) | Step::Write(transfer) = area.next_step() {
+                    let start = (transfer.offset - area.start()) as usize;
+                    assert!(transfer.length > 0 && start + transfer.length <= AREA_SIZE);
+                    assert!(transfer.misalignment < Area::PAGE);
+                    for value in [start, transfer.length, transfer.misalignment] {
+                        assert_eq!(value % 512, 0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn writes_are_remembered() {
+        let mut area = Area::new(2, DISK_SIZE, 4096, 1);
+        let mut expected = vec![0; AREA_SIZE];
+        pattern::fill(1, area.start(), &mut expected);
+        let mut now = vec![0; AREA_SIZE];
+        for _ in 0..50 {
+            let step = area.next_step();
+            area.fill(area.start(), &mut now);
+            if let Step::Write(Transfer { offset, length, .. }) = step {
+                let start = (offset - area.start()) as usize;
+                let range = start..start + length;
+                assert!(now[range.clone()] != expected[range.clone()]);
+                let mut written = vec![0; length];
+                area.fill(offset, &mut written);
+                expected[range].copy_from_slice(&written);
+            }
+            assert!(now == expected);
+        }
+    }
+}
