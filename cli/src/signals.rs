@@ -44,7 +44,10 @@ impl Signals {
             }
         }
         mask.add(Signal::SIGCONT);
-        mask.thread_block()?;
+        let mut blocked = mask;
+        // A disk that may not grow further is an error of one request, not the end of the process.
+        blocked.add(Signal::SIGXFSZ);
+        blocked.thread_block()?;
         let queue = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Self { queue })
     }
