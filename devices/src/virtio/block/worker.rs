@@ -480,8 +480,13 @@ impl MutEventSubscriber for Worker {
         }
     }
 
-    fn process(&mut self, events: Events, _operations: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if self.interrupt.needs_reset() {
+            // Nothing consumes what made it ready, so that it would be reported without end.
+            if let Err(error) = operations.remove(events) {
+                self.interrupt
+                    .warn(format_args!("cannot stop watching a file: {error}"));
+            }
             return;
         }
         let handled = self.handle_event(events.data());
