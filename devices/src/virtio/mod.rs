@@ -16,6 +16,10 @@ pub mod rng;
 #[cfg(test)]
 mod test_driver;
 
+// A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
+#[cfg(test)]
+use bolero as _;
+
 use std::sync::Arc;
 
 pub use buffers::{BufferError, FilePosition, GuestBuffers, PacketRead};
