@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use bantam_devices::disk::{CacheMode, DiskFile, SECTOR_SIZE};
+use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
 use bolero::TypeGenerator;
@@ -36,7 +37,15 @@ pub struct Options {
     queues: u16,
     polls: bool,
     read_only: bool,
+    #[generator(one_value_of([None, None, None, Some(LIMIT)]))]
+    operations: Option<RateLimit>,
 }
+
+/// A limit that is met by what a driver does here, and holds it up for no longer than it must.
+const LIMIT: RateLimit = RateLimit {
+    per_second: 2000,
+    burst: 4,
+};
 
 impl Default for Options {
     fn default() -> Options {
@@ -46,6 +55,7 @@ impl Default for Options {
             queues: 1,
             polls: false,
             read_only: false,
+            operations: None,
         }
     }
 }
@@ -88,6 +98,7 @@ impl Target for BlockTarget {
             engine: options.engine,
             queues: options.queues,
             polls: options.polls,
+            operations: options.operations,
             ..BlockOptions::default()
         };
         Box::new(Block::new(disk, "fuzzed disk", &options).unwrap())

@@ -17,7 +17,7 @@ mod net;
 mod operation;
 mod rng;
 
-use std::panic::AssertUnwindSafe;
+use std::panic::RefUnwindSafe;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -70,29 +70,33 @@ struct Deviation {
     operation: Operation,
 }
 
-fn fuzz<T: Target>(mut target: T) {
+/// The test of an input, once the well-behaved driver has been found to be one.
+fn test_of<T: Target>(mut target: T) -> impl Fn(&Input<T::Options>) + RefUnwindSafe {
     for features in [0, u64::MAX] {
         let undisturbed = Input {
             options: T::Options::default(),
             driver: Driver::with_features(2, features),
             deviations: Vec::new(),
         };
-        run(&mut target, &undisturbed);
+        let mut machine = disturb(&mut target, &undisturbed);
+        assert!(!machine.needs_reset(), "a driver that follows the rules");
+        assert_ne!(machine.used_count(0), 0, "requests are returned");
+        check_recovery(&mut target, &undisturbed, machine);
     }
     let target = Mutex::new(target);
-    let target = AssertUnwindSafe(&target);
-    check!()
-        .with_type::<Input<T::Options>>()
-        .with_test_time(TEST_TIME)
-        .for_each(|input| {
-            // A target has nothing that a failed input could leave half done.
-            let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
-            run(&mut *target, input);
-        });
+    move |input| {
+        // A target has nothing that a failed input could leave half done.
+        let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
+        allocations::start();
+        let machine = disturb(&mut *target, input);
+        check_recovery(&mut *target, input, machine);
+        let peak = allocations::peak();
+        assert!(peak <= MAX_ALLOCATED, "{peak} bytes were allocated");
+    }
 }
 
-fn run<T: Target>(target: &mut T, input: &Input<T::Options>) {
-    allocations::start();
+/// Does all of an input to a new device, which is at rest then.
+fn disturb<T: Target>(target: &mut T, input: &Input<T::Options>) -> Machine {
     let mut machine = Machine::new(target.device(&input.options));
     let mut driver = input.driver.clone();
     let mut operations = driver.initialize(machine.offer());
@@ -110,17 +114,14 @@ fn run<T: Target>(target: &mut T, input: &Input<T::Options>) {
         }
     }
     machine.rest();
-    if input.deviations.is_empty() {
-        assert!(!machine.needs_reset(), "a driver that follows the rules");
-        assert_ne!(machine.used_count(0), 0, "requests are returned");
-    }
+    machine
+}
 
-    machine.initialize(&mut driver);
+/// Checks that a device, whatever was done to it, serves a driver that follows the rules.
+fn check_recovery<T: Target>(target: &mut T, input: &Input<T::Options>, mut machine: Machine) {
+    machine.initialize(&mut input.driver.clone());
     target.check_service(&input.options, &mut machine);
     assert!(!machine.needs_reset(), "a driver that follows the rules");
-    drop(machine);
-    let peak = allocations::peak();
-    assert!(peak <= MAX_ALLOCATED, "{peak} bytes were allocated");
 }
 
 fn act<T: Target>(target: &mut T, machine: &mut Machine, operation: &Operation) {
@@ -132,18 +133,31 @@ fn act<T: Target>(target: &mut T, machine: &mut Machine, operation: &Operation) 
 
 #[test]
 fn block_device() {
-    fuzz(block::BlockTarget::new());
+    let test = test_of(block::BlockTarget::new());
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
 }
 
 #[test]
 fn network_device() {
-    match net::NetTarget::new() {
-        Some(target) => fuzz(target),
-        None => eprintln!("skipped: this user cannot create taps in a namespace of their own here"),
-    }
+    let Some(target) = net::NetTarget::new() else {
+        eprintln!("skipped: this user cannot create taps in a namespace of their own here");
+        return;
+    };
+    let test = test_of(target);
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
 }
 
 #[test]
 fn transport() {
-    fuzz(rng::RngTarget);
+    let test = test_of(rng::RngTarget);
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
 }
