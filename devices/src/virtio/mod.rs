@@ -17,6 +17,10 @@ pub mod rng;
 #[cfg(test)]
 mod test_driver;
 
+// A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
+#[cfg(test)]
+use bolero as _;
+
 use std::sync::Arc;
 
 pub(crate) use buffers::MAX_VECTORS_PER_CALL;

@@ -1,5 +1,8 @@
 //! The block device (section 5.2) over a raw disk image.
 
+#[cfg(feature = "bench-internals")]
+#[doc(hidden)]
+pub mod bench;
 mod limits;
 mod polling;
 mod request;

@@ -344,6 +344,25 @@ fn a_disk_grows_and_shrinks_under_its_driver() {
 }
 
 #[test]
+fn a_device_that_needs_a_reset_lets_the_event_loop_rest() {
+    let mut machine = Machine::new(Engine::IoUring, CacheMode::Writeback);
+    let everything = [(DATA, DISK_SIZE as u32)];
+    let status = machine.request(VIRTIO_BLK_T_OUT, 0, &everything);
+    assert_eq!(status, VIRTIO_BLK_S_OK);
+    // The flush is under way when the device meets a chain that does not exist.
+    machine.offer(VIRTIO_BLK_T_FLUSH, 0, &[]);
+    machine.driver.offer_head(999);
+    machine.driver.ring_doorbell();
+    machine.manager.run_with_timeout(0).unwrap();
+    assert!(machine.interrupt.needs_reset());
+    let mut turns = 0;
+    while machine.manager.run_with_timeout(500).unwrap() > 0 {
+        turns += 1;
+        assert!(turns < 10, "the device spins");
+    }
+}
+
+#[test]
 fn limits_are_kept_without_spinning() {
     let limit = RateLimit {
         per_second: 100,

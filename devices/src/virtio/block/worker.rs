@@ -207,7 +207,7 @@ impl Worker {
 
     /// Takes the next request from a queue and does it, or gives it to the ring. `false` where there
     /// is none.
-    fn begin_next(&mut self, queue: usize) -> Result<bool, RequestError> {
+    pub(super) fn begin_next(&mut self, queue: usize) -> Result<bool, RequestError> {
         let slot = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot {
                 chain: Chain::new(&self.memory),
@@ -390,6 +390,17 @@ impl Worker {
         Ok(())
     }
 
+    /// Waits until the ring has no request left.
+    pub(super) fn finish_all(&mut self) -> io::Result<()> {
+        while self.in_flight_count() > 0 {
+            let Some(ring) = &mut self.ring else { break };
+            ring.wait()?;
+            // A driver that is not listening any more misses nothing.
+            let _ = self.complete();
+        }
+        Ok(())
+    }
+
     fn interrupt_driver(&mut self) {
         let mut needed = false;
         for queue in &mut self.queues {
@@ -480,8 +491,13 @@ impl MutEventSubscriber for Worker {
         }
     }
 
-    fn process(&mut self, events: Events, _operations: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if self.interrupt.needs_reset() {
+            // Nothing consumes what made it ready, so that it would be reported without end.
+            if let Err(error) = operations.remove(events) {
+                self.interrupt
+                    .warn(format_args!("cannot stop watching a file: {error}"));
+            }
             return;
         }
         let handled = self.handle_event(events.data());
@@ -496,17 +512,11 @@ impl MutEventSubscriber for Worker {
 impl Drop for Worker {
     /// Waits for what the ring has: the kernel writes to the guest's memory until then.
     fn drop(&mut self) {
-        while self.in_flight_count() > 0 {
-            let Some(ring) = &mut self.ring else { return };
-            if let Err(error) = ring.wait() {
-                self.interrupt
-                    .warn(format_args!("cannot wait for its requests: {error}"));
-                // With them the kernel keeps the guest's memory, which is thus never given back.
-                mem::forget(mem::take(&mut self.slots));
-                return;
-            }
-            // The driver is not listening any more.
-            let _ = self.complete();
+        if let Err(error) = self.finish_all() {
+            self.interrupt
+                .warn(format_args!("cannot wait for its requests: {error}"));
+            // With them the kernel keeps the guest's memory, which is thus never given back.
+            mem::forget(mem::take(&mut self.slots));
         }
     }
 }

@@ -1,0 +1,224 @@
+//! A device behind its transport, in a machine with memory of its own and no processor.
+
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use bantam_devices::bus::BusDevice;
+use bantam_devices::event_loop::Subscriber;
+use bantam_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
+use bantam_devices::{EventLoop, GuestMemory, InterruptLine};
+use event_manager::EventManager;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::driver::{DeviceOffer, Driver, RINGS, RINGS_SIZE, part, register, status};
+use crate::operation::Operation;
+
+/// Where the first of two regions of memory that touch ends.
+pub const SEAM: u64 = 0x2_0000;
+/// Where the second ends.
+pub const HOLE: u64 = 0x4_0000;
+/// Where the third begins, which touches neither.
+const BEYOND_HOLE: u64 = 0x8_0000;
+/// Where the third ends.
+pub const MEMORY_END: u64 = 0x9_0000;
+
+/// Turns after which an event loop that is left alone has nothing to do.
+const MAX_TURNS: usize = 100;
+/// How long a valid request may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// An interrupt that nobody hears.
+struct Unconnected;
+
+impl InterruptLine for Unconnected {
+    fn trigger(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+pub struct Machine {
+    memory: Arc<GuestMemory>,
+    transport: MmioTransport,
+    event_loop: EventLoop,
+    manager: EventManager<Subscriber>,
+}
+
+impl Machine {
+    pub fn new(device: Box<dyn VirtioDevice>) -> Machine {
+        let regions = [(0, SEAM), (SEAM, HOLE), (BEYOND_HOLE, MEMORY_END)]
+            .map(|(start, end)| (GuestAddress(start), (end - start) as usize));
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let manager = EventManager::new().unwrap();
+        let event_loop = EventLoop::of(&manager);
+        let interrupt = VirtioInterrupt::new("fuzzed device".to_string(), Box::new(Unconnected));
+        let interrupt = Arc::new(interrupt);
+        let transport =
+            MmioTransport::new(device, memory.clone(), event_loop.clone(), interrupt).unwrap();
+        Machine {
+            memory,
+            transport,
+            event_loop,
+            manager,
+        }
+    }
+
+    /// Does what a guest does.
+    pub fn act(&mut self, operation: &Operation) {
+        match *operation {
+            Operation::Read { offset, width } => self.transport.read(offset, &mut vec![0; width]),
+            Operation::Write {
+                offset,
+                value,
+                width,
+            } => self.write(offset, &value.to_le_bytes()[..width]),
+            Operation::Store { address, ref bytes } => self.store(address, bytes),
+            Operation::Descriptor {
+                table,
+                index,
+                address,
+                len,
+                flags,
+                next,
+            } => {
+                let at = table + u64::from(index) * 16;
+                let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
+                self.store(at, &address.to_le_bytes());
+                self.store(at + 8, &rest.to_le_bytes());
+            }
+            Operation::Offer { queue, head, size } => {
+                let ring = RINGS + u64::from(queue) * RINGS_SIZE + part::AVAILABLE;
+                let index: u16 = self.load(ring + 2);
+                let slot = ring + 4 + u64::from(index % size) * 2;
+                self.store(slot, &head.to_le_bytes());
+                self.store(ring + 2, &index.wrapping_add(1).to_le_bytes());
+            }
+            Operation::RingDoorbell { queue } => {
+                self.write(QUEUE_NOTIFY, &u32::from(queue).to_le_bytes());
+            }
+            Operation::Turn => {
+                self.turn();
+            }
+            Operation::Rest => self.rest(),
+            Operation::HostSends { .. } => {}
+        }
+    }
+
+    /// One turn of the event loop; gives how many events there were.
+    fn turn(&mut self) -> usize {
+        self.manager.run_with_timeout(0).unwrap()
+    }
+
+    /// Lets the device work until it waits.
+    pub fn rest(&mut self) {
+        for _ in 0..MAX_TURNS {
+            if self.turn() == 0 {
+                return;
+            }
+        }
+        panic!("the event loop does not come to rest");
+    }
+
+    /// Writes a register. A write of the status waits for the event loop, which runs meanwhile.
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let (transport, event_loop) = (&mut self.transport, &self.event_loop);
+        if offset != register::STATUS {
+            transport.write(offset, bytes);
+            return;
+        }
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                transport.write(offset, bytes);
+                done.store(true, Ordering::SeqCst);
+                event_loop.wake().unwrap();
+            });
+            while !done.load(Ordering::SeqCst) && !vcpu.is_finished() {
+                self.manager.run_with_timeout(10).unwrap();
+            }
+            if let Err(panic) = vcpu.join() {
+                resume_unwind(panic);
+            }
+        });
+    }
+
+    fn read_register(&mut self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.transport.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// What the device offers, read as a driver does.
+    pub fn offer(&mut self) -> DeviceOffer {
+        let features = [1u32, 0].into_iter().fold(0, |features, half| {
+            self.write(register::DEVICE_FEATURES_SELECT, &half.to_le_bytes());
+            features << 32 | u64::from(self.read_register(register::DEVICE_FEATURES))
+        });
+        self.write(register::QUEUE_SELECT, &[0; 4]);
+        let queue_size = self.read_register(register::QUEUE_SIZE_MAX) as u16;
+        DeviceOffer {
+            features,
+            queue_size,
+        }
+    }
+
+    pub fn needs_reset(&mut self) -> bool {
+        self.read_register(register::STATUS) & status::NEEDS_RESET != 0
+    }
+
+    /// Resets the device, in whatever state it is, and initializes it as it should be done.
+    pub fn initialize(&mut self, driver: &mut Driver) {
+        self.write(register::STATUS, &[0; 4]);
+        assert_eq!(self.read_register(register::STATUS), 0, "after a reset");
+        let rings = vec![0; 2 * RINGS_SIZE as usize];
+        self.store(RINGS, &rings);
+        let offer = self.offer();
+        for operation in driver.initialize(offer) {
+            self.act(&operation);
+        }
+        assert_eq!(
+            self.read_register(register::STATUS),
+            status::READY,
+            "after initialization"
+        );
+    }
+
+    /// Lets the device work until it has returned `count` chains of a queue since it was
+    /// initialized.
+    pub fn await_used(&mut self, queue: u16, count: u16) {
+        let deadline = Instant::now() + LIMIT;
+        while self.used_count(queue) != count {
+            assert!(Instant::now() < deadline, "a request is not returned");
+            self.manager.run_with_timeout(100).unwrap();
+        }
+    }
+
+    /// How many chains of a queue the device has returned, which wraps.
+    pub fn used_count(&self, queue: u16) -> u16 {
+        self.load(RINGS + u64::from(queue) * RINGS_SIZE + part::USED + 2)
+    }
+
+    /// Waits a little for an event, and lets the device handle it.
+    pub fn wait(&mut self) {
+        self.manager.run_with_timeout(10).unwrap();
+    }
+
+    fn load<T: vm_memory::ByteValued>(&self, address: u64) -> T {
+        self.memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
+    pub fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let address = GuestAddress(address);
+        self.memory.read_slice(&mut bytes, address).unwrap();
+        bytes
+    }
+
+    /// Writes to memory, as far as there is any.
+    pub fn store(&self, address: u64, bytes: &[u8]) {
+        let _ = self.memory.write(bytes, GuestAddress(address));
+    }
+}

@@ -1,0 +1,213 @@
+//! The network device, over a tap in a network namespace that has nothing else in it.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bantam_devices::event_loop::Subscriber;
+use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
+use bantam_devices::virtio::net::Net;
+use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::unistd::read;
+
+use crate::Target;
+use crate::driver::{DATA, Driver, readable, writable};
+use crate::machine::Machine;
+use crate::operation::Operation;
+
+const TAP: &str = "fuzz";
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+/// How long a packet may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// One device for all inputs, as the host takes its time to remove a tap.
+pub struct NetTarget {
+    net: Arc<Mutex<Net>>,
+    /// Sends and receives packets by way of the tap.
+    host: OwnedFd,
+    interface: i32,
+}
+
+/// A front of a device that outlives it.
+struct SharedNet {
+    net: Arc<Mutex<Net>>,
+    device_id: u32,
+    features: u64,
+    queue_sizes: Vec<u16>,
+    config: ConfigSpace,
+}
+
+impl VirtioDevice for SharedNet {
+    fn device_id(&self) -> u32 {
+        self.device_id
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+        self.net.lock().unwrap().activate(activation)
+    }
+}
+
+impl NetTarget {
+    /// `None` where this user cannot have a tap. From then on, this thread is in a network namespace
+    /// of its own.
+    pub fn new() -> Option<NetTarget> {
+        unshare(CloneFlags::CLONE_NEWNET).ok()?;
+        // The host then sends nothing of itself. Where it cannot be said, there is no IPv6.
+        let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+        let tap = Tap::open(TAP, None, QueueCount::Exactly(1)).ok()?;
+        let host = socket(
+            AddressFamily::Packet,
+            SockType::Raw,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+            SockProtocol::EthAll,
+        );
+        Some(NetTarget {
+            net: Arc::new(Mutex::new(Net::new(tap, [2, 0, 0, 0, 0, 1], None))),
+            host: host.unwrap(),
+            interface: if_nametoindex(TAP).unwrap() as i32,
+        })
+    }
+
+    /// Sends a frame to the guest; `false` where the tap takes no more.
+    fn send(&self, frame: &[u8]) -> bool {
+        // SAFETY: it consists of integers, all of which may be zero.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = self.interface;
+        // SAFETY: the frame and the address are readable for as many bytes as are given.
+        let sent = unsafe {
+            libc::sendto(
+                self.host.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const address).cast(),
+                size_of_val(&address) as libc::socklen_t,
+            )
+        };
+        if sent >= 0 {
+            return true;
+        }
+        let error = io::Error::last_os_error();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS), "{error}");
+        false
+    }
+
+    /// Whether `frame` is among those that have passed through the tap since the last call.
+    fn has_seen(&self, frame: &[u8]) -> bool {
+        let mut bytes = vec![0; 0x2_0000];
+        let mut found = false;
+        while let Ok(len) = read(&self.host, &mut bytes) {
+            found |= &bytes[..len] == frame;
+        }
+        found
+    }
+}
+
+/// A broadcast of a protocol for local experiments.
+fn frame(len: usize, fill: u8) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend([2, 0, 0, 0, 0, 2, 0x88, 0xb5]);
+    frame.resize(len, fill);
+    frame
+}
+
+impl Target for NetTarget {
+    type Options = ();
+
+    fn device(&mut self, (): &()) -> Box<dyn VirtioDevice> {
+        let net = self.net.lock().unwrap();
+        Box::new(SharedNet {
+            device_id: net.device_id(),
+            features: net.features(),
+            queue_sizes: net.queue_max_sizes().to_vec(),
+            config: ConfigSpace::new(net.config().array::<12>(0).to_vec()),
+            net: self.net.clone(),
+        })
+    }
+
+    fn requests(driver: &mut Driver) -> Vec<Operation> {
+        let mut operations = Vec::new();
+        for _ in 0..6 {
+            operations.extend(driver.offer(RECEIVE, &[writable(DATA + 0x4000, 1530)]));
+        }
+        operations.extend([
+            Operation::RingDoorbell { queue: RECEIVE },
+            Operation::Turn,
+            Operation::HostSends { len: 60 },
+            Operation::HostSends { len: 1514 },
+            Operation::Rest,
+        ]);
+        for len in [42, 1514] {
+            let bytes = frame(14, 0);
+            operations.push(Operation::Store {
+                address: DATA,
+                bytes: [0; PACKET_HEADER_SIZE].into_iter().chain(bytes).collect(),
+            });
+            let buffers = [readable(DATA, 12), readable(DATA + 12, len)];
+            operations.extend(driver.request(TRANSMIT, &buffers));
+        }
+        operations
+    }
+
+    fn host_sends(&mut self, len: u16) {
+        self.send(&frame(len.into(), 0x33));
+    }
+
+    fn check_service(&mut self, (): &(), machine: &mut Machine) {
+        const BUFFER_SIZE: u32 = 2048;
+        let mut driver = Driver::plain(2);
+        machine.initialize(&mut driver);
+        self.has_seen(&[]);
+
+        let packet: Vec<u8> = [0; PACKET_HEADER_SIZE]
+            .into_iter()
+            .chain(frame(100, 0x5a))
+            .collect();
+        machine.store(DATA, &packet);
+        for operation in driver.request(TRANSMIT, &[readable(DATA, packet.len() as u32)]) {
+            machine.act(&operation);
+        }
+        machine.await_used(TRANSMIT, 1);
+        assert!(self.has_seen(&frame(100, 0x5a)), "a packet of the guest");
+
+        let address = |index: u16| DATA + u64::from(index) * u64::from(BUFFER_SIZE);
+        for index in 0..64 {
+            for operation in driver.offer(RECEIVE, &[writable(address(index), BUFFER_SIZE)]) {
+                machine.act(&operation);
+            }
+        }
+        machine.act(&Operation::RingDoorbell { queue: RECEIVE });
+        machine.rest();
+        let expected = frame(200, 0xa5);
+        assert!(self.send(&expected));
+        let deadline = Instant::now() + LIMIT;
+        let is_there = |machine: &Machine| {
+            (0..machine.used_count(RECEIVE)).any(|index| {
+                let start = address(index) + PACKET_HEADER_SIZE as u64;
+                machine.bytes(start, expected.len()) == expected
+            })
+        };
+        while !is_there(machine) {
+            assert!(Instant::now() < deadline, "a packet of the host");
+            machine.wait();
+        }
+    }
+}
