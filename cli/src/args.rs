@@ -110,7 +110,7 @@ pub struct RunArgs {
     /// cache, and unsafe ignores flushes. engine=auto (the default) does each request in the way
     /// that is best for it; io_uring and sync do all in one way. queues=N, 1 to 8, is one for each
     /// vCPU up to 4 by default. iothread=on gives the disk a thread of its own; poll=on lets that
-    /// thread look for requests for a while before it sleeps. bytes-per-second=N and
+    /// thread look for requests for longer before it sleeps. bytes-per-second=N and
     /// operations-per-second=N, such as 10M or 500, limit what the guest can do; burst-bytes=N and
     /// burst-operations=N say how much may come at once after a rest.
     #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME][,KEY=VALUE]...")]

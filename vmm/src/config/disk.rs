@@ -34,7 +34,7 @@ pub struct DiskConfig {
     /// Whether the disk is served by a thread of its own.
     #[serde(default)]
     pub iothread: bool,
-    /// Whether that thread looks for requests for a while before it sleeps, as long as that pays.
+    /// Whether that thread looks for requests for longer than a moment before it sleeps.
     #[serde(default)]
     pub poll: bool,
     /// Limit of the bytes that are read and written in a second.

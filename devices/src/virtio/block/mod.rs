@@ -67,7 +67,8 @@ pub struct BlockOptions {
     pub engine: Engine,
     /// Number of queues, from 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Whether the event loop looks for requests for a while before it sleeps, as long as that pays.
+    /// Whether the event loop looks for requests for longer than a moment before it sleeps, as long as
+    /// that succeeds.
     pub polls: bool,
     /// Limit of the bytes that are read and written.
     pub bytes: Option<RateLimit>,

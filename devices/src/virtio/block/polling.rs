@@ -1,43 +1,126 @@
-//! Looking for requests instead of sleeping until the doorbell rings.
+//! Looking for requests for a moment instead of sleeping until the doorbell rings.
 
 use std::time::{Duration, Instant};
 
-/// How long a queue that has become empty is looked at before the event loop goes to sleep.
+/// How long a queue that has become empty is looked at at most: less than it takes the host to put a
+/// thread to sleep and wake it again, so that it costs nothing where it succeeds.
+const USUAL_WINDOW: Duration = Duration::from_micros(8);
+/// The same where the user wants it to be looked at for longer.
+const LONG_WINDOW: Duration = Duration::from_micros(64);
+/// How long it may take to be woken by the doorbell, beyond the window, for a look to have been worth
+/// while.
+const WAKING_TIME: Duration = Duration::from_micros(50);
+/// How often a look that would have been worth while is left out, as a power of two, at most.
+const MAX_BACKOFF: u32 = 6;
+
+/// Whether an empty queue is looked at before the event loop goes to sleep.
 ///
-/// It is the longest time as long as requests come within it, and shrinks to nothing while they do
-/// not.
+/// It is, as long as that succeeds. After it has failed, only doorbells that come soon lead to another
+/// try, and the more tries have failed, the more of them it takes.
 pub(super) struct Polling {
     window: Duration,
-    /// When a queue was found empty last.
-    idle_since: Instant,
+    /// When the queue was found empty last.
+    empty_since: Instant,
+    is_on: bool,
+    /// How many tries have failed since one succeeded.
+    failures: u32,
+    /// How many doorbells it takes until the next try.
+    doorbells_to_go: u32,
 }
 
 impl Polling {
-    const SHORTEST: Duration = Duration::from_micros(4);
-    const LONGEST: Duration = Duration::from_micros(64);
-
-    pub(super) fn new() -> Polling {
+    /// With a short window, or a `long` one.
+    pub(super) fn new(long: bool) -> Polling {
         Polling {
-            window: Duration::ZERO,
-            idle_since: Instant::now(),
+            window: if long { LONG_WINDOW } else { USUAL_WINDOW },
+            empty_since: Instant::now(),
+            is_on: false,
+            failures: 0,
+            doorbells_to_go: 0,
         }
+    }
+
+    /// Takes account of a queue that has become empty, and gives the moment until which to look at it,
+    /// if that is to be done.
+    pub(super) fn queue_is_empty(&mut self) -> Option<Instant> {
+        self.empty_since = Instant::now();
+        self.is_on.then(|| self.empty_since + self.window)
+    }
+
+    /// Takes account of a request that was found by looking.
+    pub(super) fn succeeded(&mut self) {
+        self.failures = 0;
+    }
+
+    /// Takes account of a window that has passed without a request.
+    pub(super) fn failed(&mut self) {
+        self.is_on = false;
+        self.failures = (self.failures + 1).min(MAX_BACKOFF);
+        self.doorbells_to_go = (1 << self.failures) - 1;
     }
 
     /// Takes account of a request for which the doorbell had to be rung.
-    pub(super) fn woken(&mut self) {
-        self.window = if self.idle_since.elapsed() <= Self::LONGEST {
-            Self::LONGEST
-        } else {
-            self.window / 2
-        };
-        if self.window < Self::SHORTEST {
-            self.window = Duration::ZERO;
+    pub(super) fn doorbell_rang(&mut self) {
+        if self.empty_since.elapsed() > self.window + WAKING_TIME {
+            return;
+        }
+        match self.doorbells_to_go.checked_sub(1) {
+            Some(left) => self.doorbells_to_go = left,
+            None => self.is_on = true,
         }
     }
+}
 
-    /// Takes account of a queue that is empty, and gives the moment until which to look at it.
-    pub(super) fn begin(&mut self) -> Instant {
-        self.idle_since = Instant::now();
-        self.idle_since + self.window
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of `count` doorbells that come soon lead to a look.
+    fn tries(polling: &mut Polling, count: u32) -> u32 {
+        let mut tries = 0;
+        for _ in 0..count {
+            // Whatever the host's scheduler does meanwhile.
+            polling.empty_since = Instant::now();
+            polling.doorbell_rang();
+            if polling.queue_is_empty().is_some() {
+                polling.failed();
+                tries += 1;
+            }
+        }
+        tries
+    }
+
+    #[test]
+    fn the_first_doorbell_that_comes_soon_leads_to_a_try() {
+        let mut polling = Polling::new(false);
+        assert_eq!(polling.queue_is_empty(), None);
+        polling.doorbell_rang();
+        let end = polling.queue_is_empty().unwrap();
+        assert!(end <= Instant::now() + USUAL_WINDOW);
+        polling.succeeded();
+        assert!(polling.queue_is_empty().is_some());
+        polling.failed();
+        assert_eq!(polling.queue_is_empty(), None);
+    }
+
+    #[test]
+    fn tries_that_fail_become_rare() {
+        let mut polling = Polling::new(true);
+        assert_eq!(tries(&mut polling, 1), 1);
+        assert!(tries(&mut polling, 10_000) <= 10_000 / 60);
+        polling.doorbells_to_go = 0;
+        polling.empty_since = Instant::now();
+        polling.doorbell_rang();
+        polling.succeeded();
+        polling.failed();
+        assert!(tries(&mut polling, 4) >= 1);
+    }
+
+    #[test]
+    fn a_queue_at_rest_is_left_alone() {
+        let mut polling = Polling::new(false);
+        polling.empty_since = Instant::now() - Duration::from_secs(1);
+        polling.doorbell_rang();
+        assert_eq!(polling.queue_is_empty(), None);
     }
 }

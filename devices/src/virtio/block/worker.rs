@@ -96,7 +96,7 @@ pub(super) struct Worker {
     /// Until when writes to the page cache are taken to block.
     slow_writes_until: Option<Instant>,
     limits: Option<Limits>,
-    polling: Option<Polling>,
+    polling: Polling,
 }
 
 impl Worker {
@@ -125,7 +125,7 @@ impl Worker {
             has_written: false,
             slow_writes_until: None,
             limits: Limits::new(options)?,
-            polling: options.polls.then(Polling::new),
+            polling: Polling::new(options.polls),
         })
     }
 
@@ -173,20 +173,21 @@ impl Worker {
 
     /// Waits for requests in a queue that is empty, as long as that pays. `true` when there are any.
     fn poll(&mut self, index: usize) -> Result<bool, RequestError> {
-        let Some(polling) = &mut self.polling else {
+        let Some(end) = self.polling.queue_is_empty() else {
             return Ok(false);
         };
-        let end = polling.begin();
         while Instant::now() < end {
             if self.in_flight_count() > 0 {
                 self.complete()?;
                 self.interrupt_driver();
             }
             if self.queues[index].available_count()? > 0 {
+                self.polling.succeeded();
                 return Ok(true);
             }
             std::hint::spin_loop();
         }
+        self.polling.failed();
         Ok(false)
     }
 
@@ -423,9 +424,7 @@ impl Worker {
                 }
             }
             queue => {
-                if let Some(polling) = &mut self.polling {
-                    polling.woken();
-                }
+                self.polling.doorbell_rang();
                 return self.serve(queue as usize);
             }
         }
