@@ -19,7 +19,7 @@ use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
 
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
 /// next ones while the rest is done, so that neither waits for the other.
-const MAX_BATCH: u16 = 8;
+const MAX_BATCH: u16 = 16;
 /// Fewest requests of which several system calls cost more than one of the ring's.
 const MIN_RING_BATCH: u16 = 4;
 /// Writes to the page cache that take longer than this together were held back by the host.
