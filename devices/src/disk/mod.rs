@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::virtio::{FilePosition, GuestBuffers};
 
@@ -213,6 +213,8 @@ impl DiskFile {
             let path = path.to_path_buf();
             return Err(DiskError::Kind { path, kind });
         }
+        // It kept a pipe from being waited for. Requests to a disk are to be waited for.
+        clear_non_blocking(&file).map_err(with_path("set up"))?;
         // Before it is measured: whoever has it may change its size.
         let lock = if read_only {
             Lock::Shared
@@ -575,6 +577,12 @@ fn direct_alignment(file: &File, logical_block_size: u32) -> Alignment {
         offset: u64::from(offset),
         memory: memory as usize,
     }
+}
+
+fn clear_non_blocking(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// Opens the file that `file` is once more, to bypass the page cache.

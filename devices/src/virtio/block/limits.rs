@@ -67,9 +67,34 @@ impl Limits {
         }
     }
 
-    /// Consumes the end of the time that more was not allowed.
+    /// Consumes the end of the time that more was not allowed. It may have been set anew since, so it is
+    /// not read, which would wait.
     pub(super) fn clear(&mut self) -> io::Result<()> {
-        self.timer.wait()?;
-        Ok(())
+        Ok(self.timer.clear()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_timer_that_was_set_anew_is_not_waited_for() {
+        let options = BlockOptions {
+            operations: Some(RateLimit {
+                per_second: 1,
+                burst: 1,
+            }),
+            ..BlockOptions::default()
+        };
+        let mut limits = Limits::new(&options).unwrap().unwrap();
+        for _ in 0..100 {
+            limits.count(0);
+        }
+        assert!(!limits.allow().unwrap());
+        let start = Instant::now();
+        limits.clear().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(50));
     }
 }

@@ -86,8 +86,7 @@ pub(super) struct Worker {
     /// Slots that are not in use.
     free_slots: Vec<usize>,
     completions: Vec<Completion>,
-    /// Whether requests may be left in queues because the ring had no room for them, or a limit was
-    /// reached.
+    /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
     /// Whether the requests that are begun now are so many that the ring is quicker.
     is_large_batch: bool,
@@ -151,10 +150,16 @@ impl Worker {
             let batch = (waiting / 2).clamp(1, MAX_BATCH);
             self.is_large_batch = batch >= MIN_RING_BATCH;
             for _ in 0..batch {
-                if !self.has_room() || !self.is_allowed()? {
+                if !self.has_room() {
+                    // Some may be completed as they are submitted.
                     self.submit()?;
-                    self.stalled = true;
-                    return Ok(());
+                    if !self.has_room() {
+                        self.stalled = true;
+                        return Ok(());
+                    }
+                }
+                if !self.is_allowed()? {
+                    return self.submit();
                 }
                 self.begin_next(index)?;
             }
@@ -179,6 +184,8 @@ impl Worker {
         while Instant::now() < end {
             if self.in_flight_count() > 0 {
                 self.complete()?;
+                // What was done in part goes on.
+                self.submit()?;
                 self.interrupt_driver();
             }
             if self.queues[index].available_count()? > 0 {
@@ -245,7 +252,11 @@ impl Worker {
                         request,
                         operation,
                     });
-                    self.push(slot)?;
+                    if let Err(error) = self.push(slot) {
+                        // The kernel does not have it: nothing is to be waited for.
+                        self.slots[slot].in_flight = None;
+                        return Err(error);
+                    }
                     return Ok(true);
                 }
                 None => self.perform(slot, operation),
@@ -369,7 +380,14 @@ impl Worker {
             return Ok(());
         };
         match in_flight.advance(&mut slot.chain, completion.result) {
-            None => self.push(index),
+            None => {
+                let pushed = self.push(index);
+                if pushed.is_err() {
+                    self.slots[index].in_flight = None;
+                    self.free_slots.push(index);
+                }
+                pushed
+            }
             Some(result) => {
                 let InFlight { queue, request, .. } = *in_flight;
                 slot.in_flight = None;
@@ -422,18 +440,25 @@ impl Worker {
                 if let Some(limits) = &mut self.limits {
                     limits.clear()?;
                 }
+                self.ring_doorbells();
             }
             queue => {
                 self.polling.doorbell_rang();
-                return self.serve(queue as usize);
+                self.serve(queue as usize)?;
             }
         }
-        if mem::take(&mut self.stalled) {
-            for queue in 0..self.queues.len() {
-                self.serve(queue)?;
-            }
+        if self.stalled && self.has_room() {
+            self.stalled = false;
+            self.ring_doorbells();
         }
         Ok(())
+    }
+
+    /// Has all queues served, each in a turn of its own.
+    fn ring_doorbells(&self) {
+        for queue in &self.queues {
+            queue.ring_doorbell();
+        }
     }
 }
 
