@@ -11,6 +11,7 @@ pub mod event_loop;
 mod guest_memory;
 pub mod i8042;
 pub mod interrupt;
+mod io_uring_support;
 pub mod power;
 pub mod rate_limiter;
 pub mod serial;

@@ -17,7 +17,7 @@ pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, pa
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
 pub use loop_device::LoopDevice;
-pub use network::{HostTap, PacketSocket, interface_exists, tap_name};
+pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
     Bantam, Ended, Running, unprivileged, with_devices, with_file_size_limit, with_mounts,

@@ -1,13 +1,14 @@
 //! The host's end of a guest's network.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::mem::size_of;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, id};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::net::if_::if_nametoindex;
@@ -179,4 +180,34 @@ fn link_address(interface_index: u32, ether_type: u16) -> LinkAddr {
     // SAFETY: the pointer is to a whole address of the family that it says, of the size given.
     unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size)) }
         .expect("the family is that of packets")
+}
+
+/// Accepts a guest's connection, whose transfers have a limit of time.
+///
+/// # Panics
+///
+/// When none comes for two minutes.
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    const LIMIT: Duration = Duration::from_secs(120);
+    let deadline = Instant::now() + LIMIT;
+    listener.set_nonblocking(true).expect("sockets can be");
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).expect("sockets can be");
+                stream
+                    .set_read_timeout(Some(LIMIT))
+                    .expect("sockets can be");
+                stream
+                    .set_write_timeout(Some(LIMIT))
+                    .expect("sockets can be");
+                return stream;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                assert!(Instant::now() < deadline, "the guest does not connect");
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => panic!("cannot accept: {error}"),
+        }
+    }
 }

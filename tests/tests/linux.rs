@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -12,8 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use bantam_tests::{
-    Bantam, Ended, HostTap, Kernel, RootFileSystem, after_random_work, answer, bzimages, crc32,
-    debian_kernel, first_difference, interface_exists, linux_slot, pattern, require_kvm,
+    Bantam, Ended, HostTap, Kernel, RootFileSystem, accept, after_random_work, answer, bzimages,
+    crc32, debian_kernel, first_difference, interface_exists, linux_slot, pattern, require_kvm,
     require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
@@ -230,31 +230,6 @@ fn linux_exchanges_data_with_the_host_by_tcp() {
         assert_eq!(value(&answer(&text, command), "bytes"), LENGTH.to_string());
     }
     assert!(interface_exists(&tap.name));
-}
-
-fn accept(listener: &TcpListener) -> TcpStream {
-    const LIMIT: Duration = Duration::from_secs(120);
-    let deadline = Instant::now() + LIMIT;
-    listener.set_nonblocking(true).expect("sockets can be");
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false).expect("sockets can be");
-                stream
-                    .set_read_timeout(Some(LIMIT))
-                    .expect("sockets can be");
-                stream
-                    .set_write_timeout(Some(LIMIT))
-                    .expect("sockets can be");
-                return stream;
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                assert!(Instant::now() < deadline, "the guest does not connect");
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(error) => panic!("cannot accept: {error}"),
-        }
-    }
 }
 
 // --- SMP and ACPI -------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, HostTap, Kernel, PacketSocket, RootFileSystem, answer, first_difference,
+    Bantam, HostTap, Kernel, PacketSocket, RootFileSystem, accept, answer, first_difference,
     interface_exists, pattern, require_taps, tap_name, unprivileged,
 };
 use nix::sys::signal::Signal;
@@ -260,21 +260,6 @@ fn linux_on_two_vcpus_uses_two_pairs_of_queues() {
         let answer = answer(&text, command);
         assert!(answer.contains(&format!("bytes={LENGTH}")), "{answer}");
     }
-}
-
-fn accept(listener: &TcpListener) -> TcpStream {
-    listener.set_nonblocking(true).expect("sockets can be");
-    let mut accepted = None;
-    wait_until("the guest connects", || {
-        accepted = listener.accept().ok();
-        accepted.is_some()
-    });
-    let (stream, _) = accepted.expect("that was waited for");
-    let limit = Some(Duration::from_secs(120));
-    stream.set_nonblocking(false).expect("sockets can be");
-    stream.set_read_timeout(limit).expect("sockets can be");
-    stream.set_write_timeout(limit).expect("sockets can be");
-    stream
 }
 
 #[track_caller]

@@ -1,17 +1,22 @@
 //! Raw disk images: a regular file or a block device whose bytes are the disk's.
 
+mod error;
+mod lock;
+
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::virtio::{FilePosition, GuestBuffers};
+use lock::lock_patiently;
+
+pub use error::DiskError;
+pub use lock::{Lock, lock_file};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -21,11 +26,6 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
-
-/// How long a lock is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_millis(250);
-/// How long to wait before the next look at it.
-const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// Largest block size that is passed on to the guest.
 const MAX_BLOCK_SIZE: u32 = 64 << 10;
@@ -48,83 +48,6 @@ mod block_device {
     // These two are numbered without a size, so nix's "bad" form is the right one.
     nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(zero_out, nix::request_code_none!(0x12, 127), [u64; 2]);
-}
-
-/// Why a disk image cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The file cannot be opened.
-    #[error("cannot open disk '{path}' for {access}: {source}{remedy}", path = .path.display())]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// "reading" or "reading and writing".
-        access: &'static str,
-        /// Why not.
-        source: io::Error,
-        /// What may help, as a continuation of the line.
-        remedy: &'static str,
-    },
-    /// It is neither a regular file nor a block device.
-    #[error("cannot use disk '{path}': it is {kind}, not a regular file or a block device", path = .path.display())]
-    Kind {
-        /// The image.
-        path: PathBuf,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// Its size cannot be a disk's.
-    #[error("cannot use disk '{path}': its size of {size} bytes is {reason}", path = .path.display())]
-    Size {
-        /// The image.
-        path: PathBuf,
-        /// Its size in bytes.
-        size: u64,
-        /// Why it cannot be used and what to do.
-        reason: &'static str,
-    },
-    /// Another machine uses it.
-    #[error(
-        "cannot lock disk '{path}': it is in use by another machine, disk or mount; \
-         only read-only disks can be shared",
-        path = .path.display()
-    )]
-    InUse {
-        /// The image.
-        path: PathBuf,
-    },
-    /// It is an image of a format that is not raw, which would reach the guest as garbage.
-    #[error(
-        "cannot use disk '{path}': it is a qcow2 image; \
-         'qemu-img convert -O raw' makes a raw one of it",
-        path = .path.display()
-    )]
-    Qcow2 {
-        /// The image.
-        path: PathBuf,
-    },
-    /// The page cache cannot be bypassed.
-    #[error(
-        "cannot open disk '{path}' with 'cache=none': {source}; its file system may not have \
-         O_DIRECT, so use another cache mode",
-        path = .path.display()
-    )]
-    Direct {
-        /// The image.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The file system refused something else.
-    #[error("cannot {action} disk '{path}': {source}", path = .path.display())]
-    Io {
-        /// The image.
-        path: PathBuf,
-        /// What was being done.
-        action: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
 }
 
 /// Where what a guest has written is kept until it asks for a flush, and what a flush does.
@@ -592,54 +515,6 @@ fn open_direct(file: &File, read_only: bool) -> io::Result<File> {
         .write(!read_only)
         .custom_flags(libc::O_DIRECT)
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
-/// How a file is shared with others that lock it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lock {
-    /// With any number that share it too.
-    Shared,
-    /// With nobody.
-    Exclusive,
-}
-
-/// Locks all of `file` for as long as it is open, without waiting.
-///
-/// The lock belongs to the open file, so it conflicts also with one of the same process, unlike
-/// traditional record locks.
-///
-/// # Errors
-/// As `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
-pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
-    let kind = match lock {
-        Lock::Shared => libc::F_RDLCK,
-        Lock::Exclusive => libc::F_WRLCK,
-    };
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock))?;
-    Ok(())
-}
-
-/// As [`lock_file`], but waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its
-/// own until the kernel has taken down its io_uring, which is soon after its end.
-fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match lock_file(file, lock) {
-            Err(error)
-                if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-            {
-                thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
 }
 
 /// Whether the host cannot do what was asked for. A block device whose sectors are larger than those

@@ -1,6 +1,7 @@
 use super::*;
 use crate::GuestMemory;
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;

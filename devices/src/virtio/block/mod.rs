@@ -95,6 +95,8 @@ pub struct Block {
     id: [u8; ID_SIZE],
     config: Arc<ConfigSpace>,
     options: BlockOptions,
+    /// For the next driver, if it is made already.
+    ring: Option<Ring>,
     queue_sizes: Vec<u16>,
 }
 
@@ -109,19 +111,23 @@ impl Block {
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *byte = given;
         }
-        let engine = match (options.engine, Ring::new(&disk)) {
-            (Engine::Auto, Err(error)) => {
-                tracing::info!("disk '{id}' is served without io_uring: {error}");
-                Engine::Sync
-            }
-            (Engine::IoUring, Err(error)) => return Err(error),
-            (engine, _) => engine,
+        let (engine, ring) = match options.engine {
+            Engine::Sync => (Engine::Sync, None),
+            engine => match Ring::new(&disk) {
+                Ok(ring) => (engine, Some(ring)),
+                Err(error) if engine == Engine::Auto => {
+                    tracing::info!("disk '{id}' is served without io_uring: {error}");
+                    (Engine::Sync, None)
+                }
+                Err(error) => return Err(error),
+            },
         };
         Ok(Block {
             config: Arc::new(config_space(&disk, options.queues)),
             disk: Arc::new(disk),
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
+            ring,
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
         })
     }
@@ -227,10 +233,11 @@ impl VirtioDevice for Block {
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
         let ring = match self.options.engine {
             Engine::Sync => None,
-            Engine::Auto | Engine::IoUring => Some(
-                Ring::new(&self.disk)
+            Engine::Auto | Engine::IoUring => Some(match self.ring.take() {
+                Some(ring) => ring,
+                None => Ring::new(&self.disk)
                     .map_err(|error| format!("cannot set up io_uring: {error}"))?,
-            ),
+            }),
         };
         let handler = RequestHandler::new(
             self.disk.clone(),

@@ -5,9 +5,10 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{IoUring, opcode};
 
 use crate::disk::{Access, DiskFile};
+use crate::io_uring_support::require_operations;
 use crate::virtio::GuestBuffers;
 
 /// Entries of the submission queue: more than are ever left unsubmitted.
@@ -63,8 +64,6 @@ impl Ring {
         };
         // Kernels before 5.19 refuse the flag.
         let ring = build(true).or_else(|_| build(false))?;
-        let mut probe = Probe::new();
-        ring.submitter().register_probe(&mut probe)?;
         let needed = [
             opcode::Read::CODE,
             opcode::Write::CODE,
@@ -72,9 +71,7 @@ impl Ring {
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
         ];
-        if !needed.iter().all(|&code| probe.is_supported(code)) {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
+        require_operations(&ring, &needed)?;
         let files: Vec<RawFd> = [Access::Usual, Access::Buffered]
             .into_iter()
             .filter_map(|access| disk.file(access))

@@ -143,6 +143,11 @@ impl Worker {
                 if !self.queues[index].enable_doorbell()? {
                     return Ok(());
                 }
+                // A driver may make chains available and take them back without end.
+                if start.elapsed() >= MAX_TURN {
+                    self.queues[index].ring_doorbell();
+                    return Ok(());
+                }
                 self.queues[index].disable_doorbell();
                 continue;
             }

@@ -6,9 +6,10 @@ use std::ptr;
 
 use io_uring::squeue::Entry;
 use io_uring::types::Fixed;
-use io_uring::{IoUring, Probe, opcode};
+use io_uring::{IoUring, opcode};
 
 use super::receive_slot::ReceiveSlot;
+use crate::io_uring_support::require_operations;
 use crate::tap::TapQueue;
 use crate::virtio::Chain;
 
@@ -35,17 +36,13 @@ impl PacketRing {
     /// When the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(tap: &TapQueue) -> io::Result<PacketRing> {
         let mut ring = IoUring::new(MAX_BATCH as u32)?;
-        let mut probe = Probe::new();
-        ring.submitter().register_probe(&mut probe)?;
         let needed = [
             opcode::Read::CODE,
             opcode::Readv::CODE,
             opcode::Write::CODE,
             opcode::Writev::CODE,
         ];
-        if !needed.iter().all(|&code| probe.is_supported(code)) {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
+        require_operations(&ring, &needed)?;
         ring.submitter().register_files(&[tap.as_raw_fd()])?;
         let flags = flags_against_waiting(&mut ring)?;
         Ok(PacketRing {

@@ -1,0 +1,81 @@
+//! What is wrong with a disk image.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a disk image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The file cannot be opened.
+    #[error("cannot open disk '{path}' for {access}: {source}{remedy}", path = .path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// "reading" or "reading and writing".
+        access: &'static str,
+        /// Why not.
+        source: io::Error,
+        /// What may help, as a continuation of the line.
+        remedy: &'static str,
+    },
+    /// It is neither a regular file nor a block device.
+    #[error("cannot use disk '{path}': it is {kind}, not a regular file or a block device", path = .path.display())]
+    Kind {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// Its size cannot be a disk's.
+    #[error("cannot use disk '{path}': its size of {size} bytes is {reason}", path = .path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// Why it cannot be used and what to do.
+        reason: &'static str,
+    },
+    /// Another machine uses it.
+    #[error(
+        "cannot lock disk '{path}': it is in use by another machine, disk or mount; \
+         only read-only disks can be shared",
+        path = .path.display()
+    )]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is an image of a format that is not raw, which would reach the guest as garbage.
+    #[error(
+        "cannot use disk '{path}': it is a qcow2 image; \
+         'qemu-img convert -O raw' makes a raw one of it",
+        path = .path.display()
+    )]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The page cache cannot be bypassed.
+    #[error(
+        "cannot open disk '{path}' with 'cache=none': {source}; its file system may not have \
+         O_DIRECT, so use another cache mode",
+        path = .path.display()
+    )]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The file system refused something else.
+    #[error("cannot {action} disk '{path}': {source}", path = .path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
