@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, ExitReason, Machine};
+use bantam_vmm::{Console, Controller, ExitReason};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -53,21 +53,22 @@ fn run_until_end(
                 output: None,
             },
         };
-        let mut machine = Machine::new(config, machine_console)?;
-        if config.serial == SerialConfig::Pty
-            && let Some(path) = machine.serial_path()
-        {
-            say(format_args!("serial console: {}", path.display()));
-        }
+        let controller = Controller::new()?;
+        controller.configure(config.clone(), machine_console)?;
         if let Some(console) = &mut console {
             console.input.enter_terminal()?;
         }
-        machine.start()?;
-        let ended = attend(&machine, signals, console.as_deref_mut());
-        if !matches!(ended, Ok(EndedBy::Guest)) {
-            machine.stop();
+        controller.start()?;
+        if config.serial == SerialConfig::Pty
+            && let Ok(Some(path)) = controller.serial_path()
+        {
+            say(format_args!("serial console: {}", path.display()));
         }
-        let reason = machine.wait()?;
+        let ended = attend(&controller, signals, console.as_deref_mut());
+        if !matches!(ended, Ok(EndedBy::Guest)) {
+            controller.stop();
+        }
+        let reason = controller.wait()?;
         let ended = ended?;
         if ended == EndedBy::Guest
             && reason == ExitReason::Reboot
@@ -83,12 +84,12 @@ fn run_until_end(
 
 /// Passes on input and signals until the machine ends or the user wants it to.
 fn attend(
-    machine: &Machine,
+    controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
 ) -> anyhow::Result<EndedBy> {
     loop {
-        let ready = wait_for_events(signals, machine.exit_event(), console.as_deref())?;
+        let ready = wait_for_events(signals, controller.exit_event(), console.as_deref())?;
         if ready.signal {
             match signals.next().context("cannot read signals")? {
                 Some(Request::Stop(signal)) => {

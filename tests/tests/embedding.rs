@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
-use bantam_vmm::{Console, Error, ExitReason, Machine};
+use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -41,11 +41,26 @@ fn console() -> (Console, PipeReader) {
     (console, reader)
 }
 
-fn started(config: &MachineConfig) -> (Machine, PipeReader) {
+fn configured(config: &MachineConfig, console: Console) -> Controller {
+    let machine = Controller::new().expect("there are descriptors");
+    let configured = machine.configure(config.clone(), console);
+    configured.unwrap_or_else(|error| panic!("{error}"));
+    machine
+}
+
+fn started(config: &MachineConfig) -> (Controller, PipeReader) {
     let (console, reader) = console();
-    let mut machine = Machine::new(config, console).unwrap_or_else(|error| panic!("{error}"));
+    let machine = configured(config, console);
     machine.start().unwrap_or_else(|error| panic!("{error}"));
     (machine, reader)
+}
+
+/// What is said of a machine that cannot be built. It stays configured.
+fn start_error(config: &MachineConfig) -> Error {
+    let machine = configured(config, Console::default());
+    let error = machine.start().expect_err("it cannot be built");
+    assert_eq!(machine.state(), State::Configured);
+    error
 }
 
 /// Reads output until it contains `text`, or up to its end.
@@ -70,7 +85,7 @@ fn read_until(output: &mut PipeReader, text: &str) -> String {
     String::from_utf8_lossy(&seen).into_owned()
 }
 
-fn has_ended(machine: &Machine) -> bool {
+fn has_ended(machine: &Controller) -> bool {
     let mut events = [PollFd::new(machine.exit_event(), PollFlags::POLLIN)];
     poll(&mut events, PollTimeout::ZERO).expect("it can be polled") == 1
 }
@@ -90,7 +105,7 @@ fn a_machine_ends_with_the_reason_that_its_guest_gives() {
     let (machine, _output) = started(&hello("triple-fault"));
     let error = machine.wait().unwrap_err();
     assert!(
-        matches!(error, Error::TripleFault { vcpu: 0, .. }),
+        matches!(*error, Error::TripleFault { vcpu: 0, .. }),
         "{error}"
     );
 }
@@ -120,11 +135,146 @@ fn the_first_reason_of_an_end_counts() {
 }
 
 #[test]
-fn a_machine_that_was_never_started_can_be_waited_for() {
+fn a_command_in_the_wrong_state_is_a_typed_error() {
     require_kvm!();
     let _alone = alone();
-    let machine = Machine::new(&hello("hang"), Console::default()).unwrap();
+    let machine = Controller::new().unwrap();
+    let refused_in = |state: State, commands: Vec<Command>| {
+        assert_eq!(machine.state(), state);
+        for command in commands {
+            let what = format!("{command:?}");
+            let error = machine.execute(command).expect_err(&what);
+            let is_told = matches!(error, Error::WrongState { state: told, .. } if told == state);
+            assert!(is_told, "{what}: {error}");
+        }
+        assert_eq!(machine.state(), state);
+    };
+    let configure = || Command::Configure {
+        config: Box::new(hello("hang")),
+        console: Console::default(),
+    };
+    let of_running = || {
+        vec![
+            Command::Pause,
+            Command::Resume,
+            Command::PressPowerButton,
+            Command::UpdateDiskSize { disk: 0 },
+            Command::Metrics,
+        ]
+    };
+    refused_in(State::NotConfigured, of_running());
+    refused_in(State::NotConfigured, vec![Command::Start]);
+    let error = machine.wait().unwrap_err();
+    assert!(matches!(*error, Error::WrongState { .. }), "{error}");
+
+    // The last configuration counts.
+    machine.execute(configure()).unwrap();
+    machine.execute(configure()).unwrap();
+    refused_in(State::Configured, of_running());
+    assert!(machine.wait().is_err());
+
+    machine.execute(Command::Start).unwrap();
+    refused_in(
+        State::Running,
+        vec![configure(), Command::Start, Command::Resume],
+    );
+    machine.execute(Command::Pause).unwrap();
+    refused_in(
+        State::Paused,
+        vec![configure(), Command::Start, Command::Pause],
+    );
+    machine.execute(Command::PressPowerButton).unwrap();
+    let answer = machine.execute(Command::Query).unwrap();
+    assert!(matches!(answer, Answer::State(State::Paused)), "{answer:?}");
+
+    machine.execute(Command::Stop).unwrap();
+    refused_in(State::Stopped, of_running());
+    refused_in(State::Stopped, vec![configure(), Command::Start]);
+    machine.execute(Command::Stop).unwrap();
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+    refused_in(State::Stopped, vec![configure(), Command::Start]);
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn a_machine_that_was_never_started_can_be_stopped() {
+    let _alone = alone();
+    let machine = configured(&hello("hang"), Console::default());
+    machine.stop();
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+    let error = machine.start().unwrap_err();
+    assert!(matches!(error, Error::WrongState { .. }), "{error}");
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_goes_on_where_it_was() {
+    require_kvm!();
+    let _alone = alone();
+    let mut config = MachineConfig::new(payload("serial"));
+    config.append = Some("print-kib=16384 finish=hang".to_owned());
+    let (machine, mut output) = started(&config);
+    read_until(&mut output, "0123456789");
+    let mut bytes = vec![0; 1 << 20];
+    for _ in 0..3 {
+        machine.pause().unwrap();
+        let exits = || {
+            let metrics = machine.metrics().unwrap();
+            metrics
+                .vcpus
+                .iter()
+                .map(|vcpu| vcpu.exit_io_out.total())
+                .sum::<u64>()
+        };
+        let before = exits();
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(exits(), before);
+        // What the guest wrote before is all that comes.
+        while output.read(&mut bytes).is_ok() {
+            thread::sleep(Duration::from_millis(10));
+        }
+        machine.resume().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while output.read(&mut bytes).is_err() {
+            assert!(Instant::now() < deadline, "the guest does not go on");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(exits() > before);
+    }
+    machine.pause().unwrap();
+    // The power can be cut in a pause.
+    machine.stop();
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn pauses_from_many_threads_disturb_no_vcpu() {
+    require_kvm!();
+    let _alone = alone();
+    let mut config = MachineConfig::new(payload("cpus"));
+    config.cpus = "4".parse().unwrap();
+    config.append = Some("expect=4 finish=poweroff".to_owned());
+    for _ in 0..5 {
+        let (machine, mut output) = started(&config);
+        let threads: Vec<_> = (0..2)
+            .map(|_| {
+                let machine = machine.clone();
+                thread::spawn(move || {
+                    let mut pauses = 0;
+                    while machine.state() != State::Stopped {
+                        // Another thread may have been first, either way.
+                        pauses += u32::from(machine.pause().is_ok());
+                        let _ = machine.resume();
+                    }
+                    pauses
+                })
+            })
+            .collect();
+        assert_eq!(machine.wait().unwrap(), ExitReason::PowerOff);
+        let text = read_until(&mut output, "PASS\n");
+        assert!(text.ends_with("PASS\n"), "{text}");
+        let pauses: u32 = threads.into_iter().map(|it| it.join().unwrap()).sum();
+        assert!(pauses > 0);
+    }
 }
 
 #[test]
@@ -160,12 +310,12 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
     require_kvm!();
     let _alone = alone();
     let missing = MachineConfig::new("/nowhere/vmlinux");
-    let error = Machine::new(&missing, Console::default()).err().unwrap();
+    let error = start_error(&missing);
     assert!(matches!(error, Error::OpenKernel { .. }), "{error}");
 
     let mut config = hello("reset");
     config.disks = vec![DiskConfig::new("/nowhere/disk")];
-    let error = Machine::new(&config, Console::default()).err().unwrap();
+    let error = start_error(&config);
     assert!(matches!(error, Error::Disk(_)), "{error}");
 }
 
@@ -247,7 +397,7 @@ fn a_machine_leaves_no_trace_in_the_process() {
     assert_eq!(during.signals, before.signals);
     machine.stop();
     machine.wait().unwrap();
-    drop(output);
+    drop((machine, output));
     assert_eq!(Traces::now(), before);
 
     for round in 0..20 {
@@ -258,8 +408,11 @@ fn a_machine_leaves_no_trace_in_the_process() {
                 machine.stop();
                 machine.wait().unwrap();
             }
-            // Never started.
-            _ => drop(Machine::new(&hello("hang"), Console::default()).unwrap()),
+            // Paused.
+            _ => {
+                machine.pause().unwrap();
+                drop(machine);
+            }
         }
         drop(output);
     }
@@ -267,7 +420,7 @@ fn a_machine_leaves_no_trace_in_the_process() {
     config.serial = SerialConfig::File(folder.path().join("log"));
     config.initrd = Some("/nowhere/initrd".into());
     for _ in 0..5 {
-        assert!(Machine::new(&config, Console::default()).is_err());
+        start_error(&config);
     }
     assert_eq!(Traces::now(), before);
     // Twenty times 256 MiB would be 5 GiB. The rest is what allocators keep for threads.
@@ -284,9 +437,9 @@ fn a_console_file_holds_all_output_when_the_machine_has_ended() {
     let mut config = MachineConfig::new(payload("serial"));
     config.append = Some("print-kib=64".to_owned());
     config.serial = SerialConfig::File(path.clone());
-    let mut machine = Machine::new(&config, Console::default()).unwrap();
-    assert_eq!(machine.serial_path(), Some(path.as_path()));
+    let machine = configured(&config, Console::default());
     machine.start().unwrap();
+    assert_eq!(machine.serial_path().unwrap(), Some(path.clone()));
     machine.wait().unwrap();
     let mut text = String::new();
     File::open(&path)

@@ -17,7 +17,7 @@ use bantam_tests::{
     require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
-use bantam_vmm::{Console, ExitReason, Machine};
+use bantam_vmm::{Console, Controller, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -255,8 +255,16 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
         input: None,
         output: Some(writer.into()),
     };
-    let mut machine = Machine::new(&config, console).unwrap();
+    let machine = Controller::new().unwrap();
+    machine.configure(config, console).unwrap();
     machine.start().unwrap();
+    // A guest that boots notices no pause.
+    for _ in 0..5 {
+        thread::sleep(Duration::from_millis(300));
+        machine.pause().unwrap();
+        thread::sleep(Duration::from_millis(100));
+        machine.resume().unwrap();
+    }
     let mut text = String::new();
     read_until(&mut output, &mut text, "bantam: power-button waiting");
     let larger = fs::metadata(&root).unwrap().len() + MIB as u64;

@@ -1,9 +1,11 @@
-//! How a machine comes to its end: the first to say so decides why, and all vCPUs stop.
+//! What the threads of a machine have in common: whether its vCPUs run, are paused or have to end,
+//! and why the machine has ended.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bantam_devices::PowerControl;
 use nix::sys::pthread::{Pthread, pthread_self};
@@ -19,15 +21,27 @@ pub enum ExitReason {
     PowerOff,
     /// The guest asked for a restart.
     Reboot,
-    /// It was stopped from outside, by [`Machine::stop`](crate::Machine::stop).
+    /// It was stopped from outside, by [`Command::Stop`](crate::Command::Stop).
     Stopped,
 }
 
-/// The end of a machine, shared by its threads.
+/// What the vCPU threads of a machine are doing.
+#[derive(Default)]
+struct VcpuThreads {
+    /// Those that can be kicked out of the guest.
+    kickable: Vec<Pthread>,
+    /// How many of them wait for the end of a pause.
+    parked: usize,
+}
+
+/// The vCPUs' common orders, and the end of the machine.
 pub(crate) struct Control {
     stopping: AtomicBool,
+    pausing: AtomicBool,
     outcome: Mutex<Option<Result<ExitReason, Error>>>,
-    vcpu_threads: Mutex<Vec<Pthread>>,
+    threads: Mutex<VcpuThreads>,
+    /// Signalled when a thread has parked, when a pause is over, and when the machine ends.
+    changed: Condvar,
     exit_event: EventFd,
 }
 
@@ -35,8 +49,10 @@ impl Control {
     pub(crate) fn new() -> io::Result<Control> {
         Ok(Control {
             stopping: AtomicBool::new(false),
+            pausing: AtomicBool::new(false),
             outcome: Mutex::new(None),
-            vcpu_threads: Mutex::new(Vec::new()),
+            threads: Mutex::new(VcpuThreads::default()),
+            changed: Condvar::new(),
             exit_event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         })
     }
@@ -52,29 +68,71 @@ impl Control {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Makes the calling thread, which runs a vCPU, one that is kicked out of the guest at the end.
+    /// Makes the calling thread, which runs a vCPU, one that is kicked out of the guest.
     pub(crate) fn register_vcpu_thread(&self) {
-        lock(&self.vcpu_threads).push(pthread_self());
+        lock(&self.threads).kickable.push(pthread_self());
+    }
+
+    /// Waits on a vCPU thread for as long as the machine is paused. `true` where it was.
+    ///
+    /// A vCPU thread calls this before it enters the guest for the first time, and whenever it was
+    /// kicked out of it.
+    pub(crate) fn wait_while_paused(&self) -> bool {
+        if !self.pausing.load(Ordering::SeqCst) {
+            return false;
+        }
+        let mut threads = lock(&self.threads);
+        threads.parked += 1;
+        self.changed.notify_all();
+        while self.pausing.load(Ordering::SeqCst) && !self.is_stopping() {
+            threads = wait(&self.changed, threads);
+        }
+        threads.parked -= 1;
+        true
+    }
+
+    /// Takes all `vcpu_count` vCPUs out of the guest. `false`, with the vCPUs running on, when they
+    /// have not all come in time or the machine has ended.
+    pub(crate) fn pause_vcpus(&self, vcpu_count: usize, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut threads = lock(&self.threads);
+        // A thread that registers later sees it before it enters the guest.
+        self.pausing.store(true, Ordering::SeqCst);
+        kick(&threads.kickable);
+        while threads.parked < vcpu_count {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_stopping() {
+                self.pausing.store(false, Ordering::SeqCst);
+                self.changed.notify_all();
+                return false;
+            }
+            threads = self
+                .changed
+                .wait_timeout(threads, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+
+    /// Lets paused vCPUs go on.
+    pub(crate) fn resume_vcpus(&self) {
+        let _threads = lock(&self.threads);
+        self.pausing.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
     }
 
     /// Ends the machine for the reason `outcome`, unless it has ended already.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
         // Held throughout: whoever comes second returns, and may join threads, only when the first
         // has kicked all of them. A thread that registers later sees that the machine is stopping.
-        let threads = lock(&self.vcpu_threads);
+        let threads = lock(&self.threads);
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
         *lock(&self.outcome) = Some(outcome);
-        for &thread in &*threads {
-            // SAFETY: the thread has registered itself, and has not been joined, as said above. It
-            // blocks the signal but in the guest, so all that the signal does is to end that.
-            let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
-            if error != 0 {
-                let error = io::Error::from_raw_os_error(error);
-                tracing::error!("cannot stop a vCPU thread: {error}");
-            }
-        }
+        kick(&threads.kickable);
+        self.changed.notify_all();
         drop(threads);
         // It fails only when the counter is full, and then it is readable as wanted.
         let _ = self.exit_event.write(1);
@@ -83,6 +141,20 @@ impl Control {
     /// Why the machine has ended; `None` before that, and after the first call.
     pub(crate) fn take_outcome(&self) -> Option<Result<ExitReason, Error>> {
         lock(&self.outcome).take()
+    }
+}
+
+/// Takes vCPU threads out of the guest. They have registered themselves, and none has been joined:
+/// that happens only to those of a machine that is stopping, which it is not before this.
+fn kick(threads: &[Pthread]) {
+    for &thread in threads {
+        // SAFETY: the thread exists, as said above. It blocks the signal but in the guest, so all
+        // that the signal does is to end that.
+        let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
+        if error != 0 {
+            let error = io::Error::from_raw_os_error(error);
+            tracing::error!("cannot take a vCPU out of the guest: {error}");
+        }
     }
 }
 
@@ -108,6 +180,12 @@ impl PowerControl for Control {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What a mutex guards, also after a thread has panicked with it: each change of it is whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for `changed`, as [`lock`].
+pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

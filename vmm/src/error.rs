@@ -7,6 +7,7 @@ use bantam_devices::disk::DiskError;
 use bantam_devices::tap::TapError;
 
 use crate::config::ConfigError;
+use crate::controller::State;
 use crate::host::HostError;
 
 /// Why a machine cannot be built, or has ended otherwise than by its guest's wish. Each displays as
@@ -88,6 +89,23 @@ pub enum Error {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The machine's state does not allow what was asked for.
+    #[error("cannot {action}: it is {state}")]
+    WrongState {
+        /// What was to be done.
+        action: &'static str,
+        /// The state that does not allow it.
+        state: State,
+    },
+    /// A vCPU has not left the guest.
+    #[error(
+        "cannot pause the machine: a vCPU has not left the guest within {seconds} s; it goes on, and can \
+         be paused when the host has more time for it"
+    )]
+    PauseTimeout {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The machine has fewer disks.
     #[error("cannot change disk {index}: the machine has {count}, counted from 0")]
     NoSuchDisk {

@@ -1,18 +1,19 @@
 //! The Bantam virtual machine monitor as a library.
 //!
-//! A [`MachineConfig`](config::MachineConfig) says what a machine is made of, and a [`Machine`] is
-//! one that runs:
+//! A [`MachineConfig`](config::MachineConfig) says what a machine is made of, and a [`Controller`] owns
+//! one from its configuration to its end:
 //!
 //! ```no_run
 //! use bantam_vmm::config::{MachineConfig, SerialConfig};
-//! use bantam_vmm::{Console, Machine};
+//! use bantam_vmm::{Console, Controller};
 //!
-//! # fn main() -> Result<(), bantam_vmm::Error> {
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut config = MachineConfig::new("vmlinux");
 //! config.serial = SerialConfig::File("console.log".into());
-//! let mut machine = Machine::new(&config, Console::default())?;
-//! machine.start()?;
-//! let reason = machine.wait()?;
+//! let controller = Controller::new()?;
+//! controller.configure(config, Console::default())?;
+//! controller.start()?;
+//! let reason = controller.wait()?;
 //! # Ok(())
 //! # }
 //! ```
@@ -22,18 +23,21 @@
 
 pub mod config;
 mod control;
+mod controller;
 mod devices;
 mod error;
 mod event_loop;
 mod guest;
 pub mod host;
 mod machine;
+mod metrics;
 mod serial;
 mod vcpu;
 mod vm;
 mod workarounds;
 
 pub use control::ExitReason;
+pub use controller::{Answer, Command, Controller, State};
 pub use error::Error;
-pub use machine::Machine;
+pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use serial::Console;

@@ -27,6 +27,17 @@ pub struct Console {
     pub output: Option<OwnedFd>,
 }
 
+impl Console {
+    /// The same ends once more.
+    pub(crate) fn try_clone(&self) -> io::Result<Console> {
+        let clone = |end: &Option<OwnedFd>| end.as_ref().map(OwnedFd::try_clone).transpose();
+        Ok(Console {
+            input: clone(&self.input)?,
+            output: clone(&self.output)?,
+        })
+    }
+}
+
 /// An open endpoint, and what must outlive it.
 pub(crate) struct OpenSerial {
     pub(crate) endpoint: Option<SerialEndpoint>,

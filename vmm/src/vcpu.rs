@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bantam_arch::{EntryProtocol, cpuid, lapic, msrs, registers};
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
+use bantam_devices::metrics::Counter;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, Msrs,
@@ -13,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use nix::errno::Errno;
+use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -81,6 +83,22 @@ impl VcpuModel {
 pub(crate) struct Vcpu {
     index: u8,
     fd: VcpuFd,
+    metrics: Arc<VcpuMetrics>,
+}
+
+/// What a vCPU has left the guest for, and what could not be done for it.
+#[derive(Debug, Default, Serialize)]
+pub struct VcpuMetrics {
+    /// Reads of I/O ports.
+    pub exit_io_in: Counter,
+    /// Writes of I/O ports.
+    pub exit_io_out: Counter,
+    /// Reads of device registers in memory.
+    pub exit_mmio_read: Counter,
+    /// Writes of device registers in memory.
+    pub exit_mmio_write: Counter,
+    /// Failures that ended the machine.
+    pub failures: Counter,
 }
 
 /// What a vCPU reaches when it leaves the guest.
@@ -121,7 +139,16 @@ impl Vcpu {
         if let Some(boot) = boot {
             set_boot_state(&fd, boot)?;
         }
-        Ok(Vcpu { index, fd })
+        Ok(Vcpu {
+            index,
+            fd,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// What the vCPU counts.
+    pub(crate) fn metrics(&self) -> Arc<VcpuMetrics> {
+        self.metrics.clone()
     }
 
     /// Runs the guest on the calling thread until the machine ends.
@@ -138,6 +165,7 @@ impl Vcpu {
         match outcome.transpose() {
             Some(outcome) => {
                 if outcome.is_err() {
+                    self.metrics.failures.add(1);
                     tracing::error!("{}", self.describe_registers());
                 }
                 control.finish(outcome);
@@ -207,15 +235,20 @@ impl Vcpu {
             control,
             ..
         } = environment;
+        let metrics = self.metrics.clone();
+        control.wait_while_paused();
         while !control.is_stopping() {
             match self.fd.run() {
                 Ok(VcpuExit::MmioRead(address, data)) => {
+                    metrics.exit_mmio_read.add(1);
                     mmio.read(address, data);
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
+                    metrics.exit_mmio_write.add(1);
                     mmio.write(address, data);
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
+                    metrics.exit_io_out.add(1);
                     let data: *const [u8] = data;
                     let width = self.port_access_width();
                     // SAFETY: the data is in the run structure that KVM shares, which is mapped as
@@ -225,6 +258,7 @@ impl Vcpu {
                     }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
+                    metrics.exit_io_in.add(1);
                     let data: *mut [u8] = data;
                     let width = self.port_access_width();
                     // SAFETY: as above; and the borrow that gave `data` has ended.
@@ -253,12 +287,14 @@ impl Vcpu {
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return Err(self.error(format!("entering the guest failed ({reason:#x})")));
                 }
-                Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::Intr) => self.attend_to_kick(control),
                 Ok(other) => {
                     let reason = format!("an exit that this machine does not expect: {other:?}");
                     return Err(self.error(reason));
                 }
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                    self.attend_to_kick(control);
+                }
                 Err(error) => {
                     let reason = Errno::from_raw(error.errno()).desc().to_string();
                     return Err(self.error(reason));
@@ -266,6 +302,18 @@ impl Vcpu {
             }
         }
         Ok(None)
+    }
+
+    /// Does what the vCPU was taken out of the guest for: stays out while the machine is paused. KVM
+    /// has finished the access to a device that the vCPU may have been at, so that its registers are
+    /// those between two instructions.
+    fn attend_to_kick(&self, control: &Control) {
+        // Before the look at what is wanted: a later kick is for something later.
+        take_kick_signals();
+        if control.wait_while_paused() {
+            // It fails for a guest that does not use the clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
     }
 
     /// Width in bytes of each access of the port exit that just happened: a string instruction
@@ -335,6 +383,22 @@ impl Vcpu {
             self.index,
             format_registers(&regs, &sregs).unwrap_or_default()
         )
+    }
+}
+
+/// Takes the kick signals that are pending on this thread, which would end each entry into the guest.
+fn take_kick_signals() {
+    const NOW: libc::timespec = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: an all-zero sigset_t is valid storage for the calls, which get valid pointers to it;
+    // the signal is blocked on this thread, so that none of its kind is delivered otherwise.
+    unsafe {
+        let mut kick: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut kick);
+        libc::sigaddset(&mut kick, kick_signal());
+        while libc::sigtimedwait(&kick, std::ptr::null_mut(), &NOW) > 0 {}
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bantam_tests::{interface_exists, payload, tap_name};
 use bantam_vmm::config::{MachineConfig, MemorySize, NetConfig, SerialConfig};
 use bantam_vmm::host::{can_administer_network, open_tun};
-use bantam_vmm::{Console, Machine};
+use bantam_vmm::{Console, Controller};
 
 use crate::memory::MonitorMemory;
 use crate::monitors::{Guest, Monitor, Monitors};
@@ -124,10 +124,12 @@ fn measure_library(taps: &[String], report: &mut Report) {
     for _ in 0..MACHINES {
         let config = idle_machine(taps_left.next());
         let started = Instant::now();
-        let mut machine = Machine::new(&config, Console::default())
-            .unwrap_or_else(|error| panic!("cannot build a machine: {error}"));
-        machine
-            .start()
+        let machine = Controller::new()
+            .and_then(|machine| {
+                machine.configure(config, Console::default())?;
+                machine.start()?;
+                Ok(machine)
+            })
             .unwrap_or_else(|error| panic!("cannot start a machine: {error}"));
         start_times.push(started.elapsed().as_secs_f64() * 1000.0);
         machines.push(machine);

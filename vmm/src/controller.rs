@@ -1,0 +1,460 @@
+//! The one owner of a machine's life: what may be asked of a machine in which state, and its answers.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bantam_devices::InterruptLine;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::config::MachineConfig;
+use crate::control::{Control, ExitReason, lock, wait};
+use crate::error::Error;
+use crate::machine::{Devices, Machine};
+use crate::metrics::MachineMetrics;
+use crate::serial::Console;
+
+/// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
+/// its thread, or a device that it is at waits for the host.
+const PAUSE_TIME: Duration = Duration::from_secs(5);
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It is not known yet what it is made of.
+    NotConfigured,
+    /// It can be started.
+    Configured,
+    /// It is being built.
+    Starting,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are being taken out of the guest.
+    Pausing,
+    /// Its vCPUs are out of the guest. Devices still take what comes from outside.
+    Paused,
+    /// It has ended, and does not start again.
+    Stopped,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::NotConfigured => "not configured",
+            State::Configured => "configured, but not started",
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Pausing => "pausing",
+            State::Paused => "paused",
+            State::Stopped => "stopped",
+        })
+    }
+}
+
+/// What can be asked of a machine.
+#[derive(Debug)]
+pub enum Command {
+    /// Says what the machine is made of, in place of what was said before. `console` is the program's
+    /// end of its serial port, where that is configured as `stdio`. Before the start only.
+    Configure {
+        /// What the machine is made of.
+        config: Box<MachineConfig>,
+        /// The program's end of the serial port.
+        console: Console,
+    },
+    /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured.
+    Start,
+    /// Takes the vCPUs out of the guest.
+    Pause,
+    /// Lets paused vCPUs go on.
+    Resume,
+    /// Presses the ACPI power button: a guest that listens to it shuts itself down, in its own time.
+    PressPowerButton,
+    /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but no
+    /// request is left half done. A machine that has ended stays as it is.
+    Stop,
+    /// Asks for the state.
+    Query,
+    /// Looks how large the image of a disk is now, and lets the guest know if that has changed.
+    UpdateDiskSize {
+        /// Which disk, counted from zero as in the configuration.
+        disk: usize,
+    },
+    /// Asks for the counters.
+    Metrics,
+}
+
+/// What a command gives.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// To [`Command::Query`].
+    State(State),
+    /// To [`Command::UpdateDiskSize`]: the size in bytes.
+    DiskSize(u64),
+    /// To [`Command::Metrics`].
+    Metrics(Arc<MachineMetrics>),
+}
+
+/// A machine and all that can be done with it, from any thread. Clones speak for the same machine,
+/// which is stopped when the last of them is dropped.
+///
+/// [`Controller::execute`] does what a [`Command`] says, or gives [`Error::WrongState`] at once where the
+/// machine's state does not allow it. The other methods are the commands by name, and ways to wait.
+#[derive(Clone)]
+pub struct Controller(Arc<Owner>);
+
+impl Controller {
+    /// A controller of a machine that is not configured yet.
+    ///
+    /// # Errors
+    /// When the host gives no file descriptor.
+    pub fn new() -> Result<Controller, Error> {
+        let control = Control::new().map_err(Error::resource("the machine's exit event"))?;
+        Ok(Controller(Arc::new(Owner {
+            control: Arc::new(control),
+            life: Mutex::new(Life::NotConfigured),
+            changed: Condvar::new(),
+        })))
+    }
+
+    /// Does what `command` says.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] where the machine's state does not allow it, and otherwise as the method
+    /// with the command's name.
+    pub fn execute(&self, command: Command) -> Result<Answer, Error> {
+        match command {
+            Command::Configure { config, console } => self.configure(*config, console)?,
+            Command::Start => self.start()?,
+            Command::Pause => self.pause()?,
+            Command::Resume => self.resume()?,
+            Command::PressPowerButton => self.press_power_button()?,
+            Command::Stop => self.stop(),
+            Command::Query => return Ok(Answer::State(self.state())),
+            Command::UpdateDiskSize { disk } => {
+                return Ok(Answer::DiskSize(self.update_disk_size(disk)?));
+            }
+            Command::Metrics => return Ok(Answer::Metrics(self.metrics()?)),
+        }
+        Ok(Answer::Done)
+    }
+
+    /// [`Command::Configure`].
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself, or the machine has been started.
+    pub fn configure(&self, config: MachineConfig, console: Console) -> Result<(), Error> {
+        let mut life = self.0.life();
+        match &*life {
+            Life::NotConfigured | Life::Configured(_) if !self.0.control.is_stopping() => {
+                config.validate()?;
+                *life = Life::Configured(Box::new((config, console)));
+                Ok(())
+            }
+            life => Err(self.0.wrong_state(life, "configure the machine")),
+        }
+    }
+
+    /// [`Command::Start`].
+    ///
+    /// # Errors
+    /// When the host cannot run machines, a file or device that the configuration names cannot be used,
+    /// or the machine is not configured or has been started.
+    pub fn start(&self) -> Result<(), Error> {
+        let machine = {
+            let mut life = self.0.life();
+            match self.0.take(&mut life) {
+                Some(Life::Configured(machine)) => {
+                    *life = Life::Starting;
+                    machine
+                }
+                other => return Err(self.0.put_back(life, other, "start the machine")),
+            }
+        };
+        // Without the lock: others can ask for the state meanwhile, or stop the machine.
+        let (config, console) = &*machine;
+        let built = console
+            .try_clone()
+            .map_err(Error::resource("the serial console"))
+            .and_then(|console| Machine::new(config, console, &self.0.control));
+        let (next, result) = match built {
+            Ok(mut built) => match built.start() {
+                Ok(()) => (Life::Running(built), Ok(())),
+                Err(error) => (Life::Gone(Ok(ExitReason::Stopped)), Err(error)),
+            },
+            Err(error) => (Life::Configured(machine), Err(error)),
+        };
+        *self.0.life() = next;
+        self.0.changed.notify_all();
+        result
+    }
+
+    /// [`Command::Pause`].
+    ///
+    /// # Errors
+    /// When the machine does not run, ends meanwhile, or a vCPU does not leave the guest in time; it then
+    /// runs on.
+    pub fn pause(&self) -> Result<(), Error> {
+        let action = "pause the machine";
+        let vcpu_count = {
+            let mut life = self.0.life();
+            match self.0.take(&mut life) {
+                Some(Life::Running(machine)) => {
+                    let vcpu_count = machine.vcpu_count();
+                    *life = Life::Pausing(machine);
+                    vcpu_count
+                }
+                other => return Err(self.0.put_back(life, other, action)),
+            }
+        };
+        // Without the lock: others can ask for the state meanwhile, or stop the machine.
+        let paused = self.0.control.pause_vcpus(vcpu_count, PAUSE_TIME);
+        let mut life = self.0.life();
+        match self.0.take(&mut life) {
+            Some(Life::Pausing(machine)) if paused => {
+                *life = Life::Paused(machine);
+                Ok(())
+            }
+            Some(Life::Pausing(machine)) => {
+                *life = Life::Running(machine);
+                Err(Error::PauseTimeout {
+                    seconds: PAUSE_TIME.as_secs(),
+                })
+            }
+            other => Err(self.0.put_back(life, other, action)),
+        }
+    }
+
+    /// [`Command::Resume`].
+    ///
+    /// # Errors
+    /// When the machine is not paused.
+    pub fn resume(&self) -> Result<(), Error> {
+        let mut life = self.0.life();
+        match self.0.take(&mut life) {
+            Some(Life::Paused(machine)) => {
+                *life = Life::Running(machine);
+                self.0.control.resume_vcpus();
+                Ok(())
+            }
+            other => Err(self.0.put_back(life, other, "resume the machine")),
+        }
+    }
+
+    /// [`Command::PressPowerButton`]. A paused guest sees it when it goes on.
+    ///
+    /// # Errors
+    /// When the machine does not run, or the host refuses to deliver the interrupt.
+    pub fn press_power_button(&self) -> Result<(), Error> {
+        let devices = self.0.devices("press the power button")?;
+        let pressed = devices.power_button.trigger();
+        pressed.map_err(Error::resource("the interrupt of the power button"))
+    }
+
+    /// [`Command::Stop`].
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+
+    /// [`Command::Query`].
+    pub fn state(&self) -> State {
+        self.0.state(&self.0.life())
+    }
+
+    /// [`Command::UpdateDiskSize`]. Gives the size in bytes.
+    ///
+    /// # Errors
+    /// When the machine does not run, there is no such disk, or the size cannot be a disk's; the disk then
+    /// keeps the one it has.
+    pub fn update_disk_size(&self, disk: usize) -> Result<u64, Error> {
+        let devices = self.0.devices("update the size of a disk")?;
+        let (path, disk) = devices.disks.get(disk).ok_or(Error::NoSuchDisk {
+            index: disk,
+            count: devices.disks.len(),
+        })?;
+        disk.update_size().map_err(|source| Error::DiskSize {
+            path: path.clone(),
+            source,
+        })
+    }
+
+    /// [`Command::Metrics`]. They can be read at any time from then on.
+    ///
+    /// # Errors
+    /// When the machine does not run.
+    pub fn metrics(&self) -> Result<Arc<MachineMetrics>, Error> {
+        Ok(self.0.devices("read the counters")?.metrics.clone())
+    }
+
+    /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
+    ///
+    /// # Errors
+    /// When the machine does not run.
+    pub fn serial_path(&self) -> Result<Option<PathBuf>, Error> {
+        let devices = self.0.devices("find the serial port")?;
+        Ok(devices.serial_path.clone())
+    }
+
+    /// Becomes readable when the machine has ended, whoever ended it.
+    pub fn exit_event(&self) -> BorrowedFd<'_> {
+        self.0.control.exit_event()
+    }
+
+    /// Waits for the machine to end, and gives the reason. When it returns, all threads have ended, what
+    /// the guest wrote is on stable storage, and nothing of the host is in use any more. Several threads
+    /// can wait.
+    ///
+    /// # Errors
+    /// When the machine ended for another reason than its guest's or its owner's wish, its disks could not
+    /// be flushed, or it was never started.
+    pub fn wait(&self) -> Result<ExitReason, Arc<Error>> {
+        {
+            let mut life = self.0.life();
+            while matches!(*life, Life::Starting) && !self.0.control.is_stopping() {
+                life = wait(&self.0.changed, life);
+            }
+            if matches!(*life, Life::NotConfigured | Life::Configured(_))
+                && !self.0.control.is_stopping()
+            {
+                // Nothing says that anybody will ever start it.
+                return Err(Arc::new(self.0.wrong_state(&life, "wait for the machine")));
+            }
+        }
+        wait_readable(self.exit_event())?;
+        self.0.take_down()
+    }
+}
+
+struct Owner {
+    control: Arc<Control>,
+    life: Mutex<Life>,
+    /// Signalled when the machine is no longer being started, and when it is gone.
+    changed: Condvar,
+}
+
+/// Where the machine is in its life, with what it has there.
+enum Life {
+    NotConfigured,
+    Configured(Box<(MachineConfig, Console)>),
+    Starting,
+    Running(Machine),
+    Pausing(Machine),
+    Paused(Machine),
+    /// A thread takes it down.
+    Ending,
+    /// All of it is taken down, and this is why it ended.
+    Gone(Result<ExitReason, Arc<Error>>),
+}
+
+impl Owner {
+    fn life(&self) -> MutexGuard<'_, Life> {
+        lock(&self.life)
+    }
+
+    fn state(&self, life: &Life) -> State {
+        if self.control.is_stopping() {
+            return State::Stopped;
+        }
+        match life {
+            Life::NotConfigured => State::NotConfigured,
+            Life::Configured(_) => State::Configured,
+            Life::Starting => State::Starting,
+            Life::Running(_) => State::Running,
+            Life::Pausing(_) => State::Pausing,
+            Life::Paused(_) => State::Paused,
+            Life::Ending | Life::Gone(_) => State::Stopped,
+        }
+    }
+
+    fn wrong_state(&self, life: &Life, action: &'static str) -> Error {
+        let state = self.state(life);
+        Error::WrongState { action, state }
+    }
+
+    /// What `life` holds, for a command that will put something in its place before it lets go of the
+    /// lock. None for a machine that has ended: no command changes that.
+    fn take(&self, life: &mut Life) -> Option<Life> {
+        (!self.control.is_stopping()).then(|| std::mem::replace(life, Life::Ending))
+    }
+
+    /// Undoes [`Owner::take`]; gives the reason.
+    fn put_back(
+        &self,
+        mut life: MutexGuard<'_, Life>,
+        taken: Option<Life>,
+        action: &'static str,
+    ) -> Error {
+        if let Some(taken) = taken {
+            *life = taken;
+        }
+        self.wrong_state(&life, action)
+    }
+
+    /// The devices of a machine that runs or is paused.
+    fn devices(&self, action: &'static str) -> Result<Arc<Devices>, Error> {
+        match &*self.life() {
+            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+                if !self.control.is_stopping() =>
+            {
+                Ok(machine.devices().clone())
+            }
+            life => Err(self.wrong_state(life, action)),
+        }
+    }
+
+    fn stop(&self) {
+        self.control.finish(Ok(ExitReason::Stopped));
+    }
+
+    /// Takes down a machine that is stopping, or waits until another thread has.
+    fn take_down(&self) -> Result<ExitReason, Arc<Error>> {
+        let mut life = self.life();
+        loop {
+            match std::mem::replace(&mut *life, Life::Ending) {
+                Life::Running(mut machine)
+                | Life::Pausing(mut machine)
+                | Life::Paused(mut machine) => {
+                    drop(life);
+                    let outcome = machine.end().map_err(Arc::new);
+                    drop(machine);
+                    *self.life() = Life::Gone(outcome.clone());
+                    self.changed.notify_all();
+                    return outcome;
+                }
+                Life::NotConfigured | Life::Configured(_) => {
+                    *life = Life::Gone(Ok(ExitReason::Stopped));
+                }
+                Life::Gone(outcome) => {
+                    *life = Life::Gone(outcome.clone());
+                    return outcome;
+                }
+                other @ (Life::Starting | Life::Ending) => {
+                    *life = other;
+                    life = wait(&self.changed, life);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn wait_readable(event: BorrowedFd<'_>) -> Result<(), Error> {
+    loop {
+        let mut events = [PollFd::new(event, PollFlags::POLLIN)];
+        match poll(&mut events, PollTimeout::NONE) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::resource("a wait for the machine")(errno.into())),
+        }
+    }
+}
