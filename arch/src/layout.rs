@@ -54,6 +54,10 @@ pub const ACPI_TABLES_MAX_SIZE: usize = 0x2_0000;
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Start of the hole for devices: RAM that would be here is above 4 GiB instead.
 pub const DEVICE_HOLE: u64 = 0xc000_0000;
+/// Register by which a guest says that it has booted, for machines that have one.
+pub const BOOT_TIMER: u64 = 0xc000_0000;
+/// Size of its window in bytes.
+pub const BOOT_TIMER_SIZE: u64 = 0x1000;
 /// First virtio-mmio register window.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// Size of each virtio-mmio register window in bytes.

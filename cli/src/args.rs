@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
     BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize, NetConfig, OnReboot,
     SerialConfig, VcpuCount,
@@ -24,6 +25,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Run(Box<RunArgs>),
+    Api(Box<ApiArgs>),
     /// Shows whether this host can run machines, and what to do if it cannot
     ///
     /// Looks for KVM and what Bantam needs of it, and for what disks and networks make use of.
@@ -160,6 +162,117 @@ pub struct RunArgs {
     /// How much to log on standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
     pub log: LevelFilter,
+}
+
+/// Serves an API by which clients put a machine together, start it and change it
+///
+/// The API is that of Firecracker, version 1.17, on a Unix socket: programs that drive Firecracker
+/// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
+/// the same options without a command. See docs/api.md.
+#[derive(Debug, clap::Args)]
+pub struct ApiArgs {
+    /// Unix socket for the clients
+    ///
+    /// There must be no file of that name. It is removed in the end.
+    #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
+    pub api_sock: PathBuf,
+
+    /// Name of the instance: up to 64 letters, digits and dashes
+    #[arg(long, value_name = "NAME", default_value = "anonymous-instance", value_parser = instance_id)]
+    pub id: String,
+
+    /// Configuration file in JSON; the machine is started at once
+    #[arg(long, value_name = "FILE")]
+    pub config_file: Option<PathBuf>,
+
+    /// File with metadata for the guest, in JSON
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
+
+    /// Serve no API
+    #[arg(long, requires = "config_file")]
+    pub no_api: bool,
+
+    /// File or named pipe for the log, in place of standard error
+    #[arg(long, value_name = "FILE")]
+    pub log_path: Option<PathBuf>,
+
+    /// How much to log: Off, Error, Warning, Info, Debug or Trace [default: Info]
+    #[arg(long, value_name = "LEVEL")]
+    pub level: Option<LogLevel>,
+
+    /// Show the level in the lines of the log
+    #[arg(long)]
+    pub show_level: bool,
+
+    /// Show in the lines of the log where in the source they come from
+    #[arg(long)]
+    pub show_log_origin: bool,
+
+    /// Log only lines from this module
+    #[arg(long, value_name = "PATH")]
+    pub module: Option<String>,
+
+    /// File or named pipe for metrics: a line of JSON each minute
+    #[arg(long, value_name = "FILE")]
+    pub metrics_path: Option<PathBuf>,
+
+    /// Log how long the guest takes from the start until it writes 123 to address 0xc0000000
+    #[arg(long)]
+    pub boot_timer: bool,
+
+    /// When the process was started, in microseconds of the monotonic clock; for the metrics
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub start_time_us: Option<u64>,
+
+    /// The same by the clock of CPU time
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub start_time_cpu_us: Option<u64>,
+
+    /// CPU time that the parent process had used up by then; for the metrics
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub parent_cpu_time_us: Option<u64>,
+
+    /// Most bytes of a request's body
+    #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
+    pub http_api_max_payload_size: usize,
+
+    /// Most bytes of metadata [default: that of a request's body]
+    #[arg(long, value_name = "BYTES")]
+    pub mmds_size_limit: Option<usize>,
+
+    /// Has no effect: there is no seccomp filter yet
+    #[arg(long, value_name = "FILE", conflicts_with = "no_seccomp")]
+    pub seccomp_filter: Option<PathBuf>,
+
+    /// Has no effect: there is no seccomp filter yet
+    #[arg(long)]
+    pub no_seccomp: bool,
+}
+
+/// The options under the name firecracker.
+#[derive(Debug, Parser)]
+#[command(
+    name = "firecracker",
+    max_term_width = 100,
+    disable_version_flag = true
+)]
+#[command(about = "Bantam in place of Firecracker: serves its API for one machine")]
+pub struct FirecrackerArgs {
+    #[command(flatten)]
+    pub api: ApiArgs,
+
+    /// Print the version of Firecracker whose API this is, and that of Bantam
+    #[arg(long, short = 'V')]
+    pub version: bool,
+}
+
+fn instance_id(text: &str) -> Result<String, String> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if !(1..=64).contains(&text.len()) || !text.chars().all(valid) {
+        return Err("it must be 1 to 64 letters, digits and dashes".to_string());
+    }
+    Ok(text.to_string())
 }
 
 const RUN_HELP: &str = "\

@@ -1,37 +1,40 @@
 //! Bantam, a KVM virtual machine monitor: the command line.
 
+mod api;
 mod args;
+mod attend;
 mod check;
 mod console;
 mod documents;
 mod escape;
+mod log;
 mod run;
 mod signals;
 mod terminal;
 
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use tracing::level_filters::LevelFilter;
 
-use args::{Args, Command};
+use args::{Args, Command, FirecrackerArgs};
 
 fn main() -> ExitCode {
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) => return report_usage(&error),
-    };
-    let result = match args.command {
-        Command::Run(args) => {
-            log_to_stderr(args.log);
-            args.into_config().and_then(|config| run::run(&config))
+    let name = std::env::args_os().next().unwrap_or_default();
+    let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
+        match FirecrackerArgs::try_parse() {
+            Ok(args) if args.version => print_firecracker_version(),
+            Ok(args) => api::serve(&args.api),
+            Err(error) => return report_usage(&error),
         }
-        Command::Check => check::check(&mut io::stdout().lock()),
-        Command::Completions { shell } => documents::print_completions(shell),
-        Command::Man { folder } => documents::write_man_pages(&folder),
+    } else {
+        match Args::try_parse() {
+            Ok(args) => execute(args.command),
+            Err(error) => return report_usage(&error),
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -42,20 +45,33 @@ fn main() -> ExitCode {
     }
 }
 
+fn execute(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => {
+            log::to_stderr(args.log);
+            args.into_config().and_then(|config| run::run(&config))
+        }
+        Command::Api(args) => api::serve(&args),
+        Command::Check => check::check(&mut io::stdout().lock()),
+        Command::Completions { shell } => documents::print_completions(shell),
+        Command::Man { folder } => documents::write_man_pages(&folder),
+    }
+}
+
+/// Programs that drive Firecracker look for the number after the name.
+fn print_firecracker_version() -> anyhow::Result<()> {
+    let version = bantam_api::API_VERSION;
+    let bantam = env!("CARGO_PKG_VERSION");
+    writeln!(
+        io::stdout(),
+        "Firecracker v{version}\n\nServed by Bantam {bantam}"
+    )?;
+    Ok(())
+}
+
 /// Writes a line to standard error. Where that is closed, there is nobody to tell.
 fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
-}
-
-fn log_to_stderr(level: LevelFilter) {
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_max_level(level)
-        .with_target(false)
-        .with_timer(tracing_subscriber::fmt::time::uptime())
-        .log_internal_errors(false)
-        .init();
 }
 
 /// Prints help and version as clap lays them out, and an error as one line.
@@ -102,18 +118,7 @@ fn reason(error: &anyhow::Error) -> String {
             line = format!("{line}: {text}");
         }
     }
-    without_error_numbers(line.replace('\n', " "))
-}
-
-/// The text without the numbers that the standard library puts behind the words of an error of the
-/// operating system.
-fn without_error_numbers(mut text: String) -> String {
-    while let Some(start) = text.find(" (os error ")
-        && let Some(len) = text[start..].find(')')
-    {
-        text.replace_range(start..=start + len, "");
-    }
-    text
+    bantam_api::without_error_numbers(line.replace('\n', " "))
 }
 
 #[cfg(test)]

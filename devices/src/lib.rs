@@ -5,6 +5,7 @@
 //! no virtual machine around it.
 
 pub mod acpi_power;
+pub mod boot_timer;
 pub mod bus;
 pub mod disk;
 pub mod event_loop;

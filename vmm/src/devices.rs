@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use bantam_arch::acpi::{self, VirtioMmioWindow};
 use bantam_arch::layout;
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
+use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
@@ -44,6 +45,17 @@ pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> R
         layout::ACPI_POWER_PORT.into(),
         layout::ACPI_POWER_PORT_COUNT.into(),
         Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
+    )?;
+    Ok(())
+}
+
+/// The register by which the guest says that it has booted.
+pub(crate) fn attach_boot_timer(mmio: &mut Bus) -> Result<(), Error> {
+    let timer = BootTimer::start().map_err(Error::resource("the boot timer"))?;
+    mmio.insert(
+        layout::BOOT_TIMER,
+        layout::BOOT_TIMER_SIZE,
+        Arc::new(Mutex::new(timer)),
     )?;
     Ok(())
 }

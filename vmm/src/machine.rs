@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
-use crate::devices::{VirtioDevices, attach_power_control, attach_serial};
+use crate::devices::{VirtioDevices, attach_boot_timer, attach_power_control, attach_serial};
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
@@ -67,6 +67,9 @@ impl Machine {
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
         attach_power_control(&mut ports, control)?;
+        if config.boot_timer {
+            attach_boot_timer(&mut mmio)?;
+        }
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
         virtio.attach_networks(&config.nets, config.cpus.get())?;

@@ -29,7 +29,10 @@ pub struct Console {
 
 impl Console {
     /// The same ends once more.
-    pub(crate) fn try_clone(&self) -> io::Result<Console> {
+    ///
+    /// # Errors
+    /// When the host gives no file descriptors.
+    pub fn try_clone(&self) -> io::Result<Console> {
         let clone = |end: &Option<OwnedFd>| end.as_ref().map(OwnedFd::try_clone).transpose();
         Ok(Console {
             input: clone(&self.input)?,

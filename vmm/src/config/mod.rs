@@ -72,6 +72,9 @@ pub struct MachineConfig {
     /// Whether a host without hardware virtualization adds the words to the kernel command line
     /// that a guest needs there.
     pub host_workarounds: bool,
+    /// Whether the log tells how long the guest takes until it writes 123 to
+    /// [`layout::BOOT_TIMER`].
+    pub boot_timer: bool,
 }
 
 impl MachineConfig {
@@ -92,6 +95,7 @@ impl MachineConfig {
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
             host_workarounds: true,
+            boot_timer: false,
         }
     }
 

@@ -155,6 +155,7 @@ impl MachineOptions {
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),
             host_workarounds: self.host_workarounds.unwrap_or(defaults.host_workarounds),
+            boot_timer: defaults.boot_timer,
         };
         config.validate()?;
         Ok(config)

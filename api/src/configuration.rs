@@ -1,0 +1,329 @@
+//! What clients have said of the machine so far, and the machine that it makes.
+
+use std::fs::File;
+use std::path::Path;
+
+use bantam_vmm::config::{
+    BlockEngineOption, CacheModeOption, DiskConfig, DiskId, InterfaceName, MachineConfig,
+    MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::fault::Fault;
+use crate::request::check_name;
+use crate::resources::{
+    Balloon, BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, Logger,
+    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, Serial, Vsock,
+};
+
+/// The kernel command line where the client gives none, as Firecracker has it.
+const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
+                                 i8042.dumbkbd swiotlb=noforce";
+
+/// Longest serial number of a disk.
+const LONGEST_SERIAL: usize = 20;
+
+/// What a configuration file says, and answer of `GET /vm/config`: all that clients have said so far.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Configuration {
+    /// See `PUT /boot-source`.
+    #[serde(default)]
+    pub boot_source: Option<BootSource>,
+    /// See `PUT /machine-config`.
+    #[serde(default)]
+    pub machine_config: MachineConfiguration,
+    /// See `PUT /drives`, in the order in which they came.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// See `PUT /network-interfaces`.
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// See `PUT /balloon`.
+    #[serde(default)]
+    pub balloon: Option<Balloon>,
+    /// See `PUT /vsock`.
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
+    /// See `PUT /entropy`.
+    #[serde(default)]
+    pub entropy: Option<Entropy>,
+    /// See `PUT /serial`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+    /// See `PUT /logger`.
+    #[serde(default)]
+    pub logger: Option<Logger>,
+    /// See `PUT /metrics`.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
+    /// See `PUT /mmds/config`.
+    #[serde(default)]
+    pub mmds_config: Option<MetadataConfig>,
+    /// See `PUT /cpu-config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<serde_json::Value>,
+}
+
+impl Configuration {
+    /// Checks each part as if a client had put it, in the order in which one would.
+    ///
+    /// # Errors
+    /// As the methods that put parts.
+    pub fn check(self) -> Result<Configuration, Fault> {
+        let mut checked = Configuration {
+            logger: self.logger,
+            metrics: self.metrics,
+            ..Configuration::default()
+        };
+        checked.put_machine_config(self.machine_config)?;
+        if let Some(boot_source) = self.boot_source {
+            checked.put_boot_source(boot_source)?;
+        }
+        for drive in self.drives {
+            check_name(&drive.drive_id)?;
+            checked.put_drive(drive)?;
+        }
+        for interface in self.network_interfaces {
+            check_name(&interface.iface_id)?;
+            checked.put_network_interface(interface)?;
+        }
+        checked.entropy = self.entropy;
+        if let Some(serial) = self.serial {
+            checked.put_serial(serial)?;
+        }
+        if let Some(config) = self.cpu_config {
+            checked.put_cpu_config(config)?;
+        }
+        Ok(checked)
+    }
+
+    pub(crate) fn put_machine_config(&mut self, wanted: MachineConfiguration) -> Result<(), Fault> {
+        vcpu_count(&wanted)?;
+        memory_size(&wanted)?;
+        if !matches!(wanted.cpu_template, None | Some(CpuTemplate::None)) {
+            return Err(Fault::NotSupported {
+                what: "CPU templates other than 'None'".to_string(),
+            });
+        }
+        if wanted.track_dirty_pages {
+            tracing::info!("track_dirty_pages has no effect: there are no snapshots yet");
+        }
+        self.machine_config = wanted;
+        Ok(())
+    }
+
+    pub(crate) fn put_boot_source(&mut self, boot_source: BootSource) -> Result<(), Fault> {
+        check_readable("kernel image", &boot_source.kernel_image_path)?;
+        if let Some(path) = &boot_source.initrd_path {
+            check_readable("initrd", path)?;
+        }
+        self.boot_source = Some(boot_source);
+        Ok(())
+    }
+
+    pub(crate) fn put_drive(&mut self, drive: Drive) -> Result<(), Fault> {
+        if drive.socket.is_some() {
+            return Err(Fault::NotSupported {
+                what: "vhost-user drives".to_string(),
+            });
+        }
+        let Some(path) = &drive.path_on_host else {
+            return Err(Fault::Value {
+                what: "drive",
+                reason: "path_on_host is missing".to_string(),
+            });
+        };
+        check_readable("drive image", path)?;
+        let is_other_root =
+            |other: &&Drive| other.is_root_device && other.drive_id != drive.drive_id;
+        if drive.is_root_device
+            && let Some(root) = self.drives.iter().find(is_other_root)
+        {
+            return Err(Fault::SecondRootDevice {
+                id: root.drive_id.clone(),
+            });
+        }
+        put_by(&mut self.drives, drive, |drive| &drive.drive_id);
+        Ok(())
+    }
+
+    pub(crate) fn put_network_interface(
+        &mut self,
+        interface: NetworkInterface,
+    ) -> Result<(), Fault> {
+        net_config(&interface)?;
+        let is_same = |other: &NetworkInterface| {
+            other.iface_id != interface.iface_id
+                && (other.host_dev_name == interface.host_dev_name
+                    || other.guest_mac.is_some() && other.guest_mac == interface.guest_mac)
+        };
+        if let Some(other) = self.network_interfaces.iter().find(|other| is_same(other)) {
+            return Err(Fault::Value {
+                what: "network interface",
+                reason: format!("'{}' has the same tap or MAC address", other.iface_id),
+            });
+        }
+        put_by(&mut self.network_interfaces, interface, |interface| {
+            &interface.iface_id
+        });
+        Ok(())
+    }
+
+    pub(crate) fn put_serial(&mut self, serial: Serial) -> Result<(), Fault> {
+        if serial.rate_limiter.is_some() {
+            return Err(Fault::NotSupported {
+                what: "A rate limiter of the serial port".to_string(),
+            });
+        }
+        self.serial = Some(serial);
+        Ok(())
+    }
+
+    pub(crate) fn put_cpu_config(&mut self, config: serde_json::Value) -> Result<(), Fault> {
+        // One that changes nothing can be honoured.
+        let is_empty = |value: &serde_json::Value| match value {
+            serde_json::Value::Array(items) => items.is_empty(),
+            serde_json::Value::Null => true,
+            _ => false,
+        };
+        match &config {
+            serde_json::Value::Object(parts) if parts.values().all(is_empty) => {}
+            _ => {
+                return Err(Fault::NotSupported {
+                    what: "A CPU configuration that changes features".to_string(),
+                });
+            }
+        }
+        self.cpu_config = Some(config);
+        Ok(())
+    }
+
+    /// The drives in the order in which the guest finds them: the root device is the first.
+    pub(crate) fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
+        let root = self.drives.iter().filter(|drive| drive.is_root_device);
+        root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
+    }
+
+    /// The machine that all of it makes.
+    pub(crate) fn machine(&self) -> Result<MachineConfig, Fault> {
+        let boot_source = self.boot_source.as_ref().ok_or(Fault::NoBootSource)?;
+        let mut config = MachineConfig::new(&boot_source.kernel_image_path);
+        config.initrd = boot_source.initrd_path.clone();
+        config.cmdline = Some(self.command_line(boot_source));
+        config.cpus = vcpu_count(&self.machine_config)?;
+        config.memory = memory_size(&self.machine_config)?;
+        config.disks = self
+            .drives_in_order()
+            .map(disk_config)
+            .collect::<Result<_, _>>()?;
+        config.nets = self
+            .network_interfaces
+            .iter()
+            .map(net_config)
+            .collect::<Result<_, _>>()?;
+        config.rng = self.entropy.is_some();
+        config.serial = match &self.serial {
+            Some(Serial {
+                serial_out_path: Some(path),
+                ..
+            }) => SerialConfig::File(path.clone()),
+            _ => SerialConfig::Stdio,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn command_line(&self, boot_source: &BootSource) -> String {
+        let words = boot_source.boot_args.as_deref();
+        let mut line = words.unwrap_or(DEFAULT_BOOT_ARGS).to_string();
+        if let Some(root) = self.drives.iter().find(|drive| drive.is_root_device) {
+            match &root.partuuid {
+                Some(partition) => line.push_str(&format!(" root=PARTUUID={partition}")),
+                None => line.push_str(" root=/dev/vda"),
+            }
+            line.push_str(if root.is_read_only { " ro" } else { " rw" });
+        }
+        line
+    }
+}
+
+/// Puts `item` in the place of the one with its name, or behind the last.
+fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
+    match items.iter_mut().find(|other| name(other) == name(&item)) {
+        Some(place) => *place = item,
+        None => items.push(item),
+    }
+}
+
+/// Tells a client at once of a file that will be missing at the start.
+fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
+    let opened = File::open(path);
+    opened
+        .map(drop)
+        .map_err(|error| file_fault(what, path, &error))
+}
+
+pub(crate) fn file_fault(what: &'static str, path: &Path, error: &std::io::Error) -> Fault {
+    Fault::File {
+        what,
+        path: path.display().to_string(),
+        reason: error.to_string(),
+    }
+}
+
+fn vcpu_count(wanted: &MachineConfiguration) -> Result<VcpuCount, Fault> {
+    let count = i64::from(wanted.vcpu_count);
+    if wanted.smt && count > 1 && count % 2 != 0 {
+        return Err(Fault::Value {
+            what: "vcpu_count",
+            reason: "it must be 1 or even where smt is true".to_string(),
+        });
+    }
+    VcpuCount::try_from(count).map_err(Fault::value("vcpu_count"))
+}
+
+fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
+    let mib = wanted.mem_size_mib;
+    if wanted.huge_pages == HugePages::TwoMib && !mib.is_multiple_of(2) {
+        return Err(Fault::Value {
+            what: "mem_size_mib",
+            reason: "it must be even where huge_pages is 2M".to_string(),
+        });
+    }
+    let bytes = mib.saturating_mul(1 << 20);
+    MemorySize::from_bytes(bytes).map_err(Fault::value("mem_size_mib"))
+}
+
+fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
+    let path = drive.path_on_host.clone().unwrap_or_default();
+    let mut serial = drive.drive_id.clone();
+    serial.truncate(LONGEST_SERIAL);
+    Ok(DiskConfig {
+        readonly: drive.is_read_only,
+        id: Some(DiskId::try_from(serial).map_err(Fault::value("drive_id"))?),
+        cache: match drive.cache_type {
+            CacheType::Unsafe => CacheModeOption::Unsafe,
+            CacheType::Writeback => CacheModeOption::Writeback,
+        },
+        engine: match drive.io_engine {
+            None => BlockEngineOption::Auto,
+            Some(IoEngine::Sync) => BlockEngineOption::Sync,
+            Some(IoEngine::Async) => BlockEngineOption::IoUring,
+        },
+        ..DiskConfig::new(path)
+    })
+}
+
+fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
+    let tap = InterfaceName::try_from(interface.host_dev_name.clone())
+        .map_err(Fault::value("host_dev_name"))?;
+    let mac = interface.guest_mac.as_deref().map(str::parse).transpose();
+    let mtu = interface.mtu.map(|mtu| Mtu::try_from(i64::from(mtu)));
+    Ok(NetConfig {
+        tap,
+        mac: mac.map_err(Fault::value("guest_mac"))?,
+        mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
+        queues: None,
+    })
+}

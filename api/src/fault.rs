@@ -1,0 +1,137 @@
+//! Why a request is refused.
+
+use bantam_vmm::config::ConfigError;
+
+/// Why a request is refused: one line, which a client finds as `fault_message`.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// No resource has this path and method.
+    #[error("Invalid request method and/or path: {method} {path}")]
+    NoSuchResource {
+        /// What was asked for.
+        method: String,
+        /// Of what.
+        path: String,
+    },
+    /// The body is no JSON, or not that of the resource.
+    #[error("Invalid JSON body: {field}{message}")]
+    Body {
+        /// Which field is wrong, with a colon behind, if it is one.
+        field: String,
+        /// What is wrong with it, and where.
+        message: String,
+    },
+    /// There is no body where one is needed.
+    #[error("Empty {method} request: a JSON body is needed")]
+    EmptyBody {
+        /// The method.
+        method: &'static str,
+    },
+    /// A request to read has a body.
+    #[error("GET request cannot have a body")]
+    BodyOfGet,
+    /// The body speaks of another resource than the path.
+    #[error("The id from the path '{path}' does not match the id from the body '{body}'")]
+    OtherId {
+        /// In the path.
+        path: String,
+        /// In the body.
+        body: String,
+    },
+    /// A name that is none.
+    #[error("Invalid id '{id}': only letters, digits and underscores are allowed")]
+    Id {
+        /// The name.
+        id: String,
+    },
+    /// What can only be done before the start.
+    #[error("The requested operation is not supported after starting the microVM")]
+    AfterStart,
+    /// What can only be done after the start.
+    #[error("The requested operation is not supported before starting the microVM")]
+    BeforeStart,
+    /// What this version has not.
+    #[error("{what}: not supported by this version of Bantam")]
+    NotSupported {
+        /// What was asked for.
+        what: String,
+    },
+    /// A device that the configuration does not have.
+    #[error("There is no {kind} '{id}'")]
+    NoSuchDevice {
+        /// What kind of device.
+        kind: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// A device that the configuration does not have, and of which there is one at most.
+    #[error("There is no {kind}: it has not been configured")]
+    NotConfigured {
+        /// What kind of device.
+        kind: &'static str,
+    },
+    /// A value that cannot be used.
+    #[error("Invalid {what}: {reason}")]
+    Value {
+        /// Of what.
+        what: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// A file that cannot be used.
+    #[error("Cannot open {what} '{path}': {reason}")]
+    File {
+        /// What it is for.
+        what: &'static str,
+        /// The file.
+        path: String,
+        /// Why not.
+        reason: String,
+    },
+    /// There is no kernel to start.
+    #[error("Cannot start the microVM without a kernel: PUT /boot-source first")]
+    NoBootSource,
+    /// A second root device.
+    #[error("Drive '{id}' is the root device already; there can be one")]
+    SecondRootDevice {
+        /// The first.
+        id: String,
+    },
+    /// What can be set only once.
+    #[error("The {what} has been initialized already")]
+    SetTwice {
+        /// What.
+        what: &'static str,
+    },
+    /// The machine's configuration is refused.
+    #[error("Invalid configuration: {0}")]
+    Configuration(#[from] ConfigError),
+    /// The machine cannot do it.
+    #[error(transparent)]
+    Machine(#[from] bantam_vmm::Error),
+}
+
+impl Fault {
+    /// The line that a client is told.
+    pub fn message(&self) -> String {
+        without_error_numbers(self.to_string().replace('\n', " "))
+    }
+
+    pub(crate) fn value(what: &'static str) -> impl Fn(ConfigError) -> Fault {
+        move |error| Fault::Value {
+            what,
+            reason: error.to_string(),
+        }
+    }
+}
+
+/// The text without the numbers that the standard library puts behind the words of an error of the
+/// operating system.
+pub fn without_error_numbers(mut text: String) -> String {
+    while let Some(start) = text.find(" (os error ")
+        && let Some(len) = text[start..].find(')')
+    {
+        text.replace_range(start..=start + len, "");
+    }
+    text
+}

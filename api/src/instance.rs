@@ -1,0 +1,286 @@
+//! What the API speaks for: a configuration that clients put together, and the machine that is made of it.
+
+use std::sync::Arc;
+
+use bantam_vmm::{Console, Controller, MachineMetrics, State};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::API_VERSION;
+use crate::configuration::{Configuration, file_fault};
+use crate::fault::Fault;
+use crate::metrics::{MetricsFile, ProcessTimes};
+use crate::request::Request;
+use crate::resources::{
+    Action, ActionType, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
+};
+
+/// The log of the program, as far as clients can set it.
+pub trait ProgramLog: Send {
+    /// Sets what `logger` says; what it leaves out stays as it is.
+    ///
+    /// # Errors
+    /// When its file cannot be used.
+    fn set(&mut self, logger: &Logger) -> Result<(), Fault>;
+}
+
+/// What an [`Instance`] is given by the program.
+pub struct InstanceOptions {
+    /// Its name.
+    pub id: String,
+    /// The program's end of the serial port, for a machine whose output goes to no file.
+    pub console: Console,
+    /// The program's log.
+    pub log: Box<dyn ProgramLog>,
+    /// When the process was started.
+    pub process_times: ProcessTimes,
+    /// What is called when the machine has been started.
+    pub on_start: Box<dyn FnMut() + Send>,
+    /// Whether the guest has a device by which it says when it has booted.
+    pub boot_timer: bool,
+}
+
+/// How a request was answered.
+#[derive(Debug)]
+pub enum Reply {
+    /// It is done, and there is nothing to say.
+    Done,
+    /// What was asked for.
+    Value(Value),
+}
+
+impl Reply {
+    fn value(value: &impl Serialize) -> Result<Reply, Fault> {
+        let value = serde_json::to_value(value).map_err(|error| Fault::Value {
+            what: "answer",
+            reason: error.to_string(),
+        })?;
+        Ok(Reply::Value(value))
+    }
+}
+
+/// A configuration and its machine.
+pub struct Instance {
+    id: String,
+    controller: Controller,
+    console: Option<Console>,
+    log: Box<dyn ProgramLog>,
+    process_times: ProcessTimes,
+    on_start: Box<dyn FnMut() + Send>,
+    boot_timer: bool,
+    configuration: Configuration,
+    metrics_file: Option<MetricsFile>,
+    metrics: Option<Arc<MachineMetrics>>,
+}
+
+impl Instance {
+    /// An instance of which nothing is configured, whose machine `controller` will own.
+    pub fn new(controller: Controller, options: InstanceOptions) -> Instance {
+        Instance {
+            id: options.id,
+            controller,
+            console: Some(options.console),
+            log: options.log,
+            process_times: options.process_times,
+            on_start: options.on_start,
+            boot_timer: options.boot_timer,
+            configuration: Configuration::default(),
+            metrics_file: None,
+            metrics: None,
+        }
+    }
+
+    /// Takes what a configuration file says.
+    ///
+    /// # Errors
+    /// When a part of it cannot be used.
+    pub fn configure(&mut self, configuration: Configuration) -> Result<(), Fault> {
+        let configuration = configuration.check()?;
+        if let Some(logger) = configuration.logger.clone() {
+            self.put_logger(logger)?;
+        }
+        if let Some(metrics) = configuration.metrics.clone() {
+            self.put_metrics(metrics)?;
+        }
+        self.configuration = Configuration {
+            logger: self.configuration.logger.take(),
+            metrics: self.configuration.metrics.take(),
+            ..configuration
+        };
+        Ok(())
+    }
+
+    /// Does what `request` asks for.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
+        match request {
+            Request::GetInstance => Reply::value(&InstanceInformation {
+                app_name: "Bantam",
+                id: self.id.clone(),
+                state: match self.controller.state() {
+                    State::NotConfigured | State::Configured | State::Starting => "Not started",
+                    State::Running | State::Pausing | State::Stopped => "Running",
+                    State::Paused => "Paused",
+                },
+                vmm_version: API_VERSION,
+            }),
+            Request::GetVersion => Reply::value(&Version {
+                firecracker_version: API_VERSION,
+            }),
+            Request::GetConfiguration => Reply::value(&self.configuration),
+            Request::GetMachineConfiguration => Reply::value(&self.configuration.machine_config),
+            Request::PutAction(Action { action_type }) => self.act(action_type),
+            Request::PatchVm(Vm { state }) => {
+                self.require_started()?;
+                match state {
+                    VmState::Paused if self.controller.state() == State::Paused => {}
+                    VmState::Paused => self.controller.pause()?,
+                    VmState::Resumed if self.controller.state() == State::Running => {}
+                    VmState::Resumed => self.controller.resume()?,
+                }
+                Ok(Reply::Done)
+            }
+            Request::PutMachineConfiguration(wanted) => {
+                self.change()?.put_machine_config(wanted)?;
+                Ok(Reply::Done)
+            }
+            Request::PatchMachineConfiguration(update) => {
+                let configuration = self.change()?;
+                let wanted = update.applied_to(&configuration.machine_config);
+                configuration.put_machine_config(wanted)?;
+                Ok(Reply::Done)
+            }
+            Request::PutBootSource(boot_source) => {
+                self.change()?.put_boot_source(boot_source)?;
+                Ok(Reply::Done)
+            }
+            Request::PutDrive(drive) => {
+                self.change()?.put_drive(drive)?;
+                Ok(Reply::Done)
+            }
+            Request::PutNetworkInterface(interface) => {
+                self.change()?.put_network_interface(interface)?;
+                Ok(Reply::Done)
+            }
+            Request::PutEntropy(entropy) => {
+                self.change()?.entropy = Some(entropy);
+                Ok(Reply::Done)
+            }
+            Request::PutSerial(serial) => {
+                self.change()?.put_serial(serial)?;
+                Ok(Reply::Done)
+            }
+            Request::PutLogger(logger) => {
+                self.change()?;
+                self.put_logger(logger)?;
+                Ok(Reply::Done)
+            }
+            Request::PutMetrics(metrics) => {
+                self.change()?;
+                self.put_metrics(metrics)?;
+                Ok(Reply::Done)
+            }
+            Request::PutCpuConfig(config) => {
+                self.change()?.put_cpu_config(config)?;
+                Ok(Reply::Done)
+            }
+            _ => Err(Fault::NotSupported {
+                what: "This resource".to_string(),
+            }),
+        }
+    }
+
+    fn act(&mut self, action: ActionType) -> Result<Reply, Fault> {
+        match action {
+            ActionType::InstanceStart => self.start()?,
+            ActionType::SendCtrlAltDel => {
+                self.require_started()?;
+                self.controller.press_power_button()?;
+            }
+            ActionType::FlushMetrics => {
+                self.require_started()?;
+                self.flush_metrics();
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    /// Starts the machine that is configured.
+    ///
+    /// # Errors
+    /// When it has been started, or cannot be.
+    pub fn start(&mut self) -> Result<(), Fault> {
+        let mut config = self.change()?.machine()?;
+        config.boot_timer = self.boot_timer;
+        let console = match &self.console {
+            Some(console) => console.try_clone().map_err(|error| Fault::Value {
+                what: "console",
+                reason: error.to_string(),
+            })?,
+            None => Console::default(),
+        };
+        self.controller.configure(config, console)?;
+        self.controller.start()?;
+        // The machine has its own. Whoever reads its output sees it end with the machine.
+        self.console = None;
+        self.metrics = self.controller.metrics().ok();
+        (self.on_start)();
+        Ok(())
+    }
+
+    /// The configuration, as long as it can be changed.
+    fn change(&mut self) -> Result<&mut Configuration, Fault> {
+        match self.controller.state() {
+            State::NotConfigured | State::Configured => Ok(&mut self.configuration),
+            _ => Err(Fault::AfterStart),
+        }
+    }
+
+    fn require_started(&self) -> Result<(), Fault> {
+        match self.controller.state() {
+            State::NotConfigured | State::Configured | State::Starting => Err(Fault::BeforeStart),
+            _ => Ok(()),
+        }
+    }
+
+    fn put_logger(&mut self, logger: Logger) -> Result<(), Fault> {
+        self.log.set(&logger)?;
+        self.configuration.logger = Some(logger);
+        Ok(())
+    }
+
+    fn put_metrics(&mut self, metrics: Metrics) -> Result<(), Fault> {
+        if self.metrics_file.is_some() {
+            return Err(Fault::SetTwice {
+                what: "metrics file",
+            });
+        }
+        let path = &metrics.metrics_path;
+        let opened = MetricsFile::open(path);
+        let file = opened.map_err(|error| file_fault("metrics file", path, &error))?;
+        self.metrics_file = Some(file);
+        self.configuration.metrics = Some(metrics);
+        Ok(())
+    }
+
+    /// Writes the metrics to their file, if they have one and the machine has been started.
+    pub fn flush_metrics(&mut self) {
+        let Some(metrics) = &self.metrics else {
+            return;
+        };
+        let Ok(mut totals) = serde_json::to_value(metrics) else {
+            return;
+        };
+        totals["api_server"] = json!({
+            "process_startup_time_us": self.process_times.start_us.unwrap_or(0),
+            "process_startup_time_cpu_us": self.process_times.start_cpu_us.unwrap_or(0),
+        });
+        if let Some(file) = &mut self.metrics_file
+            && let Err(error) = file.write(totals)
+        {
+            tracing::warn!("cannot write metrics: {error}");
+        }
+    }
+}

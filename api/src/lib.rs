@@ -1,0 +1,24 @@
+//! The HTTP API of the monitor: that of Firecracker, in its version 1.17, over one machine.
+//!
+//! An [`Instance`] is what the API speaks for: the configuration that clients put together, and the
+//! [`Controller`](bantam_vmm::Controller) of the machine that is made of it. [`Request::parse`] turns what
+//! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
+//! clients of a Unix socket.
+
+mod configuration;
+mod fault;
+mod instance;
+mod metrics;
+mod request;
+pub mod resources;
+mod server;
+
+pub use configuration::Configuration;
+pub use fault::{Fault, without_error_numbers};
+pub use instance::{Instance, InstanceOptions, ProgramLog, Reply};
+pub use metrics::{MetricsFile, ProcessTimes};
+pub use request::{Request, parse_json};
+pub use server::{Server, ServerError, ServerLimits};
+
+/// The version of Firecracker's API that this one is like.
+pub const API_VERSION: &str = "1.17.0";

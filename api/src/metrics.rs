@@ -1,0 +1,135 @@
+//! The metrics file: what the machine and the API have counted, a line of JSON each minute.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+
+/// When the process was started, as whoever started it says, in microseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessTimes {
+    /// On the monotonic clock.
+    pub start_us: Option<u64>,
+    /// On the clock of the process's CPU time.
+    pub start_cpu_us: Option<u64>,
+    /// CPU time of the parent process up to then.
+    pub parent_cpu_us: Option<u64>,
+}
+
+/// Values that are states, not totals: they are written as they are.
+const NOT_TOTALS: [&str; 4] = [
+    "min_us",
+    "max_us",
+    "process_startup_time_us",
+    "process_startup_time_cpu_us",
+];
+
+/// A file or named pipe that metrics are written to.
+#[derive(Debug)]
+pub struct MetricsFile {
+    file: File,
+    /// What is left of a line of which a pipe has taken the rest.
+    unwritten: Vec<u8>,
+    /// The totals when they were last written.
+    written: Value,
+}
+
+impl MetricsFile {
+    /// Opens `path`, to which lines are added. A named pipe needs no reader yet.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(path: &Path) -> io::Result<MetricsFile> {
+        let file = OpenOptions::new()
+            // Also for reading: a pipe without a reader is otherwise refused.
+            .read(true)
+            .append(true)
+            .create(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        Ok(MetricsFile {
+            file,
+            unwritten: Vec::new(),
+            written: Value::Null,
+        })
+    }
+
+    /// Writes a line: by how much each of `totals` has grown since the last line.
+    ///
+    /// # Errors
+    /// When it cannot be written, such as to a pipe that nobody reads. What is not written yet is written
+    /// by the next call.
+    pub fn write(&mut self, totals: Value) -> io::Result<()> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let milliseconds = now.map_or(0, |time| time.as_millis() as u64);
+        let mut line = Map::new();
+        line.insert("utc_timestamp_ms".to_string(), json!(milliseconds));
+        if let Value::Object(growth) = growth(&totals, &self.written) {
+            line.extend(growth);
+        }
+        self.write_rest()?;
+        let mut text = Value::Object(line).to_string();
+        text.push('\n');
+        let count = self.file.write(text.as_bytes())?;
+        self.unwritten = text.into_bytes().split_off(count);
+        self.written = totals;
+        self.write_rest()
+    }
+
+    fn write_rest(&mut self) -> io::Result<()> {
+        while !self.unwritten.is_empty() {
+            let count = self.file.write(&self.unwritten)?;
+            self.unwritten.drain(..count);
+        }
+        Ok(())
+    }
+}
+
+fn growth(now: &Value, before: &Value) -> Value {
+    match now {
+        Value::Object(members) => {
+            let growth_of = |(name, value): (&String, &Value)| {
+                let before = match NOT_TOTALS.contains(&name.as_str()) {
+                    true => &Value::Null,
+                    false => before.get(name).unwrap_or(&Value::Null),
+                };
+                (name.clone(), growth(value, before))
+            };
+            Value::Object(members.iter().map(growth_of).collect())
+        }
+        Value::Number(number) => match (number.as_u64(), before.as_u64()) {
+            (Some(now), Some(before)) => json!(now.saturating_sub(before)),
+            _ => now.clone(),
+        },
+        other => other.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_say_what_was_added_since_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics");
+        let mut file = MetricsFile::open(&path).unwrap();
+        for (count, most) in [(3, 7), (5, 9)] {
+            let totals = json!({"block": {"read_count": count, "read_agg": {"max_us": most}}});
+            file.write(totals).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0]["utc_timestamp_ms"].as_u64().unwrap() > 1_600_000_000_000);
+        assert_eq!(lines[0]["block"]["read_count"], 3);
+        assert_eq!(lines[1]["block"]["read_count"], 2);
+        assert_eq!(lines[1]["block"]["read_agg"]["max_us"], 9);
+    }
+}

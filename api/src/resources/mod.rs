@@ -1,0 +1,20 @@
+//! The bodies of requests and answers, field by field as Firecracker names them.
+//!
+//! A field that is not listed is refused. What a client has put is what it gets back: fields that it left
+//! out stay out where they have no default.
+
+mod devices;
+mod host;
+mod machine;
+mod rate_limiter;
+
+pub use devices::{
+    Balloon, BalloonStatisticsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy,
+    IoEngine, NetworkInterface, NetworkInterfaceUpdate, Serial, Vsock,
+};
+pub use host::{LogLevel, Logger, MetadataConfig, MetadataVersion, Metrics};
+pub use machine::{
+    Action, ActionType, BootSource, CpuTemplate, HugePages, InstanceInformation,
+    MachineConfiguration, MachineConfigurationUpdate, Version, Vm, VmState,
+};
+pub use rate_limiter::{RateLimiter, TokenBucket};

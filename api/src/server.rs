@@ -1,0 +1,324 @@
+//! The API on a Unix socket: HTTP/1.1, with bounded memory and time for each client.
+
+use std::convert::Infallible;
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request as HttpRequest, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::task;
+use tokio::time::{self, MissedTickBehavior};
+use tokio_io_timeout::TimeoutStream;
+
+use crate::fault::Fault;
+use crate::instance::{Instance, Reply};
+use crate::request::Request;
+
+/// How long a client may take to send the head of its next request, from the end of the last one.
+const HEAD_TIME: Duration = Duration::from_secs(60);
+/// How long it may take to send a body.
+const BODY_TIME: Duration = Duration::from_secs(10);
+/// How long it may not take any of an answer.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// Most bytes of a request's head, and of what is kept of a client's data before it is looked at.
+const MAX_HEAD_SIZE: usize = 16 << 10;
+/// How long the thread that executes requests waits for the next one before it ends.
+const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
+/// How long no client is accepted after that has failed.
+const RETRY_TIME: Duration = Duration::from_millis(100);
+/// What a client is told for whom there is no place.
+const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
+    Connection: close\r\nContent-Type: application/json\r\nContent-Length: 48\r\n\r\n\
+    {\"fault_message\":\"Too many clients of the API.\"}";
+/// Time between two lines of metrics.
+const METRICS_PERIOD: Duration = Duration::from_secs(60);
+
+/// What one server takes.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerLimits {
+    /// Most bytes of a request's body.
+    pub body_size: usize,
+    /// Most clients at a time. More are told to come back later.
+    pub clients: usize,
+}
+
+impl Default for ServerLimits {
+    /// 51,200 bytes, and 128 clients.
+    fn default() -> ServerLimits {
+        ServerLimits {
+            body_size: 51_200,
+            clients: 128,
+        }
+    }
+}
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The socket cannot be had.
+    #[error(
+        "cannot listen on '{path}' for the API: {source}; if no other instance uses it, remove it, or \
+         choose another path by --api-sock",
+        path = .path.display()
+    )]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The host has no thread or descriptor for it.
+    #[error("cannot serve the API: {0}")]
+    Runtime(#[from] io::Error),
+}
+
+/// The API of one instance on a Unix socket, which is removed in the end.
+pub struct Server {
+    instance: Arc<Mutex<Instance>>,
+    listener: Option<Listener>,
+    limits: ServerLimits,
+    ending: Arc<Notify>,
+}
+
+/// A listening socket, and its place in the file system.
+struct Listener {
+    socket: StdListener,
+    path: PathBuf,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!("cannot remove socket '{}': {error}", self.path.display());
+        }
+    }
+}
+
+impl Server {
+    /// A server on `path`, where clients can connect from now on. Without one it only writes the metrics.
+    ///
+    /// # Errors
+    /// When the socket cannot be made, such as where there is a file of that name.
+    pub fn new(
+        instance: Instance,
+        path: Option<&Path>,
+        limits: ServerLimits,
+    ) -> Result<Server, ServerError> {
+        let listen = |path: &Path| {
+            let bound = StdListener::bind(path).map(|socket| Listener {
+                socket,
+                path: path.to_path_buf(),
+            });
+            let nonblocking = bound.and_then(|listener| {
+                listener.socket.set_nonblocking(true)?;
+                Ok(listener)
+            });
+            nonblocking.map_err(|source| ServerError::Listen {
+                path: path.to_path_buf(),
+                source,
+            })
+        };
+        Ok(Server {
+            instance: Arc::new(Mutex::new(instance)),
+            listener: path.map(listen).transpose()?,
+            limits,
+            ending: Arc::new(Notify::new()),
+        })
+    }
+
+    /// What ends [`Server::run`] when one is notified.
+    pub fn ending(&self) -> Arc<Notify> {
+        self.ending.clone()
+    }
+
+    /// Serves clients on the calling thread until [`Server::ending`] is notified.
+    ///
+    /// # Errors
+    /// When the host has no descriptors for it.
+    pub fn run(self) -> Result<(), ServerError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name("bantam-api-work")
+            .max_blocking_threads(1)
+            .thread_keep_alive(WORK_THREAD_TIME)
+            .build()?;
+        runtime.block_on(async {
+            let serving = async {
+                match &self.listener {
+                    Some(listener) => serve(listener, &self.instance, self.limits).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                failed = serving => failed,
+                () = write_metrics(&self.instance) => Ok(()),
+                () = self.ending.notified() => Ok(()),
+            }
+        })?;
+        runtime.block_on(async { self.instance.lock().await.flush_metrics() });
+        Ok(())
+    }
+}
+
+async fn write_metrics(instance: &Mutex<Instance>) {
+    let mut period = time::interval(METRICS_PERIOD);
+    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first is at once.
+    period.tick().await;
+    loop {
+        period.tick().await;
+        instance.lock().await.flush_metrics();
+    }
+}
+
+async fn serve(
+    listener: &Listener,
+    instance: &Arc<Mutex<Instance>>,
+    limits: ServerLimits,
+) -> Result<(), ServerError> {
+    let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
+    let places = Arc::new(Semaphore::new(limits.clients));
+    loop {
+        let client = match listener.accept().await {
+            Ok((client, _)) => client,
+            Err(error) => {
+                // Such as too many open files. It passes, and trying again at once helps nobody.
+                tracing::warn!("cannot accept a client of the API: {error}");
+                time::sleep(RETRY_TIME).await;
+                continue;
+            }
+        };
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            // What does not fit into the socket's buffer is not waited for.
+            let _ = client.try_write(TOO_MANY_CLIENTS);
+            continue;
+        };
+        let instance = instance.clone();
+        tokio::spawn(async move {
+            if let Err(error) = serve_client(client, instance, limits).await {
+                tracing::debug!("a client of the API: {error}");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn serve_client(
+    client: UnixStream,
+    instance: Arc<Mutex<Instance>>,
+    limits: ServerLimits,
+) -> hyper::Result<()> {
+    let mut client = TimeoutStream::new(client);
+    client.set_write_timeout(Some(ANSWER_TIME));
+    let answer = service_fn(|request| {
+        let instance = instance.clone();
+        async move { Ok::<_, Infallible>(answer(request, instance, limits).await) }
+    });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME)
+        .max_buf_size(MAX_HEAD_SIZE)
+        // A client may close its end when it has asked.
+        .half_close(true)
+        .serve_connection(TokioIo::new(Box::pin(client)), answer)
+        .await
+}
+
+type Answer = Response<Full<Bytes>>;
+
+async fn answer(
+    request: HttpRequest<Incoming>,
+    instance: Arc<Mutex<Instance>>,
+    limits: ServerLimits,
+) -> Answer {
+    let (head, body) = request.into_parts();
+    let body = Limited::new(body, limits.body_size).collect();
+    let body = match time::timeout(BODY_TIME, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            let limit = limits.body_size;
+            let message = format!("The body is larger than the limit of {limit} bytes");
+            return last_answer(StatusCode::PAYLOAD_TOO_LARGE, &message);
+        }
+        Ok(Err(error)) => {
+            let message = format!("The body cannot be read: {error}");
+            return last_answer(StatusCode::BAD_REQUEST, &message);
+        }
+        Err(_) => {
+            let message = "The body has not come in time";
+            return last_answer(StatusCode::REQUEST_TIMEOUT, message);
+        }
+    };
+    let path = head.uri.path();
+    let is_write = head.method != Method::GET;
+    let parsed = Request::parse(head.method.as_str(), path, &body);
+    let result = match parsed {
+        Ok(request) if is_write => execute_apart(instance, request).await,
+        Ok(request) => instance.lock().await.execute(request),
+        Err(fault) => Err(fault),
+    };
+    match result {
+        Ok(reply) => {
+            tracing::info!("API: {} {path}", head.method);
+            match reply {
+                Reply::Done => answer_with(StatusCode::NO_CONTENT, None),
+                Reply::Value(value) => answer_with(StatusCode::OK, Some(&value)),
+            }
+        }
+        Err(fault) => {
+            let message = fault.message();
+            tracing::warn!("API: {} {path} is refused: {message}", head.method);
+            answer_with(StatusCode::BAD_REQUEST, Some(&fault_body(&message)))
+        }
+    }
+}
+
+/// Executes a request that may take its time on a thread of its own, so that others are answered
+/// meanwhile.
+async fn execute_apart(instance: Arc<Mutex<Instance>>, request: Request) -> Result<Reply, Fault> {
+    let mut instance = instance.lock_owned().await;
+    let work = task::spawn_blocking(move || instance.execute(request));
+    match work.await {
+        Ok(result) => result,
+        Err(error) => Err(Fault::Value {
+            what: "request",
+            reason: format!("it has made the API fail, which is a bug: {error}"),
+        }),
+    }
+}
+
+fn fault_body(message: &str) -> Value {
+    json!({ "fault_message": message })
+}
+
+/// An answer after which the connection is closed, as more of the request may come.
+fn last_answer(status: StatusCode, message: &str) -> Answer {
+    let mut answer = answer_with(status, Some(&fault_body(message)));
+    let headers = answer.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    answer
+}
+
+fn answer_with(status: StatusCode, body: Option<&Value>) -> Answer {
+    let text = body.map(Value::to_string).unwrap_or_default();
+    let mut answer = Response::new(Full::new(Bytes::from(text)));
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(SERVER, HeaderValue::from_static("Bantam API"));
+    if body.is_some() {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    answer
+}

@@ -1,0 +1,195 @@
+//! The log of the program.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::thread;
+
+use bantam_api::Fault;
+use bantam_api::ProgramLog;
+use bantam_api::resources::{LogLevel, Logger};
+use nix::libc;
+use tracing::level_filters::LevelFilter;
+use tracing::subscriber::Interest;
+use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// Logs lines up to `level` on standard error.
+pub fn to_stderr(level: LevelFilter) {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_max_level(level)
+        .with_target(false)
+        .with_timer(tracing_subscriber::fmt::time::uptime())
+        .log_internal_errors(false)
+        .init();
+}
+
+/// Logs lines as Firecracker's API has them set, of the instance called `id`: up to level `Info` on
+/// standard error, until a client says otherwise.
+pub fn adjustable(id: &str) -> AdjustableLog {
+    let log = AdjustableLog(Arc::new(RwLock::new(Settings {
+        id: id.to_string(),
+        level: LevelFilter::INFO,
+        shows_level: false,
+        shows_origin: false,
+        module: None,
+        file: None,
+    })));
+    let lines = tracing_subscriber::fmt::layer()
+        .event_format(log.clone())
+        .with_writer(log.clone())
+        .with_ansi(false)
+        .log_internal_errors(false);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(log.clone())
+        .init();
+    log
+}
+
+/// A log that is set while the program runs. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct AdjustableLog(Arc<RwLock<Settings>>);
+
+struct Settings {
+    id: String,
+    level: LevelFilter,
+    shows_level: bool,
+    shows_origin: bool,
+    module: Option<String>,
+    /// Where lines go, if not to standard error.
+    file: Option<Arc<File>>,
+}
+
+impl AdjustableLog {
+    fn settings(&self) -> RwLockReadGuard<'_, Settings> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ProgramLog for AdjustableLog {
+    fn set(&mut self, logger: &Logger) -> Result<(), Fault> {
+        let open = |path| {
+            OpenOptions::new()
+                // Also for reading: a named pipe without a reader is otherwise refused.
+                .read(true)
+                .append(true)
+                .create(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+        };
+        let file = match &logger.log_path {
+            Some(path) => Some(open(path).map_err(|error| Fault::File {
+                what: "log file",
+                path: path.display().to_string(),
+                reason: error.to_string(),
+            })?),
+            None => None,
+        };
+        let mut settings = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = file {
+            settings.file = Some(Arc::new(file));
+        }
+        if let Some(level) = logger.level {
+            settings.level = match level {
+                LogLevel::Off => LevelFilter::OFF,
+                LogLevel::Error => LevelFilter::ERROR,
+                LogLevel::Warning => LevelFilter::WARN,
+                LogLevel::Info => LevelFilter::INFO,
+                LogLevel::Debug => LevelFilter::DEBUG,
+                LogLevel::Trace => LevelFilter::TRACE,
+            };
+        }
+        settings.shows_level = logger.show_level.unwrap_or(settings.shows_level);
+        settings.shows_origin = logger.show_log_origin.unwrap_or(settings.shows_origin);
+        if let Some(module) = &logger.module {
+            settings.module = Some(module.clone());
+        }
+        drop(settings);
+        // What is not logged costs nothing, as each place in the code remembers whether it is.
+        tracing::callsite::rebuild_interest_cache();
+        Ok(())
+    }
+}
+
+impl<S: Subscriber> Layer<S> for AdjustableLog {
+    fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
+        Interest::sometimes()
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        let settings = self.settings();
+        let module = metadata.module_path().unwrap_or_default();
+        let is_wanted = |wanted: &String| module.starts_with(wanted.as_str());
+        *metadata.level() <= settings.level && settings.module.as_ref().is_none_or(is_wanted)
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.settings().level)
+    }
+}
+
+/// As Firecracker writes them: `time [instance:thread:level:file:line] message`.
+impl<S, N> FormatEvent<S, N> for AdjustableLog
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        SystemTime.format_time(&mut writer)?;
+        let metadata = event.metadata();
+        let settings = self.settings();
+        let thread = thread::current();
+        let thread = thread.name().unwrap_or("-");
+        write!(writer, " [{}:{thread}", settings.id)?;
+        if settings.shows_level {
+            write!(writer, ":{}", metadata.level())?;
+        }
+        if settings.shows_origin {
+            let (file, line) = (metadata.file(), metadata.line());
+            write!(writer, ":{}:{}", file.unwrap_or("-"), line.unwrap_or(0))?;
+        }
+        write!(writer, "] ")?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
+}
+
+impl<'a> MakeWriter<'a> for AdjustableLog {
+    type Writer = LineWriter;
+
+    fn make_writer(&'a self) -> LineWriter {
+        LineWriter(self.settings().file.clone())
+    }
+}
+
+/// Writes a line to a file, or to standard error.
+pub struct LineWriter(Option<Arc<File>>);
+
+impl Write for LineWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.0 {
+            Some(file) => (&**file).write(bytes),
+            None => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
