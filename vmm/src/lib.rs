@@ -33,6 +33,10 @@ mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::virtio::balloon::{
+    BalloonControl, BalloonError, BalloonMetrics, BalloonOptions, BalloonStatistics,
+    GuestStatistics,
+};
 pub use control::ExitReason;
 pub use error::Error;
 pub use machine::Machine;

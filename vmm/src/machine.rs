@@ -9,6 +9,7 @@ use bantam_arch::layout;
 use bantam_arch::memory_map::ram_regions;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::virtio::balloon::BalloonControl;
 use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::{GuestMemory, InterruptLine};
 use nix::errno::Errno;
@@ -39,6 +40,7 @@ pub struct Machine {
     event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
     disks: Vec<(PathBuf, BlockControl)>,
+    balloon: Option<BalloonControl>,
     serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -69,6 +71,10 @@ impl Machine {
         if config.rng {
             virtio.attach_entropy()?;
         }
+        let balloon = match &config.balloon {
+            Some(balloon) => Some(virtio.attach_balloon(balloon)?),
+            None => None,
+        };
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
         let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
@@ -89,6 +95,7 @@ impl Machine {
             event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
             power_button,
             disks: disks.disks,
+            balloon,
             serial,
             _vm: vm,
         })
@@ -147,6 +154,11 @@ impl Machine {
             path: path.clone(),
             source,
         })
+    }
+
+    /// The memory balloon, if the machine has one.
+    pub fn balloon(&self) -> Option<&BalloonControl> {
+        self.balloon.as_ref()
     }
 
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but
