@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
-    BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize, NetConfig, OnReboot,
-    SerialConfig, VcpuCount,
+    BalloonConfig, BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize,
+    NetConfig, OnReboot, SerialConfig, VcpuCount,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
@@ -62,7 +62,7 @@ pub struct RunArgs {
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
     /// readonly and id; a network device is a table [[net]] with the keys tap, mac, mtu
-    /// and queues.
+    /// and queues; a balloon is a table [balloon] with the keys of --balloon.
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
     /// devices.
@@ -140,6 +140,18 @@ pub struct RunArgs {
     /// Whether the guest has an entropy device (virtio-rng) [default: on]
     #[arg(long, value_name = "on|off", value_parser = switch())]
     pub rng: Option<bool>,
+
+    /// Memory balloon, by which the guest gives memory back to the host
+    ///
+    /// SIZE, such as 64M or 0, is how much the guest is to give up at the start. deflate-on-oom=on
+    /// lets it take memory back when it would otherwise have to end processes. reporting=on has it
+    /// say by itself which memory it does not use. statistics=SECONDS has it asked that often how its
+    /// memory is used.
+    #[arg(
+        long,
+        value_name = "size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]"
+    )]
+    pub balloon: Option<BalloonConfig>,
 
     /// How the kernel is entered [default: auto]
     ///
@@ -315,6 +327,7 @@ impl RunArgs {
             nets: (!self.nets.is_empty()).then_some(self.nets),
             serial: self.serial,
             rng: self.rng,
+            balloon: self.balloon,
             boot_protocol: self.boot_protocol,
             on_reboot: self.on_reboot,
             host_workarounds: self.host_workarounds,
@@ -388,6 +401,7 @@ mod tests {
             "--net=tap=t0,mtu=9000",
             "--serial=socket=s.sock",
             "--rng=off",
+            "--balloon=size=64M,reporting=on",
             "--boot-protocol=pvh",
             "--on-reboot=restart",
             "--host-workarounds=off",
@@ -407,6 +421,7 @@ mod tests {
             nets: vec!["tap=t0,mtu=9000".parse().unwrap()],
             serial: SerialConfig::Socket("s.sock".into()),
             rng: false,
+            balloon: Some("size=64M,reporting=on".parse().unwrap()),
             boot_protocol: BootProtocolOption::Pvh,
             on_reboot: OnReboot::Restart,
             host_workarounds: false,
@@ -463,6 +478,7 @@ mod tests {
             ["--net", "tap0"],
             ["--serial", "tty"],
             ["--rng", "yes"],
+            ["--balloon", "64M"],
             ["--log", "loud"],
         ] {
             let arguments = ["bantam", "run"].into_iter().chain(arguments);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, PipeReader, Read};
+use std::num::NonZeroU32;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -303,6 +304,43 @@ fn ten_machines_run_at_once_and_apart() {
         machine.stop();
         assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
     }
+}
+
+#[test]
+fn a_balloon_follows_its_owner() {
+    require_kvm!();
+    let _alone = alone();
+    let mut config = MachineConfig::new(payload("balloon"));
+    config.append = Some("follow".to_owned());
+    config.memory = "64M".parse().unwrap();
+    config.balloon = Some("size=4M,statistics=3600".parse().unwrap());
+    let (machine, mut output) = started(&config);
+    let balloon = machine.balloon().expect("there is one");
+    for (mib, pages) in [(4, 1024), (20, 5120), (8, 2048), (0, 0), (1, 256)] {
+        balloon.set_target(mib).unwrap();
+        read_until(&mut output, &format!("actual {pages}\n"));
+        let statistics = balloon.statistics();
+        assert_eq!((statistics.target_mib, statistics.actual_mib), (mib, mib));
+        assert_eq!(statistics.actual_pages, pages);
+    }
+    let error = balloon.set_target(65).unwrap_err().to_string();
+    assert!(error.contains("does not fit"), "{error}");
+
+    // The first come by themselves, the next with each change of the interval.
+    for given in 1..=3 {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while balloon.statistics().guest.free_memory != Some(given) {
+            assert!(Instant::now() < deadline, "{:?}", balloon.statistics());
+            thread::sleep(Duration::from_millis(1));
+        }
+        let hour = NonZeroU32::new(3600).unwrap();
+        balloon.set_statistics_interval(hour).unwrap();
+    }
+    let metrics = balloon.metrics();
+    assert!(metrics.inflate_count.total() > 0 && metrics.deflate_count.total() > 0);
+    assert_eq!(metrics.event_fails.total(), 0);
+    machine.stop();
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }
 
 #[test]

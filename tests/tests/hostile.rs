@@ -4,8 +4,8 @@ use std::fs;
 
 use bantam_tests::{Bantam, pattern, require_kvm, require_taps, tap_name};
 
-/// A device logs 21 lines at most, and a machine here has up to four: disk, network, entropy, serial
-/// port. Little else is logged.
+/// A device logs 21 lines at most, and a machine here has up to four: disk, network or balloon,
+/// entropy, serial port. Little else is logged.
 const MAX_LOG_LINES: usize = 4 * 25;
 
 /// Attacks all devices of a machine, with random numbers from `seed`.
@@ -41,6 +41,18 @@ fn the_monitor_withstands_a_guest_that_misuses_a_network_device() {
     for seed in 5..=6 {
         let net = format!("tap={}", tap_name());
         attack(seed, Bantam::payload("hostile").option("--net", net));
+    }
+}
+
+#[test]
+fn the_monitor_withstands_a_guest_that_misuses_a_balloon() {
+    require_kvm!();
+    for seed in 8..=9 {
+        let options = "size=1M,deflate-on-oom=on,reporting=on,statistics=1";
+        attack(
+            seed,
+            Bantam::payload("hostile").option("--balloon", options),
+        );
     }
 }
 

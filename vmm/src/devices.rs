@@ -1,5 +1,6 @@
 //! The devices of the machine: buses, windows, interrupts and doorbells.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -13,6 +14,7 @@ use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
+use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::Net;
@@ -21,8 +23,8 @@ use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
 use crate::config::{
-    BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,
-    SerialConfig,
+    BalloonConfig, BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity,
+    QueuePairs, SerialConfig,
 };
 use crate::control::Control;
 use crate::error::Error;
@@ -209,6 +211,24 @@ impl<'a> VirtioDevices<'a> {
     pub(crate) fn attach_entropy(&mut self) -> Result<(), Error> {
         let rng = Rng::new().map_err(Error::resource("the entropy device"))?;
         self.attach("entropy device".to_string(), Box::new(rng))
+    }
+
+    /// Attaches the balloon that `config` describes.
+    pub(crate) fn attach_balloon(
+        &mut self,
+        config: &BalloonConfig,
+    ) -> Result<BalloonControl, Error> {
+        let options = BalloonOptions {
+            target_mib: config.size.mib(),
+            deflate_on_oom: config.deflate_on_oom,
+            statistics_interval: NonZeroU32::new(config.statistics),
+            free_page_reporting: config.reporting,
+        };
+        let balloon = Balloon::new(&options, self.memory)?;
+        let interrupt = self.next_interrupt("balloon".to_string())?;
+        let control = balloon.control(interrupt.clone());
+        self.attach_to(self.event_loop.clone(), interrupt, Box::new(balloon))?;
+        Ok(control)
     }
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
 use bantam_devices::tap::TapError;
+use bantam_devices::virtio::balloon::BalloonError;
 
 use crate::config::ConfigError;
 use crate::controller::State;
@@ -137,6 +138,9 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The balloon cannot be as it is wanted.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// The host's end of the serial port cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {

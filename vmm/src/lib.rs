@@ -36,6 +36,10 @@ mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::virtio::balloon::{
+    BalloonControl, BalloonError, BalloonMetrics, BalloonOptions, BalloonStatistics,
+    GuestStatistics,
+};
 pub use control::ExitReason;
 pub use controller::{Answer, Command, Controller, State};
 pub use error::Error;

@@ -9,6 +9,7 @@ use bantam_arch::memory_map::ram_regions;
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::virtio::balloon::BalloonControl;
 use bantam_devices::virtio::block::BlockControl;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +32,7 @@ pub(crate) struct Devices {
     pub(crate) power_button: EventFd,
     /// With the paths by which their images were opened.
     pub(crate) disks: Vec<(PathBuf, BlockControl)>,
+    pub(crate) balloon: Option<BalloonControl>,
     pub(crate) metrics: Arc<MachineMetrics>,
     /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
     pub(crate) serial_path: Option<PathBuf>,
@@ -76,6 +78,10 @@ impl Machine {
         if config.rng {
             virtio.attach_entropy()?;
         }
+        let balloon = match &config.balloon {
+            Some(balloon) => Some(virtio.attach_balloon(balloon)?),
+            None => None,
+        };
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
         let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
@@ -100,6 +106,7 @@ impl Machine {
             devices: Arc::new(Devices {
                 power_button,
                 disks: disks.disks,
+                balloon,
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
             }),

@@ -10,6 +10,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 use crate::GuestMemory;
 use crate::guest_memory::host_address;
 
+/// Size of a page in bytes.
+const PAGE_SIZE: usize = 4096;
+
 /// Most vectors that the kernel takes in one call (`IOV_MAX`).
 pub(crate) const MAX_VECTORS_PER_CALL: usize = 1024;
 
@@ -287,6 +290,40 @@ impl GuestBuffers {
         self.finish_call(result)
     }
 
+    /// Gives the memory of the whole pages at the front of the list back to the host, and drops the
+    /// bytes of those pages and before them, whatever comes of it. They read as zero then, until they
+    /// are written to.
+    ///
+    /// One call does no more than `limit` bytes, a multiple of 4096, nor more than the first range of
+    /// the list. The result is how many bytes were given back: pages that are in the range in part are
+    /// kept.
+    ///
+    /// # Errors
+    /// As `madvise`.
+    pub fn discard_front(&mut self, limit: usize) -> io::Result<usize> {
+        let Some(vector) = self.vectors().first().copied() else {
+            return Ok(0);
+        };
+        let start = vector.iov_base.addr();
+        let first_page = start.next_multiple_of(PAGE_SIZE);
+        let end = first_page.saturating_add(limit).min(start + vector.iov_len);
+        let size = (end & !(PAGE_SIZE - 1)).saturating_sub(first_page);
+        self.advance(end - start);
+        if size == 0 {
+            return Ok(0);
+        }
+        // SAFETY: the pages are within a range of guest memory, which stays mapped. Nothing borrows
+        // its bytes, and that they become zero is no more than the guest can do to them at any time.
+        let result = unsafe {
+            let pages = vector.iov_base.wrapping_byte_add(first_page - start);
+            libc::madvise(pages, size, libc::MADV_DONTNEED)
+        };
+        match result {
+            0 => Ok(size),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// What is left of the list, as far as one call takes it. The vectors are valid until the list
     /// changes, and the memory that they cover for as long as the list lives.
     pub fn vectors(&self) -> &[iovec] {
@@ -407,6 +444,37 @@ mod tests {
         assert_eq!(&bytes, b"\0\0a");
         memory.read_slice(&mut bytes, GuestAddress(0x200)).unwrap();
         assert_eq!(&bytes, b"bcd");
+    }
+
+    #[test]
+    fn whole_pages_are_discarded_in_pieces() {
+        let regions = [(GuestAddress(0), 8 * PAGE_SIZE)];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let ones = vec![1; 8 * PAGE_SIZE];
+        memory.write_slice(&ones, GuestAddress(0)).unwrap();
+        let mut buffers = GuestBuffers::new(memory.clone());
+        let page = PAGE_SIZE as u32;
+        // Pages 1 to 4, and parts of those around them; then no whole page; then page 7.
+        let address = u64::from(page) - 8;
+        buffers
+            .push(GuestAddress(address), 8 + 4 * page + 8)
+            .unwrap();
+        let address = u64::from(5 * page) + 1;
+        buffers.push(GuestAddress(address), 2 * page - 2).unwrap();
+        let address = u64::from(7 * page);
+        buffers.push(GuestAddress(address), page).unwrap();
+        let mut discarded = Vec::new();
+        while !buffers.is_empty() {
+            discarded.push(buffers.discard_front(3 * PAGE_SIZE).unwrap());
+        }
+        assert_eq!(discarded, [3 * PAGE_SIZE, PAGE_SIZE, 0, PAGE_SIZE]);
+        assert_eq!(buffers.discard_front(PAGE_SIZE).unwrap(), 0);
+        let mut bytes = vec![0; 8 * PAGE_SIZE];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        for (number, page) in bytes.chunks(PAGE_SIZE).enumerate() {
+            let expected = u8::from(!matches!(number, 1..=4 | 7));
+            assert!(page.iter().all(|&byte| byte == expected), "page {number}");
+        }
     }
 
     #[test]

@@ -1,11 +1,15 @@
 //! The configuration space of a device (section 2.5).
 
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The device-specific configuration space: the driver reads it on a vCPU thread, while the worker or
-/// the owner of the machine may change it.
+/// the owner of the machine may change it. At most one field of it is the driver's to write.
 #[derive(Debug)]
-pub struct ConfigSpace(Mutex<Versioned>);
+pub struct ConfigSpace {
+    space: Mutex<Versioned>,
+    driver_field: Range<usize>,
+}
 
 #[derive(Debug)]
 struct Versioned {
@@ -14,12 +18,20 @@ struct Versioned {
 }
 
 impl ConfigSpace {
-    /// A configuration space with these bytes.
+    /// A configuration space with these bytes, which the driver only reads.
     pub fn new(bytes: Vec<u8>) -> ConfigSpace {
-        ConfigSpace(Mutex::new(Versioned {
-            bytes,
-            generation: 0,
-        }))
+        ConfigSpace::with_driver_field(bytes, 0..0)
+    }
+
+    /// A configuration space with these bytes, of which the driver may write those in `driver_field`.
+    pub fn with_driver_field(bytes: Vec<u8>, driver_field: Range<usize>) -> ConfigSpace {
+        ConfigSpace {
+            space: Mutex::new(Versioned {
+                bytes,
+                generation: 0,
+            }),
+            driver_field,
+        }
     }
 
     /// Copies the bytes from `offset` on into `data`; what is beyond the end reads as zero.
@@ -53,15 +65,45 @@ impl ConfigSpace {
         }
     }
 
-    /// A number that is another whenever the bytes have changed, by which a driver sees that it has
-    /// read all of them from one version.
+    /// Overwrites the bytes from `offset` on for the driver; `false`, and nothing is written, where
+    /// they are not all in the field that is its own. What a driver writes itself is no other version
+    /// to it.
+    pub fn write_for_driver(&self, offset: u64, data: &[u8]) -> bool {
+        let field = &self.driver_field;
+        let Ok(start) = usize::try_from(offset) else {
+            return false;
+        };
+        let Some(end) = start.checked_add(data.len()) else {
+            return false;
+        };
+        if start < field.start || end > field.end {
+            return false;
+        }
+        match self.lock().bytes.get_mut(start..end) {
+            Some(bytes) => {
+                bytes.copy_from_slice(data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Sets the driver's field to zero, as it is before a driver has written to it.
+    pub fn reset_driver_field(&self) {
+        if let Some(bytes) = self.lock().bytes.get_mut(self.driver_field.clone()) {
+            bytes.fill(0);
+        }
+    }
+
+    /// A number that is another whenever the device has changed bytes, by which a driver sees that it
+    /// has read all of them from one version.
     pub fn generation(&self) -> u32 {
         self.lock().generation
     }
 
     fn lock(&self) -> MutexGuard<'_, Versioned> {
         // No change leaves it half done, even one that panics.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -77,6 +119,32 @@ mod tests {
         assert_eq!(config.array(3), [0]);
         assert_eq!(config.array(u64::MAX), [0; 2]);
         config.write(usize::MAX, &[1]);
+    }
+
+    #[test]
+    fn a_driver_writes_to_its_field_alone() {
+        let config = ConfigSpace::with_driver_field(vec![0; 12], 4..8);
+        let generation = config.generation();
+        assert!(config.write_for_driver(4, &[1, 2, 3, 4]));
+        assert!(config.write_for_driver(5, &[9, 8]));
+        for (offset, data) in [
+            (0, &[7; 4][..]),
+            (3, &[7; 2]),
+            (7, &[7; 2]),
+            (8, &[7; 4]),
+            (4, &[7; 8]),
+            (u64::MAX, &[7; 2]),
+        ] {
+            assert!(!config.write_for_driver(offset, data), "{offset}");
+        }
+        assert_eq!(config.array(0), [0, 0, 0, 0, 1, 9, 8, 4, 0, 0, 0, 0]);
+        assert_eq!(config.generation(), generation);
+        config.write(0, &[5; 12]);
+        config.reset_driver_field();
+        assert_eq!(config.array(0), [5, 5, 5, 5, 0, 0, 0, 0, 5, 5, 5, 5]);
+
+        let config = ConfigSpace::new(vec![0; 4]);
+        assert!(!config.write_for_driver(0, &[1]));
     }
 
     #[test]

@@ -369,6 +369,7 @@ impl MmioTransport {
             let _ = doorbell.read();
         }
         self.interrupt.reset();
+        self.device.config().reset_driver_field();
         self.status = 0;
         self.device_features_select = 0;
         self.driver_features_select = 0;
@@ -406,10 +407,14 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset >= register::CONFIG {
-            self.warn_once(format_args!(
-                "write to the configuration space, which is read-only, at {offset:#x}"
-            ));
+        if let Some(start) = offset.checked_sub(register::CONFIG) {
+            if !self.device.config().write_for_driver(start, data) {
+                self.warn_once(format_args!(
+                    "write of {} bytes at {offset:#x} of the configuration space, which are not the \
+                     driver's to write",
+                    data.len()
+                ));
+            }
             return;
         }
         match <[u8; 4]>::try_from(data) {

@@ -5,6 +5,7 @@
 //! activates it: the device makes a worker that owns the queues, and the worker moves to an event
 //! loop, where it lives until the driver resets the device.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 mod config_space;
@@ -47,6 +48,8 @@ pub mod device_id {
     pub const BLOCK: u32 = 2;
     /// Entropy source.
     pub const ENTROPY: u32 = 4;
+    /// Memory balloon, the traditional one.
+    pub const BALLOON: u32 = 5;
 }
 
 /// What every device of this crate offers, whatever its type.

@@ -5,12 +5,14 @@ use bolero::generator::one_value_of;
 
 use crate::operation::Operation;
 
+/// Most queues of a device that a driver sets up.
+pub const MAX_QUEUES: u16 = 4;
 /// Descriptor table and rings of queue 0; those of the others follow.
 pub const RINGS: u64 = 0x1000;
 /// Memory of one queue's table and rings, in bytes.
 pub const RINGS_SIZE: u64 = 3 * part::SIZE;
 /// Headers and status bytes of requests.
-pub const HEADERS: u64 = 0x8000;
+pub const HEADERS: u64 = 0xe000;
 /// Data of requests.
 pub const DATA: u64 = 0x1_0000;
 
@@ -95,17 +97,17 @@ pub struct DeviceOffer {
     pub queue_size: u16,
 }
 
-/// A driver of a device with up to two queues, and what it chooses among the things allowed.
+/// A driver of a device with up to [`MAX_QUEUES`] queues, and what it chooses among the things allowed.
 #[derive(Debug, Clone, TypeGenerator)]
 pub struct Driver {
     /// The features that it knows.
     features: u64,
     #[generator(one_value_of([8u16, 16, 256]))]
     queue_size: u16,
-    #[generator(1..=2u16)]
+    #[generator(1..=MAX_QUEUES)]
     queue_count: u16,
-    #[generator(bolero::generator::constant([0u16; 2]))]
-    next_descriptor: [u16; 2],
+    #[generator(bolero::generator::constant([0; MAX_QUEUES as usize]))]
+    next_descriptor: [u16; MAX_QUEUES as usize],
 }
 
 impl Driver {
@@ -120,13 +122,13 @@ impl Driver {
             features,
             queue_size: 256,
             queue_count,
-            next_descriptor: [0; 2],
+            next_descriptor: [0; MAX_QUEUES as usize],
         }
     }
 
     /// Initialization (section 3.1.1), in the order in which Linux does it.
     pub fn initialize(&mut self, offer: DeviceOffer) -> Vec<Operation> {
-        self.next_descriptor = [0; 2];
+        self.next_descriptor = [0; MAX_QUEUES as usize];
         self.queue_size = self.queue_size.min(offer.queue_size);
         let features = offer.features & (self.features | F_VERSION_1);
         let mut operations = vec![

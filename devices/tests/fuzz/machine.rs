@@ -14,7 +14,7 @@ use bantam_devices::{EventLoop, GuestMemory, InterruptLine};
 use event_manager::EventManager;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{DeviceOffer, Driver, RINGS, RINGS_SIZE, part, register, status};
+use crate::driver::{DeviceOffer, Driver, MAX_QUEUES, RINGS, RINGS_SIZE, part, register, status};
 use crate::operation::Operation;
 
 /// Where the first of two regions of memory that touch ends.
@@ -173,7 +173,7 @@ impl Machine {
     pub fn initialize(&mut self, driver: &mut Driver) {
         self.write(register::STATUS, &[0; 4]);
         assert_eq!(self.read_register(register::STATUS), 0, "after a reset");
-        let rings = vec![0; 2 * RINGS_SIZE as usize];
+        let rings = vec![0; usize::from(MAX_QUEUES) * RINGS_SIZE as usize];
         self.store(RINGS, &rings);
         let offer = self.offer();
         for operation in driver.initialize(offer) {

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
 mod allocations;
+mod balloon;
 mod block;
 mod driver;
 mod machine;
@@ -40,13 +41,17 @@ trait Target {
     /// What else distinguishes devices of the kind.
     type Options: TypeGenerator + Default + std::fmt::Debug;
 
+    /// How many queues a driver that follows the rules sets up.
+    const QUEUES: u16 = 2;
+
     /// A new device.
     fn device(&mut self, options: &Self::Options) -> Box<dyn VirtioDevice>;
 
     /// What a driver does once it has initialized the device.
     fn requests(driver: &mut Driver) -> Vec<Operation>;
 
-    /// Sends a packet of `len` bytes to the guest, from a device that has a host to talk to.
+    /// Sends a packet of `len` bytes to the guest, from a device that has a host to talk to, or wishes
+    /// something else of that size.
     fn host_sends(&mut self, _len: u16) {}
 
     /// Has requests done by an initialized device, and checks the results.
@@ -75,7 +80,7 @@ fn test_of<T: Target>(mut target: T) -> impl Fn(&Input<T::Options>) + RefUnwindS
     for features in [0, u64::MAX] {
         let undisturbed = Input {
             options: T::Options::default(),
-            driver: Driver::with_features(2, features),
+            driver: Driver::with_features(T::QUEUES, features),
             deviations: Vec::new(),
         };
         let mut machine = disturb(&mut target, &undisturbed);
@@ -129,6 +134,15 @@ fn act<T: Target>(target: &mut T, machine: &mut Machine, operation: &Operation) 
         Operation::HostSends { len } => target.host_sends(*len),
         operation => machine.act(operation),
     }
+}
+
+#[test]
+fn balloon_device() {
+    let test = test_of(balloon::BalloonTarget::default());
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
 }
 
 #[test]

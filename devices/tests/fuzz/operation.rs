@@ -3,7 +3,7 @@
 use bolero::TypeGenerator;
 use bolero::generator::{ValueGenerator, one_of, one_value_of, produce};
 
-use crate::driver::{DATA, HEADERS, RINGS, RINGS_SIZE, part, register};
+use crate::driver::{DATA, HEADERS, MAX_QUEUES, RINGS, RINGS_SIZE, part, register};
 use crate::machine::{HOLE, MEMORY_END, SEAM};
 
 /// One thing that a guest does, or that happens around it.
@@ -49,7 +49,7 @@ pub enum Operation {
     },
     /// Makes the chain at `head` available in a queue of `size` descriptors.
     Offer {
-        #[generator(0..2u16)]
+        #[generator(0..MAX_QUEUES)]
         queue: u16,
         #[generator(any_index())]
         head: u16,
@@ -58,14 +58,14 @@ pub enum Operation {
     },
     /// Rings a doorbell.
     RingDoorbell {
-        #[generator(0..3u16)]
+        #[generator(0..=MAX_QUEUES)]
         queue: u16,
     },
     /// Lets the device's event loop take one turn.
     Turn,
     /// Lets it go on until there is nothing to do.
     Rest,
-    /// The host sends a packet to the guest.
+    /// The host sends a packet to the guest, or has another wish of the size of one.
     HostSends {
         #[generator(14..1515u16)]
         len: u16,
@@ -98,7 +98,7 @@ fn any_register_value() -> impl ValueGenerator<Output = u64> {
 fn any_address() -> impl ValueGenerator<Output = u64> {
     let near = |place: u64| (0..0x40u64).map_gen(move |offset| place.wrapping_add(offset));
     let around = |place: u64| near(place - 0x20);
-    let rings = (0..2u64, 0..3u64, 0..0x40u64)
+    let rings = (0..u64::from(MAX_QUEUES), 0..3u64, 0..0x40u64)
         .map_gen(|(queue, ring, offset)| RINGS + queue * RINGS_SIZE + ring * part::SIZE + offset);
     let ends = one_of((around(SEAM), around(HOLE), around(MEMORY_END)));
     let data = (0..0x1_0000u64).map_gen(|offset| DATA + offset);
@@ -107,7 +107,8 @@ fn any_address() -> impl ValueGenerator<Output = u64> {
 
 /// The table of a queue, or of an indirect descriptor.
 fn any_table() -> impl ValueGenerator<Output = u64> {
-    one_value_of([RINGS, RINGS, RINGS + RINGS_SIZE, DATA])
+    let of_queue = |queue: u64| RINGS + queue * RINGS_SIZE;
+    one_value_of([RINGS, RINGS, of_queue(1), of_queue(2), of_queue(3), DATA])
 }
 
 fn any_index() -> impl ValueGenerator<Output = u16> {

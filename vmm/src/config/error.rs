@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 
 use super::memory_size::Bytes;
-use super::{DiskId, InterfaceName, Mtu, QueuePairs};
+use super::{BalloonSize, DiskId, InterfaceName, MemorySize, Mtu, QueuePairs};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -169,6 +169,36 @@ pub enum ConfigError {
         /// The interface.
         tap: InterfaceName,
     },
+    /// Not a description of a balloon.
+    #[error(
+        "{reason}; a balloon is size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]"
+    )]
+    BalloonOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not a size that a balloon can have.
+    #[error("invalid balloon size '{text}': expected whole MiB, such as 64M or 0")]
+    BalloonSize {
+        /// What was given.
+        text: String,
+    },
+    /// Not an interval that statistics can have.
+    #[error("invalid interval of statistics {seconds}: expected seconds, or 0 for none")]
+    StatisticsInterval {
+        /// What was given.
+        seconds: i64,
+    },
+    /// The guest has less memory than it is to give up.
+    #[error(
+        "a balloon of {size} does not fit into the {memory} of guest memory: give it a smaller size"
+    )]
+    BalloonTooLarge {
+        /// Size of the balloon.
+        size: BalloonSize,
+        /// Guest memory.
+        memory: MemorySize,
+    },
     /// Not an other end that a serial port can have.
     #[error("invalid serial port '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
     Serial {
@@ -189,9 +219,9 @@ pub enum ConfigError {
     },
     /// More devices than a machine has interrupts for.
     #[error(
-        "too many devices: {disks} disks, {nets} network devices and {rng} entropy device make {}, \
-         but a machine has room for {MAX_VIRTIO_DEVICES}",
-        disks + nets + rng
+        "too many devices: {disks} disks, {nets} network devices, {rng} entropy device and {balloon} \
+         balloon make {}, but a machine has room for {MAX_VIRTIO_DEVICES}",
+        disks + nets + rng + balloon
     )]
     TooManyDevices {
         /// Number of disks.
@@ -200,5 +230,7 @@ pub enum ConfigError {
         nets: usize,
         /// Number of entropy devices.
         rng: usize,
+        /// Number of balloons.
+        balloon: usize,
     },
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer};
 use super::ConfigError;
 
 const PAGE_SIZE: u64 = 4096;
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// Suffixes and the powers of two they stand for, largest first.
 const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
@@ -59,24 +59,25 @@ impl FromStr for MemorySize {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let digits_end = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
-        let (digits, unit) = text.split_at(digits_end);
-        let shift = unit_shift(unit).filter(|_| !digits.is_empty());
-        let Some(shift) = shift else {
-            return Err(ConfigError::MemorySizeFormat { text: text.into() });
-        };
-        // Digits alone fail to parse only by overflow.
-        let bytes = digits
-            .parse()
-            .ok()
-            .and_then(|count: u64| count.checked_mul(1 << shift));
-        match bytes {
+        match parse_bytes(text) {
+            Some(u64::MAX) => Err(ConfigError::MemorySizeRange { text: text.into() }),
             Some(bytes) => Self::from_bytes(bytes),
-            None => Err(ConfigError::MemorySizeRange { text: text.into() }),
+            None => Err(ConfigError::MemorySizeFormat { text: text.into() }),
         }
     }
+}
+
+/// The number of bytes that `text` says, as a memory size is written; `u64::MAX` if it is larger than
+/// any.
+pub(super) fn parse_bytes(text: &str) -> Option<u64> {
+    let digits_end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, unit) = text.split_at(digits_end);
+    let shift = unit_shift(unit).filter(|_| !digits.is_empty())?;
+    // Digits alone fail to parse only by overflow.
+    let count = digits.parse().unwrap_or(u64::MAX);
+    Some(count.saturating_mul(1 << shift))
 }
 
 fn unit_shift(unit: &str) -> Option<u32> {

@@ -6,6 +6,7 @@
 //! over another, and [`MachineOptions::into_config`] fills in the defaults and checks the result,
 //! a [`MachineConfig`]. An embedding program starts from [`MachineConfig::new`] instead.
 
+mod balloon;
 mod disk;
 mod error;
 mod memory_size;
@@ -30,6 +31,7 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
+pub use balloon::{BalloonConfig, BalloonSize};
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
@@ -65,6 +67,8 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
     pub rng: bool,
+    /// Memory balloon.
+    pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
     /// What a reboot of the guest does.
@@ -79,7 +83,8 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// A machine that boots `kernel` and is otherwise all defaults: one vCPU, 256 MiB of memory,
-    /// the serial port on standard input and output, an entropy device, no disk and no network.
+    /// the serial port on standard input and output, an entropy device, no disk, no network and no
+    /// balloon.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -92,6 +97,7 @@ impl MachineConfig {
             nets: Vec::new(),
             serial: SerialConfig::default(),
             rng: true,
+            balloon: None,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
             host_workarounds: true,
@@ -105,18 +111,29 @@ impl MachineConfig {
     ///
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
+    /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
+        let (rng, balloon) = (usize::from(self.rng), usize::from(self.balloon.is_some()));
+        let devices = self.disks.len() + self.nets.len() + rng + balloon;
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices {
                 disks: self.disks.len(),
                 nets: self.nets.len(),
-                rng: usize::from(self.rng),
+                rng,
+                balloon,
+            });
+        }
+        if let Some(balloon) = &self.balloon
+            && balloon.size.bytes() > self.memory.bytes()
+        {
+            return Err(ConfigError::BalloonTooLarge {
+                size: balloon.size,
+                memory: self.memory,
             });
         }
         if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{
-    BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize, NetConfig, OnReboot,
-    SerialConfig, VcpuCount, rebase,
+    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize,
+    NetConfig, OnReboot, SerialConfig, VcpuCount, rebase,
 };
 
 /// Most bytes of a machine file.
@@ -55,6 +55,8 @@ pub struct MachineOptions {
     pub serial: Option<SerialConfig>,
     /// See [`MachineConfig::rng`].
     pub rng: Option<bool>,
+    /// See [`MachineConfig::balloon`].
+    pub balloon: Option<BalloonConfig>,
     /// See [`MachineConfig::boot_protocol`].
     pub boot_protocol: Option<BootProtocolOption>,
     /// See [`MachineConfig::on_reboot`].
@@ -128,6 +130,7 @@ impl MachineOptions {
             nets: self.nets.or(fallback.nets),
             serial: self.serial.or(fallback.serial),
             rng: self.rng.or(fallback.rng),
+            balloon: self.balloon.or(fallback.balloon),
             boot_protocol: self.boot_protocol.or(fallback.boot_protocol),
             on_reboot: self.on_reboot.or(fallback.on_reboot),
             host_workarounds: self.host_workarounds.or(fallback.host_workarounds),
@@ -152,6 +155,7 @@ impl MachineOptions {
             nets: self.nets.unwrap_or(defaults.nets),
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
+            balloon: self.balloon,
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),
             host_workarounds: self.host_workarounds.unwrap_or(defaults.host_workarounds),

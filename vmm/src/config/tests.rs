@@ -58,6 +58,12 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         mac = "52:54:00:12:34:56"
         mtu = 1500
         queues = 2
+
+        [balloon]
+        size = "64M"
+        deflate-on-oom = true
+        reporting = true
+        statistics = 5
         "#,
     );
     let expected = MachineConfig {
@@ -78,6 +84,11 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         ],
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
+        balloon: Some(
+            "size=64M,deflate-on-oom=on,reporting=on,statistics=5"
+                .parse()
+                .unwrap(),
+        ),
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
         host_workarounds: false,
@@ -92,7 +103,7 @@ fn errors_in_a_machine_file_name_the_line() {
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
              'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'serial', 'rng', \
-             'boot-protocol', 'on-reboot', 'host-workarounds'",
+             'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
@@ -128,6 +139,19 @@ fn errors_in_a_machine_file_name_the_line() {
             "memory = 1.5",
             "/vm/machine.toml:1: invalid type: floating point `1.5`, expected a memory size such \
              as \"512M\"",
+        ),
+        (
+            "\n[balloon]\nreporting = true",
+            "/vm/machine.toml:2: missing option 'size'",
+        ),
+        (
+            "balloon = '64M'",
+            "/vm/machine.toml:1: invalid type: string \"64M\", expected a balloon with size, \
+             deflate-on-oom, reporting and statistics",
+        ),
+        (
+            "[balloon]\nsize = -1",
+            "/vm/machine.toml:2: invalid balloon size '-1': expected whole MiB, such as 64M or 0",
         ),
         (
             "rng = 'on'",
@@ -272,8 +296,29 @@ fn devices_have_an_interrupt_each() {
     config.rng = true;
     assert_eq!(
         config.validate().unwrap_err().to_string(),
-        "too many devices: 18 disks, 0 network devices and 1 entropy device make 19, \
+        "too many devices: 18 disks, 0 network devices, 1 entropy device and 0 balloon make 19, \
          but a machine has room for 18"
+    );
+    config.rng = false;
+    config.balloon = Some("size=0".parse().unwrap());
+    assert!(matches!(
+        config.validate(),
+        Err(ConfigError::TooManyDevices { balloon: 1, .. })
+    ));
+}
+
+#[test]
+fn a_balloon_fits_into_memory() {
+    let mut config = MachineConfig {
+        memory: "100M".parse().unwrap(),
+        balloon: Some("size=100M".parse().unwrap()),
+        ..MachineConfig::new("k")
+    };
+    config.validate().unwrap();
+    config.memory = "102396K".parse().unwrap();
+    assert_eq!(
+        config.validate().unwrap_err().to_string(),
+        "a balloon of 100M does not fit into the 102396K of guest memory: give it a smaller size"
     );
 }
 

@@ -10,8 +10,8 @@ use vm_memory::Bytes;
 use super::*;
 use crate::InterruptLine;
 use crate::event_loop::Subscriber;
-use crate::virtio::device_id;
 use crate::virtio::rng::Rng;
+use crate::virtio::{COMMON_FEATURES, ConfigSpace, device_id};
 
 const MEMORY_SIZE: usize = 1 << 20;
 const DESCRIPTORS: u64 = 0x1000;
@@ -38,7 +38,7 @@ impl InterruptLine for Counter {
     }
 }
 
-/// An entropy device behind its transport, with a thread that runs its event loop.
+/// A device behind its transport, with a thread that runs its event loop.
 struct Machine {
     transport: MmioTransport,
     memory: Arc<GuestMemory>,
@@ -57,7 +57,12 @@ impl Drop for Machine {
 }
 
 impl Machine {
+    /// One with an entropy device.
     fn new() -> Machine {
+        Machine::with(Box::new(Rng::new().unwrap()))
+    }
+
+    fn with(device: Box<dyn VirtioDevice>) -> Machine {
         let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
         let event_loop = EventLoop::of(&manager);
         let ending = Arc::new(AtomicBool::new(false));
@@ -73,7 +78,7 @@ impl Machine {
         let interrupts = Arc::new(AtomicUsize::new(0));
         let line = Box::new(Counter(interrupts.clone()));
         let transport = MmioTransport::new(
-            Box::new(Rng::new().unwrap()),
+            device,
             memory.clone(),
             event_loop.clone(),
             Arc::new(VirtioInterrupt::new("test device".to_string(), line)),
@@ -207,6 +212,49 @@ fn the_registers_say_what_the_device_is() {
     machine.write(register::QUEUE_SELECT, 1);
     assert_eq!(machine.read(register::QUEUE_SIZE_MAX), 0);
     assert_eq!(machine.read(register::SHARED_MEMORY_LENGTH_LOW), u32::MAX);
+}
+
+/// A device of four configuration bytes for the driver to read, and four for it to write.
+struct WithDriverField(ConfigSpace);
+
+impl VirtioDevice for WithDriverField {
+    fn device_id(&self) -> u32 {
+        device_id::ENTROPY
+    }
+
+    fn features(&self) -> u64 {
+        COMMON_FEATURES
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.0
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<Subscriber, String> {
+        Err("it never works".to_string())
+    }
+}
+
+#[test]
+fn the_driver_writes_its_part_of_the_configuration_until_a_reset() {
+    let config = ConfigSpace::with_driver_field(vec![1; 8], 4..8);
+    let mut machine = Machine::with(Box::new(WithDriverField(config)));
+    let (fixed, own) = (register::CONFIG, register::CONFIG + 4);
+    for offset in [fixed, own, register::CONFIG + 8] {
+        machine.write(offset, 0x0403_0201);
+    }
+    machine.transport.write(fixed + 3, &[9, 9]);
+    machine.transport.write(own + 3, &[5]);
+    assert_eq!(machine.read(fixed), 0x0101_0101);
+    assert_eq!(machine.read(own), 0x0503_0201);
+    assert_eq!(machine.read(register::CONFIG + 8), 0);
+    machine.write(register::STATUS, 0);
+    assert_eq!(machine.read(fixed), 0x0101_0101);
+    assert_eq!(machine.read(own), 0);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use core::time::Duration;
 use crate::interrupts;
 use crate::time::Deadline;
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 pub mod net;
@@ -32,6 +33,8 @@ pub mod device_id {
     pub const CONSOLE: u32 = 3;
     /// Entropy source.
     pub const RNG: u32 = 4;
+    /// Memory balloon.
+    pub const BALLOON: u32 = 5;
 }
 
 /// Feature bits of every device (section 6).

@@ -12,6 +12,7 @@
 
 extern crate alloc;
 
+mod balloon;
 mod chains;
 mod driver;
 mod ports;
@@ -55,6 +56,7 @@ fn attack_all() {
         }
         if wanted("chains") {
             chains::attack(&target);
+            balloon::attack(&target);
         }
         if wanted("registers") {
             registers::attack(&target, &mut random, rounds);

@@ -6,6 +6,7 @@ use alloc::format;
 use core::fmt;
 use core::time::Duration;
 use runtime::time::{self, Deadline};
+use runtime::virtio::balloon::{Balloon, PAGE_SIZE};
 use runtime::virtio::block::{Block, RequestHeader, RequestType, SECTOR_SIZE, STATUS_OK};
 use runtime::virtio::net::{HEADER_SIZE, Header, Net};
 use runtime::virtio::queue::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor};
@@ -13,8 +14,12 @@ use runtime::virtio::rng::Rng;
 use runtime::virtio::{Completion, Error, MmioDevice, SplitQueue, Transport, device_id, feature};
 use runtime::{arguments, heap, report};
 
-const QUEUE_SIZE: u16 = 16;
+use crate::balloon::Page;
+
+pub const QUEUE_SIZE: u16 = 16;
 const NET_TRANSMIT_QUEUE: u16 = 1;
+/// A spoilt request there costs no memory.
+const BALLOON_DEFLATE_QUEUE: u16 = 1;
 const FRAME_SIZE: usize = 60;
 /// How long a device may take to react to an attack.
 const REACTION_TIMEOUT: Duration = Duration::from_millis(500);
@@ -84,6 +89,7 @@ impl Target {
         match self.id {
             device_id::RNG | device_id::BLOCK => Some(0),
             device_id::NET => Some(NET_TRANSMIT_QUEUE),
+            device_id::BALLOON => Some(BALLOON_DEFLATE_QUEUE),
             _ => None,
         }
     }
@@ -107,6 +113,15 @@ impl Target {
                 frame[..6].fill(0xff);
                 let mut net = Net::open(self.device, QUEUE_SIZE, 0)?;
                 net.send(Header::default(), &frame, Completion::Polled)
+            }
+            device_id::BALLOON => {
+                let mut balloon = Balloon::open(self.device, QUEUE_SIZE)?;
+                let page = Page::new();
+                balloon.inflate(&[page.number()])?;
+                if !page.is_zero() {
+                    return Err(Error::WrongLength(0));
+                }
+                balloon.deflate(&[page.number()])
             }
             _ => {
                 let features = self.device.initialise(0)?;
@@ -178,7 +193,9 @@ impl Target {
             Ok(match session.wait() {
                 Outcome::Done => Outcome::Unimpressed,
                 // The only end of a request there.
-                Outcome::Failed if self.id == device_id::NET => Outcome::Unimpressed,
+                Outcome::Failed if matches!(self.id, device_id::NET | device_id::BALLOON) => {
+                    Outcome::Unimpressed
+                }
                 _ => Outcome::Disturbed,
             })
         });
@@ -192,6 +209,7 @@ pub struct Request {
     status: u8,
     data: [u8; SECTOR_SIZE],
     frame: [u8; HEADER_SIZE + FRAME_SIZE],
+    page: u32,
 }
 
 /// A live device with a queue whose every word can be written.
@@ -237,6 +255,7 @@ impl Session {
                 status: 0xff,
                 data: [0; SECTOR_SIZE],
                 frame,
+                page: (end_of_low_ram() / PAGE_SIZE) as u32 - 1,
             }),
         })
     }
@@ -273,6 +292,10 @@ impl Session {
                 let size = self.request.frame.len();
                 let frame = describe(&raw const self.request.frame as u64, size, 0);
                 ([frame, Descriptor::default(), Descriptor::default()], 1)
+            }
+            device_id::BALLOON => {
+                let page = describe(&raw const self.request.page as u64, size_of::<u32>(), 0);
+                ([page, Descriptor::default(), Descriptor::default()], 1)
             }
             _ => ([data, Descriptor::default(), Descriptor::default()], 1),
         }
@@ -335,7 +358,7 @@ impl Session {
         match self.id {
             device_id::BLOCK if status == STATUS_OK => Outcome::Done,
             device_id::RNG if written != 0 => Outcome::Done,
-            // A frame can only be dropped.
+            // A frame can only be dropped, and a page only taken back.
             _ => Outcome::Failed,
         }
     }
@@ -360,6 +383,21 @@ impl Session {
         };
         data == [0; SECTOR_SIZE] && status == 0xff
     }
+}
+
+/// Waits for what the device makes of what was submitted to a queue.
+pub fn wait_for_reaction(device: &MmioDevice, queue: &SplitQueue) -> Outcome {
+    let deadline = Deadline::after(REACTION_TIMEOUT);
+    while !deadline.passed() {
+        if device.needs_reset() {
+            return Outcome::NeedsReset;
+        }
+        if queue.has_used() {
+            return Outcome::Done;
+        }
+        time::delay(STATUS_INTERVAL);
+    }
+    Outcome::Silent
 }
 
 /// Bytes beyond the RAM below 4 GiB.

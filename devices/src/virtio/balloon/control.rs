@@ -1,0 +1,111 @@
+//! What the owner of a machine can do with its balloon, and learn of it, while the guest runs.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{
+    Balloon, BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, PAGES_PER_MIB, Shared,
+    config, lock, target_pages,
+};
+use crate::virtio::VirtioInterrupt;
+
+/// The shortest time by which a timer can be set.
+const AT_ONCE: Duration = Duration::from_nanos(1);
+
+/// A handle to a balloon.
+pub struct BalloonControl {
+    options: BalloonOptions,
+    memory_mib: u64,
+    shared: Arc<Shared>,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+/// How large a balloon is, and what the guest's driver says of the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BalloonStatistics {
+    /// How many pages of 4096 bytes the guest is to give up.
+    pub target_pages: u32,
+    /// How many pages are in the balloon, as the driver says.
+    pub actual_pages: u32,
+    /// The same as [`BalloonStatistics::target_pages`] in MiB.
+    pub target_mib: u32,
+    /// The same as [`BalloonStatistics::actual_pages`] in whole MiB.
+    pub actual_mib: u32,
+    /// The latest statistics; nothing where there are none.
+    #[serde(flatten)]
+    pub guest: GuestStatistics,
+}
+
+impl BalloonControl {
+    pub(super) fn new(balloon: &Balloon, interrupt: Arc<VirtioInterrupt>) -> BalloonControl {
+        BalloonControl {
+            options: balloon.options,
+            memory_mib: balloon.memory_mib,
+            shared: balloon.shared.clone(),
+            interrupt,
+        }
+    }
+
+    /// How the balloon works now.
+    pub fn options(&self) -> BalloonOptions {
+        let schedule = self.shared.schedule.as_ref();
+        BalloonOptions {
+            target_mib: self.page_count(config::NUM_PAGES) / PAGES_PER_MIB,
+            statistics_interval: schedule.map(|schedule| lock(schedule).interval),
+            ..self.options
+        }
+    }
+
+    /// Asks the guest to give up `mib` MiB in all. It does so in its own time and as far as it can.
+    ///
+    /// # Errors
+    /// When that is more than its memory.
+    pub fn set_target(&self, mib: u32) -> Result<(), BalloonError> {
+        let pages = target_pages(mib, self.memory_mib)?;
+        if self.page_count(config::NUM_PAGES) != pages {
+            let bytes = pages.to_le_bytes();
+            self.shared.config.write(config::NUM_PAGES, &bytes);
+            self.interrupt.notify_configuration_change();
+        }
+        Ok(())
+    }
+
+    /// Changes how often the guest is asked for statistics, and asks it for the first at once.
+    ///
+    /// # Errors
+    /// [`BalloonError::NoStatistics`] where they were off at the start.
+    pub fn set_statistics_interval(&self, interval: NonZeroU32) -> Result<(), BalloonError> {
+        let Some(schedule) = &self.shared.schedule else {
+            return Err(BalloonError::NoStatistics);
+        };
+        let mut schedule = lock(schedule);
+        schedule.interval = interval;
+        schedule.set_timer(AT_ONCE).map_err(BalloonError::Timer)
+    }
+
+    /// How large the balloon is, and what the guest said last.
+    pub fn statistics(&self) -> BalloonStatistics {
+        let target_pages = self.page_count(config::NUM_PAGES);
+        let actual_pages = self.page_count(config::ACTUAL);
+        BalloonStatistics {
+            target_pages,
+            actual_pages,
+            target_mib: target_pages / PAGES_PER_MIB,
+            actual_mib: actual_pages / PAGES_PER_MIB,
+            guest: *lock(&self.shared.statistics),
+        }
+    }
+
+    /// What the balloon has done.
+    pub fn metrics(&self) -> &Arc<BalloonMetrics> {
+        &self.shared.metrics
+    }
+
+    /// A field of the configuration space.
+    fn page_count(&self, offset: usize) -> u32 {
+        u32::from_le_bytes(self.shared.config.array(offset as u64))
+    }
+}

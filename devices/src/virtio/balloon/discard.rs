@@ -1,0 +1,261 @@
+//! Queues by which a driver names pages that the host can have: `inflateq` (section 5.5.6) and
+//! `reporting_vq` (section 5.5.6.7).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vm_memory::GuestAddress;
+
+use super::{BalloonMetrics, WorkerError};
+use crate::GuestMemory;
+use crate::virtio::{BufferError, Chain, GuestBuffers, MAX_TURN, VirtQueue, VirtioInterrupt};
+
+/// Size of a balloon's page in bytes, whatever that of the guest's pages is.
+const PAGE_SIZE: u32 = 4096;
+/// Size of a page number in bytes.
+const PAGE_NUMBER_SIZE: usize = size_of::<u32>();
+/// Most page numbers that are looked at together. Linux sends no more than that in a request.
+const MAX_PAGE_NUMBERS: usize = 256;
+/// Most bytes that are discarded by one system call, which takes milliseconds for so many.
+const MAX_DISCARD: usize = 32 << 20;
+
+/// How pages are named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Naming {
+    /// By their numbers, in a buffer to be read: `inflateq`.
+    Numbers,
+    /// They are themselves the buffers, for the device to write: `reporting_vq`.
+    Buffers,
+}
+
+/// A queue whose requests name pages to be discarded.
+///
+/// However many a request names, they are discarded bit by bit, over as many turns of the event loop
+/// as it takes.
+pub(super) struct DiscardQueue {
+    naming: Naming,
+    queue: VirtQueue,
+    /// The request that is under way. Its numbers of pages are dropped as they are looked at.
+    chain: Chain,
+    is_under_way: bool,
+    /// What is to be discarded before more of the request is looked at.
+    pages: GuestBuffers,
+    metrics: Arc<BalloonMetrics>,
+}
+
+impl DiscardQueue {
+    pub(super) fn new(
+        naming: Naming,
+        queue: VirtQueue,
+        memory: &Arc<GuestMemory>,
+        metrics: Arc<BalloonMetrics>,
+    ) -> DiscardQueue {
+        DiscardQueue {
+            naming,
+            queue,
+            chain: Chain::new(memory),
+            is_under_way: false,
+            pages: GuestBuffers::new(memory.clone()),
+            metrics,
+        }
+    }
+
+    pub(super) fn queue(&self) -> &VirtQueue {
+        &self.queue
+    }
+
+    /// Serves the queue until it is empty or its turn is over; then the doorbell is rung for the rest.
+    pub(super) fn serve(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+        self.queue.disable_doorbell();
+        let result = self.serve_turn(interrupt);
+        if self.queue.needs_interrupt() {
+            interrupt.notify_used_buffer();
+        }
+        result
+    }
+
+    fn serve_turn(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+        let start = Instant::now();
+        loop {
+            if self.is_under_way || self.begin()? {
+                self.proceed(interrupt)?;
+            } else if self.queue.enable_doorbell()? {
+                self.queue.disable_doorbell();
+            } else {
+                return Ok(());
+            }
+            if start.elapsed() >= MAX_TURN {
+                self.queue.ring_doorbell();
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes the next request; `false` where there is none.
+    fn begin(&mut self) -> Result<bool, WorkerError> {
+        if !self.queue.pop(&mut self.chain)? {
+            return Ok(false);
+        }
+        match self.naming {
+            Naming::Numbers => check_page_numbers(&self.chain)?,
+            Naming::Buffers => {
+                let chain = &mut self.chain;
+                let (readable, writable) = (chain.readable.len(), chain.writable.len());
+                if readable > 0 || writable == 0 {
+                    return Err(WorkerError::Report {
+                        head: chain.head,
+                        readable,
+                        writable,
+                    });
+                }
+                self.pages.append(&mut chain.writable);
+            }
+        }
+        self.is_under_way = true;
+        Ok(true)
+    }
+
+    /// Does a part of the request that is under way, and returns it when that was the last.
+    fn proceed(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+        if self.pages.is_empty() {
+            let head = self.chain.head;
+            take_page_numbers(&mut self.chain.readable, &mut self.pages)
+                .map_err(|source| WorkerError::Page { head, source })?;
+        }
+        let (metrics, naming) = (&*self.metrics, self.naming);
+        match self.pages.discard_front(MAX_DISCARD) {
+            Ok(size) if naming == Naming::Buffers => {
+                metrics.free_page_report_freed.add(size as u64);
+            }
+            Ok(_) => {}
+            // The driver cannot be told: to the guest it makes no difference.
+            Err(error) => {
+                interrupt.warn(format_args!("the host does not take memory back: {error}"));
+                match naming {
+                    Naming::Numbers => metrics.event_fails.add(1),
+                    Naming::Buffers => metrics.free_page_report_fails.add(1),
+                }
+            }
+        }
+        if self.pages.is_empty() && self.chain.readable.is_empty() {
+            match naming {
+                Naming::Numbers => metrics.inflate_count.add(1),
+                Naming::Buffers => metrics.free_page_report_count.add(1),
+            }
+            self.queue.add_used(self.chain.head, 0);
+            self.is_under_way = false;
+        }
+        Ok(())
+    }
+}
+
+/// Checks that a request consists of page numbers, at least one.
+pub(super) fn check_page_numbers(chain: &Chain) -> Result<(), WorkerError> {
+    let (readable, writable) = (chain.readable.len(), chain.writable.len());
+    if readable == 0 || !readable.is_multiple_of(PAGE_NUMBER_SIZE) || writable > 0 {
+        return Err(WorkerError::PageNumbers {
+            head: chain.head,
+            readable,
+            writable,
+        });
+    }
+    Ok(())
+}
+
+/// Takes some page numbers from the front of a list, and puts the pages at the end of `pages`, those
+/// that follow one another together.
+fn take_page_numbers(list: &mut GuestBuffers, pages: &mut GuestBuffers) -> Result<(), BufferError> {
+    let mut numbers = [0; MAX_PAGE_NUMBERS];
+    let mut count = 0;
+    for number in &mut numbers {
+        let Some(bytes) = list.read_array() else {
+            break;
+        };
+        *number = u32::from_le_bytes(bytes);
+        count += 1;
+    }
+    let numbers = &mut numbers[..count];
+    // A driver takes pages from wherever they are free, often in descending order.
+    numbers.sort_unstable();
+    for run in numbers.chunk_by(|number, next| next - number <= 1) {
+        if let (Some(first), Some(last)) = (run.first(), run.last()) {
+            let address = u64::from(*first) * u64::from(PAGE_SIZE);
+            pages.push(GuestAddress(address), (last - first + 1) * PAGE_SIZE)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    const PAGE_COUNT: u32 = 64;
+    /// The page with the list of numbers.
+    const LIST: u64 = 80 * PAGE_SIZE as u64;
+
+    /// Takes a list of page numbers to the end: the ranges of page numbers that come of it.
+    fn taken(numbers: &[u32]) -> Result<Vec<(u32, u32)>, BufferError> {
+        let regions = [
+            (GuestAddress(0), (PAGE_COUNT * PAGE_SIZE) as usize),
+            (GuestAddress(LIST), PAGE_SIZE as usize),
+        ];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let start = crate::guest_memory::host_address(&memory, GuestAddress(0), 1).unwrap();
+        let bytes: Vec<u8> = numbers.iter().flat_map(|it| it.to_le_bytes()).collect();
+        memory.write_slice(&bytes, GuestAddress(LIST)).unwrap();
+        let mut list = GuestBuffers::new(memory.clone());
+        // In two parts, so that a number is in both.
+        list.push(GuestAddress(LIST), 2).unwrap();
+        let rest = bytes.len() as u32 - 2;
+        list.push(GuestAddress(LIST + 2), rest).unwrap();
+        let mut pages = GuestBuffers::new(memory.clone());
+        while !list.is_empty() {
+            take_page_numbers(&mut list, &mut pages)?;
+        }
+        let range = |vector: &libc::iovec| {
+            let offset = vector.iov_base.addr() - start.addr().get();
+            let (first, count) = (offset as u32 / PAGE_SIZE, vector.iov_len as u32 / PAGE_SIZE);
+            (first, first + count)
+        };
+        Ok(pages.vectors().iter().map(range).collect())
+    }
+
+    #[test]
+    fn pages_that_follow_one_another_are_one_range() {
+        assert_eq!(taken(&[7]), Ok(vec![(7, 8)]));
+        assert_eq!(
+            taken(&[9, 8, 7, 7, 63, 0, 1, 3]),
+            Ok(vec![(0, 2), (3, 4), (7, 10), (63, 64)])
+        );
+        let descending: Vec<u32> = (0..PAGE_COUNT).rev().collect();
+        assert_eq!(taken(&descending), Ok(vec![(0, PAGE_COUNT)]));
+    }
+
+    #[test]
+    fn pages_outside_of_memory_are_refused() {
+        for number in [PAGE_COUNT, u32::MAX] {
+            let address = u64::from(number) * u64::from(PAGE_SIZE);
+            let len = PAGE_SIZE;
+            let error = BufferError::OutsideMemory { address, len };
+            assert_eq!(taken(&[0, number, 1]), Err(error));
+        }
+        assert!(taken(&[PAGE_COUNT - 1, PAGE_COUNT]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_have_the_pages_that_were_named_and_no_others(
+            numbers in prop::collection::vec(0..PAGE_COUNT, 1..1000),
+        ) {
+            let ranges = taken(&numbers).unwrap();
+            let pages: BTreeSet<u32> = ranges.iter().flat_map(|&(start, end)| start..end).collect();
+            prop_assert_eq!(pages, numbers.iter().copied().collect());
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The worker of a balloon: takes pages, and asks for statistics when it is time.
+
+use std::fmt::Display;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::discard::{DiscardQueue, Naming, check_page_numbers};
+use super::{GuestStatistics, Shared, WorkerError, feature, lock};
+use crate::virtio::{Activation, Chain, VirtQueue, VirtioInterrupt};
+
+/// What the event of each source is told by.
+mod event {
+    pub const INFLATE: u32 = 0;
+    pub const DEFLATE: u32 = 1;
+    pub const STATISTICS: u32 = 2;
+    pub const TIMER: u32 = 3;
+    /// That of the first reporting queue, which those of the others follow.
+    pub const REPORTING: u32 = 4;
+}
+
+/// The queue by which the driver gives statistics (section 5.5.6.3).
+struct StatisticsQueue {
+    queue: VirtQueue,
+    chain: Chain,
+    /// The driver's buffer, which it gets back when it is to give new ones.
+    held: Option<u16>,
+}
+
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    interrupt: Arc<VirtioInterrupt>,
+    inflate: DiscardQueue,
+    deflate: VirtQueue,
+    deflate_chain: Chain,
+    statistics: Option<StatisticsQueue>,
+    reporting: Vec<DiscardQueue>,
+}
+
+impl Worker {
+    /// A worker for what was negotiated.
+    ///
+    /// In the standard, reporting has queue 4, whatever other features there are. Drivers, Linux
+    /// among them, count only the queues of features that they have accepted, and some those of
+    /// features that are offered. As no other feature has queues here, each one behind those of the
+    /// other roles is for reporting; the driver sets up the one it means.
+    pub(super) fn new(shared: Arc<Shared>, activation: Activation) -> Result<Worker, String> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        let mut queues = queues.into_iter();
+        let (Some(inflate), Some(deflate)) = (queues.next(), queues.next()) else {
+            return Err("a balloon has two queues at least".to_string());
+        };
+        let discard_queue =
+            |naming, queue| DiscardQueue::new(naming, queue, &memory, shared.metrics.clone());
+        let inflate = discard_queue(Naming::Numbers, inflate);
+        let statistics = if features & feature::STATS_VQ != 0 {
+            queues.next()
+        } else {
+            None
+        };
+        let reporting = if features & feature::REPORTING != 0 {
+            queues
+                .map(|queue| discard_queue(Naming::Buffers, queue))
+                .collect()
+        } else {
+            Vec::new()
+        };
+        let worker = Worker {
+            inflate,
+            deflate,
+            deflate_chain: Chain::new(&memory),
+            statistics: statistics.map(|queue| StatisticsQueue {
+                queue,
+                chain: Chain::new(&memory),
+                held: None,
+            }),
+            reporting,
+            shared,
+            interrupt,
+        };
+        // The first statistics come by themselves.
+        worker.restart_timer().map_err(|error| error.to_string())?;
+        Ok(worker)
+    }
+
+    /// The queue that an event is of, if it is of one.
+    fn queue(&self, event: u32) -> Option<&VirtQueue> {
+        match event {
+            event::INFLATE => Some(self.inflate.queue()),
+            event::DEFLATE => Some(&self.deflate),
+            event::STATISTICS => self.statistics.as_ref().map(|statistics| &statistics.queue),
+            _ => {
+                let index = event.checked_sub(event::REPORTING)?;
+                self.reporting.get(index as usize).map(DiscardQueue::queue)
+            }
+        }
+    }
+
+    /// Has the timer end when the driver is to be asked the next time.
+    fn restart_timer(&self) -> Result<(), WorkerError> {
+        match &self.shared.schedule {
+            Some(schedule) => lock(schedule).restart().map_err(WorkerError::Timer),
+            None => Ok(()),
+        }
+    }
+
+    fn serve(&mut self, event: u32) -> Result<(), WorkerError> {
+        match event {
+            event::INFLATE => self.inflate.serve(&self.interrupt),
+            event::DEFLATE => self.serve_deflate(),
+            event::STATISTICS => self.take_statistics(),
+            event::TIMER => {
+                self.request_statistics();
+                Ok(())
+            }
+            _ => {
+                let index = event.saturating_sub(event::REPORTING) as usize;
+                let queue = self.reporting.get_mut(index);
+                queue.map_or(Ok(()), |queue| queue.serve(&self.interrupt))
+            }
+        }
+    }
+
+    /// Acknowledges that the driver takes pages back: they are its own again in any case.
+    fn serve_deflate(&mut self) -> Result<(), WorkerError> {
+        let metrics = &self.shared.metrics;
+        self.deflate
+            .serve(&mut self.deflate_chain, &self.interrupt, |chain| {
+                check_page_numbers(chain)?;
+                metrics.deflate_count.add(1);
+                Ok(0)
+            })
+    }
+
+    /// Takes the statistics that the driver has given, and keeps their buffer.
+    fn take_statistics(&mut self) -> Result<(), WorkerError> {
+        let Some(StatisticsQueue { queue, chain, held }) = &mut self.statistics else {
+            return Ok(());
+        };
+        // At most one buffer is available at a time, so that this ends soon.
+        while queue.pop(chain)? {
+            let (head, writable) = (chain.head, chain.writable.len());
+            if let Some(held) = *held {
+                return Err(WorkerError::SecondStatistics { head, held });
+            }
+            if writable > 0 {
+                return Err(WorkerError::Statistics { head, writable });
+            }
+            *lock(&self.shared.statistics) = GuestStatistics::read(&mut chain.readable);
+            let metrics = &self.shared.metrics;
+            metrics.stats_updates_count.add(1);
+            if !chain.readable.is_empty() {
+                metrics.stats_update_fails.add(1);
+            }
+            *held = Some(head);
+        }
+        if queue.enable_doorbell()? {
+            queue.ring_doorbell();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for new statistics by returning its buffer. Where it has that already, it is
+    /// about to give some.
+    fn request_statistics(&mut self) {
+        let Some(StatisticsQueue { queue, held, .. }) = &mut self.statistics else {
+            return;
+        };
+        if let Some(head) = held.take() {
+            queue.add_used(head, 0);
+            if queue.needs_interrupt() {
+                self.interrupt.notify_used_buffer();
+            }
+        }
+    }
+
+    fn register(&self, operations: &mut EventOps<'_>) -> Result<(), event_manager::Error> {
+        let mut events: Vec<u32> = vec![event::INFLATE, event::DEFLATE, event::STATISTICS];
+        events.extend((event::REPORTING..).take(self.reporting.len()));
+        for event in events {
+            if let Some(queue) = self.queue(event) {
+                operations.add(Events::with_data(queue, event, EventSet::IN))?;
+            }
+        }
+        if let (Some(_), Some(schedule)) = (&self.statistics, &self.shared.schedule) {
+            let timer = lock(schedule).timer.as_raw_fd();
+            operations.add(Events::with_data_raw(timer, event::TIMER, EventSet::IN))?;
+        }
+        Ok(())
+    }
+
+    fn fail(&self, error: &dyn Display) {
+        self.shared.metrics.event_fails.add(1);
+        self.interrupt.need_reset(error);
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        if let Err(error) = self.register(operations) {
+            self.fail(&error);
+        }
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        let event = events.data();
+        if let Some(queue) = self.queue(event) {
+            queue.clear_doorbell();
+        }
+        // The timer too is to be silent until the next time, whatever becomes of this one.
+        if event == event::TIMER
+            && let Err(error) = self.restart_timer()
+        {
+            self.fail(&error);
+            // It would be heard of for ever.
+            let _ = operations.remove(events);
+        }
+        if self.interrupt.needs_reset() {
+            return;
+        }
+        if let Err(error) = self.serve(event) {
+            self.fail(&error);
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The balloon, driven by a bare-metal guest: what the host has of it.
+
+use std::fs;
+use std::process::Stdio;
+
+use bantam_tests::{Bantam, Running, require_kvm};
+
+const MIB: u64 = 1 << 20;
+const BALLOON: u64 = 64 * MIB;
+/// How far what the monitor itself takes may vary.
+const TOLERANCE: u64 = 2 * MIB;
+
+/// Bytes of memory that the process has for itself alone.
+fn private_memory(pid: impl std::fmt::Display) -> u64 {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(path).expect("the process is there");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Private_Dirty:"))
+        .expect("it has private memory");
+    let kib = line.trim().trim_end_matches(" kB");
+    1024 * kib.parse::<u64>().expect("it is a number")
+}
+
+/// Lets the guest go on to its next step, and gives the memory of the monitor then.
+fn step(machine: &mut Running, name: &str) -> u64 {
+    machine.wait_for_output(name);
+    let memory = private_memory(machine.pid());
+    machine.send(b"\n");
+    memory
+}
+
+fn balloon(options: &str) -> Bantam {
+    Bantam::payload("balloon")
+        .option("--memory", "128M")
+        .option("--balloon", format!("size={}M{options}", BALLOON / MIB))
+        .stdin(Stdio::piped())
+}
+
+#[test]
+fn nothing_is_reported_that_is_not_asked_for() {
+    require_kvm!();
+    let mut machine = balloon(",deflate-on-oom=on").start();
+    let steps = ["filled", "inflated", "refilled", "reported"];
+    let [.., refilled, reported] = steps.map(|name| step(&mut machine, name));
+    machine.wait().passed();
+    assert!(reported >= refilled - TOLERANCE, "{refilled} {reported}");
+}
+
+#[test]
+fn pages_in_the_balloon_and_reported_ones_are_the_hosts() {
+    require_kvm!();
+    let mut machine = balloon(",reporting=on").start();
+    let steps = ["filled", "inflated", "refilled", "reported"];
+    let [filled, inflated, refilled, reported] = steps.map(|name| step(&mut machine, name));
+    machine.wait().passed();
+    assert!(filled >= BALLOON, "{filled}");
+    assert!(
+        inflated <= filled - BALLOON + TOLERANCE,
+        "{filled} {inflated}"
+    );
+    assert!(
+        refilled >= inflated + BALLOON - TOLERANCE,
+        "{inflated} {refilled}"
+    );
+    assert!(
+        reported <= refilled - BALLOON + TOLERANCE,
+        "{refilled} {reported}"
+    );
+}
