@@ -178,7 +178,6 @@ impl Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
-        self.serial.remove_socket();
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }
