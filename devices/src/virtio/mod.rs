@@ -16,6 +16,7 @@ mod rings;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;
+pub mod vsock;
 
 // A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
 #[cfg(test)]
@@ -47,6 +48,8 @@ pub mod device_id {
     pub const BLOCK: u32 = 2;
     /// Entropy source.
     pub const ENTROPY: u32 = 4;
+    /// Sockets.
+    pub const SOCKET: u32 = 19;
 }
 
 /// What every device of this crate offers, whatever its type.
