@@ -119,6 +119,16 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The socket of the socket device cannot be made.
+    #[error("cannot listen on '{path}' for the socket device: {source}{remedy}", path = .path.display())]
+    Vsock {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+        /// What to do about it, as a continuation of the line.
+        remedy: &'static str,
+    },
     /// The host's end of the serial port cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {

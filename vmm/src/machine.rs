@@ -66,6 +66,9 @@ impl Machine {
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), &control)?;
         virtio.attach_networks(&config.nets, config.cpus.get())?;
+        if let Some(vsock) = &config.vsock {
+            virtio.attach_vsock(vsock)?;
+        }
         if config.rng {
             virtio.attach_entropy()?;
         }

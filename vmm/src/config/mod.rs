@@ -15,6 +15,7 @@ mod options;
 mod quantity;
 mod serial;
 mod vcpu_count;
+mod vsock;
 mod whole_number;
 
 use std::collections::{HashMap, HashSet};
@@ -38,6 +39,7 @@ pub use options::MachineOptions;
 pub use quantity::Quantity;
 pub use serial::SerialConfig;
 pub use vcpu_count::VcpuCount;
+pub use vsock::{GuestCid, VsockConfig};
 
 /// Everything that decides what a machine is.
 ///
@@ -61,6 +63,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// Socket device.
+    pub vsock: Option<VsockConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
@@ -76,7 +80,8 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// A machine that boots `kernel` and is otherwise all defaults: one vCPU, 256 MiB of memory,
-    /// the serial port on standard input and output, an entropy device, no disk and no network.
+    /// the serial port on standard input and output, an entropy device, no disk, no network
+    /// and no socket device.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -87,6 +92,7 @@ impl MachineConfig {
             memory: MemorySize::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             serial: SerialConfig::default(),
             rng: true,
             boot_protocol: BootProtocolOption::default(),
@@ -103,15 +109,18 @@ impl MachineConfig {
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
+        let vsock = usize::from(self.vsock.is_some());
+        let devices = self.disks.len() + self.nets.len() + vsock + usize::from(self.rng);
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices {
                 disks: self.disks.len(),
                 nets: self.nets.len(),
+                vsock,
                 rng: usize::from(self.rng),
             });
         }
@@ -120,6 +129,9 @@ impl MachineConfig {
         }
         if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
         }
         self.validate_serial_file()?;
         self.validate_disk_sharing()
