@@ -6,7 +6,7 @@ use std::str::FromStr;
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize,
-    NetConfig, OnReboot, SerialConfig, VcpuCount,
+    NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
@@ -62,7 +62,8 @@ pub struct RunArgs {
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
     /// readonly and id; a network device is a table [[net]] with the keys tap, mac, mtu
-    /// and queues; a balloon is a table [balloon] with the keys of --balloon.
+    /// and queues; the socket device is a table [vsock] with the keys cid and socket, and a balloon a
+    /// table [balloon] with the keys of --balloon.
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
     /// devices.
@@ -125,6 +126,15 @@ pub struct RunArgs {
     /// each vCPU, where the tap has them].
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,mtu=N][,queues=N]")]
     pub nets: Vec<NetConfig>,
+
+    /// Socket device (virtio-vsock), by which programs here and in the guest connect to one another
+    ///
+    /// N, 3 or more, is the guest's context identifier (CID). A program here that connects to the Unix
+    /// domain socket PATH and writes "CONNECT 52" and a line feed is connected to port 52 of the guest.
+    /// What the guest connects to, port 53 of CID 2, is the socket PATH_53. A comma in PATH is written
+    /// twice.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    pub vsock: Option<VsockConfig>,
 
     /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
     ///
@@ -325,6 +335,7 @@ impl RunArgs {
             memory: self.memory,
             disks: (!self.disks.is_empty()).then_some(self.disks),
             nets: (!self.nets.is_empty()).then_some(self.nets),
+            vsock: self.vsock,
             serial: self.serial,
             rng: self.rng,
             balloon: self.balloon,
@@ -399,6 +410,7 @@ mod tests {
             "--disk=a.img,ro,id=root",
             "--disk=b.img",
             "--net=tap=t0,mtu=9000",
+            "--vsock=cid=3,socket=v.sock",
             "--serial=socket=s.sock",
             "--rng=off",
             "--balloon=size=64M,reporting=on",
@@ -419,6 +431,7 @@ mod tests {
                 DiskConfig::new("b.img"),
             ],
             nets: vec!["tap=t0,mtu=9000".parse().unwrap()],
+            vsock: Some("cid=3,socket=v.sock".parse().unwrap()),
             serial: SerialConfig::Socket("s.sock".into()),
             rng: false,
             balloon: Some("size=64M,reporting=on".parse().unwrap()),
@@ -476,6 +489,7 @@ mod tests {
             ["--memory", "1M"],
             ["--memory", "lots"],
             ["--net", "tap0"],
+            ["--vsock", "cid=2,socket=v"],
             ["--serial", "tty"],
             ["--rng", "yes"],
             ["--balloon", "64M"],

@@ -19,12 +19,13 @@ use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::Net;
 use bantam_devices::virtio::rng::Rng;
+use bantam_devices::virtio::vsock::Vsock;
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
-use bantam_devices::{EventLoop, GuestMemory};
+use bantam_devices::{EventLoop, GuestMemory, ListeningSocket};
 
 use crate::config::{
     BalloonConfig, BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity,
-    QueuePairs, SerialConfig,
+    QueuePairs, SerialConfig, VsockConfig,
 };
 use crate::control::Control;
 use crate::error::Error;
@@ -205,6 +206,21 @@ impl<'a> VirtioDevices<'a> {
             )?;
         }
         Ok(())
+    }
+
+    /// Attaches the socket device that `config` describes.
+    pub(crate) fn attach_vsock(&mut self, config: &VsockConfig) -> Result<(), Error> {
+        let path = &config.socket;
+        let listener = ListeningSocket::bind(path).map_err(|source| Error::Vsock {
+            path: path.clone(),
+            remedy: serial::remedy_for_socket(&source),
+            source,
+        })?;
+        let device = Vsock::new(config.cid.get(), listener);
+        self.attach(
+            format!("socket device '{}'", path.display()),
+            Box::new(device),
+        )
     }
 
     /// Attaches an entropy device.

@@ -141,6 +141,16 @@ pub enum Error {
     /// The balloon cannot be as it is wanted.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// The socket of the socket device cannot be made.
+    #[error("cannot listen on '{path}' for the socket device: {source}{remedy}", path = .path.display())]
+    Vsock {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+        /// What to do about it, as a continuation of the line.
+        remedy: &'static str,
+    },
     /// The host's end of the serial port cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {

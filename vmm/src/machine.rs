@@ -46,7 +46,7 @@ pub(crate) struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
     devices: Arc<Devices>,
-    serial: SerialGuard,
+    _serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
 }
@@ -75,6 +75,9 @@ impl Machine {
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
         virtio.attach_networks(&config.nets, config.cpus.get())?;
+        if let Some(vsock) = &config.vsock {
+            virtio.attach_vsock(vsock)?;
+        }
         if config.rng {
             virtio.attach_entropy()?;
         }
@@ -110,7 +113,7 @@ impl Machine {
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
             }),
-            serial,
+            _serial: serial,
             _vm: vm,
         })
     }
@@ -152,7 +155,6 @@ impl Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
-        self.serial.remove_socket();
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }

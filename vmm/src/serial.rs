@@ -1,12 +1,12 @@
 //! The host's end of the serial port.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use bantam_devices::ListeningSocket;
 use bantam_devices::disk::{Lock, lock_file};
 use bantam_devices::serial::SerialEndpoint;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -47,11 +47,10 @@ pub(crate) struct OpenSerial {
     pub(crate) guard: SerialGuard,
 }
 
-/// Keeps what the endpoint needs beside its descriptors, and cleans up after it.
+/// Keeps what the endpoint needs beside its descriptors.
 #[derive(Default)]
 pub(crate) struct SerialGuard {
     path: Option<PathBuf>,
-    remove_at_end: bool,
     /// A pseudoterminal hangs up when nobody has its other end open, so the machine has.
     _pty_user_end: Option<OwnedFd>,
 }
@@ -60,25 +59,6 @@ impl SerialGuard {
     /// Where a user finds the port: the pseudoterminal, file or socket.
     pub(crate) fn path(&self) -> Option<&Path> {
         self.path.as_deref()
-    }
-}
-
-impl SerialGuard {
-    /// Removes the socket, if there is one. This must happen while the machine still listens to it:
-    /// later it could be one that another machine has made in its place.
-    pub(crate) fn remove_socket(&mut self) {
-        if std::mem::take(&mut self.remove_at_end)
-            && let Some(path) = &self.path
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!("cannot remove socket '{}': {error}", path.display());
-        }
-    }
-}
-
-impl Drop for SerialGuard {
-    fn drop(&mut self) {
-        self.remove_socket();
     }
 }
 
@@ -122,7 +102,6 @@ fn open_pty() -> io::Result<OpenSerial> {
         }),
         guard: SerialGuard {
             path: Some(path),
-            remove_at_end: false,
             _pty_user_end: Some(pty.slave),
         },
     })
@@ -160,47 +139,31 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
         }),
         guard: SerialGuard {
             path: Some(path.to_path_buf()),
-            remove_at_end: false,
             _pty_user_end: None,
         },
     })
 }
 
 fn open_socket(path: &Path) -> Result<OpenSerial, Error> {
-    let error = |remedy| {
-        move |source| Error::Serial {
-            action: format!("listen on '{}' for the serial port", path.display()),
-            source,
-            remedy,
-        }
-    };
-    let listener = match UnixListener::bind(path) {
-        Err(failure) if failure.kind() == io::ErrorKind::AddrInUse => {
-            if !is_abandoned_socket(path) {
-                return Err(error("; choose another path")(failure));
-            }
-            fs::remove_file(path).map_err(error(""))?;
-            UnixListener::bind(path).map_err(error(""))?
-        }
-        result => result.map_err(error(""))?,
-    };
-    let guard = SerialGuard {
-        path: Some(path.to_path_buf()),
-        remove_at_end: true,
-        _pty_user_end: None,
-    };
-    listener.set_nonblocking(true).map_err(error(""))?;
+    let listener = ListeningSocket::bind(path).map_err(|source| Error::Serial {
+        action: format!("listen on '{}' for the serial port", path.display()),
+        remedy: remedy_for_socket(&source),
+        source,
+    })?;
     Ok(OpenSerial {
         endpoint: Some(SerialEndpoint::Listener(listener)),
-        guard,
+        guard: SerialGuard {
+            path: Some(path.to_path_buf()),
+            _pty_user_end: None,
+        },
     })
 }
 
-/// Whether `path` is a socket that a program has left behind without listening any more.
-fn is_abandoned_socket(path: &Path) -> bool {
-    let is_socket =
-        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket
-        && UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+/// What to do about a socket that cannot be made, as a continuation of the line that says so.
+pub(crate) fn remedy_for_socket(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::AddrInUse {
+        "; choose another path"
+    } else {
+        ""
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Serial;
+use crate::ListeningSocket;
 
 /// Bytes read from the host at a time: what the receive FIFO takes.
 const INPUT_CHUNK: usize = 64;
@@ -31,14 +32,14 @@ pub enum SerialEndpoint {
         output: Option<OwnedFd>,
     },
     /// A socket that serves one client at a time. Output is dropped while there is none.
-    Listener(UnixListener),
+    Listener(ListeningSocket),
 }
 
 /// Moves bytes between a serial port and its endpoint, on the event loop.
 pub struct SerialWorker {
     port: Arc<Mutex<Serial>>,
     attention: Arc<EventFd>,
-    listener: Option<UnixListener>,
+    listener: Option<ListeningSocket>,
     input: Option<Endpoint>,
     output: Option<Endpoint>,
     /// Read from the endpoint, not yet taken by the guest.
@@ -221,7 +222,7 @@ impl SerialWorker {
         while self.input.is_none()
             && let Some(listener) = &self.listener
         {
-            match listener.accept().and_then(|(client, _)| split(client)) {
+            match listener.accept().and_then(split) {
                 Ok((input, output)) => {
                     self.input = Some(Endpoint::new(input));
                     self.output = Some(Endpoint::new(output));
@@ -241,7 +242,6 @@ impl SerialWorker {
 /// Both directions of a connection, as descriptors of their own: an event loop knows a descriptor
 /// once.
 fn split(client: UnixStream) -> io::Result<(OwnedFd, OwnedFd)> {
-    client.set_nonblocking(true)?;
     Ok((client.try_clone()?.into(), client.into()))
 }
 

@@ -118,6 +118,24 @@ impl GuestBuffers {
         other.clear();
     }
 
+    /// Moves the first `len` bytes, or all if there are fewer, to the end of `other`, a list over the
+    /// same memory.
+    pub fn move_front(&mut self, len: usize, other: &mut GuestBuffers) {
+        let mut left = len.min(self.len);
+        other.len += left;
+        for vector in &self.vectors[self.front..] {
+            let iov_len = vector.iov_len.min(left);
+            if iov_len > 0 {
+                other.vectors.push(iovec { iov_len, ..*vector });
+            }
+            left -= iov_len;
+            if left == 0 {
+                break;
+            }
+        }
+        self.advance(len);
+    }
+
     /// Bytes left.
     pub fn len(&self) -> usize {
         self.len
@@ -324,6 +342,21 @@ impl GuestBuffers {
         }
     }
 
+    /// Sends the list to the socket `fd`, which raises no `SIGPIPE`. Does as much as one call does.
+    ///
+    /// # Errors
+    /// As `sendmsg`.
+    pub fn send_to(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: it consists of integers and pointers, all of which may be zero.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        let vectors = self.vectors();
+        message.msg_iov = vectors.as_ptr().cast_mut();
+        message.msg_iovlen = vectors.len() as _;
+        // SAFETY: as in `write_to`; the kernel does not change the vectors either.
+        let result = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+        self.finish_call(result)
+    }
+
     /// What is left of the list, as far as one call takes it. The vectors are valid until the list
     /// changes, and the memory that they cover for as long as the list lives.
     pub fn vectors(&self) -> &[iovec] {
@@ -426,6 +459,28 @@ mod tests {
         assert_eq!(buffers.write(b"xyz"), 1);
         buffers.truncate(0);
         assert_eq!(buffers.write(b"xyz"), 0);
+    }
+
+    #[test]
+    fn the_front_moves_to_another_list() {
+        let memory = memory();
+        let mut buffers = GuestBuffers::new(memory.clone());
+        let mut front = GuestBuffers::new(memory.clone());
+        buffers.push(GuestAddress(0), 3).unwrap();
+        buffers.push(GuestAddress(0x100), 3).unwrap();
+        buffers.advance(1);
+        buffers.move_front(3, &mut front);
+        assert_eq!((front.len(), buffers.len()), (3, 2));
+        front.write(b"abc");
+        buffers.write(b"d");
+        buffers.move_front(9, &mut front);
+        assert_eq!((front.len(), buffers.len()), (1, 0));
+        front.write(b"e");
+        let mut bytes = [0; 3];
+        memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        assert_eq!(&bytes, b"\0ab");
+        memory.read_slice(&mut bytes, GuestAddress(0x100)).unwrap();
+        assert_eq!(&bytes, b"cde");
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod rings;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;
+pub mod vsock;
 
 // A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
 #[cfg(test)]
@@ -50,6 +51,8 @@ pub mod device_id {
     pub const ENTROPY: u32 = 4;
     /// Memory balloon, the traditional one.
     pub const BALLOON: u32 = 5;
+    /// Sockets.
+    pub const SOCKET: u32 = 19;
 }
 
 /// What every device of this crate offers, whatever its type.

@@ -1,13 +1,14 @@
 //! What can be wrong with a configuration.
 
 use bantam_devices::virtio::block::MAX_QUEUES;
+use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 use std::io;
 use std::path::PathBuf;
 
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 
 use super::memory_size::Bytes;
-use super::{BalloonSize, DiskId, InterfaceName, MemorySize, Mtu, QueuePairs};
+use super::{BalloonSize, DiskId, InterfaceName, MemorySize, Mtu, QueuePairs, VsockConfig};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -199,6 +200,28 @@ pub enum ConfigError {
         /// Guest memory.
         memory: MemorySize,
     },
+    /// Not a description of a socket device.
+    #[error("{reason}; a socket device is cid=N,socket=PATH")]
+    VsockOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not a context identifier that a guest can have.
+    #[error("cid {cid} is out of range: {MIN_GUEST_CID} to {MAX_GUEST_CID}")]
+    GuestCid {
+        /// What was given.
+        cid: i64,
+    },
+    /// The path of a socket device's socket leaves no room for those of ports.
+    #[error(
+        "socket path '{}' is too long: at most {} bytes, as the guest's connections to port N lead \
+         to PATH_N",
+        path.display(), VsockConfig::MAX_PATH_SIZE
+    )]
+    VsockPath {
+        /// The path.
+        path: PathBuf,
+    },
     /// Not an other end that a serial port can have.
     #[error("invalid serial port '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
     Serial {
@@ -219,18 +242,11 @@ pub enum ConfigError {
     },
     /// More devices than a machine has interrupts for.
     #[error(
-        "too many devices: {disks} disks, {nets} network devices, {rng} entropy device and {balloon} \
-         balloon make {}, but a machine has room for {MAX_VIRTIO_DEVICES}",
-        disks + nets + rng + balloon
+        "too many devices: {count} disks, network devices and others, but a machine has room for \
+         {MAX_VIRTIO_DEVICES}"
     )]
     TooManyDevices {
-        /// Number of disks.
-        disks: usize,
-        /// Number of network devices.
-        nets: usize,
-        /// Number of entropy devices.
-        rng: usize,
-        /// Number of balloons.
-        balloon: usize,
+        /// How many there are.
+        count: usize,
     },
 }

@@ -16,6 +16,7 @@ mod options;
 mod quantity;
 mod serial;
 mod vcpu_count;
+mod vsock;
 mod whole_number;
 
 use std::collections::{HashMap, HashSet};
@@ -40,6 +41,7 @@ pub use options::MachineOptions;
 pub use quantity::Quantity;
 pub use serial::SerialConfig;
 pub use vcpu_count::VcpuCount;
+pub use vsock::{GuestCid, VsockConfig};
 
 /// Everything that decides what a machine is.
 ///
@@ -63,6 +65,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// Socket device.
+    pub vsock: Option<VsockConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
@@ -83,8 +87,7 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// A machine that boots `kernel` and is otherwise all defaults: one vCPU, 256 MiB of memory,
-    /// the serial port on standard input and output, an entropy device, no disk, no network and no
-    /// balloon.
+    /// the serial port on standard input and output, an entropy device, and no other.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -95,6 +98,7 @@ impl MachineConfig {
             memory: MemorySize::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             serial: SerialConfig::default(),
             rng: true,
             balloon: None,
@@ -114,19 +118,18 @@ impl MachineConfig {
     /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let (rng, balloon) = (usize::from(self.rng), usize::from(self.balloon.is_some()));
-        let devices = self.disks.len() + self.nets.len() + rng + balloon;
+        let devices = self.disks.len()
+            + self.nets.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.rng)
+            + usize::from(self.balloon.is_some());
         if devices > layout::MAX_VIRTIO_DEVICES {
-            return Err(ConfigError::TooManyDevices {
-                disks: self.disks.len(),
-                nets: self.nets.len(),
-                rng,
-                balloon,
-            });
+            return Err(ConfigError::TooManyDevices { count: devices });
         }
         if let Some(balloon) = &self.balloon
             && balloon.size.bytes() > self.memory.bytes()
@@ -141,6 +144,9 @@ impl MachineConfig {
         }
         if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
         }
         self.validate_serial_file()?;
         self.validate_disk_sharing()

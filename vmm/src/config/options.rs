@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize,
-    NetConfig, OnReboot, SerialConfig, VcpuCount, rebase,
+    NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
 };
 
 /// Most bytes of a machine file.
@@ -51,6 +51,8 @@ pub struct MachineOptions {
     /// See [`MachineConfig::nets`].
     #[serde(rename = "net")]
     pub nets: Option<Vec<NetConfig>>,
+    /// See [`MachineConfig::vsock`].
+    pub vsock: Option<VsockConfig>,
     /// See [`MachineConfig::serial`].
     pub serial: Option<SerialConfig>,
     /// See [`MachineConfig::rng`].
@@ -103,11 +105,13 @@ impl MachineOptions {
             Some(SerialConfig::File(path) | SerialConfig::Socket(path)) => Some(path),
             _ => None,
         };
+        let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let disks = self.disks.iter_mut().flatten().map(|disk| &mut disk.path);
         for path in self
             .kernel
             .iter_mut()
             .chain(&mut self.initrd)
+            .chain(vsock)
             .chain(serial)
             .chain(disks)
         {
@@ -128,6 +132,7 @@ impl MachineOptions {
             memory: self.memory.or(fallback.memory),
             disks: self.disks.or(fallback.disks),
             nets: self.nets.or(fallback.nets),
+            vsock: self.vsock.or(fallback.vsock),
             serial: self.serial.or(fallback.serial),
             rng: self.rng.or(fallback.rng),
             balloon: self.balloon.or(fallback.balloon),
@@ -153,6 +158,7 @@ impl MachineOptions {
             memory: self.memory.unwrap_or(defaults.memory),
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
+            vsock: self.vsock,
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
             balloon: self.balloon,

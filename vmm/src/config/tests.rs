@@ -64,6 +64,9 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         deflate-on-oom = true
         reporting = true
         statistics = 5
+        [vsock]
+        cid = 3
+        socket = "v.sock"
         "#,
     );
     let expected = MachineConfig {
@@ -82,6 +85,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
                 .parse()
                 .unwrap(),
         ],
+        vsock: Some("cid=3,socket=/vm/v.sock".parse().unwrap()),
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
         balloon: Some(
@@ -102,8 +106,8 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
-             'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'serial', 'rng', \
-             'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
+             'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'vsock', 'serial', \
+             'rng', 'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
@@ -118,6 +122,10 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "[[net]]\ntap = 't'\nmtu = 5",
             "/vm/machine.toml:3: mtu 5 is out of range: 68 to 65521",
+        ),
+        (
+            "[vsock]\ncid = 2\nsocket = 'v'",
+            "/vm/machine.toml:2: cid 2 is out of range: 3 to 4294967294",
         ),
         (
             "cpus = 1000",
@@ -296,14 +304,13 @@ fn devices_have_an_interrupt_each() {
     config.rng = true;
     assert_eq!(
         config.validate().unwrap_err().to_string(),
-        "too many devices: 18 disks, 0 network devices, 1 entropy device and 0 balloon make 19, \
-         but a machine has room for 18"
+        "too many devices: 19 disks, network devices and others, but a machine has room for 18"
     );
     config.rng = false;
     config.balloon = Some("size=0".parse().unwrap());
     assert!(matches!(
         config.validate(),
-        Err(ConfigError::TooManyDevices { balloon: 1, .. })
+        Err(ConfigError::TooManyDevices { count: 19 })
     ));
 }
 

@@ -1,0 +1,149 @@
+//! What a program of the host says first: `CONNECT PORT`, and a line feed.
+
+use std::io;
+
+use super::stream::HostStream;
+
+/// Most bytes of the line. The longest that means something is `CONNECT 4294967295` with its end.
+const MAX_LINE_SIZE: usize = 32;
+
+/// The line, as far as it has come.
+#[derive(Debug, Default)]
+pub(super) struct Greeting {
+    line: [u8; MAX_LINE_SIZE],
+    len: usize,
+}
+
+impl Greeting {
+    /// Reads on. Nothing behind the line is taken: those bytes are for the guest.
+    ///
+    /// # Errors
+    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is no more of it yet, and
+    /// [`io::ErrorKind::InvalidData`] if it is not such a line.
+    pub(super) fn read(&mut self, stream: &HostStream) -> io::Result<u32> {
+        loop {
+            let room = &mut self.line[self.len..];
+            let seen = stream.peek(room)?;
+            let seen = room.get(..seen).unwrap_or_default();
+            if seen.is_empty() {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let end = seen.iter().position(|&byte| byte == b'\n');
+            let size = end.map_or(seen.len(), |end| end + 1);
+            // These bytes are there, and nobody else takes them.
+            let taken = stream.receive(&mut room[..size])?;
+            self.len += taken;
+            if end.is_some() && taken == size {
+                return port(&self.line[..self.len]).ok_or(io::ErrorKind::InvalidData.into());
+            }
+        }
+    }
+}
+
+/// The port that a whole line asks for.
+fn port(line: &[u8]) -> Option<u32> {
+    let line = str::from_utf8(line).ok()?.strip_suffix('\n')?;
+    let line = line.strip_suffix('\r').unwrap_or(line);
+    let digits = line.strip_prefix("CONNECT ")?;
+    // A number could have a sign as well.
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
+    digits.parse().ok().filter(|_| is_number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, HostStream, UnixStream) {
+        let (client, stream) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let other = stream.try_clone().unwrap();
+        (client, HostStream::new(stream), other)
+    }
+
+    #[test]
+    fn lines_that_ask_for_a_port_and_others() {
+        for (line, expected) in [
+            ("CONNECT 52\n", Some(52)),
+            ("CONNECT 52\r\n", Some(52)),
+            ("CONNECT 4294967295\n", Some(u32::MAX)),
+            ("CONNECT 4294967296\n", None),
+            ("CONNECT 0052\n", Some(52)),
+            ("CONNECT +52\n", None),
+            ("CONNECT -1\n", None),
+            ("CONNECT \n", None),
+            ("CONNECT  5\n", None),
+            ("CONNECT 5 \n", None),
+            ("connect 5\n", None),
+            ("GET / HTTP/1.1\n", None),
+            ("\n", None),
+            ("CONNECT 5", None),
+        ] {
+            assert_eq!(port(line.as_bytes()), expected, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused() {
+        let (mut client, stream, _) = pair();
+        client.write_all(&[b'1'; 2 * MAX_LINE_SIZE]).unwrap();
+        let error = Greeting::default().read(&stream).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn a_client_that_leaves_is_refused() {
+        let (mut client, stream, _) = pair();
+        client.write_all(b"CONNECT 5").unwrap();
+        let mut greeting = Greeting::default();
+        let error = greeting.read(&stream).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(client);
+        let error = greeting.read(&stream).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    proptest! {
+        #[test]
+        fn what_follows_the_line_stays(
+            port in any::<u32>(),
+            pieces in prop::collection::vec(1..12usize, 1..12),
+            rest in prop::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let (mut client, stream, mut other) = pair();
+            let line = format!("CONNECT {port}\n");
+            let sent = [line.as_bytes(), &rest].concat();
+            let mut greeting = Greeting::default();
+            let mut left = &sent[..];
+            let mut found = None;
+            for size in pieces.into_iter().chain([sent.len()]) {
+                let (piece, others) = left.split_at(size.min(left.len()));
+                client.write_all(piece).unwrap();
+                left = others;
+                if found.is_none() {
+                    match greeting.read(&stream) {
+                        Ok(port) => found = Some(port),
+                        Err(error) => prop_assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                    }
+                }
+            }
+            prop_assert_eq!(found, Some(port));
+            drop(client);
+            let mut bytes = Vec::new();
+            other.read_to_end(&mut bytes).unwrap();
+            prop_assert_eq!(bytes, rest);
+        }
+
+        #[test]
+        fn any_bytes_are_a_port_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            let _ = port(&bytes);
+            let (mut client, stream, _) = pair();
+            client.write_all(&bytes).unwrap();
+            drop(client);
+            let _ = Greeting::default().read(&stream);
+        }
+    }
+}

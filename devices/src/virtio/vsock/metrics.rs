@@ -1,0 +1,47 @@
+//! What the device counts.
+
+use serde::Serialize;
+
+use crate::metrics::Counter;
+
+/// The work of a socket device. "Received" is what the guest receives, and "transmitted" what it
+/// transmits.
+#[derive(Debug, Default, Serialize)]
+pub struct VsockMetrics {
+    /// Times that the driver was ready and the device could not begin.
+    pub activate_fails: Counter,
+    /// Breaches of the rules in the receive queue, each of which needs a reset.
+    pub rx_queue_event_fails: Counter,
+    /// The same in the transmit queue.
+    pub tx_queue_event_fails: Counter,
+    /// Failures to accept a program of the host.
+    pub muxer_event_fails: Counter,
+    /// Connections that could not be watched by the event loop, which ended them.
+    pub conn_event_fails: Counter,
+    /// Times that the receive queue was looked at because its doorbell was rung, or for the rest of
+    /// what was too much for one turn.
+    pub rx_queue_event_count: Counter,
+    /// The same for the transmit queue.
+    pub tx_queue_event_count: Counter,
+    /// Bytes of data received.
+    pub rx_bytes_count: Counter,
+    /// Bytes of data transmitted.
+    pub tx_bytes_count: Counter,
+    /// Packets received, those without data among them.
+    pub rx_packets_count: Counter,
+    /// Packets transmitted, those without data among them.
+    pub tx_packets_count: Counter,
+    /// Connections begun: asked of the guest, or asked by it and taken by a program of the host.
+    pub conns_added: Counter,
+    /// Connections that ended otherwise than by both sides' shutting them down: refused, reset by
+    /// one side, or too slow to begin or end.
+    pub conns_killed: Counter,
+    /// Connections ended in any way.
+    pub conns_removed: Counter,
+    /// Failures to send what had waited for a program of the host, which was lost.
+    pub tx_flush_fails: Counter,
+    /// Failures to send to a program of the host at once.
+    pub tx_write_fails: Counter,
+    /// Failures to read from a program of the host.
+    pub rx_read_fails: Counter,
+}

@@ -1,0 +1,373 @@
+//! What happens between the guest's packets and the host's programs, whatever the queues are.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::DriverError;
+use super::connection::Connection;
+use super::metrics::VsockMetrics;
+use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
+use super::receive::ReceiveQueue;
+use super::stream::HostStream;
+use super::table::{MAX_CONNECTIONS, Table};
+use super::worker::Source;
+use crate::ListeningSocket;
+use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
+
+/// Most refusals that wait for buffers of the guest. With so many, no more of its packets are taken.
+const MAX_REFUSALS: usize = 256;
+/// Most programs of the host that are accepted before others have their turn.
+const MAX_ACCEPTED_PER_TURN: usize = 64;
+/// How long to wait before accepting again where the host was out of something.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// Most bytes that one connection sends to the guest before the next has its turn.
+const MAX_BYTES_PER_TURN: usize = 64 << 10;
+
+/// The connections, and those who wait for something.
+pub(super) struct Muxer {
+    guest_cid: u64,
+    listener: Arc<ListeningSocket>,
+    table: Table,
+    /// Answers to packets that belong to no connection.
+    refusals: VecDeque<Header>,
+    /// The connections that have something for the guest, in the order of their turns.
+    ready: VecDeque<usize>,
+    /// Those of which something has changed.
+    touched: Vec<usize>,
+    /// Whether programs may be waiting to be accepted.
+    accepts: bool,
+    accept_retry: Option<Instant>,
+    timer: TimerFd,
+    /// When the timer ends, if it runs.
+    timer_end: Option<Instant>,
+    metrics: Arc<VsockMetrics>,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+impl Muxer {
+    pub(super) fn new(
+        guest_cid: u64,
+        listener: Arc<ListeningSocket>,
+        metrics: Arc<VsockMetrics>,
+        interrupt: Arc<VirtioInterrupt>,
+    ) -> io::Result<Muxer> {
+        Ok(Muxer {
+            guest_cid,
+            listener,
+            table: Table::new(),
+            refusals: VecDeque::new(),
+            ready: VecDeque::new(),
+            touched: Vec::new(),
+            accepts: false,
+            accept_retry: None,
+            timer: TimerFd::new()?,
+            timer_end: None,
+            metrics,
+            interrupt,
+        })
+    }
+
+    /// Has the event loop watch what there is from the start.
+    pub(super) fn watch(&self, operations: &mut EventOps<'_>) -> event_manager::Result<()> {
+        let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let listener = &*self.listener;
+        operations.add(Events::with_data(
+            listener,
+            Source::Listener.token(),
+            readiness,
+        ))?;
+        operations.add(Events::with_data(
+            &self.timer,
+            Source::Timer.token(),
+            readiness,
+        ))
+    }
+
+    /// Handles a packet of the guest.
+    pub(super) fn handle_packet(&mut self, header: &Header, data: &mut GuestBuffers) {
+        self.metrics.tx_packets_count.add(1);
+        if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
+            self.interrupt.warn(format_args!(
+                "a packet from CID {} to CID {} is dropped: it is neither from the guest's nor to \
+                 the host's",
+                header.src_cid, header.dst_cid
+            ));
+            return;
+        }
+        if header.socket_type != TYPE_STREAM {
+            self.refusals.extend(header.refusal());
+            return;
+        }
+        if let Some(place) = self.table.find(header.ports()) {
+            if let Some(entry) = self.table.get(place) {
+                let connection = &mut entry.connection;
+                connection.handle_packet(header, data, &self.metrics, Instant::now());
+                self.touched.push(place);
+            }
+        } else if header.operation != operation::REQUEST || !self.connect(header) {
+            self.refusals.extend(header.refusal());
+        }
+    }
+
+    /// Connects the guest to the program of the host that listens for the port; `false` if there is
+    /// none, or no room.
+    fn connect(&mut self, request: &Header) -> bool {
+        if self.table.is_full() {
+            return false;
+        }
+        let ports = request.ports();
+        let Ok(stream) = HostStream::connect(&self.path_of_port(ports.host)) else {
+            return false;
+        };
+        let connection = Connection::from_guest(stream, ports, request);
+        self.metrics.conns_added.add(1);
+        self.touched.push(self.table.insert(connection));
+        true
+    }
+
+    fn path_of_port(&self, port: u32) -> PathBuf {
+        let mut path = OsString::from(self.listener.path());
+        path.push(format!("_{port}"));
+        path.into()
+    }
+
+    /// Whether more packets of the guest could not be answered.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.refusals.len() >= MAX_REFUSALS
+    }
+
+    /// Remembers that programs of the host have connected.
+    pub(super) fn begin_accepting(&mut self) {
+        self.accepts = true;
+    }
+
+    /// Accepts programs of the host, for one turn at most; `true` if there may be more.
+    pub(super) fn accept(&mut self) -> bool {
+        for _ in 0..MAX_ACCEPTED_PER_TURN {
+            if !self.accepts {
+                return false;
+            }
+            match self.listener.accept() {
+                Ok(_) if self.table.is_full() => self.interrupt.warn(format_args!(
+                    "a program of the host is turned away: there are {MAX_CONNECTIONS} connections"
+                )),
+                Ok(stream) => {
+                    let stream = HostStream::new(stream);
+                    let connection = Connection::from_host(stream, Instant::now());
+                    let place = self.table.insert(connection);
+                    self.touched.push(place);
+                    self.greet(place);
+                }
+                Err(error) => self.stop_accepting(&error),
+            }
+        }
+        self.accepts
+    }
+
+    fn stop_accepting(&mut self, error: &io::Error) {
+        // One that has left before it was accepted is none that failed.
+        if error.kind() == io::ErrorKind::ConnectionAborted
+            || error.kind() == io::ErrorKind::Interrupted
+        {
+            return;
+        }
+        self.accepts = false;
+        if error.kind() != io::ErrorKind::WouldBlock {
+            self.metrics.muxer_event_fails.add(1);
+            self.interrupt.warn(format_args!(
+                "cannot accept programs on socket '{}' for now: {error}",
+                self.listener.path().display()
+            ));
+            self.accept_retry = Some(Instant::now() + ACCEPT_RETRY);
+        }
+    }
+
+    /// Reads what a program of the host wants, and asks the guest.
+    fn greet(&mut self, place: usize) {
+        let Some(entry) = self.table.get(place) else {
+            return;
+        };
+        if let Some(port) = entry.connection.wanted_port() {
+            let ports = self.table.choose_host_port(port);
+            self.table.assign(place, ports);
+            if let Some(entry) = self.table.get(place) {
+                entry.connection.request(ports, Instant::now());
+                self.metrics.conns_added.add(1);
+            }
+        }
+    }
+
+    /// The stream of the connection at `place` has become ready.
+    pub(super) fn host_is_ready(&mut self, place: usize, ready: EventSet) {
+        self.greet(place);
+        if let Some(entry) = self.table.get(place) {
+            let connection = &mut entry.connection;
+            connection.host_is_ready(ready, &self.metrics, Instant::now());
+            self.touched.push(place);
+        }
+    }
+
+    /// The timer has ended. Nothing is read from it, as each end is an event of its own.
+    pub(super) fn expire(&mut self) {
+        self.timer_end = None;
+        let now = Instant::now();
+        if self.accept_retry.is_some_and(|time| time <= now) {
+            self.accept_retry = None;
+            self.accepts = true;
+        }
+        for (place, entry) in self.table.iter() {
+            if let Some(deadline) = entry.connection.deadline() {
+                if deadline <= now {
+                    entry.connection.expire();
+                }
+                // If not, its time is to come.
+                self.touched.push(place);
+            }
+        }
+    }
+
+    /// Sends to the guest what there is for it, for one turn at most.
+    pub(super) fn send(&mut self, queue: &mut ReceiveQueue) -> Result<(), DriverError> {
+        let start = Instant::now();
+        let mut packets = 0;
+        while (!self.refusals.is_empty() || !self.ready.is_empty()) && queue.has_buffer()? {
+            if packets >= queue.size().into() || start.elapsed() >= MAX_TURN {
+                queue.ring_doorbell();
+                break;
+            }
+            packets += match self.refusals.pop_front() {
+                Some(refusal) => queue.put(&refusal)?.into(),
+                None => self.send_next(queue)?,
+            };
+            queue.report(&self.interrupt);
+        }
+        self.metrics.rx_packets_count.add(packets as u64);
+        Ok(())
+    }
+
+    /// Gives the next connection its turn; gives the number of packets sent.
+    fn send_next(&mut self, queue: &mut ReceiveQueue) -> Result<usize, DriverError> {
+        let Some(place) = self.ready.pop_front() else {
+            return Ok(0);
+        };
+        let Some(entry) = self.table.get(place) else {
+            return Ok(0);
+        };
+        entry.is_queued = false;
+        self.touched.push(place);
+        let connection = &mut entry.connection;
+        let mut packets = 0;
+        if let Some(header) = connection.take_control_packet(self.guest_cid) {
+            packets = queue.put(&header)?.into();
+        } else if let Some((header, limit)) = connection.data_packet(self.guest_cid) {
+            let limit = limit.min(MAX_BYTES_PER_TURN);
+            let read = |buffers: &mut GuestBuffers| connection.stream().receive_into(buffers);
+            if let Some(result) = queue.put_data(header, limit, read)? {
+                if let Ok(sent) = &result {
+                    packets = sent.packets;
+                    self.metrics.rx_bytes_count.add(sent.bytes as u64);
+                }
+                let result = result.map(|sent| sent.bytes);
+                connection.finish_reading(result, &self.metrics, Instant::now());
+            }
+        }
+        if connection.has_packet() {
+            entry.is_queued = true;
+            self.ready.push_back(place);
+        }
+        Ok(packets)
+    }
+
+    /// Does for every connection that has changed what its state asks for.
+    pub(super) fn settle(&mut self, operations: &mut EventOps<'_>) -> io::Result<()> {
+        while let Some(place) = self.touched.pop() {
+            let Some(entry) = self.table.get(place) else {
+                continue;
+            };
+            let connection = &mut entry.connection;
+            let interest = connection.interest();
+            if interest != entry.watched {
+                let events = |interest| {
+                    let token = Source::Connection(place).token();
+                    Events::with_data(connection.stream(), token, interest)
+                };
+                let done = match (entry.watched, interest) {
+                    (None, Some(interest)) => operations.add(events(interest)),
+                    (Some(_), Some(interest)) => operations.modify(events(interest)),
+                    (_, None) => {
+                        connection.close_stream();
+                        operations.remove(events(EventSet::empty()))
+                    }
+                };
+                let is_watched = entry.watched.is_some() || done.is_ok();
+                entry.watched = interest.filter(|_| is_watched);
+                if done.is_err() {
+                    self.metrics.conn_event_fails.add(1);
+                    connection.reset();
+                    self.touched.push(place);
+                    continue;
+                }
+            }
+            if connection.has_packet() && !entry.is_queued {
+                entry.is_queued = true;
+                self.ready.push_back(place);
+            }
+            let deadline = connection.deadline();
+            if connection.is_finished() {
+                self.remove(place);
+                continue;
+            }
+            if connection.is_forgotten() {
+                self.table.forget(place);
+            }
+            self.set_timer(deadline)?;
+        }
+        self.set_timer(self.accept_retry)
+    }
+
+    fn remove(&mut self, place: usize) {
+        let Some(connection) = self.table.remove(place) else {
+            return;
+        };
+        // One without ports was none yet.
+        if connection.ports().is_some() {
+            self.metrics.conns_removed.add(1);
+            self.metrics
+                .conns_killed
+                .add(u64::from(connection.was_killed()));
+        }
+    }
+
+    /// Has the timer end at `deadline` at the latest.
+    fn set_timer(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        if let Some(deadline) = deadline
+            && self.timer_end.is_none_or(|end| deadline < end)
+        {
+            // No time at all would stop it.
+            let wait = deadline.saturating_duration_since(Instant::now());
+            self.timer.reset(wait.max(Duration::from_millis(1)), None)?;
+            self.timer_end = Some(deadline);
+        }
+        Ok(())
+    }
+}
+
+/// The end of the device, or a reset, ends all connections.
+impl Drop for Muxer {
+    fn drop(&mut self) {
+        let places: Vec<usize> = self.table.iter().map(|(place, _)| place).collect();
+        for place in places {
+            if let Some(entry) = self.table.get(place) {
+                entry.connection.end_with_device(&self.metrics);
+            }
+            self.remove(place);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The host's end of a connection: a stream over a Unix domain socket.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
+};
+
+use crate::virtio::GuestBuffers;
+
+/// A stream of which no call blocks, and none raises `SIGPIPE`.
+#[derive(Debug)]
+pub(super) struct HostStream(UnixStream);
+
+impl AsRawFd for HostStream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl HostStream {
+    /// Takes a stream that is non-blocking already.
+    pub(super) fn new(stream: UnixStream) -> HostStream {
+        HostStream(stream)
+    }
+
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// When nothing listens there, or too many others are waiting.
+    pub(super) fn connect(path: &Path) -> io::Result<HostStream> {
+        let stream = socket(
+            AddressFamily::Unix,
+            SockType::Stream,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(HostStream(stream.into()))
+    }
+
+    /// Copies what has come to `bytes`, without taking it.
+    pub(super) fn peek(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        retry(|| Ok(recv(self.as_raw_fd(), bytes, MsgFlags::MSG_PEEK)?))
+    }
+
+    /// Takes what has come.
+    pub(super) fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        retry(|| Ok(recv(self.as_raw_fd(), bytes, MsgFlags::empty())?))
+    }
+
+    /// Takes what has come to the front of `buffers`.
+    pub(super) fn receive_into(&self, buffers: &mut GuestBuffers) -> io::Result<usize> {
+        retry(|| buffers.read_from(self.0.as_fd(), None))
+    }
+
+    /// Sends `bytes`; gives how many of them.
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        retry(|| Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?))
+    }
+
+    /// Sends from the front of `buffers`; gives how many bytes.
+    pub(super) fn send_from(&self, buffers: &mut GuestBuffers) -> io::Result<usize> {
+        retry(|| buffers.send_to(self.0.as_fd()))
+    }
+
+    /// Ends one direction. That fails only where the other end has done so already.
+    pub(super) fn shut_down(&self, direction: Shutdown) {
+        let _ = self.0.shutdown(direction);
+    }
+}
+
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! All connections of a device.
+
+use std::collections::HashMap;
+
+use event_manager::EventSet;
+
+use super::connection::Connection;
+use super::packet::Ports;
+
+/// Most connections at a time, those among them whose program has yet to say what it wants.
+pub(super) const MAX_CONNECTIONS: usize = 1024;
+
+/// The ports of the host that are given to its programs: a part of the range in which no service
+/// of the host is likely to listen.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+const LAST_HOST_PORT: u32 = (1 << 31) - 1;
+
+/// A connection, and how the device goes about it.
+pub(super) struct Entry {
+    pub(super) connection: Connection,
+    /// What the event loop watches its stream for, if it does.
+    pub(super) watched: Option<EventSet>,
+    /// Whether it waits for its turn to send to the guest.
+    pub(super) is_queued: bool,
+    /// The ports by which packets find it.
+    ports: Option<Ports>,
+}
+
+/// Connections in places whose numbers are small and used again, and by their ports.
+pub(super) struct Table {
+    entries: Vec<Option<Entry>>,
+    free: Vec<usize>,
+    by_ports: HashMap<Ports, usize>,
+    next_host_port: u32,
+}
+
+impl Table {
+    pub(super) fn new() -> Table {
+        Table {
+            entries: Vec::new(),
+            free: Vec::new(),
+            by_ports: HashMap::new(),
+            next_host_port: FIRST_HOST_PORT,
+        }
+    }
+
+    /// Whether there can be no more connections.
+    pub(super) fn is_full(&self) -> bool {
+        self.free.is_empty() && self.entries.len() >= MAX_CONNECTIONS
+    }
+
+    /// Adds a connection to a table that is not full, and gives its place.
+    pub(super) fn insert(&mut self, connection: Connection) -> usize {
+        let ports = connection.ports();
+        let entry = Some(Entry {
+            connection,
+            watched: None,
+            is_queued: false,
+            ports,
+        });
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.entries[place] = entry;
+                place
+            }
+            None => {
+                self.entries.push(entry);
+                self.entries.len() - 1
+            }
+        };
+        if let Some(ports) = ports {
+            self.by_ports.insert(ports, place);
+        }
+        place
+    }
+
+    /// Has packets of these ports find the connection at `place`.
+    pub(super) fn assign(&mut self, place: usize, ports: Ports) {
+        if let Some(entry) = self.get(place) {
+            entry.ports = Some(ports);
+            self.by_ports.insert(ports, place);
+        }
+    }
+
+    /// Has no packets find the connection at `place`, so that the guest can use its port anew.
+    pub(super) fn forget(&mut self, place: usize) {
+        if let Some(ports) = self.get(place).and_then(|entry| entry.ports.take()) {
+            self.by_ports.remove(&ports);
+        }
+    }
+
+    pub(super) fn remove(&mut self, place: usize) -> Option<Connection> {
+        self.forget(place);
+        let entry = self.entries.get_mut(place)?.take()?;
+        self.free.push(place);
+        Some(entry.connection)
+    }
+
+    pub(super) fn get(&mut self, place: usize) -> Option<&mut Entry> {
+        self.entries.get_mut(place)?.as_mut()
+    }
+
+    /// The place of the connection that a packet belongs to.
+    pub(super) fn find(&self, ports: Ports) -> Option<usize> {
+        self.by_ports.get(&ports).copied()
+    }
+
+    /// Every connection and its place.
+    pub(super) fn iter(&mut self) -> impl Iterator<Item = (usize, &mut Entry)> {
+        let entries = self.entries.iter_mut().enumerate();
+        entries.filter_map(|(place, entry)| Some((place, entry.as_mut()?)))
+    }
+
+    /// A port of the host that no connection to this port of the guest has.
+    pub(super) fn choose_host_port(&mut self, guest: u32) -> Ports {
+        loop {
+            let ports = Ports {
+                host: self.next_host_port,
+                guest,
+            };
+            self.next_host_port = if ports.host == LAST_HOST_PORT {
+                FIRST_HOST_PORT
+            } else {
+                ports.host + 1
+            };
+            if !self.by_ports.contains_key(&ports) {
+                return ports;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::vsock::stream::HostStream;
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    #[test]
+    fn ports_of_the_host_are_used_in_turn_and_never_twice() {
+        let mut table = Table::new();
+        let (stream, _other) = UnixStream::pair().unwrap();
+        let first = table.choose_host_port(52);
+        assert_eq!(first.host, FIRST_HOST_PORT);
+        let connection = Connection::from_host(HostStream::new(stream), Instant::now());
+        let place = table.insert(connection);
+        table.assign(place, first);
+        table.next_host_port = LAST_HOST_PORT;
+        assert_eq!(table.choose_host_port(52).host, LAST_HOST_PORT);
+        assert_eq!(table.choose_host_port(52).host, FIRST_HOST_PORT + 1);
+
+        assert_eq!(table.find(first), Some(place));
+        table.forget(place);
+        assert_eq!(table.find(first), None);
+        assert!(table.remove(place).is_some());
+        assert!(table.remove(place).is_none());
+    }
+}

@@ -1,0 +1,233 @@
+//! The worker: takes packets from one queue and puts them into the other.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::DriverError;
+use super::metrics::VsockMetrics;
+use super::muxer::Muxer;
+use super::packet::{HEADER_SIZE, Header};
+use super::receive::ReceiveQueue;
+use crate::ListeningSocket;
+use crate::virtio::{Activation, Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+
+/// What the event loop has found ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Source {
+    ReceiveDoorbell,
+    TransmitDoorbell,
+    Listener,
+    Timer,
+    /// The stream of the connection at this place.
+    Connection(usize),
+}
+
+const FIRST_CONNECTION_TOKEN: u32 = 4;
+
+impl Source {
+    /// What the event loop keeps of it.
+    pub(super) fn token(self) -> u32 {
+        match self {
+            Source::ReceiveDoorbell => 0,
+            Source::TransmitDoorbell => 1,
+            Source::Listener => 2,
+            Source::Timer => 3,
+            Source::Connection(place) => FIRST_CONNECTION_TOKEN + place as u32,
+        }
+    }
+
+    fn of_token(token: u32) -> Source {
+        match token {
+            0 => Source::ReceiveDoorbell,
+            1 => Source::TransmitDoorbell,
+            2 => Source::Listener,
+            3 => Source::Timer,
+            token => Source::Connection((token - FIRST_CONNECTION_TOKEN) as usize),
+        }
+    }
+}
+
+pub(super) struct Worker {
+    receive_queue: ReceiveQueue,
+    transmit_queue: VirtQueue,
+    chain: Chain,
+    /// Whether packets of the guest wait until it has taken some.
+    is_stalled: bool,
+    muxer: Muxer,
+    metrics: Arc<VsockMetrics>,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        guest_cid: u64,
+        listener: Arc<ListeningSocket>,
+        metrics: Arc<VsockMetrics>,
+        activation: Activation,
+    ) -> Result<Worker, String> {
+        let Activation {
+            memory,
+            queues,
+            interrupt,
+            ..
+        } = activation;
+        // The third has events for the driver, of which there are none: it tells of migrations.
+        let Ok([receive_queue, transmit_queue, _]) = <[VirtQueue; 3]>::try_from(queues) else {
+            return Err("a socket device has three queues".to_string());
+        };
+        let muxer = Muxer::new(guest_cid, listener, metrics.clone(), interrupt.clone())
+            .map_err(|error| format!("the host gives no timer: {error}"))?;
+        Ok(Worker {
+            receive_queue: ReceiveQueue::new(receive_queue, &memory),
+            transmit_queue,
+            chain: Chain::new(&memory),
+            is_stalled: false,
+            muxer,
+            metrics,
+            interrupt,
+        })
+    }
+
+    fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
+        match source {
+            Source::ReceiveDoorbell => {
+                self.metrics.rx_queue_event_count.add(1);
+                Ok(())
+            }
+            Source::TransmitDoorbell => {
+                self.metrics.tx_queue_event_count.add(1);
+                self.take_packets()
+            }
+            Source::Listener => {
+                self.muxer.begin_accepting();
+                Ok(())
+            }
+            Source::Timer => {
+                self.muxer.expire();
+                Ok(())
+            }
+            Source::Connection(place) => {
+                self.muxer.host_is_ready(place, ready);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes packets of the guest, for one turn at most.
+    fn take_packets(&mut self) -> Result<(), DriverError> {
+        self.transmit_queue.disable_doorbell();
+        let result = self.take_packets_of_turn();
+        if self.transmit_queue.needs_interrupt() {
+            self.interrupt.notify_used_buffer();
+        }
+        result.inspect_err(|_| self.metrics.tx_queue_event_fails.add(1))
+    }
+
+    fn take_packets_of_turn(&mut self) -> Result<(), DriverError> {
+        let start = Instant::now();
+        for _ in 0..self.transmit_queue.size() {
+            self.is_stalled = self.muxer.is_stalled();
+            if self.is_stalled {
+                return Ok(());
+            }
+            if !self.transmit_queue.pop(&mut self.chain)? {
+                break;
+            }
+            let header = take_header(&mut self.chain)?;
+            self.muxer.handle_packet(&header, &mut self.chain.readable);
+            self.transmit_queue.add_used(self.chain.head, 0);
+            if start.elapsed() >= MAX_TURN {
+                break;
+            }
+        }
+        if self.transmit_queue.enable_doorbell()? {
+            self.transmit_queue.ring_doorbell();
+        }
+        Ok(())
+    }
+
+    /// Does what has become possible by what was ready.
+    fn work(&mut self, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
+        if self.muxer.accept() {
+            self.receive_queue.ring_doorbell();
+        }
+        self.muxer.settle(operations)?;
+        let sent = self.muxer.send(&mut self.receive_queue);
+        self.receive_queue.report(&self.interrupt);
+        sent.inspect_err(|_| self.metrics.rx_queue_event_fails.add(1))?;
+        self.muxer.settle(operations)?;
+        if self.is_stalled && !self.muxer.is_stalled() {
+            self.transmit_queue.ring_doorbell();
+        }
+        Ok(())
+    }
+}
+
+/// Takes the header of a packet from the front of its buffers, and leaves its data there.
+fn take_header(chain: &mut Chain) -> Result<Header, DriverError> {
+    let size = chain.readable.len();
+    let Some(bytes) = chain.readable.read_array::<HEADER_SIZE>() else {
+        return Err(DriverError::ShortPacket {
+            head: chain.head,
+            size,
+        });
+    };
+    let header = Header::from_bytes(&bytes);
+    let len = header.len as usize;
+    if len > chain.readable.len() {
+        return Err(DriverError::MissingData {
+            head: chain.head,
+            len: header.len,
+            size: chain.readable.len(),
+        });
+    }
+    chain.readable.truncate(len);
+    Ok(header)
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+        let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let doorbells = [
+            (self.receive_queue.as_raw_fd(), Source::ReceiveDoorbell),
+            (self.transmit_queue.as_raw_fd(), Source::TransmitDoorbell),
+        ];
+        let watched = doorbells
+            .into_iter()
+            .try_for_each(|(doorbell, source)| {
+                operations.add(Events::with_data_raw(doorbell, source.token(), readiness))
+            })
+            .and_then(|()| self.muxer.watch(operations));
+        if let Err(error) = watched {
+            self.interrupt.need_reset(&error);
+        }
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        if self.interrupt.needs_reset() {
+            return;
+        }
+        let source = Source::of_token(events.data());
+        let result = self
+            .handle(source, events.event_set())
+            .and_then(|()| self.work(operations));
+        if let Err(error) = result {
+            self.interrupt.need_reset(&error);
+        }
+    }
+}
+
+/// What a guest has sent before it switches itself off is passed on, as far as the host's programs
+/// have room for it.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if !self.interrupt.needs_reset() {
+            // The driver is about to forget whatever there is to say of it.
+            let _ = self.take_packets();
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The socket device.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MAX_PORT_SUFFIX_SIZE, MIN_GUEST_CID};
+use serde::{Deserialize, Deserializer};
+
+use super::{ConfigError, option_string, whole_number};
+
+/// A socket device, by which programs of the host and the guest connect to one another.
+///
+/// On the command line `cid=N,socket=PATH`, where a comma in the path is doubled; in a machine file a
+/// `[vsock]` table with the same keys.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a socket device: a table with cid and socket"
+)]
+pub struct VsockConfig {
+    /// The guest's context identifier.
+    pub cid: GuestCid,
+    /// The Unix domain socket to which programs of the host connect to reach the guest.
+    pub socket: PathBuf,
+}
+
+impl VsockConfig {
+    /// Most bytes of the socket's path: what a socket's address has room for, with a NUL at its end,
+    /// less what the paths of ports have more.
+    pub const MAX_PATH_SIZE: usize = 107 - MAX_PORT_SUFFIX_SIZE;
+
+    /// Checks that the path, which is complete, is not too long.
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        if self.socket.as_os_str().len() > Self::MAX_PATH_SIZE {
+            return Err(ConfigError::VsockPath {
+                path: self.socket.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for VsockConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        option_string::parse(text, None).map_err(|error| ConfigError::VsockOption {
+            reason: error.to_string(),
+        })
+    }
+}
+
+impl fmt::Display for VsockConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let socket = self.socket.display().to_string();
+        write!(
+            f,
+            "cid={},socket={}",
+            self.cid,
+            option_string::escape(&socket)
+        )
+    }
+}
+
+/// Context identifier of a guest: [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestCid(u32);
+
+impl GuestCid {
+    /// The number.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for GuestCid {
+    type Error = ConfigError;
+
+    fn try_from(cid: i64) -> Result<Self, ConfigError> {
+        match u32::try_from(cid) {
+            Ok(cid @ MIN_GUEST_CID..=MAX_GUEST_CID) => Ok(Self(cid)),
+            _ => Err(ConfigError::GuestCid { cid }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GuestCid {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        whole_number::deserialize(deserializer, Self::try_from)
+    }
+}
+
+impl fmt::Display for GuestCid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn vsock(text: &str) -> Result<VsockConfig, String> {
+        text.parse().map_err(|error: ConfigError| error.to_string())
+    }
+
+    #[test]
+    fn reads_the_option_string() {
+        let vsock = vsock("socket=a,,b.sock,cid=3").unwrap();
+        assert_eq!(vsock.cid.get(), 3);
+        assert_eq!(vsock.socket, PathBuf::from("a,b.sock"));
+    }
+
+    #[test]
+    fn refuses_what_is_wrong_and_shows_the_accepted_form() {
+        let form = "; a socket device is cid=N,socket=PATH";
+        for (text, reason) in [
+            ("cid=3", "'socket' is missing"),
+            ("socket=v", "'cid' is missing"),
+            ("cid=2,socket=v", "cid 2 is out of range: 3 to 4294967294"),
+            (
+                "cid=4294967295,socket=v",
+                "cid 4294967295 is out of range: 3 to 4294967294",
+            ),
+            (
+                "cid=x,socket=v",
+                "the value 'x' of 'cid' is not a whole number",
+            ),
+            ("cid=3,socket=", "the value of 'socket' is empty"),
+            (
+                "cid=3,socket=v,port=5",
+                "unknown option 'port', expected one of 'cid', 'socket'",
+            ),
+        ] {
+            assert_eq!(vsock(text).unwrap_err(), format!("{reason}{form}"));
+        }
+    }
+
+    #[test]
+    fn a_path_leaves_room_for_the_ports() {
+        let with_path = |size| VsockConfig {
+            cid: GuestCid(3),
+            socket: "x".repeat(size).into(),
+        };
+        let longest = VsockConfig::MAX_PATH_SIZE;
+        assert!(with_path(longest).validate().is_ok());
+        let error = with_path(longest + 1).validate().unwrap_err();
+        assert!(error.to_string().contains("at most 96 bytes"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn display_parses_back(cid in 3..u32::MAX, path in "[^\0]{1,90}") {
+            let vsock = VsockConfig {
+                cid: GuestCid::try_from(i64::from(cid)).unwrap(),
+                socket: path.into(),
+            };
+            prop_assert_eq!(vsock.to_string().parse::<VsockConfig>().unwrap(), vsock);
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused(text in ".*") {
+            let _ = text.parse::<VsockConfig>();
+        }
+    }
+}
