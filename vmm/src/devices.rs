@@ -1,6 +1,5 @@
 //! The devices of the machine: buses, windows, interrupts and doorbells.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use bantam_arch::acpi::{self, VirtioMmioWindow};
@@ -9,7 +8,7 @@ use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
-use bantam_devices::rate_limiter::RateLimit;
+use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
@@ -74,8 +73,8 @@ pub(crate) fn attach_serial(
 /// The disks of a machine.
 #[derive(Default)]
 pub(crate) struct AttachedDisks {
-    /// The devices, with the paths by which their images were opened.
-    pub(crate) disks: Vec<(PathBuf, BlockControl)>,
+    /// The devices.
+    pub(crate) disks: Vec<BlockControl>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -134,8 +133,10 @@ impl<'a> VirtioDevices<'a> {
                 },
                 queues: config.queue_count(vcpus),
                 polls: config.poll,
-                bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
-                operations: rate_limit(config.operations_per_second, config.burst_operations),
+                limits: Limits {
+                    bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
+                    operations: rate_limit(config.operations_per_second, config.burst_operations),
+                },
             };
             let file = DiskFile::open(&config.path, config.readonly, cache)?;
             let id = match &config.id {
@@ -147,8 +148,7 @@ impl<'a> VirtioDevices<'a> {
                 source,
             })?;
             let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
-            let block_control = block.control(interrupt.clone());
-            disks.disks.push((config.path.clone(), block_control));
+            disks.disks.push(block.control(interrupt.clone()));
             let event_loop = if config.iothread {
                 let thread_name = format!("bantam-io{index}");
                 let thread = EventLoopThread::start(&thread_name, control.clone())?;
@@ -243,9 +243,6 @@ impl<'a> VirtioDevices<'a> {
 }
 
 fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
-    let limit = RateLimit::per_second(per_second?.get());
-    Some(RateLimit {
-        burst: burst.map_or(limit.burst, Quantity::get),
-        ..limit
-    })
+    let burst = burst.map(Quantity::get);
+    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
 }

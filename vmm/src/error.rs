@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
 use bantam_devices::tap::TapError;
+use bantam_devices::virtio::block::ReplaceError;
 
 use crate::config::ConfigError;
 use crate::host::HostError;
@@ -104,6 +105,9 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// A disk cannot be replaced.
+    #[error(transparent)]
+    ReplaceDisk(#[from] ReplaceError),
     /// A disk is to be served by io_uring, and the host has none.
     #[error(
         "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \

@@ -33,6 +33,8 @@ mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::rate_limiter::{Limits, RateLimit};
+pub use bantam_devices::virtio::block::{BlockControl, BlockMetrics, ReplaceError};
 pub use control::ExitReason;
 pub use error::Error;
 pub use machine::Machine;

@@ -1,7 +1,7 @@
 //! A machine: how it is put together, started and ended.
 
 use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -38,7 +38,7 @@ pub struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
-    disks: Vec<(PathBuf, BlockControl)>,
+    disks: Vec<BlockControl>,
     serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -133,20 +133,43 @@ impl Machine {
             .map_err(Error::resource("the interrupt of the power button"))
     }
 
+    /// A disk, counted as in the configuration: its image, limits and counters.
+    ///
+    /// # Errors
+    /// When the machine has no such disk.
+    pub fn disk(&self, index: usize) -> Result<&BlockControl, Error> {
+        self.disks.get(index).ok_or(Error::NoSuchDisk {
+            index,
+            count: self.disks.len(),
+        })
+    }
+
     /// Looks how large the image of a disk is now, counted as in the configuration, and lets the guest
     /// know if that has changed. Gives the size in bytes.
     ///
     /// # Errors
     /// When there is no such disk, or the size cannot be a disk's; the disk then keeps the one it has.
     pub fn update_disk_size(&self, index: usize) -> Result<u64, Error> {
-        let (path, disk) = self.disks.get(index).ok_or(Error::NoSuchDisk {
-            index,
-            count: self.disks.len(),
-        })?;
+        let disk = self.disk(index)?;
         disk.update_size().map_err(|source| Error::DiskSize {
-            path: path.clone(),
+            path: disk.disk().path().to_path_buf(),
             source,
         })
+    }
+
+    /// Puts the image at `path` in the place of that of a disk, counted as in the configuration, with
+    /// the same cache mode, and lets the guest know.
+    ///
+    /// # Errors
+    /// When there is no such disk, or the image cannot be used; the disk then keeps the one it has,
+    /// but for an error of [`ReplaceError::Flush`](bantam_devices::virtio::block::ReplaceError).
+    pub fn replace_disk(&self, index: usize, path: &Path) -> Result<(), Error> {
+        let disk = self.disk(index)?;
+        let before = disk.disk();
+        let (read_only, cache) = (before.is_read_only(), before.cache());
+        // It is not to be kept from being closed.
+        drop(before);
+        Ok(disk.replace(DiskFile::open(path, read_only, cache)?)?)
     }
 
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but
@@ -183,8 +206,10 @@ impl Machine {
             event_loop.end();
         }
         let mut flushed = Ok(());
-        for (path, disk) in self.disks.drain(..) {
-            if let Err(source) = flush_at_end(disk.disk()) {
+        for disk in self.disks.drain(..) {
+            let disk = disk.disk();
+            if let Err(source) = flush_at_end(&disk) {
+                let path = disk.path().to_path_buf();
                 let error = Error::Flush { path, source };
                 tracing::error!("{error}");
                 flushed = flushed.and(Err(error));
