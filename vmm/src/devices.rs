@@ -13,8 +13,8 @@ use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
-use bantam_devices::virtio::net::Net;
-use bantam_devices::virtio::rng::Rng;
+use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
+use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory};
 
@@ -75,6 +75,15 @@ pub(crate) fn attach_serial(
 pub(crate) struct AttachedDisks {
     /// The devices.
     pub(crate) disks: Vec<BlockControl>,
+    /// The threads of those that have one of their own.
+    pub(crate) threads: Vec<EventLoopThread>,
+}
+
+/// The network devices of a machine.
+#[derive(Default)]
+pub(crate) struct AttachedNetworks {
+    /// The devices.
+    pub(crate) networks: Vec<NetControl>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -149,15 +158,12 @@ impl<'a> VirtioDevices<'a> {
             })?;
             let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
             disks.disks.push(block.control(interrupt.clone()));
-            let event_loop = if config.iothread {
-                let thread_name = format!("bantam-io{index}");
-                let thread = EventLoopThread::start(&thread_name, control.clone())?;
-                let event_loop = thread.handle.clone();
-                disks.threads.push(thread);
-                event_loop
-            } else {
-                self.event_loop.clone()
-            };
+            let event_loop = self.event_loop_for(
+                config.iothread,
+                &format!("bantam-io{index}"),
+                control,
+                &mut disks.threads,
+            )?;
             self.attach_to(event_loop, interrupt, Box::new(block))?;
         }
         Ok(disks)
@@ -168,8 +174,10 @@ impl<'a> VirtioDevices<'a> {
         &mut self,
         configs: &[NetConfig],
         vcpu_count: u8,
-    ) -> Result<(), Error> {
-        for config in configs {
+        control: &Arc<Control>,
+    ) -> Result<AttachedNetworks, Error> {
+        let mut networks = AttachedNetworks::default();
+        for (index, config) in configs.iter().enumerate() {
             let mtu = config.mtu.map(Mtu::get);
             let useful = vcpu_count.min(QueuePairs::MAX);
             let queues = match config.queues {
@@ -184,19 +192,55 @@ impl<'a> VirtioDevices<'a> {
                     config.tap
                 );
             }
-            let device = Net::new(tap, config.mac_address().bytes(), mtu);
-            self.attach(
-                format!("network interface '{}'", config.tap),
-                Box::new(device),
+            let limits = NetLimits {
+                receive: Limits {
+                    bytes: rate_limit(config.rx_bytes_per_second, config.rx_burst_bytes),
+                    operations: rate_limit(config.rx_packets_per_second, config.rx_burst_packets),
+                },
+                transmit: Limits {
+                    bytes: rate_limit(config.tx_bytes_per_second, config.tx_burst_bytes),
+                    operations: rate_limit(config.tx_packets_per_second, config.tx_burst_packets),
+                },
+            };
+            let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits)
+                .map_err(Error::resource("the timers of a network interface"))?;
+            networks.networks.push(net.control());
+            let interrupt = self.next_interrupt(format!("network interface '{}'", config.tap))?;
+            let event_loop = self.event_loop_for(
+                config.iothread,
+                &format!("bantam-net{index}"),
+                control,
+                &mut networks.threads,
             )?;
+            self.attach_to(event_loop, interrupt, Box::new(net))?;
         }
-        Ok(())
+        Ok(networks)
+    }
+
+    /// The event loop of a device: one on a thread of its own, which is added to `threads`, where it
+    /// is to have one.
+    fn event_loop_for(
+        &self,
+        has_own: bool,
+        thread_name: &str,
+        control: &Arc<Control>,
+        threads: &mut Vec<EventLoopThread>,
+    ) -> Result<EventLoop, Error> {
+        if !has_own {
+            return Ok(self.event_loop.clone());
+        }
+        let thread = EventLoopThread::start(thread_name, control.clone())?;
+        let event_loop = thread.handle.clone();
+        threads.push(thread);
+        Ok(event_loop)
     }
 
     /// Attaches an entropy device.
-    pub(crate) fn attach_entropy(&mut self) -> Result<(), Error> {
-        let rng = Rng::new().map_err(Error::resource("the entropy device"))?;
-        self.attach("entropy device".to_string(), Box::new(rng))
+    pub(crate) fn attach_entropy(&mut self, limits: &Limits) -> Result<Arc<EntropyMetrics>, Error> {
+        let rng = Rng::new(limits).map_err(Error::resource("the entropy device"))?;
+        let metrics = rng.metrics();
+        self.attach("entropy device".to_string(), Box::new(rng))?;
+        Ok(metrics)
     }
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.

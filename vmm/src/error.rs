@@ -97,6 +97,14 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
+    /// The machine has fewer network devices.
+    #[error("cannot change network device {index}: the machine has {count}, counted from 0")]
+    NoSuchNetwork {
+        /// Which was asked for, counted from zero.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// The new size of a disk cannot be used.
     #[error("cannot change the size of disk '{path}': {source}", path = .path.display())]
     DiskSize {

@@ -35,6 +35,8 @@ mod workarounds;
 
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::virtio::block::{BlockControl, BlockMetrics, ReplaceError};
+pub use bantam_devices::virtio::net::{NetControl, NetLimits, NetMetrics};
+pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use control::ExitReason;
 pub use error::Error;
 pub use machine::Machine;

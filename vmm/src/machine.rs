@@ -10,6 +10,8 @@ use bantam_arch::memory_map::ram_regions;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
 use bantam_devices::virtio::block::BlockControl;
+use bantam_devices::virtio::net::NetControl;
+use bantam_devices::virtio::rng::EntropyMetrics;
 use bantam_devices::{GuestMemory, InterruptLine};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -39,6 +41,8 @@ pub struct Machine {
     event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
     disks: Vec<BlockControl>,
+    networks: Vec<NetControl>,
+    entropy: Option<Arc<EntropyMetrics>>,
     serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -65,10 +69,11 @@ impl Machine {
         attach_power_control(&mut ports, &control)?;
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), &control)?;
-        virtio.attach_networks(&config.nets, config.cpus.get())?;
-        if config.rng {
-            virtio.attach_entropy()?;
-        }
+        let networks = virtio.attach_networks(&config.nets, config.cpus.get(), &control)?;
+        let entropy = match config.rng {
+            true => Some(virtio.attach_entropy(&config.rng_limits)?),
+            false => None,
+        };
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
         let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
@@ -86,9 +91,16 @@ impl Machine {
             control,
             vcpus,
             vcpu_threads: Vec::new(),
-            event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
+            event_loops: disks
+                .threads
+                .into_iter()
+                .chain(networks.threads)
+                .chain([event_loop])
+                .collect(),
             power_button,
             disks: disks.disks,
+            networks: networks.networks,
+            entropy,
             serial,
             _vm: vm,
         })
@@ -142,6 +154,22 @@ impl Machine {
             index,
             count: self.disks.len(),
         })
+    }
+
+    /// A network device, counted as in the configuration: its limits and counters.
+    ///
+    /// # Errors
+    /// When the machine has no such network device.
+    pub fn network(&self, index: usize) -> Result<&NetControl, Error> {
+        self.networks.get(index).ok_or(Error::NoSuchNetwork {
+            index,
+            count: self.networks.len(),
+        })
+    }
+
+    /// What the entropy device has done, if there is one.
+    pub fn entropy_metrics(&self) -> Option<&EntropyMetrics> {
+        self.entropy.as_deref()
     }
 
     /// Looks how large the image of a disk is now, counted as in the configuration, and lets the guest

@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_arch::layout;
+use bantam_devices::rate_limiter::Limits;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -65,6 +66,8 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
     pub rng: bool,
+    /// Limits of the entropy device, of bytes and of the guest's buffers; for embedding programs.
+    pub rng_limits: Limits,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
     /// What a reboot of the guest does.
@@ -89,6 +92,7 @@ impl MachineConfig {
             nets: Vec::new(),
             serial: SerialConfig::default(),
             rng: true,
+            rng_limits: Limits::default(),
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
             host_workarounds: true,

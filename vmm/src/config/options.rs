@@ -152,6 +152,7 @@ impl MachineOptions {
             nets: self.nets.unwrap_or(defaults.nets),
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
+            rng_limits: defaults.rng_limits,
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),
             host_workarounds: self.host_workarounds.unwrap_or(defaults.host_workarounds),

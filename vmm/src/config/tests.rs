@@ -78,6 +78,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         ],
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
+        rng_limits: Limits::default(),
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
         host_workarounds: false,

@@ -105,6 +105,8 @@ pub(super) struct Worker {
     /// Until when writes to the page cache are taken to block.
     slow_writes_until: Option<Instant>,
     throttle: Arc<Throttle>,
+    /// Which queue is served first when limits allow more: each in turn, or the first would have all.
+    first_queue: usize,
     polling: Polling,
     tally: Tally,
     /// When the batch of requests that is being begun was.
@@ -141,6 +143,7 @@ impl Worker {
             has_written: false,
             slow_writes_until: None,
             throttle,
+            first_queue: 0,
             polling: Polling::new(options.polls),
             tally: Tally::default(),
             batch_since: Instant::now(),
@@ -493,6 +496,7 @@ impl Worker {
             TIMER_EVENT => {
                 self.loan.metrics().rate_limiter_event_count.add(1);
                 self.throttle.clear()?;
+                self.first_queue = (self.first_queue + 1) % self.queues.len();
                 self.ring_doorbells();
             }
             queue => {
@@ -563,7 +567,8 @@ impl Worker {
 
     /// Has all queues served, each in a turn of its own.
     fn ring_doorbells(&self) {
-        for queue in &self.queues {
+        let (last, first) = self.queues.split_at(self.first_queue);
+        for queue in first.iter().chain(last) {
             queue.ring_doorbell();
         }
     }

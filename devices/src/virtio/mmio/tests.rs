@@ -10,6 +10,7 @@ use vm_memory::Bytes;
 use super::*;
 use crate::InterruptLine;
 use crate::event_loop::Subscriber;
+use crate::rate_limiter::Limits;
 use crate::virtio::device_id;
 use crate::virtio::rng::Rng;
 
@@ -73,7 +74,7 @@ impl Machine {
         let interrupts = Arc::new(AtomicUsize::new(0));
         let line = Box::new(Counter(interrupts.clone()));
         let transport = MmioTransport::new(
-            Box::new(Rng::new().unwrap()),
+            Box::new(Rng::new(&Limits::default()).unwrap()),
             memory.clone(),
             event_loop.clone(),
             Arc::new(VirtioInterrupt::new("test device".to_string(), line)),
