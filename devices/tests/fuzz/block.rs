@@ -104,7 +104,6 @@ impl Target for BlockTarget {
                 operations: options.operations,
                 bytes: None,
             },
-            ..BlockOptions::default()
         };
         Box::new(Block::new(disk, "fuzzed disk", &options).unwrap())
     }
