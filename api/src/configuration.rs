@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::path::Path;
 
+use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
-    BlockEngineOption, CacheModeOption, DiskConfig, DiskId, InterfaceName, MachineConfig,
-    MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount,
+    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskId, GuestCid,
+    InterfaceName, MachineConfig, MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,7 @@ use crate::fault::Fault;
 use crate::request::check_name;
 use crate::resources::{
     Balloon, BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, Logger,
-    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, Serial, Vsock,
+    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial, Vsock,
 };
 
 /// The kernel command line where the client gives none, as Firecracker has it.
@@ -87,6 +88,12 @@ impl Configuration {
         for interface in self.network_interfaces {
             check_name(&interface.iface_id)?;
             checked.put_network_interface(interface)?;
+        }
+        if let Some(balloon) = self.balloon {
+            checked.put_balloon(balloon)?;
+        }
+        if let Some(vsock) = self.vsock {
+            checked.put_vsock(vsock)?;
         }
         checked.entropy = self.entropy;
         if let Some(serial) = self.serial {
@@ -170,6 +177,22 @@ impl Configuration {
         Ok(())
     }
 
+    pub(crate) fn put_balloon(&mut self, balloon: Balloon) -> Result<(), Fault> {
+        if balloon.free_page_hinting {
+            return Err(Fault::NotSupported {
+                what: "Free page hinting".to_string(),
+            });
+        }
+        self.balloon = Some(balloon);
+        Ok(())
+    }
+
+    pub(crate) fn put_vsock(&mut self, vsock: Vsock) -> Result<(), Fault> {
+        vsock_config(&vsock)?;
+        self.vsock = Some(vsock);
+        Ok(())
+    }
+
     pub(crate) fn put_serial(&mut self, serial: Serial) -> Result<(), Fault> {
         if serial.rate_limiter.is_some() {
             return Err(Fault::NotSupported {
@@ -223,6 +246,13 @@ impl Configuration {
             .map(net_config)
             .collect::<Result<_, _>>()?;
         config.rng = self.entropy.is_some();
+        let entropy_limiter = self
+            .entropy
+            .as_ref()
+            .and_then(|it| it.rate_limiter.as_ref());
+        config.rng_limits = RateLimiter::limits(entropy_limiter);
+        config.vsock = self.vsock.as_ref().map(vsock_config).transpose()?;
+        config.balloon = self.balloon.as_ref().map(balloon_config);
         config.serial = match &self.serial {
             Some(Serial {
                 serial_out_path: Some(path),
@@ -311,6 +341,7 @@ fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
             Some(IoEngine::Sync) => BlockEngineOption::Sync,
             Some(IoEngine::Async) => BlockEngineOption::IoUring,
         },
+        limits: Some(RateLimiter::limits(drive.rate_limiter.as_ref())),
         ..DiskConfig::new(path)
     })
 }
@@ -321,9 +352,33 @@ fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
     let mac = interface.guest_mac.as_deref().map(str::parse).transpose();
     let mtu = interface.mtu.map(|mtu| Mtu::try_from(i64::from(mtu)));
     Ok(NetConfig {
-        tap,
         mac: mac.map_err(Fault::value("guest_mac"))?,
         mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
-        queues: None,
+        limits: Some(net_limits(interface)),
+        ..NetConfig::new(tap)
+    })
+}
+
+pub(crate) fn net_limits(interface: &NetworkInterface) -> NetLimits {
+    NetLimits {
+        receive: RateLimiter::limits(interface.rx_rate_limiter.as_ref()),
+        transmit: RateLimiter::limits(interface.tx_rate_limiter.as_ref()),
+    }
+}
+
+fn balloon_config(balloon: &Balloon) -> BalloonConfig {
+    BalloonConfig {
+        size: BalloonSize::from_mib(balloon.amount_mib),
+        deflate_on_oom: balloon.deflate_on_oom,
+        reporting: balloon.free_page_reporting,
+        statistics: balloon.stats_polling_interval_s.into(),
+    }
+}
+
+fn vsock_config(vsock: &Vsock) -> Result<VsockConfig, Fault> {
+    let cid = GuestCid::try_from(i64::from(vsock.guest_cid)).map_err(Fault::value("guest_cid"))?;
+    Ok(VsockConfig {
+        cid,
+        socket: vsock.uds_path.clone(),
     })
 }

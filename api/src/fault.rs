@@ -70,6 +70,9 @@ pub enum Fault {
         /// What kind of device.
         kind: &'static str,
     },
+    /// Statistics are on for all of a machine's life or off.
+    #[error("Statistics of the balloon cannot be turned on or off after the start")]
+    BalloonStatistics,
     /// A value that cannot be used.
     #[error("Invalid {what}: {reason}")]
     Value {

@@ -1,5 +1,6 @@
 //! What the API speaks for: a configuration that clients put together, and the machine that is made of it.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use bantam_vmm::{Console, Controller, MachineMetrics, State};
@@ -7,13 +8,17 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::API_VERSION;
-use crate::configuration::{Configuration, file_fault};
+use crate::configuration::{Configuration, file_fault, net_limits};
 use crate::fault::Fault;
 use crate::metrics::{MetricsFile, ProcessTimes};
 use crate::request::Request;
 use crate::resources::{
-    Action, ActionType, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
+    Action, ActionType, BalloonUpdate, Drive, DriveUpdate, InstanceInformation, Logger, Metrics,
+    NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Version, Vm, VmState,
 };
+
+const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
+const NO_BALLOON_STATISTICS: Fault = Fault::BalloonStatistics;
 
 /// The log of the program, as far as clients can set it.
 pub trait ProgramLog: Send {
@@ -164,6 +169,48 @@ impl Instance {
                 self.change()?.put_network_interface(interface)?;
                 Ok(Reply::Done)
             }
+            Request::PatchDrive(update) => {
+                self.require_started()?;
+                self.update_drive(update)?;
+                Ok(Reply::Done)
+            }
+            Request::PatchNetworkInterface(update) => {
+                self.require_started()?;
+                self.update_network_interface(update)?;
+                Ok(Reply::Done)
+            }
+            Request::GetBalloon => {
+                let balloon = self.configuration.balloon.as_ref();
+                Reply::value(balloon.ok_or(NO_BALLOON)?)
+            }
+            Request::PutBalloon(balloon) => {
+                self.change()?.put_balloon(balloon)?;
+                Ok(Reply::Done)
+            }
+            Request::PatchBalloon(BalloonUpdate { amount_mib }) => {
+                self.require_started()?;
+                let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
+                self.controller.set_balloon_target(amount_mib)?;
+                balloon.amount_mib = amount_mib;
+                Ok(Reply::Done)
+            }
+            Request::GetBalloonStatistics => {
+                self.require_started()?;
+                let balloon = self.configuration.balloon.as_ref().ok_or(NO_BALLOON)?;
+                if balloon.stats_polling_interval_s == 0 {
+                    return Err(NO_BALLOON_STATISTICS);
+                }
+                Reply::value(&self.controller.balloon_statistics()?)
+            }
+            Request::PatchBalloonStatistics(update) => {
+                self.require_started()?;
+                self.update_balloon_interval(update.stats_polling_interval_s)?;
+                Ok(Reply::Done)
+            }
+            Request::PutVsock(vsock) => {
+                self.change()?.put_vsock(vsock)?;
+                Ok(Reply::Done)
+            }
             Request::PutEntropy(entropy) => {
                 self.change()?.entropy = Some(entropy);
                 Ok(Reply::Done)
@@ -190,6 +237,71 @@ impl Instance {
                 what: "This resource".to_string(),
             }),
         }
+    }
+
+    fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {
+        let is_it = |drive: &&Drive| drive.drive_id == update.drive_id;
+        let place = self
+            .configuration
+            .drives_in_order()
+            .position(|drive| is_it(&drive));
+        let drive = self.configuration.drives.iter_mut();
+        let (Some(place), Some(drive)) = (place, drive.into_iter().find(|drive| is_it(&&**drive)))
+        else {
+            return Err(Fault::NoSuchDevice {
+                kind: "drive",
+                id: update.drive_id,
+            });
+        };
+        // As also of an image that has become larger or smaller, a client says so by its path.
+        if let Some(path) = update.path_on_host {
+            if drive.path_on_host.as_ref() == Some(&path) {
+                self.controller.update_disk_size(place)?;
+            } else {
+                self.controller.replace_disk(place, &path)?;
+            }
+            drive.path_on_host = Some(path);
+        }
+        if let Some(limiter) = update.rate_limiter {
+            let limiter = limiter.applied_to(drive.rate_limiter);
+            let limits = RateLimiter::limits(Some(&limiter));
+            self.controller.set_disk_limits(place, &limits)?;
+            drive.rate_limiter = Some(limiter);
+        }
+        Ok(())
+    }
+
+    fn update_network_interface(&mut self, update: NetworkInterfaceUpdate) -> Result<(), Fault> {
+        let interfaces = &mut self.configuration.network_interfaces;
+        let is_it = |interface: &NetworkInterface| interface.iface_id == update.iface_id;
+        let Some(place) = interfaces.iter().position(is_it) else {
+            return Err(Fault::NoSuchDevice {
+                kind: "network interface",
+                id: update.iface_id,
+            });
+        };
+        let interface = &mut interfaces[place];
+        let applied = |update: Option<RateLimiter>, before: Option<RateLimiter>| match update {
+            Some(update) => Some(update.applied_to(before)),
+            None => before,
+        };
+        interface.rx_rate_limiter = applied(update.rx_rate_limiter, interface.rx_rate_limiter);
+        interface.tx_rate_limiter = applied(update.tx_rate_limiter, interface.tx_rate_limiter);
+        let limits = net_limits(interface);
+        self.controller.set_network_limits(place, &limits)?;
+        Ok(())
+    }
+
+    fn update_balloon_interval(&mut self, seconds: u16) -> Result<(), Fault> {
+        let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
+        let before = balloon.stats_polling_interval_s;
+        match NonZeroU32::new(seconds.into()) {
+            Some(interval) if before != 0 => self.controller.set_balloon_interval(interval)?,
+            None if before == 0 => {}
+            _ => return Err(NO_BALLOON_STATISTICS),
+        }
+        balloon.stats_polling_interval_s = seconds;
+        Ok(())
     }
 
     fn act(&mut self, action: ActionType) -> Result<Reply, Fault> {

@@ -61,9 +61,8 @@ pub struct RunArgs {
     ///
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
-    /// readonly and id; a network device is a table [[net]] with the keys tap, mac, mtu
-    /// and queues; the socket device is a table [vsock] with the keys cid and socket, and a balloon a
-    /// table [balloon] with the keys of --balloon.
+    /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so
+    /// on; the socket device is a table [vsock], and a balloon a table [balloon].
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
     /// devices.
@@ -123,8 +122,15 @@ pub struct RunArgs {
     ///
     /// NAME is a tap interface of the host, MAC the address of the guest's end. mtu is the largest
     /// packet in bytes; queues, 1 to 8, how many pairs of queues the device has [default: one for
-    /// each vCPU, where the tap has them].
-    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,mtu=N][,queues=N]")]
+    /// each vCPU, where the tap has them]. iothread=on gives the device a thread of its own.
+    ///
+    /// rx-bytes-per-second=N and rx-packets-per-second=N, such as 10M or 500, limit what the guest
+    /// receives, and the same with tx what it transmits; rx-burst-bytes=N, rx-burst-packets=N,
+    /// tx-burst-bytes=N and tx-burst-packets=N say how much may come at once after a rest.
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]..."
+    )]
     pub nets: Vec<NetConfig>,
 
     /// Socket device (virtio-vsock), by which programs here and in the guest connect to one another

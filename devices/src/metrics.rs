@@ -15,7 +15,10 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// Adds `count`.
     pub fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
+        // Most are not changed most of the time, and a look is cheaper than a change.
+        if count > 0 {
+            self.0.fetch_add(count, Ordering::Relaxed);
+        }
     }
 
     /// The total so far.
@@ -30,11 +33,13 @@ impl Serialize for Counter {
     }
 }
 
-/// How long something took, in microseconds: the least, the most and all times together.
+/// How long something took: the least, the most and all times together.
 ///
-/// It serializes as an object of `min_us`, `max_us` and `sum_us`, all zero before the first time.
+/// It serializes as an object of `min_us`, `max_us` and `sum_us`, in microseconds, all zero before
+/// the first time.
 #[derive(Debug)]
 pub struct Latency {
+    /// These are in nanoseconds.
     least: AtomicU64,
     most: AtomicU64,
     sum: AtomicU64,
@@ -51,23 +56,51 @@ impl Default for Latency {
 }
 
 impl Latency {
-    /// Counts something that took `time`.
-    pub fn record(&self, time: Duration) {
-        let time = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        self.least.fetch_min(time, Ordering::Relaxed);
-        self.most.fetch_max(time, Ordering::Relaxed);
-        self.sum.fetch_add(time, Ordering::Relaxed);
+    /// Counts what `times` holds, which is empty afterwards.
+    pub(crate) fn record(&self, times: &mut Times) {
+        let Some((least, most)) = std::mem::take(&mut times.range) else {
+            return;
+        };
+        self.least.fetch_min(nanoseconds(least), Ordering::Relaxed);
+        self.most.fetch_max(nanoseconds(most), Ordering::Relaxed);
+        let sum = nanoseconds(std::mem::take(&mut times.sum));
+        self.sum.fetch_add(sum, Ordering::Relaxed);
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Serialize for Latency {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let most = self.most.load(Ordering::Relaxed);
+        let microseconds = |field: &AtomicU64| field.load(Ordering::Relaxed) / 1000;
+        let most = microseconds(&self.most);
         let mut fields = serializer.serialize_struct("Latency", 3)?;
-        fields.serialize_field("min_us", &self.least.load(Ordering::Relaxed).min(most))?;
+        fields.serialize_field("min_us", &microseconds(&self.least).min(most))?;
         fields.serialize_field("max_us", &most)?;
-        fields.serialize_field("sum_us", &self.sum.load(Ordering::Relaxed))?;
+        fields.serialize_field("sum_us", &microseconds(&self.sum))?;
         fields.end()
+    }
+}
+
+/// Times that one thread puts together before it counts them, as that takes longer than a packet or
+/// request can wait.
+#[derive(Debug, Default)]
+pub(crate) struct Times {
+    /// The least and the most.
+    range: Option<(Duration, Duration)>,
+    sum: Duration,
+}
+
+impl Times {
+    /// Adds `count` things, each of which took `time`.
+    pub(crate) fn add(&mut self, time: Duration, count: u32) {
+        if count > 0 {
+            let (least, most) = self.range.unwrap_or((time, time));
+            self.range = Some((least.min(time), most.max(time)));
+            self.sum += time * count;
+        }
     }
 }
 
@@ -80,9 +113,16 @@ mod tests {
         let latency = Latency::default();
         let json = |latency: &Latency| serde_json::to_string(latency).unwrap();
         assert_eq!(json(&latency), r#"{"min_us":0,"max_us":0,"sum_us":0}"#);
-        for time in [30, 10, 20] {
-            latency.record(Duration::from_micros(time));
+        let mut times = Times::default();
+        times.add(Duration::from_micros(5), 0);
+        for (time, count) in [(30, 1), (10, 2)] {
+            times.add(Duration::from_micros(time), count);
         }
-        assert_eq!(json(&latency), r#"{"min_us":10,"max_us":30,"sum_us":60}"#);
+        latency.record(&mut times);
+        // Those that have been counted are not counted again.
+        latency.record(&mut times);
+        times.add(Duration::from_nanos(20_500), 2);
+        latency.record(&mut times);
+        assert_eq!(json(&latency), r#"{"min_us":10,"max_us":30,"sum_us":91}"#);
     }
 }

@@ -315,28 +315,29 @@ fn a_balloon_follows_its_owner() {
     config.memory = "64M".parse().unwrap();
     config.balloon = Some("size=4M,statistics=3600".parse().unwrap());
     let (machine, mut output) = started(&config);
-    let balloon = machine.balloon().expect("there is one");
     for (mib, pages) in [(4, 1024), (20, 5120), (8, 2048), (0, 0), (1, 256)] {
-        balloon.set_target(mib).unwrap();
+        machine.set_balloon_target(mib).unwrap();
         read_until(&mut output, &format!("actual {pages}\n"));
-        let statistics = balloon.statistics();
+        let statistics = machine.balloon_statistics().unwrap();
         assert_eq!((statistics.target_mib, statistics.actual_mib), (mib, mib));
         assert_eq!(statistics.actual_pages, pages);
     }
-    let error = balloon.set_target(65).unwrap_err().to_string();
+    let error = machine.set_balloon_target(65).unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
 
     // The first come by themselves, the next with each change of the interval.
     for given in 1..=3 {
         let deadline = Instant::now() + Duration::from_secs(30);
-        while balloon.statistics().guest.free_memory != Some(given) {
-            assert!(Instant::now() < deadline, "{:?}", balloon.statistics());
+        let statistics = || machine.balloon_statistics().unwrap();
+        while statistics().guest.free_memory != Some(given) {
+            assert!(Instant::now() < deadline, "{:?}", statistics());
             thread::sleep(Duration::from_millis(1));
         }
         let hour = NonZeroU32::new(3600).unwrap();
-        balloon.set_statistics_interval(hour).unwrap();
+        machine.set_balloon_interval(hour).unwrap();
     }
-    let metrics = balloon.metrics();
+    let metrics = machine.metrics().unwrap();
+    let metrics = metrics.balloon.as_ref().unwrap();
     assert!(metrics.inflate_count.total() > 0 && metrics.deflate_count.total() > 0);
     assert_eq!(metrics.event_fails.total(), 0);
     machine.stop();

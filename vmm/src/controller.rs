@@ -1,19 +1,23 @@
 //! The one owner of a machine's life: what may be asked of a machine in which state, and its answers.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use bantam_devices::InterruptLine;
+use bantam_devices::rate_limiter::Limits;
+use bantam_devices::virtio::balloon::BalloonStatistics;
+use bantam_devices::virtio::net::NetLimits;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::MachineConfig;
 use crate::control::{Control, ExitReason, lock, wait};
+use crate::device_controls::DeviceControls;
 use crate::error::Error;
-use crate::machine::{Devices, Machine};
+use crate::machine::Machine;
 use crate::metrics::MachineMetrics;
 use crate::serial::Console;
 
@@ -83,6 +87,40 @@ pub enum Command {
         /// Which disk, counted from zero as in the configuration.
         disk: usize,
     },
+    /// Puts another image in the place of that of a disk, with the same cache mode, and lets the guest
+    /// know.
+    ReplaceDisk {
+        /// Which disk, counted from zero as in the configuration.
+        disk: usize,
+        /// The other image.
+        path: PathBuf,
+    },
+    /// Sets other limits of a disk.
+    SetDiskLimits {
+        /// Which disk, counted from zero as in the configuration.
+        disk: usize,
+        /// The limits.
+        limits: Limits,
+    },
+    /// Sets other limits of a network device.
+    SetNetworkLimits {
+        /// Which network device, counted from zero as in the configuration.
+        network: usize,
+        /// The limits.
+        limits: NetLimits,
+    },
+    /// Asks the guest to give up so much memory in all. It does so in its own time and as far as it can.
+    SetBalloonTarget {
+        /// How much in MiB.
+        mib: u32,
+    },
+    /// Changes how often the guest is asked for statistics of its memory, and asks it for the first.
+    SetBalloonInterval {
+        /// How often.
+        seconds: NonZeroU32,
+    },
+    /// Asks for the size of the balloon, and what the guest said last of its memory.
+    BalloonStatistics,
     /// Asks for the counters.
     Metrics,
 }
@@ -96,6 +134,8 @@ pub enum Answer {
     State(State),
     /// To [`Command::UpdateDiskSize`]: the size in bytes.
     DiskSize(u64),
+    /// To [`Command::BalloonStatistics`].
+    BalloonStatistics(BalloonStatistics),
     /// To [`Command::Metrics`].
     Metrics(Arc<MachineMetrics>),
 }
@@ -138,6 +178,16 @@ impl Controller {
             Command::Query => return Ok(Answer::State(self.state())),
             Command::UpdateDiskSize { disk } => {
                 return Ok(Answer::DiskSize(self.update_disk_size(disk)?));
+            }
+            Command::ReplaceDisk { disk, path } => self.replace_disk(disk, &path)?,
+            Command::SetDiskLimits { disk, limits } => self.set_disk_limits(disk, &limits)?,
+            Command::SetNetworkLimits { network, limits } => {
+                self.set_network_limits(network, &limits)?;
+            }
+            Command::SetBalloonTarget { mib } => self.set_balloon_target(mib)?,
+            Command::SetBalloonInterval { seconds } => self.set_balloon_interval(seconds)?,
+            Command::BalloonStatistics => {
+                return Ok(Answer::BalloonStatistics(self.balloon_statistics()?));
             }
             Command::Metrics => return Ok(Answer::Metrics(self.metrics()?)),
         }
@@ -251,9 +301,9 @@ impl Controller {
     /// # Errors
     /// When the machine does not run, or the host refuses to deliver the interrupt.
     pub fn press_power_button(&self) -> Result<(), Error> {
-        let devices = self.0.devices("press the power button")?;
-        let pressed = devices.power_button.trigger();
-        pressed.map_err(Error::resource("the interrupt of the power button"))
+        self.0
+            .devices("press the power button")?
+            .press_power_button()
     }
 
     /// [`Command::Stop`].
@@ -273,14 +323,63 @@ impl Controller {
     /// keeps the one it has.
     pub fn update_disk_size(&self, disk: usize) -> Result<u64, Error> {
         let devices = self.0.devices("update the size of a disk")?;
-        let (path, disk) = devices.disks.get(disk).ok_or(Error::NoSuchDisk {
-            index: disk,
-            count: devices.disks.len(),
-        })?;
-        disk.update_size().map_err(|source| Error::DiskSize {
-            path: path.clone(),
-            source,
-        })
+        devices.update_disk_size(disk)
+    }
+
+    /// [`Command::ReplaceDisk`]. Requests that are under way are finished first.
+    ///
+    /// # Errors
+    /// When the machine does not run, there is no such disk, or the image cannot be used; the disk then
+    /// keeps the one it has, but for an error of [`ReplaceError::Flush`](crate::ReplaceError).
+    pub fn replace_disk(&self, disk: usize, path: &Path) -> Result<(), Error> {
+        let devices = self.0.devices("replace a disk")?;
+        devices.replace_disk(disk, path)
+    }
+
+    /// [`Command::SetDiskLimits`]. A limit that is the same as before goes on where it is; any other begins
+    /// with a full bucket.
+    ///
+    /// # Errors
+    /// When the machine does not run or there is no such disk.
+    pub fn set_disk_limits(&self, disk: usize, limits: &Limits) -> Result<(), Error> {
+        let devices = self.0.devices("set the limits of a disk")?;
+        devices.set_disk_limits(disk, limits)
+    }
+
+    /// [`Command::SetNetworkLimits`], otherwise as [`Controller::set_disk_limits`].
+    ///
+    /// # Errors
+    /// When the machine does not run or there is no such network device.
+    pub fn set_network_limits(&self, network: usize, limits: &NetLimits) -> Result<(), Error> {
+        let devices = self.0.devices("set the limits of a network device")?;
+        devices.set_network_limits(network, limits)
+    }
+
+    /// [`Command::SetBalloonTarget`].
+    ///
+    /// # Errors
+    /// When the machine does not run, has no balloon, or has less memory.
+    pub fn set_balloon_target(&self, mib: u32) -> Result<(), Error> {
+        let devices = self.0.devices("change the size of the balloon")?;
+        devices.set_balloon_target(mib)
+    }
+
+    /// [`Command::SetBalloonInterval`].
+    ///
+    /// # Errors
+    /// When the machine does not run, or has no balloon with statistics.
+    pub fn set_balloon_interval(&self, seconds: NonZeroU32) -> Result<(), Error> {
+        let devices = self.0.devices("change the interval of statistics")?;
+        devices.set_balloon_interval(seconds)
+    }
+
+    /// [`Command::BalloonStatistics`].
+    ///
+    /// # Errors
+    /// When the machine does not run or has no balloon.
+    pub fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {
+        let devices = self.0.devices("look at the balloon")?;
+        devices.balloon_statistics()
     }
 
     /// [`Command::Metrics`]. They can be read at any time from then on.
@@ -396,7 +495,7 @@ impl Owner {
     }
 
     /// The devices of a machine that runs or is paused.
-    fn devices(&self, action: &'static str) -> Result<Arc<Devices>, Error> {
+    fn devices(&self, action: &'static str) -> Result<Arc<DeviceControls>, Error> {
         match &*self.life() {
             Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
                 if !self.control.is_stopping() =>

@@ -1,7 +1,6 @@
 //! The devices of the machine: buses, windows, interrupts and doorbells.
 
 use std::num::NonZeroU32;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use bantam_arch::acpi::{self, VirtioMmioWindow};
@@ -11,15 +10,15 @@ use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
-use bantam_devices::rate_limiter::RateLimit;
+use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
-use bantam_devices::virtio::net::Net;
-use bantam_devices::virtio::rng::Rng;
-use bantam_devices::virtio::vsock::Vsock;
+use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
+use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
+use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory, ListeningSocket};
 
@@ -89,8 +88,17 @@ pub(crate) fn attach_serial(
 /// The disks of a machine.
 #[derive(Default)]
 pub(crate) struct AttachedDisks {
-    /// The devices, with the paths by which their images were opened.
-    pub(crate) disks: Vec<(PathBuf, BlockControl)>,
+    /// The devices.
+    pub(crate) disks: Vec<BlockControl>,
+    /// The threads of those that have one of their own.
+    pub(crate) threads: Vec<EventLoopThread>,
+}
+
+/// The network devices of a machine.
+#[derive(Default)]
+pub(crate) struct AttachedNetworks {
+    /// The devices.
+    pub(crate) networks: Vec<NetControl>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -149,8 +157,10 @@ impl<'a> VirtioDevices<'a> {
                 },
                 queues: config.queue_count(vcpus),
                 polls: config.poll,
-                bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
-                operations: rate_limit(config.operations_per_second, config.burst_operations),
+                limits: config.limits.unwrap_or_else(|| Limits {
+                    bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
+                    operations: rate_limit(config.operations_per_second, config.burst_operations),
+                }),
             };
             let file = DiskFile::open(&config.path, config.readonly, cache)?;
             let id = match &config.id {
@@ -162,17 +172,13 @@ impl<'a> VirtioDevices<'a> {
                 source,
             })?;
             let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
-            let block_control = block.control(interrupt.clone());
-            disks.disks.push((config.path.clone(), block_control));
-            let event_loop = if config.iothread {
-                let thread_name = format!("bantam-io{index}");
-                let thread = EventLoopThread::start(&thread_name, control.clone())?;
-                let event_loop = thread.handle.clone();
-                disks.threads.push(thread);
-                event_loop
-            } else {
-                self.event_loop.clone()
-            };
+            disks.disks.push(block.control(interrupt.clone()));
+            let event_loop = self.event_loop_for(
+                config.iothread,
+                &format!("bantam-io{index}"),
+                control,
+                &mut disks.threads,
+            )?;
             self.attach_to(event_loop, interrupt, Box::new(block))?;
         }
         Ok(disks)
@@ -183,8 +189,10 @@ impl<'a> VirtioDevices<'a> {
         &mut self,
         configs: &[NetConfig],
         vcpu_count: u8,
-    ) -> Result<(), Error> {
-        for config in configs {
+        control: &Arc<Control>,
+    ) -> Result<AttachedNetworks, Error> {
+        let mut networks = AttachedNetworks::default();
+        for (index, config) in configs.iter().enumerate() {
             let mtu = config.mtu.map(Mtu::get);
             let useful = vcpu_count.min(QueuePairs::MAX);
             let queues = match config.queues {
@@ -199,17 +207,54 @@ impl<'a> VirtioDevices<'a> {
                     config.tap
                 );
             }
-            let device = Net::new(tap, config.mac_address().bytes(), mtu);
-            self.attach(
-                format!("network interface '{}'", config.tap),
-                Box::new(device),
+            let limits = config.limits.unwrap_or_else(|| NetLimits {
+                receive: Limits {
+                    bytes: rate_limit(config.rx_bytes_per_second, config.rx_burst_bytes),
+                    operations: rate_limit(config.rx_packets_per_second, config.rx_burst_packets),
+                },
+                transmit: Limits {
+                    bytes: rate_limit(config.tx_bytes_per_second, config.tx_burst_bytes),
+                    operations: rate_limit(config.tx_packets_per_second, config.tx_burst_packets),
+                },
+            });
+            let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits)
+                .map_err(Error::resource("the timers of a network interface"))?;
+            networks.networks.push(net.control());
+            let interrupt = self.next_interrupt(format!("network interface '{}'", config.tap))?;
+            let event_loop = self.event_loop_for(
+                config.iothread,
+                &format!("bantam-net{index}"),
+                control,
+                &mut networks.threads,
             )?;
+            self.attach_to(event_loop, interrupt, Box::new(net))?;
         }
-        Ok(())
+        Ok(networks)
+    }
+
+    /// The event loop of a device: one on a thread of its own, which is added to `threads`, where it
+    /// is to have one.
+    fn event_loop_for(
+        &self,
+        has_own: bool,
+        thread_name: &str,
+        control: &Arc<Control>,
+        threads: &mut Vec<EventLoopThread>,
+    ) -> Result<EventLoop, Error> {
+        if !has_own {
+            return Ok(self.event_loop.clone());
+        }
+        let thread = EventLoopThread::start(thread_name, control.clone())?;
+        let event_loop = thread.handle.clone();
+        threads.push(thread);
+        Ok(event_loop)
     }
 
     /// Attaches the socket device that `config` describes.
-    pub(crate) fn attach_vsock(&mut self, config: &VsockConfig) -> Result<(), Error> {
+    pub(crate) fn attach_vsock(
+        &mut self,
+        config: &VsockConfig,
+    ) -> Result<Arc<VsockMetrics>, Error> {
         let path = &config.socket;
         let listener = ListeningSocket::bind(path).map_err(|source| Error::Vsock {
             path: path.clone(),
@@ -217,16 +262,18 @@ impl<'a> VirtioDevices<'a> {
             source,
         })?;
         let device = Vsock::new(config.cid.get(), listener);
-        self.attach(
-            format!("socket device '{}'", path.display()),
-            Box::new(device),
-        )
+        let metrics = device.metrics();
+        let name = format!("socket device '{}'", path.display());
+        self.attach(name, Box::new(device))?;
+        Ok(metrics)
     }
 
     /// Attaches an entropy device.
-    pub(crate) fn attach_entropy(&mut self) -> Result<(), Error> {
-        let rng = Rng::new().map_err(Error::resource("the entropy device"))?;
-        self.attach("entropy device".to_string(), Box::new(rng))
+    pub(crate) fn attach_entropy(&mut self, limits: &Limits) -> Result<Arc<EntropyMetrics>, Error> {
+        let rng = Rng::new(limits).map_err(Error::resource("the entropy device"))?;
+        let metrics = rng.metrics();
+        self.attach("entropy device".to_string(), Box::new(rng))?;
+        Ok(metrics)
     }
 
     /// Attaches the balloon that `config` describes.
@@ -291,9 +338,6 @@ impl<'a> VirtioDevices<'a> {
 }
 
 fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
-    let limit = RateLimit::per_second(per_second?.get());
-    Some(RateLimit {
-        burst: burst.map_or(limit.burst, Quantity::get),
-        ..limit
-    })
+    let burst = burst.map(Quantity::get);
+    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use bantam_devices::disk::DiskError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
+use bantam_devices::virtio::block::ReplaceError;
 
 use crate::config::ConfigError;
 use crate::controller::State;
@@ -115,6 +116,17 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
+    /// The machine has fewer network devices.
+    #[error("cannot change network device {index}: the machine has {count}, counted from 0")]
+    NoSuchNetwork {
+        /// Which was asked for, counted from zero.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The machine has no balloon.
+    #[error("the machine has no balloon: give it one before it starts")]
+    NoBalloon,
     /// The new size of a disk cannot be used.
     #[error("cannot change the size of disk '{path}': {source}", path = .path.display())]
     DiskSize {
@@ -123,6 +135,9 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// A disk cannot be replaced.
+    #[error(transparent)]
+    ReplaceDisk(#[from] ReplaceError),
     /// A disk is to be served by io_uring, and the host has none.
     #[error(
         "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \

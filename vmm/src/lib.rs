@@ -24,6 +24,7 @@
 pub mod config;
 mod control;
 mod controller;
+mod device_controls;
 mod devices;
 mod error;
 mod event_loop;
@@ -36,10 +37,14 @@ mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::virtio::balloon::{
-    BalloonControl, BalloonError, BalloonMetrics, BalloonOptions, BalloonStatistics,
-    GuestStatistics,
+    BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics,
 };
+pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
+pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
+pub use bantam_devices::virtio::rng::EntropyMetrics;
+pub use bantam_devices::virtio::vsock::VsockMetrics;
 pub use control::ExitReason;
 pub use controller::{Answer, Command, Controller, State};
 pub use error::Error;

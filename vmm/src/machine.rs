@@ -1,6 +1,6 @@
 //! A machine: how it is put together, its threads, and their end.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -9,13 +9,11 @@ use bantam_arch::memory_map::ram_regions;
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
-use bantam_devices::virtio::balloon::BalloonControl;
-use bantam_devices::virtio::block::BlockControl;
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
+use crate::device_controls::DeviceControls;
 use crate::devices::{VirtioDevices, attach_boot_timer, attach_power_control, attach_serial};
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
@@ -26,18 +24,6 @@ use crate::serial::{Console, SerialGuard};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
 
-/// What a machine's owner can do with its devices from any thread while the guest uses them, and what
-/// they count.
-pub(crate) struct Devices {
-    pub(crate) power_button: EventFd,
-    /// With the paths by which their images were opened.
-    pub(crate) disks: Vec<(PathBuf, BlockControl)>,
-    pub(crate) balloon: Option<BalloonControl>,
-    pub(crate) metrics: Arc<MachineMetrics>,
-    /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
-    pub(crate) serial_path: Option<PathBuf>,
-}
-
 /// A virtual machine with all its threads. One that is dropped is stopped first.
 pub(crate) struct Machine {
     control: Arc<Control>,
@@ -45,7 +31,7 @@ pub(crate) struct Machine {
     environment: Arc<VcpuEnvironment>,
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
-    devices: Arc<Devices>,
+    devices: Arc<DeviceControls>,
     _serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -74,13 +60,15 @@ impl Machine {
         }
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
-        virtio.attach_networks(&config.nets, config.cpus.get())?;
-        if let Some(vsock) = &config.vsock {
-            virtio.attach_vsock(vsock)?;
-        }
-        if config.rng {
-            virtio.attach_entropy()?;
-        }
+        let networks = virtio.attach_networks(&config.nets, config.cpus.get(), control)?;
+        let vsock = match &config.vsock {
+            Some(vsock) => Some(virtio.attach_vsock(vsock)?),
+            None => None,
+        };
+        let entropy = match config.rng {
+            true => Some(virtio.attach_entropy(&config.rng_limits)?),
+            false => None,
+        };
         let balloon = match &config.balloon {
             Some(balloon) => Some(virtio.attach_balloon(balloon)?),
             None => None,
@@ -94,6 +82,19 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
+            disks: disks
+                .disks
+                .iter()
+                .map(|disk| disk.metrics().clone())
+                .collect(),
+            networks: networks
+                .networks
+                .iter()
+                .map(|net| net.metrics().clone())
+                .collect(),
+            vsock,
+            entropy,
+            balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
         };
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
@@ -105,10 +106,16 @@ impl Machine {
             control: control.clone(),
             vcpus,
             vcpu_threads: Vec::new(),
-            event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
-            devices: Arc::new(Devices {
+            event_loops: disks
+                .threads
+                .into_iter()
+                .chain(networks.threads)
+                .chain([event_loop])
+                .collect(),
+            devices: Arc::new(DeviceControls {
                 power_button,
                 disks: disks.disks,
+                networks: networks.networks,
                 balloon,
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
@@ -142,7 +149,7 @@ impl Machine {
         self.vcpu_threads.len()
     }
 
-    pub(crate) fn devices(&self) -> &Arc<Devices> {
+    pub(crate) fn devices(&self) -> &Arc<DeviceControls> {
         &self.devices
     }
 
@@ -159,9 +166,10 @@ impl Machine {
             event_loop.end();
         }
         let mut flushed = Ok(());
-        for (path, disk) in &self.devices.disks {
-            if let Err(source) = flush_at_end(disk.disk()) {
-                let path = path.clone();
+        for disk in &self.devices.disks {
+            let disk = disk.disk();
+            if let Err(source) = flush_at_end(&disk) {
+                let path = disk.path().to_path_buf();
                 let error = Error::Flush { path, source };
                 tracing::error!("{error}");
                 flushed = flushed.and(Err(error));

@@ -2,6 +2,11 @@
 
 use std::sync::Arc;
 
+use bantam_devices::virtio::balloon::BalloonMetrics;
+use bantam_devices::virtio::block::BlockMetrics;
+use bantam_devices::virtio::net::NetMetrics;
+use bantam_devices::virtio::rng::EntropyMetrics;
+use bantam_devices::virtio::vsock::VsockMetrics;
 use serde::Serialize;
 
 pub use crate::vcpu::VcpuMetrics;
@@ -12,4 +17,14 @@ pub use crate::vcpu::VcpuMetrics;
 pub struct MachineMetrics {
     /// Of each vCPU.
     pub vcpus: Vec<Arc<VcpuMetrics>>,
+    /// Of each disk, as in the configuration.
+    pub disks: Vec<Arc<BlockMetrics>>,
+    /// Of each network device, as in the configuration.
+    pub networks: Vec<Arc<NetMetrics>>,
+    /// Of the socket device, if there is one.
+    pub vsock: Option<Arc<VsockMetrics>>,
+    /// Of the entropy device, if there is one.
+    pub entropy: Option<Arc<EntropyMetrics>>,
+    /// Of the balloon, if there is one.
+    pub balloon: Option<Arc<BalloonMetrics>>,
 }

@@ -1,5 +1,8 @@
 //! Limits of what a device does in a time.
 
+use std::time::Duration;
+
+use bantam_vmm::{Limits, RateLimit};
 use serde::{Deserialize, Serialize};
 
 /// Limits of bytes and of operations.
@@ -14,6 +17,26 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
+impl RateLimiter {
+    /// The limits; none where there is no limiter.
+    pub(crate) fn limits(limiter: Option<&RateLimiter>) -> Limits {
+        let limiter = limiter.copied().unwrap_or_default();
+        Limits {
+            bytes: limiter.bandwidth.as_ref().and_then(TokenBucket::rate_limit),
+            operations: limiter.ops.as_ref().and_then(TokenBucket::rate_limit),
+        }
+    }
+
+    /// `before` with the limits that this sets; those that it leaves out stay.
+    pub(crate) fn applied_to(self, before: Option<RateLimiter>) -> RateLimiter {
+        let before = before.unwrap_or_default();
+        RateLimiter {
+            bandwidth: self.bandwidth.or(before.bandwidth),
+            ops: self.ops.or(before.ops),
+        }
+    }
+}
+
 /// A limit as a bucket: what is done takes tokens from it, and it fills up with time. One of size zero or
 /// with no time to refill limits nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,4 +49,15 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which it fills up.
     pub refill_time: u64,
+}
+
+impl TokenBucket {
+    fn rate_limit(&self) -> Option<RateLimit> {
+        let limits = self.size > 0 && self.refill_time > 0;
+        limits.then(|| RateLimit {
+            size: self.size,
+            refill_time: Duration::from_millis(self.refill_time),
+            one_time_burst: self.one_time_burst.unwrap_or(0),
+        })
+    }
 }

@@ -7,7 +7,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -86,6 +86,7 @@ struct Alignment {
 /// An open raw disk image, locked against other users for as long as it is open.
 #[derive(Debug)]
 pub struct DiskFile {
+    path: PathBuf,
     file: File,
     /// For requests that are not aligned, where the usual file bypasses the page cache.
     buffered: Option<(File, Alignment)>,
@@ -191,6 +192,7 @@ impl DiskFile {
             buffered = Some((std::mem::replace(&mut usual, direct), alignment));
         }
         Ok(DiskFile {
+            path: path.to_path_buf(),
             file: usual,
             buffered,
             size: AtomicU64::new(size),
@@ -200,6 +202,11 @@ impl DiskFile {
             logical_block_size,
             physical_block_size: physical_block_size.max(logical_block_size),
         })
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Size in bytes, a multiple of [`SECTOR_SIZE`].
@@ -351,11 +358,12 @@ impl DiskFile {
     }
 
     /// Makes a range read as zeroes; with `deallocate` by giving its storage back, where the host
-    /// can do so and still reads zeroes.
+    /// can do so and still reads zeroes. Gives how many bytes were written for that, as far as it is
+    /// known: a block device may write all of them.
     ///
     /// # Errors
     /// As `fallocate` and `pwrite`, or the block device's.
-    pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
+    pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<u64> {
         let zeroed = if self.is_block_device {
             // SAFETY: the request reads two u64 from the place it is given.
             let done = unsafe { block_device::zero_out(self.file.as_raw_fd(), &[offset, len]) };
@@ -366,8 +374,13 @@ impl DiskFile {
             self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
         };
         match zeroed {
-            Err(error) if is_unsupported(&error) => self.fill_with_zeroes(offset, len),
-            result => result,
+            Ok(()) if self.is_block_device => Ok(len),
+            Ok(()) => Ok(0),
+            Err(error) if is_unsupported(&error) => {
+                self.fill_with_zeroes(offset, len)?;
+                Ok(len)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -17,6 +17,7 @@ mod rings;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;
+mod throttle;
 pub mod vsock;
 
 // A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
@@ -30,6 +31,7 @@ pub use buffers::{BufferError, FilePosition, GuestBuffers};
 pub use config_space::ConfigSpace;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
+use throttle::Throttle;
 
 use crate::GuestMemory;
 use crate::event_loop::Subscriber;

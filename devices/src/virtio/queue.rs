@@ -352,11 +352,27 @@ impl VirtQueue {
         &mut self,
         chain: &mut Chain,
         interrupt: &VirtioInterrupt,
+        handle: impl FnMut(&mut Chain) -> Result<u32, E>,
+    ) -> Result<(), E> {
+        self.serve_while(chain, interrupt, || Ok(true), handle)
+    }
+
+    /// As [`VirtQueue::serve`], as long as `may_go_on` says so, which is asked before each chain.
+    /// Where it does not, the doorbell is left disabled: whoever said so sees to it that the queue is
+    /// served again.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::serve`], and those of `may_go_on`.
+    pub(super) fn serve_while<E: From<QueueError>>(
+        &mut self,
+        chain: &mut Chain,
+        interrupt: &VirtioInterrupt,
+        mut may_go_on: impl FnMut() -> Result<bool, E>,
         mut handle: impl FnMut(&mut Chain) -> Result<u32, E>,
     ) -> Result<(), E> {
         self.disable_doorbell();
         let mut served = false;
-        let result = self.serve_turn(chain, &mut served, &mut handle);
+        let result = self.serve_turn(chain, &mut served, &mut may_go_on, &mut handle);
         // The driver hears of what was done, even when it has broken the rules after that.
         if served && self.needs_interrupt() {
             interrupt.notify_used_buffer();
@@ -368,10 +384,14 @@ impl VirtQueue {
         &mut self,
         chain: &mut Chain,
         served: &mut bool,
+        may_go_on: &mut impl FnMut() -> Result<bool, E>,
         handle: &mut impl FnMut(&mut Chain) -> Result<u32, E>,
     ) -> Result<(), E> {
         let start = Instant::now();
         for _ in 0..self.size {
+            if !may_go_on()? {
+                return Ok(());
+            }
             if !self.pop(chain)? {
                 break;
             }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bantam_devices::event_loop::Subscriber;
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
-use bantam_devices::virtio::net::Net;
+use bantam_devices::virtio::net::{Net, NetLimits};
 use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
@@ -78,8 +78,9 @@ impl NetTarget {
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             SockProtocol::EthAll,
         );
+        let net = Net::new(tap, [2, 0, 0, 0, 0, 1], None, &NetLimits::default());
         Some(NetTarget {
-            net: Arc::new(Mutex::new(Net::new(tap, [2, 0, 0, 0, 0, 1], None))),
+            net: Arc::new(Mutex::new(net.unwrap())),
             host: host.unwrap(),
             interface: if_nametoindex(TAP).unwrap() as i32,
         })

@@ -1,5 +1,6 @@
 //! The transport, with the simplest device behind it.
 
+use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::rng::Rng;
 
@@ -14,7 +15,7 @@ impl Target for RngTarget {
     type Options = ();
 
     fn device(&mut self, (): &()) -> Box<dyn VirtioDevice> {
-        Box::new(Rng::new().unwrap())
+        Box::new(Rng::new(&Limits::default()).unwrap())
     }
 
     fn requests(driver: &mut Driver) -> Vec<Operation> {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Deserializer};
 
@@ -49,6 +50,9 @@ pub struct DiskConfig {
     /// How many requests may come at once after a rest; a tenth of a second's worth, if not given.
     #[serde(rename = "burst-operations")]
     pub burst_operations: Option<Quantity>,
+    /// Limits in place of those above, which are all that a user can say; for embedding programs.
+    #[serde(skip)]
+    pub limits: Option<Limits>,
 }
 
 impl DiskConfig {
@@ -70,6 +74,7 @@ impl DiskConfig {
             burst_bytes: None,
             operations_per_second: None,
             burst_operations: None,
+            limits: None,
         }
     }
 
@@ -268,6 +273,7 @@ mod tests {
             burst_bytes: None,
             operations_per_second: Some(Quantity::try_from(500).unwrap()),
             burst_operations: Some(Quantity::try_from(2048).unwrap()),
+            limits: None,
         };
         let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
                     poll=on,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";

@@ -116,7 +116,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// Not a description of a network device.
-    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N]")]
+    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...")]
     NetOption {
         /// What is wrong with it.
         reason: String,

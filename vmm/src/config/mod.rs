@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_arch::layout;
+use bantam_devices::rate_limiter::Limits;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -71,6 +72,8 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
     pub rng: bool,
+    /// Limits of the entropy device, of bytes and of the guest's buffers; for embedding programs.
+    pub rng_limits: Limits,
     /// Memory balloon.
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
@@ -101,6 +104,7 @@ impl MachineConfig {
             vsock: None,
             serial: SerialConfig::default(),
             rng: true,
+            rng_limits: Limits::default(),
             balloon: None,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),

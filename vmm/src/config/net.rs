@@ -3,18 +3,19 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bantam_devices::virtio::net::NetLimits;
 use serde::{Deserialize, Deserializer};
 
-use super::{ConfigError, option_string, whole_number};
+use super::{ConfigError, Quantity, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
 ///
-/// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N]`; in a machine file a `[[net]]` table with the
-/// same keys.
+/// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...`; in a machine file a
+/// `[[net]]` table with the same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(
     deny_unknown_fields,
-    expecting = "a network device with tap, mac, mtu and queues"
+    expecting = "a network device: a table with a tap"
 )]
 pub struct NetConfig {
     /// Tap interface of the host.
@@ -26,9 +27,59 @@ pub struct NetConfig {
     /// How many pairs of queues the device has. By default as many as the machine has vCPUs, no
     /// more than [`QueuePairs::MAX`], or one where the tap was made with a single queue.
     pub queues: Option<QueuePairs>,
+    /// Whether the device is served by a thread of its own.
+    #[serde(default)]
+    pub iothread: bool,
+    /// Limit of the bytes that the guest receives in a second.
+    #[serde(rename = "rx-bytes-per-second")]
+    pub rx_bytes_per_second: Option<Quantity>,
+    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "rx-burst-bytes")]
+    pub rx_burst_bytes: Option<Quantity>,
+    /// Limit of the packets that the guest receives in a second.
+    #[serde(rename = "rx-packets-per-second")]
+    pub rx_packets_per_second: Option<Quantity>,
+    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "rx-burst-packets")]
+    pub rx_burst_packets: Option<Quantity>,
+    /// Limit of the bytes that the guest transmits in a second.
+    #[serde(rename = "tx-bytes-per-second")]
+    pub tx_bytes_per_second: Option<Quantity>,
+    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "tx-burst-bytes")]
+    pub tx_burst_bytes: Option<Quantity>,
+    /// Limit of the packets that the guest transmits in a second.
+    #[serde(rename = "tx-packets-per-second")]
+    pub tx_packets_per_second: Option<Quantity>,
+    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
+    #[serde(rename = "tx-burst-packets")]
+    pub tx_burst_packets: Option<Quantity>,
+    /// Limits in place of those above, which are all that a user can say; for embedding programs.
+    #[serde(skip)]
+    pub limits: Option<NetLimits>,
 }
 
 impl NetConfig {
+    /// A network device on `tap`, with the default for all else.
+    pub fn new(tap: InterfaceName) -> Self {
+        Self {
+            tap,
+            mac: None,
+            mtu: None,
+            queues: None,
+            iothread: false,
+            rx_bytes_per_second: None,
+            rx_burst_bytes: None,
+            rx_packets_per_second: None,
+            rx_burst_packets: None,
+            tx_bytes_per_second: None,
+            tx_burst_bytes: None,
+            tx_packets_per_second: None,
+            tx_burst_packets: None,
+            limits: None,
+        }
+    }
+
     /// The address given, or else one that is made from the tap's name: locally administered, and
     /// the same at each start.
     pub fn mac_address(&self) -> MacAddress {
@@ -66,10 +117,27 @@ impl fmt::Display for NetConfig {
         if let Some(mtu) = self.mtu {
             write!(f, ",mtu={mtu}")?;
         }
-        match self.queues {
-            Some(queues) => write!(f, ",queues={queues}"),
-            None => Ok(()),
+        if let Some(queues) = self.queues {
+            write!(f, ",queues={queues}")?;
         }
+        if self.iothread {
+            f.write_str(",iothread=on")?;
+        }
+        for (key, quantity) in [
+            ("rx-bytes-per-second", self.rx_bytes_per_second),
+            ("rx-burst-bytes", self.rx_burst_bytes),
+            ("rx-packets-per-second", self.rx_packets_per_second),
+            ("rx-burst-packets", self.rx_burst_packets),
+            ("tx-bytes-per-second", self.tx_bytes_per_second),
+            ("tx-burst-bytes", self.tx_burst_bytes),
+            ("tx-packets-per-second", self.tx_packets_per_second),
+            ("tx-burst-packets", self.tx_burst_packets),
+        ] {
+            if let Some(quantity) = quantity {
+                write!(f, ",{key}={}", quantity.get())?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -267,21 +335,31 @@ mod tests {
 
     #[test]
     fn reads_the_option_string() {
-        let net = net("mtu=9000,tap=vm-tap0,queues=4,mac=52:54:00:AB:cd:01").unwrap();
+        let net = net(
+            "mtu=9000,tap=vm-tap0,queues=4,mac=52:54:00:AB:cd:01,iothread=on,\
+             rx-bytes-per-second=1M,tx-burst-packets=7",
+        )
+        .unwrap();
         assert_eq!(net.tap.as_str(), "vm-tap0");
         assert_eq!(net.mac.unwrap().bytes(), [0x52, 0x54, 0, 0xab, 0xcd, 1]);
         assert_eq!(net.mtu.unwrap().get(), 9000);
         assert_eq!(net.queues.unwrap().get(), 4);
+        assert!(net.iothread);
+        assert_eq!(net.rx_bytes_per_second.unwrap().get(), 1 << 20);
+        assert_eq!(net.tx_burst_packets.unwrap().get(), 7);
     }
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N]";
+        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
-                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues'",
+                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues', 'iothread', \
+                 'rx-bytes-per-second', 'rx-burst-bytes', 'rx-packets-per-second', \
+                 'rx-burst-packets', 'tx-bytes-per-second', 'tx-burst-bytes', \
+                 'tx-packets-per-second', 'tx-burst-packets'",
             ),
             ("mac=52:54:00:12:34:56", "'tap' is missing"),
             ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65521"),
@@ -357,12 +435,27 @@ mod tests {
             mac in proptest::option::of(any::<[u8; 6]>()),
             mtu in proptest::option::of(68..=65521i64),
             queues in proptest::option::of(1..=8i64),
+            iothread in any::<bool>(),
+            limits in proptest::collection::vec(proptest::option::of(1..=i64::MAX), 8),
         ) {
+            let limits: Vec<_> = limits
+                .into_iter()
+                .map(|limit| limit.map(|number| Quantity::try_from(number).unwrap()))
+                .collect();
             let net = NetConfig {
-                tap: InterfaceName::try_from(tap).unwrap(),
                 mac: mac.and_then(|bytes| MacAddress::try_from(bytes).ok()),
                 mtu: mtu.map(|size| Mtu::try_from(size).unwrap()),
                 queues: queues.map(|count| QueuePairs::try_from(count).unwrap()),
+                iothread,
+                rx_bytes_per_second: limits[0],
+                rx_burst_bytes: limits[1],
+                rx_packets_per_second: limits[2],
+                rx_burst_packets: limits[3],
+                tx_bytes_per_second: limits[4],
+                tx_burst_bytes: limits[5],
+                tx_packets_per_second: limits[6],
+                tx_burst_packets: limits[7],
+                ..NetConfig::new(InterfaceName::try_from(tap).unwrap())
             };
             prop_assert_eq!(net.to_string().parse::<NetConfig>().unwrap(), net);
         }

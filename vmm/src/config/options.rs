@@ -161,6 +161,7 @@ impl MachineOptions {
             vsock: self.vsock,
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
+            rng_limits: defaults.rng_limits,
             balloon: self.balloon,
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),

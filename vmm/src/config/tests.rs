@@ -88,6 +88,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         vsock: Some("cid=3,socket=/vm/v.sock".parse().unwrap()),
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
+        rng_limits: Limits::default(),
         balloon: Some(
             "size=64M,deflate-on-oom=on,reporting=on,statistics=5"
                 .parse()
@@ -96,6 +97,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
         host_workarounds: false,
+        boot_timer: false,
     };
     assert_eq!(config, Ok(expected));
 }

@@ -3,13 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use super::request::RequestHandler;
-use super::ring::Ring;
 use super::worker::Worker;
-use super::{BlockOptions, Engine, ID_SIZE};
+use super::{Block, BlockOptions, Engine};
 use crate::GuestMemory;
 use crate::disk::DiskFile;
-use crate::virtio::{VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, VirtQueue, VirtioInterrupt};
 
 /// A worker that goes one step at a time.
 pub struct SteppedWorker(Worker);
@@ -25,24 +23,17 @@ impl SteppedWorker {
         interrupt: Arc<VirtioInterrupt>,
         queue: VirtQueue,
     ) -> io::Result<SteppedWorker> {
-        let disk = Arc::new(disk);
-        let ring = Ring::new(&disk)?;
         let options = BlockOptions {
             engine: Engine::IoUring,
             ..BlockOptions::default()
         };
-        let id = [0; ID_SIZE];
-        let handler = RequestHandler::new(disk.clone(), id, 0, memory.clone(), interrupt.clone());
-        let queues = vec![queue];
-        let worker = Worker::new(
-            disk,
-            handler,
+        let activation = Activation {
             memory,
+            features: 0,
+            queues: vec![queue],
             interrupt,
-            queues,
-            &options,
-            Some(ring),
-        )?;
+        };
+        let worker = Block::new(disk, "", &options)?.worker(activation)?;
         Ok(SteppedWorker(worker))
     }
 

@@ -3,7 +3,9 @@
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]
 pub mod bench;
-mod limits;
+mod control;
+mod medium;
+mod metrics;
 mod polling;
 mod request;
 mod ring;
@@ -19,14 +21,19 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
+};
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
-use crate::rate_limiter::RateLimit;
+use crate::rate_limiter::Limits;
+use medium::{Loaded, Medium};
 use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
 
+pub use control::{BlockControl, ReplaceError};
+pub use metrics::BlockMetrics;
 pub use worker::Engine;
 
 /// Most queues of one device.
@@ -40,8 +47,14 @@ pub const ID_SIZE: usize = 20;
 const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Most sectors of one write-zeroes segment: 64 MiB, as the host may have to write them.
 const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
-/// Most segments of one discard or write-zeroes request.
-const MAX_RANGES: u32 = 16;
+/// Most segments of one discard request.
+const MAX_DISCARD_RANGES: u32 = 16;
+/// Most segments of one write-zeroes request.
+const MAX_WRITE_ZEROES_RANGES: u32 = 1;
+/// Most bytes that one request reads or writes: many times what a driver asks for, and as long as the
+/// event loop may be held up. Descriptors that overlap could otherwise ask for a copy of the whole
+/// disk.
+const MAX_DATA_SIZE: u64 = 64 << 20;
 
 /// Offsets in the configuration space (section 5.2.4).
 mod config {
@@ -70,10 +83,8 @@ pub struct BlockOptions {
     /// Whether the event loop looks for requests for longer than a moment before it sleeps, as long as
     /// that succeeds.
     pub polls: bool,
-    /// Limit of the bytes that are read and written.
-    pub bytes: Option<RateLimit>,
-    /// Limit of requests.
-    pub operations: Option<RateLimit>,
+    /// Limits of requests, and of the bytes that they read and write.
+    pub limits: Limits,
 }
 
 impl Default for BlockOptions {
@@ -83,20 +94,17 @@ impl Default for BlockOptions {
             engine: Engine::Auto,
             queues: 1,
             polls: false,
-            bytes: None,
-            operations: None,
+            limits: Limits::default(),
         }
     }
 }
 
 /// The front of a block device.
 pub struct Block {
-    disk: Arc<DiskFile>,
+    medium: Arc<Medium>,
+    throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
-    config: Arc<ConfigSpace>,
     options: BlockOptions,
-    /// For the next driver, if it is made already.
-    ring: Option<Ring>,
     queue_sizes: Vec<u16>,
 }
 
@@ -105,7 +113,7 @@ impl Block {
     /// count.
     ///
     /// # Errors
-    /// When the host has no io_uring and the engine needs it.
+    /// When the host has no io_uring and the engine needs it, or has no file descriptors.
     pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> io::Result<Block> {
         let mut id_bytes = [0; ID_SIZE];
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
@@ -122,12 +130,12 @@ impl Block {
                 Err(error) => return Err(error),
             },
         };
+        let disk = Arc::new(disk);
         Ok(Block {
-            config: Arc::new(config_space(&disk, options.queues)),
-            disk: Arc::new(disk),
+            medium: Arc::new(Medium::new(Loaded { disk, ring }, options.queues)?),
+            throttle: Arc::new(Throttle::new(&options.limits)?),
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
-            ring,
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
         })
     }
@@ -135,45 +143,38 @@ impl Block {
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
     pub fn control(&self, interrupt: Arc<VirtioInterrupt>) -> BlockControl {
         BlockControl {
-            disk: self.disk.clone(),
-            config: self.config.clone(),
+            medium: self.medium.clone(),
+            throttle: self.throttle.clone(),
             interrupt,
+            engine: self.options.engine,
         }
     }
-}
 
-/// What the owner of a machine can do with a block device while the guest uses it.
-pub struct BlockControl {
-    disk: Arc<DiskFile>,
-    config: Arc<ConfigSpace>,
-    interrupt: Arc<VirtioInterrupt>,
-}
-
-impl BlockControl {
-    /// The disk behind the device.
-    pub fn disk(&self) -> &DiskFile {
-        &self.disk
-    }
-
-    /// Looks how large the image is now, and tells the driver if that has changed. Gives the size in
-    /// bytes.
-    ///
-    /// # Errors
-    /// As [`DiskFile::update_size`]; the disk then keeps its size.
-    pub fn update_size(&self) -> io::Result<u64> {
-        let before = self.disk.size();
-        let size = self.disk.update_size()?;
-        if size != before {
-            let capacity = size / SECTOR_SIZE;
-            self.config.write(config::CAPACITY, &capacity.to_le_bytes());
-            self.interrupt.notify_configuration_change();
+    fn worker(&self, activation: Activation) -> io::Result<Worker> {
+        let (mut loaded, loan) = self.medium.lend();
+        if loaded.ring.is_none() && self.options.engine != Engine::Sync {
+            loaded.ring = Some(Ring::new(&loaded.disk)?);
         }
-        Ok(size)
+        let handler = RequestHandler::new(
+            loaded.disk,
+            self.id,
+            activation.features,
+            activation.memory.clone(),
+            activation.interrupt.clone(),
+        );
+        Ok(Worker::new(
+            handler,
+            loan,
+            activation,
+            &self.options,
+            self.throttle.clone(),
+            loaded.ring,
+        ))
     }
 }
 
 /// The configuration space of a device over `disk`.
-fn config_space(disk: &DiskFile, queues: u16) -> ConfigSpace {
+fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     let mut space = vec![0; config::SIZE];
     let capacity = disk.size() / SECTOR_SIZE;
     space[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
@@ -182,13 +183,13 @@ fn config_space(disk: &DiskFile, queues: u16) -> ConfigSpace {
         (config::SEG_MAX, MAX_SEGMENTS),
         (config::BLK_SIZE, logical),
         (config::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
-        (config::MAX_DISCARD_SEG, MAX_RANGES),
+        (config::MAX_DISCARD_SEG, MAX_DISCARD_RANGES),
         (
             config::DISCARD_SECTOR_ALIGNMENT,
             physical / SECTOR_SIZE as u32,
         ),
         (config::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
-        (config::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
+        (config::MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_RANGES),
     ] {
         space[offset..][..4].copy_from_slice(&value.to_le_bytes());
     }
@@ -197,7 +198,7 @@ fn config_space(disk: &DiskFile, queues: u16) -> ConfigSpace {
     space[config::MIN_IO_SIZE..][..2].copy_from_slice(&(blocks as u16).to_le_bytes());
     space[config::NUM_QUEUES..][..2].copy_from_slice(&queues.to_le_bytes());
     space[config::WRITE_ZEROES_MAY_UNMAP] = 1;
-    ConfigSpace::new(space)
+    space
 }
 
 impl VirtioDevice for Block {
@@ -211,12 +212,13 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_MQ;
-        if self.disk.is_read_only() {
+        let disk = self.medium.disk();
+        if disk.is_read_only() {
             return features | 1 << VIRTIO_BLK_F_RO;
         }
         features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         // Without it the driver knows that there is nothing to flush.
-        if self.disk.cache() != CacheMode::Writethrough {
+        if disk.cache() != CacheMode::Writethrough {
             features |= 1 << VIRTIO_BLK_F_FLUSH;
         }
         features
@@ -227,37 +229,15 @@ impl VirtioDevice for Block {
     }
 
     fn config(&self) -> &ConfigSpace {
-        &self.config
+        &self.medium.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
-        let ring = match self.options.engine {
-            Engine::Sync => None,
-            Engine::Auto | Engine::IoUring => Some(match self.ring.take() {
-                Some(ring) => ring,
-                None => Ring::new(&self.disk)
-                    .map_err(|error| format!("cannot set up io_uring: {error}"))?,
-            }),
-        };
-        let handler = RequestHandler::new(
-            self.disk.clone(),
-            self.id,
-            activation.features,
-            activation.memory.clone(),
-            activation.interrupt.clone(),
-        );
-        let worker = Worker::new(
-            self.disk.clone(),
-            handler,
-            activation.memory,
-            activation.interrupt,
-            activation.queues,
-            &self.options,
-            ring,
-        );
-        match worker {
-            Ok(worker) => Ok(Box::new(worker)),
-            Err(error) => Err(format!("cannot create the timer of its limits: {error}")),
-        }
+        self.worker(activation)
+            .map(|worker| Box::new(worker) as Subscriber)
+            .map_err(|error| {
+                self.medium.metrics.activate_fails.add(1);
+                format!("cannot set up io_uring: {error}")
+            })
     }
 }

@@ -11,7 +11,10 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::GuestAddress;
 
-use super::{ID_SIZE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS};
+use super::{
+    BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS,
+    MAX_WRITE_ZEROES_RANGES, MAX_WRITE_ZEROES_SECTORS,
+};
 use crate::GuestMemory;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::guest_memory::host_address;
@@ -44,7 +47,7 @@ pub(super) enum RequestError {
 /// Why a request failed, as the driver is told.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The request itself is wrong, or goes past the disk.
+    /// The request itself is wrong, goes past the disk, or is larger than any may be.
     Invalid,
     /// The device does not know this request, or it was not negotiated.
     Unsupported,
@@ -69,14 +72,36 @@ pub(super) enum Operation {
     WriteZeroes,
 }
 
+/// What requests are counted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+    Flush,
+    Other,
+}
+
 /// What it takes to return a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Request {
+    pub(super) kind: Kind,
+    /// Bytes that it reads or writes of the disk.
+    pub(super) data_len: u32,
     /// Index of the chain's first descriptor.
     pub(super) head: u16,
     /// How many bytes of the chain's writable buffers the driver may look at.
     pub(super) written: u32,
     status_address: GuestAddress,
+}
+
+/// What the ranges of a request may be.
+struct RangeLimits {
+    /// Most of them, no more than [`MAX_DISCARD_RANGES`].
+    count: u32,
+    /// Most sectors of each.
+    sectors: u32,
+    /// The flags that are known.
+    flags: u32,
 }
 
 /// Reads requests from their chains, does what can be done at once, and writes their status.
@@ -124,13 +149,23 @@ impl RequestHandler {
         };
         let written = chain.writable.len();
         chain.writable.truncate(written - 1);
+        let operation = self.operation(&header, chain);
+        let (kind, data_len) = match operation {
+            Ok(Operation::Read { .. }) => (Kind::Read, chain.writable.len()),
+            Ok(Operation::Write { .. }) => (Kind::Write, chain.readable.len()),
+            Ok(Operation::Flush) => (Kind::Flush, 0),
+            _ => (Kind::Other, 0),
+        };
         let request = Request {
+            kind,
+            // No more than MAX_DATA_SIZE.
+            data_len: data_len as u32,
             head: chain.head,
-            // A chain's buffers are at most 4 GiB in all, its status byte among them.
-            written: written as u32,
+            // A driver that offers more than that is not told of it all.
+            written: u32::try_from(written).unwrap_or(u32::MAX),
             status_address,
         };
-        Ok((request, self.operation(&header, chain)))
+        Ok((request, operation))
     }
 
     fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {
@@ -156,8 +191,24 @@ impl RequestHandler {
         }
     }
 
-    /// Does what `operation` asks for with the data in `chain`, and returns when it is done.
-    pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
+    /// The disk that requests are done with.
+    pub(super) fn disk(&self) -> &Arc<DiskFile> {
+        &self.disk
+    }
+
+    /// Has requests done with `disk` from now on.
+    pub(super) fn set_disk(&mut self, disk: Arc<DiskFile>) {
+        self.disk = disk;
+    }
+
+    /// Does what `operation` asks for with the data in `chain`, and returns when it is done. Adds to
+    /// `zeroed` how many bytes of zeroes were written.
+    pub(super) fn perform(
+        &self,
+        operation: Operation,
+        chain: &mut Chain,
+        zeroed: &mut u64,
+    ) -> Result<(), Failure> {
         let Chain {
             readable, writable, ..
         } = chain;
@@ -175,16 +226,26 @@ impl RequestHandler {
                 Ok(())
             }
             Operation::Discard => {
-                self.for_each_range(readable, MAX_DISCARD_SECTORS, 0, |offset, len, _| {
+                let limits = RangeLimits {
+                    count: MAX_DISCARD_RANGES,
+                    sectors: MAX_DISCARD_SECTORS,
+                    flags: 0,
+                };
+                self.for_each_range(readable, &limits, |offset, len, _| {
                     self.disk.discard(offset, len)
                 })
             }
-            Operation::WriteZeroes => self.for_each_range(
-                readable,
-                MAX_WRITE_ZEROES_SECTORS,
-                VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-                |offset, len, flags| self.disk.write_zeroes(offset, len, flags != 0),
-            ),
+            Operation::WriteZeroes => {
+                let limits = RangeLimits {
+                    count: MAX_WRITE_ZEROES_RANGES,
+                    sectors: MAX_WRITE_ZEROES_SECTORS,
+                    flags: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+                };
+                self.for_each_range(readable, &limits, |offset, len, flags| {
+                    *zeroed += self.disk.write_zeroes(offset, len, flags != 0)?;
+                    Ok(())
+                })
+            }
         }
     }
 
@@ -193,12 +254,19 @@ impl RequestHandler {
         &mut self,
         request: &Request,
         result: &Result<(), Failure>,
+        metrics: &BlockMetrics,
     ) -> Result<(), RequestError> {
         let status = match result {
             Ok(()) => VIRTIO_BLK_S_OK,
-            Err(Failure::Invalid) => VIRTIO_BLK_S_IOERR,
-            Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+            Err(failure @ (Failure::Invalid | Failure::Unsupported)) => {
+                metrics.invalid_reqs_count.add(1);
+                match failure {
+                    Failure::Unsupported => VIRTIO_BLK_S_UNSUPP,
+                    _ => VIRTIO_BLK_S_IOERR,
+                }
+            }
             Err(Failure::Host(error)) => {
+                metrics.execute_fails.add(1);
                 self.warn_once(error);
                 VIRTIO_BLK_S_IOERR
             }
@@ -227,16 +295,15 @@ impl RequestHandler {
     fn for_each_range(
         &self,
         readable: &mut GuestBuffers,
-        max_sectors: u32,
-        known_flags: u32,
-        action: impl Fn(u64, u64, u32) -> io::Result<()>,
+        limits: &RangeLimits,
+        mut action: impl FnMut(u64, u64, u32) -> io::Result<()>,
     ) -> Result<(), Failure> {
         self.check_writable()?;
         let len = readable.len();
-        if len == 0 || !len.is_multiple_of(RANGE_SIZE) || len / RANGE_SIZE > MAX_RANGES as usize {
+        if len == 0 || !len.is_multiple_of(RANGE_SIZE) || len / RANGE_SIZE > limits.count as usize {
             return Err(Failure::Invalid);
         }
-        let mut ranges = [(0, 0, 0); MAX_RANGES as usize];
+        let mut ranges = [(0, 0, 0); MAX_DISCARD_RANGES as usize];
         let ranges = &mut ranges[..len / RANGE_SIZE];
         for range in &mut *ranges {
             let mut bytes = [0; RANGE_SIZE];
@@ -245,10 +312,10 @@ impl RequestHandler {
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let count = u32::from_le_bytes([c0, c1, c2, c3]);
             let flags = u32::from_le_bytes(flags);
-            if flags & !known_flags != 0 {
+            if flags & !limits.flags != 0 {
                 return Err(Failure::Unsupported);
             }
-            if count > max_sectors {
+            if count > limits.sectors {
                 return Err(Failure::Invalid);
             }
             let len = u64::from(count) * SECTOR_SIZE;
@@ -278,7 +345,7 @@ impl RequestHandler {
 
     fn data_offset(&self, sector: u64, len: usize) -> Result<u64, Failure> {
         let len = len as u64;
-        if !len.is_multiple_of(SECTOR_SIZE) {
+        if !len.is_multiple_of(SECTOR_SIZE) || len > MAX_DATA_SIZE {
             return Err(Failure::Invalid);
         }
         self.offset(sector, len)

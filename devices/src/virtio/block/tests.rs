@@ -1,5 +1,7 @@
 //! The whole device against a driver of our own, with files of the host.
 
+mod owner;
+
 use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -8,13 +10,14 @@ use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::GuestMemory;
+use crate::rate_limiter::RateLimit;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
@@ -45,9 +48,9 @@ struct Machine {
     manager: EventManager<Subscriber>,
     worker: SubscriberId,
     control: BlockControl,
-    config: Arc<ConfigSpace>,
     image: PathBuf,
-    _folder: TempDir,
+    folder: TempDir,
+    block: Block,
 }
 
 fn byte_of_disk(offset: usize) -> u8 {
@@ -85,7 +88,6 @@ impl Machine {
             interrupt: interrupt.clone(),
         };
         let control = block.control(interrupt.clone());
-        let config = block.config.clone();
         let mut manager = EventManager::new().unwrap();
         let worker = manager.add_subscriber(block.activate(activation).unwrap());
         Machine {
@@ -96,14 +98,29 @@ impl Machine {
             manager,
             worker,
             control,
-            config,
             image,
-            _folder: folder,
+            folder,
+            block,
         }
     }
 
     /// Makes a request with its data at the given places available.
     fn offer(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
+        self.offer_with(kind, sector, data, kind != VIRTIO_BLK_T_OUT)
+    }
+
+    /// The same of a request that has data for the device.
+    fn offer_readable(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
+        self.offer_with(kind, sector, data, false)
+    }
+
+    fn offer_with(
+        &mut self,
+        kind: u32,
+        sector: u64,
+        data: &[(u64, u32)],
+        device_writes: bool,
+    ) -> u16 {
         let head = self.driver.next_head();
         let header = HEADERS + u64::from(head) * HEADER_STRIDE;
         let status = header + 16;
@@ -117,7 +134,6 @@ impl Machine {
             writable,
         };
         let mut buffers = vec![buffer(header, 16, false)];
-        let device_writes = kind != VIRTIO_BLK_T_OUT;
         buffers.extend(
             data.iter()
                 .map(|&(address, len)| buffer(address, len, device_writes)),
@@ -157,7 +173,7 @@ impl Machine {
 
     /// As the driver sees it, in sectors.
     fn capacity(&self) -> u64 {
-        u64::from_le_bytes(self.config.array(config::CAPACITY as u64))
+        u64::from_le_bytes(self.block.config().array(config::CAPACITY as u64))
     }
 
     fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
@@ -264,6 +280,44 @@ fn what_cannot_be_done_is_refused_and_the_rest_is_done() {
 }
 
 #[test]
+fn a_request_is_not_larger_than_the_event_loop_can_bear() {
+    // A disk of holes that is larger than any memory, and one buffer many times.
+    let size = 64 << 30;
+    let machine = |engine| {
+        let machine = Machine::new(engine, CacheMode::Writeback);
+        let file = OpenOptions::new().write(true).open(&machine.image).unwrap();
+        file.set_len(size).unwrap();
+        machine.control.update_size().unwrap();
+        machine
+    };
+    for engine in ENGINES {
+        let mut machine = machine(engine);
+        let buffer = (DATA, 4 << 20);
+        for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+            for (count, status) in [
+                (16, VIRTIO_BLK_S_OK),
+                (17, VIRTIO_BLK_S_IOERR),
+                (250, VIRTIO_BLK_S_IOERR),
+            ] {
+                assert_eq!(machine.request(kind, 0, &vec![buffer; count]), status);
+            }
+        }
+        // The same in one request for zeroes, which the host may have to write.
+        let range = [0_u64, 1 << 17].map(u64::to_le_bytes).concat();
+        let (memory, kind) = (machine.memory.clone(), VIRTIO_BLK_T_WRITE_ZEROES);
+        memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+        for (data, status) in [
+            (&[(DATA, 16)][..], VIRTIO_BLK_S_OK),
+            (&[(DATA, 16); 2], VIRTIO_BLK_S_IOERR),
+        ] {
+            let head = machine.offer_readable(kind, 0, data);
+            machine.run(1);
+            assert_eq!(machine.status(head), status);
+        }
+    }
+}
+
+#[test]
 fn a_file_that_was_truncated_fails_the_requests_beyond_its_end() {
     for_each_kind(|mut machine| {
         let file = OpenOptions::new().write(true).open(&machine.image).unwrap();
@@ -305,7 +359,7 @@ fn a_reset_waits_for_what_is_under_way() {
             assert!(bytes == expected);
         }
         // The lock ends with the device.
-        drop((machine.manager, machine.control));
+        drop((machine.manager, machine.control, machine.block));
         DiskFile::open(&machine.image, false, CacheMode::Writeback).unwrap();
     });
 }
@@ -364,18 +418,11 @@ fn a_device_that_needs_a_reset_lets_the_event_loop_rest() {
 
 #[test]
 fn limits_are_kept_without_spinning() {
-    let limit = RateLimit {
-        per_second: 100,
-        burst: 10,
-    };
-    let in_sectors = RateLimit {
-        per_second: 100 * 512,
-        burst: 10 * 512,
-    };
+    let limit = RateLimit::per_second(100, Some(10));
+    let in_sectors = RateLimit::per_second(100 * 512, Some(10 * 512));
     for (operations, bytes) in [(Some(limit), None), (None, Some(in_sectors))] {
         let options = BlockOptions {
-            operations,
-            bytes,
+            limits: Limits { operations, bytes },
             ..BlockOptions::default()
         };
         let mut machine = Machine::with(&options, CacheMode::Writeback);
@@ -416,7 +463,7 @@ fn a_device_that_polls_does_what_others_do() {
 fn writes_last_where_the_driver_cannot_flush() {
     let durable = |cache, features| {
         let machine = Machine::new(Engine::Sync, cache);
-        drop((machine.manager, machine.control));
+        drop((machine.manager, machine.control, machine.block));
         let disk = DiskFile::open(&machine.image, false, cache).unwrap();
         let (memory, interrupt) = (machine.memory, machine.interrupt);
         RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, interrupt)

@@ -9,17 +9,20 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::BlockOptions;
-use super::limits::Limits;
+use super::medium::{Loaded, Loan};
+use super::metrics::Tally;
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use crate::GuestMemory;
-use crate::disk::{CacheMode, DiskFile};
-use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::disk::CacheMode;
+use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
 
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
 /// next ones while the rest is done, so that neither waits for the other.
 const MAX_BATCH: u16 = 16;
+/// Data of requests after which the same is done, in bytes.
+const MAX_BATCH_SIZE: u64 = 4 << 20;
 /// Fewest requests of which several system calls cost more than one of the ring's.
 const MIN_RING_BATCH: u16 = 4;
 /// Writes to the page cache that take longer than this together were held back by the host.
@@ -30,6 +33,8 @@ const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
 const RING_EVENT: u32 = u32::MAX;
 /// As [`RING_EVENT`], for the timer of the limits.
 const TIMER_EVENT: u32 = RING_EVENT - 1;
+/// As [`RING_EVENT`], for another disk.
+const DISK_EVENT: u32 = RING_EVENT - 2;
 
 /// How requests are done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -70,11 +75,16 @@ struct InFlight {
     queue: usize,
     request: Request,
     operation: RingOperation,
+    /// When it was begun, and others with it.
+    since: Instant,
 }
 
 pub(super) struct Worker {
-    disk: Arc<DiskFile>,
     handler: RequestHandler,
+    loan: Loan,
+    /// The disk that is used as soon as no request to the one before is under way. Until then no
+    /// request is begun.
+    next_disk: Option<Loaded>,
     interrupt: Arc<VirtioInterrupt>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
@@ -94,26 +104,35 @@ pub(super) struct Worker {
     has_written: bool,
     /// Until when writes to the page cache are taken to block.
     slow_writes_until: Option<Instant>,
-    limits: Option<Limits>,
+    throttle: Arc<Throttle>,
+    /// Which queue is served first when limits allow more: each in turn, or the first would have all.
+    first_queue: usize,
     polling: Polling,
+    tally: Tally,
+    /// When the batch of requests that is being begun was.
+    batch_since: Instant,
+    /// How many requests were begun.
+    begun_count: u64,
+    /// Bytes of data that they have.
+    begun_bytes: u64,
 }
 
 impl Worker {
     pub(super) fn new(
-        disk: Arc<DiskFile>,
         handler: RequestHandler,
-        memory: Arc<GuestMemory>,
-        interrupt: Arc<VirtioInterrupt>,
-        queues: Vec<VirtQueue>,
+        loan: Loan,
+        activation: Activation,
         options: &BlockOptions,
+        throttle: Arc<Throttle>,
         ring: Option<Ring>,
-    ) -> io::Result<Worker> {
-        Ok(Worker {
-            disk,
+    ) -> Worker {
+        Worker {
             handler,
-            interrupt,
-            memory,
-            queues,
+            loan,
+            next_disk: None,
+            interrupt: activation.interrupt,
+            memory: activation.memory,
+            queues: activation.queues,
             engine: options.engine,
             ring,
             slots: Vec::new(),
@@ -123,9 +142,14 @@ impl Worker {
             is_large_batch: false,
             has_written: false,
             slow_writes_until: None,
-            limits: Limits::new(options)?,
+            throttle,
+            first_queue: 0,
             polling: Polling::new(options.polls),
-        })
+            tally: Tally::default(),
+            batch_since: Instant::now(),
+            begun_count: 0,
+            begun_bytes: 0,
+        }
     }
 
     /// Serves a queue until it is empty, the ring is full, or its turn is over. Where requests are
@@ -154,31 +178,49 @@ impl Worker {
             // Half of them: while the driver takes these, there is more to do here.
             let batch = (waiting / 2).clamp(1, MAX_BATCH);
             self.is_large_batch = batch >= MIN_RING_BATCH;
+            self.batch_since = now;
+            let bytes_before = self.begun_bytes;
             for _ in 0..batch {
                 if !self.has_room() {
                     // Some may be completed as they are submitted.
                     self.submit()?;
                     if !self.has_room() {
                         self.stalled = true;
-                        return Ok(());
+                        if self.next_disk.is_none() {
+                            self.loan.metrics().io_engine_throttled_events.add(1);
+                        }
+                        return self.leave_rest(index);
                     }
                 }
-                if !self.is_allowed()? {
-                    return self.submit();
+                if !self.throttle.allows_more()? {
+                    self.submit()?;
+                    self.loan.metrics().rate_limiter_throttled_events.add(1);
+                    return self.leave_rest(index);
                 }
                 self.begin_next(index)?;
+                if self.begun_bytes - bytes_before >= MAX_BATCH_SIZE {
+                    break;
+                }
             }
             self.submit()?;
             self.interrupt_driver();
             let before = mem::replace(&mut now, Instant::now());
+            self.tally.end_batch(now - before);
             if now - before >= SLOW_WRITES && mem::take(&mut self.has_written) {
                 self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
             }
             if now - start >= MAX_TURN {
                 self.queues[index].ring_doorbell();
-                return Ok(());
+                return self.leave_rest(index);
             }
         }
+    }
+
+    /// Counts the requests that are left in a queue.
+    fn leave_rest(&mut self, index: usize) -> Result<(), RequestError> {
+        let count = self.queues[index].available_count()?;
+        self.loan.metrics().remaining_reqs_count.add(count.into());
+        Ok(())
     }
 
     /// Waits for requests in a queue that is empty, as long as that pays. `true` when there are any.
@@ -203,15 +245,9 @@ impl Worker {
         Ok(false)
     }
 
-    fn is_allowed(&mut self) -> io::Result<bool> {
-        match &mut self.limits {
-            Some(limits) => limits.allow(),
-            None => Ok(true),
-        }
-    }
-
+    /// Whether another request may be begun.
     fn has_room(&self) -> bool {
-        self.in_flight_count() < MAX_IN_FLIGHT
+        self.next_disk.is_none() && self.in_flight_count() < MAX_IN_FLIGHT
     }
 
     fn in_flight_count(&self) -> usize {
@@ -241,14 +277,9 @@ impl Worker {
             return Ok(false);
         }
         let (request, operation) = self.handler.parse(chain)?;
-        if let Some(limits) = &mut self.limits {
-            let bytes = match operation {
-                Ok(Operation::Read { .. }) => chain.writable.len(),
-                Ok(Operation::Write { .. }) => chain.readable.len(),
-                _ => 0,
-            };
-            limits.count(bytes as u64);
-        }
+        self.begun_count += 1;
+        self.begun_bytes += u64::from(request.data_len);
+        self.throttle.count(1, request.data_len.into());
         let result = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
                 Some(operation) => {
@@ -256,6 +287,7 @@ impl Worker {
                         queue,
                         request,
                         operation,
+                        since: self.batch_since,
                     });
                     if let Err(error) = self.push(slot) {
                         // The kernel does not have it: nothing is to be waited for.
@@ -268,7 +300,7 @@ impl Worker {
             },
             Err(failure) => Err(failure),
         };
-        self.finish(queue, &request, result)?;
+        self.finish(queue, &request, result, None)?;
         Ok(true)
     }
 
@@ -276,7 +308,7 @@ impl Worker {
     /// could be done without blocking may be done already.
     fn ring_operation(&mut self, slot: usize, operation: Operation) -> Option<RingOperation> {
         self.ring.as_ref()?;
-        let uses_page_cache = self.disk.cache() != CacheMode::None;
+        let uses_page_cache = self.handler.disk().cache() != CacheMode::None;
         let may_be_quick = self.engine == Engine::Auto && uses_page_cache;
         match operation {
             Operation::Read { mut offset } => {
@@ -285,7 +317,7 @@ impl Worker {
                     let buffers = &mut self.slots[slot].chain.writable;
                     let wanted = buffers.len();
                     // A failure shows again when the rest is done.
-                    let _ = self.disk.read_cached(buffers, offset);
+                    let _ = self.handler.disk().read_cached(buffers, offset);
                     if buffers.is_empty() {
                         return None;
                     }
@@ -302,7 +334,7 @@ impl Worker {
                 let direction = Direction::Write { durable };
                 Some(RingOperation::Transfer { direction, offset })
             }
-            Operation::Flush if self.disk.cache() != CacheMode::Unsafe => {
+            Operation::Flush if self.handler.disk().cache() != CacheMode::Unsafe => {
                 Some(RingOperation::Flush)
             }
             _ => None,
@@ -312,7 +344,11 @@ impl Worker {
     fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
         self.has_written |= matches!(operation, Operation::Write { .. });
         let chain = &mut self.slots[slot].chain;
-        self.handler.perform(operation, chain)
+        let mut zeroed = 0;
+        let result = self.handler.perform(operation, chain, &mut zeroed);
+        self.begun_bytes += zeroed;
+        self.throttle.count(0, zeroed);
+        result
     }
 
     fn writes_are_slow(&mut self) -> bool {
@@ -339,7 +375,7 @@ impl Worker {
                     Direction::Read => &chain.writable,
                     Direction::Write { .. } => &chain.readable,
                 };
-                let access = self.disk.access_for(buffers, offset);
+                let access = self.handler.disk().access_for(buffers, offset);
                 // SAFETY: the slot is not taken for another request while it has one in flight, which
                 // ends with the completion of this token. Dropping the worker waits for all of them.
                 unsafe { ring.push_transfer(direction, access, buffers, offset, token)? }
@@ -367,16 +403,22 @@ impl Worker {
             ring.take_completions(&mut completions);
         }
         let mut result = Ok(());
+        // One look at the clock is for all of them.
+        let now = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
             // All are looked at: no token is lost to the failure of another.
-            let completed = self.complete_one(completion);
+            let completed = self.complete_one(completion, now);
             result = result.and(completed);
         }
         self.completions = completions;
         result
     }
 
-    fn complete_one(&mut self, completion: Completion) -> Result<(), RequestError> {
+    fn complete_one(
+        &mut self,
+        completion: Completion,
+        now: Option<Instant>,
+    ) -> Result<(), RequestError> {
         let index = completion.token as usize;
         let Some(slot) = self.slots.get_mut(index) else {
             return Ok(());
@@ -394,22 +436,32 @@ impl Worker {
                 pushed
             }
             Some(result) => {
-                let InFlight { queue, request, .. } = *in_flight;
+                let InFlight {
+                    queue,
+                    request,
+                    since,
+                    ..
+                } = *in_flight;
                 slot.in_flight = None;
                 self.free_slots.push(index);
-                self.finish(queue, &request, result)
+                let time = now.map(|now| now.duration_since(since));
+                self.finish(queue, &request, result, time)
             }
         }
     }
 
-    /// Tells the driver that a request is over.
+    /// Tells the driver that a request is over, after `time` or with the batch that is being begun.
     fn finish(
         &mut self,
         queue: usize,
         request: &Request,
         result: Result<(), Failure>,
+        time: Option<Duration>,
     ) -> Result<(), RequestError> {
-        self.handler.finish(request, &result)?;
+        self.handler.finish(request, &result, self.loan.metrics())?;
+        if result.is_ok() {
+            self.tally.done(request, time);
+        }
         self.queues[queue].add_used(request.head, request.written);
         Ok(())
     }
@@ -442,26 +494,81 @@ impl Worker {
                 self.submit()?;
             }
             TIMER_EVENT => {
-                if let Some(limits) = &mut self.limits {
-                    limits.clear()?;
-                }
+                self.loan.metrics().rate_limiter_event_count.add(1);
+                self.throttle.clear()?;
+                self.first_queue = (self.first_queue + 1) % self.queues.len();
                 self.ring_doorbells();
             }
             queue => {
+                self.loan.metrics().queue_event_count.add(1);
                 self.polling.doorbell_rang();
+                let begun_before = self.begun_count;
                 self.serve(queue as usize)?;
+                if self.begun_count == begun_before {
+                    self.count_empty_queue(queue as usize)?;
+                }
             }
         }
+        self.end_stall();
+        Ok(())
+    }
+
+    /// Goes on with what was left in the queues, if it may.
+    fn end_stall(&mut self) {
         if self.stalled && self.has_room() {
             self.stalled = false;
             self.ring_doorbells();
         }
+    }
+
+    fn count_empty_queue(&mut self, index: usize) -> Result<(), RequestError> {
+        if self.queues[index].available_count()? == 0 {
+            self.loan.metrics().no_avail_buffer.add(1);
+        }
         Ok(())
+    }
+
+    /// Changes over to the next disk once no request to the one before is under way.
+    fn change_disk(&mut self, operations: &mut EventOps<'_>) {
+        if self.next_disk.is_none() {
+            return;
+        }
+        // What a device at rest has under way is no longer watched.
+        if self.interrupt.needs_reset()
+            && let Err(error) = self.finish_all()
+        {
+            self.next_disk = None;
+            self.loan.refuse(error);
+            return;
+        }
+        if self.in_flight_count() > 0 {
+            return;
+        }
+        let Some(Loaded { disk, ring }) = self.next_disk.take() else {
+            return;
+        };
+        let watched = ring.as_ref().map_or(Ok(()), |ring| {
+            operations.add(Events::with_data(ring, RING_EVENT, EventSet::IN))
+        });
+        if let Err(error) = watched {
+            self.loan.refuse(io::Error::other(error.to_string()));
+            self.end_stall();
+            return;
+        }
+        let old_ring = mem::replace(&mut self.ring, ring);
+        if let Some(ring) = &old_ring {
+            // It fails where it is watched no more, as the device needs a reset.
+            let _ = operations.remove(Events::with_data(ring, RING_EVENT, EventSet::IN));
+        }
+        self.handler.set_disk(disk.clone());
+        self.loan.settle(Loaded { disk, ring: None }, old_ring);
+        self.end_stall();
     }
 
     /// Has all queues served, each in a turn of its own.
     fn ring_doorbells(&self) {
-        for queue in &self.queues {
+        let (last, first) = self.queues.split_at(self.first_queue);
+        for queue in first.iter().chain(last) {
             queue.ring_doorbell();
         }
     }
@@ -508,11 +615,11 @@ impl MutEventSubscriber for Worker {
             .ring
             .iter()
             .map(|ring| Events::with_data(ring, RING_EVENT, EventSet::IN));
-        let timer = self
-            .limits
-            .iter()
-            .map(|limits| Events::with_data(limits, TIMER_EVENT, EventSet::IN));
-        for events in doorbells.chain(completions).chain(timer) {
+        let others = [
+            Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
+            Events::with_data(&self.loan, DISK_EVENT, EventSet::IN),
+        ];
+        for events in doorbells.chain(completions).chain(others) {
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset(&error);
                 return;
@@ -521,20 +628,30 @@ impl MutEventSubscriber for Worker {
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
-        if self.interrupt.needs_reset() {
+        if events.data() == DISK_EVENT {
+            if let Some(next) = self.loan.take_wanted() {
+                self.next_disk = Some(next);
+            }
+        } else if self.interrupt.needs_reset() {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
                 self.interrupt
                     .warn(format_args!("cannot stop watching a file: {error}"));
             }
-            return;
+        } else {
+            let handled = self.handle_event(events.data());
+            // The driver hears of what was done, even when it has broken the rules after that.
+            self.interrupt_driver();
+            if self.tally.has_batch() {
+                self.tally.end_batch(self.batch_since.elapsed());
+            }
+            self.tally.report(self.loan.metrics());
+            if let Err(error) = handled {
+                self.loan.metrics().event_fails.add(1);
+                self.interrupt.need_reset(&error);
+            }
         }
-        let handled = self.handle_event(events.data());
-        // The driver hears of what was done, even when it has broken the rules after that.
-        self.interrupt_driver();
-        if let Err(error) = handled {
-            self.interrupt.need_reset(&error);
-        }
+        self.change_disk(operations);
     }
 }
 
@@ -546,6 +663,10 @@ impl Drop for Worker {
                 .warn(format_args!("cannot wait for its requests: {error}"));
             // With them the kernel keeps the guest's memory, which is thus never given back.
             mem::forget(mem::take(&mut self.slots));
+        }
+        self.tally.report(self.loan.metrics());
+        if let Some(next) = self.next_disk.take() {
+            self.loan.settle(next, self.ring.take());
         }
     }
 }

@@ -10,6 +10,7 @@ use vm_memory::Bytes;
 use super::*;
 use crate::InterruptLine;
 use crate::event_loop::Subscriber;
+use crate::rate_limiter::Limits;
 use crate::virtio::rng::Rng;
 use crate::virtio::{COMMON_FEATURES, ConfigSpace, device_id};
 
@@ -59,7 +60,7 @@ impl Drop for Machine {
 impl Machine {
     /// One with an entropy device.
     fn new() -> Machine {
-        Machine::with(Box::new(Rng::new().unwrap()))
+        Machine::with(Box::new(Rng::new(&Limits::default()).unwrap()))
     }
 
     fn with(device: Box<dyn VirtioDevice>) -> Machine {

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::owner::Shared;
 use crate::virtio::VirtioInterrupt;
 
 /// Why a packet was dropped.
@@ -13,7 +14,9 @@ pub(super) enum DropReason {
     #[error("one of {0} bytes, header included, does not fit the driver's receive buffers")]
     NoRoom(usize),
     #[error("{0}")]
-    Tap(io::Error),
+    Read(io::Error),
+    #[error("{0}")]
+    Write(io::Error),
 }
 
 /// Counts the packets that were dropped. The log hears of the first, as what drops one often drops
@@ -21,24 +24,45 @@ pub(super) enum DropReason {
 pub(super) struct DroppedPackets {
     interrupt: Arc<VirtioInterrupt>,
     tap: String,
+    shared: Arc<Shared>,
     count: u64,
 }
 
 impl DroppedPackets {
-    pub(super) fn new(interrupt: Arc<VirtioInterrupt>, tap: &str) -> DroppedPackets {
+    pub(super) fn new(
+        interrupt: Arc<VirtioInterrupt>,
+        tap: &str,
+        shared: Arc<Shared>,
+    ) -> DroppedPackets {
         DroppedPackets {
             interrupt,
             tap: tap.to_string(),
+            shared,
             count: 0,
         }
     }
 
     pub(super) fn record(&mut self, reason: &DropReason) {
+        let metrics = &self.shared.metrics;
+        match reason {
+            DropReason::NoPacket(_) => metrics.tx_malformed_frames.add(1),
+            DropReason::NoRoom(_) => metrics.rx_fails.add(1),
+            DropReason::Read(_) => {
+                metrics.tap_read_fails.add(1);
+                metrics.rx_fails.add(1);
+            }
+            DropReason::Write(_) => {
+                metrics.tap_write_fails.add(1);
+                metrics.tx_fails.add(1);
+            }
+        }
         if self.count == 0 {
             let DroppedPackets { interrupt, tap, .. } = self;
             match reason {
                 // So says a tap that is down.
-                DropReason::Tap(error) if error.raw_os_error() == Some(libc::EIO) => {
+                DropReason::Read(error) | DropReason::Write(error)
+                    if error.raw_os_error() == Some(libc::EIO) =>
+                {
                     interrupt.warn(format_args!(
                         "a packet was dropped, as tap '{tap}' is down; as root \
                          'ip link set {tap} up' brings it up"
@@ -60,6 +84,7 @@ impl Drop for DroppedPackets {
                 interrupt,
                 tap,
                 count,
+                ..
             } = self;
             interrupt.warn(format_args!(
                 "{count} packets to or from tap '{tap}' were dropped"

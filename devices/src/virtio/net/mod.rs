@@ -8,6 +8,9 @@ mod control;
 mod dropped;
 mod expected_size;
 mod filter;
+mod flow;
+mod metrics;
+mod owner;
 mod packet_ring;
 mod receive;
 mod receive_slot;
@@ -16,6 +19,7 @@ mod tests;
 mod transmit;
 mod worker;
 
+use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_net::{
@@ -31,7 +35,11 @@ use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, 
 use crate::event_loop::Subscriber;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use config::config_space;
+use owner::Shared;
 use worker::Worker;
+
+pub use metrics::NetMetrics;
+pub use owner::{NetControl, NetLimits};
 
 /// Of each queue, the control queue too: which of them that is depends on the driver.
 const QUEUE_SIZE: u16 = 256;
@@ -65,12 +73,16 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     mtu: u16,
     config: Arc<ConfigSpace>,
+    shared: Arc<Shared>,
 }
 
 impl Net {
     /// A network card with the address `mac`, cabled to `tap`, with as many pairs of queues as that
     /// has queues. The driver is told `mtu`, in bytes, where it is given.
-    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
+    ///
+    /// # Errors
+    /// When the host has no timers for the limits.
+    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: &NetLimits) -> io::Result<Net> {
         let mut features = COMMON_FEATURES
             | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_MRG_RXBUF
@@ -87,13 +99,39 @@ impl Net {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
         let mtu = mtu.unwrap_or(DEFAULT_MTU);
-        Net {
+        Ok(Net {
             tap: Arc::new(tap),
             features,
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
             config: Arc::new(config_space(mac, pair_count as u16, mtu)),
+            shared: Arc::new(Shared::new(limits)?),
+        })
+    }
+
+    /// A handle to the device for the owner of the machine.
+    pub fn control(&self) -> NetControl {
+        NetControl {
+            shared: self.shared.clone(),
         }
+    }
+
+    fn worker(&self, activation: Activation) -> Result<Worker, String> {
+        self.tap
+            .set_offloads(offloads(activation.features))
+            .map_err(|error| {
+                format!(
+                    "cannot set the offloads of tap '{}': {error}",
+                    self.tap.name()
+                )
+            })?;
+        Worker::new(
+            self.tap.clone(),
+            self.mtu,
+            self.config.clone(),
+            self.shared.clone(),
+            activation,
+        )
     }
 }
 
@@ -115,20 +153,13 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
-        self.tap
-            .set_offloads(offloads(activation.features))
-            .map_err(|error| {
-                format!(
-                    "cannot set the offloads of tap '{}': {error}",
-                    self.tap.name()
-                )
-            })?;
-        Ok(Box::new(Worker::new(
-            self.tap.clone(),
-            self.mtu,
-            self.config.clone(),
-            activation,
-        )?))
+        match self.worker(activation) {
+            Ok(worker) => Ok(Box::new(worker)),
+            Err(reason) => {
+                self.shared.metrics.activate_fails.add(1);
+                Err(reason)
+            }
+        }
     }
 }
 
@@ -174,7 +205,7 @@ fn offloads(features: u64) -> Offloads {
     }
 }
 
-/// What a driver did that makes the device unusable until it is reset.
+/// What makes the device unusable until it is reset.
 #[derive(Debug, thiserror::Error)]
 enum DriverError {
     #[error(transparent)]
@@ -190,6 +221,8 @@ enum DriverError {
     },
     #[error("the command at {head} has no byte for its answer")]
     NoRoomForAnswer { head: u16 },
+    #[error("cannot set the timer of its limits: {0}")]
+    Timer(#[from] io::Error),
 }
 
 /// Why one direction of the traffic has come to a halt, and so when it goes on.
@@ -199,6 +232,8 @@ enum Halt {
     Driver,
     /// The tap has no more packets, or takes no more; it becomes ready.
     Tap,
+    /// A limit is reached; the timer ends.
+    Limit,
     /// The tap has been removed.
     TapGone,
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
 use super::expected_size::ExpectedSize;
+use super::flow::Flow;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::receive_slot::ReceiveSlot;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
@@ -76,12 +77,13 @@ impl Receiver {
     pub(super) fn receive(
         &mut self,
         tap: &TapQueue,
+        flow: &mut Flow,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.receive_turn(tap, interrupt, dropped, &mut unreported);
+        let result = self.receive_turn(tap, flow, interrupt, dropped, &mut unreported);
         // The driver hears of what was received, even when it has broken the rules after that.
         self.report(&mut unreported, interrupt);
         result
@@ -90,6 +92,7 @@ impl Receiver {
     fn receive_turn(
         &mut self,
         tap: &TapQueue,
+        flow: &mut Flow,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
@@ -97,13 +100,13 @@ impl Receiver {
         let mut packets = 0;
         while packets < MAX_PACKETS_PER_TURN {
             // Those that were read before come first.
-            let halt = match self.deliver_read(dropped, unreported)? {
+            let halt = match self.deliver_read(flow, dropped, unreported)? {
                 Some(halt) => Some(halt),
-                None => self.read(tap, dropped, &mut packets)?,
+                None => self.read(tap, flow, dropped, &mut packets)?,
             };
             if let Some(halt) = halt {
                 // What was read along with that is delivered all the same.
-                return Ok(match self.deliver_read(dropped, unreported)? {
+                return Ok(match self.deliver_read(flow, dropped, unreported)? {
                     Some(other) if halt == Halt::Tap => other,
                     _ => halt,
                 });
@@ -112,7 +115,7 @@ impl Receiver {
                 self.report(unreported, interrupt);
             }
         }
-        Ok(match self.deliver_read(dropped, unreported)? {
+        Ok(match self.deliver_read(flow, dropped, unreported)? {
             Some(halt) => halt,
             // The tap is ready at once if it has more.
             None => Halt::Tap,
@@ -130,14 +133,19 @@ impl Receiver {
     fn read(
         &mut self,
         tap: &TapQueue,
+        flow: &mut Flow,
         dropped: &mut DroppedPackets,
         packets: &mut usize,
     ) -> Result<Option<Halt>, DriverError> {
+        if !flow.allows_more()? {
+            return Ok(Some(Halt::Limit));
+        }
         if !self.take_buffers(0, 1)? {
             return Ok(Some(Halt::Driver));
         }
         let mut ready = 1;
-        while ready < self.batch.min(self.slots.len()) && self.fill(ready, self.expected.guess())? {
+        let batch = flow.batch(self.batch.min(self.slots.len()));
+        while ready < batch && self.fill(ready, self.expected.guess())? {
             ready += 1;
         }
         self.results.clear();
@@ -145,7 +153,7 @@ impl Receiver {
             Some(ring) if ready > 1 => {
                 let slots = &mut self.slots.make_contiguous()[..ready];
                 if let Err(error) = ring.receive(slots, &mut self.results) {
-                    dropped.record(&DropReason::Tap(error));
+                    dropped.record(&DropReason::Read(error));
                     self.ring = None;
                     self.batch = 1;
                 }
@@ -161,6 +169,7 @@ impl Receiver {
         for (index, &result) in self.results.iter().enumerate() {
             let error = match u32::try_from(result) {
                 Ok(len) => {
+                    flow.charge(len as usize);
                     self.expected.learn(len as usize);
                     self.slots[index].received(len as usize);
                     self.slots.swap(received, index);
@@ -174,11 +183,14 @@ impl Receiver {
                 _ if is_gone(&error) => halt = Some(Halt::TapGone),
                 _ => {
                     *packets += 1;
-                    dropped.record(&DropReason::Tap(error));
+                    dropped.record(&DropReason::Read(error));
                 }
             }
         }
         *packets += received;
+        if received > 0 {
+            flow.called();
+        }
         self.batch = if received == ready {
             (2 * ready).min(self.slots.len())
         } else {
@@ -190,6 +202,7 @@ impl Receiver {
     /// Delivers the packets that have been read, or says what keeps them.
     fn deliver_read(
         &mut self,
+        flow: &mut Flow,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Option<Halt>, DriverError> {
@@ -211,6 +224,7 @@ impl Receiver {
                 dropped.record(&DropReason::NoRoom(len));
             } else {
                 slot.deliver(&mut self.queue);
+                flow.passed(len);
                 *unreported += 1;
             }
             self.slots.push_back(slot);

@@ -1,6 +1,7 @@
 //! The whole device against a driver of our own and a socket in place of the tap.
 
 mod control_queue;
+mod limits;
 mod real_tap;
 
 use std::collections::VecDeque;
@@ -49,8 +50,18 @@ fn memory() -> Arc<GuestMemory> {
 }
 
 fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
+    worker_with(tap, &NetLimits::default(), activation)
+}
+
+fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Worker {
     let config = Arc::new(config_space(MAC, 1, 1500));
-    Worker::new(tap, 1500, config, activation).unwrap()
+    let shared = Arc::new(Shared::new(limits).unwrap());
+    Worker::new(tap, 1500, config, shared, activation).unwrap()
+}
+
+/// A card without limits.
+fn net(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
+    Net::new(tap, mac, mtu, &NetLimits::default()).unwrap()
 }
 
 /// A socket in place of a tap, and its far end.
@@ -207,16 +218,16 @@ fn received(mut packet: Vec<u8>, buffer_count: u16) -> Vec<u8> {
 
 #[test]
 fn what_is_offered_follows_tap_and_mtu() {
-    let net = Net::new(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000));
+    let card = net(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000));
     let config = [2, 0, 0, 1, 2, 3, 0, 0, 1, 0, 0x28, 0x23];
-    assert_eq!(net.config().array(0), config);
-    assert_ne!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
-    assert_eq!(net.features() & 1 << VIRTIO_NET_F_HOST_USO, 0);
-    assert_eq!(net.features() & 1 << VIRTIO_NET_F_MQ, 0);
-    assert_eq!(net.queue_max_sizes().len(), 3);
+    assert_eq!(card.config().array(0), config);
+    assert_ne!(card.features() & 1 << VIRTIO_NET_F_MTU, 0);
+    assert_eq!(card.features() & 1 << VIRTIO_NET_F_HOST_USO, 0);
+    assert_eq!(card.features() & 1 << VIRTIO_NET_F_MQ, 0);
+    assert_eq!(card.queue_max_sizes().len(), 3);
 
-    let net = Net::new(stand_in().0, MAC, None);
-    assert_eq!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
+    let card = net(stand_in().0, MAC, None);
+    assert_eq!(card.features() & 1 << VIRTIO_NET_F_MTU, 0);
 }
 
 #[test]

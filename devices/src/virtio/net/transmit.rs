@@ -3,13 +3,15 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::dropped::{DropReason, DroppedPackets};
+use super::flow::Flow;
 use super::packet_ring::{MAX_BATCH, PacketRing};
-use super::{Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
+use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
-use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
 
 /// Fewest packets that are sent together.
 const MIN_BATCH: usize = 2;
@@ -43,6 +45,11 @@ impl Transmitter {
         self.queue.as_raw_fd()
     }
 
+    /// How many packets are in the queue.
+    pub(super) fn waiting(&mut self) -> Result<u16, DriverError> {
+        Ok(self.queue.available_count()?)
+    }
+
     /// Puts the queue off to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
@@ -53,12 +60,13 @@ impl Transmitter {
     pub(super) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
+        flow: &mut Flow,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
-    ) -> Result<Halt, QueueError> {
+    ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, interrupt, dropped, &mut unreported);
+        let result = self.transmit_turn(tap, flow, interrupt, dropped, &mut unreported);
         // The driver hears of what was sent, even when it has broken the rules after that.
         self.report(&mut unreported, interrupt);
         result
@@ -67,11 +75,13 @@ impl Transmitter {
     fn transmit_turn(
         &mut self,
         tap: Option<&TapQueue>,
+        flow: &mut Flow,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
-    ) -> Result<Halt, QueueError> {
+    ) -> Result<Halt, DriverError> {
         let mut steps = 0;
+        let mut since = Instant::now();
         while steps < MAX_PACKETS_PER_TURN {
             let waiting = usize::from(self.queue.available_count()?);
             if waiting == 0 {
@@ -80,21 +90,25 @@ impl Transmitter {
                     return Ok(Halt::Driver);
                 }
                 self.queue.disable_doorbell();
+                since = Instant::now();
                 continue;
             }
+            if tap.is_some() && !flow.allows_more()? {
+                return Ok(Halt::Limit);
+            }
             // Half of them: while the driver takes these, there is more to do here.
-            let batch = (waiting / 2).min(self.chains.len());
+            let batch = flow.batch((waiting / 2).min(self.chains.len()));
             match (tap, &self.ring) {
                 (Some(_), Some(_)) if batch >= MIN_BATCH => {
                     steps += batch;
                     *unreported += batch;
-                    if let Some(halt) = self.send_together(batch, dropped)? {
+                    if let Some(halt) = self.send_together(batch, flow, &mut since, dropped)? {
                         return Ok(halt);
                     }
                 }
                 _ => {
                     steps += 1;
-                    if let Some(halt) = self.send_one(tap, dropped)? {
+                    if let Some(halt) = self.send_one(tap, flow, &mut since, dropped)? {
                         return Ok(halt);
                     }
                     *unreported += 1;
@@ -102,6 +116,7 @@ impl Transmitter {
             }
             if *unreported >= PACKETS_PER_INTERRUPT {
                 self.report(unreported, interrupt);
+                since = Instant::now();
             }
         }
         self.queue.ring_doorbell();
@@ -112,8 +127,10 @@ impl Transmitter {
     fn send_one(
         &mut self,
         tap: Option<&TapQueue>,
+        flow: &mut Flow,
+        since: &mut Instant,
         dropped: &mut DroppedPackets,
-    ) -> Result<Option<Halt>, QueueError> {
+    ) -> Result<Option<Halt>, DriverError> {
         let Some(chain) = self.chains.first_mut() else {
             return Ok(None);
         };
@@ -121,7 +138,7 @@ impl Transmitter {
             return Ok(None);
         }
         if let Some(tap) = tap
-            && let Err(halt) = send(tap, chain, dropped)
+            && let Err(halt) = send(tap, chain, flow, since, dropped)
         {
             self.queue.undo_pop();
             return Ok(Some(halt));
@@ -135,8 +152,10 @@ impl Transmitter {
     fn send_together(
         &mut self,
         count: usize,
+        flow: &mut Flow,
+        since: &mut Instant,
         dropped: &mut DroppedPackets,
-    ) -> Result<Option<Halt>, QueueError> {
+    ) -> Result<Option<Halt>, DriverError> {
         let (mut packets, mut broken) = (0, Ok(()));
         for _ in 0..count {
             let chain = &mut self.chains[packets];
@@ -145,7 +164,7 @@ impl Transmitter {
                 Ok(false) => break,
                 // Those before it are sent first.
                 Err(error) => {
-                    broken = Err(error);
+                    broken = Err(error.into());
                     break;
                 }
             }
@@ -159,20 +178,27 @@ impl Transmitter {
         if let Some(ring) = &mut self.ring
             && let Err(error) = ring.send(sent, &mut self.results)
         {
-            dropped.record(&DropReason::Tap(error));
+            dropped.record(&DropReason::Write(error));
             self.ring = None;
         }
-        let mut halt = None;
+        let (mut halt, mut any_sent) = (None, false);
         for (chain, &result) in sent.iter().zip(&self.results) {
             if result < 0 {
                 let error = io::Error::from_raw_os_error(-result);
                 if is_gone(&error) {
                     halt = Some(Halt::TapGone);
                 } else {
-                    dropped.record(&DropReason::Tap(error));
+                    dropped.record(&DropReason::Write(error));
                 }
+            } else {
+                any_sent = true;
+                flow.charge(chain.readable.len());
+                flow.passed(chain.readable.len());
             }
             self.queue.add_used(chain.head, 0);
+        }
+        if any_sent {
+            flow.called_since(since);
         }
         broken.map(|()| halt)
     }
@@ -197,16 +223,28 @@ fn is_packet(chain: &Chain, dropped: &mut DroppedPackets) -> bool {
 }
 
 /// Sends the packet in `chain`, or drops it where that cannot be done, now or later.
-fn send(tap: &TapQueue, chain: &mut Chain, dropped: &mut DroppedPackets) -> Result<(), Halt> {
+fn send(
+    tap: &TapQueue,
+    chain: &mut Chain,
+    flow: &mut Flow,
+    since: &mut Instant,
+    dropped: &mut DroppedPackets,
+) -> Result<(), Halt> {
     if !is_packet(chain, dropped) {
         return Ok(());
     }
+    let size = chain.readable.len();
     match chain.readable.write_to(tap.as_fd(), None) {
-        Ok(_) => Ok(()),
+        Ok(_) => {
+            flow.charge(size);
+            flow.passed(size);
+            flow.called_since(since);
+            Ok(())
+        }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
         Err(error) if is_gone(&error) => Err(Halt::TapGone),
         Err(error) => {
-            dropped.record(&DropReason::Tap(error));
+            dropped.record(&DropReason::Write(error));
             Ok(())
         }
     }

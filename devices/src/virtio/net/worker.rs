@@ -13,6 +13,8 @@ use super::control::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
+use super::flow::{Direction, Flow};
+use super::owner::Shared;
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
@@ -33,6 +35,10 @@ enum Source {
     TransmitDoorbell(usize),
     /// The queue of the tap that belongs to a pair.
     Tap(usize),
+    /// The timer of the limits of reception.
+    ReceiveLimit,
+    /// That of the limits of transmission.
+    TransmitLimit,
 }
 
 impl Source {
@@ -43,17 +49,21 @@ impl Source {
             Source::ReceiveDoorbell(pair) => (1, pair),
             Source::TransmitDoorbell(pair) => (2, pair),
             Source::Tap(pair) => (3, pair),
+            Source::ReceiveLimit => (4, 0),
+            Source::TransmitLimit => (5, 0),
         };
-        (pair as u32) << 2 | kind
+        (pair as u32) << 3 | kind
     }
 
     fn of_token(token: u32) -> Source {
-        let pair = (token >> 2) as usize;
-        match token & 3 {
+        let pair = (token >> 3) as usize;
+        match token & 7 {
             0 => Source::ControlDoorbell,
             1 => Source::ReceiveDoorbell(pair),
             2 => Source::TransmitDoorbell(pair),
-            _ => Source::Tap(pair),
+            3 => Source::Tap(pair),
+            4 => Source::ReceiveLimit,
+            _ => Source::TransmitLimit,
         }
     }
 }
@@ -83,6 +93,11 @@ pub(super) struct Worker {
     pairs: Vec<QueuePair>,
     /// How many of them, the first ones, the driver uses.
     pairs_in_use: usize,
+    /// With which of them it begins when limits allow more: each in turn, or the first would have all.
+    first_pair: usize,
+    received: Flow,
+    transmitted: Flow,
+    shared: Arc<Shared>,
     control: Option<ControlQueue>,
     features: u64,
     filter: ReceiveFilter,
@@ -103,6 +118,7 @@ impl Worker {
         tap: Arc<Tap>,
         mtu: u16,
         config: Arc<ConfigSpace>,
+        shared: Arc<Shared>,
         activation: Activation,
     ) -> Result<Worker, String> {
         let Activation {
@@ -150,7 +166,11 @@ impl Worker {
             .flatten()
             .map(|queue| ControlQueue::new(queue, &memory, features));
         Ok(Worker {
-            dropped: DroppedPackets::new(interrupt.clone(), tap.name()),
+            dropped: DroppedPackets::new(interrupt.clone(), tap.name(), shared.clone()),
+            first_pair: 0,
+            received: Flow::new(shared.clone(), Direction::Receive),
+            transmitted: Flow::new(shared.clone(), Direction::Transmit),
+            shared,
             tap,
             tap_is_gone: false,
             pairs,
@@ -165,11 +185,39 @@ impl Worker {
     }
 
     fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
+        let metrics = &self.shared.metrics;
         match source {
             Source::ControlDoorbell => self.obey_commands(),
-            Source::ReceiveDoorbell(pair) => self.receive(pair),
-            Source::TransmitDoorbell(pair) => self.transmit(pair),
+            Source::ReceiveDoorbell(pair) => {
+                metrics.rx_queue_event_count.add(1);
+                self.receive(pair)
+            }
+            Source::TransmitDoorbell(pair) => {
+                metrics.tx_queue_event_count.add(1);
+                self.transmit(pair)
+            }
+            Source::ReceiveLimit => {
+                metrics.rx_event_rate_limiter_count.add(1);
+                self.received.throttle().clear()?;
+                for pair in self.pairs_in_turn() {
+                    if self.pairs[pair].receive_halt == Halt::Limit {
+                        self.receive(pair)?;
+                    }
+                }
+                Ok(())
+            }
+            Source::TransmitLimit => {
+                metrics.tx_rate_limiter_event_count.add(1);
+                self.transmitted.throttle().clear()?;
+                for pair in self.pairs_in_turn() {
+                    if self.pairs[pair].transmit_halt == Halt::Limit {
+                        self.transmit(pair)?;
+                    }
+                }
+                Ok(())
+            }
             Source::Tap(pair) => {
+                metrics.rx_tap_event_count.add(1);
                 if ready.intersects(EventSet::ERROR | EventSet::HANG_UP) {
                     self.lose_tap();
                 }
@@ -185,6 +233,14 @@ impl Worker {
         }
     }
 
+    /// The pairs in use, beginning with another each time.
+    fn pairs_in_turn(&mut self) -> impl Iterator<Item = usize> + use<> {
+        let count = self.pairs_in_use;
+        self.first_pair = (self.first_pair + 1) % count;
+        let first = self.first_pair;
+        (0..count).map(move |index| (first + index) % count)
+    }
+
     /// Receives on one pair, for one turn at most.
     fn receive(&mut self, index: usize) -> Result<(), DriverError> {
         let (Some(pair), Some(tap)) = (
@@ -196,11 +252,13 @@ impl Worker {
         if self.tap_is_gone {
             return Ok(());
         }
-        pair.receive_halt = pair
-            .receiver
-            .receive(tap, &self.interrupt, &mut self.dropped)?;
-        if pair.receive_halt == Halt::TapGone {
-            self.lose_tap();
+        pair.receive_halt =
+            pair.receiver
+                .receive(tap, &mut self.received, &self.interrupt, &mut self.dropped)?;
+        match pair.receive_halt {
+            Halt::Driver => self.shared.metrics.no_rx_avail_buffer.add(1),
+            Halt::TapGone => self.lose_tap(),
+            Halt::Tap | Halt::Limit => {}
         }
         Ok(())
     }
@@ -211,9 +269,18 @@ impl Worker {
             return Ok(());
         };
         let tap = self.tap.queues().get(index).filter(|_| !self.tap_is_gone);
-        pair.transmit_halt = pair
-            .transmitter
-            .transmit(tap, &self.interrupt, &mut self.dropped)?;
+        let metrics = &self.shared.metrics;
+        if pair.transmitter.waiting()? == 0 {
+            metrics.no_tx_avail_buffer.add(1);
+        }
+        pair.transmit_halt = pair.transmitter.transmit(
+            tap,
+            &mut self.transmitted,
+            &self.interrupt,
+            &mut self.dropped,
+        )?;
+        let left = pair.transmitter.waiting()?;
+        metrics.tx_remaining_reqs_count.add(left.into());
         if pair.transmit_halt == Halt::TapGone {
             self.lose_tap();
         }
@@ -264,6 +331,7 @@ impl Worker {
                 let valid = address[0] & 1 == 0 && address != [0; 6];
                 if valid {
                     set_mac(&self.config, address);
+                    self.shared.metrics.mac_address_updates.add(1);
                     self.apply_filter();
                 }
                 Ok(valid)
@@ -371,15 +439,34 @@ impl MutEventSubscriber for Worker {
                 self.interrupt.need_reset(&error);
             }
         }
+        for (flow, source) in [
+            (&self.received, Source::ReceiveLimit),
+            (&self.transmitted, Source::TransmitLimit),
+        ] {
+            let events = Events::with_data(flow.throttle(), source.token(), EventSet::IN);
+            if let Err(error) = operations.add(events) {
+                self.interrupt.need_reset(&error);
+            }
+        }
         self.watch_tap(operations);
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         let source = Source::of_token(events.data());
-        if !self.interrupt.needs_reset()
-            && let Err(error) = self.handle(source, events.event_set())
+        if !self.interrupt.needs_reset() {
+            let handled = self.handle(source, events.event_set());
+            self.received.report();
+            self.transmitted.report();
+            if let Err(error) = handled {
+                self.shared.metrics.event_fails.add(1);
+                self.interrupt.need_reset(&error);
+            }
+        } else if matches!(source, Source::ReceiveLimit | Source::TransmitLimit)
+            && let Err(error) = operations.remove(events)
         {
-            self.interrupt.need_reset(&error);
+            // Nothing consumes its end, which would be reported without end.
+            self.interrupt
+                .warn(format_args!("cannot stop watching a timer: {error}"));
         }
         self.watch_tap(operations);
     }

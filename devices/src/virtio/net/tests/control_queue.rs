@@ -49,7 +49,8 @@ fn machine() -> (Machine, Arc<ConfigSpace>) {
     let (tap, host) = stand_in();
     let config = Arc::new(config_space(MAC, 1, 1500));
     let machine = Machine::with(ALL, host, |activation| {
-        Box::new(Worker::new(Arc::new(tap), 1500, config.clone(), activation).unwrap())
+        let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+        Box::new(Worker::new(Arc::new(tap), 1500, config.clone(), shared, activation).unwrap())
     });
     (machine, config)
 }

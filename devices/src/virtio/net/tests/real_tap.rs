@@ -78,9 +78,9 @@ fn the_host_and_the_driver_exchange_packets() {
     let name = format!("btest{}n", std::process::id());
     let tap = Tap::open(&name, Some(1500), QueueCount::Exactly(1)).unwrap();
     ip(&format!("addr add 198.51.100.5/30 dev {name}"));
-    let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], Some(1500));
-    let features = net.features();
-    let activate = |activation| net.activate(activation).unwrap();
+    let mut card = net(tap, [2, 0, 0, 0, 0, 1], Some(1500));
+    let features = card.features();
+    let activate = |activation| card.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
     let mac = std::fs::read_to_string(format!("/sys/class/net/{name}/address")).unwrap();
     let mac: Vec<u8> = mac
@@ -185,9 +185,9 @@ fn the_host_filters_frames_as_the_driver_commands() {
             socket.send_to(&vec![0; size.into()], target).unwrap();
         }
     };
-    let mut net = Net::new(tap, MAC, None);
-    let features = net.features() & !GUEST_OFFLOADS;
-    let activate = |activation| net.activate(activation).unwrap();
+    let mut card = net(tap, MAC, None);
+    let features = card.features() & !GUEST_OFFLOADS;
+    let activate = |activation| card.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
     machine.offer_receive_buffers(&[256; 200]);
     machine.run();
@@ -215,8 +215,8 @@ fn the_host_filters_frames_as_the_driver_commands() {
     // The next driver has set no filter.
     assert_eq!(machine.command(&[0, 0, 0]), 0);
     drop(machine.manager.remove_subscriber(machine.worker).unwrap());
-    assert_eq!(net.config().array(0), MAC);
-    let activate = |activation| net.activate(activation).unwrap();
+    assert_eq!(card.config().array(0), MAC);
+    let activate = |activation| card.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
     machine.offer_receive_buffers(&[256; 200]);
     machine.run();
@@ -231,11 +231,11 @@ fn offloads_are_switched_at_run_time() {
     }
     let name = format!("btest{}o", std::process::id());
     let tap = Tap::open(&name, None, QueueCount::Exactly(1)).unwrap();
-    let mut net = Net::new(tap, MAC, None);
-    let negotiated = net.features() & GUEST_OFFLOADS;
+    let mut card = net(tap, MAC, None);
+    let negotiated = card.features() & GUEST_OFFLOADS;
     assert_ne!(negotiated & 1 << VIRTIO_NET_F_GUEST_TSO6, 0);
-    let features = net.features() & !(1 << VIRTIO_NET_F_GUEST_TSO4);
-    let activate = |activation| net.activate(activation).unwrap();
+    let features = card.features() & !(1 << VIRTIO_NET_F_GUEST_TSO4);
+    let activate = |activation| card.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
     for (offloads, answer) in [
         (0, 0),
@@ -281,10 +281,10 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     socket.set_read_timeout(Some(timeout)).unwrap();
     let port = socket.local_addr().unwrap().port();
 
-    let mut net = Net::new(tap, MAC, None);
-    assert_eq!(net.config().array(8), [2, 0]);
-    assert_eq!(net.queue_max_sizes().len(), 5);
-    let features = net.features();
+    let mut card = net(tap, MAC, None);
+    assert_eq!(card.config().array(8), [2, 0]);
+    assert_eq!(card.queue_max_sizes().len(), 5);
+    let features = card.features();
     let mut second = None;
     let mut machine = Machine::with(features, stand_in().1, |mut activation| {
         let receive = TestDriver::new(&activation.memory, SECOND_RECEIVE_RINGS, 256);
@@ -295,7 +295,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
         activation.queues.push(transmit.queue(3, event_index));
         activation.queues.push(control);
         second = Some((receive, transmit));
-        net.activate(activation).unwrap()
+        card.activate(activation).unwrap()
     });
     let (mut second_receive, mut second_transmit) = second.unwrap();
     let datagram =

@@ -1,0 +1,305 @@
+//! What the owner of a machine does with the device, and learns from it.
+
+use std::thread;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::disk::DiskError;
+use crate::rate_limiter::RateLimit;
+
+/// A second image, with other bytes and of another size.
+const OTHER_SIZE: usize = 0x10_0000;
+const OTHER_BYTE: u8 = 0xa7;
+
+impl Machine {
+    /// Puts an image in the place of the present one while the event loop runs.
+    fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
+        let control = &self.control;
+        thread::scope(|scope| {
+            let owner = scope.spawn(|| control.replace(disk));
+            let deadline = Instant::now() + LIMIT;
+            while !owner.is_finished() {
+                assert!(Instant::now() < deadline, "the disk is not replaced");
+                self.manager.run_with_timeout(1).unwrap();
+            }
+            owner.join().unwrap()
+        })
+    }
+
+    fn other_image(&self) -> PathBuf {
+        let path = self.folder.as_path().join("other.img");
+        fs::write(&path, vec![OTHER_BYTE; OTHER_SIZE]).unwrap();
+        path
+    }
+
+    fn other_disk(&self, cache: CacheMode) -> DiskFile {
+        DiskFile::open(&self.other_image(), false, cache).unwrap()
+    }
+
+    /// Resets the device and initializes it again.
+    fn reset(&mut self) {
+        drop(self.manager.remove_subscriber(self.worker).unwrap());
+        self.interrupt.reset();
+        self.activate();
+    }
+
+    fn activate(&mut self) {
+        let rings = vec![0; RINGS_SIZE as usize];
+        self.memory
+            .write_slice(&rings, GuestAddress(RINGS))
+            .unwrap();
+        self.driver = TestDriver::new(&self.memory, RINGS, 256);
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features: self.block.features(),
+            queues: vec![self.driver.queue(0, false)],
+            interrupt: self.interrupt.clone(),
+        };
+        let worker = self.block.activate(activation).unwrap();
+        self.worker = self.manager.add_subscriber(worker);
+    }
+
+    /// Checks that the driver has the other disk, and that the image before is free.
+    fn has_other_disk(&mut self) {
+        assert_eq!(self.capacity(), OTHER_SIZE as u64 / 512);
+        let last = OTHER_SIZE as u64 / 512 - 1;
+        let read = |machine: &mut Machine, sector| {
+            machine.request(VIRTIO_BLK_T_IN, sector, &[(DATA, 512)])
+        };
+        assert_eq!(read(self, last), VIRTIO_BLK_S_OK);
+        assert!(self.bytes(DATA, 512) == [OTHER_BYTE; 512]);
+        assert_eq!(read(self, last + 1), VIRTIO_BLK_S_IOERR);
+        DiskFile::open(&self.image, false, CacheMode::Writeback).unwrap();
+        let error = DiskFile::open(&self.other_image(), true, CacheMode::Writeback);
+        assert!(matches!(error, Err(DiskError::InUse { .. })));
+    }
+
+    fn metrics(&self) -> Value {
+        serde_json::to_value(self.control.metrics()).unwrap()
+    }
+}
+
+#[test]
+fn another_image_takes_the_place_of_the_first() {
+    for engine in ENGINES {
+        for caches in [
+            [CacheMode::Writeback, CacheMode::None],
+            [CacheMode::None, CacheMode::Writeback],
+            [CacheMode::Writethrough, CacheMode::Unsafe],
+        ] {
+            let mut machine = Machine::new(engine, caches[0]);
+            // Many are under way, or wait, when the disk is replaced.
+            let heads: Vec<u16> = (0..64_u64)
+                .map(|index| {
+                    let address = DATA + index * 0x1_0000;
+                    machine.offer(VIRTIO_BLK_T_IN, 0, &[(address, 0x1_0000)])
+                })
+                .collect();
+            machine.driver.ring_doorbell();
+            machine.manager.run_with_timeout(0).unwrap();
+            let other = machine.other_disk(caches[1]);
+            machine.replace(other).unwrap();
+            let done = machine.driver.take_used().len();
+            machine.run(64 - done);
+            let first: Vec<u8> = (0..0x1_0000).map(byte_of_disk).collect();
+            for (index, &head) in heads.iter().enumerate() {
+                assert_eq!(machine.status(head), VIRTIO_BLK_S_OK);
+                let bytes = machine.bytes(DATA + index as u64 * 0x1_0000, 0x1_0000);
+                assert!(bytes == first || bytes.iter().all(|&byte| byte == OTHER_BYTE));
+            }
+            machine.interrupts.take();
+            machine.has_other_disk();
+        }
+    }
+}
+
+#[test]
+fn the_driver_is_told_of_another_image() {
+    let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
+    let other = machine.other_disk(CacheMode::Writeback);
+    let before = machine.block.config().generation();
+    machine.replace(other).unwrap();
+    assert_eq!(machine.interrupts.take(), 1);
+    assert_eq!(machine.interrupt.status(), 2);
+    assert_ne!(machine.block.config().generation(), before);
+}
+
+#[test]
+fn an_image_is_replaced_whatever_state_the_driver_is_in() {
+    for engine in ENGINES {
+        // No driver yet.
+        let mut machine = Machine::new(engine, CacheMode::Writeback);
+        drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+        machine
+            .control
+            .replace(machine.other_disk(CacheMode::None))
+            .unwrap();
+        machine.activate();
+        machine.has_other_disk();
+
+        // One that has broken the rules with requests under way.
+        let mut machine = Machine::new(engine, CacheMode::None);
+        for _ in 0..20 {
+            machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 0x1_0000)]);
+        }
+        machine.driver.offer_head(999);
+        machine.driver.ring_doorbell();
+        while !machine.interrupt.needs_reset() {
+            machine.manager.run_with_timeout(100).unwrap();
+        }
+        let other = machine.other_disk(CacheMode::Writeback);
+        machine.replace(other).unwrap();
+        machine.reset();
+        machine.has_other_disk();
+
+        // One that resets the device before that has come to it.
+        let mut machine = Machine::new(engine, CacheMode::Writeback);
+        let other = machine.other_disk(CacheMode::Writeback);
+        thread::scope(|scope| {
+            let owner = scope.spawn(|| machine.control.replace(other));
+            thread::sleep(Duration::from_millis(20));
+            assert!(!owner.is_finished());
+            drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+            owner.join().unwrap().unwrap();
+        });
+        machine.activate();
+        machine.has_other_disk();
+    }
+}
+
+#[test]
+fn a_disk_stays_as_writable_as_it_is() {
+    let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
+    let other = DiskFile::open(&machine.other_image(), true, CacheMode::Writeback).unwrap();
+    let error = machine.replace(other).unwrap_err();
+    assert!(matches!(
+        error,
+        ReplaceError::Access {
+            read_only: false,
+            ..
+        }
+    ));
+    assert!(
+        error.to_string().ends_with(
+            "other.img' in the place of a disk that is read and written: it was opened read-only"
+        ),
+        "{error}"
+    );
+    assert_eq!(machine.capacity(), DISK_SIZE as u64 / 512);
+    let status = machine.request(VIRTIO_BLK_T_OUT, 0, &[(DATA, 512)]);
+    assert_eq!(status, VIRTIO_BLK_S_OK);
+    assert_eq!(machine.metrics()["update_fails"], 1);
+}
+
+#[test]
+fn limits_are_changed_while_requests_wait_for_them() {
+    let limits = |size, minutes: u64| Limits {
+        operations: Some(RateLimit {
+            size,
+            refill_time: Duration::from_secs(minutes * 60),
+            one_time_burst: 0,
+        }),
+        bytes: None,
+    };
+    let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
+    machine.control.set_limits(&limits(1, 60)).unwrap();
+    for _ in 0..9 {
+        machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
+    }
+    // One, and one that goes beyond.
+    assert_eq!(machine.run(2).len(), 2);
+    while machine.manager.run_with_timeout(20).unwrap() > 0 {}
+    assert_eq!(machine.driver.take_used(), []);
+    machine.control.set_limits(&limits(3, 60)).unwrap();
+    assert_eq!(machine.control.limits(), limits(3, 60));
+    assert_eq!(machine.run(4).len(), 4);
+    machine.control.set_limits(&Limits::default()).unwrap();
+    assert_eq!(machine.run(3).len(), 3);
+    let metrics = machine.metrics();
+    assert!(metrics["rate_limiter_throttled_events"].as_u64() >= Some(2));
+    assert!(metrics["rate_limiter_event_count"].as_u64() >= Some(2));
+    assert!(metrics["remaining_reqs_count"].as_u64() >= Some(7 + 3));
+}
+
+#[test]
+fn a_reset_gives_nothing_back_that_was_used_up() {
+    let options = BlockOptions {
+        limits: Limits {
+            operations: Some(RateLimit {
+                size: 1,
+                refill_time: Duration::from_secs(3600),
+                one_time_burst: 0,
+            }),
+            bytes: None,
+        },
+        ..BlockOptions::default()
+    };
+    let mut machine = Machine::with(&options, CacheMode::Writeback);
+    for _ in 0..2 {
+        machine.request(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
+    }
+    machine.reset();
+    machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
+    machine.driver.ring_doorbell();
+    while machine.manager.run_with_timeout(20).unwrap() > 0 {}
+    assert_eq!(machine.driver.take_used(), []);
+}
+
+#[test]
+fn what_is_done_is_counted() {
+    for_each_kind(|mut machine| {
+        let end = DISK_SIZE as u64 / 512;
+        for (kind, sector, len) in [
+            (VIRTIO_BLK_T_IN, 0, 512),
+            (VIRTIO_BLK_T_IN, 8, 4096),
+            (VIRTIO_BLK_T_OUT, 0, 1024),
+            (VIRTIO_BLK_T_IN, end, 512),
+            (77, 0, 512),
+        ] {
+            machine.request(kind, sector, &[(DATA, len)]);
+        }
+        machine.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        machine.driver.ring_doorbell();
+        while machine.manager.run_with_timeout(0).unwrap() > 0 {}
+        machine.control.update_size().unwrap();
+        let mut metrics = machine.metrics();
+        for times in ["read_agg", "write_agg"] {
+            let times = metrics.as_object_mut().unwrap().remove(times).unwrap();
+            let us = |name| times[name].as_u64().unwrap();
+            assert!(us("min_us") <= us("max_us") && us("max_us") <= us("sum_us"));
+            assert!(us("sum_us") < LIMIT.as_micros() as u64);
+        }
+        let rings = metrics.as_object_mut().unwrap().remove("queue_event_count");
+        assert!(rings.unwrap().as_u64() >= Some(6));
+        let empty = metrics.as_object_mut().unwrap().remove("no_avail_buffer");
+        assert!(empty.unwrap().as_u64() >= Some(1));
+        let expected = json!({
+            "activate_fails": 0, "event_fails": 0, "execute_fails": 0, "invalid_reqs_count": 2,
+            "flush_count": 1, "rate_limiter_event_count": 0, "update_count": 1,
+            "update_fails": 0, "read_bytes": 4608, "write_bytes": 1024, "read_count": 2,
+            "write_count": 1, "rate_limiter_throttled_events": 0,
+            "io_engine_throttled_events": 0, "remaining_reqs_count": 0,
+        });
+        assert_eq!(metrics, expected);
+    });
+}
+
+#[test]
+fn the_time_of_a_request_is_until_the_driver_is_told() {
+    for engine in ENGINES {
+        let mut machine = Machine::new(engine, CacheMode::Writeback);
+        for index in 0..64 {
+            machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA + index * 0x1_0000, 0x1_0000)]);
+        }
+        let start = Instant::now();
+        machine.run(64);
+        let limit = start.elapsed().as_micros() as u64;
+        while machine.manager.run_with_timeout(0).unwrap() > 0 {}
+        let times = &machine.metrics()["read_agg"];
+        let us = |name: &str| times[name].as_u64().unwrap();
+        assert!((1..=limit).contains(&us("max_us")), "{times}");
+        assert!(us("sum_us") <= 64 * us("max_us") + 64, "{times}");
+        assert!(us("sum_us") >= 64 * us("min_us"), "{times}");
+    }
+}

@@ -1,0 +1,78 @@
+//! A network device as the owner of its machine sees it.
+
+use std::io;
+use std::sync::Arc;
+
+use super::NetMetrics;
+use super::flow::Direction;
+use crate::rate_limiter::Limits;
+use crate::virtio::Throttle;
+
+/// Limits of a card's traffic. Operations are packets; bytes are those of Ethernet frames, as large
+/// as host and guest exchange them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetLimits {
+    /// Of what the guest receives. The rest waits in the tap, which drops what it has no room for.
+    pub receive: Limits,
+    /// Of what it transmits. The rest waits in the guest's queues.
+    pub transmit: Limits,
+}
+
+/// What the front of a network device, its worker and the owner of the machine share.
+pub(super) struct Shared {
+    receive: Throttle,
+    transmit: Throttle,
+    pub(super) metrics: Arc<NetMetrics>,
+}
+
+impl Shared {
+    /// # Errors
+    /// When the host has no timers for the limits.
+    pub(super) fn new(limits: &NetLimits) -> io::Result<Shared> {
+        Ok(Shared {
+            receive: Throttle::new(&limits.receive)?,
+            transmit: Throttle::new(&limits.transmit)?,
+            metrics: Arc::default(),
+        })
+    }
+
+    pub(super) fn throttle(&self, direction: Direction) -> &Throttle {
+        match direction {
+            Direction::Receive => &self.receive,
+            Direction::Transmit => &self.transmit,
+        }
+    }
+}
+
+/// What the owner of a machine can do with a network device while the guest uses it, from any thread.
+pub struct NetControl {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl NetControl {
+    /// What the device has done.
+    pub fn metrics(&self) -> &Arc<NetMetrics> {
+        &self.shared.metrics
+    }
+
+    /// The device's limits.
+    pub fn limits(&self) -> NetLimits {
+        NetLimits {
+            receive: self.shared.receive.limits(),
+            transmit: self.shared.transmit.limits(),
+        }
+    }
+
+    /// Sets other limits, for packets that wait too. One that is the same as before goes on where it
+    /// is; any other begins with a full bucket.
+    ///
+    /// # Errors
+    /// When the host refuses to wake the device. The limits are set, but packets that wait for those
+    /// before wait as long as these say.
+    pub fn set_limits(&self, limits: &NetLimits) -> io::Result<()> {
+        self.shared
+            .receive
+            .set(&limits.receive)
+            .and(self.shared.transmit.set(&limits.transmit))
+    }
+}

@@ -1,0 +1,92 @@
+//! What a machine's owner does with its devices while the guest uses them.
+
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bantam_devices::InterruptLine;
+use bantam_devices::disk::DiskFile;
+use bantam_devices::rate_limiter::Limits;
+use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics};
+use bantam_devices::virtio::block::BlockControl;
+use bantam_devices::virtio::net::{NetControl, NetLimits};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::Error;
+use crate::metrics::MachineMetrics;
+
+/// Handles to the devices of a machine that runs or is paused. Disks and network devices are counted as
+/// in the configuration.
+pub(crate) struct DeviceControls {
+    pub(crate) power_button: EventFd,
+    pub(crate) disks: Vec<BlockControl>,
+    pub(crate) networks: Vec<NetControl>,
+    pub(crate) balloon: Option<BalloonControl>,
+    pub(crate) metrics: Arc<MachineMetrics>,
+    /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
+    pub(crate) serial_path: Option<PathBuf>,
+}
+
+impl DeviceControls {
+    pub(crate) fn press_power_button(&self) -> Result<(), Error> {
+        let pressed = self.power_button.trigger();
+        pressed.map_err(Error::resource("the interrupt of the power button"))
+    }
+
+    fn disk(&self, index: usize) -> Result<&BlockControl, Error> {
+        self.disks.get(index).ok_or(Error::NoSuchDisk {
+            index,
+            count: self.disks.len(),
+        })
+    }
+
+    fn network(&self, index: usize) -> Result<&NetControl, Error> {
+        self.networks.get(index).ok_or(Error::NoSuchNetwork {
+            index,
+            count: self.networks.len(),
+        })
+    }
+
+    fn balloon(&self) -> Result<&BalloonControl, Error> {
+        self.balloon.as_ref().ok_or(Error::NoBalloon)
+    }
+
+    pub(crate) fn update_disk_size(&self, index: usize) -> Result<u64, Error> {
+        let disk = self.disk(index)?;
+        disk.update_size().map_err(|source| Error::DiskSize {
+            path: disk.disk().path().to_path_buf(),
+            source,
+        })
+    }
+
+    pub(crate) fn replace_disk(&self, index: usize, path: &Path) -> Result<(), Error> {
+        let disk = self.disk(index)?;
+        let before = disk.disk();
+        let (read_only, cache) = (before.is_read_only(), before.cache());
+        // It is not to be kept from being closed.
+        drop(before);
+        Ok(disk.replace(DiskFile::open(path, read_only, cache)?)?)
+    }
+
+    pub(crate) fn set_disk_limits(&self, index: usize, limits: &Limits) -> Result<(), Error> {
+        let set = self.disk(index)?.set_limits(limits);
+        set.map_err(Error::resource("the limits of a disk"))
+    }
+
+    pub(crate) fn set_network_limits(&self, index: usize, limits: &NetLimits) -> Result<(), Error> {
+        let set = self.network(index)?.set_limits(limits);
+        set.map_err(Error::resource("the limits of a network device"))
+    }
+
+    pub(crate) fn set_balloon_target(&self, mib: u32) -> Result<(), Error> {
+        Ok(self.balloon()?.set_target(mib)?)
+    }
+
+    pub(crate) fn set_balloon_interval(&self, seconds: NonZeroU32) -> Result<(), Error> {
+        Ok(self.balloon()?.set_statistics_interval(seconds)?)
+    }
+
+    pub(crate) fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {
+        Ok(self.balloon()?.statistics())
+    }
+}
