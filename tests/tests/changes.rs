@@ -1,6 +1,6 @@
 //! What the owner of a machine changes and learns of its devices while a guest loads them.
 
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -157,7 +157,10 @@ fn a_disk_that_is_read_only_stays_so() {
     let load = Load::of_disk(&folder, &first, ",ro", "mode=read seconds=1");
     load.machine.replace_disk(0, &second).unwrap();
     // Locked as one that is only read, and the other no more.
-    let locks = |path, kind| lock_file(&File::open(path).unwrap(), kind);
+    let locks = |path, kind| {
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        lock_file(&file.unwrap(), kind)
+    };
     locks(&first, Lock::Exclusive).unwrap();
     locks(&second, Lock::Shared).unwrap();
     locks(&second, Lock::Exclusive).unwrap_err();

@@ -160,11 +160,11 @@ fn a_command_in_the_wrong_state_is_a_typed_error() {
             Command::Resume,
             Command::PressPowerButton,
             Command::UpdateDiskSize { disk: 0 },
-            Command::Metrics,
+            Command::BalloonStatistics,
         ]
     };
     refused_in(State::NotConfigured, of_running());
-    refused_in(State::NotConfigured, vec![Command::Start]);
+    refused_in(State::NotConfigured, vec![Command::Start, Command::Metrics]);
     let error = machine.wait().unwrap_err();
     assert!(matches!(*error, Error::WrongState { .. }), "{error}");
 
@@ -192,6 +192,7 @@ fn a_command_in_the_wrong_state_is_a_typed_error() {
     refused_in(State::Stopped, of_running());
     refused_in(State::Stopped, vec![configure(), Command::Start]);
     machine.execute(Command::Stop).unwrap();
+    machine.execute(Command::Metrics).unwrap();
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
     refused_in(State::Stopped, vec![configure(), Command::Start]);
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);

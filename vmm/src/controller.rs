@@ -4,7 +4,7 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use bantam_devices::rate_limiter::Limits;
@@ -159,6 +159,7 @@ impl Controller {
             control: Arc::new(control),
             life: Mutex::new(Life::NotConfigured),
             changed: Condvar::new(),
+            metrics: OnceLock::new(),
         })))
     }
 
@@ -234,7 +235,10 @@ impl Controller {
             .and_then(|console| Machine::new(config, console, &self.0.control));
         let (next, result) = match built {
             Ok(mut built) => match built.start() {
-                Ok(()) => (Life::Running(built), Ok(())),
+                Ok(()) => {
+                    let _ = self.0.metrics.set(built.devices().metrics.clone());
+                    (Life::Running(built), Ok(()))
+                }
                 Err(error) => (Life::Gone(Ok(ExitReason::Stopped)), Err(error)),
             },
             Err(error) => (Life::Configured(machine), Err(error)),
@@ -385,9 +389,12 @@ impl Controller {
     /// [`Command::Metrics`]. They can be read at any time from then on.
     ///
     /// # Errors
-    /// When the machine does not run.
+    /// When the machine was never started.
     pub fn metrics(&self) -> Result<Arc<MachineMetrics>, Error> {
-        Ok(self.0.devices("read the counters")?.metrics.clone())
+        match self.0.metrics.get() {
+            Some(metrics) => Ok(metrics.clone()),
+            None => Err(self.0.wrong_state(&self.0.life(), "read the counters")),
+        }
     }
 
     /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
@@ -434,6 +441,8 @@ struct Owner {
     life: Mutex<Life>,
     /// Signalled when the machine is no longer being started, and when it is gone.
     changed: Condvar,
+    /// Kept beyond the machine's end.
+    metrics: OnceLock<Arc<MachineMetrics>>,
 }
 
 /// Where the machine is in its life, with what it has there.
