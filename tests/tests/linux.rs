@@ -341,16 +341,16 @@ fn linux_gives_memory_back_and_says_how_much_it_has() {
 // --- What the tests share -----------------------------------------------------------------------
 
 fn started(config: &MachineConfig) -> (Machine, PipeReader) {
-    let (output, writer) = std::io::pipe().unwrap();
+    let (output, writer) = std::io::pipe().expect("there are pipes");
     for end in [output.as_fd(), writer.as_fd()] {
-        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
     }
     let console = Console {
         input: None,
         output: Some(writer.into()),
     };
-    let mut machine = Machine::new(config, console).unwrap();
-    machine.start().unwrap();
+    let mut machine = Machine::new(config, console).unwrap_or_else(|error| panic!("{error}"));
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
     (machine, output)
 }
 
