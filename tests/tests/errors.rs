@@ -392,12 +392,23 @@ fn values_that_an_option_does_not_have_are_refused_with_those_it_has() {
             "tap=tap0,mac=ff:ff:ff:ff:ff:ff",
             "first byte must be even",
         ),
+        ("--balloon", "64M", "size=SIZE[,deflate-on-oom=on]"),
     ] {
         refused(
             Bantam::payload("hello").option(option, value),
             &[option, expected],
         );
     }
+}
+
+#[test]
+fn a_balloon_larger_than_memory_is_refused() {
+    refused(
+        Bantam::payload("hello")
+            .option("--memory", "64M")
+            .option("--balloon", "size=65M"),
+        &["a balloon of 65M does not fit into the 64M of guest memory"],
+    );
 }
 
 #[test]

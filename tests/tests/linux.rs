@@ -3,7 +3,7 @@
 //! A boot takes long where the host has no hardware virtualization, so that each does much.
 
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, PipeReader, Read, Write};
 use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use bantam_tests::{
     require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
-use bantam_vmm::{Console, Controller, ExitReason};
+use bantam_vmm::{BalloonStatistics, Console, Controller, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -247,17 +247,7 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
         ..MachineConfig::new(Kernel::Full.vmlinux())
     };
     let _slot = linux_slot();
-    let (mut output, writer) = std::io::pipe().unwrap();
-    for end in [output.as_fd(), writer.as_fd()] {
-        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    }
-    let console = Console {
-        input: None,
-        output: Some(writer.into()),
-    };
-    let machine = Controller::new().unwrap();
-    machine.configure(config, console).unwrap();
-    machine.start().unwrap();
+    let (machine, mut output) = started(config);
     // A guest that boots notices no pause.
     for _ in 0..5 {
         thread::sleep(Duration::from_millis(300));
@@ -297,6 +287,81 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
         &[&format!("size={larger}")],
     );
     answer(&text, "reboot");
+}
+
+// --- The balloon --------------------------------------------------------------------------------
+
+#[test]
+fn linux_gives_memory_back_and_says_how_much_it_has() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let config = MachineConfig {
+        disks: vec![DiskConfig::new(root_disk(&folder))],
+        // Linux reports free memory only while it has more than 128 MiB of it.
+        memory: "256M".parse().unwrap(),
+        balloon: Some("size=16M,reporting=on,statistics=1".parse().unwrap()),
+        append: Some(test_words(&["memory", "sleep:240000"])),
+        ..MachineConfig::new(Kernel::Small.vmlinux())
+    };
+    let _slot = linux_slot();
+    let (machine, mut output) = started(config);
+    let mut text = String::new();
+    read_until(&mut output, &mut text, "bantam: memory ok");
+    let metrics = machine.metrics().unwrap();
+    let metrics = metrics.balloon.as_ref().expect("there is one");
+    let wait_for = |what: &str, is_so: &dyn Fn(&BalloonStatistics) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        loop {
+            let statistics = machine.balloon_statistics().unwrap();
+            if is_so(&statistics) {
+                return statistics;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{what} never came: {statistics:?}"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let mut totals = Vec::new();
+    for mib in [16, 40, 8] {
+        machine.set_balloon_target(mib).unwrap();
+        wait_for("the balloon's size", &|now| now.actual_mib == mib);
+        // Those under way may be older.
+        let seen = metrics.stats_updates_count.total();
+        let after = wait_for("statistics", &|_| {
+            metrics.stats_updates_count.total() >= seen + 2
+        });
+        // What is in the balloon is not counted as memory that the guest has.
+        totals.push(after.guest.total_memory.expect("Linux says it"));
+        let free = after.guest.free_memory.expect("Linux says it");
+        assert!(free > 0 && free <= totals[0], "{after:?}");
+    }
+    assert_eq!(totals[0] - totals[1], 24 * MIB as u64);
+    assert_eq!(totals[2] - totals[1], 32 * MIB as u64);
+    let freed = || metrics.free_page_report_freed.total();
+    wait_for("a report of free pages", &|_| freed() > 0);
+    assert_eq!(metrics.event_fails.total(), 0);
+    machine.stop();
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+// --- What the tests share -----------------------------------------------------------------------
+
+fn started(config: MachineConfig) -> (Controller, PipeReader) {
+    let (output, writer) = std::io::pipe().expect("there are pipes");
+    for end in [output.as_fd(), writer.as_fd()] {
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
+    }
+    let console = Console {
+        input: None,
+        output: Some(writer.into()),
+    };
+    let machine = Controller::new().expect("there are descriptors");
+    let configured = machine.configure(config, console);
+    configured.unwrap_or_else(|error| panic!("{error}"));
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
+    (machine, output)
 }
 
 fn read_until(output: &mut impl Read, text: &mut String, wanted: &str) {

@@ -12,7 +12,7 @@ const MAX_ENTRIES: usize = 256;
 /// Statistics of a guest's memory, as far as its driver gives them. Linux counts events since its
 /// start.
 ///
-/// The last six are not in the standard, but Linux gives them (from version 6.12 on).
+/// The last six are not in the standard, but a newer Linux gives them (6.12 does).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct GuestStatistics {
     /// Bytes swapped in.
