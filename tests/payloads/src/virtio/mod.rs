@@ -15,6 +15,7 @@ pub mod queue;
 pub mod rng;
 pub mod slot_queue;
 pub mod transport;
+pub mod vsock;
 
 pub use mmio::MmioDevice;
 pub use pci::PciDevice;
@@ -32,6 +33,8 @@ pub mod device_id {
     pub const CONSOLE: u32 = 3;
     /// Entropy source.
     pub const RNG: u32 = 4;
+    /// Sockets.
+    pub const VSOCK: u32 = 19;
 }
 
 /// Feature bits of every device (section 6).
