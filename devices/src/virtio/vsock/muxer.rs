@@ -332,6 +332,13 @@ impl Muxer {
         self.set_timer(self.accept_retry)
     }
 
+    /// Lets the host's programs see that the device does nothing more.
+    pub(super) fn close_streams(&mut self) {
+        for (_, entry) in self.table.iter() {
+            entry.connection.close_stream();
+        }
+    }
+
     fn remove(&mut self, place: usize) {
         let Some(connection) = self.table.remove(place) else {
             return;

@@ -431,8 +431,10 @@ fn a_broken_packet_needs_a_reset() {
         (&long.to_bytes()[..], b"1234"),
     ] {
         let mut guest = Guest::ready();
+        let (mut client, _) = guest.connected_by_host(52);
         guest.transmit_raw(header, data);
         assert!(guest.interrupt.needs_reset());
+        assert!(is_closed(&mut client));
         assert_eq!(guest.metrics.tx_queue_event_fails.total(), 1);
         guest.reset();
         guest.offer_buffers(QUEUE_SIZE);
@@ -576,18 +578,28 @@ proptest! {
 
     /// Bytes pass both ways in any pieces, whatever the order of the steps.
     #[test]
-    fn bytes_arrive_in_order(steps in prop::collection::vec((0..4u8, 1..3000usize), 1..60)) {
+    fn bytes_arrive_in_order(steps in prop::collection::vec((0..4u8, 1..12_000usize), 1..100)) {
         let mut guest = Guest::ready();
         let (client, packet) = guest.connected_by_host(52);
         client.set_nonblocking(true).unwrap();
         let mut client = client;
         let (mut to_host, mut at_host) = (0usize, Vec::new());
         let (mut to_guest, mut at_guest) = (0usize, Vec::new());
+        // Up to where the guest knows that there is room.
+        let mut room = BUFFER_SIZE as usize;
         let pattern = |from: usize, len| (from..from + len).map(|index| (index * 31) as u8).collect::<Vec<_>>();
+        let mut receive = |guest: &mut Guest, room: &mut usize| {
+            for packet in guest.received() {
+                *room = (packet.header.fwd_cnt + packet.header.buf_alloc) as usize;
+                at_guest.extend(packet.data);
+            }
+            at_guest.len()
+        };
+        let mut received = 0;
         for (step, len) in steps {
             match step {
-                0 => {
-                    let credited = Header { fwd_cnt: at_guest.len() as u32, ..packet };
+                0 if to_host + len <= room => {
+                    let credited = Header { fwd_cnt: received as u32, ..packet };
                     guest.transmit(credited, &pattern(to_host, len));
                     to_host += len;
                 }
@@ -597,18 +609,13 @@ proptest! {
                     }
                 }
                 2 => {
-                    let mut chunk = vec![0; len];
+                    let mut chunk = vec![0; 4 * len];
                     if let Ok(count) = client.read(&mut chunk) {
                         at_host.extend_from_slice(&chunk[..count]);
                     }
                 }
-                _ => for packet in guest.received() {
-                    at_guest.extend(packet.data);
-                },
+                _ => received = receive(&mut guest, &mut room),
             }
-        }
-        for packet in guest.received() {
-            at_guest.extend(packet.data);
         }
         let mut chunk = vec![0; to_host];
         while at_host.len() < to_host {
@@ -616,6 +623,8 @@ proptest! {
             at_host.extend_from_slice(&chunk[..count]);
             guest.rest();
         }
+        receive(&mut guest, &mut room);
+        prop_assert!(room - to_host > BUFFER_SIZE as usize / 4 * 3 - 1, "{} of room", room - to_host);
         prop_assert_eq!(at_host, pattern(0, to_host));
         prop_assert_eq!(at_guest, pattern(0, to_guest));
     }
