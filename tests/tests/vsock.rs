@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, Running, require_kvm};
+use bantam_tests::{
+    Bantam, Kernel, RootFileSystem, Running, answer, first_difference, pattern, require_kvm,
+};
 
 /// Bytes after which the pattern of the payload `vsock` repeats itself.
 const PATTERN_SIZE: usize = 65_521;
 /// How long a program of the host waits for the guest.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a guest may take until it connects.
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
 /// Ports of the payload.
 mod port {
@@ -64,7 +69,28 @@ fn connect(socket: &Path, port: u32) -> (UnixStream, u32) {
     (stream, port.parse().unwrap())
 }
 
-fn pattern() -> Vec<u8> {
+/// The next connection of the guest.
+fn accept(listener: &UnixListener) -> UnixStream {
+    let deadline = Instant::now() + BOOT_LIMIT;
+    listener.set_nonblocking(true).unwrap();
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).unwrap();
+                stream.set_read_timeout(Some(LIMIT)).unwrap();
+                stream.set_write_timeout(Some(LIMIT)).unwrap();
+                return stream;
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                assert!(Instant::now() < deadline, "the guest does not connect");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+fn payload_pattern() -> Vec<u8> {
     let byte = |index: usize| {
         let index = index % PATTERN_SIZE;
         (index * 7 + index / 251) as u8
@@ -123,12 +149,11 @@ fn a_hundred_connections_carry_a_gibibyte() {
     let listener = UnixListener::bind(folder.path().join("vsock_7000")).unwrap();
     let machine = start(&socket, &format!("length={LENGTH} connect={CONNECTIONS}"));
     let began = Instant::now();
-    let pattern = pattern();
+    let pattern = payload_pattern();
     thread::scope(|scope| {
         let (socket, pattern) = (&socket, &pattern);
         for _ in 0..CONNECTIONS {
-            let (stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            let stream = accept(&listener);
             scope.spawn(move || exchange(stream, LENGTH, pattern));
             scope.spawn(move || {
                 let (stream, host_port) = connect(socket, port::EXCHANGE);
@@ -151,7 +176,7 @@ fn connections_are_refused_reset_and_stalled_each_for_itself() {
     let folder = tempfile::tempdir().unwrap();
     let socket = socket(&folder);
     let machine = start(&socket, &format!("length={LENGTH} connect=1"));
-    let pattern = pattern();
+    let pattern = payload_pattern();
     let exchange = || exchange(connect(&socket, port::EXCHANGE).0, LENGTH, &pattern);
 
     // Nothing listens at port 7000 of the host, and nothing at this one of the guest.
@@ -193,4 +218,58 @@ fn connections_are_refused_reset_and_stalled_each_for_itself() {
     assert_eq!(lost.read(&mut [0; 1]).unwrap(), 0);
     exchange();
     finish(&socket, machine);
+}
+
+/// Sends the seed and its pattern, and checks that the pattern of the next seed comes.
+fn exchange_with_linux(mut stream: UnixStream, seed: u64, length: usize) {
+    let mut writer = stream.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            writer.write_all(&seed.to_le_bytes()).unwrap();
+            writer.write_all(&pattern(seed, 0, length)).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut received = Vec::new();
+        stream.read_to_end(&mut received).unwrap();
+        assert_eq!(received.len(), length);
+        assert_eq!(first_difference(seed + 1, 0, &received), None);
+    });
+}
+
+#[test]
+fn linux_connects_to_programs_of_the_host_and_they_to_it() {
+    const CONNECTIONS: usize = 4;
+    const LENGTH: usize = (16 << 20) / (2 * CONNECTIONS);
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = socket(&folder);
+    let listener = UnixListener::bind(folder.path().join("vsock_7000")).unwrap();
+    let connects = format!("vsock-connect:7000:{CONNECTIONS}:{LENGTH}");
+    let listens = format!("vsock-listen:52:{CONNECTIONS}:{LENGTH}");
+    let nobody = "vsock-connect:7001:1:1";
+    let commands = [&connects[..], &listens, nobody].join(",");
+    let machine = Bantam::linux(Kernel::Full)
+        .option("--initrd", RootFileSystem::new().initrd)
+        .option("--vsock", format!("cid=3,socket={}", socket.display()))
+        .append(format!("quiet bantam.mode=test bantam.test={commands}"))
+        .start();
+    thread::scope(|scope| {
+        for seed in 0..CONNECTIONS {
+            let stream = accept(&listener);
+            scope.spawn(move || exchange_with_linux(stream, seed as u64, LENGTH));
+        }
+    });
+    machine.wait_for_output(&format!("bantam: {listens} waiting"));
+    thread::scope(|scope| {
+        for seed in 0..CONNECTIONS {
+            let (stream, _) = connect(&socket, 52);
+            scope.spawn(move || exchange_with_linux(stream, 100 + seed as u64, LENGTH));
+        }
+    });
+    machine.wait_for_output("bantam: done");
+    let ended = machine.wait();
+    let text = ended.succeeded().text();
+    println!("{}; {}", answer(&text, &connects), answer(&text, &listens));
+    let refused = format!("bantam: {nobody} failed connection 0 to port 7001: Connection reset");
+    ended.printed(&refused);
 }
