@@ -6,7 +6,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::mmio::MmioDevice;
-use super::{Buffer, Error, SplitQueue, Transport, device_id, feature};
+use super::{Buffer, Error, REQUEST_TIMEOUT, SplitQueue, Transport, device_id, feature};
+use crate::time::Deadline;
 
 const RECEIVE_QUEUE: u16 = 0;
 const TRANSMIT_QUEUE: u16 = 1;
@@ -139,6 +140,33 @@ impl Vsock {
         }
         self.receive_queue.kick(&self.device);
         Ok(())
+    }
+
+    /// Asks for a connection to a port of the host at which nothing listens, and waits for the refusal.
+    ///
+    /// # Errors
+    ///
+    /// When the device does not answer.
+    pub fn is_refused(&mut self, port: u32) -> Result<(), Error> {
+        let request = Header {
+            src_cid: self.cid,
+            dst_cid: HOST_CID,
+            src_port: 1,
+            dst_port: port,
+            socket_type: TYPE_STREAM,
+            operation: operation::REQUEST,
+            ..Header::default()
+        };
+        self.send(request, &[])?;
+        self.publish_packets();
+        let deadline = Deadline::after(REQUEST_TIMEOUT);
+        while !deadline.passed() {
+            if let Some(answer) = self.receive(|header, _| header)? {
+                let is_right = answer.operation == operation::RST && answer.src_port == port;
+                return is_right.then_some(()).ok_or(Error::WrongLength(0));
+            }
+        }
+        Err(Error::TimedOut)
     }
 
     fn post(&mut self, mut buffer: Box<[u8]>) -> Result<(), Error> {
