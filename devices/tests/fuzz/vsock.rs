@@ -164,7 +164,7 @@ impl Target for VsockTarget {
         let mut client = self.client();
         let _ = client.write(format!("CONNECT {SERVICE}\n").as_bytes());
         self.clients.push_back(client);
-        if len % 3 == 0 {
+        if len.is_multiple_of(3) {
             self.clients.pop_front();
         }
     }
