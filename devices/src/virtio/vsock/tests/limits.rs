@@ -149,8 +149,23 @@ fn refusals_without_receive_buffers_stop_the_transmit_queue() {
     assert_eq!(refusals, guest.sent_packets);
 }
 
+/// Lets the process have as many descriptors as it may.
+fn allow_many_descriptors() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the limit is written to, and read from, for the time of each call.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = limit.rlim_max;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+    }
+}
+
 #[test]
 fn connections_are_bounded() {
+    allow_many_descriptors();
     let mut guest = Guest::ready();
     let mut clients = Vec::new();
     for index in 0..MAX_CONNECTIONS {
