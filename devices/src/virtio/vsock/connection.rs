@@ -20,6 +20,11 @@ pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// whenever there is progress.
 pub(super) const CLOSE_TIME: Duration = Duration::from_secs(8);
 
+/// Least and most bytes that are read from the host's program at once, before other connections have
+/// their turn.
+const MIN_READ_SIZE: usize = 4 << 10;
+const MAX_READ_SIZE: usize = 64 << 10;
+
 #[derive(Debug)]
 enum State {
     /// A program of the host has connected, and has yet to say to which port.
@@ -71,6 +76,8 @@ pub(super) struct Connection {
     asked_for_credit: bool,
     /// Whether there may be something to read.
     readable: bool,
+    /// How many bytes to read at most: buffers that are taken for more than there is cost time.
+    read_size: usize,
     /// Whether the host's program has sent its last byte, and the guest has it.
     host_ended: bool,
     /// Whether it reads what it is sent.
@@ -97,6 +104,7 @@ impl Connection {
             credit: Credit::default(),
             asked_for_credit: false,
             readable: true,
+            read_size: MIN_READ_SIZE,
             host_ended: false,
             host_reads: true,
             pending: VecDeque::new(),
@@ -348,7 +356,7 @@ impl Connection {
 
     /// The header of the next packets for the guest that have data, and how many bytes there may be.
     pub(super) fn data_packet(&self, guest_cid: u64) -> Option<(Header, usize)> {
-        let limit = self.readable_bytes();
+        let limit = self.readable_bytes().min(self.read_size);
         if limit == 0 {
             return None;
         }
@@ -377,6 +385,11 @@ impl Connection {
         match result {
             Ok(0) => self.host_ended = true,
             Ok(count) => {
+                self.read_size = if count >= self.read_size {
+                    MAX_READ_SIZE.min(2 * self.read_size)
+                } else {
+                    count.max(MIN_READ_SIZE)
+                };
                 self.credit.send(count);
                 self.has_announced();
             }

@@ -27,8 +27,6 @@ const MAX_REFUSALS: usize = 256;
 const MAX_ACCEPTED_PER_TURN: usize = 64;
 /// How long to wait before accepting again where the host was out of something.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
-/// Most bytes that one connection sends to the guest before the next has its turn.
-const MAX_BYTES_PER_TURN: usize = 64 << 10;
 
 /// The connections, and those who wait for something.
 pub(super) struct Muxer {
@@ -273,7 +271,6 @@ impl Muxer {
         if let Some(header) = connection.take_control_packet(self.guest_cid) {
             packets = queue.put(&header)?.into();
         } else if let Some((header, limit)) = connection.data_packet(self.guest_cid) {
-            let limit = limit.min(MAX_BYTES_PER_TURN);
             let read = |buffers: &mut GuestBuffers| connection.stream().receive_into(buffers);
             if let Some(result) = queue.put_data(header, limit, read)? {
                 if let Ok(sent) = &result {
