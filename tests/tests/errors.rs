@@ -386,6 +386,7 @@ fn values_that_an_option_does_not_have_are_refused_with_those_it_has() {
             "stdio, pty, file=PATH, socket=PATH or none",
         ),
         ("--disk", "a.img,rw", "PATH[,ro][,id=NAME]"),
+        ("--vsock", "cid=3", "cid=N,socket=PATH"),
         ("--net", "tun=tap0", "tap=NAME[,mac=MAC][,mtu=N][,queues=N]"),
         (
             "--net",
@@ -457,36 +458,25 @@ fn a_machine_file_describes_a_machine() {
 // --- The serial port --------------------------------------------------------------------------
 
 #[test]
-fn a_serial_socket_in_use_is_refused_and_an_abandoned_one_is_replaced() {
+fn a_socket_in_use_is_refused_and_an_abandoned_one_is_replaced() {
     require_kvm!();
-    let files = Files::new();
-    let path = files.path("socket");
-    let bantam =
-        || Bantam::payload("hello").option("--serial", format!("socket={}", path.display()));
-    let listener = UnixListener::bind(&path).unwrap();
-    refused(
-        bantam(),
-        &[
-            "cannot listen on ",
-            "for the serial port: Address",
-            "in use",
-            "choose another path",
-        ],
-    );
-    drop(listener);
-    bantam().finish().succeeded();
-    assert!(!path.exists(), "the socket has outlived its machine");
+    for (option, words, whose) in [
+        ("--serial", "", "for the serial port: Address"),
+        ("--vsock", "cid=3,", "for the socket device: Address"),
+    ] {
+        let files = Files::new();
+        let path = files.path("socket");
+        let value = format!("{words}socket={}", path.display());
+        let bantam = || Bantam::payload("hello").option(option, &value);
+        let listener = UnixListener::bind(&path).unwrap();
+        let expected = ["cannot listen on ", whose, "in use", "choose another path"];
+        refused(bantam(), &expected);
+        drop(listener);
+        bantam().finish().succeeded();
+        assert!(!path.exists(), "the socket has outlived its machine");
 
-    files.create("socket", "precious");
-    refused(bantam(), &["cannot listen on ", "in use"]);
-    assert_eq!(fs::read(&path).unwrap(), b"precious");
-}
-
-#[test]
-fn a_serial_file_that_cannot_be_created_is_refused() {
-    require_kvm!();
-    refused(
-        Bantam::payload("hello").option("--serial", "file=/nowhere/log"),
-        &["cannot open '/nowhere/log' for the serial port's output: No such file"],
-    );
+        files.create("socket", "precious");
+        refused(bantam(), &["cannot listen on ", "in use"]);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
 }

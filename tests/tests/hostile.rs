@@ -57,6 +57,16 @@ fn the_monitor_withstands_a_guest_that_misuses_a_balloon() {
 }
 
 #[test]
+fn the_monitor_withstands_a_guest_that_misuses_a_socket_device() {
+    require_kvm!();
+    for seed in 8..=9 {
+        let folder = tempfile::tempdir().unwrap();
+        let vsock = format!("cid=3,socket={}", folder.path().join("v").display());
+        attack(seed, Bantam::payload("hostile").option("--vsock", vsock));
+    }
+}
+
+#[test]
 fn the_monitor_withstands_an_attack_with_several_vcpus_and_little_memory() {
     require_kvm!();
     let bantam = Bantam::payload("hostile")

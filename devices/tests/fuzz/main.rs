@@ -17,6 +17,7 @@ mod machine;
 mod net;
 mod operation;
 mod rng;
+mod vsock;
 
 use std::panic::RefUnwindSafe;
 use std::sync::{Mutex, PoisonError};
@@ -170,6 +171,15 @@ fn network_device() {
 #[test]
 fn transport() {
     let test = test_of(rng::RngTarget);
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
+}
+
+#[test]
+fn vsock_device() {
+    let test = test_of(vsock::VsockTarget::new());
     check!()
         .with_type()
         .with_test_time(TEST_TIME)

@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::{FromStr, Split};
 
 use crate::error::{Context, Error, Result};
+use crate::vsock::Exchange;
 
 /// Each is documented by what it answers after `ok`.
 #[derive(Debug, PartialEq, Eq)]
@@ -90,6 +91,10 @@ pub enum Command {
         length: u64,
         seed: u64,
     },
+    /// `bytes=N rate=RATE`, once data was exchanged on so many connections to a port of the host at once.
+    VsockConnect(Exchange),
+    /// The same on connections of the host, for which it waits.
+    VsockListen(Exchange),
     /// `source=NAME bytes=N values=N crc32=HEX` of bytes from the virtio random number generator, and
     /// how many different ones there are.
     Rng {
@@ -181,6 +186,8 @@ impl FromStr for Command {
                 length: arguments.size("length")?,
                 seed: arguments.parsed("seed")?,
             },
+            "vsock-connect" => Self::VsockConnect(arguments.exchange()?),
+            "vsock-listen" => Self::VsockListen(arguments.exchange()?),
             "rng" => Self::Rng {
                 length: arguments.size("length")?,
             },
@@ -260,6 +267,14 @@ impl<'a> Arguments<'a> {
         ))
     }
 
+    fn exchange(&mut self) -> Result<Exchange> {
+        Ok(Exchange {
+            port: self.parsed("port")?,
+            connections: self.parsed("connections")?,
+            length: self.size("length")?,
+        })
+    }
+
     fn end(mut self) -> Result<()> {
         match self.0.next() {
             None => Ok(()),
@@ -328,6 +343,19 @@ mod tests {
                 seed: 3,
             })
         );
+    }
+
+    #[test]
+    fn exchanges() {
+        assert_eq!(
+            "vsock-listen:52:4:1M".parse(),
+            Ok(Command::VsockListen(Exchange {
+                port: 52,
+                connections: 4,
+                length: 1 << 20,
+            }))
+        );
+        assert_eq!(reason("vsock-connect:52:4"), "missing argument: length");
     }
 
     #[test]

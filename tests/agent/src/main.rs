@@ -25,6 +25,7 @@ mod shell;
 mod sys;
 mod system;
 mod test;
+mod vsock;
 mod workload;
 
 use std::env;

@@ -262,6 +262,66 @@ fn inet_socket(kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> 
     Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
+/// Connects to a port of the host.
+pub fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    let address = vsock_address(libc::VMADDR_CID_HOST, port);
+    // SAFETY: the address is readable for as many bytes as are given.
+    check(unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    })?;
+    Ok(socket)
+}
+
+/// Listens to a port for connections of the host, of which some may wait.
+pub fn vsock_listen(port: u32, backlog: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    let address = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: as in `vsock_connect`.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    })?;
+    // SAFETY: takes numbers only.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog as libc::c_int) })?;
+    Ok(socket)
+}
+
+/// Takes a connection of a socket that listens.
+pub fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    let none = std::ptr::null_mut();
+    // SAFETY: no address is asked for.
+    let socket = check(unsafe {
+        libc::accept4(listener.as_raw_fd(), none, none.cast(), libc::SOCK_CLOEXEC)
+    })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+fn vsock_socket() -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    let socket =
+        check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
+}
+
+fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: it consists of integers, all of which may be zero.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
 /// `struct ifreq`: a name, and 24 bytes whose meaning depends on the request.
 #[repr(C, align(8))]
 struct InterfaceRequest {

@@ -9,7 +9,7 @@ use crate::command::Command;
 use crate::console::{self, say};
 use crate::error::{Context, Result};
 use crate::power::{self, Ending};
-use crate::{disk, net, random, sys, system};
+use crate::{disk, net, random, sys, system, vsock};
 
 /// Carries out the commands in order and returns how the guest is to end. A command that fails does
 /// not keep the next one from being carried out.
@@ -85,6 +85,8 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::NetInfo { ref interface } => net::info(interface)?,
         Command::NetTcpSend { peer, length, seed } => net::tcp_send(peer, length, seed)?,
         Command::NetTcpReceive { peer, length, seed } => net::tcp_receive(peer, length, seed)?,
+        Command::VsockConnect(exchange) => vsock::connect(exchange)?,
+        Command::VsockListen(exchange) => vsock::listen(exchange, waiting)?,
         Command::Rng { length } => random::hardware(length)?,
         Command::Entropy => random::entropy()?,
         Command::EchoLine => console::echo_line(waiting)?,

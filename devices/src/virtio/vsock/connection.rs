@@ -20,6 +20,11 @@ pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// whenever there is progress.
 pub(super) const CLOSE_TIME: Duration = Duration::from_secs(8);
 
+/// Least and most bytes that are read from the host's program at once, before other connections have
+/// their turn.
+const MIN_READ_SIZE: usize = 4 << 10;
+const MAX_READ_SIZE: usize = 64 << 10;
+
 #[derive(Debug)]
 enum State {
     /// A program of the host has connected, and has yet to say to which port.
@@ -71,6 +76,8 @@ pub(super) struct Connection {
     asked_for_credit: bool,
     /// Whether there may be something to read.
     readable: bool,
+    /// How many bytes to read at most: buffers that are taken for more than there is cost time.
+    read_size: usize,
     /// Whether the host's program has sent its last byte, and the guest has it.
     host_ended: bool,
     /// Whether it reads what it is sent.
@@ -97,6 +104,7 @@ impl Connection {
             credit: Credit::default(),
             asked_for_credit: false,
             readable: true,
+            read_size: MIN_READ_SIZE,
             host_ended: false,
             host_reads: true,
             pending: VecDeque::new(),
@@ -165,8 +173,9 @@ impl Connection {
 
     /// Takes note of what the event loop says of the stream.
     pub(super) fn host_is_ready(&mut self, ready: EventSet, metrics: &VsockMetrics, now: Instant) {
-        self.readable = true;
-        if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+        let lost = EventSet::HANG_UP | EventSet::ERROR;
+        self.readable |= ready.intersects(lost | EventSet::IN | EventSet::READ_HANG_UP);
+        if ready.intersects(lost) {
             match self.state {
                 // It may have said its part and left; nobody waits for an answer.
                 State::Greeting(_) | State::Requesting => self.reset(),
@@ -211,7 +220,7 @@ impl Connection {
         now: Instant,
     ) {
         match (&self.state, header.operation) {
-            (_, operation::RST) => self.end_by_guest(),
+            (_, operation::RST) => self.end_by_guest(now),
             // What the guest sent before it could know of the end.
             (State::Resetting, _) => {}
             (State::Requesting, operation::RESPONSE) => {
@@ -273,7 +282,8 @@ impl Connection {
             self.credit.forward(data.len());
             return;
         }
-        self.pending.reserve(data.len());
+        // All of it at once, so that it does not become more; the host gives memory for what is used.
+        self.pending.reserve_exact(room);
         let mut chunk = [0; 4096];
         loop {
             match data.read(&mut chunk) {
@@ -335,6 +345,7 @@ impl Connection {
     pub(super) fn take_control_packet(&mut self, guest_cid: u64) -> Option<Header> {
         let operation = self.due.take_first()?;
         let mut header = self.header(operation, guest_cid)?;
+        self.has_announced();
         match operation {
             operation::SHUTDOWN => header.flags = self.host_shutdown,
             operation::RST => self.state = State::Finished,
@@ -344,20 +355,24 @@ impl Connection {
     }
 
     /// The header of the next packets for the guest that have data, and how many bytes there may be.
-    pub(super) fn data_packet(&mut self, guest_cid: u64) -> Option<(Header, usize)> {
-        let limit = self.readable_bytes();
+    pub(super) fn data_packet(&self, guest_cid: u64) -> Option<(Header, usize)> {
+        let limit = self.readable_bytes().min(self.read_size);
         if limit == 0 {
             return None;
         }
         Some((self.header(operation::RW, guest_cid)?, limit))
     }
 
-    fn header(&mut self, operation: u16, guest_cid: u64) -> Option<Header> {
+    fn header(&self, operation: u16, guest_cid: u64) -> Option<Header> {
         let mut header = Header::to_guest(guest_cid, self.ports?, operation);
-        self.credit.announce(&mut header);
-        // Every packet says it.
-        self.due.remove(operation::CREDIT_UPDATE);
+        self.credit.write_to(&mut header);
         Some(header)
+    }
+
+    /// Takes note of a packet that is sent to the guest: every one says what room there is.
+    fn has_announced(&mut self) {
+        self.credit.has_announced();
+        self.due.remove(operation::CREDIT_UPDATE);
     }
 
     /// Takes note of the outcome of reading from the host's program for the guest.
@@ -369,7 +384,15 @@ impl Connection {
     ) {
         match result {
             Ok(0) => self.host_ended = true,
-            Ok(count) => self.credit.send(count),
+            Ok(count) => {
+                self.read_size = if count >= self.read_size {
+                    MAX_READ_SIZE.min(2 * self.read_size)
+                } else {
+                    count.max(MIN_READ_SIZE)
+                };
+                self.credit.send(count);
+                self.has_announced();
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
             Err(_) => {
                 metrics.rx_read_fails.add(1);
@@ -467,12 +490,15 @@ impl Connection {
     }
 
     /// The guest knows of it no more. What it sent before it ended in order is still passed on.
-    fn end_by_guest(&mut self) {
+    fn end_by_guest(&mut self, now: Instant) {
         self.due = Due::default();
         let in_order =
             self.guest_shutdown & shutdown::SEND != 0 || self.host_shutdown == shutdown::BOTH;
         self.state = match self.state {
-            State::Connected if in_order && !self.pending.is_empty() => State::Draining,
+            State::Connected if in_order && !self.pending.is_empty() => {
+                self.deadline.get_or_insert(now + CLOSE_TIME);
+                State::Draining
+            }
             State::Connected => {
                 self.killed = !in_order;
                 State::Finished

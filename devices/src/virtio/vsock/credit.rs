@@ -52,11 +52,15 @@ impl Credit {
         self.forwarded.wrapping_sub(self.announced) >= UPDATE_SIZE
     }
 
-    /// Tells the guest of the room by a packet that it gets.
-    pub(super) fn announce(&mut self, header: &mut Header) {
-        self.announced = self.forwarded;
+    /// Puts what the guest is to know of the room into the header of a packet.
+    pub(super) fn write_to(&self, header: &mut Header) {
         header.buf_alloc = BUFFER_SIZE;
         header.fwd_cnt = self.forwarded;
+    }
+
+    /// Takes note that the guest has got such a packet.
+    pub(super) fn has_announced(&mut self) {
+        self.announced = self.forwarded;
     }
 }
 
@@ -103,8 +107,10 @@ mod tests {
         credit.forward(1);
         assert!(credit.is_update_due());
         let mut header = Header::default();
-        credit.announce(&mut header);
+        credit.write_to(&mut header);
         assert_eq!(header, says(BUFFER_SIZE, UPDATE_SIZE - 6));
+        assert!(credit.is_update_due());
+        credit.has_announced();
         assert!(!credit.is_update_due());
     }
 }

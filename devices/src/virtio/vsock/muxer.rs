@@ -16,7 +16,7 @@ use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
 use super::receive::ReceiveQueue;
 use super::stream::HostStream;
-use super::table::{MAX_CONNECTIONS, Table};
+use super::table::{Entry, MAX_CONNECTIONS, Table};
 use super::worker::Source;
 use crate::ListeningSocket;
 use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
@@ -27,8 +27,6 @@ const MAX_REFUSALS: usize = 256;
 const MAX_ACCEPTED_PER_TURN: usize = 64;
 /// How long to wait before accepting again where the host was out of something.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
-/// Most bytes that one connection sends to the guest before the next has its turn.
-const MAX_BYTES_PER_TURN: usize = 64 << 10;
 
 /// The connections, and those who wait for something.
 pub(super) struct Muxer {
@@ -95,9 +93,9 @@ impl Muxer {
         self.metrics.tx_packets_count.add(1);
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
             self.interrupt.warn(format_args!(
-                "a packet from CID {} to CID {} is dropped: it is neither from the guest's nor to \
-                 the host's",
-                header.src_cid, header.dst_cid
+                "a packet from CID {} to CID {} is dropped: it is not from the guest, which is {}, \
+                 to the host, which is {HOST_CID}",
+                header.src_cid, header.dst_cid, self.guest_cid
             ));
             return;
         }
@@ -109,7 +107,12 @@ impl Muxer {
             if let Some(entry) = self.table.get(place) {
                 let connection = &mut entry.connection;
                 connection.handle_packet(header, data, &self.metrics, Instant::now());
+                let is_forgotten = connection.is_forgotten();
                 self.touched.push(place);
+                // The next packet may begin another with the same ports.
+                if is_forgotten {
+                    self.table.forget(place);
+                }
             }
         } else if header.operation != operation::REQUEST || !self.connect(header) {
             self.refusals.extend(header.refusal());
@@ -242,13 +245,14 @@ impl Muxer {
                 queue.ring_doorbell();
                 break;
             }
-            packets += match self.refusals.pop_front() {
+            let sent = match self.refusals.pop_front() {
                 Some(refusal) => queue.put(&refusal)?.into(),
                 None => self.send_next(queue)?,
             };
+            self.metrics.rx_packets_count.add(sent as u64);
+            packets += sent;
             queue.report(&self.interrupt);
         }
-        self.metrics.rx_packets_count.add(packets as u64);
         Ok(())
     }
 
@@ -267,7 +271,6 @@ impl Muxer {
         if let Some(header) = connection.take_control_packet(self.guest_cid) {
             packets = queue.put(&header)?.into();
         } else if let Some((header, limit)) = connection.data_packet(self.guest_cid) {
-            let limit = limit.min(MAX_BYTES_PER_TURN);
             let read = |buffers: &mut GuestBuffers| connection.stream().receive_into(buffers);
             if let Some(result) = queue.put_data(header, limit, read)? {
                 if let Ok(sent) = &result {
@@ -324,18 +327,31 @@ impl Muxer {
                 self.remove(place);
                 continue;
             }
-            if connection.is_forgotten() {
-                self.table.forget(place);
-            }
             self.set_timer(deadline)?;
         }
         self.set_timer(self.accept_retry)
     }
 
+    /// Lets the host's programs see that the device does nothing more.
+    pub(super) fn close_streams(&mut self) {
+        for (_, entry) in self.table.iter() {
+            entry.connection.close_stream();
+        }
+    }
+
     fn remove(&mut self, place: usize) {
-        let Some(connection) = self.table.remove(place) else {
+        let Some(Entry {
+            connection,
+            is_queued,
+            ..
+        }) = self.table.remove(place)
+        else {
             return;
         };
+        // Its place is another's then. A guest that receives nothing would make the queue ever longer.
+        if is_queued {
+            self.ready.retain(|&queued| queued != place);
+        }
         // One without ports was none yet.
         if connection.ports().is_some() {
             self.metrics.conns_removed.add(1);

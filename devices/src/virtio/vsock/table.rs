@@ -89,11 +89,11 @@ impl Table {
         }
     }
 
-    pub(super) fn remove(&mut self, place: usize) -> Option<Connection> {
+    pub(super) fn remove(&mut self, place: usize) -> Option<Entry> {
         self.forget(place);
         let entry = self.entries.get_mut(place)?.take()?;
         self.free.push(place);
-        Some(entry.connection)
+        Some(entry)
     }
 
     pub(super) fn get(&mut self, place: usize) -> Option<&mut Entry> {

@@ -217,6 +217,7 @@ impl MutEventSubscriber for Worker {
             .and_then(|()| self.work(operations));
         if let Err(error) = result {
             self.interrupt.need_reset(&error);
+            self.muxer.close_streams();
         }
     }
 }

@@ -24,6 +24,7 @@ use runtime::virtio::block::{
 };
 use runtime::virtio::net::{Header, Net, OFFLOADS, net_feature};
 use runtime::virtio::rng::Rng;
+use runtime::virtio::vsock::Vsock;
 use runtime::virtio::{Buffer, Completion, Error, MmioDevice, Transport, device_id, wait_for_used};
 use runtime::{arguments, interrupts, payload, println, report};
 
@@ -53,6 +54,7 @@ fn check_devices() {
             device_id::RNG => check_rng(device, vector),
             device_id::BLOCK => check_block(device, vector),
             device_id::NET => check_net(device, vector),
+            device_id::VSOCK => check_vsock(device),
             _ => report::check(format!("{name} resets"), device.reset()),
         }
     }
@@ -65,6 +67,15 @@ fn check_devices() {
         };
         report::check(format!("the devices are {expected}"), result);
     }
+}
+
+/// The payload `vsock` does the rest.
+fn check_vsock(device: MmioDevice) {
+    let result = Vsock::open(device, QUEUE_SIZE).and_then(|mut vsock| {
+        println!("vsock: cid {}", vsock.cid);
+        vsock.is_refused(1)
+    });
+    report::check("vsock answers", result);
 }
 
 /// Routes the device's interrupt to `vector`, with nothing pending from before.

@@ -16,6 +16,7 @@ pub mod queue;
 pub mod rng;
 pub mod slot_queue;
 pub mod transport;
+pub mod vsock;
 
 pub use mmio::MmioDevice;
 pub use pci::PciDevice;
@@ -35,6 +36,8 @@ pub mod device_id {
     pub const RNG: u32 = 4;
     /// Memory balloon.
     pub const BALLOON: u32 = 5;
+    /// Sockets.
+    pub const VSOCK: u32 = 19;
 }
 
 /// Feature bits of every device (section 6).

@@ -22,7 +22,7 @@ const RECEIVE_RINGS: u64 = 0;
 const TRANSMIT_RINGS: u64 = RINGS_SIZE;
 const EVENT_RINGS: u64 = 2 * RINGS_SIZE;
 /// Where the packets to be transmitted are, each in a place of its own.
-pub const TRANSMIT_DATA: u64 = 0x1_0000;
+const TRANSMIT_DATA: u64 = 0x1_0000;
 const TRANSMIT_SIZE: u64 = 0x4000;
 /// Where packets are received.
 pub const RECEIVE_DATA: u64 = 0x10_0000;
@@ -136,8 +136,15 @@ impl Guest {
         panic!("the event loop does not come to rest");
     }
 
-    /// Transmits a packet as it is.
+    /// Transmits a packet as it is, and lets the device work.
     pub fn transmit_raw(&mut self, header: &[u8], data: &[u8]) {
+        self.post(header, data);
+        self.rest();
+        self.transmit.take_used();
+    }
+
+    /// Makes a packet available.
+    pub fn post(&mut self, header: &[u8], data: &[u8]) {
         let head = self.transmit.next_head();
         let address = TRANSMIT_DATA + u64::from(head / 2) * TRANSMIT_SIZE;
         self.memory
@@ -156,8 +163,6 @@ impl Guest {
             .offer(&[part(address, header.len()), part(data_address, data.len())]);
         self.transmit.ring_doorbell();
         self.sent_packets += 1;
-        self.rest();
-        self.transmit.take_used();
     }
 
     pub fn transmit(&mut self, header: Header, data: &[u8]) {

@@ -11,13 +11,17 @@ use runtime::virtio::block::{Block, RequestHeader, RequestType, SECTOR_SIZE, STA
 use runtime::virtio::net::{HEADER_SIZE, Header, Net};
 use runtime::virtio::queue::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor};
 use runtime::virtio::rng::Rng;
+use runtime::virtio::vsock::Vsock;
 use runtime::virtio::{Completion, Error, MmioDevice, SplitQueue, Transport, device_id, feature};
 use runtime::{arguments, heap, report};
 
 use crate::balloon::Page;
 
 pub const QUEUE_SIZE: u16 = 16;
-const NET_TRANSMIT_QUEUE: u16 = 1;
+/// Where the network card and the socket device take what is sent.
+const TRANSMIT_QUEUE: u16 = 1;
+/// A port of the host at which nothing listens.
+const UNUSED_PORT: u32 = 1;
 /// A spoilt request there costs no memory.
 const BALLOON_DEFLATE_QUEUE: u16 = 1;
 const FRAME_SIZE: usize = 60;
@@ -88,7 +92,7 @@ impl Target {
     pub fn request_queue(&self) -> Option<u16> {
         match self.id {
             device_id::RNG | device_id::BLOCK => Some(0),
-            device_id::NET => Some(NET_TRANSMIT_QUEUE),
+            device_id::NET | device_id::VSOCK => Some(TRANSMIT_QUEUE),
             device_id::BALLOON => Some(BALLOON_DEFLATE_QUEUE),
             _ => None,
         }
@@ -123,6 +127,7 @@ impl Target {
                 }
                 balloon.deflate(&[page.number()])
             }
+            device_id::VSOCK => Vsock::open(self.device, QUEUE_SIZE)?.is_refused(UNUSED_PORT),
             _ => {
                 let features = self.device.initialise(0)?;
                 let mut index = 0;
@@ -193,7 +198,12 @@ impl Target {
             Ok(match session.wait() {
                 Outcome::Done => Outcome::Unimpressed,
                 // The only end of a request there.
-                Outcome::Failed if matches!(self.id, device_id::NET | device_id::BALLOON) => {
+                Outcome::Failed
+                    if matches!(
+                        self.id,
+                        device_id::NET | device_id::VSOCK | device_id::BALLOON
+                    ) =>
+                {
                     Outcome::Unimpressed
                 }
                 _ => Outcome::Disturbed,
@@ -288,7 +298,8 @@ impl Session {
                 let status = describe(&raw mut self.request.status as u64, 1, DESCRIPTOR_WRITE);
                 ([header, data, status], 3)
             }
-            device_id::NET => {
+            // To the socket device, it is a packet of nobody it knows.
+            device_id::NET | device_id::VSOCK => {
                 let size = self.request.frame.len();
                 let frame = describe(&raw const self.request.frame as u64, size, 0);
                 ([frame, Descriptor::default(), Descriptor::default()], 1)
@@ -358,7 +369,7 @@ impl Session {
         match self.id {
             device_id::BLOCK if status == STATUS_OK => Outcome::Done,
             device_id::RNG if written != 0 => Outcome::Done,
-            // A frame can only be dropped, and a page only taken back.
+            // A frame or a packet can only be dropped, and a page only taken back.
             _ => Outcome::Failed,
         }
     }
