@@ -10,7 +10,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::BlockOptions;
 use super::medium::{Loaded, Loan};
-use super::metrics::Tally;
+use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
@@ -111,9 +111,7 @@ pub(super) struct Worker {
     tally: Tally,
     /// When the batch of requests that is being begun was.
     batch_since: Instant,
-    /// How many requests were begun.
-    begun_count: u64,
-    /// Bytes of data that they have.
+    /// Bytes of data of the requests that were begun, which wraps.
     begun_bytes: u64,
 }
 
@@ -147,7 +145,6 @@ impl Worker {
             polling: Polling::new(options.polls),
             tally: Tally::default(),
             batch_since: Instant::now(),
-            begun_count: 0,
             begun_bytes: 0,
         }
     }
@@ -198,7 +195,7 @@ impl Worker {
                     return self.leave_rest(index);
                 }
                 self.begin_next(index)?;
-                if self.begun_bytes - bytes_before >= MAX_BATCH_SIZE {
+                if self.begun_bytes.wrapping_sub(bytes_before) >= MAX_BATCH_SIZE {
                     break;
                 }
             }
@@ -277,10 +274,17 @@ impl Worker {
             return Ok(false);
         }
         let (request, operation) = self.handler.parse(chain)?;
-        self.begun_count += 1;
-        self.begun_bytes += u64::from(request.data_len);
-        self.throttle.count(1, request.data_len.into());
-        let result = match operation {
+        let bytes = request.readable.wrapping_add(request.written);
+        self.begun_bytes = self.begun_bytes.wrapping_add(bytes.into());
+        if self.throttle.is_limited() {
+            let bytes = match operation {
+                Ok(Operation::Read { .. }) => chain.writable.len(),
+                Ok(Operation::Write { .. }) => chain.readable.len(),
+                _ => 0,
+            };
+            self.throttle.count(1, bytes as u64);
+        }
+        let (work, result) = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
                 Some(operation) => {
                     self.slots[slot].in_flight = Some(InFlight {
@@ -296,11 +300,19 @@ impl Worker {
                     }
                     return Ok(true);
                 }
-                None => self.perform(slot, operation),
+                None => {
+                    let work = match operation {
+                        Operation::Read { .. } => Work::Read(request.data_to_driver()),
+                        Operation::Write { .. } => Work::Write(request.readable),
+                        Operation::Flush => Work::Flush,
+                        _ => Work::Other,
+                    };
+                    (work, self.perform(slot, operation))
+                }
             },
-            Err(failure) => Err(failure),
+            Err(failure) => (Work::Other, Err(failure)),
         };
-        self.finish(queue, &request, result, None)?;
+        self.finish(queue, &request, result, work, None)?;
         Ok(true)
     }
 
@@ -346,7 +358,7 @@ impl Worker {
         let chain = &mut self.slots[slot].chain;
         let mut zeroed = 0;
         let result = self.handler.perform(operation, chain, &mut zeroed);
-        self.begun_bytes += zeroed;
+        self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
         self.throttle.count(0, zeroed);
         result
     }
@@ -439,13 +451,20 @@ impl Worker {
                 let InFlight {
                     queue,
                     request,
+                    operation,
                     since,
-                    ..
                 } = *in_flight;
+                let work = match operation {
+                    RingOperation::Flush => Work::Flush,
+                    RingOperation::Transfer { direction, .. } => match direction {
+                        Direction::Read => Work::Read(request.data_to_driver()),
+                        Direction::Write { .. } => Work::Write(request.readable),
+                    },
+                };
                 slot.in_flight = None;
                 self.free_slots.push(index);
                 let time = now.map(|now| now.duration_since(since));
-                self.finish(queue, &request, result, time)
+                self.finish(queue, &request, result, work, time)
             }
         }
     }
@@ -456,11 +475,12 @@ impl Worker {
         queue: usize,
         request: &Request,
         result: Result<(), Failure>,
+        work: Work,
         time: Option<Duration>,
     ) -> Result<(), RequestError> {
         self.handler.finish(request, &result, self.loan.metrics())?;
         if result.is_ok() {
-            self.tally.done(request, time);
+            self.tally.done(work, time);
         }
         self.queues[queue].add_used(request.head, request.written);
         Ok(())
@@ -501,12 +521,11 @@ impl Worker {
             }
             queue => {
                 self.loan.metrics().queue_event_count.add(1);
-                self.polling.doorbell_rang();
-                let begun_before = self.begun_count;
-                self.serve(queue as usize)?;
-                if self.begun_count == begun_before {
-                    self.count_empty_queue(queue as usize)?;
+                if self.queues[queue as usize].available_count()? == 0 {
+                    self.loan.metrics().no_avail_buffer.add(1);
                 }
+                self.polling.doorbell_rang();
+                self.serve(queue as usize)?;
             }
         }
         self.end_stall();
@@ -519,13 +538,6 @@ impl Worker {
             self.stalled = false;
             self.ring_doorbells();
         }
-    }
-
-    fn count_empty_queue(&mut self, index: usize) -> Result<(), RequestError> {
-        if self.queues[index].available_count()? == 0 {
-            self.loan.metrics().no_avail_buffer.add(1);
-        }
-        Ok(())
     }
 
     /// Changes over to the next disk once no request to the one before is under way.
