@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-use super::BlockOptions;
+use super::in_flight::{InFlight, RingOperation};
 use super::medium::{Loaded, Loan};
 use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
+use super::{BlockOptions, Engine};
 use crate::GuestMemory;
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
@@ -36,30 +37,6 @@ const TIMER_EVENT: u32 = RING_EVENT - 1;
 /// As [`RING_EVENT`], for another disk.
 const DISK_EVENT: u32 = RING_EVENT - 2;
 
-/// How requests are done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Engine {
-    /// Each request in the way that is best for it: at once where it does not block, by io_uring
-    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
-    #[default]
-    Auto,
-    /// By io_uring.
-    IoUring,
-    /// One at a time, by system calls that block the event loop.
-    Sync,
-}
-
-/// What the ring is to do for a request, as far as it is not done yet.
-#[derive(Debug, Clone, Copy)]
-enum RingOperation {
-    /// Transfers what is left of the chain's buffers.
-    Transfer {
-        direction: Direction,
-        offset: u64,
-    },
-    Flush,
-}
-
 /// Room for one request.
 struct Slot {
     /// Holds the buffers. While the ring has the request, the kernel has their vectors, so that the
@@ -69,19 +46,8 @@ struct Slot {
     in_flight: Option<InFlight>,
 }
 
-/// A request that the ring has.
-#[derive(Clone, Copy)]
-struct InFlight {
-    queue: usize,
-    request: Request,
-    operation: RingOperation,
-    /// When it was begun, and others with it.
-    since: Instant,
-}
-
 pub(super) struct Worker {
     handler: RequestHandler,
-    loan: Loan,
     /// The disk that is used as soon as no request to the one before is under way. Until then no
     /// request is begun.
     next_disk: Option<Loaded>,
@@ -113,6 +79,8 @@ pub(super) struct Worker {
     batch_since: Instant,
     /// Bytes of data of the requests that were begun, which wraps.
     begun_bytes: u64,
+    /// Given back last, when nothing here uses the disk any more.
+    loan: Loan,
 }
 
 impl Worker {
@@ -358,8 +326,10 @@ impl Worker {
         let chain = &mut self.slots[slot].chain;
         let mut zeroed = 0;
         let result = self.handler.perform(operation, chain, &mut zeroed);
-        self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
-        self.throttle.count(0, zeroed);
+        if zeroed > 0 {
+            self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
+            self.throttle.count(0, zeroed);
+        }
         result
     }
 
@@ -448,19 +418,13 @@ impl Worker {
                 pushed
             }
             Some(result) => {
+                let work = in_flight.work();
                 let InFlight {
                     queue,
                     request,
-                    operation,
                     since,
+                    ..
                 } = *in_flight;
-                let work = match operation {
-                    RingOperation::Flush => Work::Flush,
-                    RingOperation::Transfer { direction, .. } => match direction {
-                        Direction::Read => Work::Read(request.data_to_driver()),
-                        Direction::Write { .. } => Work::Write(request.readable),
-                    },
-                };
                 slot.in_flight = None;
                 self.free_slots.push(index);
                 let time = now.map(|now| now.duration_since(since));
@@ -586,36 +550,6 @@ impl Worker {
     }
 }
 
-impl InFlight {
-    /// Takes account of what the kernel has done: the request's end, unless there is more to do.
-    fn advance(&mut self, chain: &mut Chain, result: i32) -> Option<Result<(), Failure>> {
-        let count = match u32::try_from(result) {
-            Ok(count) => count as usize,
-            Err(_) => {
-                let error = io::Error::from_raw_os_error(-result);
-                return match error.raw_os_error() {
-                    Some(libc::EINTR | libc::EAGAIN) => None,
-                    _ => Some(Err(error.into())),
-                };
-            }
-        };
-        let RingOperation::Transfer { direction, offset } = &mut self.operation else {
-            return Some(Ok(()));
-        };
-        let buffers = match direction {
-            Direction::Read => &mut chain.writable,
-            Direction::Write { .. } => &mut chain.readable,
-        };
-        if count == 0 && !buffers.is_empty() {
-            let error = io::Error::from(io::ErrorKind::UnexpectedEof);
-            return Some(Err(error.into()));
-        }
-        buffers.advance(count);
-        *offset += count as u64;
-        buffers.is_empty().then_some(Ok(()))
-    }
-}
-
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
         // The driver rings often and each ring is an event of its own, so that none needs to be read.
@@ -678,6 +612,7 @@ impl Drop for Worker {
         }
         self.tally.report(self.loan.metrics());
         if let Some(next) = self.next_disk.take() {
+            self.handler.set_disk(next.disk.clone());
             self.loan.settle(next, self.ring.take());
         }
     }
