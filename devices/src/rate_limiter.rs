@@ -16,10 +16,11 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
-    /// A limit of so many units a second, at least one, that lets `burst` of them come at once, or a
-    /// tenth of a second's worth where it is not given.
+    /// A limit of so many units a second that lets `burst` of them come at once, or a tenth of a
+    /// second's worth where it is not given. Both are one at least.
     pub fn per_second(per_second: u64, burst: Option<u64>) -> RateLimit {
-        let size = burst.unwrap_or(per_second.div_ceil(10));
+        let per_second = per_second.max(1);
+        let size = burst.unwrap_or(per_second.div_ceil(10)).max(1);
         RateLimit {
             size,
             refill_time: time_for(size, Duration::from_secs(1), per_second),

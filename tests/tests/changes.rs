@@ -76,16 +76,17 @@ impl Load {
 
     /// Waits for the end, which is to be a success, and gives what the payload says of its load.
     fn finish(self) -> Value {
-        self.machine.wait().unwrap();
-        let text = fs::read_to_string(&self.log).unwrap();
+        self.machine.wait().expect("the guest powers off");
+        let text = fs::read_to_string(&self.log).expect("there is a log");
         assert!(text.ends_with("PASS\n"), "{text}");
-        let line = text.lines().find(|line| line.starts_with('{')).unwrap();
-        serde_json::from_str(line).unwrap()
+        let line = text.lines().find(|line| line.starts_with('{'));
+        serde_json::from_str(line.expect("there is JSON")).expect("it is JSON")
     }
 }
 
 fn disk(path: &Path, kind: &str) -> DiskConfig {
-    format!("{}{kind}", path.display()).parse().unwrap()
+    let option = format!("{}{kind}", path.display());
+    option.parse().expect("it is a disk")
 }
 
 /// Where images for O_DIRECT can be.

@@ -14,7 +14,7 @@ use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::serial::{Serial, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
-use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
+use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
@@ -167,9 +167,15 @@ impl<'a> VirtioDevices<'a> {
                 Some(id) => id.as_str().to_string(),
                 None => format!("disk{index}"),
             };
-            let block = Block::new(file, &id, &options).map_err(|source| Error::IoUring {
-                path: config.path.clone(),
-                source,
+            let block = Block::new(file, &id, &options).map_err(|error| match error {
+                BlockError::Ring(source) => Error::IoUring {
+                    path: config.path.clone(),
+                    source,
+                },
+                BlockError::Resource(source) => Error::Resource {
+                    what: "the timer and event of a disk",
+                    source,
+                },
             })?;
             let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
             disks.disks.push(block.control(interrupt.clone()));

@@ -210,13 +210,14 @@ fn guest(image: &Path, access: DiskAccess, arguments: &str) -> Guest {
         disk: Some(Disk {
             image: image.to_owned(),
             access,
+            options: "",
         }),
         ..load::guest(&format!("test=block {arguments}"))
     }
 }
 
 /// Writes an image without holes that is on the disk as well as in the page cache.
-fn write_image(path: &Path) {
+pub fn write_image(path: &Path) {
     let write = || {
         let mut file = File::create(path)?;
         let mut chunk = vec![0_u8; MIB];

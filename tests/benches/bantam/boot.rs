@@ -29,9 +29,11 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
             "console=ttyS0 root=/dev/vda rw reboot=k panic=-1 quiet bantam.mode={mode}"
         ),
         memory_mib: 128,
+        idle_disks: Vec::new(),
         disk: Some(Disk {
             image: disk,
             access: DiskAccess::Default,
+            options: "",
         }),
         tap: None,
     }

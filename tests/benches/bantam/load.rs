@@ -92,6 +92,7 @@ pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
 fn serves_devices(name: &str) -> bool {
     name.starts_with("bantam-devices")
         || name.starts_with("bantam-io")
+        || name.starts_with("bantam-net")
         || name.starts_with("IO ")
         || name.starts_with("iou-")
 }

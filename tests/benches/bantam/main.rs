@@ -5,6 +5,7 @@
 
 mod block;
 mod boot;
+mod disks;
 mod host_io;
 mod load;
 mod many;
@@ -26,13 +27,14 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("start", start::measure),
     ("boot", boot::measure),
     ("memory", memory::measure),
     ("many", many::measure),
     ("block", block::measure),
     ("net", net::measure),
+    ("disks", disks::measure),
 ];
 
 fn main() {

@@ -96,6 +96,7 @@ fn run_processes(monitors: &Monitors, monitor: Monitor, taps: &[String]) -> Proc
             command_line: "finish=hang".to_owned(),
             memory_mib: MEMORY_MIB,
             disk: None,
+            idle_disks: Vec::new(),
             tap: taps_left.next().cloned(),
         };
         let mut process = Process::start(monitors.command(monitor, &guest));

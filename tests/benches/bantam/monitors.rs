@@ -44,6 +44,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// A virtio-blk disk.
     pub disk: Option<Disk>,
+    /// Disks that the guest does not use, read-only, for Bantam alone.
+    pub idle_disks: Vec<PathBuf>,
     /// Name of a tap interface for a virtio-net device; the peer takes only one that exists.
     pub tap: Option<String>,
 }
@@ -55,6 +57,8 @@ pub struct Disk {
     pub image: PathBuf,
     /// How a monitor reads and writes it.
     pub access: DiskAccess,
+    /// What else Bantam alone is told of it.
+    pub options: &'static str,
 }
 
 /// How a monitor reads and writes a disk image.
@@ -157,6 +161,12 @@ impl Monitors {
             if disk.access == DiskAccess::Direct {
                 value.push(",cache=none");
             }
+            value.push(disk.options);
+            command.arg("--disk").arg(value);
+        }
+        for image in &guest.idle_disks {
+            let mut value = image.clone().into_os_string();
+            value.push(",ro");
             command.arg("--disk").arg(value);
         }
         if let Some(tap) = &guest.tap {

@@ -33,7 +33,9 @@ impl SteppedWorker {
             queues: vec![queue],
             interrupt,
         };
-        let worker = Block::new(disk, "", &options)?.worker(activation)?;
+        let worker = Block::new(disk, "", &options)
+            .map_err(io::Error::other)?
+            .worker(activation)?;
         Ok(SteppedWorker(worker))
     }
 

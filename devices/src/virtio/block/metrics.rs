@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::request::{Kind, Request};
 use crate::metrics::{Counter, Latency, Times};
 
 /// The work of a block device since the machine was built.
@@ -53,6 +52,16 @@ pub struct BlockMetrics {
     pub remaining_reqs_count: Counter,
 }
 
+/// What a request is counted as.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Work {
+    /// Of so many bytes, as is the next.
+    Read(u32),
+    Write(u32),
+    Flush,
+    Other,
+}
+
 /// What was done since the worker last told the metrics of it.
 #[derive(Default)]
 pub(super) struct Tally {
@@ -72,18 +81,18 @@ struct Transfers {
 
 impl Tally {
     /// Counts a request that was done, which took `time`. Where none is given, it is that of the batch.
-    pub(super) fn done(&mut self, request: &Request, time: Option<Duration>) {
-        let transfers = match request.kind {
-            Kind::Read => &mut self.reads,
-            Kind::Write => &mut self.writes,
-            Kind::Flush => {
+    pub(super) fn done(&mut self, work: Work, time: Option<Duration>) {
+        let (transfers, bytes) = match work {
+            Work::Read(bytes) => (&mut self.reads, bytes),
+            Work::Write(bytes) => (&mut self.writes, bytes),
+            Work::Flush => {
                 self.flushes += 1;
                 return;
             }
-            Kind::Other => return,
+            Work::Other => return,
         };
         transfers.count += 1;
-        transfers.bytes += u64::from(request.data_len);
+        transfers.bytes += u64::from(bytes);
         match time {
             Some(time) => transfers.times.add(time, 1),
             None => transfers.in_batch += 1,

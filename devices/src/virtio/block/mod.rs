@@ -4,6 +4,7 @@
 #[doc(hidden)]
 pub mod bench;
 mod control;
+mod in_flight;
 mod medium;
 mod metrics;
 mod polling;
@@ -34,7 +35,6 @@ use worker::Worker;
 
 pub use control::{BlockControl, ReplaceError};
 pub use metrics::BlockMetrics;
-pub use worker::Engine;
 
 /// Most queues of one device.
 pub const MAX_QUEUES: u16 = 8;
@@ -73,6 +73,19 @@ mod config {
     pub const SIZE: usize = 60;
 }
 
+/// How requests are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Each request in the way that is best for it: at once where it does not block, by io_uring
+    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
+    #[default]
+    Auto,
+    /// By io_uring.
+    IoUring,
+    /// One at a time, by system calls that block the event loop.
+    Sync,
+}
+
 /// How a block device works.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockOptions {
@@ -99,6 +112,17 @@ impl Default for BlockOptions {
     }
 }
 
+/// Why a block device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// It needs io_uring.
+    #[error("cannot set up io_uring: {0}")]
+    Ring(io::Error),
+    /// The host is out of something small.
+    #[error("cannot create the timer and event of a disk: {0}")]
+    Resource(io::Error),
+}
+
 /// The front of a block device.
 pub struct Block {
     medium: Arc<Medium>,
@@ -114,7 +138,7 @@ impl Block {
     ///
     /// # Errors
     /// When the host has no io_uring and the engine needs it, or has no file descriptors.
-    pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> io::Result<Block> {
+    pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> Result<Block, BlockError> {
         let mut id_bytes = [0; ID_SIZE];
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *byte = given;
@@ -127,13 +151,17 @@ impl Block {
                     tracing::info!("disk '{id}' is served without io_uring: {error}");
                     (Engine::Sync, None)
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(BlockError::Ring(error)),
             },
         };
         let disk = Arc::new(disk);
         Ok(Block {
-            medium: Arc::new(Medium::new(Loaded { disk, ring }, options.queues)?),
-            throttle: Arc::new(Throttle::new(&options.limits)?),
+            medium: Medium::new(Loaded { disk, ring }, options.queues)
+                .map(Arc::new)
+                .map_err(BlockError::Resource)?,
+            throttle: Throttle::new(&options.limits)
+                .map(Arc::new)
+                .map_err(BlockError::Resource)?,
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],

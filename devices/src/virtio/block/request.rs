@@ -72,26 +72,24 @@ pub(super) enum Operation {
     WriteZeroes,
 }
 
-/// What requests are counted as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Read,
-    Write,
-    Flush,
-    Other,
-}
-
 /// What it takes to return a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Request {
-    pub(super) kind: Kind,
-    /// Bytes that it reads or writes of the disk.
-    pub(super) data_len: u32,
     /// Index of the chain's first descriptor.
     pub(super) head: u16,
     /// How many bytes of the chain's writable buffers the driver may look at.
     pub(super) written: u32,
+    /// How many bytes of data the driver has for the device, as far as they are written to the disk.
+    pub(super) readable: u32,
     status_address: GuestAddress,
+}
+
+impl Request {
+    /// How many bytes of data the driver is given, where the request is a read.
+    pub(super) fn data_to_driver(&self) -> u32 {
+        // The last byte is the status.
+        self.written.saturating_sub(1)
+    }
 }
 
 /// What the ranges of a request may be.
@@ -149,23 +147,15 @@ impl RequestHandler {
         };
         let written = chain.writable.len();
         chain.writable.truncate(written - 1);
-        let operation = self.operation(&header, chain);
-        let (kind, data_len) = match operation {
-            Ok(Operation::Read { .. }) => (Kind::Read, chain.writable.len()),
-            Ok(Operation::Write { .. }) => (Kind::Write, chain.readable.len()),
-            Ok(Operation::Flush) => (Kind::Flush, 0),
-            _ => (Kind::Other, 0),
-        };
         let request = Request {
-            kind,
-            // No more than MAX_DATA_SIZE.
-            data_len: data_len as u32,
             head: chain.head,
-            // A driver that offers more than that is not told of it all.
-            written: u32::try_from(written).unwrap_or(u32::MAX),
+            // Neither is cut where the operation is one that is done: of data there are no more than
+            // MAX_DATA_SIZE.
+            written: written as u32,
+            readable: chain.readable.len() as u32,
             status_address,
         };
-        Ok((request, operation))
+        Ok((request, self.operation(&header, chain)))
     }
 
     fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {

@@ -73,6 +73,10 @@ impl Machine {
         let image = folder.as_path().join("disk.img");
         let bytes: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
         fs::write(&image, bytes).unwrap();
+        Machine::over(image, folder, options, cache)
+    }
+
+    fn over(image: PathBuf, folder: TempDir, options: &BlockOptions, cache: CacheMode) -> Machine {
         let disk = DiskFile::open(&image, false, cache).unwrap();
         let mut block = Block::new(disk, "test disk", options).unwrap();
 

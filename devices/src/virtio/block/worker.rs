@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-use super::BlockOptions;
+use super::in_flight::{InFlight, RingOperation};
 use super::medium::{Loaded, Loan};
-use super::metrics::Tally;
+use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
+use super::{BlockOptions, Engine};
 use crate::GuestMemory;
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
@@ -36,30 +37,6 @@ const TIMER_EVENT: u32 = RING_EVENT - 1;
 /// As [`RING_EVENT`], for another disk.
 const DISK_EVENT: u32 = RING_EVENT - 2;
 
-/// How requests are done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Engine {
-    /// Each request in the way that is best for it: at once where it does not block, by io_uring
-    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
-    #[default]
-    Auto,
-    /// By io_uring.
-    IoUring,
-    /// One at a time, by system calls that block the event loop.
-    Sync,
-}
-
-/// What the ring is to do for a request, as far as it is not done yet.
-#[derive(Debug, Clone, Copy)]
-enum RingOperation {
-    /// Transfers what is left of the chain's buffers.
-    Transfer {
-        direction: Direction,
-        offset: u64,
-    },
-    Flush,
-}
-
 /// Room for one request.
 struct Slot {
     /// Holds the buffers. While the ring has the request, the kernel has their vectors, so that the
@@ -69,19 +46,8 @@ struct Slot {
     in_flight: Option<InFlight>,
 }
 
-/// A request that the ring has.
-#[derive(Clone, Copy)]
-struct InFlight {
-    queue: usize,
-    request: Request,
-    operation: RingOperation,
-    /// When it was begun, and others with it.
-    since: Instant,
-}
-
 pub(super) struct Worker {
     handler: RequestHandler,
-    loan: Loan,
     /// The disk that is used as soon as no request to the one before is under way. Until then no
     /// request is begun.
     next_disk: Option<Loaded>,
@@ -111,10 +77,10 @@ pub(super) struct Worker {
     tally: Tally,
     /// When the batch of requests that is being begun was.
     batch_since: Instant,
-    /// How many requests were begun.
-    begun_count: u64,
-    /// Bytes of data that they have.
+    /// Bytes of data of the requests that were begun, which wraps.
     begun_bytes: u64,
+    /// Given back last, when nothing here uses the disk any more.
+    loan: Loan,
 }
 
 impl Worker {
@@ -147,7 +113,6 @@ impl Worker {
             polling: Polling::new(options.polls),
             tally: Tally::default(),
             batch_since: Instant::now(),
-            begun_count: 0,
             begun_bytes: 0,
         }
     }
@@ -198,7 +163,7 @@ impl Worker {
                     return self.leave_rest(index);
                 }
                 self.begin_next(index)?;
-                if self.begun_bytes - bytes_before >= MAX_BATCH_SIZE {
+                if self.begun_bytes.wrapping_sub(bytes_before) >= MAX_BATCH_SIZE {
                     break;
                 }
             }
@@ -277,10 +242,17 @@ impl Worker {
             return Ok(false);
         }
         let (request, operation) = self.handler.parse(chain)?;
-        self.begun_count += 1;
-        self.begun_bytes += u64::from(request.data_len);
-        self.throttle.count(1, request.data_len.into());
-        let result = match operation {
+        let bytes = request.readable.wrapping_add(request.written);
+        self.begun_bytes = self.begun_bytes.wrapping_add(bytes.into());
+        if self.throttle.is_limited() {
+            let bytes = match operation {
+                Ok(Operation::Read { .. }) => chain.writable.len(),
+                Ok(Operation::Write { .. }) => chain.readable.len(),
+                _ => 0,
+            };
+            self.throttle.count(1, bytes as u64);
+        }
+        let (work, result) = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
                 Some(operation) => {
                     self.slots[slot].in_flight = Some(InFlight {
@@ -296,11 +268,19 @@ impl Worker {
                     }
                     return Ok(true);
                 }
-                None => self.perform(slot, operation),
+                None => {
+                    let work = match operation {
+                        Operation::Read { .. } => Work::Read(request.data_to_driver()),
+                        Operation::Write { .. } => Work::Write(request.readable),
+                        Operation::Flush => Work::Flush,
+                        _ => Work::Other,
+                    };
+                    (work, self.perform(slot, operation))
+                }
             },
-            Err(failure) => Err(failure),
+            Err(failure) => (Work::Other, Err(failure)),
         };
-        self.finish(queue, &request, result, None)?;
+        self.finish(queue, &request, result, work, None)?;
         Ok(true)
     }
 
@@ -346,8 +326,10 @@ impl Worker {
         let chain = &mut self.slots[slot].chain;
         let mut zeroed = 0;
         let result = self.handler.perform(operation, chain, &mut zeroed);
-        self.begun_bytes += zeroed;
-        self.throttle.count(0, zeroed);
+        if zeroed > 0 {
+            self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
+            self.throttle.count(0, zeroed);
+        }
         result
     }
 
@@ -436,6 +418,7 @@ impl Worker {
                 pushed
             }
             Some(result) => {
+                let work = in_flight.work();
                 let InFlight {
                     queue,
                     request,
@@ -445,7 +428,7 @@ impl Worker {
                 slot.in_flight = None;
                 self.free_slots.push(index);
                 let time = now.map(|now| now.duration_since(since));
-                self.finish(queue, &request, result, time)
+                self.finish(queue, &request, result, work, time)
             }
         }
     }
@@ -456,11 +439,12 @@ impl Worker {
         queue: usize,
         request: &Request,
         result: Result<(), Failure>,
+        work: Work,
         time: Option<Duration>,
     ) -> Result<(), RequestError> {
         self.handler.finish(request, &result, self.loan.metrics())?;
         if result.is_ok() {
-            self.tally.done(request, time);
+            self.tally.done(work, time);
         }
         self.queues[queue].add_used(request.head, request.written);
         Ok(())
@@ -501,12 +485,11 @@ impl Worker {
             }
             queue => {
                 self.loan.metrics().queue_event_count.add(1);
-                self.polling.doorbell_rang();
-                let begun_before = self.begun_count;
-                self.serve(queue as usize)?;
-                if self.begun_count == begun_before {
-                    self.count_empty_queue(queue as usize)?;
+                if self.queues[queue as usize].available_count()? == 0 {
+                    self.loan.metrics().no_avail_buffer.add(1);
                 }
+                self.polling.doorbell_rang();
+                self.serve(queue as usize)?;
             }
         }
         self.end_stall();
@@ -519,13 +502,6 @@ impl Worker {
             self.stalled = false;
             self.ring_doorbells();
         }
-    }
-
-    fn count_empty_queue(&mut self, index: usize) -> Result<(), RequestError> {
-        if self.queues[index].available_count()? == 0 {
-            self.loan.metrics().no_avail_buffer.add(1);
-        }
-        Ok(())
     }
 
     /// Changes over to the next disk once no request to the one before is under way.
@@ -571,36 +547,6 @@ impl Worker {
         for queue in first.iter().chain(last) {
             queue.ring_doorbell();
         }
-    }
-}
-
-impl InFlight {
-    /// Takes account of what the kernel has done: the request's end, unless there is more to do.
-    fn advance(&mut self, chain: &mut Chain, result: i32) -> Option<Result<(), Failure>> {
-        let count = match u32::try_from(result) {
-            Ok(count) => count as usize,
-            Err(_) => {
-                let error = io::Error::from_raw_os_error(-result);
-                return match error.raw_os_error() {
-                    Some(libc::EINTR | libc::EAGAIN) => None,
-                    _ => Some(Err(error.into())),
-                };
-            }
-        };
-        let RingOperation::Transfer { direction, offset } = &mut self.operation else {
-            return Some(Ok(()));
-        };
-        let buffers = match direction {
-            Direction::Read => &mut chain.writable,
-            Direction::Write { .. } => &mut chain.readable,
-        };
-        if count == 0 && !buffers.is_empty() {
-            let error = io::Error::from(io::ErrorKind::UnexpectedEof);
-            return Some(Err(error.into()));
-        }
-        buffers.advance(count);
-        *offset += count as u64;
-        buffers.is_empty().then_some(Ok(()))
     }
 }
 
@@ -666,6 +612,7 @@ impl Drop for Worker {
         }
         self.tally.report(self.loan.metrics());
         if let Some(next) = self.next_disk.take() {
+            self.handler.set_disk(next.disk.clone());
             self.loan.settle(next, self.ring.take());
         }
     }

@@ -22,7 +22,7 @@ pub struct NetMetrics {
     pub rx_queue_event_count: Counter,
     /// Times that the worker was woken as a limit allowed to receive more, or was changed.
     pub rx_event_rate_limiter_count: Counter,
-    /// Times that packets had to wait in the tap for a limit.
+    /// Times that reception was held up by a limit.
     pub rx_rate_limiter_throttled: Counter,
     /// Times that the worker was woken as the tap had packets or room for some.
     pub rx_tap_event_count: Counter,
@@ -55,8 +55,7 @@ pub struct NetMetrics {
     pub tx_rate_limiter_event_count: Counter,
     /// Times that packets had to wait in their queue for a limit.
     pub tx_rate_limiter_throttled: Counter,
-    /// Packets that were left in their queue each time that the worker had to stop, for a limit, for
-    /// the tap or as others had their turn.
+    /// Packets that were in a transmit queue each time that the worker turned from it.
     pub tx_remaining_reqs_count: Counter,
     /// How long these writes took, with the taking of their packets from the queue.
     pub tap_write_agg: Latency,

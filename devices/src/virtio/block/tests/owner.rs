@@ -1,7 +1,10 @@
 //! What the owner of a machine does with the device, and learns from it.
 
+use std::os::fd::AsRawFd;
 use std::thread;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 use serde_json::{Value, json};
 
 use super::*;
@@ -302,4 +305,93 @@ fn the_time_of_a_request_is_until_the_driver_is_told() {
         assert!(us("sum_us") <= 64 * us("max_us") + 64, "{times}");
         assert!(us("sum_us") >= 64 * us("min_us"), "{times}");
     }
+}
+
+#[test]
+fn all_queues_have_their_turn_within_a_limit() {
+    const SECOND_RINGS: u64 = DATA + 0x10_0000;
+    let options = BlockOptions {
+        queues: 2,
+        limits: Limits {
+            operations: Some(RateLimit::per_second(200, Some(1))),
+            bytes: None,
+        },
+        ..BlockOptions::default()
+    };
+    let mut machine = Machine::with(&options, CacheMode::Writeback);
+    drop(machine.manager.remove_subscriber(machine.worker).unwrap());
+    let mut second = TestDriver::new(&machine.memory, SECOND_RINGS, 256);
+    let activation = Activation {
+        memory: machine.memory.clone(),
+        features: machine.block.features(),
+        queues: vec![machine.driver.queue(0, false), second.queue(1, false)],
+        interrupt: machine.interrupt.clone(),
+    };
+    let worker = machine.block.activate(activation).unwrap();
+    machine.manager.add_subscriber(worker);
+    for _ in 0..40 {
+        machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
+        let [header, status] =
+            [(HEADERS, 16, false), (HEADERS + 16, 1, true)].map(|(address, len, writable)| {
+                Buffer {
+                    address,
+                    len,
+                    writable,
+                }
+            });
+        second.offer(&[header, status]);
+    }
+    machine.driver.ring_doorbell();
+    second.ring_doorbell();
+    let (start, mut done) = (Instant::now(), [0, 0]);
+    while done.iter().all(|&count| count < 20) {
+        assert!(start.elapsed() < LIMIT, "{done:?} are done");
+        machine.manager.run_with_timeout(100).unwrap();
+        done[0] += machine.driver.take_used().len();
+        done[1] += second.take_used().len();
+    }
+    assert!(done.iter().all(|&count| count >= 10), "{done:?}");
+}
+
+#[test]
+fn zeroes_that_the_host_writes_count_as_bytes() {
+    // A file in memory cannot zero a range without giving its storage back.
+    let image = memfd_create("disk", MFdFlags::MFD_CLOEXEC).unwrap();
+    ftruncate(&image, DISK_SIZE as i64).unwrap();
+    let path = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd()));
+    let options = BlockOptions {
+        limits: Limits {
+            operations: None,
+            bytes: Some(RateLimit {
+                size: 4096,
+                refill_time: Duration::from_secs(3600),
+                one_time_burst: 0,
+            }),
+        },
+        ..BlockOptions::default()
+    };
+    let folder = TempDir::new().unwrap();
+    let mut machine = Machine::over(path, folder, &options, CacheMode::Writeback);
+    // Eight sectors, and whether they may be given back.
+    let mut zero = |flags: u32| {
+        let range = [
+            &0_u64.to_le_bytes()[..],
+            &8_u32.to_le_bytes(),
+            &flags.to_le_bytes(),
+        ];
+        let range = range.concat();
+        machine
+            .memory
+            .write_slice(&range, GuestAddress(DATA))
+            .unwrap();
+        machine.offer_readable(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(DATA, 16)]);
+        machine.driver.ring_doorbell();
+        while machine.manager.run_with_timeout(20).unwrap() > 0 {}
+        machine.driver.take_used().len()
+    };
+    for _ in 0..5 {
+        assert_eq!(zero(1), 1);
+    }
+    // One within the limit, and one that goes beyond.
+    assert_eq!([zero(0), zero(0), zero(0)], [1, 1, 0]);
 }
