@@ -12,6 +12,7 @@ mod guest_memory;
 pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;
+pub mod metadata;
 pub mod metrics;
 pub mod power;
 pub mod rate_limiter;
