@@ -184,7 +184,7 @@ impl<'a> VirtioDevices<'a> {
                     config.tap
                 );
             }
-            let device = Net::new(tap, config.mac_address().bytes(), mtu);
+            let device = Net::new(tap, config.mac_address().bytes(), mtu, None);
             self.attach(
                 format!("network interface '{}'", config.tap),
                 Box::new(device),

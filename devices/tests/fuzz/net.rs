@@ -79,7 +79,7 @@ impl NetTarget {
             SockProtocol::EthAll,
         );
         Some(NetTarget {
-            net: Arc::new(Mutex::new(Net::new(tap, [2, 0, 0, 0, 0, 1], None))),
+            net: Arc::new(Mutex::new(Net::new(tap, [2, 0, 0, 0, 0, 1], None, None))),
             host: host.unwrap(),
             interface: if_nametoindex(TAP).unwrap() as i32,
         })

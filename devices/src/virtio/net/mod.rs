@@ -8,6 +8,7 @@ mod control;
 mod dropped;
 mod expected_size;
 mod filter;
+mod metadata;
 mod packet_ring;
 mod receive;
 mod receive_slot;
@@ -29,8 +30,10 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
 use crate::event_loop::Subscriber;
+use crate::metadata::MetadataService;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use config::config_space;
+use metadata::MetadataPort;
 use worker::Worker;
 
 /// Of each queue, the control queue too: which of them that is depends on the driver.
@@ -65,12 +68,14 @@ pub struct Net {
     queue_sizes: Vec<u16>,
     mtu: u16,
     config: Arc<ConfigSpace>,
+    metadata: Option<MetadataService>,
 }
 
 impl Net {
     /// A network card with the address `mac`, cabled to `tap`, with as many pairs of queues as that
-    /// has queues. The driver is told `mtu`, in bytes, where it is given.
-    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
+    /// has queues. The driver is told `mtu`, in bytes, where it is given. Frames for the address of
+    /// `metadata` go to that service and not to the tap.
+    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, metadata: Option<MetadataService>) -> Net {
         let mut features = COMMON_FEATURES
             | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_MRG_RXBUF
@@ -93,6 +98,7 @@ impl Net {
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
             config: Arc::new(config_space(mac, pair_count as u16, mtu)),
+            metadata,
         }
     }
 }
@@ -123,10 +129,17 @@ impl VirtioDevice for Net {
                     self.tap.name()
                 )
             })?;
+        let metadata = self
+            .metadata
+            .as_ref()
+            .map(|service| MetadataPort::new(service, self.mtu))
+            .transpose()
+            .map_err(|error| format!("cannot create the metadata service: {error}"))?;
         Ok(Box::new(Worker::new(
             self.tap.clone(),
             self.mtu,
             self.config.clone(),
+            metadata,
             activation,
         )?))
     }

@@ -50,7 +50,7 @@ fn memory() -> Arc<GuestMemory> {
 
 fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
     let config = Arc::new(config_space(MAC, 1, 1500));
-    Worker::new(tap, 1500, config, activation).unwrap()
+    Worker::new(tap, 1500, config, None, activation).unwrap()
 }
 
 /// A socket in place of a tap, and its far end.
@@ -207,7 +207,7 @@ fn received(mut packet: Vec<u8>, buffer_count: u16) -> Vec<u8> {
 
 #[test]
 fn what_is_offered_follows_tap_and_mtu() {
-    let net = Net::new(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000));
+    let net = Net::new(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000), None);
     let config = [2, 0, 0, 1, 2, 3, 0, 0, 1, 0, 0x28, 0x23];
     assert_eq!(net.config().array(0), config);
     assert_ne!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
@@ -215,7 +215,7 @@ fn what_is_offered_follows_tap_and_mtu() {
     assert_eq!(net.features() & 1 << VIRTIO_NET_F_MQ, 0);
     assert_eq!(net.queue_max_sizes().len(), 3);
 
-    let net = Net::new(stand_in().0, MAC, None);
+    let net = Net::new(stand_in().0, MAC, None, None);
     assert_eq!(net.features() & 1 << VIRTIO_NET_F_MTU, 0);
 }
 

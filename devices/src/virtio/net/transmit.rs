@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::dropped::{DropReason, DroppedPackets};
+use super::metadata::MetadataPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
@@ -49,16 +50,18 @@ impl Transmitter {
     }
 
     /// Sends what the driver has made available, or takes it from the queue all the same where
-    /// there is no tap; for one turn at most, with the doorbell rung again for the rest.
+    /// there is no tap; for one turn at most, with the doorbell rung again for the rest. What is for
+    /// the metadata service, where there is one, it takes.
     pub(super) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
+        metadata: &mut Option<MetadataPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, QueueError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, interrupt, dropped, &mut unreported);
+        let result = self.transmit_turn(tap, metadata, interrupt, dropped, &mut unreported);
         // The driver hears of what was sent, even when it has broken the rules after that.
         self.report(&mut unreported, interrupt);
         result
@@ -67,6 +70,7 @@ impl Transmitter {
     fn transmit_turn(
         &mut self,
         tap: Option<&TapQueue>,
+        metadata: &mut Option<MetadataPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
@@ -88,13 +92,13 @@ impl Transmitter {
                 (Some(_), Some(_)) if batch >= MIN_BATCH => {
                     steps += batch;
                     *unreported += batch;
-                    if let Some(halt) = self.send_together(batch, dropped)? {
+                    if let Some(halt) = self.send_together(batch, metadata, dropped)? {
                         return Ok(halt);
                     }
                 }
                 _ => {
                     steps += 1;
-                    if let Some(halt) = self.send_one(tap, dropped)? {
+                    if let Some(halt) = self.send_one(tap, metadata, dropped)? {
                         return Ok(halt);
                     }
                     *unreported += 1;
@@ -112,6 +116,7 @@ impl Transmitter {
     fn send_one(
         &mut self,
         tap: Option<&TapQueue>,
+        metadata: &mut Option<MetadataPort>,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, QueueError> {
         let Some(chain) = self.chains.first_mut() else {
@@ -120,7 +125,8 @@ impl Transmitter {
         if !self.queue.pop(chain)? {
             return Ok(None);
         }
-        if let Some(tap) = tap
+        if !is_taken(metadata, chain)
+            && let Some(tap) = tap
             && let Err(halt) = send(tap, chain, dropped)
         {
             self.queue.undo_pop();
@@ -135,6 +141,7 @@ impl Transmitter {
     fn send_together(
         &mut self,
         count: usize,
+        metadata: &mut Option<MetadataPort>,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, QueueError> {
         let (mut packets, mut broken) = (0, Ok(()));
@@ -149,10 +156,10 @@ impl Transmitter {
                     break;
                 }
             }
-            if is_packet(chain, dropped) {
-                packets += 1;
-            } else {
+            if is_taken(metadata, chain) || !is_packet(chain, dropped) {
                 self.queue.add_used(chain.head, 0);
+            } else {
+                packets += 1;
             }
         }
         let sent = &self.chains[..packets];
@@ -184,6 +191,13 @@ impl Transmitter {
             interrupt.notify_used_buffer();
         }
     }
+}
+
+/// Whether the metadata service has taken the packet in `chain`.
+fn is_taken(metadata: &mut Option<MetadataPort>, chain: &Chain) -> bool {
+    metadata
+        .as_mut()
+        .is_some_and(|metadata| metadata.take(&chain.readable))
 }
 
 /// Whether `chain` holds a packet; otherwise that is recorded.

@@ -13,6 +13,7 @@ use super::control::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
+use super::metadata::MetadataPort;
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
@@ -33,6 +34,8 @@ enum Source {
     TransmitDoorbell(usize),
     /// The queue of the tap that belongs to a pair.
     Tap(usize),
+    /// The timer of the metadata service.
+    MetadataTimer,
 }
 
 impl Source {
@@ -43,17 +46,19 @@ impl Source {
             Source::ReceiveDoorbell(pair) => (1, pair),
             Source::TransmitDoorbell(pair) => (2, pair),
             Source::Tap(pair) => (3, pair),
+            Source::MetadataTimer => (4, 0),
         };
-        (pair as u32) << 2 | kind
+        (pair as u32) << 3 | kind
     }
 
     fn of_token(token: u32) -> Source {
-        let pair = (token >> 2) as usize;
-        match token & 3 {
+        let pair = (token >> 3) as usize;
+        match token & 7 {
             0 => Source::ControlDoorbell,
             1 => Source::ReceiveDoorbell(pair),
             2 => Source::TransmitDoorbell(pair),
-            _ => Source::Tap(pair),
+            3 => Source::Tap(pair),
+            _ => Source::MetadataTimer,
         }
     }
 }
@@ -84,6 +89,7 @@ pub(super) struct Worker {
     /// How many of them, the first ones, the driver uses.
     pairs_in_use: usize,
     control: Option<ControlQueue>,
+    metadata: Option<MetadataPort>,
     features: u64,
     filter: ReceiveFilter,
     config: Arc<ConfigSpace>,
@@ -103,6 +109,7 @@ impl Worker {
         tap: Arc<Tap>,
         mtu: u16,
         config: Arc<ConfigSpace>,
+        metadata: Option<MetadataPort>,
         activation: Activation,
     ) -> Result<Worker, String> {
         let Activation {
@@ -156,6 +163,7 @@ impl Worker {
             pairs,
             pairs_in_use: 1,
             control,
+            metadata,
             features,
             filter: ReceiveFilter::new(),
             own_mac: mac(&config),
@@ -182,11 +190,20 @@ impl Worker {
                 }
                 Ok(())
             }
+            Source::MetadataTimer => self.serve_metadata(),
         }
     }
 
     /// Receives on one pair, for one turn at most.
     fn receive(&mut self, index: usize) -> Result<(), DriverError> {
+        self.receive_from_tap(index)?;
+        match &self.metadata {
+            Some(metadata) if index == 0 && metadata.has_frames() => self.serve_metadata(),
+            _ => Ok(()),
+        }
+    }
+
+    fn receive_from_tap(&mut self, index: usize) -> Result<(), DriverError> {
         let (Some(pair), Some(tap)) = (
             self.pairs[..self.pairs_in_use].get_mut(index),
             self.tap.queues().get(index),
@@ -211,11 +228,30 @@ impl Worker {
             return Ok(());
         };
         let tap = self.tap.queues().get(index).filter(|_| !self.tap_is_gone);
-        pair.transmit_halt = pair
-            .transmitter
-            .transmit(tap, &self.interrupt, &mut self.dropped)?;
+        pair.transmit_halt = pair.transmitter.transmit(
+            tap,
+            &mut self.metadata,
+            &self.interrupt,
+            &mut self.dropped,
+        )?;
         if pair.transmit_halt == Halt::TapGone {
             self.lose_tap();
+        }
+        match &self.metadata {
+            Some(metadata) if metadata.has_taken() => self.serve_metadata(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the metadata service do its work. Its frames go to the first pair, which is always in use.
+    fn serve_metadata(&mut self) -> Result<(), DriverError> {
+        let (Some(metadata), Some(pair)) = (&mut self.metadata, self.pairs.first_mut()) else {
+            return Ok(());
+        };
+        let delivered = metadata.serve(&mut pair.receiver, &self.interrupt, &mut self.dropped)?;
+        // The tap waits for buffers too, and its doorbell may have been switched off meanwhile.
+        if delivered && pair.receive_halt == Halt::Driver {
+            pair.receiver.ring_doorbell();
         }
         Ok(())
     }
@@ -367,6 +403,14 @@ impl MutEventSubscriber for Worker {
             // Each ring is an event of its own, so that no call is spent on reading the doorbell.
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data_raw(doorbell, source.token(), readiness);
+            if let Err(error) = operations.add(events) {
+                self.interrupt.need_reset(&error);
+            }
+        }
+        if let Some(metadata) = &self.metadata {
+            let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let token = Source::MetadataTimer.token();
+            let events = Events::with_data_raw(metadata.timer(), token, readiness);
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset(&error);
             }

@@ -49,7 +49,7 @@ fn machine() -> (Machine, Arc<ConfigSpace>) {
     let (tap, host) = stand_in();
     let config = Arc::new(config_space(MAC, 1, 1500));
     let machine = Machine::with(ALL, host, |activation| {
-        Box::new(Worker::new(Arc::new(tap), 1500, config.clone(), activation).unwrap())
+        Box::new(Worker::new(Arc::new(tap), 1500, config.clone(), None, activation).unwrap())
     });
     (machine, config)
 }

@@ -78,7 +78,7 @@ fn the_host_and_the_driver_exchange_packets() {
     let name = format!("btest{}n", std::process::id());
     let tap = Tap::open(&name, Some(1500), QueueCount::Exactly(1)).unwrap();
     ip(&format!("addr add 198.51.100.5/30 dev {name}"));
-    let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], Some(1500));
+    let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], Some(1500), None);
     let features = net.features();
     let activate = |activation| net.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
@@ -185,7 +185,7 @@ fn the_host_filters_frames_as_the_driver_commands() {
             socket.send_to(&vec![0; size.into()], target).unwrap();
         }
     };
-    let mut net = Net::new(tap, MAC, None);
+    let mut net = Net::new(tap, MAC, None, None);
     let features = net.features() & !GUEST_OFFLOADS;
     let activate = |activation| net.activate(activation).unwrap();
     let mut machine = Machine::with(features, stand_in().1, activate);
@@ -231,7 +231,7 @@ fn offloads_are_switched_at_run_time() {
     }
     let name = format!("btest{}o", std::process::id());
     let tap = Tap::open(&name, None, QueueCount::Exactly(1)).unwrap();
-    let mut net = Net::new(tap, MAC, None);
+    let mut net = Net::new(tap, MAC, None, None);
     let negotiated = net.features() & GUEST_OFFLOADS;
     assert_ne!(negotiated & 1 << VIRTIO_NET_F_GUEST_TSO6, 0);
     let features = net.features() & !(1 << VIRTIO_NET_F_GUEST_TSO4);
@@ -281,7 +281,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     socket.set_read_timeout(Some(timeout)).unwrap();
     let port = socket.local_addr().unwrap().port();
 
-    let mut net = Net::new(tap, MAC, None);
+    let mut net = Net::new(tap, MAC, None, None);
     assert_eq!(net.config().array(8), [2, 0]);
     assert_eq!(net.queue_max_sizes().len(), 5);
     let features = net.features();
