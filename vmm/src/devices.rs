@@ -26,6 +26,7 @@ use crate::config::{
 use crate::control::Control;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
+use crate::metadata::MachineMetadata;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
 
@@ -163,13 +164,15 @@ impl<'a> VirtioDevices<'a> {
         Ok(disks)
     }
 
-    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs.
+    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs. Some of
+    /// them may serve `metadata`.
     pub(crate) fn attach_networks(
         &mut self,
         configs: &[NetConfig],
         vcpu_count: u8,
+        metadata: Option<&MachineMetadata>,
     ) -> Result<(), Error> {
-        for config in configs {
+        for (index, config) in configs.iter().enumerate() {
             let mtu = config.mtu.map(Mtu::get);
             let useful = vcpu_count.min(QueuePairs::MAX);
             let queues = match config.queues {
@@ -184,7 +187,8 @@ impl<'a> VirtioDevices<'a> {
                     config.tap
                 );
             }
-            let device = Net::new(tap, config.mac_address().bytes(), mtu, None);
+            let service = metadata.and_then(|metadata| metadata.service(index));
+            let device = Net::new(tap, config.mac_address().bytes(), mtu, service);
             self.attach(
                 format!("network interface '{}'", config.tap),
                 Box::new(device),

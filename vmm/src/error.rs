@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
+use bantam_devices::metadata::MetadataError;
 use bantam_devices::tap::TapError;
 
 use crate::config::ConfigError;
@@ -119,6 +120,9 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// Metadata cannot be kept.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
     /// The host's end of the serial port cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {

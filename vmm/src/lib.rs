@@ -28,11 +28,13 @@ mod event_loop;
 mod guest;
 pub mod host;
 mod machine;
+mod metadata;
 mod serial;
 mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::metadata::{Metadata, MetadataError, MetadataMetrics};
 pub use control::ExitReason;
 pub use error::Error;
 pub use machine::Machine;

@@ -9,6 +9,7 @@ use bantam_arch::layout;
 use bantam_arch::memory_map::ram_regions;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::metadata::Metadata;
 use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::{GuestMemory, InterruptLine};
 use nix::errno::Errno;
@@ -23,6 +24,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
 use crate::host::open_kvm;
+use crate::metadata::MachineMetadata;
 use crate::serial::{Console, SerialGuard};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
@@ -39,6 +41,7 @@ pub struct Machine {
     event_loops: Vec<EventLoopThread>,
     power_button: EventFd,
     disks: Vec<(PathBuf, BlockControl)>,
+    metadata: Option<MachineMetadata>,
     serial: SerialGuard,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
@@ -65,7 +68,9 @@ impl Machine {
         attach_power_control(&mut ports, &control)?;
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), &control)?;
-        virtio.attach_networks(&config.nets, config.cpus.get())?;
+        let metadata = config.metadata.as_ref().map(MachineMetadata::new);
+        let metadata = metadata.transpose()?;
+        virtio.attach_networks(&config.nets, config.cpus.get(), metadata.as_ref())?;
         if config.rng {
             virtio.attach_entropy()?;
         }
@@ -89,6 +94,7 @@ impl Machine {
             event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
             power_button,
             disks: disks.disks,
+            metadata,
             serial,
             _vm: vm,
         })
@@ -147,6 +153,12 @@ impl Machine {
             path: path.clone(),
             source,
         })
+    }
+
+    /// What the guest is told over its network devices, if that was configured. It may be changed at
+    /// any time.
+    pub fn metadata(&self) -> Option<&Metadata> {
+        self.metadata.as_ref().map(|metadata| &metadata.metadata)
     }
 
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but

@@ -9,6 +9,7 @@
 mod disk;
 mod error;
 mod memory_size;
+mod metadata;
 mod net;
 mod option_string;
 mod options;
@@ -30,9 +31,11 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
+pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
+pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use options::MachineOptions;
 pub use quantity::Quantity;
@@ -61,6 +64,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// What the guest is told over its network devices.
+    pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
@@ -87,6 +92,7 @@ impl MachineConfig {
             memory: MemorySize::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            metadata: None,
             serial: SerialConfig::default(),
             rng: true,
             boot_protocol: BootProtocolOption::default(),
@@ -103,6 +109,8 @@ impl MachineConfig {
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
+    ///   no network device, or over one that there is not.
     /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
@@ -121,8 +129,23 @@ impl MachineConfig {
         if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
         }
+        self.validate_metadata()?;
         self.validate_serial_file()?;
         self.validate_disk_sharing()
+    }
+
+    fn validate_metadata(&self) -> Result<(), ConfigError> {
+        let Some(metadata) = &self.metadata else {
+            return Ok(());
+        };
+        if metadata.nets.is_empty() {
+            return Err(ConfigError::MetadataWithoutNet);
+        }
+        let count = self.nets.len();
+        match metadata.nets.iter().find(|&&index| index >= count) {
+            Some(&index) => Err(ConfigError::MetadataNet { index, count }),
+            None => Ok(()),
+        }
     }
 
     fn validate_serial_file(&self) -> Result<(), ConfigError> {

@@ -150,6 +150,7 @@ impl MachineOptions {
             memory: self.memory.unwrap_or(defaults.memory),
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
+            metadata: defaults.metadata,
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
