@@ -12,7 +12,7 @@ use bantam_vmm::config::{MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{Console, ExitReason, Machine};
 use serde_json::{Map, Value, json};
 
-const LENGTH: usize = 8 << 20;
+const LENGTH: usize = 2 << 20;
 
 fn object(value: Value) -> Map<String, Value> {
     match value {
@@ -79,7 +79,8 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     let created = counter(&machine, "connections_created");
     assert_eq!(counter(&machine, "rx_invalid_token"), 0);
     assert_eq!(counter(&machine, "tx_errors"), 0);
-    assert_eq!(machine.wait().unwrap(), ExitReason::PowerOff);
+    // So does a kernel without ACPI switch the machine off.
+    assert_eq!(machine.wait().unwrap(), ExitReason::Reboot);
 
     let text = std::fs::read_to_string(&log).unwrap();
     answer(&text, &net);
