@@ -9,7 +9,7 @@ use bantam_tests::{
     HostTap, Kernel, RootFileSystem, accept, answer, first_difference, linux_slot, require_taps,
 };
 use bantam_vmm::config::{MachineConfig, MetadataConfig, SerialConfig};
-use bantam_vmm::{Console, ExitReason, Machine};
+use bantam_vmm::{Console, ExitReason, Machine, Metadata};
 use serde_json::{Map, Value, json};
 
 const LENGTH: usize = 2 << 20;
@@ -22,10 +22,9 @@ fn object(value: Value) -> Map<String, Value> {
 }
 
 fn counter(machine: &Machine, name: &str) -> u64 {
-    let metrics = machine.metadata().unwrap().metrics();
-    serde_json::to_value(metrics).unwrap()[name]
-        .as_u64()
-        .unwrap()
+    let metrics = machine.metadata().map(Metadata::metrics);
+    let metrics = serde_json::to_value(metrics).expect("counters are numbers");
+    metrics[name].as_u64().expect("there is such a counter")
 }
 
 /// What the owner of the machine says reaches the guest, also what it says while the guest runs, in
