@@ -156,7 +156,7 @@ impl MetadataNetwork {
         }
     }
 
-    /// Takes a frame of `size` bytes that is too large for the service.
+    /// Takes a frame that is for the service but larger than [`MAX_GUEST_FRAME_SIZE`], and drops it.
     pub fn reject(&self) {
         self.metadata.metrics().rx_accepted.add(1);
         self.metadata.metrics().rx_accepted_err.add(1);

@@ -15,11 +15,13 @@ pub enum Format {
 }
 
 /// Why there is nothing to read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LookupError {
     /// The path leads nowhere.
+    #[error("there is no metadata at this path")]
     NotFound,
     /// Of the types of JSON, only strings and objects have a form as text.
+    #[error("this metadata has no form as text; ask for JSON")]
     NoText,
 }
 
