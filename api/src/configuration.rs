@@ -6,7 +6,8 @@ use std::path::Path;
 use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
     BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskId, GuestCid,
-    InterfaceName, MachineConfig, MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
+    InterfaceName, MachineConfig, MemorySize, MetadataAddress, MetadataConfig as MachineMetadata,
+    Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -94,6 +95,9 @@ impl Configuration {
         }
         if let Some(vsock) = self.vsock {
             checked.put_vsock(vsock)?;
+        }
+        if let Some(metadata) = self.mmds_config {
+            checked.put_metadata_config(metadata)?;
         }
         checked.entropy = self.entropy;
         if let Some(serial) = self.serial {
@@ -193,6 +197,12 @@ impl Configuration {
         Ok(())
     }
 
+    pub(crate) fn put_metadata_config(&mut self, metadata: MetadataConfig) -> Result<(), Fault> {
+        self.metadata_config(&metadata)?;
+        self.mmds_config = Some(metadata);
+        Ok(())
+    }
+
     pub(crate) fn put_serial(&mut self, serial: Serial) -> Result<(), Fault> {
         if serial.rate_limiter.is_some() {
             return Err(Fault::NotSupported {
@@ -253,6 +263,10 @@ impl Configuration {
         config.rng_limits = RateLimiter::limits(entropy_limiter);
         config.vsock = self.vsock.as_ref().map(vsock_config).transpose()?;
         config.balloon = self.balloon.as_ref().map(balloon_config);
+        config.metadata = match &self.mmds_config {
+            Some(metadata) => Some(self.metadata_config(metadata)?),
+            None => None,
+        };
         config.serial = match &self.serial {
             Some(Serial {
                 serial_out_path: Some(path),
@@ -262,6 +276,41 @@ impl Configuration {
         };
         config.validate()?;
         Ok(config)
+    }
+
+    fn metadata_config(&self, metadata: &MetadataConfig) -> Result<MachineMetadata, Fault> {
+        let place = |id: &String| {
+            let mut interfaces = self.network_interfaces.iter();
+            let place = interfaces.position(|interface| interface.iface_id == *id);
+            place.ok_or_else(|| Fault::NoSuchDevice {
+                kind: "network interface",
+                id: id.clone(),
+            })
+        };
+        let nets: Vec<usize> = metadata
+            .network_interfaces
+            .iter()
+            .map(place)
+            .collect::<Result<_, _>>()?;
+        if nets.is_empty() {
+            return Err(Fault::Value {
+                what: "network_interfaces",
+                reason: "there must be one at least".to_string(),
+            });
+        }
+        let address = match metadata.ipv4_address {
+            Some(address) => MetadataAddress::try_from(address).map_err(|error| Fault::Value {
+                what: "ipv4_address",
+                reason: error.to_string(),
+            })?,
+            None => MetadataAddress::default(),
+        };
+        Ok(MachineMetadata {
+            version: metadata.version.into(),
+            address,
+            imds_compat: metadata.imds_compat,
+            ..MachineMetadata::new(nets)
+        })
     }
 
     fn command_line(&self, boot_source: &BootSource) -> String {

@@ -1,5 +1,6 @@
 //! Why a request is refused.
 
+use bantam_vmm::MetadataError;
 use bantam_vmm::config::ConfigError;
 
 /// Why a request is refused: one line, which a client finds as `fault_message`.
@@ -109,6 +110,9 @@ pub enum Fault {
     /// The machine's configuration is refused.
     #[error("Invalid configuration: {0}")]
     Configuration(#[from] ConfigError),
+    /// The metadata cannot be kept.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
     /// The machine cannot do it.
     #[error(transparent)]
     Machine(#[from] bantam_vmm::Error),

@@ -3,9 +3,9 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use bantam_vmm::{Console, Controller, MachineMetrics, State};
+use bantam_vmm::{Console, Controller, MachineMetrics, MetadataStore, State};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault, net_limits};
@@ -43,6 +43,8 @@ pub struct InstanceOptions {
     pub on_start: Box<dyn FnMut() + Send>,
     /// Whether the guest has a device by which it says when it has booted.
     pub boot_timer: bool,
+    /// Most bytes of metadata.
+    pub metadata_size: usize,
 }
 
 /// How a request was answered.
@@ -73,6 +75,8 @@ pub struct Instance {
     process_times: ProcessTimes,
     on_start: Box<dyn FnMut() + Send>,
     boot_timer: bool,
+    /// Metadata before the start, and of a machine that serves none.
+    metadata: MetadataStore,
     configuration: Configuration,
     metrics_file: Option<MetricsFile>,
     metrics: Option<Arc<MachineMetrics>>,
@@ -89,6 +93,7 @@ impl Instance {
             process_times: options.process_times,
             on_start: options.on_start,
             boot_timer: options.boot_timer,
+            metadata: MetadataStore::new(options.metadata_size),
             configuration: Configuration::default(),
             metrics_file: None,
             metrics: None,
@@ -233,9 +238,29 @@ impl Instance {
                 self.change()?.put_cpu_config(config)?;
                 Ok(Reply::Done)
             }
-            _ => Err(Fault::NotSupported {
-                what: "This resource".to_string(),
-            }),
+            Request::PutMetadataConfig(metadata) => {
+                self.change()?.put_metadata_config(metadata)?;
+                Ok(Reply::Done)
+            }
+            Request::PutMetadata(contents) => {
+                self.put_metadata(contents)?;
+                Ok(Reply::Done)
+            }
+            Request::PatchMetadata(patch) => {
+                if self.serves_metadata() {
+                    self.controller.patch_metadata(patch)?;
+                } else {
+                    self.metadata.patch(patch)?;
+                }
+                Ok(Reply::Done)
+            }
+            Request::GetMetadata => {
+                let contents = match self.serves_metadata() {
+                    true => self.controller.metadata()?,
+                    false => self.metadata.get().cloned(),
+                };
+                Reply::value(&contents)
+            }
         }
     }
 
@@ -304,6 +329,24 @@ impl Instance {
         Ok(())
     }
 
+    /// Puts metadata in the place of that which there is.
+    ///
+    /// # Errors
+    /// When it is too large.
+    pub fn put_metadata(&mut self, contents: Map<String, Value>) -> Result<(), Fault> {
+        if self.serves_metadata() {
+            self.controller.put_metadata(contents)?;
+        } else {
+            self.metadata.put(contents)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the machine has taken the metadata over.
+    fn serves_metadata(&self) -> bool {
+        self.configuration.mmds_config.is_some() && self.require_started().is_ok()
+    }
+
     fn act(&mut self, action: ActionType) -> Result<Reply, Fault> {
         match action {
             ActionType::InstanceStart => self.start()?,
@@ -326,6 +369,10 @@ impl Instance {
     pub fn start(&mut self) -> Result<(), Fault> {
         let mut config = self.change()?.machine()?;
         config.boot_timer = self.boot_timer;
+        if let Some(metadata) = &mut config.metadata {
+            metadata.size_limit = self.metadata.size_limit();
+            metadata.contents = self.metadata.get().cloned();
+        }
         let console = match &self.console {
             Some(console) => console.try_clone().map_err(|error| Fault::Value {
                 what: "console",

@@ -1,7 +1,7 @@
 //! What clients ask for: HTTP's method, path and body as one enum.
 
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::fault::Fault;
 use crate::resources::{
@@ -62,9 +62,9 @@ pub enum Request {
     /// `PUT /metrics`
     PutMetrics(Metrics),
     /// `PUT /mmds`
-    PutMetadata(Value),
+    PutMetadata(Map<String, Value>),
     /// `PATCH /mmds`
-    PatchMetadata(Value),
+    PatchMetadata(Map<String, Value>),
     /// `PUT /mmds/config`
     PutMetadataConfig(MetadataConfig),
     /// `PUT /cpu-config`

@@ -77,12 +77,21 @@ fn serve_instance(
                 }
             }),
             boot_timer: args.boot_timer,
+            metadata_size: args
+                .mmds_size_limit
+                .unwrap_or(args.http_api_max_payload_size),
         },
     );
     if let Some(path) = &args.metrics_path {
         instance.execute(Request::PutMetrics(Metrics {
             metrics_path: path.clone(),
         }))?;
+    }
+    if let Some(path) = &args.metadata {
+        let what = "metadata file";
+        let contents = parse_json(&read_file(what, path)?)
+            .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
+        instance.put_metadata(contents)?;
     }
     if let Some(path) = &args.config_file {
         let what = "configuration file";

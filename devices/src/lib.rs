@@ -14,6 +14,7 @@ pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;
 mod listening_socket;
+pub mod metadata;
 pub mod metrics;
 pub mod power;
 pub mod rate_limiter;

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
-use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
+use bantam_vmm::config::{DiskConfig, MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -357,6 +357,15 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
     config.disks = vec![DiskConfig::new("/nowhere/disk")];
     let error = start_error(&config);
     assert!(matches!(error, Error::Disk(_)), "{error}");
+
+    let mut config = hello("reset");
+    config.nets = vec!["tap=none".parse().unwrap()];
+    let mut metadata = MetadataConfig::new(vec![0]);
+    metadata.size_limit = 1;
+    metadata.contents = Some(serde_json::Map::new());
+    config.metadata = Some(metadata);
+    let error = Machine::new(&config, Console::default()).err().unwrap();
+    assert!(matches!(error, Error::Metadata(_)), "{error}");
 }
 
 /// What machines could leave behind in the process.

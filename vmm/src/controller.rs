@@ -12,6 +12,7 @@ use bantam_devices::virtio::balloon::BalloonStatistics;
 use bantam_devices::virtio::net::NetLimits;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Map, Value};
 
 use crate::config::MachineConfig;
 use crate::control::{Control, ExitReason, lock, wait};
@@ -121,6 +122,12 @@ pub enum Command {
     },
     /// Asks for the size of the balloon, and what the guest said last of its memory.
     BalloonStatistics,
+    /// Puts other metadata in the place of what the guest is told.
+    PutMetadata(Map<String, Value>),
+    /// Changes the metadata by a merge patch (RFC 7396).
+    PatchMetadata(Map<String, Value>),
+    /// Asks for the metadata.
+    Metadata,
     /// Asks for the counters.
     Metrics,
 }
@@ -135,7 +142,9 @@ pub enum Answer {
     /// To [`Command::UpdateDiskSize`]: the size in bytes.
     DiskSize(u64),
     /// To [`Command::BalloonStatistics`].
-    BalloonStatistics(BalloonStatistics),
+    BalloonStatistics(Box<BalloonStatistics>),
+    /// To [`Command::Metadata`]; none where nothing was put yet.
+    Metadata(Option<Map<String, Value>>),
     /// To [`Command::Metrics`].
     Metrics(Arc<MachineMetrics>),
 }
@@ -188,8 +197,12 @@ impl Controller {
             Command::SetBalloonTarget { mib } => self.set_balloon_target(mib)?,
             Command::SetBalloonInterval { seconds } => self.set_balloon_interval(seconds)?,
             Command::BalloonStatistics => {
-                return Ok(Answer::BalloonStatistics(self.balloon_statistics()?));
+                let statistics = Box::new(self.balloon_statistics()?);
+                return Ok(Answer::BalloonStatistics(statistics));
             }
+            Command::PutMetadata(contents) => self.put_metadata(contents)?,
+            Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
+            Command::Metadata => return Ok(Answer::Metadata(self.metadata()?)),
             Command::Metrics => return Ok(Answer::Metrics(self.metrics()?)),
         }
         Ok(Answer::Done)
@@ -384,6 +397,34 @@ impl Controller {
     pub fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {
         let devices = self.0.devices("look at the balloon")?;
         devices.balloon_statistics()
+    }
+
+    /// [`Command::PutMetadata`].
+    ///
+    /// # Errors
+    /// When the machine does not run, was not configured with metadata, or the contents are too large; the
+    /// guest is then told what it was told before.
+    pub fn put_metadata(&self, contents: Map<String, Value>) -> Result<(), Error> {
+        let devices = self.0.devices("change the metadata")?;
+        Ok(devices.metadata()?.put(contents)?)
+    }
+
+    /// [`Command::PatchMetadata`].
+    ///
+    /// # Errors
+    /// As [`Controller::put_metadata`], and when there are no contents yet.
+    pub fn patch_metadata(&self, patch: Map<String, Value>) -> Result<(), Error> {
+        let devices = self.0.devices("change the metadata")?;
+        Ok(devices.metadata()?.patch(patch)?)
+    }
+
+    /// [`Command::Metadata`].
+    ///
+    /// # Errors
+    /// When the machine does not run or was not configured with metadata.
+    pub fn metadata(&self) -> Result<Option<Map<String, Value>>, Error> {
+        let devices = self.0.devices("read the metadata")?;
+        Ok(devices.metadata()?.get())
     }
 
     /// [`Command::Metrics`]. They can be read at any time from then on.

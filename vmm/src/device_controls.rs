@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bantam_devices::InterruptLine;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::metadata::Metadata;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics};
 use bantam_devices::virtio::block::BlockControl;
@@ -22,6 +23,7 @@ pub(crate) struct DeviceControls {
     pub(crate) disks: Vec<BlockControl>,
     pub(crate) networks: Vec<NetControl>,
     pub(crate) balloon: Option<BalloonControl>,
+    pub(crate) metadata: Option<Metadata>,
     pub(crate) metrics: Arc<MachineMetrics>,
     /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
     pub(crate) serial_path: Option<PathBuf>,
@@ -88,5 +90,9 @@ impl DeviceControls {
 
     pub(crate) fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {
         Ok(self.balloon()?.statistics())
+    }
+
+    pub(crate) fn metadata(&self) -> Result<&Metadata, Error> {
+        self.metadata.as_ref().ok_or(Error::NoMetadata)
     }
 }

@@ -29,6 +29,7 @@ use crate::config::{
 use crate::control::Control;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
+use crate::metadata::MachineMetadata;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
 
@@ -190,11 +191,13 @@ impl<'a> VirtioDevices<'a> {
         Ok(disks)
     }
 
-    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs.
+    /// Attaches the network interfaces that `configs` name to a machine of `vcpu_count` vCPUs. Some of
+    /// them may serve `metadata`.
     pub(crate) fn attach_networks(
         &mut self,
         configs: &[NetConfig],
         vcpu_count: u8,
+        metadata: Option<&MachineMetadata>,
         control: &Arc<Control>,
     ) -> Result<AttachedNetworks, Error> {
         let mut networks = AttachedNetworks::default();
@@ -223,7 +226,8 @@ impl<'a> VirtioDevices<'a> {
                     operations: rate_limit(config.tx_packets_per_second, config.tx_burst_packets),
                 },
             });
-            let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits)
+            let service = metadata.and_then(|metadata| metadata.service(index));
+            let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
             networks.networks.push(net.control());
             let interrupt = self.next_interrupt(format!("network interface '{}'", config.tap))?;

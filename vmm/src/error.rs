@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
+use bantam_devices::metadata::MetadataError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
 use bantam_devices::virtio::block::ReplaceError;
@@ -127,6 +128,9 @@ pub enum Error {
     /// The machine has no balloon.
     #[error("the machine has no balloon: give it one before it starts")]
     NoBalloon,
+    /// The machine has no metadata.
+    #[error("the machine has no metadata: give it some before it starts")]
+    NoMetadata,
     /// The new size of a disk cannot be used.
     #[error("cannot change the size of disk '{path}': {source}", path = .path.display())]
     DiskSize {
@@ -166,6 +170,9 @@ pub enum Error {
         /// What to do about it, as a continuation of the line.
         remedy: &'static str,
     },
+    /// Metadata cannot be kept.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
     /// The host's end of the serial port cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {

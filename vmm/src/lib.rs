@@ -31,12 +31,14 @@ mod event_loop;
 mod guest;
 pub mod host;
 mod machine;
+mod metadata;
 mod metrics;
 mod serial;
 mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::virtio::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics,

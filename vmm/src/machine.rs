@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
 use crate::host::open_kvm;
+use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
@@ -60,7 +61,10 @@ impl Machine {
         }
         let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
-        let networks = virtio.attach_networks(&config.nets, config.cpus.get(), control)?;
+        let metadata = config.metadata.as_ref().map(MachineMetadata::new);
+        let metadata = metadata.transpose()?;
+        let networks =
+            virtio.attach_networks(&config.nets, config.cpus.get(), metadata.as_ref(), control)?;
         let vsock = match &config.vsock {
             Some(vsock) => Some(virtio.attach_vsock(vsock)?),
             None => None,
@@ -95,6 +99,7 @@ impl Machine {
             vsock,
             entropy,
             balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
+            mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
         };
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
@@ -117,6 +122,7 @@ impl Machine {
                 disks: disks.disks,
                 networks: networks.networks,
                 balloon,
+                metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
             }),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bantam_devices::metadata::MetadataMetrics;
 use bantam_devices::virtio::balloon::BalloonMetrics;
 use bantam_devices::virtio::block::BlockMetrics;
 use bantam_devices::virtio::net::NetMetrics;
@@ -27,4 +28,6 @@ pub struct MachineMetrics {
     pub entropy: Option<Arc<EntropyMetrics>>,
     /// Of the balloon, if there is one.
     pub balloon: Option<Arc<BalloonMetrics>>,
+    /// Of the metadata service, if there is one.
+    pub mmds: Option<Arc<MetadataMetrics>>,
 }

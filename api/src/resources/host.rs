@@ -132,6 +132,15 @@ pub enum MetadataVersion {
     V2,
 }
 
+impl From<MetadataVersion> for bantam_vmm::config::MetadataVersion {
+    fn from(version: MetadataVersion) -> Self {
+        match version {
+            MetadataVersion::V1 => Self::V1,
+            MetadataVersion::V2 => Self::V2,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -211,14 +211,20 @@ impl GuestBuffers {
     /// Copies bytes from the front into `bytes` and drops them. The result is how many: fewer than
     /// asked for only where the list ends.
     pub fn read(&mut self, bytes: &mut [u8]) -> usize {
-        let count = self.copy(0, bytes.len(), |guest, range| {
+        let count = self.read_at(0, bytes);
+        self.advance(count);
+        count
+    }
+
+    /// Copies bytes from the place `offset` bytes after the front into `bytes`, dropping nothing. The
+    /// result is how many: fewer than asked for only where the list ends.
+    pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> usize {
+        self.copy(offset, bytes.len(), |guest, range| {
             let target = bytes[range.clone()].as_mut_ptr();
             // SAFETY: `copy` passes a pointer to `range.len()` bytes of mapped guest memory, and
             // `target` is a slice of that length of our own memory, so the two do not overlap.
             unsafe { std::ptr::copy_nonoverlapping(guest, target, range.len()) }
-        });
-        self.advance(count);
-        count
+        })
     }
 
     /// Copies `bytes` to the front of the list and drops what was written there. The result is how
@@ -234,7 +240,7 @@ impl GuestBuffers {
     pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> usize {
         self.copy(offset, bytes.len(), |guest, range| {
             let source = bytes[range.clone()].as_ptr();
-            // SAFETY: as in `read`, in the other direction.
+            // SAFETY: as in `read_at`, in the other direction.
             unsafe { std::ptr::copy_nonoverlapping(source, guest, range.len()) }
         })
     }

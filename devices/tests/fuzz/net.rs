@@ -1,4 +1,5 @@
-//! The network device, over a tap in a network namespace that has nothing else in it.
+//! The network device, over a tap in a network namespace that has nothing else in it, and with a
+//! metadata service.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -6,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bantam_devices::event_loop::Subscriber;
+use bantam_devices::metadata::{Metadata, MetadataAddress, MetadataOptions, MetadataService};
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_devices::virtio::net::{Net, NetLimits};
 use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
@@ -78,7 +80,13 @@ impl NetTarget {
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             SockProtocol::EthAll,
         );
-        let net = Net::new(tap, [2, 0, 0, 0, 0, 1], None, &NetLimits::default());
+        let metadata = Metadata::new(&MetadataOptions::default()).unwrap();
+        let service = MetadataService {
+            metadata,
+            address: MetadataAddress::default(),
+        };
+        let (mac, limits) = ([2, 0, 0, 0, 0, 1], NetLimits::default());
+        let net = Net::new(tap, mac, None, &limits, Some(service));
         Some(NetTarget {
             net: Arc::new(Mutex::new(net.unwrap())),
             host: host.unwrap(),
@@ -130,6 +138,36 @@ fn frame(len: usize, fill: u8) -> Vec<u8> {
     frame
 }
 
+/// A frame about the service's address: a request for it, or the start of a connection.
+fn metadata_frames() -> [Vec<u8>; 2] {
+    const GUEST: [u8; 10] = [2, 0, 0, 0, 0, 1, 192, 168, 7, 2];
+    const SERVICE: [u8; 4] = [169, 254, 169, 254];
+    let mut arp = vec![0xff; 6];
+    arp.extend(
+        [
+            &GUEST[..6],
+            &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+            &GUEST,
+            &[0; 6],
+        ]
+        .concat(),
+    );
+    arp.extend(SERVICE);
+    let mut segment = vec![6, 1, 0x23, 0x45, 0x67, 1];
+    segment.extend(
+        [
+            &GUEST[..6],
+            &[8, 0, 0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0],
+        ]
+        .concat(),
+    );
+    segment.extend([&GUEST[6..], &SERVICE].concat());
+    segment.extend([
+        0x10, 0, 0, 80, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 4, 0, 0, 0, 0, 0,
+    ]);
+    [arp, segment]
+}
+
 impl Target for NetTarget {
     type Options = ();
 
@@ -156,8 +194,13 @@ impl Target for NetTarget {
             Operation::HostSends { len: 1514 },
             Operation::Rest,
         ]);
-        for len in [42, 1514] {
-            let bytes = frame(14, 0);
+        let [arp, segment] = metadata_frames();
+        for (len, bytes) in [
+            (42, frame(14, 0)),
+            (1514, frame(14, 0)),
+            (42, arp),
+            (54, segment),
+        ] {
             operations.push(Operation::Store {
                 address: DATA,
                 bytes: [0; PACKET_HEADER_SIZE].into_iter().chain(bytes).collect(),

@@ -95,6 +95,20 @@ pub enum Command {
     VsockConnect(Exchange),
     /// The same on connections of the host, for which it waits.
     VsockListen(Exchange),
+    /// `status=N body=TEXT`, what the metadata at a path is, with `+` in place of spaces and ends of
+    /// lines. The interface is given an address for this.
+    Metadata {
+        interface: String,
+        path: String,
+    },
+    /// `requests=N body=TEXT bytes=N rate=RATE`, as the metadata at a path is read in a session while a
+    /// peer gets the pattern of the seed.
+    MetadataSession {
+        path: String,
+        peer: SocketAddrV4,
+        length: u64,
+        seed: u64,
+    },
     /// `source=NAME bytes=N values=N crc32=HEX` of bytes from the virtio random number generator, and
     /// how many different ones there are.
     Rng {
@@ -188,6 +202,16 @@ impl FromStr for Command {
             },
             "vsock-connect" => Self::VsockConnect(arguments.exchange()?),
             "vsock-listen" => Self::VsockListen(arguments.exchange()?),
+            "metadata" => Self::Metadata {
+                interface: arguments.device("interface")?,
+                path: arguments.text("path")?.to_owned(),
+            },
+            "metadata-session" => Self::MetadataSession {
+                path: arguments.text("path")?.to_owned(),
+                peer: arguments.peer()?,
+                length: arguments.size("length")?,
+                seed: arguments.parsed("seed")?,
+            },
             "rng" => Self::Rng {
                 length: arguments.size("length")?,
             },
@@ -356,6 +380,18 @@ mod tests {
             }))
         );
         assert_eq!(reason("vsock-connect:52:4"), "missing argument: length");
+    }
+
+    #[test]
+    fn paths_of_metadata() {
+        assert_eq!(
+            "metadata:eth0:/latest/meta-data".parse(),
+            Ok(Command::Metadata {
+                interface: "eth0".into(),
+                path: "/latest/meta-data".into(),
+            })
+        );
+        assert_eq!(reason("metadata:eth0"), "missing argument: path");
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod command;
 mod console;
 mod disk;
 mod error;
+mod metadata;
 mod net;
 mod pattern;
 mod power;

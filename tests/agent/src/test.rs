@@ -9,7 +9,7 @@ use crate::command::Command;
 use crate::console::{self, say};
 use crate::error::{Context, Result};
 use crate::power::{self, Ending};
-use crate::{disk, net, random, sys, system, vsock};
+use crate::{disk, metadata, net, random, sys, system, vsock};
 
 /// Carries out the commands in order and returns how the guest is to end. A command that fails does
 /// not keep the next one from being carried out.
@@ -87,6 +87,16 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::NetTcpReceive { peer, length, seed } => net::tcp_receive(peer, length, seed)?,
         Command::VsockConnect(exchange) => vsock::connect(exchange)?,
         Command::VsockListen(exchange) => vsock::listen(exchange, waiting)?,
+        Command::Metadata {
+            ref interface,
+            ref path,
+        } => metadata::get(interface, path)?,
+        Command::MetadataSession {
+            ref path,
+            peer,
+            length,
+            seed,
+        } => metadata::session(path, peer, length, seed)?,
         Command::Rng { length } => random::hardware(length)?,
         Command::Entropy => random::entropy()?,
         Command::EchoLine => console::echo_line(waiting)?,

@@ -222,6 +222,19 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// Metadata that no guest could reach.
+    #[error("metadata is served over no network device: name one")]
+    MetadataWithoutNet,
+    /// Metadata is to be served over a network device that there is not.
+    #[error(
+        "cannot serve metadata over network device {index}: the machine has {count}, counted from 0"
+    )]
+    MetadataNet {
+        /// Which device was named, counted from zero.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// Not an other end that a serial port can have.
     #[error("invalid serial port '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
     Serial {

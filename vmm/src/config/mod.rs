@@ -10,6 +10,7 @@ mod balloon;
 mod disk;
 mod error;
 mod memory_size;
+mod metadata;
 mod net;
 mod option_string;
 mod options;
@@ -34,9 +35,11 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 pub use balloon::{BalloonConfig, BalloonSize};
+pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use memory_size::MemorySize;
+pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use options::MachineOptions;
 pub use quantity::Quantity;
@@ -68,6 +71,8 @@ pub struct MachineConfig {
     pub nets: Vec<NetConfig>,
     /// Socket device.
     pub vsock: Option<VsockConfig>,
+    /// What the guest is told over its network devices.
+    pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Whether the guest has an entropy device.
@@ -102,6 +107,7 @@ impl MachineConfig {
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
+            metadata: None,
             serial: SerialConfig::default(),
             rng: true,
             rng_limits: Limits::default(),
@@ -123,6 +129,8 @@ impl MachineConfig {
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
+    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
+    ///   no network device, or over one that there is not.
     /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
@@ -152,8 +160,23 @@ impl MachineConfig {
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
+        self.validate_metadata()?;
         self.validate_serial_file()?;
         self.validate_disk_sharing()
+    }
+
+    fn validate_metadata(&self) -> Result<(), ConfigError> {
+        let Some(metadata) = &self.metadata else {
+            return Ok(());
+        };
+        if metadata.nets.is_empty() {
+            return Err(ConfigError::MetadataWithoutNet);
+        }
+        let count = self.nets.len();
+        match metadata.nets.iter().find(|&&index| index >= count) {
+            Some(&index) => Err(ConfigError::MetadataNet { index, count }),
+            None => Ok(()),
+        }
     }
 
     fn validate_serial_file(&self) -> Result<(), ConfigError> {

@@ -159,6 +159,7 @@ impl MachineOptions {
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
             vsock: self.vsock,
+            metadata: defaults.metadata,
             serial: self.serial.unwrap_or(defaults.serial),
             rng: self.rng.unwrap_or(defaults.rng),
             rng_limits: defaults.rng_limits,

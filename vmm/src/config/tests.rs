@@ -86,6 +86,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
                 .unwrap(),
         ],
         vsock: Some("cid=3,socket=/vm/v.sock".parse().unwrap()),
+        metadata: None,
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
         rng: false,
         rng_limits: Limits::default(),
@@ -390,4 +391,26 @@ fn temporary_folder(test: &str) -> PathBuf {
     let folder = std::env::temp_dir().join(format!("bantam-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     folder
+}
+
+#[test]
+fn metadata_needs_network_devices_that_there_are() {
+    let mut config = MachineConfig::new("vmlinux");
+    config.nets = vec!["tap=tap0".parse().unwrap(), "tap=tap1".parse().unwrap()];
+    for (nets, error) in [
+        (vec![0, 1], None),
+        (vec![1], None),
+        (
+            vec![],
+            Some("metadata is served over no network device: name one"),
+        ),
+        (
+            vec![0, 2],
+            Some("cannot serve metadata over network device 2: the machine has 2, counted from 0"),
+        ),
+    ] {
+        config.metadata = Some(MetadataConfig::new(nets));
+        let result = config.validate().map_err(|error| error.to_string());
+        assert_eq!(result.err().as_deref(), error);
+    }
 }

@@ -9,6 +9,7 @@ mod dropped;
 mod expected_size;
 mod filter;
 mod flow;
+mod metadata;
 mod metrics;
 mod owner;
 mod packet_ring;
@@ -33,8 +34,10 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
 use crate::event_loop::Subscriber;
+use crate::metadata::MetadataService;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use config::config_space;
+use metadata::MetadataPort;
 use owner::Shared;
 use worker::Worker;
 
@@ -74,15 +77,23 @@ pub struct Net {
     mtu: u16,
     config: Arc<ConfigSpace>,
     shared: Arc<Shared>,
+    metadata: Option<MetadataService>,
 }
 
 impl Net {
     /// A network card with the address `mac`, cabled to `tap`, with as many pairs of queues as that
-    /// has queues. The driver is told `mtu`, in bytes, where it is given.
+    /// has queues. The driver is told `mtu`, in bytes, where it is given. Frames for the address of
+    /// `metadata` go to that service and not to the tap.
     ///
     /// # Errors
     /// When the host has no timers for the limits.
-    pub fn new(tap: Tap, mac: [u8; 6], mtu: Option<u16>, limits: &NetLimits) -> io::Result<Net> {
+    pub fn new(
+        tap: Tap,
+        mac: [u8; 6],
+        mtu: Option<u16>,
+        limits: &NetLimits,
+        metadata: Option<MetadataService>,
+    ) -> io::Result<Net> {
         let mut features = COMMON_FEATURES
             | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_MRG_RXBUF
@@ -105,6 +116,7 @@ impl Net {
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
             config: Arc::new(config_space(mac, pair_count as u16, mtu)),
+            metadata,
             shared: Arc::new(Shared::new(limits)?),
         })
     }
@@ -125,11 +137,18 @@ impl Net {
                     self.tap.name()
                 )
             })?;
+        let metadata = self
+            .metadata
+            .as_ref()
+            .map(|service| MetadataPort::new(service, self.mtu))
+            .transpose()
+            .map_err(|error| format!("cannot create the metadata service: {error}"))?;
         Worker::new(
             self.tap.clone(),
             self.mtu,
             self.config.clone(),
             self.shared.clone(),
+            metadata,
             activation,
         )
     }

@@ -122,8 +122,37 @@ impl Receiver {
         })
     }
 
+    /// Delivers a packet that does not come from the tap, header included. `Some(false)` where it is
+    /// larger than the driver's buffers, and `None` while it has too few; then it rings the doorbell
+    /// when it has more.
+    pub(super) fn insert(
+        &mut self,
+        packet: &[u8],
+        flow: &mut Flow,
+        dropped: &mut DroppedPackets,
+        unreported: &mut usize,
+    ) -> Result<Option<bool>, DriverError> {
+        match self.deliver_read(flow, dropped, unreported)? {
+            None => {}
+            // What the tap has left is none of its packets.
+            Some(Halt::TapGone) => self.slots[0].forget(),
+            Some(_) => return Ok(None),
+        }
+        if !self.take_buffers(0, packet.len())? {
+            return Ok(None);
+        }
+        let slot = &mut self.slots[0];
+        if slot.room() < packet.len() {
+            return Ok(Some(false));
+        }
+        slot.put(packet);
+        slot.deliver(&mut self.queue);
+        *unreported += 1;
+        Ok(Some(true))
+    }
+
     /// Tells the driver of the packets delivered since the last time, if it wants to know.
-    fn report(&mut self, unreported: &mut usize, interrupt: &VirtioInterrupt) {
+    pub(super) fn report(&mut self, unreported: &mut usize, interrupt: &VirtioInterrupt) {
         if std::mem::take(unreported) > 0 && self.queue.needs_interrupt() {
             interrupt.notify_used_buffer();
         }

@@ -133,6 +133,12 @@ impl ReceiveSlot {
         self.packet = Some(size);
     }
 
+    /// Puts a packet that does not come from a tap into the buffers, as far as they have room.
+    pub(super) fn put(&mut self, packet: &[u8]) {
+        self.in_buffers = self.chain.writable.write_at(0, packet);
+        self.packet = Some(self.in_buffers);
+    }
+
     /// Drops the packet.
     pub(super) fn forget(&mut self) {
         self.packet = None;

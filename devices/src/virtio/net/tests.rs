@@ -2,6 +2,7 @@
 
 mod control_queue;
 mod limits;
+mod metadata;
 mod real_tap;
 
 use std::collections::VecDeque;
@@ -56,12 +57,12 @@ fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
 fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Worker {
     let config = Arc::new(config_space(MAC, 1, 1500));
     let shared = Arc::new(Shared::new(limits).unwrap());
-    Worker::new(tap, 1500, config, shared, activation).unwrap()
+    Worker::new(tap, 1500, config, shared, None, activation).unwrap()
 }
 
 /// A card without limits.
 fn net(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
-    Net::new(tap, mac, mtu, &NetLimits::default()).unwrap()
+    Net::new(tap, mac, mtu, &NetLimits::default(), None).unwrap()
 }
 
 /// A socket in place of a tap, and its far end.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::dropped::{DropReason, DroppedPackets};
 use super::flow::Flow;
+use super::metadata::MetadataPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
@@ -56,17 +57,19 @@ impl Transmitter {
     }
 
     /// Sends what the driver has made available, or takes it from the queue all the same where
-    /// there is no tap; for one turn at most, with the doorbell rung again for the rest.
+    /// there is no tap; for one turn at most, with the doorbell rung again for the rest. What is for
+    /// the metadata service, where there is one, it takes.
     pub(super) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
+        metadata: &mut Option<MetadataPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, flow, interrupt, dropped, &mut unreported);
+        let result = self.transmit_turn(tap, flow, metadata, interrupt, dropped, &mut unreported);
         // The driver hears of what was sent, even when it has broken the rules after that.
         self.report(&mut unreported, interrupt);
         result
@@ -76,6 +79,7 @@ impl Transmitter {
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
+        metadata: &mut Option<MetadataPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
@@ -102,13 +106,15 @@ impl Transmitter {
                 (Some(_), Some(_)) if batch >= MIN_BATCH => {
                     steps += batch;
                     *unreported += batch;
-                    if let Some(halt) = self.send_together(batch, flow, &mut since, dropped)? {
+                    if let Some(halt) =
+                        self.send_together(batch, flow, metadata, &mut since, dropped)?
+                    {
                         return Ok(halt);
                     }
                 }
                 _ => {
                     steps += 1;
-                    if let Some(halt) = self.send_one(tap, flow, &mut since, dropped)? {
+                    if let Some(halt) = self.send_one(tap, flow, metadata, &mut since, dropped)? {
                         return Ok(halt);
                     }
                     *unreported += 1;
@@ -128,6 +134,7 @@ impl Transmitter {
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
+        metadata: &mut Option<MetadataPort>,
         since: &mut Instant,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, DriverError> {
@@ -137,7 +144,8 @@ impl Transmitter {
         if !self.queue.pop(chain)? {
             return Ok(None);
         }
-        if let Some(tap) = tap
+        if !is_taken(metadata, chain)
+            && let Some(tap) = tap
             && let Err(halt) = send(tap, chain, flow, since, dropped)
         {
             self.queue.undo_pop();
@@ -153,6 +161,7 @@ impl Transmitter {
         &mut self,
         count: usize,
         flow: &mut Flow,
+        metadata: &mut Option<MetadataPort>,
         since: &mut Instant,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, DriverError> {
@@ -168,10 +177,10 @@ impl Transmitter {
                     break;
                 }
             }
-            if is_packet(chain, dropped) {
-                packets += 1;
-            } else {
+            if is_taken(metadata, chain) || !is_packet(chain, dropped) {
                 self.queue.add_used(chain.head, 0);
+            } else {
+                packets += 1;
             }
         }
         let sent = &self.chains[..packets];
@@ -210,6 +219,13 @@ impl Transmitter {
             interrupt.notify_used_buffer();
         }
     }
+}
+
+/// Whether the metadata service has taken the packet in `chain`.
+fn is_taken(metadata: &mut Option<MetadataPort>, chain: &Chain) -> bool {
+    metadata
+        .as_mut()
+        .is_some_and(|metadata| metadata.take(&chain.readable))
 }
 
 /// Whether `chain` holds a packet; otherwise that is recorded.

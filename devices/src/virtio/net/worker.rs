@@ -14,6 +14,7 @@ use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
 use super::flow::{Direction, Flow};
+use super::metadata::MetadataPort;
 use super::owner::Shared;
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
@@ -39,6 +40,8 @@ enum Source {
     ReceiveLimit,
     /// That of the limits of transmission.
     TransmitLimit,
+    /// The timer of the metadata service.
+    MetadataTimer,
 }
 
 impl Source {
@@ -51,6 +54,7 @@ impl Source {
             Source::Tap(pair) => (3, pair),
             Source::ReceiveLimit => (4, 0),
             Source::TransmitLimit => (5, 0),
+            Source::MetadataTimer => (6, 0),
         };
         (pair as u32) << 3 | kind
     }
@@ -63,7 +67,8 @@ impl Source {
             2 => Source::TransmitDoorbell(pair),
             3 => Source::Tap(pair),
             4 => Source::ReceiveLimit,
-            _ => Source::TransmitLimit,
+            5 => Source::TransmitLimit,
+            _ => Source::MetadataTimer,
         }
     }
 }
@@ -99,6 +104,7 @@ pub(super) struct Worker {
     transmitted: Flow,
     shared: Arc<Shared>,
     control: Option<ControlQueue>,
+    metadata: Option<MetadataPort>,
     features: u64,
     filter: ReceiveFilter,
     config: Arc<ConfigSpace>,
@@ -119,6 +125,7 @@ impl Worker {
         mtu: u16,
         config: Arc<ConfigSpace>,
         shared: Arc<Shared>,
+        metadata: Option<MetadataPort>,
         activation: Activation,
     ) -> Result<Worker, String> {
         let Activation {
@@ -176,6 +183,7 @@ impl Worker {
             pairs,
             pairs_in_use: 1,
             control,
+            metadata,
             features,
             filter: ReceiveFilter::new(),
             own_mac: mac(&config),
@@ -230,6 +238,7 @@ impl Worker {
                 }
                 Ok(())
             }
+            Source::MetadataTimer => self.serve_metadata(),
         }
     }
 
@@ -243,6 +252,14 @@ impl Worker {
 
     /// Receives on one pair, for one turn at most.
     fn receive(&mut self, index: usize) -> Result<(), DriverError> {
+        self.receive_from_tap(index)?;
+        match &self.metadata {
+            Some(metadata) if index == 0 && metadata.has_frames() => self.serve_metadata(),
+            _ => Ok(()),
+        }
+    }
+
+    fn receive_from_tap(&mut self, index: usize) -> Result<(), DriverError> {
         let (Some(pair), Some(tap)) = (
             self.pairs[..self.pairs_in_use].get_mut(index),
             self.tap.queues().get(index),
@@ -276,6 +293,7 @@ impl Worker {
         pair.transmit_halt = pair.transmitter.transmit(
             tap,
             &mut self.transmitted,
+            &mut self.metadata,
             &self.interrupt,
             &mut self.dropped,
         )?;
@@ -283,6 +301,27 @@ impl Worker {
         metrics.tx_remaining_reqs_count.add(left.into());
         if pair.transmit_halt == Halt::TapGone {
             self.lose_tap();
+        }
+        match &self.metadata {
+            Some(metadata) if metadata.has_taken() => self.serve_metadata(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the metadata service do its work. Its frames go to the first pair, which is always in use.
+    fn serve_metadata(&mut self) -> Result<(), DriverError> {
+        let (Some(metadata), Some(pair)) = (&mut self.metadata, self.pairs.first_mut()) else {
+            return Ok(());
+        };
+        let delivered = metadata.serve(
+            &mut pair.receiver,
+            &mut self.received,
+            &self.interrupt,
+            &mut self.dropped,
+        )?;
+        // The tap waits for buffers too, and its doorbell may have been switched off meanwhile.
+        if delivered && pair.receive_halt == Halt::Driver {
+            pair.receiver.ring_doorbell();
         }
         Ok(())
     }
@@ -444,6 +483,14 @@ impl MutEventSubscriber for Worker {
             (&self.transmitted, Source::TransmitLimit),
         ] {
             let events = Events::with_data(flow.throttle(), source.token(), EventSet::IN);
+            if let Err(error) = operations.add(events) {
+                self.interrupt.need_reset(&error);
+            }
+        }
+        if let Some(metadata) = &self.metadata {
+            let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let token = Source::MetadataTimer.token();
+            let events = Events::with_data_raw(metadata.timer(), token, readiness);
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset(&error);
             }

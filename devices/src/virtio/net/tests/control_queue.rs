@@ -50,7 +50,17 @@ fn machine() -> (Machine, Arc<ConfigSpace>) {
     let config = Arc::new(config_space(MAC, 1, 1500));
     let machine = Machine::with(ALL, host, |activation| {
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
-        Box::new(Worker::new(Arc::new(tap), 1500, config.clone(), shared, activation).unwrap())
+        Box::new(
+            Worker::new(
+                Arc::new(tap),
+                1500,
+                config.clone(),
+                shared,
+                None,
+                activation,
+            )
+            .unwrap(),
+        )
     });
     (machine, config)
 }

@@ -1,0 +1,139 @@
+//! The metadata service's connection to the queues of a card.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Instant;
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::DriverError;
+use super::dropped::DroppedPackets;
+use super::flow::Flow;
+use super::receive::Receiver;
+use crate::metadata::{CLAIM_SIZE, MAX_GUEST_FRAME_SIZE, MetadataNetwork, MetadataService};
+use crate::tap::PACKET_HEADER_SIZE;
+use crate::virtio::{GuestBuffers, VirtioInterrupt};
+
+/// A metadata service that takes frames from the transmit queues of a card, and whose frames go to
+/// a receive queue.
+pub(super) struct MetadataPort {
+    network: MetadataNetwork,
+    timer: TimerFd,
+    /// Place for a packet, header included.
+    packet: Vec<u8>,
+    /// Whether frames were taken that were not served yet.
+    has_taken: bool,
+}
+
+impl MetadataPort {
+    /// A port for `service` on a card of `mtu` bytes.
+    ///
+    /// # Errors
+    /// When the host gives no timer or no random numbers.
+    pub(super) fn new(service: &MetadataService, mtu: u16) -> io::Result<MetadataPort> {
+        Ok(MetadataPort {
+            network: MetadataNetwork::new(service, mtu, Instant::now())?,
+            timer: TimerFd::new()?,
+            packet: Vec::new(),
+            has_taken: false,
+        })
+    }
+
+    /// Becomes readable when it is time for [`MetadataPort::serve`].
+    pub(super) fn timer(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    /// Takes a packet of the driver, if it is for the service.
+    pub(super) fn take(&mut self, packet: &GuestBuffers) -> bool {
+        let mut start = [0; CLAIM_SIZE];
+        let size = packet.read_at(PACKET_HEADER_SIZE, &mut start);
+        if !self.network.claims(&start[..size]) {
+            return false;
+        }
+        // What the header says of offloads does not matter: of segments the service takes what it
+        // has room for, and it looks at no checksum.
+        let size = packet.len() - PACKET_HEADER_SIZE;
+        if size > MAX_GUEST_FRAME_SIZE {
+            self.network.reject();
+            return true;
+        }
+        self.packet.resize(size, 0);
+        packet.read_at(PACKET_HEADER_SIZE, &mut self.packet);
+        self.network.accept(&mut self.packet, Instant::now());
+        self.has_taken = true;
+        true
+    }
+
+    /// Whether there is work for [`MetadataPort::serve`] as packets were taken.
+    pub(super) fn has_taken(&self) -> bool {
+        self.has_taken
+    }
+
+    /// Whether there is work for [`MetadataPort::serve`] as soon as the driver has buffers.
+    pub(super) fn has_frames(&self) -> bool {
+        self.network.next_frame().is_some()
+    }
+
+    /// Has the service do its work, and delivers its frames as far as the driver has buffers. `true`
+    /// when there were any.
+    pub(super) fn serve(
+        &mut self,
+        receiver: &mut Receiver,
+        flow: &mut Flow,
+        interrupt: &VirtioInterrupt,
+        dropped: &mut DroppedPackets,
+    ) -> Result<bool, DriverError> {
+        self.has_taken = false;
+        let mut unreported = 0;
+        let mut delivered = false;
+        let result = loop {
+            // Each frame that leaves makes room for another.
+            self.network.poll(Instant::now());
+            match self.deliver(receiver, flow, dropped, &mut unreported) {
+                Ok(true) => delivered = true,
+                Ok(false) => break Ok(delivered),
+                Err(error) => break Err(error),
+            }
+        };
+        receiver.report(&mut unreported, interrupt);
+        if let Err(error) = self.set_timer() {
+            interrupt.warn(format_args!(
+                "the metadata service cannot set its timer: {error}"
+            ));
+        }
+        result
+    }
+
+    /// Delivers all frames that are there, as far as the driver has buffers. `true` when there were
+    /// any.
+    fn deliver(
+        &mut self,
+        receiver: &mut Receiver,
+        flow: &mut Flow,
+        dropped: &mut DroppedPackets,
+        unreported: &mut usize,
+    ) -> Result<bool, DriverError> {
+        let mut any = false;
+        while let Some(frame) = self.network.next_frame() {
+            // A header of zeroes: there is nothing left to do to the packet.
+            self.packet.clear();
+            self.packet.resize(PACKET_HEADER_SIZE, 0);
+            self.packet.extend_from_slice(frame);
+            match receiver.insert(&self.packet, flow, dropped, unreported)? {
+                Some(delivered) => self.network.take_frame(delivered),
+                None => break,
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn set_timer(&mut self) -> io::Result<()> {
+        match self.network.wait_time(Instant::now()) {
+            Some(wait) => self.timer.reset(wait, None)?,
+            None => self.timer.clear()?,
+        }
+        Ok(())
+    }
+}
