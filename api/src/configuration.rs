@@ -212,6 +212,7 @@ impl Configuration {
         config.initrd = boot_source.initrd_path.clone();
         config.cmdline = Some(self.command_line(boot_source));
         config.cpus = vcpu_count(&self.machine_config)?;
+        config.smt = self.machine_config.smt;
         config.memory = memory_size(&self.machine_config)?;
         config.disks = self
             .drives_in_order()

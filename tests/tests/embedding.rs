@@ -111,6 +111,22 @@ fn a_machine_ends_with_the_reason_that_its_guest_gives() {
 }
 
 #[test]
+fn threads_of_cores_start_as_vcpus_do() {
+    require_kvm!();
+    let _alone = alone();
+    let config = MachineConfig {
+        cpus: "4".parse().unwrap(),
+        smt: true,
+        append: Some("expect=4 require=both".to_string()),
+        ..MachineConfig::new(payload("cpus"))
+    };
+    let (machine, mut output) = started(&config);
+    let text = read_until(&mut output, "PASS\n");
+    assert!(text.contains("4 processors run"), "{text}");
+    machine.wait().unwrap();
+}
+
+#[test]
 fn a_machine_is_stopped_from_outside_and_its_event_tells() {
     require_kvm!();
     let _alone = alone();

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
 use bantam_arch::memory_map::ram_regions;
 use bantam_devices::GuestMemory;
@@ -79,7 +80,11 @@ impl Machine {
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
         let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
-        let model = VcpuModel::new(&kvm, config.cpus.get())?;
+        let topology = Topology {
+            vcpu_count: config.cpus.get(),
+            smt: config.smt,
+        };
+        let model = VcpuModel::new(&kvm, topology)?;
         let vcpus = (0..config.cpus.get())
             .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
             .collect::<Result<Vec<_>, _>>()?;

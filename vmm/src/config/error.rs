@@ -39,6 +39,12 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Each two vCPUs are to share a core, and one is left.
+    #[error("{count} vCPUs do not make cores of two threads: use 1 or an even number of vCPUs")]
+    UnpairedVcpu {
+        /// The number of vCPUs.
+        count: u8,
+    },
     /// Not a memory size.
     #[error(
         "invalid memory size '{text}': expected a number with an optional unit K, M, G or T, \

@@ -55,6 +55,10 @@ pub struct MachineConfig {
     pub append: Option<String>,
     /// Number of vCPUs.
     pub cpus: VcpuCount,
+    /// Whether the guest sees each two vCPUs as the threads of one core (simultaneous multithreading).
+    /// The host's scheduler is not told: where that matters, the program pins the threads of the
+    /// machine itself.
+    pub smt: bool,
     /// Guest memory.
     pub memory: MemorySize,
     /// Disks, in the order in which the guest finds them.
@@ -87,6 +91,7 @@ impl MachineConfig {
             cmdline: None,
             append: None,
             cpus: VcpuCount::default(),
+            smt: false,
             memory: MemorySize::default(),
             disks: Vec::new(),
             nets: Vec::new(),
@@ -103,6 +108,7 @@ impl MachineConfig {
     ///
     /// # Errors
     ///
+    /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
@@ -111,6 +117,10 @@ impl MachineConfig {
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        let vcpu_count = self.cpus.get();
+        if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
+            return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
+        }
         let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices {

@@ -147,6 +147,7 @@ impl MachineOptions {
             cmdline: self.cmdline,
             append: self.append,
             cpus: self.cpus.unwrap_or(defaults.cpus),
+            smt: defaults.smt,
             memory: self.memory.unwrap_or(defaults.memory),
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),

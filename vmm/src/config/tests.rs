@@ -81,6 +81,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
         host_workarounds: false,
+        ..MachineConfig::new("unused")
     };
     assert_eq!(config, Ok(expected));
 }
@@ -194,6 +195,27 @@ fn a_missing_kernel_or_machine_file_is_reported() {
         error,
         "cannot read machine file '/dev/zero': it is larger than 1 MiB"
     );
+}
+
+#[test]
+fn threads_of_a_core_come_in_pairs() {
+    for (count, smt, valid) in [
+        (1, true, true),
+        (4, true, true),
+        (3, true, false),
+        (3, false, true),
+    ] {
+        let config = MachineConfig {
+            cpus: VcpuCount::try_from(count).unwrap(),
+            smt,
+            ..MachineConfig::new("k")
+        };
+        let refused = matches!(
+            config.validate(),
+            Err(ConfigError::UnpairedVcpu { count: 3 })
+        );
+        assert_eq!(refused, !valid, "{count} vCPUs, {smt}");
+    }
 }
 
 fn with_disks(disks: &[&str]) -> Result<(), String> {
