@@ -197,7 +197,7 @@ impl Instance {
             ActionType::InstanceStart => self.start()?,
             ActionType::SendCtrlAltDel => {
                 self.require_started()?;
-                self.controller.press_power_button()?;
+                self.controller.press_ctrl_alt_del()?;
             }
             ActionType::FlushMetrics => {
                 self.require_started()?;

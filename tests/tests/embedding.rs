@@ -139,6 +139,39 @@ fn a_machine_is_stopped_from_outside_and_its_event_tells() {
 }
 
 #[test]
+fn ctrl_alt_del_reaches_a_keyboard_driver() {
+    require_kvm!();
+    let _alone = alone();
+    for mode in ["polled", "interrupt"] {
+        let config = MachineConfig {
+            append: Some(format!("mode={mode}")),
+            ..MachineConfig::new(payload("keyboard"))
+        };
+        let (machine, mut output) = started(&config);
+        let text = read_until(&mut output, "ready\n");
+        assert!(text.contains("ready\n"), "{text}");
+        let pressed = machine.execute(Command::PressCtrlAltDel).unwrap();
+        assert!(matches!(pressed, Answer::Done));
+        let text = read_until(&mut output, "PASS\n");
+        assert!(text.contains("ok: Ctrl-Alt-Del"), "{mode}: {text}");
+        machine.wait().unwrap();
+    }
+}
+
+#[test]
+fn keys_are_not_pressed_where_nobody_listens() {
+    require_kvm!();
+    let _alone = alone();
+    let (machine, mut output) = started(&hello("hang"));
+    read_until(&mut output, "PASS\n");
+    let error = machine.press_ctrl_alt_del().unwrap_err();
+    assert!(matches!(error, Error::Keyboard(_)), "{error}");
+    machine.stop();
+    let error = machine.press_ctrl_alt_del().unwrap_err();
+    assert!(matches!(error, Error::WrongState { .. }), "{error}");
+}
+
+#[test]
 fn the_first_reason_of_an_end_counts() {
     require_kvm!();
     let _alone = alone();

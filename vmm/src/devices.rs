@@ -30,13 +30,24 @@ use crate::event_loop::EventLoopThread;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
 
-/// The ways by which a guest ends the machine: the keyboard controller and the ACPI registers.
-pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+/// The keyboard controller with its keyboard, by which a guest also ends the machine.
+pub(crate) fn attach_keyboard(
+    ports: &mut Bus,
+    vm: &Vm,
+    control: &Arc<Control>,
+) -> Result<Arc<Mutex<I8042>>, Error> {
+    let interrupt = vm.interrupt_event(layout::KEYBOARD_GSI)?;
+    let i8042 = Arc::new(Mutex::new(I8042::new(control.clone(), Box::new(interrupt))));
     ports.insert(
         layout::I8042_PORT.into(),
         layout::I8042_PORT_COUNT.into(),
-        Arc::new(Mutex::new(I8042::new(control.clone()))),
+        i8042.clone(),
     )?;
+    Ok(i8042)
+}
+
+/// The ACPI registers by which a guest ends the machine.
+pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
     let values = PowerValues {
         soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
         reset: acpi::ACPI_RESET_VALUE,

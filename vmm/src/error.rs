@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
+use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
 
 use crate::config::ConfigError;
@@ -155,6 +156,12 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The guest takes no keys.
+    #[error(
+        "cannot press Ctrl-Alt-Del: {0}: wait until its driver for AT keyboards has started, or press \
+         the power button"
+    )]
+    Keyboard(#[source] KeyboardError),
     /// The event loop cannot go on.
     #[error("the device event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),

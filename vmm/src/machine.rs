@@ -1,7 +1,7 @@
 //! A machine: how it is put together, its threads, and their end.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use bantam_arch::cpuid::Topology;
@@ -10,13 +10,16 @@ use bantam_arch::memory_map::ram_regions;
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::i8042::I8042;
 use bantam_devices::virtio::block::BlockControl;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
-use crate::devices::{VirtioDevices, attach_boot_timer, attach_power_control, attach_serial};
+use crate::devices::{
+    VirtioDevices, attach_boot_timer, attach_keyboard, attach_power_control, attach_serial,
+};
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
@@ -30,6 +33,7 @@ use crate::vm::Vm;
 /// they count.
 pub(crate) struct Devices {
     pub(crate) power_button: EventFd,
+    pub(crate) keyboard: Arc<Mutex<I8042>>,
     /// With the paths by which their images were opened.
     pub(crate) disks: Vec<(PathBuf, BlockControl)>,
     pub(crate) metrics: Arc<MachineMetrics>,
@@ -67,6 +71,7 @@ impl Machine {
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
+        let keyboard = attach_keyboard(&mut ports, &vm, control)?;
         attach_power_control(&mut ports, control)?;
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
@@ -104,6 +109,7 @@ impl Machine {
             event_loops: disks.threads.into_iter().chain([event_loop]).collect(),
             devices: Arc::new(Devices {
                 power_button,
+                keyboard,
                 disks: disks.disks,
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
