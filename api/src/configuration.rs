@@ -4,8 +4,8 @@ use std::fs::File;
 use std::path::Path;
 
 use bantam_vmm::config::{
-    BlockEngineOption, CacheModeOption, DiskConfig, DiskId, InterfaceName, MachineConfig,
-    MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount,
+    BlockEngineOption, CacheModeOption, DiskConfig, DiskId, HugePages as GuestPages, InterfaceName,
+    MachineConfig, MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount,
 };
 use serde::{Deserialize, Serialize};
 
@@ -214,6 +214,11 @@ impl Configuration {
         config.cpus = vcpu_count(&self.machine_config)?;
         config.smt = self.machine_config.smt;
         config.memory = memory_size(&self.machine_config)?;
+        config.huge_pages = match self.machine_config.huge_pages {
+            HugePages::None => GuestPages::None,
+            HugePages::Transparent => GuestPages::Transparent,
+            HugePages::TwoMib => GuestPages::TwoMib,
+        };
         config.disks = self
             .drives_in_order()
             .map(disk_config)

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use bantam_vmm::host;
 
+use crate::huge_pages::HugePagePool;
 use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
 
@@ -68,6 +69,17 @@ pub fn lacks_loop_devices() -> bool {
     file.as_file().set_len(1 << 20).expect("sizes can be set");
     let reason = LoopDevice::try_new(file.path()).err();
     skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
+}
+
+/// Whether the host sets no huge pages aside for this process and the user has said to skip tests then.
+///
+/// # Panics
+///
+/// When it does not and the user has not said so.
+pub fn lacks_huge_pages() -> bool {
+    // What is in the pool already may be used.
+    let reason = HugePagePool::try_new(8).err();
+    skip_or_fail(reason, "BANTAM_SKIP_HUGE_PAGE_TESTS")
 }
 
 fn open_for_update(path: &str) -> Result<(), String> {

@@ -37,6 +37,25 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The host has too few huge pages for the guest.
+    #[error(
+        "cannot reserve {mib} MiB of guest memory in pages of 2 MiB: {source}: {remedy}, or use a \
+         smaller --memory"
+    )]
+    HugePages {
+        /// How much was asked for.
+        mib: u64,
+        /// Why not.
+        source: io::Error,
+        /// What to do about it, as a continuation of the line.
+        remedy: String,
+    },
+    /// The host makes no huge pages of ordinary ones.
+    #[error(
+        "cannot make guest memory of transparent huge pages: {0}: the host's kernel has none \
+         (CONFIG_TRANSPARENT_HUGEPAGE); use ordinary pages"
+    )]
+    TransparentHugePages(#[source] io::Error),
     /// The kernel image cannot be opened.
     #[error("cannot open kernel '{path}': {source}", path = .path.display())]
     OpenKernel {

@@ -30,6 +30,7 @@ mod event_loop;
 mod guest;
 pub mod host;
 mod machine;
+mod memory;
 mod metrics;
 mod serial;
 mod vcpu;

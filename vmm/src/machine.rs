@@ -6,13 +6,10 @@ use std::thread::{self, JoinHandle};
 
 use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
-use bantam_arch::memory_map::ram_regions;
-use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::virtio::block::BlockControl;
-use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::MachineConfig;
@@ -24,6 +21,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
 use crate::host::open_kvm;
+use crate::memory::allocate_memory;
 use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
@@ -64,7 +62,7 @@ impl Machine {
     ) -> Result<Machine, Error> {
         config.validate()?;
         let kvm = open_kvm()?;
-        let memory = Arc::new(allocate_memory(config.memory.bytes())?);
+        let memory = Arc::new(allocate_memory(config)?);
         let vm = Vm::new(&kvm, memory.clone())?;
         let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
 
@@ -192,15 +190,4 @@ fn flush_at_end(disk: &DiskFile) -> std::io::Result<()> {
         return Ok(());
     }
     disk.flush()
-}
-
-fn allocate_memory(size: u64) -> Result<GuestMemory, Error> {
-    let regions: Vec<(GuestAddress, usize)> = ram_regions(size)
-        .into_iter()
-        .map(|(start, size)| (GuestAddress(start), size as usize))
-        .collect();
-    GuestMemory::from_ranges(&regions).map_err(|error| Error::Memory {
-        mib: size >> 20,
-        reason: error.to_string(),
-    })
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 
 use super::memory_size::Bytes;
-use super::{DiskId, InterfaceName, Mtu, QueuePairs};
+use super::{DiskId, HugePages, InterfaceName, MemorySize, Mtu, QueuePairs};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,20 @@ pub enum ConfigError {
     MemorySizePages {
         /// What was given.
         text: String,
+    },
+    /// Not pages that memory can be made of.
+    #[error("invalid huge pages '{text}': expected none, transparent or 2M")]
+    HugePages {
+        /// What was given.
+        text: String,
+    },
+    /// Not a whole number of the pages that memory is to be made of.
+    #[error("memory size {memory} is not a multiple of {pages}, which the huge pages have")]
+    HugePagesMemory {
+        /// The memory size.
+        memory: MemorySize,
+        /// The huge pages.
+        pages: HugePages,
     },
     /// Not a description of a disk.
     #[error("{reason}; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]...")]

@@ -8,6 +8,7 @@
 
 mod disk;
 mod error;
+mod huge_pages;
 mod memory_size;
 mod net;
 mod option_string;
@@ -32,6 +33,7 @@ use serde::de::value::Error as ValueError;
 
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
+pub use huge_pages::HugePages;
 pub use memory_size::MemorySize;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use options::MachineOptions;
@@ -61,6 +63,8 @@ pub struct MachineConfig {
     pub smt: bool,
     /// Guest memory.
     pub memory: MemorySize,
+    /// Which pages of the host it is made of.
+    pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
@@ -93,6 +97,7 @@ impl MachineConfig {
             cpus: VcpuCount::default(),
             smt: false,
             memory: MemorySize::default(),
+            huge_pages: HugePages::default(),
             disks: Vec::new(),
             nets: Vec::new(),
             serial: SerialConfig::default(),
@@ -109,6 +114,7 @@ impl MachineConfig {
     /// # Errors
     ///
     /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
+    /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
@@ -120,6 +126,16 @@ impl MachineConfig {
         let vcpu_count = self.cpus.get();
         if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
             return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
+        }
+        if !self
+            .memory
+            .bytes()
+            .is_multiple_of(self.huge_pages.page_size())
+        {
+            return Err(ConfigError::HugePagesMemory {
+                memory: self.memory,
+                pages: self.huge_pages,
+            });
         }
         let devices = self.disks.len() + self.nets.len() + usize::from(self.rng);
         if devices > layout::MAX_VIRTIO_DEVICES {

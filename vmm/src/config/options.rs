@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{
-    BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize, NetConfig, OnReboot,
-    SerialConfig, VcpuCount, rebase,
+    BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig, MemorySize, NetConfig,
+    OnReboot, SerialConfig, VcpuCount, rebase,
 };
 
 /// Most bytes of a machine file.
@@ -45,6 +45,8 @@ pub struct MachineOptions {
     pub cpus: Option<VcpuCount>,
     /// See [`MachineConfig::memory`].
     pub memory: Option<MemorySize>,
+    /// See [`MachineConfig::huge_pages`].
+    pub huge_pages: Option<HugePages>,
     /// See [`MachineConfig::disks`].
     #[serde(rename = "disk")]
     pub disks: Option<Vec<DiskConfig>>,
@@ -124,6 +126,7 @@ impl MachineOptions {
             append: self.append.or(fallback.append),
             cpus: self.cpus.or(fallback.cpus),
             memory: self.memory.or(fallback.memory),
+            huge_pages: self.huge_pages.or(fallback.huge_pages),
             disks: self.disks.or(fallback.disks),
             nets: self.nets.or(fallback.nets),
             serial: self.serial.or(fallback.serial),
@@ -149,6 +152,7 @@ impl MachineOptions {
             cpus: self.cpus.unwrap_or(defaults.cpus),
             smt: defaults.smt,
             memory: self.memory.unwrap_or(defaults.memory),
+            huge_pages: self.huge_pages.unwrap_or(defaults.huge_pages),
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
             serial: self.serial.unwrap_or(defaults.serial),

@@ -39,6 +39,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append = "quiet"
         cpus = 2
         memory = "512M"
+        huge-pages = "2M"
         serial = "file=logs/serial.log"
         rng = false
         boot-protocol = "linux64"
@@ -67,6 +68,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append: Some("quiet".into()),
         cpus: "2".parse().unwrap(),
         memory: "512M".parse().unwrap(),
+        huge_pages: HugePages::TwoMib,
         disks: vec![
             "/vm/root,,1.img,ro,id=root".parse().unwrap(),
             DiskConfig::new("/data.img"),
@@ -92,7 +94,7 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
-             'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'serial', 'rng', \
+             'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'serial', 'rng', \
              'boot-protocol', 'on-reboot', 'host-workarounds'",
         ),
         (
@@ -195,6 +197,31 @@ fn a_missing_kernel_or_machine_file_is_reported() {
         error,
         "cannot read machine file '/dev/zero': it is larger than 1 MiB"
     );
+}
+
+#[test]
+fn memory_is_whole_huge_pages() {
+    for (memory, huge_pages, valid) in [
+        ("64M", HugePages::TwoMib, true),
+        ("65M", HugePages::TwoMib, false),
+        ("65M", HugePages::Transparent, true),
+    ] {
+        let config = MachineConfig {
+            memory: memory.parse().unwrap(),
+            huge_pages,
+            ..MachineConfig::new("k")
+        };
+        let result = config.validate().map_err(|error| error.to_string());
+        let error = "memory size 65M is not a multiple of 2M, which the huge pages have";
+        assert_eq!(
+            result,
+            if valid {
+                Ok(())
+            } else {
+                Err(error.to_string())
+            }
+        );
+    }
 }
 
 #[test]
@@ -310,6 +337,9 @@ fn choices_read_what_they_display() {
             choice.to_string().parse::<BootProtocolOption>().unwrap(),
             choice
         );
+    }
+    for choice in [HugePages::None, HugePages::Transparent, HugePages::TwoMib] {
+        assert_eq!(choice.to_string().parse::<HugePages>().unwrap(), choice);
     }
     for choice in [OnReboot::Exit, OnReboot::Restart] {
         assert_eq!(choice.to_string().parse::<OnReboot>().unwrap(), choice);
