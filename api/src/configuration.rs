@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
+use bantam_vmm::RateLimit;
 use bantam_vmm::config::{
     BlockEngineOption, CacheModeOption, DiskConfig, DiskId, HugePages as GuestPages, InterfaceName,
     MachineConfig, MemorySize, Mtu, NetConfig, SerialConfig, VcpuCount,
@@ -13,7 +15,7 @@ use crate::fault::Fault;
 use crate::request::check_name;
 use crate::resources::{
     Balloon, BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, Logger,
-    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, Serial, Vsock,
+    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, Serial, TokenBucket, Vsock,
 };
 
 /// The kernel command line where the client gives none, as Firecracker has it.
@@ -89,9 +91,7 @@ impl Configuration {
             checked.put_network_interface(interface)?;
         }
         checked.entropy = self.entropy;
-        if let Some(serial) = self.serial {
-            checked.put_serial(serial)?;
-        }
+        checked.serial = self.serial;
         if let Some(config) = self.cpu_config {
             checked.put_cpu_config(config)?;
         }
@@ -170,16 +170,6 @@ impl Configuration {
         Ok(())
     }
 
-    pub(crate) fn put_serial(&mut self, serial: Serial) -> Result<(), Fault> {
-        if serial.rate_limiter.is_some() {
-            return Err(Fault::NotSupported {
-                what: "A rate limiter of the serial port".to_string(),
-            });
-        }
-        self.serial = Some(serial);
-        Ok(())
-    }
-
     pub(crate) fn put_cpu_config(&mut self, config: serde_json::Value) -> Result<(), Fault> {
         // One that changes nothing can be honoured.
         let is_empty = |value: &serde_json::Value| match value {
@@ -236,6 +226,8 @@ impl Configuration {
             }) => SerialConfig::File(path.clone()),
             _ => SerialConfig::Stdio,
         };
+        let serial_limit = self.serial.as_ref().and_then(|serial| serial.rate_limiter);
+        config.serial_limit = serial_limit.map(rate_limit);
         config.validate()?;
         Ok(config)
     }
@@ -301,6 +293,14 @@ fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
     MemorySize::from_bytes(bytes).map_err(Fault::value("mem_size_mib"))
 }
 
+fn rate_limit(bucket: TokenBucket) -> RateLimit {
+    RateLimit {
+        size: bucket.size,
+        refill_time: Duration::from_millis(bucket.refill_time),
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+    }
+}
+
 fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     let path = drive.path_on_host.clone().unwrap_or_default();
     let mut serial = drive.drive_id.clone();
@@ -332,4 +332,43 @@ fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
         mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
         queues: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_client_says_of_processors_memory_and_serial_port_reaches_the_machine() {
+        let text = r#"{
+            "boot-source": {"kernel_image_path": "/dev/null"},
+            "machine-config":
+                {"vcpu_count": 4, "mem_size_mib": 64, "smt": true, "huge_pages": "2M"},
+            "serial": {"rate_limiter": {"size": 1000, "refill_time": 500}}
+        }"#;
+        let configuration: Configuration = serde_json::from_str(text).unwrap();
+        let machine = configuration.check().unwrap().machine().unwrap();
+        assert_eq!((machine.cpus.get(), machine.smt), (4, true));
+        assert_eq!(machine.memory.bytes(), 64 << 20);
+        assert_eq!(machine.huge_pages, GuestPages::TwoMib);
+        let limit = RateLimit {
+            size: 1000,
+            refill_time: Duration::from_millis(500),
+            one_time_burst: 0,
+        };
+        assert_eq!(machine.serial_limit, Some(limit));
+    }
+
+    #[test]
+    fn processors_and_memory_that_do_not_fit_are_refused() {
+        let refused = [
+            r#"{"vcpu_count": 3, "mem_size_mib": 64, "smt": true}"#,
+            r#"{"vcpu_count": 1, "mem_size_mib": 65, "huge_pages": "2M"}"#,
+        ];
+        for text in refused {
+            let mut configuration = Configuration::default();
+            let wanted = serde_json::from_str(text).unwrap();
+            assert!(configuration.put_machine_config(wanted).is_err(), "{text}");
+        }
+    }
 }

@@ -169,7 +169,7 @@ impl Instance {
                 Ok(Reply::Done)
             }
             Request::PutSerial(serial) => {
-                self.change()?.put_serial(serial)?;
+                self.change()?.serial = Some(serial);
                 Ok(Reply::Done)
             }
             Request::PutLogger(logger) => {

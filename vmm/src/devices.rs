@@ -11,7 +11,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::RateLimit;
-use bantam_devices::serial::{Serial, SerialWorker};
+use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockOptions, Engine};
 use bantam_devices::virtio::mmio::MmioTransport;
@@ -71,17 +71,21 @@ pub(crate) fn attach_boot_timer(mmio: &mut Bus) -> Result<(), Error> {
     Ok(())
 }
 
-/// The serial port, with the host's end that `config` names.
+/// The serial port, with the host's end that `config` names, and what it counts. Output beyond `limit`
+/// bytes is dropped.
 pub(crate) fn attach_serial(
     ports: &mut Bus,
     vm: &Vm,
     event_loop: &EventLoop,
     config: &SerialConfig,
+    limit: Option<RateLimit>,
     console: Console,
-) -> Result<SerialGuard, Error> {
+) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
     let open = serial::open(config, console)?;
     let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
-    let port = Serial::new(Box::new(interrupt)).map_err(Error::resource("the serial port"))?;
+    let port = Serial::new(Box::new(interrupt), limit);
+    let port = port.map_err(Error::resource("the serial port"))?;
+    let metrics = port.metrics();
     let port = Arc::new(Mutex::new(port));
     if let Some(endpoint) = open.endpoint {
         event_loop.add(Box::new(SerialWorker::new(port.clone(), endpoint)))?;
@@ -91,7 +95,7 @@ pub(crate) fn attach_serial(
         layout::SERIAL_PORT_COUNT.into(),
         port,
     )?;
-    Ok(open.guard)
+    Ok((open.guard, metrics))
 }
 
 /// The disks of a machine.
@@ -266,9 +270,6 @@ impl<'a> VirtioDevices<'a> {
 }
 
 fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
-    let limit = RateLimit::per_second(per_second?.get());
-    Some(RateLimit {
-        burst: burst.map_or(limit.burst, Quantity::get),
-        ..limit
-    })
+    let burst = burst.map(Quantity::get);
+    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
 }

@@ -37,8 +37,9 @@ mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::rate_limiter::RateLimit;
 pub use control::ExitReason;
 pub use controller::{Answer, Command, Controller, State};
 pub use error::Error;
-pub use metrics::{MachineMetrics, VcpuMetrics};
+pub use metrics::{MachineMetrics, SerialMetrics, VcpuMetrics};
 pub use serial::Console;

@@ -82,7 +82,14 @@ impl Machine {
         }
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
-        let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
+        let (serial, uart) = attach_serial(
+            &mut ports,
+            &vm,
+            &event_loop.handle,
+            &config.serial,
+            config.serial_limit,
+            console,
+        )?;
         let topology = Topology {
             vcpu_count: config.cpus.get(),
             smt: config.smt,
@@ -93,6 +100,7 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
+            uart,
         };
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+pub use bantam_devices::serial::SerialMetrics;
+
 pub use crate::vcpu::VcpuMetrics;
 
 /// The counters of a machine. They are read where they are, at any time, without stopping anything, and
@@ -12,4 +14,6 @@ pub use crate::vcpu::VcpuMetrics;
 pub struct MachineMetrics {
     /// Of each vCPU.
     pub vcpus: Vec<Arc<VcpuMetrics>>,
+    /// Of the serial port.
+    pub uart: Arc<SerialMetrics>,
 }

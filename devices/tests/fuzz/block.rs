@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use bantam_devices::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use bantam_devices::rate_limiter::RateLimit;
@@ -43,8 +44,9 @@ pub struct Options {
 
 /// A limit that is met by what a driver does here, and holds it up for no longer than it must.
 const LIMIT: RateLimit = RateLimit {
-    per_second: 2000,
-    burst: 4,
+    size: 4,
+    refill_time: Duration::from_millis(2),
+    one_time_burst: 0,
 };
 
 impl Default for Options {

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_arch::layout;
+use bantam_devices::rate_limiter::RateLimit;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -71,6 +72,8 @@ pub struct MachineConfig {
     pub nets: Vec<NetConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
+    /// Bytes of output that the serial port takes; what the guest sends beyond that is dropped.
+    pub serial_limit: Option<RateLimit>,
     /// Whether the guest has an entropy device.
     pub rng: bool,
     /// How the kernel is entered.
@@ -101,6 +104,7 @@ impl MachineConfig {
             disks: Vec::new(),
             nets: Vec::new(),
             serial: SerialConfig::default(),
+            serial_limit: None,
             rng: true,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),

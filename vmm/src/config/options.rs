@@ -156,6 +156,7 @@ impl MachineOptions {
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
             serial: self.serial.unwrap_or(defaults.serial),
+            serial_limit: defaults.serial_limit,
             rng: self.rng.unwrap_or(defaults.rng),
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),

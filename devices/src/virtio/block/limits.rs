@@ -82,10 +82,7 @@ mod tests {
     #[test]
     fn a_timer_that_was_set_anew_is_not_waited_for() {
         let options = BlockOptions {
-            operations: Some(RateLimit {
-                per_second: 1,
-                burst: 1,
-            }),
+            operations: Some(RateLimit::per_second(1, Some(1))),
             ..BlockOptions::default()
         };
         let mut limits = Limits::new(&options).unwrap().unwrap();

@@ -364,14 +364,8 @@ fn a_device_that_needs_a_reset_lets_the_event_loop_rest() {
 
 #[test]
 fn limits_are_kept_without_spinning() {
-    let limit = RateLimit {
-        per_second: 100,
-        burst: 10,
-    };
-    let in_sectors = RateLimit {
-        per_second: 100 * 512,
-        burst: 10 * 512,
-    };
+    let limit = RateLimit::per_second(100, Some(10));
+    let in_sectors = RateLimit::per_second(100 * 512, Some(10 * 512));
     for (operations, bytes) in [(Some(limit), None), (None, Some(in_sectors))] {
         let options = BlockOptions {
             operations,
