@@ -78,7 +78,7 @@ pub fn lacks_loop_devices() -> bool {
 /// When it does not and the user has not said so.
 pub fn lacks_huge_pages() -> bool {
     // What is in the pool already may be used.
-    let reason = HugePagePool::try_new(8).err();
+    let reason = HugePagePool::try_new(16).err();
     skip_or_fail(reason, "BANTAM_SKIP_HUGE_PAGE_TESTS")
 }
 

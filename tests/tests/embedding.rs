@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
-use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, State};
+use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, RateLimit, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -169,6 +169,31 @@ fn keys_are_not_pressed_where_nobody_listens() {
     machine.stop();
     let error = machine.press_ctrl_alt_del().unwrap_err();
     assert!(matches!(error, Error::WrongState { .. }), "{error}");
+}
+
+#[test]
+fn output_beyond_the_limit_of_the_serial_port_is_dropped_and_counted() {
+    const PRINTED: u64 = 8 << 10;
+    require_kvm!();
+    let _alone = alone();
+    let config = MachineConfig {
+        append: Some("print-kib=8".to_string()),
+        serial_limit: Some(RateLimit {
+            size: 1000,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 24,
+        }),
+        ..MachineConfig::new(payload("serial"))
+    };
+    let (machine, mut output) = started(&config);
+    let metrics = machine.metrics().unwrap();
+    machine.wait().unwrap();
+    let mut text = Vec::new();
+    output.read_to_end(&mut text).unwrap();
+    // A byte may begin within the limit and end beyond it.
+    assert!((1024..=1025).contains(&text.len()), "{}", text.len());
+    let dropped = metrics.uart.rate_limiter_dropped_bytes.total();
+    assert!(dropped >= PRINTED - 1025, "{dropped}");
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn too_few_huge_pages_are_an_error_at_the_start_that_says_how_many_it_takes() {
 #[test]
 fn pages_that_another_machine_has_are_not_promised_again() {
     require_huge_pages!();
-    let _pool = HugePagePool::new(8);
+    let _pool = HugePagePool::new(16);
     let machine = hanging("2M");
     // The first has touched few of them, and has all.
     let free: u64 = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
