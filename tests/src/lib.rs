@@ -74,8 +74,7 @@ macro_rules! require_loop_devices {
     };
 }
 
-/// As [`require_kvm`], for tests that also use a [`HugePagePool`]; `BANTAM_SKIP_HUGE_PAGE_TESTS` set to
-/// 1 skips them where there is none.
+/// As [`require_kvm`], for tests that also use a [`HugePagePool`], which are skipped where there is none.
 #[macro_export]
 macro_rules! require_huge_pages {
     () => {
