@@ -6,8 +6,8 @@ use std::path::Path;
 use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
     BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskId, GuestCid,
-    InterfaceName, MachineConfig, MemorySize, MetadataAddress, MetadataConfig as MachineMetadata,
-    Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
+    HugePages as GuestPages, InterfaceName, MachineConfig, MemorySize, MetadataAddress,
+    MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,8 @@ use crate::fault::Fault;
 use crate::request::check_name;
 use crate::resources::{
     Balloon, BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, Logger,
-    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial, Vsock,
+    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial,
+    TokenBucket, Vsock,
 };
 
 /// The kernel command line where the client gives none, as Firecracker has it.
@@ -100,9 +101,7 @@ impl Configuration {
             checked.put_metadata_config(metadata)?;
         }
         checked.entropy = self.entropy;
-        if let Some(serial) = self.serial {
-            checked.put_serial(serial)?;
-        }
+        checked.serial = self.serial;
         if let Some(config) = self.cpu_config {
             checked.put_cpu_config(config)?;
         }
@@ -203,16 +202,6 @@ impl Configuration {
         Ok(())
     }
 
-    pub(crate) fn put_serial(&mut self, serial: Serial) -> Result<(), Fault> {
-        if serial.rate_limiter.is_some() {
-            return Err(Fault::NotSupported {
-                what: "A rate limiter of the serial port".to_string(),
-            });
-        }
-        self.serial = Some(serial);
-        Ok(())
-    }
-
     pub(crate) fn put_cpu_config(&mut self, config: serde_json::Value) -> Result<(), Fault> {
         // One that changes nothing can be honoured.
         let is_empty = |value: &serde_json::Value| match value {
@@ -245,7 +234,13 @@ impl Configuration {
         config.initrd = boot_source.initrd_path.clone();
         config.cmdline = Some(self.command_line(boot_source));
         config.cpus = vcpu_count(&self.machine_config)?;
+        config.smt = self.machine_config.smt;
         config.memory = memory_size(&self.machine_config)?;
+        config.huge_pages = match self.machine_config.huge_pages {
+            HugePages::None => GuestPages::None,
+            HugePages::Transparent => GuestPages::Transparent,
+            HugePages::TwoMib => GuestPages::TwoMib,
+        };
         config.disks = self
             .drives_in_order()
             .map(disk_config)
@@ -274,6 +269,8 @@ impl Configuration {
             }) => SerialConfig::File(path.clone()),
             _ => SerialConfig::Stdio,
         };
+        let serial_limit = self.serial.as_ref().and_then(|serial| serial.rate_limiter);
+        config.serial_limit = serial_limit.as_ref().and_then(TokenBucket::rate_limit);
         config.validate()?;
         Ok(config)
     }
@@ -430,4 +427,47 @@ fn vsock_config(vsock: &Vsock) -> Result<VsockConfig, Fault> {
         cid,
         socket: vsock.uds_path.clone(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bantam_vmm::RateLimit;
+
+    use super::*;
+
+    #[test]
+    fn what_a_client_says_of_processors_memory_and_serial_port_reaches_the_machine() {
+        let text = r#"{
+            "boot-source": {"kernel_image_path": "/dev/null"},
+            "machine-config":
+                {"vcpu_count": 4, "mem_size_mib": 64, "smt": true, "huge_pages": "2M"},
+            "serial": {"rate_limiter": {"size": 1000, "refill_time": 500}}
+        }"#;
+        let configuration: Configuration = serde_json::from_str(text).unwrap();
+        let machine = configuration.check().unwrap().machine().unwrap();
+        assert_eq!((machine.cpus.get(), machine.smt), (4, true));
+        assert_eq!(machine.memory.bytes(), 64 << 20);
+        assert_eq!(machine.huge_pages, GuestPages::TwoMib);
+        let limit = RateLimit {
+            size: 1000,
+            refill_time: Duration::from_millis(500),
+            one_time_burst: 0,
+        };
+        assert_eq!(machine.serial_limit, Some(limit));
+    }
+
+    #[test]
+    fn processors_and_memory_that_do_not_fit_are_refused() {
+        let refused = [
+            r#"{"vcpu_count": 3, "mem_size_mib": 64, "smt": true}"#,
+            r#"{"vcpu_count": 1, "mem_size_mib": 65, "huge_pages": "2M"}"#,
+        ];
+        for text in refused {
+            let mut configuration = Configuration::default();
+            let wanted = serde_json::from_str(text).unwrap();
+            assert!(configuration.put_machine_config(wanted).is_err(), "{text}");
+        }
+    }
 }

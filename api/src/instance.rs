@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use bantam_vmm::{Console, Controller, MachineMetrics, MetadataStore, State};
+use bantam_vmm::{Console, Controller, Error, MachineMetrics, MetadataStore, State};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -221,7 +221,7 @@ impl Instance {
                 Ok(Reply::Done)
             }
             Request::PutSerial(serial) => {
-                self.change()?.put_serial(serial)?;
+                self.change()?.serial = Some(serial);
                 Ok(Reply::Done)
             }
             Request::PutLogger(logger) => {
@@ -352,7 +352,11 @@ impl Instance {
             ActionType::InstanceStart => self.start()?,
             ActionType::SendCtrlAltDel => {
                 self.require_started()?;
-                self.controller.press_power_button()?;
+                match self.controller.press_ctrl_alt_del() {
+                    // A guest without a driver for the keyboard may have one for the button.
+                    Err(Error::Keyboard(_)) => self.controller.press_power_button()?,
+                    pressed => pressed?,
+                }
             }
             ActionType::FlushMetrics => {
                 self.require_started()?;

@@ -42,6 +42,7 @@ const MADT_PCAT_COMPAT: u32 = 1 << 0;
 
 /// Boot architecture flags of the FADT (ACPI 6.5 section 5.2.9.3).
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
+const BOOT_ARCH_8042: u16 = 1 << 1;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
@@ -136,9 +137,7 @@ fn fadt(dsdt: u64, devices: &AcpiDevices<'_>) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
-    // Without the 8042 flag a guest does not look for a keyboard. The controller is only there for
-    // the reset that guests try through it, and they try that whatever this says.
-    let mut boot_arch = BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC;
+    let mut boot_arch = BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC;
     if devices.serial {
         boot_arch |= BOOT_ARCH_LEGACY_DEVICES;
     }

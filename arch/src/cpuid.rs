@@ -1,7 +1,7 @@
 //! CPUID leaves: what KVM and the host's processor can do, for one vCPU of this machine.
 //!
-//! The machine is one package of as many cores as it has vCPUs, one thread each, and the local
-//! APIC id of a vCPU is its index.
+//! The machine is one package of cores with one thread each, or two with simultaneous multithreading
+//! (SMT). The local APIC id of a vCPU is its index, so that neighbours are the threads of a core.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -38,7 +38,16 @@ const LEVEL_INVALID: u32 = 0;
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// Builds the CPUID table of the vCPU with index `vcpu_index`, of `vcpu_count`, from the leaves
+/// Which vCPUs a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// Number of vCPUs.
+    pub vcpu_count: u8,
+    /// Whether each two of them are the threads of one core. A single vCPU has its core for itself.
+    pub smt: bool,
+}
+
+/// Builds the CPUID table of the vCPU with index `vcpu_index`, of those of `topology`, from the leaves
 /// that `KVM_GET_SUPPORTED_CPUID` returned.
 ///
 /// Features stay as KVM gave them. What describes the host's processors rather than the guest's is
@@ -51,15 +60,20 @@ const LEVEL_CORE: u32 = 2;
 /// out of the leaves they return (KVM API, `KVM_GET_SUPPORTED_CPUID`).
 ///
 /// # Errors
-/// When `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), `vcpu_index` is not
-/// below it, or the table is longer than KVM takes.
+/// When the number of vCPUs is zero, above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or odd where each
+/// two share a core, `vcpu_index` is not below it, or the table is longer than KVM takes.
 pub fn vcpu_cpuid(
     supported: &[kvm_cpuid_entry2],
     vcpu_index: u8,
-    vcpu_count: u8,
+    topology: Topology,
     tsc_deadline_timer: bool,
 ) -> Result<CpuId> {
+    let Topology { vcpu_count, smt } = topology;
     check_vcpu_count(vcpu_count)?;
+    let threads_per_core = if smt && vcpu_count > 1 { 2 } else { 1 };
+    if !vcpu_count.is_multiple_of(threads_per_core) {
+        return Err(Error::UnpairedVcpu { count: vcpu_count });
+    }
     if vcpu_index >= vcpu_count {
         return Err(Error::VcpuIndex {
             index: vcpu_index,
@@ -69,6 +83,7 @@ pub fn vcpu_cpuid(
     let vcpu = Vcpu {
         id: u32::from(vcpu_index),
         count: u32::from(vcpu_count),
+        threads_per_core: u32::from(threads_per_core),
         tsc_deadline_timer,
     };
     let host = Host::new(supported);
@@ -169,6 +184,7 @@ impl Host {
 struct Vcpu {
     id: u32,
     count: u32,
+    threads_per_core: u32,
     tsc_deadline_timer: bool,
 }
 
@@ -176,6 +192,11 @@ impl Vcpu {
     /// How many low bits of a local APIC id tell the vCPUs apart.
     fn id_width(&self) -> u32 {
         self.count.next_power_of_two().ilog2()
+    }
+
+    /// How many of these tell the threads of a core apart.
+    fn thread_id_width(&self) -> u32 {
+        self.threads_per_core.ilog2()
     }
 
     fn describe_features(&self, entry: &mut kvm_cpuid_entry2) {
@@ -193,18 +214,26 @@ impl Vcpu {
     /// Intel counts ids that could exist, so up to the next power of two.
     fn describe_intel_cache(&self, entry: &mut kvm_cpuid_entry2) {
         if let Some(cache) = Cache::of(entry) {
-            let last_id = (1 << self.id_width()) - 1;
-            let sharers = if cache.is_shared() { last_id } else { 0 };
-            set_field(&mut entry.eax, 14, 12, sharers);
-            set_field(&mut entry.eax, 26, 6, last_id);
+            let ids = 1 << self.id_width();
+            let sharers = if cache.is_shared() {
+                ids
+            } else {
+                self.threads_per_core
+            };
+            set_field(&mut entry.eax, 14, 12, sharers - 1);
+            set_field(&mut entry.eax, 26, 6, ids / self.threads_per_core - 1);
         }
     }
 
     /// AMD counts the processors there are.
     fn describe_amd_cache(&self, entry: &mut kvm_cpuid_entry2) {
         if let Some(cache) = Cache::of(entry) {
-            let others = if cache.is_shared() { self.count - 1 } else { 0 };
-            set_field(&mut entry.eax, 14, 12, others);
+            let sharers = if cache.is_shared() {
+                self.count
+            } else {
+                self.threads_per_core
+            };
+            set_field(&mut entry.eax, 14, 12, sharers - 1);
         }
     }
 
@@ -221,18 +250,24 @@ impl Vcpu {
             ..Default::default()
         };
         [
-            level(0, LEVEL_THREAD, 0, 1),
+            level(
+                0,
+                LEVEL_THREAD,
+                self.thread_id_width(),
+                self.threads_per_core,
+            ),
             level(1, LEVEL_CORE, self.id_width(), self.count),
             level(2, LEVEL_INVALID, 0, 0),
         ]
     }
 
-    /// One thread a core, in the one node of the package.
+    /// The vCPU and its core, in the one node of the package.
     fn amd_ids(&self) -> kvm_cpuid_entry2 {
+        let core = self.id >> self.thread_id_width();
         kvm_cpuid_entry2 {
             function: IDS_AMD,
             eax: self.id,
-            ebx: self.id,
+            ebx: core | (self.threads_per_core - 1) << 8,
             ..Default::default()
         }
     }

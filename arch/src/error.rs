@@ -30,6 +30,12 @@ pub enum Error {
         /// Size of the window in bytes.
         size: u64,
     },
+    /// Each two vCPUs are to share a core, and one is left.
+    #[error("cannot make cores of two threads of {count} vCPUs: use 1 or an even number")]
+    UnpairedVcpu {
+        /// The number of vCPUs asked for.
+        count: u8,
+    },
     /// The number of vCPUs is none, or more than the tables can describe.
     #[error("cannot describe {count} vCPUs to the guest: use 1 to {MAX_VCPUS}")]
     VcpuCount {

@@ -75,8 +75,10 @@ pub const DEVICE_HOLE_END: u64 = 0x1_0000_0000;
 
 // --- I/O ports --------------------------------------------------------------------------------
 
-/// i8042 keyboard controller: data port; the command port is four above it.
+/// i8042 keyboard controller: data port.
 pub const I8042_PORT: u16 = 0x60;
+/// Command and status port of the i8042.
+pub const I8042_COMMAND_PORT: u16 = I8042_PORT + 4;
 /// Number of ports from [`I8042_PORT`] to the command port.
 pub const I8042_PORT_COUNT: u16 = 5;
 /// First serial port (16550).
@@ -96,6 +98,8 @@ pub const ACPI_POWER_PORT_COUNT: u16 = 3;
 
 /// Interrupt of the timer of a PC. This machine has none, but kernels take it for given.
 pub const TIMER_GSI: u32 = 0;
+/// Interrupt of the keyboard controller, edge-triggered.
+pub const KEYBOARD_GSI: u32 = 1;
 /// Interrupt of the first serial port, edge-triggered.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI generic event device, raised when the power button is pressed.

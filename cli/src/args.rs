@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
-    BalloonConfig, BootProtocolOption, DiskConfig, MachineConfig, MachineOptions, MemorySize,
-    NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
+    BalloonConfig, BootProtocolOption, DiskConfig, HugePages, MachineConfig, MachineOptions,
+    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
 };
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Parser, Subcommand};
@@ -100,6 +100,14 @@ pub struct RunArgs {
     /// counts MiB. From 16M to 1023G.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub memory: Option<MemorySize>,
+
+    /// Which pages guest memory is made of [default: none]
+    ///
+    /// none: ordinary ones. transparent: those that the host makes of ordinary ones when it can.
+    /// 2M: those that the host has set aside (sysctl vm.nr_hugepages=N); guest memory must then be a
+    /// multiple of 2M.
+    #[arg(long, value_name = "PAGES", value_parser = choice::<HugePages, _>(["none", "transparent", "2M"]))]
+    pub huge_pages: Option<HugePages>,
 
     /// Disk for the guest; can be given more than once
     ///
@@ -339,6 +347,7 @@ impl RunArgs {
             append: self.append,
             cpus: self.cpus,
             memory: self.memory,
+            huge_pages: self.huge_pages,
             disks: (!self.disks.is_empty()).then_some(self.disks),
             nets: (!self.nets.is_empty()).then_some(self.nets),
             vsock: self.vsock,
@@ -413,6 +422,7 @@ mod tests {
             "-y z",
             "--cpus=3",
             "--memory=1G",
+            "--huge-pages=transparent",
             "--disk=a.img,ro,id=root",
             "--disk=b.img",
             "--net=tap=t0,mtu=9000",
@@ -432,6 +442,7 @@ mod tests {
             append: Some("-y z".into()),
             cpus: "3".parse().unwrap(),
             memory: "1G".parse().unwrap(),
+            huge_pages: HugePages::Transparent,
             disks: vec![
                 "a.img,ro,id=root".parse().unwrap(),
                 DiskConfig::new("b.img"),

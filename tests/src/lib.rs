@@ -2,6 +2,7 @@
 //! the monitor and the guests, and starting machines that can be waited for and never stay behind.
 
 mod artefacts;
+mod huge_pages;
 mod images;
 mod linux;
 mod loop_device;
@@ -14,6 +15,7 @@ mod watchdog;
 mod workload;
 
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
+pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
 pub use loop_device::LoopDevice;
@@ -22,7 +24,9 @@ pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
     Bantam, Ended, Running, unprivileged, with_devices, with_file_size_limit, with_mounts,
 };
-pub use requirements::{lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps};
+pub use requirements::{
+    lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,
+};
 pub use traffic::Traffic;
 pub use workload::after_random_work;
 
@@ -65,6 +69,16 @@ macro_rules! require_namespaces {
 macro_rules! require_loop_devices {
     () => {
         if $crate::lacks_kvm() || $crate::lacks_loop_devices() {
+            return;
+        }
+    };
+}
+
+/// As [`require_kvm`], for tests that also use a [`HugePagePool`], which are skipped where there is none.
+#[macro_export]
+macro_rules! require_huge_pages {
+    () => {
+        if $crate::lacks_kvm() || $crate::lacks_huge_pages() {
             return;
         }
     };

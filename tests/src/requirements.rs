@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use bantam_vmm::host;
 
+use crate::huge_pages::HugePagePool;
 use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
 
@@ -70,6 +71,13 @@ pub fn lacks_loop_devices() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
 }
 
+/// Whether the host sets no huge pages aside for this process, which is then said. Many hosts have a
+/// good reason: memory in small pieces, or settings that are not for guests of theirs to change.
+pub fn lacks_huge_pages() -> bool {
+    let reason = HugePagePool::try_new(16).err();
+    reason.inspect(|reason| say_skipped(reason)).is_some()
+}
+
 fn open_for_update(path: &str) -> Result<(), String> {
     match File::options().read(true).write(true).open(Path::new(path)) {
         Ok(_) => Ok(()),
@@ -84,9 +92,13 @@ fn skip_or_fail(reason: Option<String>, variable: &str) -> bool {
     if env::var_os(variable).is_none_or(|value| value != "1") {
         panic!("this test cannot run here: {reason}; {variable}=1 skips such tests");
     }
+    say_skipped(&reason);
+    true
+}
+
+fn say_skipped(reason: &str) {
     let test = std::thread::current();
     let line = format!("skipped {}: {reason}\n", test.name().unwrap_or("a test"));
     // Not by a macro: the test harness would keep what these print to itself.
     let _ = io::stderr().write_all(line.as_bytes());
-    true
 }

@@ -40,8 +40,9 @@ impl Load {
         config.append = Some(format!("{words} finish=poweroff"));
         config.serial = SerialConfig::File(log.clone());
         configure(&mut config);
-        let machine = Controller::new().unwrap();
-        machine.configure(config, Console::default()).unwrap();
+        let machine = Controller::new().expect("there are descriptors");
+        let configured = machine.configure(config, Console::default());
+        configured.unwrap_or_else(|error| panic!("{error}"));
         machine.start().unwrap_or_else(|error| panic!("{error}"));
         let load = Load { machine, log };
         load.wait_for("load: ready");
@@ -71,7 +72,8 @@ impl Load {
     }
 
     fn metrics(&self) -> Value {
-        serde_json::to_value(self.machine.metrics().unwrap()).unwrap()
+        let metrics = self.machine.metrics().expect("it was started");
+        serde_json::to_value(metrics).expect("counters are numbers")
     }
 
     /// Waits for the end, which is to be a success, and gives what the payload says of its load.

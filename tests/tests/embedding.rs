@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig, MetadataConfig, SerialConfig};
-use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, State};
+use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, RateLimit, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -112,6 +112,22 @@ fn a_machine_ends_with_the_reason_that_its_guest_gives() {
 }
 
 #[test]
+fn threads_of_cores_start_as_vcpus_do() {
+    require_kvm!();
+    let _alone = alone();
+    let config = MachineConfig {
+        cpus: "4".parse().unwrap(),
+        smt: true,
+        append: Some("expect=4 require=both".to_string()),
+        ..MachineConfig::new(payload("cpus"))
+    };
+    let (machine, mut output) = started(&config);
+    let text = read_until(&mut output, "PASS\n");
+    assert!(text.contains("4 processors run"), "{text}");
+    machine.wait().unwrap();
+}
+
+#[test]
 fn a_machine_is_stopped_from_outside_and_its_event_tells() {
     require_kvm!();
     let _alone = alone();
@@ -121,6 +137,64 @@ fn a_machine_is_stopped_from_outside_and_its_event_tells() {
     machine.stop();
     assert!(has_ended(&machine));
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn ctrl_alt_del_reaches_a_keyboard_driver() {
+    require_kvm!();
+    let _alone = alone();
+    for mode in ["polled", "interrupt"] {
+        let config = MachineConfig {
+            append: Some(format!("mode={mode}")),
+            ..MachineConfig::new(payload("keyboard"))
+        };
+        let (machine, mut output) = started(&config);
+        let text = read_until(&mut output, "ready\n");
+        assert!(text.contains("ready\n"), "{text}");
+        let pressed = machine.execute(Command::PressCtrlAltDel).unwrap();
+        assert!(matches!(pressed, Answer::Done));
+        let text = read_until(&mut output, "PASS\n");
+        assert!(text.contains("ok: Ctrl-Alt-Del"), "{mode}: {text}");
+        machine.wait().unwrap();
+    }
+}
+
+#[test]
+fn keys_are_not_pressed_where_nobody_listens() {
+    require_kvm!();
+    let _alone = alone();
+    let (machine, mut output) = started(&hello("hang"));
+    read_until(&mut output, "PASS\n");
+    let error = machine.press_ctrl_alt_del().unwrap_err();
+    assert!(matches!(error, Error::Keyboard(_)), "{error}");
+    machine.stop();
+    let error = machine.press_ctrl_alt_del().unwrap_err();
+    assert!(matches!(error, Error::WrongState { .. }), "{error}");
+}
+
+#[test]
+fn output_beyond_the_limit_of_the_serial_port_is_dropped_and_counted() {
+    const PRINTED: u64 = 8 << 10;
+    require_kvm!();
+    let _alone = alone();
+    let config = MachineConfig {
+        append: Some("print-kib=8".to_string()),
+        serial_limit: Some(RateLimit {
+            size: 1000,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 24,
+        }),
+        ..MachineConfig::new(payload("serial"))
+    };
+    let (machine, mut output) = started(&config);
+    let metrics = machine.metrics().unwrap();
+    machine.wait().unwrap();
+    let mut text = Vec::new();
+    output.read_to_end(&mut text).unwrap();
+    // A byte may begin within the limit and end beyond it.
+    assert!((1024..=1025).contains(&text.len()), "{}", text.len());
+    let dropped = metrics.uart.rate_limiter_dropped_bytes.total();
+    assert!(dropped >= PRINTED - 1025, "{dropped}");
 }
 
 #[test]
@@ -364,7 +438,7 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
     metadata.size_limit = 1;
     metadata.contents = Some(serde_json::Map::new());
     config.metadata = Some(metadata);
-    let error = Machine::new(&config, Console::default()).err().unwrap();
+    let error = start_error(&config);
     assert!(matches!(error, Error::Metadata(_)), "{error}");
 }
 

@@ -239,7 +239,14 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let root = root_disk(&folder);
-    let commands = ["cpus", "time", "power-button", "disk-info:vda", "reboot"];
+    let commands = [
+        "cpus",
+        "time",
+        "power-button",
+        "ctrl-alt-del",
+        "disk-info:vda",
+        "reboot",
+    ];
     let config = MachineConfig {
         cpus: "4".parse().unwrap(),
         disks: vec![DiskConfig::new(&root)],
@@ -267,6 +274,13 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
     assert_eq!(machine.update_disk_size(0).unwrap(), larger);
     assert!(machine.update_disk_size(1).is_err());
     machine.press_power_button().unwrap();
+    read_until(&mut output, &mut text, "bantam: ctrl-alt-del waiting");
+    // The kernel looks for the keyboard in the background.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while let Err(error) = machine.press_ctrl_alt_del() {
+        assert!(Instant::now() < deadline, "{error}\n{text}");
+        thread::sleep(Duration::from_millis(100));
+    }
     read_until(&mut output, &mut text, "bantam: done");
     assert_eq!(machine.wait().unwrap(), ExitReason::Reboot);
 
@@ -282,6 +296,7 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
     }
     assert_right_time(&answer(&text, "time"));
     answer(&text, "power-button");
+    answer(&text, "ctrl-alt-del");
     assert_words(
         &answer(&text, "disk-info:vda"),
         &[&format!("size={larger}")],

@@ -78,6 +78,9 @@ pub enum Command {
     Resume,
     /// Presses the ACPI power button: a guest that listens to it shuts itself down, in its own time.
     PressPowerButton,
+    /// Presses Ctrl-Alt-Del on the keyboard: a guest with a driver for it reboots, or does what it is
+    /// set up to do then.
+    PressCtrlAltDel,
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but no
     /// request is left half done. A machine that has ended stays as it is.
     Stop,
@@ -184,6 +187,7 @@ impl Controller {
             Command::Pause => self.pause()?,
             Command::Resume => self.resume()?,
             Command::PressPowerButton => self.press_power_button()?,
+            Command::PressCtrlAltDel => self.press_ctrl_alt_del()?,
             Command::Stop => self.stop(),
             Command::Query => return Ok(Answer::State(self.state())),
             Command::UpdateDiskSize { disk } => {
@@ -321,6 +325,15 @@ impl Controller {
         self.0
             .devices("press the power button")?
             .press_power_button()
+    }
+
+    /// [`Command::PressCtrlAltDel`]. A paused guest sees it when it goes on.
+    ///
+    /// # Errors
+    /// When the machine does not run, or [`Error::Keyboard`] when the guest does not listen to the
+    /// keyboard or has not taken what was pressed before.
+    pub fn press_ctrl_alt_del(&self) -> Result<(), Error> {
+        self.0.devices("press Ctrl-Alt-Del")?.press_ctrl_alt_del()
     }
 
     /// [`Command::Stop`].

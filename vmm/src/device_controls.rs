@@ -2,10 +2,11 @@
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bantam_devices::InterruptLine;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::i8042::I8042;
 use bantam_devices::metadata::Metadata;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics};
@@ -13,6 +14,7 @@ use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::virtio::net::{NetControl, NetLimits};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::control::lock;
 use crate::error::Error;
 use crate::metrics::MachineMetrics;
 
@@ -20,6 +22,7 @@ use crate::metrics::MachineMetrics;
 /// in the configuration.
 pub(crate) struct DeviceControls {
     pub(crate) power_button: EventFd,
+    pub(crate) keyboard: Arc<Mutex<I8042>>,
     pub(crate) disks: Vec<BlockControl>,
     pub(crate) networks: Vec<NetControl>,
     pub(crate) balloon: Option<BalloonControl>,
@@ -33,6 +36,11 @@ impl DeviceControls {
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {
         let pressed = self.power_button.trigger();
         pressed.map_err(Error::resource("the interrupt of the power button"))
+    }
+
+    pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), Error> {
+        let pressed = lock(&self.keyboard).press_ctrl_alt_del();
+        pressed.map_err(Error::Keyboard)
     }
 
     fn disk(&self, index: usize) -> Result<&BlockControl, Error> {

@@ -11,7 +11,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
-use bantam_devices::serial::{Serial, SerialWorker};
+use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
@@ -33,13 +33,24 @@ use crate::metadata::MachineMetadata;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
 
-/// The ways by which a guest ends the machine: the keyboard controller and the ACPI registers.
-pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+/// The keyboard controller with its keyboard, by which a guest also ends the machine.
+pub(crate) fn attach_keyboard(
+    ports: &mut Bus,
+    vm: &Vm,
+    control: &Arc<Control>,
+) -> Result<Arc<Mutex<I8042>>, Error> {
+    let interrupt = vm.interrupt_event(layout::KEYBOARD_GSI)?;
+    let i8042 = Arc::new(Mutex::new(I8042::new(control.clone(), Box::new(interrupt))));
     ports.insert(
         layout::I8042_PORT.into(),
         layout::I8042_PORT_COUNT.into(),
-        Arc::new(Mutex::new(I8042::new(control.clone()))),
+        i8042.clone(),
     )?;
+    Ok(i8042)
+}
+
+/// The ACPI registers by which a guest ends the machine.
+pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
     let values = PowerValues {
         soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
         reset: acpi::ACPI_RESET_VALUE,
@@ -63,17 +74,21 @@ pub(crate) fn attach_boot_timer(mmio: &mut Bus) -> Result<(), Error> {
     Ok(())
 }
 
-/// The serial port, with the host's end that `config` names.
+/// The serial port, with the host's end that `config` names, and what it counts. Output beyond `limit`
+/// bytes is dropped.
 pub(crate) fn attach_serial(
     ports: &mut Bus,
     vm: &Vm,
     event_loop: &EventLoop,
     config: &SerialConfig,
+    limit: Option<RateLimit>,
     console: Console,
-) -> Result<SerialGuard, Error> {
+) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
     let open = serial::open(config, console)?;
     let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
-    let port = Serial::new(Box::new(interrupt)).map_err(Error::resource("the serial port"))?;
+    let port = Serial::new(Box::new(interrupt), limit);
+    let port = port.map_err(Error::resource("the serial port"))?;
+    let metrics = port.metrics();
     let port = Arc::new(Mutex::new(port));
     if let Some(endpoint) = open.endpoint {
         event_loop.add(Box::new(SerialWorker::new(port.clone(), endpoint)))?;
@@ -83,7 +98,7 @@ pub(crate) fn attach_serial(
         layout::SERIAL_PORT_COUNT.into(),
         port,
     )?;
-    Ok(open.guard)
+    Ok((open.guard, metrics))
 }
 
 /// The disks of a machine.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bantam_devices::disk::DiskError;
+use bantam_devices::i8042::KeyboardError;
 use bantam_devices::metadata::MetadataError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
@@ -39,6 +40,25 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The host has too few huge pages for the guest.
+    #[error(
+        "cannot reserve {mib} MiB of guest memory in pages of 2 MiB: {source}: {remedy}, or use a \
+         smaller --memory"
+    )]
+    HugePages {
+        /// How much was asked for.
+        mib: u64,
+        /// Why not.
+        source: io::Error,
+        /// What to do about it, as a continuation of the line.
+        remedy: String,
+    },
+    /// The host makes no huge pages of ordinary ones.
+    #[error(
+        "cannot make guest memory of transparent huge pages: {0}: the host's kernel has none \
+         (CONFIG_TRANSPARENT_HUGEPAGE); use ordinary pages"
+    )]
+    TransparentHugePages(#[source] io::Error),
     /// The kernel image cannot be opened.
     #[error("cannot open kernel '{path}': {source}", path = .path.display())]
     OpenKernel {
@@ -191,6 +211,12 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The guest takes no keys.
+    #[error(
+        "cannot press Ctrl-Alt-Del: {0}: wait until its driver for AT keyboards has started, or press \
+         the power button"
+    )]
+    Keyboard(#[source] KeyboardError),
     /// The event loop cannot go on.
     #[error("the device event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),

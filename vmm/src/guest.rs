@@ -76,7 +76,7 @@ pub(crate) fn load_guest(
     let gsis: Vec<u32> = windows
         .iter()
         .map(|window| window.gsi)
-        .chain([layout::SERIAL_GSI])
+        .chain([layout::KEYBOARD_GSI, layout::SERIAL_GSI])
         .collect();
     mptable::write_mp_table(memory, vcpu_count, &gsis)?;
     registers::write_boot_tables(memory, kernel.protocol)?;

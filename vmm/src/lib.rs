@@ -31,6 +31,7 @@ mod event_loop;
 mod guest;
 pub mod host;
 mod machine;
+mod memory;
 mod metadata;
 mod metrics;
 mod serial;
@@ -40,6 +41,7 @@ mod workarounds;
 
 pub use bantam_devices::metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
+pub use bantam_devices::serial::SerialMetrics;
 pub use bantam_devices::virtio::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics,
 };
@@ -50,5 +52,6 @@ pub use bantam_devices::virtio::vsock::VsockMetrics;
 pub use control::ExitReason;
 pub use controller::{Answer, Command, Controller, State};
 pub use error::Error;
-pub use metrics::{MachineMetrics, VcpuMetrics};
+pub use metrics::MachineMetrics;
 pub use serial::Console;
+pub use vcpu::VcpuMetrics;

@@ -4,21 +4,22 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
-use bantam_arch::memory_map::ram_regions;
-use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::DiskFile;
-use vm_memory::GuestAddress;
 
 use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
 use crate::device_controls::DeviceControls;
-use crate::devices::{VirtioDevices, attach_boot_timer, attach_power_control, attach_serial};
+use crate::devices::{
+    VirtioDevices, attach_boot_timer, attach_keyboard, attach_power_control, attach_serial,
+};
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
 use crate::host::open_kvm;
+use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
@@ -48,13 +49,14 @@ impl Machine {
     ) -> Result<Machine, Error> {
         config.validate()?;
         let kvm = open_kvm()?;
-        let memory = Arc::new(allocate_memory(config.memory.bytes())?);
+        let memory = Arc::new(allocate_memory(config)?);
         let vm = Vm::new(&kvm, memory.clone())?;
         let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
 
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
+        let keyboard = attach_keyboard(&mut ports, &vm, control)?;
         attach_power_control(&mut ports, control)?;
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
@@ -79,8 +81,19 @@ impl Machine {
         };
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
-        let serial = attach_serial(&mut ports, &vm, &event_loop.handle, &config.serial, console)?;
-        let model = VcpuModel::new(&kvm, config.cpus.get())?;
+        let (serial, uart) = attach_serial(
+            &mut ports,
+            &vm,
+            &event_loop.handle,
+            &config.serial,
+            config.serial_limit,
+            console,
+        )?;
+        let topology = Topology {
+            vcpu_count: config.cpus.get(),
+            smt: config.smt,
+        };
+        let model = VcpuModel::new(&kvm, topology)?;
         let vcpus = (0..config.cpus.get())
             .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
             .collect::<Result<Vec<_>, _>>()?;
@@ -100,6 +113,7 @@ impl Machine {
             entropy,
             balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
+            uart,
         };
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
@@ -119,6 +133,7 @@ impl Machine {
                 .collect(),
             devices: Arc::new(DeviceControls {
                 power_button,
+                keyboard,
                 disks: disks.disks,
                 networks: networks.networks,
                 balloon,
@@ -204,15 +219,4 @@ fn flush_at_end(disk: &DiskFile) -> std::io::Result<()> {
         return Ok(());
     }
     disk.flush()
-}
-
-fn allocate_memory(size: u64) -> Result<GuestMemory, Error> {
-    let regions: Vec<(GuestAddress, usize)> = ram_regions(size)
-        .into_iter()
-        .map(|(start, size)| (GuestAddress(start), size as usize))
-        .collect();
-    GuestMemory::from_ranges(&regions).map_err(|error| Error::Memory {
-        mib: size >> 20,
-        reason: error.to_string(),
-    })
 }

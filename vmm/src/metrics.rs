@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bantam_devices::metadata::MetadataMetrics;
+use bantam_devices::serial::SerialMetrics;
 use bantam_devices::virtio::balloon::BalloonMetrics;
 use bantam_devices::virtio::block::BlockMetrics;
 use bantam_devices::virtio::net::NetMetrics;
@@ -10,7 +11,7 @@ use bantam_devices::virtio::rng::EntropyMetrics;
 use bantam_devices::virtio::vsock::VsockMetrics;
 use serde::Serialize;
 
-pub use crate::vcpu::VcpuMetrics;
+use crate::vcpu::VcpuMetrics;
 
 /// The counters of a machine. They are read where they are, at any time, without stopping anything, and
 /// serialize as their totals since the machine was started.
@@ -18,6 +19,8 @@ pub use crate::vcpu::VcpuMetrics;
 pub struct MachineMetrics {
     /// Of each vCPU.
     pub vcpus: Vec<Arc<VcpuMetrics>>,
+    /// Of the serial port.
+    pub uart: Arc<SerialMetrics>,
     /// Of each disk, as in the configuration.
     pub disks: Vec<Arc<BlockMetrics>>,
     /// Of each network device, as in the configuration.

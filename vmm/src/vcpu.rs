@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use bantam_arch::{EntryProtocol, cpuid, lapic, msrs, registers};
+use bantam_arch::cpuid::{self, Topology};
+use bantam_arch::{EntryProtocol, lapic, msrs, registers};
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
 use bantam_devices::metrics::Counter;
@@ -47,12 +48,12 @@ pub(crate) struct VcpuModel {
     supported_cpuid: Vec<kvm_cpuid_entry2>,
     tsc_deadline_timer: bool,
     msrs: Msrs,
-    count: u8,
+    topology: Topology,
 }
 
 impl VcpuModel {
-    /// The model for `count` vCPUs on this host.
-    pub(crate) fn new(kvm: &Kvm, count: u8) -> Result<VcpuModel, Error> {
+    /// The model for the vCPUs of `topology` on this host.
+    pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<VcpuModel, Error> {
         let mut supported_cpuid = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("list the CPU features it supports"))?
@@ -74,7 +75,7 @@ impl VcpuModel {
                 action: "take the MSRs",
                 source: kvm_ioctls::Error::new(libc::E2BIG),
             })?,
-            count,
+            topology,
         })
     }
 }
@@ -122,7 +123,7 @@ impl Vcpu {
         let table = cpuid::vcpu_cpuid(
             &model.supported_cpuid,
             index,
-            model.count,
+            model.topology,
             model.tsc_deadline_timer,
         )?;
         fd.set_cpuid2(&table)

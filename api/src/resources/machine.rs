@@ -39,7 +39,7 @@ pub enum ActionType {
     FlushMetrics,
     /// Starts the machine.
     InstanceStart,
-    /// Asks the guest to shut itself down.
+    /// Presses Ctrl-Alt-Del on the guest's keyboard.
     SendCtrlAltDel,
 }
 

@@ -52,7 +52,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    fn rate_limit(&self) -> Option<RateLimit> {
+    pub(crate) fn rate_limit(&self) -> Option<RateLimit> {
         let limits = self.size > 0 && self.refill_time > 0;
         limits.then(|| RateLimit {
             size: self.size,

@@ -13,7 +13,8 @@ use acpi_tables::{Aml, AmlSink};
 use super::{ACPI_SLEEP_TYPE_S5, AcpiDevices, VirtioMmioWindow};
 use crate::error::{Error, Result};
 use crate::layout::{
-    DEVICE_HOLE, DEVICE_HOLE_END, POWER_BUTTON_GSI, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    DEVICE_HOLE, DEVICE_HOLE_END, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI, POWER_BUTTON_GSI,
+    SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 
 /// Value of the notification that the power button was pressed (ACPI 6.5 section 5.6.6).
@@ -28,7 +29,7 @@ pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
         .map(|(index, window)| VirtioMmioDevice::new(index, window))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice];
+    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice, &Keyboard];
     if devices.serial {
         system_bus.push(&SerialPort);
     }
@@ -81,6 +82,29 @@ impl Aml for GenericEventDevice {
                     1,
                     false,
                     vec![&Notify::new(&Path::new("PWRB"), &POWER_BUTTON_PRESSED)],
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The keyboard controller with its keyboard.
+struct Keyboard;
+
+impl Aml for Keyboard {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "KBD_".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0303")),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &IO::new(I8042_PORT, I8042_PORT, 1, 1),
+                        &IO::new(I8042_COMMAND_PORT, I8042_COMMAND_PORT, 1, 1),
+                        &interrupt(KEYBOARD_GSI),
+                    ]),
                 ),
             ],
         )

@@ -165,7 +165,7 @@ fn fixed_description_is_hardware_reduced() {
     assert_eq!(fadt.len(), 276);
     assert_eq!((fadt[8], fadt[131]), (6, 5), "revision");
     assert_eq!(u32_at(&fadt, 112), 1 << 20 | 1 << 10 | 1 << 5 | 1 << 4 | 1);
-    assert_eq!(fadt[109], 0b10_0101, "boot architecture");
+    assert_eq!(fadt[109], 0b10_0111, "boot architecture");
     let register = |port: u16| {
         let [low, high] = port.to_le_bytes();
         [1, 8, 0, 1, low, high, 0, 0, 0, 0, 0, 0]
@@ -192,6 +192,25 @@ fn power_button_and_soft_off_are_defined() {
     // Name _S5 of a package of two elements: 5, 0
     let soft_off = b"\x08_S5_\x12\x05\x02\x0a\x05\x00";
     assert!(contains(&tables.dsdt, soft_off));
+}
+
+#[test]
+fn the_keyboard_is_defined() {
+    let tables = Tables::write(&AcpiDevices {
+        vcpu_count: 1,
+        virtio_mmio: &[],
+        serial: false,
+    });
+    // _HID is the compressed form of PNP0303.
+    assert!(contains(&tables.dsdt, b"KBD_\x08_HID\x0c\x41\xd0\x03\x03"));
+    let resources = [
+        // I/O ports decoded by 16 bits: 0x60 and 0x64
+        &b"\x47\x01\x60\x00\x60\x00\x01\x01"[..],
+        b"\x47\x01\x64\x00\x64\x00\x01\x01",
+        // Interrupt 1, edge-triggered, active high
+        b"\x89\x06\x00\x03\x01\x01\x00\x00\x00",
+    ];
+    assert!(contains(&tables.dsdt, &resources.concat()));
 }
 
 #[test]

@@ -79,6 +79,22 @@ fn has_leaf(cpuid: &CpuId, function: u32) -> bool {
         .any(|entry| entry.function == function)
 }
 
+/// `vcpu_count` vCPUs with a core each.
+fn cores(vcpu_count: u8) -> Topology {
+    Topology {
+        vcpu_count,
+        smt: false,
+    }
+}
+
+/// `core_count` cores of two threads each.
+fn two_threaded_cores(core_count: u8) -> Topology {
+    Topology {
+        vcpu_count: 2 * core_count,
+        smt: true,
+    }
+}
+
 fn vendors() -> impl Strategy<Value = Vec<kvm_cpuid_entry2>> {
     prop_oneof![Just(intel()), Just(amd())]
 }
@@ -93,7 +109,7 @@ proptest! {
         let mut packages = Vec::new();
         let mut ids = Vec::new();
         for index in 0..count {
-            let cpuid = vcpu_cpuid(&supported, index, count, true).unwrap();
+            let cpuid = vcpu_cpuid(&supported, index, cores(count), true).unwrap();
             let features = leaf(&cpuid, 1, 0);
             let id = features.ebx >> 24;
             prop_assert_eq!(features.ebx >> 16 & 0xff, count_32);
@@ -120,7 +136,7 @@ proptest! {
 
     #[test]
     fn intel_caches_are_shared_by_the_cores_of_the_package(count in 1..=MAX_VCPUS) {
-        let cpuid = vcpu_cpuid(&intel(), 0, count, true).unwrap();
+        let cpuid = vcpu_cpuid(&intel(), 0, cores(count), true).unwrap();
         let id_space = u32::from(count).next_power_of_two();
         for (index, sharers) in [(0, 1), (1, 1), (2, 1), (3, id_space)] {
             let cache = leaf(&cpuid, 4, index);
@@ -139,7 +155,7 @@ proptest! {
     fn amd_leaves_agree_with_the_topology(
         (count, index) in (1..=MAX_VCPUS).prop_flat_map(|count| (Just(count), 0..count)),
     ) {
-        let cpuid = vcpu_cpuid(&amd(), index, count, true).unwrap();
+        let cpuid = vcpu_cpuid(&amd(), index, cores(count), true).unwrap();
         let id = u32::from(index);
         let sizes = leaf(&cpuid, 0x8000_0008, 0);
         prop_assert_eq!((sizes.ecx & 0xff) + 1, u32::from(count));
@@ -155,17 +171,77 @@ proptest! {
     }
 
     #[test]
+    fn with_smt_neighbours_are_the_threads_of_a_core(
+        supported in vendors(),
+        core_count in 1..=MAX_VCPUS / 2,
+    ) {
+        let count = 2 * u32::from(core_count);
+        for index in 0..2 * core_count {
+            let cpuid = vcpu_cpuid(&supported, index, two_threaded_cores(core_count), true).unwrap();
+            let id = u32::from(index);
+            let features = leaf(&cpuid, 1, 0);
+            prop_assert_eq!((features.ebx >> 24, features.ebx >> 16 & 0xff), (id, count));
+            prop_assert_eq!(features.edx >> 28 & 1, 1);
+
+            let functions = if has_leaf(&cpuid, 0x1f) { vec![0xb, 0x1f] } else { vec![0xb] };
+            for function in functions {
+                let threads = leaf(&cpuid, function, 0);
+                let cores = leaf(&cpuid, function, 1);
+                prop_assert_eq!((threads.eax, threads.ebx, threads.ecx), (1, 2, 0x100));
+                prop_assert_eq!((cores.ebx, cores.ecx), (count, 0x201));
+                prop_assert!(1 << cores.eax >= count && 1 << (cores.eax - 1) < count);
+                prop_assert_eq!((threads.edx, cores.edx), (id, id));
+            }
+        }
+    }
+
+    #[test]
+    fn threads_share_what_intel_says_a_core_has_for_itself(core_count in 1..=MAX_VCPUS / 2) {
+        let cpuid = vcpu_cpuid(&intel(), 0, two_threaded_cores(core_count), true).unwrap();
+        let core_ids = u32::from(core_count).next_power_of_two();
+        for (index, sharers) in [(0, 2), (1, 2), (2, 2), (3, 2 * core_ids)] {
+            let cache = leaf(&cpuid, 4, index);
+            prop_assert_eq!((cache.eax >> 14 & 0xfff) + 1, sharers);
+            prop_assert_eq!((cache.eax >> 26) + 1, core_ids);
+        }
+    }
+
+    #[test]
+    fn threads_share_what_amd_says_a_core_has_for_itself(
+        (core_count, index) in
+            (1..=MAX_VCPUS / 2).prop_flat_map(|count| (Just(count), 0..2 * count)),
+    ) {
+        let cpuid = vcpu_cpuid(&amd(), index, two_threaded_cores(core_count), true).unwrap();
+        let count = 2 * u32::from(core_count);
+        let id = u32::from(index);
+        let sizes = leaf(&cpuid, 0x8000_0008, 0);
+        prop_assert_eq!((sizes.ecx & 0xff) + 1, count);
+        prop_assert_eq!(sizes.ecx >> 12 & 0xf, leaf(&cpuid, 0xb, 1).eax);
+        prop_assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx >> 1 & 1, 1);
+        for (cache, sharers) in [(0, 2), (2, 2), (3, count)] {
+            prop_assert_eq!((leaf(&cpuid, 0x8000_001d, cache).eax >> 14) + 1, sharers);
+        }
+        let ids = leaf(&cpuid, 0x8000_001e, 0);
+        prop_assert_eq!((ids.eax, ids.ebx & 0xff, ids.ebx >> 8 & 0xff), (id, id / 2, 1));
+        prop_assert_eq!(ids.ecx, 0);
+        prop_assert!(!has_leaf(&cpuid, 0x8000_0026));
+    }
+
+    #[test]
     fn any_host_leaves_give_a_table(
         leaves in prop::collection::vec((any::<u32>(), 0..4_u32, any::<[u32; 4]>()), 0..300),
         index: u8,
-        count: u8,
+        vcpu_count: u8,
+        smt: bool,
     ) {
         let supported: Vec<_> = leaves
             .into_iter()
             .map(|(function, index, registers)| entry(function & 0x8000_003f, index, registers))
             .collect();
-        let possible = (1..=MAX_VCPUS).contains(&count) && index < count;
-        match vcpu_cpuid(&supported, index, count, false) {
+        let possible = (1..=MAX_VCPUS).contains(&vcpu_count)
+            && index < vcpu_count
+            && (!smt || vcpu_count == 1 || vcpu_count % 2 == 0);
+        match vcpu_cpuid(&supported, index, Topology { vcpu_count, smt }, false) {
             Ok(_) => prop_assert!(possible),
             Err(Error::CpuidTooLong { count, .. }) => prop_assert!(count > 256),
             Err(_) => prop_assert!(!possible),
@@ -175,7 +251,7 @@ proptest! {
 
 #[test]
 fn features_stay_as_kvm_gave_them() {
-    let cpuid = vcpu_cpuid(&intel(), 0, 2, true).unwrap();
+    let cpuid = vcpu_cpuid(&intel(), 0, cores(2), true).unwrap();
     let features = leaf(&cpuid, 1, 0);
     assert_eq!(features.eax, 0x606a6);
     assert_eq!(features.ebx & 0xffff, 0x0800);
@@ -193,14 +269,14 @@ fn features_stay_as_kvm_gave_them() {
 #[test]
 fn deadline_timer_is_offered_only_when_kvm_has_it() {
     for offered in [false, true] {
-        let cpuid = vcpu_cpuid(&amd(), 0, 1, offered).unwrap();
+        let cpuid = vcpu_cpuid(&amd(), 0, cores(1), offered).unwrap();
         assert_eq!(leaf(&cpuid, 1, 0).ecx >> 24 & 1 == 1, offered);
     }
 }
 
 #[test]
 fn processors_without_a_leaf_are_not_given_it() {
-    let cpuid = vcpu_cpuid(&amd(), 0, 4, true).unwrap();
+    let cpuid = vcpu_cpuid(&amd(), 0, cores(4), true).unwrap();
     assert!(!has_leaf(&cpuid, 0x1f));
 
     let mut old = amd();
@@ -211,7 +287,7 @@ fn processors_without_a_leaf_are_not_given_it() {
         }
     }
     old.retain(|entry| entry.function != 0x8000_001e);
-    let cpuid = vcpu_cpuid(&old, 0, 4, true).unwrap();
+    let cpuid = vcpu_cpuid(&old, 0, cores(4), true).unwrap();
     assert!(!has_leaf(&cpuid, 0xb));
     assert!(!has_leaf(&cpuid, 0x8000_001e));
 }
@@ -229,4 +305,26 @@ fn hypercalls_are_hidden_and_other_features_of_kvm_are_not() {
         }
         assert_eq!(*after, expected);
     }
+}
+
+#[test]
+fn a_single_vcpu_has_a_core_for_itself_whatever_smt_says() {
+    for supported in [intel(), amd()] {
+        let smt = Topology {
+            vcpu_count: 1,
+            smt: true,
+        };
+        let table = |topology| vcpu_cpuid(&supported, 0, topology, true).unwrap();
+        assert_eq!(table(smt).as_slice(), table(cores(1)).as_slice());
+    }
+}
+
+#[test]
+fn a_thread_without_its_neighbour_is_refused() {
+    let odd = Topology {
+        vcpu_count: 3,
+        smt: true,
+    };
+    let error = vcpu_cpuid(&intel(), 0, odd, true).unwrap_err();
+    assert!(matches!(error, Error::UnpairedVcpu { count: 3 }));
 }

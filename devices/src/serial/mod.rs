@@ -9,7 +9,9 @@ mod worker;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
+use serde::Serialize;
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -18,6 +20,8 @@ pub use worker::{SerialEndpoint, SerialWorker};
 
 use crate::InterruptLine;
 use crate::bus::BusDevice;
+use crate::metrics::Counter;
+use crate::rate_limiter::{RateLimit, RateLimiter};
 
 /// Interrupt enable register.
 const INTERRUPT_ENABLE: u8 = 1;
@@ -37,7 +41,15 @@ const OUTPUT_CAPACITY: usize = 64 << 10;
 pub struct Serial {
     uart: vm_superio::Serial<Line, Attention, Output>,
     attention: Arc<EventFd>,
+    metrics: Arc<SerialMetrics>,
     warned: bool,
+}
+
+/// What a serial port counts.
+#[derive(Debug, Default, Serialize)]
+pub struct SerialMetrics {
+    /// Bytes that the guest sent beyond the limit of the port, and that were dropped.
+    pub rate_limiter_dropped_bytes: Counter,
 }
 
 /// Whether the worker is told of what the guest does.
@@ -51,6 +63,32 @@ struct Output {
     connected: bool,
     /// Whether the guest has found the port busy.
     was_full: bool,
+    /// Keeps the limit of the bytes, if there is one.
+    limiter: Option<RateLimiter>,
+    metrics: Arc<SerialMetrics>,
+}
+
+impl Output {
+    /// Whether the limit lets `count` more bytes through. Those that it does not are counted.
+    fn admit(&mut self, count: usize) -> bool {
+        let Some(limiter) = &mut self.limiter else {
+            return true;
+        };
+        let (count, now) = (count as u64, Instant::now());
+        if limiter.wait_time(now).is_zero() {
+            limiter.take(count, now);
+            return true;
+        }
+        let dropped = &self.metrics.rate_limiter_dropped_bytes;
+        if dropped.total() == 0 {
+            let RateLimit {
+                size, refill_time, ..
+            } = limiter.limit();
+            tracing::warn!("serial port: output beyond {size} bytes in {refill_time:?} is dropped");
+        }
+        dropped.add(count);
+        false
+    }
 }
 
 struct Line(Box<dyn InterruptLine>);
@@ -81,6 +119,9 @@ impl io::Write for Output {
         if self.bytes.len() + bytes.len() > OUTPUT_CAPACITY {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        if !self.admit(bytes.len()) {
+            return Ok(bytes.len());
+        }
         if self.bytes.is_empty() {
             signal(&self.attention);
         }
@@ -99,18 +140,21 @@ fn signal(event: &EventFd) {
 }
 
 impl Serial {
-    /// A port that raises `interrupt`. Until a [`SerialWorker`] serves it, it has no input and
-    /// drops its output.
+    /// A port that raises `interrupt`, and that drops what the guest sends beyond `limit` bytes. Until a
+    /// [`SerialWorker`] serves it, it has no input and drops its output.
     ///
     /// # Errors
     /// When the host gives no file descriptor.
-    pub fn new(interrupt: Box<dyn InterruptLine>) -> io::Result<Serial> {
+    pub fn new(interrupt: Box<dyn InterruptLine>, limit: Option<RateLimit>) -> io::Result<Serial> {
+        let metrics = Arc::new(SerialMetrics::default());
         let attention = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let output = Output {
             bytes: VecDeque::new(),
             attention: attention.clone(),
             connected: false,
             was_full: false,
+            limiter: limit.map(|limit| RateLimiter::new(limit, Instant::now())),
+            metrics: metrics.clone(),
         };
         Ok(Serial {
             uart: vm_superio::Serial::with_events(
@@ -119,8 +163,14 @@ impl Serial {
                 output,
             ),
             attention,
+            metrics,
             warned: false,
         })
+    }
+
+    /// What the port counts.
+    pub fn metrics(&self) -> Arc<SerialMetrics> {
+        self.metrics.clone()
     }
 
     fn attention(&self) -> Arc<EventFd> {
@@ -203,13 +253,14 @@ impl BusDevice for Serial {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     const DATA: u64 = 0;
     const THRE_INTERRUPT: u8 = 2;
 
-    struct Counter(Arc<AtomicUsize>);
+    struct Line(Arc<AtomicUsize>);
 
-    impl InterruptLine for Counter {
+    impl InterruptLine for Line {
         fn trigger(&self) -> io::Result<()> {
             self.0.fetch_add(1, Ordering::SeqCst);
             Ok(())
@@ -219,7 +270,7 @@ mod tests {
     fn serial() -> (Serial, Arc<AtomicUsize>) {
         let interrupts = Arc::new(AtomicUsize::new(0));
         (
-            Serial::new(Box::new(Counter(interrupts.clone()))).unwrap(),
+            Serial::new(Box::new(Line(interrupts.clone())), None).unwrap(),
             interrupts,
         )
     }
@@ -262,6 +313,25 @@ mod tests {
             line_status(&mut serial) & TRANSMITTER_EMPTY,
             TRANSMITTER_EMPTY
         );
+    }
+
+    #[test]
+    fn output_beyond_the_limit_is_dropped_and_counted() {
+        let limit = RateLimit {
+            size: 100,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 50,
+        };
+        let line = Line(Arc::new(AtomicUsize::new(0)));
+        let mut serial = Serial::new(Box::new(line), Some(limit)).unwrap();
+        serial.set_connected(true);
+        for _ in 0..400 {
+            assert_ne!(line_status(&mut serial) & TRANSMITTER_EMPTY, 0);
+            serial.write(DATA, b"x");
+        }
+        // One more begins within the limit and ends beyond it.
+        assert_eq!(serial.take_output().len(), 151);
+        assert_eq!(serial.metrics().rate_limiter_dropped_bytes.total(), 249);
     }
 
     #[test]

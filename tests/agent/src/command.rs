@@ -124,6 +124,8 @@ pub enum Command {
     },
     /// Nothing, once the power button is pressed.
     PowerButton,
+    /// Nothing, once Ctrl-Alt-Del is pressed.
+    CtrlAltDel,
     /// Nothing. This one and the next two are the last of a list.
     Poweroff,
     Reboot,
@@ -221,6 +223,7 @@ impl FromStr for Command {
                 length: arguments.size("length")?,
             },
             "power-button" => Self::PowerButton,
+            "ctrl-alt-del" => Self::CtrlAltDel,
             "poweroff" => Self::Poweroff,
             "reboot" => Self::Reboot,
             "panic" => Self::Panic,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The end of the guest, and the button that asks for it.
+//! The end of the guest, and the buttons and keys that ask for it.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::console::say;
 use crate::error::{Context, Error, Result};
-use crate::sys::{self, Reboot};
+use crate::sys::{self, Reboot, Signals};
 use crate::system::names;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +75,16 @@ pub fn button(waiting: impl FnOnce()) -> Result<()> {
             }
         }
     }
+}
+
+/// Waits until Ctrl-Alt-Del is pressed. Says that it does so by calling `waiting`. The kernel, which would
+/// restart the machine, tells the first process instead.
+pub fn ctrl_alt_del(waiting: impl FnOnce()) -> Result<()> {
+    let interrupt = Signals::hold_back(&[libc::SIGINT]).context("hold back signals")?;
+    sys::take_ctrl_alt_del().context("take Ctrl-Alt-Del from the kernel")?;
+    waiting();
+    interrupt.next().context("wait for a signal")?;
+    Ok(())
 }
 
 /// `struct input_event`: a time of 16 bytes, type, code, value.

@@ -73,6 +73,12 @@ pub fn reboot(how: Reboot) -> io::Error {
     io::Error::last_os_error()
 }
 
+/// Makes Ctrl-Alt-Del send the first process SIGINT, instead of restarting the machine.
+pub fn take_ctrl_alt_del() -> io::Result<()> {
+    // SAFETY: takes a number.
+    check(unsafe { libc::reboot(libc::RB_DISABLE_CAD) }).map(drop)
+}
+
 /// System name, node name, release, version and machine, as `uname -a` prints them.
 pub fn uname() -> io::Result<String> {
     let mut name = MaybeUninit::<libc::utsname>::zeroed();

@@ -105,6 +105,10 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
             power::button(waiting)?;
             String::new()
         }
+        Command::CtrlAltDel => {
+            power::ctrl_alt_del(waiting)?;
+            String::new()
+        }
         Command::Poweroff => return Ok(Outcome::End(Ending::PowerOff)),
         Command::Reboot => return Ok(Outcome::End(Ending::Restart)),
         Command::Panic => return Ok(Outcome::End(Ending::Panic)),

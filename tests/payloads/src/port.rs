@@ -2,7 +2,9 @@
 
 /// First serial port (16550).
 pub const SERIAL: u16 = 0x3f8;
-/// Command port of the i8042 keyboard controller.
+/// Data port of the i8042 keyboard controller.
+pub const I8042_DATA: u16 = 0x60;
+/// Command and status port of the i8042 keyboard controller.
 pub const I8042_COMMAND: u16 = 0x64;
 /// i8042 command that pulses the processor's reset line.
 pub const I8042_PULSE_RESET_LINE: u8 = 0xfe;

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 
 use super::memory_size::Bytes;
-use super::{BalloonSize, DiskId, InterfaceName, MemorySize, Mtu, QueuePairs, VsockConfig};
+use super::{
+    BalloonSize, DiskId, HugePages, InterfaceName, MemorySize, Mtu, QueuePairs, VsockConfig,
+};
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +42,12 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Each two vCPUs are to share a core, and one is left.
+    #[error("{count} vCPUs do not make cores of two threads: use 1 or an even number of vCPUs")]
+    UnpairedVcpu {
+        /// The number of vCPUs.
+        count: u8,
+    },
     /// Not a memory size.
     #[error(
         "invalid memory size '{text}': expected a number with an optional unit K, M, G or T, \
@@ -64,6 +72,20 @@ pub enum ConfigError {
     MemorySizePages {
         /// What was given.
         text: String,
+    },
+    /// Not pages that memory can be made of.
+    #[error("invalid huge pages '{text}': expected none, transparent or 2M")]
+    HugePages {
+        /// What was given.
+        text: String,
+    },
+    /// Not a whole number of the pages that memory is to be made of.
+    #[error("memory size {memory} is not a multiple of {pages}, which the huge pages have")]
+    HugePagesMemory {
+        /// The memory size.
+        memory: MemorySize,
+        /// The huge pages.
+        pages: HugePages,
     },
     /// Not a description of a disk.
     #[error("{reason}; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]...")]

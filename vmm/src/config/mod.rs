@@ -9,6 +9,7 @@
 mod balloon;
 mod disk;
 mod error;
+mod huge_pages;
 mod memory_size;
 mod metadata;
 mod net;
@@ -29,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_arch::layout;
-use bantam_devices::rate_limiter::Limits;
+use bantam_devices::rate_limiter::{Limits, RateLimit};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -38,6 +39,7 @@ pub use balloon::{BalloonConfig, BalloonSize};
 pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
+pub use huge_pages::HugePages;
 pub use memory_size::MemorySize;
 pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
@@ -63,8 +65,14 @@ pub struct MachineConfig {
     pub append: Option<String>,
     /// Number of vCPUs.
     pub cpus: VcpuCount,
+    /// Whether the guest sees each two vCPUs as the threads of one core (simultaneous multithreading).
+    /// The host's scheduler is not told: where that matters, the program pins the threads of the
+    /// machine itself.
+    pub smt: bool,
     /// Guest memory.
     pub memory: MemorySize,
+    /// Which pages of the host it is made of.
+    pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
@@ -75,6 +83,8 @@ pub struct MachineConfig {
     pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
+    /// Bytes of output that the serial port takes; what the guest sends beyond that is dropped.
+    pub serial_limit: Option<RateLimit>,
     /// Whether the guest has an entropy device.
     pub rng: bool,
     /// Limits of the entropy device, of bytes and of the guest's buffers; for embedding programs.
@@ -103,12 +113,15 @@ impl MachineConfig {
             cmdline: None,
             append: None,
             cpus: VcpuCount::default(),
+            smt: false,
             memory: MemorySize::default(),
+            huge_pages: HugePages::default(),
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
             metadata: None,
             serial: SerialConfig::default(),
+            serial_limit: None,
             rng: true,
             rng_limits: Limits::default(),
             balloon: None,
@@ -123,6 +136,8 @@ impl MachineConfig {
     ///
     /// # Errors
     ///
+    /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
+    /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
@@ -135,6 +150,20 @@ impl MachineConfig {
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        let vcpu_count = self.cpus.get();
+        if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
+            return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
+        }
+        if !self
+            .memory
+            .bytes()
+            .is_multiple_of(self.huge_pages.page_size())
+        {
+            return Err(ConfigError::HugePagesMemory {
+                memory: self.memory,
+                pages: self.huge_pages,
+            });
+        }
         let devices = self.disks.len()
             + self.nets.len()
             + usize::from(self.vsock.is_some())

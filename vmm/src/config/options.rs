@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, MachineConfig, MemorySize,
-    NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
+    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
+    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
 };
 
 /// Most bytes of a machine file.
@@ -45,6 +45,8 @@ pub struct MachineOptions {
     pub cpus: Option<VcpuCount>,
     /// See [`MachineConfig::memory`].
     pub memory: Option<MemorySize>,
+    /// See [`MachineConfig::huge_pages`].
+    pub huge_pages: Option<HugePages>,
     /// See [`MachineConfig::disks`].
     #[serde(rename = "disk")]
     pub disks: Option<Vec<DiskConfig>>,
@@ -130,6 +132,7 @@ impl MachineOptions {
             append: self.append.or(fallback.append),
             cpus: self.cpus.or(fallback.cpus),
             memory: self.memory.or(fallback.memory),
+            huge_pages: self.huge_pages.or(fallback.huge_pages),
             disks: self.disks.or(fallback.disks),
             nets: self.nets.or(fallback.nets),
             vsock: self.vsock.or(fallback.vsock),
@@ -155,12 +158,15 @@ impl MachineOptions {
             cmdline: self.cmdline,
             append: self.append,
             cpus: self.cpus.unwrap_or(defaults.cpus),
+            smt: defaults.smt,
             memory: self.memory.unwrap_or(defaults.memory),
+            huge_pages: self.huge_pages.unwrap_or(defaults.huge_pages),
             disks: self.disks.unwrap_or(defaults.disks),
             nets: self.nets.unwrap_or(defaults.nets),
             vsock: self.vsock,
             metadata: defaults.metadata,
             serial: self.serial.unwrap_or(defaults.serial),
+            serial_limit: defaults.serial_limit,
             rng: self.rng.unwrap_or(defaults.rng),
             rng_limits: defaults.rng_limits,
             balloon: self.balloon,

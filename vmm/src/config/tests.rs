@@ -39,6 +39,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append = "quiet"
         cpus = 2
         memory = "512M"
+        huge-pages = "2M"
         serial = "file=logs/serial.log"
         rng = false
         boot-protocol = "linux64"
@@ -76,6 +77,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append: Some("quiet".into()),
         cpus: "2".parse().unwrap(),
         memory: "512M".parse().unwrap(),
+        huge_pages: HugePages::TwoMib,
         disks: vec![
             "/vm/root,,1.img,ro,id=root".parse().unwrap(),
             DiskConfig::new("/data.img"),
@@ -98,7 +100,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
         host_workarounds: false,
-        boot_timer: false,
+        ..MachineConfig::new("unused")
     };
     assert_eq!(config, Ok(expected));
 }
@@ -109,8 +111,8 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
-             'cmdline', 'append', 'cpus', 'memory', 'disk', 'net', 'vsock', 'serial', \
-             'rng', 'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
+             'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'vsock', \
+             'serial', 'rng', 'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
@@ -231,6 +233,52 @@ fn a_missing_kernel_or_machine_file_is_reported() {
     );
 }
 
+#[test]
+fn memory_is_whole_huge_pages() {
+    for (memory, huge_pages, valid) in [
+        ("64M", HugePages::TwoMib, true),
+        ("65M", HugePages::TwoMib, false),
+        ("65M", HugePages::Transparent, true),
+    ] {
+        let config = MachineConfig {
+            memory: memory.parse().unwrap(),
+            huge_pages,
+            ..MachineConfig::new("k")
+        };
+        let result = config.validate().map_err(|error| error.to_string());
+        let error = "memory size 65M is not a multiple of 2M, which the huge pages have";
+        assert_eq!(
+            result,
+            if valid {
+                Ok(())
+            } else {
+                Err(error.to_string())
+            }
+        );
+    }
+}
+
+#[test]
+fn threads_of_a_core_come_in_pairs() {
+    for (count, smt, valid) in [
+        (1, true, true),
+        (4, true, true),
+        (3, true, false),
+        (3, false, true),
+    ] {
+        let config = MachineConfig {
+            cpus: VcpuCount::try_from(count).unwrap(),
+            smt,
+            ..MachineConfig::new("k")
+        };
+        let refused = matches!(
+            config.validate(),
+            Err(ConfigError::UnpairedVcpu { count: 3 })
+        );
+        assert_eq!(refused, !valid, "{count} vCPUs, {smt}");
+    }
+}
+
 fn with_disks(disks: &[&str]) -> Result<(), String> {
     let disks = disks.iter().map(|disk| disk.parse().unwrap()).collect();
     let config = MachineConfig {
@@ -343,6 +391,9 @@ fn choices_read_what_they_display() {
             choice.to_string().parse::<BootProtocolOption>().unwrap(),
             choice
         );
+    }
+    for choice in [HugePages::None, HugePages::Transparent, HugePages::TwoMib] {
+        assert_eq!(choice.to_string().parse::<HugePages>().unwrap(), choice);
     }
     for choice in [OnReboot::Exit, OnReboot::Restart] {
         assert_eq!(choice.to_string().parse::<OnReboot>().unwrap(), choice);

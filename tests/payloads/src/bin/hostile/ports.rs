@@ -6,7 +6,6 @@ use runtime::system_call::{
 };
 use runtime::{port, report, serial};
 
-const I8042_DATA: u16 = 0x60;
 const ACPI_PORTS: u16 = 3;
 const SERIAL_PORTS: u16 = 8;
 const SERIAL_LINE_CONTROL: u16 = port::SERIAL + 3;
@@ -50,7 +49,7 @@ fn attack_serial(random: &mut Random) {
 }
 
 fn attack_keyboard_controller(random: &mut Random) {
-    let register = I8042_DATA + random.below(5) as u16;
+    let register = port::I8042_DATA + random.below(5) as u16;
     let command = random.next_u64() as u8;
     match random.below(6) {
         0 => drop(read_port_8(register)),

@@ -1,0 +1,142 @@
+//! The keyboard: what it answers to the commands that it knows, and the codes of its keys.
+
+use std::collections::VecDeque;
+
+use super::KeyboardError;
+
+/// How many bytes of scan codes the keyboard remembers.
+const KEY_BUFFER_SIZE: usize = 16;
+
+/// What comes before the code of a key that is let go, in scan code set 2.
+const BREAK: u8 = 0xf0;
+/// The same in set 1: a bit of the code.
+const BREAK_BIT: u8 = 0x80;
+
+const ALT: u8 = 0x11;
+const CTRL: u8 = 0x14;
+const DEL: u8 = 0x71;
+/// What comes before the codes of keys, such as Del, that the first keyboards did not have.
+const EXTENDED: u8 = 0xe0;
+
+#[rustfmt::skip]
+const CTRL_ALT_DEL: [u8; 11] = [
+    CTRL, ALT, EXTENDED, DEL,
+    EXTENDED, BREAK, DEL, BREAK, ALT, BREAK, CTRL,
+];
+
+mod command {
+    pub(super) const SET_LEDS: u8 = 0xed;
+    pub(super) const ECHO: u8 = 0xee;
+    pub(super) const SCAN_CODE_SET: u8 = 0xf0;
+    pub(super) const IDENTIFY: u8 = 0xf2;
+    pub(super) const SET_REPEAT: u8 = 0xf3;
+    pub(super) const ENABLE_SCANNING: u8 = 0xf4;
+    pub(super) const DISABLE_SCANNING: u8 = 0xf5;
+    pub(super) const SET_DEFAULTS: u8 = 0xf6;
+    pub(super) const RESET: u8 = 0xff;
+}
+
+const ACKNOWLEDGE: u8 = 0xfa;
+/// The answer to a command that the keyboard does not know.
+const RESEND: u8 = 0xfe;
+const SELF_TEST_PASSED: u8 = 0xaa;
+/// An AT keyboard.
+const IDENTITY: [u8; 2] = [0xab, 0x83];
+/// The one scan code set there is.
+const SCAN_CODE_SET_2: u8 = 2;
+
+/// A keyboard that has the keys Ctrl, Alt and Del, in scan code set 2.
+pub(super) struct Keyboard {
+    is_scanning: bool,
+    /// Codes of keys, at most [`KEY_BUFFER_SIZE`] bytes.
+    keys: VecDeque<u8>,
+    /// What is left of the answer to the last command. It is sent before any keys.
+    answer: VecDeque<u8>,
+    /// The command whose argument is the next byte.
+    awaited: Option<u8>,
+}
+
+impl Default for Keyboard {
+    /// As after power is applied.
+    fn default() -> Keyboard {
+        Keyboard {
+            is_scanning: true,
+            keys: VecDeque::new(),
+            answer: VecDeque::new(),
+            awaited: None,
+        }
+    }
+}
+
+impl Keyboard {
+    pub(super) fn press_ctrl_alt_del(&mut self) -> Result<(), KeyboardError> {
+        if !self.is_scanning {
+            return Err(KeyboardError::Disabled);
+        }
+        if self.keys.len() + CTRL_ALT_DEL.len() > KEY_BUFFER_SIZE {
+            return Err(KeyboardError::Full);
+        }
+        self.keys.extend(CTRL_ALT_DEL);
+        Ok(())
+    }
+
+    /// Takes what the guest sends to the keyboard.
+    pub(super) fn command(&mut self, value: u8) {
+        let answer: &[u8] = match (self.awaited.take(), value) {
+            (Some(command::SCAN_CODE_SET), 0) => &[ACKNOWLEDGE, SCAN_CODE_SET_2],
+            (Some(command::SCAN_CODE_SET), SCAN_CODE_SET_2) => &[ACKNOWLEDGE],
+            (Some(command::SCAN_CODE_SET), _) => &[RESEND],
+            (Some(_), _) => &[ACKNOWLEDGE],
+            (None, command::SET_LEDS | command::SCAN_CODE_SET | command::SET_REPEAT) => {
+                self.awaited = Some(value);
+                &[ACKNOWLEDGE]
+            }
+            (None, command::ECHO) => &[command::ECHO],
+            (None, command::IDENTIFY) => &[ACKNOWLEDGE, IDENTITY[0], IDENTITY[1]],
+            (
+                None,
+                command::ENABLE_SCANNING | command::DISABLE_SCANNING | command::SET_DEFAULTS,
+            ) => {
+                self.keys.clear();
+                match value {
+                    command::ENABLE_SCANNING => self.is_scanning = true,
+                    command::DISABLE_SCANNING => self.is_scanning = false,
+                    _ => {}
+                }
+                &[ACKNOWLEDGE]
+            }
+            (None, command::RESET) => {
+                *self = Keyboard::default();
+                &[ACKNOWLEDGE, SELF_TEST_PASSED]
+            }
+            (None, _) => &[RESEND],
+        };
+        self.answer.clear();
+        self.answer.extend(answer);
+    }
+
+    /// The next byte for the controller, which has it translated to set 1 if `translate` says so.
+    pub(super) fn next_byte(&mut self, translate: bool) -> Option<u8> {
+        let translated = |byte| if translate { set_1(byte) } else { byte };
+        if let Some(byte) = self.answer.pop_front() {
+            return Some(translated(byte));
+        }
+        match self.keys.pop_front()? {
+            BREAK if translate => self.keys.pop_front().map(|code| set_1(code) | BREAK_BIT),
+            byte => Some(translated(byte)),
+        }
+    }
+}
+
+/// What controllers make of a byte of the keyboard, be it a scan code or not: of those that this one
+/// sends, only these change.
+fn set_1(byte: u8) -> u8 {
+    match byte {
+        SCAN_CODE_SET_2 => 0x41,
+        ALT => 0x38,
+        CTRL => 0x1d,
+        DEL => 0x53,
+        0x83 => 0x41,
+        _ => byte,
+    }
+}
