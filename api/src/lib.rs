@@ -5,6 +5,7 @@
 //! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
 //! clients of a Unix socket.
 
+mod clients;
 mod configuration;
 mod fault;
 mod instance;

@@ -17,11 +17,12 @@ use hyper::{Method, Request as HttpRequest, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::sync::{Mutex, Notify};
 use tokio::task;
 use tokio::time::{self, MissedTickBehavior};
 use tokio_io_timeout::TimeoutStream;
 
+use crate::clients::{Clients, Place};
 use crate::fault::Fault;
 use crate::instance::{Instance, Reply};
 use crate::request::Request;
@@ -50,7 +51,8 @@ const METRICS_PERIOD: Duration = Duration::from_secs(60);
 pub struct ServerLimits {
     /// Most bytes of a request's body.
     pub body_size: usize,
-    /// Most clients at a time. More are told to come back later.
+    /// Most clients at a time. Another takes the place of whoever the server has waited for longest; if all
+    /// of them wait for the server, it is told to come back later.
     pub clients: usize,
 }
 
@@ -189,7 +191,7 @@ async fn serve(
     limits: ServerLimits,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
-    let places = Arc::new(Semaphore::new(limits.clients));
+    let clients = Clients::new(limits.clients);
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
@@ -200,31 +202,49 @@ async fn serve(
                 continue;
             }
         };
-        let Ok(place) = places.clone().try_acquire_owned() else {
+        let Some(place) = clients.place().await else {
             // What does not fit into the socket's buffer is not waited for.
             let _ = client.try_write(TOO_MANY_CLIENTS);
             continue;
         };
         let instance = instance.clone();
         tokio::spawn(async move {
-            if let Err(error) = serve_client(client, instance, limits).await {
+            let served = tokio::select! {
+                biased;
+                () = place.needed() => Err(ClientError::PlaceNeeded),
+                served = serve_client(client, &place, instance, limits) => served,
+            };
+            if let Err(error) = served {
                 tracing::debug!("a client of the API: {error}");
             }
-            drop(place);
         });
     }
 }
 
+/// Why a client's connection ends before the client wants it to.
+#[derive(Debug, thiserror::Error)]
+enum ClientError {
+    #[error("its place is needed for another")]
+    PlaceNeeded,
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+}
+
 async fn serve_client(
     client: UnixStream,
+    place: &Place,
     instance: Arc<Mutex<Instance>>,
     limits: ServerLimits,
-) -> hyper::Result<()> {
+) -> Result<(), ClientError> {
     let mut client = TimeoutStream::new(client);
     client.set_write_timeout(Some(ANSWER_TIME));
     let answer = service_fn(|request| {
         let instance = instance.clone();
-        async move { Ok::<_, Infallible>(answer(request, instance, limits).await) }
+        async move {
+            let answer = answer(request, place, instance, limits).await;
+            place.wait_for_client();
+            Ok::<_, Infallible>(answer)
+        }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -233,13 +253,15 @@ async fn serve_client(
         // A client may close its end when it has asked.
         .half_close(true)
         .serve_connection(TokioIo::new(Box::pin(client)), answer)
-        .await
+        .await?;
+    Ok(())
 }
 
 type Answer = Response<Full<Bytes>>;
 
 async fn answer(
     request: HttpRequest<Incoming>,
+    place: &Place,
     instance: Arc<Mutex<Instance>>,
     limits: ServerLimits,
 ) -> Answer {
@@ -261,6 +283,7 @@ async fn answer(
             return last_answer(StatusCode::REQUEST_TIMEOUT, message);
         }
     };
+    place.work();
     let path = head.uri.path();
     let is_write = head.method != Method::GET;
     let parsed = Request::parse(head.method.as_str(), path, &body);
