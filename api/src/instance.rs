@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bantam_vmm::{Console, Controller, MachineMetrics, State};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault};
@@ -65,7 +65,8 @@ pub struct Instance {
     controller: Controller,
     console: Option<Console>,
     log: Box<dyn ProgramLog>,
-    process_times: ProcessTimes,
+    /// How long it took until there was this instance, for the metrics.
+    startup_times: Value,
     on_start: Box<dyn FnMut() + Send>,
     boot_timer: bool,
     configuration: Configuration,
@@ -81,7 +82,7 @@ impl Instance {
             controller,
             console: Some(options.console),
             log: options.log,
-            process_times: options.process_times,
+            startup_times: options.process_times.until_now(),
             on_start: options.on_start,
             boot_timer: options.boot_timer,
             configuration: Configuration::default(),
@@ -273,10 +274,7 @@ impl Instance {
         let Ok(mut totals) = serde_json::to_value(metrics) else {
             return;
         };
-        totals["api_server"] = json!({
-            "process_startup_time_us": self.process_times.start_us.unwrap_or(0),
-            "process_startup_time_cpu_us": self.process_times.start_cpu_us.unwrap_or(0),
-        });
+        totals["api_server"] = self.startup_times.clone();
         if let Some(file) = &mut self.metrics_file
             && let Err(error) = file.write(totals)
         {

@@ -1,6 +1,7 @@
 //! What the tests of Bantam on real KVM, and its benchmarks, have in common: finding and building
 //! the monitor and the guests, and starting machines that can be waited for and never stay behind.
 
+mod api;
 mod artefacts;
 mod images;
 mod linux;
@@ -13,6 +14,7 @@ mod traffic;
 mod watchdog;
 mod workload;
 
+pub use api::{Answer, ApiClient};
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
