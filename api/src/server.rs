@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -35,6 +35,8 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Most bytes of a request's head, and of what is kept of a client's data before it is looked at.
 const MAX_HEAD_SIZE: usize = 16 << 10;
+/// How much of a body that is too large is passed over.
+const PASSED_OVER_SIZE: usize = 4 << 20;
 /// How long the thread that executes requests waits for the next one before it ends.
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
@@ -266,10 +268,9 @@ async fn answer(
     limits: ServerLimits,
 ) -> Answer {
     let (head, body) = request.into_parts();
-    let body = Limited::new(body, limits.body_size).collect();
-    let body = match time::timeout(BODY_TIME, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+    let body = match time::timeout(BODY_TIME, read_body(body, limits.body_size)).await {
+        Ok(Ok(Some(body))) => body,
+        Ok(Ok(None)) => {
             let limit = limits.body_size;
             let message = format!("The body is larger than the limit of {limit} bytes");
             return last_answer(StatusCode::PAYLOAD_TOO_LARGE, &message);
@@ -306,6 +307,30 @@ async fn answer(
             answer_with(StatusCode::BAD_REQUEST, Some(&fault_body(&message)))
         }
     }
+}
+
+/// Reads a body. None if it is larger than `limit`: as much of it as others send by mistake is then passed
+/// over, as few clients look at an answer before they have sent everything.
+async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec<u8>>> {
+    let most = limit.saturating_add(PASSED_OVER_SIZE);
+    let announced = body.size_hint().lower();
+    if announced > most as u64 {
+        return Ok(None);
+    }
+    let mut kept = Vec::with_capacity(limit.min(announced as usize));
+    let mut size = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else {
+            continue;
+        };
+        size += data.len();
+        if size <= limit {
+            kept.extend_from_slice(&data);
+        } else if size > most {
+            break;
+        }
+    }
+    Ok((size <= limit).then_some(kept))
 }
 
 /// Executes a request that may take its time on a thread of its own, so that others are answered
