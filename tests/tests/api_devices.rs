@@ -1,0 +1,375 @@
+//! The API's balloon, sockets, metadata, limits and drives that change while the machine runs. Every answer
+//! is checked against `docs/openapi.yaml`.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use bantam_tests::{ApiClient, Bantam, HostTap, Running, payload, require_kvm, require_taps};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
+const BEFORE_START: &str = "The requested operation is not supported before starting the microVM";
+
+struct Machine {
+    running: Running,
+    api: ApiClient,
+    folder: TempDir,
+}
+
+impl Machine {
+    fn new() -> Machine {
+        Machine::with(|bantam, _| bantam)
+    }
+
+    fn with(prepare: impl FnOnce(Bantam, &Path) -> Bantam) -> Machine {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api.socket");
+        let running = prepare(Bantam::api(&socket), folder.path()).start();
+        Machine {
+            running,
+            api: ApiClient::new(&socket),
+            folder,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn image(&self, name: &str, size: usize) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, vec![0; size]).unwrap();
+        path
+    }
+
+    /// Starts a bare-metal guest, and waits until it has printed `text`.
+    fn start(&self, guest: &str, boot_args: &str, text: &str) {
+        let boot_source = json!({"kernel_image_path": payload(guest), "boot_args": boot_args});
+        self.api.put("/boot-source", &boot_source);
+        self.api.act("InstanceStart");
+        self.running.wait_for_output(text);
+    }
+
+    fn start_hello(&self) {
+        self.start("hello", "finish=hang", "PASS\n");
+    }
+
+    #[track_caller]
+    fn refused(&self, method: &str, path: &str, body: &Value) -> String {
+        self.api.refused(method, path, &body.to_string())
+    }
+
+    #[track_caller]
+    fn stop(self) {
+        self.running.signal(Signal::SIGTERM);
+        self.running.wait().succeeded();
+    }
+}
+
+fn limiter(size: u64) -> Value {
+    let bucket = json!({"size": size, "one_time_burst": 2 * size, "refill_time": 100});
+    json!({"bandwidth": bucket, "ops": bucket})
+}
+
+// --- Balloon --------------------------------------------------------------------------------------
+
+#[test]
+fn a_balloon_is_put_before_the_start_and_changes_its_size_after_it() {
+    require_kvm!();
+    let machine = Machine::new();
+    let api = &machine.api;
+    for path in ["/balloon", "/balloon/statistics"] {
+        api.refused("GET", path, "");
+    }
+    let (size, interval) = (
+        json!({"amount_mib": 16}),
+        json!({"stats_polling_interval_s": 2}),
+    );
+    assert_eq!(machine.refused("PATCH", "/balloon", &size), BEFORE_START);
+    assert_eq!(
+        machine.refused("PATCH", "/balloon/statistics", &interval),
+        BEFORE_START
+    );
+    let hinting = json!({"amount_mib": 8, "deflate_on_oom": false, "free_page_hinting": true});
+    let reason = machine.refused("PUT", "/balloon", &hinting);
+    assert!(reason.contains("not supported"), "{reason}");
+    let balloon = json!({
+        "amount_mib": 8,
+        "deflate_on_oom": true,
+        "stats_polling_interval_s": 1,
+        "free_page_hinting": false,
+        "free_page_reporting": true,
+    });
+    api.put("/balloon", &balloon);
+    assert_eq!(api.get("/balloon"), balloon);
+    machine.start_hello();
+    assert_eq!(machine.refused("PUT", "/balloon", &balloon), AFTER_START);
+    api.patch("/balloon", &size);
+    api.patch("/balloon/statistics", &interval);
+    let now = api.get("/balloon");
+    assert_eq!(now["amount_mib"], 16);
+    assert_eq!(now["stats_polling_interval_s"], 2);
+    assert_eq!(api.get("/vm/config")["balloon"], now);
+    // This guest has no driver of it.
+    let statistics = api.get("/balloon/statistics");
+    assert_eq!(statistics["target_mib"], 16);
+    assert_eq!(statistics["target_pages"], 16 * 256);
+    assert_eq!(statistics["actual_mib"], 0);
+    let off = json!({"stats_polling_interval_s": 0});
+    machine.refused("PATCH", "/balloon/statistics", &off);
+    machine.stop();
+}
+
+#[test]
+fn a_machine_without_balloon_or_statistics_says_so() {
+    require_kvm!();
+    for balloon in [
+        None,
+        Some(json!({"amount_mib": 8, "deflate_on_oom": false})),
+    ] {
+        let machine = Machine::new();
+        if let Some(balloon) = &balloon {
+            machine.api.put("/balloon", balloon);
+        }
+        machine.start_hello();
+        let interval = json!({"stats_polling_interval_s": 1});
+        machine.refused("PATCH", "/balloon/statistics", &interval);
+        machine.api.refused("GET", "/balloon/statistics", "");
+        let size = json!({"amount_mib": 16});
+        if balloon.is_some() {
+            machine.api.patch("/balloon", &size);
+        } else {
+            let reason = machine.refused("PATCH", "/balloon", &size);
+            assert!(reason.contains("balloon"), "{reason}");
+        }
+        machine.stop();
+    }
+}
+
+// --- Sockets --------------------------------------------------------------------------------------
+
+#[test]
+fn a_socket_device_listens_while_the_machine_runs() {
+    require_kvm!();
+    let machine = Machine::new();
+    let api = &machine.api;
+    let socket = machine.path("vsock");
+    for cid in [0, 1, 2, u32::MAX] {
+        let vsock = json!({"guest_cid": cid, "uds_path": socket});
+        let reason = machine.refused("PUT", "/vsock", &vsock);
+        assert!(reason.contains("guest_cid"), "{reason}");
+    }
+    api.put(
+        "/vsock",
+        &json!({"guest_cid": 3, "uds_path": socket, "vsock_id": "old"}),
+    );
+    api.put("/vsock", &json!({"guest_cid": 4, "uds_path": socket}));
+    assert_eq!(api.get("/vm/config")["vsock"]["guest_cid"], 4);
+    assert!(!socket.exists());
+    machine.start_hello();
+    assert!(fs::metadata(&socket).unwrap().file_type().is_socket());
+    let vsock = json!({"guest_cid": 5, "uds_path": socket});
+    assert_eq!(machine.refused("PUT", "/vsock", &vsock), AFTER_START);
+    machine.running.signal(Signal::SIGTERM);
+    machine.running.wait().succeeded();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_socket_that_cannot_be_had_is_told_at_the_start() {
+    require_kvm!();
+    let machine = Machine::new();
+    let socket = machine.image("taken", 1);
+    machine
+        .api
+        .put("/vsock", &json!({"guest_cid": 3, "uds_path": socket}));
+    let boot_source = json!({"kernel_image_path": payload("hello"), "boot_args": "finish=hang"});
+    machine.api.put("/boot-source", &boot_source);
+    let start = json!({"action_type": "InstanceStart"});
+    let reason = machine.refused("PUT", "/actions", &start);
+    assert!(reason.contains("taken"), "{reason}");
+    machine.api.put(
+        "/vsock",
+        &json!({"guest_cid": 3, "uds_path": machine.path("free")}),
+    );
+    machine.start_hello();
+    machine.stop();
+}
+
+// --- Drives and limits ----------------------------------------------------------------------------
+
+#[test]
+fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
+    require_kvm!();
+    let machine = Machine::new();
+    let api = &machine.api;
+    let (first, second) = (
+        machine.image("first", 1 << 16),
+        machine.image("second", 1 << 17),
+    );
+    let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": first,
+                       "rate_limiter": limiter(1 << 20)});
+    api.put("/drives/a", &drive);
+    let swap = json!({"drive_id": "a", "path_on_host": second});
+    assert_eq!(machine.refused("PATCH", "/drives/a", &swap), BEFORE_START);
+    machine.start_hello();
+    api.patch("/drives/a", &swap);
+    let told = |member: &str| api.get("/vm/config")["drives"][0][member].clone();
+    assert_eq!(told("path_on_host"), json!(second));
+    assert_eq!(told("rate_limiter"), limiter(1 << 20));
+    api.patch(
+        "/drives/a",
+        &json!({"drive_id": "a", "rate_limiter": limiter(1 << 10)}),
+    );
+    assert_eq!(told("rate_limiter"), limiter(1 << 10));
+    // As far as they change.
+    let no_operations = json!({"ops": {"size": 0, "refill_time": 0}});
+    api.patch(
+        "/drives/a",
+        &json!({"drive_id": "a", "rate_limiter": no_operations}),
+    );
+    assert_eq!(
+        told("rate_limiter")["bandwidth"],
+        limiter(1 << 10)["bandwidth"]
+    );
+    assert_eq!(told("rate_limiter")["ops"]["size"], 0);
+    // The same again, which has grown.
+    fs::write(&second, vec![0; 1 << 18]).unwrap();
+    api.patch("/drives/a", &swap);
+    // The first is free for others, the second is not.
+    let other = json!({"drive_id": "b", "path_on_host": first});
+    let reason = machine.refused("PATCH", "/drives/b", &other);
+    assert!(reason.contains("'b'"), "{reason}");
+    let missing = machine.path("missing");
+    let swap = json!({"drive_id": "a", "path_on_host": missing});
+    let reason = machine.refused("PATCH", "/drives/a", &swap);
+    assert!(reason.contains("missing"), "{reason}");
+    assert_eq!(told("path_on_host"), json!(second));
+    machine.stop();
+}
+
+#[test]
+fn the_limits_of_a_network_change_while_the_machine_runs() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = Machine::new();
+    let api = &machine.api;
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name,
+                           "guest_mac": "06:00:c0:00:02:01", "mtu": 1400,
+                           "rx_rate_limiter": limiter(1 << 20)});
+    api.put("/network-interfaces/eth0", &interface);
+    let update = json!({"iface_id": "eth0", "tx_rate_limiter": limiter(1 << 10)});
+    let path = "/network-interfaces/eth0";
+    assert_eq!(machine.refused("PATCH", path, &update), BEFORE_START);
+    machine.start("devices", "expect-devices=1 finish=hang", "PASS\n");
+    api.patch(path, &update);
+    let told = &api.get("/vm/config")["network-interfaces"][0];
+    assert_eq!(told["rx_rate_limiter"], limiter(1 << 20));
+    assert_eq!(told["tx_rate_limiter"], limiter(1 << 10));
+    let other = json!({"iface_id": "eth1", "tx_rate_limiter": limiter(1)});
+    let reason = machine.refused("PATCH", "/network-interfaces/eth1", &other);
+    assert!(reason.contains("'eth1'"), "{reason}");
+    machine.stop();
+}
+
+#[test]
+fn metrics_count_the_work_of_devices() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = Machine::new();
+    let api = &machine.api;
+    let file = machine.path("metrics");
+    api.put("/metrics", &json!({"metrics_path": file}));
+    let image = machine.image("image", 1 << 16);
+    let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": image});
+    api.put("/drives/a", &drive);
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
+    api.put("/network-interfaces/eth0", &interface);
+    api.put("/entropy", &json!({}));
+    machine.start("devices", "expect-devices=2,1,4 finish=hang", "PASS\n");
+    api.act("FlushMetrics");
+    let text = fs::read_to_string(&file).unwrap();
+    let line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let count = |name: &str| numbers(&line, name).iter().sum::<u64>();
+    for name in [
+        "read_count",
+        "read_bytes",
+        "entropy_bytes",
+        "tx_packets_count",
+    ] {
+        assert!(count(name) > 0, "{name}: {line}");
+    }
+    machine.stop();
+}
+
+/// All numbers of this name, however deep.
+fn numbers(value: &Value, name: &str) -> Vec<u64> {
+    match value {
+        Value::Object(members) => members
+            .iter()
+            .flat_map(|(member, value)| match value.as_u64() {
+                Some(number) if member == name => vec![number],
+                _ => numbers(value, name),
+            })
+            .collect(),
+        Value::Array(items) => items.iter().flat_map(|item| numbers(item, name)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+// --- Metadata -------------------------------------------------------------------------------------
+
+#[test]
+fn metadata_are_set_merged_and_told_before_and_after_the_start() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = Machine::with(|bantam, _| bantam.option("--mmds-size-limit", "200"));
+    let api = &machine.api;
+    let config = json!({"version": "V2", "network_interfaces": ["eth0"],
+                        "ipv4_address": "169.254.170.2", "imds_compat": true});
+    // There is no such interface yet.
+    machine.refused("PUT", "/mmds/config", &config);
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
+    api.put("/network-interfaces/eth0", &interface);
+    machine.refused("PUT", "/mmds/config", &json!({"network_interfaces": []}));
+    let elsewhere = json!({"network_interfaces": ["eth0"], "ipv4_address": "10.0.0.1"});
+    machine.refused("PUT", "/mmds/config", &elsewhere);
+    api.put("/mmds/config", &config);
+    assert_eq!(api.get("/vm/config")["mmds-config"], config);
+    let data = json!({"latest": {"name": "web", "number": 1, "gone": true}});
+    for started in [false, true] {
+        if started {
+            machine.start_hello();
+            assert_eq!(machine.refused("PUT", "/mmds/config", &config), AFTER_START);
+        }
+        api.put("/mmds", &data);
+        assert_eq!(api.get("/mmds"), data);
+        api.patch(
+            "/mmds",
+            &json!({"latest": {"number": 2, "gone": null}, "more": []}),
+        );
+        let merged = json!({"latest": {"name": "web", "number": 2}, "more": []});
+        assert_eq!(api.get("/mmds"), merged);
+        let large = json!({"text": "x".repeat(200)});
+        machine.refused("PUT", "/mmds", &large);
+        machine.refused("PATCH", "/mmds", &large);
+        assert_eq!(api.get("/mmds"), merged);
+    }
+    machine.stop();
+}
+
+#[test]
+fn metadata_come_from_a_file() {
+    require_kvm!();
+    let data = json!({"latest": {"name": "web"}});
+    let machine = Machine::with(|bantam, folder| {
+        let file = folder.join("metadata.json");
+        fs::write(&file, data.to_string()).unwrap();
+        bantam.option("--metadata", file)
+    });
+    assert_eq!(machine.api.get("/mmds"), data);
+    machine.stop();
+}
