@@ -10,9 +10,10 @@ use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault};
 use crate::fault::Fault;
 use crate::metrics::{MetricsFile, ProcessTimes};
+use crate::metrics_groups::groups;
 use crate::request::Request;
 use crate::resources::{
-    Action, ActionType, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
+    Action, ActionType, Drive, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
 };
 
 /// The log of the program, as far as clients can set it.
@@ -271,12 +272,19 @@ impl Instance {
         let Some(metrics) = &self.metrics else {
             return;
         };
-        let Ok(mut totals) = serde_json::to_value(metrics) else {
+        let Ok(machine) = serde_json::to_value(metrics) else {
             return;
         };
-        totals["api_server"] = self.startup_times.clone();
+        let drives: Vec<&Drive> = self.configuration.drives_in_order().collect();
+        let interfaces = &self.configuration.network_interfaces;
+        let mut totals = groups(&machine, |list, index| match list {
+            "disks" => Some(drives.get(index)?.drive_id.as_str()),
+            "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
+            _ => None,
+        });
+        totals.insert("api_server".to_string(), self.startup_times.clone());
         if let Some(file) = &mut self.metrics_file
-            && let Err(error) = file.write(totals)
+            && let Err(error) = file.write(Value::Object(totals))
         {
             tracing::warn!("cannot write metrics: {error}");
         }

@@ -10,6 +10,7 @@ mod configuration;
 mod fault;
 mod instance;
 mod metrics;
+mod metrics_groups;
 mod request;
 pub mod resources;
 mod server;
