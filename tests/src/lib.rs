@@ -2,6 +2,7 @@
 //! the monitor and the guests, and starting machines that can be waited for and never stay behind.
 
 mod api;
+mod api_machine;
 mod artefacts;
 mod images;
 mod linux;
@@ -15,6 +16,7 @@ mod watchdog;
 mod workload;
 
 pub use api::{Answer, ApiClient};
+pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};

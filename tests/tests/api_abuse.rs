@@ -61,10 +61,10 @@ fn bad_clients_harm_neither_the_guest_nor_other_clients() {
         large_heads_and_bodies(&api);
         pipelined_requests(&api);
         what_is_no_request(&api);
-        a_thousand_connections(&api);
         let [head, body, answers] = slow;
         body.join().expect("a slow body is answered");
         answers.join().expect("who does not read is cut off");
+        a_thousand_connections(&api);
         drop(finished);
         head.join().expect("a slow head harms nobody");
         let (count, slowest) = good.join().expect("a client is answered");
@@ -134,7 +134,7 @@ fn send_slowly(api: &ApiClient, bytes: &[u8], done: &AtomicBool) {
     }
 }
 
-/// A body that comes too slowly is given up, or its client's place given to another.
+/// A body that comes too slowly is given up.
 fn send_slowly_a_body(api: &ApiClient) {
     let mut stream = api.connect();
     let head = b"PUT /logger HTTP/1.1\r\nHost: l\r\nContent-Length: 1000\r\n\r\n";
@@ -148,10 +148,7 @@ fn send_slowly_a_body(api: &ApiClient) {
         "it is not given up"
     );
     let answer = rest_of(stream);
-    assert!(
-        answer.is_empty() || answer.starts_with("HTTP/1.1 408 "),
-        "{answer}"
-    );
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
 }
 
 /// Asks without taking an answer, until the connection is closed.

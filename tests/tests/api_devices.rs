@@ -3,71 +3,12 @@
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
 
-use bantam_tests::{ApiClient, Bantam, HostTap, Running, payload, require_kvm, require_taps};
-use nix::sys::signal::Signal;
+use bantam_tests::{ApiMachine, HostTap, require_kvm, require_taps};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM";
-
-struct Machine {
-    running: Running,
-    api: ApiClient,
-    folder: TempDir,
-}
-
-impl Machine {
-    fn new() -> Machine {
-        Machine::with(|bantam, _| bantam)
-    }
-
-    fn with(prepare: impl FnOnce(Bantam, &Path) -> Bantam) -> Machine {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("api.socket");
-        let running = prepare(Bantam::api(&socket), folder.path()).start();
-        Machine {
-            running,
-            api: ApiClient::new(&socket),
-            folder,
-        }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn image(&self, name: &str, size: usize) -> PathBuf {
-        let path = self.path(name);
-        fs::write(&path, vec![0; size]).unwrap();
-        path
-    }
-
-    /// Starts a bare-metal guest, and waits until it has printed `text`.
-    fn start(&self, guest: &str, boot_args: &str, text: &str) {
-        let boot_source = json!({"kernel_image_path": payload(guest), "boot_args": boot_args});
-        self.api.put("/boot-source", &boot_source);
-        self.api.act("InstanceStart");
-        self.running.wait_for_output(text);
-    }
-
-    fn start_hello(&self) {
-        self.start("hello", "finish=hang", "PASS\n");
-    }
-
-    #[track_caller]
-    fn refused(&self, method: &str, path: &str, body: &Value) -> String {
-        self.api.refused(method, path, &body.to_string())
-    }
-
-    #[track_caller]
-    fn stop(self) {
-        self.running.signal(Signal::SIGTERM);
-        self.running.wait().succeeded();
-    }
-}
 
 fn limiter(size: u64) -> Value {
     let bucket = json!({"size": size, "one_time_burst": 2 * size, "refill_time": 100});
@@ -79,7 +20,7 @@ fn limiter(size: u64) -> Value {
 #[test]
 fn a_balloon_is_put_before_the_start_and_changes_its_size_after_it() {
     require_kvm!();
-    let machine = Machine::new();
+    let machine = ApiMachine::new();
     let api = &machine.api;
     for path in ["/balloon", "/balloon/statistics"] {
         api.refused("GET", path, "");
@@ -130,7 +71,7 @@ fn a_machine_without_balloon_or_statistics_says_so() {
         None,
         Some(json!({"amount_mib": 8, "deflate_on_oom": false})),
     ] {
-        let machine = Machine::new();
+        let machine = ApiMachine::new();
         if let Some(balloon) = &balloon {
             machine.api.put("/balloon", balloon);
         }
@@ -154,9 +95,10 @@ fn a_machine_without_balloon_or_statistics_says_so() {
 #[test]
 fn a_socket_device_listens_while_the_machine_runs() {
     require_kvm!();
-    let machine = Machine::new();
+    let folder = tempfile::tempdir().unwrap();
+    let machine = ApiMachine::new();
     let api = &machine.api;
-    let socket = machine.path("vsock");
+    let socket = folder.path().join("vsock");
     for cid in [0, 1, 2, u32::MAX] {
         let vsock = json!({"guest_cid": cid, "uds_path": socket});
         let reason = machine.refused("PUT", "/vsock", &vsock);
@@ -173,21 +115,19 @@ fn a_socket_device_listens_while_the_machine_runs() {
     assert!(fs::metadata(&socket).unwrap().file_type().is_socket());
     let vsock = json!({"guest_cid": 5, "uds_path": socket});
     assert_eq!(machine.refused("PUT", "/vsock", &vsock), AFTER_START);
-    machine.running.signal(Signal::SIGTERM);
-    machine.running.wait().succeeded();
+    machine.stop();
     assert!(!socket.exists());
 }
 
 #[test]
 fn a_socket_that_cannot_be_had_is_told_at_the_start() {
     require_kvm!();
-    let machine = Machine::new();
+    let machine = ApiMachine::new();
     let socket = machine.image("taken", 1);
     machine
         .api
         .put("/vsock", &json!({"guest_cid": 3, "uds_path": socket}));
-    let boot_source = json!({"kernel_image_path": payload("hello"), "boot_args": "finish=hang"});
-    machine.api.put("/boot-source", &boot_source);
+    machine.boot("hello", "finish=hang");
     let start = json!({"action_type": "InstanceStart"});
     let reason = machine.refused("PUT", "/actions", &start);
     assert!(reason.contains("taken"), "{reason}");
@@ -204,7 +144,7 @@ fn a_socket_that_cannot_be_had_is_told_at_the_start() {
 #[test]
 fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
     require_kvm!();
-    let machine = Machine::new();
+    let machine = ApiMachine::new();
     let api = &machine.api;
     let (first, second) = (
         machine.image("first", 1 << 16),
@@ -255,7 +195,7 @@ fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
 fn the_limits_of_a_network_change_while_the_machine_runs() {
     require_taps!();
     let tap = HostTap::new();
-    let machine = Machine::new();
+    let machine = ApiMachine::new();
     let api = &machine.api;
     let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name,
                            "guest_mac": "06:00:c0:00:02:01", "mtu": 1400,
@@ -264,7 +204,9 @@ fn the_limits_of_a_network_change_while_the_machine_runs() {
     let update = json!({"iface_id": "eth0", "tx_rate_limiter": limiter(1 << 10)});
     let path = "/network-interfaces/eth0";
     assert_eq!(machine.refused("PATCH", path, &update), BEFORE_START);
-    machine.start("devices", "expect-devices=1 finish=hang", "PASS\n");
+    machine.boot("devices", "expect-devices=1 finish=hang");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("PASS\n");
     api.patch(path, &update);
     let told = &api.get("/vm/config")["network-interfaces"][0];
     assert_eq!(told["rx_rate_limiter"], limiter(1 << 20));
@@ -279,7 +221,7 @@ fn the_limits_of_a_network_change_while_the_machine_runs() {
 fn metrics_count_the_work_of_devices() {
     require_taps!();
     let tap = HostTap::new();
-    let machine = Machine::new();
+    let machine = ApiMachine::new();
     let api = &machine.api;
     let file = machine.path("metrics");
     api.put("/metrics", &json!({"metrics_path": file}));
@@ -289,7 +231,9 @@ fn metrics_count_the_work_of_devices() {
     let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
     api.put("/network-interfaces/eth0", &interface);
     api.put("/entropy", &json!({}));
-    machine.start("devices", "expect-devices=2,1,4 finish=hang", "PASS\n");
+    machine.boot("devices", "expect-devices=2,1,4 finish=hang");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("PASS\n");
     api.act("FlushMetrics");
     let text = fs::read_to_string(&file).unwrap();
     let line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
@@ -326,7 +270,7 @@ fn numbers(value: &Value, name: &str) -> Vec<u64> {
 fn metadata_are_set_merged_and_told_before_and_after_the_start() {
     require_taps!();
     let tap = HostTap::new();
-    let machine = Machine::with(|bantam, _| bantam.option("--mmds-size-limit", "200"));
+    let machine = ApiMachine::with(|bantam, _| bantam.option("--mmds-size-limit", "200"));
     let api = &machine.api;
     let config = json!({"version": "V2", "network_interfaces": ["eth0"],
                         "ipv4_address": "169.254.170.2", "imds_compat": true});
@@ -365,7 +309,7 @@ fn metadata_are_set_merged_and_told_before_and_after_the_start() {
 fn metadata_come_from_a_file() {
     require_kvm!();
     let data = json!({"latest": {"name": "web"}});
-    let machine = Machine::with(|bantam, folder| {
+    let machine = ApiMachine::with(|bantam, folder| {
         let file = folder.join("metadata.json");
         fs::write(&file, data.to_string()).unwrap();
         bantam.option("--metadata", file)
