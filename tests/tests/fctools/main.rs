@@ -1,5 +1,6 @@
 //! Machines driven by `fctools`, a library of others for Firecracker, which finds Bantam under that name.
 
+mod devices;
 mod workshop;
 
 use std::fs;
