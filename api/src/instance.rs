@@ -13,7 +13,7 @@ use crate::metrics::{MetricsFile, ProcessTimes};
 use crate::metrics_groups::groups;
 use crate::request::Request;
 use crate::resources::{
-    Action, ActionType, Drive, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
+    Action, ActionType, InstanceInformation, Logger, Metrics, Version, Vm, VmState,
 };
 
 /// The log of the program, as far as clients can set it.
@@ -275,10 +275,11 @@ impl Instance {
         let Ok(machine) = serde_json::to_value(metrics) else {
             return;
         };
-        let drives: Vec<&Drive> = self.configuration.drives_in_order().collect();
+        let drives = self.configuration.drives_in_order();
+        let drives: Vec<&str> = drives.map(|drive| drive.drive_id.as_str()).collect();
         let interfaces = &self.configuration.network_interfaces;
         let mut totals = groups(&machine, |list, index| match list {
-            "disks" => Some(drives.get(index)?.drive_id.as_str()),
+            "disks" => drives.get(index).copied(),
             "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
             _ => None,
         });
