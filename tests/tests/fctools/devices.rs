@@ -7,11 +7,10 @@ use bantam_tests::{HostTap, require_taps};
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::InitMethod;
 use fctools::vm::models::{
-    BalloonDevice, MmdsConfiguration, MmdsVersion, NetworkInterface, UpdateBalloonDevice,
-    UpdateBalloonStatistics, UpdateDrive, UpdateNetworkInterface, VsockDevice,
+    BalloonDevice, NetworkInterface, UpdateBalloonDevice, UpdateBalloonStatistics, UpdateDrive,
+    UpdateNetworkInterface, VsockDevice,
 };
 use fctools::vmm::resource::ResourceType;
-use serde_json::json;
 
 use crate::workshop::{Workshop, drive, limiter, pause_then_kill, read_until};
 
@@ -45,12 +44,6 @@ async fn devices_are_changed_while_the_machine_runs() {
         data.vsock_device = Some(VsockDevice {
             guest_cid: 3,
             uds: produced.unwrap(),
-        });
-        data.mmds_configuration = Some(MmdsConfiguration {
-            version: MmdsVersion::V2,
-            network_interfaces: vec!["eth0".to_owned()],
-            ipv4_address: Some("169.254.170.2".parse().unwrap()),
-            imds_compat: None,
         });
         let init_method = match via_file {
             true => InitMethod::ViaJsonConfiguration(workshop.path("config.json")),
@@ -90,14 +83,6 @@ async fn devices_are_changed_while_the_machine_runs() {
 
         let kind = fs::metadata(&socket).unwrap().file_type();
         assert!(kind.is_socket());
-
-        let data = json!({"latest": {"name": "web", "number": 1}});
-        machine.create_mmds_untyped(&data).await.unwrap();
-        assert_eq!(machine.get_mmds_untyped().await.unwrap(), data);
-        let update = json!({"latest": {"number": 2}});
-        machine.update_mmds_untyped(&update).await.unwrap();
-        let merged = json!({"latest": {"name": "web", "number": 2}});
-        assert_eq!(machine.get_mmds_untyped().await.unwrap(), merged);
         pause_then_kill(&mut machine).await;
     }
 }
