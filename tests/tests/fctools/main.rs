@@ -1,6 +1,7 @@
 //! Machines driven by `fctools`, a library of others for Firecracker, which finds Bantam under that name.
 
 mod devices;
+mod metadata;
 mod workshop;
 
 use std::fs;
