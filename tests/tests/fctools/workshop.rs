@@ -1,5 +1,6 @@
 //! Machines as fctools puts them together.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationDat
 use fctools::vm::models::{BootSource, Drive, MachineConfiguration, RateLimiter, TokenBucket};
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownError, VmShutdownMethod};
 use fctools::vm::{Vm, VmState};
+use fctools::vmm::arguments::command_modifier::CommandModifier;
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments, VmmLogLevel};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
 use fctools::vmm::id::VmmId;
@@ -128,12 +130,26 @@ impl Workshop {
             .enable_boot_timer()
             .api_max_payload_bytes(100_000)
             .mmds_size_limit(100_000);
-        let executor = UnrestrictedVmmExecutor::new(arguments).id(VmmId::new("fctools-1").unwrap());
+        let executor = UnrestrictedVmmExecutor::new(arguments)
+            .command_modifier(EndWithTest)
+            .id(VmmId::new("fctools-1").unwrap());
         let configuration = VmConfiguration::New { init_method, data };
         let machine = Vm::prepare(executor, self.resources, installation, configuration);
         let mut machine = machine.await.unwrap();
         machine.start(PATIENCE).await.unwrap();
         (machine, self.folder)
+    }
+}
+
+/// Has a monitor killed when the thread of its test ends, so that none stays behind a test that fails.
+#[derive(Debug)]
+struct EndWithTest;
+
+impl CommandModifier for EndWithTest {
+    fn apply(&self, program: &mut PathBuf, arguments: &mut Vec<OsString>) {
+        let program = std::mem::replace(program, "setpriv".into());
+        let before = ["--pdeathsig", "KILL", "--"].map(OsString::from);
+        arguments.splice(0..0, before.into_iter().chain([program.into()]));
     }
 }
 
