@@ -148,7 +148,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     );
     let memory = memory(monitors);
     add(
-        "api: memory with a disk and a network, without guest memory, Rss",
+        "api: memory with disk, network, vsock and balloon, without guest memory, Rss",
         "MiB",
         Samples::new(vec![memory.resident as f64 / MIB]),
         5.0,
@@ -192,7 +192,7 @@ fn memory(monitors: &Monitors) -> MonitorMemory {
     let image = monitors.folder().join("api-disk.img");
     fs::write(&image, [0; 1 << 16]).expect("the folder can be written to");
     let mut machine = Machine::start(monitors);
-    machine.boot(&payload("devices"), "expect-devices=2,1,4 finish=hang");
+    machine.boot(&payload("devices"), "finish=hang");
     let image = image.display();
     let drive =
         format!(r#"{{"drive_id": "a", "is_root_device": false, "path_on_host": "{image}"}}"#);
@@ -200,6 +200,12 @@ fn memory(monitors: &Monitors) -> MonitorMemory {
     let interface = format!(r#"{{"iface_id": "a", "host_dev_name": "{}"}}"#, tap.name);
     machine.request("PUT", "/network-interfaces/a", &interface);
     machine.request("PUT", "/entropy", "{}");
+    let balloon = r#"{"amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1}"#;
+    machine.request("PUT", "/balloon", balloon);
+    let vsock = monitors.folder().join("api-vsock.socket");
+    let _ = fs::remove_file(&vsock);
+    let vsock = format!(r#"{{"guest_cid": 3, "uds_path": "{}"}}"#, vsock.display());
+    machine.request("PUT", "/vsock", &vsock);
     machine.start_instance();
     machine.process.wait_for("PASS", LIMIT);
     let memory = MonitorMemory::of(machine.process.pid(), GUEST_MEMORY_MIB << 20);
