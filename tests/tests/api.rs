@@ -301,9 +301,7 @@ fn a_guest_tells_the_boot_timer() {
     for (timer, logged) in [(true, true), (false, false)] {
         let machine = ApiMachine::with(|bantam, _| {
             let options = timer.then_some("--boot-timer");
-            options
-                .iter()
-                .fold(bantam, |bantam, option| bantam.argument(option))
+            options.iter().fold(bantam, Bantam::argument)
         });
         machine.boot("hello", "boot-timer finish=poweroff");
         machine.api.act("InstanceStart");

@@ -138,7 +138,7 @@ fn send_slowly(api: &ApiClient, bytes: &[u8], done: &AtomicBool) {
 fn send_slowly_a_body(api: &ApiClient) {
     let mut stream = api.connect();
     let head = b"PUT /logger HTTP/1.1\r\nHost: l\r\nContent-Length: 1000\r\n\r\n";
-    stream.write_all(head).unwrap();
+    stream.write_all(head).expect("it is taken");
     let started = Instant::now();
     while started.elapsed() < Duration::from_secs(20) && stream.write_all(b" ").is_ok() {
         thread::sleep(Duration::from_millis(100));
@@ -172,9 +172,9 @@ fn half_sent_requests(api: &ApiClient) {
     let whole = [head.as_bytes(), body].concat();
     for size in 0..whole.len() {
         let mut stream = api.connect();
-        stream.write_all(&whole[..size]).unwrap();
+        stream.write_all(&whole[..size]).expect("it is taken");
         if size % 2 == 0 {
-            stream.shutdown(Shutdown::Write).unwrap();
+            stream.shutdown(Shutdown::Write).expect("it is open");
             let answer = rest_of(stream);
             assert!(
                 answer.is_empty() || answer.starts_with("HTTP/1.1 400 "),
@@ -234,13 +234,16 @@ fn pipelined_requests(api: &ApiClient) {
     let mut stream = api.connect();
     let mut requests = GET.repeat(COUNT - 1);
     requests.extend(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n");
-    let mut reader = stream.try_clone().unwrap();
+    let mut reader = stream.try_clone().expect("there are descriptors");
     let answers = thread::spawn(move || {
         let mut text = String::new();
         reader.read_to_string(&mut text).map(|_| text)
     });
-    stream.write_all(&requests).unwrap();
-    let text = answers.join().unwrap().unwrap();
+    stream.write_all(&requests).expect("they are taken");
+    let text = answers
+        .join()
+        .expect("it does not panic")
+        .expect("it is text");
     assert_eq!(text.matches("HTTP/1.1 200 OK\r\n").count(), COUNT);
     assert_eq!(text.matches(r#"{"firecracker_version":"#).count(), COUNT);
 }
@@ -292,10 +295,10 @@ fn what_is_no_request(api: &ApiClient) {
 fn a_thousand_connections(api: &ApiClient) {
     let mut connections: Vec<UnixStream> = (0..1000).map(|_| api.connect()).collect();
     // The last of them have a place.
-    let last = connections.last_mut().unwrap();
-    last.write_all(GET).unwrap();
+    let last = connections.last_mut().expect("there are some");
+    last.write_all(GET).expect("it has a place");
     let mut answer = [0; 15];
-    last.read_exact(&mut answer).unwrap();
+    last.read_exact(&mut answer).expect("it is answered");
     assert_eq!(&answer, b"HTTP/1.1 200 OK");
     thread::sleep(Duration::from_secs(1));
 }
@@ -308,18 +311,23 @@ fn rest_of(mut stream: UnixStream) -> String {
 }
 
 fn allow_many_connections() {
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("it can be read");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("it may be raised so far");
 }
 
 fn open_descriptors(process: Pid) -> usize {
-    fs::read_dir(format!("/proc/{process}/fd")).unwrap().count()
+    fs::read_dir(format!("/proc/{process}/fd"))
+        .expect("it runs")
+        .count()
 }
 
 /// Resident memory in bytes.
 fn resident_memory(process: Pid) -> u64 {
-    let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let text = fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.unwrap().trim().trim_end_matches(" kB");
-    kib.parse::<u64>().unwrap() << 10
+    let kib = line
+        .expect("there is such a line")
+        .trim()
+        .trim_end_matches(" kB");
+    kib.parse::<u64>().expect("it is a number") << 10
 }

@@ -1,5 +1,7 @@
 //! Machines driven by `fctools`, a library of others for Firecracker, which finds Bantam under that name.
 
+#![expect(clippy::unwrap_used, reason = "every step of a test has to succeed")]
+
 mod devices;
 mod metadata;
 mod workshop;
