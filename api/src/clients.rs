@@ -6,6 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{self, Duration, Instant};
+
+/// How long a client is waited for at least, so that many who come at once do not drive out one another
+/// and those who have something to say. Others wait until then to be accepted.
+const GRACE_TIME: Duration = Duration::from_millis(50);
 
 /// All clients.
 pub(crate) struct Clients {
@@ -16,8 +21,8 @@ pub(crate) struct Clients {
 /// Those that the server waits for: to send, or to take an answer.
 #[derive(Default)]
 struct Waiting {
-    /// By the order in which that began.
-    clients: BTreeMap<u64, Arc<Notify>>,
+    /// By the order in which that began, with the time.
+    clients: BTreeMap<u64, (Instant, Arc<Notify>)>,
     last: u64,
 }
 
@@ -33,14 +38,20 @@ impl Clients {
     /// A place for another client, that of whoever the server has waited for longest if need be. None
     /// where it waits for nobody.
     pub(crate) async fn place(&self) -> Option<Place> {
-        let permit = match self.places.clone().try_acquire_owned() {
-            Ok(permit) => permit,
-            Err(_) => {
-                let (_, leave) = lock(&self.waiting).clients.pop_first()?;
-                leave.notify_one();
-                // The last one leaves at once, as it does nothing.
-                self.places.clone().acquire_owned().await.ok()?
+        let permit = loop {
+            if let Ok(permit) = self.places.clone().try_acquire_owned() {
+                break permit;
             }
+            let since = lock(&self.waiting).clients.first_entry()?.get().0;
+            if since.elapsed() < GRACE_TIME {
+                time::sleep_until(since + GRACE_TIME).await;
+                continue;
+            }
+            if let Some((_, (_, leave))) = lock(&self.waiting).clients.pop_first() {
+                leave.notify_one();
+            }
+            // It leaves at once, as it does nothing.
+            break self.places.clone().acquire_owned().await.ok()?;
         };
         let place = Place {
             waiting: self.waiting.clone(),
@@ -68,7 +79,8 @@ impl Place {
         let mut waiting = lock(&self.waiting);
         waiting.last += 1;
         let number = waiting.last;
-        waiting.clients.insert(number, self.leave.clone());
+        let since = Instant::now();
+        waiting.clients.insert(number, (since, self.leave.clone()));
         let before = self.since.swap(number, Ordering::Relaxed);
         waiting.clients.remove(&before);
     }
@@ -98,8 +110,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::time::timeout;
 
     use super::*;
