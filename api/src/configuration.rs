@@ -66,6 +66,12 @@ pub struct Configuration {
     /// See `PUT /cpu-config`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_config: Option<serde_json::Value>,
+    /// Persistent memory devices, of which there can be none.
+    #[serde(default, skip_serializing)]
+    pub pmem: Vec<serde_json::Value>,
+    /// Memory hotplug, which there is not.
+    #[serde(default, skip_serializing)]
+    pub memory_hotplug: Option<serde_json::Value>,
 }
 
 impl Configuration {
@@ -74,6 +80,15 @@ impl Configuration {
     /// # Errors
     /// As the methods that put parts.
     pub fn check(self) -> Result<Configuration, Fault> {
+        let not_supported = |what: &str| Fault::NotSupported {
+            what: what.to_string(),
+        };
+        if !self.pmem.is_empty() {
+            return Err(not_supported("Persistent memory devices"));
+        }
+        if self.memory_hotplug.is_some() {
+            return Err(not_supported("Memory hotplug"));
+        }
         let mut checked = Configuration {
             logger: self.logger,
             metrics: self.metrics,

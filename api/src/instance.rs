@@ -1,17 +1,18 @@
 //! What the API speaks for: a configuration that clients put together, and the machine that is made of it.
 
 use std::num::NonZeroU32;
-use std::sync::Arc;
 
-use bantam_vmm::{Console, Controller, Error, MachineMetrics, MetadataStore, State};
+use bantam_vmm::{Console, Controller, Error, MetadataStore, State};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault, net_limits};
 use crate::fault::Fault;
 use crate::metrics::{MetricsFile, ProcessTimes};
+use crate::metrics_groups::groups;
 use crate::request::Request;
+use crate::request_counts::{RequestCounts, names_of};
 use crate::resources::{
     Action, ActionType, BalloonUpdate, Drive, DriveUpdate, InstanceInformation, Logger, Metrics,
     NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Version, Vm, VmState,
@@ -72,14 +73,15 @@ pub struct Instance {
     controller: Controller,
     console: Option<Console>,
     log: Box<dyn ProgramLog>,
-    process_times: ProcessTimes,
+    /// How long it took until there was this instance, for the metrics.
+    startup_times: Value,
     on_start: Box<dyn FnMut() + Send>,
     boot_timer: bool,
     /// Metadata before the start, and of a machine that serves none.
     metadata: MetadataStore,
     configuration: Configuration,
     metrics_file: Option<MetricsFile>,
-    metrics: Option<Arc<MachineMetrics>>,
+    requests: RequestCounts,
 }
 
 impl Instance {
@@ -90,13 +92,13 @@ impl Instance {
             controller,
             console: Some(options.console),
             log: options.log,
-            process_times: options.process_times,
+            startup_times: options.process_times.until_now(),
             on_start: options.on_start,
             boot_timer: options.boot_timer,
             metadata: MetadataStore::new(options.metadata_size),
             configuration: Configuration::default(),
             metrics_file: None,
-            metrics: None,
+            requests: RequestCounts::default(),
         }
     }
 
@@ -125,6 +127,13 @@ impl Instance {
     /// # Errors
     /// When it is refused.
     pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
+        let names = names_of(&request);
+        let result = self.answer(request);
+        self.requests.count(names, result.is_err());
+        result
+    }
+
+    fn answer(&mut self, request: Request) -> Result<Reply, Fault> {
         match request {
             Request::GetInstance => Reply::value(&InstanceInformation {
                 app_name: "Bantam",
@@ -388,7 +397,6 @@ impl Instance {
         self.controller.start()?;
         // The machine has its own. Whoever reads its output sees it end with the machine.
         self.console = None;
-        self.metrics = self.controller.metrics().ok();
         (self.on_start)();
         Ok(())
     }
@@ -430,18 +438,25 @@ impl Instance {
 
     /// Writes the metrics to their file, if they have one and the machine has been started.
     pub fn flush_metrics(&mut self) {
-        let Some(metrics) = &self.metrics else {
+        // Nothing is written before the start.
+        let Ok(metrics) = self.controller.metrics() else {
             return;
         };
-        let Ok(mut totals) = serde_json::to_value(metrics) else {
+        let Ok(machine) = serde_json::to_value(metrics) else {
             return;
         };
-        totals["api_server"] = json!({
-            "process_startup_time_us": self.process_times.start_us.unwrap_or(0),
-            "process_startup_time_cpu_us": self.process_times.start_cpu_us.unwrap_or(0),
+        let drives = self.configuration.drives_in_order();
+        let drives: Vec<&str> = drives.map(|drive| drive.drive_id.as_str()).collect();
+        let interfaces = &self.configuration.network_interfaces;
+        let mut totals = groups(&machine, |list, index| match list {
+            "disks" => drives.get(index).copied(),
+            "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
+            _ => None,
         });
+        totals.insert("api_server".to_string(), self.startup_times.clone());
+        self.requests.add_to(&mut totals);
         if let Some(file) = &mut self.metrics_file
-            && let Err(error) = file.write(totals)
+            && let Err(error) = file.write(Value::Object(totals))
         {
             tracing::warn!("cannot write metrics: {error}");
         }

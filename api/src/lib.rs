@@ -5,11 +5,14 @@
 //! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
 //! clients of a Unix socket.
 
+mod clients;
 mod configuration;
 mod fault;
 mod instance;
 mod metrics;
+mod metrics_groups;
 mod request;
+mod request_counts;
 pub mod resources;
 mod server;
 

@@ -4,8 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
 /// When the process was started, as whoever started it says, in microseconds.
@@ -17,6 +18,29 @@ pub struct ProcessTimes {
     pub start_cpu_us: Option<u64>,
     /// CPU time of the parent process up to then.
     pub parent_cpu_us: Option<u64>,
+}
+
+impl ProcessTimes {
+    /// How long the process took from its start until now, as far as that is known: member `api_server` of
+    /// the metrics.
+    pub(crate) fn until_now(&self) -> Value {
+        let microseconds = |clock| {
+            let now = clock_gettime(clock).map(Duration::from);
+            now.map_or(0, |time| time.as_micros() as u64)
+        };
+        let wall = self
+            .start_us
+            .map(|start| microseconds(ClockId::CLOCK_MONOTONIC).saturating_sub(start));
+        let cpu = self.start_cpu_us.map(|start| {
+            microseconds(ClockId::CLOCK_PROCESS_CPUTIME_ID)
+                .saturating_sub(start)
+                .saturating_add(self.parent_cpu_us.unwrap_or(0))
+        });
+        json!({
+            "process_startup_time_us": wall.unwrap_or(0),
+            "process_startup_time_cpu_us": cpu.unwrap_or(0),
+        })
+    }
 }
 
 /// Values that are states, not totals: they are written as they are.
@@ -100,6 +124,11 @@ fn growth(now: &Value, before: &Value) -> Value {
             };
             Value::Object(members.iter().map(growth_of).collect())
         }
+        Value::Array(items) => {
+            let before = |index| before.get(index).unwrap_or(&Value::Null);
+            let growth_of = |(index, value)| growth(value, before(index));
+            Value::Array(items.iter().enumerate().map(growth_of).collect())
+        }
         Value::Number(number) => match (number.as_u64(), before.as_u64()) {
             (Some(now), Some(before)) => json!(now.saturating_sub(before)),
             _ => now.clone(),
@@ -113,12 +142,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_time_of_the_start_is_told_as_far_as_it_is_known() {
+        let times = ProcessTimes {
+            start_us: Some(1),
+            start_cpu_us: Some(u64::MAX),
+            parent_cpu_us: Some(7),
+        };
+        let told = times.until_now();
+        assert!(told["process_startup_time_us"].as_u64().unwrap() > 0);
+        assert_eq!(told["process_startup_time_cpu_us"], 7);
+        let told = ProcessTimes::default().until_now();
+        assert_eq!(told["process_startup_time_us"], 0);
+        assert_eq!(told["process_startup_time_cpu_us"], 0);
+    }
+
+    #[test]
     fn lines_say_what_was_added_since_the_last() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics");
         let mut file = MetricsFile::open(&path).unwrap();
         for (count, most) in [(3, 7), (5, 9)] {
-            let totals = json!({"block": {"read_count": count, "read_agg": {"max_us": most}}});
+            let totals = json!({
+                "block": {"read_count": count, "read_agg": {"max_us": most}},
+                "vcpus": [{"exit_io_in": 1}, {"exit_io_in": count}],
+            });
             file.write(totals).unwrap();
         }
         let text = std::fs::read_to_string(&path).unwrap();
@@ -131,5 +178,8 @@ mod tests {
         assert_eq!(lines[0]["block"]["read_count"], 3);
         assert_eq!(lines[1]["block"]["read_count"], 2);
         assert_eq!(lines[1]["block"]["read_agg"]["max_us"], 9);
+        assert_eq!(lines[0]["vcpus"][1]["exit_io_in"], 3);
+        assert_eq!(lines[1]["vcpus"][0]["exit_io_in"], 0);
+        assert_eq!(lines[1]["vcpus"][1]["exit_io_in"], 2);
     }
 }

@@ -192,16 +192,25 @@ impl Request {
     }
 }
 
-/// Reads a body, or another text in JSON.
+/// Reads a body, or another object in JSON.
 ///
 /// # Errors
-/// When it is no JSON or not of this type. The error names the field and the place.
+/// When it is no object in JSON, or not of this type. The error names the field and the place.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
+    // The members of a struct are otherwise taken in their order, too.
+    if text.trim_ascii_start().starts_with(b"[") {
+        return Err(Fault::Body {
+            field: String::new(),
+            message: "it is an array, but has to be an object".to_string(),
+        });
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let field = match error.path().to_string() {
-            path if path == "." => String::new(),
-            path => format!("{path}: "),
+        // Members whose name is not known yet are question marks.
+        let path = error.path().to_string();
+        let field = match path.trim_end_matches(['.', '?']) {
+            "" => String::new(),
+            field => format!("{field}: "),
         };
         let message = error.into_inner().to_string().replace('\n', " ");
         Fault::Body { field, message }
@@ -327,6 +336,18 @@ mod tests {
                 "/entropy",
                 "{} x",
                 "Invalid JSON body: trailing characters at line 1 column 4",
+            ),
+            (
+                "PUT",
+                "/entropy",
+                r#"{"rate_limiter": {"#,
+                "Invalid JSON body: rate_limiter: EOF while parsing an object at line 1 column 18",
+            ),
+            (
+                "PUT",
+                "/entropy",
+                " []",
+                "Invalid JSON body: it is an array, but has to be an object",
             ),
             (
                 "PUT",

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -17,11 +17,12 @@ use hyper::{Method, Request as HttpRequest, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::sync::{Mutex, Notify};
 use tokio::task;
 use tokio::time::{self, MissedTickBehavior};
 use tokio_io_timeout::TimeoutStream;
 
+use crate::clients::{Clients, Place};
 use crate::fault::Fault;
 use crate::instance::{Instance, Reply};
 use crate::request::Request;
@@ -34,6 +35,8 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Most bytes of a request's head, and of what is kept of a client's data before it is looked at.
 const MAX_HEAD_SIZE: usize = 16 << 10;
+/// How much of a body that is too large is passed over.
+const PASSED_OVER_SIZE: usize = 4 << 20;
 /// How long the thread that executes requests waits for the next one before it ends.
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
@@ -50,7 +53,8 @@ const METRICS_PERIOD: Duration = Duration::from_secs(60);
 pub struct ServerLimits {
     /// Most bytes of a request's body.
     pub body_size: usize,
-    /// Most clients at a time. More are told to come back later.
+    /// Most clients at a time. Another takes the place of whoever the server has waited for longest; if all
+    /// of them wait for the server, it is told to come back later.
     pub clients: usize,
 }
 
@@ -189,7 +193,7 @@ async fn serve(
     limits: ServerLimits,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
-    let places = Arc::new(Semaphore::new(limits.clients));
+    let clients = Clients::new(limits.clients);
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
@@ -200,31 +204,49 @@ async fn serve(
                 continue;
             }
         };
-        let Ok(place) = places.clone().try_acquire_owned() else {
+        let Some(place) = clients.place().await else {
             // What does not fit into the socket's buffer is not waited for.
             let _ = client.try_write(TOO_MANY_CLIENTS);
             continue;
         };
         let instance = instance.clone();
         tokio::spawn(async move {
-            if let Err(error) = serve_client(client, instance, limits).await {
+            let served = tokio::select! {
+                biased;
+                () = place.needed() => Err(ClientError::PlaceNeeded),
+                served = serve_client(client, &place, instance, limits) => served,
+            };
+            if let Err(error) = served {
                 tracing::debug!("a client of the API: {error}");
             }
-            drop(place);
         });
     }
 }
 
+/// Why a client's connection ends before the client wants it to.
+#[derive(Debug, thiserror::Error)]
+enum ClientError {
+    #[error("its place is needed for another")]
+    PlaceNeeded,
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+}
+
 async fn serve_client(
     client: UnixStream,
+    place: &Place,
     instance: Arc<Mutex<Instance>>,
     limits: ServerLimits,
-) -> hyper::Result<()> {
+) -> Result<(), ClientError> {
     let mut client = TimeoutStream::new(client);
     client.set_write_timeout(Some(ANSWER_TIME));
     let answer = service_fn(|request| {
         let instance = instance.clone();
-        async move { Ok::<_, Infallible>(answer(request, instance, limits).await) }
+        async move {
+            let answer = answer(request, place, instance, limits).await;
+            place.wait_for_client();
+            Ok::<_, Infallible>(answer)
+        }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
@@ -233,21 +255,22 @@ async fn serve_client(
         // A client may close its end when it has asked.
         .half_close(true)
         .serve_connection(TokioIo::new(Box::pin(client)), answer)
-        .await
+        .await?;
+    Ok(())
 }
 
 type Answer = Response<Full<Bytes>>;
 
 async fn answer(
     request: HttpRequest<Incoming>,
+    place: &Place,
     instance: Arc<Mutex<Instance>>,
     limits: ServerLimits,
 ) -> Answer {
     let (head, body) = request.into_parts();
-    let body = Limited::new(body, limits.body_size).collect();
-    let body = match time::timeout(BODY_TIME, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+    let body = match time::timeout(BODY_TIME, read_body(body, limits.body_size)).await {
+        Ok(Ok(Some(body))) => body,
+        Ok(Ok(None)) => {
             let limit = limits.body_size;
             let message = format!("The body is larger than the limit of {limit} bytes");
             return last_answer(StatusCode::PAYLOAD_TOO_LARGE, &message);
@@ -261,6 +284,7 @@ async fn answer(
             return last_answer(StatusCode::REQUEST_TIMEOUT, message);
         }
     };
+    place.work();
     let path = head.uri.path();
     let is_write = head.method != Method::GET;
     let parsed = Request::parse(head.method.as_str(), path, &body);
@@ -283,6 +307,30 @@ async fn answer(
             answer_with(StatusCode::BAD_REQUEST, Some(&fault_body(&message)))
         }
     }
+}
+
+/// Reads a body. None if it is larger than `limit`: as much of it as others send by mistake is then passed
+/// over, as few clients look at an answer before they have sent everything.
+async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec<u8>>> {
+    let most = limit.saturating_add(PASSED_OVER_SIZE);
+    let announced = body.size_hint().lower();
+    if announced > most as u64 {
+        return Ok(None);
+    }
+    let mut kept = Vec::with_capacity(limit.min(announced as usize));
+    let mut size = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else {
+            continue;
+        };
+        size += data.len();
+        if size <= limit {
+            kept.extend_from_slice(&data);
+        } else if size > most {
+            break;
+        }
+    }
+    Ok((size <= limit).then_some(kept))
 }
 
 /// Executes a request that may take its time on a thread of its own, so that others are answered

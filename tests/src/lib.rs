@@ -1,6 +1,8 @@
 //! What the tests of Bantam on real KVM, and its benchmarks, have in common: finding and building
 //! the monitor and the guests, and starting machines that can be waited for and never stay behind.
 
+mod api;
+mod api_machine;
 mod artefacts;
 mod huge_pages;
 mod images;
@@ -14,6 +16,8 @@ mod traffic;
 mod watchdog;
 mod workload;
 
+pub use api::{Answer, ApiClient};
+pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};

@@ -61,6 +61,11 @@ impl Bantam {
         Self::run(payload(name))
     }
 
+    /// `bantam api` on a socket.
+    pub fn api(socket: &Path) -> Self {
+        Self::new(["api"]).option("--api-sock", socket)
+    }
+
     /// `bantam run` with a Linux kernel. Waits until there is a free [`LinuxSlot`].
     pub fn linux(kernel: Kernel) -> Self {
         let mut bantam = Self::run(kernel.vmlinux()).limit(LINUX_LIMIT);

@@ -3,6 +3,7 @@
 //!
 //! Prints a table, and writes its rows to `bench/results.json` in cargo's target folder.
 
+mod api;
 mod block;
 mod boot;
 mod disks;
@@ -27,8 +28,9 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("start", start::measure),
+    ("api", api::measure),
     ("boot", boot::measure),
     ("memory", memory::measure),
     ("many", many::measure),

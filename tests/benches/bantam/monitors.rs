@@ -133,6 +133,11 @@ impl Monitors {
         )
     }
 
+    /// The program `bantam`.
+    pub fn bantam(&self) -> &Path {
+        &self.bantam
+    }
+
     /// A folder for files of the benchmarks.
     pub fn folder(&self) -> &Path {
         &self.folder

@@ -1,9 +1,15 @@
 //! Says that the machine runs: the way it was entered and its command line.
+//!
+//! Arguments: `boot-timer` writes 123 to the register that tells the monitor that the guest has booted.
 
 #![no_std]
 #![no_main]
 
-use runtime::{BootInfo, payload, println};
+use runtime::{BootInfo, arguments, mmio, payload, println};
+
+/// The register, and what is written there.
+const BOOT_TIMER: u64 = 0xc000_0000;
+const HAS_BOOTED: u8 = 123;
 
 payload!(hello);
 
@@ -11,4 +17,8 @@ fn hello() {
     let info = BootInfo::get();
     println!("hello from ring 3 via {}", info.protocol);
     println!("command line: {}", info.command_line);
+    if arguments::flag("boot-timer") {
+        // SAFETY: the address is mapped, and there is no memory.
+        unsafe { mmio::write_8(BOOT_TIMER, HAS_BOOTED) };
+    }
 }

@@ -1,0 +1,149 @@
+//! The clients that are connected, of whom there can be so many. Those that the server waits for give
+//! their place to others, so that nobody keeps everybody else out by doing nothing.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{self, Duration, Instant};
+
+/// How long a client is waited for at least, so that many who come at once do not drive out one another
+/// and those who have something to say. Others wait until then to be accepted.
+const GRACE_TIME: Duration = Duration::from_millis(50);
+
+/// All clients.
+pub(crate) struct Clients {
+    places: Arc<Semaphore>,
+    waiting: Arc<Mutex<Waiting>>,
+}
+
+/// Those that the server waits for: to send, or to take an answer.
+#[derive(Default)]
+struct Waiting {
+    /// By the order in which that began, with the time.
+    clients: BTreeMap<u64, (Instant, Arc<Notify>)>,
+    last: u64,
+}
+
+impl Clients {
+    /// Room for `count` of them.
+    pub(crate) fn new(count: usize) -> Clients {
+        Clients {
+            places: Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS))),
+            waiting: Arc::default(),
+        }
+    }
+
+    /// A place for another client, that of whoever the server has waited for longest if need be. None
+    /// where it waits for nobody.
+    pub(crate) async fn place(&self) -> Option<Place> {
+        let permit = loop {
+            if let Ok(permit) = self.places.clone().try_acquire_owned() {
+                break permit;
+            }
+            let since = lock(&self.waiting).clients.first_entry()?.get().0;
+            if since.elapsed() < GRACE_TIME {
+                time::sleep_until(since + GRACE_TIME).await;
+                continue;
+            }
+            if let Some((_, (_, leave))) = lock(&self.waiting).clients.pop_first() {
+                leave.notify_one();
+            }
+            // It leaves at once, as it does nothing.
+            break self.places.clone().acquire_owned().await.ok()?;
+        };
+        let place = Place {
+            waiting: self.waiting.clone(),
+            leave: Arc::new(Notify::new()),
+            since: AtomicU64::new(0),
+            _permit: permit,
+        };
+        place.wait_for_client();
+        Some(place)
+    }
+}
+
+/// A client's place, which is free again when this is dropped.
+pub(crate) struct Place {
+    waiting: Arc<Mutex<Waiting>>,
+    leave: Arc<Notify>,
+    /// Its number among those that are waited for, if it is one of them.
+    since: AtomicU64,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Says that the server waits for the client from now on.
+    pub(crate) fn wait_for_client(&self) {
+        let mut waiting = lock(&self.waiting);
+        waiting.last += 1;
+        let number = waiting.last;
+        let since = Instant::now();
+        waiting.clients.insert(number, (since, self.leave.clone()));
+        let before = self.since.swap(number, Ordering::Relaxed);
+        waiting.clients.remove(&before);
+    }
+
+    /// Says that the client waits for the server from now on.
+    pub(crate) fn work(&self) {
+        let number = self.since.load(Ordering::Relaxed);
+        lock(&self.waiting).clients.remove(&number);
+    }
+
+    /// Waits until the place is needed for another client.
+    pub(crate) async fn needed(&self) {
+        self.leave.notified().await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.work();
+    }
+}
+
+/// What a mutex guards, also after a panic: each change of it is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+
+    async fn is_needed(place: &Place) -> bool {
+        timeout(Duration::ZERO, place.needed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn who_is_waited_for_longest_gives_the_place_to_another() {
+        let clients = Clients::new(3);
+        let first = clients.place().await.unwrap();
+        let second = clients.place().await.unwrap();
+        let third = clients.place().await.unwrap();
+        // The first has been waited for less long than the others.
+        first.work();
+        first.wait_for_client();
+        let leaving = async {
+            second.needed().await;
+            drop(second);
+        };
+        let ((), fourth) = tokio::join!(leaving, clients.place());
+        assert!(fourth.is_some());
+        assert!(!is_needed(&first).await && !is_needed(&third).await);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_server_keeps_the_place() {
+        let clients = Clients::new(1);
+        let first = clients.place().await.unwrap();
+        first.work();
+        assert!(clients.place().await.is_none());
+        assert!(!is_needed(&first).await);
+        drop(first);
+        assert!(clients.place().await.is_some());
+    }
+}

@@ -1,0 +1,265 @@
+//! The API's balloon, sockets, limits and drives that change while the machine runs. Every answer
+//! is checked against `docs/openapi.yaml`.
+
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+
+use bantam_tests::{ApiMachine, HostTap, require_kvm, require_taps};
+use serde_json::{Value, json};
+
+const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
+const BEFORE_START: &str = "The requested operation is not supported before starting the microVM";
+
+fn limiter(size: u64) -> Value {
+    let bucket = json!({"size": size, "one_time_burst": 2 * size, "refill_time": 100});
+    json!({"bandwidth": bucket, "ops": bucket})
+}
+
+// --- Balloon --------------------------------------------------------------------------------------
+
+#[test]
+fn a_balloon_is_put_before_the_start_and_changes_its_size_after_it() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    for path in ["/balloon", "/balloon/statistics"] {
+        api.refused("GET", path, "");
+    }
+    let (size, interval) = (
+        json!({"amount_mib": 16}),
+        json!({"stats_polling_interval_s": 2}),
+    );
+    assert_eq!(machine.refused("PATCH", "/balloon", &size), BEFORE_START);
+    assert_eq!(
+        machine.refused("PATCH", "/balloon/statistics", &interval),
+        BEFORE_START
+    );
+    let hinting = json!({"amount_mib": 8, "deflate_on_oom": false, "free_page_hinting": true});
+    let reason = machine.refused("PUT", "/balloon", &hinting);
+    assert!(reason.contains("not supported"), "{reason}");
+    let balloon = json!({
+        "amount_mib": 8,
+        "deflate_on_oom": true,
+        "stats_polling_interval_s": 1,
+        "free_page_hinting": false,
+        "free_page_reporting": true,
+    });
+    api.put("/balloon", &balloon);
+    assert_eq!(api.get("/balloon"), balloon);
+    machine.start_hello();
+    assert_eq!(machine.refused("PUT", "/balloon", &balloon), AFTER_START);
+    api.patch("/balloon", &size);
+    api.patch("/balloon/statistics", &interval);
+    let now = api.get("/balloon");
+    assert_eq!(now["amount_mib"], 16);
+    assert_eq!(now["stats_polling_interval_s"], 2);
+    assert_eq!(api.get("/vm/config")["balloon"], now);
+    // This guest has no driver of it.
+    let statistics = api.get("/balloon/statistics");
+    assert_eq!(statistics["target_mib"], 16);
+    assert_eq!(statistics["target_pages"], 16 * 256);
+    assert_eq!(statistics["actual_mib"], 0);
+    let off = json!({"stats_polling_interval_s": 0});
+    machine.refused("PATCH", "/balloon/statistics", &off);
+    machine.stop();
+}
+
+#[test]
+fn a_machine_without_balloon_or_statistics_says_so() {
+    require_kvm!();
+    for balloon in [
+        None,
+        Some(json!({"amount_mib": 8, "deflate_on_oom": false})),
+    ] {
+        let machine = ApiMachine::new();
+        if let Some(balloon) = &balloon {
+            machine.api.put("/balloon", balloon);
+        }
+        machine.start_hello();
+        let interval = json!({"stats_polling_interval_s": 1});
+        machine.refused("PATCH", "/balloon/statistics", &interval);
+        machine.api.refused("GET", "/balloon/statistics", "");
+        let size = json!({"amount_mib": 16});
+        if balloon.is_some() {
+            machine.api.patch("/balloon", &size);
+        } else {
+            let reason = machine.refused("PATCH", "/balloon", &size);
+            assert!(reason.contains("balloon"), "{reason}");
+        }
+        machine.stop();
+    }
+}
+
+// --- Sockets --------------------------------------------------------------------------------------
+
+#[test]
+fn a_socket_device_listens_while_the_machine_runs() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let socket = folder.path().join("vsock");
+    for cid in [0, 1, 2, u32::MAX] {
+        let vsock = json!({"guest_cid": cid, "uds_path": socket});
+        let reason = machine.refused("PUT", "/vsock", &vsock);
+        assert!(reason.contains("guest_cid"), "{reason}");
+    }
+    api.put(
+        "/vsock",
+        &json!({"guest_cid": 3, "uds_path": socket, "vsock_id": "old"}),
+    );
+    api.put("/vsock", &json!({"guest_cid": 4, "uds_path": socket}));
+    assert_eq!(api.get("/vm/config")["vsock"]["guest_cid"], 4);
+    assert!(!socket.exists());
+    machine.start_hello();
+    assert!(fs::metadata(&socket).unwrap().file_type().is_socket());
+    let vsock = json!({"guest_cid": 5, "uds_path": socket});
+    assert_eq!(machine.refused("PUT", "/vsock", &vsock), AFTER_START);
+    machine.stop();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_socket_that_cannot_be_had_is_told_at_the_start() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let socket = machine.image("taken", 1);
+    machine
+        .api
+        .put("/vsock", &json!({"guest_cid": 3, "uds_path": socket}));
+    machine.boot("hello", "finish=hang");
+    let start = json!({"action_type": "InstanceStart"});
+    let reason = machine.refused("PUT", "/actions", &start);
+    assert!(reason.contains("taken"), "{reason}");
+    machine.api.put(
+        "/vsock",
+        &json!({"guest_cid": 3, "uds_path": machine.path("free")}),
+    );
+    machine.start_hello();
+    machine.stop();
+}
+
+// --- Drives and limits ----------------------------------------------------------------------------
+
+#[test]
+fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let (first, second) = (
+        machine.image("first", 1 << 16),
+        machine.image("second", 1 << 17),
+    );
+    let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": first,
+                       "rate_limiter": limiter(1 << 20)});
+    api.put("/drives/a", &drive);
+    let swap = json!({"drive_id": "a", "path_on_host": second});
+    assert_eq!(machine.refused("PATCH", "/drives/a", &swap), BEFORE_START);
+    machine.start_hello();
+    api.patch("/drives/a", &swap);
+    let told = |member: &str| api.get("/vm/config")["drives"][0][member].clone();
+    assert_eq!(told("path_on_host"), json!(second));
+    assert_eq!(told("rate_limiter"), limiter(1 << 20));
+    api.patch(
+        "/drives/a",
+        &json!({"drive_id": "a", "rate_limiter": limiter(1 << 10)}),
+    );
+    assert_eq!(told("rate_limiter"), limiter(1 << 10));
+    // As far as they change.
+    let no_operations = json!({"ops": {"size": 0, "refill_time": 0}});
+    api.patch(
+        "/drives/a",
+        &json!({"drive_id": "a", "rate_limiter": no_operations}),
+    );
+    assert_eq!(
+        told("rate_limiter")["bandwidth"],
+        limiter(1 << 10)["bandwidth"]
+    );
+    assert_eq!(told("rate_limiter")["ops"]["size"], 0);
+    // The same again, which has grown.
+    fs::write(&second, vec![0; 1 << 18]).unwrap();
+    api.patch("/drives/a", &swap);
+    // The first is free for others, the second is not.
+    let other = json!({"drive_id": "b", "path_on_host": first});
+    let reason = machine.refused("PATCH", "/drives/b", &other);
+    assert!(reason.contains("'b'"), "{reason}");
+    let missing = machine.path("missing");
+    let swap = json!({"drive_id": "a", "path_on_host": missing});
+    let reason = machine.refused("PATCH", "/drives/a", &swap);
+    assert!(reason.contains("missing"), "{reason}");
+    assert_eq!(told("path_on_host"), json!(second));
+    machine.stop();
+}
+
+#[test]
+fn the_limits_of_a_network_change_while_the_machine_runs() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name,
+                           "guest_mac": "06:00:c0:00:02:01", "mtu": 1400,
+                           "rx_rate_limiter": limiter(1 << 20)});
+    api.put("/network-interfaces/eth0", &interface);
+    let update = json!({"iface_id": "eth0", "tx_rate_limiter": limiter(1 << 10)});
+    let path = "/network-interfaces/eth0";
+    assert_eq!(machine.refused("PATCH", path, &update), BEFORE_START);
+    machine.boot("devices", "expect-devices=1 finish=hang");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("PASS\n");
+    api.patch(path, &update);
+    let told = &api.get("/vm/config")["network-interfaces"][0];
+    assert_eq!(told["rx_rate_limiter"], limiter(1 << 20));
+    assert_eq!(told["tx_rate_limiter"], limiter(1 << 10));
+    let other = json!({"iface_id": "eth1", "tx_rate_limiter": limiter(1)});
+    let reason = machine.refused("PATCH", "/network-interfaces/eth1", &other);
+    assert!(reason.contains("'eth1'"), "{reason}");
+    machine.stop();
+}
+
+#[test]
+fn metrics_count_the_work_of_devices() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let file = machine.path("metrics");
+    api.put("/metrics", &json!({"metrics_path": file}));
+    let image = machine.image("image", 1 << 16);
+    let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": image});
+    api.put("/drives/a", &drive);
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
+    api.put("/network-interfaces/eth0", &interface);
+    api.put("/entropy", &json!({}));
+    machine.boot("devices", "expect-devices=2,1,4 finish=hang");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("PASS\n");
+    api.act("FlushMetrics");
+    let text = fs::read_to_string(&file).unwrap();
+    let line: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let count = |name: &str| numbers(&line, name).iter().sum::<u64>();
+    for name in [
+        "read_count",
+        "read_bytes",
+        "entropy_bytes",
+        "tx_packets_count",
+    ] {
+        assert!(count(name) > 0, "{name}: {line}");
+    }
+    machine.stop();
+}
+
+/// All numbers of this name, however deep.
+fn numbers(value: &Value, name: &str) -> Vec<u64> {
+    match value {
+        Value::Object(members) => members
+            .iter()
+            .flat_map(|(member, value)| match value.as_u64() {
+                Some(number) if member == name => vec![number],
+                _ => numbers(value, name),
+            })
+            .collect(),
+        Value::Array(items) => items.iter().flat_map(|item| numbers(item, name)).collect(),
+        _ => Vec::new(),
+    }
+}
