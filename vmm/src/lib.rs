@@ -21,6 +21,10 @@
 //! The library prints nothing, ends no process and touches no signal's disposition: everything that
 //! goes wrong is an [`Error`], and its log goes to the `tracing` subscriber of the program.
 
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+struct EmbeddingPage;
+
 pub mod config;
 mod control;
 mod controller;
