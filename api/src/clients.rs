@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{self, Duration, Instant};
 
 /// How long a client is waited for at least, so that many who come at once do not drive out one another
@@ -15,7 +15,10 @@ const GRACE_TIME: Duration = Duration::from_millis(50);
 /// All clients.
 pub(crate) struct Clients {
     places: Arc<Semaphore>,
+    count: u32,
     waiting: Arc<Mutex<Waiting>>,
+    /// Whether all are to leave.
+    leaving: watch::Sender<bool>,
 }
 
 /// Those that the server waits for: to send, or to take an answer.
@@ -29,10 +32,20 @@ struct Waiting {
 impl Clients {
     /// Room for `count` of them.
     pub(crate) fn new(count: usize) -> Clients {
+        let count = u32::try_from(count.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
         Clients {
-            places: Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS))),
+            places: Arc::new(Semaphore::new(count as usize)),
+            count,
             waiting: Arc::default(),
+            leaving: watch::Sender::new(false),
         }
+    }
+
+    /// Asks all to leave, and waits until they have.
+    pub(crate) async fn leave(&self) {
+        self.leaving.send_replace(true);
+        // It fails only for a semaphore that is closed, which this one never is.
+        let _ = self.places.acquire_many(self.count).await;
     }
 
     /// A place for another client, that of whoever the server has waited for longest if need be. None
@@ -56,6 +69,7 @@ impl Clients {
         let place = Place {
             waiting: self.waiting.clone(),
             leave: Arc::new(Notify::new()),
+            leaving: self.leaving.subscribe(),
             since: AtomicU64::new(0),
             _permit: permit,
         };
@@ -68,6 +82,7 @@ impl Clients {
 pub(crate) struct Place {
     waiting: Arc<Mutex<Waiting>>,
     leave: Arc<Notify>,
+    leaving: watch::Receiver<bool>,
     /// Its number among those that are waited for, if it is one of them.
     since: AtomicU64,
     _permit: OwnedSemaphorePermit,
@@ -89,6 +104,12 @@ impl Place {
     pub(crate) fn work(&self) {
         let number = self.since.load(Ordering::Relaxed);
         lock(&self.waiting).clients.remove(&number);
+    }
+
+    /// Waits until all clients are to leave as soon as they have the answers to what they have asked for.
+    pub(crate) async fn leaving(&self) {
+        // It fails when there are no clients any more.
+        let _ = self.leaving.clone().wait_for(|leaving| *leaving).await;
     }
 
     /// Waits until the place is needed for another client.
@@ -134,6 +155,23 @@ mod tests {
         let ((), fourth) = tokio::join!(leaving, clients.place());
         assert!(fourth.is_some());
         assert!(!is_needed(&first).await && !is_needed(&third).await);
+    }
+
+    #[tokio::test]
+    async fn all_leave_before_the_end() {
+        let clients = Clients::new(3);
+        let [first, second] = [
+            clients.place().await.unwrap(),
+            clients.place().await.unwrap(),
+        ];
+        assert!(timeout(Duration::ZERO, first.leaving()).await.is_err());
+        let leaving = async {
+            first.leaving().await;
+            drop(first);
+            second.leaving().await;
+            drop(second);
+        };
+        tokio::join!(leaving, clients.leave());
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! What clients have said of the machine so far, and the machine that it makes.
 
-use std::fs::File;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use bantam_vmm::NetLimits;
@@ -99,11 +100,9 @@ impl Configuration {
             checked.put_boot_source(boot_source)?;
         }
         for drive in self.drives {
-            check_name(&drive.drive_id)?;
             checked.put_drive(drive)?;
         }
         for interface in self.network_interfaces {
-            check_name(&interface.iface_id)?;
             checked.put_network_interface(interface)?;
         }
         if let Some(balloon) = self.balloon {
@@ -148,6 +147,7 @@ impl Configuration {
     }
 
     pub(crate) fn put_drive(&mut self, drive: Drive) -> Result<(), Fault> {
+        check_name(&drive.drive_id)?;
         if drive.socket.is_some() {
             return Err(Fault::NotSupported {
                 what: "vhost-user drives".to_string(),
@@ -177,6 +177,7 @@ impl Configuration {
         &mut self,
         interface: NetworkInterface,
     ) -> Result<(), Fault> {
+        check_name(&interface.iface_id)?;
         net_config(&interface)?;
         let is_same = |other: &NetworkInterface| {
             other.iface_id != interface.iface_id
@@ -247,7 +248,9 @@ impl Configuration {
         let boot_source = self.boot_source.as_ref().ok_or(Fault::NoBootSource)?;
         let mut config = MachineConfig::new(&boot_source.kernel_image_path);
         config.initrd = boot_source.initrd_path.clone();
-        config.cmdline = Some(self.command_line(boot_source));
+        let boot_args = boot_source.boot_args.as_deref();
+        config.cmdline = Some(boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_string());
+        config.append = self.root_device_words();
         config.cpus = vcpu_count(&self.machine_config)?;
         config.smt = self.machine_config.smt;
         config.memory = memory_size(&self.machine_config)?;
@@ -325,17 +328,15 @@ impl Configuration {
         })
     }
 
-    fn command_line(&self, boot_source: &BootSource) -> String {
-        let words = boot_source.boot_args.as_deref();
-        let mut line = words.unwrap_or(DEFAULT_BOOT_ARGS).to_string();
-        if let Some(root) = self.drives.iter().find(|drive| drive.is_root_device) {
-            match &root.partuuid {
-                Some(partition) => line.push_str(&format!(" root=PARTUUID={partition}")),
-                None => line.push_str(" root=/dev/vda"),
-            }
-            line.push_str(if root.is_read_only { " ro" } else { " rw" });
-        }
-        line
+    /// What the kernel is told of the drive with its root file system.
+    fn root_device_words(&self) -> Option<String> {
+        let root = self.drives.iter().find(|drive| drive.is_root_device)?;
+        let place = match &root.partuuid {
+            Some(partition) => format!("PARTUUID={partition}"),
+            None => "/dev/vda".to_string(),
+        };
+        let access = if root.is_read_only { "ro" } else { "rw" };
+        Some(format!("root={place} {access}"))
     }
 }
 
@@ -349,7 +350,11 @@ fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
 
 /// Tells a client at once of a file that will be missing at the start.
 fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
-    let opened = File::open(path);
+    // Without waiting for what it may be instead: a pipe that nobody writes to.
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
     opened
         .map(drop)
         .map_err(|error| file_fault(what, path, &error))
@@ -388,11 +393,12 @@ fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
 
 fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     let path = drive.path_on_host.clone().unwrap_or_default();
-    let mut serial = drive.drive_id.clone();
-    serial.truncate(LONGEST_SERIAL);
+    // One that was cut off could be that of another drive.
+    let has_serial = drive.drive_id.len() <= LONGEST_SERIAL;
+    let serial = has_serial.then(|| DiskId::try_from(drive.drive_id.clone()));
     Ok(DiskConfig {
         readonly: drive.is_read_only,
-        id: Some(DiskId::try_from(serial).map_err(Fault::value("drive_id"))?),
+        id: serial.transpose().map_err(Fault::value("drive_id"))?,
         cache: match drive.cache_type {
             CacheType::Unsafe => CacheModeOption::Unsafe,
             CacheType::Writeback => CacheModeOption::Writeback,

@@ -119,6 +119,15 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Whether it is refused for no more than its size.
+    pub(crate) fn is_too_large(&self) -> bool {
+        matches!(
+            self,
+            Fault::Metadata(MetadataError::TooLarge { .. })
+                | Fault::Machine(bantam_vmm::Error::Metadata(MetadataError::TooLarge { .. }))
+        )
+    }
+
     /// The line that a client is told.
     pub fn message(&self) -> String {
         without_error_numbers(self.to_string().replace('\n', " "))

@@ -1,8 +1,11 @@
 //! What the API speaks for: a configuration that clients put together, and the machine that is made of it.
 
+use std::io;
 use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bantam_vmm::{Console, Controller, Error, MetadataStore, State};
+use bantam_vmm::config::SerialConfig;
+use bantam_vmm::{Console, Controller, Error, KeyboardError, MetadataStore, ReplaceError, State};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -40,7 +43,7 @@ pub struct InstanceOptions {
     pub log: Box<dyn ProgramLog>,
     /// When the process was started.
     pub process_times: ProcessTimes,
-    /// What is called when the machine has been started.
+    /// What is called when a machine has been started that has the console.
     pub on_start: Box<dyn FnMut() + Send>,
     /// Whether the guest has a device by which it says when it has booted.
     pub boot_timer: bool,
@@ -67,9 +70,57 @@ impl Reply {
     }
 }
 
+/// An instance as far as it can be told of while it does something that takes its time.
+#[derive(Clone)]
+pub struct Identity {
+    id: String,
+    controller: Controller,
+    requests: Arc<Mutex<RequestCounts>>,
+}
+
+impl Identity {
+    /// The answer to a request that asks for no more than this. None for any other.
+    pub(crate) fn answer(&self, request: &Request) -> Option<Result<Reply, Fault>> {
+        let result = match request {
+            Request::GetInstance => self.instance(),
+            Request::GetVersion => version(),
+            _ => return None,
+        };
+        self.count(names_of(request), result.is_err());
+        Some(result)
+    }
+
+    fn instance(&self) -> Result<Reply, Fault> {
+        Reply::value(&InstanceInformation {
+            app_name: "Bantam",
+            id: self.id.clone(),
+            state: match self.controller.state() {
+                State::NotConfigured | State::Configured | State::Starting => "Not started",
+                State::Running | State::Pausing | State::Stopped => "Running",
+                State::Paused => "Paused",
+            },
+            vmm_version: API_VERSION,
+        })
+    }
+
+    fn requests(&self) -> MutexGuard<'_, RequestCounts> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, names: (&'static str, &str), refused: bool) {
+        self.requests().count(names, refused);
+    }
+}
+
+fn version() -> Result<Reply, Fault> {
+    Reply::value(&Version {
+        firecracker_version: API_VERSION,
+    })
+}
+
 /// A configuration and its machine.
 pub struct Instance {
-    id: String,
+    identity: Identity,
     controller: Controller,
     console: Option<Console>,
     log: Box<dyn ProgramLog>,
@@ -81,14 +132,17 @@ pub struct Instance {
     metadata: MetadataStore,
     configuration: Configuration,
     metrics_file: Option<MetricsFile>,
-    requests: RequestCounts,
 }
 
 impl Instance {
     /// An instance of which nothing is configured, whose machine `controller` will own.
     pub fn new(controller: Controller, options: InstanceOptions) -> Instance {
         Instance {
-            id: options.id,
+            identity: Identity {
+                id: options.id,
+                controller: controller.clone(),
+                requests: Arc::default(),
+            },
             controller,
             console: Some(options.console),
             log: options.log,
@@ -98,7 +152,6 @@ impl Instance {
             metadata: MetadataStore::new(options.metadata_size),
             configuration: Configuration::default(),
             metrics_file: None,
-            requests: RequestCounts::default(),
         }
     }
 
@@ -129,25 +182,19 @@ impl Instance {
     pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
         let names = names_of(&request);
         let result = self.answer(request);
-        self.requests.count(names, result.is_err());
+        self.identity.count(names, result.is_err());
         result
+    }
+
+    /// What can be told of it without waiting for what it does.
+    pub fn identity(&self) -> Identity {
+        self.identity.clone()
     }
 
     fn answer(&mut self, request: Request) -> Result<Reply, Fault> {
         match request {
-            Request::GetInstance => Reply::value(&InstanceInformation {
-                app_name: "Bantam",
-                id: self.id.clone(),
-                state: match self.controller.state() {
-                    State::NotConfigured | State::Configured | State::Starting => "Not started",
-                    State::Running | State::Pausing | State::Stopped => "Running",
-                    State::Paused => "Paused",
-                },
-                vmm_version: API_VERSION,
-            }),
-            Request::GetVersion => Reply::value(&Version {
-                firecracker_version: API_VERSION,
-            }),
+            Request::GetInstance => self.identity.instance(),
+            Request::GetVersion => version(),
             Request::GetConfiguration => Reply::value(&self.configuration),
             Request::GetMachineConfiguration => Reply::value(&self.configuration.machine_config),
             Request::PutAction(Action { action_type }) => self.act(action_type),
@@ -212,7 +259,9 @@ impl Instance {
                 self.require_started()?;
                 let balloon = self.configuration.balloon.as_ref().ok_or(NO_BALLOON)?;
                 if balloon.stats_polling_interval_s == 0 {
-                    return Err(NO_BALLOON_STATISTICS);
+                    return Err(Fault::NotConfigured {
+                        kind: "interval of the balloon's statistics",
+                    });
                 }
                 Reply::value(&self.controller.balloon_statistics()?)
             }
@@ -268,7 +317,7 @@ impl Instance {
                     true => self.controller.metadata()?,
                     false => self.metadata.get().cloned(),
                 };
-                Reply::value(&contents)
+                Reply::value(&contents.unwrap_or_default())
             }
         }
     }
@@ -287,14 +336,17 @@ impl Instance {
                 id: update.drive_id,
             });
         };
-        // As also of an image that has become larger or smaller, a client says so by its path.
         if let Some(path) = update.path_on_host {
-            if drive.path_on_host.as_ref() == Some(&path) {
-                self.controller.update_disk_size(place)?;
-            } else {
-                self.controller.replace_disk(place, &path)?;
+            let replaced = self.controller.replace_disk(place, &path);
+            // The other image is there also when the one before could not be flushed.
+            let is_there = matches!(
+                replaced,
+                Ok(()) | Err(Error::ReplaceDisk(ReplaceError::Flush { .. }))
+            );
+            if is_there {
+                drive.path_on_host = Some(path);
             }
-            drive.path_on_host = Some(path);
+            replaced?;
         }
         if let Some(limiter) = update.rate_limiter {
             let limiter = limiter.applied_to(drive.rate_limiter);
@@ -314,15 +366,16 @@ impl Instance {
                 id: update.iface_id,
             });
         };
-        let interface = &mut interfaces[place];
+        let mut interface = interfaces[place].clone();
         let applied = |update: Option<RateLimiter>, before: Option<RateLimiter>| match update {
             Some(update) => Some(update.applied_to(before)),
             None => before,
         };
         interface.rx_rate_limiter = applied(update.rx_rate_limiter, interface.rx_rate_limiter);
         interface.tx_rate_limiter = applied(update.tx_rate_limiter, interface.tx_rate_limiter);
-        let limits = net_limits(interface);
-        self.controller.set_network_limits(place, &limits)?;
+        self.controller
+            .set_network_limits(place, &net_limits(&interface))?;
+        interfaces[place] = interface;
         Ok(())
     }
 
@@ -363,13 +416,18 @@ impl Instance {
                 self.require_started()?;
                 match self.controller.press_ctrl_alt_del() {
                     // A guest without a driver for the keyboard may have one for the button.
-                    Err(Error::Keyboard(_)) => self.controller.press_power_button()?,
+                    Err(Error::Keyboard(KeyboardError::Disabled)) => {
+                        self.controller.press_power_button()?;
+                    }
                     pressed => pressed?,
                 }
             }
             ActionType::FlushMetrics => {
                 self.require_started()?;
-                self.flush_metrics();
+                self.flush_metrics().map_err(|error| Fault::Value {
+                    what: "metrics file",
+                    reason: error.to_string(),
+                })?;
             }
         }
         Ok(Reply::Done)
@@ -393,11 +451,14 @@ impl Instance {
             })?,
             None => Console::default(),
         };
+        let has_console = config.serial == SerialConfig::Stdio;
         self.controller.configure(config, console)?;
         self.controller.start()?;
         // The machine has its own. Whoever reads its output sees it end with the machine.
         self.console = None;
-        (self.on_start)();
+        if has_console {
+            (self.on_start)();
+        }
         Ok(())
     }
 
@@ -437,14 +498,14 @@ impl Instance {
     }
 
     /// Writes the metrics to their file, if they have one and the machine has been started.
-    pub fn flush_metrics(&mut self) {
-        // Nothing is written before the start.
-        let Ok(metrics) = self.controller.metrics() else {
-            return;
+    ///
+    /// # Errors
+    /// When they cannot be written. What they say is then said by the next.
+    pub fn flush_metrics(&mut self) -> io::Result<()> {
+        let (Ok(metrics), Some(file)) = (self.controller.metrics(), &mut self.metrics_file) else {
+            return Ok(());
         };
-        let Ok(machine) = serde_json::to_value(metrics) else {
-            return;
-        };
+        let machine = serde_json::to_value(metrics)?;
         let drives = self.configuration.drives_in_order();
         let drives: Vec<&str> = drives.map(|drive| drive.drive_id.as_str()).collect();
         let interfaces = &self.configuration.network_interfaces;
@@ -454,11 +515,7 @@ impl Instance {
             _ => None,
         });
         totals.insert("api_server".to_string(), self.startup_times.clone());
-        self.requests.add_to(&mut totals);
-        if let Some(file) = &mut self.metrics_file
-            && let Err(error) = file.write(Value::Object(totals))
-        {
-            tracing::warn!("cannot write metrics: {error}");
-        }
+        self.identity.requests().add_to(&mut totals);
+        file.write(Value::Object(totals))
     }
 }

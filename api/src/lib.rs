@@ -18,7 +18,7 @@ mod server;
 
 pub use configuration::Configuration;
 pub use fault::{Fault, without_error_numbers};
-pub use instance::{Instance, InstanceOptions, ProgramLog, Reply};
+pub use instance::{Identity, Instance, InstanceOptions, ProgramLog, Reply};
 pub use metrics::{MetricsFile, ProcessTimes};
 pub use request::{Request, parse_json};
 pub use server::{Server, ServerError, ServerLimits};

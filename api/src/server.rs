@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::clients::{Clients, Place};
 use crate::fault::Fault;
-use crate::instance::{Instance, Reply};
+use crate::instance::{Identity, Instance, Reply};
 use crate::request::Request;
 
 /// How long a client may take to send the head of its next request, from the end of the last one.
@@ -41,6 +42,8 @@ const PASSED_OVER_SIZE: usize = 4 << 20;
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
 const RETRY_TIME: Duration = Duration::from_millis(100);
+/// How long clients may take to receive the answers to what they have asked for by the end.
+const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
 /// What a client is told for whom there is no place.
 const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
     Connection: close\r\nContent-Type: application/json\r\nContent-Length: 48\r\n\r\n\
@@ -90,6 +93,7 @@ pub enum ServerError {
 
 /// The API of one instance on a Unix socket, which is removed in the end.
 pub struct Server {
+    identity: Identity,
     instance: Arc<Mutex<Instance>>,
     listener: Option<Listener>,
     limits: ServerLimits,
@@ -135,11 +139,20 @@ impl Server {
             })
         };
         Ok(Server {
+            identity: instance.identity(),
             instance: Arc::new(Mutex::new(instance)),
             listener: path.map(listen).transpose()?,
             limits,
             ending: Arc::new(Notify::new()),
         })
+    }
+
+    fn service(&self) -> Service {
+        Service {
+            identity: self.identity.clone(),
+            instance: self.instance.clone(),
+            body_size: self.limits.body_size,
+        }
     }
 
     /// What ends [`Server::run`] when one is notified.
@@ -158,22 +171,38 @@ impl Server {
             .max_blocking_threads(1)
             .thread_keep_alive(WORK_THREAD_TIME)
             .build()?;
-        runtime.block_on(async {
+        let clients = Clients::new(self.limits.clients);
+        let result = runtime.block_on(async {
             let serving = async {
                 match &self.listener {
-                    Some(listener) => serve(listener, &self.instance, self.limits).await,
+                    Some(listener) => serve(listener, &clients, &self.service()).await,
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
+            let served = tokio::select! {
                 failed = serving => failed,
                 () = write_metrics(&self.instance) => Ok(()),
                 () = self.ending.notified() => Ok(()),
-            }
-        })?;
-        runtime.block_on(async { self.instance.lock().await.flush_metrics() });
-        Ok(())
+            };
+            // Whoever has asked for something still hears of it: a machine may end as soon as it is
+            // started.
+            let _ = time::timeout(LAST_ANSWERS_TIME, clients.leave()).await;
+            // One that is stuck is not waited for.
+            let _ = time::timeout(LAST_ANSWERS_TIME, flush_metrics(&self.instance)).await;
+            served
+        });
+        runtime.shutdown_timeout(LAST_ANSWERS_TIME);
+        result
     }
+}
+
+/// What every client is served.
+#[derive(Clone)]
+struct Service {
+    identity: Identity,
+    instance: Arc<Mutex<Instance>>,
+    /// Most bytes of a request's body.
+    body_size: usize,
 }
 
 async fn write_metrics(instance: &Mutex<Instance>) {
@@ -183,17 +212,22 @@ async fn write_metrics(instance: &Mutex<Instance>) {
     period.tick().await;
     loop {
         period.tick().await;
-        instance.lock().await.flush_metrics();
+        flush_metrics(instance).await;
+    }
+}
+
+async fn flush_metrics(instance: &Mutex<Instance>) {
+    if let Err(error) = instance.lock().await.flush_metrics() {
+        tracing::warn!("cannot write metrics: {error}");
     }
 }
 
 async fn serve(
     listener: &Listener,
-    instance: &Arc<Mutex<Instance>>,
-    limits: ServerLimits,
+    clients: &Clients,
+    service: &Service,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
-    let clients = Clients::new(limits.clients);
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
@@ -209,12 +243,12 @@ async fn serve(
             let _ = client.try_write(TOO_MANY_CLIENTS);
             continue;
         };
-        let instance = instance.clone();
+        let service = service.clone();
         tokio::spawn(async move {
             let served = tokio::select! {
                 biased;
                 () = place.needed() => Err(ClientError::PlaceNeeded),
-                served = serve_client(client, &place, instance, limits) => served,
+                served = serve_client(client, &place, &service) => served,
             };
             if let Err(error) = served {
                 tracing::debug!("a client of the API: {error}");
@@ -235,43 +269,41 @@ enum ClientError {
 async fn serve_client(
     client: UnixStream,
     place: &Place,
-    instance: Arc<Mutex<Instance>>,
-    limits: ServerLimits,
+    service: &Service,
 ) -> Result<(), ClientError> {
     let mut client = TimeoutStream::new(client);
     client.set_write_timeout(Some(ANSWER_TIME));
-    let answer = service_fn(|request| {
-        let instance = instance.clone();
-        async move {
-            let answer = answer(request, place, instance, limits).await;
-            place.wait_for_client();
-            Ok::<_, Infallible>(answer)
-        }
+    let answer = service_fn(|request| async move {
+        let answer = answer(request, place, service).await;
+        place.wait_for_client();
+        Ok::<_, Infallible>(answer)
     });
-    http1::Builder::new()
+    let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(MAX_HEAD_SIZE)
         // A client may close its end when it has asked.
         .half_close(true)
-        .serve_connection(TokioIo::new(Box::pin(client)), answer)
-        .await?;
+        .serve_connection(TokioIo::new(Box::pin(client)), answer);
+    let mut connection = pin!(connection);
+    tokio::select! {
+        served = connection.as_mut() => served?,
+        () = place.leaving() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await?;
+        }
+    }
     Ok(())
 }
 
 type Answer = Response<Full<Bytes>>;
 
-async fn answer(
-    request: HttpRequest<Incoming>,
-    place: &Place,
-    instance: Arc<Mutex<Instance>>,
-    limits: ServerLimits,
-) -> Answer {
+async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service) -> Answer {
     let (head, body) = request.into_parts();
-    let body = match time::timeout(BODY_TIME, read_body(body, limits.body_size)).await {
+    let body = match time::timeout(BODY_TIME, read_body(body, service.body_size)).await {
         Ok(Ok(Some(body))) => body,
         Ok(Ok(None)) => {
-            let limit = limits.body_size;
+            let limit = service.body_size;
             let message = format!("The body is larger than the limit of {limit} bytes");
             return last_answer(StatusCode::PAYLOAD_TOO_LARGE, &message);
         }
@@ -287,10 +319,12 @@ async fn answer(
     place.work();
     let path = head.uri.path();
     let is_write = head.method != Method::GET;
-    let parsed = Request::parse(head.method.as_str(), path, &body);
-    let result = match parsed {
-        Ok(request) if is_write => execute_apart(instance, request).await,
-        Ok(request) => instance.lock().await.execute(request),
+    let result = match Request::parse(head.method.as_str(), path, &body) {
+        Ok(request) => match service.identity.answer(&request) {
+            Some(result) => result,
+            None if is_write => execute_apart(service.instance.clone(), request).await,
+            None => service.instance.lock().await.execute(request),
+        },
         Err(fault) => Err(fault),
     };
     match result {
@@ -304,7 +338,11 @@ async fn answer(
         Err(fault) => {
             let message = fault.message();
             tracing::warn!("API: {} {path} is refused: {message}", head.method);
-            answer_with(StatusCode::BAD_REQUEST, Some(&fault_body(&message)))
+            let status = match fault.is_too_large() {
+                true => StatusCode::PAYLOAD_TOO_LARGE,
+                false => StatusCode::BAD_REQUEST,
+            };
+            answer_with(status, Some(&fault_body(&message)))
         }
     }
 }
@@ -317,7 +355,7 @@ async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec
     if announced > most as u64 {
         return Ok(None);
     }
-    let mut kept = Vec::with_capacity(limit.min(announced as usize));
+    let mut kept = Vec::new();
     let mut size = 0;
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame?.into_data() else {
@@ -333,8 +371,8 @@ async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec
     Ok((size <= limit).then_some(kept))
 }
 
-/// Executes a request that may take its time on a thread of its own, so that others are answered
-/// meanwhile.
+/// Executes a request that may take its time on a thread of its own, so that clients go on being heard,
+/// and told of the machine's state.
 async fn execute_apart(instance: Arc<Mutex<Instance>>, request: Request) -> Result<Reply, Fault> {
     let mut instance = instance.lock_owned().await;
     let work = task::spawn_blocking(move || instance.execute(request));

@@ -1,7 +1,9 @@
 //! `bantam api`: a machine that is put together, started and changed by clients of an API.
 
-use std::fs;
+use std::fs::OpenOptions;
+use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -13,6 +15,7 @@ use bantam_api::{
     Server, ServerLimits, parse_json,
 };
 use bantam_vmm::Controller;
+use nix::libc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
@@ -149,9 +152,18 @@ fn attend_instance(
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
     let read = || {
-        let size = fs::metadata(path)?.len();
-        anyhow::ensure!(size <= MAX_FILE_SIZE, "it is larger than 1 MiB");
-        Ok(fs::read(path)?)
+        // Without waiting for what it may be instead: a pipe that nobody writes to.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes)?;
+        anyhow::ensure!(
+            bytes.len() as u64 <= MAX_FILE_SIZE,
+            "it is larger than 1 MiB"
+        );
+        Ok(bytes)
     };
     read().with_context(|| format!("cannot read {what} '{}'", path.display()))
 }

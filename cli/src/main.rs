@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use args::{Args, Command, FirecrackerArgs};
 
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
         match FirecrackerArgs::try_parse() {
             Ok(args) if args.version => print_firecracker_version(),
-            Ok(args) => api::serve(&args.api),
+            Ok(args) => execute(Command::Api(Box::new(args.api))),
             Err(error) => return report_usage(&error),
         }
     } else {
@@ -48,13 +49,25 @@ fn main() -> ExitCode {
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => {
+            raise_descriptor_limit();
             log::to_stderr(args.log);
             args.into_config().and_then(|config| run::run(&config))
         }
-        Command::Api(args) => api::serve(&args),
+        Command::Api(args) => {
+            raise_descriptor_limit();
+            api::serve(&args)
+        }
         Command::Check => check::check(&mut io::stdout().lock()),
         Command::Completions { shell } => documents::print_completions(shell),
         Command::Man { folder } => documents::write_man_pages(&folder),
+    }
+}
+
+/// Lets the program have as many file descriptors as it may: connections to a guest take one each.
+fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // It fails where the host does not allow it, and fewer have to do.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 

@@ -7,6 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
 /// A socket in the file system that listens for as long as this exists, and is removed then.
 #[derive(Debug)]
 pub struct ListeningSocket {
@@ -85,9 +88,19 @@ fn identity(path: &Path) -> io::Result<FileIdentity> {
 fn is_abandoned(path: &Path) -> bool {
     let is_socket =
         fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket
-        && UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    is_socket && is_refused(path)
+}
+
+/// Whether a connection to the socket at `path` is refused. One that would have to wait is not.
+fn is_refused(path: &Path) -> bool {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (Ok(client), Ok(address)) = (
+        socket(AddressFamily::Unix, SockType::Stream, flags, None),
+        UnixAddr::new(path),
+    ) else {
+        return false;
+    };
+    connect(client.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED)
 }
 
 #[cfg(test)]

@@ -27,6 +27,11 @@ impl RateLimit {
             one_time_burst: 0,
         }
     }
+
+    /// Whether it limits anything.
+    pub(crate) fn limits(&self) -> bool {
+        self.size > 0 && !self.refill_time.is_zero()
+    }
 }
 
 /// Limits of the two things that a device does much of; `None` is no limit.
@@ -70,7 +75,7 @@ impl RateLimiter {
     pub(crate) fn wait_time(&self, now: Instant) -> Duration {
         self.paid_until
             .saturating_duration_since(now)
-            .saturating_sub(self.limit.refill_time)
+            .saturating_sub(self.limit.refill_time.min(LONGEST))
             .min(LONGEST)
     }
 

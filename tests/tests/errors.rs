@@ -358,7 +358,7 @@ fn more_devices_than_interrupts_are_refused() {
     for number in 0..18 {
         bantam = bantam.option("--disk", format!("disk{number}"));
     }
-    refused(bantam, &["too many devices: 18 disks", "room for 18"]);
+    refused(bantam, &["too many devices: 19", "room for 18"]);
 }
 
 // --- Options ----------------------------------------------------------------------------------

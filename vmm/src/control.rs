@@ -96,6 +96,10 @@ impl Control {
     pub(crate) fn pause_vcpus(&self, vcpu_count: usize, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut threads = lock(&self.threads);
+        // The threads of a machine that is stopping may have been joined.
+        if self.is_stopping() {
+            return false;
+        }
         // A thread that registers later sees it before it enters the guest.
         self.pausing.store(true, Ordering::SeqCst);
         kick(&threads.kickable);
@@ -144,11 +148,11 @@ impl Control {
     }
 }
 
-/// Takes vCPU threads out of the guest. They have registered themselves, and none has been joined:
-/// that happens only to those of a machine that is stopping, which it is not before this.
+/// Takes vCPU threads out of the guest, which have registered themselves. None has been joined: that
+/// happens only when the machine is stopping, which it begins to do under the lock that callers hold.
 fn kick(threads: &[Pthread]) {
     for &thread in threads {
-        // SAFETY: the thread exists, as said above. It blocks the signal but in the guest, so all
+        // SAFETY: the thread has not been joined, as said above. It blocks the signal but in the guest, so all
         // that the signal does is to end that.
         let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
         if error != 0 {

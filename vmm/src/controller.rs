@@ -45,6 +45,20 @@ pub enum State {
     Stopped,
 }
 
+impl State {
+    /// What can be done in a state that does not allow what was asked for.
+    pub(crate) fn remedy(self) -> &'static str {
+        match self {
+            State::NotConfigured => "configure it first",
+            State::Configured => "start it first",
+            State::Starting | State::Pausing => "try again in a moment",
+            State::Running => "that is for a machine that is paused or has not been started",
+            State::Paused => "resume it first",
+            State::Stopped => "a machine runs once: start another",
+        }
+    }
+}
+
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -70,7 +84,8 @@ pub enum Command {
         /// The program's end of the serial port.
         console: Console,
     },
-    /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured.
+    /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured; one for
+    /// whose vCPUs the host has no threads has ended.
     Start,
     /// Takes the vCPUs out of the guest.
     Pause,
@@ -92,7 +107,7 @@ pub enum Command {
         disk: usize,
     },
     /// Puts another image in the place of that of a disk, with the same cache mode, and lets the guest
-    /// know.
+    /// know. Of the image that is there already, the size is looked at anew.
     ReplaceDisk {
         /// Which disk, counted from zero as in the configuration.
         disk: usize,
@@ -256,7 +271,12 @@ impl Controller {
                     let _ = self.0.metrics.set(built.devices().metrics.clone());
                     (Life::Running(built), Ok(()))
                 }
-                Err(error) => (Life::Gone(Ok(ExitReason::Stopped)), Err(error)),
+                Err(error) => {
+                    // Some of its vCPUs may have run.
+                    self.0.stop();
+                    drop(built);
+                    (Life::Gone(Ok(ExitReason::Stopped)), Err(error))
+                }
             },
             Err(error) => (Life::Configured(machine), Err(error)),
         };
@@ -466,8 +486,8 @@ impl Controller {
     }
 
     /// Waits for the machine to end, and gives the reason. When it returns, all threads have ended, what
-    /// the guest wrote is on stable storage, and nothing of the host is in use any more. Several threads
-    /// can wait.
+    /// the guest wrote is on stable storage, and nothing of the host is in use any more but by a command
+    /// that another thread is still at. Several threads can wait.
     ///
     /// # Errors
     /// When the machine ended for another reason than its guest's or its owner's wish, its disks could not

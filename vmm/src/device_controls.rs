@@ -72,6 +72,9 @@ impl DeviceControls {
     pub(crate) fn replace_disk(&self, index: usize, path: &Path) -> Result<(), Error> {
         let disk = self.disk(index)?;
         let before = disk.disk();
+        if before.is_at(path).unwrap_or(false) {
+            return self.update_disk_size(index).map(drop);
+        }
         let (read_only, cache) = (before.is_read_only(), before.cache());
         // It is not to be kept from being closed.
         drop(before);

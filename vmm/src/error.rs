@@ -33,7 +33,7 @@ pub enum Error {
         source: kvm_ioctls::Error,
     },
     /// There is no memory for the guest.
-    #[error("cannot reserve {mib} MiB of guest memory: {reason}; use a smaller --memory")]
+    #[error("cannot reserve {mib} MiB of guest memory: {reason}; give it less memory")]
     Memory {
         /// How much was asked for.
         mib: u64,
@@ -42,8 +42,8 @@ pub enum Error {
     },
     /// The host has too few huge pages for the guest.
     #[error(
-        "cannot reserve {mib} MiB of guest memory in pages of 2 MiB: {source}: {remedy}, or use a \
-         smaller --memory"
+        "cannot reserve {mib} MiB of guest memory in pages of 2 MiB: {source}: {remedy}, or give it \
+         less memory"
     )]
     HugePages {
         /// How much was asked for.
@@ -113,7 +113,7 @@ pub enum Error {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The machine's state does not allow what was asked for.
-    #[error("cannot {action}: it is {state}")]
+    #[error("cannot {action}: it is {state}; {remedy}", remedy = .state.remedy())]
     WrongState {
         /// What was to be done.
         action: &'static str,

@@ -36,6 +36,8 @@ impl EventLoopThread {
                             return;
                         }
                     }
+                    // What a guest has asked for before it switched itself off is done.
+                    let _ = manager.run_with_timeout(0);
                 }
             })
             .map_err(Error::resource("a thread of the devices"))?;
@@ -65,5 +67,50 @@ impl EventLoopThread {
 impl Drop for EventLoopThread {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    struct Device {
+        doorbell: EventFd,
+        served: Arc<AtomicUsize>,
+    }
+
+    impl MutEventSubscriber for Device {
+        fn init(&mut self, operations: &mut EventOps<'_>) {
+            let events = Events::new(&self.doorbell, EventSet::IN);
+            operations.add(events).unwrap();
+        }
+
+        fn process(&mut self, _events: Events, _operations: &mut EventOps<'_>) {
+            self.doorbell.read().unwrap();
+            self.served.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_before_the_end_is_done() {
+        let control = Arc::new(Control::new().unwrap());
+        for _ in 0..100 {
+            let mut event_loop = EventLoopThread::start("test", control.clone()).unwrap();
+            let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
+            let served = Arc::new(AtomicUsize::new(0));
+            let device = Device {
+                doorbell: doorbell.try_clone().unwrap(),
+                served: served.clone(),
+            };
+            event_loop.handle.add(Box::new(device)).unwrap();
+            doorbell.write(1).unwrap();
+            event_loop.end();
+            assert_eq!(served.load(Ordering::SeqCst), 1);
+        }
     }
 }

@@ -129,9 +129,12 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(error(""))?;
-    lock_file(&file, Lock::Exclusive).map_err(error(
-        "; it is in use by another machine, or is a disk of this one",
-    ))?;
+    // What is no file, such as a pipe, can have several writers.
+    if file.metadata().map_err(error(""))?.is_file() {
+        lock_file(&file, Lock::Exclusive).map_err(error(
+            "; it is in use by another machine, or is a disk of this one",
+        ))?;
+    }
     Ok(OpenSerial {
         endpoint: Some(SerialEndpoint::Descriptors {
             input: None,

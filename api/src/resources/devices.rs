@@ -2,9 +2,18 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{RateLimiter, TokenBucket};
+
+/// Reads a field that clients may also say nothing of by null.
+fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
 
 /// Body of `PUT /drives/{drive_id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,10 +27,10 @@ pub struct Drive {
     /// Whether the guest boots from it.
     pub is_root_device: bool,
     /// What a flush of the guest does.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub cache_type: CacheType,
     /// Whether the guest cannot write to it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_as_default")]
     pub is_read_only: bool,
     /// The image, in a file or block device.
     #[serde(default)]

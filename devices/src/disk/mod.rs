@@ -3,10 +3,10 @@
 mod error;
 mod lock;
 
-use std::fs::{File, FileType, OpenOptions};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -207,6 +207,16 @@ impl DiskFile {
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether `path` leads to the image that is open.
+    ///
+    /// # Errors
+    /// When one of them cannot be looked at.
+    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let open = self.file.metadata()?;
+        let there = fs::metadata(path)?;
+        Ok((open.dev(), open.ino()) == (there.dev(), there.ino()))
     }
 
     /// Size in bytes, a multiple of [`SECTOR_SIZE`].

@@ -140,7 +140,8 @@ impl State {
         };
         renew(&mut self.bytes, limits.bytes);
         renew(&mut self.operations, limits.operations);
-        self.bytes.is_some() || self.operations.is_some()
+        let limits = |limiter: &RateLimiter| limiter.limit().limits();
+        self.bytes.iter().chain(&self.operations).any(limits)
     }
 }
 

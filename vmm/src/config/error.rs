@@ -212,6 +212,12 @@ pub enum ConfigError {
         /// What was given.
         seconds: i64,
     },
+    /// A balloon gives pages of 4 KiB back, of which memory of huge pages has none.
+    #[error(
+        "a balloon gives back pages of 4 KiB, and memory of huge pages has none: leave out one of them, \
+         or use transparent huge pages"
+    )]
+    BalloonOfHugePages,
     /// The guest has less memory than it is to give up.
     #[error(
         "a balloon of {size} does not fit into the {memory} of guest memory: give it a smaller size"

@@ -140,6 +140,7 @@ impl MachineConfig {
     /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
+    /// - [`ConfigError::BalloonOfHugePages`]: a balloon in memory of pages of 2 MiB.
     /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
@@ -171,6 +172,9 @@ impl MachineConfig {
             + usize::from(self.balloon.is_some());
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices { count: devices });
+        }
+        if self.balloon.is_some() && self.huge_pages == HugePages::TwoMib {
+            return Err(ConfigError::BalloonOfHugePages);
         }
         if let Some(balloon) = &self.balloon
             && balloon.size.bytes() > self.memory.bytes()

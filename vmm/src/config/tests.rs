@@ -373,6 +373,13 @@ fn a_balloon_fits_into_memory() {
         ..MachineConfig::new("k")
     };
     config.validate().unwrap();
+    config.huge_pages = HugePages::TwoMib;
+    assert!(matches!(
+        config.validate(),
+        Err(ConfigError::BalloonOfHugePages)
+    ));
+    config.huge_pages = HugePages::Transparent;
+    config.validate().unwrap();
     config.memory = "102396K".parse().unwrap();
     assert_eq!(
         config.validate().unwrap_err().to_string(),

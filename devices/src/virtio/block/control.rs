@@ -142,6 +142,15 @@ impl BlockControl {
                 Err(source) => return Err(ReplaceError::Ring { path, source }),
             },
         };
+        // So that little is left for the worker to flush.
+        if !read_only {
+            self.disk()
+                .flush()
+                .map_err(|source| ReplaceError::ChangeOver {
+                    path: path.clone(),
+                    source,
+                })?;
+        }
         let disk = Arc::new(disk);
         let exchanged = self.medium.exchange(Loaded { disk, ring });
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -17,6 +18,9 @@ pub(super) struct Loaded {
     /// Over the files of the disk, where the engine uses one.
     pub(super) ring: Option<Ring>,
 }
+
+/// How long requests to a disk may take before another does not take its place.
+const EXCHANGE_TIME: Duration = Duration::from_secs(30);
 
 /// What the front of a block device, its worker and the owner of the machine share.
 pub(super) struct Medium {
@@ -47,6 +51,10 @@ enum Exchange {
     Wanted(Loaded),
     /// The worker has it, and waits for the requests to the one before it.
     UnderWay,
+    /// As [`Exchange::UnderWay`], but nobody waits for it any more: the one before it stays.
+    GivenUp,
+    /// The worker is changing over, which takes a moment.
+    Settling,
     /// What came of it: the disk before, or why it is still there.
     Done(Result<Loaded, io::Error>),
 }
@@ -108,8 +116,10 @@ impl Medium {
     /// The caller has [`Medium::change`].
     ///
     /// # Errors
-    /// When the worker cannot change over; the disk that was there stays.
+    /// When the worker cannot change over, or requests to the disk that is there take longer than
+    /// [`EXCHANGE_TIME`]; that disk stays.
     pub(super) fn exchange(&self, new: Loaded) -> io::Result<Loaded> {
+        let deadline = Instant::now() + EXCHANGE_TIME;
         let mut slot = self.slot();
         if !slot.has_worker {
             return Ok(self.put(&mut slot, new));
@@ -122,8 +132,24 @@ impl Medium {
                 Exchange::Done(result) => return result,
                 other => slot.exchange = other,
             }
-            let waited = self.done.wait(slot);
-            slot = waited.unwrap_or_else(PoisonError::into_inner);
+            if matches!(slot.exchange, Exchange::Settling) {
+                let waited = self.done.wait(slot);
+                slot = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                slot.exchange = match slot.exchange {
+                    Exchange::UnderWay => Exchange::GivenUp,
+                    _ => Exchange::None,
+                };
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "requests to the disk that is there do not end",
+                ));
+            }
+            let waited = self.done.wait_timeout(slot, left);
+            slot = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -182,6 +208,18 @@ impl Loan {
         self.0.slot().take_wanted()
     }
 
+    /// Whether the next disk is still wanted, now that no request uses the one before. If so, the worker
+    /// answers at once.
+    pub(super) fn may_settle(&self) -> bool {
+        let mut slot = self.0.slot();
+        let is_wanted = !matches!(slot.exchange, Exchange::GivenUp);
+        slot.exchange = match is_wanted {
+            true => Exchange::Settling,
+            false => Exchange::None,
+        };
+        is_wanted
+    }
+
     /// Tells that no request uses the disk before any more. `new` has the ring for the next worker,
     /// unless this one uses it; `old_ring` is that over the disk before.
     pub(super) fn settle(&self, new: Loaded, old_ring: Option<Ring>) {
@@ -193,7 +231,12 @@ impl Loan {
 
     /// Tells that the worker goes on with the disk that it has.
     pub(super) fn refuse(&self, error: io::Error) {
-        self.0.finish(&mut self.0.slot(), Err(error));
+        let mut slot = self.0.slot();
+        if matches!(slot.exchange, Exchange::GivenUp) {
+            slot.exchange = Exchange::None;
+        } else {
+            self.0.finish(&mut slot, Err(error));
+        }
     }
 }
 

@@ -186,6 +186,17 @@ impl RequestHandler {
         &self.disk
     }
 
+    /// Brings what was written to the disk to stable storage.
+    ///
+    /// # Errors
+    /// As [`DiskFile::flush`].
+    pub(super) fn flush_disk(&self) -> io::Result<()> {
+        if self.disk.is_read_only() {
+            return Ok(());
+        }
+        self.disk.flush()
+    }
+
     /// Has requests done with `disk` from now on.
     pub(super) fn set_disk(&mut self, disk: Arc<DiskFile>) {
         self.disk = disk;

@@ -26,8 +26,9 @@ const MAX_BATCH: u16 = 16;
 const MAX_BATCH_SIZE: u64 = 4 << 20;
 /// Fewest requests of which several system calls cost more than one of the ring's.
 const MIN_RING_BATCH: u16 = 4;
-/// Writes to the page cache that take longer than this together were held back by the host.
-const SLOW_WRITES: Duration = Duration::from_millis(2);
+/// Writes to the page cache that take longer than this together were held back by the host. A thread that
+/// waits for a CPU can take some milliseconds as well.
+const SLOW_WRITES: Duration = Duration::from_millis(10);
 /// For how long writes then go through the ring, so that they hold nothing else back.
 const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
 /// What an event of the ring is told from those of the queues by, which have their index.
@@ -127,6 +128,7 @@ impl Worker {
             let waiting = self.queues[index].available_count()?;
             if waiting == 0 {
                 if self.poll(index)? {
+                    now = Instant::now();
                     continue;
                 }
                 if !self.queues[index].enable_doorbell()? {
@@ -138,6 +140,7 @@ impl Worker {
                     return Ok(());
                 }
                 self.queues[index].disable_doorbell();
+                now = Instant::now();
                 continue;
             }
             // Half of them: while the driver takes these, there is more to do here.
@@ -523,6 +526,16 @@ impl Worker {
         let Some(Loaded { disk, ring }) = self.next_disk.take() else {
             return;
         };
+        if !self.loan.may_settle() {
+            self.end_stall();
+            return;
+        }
+        // Most of it has been flushed already. A flush of the driver will speak of the next disk alone.
+        if let Err(error) = self.handler.flush_disk() {
+            self.loan.refuse(error);
+            self.end_stall();
+            return;
+        }
         let watched = ring.as_ref().map_or(Ok(()), |ring| {
             operations.add(Events::with_data(ring, RING_EVENT, EventSet::IN))
         });
@@ -562,10 +575,11 @@ impl MutEventSubscriber for Worker {
             .iter()
             .map(|ring| Events::with_data(ring, RING_EVENT, EventSet::IN));
         let others = [
-            Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
             Events::with_data(&self.loan, DISK_EVENT, EventSet::IN),
+            Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ];
-        for events in doorbells.chain(completions).chain(others) {
+        // Those of the host first: they are heard of also while the device needs a reset.
+        for events in others.into_iter().chain(doorbells).chain(completions) {
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset(&error);
                 return;
@@ -611,7 +625,9 @@ impl Drop for Worker {
             mem::forget(mem::take(&mut self.slots));
         }
         self.tally.report(self.loan.metrics());
-        if let Some(next) = self.next_disk.take() {
+        if let Some(next) = self.next_disk.take()
+            && self.loan.may_settle()
+        {
             self.handler.set_disk(next.disk.clone());
             self.loan.settle(next, self.ring.take());
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -12,7 +12,10 @@ use super::flow::Flow;
 use super::receive::Receiver;
 use crate::metadata::{CLAIM_SIZE, MAX_GUEST_FRAME_SIZE, MetadataNetwork, MetadataService};
 use crate::tap::PACKET_HEADER_SIZE;
-use crate::virtio::{GuestBuffers, VirtioInterrupt};
+use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
+
+/// The shortest time by which a timer can be set.
+const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A metadata service that takes frames from the transmit queues of a card, and whose frames go to
 /// a receive queue.
@@ -75,8 +78,8 @@ impl MetadataPort {
         self.network.next_frame().is_some()
     }
 
-    /// Has the service do its work, and delivers its frames as far as the driver has buffers. `true`
-    /// when there were any.
+    /// Has the service do its work, and delivers its frames as far as the driver has buffers, for one
+    /// turn at most; the timer ends at once for the rest. `true` when there were any.
     pub(super) fn serve(
         &mut self,
         receiver: &mut Receiver,
@@ -87,9 +90,16 @@ impl MetadataPort {
         self.has_taken = false;
         let mut unreported = 0;
         let mut delivered = false;
+        let start = Instant::now();
+        let mut is_over;
         let result = loop {
+            let now = Instant::now();
+            is_over = now - start >= MAX_TURN;
+            if is_over {
+                break Ok(delivered);
+            }
             // Each frame that leaves makes room for another.
-            self.network.poll(Instant::now());
+            self.network.poll(now);
             match self.deliver(receiver, flow, dropped, &mut unreported) {
                 Ok(true) => delivered = true,
                 Ok(false) => break Ok(delivered),
@@ -97,7 +107,7 @@ impl MetadataPort {
             }
         };
         receiver.report(&mut unreported, interrupt);
-        if let Err(error) = self.set_timer() {
+        if let Err(error) = self.set_timer(is_over) {
             interrupt.warn(format_args!(
                 "the metadata service cannot set its timer: {error}"
             ));
@@ -129,7 +139,10 @@ impl MetadataPort {
         Ok(any)
     }
 
-    fn set_timer(&mut self) -> io::Result<()> {
+    fn set_timer(&mut self, at_once: bool) -> io::Result<()> {
+        if at_once {
+            return Ok(self.timer.reset(AT_ONCE, None)?);
+        }
         match self.network.wait_time(Instant::now()) {
             Some(wait) => self.timer.reset(wait, None)?,
             None => self.timer.clear()?,

@@ -135,7 +135,7 @@ impl Receiver {
         match self.deliver_read(flow, dropped, unreported)? {
             None => {}
             // What the tap has left is none of its packets.
-            Some(Halt::TapGone) => self.slots[0].forget(),
+            Some(Halt::TapGone) => self.slots.iter_mut().for_each(ReceiveSlot::forget),
             Some(_) => return Ok(None),
         }
         if !self.take_buffers(0, packet.len())? {

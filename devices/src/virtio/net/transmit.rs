@@ -177,7 +177,10 @@ impl Transmitter {
                     break;
                 }
             }
-            if is_taken(metadata, chain) || !is_packet(chain, dropped) {
+            if is_taken(metadata, chain) {
+                self.queue.add_used(chain.head, 0);
+            } else if !is_packet(chain, dropped) {
+                flow.charge(0);
                 self.queue.add_used(chain.head, 0);
             } else {
                 packets += 1;
@@ -197,6 +200,7 @@ impl Transmitter {
                 if is_gone(&error) {
                     halt = Some(Halt::TapGone);
                 } else {
+                    flow.charge(0);
                     dropped.record(&DropReason::Write(error));
                 }
             } else {
@@ -247,6 +251,7 @@ fn send(
     dropped: &mut DroppedPackets,
 ) -> Result<(), Halt> {
     if !is_packet(chain, dropped) {
+        flow.charge(0);
         return Ok(());
     }
     let size = chain.readable.len();
@@ -260,6 +265,8 @@ fn send(
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
         Err(error) if is_gone(&error) => Err(Halt::TapGone),
         Err(error) => {
+            // A driver could otherwise go on without end by what the tap refuses.
+            flow.charge(0);
             dropped.record(&DropReason::Write(error));
             Ok(())
         }

@@ -225,7 +225,9 @@ impl Worker {
                 Ok(())
             }
             Source::Tap(pair) => {
-                metrics.rx_tap_event_count.add(1);
+                metrics
+                    .rx_tap_event_count
+                    .add(ready.contains(EventSet::IN).into());
                 if ready.intersects(EventSet::ERROR | EventSet::HANG_UP) {
                     self.lose_tap();
                 }
@@ -404,9 +406,17 @@ impl Worker {
         if !(1..=self.pairs.len()).contains(&count) {
             return Ok(false);
         }
-        // What the driver has left in queues that it will not use is not kept from it.
+        // What the driver has left in queues that it will not use is not kept from it. What may not be
+        // sent now is dropped: nobody would look for it later.
         for index in count..self.pairs_in_use {
             self.transmit(index)?;
+            self.pairs[index].transmitter.transmit(
+                None,
+                &mut self.transmitted,
+                &mut self.metadata,
+                &self.interrupt,
+                &mut self.dropped,
+            )?;
         }
         if !self.tap_is_gone
             && let Err(error) = self.tap.use_queues(count)

@@ -16,7 +16,7 @@ use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
 use super::receive::ReceiveQueue;
 use super::stream::HostStream;
-use super::table::{Entry, MAX_CONNECTIONS, Table};
+use super::table::{Entry, Table};
 use super::worker::Source;
 use crate::ListeningSocket;
 use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
@@ -159,7 +159,8 @@ impl Muxer {
             }
             match self.listener.accept() {
                 Ok(_) if self.table.is_full() => self.interrupt.warn(format_args!(
-                    "a program of the host is turned away: there are {MAX_CONNECTIONS} connections"
+                    "a program of the host is turned away: there are {} connections",
+                    self.table.capacity()
                 )),
                 Ok(stream) => {
                     let stream = HostStream::new(stream);

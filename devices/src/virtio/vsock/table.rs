@@ -3,12 +3,17 @@
 use std::collections::HashMap;
 
 use event_manager::EventSet;
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::connection::Connection;
 use super::packet::Ports;
 
 /// Most connections at a time, those among them whose program has yet to say what it wants.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
+
+/// The part of the file descriptors that a process may have that is for connections: a guest must not
+/// take those that the rest of the monitor needs.
+const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 
 /// The ports of the host that are given to its programs: a part of the range in which no service
 /// of the host is likely to listen.
@@ -32,6 +37,15 @@ pub(super) struct Table {
     free: Vec<usize>,
     by_ports: HashMap<Ports, usize>,
     next_host_port: u32,
+    /// Most connections.
+    capacity: usize,
+}
+
+/// Most connections of a table that is made now.
+fn capacity() -> usize {
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    let count = usize::try_from(descriptors / DESCRIPTORS_PER_CONNECTION).unwrap_or(usize::MAX);
+    count.min(MAX_CONNECTIONS)
 }
 
 impl Table {
@@ -41,12 +55,18 @@ impl Table {
             free: Vec::new(),
             by_ports: HashMap::new(),
             next_host_port: FIRST_HOST_PORT,
+            capacity: capacity(),
         }
+    }
+
+    /// Most connections.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Whether there can be no more connections.
     pub(super) fn is_full(&self) -> bool {
-        self.free.is_empty() && self.entries.len() >= MAX_CONNECTIONS
+        self.free.is_empty() && self.entries.len() >= self.capacity
     }
 
     /// Adds a connection to a table that is not full, and gives its place.

@@ -306,18 +306,6 @@ fn a_reset_of_the_device_closes_all() {
 }
 
 #[test]
-fn what_was_sent_before_the_end_is_passed_on() {
-    let mut guest = Guest::ready();
-    let (mut program, packet) = guest.connected_by_guest();
-    let header = Header { len: 4, ..packet };
-    guest.post(&header.to_bytes(), b"last");
-    drop(guest);
-    let mut text = String::new();
-    program.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "last");
-}
-
-#[test]
 fn a_guest_that_closes_waits_until_all_is_passed_on() {
     let mut guest = Guest::ready();
     let listener = guest.listen(53);

@@ -221,14 +221,3 @@ impl MutEventSubscriber for Worker {
         }
     }
 }
-
-/// What a guest has sent before it switches itself off is passed on, as far as the host's programs
-/// have room for it.
-impl Drop for Worker {
-    fn drop(&mut self) {
-        if !self.interrupt.needs_reset() {
-            // The driver is about to forget whatever there is to say of it.
-            let _ = self.take_packets();
-        }
-    }
-}
