@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::fault::Fault;
 use crate::request::check_name;
 use crate::resources::{
-    Balloon, BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, Logger,
-    MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial,
+    Balloon, BootSource, CacheType, CpuConfig, CpuTemplate, Drive, Entropy, HugePages, IoEngine,
+    Logger, MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial,
     TokenBucket, Vsock,
 };
 
@@ -66,7 +66,7 @@ pub struct Configuration {
     pub mmds_config: Option<MetadataConfig>,
     /// See `PUT /cpu-config`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_config: Option<serde_json::Value>,
+    pub cpu_config: Option<CpuConfig>,
     /// Persistent memory devices, of which there can be none.
     #[serde(default, skip_serializing)]
     pub pmem: Vec<serde_json::Value>,
@@ -218,21 +218,31 @@ impl Configuration {
         Ok(())
     }
 
-    pub(crate) fn put_cpu_config(&mut self, config: serde_json::Value) -> Result<(), Fault> {
-        // One that changes nothing can be honoured.
-        let is_empty = |value: &serde_json::Value| match value {
-            serde_json::Value::Array(items) => items.is_empty(),
-            serde_json::Value::Null => true,
-            _ => false,
-        };
-        match &config {
-            serde_json::Value::Object(parts) if parts.values().all(is_empty) => {}
-            _ => {
-                return Err(Fault::NotSupported {
-                    what: "A CPU configuration that changes features".to_string(),
+    pub(crate) fn put_cpu_config(&mut self, config: CpuConfig) -> Result<(), Fault> {
+        for (what, list) in [
+            ("reg_modifiers", &config.reg_modifiers),
+            ("vcpu_features", &config.vcpu_features),
+        ] {
+            if !list.is_empty() {
+                return Err(Fault::Value {
+                    what,
+                    reason: "x86-64 has none; leave the list empty".to_string(),
                 });
             }
         }
+        let invalid = |reason| Fault::Value {
+            what: "cpuid_modifiers",
+            reason,
+        };
+        if config
+            .cpuid_modifiers
+            .iter()
+            .any(|leaf| leaf.modifiers.is_empty())
+        {
+            return Err(invalid("a leaf changes no register".to_string()));
+        }
+        let checked = config.modifiers().check_host();
+        checked.map_err(|error| invalid(error.to_string()))?;
         self.cpu_config = Some(config);
         Ok(())
     }
@@ -253,6 +263,8 @@ impl Configuration {
         config.append = self.root_device_words();
         config.cpus = vcpu_count(&self.machine_config)?;
         config.smt = self.machine_config.smt;
+        let cpu_config = self.cpu_config.as_ref();
+        config.cpu = cpu_config.map(CpuConfig::modifiers).unwrap_or_default();
         config.memory = memory_size(&self.machine_config)?;
         config.huge_pages = match self.machine_config.huge_pages {
             HugePages::None => GuestPages::None,
@@ -455,6 +467,7 @@ mod tests {
     use std::time::Duration;
 
     use bantam_vmm::RateLimit;
+    use bantam_vmm::host::{Virtualization, virtualization};
 
     use super::*;
 
@@ -477,6 +490,32 @@ mod tests {
             one_time_burst: 0,
         };
         assert_eq!(machine.serial_limit, Some(limit));
+    }
+
+    #[test]
+    fn features_of_processors_are_changed_where_the_host_can() {
+        let put =
+            |text| Configuration::default().put_cpu_config(serde_json::from_str(text).unwrap());
+        let changes = r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0,
+            "modifiers": [{"register": "ecx", "bitmap": "0b0"}]}]}"#;
+        match virtualization() {
+            Virtualization::Vmx | Virtualization::Svm => put(changes).unwrap(),
+            Virtualization::Pvm | Virtualization::None => {
+                let message = put(changes).unwrap_err().to_string();
+                let expected =
+                    "Invalid cpuid_modifiers: cannot change CPUID: this host has no hardware";
+                assert!(message.starts_with(expected), "{message}");
+            }
+        }
+        put(r#"{"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b0"}]}"#).unwrap();
+        put(r#"{"reg_modifiers": [], "vcpu_features": []}"#).unwrap();
+        for refused in [
+            r#"{"reg_modifiers": [{"addr": "0x603000000013c020", "bitmap": "0b0"}]}"#,
+            r#"{"vcpu_features": [{"index": 0, "bitmap": "0b0"}]}"#,
+            r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0, "modifiers": []}]}"#,
+        ] {
+            assert!(put(refused).is_err(), "{refused}");
+        }
     }
 
     #[test]

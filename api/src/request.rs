@@ -5,9 +5,9 @@ use serde_json::{Map, Value};
 
 use crate::fault::Fault;
 use crate::resources::{
-    Action, Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, Drive, DriveUpdate,
-    Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate, MetadataConfig, Metrics,
-    NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
+    Action, Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, CpuConfig, Drive,
+    DriveUpdate, Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate, MetadataConfig,
+    Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
 };
 
 /// What a client asks for.
@@ -68,7 +68,7 @@ pub enum Request {
     /// `PUT /mmds/config`
     PutMetadataConfig(MetadataConfig),
     /// `PUT /cpu-config`
-    PutCpuConfig(Value),
+    PutCpuConfig(CpuConfig),
 }
 
 /// The methods that resources know.
@@ -243,7 +243,7 @@ pub(crate) fn check_name(id: &str) -> Result<(), Fault> {
 }
 
 /// A client's text as it can be shown on a line.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     const LONGEST: usize = 100;
     text.chars()
         .take(LONGEST)

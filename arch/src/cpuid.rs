@@ -3,9 +3,13 @@
 //! The machine is one package of cores with one thread each, or two with simultaneous multithreading
 //! (SMT). The local APIC id of a vCPU is its index, so that neighbours are the threads of a core.
 
+mod modifier;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::error::{Error, Result, check_vcpu_count};
+
+pub use modifier::{CpuidModifier, CpuidRegister, modify_cpuid};
 
 const FEATURES: u32 = 0x1;
 const CACHES_INTEL: u32 = 0x4;

@@ -30,6 +30,17 @@ pub enum Error {
         /// Size of the window in bytes.
         size: u64,
     },
+    /// A leaf is to be changed that the vCPU does not have.
+    #[error(
+        "cannot change CPUID leaf {leaf:#x}, subleaf {subleaf:#x}: KVM does not offer it on this \
+         host; leave out what changes it"
+    )]
+    NoCpuidLeaf {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+    },
     /// Each two vCPUs are to share a core, and one is left.
     #[error("cannot make cores of two threads of {count} vCPUs: use 1 or an even number")]
     UnpairedVcpu {

@@ -46,9 +46,38 @@ pub fn boot_msrs() -> Vec<kvm_msr_entry> {
     .collect()
 }
 
+/// A change to a model-specific register, after [`boot_msrs`] are set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrModifier {
+    /// Which register.
+    pub index: u32,
+    /// Bits that are changed.
+    pub mask: u64,
+    /// What they become; bits outside the mask are not looked at.
+    pub value: u64,
+}
+
+impl MsrModifier {
+    /// What the register becomes that contains `before`.
+    pub fn applied_to(&self, before: u64) -> u64 {
+        before & !self.mask | self.value & self.mask
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_modifier_changes_the_bits_of_its_mask_alone() {
+        let modifier = MsrModifier {
+            index: 0x10a,
+            mask: 0xff00_0000_0000_00f0,
+            value: 0x1234_5678_9abc_def0,
+        };
+        assert_eq!(modifier.applied_to(0), 0x1200_0000_0000_00f0);
+        assert_eq!(modifier.applied_to(u64::MAX), 0x12ff_ffff_ffff_ffff);
+    }
 
     #[test]
     fn memory_is_write_back_without_variable_or_fixed_ranges() {

@@ -11,6 +11,7 @@ use bantam_tests::{
     ApiClient, ApiMachine, Bantam, bare_metal_boot_source, elf_kernel, monitor, payload,
     require_kvm,
 };
+use bantam_vmm::host::{Virtualization, virtualization};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -199,6 +200,64 @@ fn resources_are_put_before_the_start_only_and_changed_after_it_only() {
         let answer = api.request(method, path, &body.to_string());
         assert_eq!(answer.status, 204, "{method} {path} {body}: {answer:?}");
     }
+    machine.stop();
+}
+
+#[test]
+fn processors_are_as_the_client_wants_them_or_there_is_no_machine() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    machine.boot("hello", "finish=hang");
+    let start_refused = || api.refused("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    for (config, complaint) in [
+        (
+            json!({"kvm_capabilities": ["4000000000"]}),
+            "KVM lacks capability 4000000000,",
+        ),
+        (
+            json!({"msr_modifiers": [{"addr": "0x12345678", "bitmap": "0b1"}]}),
+            "cannot change MSR 0x12345678: KVM does not have it",
+        ),
+    ] {
+        api.put("/cpu-config", &config);
+        let reason = start_refused();
+        assert!(reason.starts_with(complaint), "{reason}");
+    }
+    let no_leaf = json!({"cpuid_modifiers": [{"leaf": "0x2fffffff", "subleaf": "0", "flags": 0,
+        "modifiers": [{"register": "eax", "bitmap": "0b1"}]}]});
+    match virtualization() {
+        Virtualization::Vmx | Virtualization::Svm => {
+            api.put("/cpu-config", &no_leaf);
+            let reason = start_refused();
+            assert!(
+                reason.contains("cannot change CPUID leaf 0x2fffffff"),
+                "{reason}"
+            );
+        }
+        Virtualization::Pvm | Virtualization::None => {
+            let reason = machine.refused("PUT", "/cpu-config", &no_leaf);
+            assert!(reason.starts_with("Invalid cpuid_modifiers: "), "{reason}");
+        }
+    }
+    let bitmap = format!("0b{}1xx0", "x".repeat(60));
+    api.put(
+        "/cpu-config",
+        &json!({
+            "kvm_capabilities": ["3", "!4000000000"],
+            "msr_modifiers": [{"addr": "0b101110110", "bitmap": "0b1_xx0"}],
+            "reg_modifiers": [],
+        }),
+    );
+    assert_eq!(
+        api.get("/vm/config")["cpu-config"],
+        json!({
+            "kvm_capabilities": ["3", "!4000000000"],
+            "cpuid_modifiers": [],
+            "msr_modifiers": [{"addr": "0x176", "bitmap": bitmap}],
+        })
+    );
+    machine.start_hello();
     machine.stop();
 }
 

@@ -308,7 +308,17 @@ fn values_out_of_range_are_refused_and_change_nothing() {
         (
             "/cpu-config",
             json!({"cpuid_modifiers": [{"leaf": "0x1"}]}),
-            "CPU",
+            "cpuid_modifiers[0]: missing field `subleaf`",
+        ),
+        (
+            "/cpu-config",
+            json!({"msr_modifiers": [{"addr": "0x100000000", "bitmap": "0b1"}]}),
+            "msr_modifiers[0].addr: invalid number '0x100000000'",
+        ),
+        (
+            "/cpu-config",
+            json!({"reg_modifiers": [{"addr": "0x603000000013c020", "bitmap": "0b1"}]}),
+            "reg_modifiers: x86-64 has none",
         ),
     ] {
         let reason = api.refused("PUT", path, &body.to_string());

@@ -32,6 +32,25 @@ pub enum Error {
         /// Why not.
         source: kvm_ioctls::Error,
     },
+    /// KVM does not have an MSR that is to be changed.
+    #[error(
+        "cannot change MSR {index:#x}: KVM does not have it on this host; leave out what changes it"
+    )]
+    NoMsr {
+        /// Number of the register.
+        index: u32,
+    },
+    /// KVM does not take what an MSR would become.
+    #[error(
+        "cannot set MSR {index:#x} to {value:#x}: KVM does not take this value on this host; change \
+         fewer of its bits, or leave out what changes it"
+    )]
+    MsrValue {
+        /// Number of the register.
+        index: u32,
+        /// What it would become.
+        value: u64,
+    },
     /// There is no memory for the guest.
     #[error("cannot reserve {mib} MiB of guest memory: {reason}; give it less memory")]
     Memory {

@@ -84,6 +84,21 @@ pub enum HostError {
         /// What it is for.
         purpose: &'static str,
     },
+    /// KVM lacks something that the machine's configuration requires.
+    #[error(
+        "KVM lacks capability {number}, which the machine requires: update the kernel, or do not \
+         require it"
+    )]
+    RequiredCapability {
+        /// Number in the KVM API.
+        number: u32,
+    },
+    /// CPUID is to be changed where guests see that of the host.
+    #[error(
+        "cannot change CPUID: this host has no hardware virtualization, so that guests see the \
+         host's own; leave out what changes it, or use a host with vmx or svm"
+    )]
+    FixedCpuid,
 }
 
 fn open_remedy(error: &io::Error, virtualization: Virtualization) -> &'static str {
@@ -132,6 +147,15 @@ pub fn open_kvm() -> Result<Kvm, HostError> {
             Err(HostError::KvmCapability { name, purpose })
         }
         None => Ok(kvm),
+    }
+}
+
+/// Checks that KVM has the capabilities with these numbers.
+pub(crate) fn require_capabilities(kvm: &Kvm, numbers: &[u32]) -> Result<(), HostError> {
+    let missing = |number: &&u32| kvm.check_extension_raw(u64::from(**number)) <= 0;
+    match numbers.iter().find(missing) {
+        Some(&number) => Err(HostError::RequiredCapability { number }),
+        None => Ok(()),
     }
 }
 

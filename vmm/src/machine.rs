@@ -18,7 +18,7 @@ use crate::devices::{
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::guest::load_guest;
-use crate::host::open_kvm;
+use crate::host::{open_kvm, require_capabilities};
 use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
@@ -48,7 +48,9 @@ impl Machine {
         control: &Arc<Control>,
     ) -> Result<Machine, Error> {
         config.validate()?;
+        config.cpu.check_host()?;
         let kvm = open_kvm()?;
+        require_capabilities(&kvm, &config.cpu.required_capabilities)?;
         let memory = Arc::new(allocate_memory(config)?);
         let vm = Vm::new(&kvm, memory.clone())?;
         let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
@@ -93,7 +95,7 @@ impl Machine {
             vcpu_count: config.cpus.get(),
             smt: config.smt,
         };
-        let model = VcpuModel::new(&kvm, topology)?;
+        let model = VcpuModel::new(&kvm, topology, &config.cpu)?;
         let vcpus = (0..config.cpus.get())
             .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
             .collect::<Result<Vec<_>, _>>()?;

@@ -11,7 +11,7 @@ use bantam_devices::metrics::Counter;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, Msrs,
-    kvm_cpuid_entry2, kvm_regs, kvm_signal_mask, kvm_sregs,
+    kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use nix::errno::Errno;
@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use crate::config::{CpuModifiers, MsrModifier};
 use crate::control::{Control, ExitReason};
 use crate::error::Error;
 use crate::vm::Vm;
@@ -49,11 +50,16 @@ pub(crate) struct VcpuModel {
     tsc_deadline_timer: bool,
     msrs: Msrs,
     topology: Topology,
+    modifiers: CpuModifiers,
 }
 
 impl VcpuModel {
-    /// The model for the vCPUs of `topology` on this host.
-    pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<VcpuModel, Error> {
+    /// The model for the vCPUs of `topology` on this host, with `modifiers`.
+    pub(crate) fn new(
+        kvm: &Kvm,
+        topology: Topology,
+        modifiers: &CpuModifiers,
+    ) -> Result<VcpuModel, Error> {
         let mut supported_cpuid = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("list the CPU features it supports"))?
@@ -76,6 +82,7 @@ impl VcpuModel {
                 source: kvm_ioctls::Error::new(libc::E2BIG),
             })?,
             topology,
+            modifiers: modifiers.clone(),
         })
     }
 }
@@ -120,12 +127,13 @@ impl Vcpu {
         boot: Option<BootEntry>,
     ) -> Result<Vcpu, Error> {
         let fd = vm.create_vcpu(index)?;
-        let table = cpuid::vcpu_cpuid(
+        let mut table = cpuid::vcpu_cpuid(
             &model.supported_cpuid,
             index,
             model.topology,
             model.tsc_deadline_timer,
         )?;
+        cpuid::modify_cpuid(&mut table, &model.modifiers.cpuid)?;
         fd.set_cpuid2(&table)
             .map_err(Error::kvm("set the CPU features of a vCPU"))?;
         let set = fd
@@ -136,6 +144,9 @@ impl Vcpu {
                 "KVM refused to set MSR {:#x} and those after it",
                 refused.index
             );
+        }
+        for modifier in &model.modifiers.msrs {
+            modify_msr(&fd, modifier)?;
         }
         if let Some(boot) = boot {
             set_boot_state(&fd, boot)?;
@@ -403,6 +414,31 @@ fn take_kick_signals() {
     }
 }
 
+/// Changes an MSR by itself, as KVM says of several only how many it took.
+fn modify_msr(fd: &VcpuFd, modifier: &MsrModifier) -> Result<(), Error> {
+    let index = modifier.index;
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
+        index,
+        ..Default::default()
+    }])
+    .map_err(|_| Error::NoMsr { index })?;
+    let read = fd
+        .get_msrs(&mut msrs)
+        .map_err(Error::kvm("read an MSR of a vCPU"))?;
+    let value = match msrs.as_mut_slice() {
+        [msr] if read == 1 => {
+            msr.data = modifier.applied_to(msr.data);
+            msr.data
+        }
+        _ => return Err(Error::NoMsr { index }),
+    };
+    match fd.set_msrs(&msrs) {
+        Ok(0) => Err(Error::MsrValue { index, value }),
+        Ok(_) => Ok(()),
+        Err(error) => Err(Error::kvm("set an MSR of a vCPU")(error)),
+    }
+}
+
 /// Gives the boot vCPU the registers of its entry, and the wiring of the legacy interrupt pins.
 fn set_boot_state(fd: &VcpuFd, boot: BootEntry) -> Result<(), Error> {
     let BootEntry { entry, protocol } = boot;
@@ -464,4 +500,37 @@ fn hexadecimal(bytes: &[u8]) -> String {
     }
     let bytes: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     bytes.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::open_kvm;
+
+    #[test]
+    fn a_modifier_changes_the_msr_that_kvm_has() {
+        const IA32_SYSENTER_EIP: u32 = 0x176;
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let fd = vm.create_vcpu(0).unwrap();
+        let modify = |index, mask, value| modify_msr(&fd, &MsrModifier { index, mask, value });
+        modify(IA32_SYSENTER_EIP, 0xffff, 0x1234).unwrap();
+        modify(IA32_SYSENTER_EIP, 0xf0, 0x50).unwrap();
+        let entry = kvm_msr_entry {
+            index: IA32_SYSENTER_EIP,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).unwrap();
+        assert_eq!(fd.get_msrs(&mut msrs).unwrap(), 1);
+        assert_eq!(msrs.as_slice()[0].data, 0x1254);
+
+        let error = modify(0x1234_5678, 1, 1).unwrap_err();
+        assert!(
+            matches!(error, Error::NoMsr { index: 0x1234_5678 }),
+            "{error}"
+        );
+    }
 }

@@ -3,11 +3,13 @@
 //! A field that is not listed is refused. What a client has put is what it gets back: fields that it left
 //! out stay out where they have no default.
 
+mod cpu_config;
 mod devices;
 mod host;
 mod machine;
 mod rate_limiter;
 
+pub use cpu_config::{Bitmap, CpuConfig, CpuidLeaf, KvmCapability, Msr, Number, Register};
 pub use devices::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy,
     IoEngine, NetworkInterface, NetworkInterfaceUpdate, Serial, Vsock,

@@ -328,3 +328,96 @@ fn a_thread_without_its_neighbour_is_refused() {
     let error = vcpu_cpuid(&intel(), 0, odd, true).unwrap_err();
     assert!(matches!(error, Error::UnpairedVcpu { count: 3 }));
 }
+
+fn modifier(leaf: u32, subleaf: u32, register: CpuidRegister) -> CpuidModifier {
+    CpuidModifier {
+        leaf,
+        subleaf,
+        flags: 0,
+        register,
+        mask: u32::MAX,
+        value: 0,
+    }
+}
+
+fn registers(entry: &kvm_cpuid_entry2) -> [u32; 4] {
+    [entry.eax, entry.ebx, entry.ecx, entry.edx]
+}
+
+const REGISTERS: [CpuidRegister; 4] = [
+    CpuidRegister::Eax,
+    CpuidRegister::Ebx,
+    CpuidRegister::Ecx,
+    CpuidRegister::Edx,
+];
+
+proptest! {
+    #[test]
+    fn a_modifier_changes_the_bits_of_its_mask_alone(
+        place in 0..4_usize,
+        mask: u32,
+        value: u32,
+        flags: u32,
+    ) {
+        let before = vcpu_cpuid(&intel(), 0, cores(1), true).unwrap();
+        let mut after = before.clone();
+        let modifier = CpuidModifier { flags, mask, value, ..modifier(0x4000_0001, 0, REGISTERS[place]) };
+        modify_cpuid(&mut after, &[modifier]).unwrap();
+        for (before, after) in before.as_slice().iter().zip(after.as_slice()) {
+            let mut expected = *before;
+            if before.function == 0x4000_0001 {
+                let mut bits = registers(before);
+                bits[place] = bits[place] & !mask | value & mask;
+                expected = entry(before.function, before.index, bits);
+                expected.flags = flags;
+            }
+            prop_assert_eq!(*after, expected);
+        }
+    }
+
+    #[test]
+    fn the_description_of_one_vcpu_can_be_that_of_all(
+        supported in vendors(),
+        index in 0..4_u8,
+    ) {
+        let table = |index| vcpu_cpuid(&supported, index, two_threaded_cores(2), true).unwrap();
+        let mut modifiers = Vec::new();
+        for leaf in table(0).as_slice() {
+            for (register, value) in REGISTERS.into_iter().zip(registers(leaf)) {
+                let flags = leaf.flags;
+                modifiers.push(CpuidModifier { flags, value, ..modifier(leaf.function, leaf.index, register) });
+            }
+        }
+        let own = table(index);
+        let mut modified = own.clone();
+        modify_cpuid(&mut modified, &modifiers).unwrap();
+        prop_assert_eq!(modified.as_slice(), own.as_slice());
+    }
+}
+
+#[test]
+fn modifiers_are_applied_in_their_order_to_the_subleaf_they_name() {
+    let mut table = vcpu_cpuid(&intel(), 0, cores(1), true).unwrap();
+    let set = |value| CpuidModifier {
+        mask: 0xff,
+        value,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        ..modifier(4, 2, CpuidRegister::Ecx)
+    };
+    modify_cpuid(&mut table, &[set(1), set(2)]).unwrap();
+    assert_eq!(leaf(&table, 4, 2).ecx, 0x302);
+    assert_eq!(leaf(&table, 4, 1).ecx, 0x3f);
+}
+
+#[test]
+fn a_leaf_that_there_is_not_is_no_leaf_to_change() {
+    let mut table = vcpu_cpuid(&intel(), 0, cores(1), true).unwrap();
+    for (leaf, subleaf) in [(0x19, 0), (1, 1), (0x8000_001e, 0)] {
+        let error = modify_cpuid(&mut table, &[modifier(leaf, subleaf, CpuidRegister::Eax)]);
+        let found = matches!(
+            error.unwrap_err(),
+            Error::NoCpuidLeaf { leaf: l, subleaf: s } if (l, s) == (leaf, subleaf)
+        );
+        assert!(found, "{leaf:#x}.{subleaf}");
+    }
+}

@@ -7,6 +7,7 @@
 //! a [`MachineConfig`]. An embedding program starts from [`MachineConfig::new`] instead.
 
 mod balloon;
+mod cpu;
 mod disk;
 mod error;
 mod huge_pages;
@@ -37,6 +38,7 @@ use serde::de::value::Error as ValueError;
 
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
+pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
 pub use error::ConfigError;
 pub use huge_pages::HugePages;
@@ -69,6 +71,8 @@ pub struct MachineConfig {
     /// The host's scheduler is not told: where that matters, the program pins the threads of the
     /// machine itself.
     pub smt: bool,
+    /// What is changed of the vCPUs that KVM makes; for embedding programs.
+    pub cpu: CpuModifiers,
     /// Guest memory.
     pub memory: MemorySize,
     /// Which pages of the host it is made of.
@@ -114,6 +118,7 @@ impl MachineConfig {
             append: None,
             cpus: VcpuCount::default(),
             smt: false,
+            cpu: CpuModifiers::default(),
             memory: MemorySize::default(),
             huge_pages: HugePages::default(),
             disks: Vec::new(),

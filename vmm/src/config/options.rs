@@ -159,6 +159,7 @@ impl MachineOptions {
             append: self.append,
             cpus: self.cpus.unwrap_or(defaults.cpus),
             smt: defaults.smt,
+            cpu: defaults.cpu,
             memory: self.memory.unwrap_or(defaults.memory),
             huge_pages: self.huge_pages.unwrap_or(defaults.huge_pages),
             disks: self.disks.unwrap_or(defaults.disks),
