@@ -240,12 +240,12 @@ fn processors_are_as_the_client_wants_them_or_there_is_no_machine() {
             assert!(reason.starts_with("Invalid cpuid_modifiers: "), "{reason}");
         }
     }
-    let bitmap = format!("0b{}1xx0", "x".repeat(60));
+    let bitmap = format!("0b{}110101xx0", "x".repeat(55));
     api.put(
         "/cpu-config",
         &json!({
             "kvm_capabilities": ["3", "!4000000000"],
-            "msr_modifiers": [{"addr": "0b101110110", "bitmap": "0b1_xx0"}],
+            "msr_modifiers": [{"addr": "0b101110110", "bitmap": "0b1_1010_1xx0"}],
             "reg_modifiers": [],
         }),
     );
@@ -257,8 +257,11 @@ fn processors_are_as_the_client_wants_them_or_there_is_no_machine() {
             "msr_modifiers": [{"addr": "0x176", "bitmap": bitmap}],
         })
     );
-    machine.start_hello();
-    machine.stop();
+    machine.boot("hello", "msr=374 finish=poweroff");
+    api.act("InstanceStart");
+    let ended = machine.ended_well();
+    ended.passed();
+    assert!(ended.text().contains("MSR 0x176: 0x1a8\n"), "{ended}");
 }
 
 #[test]
