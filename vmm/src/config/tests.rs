@@ -39,7 +39,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append = "quiet"
         cpus = 2
         memory = "512M"
-        huge-pages = "2M"
+        huge-pages = "transparent"
         serial = "file=logs/serial.log"
         rng = false
         boot-protocol = "linux64"
@@ -65,6 +65,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         deflate-on-oom = true
         reporting = true
         statistics = 5
+
         [vsock]
         cid = 3
         socket = "v.sock"
@@ -77,7 +78,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         append: Some("quiet".into()),
         cpus: "2".parse().unwrap(),
         memory: "512M".parse().unwrap(),
-        huge_pages: HugePages::TwoMib,
+        huge_pages: HugePages::Transparent,
         disks: vec![
             "/vm/root,,1.img,ro,id=root".parse().unwrap(),
             DiskConfig::new("/data.img"),
