@@ -1,6 +1,5 @@
-//! The one owner of a machine's life: what may be asked of a machine in which state, and its answers.
+//! The one owner of a machine's life.
 
-use std::fmt;
 use std::num::NonZeroU32;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -14,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Map, Value};
 
+use crate::command::{Answer, Command, State};
 use crate::config::MachineConfig;
 use crate::control::{Control, ExitReason, lock, wait};
 use crate::device_controls::DeviceControls;
@@ -25,147 +25,6 @@ use crate::serial::Console;
 /// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
 /// its thread, or a device that it is at waits for the host.
 const PAUSE_TIME: Duration = Duration::from_secs(5);
-
-/// Where a machine is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It is not known yet what it is made of.
-    NotConfigured,
-    /// It can be started.
-    Configured,
-    /// It is being built.
-    Starting,
-    /// Its vCPUs run.
-    Running,
-    /// Its vCPUs are being taken out of the guest.
-    Pausing,
-    /// Its vCPUs are out of the guest. Devices still take what comes from outside.
-    Paused,
-    /// It has ended, and does not start again.
-    Stopped,
-}
-
-impl State {
-    /// What can be done in a state that does not allow what was asked for.
-    pub(crate) fn remedy(self) -> &'static str {
-        match self {
-            State::NotConfigured => "configure it first",
-            State::Configured => "start it first",
-            State::Starting | State::Pausing => "try again in a moment",
-            State::Running => "that is for a machine that is paused or has not been started",
-            State::Paused => "resume it first",
-            State::Stopped => "a machine runs once: start another",
-        }
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            State::NotConfigured => "not configured",
-            State::Configured => "configured, but not started",
-            State::Starting => "starting",
-            State::Running => "running",
-            State::Pausing => "pausing",
-            State::Paused => "paused",
-            State::Stopped => "stopped",
-        })
-    }
-}
-
-/// What can be asked of a machine.
-#[derive(Debug)]
-pub enum Command {
-    /// Says what the machine is made of, in place of what was said before. `console` is the program's
-    /// end of its serial port, where that is configured as `stdio`. Before the start only.
-    Configure {
-        /// What the machine is made of.
-        config: Box<MachineConfig>,
-        /// The program's end of the serial port.
-        console: Console,
-    },
-    /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured; one for
-    /// whose vCPUs the host has no threads has ended.
-    Start,
-    /// Takes the vCPUs out of the guest.
-    Pause,
-    /// Lets paused vCPUs go on.
-    Resume,
-    /// Presses the ACPI power button: a guest that listens to it shuts itself down, in its own time.
-    PressPowerButton,
-    /// Presses Ctrl-Alt-Del on the keyboard: a guest with a driver for it reboots, or does what it is
-    /// set up to do then.
-    PressCtrlAltDel,
-    /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but no
-    /// request is left half done. A machine that has ended stays as it is.
-    Stop,
-    /// Asks for the state.
-    Query,
-    /// Looks how large the image of a disk is now, and lets the guest know if that has changed.
-    UpdateDiskSize {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
-    },
-    /// Puts another image in the place of that of a disk, with the same cache mode, and lets the guest
-    /// know. Of the image that is there already, the size is looked at anew.
-    ReplaceDisk {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
-        /// The other image.
-        path: PathBuf,
-    },
-    /// Sets other limits of a disk.
-    SetDiskLimits {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
-        /// The limits.
-        limits: Limits,
-    },
-    /// Sets other limits of a network device.
-    SetNetworkLimits {
-        /// Which network device, counted from zero as in the configuration.
-        network: usize,
-        /// The limits.
-        limits: NetLimits,
-    },
-    /// Asks the guest to give up so much memory in all. It does so in its own time and as far as it can.
-    SetBalloonTarget {
-        /// How much in MiB.
-        mib: u32,
-    },
-    /// Changes how often the guest is asked for statistics of its memory, and asks it for the first.
-    SetBalloonInterval {
-        /// How often.
-        seconds: NonZeroU32,
-    },
-    /// Asks for the size of the balloon, and what the guest said last of its memory.
-    BalloonStatistics,
-    /// Puts other metadata in the place of what the guest is told.
-    PutMetadata(Map<String, Value>),
-    /// Changes the metadata by a merge patch (RFC 7396).
-    PatchMetadata(Map<String, Value>),
-    /// Asks for the metadata.
-    Metadata,
-    /// Asks for the counters.
-    Metrics,
-}
-
-/// What a command gives.
-#[derive(Debug)]
-pub enum Answer {
-    /// It is done.
-    Done,
-    /// To [`Command::Query`].
-    State(State),
-    /// To [`Command::UpdateDiskSize`]: the size in bytes.
-    DiskSize(u64),
-    /// To [`Command::BalloonStatistics`].
-    BalloonStatistics(Box<BalloonStatistics>),
-    /// To [`Command::Metadata`]; none where nothing was put yet.
-    Metadata(Option<Map<String, Value>>),
-    /// To [`Command::Metrics`].
-    Metrics(Arc<MachineMetrics>),
-}
 
 /// A machine and all that can be done with it, from any thread. Clones speak for the same machine,
 /// which is stopped when the last of them is dropped.

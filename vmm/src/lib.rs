@@ -25,6 +25,7 @@
 #[doc = include_str!("../../docs/embedding.md")]
 struct EmbeddingPage;
 
+mod command;
 pub mod config;
 mod control;
 mod controller;
@@ -54,8 +55,9 @@ pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
 pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
 pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use bantam_devices::virtio::vsock::VsockMetrics;
+pub use command::{Answer, Command, State};
 pub use control::ExitReason;
-pub use controller::{Answer, Command, Controller, State};
+pub use controller::Controller;
 pub use error::Error;
 pub use metrics::MachineMetrics;
 pub use serial::Console;
