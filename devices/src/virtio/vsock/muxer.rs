@@ -237,14 +237,15 @@ impl Muxer {
         }
     }
 
-    /// Sends to the guest what there is for it, for one turn at most.
-    pub(super) fn send(&mut self, queue: &mut ReceiveQueue) -> Result<(), DriverError> {
+    /// Sends to the guest what there is for it, for one turn at most. `true` where that was not enough:
+    /// the doorbell is then rung for the next turn.
+    pub(super) fn send(&mut self, queue: &mut ReceiveQueue) -> Result<bool, DriverError> {
         let start = Instant::now();
         let mut packets = 0;
         while (!self.refusals.is_empty() || !self.ready.is_empty()) && queue.has_buffer()? {
             if packets >= queue.size().into() || start.elapsed() >= MAX_TURN {
                 queue.ring_doorbell();
-                break;
+                return Ok(true);
             }
             let sent = match self.refusals.pop_front() {
                 Some(refusal) => queue.put(&refusal)?.into(),
@@ -254,7 +255,7 @@ impl Muxer {
             packets += sent;
             queue.report(&self.interrupt);
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Gives the next connection its turn; gives the number of packets sent.

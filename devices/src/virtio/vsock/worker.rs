@@ -56,6 +56,9 @@ pub(super) struct Worker {
     chain: Chain,
     /// Whether packets of the guest wait until it has taken some.
     is_stalled: bool,
+    /// Whether what there is for the guest waits for the next turn, which the doorbell was rung for. Of
+    /// many connections that are ready at once each would otherwise begin a turn of its own.
+    turn_is_over: bool,
     muxer: Muxer,
     metrics: Arc<VsockMetrics>,
     interrupt: Arc<VirtioInterrupt>,
@@ -85,6 +88,7 @@ impl Worker {
             transmit_queue,
             chain: Chain::new(&memory),
             is_stalled: false,
+            turn_is_over: false,
             muxer,
             metrics,
             interrupt,
@@ -94,6 +98,7 @@ impl Worker {
     fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
         match source {
             Source::ReceiveDoorbell => {
+                self.turn_is_over = false;
                 self.metrics.rx_queue_event_count.add(1);
                 Ok(())
             }
@@ -155,10 +160,12 @@ impl Worker {
             self.receive_queue.ring_doorbell();
         }
         self.muxer.settle(operations)?;
-        let sent = self.muxer.send(&mut self.receive_queue);
-        self.receive_queue.report(&self.interrupt);
-        sent.inspect_err(|_| self.metrics.rx_queue_event_fails.add(1))?;
-        self.muxer.settle(operations)?;
+        if !self.turn_is_over {
+            let sent = self.muxer.send(&mut self.receive_queue);
+            self.receive_queue.report(&self.interrupt);
+            self.turn_is_over = sent.inspect_err(|_| self.metrics.rx_queue_event_fails.add(1))?;
+            self.muxer.settle(operations)?;
+        }
         if self.is_stalled && !self.muxer.is_stalled() {
             self.transmit_queue.ring_doorbell();
         }
