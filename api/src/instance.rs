@@ -17,12 +17,11 @@ use crate::metrics_groups::groups;
 use crate::request::Request;
 use crate::request_counts::{RequestCounts, names_of};
 use crate::resources::{
-    Action, ActionType, BalloonUpdate, Drive, DriveUpdate, InstanceInformation, Logger, Metrics,
-    NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Version, Vm, VmState,
+    Action, ActionType, Balloon, BalloonUpdate, Drive, DriveUpdate, InstanceInformation, Logger,
+    Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Version, Vm, VmState,
 };
 
 const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
-const NO_BALLOON_STATISTICS: Fault = Fault::BalloonStatistics;
 
 /// The log of the program, as far as clients can set it.
 pub trait ProgramLog: Send {
@@ -193,144 +192,104 @@ impl Instance {
 
     fn answer(&mut self, request: Request) -> Result<Reply, Fault> {
         match request {
-            Request::GetInstance => self.identity.instance(),
-            Request::GetVersion => version(),
-            Request::GetConfiguration => Reply::value(&self.configuration),
-            Request::GetMachineConfiguration => Reply::value(&self.configuration.machine_config),
-            Request::PutAction(Action { action_type }) => self.act(action_type),
-            Request::PatchVm(Vm { state }) => {
-                self.require_started()?;
-                match state {
-                    VmState::Paused if self.controller.state() == State::Paused => {}
-                    VmState::Paused => self.controller.pause()?,
-                    VmState::Resumed if self.controller.state() == State::Running => {}
-                    VmState::Resumed => self.controller.resume()?,
-                }
-                Ok(Reply::Done)
+            Request::GetInstance => return self.identity.instance(),
+            Request::GetVersion => return version(),
+            Request::GetConfiguration => return Reply::value(&self.configuration),
+            Request::GetMachineConfiguration => {
+                return Reply::value(&self.configuration.machine_config);
             }
-            Request::PutMachineConfiguration(wanted) => {
-                self.change()?.put_machine_config(wanted)?;
-                Ok(Reply::Done)
-            }
-            Request::PatchMachineConfiguration(update) => {
-                let configuration = self.change()?;
-                let wanted = update.applied_to(&configuration.machine_config);
-                configuration.put_machine_config(wanted)?;
-                Ok(Reply::Done)
-            }
-            Request::PutBootSource(boot_source) => {
-                self.change()?.put_boot_source(boot_source)?;
-                Ok(Reply::Done)
-            }
-            Request::PutDrive(drive) => {
-                self.change()?.put_drive(drive)?;
-                Ok(Reply::Done)
-            }
-            Request::PutNetworkInterface(interface) => {
-                self.change()?.put_network_interface(interface)?;
-                Ok(Reply::Done)
-            }
-            Request::PatchDrive(update) => {
-                self.require_started()?;
-                self.update_drive(update)?;
-                Ok(Reply::Done)
-            }
-            Request::PatchNetworkInterface(update) => {
-                self.require_started()?;
-                self.update_network_interface(update)?;
-                Ok(Reply::Done)
-            }
-            Request::GetBalloon => {
-                let balloon = self.configuration.balloon.as_ref();
-                Reply::value(balloon.ok_or(NO_BALLOON)?)
-            }
-            Request::PutBalloon(balloon) => {
-                self.change()?.put_balloon(balloon)?;
-                Ok(Reply::Done)
-            }
-            Request::PatchBalloon(BalloonUpdate { amount_mib }) => {
-                self.require_started()?;
-                let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
-                self.controller.set_balloon_target(amount_mib)?;
-                balloon.amount_mib = amount_mib;
-                Ok(Reply::Done)
-            }
-            Request::GetBalloonStatistics => {
-                self.require_started()?;
-                let balloon = self.configuration.balloon.as_ref().ok_or(NO_BALLOON)?;
-                if balloon.stats_polling_interval_s == 0 {
-                    return Err(Fault::NotConfigured {
-                        kind: "interval of the balloon's statistics",
-                    });
-                }
-                Reply::value(&self.controller.balloon_statistics()?)
-            }
-            Request::PatchBalloonStatistics(update) => {
-                self.require_started()?;
-                self.update_balloon_interval(update.stats_polling_interval_s)?;
-                Ok(Reply::Done)
-            }
-            Request::PutVsock(vsock) => {
-                self.change()?.put_vsock(vsock)?;
-                Ok(Reply::Done)
-            }
-            Request::PutEntropy(entropy) => {
-                self.change()?.entropy = Some(entropy);
-                Ok(Reply::Done)
-            }
-            Request::PutSerial(serial) => {
-                self.change()?.serial = Some(serial);
-                Ok(Reply::Done)
-            }
-            Request::PutLogger(logger) => {
-                self.change()?;
-                self.put_logger(logger)?;
-                Ok(Reply::Done)
-            }
-            Request::PutMetrics(metrics) => {
-                self.change()?;
-                self.put_metrics(metrics)?;
-                Ok(Reply::Done)
-            }
-            Request::PutCpuConfig(config) => {
-                self.change()?.put_cpu_config(config)?;
-                Ok(Reply::Done)
-            }
-            Request::PutMetadataConfig(metadata) => {
-                self.change()?.put_metadata_config(metadata)?;
-                Ok(Reply::Done)
-            }
-            Request::PutMetadata(contents) => {
-                self.put_metadata(contents)?;
-                Ok(Reply::Done)
-            }
-            Request::PatchMetadata(patch) => {
-                if self.serves_metadata() {
-                    self.controller.patch_metadata(patch)?;
-                } else {
-                    self.metadata.patch(patch)?;
-                }
-                Ok(Reply::Done)
-            }
+            Request::GetBalloon => return Reply::value(self.balloon()?),
+            Request::GetBalloonStatistics => return self.balloon_statistics(),
             Request::GetMetadata => {
                 let contents = match self.serves_metadata() {
                     true => self.controller.metadata()?,
                     false => self.metadata.get().cloned(),
                 };
-                Reply::value(&contents.unwrap_or_default())
+                return Reply::value(&contents.unwrap_or_default());
             }
+            Request::PutAction(Action { action_type }) => self.act(action_type)?,
+            Request::PatchVm(Vm { state }) => self.go_to(state)?,
+            Request::PutMachineConfiguration(wanted) => {
+                self.change()?.put_machine_config(wanted)?;
+            }
+            Request::PatchMachineConfiguration(update) => {
+                let configuration = self.change()?;
+                let wanted = update.applied_to(&configuration.machine_config);
+                configuration.put_machine_config(wanted)?;
+            }
+            Request::PutBootSource(boot_source) => self.change()?.put_boot_source(boot_source)?,
+            Request::PutDrive(drive) => self.change()?.put_drive(drive)?,
+            Request::PatchDrive(update) => self.update_drive(update)?,
+            Request::PutNetworkInterface(interface) => {
+                self.change()?.put_network_interface(interface)?;
+            }
+            Request::PatchNetworkInterface(update) => self.update_network_interface(update)?,
+            Request::PutBalloon(balloon) => self.change()?.put_balloon(balloon)?,
+            Request::PatchBalloon(update) => self.update_balloon(update)?,
+            Request::PatchBalloonStatistics(update) => {
+                self.update_balloon_interval(update.stats_polling_interval_s)?;
+            }
+            Request::PutVsock(vsock) => self.change()?.put_vsock(vsock)?,
+            Request::PutEntropy(entropy) => self.change()?.entropy = Some(entropy),
+            Request::PutSerial(serial) => self.change()?.serial = Some(serial),
+            Request::PutLogger(logger) => {
+                self.change()?;
+                self.put_logger(logger)?;
+            }
+            Request::PutMetrics(metrics) => {
+                self.change()?;
+                self.put_metrics(metrics)?;
+            }
+            Request::PutCpuConfig(config) => self.change()?.put_cpu_config(config)?,
+            Request::PutMetadataConfig(metadata) => self.change()?.put_metadata_config(metadata)?,
+            Request::PutMetadata(contents) => self.put_metadata(contents)?,
+            Request::PatchMetadata(patch) if self.serves_metadata() => {
+                self.controller.patch_metadata(patch)?;
+            }
+            Request::PatchMetadata(patch) => self.metadata.patch(patch)?,
         }
+        Ok(Reply::Done)
+    }
+
+    /// Pauses the machine or lets it go on, unless it is as wanted already.
+    fn go_to(&mut self, wanted: VmState) -> Result<(), Fault> {
+        self.require_started()?;
+        match (wanted, self.controller.state()) {
+            (VmState::Paused, State::Paused) | (VmState::Resumed, State::Running) => {}
+            (VmState::Paused, _) => self.controller.pause()?,
+            (VmState::Resumed, _) => self.controller.resume()?,
+        }
+        Ok(())
+    }
+
+    fn balloon(&self) -> Result<&Balloon, Fault> {
+        self.configuration.balloon.as_ref().ok_or(NO_BALLOON)
+    }
+
+    fn balloon_statistics(&self) -> Result<Reply, Fault> {
+        self.require_started()?;
+        if self.balloon()?.stats_polling_interval_s == 0 {
+            return Err(Fault::NotConfigured {
+                kind: "interval of the balloon's statistics",
+            });
+        }
+        Reply::value(&self.controller.balloon_statistics()?)
+    }
+
+    fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), Fault> {
+        self.require_started()?;
+        let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
+        self.controller.set_balloon_target(update.amount_mib)?;
+        balloon.amount_mib = update.amount_mib;
+        Ok(())
     }
 
     fn update_drive(&mut self, update: DriveUpdate) -> Result<(), Fault> {
-        let is_it = |drive: &&Drive| drive.drive_id == update.drive_id;
-        let place = self
-            .configuration
-            .drives_in_order()
-            .position(|drive| is_it(&drive));
-        let drive = self.configuration.drives.iter_mut();
-        let (Some(place), Some(drive)) = (place, drive.into_iter().find(|drive| is_it(&&**drive)))
-        else {
+        self.require_started()?;
+        let is_it = |drive: &Drive| drive.drive_id == update.drive_id;
+        let place = self.configuration.drives_in_order().position(is_it);
+        let mut drives = self.configuration.drives.iter_mut();
+        let (Some(place), Some(drive)) = (place, drives.find(|drive| is_it(drive))) else {
             return Err(Fault::NoSuchDevice {
                 kind: "drive",
                 id: update.drive_id,
@@ -358,6 +317,7 @@ impl Instance {
     }
 
     fn update_network_interface(&mut self, update: NetworkInterfaceUpdate) -> Result<(), Fault> {
+        self.require_started()?;
         let interfaces = &mut self.configuration.network_interfaces;
         let is_it = |interface: &NetworkInterface| interface.iface_id == update.iface_id;
         let Some(place) = interfaces.iter().position(is_it) else {
@@ -380,12 +340,13 @@ impl Instance {
     }
 
     fn update_balloon_interval(&mut self, seconds: u16) -> Result<(), Fault> {
+        self.require_started()?;
         let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
         let before = balloon.stats_polling_interval_s;
         match NonZeroU32::new(seconds.into()) {
             Some(interval) if before != 0 => self.controller.set_balloon_interval(interval)?,
             None if before == 0 => {}
-            _ => return Err(NO_BALLOON_STATISTICS),
+            _ => return Err(Fault::BalloonStatistics),
         }
         balloon.stats_polling_interval_s = seconds;
         Ok(())
@@ -409,7 +370,7 @@ impl Instance {
         self.configuration.mmds_config.is_some() && self.require_started().is_ok()
     }
 
-    fn act(&mut self, action: ActionType) -> Result<Reply, Fault> {
+    fn act(&mut self, action: ActionType) -> Result<(), Fault> {
         match action {
             ActionType::InstanceStart => self.start()?,
             ActionType::SendCtrlAltDel => {
@@ -430,7 +391,7 @@ impl Instance {
                 })?;
             }
         }
-        Ok(Reply::Done)
+        Ok(())
     }
 
     /// Starts the machine that is configured.

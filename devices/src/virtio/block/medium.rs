@@ -212,12 +212,13 @@ impl Loan {
     /// answers at once.
     pub(super) fn may_settle(&self) -> bool {
         let mut slot = self.0.slot();
-        let is_wanted = !matches!(slot.exchange, Exchange::GivenUp);
-        slot.exchange = match is_wanted {
-            true => Exchange::Settling,
-            false => Exchange::None,
-        };
-        is_wanted
+        match slot.exchange {
+            Exchange::UnderWay => slot.exchange = Exchange::Settling,
+            Exchange::GivenUp => slot.exchange = Exchange::None,
+            // It was given up, and there is another to be taken.
+            _ => {}
+        }
+        matches!(slot.exchange, Exchange::Settling)
     }
 
     /// Tells that no request uses the disk before any more. `new` has the ring for the next worker,
@@ -232,10 +233,11 @@ impl Loan {
     /// Tells that the worker goes on with the disk that it has.
     pub(super) fn refuse(&self, error: io::Error) {
         let mut slot = self.0.slot();
-        if matches!(slot.exchange, Exchange::GivenUp) {
-            slot.exchange = Exchange::None;
-        } else {
-            self.0.finish(&mut slot, Err(error));
+        match slot.exchange {
+            Exchange::UnderWay | Exchange::Settling => self.0.finish(&mut slot, Err(error)),
+            Exchange::GivenUp => slot.exchange = Exchange::None,
+            // It was given up, and there is another to be taken.
+            _ => {}
         }
     }
 }
@@ -248,5 +250,71 @@ impl Drop for Loan {
             let old = self.0.put(&mut slot, new);
             self.0.finish(&mut slot, Ok(old));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+    use crate::disk::CacheMode;
+
+    fn loaded(folder: &Path, name: &str) -> Loaded {
+        let path = folder.join(name);
+        fs::write(&path, [0; 512]).unwrap();
+        let disk = DiskFile::open(&path, false, CacheMode::Writeback).unwrap();
+        Loaded {
+            disk: Arc::new(disk),
+            ring: None,
+        }
+    }
+
+    /// Waits until the owner wants another disk.
+    fn take(loan: &Loan) -> Loaded {
+        loop {
+            match loan.take_wanted() {
+                Some(wanted) => return wanted,
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_was_given_up_does_not_take_the_place_of_the_next() {
+        let folder = TempDir::new().unwrap();
+        let folder = folder.as_path();
+        let medium = Arc::new(Medium::new(loaded(folder, "a"), 1).unwrap());
+        let (_, loan) = medium.lend();
+        std::thread::scope(|scope| {
+            // The worker has the second when the owner gives it up, and the third comes before the
+            // requests to the first end.
+            medium.slot().exchange = Exchange::GivenUp;
+            let owner = scope.spawn(|| medium.exchange(loaded(folder, "c")));
+            while !matches!(medium.slot().exchange, Exchange::Wanted(_)) {
+                std::thread::yield_now();
+            }
+            assert!(!loan.may_settle());
+            loan.refuse(io::ErrorKind::Other.into());
+            let third = take(&loan);
+            assert!(loan.may_settle());
+            loan.settle(third, None);
+            let before = owner.join().unwrap().unwrap();
+            assert_eq!(before.disk.path(), folder.join("a"));
+        });
+        assert_eq!(medium.disk().path(), folder.join("c"));
+    }
+
+    #[test]
+    fn a_disk_that_was_given_up_is_let_go() {
+        let folder = TempDir::new().unwrap();
+        let medium = Arc::new(Medium::new(loaded(folder.as_path(), "a"), 1).unwrap());
+        let (_, loan) = medium.lend();
+        medium.slot().exchange = Exchange::GivenUp;
+        assert!(!loan.may_settle());
+        assert!(matches!(medium.slot().exchange, Exchange::None));
     }
 }
