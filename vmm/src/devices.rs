@@ -322,6 +322,7 @@ impl<'a> VirtioDevices<'a> {
             deflate_on_oom: config.deflate_on_oom,
             statistics_interval: NonZeroU32::new(config.statistics),
             free_page_reporting: config.reporting,
+            free_page_hinting: config.hinting,
         };
         let balloon = Balloon::new(&options, self.memory)?;
         let interrupt = self.next_interrupt("balloon".to_string())?;
