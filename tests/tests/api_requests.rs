@@ -430,11 +430,16 @@ fn other_methods_and_paths_are_refused() {
 #[test]
 fn slashes_around_a_path_do_not_count() {
     let machine = ApiMachine::new();
-    let answer = machine.api.get("/");
-    for path in ["//", "///"] {
-        assert_eq!(machine.api.get(path), answer);
+    for (path, member) in [
+        ("//", "vmm_version"),
+        ("///", "vmm_version"),
+        ("//machine-config/", "vcpu_count"),
+    ] {
+        let request = format!("GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n");
+        let answer = machine.api.raw(request.as_bytes());
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        assert!(answer.contains(member), "{answer}");
     }
-    assert_eq!(machine.api.get("//machine-config/")["vcpu_count"], 1);
     machine.stop();
 }
 

@@ -1,7 +1,4 @@
-
-/// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the driver says which pages are free when it is asked.
-pub const HINTING: u64 = 1 << 3;
-/// `VIRTIO_BALLOON_F_REPORTING`//! A driver of the memory balloon (section 5.5).
+//! A driver of the memory balloon (section 5.5).
 use alloc::vec::Vec;
 
 use super::mmio::register;
@@ -16,6 +13,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub mod balloon_feature {
     /// `VIRTIO_BALLOON_F_STATS_VQ`: the driver gives statistics.
     pub const STATISTICS: u64 = 1 << 1;
+    /// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the driver says which pages are free when it is asked.
+    pub const HINTING: u64 = 1 << 3;
     /// `VIRTIO_BALLOON_F_PAGE_REPORTING`: the driver reports free pages.
     pub const REPORTING: u64 = 1 << 5;
 }
