@@ -24,6 +24,9 @@ use crate::resources::{
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                                  i8042.dumbkbd swiotlb=noforce";
 
+/// Longest kernel command line in bytes, as in Firecracker: 2048 with the NUL at its end.
+const LONGEST_BOOT_ARGS: usize = 2047;
+
 /// Longest serial number of a disk.
 const LONGEST_SERIAL: usize = 20;
 
@@ -125,6 +128,9 @@ impl Configuration {
     pub(crate) fn put_machine_config(&mut self, wanted: MachineConfiguration) -> Result<(), Fault> {
         vcpu_count(&wanted)?;
         memory_size(&wanted)?;
+        if let Some(balloon) = &self.balloon {
+            check_balloon(balloon, &wanted)?;
+        }
         if !matches!(wanted.cpu_template, None | Some(CpuTemplate::None)) {
             return Err(Fault::NotSupported {
                 what: "CPU templates other than 'None'".to_string(),
@@ -141,6 +147,13 @@ impl Configuration {
         check_readable("kernel image", &boot_source.kernel_image_path)?;
         if let Some(path) = &boot_source.initrd_path {
             check_readable("initrd", path)?;
+        }
+        let length = boot_source.boot_args.as_ref().map_or(0, String::len);
+        if length > LONGEST_BOOT_ARGS {
+            return Err(Fault::Value {
+                what: "boot_args",
+                reason: format!("they have {length} bytes; {LONGEST_BOOT_ARGS} is the most"),
+            });
         }
         self.boot_source = Some(boot_source);
         Ok(())
@@ -197,17 +210,12 @@ impl Configuration {
     }
 
     pub(crate) fn put_balloon(&mut self, balloon: Balloon) -> Result<(), Fault> {
-        if balloon.free_page_hinting {
-            return Err(Fault::NotSupported {
-                what: "Free page hinting".to_string(),
-            });
-        }
+        check_balloon(&balloon, &self.machine_config)?;
         self.balloon = Some(balloon);
         Ok(())
     }
 
     pub(crate) fn put_vsock(&mut self, vsock: Vsock) -> Result<(), Fault> {
-        vsock_config(&vsock)?;
         self.vsock = Some(vsock);
         Ok(())
     }
@@ -286,7 +294,7 @@ impl Configuration {
             .as_ref()
             .and_then(|it| it.rate_limiter.as_ref());
         config.rng_limits = RateLimiter::limits(entropy_limiter);
-        config.vsock = self.vsock.as_ref().map(vsock_config).transpose()?;
+        config.vsock = self.vsock.as_ref().map(vsock_config);
         config.balloon = self.balloon.as_ref().map(balloon_config);
         config.metadata = match &self.mmds_config {
             Some(metadata) => Some(self.metadata_config(metadata)?),
@@ -403,6 +411,26 @@ fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
     MemorySize::from_bytes(bytes).map_err(Fault::value("mem_size_mib"))
 }
 
+/// Tells a client at once of a balloon that the machine cannot have.
+fn check_balloon(balloon: &Balloon, machine: &MachineConfiguration) -> Result<(), Fault> {
+    let refused = |reason| {
+        Err(Fault::Value {
+            what: "balloon",
+            reason,
+        })
+    };
+    let (amount, memory) = (balloon.amount_mib, machine.mem_size_mib);
+    if u64::from(amount) > memory {
+        return refused(format!(
+            "{amount} MiB are more than the memory of {memory} MiB"
+        ));
+    }
+    if machine.huge_pages == HugePages::TwoMib {
+        return refused("it cannot give back huge pages of 2M".to_string());
+    }
+    Ok(())
+}
+
 fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     let path = drive.path_on_host.clone().unwrap_or_default();
     // One that was cut off could be that of another drive.
@@ -450,16 +478,17 @@ fn balloon_config(balloon: &Balloon) -> BalloonConfig {
         size: BalloonSize::from_mib(balloon.amount_mib),
         deflate_on_oom: balloon.deflate_on_oom,
         reporting: balloon.free_page_reporting,
+        hinting: balloon.free_page_hinting,
         statistics: balloon.stats_polling_interval_s.into(),
     }
 }
 
-fn vsock_config(vsock: &Vsock) -> Result<VsockConfig, Fault> {
-    let cid = GuestCid::try_from(i64::from(vsock.guest_cid)).map_err(Fault::value("guest_cid"))?;
-    Ok(VsockConfig {
-        cid,
+fn vsock_config(vsock: &Vsock) -> VsockConfig {
+    VsockConfig {
+        // Firecracker takes any.
+        cid: GuestCid::unchecked(vsock.guest_cid),
         socket: vsock.uds_path.clone(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -74,6 +74,11 @@ pub enum Fault {
     /// Statistics are on for all of a machine's life or off.
     #[error("Statistics of the balloon cannot be turned on or off after the start")]
     BalloonStatistics,
+    /// The guest has not begun to use the balloon.
+    #[error(
+        "The guest has no driver for the balloon yet: check that its kernel has virtio_balloon"
+    )]
+    NoBalloonDriver,
     /// A value that cannot be used.
     #[error("Invalid {what}: {reason}")]
     Value {

@@ -5,9 +5,11 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bantam_vmm::config::SerialConfig;
-use bantam_vmm::{Console, Controller, Error, KeyboardError, MetadataStore, ReplaceError, State};
+use bantam_vmm::{
+    Console, Controller, Error, HintingCommand, KeyboardError, MetadataStore, ReplaceError, State,
+};
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Value, json};
 
 use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault, net_limits};
@@ -17,8 +19,9 @@ use crate::metrics_groups::groups;
 use crate::request::Request;
 use crate::request_counts::{RequestCounts, names_of};
 use crate::resources::{
-    Action, ActionType, Balloon, BalloonUpdate, Drive, DriveUpdate, InstanceInformation, Logger,
-    Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter, Version, Vm, VmState,
+    Action, ActionType, Balloon, BalloonHintingStatus, BalloonUpdate, Drive, DriveUpdate,
+    InstanceInformation, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
+    Version, Vm, VmState,
 };
 
 const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
@@ -200,12 +203,16 @@ impl Instance {
             }
             Request::GetBalloon => return Reply::value(self.balloon()?),
             Request::GetBalloonStatistics => return self.balloon_statistics(),
+            Request::GetBalloonHinting => return self.balloon_hinting(),
             Request::GetMetadata => {
                 let contents = match self.serves_metadata() {
                     true => self.controller.metadata()?,
                     false => self.metadata.get().cloned(),
                 };
-                return Reply::value(&contents.unwrap_or_default());
+                return Reply::value(&match contents {
+                    None | Some(Value::Null) => json!({}),
+                    Some(contents) => contents,
+                });
             }
             Request::PutAction(Action { action_type }) => self.act(action_type)?,
             Request::PatchVm(Vm { state }) => self.go_to(state)?,
@@ -229,6 +236,10 @@ impl Instance {
             Request::PatchBalloonStatistics(update) => {
                 self.update_balloon_interval(update.stats_polling_interval_s)?;
             }
+            Request::StartBalloonHinting(wanted) => self.hint_balloon(HintingCommand::Start {
+                acknowledge_on_stop: wanted.acknowledge_on_stop,
+            })?,
+            Request::StopBalloonHinting => self.hint_balloon(HintingCommand::Stop)?,
             Request::PutVsock(vsock) => self.change()?.put_vsock(vsock)?,
             Request::PutEntropy(entropy) => self.change()?.entropy = Some(entropy),
             Request::PutSerial(serial) => self.change()?.serial = Some(serial),
@@ -276,8 +287,36 @@ impl Instance {
         Reply::value(&self.controller.balloon_statistics()?)
     }
 
-    fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), Fault> {
+    fn balloon_hinting(&self) -> Result<Reply, Fault> {
+        self.require_balloon_driver()?;
+        let status = self.controller.balloon_statistics()?.hinting;
+        let status = status.ok_or(Fault::NotConfigured {
+            kind: "free page hinting",
+        })?;
+        Reply::value(&BalloonHintingStatus {
+            host_cmd: status.host_command,
+            guest_cmd: status.guest_command,
+        })
+    }
+
+    fn hint_balloon(&self, command: HintingCommand) -> Result<(), Fault> {
+        self.require_balloon_driver()?;
+        Ok(self.controller.hint_balloon(command)?)
+    }
+
+    /// Checks that the guest would do what it is asked for. Firecracker refuses it otherwise, and its
+    /// clients may try again then.
+    fn require_balloon_driver(&self) -> Result<(), Fault> {
         self.require_started()?;
+        self.balloon()?;
+        match self.controller.balloon_statistics()?.has_driver {
+            true => Ok(()),
+            false => Err(Fault::NoBalloonDriver),
+        }
+    }
+
+    fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), Fault> {
+        self.require_balloon_driver()?;
         let balloon = self.configuration.balloon.as_mut().ok_or(NO_BALLOON)?;
         self.controller.set_balloon_target(update.amount_mib)?;
         balloon.amount_mib = update.amount_mib;
@@ -356,7 +395,7 @@ impl Instance {
     ///
     /// # Errors
     /// When it is too large.
-    pub fn put_metadata(&mut self, contents: Map<String, Value>) -> Result<(), Fault> {
+    pub fn put_metadata(&mut self, contents: Value) -> Result<(), Fault> {
         if self.serves_metadata() {
             self.controller.put_metadata(contents)?;
         } else {

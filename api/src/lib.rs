@@ -20,7 +20,7 @@ pub use configuration::Configuration;
 pub use fault::{Fault, without_error_numbers};
 pub use instance::{Identity, Instance, InstanceOptions, ProgramLog, Reply};
 pub use metrics::{MetricsFile, ProcessTimes};
-pub use request::{Request, parse_json};
+pub use request::{Request, parse_json, parse_value};
 pub use server::{Server, ServerError, ServerLimits};
 
 /// The version of Firecracker's API that this one is like.

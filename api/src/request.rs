@@ -1,13 +1,13 @@
 //! What clients ask for: HTTP's method, path and body as one enum.
 
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::fault::Fault;
 use crate::resources::{
-    Action, Balloon, BalloonStatisticsUpdate, BalloonUpdate, BootSource, CpuConfig, Drive,
-    DriveUpdate, Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate, MetadataConfig,
-    Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
+    Action, Balloon, BalloonHinting, BalloonStatisticsUpdate, BalloonUpdate, BootSource, CpuConfig,
+    Drive, DriveUpdate, Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate,
+    MetadataConfig, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
 };
 
 /// What a client asks for.
@@ -49,6 +49,12 @@ pub enum Request {
     PutBalloon(Balloon),
     /// `PATCH /balloon`
     PatchBalloon(BalloonUpdate),
+    /// `GET /balloon/hinting/status`
+    GetBalloonHinting,
+    /// `PATCH /balloon/hinting/start`
+    StartBalloonHinting(BalloonHinting),
+    /// `PATCH /balloon/hinting/stop`
+    StopBalloonHinting,
     /// `PATCH /balloon/statistics`
     PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// `PUT /vsock`
@@ -62,9 +68,9 @@ pub enum Request {
     /// `PUT /metrics`
     PutMetrics(Metrics),
     /// `PUT /mmds`
-    PutMetadata(Map<String, Value>),
+    PutMetadata(Value),
     /// `PATCH /mmds`
-    PatchMetadata(Map<String, Value>),
+    PatchMetadata(Value),
     /// `PUT /mmds/config`
     PutMetadataConfig(MetadataConfig),
     /// `PUT /cpu-config`
@@ -113,10 +119,6 @@ impl Request {
             let what = (*what).to_string();
             return Err(Fault::NotSupported { what });
         }
-        if let ["balloon", "hinting", ..] = segments[..] {
-            let what = "Free page hinting".to_string();
-            return Err(Fault::NotSupported { what });
-        }
         let method = match method {
             "GET" => Method::Get,
             "PUT" => Method::Put,
@@ -125,6 +127,8 @@ impl Request {
         };
         match method {
             Method::Get if !body.is_empty() => return Err(Fault::BodyOfGet),
+            // These are whole without a body.
+            Method::Patch if matches!(segments[..], ["balloon", "hinting", "start" | "stop"]) => {}
             Method::Put | Method::Patch if body.is_empty() => {
                 let method = method.name();
                 return Err(Fault::EmptyBody { method });
@@ -138,6 +142,7 @@ impl Request {
             (Method::Get, ["machine-config"]) => Request::GetMachineConfiguration,
             (Method::Get, ["balloon"]) => Request::GetBalloon,
             (Method::Get, ["balloon", "statistics"]) => Request::GetBalloonStatistics,
+            (Method::Get, ["balloon", "hinting", "status"]) => Request::GetBalloonHinting,
             (Method::Get, ["mmds"]) => Request::GetMetadata,
             (Method::Put, ["actions"]) => Request::PutAction(parse_json(body)?),
             (Method::Patch, ["vm"]) => Request::PatchVm(parse_json(body)?),
@@ -178,13 +183,20 @@ impl Request {
             (Method::Patch, ["balloon", "statistics"]) => {
                 Request::PatchBalloonStatistics(parse_json(body)?)
             }
+            (Method::Patch, ["balloon", "hinting", "start"]) => {
+                Request::StartBalloonHinting(match body {
+                    [] => BalloonHinting::default(),
+                    body => parse_json(body)?,
+                })
+            }
+            (Method::Patch, ["balloon", "hinting", "stop"]) => Request::StopBalloonHinting,
             (Method::Put, ["vsock"]) => Request::PutVsock(parse_json(body)?),
             (Method::Put, ["entropy"]) => Request::PutEntropy(parse_json(body)?),
             (Method::Put, ["serial"]) => Request::PutSerial(parse_json(body)?),
             (Method::Put, ["logger"]) => Request::PutLogger(parse_json(body)?),
             (Method::Put, ["metrics"]) => Request::PutMetrics(parse_json(body)?),
-            (Method::Put, ["mmds"]) => Request::PutMetadata(parse_json(body)?),
-            (Method::Patch, ["mmds"]) => Request::PatchMetadata(parse_json(body)?),
+            (Method::Put, ["mmds"]) => Request::PutMetadata(parse_value(body)?),
+            (Method::Patch, ["mmds"]) => Request::PatchMetadata(parse_value(body)?),
             (Method::Put, ["mmds", "config"]) => Request::PutMetadataConfig(parse_json(body)?),
             (Method::Put, ["cpu-config"]) => Request::PutCpuConfig(parse_json(body)?),
             _ => return Err(no_such_resource()),
@@ -197,13 +209,21 @@ impl Request {
 /// # Errors
 /// When it is no object in JSON, or not of this type. The error names the field and the place.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
-    // The members of a struct are otherwise taken in their order, too.
+    // The members of a struct would be taken in their order, too.
     if text.trim_ascii_start().starts_with(b"[") {
         return Err(Fault::Body {
             field: String::new(),
             message: "it is an array, but has to be an object".to_string(),
         });
     }
+    parse_value(text)
+}
+
+/// Reads any value in JSON.
+///
+/// # Errors
+/// When it is not JSON, or not of this type. The error names the field and the place.
+pub fn parse_value<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         // Members whose name is not known yet are question marks.
@@ -376,8 +396,15 @@ mod tests {
             (
                 "PATCH",
                 "/balloon/hinting/start",
-                "",
-                "Free page hinting: not supported by this version of Bantam",
+                r#"{"acknowledge_on_stop": 1}"#,
+                "Invalid JSON body: acknowledge_on_stop: invalid type: integer `1`, expected a boolean \
+                 at line 1 column 25",
+            ),
+            (
+                "PATCH",
+                "/balloon/hinting",
+                "{}",
+                "Invalid request method and/or path: PATCH /balloon/hinting",
             ),
         ] {
             assert_eq!(fault(method, path, body), message, "{method} {path} {body}");

@@ -46,7 +46,7 @@ pub(crate) fn names_of(request: &Request) -> (&'static str, &'static str) {
         Request::GetVersion => (GET, "vmm_version"),
         Request::GetConfiguration => (GET, "vm_config"),
         Request::GetMachineConfiguration => (GET, "machine_cfg"),
-        Request::GetBalloon => (GET, "balloon"),
+        Request::GetBalloon | Request::GetBalloonHinting => (GET, "balloon"),
         Request::GetBalloonStatistics => (GET, "balloon_stats"),
         Request::GetMetadata => (GET, "mmds"),
         Request::PutAction(_) => (PUT, "actions"),
@@ -66,7 +66,9 @@ pub(crate) fn names_of(request: &Request) -> (&'static str, &'static str) {
         Request::PatchMachineConfiguration(_) => (PATCH, "machine_cfg"),
         Request::PatchDrive(_) => (PATCH, "drive"),
         Request::PatchNetworkInterface(_) => (PATCH, "network"),
-        Request::PatchBalloon(_) => (PATCH, "balloon"),
+        Request::PatchBalloon(_)
+        | Request::StartBalloonHinting(_)
+        | Request::StopBalloonHinting => (PATCH, "balloon"),
         Request::PatchBalloonStatistics(_) => (PATCH, "balloon_stats"),
         Request::PatchMetadata(_) => (PATCH, "mmds"),
     }

@@ -15,7 +15,7 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request as HttpRequest, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, Notify};
@@ -28,8 +28,6 @@ use crate::fault::Fault;
 use crate::instance::{Identity, Instance, Reply};
 use crate::request::Request;
 
-/// How long a client may take to send the head of its next request, from the end of the last one.
-const HEAD_TIME: Duration = Duration::from_secs(60);
 /// How long it may take to send a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// How long it may not take any of an answer.
@@ -279,8 +277,8 @@ async fn serve_client(
         Ok::<_, Infallible>(answer)
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME)
+        // A client keeps its place, idle or in the middle of a head, until that is needed for another.
+        .header_read_timeout(None)
         .max_buf_size(MAX_HEAD_SIZE)
         // A client may close its end when it has asked.
         .half_close(true)
@@ -305,7 +303,7 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
         Ok(Ok(None)) => {
             let limit = service.body_size;
             let message = format!("The body is larger than the limit of {limit} bytes");
-            return last_answer(StatusCode::PAYLOAD_TOO_LARGE, &message);
+            return last_answer(StatusCode::BAD_REQUEST, &message);
         }
         Ok(Err(error)) => {
             let message = format!("The body cannot be read: {error}");

@@ -44,7 +44,6 @@ const MADT_PCAT_COMPAT: u32 = 1 << 0;
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
 const BOOT_ARCH_8042: u16 = 1 << 1;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
 /// What the tables say of the machine.
 #[derive(Clone, Copy, Debug)]
@@ -137,7 +136,7 @@ fn fadt(dsdt: u64, devices: &AcpiDevices<'_>) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
-    let mut boot_arch = BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC;
+    let mut boot_arch = BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA;
     if devices.serial {
         boot_arch |= BOOT_ARCH_LEGACY_DEVICES;
     }

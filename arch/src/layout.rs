@@ -81,6 +81,10 @@ pub const I8042_PORT: u16 = 0x60;
 pub const I8042_COMMAND_PORT: u16 = I8042_PORT + 4;
 /// Number of ports from [`I8042_PORT`] to the command port.
 pub const I8042_PORT_COUNT: u16 = 5;
+/// Real-time clock: index port.
+pub const RTC_PORT: u16 = 0x70;
+/// Number of ports of the real-time clock: index and data.
+pub const RTC_PORT_COUNT: u16 = 2;
 /// First serial port (16550).
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Number of registers of a 16550.
@@ -96,7 +100,7 @@ pub const ACPI_POWER_PORT_COUNT: u16 = 3;
 
 // --- Global system interrupts -----------------------------------------------------------------
 
-/// Interrupt of the timer of a PC. This machine has none, but kernels take it for given.
+/// Interrupt of channel 0 of the interval timer (in the kernel's irqchip), edge-triggered.
 pub const TIMER_GSI: u32 = 0;
 /// Interrupt of the keyboard controller, edge-triggered.
 pub const KEYBOARD_GSI: u32 = 1;

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use bantam_api::resources::{Logger, Metrics};
 use bantam_api::{
     API_VERSION, Configuration, Instance, InstanceOptions, ProcessTimes, ProgramLog, Request,
-    Server, ServerLimits, parse_json,
+    Server, ServerLimits, parse_json, parse_value,
 };
 use bantam_vmm::Controller;
 use nix::libc;
@@ -92,7 +92,7 @@ fn serve_instance(
     }
     if let Some(path) = &args.metadata {
         let what = "metadata file";
-        let contents = parse_json(&read_file(what, path)?)
+        let contents = parse_value(&read_file(what, path)?)
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.put_metadata(contents)?;
     }

@@ -18,6 +18,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod power;
 pub mod rate_limiter;
+pub mod rtc;
 pub mod serial;
 pub mod tap;
 pub mod virtio;

@@ -242,7 +242,11 @@ fn check_answer(method: &str, path: &str, answer: &Answer, context: &str) {
 #[track_caller]
 fn check_request(method: &str, path: &str, body: &str, context: &str) {
     let operation = operation(method, path).expect("what is not listed is refused");
-    let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+    let listed = &operation["requestBody"];
+    if body.is_empty() && listed["required"] != true {
+        return;
+    }
+    let schema = &listed["content"]["application/json"]["schema"];
     let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{context}: {error}"));
     check_value(schema, &body, context);
 }

@@ -34,9 +34,11 @@ fn a_balloon_is_put_before_the_start_and_changes_its_size_after_it() {
         machine.refused("PATCH", "/balloon/statistics", &interval),
         BEFORE_START
     );
-    let hinting = json!({"amount_mib": 8, "deflate_on_oom": false, "free_page_hinting": true});
-    let reason = machine.refused("PUT", "/balloon", &hinting);
-    assert!(reason.contains("not supported"), "{reason}");
+    for mib in [129, u32::MAX] {
+        let large = json!({"amount_mib": mib, "deflate_on_oom": false});
+        let reason = machine.refused("PUT", "/balloon", &large);
+        assert!(reason.contains("memory of 128 MiB"), "{reason}");
+    }
     let balloon = json!({
         "amount_mib": 8,
         "deflate_on_oom": true,
@@ -46,19 +48,37 @@ fn a_balloon_is_put_before_the_start_and_changes_its_size_after_it() {
     });
     api.put("/balloon", &balloon);
     assert_eq!(api.get("/balloon"), balloon);
-    machine.start_hello();
+    let small = json!({"vcpu_count": 1, "mem_size_mib": 16});
+    let large = json!({"vcpu_count": 1, "mem_size_mib": 4});
+    machine.refused("PUT", "/machine-config", &large);
+    api.put("/machine-config", &small);
+    api.put(
+        "/machine-config",
+        &json!({"vcpu_count": 1, "mem_size_mib": 128}),
+    );
+    machine.boot("balloon", "follow");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("actual 2048");
     assert_eq!(machine.refused("PUT", "/balloon", &balloon), AFTER_START);
+    for (method, path, body) in [
+        ("GET", "/balloon/hinting/status", ""),
+        ("PATCH", "/balloon/hinting/start", ""),
+        ("PATCH", "/balloon/hinting/stop", "{}"),
+    ] {
+        let reason = api.refused(method, path, body);
+        assert!(reason.contains("free page hinting"), "{reason}");
+    }
     api.patch("/balloon", &size);
+    machine.running.wait_for_output("actual 4096");
     api.patch("/balloon/statistics", &interval);
     let now = api.get("/balloon");
     assert_eq!(now["amount_mib"], 16);
     assert_eq!(now["stats_polling_interval_s"], 2);
     assert_eq!(api.get("/vm/config")["balloon"], now);
-    // This guest has no driver of it.
     let statistics = api.get("/balloon/statistics");
     assert_eq!(statistics["target_mib"], 16);
     assert_eq!(statistics["target_pages"], 16 * 256);
-    assert_eq!(statistics["actual_mib"], 0);
+    assert_eq!(statistics["actual_mib"], 16);
     let off = json!({"stats_polling_interval_s": 0});
     machine.refused("PATCH", "/balloon/statistics", &off);
     machine.stop();
@@ -80,14 +100,60 @@ fn a_machine_without_balloon_or_statistics_says_so() {
         machine.refused("PATCH", "/balloon/statistics", &interval);
         machine.api.refused("GET", "/balloon/statistics", "");
         let size = json!({"amount_mib": 16});
-        if balloon.is_some() {
-            machine.api.patch("/balloon", &size);
+        let reason = machine.refused("PATCH", "/balloon", &size);
+        // The guest has no driver for it.
+        let expected = if balloon.is_some() {
+            "driver"
         } else {
-            let reason = machine.refused("PATCH", "/balloon", &size);
-            assert!(reason.contains("balloon"), "{reason}");
-        }
+            "balloon"
+        };
+        assert!(reason.contains(expected), "{reason}");
         machine.stop();
     }
+}
+
+#[test]
+fn a_guest_gives_up_free_memory_on_request_and_has_it_again() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let balloon = json!({
+        "amount_mib": 1,
+        "deflate_on_oom": false,
+        "stats_polling_interval_s": 0,
+        "free_page_hinting": true,
+        "free_page_reporting": false,
+    });
+    api.put("/balloon", &balloon);
+    assert_eq!(api.get("/balloon"), balloon);
+    assert_eq!(
+        api.refused("PATCH", "/balloon/hinting/start", ""),
+        BEFORE_START
+    );
+    machine.boot("balloon", "follow");
+    api.act("InstanceStart");
+    machine.running.wait_for_output("actual 256");
+    let status = || api.get("/balloon/hinting/status");
+    assert_eq!(status(), json!({"host_cmd": 0, "guest_cmd": null}));
+
+    let keep = json!({"acknowledge_on_stop": false});
+    api.patch("/balloon/hinting/start", &keep);
+    machine.running.wait_for_output("hinted");
+    assert_eq!(status(), json!({"host_cmd": 2, "guest_cmd": 0}));
+    assert_eq!(
+        api.request("PATCH", "/balloon/hinting/stop", "").status,
+        204
+    );
+    machine.running.wait_for_output("done");
+    assert_eq!(status(), json!({"host_cmd": 1, "guest_cmd": 0}));
+
+    assert_eq!(
+        api.request("PATCH", "/balloon/hinting/start", "").status,
+        204
+    );
+    machine.running.wait_for_output("hinted\ndone\nhinted\ndone\n");
+    assert_eq!(status(), json!({"host_cmd": 1, "guest_cmd": 0}));
+    machine.stop();
 }
 
 // --- Sockets --------------------------------------------------------------------------------------
@@ -99,10 +165,9 @@ fn a_socket_device_listens_while_the_machine_runs() {
     let machine = ApiMachine::new();
     let api = &machine.api;
     let socket = folder.path().join("vsock");
+    // The specification reserves these numbers, and Firecracker takes them.
     for cid in [0, 1, 2, u32::MAX] {
-        let vsock = json!({"guest_cid": cid, "uds_path": socket});
-        let reason = machine.refused("PUT", "/vsock", &vsock);
-        assert!(reason.contains("guest_cid"), "{reason}");
+        api.put("/vsock", &json!({"guest_cid": cid, "uds_path": socket}));
     }
     api.put(
         "/vsock",

@@ -48,6 +48,38 @@ fn metadata_are_set_merged_and_told_before_and_after_the_start() {
 }
 
 #[test]
+fn metadata_are_any_value() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = ApiMachine::new();
+    let api = &machine.api;
+    let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
+    api.put("/network-interfaces/eth0", &interface);
+    api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}));
+    for started in [false, true] {
+        if started {
+            machine.start_hello();
+        }
+        for value in [
+            json!("text"),
+            json!([1, {"a": null}]),
+            json!(7),
+            json!(false),
+        ] {
+            api.put("/mmds", &value);
+            assert_eq!(api.get("/mmds"), value);
+        }
+        api.patch("/mmds", &json!({"a": 1, "b": null}));
+        assert_eq!(api.get("/mmds"), json!({"a": 1}));
+        api.patch("/mmds", &json!(["b"]));
+        assert_eq!(api.get("/mmds"), json!(["b"]));
+        api.put("/mmds", &json!(null));
+        assert_eq!(api.get("/mmds"), json!({}));
+    }
+    machine.stop();
+}
+
+#[test]
 fn metadata_come_from_a_file() {
     require_kvm!();
     let data = json!({"latest": {"name": "web"}});

@@ -10,16 +10,9 @@ use bantam_tests::{
 };
 use bantam_vmm::config::{MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{Console, Controller, ExitReason};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 const LENGTH: usize = 2 << 20;
-
-fn object(value: Value) -> Map<String, Value> {
-    match value {
-        Value::Object(object) => object,
-        other => panic!("{other} is no object"),
-    }
-}
 
 fn counter(machine: &Controller, name: &str) -> u64 {
     let metrics = machine.metrics().expect("it was started");
@@ -54,9 +47,9 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     config.nets = vec![format!("tap={}", tap.name).parse().unwrap()];
     config.serial = SerialConfig::File(log.clone());
     let mut metadata = MetadataConfig::new(vec![0]);
-    metadata.contents = Some(object(json!({
+    metadata.contents = Some(json!({
         "latest": {"meta-data": {"ami-id": "ami-1", "tags": {"a": "b"}}},
-    })));
+    }));
     config.metadata = Some(metadata);
 
     let _slot = linux_slot();
@@ -68,7 +61,7 @@ fn linux_reads_metadata_while_its_card_is_busy() {
         assert!(Instant::now() < deadline, "the guest asks for nothing");
         thread::sleep(Duration::from_millis(20));
     }
-    let change = object(json!({"latest": {"changed": {"n": 1}}}));
+    let change = json!({"latest": {"changed": {"n": 1}}});
     machine.patch_metadata(change).unwrap();
     let mut received = Vec::new();
     accept(&sink).read_to_end(&mut received).unwrap();

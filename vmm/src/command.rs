@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::BalloonStatistics;
+use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::net::NetLimits;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::config::MachineConfig;
 use crate::metrics::MachineMetrics;
@@ -126,12 +126,14 @@ pub enum Command {
         /// How often.
         seconds: NonZeroU32,
     },
+    /// Asks the guest which memory it does not use (free page hinting), or lets it use all of it again.
+    HintBalloon(HintingCommand),
     /// Asks for the size of the balloon, and what the guest said last of its memory.
     BalloonStatistics,
     /// Puts other metadata in the place of what the guest is told.
-    PutMetadata(Map<String, Value>),
+    PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
-    PatchMetadata(Map<String, Value>),
+    PatchMetadata(Value),
     /// Asks for the metadata.
     Metadata,
     /// Asks for the counters.
@@ -150,7 +152,7 @@ pub enum Answer {
     /// To [`Command::BalloonStatistics`].
     BalloonStatistics(Box<BalloonStatistics>),
     /// To [`Command::Metadata`]; none where nothing was put yet.
-    Metadata(Option<Map<String, Value>>),
+    Metadata(Option<Value>),
     /// To [`Command::Metrics`].
     Metrics(Arc<MachineMetrics>),
 }

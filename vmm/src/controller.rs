@@ -7,11 +7,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::BalloonStatistics;
+use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::net::NetLimits;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::command::{Answer, Command, State};
 use crate::config::MachineConfig;
@@ -74,6 +74,7 @@ impl Controller {
             }
             Command::SetBalloonTarget { mib } => self.set_balloon_target(mib)?,
             Command::SetBalloonInterval { seconds } => self.set_balloon_interval(seconds)?,
+            Command::HintBalloon(command) => self.hint_balloon(command)?,
             Command::BalloonStatistics => {
                 let statistics = Box::new(self.balloon_statistics()?);
                 return Ok(Answer::BalloonStatistics(statistics));
@@ -282,6 +283,15 @@ impl Controller {
         devices.set_balloon_interval(seconds)
     }
 
+    /// [`Command::HintBalloon`].
+    ///
+    /// # Errors
+    /// When the machine does not run, or has no balloon with free page hinting.
+    pub fn hint_balloon(&self, command: HintingCommand) -> Result<(), Error> {
+        let devices = self.0.devices("ask for free memory")?;
+        devices.hint_balloon(command)
+    }
+
     /// [`Command::BalloonStatistics`].
     ///
     /// # Errors
@@ -296,7 +306,7 @@ impl Controller {
     /// # Errors
     /// When the machine does not run, was not configured with metadata, or the contents are too large; the
     /// guest is then told what it was told before.
-    pub fn put_metadata(&self, contents: Map<String, Value>) -> Result<(), Error> {
+    pub fn put_metadata(&self, contents: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
         Ok(devices.metadata()?.put(contents)?)
     }
@@ -305,7 +315,7 @@ impl Controller {
     ///
     /// # Errors
     /// As [`Controller::put_metadata`], and when there are no contents yet.
-    pub fn patch_metadata(&self, patch: Map<String, Value>) -> Result<(), Error> {
+    pub fn patch_metadata(&self, patch: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
         Ok(devices.metadata()?.patch(patch)?)
     }
@@ -314,7 +324,7 @@ impl Controller {
     ///
     /// # Errors
     /// When the machine does not run or was not configured with metadata.
-    pub fn metadata(&self) -> Result<Option<Map<String, Value>>, Error> {
+    pub fn metadata(&self) -> Result<Option<Value>, Error> {
         let devices = self.0.devices("read the metadata")?;
         Ok(devices.metadata()?.get())
     }

@@ -9,7 +9,7 @@ use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::metadata::Metadata;
 use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics};
+use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::virtio::net::{NetControl, NetLimits};
 use vmm_sys_util::eventfd::EventFd;
@@ -97,6 +97,10 @@ impl DeviceControls {
 
     pub(crate) fn set_balloon_interval(&self, seconds: NonZeroU32) -> Result<(), Error> {
         Ok(self.balloon()?.set_statistics_interval(seconds)?)
+    }
+
+    pub(crate) fn hint_balloon(&self, command: HintingCommand) -> Result<(), Error> {
+        Ok(self.balloon()?.hint(command)?)
     }
 
     pub(crate) fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {

@@ -11,6 +11,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
+use bantam_devices::rtc::Rtc;
 use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
@@ -59,6 +60,16 @@ pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> R
         layout::ACPI_POWER_PORT.into(),
         layout::ACPI_POWER_PORT_COUNT.into(),
         Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
+    )?;
+    Ok(())
+}
+
+/// The real-time clock, for guests without a paravirtual one.
+pub(crate) fn attach_rtc(ports: &mut Bus) -> Result<(), Error> {
+    ports.insert(
+        layout::RTC_PORT.into(),
+        layout::RTC_PORT_COUNT.into(),
+        Arc::new(Mutex::new(Rtc::new())),
     )?;
     Ok(())
 }
@@ -311,6 +322,7 @@ impl<'a> VirtioDevices<'a> {
             deflate_on_oom: config.deflate_on_oom,
             statistics_interval: NonZeroU32::new(config.statistics),
             free_page_reporting: config.reporting,
+            free_page_hinting: config.hinting,
         };
         let balloon = Balloon::new(&options, self.memory)?;
         let interrupt = self.next_interrupt("balloon".to_string())?;

@@ -49,7 +49,7 @@ pub use bantam_devices::metadata::{MetadataError, MetadataMetrics, MetadataStore
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::serial::SerialMetrics;
 pub use bantam_devices::virtio::balloon::{
-    BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics,
+    BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
 };
 pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
 pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};

@@ -142,6 +142,36 @@ pub struct BalloonUpdate {
     pub amount_mib: u32,
 }
 
+/// Body of `PATCH /balloon/hinting/start`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonHinting {
+    /// Whether the guest can use the pages again as soon as it has named all of them.
+    #[serde(default = "acknowledge")]
+    pub acknowledge_on_stop: bool,
+}
+
+fn acknowledge() -> bool {
+    true
+}
+
+impl Default for BalloonHinting {
+    fn default() -> BalloonHinting {
+        BalloonHinting {
+            acknowledge_on_stop: acknowledge(),
+        }
+    }
+}
+
+/// Answer of `GET /balloon/hinting/status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct BalloonHintingStatus {
+    /// What the guest is asked for: 0 for nothing yet, 1 for nothing any more, or the number of a request.
+    pub host_cmd: u32,
+    /// What the guest answered last, if it has: the number of a request, or 0 at its end.
+    pub guest_cmd: Option<u32>,
+}
+
 /// Body of `PATCH /balloon/statistics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -11,8 +11,9 @@ mod rate_limiter;
 
 pub use cpu_config::{Bitmap, CpuConfig, CpuidLeaf, KvmCapability, Msr, Number, Register};
 pub use devices::{
-    Balloon, BalloonStatisticsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy,
-    IoEngine, NetworkInterface, NetworkInterfaceUpdate, Serial, Vsock,
+    Balloon, BalloonHinting, BalloonHintingStatus, BalloonStatisticsUpdate, BalloonUpdate,
+    CacheType, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, NetworkInterfaceUpdate,
+    Serial, Vsock,
 };
 pub use host::{LogLevel, Logger, MetadataConfig, MetadataVersion, Metrics};
 pub use machine::{

@@ -14,7 +14,7 @@ use super::{ACPI_SLEEP_TYPE_S5, AcpiDevices, VirtioMmioWindow};
 use crate::error::{Error, Result};
 use crate::layout::{
     DEVICE_HOLE, DEVICE_HOLE_END, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI, POWER_BUTTON_GSI,
-    SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 
 /// Value of the notification that the power button was pressed (ACPI 6.5 section 5.6.6).
@@ -29,7 +29,7 @@ pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
         .map(|(index, window)| VirtioMmioDevice::new(index, window))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice, &Keyboard];
+    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice, &Keyboard, &Rtc];
     if devices.serial {
         system_bus.push(&SerialPort);
     }
@@ -105,6 +105,30 @@ impl Aml for Keyboard {
                         &IO::new(I8042_COMMAND_PORT, I8042_COMMAND_PORT, 1, 1),
                         &interrupt(KEYBOARD_GSI),
                     ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The real-time clock, whose interrupt is not connected.
+struct Rtc;
+
+impl Aml for Rtc {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "RTC_".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&IO::new(
+                        RTC_PORT,
+                        RTC_PORT,
+                        1,
+                        RTC_PORT_COUNT as u8,
+                    )]),
                 ),
             ],
         )

@@ -133,7 +133,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::request::{Parsed, parse};
-    use super::super::{MetadataOptions, test_metadata, test_object};
+    use super::super::{MetadataOptions, test_metadata};
     use super::*;
 
     fn metadata(version: MetadataVersion) -> Metadata {
@@ -305,7 +305,7 @@ mod tests {
             ..MetadataOptions::default()
         };
         let metadata = Metadata::new(&options).unwrap();
-        metadata.put(test_object(json!({"a": {"b": "c"}}))).unwrap();
+        metadata.put(json!({"a": {"b": "c"}})).unwrap();
         let response = ask(&metadata, "GET /a HTTP/1.1\nAccept: application/json\n\n");
         let expected = Response::text(Status::Ok, "b");
         assert_eq!(response, expected);

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::metrics::Counter;
 use token::TokenAuthority;
@@ -133,7 +133,7 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`MetadataStore::put`].
-    pub fn put(&self, contents: Map<String, Value>) -> Result<(), MetadataError> {
+    pub fn put(&self, contents: Value) -> Result<(), MetadataError> {
         self.store().put(contents)
     }
 
@@ -141,12 +141,12 @@ impl Metadata {
     ///
     /// # Errors
     /// As [`MetadataStore::patch`].
-    pub fn patch(&self, patch: Map<String, Value>) -> Result<(), MetadataError> {
+    pub fn patch(&self, patch: Value) -> Result<(), MetadataError> {
         self.store().patch(patch)
     }
 
     /// All contents, if there are any yet.
-    pub fn get(&self) -> Option<Map<String, Value>> {
+    pub fn get(&self) -> Option<Value> {
         self.store().get().cloned()
     }
 
@@ -222,14 +222,6 @@ pub struct MetadataService {
     pub address: MetadataAddress,
 }
 
-#[cfg(test)]
-fn test_object(value: Value) -> Map<String, Value> {
-    match value {
-        Value::Object(object) => object,
-        other => panic!("{other} is no object"),
-    }
-}
-
 /// Metadata with an object as contents, for tests.
 #[cfg(test)]
 fn test_metadata(version: MetadataVersion, contents: Value) -> Metadata {
@@ -238,7 +230,7 @@ fn test_metadata(version: MetadataVersion, contents: Value) -> Metadata {
         ..MetadataOptions::default()
     };
     let metadata = Metadata::new(&options).unwrap();
-    metadata.put(test_object(contents)).unwrap();
+    metadata.put(contents).unwrap();
     metadata
 }
 
@@ -270,11 +262,8 @@ mod tests {
     #[test]
     fn clones_are_the_same_metadata() {
         let metadata = test_metadata(MetadataVersion::V1, serde_json::json!({"a": 1}));
-        metadata
-            .clone()
-            .patch(test_object(serde_json::json!({"b": 2})))
-            .unwrap();
-        let expected = test_object(serde_json::json!({"a": 1, "b": 2}));
+        metadata.clone().patch(serde_json::json!({"b": 2})).unwrap();
+        let expected = serde_json::json!({"a": 1, "b": 2});
         assert_eq!(metadata.get(), Some(expected));
         assert!(!format!("{metadata:?}").contains("\"a\""));
     }

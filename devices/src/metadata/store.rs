@@ -1,4 +1,4 @@
-//! The contents: one JSON object, and how a guest reads a part of it.
+//! The contents: one JSON value, and how a guest reads a part of it.
 
 use serde_json::{Map, Value};
 
@@ -25,10 +25,9 @@ pub enum LookupError {
     NoText,
 }
 
-/// What the owner of a machine tells its guest: a JSON object of limited size.
+/// What the owner of a machine tells its guest: a JSON value of limited size, usually an object.
 #[derive(Debug)]
 pub struct MetadataStore {
-    /// An object, once there is anything.
     contents: Option<Value>,
     size_limit: usize,
 }
@@ -52,8 +51,8 @@ impl MetadataStore {
     ///
     /// # Errors
     /// [`MetadataError::TooLarge`], and the contents stay as they were.
-    pub fn put(&mut self, contents: Map<String, Value>) -> Result<(), MetadataError> {
-        self.replace(Value::Object(contents))
+    pub fn put(&mut self, contents: Value) -> Result<(), MetadataError> {
+        self.replace(contents)
     }
 
     /// Changes the contents by a JSON merge patch (RFC 7396): what `patch` has is set, and what is
@@ -61,15 +60,15 @@ impl MetadataStore {
     ///
     /// # Errors
     /// [`MetadataError::NotInitialized`] before the first [`MetadataStore::put`], and as that.
-    pub fn patch(&mut self, patch: Map<String, Value>) -> Result<(), MetadataError> {
+    pub fn patch(&mut self, patch: Value) -> Result<(), MetadataError> {
         let mut contents = self.contents.clone().ok_or(MetadataError::NotInitialized)?;
-        merge(&mut contents, Value::Object(patch));
+        merge(&mut contents, patch);
         self.replace(contents)
     }
 
     /// All contents, if there are any yet.
-    pub fn get(&self) -> Option<&Map<String, Value>> {
-        self.contents.as_ref()?.as_object()
+    pub fn get(&self) -> Option<&Value> {
+        self.contents.as_ref()
     }
 
     /// What is at `path`: keys, or indices of arrays, each behind a slash. As in a JSON pointer
@@ -147,16 +146,9 @@ mod tests {
 
     use super::*;
 
-    fn object(value: Value) -> Map<String, Value> {
-        match value {
-            Value::Object(object) => object,
-            other => panic!("{other} is no object"),
-        }
-    }
-
     fn store(contents: Value) -> MetadataStore {
         let mut store = MetadataStore::new(51_200);
-        store.put(object(contents)).unwrap();
+        store.put(contents).unwrap();
         store
     }
 
@@ -219,35 +211,33 @@ mod tests {
         let mut store = MetadataStore::new(100);
         assert_eq!(store.get(), None);
         assert_eq!(store.look_up("/", Format::Json), Err(LookupError::NotFound));
-        let error = store.patch(object(json!({"a": 1}))).unwrap_err();
+        let error = store.patch(json!({"a": 1})).unwrap_err();
         assert!(matches!(error, MetadataError::NotInitialized), "{error}");
-        store.put(Map::new()).unwrap();
-        store.patch(object(json!({"a": 1}))).unwrap();
-        assert_eq!(store.get(), Some(&object(json!({"a": 1}))));
+        store.put(json!({})).unwrap();
+        store.patch(json!({"a": 1})).unwrap();
+        assert_eq!(store.get(), Some(&json!({"a": 1})));
     }
 
     #[test]
     fn what_is_too_large_changes_nothing() {
         // {"a":"..."} with 12 letters.
         let mut store = MetadataStore::new(20);
-        let contents = object(json!({"a": "123456789012"}));
+        let contents = json!({"a": "123456789012"});
         store.put(contents.clone()).unwrap();
         for patch in [json!({"a": "1234567890123"}), json!({"b": 1})] {
-            let error = store.patch(object(patch)).unwrap_err();
+            let error = store.patch(patch).unwrap_err();
             assert!(
                 matches!(error, MetadataError::TooLarge { limit: 20, .. }),
                 "{error}"
             );
         }
-        let error = store
-            .put(object(json!({"a": "1234567890123"})))
-            .unwrap_err();
+        let error = store.put(json!({"a": "1234567890123"})).unwrap_err();
         assert_eq!(
             error.to_string(),
             "cannot keep metadata of 21 bytes: the limit is 20; shorten it, or raise the limit"
         );
         assert_eq!(store.get(), Some(&contents));
-        store.patch(object(json!({"a": null, "b": 1}))).unwrap();
+        store.patch(json!({"a": null, "b": 1})).unwrap();
     }
 
     #[test]
@@ -348,7 +338,7 @@ mod tests {
                 _ => {
                     let found: Value = serde_json::from_str(&json.unwrap()).unwrap();
                     let whole = store.get().unwrap().clone();
-                    prop_assert!(contains(&Value::Object(whole), &found));
+                    prop_assert!(contains(&whole, &found));
                 }
             }
         }

@@ -155,6 +155,11 @@ impl VirtQueue {
         })
     }
 
+    /// Whether the driver uses the queue.
+    pub fn is_set_up(&self) -> bool {
+        self.rings.is_some()
+    }
+
     /// Size in descriptors.
     pub fn size(&self) -> u16 {
         self.size

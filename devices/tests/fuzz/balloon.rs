@@ -4,7 +4,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
+use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions, HintingCommand};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{GuestMemory, InterruptLine};
 use bolero::TypeGenerator;
@@ -20,7 +20,8 @@ const PAGE_SIZE: u64 = 4096;
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATISTICS: u16 = 2;
-const REPORTING: u16 = 3;
+const HINTING: u16 = 3;
+const REPORTING: u16 = 4;
 /// Where the drivers have their indirect tables.
 const TABLE: u64 = HEADERS + 0x100;
 
@@ -29,6 +30,7 @@ pub struct Options {
     deflate_on_oom: bool,
     statistics: bool,
     reporting: bool,
+    hinting: bool,
 }
 
 impl Default for Options {
@@ -37,6 +39,7 @@ impl Default for Options {
             deflate_on_oom: true,
             statistics: true,
             reporting: true,
+            hinting: true,
         }
     }
 }
@@ -70,7 +73,7 @@ fn page_numbers(numbers: impl IntoIterator<Item = u64>) -> (Operation, u32) {
 impl Target for BalloonTarget {
     type Options = Options;
 
-    const QUEUES: u16 = 4;
+    const QUEUES: u16 = 5;
 
     fn device(&mut self, options: &Options) -> Box<dyn VirtioDevice> {
         // That is for the size alone.
@@ -80,6 +83,7 @@ impl Target for BalloonTarget {
             deflate_on_oom: options.deflate_on_oom,
             statistics_interval: NonZeroU32::new(if options.statistics { 3600 } else { 0 }),
             free_page_reporting: options.reporting,
+            free_page_hinting: options.hinting,
         };
         let balloon = Balloon::new(&options, &memory).unwrap();
         let interrupt = VirtioInterrupt::new("owner".to_string(), Box::new(Unconnected));
@@ -104,12 +108,21 @@ impl Target for BalloonTarget {
         operations.push(statistics.clone());
         operations.extend(driver.request(STATISTICS, &[readable(HEADERS, 20)]));
         operations.extend([
-            Operation::HostSends { len: 60 },
+            Operation::HostSends { len: 61 },
             Operation::Turn,
             statistics,
         ]);
         operations.extend(driver.request(STATISTICS, &[readable(HEADERS, 20)]));
         let free = [writable(DATA, 0x3000), writable(SEAM - 0x1800, 0x3000)];
+        // The owner has asked for hints above, by his first or second request.
+        for command in [2_u32, 3, 0] {
+            operations.push(Operation::Store {
+                address: HEADERS,
+                bytes: command.to_le_bytes().to_vec(),
+            });
+            operations.extend(driver.request(HINTING, &[readable(HEADERS, 4)]));
+            operations.extend(driver.request(HINTING, &free));
+        }
         operations.extend(driver.request(REPORTING, &free));
         operations
     }
@@ -121,6 +134,13 @@ impl Target for BalloonTarget {
         if let Some(interval) = NonZeroU32::new(len.into()) {
             let _ = control.set_statistics_interval(interval);
         }
+        // Refused without hinting.
+        let _ = control.hint(match len % 3 {
+            0 => HintingCommand::Stop,
+            rest => HintingCommand::Start {
+                acknowledge_on_stop: rest == 1,
+            },
+        });
         let _ = control.statistics();
     }
 

@@ -11,13 +11,13 @@ use super::{ConfigError, option_string, whole_number};
 
 /// A balloon, by which the guest gives memory back to the host.
 ///
-/// On the command line `size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]`; in a
-/// machine file a table `[balloon]` with the same keys.
+/// On the command line `size=SIZE[,deflate-on-oom=on][,reporting=on][,hinting=on][,statistics=SECONDS]`;
+/// in a machine file a table `[balloon]` with the same keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(
     deny_unknown_fields,
     rename_all = "kebab-case",
-    expecting = "a balloon with size, deflate-on-oom, reporting and statistics"
+    expecting = "a balloon with size, deflate-on-oom, reporting, hinting and statistics"
 )]
 pub struct BalloonConfig {
     /// How much memory the guest is to give up at the start.
@@ -28,6 +28,9 @@ pub struct BalloonConfig {
     /// Whether the guest reports by itself which memory it does not use.
     #[serde(default)]
     pub reporting: bool,
+    /// Whether the guest can be asked which memory it does not use.
+    #[serde(default)]
+    pub hinting: bool,
     /// How often the guest is asked for statistics of its memory, in seconds; zero for never.
     #[serde(default, deserialize_with = "seconds")]
     pub statistics: u32,
@@ -40,6 +43,7 @@ impl BalloonConfig {
             size,
             deflate_on_oom: false,
             reporting: false,
+            hinting: false,
             statistics: 0,
         }
     }
@@ -69,6 +73,9 @@ impl fmt::Display for BalloonConfig {
         }
         if self.reporting {
             f.write_str(",reporting=on")?;
+        }
+        if self.hinting {
+            f.write_str(",hinting=on")?;
         }
         match self.statistics {
             0 => Ok(()),
@@ -157,9 +164,10 @@ mod tests {
             size: BalloonSize::from_mib(1024),
             deflate_on_oom: true,
             reporting: true,
+            hinting: true,
             statistics: 5,
         };
-        let text = "statistics=5,size=1G,deflate-on-oom=on,reporting";
+        let text = "statistics=5,size=1G,hinting=on,deflate-on-oom=on,reporting";
         assert_eq!(balloon(text), Ok(expected));
         let plain = BalloonConfig::new(BalloonSize::from_mib(64));
         assert_eq!(balloon("size=64"), Ok(plain));
@@ -173,14 +181,14 @@ mod tests {
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
         let form = "; a balloon is \
-                    size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]";
+                    size=SIZE[,deflate-on-oom=on][,reporting=on][,hinting=on][,statistics=SECONDS]";
         for (text, reason) in [
             ("", "an item has no name"),
             ("reporting=on", "'size' is missing"),
             (
                 "64M",
                 "unknown option '64M', expected one of 'size', 'deflate-on-oom', 'reporting', \
-                 'statistics'",
+                 'hinting', 'statistics'",
             ),
             (
                 "size=1536K",
@@ -214,10 +222,11 @@ mod tests {
             mib in any::<u32>(),
             deflate_on_oom in any::<bool>(),
             reporting in any::<bool>(),
+            hinting in any::<bool>(),
             statistics in any::<u32>(),
         ) {
             let size = BalloonSize::from_mib(mib);
-            let balloon = BalloonConfig { size, deflate_on_oom, reporting, statistics };
+            let balloon = BalloonConfig { size, deflate_on_oom, reporting, hinting, statistics };
             prop_assert_eq!(balloon.to_string().parse::<BalloonConfig>().unwrap(), balloon);
         }
 

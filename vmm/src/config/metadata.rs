@@ -1,7 +1,7 @@
 //! Metadata.
 
 use bantam_devices::metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// What the guest is told over HTTP on a link-local address, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub struct MetadataConfig {
     /// Most bytes of all contents, in JSON without spaces.
     pub size_limit: usize,
     /// What there is at first. Without this, a guest finds nothing until something is put.
-    pub contents: Option<Map<String, Value>>,
+    pub contents: Option<Value>,
 }
 
 impl MetadataConfig {

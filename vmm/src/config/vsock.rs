@@ -63,11 +63,18 @@ impl fmt::Display for VsockConfig {
     }
 }
 
-/// Context identifier of a guest: [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`].
+/// Context identifier of a guest: [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`], unless made by
+/// [`GuestCid::unchecked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestCid(u32);
 
 impl GuestCid {
+    /// Any number, also one that the specification reserves. A guest with such a number may not be
+    /// reached.
+    pub fn unchecked(cid: u32) -> Self {
+        Self(cid)
+    }
+
     /// The number.
     pub fn get(self) -> u32 {
         self.0

@@ -9,7 +9,7 @@ use smoltcp::wire::{
     TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
-use super::super::{MetadataAddress, MetadataVersion, test_metadata, test_object};
+use super::super::{MetadataAddress, MetadataVersion, test_metadata};
 use super::*;
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -225,7 +225,7 @@ fn a_guest_reads_metadata() {
         "HTTP/1.1 200 OK\r\nServer: Bantam\r\nConnection: keep-alive\r\n\
          Content-Type: text/plain\r\nContent-Length: 1\r\n\r\nb"
     );
-    let change = test_object(json!({"a": {"c": 1}}));
+    let change = json!({"a": {"c": 1}});
     world.metadata.patch(change).unwrap();
     let answer = world.ask("GET /a HTTP/1.0\nAccept: application/json\n\n");
     assert_eq!(

@@ -2,13 +2,14 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::{
-    Balloon, BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, PAGES_PER_MIB, Shared,
-    config, lock, target_pages,
+    Balloon, BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand,
+    HintingStatus, PAGES_PER_MIB, Shared, config, lock, target_pages,
 };
 use crate::virtio::VirtioInterrupt;
 
@@ -37,6 +38,12 @@ pub struct BalloonStatistics {
     /// The latest statistics; nothing where there are none.
     #[serde(flatten)]
     pub guest: GuestStatistics,
+    /// Whether the guest has a driver that does what it is asked for.
+    #[serde(skip)]
+    pub has_driver: bool,
+    /// How far free page hinting has come; none if it is off.
+    #[serde(skip)]
+    pub hinting: Option<HintingStatus>,
 }
 
 impl BalloonControl {
@@ -96,7 +103,25 @@ impl BalloonControl {
             target_mib: target_pages / PAGES_PER_MIB,
             actual_mib: actual_pages / PAGES_PER_MIB,
             guest: *lock(&self.shared.statistics),
+            has_driver: self.shared.has_driver.load(Ordering::Acquire),
+            hinting: match self.options.free_page_hinting {
+                true => Some(lock(&self.shared.hinting).status()),
+                false => None,
+            },
         }
+    }
+
+    /// Asks the guest which memory it does not use, or lets it use all of it again.
+    ///
+    /// # Errors
+    /// [`BalloonError::NoHinting`] if that was off at the start.
+    pub fn hint(&self, command: HintingCommand) -> Result<(), BalloonError> {
+        if !self.options.free_page_hinting {
+            return Err(BalloonError::NoHinting);
+        }
+        self.shared
+            .change_hinting(&self.interrupt, |hinting| Some(hinting.command(command)));
+        Ok(())
     }
 
     /// What the balloon has done.

@@ -1,12 +1,13 @@
-//! Queues by which a driver names pages that the host can have: `inflateq` (section 5.5.6) and
-//! `reporting_vq` (section 5.5.6.7).
+//! Queues by which a driver names pages that the host can have: `inflateq` (section 5.5.6),
+//! `free_page_vq` (section 5.5.6.5) and `reporting_vq` (section 5.5.6.7).
 
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use vm_memory::GuestAddress;
 
-use super::{BalloonMetrics, WorkerError};
+use super::{Shared, WorkerError, lock};
 use crate::GuestMemory;
 use crate::virtio::{BufferError, Chain, GuestBuffers, MAX_TURN, VirtQueue, VirtioInterrupt};
 
@@ -26,6 +27,9 @@ pub(super) enum Naming {
     Numbers,
     /// They are themselves the buffers, for the device to write: `reporting_vq`.
     Buffers,
+    /// The same, as long as they answer the owner's request, and between them commands in buffers to be
+    /// read: `free_page_vq`.
+    Hints,
 }
 
 /// A queue whose requests name pages to be discarded.
@@ -40,7 +44,7 @@ pub(super) struct DiscardQueue {
     is_under_way: bool,
     /// What is to be discarded before more of the request is looked at.
     pages: GuestBuffers,
-    metrics: Arc<BalloonMetrics>,
+    shared: Arc<Shared>,
 }
 
 impl DiscardQueue {
@@ -48,7 +52,7 @@ impl DiscardQueue {
         naming: Naming,
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
-        metrics: Arc<BalloonMetrics>,
+        shared: Arc<Shared>,
     ) -> DiscardQueue {
         DiscardQueue {
             naming,
@@ -56,7 +60,7 @@ impl DiscardQueue {
             chain: Chain::new(memory),
             is_under_way: false,
             pages: GuestBuffers::new(memory.clone()),
-            metrics,
+            shared,
         }
     }
 
@@ -77,7 +81,7 @@ impl DiscardQueue {
     fn serve_turn(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
         let start = Instant::now();
         loop {
-            if self.is_under_way || self.begin()? {
+            if self.is_under_way || self.begin(interrupt)? {
                 self.proceed(interrupt)?;
             } else if self.queue.enable_doorbell()? {
                 self.queue.disable_doorbell();
@@ -92,7 +96,7 @@ impl DiscardQueue {
     }
 
     /// Takes the next request; `false` where there is none.
-    fn begin(&mut self) -> Result<bool, WorkerError> {
+    fn begin(&mut self, interrupt: &VirtioInterrupt) -> Result<bool, WorkerError> {
         if !self.queue.pop(&mut self.chain)? {
             return Ok(false);
         }
@@ -110,6 +114,26 @@ impl DiscardQueue {
                 }
                 self.pages.append(&mut chain.writable);
             }
+            Naming::Hints => {
+                let chain = &mut self.chain;
+                let (readable, writable) = (chain.readable.len(), chain.writable.len());
+                match (chain.readable.read_array(), writable) {
+                    (Some(command), 0) if chain.readable.is_empty() => {
+                        let command = u32::from_le_bytes(command);
+                        self.shared.change_hinting(interrupt, |hinting| {
+                            hinting.take_guest_command(command)
+                        });
+                    }
+                    (None, 1..) if readable == 0 => self.pages.append(&mut chain.writable),
+                    _ => {
+                        return Err(WorkerError::Hint {
+                            head: chain.head,
+                            readable,
+                            writable,
+                        });
+                    }
+                }
+            }
         }
         self.is_under_way = true;
         Ok(true)
@@ -122,18 +146,21 @@ impl DiscardQueue {
             take_page_numbers(&mut self.chain.readable, &mut self.pages)
                 .map_err(|source| WorkerError::Page { head, source })?;
         }
-        let (metrics, naming) = (&*self.metrics, self.naming);
-        match self.pages.discard_front(MAX_DISCARD) {
-            Ok(size) if naming == Naming::Buffers => {
-                metrics.free_page_report_freed.add(size as u64);
-            }
-            Ok(_) => {}
+        let discarded = self.discard_part();
+        let (metrics, naming) = (&*self.shared.metrics, self.naming);
+        match discarded {
+            Ok(size) => match naming {
+                Naming::Numbers => {}
+                Naming::Buffers => metrics.free_page_report_freed.add(size as u64),
+                Naming::Hints => metrics.free_page_hint_freed.add(size as u64),
+            },
             // The driver cannot be told: to the guest it makes no difference.
             Err(error) => {
                 interrupt.warn(format_args!("the host does not take memory back: {error}"));
                 match naming {
                     Naming::Numbers => metrics.event_fails.add(1),
                     Naming::Buffers => metrics.free_page_report_fails.add(1),
+                    Naming::Hints => metrics.free_page_hint_fails.add(1),
                 }
             }
         }
@@ -141,11 +168,27 @@ impl DiscardQueue {
             match naming {
                 Naming::Numbers => metrics.inflate_count.add(1),
                 Naming::Buffers => metrics.free_page_report_count.add(1),
+                Naming::Hints => metrics.free_page_hint_count.add(1),
             }
             self.queue.add_used(self.chain.head, 0);
             self.is_under_way = false;
         }
         Ok(())
+    }
+
+    /// Discards the first of the pages that are left.
+    fn discard_part(&mut self) -> io::Result<usize> {
+        if self.naming != Naming::Hints {
+            return self.pages.discard_front(MAX_DISCARD);
+        }
+        // Held until the pages are gone: as soon as the driver is told that the device is done, it uses
+        // them again.
+        let hinting = lock(&self.shared.hinting);
+        if !hinting.answers_request() {
+            self.pages.clear();
+            return Ok(0);
+        }
+        self.pages.discard_front(MAX_DISCARD)
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod control;
 mod discard;
+mod hinting;
 mod statistics;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ mod worker;
 
 use std::io;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,9 +30,11 @@ use super::{
 use crate::GuestMemory;
 use crate::event_loop::Subscriber;
 use crate::metrics::Counter;
+use hinting::Hinting;
 use worker::Worker;
 
 pub use control::{BalloonControl, BalloonStatistics};
+pub use hinting::{HintingCommand, HintingStatus};
 pub use statistics::GuestStatistics;
 
 const QUEUE_SIZE: u16 = 256;
@@ -41,6 +45,7 @@ const PAGES_PER_MIB: u32 = 256;
 mod feature {
     pub const STATS_VQ: u64 = 1 << 1;
     pub const DEFLATE_ON_OOM: u64 = 1 << 2;
+    pub const FREE_PAGE_HINT: u64 = 1 << 3;
     pub const REPORTING: u64 = 1 << 5;
 }
 
@@ -49,12 +54,17 @@ mod config {
     pub const NUM_PAGES: usize = 0;
     pub const ACTUAL: usize = 4;
     pub const SIZE: usize = 8;
+    /// There with free page hinting only.
+    pub const HINTING_COMMAND: usize = 8;
+    pub const SIZE_WITH_HINTING: usize = 12;
 }
 
 /// Queues up to `deflateq`, which a device always has.
 const QUEUES: usize = 2;
 /// Queues up to `statsq`.
 const QUEUES_WITH_STATISTICS: usize = 3;
+/// Queues up to the number that the standard has for `free_page_vq`.
+const QUEUES_WITH_HINTING: usize = 4;
 /// Queues up to the number that the standard has for `reporting_vq`.
 const QUEUES_WITH_REPORTING: usize = 5;
 
@@ -70,6 +80,8 @@ pub struct BalloonOptions {
     pub statistics_interval: Option<NonZeroU32>,
     /// Whether the guest says by itself which memory it does not use.
     pub free_page_reporting: bool,
+    /// Whether the guest can be asked which memory it does not use.
+    pub free_page_hinting: bool,
 }
 
 /// What a balloon has done.
@@ -92,6 +104,12 @@ pub struct BalloonMetrics {
     pub free_page_report_freed: Counter,
     /// Reported ranges that the host did not take back.
     pub free_page_report_fails: Counter,
+    /// Hints of free pages.
+    pub free_page_hint_count: Counter,
+    /// Bytes that were given back to the host because of hints.
+    pub free_page_hint_freed: Counter,
+    /// Hinted ranges that the host did not take back.
+    pub free_page_hint_fails: Counter,
     /// Failures to begin to work when the driver was ready.
     pub activate_fails: Counter,
 }
@@ -115,6 +133,11 @@ pub enum BalloonError {
         "the balloon has no statistics: an interval for them has to be given before the machine starts"
     )]
     NoStatistics,
+    /// The guest cannot be asked for hints.
+    #[error(
+        "the balloon has no free page hinting: that has to be turned on before the machine starts"
+    )]
+    NoHinting,
     /// The timer of the statistics failed.
     #[error("cannot set the timer of the balloon's statistics: {0}")]
     Timer(#[source] io::Error),
@@ -141,6 +164,15 @@ enum WorkerError {
          {writable} to write"
     )]
     Report {
+        head: u16,
+        readable: usize,
+        writable: usize,
+    },
+    #[error(
+        "the request at {head} is neither a command nor a hint of free pages: it has {readable} bytes \
+         to read and {writable} to write"
+    )]
+    Hint {
         head: u16,
         readable: usize,
         writable: usize,
@@ -179,6 +211,9 @@ struct Shared {
     statistics: Mutex<GuestStatistics>,
     /// None without statistics.
     schedule: Option<Mutex<Schedule>>,
+    hinting: Mutex<Hinting>,
+    /// Whether a driver has accepted the device and not reset it since.
+    has_driver: AtomicBool,
     metrics: Arc<BalloonMetrics>,
 }
 
@@ -206,7 +241,10 @@ impl Balloon {
             let timer = TimerFd::new().map_err(|errno| BalloonError::Timer(errno.into()))?;
             Ok(Mutex::new(Schedule { timer, interval }))
         });
-        let mut space = vec![0; config::SIZE];
+        let mut space = match options.free_page_hinting {
+            true => vec![0; config::SIZE_WITH_HINTING],
+            false => vec![0; config::SIZE],
+        };
         let pages = target_pages(options.target_mib, memory_mib)?;
         space[config::NUM_PAGES..][..4].copy_from_slice(&pages.to_le_bytes());
         let actual = config::ACTUAL..config::ACTUAL + 4;
@@ -217,6 +255,8 @@ impl Balloon {
                 config: ConfigSpace::with_driver_field(space, actual),
                 statistics: Mutex::default(),
                 schedule: schedule.transpose()?,
+                hinting: Mutex::new(Hinting::new()),
+                has_driver: AtomicBool::new(false),
                 metrics: Arc::default(),
             }),
         })
@@ -248,6 +288,7 @@ impl VirtioDevice for Balloon {
         for (offered, bit) in [
             (options.statistics_interval.is_some(), feature::STATS_VQ),
             (options.deflate_on_oom, feature::DEFLATE_ON_OOM),
+            (options.free_page_hinting, feature::FREE_PAGE_HINT),
             (options.free_page_reporting, feature::REPORTING),
         ] {
             if offered {
@@ -261,6 +302,8 @@ impl VirtioDevice for Balloon {
         const SIZES: [u16; QUEUES_WITH_REPORTING] = [QUEUE_SIZE; QUEUES_WITH_REPORTING];
         if self.options.free_page_reporting {
             &SIZES
+        } else if self.options.free_page_hinting {
+            &SIZES[..QUEUES_WITH_HINTING]
         } else if self.options.statistics_interval.is_some() {
             &SIZES[..QUEUES_WITH_STATISTICS]
         } else {
@@ -274,8 +317,12 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
         *lock(&self.shared.statistics) = GuestStatistics::default();
+        self.shared.reset_hinting();
         match Worker::new(self.shared.clone(), activation) {
-            Ok(worker) => Ok(Box::new(worker)),
+            Ok(worker) => {
+                self.shared.has_driver.store(true, Ordering::Release);
+                Ok(Box::new(worker))
+            }
             Err(reason) => {
                 self.shared.metrics.activate_fails.add(1);
                 Err(reason)

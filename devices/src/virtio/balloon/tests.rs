@@ -33,6 +33,12 @@ const ALL: BalloonOptions = BalloonOptions {
     deflate_on_oom: true,
     statistics_interval: NonZeroU32::new(3600),
     free_page_reporting: true,
+    free_page_hinting: false,
+};
+
+const HINTS: BalloonOptions = BalloonOptions {
+    free_page_hinting: true,
+    ..ALL
 };
 
 /// A device at work and its drivers, one for each queue.
@@ -183,7 +189,8 @@ fn inflated_pages_are_discarded_and_deflated_ones_are_the_drivers_again() {
         r#"{"inflate_count":1,"deflate_count":1,"stats_updates_count":0,"stats_update_fails":0,"#
             .to_string()
             + r#""event_fails":0,"free_page_report_count":0,"free_page_report_freed":0,"#
-            + r#""free_page_report_fails":0,"activate_fails":0}"#
+            + r#""free_page_report_fails":0,"free_page_hint_count":0,"free_page_hint_freed":0,"#
+            + r#""free_page_hint_fails":0,"activate_fails":0}"#
     );
 }
 
@@ -220,6 +227,151 @@ fn reported_buffers_lose_their_whole_pages() {
     let metrics = machine.control.metrics();
     assert_eq!(metrics.free_page_report_count.total(), 1);
     assert_eq!(metrics.free_page_report_freed.total(), 5 * PAGE_SIZE);
+}
+
+// --- Hints of free pages --------------------------------------------------------------------------
+
+impl Machine {
+    /// Has the device take a command of the driver's.
+    fn send_command(&mut self, queue: usize, command: u32) {
+        let buffer = self.readable(&command.to_le_bytes());
+        assert_eq!(self.request(queue, &[buffer]).len(), 1);
+    }
+
+    /// Names one page, and says whether it is discarded.
+    fn is_hint_taken(&mut self, queue: usize) -> bool {
+        let page = FIRST_PAGE * PAGE_SIZE;
+        let ones = [1; PAGE_SIZE as usize];
+        self.memory.write_slice(&ones, GuestAddress(page)).unwrap();
+        assert_eq!(self.request(queue, &[writable(page, 0x1000)]).len(), 1);
+        !self.has_kept(FIRST_PAGE)
+    }
+
+    /// The command ID that the driver reads.
+    fn command(&self) -> u32 {
+        u32::from_le_bytes(self.shared.config.array(config::HINTING_COMMAND as u64))
+    }
+}
+
+#[test]
+fn hinted_pages_are_discarded_while_they_answer_the_request() {
+    let mut machine = Machine::new(&HINTS);
+    let queue = 3;
+    assert!(!machine.is_hint_taken(queue));
+    let start = HintingCommand::Start {
+        acknowledge_on_stop: true,
+    };
+    machine.interrupts.take();
+    machine.control.hint(start).unwrap();
+    assert_eq!((machine.interrupts.take(), machine.command()), (1, 2));
+    assert!(!machine.is_hint_taken(queue));
+    machine.send_command(queue, 2);
+    assert!(machine.is_hint_taken(queue));
+    // The owner asks anew, and what the driver names still belongs to the request before.
+    machine.control.hint(start).unwrap();
+    assert!(!machine.is_hint_taken(queue));
+    machine.send_command(queue, 3);
+    assert!(machine.is_hint_taken(queue));
+    machine.send_command(queue, 0);
+    assert_eq!(machine.command(), 1);
+    assert!(!machine.is_hint_taken(queue));
+    let metrics = machine.control.metrics();
+    assert_eq!(metrics.free_page_hint_freed.total(), 2 * PAGE_SIZE);
+    assert!(!machine.interrupt.needs_reset());
+}
+
+#[test]
+fn pages_that_the_driver_has_again_are_kept() {
+    let mut machine = Machine::new(&HINTS);
+    let queue = 3;
+    let start = HintingCommand::Start {
+        acknowledge_on_stop: false,
+    };
+    machine.control.hint(start).unwrap();
+    machine.send_command(queue, 2);
+    machine.send_command(queue, 0);
+    assert_eq!(machine.command(), 2);
+    machine.control.hint(HintingCommand::Stop).unwrap();
+    assert_eq!(machine.command(), 1);
+    assert!(!machine.is_hint_taken(queue));
+    machine.send_command(queue, 2);
+    assert!(!machine.is_hint_taken(queue));
+}
+
+#[test]
+fn hints_are_served_by_the_queue_that_the_driver_counts() {
+    let start = HintingCommand::Start {
+        acknowledge_on_stop: true,
+    };
+    let no_statistics = !feature::STATS_VQ;
+    for (features, queues, hinting, reporting) in [
+        (u64::MAX, [true; 5], 3, 4),
+        (no_statistics, [true; 5], 2, 3),
+        (no_statistics, [true, true, false, true, true], 3, 4),
+    ] {
+        let is_used = match queues[2] {
+            true => |_| true,
+            false => |index| index != 2,
+        };
+        let mut machine = Machine::with(&HINTS, features, is_used);
+        machine.control.hint(start).unwrap();
+        machine.send_command(hinting, 2);
+        assert!(machine.is_hint_taken(hinting));
+        // Reports need no request.
+        machine.send_command(hinting, 0);
+        assert!(machine.is_hint_taken(reporting));
+    }
+}
+
+#[test]
+fn hints_that_break_the_rules_need_a_reset() {
+    let page = FIRST_PAGE * PAGE_SIZE;
+    for buffers in [
+        &[readable(REQUESTS, 3)][..],
+        &[readable(REQUESTS, 5)],
+        &[readable(REQUESTS, 8)],
+        &[readable(REQUESTS, 0)],
+        &[readable(REQUESTS, 4), writable(page, 0x1000)],
+        &[writable(page, 0)],
+    ] {
+        let mut machine = Machine::new(&HINTS);
+        assert_eq!(machine.request(3, buffers), []);
+        assert!(machine.interrupt.needs_reset(), "{buffers:?}");
+        assert!(machine.has_kept(FIRST_PAGE));
+    }
+}
+
+#[test]
+fn a_balloon_without_hinting_cannot_be_asked_for_hints() {
+    let machine = Machine::new(&ALL);
+    let error = machine.control.hint(HintingCommand::Stop).unwrap_err();
+    assert!(matches!(error, BalloonError::NoHinting), "{error}");
+    assert_eq!(machine.control.statistics().hinting, None);
+}
+
+#[test]
+fn the_owner_learns_whether_there_is_a_driver() {
+    let memory = memory();
+    let mut balloon = Balloon::new(&HINTS, &memory).unwrap();
+    let interrupts = InterruptCounter::default();
+    let control = balloon.control(interrupts.interrupt());
+    assert!(!control.statistics().has_driver);
+    let drivers: Vec<TestDriver> = (0..5)
+        .map(|index| TestDriver::new(&memory, RINGS + index * RINGS_SIZE, 256))
+        .collect();
+    let activation = Activation {
+        memory: memory.clone(),
+        features: balloon.features(),
+        queues: (0..)
+            .zip(&drivers)
+            .map(|(index, it)| it.queue(index, false))
+            .collect(),
+        interrupt: interrupts.interrupt(),
+    };
+    let worker = balloon.activate(activation).unwrap();
+    assert!(control.statistics().has_driver);
+    drop(worker);
+    assert!(!control.statistics().has_driver);
 }
 
 #[test]
@@ -336,6 +488,8 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
             free_memory: Some(1 << 40),
             ..GuestStatistics::default()
         },
+        has_driver: true,
+        hinting: None,
     };
     assert_eq!(machine.control.statistics(), statistics());
     assert_eq!(
@@ -426,11 +580,13 @@ fn a_new_target_reaches_the_driver() {
 #[test]
 fn features_and_queues_follow_the_options() {
     let memory = memory();
-    for (statistics, reporting, count) in [
-        (false, false, 2),
-        (true, false, 3),
-        (false, true, 5),
-        (true, true, 5),
+    for (statistics, hinting, reporting, count) in [
+        (false, false, false, 2),
+        (true, false, false, 3),
+        (false, true, false, 4),
+        (true, true, false, 4),
+        (false, false, true, 5),
+        (true, true, true, 5),
     ] {
         for deflate_on_oom in [false, true] {
             let options = BalloonOptions {
@@ -438,12 +594,14 @@ fn features_and_queues_follow_the_options() {
                 deflate_on_oom,
                 statistics_interval: NonZeroU32::new(statistics.into()),
                 free_page_reporting: reporting,
+                free_page_hinting: hinting,
             };
             let balloon = Balloon::new(&options, &memory).unwrap();
             assert_eq!(balloon.queue_max_sizes().len(), count);
             let features = balloon.features() & !COMMON_FEATURES;
             let expected = u64::from(statistics) << 1
                 | u64::from(deflate_on_oom) << 2
+                | u64::from(hinting) << 3
                 | u64::from(reporting) << 5;
             assert_eq!(features, expected);
         }

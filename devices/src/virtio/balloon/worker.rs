@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
@@ -16,8 +17,9 @@ mod event {
     pub const DEFLATE: u32 = 1;
     pub const STATISTICS: u32 = 2;
     pub const TIMER: u32 = 3;
+    pub const HINTING: u32 = 4;
     /// That of the first reporting queue, which those of the others follow.
-    pub const REPORTING: u32 = 4;
+    pub const REPORTING: u32 = 5;
 }
 
 /// The queue by which the driver gives statistics (section 5.5.6.3).
@@ -35,16 +37,17 @@ pub(super) struct Worker {
     deflate: VirtQueue,
     deflate_chain: Chain,
     statistics: Option<StatisticsQueue>,
+    hinting: Option<DiscardQueue>,
     reporting: Vec<DiscardQueue>,
 }
 
 impl Worker {
     /// A worker for what was negotiated.
     ///
-    /// In the standard, reporting has queue 4, whatever other features there are. Drivers, Linux
-    /// among them, count only the queues of features that they have accepted, and some those of
-    /// features that are offered. As no other feature has queues here, each one behind those of the
-    /// other roles is for reporting; the driver sets up the one it means.
+    /// In the standard, hinting has queue 3 and reporting queue 4, whatever other features there are.
+    /// Drivers, Linux among them, count only the queues of features that they have accepted, and some
+    /// those of features that are offered. So hinting has the first queue behind the others that the
+    /// driver has set up, and each one behind that is for reporting; the driver sets up the one it means.
     pub(super) fn new(shared: Arc<Shared>, activation: Activation) -> Result<Worker, String> {
         let Activation {
             memory,
@@ -57,10 +60,17 @@ impl Worker {
             return Err("a balloon has two queues at least".to_string());
         };
         let discard_queue =
-            |naming, queue| DiscardQueue::new(naming, queue, &memory, shared.metrics.clone());
+            |naming, queue| DiscardQueue::new(naming, queue, &memory, shared.clone());
         let inflate = discard_queue(Naming::Numbers, inflate);
         let statistics = if features & feature::STATS_VQ != 0 {
             queues.next()
+        } else {
+            None
+        };
+        let hinting = if features & feature::FREE_PAGE_HINT != 0 {
+            queues
+                .find(VirtQueue::is_set_up)
+                .map(|queue| discard_queue(Naming::Hints, queue))
         } else {
             None
         };
@@ -80,6 +90,7 @@ impl Worker {
                 chain: Chain::new(&memory),
                 held: None,
             }),
+            hinting,
             reporting,
             shared,
             interrupt,
@@ -95,6 +106,7 @@ impl Worker {
             event::INFLATE => Some(self.inflate.queue()),
             event::DEFLATE => Some(&self.deflate),
             event::STATISTICS => self.statistics.as_ref().map(|statistics| &statistics.queue),
+            event::HINTING => self.hinting.as_ref().map(DiscardQueue::queue),
             _ => {
                 let index = event.checked_sub(event::REPORTING)?;
                 self.reporting.get(index as usize).map(DiscardQueue::queue)
@@ -120,8 +132,10 @@ impl Worker {
                 Ok(())
             }
             _ => {
-                let index = event.saturating_sub(event::REPORTING) as usize;
-                let queue = self.reporting.get_mut(index);
+                let queue = match event.checked_sub(event::REPORTING) {
+                    Some(index) => self.reporting.get_mut(index as usize),
+                    None => self.hinting.as_mut(),
+                };
                 queue.map_or(Ok(()), |queue| queue.serve(&self.interrupt))
             }
         }
@@ -181,7 +195,12 @@ impl Worker {
     }
 
     fn register(&self, operations: &mut EventOps<'_>) -> Result<(), event_manager::Error> {
-        let mut events: Vec<u32> = vec![event::INFLATE, event::DEFLATE, event::STATISTICS];
+        let mut events = vec![
+            event::INFLATE,
+            event::DEFLATE,
+            event::STATISTICS,
+            event::HINTING,
+        ];
         events.extend((event::REPORTING..).take(self.reporting.len()));
         for event in events {
             if let Some(queue) = self.queue(event) {
@@ -198,6 +217,12 @@ impl Worker {
     fn fail(&self, error: &dyn Display) {
         self.shared.metrics.event_fails.add(1);
         self.interrupt.need_reset(error);
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.has_driver.store(false, Ordering::Release);
     }
 }
 

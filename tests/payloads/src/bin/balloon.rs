@@ -6,7 +6,8 @@
 //! reports them as free (`reported`), after which they must be zero again.
 //!
 //! Arguments: `follow` has it do what the device wants, whenever that changes, without end. It prints
-//! `actual PAGES` when it has done so, and gives statistics when it is asked for them: free memory,
+//! `actual PAGES` when it has done so, `hinted` when it has named memory on request and `done` when it has
+//! the memory again and found it zero, and gives statistics when it is asked for them: free memory,
 //! which is the number of times that it gave any, and two that the device must overlook.
 
 #![no_std]
@@ -32,6 +33,10 @@ const PAGES_PER_REQUEST: usize = 256;
 /// Buffers of one report of Linux.
 const BUFFERS_PER_REPORT: usize = 32;
 const BUFFER_SIZE: u64 = 4 << 20;
+/// 32 MiB, a multiple of the size of a buffer.
+const HINTED_PAGES: u32 = 8192;
+/// The device is done with the memory that was named.
+const DONE: u32 = 1;
 const INPUT_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const FREE_MEMORY: u16 = 4;
@@ -183,12 +188,36 @@ fn give_back(mut balloon: Balloon) -> Result<(), String> {
     Ok(())
 }
 
+/// The pages to be named: those behind a balloon of `size` pages.
+fn hinted_pages(size: u32) -> Result<Range<u32>, String> {
+    let pages = free_pages(size + HINTED_PAGES)?;
+    Ok(pages.start + size..pages.end)
+}
+
+/// Fills memory and names it as free: an answer to request number `command`.
+fn hint(balloon: &mut Balloon, command: u32, size: u32) -> Result<(), Error> {
+    let Ok(pages) = hinted_pages(size) else {
+        return Err(Error::QueueFull);
+    };
+    fill(pages.clone());
+    balloon.send_hinting_command(command)?;
+    for page in pages.step_by((BUFFER_SIZE / PAGE_SIZE) as usize) {
+        balloon.hint(Buffer {
+            address: u64::from(page) * PAGE_SIZE,
+            length: BUFFER_SIZE as u32,
+            writable: true,
+        })?;
+    }
+    balloon.send_hinting_command(0)
+}
+
 /// Does what the device wants until it fails.
 fn follow(mut balloon: Balloon) -> Result<(), Error> {
     balloon.device.acknowledge_interrupt();
     interrupts::route(balloon.device.window().gsi, VECTOR);
     let mut size = 0;
     let mut given = 0;
+    let mut hinted = 0;
     loop {
         let seen = interrupts::count(VECTOR);
         if given == 0 || balloon.wants_statistics()? {
@@ -216,6 +245,19 @@ fn follow(mut balloon: Balloon) -> Result<(), Error> {
             size = target;
             balloon.set_actual(size);
             println!("actual {size}");
+        }
+        let command = balloon.hinting_command();
+        if command > DONE && command != hinted {
+            hinted = command;
+            hint(&mut balloon, command, size)?;
+            println!("hinted");
+        } else if command == DONE && hinted > 0 {
+            hinted = 0;
+            let memory = hinted_pages(size).and_then(|pages| expect(pages, |_| 0));
+            if let Err(reason) = memory {
+                println!("lost: {reason}");
+            }
+            println!("done");
         }
         if balloon.device.needs_reset() {
             return Err(Error::NeedsReset);

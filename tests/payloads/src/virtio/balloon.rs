@@ -1,5 +1,4 @@
 //! A driver of the memory balloon (section 5.5).
-
 use alloc::vec::Vec;
 
 use super::mmio::register;
@@ -14,6 +13,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub mod balloon_feature {
     /// `VIRTIO_BALLOON_F_STATS_VQ`: the driver gives statistics.
     pub const STATISTICS: u64 = 1 << 1;
+    /// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the driver says which pages are free when it is asked.
+    pub const HINTING: u64 = 1 << 3;
     /// `VIRTIO_BALLOON_F_PAGE_REPORTING`: the driver reports free pages.
     pub const REPORTING: u64 = 1 << 5;
 }
@@ -22,6 +23,7 @@ pub mod balloon_feature {
 mod config {
     pub const NUM_PAGES: u64 = 0;
     pub const ACTUAL: u64 = 4;
+    pub const HINTING_COMMAND: u64 = 8;
 }
 
 /// A statistic, as a tag and a value (section 5.5.6.3).
@@ -39,6 +41,8 @@ pub struct Balloon {
     pub deflate: SplitQueue,
     /// Where statistics are given, if that was negotiated.
     pub statistics: Option<SplitQueue>,
+    /// Where free pages are named on request, if that was negotiated.
+    pub hinting: Option<SplitQueue>,
     /// Where free pages are reported, if that was negotiated.
     pub reporting: Option<SplitQueue>,
     /// What is in `statistics`.
@@ -60,6 +64,7 @@ impl Balloon {
             feature::EVENT_INDEX
                 | feature::INDIRECT_DESCRIPTORS
                 | balloon_feature::STATISTICS
+                | balloon_feature::HINTING
                 | balloon_feature::REPORTING,
         )?;
         let mut index = 0;
@@ -70,6 +75,7 @@ impl Balloon {
         let (inflate, deflate) = (queue()?, queue()?);
         let has = |bit| features & bit != 0;
         let statistics = has(balloon_feature::STATISTICS).then(&mut queue);
+        let hinting = has(balloon_feature::HINTING).then(&mut queue);
         let reporting = has(balloon_feature::REPORTING).then(&mut queue);
         let balloon = Self {
             device,
@@ -77,6 +83,7 @@ impl Balloon {
             inflate,
             deflate,
             statistics: statistics.transpose()?,
+            hinting: hinting.transpose()?,
             reporting: reporting.transpose()?,
             entries: Vec::new(),
         };
@@ -125,6 +132,40 @@ impl Balloon {
     pub fn report(&mut self, memory: &[Buffer]) -> Result<(), Error> {
         match &mut self.reporting {
             Some(queue) => request(&self.device, queue, memory),
+            None => Ok(()),
+        }
+    }
+
+    /// What the device asks of hinting: 0 for nothing yet, 1 for nothing any more, or the number of a
+    /// request.
+    pub fn hinting_command(&self) -> u32 {
+        match self.hinting {
+            Some(_) => self.device.config_32(config::HINTING_COMMAND),
+            None => 0,
+        }
+    }
+
+    /// Sends the number of the request that hints answer from now on, or 0 at their end. Without hinting
+    /// it does nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the device does not acknowledge it.
+    pub fn send_hinting_command(&mut self, command: u32) -> Result<(), Error> {
+        match &mut self.hinting {
+            Some(queue) => request(&self.device, queue, &[Buffer::readable(&[command])]),
+            None => Ok(()),
+        }
+    }
+
+    /// Names free memory. Without hinting it does nothing.
+    ///
+    /// # Errors
+    ///
+    /// When the device does not acknowledge it.
+    pub fn hint(&mut self, memory: Buffer) -> Result<(), Error> {
+        match &mut self.hinting {
+            Some(queue) => request(&self.device, queue, &[memory]),
             None => Ok(()),
         }
     }

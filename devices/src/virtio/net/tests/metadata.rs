@@ -121,7 +121,7 @@ fn frames_for_the_service_do_not_reach_the_host() {
 #[test]
 fn a_request_is_answered_by_way_of_the_queues() {
     let (mut machine, metadata) = machine(MERGE);
-    metadata.put(serde_json::Map::new()).unwrap();
+    metadata.put(serde_json::json!({})).unwrap();
     offer_buffer(&mut machine);
     transmit(&mut machine, &arp_request(SERVICE_ADDRESS));
     take_received(&mut machine).unwrap();
