@@ -13,7 +13,8 @@ use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
 use crate::device_controls::DeviceControls;
 use crate::devices::{
-    VirtioDevices, attach_boot_timer, attach_keyboard, attach_power_control, attach_serial,
+    VirtioDevices, attach_boot_timer, attach_keyboard, attach_pci_bus, attach_power_control,
+    attach_serial,
 };
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
@@ -60,6 +61,7 @@ impl Machine {
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
         let keyboard = attach_keyboard(&mut ports, &vm, control)?;
         attach_power_control(&mut ports, control)?;
+        attach_pci_bus(&mut ports)?;
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
         }
