@@ -56,7 +56,7 @@ pub enum Command {
 /// its own and stays until the machine ends. Options come from the command line, from a machine
 /// file (--config), or from both; the command line wins.
 #[derive(Debug, clap::Args)]
-#[command(after_help = RUN_SHORT_HELP, after_long_help = RUN_HELP)]
+#[command(after_help = RUN_SHORT_HELP, after_long_help = RUN_HELP, disable_help_flag = true)]
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
