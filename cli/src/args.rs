@@ -133,7 +133,7 @@ pub struct RunArgs {
         value_parser = choice::<HugePages, _>(["none", "transparent", "2M"]))]
     pub huge_pages: Option<HugePages>,
 
-    /// Memory balloon, by which the guest gives memory back to the host
+    /// Memory balloon: gives memory back to the host
     ///
     /// SIZE, such as 64M or 0, is how much the guest is to give up at the
     /// start; KEY=VALUE is any of
@@ -190,7 +190,7 @@ pub struct RunArgs {
         verbatim_doc_comment)]
     pub nets: Vec<NetConfig>,
 
-    /// Socket device (virtio-vsock), between programs here and in the guest
+    /// Socket device (virtio-vsock) to the guest's programs
     ///
     /// N, 3 or more, is the guest's context identifier (CID). A program here that connects to the Unix
     /// domain socket PATH and writes "CONNECT 52" and a line feed is connected to port 52 of the guest.
@@ -214,10 +214,12 @@ pub struct RunArgs {
     pub serial: Option<SerialConfig>,
 
     /// Whether the guest has an entropy device (virtio-rng) [default: on]
-    #[arg(long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
+    #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
     pub rng: Option<bool>,
 
-    /// What a reboot of the guest does: end the machine, or start it again [default: exit]
+    /// What a reboot of the guest does to the machine [default: exit]
+    ///
+    /// exit: it ends. restart: it starts again.
     #[arg(long, value_name = "ACTION", help_heading = heading::OTHER,
         value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
     pub on_reboot: Option<OnReboot>,
@@ -550,7 +552,8 @@ mod tests {
     fn every_name_of_a_choice_is_read() {
         let command = Args::command();
         let run = command.find_subcommand("run").unwrap();
-        for argument in run.get_arguments() {
+        let options = run.get_arguments();
+        for argument in options.filter(|argument| argument.get_action().takes_values()) {
             for value in argument.get_possible_values() {
                 let option = format!("--{}={}", argument.get_long().unwrap(), value.get_name());
                 run_args(&[&option]);
