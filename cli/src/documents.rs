@@ -65,6 +65,13 @@ fn with_lists(page: &str) -> String {
             if in_list {
                 lines.push(".RE");
                 in_list = false;
+                // More text of the same paragraph.
+                if ![".TP", ".SH"]
+                    .iter()
+                    .any(|request| line.starts_with(request))
+                {
+                    lines.push(".IP");
+                }
             }
             lines.push(line);
         }
@@ -104,11 +111,11 @@ mod tests {
 
     #[test]
     fn a_list_ends_before_what_follows_it() {
-        let page = ".TP\nThe choices:\n\n\\- one: first\n  and more\n\\- two\n.TP\n\\-x\n\\- y";
+        let page = ".TP\nThe choices:\n\n\\- one: first\n  and more\n\\- two\n.TP\n\\-x\n\\- y\nz";
         assert_eq!(
             with_lists(page),
             ".TP\nThe choices:\n.RS\n.IP \\(bu 2\none: first\nand more\n.IP \\(bu 2\ntwo\n.RE\n\
-             .TP\n\\-x\n.RS\n.IP \\(bu 2\ny\n.RE\n"
+             .TP\n\\-x\n.RS\n.IP \\(bu 2\ny\n.RE\n.IP\nz\n"
         );
     }
 }
