@@ -42,18 +42,14 @@ pub enum InitOverflow {
 impl fmt::Display for InitOverflow {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (limit, what, kind) = match self {
-            Self::Arguments => (
-                ARGUMENT_LIMIT,
-                "arguments",
-                "without a value, or after '--'",
-            ),
+            Self::Arguments => (ARGUMENT_LIMIT, "arguments", "without a value or after '--'"),
             Self::Environment => (VARIABLE_LIMIT, "environment variables", "with a value"),
         };
         write!(
             formatter,
             "the kernel command line has more than {limit} words {kind} that this kernel does not \
-             know: it passes them to init as {what}, and panics when there are more than \
-             CONFIG_INIT_ENV_ARG_LIMIT allows, which is {limit} by default"
+             know: it passes them to init as {what} and panics if there are more than \
+             CONFIG_INIT_ENV_ARG_LIMIT allows, which is {limit} by default; leave some out"
         )
     }
 }
