@@ -97,6 +97,11 @@ pub const ACPI_SLEEP_STATUS_PORT: u16 = ACPI_POWER_PORT + 1;
 pub const ACPI_RESET_PORT: u16 = ACPI_POWER_PORT + 2;
 /// Number of ACPI power registers.
 pub const ACPI_POWER_PORT_COUNT: u16 = 3;
+/// First port of the PCI bus: the address register of configuration mechanism 1, before its data
+/// register.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// Number of ports of the PCI bus.
+pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
 
 // --- Global system interrupts -----------------------------------------------------------------
 

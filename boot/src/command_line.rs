@@ -97,6 +97,21 @@ impl CommandLine {
             .any(|parameter| parameter == word)
     }
 
+    /// Whether a kernel parameter is called `name`, with a value or without.
+    pub fn names_parameter(&self, name: &str) -> bool {
+        self.kernel_words().any(|word| word.name == name)
+    }
+
+    /// The words before the `--`.
+    pub(crate) fn kernel_words(&self) -> impl Iterator<Item = Word<'_>> {
+        Words(&self.kernel_parameters)
+    }
+
+    /// The words after the `--`, each an argument of init.
+    pub(crate) fn init_words(&self) -> impl Iterator<Item = Word<'_>> {
+        Words(&self.init_arguments)
+    }
+
     /// Tells a kernel without ACPI or device tree about a virtio-mmio device: `size` bytes of
     /// registers at `address`, interrupting on `gsi`
     /// (Linux Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).
@@ -139,25 +154,63 @@ impl fmt::Display for CommandLine {
     }
 }
 
-/// Splits at the first word `--` outside double quotes, where the kernel's `parse_args()` stops.
-fn split_at_double_dash(text: &str) -> (&str, &str) {
-    let mut in_quotes = false;
-    let mut word_start = 0;
-    for (position, character) in text.char_indices() {
-        match character {
-            '"' => in_quotes = !in_quotes,
-            ' ' if !in_quotes => {
-                if &text[word_start..position] == "--" {
-                    return (&text[..word_start], &text[position..]);
-                }
-                word_start = position + 1;
-            }
-            _ => {}
+/// A word of a command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Word<'a> {
+    /// What stands before the first `=`, or the whole word, without the quotes around it.
+    pub(crate) name: &'a str,
+    /// Whether there is a `=`.
+    pub(crate) has_value: bool,
+}
+
+/// The words of a command line as `next_arg()` tells them apart (Linux lib/cmdline.c): spaces within
+/// double quotes do not end a word, and a quote before a word is not part of it.
+struct Words<'a>(&'a str);
+
+impl<'a> Iterator for Words<'a> {
+    type Item = Word<'a>;
+
+    fn next(&mut self) -> Option<Word<'a>> {
+        let text = self.0.trim_start_matches(' ');
+        if text.is_empty() {
+            return None;
         }
+        let mut in_quotes = false;
+        let ends_word = |character| {
+            in_quotes ^= character == '"';
+            character == ' ' && !in_quotes
+        };
+        let length = text.find(ends_word).unwrap_or(text.len());
+        let (word, rest) = text.split_at(length);
+        self.0 = rest;
+        let unquoted = match word.strip_prefix('"') {
+            Some(quoted) => quoted.strip_suffix('"').unwrap_or(quoted),
+            None => word,
+        };
+        // The kernel looks for the sign from the second character on.
+        let sign = unquoted
+            .char_indices()
+            .skip(1)
+            .find(|&(_, character)| character == '=');
+        Some(Word {
+            name: sign.map_or(unquoted, |(position, _)| &unquoted[..position]),
+            has_value: sign.is_some(),
+        })
     }
-    match &text[word_start..] {
-        "--" => (&text[..word_start], ""),
-        _ => (text, ""),
+}
+
+/// Splits at the first word `--`, in quotes or not, where the kernel's `parse_args()` stops.
+fn split_at_double_dash(text: &str) -> (&str, &str) {
+    let mut words = Words(text);
+    loop {
+        let before = text.len() - words.0.len();
+        match words.next() {
+            Some(word) if word.name == "--" && !word.has_value => {
+                return (&text[..before], words.0);
+            }
+            Some(_) => {}
+            None => return (text, ""),
+        }
     }
 }
 
@@ -189,7 +242,7 @@ mod tests {
 
     #[test]
     fn double_dash_counts_only_as_an_unquoted_word() {
-        for text in ["a=-- b", "a \"x -- y\" b", "a--", "--a"] {
+        for text in ["a=-- b", "a \"x -- y\" b", "a--", "--a", "--=", "\"-- \""] {
             let mut line = CommandLine::new(text).unwrap();
             line.append("added").unwrap();
             assert_eq!(line.to_string(), format!("{text} added"));
@@ -199,6 +252,42 @@ mod tests {
         line.append("added").unwrap();
         assert_eq!(line.to_string(), "added -- init");
         assert_eq!(CommandLine::new("quiet --").unwrap().to_string(), "quiet");
+    }
+
+    #[test]
+    fn a_double_dash_in_quotes_ends_the_kernel_parameters_too() {
+        let mut line = CommandLine::new("quiet \"--\" -c \"echo a; echo b\"").unwrap();
+        line.append("added").unwrap();
+        assert_eq!(line.to_string(), "quiet added -- -c \"echo a; echo b\"");
+    }
+
+    #[test]
+    fn words_are_those_of_the_kernel() {
+        let words = |text| -> Vec<_> {
+            Words(text)
+                .map(|word| (word.name, word.has_value))
+                .collect()
+        };
+        assert_eq!(
+            words(" quiet  a.b=1 c=\"d e=f\" \"g=h i\" \"j k\" =l m\"n o\" "),
+            [
+                ("quiet", false),
+                ("a.b", true),
+                ("c", true),
+                ("g", true),
+                ("j k", false),
+                ("=l", false),
+                ("m\"n o\"", false),
+            ]
+        );
+        assert!(words("  ").is_empty());
+    }
+
+    #[test]
+    fn a_parameter_is_known_by_its_name() {
+        let line = CommandLine::new("a=1 \"b=2 3\" c -- d=4").unwrap();
+        assert!(["a", "b", "c"].map(|name| line.names_parameter(name)) == [true; 3]);
+        assert!(["d", "a=1", ""].map(|name| line.names_parameter(name)) == [false; 3]);
     }
 
     #[test]

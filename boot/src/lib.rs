@@ -25,7 +25,8 @@ pub use command_line::{CommandLine, CommandLineError};
 pub use image_file::ImageFileError;
 pub use initrd::{Initrd, InitrdError, load_initrd};
 pub use kernel::{
-    BootProtocol, Compression, KernelError, KernelFormat, LoadedKernel, PayloadError, load_kernel,
+    BootProtocol, Compression, InitOverflow, KernelError, KernelFormat, LoadedKernel, PayloadError,
+    load_kernel,
 };
 pub use start_information::{
     RANDOM_SEED_SIZE, StartInformation, StartInformationError, write_start_information,

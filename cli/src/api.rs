@@ -1,9 +1,6 @@
 //! `bantam api`: a machine that is put together, started and changed by clients of an API.
 
-use std::fs::OpenOptions;
-use std::io::Read;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -15,7 +12,7 @@ use bantam_api::{
     Server, ServerLimits, parse_json, parse_value,
 };
 use bantam_vmm::Controller;
-use nix::libc;
+use bantam_vmm::config::read_text_file;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
@@ -24,9 +21,6 @@ use crate::console::StdioConsole;
 use crate::log;
 use crate::run::OUTPUT_LIMIT_AFTER_STOP;
 use crate::signals::Signals;
-
-/// Most bytes of a configuration or metadata file.
-const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// Serves the API until the machine has ended or the user wants the program to end.
 pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
@@ -92,13 +86,13 @@ fn serve_instance(
     }
     if let Some(path) = &args.metadata {
         let what = "metadata file";
-        let contents = parse_value(&read_file(what, path)?)
+        let contents = parse_value(read_file(what, path)?.as_bytes())
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.put_metadata(contents)?;
     }
     if let Some(path) = &args.config_file {
         let what = "configuration file";
-        let configuration: Configuration = parse_json(&read_file(what, path)?)
+        let configuration: Configuration = parse_json(read_file(what, path)?.as_bytes())
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.configure(configuration)?;
         instance.start()?;
@@ -150,22 +144,8 @@ fn attend_instance(
     attend(controller, signals, Some(console))
 }
 
-fn read_file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
-    let read = || {
-        // Without waiting for what it may be instead: a pipe that nobody writes to.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE_SIZE + 1).read_to_end(&mut bytes)?;
-        anyhow::ensure!(
-            bytes.len() as u64 <= MAX_FILE_SIZE,
-            "it is larger than 1 MiB"
-        );
-        Ok(bytes)
-    };
-    read().with_context(|| format!("cannot read {what} '{}'", path.display()))
+fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {
+    read_text_file(path).with_context(|| format!("cannot read {what} '{}'", path.display()))
 }
 
 impl ApiArgs {

@@ -1,15 +1,16 @@
 //! The command line: its options, their help, and the machine they describe.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
-    BalloonConfig, BootProtocolOption, DiskConfig, HugePages, MachineConfig, MachineOptions,
-    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
+    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
+    MachineOptions, MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
 };
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Parser, Subcommand};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
@@ -55,7 +56,7 @@ pub enum Command {
 /// its own and stays until the machine ends. Options come from the command line, from a machine
 /// file (--config), or from both; the command line wins.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = RUN_HELP)]
+#[command(after_help = RUN_SHORT_HELP, after_long_help = RUN_HELP, disable_help_flag = true)]
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
@@ -65,139 +66,188 @@ pub struct RunArgs {
     /// on; the socket device is a table [vsock], and a balloon a table [balloon].
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
-    /// devices.
-    #[arg(long, value_name = "FILE")]
+    /// devices. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths
+    /// in it are relative to the current folder.
+    #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     pub config: Option<PathBuf>,
 
     /// Kernel image: bzImage or ELF (vmlinux)
     ///
     /// Needed on the command line or in the machine file.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     pub kernel: Option<PathBuf>,
 
     /// Initial RAM disk
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     pub initrd: Option<PathBuf>,
 
     /// Kernel command line, in place of the default one
     ///
     /// The default is "reboot=k panic=-1 console=ttyS0" and, where there is a disk and no initrd,
     /// "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see --append.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
     pub cmdline: Option<String>,
 
-    /// Words to add to the kernel command line
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub append: Option<String>,
-
-    /// Number of vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
-    pub cpus: Option<VcpuCount>,
-
-    /// Guest memory, such as 512M or 2G [default: 256M]
+    /// Words to add to the kernel command line; can be given more than once
     ///
-    /// A number with a unit of K, M, G or T, each 1024 times the one before; a number alone
-    /// counts MiB. From 16M to 1023G.
-    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
-    pub memory: Option<MemorySize>,
-
-    /// Which pages guest memory is made of [default: none]
-    ///
-    /// none: ordinary ones. transparent: those that the host makes of ordinary ones when it can.
-    /// 2M: those that the host has set aside (sysctl vm.nr_hugepages=N); guest memory must then be a
-    /// multiple of 2M.
-    #[arg(long, value_name = "PAGES", value_parser = choice::<HugePages, _>(["none", "transparent", "2M"]))]
-    pub huge_pages: Option<HugePages>,
-
-    /// Disk for the guest; can be given more than once
-    ///
-    /// PATH is a raw image or a block device. With ro the guest cannot write to it; NAME, up to
-    /// 20 characters, is its serial number in the guest. A comma in PATH or NAME is written twice.
-    /// The guest finds the disks in the order in which they are given: /dev/vda, /dev/vdb, ...
-    ///
-    /// cache=writeback (the default) keeps what the guest writes in the host's page cache until the
-    /// guest flushes it; writethrough puts every write on stable storage, none bypasses the page
-    /// cache, and unsafe ignores flushes. engine=auto (the default) does each request in the way
-    /// that is best for it; io_uring and sync do all in one way. queues=N, 1 to 8, is one for each
-    /// vCPU up to 4 by default. iothread=on gives the disk a thread of its own; poll=on lets that
-    /// thread look for requests for longer before it sleeps. bytes-per-second=N and
-    /// operations-per-second=N, such as 10M or 500, limit what the guest can do; burst-bytes=N and
-    /// burst-operations=N say how much may come at once after a rest.
-    #[arg(long = "disk", value_name = "PATH[,ro][,id=NAME][,KEY=VALUE]...")]
-    pub disks: Vec<DiskConfig>,
-
-    /// Network device for the guest; can be given more than once
-    ///
-    /// NAME is a tap interface of the host, MAC the address of the guest's end. mtu is the largest
-    /// packet in bytes; queues, 1 to 8, how many pairs of queues the device has [default: one for
-    /// each vCPU, where the tap has them]. iothread=on gives the device a thread of its own.
-    ///
-    /// rx-bytes-per-second=N and rx-packets-per-second=N, such as 10M or 500, limit what the guest
-    /// receives, and the same with tx what it transmits; rx-burst-bytes=N, rx-burst-packets=N,
-    /// tx-burst-bytes=N and tx-burst-packets=N say how much may come at once after a rest.
-    #[arg(
-        long = "net",
-        value_name = "tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]..."
-    )]
-    pub nets: Vec<NetConfig>,
-
-    /// Socket device (virtio-vsock), by which programs here and in the guest connect to one another
-    ///
-    /// N, 3 or more, is the guest's context identifier (CID). A program here that connects to the Unix
-    /// domain socket PATH and writes "CONNECT 52" and a line feed is connected to port 52 of the guest.
-    /// What the guest connects to, port 53 of CID 2, is the socket PATH_53. A comma in PATH is written
-    /// twice.
-    #[arg(long, value_name = "cid=N,socket=PATH")]
-    pub vsock: Option<VsockConfig>,
-
-    /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
-    ///
-    /// stdio: standard input and output. Where standard input is a terminal, every key goes to
-    /// the guest but Ctrl-A, which starts a command: Ctrl-A h lists them, Ctrl-A x quits.
-    /// pty: a new pseudoterminal, whose name is printed on standard error.
-    /// file=PATH: a file to which the guest's output is appended.
-    /// socket=PATH: a Unix domain socket that a client can connect to.
-    /// none: nowhere.
-    #[arg(long, value_name = "WHERE", verbatim_doc_comment)]
-    pub serial: Option<SerialConfig>,
-
-    /// Whether the guest has an entropy device (virtio-rng) [default: on]
-    #[arg(long, value_name = "on|off", value_parser = switch())]
-    pub rng: Option<bool>,
-
-    /// Memory balloon, by which the guest gives memory back to the host
-    ///
-    /// SIZE, such as 64M or 0, is how much the guest is to give up at the start. deflate-on-oom=on
-    /// lets it take memory back when it would otherwise have to end processes. reporting=on has it
-    /// say by itself which memory it does not use. statistics=SECONDS has it asked that often how its
-    /// memory is used.
-    #[arg(
-        long,
-        value_name = "size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]"
-    )]
-    pub balloon: Option<BalloonConfig>,
+    /// Arguments for the guest's init follow a word "--": --append 'init=/bin/sh -- -c "ls /"'. All
+    /// that Bantam adds, and kernel parameters of other --append options, is put before that word.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
+    pub append: Vec<String>,
 
     /// How the kernel is entered [default: auto]
     ///
     /// auto takes the best way that the kernel image offers.
-    #[arg(long, value_name = "PROTOCOL", value_parser = choice::<BootProtocolOption, _>(["auto", "pvh", "linux64"]))]
+    #[arg(long, value_name = "PROTOCOL", help_heading = heading::BOOT, hide_short_help = true,
+        value_parser = choice::<BootProtocolOption, _>(["auto", "pvh", "linux64"]))]
     pub boot_protocol: Option<BootProtocolOption>,
-
-    /// What a reboot of the guest does: end the machine, or start it again [default: exit]
-    #[arg(long, value_name = "ACTION", value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
-    pub on_reboot: Option<OnReboot>,
 
     /// Whether the kernel command line gets words that some hosts need [default: on]
     ///
     /// On a host without hardware virtualization a guest kernel must do without some processor
     /// features. Bantam notices such a host and tells the kernel so on its command line; off
     /// leaves the command line alone.
-    #[arg(long, value_name = "on|off", value_parser = switch())]
+    #[arg(long, value_name = "on|off", help_heading = heading::BOOT, hide_short_help = true,
+        value_parser = switch())]
     pub host_workarounds: Option<bool>,
 
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = heading::CPU)]
+    pub cpus: Option<VcpuCount>,
+
+    /// Guest memory, such as 512M or 2G [default: 256M]
+    ///
+    /// A number with a unit of K, M, G or T, each 1024 times the one before; a number alone
+    /// counts MiB. From 16M to 1023G.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = heading::CPU)]
+    pub memory: Option<MemorySize>,
+
+    /// Which pages guest memory is made of [default: none]
+    ///
+    /// - none: ordinary ones.
+    /// - transparent: those that the host makes of ordinary ones when it can.
+    /// - 2M: those that the host has set aside (sysctl vm.nr_hugepages=N);
+    ///   guest memory must then be a multiple of 2M.
+    #[arg(long, value_name = "PAGES", help_heading = heading::CPU, hide_short_help = true,
+        verbatim_doc_comment,
+        value_parser = choice::<HugePages, _>(["none", "transparent", "2M"]))]
+    pub huge_pages: Option<HugePages>,
+
+    /// Memory balloon: gives memory back to the host
+    ///
+    /// SIZE, such as 64M or 0, is how much the guest is to give up at the
+    /// start; KEY=VALUE is any of
+    ///
+    /// - deflate-on-oom=on: lets the guest take memory back when it would
+    ///   otherwise have to end processes.
+    /// - reporting=on: has the guest say by itself which memory it does not
+    ///   use.
+    /// - statistics=SECONDS: has the guest asked that often how its memory is
+    ///   used.
+    #[arg(long, value_name = "size=SIZE[,KEY=VALUE]...", help_heading = heading::CPU,
+        verbatim_doc_comment)]
+    pub balloon: Option<BalloonConfig>,
+
+    /// Disk for the guest; can be given more than once
+    ///
+    /// PATH is a raw image or a block device. A comma in PATH or in a value
+    /// is written twice. The guest finds the disks in the order in which they
+    /// are given: /dev/vda, /dev/vdb, ... KEY=VALUE is any of
+    ///
+    /// - ro: the guest cannot write to it.
+    /// - id=NAME: its serial number in the guest, up to 20 characters.
+    /// - cache=writeback (the default): keeps what the guest writes in the
+    ///   host's page cache until the guest flushes it. writethrough puts
+    ///   every write on stable storage, none bypasses the page cache, and
+    ///   unsafe ignores flushes.
+    /// - engine=auto (the default): does each request in the way that is best
+    ///   for it; io_uring and sync do all in one way.
+    /// - queues=N: 1 to 8; one for each vCPU up to 4 by default.
+    /// - iothread=on: gives the disk a thread of its own.
+    /// - poll=on: lets that thread look for requests for longer before it
+    ///   sleeps.
+    /// - bytes-per-second=N, operations-per-second=N: limit what the guest
+    ///   can do, such as 10M or 500; burst-bytes=N and burst-operations=N say
+    ///   how much may come at once after a rest.
+    #[arg(long = "disk", value_name = "PATH[,ro][,KEY=VALUE]...", help_heading = heading::DISKS,
+        verbatim_doc_comment, value_parser = os_text::<DiskConfig>())]
+    pub disks: Vec<DiskConfig>,
+
+    /// Network device for the guest; can be given more than once
+    ///
+    /// NAME is a tap interface of the host. KEY=VALUE is any of
+    ///
+    /// - mac=MAC: the address of the guest's end.
+    /// - mtu=N: the largest packet in bytes.
+    /// - queues=N: how many pairs of queues the device has, 1 to 8; one for
+    ///   each vCPU by default, where the tap has them.
+    /// - iothread=on: gives the device a thread of its own.
+    /// - rx-bytes-per-second=N, rx-packets-per-second=N: limit what the guest
+    ///   receives, such as 10M or 500, and the same with tx what it
+    ///   transmits; rx-burst-bytes=N, rx-burst-packets=N, tx-burst-bytes=N
+    ///   and tx-burst-packets=N say how much may come at once after a rest.
+    #[arg(long = "net", value_name = "tap=NAME[,KEY=VALUE]...", help_heading = heading::NETWORKS,
+        verbatim_doc_comment)]
+    pub nets: Vec<NetConfig>,
+
+    /// Socket device (virtio-vsock) to the guest's programs
+    ///
+    /// N, 3 or more, is the guest's context identifier (CID). A program here that connects to the Unix
+    /// domain socket PATH and writes "CONNECT 52" and a line feed is connected to port 52 of the guest.
+    /// What the guest connects to, port 53 of CID 2, is the socket PATH_53. A comma in PATH is written
+    /// twice.
+    #[arg(long, value_name = "cid=N,socket=PATH", help_heading = heading::NETWORKS,
+        value_parser = os_text::<VsockConfig>())]
+    pub vsock: Option<VsockConfig>,
+
+    /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
+    ///
+    /// - stdio: standard input and output. Where standard input is a
+    ///   terminal, every key goes to the guest but Ctrl-A, which starts a
+    ///   command: Ctrl-A h lists them, Ctrl-A x quits.
+    /// - pty: a new pseudoterminal, whose name is printed on standard error.
+    /// - file=PATH: a file to which the guest's output is appended.
+    /// - socket=PATH: a Unix domain socket that a client can connect to.
+    /// - none: nowhere.
+    #[arg(long, value_name = "WHERE", help_heading = heading::CONSOLE, verbatim_doc_comment,
+        value_parser = os_text::<SerialConfig>())]
+    pub serial: Option<SerialConfig>,
+
+    /// Whether the guest has an entropy device (virtio-rng) [default: on]
+    #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
+    pub rng: Option<bool>,
+
+    /// What a reboot of the guest does to the machine [default: exit]
+    ///
+    /// exit: it ends. restart: it starts again.
+    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER,
+        value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
+    pub on_reboot: Option<OnReboot>,
+
     /// How much to log on standard error
-    #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
+    #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = heading::OTHER,
+        value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
     pub log: LevelFilter,
+
+    /// Print help: a summary with -h, all of it with --help
+    #[arg(short, long, action = ArgAction::Help, help_heading = heading::OTHER)]
+    help: Option<bool>,
+}
+
+/// Headings of the help, in the order in which they are shown.
+mod heading {
+    /// What is started, and what it is told.
+    pub const BOOT: &str = "Boot";
+    /// Processors and memory.
+    pub const CPU: &str = "CPU and memory";
+    /// Disks.
+    pub const DISKS: &str = "Disks";
+    /// Ways to other machines and programs.
+    pub const NETWORKS: &str = "Networks";
+    /// Ways to see and type what a user would.
+    pub const CONSOLE: &str = "Console";
+    /// All else: the machine's end, other devices, the program itself.
+    pub const OTHER: &str = "Other";
 }
 
 /// Serves an API by which clients put a machine together, start it and change it
@@ -311,6 +361,9 @@ fn instance_id(text: &str) -> Result<String, String> {
     Ok(text.to_string())
 }
 
+const RUN_SHORT_HELP: &str = "\
+Less common options and examples: bantam run --help";
+
 const RUN_HELP: &str = "\
 Examples:
   Boot a kernel with a root file system, and quit with Ctrl-A x:
@@ -344,7 +397,7 @@ impl RunArgs {
             kernel: self.kernel,
             initrd: self.initrd,
             cmdline: self.cmdline,
-            append: self.append,
+            append: (!self.append.is_empty()).then_some(self.append),
             cpus: self.cpus,
             memory: self.memory,
             huge_pages: self.huge_pages,
@@ -372,6 +425,14 @@ where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static> + Clone + Send + Sync + 'static,
 {
     PossibleValuesParser::new(names).try_map(|name| name.parse())
+}
+
+/// Reads a value with a path in it, which may be other than UTF-8.
+fn os_text<T>() -> impl TypedValueParser<Value = T>
+where
+    T: for<'a> TryFrom<&'a OsStr, Error = ConfigError> + Clone + Send + Sync + 'static,
+{
+    OsStringValueParser::new().try_map(|text| T::try_from(&text))
 }
 
 fn switch() -> impl TypedValueParser<Value = bool> {
@@ -419,7 +480,8 @@ mod tests {
             "--initrd=i",
             "--cmdline=-x",
             "--append",
-            "-y z",
+            "-y z -- 1",
+            "--append=x -- 2",
             "--cpus=3",
             "--memory=1G",
             "--huge-pages=transparent",
@@ -439,7 +501,7 @@ mod tests {
         let expected = MachineConfig {
             initrd: Some("i".into()),
             cmdline: Some("-x".into()),
-            append: Some("-y z".into()),
+            append: Some("-y z x -- 1 2".into()),
             cpus: "3".parse().unwrap(),
             memory: "1G".parse().unwrap(),
             huge_pages: HugePages::Transparent,
@@ -490,7 +552,8 @@ mod tests {
     fn every_name_of_a_choice_is_read() {
         let command = Args::command();
         let run = command.find_subcommand("run").unwrap();
-        for argument in run.get_arguments() {
+        let options = run.get_arguments();
+        for argument in options.filter(|argument| argument.get_action().takes_values()) {
             for value in argument.get_possible_values() {
                 let option = format!("--{}={}", argument.get_long().unwrap(), value.get_name());
                 run_args(&[&option]);
@@ -541,13 +604,63 @@ mod tests {
     }
 
     #[test]
+    fn the_short_help_fits_a_screen_and_the_long_one_has_every_option() {
+        let mut command = Args::command().term_width(100);
+        command.build();
+        let run = command.find_subcommand_mut("run").unwrap();
+        let short = run.render_help().to_string();
+        assert!(short.lines().count() <= 40, "{short}");
+        assert!(short.lines().all(|line| line.len() <= 100), "{short}");
+        let long = run.render_long_help().to_string();
+        for argument in run.get_arguments() {
+            let option = format!("--{}", argument.get_long().unwrap());
+            assert!(long.contains(&option), "{option}");
+        }
+    }
+
+    #[test]
+    fn every_option_of_a_run_is_below_a_heading() {
+        let mut command = Args::command();
+        let run = command.find_subcommand_mut("run").unwrap();
+        for argument in run.get_arguments() {
+            let heading = argument.get_help_heading();
+            assert!(heading.is_some(), "{}", argument.get_id());
+        }
+        let help = run.render_help().to_string();
+        let places = [
+            heading::BOOT,
+            heading::CPU,
+            heading::DISKS,
+            heading::NETWORKS,
+            heading::CONSOLE,
+            heading::OTHER,
+        ]
+        .map(|heading| help.find(&format!("\n{heading}:\n")).unwrap());
+        assert!(places.is_sorted(), "{help}");
+    }
+
+    #[test]
+    fn lists_fit_beside_the_indentation_of_a_narrow_terminal() {
+        for subcommand in Args::command().get_subcommands() {
+            for argument in subcommand.get_arguments() {
+                let help = argument.get_long_help().unwrap_or_default().to_string();
+                let (_, rest) = help.split_once("\n\n").unwrap_or_default();
+                if rest.lines().any(|line| line.starts_with("- ")) {
+                    let fits = |line: &str| line.len() <= 70;
+                    assert!(rest.lines().all(fits), "{}", argument.get_id());
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_help_states_the_real_defaults_and_limits() {
         let defaults = MachineConfig::new("k");
         let mut command = Args::command();
         let help = command
             .find_subcommand_mut("run")
             .unwrap()
-            .render_help()
+            .render_long_help()
             .to_string();
         for default in [
             defaults.cpus.to_string(),

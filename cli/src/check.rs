@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use bantam_vmm::host::{self, KvmCapability, Virtualization};
@@ -162,13 +163,11 @@ fn tun_row(opened: io::Result<()>) -> Row {
         return Row::ok(SUBJECT, "tap interfaces can be opened (--net)");
     };
     let remedy = match error.kind() {
-        io::ErrorKind::NotFound => "for --net, load the module: sudo modprobe tun",
-        io::ErrorKind::PermissionDenied => {
-            "for --net, let the user open it: sudo chmod 666 /dev/net/tun"
-        }
-        _ => "for --net, see that the device can be used here",
+        io::ErrorKind::NotFound => "load the module: sudo modprobe tun".to_owned(),
+        io::ErrorKind::PermissionDenied => host::access_remedy(Path::new(host::TUN_DEVICE)),
+        _ => "see that the device can be used here".to_owned(),
     };
-    Row::limited(SUBJECT, error.to_string(), remedy)
+    Row::limited(SUBJECT, error.to_string(), format!("for --net: {remedy}"))
 }
 
 fn network_administration_row(allowed: bool) -> Row {
@@ -250,7 +249,7 @@ mod tests {
         let remedy = |row: Row| row.remedy.unwrap();
         let error = |code| Err(io::Error::from_raw_os_error(code));
         assert!(remedy(tun_row(error(libc::ENOENT))).contains("modprobe tun"));
-        assert!(remedy(tun_row(error(libc::EACCES))).contains("chmod"));
+        assert!(remedy(tun_row(error(libc::EACCES))).starts_with("for --net: "));
         assert!(remedy(io_uring_row(error(libc::EPERM))).contains("kernel.io_uring_disabled"));
         assert!(remedy(io_uring_row(error(libc::ENOSYS))).contains("CONFIG_IO_URING"));
     }

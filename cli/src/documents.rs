@@ -41,7 +41,45 @@ fn write_man_page(command: &Command, folder: &Path) -> io::Result<()> {
     man.render(&mut page)?;
     // The text after the options is laid out already: its lines must stay as they are.
     let page = String::from_utf8_lossy(&page).replace(".SH EXTRA\n", ".SH NOTES\n.nf\n");
-    fs::write(folder.join(man.get_filename()), page)
+    fs::write(folder.join(man.get_filename()), with_lists(&page))
+}
+
+/// Makes lists of what are lines that start with a dash in the help, which a page would join to one
+/// paragraph otherwise.
+fn with_lists(page: &str) -> String {
+    const DASH: &str = "\\- ";
+    let mut lines: Vec<&str> = Vec::new();
+    let mut in_list = false;
+    for line in page.lines() {
+        if let Some(item) = line.strip_prefix(DASH) {
+            if !in_list {
+                // The list brings its own distance from the text before.
+                lines.pop_if(|line| line.is_empty());
+                lines.push(".RS");
+                in_list = true;
+            }
+            lines.extend([".IP \\(bu 2", item]);
+        } else if in_list && let Some(rest) = line.strip_prefix("  ") {
+            lines.push(rest);
+        } else {
+            if in_list {
+                lines.push(".RE");
+                in_list = false;
+                // More text of the same paragraph.
+                if ![".TP", ".SH"]
+                    .iter()
+                    .any(|request| line.starts_with(request))
+                {
+                    lines.push(".IP");
+                }
+            }
+            lines.push(line);
+        }
+    }
+    if in_list {
+        lines.push(".RE");
+    }
+    lines.join("\n") + "\n"
 }
 
 #[cfg(test)]
@@ -64,5 +102,20 @@ mod tests {
         fs::remove_dir_all(&folder).unwrap();
         assert!(run.contains("host\\-workarounds"), "{run}");
         assert!(run.contains(".nf\nExamples:"), "{run}");
+        assert!(
+            run.contains(".RS\n.IP \\(bu 2\nstdio: standard input"),
+            "{run}"
+        );
+        assert!(run.contains("none: nowhere.\n.RE\n"), "{run}");
+    }
+
+    #[test]
+    fn a_list_ends_before_what_follows_it() {
+        let page = ".TP\nThe choices:\n\n\\- one: first\n  and more\n\\- two\n.TP\n\\-x\n\\- y\nz";
+        assert_eq!(
+            with_lists(page),
+            ".TP\nThe choices:\n.RS\n.IP \\(bu 2\none: first\nand more\n.IP \\(bu 2\ntwo\n.RE\n\
+             .TP\n\\-x\n.RS\n.IP \\(bu 2\ny\n.RE\n.IP\nz\n"
+        );
     }
 }

@@ -12,6 +12,7 @@ mod run;
 mod signals;
 mod terminal;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write};
 use std::path::Path;
@@ -29,12 +30,12 @@ fn main() -> ExitCode {
         match FirecrackerArgs::try_parse() {
             Ok(args) if args.version => print_firecracker_version(),
             Ok(args) => execute(Command::Api(Box::new(args.api))),
-            Err(error) => return report_usage(&error),
+            Err(error) => return report_usage::<FirecrackerArgs>(&error),
         }
     } else {
         match Args::try_parse() {
             Ok(args) => execute(args.command),
-            Err(error) => return report_usage(&error),
+            Err(error) => return report_usage::<Args>(&error),
         }
     };
     match result {
@@ -88,7 +89,7 @@ fn say(line: fmt::Arguments<'_>) {
 }
 
 /// Prints help and version as clap lays them out, and an error as one line.
-fn report_usage(error: &clap::Error) -> ExitCode {
+fn report_usage<T: Parser>(error: &clap::Error) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that leaves early, such as a pager, has seen enough.
@@ -99,11 +100,48 @@ fn report_usage(error: &clap::Error) -> ExitCode {
             let _ = error.print();
             ExitCode::FAILURE
         }
+        ErrorKind::InvalidUtf8 => {
+            let arguments: Vec<OsString> = std::env::args_os().collect();
+            say(format_args!("error: {}", not_utf8::<T>(&arguments)));
+            ExitCode::FAILURE
+        }
         _ => {
             say(format_args!("{}", usage_line(&error.to_string())));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Names the first argument that has to be UTF-8 and is not, which clap does not.
+fn not_utf8<T: Parser>(arguments: &[OsString]) -> String {
+    let lossy = |argument: &OsString| OsString::from(argument.to_string_lossy().into_owned());
+    // It is refused although all others have been made UTF-8.
+    let is_refused = |&index: &usize| {
+        let others_mended = arguments.iter().enumerate().map(|(other, argument)| {
+            if other == index {
+                argument.clone()
+            } else {
+                lossy(argument)
+            }
+        });
+        let parsed = T::try_parse_from(others_mended);
+        matches!(parsed, Err(error) if error.kind() == ErrorKind::InvalidUtf8)
+    };
+    let index = (0..arguments.len())
+        .filter(|&index| arguments[index].to_str().is_none())
+        .find(is_refused)
+        .unwrap_or_default();
+    let argument = arguments.get(index).map(lossy).unwrap_or_default();
+    let option = index
+        .checked_sub(1)
+        .map(|before| lossy(&arguments[before]))
+        .filter(|before| before.as_encoded_bytes().starts_with(b"--"))
+        .filter(|_| !argument.as_encoded_bytes().starts_with(b"-"));
+    let of_option = option.map_or_else(String::new, |option| format!(" of '{}'", option.display()));
+    format!(
+        "the value '{}'{of_option} is not UTF-8: only paths may have other characters",
+        argument.display()
+    )
 }
 
 /// The paragraphs that say what is wrong and what to do, without those that repeat the usage.
@@ -136,6 +174,9 @@ fn reason(error: &anyhow::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use anyhow::Context;
 
     use super::*;
@@ -164,8 +205,32 @@ mod tests {
         );
         assert_eq!(
             usage_error("bantam run --disk a,poll=1"),
-            "error: invalid value 'a,poll=1' for '--disk <PATH[,ro][,id=NAME][,KEY=VALUE]...>': \
+            "error: invalid value 'a,poll=1' for '--disk <PATH[,ro][,KEY=VALUE]...>': \
              'poll' is on or off; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
+        );
+    }
+
+    #[test]
+    fn an_argument_that_is_not_utf_8_is_named() {
+        let message = |line: &[u8]| {
+            let words = line.split(|&byte| byte == b' ');
+            let arguments: Vec<_> = words.map(|word| OsStr::from_bytes(word).into()).collect();
+            let error = Args::try_parse_from(&arguments).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidUtf8);
+            not_utf8::<Args>(&arguments)
+        };
+        let rest = "is not UTF-8: only paths may have other characters";
+        assert_eq!(
+            message(b"bantam run --kernel k\xe9 --cpus \xff"),
+            format!("the value '\u{fffd}' of '--cpus' {rest}")
+        );
+        assert_eq!(
+            message(b"bantam run --disk d\xe9 --net=tap=t\xff --log \xff"),
+            format!("the value '--net=tap=t\u{fffd}' {rest}")
+        );
+        assert_eq!(
+            message(b"bantam api --api-sock \xff --id i\xff"),
+            format!("the value 'i\u{fffd}' of '--id' {rest}")
         );
     }
 

@@ -16,6 +16,7 @@ mod io_uring_support;
 mod listening_socket;
 pub mod metadata;
 pub mod metrics;
+pub mod pci_bus;
 pub mod power;
 pub mod rate_limiter;
 pub mod rtc;

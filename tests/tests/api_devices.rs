@@ -151,7 +151,9 @@ fn a_guest_gives_up_free_memory_on_request_and_has_it_again() {
         api.request("PATCH", "/balloon/hinting/start", "").status,
         204
     );
-    machine.running.wait_for_output("hinted\ndone\nhinted\ndone\n");
+    machine
+        .running
+        .wait_for_output("hinted\ndone\nhinted\ndone\n");
     assert_eq!(status(), json!({"host_cmd": 1, "guest_cmd": 0}));
     machine.stop();
 }

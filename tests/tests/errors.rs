@@ -1,6 +1,9 @@
 //! Mistakes of users and refusals of the host: each is one line that says what to do.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Permissions};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -10,6 +13,8 @@ use bantam_tests::{
     unprivileged, with_devices,
 };
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use tempfile::TempDir;
 
 /// Files of one test.
@@ -68,7 +73,11 @@ fn a_user_who_may_not_use_kvm_is_told_how_to_be_allowed() {
     let bantam = Bantam::payload("hello").launcher(with_devices(forbidden));
     refused(
         bantam,
-        &["cannot open /dev/kvm: Permission denied", "usermod -aG kvm"],
+        &[
+            "cannot open /dev/kvm: Permission denied",
+            "its mode 0000",
+            "setfacl",
+        ],
     );
 }
 
@@ -440,6 +449,80 @@ fn a_mistake_in_a_machine_file_is_named_with_its_line() {
         Bantam::new(["run", "--config", "/nowhere/machine.toml"]),
         &["cannot read machine file '/nowhere/machine.toml': No such file"],
     );
+}
+
+#[test]
+fn a_machine_comes_through_a_pipe() {
+    require_kvm!();
+    let kernel = payload("hello");
+    let machine = format!("kernel = {kernel:?}\nappend = ['one', 'two']\nrng = false\n");
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(machine.as_bytes()).unwrap();
+    drop(writer);
+    let ended = Bantam::new(["run", "--config", "/dev/stdin", "--append", "three"])
+        .stdin(reader)
+        .finish();
+    ended.passed().printed("console=ttyS0 three");
+}
+
+#[test]
+fn a_pipe_that_nobody_writes_to_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("pipe");
+    mkfifo(&pipe, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+    let api = |option| {
+        Bantam::api(&folder.path().join("socket"))
+            .option("--level", "Error")
+            .option(option, &pipe)
+    };
+    for (bantam, what) in [
+        (
+            Bantam::new(["run"]).option("--config", &pipe),
+            "machine file",
+        ),
+        (api("--config-file"), "configuration file"),
+        (api("--metadata"), "metadata file"),
+    ] {
+        let expected = format!("cannot read {what} {}: it is a pipe", quoted(&pipe));
+        refused(bantam, &[&expected]);
+    }
+    for (option, what) in [("--kernel", "kernel"), ("--initrd", "initrd")] {
+        let bantam = match option {
+            "--kernel" => Bantam::run(&pipe),
+            _ => Bantam::payload("hello").option(option, &pipe),
+        };
+        refused(bantam, &[what, &quoted(&pipe), "copy it to a regular file"]);
+    }
+}
+
+#[test]
+fn paths_are_bytes_and_all_else_is_utf_8() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &[u8]| folder.path().join(OsStr::from_bytes(name));
+    let disk = path(b"d\xe9,.img");
+    fs::write(&disk, [0; 4096]).unwrap();
+    let mut disk_option = folder.path().join("d").into_os_string();
+    disk_option.push(OsStr::from_bytes(b"\xe9,,.img,ro"));
+    let mut serial = OsString::from("file=");
+    serial.push(path(b"s\xe9"));
+    let mut vsock = OsString::from("cid=3,socket=");
+    vsock.push(path(b"v\xe9"));
+    let ended = Bantam::payload("hello")
+        .option("--disk", disk_option)
+        .option("--serial", serial)
+        .option("--vsock", vsock)
+        .finish();
+    ended.succeeded();
+    let output = fs::read_to_string(path(b"s\xe9")).unwrap();
+    assert!(output.contains("PASS"), "{output}");
+
+    let missing = Bantam::payload("hello").option("--disk", path(b"missing\xe9"));
+    refused(missing, &["missing\u{fffd}", "No such file or directory"]);
+    let cpus = Bantam::payload("hello").option("--cpus", OsStr::from_bytes(b"\xe9"));
+    refused(cpus, &["the value '\u{fffd}' of '--cpus' is not UTF-8"]);
+    let id = Bantam::payload("hello").option("--disk", OsStr::from_bytes(b"a,id=\xe9"));
+    refused(id, &["--disk", "the value '\u{fffd}' of 'id' is not UTF-8"]);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use bantam_tests::{
     require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
+use bantam_vmm::host::guest_kernel_parameters;
 use bantam_vmm::{BalloonStatistics, Console, Controller, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -53,6 +54,21 @@ fn assert_words(details: &str, expected: &[&str]) {
     }
 }
 
+/// What init gets: its arguments as they are given, in the order of the options, and no other, and
+/// in its environment only what a host without hardware virtualization needs there.
+fn expected_arguments() -> String {
+    let needed = guest_kernel_parameters().unwrap_or_default();
+    let tunables = needed
+        .split(' ')
+        .find(|word| word.starts_with("GLIBC_TUNABLES="))
+        .map(|word| format!(", {word:?}"))
+        .unwrap_or_default();
+    format!(
+        "arguments=[\"/sbin/init\", \"one\", \"two words\", \"NAME=value\"] \
+         environment=[\"HOME=/\", \"TERM=linux\"{tunables}]"
+    )
+}
+
 // --- Disks, entropy, time and the console -------------------------------------------------------
 
 #[test]
@@ -67,6 +83,7 @@ fn linux_uses_disks_entropy_clock_and_console() {
     fs::write(&read_only, &precious).unwrap();
 
     let commands = [
+        "arguments",
         "cpus",
         "clocksource",
         "time",
@@ -87,7 +104,9 @@ fn linux_uses_disks_entropy_clock_and_console() {
         .disk(&root_disk(&folder), "")
         .disk(&data, ",id=data")
         .disk(&read_only, ",ro")
+        .option("--append", "-- one \"two words\"")
         .append(test_words(&commands))
+        .option("--append", "-- NAME=value")
         .stdin(Stdio::piped())
         .option("--log", "info")
         .start();
@@ -101,6 +120,7 @@ fn linux_uses_disks_entropy_clock_and_console() {
     let text = ended.text();
     let answer = |command| answer(&text, command);
 
+    assert_eq!(answer("arguments"), expected_arguments());
     assert_eq!(value(&answer("cpus"), "online"), "1");
     assert!(!answer("clocksource").is_empty());
     assert_right_time(&answer("time"));
@@ -411,6 +431,7 @@ fn linux_boots_from_an_initrd_and_switches_the_machine_off() {
         .parse()
         .unwrap();
     assert!((90 << 10..128 << 10).contains(&kib), "{memory}");
+    assert!(!text.contains("PCI: Fatal"), "{text}");
     assert!(ended.stderr.contains("by Pvh"), "{ended}");
     assert!(ended.stderr.contains("has ended: PowerOff"), "{ended}");
 }
@@ -427,6 +448,19 @@ fn linux_has_good_random_numbers_from_the_start() {
     machine.signal(Signal::SIGTERM);
     let ended = machine.wait();
     ended.succeeded().printed("random: crng init done");
+}
+
+/// One word more than init has room for, and the kernel panics as the log said it would.
+#[test]
+fn linux_is_not_given_more_words_for_its_init_than_it_takes_without_a_warning() {
+    require_kvm!();
+    let words: String = (0..33).map(|number| format!("word{number} ")).collect();
+    let ended = Bantam::linux(Kernel::Small).append(words).finish();
+    ended
+        .succeeded()
+        .printed("Too many boot init vars at `word32'");
+    let warning = "more than 32 words without a value";
+    assert!(ended.stderr.contains(warning), "{ended}");
 }
 
 // --- Kernel images ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
 use bantam_devices::i8042::I8042;
+use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::rtc::Rtc;
 use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
@@ -70,6 +71,16 @@ pub(crate) fn attach_rtc(ports: &mut Bus) -> Result<(), Error> {
         layout::RTC_PORT.into(),
         layout::RTC_PORT_COUNT.into(),
         Arc::new(Mutex::new(Rtc::new())),
+    )?;
+    Ok(())
+}
+
+/// The PCI bus, which has nothing on it.
+pub(crate) fn attach_pci_bus(ports: &mut Bus) -> Result<(), Error> {
+    ports.insert(
+        layout::PCI_CONFIG_PORT.into(),
+        layout::PCI_CONFIG_PORT_COUNT.into(),
+        Arc::new(Mutex::new(PciBus::default())),
     )?;
     Ok(())
 }

@@ -63,6 +63,10 @@ pub(crate) fn load_guest(
     };
     let command_line = command_line(config, &kernel, memory, windows)?;
     tracing::info!("kernel command line: {command_line}");
+    let overflow = kernel.overflows_init(memory, &command_line);
+    if let Some(overflow) = overflow.map_err(Error::ReadKernel)? {
+        tracing::warn!("{overflow}");
+    }
 
     let vcpu_count = config.cpus.get();
     let rsdp = acpi::write_acpi_tables(
@@ -123,14 +127,13 @@ fn command_line(
     if let Some(text) = &config.append {
         line.append(text)?;
     }
-    if config.host_workarounds
-        && let Some(parameters) = workarounds::guest_kernel_parameters()
-    {
-        tracing::info!("this host has no hardware virtualization: the kernel is told {parameters}");
-        line.append(parameters)?;
-        if config.serial != SerialConfig::None && !line.has_parameter("quiet") {
-            line.append(workarounds::EARLY_CONSOLE)?;
-        }
+    if config.host_workarounds {
+        let has_serial_port = config.serial != SerialConfig::None;
+        workarounds::add_guest_kernel_parameters(&mut line, has_serial_port, |name| {
+            kernel
+                .passes_to_init(memory, name)
+                .map_err(Error::ReadKernel)
+        })?;
     }
     let finds_devices_by_acpi = !line.has_parameter("acpi=off")
         && kernel

@@ -1,17 +1,20 @@
 //! What the host offers to machines.
 
 use std::arch::x86_64::__cpuid;
-use std::ffi::CStr;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::device_access;
+
 pub use crate::workarounds::guest_kernel_parameters;
 
-const KVM_DEVICE: &CStr = c"/dev/kvm";
-const TUN_DEVICE: &str = "/dev/net/tun";
+const KVM_DEVICE: &str = "/dev/kvm";
+/// The device by which tap interfaces are attached.
+pub const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// The stable version of the KVM API; no program should run on another (KVM API, section 4.1).
 const KVM_API_VERSION: i32 = 12;
@@ -61,12 +64,12 @@ fn processor_virtualization(ecx_of: impl Fn(u32) -> u32) -> Virtualization {
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// `/dev/kvm` cannot be opened for reading and writing.
-    #[error("cannot open /dev/kvm: {source}: {}", open_remedy(source, *virtualization))]
+    #[error("cannot open /dev/kvm: {source}: {remedy}")]
     OpenKvm {
         /// Why.
         source: io::Error,
-        /// What lets the host's processor run guests.
-        virtualization: Virtualization,
+        /// What helps.
+        remedy: String,
     },
     /// `/dev/kvm` is not KVM, or one of another age.
     #[error(
@@ -101,11 +104,14 @@ pub enum HostError {
     FixedCpuid,
 }
 
-fn open_remedy(error: &io::Error, virtualization: Virtualization) -> &'static str {
-    match (error.kind(), virtualization) {
-        (io::ErrorKind::PermissionDenied, _) => {
-            "add the user to the device's group: sudo usermod -aG kvm $USER, then log in again"
-        }
+/// What a user who may not open the device at `path` can do about it, as one line.
+pub fn access_remedy(path: &Path) -> String {
+    device_access::remedy(path)
+}
+
+fn open_remedy(error: &io::Error, virtualization: Virtualization) -> String {
+    let remedy = match (error.kind(), virtualization) {
+        (io::ErrorKind::PermissionDenied, _) => return access_remedy(Path::new(KVM_DEVICE)),
         (io::ErrorKind::NotFound, Virtualization::Vmx) => {
             "load the module: sudo modprobe kvm_intel"
         }
@@ -115,7 +121,8 @@ fn open_remedy(error: &io::Error, virtualization: Virtualization) -> &'static st
              a virtual machine; in a container, pass the device in"
         }
         _ => "see that the device can be used here, and that nothing else blocks it",
-    }
+    };
+    remedy.to_owned()
 }
 
 /// Opens KVM, whatever it is able to do.
@@ -124,14 +131,18 @@ fn open_remedy(error: &io::Error, virtualization: Virtualization) -> &'static st
 ///
 /// [`HostError::OpenKvm`] and [`HostError::KvmApiVersion`].
 pub fn open_kvm_device() -> Result<Kvm, HostError> {
-    let kvm = Kvm::new_with_path(KVM_DEVICE).map_err(|error| HostError::OpenKvm {
-        source: error.into(),
-        virtualization: virtualization(),
+    let kvm = open_kvm_path().map_err(|source| HostError::OpenKvm {
+        remedy: open_remedy(&source, virtualization()),
+        source,
     })?;
     match kvm.get_api_version() {
         KVM_API_VERSION => Ok(kvm),
         found => Err(HostError::KvmApiVersion { found }),
     }
+}
+
+fn open_kvm_path() -> io::Result<Kvm> {
+    Ok(Kvm::new_with_path(&CString::new(KVM_DEVICE)?)?)
 }
 
 /// Opens KVM and checks that it has all that machines need.
@@ -316,31 +327,13 @@ mod tests {
 
     #[test]
     fn an_unusable_kvm_device_comes_with_a_remedy() {
-        for (kind, virtualization, remedy) in [
-            (
-                io::ErrorKind::PermissionDenied,
-                Virtualization::Vmx,
-                "usermod -aG kvm",
-            ),
-            (
-                io::ErrorKind::NotFound,
-                Virtualization::Vmx,
-                "modprobe kvm_intel",
-            ),
-            (
-                io::ErrorKind::NotFound,
-                Virtualization::Svm,
-                "modprobe kvm_amd",
-            ),
-            (io::ErrorKind::NotFound, Virtualization::None, "firmware"),
+        for (virtualization, part) in [
+            (Virtualization::Vmx, "modprobe kvm_intel"),
+            (Virtualization::Svm, "modprobe kvm_amd"),
+            (Virtualization::None, "firmware"),
         ] {
-            let error = HostError::OpenKvm {
-                source: kind.into(),
-                virtualization,
-            }
-            .to_string();
-            assert!(error.starts_with("cannot open /dev/kvm: "), "{error}");
-            assert!(error.contains(remedy), "{error}");
+            let remedy = open_remedy(&io::ErrorKind::NotFound.into(), virtualization);
+            assert!(remedy.contains(part), "{remedy}");
         }
     }
 

@@ -29,6 +29,7 @@ mod command;
 pub mod config;
 mod control;
 mod controller;
+mod device_access;
 mod device_controls;
 mod devices;
 mod error;

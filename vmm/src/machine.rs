@@ -13,8 +13,8 @@ use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic, ExitReason};
 use crate::device_controls::DeviceControls;
 use crate::devices::{
-    VirtioDevices, attach_boot_timer, attach_keyboard, attach_power_control, attach_rtc,
-    attach_serial,
+    VirtioDevices, attach_boot_timer, attach_keyboard, attach_pci_bus, attach_power_control,
+    attach_rtc, attach_serial,
 };
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
@@ -62,6 +62,7 @@ impl Machine {
         let keyboard = attach_keyboard(&mut ports, &vm, control)?;
         attach_power_control(&mut ports, control)?;
         attach_rtc(&mut ports)?;
+        attach_pci_bus(&mut ports)?;
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
         }

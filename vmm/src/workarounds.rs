@@ -1,27 +1,63 @@
 //! What a Linux guest must be told on hosts without hardware virtualization.
 
+use bantam_boot::CommandLine;
+
+use crate::error::Error;
 use crate::host::{Virtualization, virtualization};
 
 /// Keeps a kernel from instructions that KVM's emulator does not know (`xsave` and the features
 /// named), from filling and copying memory byte by byte, as it does with the features `erms` and
 /// `fsrm` and the emulator then takes as long for each byte as for eight, and from measurements that
-/// take long under emulation (clock calibration, the timer check). Programs still see the host's processor: as a kernel without `xsave` keeps no AVX
-/// registers for them, the word that it hands to init as an environment variable keeps glibc from
-/// using any. See docs/nested-kvm.md.
-const KERNEL_PARAMETERS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave,\
-     erms,fsrm tsc=reliable no_timer_check GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,\
-     -AVX512BW,-AVX_Fast_Unaligned_Load";
+/// take long under emulation (clock calibration, the timer check). See docs/nested-kvm.md.
+const KERNEL_PARAMETERS: &str = "clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave,erms,fsrm \
+     tsc=reliable no_timer_check";
+
+/// Programs see the host's processor, but a kernel without `xsave` keeps no AVX registers for them.
+/// The kernel passes this word on to init as an environment variable, which keeps glibc from using
+/// any.
+const ENVIRONMENT: &str = "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,\
+     -AVX_Fast_Unaligned_Load";
 
 /// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do,
 /// which is minutes before its ordinary one.
-pub(crate) const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
+const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
 
 /// What a Linux guest must be told on its command line on this host, if anything.
-pub fn guest_kernel_parameters() -> Option<&'static str> {
+pub fn guest_kernel_parameters() -> Option<String> {
     match virtualization() {
         Virtualization::Vmx | Virtualization::Svm => None,
-        Virtualization::Pvm | Virtualization::None => Some(KERNEL_PARAMETERS),
+        Virtualization::Pvm | Virtualization::None => {
+            Some(format!("{KERNEL_PARAMETERS} {ENVIRONMENT}"))
+        }
     }
+}
+
+/// Adds what this host needs to `line`: an early console only if there is a serial port, and no
+/// parameter of which `passes_to_init` says that it would end up with the guest's init.
+pub(crate) fn add_guest_kernel_parameters(
+    line: &mut CommandLine,
+    has_serial_port: bool,
+    passes_to_init: impl Fn(&str) -> Result<bool, Error>,
+) -> Result<(), Error> {
+    if guest_kernel_parameters().is_none() {
+        return Ok(());
+    }
+    tracing::info!("this host has no hardware virtualization: the kernel is told what it needs");
+    let early_console = (has_serial_port && !line.has_parameter("quiet")).then_some(EARLY_CONSOLE);
+    for word in KERNEL_PARAMETERS.split(' ').chain(early_console) {
+        if !passes_to_init(parameter_name(word))? {
+            line.append(word)?;
+        }
+    }
+    // The last one of a name wins, and that is to be the user's.
+    if !line.names_parameter(parameter_name(ENVIRONMENT)) {
+        line.append(ENVIRONMENT)?;
+    }
+    Ok(())
+}
+
+fn parameter_name(word: &str) -> &str {
+    word.split_once('=').map_or(word, |(name, _)| name)
 }
 
 /// Whether a guest's kernel can call KVM.

@@ -4,6 +4,7 @@ mod bzimage;
 mod elf;
 mod error;
 mod lzo;
+mod parameters;
 mod payload;
 mod placement;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use memchr::memmem;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 pub use error::KernelError;
+pub use parameters::InitOverflow;
 pub use payload::{Compression, PayloadError};
 
 use crate::command_line::LINUX_COMMAND_LINE_LIMIT;
@@ -94,8 +96,13 @@ impl LoadedKernel {
         &self,
         memory: &GuestMemoryMmap,
     ) -> Result<bool, GuestMemoryError> {
-        let finder = memmem::Finder::new(VIRTIO_MMIO_ACPI_ID);
-        let overlap = VIRTIO_MMIO_ACPI_ID.len() - 1;
+        self.contains(memory, VIRTIO_MMIO_ACPI_ID)
+    }
+
+    /// Whether the image, as it was loaded into `memory`, has `pattern` in it.
+    fn contains(&self, memory: &GuestMemoryMmap, pattern: &[u8]) -> Result<bool, GuestMemoryError> {
+        let finder = memmem::Finder::new(pattern);
+        let overlap = pattern.len() - 1;
         let mut chunk = vec![0; SEARCH_CHUNK_SIZE];
         let mut address = self.start;
         while address < self.end {

@@ -15,6 +15,8 @@ pub enum Command {
     FirstLine,
     /// What `uname -a` prints.
     Uname,
+    /// `arguments=["/init", ...] environment=["HOME=/", ...]` of the first process.
+    Arguments,
     /// `online=N packages=N cpu0=package:N;core:N;siblings:LIST ...`
     Cpus,
     /// `total=NkB`
@@ -142,6 +144,7 @@ impl FromStr for Command {
         let command = match name {
             "first-line" => Self::FirstLine,
             "uname" => Self::Uname,
+            "arguments" => Self::Arguments,
             "cpus" => Self::Cpus,
             "memory" => Self::Memory,
             "clocksource" => Self::Clocksource,

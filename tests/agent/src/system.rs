@@ -54,6 +54,17 @@ fn cpu_list(text: &str) -> Option<Vec<u32>> {
     Some(cpus)
 }
 
+pub fn arguments() -> Result<String> {
+    let strings = |path: &str| -> Result<Vec<String>> {
+        let text = fs::read_to_string(path).context(path)?;
+        Ok(text.split_terminator('\0').map(str::to_owned).collect())
+    };
+    let (arguments, environment) = (strings("/proc/1/cmdline")?, strings("/proc/1/environ")?);
+    Ok(format!(
+        "arguments={arguments:?} environment={environment:?}"
+    ))
+}
+
 pub fn cpus() -> Result<String> {
     let online = online_cpus()?;
     let mut packages = BTreeSet::new();

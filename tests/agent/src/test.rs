@@ -44,6 +44,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
     let details = match *command {
         Command::FirstLine => String::new(),
         Command::Uname => sys::uname().context("uname")?,
+        Command::Arguments => system::arguments()?,
         Command::Cpus => system::cpus()?,
         Command::Memory => format!("total={}kB", system::memory()?),
         Command::Clocksource => system::clocksource()?,

@@ -14,7 +14,7 @@ const QEMU: &str = "qemu-system-x86_64";
 
 /// What a Linux kernel must be told under any monitor on a host without hardware virtualization, or
 /// else it does not get to its first process.
-const NEEDED_WORDS: &str = "noxsave clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
+const NEEDED_WORDS: &str = "clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
      tsc=reliable no_timer_check";
 
 /// One of the monitors.
@@ -149,7 +149,7 @@ impl Monitors {
             Monitor::Bantam => self.bantam_command(guest),
             Monitor::Qemu => self.qemu_command(guest, NEEDED_WORDS),
             Monitor::QemuWithBantamsWords => {
-                self.qemu_command(guest, guest_kernel_parameters().unwrap_or_default())
+                self.qemu_command(guest, &guest_kernel_parameters().unwrap_or_default())
             }
         }
     }

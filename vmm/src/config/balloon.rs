@@ -59,7 +59,7 @@ impl FromStr for BalloonConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        option_string::parse(text, None).map_err(|error| ConfigError::BalloonOption {
+        option_string::parse(text.as_ref(), None).map_err(|error| ConfigError::BalloonOption {
             reason: error.to_string(),
         })
     }

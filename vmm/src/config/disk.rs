@@ -1,5 +1,6 @@
 //! Disks.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -18,6 +19,7 @@ use super::{ConfigError, Quantity, option_string, whole_number};
 #[serde(deny_unknown_fields, expecting = "a disk: a table with a path")]
 pub struct DiskConfig {
     /// File or block device with the disk's contents.
+    #[serde(deserialize_with = "super::path::deserialize")]
     pub path: PathBuf,
     /// Whether the guest cannot write to it.
     #[serde(default, alias = "ro")]
@@ -91,6 +93,14 @@ impl FromStr for DiskConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
+        Self::try_from(OsStr::new(text))
+    }
+}
+
+impl TryFrom<&OsStr> for DiskConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: &OsStr) -> Result<Self, ConfigError> {
         option_string::parse(text, Some("path")).map_err(|error| ConfigError::DiskOption {
             reason: error.to_string(),
         })

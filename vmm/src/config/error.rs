@@ -1,11 +1,12 @@
 //! What can be wrong with a configuration.
 
-use bantam_devices::virtio::block::MAX_QUEUES;
-use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 use std::io;
 use std::path::PathBuf;
 
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
+use bantam_boot::CommandLineError;
+use bantam_devices::virtio::block::MAX_QUEUES;
+use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 
 use super::memory_size::Bytes;
 use super::{
@@ -33,6 +34,9 @@ pub enum ConfigError {
         /// What is wrong with it.
         message: String,
     },
+    /// A text is not part of a kernel command line.
+    #[error(transparent)]
+    CommandLine(#[from] CommandLineError),
     /// There is nothing to boot.
     #[error("no kernel given: add '--kernel FILE', or 'kernel = \"FILE\"' in the machine file")]
     NoKernel,

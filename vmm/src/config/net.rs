@@ -102,7 +102,7 @@ impl FromStr for NetConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        option_string::parse(text, None).map_err(|error| ConfigError::NetOption {
+        option_string::parse(text.as_ref(), None).map_err(|error| ConfigError::NetOption {
             reason: error.to_string(),
         })
     }

@@ -4,7 +4,9 @@
 //! one chosen field may come first without its key. A comma that belongs to a value is doubled:
 //! `odd,,name.img,ro` is the path `odd,name.img` and the flag `ro`.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use serde::de::value::MapDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, Error, IntoDeserializer, Visitor};
@@ -12,21 +14,25 @@ use serde::forward_to_deserialize_any;
 
 /// Reads an option string into `T`. With `first_field`, the first item is the value of that field
 /// of `T`, even if it contains `=`.
+///
+/// Only the value of a field that is deserialized from bytes, as [`super::path`] does, may be
+/// anything but UTF-8.
 pub(super) fn parse<T: DeserializeOwned>(
-    text: &str,
+    text: &OsStr,
     first_field: Option<&'static str>,
 ) -> Result<T, OptionStringError> {
     let mut items = Vec::new();
-    for (index, item) in split_items(text).into_iter().enumerate() {
-        let (key, value) = match (first_field, item.split_once('=')) {
+    for (index, item) in split_items(text.as_bytes()).into_iter().enumerate() {
+        let sign = item.iter().position(|&byte| byte == b'=');
+        let (key, value) = match (first_field, sign) {
             (Some(field), _) if index == 0 => (field.to_owned(), Some(item)),
-            (_, Some((key, value))) => (key.to_owned(), Some(value.to_owned())),
-            (_, None) => (item, None),
+            (_, Some(sign)) => (key_of(&item[..sign])?, Some(item[sign + 1..].to_vec())),
+            (_, None) => (key_of(&item)?, None),
         };
         if key.is_empty() {
             return Err(OptionStringError("an item has no name".into()));
         }
-        if value.as_ref().is_some_and(String::is_empty) {
+        if value.as_ref().is_some_and(Vec::is_empty) {
             return Err(OptionStringError(format!("the value of '{key}' is empty")));
         }
         items.push((key.clone(), ItemValue { key, value }));
@@ -39,16 +45,23 @@ pub(super) fn escape(value: &str) -> String {
     value.replace(',', ",,")
 }
 
+fn key_of(bytes: &[u8]) -> Result<String, OptionStringError> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| {
+        let name = String::from_utf8_lossy(bytes);
+        OptionStringError(format!("the name of an option, '{name}', is not UTF-8"))
+    })
+}
+
 /// Splits at single commas and undoes the doubling of the others.
-fn split_items(text: &str) -> Vec<String> {
+fn split_items(text: &[u8]) -> Vec<Vec<u8>> {
     let mut items = Vec::new();
-    let mut item = String::new();
-    let mut characters = text.chars().peekable();
-    while let Some(character) = characters.next() {
-        if character != ',' {
-            item.push(character);
-        } else if characters.next_if_eq(&',').is_some() {
-            item.push(',');
+    let mut item = Vec::new();
+    let mut bytes = text.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte != b',' {
+            item.push(byte);
+        } else if bytes.next_if_eq(&b',').is_some() {
+            item.push(b',');
         } else {
             items.push(std::mem::take(&mut item));
         }
@@ -60,14 +73,23 @@ fn split_items(text: &str) -> Vec<String> {
 /// What follows the key of an item; nothing for a flag.
 struct ItemValue {
     key: String,
-    value: Option<String>,
+    value: Option<Vec<u8>>,
 }
 
 impl ItemValue {
-    fn text(self) -> Result<String, OptionStringError> {
+    fn bytes(self) -> Result<Vec<u8>, OptionStringError> {
         let key = self.key;
         self.value
             .ok_or_else(|| OptionStringError(format!("'{key}' needs a value: {key}=VALUE")))
+    }
+
+    fn text(self) -> Result<String, OptionStringError> {
+        let key = self.key.clone();
+        String::from_utf8(self.bytes()?).map_err(|error| {
+            let text = OsString::from_vec(error.into_bytes());
+            let text = text.display();
+            OptionStringError(format!("the value '{text}' of '{key}' is not UTF-8"))
+        })
     }
 }
 
@@ -88,8 +110,8 @@ impl<'de> Deserializer<'de> for ItemValue {
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
         match self.value.as_deref() {
-            None | Some("on") => visitor.visit_bool(true),
-            Some("off") => visitor.visit_bool(false),
+            None | Some(b"on") => visitor.visit_bool(true),
+            Some(b"off") => visitor.visit_bool(false),
             Some(_) => Err(OptionStringError(format!("'{}' is on or off", self.key))),
         }
     }
@@ -114,12 +136,16 @@ impl<'de> Deserializer<'de> for ItemValue {
         visitor.visit_i64(number)
     }
 
+    fn deserialize_byte_buf<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_byte_buf(self.bytes()?)
+    }
+
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
         visitor.visit_some(self)
     }
 
     forward_to_deserialize_any! {
-        i8 i16 i32 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct
+        i8 i16 i32 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes unit unit_struct
         newtype_struct seq tuple tuple_struct map struct identifier ignored_any
     }
 }
@@ -152,6 +178,8 @@ impl Error for OptionStringError {
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
     use proptest::prelude::*;
     use serde::Deserialize;
 
@@ -167,7 +195,7 @@ mod tests {
     }
 
     fn sample(text: &str) -> Result<Sample, String> {
-        parse(text, Some("file")).map_err(|error| error.to_string())
+        parse(text.as_ref(), Some("file")).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -178,7 +206,7 @@ mod tests {
             size: Some(-3),
         };
         assert_eq!(sample("a=b,flag,size=-3"), Ok(expected));
-        let keyed: Sample = parse("size=1,file=x", None).unwrap();
+        let keyed: Sample = parse("size=1,file=x".as_ref(), None).unwrap();
         assert_eq!(
             keyed,
             Sample {
@@ -218,11 +246,64 @@ mod tests {
         );
         assert_eq!(sample("a,").unwrap_err(), "an item has no name");
         assert_eq!(sample("a,flag,flag").unwrap_err(), "'flag' is given twice");
-        let no_file = parse::<Sample>("flag", None).unwrap_err();
+        let no_file = parse::<Sample>("flag".as_ref(), None).unwrap_err();
         assert_eq!(no_file.to_string(), "'file' is missing");
     }
 
+    #[derive(Debug, PartialEq, Deserialize)]
+    struct Place {
+        #[serde(deserialize_with = "crate::config::path::deserialize")]
+        path: PathBuf,
+        name: Option<String>,
+    }
+
+    fn place(text: &[u8]) -> Result<Place, String> {
+        parse(OsStr::from_bytes(text), Some("path")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_paths_are_other_than_utf_8() {
+        let expected = Place {
+            path: OsStr::from_bytes(b"d\xe9,.img").into(),
+            name: Some("n\u{e9}".into()),
+        };
+        assert_eq!(
+            place("d\u{e9},name=x".as_bytes()).unwrap().path,
+            Path::new("d\u{e9}")
+        );
+        assert_eq!(place(b"d\xe9,,.img,name=n\xc3\xa9"), Ok(expected));
+        assert_eq!(
+            place(b"a,name=\xe9").unwrap_err(),
+            "the value '\u{fffd}' of 'name' is not UTF-8"
+        );
+        assert_eq!(
+            place(b"a,n\xe9=1").unwrap_err(),
+            "the name of an option, 'n\u{fffd}', is not UTF-8"
+        );
+        assert_eq!(place(b"").unwrap_err(), "the value of 'path' is empty");
+    }
+
     proptest! {
+        #[test]
+        fn any_path_comes_back(path in prop::collection::vec(1..=u8::MAX, 1..40)) {
+            let mut text: Vec<u8> = Vec::new();
+            for &byte in &path {
+                text.extend(if byte == b',' { &b",,"[..] } else { std::slice::from_ref(&byte) });
+            }
+            text.extend(b",name=n");
+            let expected = Place {
+                path: OsString::from_vec(path).into(),
+                name: Some("n".into()),
+            };
+            prop_assert_eq!(place(&text), Ok(expected));
+        }
+
+        #[test]
+        fn any_bytes_are_parsed_or_refused(text in prop::collection::vec(any::<u8>(), 0..40)) {
+            let _ = place(&text);
+            let _ = parse::<Sample>(OsStr::from_bytes(&text), None);
+        }
+
         #[test]
         fn escaped_values_come_back(value in ".+", size in any::<i64>()) {
             let text = format!("{},flag,size={size}", escape(&value));
@@ -232,7 +313,7 @@ mod tests {
         #[test]
         fn any_text_is_parsed_or_refused(text in ".*|[,=flagsize]*") {
             let _ = sample(&text);
-            let _ = parse::<Sample>(&text, None);
+            let _ = parse::<Sample>(text.as_ref(), None);
         }
     }
 }

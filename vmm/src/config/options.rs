@@ -1,18 +1,15 @@
 //! What one source, the command line or a machine file, says about a machine.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use bantam_boot::{CommandLine, CommandLineError};
 use serde::Deserialize;
 
 use super::{
     BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
-    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
+    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, forms, read_text_file,
+    rebase,
 };
-
-/// Most bytes of a machine file.
-const MAX_MACHINE_FILE_SIZE: u64 = 1 << 20;
 
 /// What one source says about a machine; `None` where it says nothing.
 ///
@@ -39,8 +36,9 @@ pub struct MachineOptions {
     pub initrd: Option<PathBuf>,
     /// See [`MachineConfig::cmdline`].
     pub cmdline: Option<String>,
-    /// See [`MachineConfig::append`].
-    pub append: Option<String>,
+    /// Texts that make up [`MachineConfig::append`]; a string or a list of strings in a machine file.
+    #[serde(default, deserialize_with = "forms::texts")]
+    pub append: Option<Vec<String>>,
     /// See [`MachineConfig::cpus`].
     pub cpus: Option<VcpuCount>,
     /// See [`MachineConfig::memory`].
@@ -48,18 +46,20 @@ pub struct MachineOptions {
     /// See [`MachineConfig::huge_pages`].
     pub huge_pages: Option<HugePages>,
     /// See [`MachineConfig::disks`].
-    #[serde(rename = "disk")]
+    #[serde(rename = "disk", default, deserialize_with = "forms::disks")]
     pub disks: Option<Vec<DiskConfig>>,
     /// See [`MachineConfig::nets`].
-    #[serde(rename = "net")]
+    #[serde(rename = "net", default, deserialize_with = "forms::nets")]
     pub nets: Option<Vec<NetConfig>>,
     /// See [`MachineConfig::vsock`].
+    #[serde(default, deserialize_with = "forms::vsock")]
     pub vsock: Option<VsockConfig>,
     /// See [`MachineConfig::serial`].
     pub serial: Option<SerialConfig>,
     /// See [`MachineConfig::rng`].
     pub rng: Option<bool>,
     /// See [`MachineConfig::balloon`].
+    #[serde(default, deserialize_with = "forms::balloon")]
     pub balloon: Option<BalloonConfig>,
     /// See [`MachineConfig::boot_protocol`].
     pub boot_protocol: Option<BootProtocolOption>,
@@ -70,17 +70,22 @@ pub struct MachineOptions {
 }
 
 impl MachineOptions {
-    /// Reads a machine file of at most 1 MiB.
+    /// Reads a machine file, as [`read_text_file`] does. Relative paths in a pipe or device are
+    /// relative to the current folder.
     ///
     /// # Errors
     ///
     /// When it cannot be read, and as [`Self::from_toml`].
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = read_machine_file(path).map_err(|source| ConfigError::ReadMachineFile {
+        let text = read_text_file(path).map_err(|source| ConfigError::ReadMachineFile {
             path: path.into(),
             source,
         })?;
-        Self::from_toml(&text, path)
+        let mut options = Self::parse(&text, path)?;
+        if path.is_file() {
+            options.rebase_paths(path);
+        }
+        Ok(options)
     }
 
     /// Reads the text of the machine file `path`. Relative paths in it are relative to the folder
@@ -91,18 +96,24 @@ impl MachineOptions {
     /// When the text is not TOML, has an option that does not exist or a value that an option
     /// cannot have. The error names the line.
     pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let mut options: Self = toml::from_str(text).map_err(|error| ConfigError::MachineFile {
-            path: path.into(),
-            line: line_number(text, error.span().map_or(0, |span| span.start)),
-            message: describe(error.message()),
-        })?;
-        if let Some(folder) = path.parent() {
-            options.rebase_paths(folder);
-        }
+        let mut options = Self::parse(text, path)?;
+        options.rebase_paths(path);
         Ok(options)
     }
 
-    fn rebase_paths(&mut self, folder: &Path) {
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| ConfigError::MachineFile {
+            path: path.into(),
+            line: line_number(text, error.span().map_or(0, |span| span.start)),
+            message: describe(error.message()),
+        })
+    }
+
+    /// Makes relative paths relative to the folder of `machine_file`.
+    fn rebase_paths(&mut self, machine_file: &Path) {
+        let Some(folder) = machine_file.parent() else {
+            return;
+        };
         let serial = match &mut self.serial {
             Some(SerialConfig::File(path) | SerialConfig::Socket(path)) => Some(path),
             _ => None,
@@ -149,14 +160,15 @@ impl MachineOptions {
     ///
     /// # Errors
     ///
-    /// When there is no kernel, and as [`MachineConfig::validate`].
+    /// When there is no kernel, when a text to append is not part of a kernel command line, and as
+    /// [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
         let defaults = MachineConfig::new(self.kernel.ok_or(ConfigError::NoKernel)?);
         let config = MachineConfig {
             kernel: defaults.kernel,
             initrd: self.initrd,
             cmdline: self.cmdline,
-            append: self.append,
+            append: self.append.map(|texts| join_words(&texts)).transpose()?,
             cpus: self.cpus.unwrap_or(defaults.cpus),
             smt: defaults.smt,
             cpu: defaults.cpu,
@@ -181,16 +193,13 @@ impl MachineOptions {
     }
 }
 
-fn read_machine_file(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    let mut file = File::open(path)?.take(MAX_MACHINE_FILE_SIZE + 1);
-    if file.read_to_string(&mut text)? as u64 > MAX_MACHINE_FILE_SIZE {
-        return Err(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            "it is larger than 1 MiB",
-        ));
+/// Puts kernel parameters of all `texts` before a `--`, and arguments for init after it.
+fn join_words(texts: &[String]) -> Result<String, CommandLineError> {
+    let mut line = CommandLine::default();
+    for text in texts {
+        line.append(text)?;
     }
-    Ok(text)
+    Ok(line.to_string())
 }
 
 /// Number, from 1, of the line with the byte at `offset`.

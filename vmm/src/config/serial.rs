@@ -1,6 +1,8 @@
 //! The serial port.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -31,13 +33,29 @@ impl FromStr for SerialConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text.split_once('=') {
-            None if text == "stdio" => Ok(Self::Stdio),
-            None if text == "pty" => Ok(Self::Pty),
-            None if text == "none" => Ok(Self::None),
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
-            _ => Err(ConfigError::Serial { text: text.into() }),
+        Self::try_from(OsStr::new(text))
+    }
+}
+
+impl TryFrom<&OsStr> for SerialConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: &OsStr) -> Result<Self, ConfigError> {
+        let bytes = text.as_bytes();
+        let path = |prefix: &[u8]| {
+            let path = bytes.strip_prefix(prefix)?;
+            (!path.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(path)))
+        };
+        match bytes {
+            b"stdio" => Ok(Self::Stdio),
+            b"pty" => Ok(Self::Pty),
+            b"none" => Ok(Self::None),
+            _ => path(b"file=")
+                .map(Self::File)
+                .or_else(|| path(b"socket=").map(Self::Socket))
+                .ok_or_else(|| ConfigError::Serial {
+                    text: text.to_string_lossy().into_owned(),
+                }),
         }
     }
 }
@@ -80,6 +98,15 @@ mod tests {
                 )
             );
         }
+    }
+
+    #[test]
+    fn a_path_may_be_any_bytes() {
+        let serial = SerialConfig::try_from(OsStr::from_bytes(b"file=\xe9=,"));
+        let path = OsStr::from_bytes(b"\xe9=,");
+        assert_eq!(serial.unwrap(), SerialConfig::File(path.into()));
+        let refused = SerialConfig::try_from(OsStr::from_bytes(b"t\xe9"));
+        assert!(refused.unwrap_err().to_string().contains("'t\u{fffd}'"));
     }
 
     proptest! {

@@ -160,12 +160,50 @@ fn errors_in_a_machine_file_name_the_line() {
         ),
         (
             "balloon = '64M'",
-            "/vm/machine.toml:1: invalid type: string \"64M\", expected a balloon with size, \
-             deflate-on-oom, reporting and statistics",
+            "/vm/machine.toml:1: invalid type: string \"64M\", expected a table: [balloon] and below \
+             it its keys",
         ),
         (
             "[balloon]\nsize = -1",
             "/vm/machine.toml:2: invalid balloon size '-1': expected whole MiB, such as 64M or 0",
+        ),
+        (
+            "kernel = 'k'\n\n[disk]\npath = 'a'",
+            "/vm/machine.toml:3: there can be several of these tables: write [[disk]] in place of \
+             [disk]",
+        ),
+        (
+            "disk = 'a.img'",
+            "/vm/machine.toml:1: invalid type: string \"a.img\", expected a table for each: \
+             [[disk]] and below it path = \"disk.img\"",
+        ),
+        (
+            "disk = ['a.img']",
+            "/vm/machine.toml:1: invalid type: string \"a.img\", expected a disk: a table with a \
+             path",
+        ),
+        (
+            "[net]\ntap = 't'",
+            "/vm/machine.toml:1: there can be several of these tables: write [[net]] in place of \
+             [net]",
+        ),
+        (
+            "[[vsock]]\ncid = 3\nsocket = 's'",
+            "/vm/machine.toml:1: there can be one of these tables: write [vsock] in place of \
+             [[vsock]]",
+        ),
+        (
+            "[[balloon]]\nsize = 3",
+            "/vm/machine.toml:1: there can be one of these tables: write [balloon] in place of \
+             [[balloon]]",
+        ),
+        (
+            "append = 3",
+            "/vm/machine.toml:1: invalid type: integer `3`, expected a string or a list of strings",
+        ),
+        (
+            "append = ['a', 3]",
+            "/vm/machine.toml:1: invalid type: integer `3`, expected a string",
         ),
         (
             "rng = 'on'",
@@ -181,6 +219,31 @@ fn errors_in_a_machine_file_name_the_line() {
     let broken = options("kernel = 'k'\ncpus =\n").unwrap_err();
     assert!(broken.starts_with("/vm/machine.toml:2: "), "{broken}");
     assert!(!broken.contains('\n'), "{broken}");
+}
+
+#[test]
+fn texts_to_append_keep_arguments_of_init_behind_kernel_parameters() {
+    let append = |text: &str| {
+        let text = format!("kernel = 'k'\n{text}");
+        config(&text).map(|config| config.append)
+    };
+    assert_eq!(append("append = 'quiet'"), Ok(Some("quiet".to_owned())));
+    assert_eq!(
+        append("append = ['a -- b', 'c', '-- \"d e\"']"),
+        Ok(Some("a c -- b \"d e\"".to_owned()))
+    );
+    let unclosed = append("append = ['\"a', 'b\"']").unwrap_err();
+    assert!(unclosed.contains("unclosed double quote"), "{unclosed}");
+}
+
+#[test]
+fn relative_paths_of_a_pipe_are_relative_to_the_current_folder() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut writer, "\u{feff}kernel = 'k'".as_bytes()).unwrap();
+    drop(writer);
+    let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+    let options = MachineOptions::from_file(Path::new(&path)).unwrap();
+    assert_eq!(options.kernel.as_deref(), Some(Path::new("k")));
 }
 
 #[test]

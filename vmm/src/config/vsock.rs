@@ -1,5 +1,6 @@
 //! The socket device.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -22,6 +23,7 @@ pub struct VsockConfig {
     /// The guest's context identifier.
     pub cid: GuestCid,
     /// The Unix domain socket to which programs of the host connect to reach the guest.
+    #[serde(deserialize_with = "super::path::deserialize")]
     pub socket: PathBuf,
 }
 
@@ -45,6 +47,14 @@ impl FromStr for VsockConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
+        Self::try_from(OsStr::new(text))
+    }
+}
+
+impl TryFrom<&OsStr> for VsockConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: &OsStr) -> Result<Self, ConfigError> {
         option_string::parse(text, None).map_err(|error| ConfigError::VsockOption {
             reason: error.to_string(),
         })

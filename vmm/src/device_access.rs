@@ -1,0 +1,229 @@
+//! Why a user may not open a device of the host, and what helps.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups};
+
+/// Group and user that the kernel shows in place of those that a user namespace does not have
+/// (`/proc/sys/kernel/overflowgid`).
+const OVERFLOW_ID: u32 = 65534;
+
+/// Reading and writing, in one of the three places of a file's mode.
+const READ_WRITE: u32 = 0o6;
+
+/// A device, as its inode says who may open it, and the process that may not.
+#[derive(Clone, Debug)]
+struct Access {
+    path: String,
+    mode: u32,
+    owner: u32,
+    group: u32,
+    /// `None` if the group has no name here.
+    group_name: Option<String>,
+    user: u32,
+    user_name: String,
+    /// Whether the process has the device's group.
+    in_group: bool,
+    /// Whether the user is a member of it by the group database, and gets it at the next login.
+    is_member: bool,
+}
+
+/// What helps a user who may not open the device at `path`, as one line.
+pub(crate) fn remedy(path: &Path) -> String {
+    match Access::of(path) {
+        Some(access) => access.remedy(),
+        None => format!("let the user open '{}'", path.display()),
+    }
+}
+
+impl Access {
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = fs::metadata(path).ok()?;
+        let user = User::from_uid(geteuid()).ok().flatten();
+        let group = Group::from_gid(Gid::from_raw(metadata.gid()))
+            .ok()
+            .flatten();
+        let gid = Gid::from_raw(metadata.gid());
+        let is_member = |user: &User| {
+            let is_listed = |group: &Group| group.mem.contains(&user.name);
+            user.gid == gid || group.as_ref().is_some_and(is_listed)
+        };
+        Some(Self {
+            path: path.display().to_string(),
+            mode: metadata.mode(),
+            owner: metadata.uid(),
+            group: metadata.gid(),
+            in_group: getegid() == gid || getgroups().is_ok_and(|groups| groups.contains(&gid)),
+            is_member: user.as_ref().is_some_and(is_member),
+            group_name: group.map(|group| group.name),
+            user: geteuid().as_raw(),
+            user_name: user.map_or_else(|| Uid::effective().to_string(), |user| user.name),
+        })
+    }
+
+    fn remedy(&self) -> String {
+        let Self {
+            path, user_name, ..
+        } = self;
+        let allows = |shift| self.mode >> shift & READ_WRITE == READ_WRITE;
+        // The kernel looks at the first of the three that applies.
+        let is_allowed = if self.user == self.owner {
+            allows(6)
+        } else if self.in_group {
+            allows(3)
+        } else {
+            allows(0)
+        };
+        if is_allowed {
+            return format!(
+                "the mode of {path} allows it, so something else forbids it: an access control \
+                 list, a security module or, in a container, its rules for devices"
+            );
+        }
+        if allows(3) && !self.in_group && self.group != 0 {
+            let Some(group) = &self.group_name else {
+                return self.remedy_for_unnamed_group();
+            };
+            if self.is_member {
+                return format!(
+                    "user {user_name} is a member of the device's group {group}, but was not yet \
+                     when this session began: log in again, or run it by 'sg {group} COMMAND'"
+                );
+            }
+            return format!(
+                "add the user to the device's group: sudo usermod -aG {group} {user_name}, then \
+                 log in again"
+            );
+        }
+        format!(
+            "its mode {:04o} lets no group use it that this user should be in: \
+             sudo setfacl -m u:{user_name}:rw {path} until the host restarts, or a udev rule \
+             that gives it a group and MODE=\"0660\" for good",
+            self.mode & 0o7777
+        )
+    }
+
+    fn remedy_for_unnamed_group(&self) -> String {
+        let Self { path, group, .. } = self;
+        if *group == OVERFLOW_ID {
+            return format!(
+                "in a container, keep the groups of the user outside, such as by \
+                 'podman run --group-add keep-groups --device {path}'"
+            );
+        }
+        format!(
+            "the device's group {group} has no name here: in a container, add it by \
+             '--group-add {group}'"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `/dev/kvm` as most distributions have it, and a user who is in no group of it.
+    fn usual() -> Access {
+        Access {
+            path: "/dev/kvm".into(),
+            mode: 0o20660,
+            owner: 0,
+            group: 108,
+            group_name: Some("virt".into()),
+            user: 1000,
+            user_name: "alice".into(),
+            in_group: false,
+            is_member: false,
+        }
+    }
+
+    fn assert_helps(access: &Access, part: &str) {
+        let remedy = access.remedy();
+        assert!(remedy.contains(part), "{remedy}");
+        assert!(!remedy.contains('\n'));
+    }
+
+    #[test]
+    fn a_user_joins_the_group_that_the_device_has() {
+        assert_helps(&usual(), "sudo usermod -aG virt alice, then log in again");
+        let member = Access {
+            is_member: true,
+            ..usual()
+        };
+        assert_helps(&member, "log in again, or run it by 'sg virt COMMAND'");
+    }
+
+    #[test]
+    fn nobody_joins_a_group_that_does_not_help() {
+        let root_only = Access {
+            mode: 0o20600,
+            group: 0,
+            group_name: Some("root".into()),
+            ..usual()
+        };
+        assert_helps(&root_only, "its mode 0600");
+        for access in [
+            &root_only,
+            &Access {
+                mode: 0o20660,
+                ..root_only.clone()
+            },
+            &Access {
+                mode: 0o20640,
+                ..usual()
+            },
+            &Access {
+                mode: 0o20600,
+                in_group: true,
+                ..usual()
+            },
+        ] {
+            assert_helps(access, "sudo setfacl -m u:alice:rw /dev/kvm");
+        }
+    }
+
+    #[test]
+    fn a_container_is_given_the_group() {
+        let unnamed = Access {
+            group_name: None,
+            ..usual()
+        };
+        assert_helps(&unnamed, "--group-add 108");
+        let hidden = Access {
+            group: OVERFLOW_ID,
+            group_name: None,
+            ..usual()
+        };
+        assert_helps(&hidden, "--group-add keep-groups");
+    }
+
+    #[test]
+    fn what_the_mode_allows_is_forbidden_by_something_else() {
+        for access in [
+            Access {
+                mode: 0o20666,
+                ..usual()
+            },
+            Access {
+                in_group: true,
+                ..usual()
+            },
+            Access {
+                owner: 1000,
+                ..usual()
+            },
+        ] {
+            assert_helps(&access, "something else forbids it");
+        }
+    }
+
+    #[test]
+    fn facts_come_from_the_device() {
+        let access = Access::of(Path::new("/dev/null")).unwrap();
+        assert_eq!(access.mode & 0o777, 0o666);
+        assert_eq!(access.user, geteuid().as_raw());
+        assert!(remedy(Path::new("/dev/nothing")).contains("'/dev/nothing'"));
+    }
+}
