@@ -178,11 +178,13 @@ impl Configuration {
         interface: NetworkInterface,
     ) -> Result<(), Fault> {
         check_name(&interface.iface_id)?;
-        net_config(&interface)?;
+        let mac = net_config(&interface)?.mac_address();
+        let has_same_mac = |other: &NetworkInterface| {
+            net_config(other).is_ok_and(|other| other.mac_address() == mac)
+        };
         let is_same = |other: &NetworkInterface| {
             other.iface_id != interface.iface_id
-                && (other.host_dev_name == interface.host_dev_name
-                    || other.guest_mac.is_some() && other.guest_mac == interface.guest_mac)
+                && (other.host_dev_name == interface.host_dev_name || has_same_mac(other))
         };
         if let Some(other) = self.network_interfaces.iter().find(|other| is_same(other)) {
             return Err(Fault::Value {
