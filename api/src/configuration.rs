@@ -521,6 +521,23 @@ mod tests {
     }
 
     #[test]
+    fn an_address_in_other_letters_is_the_same() {
+        let mut configuration = Configuration::default();
+        let mut put = |id: &str, tap: &str, mac: &str| {
+            let text = format!(
+                r#"{{"iface_id": "{id}", "host_dev_name": "{tap}", "guest_mac": "{mac}"}}"#
+            );
+            let result = configuration.put_network_interface(serde_json::from_str(&text).unwrap());
+            result.map_err(|fault| fault.to_string())
+        };
+        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
+        let error = put("b", "tap1", "06:00:C0:00:02:0A").unwrap_err();
+        assert!(error.contains("'a' has the same"), "{error}");
+        put("b", "tap1", "06:00:C0:00:02:0B").unwrap();
+        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
+    }
+
+    #[test]
     fn processors_and_memory_that_do_not_fit_are_refused() {
         let refused = [
             r#"{"vcpu_count": 3, "mem_size_mib": 64, "smt": true}"#,

@@ -150,7 +150,7 @@ pub struct Tap {
     offloads: Offloads,
     /// The header size that an existing tap had before, in bytes.
     found_header_size: Option<c_int>,
-    /// The MTU that was set on an existing tap.
+    /// The MTU that was set, if it was another.
     temporary_mtu: Option<TemporaryMtu>,
 }
 
@@ -382,10 +382,11 @@ impl Tap {
     }
 }
 
-/// A tap that exists gets back what was changed of it: its next user may rely on the usual header
-/// size.
+/// A tap that exists gets back what was changed of it, before another can attach to it: that may
+/// rely on the usual header size.
 impl Drop for Tap {
     fn drop(&mut self) {
+        self.temporary_mtu = None;
         let Some(size) = self.found_header_size else {
             return;
         };
