@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 
 mapfile -t needed < <(guest/build.sh packages)
 # Beside the guest's: a linker for Rust, the peer of the benchmarks, and network tools of the tests.
-needed+=(gcc libc6-dev make qemu-system-x86 iproute2)
+needed+=(gcc libc6-dev make qemu-system-x86 iproute2 iptables nftables procps)
 
 missing=()
 for package in "${needed[@]}"; do

@@ -191,11 +191,13 @@ impl Configuration {
         interface: NetworkInterface,
     ) -> Result<(), Fault> {
         check_name(&interface.iface_id)?;
-        net_config(&interface)?;
+        let mac = net_config(&interface)?.mac_address();
+        let has_same_mac = |other: &NetworkInterface| {
+            net_config(other).is_ok_and(|other| other.mac_address() == mac)
+        };
         let is_same = |other: &NetworkInterface| {
             other.iface_id != interface.iface_id
-                && (other.host_dev_name == interface.host_dev_name
-                    || other.guest_mac.is_some() && other.guest_mac == interface.guest_mac)
+                && (other.host_dev_name == interface.host_dev_name || has_same_mac(other))
         };
         if let Some(other) = self.network_interfaces.iter().find(|other| is_same(other)) {
             return Err(Fault::Value {
@@ -545,6 +547,23 @@ mod tests {
         ] {
             assert!(put(refused).is_err(), "{refused}");
         }
+    }
+
+    #[test]
+    fn an_address_in_other_letters_is_the_same() {
+        let mut configuration = Configuration::default();
+        let mut put = |id: &str, tap: &str, mac: &str| {
+            let text = format!(
+                r#"{{"iface_id": "{id}", "host_dev_name": "{tap}", "guest_mac": "{mac}"}}"#
+            );
+            let result = configuration.put_network_interface(serde_json::from_str(&text).unwrap());
+            result.map_err(|fault| fault.to_string())
+        };
+        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
+        let error = put("b", "tap1", "06:00:C0:00:02:0A").unwrap_err();
+        assert!(error.contains("'a' has the same"), "{error}");
+        put("b", "tap1", "06:00:C0:00:02:0B").unwrap();
+        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
     }
 
     #[test]

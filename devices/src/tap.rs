@@ -1,21 +1,24 @@
 //! Tap interfaces: the host's end of a guest's network card.
 
 mod error;
+mod interface;
+mod link;
 
 use std::ffi::{c_char, c_int, c_short};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixDatagram;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use libc::ifreq;
 use nix::errno::Errno;
 
 pub use error::TapError;
 use error::{attach_error, control_error};
+use interface::{Interface, TemporaryMtu};
 
 /// The device that makes taps.
 const CONTROL_DEVICE: &str = "/dev/net/tun";
@@ -28,10 +31,15 @@ pub const PACKET_HEADER_SIZE: usize = 12;
 /// ever. A tap queues 1000 unless its administrator says otherwise.
 const MAX_DISCARDED_PACKETS: usize = 4096;
 
+/// How long a tap in use is waited for. The kernel takes down the io_uring of a monitor that was
+/// killed, and with it closes the tap, only some time after the process has ended.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// How long to wait before the next attempt.
+const RETRY: Duration = Duration::from_millis(5);
+
 mod request {
-    //! Requests to a tap (`linux/if_tun.h`) and to any network interface (`linux/sockios.h`). They
-    //! are numbered with another size than that of what they take, or with none, so nix's "bad"
-    //! forms are the right ones.
+    //! Requests to a tap (`linux/if_tun.h`). They are numbered with another size than that of what
+    //! they take, so nix's "bad" forms are the right ones.
     use super::{c_int, ifreq};
 
     nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, ifreq);
@@ -39,12 +47,8 @@ mod request {
     nix::ioctl_write_int_bad!(set_offloads, libc::TUNSETOFFLOAD);
     nix::ioctl_write_ptr_bad!(set_filter, libc::TUNSETTXFILTER, u8);
     nix::ioctl_write_ptr_bad!(set_queue, libc::TUNSETQUEUE, ifreq);
+    nix::ioctl_read_bad!(get_header_size, libc::TUNGETVNETHDRSZ, c_int);
     nix::ioctl_write_ptr_bad!(set_header_size, libc::TUNSETVNETHDRSZ, c_int);
-
-    nix::ioctl_read_bad!(get_interface_flags, libc::SIOCGIFFLAGS, ifreq);
-    nix::ioctl_write_ptr_bad!(set_interface_flags, libc::SIOCSIFFLAGS, ifreq);
-    nix::ioctl_read_bad!(get_mtu, libc::SIOCGIFMTU, ifreq);
-    nix::ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, ifreq);
 }
 
 /// Work on packets that their reader is ready to do, so that the host need not.
@@ -144,21 +148,32 @@ pub struct Tap {
     name: String,
     created: bool,
     offloads: Offloads,
+    /// The header size that an existing tap had before, in bytes.
+    found_header_size: Option<c_int>,
+    /// The MTU that was set, if it was another.
+    temporary_mtu: Option<TemporaryMtu>,
 }
 
 impl Tap {
-    /// Attaches to the tap called `name`, which is created and brought up where there is none.
+    /// Attaches to the tap called `name`, which is created and brought up if there is none. Waits a
+    /// quarter of a second for one that is in use.
     ///
-    /// A tap that exists stays as its administrator set it up, up or down; but where `mtu` is
-    /// given, in bytes, it is set on either kind.
+    /// A tap that exists stays as its administrator set it up, up or down. If `mtu` is given, in
+    /// bytes, it is set on either kind, on one that exists until this value is dropped.
     ///
     /// # Errors
     /// When the host has no taps, the name is not that of a free tap, it has not the queues that
     /// are asked for, or this user may not do it.
     pub fn open(name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError> {
         check_name(name)?;
-        let first = open_control_device().map_err(|source| control_error(name, source))?;
-        Tap::attach(first, name, mtu, queues)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let first = open_control_device().map_err(|source| control_error(name, source))?;
+            match Tap::attach(first, name, mtu, queues) {
+                Err(TapError::InUse { .. }) if Instant::now() < deadline => thread::sleep(RETRY),
+                result => return result,
+            }
+        }
     }
 
     /// [`Tap::open`] with `first` as the control device.
@@ -168,6 +183,14 @@ impl Tap {
         mtu: Option<u16>,
         queues: QueueCount,
     ) -> Result<Tap, TapError> {
+        // The kernel gives a tap with a single queue to one user only, but one with many queues to
+        // any number of them, and hands some packets to each. So look before this takes packets from
+        // another, and once more, as two may have looked at once.
+        if attached_queues(name)? > 0 {
+            return Err(TapError::InUse {
+                name: name.to_string(),
+            });
+        }
         let has_many_queues = attach_first_queue(&first, name, queues.get() > 1)?;
         let count = match queues {
             QueueCount::Exactly(count) if count > 1 && !has_many_queues => {
@@ -179,8 +202,7 @@ impl Tap {
             _ if !has_many_queues => 1,
             queues => queues.get(),
         };
-        // A tap with a single queue, the host gives to one only.
-        if has_many_queues && queues_attached(name).is_some_and(|count| count > 1) {
+        if attached_queues(name)? > 1 {
             return Err(TapError::InUse {
                 name: name.to_string(),
             });
@@ -191,10 +213,16 @@ impl Tap {
             name: name.to_string(),
             created: false,
             offloads: Offloads::default(),
+            found_header_size: None,
+            temporary_mtu: None,
         };
         tap.created = !tap.is_persistent()?;
-        // SAFETY: the request reads an int from the place it is given.
-        unsafe { request::set_header_size(tap.control(), &(PACKET_HEADER_SIZE as c_int)) }
+        if !tap.created {
+            let found = tap.header_size();
+            tap.found_header_size =
+                Some(found.map_err(|errno| tap.io_error("read the header size of", errno))?);
+        }
+        tap.set_header_size(PACKET_HEADER_SIZE as c_int)
             .map_err(|errno| tap.io_error("set the header size of", errno))?;
         for _ in 1..count {
             let queue = open_control_device().map_err(|source| control_error(name, source))?;
@@ -211,10 +239,10 @@ impl Tap {
             source,
         })?;
         if let Some(mtu) = mtu {
-            tap.set_mtu(mtu)?;
+            tap.temporary_mtu = Interface::new(name)?.set_mtu_temporarily(mtu)?;
         }
         if tap.created {
-            tap.bring_up()?;
+            Interface::new(name)?.bring_up()?;
         }
         Ok(tap)
     }
@@ -332,58 +360,17 @@ impl Tap {
         Ok(c_int::from(flags) & libc::IFF_PERSIST != 0)
     }
 
-    fn set_mtu(&self, mtu: u16) -> Result<(), TapError> {
-        let socket = self.interface_socket()?;
-        let mut request = interface_request(&self.name);
-        // SAFETY: the request reads and writes an ifreq at the place it is given.
-        unsafe { request::get_mtu(socket.as_raw_fd(), &mut request) }
-            .map_err(|errno| self.io_error("read the MTU of", errno))?;
-        // SAFETY: all bytes of the union were initialized, and any are a valid integer.
-        let present = unsafe { request.ifr_ifru.ifru_mtu };
-        if present == c_int::from(mtu) {
-            return Ok(());
-        }
-        request.ifr_ifru.ifru_mtu = c_int::from(mtu);
-        // SAFETY: the request reads an ifreq from the place it is given.
-        let set = unsafe { request::set_mtu(socket.as_raw_fd(), &request) };
-        set.map_err(|errno| TapError::Mtu {
-            name: self.name.clone(),
-            mtu,
-            source: errno.into(),
-            remedy: match errno {
-                Errno::EPERM => format!(
-                    "; it is {present}, and as root 'ip link set {} mtu {mtu}' changes it",
-                    self.name
-                ),
-                Errno::EINVAL => "; a tap takes 68 to 65521".to_string(),
-                _ => String::new(),
-            },
-        })?;
-        Ok(())
+    fn header_size(&self) -> Result<c_int, Errno> {
+        let mut size = 0;
+        // SAFETY: the request writes an int to the place it is given.
+        unsafe { request::get_header_size(self.control(), &mut size) }?;
+        Ok(size)
     }
 
-    fn bring_up(&self) -> Result<(), TapError> {
-        let socket = self.interface_socket()?;
-        let mut request = interface_request(&self.name);
-        // SAFETY: the request reads and writes an ifreq at the place it is given.
-        unsafe { request::get_interface_flags(socket.as_raw_fd(), &mut request) }
-            .map_err(|errno| self.io_error("examine", errno))?;
-        // SAFETY: all bytes of the union were initialized, and any are a valid integer.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
-        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as c_short;
-        // SAFETY: the request reads an ifreq from the place it is given.
-        unsafe { request::set_interface_flags(socket.as_raw_fd(), &request) }
-            .map_err(|errno| self.io_error("bring up", errno))?;
+    fn set_header_size(&self, size: c_int) -> Result<(), Errno> {
+        // SAFETY: the request reads an int from the place it is given.
+        unsafe { request::set_header_size(self.control(), &size) }?;
         Ok(())
-    }
-
-    /// Requests to interfaces go by way of a socket of any kind.
-    fn interface_socket(&self) -> Result<UnixDatagram, TapError> {
-        UnixDatagram::unbound().map_err(|source| TapError::Io {
-            name: self.name.clone(),
-            action: "open a socket to set up",
-            source,
-        })
     }
 
     fn io_error(&self, action: &'static str, errno: Errno) -> TapError {
@@ -391,6 +378,22 @@ impl Tap {
             name: self.name.clone(),
             action,
             source: errno.into(),
+        }
+    }
+}
+
+/// A tap that exists gets back what was changed of it, before another can attach to it: that may
+/// rely on the usual header size.
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.temporary_mtu = None;
+        let Some(size) = self.found_header_size else {
+            return;
+        };
+        match self.set_header_size(size) {
+            // It has been removed.
+            Ok(()) | Err(Errno::EBADFD) => {}
+            Err(errno) => tracing::warn!("{}", self.io_error("set back the header size of", errno)),
         }
     }
 }
@@ -405,6 +408,8 @@ impl From<std::os::fd::OwnedFd> for Tap {
             name: "stand-in".to_string(),
             created: false,
             offloads: Offloads::default(),
+            found_header_size: None,
+            temporary_mtu: None,
         }
     }
 }
@@ -456,14 +461,15 @@ fn set_queue_in_use(queue: &File, in_use: bool) -> Result<(), Errno> {
     Ok(())
 }
 
-/// How many queues of the tap called `name` are in use, by whomever; `None` where sysfs does not
-/// say.
-fn queues_attached(name: &str) -> Option<usize> {
-    let queues = Path::new("/sys/class/net").join(name).join("queues");
-    let is_of_tap =
-        |entry: &std::fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(b"tx-");
-    let entries = std::fs::read_dir(queues).ok()?;
-    Some(entries.flatten().filter(is_of_tap).count())
+/// How many queues of the tap called `name` are attached, as far as the kernel counts them: not
+/// those of a tap with a single queue.
+fn attached_queues(name: &str) -> Result<u32, TapError> {
+    let count = link::attached_queues(name).map_err(|source| TapError::Io {
+        name: name.to_string(),
+        action: "find out who uses",
+        source,
+    })?;
+    Ok(count.unwrap_or(0))
 }
 
 /// `struct tun_filter`: flags, the number of addresses, and the addresses.

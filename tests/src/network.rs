@@ -69,6 +69,17 @@ impl HostTap {
         ip(&["link", "set", &tap.name, "up"]);
         tap
     }
+
+    /// The interface's MTU in bytes.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such interface any more.
+    pub fn mtu(&self) -> u32 {
+        let path = Path::new("/sys/class/net").join(&self.name).join("mtu");
+        let text = std::fs::read_to_string(path).expect("the interface exists");
+        text.trim().parse().expect("it is a number")
+    }
 }
 
 impl Default for HostTap {

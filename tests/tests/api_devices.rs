@@ -281,7 +281,9 @@ fn the_limits_of_a_network_change_while_the_machine_runs() {
     let other = json!({"iface_id": "eth1", "tx_rate_limiter": limiter(1)});
     let reason = machine.refused("PATCH", "/network-interfaces/eth1", &other);
     assert!(reason.contains("'eth1'"), "{reason}");
+    assert_eq!(tap.mtu(), 1400);
     machine.stop();
+    assert_eq!(tap.mtu(), 1500);
 }
 
 #[test]

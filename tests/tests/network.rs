@@ -11,6 +11,7 @@ use bantam_tests::{
     Bantam, HostTap, Kernel, PacketSocket, RootFileSystem, accept, answer, first_difference,
     interface_exists, pattern, require_taps, tap_name, unprivileged,
 };
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -109,6 +110,72 @@ fn a_tap_in_use_is_refused() {
     first.signal(Signal::SIGTERM);
     first.wait().succeeded();
     machine().finish().passed();
+}
+
+/// The kernel closes the tap of a machine that was killed only after its io_uring.
+#[test]
+fn the_tap_of_a_killed_machine_is_there_for_the_next() {
+    require_taps!();
+    let tap = HostTap::new();
+    for net in [
+        format!("tap={}", tap.name),
+        format!("tap={},queues=2", tap_name()),
+    ] {
+        let machine = || Bantam::payload("devices").option("--net", &net);
+        for _ in 0..8 {
+            let first = machine().append("finish=hang").start();
+            first.wait_for_output("PASS\n");
+            first.signal(Signal::SIGKILL);
+            machine().finish().passed();
+        }
+    }
+}
+
+#[test]
+fn only_taps_of_the_network_namespace_count() {
+    require_taps!();
+    let name = tap_name();
+    let net = format!("tap={name},queues=2");
+    let machine = || Bantam::payload("hello").option("--net", &net);
+    let outside = machine().append("finish=hang").start();
+    outside.wait_for_output("PASS\n");
+    // What this thread starts is in the namespace too; sysfs stays that of the other.
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    ip(&format!("tuntap add dev {name} mode tap multi_queue"));
+    let inside = machine().append("finish=hang").start();
+    inside.wait_for_output("PASS\n");
+    let ended = machine().finish();
+    let reason = ended.failed_with_one_line();
+    assert!(reason.contains("in use by another machine"), "{reason}");
+    for machine in [inside, outside] {
+        machine.signal(Signal::SIGTERM);
+        machine.wait().succeeded();
+    }
+}
+
+#[test]
+fn a_tap_that_exists_has_its_mtu_back_afterwards() {
+    require_taps!();
+    let tap = HostTap::new();
+    let machine = |payload: &str| {
+        let net = format!("tap={},mtu=1400", tap.name);
+        Bantam::payload(payload).option("--net", net)
+    };
+    machine("devices").finish().passed();
+    assert_eq!(tap.mtu(), 1500);
+
+    let running = machine("devices").append("finish=hang").start();
+    running.wait_for_output("PASS\n");
+    assert_eq!(tap.mtu(), 1400);
+    running.signal(Signal::SIGTERM);
+    running.wait().succeeded();
+    assert_eq!(tap.mtu(), 1500);
+
+    let ended = machine("hello")
+        .option("--initrd", "/no/such/file")
+        .finish();
+    ended.failed_with_one_line();
+    assert_eq!(tap.mtu(), 1500);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::*;
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sched::{CloneFlags, unshare};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -76,15 +77,21 @@ fn a_created_tap_is_up_and_vanishes() {
 
 /// Opens a tap that this test has just closed. A program that another test is starting has it open
 /// until it runs.
-fn open_once_free(name: &str, queues: QueueCount) -> Tap {
+fn open_once_free(name: &str, mtu: Option<u16>, queues: QueueCount) -> Tap {
+    retry(|| match Tap::open(name, mtu, queues) {
+        Err(TapError::InUse { .. }) => None,
+        result => Some(result.unwrap()),
+    })
+}
+
+fn retry<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        match Tap::open(name, None, queues) {
-            Err(TapError::InUse { .. }) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            result => return result.unwrap(),
+        if let Some(result) = attempt() {
+            return result;
         }
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -106,7 +113,7 @@ fn a_tap_has_the_queues_that_it_was_made_with() {
         (&many, QueueCount::AtMost(4), 4),
         (&many, QueueCount::Exactly(8), 8),
     ] {
-        let tap = open_once_free(name, queues);
+        let tap = open_once_free(name, None, queues);
         assert_eq!(tap.queues().len(), expected, "{queues:?}");
         tap.use_queues(expected).unwrap();
         let error = Tap::open(name, None, queues).unwrap_err().to_string();
@@ -130,14 +137,126 @@ fn an_existing_tap_is_left_as_it_is() {
     let name = name('b');
     ip(&format!("tuntap add dev {name} mode tap"));
     for mtu in [None, Some(1500), Some(9000)] {
-        let tap = Tap::open(&name, mtu, ONE).unwrap();
+        let tap = open_once_free(&name, mtu, ONE);
         assert!(!tap.created());
         assert!(!is_up(&name));
+        let expected = mtu.unwrap_or(1500).to_string();
+        assert_eq!(attribute(&name, "mtu").unwrap(), expected);
         drop(tap);
+        assert_eq!(attribute(&name, "mtu").unwrap(), "1500");
     }
-    assert_eq!(attribute(&name, "mtu").unwrap(), "9000");
     let error = Tap::open(&name, Some(40), ONE).unwrap_err().to_string();
     assert!(error.contains("a tap takes 68 to 65521"), "{error}");
+    let tap = open_once_free(&name, Some(9000), ONE);
+    ip(&format!("link set {name} mtu 1400"));
+    drop(tap);
+    assert_eq!(attribute(&name, "mtu").unwrap(), "1400", "not ours to undo");
+    let tap = open_once_free(&name, Some(9000), ONE);
+    ip(&format!("link del {name}"));
+    drop(tap);
+}
+
+#[test]
+fn the_next_user_of_a_tap_finds_the_usual_header_size() {
+    if !may_create_taps() {
+        return;
+    }
+    let (single, many) = (name('j'), name('k'));
+    ip(&format!("tuntap add dev {single} mode tap"));
+    ip(&format!("tuntap add dev {many} mode tap multi_queue"));
+    let header_size = |name: &str| {
+        let mut size = 0;
+        let is_attached = |file: &File| attach_queue(file, name, name == many).is_ok();
+        let file = retry(|| Some(open_control_device().unwrap()).filter(is_attached));
+        // SAFETY: the request writes an int to the place it is given.
+        unsafe { request::get_header_size(file.as_raw_fd(), &mut size) }.unwrap();
+        size
+    };
+    let usual = header_size(&single);
+    assert_ne!(usual, PACKET_HEADER_SIZE as c_int);
+    for (name, mtu, queues) in [
+        (&single, None, QueueCount::Exactly(1)),
+        (&single, None, QueueCount::Exactly(2)),
+        (&single, Some(40), QueueCount::Exactly(1)),
+        (&many, Some(9000), QueueCount::Exactly(2)),
+    ] {
+        let _ = Tap::open(name, mtu, queues);
+        assert_eq!(header_size(name), usual, "{mtu:?} {queues:?}");
+    }
+    ip(&format!("link del {single}"));
+    ip(&format!("link del {many}"));
+}
+
+/// sysfs still shows the taps outside, as it does for a program that `nsenter --net` has started.
+#[test]
+fn only_taps_of_the_network_namespace_count() {
+    if !may_create_taps() {
+        return;
+    }
+    let (inside, outside) = (name('l'), name('m'));
+    let queues = QueueCount::Exactly(2);
+    let _used_outside = Tap::open(&outside, None, queues).unwrap();
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        for name in [inside, outside] {
+            ip(&format!("tuntap add dev {name} mode tap multi_queue"));
+            let tap = Tap::open(&name, Some(1400), queues).unwrap();
+            assert!(!tap.created());
+            let error = Tap::open(&name, None, queues).unwrap_err();
+            assert!(matches!(error, TapError::InUse { .. }), "{error}");
+            // A queue that is attached but not in use counts too.
+            tap.use_queues(2).unwrap();
+            tap.use_queues(1).unwrap();
+            assert_eq!(link::attached_queues(&name).unwrap(), Some(2));
+            drop(tap);
+            let mtu = Interface::new(&name).unwrap().set_mtu_temporarily(1500);
+            assert!(mtu.unwrap().is_none(), "it is 1500 again");
+        }
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_tap_that_its_user_is_giving_up_is_waited_for() {
+    if !may_create_taps() {
+        return;
+    }
+    for (name, queues) in [(name('n'), 1), (name('o'), 2)] {
+        let queues = QueueCount::Exactly(queues);
+        let used = Tap::open(&name, None, queues).unwrap();
+        let user = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(used);
+        });
+        let start = Instant::now();
+        let next = Tap::open(&name, None, queues).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(50));
+        assert_eq!(next.queues().len(), queues.get());
+        user.join().unwrap();
+    }
+}
+
+/// Two starts at once may both be refused at first, but not both for long.
+#[test]
+fn one_of_several_starts_at_once_gets_the_tap() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('p');
+    ip(&format!("tuntap add dev {name} mode tap multi_queue"));
+    let open = || Tap::open(&name, None, QueueCount::AtMost(2));
+    for _ in 0..5 {
+        retry(|| {
+            let taps: Vec<_> = std::thread::scope(|scope| {
+                let starts: Vec<_> = (0..3).map(|_| scope.spawn(open)).collect();
+                let joined = starts.into_iter().map(|start| start.join().unwrap());
+                joined.collect()
+            });
+            let opened = taps.iter().filter(|tap| tap.is_ok()).count();
+            assert!(opened <= 1, "{taps:?}");
+            (opened == 1).then_some(())
+        });
+    }
     ip(&format!("link del {name}"));
 }
 

@@ -9,6 +9,7 @@ use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Deserializer};
 
+use super::quantity::check_bursts;
 use super::{ConfigError, Quantity, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
@@ -87,6 +88,24 @@ impl DiskConfig {
             None => u16::from(vcpus).min(Self::DEFAULT_MAX_QUEUES),
         }
     }
+
+    /// Checks that the limits and bursts of the disk fit together.
+    pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
+        check_bursts(
+            || format!("disk '{}'", self.path.display()),
+            &self.quantities(),
+        )
+    }
+
+    /// Each limit, followed by its burst.
+    fn quantities(&self) -> [(&'static str, Option<Quantity>); 4] {
+        [
+            ("bytes-per-second", self.bytes_per_second),
+            ("burst-bytes", self.burst_bytes),
+            ("operations-per-second", self.operations_per_second),
+            ("burst-operations", self.burst_operations),
+        ]
+    }
 }
 
 impl FromStr for DiskConfig {
@@ -131,12 +150,7 @@ impl fmt::Display for DiskConfig {
         if self.poll {
             f.write_str(",poll=on")?;
         }
-        for (key, quantity) in [
-            ("bytes-per-second", self.bytes_per_second),
-            ("burst-bytes", self.burst_bytes),
-            ("operations-per-second", self.operations_per_second),
-            ("burst-operations", self.burst_operations),
-        ] {
+        for (key, quantity) in self.quantities() {
             if let Some(quantity) = quantity {
                 write!(f, ",{key}={}", quantity.get())?;
             }

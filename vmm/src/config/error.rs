@@ -10,7 +10,8 @@ use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 
 use super::memory_size::Bytes;
 use super::{
-    BalloonSize, DiskId, HugePages, InterfaceName, MemorySize, Mtu, QueuePairs, VsockConfig,
+    BalloonSize, DiskId, HugePages, InterfaceName, MacAddress, MemorySize, Mtu, QueuePairs,
+    VsockConfig,
 };
 
 /// What is wrong with a configuration.
@@ -109,6 +110,16 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// A burst is what a limit lets through at once, and there is no such limit.
+    #[error("{burst} of {device} does nothing without {limit}: give both, or neither")]
+    BurstWithoutLimit {
+        /// The disk or network device.
+        device: String,
+        /// Name of the option with the burst.
+        burst: &'static str,
+        /// Name of the option with its limit.
+        limit: &'static str,
+    },
     /// Not the id of a disk.
     #[error("invalid disk id '{}': expected 1 to {} printable ASCII characters",
         text.escape_debug(), DiskId::MAX_SIZE)]
@@ -155,6 +166,19 @@ pub enum ConfigError {
     InterfaceName {
         /// What was given.
         text: String,
+    },
+    /// Two network devices have the same MAC address.
+    #[error(
+        "the network devices on taps '{first}' and '{second}' have the same MAC address {mac}: \
+         give each an address of its own"
+    )]
+    RepeatedMacAddress {
+        /// The address.
+        mac: MacAddress,
+        /// Tap of the one.
+        first: InterfaceName,
+        /// Tap of the other.
+        second: InterfaceName,
     },
     /// Not a MAC address.
     #[error(

@@ -153,6 +153,9 @@ impl MachineConfig {
     /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
+    /// - [`ConfigError::BurstWithoutLimit`]: a disk or network device has a burst of a limit that it
+    ///   does not have.
     /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
     ///   no network device, or over one that there is not.
@@ -199,12 +202,34 @@ impl MachineConfig {
         if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
         }
+        self.validate_mac_addresses()?;
+        for disk in &self.disks {
+            disk.validate_bursts()?;
+        }
+        for net in &self.nets {
+            net.validate_bursts()?;
+        }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
         self.validate_metadata()?;
         self.validate_serial_file()?;
         self.validate_disk_sharing()
+    }
+
+    fn validate_mac_addresses(&self) -> Result<(), ConfigError> {
+        let mut taps = HashMap::new();
+        for net in &self.nets {
+            let mac = net.mac_address();
+            if let Some(first) = taps.insert(mac, &net.tap) {
+                return Err(ConfigError::RepeatedMacAddress {
+                    mac,
+                    first: first.clone(),
+                    second: net.tap.clone(),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn validate_metadata(&self) -> Result<(), ConfigError> {

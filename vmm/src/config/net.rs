@@ -6,6 +6,7 @@ use std::str::FromStr;
 use bantam_devices::virtio::net::NetLimits;
 use serde::{Deserialize, Deserializer};
 
+use super::quantity::check_bursts;
 use super::{ConfigError, Quantity, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
@@ -96,6 +97,28 @@ impl NetConfig {
             MacAddress([0x02, a, b, c, d, e])
         })
     }
+
+    /// Checks that the limits and bursts of the network device fit together.
+    pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
+        check_bursts(
+            || format!("the network device on tap '{}'", self.tap),
+            &self.quantities(),
+        )
+    }
+
+    /// Each limit, followed by its burst.
+    fn quantities(&self) -> [(&'static str, Option<Quantity>); 8] {
+        [
+            ("rx-bytes-per-second", self.rx_bytes_per_second),
+            ("rx-burst-bytes", self.rx_burst_bytes),
+            ("rx-packets-per-second", self.rx_packets_per_second),
+            ("rx-burst-packets", self.rx_burst_packets),
+            ("tx-bytes-per-second", self.tx_bytes_per_second),
+            ("tx-burst-bytes", self.tx_burst_bytes),
+            ("tx-packets-per-second", self.tx_packets_per_second),
+            ("tx-burst-packets", self.tx_burst_packets),
+        ]
+    }
 }
 
 impl FromStr for NetConfig {
@@ -123,16 +146,7 @@ impl fmt::Display for NetConfig {
         if self.iothread {
             f.write_str(",iothread=on")?;
         }
-        for (key, quantity) in [
-            ("rx-bytes-per-second", self.rx_bytes_per_second),
-            ("rx-burst-bytes", self.rx_burst_bytes),
-            ("rx-packets-per-second", self.rx_packets_per_second),
-            ("rx-burst-packets", self.rx_burst_packets),
-            ("tx-bytes-per-second", self.tx_bytes_per_second),
-            ("tx-burst-bytes", self.tx_burst_bytes),
-            ("tx-packets-per-second", self.tx_packets_per_second),
-            ("tx-burst-packets", self.tx_burst_packets),
-        ] {
+        for (key, quantity) in self.quantities() {
             if let Some(quantity) = quantity {
                 write!(f, ",{key}={}", quantity.get())?;
             }

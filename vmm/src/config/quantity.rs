@@ -24,6 +24,26 @@ impl Quantity {
     }
 }
 
+/// Checks that there is no burst without the limit that it belongs to. `quantities` has each limit,
+/// followed by its burst, by the names of their options, and `device` names whose they are.
+pub(super) fn check_bursts(
+    device: impl FnOnce() -> String,
+    quantities: &[(&'static str, Option<Quantity>)],
+) -> Result<(), ConfigError> {
+    let (pairs, _) = quantities.as_chunks();
+    for [(limit, per_second), (burst, at_once)] in pairs {
+        if per_second.is_none() && at_once.is_some() {
+            let device = device();
+            return Err(ConfigError::BurstWithoutLimit {
+                device,
+                burst,
+                limit,
+            });
+        }
+    }
+    Ok(())
+}
+
 impl TryFrom<i64> for Quantity {
     type Error = ConfigError;
 

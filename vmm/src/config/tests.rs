@@ -388,6 +388,68 @@ fn hard_links_are_the_same_file() {
 }
 
 #[test]
+fn mac_addresses_are_not_repeated() {
+    let nets = |first: &str, second: &str| {
+        config(&format!(
+            "kernel = 'k'\n[[net]]\ntap = 't0'\n{first}\n[[net]]\ntap = 't1'\n{second}"
+        ))
+        .map(|config| config.nets.len())
+    };
+    assert_eq!(nets("", ""), Ok(2));
+    assert_eq!(
+        nets("mac = '52:54:00:00:00:01'", "mac = '52:54:00:00:00:02'"),
+        Ok(2)
+    );
+    let same = "the network devices on taps 't0' and 't1' have the same MAC address \
+                52:54:00:00:00:0a: give each an address of its own";
+    assert_eq!(
+        nets("mac = '52:54:00:00:00:0A'", "mac = '52:54:00:00:00:0a'").unwrap_err(),
+        same
+    );
+    // One that is made from the name of its tap counts as well.
+    let made = NetConfig::new("t0".to_owned().try_into().unwrap()).mac_address();
+    let error = nets("", &format!("mac = '{made}'")).unwrap_err();
+    assert!(error.contains("the same MAC address 02:"), "{error}");
+}
+
+#[test]
+fn a_burst_needs_its_limit() {
+    for (device, limits, error) in [
+        ("disk", "burst-bytes = 5\nbytes-per-second = 5", None),
+        (
+            "disk",
+            "burst-bytes = 5\noperations-per-second = 5",
+            Some("burst-bytes of disk '/vm/d' does nothing without bytes-per-second: "),
+        ),
+        (
+            "disk",
+            "burst-operations = 5",
+            Some("burst-operations of disk '/vm/d' does nothing without operations-per-second: "),
+        ),
+        (
+            "net",
+            "tx-burst-packets = 5\nrx-packets-per-second = 5\ntx-bytes-per-second = 5",
+            Some(
+                "tx-burst-packets of the network device on tap 'd' does nothing without \
+                 tx-packets-per-second: give both, or neither",
+            ),
+        ),
+    ] {
+        let place = if device == "disk" { "path" } else { "tap" };
+        let result = config(&format!(
+            "kernel = 'k'\n[[{device}]]\n{place} = 'd'\n{limits}"
+        ));
+        match error {
+            None => assert!(result.is_ok()),
+            Some(text) => {
+                let error = result.unwrap_err();
+                assert!(error.starts_with(text), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn ids_and_taps_are_not_repeated() {
     assert_eq!(with_disks(&["a,id=x", "b,id=y", "c"]), Ok(()));
     assert_eq!(

@@ -5,6 +5,7 @@
 
 mod config;
 mod control;
+mod dhcp_checksum;
 mod dropped;
 mod expected_size;
 mod filter;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use libc::iovec;
 
+use super::dhcp_checksum::complete_dhcp_checksum;
 use super::{DriverError, MAX_PACKET_SIZE};
 use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue};
@@ -153,6 +154,7 @@ impl ReceiveSlot {
         let list = &mut self.chain.writable;
         let in_overflow = size.saturating_sub(self.in_buffers);
         list.write_at(self.in_buffers, &self.overflow[..in_overflow]);
+        complete_dhcp_checksum(list, size);
         let mut left = size;
         let mut filled_size = 0;
         self.filled.clear();

@@ -3,9 +3,12 @@
 use std::net::UdpSocket;
 use std::process::Command;
 
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::UdpGsoSegment;
-use virtio_bindings::bindings::virtio_net::VIRTIO_NET_HDR_GSO_UDP_L4;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
 
 use super::*;
 use crate::tap::QueueCount;
@@ -136,6 +139,52 @@ fn the_host_and_the_driver_exchange_packets() {
     machine.run();
     assert_eq!(machine.transmit.take_used().len(), 1);
     assert!(!machine.interrupt.needs_reset());
+}
+
+/// The ones' complement sum of the addresses and the datagram of a frame, which is 0xffff if the
+/// checksum is right.
+fn udp_sum(ip: &[u8]) -> u16 {
+    let length = (ip.len() - 20) as u16;
+    let pseudo_header = [&ip[12..20], &[0, 17], &length.to_be_bytes()].concat();
+    let sum: u32 = [&pseudo_header, &ip[20..]]
+        .concat()
+        .chunks(2)
+        .map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)))
+        .sum();
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// The host's own datagrams leave their checksum to the driver, except those of a DHCP server.
+#[test]
+fn what_a_dhcp_server_on_the_host_sends_has_its_checksum() {
+    if !may_create_taps() {
+        return;
+    }
+    // The port is free in a network namespace of this test's own.
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let tap = Tap::open("tap0", None, QueueCount::Exactly(1)).unwrap();
+    ip("addr add 198.51.100.5/30 dev tap0");
+    ip("neigh replace 198.51.100.6 lladdr 02:00:00:00:00:01 dev tap0");
+    let mut card = net(tap, [2, 0, 0, 0, 0, 1], None);
+    let features = card.features();
+    assert_ne!(features & 1 << VIRTIO_NET_F_GUEST_CSUM, 0);
+    let activate = |activation| card.activate(activation).unwrap();
+    let mut machine = Machine::with(features, stand_in().1, activate);
+    machine.offer_receive_buffers(&[256; 200]);
+    machine.run();
+    for (port, is_complete) in [(67, true), (66, false), (547, false)] {
+        let socket = UdpSocket::bind(("0.0.0.0", port)).unwrap();
+        // One that is in a single buffer, and one that is in two.
+        for size in [150, 301] {
+            socket.send_to(&packet(size, 9), "198.51.100.6:68").unwrap();
+            let headers = PACKET_HEADER_SIZE + 14;
+            let received = await_packet(&mut machine, headers + 28 + size);
+            let needs_checksum = u32::from(received[0]) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+            assert_eq!(needs_checksum, !is_complete, "{size} bytes of port {port}");
+            let sum = udp_sum(&received[headers..]);
+            assert_eq!(sum == 0xffff, is_complete, "{size} bytes of port {port}");
+        }
+    }
 }
 
 /// The sizes of the datagrams that arrive up to one of `last` bytes; the driver's buffers are all
