@@ -436,7 +436,7 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
     config.nets = vec!["tap=none".parse().unwrap()];
     let mut metadata = MetadataConfig::new(vec![0]);
     metadata.size_limit = 1;
-    metadata.contents = Some(serde_json::Map::new());
+    metadata.contents = Some(serde_json::json!({}));
     config.metadata = Some(metadata);
     let error = start_error(&config);
     assert!(matches!(error, Error::Metadata(_)), "{error}");

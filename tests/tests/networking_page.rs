@@ -65,7 +65,7 @@ fn a_guest_reaches_the_outside_by_what_the_page_says() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().join("root");
     fs::copy(RootFileSystem::new().ext4, &root).unwrap();
-    let mut machine = Bantam::linux(Kernel::Small)
+    let machine = Bantam::linux(Kernel::Small)
         .disk(&root, "")
         .option("--net", "tap=tap0")
         .append("quiet")
