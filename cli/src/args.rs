@@ -115,6 +115,11 @@ pub struct RunArgs {
     /// 20 characters, is its serial number in the guest. A comma in PATH or NAME is written twice.
     /// The guest finds the disks in the order in which they are given: /dev/vda, /dev/vdb, ...
     ///
+    /// format=raw takes a file for a raw image though its name ends in .qcow2 or the like.
+    /// block-size=512 or 4096 is the size of the blocks that the guest is told of [default: that of
+    /// a block device, 512 for a file]. lock=on (the default) refuses an image that another program
+    /// uses; warn warns of it, and off does not look.
+    ///
     /// cache=writeback (the default) keeps what the guest writes in the host's page cache until the
     /// guest flushes it; writethrough puts every write on stable storage, none bypasses the page
     /// cache, and unsafe ignores flushes. engine=auto (the default) does each request in the way

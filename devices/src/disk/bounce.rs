@@ -384,8 +384,8 @@ mod tests {
         }
 
         #[test]
-        fn a_buffer_is_aligned(wanted in 0..(1_usize << 22), offset in 9..17, memory in 0..13) {
-            let alignment = Alignment { offset: 1 << offset, memory: 1 << memory };
+        fn a_buffer_is_aligned(wanted in 0..(1_usize << 22), offset in 9..17_u32, memory in 0..13_u32) {
+            let alignment = Alignment { offset: 1_u64 << offset, memory: 1_usize << memory };
             let mut bounce = Bounce::new(alignment, wanted);
             prop_assert!(bounce.capacity() <= BUFFER_SIZE.max(alignment.offset as usize));
             prop_assert!(bounce.capacity().is_multiple_of(alignment.offset as usize));

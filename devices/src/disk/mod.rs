@@ -102,6 +102,15 @@ impl DiskFile {
         }
     }
 
+    /// As if the storage had blocks of `block` bytes, for tests of images of whole blocks.
+    #[cfg(test)]
+    pub(crate) fn with_block(mut self, block: u64) -> DiskFile {
+        if let Some(direct) = &mut self.direct {
+            direct.alignment.offset = block;
+        }
+        self
+    }
+
     /// The path by which it was opened.
     pub fn path(&self) -> &Path {
         &self.path

@@ -1,5 +1,6 @@
 //! The whole device against a driver of our own, with files of the host.
 
+mod direct;
 mod owner;
 
 use std::fs::{self, OpenOptions};
@@ -9,8 +10,9 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
@@ -88,6 +90,10 @@ impl Machine {
 
     fn over(image: PathBuf, folder: TempDir, options: &BlockOptions, cache: CacheMode) -> Machine {
         let disk = open(&image, false, cache).unwrap();
+        Machine::of(disk, image, folder, options)
+    }
+
+    fn of(disk: DiskFile, image: PathBuf, folder: TempDir, options: &BlockOptions) -> Machine {
         let mut block = Block::new(disk, "test disk", options).unwrap();
 
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
