@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, SECTOR_SIZE};
+use bantam_devices::disk::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE};
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
@@ -100,7 +100,16 @@ impl Target for BlockTarget {
             cache: options.cache,
             ..DiskOptions::default()
         };
-        let disk = DiskFile::open(Path::new(&path), &disk_options).unwrap();
+        let open = |options| DiskFile::open(Path::new(&path), options);
+        let disk = match open(&disk_options) {
+            // What is in memory has O_DIRECT since Linux 6.6.
+            Err(DiskError::Direct { .. }) => open(&DiskOptions {
+                cache: CacheMode::Writeback,
+                ..disk_options
+            }),
+            disk => disk,
+        };
+        let disk = disk.unwrap();
         let options = BlockOptions {
             engine: options.engine,
             queues: options.queues,
