@@ -4,12 +4,13 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
-    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskId, GuestCid,
-    HugePages as GuestPages, InterfaceName, MachineConfig, MemorySize, MetadataAddress,
-    MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig, VcpuCount, VsockConfig,
+    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption,
+    DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName, MachineConfig,
+    MemorySize, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig,
+    VcpuCount, VsockConfig,
 };
+use bantam_vmm::{NetLimits, check_disk};
 use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
@@ -173,6 +174,7 @@ impl Configuration {
             });
         };
         check_readable("drive image", path)?;
+        check_disk(&disk_config(&drive)?)?;
         let is_other_root =
             |other: &&Drive| other.is_root_device && other.drive_id != drive.drive_id;
         if drive.is_root_device
@@ -451,6 +453,10 @@ fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
             Some(IoEngine::Async) => BlockEngineOption::IoUring,
         },
         limits: Some(RateLimiter::limits(drive.rate_limiter.as_ref())),
+        // As Firecracker does it, which has neither formats nor locks.
+        format: Some(DiskFormatOption::Raw),
+        lock: DiskLockOption::WherePossible,
+        any_size: true,
         ..DiskConfig::new(path)
     })
 }

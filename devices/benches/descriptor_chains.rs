@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bantam_devices::disk::{CacheMode, DiskFile};
+use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::tap::PACKET_HEADER_SIZE;
 use bantam_devices::virtio::block::bench::SteppedWorker;
 use bantam_devices::virtio::{Chain, VirtQueue, VirtioInterrupt};
@@ -181,7 +181,11 @@ fn block(criterion: &mut Criterion) {
             driver.write(header, VIRTIO_BLK_T_IN);
             driver.write(header + 8, index);
         }
-        let disk = DiskFile::open(image.as_path(), true, CacheMode::Writeback).unwrap();
+        let options = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        let disk = DiskFile::open(image.as_path(), &options).unwrap();
         let interrupt = VirtioInterrupt::new("device".to_string(), Box::new(Unconnected));
         let (memory, queue) = (driver.memory.clone(), driver.queue());
         let mut worker = SteppedWorker::new(disk, memory, Arc::new(interrupt), queue).unwrap();

@@ -17,12 +17,27 @@ impl LoopDevice {
     ///
     /// When it cannot be made.
     pub fn new(file: &Path) -> Self {
-        Self::try_new(file).unwrap_or_else(|reason| panic!("no loop device: {reason}"))
+        Self::with_sectors(file, 512)
+    }
+
+    /// As [`LoopDevice::new`], with sectors of `size` bytes.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub fn with_sectors(file: &Path, size: u32) -> Self {
+        Self::try_with_sectors(file, size)
+            .unwrap_or_else(|reason| panic!("no loop device: {reason}"))
     }
 
     pub(crate) fn try_new(file: &Path) -> Result<Self, String> {
+        Self::try_with_sectors(file, 512)
+    }
+
+    fn try_with_sectors(file: &Path, size: u32) -> Result<Self, String> {
         let mut losetup = Command::new("losetup");
-        losetup.args(["--find", "--show"]).arg(file);
+        losetup.args(["--find", "--show", "--sector-size"]);
+        losetup.arg(size.to_string()).arg(file);
         let output = losetup
             .stdin(Stdio::null())
             .output()

@@ -1,11 +1,11 @@
 //! What the owner of a machine changes and learns of its devices while a guest loads them.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_devices::disk::{Lock, lock_file};
+use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_tests::{HostTap, Traffic, payload, require_kvm, require_taps};
 use bantam_vmm::config::{DiskConfig, MachineConfig, NetConfig, SerialConfig};
 use bantam_vmm::{Console, Controller, Error, Limits, NetLimits, RateLimit};
@@ -160,13 +160,16 @@ fn a_disk_that_is_read_only_stays_so() {
     let load = Load::of_disk(&folder, &first, ",ro", "mode=read seconds=1");
     load.machine.replace_disk(0, &second).unwrap();
     // Locked as one that is only read, and the other no more.
-    let locks = |path, kind| {
-        let file = OpenOptions::new().read(true).write(true).open(path);
-        lock_file(&file.unwrap(), kind)
+    let open = |path, read_only| {
+        let options = DiskOptions {
+            read_only,
+            ..DiskOptions::default()
+        };
+        DiskFile::open(path, &options)
     };
-    locks(&first, Lock::Exclusive).unwrap();
-    locks(&second, Lock::Shared).unwrap();
-    locks(&second, Lock::Exclusive).unwrap_err();
+    open(&first, false).unwrap();
+    open(&second, true).unwrap();
+    open(&second, false).unwrap_err();
     assert!(matches!(
         load.machine.replace_disk(1, &second),
         Err(Error::NoSuchDisk { index: 1, count: 1 })

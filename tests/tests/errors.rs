@@ -277,8 +277,11 @@ fn files_that_are_no_disks_are_refused_for_what_they_are() {
     for (disk, reason) in [
         (files.path("missing"), "No such file or directory"),
         (files.path("."), "directory"),
-        (files.create("empty", ""), "no disk at all"),
-        (files.create("odd", [0; 1000]), "no multiple of 512"),
+        (files.create("empty", ""), "there is nothing in it"),
+        (
+            files.create("a.qcow2", [0; 1024]),
+            "'format=raw' gives the guest the bytes of the file as they are",
+        ),
         (
             PathBuf::from("/dev/null"),
             "not a regular file or a block device",
@@ -290,6 +293,21 @@ fn files_that_are_no_disks_are_refused_for_what_they_are() {
             refused(bantam, &["disk ", &quoted, reason]);
         }
     }
+}
+
+#[test]
+fn a_disk_that_ends_within_a_sector_is_refused_unless_it_is_read_only() {
+    require_kvm!();
+    let files = Files::new();
+    let disk = files.create("odd", [0; 1000]);
+    refused(
+        Bantam::payload("hello").disk(&disk, ""),
+        &[&quoted(&disk), "1000 bytes", "'truncate --size=%512 FILE'"],
+    );
+    Bantam::payload("hello")
+        .disk(&disk, ",ro")
+        .finish()
+        .passed();
 }
 
 #[test]

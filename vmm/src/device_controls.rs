@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bantam_devices::InterruptLine;
-use bantam_devices::disk::DiskFile;
+use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::i8042::I8042;
 use bantam_devices::metadata::Metadata;
 use bantam_devices::rate_limiter::Limits;
@@ -75,10 +75,14 @@ impl DeviceControls {
         if before.is_at(path).unwrap_or(false) {
             return self.update_disk_size(index).map(drop);
         }
-        let (read_only, cache) = (before.is_read_only(), before.cache());
+        let options = DiskOptions {
+            // The guest knows it, and does not look again.
+            block_size: Some(before.logical_block_size()),
+            ..before.options().clone()
+        };
         // It is not to be kept from being closed.
         drop(before);
-        Ok(disk.replace(DiskFile::open(path, read_only, cache)?)?)
+        Ok(disk.replace(DiskFile::open(path, &options)?)?)
     }
 
     pub(crate) fn set_disk_limits(&self, index: usize, limits: &Limits) -> Result<(), Error> {

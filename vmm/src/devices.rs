@@ -8,7 +8,7 @@ use bantam_arch::layout;
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
-use bantam_devices::disk::{CacheMode, DiskFile};
+use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
@@ -25,10 +25,11 @@ use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, GuestMemory, ListeningSocket};
 
 use crate::config::{
-    BalloonConfig, BlockEngineOption, CacheModeOption, DiskConfig, Mtu, NetConfig, Quantity,
-    QueuePairs, SerialConfig, VsockConfig,
+    BalloonConfig, BlockEngineOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,
+    SerialConfig, VsockConfig,
 };
 use crate::control::Control;
+use crate::disk::disk_options;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::metadata::MachineMetadata;
@@ -181,12 +182,6 @@ impl<'a> VirtioDevices<'a> {
     ) -> Result<AttachedDisks, Error> {
         let mut disks = AttachedDisks::default();
         for (index, config) in configs.iter().enumerate() {
-            let cache = match config.cache {
-                CacheModeOption::Writeback => CacheMode::Writeback,
-                CacheModeOption::Writethrough => CacheMode::Writethrough,
-                CacheModeOption::None => CacheMode::None,
-                CacheModeOption::Unsafe => CacheMode::Unsafe,
-            };
             let options = BlockOptions {
                 engine: match config.engine {
                     BlockEngineOption::Auto => Engine::Auto,
@@ -200,7 +195,7 @@ impl<'a> VirtioDevices<'a> {
                     operations: rate_limit(config.operations_per_second, config.burst_operations),
                 }),
             };
-            let file = DiskFile::open(&config.path, config.readonly, cache)?;
+            let file = DiskFile::open(&config.path, &disk_options(config))?;
             let id = match &config.id {
                 Some(id) => id.as_str().to_string(),
                 None => format!("disk{index}"),

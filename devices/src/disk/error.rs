@@ -27,14 +27,14 @@ pub enum DiskError {
         kind: &'static str,
     },
     /// Its size cannot be a disk's.
-    #[error("cannot use disk '{path}': its size of {size} bytes is {reason}", path = .path.display())]
+    #[error("cannot use disk '{path}' of {size} bytes: {reason}", path = .path.display())]
     Size {
         /// The image.
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
         /// Why it cannot be used and what to do.
-        reason: &'static str,
+        reason: String,
     },
     /// Another machine uses it.
     #[error(
@@ -46,13 +46,38 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
-    /// It is an image of a format that is not raw, which would reach the guest as garbage.
+    /// Its file system has no locks.
     #[error(
-        "cannot use disk '{path}': it is a qcow2 image; \
-         'qemu-img convert -O raw' makes a raw one of it",
+        "cannot lock disk '{path}': {source}; its file system does not lock files, so 'lock=off' is \
+         the way to use it, if nothing else does",
         path = .path.display()
     )]
-    Qcow2 {
+    NoLocks {
+        /// The image.
+        path: PathBuf,
+        /// What the file system says.
+        source: io::Error,
+    },
+    /// Its name says that it is of a format that is not raw, which would reach the guest as garbage.
+    #[error(
+        "cannot use disk '{path}': its name says that it is a {format} image, and disks are raw; \
+         'format=raw' gives the guest the bytes of the file as they are, and 'qemu-img convert -f \
+         {format} -O raw' makes a raw image of it",
+        path = .path.display()
+    )]
+    NamedFormat {
+        /// The image.
+        path: PathBuf,
+        /// The format, as `qemu-img` calls it.
+        format: &'static str,
+    },
+    /// Its path leads to another file than a moment before.
+    #[error(
+        "cannot open disk '{path}' with 'cache=none': another file took its place at that moment; \
+         try again",
+        path = .path.display()
+    )]
+    Changed {
         /// The image.
         path: PathBuf,
     },

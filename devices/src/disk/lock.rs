@@ -1,7 +1,15 @@
 //! Locks of files against other users.
+//!
+//! A disk image is locked as QEMU does it (`block/file-posix.c`), so that its tools and Bantam refuse
+//! each other exactly where two would write, or one would read what another changes. Each kind of
+//! access, a permission, has a number. Who uses a file has a shared lock on byte 100 plus the number
+//! of each permission that it has, and on byte 200 plus the number of each that it leaves to nobody
+//! else. It then looks whether another has a lock that contradicts: on the 200s for what it has, on
+//! the 100s for what it leaves to nobody.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +20,15 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(250);
 /// How long to wait before the next look at it.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
 
+/// Byte for having permission 0.
+const HAS: u64 = 100;
+/// Byte for not sharing permission 0.
+const KEEPS: u64 = 200;
+/// Permission to read data that is consistent.
+const READ: u64 = 0;
+/// Permission to write.
+const WRITE: u64 = 1;
+
 /// How a file is shared with others that lock it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lock {
@@ -19,6 +36,20 @@ pub enum Lock {
     Shared,
     /// With nobody.
     Exclusive,
+}
+
+/// Whether the lock of a disk image is a condition for its use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LockMode {
+    /// An image that another uses is refused, and so is one that cannot be locked.
+    #[default]
+    On,
+    /// As [`LockMode::On`], but an image on a file system without locks is used with a warning.
+    WherePossible,
+    /// An image is used with a warning where [`LockMode::On`] refuses it.
+    Warn,
+    /// It is neither locked nor looked whether another uses it.
+    Off,
 }
 
 /// Locks all of `file` for as long as it is open, without waiting.
@@ -33,29 +64,152 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
         Lock::Shared => libc::F_RDLCK,
         Lock::Exclusive => libc::F_WRLCK,
     };
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock))?;
-    Ok(())
+    set(file, kind, 0..0)
 }
 
-/// As [`lock_file`], but waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its
-/// own until the kernel has taken down its io_uring, which is soon after its end.
-pub(super) fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
+/// Locks an image as one that is read, or read and written, by one that lets nobody else write.
+///
+/// It waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its own until the kernel
+/// has taken down its io_uring, which is soon after its end.
+///
+/// # Errors
+/// [`io::ErrorKind::WouldBlock`] when another's use contradicts; else as `fcntl` with `F_OFD_SETLK`.
+pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match lock_file(file, lock) {
+        match try_lock_image(file, read_only) {
             Err(error)
                 if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
             {
                 thread::sleep(LOCK_RETRY);
             }
             result => return result,
+        }
+    }
+}
+
+fn try_lock_image(file: &File, read_only: bool) -> io::Result<()> {
+    let has = if read_only {
+        READ..WRITE
+    } else {
+        READ..WRITE + 1
+    };
+    let keeps = WRITE..WRITE + 1;
+    let bytes =
+        |base: u64, permissions: &Range<u64>| base + permissions.start..base + permissions.end;
+    let locked = set(file, libc::F_RDLCK, bytes(HAS, &has))
+        .and_then(|()| set(file, libc::F_RDLCK, bytes(KEEPS, &keeps)))
+        .and_then(|()| {
+            let contradicted =
+                is_locked(file, bytes(KEEPS, &has))? || is_locked(file, bytes(HAS, &keeps))?;
+            match contradicted {
+                true => Err(io::ErrorKind::WouldBlock.into()),
+                false => Ok(()),
+            }
+        });
+    if locked.is_err() {
+        // What is kept meanwhile would turn others away. It fails only where there are no locks.
+        let _ = set(file, libc::F_UNLCK, 0..0);
+    }
+    match locked {
+        // The other error number that POSIX allows.
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        locked => locked,
+    }
+}
+
+/// Sets or removes a lock on a range of bytes, or on all of the file if the range is empty.
+fn set(file: &File, kind: libc::c_int, bytes: Range<u64>) -> io::Result<()> {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&request(kind, bytes)))?;
+    Ok(())
+}
+
+/// Whether another open file has any lock on a range of bytes.
+fn is_locked(file: &File, bytes: Range<u64>) -> io::Result<bool> {
+    let mut found = request(libc::F_WRLCK, bytes);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    Ok(found.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+fn request(kind: libc::c_int, bytes: Range<u64>) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: bytes.start as libc::off_t,
+        l_len: (bytes.end - bytes.start) as libc::off_t,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    fn open(image: &TempFile) -> File {
+        let mut options = File::options();
+        options
+            .read(true)
+            .write(true)
+            .open(image.as_path())
+            .unwrap()
+    }
+
+    #[test]
+    fn readers_share_and_a_writer_is_alone() {
+        let image = TempFile::new().unwrap();
+        let (first, second, third) = (open(&image), open(&image), open(&image));
+        try_lock_image(&first, true).unwrap();
+        try_lock_image(&second, true).unwrap();
+        let refused = try_lock_image(&third, false).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        drop(first);
+        try_lock_image(&third, false).unwrap_err();
+        drop(second);
+        try_lock_image(&third, false).unwrap();
+        let fourth = open(&image);
+        for read_only in [true, false] {
+            try_lock_image(&fourth, read_only).unwrap_err();
+        }
+        // Those who were refused have left no lock behind.
+        drop(third);
+        try_lock_image(&open(&image), false).unwrap();
+    }
+
+    #[test]
+    fn a_lock_of_the_whole_file_is_respected() {
+        let image = TempFile::new().unwrap();
+        for lock in [Lock::Shared, Lock::Exclusive] {
+            let other = open(&image);
+            lock_file(&other, lock).unwrap();
+            for read_only in [true, false] {
+                try_lock_image(&open(&image), read_only).unwrap_err();
+            }
+        }
+    }
+
+    #[test]
+    fn of_two_writers_that_start_at_once_one_wins() {
+        let image = TempFile::new().unwrap();
+        for _ in 0..5 {
+            let barrier = Barrier::new(2);
+            let start = || {
+                let file = open(&image);
+                barrier.wait();
+                let locked = lock_image(&file, false);
+                barrier.wait();
+                locked.is_ok()
+            };
+            let won = thread::scope(|scope| {
+                let threads = [scope.spawn(start), scope.spawn(start)];
+                threads.map(|thread| thread.join().unwrap())
+            });
+            assert_eq!(won.iter().filter(|&&won| won).count(), 1);
         }
     }
 }

@@ -1,54 +1,37 @@
 //! Raw disk images: a regular file or a block device whose bytes are the disk's.
 
+mod bounce;
 mod error;
+mod format;
+mod geometry;
 mod lock;
+mod open;
 
-use std::fs::{self, File, FileType, OpenOptions};
+use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::virtio::{FilePosition, GuestBuffers};
-use lock::lock_patiently;
+use bounce::{Alignment, Data, Zeroes};
+use geometry::{block_device, disk_size, measure};
 
+pub use bounce::{Bounce, Step};
 pub use error::DiskError;
-pub use lock::{Lock, lock_file};
+pub use format::ImageFormat;
+pub use lock::{Lock, LockMode, lock_file};
+pub use open::DiskOptions;
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
 
-/// First bytes of a qcow2 image.
-const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
-
 /// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
-
-/// Largest block size that is passed on to the guest.
-const MAX_BLOCK_SIZE: u32 = 64 << 10;
-/// Physical block size where the host does not tell: a page.
-const DEFAULT_PHYSICAL_BLOCK_SIZE: u32 = 4096;
-
-mod block_device {
-    //! Requests to block devices (`linux/fs.h`).
-    nix::ioctl_read!(size_in_bytes, 0x12, 114, u64);
-    nix::ioctl_read_bad!(
-        logical_block_size,
-        nix::request_code_none!(0x12, 104),
-        libc::c_int
-    );
-    nix::ioctl_read_bad!(
-        physical_block_size,
-        nix::request_code_none!(0x12, 123),
-        libc::c_uint
-    );
-    // These two are numbered without a size, so nix's "bad" form is the right one.
-    nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
-    nix::ioctl_write_ptr_bad!(zero_out, nix::request_code_none!(0x12, 127), [u64; 2]);
-}
 
 /// Where what a guest has written is kept until it asks for a flush, and what a flush does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -70,17 +53,17 @@ pub enum CacheMode {
 pub enum Access {
     /// The image, opened as the cache mode wants it.
     Usual,
-    /// The image by way of the page cache, for requests that `O_DIRECT` does not take.
-    Buffered,
+    /// The image by way of the page cache, for writes to what is left after the last block that
+    /// `O_DIRECT` takes.
+    Tail,
 }
 
-/// What `O_DIRECT` asks of a request.
-#[derive(Debug, Clone, Copy)]
-struct Alignment {
-    /// Multiple that offset and size must be of, a power of two of bytes.
-    offset: u64,
-    /// Multiple that addresses in memory must be of, a power of two of bytes.
-    memory: usize,
+/// How the page cache is bypassed.
+#[derive(Debug)]
+struct Direct {
+    alignment: Alignment,
+    /// For [`Access::Tail`].
+    tail: Option<File>,
 }
 
 /// An open raw disk image, locked against other users for as long as it is open.
@@ -88,120 +71,44 @@ struct Alignment {
 pub struct DiskFile {
     path: PathBuf,
     file: File,
-    /// For requests that are not aligned, where the usual file bypasses the page cache.
-    buffered: Option<(File, Alignment)>,
+    /// There is one with [`CacheMode::None`].
+    direct: Option<Direct>,
+    /// Of the disk.
     size: AtomicU64,
-    read_only: bool,
+    /// Of the image.
+    length: AtomicU64,
+    options: DiskOptions,
     is_block_device: bool,
-    cache: CacheMode,
     logical_block_size: u32,
     physical_block_size: u32,
 }
 
 impl DiskFile {
-    /// Opens and locks the image at `path`.
-    ///
-    /// A writable disk is locked exclusively and a read-only one shared, by open file description
-    /// locks over the whole file, which other monitors see as well.
-    ///
-    /// # Errors
-    /// When it cannot be opened, is no disk, is in use, or cannot be used with `cache`.
-    pub fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<DiskFile, DiskError> {
-        let with_path = |action| {
-            move |source| DiskError::Io {
-                path: path.to_path_buf(),
-                action,
-                source,
-            }
-        };
-        let mut flags = libc::O_NONBLOCK;
-        if !read_only && is_block_device(path) {
-            // One that is mounted, or opened so by another, is refused as busy.
-            flags |= libc::O_EXCL;
+    fn warn_of_hidden_bytes(&self) {
+        let (size, length) = (self.size(), self.length.load(Ordering::Relaxed));
+        if size == 0 {
+            tracing::warn!(
+                "disk '{}' of {length} bytes has nothing that the guest can see",
+                self.path.display()
+            );
+        } else if let Some(hidden @ 1..) = length.checked_sub(size) {
+            tracing::warn!(
+                "the guest does not see the last {hidden} bytes of disk '{path}', as its size of \
+                 {length} bytes is not a multiple of {block}; 'truncate --size=%{block} FILE' rounds \
+                 it up",
+                path = self.path.display(),
+                block = self.logical_block_size
+            );
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|source| open_error(path, read_only, source))?;
-        let kind = file.metadata().map_err(with_path("examine"))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let kind = if kind.is_dir() {
-                "a directory"
-            } else if kind.is_fifo() {
-                "a pipe"
-            } else {
-                "a device of another kind"
-            };
-            let path = path.to_path_buf();
-            return Err(DiskError::Kind { path, kind });
+    }
+
+    /// As if the storage had blocks of `block` bytes, for tests of images of whole blocks.
+    #[cfg(test)]
+    pub(crate) fn with_block(mut self, block: u64) -> DiskFile {
+        if let Some(direct) = &mut self.direct {
+            direct.alignment.offset = block;
         }
-        // It kept a pipe from being waited for. Requests to a disk are to be waited for.
-        clear_non_blocking(&file).map_err(with_path("set up"))?;
-        // Before it is measured: whoever has it may change its size.
-        let lock = if read_only {
-            Lock::Shared
-        } else {
-            Lock::Exclusive
-        };
-        lock_patiently(&file, lock).map_err(|source| match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied => DiskError::InUse {
-                path: path.to_path_buf(),
-            },
-            _ => with_path("lock")(source),
-        })?;
-        let size = measure(&file, kind).map_err(with_path("measure"))?;
-        let reason = match size {
-            0 => Some("no disk at all; 'truncate --size=1G FILE' makes an empty one"),
-            size if size % SECTOR_SIZE != 0 => {
-                Some("no multiple of 512; 'truncate --size=%512 FILE' rounds it up")
-            }
-            _ => None,
-        };
-        if let Some(reason) = reason {
-            let path = path.to_path_buf();
-            return Err(DiskError::Size { path, size, reason });
-        }
-        let mut magic = [0; QCOW2_MAGIC.len()];
-        file.read_exact_at(&mut magic, 0)
-            .map_err(with_path("read"))?;
-        if magic == QCOW2_MAGIC {
-            return Err(DiskError::Qcow2 {
-                path: path.to_path_buf(),
-            });
-        }
-        let (mut logical_block_size, physical_block_size) =
-            block_sizes(&file, kind).map_err(with_path("examine"))?;
-        let mut buffered = None;
-        let mut usual = file;
-        if cache == CacheMode::None {
-            let alignment = direct_alignment(&usual, logical_block_size);
-            if !size.is_multiple_of(alignment.offset) {
-                let path = path.to_path_buf();
-                let reason = "no multiple of what its storage reads at a time, which 'cache=none' \
-                              needs; use another cache mode";
-                return Err(DiskError::Size { path, size, reason });
-            }
-            logical_block_size = logical_block_size.max(alignment.offset as u32);
-            // The lock stays with this first open file, which serves requests that are not aligned.
-            let direct = open_direct(&usual, read_only).map_err(|source| DiskError::Direct {
-                path: path.to_path_buf(),
-                source,
-            })?;
-            buffered = Some((std::mem::replace(&mut usual, direct), alignment));
-        }
-        Ok(DiskFile {
-            path: path.to_path_buf(),
-            file: usual,
-            buffered,
-            size: AtomicU64::new(size),
-            read_only,
-            is_block_device: kind.is_block_device(),
-            cache,
-            logical_block_size,
-            physical_block_size: physical_block_size.max(logical_block_size),
-        })
+        self
     }
 
     /// The path by which it was opened.
@@ -219,7 +126,7 @@ impl DiskFile {
         Ok((open.dev(), open.ino()) == (there.dev(), there.ino()))
     }
 
-    /// Size in bytes, a multiple of [`SECTOR_SIZE`].
+    /// Size in bytes, a multiple of [`DiskFile::logical_block_size`].
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
@@ -227,29 +134,37 @@ impl DiskFile {
     /// Takes the size that the image has now for the disk's, and gives it.
     ///
     /// # Errors
-    /// When it cannot be measured, or cannot be the size of this disk: that is a multiple of
-    /// [`DiskFile::logical_block_size`] and not zero.
+    /// When it cannot be measured, or cannot be the size of this disk, as in [`DiskFile::open`].
     pub fn update_size(&self) -> io::Result<u64> {
-        let size = measure(&self.file, self.file.metadata()?.file_type())?;
-        if size == 0 || !size.is_multiple_of(self.logical_block_size.into()) {
-            let error = format!(
-                "its size of {size} bytes is not a multiple of {}",
-                self.logical_block_size
-            );
-            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
-        }
+        let length = self.current_size()?;
+        let block = self.logical_block_size;
+        let size =
+            disk_size(length, block, self.is_block_device, &self.options).map_err(|reason| {
+                let error = format!("it has {length} bytes now: {reason}");
+                io::Error::new(io::ErrorKind::InvalidData, error)
+            })?;
+        // In this order: who sees the new size sees how much of it the image has, too.
+        let before = self.length.swap(length, Ordering::Relaxed);
         self.size.store(size, Ordering::Release);
+        if length != before {
+            self.warn_of_hidden_bytes();
+        }
         Ok(size)
+    }
+
+    /// How it was opened.
+    pub fn options(&self) -> &DiskOptions {
+        &self.options
     }
 
     /// Whether nothing may be written.
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.options.read_only
     }
 
     /// What becomes of written data.
     pub fn cache(&self) -> CacheMode {
-        self.cache
+        self.options.cache
     }
 
     /// Smallest unit in which the guest should address the disk, in bytes.
@@ -267,21 +182,99 @@ impl DiskFile {
     pub fn file(&self, access: Access) -> Option<&File> {
         match access {
             Access::Usual => Some(&self.file),
-            Access::Buffered => self.buffered.as_ref().map(|(file, _)| file),
+            Access::Tail => self.direct.as_ref()?.tail.as_ref(),
         }
     }
 
-    /// By which file a transfer between `offset` and `buffers` goes.
-    pub fn access_for(&self, buffers: &GuestBuffers, offset: u64) -> Access {
-        match &self.buffered {
-            Some((_, alignment))
-                if !offset.is_multiple_of(alignment.offset)
-                    || !buffers.are_aligned(alignment.memory, alignment.offset as usize) =>
-            {
-                Access::Buffered
-            }
-            _ => Access::Usual,
+    /// Whether the page cache is bypassed, so that not every request is taken as it is.
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Whether a transfer between `offset` and `buffers` can be done as it is; else it takes a
+    /// [`Bounce`].
+    pub fn takes(&self, buffers: &GuestBuffers, offset: u64) -> bool {
+        let Some(Direct { alignment, .. }) = &self.direct else {
+            return true;
+        };
+        buffers.is_empty()
+            || offset.is_multiple_of(alignment.offset)
+                && buffers.are_aligned(alignment.memory, alignment.offset as usize)
+    }
+
+    /// The whole blocks that a write to `range` reads or writes, and whether it covers all of them. One
+    /// that does not must not be done while another write to one of them is. `None` if requests are
+    /// of whole blocks always.
+    pub fn block_span(&self, range: Range<u64>) -> Option<(Range<u64>, bool)> {
+        let alignment = &self.direct.as_ref()?.alignment;
+        (alignment.offset > SECTOR_SIZE).then(|| {
+            let span = alignment.blocks_around(&range);
+            (span, alignment.covers_blocks(&range))
+        })
+    }
+
+    /// A buffer for requests that the image does not take as they are.
+    pub fn bounce(&self) -> Option<Bounce> {
+        let direct = self.direct.as_ref()?;
+        Some(Bounce::new(direct.alignment, usize::MAX))
+    }
+
+    /// The next step of a request that goes by way of `bounce`: of a write, if it `writes`.
+    pub fn next_step(
+        &self,
+        bounce: &mut Bounce,
+        buffers: &GuestBuffers,
+        offset: u64,
+        writes: bool,
+    ) -> Step {
+        bounce.step(self, buffers, offset, writes)
+    }
+
+    /// Takes account of a step that has transferred `count` bytes. Gives how many bytes, dropped from
+    /// `buffers`, are done with it; if none are, there is another step first.
+    ///
+    /// # Errors
+    /// When the image ends before the request does.
+    pub fn end_step(
+        &self,
+        bounce: &mut Bounce,
+        buffers: &mut GuestBuffers,
+        count: usize,
+    ) -> io::Result<usize> {
+        bounce.advance(self, buffers, count)
+    }
+
+    /// Where the tail begins, which is written by [`Access::Tail`] alone.
+    fn tail(&self) -> u64 {
+        let length = self.length.load(Ordering::Relaxed);
+        let direct = self.direct.as_ref();
+        direct.map_or(length, |direct| direct.alignment.tail(length))
+    }
+
+    /// Size of the image in bytes, as it is now.
+    fn current_size(&self) -> io::Result<u64> {
+        measure(&self.file, self.file.metadata()?.file_type())
+    }
+
+    /// Takes from `buffers`, to be filled from `offset` on, what the disk has beyond the end of its
+    /// image: it becomes zero.
+    pub fn fill_beyond_end(&self, buffers: &mut GuestBuffers, offset: u64) {
+        if !self.options.read_only {
+            return;
         }
+        let length = self.length.load(Ordering::Relaxed);
+        let missing = (offset + buffers.len() as u64).saturating_sub(length);
+        if missing == 0 {
+            return;
+        }
+        let zeroes = [0; 4096];
+        let there = (buffers.len() as u64).saturating_sub(missing) as usize;
+        let mut position = there;
+        while position < buffers.len() {
+            let count = (buffers.len() - position).min(zeroes.len());
+            position += buffers.write_at(position, &zeroes[..count]);
+        }
+        buffers.truncate(there);
     }
 
     /// Fills `buffers` with the bytes from `offset` on.
@@ -289,7 +282,8 @@ impl DiskFile {
     /// # Errors
     /// As `preadv`; also when the file ends before the buffers do.
     pub fn read(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
-        self.transfer(buffers, offset, 0, GuestBuffers::read_from)
+        let offset = self.transfer(buffers, offset, 0, GuestBuffers::read_from)?;
+        self.bounce_rest(buffers, offset, false)
     }
 
     /// As [`DiskFile::read`], but only with what the page cache holds: what is not read is left in
@@ -308,7 +302,7 @@ impl DiskFile {
             {
                 Ok(())
             }
-            result => result,
+            result => result.map(drop),
         }
     }
 
@@ -318,24 +312,55 @@ impl DiskFile {
     /// As `pwritev2`.
     pub fn write(&self, buffers: &mut GuestBuffers, offset: u64, durable: bool) -> io::Result<()> {
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
-        self.transfer(buffers, offset, flags, GuestBuffers::write_to)
+        let offset = self.transfer(buffers, offset, flags, GuestBuffers::write_to)?;
+        if buffers.is_empty() {
+            return Ok(());
+        }
+        self.bounce_rest(buffers, offset, true)?;
+        if durable {
+            self.file.sync_data()
+        } else {
+            Ok(())
+        }
     }
 
+    /// Transfers as much of `buffers` as can be done as it is, and gives where the rest belongs.
     fn transfer(
         &self,
         buffers: &mut GuestBuffers,
         mut offset: u64,
         flags: libc::c_int,
         call: fn(&mut GuestBuffers, BorrowedFd<'_>, Option<FilePosition>) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        while !buffers.is_empty() {
-            let file = match self.access_for(buffers, offset) {
-                Access::Usual => &self.file,
-                Access::Buffered => self.plain_file(),
-            };
-            match call(buffers, file.as_fd(), Some(FilePosition { offset, flags })) {
+    ) -> io::Result<u64> {
+        while !buffers.is_empty() && self.takes(buffers, offset) {
+            let position = FilePosition { offset, flags };
+            match call(buffers, self.file.as_fd(), Some(position)) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => offset += count as u64,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(offset)
+    }
+
+    /// Does what is left of a request by way of an aligned buffer.
+    fn bounce_rest(&self, data: &mut impl Data, mut offset: u64, writes: bool) -> io::Result<()> {
+        let Some(direct) = self.direct.as_ref().filter(|_| data.len() > 0) else {
+            return Ok(());
+        };
+        let mut bounce = Bounce::new(direct.alignment, data.len());
+        while data.len() > 0 {
+            let step = bounce.step(self, data, offset, writes);
+            let file = self.file(step.access);
+            let file = file.ok_or(io::ErrorKind::UnexpectedEof)?;
+            let bytes = bounce.bytes(step.bytes.clone());
+            let result = match step.writes {
+                true => file.write_at(bytes, step.offset),
+                false => file.read_at(bytes, step.offset),
+            };
+            match result {
+                Ok(count) => offset += bounce.advance(self, data, count)? as u64,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -349,7 +374,7 @@ impl DiskFile {
     /// # Errors
     /// As `fdatasync`.
     pub fn flush(&self) -> io::Result<()> {
-        match self.cache {
+        match self.options.cache {
             CacheMode::Unsafe => Ok(()),
             _ => self.file.sync_data(),
         }
@@ -415,129 +440,19 @@ impl DiskFile {
         }
     }
 
-    /// The file that takes any offset and size.
-    fn plain_file(&self) -> &File {
-        self.file(Access::Buffered).unwrap_or(&self.file)
-    }
-
     fn fill_with_zeroes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        if self.is_direct() {
+            return self.bounce_rest(&mut Zeroes(len as usize), offset, true);
+        }
         let zeroes = [0; ZEROES_SIZE];
         while len > 0 {
             let count = len.min(ZEROES_SIZE as u64);
-            self.plain_file()
-                .write_all_at(&zeroes[..count as usize], offset)?;
+            self.file.write_all_at(&zeroes[..count as usize], offset)?;
             offset += count;
             len -= count;
         }
         Ok(())
     }
-}
-
-fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
-    let remedy = match source.raw_os_error() {
-        Some(libc::EACCES | libc::EROFS) if !read_only => "; ',ro' opens it read-only",
-        Some(libc::EBUSY) => {
-            return DiskError::InUse {
-                path: path.to_path_buf(),
-            };
-        }
-        Some(libc::EISDIR) => {
-            let path = path.to_path_buf();
-            let kind = "a directory";
-            return DiskError::Kind { path, kind };
-        }
-        _ => "",
-    };
-    DiskError::Open {
-        path: path.to_path_buf(),
-        access: if read_only {
-            "reading"
-        } else {
-            "reading and writing"
-        },
-        source,
-        remedy,
-    }
-}
-
-fn is_block_device(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
-}
-
-/// Size in bytes of an open image of this kind.
-fn measure(file: &File, kind: FileType) -> io::Result<u64> {
-    if kind.is_file() {
-        return Ok(file.metadata()?.len());
-    }
-    let mut size = 0;
-    // SAFETY: the request writes one u64 to the place it is given.
-    unsafe { block_device::size_in_bytes(file.as_raw_fd(), &mut size) }?;
-    Ok(size)
-}
-
-/// Logical and physical block size, in bytes.
-fn block_sizes(file: &File, kind: FileType) -> io::Result<(u32, u32)> {
-    if kind.is_file() {
-        let preferred = std::os::unix::fs::MetadataExt::blksize(&file.metadata()?);
-        let physical = match u32::try_from(preferred) {
-            Ok(size @ 512..=MAX_BLOCK_SIZE) if size.is_power_of_two() => size,
-            _ => DEFAULT_PHYSICAL_BLOCK_SIZE,
-        };
-        return Ok((SECTOR_SIZE as u32, physical));
-    }
-    let (mut logical, mut physical) = (0, 0);
-    // SAFETY: the requests each write one integer of the type that they are declared with.
-    unsafe {
-        block_device::logical_block_size(file.as_raw_fd(), &mut logical)?;
-        block_device::physical_block_size(file.as_raw_fd(), &mut physical)?;
-    }
-    Ok((logical as u32, physical))
-}
-
-/// What `O_DIRECT` asks of requests to `file`: what the kernel says, or else what suits any storage
-/// of that block size.
-fn direct_alignment(file: &File, logical_block_size: u32) -> Alignment {
-    const SAFE: u32 = 4096;
-    // SAFETY: all-zero bytes are a valid `struct statx`, which is plain numbers.
-    let mut status: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty string with its NUL, and the call writes one `struct statx`.
-    let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &mut status,
-        )
-    };
-    let known = result == 0
-        && status.stx_mask & libc::STATX_DIOALIGN != 0
-        && status.stx_dio_offset_align.is_power_of_two()
-        && status.stx_dio_mem_align.is_power_of_two();
-    let (offset, memory) = if known {
-        (status.stx_dio_offset_align, status.stx_dio_mem_align)
-    } else {
-        (SAFE.max(logical_block_size), SAFE)
-    };
-    Alignment {
-        offset: u64::from(offset),
-        memory: memory as usize,
-    }
-}
-
-fn clear_non_blocking(file: &File) -> io::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
-/// Opens the file that `file` is once more, to bypass the page cache.
-fn open_direct(file: &File, read_only: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(libc::O_DIRECT)
-        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Whether the host cannot do what was asked for. A block device whose sectors are larger than those

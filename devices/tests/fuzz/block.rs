@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use bantam_devices::disk::{CacheMode, DiskFile, SECTOR_SIZE};
+use bantam_devices::disk::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE};
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
@@ -32,7 +32,7 @@ const TABLE: u64 = HEADERS + 0x100;
 pub struct Options {
     #[generator(one_value_of([Engine::Auto, Engine::IoUring, Engine::Sync]))]
     engine: Engine,
-    #[generator(one_value_of([CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe]))]
+    #[generator(one_value_of([CacheMode::Writeback, CacheMode::Writethrough, CacheMode::None, CacheMode::Unsafe]))]
     cache: CacheMode,
     #[generator(1..=2u16)]
     queues: u16,
@@ -95,7 +95,21 @@ impl Target for BlockTarget {
 
     fn device(&mut self, options: &Options) -> Box<dyn VirtioDevice> {
         let path = format!("/proc/self/fd/{}", self.image.as_raw_fd());
-        let disk = DiskFile::open(Path::new(&path), options.read_only, options.cache).unwrap();
+        let disk_options = DiskOptions {
+            read_only: options.read_only,
+            cache: options.cache,
+            ..DiskOptions::default()
+        };
+        let open = |options| DiskFile::open(Path::new(&path), options);
+        let disk = match open(&disk_options) {
+            // What is in memory has O_DIRECT since Linux 6.6.
+            Err(DiskError::Direct { .. }) => open(&DiskOptions {
+                cache: CacheMode::Writeback,
+                ..disk_options
+            }),
+            disk => disk,
+        };
+        let disk = disk.unwrap();
         let options = BlockOptions {
             engine: options.engine,
             queues: options.queues,

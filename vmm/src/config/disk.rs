@@ -33,6 +33,16 @@ pub struct DiskConfig {
     /// How requests are done.
     #[serde(default)]
     pub engine: BlockEngineOption,
+    /// The image's format. If it is not given, the image is raw, and one whose name says another
+    /// format is refused.
+    pub format: Option<DiskFormatOption>,
+    /// Size of the blocks that the guest is told of; that of a block device, and 512 for a file, if it
+    /// is not given.
+    #[serde(rename = "block-size")]
+    pub block_size: Option<DiskBlockSize>,
+    /// Whether others must leave the image alone.
+    #[serde(default)]
+    pub lock: DiskLockOption,
     /// Number of queues; one for each vCPU, up to [`DiskConfig::DEFAULT_MAX_QUEUES`], if not given.
     pub queues: Option<DiskQueueCount>,
     /// Whether the disk is served by a thread of its own.
@@ -56,6 +66,10 @@ pub struct DiskConfig {
     /// Limits in place of those above, which are all that a user can say; for embedding programs.
     #[serde(skip)]
     pub limits: Option<Limits>,
+    /// Whether an image that is empty, or ends within a block though it is written, is taken rather
+    /// than refused; for embedding programs. The guest does not see what is beyond the last block.
+    #[serde(skip)]
+    pub any_size: bool,
 }
 
 impl DiskConfig {
@@ -70,6 +84,9 @@ impl DiskConfig {
             id: None,
             cache: CacheModeOption::default(),
             engine: BlockEngineOption::default(),
+            format: None,
+            block_size: None,
+            lock: DiskLockOption::default(),
             queues: None,
             iothread: false,
             poll: false,
@@ -78,6 +95,7 @@ impl DiskConfig {
             operations_per_second: None,
             burst_operations: None,
             limits: None,
+            any_size: false,
         }
     }
 
@@ -140,6 +158,15 @@ impl fmt::Display for DiskConfig {
         }
         if self.engine != BlockEngineOption::default() {
             write!(f, ",engine={}", self.engine)?;
+        }
+        if let Some(format) = self.format {
+            write!(f, ",format={format}")?;
+        }
+        if let Some(size) = self.block_size {
+            write!(f, ",block-size={}", size.get())?;
+        }
+        if self.lock != DiskLockOption::default() {
+            write!(f, ",lock={}", self.lock)?;
         }
         if let Some(queues) = self.queues {
             write!(f, ",queues={}", queues.get())?;
@@ -205,6 +232,88 @@ impl fmt::Display for BlockEngineOption {
             Self::IoUring => "io_uring",
             Self::Sync => "sync",
         })
+    }
+}
+
+/// Format of a disk image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum DiskFormatOption {
+    /// The bytes of the file are those of the disk.
+    Raw,
+}
+
+impl TryFrom<String> for DiskFormatOption {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        match text.as_str() {
+            "raw" => Ok(Self::Raw),
+            _ => Err(ConfigError::DiskFormat { text }),
+        }
+    }
+}
+
+impl fmt::Display for DiskFormatOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+        })
+    }
+}
+
+/// Whether the lock of a disk image is a condition for its use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskLockOption {
+    /// An image that another uses is refused, and so is one that cannot be locked.
+    #[default]
+    On,
+    /// An image is used with a warning where [`DiskLockOption::On`] refuses it.
+    Warn,
+    /// It is neither locked nor looked whether another uses it.
+    Off,
+    /// As [`DiskLockOption::On`], but an image on a file system without locks is used with a warning;
+    /// for embedding programs.
+    #[serde(skip)]
+    WherePossible,
+}
+
+impl fmt::Display for DiskLockOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::On | Self::WherePossible => "on",
+            Self::Warn => "warn",
+            Self::Off => "off",
+        })
+    }
+}
+
+/// Size of the blocks that a guest is told of: 512 or 4096 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskBlockSize(u32);
+
+impl DiskBlockSize {
+    /// The size in bytes.
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for DiskBlockSize {
+    type Error = ConfigError;
+
+    fn try_from(size: i64) -> Result<Self, ConfigError> {
+        match u32::try_from(size) {
+            Ok(size @ (512 | 4096)) => Ok(Self(size)),
+            _ => Err(ConfigError::DiskBlockSize { size }),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DiskBlockSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        whole_number::deserialize(deserializer, Self::try_from)
     }
 }
 
@@ -290,6 +399,9 @@ mod tests {
             id: Some(id),
             cache: CacheModeOption::None,
             engine: BlockEngineOption::IoUring,
+            format: Some(DiskFormatOption::Raw),
+            block_size: Some(DiskBlockSize(4096)),
+            lock: DiskLockOption::Warn,
             queues: Some(DiskQueueCount(3)),
             iothread: true,
             poll: true,
@@ -298,9 +410,10 @@ mod tests {
             operations_per_second: Some(Quantity::try_from(500).unwrap()),
             burst_operations: Some(Quantity::try_from(2048).unwrap()),
             limits: None,
+            any_size: false,
         };
         let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
-                    poll=on,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
+                    poll=on,format=raw,block-size=4096,lock=warn,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
         assert_eq!(disk(text), Ok(expected));
         assert!(!disk("a,iothread=off").unwrap().iothread);
     }
@@ -310,7 +423,7 @@ mod tests {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
             "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'cache', \
-             'engine', 'queues', 'iothread', 'poll', 'bytes-per-second', 'burst-bytes', \
+             'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'bytes-per-second', 'burst-bytes', \
              'operations-per-second', 'burst-operations'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
         assert!(
@@ -323,6 +436,12 @@ mod tests {
             ("a,queues=9", "from 1 to 8"),
             ("a,iothread=1", "'iothread' is on or off"),
             ("a,engine", "engine=VALUE"),
+            (
+                "a,format=qcow2",
+                "unknown disk format 'qcow2': the formats are: raw",
+            ),
+            ("a,block-size=1024", "512 or 4096"),
+            ("a,lock=yes", "expected one of `on`, `warn`, `off`"),
         ] {
             let error = disk(text).unwrap_err();
             assert!(error.contains(reason), "{error}");
@@ -356,6 +475,13 @@ mod tests {
             id in proptest::option::of("[ -~]{1,20}"),
             cache in prop_oneof![Just(CacheModeOption::Writeback), Just(CacheModeOption::Unsafe)],
             engine in prop_oneof![Just(BlockEngineOption::Auto), Just(BlockEngineOption::Sync)],
+            block_size in proptest::option::of(prop_oneof![Just(512), Just(4096)]),
+            is_raw: bool,
+            lock in prop_oneof![
+                Just(DiskLockOption::On),
+                Just(DiskLockOption::Warn),
+                Just(DiskLockOption::Off),
+            ],
             queues in proptest::option::of(1..=MAX_QUEUES),
             iothread: bool,
             poll: bool,
@@ -368,6 +494,9 @@ mod tests {
                 id,
                 cache,
                 engine,
+                format: is_raw.then_some(DiskFormatOption::Raw),
+                block_size: block_size.map(DiskBlockSize),
+                lock,
                 queues: queues.map(DiskQueueCount),
                 iothread,
                 poll,

@@ -98,6 +98,22 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Not a format that a disk image can have.
+    #[error(
+        "unknown disk format '{}': the formats are: raw; an image of another format is to be converted \
+         first",
+        text.escape_debug()
+    )]
+    DiskFormat {
+        /// What was given.
+        text: String,
+    },
+    /// Not a size of blocks that a disk can have.
+    #[error("invalid block size {size}: expected 512 or 4096 bytes")]
+    DiskBlockSize {
+        /// What was given.
+        size: i64,
+    },
     /// Not a number of queues that a disk can have.
     #[error("invalid number of queues {count}: expected a number from 1 to {MAX_QUEUES}")]
     DiskQueueCount {

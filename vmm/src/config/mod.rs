@@ -42,7 +42,10 @@ use serde::de::value::Error as ValueError;
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
-pub use disk::{BlockEngineOption, CacheModeOption, DiskConfig, DiskId, DiskQueueCount};
+pub use disk::{
+    BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskId,
+    DiskLockOption, DiskQueueCount,
+};
 pub use error::ConfigError;
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;

@@ -1,14 +1,16 @@
-//! What io_uring has of a request.
+//! What is left to do of a request that is not done at once.
 
 use std::io;
 use std::time::Instant;
 
 use super::metrics::Work;
-use super::request::{Failure, Request};
+use super::request::{Failure, Operation, Request};
 use super::ring::Direction;
+use super::worker::WriteSpan;
+use crate::disk::{Bounce, DiskFile};
 use crate::virtio::Chain;
 
-/// What the ring is to do for a request, as far as it is not done yet.
+/// What is to be done for a request, as far as it is not done yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum RingOperation {
     /// Transfers what is left of the chain's buffers.
@@ -17,22 +19,31 @@ pub(super) enum RingOperation {
         offset: u64,
     },
     Flush,
+    /// Not by the ring, but at once when its turn comes.
+    AtOnce(Operation),
 }
 
-/// A request that the ring has.
-#[derive(Clone, Copy)]
+/// A request that the ring has, or that waits for others that it has.
 pub(super) struct InFlight {
     pub(super) queue: usize,
     pub(super) request: Request,
     pub(super) operation: RingOperation,
     /// When it was begun, and others with it.
     pub(super) since: Instant,
+    /// The buffer by way of which it is done, if it cannot be done as it is.
+    pub(super) bounce: Option<Box<Bounce>>,
+    /// The blocks that it writes, if writes to the same have to wait for each other.
+    pub(super) span: Option<WriteSpan>,
+    /// Whether it waits for others.
+    pub(super) waits: bool,
 }
 
 impl InFlight {
-    /// Takes account of what the kernel has done: the request's end, unless there is more to do.
+    /// Takes account of what the kernel has done with `disk`: the request's end, unless there is more
+    /// to do.
     pub(super) fn advance(
         &mut self,
+        disk: &DiskFile,
         chain: &mut Chain,
         result: i32,
     ) -> Option<Result<(), Failure>> {
@@ -53,6 +64,13 @@ impl InFlight {
             Direction::Read => &mut chain.writable,
             Direction::Write { .. } => &mut chain.readable,
         };
+        if let Some(bounce) = &mut self.bounce {
+            match disk.end_step(bounce, buffers, count) {
+                Ok(done) => *offset += done as u64,
+                Err(error) => return Some(Err(error.into())),
+            }
+            return buffers.is_empty().then_some(Ok(()));
+        }
         if count == 0 && !buffers.is_empty() {
             let error = io::Error::from(io::ErrorKind::UnexpectedEof);
             return Some(Err(error.into()));
@@ -66,6 +84,7 @@ impl InFlight {
     pub(super) fn work(&self) -> Work {
         match self.operation {
             RingOperation::Flush => Work::Flush,
+            RingOperation::AtOnce(_) => Work::Other,
             RingOperation::Transfer { direction, .. } => match direction {
                 Direction::Read => Work::Read(self.request.data_to_driver()),
                 Direction::Write { .. } => Work::Write(self.request.readable),

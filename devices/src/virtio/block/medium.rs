@@ -261,12 +261,12 @@ mod tests {
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
-    use crate::disk::CacheMode;
+    use crate::disk::DiskOptions;
 
     fn loaded(folder: &Path, name: &str) -> Loaded {
         let path = folder.join(name);
         fs::write(&path, [0; 512]).unwrap();
-        let disk = DiskFile::open(&path, false, CacheMode::Writeback).unwrap();
+        let disk = DiskFile::open(&path, &DiskOptions::default()).unwrap();
         Loaded {
             disk: Arc::new(disk),
             ring: None,

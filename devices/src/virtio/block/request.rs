@@ -155,7 +155,11 @@ impl RequestHandler {
             readable: chain.readable.len() as u32,
             status_address,
         };
-        Ok((request, self.operation(&header, chain)))
+        let operation = self.operation(&header, chain);
+        if let Ok(Operation::Read { offset }) = operation {
+            self.disk.fill_beyond_end(&mut chain.writable, offset);
+        }
+        Ok((request, operation))
     }
 
     fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {

@@ -7,7 +7,7 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 
-use crate::disk::{Access, DiskFile};
+use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
 use crate::virtio::GuestBuffers;
 
@@ -24,6 +24,15 @@ pub(super) enum Direction {
     Read,
     /// From the guest to the disk; if it is to be durable, to stable storage.
     Write { durable: bool },
+}
+
+impl Direction {
+    fn flags(self) -> libc::c_int {
+        match self {
+            Direction::Write { durable: true } => libc::RWF_DSYNC,
+            _ => 0,
+        }
+    }
 }
 
 /// An operation that the kernel has finished.
@@ -72,7 +81,7 @@ impl Ring {
             opcode::Fsync::CODE,
         ];
         require_operations(&ring, &needed)?;
-        let files: Vec<RawFd> = [Access::Usual, Access::Buffered]
+        let files: Vec<RawFd> = [Access::Usual, Access::Tail]
             .into_iter()
             .filter_map(|access| disk.file(access))
             .map(AsRawFd::as_raw_fd)
@@ -96,17 +105,13 @@ impl Ring {
     pub(super) unsafe fn push_transfer(
         &mut self,
         direction: Direction,
-        access: Access,
         buffers: &GuestBuffers,
         offset: u64,
         token: u64,
     ) -> io::Result<()> {
-        let file = fixed(access);
+        let file = fixed(Access::Usual);
         let vectors = buffers.vectors();
-        let flags = match direction {
-            Direction::Write { durable: true } => libc::RWF_DSYNC,
-            _ => 0,
-        };
+        let flags = direction.flags();
         let entry = match (direction, vectors) {
             (Direction::Read, [vector]) => {
                 let base = vector.iov_base.cast();
@@ -135,6 +140,36 @@ impl Ring {
         };
         // SAFETY: the vectors and the guest memory that they cover are those of `buffers`, which the
         // caller keeps as they are.
+        unsafe { self.push(entry.user_data(token)) }
+    }
+
+    /// Adds `step`, whose bytes are at `pointer`, of a transfer.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    ///
+    /// # Safety
+    /// The bytes must stay mapped, and nobody else use them, until the operation with this token is
+    /// completed.
+    pub(super) unsafe fn push_step(
+        &mut self,
+        direction: Direction,
+        step: &Step,
+        pointer: *mut u8,
+        token: u64,
+    ) -> io::Result<()> {
+        let file = fixed(step.access);
+        let len = step.bytes.len() as u32;
+        let entry = match step.writes {
+            true => opcode::Write::new(file, pointer, len)
+                .offset(step.offset)
+                .rw_flags(direction.flags())
+                .build(),
+            false => opcode::Read::new(file, pointer, len)
+                .offset(step.offset)
+                .build(),
+        };
+        // SAFETY: the operation refers to the bytes at `pointer` alone, for which the caller vouches.
         unsafe { self.push(entry.user_data(token)) }
     }
 
@@ -221,6 +256,6 @@ impl Drop for Ring {
 fn fixed(access: Access) -> Fixed {
     match access {
         Access::Usual => Fixed(0),
-        Access::Buffered => Fixed(1),
+        Access::Tail => Fixed(1),
     }
 }

@@ -1,22 +1,25 @@
 //! The whole device against a driver of our own, with files of the host.
 
+mod direct;
 mod owner;
 
 use std::fs::{self, OpenOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::GuestMemory;
+use crate::disk::{DiskError, DiskOptions};
 use crate::rate_limiter::RateLimit;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
@@ -53,6 +56,15 @@ struct Machine {
     block: Block,
 }
 
+pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<DiskFile, DiskError> {
+    let options = DiskOptions {
+        read_only,
+        cache,
+        ..DiskOptions::default()
+    };
+    DiskFile::open(path, &options)
+}
+
 fn byte_of_disk(offset: usize) -> u8 {
     (offset / 512 * 7 + offset % 251) as u8
 }
@@ -77,7 +89,11 @@ impl Machine {
     }
 
     fn over(image: PathBuf, folder: TempDir, options: &BlockOptions, cache: CacheMode) -> Machine {
-        let disk = DiskFile::open(&image, false, cache).unwrap();
+        let disk = open(&image, false, cache).unwrap();
+        Machine::of(disk, image, folder, options)
+    }
+
+    fn of(disk: DiskFile, image: PathBuf, folder: TempDir, options: &BlockOptions) -> Machine {
         let mut block = Block::new(disk, "test disk", options).unwrap();
 
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
@@ -364,7 +380,7 @@ fn a_reset_waits_for_what_is_under_way() {
         }
         // The lock ends with the device.
         drop((machine.manager, machine.control, machine.block));
-        DiskFile::open(&machine.image, false, CacheMode::Writeback).unwrap();
+        open(&machine.image, false, CacheMode::Writeback).unwrap();
     });
 }
 
@@ -468,7 +484,7 @@ fn writes_last_where_the_driver_cannot_flush() {
     let durable = |cache, features| {
         let machine = Machine::new(Engine::Sync, cache);
         drop((machine.manager, machine.control, machine.block));
-        let disk = DiskFile::open(&machine.image, false, cache).unwrap();
+        let disk = open(&machine.image, false, cache).unwrap();
         let (memory, interrupt) = (machine.memory, machine.interrupt);
         RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, interrupt)
             .writes_are_durable()

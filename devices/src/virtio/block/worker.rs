@@ -1,6 +1,8 @@
 //! The worker of a block device: takes requests from the queues, chooses how each is done, and
 //! returns it when it is.
 
+mod waiting;
+
 use std::io;
 use std::mem;
 use std::sync::Arc;
@@ -18,6 +20,9 @@ use super::{BlockOptions, Engine};
 use crate::GuestMemory;
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
+use waiting::Waiting;
+
+pub(super) use waiting::WriteSpan;
 
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
 /// next ones while the rest is done, so that neither waits for the other.
@@ -43,7 +48,7 @@ struct Slot {
     /// Holds the buffers. While the ring has the request, the kernel has their vectors, so that the
     /// chain stays as it is until the completion.
     chain: Chain,
-    /// What the ring has of it, if it has it.
+    /// What is left to do of it, if it was not done at once.
     in_flight: Option<InFlight>,
 }
 
@@ -63,6 +68,7 @@ pub(super) struct Worker {
     /// Slots that are not in use.
     free_slots: Vec<usize>,
     completions: Vec<Completion>,
+    waiting: Waiting,
     /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
     /// Whether the requests that are begun now are so many that the ring is quicker.
@@ -105,6 +111,7 @@ impl Worker {
             slots: Vec::new(),
             free_slots: Vec::new(),
             completions: Vec::new(),
+            waiting: Waiting::default(),
             stalled: false,
             is_large_batch: false,
             has_written: false,
@@ -263,10 +270,15 @@ impl Worker {
                         request,
                         operation,
                         since: self.batch_since,
+                        bounce: None,
+                        span: None,
+                        waits: false,
                     });
-                    if let Err(error) = self.push(slot) {
+                    if let Err(error) = self.start(slot) {
                         // The kernel does not have it: nothing is to be waited for.
-                        self.slots[slot].in_flight = None;
+                        if let Some(mut in_flight) = self.slots[slot].in_flight.take() {
+                            self.release(&mut in_flight);
+                        }
                         return Err(error);
                     }
                     return Ok(true);
@@ -291,9 +303,13 @@ impl Worker {
     /// could be done without blocking may be done already.
     fn ring_operation(&mut self, slot: usize, operation: Operation) -> Option<RingOperation> {
         self.ring.as_ref()?;
+        if self.has_to_wait(operation) {
+            return Some(RingOperation::AtOnce(operation));
+        }
         let uses_page_cache = self.handler.disk().cache() != CacheMode::None;
         let may_be_quick = self.engine == Engine::Auto && uses_page_cache;
         match operation {
+            Operation::Read { .. } if self.slots[slot].chain.writable.is_empty() => None,
             Operation::Read { mut offset } => {
                 // The ring too does at once what the page cache can answer.
                 if may_be_quick && !self.is_large_batch {
@@ -348,22 +364,33 @@ impl Worker {
 
     /// Adds the operation of the request in `slot` to the ring.
     fn push(&mut self, slot: usize) -> Result<(), RequestError> {
-        let Slot { chain, in_flight } = &self.slots[slot];
+        let Slot { chain, in_flight } = &mut self.slots[slot];
         let (Some(ring), Some(in_flight)) = (&mut self.ring, in_flight) else {
             return Ok(());
         };
         let token = slot as u64;
         match in_flight.operation {
             RingOperation::Flush => ring.push_flush(token)?,
+            RingOperation::AtOnce(_) => {}
             RingOperation::Transfer { direction, offset } => {
                 let buffers = match direction {
                     Direction::Read => &chain.writable,
                     Direction::Write { .. } => &chain.readable,
                 };
-                let access = self.handler.disk().access_for(buffers, offset);
+                if let Some(bounce) = &mut in_flight.bounce {
+                    let writes = direction != Direction::Read;
+                    let disk = self.handler.disk();
+                    let step = disk.next_step(bounce, buffers, offset, writes);
+                    let pointer = bounce.pointer(&step);
+                    // SAFETY: the bytes are on the heap, where the buffer keeps them as long as it is
+                    // with the slot, and nothing uses them before the completion, which is waited for
+                    // as below.
+                    unsafe { ring.push_step(direction, &step, pointer, token)? }
+                    return Ok(());
+                }
                 // SAFETY: the slot is not taken for another request while it has one in flight, which
                 // ends with the completion of this token. Dropping the worker waits for all of them.
-                unsafe { ring.push_transfer(direction, access, buffers, offset, token)? }
+                unsafe { ring.push_transfer(direction, buffers, offset, token)? }
             }
         }
         Ok(())
@@ -396,7 +423,7 @@ impl Worker {
             result = result.and(completed);
         }
         self.completions = completions;
-        result
+        result.and(self.end_waiting())
     }
 
     fn complete_one(
@@ -411,29 +438,39 @@ impl Worker {
         let Some(in_flight) = &mut slot.in_flight else {
             return Ok(());
         };
-        match in_flight.advance(&mut slot.chain, completion.result) {
+        match in_flight.advance(self.handler.disk(), &mut slot.chain, completion.result) {
             None => {
-                let pushed = self.push(index);
-                if pushed.is_err() {
-                    self.slots[index].in_flight = None;
-                    self.free_slots.push(index);
+                let begun = self.go_on(index);
+                if begun.is_err() {
+                    self.give_up(index);
                 }
-                pushed
+                begun
             }
-            Some(result) => {
-                let work = in_flight.work();
-                let InFlight {
-                    queue,
-                    request,
-                    since,
-                    ..
-                } = *in_flight;
-                slot.in_flight = None;
-                self.free_slots.push(index);
-                let time = now.map(|now| now.duration_since(since));
-                self.finish(queue, &request, result, work, time)
-            }
+            Some(result) => self.end(index, result, now),
         }
+    }
+
+    /// Returns the request in `slot`, which is over.
+    fn end(
+        &mut self,
+        slot: usize,
+        result: Result<(), Failure>,
+        now: Option<Instant>,
+    ) -> Result<(), RequestError> {
+        let Some(in_flight) = self.give_up(slot) else {
+            return Ok(());
+        };
+        let work = in_flight.work();
+        let time = now.map(|now| now.duration_since(in_flight.since));
+        self.finish(in_flight.queue, &in_flight.request, result, work, time)
+    }
+
+    /// Makes `slot` free for another request.
+    fn give_up(&mut self, slot: usize) -> Option<InFlight> {
+        let mut in_flight = self.slots[slot].in_flight.take()?;
+        self.release(&mut in_flight);
+        self.free_slots.push(slot);
+        Some(in_flight)
     }
 
     /// Tells the driver that a request is over, after `time` or with the batch that is being begun.
@@ -456,6 +493,9 @@ impl Worker {
     /// Waits until the ring has no request left.
     pub(super) fn finish_all(&mut self) -> io::Result<()> {
         while self.in_flight_count() > 0 {
+            if self.abandon_line() {
+                break;
+            }
             let Some(ring) = &mut self.ring else { break };
             ring.wait()?;
             // A driver that is not listening any more misses nothing.
@@ -550,6 +590,7 @@ impl Worker {
             let _ = operations.remove(Events::with_data(ring, RING_EVENT, EventSet::IN));
         }
         self.handler.set_disk(disk.clone());
+        self.waiting = Waiting::default();
         self.loan.settle(Loaded { disk, ring: None }, old_ring);
         self.end_stall();
     }

@@ -8,7 +8,6 @@ use nix::unistd::ftruncate;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::disk::DiskError;
 use crate::rate_limiter::RateLimit;
 
 /// A second image, with other bytes and of another size.
@@ -37,7 +36,7 @@ impl Machine {
     }
 
     fn other_disk(&self, cache: CacheMode) -> DiskFile {
-        DiskFile::open(&self.other_image(), false, cache).unwrap()
+        open(&self.other_image(), false, cache).unwrap()
     }
 
     /// Resets the device and initializes it again.
@@ -73,8 +72,8 @@ impl Machine {
         assert_eq!(read(self, last), VIRTIO_BLK_S_OK);
         assert!(self.bytes(DATA, 512) == [OTHER_BYTE; 512]);
         assert_eq!(read(self, last + 1), VIRTIO_BLK_S_IOERR);
-        DiskFile::open(&self.image, false, CacheMode::Writeback).unwrap();
-        let error = DiskFile::open(&self.other_image(), true, CacheMode::Writeback);
+        open(&self.image, false, CacheMode::Writeback).unwrap();
+        let error = open(&self.other_image(), true, CacheMode::Writeback);
         assert!(matches!(error, Err(DiskError::InUse { .. })));
     }
 
@@ -174,7 +173,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
 #[test]
 fn a_disk_stays_as_writable_as_it_is() {
     let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
-    let other = DiskFile::open(&machine.other_image(), true, CacheMode::Writeback).unwrap();
+    let other = open(&machine.other_image(), true, CacheMode::Writeback).unwrap();
     let error = machine.replace(other).unwrap_err();
     assert!(matches!(
         error,

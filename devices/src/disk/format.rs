@@ -1,0 +1,119 @@
+//! What an image's name and first bytes say of its format.
+//!
+//! A guest that has an image as a raw disk can write any bytes to it, so what the bytes say decides
+//! nothing: it is worth a warning. The name is the user's.
+
+use std::path::Path;
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The bytes of the file are those of the disk.
+    Raw,
+}
+
+/// A format that other programs know.
+struct Foreign {
+    /// As `qemu-img` calls it.
+    name: &'static str,
+    /// How names of such files end, after the dot.
+    extensions: &'static [&'static str],
+    /// Where its mark is, and what it is.
+    marks: &'static [(usize, &'static [u8])],
+}
+
+const FOREIGN: [Foreign; 5] = [
+    Foreign {
+        name: "qcow2",
+        extensions: &["qcow2", "qcow"],
+        marks: &[(0, b"QFI\xfb")],
+    },
+    Foreign {
+        name: "vmdk",
+        extensions: &["vmdk"],
+        marks: &[(0, b"KDMV"), (0, b"COWD"), (0, b"# Disk DescriptorFile")],
+    },
+    Foreign {
+        name: "vpc",
+        extensions: &["vhd"],
+        marks: &[(0, b"conectix")],
+    },
+    Foreign {
+        name: "vhdx",
+        extensions: &["vhdx"],
+        marks: &[(0, b"vhdxfile")],
+    },
+    Foreign {
+        name: "vdi",
+        extensions: &["vdi"],
+        marks: &[(64, &[0x7f, 0x10, 0xda, 0xbe])],
+    },
+];
+
+/// How many of an image's first bytes [`of_bytes`] looks at.
+pub(super) const HEAD_SIZE: usize = 512;
+
+/// The format other than raw that the name of `path` says, as `qemu-img` calls it.
+pub(super) fn of_name(path: &Path) -> Option<&'static str> {
+    let extension = path.extension()?;
+    let is_one = |format: &&Foreign| {
+        let mut extensions = format.extensions.iter();
+        extensions.any(|known| extension.eq_ignore_ascii_case(known))
+    };
+    FOREIGN.iter().find(is_one).map(|format| format.name)
+}
+
+/// The format other than raw that an image with these first bytes could be of.
+pub(super) fn of_bytes(head: &[u8]) -> Option<&'static str> {
+    let has = |&(offset, mark): &(usize, &[u8])| {
+        head.get(offset..)
+            .is_some_and(|bytes| bytes.starts_with(mark))
+    };
+    let is_one = |format: &&Foreign| format.marks.iter().any(has);
+    FOREIGN.iter().find(is_one).map(|format| format.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_say_a_format_and_others_do_not() {
+        for (name, format) in [
+            ("a.qcow2", Some("qcow2")),
+            ("/x/a.QCOW2", Some("qcow2")),
+            ("a.qcow", Some("qcow2")),
+            ("a.vmdk", Some("vmdk")),
+            ("a.vhd", Some("vpc")),
+            ("a.vhdx", Some("vhdx")),
+            ("a.img.vdi", Some("vdi")),
+            ("a.img", None),
+            ("qcow2", None),
+            (".qcow2", None),
+            ("a.qcow2/disk", None),
+            ("a.qcow2.raw", None),
+        ] {
+            assert_eq!(of_name(Path::new(name)), format, "{name}");
+        }
+    }
+
+    #[test]
+    fn marks_are_found_where_they_are() {
+        let mut head = [0; HEAD_SIZE];
+        assert_eq!(of_bytes(&head), None);
+        head[64..68].copy_from_slice(&0xbeda_107f_u32.to_le_bytes());
+        assert_eq!(of_bytes(&head), Some("vdi"));
+        head[..4].copy_from_slice(b"QFI\xfb");
+        assert_eq!(of_bytes(&head), Some("qcow2"));
+        assert_eq!(of_bytes(b"QFI"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_taken(head in prop::collection::vec(any::<u8>(), 0..HEAD_SIZE)) {
+            let _ = of_bytes(&head);
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Requests to a disk that bypasses the page cache, some of which wait for others.
+//!
+//! A request that the storage does not take as it is needs a buffer, of which there are a few, and one
+//! that writes a block in part reads all of it first. So it waits until no other write to that block
+//! is under way, and others then wait for it. They do so in one line: the first that waits is the next
+//! to be begun, and a request that has to wait for one in the line joins it at its end.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::{InFlight, RequestError, RingOperation, Worker};
+use crate::disk::Bounce;
+use crate::virtio::block::request::Operation;
+use crate::virtio::block::ring::Direction;
+
+/// Most buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
+const MAX_BUFFERS: usize = 8;
+
+/// The blocks that a write changes.
+#[derive(Debug, Clone)]
+pub(in crate::virtio::block) struct WriteSpan {
+    blocks: Range<u64>,
+    /// Whether it covers only a part of some of them, so that no other write may be under way there.
+    is_partial: bool,
+}
+
+impl WriteSpan {
+    /// Whether the two writes must not be under way at the same time.
+    fn excludes(&self, other: &WriteSpan) -> bool {
+        (self.is_partial || other.is_partial)
+            && self.blocks.start < other.blocks.end
+            && other.blocks.start < self.blocks.end
+    }
+}
+
+/// What requests wait for.
+#[derive(Default)]
+pub(super) struct Waiting {
+    /// Slots of the requests that wait.
+    line: VecDeque<usize>,
+    free_buffers: Vec<Box<Bounce>>,
+    buffer_count: usize,
+    /// How many writes under way or waiting cover blocks in part.
+    partial_writes: usize,
+}
+
+impl Waiting {
+    fn has_buffer(&self) -> bool {
+        !self.free_buffers.is_empty() || self.buffer_count < MAX_BUFFERS
+    }
+}
+
+impl Worker {
+    /// Begins the request in `slot`, for which its [`InFlight`] is there, or has it wait.
+    pub(super) fn start(&mut self, slot: usize) -> Result<(), RequestError> {
+        if !self.handler.disk().is_direct() {
+            return self.push(slot);
+        }
+        let span = self.span(slot);
+        let is_partial = span.as_ref().is_some_and(|span| span.is_partial);
+        self.waiting.partial_writes += usize::from(is_partial);
+        if let Some(in_flight) = &mut self.slots[slot].in_flight {
+            in_flight.span = span;
+        }
+        let waits_for_buffer =
+            self.needs_buffer(slot) && !(self.waiting.line.is_empty() && self.waiting.has_buffer());
+        if waits_for_buffer || self.is_excluded(slot, true) {
+            self.wait_in_line(slot, false);
+            return Ok(());
+        }
+        self.go_on(slot)
+    }
+
+    /// Whether a request that is done at once, and changes the disk, has to wait for those under way.
+    pub(super) fn has_to_wait(&self, operation: Operation) -> bool {
+        let has_span = |it: &InFlight| it.span.is_some();
+        matches!(operation, Operation::Discard | Operation::WriteZeroes)
+            && self.handler.disk().is_direct()
+            && self
+                .slots
+                .iter()
+                .any(|slot| slot.in_flight.as_ref().is_some_and(has_span))
+    }
+
+    /// The blocks that the request in `slot` writes, if that matters.
+    fn span(&self, slot: usize) -> Option<WriteSpan> {
+        let slot = &self.slots[slot];
+        match slot.in_flight.as_ref()?.operation {
+            RingOperation::Transfer {
+                direction: Direction::Write { .. },
+                offset,
+            } => {
+                let end = offset + slot.chain.readable.len() as u64;
+                let (blocks, is_whole) = self.handler.disk().block_span(offset..end)?;
+                Some(WriteSpan {
+                    blocks,
+                    is_partial: !is_whole,
+                })
+            }
+            RingOperation::AtOnce(_) => Some(WriteSpan {
+                blocks: 0..u64::MAX,
+                is_partial: true,
+            }),
+            _ => None,
+        }
+    }
+
+    /// Whether the request in `slot` cannot be done as it is, and has no buffer yet.
+    fn needs_buffer(&self, slot: usize) -> bool {
+        let slot = &self.slots[slot];
+        let Some(in_flight) = &slot.in_flight else {
+            return false;
+        };
+        let RingOperation::Transfer { direction, offset } = in_flight.operation else {
+            return false;
+        };
+        let buffers = match direction {
+            Direction::Read => &slot.chain.writable,
+            Direction::Write { .. } => &slot.chain.readable,
+        };
+        in_flight.bounce.is_none() && !self.handler.disk().takes(buffers, offset)
+    }
+
+    /// Whether another write keeps that in `slot` from being begun: one under way, or one that waits
+    /// as well, if those matter.
+    fn is_excluded(&self, slot: usize, by_waiting: bool) -> bool {
+        if self.waiting.partial_writes == 0 {
+            return false;
+        }
+        let span = |slot: usize| self.slots[slot].in_flight.as_ref()?.span.as_ref();
+        let Some(wanted) = span(slot) else {
+            return false;
+        };
+        (0..self.slots.len()).any(|other| {
+            let waits = |it: &InFlight| it.waits;
+            let waits = self.slots[other].in_flight.as_ref().is_some_and(waits);
+            other != slot
+                && (by_waiting || !waits)
+                && span(other).is_some_and(|other| other.excludes(wanted))
+        })
+    }
+
+    fn wait_in_line(&mut self, slot: usize, at_front: bool) {
+        let Some(in_flight) = &mut self.slots[slot].in_flight else {
+            return;
+        };
+        in_flight.waits = true;
+        match at_front {
+            true => self.waiting.line.push_front(slot),
+            false => self.waiting.line.push_back(slot),
+        }
+    }
+
+    /// Gives the next operation of the request in `slot` to the ring.
+    pub(super) fn go_on(&mut self, slot: usize) -> Result<(), RequestError> {
+        if self.needs_buffer(slot) {
+            let buffer = match self.waiting.free_buffers.pop() {
+                Some(buffer) => Some(buffer),
+                None if self.waiting.has_buffer() => {
+                    let buffer = self.handler.disk().bounce();
+                    self.waiting.buffer_count += usize::from(buffer.is_some());
+                    buffer.map(Box::new)
+                }
+                None => None,
+            };
+            match (buffer, &mut self.slots[slot].in_flight) {
+                (Some(buffer), Some(in_flight)) => in_flight.bounce = Some(buffer),
+                // It was done in part, and what is left is not as the storage takes it.
+                _ => {
+                    self.wait_in_line(slot, true);
+                    return Ok(());
+                }
+            }
+        }
+        self.push(slot)
+    }
+
+    /// Takes back what a request had that is over.
+    pub(super) fn release(&mut self, in_flight: &mut InFlight) {
+        let span = in_flight.span.take();
+        let was_partial = span.is_some_and(|span| span.is_partial);
+        self.waiting.partial_writes -= usize::from(was_partial);
+        if let Some(mut buffer) = in_flight.bounce.take() {
+            buffer.reset();
+            self.waiting.free_buffers.push(buffer);
+        }
+    }
+
+    /// Begins the requests that need to wait no longer.
+    pub(super) fn end_waiting(&mut self) -> Result<(), RequestError> {
+        while let Some(&slot) = self.waiting.line.front() {
+            let lacks_buffer = self.needs_buffer(slot) && !self.waiting.has_buffer();
+            if lacks_buffer || self.is_excluded(slot, false) {
+                return Ok(());
+            }
+            self.waiting.line.pop_front();
+            let Some(in_flight) = &mut self.slots[slot].in_flight else {
+                continue;
+            };
+            in_flight.waits = false;
+            match in_flight.operation {
+                RingOperation::AtOnce(operation) => {
+                    let result = self.perform(slot, operation);
+                    self.end(slot, result, None)?;
+                }
+                _ => {
+                    let begun = self.go_on(slot);
+                    if begun.is_err() {
+                        self.give_up(slot);
+                    }
+                    begun?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up the requests that wait although none is under way, as the ring has failed. Gives
+    /// whether that was so.
+    pub(super) fn abandon_line(&mut self) -> bool {
+        let is_stuck =
+            !self.waiting.line.is_empty() && self.waiting.line.len() == self.in_flight_count();
+        if is_stuck {
+            for slot in std::mem::take(&mut self.waiting.line) {
+                self.give_up(slot);
+            }
+        }
+        is_stuck
+    }
+}
