@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe2, read, write};
 
 use crate::escape::{CTRL_A, EscapeFilter, HELP, Key};
-use crate::say;
+use crate::message::say;
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 

@@ -8,8 +8,9 @@ use bantam_vmm::{Console, Controller, ExitReason};
 
 use crate::attend::{EndedBy, attend};
 use crate::console::StdioConsole;
-use crate::say;
+use crate::message::say;
 use crate::signals::Signals;
+use crate::stopping;
 
 /// How long a user who wants to stop waits for a reader that does not take the last output.
 pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
@@ -23,7 +24,8 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<()> {
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
-        let limit = matches!(ended, Ok(EndedBy::User)).then_some(OUTPUT_LIMIT_AFTER_STOP);
+        let limit = matches!(ended, Ok(EndedBy::User))
+            .then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
         console.finish(&signals, limit);
     }
     ended.map(|_| ())

@@ -40,6 +40,7 @@ mod memory;
 mod metadata;
 mod metrics;
 mod serial;
+pub mod text;
 mod vcpu;
 mod vm;
 mod workarounds;
