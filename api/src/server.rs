@@ -7,8 +7,9 @@ use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bantam_vmm::BoundedLog;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
@@ -44,6 +45,8 @@ const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 const RETRY_TIME: Duration = Duration::from_millis(100);
 /// How long clients may take to receive the answers to what they have asked for by the end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
+/// How long it may take to write the last metrics.
+const LAST_METRICS_TIME: Duration = Duration::from_millis(250);
 /// What a client is told for whom there is no place.
 const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
     Connection: close\r\nContent-Type: application/json\r\nContent-Length: 48\r\n\r\n\
@@ -152,6 +155,8 @@ impl Server {
             identity: self.identity.clone(),
             instance: self.instance.clone(),
             body_size: self.limits.body_size,
+            refusals: Arc::new(BoundedLog::new("API")),
+            failures: Arc::new(BoundedLog::new("API")),
         }
     }
 
@@ -187,11 +192,11 @@ impl Server {
             // Whoever has asked for something still hears of it: a machine may end as soon as it is
             // started.
             let _ = time::timeout(LAST_ANSWERS_TIME, clients.leave()).await;
-            // One that is stuck is not waited for.
-            let _ = time::timeout(LAST_ANSWERS_TIME, flush_metrics(&self.instance)).await;
+            // A request or file that is stuck is not waited for.
+            let _ = time::timeout(LAST_METRICS_TIME, flush_metrics(&self.instance)).await;
             served
         });
-        runtime.shutdown_timeout(LAST_ANSWERS_TIME);
+        runtime.shutdown_background();
         result
     }
 }
@@ -203,9 +208,13 @@ struct Service {
     instance: Arc<Mutex<Instance>>,
     /// Most bytes of a request's body.
     body_size: usize,
+    /// Warns of requests that are refused.
+    refusals: Arc<BoundedLog>,
+    /// Warns of what fails on the host.
+    failures: Arc<BoundedLog>,
 }
 
-async fn write_metrics(instance: &Mutex<Instance>) {
+async fn write_metrics(instance: &Arc<Mutex<Instance>>) {
     let mut period = time::interval(METRICS_PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first is at once.
@@ -216,8 +225,10 @@ async fn write_metrics(instance: &Mutex<Instance>) {
     }
 }
 
-async fn flush_metrics(instance: &Mutex<Instance>) {
-    if let Err(error) = instance.lock().await.flush_metrics() {
+async fn flush_metrics(instance: &Arc<Mutex<Instance>>) {
+    let mut instance = instance.clone().lock_owned().await;
+    // Apart, as a file may take its time.
+    if let Ok(Err(error)) = task::spawn_blocking(move || instance.flush_metrics()).await {
         tracing::warn!("cannot write metrics: {error}");
     }
 }
@@ -228,16 +239,29 @@ async fn serve(
     service: &Service,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
+    // Since when clients cannot be accepted.
+    let mut failing: Option<Instant> = None;
     loop {
         let client = match listener.accept().await {
             Ok((client, _)) => client,
+            // The client has gone.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
                 // Such as too many open files. It passes, and trying again at once helps nobody.
-                tracing::warn!("cannot accept a client of the API: {error}");
+                if failing.is_none() {
+                    service.failures.warn(format_args!("cannot accept clients: {error}"));
+                }
+                failing.get_or_insert_with(Instant::now);
                 time::sleep(RETRY_TIME).await;
                 continue;
             }
         };
+        if let Some(since) = failing.take() {
+            let seconds = since.elapsed().as_secs_f32();
+            service.failures.warn(format_args!(
+                "clients are accepted again, after {seconds:.1} s"
+            ));
+        }
         let Some(place) = clients.place().await else {
             // What does not fit into the socket's buffer is not waited for.
             let _ = client.try_write(TOO_MANY_CLIENTS);
@@ -329,7 +353,7 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
     };
     match result {
         Ok(reply) => {
-            tracing::info!("API: {} {path}", head.method);
+            tracing::debug!("API: {} {path}", head.method);
             match reply {
                 Reply::Done => answer_with(StatusCode::NO_CONTENT, None),
                 Reply::Value(value) => answer_with(StatusCode::OK, Some(&value)),
@@ -337,7 +361,9 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
         }
         Err(fault) => {
             let message = fault.message();
-            tracing::warn!("API: {} {path} is refused: {message}", head.method);
+            service
+                .refusals
+                .warn(format_args!("{} {path} is refused: {message}", head.method));
             let status = match fault.is_too_large() {
                 true => StatusCode::PAYLOAD_TOO_LARGE,
                 false => StatusCode::BAD_REQUEST,

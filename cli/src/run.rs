@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, Controller, ExitReason};
+use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
 
 use crate::attend::{EndedBy, attend};
 use crate::console::StdioConsole;
@@ -36,6 +36,7 @@ fn run_until_end(
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
 ) -> anyhow::Result<EndedBy> {
+    let log = MachineLog::default();
     loop {
         let machine_console = match &console {
             Some(console) => console
@@ -46,7 +47,7 @@ fn run_until_end(
                 output: None,
             },
         };
-        let controller = Controller::new()?;
+        let controller = Controller::with_log(log.clone())?;
         controller.configure(config.clone(), machine_console)?;
         if let Some(console) = &mut console {
             console.input.enter_terminal()?;
