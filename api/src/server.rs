@@ -249,7 +249,9 @@ async fn serve(
             Err(error) => {
                 // Such as too many open files. It passes, and trying again at once helps nobody.
                 if failing.is_none() {
-                    service.failures.warn(format_args!("cannot accept clients: {error}"));
+                    service
+                        .failures
+                        .warn(format_args!("cannot accept clients: {error}"));
                 }
                 failing.get_or_insert_with(Instant::now);
                 time::sleep(RETRY_TIME).await;
@@ -361,9 +363,12 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
         }
         Err(fault) => {
             let message = fault.message();
-            service
-                .refusals
-                .warn(format_args!("{} {path} is refused: {message}", head.method));
+            if let Some(suppressed) = service.refusals.admit() {
+                tracing::warn!(
+                    "API: {} {path} is refused: {message}{suppressed}",
+                    head.method
+                );
+            }
             let status = match fault.is_too_large() {
                 true => StatusCode::PAYLOAD_TOO_LARGE,
                 false => StatusCode::BAD_REQUEST,

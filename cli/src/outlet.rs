@@ -182,9 +182,7 @@ fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> usize 
                 ];
                 let polled = poll(&mut fds, PollTimeout::NONE);
                 let [_, stop] = fds;
-                if stop.any().unwrap_or(false)
-                    || polled.is_err_and(|error| error != Errno::EINTR)
-                {
+                if stop.any().unwrap_or(false) || polled.is_err_and(|error| error != Errno::EINTR) {
                     break;
                 }
             }

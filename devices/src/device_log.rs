@@ -56,17 +56,36 @@ impl BoundedLog {
 
     /// Logs a warning, if the bound lets it through.
     pub fn warn(&self, message: fmt::Arguments<'_>) {
-        let name = &self.name;
+        if let Some(suppressed) = self.admit() {
+            tracing::warn!("{}: {message}{suppressed}", self.name);
+        }
+    }
+
+    /// Whether the bound lets a message through, and if so, what is to be put behind it. For those who log
+    /// it themselves.
+    pub fn admit(&self) -> Option<Suppressed> {
         let verdict = lock(&self.state).admit(Instant::now());
         match verdict {
-            Verdict::Log(0) => tracing::warn!("{name}: {message}"),
-            Verdict::Log(suppressed) => {
-                tracing::warn!("{name}: {message} ({suppressed} messages before were suppressed)");
-            }
+            Verdict::Log(suppressed) => Some(Suppressed(suppressed)),
             Verdict::SuppressFirst => {
+                let name = &self.name;
                 tracing::warn!("{name}: too many messages; more are suppressed for now");
+                None
             }
-            Verdict::Suppress => {}
+            Verdict::Suppress => None,
+        }
+    }
+}
+
+/// How many messages were suppressed before one that is logged. Displays as nothing if none were.
+#[derive(Clone, Copy, Debug)]
+pub struct Suppressed(u64);
+
+impl fmt::Display for Suppressed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " ({count} messages before were suppressed)"),
         }
     }
 }

@@ -259,7 +259,8 @@ impl MmioTransport {
         }
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             if value & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
-                self.interrupt.warn(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
+                self.interrupt
+                    .warn(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
                 self.status = value & !VIRTIO_CONFIG_S_DRIVER_OK;
                 return;
             }
@@ -299,7 +300,9 @@ impl MmioTransport {
             0 => set_low(&mut self.driver_features, value),
             1 => set_high(&mut self.driver_features, value),
             _ if value == 0 => {}
-            select => self.interrupt.warn(format_args!("driver features {select} do not exist")),
+            select => self
+                .interrupt
+                .warn(format_args!("driver features {select} do not exist")),
         }
     }
 
@@ -315,7 +318,8 @@ impl MmioTransport {
             Some(queue) => change(queue),
             None => {
                 let index = self.queue_select;
-                self.interrupt.warn(format_args!("there is no queue {index}"));
+                self.interrupt
+                    .warn(format_args!("there is no queue {index}"));
             }
         }
     }
@@ -326,7 +330,9 @@ impl MmioTransport {
         match self.doorbells.get(queue as usize) {
             // It fails only when the counter is full, and then it is readable as wanted.
             Some(doorbell) => drop(doorbell.write(1)),
-            None => self.interrupt.warn(format_args!("the doorbell of queue {queue} does not exist")),
+            None => self
+                .interrupt
+                .warn(format_args!("the doorbell of queue {queue} does not exist")),
         }
     }
 
