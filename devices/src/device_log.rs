@@ -132,7 +132,7 @@ impl DeviceLog {
         &self.0.guest.name
     }
 
-    /// Warns of something that the guest can do whenever it likes.
+    /// Warns of something that the guest can bring about whenever it likes.
     pub fn warn_of_guest(&self, message: fmt::Arguments<'_>) {
         self.0.guest.warn(message);
     }

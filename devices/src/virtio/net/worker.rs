@@ -394,7 +394,7 @@ impl Worker {
         }
         let filter = self.filter.for_tap(mac(&self.config));
         if let Err(error) = self.tap.set_filter(&filter) {
-            self.interrupt.warn_of_host(format_args!(
+            self.interrupt.warn(format_args!(
                 "cannot set which frames tap '{}' passes to the guest, which thus has too many: \
                  {error}",
                 self.tap.name()
@@ -421,7 +421,7 @@ impl Worker {
         if !self.tap_is_gone
             && let Err(error) = self.tap.use_queues(count)
         {
-            self.interrupt.warn_of_host(format_args!(
+            self.interrupt.warn(format_args!(
                 "cannot use {count} queues of tap '{}': {error}",
                 self.tap.name()
             ));
