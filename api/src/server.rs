@@ -43,6 +43,9 @@ const PASSED_OVER_SIZE: usize = 4 << 20;
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
 const RETRY_TIME: Duration = Duration::from_millis(100);
+/// How long none must have failed to be accepted until that is said to be over: where descriptors are scarce,
+/// one becomes free now and then.
+const CALM_TIME: Duration = Duration::from_secs(1);
 /// How long clients may take to receive the answers to what they have asked for by the end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
 /// How long it may take to write the last metrics.
@@ -239,31 +242,36 @@ async fn serve(
     service: &Service,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
-    // Since when clients cannot be accepted.
-    let mut failing: Option<Instant> = None;
+    // When the last client could not be accepted, until that is over.
+    let mut last_failure: Option<Instant> = None;
     loop {
-        let client = match listener.accept().await {
-            Ok((client, _)) => client,
+        let accepted = match last_failure {
+            Some(_) => time::timeout(CALM_TIME, listener.accept()).await.ok(),
+            None => Some(listener.accept().await),
+        };
+        let is_calm = last_failure.is_some_and(|last| last.elapsed() >= CALM_TIME);
+        if is_calm && !matches!(accepted, Some(Err(_))) {
+            last_failure = None;
+            service
+                .failures
+                .warn(format_args!("clients are accepted again"));
+        }
+        let client = match accepted {
+            Some(Ok((client, _))) => client,
+            None => continue,
             // The client has gone.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => {
+            Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Some(Err(error)) => {
                 // Such as too many open files. It passes, and trying again at once helps nobody.
-                if failing.is_none() {
+                if last_failure.replace(Instant::now()).is_none() {
                     service
                         .failures
                         .warn(format_args!("cannot accept clients: {error}"));
                 }
-                failing.get_or_insert_with(Instant::now);
                 time::sleep(RETRY_TIME).await;
                 continue;
             }
         };
-        if let Some(since) = failing.take() {
-            let seconds = since.elapsed().as_secs_f32();
-            service.failures.warn(format_args!(
-                "clients are accepted again, after {seconds:.1} s"
-            ));
-        }
         let Some(place) = clients.place().await else {
             // What does not fit into the socket's buffer is not waited for.
             let _ = client.try_write(TOO_MANY_CLIENTS);
