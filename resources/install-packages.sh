@@ -5,13 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 mapfile -t needed < <(guest/build.sh packages)
-<<<<<<< HEAD
-# Beside the guest's: a linker for Rust, the peer of the benchmarks, and network tools of the tests.
-needed+=(gcc libc6-dev make qemu-system-x86 iproute2 iptables nftables procps)
-=======
-# Beside the guest's: a linker for Rust, the peer of the benchmarks, the judges of disk images, and network tools of the tests.
-needed+=(gcc libc6-dev make qemu-system-x86 qemu-utils iproute2)
->>>>>>> work-disks
+# Beside the guest's: a linker for Rust, the peer of the benchmarks, the judges of disk images, and
+# network tools of the tests.
+needed+=(gcc libc6-dev make qemu-system-x86 qemu-utils iproute2 iptables nftables procps)
 
 missing=()
 for package in "${needed[@]}"; do

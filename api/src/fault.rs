@@ -2,6 +2,7 @@
 
 use bantam_vmm::MetadataError;
 use bantam_vmm::config::ConfigError;
+use bantam_vmm::text::without_error_numbers;
 
 /// Why a request is refused: one line, which a client finds as `fault_message`.
 #[derive(Debug, thiserror::Error)]
@@ -144,15 +145,4 @@ impl Fault {
             reason: error.to_string(),
         }
     }
-}
-
-/// The text without the numbers that the standard library puts behind the words of an error of the
-/// operating system.
-pub fn without_error_numbers(mut text: String) -> String {
-    while let Some(start) = text.find(" (os error ")
-        && let Some(len) = text[start..].find(')')
-    {
-        text.replace_range(start..=start + len, "");
-    }
-    text
 }

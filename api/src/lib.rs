@@ -17,7 +17,7 @@ pub mod resources;
 mod server;
 
 pub use configuration::Configuration;
-pub use fault::{Fault, without_error_numbers};
+pub use fault::Fault;
 pub use instance::{Identity, Instance, InstanceOptions, ProgramLog, Reply};
 pub use metrics::{MetricsFile, ProcessTimes};
 pub use request::{Request, parse_json, parse_value};

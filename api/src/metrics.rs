@@ -1,9 +1,11 @@
 //! The metrics file: what the machine and the API have counted, a line of JSON each minute.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
@@ -51,21 +53,23 @@ const NOT_TOTALS: [&str; 4] = [
     "process_startup_time_cpu_us",
 ];
 
-/// A file or named pipe that metrics are written to.
+/// How long whoever wants a line written waits for the file to take it.
+const WRITE_TIME: Duration = Duration::from_secs(1);
+
+/// A file or named pipe that metrics are written to, by a thread of its own: a file system may hang.
 #[derive(Debug)]
 pub struct MetricsFile {
-    file: File,
-    /// What is left of a line of which a pipe has taken the rest.
-    unwritten: Vec<u8>,
-    /// The totals when they were last written.
-    written: Value,
+    totals: Sender<Value>,
+    results: Receiver<io::Result<()>>,
+    /// Whether the thread is still at a line for which nobody waits any more.
+    is_busy: bool,
 }
 
 impl MetricsFile {
     /// Opens `path`, to which lines are added. A named pipe needs no reader yet.
     ///
     /// # Errors
-    /// When it cannot be opened.
+    /// When it cannot be opened, or the host gives no thread.
     pub fn open(path: &Path) -> io::Result<MetricsFile> {
         let file = OpenOptions::new()
             // Also for reading: a pipe without a reader is otherwise refused.
@@ -74,19 +78,69 @@ impl MetricsFile {
             .create(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(path)?;
-        Ok(MetricsFile {
+        MetricsFile::start(file)
+    }
+
+    fn start(file: impl Write + Send + 'static) -> io::Result<MetricsFile> {
+        let (totals, received) = mpsc::channel();
+        let (sender, results) = mpsc::channel();
+        let mut lines = Lines {
             file,
             unwritten: Vec::new(),
             written: Value::Null,
+        };
+        thread::Builder::new()
+            .name("bantam-metrics".into())
+            .spawn(move || {
+                for totals in received {
+                    if sender.send(lines.write(totals)).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        Ok(MetricsFile {
+            totals,
+            results,
+            is_busy: false,
         })
     }
 
     /// Writes a line: by how much each of `totals` has grown since the last line.
     ///
     /// # Errors
-    /// When it cannot be written, such as to a pipe that nobody reads. What is not written yet is written
-    /// by the next call.
+    /// When it cannot be written, such as to a pipe that nobody reads, or not in time. What is not written
+    /// yet is written by the next call.
     pub fn write(&mut self, totals: Value) -> io::Result<()> {
+        if self.is_busy {
+            match self.results.try_recv() {
+                Ok(_) => self.is_busy = false,
+                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+            }
+        }
+        let ended = |_| io::Error::other("the thread that writes has ended");
+        self.totals.send(totals).map_err(|_| ended(()))?;
+        match self.results.recv_timeout(WRITE_TIME) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout) => {
+                self.is_busy = true;
+                Err(io::ErrorKind::TimedOut.into())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(ended(())),
+        }
+    }
+}
+
+/// The lines of metrics, and what they are written to.
+struct Lines<W> {
+    file: W,
+    /// What is left of a line of which a pipe has taken the rest.
+    unwritten: Vec<u8>,
+    /// The totals when they were last written.
+    written: Value,
+}
+
+impl<W: Write> Lines<W> {
+    fn write(&mut self, totals: Value) -> io::Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let milliseconds = now.map_or(0, |time| time.as_millis() as u64);
         let mut line = Map::new();
@@ -181,5 +235,40 @@ mod tests {
         assert_eq!(lines[0]["vcpus"][1]["exit_io_in"], 3);
         assert_eq!(lines[1]["vcpus"][0]["exit_io_in"], 0);
         assert_eq!(lines[1]["vcpus"][1]["exit_io_in"], 2);
+    }
+    /// A file that takes a line only when it may.
+    struct Hung(Receiver<()>, Sender<String>);
+
+    impl Write for Hung {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.recv().map_err(io::Error::other)?;
+            let line = String::from_utf8(bytes.to_vec()).unwrap();
+            self.1.send(line).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_file_that_hangs_holds_up_nobody_for_long() {
+        let (release, hung) = mpsc::channel();
+        let (written, lines) = mpsc::channel();
+        let mut file = MetricsFile::start(Hung(hung, written)).unwrap();
+        for count in 1..=3 {
+            let error = file.write(json!({"count": count})).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        }
+        release.send(()).unwrap();
+        let first: Value = serde_json::from_str(&lines.recv().unwrap()).unwrap();
+        assert_eq!(first["count"], 1);
+
+        // The others have reached nobody, so that the next line says what they would have.
+        release.send(()).unwrap();
+        while file.write(json!({"count": 7})).is_err() {}
+        let next: Value = serde_json::from_str(&lines.recv().unwrap()).unwrap();
+        assert_eq!(next["count"], 6);
     }
 }

@@ -7,8 +7,9 @@ use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bantam_vmm::BoundedLog;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
@@ -40,8 +41,13 @@ const PASSED_OVER_SIZE: usize = 4 << 20;
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
 const RETRY_TIME: Duration = Duration::from_millis(100);
+/// How long none must have failed to be accepted until that is said to be over: where descriptors are scarce,
+/// one becomes free now and then.
+const CALM_TIME: Duration = Duration::from_secs(1);
 /// How long clients may take to receive the answers to what they have asked for by the end.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
+/// How long it may take to write the last metrics.
+const LAST_METRICS_TIME: Duration = Duration::from_millis(250);
 /// What a client is told for whom there is no place.
 const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
     Connection: close\r\nContent-Type: application/json\r\nContent-Length: 48\r\n\r\n\
@@ -150,6 +156,8 @@ impl Server {
             identity: self.identity.clone(),
             instance: self.instance.clone(),
             body_size: self.limits.body_size,
+            refusals: Arc::new(BoundedLog::new("API")),
+            failures: Arc::new(BoundedLog::new("API")),
         }
     }
 
@@ -185,11 +193,11 @@ impl Server {
             // Whoever has asked for something still hears of it: a machine may end as soon as it is
             // started.
             let _ = time::timeout(LAST_ANSWERS_TIME, clients.leave()).await;
-            // One that is stuck is not waited for.
-            let _ = time::timeout(LAST_ANSWERS_TIME, flush_metrics(&self.instance)).await;
+            // A request or file that is stuck is not waited for.
+            let _ = time::timeout(LAST_METRICS_TIME, flush_metrics(&self.instance)).await;
             served
         });
-        runtime.shutdown_timeout(LAST_ANSWERS_TIME);
+        runtime.shutdown_background();
         result
     }
 }
@@ -201,9 +209,13 @@ struct Service {
     instance: Arc<Mutex<Instance>>,
     /// Most bytes of a request's body.
     body_size: usize,
+    /// Warns of requests that are refused.
+    refusals: Arc<BoundedLog>,
+    /// Warns of what fails on the host.
+    failures: Arc<BoundedLog>,
 }
 
-async fn write_metrics(instance: &Mutex<Instance>) {
+async fn write_metrics(instance: &Arc<Mutex<Instance>>) {
     let mut period = time::interval(METRICS_PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first is at once.
@@ -214,8 +226,10 @@ async fn write_metrics(instance: &Mutex<Instance>) {
     }
 }
 
-async fn flush_metrics(instance: &Mutex<Instance>) {
-    if let Err(error) = instance.lock().await.flush_metrics() {
+async fn flush_metrics(instance: &Arc<Mutex<Instance>>) {
+    let mut instance = instance.clone().lock_owned().await;
+    // Apart, as a file may take its time.
+    if let Ok(Err(error)) = task::spawn_blocking(move || instance.flush_metrics()).await {
         tracing::warn!("cannot write metrics: {error}");
     }
 }
@@ -226,12 +240,32 @@ async fn serve(
     service: &Service,
 ) -> Result<(), ServerError> {
     let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
+    // When the last client could not be accepted, until that is over.
+    let mut last_failure: Option<Instant> = None;
     loop {
-        let client = match listener.accept().await {
-            Ok((client, _)) => client,
-            Err(error) => {
+        let accepted = match last_failure {
+            Some(_) => time::timeout(CALM_TIME, listener.accept()).await.ok(),
+            None => Some(listener.accept().await),
+        };
+        let is_calm = last_failure.is_some_and(|last| last.elapsed() >= CALM_TIME);
+        if is_calm && !matches!(accepted, Some(Err(_))) {
+            last_failure = None;
+            service
+                .failures
+                .warn(format_args!("clients are accepted again"));
+        }
+        let client = match accepted {
+            Some(Ok((client, _))) => client,
+            None => continue,
+            // The client has gone.
+            Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Some(Err(error)) => {
                 // Such as too many open files. It passes, and trying again at once helps nobody.
-                tracing::warn!("cannot accept a client of the API: {error}");
+                if last_failure.replace(Instant::now()).is_none() {
+                    service
+                        .failures
+                        .warn(format_args!("cannot accept clients: {error}"));
+                }
                 time::sleep(RETRY_TIME).await;
                 continue;
             }
@@ -327,7 +361,7 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
     };
     match result {
         Ok(reply) => {
-            tracing::info!("API: {} {path}", head.method);
+            tracing::debug!("API: {} {path}", head.method);
             match reply {
                 Reply::Done => answer_with(StatusCode::NO_CONTENT, None),
                 Reply::Value(value) => answer_with(StatusCode::OK, Some(&value)),
@@ -335,7 +369,12 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
         }
         Err(fault) => {
             let message = fault.message();
-            tracing::warn!("API: {} {path} is refused: {message}", head.method);
+            if let Some(suppressed) = service.refusals.admit() {
+                tracing::warn!(
+                    "API: {} {path} is refused: {message}{suppressed}",
+                    head.method
+                );
+            }
             let status = match fault.is_too_large() {
                 true => StatusCode::PAYLOAD_TOO_LARGE,
                 false => StatusCode::BAD_REQUEST,

@@ -3,7 +3,9 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bantam_api::resources::{Logger, Metrics};
@@ -21,6 +23,10 @@ use crate::console::StdioConsole;
 use crate::log;
 use crate::run::OUTPUT_LIMIT_AFTER_STOP;
 use crate::signals::Signals;
+use crate::stopping;
+
+/// How long the thread of the API may take to end: longer than it gives its clients.
+const API_END_TIME: Duration = Duration::from_secs(2);
 
 /// Serves the API until the machine has ended or the user wants the program to end.
 pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
@@ -37,9 +43,11 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
     }
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = StdioConsole::new()?;
-    let served = serve_instance(args, program_log, &signals, &mut console);
-    let limit = matches!(served, Ok(EndedBy::User)).then_some(OUTPUT_LIMIT_AFTER_STOP);
+    let served = serve_instance(args, program_log.clone(), &signals, &mut console);
+    let limit =
+        matches!(served, Ok(EndedBy::User)).then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
     console.finish(&signals, limit);
+    program_log.flush();
     served.map(|_| ())
 }
 
@@ -104,15 +112,17 @@ fn serve_instance(
     };
     let server = Server::new(instance, socket, limits)?;
     let ending = server.ending();
-    let serving = thread::Builder::new()
+    let (serving, served) = mpsc::channel();
+    thread::Builder::new()
         .name("bantam-api".into())
         .spawn({
             let controller = controller.clone();
             move || {
-                let served = server.run();
+                let result = server.run();
                 // Nobody could speak to the machine any more.
                 controller.stop();
-                served
+                // It fails if the end of the process has not waited for this.
+                let _ = serving.send(result);
             }
         })
         .context("cannot start the thread of the API")?;
@@ -121,12 +131,16 @@ fn serve_instance(
         controller.stop();
     }
     ending.notify_one();
-    let served = serving.join();
+    let served = served.recv_timeout(API_END_TIME);
     let reason = controller.wait()?;
     tracing::info!("the machine has ended: {reason:?}");
     match served {
         Ok(served) => served?,
-        Err(_) => bail!("the API has failed: this is a bug, please report it with the log"),
+        // The machine has ended all the same, and the process ends now.
+        Err(RecvTimeoutError::Timeout) => tracing::warn!("the API has not ended in time"),
+        Err(RecvTimeoutError::Disconnected) => {
+            bail!("the API has failed: this is a bug, please report it with the log")
+        }
     }
     ended
 }

@@ -1,5 +1,6 @@
 //! What the main thread does while a machine runs: passes on keys and signals.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::Context;
@@ -9,6 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::console::{Input, StdioConsole};
 use crate::signals::{Request, Signals, sleep_until_continued};
+use crate::stopping;
 
 /// Who ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,12 +32,13 @@ pub fn await_start(
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
-            Err(error) => return Err(error).context("cannot wait for events"),
+            Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for events"),
         }
         let [signal, exit, started] = fds.map(|fd| fd.any().unwrap_or(false));
         if signal {
             match signals.next().context("cannot read signals")? {
                 Some(Request::Stop(signal)) => {
+                    stopping::ask();
                     tracing::info!("stopping: {signal}");
                     return Ok(Some(EndedBy::User));
                 }
@@ -64,6 +67,7 @@ pub fn attend(
         if ready.signal {
             match signals.next().context("cannot read signals")? {
                 Some(Request::Stop(signal)) => {
+                    stopping::ask();
                     tracing::info!("stopping the machine: {signal}");
                     return Ok(EndedBy::User);
                 }
@@ -88,6 +92,7 @@ pub fn attend(
                 console.input.write();
             }
             if ready.source && console.input.read() {
+                stopping::ask();
                 return Ok(EndedBy::User);
             }
         }
@@ -133,7 +138,7 @@ fn wait_for_events(
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) => {}
         Err(Errno::EINTR) => return Ok(Ready::default()),
-        Err(error) => return Err(error).context("cannot wait for events"),
+        Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for events"),
     }
     for (fd, flag) in fds.iter().zip(flags) {
         // An error or hang-up shows when the descriptor is used.

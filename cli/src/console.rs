@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe2, read, write};
 
 use crate::escape::{CTRL_A, EscapeFilter, HELP, Key};
-use crate::say;
+use crate::message::say;
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 
@@ -40,7 +40,7 @@ pub struct StdioConsole {
 impl StdioConsole {
     /// Starts to copy output. Input is copied when the main loop says so.
     pub fn new() -> anyhow::Result<Self> {
-        let pipes = || -> nix::Result<_> {
+        let pipes = || -> io::Result<_> {
             let (machine_input, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
             let (output, machine_output) = pipe2(OFlag::O_CLOEXEC)?;
             fcntl(&machine_output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -101,7 +101,8 @@ impl Output {
             PollFd::new(self.copied.as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
         ];
-        if let Err(error) = poll(&mut fds, timeout) {
+        if let Err(errno) = poll(&mut fds, timeout) {
+            let error = io::Error::from(errno);
             tracing::warn!("serial console: cannot wait for the rest of the output: {error}");
         }
     }
@@ -117,7 +118,10 @@ fn copy_output(from: &OwnedFd, to: &impl AsFd) {
             Ok(0) => return,
             Ok(count) => chunk.get(..count).unwrap_or_default(),
             Err(Errno::EINTR) => continue,
-            Err(error) => return tracing::error!("serial console: cannot read output: {error}"),
+            Err(errno) => {
+                let error = io::Error::from(errno);
+                return tracing::error!("serial console: cannot read output: {error}");
+            }
         };
         if taken && let Err(error) = write_all(to.as_fd(), bytes) {
             taken = false;
@@ -128,7 +132,7 @@ fn copy_output(from: &OwnedFd, to: &impl AsFd) {
     }
 }
 
-fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> nix::Result<()> {
+fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match write(to, bytes) {
             Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
@@ -140,7 +144,7 @@ fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> nix::Result<()> {
                     PollTimeout::NONE,
                 )?;
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
@@ -226,7 +230,8 @@ impl Input {
             }
             Ok(count) => chunk.get(..count).unwrap_or_default(),
             Err(Errno::EINTR | Errno::EAGAIN) => return false,
-            Err(error) => {
+            Err(errno) => {
+                let error = io::Error::from(errno);
                 tracing::warn!("serial console: cannot read standard input: {error}");
                 self.open = false;
                 return false;
@@ -273,7 +278,8 @@ impl Input {
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
-                Err(error) => {
+                Err(errno) => {
+                    let error = io::Error::from(errno);
                     tracing::warn!("serial console: cannot pass input on: {error}");
                     self.pending.clear();
                     self.open = false;

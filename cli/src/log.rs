@@ -1,15 +1,18 @@
 //! The log of the program.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
+use std::time::Duration;
 
+use anstream::{AutoStream, ColorChoice};
 use bantam_api::Fault;
 use bantam_api::ProgramLog;
 use bantam_api::resources::{LogLevel, Logger};
+use bantam_vmm::text::without_error_numbers;
 use nix::libc;
 use tracing::level_filters::LevelFilter;
 use tracing::subscriber::Interest;
@@ -22,11 +25,19 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Logs lines up to `level` on standard error.
+use crate::message::Stderr;
+use crate::outlet::Outlet;
+use crate::stopping;
+
+/// How long the end of the process may wait for a reader of the log.
+const FLUSH_TIME: Duration = Duration::from_secs(1);
+
+/// Logs lines up to `level` on standard error, in color if it is a terminal whose user wants that: the
+/// same variables of the environment decide that also decide it for the help.
 pub fn to_stderr(level: LevelFilter) {
     tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_writer(|| LineWriter(None))
+        .with_ansi(AutoStream::choice(&io::stderr()) != ColorChoice::Never)
         .with_max_level(level)
         .with_target(false)
         .with_timer(tracing_subscriber::fmt::time::uptime())
@@ -68,25 +79,34 @@ struct Settings {
     shows_origin: bool,
     module: Option<String>,
     /// Where lines go, if not to standard error.
-    file: Option<Arc<File>>,
+    file: Option<Arc<Outlet>>,
 }
 
 impl AdjustableLog {
     fn settings(&self) -> RwLockReadGuard<'_, Settings> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits until what was logged to a file is written, for a short time at most.
+    pub fn flush(&self) {
+        let file = self.settings().file.clone();
+        if let Some(file) = file {
+            file.flush(stopping::time_left(FLUSH_TIME));
+        }
+    }
 }
 
 impl ProgramLog for AdjustableLog {
     fn set(&mut self, logger: &Logger) -> Result<(), Fault> {
         let open = |path| {
-            OpenOptions::new()
+            let file = OpenOptions::new()
                 // Also for reading: a named pipe without a reader is otherwise refused.
                 .read(true)
                 .append(true)
                 .create(true)
                 .custom_flags(libc::O_NONBLOCK)
-                .open(path)
+                .open(path)?;
+            Outlet::start("bantam-log", file)
         };
         let file = match &logger.log_path {
             Some(path) => Some(open(path).map_err(|error| Fault::File {
@@ -178,15 +198,18 @@ impl<'a> MakeWriter<'a> for AdjustableLog {
     }
 }
 
-/// Writes a line to a file, or to standard error.
-pub struct LineWriter(Option<Arc<File>>);
+/// Passes a line on to a file, or to standard error. Errors of the operating system are told in words, as
+/// everywhere else.
+pub struct LineWriter(Option<Arc<Outlet>>);
 
 impl Write for LineWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let line = without_error_numbers(String::from_utf8_lossy(bytes).into_owned());
         match &self.0 {
-            Some(file) => (&**file).write(bytes),
-            None => io::stderr().write(bytes),
+            Some(file) => file.push(line.as_bytes()),
+            None => Stderr.write_all(line.as_bytes())?,
         }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

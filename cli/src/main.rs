@@ -8,21 +8,25 @@ mod console;
 mod documents;
 mod escape;
 mod log;
+mod message;
+mod outlet;
 mod run;
 mod signals;
+mod stopping;
 mod terminal;
 
 use std::ffi::OsString;
-use std::fmt;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use bantam_vmm::text::without_error_numbers;
 use clap::Parser;
 use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use args::{Args, Command, FirecrackerArgs};
+use message::say;
 
 fn main() -> ExitCode {
     let name = std::env::args_os().next().unwrap_or_default();
@@ -38,24 +42,28 @@ fn main() -> ExitCode {
             Err(error) => return report_usage::<Args>(&error),
         }
     };
-    match result {
+    let status = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say(format_args!("error: {}", reason(&error)));
             ExitCode::FAILURE
         }
-    }
+    };
+    message::flush();
+    status
 }
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => {
             raise_descriptor_limit();
+            message::start()?;
             log::to_stderr(args.log);
             args.into_config().and_then(|config| run::run(&config))
         }
         Command::Api(args) => {
             raise_descriptor_limit();
+            message::start()?;
             api::serve(&args)
         }
         Command::Check => check::check(&mut io::stdout().lock()),
@@ -81,11 +89,6 @@ fn print_firecracker_version() -> anyhow::Result<()> {
         "Firecracker v{version}\n\nServed by Bantam {bantam}"
     )?;
     Ok(())
-}
-
-/// Writes a line to standard error. Where that is closed, there is nobody to tell.
-fn say(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Prints help and version as clap lays them out, and an error as one line.
@@ -169,7 +172,7 @@ fn reason(error: &anyhow::Error) -> String {
             line = format!("{line}: {text}");
         }
     }
-    bantam_api::without_error_numbers(line.replace('\n', " "))
+    without_error_numbers(line.replace('\n', " "))
 }
 
 #[cfg(test)]

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, Controller, ExitReason};
+use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
 
 use crate::attend::{EndedBy, attend};
 use crate::console::StdioConsole;
-use crate::say;
+use crate::message::say;
 use crate::signals::Signals;
+use crate::stopping;
 
 /// How long a user who wants to stop waits for a reader that does not take the last output.
 pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
@@ -23,7 +24,8 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<()> {
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
-        let limit = matches!(ended, Ok(EndedBy::User)).then_some(OUTPUT_LIMIT_AFTER_STOP);
+        let limit = matches!(ended, Ok(EndedBy::User))
+            .then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
         console.finish(&signals, limit);
     }
     ended.map(|_| ())
@@ -34,6 +36,7 @@ fn run_until_end(
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
 ) -> anyhow::Result<EndedBy> {
+    let log = MachineLog::default();
     loop {
         let machine_console = match &console {
             Some(console) => console
@@ -44,7 +47,7 @@ fn run_until_end(
                 output: None,
             },
         };
-        let controller = Controller::new()?;
+        let controller = Controller::with_log(log.clone())?;
         controller.configure(config.clone(), machine_console)?;
         if let Some(console) = &mut console {
             console.input.enter_terminal()?;

@@ -1,9 +1,10 @@
 //! Signals to the process, read in turn by its main thread.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::libc;
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getpid;
 
@@ -36,7 +37,7 @@ pub struct Signals {
 impl Signals {
     /// Diverts signals into the queue. Only threads started later follow the calling thread, so
     /// it must be the only one.
-    pub fn block() -> nix::Result<Self> {
+    pub fn block() -> io::Result<Self> {
         let mut mask = SigSet::empty();
         for signal in STOP_SIGNALS.into_iter().chain([Signal::SIGTSTP]) {
             if !is_ignored(signal)? {
@@ -53,7 +54,7 @@ impl Signals {
     }
 
     /// What the next signal in the queue asks for.
-    pub fn next(&self) -> nix::Result<Option<Request>> {
+    pub fn next(&self) -> io::Result<Option<Request>> {
         let Some(info) = self.queue.read_signal()? else {
             return Ok(None);
         };
@@ -74,11 +75,25 @@ impl AsFd for Signals {
 }
 
 /// Puts the process to sleep until it is told to continue.
-pub fn sleep_until_continued() -> nix::Result<()> {
-    kill(getpid(), Signal::SIGSTOP)
+pub fn sleep_until_continued() -> io::Result<()> {
+    Ok(kill(getpid(), Signal::SIGSTOP)?)
 }
 
-fn is_ignored(signal: Signal) -> nix::Result<bool> {
+/// Does `start` with the signals blocked that [`Signals`] can read, so that they stay so on a thread that
+/// it starts.
+pub fn while_blocked<T>(start: impl FnOnce() -> T) -> io::Result<T> {
+    let mut blocked = SigSet::empty();
+    let others = [Signal::SIGTSTP, Signal::SIGCONT, Signal::SIGXFSZ];
+    for signal in STOP_SIGNALS.into_iter().chain(others) {
+        blocked.add(signal);
+    }
+    let before = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let started = start();
+    before.thread_set_mask()?;
+    Ok(started)
+}
+
+fn is_ignored(signal: Signal) -> io::Result<bool> {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: a null action only asks; the kernel fills in `action` if the call succeeds.
     let action = unsafe {

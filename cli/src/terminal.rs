@@ -32,7 +32,7 @@ pub struct RawTerminal(());
 
 impl RawTerminal {
     /// Makes standard input raw, if it is a terminal.
-    pub fn enter() -> nix::Result<Option<Self>> {
+    pub fn enter() -> io::Result<Option<Self>> {
         if !io::stdin().is_terminal() {
             return Ok(None);
         }
@@ -53,7 +53,7 @@ impl RawTerminal {
 
     /// Makes the terminal raw again after the process was stopped, unless the process is now in
     /// the background: then the terminal is another's.
-    pub fn resume(&self) -> nix::Result<()> {
+    pub fn resume(&self) -> io::Result<()> {
         if !self.in_foreground() {
             RAW.store(false, Ordering::SeqCst);
             return Ok(());
@@ -63,7 +63,8 @@ impl RawTerminal {
         };
         // Before the change, so that no signal can arrive between the change and the mark.
         RAW.store(true, Ordering::SeqCst);
-        tcsetattr(io::stdin(), SetArg::TCSANOW, &raw_settings(original.into()))
+        let settings = raw_settings(original.into());
+        Ok(tcsetattr(io::stdin(), SetArg::TCSANOW, &settings)?)
     }
 
     /// Whether the process may read the terminal. Job control stops one that does so in the

@@ -7,6 +7,7 @@
 pub mod acpi_power;
 pub mod boot_timer;
 pub mod bus;
+pub mod device_log;
 pub mod disk;
 pub mod event_loop;
 mod guest_memory;

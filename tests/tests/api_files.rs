@@ -1,6 +1,9 @@
 //! The files of a monitor that serves the API: configuration, socket, metrics and log.
 
 use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bantam_tests::{ApiMachine, Bantam, bare_metal_boot_source, require_kvm};
 use serde_json::{Value, json};
@@ -205,29 +208,24 @@ fn the_log_is_as_clients_set_it() {
     let machine = ApiMachine::with(|bantam, _| bantam.option("--id", "web-1"));
     let api = &machine.api;
     let file = machine.path("log");
-    api.put("/logger", &json!({"log_path": file}));
+    api.put("/logger", &json!({"log_path": file, "level": "Debug"}));
     api.get("/version");
-    let text = fs::read_to_string(&file).unwrap();
-    let line = text
-        .lines()
-        .find(|line| line.contains("GET /version"))
-        .unwrap();
+    let line = wait_for_line(&file, "GET /version");
     assert!(line.contains(" [web-1:bantam-api] "), "{line}");
 
+    // Requests that are done are no news otherwise.
     api.put(
         "/logger",
-        &json!({"show_level": true, "show_log_origin": true}),
+        &json!({"level": "Info", "show_level": true, "show_log_origin": true}),
     );
+    api.get("/");
     api.refused("GET", "/nothing", "");
-    let text = fs::read_to_string(&file).unwrap();
-    let line = text
-        .lines()
-        .find(|line| line.contains("GET /nothing"))
-        .unwrap();
+    let line = wait_for_line(&file, "GET /nothing");
     assert!(
         line.contains(":WARN:") && line.contains("server.rs:"),
         "{line}"
     );
+    assert!(!fs::read_to_string(&file).unwrap().contains("GET / "));
 
     api.put("/logger", &json!({"level": "Error"}));
     let size = fs::metadata(&file).unwrap().len();
@@ -240,4 +238,18 @@ fn the_log_is_as_clients_set_it() {
     assert_eq!(fs::metadata(&file).unwrap().len(), size);
     assert_eq!(api.get("/vm/config")["logger"]["module"], "bantam_vmm");
     machine.stop();
+}
+
+/// Waits until a line of `file` contains `text`, and gives the line.
+#[track_caller]
+fn wait_for_line(file: &Path, text: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let lines = fs::read_to_string(file).unwrap();
+        if let Some(line) = lines.lines().find(|line| line.contains(text)) {
+            return line.to_string();
+        }
+        assert!(Instant::now() < deadline, "no '{text}' in\n{lines}");
+        thread::sleep(Duration::from_millis(1));
+    }
 }

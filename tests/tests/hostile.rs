@@ -4,8 +4,8 @@ use std::fs;
 
 use bantam_tests::{Bantam, pattern, require_kvm, require_taps, tap_name};
 
-/// A device logs 21 lines at most, and a machine here has up to four: disk, network or balloon,
-/// entropy, serial port. Little else is logged.
+/// A device logs 24 lines in its first minute, on what the guest does and what fails on the host, and a
+/// machine here has up to four: disk, network or balloon, entropy, serial port. Little else is logged.
 const MAX_LOG_LINES: usize = 4 * 25;
 
 /// Attacks all devices of a machine, with random numbers from `seed`.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
+use bantam_devices::device_log::MachineLog;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::net::NetLimits;
@@ -40,12 +41,22 @@ impl Controller {
     /// # Errors
     /// When the host gives no file descriptor.
     pub fn new() -> Result<Controller, Error> {
+        Controller::with_log(MachineLog::default())
+    }
+
+    /// As [`Controller::new`], for a machine in the place of another that had the same `log`: the bounds of
+    /// what a guest can have logged go on where they were.
+    ///
+    /// # Errors
+    /// When the host gives no file descriptor.
+    pub fn with_log(log: MachineLog) -> Result<Controller, Error> {
         let control = Control::new().map_err(Error::resource("the machine's exit event"))?;
         Ok(Controller(Arc::new(Owner {
             control: Arc::new(control),
             life: Mutex::new(Life::NotConfigured),
             changed: Condvar::new(),
             metrics: OnceLock::new(),
+            log,
         })))
     }
 
@@ -124,7 +135,7 @@ impl Controller {
         let built = console
             .try_clone()
             .map_err(Error::resource("the serial console"))
-            .and_then(|console| Machine::new(config, console, &self.0.control));
+            .and_then(|console| Machine::new(config, console, &self.0.control, &self.0.log));
         let (next, result) = match built {
             Ok(mut built) => match built.start() {
                 Ok(()) => {
@@ -386,6 +397,7 @@ struct Owner {
     changed: Condvar,
     /// Kept beyond the machine's end.
     metrics: OnceLock<Arc<MachineMetrics>>,
+    log: MachineLog,
 }
 
 /// Where the machine is in its life, with what it has there.

@@ -8,6 +8,7 @@ use bantam_arch::layout;
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
+use bantam_devices::device_log::{DeviceLog, MachineLog};
 use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::pci_bus::PciBus;
@@ -106,10 +107,11 @@ pub(crate) fn attach_serial(
     config: &SerialConfig,
     limit: Option<RateLimit>,
     console: Console,
+    log: DeviceLog,
 ) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
     let open = serial::open(config, console)?;
     let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
-    let port = Serial::new(Box::new(interrupt), limit);
+    let port = Serial::new(Box::new(interrupt), limit, log);
     let port = port.map_err(Error::resource("the serial port"))?;
     let metrics = port.metrics();
     let port = Arc::new(Mutex::new(port));
@@ -148,6 +150,7 @@ pub(crate) struct VirtioDevices<'a> {
     memory: &'a Arc<GuestMemory>,
     event_loop: &'a EventLoop,
     mmio: &'a mut Bus,
+    log: &'a MachineLog,
     windows: Vec<VirtioMmioWindow>,
 }
 
@@ -158,12 +161,14 @@ impl<'a> VirtioDevices<'a> {
         memory: &'a Arc<GuestMemory>,
         event_loop: &'a EventLoop,
         mmio: &'a mut Bus,
+        log: &'a MachineLog,
     ) -> VirtioDevices<'a> {
         VirtioDevices {
             vm,
             memory,
             event_loop,
             mmio,
+            log,
             windows: Vec::new(),
         }
     }
@@ -346,7 +351,8 @@ impl<'a> VirtioDevices<'a> {
     /// The interrupt of the device that is attached next, called `name` in the log.
     fn next_interrupt(&self, name: String) -> Result<Arc<VirtioInterrupt>, Error> {
         let line = self.vm.interrupt_event(self.next_window().gsi)?;
-        Ok(Arc::new(VirtioInterrupt::new(name, Box::new(line))))
+        let log = self.log.device(&name);
+        Ok(Arc::new(VirtioInterrupt::new(log, Box::new(line))))
     }
 
     fn next_window(&self) -> VirtioMmioWindow {

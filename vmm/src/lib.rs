@@ -42,10 +42,12 @@ mod memory;
 mod metadata;
 mod metrics;
 mod serial;
+pub mod text;
 mod vcpu;
 mod vm;
 mod workarounds;
 
+pub use bantam_devices::device_log::{BoundedLog, MachineLog};
 pub use bantam_devices::i8042::KeyboardError;
 pub use bantam_devices::metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};

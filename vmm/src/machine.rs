@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
+use bantam_devices::device_log::MachineLog;
 use bantam_devices::disk::DiskFile;
 
 use crate::config::MachineConfig;
@@ -42,11 +43,12 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Builds the machine that `config` describes and that `control` will end. `console` is the
-    /// program's end of its serial port, where that is configured as `stdio`.
+    /// program's end of its serial port, where that is configured as `stdio`; its devices log to `log`.
     pub(crate) fn new(
         config: &MachineConfig,
         console: Console,
         control: &Arc<Control>,
+        log: &MachineLog,
     ) -> Result<Machine, Error> {
         config.validate()?;
         config.cpu.check_host()?;
@@ -66,7 +68,7 @@ impl Machine {
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
         }
-        let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio);
+        let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio, log);
         let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
         let metadata = config.metadata.as_ref().map(MachineMetadata::new);
         let metadata = metadata.transpose()?;
@@ -93,6 +95,7 @@ impl Machine {
             &config.serial,
             config.serial_limit,
             console,
+            log.device("serial port"),
         )?;
         let topology = Topology {
             vcpu_count: config.cpus.get(),

@@ -1,6 +1,7 @@
 //! A vCPU: its setup and the loop that runs the guest on a thread of its own.
 
 use std::fmt::Write;
+use std::io;
 use std::sync::Arc;
 
 use bantam_arch::cpuid::{self, Topology};
@@ -14,7 +15,6 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
-use nix::errno::Errno;
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -308,8 +308,7 @@ impl Vcpu {
                     self.attend_to_kick(control);
                 }
                 Err(error) => {
-                    let reason = Errno::from_raw(error.errno()).desc().to_string();
-                    return Err(self.error(reason));
+                    return Err(self.error(io::Error::from(error).to_string()));
                 }
             }
         }

@@ -20,6 +20,7 @@ pub use worker::{SerialEndpoint, SerialWorker};
 
 use crate::InterruptLine;
 use crate::bus::BusDevice;
+use crate::device_log::{DeviceLog, Repeat};
 use crate::metrics::Counter;
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
@@ -42,7 +43,9 @@ pub struct Serial {
     uart: vm_superio::Serial<Line, Attention, Output>,
     attention: Arc<EventFd>,
     metrics: Arc<SerialMetrics>,
-    warned: bool,
+    log: DeviceLog,
+    /// When the log last heard of lost output.
+    loss_warning: Repeat,
 }
 
 /// What a serial port counts.
@@ -66,6 +69,7 @@ struct Output {
     /// Keeps the limit of the bytes, if there is one.
     limiter: Option<RateLimiter>,
     metrics: Arc<SerialMetrics>,
+    log: DeviceLog,
 }
 
 impl Output {
@@ -84,7 +88,9 @@ impl Output {
             let RateLimit {
                 size, refill_time, ..
             } = limiter.limit();
-            tracing::warn!("serial port: output beyond {size} bytes in {refill_time:?} is dropped");
+            self.log.warn_of_guest(format_args!(
+                "output beyond {size} bytes in {refill_time:?} is dropped"
+            ));
         }
         dropped.add(count);
         false
@@ -140,12 +146,16 @@ fn signal(event: &EventFd) {
 }
 
 impl Serial {
-    /// A port that raises `interrupt`, and that drops what the guest sends beyond `limit` bytes. Until a
-    /// [`SerialWorker`] serves it, it has no input and drops its output.
+    /// A port that raises `interrupt`, logs to `log`, and drops what the guest sends beyond `limit` bytes.
+    /// Until a [`SerialWorker`] serves it, it has no input and drops its output.
     ///
     /// # Errors
     /// When the host gives no file descriptor.
-    pub fn new(interrupt: Box<dyn InterruptLine>, limit: Option<RateLimit>) -> io::Result<Serial> {
+    pub fn new(
+        interrupt: Box<dyn InterruptLine>,
+        limit: Option<RateLimit>,
+        log: DeviceLog,
+    ) -> io::Result<Serial> {
         let metrics = Arc::new(SerialMetrics::default());
         let attention = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let output = Output {
@@ -155,6 +165,7 @@ impl Serial {
             was_full: false,
             limiter: limit.map(|limit| RateLimiter::new(limit, Instant::now())),
             metrics: metrics.clone(),
+            log: log.clone(),
         };
         Ok(Serial {
             uart: vm_superio::Serial::with_events(
@@ -164,7 +175,8 @@ impl Serial {
             ),
             attention,
             metrics,
-            warned: false,
+            log,
+            loss_warning: Repeat::default(),
         })
     }
 
@@ -202,7 +214,8 @@ impl Serial {
             Err(vm_superio::serial::Error::FullFifo) => 0,
             Err(error) => {
                 // The bytes are in the FIFO; only their interrupt is missing.
-                self.warn_once(&format_args!("cannot raise its interrupt: {error:?}"));
+                self.log
+                    .warn_of_host(format_args!("cannot raise its interrupt: {error}"));
                 room
             }
         }
@@ -210,14 +223,16 @@ impl Serial {
 
     fn write_register(&mut self, offset: u8, value: u8) {
         if let Err(error) = self.uart.write(offset, value) {
-            self.warn_once(&format_args!("output was lost: {error:?}"));
-        }
-    }
-
-    /// A guest can do a wrong thing without end; the log hears of the first.
-    fn warn_once(&mut self, message: &dyn std::fmt::Display) {
-        if !std::mem::replace(&mut self.warned, true) {
-            tracing::warn!("serial port: {message}");
+            match error {
+                vm_superio::serial::Error::Trigger(error) => self
+                    .log
+                    .warn_of_host(format_args!("cannot raise its interrupt: {error}")),
+                // A guest that does not look whether the port is busy loses many bytes.
+                error if self.loss_warning.is_due() => self.log.warn_of_guest(format_args!(
+                    "output was lost, as the guest did not wait for the port: {error}"
+                )),
+                _ => {}
+            }
         }
     }
 }
@@ -270,9 +285,13 @@ mod tests {
     fn serial() -> (Serial, Arc<AtomicUsize>) {
         let interrupts = Arc::new(AtomicUsize::new(0));
         (
-            Serial::new(Box::new(Line(interrupts.clone())), None).unwrap(),
+            Serial::new(Box::new(Line(interrupts.clone())), None, log()).unwrap(),
             interrupts,
         )
+    }
+
+    fn log() -> DeviceLog {
+        DeviceLog::new("serial port")
     }
 
     fn line_status(serial: &mut Serial) -> u8 {
@@ -323,7 +342,7 @@ mod tests {
             one_time_burst: 50,
         };
         let line = Line(Arc::new(AtomicUsize::new(0)));
-        let mut serial = Serial::new(Box::new(line), Some(limit)).unwrap();
+        let mut serial = Serial::new(Box::new(line), Some(limit), log()).unwrap();
         serial.set_connected(true);
         for _ in 0..400 {
             assert_ne!(line_status(&mut serial) & TRANSMITTER_EMPTY, 0);

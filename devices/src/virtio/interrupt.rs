@@ -4,33 +4,30 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::InterruptLine;
+use crate::device_log::DeviceLog;
 
 /// `InterruptStatus` bit 0: the device used a buffer (section 4.2.2).
 const USED_BUFFER: u32 = 1 << 0;
 /// `InterruptStatus` bit 1: the configuration changed.
 const CONFIGURATION_CHANGE: u32 = 1 << 1;
-/// Lines that a device may log: a guest can cause them without end.
-const MAX_LOG_LINES: u32 = 20;
 
 /// Shared by the transport, where the driver reads and acknowledges, and the worker, which
 /// notifies. All of it is atomic: neither side waits for the other.
 pub struct VirtioInterrupt {
-    name: String,
+    log: DeviceLog,
     line: Box<dyn InterruptLine>,
     status: AtomicU32,
     needs_reset: AtomicBool,
-    log_lines: AtomicU32,
 }
 
 impl VirtioInterrupt {
-    /// The interrupt of the device called `name` in the log, raised by `line`.
-    pub fn new(name: String, line: Box<dyn InterruptLine>) -> VirtioInterrupt {
+    /// The interrupt of the device that logs to `log`, raised by `line`.
+    pub fn new(log: impl Into<DeviceLog>, line: Box<dyn InterruptLine>) -> VirtioInterrupt {
         VirtioInterrupt {
-            name,
+            log: log.into(),
             line,
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
-            log_lines: AtomicU32::new(0),
         }
     }
 
@@ -44,27 +41,40 @@ impl VirtioInterrupt {
         self.raise(CONFIGURATION_CHANGE);
     }
 
-    /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, which is
-    /// logged.
+    /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, something that its
+    /// driver did, which is logged.
     pub fn need_reset(&self, reason: &dyn fmt::Display) {
-        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+        if self.begin_to_need_reset() {
             self.warn(format_args!("its driver must reset it: {reason}"));
-            self.raise(CONFIGURATION_CHANGE);
         }
     }
 
-    /// Logs a warning about the device, until it has logged as much as one may.
-    pub fn warn(&self, message: fmt::Arguments<'_>) {
-        let name = &self.name;
-        let count = |lines| (lines <= MAX_LOG_LINES).then_some(lines + 1);
-        match self
-            .log_lines
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count)
-        {
-            Ok(..MAX_LOG_LINES) => tracing::warn!("{name}: {message}"),
-            Ok(_) => tracing::warn!("{name}: what else there is to say of it is not logged"),
-            Err(_) => {}
+    /// As [`VirtioInterrupt::need_reset`], if it is the host that fails.
+    pub fn need_reset_by_host(&self, reason: &dyn fmt::Display) {
+        if self.begin_to_need_reset() {
+            self.warn_of_host(format_args!(
+                "the host fails it, and its driver must reset it: {reason}"
+            ));
         }
+    }
+
+    /// `true` if it does not need a reset already.
+    fn begin_to_need_reset(&self) -> bool {
+        let begins = !self.needs_reset.swap(true, Ordering::AcqRel);
+        if begins {
+            self.raise(CONFIGURATION_CHANGE);
+        }
+        begins
+    }
+
+    /// Logs a warning about what the guest does, within the bounds of [`DeviceLog`].
+    pub fn warn(&self, message: fmt::Arguments<'_>) {
+        self.log.warn_of_guest(message);
+    }
+
+    /// Logs a warning about what fails on the host, within the bounds of [`DeviceLog`].
+    pub fn warn_of_host(&self, message: fmt::Arguments<'_>) {
+        self.log.warn_of_host(message);
     }
 
     /// Whether the device waits for a reset.
@@ -74,7 +84,7 @@ impl VirtioInterrupt {
 
     /// The device's name in the log.
     pub fn name(&self) -> &str {
-        &self.name
+        self.log.name()
     }
 
     pub(super) fn status(&self) -> u32 {
@@ -93,7 +103,7 @@ impl VirtioInterrupt {
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
         if let Err(error) = self.line.trigger() {
-            self.warn(format_args!("cannot raise an interrupt: {error}"));
+            self.warn_of_host(format_args!("cannot raise an interrupt: {error}"));
         }
     }
 }

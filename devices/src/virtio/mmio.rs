@@ -109,7 +109,14 @@ pub struct MmioTransport {
     driver_features: u64,
     queue_select: u32,
     queues: Vec<QueueRegisters>,
-    warned: bool,
+}
+
+/// Why a device cannot be activated.
+enum ActivateError {
+    /// Its driver has set it up wrongly.
+    Driver(String),
+    /// The host lacks what it takes.
+    Host(String),
 }
 
 impl MmioTransport {
@@ -140,7 +147,6 @@ impl MmioTransport {
             driver_features: 0,
             queue_select: 0,
             queues: vec![QueueRegisters::default(); queue_count],
-            warned: false,
         })
     }
 
@@ -174,7 +180,7 @@ impl MmioTransport {
             // (section 4.2.2).
             register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
             _ => {
-                self.warn_once(format_args!(
+                self.interrupt.warn(format_args!(
                     "read of register {offset:#x}, which has no value"
                 ));
                 0
@@ -213,7 +219,7 @@ impl MmioTransport {
             register::QUEUE_DEVICE_HIGH => {
                 self.set_up_queue(|queue| set_high(&mut queue.device, value));
             }
-            _ => self.warn_once(format_args!(
+            _ => self.interrupt.warn(format_args!(
                 "write of {value:#x} to register {offset:#x}, which cannot be written"
             )),
         }
@@ -237,7 +243,7 @@ impl MmioTransport {
         let added = value & !self.status;
         if value & self.status != self.status {
             let status = self.status;
-            self.warn_once(format_args!(
+            self.interrupt.warn(format_args!(
                 "write of {value:#x} to the status register, which was {status:#x}: bits are only \
                  cleared by a reset"
             ));
@@ -253,13 +259,16 @@ impl MmioTransport {
         }
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             if value & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
-                self.warn_once(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
+                self.interrupt
+                    .warn(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
                 self.status = value & !VIRTIO_CONFIG_S_DRIVER_OK;
                 return;
             }
             self.status = value;
-            if let Err(reason) = self.activate() {
-                self.interrupt.need_reset(&reason);
+            match self.activate() {
+                Ok(()) => {}
+                Err(ActivateError::Driver(reason)) => self.interrupt.need_reset(&reason),
+                Err(ActivateError::Host(reason)) => self.interrupt.need_reset_by_host(&reason),
             }
             return;
         }
@@ -271,7 +280,7 @@ impl MmioTransport {
         let accepted = self.driver_features;
         let valid = accepted & !offered == 0 && accepted & F_VERSION_1 != 0;
         if !valid {
-            self.warn_once(format_args!(
+            self.interrupt.warn(format_args!(
                 "the driver accepts features {accepted:#x} of {offered:#x} offered: it must accept \
                  VERSION_1 and none that are not offered"
             ));
@@ -282,7 +291,7 @@ impl MmioTransport {
     fn set_driver_features(&mut self, value: u32) {
         let phase = VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
         if self.status & phase != VIRTIO_CONFIG_S_DRIVER {
-            self.warn_once(format_args!(
+            self.interrupt.warn(format_args!(
                 "driver features written out of turn are ignored"
             ));
             return;
@@ -291,14 +300,16 @@ impl MmioTransport {
             0 => set_low(&mut self.driver_features, value),
             1 => set_high(&mut self.driver_features, value),
             _ if value == 0 => {}
-            select => self.warn_once(format_args!("driver features {select} do not exist")),
+            select => self
+                .interrupt
+                .warn(format_args!("driver features {select} do not exist")),
         }
     }
 
     fn set_up_queue(&mut self, change: impl FnOnce(&mut QueueRegisters)) {
         let phase = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
         if self.status & phase != VIRTIO_CONFIG_S_FEATURES_OK {
-            self.warn_once(format_args!(
+            self.interrupt.warn(format_args!(
                 "queue registers written out of turn are ignored"
             ));
             return;
@@ -307,7 +318,8 @@ impl MmioTransport {
             Some(queue) => change(queue),
             None => {
                 let index = self.queue_select;
-                self.warn_once(format_args!("there is no queue {index}"));
+                self.interrupt
+                    .warn(format_args!("there is no queue {index}"));
             }
         }
     }
@@ -318,11 +330,13 @@ impl MmioTransport {
         match self.doorbells.get(queue as usize) {
             // It fails only when the counter is full, and then it is readable as wanted.
             Some(doorbell) => drop(doorbell.write(1)),
-            None => self.warn_once(format_args!("the doorbell of queue {queue} does not exist")),
+            None => self
+                .interrupt
+                .warn(format_args!("the doorbell of queue {queue} does not exist")),
         }
     }
 
-    fn activate(&mut self) -> Result<(), String> {
+    fn activate(&mut self) -> Result<(), ActivateError> {
         let event_index = self.driver_features & F_EVENT_IDX != 0;
         let mut queues = Vec::with_capacity(self.queues.len());
         let max_sizes = self.device.queue_max_sizes();
@@ -330,15 +344,18 @@ impl MmioTransport {
             let max_size = max_sizes.get(index).copied().unwrap_or_default();
             let queue = registers
                 .to_queue(max_size, event_index, &self.memory)
-                .map_err(|error| format!("queue {index} was set up as {registers:x?}: {error}"))?;
+                .map_err(|error| {
+                    let reason = format!("queue {index} was set up as {registers:x?}: {error}");
+                    ActivateError::Driver(reason)
+                })?;
             let doorbell = self.doorbells.get(index).map(EventFd::try_clone);
             let Some(Ok(doorbell)) = doorbell else {
-                return Err(format!(
+                return Err(ActivateError::Host(format!(
                     "the doorbell of queue {index} cannot be duplicated"
-                ));
+                )));
             };
             let queue = VirtQueue::new(index as u16, &queue, doorbell, self.memory.clone());
-            queues.push(queue.map_err(|error| error.to_string())?);
+            queues.push(queue.map_err(|error| ActivateError::Driver(error.to_string()))?);
         }
         // Buffers that the driver made available before this are served without a doorbell.
         for queue in &queues {
@@ -349,9 +366,9 @@ impl MmioTransport {
             features: self.driver_features,
             queues,
             interrupt: self.interrupt.clone(),
-        })?;
-        let worker = self.event_loop.add(worker);
-        self.worker = Some(worker.map_err(|error| error.to_string())?);
+        });
+        let worker = self.event_loop.add(worker.map_err(ActivateError::Host)?);
+        self.worker = Some(worker.map_err(|error| ActivateError::Host(error.to_string()))?);
         Ok(())
     }
 
@@ -362,7 +379,7 @@ impl MmioTransport {
             && let Err(error) = self.event_loop.remove(worker)
         {
             self.interrupt
-                .warn(format_args!("cannot stop its worker: {error}"));
+                .warn_of_host(format_args!("cannot stop its worker: {error}"));
         }
         for doorbell in &self.doorbells {
             // It fails only where nobody has rung.
@@ -376,13 +393,6 @@ impl MmioTransport {
         self.driver_features = 0;
         self.queue_select = 0;
         self.queues.fill(QueueRegisters::default());
-    }
-
-    /// A guest can do a wrong thing without end; the log hears of the first.
-    fn warn_once(&mut self, message: std::fmt::Arguments<'_>) {
-        if !std::mem::replace(&mut self.warned, true) {
-            self.interrupt.warn(message);
-        }
     }
 }
 
@@ -398,7 +408,7 @@ impl BusDevice for MmioTransport {
             }
             _ => {
                 data.fill(0);
-                self.warn_once(format_args!(
+                self.interrupt.warn(format_args!(
                     "read of {} bytes at {offset:#x}: registers are 4 bytes wide",
                     data.len()
                 ));
@@ -409,7 +419,7 @@ impl BusDevice for MmioTransport {
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let Some(start) = offset.checked_sub(register::CONFIG) {
             if !self.device.config().write_for_driver(start, data) {
-                self.warn_once(format_args!(
+                self.interrupt.warn(format_args!(
                     "write of {} bytes at {offset:#x} of the configuration space, which are not the \
                      driver's to write",
                     data.len()
@@ -421,7 +431,7 @@ impl BusDevice for MmioTransport {
             Ok(bytes) if offset.is_multiple_of(4) => {
                 self.write_register(offset, u32::from_le_bytes(bytes));
             }
-            _ => self.warn_once(format_args!(
+            _ => self.interrupt.warn(format_args!(
                 "write of {} bytes at {offset:#x}: registers are 4 bytes wide",
                 data.len()
             )),

@@ -180,7 +180,7 @@ fn fill(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
                 metrics.host_rng_fails.add(1);
-                interrupt.warn(format_args!("cannot draw entropy: {error}"));
+                interrupt.warn_of_host(format_args!("cannot draw entropy: {error}"));
                 break;
             }
         }
@@ -196,7 +196,7 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ] {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
             }
         }
     }
@@ -206,7 +206,7 @@ impl MutEventSubscriber for Worker {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
                 self.interrupt
-                    .warn(format_args!("cannot stop watching a file: {error}"));
+                    .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
             return;
         }

@@ -156,7 +156,7 @@ impl DiscardQueue {
             },
             // The driver cannot be told: to the guest it makes no difference.
             Err(error) => {
-                interrupt.warn(format_args!("the host does not take memory back: {error}"));
+                interrupt.warn_of_host(format_args!("the host does not take memory back: {error}"));
                 match naming {
                     Naming::Numbers => metrics.event_fails.add(1),
                     Naming::Buffers => metrics.free_page_report_fails.add(1),

@@ -16,6 +16,7 @@ use super::{
     MAX_WRITE_ZEROES_RANGES, MAX_WRITE_ZEROES_SECTORS,
 };
 use crate::GuestMemory;
+use crate::device_log::Repeat;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::guest_memory::host_address;
 use crate::virtio::{Chain, GuestBuffers, QueueError, VirtioInterrupt};
@@ -109,7 +110,8 @@ pub(super) struct RequestHandler {
     features: u64,
     memory: Arc<GuestMemory>,
     interrupt: Arc<VirtioInterrupt>,
-    warned: bool,
+    /// When a failure was last logged.
+    warning: Repeat,
 }
 
 impl RequestHandler {
@@ -126,7 +128,7 @@ impl RequestHandler {
             features,
             memory,
             interrupt,
-            warned: false,
+            warning: Repeat::default(),
         }
     }
 
@@ -272,7 +274,7 @@ impl RequestHandler {
             }
             Err(Failure::Host(error)) => {
                 metrics.execute_fails.add(1);
-                self.warn_once(error);
+                self.warn_of_failure(error);
                 VIRTIO_BLK_S_IOERR
             }
         };
@@ -368,10 +370,10 @@ impl RequestHandler {
             .ok_or(Failure::Invalid)
     }
 
-    /// A failing disk fails often; the log hears of the first until the device is reset.
-    fn warn_once(&mut self, error: &io::Error) {
-        if !std::mem::replace(&mut self.warned, true) {
-            self.interrupt.warn(format_args!(
+    /// A failing disk fails often; the log hears of it once in a while.
+    fn warn_of_failure(&mut self, error: &io::Error) {
+        if self.warning.is_due() {
+            self.interrupt.warn_of_host(format_args!(
                 "a request failed, and the guest was told so: {error}"
             ));
         }

@@ -622,7 +622,7 @@ impl MutEventSubscriber for Worker {
         // Those of the host first: they are heard of also while the device needs a reset.
         for events in others.into_iter().chain(doorbells).chain(completions) {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
                 return;
             }
         }
@@ -637,7 +637,7 @@ impl MutEventSubscriber for Worker {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
                 self.interrupt
-                    .warn(format_args!("cannot stop watching a file: {error}"));
+                    .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
         } else {
             let handled = self.handle_event(events.data());
@@ -661,7 +661,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         if let Err(error) = self.finish_all() {
             self.interrupt
-                .warn(format_args!("cannot wait for its requests: {error}"));
+                .warn_of_host(format_args!("cannot wait for its requests: {error}"));
             // With them the kernel keeps the guest's memory, which is thus never given back.
             mem::forget(mem::take(&mut self.slots));
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::owner::Shared;
+use crate::device_log::Repeat;
 use crate::virtio::VirtioInterrupt;
 
 /// Why a packet was dropped.
@@ -19,13 +20,17 @@ pub(super) enum DropReason {
     Write(io::Error),
 }
 
-/// Counts the packets that were dropped. The log hears of the first, as what drops one often drops
-/// many, and at the end of their number.
+/// Counts the packets that were dropped. The log hears of the first and then once in a while, as what drops
+/// one often drops many, and at the end of their number.
 pub(super) struct DroppedPackets {
     interrupt: Arc<VirtioInterrupt>,
     tap: String,
     shared: Arc<Shared>,
     count: u64,
+    /// When the log last heard of the driver's packets and buffers.
+    driver_warning: Repeat,
+    /// When it last heard of the tap.
+    tap_warning: Repeat,
 }
 
 impl DroppedPackets {
@@ -39,10 +44,13 @@ impl DroppedPackets {
             tap: tap.to_string(),
             shared,
             count: 0,
+            driver_warning: Repeat::default(),
+            tap_warning: Repeat::default(),
         }
     }
 
     pub(super) fn record(&mut self, reason: &DropReason) {
+        self.count += 1;
         let metrics = &self.shared.metrics;
         match reason {
             DropReason::NoPacket(_) => metrics.tx_malformed_frames.add(1),
@@ -56,24 +64,32 @@ impl DroppedPackets {
                 metrics.tx_fails.add(1);
             }
         }
-        if self.count == 0 {
-            let DroppedPackets { interrupt, tap, .. } = self;
-            match reason {
-                // So says a tap that is down.
-                DropReason::Read(error) | DropReason::Write(error)
-                    if error.raw_os_error() == Some(libc::EIO) =>
-                {
+        let DroppedPackets { interrupt, tap, .. } = self;
+        match reason {
+            DropReason::NoPacket(_) | DropReason::NoRoom(_) => {
+                if self.driver_warning.is_due() {
                     interrupt.warn(format_args!(
+                        "a packet to or from tap '{tap}' was dropped: {reason}"
+                    ));
+                }
+            }
+            DropReason::Read(error) | DropReason::Write(error) => {
+                if !self.tap_warning.is_due() {
+                    return;
+                }
+                // So says a tap that is down.
+                if error.raw_os_error() == Some(libc::EIO) {
+                    interrupt.warn_of_host(format_args!(
                         "a packet was dropped, as tap '{tap}' is down; as root \
                          'ip link set {tap} up' brings it up"
                     ));
+                } else {
+                    interrupt.warn_of_host(format_args!(
+                        "a packet to or from tap '{tap}' was dropped: {error}"
+                    ));
                 }
-                reason => interrupt.warn(format_args!(
-                    "a packet to or from tap '{tap}' was dropped: {reason}"
-                )),
             }
         }
-        self.count += 1;
     }
 }
 

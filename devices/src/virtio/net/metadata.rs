@@ -108,7 +108,7 @@ impl MetadataPort {
         };
         receiver.report(&mut unreported, interrupt);
         if let Err(error) = self.set_timer(is_over) {
-            interrupt.warn(format_args!(
+            interrupt.warn_of_host(format_args!(
                 "the metadata service cannot set its timer: {error}"
             ));
         }

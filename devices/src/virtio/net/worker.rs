@@ -334,7 +334,7 @@ impl Worker {
         if std::mem::replace(&mut self.tap_is_gone, true) {
             return;
         }
-        self.interrupt.warn(format_args!(
+        self.interrupt.warn_of_host(format_args!(
             "tap '{}' has been removed; the guest has no network on this card until the machine \
              is started anew",
             self.tap.name()
@@ -461,7 +461,7 @@ impl Worker {
             };
             pair.watched = wanted;
             if let Err(error) = done {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
             }
         }
     }
@@ -485,7 +485,7 @@ impl MutEventSubscriber for Worker {
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data_raw(doorbell, source.token(), readiness);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
             }
         }
         for (flow, source) in [
@@ -494,7 +494,7 @@ impl MutEventSubscriber for Worker {
         ] {
             let events = Events::with_data(flow.throttle(), source.token(), EventSet::IN);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
             }
         }
         if let Some(metadata) = &self.metadata {
@@ -502,7 +502,7 @@ impl MutEventSubscriber for Worker {
             let token = Source::MetadataTimer.token();
             let events = Events::with_data_raw(metadata.timer(), token, readiness);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset(&error);
+                self.interrupt.need_reset_by_host(&error);
             }
         }
         self.watch_tap(operations);
@@ -523,7 +523,7 @@ impl MutEventSubscriber for Worker {
         {
             // Nothing consumes its end, which would be reported without end.
             self.interrupt
-                .warn(format_args!("cannot stop watching a timer: {error}"));
+                .warn_of_host(format_args!("cannot stop watching a timer: {error}"));
         }
         self.watch_tap(operations);
     }
@@ -539,7 +539,7 @@ impl Drop for Worker {
         }
         if let Err(error) = self.tap.forget_driver() {
             self.interrupt
-                .warn(format_args!("cannot bring its tap to rest: {error}"));
+                .warn_of_host(format_args!("cannot bring its tap to rest: {error}"));
         }
         self.tap.discard_queued();
     }

@@ -158,7 +158,7 @@ impl Muxer {
                 return false;
             }
             match self.listener.accept() {
-                Ok(_) if self.table.is_full() => self.interrupt.warn(format_args!(
+                Ok(_) if self.table.is_full() => self.interrupt.warn_of_host(format_args!(
                     "a program of the host is turned away: there are {} connections",
                     self.table.capacity()
                 )),
@@ -185,7 +185,7 @@ impl Muxer {
         self.accepts = false;
         if error.kind() != io::ErrorKind::WouldBlock {
             self.metrics.muxer_event_fails.add(1);
-            self.interrupt.warn(format_args!(
+            self.interrupt.warn_of_host(format_args!(
                 "cannot accept programs on socket '{}' for now: {error}",
                 self.listener.path().display()
             ));

@@ -210,7 +210,7 @@ impl MutEventSubscriber for Worker {
             })
             .and_then(|()| self.muxer.watch(operations));
         if let Err(error) = watched {
-            self.interrupt.need_reset(&error);
+            self.interrupt.need_reset_by_host(&error);
         }
     }
 

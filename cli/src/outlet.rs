@@ -1,0 +1,293 @@
+//! Lines on their way to a descriptor, written by a thread of their own: a descriptor that takes nothing
+//! holds up nobody who has something to say.
+
+mod queue;
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::write;
+
+use crate::signals;
+use queue::LineQueue;
+
+/// Most bytes that wait to be written, beside those that the thread is writing.
+const CAPACITY: usize = 128 << 10;
+/// Most bytes written at a time: a pipe takes as many whole or not at all (`PIPE_BUF`), so that lines of
+/// several processes do not mix.
+const MAX_PIECE: usize = 4096;
+
+thread_local! {
+    /// Whether this is a thread that writes. What it logs itself is how many lines were lost, and that
+    /// finds room.
+    static IS_WRITER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A queue of lines and the thread that writes them to a descriptor. The thread ends when this is dropped
+/// and everything is written, or cannot be written without a wait.
+#[derive(Debug)]
+pub struct Outlet {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Signalled when there is something to write, and when everything is written.
+    changed: Condvar,
+    /// Becomes readable when the outlet is dropped.
+    dropped: EventFd,
+}
+
+#[derive(Debug)]
+struct State {
+    queue: LineQueue,
+    is_writing: bool,
+    is_dropped: bool,
+}
+
+impl Outlet {
+    /// Starts the thread, called `name`, that writes to `to`.
+    ///
+    /// # Errors
+    /// When the host gives no thread or descriptor for it.
+    pub fn start(name: &str, to: impl AsFd + Send + 'static) -> io::Result<Outlet> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                queue: LineQueue::new(CAPACITY),
+                is_writing: false,
+                is_dropped: false,
+            }),
+            changed: Condvar::new(),
+            dropped: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        });
+        let thread = thread::Builder::new().name(name.to_string());
+        // The main thread reads signals, whether it has begun to already or not.
+        signals::while_blocked(|| {
+            let shared = shared.clone();
+            thread.spawn(move || shared.write_all(to.as_fd()))
+        })??;
+        Ok(Outlet { shared })
+    }
+
+    /// Has `lines`, each with its line feed, written. They are dropped and counted if there is no room
+    /// for them.
+    pub fn push(&self, lines: &[u8]) {
+        let mut state = self.shared.state();
+        match IS_WRITER.get() {
+            true => state.queue.push_notice(lines),
+            false => state.queue.push(lines),
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until everything is written, at most for `limit`.
+    pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = self.shared.state();
+        while state.is_writing || !state.queue.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.shared.changed.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Outlet {
+    fn drop(&mut self) {
+        self.shared.state().is_dropped = true;
+        // It fails only if the counter is full, and then it is readable as wanted.
+        let _ = self.shared.dropped.write(1);
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what is queued until the outlet is dropped.
+    fn write_all(&self, to: BorrowedFd<'_>) {
+        IS_WRITER.set(true);
+        // Whether the descriptor took the last lines: one that is broken need not hear how many it did
+        // not take.
+        let mut works = true;
+        while let Some(lines) = self.next_lines() {
+            if works {
+                self.report_dropped();
+            }
+            let written = write_lines(to, &lines, self.dropped.as_fd());
+            let lost = lines.get(written..).map_or(0, queue::count_lines);
+            if lost > 0 {
+                self.state().queue.count_dropped(lost);
+            } else if !works {
+                self.report_dropped();
+            }
+            works = lost == 0;
+        }
+    }
+
+    /// Waits for lines and takes them. None if there will be no more.
+    fn next_lines(&self) -> Option<Vec<u8>> {
+        let mut state = self.state();
+        state.is_writing = false;
+        while state.queue.is_empty() {
+            if state.is_dropped {
+                return None;
+            }
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.is_writing = true;
+        Some(state.queue.take())
+    }
+
+    /// Logs how many lines were lost, which comes after those that found room before.
+    fn report_dropped(&self) {
+        let dropped = self.state().queue.dropped();
+        if dropped > 0 {
+            tracing::warn!("{dropped} lines were lost here: nobody read them fast enough");
+            self.state().queue.forget_dropped(dropped);
+        }
+    }
+}
+
+/// Writes `lines` and gives how many bytes could be, or could be before `stop` became readable.
+fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> usize {
+    let mut rest = lines;
+    while !rest.is_empty() {
+        match write(to, queue::whole_lines(rest, MAX_PIECE)) {
+            Ok(count @ 1..) => rest = rest.get(count..).unwrap_or_default(),
+            Err(Errno::EINTR) => {}
+            // The descriptor is one of ours, or one that whoever shares it has made nonblocking.
+            Err(Errno::EAGAIN) => {
+                let mut fds = [
+                    PollFd::new(to, PollFlags::POLLOUT),
+                    PollFd::new(stop, PollFlags::POLLIN),
+                ];
+                let polled = poll(&mut fds, PollTimeout::NONE);
+                let [_, stop] = fds;
+                if stop.any().unwrap_or(false) || polled.is_err_and(|error| error != Errno::EINTR) {
+                    break;
+                }
+            }
+            Ok(_) | Err(_) => break,
+        }
+    }
+    lines.len() - rest.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader, Read};
+    use std::os::fd::OwnedFd;
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::unistd::pipe2;
+
+    use super::*;
+
+    /// More than it can take.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn outlet(flags: OFlag) -> (Outlet, OwnedFd) {
+        let (from, to) = pipe2(OFlag::O_CLOEXEC | flags).unwrap();
+        (Outlet::start("outlet", to).unwrap(), from)
+    }
+
+    #[test]
+    fn lines_are_written_in_their_order() {
+        for flags in [OFlag::empty(), OFlag::O_NONBLOCK] {
+            let (outlet, from) = outlet(flags);
+            let reader = thread::spawn(move || {
+                let mut text = String::new();
+                // A nonblocking pipe is that at both ends.
+                fcntl(&from, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+                File::from(from).read_to_string(&mut text).unwrap();
+                text
+            });
+            let mut expected = String::new();
+            for number in 0..10_000 {
+                let line = format!("line {number}\n");
+                outlet.push(line.as_bytes());
+                expected += &line;
+                if number % 100 == 0 {
+                    outlet.flush(PATIENCE);
+                }
+            }
+            outlet.flush(PATIENCE);
+            drop(outlet);
+            assert_eq!(reader.join().unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_up_nobody() {
+        for flags in [OFlag::empty(), OFlag::O_NONBLOCK] {
+            let (outlet, from) = outlet(flags);
+            // Far more than the pipe, the thread and the queue hold together.
+            for number in 0..100_000 {
+                outlet.push(format!("{number:099}\n").as_bytes());
+            }
+            outlet.flush(Duration::from_millis(1));
+            assert!(outlet.shared.state().queue.dropped() > 0);
+
+            // What found room is there for whoever reads it in the end.
+            fcntl(&from, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+            let reader = thread::spawn(move || {
+                let lines = BufReader::new(File::from(from)).lines();
+                lines
+                    .map(|line| line.unwrap().parse().unwrap())
+                    .collect::<Vec<u32>>()
+            });
+            outlet.flush(PATIENCE);
+            drop(outlet);
+            let numbers = reader.join().unwrap();
+            assert!(numbers.len() > 600, "{} lines", numbers.len());
+            assert!(numbers.is_sorted() && numbers[0] == 0);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_lost_and_counted() {
+        let (outlet, from) = outlet(OFlag::empty());
+        drop(from);
+        for lines in [&b"one\n"[..], b"two\nthree\n"] {
+            outlet.push(lines);
+            outlet.flush(PATIENCE);
+        }
+        assert_eq!(outlet.shared.state().queue.dropped(), 3);
+    }
+
+    #[test]
+    fn the_thread_ends_with_its_outlet_even_if_nobody_reads() {
+        let (outlet, from) = outlet(OFlag::O_NONBLOCK);
+        for _ in 0..100_000 {
+            outlet.push(b"a line that nobody reads\n");
+        }
+        let shared = outlet.shared.clone();
+        drop(outlet);
+        let deadline = Instant::now() + PATIENCE;
+        while Arc::strong_count(&shared) > 1 {
+            assert!(Instant::now() < deadline, "the thread is still there");
+            thread::yield_now();
+        }
+        drop(from);
+    }
+}

@@ -1,0 +1,45 @@
+//! How long the end of the process may take once its user has asked for it.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// How long all that is done for others may take: readers of the last output, clients of the API.
+const TIME: Duration = Duration::from_millis(1500);
+/// What each of them gets at least.
+const LEAST_TIME: Duration = Duration::from_millis(100);
+
+static ASKED: OnceLock<Instant> = OnceLock::new();
+
+/// Notes that the user wants the process to end from now on.
+pub fn ask() {
+    ASKED.get_or_init(Instant::now);
+}
+
+/// How much of `most` there is for a wait that begins now.
+pub fn time_left(most: Duration) -> Duration {
+    match ASKED.get() {
+        Some(&asked) => most.min(left(asked, Instant::now())),
+        None => most,
+    }
+}
+
+fn left(asked: Instant, now: Instant) -> Duration {
+    (asked + TIME)
+        .saturating_duration_since(now)
+        .max(LEAST_TIME)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_the_end_is_spent_once() {
+        let asked = Instant::now();
+        assert_eq!(left(asked, asked), TIME);
+        let later = asked + Duration::from_millis(900);
+        assert_eq!(left(asked, later), Duration::from_millis(600));
+        assert_eq!(left(asked, asked + TIME), LEAST_TIME);
+        assert_eq!(left(asked, asked + 2 * TIME), LEAST_TIME);
+    }
+}

@@ -1,0 +1,255 @@
+//! What devices log, within bounds: a guest can give cause for messages without end.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::rate_limiter::{RateLimit, RateLimiter};
+
+/// One message a minute, and ten at once after a rest.
+const LIMIT: RateLimit = RateLimit {
+    size: 10,
+    refill_time: Duration::from_secs(600),
+    one_time_burst: 0,
+};
+/// How often a message that says the same again is of use.
+const REPEAT_TIME: Duration = Duration::from_secs(60);
+
+/// Warnings about one thing, of which no more than ten at once and one a minute are logged. Those beyond
+/// are counted, and the next that is logged says how many they were.
+#[derive(Debug)]
+pub struct BoundedLog {
+    name: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    limiter: RateLimiter,
+    /// Messages that were not logged since the last that was.
+    suppressed: u64,
+}
+
+/// What becomes of a message.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It is logged, and so many before it were not.
+    Log(u64),
+    /// It is the first that is not logged.
+    SuppressFirst,
+    /// It is not logged.
+    Suppress,
+}
+
+impl BoundedLog {
+    /// The log of what is called `name` in each of its lines.
+    pub fn new(name: impl Into<String>) -> BoundedLog {
+        BoundedLog {
+            name: name.into(),
+            state: Mutex::new(State {
+                limiter: RateLimiter::new(LIMIT, Instant::now()),
+                suppressed: 0,
+            }),
+        }
+    }
+
+    /// Logs a warning, if the bound lets it through.
+    pub fn warn(&self, message: fmt::Arguments<'_>) {
+        if let Some(suppressed) = self.admit() {
+            tracing::warn!("{}: {message}{suppressed}", self.name);
+        }
+    }
+
+    /// Whether the bound lets a message through, and if so, what is to be put behind it. For those who log
+    /// it themselves.
+    pub fn admit(&self) -> Option<Suppressed> {
+        let verdict = lock(&self.state).admit(Instant::now());
+        match verdict {
+            Verdict::Log(suppressed) => Some(Suppressed(suppressed)),
+            Verdict::SuppressFirst => {
+                let name = &self.name;
+                tracing::warn!("{name}: too many messages; more are suppressed for now");
+                None
+            }
+            Verdict::Suppress => None,
+        }
+    }
+}
+
+/// How many messages were suppressed before one that is logged. Displays as nothing if none were.
+#[derive(Clone, Copy, Debug)]
+pub struct Suppressed(u64);
+
+impl fmt::Display for Suppressed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            count => write!(f, " ({count} messages before were suppressed)"),
+        }
+    }
+}
+
+impl State {
+    fn admit(&mut self, now: Instant) -> Verdict {
+        if self.limiter.wait_time(now).is_zero() {
+            self.limiter.take(1, now);
+            return Verdict::Log(std::mem::take(&mut self.suppressed));
+        }
+        self.suppressed = self.suppressed.saturating_add(1);
+        match self.suppressed {
+            1 => Verdict::SuppressFirst,
+            _ => Verdict::Suppress,
+        }
+    }
+}
+
+/// What one device logs. Clones share its bounds.
+///
+/// What the guest does wrong and what fails on the host are bounded apart from one another, so that a guest
+/// cannot hide a failure of the host.
+#[derive(Clone, Debug)]
+pub struct DeviceLog(Arc<Accounts>);
+
+#[derive(Debug)]
+struct Accounts {
+    guest: BoundedLog,
+    host: BoundedLog,
+}
+
+impl DeviceLog {
+    /// The log of the device called `name`.
+    pub fn new(name: impl Into<String>) -> DeviceLog {
+        let name = name.into();
+        DeviceLog(Arc::new(Accounts {
+            guest: BoundedLog::new(name.clone()),
+            host: BoundedLog::new(name),
+        }))
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.0.guest.name
+    }
+
+    /// Warns of something that the guest can bring about whenever it likes.
+    pub fn warn_of_guest(&self, message: fmt::Arguments<'_>) {
+        self.0.guest.warn(message);
+    }
+
+    /// Warns of something that fails on the host.
+    pub fn warn_of_host(&self, message: fmt::Arguments<'_>) {
+        self.0.host.warn(message);
+    }
+}
+
+impl From<String> for DeviceLog {
+    fn from(name: String) -> DeviceLog {
+        DeviceLog::new(name)
+    }
+}
+
+/// The logs of all devices of a machine. Clones are the same: whoever starts a machine again gives it the
+/// one of the machine before, so that its guest cannot escape the bounds by a restart.
+#[derive(Clone, Debug, Default)]
+pub struct MachineLog(Arc<Mutex<BTreeMap<String, DeviceLog>>>);
+
+impl MachineLog {
+    /// The log of the device called `name`, the same each time.
+    pub fn device(&self, name: &str) -> DeviceLog {
+        let mut devices = lock(&self.0);
+        let device = devices.entry(name.to_string());
+        device.or_insert_with(|| DeviceLog::new(name)).clone()
+    }
+}
+
+/// Tells when it is time to say again what is still the same.
+#[derive(Debug, Default)]
+pub(crate) struct Repeat {
+    last: Option<Instant>,
+}
+
+impl Repeat {
+    /// Whether it has not been said for a minute. It counts as said then.
+    pub(crate) fn is_due(&mut self) -> bool {
+        self.is_due_at(Instant::now())
+    }
+
+    fn is_due_at(&mut self, now: Instant) -> bool {
+        let is_due = self.last.is_none_or(|last| now - last >= REPEAT_TIME);
+        if is_due {
+            self.last = Some(now);
+        }
+        is_due
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logged(state: &mut State, attempts: u32, now: Instant) -> u32 {
+        let is_logged = |_: &u32| matches!(state.admit(now), Verdict::Log(_));
+        (0..attempts).filter(is_logged).count() as u32
+    }
+
+    #[test]
+    fn a_burst_is_logged_and_then_a_message_a_minute() {
+        let start = Instant::now();
+        let mut state = State {
+            limiter: RateLimiter::new(LIMIT, start),
+            suppressed: 0,
+        };
+        // One more begins within the limit.
+        assert_eq!(logged(&mut state, 11, start), 11);
+        assert_eq!(state.admit(start), Verdict::SuppressFirst);
+        assert_eq!(logged(&mut state, 1000, start), 0);
+        assert_eq!(state.suppressed, 1001);
+
+        let later = start + Duration::from_secs(60);
+        assert_eq!(state.admit(later), Verdict::Log(1001));
+        assert_eq!(state.admit(later), Verdict::SuppressFirst);
+
+        // A day of messages without end.
+        let hours = (1..=24).map(|hour| later + Duration::from_secs(3600) * hour);
+        let lines: u32 = hours.map(|hour| logged(&mut state, 1000, hour)).sum();
+        assert!(lines <= 24 * 11, "{lines}");
+    }
+
+    #[test]
+    fn a_guest_cannot_use_up_what_failures_of_the_host_have() {
+        let log = DeviceLog::new("device");
+        for _ in 0..100 {
+            log.warn_of_guest(format_args!("it did it again"));
+        }
+        let Accounts { guest, host } = &*log.0;
+        assert!(lock(&guest.state).suppressed > 0);
+        let verdict = lock(&host.state).admit(Instant::now());
+        assert_eq!(verdict, Verdict::Log(0));
+    }
+
+    #[test]
+    fn a_device_of_a_machine_that_starts_again_has_used_up_what_it_had() {
+        let machine = MachineLog::default();
+        for _ in 0..100 {
+            let device = machine.clone().device("disk");
+            device.warn_of_guest(format_args!("it did it again"));
+        }
+        let suppressed = |name| lock(&machine.device(name).0.guest.state).suppressed;
+        assert_eq!(suppressed("disk"), 89);
+        assert_eq!(suppressed("another disk"), 0);
+    }
+
+    #[test]
+    fn what_stays_the_same_is_said_once_a_minute() {
+        let start = Instant::now();
+        let mut repeat = Repeat::default();
+        let due = [0, 1, 59, 60, 61, 119, 120]
+            .map(|seconds| repeat.is_due_at(start + Duration::from_secs(seconds)));
+        assert_eq!(due, [true, false, false, true, false, false, true]);
+    }
+}
