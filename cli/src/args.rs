@@ -158,9 +158,9 @@ pub struct RunArgs {
     /// - id=NAME: its serial number in the guest, up to 20 characters.
     /// - format=raw: takes a file for a raw image though its name ends in
     ///   .qcow2 or the like.
-    /// - block-size=512 or 4096: the size of the blocks that the guest is told
-    ///   of; that of a block device and 512 for a file by default.
-    /// - lock=on (the default): refuses an image that another program uses;
+    /// - block-size=512 or 4096: the size of the blocks that the guest is
+    ///   told of; that of a block device and 512 for a file by default.
+    /// - lock=on (the default): refuses an image that another program uses.
     ///   warn warns of it, and off does not look.
     /// - cache=writeback (the default): keeps what the guest writes in the
     ///   host's page cache until the guest flushes it. writethrough puts

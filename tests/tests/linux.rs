@@ -69,6 +69,36 @@ fn expected_arguments() -> String {
     )
 }
 
+// --- Time without the clock of KVM ----------------------------------------------------------------
+
+/// Boots a kernel that is told to do without KVM's clock, and checks that its time passes and its date
+/// is today's.
+fn keep_time(words: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let tests = test_words(&["clocksource", "time", "sleep:1000"]);
+    let ended = Bantam::linux(Kernel::Full)
+        .disk(&root_disk(&folder), "")
+        .append(format!("{tests} no-kvmclock {words}"))
+        .finish();
+    ended.succeeded();
+    let text = ended.text();
+    assert_ne!(answer(&text, "clocksource"), "kvm-clock");
+    assert_right_time(&answer(&text, "time"));
+    answer(&text, "sleep:1000");
+}
+
+#[test]
+fn linux_keeps_time_by_the_interval_timer_and_the_real_time_clock() {
+    require_kvm!();
+    keep_time("");
+}
+
+#[test]
+fn linux_keeps_time_without_acpi() {
+    require_kvm!();
+    keep_time("acpi=off");
+}
+
 // --- Disks, entropy, time and the console -------------------------------------------------------
 
 #[test]

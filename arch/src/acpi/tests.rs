@@ -165,7 +165,7 @@ fn fixed_description_is_hardware_reduced() {
     assert_eq!(fadt.len(), 276);
     assert_eq!((fadt[8], fadt[131]), (6, 5), "revision");
     assert_eq!(u32_at(&fadt, 112), 1 << 20 | 1 << 10 | 1 << 5 | 1 << 4 | 1);
-    assert_eq!(fadt[109], 0b10_0111, "boot architecture");
+    assert_eq!(fadt[109], 0b00_0111, "boot architecture");
     let register = |port: u16| {
         let [low, high] = port.to_le_bytes();
         [1, 8, 0, 1, low, high, 0, 0, 0, 0, 0, 0]

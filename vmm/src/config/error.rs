@@ -238,7 +238,7 @@ pub enum ConfigError {
     },
     /// Not a description of a balloon.
     #[error(
-        "{reason}; a balloon is size=SIZE[,deflate-on-oom=on][,reporting=on][,statistics=SECONDS]"
+        "{reason}; a balloon is size=SIZE[,deflate-on-oom=on][,reporting=on][,hinting=on][,statistics=SECONDS]"
     )]
     BalloonOption {
         /// What is wrong with it.

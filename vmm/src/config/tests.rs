@@ -118,8 +118,8 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
             "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
-             'id', 'cache', 'engine', 'queues', 'iothread', 'poll', 'bytes-per-second', \
-             'burst-bytes', 'operations-per-second', 'burst-operations'",
+             'id', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', \
+             'bytes-per-second', 'burst-bytes', 'operations-per-second', 'burst-operations'",
         ),
         (
             "\n[[net]]\nmtu = 99",
