@@ -160,7 +160,7 @@ fn a_disk_that_is_read_only_stays_so() {
     let load = Load::of_disk(&folder, &first, ",ro", "mode=read seconds=1");
     load.machine.replace_disk(0, &second).unwrap();
     // Locked as one that is only read, and the other no more.
-    let open = |path, read_only| {
+    let open = |path: &Path, read_only| {
         let options = DiskOptions {
             read_only,
             ..DiskOptions::default()
