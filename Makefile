@@ -17,9 +17,10 @@ help: ## Show this list
 
 # Static: one file that runs whatever the host's C library, starts faster and takes less memory. The
 # target is named so that the flags are for the monitor alone, not for what runs while it is built.
+# A static program cannot look up getrandom(), and would read /dev/urandom, which a jail may not have.
 # Cargo does not see the flags of make, whose descriptors it would take for those of make's job server.
 build: build-packages ## Build the monitor for use
-	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static" \
+	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\"" \
 	    cargo build --release --target $(TARGET) --package bantam
 
 run: run-parts ## Boot a Linux microVM: a shell at a terminal, a report otherwise
