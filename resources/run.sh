@@ -7,6 +7,7 @@ set -euo pipefail
 bantam=$1
 folder=$2
 
+paths=$("$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh" run)
 options=()
 while IFS= read -r path; do
     case ${path##*/} in
@@ -16,7 +17,7 @@ while IFS= read -r path; do
         initrd.cpio) options+=(--initrd "$path") ;;
         rootfs.ext4) rootfs=$path ;;
     esac
-done < <("$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh" run)
+done <<<"$paths"
 mkdir -p -- "$folder"
 # A new file: an older machine may still run from the one that was there.
 cp --sparse=always --remove-destination -- "$rootfs" "$folder/root.img"
