@@ -7,8 +7,5 @@ use nix::libc;
 pub fn share_among_threads() {
     // SAFETY: the call sets a number in the allocator, and there is no other thread yet that could be
     // allocating.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1)
-    };
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }

@@ -7,6 +7,7 @@ mod check;
 mod console;
 mod documents;
 mod escape;
+#[cfg(target_env = "gnu")]
 mod heap;
 mod log;
 mod run;
@@ -25,6 +26,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use args::{Args, Command, FirecrackerArgs};
 
 fn main() -> ExitCode {
+    #[cfg(target_env = "gnu")]
     heap::share_among_threads();
     let name = std::env::args_os().next().unwrap_or_default();
     let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {

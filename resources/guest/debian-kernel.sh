@@ -16,7 +16,7 @@ export LC_ALL=C
 # In the order in which they are loaded: each after those it needs. ext4 and the serial port are part
 # of the kernel.
 modules=(
-    drivers/virtio/{virtio,virtio_ring,virtio_mmio} drivers/block/virtio_blk
+    drivers/virtio/{virtio_ring,virtio,virtio_mmio} drivers/block/virtio_blk
     net/core/failover drivers/net/{net_failover,virtio_net} drivers/char/hw_random/virtio-rng
     drivers/acpi/button drivers/input/evdev
 )
