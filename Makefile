@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench guest payloads lint fmt install packages
+.PHONY: help build build-packages run run-parts run-guest test bench guest payloads lint fmt install packages
 
 GUEST := resources/guest/build.sh
 TARGET := x86_64-unknown-linux-gnu
@@ -17,12 +17,24 @@ help: ## Show this list
 
 # Static: one file that runs whatever the host's C library, starts faster and takes less memory. The
 # target is named so that the flags are for the monitor alone, not for what runs while it is built.
-build: packages ## Build the monitor for use
-	RUSTFLAGS="-C target-feature=+crt-static" \
+# A static program cannot look up getrandom(), and would read /dev/urandom, which a jail may not have.
+# Cargo does not see the flags of make, whose descriptors it would take for those of make's job server.
+build: build-packages ## Build the monitor for use
+	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\"" \
 	    cargo build --release --target $(TARGET) --package bantam
 
-run: build ## Boot a Linux microVM: a shell at a terminal, a report otherwise
+run: run-parts ## Boot a Linux microVM: a shell at a terminal, a report otherwise
 	@exec resources/run.sh "$(BANTAM)" "$(TARGET_DIR)/run"
+
+# The guest is made while the monitor is compiled. What may ask for a password comes before that.
+run-parts:
+	@((EUID == 0)) || resources/install-packages.sh run
+	$(MAKE) --no-print-directory --jobs=2 build run-guest
+
+# By way of a pipe, since two programs cannot both draw their progress on a terminal.
+run-guest:
+	@resources/install-packages.sh run
+	$(GUEST) run 2>&1 >/dev/null | cat >&2
 
 test: guest payloads ## Run all tests, on real KVM
 	cargo build --package bantam
@@ -52,6 +64,9 @@ fmt: ## Format all code
 
 install: build ## Install bantam, its man pages and completions under PREFIX
 	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)"
+
+build-packages:
+	@resources/install-packages.sh build
 
 packages: ## Install the Debian packages that the tasks above need
 	@resources/install-packages.sh

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building and testing need, and says which. Does nothing, and
-# asks for no privilege, where all of them are there.
+# install-packages.sh [build|run|all]: installs the Debian packages that a task needs, and says which:
+# `build` compiles the monitor, `run` makes the guest of "make run", `all` also builds and runs all
+# tests and benchmarks. Does nothing, and asks for no privilege, if all of them are there.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-mapfile -t needed < <(guest/build.sh packages)
-# Beside the guest's: a linker for Rust, the peer of the benchmarks, the judges of disk images, and
-# network tools of the tests.
-needed+=(gcc libc6-dev make qemu-system-x86 qemu-utils iproute2 iptables nftables procps)
+task=${1:-all}
+# A linker for Rust.
+needed=(gcc libc6-dev make)
+[[ $task == build ]] || mapfile -t -O "${#needed[@]}" needed < <(guest/build.sh packages "$task")
+# The peer of the benchmarks, the judges of disk images, and network tools of the tests.
+[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils iproute2 iptables nftables procps)
+
+# One at a time: apt's own lock makes the second fail.
+exec {lock}<install-packages.sh
+flock "$lock"
 
 missing=()
 for package in "${needed[@]}"; do

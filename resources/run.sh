@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# run.sh BANTAM FOLDER: boots the full guest kernel with the guests' root file system, of which a
-# copy is made in FOLDER. At a terminal the guest runs a shell; otherwise it reports what machine it
-# finds and powers off.
+# run.sh BANTAM FOLDER: boots a Linux kernel that suits this host with the guests' root file system,
+# of which a copy is made in FOLDER. At a terminal the guest runs a shell; otherwise it reports what
+# machine it finds and powers off.
 set -euo pipefail
 
 bantam=$1
 folder=$2
-build=$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh
 
-kernel=$("$build" kernel full | grep '/vmlinux$')
-rootfs=$("$build" rootfs | grep '/rootfs\.ext4$')
+paths=$("$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh" run)
+options=()
+while IFS= read -r path; do
+    case ${path##*/} in
+        # Built for hosts that emulate its code: one processor, and little memory to set up.
+        vmlinux) options+=(--kernel "$path" --memory 256M) ;;
+        bzImage) options+=(--kernel "$path" --cpus 2) ;;
+        initrd.cpio) options+=(--initrd "$path") ;;
+        rootfs.ext4) rootfs=$path ;;
+    esac
+done <<<"$paths"
 mkdir -p -- "$folder"
 # A new file: an older machine may still run from the one that was there.
 cp --sparse=always --remove-destination -- "$rootfs" "$folder/root.img"
@@ -22,12 +30,10 @@ can_create_tap() {
 }
 
 if [[ -t 0 && -t 1 ]]; then mode=shell; else mode=report; fi
-net=()
 if can_create_tap; then
     # A name of its own, so that two of these can run at once.
-    net=(--net "tap=bantam$$")
+    options+=(--net "tap=bantam$$")
 else
     echo "No network: its tap takes CAP_NET_ADMIN (docs/networking.md says how to have one)." >&2
 fi
-exec "$bantam" run --kernel "$kernel" --disk "$folder/root.img" "${net[@]}" --cpus 2 \
-    --append "quiet bantam.mode=$mode"
+exec "$bantam" run --disk "$folder/root.img" "${options[@]}" --append "quiet bantam.mode=$mode"

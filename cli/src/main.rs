@@ -7,6 +7,8 @@ mod check;
 mod console;
 mod documents;
 mod escape;
+#[cfg(target_env = "gnu")]
+mod heap;
 mod log;
 mod message;
 mod outlet;
@@ -29,6 +31,8 @@ use args::{Args, Command, FirecrackerArgs};
 use message::say;
 
 fn main() -> ExitCode {
+    #[cfg(target_env = "gnu")]
+    heap::share_among_threads();
     let name = std::env::args_os().next().unwrap_or_default();
     let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
         match FirecrackerArgs::try_parse() {

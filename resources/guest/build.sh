@@ -3,11 +3,13 @@
 #
 # Builds the guests that Bantam is tested with and tried out with:
 #
-#   build.sh kernel small|full   vmlinux and bzImage
-#   build.sh bzimages            the full kernel's bzImage in every compression format
+#   build.sh kernel small|full   vmlinux
+#   build.sh bzimages            the small kernel's bzImage in every compression format
 #   build.sh rootfs              rootfs.ext4 and initrd.cpio
 #   build.sh all                 all of these
-#   build.sh packages            builds nothing: the Debian packages that all this takes
+#   build.sh run                 what "make run" boots on this host: a kernel, an initrd if the kernel
+#                                needs one, and rootfs.ext4
+#   build.sh packages run|all    builds nothing: the Debian packages that "run" or "all" takes
 #
 # Prints the paths of the results on standard output, one per line, and what it is doing on standard
 # error. Nothing is built twice: results stay in $BANTAM_CACHE (~/.cache/bantam if unset), in folders
@@ -21,8 +23,8 @@ agent=$(cd -- "$here/../../tests/agent" && pwd)
 cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-${HOME:-~}/.cache}/bantam}
 
 linux=6.12
-kernel_packages=(bc binutils bison bzip2 flex gcc gzip libelf-dev "linux-source-$linux" lz4 lzop
-    make patch perl xz-utils zstd)
+kernel_packages=(bc binutils bison flex gcc libelf-dev "linux-source-$linux" make patch perl xz-utils)
+bzimage_packages=(bzip2 gzip lz4 lzop xz-utils zstd)
 rootfs_packages=(busybox-static e2fsprogs gcc)
 compressions=(bzip2 gzip lz4 lzma lzo xz zstd)
 
@@ -30,6 +32,9 @@ compressions=(bzip2 gzip lz4 lzma lzo xz zstd)
 # that not every user's PATH has.
 export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 unset MAKEFLAGS MFLAGS CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
+
+# shellcheck source=cpio.sh
+. "$here/cpio.sh"
 
 say() {
     printf '%s\n' "$*" >&2
@@ -49,9 +54,15 @@ require_packages() {
     ((${#missing[@]} == 0)) || die "missing packages, try: apt-get install ${missing[*]}"
 }
 
-# What is being built: the process at work on it, if any, and the folder it works in.
+# What is being built: the process at work on it, if any, the folder it works in, and the descriptor
+# of the lock.
 job=
 work=
+lock=
+# The source of Linux, unpacked once for all kernels of one run of this script. The lock of the
+# kernels is its lock.
+source=$cache/.kernel.source
+source_used=
 
 clean_up() {
     if [[ -n $job ]]; then
@@ -59,6 +70,9 @@ clean_up() {
         wait "$job" || true
     fi
     [[ -z $work ]] || rm -rf -- "$work"
+    [[ -z $lock ]] || exec {lock}>&-
+    # Another run of the script that is building a kernel by now removes it instead.
+    [[ -z $source_used ]] || flock --timeout 2 "$cache/.kernel.lock" rm -rf -- "$source" || true
 }
 trap clean_up EXIT
 trap 'exit 130' INT
@@ -96,9 +110,10 @@ follow() {
 }
 
 # artefact NAME INPUTS BUILD ARGUMENT...: sets `folder` to the folder that `BUILD ARGUMENT...` fills,
-# after filling it if need be. INPUTS is a text that differs whenever the result would.
+# after filling it if need be. INPUTS is a text that differs whenever the result would. Names that
+# begin with the same word share a lock.
 artefact() {
-    local name=$1 inputs=$2 lock
+    local name=$1 inputs=$2 group=${1%%-*}
     shift 2
     folder=$cache/$name-$(sha256sum <<<"$inputs" | cut -c 1-16)
     [[ ! -d $folder ]] || return 0
@@ -106,13 +121,13 @@ artefact() {
     mkdir -p -- "$cache"
     # The programs of a build inherit the lock. So nobody removes the files of one that has outlived
     # its script.
-    exec {lock}>"$cache/.$name.lock"
+    exec {lock}>"$cache/.$group.lock"
     if ! flock --nonblock "$lock"; then
         say "$name: waiting for another build"
         flock "$lock"
     fi
     if [[ ! -d $folder ]]; then
-        work=$cache/.$name.building
+        work=$cache/.$group.building
         # A build that was killed has left its files behind.
         rm -rf -- "$work"
         mkdir -- "$work" "$work/result"
@@ -122,6 +137,7 @@ artefact() {
         work=
     fi
     exec {lock}>&-
+    lock=
 }
 
 kernel() {
@@ -132,34 +148,80 @@ kernel() {
 }
 
 kernel_inputs() {
-    (cd -- "$here/kernel" && sha256sum -- "$1.config" ./*.patch)
-    dpkg-query --show "linux-source-$linux"
-    declare -f build_kernel make_kernel
+    (cd -- "$here/kernel" && sha256sum -- "$1.config")
+    source_inputs
+    declare -f build_kernel configure_kernel make_kernel
 }
 
 build_kernel() {
-    local flavour=$1 patch compression
-    source=$work/source
-    mkdir -- "$source"
-    follow "kernel $flavour: unpacking" \
-        tar --extract --strip-components=1 --directory "$source" \
-        --file "/usr/src/linux-source-$linux.tar.xz"
-    for patch in "$here"/kernel/*.patch; do
-        patch --directory "$source" --strip=1 --quiet <"$patch"
-    done
-    cp -- "$here/kernel/$flavour.config" "$source/.config"
-    follow "kernel $flavour: compiling (about 5 minutes, once)" \
-        make_kernel olddefconfig vmlinux bzImage
+    local flavour=$1
+    open_source
+    configure_kernel "$flavour"
+    follow "kernel $flavour: compiling (some minutes, once)" make_kernel vmlinux
     strip --strip-debug -o "$work/result/vmlinux" "$source/vmlinux"
-    cp -- "$source/arch/x86/boot/bzImage" "$work/result/bzImage"
+    close_source
+}
 
-    [[ $flavour == full ]] || return 0
+bzimages() {
+    local inputs
+    require_packages "${kernel_packages[@]}" "${bzimage_packages[@]}"
+    inputs=$(bzimages_inputs)
+    artefact kernel-bzimages "$inputs" build_bzimages
+}
+
+bzimages_inputs() {
+    kernel_inputs small
+    printf '%s\n' "${compressions[@]}"
+    declare -f build_bzimages
+}
+
+# Once the small kernel has been compiled, only its last stage is made again for each format.
+build_bzimages() {
+    local compression
+    open_source
     for compression in "${compressions[@]}"; do
-        sed --in-place '/^CONFIG_KERNEL_/d' "$source/.config"
-        printf 'CONFIG_KERNEL_%s=y\n' "${compression^^}" >>"$source/.config"
-        follow "kernel $flavour: bzImage.$compression" make_kernel olddefconfig bzImage
+        configure_kernel small "CONFIG_KERNEL_${compression^^}=y"
+        follow "kernel small: bzImage.$compression" make_kernel bzImage
         cp -- "$source/arch/x86/boot/bzImage" "$work/result/bzImage.$compression"
     done
+    close_source
+}
+
+source_inputs() {
+    (cd -- "$here/kernel" && sha256sum -- *.patch)
+    dpkg-query --show "linux-source-$linux"
+    declare -f open_source
+}
+
+# Makes `source` ready for a build. A build that was killed may have left half a file there, so only
+# what close_source has seen is used again. Drivers of graphics cards, which no guest has, are a third
+# of the whole.
+open_source() {
+    local patch inputs
+    inputs=$(source_inputs)
+    source_used=yes
+    if [[ ! -f $source/.complete || $(<"$source/.complete") != "$inputs" ]]; then
+        rm -rf -- "$source"
+        mkdir -- "$source"
+        follow "Linux $linux: unpacking" \
+            tar --extract --strip-components=1 --directory "$source" \
+            --exclude='*/drivers/gpu/*.[ch]' --file "/usr/src/linux-source-$linux.tar.xz"
+        for patch in "$here"/kernel/*.patch; do
+            patch --directory "$source" --strip=1 --quiet <"$patch"
+        done
+    fi
+    rm -f -- "$source/.complete"
+}
+
+close_source() {
+    source_inputs >"$source/.complete"
+}
+
+# configure_kernel FLAVOUR [OPTION]
+configure_kernel() {
+    grep --invert-match '^CONFIG_KERNEL_' "$here/kernel/$1.config" >"$source/.config"
+    printf '%s\n' "${2:-CONFIG_KERNEL_ZSTD=y}" >>"$source/.config"
+    make_kernel --silent olddefconfig >&2
 }
 
 make_kernel() {
@@ -180,7 +242,7 @@ rootfs() {
 rootfs_inputs() {
     (cd -- "$agent" && sha256sum -- Cargo.toml Cargo.lock src/*)
     dpkg-query --show busybox-static
-    declare -f build_rootfs make_ext4 make_initrd cpio_entry pad
+    declare -f build_rootfs make_ext4 make_initrd cpio_entry cpio_end cpio_pad
 }
 
 build_rootfs() {
@@ -225,30 +287,16 @@ make_ext4() {
     E2FSPROGS_FAKE_TIME=1 debugfs -w -f "$work/fields" "$image" >/dev/null 2>"$work/log"
 }
 
-# The archive holds a device file, which only root can make on disk, so it is written by hand.
 make_initrd() {
     cpio_entry dev 040755 0 0 /dev/null
     cpio_entry dev/console 020600 5 1 /dev/null
     cpio_entry init 0100755 0 0 "$1"
-    cpio_entry 'TRAILER!!!' 0 0 0 /dev/null
+    cpio_end
 }
 
-# cpio_entry NAME MODE MAJOR MINOR CONTENT: one entry of an archive in the "newc" format.
-cpio_entry() {
-    local name=$1 size
-    size=$(wc -c <"$5")
-    # Magic, inode, mode, owner, group, links, time, size, device, special device, name length, sum.
-    printf '070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X' \
-        0 "$2" 0 0 1 0 "$size" 0 0 "$3" "$4" $((${#name} + 1)) 0
-    printf '%s\0' "$name"
-    pad $((110 + ${#name} + 1))
-    cat -- "$5"
-    pad "$size"
-}
-
-# Fills up to the next multiple of four what is SIZE bytes long.
-pad() {
-    head -c $((-$1 & 3)) /dev/zero
+# The distribution's kernel needs hardware virtualization, by the same rule by which Bantam looks for it.
+has_hardware_virtualization() {
+    [[ ! -e /sys/module/kvm_pvm ]] && grep --quiet --word-regexp --extended-regexp 'vmx|svm' /proc/cpuinfo
 }
 
 usage() {
@@ -259,26 +307,41 @@ usage() {
 case ${*:-} in
     "kernel small" | "kernel full")
         kernel "$2"
-        printf '%s\n' "$folder"/{vmlinux,bzImage}
+        printf '%s\n' "$folder/vmlinux"
         ;;
     bzimages)
-        kernel full
+        bzimages
         printf '%s\n' "${compressions[@]/#/$folder/bzImage.}"
         ;;
     rootfs)
         rootfs
         printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
         ;;
+    run)
+        if has_hardware_virtualization; then
+            "$here/debian-kernel.sh"
+        else
+            kernel small
+            printf '%s\n' "$folder/vmlinux"
+        fi
+        rootfs
+        printf '%s\n' "$folder/rootfs.ext4"
+        ;;
     all)
         kernel small
-        printf '%s\n' "$folder"/{vmlinux,bzImage}
+        printf '%s\n' "$folder/vmlinux"
+        bzimages
+        printf '%s\n' "${compressions[@]/#/$folder/bzImage.}"
         kernel full
-        printf '%s\n' "$folder"/{vmlinux,bzImage} "${compressions[@]/#/$folder/bzImage.}"
+        printf '%s\n' "$folder/vmlinux"
         rootfs
         printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
         ;;
-    packages)
-        printf '%s\n' "${kernel_packages[@]}" "${rootfs_packages[@]}" | sort --unique
+    "packages run" | "packages all")
+        packages=("${rootfs_packages[@]}")
+        [[ $2 == run ]] && has_hardware_virtualization || packages+=("${kernel_packages[@]}")
+        [[ $2 == run ]] || packages+=("${bzimage_packages[@]}")
+        printf '%s\n' "${packages[@]}" | sort --unique
         ;;
     *)
         usage

@@ -93,7 +93,7 @@ impl Kernel {
     }
 }
 
-/// The full kernel's bzImage in every compression format.
+/// The small kernel's bzImage in every compression format.
 ///
 /// # Panics
 ///

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -36,13 +37,17 @@ pub enum Virtualization {
     None,
 }
 
-/// Finds out what lets the host's processor run guests.
+/// Finds out what lets the host's processor run guests. The answer stays what it was at first.
 pub fn virtualization() -> Virtualization {
-    // KVM has one way of running guests at a time, so where this module is loaded, it is the one.
-    if Path::new("/sys/module/kvm_pvm").exists() {
-        return Virtualization::Pvm;
-    }
-    processor_virtualization(|leaf| __cpuid(leaf).ecx)
+    static FOUND: OnceLock<Virtualization> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // KVM has one way of running guests at a time, so if this module is loaded, it is the one.
+        if Path::new("/sys/module/kvm_pvm").exists() {
+            return Virtualization::Pvm;
+        }
+        // A virtual machine's CPUID instruction takes tens of microseconds.
+        processor_virtualization(|leaf| __cpuid(leaf).ecx)
+    })
 }
 
 /// What the processor says of itself, where `ecx_of` gives register ECX of a CPUID leaf: bit 5 of
