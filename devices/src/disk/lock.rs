@@ -2,15 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// How long a lock is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_millis(250);
-/// How long to wait before the next look at it.
-const LOCK_RETRY: Duration = Duration::from_millis(5);
+use crate::patience::patiently;
 
 /// How a file is shared with others that lock it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,18 +39,12 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     Ok(())
 }
 
-/// As [`lock_file`], but waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its
+/// As [`lock_file`], but waits for the lock as [`patiently`] does: a monitor that was killed keeps its
 /// own until the kernel has taken down its io_uring, which is soon after its end.
-pub(super) fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match lock_file(file, lock) {
-            Err(error)
-                if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-            {
-                thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
+///
+/// # Errors
+/// As [`lock_file`].
+pub fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
+    let is_busy = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+    patiently(is_busy, || lock_file(file, lock))
 }

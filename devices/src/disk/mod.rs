@@ -13,10 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 
 use crate::virtio::{FilePosition, GuestBuffers};
-use lock::lock_patiently;
 
 pub use error::DiskError;
-pub use lock::{Lock, lock_file};
+pub use lock::{Lock, lock_file, lock_patiently};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
