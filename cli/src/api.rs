@@ -14,7 +14,7 @@ use bantam_api::{
     API_VERSION, Configuration, Instance, InstanceOptions, ProcessTimes, ProgramLog, Request,
     Server, ServerLimits, parse_json,
 };
-use bantam_vmm::Controller;
+use bantam_vmm::{Controller, ListeningSocket};
 use nix::libc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -101,14 +101,20 @@ fn serve_instance(
         let configuration: Configuration = parse_json(&read_file(what, path)?)
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.configure(configuration)?;
+    }
+    // A guest does not run that nobody could speak to.
+    let listener = match args.no_api {
+        true => None,
+        false => Some(listen(&args.api_sock)?),
+    };
+    if args.config_file.is_some() {
         instance.start()?;
     }
-    let socket = (!args.no_api).then_some(args.api_sock.as_path());
     let limits = ServerLimits {
         body_size: args.http_api_max_payload_size,
         ..ServerLimits::default()
     };
-    let server = Server::new(instance, socket, limits)?;
+    let server = Server::new(instance, listener, limits);
     let ending = server.ending();
     let serving = thread::Builder::new()
         .name("bantam-api".into())
@@ -135,6 +141,15 @@ fn serve_instance(
         Err(_) => bail!("the API has failed: this is a bug, please report it with the log"),
     }
     ended
+}
+
+fn listen(path: &Path) -> anyhow::Result<ListeningSocket> {
+    ListeningSocket::bind(path).with_context(|| {
+        format!(
+            "cannot listen on '{}' for the API (--api-sock)",
+            path.display()
+        )
+    })
 }
 
 fn attend_instance(

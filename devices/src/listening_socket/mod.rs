@@ -206,8 +206,8 @@ fn identity(path: &Path) -> io::Result<FileIdentity> {
 /// being of the wrong type if there is somebody (unix(7), `EPROTOTYPE`), and as being refused if there is not.
 fn is_abandoned(path: &Path) -> Result<bool, ListenError> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let client = socket(AddressFamily::Unix, SockType::Datagram, flags, None)
-        .map_err(io::Error::from)?;
+    let client =
+        socket(AddressFamily::Unix, SockType::Datagram, flags, None).map_err(io::Error::from)?;
     let address = UnixAddr::new(path).map_err(io::Error::from)?;
     match connect(client.as_raw_fd(), &address) {
         Err(Errno::ECONNREFUSED) => Ok(true),

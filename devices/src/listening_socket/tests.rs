@@ -220,7 +220,9 @@ fn a_path_may_be_as_long_as_an_address() {
         UnixStream::connect(&path).unwrap();
         socket.accept().unwrap();
     }
-    let path = folder.as_path().join("s".repeat(MAX_PATH_SIZE + 1 - prefix));
+    let path = folder
+        .as_path()
+        .join("s".repeat(MAX_PATH_SIZE + 1 - prefix));
     let error = ListeningSocket::bind(&path).unwrap_err();
     assert!(error.to_string().contains("108 bytes"), "{error}");
     assert_eq!(names(&folder), [""; 0]);

@@ -132,12 +132,15 @@ impl Client {
     fn has_all(&mut self) {
         self.follows = true;
         self.deadline = None;
-        if self.missed > 0 {
+        self.report_missed();
+    }
+
+    fn report_missed(&mut self) {
+        let missed = std::mem::take(&mut self.missed);
+        if missed > 0 {
             tracing::warn!(
-                "serial port: a client of the socket has missed {} bytes of output",
-                self.missed
+                "serial port: a client of the socket has missed {missed} bytes of output"
             );
-            self.missed = 0;
         }
     }
 
@@ -206,5 +209,11 @@ impl Client {
             }
             return 0;
         }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.report_missed();
     }
 }
