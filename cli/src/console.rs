@@ -158,6 +158,8 @@ pub struct Input {
     pending: VecDeque<u8>,
     /// Whether standard input has not ended yet.
     open: bool,
+    /// Whether the user has been told that no keys are read, since the guest last had read all.
+    has_told: bool,
 }
 
 impl Input {
@@ -169,6 +171,7 @@ impl Input {
             filter: EscapeFilter::default(),
             pending: VecDeque::new(),
             open: true,
+            has_told: false,
         }
     }
 
@@ -254,7 +257,7 @@ impl Input {
                 Key::Quit => return true,
             }
         }
-        if !self.has_room_for_keys() {
+        if !self.has_room_for_keys() && !std::mem::replace(&mut self.has_told, true) {
             say(format_args!(
                 "the guest has yet to read {} KiB of input: no more keys are read until it does, not \
                  even Ctrl-A x",
@@ -285,6 +288,7 @@ impl Input {
         }
         // A paste can have taken a lot of memory.
         self.pending.shrink_to(CHUNK_SIZE);
+        self.has_told = false;
     }
 }
 
