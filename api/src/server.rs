@@ -1,15 +1,12 @@
 //! The API on a Unix socket: HTTP/1.1, with bounded memory and time for each client.
 
 use std::convert::Infallible;
-use std::fs;
 use std::io;
-use std::os::unix::net::UnixListener as StdListener;
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bantam_vmm::BoundedLog;
+use bantam_vmm::{BoundedLog, ListeningSocket};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
@@ -78,18 +75,6 @@ impl Default for ServerLimits {
 /// Why there is no server.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The socket cannot be had.
-    #[error(
-        "cannot listen on '{path}' for the API: {source}; if no other instance uses it, remove it, or \
-         choose another path by --api-sock",
-        path = .path.display()
-    )]
-    Listen {
-        /// Its path.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
     /// The host has no thread or descriptor for it.
     #[error("cannot serve the API: {0}")]
     Runtime(#[from] io::Error),
@@ -99,56 +84,25 @@ pub enum ServerError {
 pub struct Server {
     identity: Identity,
     instance: Arc<Mutex<Instance>>,
-    listener: Option<Listener>,
+    listener: Option<ListeningSocket>,
     limits: ServerLimits,
     ending: Arc<Notify>,
 }
 
-/// A listening socket, and its place in the file system.
-struct Listener {
-    socket: StdListener,
-    path: PathBuf,
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!("cannot remove socket '{}': {error}", self.path.display());
-        }
-    }
-}
-
 impl Server {
-    /// A server on `path`, where clients can connect from now on. Without one it only writes the metrics.
-    ///
-    /// # Errors
-    /// When the socket cannot be made, such as where there is a file of that name.
+    /// A server of those who connect to `listener`. Without one it only writes the metrics.
     pub fn new(
         instance: Instance,
-        path: Option<&Path>,
+        listener: Option<ListeningSocket>,
         limits: ServerLimits,
-    ) -> Result<Server, ServerError> {
-        let listen = |path: &Path| {
-            let bound = StdListener::bind(path).map(|socket| Listener {
-                socket,
-                path: path.to_path_buf(),
-            });
-            let nonblocking = bound.and_then(|listener| {
-                listener.socket.set_nonblocking(true)?;
-                Ok(listener)
-            });
-            nonblocking.map_err(|source| ServerError::Listen {
-                path: path.to_path_buf(),
-                source,
-            })
-        };
-        Ok(Server {
+    ) -> Server {
+        Server {
             identity: instance.identity(),
             instance: Arc::new(Mutex::new(instance)),
-            listener: path.map(listen).transpose()?,
+            listener,
             limits,
             ending: Arc::new(Notify::new()),
-        })
+        }
     }
 
     fn service(&self) -> Service {
@@ -235,11 +189,11 @@ async fn flush_metrics(instance: &Arc<Mutex<Instance>>) {
 }
 
 async fn serve(
-    listener: &Listener,
+    listener: &ListeningSocket,
     clients: &Clients,
     service: &Service,
 ) -> Result<(), ServerError> {
-    let listener = UnixListener::from_std(listener.socket.try_clone()?)?;
+    let listener = UnixListener::from_std(listener.try_clone_listener()?)?;
     // When the last client could not be accepted, until that is over.
     let mut last_failure: Option<Instant> = None;
     loop {

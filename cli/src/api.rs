@@ -13,8 +13,8 @@ use bantam_api::{
     API_VERSION, Configuration, Instance, InstanceOptions, ProcessTimes, ProgramLog, Request,
     Server, ServerLimits, parse_json, parse_value,
 };
-use bantam_vmm::Controller;
 use bantam_vmm::config::read_text_file;
+use bantam_vmm::{Controller, ListeningSocket};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
@@ -103,14 +103,20 @@ fn serve_instance(
         let configuration: Configuration = parse_json(read_file(what, path)?.as_bytes())
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.configure(configuration)?;
+    }
+    // A guest does not run that nobody could speak to.
+    let listener = match args.no_api {
+        true => None,
+        false => Some(listen(&args.api_sock)?),
+    };
+    if args.config_file.is_some() {
         instance.start()?;
     }
-    let socket = (!args.no_api).then_some(args.api_sock.as_path());
     let limits = ServerLimits {
         body_size: args.http_api_max_payload_size,
         ..ServerLimits::default()
     };
-    let server = Server::new(instance, socket, limits)?;
+    let server = Server::new(instance, listener, limits);
     let ending = server.ending();
     let (serving, served) = mpsc::channel();
     thread::Builder::new()
@@ -143,6 +149,15 @@ fn serve_instance(
         }
     }
     ended
+}
+
+fn listen(path: &Path) -> anyhow::Result<ListeningSocket> {
+    ListeningSocket::bind(path).with_context(|| {
+        format!(
+            "cannot listen on '{}' for the API (--api-sock)",
+            path.display()
+        )
+    })
 }
 
 fn attend_instance(

@@ -3,6 +3,7 @@
 //! Two pipes stand between them, so that neither a slow reader of the output nor a guest that
 //! reads no input holds up the machine or the main thread.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
@@ -20,8 +21,9 @@ use crate::message::say;
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 
-/// Input kept until the guest takes it, beside what the pipe holds, in bytes.
-const PENDING_INPUT_CAPACITY: usize = 4096;
+/// Keys kept until the guest takes them, beside what the pipe holds, in bytes. Up to here the terminal is read
+/// whether or not the guest reads, so that the user can quit; beyond it the terminal waits too.
+const PENDING_KEYS_CAPACITY: usize = 1 << 20;
 /// Most bytes copied at a time.
 const CHUNK_SIZE: usize = 4096;
 
@@ -157,11 +159,11 @@ pub struct Input {
     to_guest: OwnedFd,
     terminal: Option<RawTerminal>,
     filter: EscapeFilter,
-    pending: Vec<u8>,
+    pending: VecDeque<u8>,
     /// Whether standard input has not ended yet.
     open: bool,
-    /// Whether keys were dropped since the guest last took input.
-    dropping: bool,
+    /// Whether the user has been told that no keys are read, since the guest last had read all.
+    has_told: bool,
 }
 
 impl Input {
@@ -171,9 +173,9 @@ impl Input {
             to_guest,
             terminal: None,
             filter: EscapeFilter::default(),
-            pending: Vec::new(),
+            pending: VecDeque::new(),
             open: true,
-            dropping: false,
+            has_told: false,
         }
     }
 
@@ -203,11 +205,10 @@ impl Input {
         }
     }
 
-    /// Standard input, if there is room for more of it. There always is for a terminal: the user
-    /// must be able to quit.
+    /// Standard input, if there is room for more of it.
     pub fn source(&self) -> Option<BorrowedFd<'_>> {
         let wanted = match &self.terminal {
-            Some(terminal) => terminal.in_foreground(),
+            Some(terminal) => self.has_room_for_keys() && terminal.in_foreground(),
             None => self.pending.is_empty(),
         };
         (self.open && wanted).then(|| self.stdin.as_fd())
@@ -244,38 +245,43 @@ impl Input {
 
     fn accept(&mut self, bytes: &[u8]) -> bool {
         if self.terminal.is_none() {
-            self.pending.extend_from_slice(bytes);
+            self.pending.extend(bytes);
             return false;
         }
-        for &byte in bytes {
-            match self.filter.next(byte) {
+        self.type_keys(bytes)
+    }
+
+    /// Takes keys, and gives whether the user wants to quit.
+    fn type_keys(&mut self, keys: &[u8]) -> bool {
+        for &key in keys {
+            match self.filter.next(key) {
                 Key::Prefix => {}
-                Key::Guest(byte) => self.type_keys(&[byte]),
-                Key::NoCommand(byte) => self.type_keys(&[CTRL_A, byte]),
+                Key::Guest(key) => self.pending.push_back(key),
+                Key::NoCommand(key) => self.pending.extend([CTRL_A, key]),
                 Key::Help => say(format_args!("{HELP}")),
                 Key::Quit => return true,
             }
         }
+        if !self.has_room_for_keys() && !std::mem::replace(&mut self.has_told, true) {
+            say(format_args!(
+                "the guest has yet to read {} KiB of input: no more keys are read until it does, not \
+                 even Ctrl-A x",
+                PENDING_KEYS_CAPACITY >> 10
+            ));
+        }
         false
     }
 
-    fn type_keys(&mut self, keys: &[u8]) {
-        if self.pending.len() + keys.len() <= PENDING_INPUT_CAPACITY {
-            self.pending.extend_from_slice(keys);
-        } else if !self.dropping {
-            self.dropping = true;
-            tracing::warn!("serial console: the guest reads no input: keys are dropped");
-        }
+    fn has_room_for_keys(&self) -> bool {
+        // Of as many as are read at a time, each can be one that comes with a prefix.
+        self.pending.len() + 2 * CHUNK_SIZE <= PENDING_KEYS_CAPACITY
     }
 
     /// Passes on as much as the guest has room for.
     pub fn write(&mut self) {
         while !self.pending.is_empty() {
-            match write(&self.to_guest, &self.pending) {
-                Ok(count) => {
-                    self.pending.drain(..count);
-                    self.dropping = false;
-                }
+            match write(&self.to_guest, self.pending.as_slices().0) {
+                Ok(count) => drop(self.pending.drain(..count)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return,
                 Err(errno) => {
@@ -286,6 +292,9 @@ impl Input {
                 }
             }
         }
+        // A paste can have taken a lot of memory.
+        self.pending.shrink_to(CHUNK_SIZE);
+        self.has_told = false;
     }
 }
 
@@ -349,11 +358,30 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_a_guest_does_not_take_are_bounded() {
-        let (mut input, _from) = input();
-        for _ in 0..2 * PENDING_INPUT_CAPACITY {
-            input.type_keys(b"k");
+    fn keys_that_a_guest_does_not_take_are_bounded_and_none_is_lost() {
+        let (mut input, from) = input();
+        let chunk: Vec<u8> = (b'a'..=b'z').cycle().take(CHUNK_SIZE).collect();
+        let mut typed = Vec::new();
+        while input.has_room_for_keys() {
+            assert!(!input.type_keys(&chunk));
+            typed.extend_from_slice(&chunk);
+            assert!(input.pending.len() <= PENDING_KEYS_CAPACITY);
         }
-        assert_eq!(input.pending.len(), PENDING_INPUT_CAPACITY);
+        assert!(typed.len() >= PENDING_KEYS_CAPACITY - 3 * CHUNK_SIZE);
+        // Ctrl-A is heard before that.
+        input.write();
+        assert!(input.has_room_for_keys());
+        assert!(input.type_keys(b"\x01x"));
+
+        let mut taken = Vec::new();
+        let mut chunk = [0; CHUNK_SIZE];
+        while taken.len() < typed.len() {
+            input.write();
+            let count = read(&from, &mut chunk).unwrap();
+            taken.extend_from_slice(&chunk[..count]);
+        }
+        assert!(taken == typed);
+        input.write();
+        assert!(input.pending.capacity() <= 2 * CHUNK_SIZE);
     }
 }

@@ -10,8 +10,6 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use libc::ifreq;
 use nix::errno::Errno;
@@ -19,6 +17,8 @@ use nix::errno::Errno;
 pub use error::TapError;
 use error::{attach_error, control_error};
 use interface::{Interface, TemporaryMtu};
+
+use crate::patience::patiently;
 
 /// The device that makes taps.
 const CONTROL_DEVICE: &str = "/dev/net/tun";
@@ -30,12 +30,6 @@ pub const PACKET_HEADER_SIZE: usize = 12;
 /// Most packets that [`Tap::discard_queued`] throws away, so that a flood does not hold it for
 /// ever. A tap queues 1000 unless its administrator says otherwise.
 const MAX_DISCARDED_PACKETS: usize = 4096;
-
-/// How long a tap in use is waited for. The kernel takes down the io_uring of a monitor that was
-/// killed, and with it closes the tap, only some time after the process has ended.
-const PATIENCE: Duration = Duration::from_millis(250);
-/// How long to wait before the next attempt.
-const RETRY: Duration = Duration::from_millis(5);
 
 mod request {
     //! Requests to a tap (`linux/if_tun.h`). They are numbered with another size than that of what
@@ -166,14 +160,11 @@ impl Tap {
     /// are asked for, or this user may not do it.
     pub fn open(name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError> {
         check_name(name)?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        let is_busy = |error: &TapError| matches!(error, TapError::InUse { .. });
+        patiently(is_busy, || {
             let first = open_control_device().map_err(|source| control_error(name, source))?;
-            match Tap::attach(first, name, mtu, queues) {
-                Err(TapError::InUse { .. }) if Instant::now() < deadline => thread::sleep(RETRY),
-                result => return result,
-            }
-        }
+            Tap::attach(first, name, mtu, queues)
+        })
     }
 
     /// [`Tap::open`] with `first` as the control device.

@@ -120,6 +120,35 @@ fn keys_go_to_the_guest_and_are_not_echoed() {
 }
 
 #[test]
+fn a_large_paste_reaches_the_guest_completely() {
+    // More than the pipe to the guest and the terminal's own buffers hold.
+    const SIZE: usize = 128 << 10;
+    require_kvm!();
+    let mut terminal = Terminal::new();
+    let machine = terminal
+        .at(Bantam::payload("serial").append(format!("bytes={SIZE} mode=polled")))
+        .limit(Duration::from_secs(200))
+        .start();
+    terminal.wait_for("ready\r\n");
+    let paste: Vec<u8> = (b' '..=b'~').cycle().take(SIZE).collect();
+    let mut person = terminal.person.try_clone().unwrap();
+    let writer = thread::spawn({
+        let paste = paste.clone();
+        move || person.write_all(&paste).unwrap()
+    });
+    let mut chunk = [0; 4096];
+    let echo_starts = terminal.seen.len();
+    while terminal.seen.len() < echo_starts + SIZE {
+        let count = terminal.person.read(&mut chunk).unwrap();
+        terminal.seen.extend_from_slice(&chunk[..count]);
+    }
+    writer.join().unwrap();
+    assert!(terminal.seen[echo_starts..][..SIZE] == paste);
+    terminal.wait_for("checksum");
+    machine.wait().succeeded();
+}
+
+#[test]
 fn the_terminal_is_restored_when_the_guest_ends_the_machine() {
     require_kvm!();
     for (ending, status) in [("poweroff", 0), ("triple-fault", 1)] {
@@ -353,6 +382,70 @@ fn a_socket_serves_one_client_after_another() {
     machine.signal(Signal::SIGTERM);
     machine.wait().succeeded();
     assert!(!path.exists(), "the socket has outlived its machine");
+}
+
+#[test]
+fn whoever_comes_late_to_a_socket_gets_the_output_and_all_are_served_at_once() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let machine = Bantam::payload("serial")
+        .option("--serial", format!("socket={}", path.display()))
+        .append("print-kib=64 finish=hang")
+        .start();
+    wait_until(|| path.exists());
+    let connect = || {
+        let client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client
+    };
+    let mut first = connect();
+    let mut output = Vec::new();
+    read_until(&mut first, &mut output, b"PASS\n");
+    assert!(output.len() > 64 << 10);
+    // Nobody has taken it from those who come later.
+    for _ in 0..15 {
+        let mut seen = Vec::new();
+        read_until(&mut connect(), &mut seen, b"PASS\n");
+        assert!(seen == output);
+    }
+    // The guest does not read, so this waits for ever; the machine ends all the same.
+    first.write_all(b"unread").unwrap();
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+    assert_eq!(first.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn clients_of_a_socket_type_and_see_what_all_type() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let machine = Bantam::payload("serial")
+        .option("--serial", format!("socket={}", path.display()))
+        .append("bytes=6 mode=polled finish=hang")
+        .start();
+    wait_until(|| path.exists());
+    let mut clients: Vec<_> = (0..3)
+        .map(|_| {
+            let client = UnixStream::connect(&path).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            (client, Vec::new())
+        })
+        .collect();
+    read_until(&mut clients[0].0, &mut Vec::new(), b"ready\n");
+    for index in 0..3 {
+        let byte = b'a' + index as u8;
+        clients[index].0.write_all(&[byte, byte]).unwrap();
+        for (client, seen) in &mut clients {
+            read_until(client, seen, &[byte, byte]);
+        }
+    }
+    for (client, seen) in &mut clients {
+        read_until(client, seen, b"PASS\n");
+    }
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
 }
 
 /// Sends a byte until the guest sends it back: what comes before the guest is ready is lost.

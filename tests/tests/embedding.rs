@@ -56,6 +56,53 @@ fn started(config: &MachineConfig) -> (Controller, PipeReader) {
     (machine, reader)
 }
 
+#[test]
+fn a_console_that_could_block_all_devices_is_refused() {
+    require_kvm!();
+    let _alone = alone();
+    let blocking = || std::io::pipe().expect("there are pipes");
+    let ((reader, _writer), (_reader, writer)) = (blocking(), blocking());
+    for (console, end) in [
+        (
+            Console {
+                input: Some(reader.into()),
+                output: None,
+            },
+            "input",
+        ),
+        (
+            Console {
+                input: None,
+                output: Some(writer.into()),
+            },
+            "output",
+        ),
+    ] {
+        let machine = configured(&hello("poweroff"), console);
+        let error = machine.start().expect_err("it could block").to_string();
+        assert!(
+            error.contains(end) && error.contains("O_NONBLOCK"),
+            "{error}"
+        );
+        // It can be configured anew.
+        let configured = machine.configure(hello("poweroff"), Console::default());
+        configured.expect("it is not started");
+        machine.start().expect("it has no console");
+        assert_eq!(machine.wait().expect("it ends"), ExitReason::PowerOff);
+    }
+    // A regular file blocks nobody.
+    let file = tempfile::tempfile().expect("there is a folder for temporary files");
+    let console = Console {
+        input: None,
+        output: Some(file.try_clone().expect("there are descriptors").into()),
+    };
+    let machine = configured(&hello("poweroff"), console);
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
+    machine.wait().expect("it ends");
+    let size = file.metadata().expect("it is open").len();
+    assert!(size > 0);
+}
+
 /// What is said of a machine that cannot be built. It stays configured.
 fn start_error(config: &MachineConfig) -> Error {
     let machine = configured(config, Console::default());

@@ -562,22 +562,29 @@ fn a_machine_file_describes_a_machine() {
 fn a_socket_in_use_is_refused_and_an_abandoned_one_is_replaced() {
     require_kvm!();
     for (option, words, whose) in [
-        ("--serial", "", "for the serial port: Address"),
-        ("--vsock", "cid=3,", "for the socket device: Address"),
+        ("--serial", "", "for the serial port: another process"),
+        (
+            "--vsock",
+            "cid=3,",
+            "for the socket device: another process",
+        ),
     ] {
         let files = Files::new();
         let path = files.path("socket");
         let value = format!("{words}socket={}", path.display());
         let bantam = || Bantam::payload("hello").option(option, &value);
         let listener = UnixListener::bind(&path).unwrap();
-        let expected = ["cannot listen on ", whose, "in use", "choose another path"];
+        let expected = ["cannot listen on ", whose, "uses it", "choose another path"];
         refused(bantam(), &expected);
         drop(listener);
         bantam().finish().succeeded();
         assert!(!path.exists(), "the socket has outlived its machine");
 
         files.create("socket", "precious");
-        refused(bantam(), &["cannot listen on ", "in use"]);
+        refused(
+            bantam(),
+            &["cannot listen on ", "not a socket", "choose another path"],
+        );
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 }

@@ -14,7 +14,7 @@ use bantam_devices::i8042::I8042;
 use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::rtc::Rtc;
-use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
+use bantam_devices::serial::{Serial, SerialMetrics};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
@@ -116,7 +116,8 @@ pub(crate) fn attach_serial(
     let metrics = port.metrics();
     let port = Arc::new(Mutex::new(port));
     if let Some(endpoint) = open.endpoint {
-        event_loop.add(Box::new(SerialWorker::new(port.clone(), endpoint)))?;
+        let worker = endpoint.serve(port.clone());
+        event_loop.add(worker.map_err(Error::resource("the serial port"))?)?;
     }
     ports.insert(
         layout::SERIAL_PORT.into(),
@@ -303,9 +304,9 @@ impl<'a> VirtioDevices<'a> {
         config: &VsockConfig,
     ) -> Result<Arc<VsockMetrics>, Error> {
         let path = &config.socket;
-        let listener = ListeningSocket::bind(path).map_err(|source| Error::Vsock {
+        let listener = ListeningSocket::bind(path).map_err(|source| Error::Listen {
             path: path.clone(),
-            remedy: serial::remedy_for_socket(&source),
+            purpose: "the socket device",
             source,
         })?;
         let device = Vsock::new(config.cid.get(), listener);

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use bantam_devices::ListenError;
 use bantam_devices::disk::DiskError;
 use bantam_devices::i8042::KeyboardError;
 use bantam_devices::metadata::MetadataError;
@@ -199,15 +200,15 @@ pub enum Error {
     /// The balloon cannot be as it is wanted.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
-    /// The socket of the socket device cannot be made.
-    #[error("cannot listen on '{path}' for the socket device: {source}{remedy}", path = .path.display())]
-    Vsock {
+    /// A socket of a device cannot be had.
+    #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
+    Listen {
         /// Where.
         path: PathBuf,
+        /// The device.
+        purpose: &'static str,
         /// Why not.
-        source: io::Error,
-        /// What to do about it, as a continuation of the line.
-        remedy: &'static str,
+        source: ListenError,
     },
     /// Metadata cannot be kept.
     #[error(transparent)]
@@ -221,6 +222,15 @@ pub enum Error {
         source: io::Error,
         /// What to do about it, as a continuation of the line.
         remedy: &'static str,
+    },
+    /// One end of the program's [`Console`](crate::Console) would hold up all devices.
+    #[error(
+        "cannot use the console's {end}: it is a blocking descriptor, which would hold up all devices: set \
+         O_NONBLOCK on it, or pass a pipe of your own"
+    )]
+    BlockingConsole {
+        /// Which.
+        end: &'static str,
     },
     /// The host is out of something small: file descriptors, threads.
     #[error("cannot create {what}: {source}")]

@@ -59,6 +59,7 @@ pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
 pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
 pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use bantam_devices::virtio::vsock::VsockMetrics;
+pub use bantam_devices::{ListenError, ListeningSocket};
 pub use command::{Answer, Command, State};
 pub use control::ExitReason;
 pub use controller::Controller;

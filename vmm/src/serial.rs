@@ -7,10 +7,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bantam_devices::ListeningSocket;
-use bantam_devices::disk::{Lock, lock_file};
+use bantam_devices::disk::{Lock, lock_patiently};
 use bantam_devices::serial::SerialEndpoint;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
+use nix::sys::stat::{SFlag, fstat};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 
 use crate::config::SerialConfig;
@@ -18,7 +19,9 @@ use crate::error::Error;
 
 /// The program's own end of a serial port that is configured as `stdio`.
 ///
-/// Both descriptors must be non-blocking; pipes of the program's own are the usual choice.
+/// Both descriptors must be non-blocking, or regular files; pipes of the program's own are the usual choice.
+/// A machine is not started with others: the thread that serves them serves all devices. Bantam does not set
+/// the flag itself, as it would be set for everybody who shares the open file.
 #[derive(Debug, Default)]
 pub struct Console {
     /// Where the guest's input comes from.
@@ -65,13 +68,7 @@ impl SerialGuard {
 /// Opens the endpoint that `config` names.
 pub(crate) fn open(config: &SerialConfig, console: Console) -> Result<OpenSerial, Error> {
     match config {
-        SerialConfig::Stdio => Ok(OpenSerial {
-            endpoint: Some(SerialEndpoint::Descriptors {
-                input: console.input,
-                output: console.output,
-            }),
-            guard: SerialGuard::default(),
-        }),
+        SerialConfig::Stdio => open_console(console),
         SerialConfig::Pty => open_pty().map_err(|source| Error::Serial {
             action: "open a pseudoterminal for the serial port".to_string(),
             source,
@@ -84,6 +81,33 @@ pub(crate) fn open(config: &SerialConfig, console: Console) -> Result<OpenSerial
             guard: SerialGuard::default(),
         }),
     }
+}
+
+fn open_console(console: Console) -> Result<OpenSerial, Error> {
+    for (end, descriptor) in [("input", &console.input), ("output", &console.output)] {
+        if let Some(descriptor) = descriptor
+            && may_block(descriptor).map_err(Error::resource("the serial console"))?
+        {
+            return Err(Error::BlockingConsole { end });
+        }
+    }
+    Ok(OpenSerial {
+        endpoint: Some(SerialEndpoint::Descriptors {
+            input: console.input,
+            output: console.output,
+        }),
+        guard: SerialGuard::default(),
+    })
+}
+
+/// Whether a read or write can wait for somebody else.
+fn may_block(descriptor: &impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_NONBLOCK) {
+        return Ok(false);
+    }
+    let kind = SFlag::from_bits_truncate(fstat(descriptor)?.st_mode) & SFlag::S_IFMT;
+    Ok(kind != SFlag::S_IFREG)
 }
 
 fn open_pty() -> io::Result<OpenSerial> {
@@ -131,7 +155,7 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
         .map_err(error(""))?;
     // What is no file, such as a pipe, can have several writers.
     if file.metadata().map_err(error(""))?.is_file() {
-        lock_file(&file, Lock::Exclusive).map_err(error(
+        lock_patiently(&file, Lock::Exclusive).map_err(error(
             "; it is in use by another machine, or is a disk of this one",
         ))?;
     }
@@ -148,9 +172,9 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
 }
 
 fn open_socket(path: &Path) -> Result<OpenSerial, Error> {
-    let listener = ListeningSocket::bind(path).map_err(|source| Error::Serial {
-        action: format!("listen on '{}' for the serial port", path.display()),
-        remedy: remedy_for_socket(&source),
+    let listener = ListeningSocket::bind(path).map_err(|source| Error::Listen {
+        path: path.to_path_buf(),
+        purpose: "the serial port",
         source,
     })?;
     Ok(OpenSerial {
@@ -160,13 +184,4 @@ fn open_socket(path: &Path) -> Result<OpenSerial, Error> {
             _pty_user_end: None,
         },
     })
-}
-
-/// What to do about a socket that cannot be made, as a continuation of the line that says so.
-pub(crate) fn remedy_for_socket(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::AddrInUse {
-        "; choose another path"
-    } else {
-        ""
-    }
 }

@@ -10,15 +10,10 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// How long a lock is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_millis(250);
-/// How long to wait before the next look at it.
-const LOCK_RETRY: Duration = Duration::from_millis(5);
+use crate::patience::patiently;
 
 /// Byte for having permission 0.
 const HAS: u64 = 100;
@@ -69,23 +64,25 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
 
 /// Locks an image as one that is read, or read and written, by one that lets nobody else write.
 ///
-/// It waits [`LOCK_PATIENCE`] for the lock: a monitor that was killed keeps its own until the kernel
-/// has taken down its io_uring, which is soon after its end.
+/// It waits for the lock as [`patiently`] does: a monitor that was killed keeps its own until the
+/// kernel has taken down its io_uring, which is soon after its end.
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] when another's use contradicts; else as `fcntl` with `F_OFD_SETLK`.
 pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match try_lock_image(file, read_only) {
-            Err(error)
-                if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-            {
-                thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
+    patiently(is_busy, || try_lock_image(file, read_only))
+}
+
+/// As [`lock_file`], but waits for the lock as [`patiently`] does.
+///
+/// # Errors
+/// As [`lock_file`].
+pub fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
+    patiently(is_busy, || lock_file(file, lock))
+}
+
+fn is_busy(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
 }
 
 fn try_lock_image(file: &File, read_only: bool) -> io::Result<()> {
@@ -146,6 +143,7 @@ fn request(kind: libc::c_int, bytes: Range<u64>) -> libc::flock {
 #[cfg(test)]
 mod tests {
     use std::sync::Barrier;
+    use std::thread;
 
     use vmm_sys_util::tempfile::TempFile;
 

@@ -24,7 +24,7 @@ use geometry::{block_device, disk_size, measure};
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
-pub use lock::{Lock, LockMode, lock_file};
+pub use lock::{Lock, LockMode, lock_file, lock_patiently};
 pub use open::DiskOptions;
 
 /// Disks are addressed in units of this many bytes.

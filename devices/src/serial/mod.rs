@@ -1,14 +1,18 @@
-//! The serial port: a 16550 whose bytes come from and go to a file descriptor of the host.
+//! The serial port: a 16550 whose bytes come from and go to a [`SerialEndpoint`] of the host.
 //!
 //! A vCPU only ever moves bytes into and out of memory here; the descriptors are read and written
-//! by a [`SerialWorker`] on the event loop. A reader on the host that is slow makes the port look
-//! busy to the guest, as a slow line would.
+//! by a worker on the event loop. A reader on the host that is slow makes the port look busy to the
+//! guest, as a slow line would.
 
+mod client;
+mod endpoint;
+mod history;
+mod socket;
 mod worker;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -16,7 +20,7 @@ use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-pub use worker::{SerialEndpoint, SerialWorker};
+pub use endpoint::SerialEndpoint;
 
 use crate::InterruptLine;
 use crate::bus::BusDevice;
@@ -140,14 +144,23 @@ impl io::Write for Output {
     }
 }
 
+fn lock(port: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
+    port.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn signal(event: &EventFd) {
     // It fails only when the counter is full, and then it is readable as wanted.
     let _ = event.write(1);
 }
 
 impl Serial {
+    /// What is said of the port, within bounds.
+    fn log(&self) -> DeviceLog {
+        self.log.clone()
+    }
+
     /// A port that raises `interrupt`, logs to `log`, and drops what the guest sends beyond `limit` bytes.
-    /// Until a [`SerialWorker`] serves it, it has no input and drops its output.
+    /// Until a [`SerialEndpoint`] serves it, it has no input and drops its output.
     ///
     /// # Errors
     /// When the host gives no file descriptor.
@@ -191,6 +204,11 @@ impl Serial {
 
     fn set_connected(&mut self, connected: bool) {
         self.uart.writer_mut().connected = connected;
+    }
+
+    /// Whether the guest has sent something that has not been taken.
+    fn has_output(&mut self) -> bool {
+        !self.uart.writer_mut().bytes.is_empty()
     }
 
     /// Takes what the guest has sent. A guest that found the port busy hears that it is free.

@@ -1,45 +1,29 @@
-//! The host's side of the serial port.
+//! The host's side of a serial port that leads to descriptors.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Serial;
-use crate::ListeningSocket;
+use super::{Serial, lock};
 
 /// Bytes read from the host at a time: what the receive FIFO takes.
-const INPUT_CHUNK: usize = 64;
+pub(super) const INPUT_CHUNK: usize = 64;
 /// How long the last output waits for a reader that does not read any of it.
 const LAST_OUTPUT_TIMEOUT_MS: u16 = 3_000;
 /// Size of a pipe that holds what it held before (64 KiB, unless its maker chose) and all that can
 /// be left for it, in bytes.
 const LAST_OUTPUT_PIPE_SIZE: libc::c_int = 1 << 20;
 
-/// Where the bytes of a serial port come from and go to.
-pub enum SerialEndpoint {
-    /// Descriptors of the host. They must be non-blocking, or regular files.
-    Descriptors {
-        /// Source of input.
-        input: Option<OwnedFd>,
-        /// Sink of output.
-        output: Option<OwnedFd>,
-    },
-    /// A socket that serves one client at a time. Output is dropped while there is none.
-    Listener(ListeningSocket),
-}
-
-/// Moves bytes between a serial port and its endpoint, on the event loop.
-pub struct SerialWorker {
+/// Moves bytes between a serial port and descriptors, on the event loop.
+pub(super) struct SerialWorker {
     port: Arc<Mutex<Serial>>,
     attention: Arc<EventFd>,
-    listener: Option<ListeningSocket>,
     input: Option<Endpoint>,
     output: Option<Endpoint>,
     /// Read from the endpoint, not yet taken by the guest.
@@ -86,14 +70,12 @@ impl Endpoint {
 }
 
 impl SerialWorker {
-    /// A worker for `port`, which sends its output to `endpoint` from now on.
-    pub fn new(port: Arc<Mutex<Serial>>, endpoint: SerialEndpoint) -> SerialWorker {
-        let (listener, input, output) = match endpoint {
-            SerialEndpoint::Descriptors { input, output } => {
-                (None, input.map(Endpoint::new), output.map(Endpoint::new))
-            }
-            SerialEndpoint::Listener(listener) => (Some(listener), None, None),
-        };
+    /// A worker for `port`, which sends its output to `output` from now on.
+    pub(super) fn new(
+        port: Arc<Mutex<Serial>>,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> SerialWorker {
         let attention = {
             let mut port = lock(&port);
             port.set_connected(output.is_some());
@@ -102,9 +84,8 @@ impl SerialWorker {
         SerialWorker {
             port,
             attention,
-            listener,
-            input,
-            output,
+            input: input.map(Endpoint::new),
+            output: output.map(Endpoint::new),
             pending_input: VecDeque::new(),
             pending_output: VecDeque::new(),
         }
@@ -143,9 +124,7 @@ impl SerialWorker {
             Ok(()) => (false, false),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (true, false),
             Err(error) => {
-                if self.listener.is_none() {
-                    tracing::warn!("serial port: its output is lost from here on: {error}");
-                }
+                tracing::warn!("serial port: its output is lost from here on: {error}");
                 (false, true)
             }
         };
@@ -196,10 +175,6 @@ impl SerialWorker {
         if let Some(mut input) = self.input.take() {
             input.watch(false, EventSet::IN, operations);
         }
-        if self.listener.is_some() && self.output.is_some() {
-            // One end of a connection is as good as closed without the other.
-            self.close_output(operations);
-        }
     }
 
     fn close_output(&mut self, operations: &mut EventOps<'_>) {
@@ -210,56 +185,13 @@ impl SerialWorker {
         let mut port = lock(&self.port);
         port.set_connected(false);
         port.take_output();
-        drop(port);
-        if self.listener.is_some() && self.input.is_some() {
-            self.close_input(operations);
-        }
     }
-
-    /// Takes the next client that has not hung up, if the last one has gone. Others stay in the
-    /// backlog.
-    fn accept(&mut self, operations: &mut EventOps<'_>) {
-        while self.input.is_none()
-            && let Some(listener) = &self.listener
-        {
-            match listener.accept().and_then(split) {
-                Ok((input, output)) => {
-                    self.input = Some(Endpoint::new(input));
-                    self.output = Some(Endpoint::new(output));
-                    lock(&self.port).set_connected(true);
-                    self.process_input(operations);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!("serial port: cannot accept a client: {error}");
-                    return;
-                }
-            }
-        }
-    }
-}
-
-/// Both directions of a connection, as descriptors of their own: an event loop knows a descriptor
-/// once.
-fn split(client: UnixStream) -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok((client.try_clone()?.into(), client.into()))
-}
-
-fn lock(port: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
-    port.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl MutEventSubscriber for SerialWorker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
-        let attention = operations.add(Events::new(&*self.attention, EventSet::IN));
-        let listener = match &self.listener {
-            Some(listener) => operations.add(Events::new(
-                listener,
-                EventSet::IN | EventSet::EDGE_TRIGGERED,
-            )),
-            None => Ok(()),
-        };
-        if let Err(error) = attention.and(listener) {
+        let watched = operations.add(Events::new(&*self.attention, EventSet::IN));
+        if let Err(error) = watched {
             tracing::error!("serial port: cannot watch its endpoint: {error}");
         }
         self.process_output(operations);
@@ -273,7 +205,6 @@ impl MutEventSubscriber for SerialWorker {
         }
         self.process_output(operations);
         self.process_input(operations);
-        self.accept(operations);
     }
 }
 

@@ -14,7 +14,8 @@ use super::packet::{Header, Ports, operation, shutdown};
 use super::stream::HostStream;
 use crate::virtio::GuestBuffers;
 
-/// How long a program of the host may take to say which port it wants, and then the guest to answer.
+/// How long a program of the host may take to say which port it wants, and then the guest to answer; and how
+/// long one lets the guest wait.
 pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// How long a connection may take to end once one side wants nothing more of it, counted anew
 /// whenever there is progress.
@@ -31,6 +32,8 @@ enum State {
     Greeting(Greeting),
     /// The guest has been asked, and has yet to answer.
     Requesting,
+    /// The guest has asked, and the program of the host lets no more wait for it.
+    Waiting,
     Connected,
     /// All that is left is to tell the guest so.
     Resetting,
@@ -124,17 +127,34 @@ impl Connection {
         }
     }
 
-    /// The guest asks for a connection by `request`, and the host's program has taken it.
-    pub(super) fn from_guest(stream: HostStream, ports: Ports, request: &Header) -> Connection {
+    /// The guest asks for a connection by `request`, and the stream has yet to be connected.
+    pub(super) fn from_guest(
+        stream: HostStream,
+        ports: Ports,
+        request: &Header,
+        now: Instant,
+    ) -> Connection {
         let mut connection = Connection {
             ports: Some(ports),
             // The event loop says when there is.
             readable: false,
-            ..Connection::new(State::Connected, stream)
+            deadline: Some(now + CONNECT_TIME),
+            ..Connection::new(State::Waiting, stream)
         };
         connection.credit.learn(request);
-        connection.due.insert(operation::RESPONSE);
         connection
+    }
+
+    /// The stream of a guest that has waited is connected.
+    pub(super) fn connected(&mut self) {
+        self.state = State::Connected;
+        self.deadline = None;
+        self.due.insert(operation::RESPONSE);
+    }
+
+    /// Whether the guest waits for the host's program.
+    pub(super) fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Waiting)
     }
 
     pub(super) fn stream(&self) -> &HostStream {
@@ -168,7 +188,10 @@ impl Connection {
     pub(super) fn interest(&self) -> Option<EventSet> {
         let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         interest.set(EventSet::OUT, !self.pending.is_empty());
-        (!matches!(self.state, State::Resetting | State::Finished)).then_some(interest)
+        match self.state {
+            State::Waiting | State::Resetting | State::Finished => None,
+            _ => Some(interest),
+        }
     }
 
     /// Takes note of what the event loop says of the stream.
@@ -227,6 +250,12 @@ impl Connection {
                 self.credit.learn(header);
                 self.accept();
             }
+            // Its program has given up, and another has got the same port.
+            (State::Waiting, operation::REQUEST) => {
+                self.credit.learn(header);
+                self.deadline = Some(now + CONNECT_TIME);
+            }
+            (State::Waiting, operation::SHUTDOWN) => self.finish(),
             (State::Connected, operation::RW) => {
                 self.credit.learn(header);
                 self.receive_data(data, metrics);
@@ -503,7 +532,7 @@ impl Connection {
                 self.killed = !in_order;
                 State::Finished
             }
-            State::Requesting => {
+            State::Requesting | State::Waiting => {
                 self.killed = true;
                 State::Finished
             }

@@ -1,10 +1,16 @@
 //! What a program of the host says first: `CONNECT PORT`, and a line feed.
+//!
+//! It is understood as Firecracker 1.17 does (`read_local_stream_port` in its `vsock/unix/muxer.rs`): words
+//! between white space of any kind, the first in upper or lower case, and what follows the second ignored.
+//! Firecracker wants it in one piece; here it may come in several.
 
 use std::io;
 
 use super::stream::HostStream;
 
-/// Most bytes of the line. The longest that means something is `CONNECT 4294967295` with its end.
+/// Least bytes of the line: no line feed before ends it.
+const MIN_LINE_SIZE: usize = "connect 0\n".len();
+/// Most bytes. So many are a line without a line feed, too.
 const MAX_LINE_SIZE: usize = 32;
 
 /// The line, as far as it has come.
@@ -28,12 +34,15 @@ impl Greeting {
             if seen.is_empty() {
                 return Err(io::ErrorKind::InvalidData.into());
             }
-            let end = seen.iter().position(|&byte| byte == b'\n');
+            let is_end = |(offset, &byte): (usize, &u8)| {
+                byte == b'\n' && self.len + offset + 1 >= MIN_LINE_SIZE
+            };
+            let end = seen.iter().enumerate().position(is_end);
             let size = end.map_or(seen.len(), |end| end + 1);
             // These bytes are there, and nobody else takes them.
             let taken = stream.receive(&mut room[..size])?;
             self.len += taken;
-            if end.is_some() && taken == size {
+            if end.is_some() && taken == size || self.len == MAX_LINE_SIZE {
                 return port(&self.line[..self.len]).ok_or(io::ErrorKind::InvalidData.into());
             }
         }
@@ -42,12 +51,12 @@ impl Greeting {
 
 /// The port that a whole line asks for.
 fn port(line: &[u8]) -> Option<u32> {
-    let line = str::from_utf8(line).ok()?.strip_suffix('\n')?;
-    let line = line.strip_suffix('\r').unwrap_or(line);
-    let digits = line.strip_prefix("CONNECT ")?;
-    // A number could have a sign as well.
-    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
-    digits.parse().ok().filter(|_| is_number)
+    let mut words = str::from_utf8(line).ok()?.split_whitespace();
+    let command = words.next()?;
+    let port = words.next()?;
+    command
+        .eq_ignore_ascii_case("connect")
+        .then(|| port.parse().ok())?
 }
 
 #[cfg(test)]
@@ -72,22 +81,49 @@ mod tests {
             ("CONNECT 4294967295\n", Some(u32::MAX)),
             ("CONNECT 4294967296\n", None),
             ("CONNECT 0052\n", Some(52)),
-            ("CONNECT +52\n", None),
+            ("CONNECT +52\n", Some(52)),
             ("CONNECT -1\n", None),
-            ("CONNECT \n", None),
-            ("CONNECT  5\n", None),
-            ("CONNECT 5 \n", None),
-            ("connect 5\n", None),
+            ("CONNECT    \n", None),
+            ("CONNECT  5\n", Some(5)),
+            ("CONNECT 5 \n", Some(5)),
+            ("CONNECT\t5\n", Some(5)),
+            ("  CONNECT 5\n", Some(5)),
+            ("connect 1\n", Some(1)),
+            ("CoNNect 1\n", Some(1)),
+            ("CONNECT 5 more words\n", Some(5)),
+            ("CONNECT 5more\n", None),
+            ("CONNECT5 5\n", None),
+            ("connect\n5\n", Some(5)),
+            ("connect\n52\n", Some(52)),
+            ("\n\n\n\n\n\n\n\n\n\n", None),
             ("GET / HTTP/1.1\n", None),
-            ("\n", None),
-            ("CONNECT 5", None),
+            ("CONNECT \u{e9}\n", None),
+            ("CONNECT 4294967295             \n", Some(u32::MAX)),
+            ("CONNECT 4294967295              ", Some(u32::MAX)),
+            ("CONNECT 00000000000000000000000052\n", Some(0)),
         ] {
-            assert_eq!(port(line.as_bytes()), expected, "{line:?}");
+            let (mut client, stream, _) = pair();
+            client.write_all(line.as_bytes()).unwrap();
+            let found = Greeting::default().read(&stream).ok();
+            assert_eq!(found, expected, "{line:?}");
         }
     }
 
     #[test]
-    fn a_line_without_end_is_refused() {
+    fn a_line_may_come_in_pieces() {
+        let (mut client, stream, _) = pair();
+        let mut greeting = Greeting::default();
+        for piece in ["con", "nect\n", " ", "5", "2"] {
+            client.write_all(piece.as_bytes()).unwrap();
+            let error = greeting.read(&stream).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "{piece:?}");
+        }
+        client.write_all(b"\n").unwrap();
+        assert_eq!(greeting.read(&stream).unwrap(), 52);
+    }
+
+    #[test]
+    fn a_line_without_end_that_asks_for_nothing_is_refused() {
         let (mut client, stream, _) = pair();
         client.write_all(&[b'1'; 2 * MAX_LINE_SIZE]).unwrap();
         let error = Greeting::default().read(&stream).unwrap_err();

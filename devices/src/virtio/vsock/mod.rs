@@ -22,6 +22,7 @@ mod packet;
 mod receive;
 mod stream;
 mod table;
+mod waiting;
 mod worker;
 
 use std::io;

@@ -17,6 +17,7 @@ use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
 use super::receive::ReceiveQueue;
 use super::stream::HostStream;
 use super::table::{Entry, Table};
+use super::waiting::Waiting;
 use super::worker::Source;
 use crate::ListeningSocket;
 use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
@@ -42,6 +43,10 @@ pub(super) struct Muxer {
     /// Whether programs may be waiting to be accepted.
     accepts: bool,
     accept_retry: Option<Instant>,
+    /// Whether it is known that programs cannot be accepted.
+    accept_has_failed: bool,
+    /// The connections of the guest that wait for programs of the host.
+    waiting: Waiting,
     timer: TimerFd,
     /// When the timer ends, if it runs.
     timer_end: Option<Instant>,
@@ -65,6 +70,8 @@ impl Muxer {
             touched: Vec::new(),
             accepts: false,
             accept_retry: None,
+            accept_has_failed: false,
+            waiting: Waiting::default(),
             timer: TimerFd::new()?,
             timer_end: None,
             metrics,
@@ -119,20 +126,71 @@ impl Muxer {
         }
     }
 
-    /// Connects the guest to the program of the host that listens for the port; `false` if there is
-    /// none, or no room.
+    /// Connects the guest to the program of the host that listens for the port, or has it wait for it; `false`
+    /// if there is none, or no room.
     fn connect(&mut self, request: &Header) -> bool {
         if self.table.is_full() {
             return false;
         }
         let ports = request.ports();
-        let Ok(stream) = HostStream::connect(&self.path_of_port(ports.host)) else {
+        let now = Instant::now();
+        let Ok(stream) = HostStream::unconnected() else {
             return false;
         };
-        let connection = Connection::from_guest(stream, ports, request);
+        // Nobody overtakes those who wait for the same program.
+        let connected = match self.waiting.has(ports.host) {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => stream.connect(&self.path_of_port(ports.host)),
+        };
+        let mut connection = Connection::from_guest(stream, ports, request, now);
+        match connected {
+            Ok(()) => connection.connected(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !self.waiting.is_full() => {}
+            Err(_) => return false,
+        }
+        let is_waiting = connection.is_waiting();
+        let place = self.table.insert(connection);
+        if is_waiting {
+            self.waiting.add(ports.host, place, now);
+        }
         self.metrics.conns_added.add(1);
-        self.touched.push(self.table.insert(connection));
+        self.touched.push(place);
         true
+    }
+
+    /// Tries again for the guest's connections that wait, in the order in which they have come.
+    fn retry_waiting(&mut self, now: Instant) {
+        let (mut has_connected, mut full_ports) = (false, Vec::new());
+        for (port, place) in self.waiting.take() {
+            let path = self.path_of_port(port);
+            let Some(entry) = self.table.get(place) else {
+                continue;
+            };
+            let connection = &mut entry.connection;
+            // Another may have taken the place of one that has ended.
+            let is_the_same = connection.ports().is_some_and(|ports| ports.host == port);
+            if !connection.is_waiting() || !is_the_same {
+                continue;
+            }
+            let connected = match full_ports.contains(&port) {
+                true => Err(io::ErrorKind::WouldBlock.into()),
+                false => connection.stream().connect(&path),
+            };
+            match connected {
+                Ok(()) => {
+                    connection.connected();
+                    has_connected = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    full_ports.push(port);
+                    self.waiting.keep(port, place);
+                    continue;
+                }
+                Err(_) => connection.reset(),
+            }
+            self.touched.push(place);
+        }
+        self.waiting.schedule(has_connected, now);
     }
 
     fn path_of_port(&self, port: u32) -> PathBuf {
@@ -163,6 +221,7 @@ impl Muxer {
                     self.table.capacity()
                 )),
                 Ok(stream) => {
+                    self.accept_has_failed = false;
                     let stream = HostStream::new(stream);
                     let connection = Connection::from_host(stream, Instant::now());
                     let place = self.table.insert(connection);
@@ -185,10 +244,13 @@ impl Muxer {
         self.accepts = false;
         if error.kind() != io::ErrorKind::WouldBlock {
             self.metrics.muxer_event_fails.add(1);
-            self.interrupt.warn_of_host(format_args!(
-                "cannot accept programs on socket '{}' for now: {error}",
-                self.listener.path().display()
-            ));
+            // The log hears of it once until a program is accepted.
+            if !std::mem::replace(&mut self.accept_has_failed, true) {
+                self.interrupt.warn_of_host(format_args!(
+                    "cannot accept programs on socket '{}' for now: {error}",
+                    self.listener.path().display()
+                ));
+            }
             self.accept_retry = Some(Instant::now() + ACCEPT_RETRY);
         }
     }
@@ -225,6 +287,9 @@ impl Muxer {
         if self.accept_retry.is_some_and(|time| time <= now) {
             self.accept_retry = None;
             self.accepts = true;
+        }
+        if self.waiting.retry().is_some_and(|time| time <= now) {
+            self.retry_waiting(now);
         }
         for (place, entry) in self.table.iter() {
             if let Some(deadline) = entry.connection.deadline() {
@@ -331,6 +396,7 @@ impl Muxer {
             }
             self.set_timer(deadline)?;
         }
+        self.set_timer(self.waiting.retry())?;
         self.set_timer(self.accept_retry)
     }
 

@@ -28,19 +28,25 @@ impl HostStream {
         HostStream(stream)
     }
 
-    /// Connects to the socket at `path`.
-    ///
-    /// # Errors
-    /// When nothing listens there, or too many others are waiting.
-    pub(super) fn connect(path: &Path) -> io::Result<HostStream> {
+    /// A stream that has yet to be connected.
+    pub(super) fn unconnected() -> io::Result<HostStream> {
         let stream = socket(
             AddressFamily::Unix,
             SockType::Stream,
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             None,
         )?;
-        connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(HostStream(stream.into()))
+    }
+
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// Of the kind [`io::ErrorKind::WouldBlock`] if as many others wait as the program there lets wait; others
+    /// when nothing listens there.
+    pub(super) fn connect(&self, path: &Path) -> io::Result<()> {
+        let address = UnixAddr::new(path)?;
+        retry(|| Ok(connect(self.as_raw_fd(), &address)?))
     }
 
     /// Copies what has come to `bytes`, without taking it.

@@ -1,5 +1,6 @@
 //! The device with a scripted driver at one end and programs of the host at the other.
 
+mod backlog;
 mod guest;
 mod limits;
 

@@ -1,0 +1,228 @@
+//! Unix domain sockets to which programs of the host connect.
+//!
+//! A socket's file outlives a process that was killed, so the next one has to find out whether anybody listens
+//! to it. Whoever takes a path or gives it up holds the [`PathLock`] from the look at the file to the change of
+//! it: of several that find an abandoned socket one replaces it, and nobody removes a socket that has taken its
+//! place meanwhile. The lock is not held while the socket is in use, so that a path whose file was removed can
+//! be used anew.
+
+mod error;
+mod path_lock;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
+use crate::patience::patiently;
+use path_lock::PathLock;
+
+pub use error::ListenError;
+
+/// What the name of a socket has behind its own until it listens.
+const STAGING_SUFFIX: &str = ".new";
+/// Most bytes of a path in the address of a socket, which ends in a zero byte.
+const MAX_PATH_SIZE: usize = size_of::<libc::sockaddr_un>() - size_of::<libc::sa_family_t>() - 1;
+
+/// A socket in the file system that listens for as long as this exists, and is removed then.
+#[derive(Debug)]
+pub struct ListeningSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    identity: FileIdentity,
+}
+
+/// By which a file is known again.
+type FileIdentity = (u64, u64);
+
+impl ListeningSocket {
+    /// Listens at `path`, in place of a socket that a process has left behind there if there is one. One that
+    /// is in use is waited for as long as [`patiently`] does. The file is there only when clients can connect.
+    ///
+    /// # Errors
+    /// When there is another file or somebody else listens, or nothing can be created there.
+    pub fn bind(path: &Path) -> Result<ListeningSocket, ListenError> {
+        check_path(path)?;
+        patiently(
+            |error| matches!(error, ListenError::InUse),
+            || take_path(path),
+        )
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes a client that has connected; its stream is non-blocking.
+    ///
+    /// # Errors
+    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is none; others as `accept`.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+
+    /// A second descriptor of the listening socket, which is non-blocking and accepts clients for as long as
+    /// it exists.
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn try_clone_listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+}
+
+impl AsRawFd for ListeningSocket {
+    /// Readable once a client has connected.
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for ListeningSocket {
+    /// Removes the file while it is still listened to, unless another has taken its place.
+    fn drop(&mut self) {
+        let removed = PathLock::take(&self.path).and_then(|_lock| match identity(&self.path) {
+            Ok(found) if found == self.identity => fs::remove_file(&self.path),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        });
+        if let Err(error) = removed
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("cannot remove socket '{}': {error}", self.path.display());
+        }
+    }
+}
+
+/// Refuses what cannot be the path of a socket, before anything is created.
+fn check_path(path: &Path) -> Result<(), ListenError> {
+    let size = path.as_os_str().len();
+    if size > MAX_PATH_SIZE {
+        return Err(ListenError::TooLong {
+            size,
+            max: MAX_PATH_SIZE,
+        });
+    }
+    if path.file_name().is_none() || path.as_os_str().as_bytes().contains(&0) {
+        return Err(ListenError::InvalidPath);
+    }
+    Ok(())
+}
+
+/// Listens at `path` if it is free or abandoned now.
+fn take_path(path: &Path) -> Result<ListeningSocket, ListenError> {
+    let _lock = PathLock::take(path).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => ListenError::Contended,
+        _ => error.into(),
+    })?;
+    let is_abandoned = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            if !is_abandoned(path)? {
+                return Err(ListenError::InUse);
+            }
+            true
+        }
+        Ok(_) => return Err(ListenError::NotASocket),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(error.into()),
+    };
+    let staged = stage(path);
+    if is_abandoned {
+        fs::remove_file(path)?;
+    }
+    let listener = match staged {
+        Some(staged) => staged.publish(path)?,
+        None => bind(path)?,
+    };
+    listener.set_nonblocking(true)?;
+    Ok(ListeningSocket {
+        identity: identity(path)?,
+        listener,
+        path: path.to_path_buf(),
+    })
+}
+
+/// A listening socket that has yet to get its name.
+struct Staged {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// Listens beside `path`, if such a name fits into an address and is free. It is no other process's, as that
+/// would have to hold the lock.
+fn stage(path: &Path) -> Option<Staged> {
+    let path = with_suffix(path, STAGING_SUFFIX);
+    SocketAddr::from_pathname(&path).ok()?;
+    let is_socket =
+        fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    if is_socket && matches!(is_abandoned(&path), Ok(true)) {
+        // Its maker was killed.
+        fs::remove_file(&path).ok()?;
+    }
+    let listener = UnixListener::bind(&path).ok()?;
+    Some(Staged { listener, path })
+}
+
+impl Staged {
+    /// Gives it its name, which must be free.
+    fn publish(self, path: &Path) -> Result<UnixListener, ListenError> {
+        let published = fs::hard_link(&self.path, path);
+        fs::remove_file(&self.path)?;
+        match published {
+            Ok(()) => Ok(self.listener),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(ListenError::InUse),
+            // Not every file system has links.
+            Err(_) => bind(path),
+        }
+    }
+}
+
+/// Listens at `path` at once. Between the two calls that this takes, clients are refused.
+fn bind(path: &Path) -> Result<UnixListener, ListenError> {
+    UnixListener::bind(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => ListenError::InUse,
+        _ => error.into(),
+    })
+}
+
+fn identity(path: &Path) -> io::Result<FileIdentity> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Whether no process has the socket at `path`.
+///
+/// It is asked by a socket of another type, so that nobody gets a client: the kernel refuses to connect it as
+/// being of the wrong type if there is somebody (unix(7), `EPROTOTYPE`), and as being refused if there is not.
+fn is_abandoned(path: &Path) -> Result<bool, ListenError> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let client =
+        socket(AddressFamily::Unix, SockType::Datagram, flags, None).map_err(io::Error::from)?;
+    let address = UnixAddr::new(path).map_err(io::Error::from)?;
+    match connect(client.as_raw_fd(), &address) {
+        Err(Errno::ECONNREFUSED) => Ok(true),
+        // A datagram socket would take the connection, or refuse it if it has another.
+        Ok(()) | Err(Errno::EPROTOTYPE | Errno::EPERM) => Ok(false),
+        Err(Errno::EACCES) => Err(ListenError::Foreign),
+        Err(error) => Err(ListenError::Io(error.into())),
+    }
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = OsString::from(path);
+    path.push(suffix);
+    path.into()
+}
+
+#[cfg(test)]
+mod tests;
