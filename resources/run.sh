@@ -30,4 +30,4 @@ else
     echo "No network: its tap takes CAP_NET_ADMIN (docs/networking.md says how to have one)." >&2
 fi
 exec "$bantam" run --kernel "$kernel" --disk "$folder/root.img" "${net[@]}" --cpus 2 \
-    --append "quiet bantam.mode=$mode"
+    --exit-status monitor --append "quiet bantam.mode=$mode"

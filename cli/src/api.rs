@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bantam_api::resources::{Logger, Metrics};
@@ -122,14 +123,15 @@ fn serve_instance(
             }
         })
         .context("cannot start the thread of the API")?;
-    let ended = attend_instance(&controller, signals, console, &started);
+    let timeout = args.shutdown_timeout.get();
+    let ended = attend_instance(&controller, signals, console, &started, timeout);
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
     ending.notify_one();
     let served = serving.join();
     let reason = controller.wait()?;
-    tracing::info!("the machine has ended: {reason:?}");
+    tracing::info!("the machine has ended: {reason:?}: {reason}");
     match served {
         Ok(served) => served?,
         Err(_) => bail!("the API has failed: this is a bug, please report it with the log"),
@@ -142,12 +144,13 @@ fn attend_instance(
     signals: &Signals,
     console: &mut StdioConsole,
     started: &EventFd,
+    shutdown_timeout: Duration,
 ) -> anyhow::Result<EndedBy> {
     if let Some(ended) = await_start(controller, signals, started.as_fd())? {
         return Ok(ended);
     }
     console.input.enter_terminal()?;
-    attend(controller, signals, Some(console))
+    attend(controller, signals, Some(console), shutdown_timeout)
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {

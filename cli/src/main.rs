@@ -7,7 +7,9 @@ mod check;
 mod console;
 mod documents;
 mod escape;
+mod exit_status;
 mod log;
+mod restart;
 mod run;
 mod signals;
 mod terminal;
@@ -17,50 +19,81 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use bantam_vmm::config::ExitStatus;
 use clap::Parser;
 use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use args::{Args, Command, FirecrackerArgs};
+use args::{Args, Command, FirecrackerArgs, RunArgs};
 
 fn main() -> ExitCode {
     let name = std::env::args_os().next().unwrap_or_default();
-    let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
-        match FirecrackerArgs::try_parse() {
-            Ok(args) if args.version => print_firecracker_version(),
+    if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
+        return match FirecrackerArgs::try_parse() {
+            Ok(args) if args.version => status_of(print_firecracker_version()),
             Ok(args) => execute(Command::Api(Box::new(args.api))),
-            Err(error) => return report_usage(&error),
+            Err(error) => report_usage(&error, ExitCode::FAILURE),
+        };
+    }
+    match Args::try_parse() {
+        Ok(args) => execute(args.command),
+        Err(error) => {
+            let runs = std::env::args_os().nth(1) == Some("run".into());
+            let failure = match runs {
+                true => exit_status::of_error(ExitStatus::Guest),
+                false => ExitCode::FAILURE,
+            };
+            report_usage(&error, failure)
         }
-    } else {
-        match Args::try_parse() {
-            Ok(args) => execute(args.command),
-            Err(error) => return report_usage(&error),
+    }
+}
+
+fn execute(command: Command) -> ExitCode {
+    match command {
+        Command::Run(args) => {
+            raise_descriptor_limit();
+            log::to_stderr(args.log);
+            run(*args)
         }
-    };
+        Command::Api(args) => {
+            raise_descriptor_limit();
+            status_of(api::serve(&args))
+        }
+        Command::Check => status_of(check::check(&mut io::stdout().lock())),
+        Command::Completions { shell } => status_of(documents::print_completions(shell)),
+        Command::Man { folder } => status_of(documents::write_man_pages(&folder)),
+    }
+}
+
+fn run(args: RunArgs) -> ExitCode {
+    // Until the machine file is read, the command line alone says what a status means.
+    let mut meaning = args.exit_status.unwrap_or_default();
+    let ended = args.into_config().and_then(|config| {
+        meaning = config.exit_status;
+        run::run(&config)
+    });
+    match ended {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            report(&error);
+            exit_status::of_error(meaning)
+        }
+    }
+}
+
+fn status_of(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(format_args!("error: {}", reason(&error)));
+            report(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn execute(command: Command) -> anyhow::Result<()> {
-    match command {
-        Command::Run(args) => {
-            raise_descriptor_limit();
-            log::to_stderr(args.log);
-            args.into_config().and_then(|config| run::run(&config))
-        }
-        Command::Api(args) => {
-            raise_descriptor_limit();
-            api::serve(&args)
-        }
-        Command::Check => check::check(&mut io::stdout().lock()),
-        Command::Completions { shell } => documents::print_completions(shell),
-        Command::Man { folder } => documents::write_man_pages(&folder),
-    }
+/// Tells the user of an error, in one line.
+fn report(error: &anyhow::Error) {
+    say(format_args!("error: {}", reason(error)));
 }
 
 /// Lets the program have as many file descriptors as it may: connections to a guest take one each.
@@ -87,8 +120,8 @@ fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Prints help and version as clap lays them out, and an error as one line.
-fn report_usage(error: &clap::Error) -> ExitCode {
+/// Prints help and version as clap lays them out, and an error, whose status is `failure`, as one line.
+fn report_usage(error: &clap::Error, failure: ExitCode) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that leaves early, such as a pager, has seen enough.
@@ -97,11 +130,11 @@ fn report_usage(error: &clap::Error) -> ExitCode {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            ExitCode::FAILURE
+            failure
         }
         _ => {
             say(format_args!("{}", usage_line(&error.to_string())));
-            ExitCode::FAILURE
+            failure
         }
     }
 }

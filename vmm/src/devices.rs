@@ -9,7 +9,9 @@ use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
 use bantam_devices::disk::{CacheMode, DiskFile};
+use bantam_devices::exit_port::ExitPort;
 use bantam_devices::i8042::I8042;
+use bantam_devices::panic_device::PanicDevice;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::serial::{Serial, SerialMetrics, SerialWorker};
 use bantam_devices::tap::{QueueCount, Tap};
@@ -60,6 +62,16 @@ pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> R
         layout::ACPI_POWER_PORT_COUNT.into(),
         Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
     )?;
+    Ok(())
+}
+
+/// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
+pub(crate) fn attach_outcome_ports(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+    let panic_device = PanicDevice::new(control.clone());
+    let panic_device = Arc::new(Mutex::new(panic_device));
+    ports.insert(layout::PANIC_PORT.into(), 1, panic_device)?;
+    let exit_port = Arc::new(Mutex::new(ExitPort::new(control.clone())));
+    ports.insert(layout::EXIT_PORT.into(), 1, exit_port)?;
     Ok(())
 }
 
