@@ -181,12 +181,10 @@ impl Control {
         let left = alarm
             .cut
             .map(|cut| cut.saturating_duration_since(Instant::now()));
-        let next = left.map_or(TICK, |left| left.min(TICK));
-        let set = if next.is_zero() {
-            Ok(())
-        } else {
-            alarm.timer.reset(next, None)
-        };
+        let next = left.filter(|left| !left.is_zero());
+        let set = alarm
+            .timer
+            .reset(next.map_or(TICK, |left| left.min(TICK)), None);
         drop(alarm);
         if let Err(error) = &set {
             tracing::error!("cannot set a timer: {error}");
