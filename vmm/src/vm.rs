@@ -98,8 +98,8 @@ impl Vm {
         let table = unsafe { &irqchip.chip.ioapic.redirtbl };
         table.get(gsi as usize).is_some_and(|entry| {
             // SAFETY: both members of the union are 64 bits of which any are valid.
-            unsafe { entry.bits }
-            &IO_APIC_MASKED == 0
+            let bits = unsafe { entry.bits };
+            bits & IO_APIC_MASKED == 0
         })
     }
 
