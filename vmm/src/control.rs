@@ -212,7 +212,7 @@ impl Control {
         }
         let outcome = match outcome {
             Ok(ExitReason::Number(_)) | Err(_) => outcome,
-            Ok(_) if self.panicked.load(Ordering::SeqCst) => Ok(ExitReason::Panic),
+            Ok(_) if self.has_panicked() => Ok(ExitReason::Panic),
             Ok(_) => outcome,
         };
         *lock(&self.outcome) = Some(outcome);
@@ -221,6 +221,11 @@ impl Control {
         drop(threads);
         // It fails only when the counter is full, and then it is readable as wanted.
         let _ = self.exit_event.write(1);
+    }
+
+    /// Whether the guest has told the panic device.
+    pub(crate) fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::SeqCst)
     }
 
     /// Why the machine has ended; `None` before that, and after the first call.

@@ -114,6 +114,8 @@ impl Watch {
 
 fn halted_for_good(control: &Control, on_halt: OnHalt) {
     match on_halt {
+        // Nothing more will come of it.
+        _ if control.has_panicked() => control.finish(Ok(ExitReason::Panic)),
         OnHalt::Wait => tracing::warn!(
             "the guest has halted for good: no interrupt can wake any of its vCPUs; the machine waits \
              for somebody to end it"
