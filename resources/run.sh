@@ -36,4 +36,5 @@ if can_create_tap; then
 else
     echo "No network: its tap takes CAP_NET_ADMIN (docs/networking.md says how to have one)." >&2
 fi
-exec "$bantam" run --disk "$folder/root.img" "${options[@]}" --append "quiet bantam.mode=$mode"
+exec "$bantam" run --disk "$folder/root.img" "${options[@]}" --exit-status monitor \
+    --append "quiet bantam.mode=$mode"

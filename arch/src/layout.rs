@@ -28,6 +28,9 @@ pub const PDPT: u64 = 0xa000;
 pub const PAGE_DIRECTORIES: u64 = 0xb000;
 /// How many GiB from address zero that identity map covers.
 pub const IDENTITY_MAP_GIB: u64 = 4;
+/// Where a PC's firmware looks, after a reset, whether it may leave out its memory test: the "warm
+/// boot" word.
+pub const WARM_BOOT_WORD: u64 = 0x472;
 /// Kernel command line, NUL-terminated.
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Room for the command line including its NUL, in bytes.
@@ -89,6 +92,10 @@ pub const RTC_PORT_COUNT: u16 = 2;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Number of registers of a 16550.
 pub const SERIAL_PORT_COUNT: u16 = 8;
+/// Port by which a guest ends the machine with a number of its own.
+pub const EXIT_PORT: u16 = 0x500;
+/// Port of the panic device (pvpanic), where QEMU has it too.
+pub const PANIC_PORT: u16 = 0x505;
 /// First ACPI power register: sleep control.
 pub const ACPI_POWER_PORT: u16 = 0x600;
 /// ACPI sleep status register.

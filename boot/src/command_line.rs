@@ -112,6 +112,13 @@ impl CommandLine {
         Words(&self.init_arguments)
     }
 
+    /// The values of the kernel parameter `name`, in the order in which the kernel reads them.
+    pub fn values_of(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.kernel_parameters
+            .split_ascii_whitespace()
+            .filter_map(move |parameter| parameter.strip_prefix(name)?.strip_prefix('='))
+    }
+
     /// Tells a kernel without ACPI or device tree about a virtio-mmio device: `size` bytes of
     /// registers at `address`, interrupting on `gsi`
     /// (Linux Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).

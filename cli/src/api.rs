@@ -132,14 +132,15 @@ fn serve_instance(
             }
         })
         .context("cannot start the thread of the API")?;
-    let ended = attend_instance(&controller, signals, console, &started);
+    let timeout = args.shutdown_timeout.get();
+    let ended = attend_instance(&controller, signals, console, &started, timeout);
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
     ending.notify_one();
     let served = served.recv_timeout(API_END_TIME);
     let reason = controller.wait()?;
-    tracing::info!("the machine has ended: {reason:?}");
+    tracing::info!("the machine has ended: {reason:?}: {reason}");
     match served {
         Ok(served) => served?,
         // The machine has ended all the same, and the process ends now.
@@ -165,12 +166,13 @@ fn attend_instance(
     signals: &Signals,
     console: &mut StdioConsole,
     started: &EventFd,
+    shutdown_timeout: Duration,
 ) -> anyhow::Result<EndedBy> {
     if let Some(ended) = await_start(controller, signals, started.as_fd())? {
         return Ok(ended);
     }
     console.input.enter_terminal()?;
-    attend(controller, signals, Some(console))
+    attend(controller, signals, Some(console), shutdown_timeout)
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {

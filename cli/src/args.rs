@@ -6,8 +6,9 @@ use std::str::FromStr;
 
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
-    MachineOptions, MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig,
+    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, ExitStatus, HugePages,
+    MachineConfig, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig,
+    ShutdownTimeout, VcpuCount, VsockConfig,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Parser, Subcommand};
@@ -17,7 +18,10 @@ use tracing::level_filters::LevelFilter;
 /// Runs virtual machines on KVM.
 #[derive(Debug, Parser)]
 #[command(name = "bantam", version, max_term_width = 100)]
-#[command(after_help = "Exit status: 0 when all went well, 1 with a line of reason otherwise.")]
+#[command(
+    after_help = "Exit status: that of `run` tells what became of the guest, see `bantam run --help`. Of the \
+                  others: 0 when all went well, 1 with a line of reason otherwise."
+)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
@@ -83,7 +87,7 @@ pub struct RunArgs {
 
     /// Kernel command line, in place of the default one
     ///
-    /// The default is "reboot=k panic=-1 console=ttyS0" and, where there is a disk and no initrd,
+    /// The default is "reboot=panic_warm,k panic=-1 console=ttyS0" and, where there is a disk and no initrd,
     /// "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see --append.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
     pub cmdline: Option<String>,
@@ -223,12 +227,43 @@ pub struct RunArgs {
     #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
     pub rng: Option<bool>,
 
-    /// What a reboot of the guest does to the machine [default: exit]
+    /// What a reboot or panic of the guest does to the machine [default: exit]
     ///
-    /// exit: it ends. restart: it starts again.
-    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER,
+    /// - exit: it ends.
+    /// - restart: it starts again. Restarts that follow one another are slowed
+    ///   down, up to 10 seconds each, until the machine has run for 10 seconds.
+    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER, verbatim_doc_comment,
         value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
     pub on_reboot: Option<OnReboot>,
+
+    /// How often it starts again at most [default: no limit]
+    #[arg(long, value_name = "N", help_heading = heading::OTHER, hide_short_help = true)]
+    pub restart_limit: Option<u32>,
+
+    /// What happens when the guest has halted for good [default: wait]
+    ///
+    /// A guest has halted for good when all its vCPUs have halted with interrupts off, as after
+    /// halt -f. It is noticed within 3 seconds. wait says so in the log, exit ends the machine.
+    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = choice::<OnHalt, _>(["wait", "exit"]))]
+    pub on_halt: Option<OnHalt>,
+
+    /// How long a guest may take to shut down after a signal [default: 10s]
+    ///
+    /// SIGTERM, SIGINT and SIGHUP ask the guest to shut itself down, by the ACPI power button or by
+    /// Ctrl-Alt-Del, and cut its power after this time. A guest that listens to neither has it cut
+    /// at once, and so do a second signal, SIGQUIT and Ctrl-A x. 0 is not to ask. A number of
+    /// seconds, or with a unit: 500ms, 10s, 2m.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = heading::OTHER)]
+    pub shutdown_timeout: Option<ShutdownTimeout>,
+
+    /// Of whom the exit status tells: guest or monitor [default: guest]
+    ///
+    /// guest: how the guest ended, as listed below. monitor: 0 however the guest ended, 1 if there
+    /// was an error.
+    #[arg(long, value_name = "OF", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
+    pub exit_status: Option<ExitStatus>,
 
     /// How much to log on standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = heading::OTHER,
@@ -272,6 +307,18 @@ pub struct ApiArgs {
     /// Name of the instance: up to 64 letters, digits and dashes
     #[arg(long, value_name = "NAME", default_value = "anonymous-instance", value_parser = instance_id)]
     pub id: String,
+
+    /// How long the guest may take to shut down when a signal asks the program to end
+    ///
+    /// As of bantam run; 0, the default, cuts its power at once.
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "0",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    pub shutdown_timeout: ShutdownTimeout,
 
     /// Configuration file in JSON; the machine is started at once
     #[arg(long, value_name = "FILE")]
@@ -380,8 +427,9 @@ Examples:
         --disk root.img,ro --disk data.img,id=data \\
         --net tap=tap0,mac=52:54:00:12:34:56
 
-  A test in CI, which ends when the guest powers off:
-    bantam run --kernel vmlinux --initrd test.cpio </dev/null >console.log
+  A test in CI, which fails if /test.sh of the image does (docs/ci.md):
+    bantam run --kernel vmlinux --disk root.img --on-halt exit \\
+        --append init=/test.sh </dev/null
 
   The machine that a file describes, but with more memory:
     bantam run --config web.toml --memory 4G
@@ -392,9 +440,16 @@ Keys, where standard input is a terminal:
   Ctrl-A a         send Ctrl-A to the guest (also Ctrl-A Ctrl-A)
 
 Exit status:
-  0  the guest powered off or rebooted, or was told to stop by Ctrl-A x,
-     SIGTERM, SIGINT, SIGHUP or SIGQUIT
-  1  anything else, with one line of reason on standard error";
+  0    the guest powered off, or rebooted when a signal asked it to shut down
+  N    the guest gave this number (printf '\\3' | dd of=/dev/port bs=1 seek=1280)
+  120  the guest rebooted
+  121  the guest panicked
+  122  the guest halted for good, with --on-halt exit
+  123  its power was cut by Ctrl-A x or a signal
+  125  an error, with one line of reason on standard error
+
+  A number of the guest that is one of the last five becomes 255.
+  With --exit-status monitor: 1 for an error, and otherwise 0.";
 
 impl RunArgs {
     /// The machine that the command line and the machine file describe together.
@@ -415,6 +470,10 @@ impl RunArgs {
             balloon: self.balloon,
             boot_protocol: self.boot_protocol,
             on_reboot: self.on_reboot,
+            restart_limit: self.restart_limit,
+            shutdown_timeout: self.shutdown_timeout,
+            exit_status: self.exit_status,
+            on_halt: self.on_halt,
             host_workarounds: self.host_workarounds,
         };
         let options = match &self.config {
@@ -500,6 +559,10 @@ mod tests {
             "--balloon=size=64M,reporting=on",
             "--boot-protocol=pvh",
             "--on-reboot=restart",
+            "--restart-limit=5",
+            "--on-halt=exit",
+            "--shutdown-timeout=2m",
+            "--exit-status=monitor",
             "--host-workarounds=off",
             "--log=off",
         ]);
@@ -522,6 +585,10 @@ mod tests {
             balloon: Some("size=64M,reporting=on".parse().unwrap()),
             boot_protocol: BootProtocolOption::Pvh,
             on_reboot: OnReboot::Restart,
+            restart_limit: Some(5),
+            on_halt: OnHalt::Exit,
+            shutdown_timeout: "120s".parse().unwrap(),
+            exit_status: ExitStatus::Monitor,
             host_workarounds: false,
             ..MachineConfig::new("k")
         };
@@ -580,6 +647,8 @@ mod tests {
             ["--rng", "yes"],
             ["--balloon", "64M"],
             ["--log", "loud"],
+            ["--restart-limit", "-1"],
+            ["--shutdown-timeout", "soon"],
         ] {
             let arguments = ["bantam", "run"].into_iter().chain(arguments);
             assert!(
@@ -674,6 +743,9 @@ mod tests {
             defaults.serial.to_string(),
             defaults.boot_protocol.to_string(),
             defaults.on_reboot.to_string(),
+            defaults.on_halt.to_string(),
+            defaults.shutdown_timeout.to_string(),
+            defaults.exit_status.to_string(),
         ] {
             assert!(help.contains(&format!("[default: {default}]")), "{default}");
         }

@@ -2,17 +2,20 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use bantam_vmm::Controller;
+use bantam_vmm::{Controller, ShutDown};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use crate::console::{Input, StdioConsole};
+use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
 use crate::stopping;
 
-/// Who ended the machine.
+/// Whose wish the end of the machine was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndedBy {
     Guest,
@@ -56,50 +59,131 @@ pub fn await_start(
     }
 }
 
-/// Passes on input and signals until the machine ends or the user wants it to.
+/// Passes on input and signals until the machine has ended or its power is to be cut. A user who wants it
+/// to end has the guest asked to shut itself down first, within `timeout`; the user's second wish, and
+/// SIGQUIT, is to have the power cut.
 pub fn attend(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
+    timeout: Duration,
 ) -> anyhow::Result<EndedBy> {
+    let mut ended_by = EndedBy::Guest;
     loop {
-        let ready = wait_for_events(signals, controller.exit_event(), console.as_deref())?;
-        if ready.signal {
-            match signals.next().context("cannot read signals")? {
-                Some(Request::Stop(signal)) => {
+        let exit_event = Some(controller.exit_event());
+        match turn(signals, exit_event, console.as_deref_mut(), None)? {
+            Turn::Stop(signal) => {
+                tracing::info!("stopping the machine: {signal}");
+                let at_once = ended_by == EndedBy::User || signal == Signal::SIGQUIT;
+                ended_by = EndedBy::User;
+                if at_once || !ask_to_shut_down(controller, timeout) {
                     stopping::ask();
-                    tracing::info!("stopping the machine: {signal}");
-                    return Ok(EndedBy::User);
+                    return Ok(ended_by);
                 }
-                Some(Request::Suspend) => {
-                    if let Some(console) = &console {
-                        console.input.suspend();
-                    }
-                    sleep_until_continued().context("cannot suspend")?;
-                }
-                Some(Request::Continue) => {
-                    if let Some(console) = &console {
-                        console.input.resume()?;
-                    }
-                }
-                None => {}
             }
-            // What is ready may have changed hands while the process was stopped.
-            continue;
-        }
-        if let Some(console) = &mut console {
-            if ready.destination {
-                console.input.write();
-            }
-            if ready.source && console.input.read() {
+            Turn::Quit => {
                 stopping::ask();
                 return Ok(EndedBy::User);
             }
-        }
-        if ready.exit {
-            return Ok(EndedBy::Guest);
+            Turn::Exit => {
+                if ended_by == EndedBy::User {
+                    stopping::ask();
+                }
+                return Ok(ended_by);
+            }
+            Turn::Other => {}
         }
     }
+}
+
+/// Asks the guest to shut itself down, and says so. `false` if its power is cut instead.
+fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
+    let how = match controller.shut_down(timeout) {
+        ShutDown::PowerButton => "the power button",
+        ShutDown::CtrlAltDel => "Ctrl-Alt-Del",
+        ShutDown::PowerCut => return false,
+    };
+    say(format_args!(
+        "asking the guest by {how} to shut down; its power is cut in {} s, or at another signal",
+        timeout.as_secs_f64()
+    ));
+    true
+}
+
+/// Passes on input and signals for as long as a machine waits to be started again. Gives who ended that,
+/// if anybody did.
+pub fn await_restart(
+    signals: &Signals,
+    mut console: Option<&mut StdioConsole>,
+    wait: Duration,
+) -> anyhow::Result<Option<EndedBy>> {
+    let end = Instant::now() + wait;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match turn(signals, None, console.as_deref_mut(), Some(left))? {
+            Turn::Stop(signal) => {
+                stopping::ask();
+                tracing::info!("the machine is not started again: {signal}");
+                return Ok(Some(EndedBy::User));
+            }
+            Turn::Quit => {
+                stopping::ask();
+                return Ok(Some(EndedBy::User));
+            }
+            Turn::Exit | Turn::Other if left.is_zero() => return Ok(None),
+            Turn::Exit | Turn::Other => {}
+        }
+    }
+}
+
+/// What has come of a turn of the main loop.
+enum Turn {
+    /// A signal asks for the end.
+    Stop(Signal),
+    /// Keys ask for it.
+    Quit,
+    /// The machine has ended.
+    Exit,
+    /// Nothing that concerns the machine, or nothing at all.
+    Other,
+}
+
+/// Waits for events, at most for `timeout`, and passes on what has come.
+fn turn(
+    signals: &Signals,
+    exit_event: Option<BorrowedFd<'_>>,
+    mut console: Option<&mut StdioConsole>,
+    timeout: Option<Duration>,
+) -> anyhow::Result<Turn> {
+    let ready = wait_for_events(signals, exit_event, console.as_deref(), timeout)?;
+    if ready.signal {
+        match signals.next().context("cannot read signals")? {
+            Some(Request::Stop(signal)) => return Ok(Turn::Stop(signal)),
+            Some(Request::Suspend) => {
+                if let Some(console) = &console {
+                    console.input.suspend();
+                }
+                sleep_until_continued().context("cannot suspend")?;
+            }
+            Some(Request::Continue) => {
+                if let Some(console) = &console {
+                    console.input.resume()?;
+                }
+            }
+            None => {}
+        }
+        // What is ready may have changed hands while the process was stopped.
+        return Ok(Turn::Other);
+    }
+    if let Some(console) = &mut console {
+        if ready.destination {
+            console.input.write();
+        }
+        if ready.source && console.input.read() {
+            return Ok(Turn::Quit);
+        }
+    }
+    Ok(if ready.exit { Turn::Exit } else { Turn::Other })
 }
 
 /// What there is to do.
@@ -113,8 +197,9 @@ struct Ready {
 
 fn wait_for_events(
     signals: &Signals,
-    exit_event: BorrowedFd<'_>,
+    exit_event: Option<BorrowedFd<'_>>,
     console: Option<&StdioConsole>,
+    timeout: Option<Duration>,
 ) -> anyhow::Result<Ready> {
     let input = console.map(|console| &console.input);
     let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
@@ -122,7 +207,7 @@ fn wait_for_events(
     let mut ready = Ready::default();
     let (mut fds, flags): (Vec<_>, Vec<_>) = [
         (Some(readable(signals.as_fd())), &mut ready.signal),
-        (Some(readable(exit_event)), &mut ready.exit),
+        (exit_event.map(readable), &mut ready.exit),
         (
             input.and_then(Input::source).map(readable),
             &mut ready.source,
@@ -135,7 +220,12 @@ fn wait_for_events(
     .into_iter()
     .filter_map(|(fd, flag)| Some((fd?, flag)))
     .unzip();
-    match poll(&mut fds, PollTimeout::NONE) {
+    let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
+        // Up, or the last part of a millisecond would be a loop.
+        let timeout = timeout + Duration::from_nanos(999_999);
+        PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
+    });
+    match poll(&mut fds, timeout) {
         Ok(_) => {}
         Err(Errno::EINTR) => return Ok(Ready::default()),
         Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for events"),

@@ -7,11 +7,13 @@ mod check;
 mod console;
 mod documents;
 mod escape;
+mod exit_status;
 #[cfg(target_env = "gnu")]
 mod heap;
 mod log;
 mod message;
 mod outlet;
+mod restart;
 mod run;
 mod signals;
 mod stopping;
@@ -22,58 +24,92 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use bantam_vmm::config::ExitStatus;
 use bantam_vmm::text::without_error_numbers;
 use clap::Parser;
 use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use args::{Args, Command, FirecrackerArgs};
+use args::{Args, Command, FirecrackerArgs, RunArgs};
 use message::say;
 
 fn main() -> ExitCode {
     #[cfg(target_env = "gnu")]
     heap::share_among_threads();
-    let name = std::env::args_os().next().unwrap_or_default();
-    let result = if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
-        match FirecrackerArgs::try_parse() {
-            Ok(args) if args.version => print_firecracker_version(),
-            Ok(args) => execute(Command::Api(Box::new(args.api))),
-            Err(error) => return report_usage::<FirecrackerArgs>(&error),
-        }
-    } else {
-        match Args::try_parse() {
-            Ok(args) => execute(args.command),
-            Err(error) => return report_usage::<Args>(&error),
-        }
-    };
-    let status = match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(format_args!("error: {}", reason(&error)));
-            ExitCode::FAILURE
-        }
-    };
+    let status = run_command();
     message::flush();
     status
 }
 
-fn execute(command: Command) -> anyhow::Result<()> {
+fn run_command() -> ExitCode {
+    let name = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&name).file_name() == Some("firecracker".as_ref()) {
+        return match FirecrackerArgs::try_parse() {
+            Ok(args) if args.version => status_of(print_firecracker_version()),
+            Ok(args) => execute(Command::Api(Box::new(args.api))),
+            Err(error) => report_usage::<FirecrackerArgs>(&error, ExitCode::FAILURE),
+        };
+    }
+    match Args::try_parse() {
+        Ok(args) => execute(args.command),
+        Err(error) => {
+            let runs = std::env::args_os().nth(1) == Some("run".into());
+            let failure = match runs {
+                true => exit_status::of_error(ExitStatus::Guest),
+                false => ExitCode::FAILURE,
+            };
+            report_usage::<Args>(&error, failure)
+        }
+    }
+}
+
+fn execute(command: Command) -> ExitCode {
     match command {
         Command::Run(args) => {
             raise_descriptor_limit();
-            message::start()?;
-            log::to_stderr(args.log);
-            args.into_config().and_then(|config| run::run(&config))
+            run(*args)
         }
         Command::Api(args) => {
             raise_descriptor_limit();
-            message::start()?;
-            api::serve(&args)
+            status_of(message::start().and_then(|()| api::serve(&args)))
         }
-        Command::Check => check::check(&mut io::stdout().lock()),
-        Command::Completions { shell } => documents::print_completions(shell),
-        Command::Man { folder } => documents::write_man_pages(&folder),
+        Command::Check => status_of(check::check(&mut io::stdout().lock())),
+        Command::Completions { shell } => status_of(documents::print_completions(shell)),
+        Command::Man { folder } => status_of(documents::write_man_pages(&folder)),
     }
+}
+
+fn run(args: RunArgs) -> ExitCode {
+    // Until the machine file is read, the command line alone says what a status means.
+    let mut meaning = args.exit_status.unwrap_or_default();
+    let ended = message::start().and_then(|()| {
+        log::to_stderr(args.log);
+        let config = args.into_config()?;
+        meaning = config.exit_status;
+        run::run(&config)
+    });
+    match ended {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            report(&error);
+            exit_status::of_error(meaning)
+        }
+    }
+}
+
+fn status_of(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Tells the user of an error, in one line.
+fn report(error: &anyhow::Error) {
+    say(format_args!("error: {}", reason(error)));
 }
 
 /// Lets the program have as many file descriptors as it may: connections to a guest take one each.
@@ -95,8 +131,8 @@ fn print_firecracker_version() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints help and version as clap lays them out, and an error as one line.
-fn report_usage<T: Parser>(error: &clap::Error) -> ExitCode {
+/// Prints help and version as clap lays them out, and an error, whose status is `failure`, as one line.
+fn report_usage<T: Parser>(error: &clap::Error, failure: ExitCode) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // A reader that leaves early, such as a pager, has seen enough.
@@ -105,16 +141,16 @@ fn report_usage<T: Parser>(error: &clap::Error) -> ExitCode {
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            ExitCode::FAILURE
+            failure
         }
         ErrorKind::InvalidUtf8 => {
             let arguments: Vec<OsString> = std::env::args_os().collect();
             say(format_args!("error: {}", not_utf8::<T>(&arguments)));
-            ExitCode::FAILURE
+            failure
         }
         _ => {
             say(format_args!("{}", usage_line(&error.to_string())));
-            ExitCode::FAILURE
+            failure
         }
     }
 }

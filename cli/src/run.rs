@@ -1,22 +1,24 @@
 //! `bantam run`: one machine from start to end, and again if it reboots.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
 use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
 
-use crate::attend::{EndedBy, attend};
+use crate::attend::{EndedBy, attend, await_restart};
 use crate::console::StdioConsole;
+use crate::exit_status::Ending;
 use crate::message::say;
+use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
 
 /// How long a user who wants to stop waits for a reader that does not take the last output.
 pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
 
-/// Runs a machine until it ends for good.
-pub fn run(config: &MachineConfig) -> anyhow::Result<()> {
+/// Runs a machine until it ends for good. Gives the exit status.
+pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = match config.serial {
         SerialConfig::Stdio => Some(StdioConsole::new()?),
@@ -24,54 +26,86 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<()> {
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
-        let limit = matches!(ended, Ok(EndedBy::User))
-            .then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
+        let by_user = matches!(&ended, Ok(ending) if ending.by == EndedBy::User);
+        let limit = by_user.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
         console.finish(&signals, limit);
     }
-    ended.map(|_| ())
+    ended.map(|ending| ending.status(config.exit_status))
 }
 
 fn run_until_end(
     config: &MachineConfig,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
-) -> anyhow::Result<EndedBy> {
+) -> anyhow::Result<Ending> {
     let log = MachineLog::default();
+    let mut restarts = Restarts::new(config.restart_limit);
     loop {
-        let machine_console = match &console {
-            Some(console) => console
-                .for_machine()
-                .context("cannot pass the serial console to the machine")?,
-            None => Console {
-                input: None,
-                output: None,
-            },
+        let started = Instant::now();
+        let ending = run_once(config, signals, console.as_deref_mut(), &log)?;
+        let reason = ending.reason;
+        let restarts_machine = ending.by == EndedBy::Guest
+            && matches!(reason, ExitReason::Reboot | ExitReason::Panic)
+            && config.on_reboot == OnReboot::Restart;
+        if !restarts_machine {
+            tracing::info!("the machine has ended: {reason:?}: {reason}");
+            return Ok(ending);
+        }
+        let run = started.elapsed();
+        let Some(wait) = restarts.next(run) else {
+            tracing::warn!("{reason}, and is not started again: that was the last restart allowed");
+            return Ok(ending);
         };
-        let controller = Controller::with_log(log.clone())?;
-        controller.configure(config.clone(), machine_console)?;
-        if let Some(console) = &mut console {
-            console.input.enter_terminal()?;
+        let soon = match wait {
+            Duration::ZERO => String::new(),
+            wait => format!(" in {:.1} s", wait.as_secs_f64()),
+        };
+        tracing::warn!(
+            "{reason} after {:.1} s: starting it again{soon} ({})",
+            run.as_secs_f64(),
+            restarts.describe()
+        );
+        if await_restart(signals, console.as_deref_mut(), wait)? == Some(EndedBy::User) {
+            return Ok(Ending {
+                by: EndedBy::User,
+                reason: ExitReason::Stopped,
+            });
         }
-        controller.start()?;
-        if config.serial == SerialConfig::Pty
-            && let Ok(Some(path)) = controller.serial_path()
-        {
-            say(format_args!("serial console: {}", path.display()));
-        }
-        let ended = attend(&controller, signals, console.as_deref_mut());
-        if !matches!(ended, Ok(EndedBy::Guest)) {
-            controller.stop();
-        }
-        let reason = controller.wait()?;
-        let ended = ended?;
-        if ended == EndedBy::Guest
-            && reason == ExitReason::Reboot
-            && config.on_reboot == OnReboot::Restart
-        {
-            tracing::info!("the guest has rebooted: starting it again");
-            continue;
-        }
-        tracing::info!("the machine has ended: {reason:?}");
-        return Ok(ended);
     }
+}
+
+/// Runs a machine until it ends.
+fn run_once(
+    config: &MachineConfig,
+    signals: &Signals,
+    mut console: Option<&mut StdioConsole>,
+    log: &MachineLog,
+) -> anyhow::Result<Ending> {
+    let machine_console = match &console {
+        Some(console) => console
+            .for_machine()
+            .context("cannot pass the serial console to the machine")?,
+        None => Console {
+            input: None,
+            output: None,
+        },
+    };
+    let controller = Controller::with_log(log.clone())?;
+    controller.configure(config.clone(), machine_console)?;
+    if let Some(console) = &mut console {
+        console.input.enter_terminal()?;
+    }
+    controller.start()?;
+    if config.serial == SerialConfig::Pty
+        && let Ok(Some(path)) = controller.serial_path()
+    {
+        say(format_args!("serial console: {}", path.display()));
+    }
+    let timeout = config.shutdown_timeout.get();
+    let ended = attend(&controller, signals, console, timeout);
+    if !matches!(ended, Ok(EndedBy::Guest)) {
+        controller.stop();
+    }
+    let reason = controller.wait()?;
+    Ok(Ending { by: ended?, reason })
 }

@@ -8,10 +8,16 @@ pub trait PowerControl: Send + Sync {
     fn power_off(&self);
     /// The guest asked for a restart of the machine.
     fn reset(&self);
+    /// The guest ended the machine with a number of its own.
+    fn exit(&self, number: u8);
+    /// The guest's kernel has panicked. With `handled_by_guest` it goes on by itself, with a kernel
+    /// that saves what is left of it.
+    fn panicked(&self, handled_by_guest: bool);
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::PowerControl;
@@ -21,6 +27,8 @@ pub(crate) mod tests {
     pub(crate) struct PowerRecorder {
         power_offs: AtomicUsize,
         resets: AtomicUsize,
+        numbers: Mutex<Vec<u8>>,
+        panics: Mutex<Vec<bool>>,
     }
 
     impl PowerRecorder {
@@ -31,6 +39,16 @@ pub(crate) mod tests {
                 self.resets.load(Ordering::SeqCst),
             )
         }
+
+        /// The numbers that the machine was ended with.
+        pub(crate) fn numbers(&self) -> Vec<u8> {
+            self.numbers.lock().unwrap().clone()
+        }
+
+        /// The panics, and whether the guest goes on by itself.
+        pub(crate) fn panics(&self) -> Vec<bool> {
+            self.panics.lock().unwrap().clone()
+        }
     }
 
     impl PowerControl for PowerRecorder {
@@ -40,6 +58,14 @@ pub(crate) mod tests {
 
         fn reset(&self) {
             self.resets.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn exit(&self, number: u8) {
+            self.numbers.lock().unwrap().push(number);
+        }
+
+        fn panicked(&self, handled_by_guest: bool) {
+            self.panics.lock().unwrap().push(handled_by_guest);
         }
     }
 }

@@ -26,7 +26,8 @@ pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
-    Bantam, Ended, Running, unprivileged, with_devices, with_file_size_limit, with_mounts,
+    Bantam, Ended, Running, STATUS_ERROR, STATUS_POWER_CUT, STATUS_REBOOT, unprivileged,
+    with_devices, with_file_size_limit, with_mounts,
 };
 pub use requirements::{
     lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,

@@ -24,6 +24,13 @@ const PAYLOAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a Linux guest may take.
 const LINUX_LIMIT: Duration = Duration::from_secs(300);
 
+/// Exit status of `bantam run` if the guest rebooted.
+pub const STATUS_REBOOT: i32 = 120;
+/// If its power was cut by keys or a signal.
+pub const STATUS_POWER_CUT: i32 = 123;
+/// If there was an error.
+pub const STATUS_ERROR: i32 = 125;
+
 /// A monitor to be started. Its standard input is empty unless a test says otherwise.
 pub struct Bantam {
     launcher: Vec<OsString>,
@@ -143,6 +150,11 @@ impl Bantam {
     ///
     /// When it cannot be started.
     pub fn start(self) -> Running {
+        let runs = self
+            .arguments
+            .first()
+            .is_some_and(|command| command == "run");
+        let error_status = if runs { STATUS_ERROR } else { 1 };
         let mut line = self.launcher;
         line.push(monitor().into());
         line.extend(self.arguments);
@@ -165,6 +177,7 @@ impl Bantam {
             stderr: Capture::start(child.stderr.take()),
             child,
             pid,
+            error_status,
             limit: self.limit,
             watchdog: Some(Watchdog::start(pid, self.limit)),
             started: Instant::now(),
@@ -189,6 +202,7 @@ pub struct Running {
     pid: Pid,
     stdout: Capture,
     stderr: Capture,
+    error_status: i32,
     limit: Duration,
     watchdog: Option<Watchdog>,
     started: Instant,
@@ -265,6 +279,7 @@ impl Running {
             stdout: self.stdout.finish(),
             stderr: String::from_utf8_lossy(&self.stderr.finish()).into_owned(),
             duration,
+            error_status: self.error_status,
         };
         if killed {
             panic!("it did not end within {:?}\n{ended}", self.limit);
@@ -381,6 +396,8 @@ pub struct Ended {
     pub stderr: String,
     /// How long it lived.
     pub duration: Duration,
+    /// Its exit status if there was an error.
+    error_status: i32,
 }
 
 impl Ended {
@@ -389,19 +406,37 @@ impl Ended {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Checks that the exit status is 0.
+    /// Checks that there was no error and that the guest has not failed: it has powered off or rebooted, or
+    /// its power was cut because the test asked for that. Which of these it was is for
+    /// [`Ended::has_status`].
     ///
     /// # Panics
     ///
-    /// When it is not.
+    /// When that is not so.
     #[track_caller]
     pub fn succeeded(&self) -> &Self {
-        assert!(self.status.success(), "{self}");
+        let runs = self.error_status == STATUS_ERROR;
+        let succeeded = match self.status.code() {
+            Some(STATUS_REBOOT | STATUS_POWER_CUT) => runs,
+            status => status == Some(0),
+        };
+        assert!(succeeded, "{self}");
         self
     }
 
-    /// Checks that a bare-metal guest has found everything as it should be: its verdict is `PASS`
-    /// and the exit status 0.
+    /// Checks the exit status.
+    ///
+    /// # Panics
+    ///
+    /// When it is another.
+    #[track_caller]
+    pub fn has_status(&self, status: i32) -> &Self {
+        assert_eq!(self.status.code(), Some(status), "{self}");
+        self
+    }
+
+    /// Checks that a bare-metal guest has found everything as it should be: its verdict is `PASS`,
+    /// and it has [succeeded](Ended::succeeded).
     ///
     /// # Panics
     ///
@@ -425,7 +460,7 @@ impl Ended {
         self
     }
 
-    /// Checks that the exit status is 1 with a reason in the last line of standard error, which is
+    /// Checks that the exit status is that of an error with a reason in the last line of standard error, which is
     /// returned.
     ///
     /// # Panics
@@ -433,7 +468,7 @@ impl Ended {
     /// When that is not so, or the monitor panicked.
     #[track_caller]
     pub fn failed(&self) -> &str {
-        assert_eq!(self.status.code(), Some(1), "{self}");
+        assert_eq!(self.status.code(), Some(self.error_status), "{self}");
         assert!(!self.stderr.contains("panicked"), "{self}");
         let reason = self.stderr.lines().next_back().unwrap_or_default();
         reason
@@ -441,7 +476,7 @@ impl Ended {
             .unwrap_or_else(|| panic!("no reason on standard error\n{self}"))
     }
 
-    /// Checks that the exit status is 1 and that the reason is all that was printed; returns it.
+    /// Checks that there was an error and that the reason is all that was printed; returns it.
     ///
     /// # Panics
     ///

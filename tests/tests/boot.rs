@@ -159,7 +159,7 @@ fn the_command_line_is_the_default_one_with_what_is_appended() {
     let ended = Bantam::payload("hello").append("one  two=2").finish();
     let line = command_line(&ended);
     assert!(
-        line.starts_with("reboot=k panic=-1 console=ttyS0 one  two=2"),
+        line.starts_with("reboot=panic_warm,k panic=-1 console=ttyS0 one  two=2"),
         "{line}"
     );
     // The entropy device.

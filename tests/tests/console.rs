@@ -10,7 +10,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, require_kvm};
+use bantam_tests::{Bantam, STATUS_ERROR, require_kvm};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
@@ -151,7 +151,7 @@ fn a_large_paste_reaches_the_guest_completely() {
 #[test]
 fn the_terminal_is_restored_when_the_guest_ends_the_machine() {
     require_kvm!();
-    for (ending, status) in [("poweroff", 0), ("triple-fault", 1)] {
+    for (ending, status) in [("poweroff", 0), ("triple-fault", STATUS_ERROR)] {
         let terminal = Terminal::new();
         let bantam = Bantam::payload("hello").append(format!("finish={ending}"));
         let ended = terminal.at(bantam).finish();

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig, MetadataConfig, SerialConfig};
-use bantam_vmm::{Answer, Command, Console, Controller, Error, ExitReason, RateLimit, State};
+use bantam_vmm::{
+    Answer, Command, Console, Controller, Error, ExitReason, RateLimit, ShutDown, State,
+};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -145,6 +147,9 @@ fn a_machine_ends_with_the_reason_that_its_guest_gives() {
     for (finish, reason) in [
         ("poweroff", ExitReason::PowerOff),
         ("reset", ExitReason::Reboot),
+        ("panic", ExitReason::Panic),
+        ("panic-word", ExitReason::Panic),
+        ("number number=120", ExitReason::Number(120)),
     ] {
         let (machine, mut output) = started(&hello(finish));
         assert_eq!(machine.wait().unwrap(), reason);
@@ -183,6 +188,74 @@ fn a_machine_is_stopped_from_outside_and_its_event_tells() {
     assert!(!has_ended(&machine));
     machine.stop();
     assert!(has_ended(&machine));
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+}
+
+#[test]
+fn a_guest_is_asked_to_shut_down_in_the_way_that_it_listens_to() {
+    require_kvm!();
+    let _alone = alone();
+    let long = Duration::from_secs(600);
+    for (name, words, asked, reason) in [
+        (
+            "button",
+            "finish=poweroff",
+            ShutDown::PowerButton,
+            ExitReason::PowerOff,
+        ),
+        (
+            "keyboard",
+            "mode=interrupt",
+            ShutDown::CtrlAltDel,
+            ExitReason::Reboot,
+        ),
+        ("serial", "bytes=1", ShutDown::PowerCut, ExitReason::Stopped),
+    ] {
+        let config = MachineConfig {
+            append: Some(words.to_string()),
+            ..MachineConfig::new(payload(name))
+        };
+        let (machine, mut output) = started(&config);
+        read_until(&mut output, "ready\n");
+        let answer = machine
+            .execute(Command::ShutDown { timeout: long })
+            .unwrap();
+        assert!(
+            matches!(answer, Answer::ShutDown(how) if how == asked),
+            "{answer:?}"
+        );
+        assert_eq!(machine.wait().unwrap(), reason);
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_shut_down_is_stopped_by_the_earliest_time_given() {
+    require_kvm!();
+    let _alone = alone();
+    let config = MachineConfig {
+        append: Some("ignore".to_string()),
+        ..MachineConfig::new(payload("button"))
+    };
+    let (machine, mut output) = started(&config);
+    read_until(&mut output, "ready\n");
+    for timeout in [
+        Duration::MAX,
+        Duration::from_millis(100),
+        Duration::from_secs(600),
+    ] {
+        assert_eq!(machine.shut_down(timeout), ShutDown::PowerButton);
+    }
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+    assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
+
+    // One that is paused cannot, and one that was not started has nobody to ask.
+    let (machine, mut output) = started(&config);
+    read_until(&mut output, "ready\n");
+    machine.pause().unwrap();
+    machine.shut_down(Duration::from_millis(100));
+    assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+    let machine = configured(&config, Console::default());
+    assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }
 

@@ -2,12 +2,13 @@
 //!
 //! A boot takes long where the host has no hardware virtualization, so that each does much.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{ErrorKind, PipeReader, Read, Write};
 use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -352,6 +353,68 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
         &[&format!("size={larger}")],
     );
     answer(&text, "reboot");
+}
+
+// --- What becomes of a guest --------------------------------------------------------------------
+
+/// A root file system of busybox whose first process is this script, as docs/ci.md makes one.
+fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
+    let (tree, image) = (folder.path().join("tree"), folder.path().join("root"));
+    for name in ["bin", "dev"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("there is busybox-static");
+    for applet in ["dd", "printf", "sh", "sync"] {
+        symlink("busybox", tree.join("bin").join(applet)).unwrap();
+    }
+    fs::write(tree.join("test.sh"), script).unwrap();
+    fs::set_permissions(tree.join("test.sh"), Permissions::from_mode(0o755)).unwrap();
+    let made = Command::new("/sbin/mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .args([&tree, &image])
+        .arg("8M")
+        .status();
+    assert!(made.expect("there is e2fsprogs").success());
+    image
+}
+
+#[test]
+fn linux_without_acpi_tells_a_panic_and_gives_a_number() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    // The kernel panics when its first process ends.
+    let script = "#!/bin/sh\n\
+        if [ ! -e /second ]; then : >/second; sync; exit 9; fi\n\
+        status=3; printf \"\\\\$(printf %o \"$status\")\" | dd of=/dev/port bs=1 seek=1280\n";
+    let ended = Bantam::linux(Kernel::Small)
+        .disk(&scripted_root(&folder, script), "")
+        .append("quiet init=/test.sh")
+        .option("--on-reboot", "restart")
+        .option("--restart-limit", "1")
+        .finish();
+    ended.printed("Attempted to kill init! exitcode=0x00000900");
+    assert!(
+        ended.stderr.contains("the guest has panicked after"),
+        "{ended}"
+    );
+    ended.has_status(3);
+}
+
+#[test]
+fn linux_with_acpi_tells_the_panic_device() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    // It would stay as it is after a panic, and leaves nothing in memory.
+    let ended = Bantam::linux(Kernel::Full)
+        .disk(&root_disk(&folder), "")
+        .append(format!(
+            "panic=0 reboot=k {}",
+            test_words(&["cpus", "panic"])
+        ))
+        .option("--cmdline", "console=ttyS0 root=/dev/vda rw")
+        .finish();
+    ended.printed("Attempted to kill init!").has_status(121);
+    assert!(ended.stderr.contains("the guest has panicked"), "{ended}");
 }
 
 // --- The balloon --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
@@ -84,6 +85,14 @@ pub enum Command {
     /// Presses Ctrl-Alt-Del on the keyboard: a guest with a driver for it reboots, or does what it is
     /// set up to do then.
     PressCtrlAltDel,
+    /// Asks the guest to shut itself down, and ends the machine as [`Command::Stop`] does if it has not by
+    /// then. The guest is asked by the ACPI power button if it takes that interrupt, otherwise by
+    /// Ctrl-Alt-Del if it has enabled its keyboard; one that listens to neither, and a machine that does
+    /// not run, is stopped at once. Asking again presses again, and the earlier end counts.
+    ShutDown {
+        /// How long the guest may take.
+        timeout: Duration,
+    },
     /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but no
     /// request is left half done. A machine that has ended stays as it is.
     Stop,
@@ -140,6 +149,17 @@ pub enum Command {
     Metrics,
 }
 
+/// What [`Command::ShutDown`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShutDown {
+    /// It has pressed the power button.
+    PowerButton,
+    /// It has pressed Ctrl-Alt-Del.
+    CtrlAltDel,
+    /// There was nobody to ask, or no time: it has cut the power.
+    PowerCut,
+}
+
 /// What a command gives.
 #[derive(Debug)]
 pub enum Answer {
@@ -147,6 +167,8 @@ pub enum Answer {
     Done,
     /// To [`Command::Query`].
     State(State),
+    /// To [`Command::ShutDown`].
+    ShutDown(ShutDown),
     /// To [`Command::UpdateDiskSize`]: the size in bytes.
     DiskSize(u64),
     /// To [`Command::BalloonStatistics`].

@@ -2,7 +2,7 @@
 //! and why the machine has ended.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,20 +10,17 @@ use std::time::{Duration, Instant};
 use bantam_devices::PowerControl;
 use nix::sys::pthread::{Pthread, pthread_self};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::error::Error;
+use crate::exit_reason::ExitReason;
 use crate::vcpu::kick_signal;
 
-/// Why a machine has ended as it should.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ExitReason {
-    /// The guest switched it off.
-    PowerOff,
-    /// The guest asked for a restart.
-    Reboot,
-    /// It was stopped from outside, by [`Command::Stop`](crate::Command::Stop).
-    Stopped,
-}
+/// How often a machine is looked after.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long a guest that has panicked may take to say the last it has to say, and to restart.
+const PANIC_TIME: Duration = Duration::from_secs(10);
 
 /// What the vCPU threads of a machine are doing.
 #[derive(Default)]
@@ -32,17 +29,28 @@ struct VcpuThreads {
     kickable: Vec<Pthread>,
     /// How many of them wait for the end of a pause.
     parked: usize,
+    /// For each vCPU, whether it has halted for good, as far as it has answered. Empty if nobody asks.
+    halted: Vec<Option<bool>>,
 }
 
 /// The vCPUs' common orders, and the end of the machine.
 pub(crate) struct Control {
     stopping: AtomicBool,
     pausing: AtomicBool,
+    panicked: AtomicBool,
     outcome: Mutex<Option<Result<ExitReason, Error>>>,
     threads: Mutex<VcpuThreads>,
     /// Signalled when a thread has parked, when a pause is over, and when the machine ends.
     changed: Condvar,
     exit_event: EventFd,
+    alarm: Mutex<Alarm>,
+}
+
+/// When the machine is looked after next.
+struct Alarm {
+    timer: TimerFd,
+    /// When its power is to be cut.
+    cut: Option<Instant>,
 }
 
 impl Control {
@@ -50,10 +58,15 @@ impl Control {
         Ok(Control {
             stopping: AtomicBool::new(false),
             pausing: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
             outcome: Mutex::new(None),
             threads: Mutex::new(VcpuThreads::default()),
             changed: Condvar::new(),
             exit_event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            alarm: Mutex::new(Alarm {
+                timer: TimerFd::new()?,
+                cut: None,
+            }),
         })
     }
 
@@ -119,6 +132,68 @@ impl Control {
         true
     }
 
+    /// Has each of `vcpu_count` vCPUs taken out of the guest for a moment, to say whether it has halted for
+    /// good. [`Control::halt_answer`] gives what they say.
+    pub(crate) fn ask_whether_halted(&self, vcpu_count: usize) {
+        let mut threads = lock(&self.threads);
+        // The threads of a machine that is stopping may have been joined.
+        if self.is_stopping() {
+            return;
+        }
+        threads.halted = vec![None; vcpu_count];
+        kick(&threads.kickable);
+    }
+
+    /// Answers for vCPU `index`, if [`Control::ask_whether_halted`] has asked. Called on its thread.
+    pub(crate) fn tell_whether_halted(&self, index: u8, has_halted: impl FnOnce() -> bool) {
+        if let Some(answer) = lock(&self.threads).halted.get_mut(usize::from(index)) {
+            *answer = Some(has_halted());
+        }
+    }
+
+    /// Whether all vCPUs have halted for good, once all of them have answered, or one has that it has not.
+    pub(crate) fn halt_answer(&self) -> Option<bool> {
+        let threads = lock(&self.threads);
+        if threads.halted.contains(&Some(false)) {
+            return Some(false);
+        }
+        (!threads.halted.contains(&None)).then_some(true)
+    }
+
+    /// Has the power cut after `time`, unless that is to happen earlier or the machine ends by itself.
+    pub(crate) fn cut_power_after(&self, time: Duration) {
+        // No time that a program waits for is beyond what the clock can tell.
+        if let Some(cut) = Instant::now().checked_add(time) {
+            let mut alarm = lock(&self.alarm);
+            alarm.cut = Some(alarm.cut.map_or(cut, |earlier| earlier.min(cut)));
+        }
+        self.set_alarm();
+    }
+
+    /// Readable when [`Control::set_alarm`] is to be called again.
+    pub(crate) fn alarm(&self) -> RawFd {
+        lock(&self.alarm).timer.as_raw_fd()
+    }
+
+    /// Cuts the power if it is time, and sets the alarm: for that, or to [`TICK`] if that is earlier.
+    pub(crate) fn set_alarm(&self) {
+        let mut alarm = lock(&self.alarm);
+        let left = alarm
+            .cut
+            .map(|cut| cut.saturating_duration_since(Instant::now()));
+        let next = left.filter(|left| !left.is_zero());
+        let set = alarm
+            .timer
+            .reset(next.map_or(TICK, |left| left.min(TICK)), None);
+        drop(alarm);
+        if let Err(error) = &set {
+            tracing::error!("cannot set a timer: {error}");
+        }
+        if left.is_some_and(|left| left.is_zero() || set.is_err()) {
+            self.finish(Ok(ExitReason::Stopped));
+        }
+    }
+
     /// Lets paused vCPUs go on.
     pub(crate) fn resume_vcpus(&self) {
         let _threads = lock(&self.threads);
@@ -126,7 +201,8 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Ends the machine for the reason `outcome`, unless it has ended already.
+    /// Ends the machine for the reason `outcome`, unless it has ended already. A machine whose guest has
+    /// panicked ends for that reason, unless the guest gives a number itself.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
         // Held throughout: whoever comes second returns, and may join threads, only when the first
         // has kicked all of them. A thread that registers later sees that the machine is stopping.
@@ -134,12 +210,22 @@ impl Control {
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
+        let outcome = match outcome {
+            Ok(ExitReason::Number(_)) | Err(_) => outcome,
+            Ok(_) if self.has_panicked() => Ok(ExitReason::Panic),
+            Ok(_) => outcome,
+        };
         *lock(&self.outcome) = Some(outcome);
         kick(&threads.kickable);
         self.changed.notify_all();
         drop(threads);
         // It fails only when the counter is full, and then it is readable as wanted.
         let _ = self.exit_event.write(1);
+    }
+
+    /// Whether the guest has told the panic device.
+    pub(crate) fn has_panicked(&self) -> bool {
+        self.panicked.load(Ordering::SeqCst)
     }
 
     /// Why the machine has ended; `None` before that, and after the first call.
@@ -181,6 +267,25 @@ impl PowerControl for Control {
 
     fn reset(&self) {
         self.finish(Ok(ExitReason::Reboot));
+    }
+
+    fn exit(&self, number: u8) {
+        self.finish(Ok(ExitReason::Number(number)));
+    }
+
+    fn panicked(&self, handled_by_guest: bool) {
+        if !handled_by_guest {
+            self.cut_power_after(PANIC_TIME);
+        }
+        // A guest may say it without end; the log hears of the first.
+        if self.panicked.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        if handled_by_guest {
+            tracing::warn!("the guest has panicked, and goes on with its crash kernel");
+        } else {
+            tracing::warn!("the guest has panicked");
+        }
     }
 }
 

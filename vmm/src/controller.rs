@@ -14,11 +14,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
-use crate::command::{Answer, Command, State};
+use crate::command::{Answer, Command, ShutDown, State};
 use crate::config::MachineConfig;
-use crate::control::{Control, ExitReason, lock, wait};
+use crate::control::{Control, lock, wait};
 use crate::device_controls::DeviceControls;
 use crate::error::Error;
+use crate::exit_reason::ExitReason;
 use crate::machine::Machine;
 use crate::metrics::MachineMetrics;
 use crate::serial::Console;
@@ -73,6 +74,7 @@ impl Controller {
             Command::Resume => self.resume()?,
             Command::PressPowerButton => self.press_power_button()?,
             Command::PressCtrlAltDel => self.press_ctrl_alt_del()?,
+            Command::ShutDown { timeout } => return Ok(Answer::ShutDown(self.shut_down(timeout))),
             Command::Stop => self.stop(),
             Command::Query => return Ok(Answer::State(self.state())),
             Command::UpdateDiskSize { disk } => {
@@ -225,6 +227,22 @@ impl Controller {
     /// keyboard or has not taken what was pressed before.
     pub fn press_ctrl_alt_del(&self) -> Result<(), Error> {
         self.0.devices("press Ctrl-Alt-Del")?.press_ctrl_alt_del()
+    }
+
+    /// [`Command::ShutDown`]. Returns at once: [`Controller::wait`] waits for the end.
+    pub fn shut_down(&self, timeout: Duration) -> ShutDown {
+        let life = self.0.life();
+        match &*life {
+            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+                if !self.0.control.is_stopping() =>
+            {
+                machine.shut_down(timeout)
+            }
+            _ => {
+                self.0.stop();
+                ShutDown::PowerCut
+            }
+        }
     }
 
     /// [`Command::Stop`].

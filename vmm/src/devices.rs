@@ -10,7 +10,9 @@ use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::{DeviceLog, MachineLog};
 use bantam_devices::disk::DiskFile;
+use bantam_devices::exit_port::ExitPort;
 use bantam_devices::i8042::I8042;
+use bantam_devices::panic_device::PanicDevice;
 use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::rtc::Rtc;
@@ -84,6 +86,16 @@ pub(crate) fn attach_pci_bus(ports: &mut Bus) -> Result<(), Error> {
         layout::PCI_CONFIG_PORT_COUNT.into(),
         Arc::new(Mutex::new(PciBus::default())),
     )?;
+    Ok(())
+}
+
+/// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
+pub(crate) fn attach_outcome_ports(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+    let panic_device = PanicDevice::new(control.clone());
+    let panic_device = Arc::new(Mutex::new(panic_device));
+    ports.insert(layout::PANIC_PORT.into(), 1, panic_device)?;
+    let exit_port = Arc::new(Mutex::new(ExitPort::new(control.clone())));
+    ports.insert(layout::EXIT_PORT.into(), 1, exit_port)?;
     Ok(())
 }
 

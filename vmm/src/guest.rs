@@ -17,15 +17,23 @@ use vm_memory::GuestAddress;
 
 use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};
 use crate::error::Error;
+use crate::exit_reason;
 use crate::vcpu::BootEntry;
 use crate::workarounds;
+
+/// What is known of a guest that has been put into memory.
+pub(crate) struct LoadedGuest {
+    pub(crate) boot: BootEntry,
+    /// Whether it tells a restart after a panic from others ([`exit_reason::has_told_panic`]).
+    pub(crate) tells_panics: bool,
+}
 
 /// Puts all that the guest finds at its start into memory.
 pub(crate) fn load_guest(
     config: &MachineConfig,
     memory: &GuestMemory,
     windows: &[VirtioMmioWindow],
-) -> Result<BootEntry, Error> {
+) -> Result<LoadedGuest, Error> {
     let path = &config.kernel;
     let mut file = open_image(path).map_err(|source| Error::OpenKernel {
         path: path.clone(),
@@ -92,9 +100,12 @@ pub(crate) fn load_guest(
         random_seed: random_seed()?,
     };
     write_start_information(memory, &kernel, &information)?;
-    Ok(BootEntry {
-        entry: kernel.entry,
-        protocol: kernel.protocol,
+    Ok(LoadedGuest {
+        boot: BootEntry {
+            entry: kernel.entry,
+            protocol: kernel.protocol,
+        },
+        tells_panics: exit_reason::tells_panics(&command_line),
     })
 }
 
@@ -148,9 +159,11 @@ fn command_line(
 }
 
 /// A console where there is a serial port, an end of the machine where the kernel has no more to
-/// do, and the first disk as the root file system where no initrd finds one.
+/// do, told apart from a restart if that is a panic, and the first disk as the root file system where
+/// no initrd finds one.
 fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
-    let mut line = CommandLine::new("reboot=k panic=-1")?;
+    let parameters = format!("reboot={},k panic=-1", exit_reason::PANIC_PARAMETER);
+    let mut line = CommandLine::new(&parameters)?;
     if config.serial != SerialConfig::None {
         line.append("console=ttyS0")?;
     }

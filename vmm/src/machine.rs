@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
@@ -10,15 +11,17 @@ use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::disk::DiskFile;
 
+use crate::command::ShutDown;
 use crate::config::MachineConfig;
-use crate::control::{Control, EndOnPanic, ExitReason};
+use crate::control::{Control, EndOnPanic};
 use crate::device_controls::DeviceControls;
 use crate::devices::{
-    VirtioDevices, attach_boot_timer, attach_keyboard, attach_pci_bus, attach_power_control,
-    attach_rtc, attach_serial,
+    VirtioDevices, attach_boot_timer, attach_keyboard, attach_outcome_ports, attach_pci_bus,
+    attach_power_control, attach_rtc, attach_serial,
 };
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
+use crate::exit_reason::{self, ExitReason};
 use crate::guest::load_guest;
 use crate::host::{open_kvm, require_capabilities};
 use crate::memory::allocate_memory;
@@ -27,6 +30,7 @@ use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
+use crate::watch::Watch;
 
 /// A virtual machine with all its threads. One that is dropped is stopped first.
 pub(crate) struct Machine {
@@ -36,9 +40,11 @@ pub(crate) struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
     devices: Arc<DeviceControls>,
+    /// Whether a guest that restarts after a panic says so.
+    tells_panics: bool,
     _serial: SerialGuard,
     /// Kept until all vCPUs have ended.
-    _vm: Vm,
+    vm: Vm,
 }
 
 impl Machine {
@@ -65,6 +71,7 @@ impl Machine {
         attach_power_control(&mut ports, control)?;
         attach_rtc(&mut ports)?;
         attach_pci_bus(&mut ports)?;
+        attach_outcome_ports(&mut ports, control)?;
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
         }
@@ -86,7 +93,7 @@ impl Machine {
             Some(balloon) => Some(virtio.attach_balloon(balloon)?),
             None => None,
         };
-        let boot = load_guest(config, &memory, virtio.windows())?;
+        let guest = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
         let (serial, uart) = attach_serial(
             &mut ports,
@@ -103,8 +110,15 @@ impl Machine {
         };
         let model = VcpuModel::new(&kvm, topology, &config.cpu)?;
         let vcpus = (0..config.cpus.get())
-            .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
+            .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(guest.boot)))
             .collect::<Result<Vec<_>, _>>()?;
+        let statistics = vcpus.iter().map(Vcpu::statistics).collect::<Result<_, _>>();
+        let statistics = statistics.unwrap_or_else(|error| {
+            tracing::debug!("cannot see whether vCPUs halt: {error}");
+            Vec::new()
+        });
+        let watch = Watch::new(control.clone(), config.on_halt, statistics);
+        event_loop.handle.add(Box::new(watch))?;
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
             disks: disks
@@ -149,8 +163,9 @@ impl Machine {
                 metrics: Arc::new(metrics),
                 serial_path: serial.path().map(Path::to_path_buf),
             }),
+            tells_panics: guest.tells_panics,
             _serial: serial,
-            _vm: vm,
+            vm,
         })
     }
 
@@ -171,6 +186,30 @@ impl Machine {
             self.vcpu_threads.push(thread);
         }
         Ok(())
+    }
+
+    /// Asks the guest to shut itself down, in a way that it listens to, and has its power cut after `time`
+    /// or, if it listens to none, at once.
+    pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
+        let asked = if time.is_zero() {
+            None
+        } else if self.vm.takes_interrupt(layout::POWER_BUTTON_GSI) {
+            let pressed = self.devices.press_power_button();
+            pressed.ok().map(|()| ShutDown::PowerButton)
+        } else {
+            let pressed = self.devices.press_ctrl_alt_del();
+            pressed.ok().map(|()| ShutDown::CtrlAltDel)
+        };
+        match asked {
+            Some(asked) => {
+                self.control.cut_power_after(time);
+                asked
+            }
+            None => {
+                self.control.finish(Ok(ExitReason::Stopped));
+                ShutDown::PowerCut
+            }
+        }
     }
 
     /// How many vCPUs run.
@@ -205,7 +244,12 @@ impl Machine {
             }
         }
         let outcome = self.control.take_outcome();
-        let reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
+        let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
+        let memory = &self.environment.memory;
+        if reason == ExitReason::Reboot && self.tells_panics && exit_reason::has_told_panic(memory)
+        {
+            reason = ExitReason::Panic;
+        }
         flushed.map(|()| reason)
     }
 }

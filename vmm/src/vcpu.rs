@@ -11,6 +11,7 @@ use bantam_devices::bus::Bus;
 use bantam_devices::metrics::Counter;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVMIO, Msrs,
     kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
@@ -21,12 +22,17 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::config::{CpuModifiers, MsrModifier};
-use crate::control::{Control, ExitReason};
+use crate::control::Control;
 use crate::error::Error;
+use crate::exit_reason::ExitReason;
+use crate::vcpu_statistics::VcpuStatistics;
 use crate::vm::Vm;
 use crate::workarounds::{emulation_remedy, hypercalls_work};
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
+
+/// Bit of RFLAGS by which a processor takes interrupts (IF).
+const RFLAGS_INTERRUPTS: u64 = 1 << 9;
 
 /// Longest instruction of the architecture in bytes.
 const MAX_INSTRUCTION_SIZE: usize = 15;
@@ -163,6 +169,14 @@ impl Vcpu {
         self.metrics.clone()
     }
 
+    /// What KVM counts of the vCPU.
+    ///
+    /// # Errors
+    /// When KVM gives no access to it.
+    pub(crate) fn statistics(&self) -> io::Result<VcpuStatistics> {
+        VcpuStatistics::of(&self.fd)
+    }
+
     /// Runs the guest on the calling thread until the machine ends.
     pub(crate) fn run(mut self, environment: &VcpuEnvironment) {
         let control = &environment.control;
@@ -291,7 +305,7 @@ impl Vcpu {
                     return Ok(Some(ExitReason::Reboot));
                 }
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
-                    return Err(self.error("the guest reported a crash".to_string()));
+                    return Ok(Some(ExitReason::Panic));
                 }
                 Ok(VcpuExit::InternalError) => {
                     return Err(self.internal_error(&environment.memory));
@@ -321,9 +335,20 @@ impl Vcpu {
     fn attend_to_kick(&self, control: &Control) {
         // Before the look at what is wanted: a later kick is for something later.
         take_kick_signals();
+        control.tell_whether_halted(self.index, || self.has_halted_for_good());
         if control.wait_while_paused() {
             // It fails for a guest that does not use the clock.
             let _ = self.fd.kvmclock_ctrl();
+        }
+    }
+
+    /// Whether the vCPU waits for what no interrupt brings about: it has halted with interrupts off, or was
+    /// never started. Only another vCPU can wake it, by an NMI or by starting it.
+    fn has_halted_for_good(&self) -> bool {
+        match self.fd.get_mp_state().map(|state| state.mp_state) {
+            Ok(KVM_MP_STATE_HALTED) => self.registers().rflags & RFLAGS_INTERRUPTS == 0,
+            Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED) => true,
+            _ => false,
         }
     }
 

@@ -6,14 +6,17 @@ use bantam_arch::layout;
 use bantam_devices::GuestMemory;
 use bantam_devices::virtio::mmio;
 use kvm_bindings::{
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
-    kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
+
+/// Bit of an entry of the I/O APIC's redirection table by which an interrupt is masked.
+const IO_APIC_MASKED: u64 = 1 << 16;
 
 /// A virtual machine of KVM with its memory and interrupt controllers.
 pub(crate) struct Vm {
@@ -86,6 +89,25 @@ impl Vm {
             .register_irqfd(&event, gsi)
             .map_err(Error::kvm("bind an interrupt to an event"))?;
         Ok(event)
+    }
+
+    /// Whether the guest takes interrupt `gsi`: it has not masked it at the I/O APIC.
+    pub(crate) fn takes_interrupt(&self, gsi: u32) -> bool {
+        let mut irqchip = kvm_irqchip {
+            chip_id: KVM_IRQCHIP_IOAPIC,
+            ..Default::default()
+        };
+        if let Err(error) = self.fd.get_irqchip(&mut irqchip) {
+            tracing::debug!("cannot read the I/O APIC: {error}");
+            return false;
+        }
+        // SAFETY: KVM has filled in the I/O APIC, as asked; it is made of integers only.
+        let table = unsafe { &irqchip.chip.ioapic.redirtbl };
+        table.get(gsi as usize).is_some_and(|entry| {
+            // SAFETY: both members of the union are 64 bits of which any are valid.
+            let bits = unsafe { entry.bits };
+            bits & IO_APIC_MASKED == 0
+        })
     }
 
     /// Has `doorbell` signalled when the guest writes `queue` to the doorbell register of the

@@ -13,8 +13,8 @@ use acpi_tables::{Aml, AmlSink};
 use super::{ACPI_SLEEP_TYPE_S5, AcpiDevices, VirtioMmioWindow};
 use crate::error::{Error, Result};
 use crate::layout::{
-    DEVICE_HOLE, DEVICE_HOLE_END, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI, POWER_BUTTON_GSI,
-    RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    DEVICE_HOLE, DEVICE_HOLE_END, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI, PANIC_PORT,
+    POWER_BUTTON_GSI, RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 
 /// Value of the notification that the power button was pressed (ACPI 6.5 section 5.6.6).
@@ -29,7 +29,13 @@ pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
         .map(|(index, window)| VirtioMmioDevice::new(index, window))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut system_bus: Vec<&dyn Aml> = vec![&PowerButton, &GenericEventDevice, &Keyboard, &Rtc];
+    let mut system_bus: Vec<&dyn Aml> = vec![
+        &PowerButton,
+        &GenericEventDevice,
+        &Keyboard,
+        &Rtc,
+        &PanicDevice,
+    ];
     if devices.serial {
         system_bus.push(&SerialPort);
     }
@@ -129,6 +135,26 @@ impl Aml for Rtc {
                         1,
                         RTC_PORT_COUNT as u8,
                     )]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The panic device, under the name and id that QEMU gave it (QEMU, `docs/specs/pvpanic.rst`). Drivers
+/// use its port, so it has none of the methods that QEMU adds.
+struct PanicDevice;
+
+impl Aml for PanicDevice {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "PEVT".into(),
+            vec![
+                &Name::new("_HID".into(), &"QEMU0001"),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&IO::new(PANIC_PORT, PANIC_PORT, 1, 1)]),
                 ),
             ],
         )

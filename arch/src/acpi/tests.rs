@@ -214,6 +214,19 @@ fn the_keyboard_is_defined() {
 }
 
 #[test]
+fn the_panic_device_is_defined() {
+    let tables = Tables::write(&AcpiDevices {
+        vcpu_count: 1,
+        virtio_mmio: &[],
+        serial: false,
+    });
+    assert!(contains(&tables.dsdt, b"PEVT\x08_HID\x0dQEMU0001\0"));
+    // One I/O port decoded by 16 bits: 0x505
+    let resources = b"\x47\x01\x05\x05\x05\x05\x01\x01\x79\x00";
+    assert!(contains(&tables.dsdt, resources));
+}
+
+#[test]
 fn too_many_devices_are_refused() {
     let windows = windows(0x1001);
     let devices = AcpiDevices {

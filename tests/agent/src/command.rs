@@ -128,10 +128,14 @@ pub enum Command {
     PowerButton,
     /// Nothing, once Ctrl-Alt-Del is pressed.
     CtrlAltDel,
-    /// Nothing. This one and the next two are the last of a list.
+    /// Nothing. This one and the next three are the last of a list.
     Poweroff,
     Reboot,
     Panic,
+    /// Ends the machine with a number.
+    Exit {
+        number: u8,
+    },
 }
 
 impl FromStr for Command {
@@ -230,6 +234,9 @@ impl FromStr for Command {
             "poweroff" => Self::Poweroff,
             "reboot" => Self::Reboot,
             "panic" => Self::Panic,
+            "exit" => Self::Exit {
+                number: arguments.parsed("number")?,
+            },
             _ => return Err(Error::new("unknown command")),
         };
         arguments.end()?;
@@ -335,6 +342,8 @@ mod tests {
     fn words_alone() {
         assert_eq!("cpus".parse(), Ok(Command::Cpus));
         assert_eq!("power-button".parse(), Ok(Command::PowerButton));
+        assert_eq!("exit:255".parse(), Ok(Command::Exit { number: 255 }));
+        assert!(reason("exit:256").starts_with("number 256: "));
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 //! The end of the guest, and the buttons and keys that ask for it.
 
-use std::fs::File;
+use std::convert::Infallible;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process;
 use std::time::{Duration, Instant};
@@ -19,6 +21,8 @@ pub enum Ending {
     Restart,
     /// The first process exits, which no kernel survives.
     Panic,
+    /// The monitor is given a number.
+    Number(u8),
 }
 
 impl Ending {
@@ -32,10 +36,27 @@ impl Ending {
             Self::PowerOff if Path::new("/sys/firmware/acpi").exists() => Reboot::PowerOff,
             Self::PowerOff | Self::Restart => Reboot::Restart,
             Self::Panic => process::exit(1),
+            Self::Number(number) => {
+                let Err(reason) = give_number(number);
+                say(format_args!("bantam: exit failed {reason}"));
+                Reboot::Restart
+            }
         };
         say(format_args!("bantam: reboot: {}", sys::reboot(how)));
         process::exit(1)
     }
+}
+
+/// Ends the machine with a number. Returns only if it cannot.
+fn give_number(number: u8) -> Result<Infallible> {
+    const EXIT_PORT: u64 = 0x500;
+
+    let ports = OpenOptions::new().write(true).open("/dev/port");
+    let ports = ports.context("open /dev/port")?;
+    ports
+        .write_all_at(&[number], EXIT_PORT)
+        .context("write to the port")?;
+    Err(Error::new("the machine still runs"))
 }
 
 /// Waits until the power button is pressed. Says that it does so by calling `waiting`.

@@ -113,6 +113,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::Poweroff => return Ok(Outcome::End(Ending::PowerOff)),
         Command::Reboot => return Ok(Outcome::End(Ending::Restart)),
         Command::Panic => return Ok(Outcome::End(Ending::Panic)),
+        Command::Exit { number } => return Ok(Outcome::End(Ending::Number(number))),
     };
     Ok(Outcome::Done(details))
 }

@@ -12,3 +12,9 @@ pub const I8042_PULSE_RESET_LINE: u8 = 0xfe;
 pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
 /// Sleep type 5 (soft off) with the sleep enable bit.
 pub const ACPI_SOFT_OFF: u8 = (5 << 2) | 1 << 5;
+/// Port that ends Bantam's machine with a number.
+pub const EXIT: u16 = 0x500;
+/// Port of the panic device.
+pub const PANIC_DEVICE: u16 = 0x505;
+/// What a kernel that has panicked writes there.
+pub const PANICKED: u8 = 1 << 0;

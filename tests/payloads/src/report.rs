@@ -7,6 +7,10 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use crate::system_call::{self, write_port_8};
 use crate::{arguments, mmio, port, println, time};
 
+/// Where Linux leaves [`WARM_BOOT`] before a restart, if it is told to after a panic.
+const WARM_BOOT_WORD: u64 = 0x472;
+const WARM_BOOT: u16 = 0x1234;
+
 static FAILED: AtomicBool = AtomicBool::new(false);
 
 /// Prints that the check `name` succeeded.
@@ -28,14 +32,24 @@ pub fn check<E: Display>(name: impl Display, result: Result<(), E>) {
     }
 }
 
-/// Prints the verdict, then ends the machine as the argument `finish=` says: `reset` (when there
-/// is none), `poweroff`, `triple-fault`, `hang` or `emulation-failure`.
+/// The ways to finish.
+const WAYS: [&str; 9] = [
+    "reset",
+    "poweroff",
+    "triple-fault",
+    "hang",
+    "emulation-failure",
+    "panic",
+    "panic-hang",
+    "panic-word",
+    "number",
+];
+
+/// Prints the verdict, then ends the machine as the argument `finish=` says, one of [`WAYS`]: by a reset
+/// when there is none.
 pub fn finish() -> ! {
     let way = arguments::value("finish").unwrap_or("reset");
-    if !matches!(
-        way,
-        "reset" | "poweroff" | "triple-fault" | "hang" | "emulation-failure"
-    ) {
+    if !WAYS.contains(&way) {
         fail(
             "finish",
             format_args!("there is no way to finish called '{way}'"),
@@ -56,6 +70,17 @@ pub fn finish() -> ! {
         }
         "triple-fault" => system_call::triple_fault(),
         "hang" => system_call::halt(),
+        "panic" => write_port_8(port::PANIC_DEVICE, port::PANICKED),
+        "panic-hang" => {
+            write_port_8(port::PANIC_DEVICE, port::PANICKED);
+            system_call::halt();
+        }
+        // SAFETY: the address is mapped, and this program keeps nothing in the first page.
+        "panic-word" => unsafe { mmio::write_16(WARM_BOOT_WORD, WARM_BOOT) },
+        "number" => {
+            write_port_8(port::EXIT, arguments::parsed("number").unwrap_or(0));
+            still_running(way);
+        }
         "emulation-failure" => {
             system_call::execute_unknown_instruction(mmio::UNUSED_PAGE);
             still_running(way);

@@ -325,6 +325,27 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Not something that can be done when a guest has halted.
+    #[error("invalid action on halt '{text}': expected wait or exit")]
+    OnHalt {
+        /// What was given.
+        text: String,
+    },
+    /// Not something that the exit status can tell.
+    #[error("invalid meaning of the exit status '{text}': expected guest or monitor")]
+    ExitStatus {
+        /// What was given.
+        text: String,
+    },
+    /// Not a time that a guest can be given to shut down.
+    #[error(
+        "invalid time '{text}' to shut down: expected a number of seconds, or one with a unit (500ms, \
+         10s, 2m), up to an hour"
+    )]
+    ShutdownTimeout {
+        /// What was given.
+        text: String,
+    },
     /// More devices than a machine has interrupts for.
     #[error(
         "too many devices: {count} disks, network devices and others, but a machine has room for \

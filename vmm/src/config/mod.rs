@@ -9,6 +9,7 @@
 mod balloon;
 mod cpu;
 mod disk;
+mod ending;
 mod error;
 mod forms;
 mod huge_pages;
@@ -46,6 +47,7 @@ pub use disk::{
     BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskId,
     DiskLockOption, DiskQueueCount,
 };
+pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;
@@ -104,8 +106,17 @@ pub struct MachineConfig {
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
-    /// What a reboot of the guest does.
+    /// What a reboot of the guest does. This and what follows down to [`Self::exit_status`] is for the
+    /// program that owns the machine; the library builds one machine, and ends it when it is told to.
     pub on_reboot: OnReboot,
+    /// How often the machine is started again at most. Without a limit if there is none.
+    pub restart_limit: Option<u32>,
+    /// How long a guest that is told to end may take to shut itself down.
+    pub shutdown_timeout: ShutdownTimeout,
+    /// Of whom the exit status of the program tells.
+    pub exit_status: ExitStatus,
+    /// What happens when the guest has halted for good.
+    pub on_halt: OnHalt,
     /// Whether a host without hardware virtualization adds the words to the kernel command line
     /// that a guest needs there.
     pub host_workarounds: bool,
@@ -139,6 +150,10 @@ impl MachineConfig {
             balloon: None,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
+            restart_limit: None,
+            shutdown_timeout: ShutdownTimeout::default(),
+            exit_status: ExitStatus::default(),
+            on_halt: OnHalt::default(),
             host_workarounds: true,
             boot_timer: false,
         }
@@ -337,7 +352,7 @@ impl fmt::Display for BootProtocolOption {
     }
 }
 
-/// What a reboot of the guest does.
+/// What a reboot or a panic of the guest does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReboot {

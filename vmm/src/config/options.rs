@@ -6,9 +6,9 @@ use bantam_boot::{CommandLine, CommandLineError};
 use serde::Deserialize;
 
 use super::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
-    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, forms, read_text_file,
-    rebase,
+    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, ExitStatus, HugePages,
+    MachineConfig, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
+    VcpuCount, VsockConfig, forms, read_text_file, rebase,
 };
 
 /// What one source says about a machine; `None` where it says nothing.
@@ -65,6 +65,14 @@ pub struct MachineOptions {
     pub boot_protocol: Option<BootProtocolOption>,
     /// See [`MachineConfig::on_reboot`].
     pub on_reboot: Option<OnReboot>,
+    /// See [`MachineConfig::restart_limit`].
+    pub restart_limit: Option<u32>,
+    /// See [`MachineConfig::shutdown_timeout`].
+    pub shutdown_timeout: Option<ShutdownTimeout>,
+    /// See [`MachineConfig::exit_status`].
+    pub exit_status: Option<ExitStatus>,
+    /// See [`MachineConfig::on_halt`].
+    pub on_halt: Option<OnHalt>,
     /// See [`MachineConfig::host_workarounds`].
     pub host_workarounds: Option<bool>,
 }
@@ -152,6 +160,10 @@ impl MachineOptions {
             balloon: self.balloon.or(fallback.balloon),
             boot_protocol: self.boot_protocol.or(fallback.boot_protocol),
             on_reboot: self.on_reboot.or(fallback.on_reboot),
+            restart_limit: self.restart_limit.or(fallback.restart_limit),
+            shutdown_timeout: self.shutdown_timeout.or(fallback.shutdown_timeout),
+            exit_status: self.exit_status.or(fallback.exit_status),
+            on_halt: self.on_halt.or(fallback.on_halt),
             host_workarounds: self.host_workarounds.or(fallback.host_workarounds),
         }
     }
@@ -185,6 +197,10 @@ impl MachineOptions {
             balloon: self.balloon,
             boot_protocol: self.boot_protocol.unwrap_or(defaults.boot_protocol),
             on_reboot: self.on_reboot.unwrap_or(defaults.on_reboot),
+            restart_limit: self.restart_limit,
+            shutdown_timeout: self.shutdown_timeout.unwrap_or(defaults.shutdown_timeout),
+            exit_status: self.exit_status.unwrap_or(defaults.exit_status),
+            on_halt: self.on_halt.unwrap_or(defaults.on_halt),
             host_workarounds: self.host_workarounds.unwrap_or(defaults.host_workarounds),
             boot_timer: defaults.boot_timer,
         };

@@ -44,6 +44,10 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         rng = false
         boot-protocol = "linux64"
         on-reboot = "restart"
+        restart-limit = 3
+        shutdown-timeout = "500ms"
+        exit-status = "monitor"
+        on-halt = "exit"
         host-workarounds = false
 
         [[disk]]
@@ -100,6 +104,10 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         ),
         boot_protocol: BootProtocolOption::Linux64,
         on_reboot: OnReboot::Restart,
+        restart_limit: Some(3),
+        shutdown_timeout: "500ms".parse().unwrap(),
+        exit_status: ExitStatus::Monitor,
+        on_halt: OnHalt::Exit,
         host_workarounds: false,
         ..MachineConfig::new("unused")
     };
@@ -113,7 +121,8 @@ fn errors_in_a_machine_file_name_the_line() {
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
              'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'vsock', \
-             'serial', 'rng', 'balloon', 'boot-protocol', 'on-reboot', 'host-workarounds'",
+             'serial', 'rng', 'balloon', 'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', \
+             'exit-status', 'on-halt', 'host-workarounds'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",

@@ -1,0 +1,72 @@
+//! The panic device that Linux, Windows and others know as pvpanic (QEMU, `docs/specs/pvpanic.rst`):
+//! by it a guest's kernel says that it has panicked.
+
+use std::sync::Arc;
+
+use crate::bus::BusDevice;
+use crate::power::PowerControl;
+
+/// Events, each a bit of the port.
+mod event {
+    /// The kernel has panicked, and its host is to deal with it.
+    pub(super) const PANICKED: u8 = 1 << 0;
+    /// The kernel has panicked, and another kernel in the guest deals with it.
+    pub(super) const CRASH_LOADED: u8 = 1 << 1;
+}
+
+/// One I/O port: it reads as the events that the device knows, and a write of them says that they have
+/// come to pass.
+pub struct PanicDevice {
+    power: Arc<dyn PowerControl>,
+}
+
+impl PanicDevice {
+    /// A device that hands the guest's news to `power`.
+    pub fn new(power: Arc<dyn PowerControl>) -> PanicDevice {
+        PanicDevice { power }
+    }
+}
+
+impl BusDevice for PanicDevice {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(first) = data.first_mut() {
+            *first = event::PANICKED | event::CRASH_LOADED;
+        }
+    }
+
+    fn write(&mut self, _offset: u64, data: &[u8]) {
+        let &[events] = data else {
+            return;
+        };
+        if events & event::PANICKED != 0 {
+            self.power.panicked(false);
+        } else if events & event::CRASH_LOADED != 0 {
+            self.power.panicked(true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::power::tests::PowerRecorder;
+
+    #[test]
+    fn the_events_that_it_names_are_passed_on() {
+        let power = Arc::new(PowerRecorder::default());
+        let mut device = PanicDevice::new(power.clone());
+        let mut events = [0xff];
+        device.read(0, &mut events);
+        assert_eq!(events, [0b11]);
+        // None, one that the device does not name, and a write of another width.
+        device.write(0, &[0]);
+        device.write(0, &[1 << 2]);
+        device.write(0, &[1, 0]);
+        assert!(power.panics().is_empty());
+        device.write(0, &[0b01]);
+        device.write(0, &[0b10]);
+        device.write(0, &[0b11]);
+        assert_eq!(power.panics(), [false, true, false]);
+    }
+}

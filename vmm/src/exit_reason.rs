@@ -1,0 +1,103 @@
+//! Why a machine has ended.
+
+use std::fmt;
+
+use bantam_arch::layout;
+use bantam_boot::CommandLine;
+use bantam_devices::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Why a machine has ended as it should, or as its guest would have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitReason {
+    /// The guest switched it off.
+    PowerOff,
+    /// The guest asked for a restart.
+    Reboot,
+    /// The guest's kernel panicked. What it did afterwards, be it a restart or nothing, is not told.
+    Panic,
+    /// The guest ended it with this number, by the port [`layout::EXIT_PORT`].
+    Number(u8),
+    /// All its vCPUs had halted with interrupts off, and [`OnHalt::Exit`](crate::config::OnHalt) was
+    /// asked for.
+    Halted,
+    /// Its power was cut from outside, by [`Command::Stop`](crate::Command::Stop) or at the end of the
+    /// time that [`Command::ShutDown`](crate::Command::ShutDown) gave the guest.
+    Stopped,
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest has powered off"),
+            Self::Reboot => f.write_str("the guest has rebooted"),
+            Self::Panic => f.write_str("the guest has panicked"),
+            Self::Number(number) => write!(f, "the guest has ended with the number {number}"),
+            Self::Halted => f.write_str("the guest has halted"),
+            Self::Stopped => f.write_str("the power was cut"),
+        }
+    }
+}
+
+/// What a guest that restarts after a panic leaves at [`layout::WARM_BOOT_WORD`], and one that restarts
+/// of its own accord does not.
+///
+/// Linux writes there, before it resets a PC, which of two ways of booting it wants the firmware to
+/// take; and the way can be another for restarts after a panic
+/// (`Documentation/admin-guide/kernel-parameters.txt`, `reboot=`). There is no firmware here to take
+/// it, so the word is free to tell the two apart, in a kernel that has no driver for a panic device.
+const PANIC_WORD: u16 = 0x1234;
+
+/// The parameter that has Linux (since 5.2) leave [`PANIC_WORD`] after a panic. It goes before any other
+/// value of `reboot=`, as older kernels take its first letter for a way to reset the machine.
+pub(crate) const PANIC_PARAMETER: &str = "panic_warm";
+
+/// Whether a kernel that is told this leaves [`PANIC_WORD`] after a panic, and then only.
+pub(crate) fn tells_panics(line: &CommandLine) -> bool {
+    let (mut normal, mut panic) = (None, None);
+    for value in line.values_of("reboot") {
+        for word in value.split(',') {
+            // As the kernel reads them: by their first letter, the last one counts.
+            let (mode, word) = match word.strip_prefix("panic_") {
+                Some(word) => (&mut panic, word),
+                None => (&mut normal, word),
+            };
+            if let Some(letter @ ('w' | 'c' | 'h' | 's' | 'g')) = word.chars().next() {
+                *mode = Some(letter);
+            }
+        }
+    }
+    panic == Some('w') && normal != Some('w')
+}
+
+/// Whether the guest has left [`PANIC_WORD`].
+pub(crate) fn has_told_panic(memory: &GuestMemory) -> bool {
+    let word = memory.read_obj::<u16>(GuestAddress(layout::WARM_BOOT_WORD));
+    word.is_ok_and(|word| u16::from_le(word) == PANIC_WORD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_word_that_means_a_panic_counts_as_one() {
+        for (line, tells) in [
+            ("", false),
+            ("reboot=k", false),
+            ("panic=-1 reboot=panic_warm,k", true),
+            ("reboot=k,panic_warm console=ttyS0", true),
+            ("reboot=panic_w", true),
+            ("reboot=panic_warm reboot=t", true),
+            ("reboot=panic_warm reboot=panic_cold", false),
+            ("reboot=panic_warm,warm", false),
+            ("reboot=warm reboot=panic_warm,cold", true),
+            ("reboot=warm", false),
+            ("-- reboot=panic_warm", false),
+        ] {
+            let line = CommandLine::new(line).unwrap();
+            assert_eq!(tells_panics(&line), tells, "{line}");
+        }
+    }
+}
