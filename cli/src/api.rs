@@ -147,7 +147,7 @@ fn attend_instance(
         return Ok(ended);
     }
     console.input.enter_terminal()?;
-    attend(controller, signals, Some(console))
+    attend(controller, signals, Some(console), false)
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<Vec<u8>> {

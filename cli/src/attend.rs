@@ -9,6 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::console::{Input, StdioConsole};
 use crate::signals::{Request, Signals, sleep_until_continued};
+use crate::terminal;
 
 /// Who ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +41,7 @@ pub fn await_start(
                     return Ok(Some(EndedBy::User));
                 }
                 Some(Request::Suspend) => sleep_until_continued().context("cannot suspend")?,
-                Some(Request::Continue) | None => {}
+                Some(Request::Continue | Request::Resize) | None => {}
             }
             continue;
         }
@@ -53,12 +54,17 @@ pub fn await_start(
     }
 }
 
-/// Passes on input and signals until the machine ends or the user wants it to.
+/// Passes on input and signals until the machine ends or the user wants it to. `resizes` says whether
+/// the guest is told the size of the terminal.
 pub fn attend(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
+    resizes: bool,
 ) -> anyhow::Result<EndedBy> {
+    if resizes {
+        resize(controller);
+    }
     loop {
         let ready = wait_for_events(signals, controller.exit_event(), console.as_deref())?;
         if ready.signal {
@@ -77,8 +83,13 @@ pub fn attend(
                     if let Some(console) = &console {
                         console.input.resume()?;
                     }
+                    // It may have changed meanwhile.
+                    if resizes {
+                        resize(controller);
+                    }
                 }
-                None => {}
+                Some(Request::Resize) if resizes => resize(controller),
+                Some(Request::Resize) | None => {}
             }
             // What is ready may have changed hands while the process was stopped.
             continue;
@@ -94,6 +105,15 @@ pub fn attend(
         if ready.exit {
             return Ok(EndedBy::Guest);
         }
+    }
+}
+
+/// Tells the guest the size of the terminal.
+fn resize(controller: &Controller) {
+    if let Some((columns, rows)) = terminal::size()
+        && let Err(error) = controller.resize_console(columns, rows)
+    {
+        tracing::debug!("{error}");
     }
 }
 

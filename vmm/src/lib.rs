@@ -40,6 +40,7 @@ mod memory;
 mod metadata;
 mod metrics;
 mod serial;
+mod streams;
 mod vcpu;
 mod vm;
 mod workarounds;
@@ -52,6 +53,7 @@ pub use bantam_devices::virtio::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics,
 };
 pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
+pub use bantam_devices::virtio::console::ConsoleMetrics;
 pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
 pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use bantam_devices::virtio::vsock::VsockMetrics;

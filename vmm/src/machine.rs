@@ -23,6 +23,7 @@ use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
+use crate::streams::{StreamGuards, Streams};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
 
@@ -35,16 +36,17 @@ pub(crate) struct Machine {
     event_loops: Vec<EventLoopThread>,
     devices: Arc<DeviceControls>,
     _serial: SerialGuard,
+    _streams: StreamGuards,
     /// Kept until all vCPUs have ended.
     _vm: Vm,
 }
 
 impl Machine {
     /// Builds the machine that `config` describes and that `control` will end. `console` is the
-    /// program's end of its serial port, where that is configured as `stdio`.
+    /// program's end of what is configured as `stdio`, if anything is.
     pub(crate) fn new(
         config: &MachineConfig,
-        console: Console,
+        mut console: Console,
         control: &Arc<Control>,
     ) -> Result<Machine, Error> {
         config.validate()?;
@@ -73,6 +75,7 @@ impl Machine {
             Some(vsock) => Some(virtio.attach_vsock(vsock)?),
             None => None,
         };
+        let streams = Streams::attach(config, &mut virtio)?;
         let entropy = match config.rng {
             true => Some(virtio.attach_entropy(&config.rng_limits)?),
             false => None,
@@ -83,6 +86,7 @@ impl Machine {
         };
         let boot = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
+        let stream_guards = streams.connect(config, &mut console)?;
         let (serial, uart) = attach_serial(
             &mut ports,
             &vm,
@@ -99,6 +103,7 @@ impl Machine {
         let vcpus = (0..config.cpus.get())
             .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(boot)))
             .collect::<Result<Vec<_>, _>>()?;
+        let [console, channels] = streams.metrics();
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
             disks: disks
@@ -112,6 +117,8 @@ impl Machine {
                 .map(|net| net.metrics().clone())
                 .collect(),
             vsock,
+            console,
+            channels,
             entropy,
             balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
@@ -141,9 +148,12 @@ impl Machine {
                 balloon,
                 metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),
+                stream_paths: stream_guards.paths(),
+                streams,
                 serial_path: serial.path().map(Path::to_path_buf),
             }),
             _serial: serial,
+            _streams: stream_guards,
             _vm: vm,
         })
     }

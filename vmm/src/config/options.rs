@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, HugePages, MachineConfig,
-    MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
+    BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, HugePages,
+    MachineConfig, MemorySize, NetConfig, OnReboot, SerialConfig, VcpuCount, VsockConfig, rebase,
 };
 
 /// Most bytes of a machine file.
@@ -57,6 +57,11 @@ pub struct MachineOptions {
     pub vsock: Option<VsockConfig>,
     /// See [`MachineConfig::serial`].
     pub serial: Option<SerialConfig>,
+    /// See [`MachineConfig::console`].
+    pub console: Option<SerialConfig>,
+    /// See [`MachineConfig::channels`].
+    #[serde(rename = "channel")]
+    pub channels: Option<Vec<ChannelConfig>>,
     /// See [`MachineConfig::rng`].
     pub rng: Option<bool>,
     /// See [`MachineConfig::balloon`].
@@ -103,10 +108,16 @@ impl MachineOptions {
     }
 
     fn rebase_paths(&mut self, folder: &Path) {
-        let serial = match &mut self.serial {
-            Some(SerialConfig::File(path) | SerialConfig::Socket(path)) => Some(path),
-            _ => None,
-        };
+        let channels = self.channels.iter_mut().flatten();
+        let streams = self
+            .serial
+            .iter_mut()
+            .chain(&mut self.console)
+            .chain(channels.map(|channel| &mut channel.end))
+            .filter_map(|end| match end {
+                SerialConfig::File(path) | SerialConfig::Socket(path) => Some(path),
+                SerialConfig::Stdio | SerialConfig::Pty | SerialConfig::None => None,
+            });
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let disks = self.disks.iter_mut().flatten().map(|disk| &mut disk.path);
         for path in self
@@ -114,7 +125,7 @@ impl MachineOptions {
             .iter_mut()
             .chain(&mut self.initrd)
             .chain(vsock)
-            .chain(serial)
+            .chain(streams)
             .chain(disks)
         {
             rebase(path, folder);
@@ -122,7 +133,7 @@ impl MachineOptions {
     }
 
     /// Takes from `fallback` what `self` does not say. Disks are taken all or none, and so are
-    /// network devices.
+    /// network devices and channels.
     #[must_use]
     pub fn or(self, fallback: Self) -> Self {
         Self {
@@ -137,6 +148,8 @@ impl MachineOptions {
             nets: self.nets.or(fallback.nets),
             vsock: self.vsock.or(fallback.vsock),
             serial: self.serial.or(fallback.serial),
+            console: self.console.or(fallback.console),
+            channels: self.channels.or(fallback.channels),
             rng: self.rng.or(fallback.rng),
             balloon: self.balloon.or(fallback.balloon),
             boot_protocol: self.boot_protocol.or(fallback.boot_protocol),
@@ -145,13 +158,24 @@ impl MachineOptions {
         }
     }
 
-    /// Fills in the defaults.
+    /// Fills in the defaults. A serial port of which nothing is said leads nowhere if the console or a
+    /// channel leads to standard input and output.
     ///
     /// # Errors
     ///
     /// When there is no kernel, and as [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
         let defaults = MachineConfig::new(self.kernel.ok_or(ConfigError::NoKernel)?);
+        let console = self.console.unwrap_or(defaults.console);
+        let channels = self.channels.unwrap_or(defaults.channels);
+        let mut others = channels
+            .iter()
+            .map(|channel| &channel.end)
+            .chain([&console]);
+        let default_serial = match others.any(|end| *end == SerialConfig::Stdio) {
+            true => SerialConfig::None,
+            false => defaults.serial,
+        };
         let config = MachineConfig {
             kernel: defaults.kernel,
             initrd: self.initrd,
@@ -166,8 +190,10 @@ impl MachineOptions {
             nets: self.nets.unwrap_or(defaults.nets),
             vsock: self.vsock,
             metadata: defaults.metadata,
-            serial: self.serial.unwrap_or(defaults.serial),
+            serial: self.serial.unwrap_or(default_serial),
             serial_limit: defaults.serial_limit,
+            console,
+            channels,
             rng: self.rng.unwrap_or(defaults.rng),
             rng_limits: defaults.rng_limits,
             balloon: self.balloon,
