@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, pattern, require_kvm};
+use bantam_tests::{Bantam, Kernel, RootFileSystem, pattern, require_kvm};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
@@ -19,6 +19,8 @@ use nix::sys::signal::Signal;
 
 /// How long a program of the host waits for the guest.
 const LIMIT: Duration = Duration::from_secs(60);
+/// How long Linux may take for each thing, its boot included.
+const LINUX_LIMIT: Duration = Duration::from_secs(240);
 /// How long a stream takes nothing before its other end is taken to have stopped.
 const STALL_MS: u16 = 300;
 const MIB: usize = 1 << 20;
@@ -187,9 +189,9 @@ fn the_guest_is_told_the_size_of_the_terminal() {
         .stdout(end())
         .start();
     let wait_for = |text: &str| {
-        let deadline = std::time::Instant::now() + LIMIT;
+        let deadline = Instant::now() + LIMIT;
         while !fs::read_to_string(&log).is_ok_and(|seen| seen.contains(text)) {
-            assert!(std::time::Instant::now() < deadline, "no {text}");
+            assert!(Instant::now() < deadline, "no {text}");
             thread::sleep(Duration::from_millis(2));
         }
     };
@@ -240,4 +242,89 @@ fn pseudoterminals_are_named() {
     terminal.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"hi");
     machine.wait().passed();
+}
+
+#[test]
+fn linux_has_a_console_of_the_terminals_size_and_named_channels() {
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent");
+    let terminal = openpty(None, None).unwrap();
+    set_size(&terminal.master, 100, 30);
+    let end = || terminal.slave.try_clone().unwrap();
+    let machine = Bantam::linux(Kernel::Small)
+        .disk(&RootFileSystem::new().ext4, ",ro")
+        .option("--console", "stdio")
+        .option(
+            "--channel",
+            format!("name=org.example.agent,socket={}", socket.display()),
+        )
+        .stdin(end())
+        .stdout(end())
+        .start();
+    let mut screen = Screen::new(fs::File::from(terminal.master.try_clone().unwrap()));
+    // What the kernel has logged before its driver had started is there, too.
+    screen.wait_for("Linux version");
+    screen.wait_for("bantam: init");
+
+    // What is typed is echoed, and is not what is waited for.
+    let size = "echo size-$(stty size | tr ' ' x)\n";
+    screen.ask(size, "size-30x100");
+    set_size(&terminal.master, 132, 50);
+    machine.signal(Signal::SIGWINCH);
+    screen.ask(size, "size-50x132");
+    screen.ask("tty; echo on-$?\n", "/dev/hvc0");
+
+    screen.ask(
+        "cd /sys/class/virtio-ports/*p1; echo name-$(cat name)\n",
+        "name-org.example.agent",
+    );
+    let mut client = client(&socket);
+    client.set_read_timeout(Some(LINUX_LIMIT)).unwrap();
+    client.write_all(b"question\n").unwrap();
+    screen.ask(
+        "exec 3<>/dev/${PWD##*/}; read line <&3; echo answer-$line >&3; echo read-$line\n",
+        "read-question",
+    );
+    expect(&mut client, b"answer-question\n");
+    screen.ask("exec 3>&-; echo closed-$?\n", "closed-0");
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty());
+    screen.file.write_all(b"poweroff -f\n").unwrap();
+    machine.wait().succeeded();
+}
+
+/// What a person at a terminal sees and types.
+struct Screen {
+    file: fs::File,
+    seen: String,
+}
+
+impl Screen {
+    fn new(file: fs::File) -> Screen {
+        let seen = String::new();
+        Screen { file, seen }
+    }
+
+    /// Types a line and waits for what is printed.
+    fn ask(&mut self, line: &str, answer: &str) {
+        self.seen.clear();
+        self.file.write_all(line.as_bytes()).unwrap();
+        self.wait_for(answer);
+    }
+
+    fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + LINUX_LIMIT;
+        while !self.seen.contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut events = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut events, PollTimeout::try_from(left).unwrap()).unwrap();
+            assert_eq!(ready, 1, "no '{text}' in\n{}", self.seen);
+            let mut bytes = [0; 4096];
+            let count = self.file.read(&mut bytes).unwrap();
+            self.seen
+                .push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    }
 }
