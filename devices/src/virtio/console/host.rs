@@ -226,8 +226,8 @@ impl HostEnd {
 
     /// Closes the connection of a client that has gone, all of whose bytes have been read.
     pub(super) fn disconnect_if_gone(&mut self, operations: &mut EventOps<'_>) {
-        let is_read = self.input.as_ref().is_none_or(has_ended);
-        if self.listener.is_some() && self.has_hung_up && is_read {
+        let is_of_client = self.listener.is_some();
+        if is_of_client && self.has_hung_up && self.input.as_ref().is_none_or(has_ended) {
             self.disconnect(operations);
         }
     }
