@@ -168,11 +168,10 @@ impl MachineOptions {
         let defaults = MachineConfig::new(self.kernel.ok_or(ConfigError::NoKernel)?);
         let console = self.console.unwrap_or(defaults.console);
         let channels = self.channels.unwrap_or(defaults.channels);
-        let mut others = channels
-            .iter()
-            .map(|channel| &channel.end)
-            .chain([&console]);
-        let default_serial = match others.any(|end| *end == SerialConfig::Stdio) {
+        let is_stdio = |end: &SerialConfig| *end == SerialConfig::Stdio;
+        let is_stdio_taken =
+            is_stdio(&console) || channels.iter().any(|channel| is_stdio(&channel.end));
+        let default_serial = match is_stdio_taken {
             true => SerialConfig::None,
             false => defaults.serial,
         };
