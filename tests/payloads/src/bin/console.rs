@@ -127,9 +127,9 @@ fn use_channels(device: MmioDevice, bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Takes the messages that have come, which are about the host's ends.
+/// Takes the next message, if one has come, which is about the host's end of a channel.
 fn hear(channels: &mut Channels, names: &[String]) -> Result<(), Error> {
-    while let Some(message) = channels.take_message()? {
+    if let Some(message) = channels.take_message()? {
         let name = names.get((message.port as usize).wrapping_sub(1));
         match name {
             Some(name) if message.event == event::PORT_OPEN => {
