@@ -172,7 +172,7 @@ fn attend_instance(
         return Ok(ended);
     }
     console.input.enter_terminal()?;
-    attend(controller, signals, Some(console), shutdown_timeout)
+    attend(controller, signals, Some(console), shutdown_timeout, false)
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {

@@ -6,9 +6,9 @@ use std::str::FromStr;
 
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, ExitStatus, HugePages,
-    MachineConfig, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig,
-    ShutdownTimeout, VcpuCount, VsockConfig,
+    BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
+    HugePages, MachineConfig, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot,
+    SerialConfig, ShutdownTimeout, VcpuCount, VsockConfig,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Parser, Subcommand};
@@ -67,10 +67,11 @@ pub struct RunArgs {
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
     /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
     /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so
-    /// on; the socket device is a table [vsock], and a balloon a table [balloon].
+    /// on; a channel is a table [[channel]], the socket device a table [vsock], and a balloon a table
+    /// [balloon].
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
-    /// devices. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths
+    /// devices, a --channel all its channels. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths
     /// in it are relative to the current folder.
     #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     pub config: Option<PathBuf>,
@@ -87,8 +88,9 @@ pub struct RunArgs {
 
     /// Kernel command line, in place of the default one
     ///
-    /// The default is "reboot=panic_warm,k panic=-1 console=ttyS0" and, where there is a disk and no initrd,
-    /// "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see --append.
+    /// The default is "reboot=panic_warm,k panic=-1 console=ttyS0", with --console "console=hvc0" and, if
+    /// there is a disk and no initrd, "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see
+    /// --append.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
     pub cmdline: Option<String>,
 
@@ -222,6 +224,23 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = heading::CONSOLE, verbatim_doc_comment,
         value_parser = os_text::<SerialConfig>())]
     pub serial: Option<SerialConfig>,
+
+    /// Where a virtio console leads, /dev/hvc0: as --serial [default: none]
+    ///
+    /// Faster than the serial port, and the guest knows the size of the terminal. With none the guest
+    /// has no such console. With stdio the serial port leads nowhere unless --serial says otherwise.
+    #[arg(long, value_name = "WHERE", help_heading = heading::CONSOLE,
+        value_parser = os_text::<SerialConfig>())]
+    pub console: Option<SerialConfig>,
+
+    /// Named channel to a program in the guest; can be given more than once
+    ///
+    /// The guest finds it by NAME, in Linux as /dev/virtio-ports/NAME. WHERE is socket=PATH, a Unix
+    /// domain socket that a client can connect to, file=PATH, pty or stdio, as with --serial; a comma in
+    /// PATH is written twice.
+    #[arg(long = "channel", value_name = "name=NAME,WHERE", help_heading = heading::CONSOLE,
+        value_parser = os_text::<ChannelConfig>())]
+    pub channels: Vec<ChannelConfig>,
 
     /// Whether the guest has an entropy device (virtio-rng) [default: on]
     #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
@@ -466,6 +485,8 @@ impl RunArgs {
             nets: (!self.nets.is_empty()).then_some(self.nets),
             vsock: self.vsock,
             serial: self.serial,
+            console: self.console,
+            channels: (!self.channels.is_empty()).then_some(self.channels),
             rng: self.rng,
             balloon: self.balloon,
             boot_protocol: self.boot_protocol,
@@ -555,6 +576,9 @@ mod tests {
             "--net=tap=t0,mtu=9000",
             "--vsock=cid=3,socket=v.sock",
             "--serial=socket=s.sock",
+            "--console=pty",
+            "--channel=name=a,socket=a.sock",
+            "--channel=name=b,pty",
             "--rng=off",
             "--balloon=size=64M,reporting=on",
             "--boot-protocol=pvh",
@@ -581,6 +605,11 @@ mod tests {
             nets: vec!["tap=t0,mtu=9000".parse().unwrap()],
             vsock: Some("cid=3,socket=v.sock".parse().unwrap()),
             serial: SerialConfig::Socket("s.sock".into()),
+            console: SerialConfig::Pty,
+            channels: vec![
+                "name=a,socket=a.sock".parse().unwrap(),
+                "name=b,pty".parse().unwrap(),
+            ],
             rng: false,
             balloon: Some("size=64M,reporting=on".parse().unwrap()),
             boot_protocol: BootProtocolOption::Pvh,
@@ -644,6 +673,8 @@ mod tests {
             ["--net", "tap0"],
             ["--vsock", "cid=2,socket=v"],
             ["--serial", "tty"],
+            ["--console", "hvc0"],
+            ["--channel", "socket=a.sock"],
             ["--rng", "yes"],
             ["--balloon", "64M"],
             ["--log", "loud"],
@@ -741,6 +772,7 @@ mod tests {
             defaults.cpus.to_string(),
             defaults.memory.to_string(),
             defaults.serial.to_string(),
+            defaults.console.to_string(),
             defaults.boot_protocol.to_string(),
             defaults.on_reboot.to_string(),
             defaults.on_halt.to_string(),

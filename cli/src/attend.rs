@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use crate::console::{Input, StdioConsole};
 use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
-use crate::stopping;
+use crate::{stopping, terminal};
 
 /// Whose wish the end of the machine was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub fn await_start(
                     return Ok(Some(EndedBy::User));
                 }
                 Some(Request::Suspend) => sleep_until_continued().context("cannot suspend")?,
-                Some(Request::Continue) | None => {}
+                Some(Request::Continue | Request::Resize) | None => {}
             }
             continue;
         }
@@ -61,13 +61,18 @@ pub fn await_start(
 
 /// Passes on input and signals until the machine has ended or its power is to be cut. A user who wants it
 /// to end has the guest asked to shut itself down first, within `timeout`; the user's second wish, and
-/// SIGQUIT, is to have the power cut.
+/// SIGQUIT, is to have the power cut. `resizes` says whether the guest is told the size
+/// of the terminal.
 pub fn attend(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
     timeout: Duration,
+    resizes: bool,
 ) -> anyhow::Result<EndedBy> {
+    if resizes {
+        resize(controller);
+    }
     let mut ended_by = EndedBy::Guest;
     loop {
         let exit_event = Some(controller.exit_event());
@@ -91,7 +96,8 @@ pub fn attend(
                 }
                 return Ok(ended_by);
             }
-            Turn::Other => {}
+            Turn::Resize if resizes => resize(controller),
+            Turn::Resize | Turn::Other => {}
         }
     }
 }
@@ -130,8 +136,8 @@ pub fn await_restart(
                 stopping::ask();
                 return Ok(Some(EndedBy::User));
             }
-            Turn::Exit | Turn::Other if left.is_zero() => return Ok(None),
-            Turn::Exit | Turn::Other => {}
+            Turn::Exit | Turn::Resize | Turn::Other if left.is_zero() => return Ok(None),
+            Turn::Exit | Turn::Resize | Turn::Other => {}
         }
     }
 }
@@ -144,6 +150,8 @@ enum Turn {
     Quit,
     /// The machine has ended.
     Exit,
+    /// The terminal has, or may have, another size.
+    Resize,
     /// Nothing that concerns the machine, or nothing at all.
     Other,
 }
@@ -169,7 +177,10 @@ fn turn(
                 if let Some(console) = &console {
                     console.input.resume()?;
                 }
+                // It may have changed meanwhile.
+                return Ok(Turn::Resize);
             }
+            Some(Request::Resize) => return Ok(Turn::Resize),
             None => {}
         }
         // What is ready may have changed hands while the process was stopped.
@@ -184,6 +195,15 @@ fn turn(
         }
     }
     Ok(if ready.exit { Turn::Exit } else { Turn::Other })
+}
+
+/// Tells the guest the size of the terminal.
+fn resize(controller: &Controller) {
+    if let Some((columns, rows)) = terminal::size()
+        && let Err(error) = controller.resize_console(columns, rows)
+    {
+        tracing::debug!("{error}");
+    }
 }
 
 /// What there is to do.

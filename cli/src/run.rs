@@ -20,9 +20,9 @@ pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
 /// Runs a machine until it ends for good. Gives the exit status.
 pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
     let signals = Signals::block().context("cannot divert signals")?;
-    let mut console = match config.serial {
-        SerialConfig::Stdio => Some(StdioConsole::new()?),
-        _ => None,
+    let mut console = match config.uses_stdio() {
+        true => Some(StdioConsole::new()?),
+        false => None,
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
@@ -96,16 +96,35 @@ fn run_once(
         console.input.enter_terminal()?;
     }
     controller.start()?;
-    if config.serial == SerialConfig::Pty
-        && let Ok(Some(path)) = controller.serial_path()
-    {
-        say(format_args!("serial console: {}", path.display()));
-    }
+    say_pseudoterminals(config, &controller);
     let timeout = config.shutdown_timeout.get();
-    let ended = attend(&controller, signals, console, timeout);
+    let resizes = config.console == SerialConfig::Stdio;
+    let ended = attend(&controller, signals, console, timeout, resizes);
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
     let reason = controller.wait()?;
     Ok(Ending { by: ended?, reason })
+}
+
+/// Says where the pseudoterminals are that the machine has made.
+fn say_pseudoterminals(config: &MachineConfig, controller: &Controller) {
+    if config.serial == SerialConfig::Pty
+        && let Ok(Some(path)) = controller.serial_path()
+    {
+        say(format_args!("serial console: {}", path.display()));
+    }
+    if config.console == SerialConfig::Pty
+        && let Ok(Some(path)) = controller.console_path()
+    {
+        say(format_args!("console: {}", path.display()));
+    }
+    for (index, channel) in config.channels.iter().enumerate() {
+        if channel.end == SerialConfig::Pty
+            && let Ok(Some(path)) = controller.channel_path(index)
+        {
+            let name = &channel.name;
+            say(format_args!("channel '{name}': {}", path.display()));
+        }
+    }
 }

@@ -26,6 +26,8 @@ pub enum Request {
     Suspend,
     /// To go on after such a sleep.
     Continue,
+    /// To look at the size of the terminal, which has changed.
+    Resize,
 }
 
 /// The queue of signals that this process reads.
@@ -45,6 +47,7 @@ impl Signals {
             }
         }
         mask.add(Signal::SIGCONT);
+        mask.add(Signal::SIGWINCH);
         let mut blocked = mask;
         // A disk that may not grow further is an error of one request, not the end of the process.
         blocked.add(Signal::SIGXFSZ);
@@ -62,6 +65,7 @@ impl Signals {
         Ok(match signal {
             Some(Ok(Signal::SIGTSTP)) => Some(Request::Suspend),
             Some(Ok(Signal::SIGCONT)) => Some(Request::Continue),
+            Some(Ok(Signal::SIGWINCH)) => Some(Request::Resize),
             Some(Ok(signal)) => Some(Request::Stop(signal)),
             _ => None,
         })

@@ -2,6 +2,7 @@
 //! process ends.
 
 use std::io::{self, IsTerminal};
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -72,6 +73,23 @@ impl RawTerminal {
     pub fn in_foreground(&self) -> bool {
         tcgetpgrp(io::stdin()).map_or(true, |foreground| foreground == getpgrp())
     }
+}
+
+/// Columns and rows of the terminal on standard output, or on standard input if that is none.
+pub fn size() -> Option<(u16, u16)> {
+    [libc::STDOUT_FILENO, libc::STDIN_FILENO]
+        .into_iter()
+        .find_map(|descriptor| {
+            let mut size = MaybeUninit::<libc::winsize>::uninit();
+            // SAFETY: the kernel fills in `size`, which lives until the call returns.
+            let result = unsafe { libc::ioctl(descriptor, libc::TIOCGWINSZ, size.as_mut_ptr()) };
+            if result != 0 {
+                return None;
+            }
+            // SAFETY: the call has succeeded and filled it in.
+            let size = unsafe { size.assume_init() };
+            Some((size.ws_col, size.ws_row))
+        })
 }
 
 impl Drop for RawTerminal {

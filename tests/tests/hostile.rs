@@ -5,8 +5,8 @@ use std::fs;
 use bantam_tests::{Bantam, pattern, require_kvm, require_taps, tap_name};
 
 /// A device logs 24 lines in its first minute, on what the guest does and what fails on the host, and a
-/// machine here has up to four: disk, network or balloon, entropy, serial port. Little else is logged.
-const MAX_LOG_LINES: usize = 4 * 25;
+/// machine here has up to five: disk, console, channels, entropy, serial port. Little else is logged.
+const MAX_LOG_LINES: usize = 5 * 25;
 
 /// Attacks all devices of a machine, with random numbers from `seed`.
 fn attack(seed: u32, mut bantam: Bantam) {
@@ -63,6 +63,20 @@ fn the_monitor_withstands_a_guest_that_misuses_a_socket_device() {
         let folder = tempfile::tempdir().unwrap();
         let vsock = format!("cid=3,socket={}", folder.path().join("v").display());
         attack(seed, Bantam::payload("hostile").option("--vsock", vsock));
+    }
+}
+
+#[test]
+fn the_monitor_withstands_a_guest_that_misuses_consoles() {
+    require_kvm!();
+    for seed in 10..=11 {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| format!("file={}", folder.path().join(name).display());
+        let bantam = Bantam::payload("hostile")
+            .option("--console", file("console"))
+            .option("--channel", format!("name=a,{}", file("a")))
+            .option("--channel", "name=b,pty");
+        attack(seed, bantam);
     }
 }
 

@@ -66,11 +66,11 @@ impl fmt::Display for State {
 #[derive(Debug)]
 pub enum Command {
     /// Says what the machine is made of, in place of what was said before. `console` is the program's
-    /// end of its serial port, where that is configured as `stdio`. Before the start only.
+    /// end of what is configured as `stdio`: serial port, console or a channel. Before the start only.
     Configure {
         /// What the machine is made of.
         config: Box<MachineConfig>,
-        /// The program's end of the serial port.
+        /// The program's end.
         console: Console,
     },
     /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured; one for
@@ -124,6 +124,14 @@ pub enum Command {
         network: usize,
         /// The limits.
         limits: NetLimits,
+    },
+    /// Tells the guest that its virtio console has this size in characters; 0 stands for a size that is
+    /// not known.
+    ResizeConsole {
+        /// Characters of a line.
+        columns: u16,
+        /// Lines.
+        rows: u16,
     },
     /// Asks the guest to give up so much memory in all. It does so in its own time and as far as it can.
     SetBalloonTarget {

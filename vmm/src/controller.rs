@@ -85,6 +85,7 @@ impl Controller {
             Command::SetNetworkLimits { network, limits } => {
                 self.set_network_limits(network, &limits)?;
             }
+            Command::ResizeConsole { columns, rows } => self.resize_console(columns, rows)?,
             Command::SetBalloonTarget { mib } => self.set_balloon_target(mib)?,
             Command::SetBalloonInterval { seconds } => self.set_balloon_interval(seconds)?,
             Command::HintBalloon(command) => self.hint_balloon(command)?,
@@ -294,6 +295,15 @@ impl Controller {
         devices.set_network_limits(network, limits)
     }
 
+    /// [`Command::ResizeConsole`].
+    ///
+    /// # Errors
+    /// When the machine does not run or has no virtio console.
+    pub fn resize_console(&self, columns: u16, rows: u16) -> Result<(), Error> {
+        let devices = self.0.devices("resize the console")?;
+        devices.streams.resize_console(columns, rows)
+    }
+
     /// [`Command::SetBalloonTarget`].
     ///
     /// # Errors
@@ -376,6 +386,26 @@ impl Controller {
     pub fn serial_path(&self) -> Result<Option<PathBuf>, Error> {
         let devices = self.0.devices("find the serial port")?;
         Ok(devices.serial_path.clone())
+    }
+
+    /// Where a user finds the virtio console, if it is a pseudoterminal, file or socket.
+    ///
+    /// # Errors
+    /// When the machine does not run.
+    pub fn console_path(&self) -> Result<Option<PathBuf>, Error> {
+        let devices = self.0.devices("find the console")?;
+        Ok(devices.stream_paths.console.clone())
+    }
+
+    /// Where a user finds a channel, counted from zero as in the configuration, if it is a
+    /// pseudoterminal, file or socket.
+    ///
+    /// # Errors
+    /// When the machine does not run.
+    pub fn channel_path(&self, channel: usize) -> Result<Option<PathBuf>, Error> {
+        let devices = self.0.devices("find a channel")?;
+        let path = devices.stream_paths.channels.get(channel);
+        Ok(path.cloned().flatten())
     }
 
     /// Becomes readable when the machine has ended, whoever ended it.

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::control::lock;
 use crate::error::Error;
 use crate::metrics::MachineMetrics;
+use crate::streams::{StreamPaths, Streams};
 
 /// Handles to the devices of a machine that runs or is paused. Disks and network devices are counted as
 /// in the configuration.
@@ -30,6 +31,8 @@ pub(crate) struct DeviceControls {
     pub(crate) metrics: Arc<MachineMetrics>,
     /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
     pub(crate) serial_path: Option<PathBuf>,
+    pub(crate) streams: Streams,
+    pub(crate) stream_paths: StreamPaths,
 }
 
 impl DeviceControls {

@@ -20,6 +20,7 @@ use bantam_devices::serial::{Serial, SerialMetrics};
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
+use bantam_devices::virtio::console::{Console as ConsoleDevice, ConsoleHandle};
 use bantam_devices::virtio::mmio::MmioTransport;
 use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
@@ -121,7 +122,7 @@ pub(crate) fn attach_serial(
     console: Console,
     log: DeviceLog,
 ) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
-    let open = serial::open(config, console)?;
+    let open = serial::open("the serial port", config, console)?;
     let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
     let port = Serial::new(Box::new(interrupt), limit, log);
     let port = port.map_err(Error::resource("the serial port"))?;
@@ -318,7 +319,7 @@ impl<'a> VirtioDevices<'a> {
         let path = &config.socket;
         let listener = ListeningSocket::bind(path).map_err(|source| Error::Listen {
             path: path.clone(),
-            purpose: "the socket device",
+            purpose: "the socket device".to_string(),
             source,
         })?;
         let device = Vsock::new(config.cid.get(), listener);
@@ -326,6 +327,28 @@ impl<'a> VirtioDevices<'a> {
         let name = format!("socket device '{}'", path.display());
         self.attach(name, Box::new(device))?;
         Ok(metrics)
+    }
+
+    /// Attaches a console.
+    pub(crate) fn attach_console(&mut self) -> Result<ConsoleHandle, Error> {
+        self.attach_console_device("console".to_string(), ConsoleDevice::new())
+    }
+
+    /// Attaches a device of channels with these names.
+    pub(crate) fn attach_channels(&mut self, names: Vec<String>) -> Result<ConsoleHandle, Error> {
+        let device = ConsoleDevice::with_channels(names);
+        self.attach_console_device("channels".to_string(), device)
+    }
+
+    fn attach_console_device(
+        &mut self,
+        name: String,
+        device: ConsoleDevice,
+    ) -> Result<ConsoleHandle, Error> {
+        let interrupt = self.next_interrupt(name)?;
+        let handle = device.handle(interrupt.clone());
+        self.attach_to(self.event_loop.clone(), interrupt, Box::new(device))?;
+        Ok(handle)
     }
 
     /// Attaches an entropy device.

@@ -165,6 +165,9 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
+    /// The machine has no console.
+    #[error("the machine has no console that could be resized: give it one before it starts")]
+    NoConsole,
     /// The machine has no balloon.
     #[error("the machine has no balloon: give it one before it starts")]
     NoBalloon,
@@ -206,14 +209,14 @@ pub enum Error {
         /// Where.
         path: PathBuf,
         /// The device.
-        purpose: &'static str,
+        purpose: String,
         /// Why not.
         source: ListenError,
     },
     /// Metadata cannot be kept.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
-    /// The host's end of the serial port cannot be used.
+    /// The host's end of the serial port, the console or a channel cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {
         /// What was being done, to what.

@@ -158,14 +158,17 @@ fn command_line(
     Ok(line)
 }
 
-/// A console where there is a serial port, an end of the machine where the kernel has no more to
-/// do, told apart from a restart if that is a panic, and the first disk as the root file system where
-/// no initrd finds one.
+/// A console where there is one, the virtio console last so that it is that of init, an end of the machine
+/// where the kernel has no more to do, told apart from a restart if that is a panic, and the first disk as
+/// the root file system where no initrd finds one.
 fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
     let parameters = format!("reboot={},k panic=-1", exit_reason::PANIC_PARAMETER);
     let mut line = CommandLine::new(&parameters)?;
     if config.serial != SerialConfig::None {
         line.append("console=ttyS0")?;
+    }
+    if config.console != SerialConfig::None {
+        line.append("console=hvc0")?;
     }
     if let (Some(disk), None) = (config.disks.first(), &config.initrd) {
         line.append("root=/dev/vda")?;

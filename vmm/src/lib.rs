@@ -43,6 +43,7 @@ mod memory;
 mod metadata;
 mod metrics;
 mod serial;
+mod streams;
 pub mod text;
 mod vcpu;
 mod vcpu_statistics;
@@ -59,6 +60,7 @@ pub use bantam_devices::virtio::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
 };
 pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
+pub use bantam_devices::virtio::console::ConsoleMetrics;
 pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
 pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use bantam_devices::virtio::vsock::VsockMetrics;

@@ -28,6 +28,7 @@ use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
 use crate::serial::{Console, SerialGuard};
+use crate::streams::{StreamGuards, Streams};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
 use crate::watch::Watch;
@@ -43,16 +44,17 @@ pub(crate) struct Machine {
     /// Whether a guest that restarts after a panic says so.
     tells_panics: bool,
     _serial: SerialGuard,
+    _streams: StreamGuards,
     /// Kept until all vCPUs have ended.
     vm: Vm,
 }
 
 impl Machine {
     /// Builds the machine that `config` describes and that `control` will end. `console` is the
-    /// program's end of its serial port, where that is configured as `stdio`; its devices log to `log`.
+    /// program's end of what is configured as `stdio`, if anything is; its devices log to `log`.
     pub(crate) fn new(
         config: &MachineConfig,
-        console: Console,
+        mut console: Console,
         control: &Arc<Control>,
         log: &MachineLog,
     ) -> Result<Machine, Error> {
@@ -85,6 +87,7 @@ impl Machine {
             Some(vsock) => Some(virtio.attach_vsock(vsock)?),
             None => None,
         };
+        let streams = Streams::attach(config, &mut virtio)?;
         let entropy = match config.rng {
             true => Some(virtio.attach_entropy(&config.rng_limits)?),
             false => None,
@@ -95,6 +98,7 @@ impl Machine {
         };
         let guest = load_guest(config, &memory, virtio.windows())?;
         // Last, so that no output file is made for a machine that cannot be.
+        let stream_guards = streams.connect(config, &mut console)?;
         let (serial, uart) = attach_serial(
             &mut ports,
             &vm,
@@ -119,6 +123,7 @@ impl Machine {
         });
         let watch = Watch::new(control.clone(), config.on_halt, statistics);
         event_loop.handle.add(Box::new(watch))?;
+        let [console, channels] = streams.metrics();
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
             disks: disks
@@ -132,6 +137,8 @@ impl Machine {
                 .map(|net| net.metrics().clone())
                 .collect(),
             vsock,
+            console,
+            channels,
             entropy,
             balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
@@ -161,10 +168,13 @@ impl Machine {
                 balloon,
                 metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),
+                stream_paths: stream_guards.paths(),
+                streams,
                 serial_path: serial.path().map(Path::to_path_buf),
             }),
             tells_panics: guest.tells_panics,
             _serial: serial,
+            _streams: stream_guards,
             vm,
         })
     }

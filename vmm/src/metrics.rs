@@ -6,6 +6,7 @@ use bantam_devices::metadata::MetadataMetrics;
 use bantam_devices::serial::SerialMetrics;
 use bantam_devices::virtio::balloon::BalloonMetrics;
 use bantam_devices::virtio::block::BlockMetrics;
+use bantam_devices::virtio::console::ConsoleMetrics;
 use bantam_devices::virtio::net::NetMetrics;
 use bantam_devices::virtio::rng::EntropyMetrics;
 use bantam_devices::virtio::vsock::VsockMetrics;
@@ -27,6 +28,10 @@ pub struct MachineMetrics {
     pub networks: Vec<Arc<NetMetrics>>,
     /// Of the socket device, if there is one.
     pub vsock: Option<Arc<VsockMetrics>>,
+    /// Of the virtio console, if there is one.
+    pub console: Option<Arc<ConsoleMetrics>>,
+    /// Of all channels together, if there are any.
+    pub channels: Option<Arc<ConsoleMetrics>>,
     /// Of the entropy device, if there is one.
     pub entropy: Option<Arc<EntropyMetrics>>,
     /// Of the balloon, if there is one.

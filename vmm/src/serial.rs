@@ -1,4 +1,4 @@
-//! The host's end of the serial port.
+//! The host's end of the serial port, and of what is like it.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -17,7 +17,7 @@ use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use crate::config::SerialConfig;
 use crate::error::Error;
 
-/// The program's own end of a serial port that is configured as `stdio`.
+/// The program's own end of the serial port, console or channel that is configured as `stdio`.
 ///
 /// Both descriptors must be non-blocking, or regular files; pipes of the program's own are the usual choice.
 /// A machine is not started with others: the thread that serves them serves all devices. Bantam does not set
@@ -65,17 +65,21 @@ impl SerialGuard {
     }
 }
 
-/// Opens the endpoint that `config` names.
-pub(crate) fn open(config: &SerialConfig, console: Console) -> Result<OpenSerial, Error> {
+/// Opens the endpoint that `config` names for `stream`, such as "the serial port".
+pub(crate) fn open(
+    stream: &str,
+    config: &SerialConfig,
+    console: Console,
+) -> Result<OpenSerial, Error> {
     match config {
         SerialConfig::Stdio => open_console(console),
         SerialConfig::Pty => open_pty().map_err(|source| Error::Serial {
-            action: "open a pseudoterminal for the serial port".to_string(),
+            action: format!("open a pseudoterminal for {stream}"),
             source,
             remedy: "",
         }),
-        SerialConfig::File(path) => open_file(path),
-        SerialConfig::Socket(path) => open_socket(path),
+        SerialConfig::File(path) => open_file(stream, path),
+        SerialConfig::Socket(path) => open_socket(stream, path),
         SerialConfig::None => Ok(OpenSerial {
             endpoint: None,
             guard: SerialGuard::default(),
@@ -137,10 +141,10 @@ fn set_nonblocking(descriptor: &impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-fn open_file(path: &Path) -> Result<OpenSerial, Error> {
+fn open_file(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
     let error = |remedy| {
         move |source| Error::Serial {
-            action: format!("open '{}' for the serial port's output", path.display()),
+            action: format!("open '{}' for the output of {stream}", path.display()),
             source,
             remedy,
         }
@@ -171,10 +175,10 @@ fn open_file(path: &Path) -> Result<OpenSerial, Error> {
     })
 }
 
-fn open_socket(path: &Path) -> Result<OpenSerial, Error> {
+fn open_socket(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
     let listener = ListeningSocket::bind(path).map_err(|source| Error::Listen {
         path: path.to_path_buf(),
-        purpose: "the serial port",
+        purpose: stream.to_string(),
         source,
     })?;
     Ok(OpenSerial {

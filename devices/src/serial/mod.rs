@@ -21,6 +21,7 @@ use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use endpoint::SerialEndpoint;
+pub(crate) use worker::{make_room_in_pipe, wait_for_reader};
 
 use crate::InterruptLine;
 use crate::bus::BusDevice;

@@ -15,7 +15,7 @@ use super::{Serial, lock};
 /// Bytes read from the host at a time: what the receive FIFO takes.
 pub(super) const INPUT_CHUNK: usize = 64;
 /// How long the last output waits for a reader that does not read any of it.
-const LAST_OUTPUT_TIMEOUT_MS: u16 = 3_000;
+const LAST_OUTPUT_TIMEOUT_MS: u16 = 1_000;
 /// Size of a pipe that holds what it held before (64 KiB, unless its maker chose) and all that can
 /// be left for it, in bytes.
 const LAST_OUTPUT_PIPE_SIZE: libc::c_int = 1 << 20;
@@ -231,13 +231,14 @@ impl Drop for SerialWorker {
 }
 
 /// Whether `stream` is a pipe that has been made large enough for all that is left.
-fn make_room_in_pipe(stream: &Stream) -> bool {
+pub(crate) fn make_room_in_pipe(stream: &Stream) -> bool {
     let size = fcntl(stream, FcntlArg::F_GETPIPE_SZ).unwrap_or(LAST_OUTPUT_PIPE_SIZE);
     size < LAST_OUTPUT_PIPE_SIZE
         && fcntl(stream, FcntlArg::F_SETPIPE_SZ(LAST_OUTPUT_PIPE_SIZE)).is_ok()
 }
 
-fn wait_for_reader(stream: &Stream) -> bool {
+/// Waits a while for somebody who reads from `stream`; `false` if nobody does.
+pub(crate) fn wait_for_reader(stream: &Stream) -> bool {
     let mut poll = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
     nix::poll::poll(&mut poll, PollTimeout::from(LAST_OUTPUT_TIMEOUT_MS))
         .is_ok_and(|ready| ready > 0)

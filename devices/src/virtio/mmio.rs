@@ -418,7 +418,9 @@ impl BusDevice for MmioTransport {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let Some(start) = offset.checked_sub(register::CONFIG) {
-            if !self.device.config().write_for_driver(start, data) {
+            if self.device.config().write_for_driver(start, data) {
+                self.device.driver_wrote_config(start, data);
+            } else {
                 self.interrupt.warn(format_args!(
                     "write of {} bytes at {offset:#x} of the configuration space, which are not the \
                      driver's to write",

@@ -9,6 +9,7 @@ pub mod balloon;
 pub mod block;
 mod buffers;
 mod config_space;
+pub mod console;
 mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -49,6 +50,8 @@ pub mod device_id {
     pub const NETWORK: u32 = 1;
     /// Block device.
     pub const BLOCK: u32 = 2;
+    /// Console.
+    pub const CONSOLE: u32 = 3;
     /// Entropy source.
     pub const ENTROPY: u32 = 4;
     /// Memory balloon, the traditional one.
@@ -75,6 +78,9 @@ pub trait VirtioDevice: Send {
 
     /// The device-specific configuration space.
     fn config(&self) -> &ConfigSpace;
+
+    /// The driver has written `data` at `offset` of its field of the configuration space.
+    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// Makes the worker that serves the driver's queues, from what was negotiated.
     ///

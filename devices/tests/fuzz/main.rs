@@ -12,6 +12,7 @@
 mod allocations;
 mod balloon;
 mod block;
+mod console;
 mod driver;
 mod machine;
 mod net;
@@ -149,6 +150,15 @@ fn balloon_device() {
 #[test]
 fn block_device() {
     let test = test_of(block::BlockTarget::new());
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(test);
+}
+
+#[test]
+fn console_device() {
+    let test = test_of(console::ConsoleTarget::new());
     check!()
         .with_type()
         .with_test_time(TEST_TIME)

@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
 use bantam_boot::CommandLineError;
 use bantam_devices::virtio::block::MAX_QUEUES;
+use bantam_devices::virtio::console::MAX_CHANNELS;
 use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 
 use super::memory_size::Bytes;
 use super::{
-    BalloonSize, DiskId, HugePages, InterfaceName, MacAddress, MemorySize, Mtu, QueuePairs,
-    VsockConfig,
+    BalloonSize, ChannelName, DiskId, HugePages, InterfaceName, MacAddress, MemorySize, Mtu,
+    QueuePairs, VsockConfig,
 };
 
 /// What is wrong with a configuration.
@@ -158,13 +159,15 @@ pub enum ConfigError {
         /// The file, as given the second time.
         path: PathBuf,
     },
-    /// The serial port would write to a file that the machine reads.
+    /// The serial port, console or a channel would write to a file that the machine reads.
     #[error(
-        "the output of the serial port would go to '{}', which the machine uses otherwise: \
+        "the output of {stream} would go to '{}', which the machine uses otherwise: \
          choose another file",
         path.display()
     )]
     SerialFile {
+        /// Which of them.
+        stream: String,
         /// The file.
         path: PathBuf,
     },
@@ -307,11 +310,62 @@ pub enum ConfigError {
         /// How many there are.
         count: usize,
     },
-    /// Not an other end that a serial port can have.
-    #[error("invalid serial port '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
+    /// Not an other end that a serial port or console can have.
+    #[error("invalid end '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
     Serial {
         /// What was given.
         text: String,
+    },
+    /// Not a description of a channel.
+    #[error("{reason}; a channel is name=NAME and one of socket=PATH, file=PATH, pty and stdio")]
+    ChannelOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not the name of a channel.
+    #[error(
+        "invalid channel name '{}': expected 1 to {} letters, digits and '.', '-', '_'",
+        text.escape_debug(), ChannelName::MAX_SIZE
+    )]
+    ChannelName {
+        /// What was given.
+        text: String,
+    },
+    /// A channel that does not lead to one place.
+    #[error("channel '{name}' leads to none or several of socket, file, pty and stdio: name one")]
+    ChannelEnd {
+        /// The channel.
+        name: ChannelName,
+    },
+    /// More channels than a machine can have.
+    #[error("too many channels: {count}, but a machine has room for {MAX_CHANNELS}")]
+    TooManyChannels {
+        /// How many there are.
+        count: usize,
+    },
+    /// Two channels have the same name.
+    #[error("channel '{name}' is given twice: give each channel a name of its own")]
+    RepeatedChannel {
+        /// The name.
+        name: ChannelName,
+    },
+    /// Two streams of bytes cannot share standard input and output.
+    #[error(
+        "both {first} and {second} lead to standard input and output: give one of them another end"
+    )]
+    RepeatedStdio {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// Two streams of bytes cannot share a file or socket.
+    #[error("{stream} leads to '{}', and so does another: give each an end of its own", path.display())]
+    RepeatedEnd {
+        /// One of them.
+        stream: String,
+        /// The file or socket.
+        path: PathBuf,
     },
     /// Not a boot protocol.
     #[error("invalid boot protocol '{text}': expected auto, pvh or linux64")]

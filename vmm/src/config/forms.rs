@@ -7,7 +7,7 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
+use super::{BalloonConfig, ChannelConfig, DiskConfig, NetConfig, VsockConfig};
 
 /// Reads `[[disk]]` tables.
 pub(super) fn disks<'de, D: Deserializer<'de>>(
@@ -21,6 +21,13 @@ pub(super) fn nets<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<Vec<NetConfig>>, D::Error> {
     tables(deserializer, "net", "tap = \"tap0\"")
+}
+
+/// Reads `[[channel]]` tables.
+pub(super) fn channels<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<ChannelConfig>>, D::Error> {
+    tables(deserializer, "channel", "name = \"org.example.agent\"")
 }
 
 /// Reads the `[vsock]` table.

@@ -7,6 +7,7 @@
 //! a [`MachineConfig`]. An embedding program starts from [`MachineConfig::new`] instead.
 
 mod balloon;
+mod channel;
 mod cpu;
 mod disk;
 mod ending;
@@ -36,12 +37,14 @@ use std::str::FromStr;
 
 use bantam_arch::layout;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
+use bantam_devices::virtio::console::MAX_CHANNELS;
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
+pub use channel::{ChannelConfig, ChannelName};
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 pub use disk::{
     BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskId,
@@ -98,6 +101,11 @@ pub struct MachineConfig {
     pub serial: SerialConfig,
     /// Bytes of output that the serial port takes; what the guest sends beyond that is dropped.
     pub serial_limit: Option<RateLimit>,
+    /// Other end of the virtio console, `/dev/hvc0` in a Linux guest; with [`SerialConfig::None`] there
+    /// is no such console.
+    pub console: SerialConfig,
+    /// Channels between programs of the guest and of the host.
+    pub channels: Vec<ChannelConfig>,
     /// Whether the guest has an entropy device.
     pub rng: bool,
     /// Limits of the entropy device, of bytes and of the guest's buffers; for embedding programs.
@@ -145,6 +153,8 @@ impl MachineConfig {
             metadata: None,
             serial: SerialConfig::default(),
             serial_limit: None,
+            console: SerialConfig::None,
+            channels: Vec::new(),
             rng: true,
             rng_limits: Limits::default(),
             balloon: None,
@@ -177,7 +187,12 @@ impl MachineConfig {
     /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
     ///   no network device, or over one that there is not.
-    /// - [`ConfigError::SerialFile`]: the serial port's output goes to a file that is a disk, the
+    /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
+    /// - [`ConfigError::RepeatedChannel`]: two channels have one name.
+    /// - [`ConfigError::RepeatedStdio`]: standard input and output are the end of two of serial port,
+    ///   console and channels.
+    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of them.
+    /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
     pub fn validate(&self) -> Result<(), ConfigError> {
@@ -198,6 +213,8 @@ impl MachineConfig {
         let devices = self.disks.len()
             + self.nets.len()
             + usize::from(self.vsock.is_some())
+            + usize::from(self.console != SerialConfig::None)
+            + usize::from(!self.channels.is_empty())
             + usize::from(self.rng)
             + usize::from(self.balloon.is_some());
         if devices > layout::MAX_VIRTIO_DEVICES {
@@ -231,7 +248,7 @@ impl MachineConfig {
             vsock.validate()?;
         }
         self.validate_metadata()?;
-        self.validate_serial_file()?;
+        self.validate_streams()?;
         self.validate_disk_sharing()
     }
 
@@ -250,6 +267,23 @@ impl MachineConfig {
         Ok(())
     }
 
+    /// The serial port, the console and the channels: what each is called, and its other end.
+    fn streams(&self) -> impl Iterator<Item = (String, &SerialConfig)> {
+        let channel = |it: &ChannelConfig| format!("channel '{}'", it.name);
+        let channels = self.channels.iter().map(move |it| (channel(it), &it.end));
+        [
+            ("the serial port".to_string(), &self.serial),
+            ("the console".to_string(), &self.console),
+        ]
+        .into_iter()
+        .chain(channels)
+    }
+
+    /// Whether the serial port, the console or a channel leads to standard input and output.
+    pub fn uses_stdio(&self) -> bool {
+        self.streams().any(|(_, end)| *end == SerialConfig::Stdio)
+    }
+
     fn validate_metadata(&self) -> Result<(), ConfigError> {
         let Some(metadata) = &self.metadata else {
             return Ok(());
@@ -264,17 +298,40 @@ impl MachineConfig {
         }
     }
 
-    fn validate_serial_file(&self) -> Result<(), ConfigError> {
-        let SerialConfig::File(path) = &self.serial else {
-            return Ok(());
-        };
-        let output = FileIdentity::of(path);
-        let mut inputs = [Some(&self.kernel), self.initrd.as_ref()]
+    fn validate_streams(&self) -> Result<(), ConfigError> {
+        let count = self.channels.len();
+        if count > MAX_CHANNELS {
+            return Err(ConfigError::TooManyChannels { count });
+        }
+        if let Some(name) = first_repeated(self.channels.iter().map(|channel| &channel.name)) {
+            return Err(ConfigError::RepeatedChannel { name: name.clone() });
+        }
+        let mut at_stdio = self
+            .streams()
+            .filter(|(_, end)| **end == SerialConfig::Stdio);
+        if let (Some((first, _)), Some((second, _))) = (at_stdio.next(), at_stdio.next()) {
+            return Err(ConfigError::RepeatedStdio { first, second });
+        }
+        let inputs: Vec<_> = [Some(&self.kernel), self.initrd.as_ref()]
             .into_iter()
             .flatten()
-            .chain(self.disks.iter().map(|disk| &disk.path));
-        if inputs.any(|input| FileIdentity::of(input) == output) {
-            return Err(ConfigError::SerialFile { path: path.clone() });
+            .chain(self.disks.iter().map(|disk| &disk.path))
+            .map(|path| FileIdentity::of(path))
+            .collect();
+        let mut ends = HashSet::new();
+        for (stream, end) in self.streams() {
+            let (SerialConfig::File(path) | SerialConfig::Socket(path)) = end else {
+                continue;
+            };
+            let identity = FileIdentity::of(path);
+            if inputs.contains(&identity) {
+                let path = path.clone();
+                return Err(ConfigError::SerialFile { stream, path });
+            }
+            if !ends.insert(identity) {
+                let path = path.clone();
+                return Err(ConfigError::RepeatedEnd { stream, path });
+            }
         }
         Ok(())
     }

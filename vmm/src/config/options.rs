@@ -6,9 +6,9 @@ use bantam_boot::{CommandLine, CommandLineError};
 use serde::Deserialize;
 
 use super::{
-    BalloonConfig, BootProtocolOption, ConfigError, DiskConfig, ExitStatus, HugePages,
-    MachineConfig, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
-    VcpuCount, VsockConfig, forms, read_text_file, rebase,
+    BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
+    HugePages, MachineConfig, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig,
+    ShutdownTimeout, VcpuCount, VsockConfig, forms, read_text_file, rebase,
 };
 
 /// What one source says about a machine; `None` where it says nothing.
@@ -56,6 +56,11 @@ pub struct MachineOptions {
     pub vsock: Option<VsockConfig>,
     /// See [`MachineConfig::serial`].
     pub serial: Option<SerialConfig>,
+    /// See [`MachineConfig::console`].
+    pub console: Option<SerialConfig>,
+    /// See [`MachineConfig::channels`].
+    #[serde(rename = "channel", default, deserialize_with = "forms::channels")]
+    pub channels: Option<Vec<ChannelConfig>>,
     /// See [`MachineConfig::rng`].
     pub rng: Option<bool>,
     /// See [`MachineConfig::balloon`].
@@ -122,10 +127,16 @@ impl MachineOptions {
         let Some(folder) = machine_file.parent() else {
             return;
         };
-        let serial = match &mut self.serial {
-            Some(SerialConfig::File(path) | SerialConfig::Socket(path)) => Some(path),
-            _ => None,
-        };
+        let channels = self.channels.iter_mut().flatten();
+        let streams = self
+            .serial
+            .iter_mut()
+            .chain(&mut self.console)
+            .chain(channels.map(|channel| &mut channel.end))
+            .filter_map(|end| match end {
+                SerialConfig::File(path) | SerialConfig::Socket(path) => Some(path),
+                SerialConfig::Stdio | SerialConfig::Pty | SerialConfig::None => None,
+            });
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let disks = self.disks.iter_mut().flatten().map(|disk| &mut disk.path);
         for path in self
@@ -133,7 +144,7 @@ impl MachineOptions {
             .iter_mut()
             .chain(&mut self.initrd)
             .chain(vsock)
-            .chain(serial)
+            .chain(streams)
             .chain(disks)
         {
             rebase(path, folder);
@@ -141,7 +152,7 @@ impl MachineOptions {
     }
 
     /// Takes from `fallback` what `self` does not say. Disks are taken all or none, and so are
-    /// network devices.
+    /// network devices and channels.
     #[must_use]
     pub fn or(self, fallback: Self) -> Self {
         Self {
@@ -156,6 +167,8 @@ impl MachineOptions {
             nets: self.nets.or(fallback.nets),
             vsock: self.vsock.or(fallback.vsock),
             serial: self.serial.or(fallback.serial),
+            console: self.console.or(fallback.console),
+            channels: self.channels.or(fallback.channels),
             rng: self.rng.or(fallback.rng),
             balloon: self.balloon.or(fallback.balloon),
             boot_protocol: self.boot_protocol.or(fallback.boot_protocol),
@@ -168,7 +181,8 @@ impl MachineOptions {
         }
     }
 
-    /// Fills in the defaults.
+    /// Fills in the defaults. A serial port of which nothing is said leads nowhere if the console or a
+    /// channel leads to standard input and output.
     ///
     /// # Errors
     ///
@@ -176,6 +190,15 @@ impl MachineOptions {
     /// [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
         let defaults = MachineConfig::new(self.kernel.ok_or(ConfigError::NoKernel)?);
+        let console = self.console.unwrap_or(defaults.console);
+        let channels = self.channels.unwrap_or(defaults.channels);
+        let is_stdio = |end: &SerialConfig| *end == SerialConfig::Stdio;
+        let is_stdio_taken =
+            is_stdio(&console) || channels.iter().any(|channel| is_stdio(&channel.end));
+        let default_serial = match is_stdio_taken {
+            true => SerialConfig::None,
+            false => defaults.serial,
+        };
         let config = MachineConfig {
             kernel: defaults.kernel,
             initrd: self.initrd,
@@ -190,8 +213,10 @@ impl MachineOptions {
             nets: self.nets.unwrap_or(defaults.nets),
             vsock: self.vsock,
             metadata: defaults.metadata,
-            serial: self.serial.unwrap_or(defaults.serial),
+            serial: self.serial.unwrap_or(default_serial),
             serial_limit: defaults.serial_limit,
+            console,
+            channels,
             rng: self.rng.unwrap_or(defaults.rng),
             rng_limits: defaults.rng_limits,
             balloon: self.balloon,

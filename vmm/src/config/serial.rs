@@ -1,4 +1,4 @@
-//! The serial port.
+//! The other end of the serial port, and of what is like it.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::ConfigError;
 
-/// Other end of the guest's serial port.
+/// Other end of the guest's serial port, of its virtio console, or of a channel.
 ///
 /// On the command line and in a machine file `stdio`, `pty`, `file=PATH`, `socket=PATH` or `none`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -93,7 +93,7 @@ mod tests {
             assert_eq!(
                 error,
                 format!(
-                    "invalid serial port '{text}': \
+                    "invalid end '{text}': \
                      expected stdio, pty, file=PATH, socket=PATH or none"
                 )
             );

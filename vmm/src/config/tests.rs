@@ -41,6 +41,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         memory = "512M"
         huge-pages = "transparent"
         serial = "file=logs/serial.log"
+        console = "socket=console.sock"
         rng = false
         boot-protocol = "linux64"
         on-reboot = "restart"
@@ -63,6 +64,14 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         mac = "52:54:00:12:34:56"
         mtu = 1500
         queues = 2
+
+        [[channel]]
+        name = "org.example.agent"
+        socket = "agent.sock"
+
+        [[channel]]
+        name = "log"
+        pty = true
 
         [balloon]
         size = "64M"
@@ -95,6 +104,13 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         vsock: Some("cid=3,socket=/vm/v.sock".parse().unwrap()),
         metadata: None,
         serial: SerialConfig::File("/vm/logs/serial.log".into()),
+        console: SerialConfig::Socket("/vm/console.sock".into()),
+        channels: vec![
+            "name=org.example.agent,socket=/vm/agent.sock"
+                .parse()
+                .unwrap(),
+            "name=log,pty".parse().unwrap(),
+        ],
         rng: false,
         rng_limits: Limits::default(),
         balloon: Some(
@@ -121,8 +137,8 @@ fn errors_in_a_machine_file_name_the_line() {
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
              'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'vsock', \
-             'serial', 'rng', 'balloon', 'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', \
-             'exit-status', 'on-halt', 'host-workarounds'",
+             'serial', 'console', 'channel', 'rng', 'balloon', 'boot-protocol', 'on-reboot', \
+             'restart-limit', 'shutdown-timeout', 'exit-status', 'on-halt', 'host-workarounds'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
@@ -577,6 +593,51 @@ fn the_serial_port_writes_to_no_file_that_the_machine_reads() {
     config.initrd = Some(file);
     assert!(config.validate().is_err());
     std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn one_stream_leads_to_standard_input_and_output() {
+    let config = |text: &str| config(&format!("kernel = 'k'\n{text}"));
+    let at_stdio = config("console = 'stdio'").unwrap();
+    assert_eq!(at_stdio.serial, SerialConfig::None);
+    assert_eq!(at_stdio.console, SerialConfig::Stdio);
+    let channel = config("[[channel]]\nname = 'a'\nstdio = true").unwrap();
+    assert_eq!(channel.serial, SerialConfig::None);
+    assert!(channel.uses_stdio());
+    let elsewhere = config("console = 'pty'").unwrap();
+    assert_eq!(elsewhere.serial, SerialConfig::Stdio);
+    assert!(!config("serial = 'pty'").unwrap().uses_stdio());
+    assert_eq!(
+        config("serial = 'stdio'\nconsole = 'stdio'").unwrap_err(),
+        "both the serial port and the console lead to standard input and output: give one of them \
+         another end"
+    );
+}
+
+#[test]
+fn streams_have_ends_and_names_of_their_own() {
+    let config = |text: &str| config(&format!("kernel = 'k'\n{text}"));
+    assert_eq!(
+        config("serial = 'file=/a'\nconsole = 'file=/a'").unwrap_err(),
+        "the console leads to '/a', and so does another: give each an end of its own"
+    );
+    assert_eq!(
+        config("console = 'socket=/vm/k'").unwrap_err(),
+        "the output of the console would go to '/vm/k', which the machine uses otherwise: choose \
+         another file"
+    );
+    let channel = "[[channel]]\nname = 'a'\npty = true\n";
+    assert_eq!(
+        config(&channel.repeat(2)).unwrap_err(),
+        "channel 'a' is given twice: give each channel a name of its own"
+    );
+    let channels: String = (0..17)
+        .map(|index| format!("[[channel]]\nname = '{index}'\npty = true\n"))
+        .collect();
+    assert_eq!(
+        config(&channels).unwrap_err(),
+        "too many channels: 17, but a machine has room for 16"
+    );
 }
 
 /// A folder for the test of that name.

@@ -22,6 +22,7 @@ use runtime::virtio::block::{
     Block, RequestHeader, RequestType, SECTOR_SIZE, STATUS_IO_ERROR, STATUS_UNSUPPORTED,
     SectorRange, block_feature,
 };
+use runtime::virtio::console::{Channels, Console, console_feature};
 use runtime::virtio::net::{Header, Net, OFFLOADS, net_feature};
 use runtime::virtio::rng::Rng;
 use runtime::virtio::vsock::Vsock;
@@ -55,6 +56,7 @@ fn check_devices() {
             device_id::BLOCK => check_block(device, vector),
             device_id::NET => check_net(device, vector),
             device_id::VSOCK => check_vsock(device),
+            device_id::CONSOLE => check_console(device),
             _ => report::check(format!("{name} resets"), device.reset()),
         }
     }
@@ -76,6 +78,20 @@ fn check_vsock(device: MmioDevice) {
         vsock.is_refused(1)
     });
     report::check("vsock answers", result);
+}
+
+/// The payload `console` does the rest.
+fn check_console(device: MmioDevice) {
+    if device.offered_features() & console_feature::MULTIPORT == 0 {
+        let result = Console::open(device, QUEUE_SIZE)
+            .and_then(|mut console| console.port.send(&device, b"console\n"));
+        return report::check("console takes output", result);
+    }
+    let result = Channels::open(device, QUEUE_SIZE).and_then(|mut channels| {
+        println!("channels: {}", channels.open_all()?.join(" "));
+        channels.ports[1].send(&device, b"channel\n")
+    });
+    report::check("channels are announced", result);
 }
 
 /// Routes the device's interrupt to `vector`, with nothing pending from before.

@@ -9,6 +9,7 @@ use crate::time::Deadline;
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod pci;

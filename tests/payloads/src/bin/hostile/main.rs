@@ -14,6 +14,7 @@ extern crate alloc;
 
 mod balloon;
 mod chains;
+mod console;
 mod driver;
 mod ports;
 mod queues;
@@ -57,6 +58,7 @@ fn attack_all() {
         if wanted("chains") {
             chains::attack(&target);
             balloon::attack(&target);
+            console::attack(&target);
         }
         if wanted("registers") {
             registers::attack(&target, &mut random, rounds);

@@ -8,6 +8,7 @@ use core::time::Duration;
 use runtime::time::{self, Deadline};
 use runtime::virtio::balloon::{Balloon, PAGE_SIZE};
 use runtime::virtio::block::{Block, RequestHeader, RequestType, SECTOR_SIZE, STATUS_OK};
+use runtime::virtio::console::{Channels, Console, console_feature};
 use runtime::virtio::net::{HEADER_SIZE, Header, Net};
 use runtime::virtio::queue::{DESCRIPTOR_NEXT, DESCRIPTOR_WRITE, Descriptor};
 use runtime::virtio::rng::Rng;
@@ -18,7 +19,7 @@ use runtime::{arguments, heap, report};
 use crate::balloon::Page;
 
 pub const QUEUE_SIZE: u16 = 16;
-/// Where the network card and the socket device take what is sent.
+/// Where the network card, the socket device and a console take what is sent.
 const TRANSMIT_QUEUE: u16 = 1;
 /// A port of the host at which nothing listens.
 const UNUSED_PORT: u32 = 1;
@@ -92,7 +93,7 @@ impl Target {
     pub fn request_queue(&self) -> Option<u16> {
         match self.id {
             device_id::RNG | device_id::BLOCK => Some(0),
-            device_id::NET | device_id::VSOCK => Some(TRANSMIT_QUEUE),
+            device_id::NET | device_id::VSOCK | device_id::CONSOLE => Some(TRANSMIT_QUEUE),
             device_id::BALLOON => Some(BALLOON_DEFLATE_QUEUE),
             _ => None,
         }
@@ -126,6 +127,17 @@ impl Target {
                     return Err(Error::WrongLength(0));
                 }
                 balloon.deflate(&[page.number()])
+            }
+            device_id::CONSOLE
+                if self.device.offered_features() & console_feature::MULTIPORT != 0 =>
+            {
+                let mut channels = Channels::open(self.device, QUEUE_SIZE)?;
+                channels.open_all()?;
+                channels.ports[1].send(&self.device, b"text")
+            }
+            device_id::CONSOLE => {
+                let mut console = Console::open(self.device, QUEUE_SIZE)?;
+                console.port.send(&self.device, b"text")
             }
             device_id::VSOCK => Vsock::open(self.device, QUEUE_SIZE)?.is_refused(UNUSED_PORT),
             _ => {
@@ -201,7 +213,7 @@ impl Target {
                 Outcome::Failed
                     if matches!(
                         self.id,
-                        device_id::NET | device_id::VSOCK | device_id::BALLOON
+                        device_id::NET | device_id::VSOCK | device_id::BALLOON | device_id::CONSOLE
                     ) =>
                 {
                     Outcome::Unimpressed
@@ -298,8 +310,8 @@ impl Session {
                 let status = describe(&raw mut self.request.status as u64, 1, DESCRIPTOR_WRITE);
                 ([header, data, status], 3)
             }
-            // To the socket device, it is a packet of nobody it knows.
-            device_id::NET | device_id::VSOCK => {
+            // To the socket device, it is a packet of nobody it knows, and to a console output.
+            device_id::NET | device_id::VSOCK | device_id::CONSOLE => {
                 let size = self.request.frame.len();
                 let frame = describe(&raw const self.request.frame as u64, size, 0);
                 ([frame, Descriptor::default(), Descriptor::default()], 1)
@@ -369,7 +381,7 @@ impl Session {
         match self.id {
             device_id::BLOCK if status == STATUS_OK => Outcome::Done,
             device_id::RNG if written != 0 => Outcome::Done,
-            // A frame or a packet can only be dropped, and a page only taken back.
+            // A frame, a packet or output can only be dropped, and a page only taken back.
             _ => Outcome::Failed,
         }
     }

@@ -1,0 +1,44 @@
+//! What the owner of a machine can do with a console device.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{ConsoleMetrics, Shared, config};
+use crate::serial::SerialEndpoint;
+use crate::virtio::VirtioInterrupt;
+
+/// A handle to a console device.
+pub struct ConsoleHandle {
+    shared: Arc<Shared>,
+    interrupt: Arc<VirtioInterrupt>,
+}
+
+impl ConsoleHandle {
+    pub(super) fn new(shared: Arc<Shared>, interrupt: Arc<VirtioInterrupt>) -> ConsoleHandle {
+        ConsoleHandle { shared, interrupt }
+    }
+
+    /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
+    pub fn connect(&self, port: usize, endpoint: SerialEndpoint) {
+        if let Some(mut host) = self.shared.host(port) {
+            host.connect(endpoint);
+        }
+    }
+
+    /// Tells the guest the size of a console in characters; 0 stands for a size that is not known.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        let mut size = [0; 4];
+        size[..2].copy_from_slice(&columns.to_le_bytes());
+        size[2..].copy_from_slice(&rows.to_le_bytes());
+        let before: [u8; 4] = self.shared.config.array(config::COLUMNS as u64);
+        self.shared.config.write(config::COLUMNS, &size);
+        if size != before && self.shared.is_active.load(Ordering::Acquire) {
+            self.interrupt.notify_configuration_change();
+        }
+    }
+
+    /// What the device counts.
+    pub fn metrics(&self) -> &Arc<ConsoleMetrics> {
+        &self.shared.metrics
+    }
+}

@@ -1,0 +1,24 @@
+//! What the device counts.
+
+use serde::Serialize;
+
+use crate::metrics::Counter;
+
+/// The work of a console device since the machine was built, all its ports together.
+#[derive(Debug, Default, Serialize)]
+pub struct ConsoleMetrics {
+    /// Drivers that the device could not begin to work for.
+    pub activate_fails: Counter,
+    /// Breaches of the rules by the driver, each of which needs a reset.
+    pub event_fails: Counter,
+    /// Bytes that the guest received.
+    pub rx_bytes_count: Counter,
+    /// Bytes that the guest transmitted and the host took.
+    pub tx_bytes_count: Counter,
+    /// Bytes that the guest transmitted while nobody was there to take them.
+    pub tx_dropped_bytes: Counter,
+    /// Clients that connected to a socket.
+    pub clients_count: Counter,
+    /// Times that a client could not be accepted, or the event loop could not watch it.
+    pub client_fails: Counter,
+}

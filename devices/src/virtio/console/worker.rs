@@ -1,0 +1,201 @@
+//! The worker: does what the driver's doorbells and the host's descriptors ask for.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{self, ThreadId};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::control_queue::ControlQueue;
+use super::port::Port;
+use super::source::Source;
+use super::{DriverError, Shared};
+use crate::virtio::{Activation, VirtQueue, VirtioInterrupt};
+
+/// Index of the control queue by which the driver receives; the other follows.
+const CONTROL_QUEUE: usize = 2;
+
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    interrupt: Arc<VirtioInterrupt>,
+    ports: Vec<Port>,
+    /// None for a driver that knows of one port only.
+    control: Option<ControlQueue>,
+    /// The thread of the event loop.
+    thread: Option<ThreadId>,
+}
+
+/// The queue with this index, the driver's receiving ones being even.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Port(usize),
+    Control,
+}
+
+fn role_of_queue(queue: usize) -> Role {
+    match queue / 2 {
+        0 => Role::Port(0),
+        1 => Role::Control,
+        pair => Role::Port(pair - 1),
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        names: &Arc<[String]>,
+        activation: Activation,
+    ) -> Result<Worker, String> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        let is_multiport = features & super::feature::MULTIPORT != 0;
+        let mut queues = queues.into_iter();
+        let mut pairs = std::iter::from_fn(|| Some([queues.next()?, queues.next()?]));
+        let port = |index, pair| Port::new(index, shared.clone(), interrupt.clone(), pair, &memory);
+        let Some(first) = pairs.next() else {
+            return Err("a console device has two queues at least".to_string());
+        };
+        let mut ports = vec![port(0, first)];
+        let mut control = None;
+        if is_multiport {
+            let Some([receive, transmit]) = pairs.next() else {
+                return Err("a console device of several ports has control queues".to_string());
+            };
+            control = Some(ControlQueue::new(receive, transmit, names.clone(), &memory));
+            ports.extend(pairs.zip(1..).map(|(pair, index)| port(index, pair)));
+        }
+        Ok(Worker {
+            ports,
+            control,
+            thread: None,
+            interrupt,
+            shared,
+        })
+    }
+
+    /// Queues and the indices that they have, those of the other kind of driver left out.
+    fn doorbells(&self) -> Vec<(usize, &VirtQueue)> {
+        let control = self.control.as_ref().map(ControlQueue::queues);
+        let first = self.ports.first().map(Port::queues);
+        let others = self.ports.iter().skip(1).map(Port::queues);
+        let mut doorbells: Vec<_> = first.into_iter().flatten().enumerate().collect();
+        let rest = control.into_iter().chain(others).flatten();
+        doorbells.extend((CONTROL_QUEUE..).zip(rest));
+        doorbells
+    }
+
+    fn begin(&mut self, operations: &mut EventOps<'_>) -> event_manager::Result<()> {
+        for (queue, doorbell) in self.doorbells() {
+            // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+            let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let (fd, token) = (doorbell.as_raw_fd(), Source::Doorbell(queue).token());
+            operations.add(Events::with_data_raw(fd, token, readiness))?;
+        }
+        for port in 0..self.ports.len() {
+            if let Some(mut host) = self.shared.host(port) {
+                host.begin(port, operations)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(
+        &mut self,
+        source: Source,
+        ready: EventSet,
+        operations: &mut EventOps<'_>,
+    ) -> Result<(), DriverError> {
+        let role = match source {
+            Source::Doorbell(queue) => role_of_queue(queue),
+            Source::Listener(port) | Source::Input(port) | Source::Output(port) => {
+                if let Some(mut host) = self.shared.host(port) {
+                    host.note_readiness(source, ready);
+                }
+                Role::Port(port)
+            }
+        };
+        match role {
+            Role::Port(port) => self.work(port, operations)?,
+            Role::Control => self.take_messages(operations)?,
+        }
+        self.tell()
+    }
+
+    fn work(&mut self, port: usize, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
+        let control = self.control.as_ref();
+        let may_accept = !control.is_some_and(|control| control.is_told_open(port));
+        match self.ports.get_mut(port) {
+            Some(port) => port.work(may_accept, operations),
+            None => Ok(()),
+        }
+    }
+
+    fn take_messages(&mut self, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        for change in control.take_messages(&self.interrupt)? {
+            if let Some(port) = self.ports.get_mut(change.port) {
+                port.set_guest_open(change.open);
+            }
+            self.work(change.port, operations)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the driver of what has changed.
+    fn tell(&mut self) -> Result<(), DriverError> {
+        let Some(control) = &mut self.control else {
+            return Ok(());
+        };
+        let ports = &self.ports;
+        let is_connected = |port: usize| ports.get(port).is_some_and(Port::is_connected);
+        // Another client may be waiting for that.
+        for port in control.tell(is_connected, &self.interrupt)? {
+            if let Some(port) = self.ports.get(port) {
+                port.call_again();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        self.thread = Some(thread::current().id());
+        if let Err(error) = self.begin(operations) {
+            self.interrupt.need_reset(&error);
+        }
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        if self.interrupt.needs_reset() {
+            return;
+        }
+        let source = Source::of_token(events.data());
+        if let Err(error) = self.handle(source, events.event_set(), operations) {
+            self.shared.metrics.event_fails.add(1);
+            self.interrupt.need_reset(&error);
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// After a reset the worker is dropped by a vCPU, which must not wait for a reader of the host; at
+    /// the machine's end by its event loop.
+    fn drop(&mut self) {
+        self.shared.is_active.store(false, Ordering::Release);
+        let is_at_end = self.thread == Some(thread::current().id());
+        for port in &mut self.ports {
+            if !self.interrupt.needs_reset() {
+                port.send_last_output(is_at_end);
+            }
+            port.end();
+        }
+    }
+}
