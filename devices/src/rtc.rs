@@ -124,7 +124,7 @@ impl Rtc {
         if self.control() & BINARY != 0 {
             number
         } else {
-            number / 10 << 4 | number % 10
+            ((number / 10) << 4) | (number % 10)
         }
     }
 

@@ -244,7 +244,7 @@ fn the_log_is_as_clients_set_it() {
 fn wait_for_line(file: &Path, text: &str) -> String {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
-        let lines = fs::read_to_string(file).unwrap();
+        let lines = fs::read_to_string(file).expect("the file is there");
         if let Some(line) = lines.lines().find(|line| line.contains(text)) {
             return line.to_string();
         }

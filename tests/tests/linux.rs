@@ -75,7 +75,7 @@ fn expected_arguments() -> String {
 /// Boots a kernel that is told to do without KVM's clock, and checks that its time passes and its date
 /// is today's.
 fn keep_time(words: &str) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is room for temporary files");
     let tests = test_words(&["clocksource", "time", "sleep:1000"]);
     let ended = Bantam::linux(Kernel::Full)
         .disk(&root_disk(&folder), "")
@@ -361,14 +361,16 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
 fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
     let (tree, image) = (folder.path().join("tree"), folder.path().join("root"));
     for name in ["bin", "dev"] {
-        fs::create_dir_all(tree.join(name)).unwrap();
+        fs::create_dir_all(tree.join(name)).expect("there is room for temporary files");
     }
     fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("there is busybox-static");
     for applet in ["dd", "printf", "sh", "sync"] {
-        symlink("busybox", tree.join("bin").join(applet)).unwrap();
+        symlink("busybox", tree.join("bin").join(applet))
+            .expect("there is room for temporary files");
     }
-    fs::write(tree.join("test.sh"), script).unwrap();
-    fs::set_permissions(tree.join("test.sh"), Permissions::from_mode(0o755)).unwrap();
+    fs::write(tree.join("test.sh"), script).expect("there is room for temporary files");
+    fs::set_permissions(tree.join("test.sh"), Permissions::from_mode(0o755))
+        .expect("there is room for temporary files");
     let made = Command::new("/sbin/mke2fs")
         .args(["-q", "-t", "ext4", "-d"])
         .args([&tree, &image])

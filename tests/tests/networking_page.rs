@@ -121,11 +121,20 @@ impl Guest {
 fn block(page: &str, heading: &str, number: usize) -> String {
     let section = page
         .split("\n#")
-        .find(|section| section.lines().next().unwrap().ends_with(heading))
+        .find(|section| {
+            section
+                .lines()
+                .next()
+                .expect("text has a first part")
+                .ends_with(heading)
+        })
         .unwrap_or_else(|| panic!("there is no section '{heading}'"));
     let text = section.split("```sh\n").nth(number + 1);
     let text = text.unwrap_or_else(|| panic!("'{heading}' has no block {number}"));
-    text.split("```").next().unwrap().to_owned()
+    text.split("```")
+        .next()
+        .expect("text has a first part")
+        .to_owned()
 }
 
 /// This thread, in a network namespace that stands for a host with Docker. Another namespace, which
@@ -141,18 +150,18 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
-        unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
+        unshare(CloneFlags::CLONE_NEWNET).expect("the host allows it");
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("the host allows it");
+        let port = listener.local_addr().expect("the host allows it").port();
         let mut keeper = Command::new("cat");
         keeper.stdin(Stdio::piped()).stdout(Stdio::null());
-        let outside = keeper.spawn().unwrap();
+        let outside = keeper.spawn().expect("the host allows it");
 
-        unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let tools = tempfile::tempdir().unwrap();
+        unshare(CloneFlags::CLONE_NEWNET).expect("the host allows it");
+        let tools = tempfile::tempdir().expect("the host allows it");
         let sudo = tools.path().join("sudo");
-        fs::write(&sudo, "#!/bin/sh\nexec \"$@\"\n").unwrap();
-        fs::set_permissions(&sudo, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&sudo, "#!/bin/sh\nexec \"$@\"\n").expect("the host allows it");
+        fs::set_permissions(&sudo, fs::Permissions::from_mode(0o755)).expect("the host allows it");
         let host = Host {
             port,
             outside,
@@ -168,12 +177,21 @@ impl Host {
              ip route add default via {OUTSIDE}"
         ));
         let rules = host.tools.path().join("rules");
-        fs::write(&rules, DOCKER_RULES).unwrap();
+        fs::write(&rules, DOCKER_RULES).expect("the host allows it");
         host.run(&format!("iptables-restore {}", rules.display()));
         thread::spawn(move || {
             let mut guest = accept(&listener);
-            assert_eq!(guest.peer_addr().unwrap().ip().to_string(), UPLINK);
-            guest.write_all(b"hello from outside\n").unwrap();
+            assert_eq!(
+                guest
+                    .peer_addr()
+                    .expect("the host allows it")
+                    .ip()
+                    .to_string(),
+                UPLINK
+            );
+            guest
+                .write_all(b"hello from outside\n")
+                .expect("the host allows it");
         });
         host
     }
@@ -189,7 +207,7 @@ impl Host {
             .output()
             .unwrap();
         assert!(output.status.success(), "{commands}");
-        String::from_utf8(output.stdout).unwrap()
+        String::from_utf8(output.stdout).expect("the host allows it")
     }
 }
 

@@ -24,7 +24,7 @@ fn hello(words: &str) -> Bantam {
 /// A guest of these instructions.
 fn code(folder: &TempDir, code: &[u8]) -> Bantam {
     let kernel = folder.path().join("kernel");
-    fs::write(&kernel, elf_kernel(code)).unwrap();
+    fs::write(&kernel, elf_kernel(code)).expect("there is room for temporary files");
     Bantam::run(kernel)
 }
 

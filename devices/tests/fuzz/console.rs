@@ -138,7 +138,7 @@ impl Target for ConsoleTarget {
             let _ = from_guest.read(&mut vec![0; bytes.len()]);
             return;
         }
-        if len % 3 == 0 && !self.clients.is_empty() {
+        if len.is_multiple_of(3) && !self.clients.is_empty() {
             self.clients.remove(0);
         } else if self.clients.len() < 4 {
             self.clients.extend(UnixStream::connect(self.socket()));

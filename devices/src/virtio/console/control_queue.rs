@@ -181,17 +181,17 @@ impl ControlQueue {
         let (message, told) = if !told.is_added {
             let is_added = self.is_device_ready;
             (
-                is_added.then_some(DeviceMessage::PortAdd)?,
+                is_added.then_some(DeviceMessage::Add)?,
                 Told { is_added, ..told },
             )
         } else if !told.is_ready {
             return None;
         } else if !told.is_named {
             let is_named = true;
-            (DeviceMessage::PortName(name), Told { is_named, ..told })
+            (DeviceMessage::Name(name), Told { is_named, ..told })
         } else if told.is_open != is_connected {
             let is_open = is_connected;
-            (DeviceMessage::PortOpen(is_open), Told { is_open, ..told })
+            (DeviceMessage::Open(is_open), Told { is_open, ..told })
         } else {
             return None;
         };

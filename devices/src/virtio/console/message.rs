@@ -16,20 +16,20 @@ mod event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DeviceMessage<'a> {
     /// The port exists.
-    PortAdd,
+    Add,
     /// Its name.
-    PortName(&'a str),
+    Name(&'a str),
     /// Whether the host has its end open.
-    PortOpen(bool),
+    Open(bool),
 }
 
 impl DeviceMessage<'_> {
     /// The message about `port` as the driver reads it.
     pub(super) fn to_bytes(self, port: usize) -> Vec<u8> {
         let (event, value, name) = match self {
-            DeviceMessage::PortAdd => (event::PORT_ADD, 1, ""),
-            DeviceMessage::PortName(name) => (event::PORT_NAME, 1, name),
-            DeviceMessage::PortOpen(open) => (event::PORT_OPEN, u16::from(open), ""),
+            DeviceMessage::Add => (event::PORT_ADD, 1, ""),
+            DeviceMessage::Name(name) => (event::PORT_NAME, 1, name),
+            DeviceMessage::Open(open) => (event::PORT_OPEN, u16::from(open), ""),
         };
         let mut bytes = (port as u32).to_le_bytes().to_vec();
         bytes.extend(event.to_le_bytes());
@@ -76,11 +76,11 @@ mod tests {
     #[test]
     fn messages_are_as_the_standard_lays_them_out() {
         assert_eq!(
-            DeviceMessage::PortName("ab").to_bytes(0x102),
+            DeviceMessage::Name("ab").to_bytes(0x102),
             [2, 1, 0, 0, 7, 0, 1, 0, b'a', b'b']
         );
         assert_eq!(
-            DeviceMessage::PortOpen(false).to_bytes(1),
+            DeviceMessage::Open(false).to_bytes(1),
             [1, 0, 0, 0, 6, 0, 0, 0]
         );
         assert_eq!(

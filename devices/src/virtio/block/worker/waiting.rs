@@ -38,6 +38,10 @@ impl WriteSpan {
 pub(super) struct Waiting {
     /// Slots of the requests that wait.
     line: VecDeque<usize>,
+    #[expect(
+        clippy::vec_box,
+        reason = "a request takes and returns the box as it is"
+    )]
     free_buffers: Vec<Box<Bounce>>,
     buffer_count: usize,
     /// How many writes under way or waiting cover blocks in part.

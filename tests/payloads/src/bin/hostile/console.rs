@@ -46,7 +46,7 @@ fn attack_channels(target: &Target) {
         let name = alloc::format!("control message of {size} bytes");
         target.check(name, Expected::Notice, || {
             let mut channels = Channels::open(target.device, QUEUE_SIZE)?;
-            let message = vec![0_u8; 8];
+            let message = [0_u8; 8];
             channels
                 .control_transmit
                 .add(&[Buffer::readable(&message[..size])])?;
