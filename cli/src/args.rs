@@ -249,9 +249,11 @@ pub struct RunArgs {
     /// What a reboot or panic of the guest does to the machine [default: exit]
     ///
     /// - exit: it ends.
-    /// - restart: it starts again. Restarts that follow one another are slowed
-    ///   down, up to 10 seconds each, until the machine has run for 10 seconds.
-    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER, verbatim_doc_comment,
+    /// - restart: it starts again. Restarts that follow one another are
+    ///   slowed down, up to 10 seconds each, until the machine has run for
+    ///   10 seconds.
+    #[arg(long, value_name = "exit|restart", help_heading = heading::OTHER, verbatim_doc_comment,
+        hide_possible_values = true,
         value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
     pub on_reboot: Option<OnReboot>,
 
@@ -273,7 +275,8 @@ pub struct RunArgs {
     /// Ctrl-Alt-Del, and cut its power after this time. A guest that listens to neither has it cut
     /// at once, and so do a second signal, SIGQUIT and Ctrl-A x. 0 is not to ask. A number of
     /// seconds, or with a unit: 500ms, 10s, 2m.
-    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = heading::OTHER)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = heading::OTHER,
+        hide_short_help = true)]
     pub shutdown_timeout: Option<ShutdownTimeout>,
 
     /// Of whom the exit status tells: guest or monitor [default: guest]
@@ -284,8 +287,9 @@ pub struct RunArgs {
         value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
     pub exit_status: Option<ExitStatus>,
 
-    /// How much to log on standard error
+    /// How much to log: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = heading::OTHER,
+        hide_possible_values = true,
         value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
     pub log: LevelFilter,
 

@@ -205,7 +205,7 @@ impl Host {
             .env("PATH", format!("{}:{path}", self.tools.path().display()))
             .stderr(Stdio::inherit())
             .output()
-            .unwrap();
+            .expect("the host allows it");
         assert!(output.status.success(), "{commands}");
         String::from_utf8(output.stdout).expect("the host allows it")
     }
