@@ -302,7 +302,7 @@ fn a_machine_that_cannot_be_ends_and_says_why_to_a_late_reader() {
     let missing = Path::new("/missing");
     let pipe = FullPipe::new();
     let ended = Bantam::run(missing).stderr(pipe.end()).finish();
-    assert_eq!(ended.status.code(), Some(1), "{ended}");
+    assert_eq!(ended.status.code(), Some(125), "{ended}");
 
     let pipe = FullPipe::new();
     let running = Bantam::run(missing).stderr(pipe.end()).start();
