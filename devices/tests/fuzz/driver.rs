@@ -6,13 +6,13 @@ use bolero::generator::one_value_of;
 use crate::operation::Operation;
 
 /// Most queues of a device that a driver sets up.
-pub const MAX_QUEUES: u16 = 4;
+pub const MAX_QUEUES: u16 = 5;
 /// Descriptor table and rings of queue 0; those of the others follow.
 pub const RINGS: u64 = 0x1000;
 /// Memory of one queue's table and rings, in bytes.
 pub const RINGS_SIZE: u64 = 3 * part::SIZE;
 /// Headers and status bytes of requests.
-pub const HEADERS: u64 = 0xe000;
+pub const HEADERS: u64 = 0x400;
 /// Data of requests.
 pub const DATA: u64 = 0x1_0000;
 
@@ -93,7 +93,7 @@ pub fn writable(address: u64, len: u32) -> Buffer {
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceOffer {
     pub features: u64,
-    /// Most descriptors of a queue.
+    /// Most descriptors that any of its queues can have.
     pub queue_size: u16,
 }
 

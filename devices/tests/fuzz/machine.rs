@@ -157,8 +157,12 @@ impl Machine {
             self.write(register::DEVICE_FEATURES_SELECT, &half.to_le_bytes());
             features << 32 | u64::from(self.read_register(register::DEVICE_FEATURES))
         });
-        self.write(register::QUEUE_SELECT, &[0; 4]);
-        let queue_size = self.read_register(register::QUEUE_SIZE_MAX) as u16;
+        let sizes = (0..u32::from(MAX_QUEUES)).map(|queue| {
+            self.write(register::QUEUE_SELECT, &queue.to_le_bytes());
+            self.read_register(register::QUEUE_SIZE_MAX) as u16
+        });
+        // There are no queues of size 0.
+        let queue_size = sizes.filter(|&size| size > 0).min().unwrap_or_default();
         DeviceOffer {
             features,
             queue_size,
