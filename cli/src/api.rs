@@ -44,8 +44,9 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = StdioConsole::new()?;
     let served = serve_instance(args, program_log.clone(), &signals, &mut console);
-    let limit =
-        matches!(served, Ok(EndedBy::User)).then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
+    // An error is not to wait for a reader who may never come back.
+    let ends_soon = stopping::is_asked() || served.is_err();
+    let limit = ends_soon.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
     console.finish(&signals, limit);
     program_log.flush();
     served.map(|_| ())

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bantam_vmm::Console;
@@ -18,7 +18,7 @@ use nix::unistd::{pipe2, read, write};
 
 use crate::escape::{CTRL_A, EscapeFilter, HELP, Key};
 use crate::message::say;
-use crate::signals::Signals;
+use crate::signals::{Request, Signals};
 use crate::terminal::RawTerminal;
 
 /// Keys kept until the guest takes them, beside what the pipe holds, in bytes. Up to here the terminal is read
@@ -68,7 +68,7 @@ impl StdioConsole {
     }
 
     /// Gives the terminal back and waits until all output is copied, at most for `limit` or until
-    /// a signal arrives.
+    /// a signal asks for the end.
     pub fn finish(self, signals: &Signals, limit: Option<Duration>) {
         drop(self.input);
         drop(self.machine_output);
@@ -96,16 +96,32 @@ impl Output {
     }
 
     fn wait_until_copied(&self, signals: &Signals, limit: Option<Duration>) {
-        let timeout = limit.map_or(PollTimeout::NONE, |limit| {
-            PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX)
-        });
-        let mut fds = [
-            PollFd::new(self.copied.as_fd(), PollFlags::POLLIN),
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-        ];
-        if let Err(errno) = poll(&mut fds, timeout) {
-            let error = io::Error::from(errno);
-            tracing::warn!("serial console: cannot wait for the rest of the output: {error}");
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.map_or(PollTimeout::NONE, |left| {
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            });
+            let mut fds = [
+                PollFd::new(self.copied.as_fd(), PollFlags::POLLIN),
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, timeout) {
+                Ok(0) => return,
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    let error = io::Error::from(errno);
+                    tracing::warn!(
+                        "serial console: cannot wait for the rest of the output: {error}"
+                    );
+                    return;
+                }
+            }
+            let [copied, _] = fds.map(|fd| fd.any().unwrap_or(false));
+            // Signals that ask for no end, such as of a new size of the terminal, are passed over.
+            if copied || matches!(signals.next(), Ok(Some(Request::Stop(_))) | Err(_)) {
+                return;
+            }
         }
     }
 }

@@ -81,7 +81,9 @@ impl Outlet {
     /// for them.
     pub fn push(&self, lines: &[u8]) {
         let mut state = self.shared.state();
-        match IS_WRITER.get() {
+        // Into an empty queue they go whatever was lost before, or nobody would ever hear of that.
+        let waits_for_lines = state.queue.is_empty() && !state.is_writing;
+        match IS_WRITER.get() || waits_for_lines {
             true => state.queue.push_notice(lines),
             false => state.queue.push(lines),
         }

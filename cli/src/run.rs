@@ -26,8 +26,9 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
-        let by_user = matches!(&ended, Ok(ending) if ending.by == EndedBy::User);
-        let limit = by_user.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
+        // An error is not to wait for a reader who may never come back.
+        let ends_soon = stopping::is_asked() || ended.is_err();
+        let limit = ends_soon.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
         console.finish(&signals, limit);
     }
     ended.map(|ending| ending.status(config.exit_status))

@@ -87,7 +87,12 @@ pub fn sleep_until_continued() -> io::Result<()> {
 /// it starts.
 pub fn while_blocked<T>(start: impl FnOnce() -> T) -> io::Result<T> {
     let mut blocked = SigSet::empty();
-    let others = [Signal::SIGTSTP, Signal::SIGCONT, Signal::SIGXFSZ];
+    let others = [
+        Signal::SIGTSTP,
+        Signal::SIGCONT,
+        Signal::SIGWINCH,
+        Signal::SIGXFSZ,
+    ];
     for signal in STOP_SIGNALS.into_iter().chain(others) {
         blocked.add(signal);
     }

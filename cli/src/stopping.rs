@@ -15,6 +15,11 @@ pub fn ask() {
     ASKED.get_or_init(Instant::now);
 }
 
+/// Whether the user wants the process to end.
+pub fn is_asked() -> bool {
+    ASKED.get().is_some()
+}
+
 /// How much of `most` there is for a wait that begins now.
 pub fn time_left(most: Duration) -> Duration {
     match ASKED.get() {

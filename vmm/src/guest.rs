@@ -28,11 +28,13 @@ pub(crate) struct LoadedGuest {
     pub(crate) tells_panics: bool,
 }
 
-/// Puts all that the guest finds at its start into memory.
+/// Puts all that the guest finds at its start into memory. `tsc_khz` is the frequency of the processor's
+/// clock, if KVM knows it.
 pub(crate) fn load_guest(
     config: &MachineConfig,
     memory: &GuestMemory,
     windows: &[VirtioMmioWindow],
+    tsc_khz: Option<u32>,
 ) -> Result<LoadedGuest, Error> {
     let path = &config.kernel;
     let mut file = open_image(path).map_err(|source| Error::OpenKernel {
@@ -69,7 +71,7 @@ pub(crate) fn load_guest(
         }
         None => None,
     };
-    let command_line = command_line(config, &kernel, memory, windows)?;
+    let command_line = command_line(config, &kernel, memory, windows, tsc_khz)?;
     tracing::info!("kernel command line: {command_line}");
     let overflow = kernel.overflows_init(memory, &command_line);
     if let Some(overflow) = overflow.map_err(Error::ReadKernel)? {
@@ -130,6 +132,7 @@ fn command_line(
     kernel: &LoadedKernel,
     memory: &GuestMemory,
     windows: &[VirtioMmioWindow],
+    tsc_khz: Option<u32>,
 ) -> Result<CommandLine, Error> {
     let mut line = match &config.cmdline {
         Some(text) => CommandLine::new(text)?,
@@ -140,7 +143,7 @@ fn command_line(
     }
     if config.host_workarounds {
         let has_serial_port = config.serial != SerialConfig::None;
-        workarounds::add_guest_kernel_parameters(&mut line, has_serial_port, |name| {
+        workarounds::add_guest_kernel_parameters(&mut line, has_serial_port, tsc_khz, |name| {
             kernel
                 .passes_to_init(memory, name)
                 .map_err(Error::ReadKernel)

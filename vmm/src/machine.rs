@@ -96,7 +96,7 @@ impl Machine {
             Some(balloon) => Some(virtio.attach_balloon(balloon)?),
             None => None,
         };
-        let guest = load_guest(config, &memory, virtio.windows())?;
+        let guest = load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?;
         // Last, so that no output file is made for a machine that cannot be.
         let stream_guards = streams.connect(config, &mut console)?;
         let (serial, uart) = attach_serial(

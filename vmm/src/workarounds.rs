@@ -22,6 +22,9 @@ const ENVIRONMENT: &str = "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-
 /// which is minutes before its ordinary one.
 const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
 
+/// Parameter for the frequency of the processor's clock in kHz.
+const CLOCK_PARAMETER: &str = "tsc_early_khz";
+
 /// What a Linux guest must be told on its command line on this host, if anything.
 pub fn guest_kernel_parameters() -> Option<String> {
     match virtualization() {
@@ -34,9 +37,13 @@ pub fn guest_kernel_parameters() -> Option<String> {
 
 /// Adds what this host needs to `line`: an early console only if there is a serial port, and no
 /// parameter of which `passes_to_init` says that it would end up with the guest's init.
+///
+/// A kernel that measures the processor's clock itself, as it does without KVM's, can fail to under
+/// emulation, and then waits for ever: it is told that the clock has `tsc_khz` kHz, if KVM knows.
 pub(crate) fn add_guest_kernel_parameters(
     line: &mut CommandLine,
     has_serial_port: bool,
+    tsc_khz: Option<u32>,
     passes_to_init: impl Fn(&str) -> Result<bool, Error>,
 ) -> Result<(), Error> {
     if guest_kernel_parameters().is_none() {
@@ -44,7 +51,9 @@ pub(crate) fn add_guest_kernel_parameters(
     }
     tracing::info!("this host has no hardware virtualization: the kernel is told what it needs");
     let early_console = (has_serial_port && !line.has_parameter("quiet")).then_some(EARLY_CONSOLE);
-    for word in KERNEL_PARAMETERS.split(' ').chain(early_console) {
+    let clock = tsc_khz.map(|khz| format!("{CLOCK_PARAMETER}={khz}"));
+    let words = KERNEL_PARAMETERS.split(' ').chain(early_console);
+    for word in words.chain(clock.as_deref()) {
         if !passes_to_init(parameter_name(word))? {
             line.append(word)?;
         }

@@ -32,9 +32,9 @@ impl LineQueue {
         }
     }
 
-    /// Takes in the line that says how many were dropped, for which there is always room.
-    pub fn push_notice(&mut self, line: &[u8]) {
-        self.bytes.extend_from_slice(line);
+    /// Takes in lines for which there is always room, such as the one that says how many were dropped.
+    pub fn push_notice(&mut self, lines: &[u8]) {
+        self.bytes.extend_from_slice(lines);
     }
 
     /// Takes all of them out.

@@ -103,7 +103,11 @@ pub(super) fn block_sizes(file: &File, kind: FileType) -> io::Result<(u32, u32)>
 
 /// What `O_DIRECT` asks of requests to `file`: what the kernel says, or else what suits any storage
 /// of that block size.
-pub(super) fn direct_alignment(file: &File, logical_block_size: u32) -> Alignment {
+pub(super) fn direct_alignment(
+    file: &File,
+    is_block_device: bool,
+    logical_block_size: u32,
+) -> Alignment {
     const SAFE: u32 = 4096;
     // SAFETY: all-zero bytes are a valid `struct statx`, which is plain numbers.
     let mut status: libc::statx = unsafe { std::mem::zeroed() };
@@ -123,6 +127,9 @@ pub(super) fn direct_alignment(file: &File, logical_block_size: u32) -> Alignmen
         && status.stx_dio_mem_align.is_power_of_two();
     let (offset, memory) = if known {
         (status.stx_dio_offset_align, status.stx_dio_mem_align)
+    } else if is_block_device {
+        // The kernel asks for no more of its own devices.
+        (logical_block_size, SAFE)
     } else {
         (SAFE.max(logical_block_size), SAFE)
     };

@@ -129,7 +129,7 @@ impl DiskFile {
             source,
         };
         if options.cache == CacheMode::None {
-            let alignment = direct_alignment(&file, logical);
+            let alignment = direct_alignment(&file, is_block_device, logical);
             let has_tail = !options.read_only && !is_block_device && alignment.offset > SECTOR_SIZE;
             let tail = has_tail.then(|| open_tail(path, &file)).transpose()?;
             direct = Some(Direct { alignment, tail });

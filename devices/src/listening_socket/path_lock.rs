@@ -45,11 +45,13 @@ impl PathLock {
                 .open(&path)?;
             match file.try_lock() {
                 Ok(()) if is_file_at(&file, &path)? => return Ok(PathLock { path, _file: file }),
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                // Another has just removed the file, or this file system does not tell files apart.
+                Ok(()) | Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                     thread::sleep(RETRY_INTERVAL);
                 }
-                Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::WouldBlock.into()),
+                Ok(()) | Err(TryLockError::WouldBlock) => {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(TryLockError::Error(error)) => {
                     // Some network file systems have no locks. Those who start there at the same moment are

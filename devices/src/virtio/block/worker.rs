@@ -325,6 +325,7 @@ impl Worker {
                 let direction = Direction::Read;
                 Some(RingOperation::Transfer { direction, offset })
             }
+            Operation::Write { .. } if self.slots[slot].chain.readable.is_empty() => None,
             Operation::Write { offset } => {
                 let durable = self.handler.writes_are_durable();
                 if may_be_quick && !durable && !self.writes_are_slow() {

@@ -15,8 +15,8 @@ use crate::virtio::{Chain, GuestBuffers, MAX_TURN, VirtQueue, VirtioInterrupt};
 /// Most bytes of one call. More would take the event loop for too long where the host takes anything,
 /// as a file does.
 const MAX_BYTES_PER_CALL: usize = 256 << 10;
-/// How long the last output may take at the end of the machine.
-const LAST_OUTPUT_LIMIT: Duration = Duration::from_secs(3);
+/// How long the readers of all ports are waited for in the end.
+pub(super) const LAST_OUTPUT_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whether all that the guest has transmitted has been taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -282,34 +282,34 @@ impl Port {
         Ok(())
     }
 
-    /// Sends what is left before the worker ends, as far as there is room, and if `may_wait`, as far as
-    /// somebody still reads.
-    pub(super) fn send_last_output(&mut self, may_wait: bool) {
+    /// Sends what is left before the worker ends, as far as there is room, and until `deadline`, if there
+    /// is one, as far as somebody still reads.
+    pub(super) fn send_last_output(&mut self, deadline: Option<Instant>) {
         let shared = self.shared.clone();
         let Some(mut host) = shared.host(self.index) else {
             return;
         };
-        let deadline = Instant::now()
-            + if may_wait {
-                LAST_OUTPUT_LIMIT
-            } else {
-                MAX_TURN
-            };
+        let end = deadline.unwrap_or_else(|| Instant::now() + MAX_TURN);
         loop {
+            let may_wait = deadline.is_some() && Instant::now() < end;
             match self.transmit(&mut host, None) {
                 Ok(Progress::Blocked) if self.wait_for_room(&host, may_wait) => host.try_again(),
-                Ok(Progress::Interrupted) if Instant::now() < deadline => {}
+                Ok(Progress::Interrupted) if Instant::now() < end => {}
                 Ok(Progress::Blocked | Progress::Interrupted) => {
-                    self.interrupt.warn_of_host(format_args!(
-                        "the last output of port {} is lost: nobody read it",
-                        self.index
-                    ));
+                    let index = self.index;
+                    let message =
+                        format_args!("the last output of port {index} is lost: nobody read it");
+                    // A guest can have it said as often as it likes by resetting the device.
+                    match deadline {
+                        Some(_) => self.interrupt.warn_of_host(message),
+                        None => self.interrupt.warn(message),
+                    }
                     break;
                 }
                 // What breaks the rules at the end is nobody's business any more.
                 Ok(Progress::Done) | Err(_) => break,
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= end {
                 break;
             }
         }

@@ -4,14 +4,15 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, ThreadId};
+use std::time::Instant;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::control_queue::ControlQueue;
-use super::port::Port;
+use super::port::{LAST_OUTPUT_LIMIT, Port};
 use super::source::Source;
 use super::{DriverError, Shared};
-use crate::virtio::{Activation, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, MAX_TURN, VirtQueue, VirtioInterrupt};
 
 /// Index of the control queue by which the driver receives; the other follows.
 const CONTROL_QUEUE: usize = 2;
@@ -139,11 +140,17 @@ impl Worker {
         let Some(control) = &mut self.control else {
             return Ok(());
         };
+        let start = Instant::now();
         for change in control.take_messages(&self.interrupt)? {
-            if let Some(port) = self.ports.get_mut(change.port) {
-                port.set_guest_open(change.open);
+            let Some(port) = self.ports.get_mut(change.port) else {
+                continue;
+            };
+            port.set_guest_open(change.open);
+            // The rest gets a turn of its own.
+            match start.elapsed() < MAX_TURN {
+                true => self.work(change.port, operations)?,
+                false => port.call_again(),
             }
-            self.work(change.port, operations)?;
         }
         Ok(())
     }
@@ -191,9 +198,10 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.is_active.store(false, Ordering::Release);
         let is_at_end = self.thread == Some(thread::current().id());
+        let deadline = is_at_end.then(|| Instant::now() + LAST_OUTPUT_LIMIT);
         for port in &mut self.ports {
             if !self.interrupt.needs_reset() {
-                port.send_last_output(is_at_end);
+                port.send_last_output(deadline);
             }
             port.end();
         }

@@ -62,9 +62,11 @@ impl Waiting {
         std::mem::take(&mut self.queue)
     }
 
-    /// Has one go on waiting.
+    /// Has one go on waiting. A guest that has given up and asks again from the same place waits once.
     pub(super) fn keep(&mut self, port: u32, place: usize) {
-        self.queue.push_back((port, place));
+        if !self.queue.contains(&(port, place)) {
+            self.queue.push_back((port, place));
+        }
     }
 
     /// Sets the time of the next attempt, by whether this one has connected any.

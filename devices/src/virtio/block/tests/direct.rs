@@ -252,3 +252,23 @@ fn a_reset_waits_for_requests_that_wait_for_each_other() {
         }
     }
 }
+
+#[test]
+fn an_empty_write_keeps_no_discard_from_being_done() {
+    let [disk, _] = folders();
+    for engine in ENGINES {
+        let mut machine = machine(&disk, engine, 64 << 10, Some(BLOCK)).unwrap();
+        let range = [0_u64, 8].map(u64::to_le_bytes).concat();
+        machine
+            .memory
+            .write_slice(&range, GuestAddress(DATA))
+            .unwrap();
+        for _ in 0..6 {
+            machine.offer(VIRTIO_BLK_T_OUT, 0, &[]);
+            machine.offer_readable(VIRTIO_BLK_T_DISCARD, 0, &[(DATA, 16)]);
+        }
+        for (head, _) in machine.run(12) {
+            assert_eq!(machine.status(head), VIRTIO_BLK_S_OK);
+        }
+    }
+}
