@@ -71,7 +71,7 @@ fn a_guest_reaches_the_outside_by_what_the_page_says() {
         .append("quiet")
         .stdin(Stdio::piped())
         .start();
-    machine.wait_for_output("~# ");
+    machine.wait_for_output("bantam:/root# ");
     let mut guest = Guest {
         machine,
         commands: 0,
