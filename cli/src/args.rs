@@ -7,8 +7,8 @@ use std::str::FromStr;
 use bantam_api::resources::LogLevel;
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
-    HugePages, MachineConfig, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot,
-    SerialConfig, ShutdownTimeout, VcpuCount, VsockConfig,
+    HugePages, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig,
+    ShutdownTimeout, VcpuCount, VsockConfig,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Parser, Subcommand};
@@ -257,7 +257,7 @@ pub struct RunArgs {
         value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
     pub on_reboot: Option<OnReboot>,
 
-    /// How often it starts again at most [default: no limit]
+    /// How often --on-reboot restart starts it again [default: no limit]
     #[arg(long, value_name = "N", help_heading = heading::OTHER, hide_short_help = true)]
     pub restart_limit: Option<u32>,
 
@@ -475,8 +475,8 @@ Exit status:
   With --exit-status monitor: 1 for an error, and otherwise 0.";
 
 impl RunArgs {
-    /// The machine that the command line and the machine file describe together.
-    pub fn into_config(self) -> anyhow::Result<MachineConfig> {
+    /// What the command line and the machine file say together.
+    pub fn into_options(self) -> Result<MachineOptions, ConfigError> {
         let options = MachineOptions {
             kernel: self.kernel,
             initrd: self.initrd,
@@ -501,11 +501,10 @@ impl RunArgs {
             on_halt: self.on_halt,
             host_workarounds: self.host_workarounds,
         };
-        let options = match &self.config {
+        Ok(match &self.config {
             Some(file) => options.or(MachineOptions::from_file(file)?),
             None => options,
-        };
-        Ok(options.into_config()?)
+        })
     }
 }
 
@@ -533,6 +532,7 @@ fn switch() -> impl TypedValueParser<Value = bool> {
 mod tests {
     use std::fs;
 
+    use bantam_vmm::config::MachineConfig;
     use clap::CommandFactory;
 
     use super::*;
@@ -546,7 +546,8 @@ mod tests {
     }
 
     fn config(arguments: &[&str]) -> MachineConfig {
-        run_args(arguments).into_config().unwrap()
+        let options = run_args(arguments).into_options().unwrap();
+        options.into_config().unwrap()
     }
 
     #[test]
@@ -625,7 +626,8 @@ mod tests {
             host_workarounds: false,
             ..MachineConfig::new("k")
         };
-        assert_eq!(args.into_config().unwrap(), expected);
+        let config = args.into_options().unwrap().into_config();
+        assert_eq!(config.unwrap(), expected);
     }
 
     #[test]

@@ -84,9 +84,9 @@ fn run(args: RunArgs) -> ExitCode {
     let mut meaning = args.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
-        let config = args.into_config()?;
-        meaning = config.exit_status;
-        run::run(&config)
+        let options = args.into_options()?;
+        meaning = options.exit_status.unwrap_or_default();
+        run::run(&options.into_config()?)
     });
     match ended {
         Ok(status) => ExitCode::from(status),
@@ -109,7 +109,7 @@ fn status_of(result: anyhow::Result<()>) -> ExitCode {
 
 /// Tells the user of an error, in one line.
 fn report(error: &anyhow::Error) {
-    say(format_args!("error: {}", reason(error)));
+    message::say_last(format_args!("error: {}", reason(error)));
 }
 
 /// Lets the program have as many file descriptors as it may: connections to a guest take one each.

@@ -37,6 +37,14 @@ pub fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(Stderr, "{line}");
 }
 
+/// Writes the last line of all to standard error. It is not dropped if there are too many before it.
+pub fn say_last(line: fmt::Arguments<'_>) {
+    match OUTLET.get() {
+        Some(outlet) => outlet.push_last(format!("{line}\n").as_bytes()),
+        None => say(line),
+    }
+}
+
 /// Waits until everything is written, for a short time at most.
 pub fn flush() {
     if let Some(outlet) = OUTLET.get() {

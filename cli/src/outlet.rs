@@ -91,6 +91,12 @@ impl Outlet {
         self.shared.changed.notify_all();
     }
 
+    /// Has `lines` written even if there is no room for them, which is for the end of the process.
+    pub fn push_last(&self, lines: &[u8]) {
+        self.shared.state().queue.push_notice(lines);
+        self.shared.changed.notify_all();
+    }
+
     /// Waits until everything is written, at most for `limit`.
     pub fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
