@@ -79,7 +79,7 @@ async fn devices_are_changed_while_the_machine_runs() {
         };
         machine.update_balloon_statistics(update).await.unwrap();
         let statistics = machine.get_balloon_statistics().await.unwrap();
-        assert_eq!(statistics.target_mib, 16);
+        assert_eq!(statistics.target_mib, 8);
         assert_eq!(statistics.actual_mib, 0);
 
         let kind = fs::metadata(&socket).unwrap().file_type();
