@@ -308,7 +308,7 @@ fn a_machine_that_cannot_be_ends_and_says_why_to_a_late_reader() {
     let running = Bantam::run(missing).stderr(pipe.end()).start();
     let reader = thread::spawn(move || pipe.lines());
     let ended = running.wait();
-    assert_eq!(ended.status.code(), Some(1), "{ended}");
+    assert_eq!(ended.status.code(), Some(125), "{ended}");
     let lines = reader.join().expect("reading does not fail");
     assert!(
         lines.last().is_some_and(|line| line.starts_with("error: ")),
