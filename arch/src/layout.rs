@@ -78,12 +78,16 @@ pub const DEVICE_HOLE_END: u64 = 0x1_0000_0000;
 
 // --- I/O ports --------------------------------------------------------------------------------
 
+/// Interval timer: first of the ports of its counters, before its control port.
+pub const INTERVAL_TIMER_PORT: u16 = 0x40;
+/// Number of ports from [`INTERVAL_TIMER_PORT`] to the control port.
+pub const INTERVAL_TIMER_PORT_COUNT: u16 = 4;
+/// System control port B, which starts and shows counter 2 of the interval timer.
+pub const SYSTEM_CONTROL_PORT: u16 = 0x61;
 /// i8042 keyboard controller: data port.
 pub const I8042_PORT: u16 = 0x60;
 /// Command and status port of the i8042.
 pub const I8042_COMMAND_PORT: u16 = I8042_PORT + 4;
-/// Number of ports from [`I8042_PORT`] to the command port.
-pub const I8042_PORT_COUNT: u16 = 5;
 /// Real-time clock: index port.
 pub const RTC_PORT: u16 = 0x70;
 /// Number of ports of the real-time clock: index and data.

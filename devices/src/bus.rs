@@ -34,6 +34,8 @@ pub enum BusError {
 
 struct Slot {
     size: u64,
+    /// Offset of the range from the start of the device's registers.
+    offset: u64,
     device: Arc<Mutex<dyn BusDevice>>,
 }
 
@@ -56,6 +58,21 @@ impl Bus {
         size: u64,
         device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), BusError> {
+        self.insert_part(start, size, 0, device)
+    }
+
+    /// Puts a part of `device` at addresses `start` to `start + size - 1`: its registers from `offset`
+    /// on.
+    ///
+    /// # Errors
+    /// When the range is not valid or not free.
+    pub fn insert_part(
+        &mut self,
+        start: u64,
+        size: u64,
+        offset: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BusError> {
         let last = size
             .checked_sub(1)
             .and_then(|span| start.checked_add(span))
@@ -65,7 +82,12 @@ impl Bus {
         {
             return Err(BusError::Overlap { start, other });
         }
-        self.slots.insert(start, Slot { size, device });
+        let slot = Slot {
+            size,
+            offset,
+            device,
+        };
+        self.slots.insert(start, slot);
         Ok(())
     }
 
@@ -101,7 +123,7 @@ impl Bus {
         let (start, slot) = self.slots.range(..=address).next_back()?;
         let offset = address - start;
         let end = offset.checked_add(len as u64)?;
-        (end <= slot.size).then_some((offset, &*slot.device))
+        (end <= slot.size).then(|| (slot.offset + offset, &*slot.device))
     }
 }
 
@@ -145,6 +167,24 @@ mod tests {
         assert_eq!(data, [4, 4]);
         assert!(bus.write(0x100f, &[9]));
         assert_eq!(recorder.lock().unwrap().written, [(0xf, vec![9])]);
+    }
+
+    #[test]
+    fn an_access_to_a_part_reaches_the_registers_of_the_part() {
+        let mut bus = Bus::default();
+        let recorder = device();
+        bus.insert(0x60, 1, recorder.clone()).unwrap();
+        bus.insert_part(0x64, 1, 4, recorder.clone()).unwrap();
+        let mut data = [0];
+        assert!(bus.read(0x64, &mut data));
+        assert_eq!(data, [4]);
+        assert!(!bus.write(0x61, &[1]));
+        assert!(bus.write(0x60, &[2]));
+        assert!(bus.write(0x64, &[3]));
+        assert_eq!(
+            recorder.lock().unwrap().written,
+            [(0, vec![2]), (4, vec![3])]
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, geteuid};
 
@@ -163,12 +163,16 @@ impl Bantam {
             line.push(self.kernel_words.join(" ").into());
         }
         let (program, arguments) = line.split_first().expect("it has the monitor");
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             .stdin(self.stdin)
             .stdout(self.stdout)
             .stderr(self.stderr)
-            .process_group(0)
+            .process_group(0);
+        // SAFETY: between fork and exec the closure only calls sigaction, which is async-signal-safe.
+        unsafe { command.pre_exec(end_by_interrupt) };
+        let mut child = command
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
         let pid = Pid::from_raw(child.id().try_into().expect("process ids are positive"));
@@ -193,6 +197,14 @@ impl Bantam {
     pub fn finish(self) -> Ended {
         self.start().wait()
     }
+}
+
+/// Has an interrupt signal end this process. A shell starts what it puts into the background, tests
+/// included, with that signal ignored, and processes inherit that.
+fn end_by_interrupt() -> std::io::Result<()> {
+    // SAFETY: the default action runs no code of this process.
+    unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }?;
+    Ok(())
 }
 
 /// A monitor that was started. It is killed with its process group when its time is over and when

@@ -38,6 +38,17 @@ fn the_guest_finds_the_devices_in_their_order() {
 }
 
 #[test]
+fn the_interval_timer_counts_from_the_first_access_on() {
+    require_kvm!();
+    for first in ["control", "system-control"] {
+        Bantam::payload("timer")
+            .append(format!("first={first}"))
+            .finish()
+            .passed();
+    }
+}
+
+#[test]
 fn a_machine_can_have_eighteen_devices() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();

@@ -36,6 +36,7 @@ use crate::control::Control;
 use crate::disk::disk_options;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
+use crate::interval_timer::{self, IntervalTimer};
 use crate::metadata::MachineMetadata;
 use crate::serial::{self, Console, SerialGuard};
 use crate::vm::Vm;
@@ -48,12 +49,31 @@ pub(crate) fn attach_keyboard(
 ) -> Result<Arc<Mutex<I8042>>, Error> {
     let interrupt = vm.interrupt_event(layout::KEYBOARD_GSI)?;
     let i8042 = Arc::new(Mutex::new(I8042::new(control.clone(), Box::new(interrupt))));
-    ports.insert(
-        layout::I8042_PORT.into(),
-        layout::I8042_PORT_COUNT.into(),
+    ports.insert(layout::I8042_PORT.into(), 1, i8042.clone())?;
+    ports.insert_part(
+        layout::I8042_COMMAND_PORT.into(),
+        1,
+        (layout::I8042_COMMAND_PORT - layout::I8042_PORT).into(),
         i8042.clone(),
     )?;
     Ok(i8042)
+}
+
+/// The interval timer, by which a kernel without a paravirtual clock measures the processor's.
+pub(crate) fn attach_interval_timer(ports: &mut Bus, vm: &Arc<Vm>) -> Result<(), Error> {
+    let timer = Arc::new(Mutex::new(IntervalTimer::new(vm.clone())));
+    ports.insert(
+        layout::INTERVAL_TIMER_PORT.into(),
+        layout::INTERVAL_TIMER_PORT_COUNT.into(),
+        timer.clone(),
+    )?;
+    ports.insert_part(
+        layout::SYSTEM_CONTROL_PORT.into(),
+        1,
+        interval_timer::SYSTEM_CONTROL,
+        timer,
+    )?;
+    Ok(())
 }
 
 /// The ACPI registers by which a guest ends the machine.

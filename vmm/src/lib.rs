@@ -38,6 +38,7 @@ mod event_loop;
 mod exit_reason;
 mod guest;
 pub mod host;
+mod interval_timer;
 mod machine;
 mod memory;
 mod metadata;

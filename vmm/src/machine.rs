@@ -16,8 +16,8 @@ use crate::config::MachineConfig;
 use crate::control::{Control, EndOnPanic};
 use crate::device_controls::DeviceControls;
 use crate::devices::{
-    VirtioDevices, attach_boot_timer, attach_keyboard, attach_outcome_ports, attach_pci_bus,
-    attach_power_control, attach_rtc, attach_serial,
+    VirtioDevices, attach_boot_timer, attach_interval_timer, attach_keyboard, attach_outcome_ports,
+    attach_pci_bus, attach_power_control, attach_rtc, attach_serial,
 };
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
@@ -46,7 +46,7 @@ pub(crate) struct Machine {
     _serial: SerialGuard,
     _streams: StreamGuards,
     /// Kept until all vCPUs have ended.
-    vm: Vm,
+    vm: Arc<Vm>,
 }
 
 impl Machine {
@@ -63,7 +63,7 @@ impl Machine {
         let kvm = open_kvm()?;
         require_capabilities(&kvm, &config.cpu.required_capabilities)?;
         let memory = Arc::new(allocate_memory(config)?);
-        let vm = Vm::new(&kvm, memory.clone())?;
+        let vm = Arc::new(Vm::new(&kvm, memory.clone())?);
         let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
 
         let mut ports = Bus::default();
@@ -71,6 +71,7 @@ impl Machine {
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
         let keyboard = attach_keyboard(&mut ports, &vm, control)?;
         attach_power_control(&mut ports, control)?;
+        attach_interval_timer(&mut ports, &vm)?;
         attach_rtc(&mut ports)?;
         attach_pci_bus(&mut ports)?;
         attach_outcome_ports(&mut ports, control)?;

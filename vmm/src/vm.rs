@@ -7,7 +7,7 @@ use bantam_devices::GuestMemory;
 use bantam_devices::virtio::mmio;
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    KVMIO, kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_userspace_memory_region,
+    KVMIO, kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
@@ -47,13 +47,6 @@ impl Vm {
             .map_err(Error::kvm("place its task state segment"))?;
         fd.create_irq_chip()
             .map_err(Error::kvm("create the interrupt controllers"))?;
-        // A kernel that does not take KVM's clock measures the processor's by this timer, and without
-        // it waits for ever. The flag has KVM answer at the port that starts and shows channel 2, too.
-        fd.create_pit2(kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        })
-        .map_err(Error::kvm("create the interval timer"))?;
         mask_legacy_interrupt_controllers(fd)?;
         Ok(vm)
     }
@@ -85,6 +78,31 @@ impl Vm {
         // SAFETY: the request takes no argument, so the kernel reads and writes no memory of this process.
         let khz = unsafe { ioctl(&self.fd, KVM_GET_TSC_KHZ()) };
         u32::try_from(khz).ok().filter(|&khz| khz > 0)
+    }
+
+    /// Adds the interval timer, which also answers at the port that starts and shows counter 2.
+    pub(crate) fn create_interval_timer(&self) -> Result<(), Error> {
+        let config = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        self.fd
+            .create_pit2(config)
+            .map_err(Error::kvm("create the interval timer"))
+    }
+
+    /// State of the interval timer, which must have been created.
+    pub(crate) fn interval_timer(&self) -> Result<kvm_pit_state2, Error> {
+        self.fd
+            .get_pit2()
+            .map_err(Error::kvm("read the interval timer"))
+    }
+
+    /// Sets the state of the interval timer, which must have been created. All counts start anew.
+    pub(crate) fn set_interval_timer(&self, state: &kvm_pit_state2) -> Result<(), Error> {
+        self.fd
+            .set_pit2(state)
+            .map_err(Error::kvm("set the interval timer"))
     }
 
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
