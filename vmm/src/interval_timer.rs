@@ -39,23 +39,27 @@ mod system_control {
 /// The ports of the timer that KVM does not have yet.
 pub(crate) struct IntervalTimer {
     vm: Arc<Vm>,
-    exists: bool,
+    /// Whether KVM has given a timer; none before the first access. It is asked once, so that a guest
+    /// cannot fill the log.
+    exists: Option<bool>,
 }
 
 impl IntervalTimer {
     /// A timer of `vm` that is created when the guest first needs it.
     pub(crate) fn new(vm: Arc<Vm>) -> IntervalTimer {
-        IntervalTimer { vm, exists: false }
+        IntervalTimer { vm, exists: None }
     }
 
     /// The timer's state; none if KVM gives no timer.
     fn state(&mut self) -> Option<kvm_pit_state2> {
-        if !self.exists {
-            if let Err(error) = self.vm.create_interval_timer() {
-                tracing::warn!("the guest has no interval timer: {error}");
-                return None;
-            }
-            self.exists = true;
+        let exists = *self.exists.get_or_insert_with(|| {
+            let created = self.vm.create_interval_timer();
+            created
+                .inspect_err(|error| tracing::warn!("the guest has no interval timer: {error}"))
+                .is_ok()
+        });
+        if !exists {
+            return None;
         }
         let state = self.vm.interval_timer();
         state.inspect_err(|error| tracing::warn!("{error}")).ok()
