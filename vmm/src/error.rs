@@ -11,9 +11,9 @@ use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
 use bantam_devices::virtio::block::ReplaceError;
 
-use crate::command::State;
 use crate::config::ConfigError;
 use crate::host::HostError;
+use crate::state::State;
 
 /// Why a machine cannot be built, or has ended otherwise than by its guest's wish. Each displays as
 /// one line with cause and remedy.
