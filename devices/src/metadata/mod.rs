@@ -23,10 +23,10 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use bantam_metrics::Counter;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::metrics::Counter;
 use token::TokenAuthority;
 
 pub use error::MetadataError;

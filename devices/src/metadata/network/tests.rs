@@ -202,7 +202,7 @@ impl World {
 
     fn total(
         &self,
-        counter: impl Fn(&super::super::MetadataMetrics) -> &crate::metrics::Counter,
+        counter: impl Fn(&super::super::MetadataMetrics) -> &bantam_metrics::Counter,
     ) -> u64 {
         counter(self.metadata.metrics()).total()
     }

@@ -4,8 +4,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bantam_metrics::{Counter, Times};
+
 use super::owner::{Direction, Shared};
-use crate::metrics::{Counter, Times};
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::Throttle;
 
