@@ -56,7 +56,6 @@ pub mod workarounds;
 
 pub use bantam_devices::device_log::{BoundedLog, MachineLog};
 pub use bantam_devices::i8042::KeyboardError;
-pub use bantam_devices::metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::serial::SerialMetrics;
 pub use bantam_devices::virtio::balloon::{
@@ -68,6 +67,7 @@ pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
 pub use bantam_devices::virtio::rng::EntropyMetrics;
 pub use bantam_devices::virtio::vsock::VsockMetrics;
 pub use bantam_devices::{ListenError, ListeningSocket};
+pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use command::{Answer, Command, ShutDown};
 pub use console::Console;
 pub use controller::Controller;

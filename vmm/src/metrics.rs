@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use bantam_devices::metadata::MetadataMetrics;
 use bantam_devices::serial::SerialMetrics;
 use bantam_devices::virtio::balloon::BalloonMetrics;
 use bantam_devices::virtio::block::BlockMetrics;
@@ -10,6 +9,7 @@ use bantam_devices::virtio::console::ConsoleMetrics;
 use bantam_devices::virtio::net::NetMetrics;
 use bantam_devices::virtio::rng::EntropyMetrics;
 use bantam_devices::virtio::vsock::VsockMetrics;
+use bantam_metadata::MetadataMetrics;
 use bantam_metrics::Counter;
 use serde::Serialize;
 
