@@ -5,6 +5,8 @@
 //! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
 //! clients of a Unix socket.
 
+#![forbid(unsafe_code)]
+
 mod clients;
 mod configuration;
 mod fault;
