@@ -11,6 +11,7 @@ use bantam_vmm::config::{
     VcpuCount, VsockConfig,
 };
 use bantam_vmm::{NetLimits, check_disk};
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
@@ -377,7 +378,7 @@ fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
     // Without waiting for what it may be instead: a pipe that nobody writes to.
     let opened = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NONBLOCK)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
         .open(path);
     opened
         .map(drop)

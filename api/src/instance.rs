@@ -11,7 +11,6 @@ use bantam_vmm::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::API_VERSION;
 use crate::configuration::{Configuration, file_fault, net_limits};
 use crate::fault::Fault;
 use crate::metrics::{MetricsFile, ProcessTimes};
@@ -23,6 +22,7 @@ use crate::resources::{
     InstanceInformation, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
     Version, Vm, VmState,
 };
+use crate::version::API_VERSION;
 
 const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
 

@@ -5,23 +5,27 @@
 //! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
 //! clients of a Unix socket.
 
+#![forbid(unsafe_code)]
+
 mod clients;
 mod configuration;
 mod fault;
 mod instance;
+mod json;
 mod metrics;
 mod metrics_groups;
 mod request;
 mod request_counts;
 pub mod resources;
 mod server;
+mod text;
+mod version;
 
 pub use configuration::Configuration;
 pub use fault::Fault;
 pub use instance::{Identity, Instance, InstanceOptions, ProgramLog, Reply};
+pub use json::{parse_json, parse_value};
 pub use metrics::{MetricsFile, ProcessTimes};
-pub use request::{Request, parse_json, parse_value};
+pub use request::Request;
 pub use server::{Server, ServerError, ServerLimits};
-
-/// The version of Firecracker's API that this one is like.
-pub const API_VERSION: &str = "1.17.0";
+pub use version::API_VERSION;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::OFlag;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Map, Value, json};
 
@@ -76,7 +77,7 @@ impl MetricsFile {
             .read(true)
             .append(true)
             .create(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
             .open(path)?;
         MetricsFile::start(file)
     }

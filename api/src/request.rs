@@ -1,14 +1,15 @@
 //! What clients ask for: HTTP's method, path and body as one enum.
 
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::fault::Fault;
+use crate::json::{parse_json, parse_value};
 use crate::resources::{
     Action, Balloon, BalloonHinting, BalloonStatisticsUpdate, BalloonUpdate, BootSource, CpuConfig,
     Drive, DriveUpdate, Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate,
     MetadataConfig, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
 };
+use crate::text::printable;
 
 /// What a client asks for.
 #[derive(Clone, Debug)]
@@ -204,44 +205,6 @@ impl Request {
     }
 }
 
-/// Reads a body, or another object in JSON.
-///
-/// # Errors
-/// When it is no object in JSON, or not of this type. The error names the field and the place.
-pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
-    // The members of a struct would be taken in their order, too.
-    if text.trim_ascii_start().starts_with(b"[") {
-        return Err(Fault::Body {
-            field: String::new(),
-            message: "it is an array, but has to be an object".to_string(),
-        });
-    }
-    parse_value(text)
-}
-
-/// Reads any value in JSON.
-///
-/// # Errors
-/// When it is not JSON, or not of this type. The error names the field and the place.
-pub fn parse_value<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
-    let mut deserializer = serde_json::Deserializer::from_slice(text);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        // Members whose name is not known yet are question marks.
-        let path = error.path().to_string();
-        let field = match path.trim_end_matches(['.', '?']) {
-            "" => String::new(),
-            field => format!("{field}: "),
-        };
-        let message = error.into_inner().to_string().replace('\n', " ");
-        Fault::Body { field, message }
-    })?;
-    deserializer.end().map_err(|error| Fault::Body {
-        field: String::new(),
-        message: error.to_string(),
-    })?;
-    Ok(value)
-}
-
 /// Checks the name of a device, which a request has twice.
 fn check_id(path: &str, body: &str) -> Result<(), Fault> {
     if path != body {
@@ -260,15 +223,6 @@ pub(crate) fn check_name(id: &str) -> Result<(), Fault> {
         return Err(Fault::Id { id: printable(id) });
     }
     Ok(())
-}
-
-/// A client's text as it can be shown on a line.
-pub(crate) fn printable(text: &str) -> String {
-    const LONGEST: usize = 100;
-    text.chars()
-        .take(LONGEST)
-        .flat_map(char::escape_debug)
-        .collect()
 }
 
 #[cfg(test)]

@@ -19,9 +19,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
 use crate::attend::{EndedBy, attend, await_start};
-use crate::console::StdioConsole;
+use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::log;
-use crate::run::OUTPUT_LIMIT_AFTER_STOP;
 use crate::signals::Signals;
 use crate::stopping;
 

@@ -21,6 +21,9 @@ use crate::message::say;
 use crate::signals::{Request, Signals};
 use crate::terminal::RawTerminal;
 
+/// How long a user who wants to stop waits for a reader that does not take the last output.
+pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
+
 /// Keys kept until the guest takes them, beside what the pipe holds, in bytes. Up to here the terminal is read
 /// whether or not the guest reads, so that the user can quit; beyond it the terminal waits too.
 const PENDING_KEYS_CAPACITY: usize = 1 << 20;

@@ -7,15 +7,12 @@ use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
 use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
 
 use crate::attend::{EndedBy, attend, await_restart};
-use crate::console::StdioConsole;
+use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
 use crate::message::say;
 use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
-
-/// How long a user who wants to stop waits for a reader that does not take the last output.
-pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
 
 /// Runs a machine until it ends for good. Gives the exit status.
 pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {

@@ -16,8 +16,6 @@ pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;
 mod listening_socket;
-pub mod metadata;
-pub mod metrics;
 pub mod panic_device;
 pub mod patience;
 pub mod pci_bus;

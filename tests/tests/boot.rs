@@ -7,7 +7,7 @@ use std::process::Command;
 use bantam_tests::{
     Bantam, BzImage, Compression, Ended, elf_kernel, monitor, payload, require_kvm,
 };
-use bantam_vmm::host::guest_kernel_parameters;
+use bantam_vmm::workarounds::guest_kernel_parameters;
 use tempfile::TempDir;
 
 /// A folder with a file that holds `bytes`.

@@ -18,7 +18,7 @@ use bantam_tests::{
     require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
-use bantam_vmm::host::guest_kernel_parameters;
+use bantam_vmm::workarounds::guest_kernel_parameters;
 use bantam_vmm::{BalloonStatistics, Console, Controller, ExitReason};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;

@@ -1,6 +1,5 @@
 //! What may be asked of a machine, in which states, and the answers.
 
-use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,55 +11,9 @@ use bantam_devices::virtio::net::NetLimits;
 use serde_json::Value;
 
 use crate::config::MachineConfig;
+use crate::console::Console;
 use crate::metrics::MachineMetrics;
-use crate::serial::Console;
-
-/// Where a machine is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It is not known yet what it is made of.
-    NotConfigured,
-    /// It can be started.
-    Configured,
-    /// It is being built.
-    Starting,
-    /// Its vCPUs run.
-    Running,
-    /// Its vCPUs are being taken out of the guest.
-    Pausing,
-    /// Its vCPUs are out of the guest. Devices still take what comes from outside.
-    Paused,
-    /// It has ended, and does not start again.
-    Stopped,
-}
-
-impl State {
-    /// What can be done in a state that does not allow what was asked for.
-    pub(crate) fn remedy(self) -> &'static str {
-        match self {
-            State::NotConfigured => "configure it first",
-            State::Configured => "start it first",
-            State::Starting | State::Pausing => "try again in a moment",
-            State::Running => "that is for a machine that is paused or has not been started",
-            State::Paused => "resume it first",
-            State::Stopped => "a machine runs once: start another",
-        }
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            State::NotConfigured => "not configured",
-            State::Configured => "configured, but not started",
-            State::Starting => "starting",
-            State::Running => "running",
-            State::Pausing => "pausing",
-            State::Paused => "paused",
-            State::Stopped => "stopped",
-        })
-    }
-}
+use crate::state::State;
 
 /// What can be asked of a machine.
 #[derive(Debug)]

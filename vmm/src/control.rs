@@ -14,7 +14,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
-use crate::vcpu::kick_signal;
 
 /// How often a machine is looked after.
 const TICK: Duration = Duration::from_secs(1);
@@ -232,6 +231,12 @@ impl Control {
     pub(crate) fn take_outcome(&self) -> Option<Result<ExitReason, Error>> {
         lock(&self.outcome).take()
     }
+}
+
+/// The signal that takes a vCPU out of the guest. It is blocked on vCPU threads but for the time in
+/// the guest, where it has no effect beyond ending it, so no disposition is touched.
+pub(crate) fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
 }
 
 /// Takes vCPU threads out of the guest, which have registered themselves. None has been joined: that

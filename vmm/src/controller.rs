@@ -14,15 +14,16 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
-use crate::command::{Answer, Command, ShutDown, State};
+use crate::command::{Answer, Command, ShutDown};
 use crate::config::MachineConfig;
+use crate::console::Console;
 use crate::control::{Control, lock, wait};
 use crate::device_controls::DeviceControls;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
 use crate::machine::Machine;
 use crate::metrics::MachineMetrics;
-use crate::serial::Console;
+use crate::state::State;
 
 /// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
 /// its thread, or a device that it is at waits for the host.

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use bantam_devices::InterruptLine;
 use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::i8042::I8042;
-use bantam_devices::metadata::Metadata;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::block::BlockControl;
 use bantam_devices::virtio::net::{NetControl, NetLimits};
+use bantam_metadata::Metadata;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::lock;

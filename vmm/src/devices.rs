@@ -32,13 +32,14 @@ use crate::config::{
     BalloonConfig, BlockEngineOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,
     SerialConfig, VsockConfig,
 };
+use crate::console::Console;
 use crate::control::Control;
 use crate::disk::disk_options;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::interval_timer::{self, IntervalTimer};
 use crate::metadata::MachineMetadata;
-use crate::serial::{self, Console, SerialGuard};
+use crate::serial::{self, SerialGuard};
 use crate::vm::Vm;
 
 /// The keyboard controller with its keyboard, by which a guest also ends the machine.

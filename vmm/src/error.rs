@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use bantam_devices::ListenError;
 use bantam_devices::disk::DiskError;
 use bantam_devices::i8042::KeyboardError;
-use bantam_devices::metadata::MetadataError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
 use bantam_devices::virtio::block::ReplaceError;
+use bantam_metadata::MetadataError;
 
-use crate::command::State;
 use crate::config::ConfigError;
 use crate::host::HostError;
+use crate::state::State;
 
 /// Why a machine cannot be built, or has ended otherwise than by its guest's wish. Each displays as
 /// one line with cause and remedy.

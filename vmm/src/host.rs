@@ -11,8 +11,6 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::device_access;
 
-pub use crate::workarounds::guest_kernel_parameters;
-
 const KVM_DEVICE: &str = "/dev/kvm";
 /// The device by which tap interfaces are attached.
 pub const TUN_DEVICE: &str = "/dev/net/tun";

@@ -13,6 +13,7 @@ use bantam_devices::disk::DiskFile;
 
 use crate::command::ShutDown;
 use crate::config::MachineConfig;
+use crate::console::Console;
 use crate::control::{Control, EndOnPanic};
 use crate::device_controls::DeviceControls;
 use crate::devices::{
@@ -27,7 +28,7 @@ use crate::host::{open_kvm, require_capabilities};
 use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
-use crate::serial::{Console, SerialGuard};
+use crate::serial::SerialGuard;
 use crate::streams::{StreamGuards, Streams};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;

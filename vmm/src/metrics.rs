@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use bantam_devices::metadata::MetadataMetrics;
 use bantam_devices::serial::SerialMetrics;
 use bantam_devices::virtio::balloon::BalloonMetrics;
 use bantam_devices::virtio::block::BlockMetrics;
@@ -10,9 +9,9 @@ use bantam_devices::virtio::console::ConsoleMetrics;
 use bantam_devices::virtio::net::NetMetrics;
 use bantam_devices::virtio::rng::EntropyMetrics;
 use bantam_devices::virtio::vsock::VsockMetrics;
+use bantam_metadata::MetadataMetrics;
+use bantam_metrics::Counter;
 use serde::Serialize;
-
-use crate::vcpu::VcpuMetrics;
 
 /// The counters of a machine. They are read where they are, at any time, without stopping anything, and
 /// serialize as their totals since the machine was started.
@@ -38,4 +37,19 @@ pub struct MachineMetrics {
     pub balloon: Option<Arc<BalloonMetrics>>,
     /// Of the metadata service, if there is one.
     pub mmds: Option<Arc<MetadataMetrics>>,
+}
+
+/// What a vCPU has left the guest for, and what could not be done for it.
+#[derive(Debug, Default, Serialize)]
+pub struct VcpuMetrics {
+    /// Reads of I/O ports.
+    pub exit_io_in: Counter,
+    /// Writes of I/O ports.
+    pub exit_io_out: Counter,
+    /// Reads of device registers in memory.
+    pub exit_mmio_read: Counter,
+    /// Writes of device registers in memory.
+    pub exit_mmio_write: Counter,
+    /// Failures that ended the machine.
+    pub failures: Counter,
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use bantam_devices::virtio::console::{ConsoleHandle, ConsoleMetrics};
 
 use crate::config::{MachineConfig, SerialConfig};
+use crate::console::Console;
 use crate::devices::VirtioDevices;
 use crate::error::Error;
-use crate::serial::{self, Console, SerialGuard};
+use crate::serial::{self, SerialGuard};
 
 /// The console and the channels of a machine.
 #[derive(Default)]

@@ -8,7 +8,6 @@ use bantam_arch::cpuid::{self, Topology};
 use bantam_arch::{EntryProtocol, lapic, msrs, registers};
 use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
-use bantam_devices::metrics::Counter;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
@@ -16,15 +15,15 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_signal_mask, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
-use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::config::{CpuModifiers, MsrModifier};
-use crate::control::Control;
+use crate::control::{Control, kick_signal};
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
+use crate::metrics::VcpuMetrics;
 use crate::vcpu_statistics::VcpuStatistics;
 use crate::vm::Vm;
 use crate::workarounds::{emulation_remedy, hypercalls_work};
@@ -36,12 +35,6 @@ const RFLAGS_INTERRUPTS: u64 = 1 << 9;
 
 /// Longest instruction of the architecture in bytes.
 const MAX_INSTRUCTION_SIZE: usize = 15;
-
-/// The signal that takes a vCPU out of the guest. It is blocked on vCPU threads but for the time in
-/// the guest, where it has no effect beyond ending it, so no disposition is touched.
-pub(crate) fn kick_signal() -> libc::c_int {
-    libc::SIGRTMIN()
-}
 
 /// Where and how the boot vCPU starts.
 #[derive(Debug, Clone, Copy)]
@@ -98,21 +91,6 @@ pub(crate) struct Vcpu {
     index: u8,
     fd: VcpuFd,
     metrics: Arc<VcpuMetrics>,
-}
-
-/// What a vCPU has left the guest for, and what could not be done for it.
-#[derive(Debug, Default, Serialize)]
-pub struct VcpuMetrics {
-    /// Reads of I/O ports.
-    pub exit_io_in: Counter,
-    /// Writes of I/O ports.
-    pub exit_io_out: Counter,
-    /// Reads of device registers in memory.
-    pub exit_mmio_read: Counter,
-    /// Writes of device registers in memory.
-    pub exit_mmio_write: Counter,
-    /// Failures that ended the machine.
-    pub failures: Counter,
 }
 
 /// What a vCPU reaches when it leaves the guest.

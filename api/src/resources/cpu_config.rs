@@ -3,7 +3,7 @@
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
 
-use crate::request::printable;
+use crate::text::printable;
 
 /// Body of `PUT /cpu-config`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -234,7 +234,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::request::parse_json;
+    use crate::json::parse_json;
 
     /// What a text is read as, as it is written.
     fn read<T: TryFrom<String, Error = String> + Into<String>>(

@@ -15,6 +15,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use bantam_metrics::Counter;
 use serde::Serialize;
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
@@ -26,7 +27,6 @@ pub(crate) use worker::{make_room_in_pipe, wait_for_reader};
 use crate::InterruptLine;
 use crate::bus::BusDevice;
 use crate::device_log::{DeviceLog, Repeat};
-use crate::metrics::Counter;
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
 /// Interrupt enable register.

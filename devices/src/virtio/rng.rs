@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use bantam_metrics::Counter;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use serde::Serialize;
@@ -14,7 +15,6 @@ use super::{
     VirtioInterrupt, device_id,
 };
 use crate::event_loop::Subscriber;
-use crate::metrics::Counter;
 use crate::rate_limiter::Limits;
 
 const QUEUE_SIZE: u16 = 64;

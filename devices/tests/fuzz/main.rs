@@ -15,6 +15,7 @@ mod block;
 mod console;
 mod driver;
 mod machine;
+mod metadata;
 mod net;
 mod operation;
 mod rng;

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bantam_devices::event_loop::Subscriber;
-use bantam_devices::metadata::{Metadata, MetadataAddress, MetadataOptions, MetadataService};
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_devices::virtio::net::{Net, NetLimits};
 use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
@@ -19,6 +18,7 @@ use nix::unistd::read;
 use crate::Target;
 use crate::driver::{DATA, Driver, readable, writable};
 use crate::machine::Machine;
+use crate::metadata::metadata_service;
 use crate::operation::Operation;
 
 const TAP: &str = "fuzz";
@@ -80,13 +80,8 @@ impl NetTarget {
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             SockProtocol::EthAll,
         );
-        let metadata = Metadata::new(&MetadataOptions::default()).unwrap();
-        let service = MetadataService {
-            metadata,
-            address: MetadataAddress::default(),
-        };
         let (mac, limits) = ([2, 0, 0, 0, 0, 1], NetLimits::default());
-        let net = Net::new(tap, mac, None, &limits, Some(service));
+        let net = Net::new(tap, mac, None, &limits, Some(metadata_service()));
         Some(NetTarget {
             net: Arc::new(Mutex::new(net.unwrap())),
             host: host.unwrap(),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bantam_tests::{Kernel, RootFileSystem};
-use bantam_vmm::host::guest_kernel_parameters;
+use bantam_vmm::workarounds::guest_kernel_parameters;
 
 use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors};
 use crate::process::Process;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-use bantam_vmm::host::{Virtualization, guest_kernel_parameters, virtualization};
+use bantam_vmm::host::{Virtualization, virtualization};
+use bantam_vmm::workarounds::guest_kernel_parameters;
 
 /// The monitor that Bantam is compared with.
 pub const PEER: &str = "QEMU microvm";

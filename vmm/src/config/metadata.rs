@@ -1,6 +1,6 @@
 //! Metadata.
 
-use bantam_devices::metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
+use bantam_metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
 use serde_json::Value;
 
 /// What the guest is told over HTTP on a link-local address, and how.

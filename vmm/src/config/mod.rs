@@ -38,12 +38,12 @@ use std::str::FromStr;
 use bantam_arch::layout;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::console::MAX_CHANNELS;
+pub use bantam_metadata::{MetadataAddress, MetadataVersion};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 
 pub use balloon::{BalloonConfig, BalloonSize};
-pub use bantam_devices::metadata::{MetadataAddress, MetadataVersion};
 pub use channel::{ChannelConfig, ChannelName};
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 pub use disk::{

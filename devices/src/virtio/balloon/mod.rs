@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bantam_metrics::Counter;
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::timerfd::TimerFd;
@@ -29,7 +30,6 @@ use super::{
 };
 use crate::GuestMemory;
 use crate::event_loop::Subscriber;
-use crate::metrics::Counter;
 use hinting::Hinting;
 use worker::Worker;
 

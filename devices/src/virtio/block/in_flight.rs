@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::metrics::Work;
 use super::request::{Failure, Operation, Request};
 use super::ring::Direction;
-use super::worker::WriteSpan;
+use super::write_span::WriteSpan;
 use crate::disk::{Bounce, DiskFile};
 use crate::virtio::Chain;
 

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
+use bantam_metrics::{Counter, Latency, Times};
 use serde::Serialize;
-
-use crate::metrics::{Counter, Latency, Times};
 
 /// The work of a block device since the machine was built.
 #[derive(Debug, Default, Serialize)]

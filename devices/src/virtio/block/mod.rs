@@ -13,6 +13,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 mod worker;
+mod write_span;
 
 use std::io;
 use std::sync::Arc;

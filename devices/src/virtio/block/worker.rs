@@ -22,8 +22,6 @@ use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
 use waiting::Waiting;
 
-pub(super) use waiting::WriteSpan;
-
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
 /// next ones while the rest is done, so that neither waits for the other.
 const MAX_BATCH: u16 = 16;

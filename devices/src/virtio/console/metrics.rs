@@ -1,8 +1,7 @@
 //! What the device counts.
 
+use bantam_metrics::Counter;
 use serde::Serialize;
-
-use crate::metrics::Counter;
 
 /// The work of a console device since the machine was built, all its ports together.
 #[derive(Debug, Default, Serialize)]

@@ -4,17 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::owner::Shared;
-use crate::metrics::{Counter, Times};
+use bantam_metrics::{Counter, Times};
+
+use super::owner::{Direction, Shared};
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::Throttle;
-
-/// Which way packets go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    Receive,
-    Transmit,
-}
 
 /// What Receiver or Transmitter ask before a packet passes, and tell afterwards.
 pub(super) struct Flow {

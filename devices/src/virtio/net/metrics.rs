@@ -1,8 +1,7 @@
 //! What a network device counts.
 
+use bantam_metrics::{Counter, Latency};
 use serde::Serialize;
-
-use crate::metrics::{Counter, Latency};
 
 /// The work of a network device since the machine was built. Bytes are those of Ethernet frames,
 /// without what virtio puts before them.

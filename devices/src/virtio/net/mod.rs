@@ -10,7 +10,8 @@ mod dropped;
 mod expected_size;
 mod filter;
 mod flow;
-mod metadata;
+mod local_endpoint;
+mod local_port;
 mod metrics;
 mod owner;
 mod packet_ring;
@@ -35,13 +36,13 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
 use crate::event_loop::Subscriber;
-use crate::metadata::MetadataService;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use config::config_space;
-use metadata::MetadataPort;
+use local_port::LocalPort;
 use owner::Shared;
 use worker::Worker;
 
+pub use local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 pub use metrics::NetMetrics;
 pub use owner::{NetControl, NetLimits};
 
@@ -78,13 +79,13 @@ pub struct Net {
     mtu: u16,
     config: Arc<ConfigSpace>,
     shared: Arc<Shared>,
-    metadata: Option<MetadataService>,
+    service: Option<LocalService>,
 }
 
 impl Net {
     /// A network card with the address `mac`, cabled to `tap`, with as many pairs of queues as that
-    /// has queues. The driver is told `mtu`, in bytes, where it is given. Frames for the address of
-    /// `metadata` go to that service and not to the tap.
+    /// has queues. The driver is told `mtu`, in bytes, where it is given. Frames that
+    /// `service` claims go there and not to the tap.
     ///
     /// # Errors
     /// When the host has no timers for the limits.
@@ -93,7 +94,7 @@ impl Net {
         mac: [u8; 6],
         mtu: Option<u16>,
         limits: &NetLimits,
-        metadata: Option<MetadataService>,
+        service: Option<LocalService>,
     ) -> io::Result<Net> {
         let mut features = COMMON_FEATURES
             | 1 << VIRTIO_NET_F_MAC
@@ -117,7 +118,7 @@ impl Net {
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
             config: Arc::new(config_space(mac, pair_count as u16, mtu)),
-            metadata,
+            service,
             shared: Arc::new(Shared::new(limits)?),
         })
     }
@@ -138,18 +139,17 @@ impl Net {
                     self.tap.name()
                 )
             })?;
-        let metadata = self
-            .metadata
-            .as_ref()
-            .map(|service| MetadataPort::new(service, self.mtu))
-            .transpose()
-            .map_err(|error| format!("cannot create the metadata service: {error}"))?;
+        let connect = |service: &LocalService| {
+            LocalPort::new(service, self.mtu)
+                .map_err(|error| format!("cannot create {}: {error}", service.name()))
+        };
+        let local_port = self.service.as_ref().map(connect).transpose()?;
         Worker::new(
             self.tap.clone(),
             self.mtu,
             self.config.clone(),
             self.shared.clone(),
-            metadata,
+            local_port,
             activation,
         )
     }

@@ -4,7 +4,6 @@ use std::io;
 use std::sync::Arc;
 
 use super::NetMetrics;
-use super::flow::Direction;
 use crate::rate_limiter::Limits;
 use crate::virtio::Throttle;
 
@@ -16,6 +15,13 @@ pub struct NetLimits {
     pub receive: Limits,
     /// Of what it transmits. The rest waits in the guest's queues.
     pub transmit: Limits,
+}
+
+/// Which way packets go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Receive,
+    Transmit,
 }
 
 /// What the front of a network device, its worker and the owner of the machine share.

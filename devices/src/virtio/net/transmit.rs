@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::dropped::{DropReason, DroppedPackets};
 use super::flow::Flow;
-use super::metadata::MetadataPort;
+use super::local_port::LocalPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::GuestMemory;
@@ -58,18 +58,18 @@ impl Transmitter {
 
     /// Sends what the driver has made available, or takes it from the queue all the same where
     /// there is no tap; for one turn at most, with the doorbell rung again for the rest. What is for
-    /// the metadata service, where there is one, it takes.
+    /// the local endpoint, if there is one, goes there.
     pub(super) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
-        metadata: &mut Option<MetadataPort>,
+        local_port: &mut Option<LocalPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, flow, metadata, interrupt, dropped, &mut unreported);
+        let result = self.transmit_turn(tap, flow, local_port, interrupt, dropped, &mut unreported);
         // The driver hears of what was sent, even when it has broken the rules after that.
         self.report(&mut unreported, interrupt);
         result
@@ -79,7 +79,7 @@ impl Transmitter {
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
-        metadata: &mut Option<MetadataPort>,
+        local_port: &mut Option<LocalPort>,
         interrupt: &VirtioInterrupt,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
@@ -107,14 +107,14 @@ impl Transmitter {
                     steps += batch;
                     *unreported += batch;
                     if let Some(halt) =
-                        self.send_together(batch, flow, metadata, &mut since, dropped)?
+                        self.send_together(batch, flow, local_port, &mut since, dropped)?
                     {
                         return Ok(halt);
                     }
                 }
                 _ => {
                     steps += 1;
-                    if let Some(halt) = self.send_one(tap, flow, metadata, &mut since, dropped)? {
+                    if let Some(halt) = self.send_one(tap, flow, local_port, &mut since, dropped)? {
                         return Ok(halt);
                     }
                     *unreported += 1;
@@ -134,7 +134,7 @@ impl Transmitter {
         &mut self,
         tap: Option<&TapQueue>,
         flow: &mut Flow,
-        metadata: &mut Option<MetadataPort>,
+        local_port: &mut Option<LocalPort>,
         since: &mut Instant,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, DriverError> {
@@ -144,7 +144,7 @@ impl Transmitter {
         if !self.queue.pop(chain)? {
             return Ok(None);
         }
-        if !is_taken(metadata, chain)
+        if !is_taken(local_port, chain)
             && let Some(tap) = tap
             && let Err(halt) = send(tap, chain, flow, since, dropped)
         {
@@ -161,7 +161,7 @@ impl Transmitter {
         &mut self,
         count: usize,
         flow: &mut Flow,
-        metadata: &mut Option<MetadataPort>,
+        local_port: &mut Option<LocalPort>,
         since: &mut Instant,
         dropped: &mut DroppedPackets,
     ) -> Result<Option<Halt>, DriverError> {
@@ -177,7 +177,7 @@ impl Transmitter {
                     break;
                 }
             }
-            if is_taken(metadata, chain) {
+            if is_taken(local_port, chain) {
                 self.queue.add_used(chain.head, 0);
             } else if !is_packet(chain, dropped) {
                 flow.charge(0);
@@ -225,11 +225,11 @@ impl Transmitter {
     }
 }
 
-/// Whether the metadata service has taken the packet in `chain`.
-fn is_taken(metadata: &mut Option<MetadataPort>, chain: &Chain) -> bool {
-    metadata
+/// Whether the local endpoint has taken the packet in `chain`.
+fn is_taken(local_port: &mut Option<LocalPort>, chain: &Chain) -> bool {
+    local_port
         .as_mut()
-        .is_some_and(|metadata| metadata.take(&chain.readable))
+        .is_some_and(|local_port| local_port.take(&chain.readable))
 }
 
 /// Whether `chain` holds a packet; otherwise that is recorded.

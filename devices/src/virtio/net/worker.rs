@@ -13,9 +13,9 @@ use super::control::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
-use super::flow::{Direction, Flow};
-use super::metadata::MetadataPort;
-use super::owner::Shared;
+use super::flow::Flow;
+use super::local_port::LocalPort;
+use super::owner::{Direction, Shared};
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
@@ -40,8 +40,8 @@ enum Source {
     ReceiveLimit,
     /// That of the limits of transmission.
     TransmitLimit,
-    /// The timer of the metadata service.
-    MetadataTimer,
+    /// The timer of the local endpoint.
+    LocalTimer,
 }
 
 impl Source {
@@ -54,7 +54,7 @@ impl Source {
             Source::Tap(pair) => (3, pair),
             Source::ReceiveLimit => (4, 0),
             Source::TransmitLimit => (5, 0),
-            Source::MetadataTimer => (6, 0),
+            Source::LocalTimer => (6, 0),
         };
         (pair as u32) << 3 | kind
     }
@@ -68,7 +68,7 @@ impl Source {
             3 => Source::Tap(pair),
             4 => Source::ReceiveLimit,
             5 => Source::TransmitLimit,
-            _ => Source::MetadataTimer,
+            _ => Source::LocalTimer,
         }
     }
 }
@@ -104,7 +104,7 @@ pub(super) struct Worker {
     transmitted: Flow,
     shared: Arc<Shared>,
     control: Option<ControlQueue>,
-    metadata: Option<MetadataPort>,
+    local_port: Option<LocalPort>,
     features: u64,
     filter: ReceiveFilter,
     config: Arc<ConfigSpace>,
@@ -125,7 +125,7 @@ impl Worker {
         mtu: u16,
         config: Arc<ConfigSpace>,
         shared: Arc<Shared>,
-        metadata: Option<MetadataPort>,
+        local_port: Option<LocalPort>,
         activation: Activation,
     ) -> Result<Worker, String> {
         let Activation {
@@ -183,7 +183,7 @@ impl Worker {
             pairs,
             pairs_in_use: 1,
             control,
-            metadata,
+            local_port,
             features,
             filter: ReceiveFilter::new(),
             own_mac: mac(&config),
@@ -240,7 +240,7 @@ impl Worker {
                 }
                 Ok(())
             }
-            Source::MetadataTimer => self.serve_metadata(),
+            Source::LocalTimer => self.serve_local(),
         }
     }
 
@@ -255,8 +255,8 @@ impl Worker {
     /// Receives on one pair, for one turn at most.
     fn receive(&mut self, index: usize) -> Result<(), DriverError> {
         self.receive_from_tap(index)?;
-        match &self.metadata {
-            Some(metadata) if index == 0 && metadata.has_frames() => self.serve_metadata(),
+        match &self.local_port {
+            Some(local_port) if index == 0 && local_port.has_frames() => self.serve_local(),
             _ => Ok(()),
         }
     }
@@ -295,7 +295,7 @@ impl Worker {
         pair.transmit_halt = pair.transmitter.transmit(
             tap,
             &mut self.transmitted,
-            &mut self.metadata,
+            &mut self.local_port,
             &self.interrupt,
             &mut self.dropped,
         )?;
@@ -304,18 +304,18 @@ impl Worker {
         if pair.transmit_halt == Halt::TapGone {
             self.lose_tap();
         }
-        match &self.metadata {
-            Some(metadata) if metadata.has_taken() => self.serve_metadata(),
+        match &self.local_port {
+            Some(local_port) if local_port.has_taken() => self.serve_local(),
             _ => Ok(()),
         }
     }
 
-    /// Has the metadata service do its work. Its frames go to the first pair, which is always in use.
-    fn serve_metadata(&mut self) -> Result<(), DriverError> {
-        let (Some(metadata), Some(pair)) = (&mut self.metadata, self.pairs.first_mut()) else {
+    /// Has the local endpoint do its work. Its frames go to the first pair, which is always in use.
+    fn serve_local(&mut self) -> Result<(), DriverError> {
+        let (Some(local_port), Some(pair)) = (&mut self.local_port, self.pairs.first_mut()) else {
             return Ok(());
         };
-        let delivered = metadata.serve(
+        let delivered = local_port.serve(
             &mut pair.receiver,
             &mut self.received,
             &self.interrupt,
@@ -413,7 +413,7 @@ impl Worker {
             self.pairs[index].transmitter.transmit(
                 None,
                 &mut self.transmitted,
-                &mut self.metadata,
+                &mut self.local_port,
                 &self.interrupt,
                 &mut self.dropped,
             )?;
@@ -497,10 +497,10 @@ impl MutEventSubscriber for Worker {
                 self.interrupt.need_reset_by_host(&error);
             }
         }
-        if let Some(metadata) = &self.metadata {
+        if let Some(local_port) = &self.local_port {
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            let token = Source::MetadataTimer.token();
-            let events = Events::with_data_raw(metadata.timer(), token, readiness);
+            let token = Source::LocalTimer.token();
+            let events = Events::with_data_raw(local_port.timer(), token, readiness);
             if let Err(error) = operations.add(events) {
                 self.interrupt.need_reset_by_host(&error);
             }

@@ -1,8 +1,7 @@
 //! What the device counts.
 
+use bantam_metrics::Counter;
 use serde::Serialize;
-
-use crate::metrics::Counter;
 
 /// The work of a socket device. "Received" is what the guest receives, and "transmitted" what it
 /// transmits.

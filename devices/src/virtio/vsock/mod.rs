@@ -20,6 +20,7 @@ mod metrics;
 mod muxer;
 mod packet;
 mod receive;
+mod source;
 mod stream;
 mod table;
 mod waiting;

@@ -15,10 +15,10 @@ use super::connection::Connection;
 use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
 use super::receive::ReceiveQueue;
+use super::source::Source;
 use super::stream::HostStream;
 use super::table::{Entry, Table};
 use super::waiting::Waiting;
-use super::worker::Source;
 use crate::ListeningSocket;
 use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
 

@@ -11,44 +11,9 @@ use super::metrics::VsockMetrics;
 use super::muxer::Muxer;
 use super::packet::{HEADER_SIZE, Header};
 use super::receive::ReceiveQueue;
+use super::source::Source;
 use crate::ListeningSocket;
 use crate::virtio::{Activation, Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
-
-/// What the event loop has found ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
-    ReceiveDoorbell,
-    TransmitDoorbell,
-    Listener,
-    Timer,
-    /// The stream of the connection at this place.
-    Connection(usize),
-}
-
-const FIRST_CONNECTION_TOKEN: u32 = 4;
-
-impl Source {
-    /// What the event loop keeps of it.
-    pub(super) fn token(self) -> u32 {
-        match self {
-            Source::ReceiveDoorbell => 0,
-            Source::TransmitDoorbell => 1,
-            Source::Listener => 2,
-            Source::Timer => 3,
-            Source::Connection(place) => FIRST_CONNECTION_TOKEN + place as u32,
-        }
-    }
-
-    fn of_token(token: u32) -> Source {
-        match token {
-            0 => Source::ReceiveDoorbell,
-            1 => Source::TransmitDoorbell,
-            2 => Source::Listener,
-            3 => Source::Timer,
-            token => Source::Connection((token - FIRST_CONNECTION_TOKEN) as usize),
-        }
-    }
-}
 
 pub(super) struct Worker {
     receive_queue: ReceiveQueue,

@@ -6,32 +6,16 @@
 //! to be begun, and a request that has to wait for one in the line joins it at its end.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 
-use super::{InFlight, RequestError, RingOperation, Worker};
+use super::Worker;
 use crate::disk::Bounce;
-use crate::virtio::block::request::Operation;
+use crate::virtio::block::in_flight::{InFlight, RingOperation};
+use crate::virtio::block::request::{Operation, RequestError};
 use crate::virtio::block::ring::Direction;
+use crate::virtio::block::write_span::WriteSpan;
 
 /// Most buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
 const MAX_BUFFERS: usize = 8;
-
-/// The blocks that a write changes.
-#[derive(Debug, Clone)]
-pub(in crate::virtio::block) struct WriteSpan {
-    blocks: Range<u64>,
-    /// Whether it covers only a part of some of them, so that no other write may be under way there.
-    is_partial: bool,
-}
-
-impl WriteSpan {
-    /// Whether the two writes must not be under way at the same time.
-    fn excludes(&self, other: &WriteSpan) -> bool {
-        (self.is_partial || other.is_partial)
-            && self.blocks.start < other.blocks.end
-            && other.blocks.start < self.blocks.end
-    }
-}
 
 /// What requests wait for.
 #[derive(Default)]

@@ -1,9 +1,13 @@
 //! A card whose guest reads metadata, frame by frame.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use bantam_metadata::{
+    CLAIM_SIZE, MAX_GUEST_FRAME_SIZE, Metadata, MetadataAddress, MetadataNetwork, MetadataOptions,
+    MetadataService,
+};
 
 use super::*;
-use crate::metadata::{Metadata, MetadataAddress, MetadataOptions};
 
 const GUEST_ADDRESS: [u8; 4] = [192, 168, 7, 2];
 const SERVICE_ADDRESS: [u8; 4] = [169, 254, 169, 254];
@@ -17,6 +21,42 @@ const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
 
+const _: () = assert!(CLAIM_SIZE <= FRAME_START_SIZE);
+
+impl LocalEndpoint for MetadataNetwork {
+    fn claims(&self, start: &[u8]) -> bool {
+        MetadataNetwork::claims(self, start)
+    }
+
+    fn max_frame_size(&self) -> usize {
+        MAX_GUEST_FRAME_SIZE
+    }
+
+    fn accept(&mut self, frame: &mut [u8], now: Instant) {
+        MetadataNetwork::accept(self, frame, now);
+    }
+
+    fn reject(&mut self) {
+        MetadataNetwork::reject(self);
+    }
+
+    fn poll(&mut self, now: Instant) {
+        MetadataNetwork::poll(self, now);
+    }
+
+    fn wait_time(&mut self, now: Instant) -> Option<Duration> {
+        MetadataNetwork::wait_time(self, now)
+    }
+
+    fn next_frame(&self) -> Option<&[u8]> {
+        MetadataNetwork::next_frame(self)
+    }
+
+    fn take_frame(&mut self, delivered: bool) {
+        MetadataNetwork::take_frame(self, delivered);
+    }
+}
+
 /// A machine whose card has a service.
 fn machine(features: u64) -> (Machine, Metadata) {
     let (tap, host) = stand_in();
@@ -27,7 +67,10 @@ fn machine(features: u64) -> (Machine, Metadata) {
     };
     let machine = Machine::with(features, host, |activation| {
         let config = Arc::new(config_space(MAC, 1, 1500));
-        let port = MetadataPort::new(&service, 1500).unwrap();
+        let service = LocalService::new("the metadata service", move |mtu, now| {
+            Ok(Box::new(MetadataNetwork::new(&service, mtu, now)?))
+        });
+        let port = LocalPort::new(&service, 1500).unwrap();
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
         Box::new(Worker::new(Arc::new(tap), 1500, config, shared, Some(port), activation).unwrap())
     });

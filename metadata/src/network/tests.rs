@@ -9,8 +9,9 @@ use smoltcp::wire::{
     TcpPacket, TcpRepr, TcpSeqNumber,
 };
 
-use super::super::{MetadataAddress, MetadataVersion, test_metadata};
 use super::*;
+use crate::metadata::{MetadataVersion, test_metadata};
+use crate::service::MetadataAddress;
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 2);
@@ -202,7 +203,7 @@ impl World {
 
     fn total(
         &self,
-        counter: impl Fn(&super::super::MetadataMetrics) -> &crate::metrics::Counter,
+        counter: impl Fn(&crate::metrics::MetadataMetrics) -> &bantam_metrics::Counter,
     ) -> u64 {
         counter(self.metadata.metrics()).total()
     }

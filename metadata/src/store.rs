@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::error::MetadataError;
+use crate::error::MetadataError;
 
 /// How a guest wants to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

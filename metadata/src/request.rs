@@ -2,19 +2,19 @@
 
 use httparse::{EMPTY_HEADER, Header, Status as ParseStatus};
 
-use super::response::Version;
-use super::store::Format;
+use crate::response::Version;
+use crate::store::Format;
 
 /// Most bytes of a request before its body.
-pub(super) const MAX_HEAD_SIZE: usize = 8 << 10;
+pub(crate) const MAX_HEAD_SIZE: usize = 8 << 10;
 /// Most bytes of a body, which no request needs.
-pub(super) const MAX_BODY_SIZE: usize = 8 << 10;
+pub(crate) const MAX_BODY_SIZE: usize = 8 << 10;
 /// Most header fields of a request.
 const MAX_FIELDS: usize = 64;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Method {
+pub(crate) enum Method {
     Get,
     Put,
     /// As others, but whoever sent it takes no body in return.
@@ -24,7 +24,7 @@ pub(super) enum Method {
 
 /// A field that a token's lifetime came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Field<'a> {
+pub(crate) struct Field<'a> {
     /// As it was written.
     pub name: &'a str,
     pub value: &'a [u8],
@@ -32,7 +32,7 @@ pub(super) struct Field<'a> {
 
 /// A request, as far as the service looks at it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Request<'a> {
+pub(crate) struct Request<'a> {
     pub method: Method,
     /// The path, if there is one.
     pub path: Option<&'a str>,
@@ -48,7 +48,7 @@ pub(super) struct Request<'a> {
 
 /// Why bytes are not a request that can be answered. What comes after them means nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum BadRequest {
+pub(crate) enum BadRequest {
     /// They follow no rules.
     Malformed,
     /// Of another version of HTTP.
@@ -64,7 +64,7 @@ pub(super) enum BadRequest {
 
 /// What bytes start with.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Parsed<'a> {
+pub(crate) enum Parsed<'a> {
     /// The start of a request.
     Incomplete,
     /// A request, and how many bytes it takes, body included.
@@ -73,7 +73,7 @@ pub(super) enum Parsed<'a> {
 }
 
 /// Looks for a request at the start of `bytes`.
-pub(super) fn parse(bytes: &[u8]) -> Parsed<'_> {
+pub(crate) fn parse(bytes: &[u8]) -> Parsed<'_> {
     let mut fields = [EMPTY_HEADER; MAX_FIELDS];
     let mut request = httparse::Request::new(&mut fields);
     let head_size = match request.parse(bytes) {

@@ -5,17 +5,17 @@
 
 use std::time::Instant;
 
-use super::request::{BadRequest, Field, Method, Request};
-use super::response::{Response, Status};
-use super::store::{Format, LookupError};
-use super::token::LIFETIMES;
-use super::{Metadata, MetadataVersion};
+use crate::metadata::{Metadata, MetadataVersion};
+use crate::request::{BadRequest, Field, Method, Request};
+use crate::response::{Response, Status};
+use crate::store::{Format, LookupError};
+use crate::token::LIFETIMES;
 
 /// Where tokens are asked for.
 const TOKEN_PATH: [&str; 3] = ["latest", "api", "token"];
 
 /// Answers a request that came at `now`.
-pub(super) fn answer(metadata: &Metadata, request: &Request<'_>, now: Instant) -> Response {
+pub(crate) fn answer(metadata: &Metadata, request: &Request<'_>, now: Instant) -> Response {
     let Some(path) = request.path else {
         return Response::text(Status::BadRequest, "Invalid URI.");
     };
@@ -29,7 +29,7 @@ pub(super) fn answer(metadata: &Metadata, request: &Request<'_>, now: Instant) -
 }
 
 /// Answers what was no request.
-pub(super) fn answer_bad(error: BadRequest) -> Response {
+pub(crate) fn answer_bad(error: BadRequest) -> Response {
     let (status, text) = match error {
         BadRequest::Malformed => (Status::BadRequest, "Invalid request."),
         BadRequest::Version => (Status::NotImplemented, "Unsupported HTTP version."),
@@ -132,9 +132,9 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::request::{Parsed, parse};
-    use super::super::{MetadataOptions, test_metadata};
     use super::*;
+    use crate::metadata::{MetadataOptions, test_metadata};
+    use crate::request::{Parsed, parse};
 
     fn metadata(version: MetadataVersion) -> Metadata {
         test_metadata(
@@ -317,7 +317,7 @@ mod tests {
         for method in ["POST", "PATCH", "DELETE", "HEAD", "OPTIONS", "get"] {
             let response = ask(&metadata, &format!("{method} /latest HTTP/1.1\n\n"));
             assert_eq!(response.status, Status::MethodNotAllowed, "{method}");
-            let bytes = response.encode(super::super::response::Version::Http11, true, false);
+            let bytes = response.encode(crate::response::Version::Http11, true, false);
             let text = String::from_utf8(bytes).unwrap();
             assert!(text.contains("\r\nAllow: GET, PUT\r\n"), "{text}");
         }

@@ -14,7 +14,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 /// How long a token may be valid, in seconds.
-pub(super) const LIFETIMES: RangeInclusive<u32> = 1..=21_600;
+pub(crate) const LIFETIMES: RangeInclusive<u32> = 1..=21_600;
 
 /// The parts of a token, in bytes.
 const EXPIRY_SIZE: usize = 8;
@@ -23,7 +23,7 @@ const CODE_SIZE: usize = 32;
 const SIZE: usize = EXPIRY_SIZE + SERIAL_SIZE + CODE_SIZE;
 
 /// Makes tokens and recognizes its own.
-pub(super) struct TokenAuthority {
+pub(crate) struct TokenAuthority {
     /// HMAC-SHA-256 (RFC 2104) with a key that nobody else has.
     code: Hmac<Sha256>,
     /// Expiry is counted from here.
@@ -37,7 +37,7 @@ impl TokenAuthority {
     ///
     /// # Errors
     /// When the host gives no random numbers.
-    pub(super) fn new(start: Instant) -> io::Result<TokenAuthority> {
+    pub(crate) fn new(start: Instant) -> io::Result<TokenAuthority> {
         let mut key = [0; 64];
         getrandom::fill(&mut key)?;
         Ok(TokenAuthority {
@@ -48,7 +48,7 @@ impl TokenAuthority {
     }
 
     /// A token that is valid for `lifetime` seconds from `now`; `None` where that is out of bounds.
-    pub(super) fn issue(&self, lifetime: u32, now: Instant) -> Option<String> {
+    pub(crate) fn issue(&self, lifetime: u32, now: Instant) -> Option<String> {
         if !LIFETIMES.contains(&lifetime) {
             return None;
         }
@@ -63,7 +63,7 @@ impl TokenAuthority {
     }
 
     /// Whether `token` was issued here and has not expired by `now`.
-    pub(super) fn is_valid(&self, token: &[u8], now: Instant) -> bool {
+    pub(crate) fn is_valid(&self, token: &[u8], now: Instant) -> bool {
         // One byte more than there can be, as the decoder wants room for whole groups.
         let mut bytes = [0; SIZE + 3];
         let Ok(size) = URL_SAFE_NO_PAD.decode_slice(token, &mut bytes) else {

@@ -19,8 +19,9 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::Instant as StackInstant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, IpListenEndpoint};
 
-use super::connection::Connection;
-use super::{Metadata, MetadataService};
+use crate::connection::Connection;
+use crate::metadata::Metadata;
+use crate::service::MetadataService;
 
 /// The service's address in the Ethernet.
 const MAC: [u8; 6] = [0x06, 0x01, 0x23, 0x45, 0x67, 0x01];

@@ -1,4 +1,4 @@
-//! The metadata service's connection to the queues of a card.
+//! The port of a local endpoint: its connection to the queues of a card.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,18 +9,20 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::DriverError;
 use super::dropped::DroppedPackets;
 use super::flow::Flow;
+use super::local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 use super::receive::Receiver;
-use crate::metadata::{CLAIM_SIZE, MAX_GUEST_FRAME_SIZE, MetadataNetwork, MetadataService};
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
 
 /// The shortest time by which a timer can be set.
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
-/// A metadata service that takes frames from the transmit queues of a card, and whose frames go to
-/// a receive queue.
-pub(super) struct MetadataPort {
-    network: MetadataNetwork,
+/// A local endpoint that takes frames from the transmit queues of a card, and whose frames go to a
+/// receive queue.
+pub(super) struct LocalPort {
+    endpoint: Box<dyn LocalEndpoint>,
+    /// What messages call it.
+    name: &'static str,
     timer: TimerFd,
     /// Place for a packet, header included.
     packet: Vec<u8>,
@@ -28,57 +30,58 @@ pub(super) struct MetadataPort {
     has_taken: bool,
 }
 
-impl MetadataPort {
+impl LocalPort {
     /// A port for `service` on a card of `mtu` bytes.
     ///
     /// # Errors
-    /// When the host gives no timer or no random numbers.
-    pub(super) fn new(service: &MetadataService, mtu: u16) -> io::Result<MetadataPort> {
-        Ok(MetadataPort {
-            network: MetadataNetwork::new(service, mtu, Instant::now())?,
+    /// When the host gives no timer, or the service no endpoint.
+    pub(super) fn new(service: &LocalService, mtu: u16) -> io::Result<LocalPort> {
+        Ok(LocalPort {
+            endpoint: service.connect(mtu, Instant::now())?,
+            name: service.name(),
             timer: TimerFd::new()?,
             packet: Vec::new(),
             has_taken: false,
         })
     }
 
-    /// Becomes readable when it is time for [`MetadataPort::serve`].
+    /// Becomes readable when it is time for [`LocalPort::serve`].
     pub(super) fn timer(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
 
-    /// Takes a packet of the driver, if it is for the service.
+    /// Takes a packet of the driver, if it is for the endpoint.
     pub(super) fn take(&mut self, packet: &GuestBuffers) -> bool {
-        let mut start = [0; CLAIM_SIZE];
+        let mut start = [0; FRAME_START_SIZE];
         let size = packet.read_at(PACKET_HEADER_SIZE, &mut start);
-        if !self.network.claims(&start[..size]) {
+        if !self.endpoint.claims(&start[..size]) {
             return false;
         }
-        // What the header says of offloads does not matter: of segments the service takes what it
+        // What the header says of offloads does not matter: of segments the endpoint takes what it
         // has room for, and it looks at no checksum.
-        let size = packet.len() - PACKET_HEADER_SIZE;
-        if size > MAX_GUEST_FRAME_SIZE {
-            self.network.reject();
+        let size = packet.len().saturating_sub(PACKET_HEADER_SIZE);
+        if size > self.endpoint.max_frame_size() {
+            self.endpoint.reject();
             return true;
         }
         self.packet.resize(size, 0);
         packet.read_at(PACKET_HEADER_SIZE, &mut self.packet);
-        self.network.accept(&mut self.packet, Instant::now());
+        self.endpoint.accept(&mut self.packet, Instant::now());
         self.has_taken = true;
         true
     }
 
-    /// Whether there is work for [`MetadataPort::serve`] as packets were taken.
+    /// Whether there is work for [`LocalPort::serve`] as packets were taken.
     pub(super) fn has_taken(&self) -> bool {
         self.has_taken
     }
 
-    /// Whether there is work for [`MetadataPort::serve`] as soon as the driver has buffers.
+    /// Whether there is work for [`LocalPort::serve`] as soon as the driver has buffers.
     pub(super) fn has_frames(&self) -> bool {
-        self.network.next_frame().is_some()
+        self.endpoint.next_frame().is_some()
     }
 
-    /// Has the service do its work, and delivers its frames as far as the driver has buffers, for one
+    /// Has the endpoint do its work, and delivers its frames as far as the driver has buffers, for one
     /// turn at most; the timer ends at once for the rest. `true` when there were any.
     pub(super) fn serve(
         &mut self,
@@ -99,7 +102,7 @@ impl MetadataPort {
                 break Ok(delivered);
             }
             // Each frame that leaves makes room for another.
-            self.network.poll(now);
+            self.endpoint.poll(now);
             match self.deliver(receiver, flow, dropped, &mut unreported) {
                 Ok(true) => delivered = true,
                 Ok(false) => break Ok(delivered),
@@ -108,9 +111,7 @@ impl MetadataPort {
         };
         receiver.report(&mut unreported, interrupt);
         if let Err(error) = self.set_timer(is_over) {
-            interrupt.warn_of_host(format_args!(
-                "the metadata service cannot set its timer: {error}"
-            ));
+            interrupt.warn_of_host(format_args!("{} cannot set its timer: {error}", self.name));
         }
         result
     }
@@ -125,13 +126,13 @@ impl MetadataPort {
         unreported: &mut usize,
     ) -> Result<bool, DriverError> {
         let mut any = false;
-        while let Some(frame) = self.network.next_frame() {
+        while let Some(frame) = self.endpoint.next_frame() {
             // A header of zeroes: there is nothing left to do to the packet.
             self.packet.clear();
             self.packet.resize(PACKET_HEADER_SIZE, 0);
             self.packet.extend_from_slice(frame);
             match receiver.insert(&self.packet, flow, dropped, unreported)? {
-                Some(delivered) => self.network.take_frame(delivered),
+                Some(delivered) => self.endpoint.take_frame(delivered),
                 None => break,
             }
             any = true;
@@ -143,7 +144,7 @@ impl MetadataPort {
         if at_once {
             return Ok(self.timer.reset(AT_ONCE, None)?);
         }
-        match self.network.wait_time(Instant::now()) {
+        match self.endpoint.wait_time(Instant::now()) {
             Some(wait) => self.timer.reset(wait, None)?,
             None => self.timer.clear()?,
         }

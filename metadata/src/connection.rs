@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::Metadata;
-use super::answer::{answer, answer_bad};
-use super::request::{MAX_BODY_SIZE, MAX_HEAD_SIZE, Method, Parsed, parse};
-use super::response::Version;
+use crate::answer::{answer, answer_bad};
+use crate::metadata::Metadata;
+use crate::request::{MAX_BODY_SIZE, MAX_HEAD_SIZE, Method, Parsed, parse};
+use crate::response::Version;
 
 /// Most bytes that wait to be understood. A whole request fits.
 const MAX_RECEIVED: usize = MAX_HEAD_SIZE + MAX_BODY_SIZE;
@@ -13,7 +13,7 @@ const MAX_RECEIVED: usize = MAX_HEAD_SIZE + MAX_BODY_SIZE;
 /// What a connection keeps. Its requests are answered one after the other, each once the response
 /// before it has been taken.
 #[derive(Default)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     /// The start of the next request.
     received: Vec<u8>,
     response: Vec<u8>,
@@ -25,7 +25,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Takes bytes of the client, as many as there is room for, and gives their number.
-    pub(super) fn receive(&mut self, bytes: &[u8]) -> usize {
+    pub(crate) fn receive(&mut self, bytes: &[u8]) -> usize {
         // After the last response it may send what it likes.
         if self.closing {
             return bytes.len();
@@ -37,7 +37,7 @@ impl Connection {
 
     /// Answers the next request, if all of it is there and nothing is left of the response before
     /// it.
-    pub(super) fn answer(&mut self, metadata: &Metadata, now: Instant) -> bool {
+    pub(crate) fn answer(&mut self, metadata: &Metadata, now: Instant) -> bool {
         if !self.response().is_empty() || self.closing {
             return false;
         }
@@ -62,12 +62,12 @@ impl Connection {
     }
 
     /// What is left of the response.
-    pub(super) fn response(&self) -> &[u8] {
+    pub(crate) fn response(&self) -> &[u8] {
         &self.response[self.taken..]
     }
 
     /// Takes the first `count` bytes that are left of the response.
-    pub(super) fn take(&mut self, count: usize) {
+    pub(crate) fn take(&mut self, count: usize) {
         self.taken += count.min(self.response().len());
         if self.response().is_empty() {
             // It can be large.
@@ -77,7 +77,7 @@ impl Connection {
     }
 
     /// Whether the last response has been taken.
-    pub(super) fn is_finished(&self) -> bool {
+    pub(crate) fn is_finished(&self) -> bool {
         self.closing && self.response().is_empty()
     }
 }
@@ -87,8 +87,8 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    use super::super::{MetadataVersion, test_metadata};
     use super::*;
+    use crate::metadata::{MetadataVersion, test_metadata};
 
     /// All that comes back when a client sends these pieces.
     fn talk(pieces: &[&[u8]]) -> (String, Connection) {

@@ -1,7 +1,9 @@
-//! What devices count of their work, for whoever watches the machine.
+//! Counters of the work that the parts of a machine do, for programs that watch it.
 //!
-//! Each device has a struct of these of its own, shared between its worker, which counts, and the
+//! Each part has a struct of its own with these, shared between the thread that counts and the
 //! owner of the machine, who reads. They serialize as their totals since the machine was built.
+
+#![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -57,7 +59,7 @@ impl Default for Latency {
 
 impl Latency {
     /// Counts what `times` holds, which is empty afterwards.
-    pub(crate) fn record(&self, times: &mut Times) {
+    pub fn record(&self, times: &mut Times) {
         let Some((least, most)) = std::mem::take(&mut times.range) else {
             return;
         };
@@ -87,7 +89,7 @@ impl Serialize for Latency {
 /// Times that one thread puts together before it counts them, as that takes longer than a packet or
 /// request can wait.
 #[derive(Debug, Default)]
-pub(crate) struct Times {
+pub struct Times {
     /// The least and the most.
     range: Option<(Duration, Duration)>,
     sum: Duration,
@@ -95,7 +97,7 @@ pub(crate) struct Times {
 
 impl Times {
     /// Adds `count` things, each of which took `time`.
-    pub(crate) fn add(&mut self, time: Duration, count: u32) {
+    pub fn add(&mut self, time: Duration, count: u32) {
         if count > 0 {
             let (least, most) = self.range.unwrap_or((time, time));
             self.range = Some((least.min(time), most.max(time)));

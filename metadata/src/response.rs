@@ -1,17 +1,17 @@
 //! Responses as HTTP/1.0 and HTTP/1.1 write them.
 
-use super::store::Format;
+use crate::store::Format;
 
 /// A version of HTTP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(crate) enum Version {
     Http10,
     Http11,
 }
 
 /// How a request has gone, by the numbers of RFC 9110, section 15.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Status {
+pub(crate) enum Status {
     Ok,
     BadRequest,
     Unauthorized,
@@ -41,7 +41,7 @@ impl Status {
 
 /// A response.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Response {
+pub(crate) struct Response {
     pub status: Status,
     pub format: Format,
     /// A field beside the usual ones: its name, which came from a request, and its value.
@@ -51,7 +51,7 @@ pub(super) struct Response {
 
 impl Response {
     /// A response of text.
-    pub(super) fn text(status: Status, body: impl Into<String>) -> Response {
+    pub(crate) fn text(status: Status, body: impl Into<String>) -> Response {
         Response {
             status,
             format: Format::Text,
@@ -61,7 +61,7 @@ impl Response {
     }
 
     /// The bytes of the response, without its body where `head_only` says so.
-    pub(super) fn encode(&self, version: Version, keep_alive: bool, head_only: bool) -> Vec<u8> {
+    pub(crate) fn encode(&self, version: Version, keep_alive: bool, head_only: bool) -> Vec<u8> {
         let version = match version {
             Version::Http10 => "HTTP/1.0",
             Version::Http11 => "HTTP/1.1",

@@ -1,0 +1,10 @@
+//! Text of clients in messages.
+
+/// A client's text as it can be shown on a line.
+pub(crate) fn printable(text: &str) -> String {
+    const LONGEST: usize = 100;
+    text.chars()
+        .take(LONGEST)
+        .flat_map(char::escape_debug)
+        .collect()
+}
