@@ -13,7 +13,8 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use bantam_memory::GuestMemory;
+use vm_memory::GuestAddress;
 
 use crate::error::{Error, Result, check_vcpu_count, write_memory};
 use crate::layout::{
@@ -74,10 +75,7 @@ pub struct VirtioMmioWindow {
 /// When the number of vCPUs is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), a device
 /// window is not in the device hole, the tables exceed [`ACPI_TABLES_MAX_SIZE`], or the guest has no
 /// memory there.
-pub fn write_acpi_tables(
-    memory: &GuestMemoryMmap<()>,
-    devices: &AcpiDevices<'_>,
-) -> Result<GuestAddress> {
+pub fn write_acpi_tables(memory: &GuestMemory, devices: &AcpiDevices<'_>) -> Result<GuestAddress> {
     check_vcpu_count(devices.vcpu_count)?;
     let mut area = TableArea {
         memory,
@@ -100,7 +98,7 @@ pub fn write_acpi_tables(
 
 /// Guest memory for tables, filled from its start.
 struct TableArea<'a> {
-    memory: &'a GuestMemoryMmap<()>,
+    memory: &'a GuestMemory,
     next: u64,
 }
 

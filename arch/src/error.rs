@@ -1,4 +1,5 @@
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use bantam_memory::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout::{ACPI_TABLES_MAX_SIZE, DEVICE_HOLE, DEVICE_HOLE_END, MAX_VCPUS};
 
@@ -85,7 +86,7 @@ pub(crate) fn check_vcpu_count(count: u8) -> Result<()> {
 }
 
 pub(crate) fn write_memory(
-    memory: &GuestMemoryMmap<()>,
+    memory: &GuestMemory,
     what: &'static str,
     address: u64,
     bytes: &[u8],

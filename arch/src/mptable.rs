@@ -1,7 +1,7 @@
 //! The MP table, which tells kernels without ACPI of processors, the I/O APIC and its inputs
 //! (Intel MultiProcessor Specification 1.4, chapter 4).
 
-use vm_memory::GuestMemoryMmap;
+use bantam_memory::GuestMemory;
 
 use crate::error::{Result, check_vcpu_count, write_memory};
 use crate::layout::{IO_APIC, IO_APIC_PIN_COUNT, LOCAL_APIC, MP_TABLE, TIMER_GSI};
@@ -54,7 +54,7 @@ const ALL_LOCAL_APICS: u8 = 0xff;
 /// # Errors
 /// When `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
 /// memory at [`MP_TABLE`].
-pub fn write_mp_table(memory: &GuestMemoryMmap<()>, vcpu_count: u8, gsis: &[u32]) -> Result<()> {
+pub fn write_mp_table(memory: &GuestMemory, vcpu_count: u8, gsis: &[u32]) -> Result<()> {
     check_vcpu_count(vcpu_count)?;
     let mut bytes = floating_pointer();
     bytes.extend(configuration_table(vcpu_count, gsis));
@@ -201,7 +201,7 @@ mod tests {
 
     /// The KiB that holds the table, followed by the bytes after it.
     fn written(vcpu_count: u8, gsis: &[u32]) -> (Vec<u8>, Vec<u8>) {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write_mp_table(&memory, vcpu_count, gsis).unwrap();
         let read = |address, size| {
             let mut bytes = vec![0; size];
@@ -291,7 +291,7 @@ mod tests {
 
     #[test]
     fn vcpus_it_cannot_hold_are_refused() {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for count in [0, MAX_VCPUS + 1, u8::MAX] {
             let error = write_mp_table(&memory, count, &[]).unwrap_err();
             assert!(matches!(error, Error::VcpuCount { .. }));

@@ -2,8 +2,8 @@
 //!
 //! The other vCPUs wait for the guest to start them and keep the state KVM gave them.
 
+use bantam_memory::GuestMemory;
 use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
-use vm_memory::GuestMemoryMmap;
 
 use crate::EntryProtocol;
 use crate::error::{Result, write_memory};
@@ -120,7 +120,7 @@ pub fn floating_point_state() -> kvm_fpu {
 ///
 /// # Errors
 /// When the guest has no memory at their addresses.
-pub fn write_boot_tables(memory: &GuestMemoryMmap<()>, protocol: EntryProtocol) -> Result<()> {
+pub fn write_boot_tables(memory: &GuestMemory, protocol: EntryProtocol) -> Result<()> {
     let gdt: [u64; GDT_ENTRY_COUNT] = [
         0,
         0,
@@ -134,7 +134,7 @@ pub fn write_boot_tables(memory: &GuestMemoryMmap<()>, protocol: EntryProtocol) 
     }
 }
 
-fn write_identity_map(memory: &GuestMemoryMmap<()>) -> Result<()> {
+fn write_identity_map(memory: &GuestMemory) -> Result<()> {
     let table = |address: u64| address | PAGE_PRESENT | PAGE_WRITABLE;
     let page_directories =
         (0..IDENTITY_MAP_GIB).map(|gib| table(PAGE_DIRECTORIES + gib * PAGE_TABLE_SIZE));
@@ -148,7 +148,7 @@ fn write_identity_map(memory: &GuestMemoryMmap<()>) -> Result<()> {
 
 /// Fills whole page tables from `address` on; entries that `entries` leaves are not present.
 fn write_page_tables(
-    memory: &GuestMemoryMmap<()>,
+    memory: &GuestMemory,
     address: u64,
     entries: impl IntoIterator<Item = u64>,
 ) -> Result<()> {
@@ -161,7 +161,7 @@ fn write_page_tables(
 }
 
 fn write_table(
-    memory: &GuestMemoryMmap<()>,
+    memory: &GuestMemory,
     what: &'static str,
     address: u64,
     entries: impl IntoIterator<Item = u64>,
@@ -239,11 +239,11 @@ mod tests {
     use crate::Error;
     use vm_memory::{Bytes, GuestAddress};
 
-    fn memory(size: usize) -> GuestMemoryMmap<()> {
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap()
+    fn memory(size: usize) -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), size)]).unwrap()
     }
 
-    fn read(memory: &GuestMemoryMmap<()>, address: u64) -> u64 {
+    fn read(memory: &GuestMemory, address: u64) -> u64 {
         memory.read_obj(GuestAddress(address)).unwrap()
     }
 

@@ -4,9 +4,8 @@ use std::fs::File;
 use std::io::{self, Seek};
 
 use bantam_arch::layout;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-};
+use bantam_memory::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::image_file::{ImageFileError, mib, regular_file_length};
 use crate::kernel::LoadedKernel;
@@ -82,7 +81,7 @@ impl From<io::Error> for InitrdError {
 /// The file cannot be read, or does not fit between the kernel and the device hole (or the limit
 /// in the kernel's setup header).
 pub fn load_initrd(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     initrd: &mut File,
     kernel: &LoadedKernel,
 ) -> Result<Initrd, InitrdError> {
@@ -99,7 +98,7 @@ pub fn load_initrd(
 }
 
 fn initrd_address(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     size: u64,
     kernel: &LoadedKernel,
 ) -> Result<GuestAddress, InitrdError> {
@@ -110,8 +109,8 @@ fn initrd_address(
         });
     let limit = layout::DEVICE_HOLE.min(highest_address + 1);
     let memory_end = memory
-        .iter()
-        .map(|region| region.last_addr().0 + 1)
+        .regions()
+        .map(|region| region.end())
         .filter(|end| *end <= layout::DEVICE_HOLE)
         .max()
         .unwrap_or(0);
@@ -186,7 +185,7 @@ mod tests {
 
     #[test]
     fn initrd_stays_below_2_gib_and_the_device_hole() {
-        let memory = GuestMemoryMmap::from_ranges(&[
+        let memory = GuestMemory::from_ranges(&[
             (GuestAddress(0), layout::DEVICE_HOLE as usize),
             (GuestAddress(layout::DEVICE_HOLE_END), 1 << 30),
         ])

@@ -2,12 +2,13 @@
 
 use bantam_arch::memory_map::{MemoryKind, MemoryMapEntry};
 use bantam_arch::{EntryProtocol, layout};
+use bantam_memory::GuestMemory;
 use linux_loader::loader::bootparam::{SETUP_RNG_SEED, boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{
     XEN_HVM_MEMMAP_TYPE_RAM, XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE,
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
 use crate::command_line::{CommandLine, CommandLineError};
 use crate::initrd::Initrd;
@@ -81,7 +82,7 @@ pub enum StartInformationError {
 /// The command line is longer than this kernel takes, the memory map has more entries than the
 /// protocol, or guest memory does not reach up to the boot structures.
 pub fn write_start_information(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     kernel: &LoadedKernel,
     information: &StartInformation<'_>,
 ) -> Result<GuestAddress, StartInformationError> {
@@ -104,7 +105,7 @@ pub fn write_start_information(
 /// Writes `hvm_start_info` and what it points to (Xen docs/misc/pvh, public/arch-x86/hvm/
 /// start_info.h).
 fn write_pvh_start_info(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     information: &StartInformation<'_>,
 ) -> Result<GuestAddress, StartInformationError> {
     check_entry_count(information.memory_map, PVH_MEMORY_MAP_MAX_ENTRIES)?;
@@ -157,7 +158,7 @@ fn write_pvh_start_info(
 /// Writes the "zero page" (Linux Documentation/arch/x86/boot.rst, "64-bit Boot Protocol", and
 /// zero-page.rst).
 fn write_linux_boot_params(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     kernel_header: Option<setup_header>,
     command_line_limit: usize,
     information: &StartInformation<'_>,
@@ -197,7 +198,7 @@ fn write_linux_boot_params(
 
 /// Writes the only element of the list that `setup_data` points to (boot.rst, "setup_data").
 fn write_random_seed(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     seed: &[u8; RANDOM_SEED_SIZE],
 ) -> Result<(), StartInformationError> {
     let mut element = Vec::with_capacity(16 + seed.len());
@@ -228,7 +229,7 @@ fn check_entry_count(
 }
 
 fn write_structure(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     what: &'static str,
     address: u64,
     structure: &impl ByteValued,
@@ -237,7 +238,7 @@ fn write_structure(
 }
 
 fn write_bytes(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     what: &'static str,
     address: u64,
     bytes: &[u8],
@@ -265,7 +266,7 @@ mod tests {
     const RSDP: GuestAddress = GuestAddress(layout::ACPI_TABLES);
     const SEED: [u8; RANDOM_SEED_SIZE] = *b"thirty-two bytes of a test seed.";
 
-    fn read<const N: usize>(memory: &GuestMemoryMmap, address: u64) -> [u8; N] {
+    fn read<const N: usize>(memory: &GuestMemory, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
         memory
             .read_slice(&mut bytes, GuestAddress(address))
@@ -273,16 +274,16 @@ mod tests {
         bytes
     }
 
-    fn u64_at(memory: &GuestMemoryMmap, address: u64) -> u64 {
+    fn u64_at(memory: &GuestMemory, address: u64) -> u64 {
         u64::from_le_bytes(read(memory, address))
     }
 
-    fn u32_at(memory: &GuestMemoryMmap, address: u64) -> u32 {
+    fn u32_at(memory: &GuestMemory, address: u64) -> u32 {
         u32::from_le_bytes(read(memory, address))
     }
 
     fn write(
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         protocol: EntryProtocol,
         setup_header: Option<setup_header>,
         initrd: Option<Initrd>,

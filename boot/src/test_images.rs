@@ -4,17 +4,18 @@ use std::fs::File;
 use std::io::{Read, Write};
 
 use bantam_arch::EntryProtocol;
+use bantam_memory::GuestMemory;
 use linux_loader::elf::{EM_X86_64, ET_EXEC, PT_LOAD, PT_NOTE};
 use linux_loader::loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress};
 
 use crate::kernel::{Compression, KernelFormat, LoadedKernel};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
 /// Guest memory of `size` bytes from address zero.
-pub(crate) fn memory(size: u64) -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size as usize)]).unwrap()
+pub(crate) fn memory(size: u64) -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), size as usize)]).unwrap()
 }
 
 /// An open file that holds `bytes`.

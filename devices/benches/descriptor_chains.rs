@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use bantam_devices::InterruptLine;
 use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::tap::PACKET_HEADER_SIZE;
 use bantam_devices::virtio::block::bench::SteppedWorker;
 use bantam_devices::virtio::{Chain, VirtQueue, VirtioInterrupt};
-use bantam_devices::{GuestMemory, InterruptLine};
+use bantam_memory::GuestMemory;
 use criterion::{Criterion, criterion_group, criterion_main};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::bindings::virtio_ring::{

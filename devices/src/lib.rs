@@ -1,7 +1,7 @@
 //! What a guest talks to: buses, the serial port, power control, the virtio transport and devices.
 //!
-//! Nothing here knows of KVM. A device raises interrupts through [`InterruptLine`], reads guest
-//! memory through `vm-memory`, and does its work on an [`EventLoop`]; so each can be tested with
+//! Nothing here knows of KVM. A device raises interrupts through [`InterruptLine`], reaches guest
+//! memory through [`bantam_memory`], and does its work on an [`EventLoop`]; so each can be tested with
 //! no virtual machine around it.
 
 pub mod acpi_power;
@@ -11,7 +11,6 @@ pub mod device_log;
 pub mod disk;
 pub mod event_loop;
 pub mod exit_port;
-mod guest_memory;
 pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;
@@ -27,7 +26,6 @@ pub mod tap;
 pub mod virtio;
 
 pub use event_loop::EventLoop;
-pub use guest_memory::GuestMemory;
 pub use interrupt::InterruptLine;
 pub use listening_socket::{ListenError, ListeningSocket};
 pub use power::PowerControl;

@@ -26,7 +26,8 @@ use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
 use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
-use bantam_devices::{EventLoop, GuestMemory, ListeningSocket};
+use bantam_devices::{EventLoop, ListeningSocket};
+use bantam_memory::GuestMemory;
 
 use crate::config::{
     BalloonConfig, BlockEngineOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,

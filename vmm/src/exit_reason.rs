@@ -4,7 +4,7 @@ use std::fmt;
 
 use bantam_arch::layout;
 use bantam_boot::CommandLine;
-use bantam_devices::GuestMemory;
+use bantam_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Why a machine has ended as it should, or as its guest would have it.

@@ -12,7 +12,7 @@ use bantam_boot::{
     BootProtocol, CommandLine, LoadedKernel, RANDOM_SEED_SIZE, StartInformation, load_initrd,
     load_kernel, write_start_information,
 };
-use bantam_devices::GuestMemory;
+use bantam_memory::GuestMemory;
 use vm_memory::GuestAddress;
 
 use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};

@@ -1,12 +1,10 @@
 //! Guest memory, made of the pages that the configuration asks for.
 
 use std::fs;
-use std::io;
 
 use bantam_arch::memory_map::ram_regions;
-use bantam_devices::GuestMemory;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use bantam_memory::{Backing, GuestMemory, MapError};
+use vm_memory::GuestAddress;
 
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
@@ -21,77 +19,27 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Error> {
     let size = config.memory.bytes();
     let regions = ram_regions(size).into_iter();
-    let regions = regions.map(|(start, size)| (GuestAddress(start), size as usize));
-    match config.huge_pages {
-        HugePages::None => ordinary_pages(size, regions),
-        HugePages::Transparent => {
-            let memory = ordinary_pages(size, regions)?;
-            ask_for_transparent_huge_pages(&memory).map_err(Error::TransparentHugePages)?;
-            Ok(memory)
-        }
-        HugePages::TwoMib => pages_of_2_mib(size, regions),
-    }
-}
-
-fn too_little(size: u64, reason: &dyn std::fmt::Display) -> Error {
-    Error::Memory {
-        mib: size >> 20,
-        reason: reason.to_string(),
-    }
-}
-
-fn ordinary_pages(
-    size: u64,
-    regions: impl Iterator<Item = (GuestAddress, usize)>,
-) -> Result<GuestMemory, Error> {
-    let regions: Vec<_> = regions.collect();
-    GuestMemory::from_ranges(&regions).map_err(|error| too_little(size, &error))
-}
-
-fn ask_for_transparent_huge_pages(memory: &GuestMemory) -> io::Result<()> {
-    for region in memory.iter() {
-        let size = region.len() as usize;
-        // SAFETY: the range is one mapping of this size, whose content the advice leaves alone.
-        let result = unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
-/// Without `MAP_NORESERVE` the kernel either keeps as many pages for the mapping as it takes or refuses
-/// it, so that no access finds none left.
-fn pages_of_2_mib(
-    size: u64,
-    regions: impl Iterator<Item = (GuestAddress, usize)>,
-) -> Result<GuestMemory, Error> {
-    let mut mapped = Vec::new();
-    for (start, region_size) in regions {
-        let region = MmapRegionBuilder::new(region_size)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
-            )
-            .with_hugetlbfs(true)
-            .build();
-        let region = region.map_err(|error| match error {
-            vm_memory::mmap::MmapRegionError::Mmap(source) => {
-                // What was mapped before counts as free, as it is given back.
-                drop(std::mem::take(&mut mapped));
-                Error::HugePages {
-                    mib: size >> 20,
-                    source,
-                    remedy: remedy(size / HugePages::TwoMib.page_size()),
-                }
-            }
-            error => too_little(size, &error),
-        })?;
-        let region = GuestRegionMmap::new(region, start)
-            .ok_or_else(|| too_little(size, &"it does not fit into the guest's address space"))?;
-        mapped.push(region);
-    }
-    GuestMemory::from_regions(mapped).map_err(|error| too_little(size, &error))
+    let regions: Vec<_> = regions
+        .map(|(start, size)| (GuestAddress(start), size as usize))
+        .collect();
+    let backing = match config.huge_pages {
+        HugePages::None => Backing::Anonymous,
+        HugePages::Transparent => Backing::TransparentHugePages,
+        HugePages::TwoMib => Backing::HugePages,
+    };
+    GuestMemory::new(&regions, backing).map_err(|error| match error {
+        // What was mapped before counts as free, as it has been given back.
+        MapError::HugePages(source) => Error::HugePages {
+            mib: size >> 20,
+            source,
+            remedy: remedy(size / HugePages::TwoMib.page_size()),
+        },
+        MapError::TransparentHugePages(source) => Error::TransparentHugePages(source),
+        error => Error::Memory {
+            mib: size >> 20,
+            reason: error.to_string(),
+        },
+    })
 }
 
 /// What to do so that there are `needed` pages.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use bantam_arch::cpuid::{self, Topology};
 use bantam_arch::{EntryProtocol, lapic, msrs, registers};
-use bantam_devices::GuestMemory;
 use bantam_devices::bus::Bus;
+use bantam_memory::GuestMemory;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,

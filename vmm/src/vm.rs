@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use bantam_arch::layout;
-use bantam_devices::GuestMemory;
 use bantam_devices::virtio::mmio;
+use bantam_memory::{GuestMemory, Region};
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
     KVMIO, kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl;
 use vmm_sys_util::ioctl_io_nr;
@@ -38,7 +37,7 @@ impl Vm {
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
         // controllers and ioeventfds queue one that takes milliseconds, for which slots set after
         // them would have to wait.
-        vm.set_memory_slots(GuestMemoryRegion::len)
+        vm.set_memory_slots(|region| region.len)
             .map_err(Error::kvm("map guest memory"))?;
         let fd = &vm.fd;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -53,17 +52,14 @@ impl Vm {
 
     /// Makes each region of guest memory a slot of the size in bytes that `size` says: all of it,
     /// or zero to remove the slot.
-    fn set_memory_slots(
-        &self,
-        size: impl Fn(&GuestRegionMmap) -> u64,
-    ) -> Result<(), kvm_ioctls::Error> {
-        for (slot, region) in self.memory.iter().enumerate() {
+    fn set_memory_slots(&self, size: impl Fn(&Region) -> u64) -> Result<(), kvm_ioctls::Error> {
+        for (slot, region) in self.memory.regions().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: size(region),
-                userspace_addr: region.as_ptr() as u64,
+                guest_phys_addr: region.start.0,
+                memory_size: size(&region),
+                userspace_addr: region.host_address,
             };
             // SAFETY: the range is a mapping of at least that size which lives as long as `memory`,
             // that is, as long as the virtual machine; slots do not overlap as regions do not.

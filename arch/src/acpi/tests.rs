@@ -6,8 +6,8 @@ use crate::layout::{
 use proptest::prelude::*;
 use vm_memory::Bytes;
 
-fn memory() -> GuestMemoryMmap<()> {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap()
+fn memory() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap()
 }
 
 fn windows(count: usize) -> Vec<VirtioMmioWindow> {
@@ -77,7 +77,7 @@ impl Tables {
     }
 }
 
-fn read_table(memory: &GuestMemoryMmap<()>, address: u64, signature: &[u8; 4]) -> Vec<u8> {
+fn read_table(memory: &GuestMemory, address: u64, signature: &[u8; 4]) -> Vec<u8> {
     let length: u32 = memory.read_obj(GuestAddress(address + 4)).unwrap();
     let mut table = vec![0; length as usize];
     memory

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io::{Cursor, Read};
 
 use bantam_arch::EntryProtocol;
+use bantam_memory::GuestMemory;
 use linux_loader::loader::bootparam::{LOADED_HIGH, XLF_KERNEL_64, setup_header};
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddress};
 
 use super::elf::ElfKernel;
 use super::payload::{self, PayloadError};
@@ -94,11 +95,11 @@ impl BzImage {
     /// Loads the ELF inside, or failing that the bzImage itself.
     pub(super) fn load(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         image: &mut File,
         wanted: BootProtocol,
     ) -> Result<LoadedKernel, KernelError> {
-        let available = placement::memory_size(memory);
+        let available = memory.size();
         let payload = self.read_payload(image, available)?;
         match UnpackedKernel::from_payload(&payload, available) {
             Ok(UnpackedKernel {
@@ -133,7 +134,7 @@ impl BzImage {
     /// `reason` ("64-bit Boot Protocol").
     fn load_self_extracting(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         image: &mut File,
         reason: PayloadError,
     ) -> Result<LoadedKernel, KernelError> {

@@ -3,13 +3,14 @@
 use std::io::{Read, Seek, SeekFrom};
 
 use bantam_arch::EntryProtocol;
+use bantam_memory::GuestMemory;
 use linux_loader::elf::{
     EI_CLASS, EI_DATA, ELFCLASS32, ELFDATA2LSB, EM_386, EM_AARCH64, EM_ARM, EM_LOONGARCH, EM_MIPS,
     EM_PPC64, EM_RISCV, EM_S390, EM_X86_64, ET_CORE, ET_DYN, ET_EXEC, ET_REL, Elf64_Ehdr,
     Elf64_Nhdr, Elf64_Phdr, PT_INTERP, PT_LOAD, PT_NOTE,
 };
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap, ReadVolatile};
+use vm_memory::{ByteValued, GuestAddress, ReadVolatile};
 
 use super::{BootProtocol, KernelError, KernelFormat, LoadedKernel, placement, seek_within};
 
@@ -107,7 +108,7 @@ impl ElfKernel {
     /// Loads the segments of `image`, the file that was parsed, into `memory`.
     pub(super) fn load(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         image: &mut (impl Read + Seek + ReadVolatile),
         wanted: BootProtocol,
         format: KernelFormat,

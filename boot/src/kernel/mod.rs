@@ -15,9 +15,10 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use bantam_arch::{EntryProtocol, layout};
+use bantam_memory::GuestMemory;
 use linux_loader::loader::bootparam::setup_header;
 use memchr::memmem;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
 pub use error::KernelError;
 pub use parameters::InitOverflow;
@@ -94,13 +95,13 @@ impl LoadedKernel {
     /// The kernel is not in `memory`.
     pub fn finds_virtio_mmio_by_acpi(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
     ) -> Result<bool, GuestMemoryError> {
         self.contains(memory, VIRTIO_MMIO_ACPI_ID)
     }
 
     /// Whether the image, as it was loaded into `memory`, has `pattern` in it.
-    fn contains(&self, memory: &GuestMemoryMmap, pattern: &[u8]) -> Result<bool, GuestMemoryError> {
+    fn contains(&self, memory: &GuestMemory, pattern: &[u8]) -> Result<bool, GuestMemoryError> {
         let finder = memmem::Finder::new(pattern);
         let overlap = pattern.len() - 1;
         let mut chunk = vec![0; SEARCH_CHUNK_SIZE];
@@ -145,7 +146,7 @@ impl LoadedKernel {
 /// The file is not a kernel this machine can boot, does not fit into guest memory, or lacks the
 /// entry point that `wanted` asks for. Guest memory may then hold a part of the kernel.
 pub fn load_kernel(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     kernel: &mut File,
     wanted: BootProtocol,
 ) -> Result<LoadedKernel, KernelError> {

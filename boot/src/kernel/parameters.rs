@@ -7,7 +7,8 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use bantam_memory::GuestMemory;
+use vm_memory::GuestMemoryError;
 
 use super::LoadedKernel;
 use crate::command_line::CommandLine;
@@ -63,7 +64,7 @@ impl LoadedKernel {
     /// The kernel is not in `memory`.
     pub fn passes_to_init(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         name: &str,
     ) -> Result<bool, GuestMemoryError> {
         Ok(self.contains(memory, OVERFLOW_MESSAGE)? && !self.knows(memory, name)?)
@@ -77,7 +78,7 @@ impl LoadedKernel {
     /// The kernel is not in `memory`.
     pub fn overflows_init(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         command_line: &CommandLine,
     ) -> Result<Option<InitOverflow>, GuestMemoryError> {
         let mut arguments = Vec::new();
@@ -112,7 +113,7 @@ impl LoadedKernel {
     /// Whether `count` and the `names` that the kernel does not know exceed `limit`.
     fn passes_more_than<'a>(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestMemory,
         limit: usize,
         mut count: usize,
         names: impl IntoIterator<Item = &'a str>,
@@ -128,7 +129,7 @@ impl LoadedKernel {
 
     /// Whether the image has `name` as a string, or with the `=` that is part of the name of most
     /// parameters. The kernel takes `-` and `_` for one another.
-    fn knows(&self, memory: &GuestMemoryMmap, name: &str) -> Result<bool, GuestMemoryError> {
+    fn knows(&self, memory: &GuestMemory, name: &str) -> Result<bool, GuestMemoryError> {
         let spellings: HashSet<String> = HashSet::from([
             name.to_owned(),
             name.replace('-', "_"),
@@ -154,7 +155,7 @@ mod tests {
     use crate::test_images::{MIB, TestElf, file, memory};
 
     /// A kernel with these bytes in its image.
-    fn kernel_with(bytes: &[u8]) -> (GuestMemoryMmap, LoadedKernel) {
+    fn kernel_with(bytes: &[u8]) -> (GuestMemory, LoadedKernel) {
         let guest = memory(16 * MIB);
         let image = TestElf::with_pvh().build();
         let kernel = load_kernel(&guest, &mut file(&image), BootProtocol::Auto).unwrap();
@@ -162,12 +163,12 @@ mod tests {
         (guest, kernel)
     }
 
-    fn linux_with(names: &str) -> (GuestMemoryMmap, LoadedKernel) {
+    fn linux_with(names: &str) -> (GuestMemory, LoadedKernel) {
         kernel_with(format!("\0Too many boot %s vars at `%s'\0{names}\0").as_bytes())
     }
 
     fn overflow_of(
-        (guest, kernel): &(GuestMemoryMmap, LoadedKernel),
+        (guest, kernel): &(GuestMemory, LoadedKernel),
         line: &str,
     ) -> Option<InitOverflow> {
         let line = CommandLine::new(line).unwrap();

@@ -1,16 +1,10 @@
 //! Where in guest memory a part of a kernel may be.
 
 use bantam_arch::layout;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, ReadVolatile,
-};
+use bantam_memory::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use super::KernelError;
-
-/// Size of guest memory in bytes.
-pub(super) fn memory_size(memory: &GuestMemoryMmap) -> u64 {
-    memory.iter().map(GuestMemoryRegion::len).sum()
-}
 
 /// Checks that `size` bytes at `address` are above the boot structures and below the device hole,
 /// and returns the first address after them.
@@ -26,20 +20,20 @@ pub(super) fn check_address(address: u64, size: u64) -> Result<u64, KernelError>
 }
 
 /// Checks that there is memory up to `end`, the first address after a kernel.
-pub(super) fn check_memory(memory: &GuestMemoryMmap, end: u64) -> Result<(), KernelError> {
+pub(super) fn check_memory(memory: &GuestMemory, end: u64) -> Result<(), KernelError> {
     let size = end.saturating_sub(layout::HIGH_MEMORY) as usize;
-    if memory.check_range(GuestAddress(layout::HIGH_MEMORY), size) {
+    if memory.contains(GuestAddress(layout::HIGH_MEMORY), size) {
         return Ok(());
     }
     Err(KernelError::NotEnoughMemory {
         needed: end,
-        available: memory_size(memory),
+        available: memory.size(),
     })
 }
 
 /// Reads `size` bytes from where `image` stands straight into guest memory.
 pub(super) fn read_into_memory(
-    memory: &GuestMemoryMmap,
+    memory: &GuestMemory,
     address: u64,
     image: &mut impl ReadVolatile,
     size: u64,

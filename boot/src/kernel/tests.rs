@@ -2,9 +2,10 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 
 use bantam_arch::{EntryProtocol, layout};
+use bantam_memory::GuestMemory;
 use linux_loader::elf::{EM_386, EM_AARCH64, ET_REL, PT_INTERP};
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::test_images::{MIB, TestBzImage, TestElf, compress, file, memory, note};
@@ -27,7 +28,7 @@ fn error_of(image: &[u8]) -> String {
     load(image, BootProtocol::Auto).unwrap_err().to_string()
 }
 
-fn bytes_at(memory: &GuestMemoryMmap, address: u64, size: usize) -> Vec<u8> {
+fn bytes_at(memory: &GuestMemory, address: u64, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
     memory
         .read_slice(&mut bytes, GuestAddress(address))
@@ -35,7 +36,7 @@ fn bytes_at(memory: &GuestMemoryMmap, address: u64, size: usize) -> Vec<u8> {
     bytes
 }
 
-fn assert_holds_test_elf(memory: &GuestMemoryMmap) {
+fn assert_holds_test_elf(memory: &GuestMemory) {
     let elf = TestElf::without_pvh();
     let loaded = bytes_at(memory, elf.address, elf.memory_size as usize);
     let (code, bss) = loaded.split_at(elf.code.len());

@@ -11,8 +11,9 @@
 use std::io;
 use std::ops::Range;
 
+use bantam_memory::GuestBuffers;
+
 use super::{Access, DiskFile};
-use crate::virtio::GuestBuffers;
 
 /// Size of a buffer in bytes, unless a block is larger.
 const BUFFER_SIZE: usize = 128 << 10;

@@ -15,9 +15,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use crate::virtio::{FilePosition, GuestBuffers};
 use bounce::{Alignment, Data, Zeroes};
 use geometry::{block_device, disk_size, measure};
 

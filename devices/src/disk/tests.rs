@@ -1,5 +1,6 @@
+use bantam_memory::GuestMemory;
+
 use super::*;
-use crate::GuestMemory;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;

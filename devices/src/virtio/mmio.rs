@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use bantam_memory::GuestMemory;
 use event_manager::SubscriberId;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -14,8 +15,8 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Activation, F_EVENT_IDX, F_VERSION_1, VirtQueue, VirtioDevice, VirtioInterrupt};
+use crate::EventLoop;
 use crate::bus::BusDevice;
-use crate::{EventLoop, GuestMemory};
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;

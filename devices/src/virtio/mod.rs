@@ -7,7 +7,6 @@
 
 pub mod balloon;
 pub mod block;
-mod buffers;
 mod config_space;
 pub mod console;
 mod interrupt;
@@ -27,14 +26,13 @@ use bolero as _;
 
 use std::sync::Arc;
 
-pub(crate) use buffers::MAX_VECTORS_PER_CALL;
-pub use buffers::{BufferError, FilePosition, GuestBuffers};
+use bantam_memory::GuestMemory;
+
 pub use config_space::ConfigSpace;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 use throttle::Throttle;
 
-use crate::GuestMemory;
 use crate::event_loop::Subscriber;
 
 /// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.

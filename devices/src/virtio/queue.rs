@@ -6,15 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
+use bantam_memory::{BufferError, GuestBuffers, GuestMemory};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VirtioInterrupt;
-use super::buffers::{BufferError, GuestBuffers};
 use super::rings::{IndirectTable, Rings};
-use crate::GuestMemory;
 
 /// How long one queue is served before other devices have their turn.
 pub const MAX_TURN: Duration = Duration::from_millis(20);

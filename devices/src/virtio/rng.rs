@@ -221,11 +221,11 @@ impl MutEventSubscriber for Worker {
 mod tests {
     use std::time::{Duration, Instant};
 
+    use bantam_memory::GuestMemory;
     use event_manager::{EventManager, SubscriberOps};
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::GuestMemory;
     use crate::rate_limiter::RateLimit;
     use crate::virtio::test_driver::{Buffer, InterruptCounter, TestDriver};
 

@@ -4,13 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bantam_memory::GuestMemory;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{VirtQueue, VirtioInterrupt};
-use crate::{GuestMemory, InterruptLine};
+use crate::InterruptLine;
 
 /// Offset of the available ring from the descriptor table; room for 256 descriptors.
 const AVAILABLE: u64 = 0x1000;

@@ -4,9 +4,10 @@ use std::io;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use bantam_devices::InterruptLine;
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions, HintingCommand};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
-use bantam_devices::{GuestMemory, InterruptLine};
+use bantam_memory::GuestMemory;
 use bolero::TypeGenerator;
 use vm_memory::GuestAddress;
 

@@ -10,7 +10,8 @@ use bantam_devices::bus::BusDevice;
 use bantam_devices::event_loop::Subscriber;
 use bantam_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
-use bantam_devices::{EventLoop, GuestMemory, InterruptLine};
+use bantam_devices::{EventLoop, InterruptLine};
+use bantam_memory::GuestMemory;
 use event_manager::EventManager;
 use vm_memory::{Bytes, GuestAddress};
 

@@ -5,11 +5,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bantam_memory::{BufferError, GuestBuffers, GuestMemory};
 use vm_memory::GuestAddress;
 
 use super::{Shared, WorkerError, lock};
-use crate::GuestMemory;
-use crate::virtio::{BufferError, Chain, GuestBuffers, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
 
 /// Size of a balloon's page in bytes, whatever that of the guest's pages is.
 const PAGE_SIZE: u32 = 4096;
@@ -249,7 +249,7 @@ mod tests {
             (GuestAddress(LIST), PAGE_SIZE as usize),
         ];
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
-        let start = crate::guest_memory::host_address(&memory, GuestAddress(0), 1).unwrap();
+        let start = memory.regions().next().unwrap().host_address as usize;
         let bytes: Vec<u8> = numbers.iter().flat_map(|it| it.to_le_bytes()).collect();
         memory.write_slice(&bytes, GuestAddress(LIST)).unwrap();
         let mut list = GuestBuffers::new(memory.clone());
@@ -262,7 +262,7 @@ mod tests {
             take_page_numbers(&mut list, &mut pages)?;
         }
         let range = |vector: &libc::iovec| {
-            let offset = vector.iov_base.addr() - start.addr().get();
+            let offset = vector.iov_base.addr() - start;
             let (first, count) = (offset as u32 / PAGE_SIZE, vector.iov_len as u32 / PAGE_SIZE);
             (first, first + count)
         };

@@ -19,16 +19,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bantam_memory::{BufferError, GuestMemory};
 use bantam_metrics::Counter;
 use serde::Serialize;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{
-    Activation, BufferError, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice,
-    VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, VirtioInterrupt, device_id,
 };
-use crate::GuestMemory;
 use crate::event_loop::Subscriber;
 use hinting::Hinting;
 use worker::Worker;
@@ -235,8 +233,7 @@ impl Balloon {
     /// # Errors
     /// When it is to be larger than `memory`, or the host gives no timer for the statistics.
     pub fn new(options: &BalloonOptions, memory: &GuestMemory) -> Result<Balloon, BalloonError> {
-        let memory_size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
-        let memory_mib = memory_size >> 20;
+        let memory_mib = memory.size() >> 20;
         let schedule = options.statistics_interval.map(|interval| {
             let timer = TimerFd::new().map_err(|errno| BalloonError::Timer(errno.into()))?;
             Ok(Mutex::new(Schedule { timer, interval }))

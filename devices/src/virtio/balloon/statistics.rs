@@ -1,8 +1,7 @@
 //! What a driver says of the guest's memory (section 5.5.6.3).
 
+use bantam_memory::GuestBuffers;
 use serde::Serialize;
-
-use crate::virtio::GuestBuffers;
 
 /// Size of an entry in bytes: a tag of 16 bits and a value of 64.
 const ENTRY_SIZE: usize = 10;
@@ -109,11 +108,11 @@ impl GuestStatistics {
 mod tests {
     use std::sync::Arc;
 
+    use bantam_memory::GuestMemory;
     use proptest::prelude::*;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::GuestMemory;
 
     fn read(bytes: &[u8]) -> GuestStatistics {
         let regions = [(GuestAddress(0), 0x2000)];

@@ -10,7 +10,6 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::guest_memory::host_address;
 use crate::virtio::VirtQueue;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
@@ -442,10 +441,12 @@ fn what_breaks_the_rules_needs_a_reset() {
 fn what_the_host_keeps_is_no_fault_of_the_driver() {
     let mut machine = Machine::new(&ALL);
     // The host discards no memory that is locked.
-    let page = GuestAddress(0x802 * PAGE_SIZE);
-    let page = host_address(&machine.memory, page, PAGE_SIZE as usize).unwrap();
+    let region = machine.memory.regions().next().unwrap();
+    assert_eq!(region.start, GuestAddress(0));
+    let page = (region.host_address + 0x802 * PAGE_SIZE) as *mut libc::c_void;
+    let page = std::ptr::NonNull::new(page).unwrap();
     // SAFETY: nothing is done to memory by locking it.
-    unsafe { mlock(page.cast(), PAGE_SIZE as usize) }.unwrap();
+    unsafe { mlock(page, PAGE_SIZE as usize) }.unwrap();
     let numbers = machine.page_numbers([0x800, 0x802, 0x804]);
     assert_eq!(machine.request(INFLATE, &[numbers]), [(0, 0)]);
     let report = [0x806, 0x802, 0x808].map(|page| writable(page * PAGE_SIZE, 4096));

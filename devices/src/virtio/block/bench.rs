@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use bantam_memory::GuestMemory;
+
 use super::worker::Worker;
 use super::{Block, BlockOptions, Engine};
-use crate::GuestMemory;
 use crate::disk::DiskFile;
 use crate::virtio::{Activation, VirtQueue, VirtioInterrupt};
 

@@ -47,6 +47,10 @@ impl InFlight {
         chain: &mut Chain,
         result: i32,
     ) -> Option<Result<(), Failure>> {
+        if self.reads_in_place() {
+            // Storage may have written more than it says, or before it failed.
+            chain.writable.mark_filled(usize::MAX);
+        }
         let count = match u32::try_from(result) {
             Ok(count) => count as usize,
             Err(_) => {
@@ -78,6 +82,14 @@ impl InFlight {
         buffers.advance(count);
         *offset += count as u64;
         buffers.is_empty().then_some(Ok(()))
+    }
+
+    /// Whether the kernel writes to the chain's buffers.
+    fn reads_in_place(&self) -> bool {
+        let RingOperation::Transfer { direction, .. } = self.operation else {
+            return false;
+        };
+        direction == Direction::Read && self.bounce.is_none()
     }
 
     /// What it is counted as once it is done.

@@ -2,7 +2,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use bantam_memory::{GuestBuffers, GuestMemory};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -15,11 +17,9 @@ use super::{
     BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS,
     MAX_WRITE_ZEROES_RANGES, MAX_WRITE_ZEROES_SECTORS,
 };
-use crate::GuestMemory;
 use crate::device_log::Repeat;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
-use crate::guest_memory::host_address;
-use crate::virtio::{Chain, GuestBuffers, QueueError, VirtioInterrupt};
+use crate::virtio::{Chain, QueueError, VirtioInterrupt};
 
 /// Size of `struct virtio_blk_req` before its data.
 const HEADER_SIZE: usize = 16;
@@ -279,11 +279,9 @@ impl RequestHandler {
             }
         };
         let address = request.status_address;
-        let byte = host_address(&self.memory, address, 1);
+        let byte = self.memory.range(address, 1);
         let byte = byte.ok_or(RequestError::Status(address.0))?;
-        // SAFETY: the byte is mapped for as long as `self.memory` lives, and of one byte nobody sees
-        // a part.
-        unsafe { byte.write_volatile(status as u8) };
+        byte.store(0, [status as u8], Ordering::Relaxed);
         Ok(())
     }
 

@@ -3,13 +3,13 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
+use bantam_memory::GuestBuffers;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 
 use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
-use crate::virtio::GuestBuffers;
 
 /// Entries of the submission queue: more than are ever left unsubmitted.
 const SUBMISSION_ENTRIES: u32 = 64;
@@ -94,7 +94,7 @@ impl Ring {
     }
 
     /// Adds a transfer between `buffers` and the disk at `offset`, as much of it as one operation
-    /// does.
+    /// does. Those of a read are to be marked as filled when it is completed.
     ///
     /// # Errors
     /// As [`Ring::submit`].
@@ -105,12 +105,15 @@ impl Ring {
     pub(super) unsafe fn push_transfer(
         &mut self,
         direction: Direction,
-        buffers: &GuestBuffers,
+        buffers: &mut GuestBuffers,
         offset: u64,
         token: u64,
     ) -> io::Result<()> {
         let file = fixed(Access::Usual);
-        let vectors = buffers.vectors();
+        let vectors = match direction {
+            Direction::Read => buffers.vectors_to_fill(),
+            Direction::Write { .. } => buffers.vectors(),
+        };
         let flags = direction.flags();
         let entry = match (direction, vectors) {
             (Direction::Read, [vector]) => {
@@ -140,7 +143,11 @@ impl Ring {
         };
         // SAFETY: the vectors and the guest memory that they cover are those of `buffers`, which the
         // caller keeps as they are.
-        unsafe { self.push(entry.user_data(token)) }
+        let pushed = unsafe { self.push(entry.user_data(token)) };
+        if pushed.is_err() {
+            buffers.mark_filled(0);
+        }
+        pushed
     }
 
     /// Adds `step`, whose bytes are at `pointer`, of a transfer.

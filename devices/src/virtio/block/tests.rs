@@ -7,6 +7,7 @@ use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestMemory;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
@@ -18,7 +19,6 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
-use crate::GuestMemory;
 use crate::disk::{DiskError, DiskOptions};
 use crate::rate_limiter::RateLimit;
 use crate::virtio::VirtioInterrupt;

@@ -8,6 +8,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestMemory;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::in_flight::{InFlight, RingOperation};
@@ -17,7 +18,6 @@ use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
-use crate::GuestMemory;
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
 use waiting::Waiting;
@@ -373,8 +373,8 @@ impl Worker {
             RingOperation::AtOnce(_) => {}
             RingOperation::Transfer { direction, offset } => {
                 let buffers = match direction {
-                    Direction::Read => &chain.writable,
-                    Direction::Write { .. } => &chain.readable,
+                    Direction::Read => &mut chain.writable,
+                    Direction::Write { .. } => &mut chain.readable,
                 };
                 if let Some(bounce) = &mut in_flight.bounce {
                     let writes = direction != Direction::Read;

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
+use bantam_memory::GuestMemory;
+
 use super::DriverError;
 use super::message::{DeviceMessage, DriverMessage, HEADER_SIZE};
-use crate::GuestMemory;
 use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
 
 /// What the driver has been told of a port, and has said of it.

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use bantam_memory::GuestBuffers;
 use event_manager::{EventOps, EventSet, Events};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -15,7 +16,7 @@ use super::retry;
 use super::source::Source;
 use crate::ListeningSocket;
 use crate::serial::SerialEndpoint;
-use crate::virtio::{GuestBuffers, VirtioInterrupt};
+use crate::virtio::VirtioInterrupt;
 
 /// Bytes of emergency writes that are kept until the host takes them.
 const EMERGENCY_CAPACITY: usize = 4096;

@@ -4,13 +4,13 @@ use std::io;
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
+use bantam_memory::{GuestBuffers, GuestMemory};
 use event_manager::EventOps;
 
 use super::host::HostEnd;
 use super::{DriverError, Shared};
-use crate::GuestMemory;
 use crate::serial::{make_room_in_pipe, wait_for_reader};
-use crate::virtio::{Chain, GuestBuffers, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
 
 /// Most bytes of one call. More would take the event loop for too long where the host takes anything,
 /// as a file does.

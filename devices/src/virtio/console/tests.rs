@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use bantam_memory::GuestMemory;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
@@ -17,8 +18,8 @@ use super::*;
 use crate::ListeningSocket;
 use crate::serial::SerialEndpoint;
 use crate::virtio::VirtQueue;
+use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
-use crate::{GuestMemory, virtio::VirtioInterrupt};
 
 /// Where the rings of the queues are.
 const RINGS: u64 = 0x1000;

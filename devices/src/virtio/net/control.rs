@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use bantam_memory::{GuestBuffers, GuestMemory};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC,
     VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ,
@@ -16,8 +17,7 @@ use virtio_bindings::bindings::virtio_net::{
 use super::DriverError;
 use super::config::MacAddress;
 use super::filter::{AddressList, Mode};
-use crate::GuestMemory;
-use crate::virtio::{Chain, GuestBuffers, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
 
 /// Most addresses kept of each half of a driver's address table.
 const MAX_ADDRESSES: usize = 64;

@@ -6,10 +6,10 @@
 //! as they have no address yet, and many check the checksum themselves and drop the packet. Clients
 //! of DHCPv6 have a link-local address and read from UDP sockets, so they need no such care.
 
+use bantam_memory::GuestBuffers;
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 
 use crate::tap::PACKET_HEADER_SIZE;
-use crate::virtio::GuestBuffers;
 
 /// The part of a packet's header that tells of the checksum (section 5.1.6): flags, kind of
 /// segmentation, two fields that only segmentation needs, start of the bytes that are summed, and
@@ -79,12 +79,12 @@ fn sum(packet: &GuestBuffers, start: usize, end: usize) -> u16 {
 mod tests {
     use std::sync::Arc;
 
+    use bantam_memory::GuestMemory;
     use proptest::collection::vec;
     use proptest::prelude::*;
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::GuestMemory;
 
     /// Where the parts of buffers are: apart from each other, at odd addresses too.
     const PART_DISTANCE: u64 = 0x1001;

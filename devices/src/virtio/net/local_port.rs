@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestBuffers;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::DriverError;
@@ -12,7 +13,7 @@ use super::flow::Flow;
 use super::local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 use super::receive::Receiver;
 use crate::tap::PACKET_HEADER_SIZE;
-use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
+use crate::virtio::{MAX_TURN, VirtioInterrupt};
 
 /// The shortest time by which a timer can be set.
 const AT_ONCE: Duration = Duration::from_nanos(1);

@@ -5,13 +5,14 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use bantam_memory::GuestMemory;
+
 use super::dropped::{DropReason, DroppedPackets};
 use super::expected_size::ExpectedSize;
 use super::flow::Flow;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::receive_slot::ReceiveSlot;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
-use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{VirtQueue, VirtioInterrupt};
 
@@ -207,6 +208,7 @@ impl Receiver {
                 }
                 Err(_) => io::Error::from_raw_os_error(result.wrapping_neg()),
             };
+            self.slots[index].received_none();
             match error.raw_os_error() {
                 Some(libc::EAGAIN | libc::ECANCELED) => halt = halt.or(Some(Halt::Tap)),
                 _ if is_gone(&error) => halt = Some(Halt::TapGone),

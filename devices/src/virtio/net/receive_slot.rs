@@ -5,13 +5,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use bantam_memory::{GuestMemory, MAX_VECTORS_PER_CALL};
 use libc::iovec;
 
 use super::dhcp_checksum::complete_dhcp_checksum;
 use super::{DriverError, MAX_PACKET_SIZE};
-use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue};
-use crate::virtio::{Chain, MAX_VECTORS_PER_CALL, VirtQueue};
+use crate::virtio::{Chain, VirtQueue};
 
 /// Offset of `num_buffers` in the header of a packet (section 5.1.6).
 const BUFFER_COUNT_OFFSET: usize = 10;
@@ -100,9 +100,9 @@ impl ReceiveSlot {
     }
 
     /// Where a packet is to be read to. The vectors are valid as long as the slot is neither changed
-    /// nor dropped.
+    /// nor dropped. [`ReceiveSlot::received`] or [`ReceiveSlot::received_none`] is to be called next.
     pub(super) fn vectors_to_read_to(&mut self) -> &[iovec] {
-        let buffers = self.chain.writable.vectors();
+        let buffers = self.chain.writable.vectors_to_fill();
         // The overflow is the last of as many as a call takes.
         let buffers = &buffers[..buffers.len().min(MAX_VECTORS_PER_CALL - 1)];
         self.in_buffers = buffers.iter().map(|vector| vector.iov_len).sum();
@@ -131,7 +131,13 @@ impl ReceiveSlot {
 
     /// Takes note that a packet of `size` bytes has been read to where the vectors said.
     pub(super) fn received(&mut self, size: usize) {
+        self.chain.writable.mark_filled(size.min(self.in_buffers));
         self.packet = Some(size);
+    }
+
+    /// Takes note that no packet has been read, or none that is known.
+    pub(super) fn received_none(&mut self) {
+        self.chain.writable.mark_filled(self.in_buffers);
     }
 
     /// Puts a packet that does not come from a tap into the buffers, as far as they have room.

@@ -8,6 +8,7 @@ mod real_tap;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
+use bantam_memory::GuestMemory;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -16,7 +17,6 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::GuestMemory;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};

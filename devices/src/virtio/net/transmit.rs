@@ -5,12 +5,13 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use bantam_memory::GuestMemory;
+
 use super::dropped::{DropReason, DroppedPackets};
 use super::flow::Flow;
 use super::local_port::LocalPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
-use crate::GuestMemory;
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
 

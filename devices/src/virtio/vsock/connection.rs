@@ -5,6 +5,7 @@ use std::io;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestBuffers;
 use event_manager::EventSet;
 
 use super::credit::{BUFFER_SIZE, Credit};
@@ -12,7 +13,6 @@ use super::greeting::Greeting;
 use super::metrics::VsockMetrics;
 use super::packet::{Header, Ports, operation, shutdown};
 use super::stream::HostStream;
-use crate::virtio::GuestBuffers;
 
 /// How long a program of the host may take to say which port it wants, and then the guest to answer; and how
 /// long one lets the guest wait.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestBuffers;
 use event_manager::{EventOps, EventSet, Events};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -20,7 +21,7 @@ use super::stream::HostStream;
 use super::table::{Entry, Table};
 use super::waiting::Waiting;
 use crate::ListeningSocket;
-use crate::virtio::{GuestBuffers, MAX_TURN, VirtioInterrupt};
+use crate::virtio::{MAX_TURN, VirtioInterrupt};
 
 /// Most refusals that wait for buffers of the guest. With so many, no more of its packets are taken.
 const MAX_REFUSALS: usize = 256;

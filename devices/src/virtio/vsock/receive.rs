@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use bantam_memory::{GuestBuffers, GuestMemory};
+
 use super::DriverError;
 use super::packet::{HEADER_SIZE, Header};
-use crate::GuestMemory;
-use crate::virtio::{Chain, GuestBuffers, QueueError, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
 
 /// Most buffers that are filled by one system call.
 const MAX_BUFFERS: usize = 32;

@@ -6,11 +6,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use bantam_memory::GuestBuffers;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
 };
-
-use crate::virtio::GuestBuffers;
 
 /// A stream of which no call blocks, and none raises `SIGPIPE`.
 #[derive(Debug)]

@@ -6,16 +6,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bantam_memory::GuestMemory;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
+use crate::ListeningSocket;
 use crate::event_loop::Subscriber;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 use crate::virtio::vsock::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use crate::virtio::vsock::{Vsock, VsockMetrics};
 use crate::virtio::{Activation, VirtioDevice, VirtioInterrupt};
-use crate::{GuestMemory, ListeningSocket};
 
 pub const GUEST_CID: u64 = 7;
 const RECEIVE_RINGS: u64 = 0;

@@ -8,13 +8,10 @@ use libc::iovec;
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use crate::GuestMemory;
-use crate::guest_memory::host_address;
-
-/// Size of a page in bytes.
-const PAGE_SIZE: usize = 4096;
+use crate::copy::{copy_from_guest, copy_to_guest};
 
 /// Most vectors that the kernel takes in one call (`IOV_MAX`).
-pub(crate) const MAX_VECTORS_PER_CALL: usize = 1024;
+pub const MAX_VECTORS_PER_CALL: usize = 1024;
 
 /// Why a buffer cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -41,7 +38,8 @@ pub struct FilePosition {
 /// A list of byte ranges of guest memory that is read or written from front to back.
 ///
 /// It keeps the memory alive, so its vectors stay valid. The guest may change the bytes at any
-/// time: they are only ever copied, by the host kernel or by volatile accesses, never borrowed.
+/// time: they are only ever copied, by the host's kernel or by this type, never borrowed. What is
+/// written is marked in the dirty log.
 pub struct GuestBuffers {
     memory: Arc<GuestMemory>,
     vectors: Vec<iovec>,
@@ -49,6 +47,8 @@ pub struct GuestBuffers {
     front: usize,
     /// Bytes left.
     len: usize,
+    /// Whether the vectors were lent to be filled, and it is not known yet how far they were.
+    is_lent: bool,
 }
 
 // SAFETY: the raw pointers in `vectors` point into `memory`, which is shared between threads
@@ -63,11 +63,13 @@ impl GuestBuffers {
             vectors: Vec::new(),
             front: 0,
             len: 0,
+            is_lent: false,
         }
     }
 
     /// Empties the list; its allocation is kept for the next chain.
     pub fn clear(&mut self) {
+        self.check_change();
         self.vectors.clear();
         self.front = 0;
         self.len = 0;
@@ -78,11 +80,12 @@ impl GuestBuffers {
     /// # Errors
     /// When they are not all guest memory.
     pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BufferError> {
+        self.check_change();
         let outside = BufferError::OutsideMemory {
             address: address.0,
             len,
         };
-        if let Some(pointer) = host_address(&self.memory, address, len as usize) {
+        if let Some(pointer) = self.memory.host_range(address, len as usize) {
             self.vectors.push(iovec {
                 iov_base: pointer.as_ptr().cast(),
                 iov_len: len as usize,
@@ -112,6 +115,7 @@ impl GuestBuffers {
 
     /// Moves all that is in `other`, a list over the same memory, to the end of this one.
     pub fn append(&mut self, other: &mut GuestBuffers) {
+        self.check_change();
         self.vectors
             .extend_from_slice(other.vectors.get(other.front..).unwrap_or_default());
         self.len += other.len;
@@ -121,6 +125,7 @@ impl GuestBuffers {
     /// Moves the first `len` bytes, or all if there are fewer, to the end of `other`, a list over the
     /// same memory.
     pub fn move_front(&mut self, len: usize, other: &mut GuestBuffers) {
+        other.check_change();
         let mut left = len.min(self.len);
         other.len += left;
         for vector in &self.vectors[self.front..] {
@@ -148,6 +153,7 @@ impl GuestBuffers {
 
     /// Drops bytes from the end so that no more than `len` are left.
     pub fn truncate(&mut self, len: usize) {
+        self.check_change();
         while self.len > len {
             let excess = self.len - len;
             match self.vectors.last_mut() {
@@ -166,6 +172,7 @@ impl GuestBuffers {
 
     /// Drops `count` bytes from the front, or all if there are fewer.
     pub fn advance(&mut self, count: usize) {
+        self.check_change();
         let mut left = count.min(self.len);
         self.len -= left;
         while let Some(vector) = self.vectors.get_mut(self.front) {
@@ -192,12 +199,9 @@ impl GuestBuffers {
         let mut bytes = [0; N];
         match self.vectors.get(self.front) {
             Some(vector) if vector.iov_len >= N => {
-                // SAFETY: the vector covers as many bytes of mapped guest memory, and `bytes` is our
-                // own, so the two do not overlap.
-                unsafe {
-                    let guest = vector.iov_base.cast::<u8>();
-                    std::ptr::copy_nonoverlapping(guest, bytes.as_mut_ptr(), N);
-                }
+                // SAFETY: the vector covers at least `N` bytes of guest memory, which `self.memory`
+                // keeps mapped.
+                unsafe { copy_from_guest(vector.iov_base.cast(), &mut bytes) };
                 self.advance(N);
             }
             _ if self.len < N => return None,
@@ -220,10 +224,9 @@ impl GuestBuffers {
     /// result is how many: fewer than asked for only where the list ends.
     pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> usize {
         self.copy(offset, bytes.len(), |guest, range| {
-            let target = bytes[range.clone()].as_mut_ptr();
-            // SAFETY: `copy` passes a pointer to `range.len()` bytes of mapped guest memory, and
-            // `target` is a slice of that length of our own memory, so the two do not overlap.
-            unsafe { std::ptr::copy_nonoverlapping(guest, target, range.len()) }
+            // SAFETY: `copy` passes a pointer to `range.len()` bytes of guest memory, which
+            // `self.memory` keeps mapped.
+            unsafe { copy_from_guest(guest, &mut bytes[range]) }
         })
     }
 
@@ -239,9 +242,10 @@ impl GuestBuffers {
     /// how many: fewer than asked for only where the list ends.
     pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> usize {
         self.copy(offset, bytes.len(), |guest, range| {
-            let source = bytes[range.clone()].as_ptr();
-            // SAFETY: as in `read_at`, in the other direction.
-            unsafe { std::ptr::copy_nonoverlapping(source, guest, range.len()) }
+            let len = range.len();
+            // SAFETY: as in `read_at`; all guest memory is mapped writable.
+            unsafe { copy_to_guest(guest, &bytes[range]) }
+            self.memory.mark_host(guest, len);
         })
     }
 
@@ -269,7 +273,7 @@ impl GuestBuffers {
         done
     }
 
-    /// Fills the list from `fd`, at `position` where it has one. Does as much as one call does.
+    /// Fills the list from `fd`, at `position` if it has one. Does as much as one call does.
     ///
     /// # Errors
     /// As `preadv2` or `readv`.
@@ -278,21 +282,30 @@ impl GuestBuffers {
         fd: BorrowedFd<'_>,
         position: Option<FilePosition>,
     ) -> io::Result<usize> {
-        let (fd, (vectors, count)) = (fd.as_raw_fd(), self.vectors_for_call());
-        // SAFETY: `vectors` points to `count` vectors, each of which covers guest memory that is
-        // mapped and writable for as long as `self.memory` lives.
+        let vectors = self.vectors_to_fill();
+        let (fd, count) = (fd.as_raw_fd(), vectors.len() as libc::c_int);
+        // SAFETY: the vectors cover guest memory that is mapped and writable for as long as
+        // `self.memory` lives.
         let result = unsafe {
             match position {
                 Some(FilePosition { offset, flags }) => {
-                    libc::preadv2(fd, vectors, count, offset as libc::off_t, flags)
+                    let offset = offset as libc::off_t;
+                    libc::preadv2(fd, vectors.as_ptr(), count, offset, flags)
                 }
-                None => libc::readv(fd, vectors, count),
+                None => libc::readv(fd, vectors.as_ptr(), count),
             }
         };
+        let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
+        self.mark_filled(match (&result, position) {
+            // Storage may have written more than it says, or before it failed.
+            (_, Some(_)) => usize::MAX,
+            (Ok(count), None) => *count,
+            (Err(_), None) => 0,
+        });
         self.finish_call(result)
     }
 
-    /// Sends the list to `fd`, at `position` where it has one. Does as much as one call does.
+    /// Sends the list to `fd`, at `position` if it has one. Does as much as one call does.
     ///
     /// # Errors
     /// As `pwritev2` or `writev`.
@@ -301,16 +314,19 @@ impl GuestBuffers {
         fd: BorrowedFd<'_>,
         position: Option<FilePosition>,
     ) -> io::Result<usize> {
-        let (fd, (vectors, count)) = (fd.as_raw_fd(), self.vectors_for_call());
+        let vectors = self.vectors();
+        let (fd, count) = (fd.as_raw_fd(), vectors.len() as libc::c_int);
         // SAFETY: as in `read_from`; the kernel only reads the memory.
         let result = unsafe {
             match position {
                 Some(FilePosition { offset, flags }) => {
-                    libc::pwritev2(fd, vectors, count, offset as libc::off_t, flags)
+                    let offset = offset as libc::off_t;
+                    libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags)
                 }
-                None => libc::writev(fd, vectors, count),
+                None => libc::writev(fd, vectors.as_ptr(), count),
             }
         };
+        let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
         self.finish_call(result)
     }
 
@@ -318,9 +334,9 @@ impl GuestBuffers {
     /// bytes of those pages and before them, whatever comes of it. They read as zero then, until they
     /// are written to.
     ///
-    /// One call does no more than `limit` bytes, a multiple of 4096, nor more than the first range of
-    /// the list. The result is how many bytes were given back: pages that are in the range in part are
-    /// kept.
+    /// One call does no more than `limit` bytes, rounded to whole pages and at least one, nor more
+    /// than the first range of the list. The result is how many bytes were given back: pages that are
+    /// in the range in part are kept.
     ///
     /// # Errors
     /// As `madvise`.
@@ -328,24 +344,12 @@ impl GuestBuffers {
         let Some(vector) = self.vectors().first().copied() else {
             return Ok(0);
         };
-        let start = vector.iov_base.addr();
-        let first_page = start.next_multiple_of(PAGE_SIZE);
-        let end = first_page.saturating_add(limit).min(start + vector.iov_len);
-        let size = (end & !(PAGE_SIZE - 1)).saturating_sub(first_page);
-        self.advance(end - start);
-        if size == 0 {
-            return Ok(0);
-        }
-        // SAFETY: the pages are within a range of guest memory, which stays mapped. Nothing borrows
-        // its bytes, and that they become zero is no more than the guest can do to them at any time.
-        let result = unsafe {
-            let pages = vector.iov_base.wrapping_byte_add(first_page - start);
-            libc::madvise(pages, size, libc::MADV_DONTNEED)
-        };
-        match result {
-            0 => Ok(size),
-            _ => Err(io::Error::last_os_error()),
-        }
+        let page = self.memory.backing().page_size();
+        let limit = limit.max(page) & !(page - 1);
+        let before_page = vector.iov_base.addr().wrapping_neg() & (page - 1);
+        let size = before_page.saturating_add(limit).min(vector.iov_len);
+        self.advance(size);
+        self.memory.discard_host(vector.iov_base.cast(), size)
     }
 
     /// Sends the list to the socket `fd`, which raises no `SIGPIPE`. Does as much as one call does.
@@ -360,14 +364,53 @@ impl GuestBuffers {
         message.msg_iovlen = vectors.len() as _;
         // SAFETY: as in `write_to`; the kernel does not change the vectors either.
         let result = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+        let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
         self.finish_call(result)
     }
 
-    /// What is left of the list, as far as one call takes it. The vectors are valid until the list
-    /// changes, and the memory that they cover for as long as the list lives.
+    /// What is left of the list, as far as one call takes it, for the kernel to read. The vectors are
+    /// valid until the list changes, and the memory that they cover for as long as the list lives.
     pub fn vectors(&self) -> &[iovec] {
         let left = self.vectors.get(self.front..).unwrap_or_default();
         left.get(..MAX_VECTORS_PER_CALL).unwrap_or(left)
+    }
+
+    /// The same as [`GuestBuffers::vectors`], for the kernel to write to.
+    ///
+    /// When it has done so, or is known not to, [`GuestBuffers::mark_filled`] is to be called, and the
+    /// list is not to be changed before that.
+    pub fn vectors_to_fill(&mut self) -> &[iovec] {
+        self.is_lent = true;
+        self.vectors()
+    }
+
+    /// Marks the first `count` bytes of [`GuestBuffers::vectors_to_fill`] as written, or all of them
+    /// if there are fewer. None are dropped.
+    #[inline]
+    pub fn mark_filled(&mut self, count: usize) {
+        self.is_lent = false;
+        if self.memory.is_logging() {
+            self.mark_logged(count);
+        }
+    }
+
+    #[cold]
+    fn mark_logged(&self, count: usize) {
+        let mut left = count;
+        for vector in self.vectors() {
+            let count = vector.iov_len.min(left);
+            self.memory.mark_host(vector.iov_base.cast(), count);
+            left -= count;
+        }
+    }
+
+    /// Checks that nobody fills the list, as it changes.
+    #[inline]
+    fn check_change(&self) {
+        debug_assert!(
+            !self.is_lent,
+            "the buffers were lent to be filled, and it was not said how far they were"
+        );
     }
 
     /// Whether each range starts at a multiple of `address` and has a multiple of `size` bytes, both
@@ -378,13 +421,8 @@ impl GuestBuffers {
         })
     }
 
-    fn vectors_for_call(&self) -> (*const iovec, libc::c_int) {
-        let vectors = self.vectors();
-        (vectors.as_ptr(), vectors.len() as libc::c_int)
-    }
-
-    fn finish_call(&mut self, result: isize) -> io::Result<usize> {
-        let count = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+    fn finish_call(&mut self, result: io::Result<usize>) -> io::Result<usize> {
+        let count = result?;
         self.advance(count);
         Ok(count)
     }
@@ -392,9 +430,12 @@ impl GuestBuffers {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::fd::AsFd;
+
     use vm_memory::Bytes;
+
+    use super::*;
+    use crate::PAGE_SIZE;
 
     const REGION_SIZE: usize = 0x1000;
 

@@ -1,0 +1,142 @@
+//! What guest memory is made of, and how it is mapped and given back.
+
+use std::io;
+use std::ops::Range;
+
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
+
+use crate::PAGE_SIZE;
+use crate::dirty_log::RegionLog;
+
+/// Size of a huge page in bytes.
+const HUGE_PAGE_SIZE: usize = 2 << 20;
+
+/// What guest memory is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Backing {
+    /// Anonymous private memory, which takes memory of the host as it is touched.
+    Anonymous,
+    /// The same, for which the host uses huge pages if it can.
+    TransparentHugePages,
+    /// Huge pages of 2 MiB that the host has set aside (hugetlbfs). They are reserved when the memory
+    /// is mapped, so that no access finds none left.
+    HugePages,
+}
+
+/// Why guest memory cannot be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The host does not map as much.
+    #[error("{0}")]
+    Map(#[source] io::Error),
+    /// The host does not use huge pages for it.
+    #[error("cannot use transparent huge pages: {0}")]
+    TransparentHugePages(#[source] io::Error),
+    /// The host has too few huge pages.
+    #[error("cannot map huge pages: {0}")]
+    HugePages(#[source] io::Error),
+    /// The regions overlap, are not in ascending order, exceed the address space, or there is none.
+    #[error("{0}")]
+    Regions(String),
+}
+
+impl Backing {
+    /// Maps `size` bytes of zeroes.
+    pub(crate) fn map(
+        self,
+        size: usize,
+        log: RegionLog,
+    ) -> Result<MmapRegion<RegionLog>, MapError> {
+        let flags = match self {
+            Backing::Anonymous | Backing::TransparentHugePages => libc::MAP_NORESERVE,
+            // Without `MAP_NORESERVE` the kernel keeps as many pages as the mapping takes.
+            Backing::HugePages => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        };
+        let region = MmapRegionBuilder::new_with_bitmap(size, log)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
+            .with_hugetlbfs(self == Backing::HugePages)
+            .build()
+            .map_err(|error| match (error, self) {
+                (MmapRegionError::Mmap(error), Backing::HugePages) => MapError::HugePages(error),
+                (MmapRegionError::Mmap(error), _) => MapError::Map(error),
+                (error, _) => MapError::Map(io::Error::other(error)),
+            })?;
+        if self == Backing::TransparentHugePages {
+            // SAFETY: the range is one mapping of this size, whose content the advice leaves alone.
+            let result =
+                unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+            if result != 0 {
+                return Err(MapError::TransparentHugePages(io::Error::last_os_error()));
+            }
+        }
+        Ok(region)
+    }
+
+    /// Size in bytes of the pages that the host can take back, a power of two. A transparent huge page
+    /// is taken back in parts.
+    pub(crate) fn page_size(self) -> usize {
+        match self {
+            Backing::Anonymous | Backing::TransparentHugePages => PAGE_SIZE,
+            Backing::HugePages => HUGE_PAGE_SIZE,
+        }
+    }
+
+    /// The whole pages that are within a range of addresses of the host, if there are any.
+    ///
+    /// The kernel would refuse a range of huge pages that begins within one. Before Linux 6.1 it also
+    /// discarded all of a huge page at the end that is in the range in part.
+    pub(crate) fn whole_pages(self, range: &Range<usize>) -> Option<Range<usize>> {
+        let page = self.page_size();
+        let start = range.start.checked_next_multiple_of(page)?;
+        let end = range.end & !(page - 1);
+        (start < end).then_some(start..end)
+    }
+
+    /// Gives `len` bytes, whole pages, back to the host. They read as zero afterwards.
+    ///
+    /// # Errors
+    /// As `madvise`.
+    ///
+    /// # Safety
+    /// The bytes must be mapped as this backing is, and nothing may refer to them.
+    pub(crate) unsafe fn discard(self, pages: *mut u8, len: usize) -> io::Result<()> {
+        let advice = match self {
+            // What is dropped of private anonymous memory, huge pages included, is zero when it is
+            // touched again. Of a file's private mapping it would be what the file has, and of shared
+            // memory it would still be there.
+            Backing::Anonymous | Backing::TransparentHugePages | Backing::HugePages => {
+                libc::MADV_DONTNEED
+            }
+        };
+        // SAFETY: as the caller promises; the advice changes nothing but the content of these pages.
+        match unsafe { libc::madvise(pages.cast(), len, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_in_a_range_in_part_are_no_part_of_what_is_discarded() {
+        let page = PAGE_SIZE;
+        let ordinary = |range| Backing::Anonymous.whole_pages(&range);
+        assert_eq!(ordinary(page..3 * page), Some(page..3 * page));
+        assert_eq!(ordinary(page - 1..3 * page + 1), Some(page..3 * page));
+        assert_eq!(ordinary(page + 1..2 * page), None);
+        assert_eq!(ordinary(page + 1..2 * page - 1), None);
+        assert_eq!(ordinary(usize::MAX - 1..usize::MAX), None);
+        let huge = |range| Backing::HugePages.whole_pages(&range);
+        assert_eq!(huge(HUGE_PAGE_SIZE..HUGE_PAGE_SIZE + page), None);
+        assert_eq!(huge(page..2 * HUGE_PAGE_SIZE - page), None);
+        assert_eq!(
+            huge(page..3 * HUGE_PAGE_SIZE - page),
+            Some(HUGE_PAGE_SIZE..2 * HUGE_PAGE_SIZE)
+        );
+    }
+}

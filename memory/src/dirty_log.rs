@@ -1,0 +1,250 @@
+//! Which pages of guest memory the monitor has written.
+
+use std::io;
+use std::iter;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, compiler_fence};
+
+use vm_memory::GuestAddress;
+use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+
+use crate::PAGE_SIZE;
+
+/// Pages of a word of the log.
+const PAGES_PER_WORD: usize = u64::BITS as usize;
+
+/// A bit for each page of guest memory, which is set after the monitor has written to it, as long
+/// as the log is on.
+///
+/// Whoever reads the memory after it was told of a page, or after the log was started, sees what
+/// was written before. Between a writer and [`DirtyLog::take`] the bit sees to that: it is set after
+/// the write, and cleared before the memory is read. Between a writer and [`DirtyLog::start`] a
+/// barrier of the whole process does, so that a writer needs none: it writes, and then looks
+/// whether the log is on.
+#[derive(Debug)]
+pub(crate) struct DirtyLog {
+    is_on: AtomicBool,
+    /// Made when the log is first started, and kept: a writer may still set a bit after its end.
+    words: OnceLock<Box<[AtomicU64]>>,
+    regions: Vec<LoggedRegion>,
+}
+
+/// Where the bits of a region are.
+#[derive(Debug, Clone, Copy)]
+struct LoggedRegion {
+    start: GuestAddress,
+    first_word: usize,
+    word_count: usize,
+}
+
+impl DirtyLog {
+    /// A log, which is off, of regions given by their start and their length in bytes.
+    pub(crate) fn new(regions: impl IntoIterator<Item = (GuestAddress, usize)>) -> DirtyLog {
+        let mut first_word = 0;
+        let regions = regions.into_iter().map(|(start, len)| {
+            let word_count = len.div_ceil(PAGE_SIZE * PAGES_PER_WORD);
+            let region = LoggedRegion {
+                start,
+                first_word,
+                word_count,
+            };
+            first_word += word_count;
+            region
+        });
+        DirtyLog {
+            is_on: AtomicBool::new(false),
+            regions: regions.collect(),
+            words: OnceLock::new(),
+        }
+    }
+
+    /// Whether what was just written is to be marked.
+    #[inline]
+    pub(crate) fn is_on(&self) -> bool {
+        // The processor may still read the flag before the write is seen by others. If it finds the
+        // log off, `start` comes later, and its barrier has the write seen.
+        compiler_fence(Ordering::SeqCst);
+        self.is_on.load(Ordering::Relaxed)
+    }
+
+    /// Starts the log, with no page in it. What was written to pages that are not logged can be read
+    /// from memory when this returns.
+    ///
+    /// # Errors
+    /// When the kernel has no barrier for all threads of a process (`membarrier`).
+    pub(crate) fn start(&self) -> io::Result<()> {
+        membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
+        let word_count = self.regions.iter().map(|region| region.word_count).sum();
+        let words = self.words.get_or_init(|| {
+            iter::repeat_with(AtomicU64::default)
+                .take(word_count)
+                .collect()
+        });
+        for word in words {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.is_on.store(true, Ordering::SeqCst);
+        membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED).inspect_err(|_| self.stop())
+    }
+
+    /// Stops the log.
+    pub(crate) fn stop(&self) {
+        self.is_on.store(false, Ordering::SeqCst);
+    }
+
+    /// Takes the pages that were marked since the log was started, or since the last call.
+    pub(crate) fn take(&self) -> DirtyPages {
+        let words = self.words.get().map(Box::as_ref).unwrap_or_default();
+        let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
+            // One that is set meanwhile is for the next call.
+            0 => 0,
+            // Acquire: what was written before a bit was set is seen by whoever reads the page now.
+            _ => word.swap(0, Ordering::AcqRel),
+        };
+        let regions = self.regions.iter().map(|region| {
+            let words = words.get(region.first_word..).unwrap_or_default();
+            let words = words.iter().take(region.word_count).map(take).collect();
+            (region.start, words)
+        });
+        DirtyPages {
+            regions: regions.collect(),
+        }
+    }
+
+    /// Marks the pages of `len` bytes, which have been written, `offset` bytes after the start of
+    /// the region at index `region`.
+    #[cold]
+    pub(crate) fn mark(&self, region: usize, offset: usize, len: usize) {
+        let (Some(words), Some(region)) = (self.words.get(), self.regions.get(region)) else {
+            return;
+        };
+        let Some(last_byte) = len.checked_sub(1).and_then(|len| offset.checked_add(len)) else {
+            return;
+        };
+        let words = words.get(region.first_word..).unwrap_or_default();
+        let (first, last) = (offset / PAGE_SIZE, last_byte / PAGE_SIZE);
+        let (first_word, last_word) = (first / PAGES_PER_WORD, last / PAGES_PER_WORD);
+        let affected = words.iter().take(region.word_count).enumerate();
+        for (index, word) in affected.take(last_word + 1).skip(first_word) {
+            let mut bits = u64::MAX;
+            if index == first_word {
+                bits &= u64::MAX << (first % PAGES_PER_WORD);
+            }
+            if index == last_word {
+                bits &= u64::MAX >> (PAGES_PER_WORD - 1 - last % PAGES_PER_WORD);
+            }
+            // A bit that seems to be set may have been taken already: it is set again all the same.
+            word.fetch_or(bits, Ordering::Release);
+        }
+    }
+}
+
+/// Has every thread of this process pass a memory barrier, or prepares for that.
+fn membarrier(command: libc::c_int) -> io::Result<()> {
+    // SAFETY: the call takes integers alone and changes no memory.
+    match unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Pages of guest memory, a bit for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirtyPages {
+    /// Start of each region, and the bits of its pages, in their order.
+    regions: Vec<(GuestAddress, Vec<u64>)>,
+}
+
+impl DirtyPages {
+    /// The addresses of the pages, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = GuestAddress> {
+        self.regions.iter().flat_map(|(start, words)| {
+            let pages = words.iter().enumerate().flat_map(|(index, &word)| {
+                let is_set = move |bit: &usize| word >> bit & 1 != 0;
+                let bits = (0..PAGES_PER_WORD).filter(is_set);
+                bits.map(move |bit| index * PAGES_PER_WORD + bit)
+            });
+            pages.map(|page| GuestAddress(start.0 + (page * PAGE_SIZE) as u64))
+        })
+    }
+}
+
+/// The log as `vm-memory` marks it: from an offset of a region on.
+#[derive(Debug, Clone, Copy)]
+pub struct LogSlice<'a> {
+    log: &'a DirtyLog,
+    region: usize,
+    offset: usize,
+}
+
+impl Bitmap for LogSlice<'_> {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if self.log.is_on() {
+            self.log.mark(self.region, self.offset + offset, len);
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let page = (self.offset + offset) / PAGE_SIZE;
+        let region = self.log.regions.get(self.region);
+        let word = region
+            .zip(self.log.words.get())
+            .and_then(|(region, words)| {
+                let word = page / PAGES_PER_WORD;
+                (word < region.word_count).then(|| &words[region.first_word + word])
+            });
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (page % PAGES_PER_WORD) & 1 != 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> Self {
+        LogSlice {
+            offset: self.offset + offset,
+            ..*self
+        }
+    }
+}
+
+impl WithBitmapSlice<'_> for LogSlice<'_> {
+    type S = Self;
+}
+
+impl BitmapSlice for LogSlice<'_> {}
+
+/// The log of one region, as a mapping of `vm-memory` holds it.
+#[derive(Debug, Clone)]
+pub struct RegionLog {
+    log: std::sync::Arc<DirtyLog>,
+    region: usize,
+}
+
+impl RegionLog {
+    pub(crate) fn new(log: std::sync::Arc<DirtyLog>, region: usize) -> RegionLog {
+        RegionLog { log, region }
+    }
+
+    fn whole(&self) -> LogSlice<'_> {
+        LogSlice {
+            log: &self.log,
+            region: self.region,
+            offset: 0,
+        }
+    }
+}
+
+impl Bitmap for RegionLog {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.whole().mark_dirty(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.whole().dirty_at(offset)
+    }
+
+    fn slice_at(&self, offset: usize) -> LogSlice<'_> {
+        self.whole().slice_at(offset)
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for RegionLog {
+    type S = LogSlice<'a>;
+}

@@ -1,0 +1,23 @@
+//! The memory of a guest: how the host maps it, how the monitor accesses it, and a log of the pages
+//! that the monitor writes.
+//!
+//! The guest may change its memory at any time, so nothing here hands out a reference to its bytes:
+//! they are copied, by [`GuestBuffers`] and [`GuestRange`], by the traits of `vm-memory`, or by the
+//! host's kernel. Whatever writes to guest memory marks the pages in the dirty log
+//! ([`GuestMemory::start_dirty_log`]) after the write.
+
+mod backing;
+mod buffers;
+mod copy;
+mod dirty_log;
+mod guest_memory;
+mod range;
+
+pub use backing::{Backing, MapError};
+pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
+pub use dirty_log::DirtyPages;
+pub use guest_memory::{GuestMemory, Region};
+pub use range::{GuestRange, Word};
+
+/// Size in bytes of a page of the guest, the unit of the dirty log.
+pub const PAGE_SIZE: usize = 4096;
