@@ -1,9 +1,34 @@
 //! The event loop on which devices do their work.
 
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+};
+
+use crate::worker::Worker;
 
 /// A part of a device that reacts to file descriptors becoming ready.
-pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
+pub enum Subscriber {
+    /// The worker of a virtio device, which can be taken back.
+    Worker(Box<dyn Worker>),
+    /// A part that stays as long as the loop.
+    Resident(Box<dyn MutEventSubscriber + Send>),
+}
+
+impl MutEventSubscriber for Subscriber {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        match self {
+            Subscriber::Worker(worker) => worker.init(operations),
+            Subscriber::Resident(part) => part.init(operations),
+        }
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        match self {
+            Subscriber::Worker(worker) => worker.process(events, operations),
+            Subscriber::Resident(part) => part.process(events, operations),
+        }
+    }
+}
 
 /// A handle by which other threads give an event loop its work and take it back.
 ///
@@ -22,33 +47,58 @@ impl EventLoop {
         }
     }
 
-    /// Hands `subscriber` to the loop; on return it receives events.
+    /// Hands `part` to the loop for as long as that runs; on return it receives events.
     ///
     /// Must not be called on the loop's own thread.
     ///
     /// # Errors
-    /// When the loop has ended.
-    pub fn add(&self, subscriber: Subscriber) -> Result<SubscriberId, event_manager::Error> {
+    /// If the loop has ended.
+    pub fn add(&self, part: Box<dyn MutEventSubscriber + Send>) -> Result<(), event_manager::Error> {
+        self.add_subscriber(Subscriber::Resident(part)).map(drop)
+    }
+
+    /// Hands `worker` to the loop; on return it receives events.
+    ///
+    /// Must not be called on the loop's own thread.
+    ///
+    /// # Errors
+    /// If the loop has ended.
+    pub fn add_worker(&self, worker: Box<dyn Worker>) -> Result<WorkerId, event_manager::Error> {
+        self.add_subscriber(Subscriber::Worker(worker))
+            .map(WorkerId)
+    }
+
+    fn add_subscriber(&self, subscriber: Subscriber) -> Result<SubscriberId, event_manager::Error> {
         self.endpoint
             .call_blocking(move |loop_operations| Ok(loop_operations.add_subscriber(subscriber)))
     }
 
-    /// Takes a subscriber back: on return it is no longer at work, and no event reaches it.
+    /// Takes a worker back: on return it is no longer at work, and no event reaches it.
     ///
     /// Must not be called on the loop's own thread.
     ///
     /// # Errors
-    /// When the loop has ended, or has no such subscriber.
-    pub fn remove(&self, id: SubscriberId) -> Result<Subscriber, event_manager::Error> {
-        self.endpoint
-            .call_blocking(move |loop_operations| loop_operations.remove_subscriber(id))
+    /// If the loop has ended, or has no such worker.
+    pub fn take_worker(&self, id: WorkerId) -> Result<Box<dyn Worker>, event_manager::Error> {
+        let WorkerId(id) = id;
+        let subscriber = self
+            .endpoint
+            .call_blocking(move |loop_operations| loop_operations.remove_subscriber(id))?;
+        match subscriber {
+            Subscriber::Worker(worker) => Ok(worker),
+            Subscriber::Resident(_) => Err(event_manager::Error::InvalidId),
+        }
     }
 
     /// Makes the loop take a turn, so that its thread can look whether to go on.
     ///
     /// # Errors
-    /// When the host refuses to signal an event.
+    /// If the host refuses to signal an event.
     pub fn wake(&self) -> Result<(), event_manager::Error> {
         self.endpoint.kick()
     }
 }
+
+/// Names a worker on an event loop.
+#[derive(Debug)]
+pub struct WorkerId(SubscriberId);

@@ -14,6 +14,7 @@ pub mod exit_port;
 pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;
+pub mod lifecycle;
 mod listening_socket;
 pub mod panic_device;
 pub mod patience;
@@ -24,6 +25,7 @@ pub mod rtc;
 pub mod serial;
 pub mod tap;
 pub mod virtio;
+pub mod worker;
 
 pub use event_loop::EventLoop;
 pub use interrupt::InterruptLine;

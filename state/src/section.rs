@@ -1,7 +1,7 @@
 use std::io::{self, Read, Write};
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{RestoreError, SaveError};
 
@@ -19,8 +19,8 @@ pub trait SavedState: Serialize + DeserializeOwned {
     const VERSION: u16;
 }
 
-/// The saved state of one part.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The saved state of one part. It may hold those of the parts that this one has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Section {
     kind: String,
     version: u16,
@@ -156,7 +156,6 @@ impl Section {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde::Deserialize;
 
     use super::*;
 

@@ -21,7 +21,7 @@ use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::console::{Console as ConsoleDevice, ConsoleHandle};
-use bantam_devices::virtio::mmio::MmioTransport;
+use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
 use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bantam_arch::layout;
-use bantam_devices::virtio::mmio;
+use bantam_devices::virtio::transport::mmio;
 use bantam_memory::{GuestMemory, Region};
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,

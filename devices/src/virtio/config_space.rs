@@ -101,6 +101,30 @@ impl ConfigSpace {
         self.lock().generation
     }
 
+    /// All bytes, and the generation.
+    pub(super) fn save(&self) -> (Vec<u8>, u32) {
+        let space = self.lock();
+        (space.bytes.clone(), space.generation)
+    }
+
+    /// Takes over what [`ConfigSpace::save`] gave.
+    ///
+    /// # Errors
+    /// If it is of another size.
+    pub(super) fn restore(&self, bytes: &[u8], generation: u32) -> Result<(), String> {
+        let mut space = self.lock();
+        if space.bytes.len() != bytes.len() {
+            return Err(format!(
+                "its configuration space has {} bytes, and the device's {}",
+                bytes.len(),
+                space.bytes.len()
+            ));
+        }
+        space.bytes.copy_from_slice(bytes);
+        space.generation = generation;
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Versioned> {
         // No change leaves it half done, even one that panics.
         self.space.lock().unwrap_or_else(PoisonError::into_inner)

@@ -100,6 +100,12 @@ impl VirtioInterrupt {
         self.needs_reset.store(false, Ordering::Release);
     }
 
+    /// Takes over the state that another had.
+    pub(super) fn restore(&self, status: u32, needs_reset: bool) {
+        self.status.store(status, Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
         if let Err(error) = self.line.trigger() {

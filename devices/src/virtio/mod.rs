@@ -10,7 +10,6 @@ pub mod block;
 mod config_space;
 pub mod console;
 mod interrupt;
-pub mod mmio;
 pub mod net;
 mod queue;
 mod rings;
@@ -18,6 +17,7 @@ pub mod rng;
 #[cfg(test)]
 mod test_driver;
 mod throttle;
+pub mod transport;
 pub mod vsock;
 
 // A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
@@ -26,6 +26,7 @@ use bolero as _;
 
 use std::sync::Arc;
 
+use bantam_state::{RestoreError, SaveError, Section};
 use bantam_memory::GuestMemory;
 
 pub use config_space::ConfigSpace;
@@ -33,7 +34,7 @@ pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 use throttle::Throttle;
 
-use crate::event_loop::Subscriber;
+use crate::worker::Worker;
 
 /// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -82,12 +83,34 @@ pub trait VirtioDevice: Send {
 
     /// Makes the worker that serves the driver's queues, from what was negotiated.
     ///
-    /// Called when the driver sets `DRIVER_OK`, and again after each reset. The worker is dropped
-    /// on reset; it must leave nothing of a request undone that it has taken.
+    /// Called when the driver sets `DRIVER_OK`, and again after each reset; and when a device that was
+    /// restored is resumed, with the state of the worker that was saved. The worker is dropped on
+    /// reset; it must leave nothing of a request undone that it has taken.
     ///
     /// # Errors
     /// One line that says why the device cannot work; it then asks the driver for a reset.
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String>;
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, String>;
+
+    /// Takes what the front knows beside its configuration space to what it is after power-on. There
+    /// is no worker.
+    fn reset(&mut self) {}
+
+    /// What the front knows beside its configuration space, which the transport saves.
+    ///
+    /// # Errors
+    /// If that cannot leave the process.
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        Ok(None)
+    }
+
+    /// Takes over what [`VirtioDevice::save`] gave, if `config`, the configuration space that was
+    /// saved with it, is one that this device can have. The transport then writes that space.
+    ///
+    /// # Errors
+    /// If the two are not of such a device.
+    fn restore(&mut self, _config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
+        Ok(())
+    }
 }
 
 /// What a device is given to work with.
@@ -100,4 +123,6 @@ pub struct Activation {
     pub queues: Vec<VirtQueue>,
     /// The way to tell the driver of used buffers and of trouble.
     pub interrupt: Arc<VirtioInterrupt>,
+    /// What the worker of the saved device knew, if this one takes its place.
+    pub state: Option<Section>,
 }

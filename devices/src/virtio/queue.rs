@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::VirtioInterrupt;
 use super::rings::{IndirectTable, Rings};
+use crate::worker::QueueProgress;
 
 /// How long one queue is served before other devices have their turn.
 pub const MAX_TURN: Duration = Duration::from_millis(20);
@@ -162,6 +163,14 @@ impl VirtQueue {
     /// Size in descriptors.
     pub fn size(&self) -> u16 {
         self.size
+    }
+
+    /// How far it has come. All chains that were taken have been returned or put back.
+    pub fn progress(&self) -> QueueProgress {
+        QueueProgress {
+            next_available: self.next_available,
+            next_used: self.next_used,
+        }
     }
 
     /// Consumes the rings of the doorbell so far.

@@ -8,7 +8,7 @@ use std::{io, thread};
 
 use bantam_devices::bus::BusDevice;
 use bantam_devices::event_loop::Subscriber;
-use bantam_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use bantam_devices::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, InterruptLine};
 use bantam_memory::GuestMemory;

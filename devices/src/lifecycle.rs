@@ -1,0 +1,52 @@
+//! The life of a device between the building of a machine and its end.
+
+use std::io;
+
+use bantam_state::{RestoreError, SaveError, Section};
+
+/// A device whose work can be stopped and gone on with, and whose state can be taken elsewhere.
+///
+/// ```text
+///              resume                      restore
+///   paused  ------------>  at work    new ---------> paused
+///     | ^  <------------
+///     | |      pause
+///     +-+ save, reset
+/// ```
+///
+/// The machine's owner calls these, on a thread that runs neither a vCPU nor an event loop. A device is
+/// at work when it is made. While it is paused no vCPU is in the guest, so no register of it is accessed.
+pub trait Device: Send {
+    /// Stops the work, after the vCPUs have left the guest.
+    ///
+    /// When it returns, the device touches no guest memory, nothing of it is under way, and the driver
+    /// has been notified of all that was done. What the device has taken from the driver and not done
+    /// is back in its queues. A device that is paused already stays so.
+    ///
+    /// # Errors
+    /// If the host cannot end what is under way. Guest memory may be touched then, so the machine must
+    /// not be saved; the device can be resumed.
+    fn pause(&mut self) -> io::Result<()>;
+
+    /// Goes on with the work, before the vCPUs enter the guest. A device that is at work stays so.
+    ///
+    /// # Errors
+    /// If the host does not give what that takes. The device then asks its driver for a reset.
+    fn resume(&mut self) -> io::Result<()>;
+
+    /// Takes a paused device to the state that it has after power-on.
+    fn reset(&mut self);
+
+    /// The state of a paused device, from which [`Device::restore`] rebuilds it. It stays paused.
+    ///
+    /// # Errors
+    /// If the device is not paused, or has state that cannot leave the process.
+    fn save(&self) -> Result<Section, SaveError>;
+
+    /// Gives a device that is new, with the same configuration as the one that was saved, the state
+    /// of that one. Guest memory has its saved content by then. The device is paused afterwards.
+    ///
+    /// # Errors
+    /// If the state is not that of such a device. The device is as after power-on then.
+    fn restore(&mut self, section: &Section) -> Result<(), RestoreError>;
+}

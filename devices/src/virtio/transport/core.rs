@@ -1,0 +1,572 @@
+//! What every transport keeps of a device: its status, features and queues (section 2), and the
+//! device's worker.
+
+use std::io;
+use std::sync::Arc;
+
+use bantam_memory::GuestMemory;
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::EventLoop;
+use crate::event_loop::WorkerId;
+use crate::lifecycle::Device;
+use crate::virtio::{
+    Activation, F_EVENT_IDX, F_VERSION_1, VirtQueue, VirtioDevice, VirtioInterrupt,
+};
+use crate::worker::{QueueProgress, Worker};
+
+/// What the driver wrote of one queue; judged when it sets `DRIVER_OK`.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct QueueRegisters {
+    pub(super) size: u32,
+    pub(super) ready: bool,
+    pub(super) descriptors: u64,
+    pub(super) driver: u64,
+    pub(super) device: u64,
+}
+
+impl QueueRegisters {
+    /// The queue as set up, if it is one that a device can serve.
+    fn to_queue(
+        self,
+        max_size: u16,
+        event_index: bool,
+        progress: QueueProgress,
+        memory: &GuestMemory,
+    ) -> Result<Queue, virtio_queue::Error> {
+        let mut queue = Queue::new(max_size)?;
+        if self.ready {
+            let size = self.size.try_into();
+            queue.try_set_size(size.map_err(|_| virtio_queue::Error::InvalidSize)?)?;
+            queue.try_set_desc_table_address(GuestAddress(self.descriptors))?;
+            queue.try_set_avail_ring_address(GuestAddress(self.driver))?;
+            queue.try_set_used_ring_address(GuestAddress(self.device))?;
+            queue.set_event_idx(event_index);
+            queue.set_next_avail(progress.next_available);
+            queue.set_next_used(progress.next_used);
+            queue.set_ready(true);
+            if !queue.is_valid(memory) {
+                return Err(virtio_queue::Error::FindMemoryRegion);
+            }
+        }
+        Ok(queue)
+    }
+}
+
+/// Where the device's worker is.
+enum WorkerPlace {
+    /// There is none: the driver is not ready, or the device could not be activated.
+    None,
+    /// On the event loop.
+    AtWork(WorkerId),
+    /// Taken off the event loop by a pause.
+    Paused(Box<dyn Worker>),
+    /// Not made yet: the device was restored, and has not been resumed.
+    Saved(SavedWorker),
+}
+
+/// What a worker is made again from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SavedWorker {
+    /// As many as queues.
+    progress: Vec<QueueProgress>,
+    state: Option<Section>,
+}
+
+/// The state of a device and its transport.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct TransportState {
+    device_id: u32,
+    status: u32,
+    needs_reset: bool,
+    interrupt_status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<QueueRegisters>,
+    config: Vec<u8>,
+    config_generation: u32,
+    device: Option<Section>,
+    worker: Option<SavedWorker>,
+}
+
+impl SavedState for TransportState {
+    const KIND: &'static str = "virtio";
+    const VERSION: u16 = 1;
+}
+
+/// A device with its status machine and its queues. A transport gives the driver registers for them.
+pub(super) struct TransportCore {
+    pub(super) device: Box<dyn VirtioDevice>,
+    memory: Arc<GuestMemory>,
+    event_loop: EventLoop,
+    pub(super) interrupt: Arc<VirtioInterrupt>,
+    pub(super) doorbells: Vec<EventFd>,
+    worker: WorkerPlace,
+    is_paused: bool,
+    status: u32,
+    pub(super) device_features_select: u32,
+    pub(super) driver_features_select: u32,
+    driver_features: u64,
+    pub(super) queue_select: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+/// Why a device cannot be activated.
+enum ActivateError {
+    /// Its driver has set it up wrongly.
+    Driver(String),
+    /// The host lacks what it takes.
+    Host(String),
+}
+
+impl TransportCore {
+    /// The state of `device` after power-on. Its worker will run on `event_loop`.
+    ///
+    /// # Errors
+    /// If the host gives no file descriptors for the doorbells.
+    pub(super) fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        event_loop: EventLoop,
+        interrupt: Arc<VirtioInterrupt>,
+    ) -> io::Result<TransportCore> {
+        let queue_count = device.queue_max_sizes().len();
+        let doorbells = (0..queue_count)
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
+            .collect::<io::Result<_>>()?;
+        Ok(TransportCore {
+            device,
+            memory,
+            event_loop,
+            interrupt,
+            doorbells,
+            worker: WorkerPlace::None,
+            is_paused: false,
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: vec![QueueRegisters::default(); queue_count],
+        })
+    }
+
+    /// The half of the features offered that the driver has selected.
+    pub(super) fn selected_device_features(&self) -> u32 {
+        half(self.device.features(), self.device_features_select)
+    }
+
+    /// The registers of the queue that the driver has selected, if there is one.
+    pub(super) fn selected_queue(&self) -> Option<&QueueRegisters> {
+        self.queues.get(self.queue_select as usize)
+    }
+
+    /// Largest size of the queue that the driver has selected; 0 if there is none.
+    pub(super) fn selected_queue_max_size(&self) -> u16 {
+        let sizes = self.device.queue_max_sizes();
+        sizes
+            .get(self.queue_select as usize)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// The device status field (section 2.1).
+    pub(super) fn status(&self) -> u32 {
+        if self.interrupt.needs_reset() {
+            self.status | VIRTIO_CONFIG_S_NEEDS_RESET
+        } else {
+            self.status
+        }
+    }
+
+    /// Device initialization (section 3.1.1): the driver only ever adds bits, or resets.
+    pub(super) fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset_by_driver();
+            return;
+        }
+        let value = value & !VIRTIO_CONFIG_S_NEEDS_RESET;
+        let added = value & !self.status;
+        if value & self.status != self.status {
+            let status = self.status;
+            self.interrupt.warn(format_args!(
+                "write of {value:#x} to the status register, which was {status:#x}: bits are only \
+                 cleared by a reset"
+            ));
+            return;
+        }
+        if added & VIRTIO_CONFIG_S_FAILED != 0 {
+            self.interrupt.warn(format_args!("the driver has given up"));
+        }
+        if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.accepts_features() {
+            // The driver sees that it was refused by reading the bit back as zero.
+            self.status = value & !VIRTIO_CONFIG_S_FEATURES_OK & !VIRTIO_CONFIG_S_DRIVER_OK;
+            return;
+        }
+        if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            if value & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+                self.interrupt
+                    .warn(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
+                self.status = value & !VIRTIO_CONFIG_S_DRIVER_OK;
+                return;
+            }
+            self.status = value;
+            if let Err(error) = self.activate(None) {
+                self.ask_for_reset(&error);
+            }
+            return;
+        }
+        self.status = value;
+    }
+
+    fn ask_for_reset(&self, error: &ActivateError) {
+        match error {
+            ActivateError::Driver(reason) => self.interrupt.need_reset(reason),
+            ActivateError::Host(reason) => self.interrupt.need_reset_by_host(reason),
+        }
+    }
+
+    fn accepts_features(&self) -> bool {
+        let valid = self.features_are_valid();
+        if !valid {
+            let (accepted, offered) = (self.driver_features, self.device.features());
+            self.interrupt.warn(format_args!(
+                "the driver accepts features {accepted:#x} of {offered:#x} offered: it must accept \
+                 VERSION_1 and none that are not offered"
+            ));
+        }
+        valid
+    }
+
+    fn features_are_valid(&self) -> bool {
+        let accepted = self.driver_features;
+        accepted & !self.device.features() == 0 && accepted & F_VERSION_1 != 0
+    }
+
+    /// Sets the half that the driver has selected of the features that it accepts.
+    pub(super) fn set_driver_features(&mut self, value: u32) {
+        let phase = VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+        if self.status & phase != VIRTIO_CONFIG_S_DRIVER {
+            self.interrupt.warn(format_args!(
+                "driver features written out of turn are ignored"
+            ));
+            return;
+        }
+        match self.driver_features_select {
+            0 => set_low(&mut self.driver_features, value),
+            1 => set_high(&mut self.driver_features, value),
+            _ if value == 0 => {}
+            select => self
+                .interrupt
+                .warn(format_args!("driver features {select} do not exist")),
+        }
+    }
+
+    /// Changes the registers of the queue that the driver has selected.
+    pub(super) fn set_up_queue(&mut self, change: impl FnOnce(&mut QueueRegisters)) {
+        let phase = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        if self.status & phase != VIRTIO_CONFIG_S_FEATURES_OK {
+            self.interrupt.warn(format_args!(
+                "queue registers written out of turn are ignored"
+            ));
+            return;
+        }
+        match self.queues.get_mut(self.queue_select as usize) {
+            Some(queue) => change(queue),
+            None => {
+                let index = self.queue_select;
+                self.interrupt
+                    .warn(format_args!("there is no queue {index}"));
+            }
+        }
+    }
+
+    /// A doorbell that did not arrive by its event: one written in a way that the driver should
+    /// not, or under a hypervisor that was not told of the events.
+    pub(super) fn ring_doorbell(&mut self, queue: u32) {
+        match self.doorbells.get(queue as usize) {
+            Some(doorbell) => signal(doorbell),
+            None => self
+                .interrupt
+                .warn(format_args!("the doorbell of queue {queue} does not exist")),
+        }
+    }
+
+    fn activate(&mut self, saved: Option<SavedWorker>) -> Result<(), ActivateError> {
+        let (progress, state) = match saved {
+            Some(saved) => (saved.progress, saved.state),
+            None => (Vec::new(), None),
+        };
+        let queues = self.build_queues(&progress)?;
+        // Buffers that the driver made available before this are served without a doorbell.
+        for queue in &queues {
+            queue.ring_doorbell();
+        }
+        let worker = self.device.activate(Activation {
+            memory: self.memory.clone(),
+            features: self.driver_features,
+            queues,
+            interrupt: self.interrupt.clone(),
+            state,
+        });
+        self.put_to_work(worker.map_err(ActivateError::Host)?)
+    }
+
+    /// The queues as the driver has set them up. Each goes on at its place in `progress`, or begins.
+    fn build_queues(&self, progress: &[QueueProgress]) -> Result<Vec<VirtQueue>, ActivateError> {
+        let event_index = self.driver_features & F_EVENT_IDX != 0;
+        let mut queues = Vec::with_capacity(self.queues.len());
+        let max_sizes = self.device.queue_max_sizes();
+        for (index, registers) in self.queues.iter().enumerate() {
+            let max_size = max_sizes.get(index).copied().unwrap_or_default();
+            let progress = progress.get(index).copied().unwrap_or_default();
+            let queue = registers
+                .to_queue(max_size, event_index, progress, &self.memory)
+                .map_err(|error| {
+                    let reason = format!("queue {index} was set up as {registers:x?}: {error}");
+                    ActivateError::Driver(reason)
+                })?;
+            let doorbell = self.doorbells.get(index).map(EventFd::try_clone);
+            let Some(Ok(doorbell)) = doorbell else {
+                return Err(ActivateError::Host(format!(
+                    "the doorbell of queue {index} cannot be duplicated"
+                )));
+            };
+            let queue = VirtQueue::new(index as u16, &queue, doorbell, self.memory.clone());
+            queues.push(queue.map_err(|error| ActivateError::Driver(error.to_string()))?);
+        }
+        Ok(queues)
+    }
+
+    fn put_to_work(&mut self, worker: Box<dyn Worker>) -> Result<(), ActivateError> {
+        match self.event_loop.add_worker(worker) {
+            Ok(id) => {
+                self.worker = WorkerPlace::AtWork(id);
+                Ok(())
+            }
+            Err(error) => Err(ActivateError::Host(error.to_string())),
+        }
+    }
+
+    /// The driver takes the device back to its initial state (section 2.4). When this returns, its
+    /// worker has ended and no more of guest memory is touched.
+    fn reset_by_driver(&mut self) {
+        if let WorkerPlace::AtWork(worker) = std::mem::replace(&mut self.worker, WorkerPlace::None)
+            && let Err(error) = self.event_loop.take_worker(worker)
+        {
+            self.interrupt
+                .warn_of_host(format_args!("cannot stop its worker: {error}"));
+        }
+        for doorbell in &self.doorbells {
+            // It fails only if nobody has rung.
+            let _ = doorbell.read();
+        }
+        self.interrupt.reset();
+        self.device.config().reset_driver_field();
+        self.status = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+        self.queues.fill(QueueRegisters::default());
+    }
+
+    fn name(&self) -> String {
+        self.interrupt.name().to_owned()
+    }
+
+    /// Takes over the state, as far as it is that of such a device.
+    fn adopt(&mut self, state: TransportState) -> Result<(), String> {
+        if state.device_id != self.device.device_id() {
+            return Err(format!("it is of a device of type {}", state.device_id));
+        }
+        if state.queues.len() != self.queues.len() {
+            return Err(format!(
+                "it has {} queues, and the device {}",
+                state.queues.len(),
+                self.queues.len()
+            ));
+        }
+        let is_active = state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        if state.worker.is_some() && !is_active {
+            return Err("it has a worker without a driver".to_owned());
+        }
+        self.status = state.status;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        self.queues = state.queues;
+        if self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_are_valid() {
+            return Err(format!(
+                "its driver uses features {:#x}, and the device has {:#x}",
+                self.driver_features,
+                self.device.features()
+            ));
+        }
+        if let Some(worker) = &state.worker {
+            if worker.progress.len() != self.queues.len() {
+                return Err("it does not say how far each queue has come".to_owned());
+            }
+            self.build_queues(&worker.progress)
+                .map_err(|error| match error {
+                    ActivateError::Driver(reason) | ActivateError::Host(reason) => reason,
+                })?;
+        }
+        self.device
+            .config()
+            .restore(&state.config, state.config_generation)?;
+        self.interrupt
+            .restore(state.interrupt_status, state.needs_reset);
+        if let Some(worker) = state.worker {
+            self.worker = WorkerPlace::Saved(worker);
+        }
+        Ok(())
+    }
+}
+
+impl Device for TransportCore {
+    fn pause(&mut self) -> io::Result<()> {
+        if self.is_paused {
+            return Ok(());
+        }
+        self.is_paused = true;
+        if let WorkerPlace::AtWork(id) = std::mem::replace(&mut self.worker, WorkerPlace::None) {
+            let mut worker = self
+                .event_loop
+                .take_worker(id)
+                .map_err(|error| io::Error::other(error.to_string()))?;
+            let paused = worker.pause();
+            self.worker = WorkerPlace::Paused(worker);
+            paused?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        if !self.is_paused {
+            return Ok(());
+        }
+        self.is_paused = false;
+        let resumed = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
+            WorkerPlace::Paused(worker) => {
+                // What was put back in the queues is taken again.
+                for doorbell in &self.doorbells {
+                    signal(doorbell);
+                }
+                self.put_to_work(worker)
+            }
+            WorkerPlace::Saved(saved) => {
+                let resumed = self.activate(Some(saved));
+                // The interrupt of what was done before may not have reached the driver.
+                self.interrupt.notify_used_buffer();
+                resumed
+            }
+            other => {
+                self.worker = other;
+                Ok(())
+            }
+        };
+        resumed.map_err(|error| {
+            self.ask_for_reset(&error);
+            match error {
+                ActivateError::Driver(reason) | ActivateError::Host(reason) => {
+                    io::Error::other(reason)
+                }
+            }
+        })
+    }
+
+    fn reset(&mut self) {
+        self.reset_by_driver();
+        self.device.reset();
+    }
+
+    fn save(&self) -> Result<Section, SaveError> {
+        let not_supported = |reason: &str| SaveError::NotSupported {
+            part: self.name(),
+            reason: reason.to_owned(),
+        };
+        if !self.is_paused {
+            return Err(not_supported("it is at work"));
+        }
+        let worker = match &self.worker {
+            WorkerPlace::None => None,
+            WorkerPlace::AtWork(_) => return Err(not_supported("it is at work")),
+            WorkerPlace::Paused(worker) => Some(SavedWorker {
+                progress: worker.progress(),
+                state: worker.save()?,
+            }),
+            WorkerPlace::Saved(saved) => Some(saved.clone()),
+        };
+        let (config, config_generation) = self.device.config().save();
+        Section::of(&TransportState {
+            device_id: self.device.device_id(),
+            status: self.status,
+            needs_reset: self.interrupt.needs_reset(),
+            interrupt_status: self.interrupt.status(),
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+            config,
+            config_generation,
+            device: self.device.save()?,
+            worker,
+        })
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
+        let state: TransportState = section.decode()?;
+        self.is_paused = true;
+        self.reset();
+        let device = state.device.clone();
+        let config = state.config.clone();
+        let restored = self
+            .device
+            .restore(&config, device.as_ref())
+            .and_then(|()| {
+                self.adopt(state).map_err(|reason| RestoreError::Invalid {
+                    kind: self.name(),
+                    reason,
+                })
+            });
+        if restored.is_err() {
+            self.reset();
+        }
+        restored
+    }
+}
+
+/// Makes `event` readable. It fails only if the counter is full, and then it is readable already.
+fn signal(event: &EventFd) {
+    let _ = event.write(1);
+}
+
+/// The lower (0) or upper (1) half of `bits`; there are no others.
+pub(super) fn half(bits: u64, select: u32) -> u32 {
+    match select {
+        0 => bits as u32,
+        1 => (bits >> 32) as u32,
+        _ => 0,
+    }
+}
+
+pub(super) fn set_low(register: &mut u64, value: u32) {
+    *register = *register & !u64::from(u32::MAX) | u64::from(value);
+}
+
+pub(super) fn set_high(register: &mut u64, value: u32) {
+    *register = *register & u64::from(u32::MAX) | u64::from(value) << 32;
+}
