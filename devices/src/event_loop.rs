@@ -4,12 +4,12 @@ use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
 };
 
-use crate::worker::Worker;
+use crate::worker::VirtioWorker;
 
 /// A part of a device that reacts to file descriptors becoming ready.
 pub enum Subscriber {
     /// The worker of a virtio device, which can be taken back.
-    Worker(Box<dyn Worker>),
+    Worker(Box<dyn VirtioWorker>),
     /// A part that stays as long as the loop.
     Resident(Box<dyn MutEventSubscriber + Send>),
 }
@@ -53,7 +53,10 @@ impl EventLoop {
     ///
     /// # Errors
     /// If the loop has ended.
-    pub fn add(&self, part: Box<dyn MutEventSubscriber + Send>) -> Result<(), event_manager::Error> {
+    pub fn add(
+        &self,
+        part: Box<dyn MutEventSubscriber + Send>,
+    ) -> Result<(), event_manager::Error> {
         self.add_subscriber(Subscriber::Resident(part)).map(drop)
     }
 
@@ -63,7 +66,10 @@ impl EventLoop {
     ///
     /// # Errors
     /// If the loop has ended.
-    pub fn add_worker(&self, worker: Box<dyn Worker>) -> Result<WorkerId, event_manager::Error> {
+    pub fn add_worker(
+        &self,
+        worker: Box<dyn VirtioWorker>,
+    ) -> Result<WorkerId, event_manager::Error> {
         self.add_subscriber(Subscriber::Worker(worker))
             .map(WorkerId)
     }
@@ -79,7 +85,7 @@ impl EventLoop {
     ///
     /// # Errors
     /// If the loop has ended, or has no such worker.
-    pub fn take_worker(&self, id: WorkerId) -> Result<Box<dyn Worker>, event_manager::Error> {
+    pub fn take_worker(&self, id: WorkerId) -> Result<Box<dyn VirtioWorker>, event_manager::Error> {
         let WorkerId(id) = id;
         let subscriber = self
             .endpoint

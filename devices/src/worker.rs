@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// A worker lives on an event loop, which calls it when a descriptor is ready. A pause takes it off the
 /// loop, and a resume puts it back: [`MutEventSubscriber::init`] is called each time that it comes to
 /// a loop. Dropping it ends what is under way, in whatever state it is.
-pub trait Worker: MutEventSubscriber + Send {
+pub trait VirtioWorker: MutEventSubscriber + Send {
     /// Ends what is under way, puts back what it has taken and not done, and notifies the driver of
     /// what is done. It is off the loop already, and no method but those of this trait is called
     /// until it is back.

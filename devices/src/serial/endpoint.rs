@@ -4,11 +4,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
+use event_manager::MutEventSubscriber;
+
 use super::Serial;
 use super::socket::SocketWorker;
 use super::worker::SerialWorker;
 use crate::ListeningSocket;
-use crate::event_loop::Subscriber;
 
 /// Where the bytes of a serial port come from and go to.
 pub enum SerialEndpoint {
@@ -30,7 +31,7 @@ impl SerialEndpoint {
     ///
     /// # Errors
     /// When the host gives no timer.
-    pub fn serve(self, port: Arc<Mutex<Serial>>) -> io::Result<Subscriber> {
+    pub fn serve(self, port: Arc<Mutex<Serial>>) -> io::Result<Box<dyn MutEventSubscriber + Send>> {
         Ok(match self {
             SerialEndpoint::Descriptors { input, output } => {
                 Box::new(SerialWorker::new(port, input, output))

@@ -26,15 +26,15 @@ use bolero as _;
 
 use std::sync::Arc;
 
-use bantam_state::{RestoreError, SaveError, Section};
 use bantam_memory::GuestMemory;
+use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 use throttle::Throttle;
 
-use crate::worker::Worker;
+use crate::worker::VirtioWorker;
 
 /// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -89,7 +89,7 @@ pub trait VirtioDevice: Send {
     ///
     /// # Errors
     /// One line that says why the device cannot work; it then asks the driver for a reset.
-    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, String>;
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String>;
 
     /// Takes what the front knows beside its configuration space to what it is after power-on. There
     /// is no worker.

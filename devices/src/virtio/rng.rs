@@ -14,8 +14,8 @@ use super::{
     Activation, COMMON_FEATURES, Chain, ConfigSpace, QueueError, Throttle, VirtQueue, VirtioDevice,
     VirtioInterrupt, device_id,
 };
-use crate::event_loop::Subscriber;
 use crate::rate_limiter::Limits;
+use crate::worker::{QueueProgress, VirtioWorker};
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes given for one buffer. A larger buffer is filled in part, as the standard allows, so
@@ -91,7 +91,7 @@ impl VirtioDevice for Rng {
         &self.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let Ok([queue]) = <[VirtQueue; 1]>::try_from(activation.queues) else {
             self.metrics.activate_fails.add(1);
             return Err("an entropy device has one queue".to_string());
@@ -189,6 +189,17 @@ fn fill(
     filled
 }
 
+impl VirtioWorker for Worker {
+    /// Each chain is returned as soon as it is taken.
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        vec![self.queue.progress()]
+    }
+}
+
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
         for events in [
@@ -226,6 +237,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::event_loop::Subscriber;
     use crate::rate_limiter::RateLimit;
     use crate::virtio::test_driver::{Buffer, InterruptCounter, TestDriver};
 
@@ -254,9 +266,10 @@ mod tests {
                 features: 0,
                 queues: vec![driver.queue(0, false)],
                 interrupt: InterruptCounter::default().interrupt(),
+                state: None,
             });
             let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
-            manager.add_subscriber(worker.unwrap());
+            manager.add_subscriber(Subscriber::Worker(worker.unwrap()));
             for _ in 0..20 {
                 driver.offer(&[Buffer {
                     address: DATA,

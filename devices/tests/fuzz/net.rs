@@ -6,10 +6,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bantam_devices::event_loop::Subscriber;
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_devices::virtio::net::{Net, NetLimits};
 use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
+use bantam_devices::worker::VirtioWorker;
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
@@ -61,7 +61,7 @@ impl VirtioDevice for SharedNet {
         &self.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         self.net.lock().unwrap().activate(activation)
     }
 }

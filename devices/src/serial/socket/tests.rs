@@ -1,4 +1,5 @@
 use super::*;
+use crate::event_loop::Subscriber;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -27,7 +28,7 @@ impl InterruptLine for NoInterrupt {
 /// A guest with a serial port, and the event loop that serves it.
 struct Guest {
     port: Arc<Mutex<Serial>>,
-    manager: EventManager<crate::event_loop::Subscriber>,
+    manager: EventManager<Subscriber>,
     path: PathBuf,
     sent: u64,
     _folder: TempDir,
@@ -46,7 +47,7 @@ impl Guest {
         let port = Arc::new(Mutex::new(port));
         let mut manager = EventManager::new().unwrap();
         let worker = SerialEndpoint::Listener(listener).serve(port.clone());
-        manager.add_subscriber(worker.unwrap());
+        manager.add_subscriber(Subscriber::Resident(worker.unwrap()));
         Guest {
             port,
             manager,

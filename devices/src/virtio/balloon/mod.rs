@@ -27,7 +27,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, VirtioInterrupt, device_id,
 };
-use crate::event_loop::Subscriber;
+use crate::worker::VirtioWorker;
 use hinting::Hinting;
 use worker::Worker;
 
@@ -312,7 +312,7 @@ impl VirtioDevice for Balloon {
         &self.shared.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         *lock(&self.shared.statistics) = GuestStatistics::default();
         self.shared.reset_hinting();
         match Worker::new(self.shared.clone(), activation) {

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::event_loop::Subscriber;
 use crate::virtio::VirtQueue;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
@@ -86,11 +87,12 @@ impl Machine {
             features: balloon.features() & features,
             queues: drivers.iter().enumerate().map(queue).collect(),
             interrupt: interrupt.clone(),
+            state: None,
         };
         let control = balloon.control(interrupt.clone());
         let shared = balloon.shared.clone();
         let mut manager = EventManager::new().unwrap();
-        manager.add_subscriber(balloon.activate(activation).unwrap());
+        manager.add_subscriber(Subscriber::Worker(balloon.activate(activation).unwrap()));
         let ones = vec![1; (MEMORY_SIZE - FIRST_PAGE * PAGE_SIZE) as usize];
         let start = GuestAddress(FIRST_PAGE * PAGE_SIZE);
         memory.write_slice(&ones, start).unwrap();

@@ -1,6 +1,7 @@
 //! The worker of a balloon: takes pages, and asks for statistics when it is time.
 
 use std::fmt::Display;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,6 +11,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use super::discard::{DiscardQueue, Naming, check_page_numbers};
 use super::{GuestStatistics, Shared, WorkerError, feature, lock};
 use crate::virtio::{Activation, Chain, VirtQueue, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the event of each source is told by.
 mod event {
@@ -54,6 +56,7 @@ impl Worker {
             features,
             queues,
             interrupt,
+            state: _,
         } = activation;
         let mut queues = queues.into_iter();
         let (Some(inflate), Some(deflate)) = (queues.next(), queues.next()) else {
@@ -223,6 +226,16 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.has_driver.store(false, Ordering::Release);
+    }
+}
+
+impl VirtioWorker for Worker {
+    fn pause(&mut self) -> io::Result<()> {
+        todo!()
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        todo!()
     }
 }
 

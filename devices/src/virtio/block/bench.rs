@@ -33,6 +33,7 @@ impl SteppedWorker {
             features: 0,
             queues: vec![queue],
             interrupt,
+            state: None,
         };
         let worker = Block::new(disk, "", &options)
             .map_err(io::Error::other)?

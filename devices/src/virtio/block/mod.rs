@@ -27,8 +27,8 @@ use super::{
     Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
 };
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
-use crate::event_loop::Subscriber;
 use crate::rate_limiter::Limits;
+use crate::worker::VirtioWorker;
 use medium::{Loaded, Medium};
 use request::RequestHandler;
 use ring::Ring;
@@ -261,9 +261,9 @@ impl VirtioDevice for Block {
         &self.medium.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         self.worker(activation)
-            .map(|worker| Box::new(worker) as Subscriber)
+            .map(|worker| Box::new(worker) as Box<dyn VirtioWorker>)
             .map_err(|error| {
                 self.medium.metrics.activate_fails.add(1);
                 format!("cannot set up io_uring: {error}")

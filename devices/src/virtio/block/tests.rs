@@ -20,6 +20,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::disk::{DiskError, DiskOptions};
+use crate::event_loop::Subscriber;
 use crate::rate_limiter::RateLimit;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
@@ -106,10 +107,12 @@ impl Machine {
             features: block.features(),
             queues: vec![driver.queue(0, false)],
             interrupt: interrupt.clone(),
+            state: None,
         };
         let control = block.control(interrupt.clone());
         let mut manager = EventManager::new().unwrap();
-        let worker = manager.add_subscriber(block.activate(activation).unwrap());
+        let worker =
+            manager.add_subscriber(Subscriber::Worker(block.activate(activation).unwrap()));
         Machine {
             memory,
             driver,

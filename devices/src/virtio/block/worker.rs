@@ -20,6 +20,7 @@ use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 use waiting::Waiting;
 
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
@@ -600,6 +601,16 @@ impl Worker {
         for queue in first.iter().chain(last) {
             queue.ring_doorbell();
         }
+    }
+}
+
+impl VirtioWorker for Worker {
+    fn pause(&mut self) -> io::Result<()> {
+        todo!()
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        todo!()
     }
 }
 

@@ -16,6 +16,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 use crate::ListeningSocket;
+use crate::event_loop::Subscriber;
 use crate::serial::SerialEndpoint;
 use crate::virtio::VirtQueue;
 use crate::virtio::VirtioInterrupt;
@@ -142,8 +143,12 @@ impl Guest {
             features,
             queues,
             interrupt: self.interrupt.clone(),
+            state: None,
         });
-        self.worker = Some(self.manager.add_subscriber(worker.unwrap()));
+        self.worker = Some(
+            self.manager
+                .add_subscriber(Subscriber::Worker(worker.unwrap())),
+        );
         self.rest();
     }
 

@@ -1,5 +1,6 @@
 //! The worker: does what the driver's doorbells and the host's descriptors ask for.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +14,7 @@ use super::port::{LAST_OUTPUT_LIMIT, Port};
 use super::source::Source;
 use super::{DriverError, Shared};
 use crate::virtio::{Activation, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 /// Index of the control queue by which the driver receives; the other follows.
 const CONTROL_QUEUE: usize = 2;
@@ -53,6 +55,7 @@ impl Worker {
             features,
             queues,
             interrupt,
+            state: _,
         } = activation;
         let is_multiport = features & super::feature::MULTIPORT != 0;
         let mut queues = queues.into_iter();
@@ -169,6 +172,16 @@ impl Worker {
             }
         }
         Ok(())
+    }
+}
+
+impl VirtioWorker for Worker {
+    fn pause(&mut self) -> io::Result<()> {
+        todo!()
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        todo!()
     }
 }
 

@@ -35,8 +35,8 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
-use crate::event_loop::Subscriber;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
+use crate::worker::VirtioWorker;
 use config::config_space;
 use local_port::LocalPort;
 use owner::Shared;
@@ -172,7 +172,7 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         match self.worker(activation) {
             Ok(worker) => Ok(Box::new(worker)),
             Err(reason) => {

@@ -17,6 +17,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::event_loop::Subscriber;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
@@ -88,7 +89,7 @@ impl Machine {
     fn with(
         features: u64,
         host: OwnedFd,
-        activate: impl FnOnce(Activation) -> Subscriber,
+        activate: impl FnOnce(Activation) -> Box<dyn VirtioWorker>,
     ) -> Machine {
         let memory = memory();
         let event_index = features & F_EVENT_IDX != 0;
@@ -98,7 +99,7 @@ impl Machine {
         let interrupts = InterruptCounter::default();
         let interrupt = interrupts.interrupt();
         let mut manager = EventManager::new().unwrap();
-        let worker = manager.add_subscriber(activate(Activation {
+        let worker = manager.add_subscriber(Subscriber::Worker(activate(Activation {
             memory: memory.clone(),
             features,
             queues: vec![
@@ -107,7 +108,8 @@ impl Machine {
                 control.queue(2, event_index),
             ],
             interrupt: interrupt.clone(),
-        }));
+            state: None,
+        })));
         Machine {
             memory,
             receive,

@@ -1,5 +1,6 @@
 //! The worker: moves packets between the queues and the tap, and does what the driver commands.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ use super::{
 };
 use crate::tap::{PACKET_HEADER_SIZE, Tap};
 use crate::virtio::{Activation, ConfigSpace, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the event loop has found ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +135,7 @@ impl Worker {
             features,
             queues,
             interrupt,
+            state: _,
         } = activation;
         let usual_size = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu);
         let largest_size = if features & GUEST_SEGMENTATION != 0 {
@@ -475,6 +478,16 @@ impl Worker {
         });
         let of_control = self.control.iter();
         of_pairs.chain(of_control.map(|control| (control.doorbell(), Source::ControlDoorbell)))
+    }
+}
+
+impl VirtioWorker for Worker {
+    fn pause(&mut self) -> io::Result<()> {
+        todo!()
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        todo!()
     }
 }
 

@@ -21,7 +21,7 @@ use crate::lifecycle::Device;
 use crate::virtio::{
     Activation, F_EVENT_IDX, F_VERSION_1, VirtQueue, VirtioDevice, VirtioInterrupt,
 };
-use crate::worker::{QueueProgress, Worker};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the driver wrote of one queue; judged when it sets `DRIVER_OK`.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -68,7 +68,7 @@ enum WorkerPlace {
     /// On the event loop.
     AtWork(WorkerId),
     /// Taken off the event loop by a pause.
-    Paused(Box<dyn Worker>),
+    Paused(Box<dyn VirtioWorker>),
     /// Not made yet: the device was restored, and has not been resumed.
     Saved(SavedWorker),
 }
@@ -348,7 +348,7 @@ impl TransportCore {
         Ok(queues)
     }
 
-    fn put_to_work(&mut self, worker: Box<dyn Worker>) -> Result<(), ActivateError> {
+    fn put_to_work(&mut self, worker: Box<dyn VirtioWorker>) -> Result<(), ActivateError> {
         match self.event_loop.add_worker(worker) {
             Ok(id) => {
                 self.worker = WorkerPlace::AtWork(id);

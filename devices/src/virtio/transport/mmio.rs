@@ -124,22 +124,28 @@ impl MmioTransport {
             register::QUEUE_READY if value == 0 && self.core.status() == 0 => {}
             register::QUEUE_READY => self.core.set_up_queue(|queue| queue.ready = value == 1),
             register::QUEUE_DESCRIPTORS_LOW => {
-                self.core.set_up_queue(|queue| set_low(&mut queue.descriptors, value));
+                self.core
+                    .set_up_queue(|queue| set_low(&mut queue.descriptors, value));
             }
             register::QUEUE_DESCRIPTORS_HIGH => {
-                self.core.set_up_queue(|queue| set_high(&mut queue.descriptors, value));
+                self.core
+                    .set_up_queue(|queue| set_high(&mut queue.descriptors, value));
             }
             register::QUEUE_DRIVER_LOW => {
-                self.core.set_up_queue(|queue| set_low(&mut queue.driver, value));
+                self.core
+                    .set_up_queue(|queue| set_low(&mut queue.driver, value));
             }
             register::QUEUE_DRIVER_HIGH => {
-                self.core.set_up_queue(|queue| set_high(&mut queue.driver, value));
+                self.core
+                    .set_up_queue(|queue| set_high(&mut queue.driver, value));
             }
             register::QUEUE_DEVICE_LOW => {
-                self.core.set_up_queue(|queue| set_low(&mut queue.device, value));
+                self.core
+                    .set_up_queue(|queue| set_low(&mut queue.device, value));
             }
             register::QUEUE_DEVICE_HIGH => {
-                self.core.set_up_queue(|queue| set_high(&mut queue.device, value));
+                self.core
+                    .set_up_queue(|queue| set_high(&mut queue.device, value));
             }
             _ => self.core.interrupt.warn(format_args!(
                 "write of {value:#x} to register {offset:#x}, which cannot be written"

@@ -33,7 +33,7 @@ pub use metrics::VsockMetrics;
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
 use crate::ListeningSocket;
-use crate::event_loop::Subscriber;
+use crate::worker::VirtioWorker;
 use worker::Worker;
 
 /// Size of each queue.
@@ -115,7 +115,7 @@ impl VirtioDevice for Vsock {
         &self.config
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let (listener, metrics) = (self.listener.clone(), self.metrics.clone());
         match Worker::new(self.guest_cid, listener, metrics, activation) {
             Ok(worker) => Ok(Box::new(worker)),

@@ -1,5 +1,6 @@
 //! The worker: takes packets from one queue and puts them into the other.
 
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,6 +15,7 @@ use super::receive::ReceiveQueue;
 use super::source::Source;
 use crate::ListeningSocket;
 use crate::virtio::{Activation, Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 pub(super) struct Worker {
     receive_queue: ReceiveQueue,
@@ -158,6 +160,16 @@ fn take_header(chain: &mut Chain) -> Result<Header, DriverError> {
     }
     chain.readable.truncate(len);
     Ok(header)
+}
+
+impl VirtioWorker for Worker {
+    fn pause(&mut self) -> io::Result<()> {
+        todo!()
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        todo!()
+    }
 }
 
 impl MutEventSubscriber for Worker {

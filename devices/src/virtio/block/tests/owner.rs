@@ -8,6 +8,7 @@ use nix::unistd::ftruncate;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::event_loop::Subscriber;
 use crate::rate_limiter::RateLimit;
 
 /// A second image, with other bytes and of another size.
@@ -57,9 +58,10 @@ impl Machine {
             features: self.block.features(),
             queues: vec![self.driver.queue(0, false)],
             interrupt: self.interrupt.clone(),
+            state: None,
         };
         let worker = self.block.activate(activation).unwrap();
-        self.worker = self.manager.add_subscriber(worker);
+        self.worker = self.manager.add_subscriber(Subscriber::Worker(worker));
     }
 
     /// Checks that the driver has the other disk, and that the image before is free.
@@ -327,7 +329,7 @@ fn all_queues_have_their_turn_within_a_limit() {
         interrupt: machine.interrupt.clone(),
     };
     let worker = machine.block.activate(activation).unwrap();
-    machine.manager.add_subscriber(worker);
+    machine.manager.add_subscriber(Subscriber::Worker(worker));
     for _ in 0..40 {
         machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
         let [header, status] =

@@ -5,14 +5,20 @@ use std::time::{Duration, Instant};
 
 use event_manager::EventManager;
 use proptest::prelude::*;
-use vm_memory::Bytes;
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::InterruptLine;
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::Limits;
 use crate::virtio::rng::Rng;
-use crate::virtio::{COMMON_FEATURES, ConfigSpace, device_id};
+use crate::virtio::transport::core::half;
+use crate::virtio::{Activation, COMMON_FEATURES, ConfigSpace, F_VERSION_1, device_id};
+use crate::worker::VirtioWorker;
 
 const MEMORY_SIZE: usize = 1 << 20;
 const DESCRIPTORS: u64 = 0x1000;
@@ -235,7 +241,7 @@ impl VirtioDevice for WithDriverField {
         &self.0
     }
 
-    fn activate(&mut self, _activation: Activation) -> Result<Subscriber, String> {
+    fn activate(&mut self, _activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         Err("it never works".to_string())
     }
 }

@@ -98,8 +98,12 @@ impl Guest {
                 event.queue(2, false),
             ],
             interrupt: self.interrupt.clone(),
+            state: None,
         });
-        self.worker = Some(self.manager.add_subscriber(worker.unwrap()));
+        self.worker = Some(
+            self.manager
+                .add_subscriber(Subscriber::Worker(worker.unwrap())),
+        );
     }
 
     pub fn reset(&mut self) {
