@@ -5,8 +5,8 @@
 //! which pages it does not use at the moment. Either way the pages are discarded: the host has their
 //! memory for itself until the guest touches them again, and then they are zero.
 
-mod control;
 mod discard;
+mod handle;
 mod hinting;
 mod statistics;
 #[cfg(test)]
@@ -33,7 +33,7 @@ use crate::event_loop::Subscriber;
 use hinting::Hinting;
 use worker::Worker;
 
-pub use control::{BalloonControl, BalloonStatistics};
+pub use handle::{BalloonHandle, BalloonStatistics};
 pub use hinting::{HintingCommand, HintingStatus};
 pub use statistics::GuestStatistics;
 
@@ -263,8 +263,8 @@ impl Balloon {
     }
 
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn control(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonControl {
-        BalloonControl::new(self, interrupt)
+    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+        BalloonHandle::new(self, interrupt)
     }
 }
 

@@ -3,9 +3,9 @@
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]
 pub mod bench;
-mod control;
+mod disk_slot;
+mod handle;
 mod in_flight;
-mod medium;
 mod metrics;
 mod polling;
 mod request;
@@ -29,12 +29,12 @@ use super::{
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::Limits;
-use medium::{Loaded, Medium};
+use disk_slot::{DiskSlot, OpenDisk};
 use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
 
-pub use control::{BlockControl, ReplaceError};
+pub use handle::{BlockHandle, ReplaceError};
 pub use metrics::BlockMetrics;
 
 /// Most queues of one device.
@@ -126,7 +126,7 @@ pub enum BlockError {
 
 /// The front of a block device.
 pub struct Block {
-    medium: Arc<Medium>,
+    slot: Arc<DiskSlot>,
     throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
     options: BlockOptions,
@@ -157,7 +157,7 @@ impl Block {
         };
         let disk = Arc::new(disk);
         Ok(Block {
-            medium: Medium::new(Loaded { disk, ring }, options.queues)
+            slot: DiskSlot::new(OpenDisk { disk, ring }, options.queues)
                 .map(Arc::new)
                 .map_err(BlockError::Resource)?,
             throttle: Throttle::new(&options.limits)
@@ -170,9 +170,9 @@ impl Block {
     }
 
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn control(&self, interrupt: Arc<VirtioInterrupt>) -> BlockControl {
-        BlockControl {
-            medium: self.medium.clone(),
+    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BlockHandle {
+        BlockHandle {
+            slot: self.slot.clone(),
             throttle: self.throttle.clone(),
             interrupt,
             engine: self.options.engine,
@@ -180,12 +180,12 @@ impl Block {
     }
 
     fn worker(&self, activation: Activation) -> io::Result<Worker> {
-        let (mut loaded, loan) = self.medium.lend();
-        if loaded.ring.is_none() && self.options.engine != Engine::Sync {
-            loaded.ring = Some(Ring::new(&loaded.disk)?);
+        let (mut open_disk, lease) = self.slot.lease();
+        if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
+            open_disk.ring = Some(Ring::new(&open_disk.disk)?);
         }
         let handler = RequestHandler::new(
-            loaded.disk,
+            open_disk.disk,
             self.id,
             activation.features,
             activation.memory.clone(),
@@ -193,11 +193,11 @@ impl Block {
         );
         Ok(Worker::new(
             handler,
-            loan,
+            lease,
             activation,
             &self.options,
             self.throttle.clone(),
-            loaded.ring,
+            open_disk.ring,
         ))
     }
 }
@@ -241,7 +241,7 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_MQ;
-        let disk = self.medium.disk();
+        let disk = self.slot.disk();
         if disk.is_read_only() {
             return features | 1 << VIRTIO_BLK_F_RO;
         }
@@ -258,14 +258,14 @@ impl VirtioDevice for Block {
     }
 
     fn config(&self) -> &ConfigSpace {
-        &self.medium.config
+        &self.slot.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Subscriber, String> {
         self.worker(activation)
             .map(|worker| Box::new(worker) as Subscriber)
             .map_err(|error| {
-                self.medium.metrics.activate_fails.add(1);
+                self.slot.metrics.activate_fails.add(1);
                 format!("cannot set up io_uring: {error}")
             })
     }

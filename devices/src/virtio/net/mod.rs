@@ -4,19 +4,20 @@
 //! between its own memory and the guest's: the bytes never pass through the monitor's.
 
 mod config;
-mod control;
+mod control_queue;
 mod dhcp_checksum;
 mod dropped;
 mod expected_size;
 mod filter;
 mod flow;
+mod handle;
 mod local_endpoint;
 mod local_port;
 mod metrics;
-mod owner;
 mod packet_ring;
 mod receive;
 mod receive_slot;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod transmit;
@@ -39,12 +40,13 @@ use crate::event_loop::Subscriber;
 use crate::tap::{Offloads, PACKET_HEADER_SIZE, Tap};
 use config::config_space;
 use local_port::LocalPort;
-use owner::Shared;
+use shared::Shared;
 use worker::Worker;
 
+pub use handle::NetHandle;
 pub use local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 pub use metrics::NetMetrics;
-pub use owner::{NetControl, NetLimits};
+pub use shared::NetLimits;
 
 /// Of each queue, the control queue too: which of them that is depends on the driver.
 const QUEUE_SIZE: u16 = 256;
@@ -124,8 +126,8 @@ impl Net {
     }
 
     /// A handle to the device for the owner of the machine.
-    pub fn control(&self) -> NetControl {
-        NetControl {
+    pub fn handle(&self) -> NetHandle {
+        NetHandle {
             shared: self.shared.clone(),
         }
     }

@@ -17,7 +17,7 @@ use crate::virtio::VirtioInterrupt;
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A handle to a balloon.
-pub struct BalloonControl {
+pub struct BalloonHandle {
     options: BalloonOptions,
     memory_mib: u64,
     shared: Arc<Shared>,
@@ -46,9 +46,9 @@ pub struct BalloonStatistics {
     pub hinting: Option<HintingStatus>,
 }
 
-impl BalloonControl {
-    pub(super) fn new(balloon: &Balloon, interrupt: Arc<VirtioInterrupt>) -> BalloonControl {
-        BalloonControl {
+impl BalloonHandle {
+    pub(super) fn new(balloon: &Balloon, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+        BalloonHandle {
             options: balloon.options,
             memory_mib: balloon.memory_mib,
             shared: balloon.shared.clone(),
