@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::options::PAGES_PER_MIB;
 use super::{
-    Balloon, BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand,
-    HintingStatus, PAGES_PER_MIB, Shared, config, lock, target_pages,
+    BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand, HintingStatus,
+    Shared, config, lock, target_pages,
 };
 use crate::virtio::VirtioInterrupt;
 
@@ -18,10 +19,10 @@ const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A handle to a balloon.
 pub struct BalloonHandle {
-    options: BalloonOptions,
-    memory_mib: u64,
-    shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+    pub(super) options: BalloonOptions,
+    pub(super) memory_mib: u64,
+    pub(super) shared: Arc<Shared>,
+    pub(super) interrupt: Arc<VirtioInterrupt>,
 }
 
 /// How large a balloon is, and what the guest's driver says of the guest's memory.
@@ -47,15 +48,6 @@ pub struct BalloonStatistics {
 }
 
 impl BalloonHandle {
-    pub(super) fn new(balloon: &Balloon, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
-        BalloonHandle {
-            options: balloon.options,
-            memory_mib: balloon.memory_mib,
-            shared: balloon.shared.clone(),
-            interrupt,
-        }
-    }
-
     /// How the balloon works now.
     pub fn options(&self) -> BalloonOptions {
         let schedule = self.shared.schedule.as_ref();

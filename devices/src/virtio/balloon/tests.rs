@@ -1,6 +1,7 @@
 //! The whole device against a driver of our own.
 
-use std::time::Instant;
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
 use nix::sys::mman::mlock;

@@ -110,7 +110,7 @@ impl BlockHandle {
         if size != before {
             let capacity = size / SECTOR_SIZE;
             let config = &self.slot.config;
-            config.write(config::CAPACITY, &capacity.to_le_bytes());
+            config.write(config::offset::CAPACITY, &capacity.to_le_bytes());
             self.interrupt.notify_configuration_change();
         }
         Ok(size)

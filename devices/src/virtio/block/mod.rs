@@ -3,10 +3,13 @@
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]
 pub mod bench;
+mod config;
 mod disk_slot;
 mod handle;
 mod in_flight;
+mod limits;
 mod metrics;
+mod options;
 mod polling;
 mod request;
 mod ring;
@@ -26,92 +29,22 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
 };
-use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
+use crate::disk::{CacheMode, DiskFile};
 use crate::event_loop::Subscriber;
-use crate::rate_limiter::Limits;
+use config::config_space;
 use disk_slot::{DiskSlot, OpenDisk};
+use limits::{
+    MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_RANGES,
+    MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE,
+};
 use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
 
 pub use handle::{BlockHandle, ReplaceError};
+pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
-
-/// Most queues of one device.
-pub const MAX_QUEUES: u16 = 8;
-const QUEUE_SIZE: u16 = 256;
-/// Data segments of a request: what is left of a queue beside the header and the status.
-const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Length of the serial number that a driver can ask for, in bytes.
-pub const ID_SIZE: usize = 20;
-/// Most sectors of one discard segment: 1 GiB.
-const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// Most sectors of one write-zeroes segment: 64 MiB, as the host may have to write them.
-const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
-/// Most segments of one discard request.
-const MAX_DISCARD_RANGES: u32 = 16;
-/// Most segments of one write-zeroes request.
-const MAX_WRITE_ZEROES_RANGES: u32 = 1;
-/// Most bytes that one request reads or writes: many times what a driver asks for, and as long as the
-/// event loop may be held up. Descriptors that overlap could otherwise ask for a copy of the whole
-/// disk.
-const MAX_DATA_SIZE: u64 = 64 << 20;
-
-/// Offsets in the configuration space (section 5.2.4).
-mod config {
-    pub const CAPACITY: usize = 0;
-    pub const SEG_MAX: usize = 12;
-    pub const BLK_SIZE: usize = 20;
-    pub const PHYSICAL_BLOCK_EXP: usize = 24;
-    pub const MIN_IO_SIZE: usize = 26;
-    pub const NUM_QUEUES: usize = 34;
-    pub const MAX_DISCARD_SECTORS: usize = 36;
-    pub const MAX_DISCARD_SEG: usize = 40;
-    pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
-    pub const MAX_WRITE_ZEROES_SECTORS: usize = 48;
-    pub const MAX_WRITE_ZEROES_SEG: usize = 52;
-    pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
-    pub const SIZE: usize = 60;
-}
-
-/// How requests are done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Engine {
-    /// Each request in the way that is best for it: at once where it does not block, by io_uring
-    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
-    #[default]
-    Auto,
-    /// By io_uring.
-    IoUring,
-    /// One at a time, by system calls that block the event loop.
-    Sync,
-}
-
-/// How a block device works.
-#[derive(Debug, Clone, Copy)]
-pub struct BlockOptions {
-    /// How requests are done.
-    pub engine: Engine,
-    /// Number of queues, from 1 to [`MAX_QUEUES`].
-    pub queues: u16,
-    /// Whether the event loop looks for requests for longer than a moment before it sleeps, as long as
-    /// that succeeds.
-    pub polls: bool,
-    /// Limits of requests, and of the bytes that they read and write.
-    pub limits: Limits,
-}
-
-impl Default for BlockOptions {
-    /// One queue, and no limits.
-    fn default() -> BlockOptions {
-        BlockOptions {
-            engine: Engine::Auto,
-            queues: 1,
-            polls: false,
-            limits: Limits::default(),
-        }
-    }
-}
+pub use options::{BlockOptions, Engine, MAX_QUEUES};
 
 /// Why a block device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -200,34 +133,6 @@ impl Block {
             open_disk.ring,
         ))
     }
-}
-
-/// The configuration space of a device over `disk`.
-fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
-    let mut space = vec![0; config::SIZE];
-    let capacity = disk.size() / SECTOR_SIZE;
-    space[config::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
-    let (logical, physical) = (disk.logical_block_size(), disk.physical_block_size());
-    for (offset, value) in [
-        (config::SEG_MAX, MAX_SEGMENTS),
-        (config::BLK_SIZE, logical),
-        (config::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
-        (config::MAX_DISCARD_SEG, MAX_DISCARD_RANGES),
-        (
-            config::DISCARD_SECTOR_ALIGNMENT,
-            physical / SECTOR_SIZE as u32,
-        ),
-        (config::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
-        (config::MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_RANGES),
-    ] {
-        space[offset..][..4].copy_from_slice(&value.to_le_bytes());
-    }
-    let blocks = physical / logical;
-    space[config::PHYSICAL_BLOCK_EXP] = blocks.ilog2() as u8;
-    space[config::MIN_IO_SIZE..][..2].copy_from_slice(&(blocks as u16).to_le_bytes());
-    space[config::NUM_QUEUES..][..2].copy_from_slice(&queues.to_le_bytes());
-    space[config::WRITE_ZEROES_MAY_UNMAP] = 1;
-    space
 }
 
 impl VirtioDevice for Block {

@@ -20,7 +20,7 @@ use vmm_sys_util::tempdir::TempDir;
 use super::*;
 use crate::GuestMemory;
 use crate::disk::{DiskError, DiskOptions};
-use crate::rate_limiter::RateLimit;
+use crate::rate_limiter::{Limits, RateLimit};
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
@@ -193,7 +193,7 @@ impl Machine {
 
     /// As the driver sees it, in sectors.
     fn capacity(&self) -> u64 {
-        u64::from_le_bytes(self.block.config().array(config::CAPACITY as u64))
+        u64::from_le_bytes(self.block.config().array(config::offset::CAPACITY as u64))
     }
 
     fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
