@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::configuration::{Configuration, file_fault, net_limits};
 use crate::fault::Fault;
-use crate::metrics::{MetricsFile, ProcessTimes};
+use crate::metrics_file::MetricsFile;
 use crate::metrics_groups::groups;
 use crate::request::Request;
 use crate::request_counts::{RequestCounts, names_of};
@@ -22,6 +22,7 @@ use crate::resources::{
     InstanceInformation, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
     Version, Vm, VmState,
 };
+use crate::startup_times::StartupTimes;
 use crate::version::API_VERSION;
 
 const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
@@ -43,8 +44,8 @@ pub struct InstanceOptions {
     pub console: Console,
     /// The program's log.
     pub log: Box<dyn ProgramLog>,
-    /// When the process was started.
-    pub process_times: ProcessTimes,
+    /// How long the process took to start.
+    pub startup_times: StartupTimes,
     /// What is called when a machine has been started that has the console.
     pub on_start: Box<dyn FnMut() + Send>,
     /// Whether the guest has a device by which it says when it has booted.
@@ -74,13 +75,13 @@ impl Reply {
 
 /// An instance as far as it can be told of while it does something that takes its time.
 #[derive(Clone)]
-pub struct Identity {
+pub struct Status {
     id: String,
     controller: Controller,
     requests: Arc<Mutex<RequestCounts>>,
 }
 
-impl Identity {
+impl Status {
     /// The answer to a request that asks for no more than this. None for any other.
     pub(crate) fn answer(&self, request: &Request) -> Option<Result<Reply, Fault>> {
         let result = match request {
@@ -122,12 +123,11 @@ fn version() -> Result<Reply, Fault> {
 
 /// A configuration and its machine.
 pub struct Instance {
-    identity: Identity,
+    status: Status,
     controller: Controller,
     console: Option<Console>,
     log: Box<dyn ProgramLog>,
-    /// How long it took until there was this instance, for the metrics.
-    startup_times: Value,
+    startup_times: StartupTimes,
     on_start: Box<dyn FnMut() + Send>,
     boot_timer: bool,
     /// Metadata before the start, and of a machine that serves none.
@@ -140,7 +140,7 @@ impl Instance {
     /// An instance of which nothing is configured, whose machine `controller` will own.
     pub fn new(controller: Controller, options: InstanceOptions) -> Instance {
         Instance {
-            identity: Identity {
+            status: Status {
                 id: options.id,
                 controller: controller.clone(),
                 requests: Arc::default(),
@@ -148,7 +148,7 @@ impl Instance {
             controller,
             console: Some(options.console),
             log: options.log,
-            startup_times: options.process_times.until_now(),
+            startup_times: options.startup_times,
             on_start: options.on_start,
             boot_timer: options.boot_timer,
             metadata: MetadataStore::new(options.metadata_size),
@@ -184,18 +184,18 @@ impl Instance {
     pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
         let names = names_of(&request);
         let result = self.answer(request);
-        self.identity.count(names, result.is_err());
+        self.status.count(names, result.is_err());
         result
     }
 
     /// What can be told of it without waiting for what it does.
-    pub fn identity(&self) -> Identity {
-        self.identity.clone()
+    pub fn status(&self) -> Status {
+        self.status.clone()
     }
 
     fn answer(&mut self, request: Request) -> Result<Reply, Fault> {
         match request {
-            Request::GetInstance => return self.identity.instance(),
+            Request::GetInstance => return self.status.instance(),
             Request::GetVersion => return version(),
             Request::GetConfiguration => return Reply::value(&self.configuration),
             Request::GetMachineConfiguration => {
@@ -514,8 +514,9 @@ impl Instance {
             "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
             _ => None,
         });
-        totals.insert("api_server".to_string(), self.startup_times.clone());
-        self.identity.requests().add_to(&mut totals);
+        let startup_times = serde_json::to_value(self.startup_times)?;
+        totals.insert("api_server".to_string(), startup_times);
+        self.status.requests().add_to(&mut totals);
         file.write(Value::Object(totals))
     }
 }

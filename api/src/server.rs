@@ -23,7 +23,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::clients::{Clients, Place};
 use crate::fault::Fault;
-use crate::instance::{Identity, Instance, Reply};
+use crate::instance::{Instance, Reply, Status};
 use crate::request::Request;
 
 /// How long it may take to send a body.
@@ -82,7 +82,7 @@ pub enum ServerError {
 
 /// The API of one instance on a Unix socket, which is removed in the end.
 pub struct Server {
-    identity: Identity,
+    status: Status,
     instance: Arc<Mutex<Instance>>,
     listener: Option<ListeningSocket>,
     limits: ServerLimits,
@@ -97,7 +97,7 @@ impl Server {
         limits: ServerLimits,
     ) -> Server {
         Server {
-            identity: instance.identity(),
+            status: instance.status(),
             instance: Arc::new(Mutex::new(instance)),
             listener,
             limits,
@@ -107,7 +107,7 @@ impl Server {
 
     fn service(&self) -> Service {
         Service {
-            identity: self.identity.clone(),
+            status: self.status.clone(),
             instance: self.instance.clone(),
             body_size: self.limits.body_size,
             refusals: Arc::new(BoundedLog::new("API")),
@@ -159,7 +159,7 @@ impl Server {
 /// What every client is served.
 #[derive(Clone)]
 struct Service {
-    identity: Identity,
+    status: Status,
     instance: Arc<Mutex<Instance>>,
     /// Most bytes of a request's body.
     body_size: usize,
@@ -306,7 +306,7 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
     let path = head.uri.path();
     let is_write = head.method != Method::GET;
     let result = match Request::parse(head.method.as_str(), path, &body) {
-        Ok(request) => match service.identity.answer(&request) {
+        Ok(request) => match service.status.answer(&request) {
             Some(result) => result,
             None if is_write => execute_apart(service.instance.clone(), request).await,
             None => service.instance.lock().await.execute(request),

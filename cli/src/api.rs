@@ -10,17 +10,18 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use bantam_api::resources::{Logger, Metrics};
 use bantam_api::{
-    API_VERSION, Configuration, Instance, InstanceOptions, ProcessTimes, ProgramLog, Request,
-    Server, ServerLimits, parse_json, parse_value,
+    API_VERSION, Configuration, Instance, InstanceOptions, ProgramLog, Request, Server,
+    ServerLimits, parse_json, parse_value,
 };
 use bantam_vmm::config::read_text_file;
 use bantam_vmm::{Controller, ListeningSocket};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
-use crate::attend::{EndedBy, attend, await_start};
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::log;
+use crate::main_loop::{EndedBy, attend, await_start};
+use crate::process_times::ProcessTimes;
 use crate::signals::Signals;
 use crate::stopping;
 
@@ -69,11 +70,12 @@ fn serve_instance(
                 .for_machine()
                 .context("cannot pass the serial console to the machine")?,
             log: Box::new(program_log),
-            process_times: ProcessTimes {
+            startup_times: ProcessTimes {
                 start_us: args.start_time_us,
                 start_cpu_us: args.start_time_cpu_us,
                 parent_cpu_us: args.parent_cpu_time_us,
-            },
+            }
+            .until_now(),
             on_start: Box::new({
                 let started = started.clone();
                 move || {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use bantam_vmm::ExitReason;
 use bantam_vmm::config::ExitStatus;
 
-use crate::attend::EndedBy;
+use crate::main_loop::EndedBy;
 
 /// The guest asked for a restart that it does not get.
 const REBOOT: u8 = 120;

@@ -2,17 +2,18 @@
 
 mod api;
 mod args;
-mod attend;
 mod check;
 mod console;
-mod documents;
 mod escape;
 mod exit_status;
+mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
 mod log;
+mod main_loop;
 mod message;
 mod outlet;
+mod process_times;
 mod restart;
 mod run;
 mod signals;
@@ -74,8 +75,8 @@ fn execute(command: Command) -> ExitCode {
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
-        Command::Completions { shell } => status_of(documents::print_completions(shell)),
-        Command::Man { folder } => status_of(documents::write_man_pages(&folder)),
+        Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
+        Command::Man { folder } => status_of(generated_docs::write_man_pages(&folder)),
     }
 }
 

@@ -6,9 +6,9 @@ use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
 use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
 
-use crate::attend::{EndedBy, attend, await_restart};
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
+use crate::main_loop::{EndedBy, attend, await_restart};
 use crate::message::say;
 use crate::restart::Restarts;
 use crate::signals::Signals;

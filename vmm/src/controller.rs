@@ -17,12 +17,12 @@ use serde_json::Value;
 use crate::command::{Answer, Command, ShutDown};
 use crate::config::MachineConfig;
 use crate::console::Console;
-use crate::control::{Control, lock, wait};
-use crate::device_controls::DeviceControls;
+use crate::device_table::DeviceTable;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
 use crate::machine::Machine;
 use crate::metrics::MachineMetrics;
+use crate::run_control::{RunControl, lock, wait};
 use crate::state::State;
 
 /// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
@@ -35,7 +35,7 @@ const PAUSE_TIME: Duration = Duration::from_secs(5);
 /// [`Controller::execute`] does what a [`Command`] says, or gives [`Error::WrongState`] at once where the
 /// machine's state does not allow it. The other methods are the commands by name, and ways to wait.
 #[derive(Clone)]
-pub struct Controller(Arc<Owner>);
+pub struct Controller(Arc<Inner>);
 
 impl Controller {
     /// A controller of a machine that is not configured yet.
@@ -52,8 +52,8 @@ impl Controller {
     /// # Errors
     /// When the host gives no file descriptor.
     pub fn with_log(log: MachineLog) -> Result<Controller, Error> {
-        let control = Control::new().map_err(Error::resource("the machine's exit event"))?;
-        Ok(Controller(Arc::new(Owner {
+        let control = RunControl::new().map_err(Error::resource("the machine's exit event"))?;
+        Ok(Controller(Arc::new(Inner {
             control: Arc::new(control),
             life: Mutex::new(Life::NotConfigured),
             changed: Condvar::new(),
@@ -439,8 +439,8 @@ impl Controller {
     }
 }
 
-struct Owner {
-    control: Arc<Control>,
+struct Inner {
+    control: Arc<RunControl>,
     life: Mutex<Life>,
     /// Signalled when the machine is no longer being started, and when it is gone.
     changed: Condvar,
@@ -463,7 +463,7 @@ enum Life {
     Gone(Result<ExitReason, Arc<Error>>),
 }
 
-impl Owner {
+impl Inner {
     fn life(&self) -> MutexGuard<'_, Life> {
         lock(&self.life)
     }
@@ -494,7 +494,7 @@ impl Owner {
         (!self.control.is_stopping()).then(|| std::mem::replace(life, Life::Ending))
     }
 
-    /// Undoes [`Owner::take`]; gives the reason.
+    /// Undoes [`Inner::take`]; gives the reason.
     fn put_back(
         &self,
         mut life: MutexGuard<'_, Life>,
@@ -508,7 +508,7 @@ impl Owner {
     }
 
     /// The devices of a machine that runs or is paused.
-    fn devices(&self, action: &'static str) -> Result<Arc<DeviceControls>, Error> {
+    fn devices(&self, action: &'static str) -> Result<Arc<DeviceTable>, Error> {
         match &*self.life() {
             Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
                 if !self.control.is_stopping() =>
@@ -554,7 +554,7 @@ impl Owner {
     }
 }
 
-impl Drop for Owner {
+impl Drop for Inner {
     fn drop(&mut self) {
         self.stop();
     }

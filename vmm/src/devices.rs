@@ -18,10 +18,10 @@ use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::rtc::Rtc;
 use bantam_devices::serial::{Serial, SerialMetrics};
 use bantam_devices::tap::{QueueCount, Tap};
-use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions};
-use bantam_devices::virtio::block::{Block, BlockControl, BlockError, BlockOptions, Engine};
+use bantam_devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
+use bantam_devices::virtio::block::{Block, BlockError, BlockHandle, BlockOptions, Engine};
 use bantam_devices::virtio::console::{Console as ConsoleDevice, ConsoleHandle};
-use bantam_devices::virtio::net::{Net, NetControl, NetLimits};
+use bantam_devices::virtio::net::{Net, NetHandle, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};
@@ -34,12 +34,12 @@ use crate::config::{
     SerialConfig, VsockConfig,
 };
 use crate::console::Console;
-use crate::control::Control;
 use crate::disk::disk_options;
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::interval_timer::{self, IntervalTimer};
 use crate::metadata::MachineMetadata;
+use crate::run_control::RunControl;
 use crate::serial::{self, SerialGuard};
 use crate::vm::Vm;
 
@@ -47,7 +47,7 @@ use crate::vm::Vm;
 pub(crate) fn attach_keyboard(
     ports: &mut Bus,
     vm: &Vm,
-    control: &Arc<Control>,
+    control: &Arc<RunControl>,
 ) -> Result<Arc<Mutex<I8042>>, Error> {
     let interrupt = vm.interrupt_event(layout::KEYBOARD_GSI)?;
     let i8042 = Arc::new(Mutex::new(I8042::new(control.clone(), Box::new(interrupt))));
@@ -79,7 +79,10 @@ pub(crate) fn attach_interval_timer(ports: &mut Bus, vm: &Arc<Vm>) -> Result<(),
 }
 
 /// The ACPI registers by which a guest ends the machine.
-pub(crate) fn attach_power_control(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+pub(crate) fn attach_power_control(
+    ports: &mut Bus,
+    control: &Arc<RunControl>,
+) -> Result<(), Error> {
     let values = PowerValues {
         soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
         reset: acpi::ACPI_RESET_VALUE,
@@ -113,7 +116,10 @@ pub(crate) fn attach_pci_bus(ports: &mut Bus) -> Result<(), Error> {
 }
 
 /// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
-pub(crate) fn attach_outcome_ports(ports: &mut Bus, control: &Arc<Control>) -> Result<(), Error> {
+pub(crate) fn attach_outcome_ports(
+    ports: &mut Bus,
+    control: &Arc<RunControl>,
+) -> Result<(), Error> {
     let panic_device = PanicDevice::new(control.clone());
     let panic_device = Arc::new(Mutex::new(panic_device));
     ports.insert(layout::PANIC_PORT.into(), 1, panic_device)?;
@@ -166,7 +172,7 @@ pub(crate) fn attach_serial(
 #[derive(Default)]
 pub(crate) struct AttachedDisks {
     /// The devices.
-    pub(crate) disks: Vec<BlockControl>,
+    pub(crate) disks: Vec<BlockHandle>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -175,7 +181,7 @@ pub(crate) struct AttachedDisks {
 #[derive(Default)]
 pub(crate) struct AttachedNetworks {
     /// The devices.
-    pub(crate) networks: Vec<NetControl>,
+    pub(crate) networks: Vec<NetHandle>,
     /// The threads of those that have one of their own.
     pub(crate) threads: Vec<EventLoopThread>,
 }
@@ -219,7 +225,7 @@ impl<'a> VirtioDevices<'a> {
         &mut self,
         configs: &[DiskConfig],
         vcpus: u8,
-        control: &Arc<Control>,
+        control: &Arc<RunControl>,
     ) -> Result<AttachedDisks, Error> {
         let mut disks = AttachedDisks::default();
         for (index, config) in configs.iter().enumerate() {
@@ -252,7 +258,7 @@ impl<'a> VirtioDevices<'a> {
                 },
             })?;
             let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
-            disks.disks.push(block.control(interrupt.clone()));
+            disks.disks.push(block.handle(interrupt.clone()));
             let event_loop = self.event_loop_for(
                 config.iothread,
                 &format!("bantam-io{index}"),
@@ -271,7 +277,7 @@ impl<'a> VirtioDevices<'a> {
         configs: &[NetConfig],
         vcpu_count: u8,
         metadata: Option<&MachineMetadata>,
-        control: &Arc<Control>,
+        control: &Arc<RunControl>,
     ) -> Result<AttachedNetworks, Error> {
         let mut networks = AttachedNetworks::default();
         for (index, config) in configs.iter().enumerate() {
@@ -302,7 +308,7 @@ impl<'a> VirtioDevices<'a> {
             let service = metadata.and_then(|metadata| metadata.service(index));
             let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
-            networks.networks.push(net.control());
+            networks.networks.push(net.handle());
             let interrupt = self.next_interrupt(format!("network interface '{}'", config.tap))?;
             let event_loop = self.event_loop_for(
                 config.iothread,
@@ -321,7 +327,7 @@ impl<'a> VirtioDevices<'a> {
         &self,
         has_own: bool,
         thread_name: &str,
-        control: &Arc<Control>,
+        control: &Arc<RunControl>,
         threads: &mut Vec<EventLoopThread>,
     ) -> Result<EventLoop, Error> {
         if !has_own {
@@ -385,7 +391,7 @@ impl<'a> VirtioDevices<'a> {
     pub(crate) fn attach_balloon(
         &mut self,
         config: &BalloonConfig,
-    ) -> Result<BalloonControl, Error> {
+    ) -> Result<BalloonHandle, Error> {
         let options = BalloonOptions {
             target_mib: config.size.mib(),
             deflate_on_oom: config.deflate_on_oom,
@@ -395,9 +401,9 @@ impl<'a> VirtioDevices<'a> {
         };
         let balloon = Balloon::new(&options, self.memory)?;
         let interrupt = self.next_interrupt("balloon".to_string())?;
-        let control = balloon.control(interrupt.clone());
+        let handle = balloon.handle(interrupt.clone());
         self.attach_to(self.event_loop.clone(), interrupt, Box::new(balloon))?;
-        Ok(control)
+        Ok(handle)
     }
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.

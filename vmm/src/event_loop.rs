@@ -8,8 +8,8 @@ use bantam_devices::EventLoop;
 use bantam_devices::event_loop::Subscriber;
 use event_manager::EventManager;
 
-use crate::control::{Control, EndOnPanic};
 use crate::error::Error;
+use crate::run_control::{EndOnPanic, RunControl};
 
 /// A thread that does the work of devices.
 pub(crate) struct EventLoopThread {
@@ -20,7 +20,7 @@ pub(crate) struct EventLoopThread {
 
 impl EventLoopThread {
     /// Starts a loop on a thread called `name`.
-    pub(crate) fn start(name: &str, control: Arc<Control>) -> Result<EventLoopThread, Error> {
+    pub(crate) fn start(name: &str, control: Arc<RunControl>) -> Result<EventLoopThread, Error> {
         let mut manager: EventManager<Subscriber> = EventManager::new()?;
         let handle = EventLoop::of(&manager);
         let ending = Arc::new(AtomicBool::new(false));
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn what_was_asked_for_before_the_end_is_done() {
-        let control = Arc::new(Control::new().unwrap());
+        let control = Arc::new(RunControl::new().unwrap());
         for _ in 0..100 {
             let mut event_loop = EventLoopThread::start("test", control.clone()).unwrap();
             let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();

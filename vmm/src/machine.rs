@@ -14,8 +14,7 @@ use bantam_devices::disk::DiskFile;
 use crate::command::ShutDown;
 use crate::config::MachineConfig;
 use crate::console::Console;
-use crate::control::{Control, EndOnPanic};
-use crate::device_controls::DeviceControls;
+use crate::device_table::DeviceTable;
 use crate::devices::{
     VirtioDevices, attach_boot_timer, attach_interval_timer, attach_keyboard, attach_outcome_ports,
     attach_pci_bus, attach_power_control, attach_rtc, attach_serial,
@@ -23,11 +22,12 @@ use crate::devices::{
 use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::exit_reason::{self, ExitReason};
-use crate::guest::load_guest;
 use crate::host::{open_kvm, require_capabilities};
+use crate::load::load_guest;
 use crate::memory::allocate_memory;
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
+use crate::run_control::{EndOnPanic, RunControl};
 use crate::serial::SerialGuard;
 use crate::streams::{StreamGuards, Streams};
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
@@ -36,12 +36,12 @@ use crate::watch::Watch;
 
 /// A virtual machine with all its threads. One that is dropped is stopped first.
 pub(crate) struct Machine {
-    control: Arc<Control>,
+    control: Arc<RunControl>,
     vcpus: Vec<Vcpu>,
     environment: Arc<VcpuEnvironment>,
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<EventLoopThread>,
-    devices: Arc<DeviceControls>,
+    devices: Arc<DeviceTable>,
     /// Whether a guest that restarts after a panic says so.
     tells_panics: bool,
     _serial: SerialGuard,
@@ -56,7 +56,7 @@ impl Machine {
     pub(crate) fn new(
         config: &MachineConfig,
         mut console: Console,
-        control: &Arc<Control>,
+        control: &Arc<RunControl>,
         log: &MachineLog,
     ) -> Result<Machine, Error> {
         config.validate()?;
@@ -162,7 +162,7 @@ impl Machine {
                 .chain(networks.threads)
                 .chain([event_loop])
                 .collect(),
-            devices: Arc::new(DeviceControls {
+            devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
                 disks: disks.disks,
@@ -229,7 +229,7 @@ impl Machine {
         self.vcpu_threads.len()
     }
 
-    pub(crate) fn devices(&self) -> &Arc<DeviceControls> {
+    pub(crate) fn devices(&self) -> &Arc<DeviceTable> {
         &self.devices
     }
 

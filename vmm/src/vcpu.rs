@@ -20,10 +20,10 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use crate::config::{CpuModifiers, MsrModifier};
-use crate::control::{Control, kick_signal};
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
 use crate::metrics::VcpuMetrics;
+use crate::run_control::{RunControl, kick_signal};
 use crate::vcpu_statistics::VcpuStatistics;
 use crate::vm::Vm;
 use crate::workarounds::{emulation_remedy, hypercalls_work};
@@ -98,7 +98,7 @@ pub(crate) struct VcpuEnvironment {
     pub(crate) ports: Bus,
     pub(crate) mmio: Bus,
     pub(crate) memory: Arc<GuestMemory>,
-    pub(crate) control: Arc<Control>,
+    pub(crate) control: Arc<RunControl>,
 }
 
 impl Vcpu {
@@ -310,7 +310,7 @@ impl Vcpu {
     /// Does what the vCPU was taken out of the guest for: stays out while the machine is paused. KVM
     /// has finished the access to a device that the vCPU may have been at, so that its registers are
     /// those between two instructions.
-    fn attend_to_kick(&self, control: &Control) {
+    fn attend_to_kick(&self, control: &RunControl) {
         // Before the look at what is wanted: a later kick is for something later.
         take_kick_signals();
         control.tell_whether_halted(self.index, || self.has_halted_for_good());

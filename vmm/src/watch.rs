@@ -6,8 +6,8 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use crate::config::OnHalt;
-use crate::control::Control;
 use crate::exit_reason::ExitReason;
+use crate::run_control::RunControl;
 use crate::vcpu_statistics::{HaltCounters, VcpuStatistics};
 
 /// A part of the machine's event loop that is called each second.
@@ -17,7 +17,7 @@ use crate::vcpu_statistics::{HaltCounters, VcpuStatistics};
 /// it nothing: KVM's own counters say that all vCPUs wait, and have not done anything else for a second.
 /// Only then are they taken out of the guest, and not again until one of them has halted anew.
 pub(crate) struct Watch {
-    control: Arc<Control>,
+    control: Arc<RunControl>,
     on_halt: OnHalt,
     vcpus: Vec<VcpuStatistics>,
     counters: Option<HaltCounters>,
@@ -43,7 +43,11 @@ enum Known {
 
 impl Watch {
     /// A watch over vCPUs that count in `vcpus`; over none if KVM does not count.
-    pub(crate) fn new(control: Arc<Control>, on_halt: OnHalt, vcpus: Vec<VcpuStatistics>) -> Watch {
+    pub(crate) fn new(
+        control: Arc<RunControl>,
+        on_halt: OnHalt,
+        vcpus: Vec<VcpuStatistics>,
+    ) -> Watch {
         Watch {
             control,
             on_halt,
@@ -112,7 +116,7 @@ impl Watch {
     }
 }
 
-fn halted_for_good(control: &Control, on_halt: OnHalt) {
+fn halted_for_good(control: &RunControl, on_halt: OnHalt) {
     match on_halt {
         // Nothing more will come of it.
         _ if control.has_panicked() => control.finish(Ok(ExitReason::Panic)),

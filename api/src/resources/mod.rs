@@ -5,8 +5,10 @@
 
 mod cpu_config;
 mod devices;
-mod host;
+mod logger;
 mod machine;
+mod metrics;
+mod mmds;
 mod rate_limiter;
 
 pub use cpu_config::{Bitmap, CpuConfig, CpuidLeaf, KvmCapability, Msr, Number, Register};
@@ -15,9 +17,11 @@ pub use devices::{
     CacheType, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, NetworkInterfaceUpdate,
     Serial, Vsock,
 };
-pub use host::{LogLevel, Logger, MetadataConfig, MetadataVersion, Metrics};
+pub use logger::{LogLevel, Logger};
 pub use machine::{
     Action, ActionType, BootSource, CpuTemplate, HugePages, InstanceInformation,
     MachineConfiguration, MachineConfigurationUpdate, Version, Vm, VmState,
 };
+pub use metrics::Metrics;
+pub use mmds::{MetadataConfig, MetadataVersion};
 pub use rate_limiter::{RateLimiter, TokenBucket};

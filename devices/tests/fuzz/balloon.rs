@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use bantam_devices::InterruptLine;
-use bantam_devices::virtio::balloon::{Balloon, BalloonControl, BalloonOptions, HintingCommand};
+use bantam_devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, HintingCommand};
 use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_memory::GuestMemory;
 use bolero::TypeGenerator;
@@ -57,7 +57,7 @@ impl InterruptLine for Unconnected {
 #[derive(Default)]
 pub struct BalloonTarget {
     /// That of the device made last.
-    control: Option<BalloonControl>,
+    handle: Option<BalloonHandle>,
 }
 
 /// A request of page numbers, which are written to memory first.
@@ -88,7 +88,7 @@ impl Target for BalloonTarget {
         };
         let balloon = Balloon::new(&options, &memory).unwrap();
         let interrupt = VirtioInterrupt::new("owner".to_string(), Box::new(Unconnected));
-        self.control = Some(balloon.control(Arc::new(interrupt)));
+        self.handle = Some(balloon.handle(Arc::new(interrupt)));
         Box::new(balloon)
     }
 
@@ -129,20 +129,20 @@ impl Target for BalloonTarget {
     }
 
     fn host_sends(&mut self, len: u16) {
-        let Some(control) = &self.control else { return };
+        let Some(handle) = &self.handle else { return };
         // More than there is memory is refused, and so is an interval of no statistics.
-        let _ = control.set_target(u32::from(len) / 500);
+        let _ = handle.set_target(u32::from(len) / 500);
         if let Some(interval) = NonZeroU32::new(len.into()) {
-            let _ = control.set_statistics_interval(interval);
+            let _ = handle.set_statistics_interval(interval);
         }
         // Refused without hinting.
-        let _ = control.hint(match len % 3 {
+        let _ = handle.hint(match len % 3 {
             0 => HintingCommand::Stop,
             rest => HintingCommand::Start {
                 acknowledge_on_stop: rest == 1,
             },
         });
-        let _ = control.statistics();
+        let _ = handle.statistics();
     }
 
     fn check_service(&mut self, _options: &Options, machine: &mut Machine) {

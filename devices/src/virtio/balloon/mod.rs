@@ -5,56 +5,47 @@
 //! which pages it does not use at the moment. Either way the pages are discarded: the host has their
 //! memory for itself until the guest touches them again, and then they are zero.
 
-mod control;
+mod config;
 mod discard;
+mod error;
+mod handle;
 mod hinting;
+mod metrics;
+mod options;
+mod shared;
 mod statistics;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::io;
-use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
-use bantam_memory::{BufferError, GuestMemory};
-use bantam_metrics::Counter;
-use serde::Serialize;
+use bantam_memory::GuestMemory;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, VirtioInterrupt, device_id,
-};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
 use crate::worker::VirtioWorker;
+use error::WorkerError;
 use hinting::Hinting;
+use options::target_pages;
+use shared::{Schedule, Shared, lock};
 use worker::Worker;
 
-pub use control::{BalloonControl, BalloonStatistics};
+pub use error::BalloonError;
+pub use handle::{BalloonHandle, BalloonStatistics};
 pub use hinting::{HintingCommand, HintingStatus};
+pub use metrics::BalloonMetrics;
+pub use options::BalloonOptions;
 pub use statistics::GuestStatistics;
 
 const QUEUE_SIZE: u16 = 256;
-/// Number of the balloon's pages in a mebibyte.
-const PAGES_PER_MIB: u32 = 256;
-
 /// Feature bits (section 5.5.3).
 mod feature {
     pub const STATS_VQ: u64 = 1 << 1;
     pub const DEFLATE_ON_OOM: u64 = 1 << 2;
     pub const FREE_PAGE_HINT: u64 = 1 << 3;
     pub const REPORTING: u64 = 1 << 5;
-}
-
-/// Offsets in the configuration space (section 5.5.4).
-mod config {
-    pub const NUM_PAGES: usize = 0;
-    pub const ACTUAL: usize = 4;
-    pub const SIZE: usize = 8;
-    /// There with free page hinting only.
-    pub const HINTING_COMMAND: usize = 8;
-    pub const SIZE_WITH_HINTING: usize = 12;
 }
 
 /// Queues up to `deflateq`, which a device always has.
@@ -65,160 +56,6 @@ const QUEUES_WITH_STATISTICS: usize = 3;
 const QUEUES_WITH_HINTING: usize = 4;
 /// Queues up to the number that the standard has for `reporting_vq`.
 const QUEUES_WITH_REPORTING: usize = 5;
-
-/// How a balloon works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct BalloonOptions {
-    /// How much memory the guest is to give up, in MiB.
-    pub target_mib: u32,
-    /// Whether the guest may take memory back when it would otherwise have to end processes.
-    pub deflate_on_oom: bool,
-    /// How often the guest is asked for statistics of its memory, in seconds; never where there is
-    /// none.
-    pub statistics_interval: Option<NonZeroU32>,
-    /// Whether the guest says by itself which memory it does not use.
-    pub free_page_reporting: bool,
-    /// Whether the guest can be asked which memory it does not use.
-    pub free_page_hinting: bool,
-}
-
-/// What a balloon has done.
-#[derive(Debug, Default, Serialize)]
-pub struct BalloonMetrics {
-    /// Requests to inflate.
-    pub inflate_count: Counter,
-    /// Requests to deflate.
-    pub deflate_count: Counter,
-    /// Times that the driver gave statistics.
-    pub stats_updates_count: Counter,
-    /// Statistics with a part that is none.
-    pub stats_update_fails: Counter,
-    /// Failures of the driver to follow the rules, and of the host to take back memory that the
-    /// balloon holds.
-    pub event_fails: Counter,
-    /// Reports of free pages.
-    pub free_page_report_count: Counter,
-    /// Bytes that were given back to the host because they were reported free.
-    pub free_page_report_freed: Counter,
-    /// Reported ranges that the host did not take back.
-    pub free_page_report_fails: Counter,
-    /// Hints of free pages.
-    pub free_page_hint_count: Counter,
-    /// Bytes that were given back to the host because of hints.
-    pub free_page_hint_freed: Counter,
-    /// Hinted ranges that the host did not take back.
-    pub free_page_hint_fails: Counter,
-    /// Failures to begin to work when the driver was ready.
-    pub activate_fails: Counter,
-}
-
-/// Why a balloon cannot be as it is wanted.
-#[derive(Debug, thiserror::Error)]
-pub enum BalloonError {
-    /// The guest has less memory.
-    #[error(
-        "a balloon of {mib} MiB does not fit into the guest's memory of {memory_mib} MiB: choose a \
-         smaller size"
-    )]
-    TooLarge {
-        /// Wanted size in MiB.
-        mib: u32,
-        /// Guest memory in MiB.
-        memory_mib: u64,
-    },
-    /// There are no statistics whose interval could be changed.
-    #[error(
-        "the balloon has no statistics: an interval for them has to be given before the machine starts"
-    )]
-    NoStatistics,
-    /// The guest cannot be asked for hints.
-    #[error(
-        "the balloon has no free page hinting: that has to be turned on before the machine starts"
-    )]
-    NoHinting,
-    /// The timer of the statistics failed.
-    #[error("cannot set the timer of the balloon's statistics: {0}")]
-    Timer(#[source] io::Error),
-}
-
-/// What makes the device unusable until its driver resets it, most of it the driver's own doing.
-#[derive(Debug, thiserror::Error)]
-enum WorkerError {
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    #[error(
-        "the request at {head} is no list of page numbers: it has {readable} bytes to read and \
-         {writable} to write"
-    )]
-    PageNumbers {
-        head: u16,
-        readable: usize,
-        writable: usize,
-    },
-    #[error("of the pages that the request at {head} puts into the balloon, {source}")]
-    Page { head: u16, source: BufferError },
-    #[error(
-        "the request at {head} is no report of free pages: it has {readable} bytes to read and \
-         {writable} to write"
-    )]
-    Report {
-        head: u16,
-        readable: usize,
-        writable: usize,
-    },
-    #[error(
-        "the request at {head} is neither a command nor a hint of free pages: it has {readable} bytes \
-         to read and {writable} to write"
-    )]
-    Hint {
-        head: u16,
-        readable: usize,
-        writable: usize,
-    },
-    #[error("the buffer of statistics at {head} has {writable} bytes to write")]
-    Statistics { head: u16, writable: usize },
-    #[error("there is a buffer of statistics at {head} before the one at {held} was returned")]
-    SecondStatistics { head: u16, held: u16 },
-    #[error("cannot set the timer of the statistics: {0}")]
-    Timer(io::Error),
-}
-
-/// When the driver is asked for statistics.
-struct Schedule {
-    /// Ends when it is time to ask. It is never read: setting it anew is enough.
-    timer: TimerFd,
-    interval: NonZeroU32,
-}
-
-impl Schedule {
-    /// Ends the timer at `time` from now.
-    fn set_timer(&mut self, time: Duration) -> io::Result<()> {
-        Ok(self.timer.reset(time, None)?)
-    }
-
-    /// Ends the timer when the interval from now on is over.
-    fn restart(&mut self) -> io::Result<()> {
-        self.set_timer(Duration::from_secs(self.interval.get().into()))
-    }
-}
-
-/// What front, worker and control have in common.
-struct Shared {
-    config: ConfigSpace,
-    /// What the driver said last.
-    statistics: Mutex<GuestStatistics>,
-    /// None without statistics.
-    schedule: Option<Mutex<Schedule>>,
-    hinting: Mutex<Hinting>,
-    /// Whether a driver has accepted the device and not reset it since.
-    has_driver: AtomicBool,
-    metrics: Arc<BalloonMetrics>,
-}
-
-/// Locks what no change leaves half done, even one that panics.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The front of a balloon.
 pub struct Balloon {
@@ -260,18 +97,14 @@ impl Balloon {
     }
 
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn control(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonControl {
-        BalloonControl::new(self, interrupt)
+    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+        BalloonHandle {
+            options: self.options,
+            memory_mib: self.memory_mib,
+            shared: self.shared.clone(),
+            interrupt,
+        }
     }
-}
-
-/// A size in pages, if it is no more than guest memory.
-fn target_pages(mib: u32, memory_mib: u64) -> Result<u32, BalloonError> {
-    let too_large = BalloonError::TooLarge { mib, memory_mib };
-    if u64::from(mib) > memory_mib {
-        return Err(too_large);
-    }
-    mib.checked_mul(PAGES_PER_MIB).ok_or(too_large)
 }
 
 impl VirtioDevice for Balloon {

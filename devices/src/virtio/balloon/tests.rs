@@ -1,6 +1,7 @@
 //! The whole device against a driver of our own.
 
-use std::time::Instant;
+use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberOps};
 use nix::sys::mman::mlock;
@@ -48,7 +49,7 @@ struct Machine {
     interrupts: InterruptCounter,
     interrupt: Arc<VirtioInterrupt>,
     manager: EventManager<Subscriber>,
-    control: BalloonControl,
+    handle: BalloonHandle,
     shared: Arc<Shared>,
 }
 
@@ -89,7 +90,7 @@ impl Machine {
             interrupt: interrupt.clone(),
             state: None,
         };
-        let control = balloon.control(interrupt.clone());
+        let handle = balloon.handle(interrupt.clone());
         let shared = balloon.shared.clone();
         let mut manager = EventManager::new().unwrap();
         manager.add_subscriber(Subscriber::Worker(balloon.activate(activation).unwrap()));
@@ -102,7 +103,7 @@ impl Machine {
             interrupts,
             interrupt,
             manager,
-            control,
+            handle,
             shared,
         }
     }
@@ -146,7 +147,7 @@ impl Machine {
     }
 
     fn metrics(&self) -> String {
-        serde_json::to_string(&**self.control.metrics()).unwrap()
+        serde_json::to_string(&**self.handle.metrics()).unwrap()
     }
 }
 
@@ -225,7 +226,7 @@ fn reported_buffers_lose_their_whole_pages() {
     assert_eq!(machine.interrupts.take(), 1);
     let kept = machine.kept_pages(0x800..0x80b);
     assert_eq!(kept, [0x802, 0x803, 0x806, 0x807, 0x808, 0x80a]);
-    let metrics = machine.control.metrics();
+    let metrics = machine.handle.metrics();
     assert_eq!(metrics.free_page_report_count.total(), 1);
     assert_eq!(metrics.free_page_report_freed.total(), 5 * PAGE_SIZE);
 }
@@ -263,20 +264,20 @@ fn hinted_pages_are_discarded_while_they_answer_the_request() {
         acknowledge_on_stop: true,
     };
     machine.interrupts.take();
-    machine.control.hint(start).unwrap();
+    machine.handle.hint(start).unwrap();
     assert_eq!((machine.interrupts.take(), machine.command()), (1, 2));
     assert!(!machine.is_hint_taken(queue));
     machine.send_command(queue, 2);
     assert!(machine.is_hint_taken(queue));
     // The owner asks anew, and what the driver names still belongs to the request before.
-    machine.control.hint(start).unwrap();
+    machine.handle.hint(start).unwrap();
     assert!(!machine.is_hint_taken(queue));
     machine.send_command(queue, 3);
     assert!(machine.is_hint_taken(queue));
     machine.send_command(queue, 0);
     assert_eq!(machine.command(), 1);
     assert!(!machine.is_hint_taken(queue));
-    let metrics = machine.control.metrics();
+    let metrics = machine.handle.metrics();
     assert_eq!(metrics.free_page_hint_freed.total(), 2 * PAGE_SIZE);
     assert!(!machine.interrupt.needs_reset());
 }
@@ -288,11 +289,11 @@ fn pages_that_the_driver_has_again_are_kept() {
     let start = HintingCommand::Start {
         acknowledge_on_stop: false,
     };
-    machine.control.hint(start).unwrap();
+    machine.handle.hint(start).unwrap();
     machine.send_command(queue, 2);
     machine.send_command(queue, 0);
     assert_eq!(machine.command(), 2);
-    machine.control.hint(HintingCommand::Stop).unwrap();
+    machine.handle.hint(HintingCommand::Stop).unwrap();
     assert_eq!(machine.command(), 1);
     assert!(!machine.is_hint_taken(queue));
     machine.send_command(queue, 2);
@@ -315,7 +316,7 @@ fn hints_are_served_by_the_queue_that_the_driver_counts() {
             false => |index| index != 2,
         };
         let mut machine = Machine::with(&HINTS, features, is_used);
-        machine.control.hint(start).unwrap();
+        machine.handle.hint(start).unwrap();
         machine.send_command(hinting, 2);
         assert!(machine.is_hint_taken(hinting));
         // Reports need no request.
@@ -345,9 +346,9 @@ fn hints_that_break_the_rules_need_a_reset() {
 #[test]
 fn a_balloon_without_hinting_cannot_be_asked_for_hints() {
     let machine = Machine::new(&ALL);
-    let error = machine.control.hint(HintingCommand::Stop).unwrap_err();
+    let error = machine.handle.hint(HintingCommand::Stop).unwrap_err();
     assert!(matches!(error, BalloonError::NoHinting), "{error}");
-    assert_eq!(machine.control.statistics().hinting, None);
+    assert_eq!(machine.handle.statistics().hinting, None);
 }
 
 #[test]
@@ -355,8 +356,8 @@ fn the_owner_learns_whether_there_is_a_driver() {
     let memory = memory();
     let mut balloon = Balloon::new(&HINTS, &memory).unwrap();
     let interrupts = InterruptCounter::default();
-    let control = balloon.control(interrupts.interrupt());
-    assert!(!control.statistics().has_driver);
+    let handle = balloon.handle(interrupts.interrupt());
+    assert!(!handle.statistics().has_driver);
     let drivers: Vec<TestDriver> = (0..5)
         .map(|index| TestDriver::new(&memory, RINGS + index * RINGS_SIZE, 256))
         .collect();
@@ -370,9 +371,9 @@ fn the_owner_learns_whether_there_is_a_driver() {
         interrupt: interrupts.interrupt(),
     };
     let worker = balloon.activate(activation).unwrap();
-    assert!(control.statistics().has_driver);
+    assert!(handle.statistics().has_driver);
     drop(worker);
-    assert!(!control.statistics().has_driver);
+    assert!(!handle.statistics().has_driver);
 }
 
 #[test]
@@ -430,7 +431,7 @@ fn what_breaks_the_rules_needs_a_reset() {
         machine.page_numbers([0x800, MEMORY_SIZE / PAGE_SIZE]);
         assert_eq!(machine.request(queue, buffers), [], "{queue}: {buffers:?}");
         assert!(machine.interrupt.needs_reset(), "{queue}: {buffers:?}");
-        assert_eq!(machine.control.metrics().event_fails.total(), 1);
+        assert_eq!(machine.handle.metrics().event_fails.total(), 1);
         // Nothing more is done, and nothing is heard of for ever.
         let valid = machine.page_numbers([0x900]);
         assert_eq!(machine.request(INFLATE, &[valid]), []);
@@ -456,7 +457,7 @@ fn what_the_host_keeps_is_no_fault_of_the_driver() {
     assert_eq!(machine.kept_pages(0x800..0x804), [0x801, 0x802, 0x803]);
     assert!(!machine.has_kept(0x804) && !machine.has_kept(0x806) && !machine.has_kept(0x808));
     assert!(!machine.interrupt.needs_reset());
-    let metrics = machine.control.metrics();
+    let metrics = machine.handle.metrics();
     assert_eq!(metrics.event_fails.total(), 1);
     assert_eq!(metrics.free_page_report_fails.total(), 1);
     assert_eq!(metrics.free_page_report_freed.total(), 2 * PAGE_SIZE);
@@ -494,7 +495,7 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
         has_driver: true,
         hinting: None,
     };
-    assert_eq!(machine.control.statistics(), statistics());
+    assert_eq!(machine.handle.statistics(), statistics());
     assert_eq!(
         serde_json::to_string(&statistics()).unwrap(),
         format!(
@@ -506,26 +507,23 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
     for round in 1..=3 {
         assert_eq!(machine.interrupts.take(), 0);
         let interval = NonZeroU32::new(1000 + round).unwrap();
-        machine.control.set_statistics_interval(interval).unwrap();
-        assert_eq!(
-            machine.control.options().statistics_interval,
-            Some(interval)
-        );
+        machine.handle.set_statistics_interval(interval).unwrap();
+        assert_eq!(machine.handle.options().statistics_interval, Some(interval));
         machine.manager.run_with_timeout(1000).unwrap();
         assert_eq!(machine.drivers[STATISTICS].take_used().len(), 1);
         assert_eq!(machine.interrupts.take(), 1);
         // Nothing is asked for while the driver is about to answer.
-        machine.control.set_statistics_interval(interval).unwrap();
+        machine.handle.set_statistics_interval(interval).unwrap();
         machine.manager.run_with_timeout(1000).unwrap();
         assert_eq!(machine.drivers[STATISTICS].take_used(), []);
         // An entry that is cut off is no harm.
         let buffer = machine.readable(&[free_memory(round.into()), vec![5, 0]].concat());
         assert_eq!(machine.request(STATISTICS, &[buffer]), []);
-        let free_memory = machine.control.statistics().guest.free_memory;
+        let free_memory = machine.handle.statistics().guest.free_memory;
         assert_eq!(free_memory, Some(round.into()));
     }
     assert!(!machine.interrupt.needs_reset());
-    let metrics = machine.control.metrics();
+    let metrics = machine.handle.metrics();
     assert_eq!(metrics.stats_updates_count.total(), 4);
     assert_eq!(metrics.stats_update_fails.total(), 3);
 }
@@ -556,7 +554,7 @@ fn statistics_that_were_off_stay_off() {
         ..ALL
     };
     let machine = Machine::new(&options);
-    let error = machine.control.set_statistics_interval(NonZeroU32::MIN);
+    let error = machine.handle.set_statistics_interval(NonZeroU32::MIN);
     assert!(matches!(error, Err(BalloonError::NoStatistics)));
 }
 
@@ -565,19 +563,19 @@ fn a_new_target_reaches_the_driver() {
     let machine = Machine::new(&ALL);
     let target = || -> [u8; 4] { machine.shared.config.array(0) };
     assert_eq!(target(), 1024_u32.to_le_bytes());
-    machine.control.set_target(16).unwrap();
+    machine.handle.set_target(16).unwrap();
     assert_eq!(target(), 4096_u32.to_le_bytes());
     assert_eq!(machine.interrupts.take(), 1);
-    machine.control.set_target(16).unwrap();
+    machine.handle.set_target(16).unwrap();
     assert_eq!(machine.interrupts.take(), 0, "that is no change");
     for mib in [17, 1 << 24, u32::MAX] {
-        let error = machine.control.set_target(mib).unwrap_err();
+        let error = machine.handle.set_target(mib).unwrap_err();
         let BalloonError::TooLarge { memory_mib: 16, .. } = error else {
             panic!("{error}");
         };
     }
-    assert_eq!(machine.control.options().target_mib, 16);
-    assert_eq!(machine.control.statistics().target_pages, 4096);
+    assert_eq!(machine.handle.options().target_mib, 16);
+    assert_eq!(machine.handle.statistics().target_pages, 4096);
 }
 
 #[test]

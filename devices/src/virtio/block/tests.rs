@@ -1,7 +1,7 @@
 //! The whole device against a driver of our own, with files of the host.
 
 mod direct;
-mod owner;
+mod handle;
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use vmm_sys_util::tempdir::TempDir;
 use super::*;
 use crate::disk::{DiskError, DiskOptions};
 use crate::event_loop::Subscriber;
-use crate::rate_limiter::RateLimit;
+use crate::rate_limiter::{Limits, RateLimit};
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
@@ -51,7 +51,7 @@ struct Machine {
     interrupt: Arc<VirtioInterrupt>,
     manager: EventManager<Subscriber>,
     worker: SubscriberId,
-    control: BlockControl,
+    handle: BlockHandle,
     image: PathBuf,
     folder: TempDir,
     block: Block,
@@ -109,7 +109,7 @@ impl Machine {
             interrupt: interrupt.clone(),
             state: None,
         };
-        let control = block.control(interrupt.clone());
+        let handle = block.handle(interrupt.clone());
         let mut manager = EventManager::new().unwrap();
         let worker =
             manager.add_subscriber(Subscriber::Worker(block.activate(activation).unwrap()));
@@ -120,7 +120,7 @@ impl Machine {
             interrupt,
             manager,
             worker,
-            control,
+            handle,
             image,
             folder,
             block,
@@ -196,7 +196,7 @@ impl Machine {
 
     /// As the driver sees it, in sectors.
     fn capacity(&self) -> u64 {
-        u64::from_le_bytes(self.block.config().array(config::CAPACITY as u64))
+        u64::from_le_bytes(self.block.config().array(config::offset::CAPACITY as u64))
     }
 
     fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
@@ -310,7 +310,7 @@ fn a_request_is_not_larger_than_the_event_loop_can_bear() {
         let machine = Machine::new(engine, CacheMode::Writeback);
         let file = OpenOptions::new().write(true).open(&machine.image).unwrap();
         file.set_len(size).unwrap();
-        machine.control.update_size().unwrap();
+        machine.handle.update_size().unwrap();
         machine
     };
     for engine in ENGINES {
@@ -382,7 +382,7 @@ fn a_reset_waits_for_what_is_under_way() {
             assert!(bytes == expected);
         }
         // The lock ends with the device.
-        drop((machine.manager, machine.control, machine.block));
+        drop((machine.manager, machine.handle, machine.block));
         open(&machine.image, false, CacheMode::Writeback).unwrap();
     });
 }
@@ -397,8 +397,8 @@ fn a_disk_grows_and_shrinks_under_its_driver() {
         file.set_len(DISK_SIZE as u64 + 4096).unwrap();
         assert_eq!(last_sector(end), VIRTIO_BLK_S_IOERR);
 
-        let control = &machine.control;
-        assert_eq!(control.update_size().unwrap(), DISK_SIZE as u64 + 4096);
+        let handle = &machine.handle;
+        assert_eq!(handle.update_size().unwrap(), DISK_SIZE as u64 + 4096);
         assert_eq!(machine.interrupts.take(), 2 + 1);
         assert_eq!(
             machine.request(VIRTIO_BLK_T_IN, end, &[(DATA, 512)]),
@@ -407,14 +407,14 @@ fn a_disk_grows_and_shrinks_under_its_driver() {
         assert_eq!(machine.capacity(), end + 8);
 
         file.set_len(4096).unwrap();
-        assert_eq!(machine.control.update_size().unwrap(), 4096);
+        assert_eq!(machine.handle.update_size().unwrap(), 4096);
         assert_eq!(
             machine.request(VIRTIO_BLK_T_IN, 8, &[(DATA, 512)]),
             VIRTIO_BLK_S_IOERR
         );
         for size in [0, 4095] {
             file.set_len(size).unwrap();
-            assert!(machine.control.update_size().is_err());
+            assert!(machine.handle.update_size().is_err());
             assert_eq!(machine.capacity(), 8);
         }
     });
@@ -486,7 +486,7 @@ fn a_device_that_polls_does_what_others_do() {
 fn writes_last_where_the_driver_cannot_flush() {
     let durable = |cache, features| {
         let machine = Machine::new(Engine::Sync, cache);
-        drop((machine.manager, machine.control, machine.block));
+        drop((machine.manager, machine.handle, machine.block));
         let disk = open(&machine.image, false, cache).unwrap();
         let (memory, interrupt) = (machine.memory, machine.interrupt);
         RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, interrupt)

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bantam_memory::GuestMemory;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use super::disk_slot::{DiskLease, OpenDisk};
 use super::in_flight::{InFlight, RingOperation};
-use super::medium::{Loaded, Loan};
 use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
@@ -55,7 +55,7 @@ pub(super) struct Worker {
     handler: RequestHandler,
     /// The disk that is used as soon as no request to the one before is under way. Until then no
     /// request is begun.
-    next_disk: Option<Loaded>,
+    next_disk: Option<OpenDisk>,
     interrupt: Arc<VirtioInterrupt>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
@@ -86,13 +86,13 @@ pub(super) struct Worker {
     /// Bytes of data of the requests that were begun, which wraps.
     begun_bytes: u64,
     /// Given back last, when nothing here uses the disk any more.
-    loan: Loan,
+    lease: DiskLease,
 }
 
 impl Worker {
     pub(super) fn new(
         handler: RequestHandler,
-        loan: Loan,
+        lease: DiskLease,
         activation: Activation,
         options: &BlockOptions,
         throttle: Arc<Throttle>,
@@ -100,7 +100,7 @@ impl Worker {
     ) -> Worker {
         Worker {
             handler,
-            loan,
+            lease,
             next_disk: None,
             interrupt: activation.interrupt,
             memory: activation.memory,
@@ -161,14 +161,14 @@ impl Worker {
                     if !self.has_room() {
                         self.stalled = true;
                         if self.next_disk.is_none() {
-                            self.loan.metrics().io_engine_throttled_events.add(1);
+                            self.lease.metrics().io_engine_throttled_events.add(1);
                         }
                         return self.leave_rest(index);
                     }
                 }
                 if !self.throttle.allows_more()? {
                     self.submit()?;
-                    self.loan.metrics().rate_limiter_throttled_events.add(1);
+                    self.lease.metrics().rate_limiter_throttled_events.add(1);
                     return self.leave_rest(index);
                 }
                 self.begin_next(index)?;
@@ -193,7 +193,7 @@ impl Worker {
     /// Counts the requests that are left in a queue.
     fn leave_rest(&mut self, index: usize) -> Result<(), RequestError> {
         let count = self.queues[index].available_count()?;
-        self.loan.metrics().remaining_reqs_count.add(count.into());
+        self.lease.metrics().remaining_reqs_count.add(count.into());
         Ok(())
     }
 
@@ -482,7 +482,8 @@ impl Worker {
         work: Work,
         time: Option<Duration>,
     ) -> Result<(), RequestError> {
-        self.handler.finish(request, &result, self.loan.metrics())?;
+        self.handler
+            .finish(request, &result, self.lease.metrics())?;
         if result.is_ok() {
             self.tally.done(work, time);
         }
@@ -521,15 +522,15 @@ impl Worker {
                 self.submit()?;
             }
             TIMER_EVENT => {
-                self.loan.metrics().rate_limiter_event_count.add(1);
+                self.lease.metrics().rate_limiter_event_count.add(1);
                 self.throttle.clear()?;
                 self.first_queue = (self.first_queue + 1) % self.queues.len();
                 self.ring_doorbells();
             }
             queue => {
-                self.loan.metrics().queue_event_count.add(1);
+                self.lease.metrics().queue_event_count.add(1);
                 if self.queues[queue as usize].available_count()? == 0 {
-                    self.loan.metrics().no_avail_buffer.add(1);
+                    self.lease.metrics().no_avail_buffer.add(1);
                 }
                 self.polling.doorbell_rang();
                 self.serve(queue as usize)?;
@@ -557,22 +558,22 @@ impl Worker {
             && let Err(error) = self.finish_all()
         {
             self.next_disk = None;
-            self.loan.refuse(error);
+            self.lease.reject(error);
             return;
         }
         if self.in_flight_count() > 0 {
             return;
         }
-        let Some(Loaded { disk, ring }) = self.next_disk.take() else {
+        let Some(OpenDisk { disk, ring }) = self.next_disk.take() else {
             return;
         };
-        if !self.loan.may_settle() {
+        if !self.lease.may_commit() {
             self.end_stall();
             return;
         }
         // Most of it has been flushed already. A flush of the driver will speak of the next disk alone.
         if let Err(error) = self.handler.flush_disk() {
-            self.loan.refuse(error);
+            self.lease.reject(error);
             self.end_stall();
             return;
         }
@@ -580,7 +581,7 @@ impl Worker {
             operations.add(Events::with_data(ring, RING_EVENT, EventSet::IN))
         });
         if let Err(error) = watched {
-            self.loan.refuse(io::Error::other(error.to_string()));
+            self.lease.reject(io::Error::other(error.to_string()));
             self.end_stall();
             return;
         }
@@ -591,7 +592,7 @@ impl Worker {
         }
         self.handler.set_disk(disk.clone());
         self.waiting = Waiting::default();
-        self.loan.settle(Loaded { disk, ring: None }, old_ring);
+        self.lease.commit(OpenDisk { disk, ring: None }, old_ring);
         self.end_stall();
     }
 
@@ -626,7 +627,7 @@ impl MutEventSubscriber for Worker {
             .iter()
             .map(|ring| Events::with_data(ring, RING_EVENT, EventSet::IN));
         let others = [
-            Events::with_data(&self.loan, DISK_EVENT, EventSet::IN),
+            Events::with_data(&self.lease, DISK_EVENT, EventSet::IN),
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ];
         // Those of the host first: they are heard of also while the device needs a reset.
@@ -640,7 +641,7 @@ impl MutEventSubscriber for Worker {
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if events.data() == DISK_EVENT {
-            if let Some(next) = self.loan.take_wanted() {
+            if let Some(next) = self.lease.take_wanted() {
                 self.next_disk = Some(next);
             }
         } else if self.interrupt.needs_reset() {
@@ -656,9 +657,9 @@ impl MutEventSubscriber for Worker {
             if self.tally.has_batch() {
                 self.tally.end_batch(self.batch_since.elapsed());
             }
-            self.tally.report(self.loan.metrics());
+            self.tally.report(self.lease.metrics());
             if let Err(error) = handled {
-                self.loan.metrics().event_fails.add(1);
+                self.lease.metrics().event_fails.add(1);
                 self.interrupt.need_reset(&error);
             }
         }
@@ -675,12 +676,12 @@ impl Drop for Worker {
             // With them the kernel keeps the guest's memory, which is thus never given back.
             mem::forget(mem::take(&mut self.slots));
         }
-        self.tally.report(self.loan.metrics());
+        self.tally.report(self.lease.metrics());
         if let Some(next) = self.next_disk.take()
-            && self.loan.may_settle()
+            && self.lease.may_commit()
         {
             self.handler.set_disk(next.disk.clone());
-            self.loan.settle(next, self.ring.take());
+            self.lease.commit(next, self.ring.take());
         }
     }
 }

@@ -12,7 +12,6 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use super::metrics::ConsoleMetrics;
-use super::retry;
 use super::source::Source;
 use crate::ListeningSocket;
 use crate::serial::SerialEndpoint;
@@ -367,4 +366,14 @@ fn has_ended(input: &Direction) -> bool {
 /// once.
 fn split(client: UnixStream) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((client.try_clone()?.into(), client.into()))
+}
+
+/// Makes the call again for as long as a signal interrupts it.
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }

@@ -18,23 +18,25 @@
 //! with the host: nothing is dropped while there is somebody to take it, and nothing piles up.
 
 mod control_queue;
+mod error;
 mod handle;
 mod host;
 mod message;
 mod metrics;
 mod port;
+mod shared;
 mod source;
 #[cfg(test)]
 mod tests;
 mod worker;
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::worker::VirtioWorker;
-use host::HostEnd;
+use error::DriverError;
+use shared::Shared;
 use worker::Worker;
 
 pub use handle::ConsoleHandle;
@@ -66,49 +68,6 @@ mod config {
     pub const MAX_PORTS: usize = 4;
     pub const EMERGENCY_WRITE: usize = 8;
     pub const SIZE: usize = 12;
-}
-
-/// What a driver did that breaks the rules of the device.
-#[derive(Debug, thiserror::Error)]
-enum DriverError {
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    #[error(
-        "port {port}: the buffer at {head} has {readable} readable and {writable} writable bytes, \
-         where only data can be received"
-    )]
-    ReceiveBuffer {
-        port: usize,
-        head: u16,
-        readable: usize,
-        writable: usize,
-    },
-    #[error("the control message at {head} has {size} bytes, less than its header")]
-    ShortMessage { head: u16, size: usize },
-    #[error("the control buffer at {head} has room for {size} bytes, and a message has {needed}")]
-    ControlBuffer {
-        head: u16,
-        size: usize,
-        needed: usize,
-    },
-}
-
-/// What device model, worker and handle have in common.
-struct Shared {
-    config: ConfigSpace,
-    /// The host's end of each port. They outlive the worker, and with it a reset.
-    hosts: Vec<Mutex<HostEnd>>,
-    /// Whether a driver is at work.
-    is_active: AtomicBool,
-    metrics: Arc<ConsoleMetrics>,
-}
-
-impl Shared {
-    fn host(&self, port: usize) -> Option<MutexGuard<'_, HostEnd>> {
-        // No change leaves it half done, even one that panics.
-        let host = self.hosts.get(port)?;
-        Some(host.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 /// The device model of a console device.
@@ -212,16 +171,6 @@ impl VirtioDevice for Console {
                 self.shared.metrics.activate_fails.add(1);
                 Err(reason)
             }
-        }
-    }
-}
-
-/// Makes the call again for as long as a signal interrupts it.
-fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
         }
     }
 }

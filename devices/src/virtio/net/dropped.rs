@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::owner::Shared;
+use super::shared::Shared;
 use crate::device_log::Repeat;
 use crate::virtio::VirtioInterrupt;
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bantam_metrics::{Counter, Times};
 
-use super::owner::{Direction, Shared};
+use super::shared::{Direction, Shared};
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::Throttle;
 

@@ -14,10 +14,15 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{read, write};
 use proptest::prelude::*;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_HOST_USO,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::event_loop::Subscriber;
+use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};

@@ -10,15 +10,15 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::config::{MacAddress, mac, set_mac};
-use super::control::{Command, ControlQueue};
+use super::control_queue::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
 use super::flow::Flow;
 use super::local_port::LocalPort;
-use super::owner::{Direction, Shared};
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
+use super::shared::{Direction, Shared};
 use super::transmit::Transmitter;
 use super::{
     DriverError, GUEST_OFFLOADS, GUEST_SEGMENTATION, Halt, MAX_FRAME_HEADER_SIZE, MAX_PACKET_SIZE,

@@ -15,6 +15,7 @@
 
 mod connection;
 mod credit;
+mod error;
 mod greeting;
 mod metrics;
 mod muxer;
@@ -26,14 +27,14 @@ mod table;
 mod waiting;
 mod worker;
 
-use std::io;
 use std::sync::Arc;
 
 pub use metrics::VsockMetrics;
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, QueueError, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::ListeningSocket;
 use crate::worker::VirtioWorker;
+use error::DriverError;
 use worker::Worker;
 
 /// Size of each queue.
@@ -46,29 +47,6 @@ pub const MAX_GUEST_CID: u32 = u32::MAX - 1;
 
 /// How much longer than the path of the device's socket that of a port's can be, in bytes.
 pub const MAX_PORT_SUFFIX_SIZE: usize = "_4294967295".len();
-
-/// What a driver did that breaks the rules of the device.
-#[derive(Debug, thiserror::Error)]
-enum DriverError {
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    #[error(
-        "queue 0: the buffer at {head} has {readable} readable and {writable} writable bytes, where \
-         only a header and data can be received"
-    )]
-    ReceiveBuffer {
-        head: u16,
-        readable: usize,
-        writable: usize,
-    },
-    #[error("queue 1: the packet at {head} has {size} bytes, less than its header")]
-    ShortPacket { head: u16, size: usize },
-    #[error("queue 1: the packet at {head} should have {len} bytes of data, and has {size}")]
-    MissingData { head: u16, len: u32, size: usize },
-    /// Not the driver's fault, but there is no way to go on either.
-    #[error("the host's timer fails: {0}")]
-    Timer(#[from] io::Error),
-}
 
 /// The front of the socket device.
 pub struct Vsock {

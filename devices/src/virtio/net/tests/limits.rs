@@ -43,21 +43,21 @@ fn one_an_hour() -> Limits {
     }
 }
 
-fn limited(limits: &NetLimits) -> (Machine, NetControl) {
+fn limited(limits: &NetLimits) -> (Machine, NetHandle) {
     let (tap, host) = stand_in();
     let shared = Arc::new(Shared::new(limits).unwrap());
-    let control = NetControl {
+    let handle = NetHandle {
         shared: shared.clone(),
     };
     let machine = Machine::with(MERGE, host, |activation| {
         let config = Arc::new(config_space(MAC, 1, 1500));
         Box::new(Worker::new(Arc::new(tap), 1500, config, shared, None, activation).unwrap())
     });
-    (machine, control)
+    (machine, handle)
 }
 
-fn metrics(control: &NetControl) -> Value {
-    serde_json::to_value(control.metrics()).unwrap()
+fn metrics(handle: &NetHandle) -> Value {
+    serde_json::to_value(handle.metrics()).unwrap()
 }
 
 impl Machine {
@@ -103,7 +103,7 @@ fn reception_is_limited_without_spinning_or_loss() {
             receive,
             ..NetLimits::default()
         };
-        let (mut machine, control) = limited(&limits);
+        let (mut machine, handle) = limited(&limits);
         machine.offer_receive_buffers(&[2000; COUNT]);
         for seed in 0..COUNT {
             machine.host_sends(&packet(SIZE, seed as u8));
@@ -119,7 +119,7 @@ fn reception_is_limited_without_spinning_or_loss() {
         // The other way is free.
         machine.offer_packets(COUNT);
         machine.run_until(COUNT, |machine| machine.transmit.take_used().len());
-        let metrics = metrics(&control);
+        let metrics = metrics(&handle);
         assert!((1..=20).contains(&metrics["rx_rate_limiter_throttled"].as_u64().unwrap()));
         assert_eq!(metrics["tx_rate_limiter_throttled"], 0);
     }
@@ -132,7 +132,7 @@ fn transmission_is_limited_without_spinning_or_loss() {
             transmit,
             ..NetLimits::default()
         };
-        let (mut machine, control) = limited(&limits);
+        let (mut machine, handle) = limited(&limits);
         machine.offer_packets(COUNT);
         let start = Instant::now();
         let turns = machine.run_until(COUNT, |machine| machine.transmit.take_used().len());
@@ -141,7 +141,7 @@ fn transmission_is_limited_without_spinning_or_loss() {
         for seed in 0..COUNT {
             assert_eq!(machine.host_receives(), Some(packet(SIZE, seed as u8)));
         }
-        let metrics = metrics(&control);
+        let metrics = metrics(&handle);
         assert!((1..=20).contains(&metrics["tx_rate_limiter_throttled"].as_u64().unwrap()));
         assert_eq!(metrics["rx_rate_limiter_throttled"], 0);
     }
@@ -153,7 +153,7 @@ fn what_a_limit_holds_back_stays_where_it_is_until_the_limit_changes() {
         receive: one_an_hour(),
         transmit: one_an_hour(),
     };
-    let (mut machine, control) = limited(&limits);
+    let (mut machine, handle) = limited(&limits);
     machine.offer_receive_buffers(&[2000; 5]);
     machine.offer_packets(5);
     for seed in 0..5 {
@@ -172,7 +172,7 @@ fn what_a_limit_holds_back_stays_where_it_is_until_the_limit_changes() {
     machine.rest();
     assert_eq!(machine.host_receives(), None);
 
-    control
+    handle
         .set_limits(&NetLimits {
             receive: Limits::default(),
             ..limits
@@ -181,11 +181,11 @@ fn what_a_limit_holds_back_stays_where_it_is_until_the_limit_changes() {
     machine.rest();
     assert_eq!(machine.receive.take_used().len(), 3);
     assert_eq!(machine.transmit.take_used().len(), 0);
-    control.set_limits(&NetLimits::default()).unwrap();
-    assert_eq!(control.limits(), NetLimits::default());
+    handle.set_limits(&NetLimits::default()).unwrap();
+    assert_eq!(handle.limits(), NetLimits::default());
     machine.rest();
     assert_eq!(machine.transmit.take_used().len(), 3);
-    let metrics = metrics(&control);
+    let metrics = metrics(&handle);
     assert!(metrics["tx_remaining_reqs_count"].as_u64() >= Some(3));
     assert!(metrics["rx_event_rate_limiter_count"].as_u64() >= Some(1));
     assert!(metrics["tx_rate_limiter_event_count"].as_u64() >= Some(2));
@@ -214,7 +214,7 @@ fn a_tap_that_vanishes_takes_no_account_of_limits() {
 #[test]
 fn what_passes_is_counted() {
     for lone in [true, false] {
-        let (mut machine, control) = limited(&NetLimits::default());
+        let (mut machine, handle) = limited(&NetLimits::default());
         machine.offer_receive_buffers(&[2000; COUNT]);
         if lone {
             for seed in 0..8 {
@@ -234,7 +234,7 @@ fn what_passes_is_counted() {
         machine.rest();
         machine.transmit.ring_doorbell();
         machine.rest();
-        let metrics = metrics(&control);
+        let metrics = metrics(&handle);
         let expected = json!({
             "activate_fails": 0, "mac_address_updates": 0, "event_fails": 0,
             "rx_bytes_count": 8 * FRAME_SIZE, "rx_packets_count": 8, "rx_fails": 0,

@@ -33,7 +33,7 @@ struct VcpuThreads {
 }
 
 /// The vCPUs' common orders, and the end of the machine.
-pub(crate) struct Control {
+pub(crate) struct RunControl {
     stopping: AtomicBool,
     pausing: AtomicBool,
     panicked: AtomicBool,
@@ -52,9 +52,9 @@ struct Alarm {
     cut: Option<Instant>,
 }
 
-impl Control {
-    pub(crate) fn new() -> io::Result<Control> {
-        Ok(Control {
+impl RunControl {
+    pub(crate) fn new() -> io::Result<RunControl> {
+        Ok(RunControl {
             stopping: AtomicBool::new(false),
             pausing: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -132,7 +132,7 @@ impl Control {
     }
 
     /// Has each of `vcpu_count` vCPUs taken out of the guest for a moment, to say whether it has halted for
-    /// good. [`Control::halt_answer`] gives what they say.
+    /// good. [`RunControl::halt_answer`] gives what they say.
     pub(crate) fn ask_whether_halted(&self, vcpu_count: usize) {
         let mut threads = lock(&self.threads);
         // The threads of a machine that is stopping may have been joined.
@@ -143,7 +143,7 @@ impl Control {
         kick(&threads.kickable);
     }
 
-    /// Answers for vCPU `index`, if [`Control::ask_whether_halted`] has asked. Called on its thread.
+    /// Answers for vCPU `index`, if [`RunControl::ask_whether_halted`] has asked. Called on its thread.
     pub(crate) fn tell_whether_halted(&self, index: u8, has_halted: impl FnOnce() -> bool) {
         if let Some(answer) = lock(&self.threads).halted.get_mut(usize::from(index)) {
             *answer = Some(has_halted());
@@ -169,7 +169,7 @@ impl Control {
         self.set_alarm();
     }
 
-    /// Readable when [`Control::set_alarm`] is to be called again.
+    /// Readable when [`RunControl::set_alarm`] is to be called again.
     pub(crate) fn alarm(&self) -> RawFd {
         lock(&self.alarm).timer.as_raw_fd()
     }
@@ -255,7 +255,7 @@ fn kick(threads: &[Pthread]) {
 
 /// Ends the machine if the thread that holds it panics: nobody waits for a machine that has lost
 /// one of its threads.
-pub(crate) struct EndOnPanic(pub(crate) Arc<Control>);
+pub(crate) struct EndOnPanic(pub(crate) Arc<RunControl>);
 
 impl Drop for EndOnPanic {
     fn drop(&mut self) {
@@ -265,7 +265,7 @@ impl Drop for EndOnPanic {
     }
 }
 
-impl PowerControl for Control {
+impl PowerControl for RunControl {
     fn power_off(&self) {
         self.finish(Ok(ExitReason::PowerOff));
     }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::options::PAGES_PER_MIB;
 use super::{
-    Balloon, BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand,
-    HintingStatus, PAGES_PER_MIB, Shared, config, lock, target_pages,
+    BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand, HintingStatus,
+    Shared, config, lock, target_pages,
 };
 use crate::virtio::VirtioInterrupt;
 
@@ -17,11 +18,11 @@ use crate::virtio::VirtioInterrupt;
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A handle to a balloon.
-pub struct BalloonControl {
-    options: BalloonOptions,
-    memory_mib: u64,
-    shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+pub struct BalloonHandle {
+    pub(super) options: BalloonOptions,
+    pub(super) memory_mib: u64,
+    pub(super) shared: Arc<Shared>,
+    pub(super) interrupt: Arc<VirtioInterrupt>,
 }
 
 /// How large a balloon is, and what the guest's driver says of the guest's memory.
@@ -46,16 +47,7 @@ pub struct BalloonStatistics {
     pub hinting: Option<HintingStatus>,
 }
 
-impl BalloonControl {
-    pub(super) fn new(balloon: &Balloon, interrupt: Arc<VirtioInterrupt>) -> BalloonControl {
-        BalloonControl {
-            options: balloon.options,
-            memory_mib: balloon.memory_mib,
-            shared: balloon.shared.clone(),
-            interrupt,
-        }
-    }
-
+impl BalloonHandle {
     /// How the balloon works now.
     pub fn options(&self) -> BalloonOptions {
         let schedule = self.shared.schedule.as_ref();

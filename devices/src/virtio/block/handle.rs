@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::medium::{Loaded, Medium};
+use super::disk_slot::{DiskSlot, OpenDisk};
 use super::ring::Ring;
 use super::{BlockMetrics, Engine, config};
 use crate::disk::{DiskFile, SECTOR_SIZE};
@@ -64,22 +64,22 @@ fn access(read_only: bool) -> &'static str {
 
 /// What the owner of a machine can do with a block device while the guest uses it, from any thread
 /// but that of the device's event loop.
-pub struct BlockControl {
-    pub(super) medium: Arc<Medium>,
+pub struct BlockHandle {
+    pub(super) slot: Arc<DiskSlot>,
     pub(super) throttle: Arc<Throttle>,
     pub(super) interrupt: Arc<VirtioInterrupt>,
     pub(super) engine: Engine,
 }
 
-impl BlockControl {
+impl BlockHandle {
     /// The disk behind the device.
     pub fn disk(&self) -> Arc<DiskFile> {
-        self.medium.disk()
+        self.slot.disk()
     }
 
     /// What the device has done.
     pub fn metrics(&self) -> &Arc<BlockMetrics> {
-        &self.medium.metrics
+        &self.slot.metrics
     }
 
     /// The device's limits.
@@ -103,14 +103,14 @@ impl BlockControl {
     /// # Errors
     /// As [`DiskFile::update_size`]; the disk then keeps its size.
     pub fn update_size(&self) -> io::Result<u64> {
-        let _change = self.medium.change();
+        let _change = self.slot.change();
         let disk = self.disk();
         let before = disk.size();
         let size = self.counted(disk.update_size())?;
         if size != before {
             let capacity = size / SECTOR_SIZE;
-            let config = &self.medium.config;
-            config.write(config::CAPACITY, &capacity.to_le_bytes());
+            let config = &self.slot.config;
+            config.write(config::offset::CAPACITY, &capacity.to_le_bytes());
             self.interrupt.notify_configuration_change();
         }
         Ok(size)
@@ -118,7 +118,7 @@ impl BlockControl {
 
     /// Puts `disk` in the place of the one behind the device, and tells the driver. Requests that
     /// have been begun are done with the one before, which is flushed and closed when this returns:
-    /// its lock is free then, unless somebody else has it from [`BlockControl::disk`]. The
+    /// its lock is free then, unless somebody else has it from [`BlockHandle::disk`]. The
     /// device's serial number stays.
     ///
     /// # Errors
@@ -130,7 +130,7 @@ impl BlockControl {
 
     fn try_replace(&self, disk: DiskFile) -> Result<(), ReplaceError> {
         let path = disk.path().to_path_buf();
-        let _change = self.medium.change();
+        let _change = self.slot.change();
         let read_only = self.disk().is_read_only();
         if disk.is_read_only() != read_only {
             return Err(ReplaceError::Access { path, read_only });
@@ -152,12 +152,12 @@ impl BlockControl {
                 })?;
         }
         let disk = Arc::new(disk);
-        let exchanged = self.medium.exchange(Loaded { disk, ring });
+        let exchanged = self.slot.exchange(OpenDisk { disk, ring });
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
-        if self.medium.has_worker() {
+        if self.slot.has_worker() {
             self.interrupt.notify_configuration_change();
         }
-        let Loaded { disk: old, ring } = old;
+        let OpenDisk { disk: old, ring } = old;
         // It has the file open too.
         drop(ring);
         if !old.is_read_only() {
@@ -170,7 +170,7 @@ impl BlockControl {
     }
 
     fn counted<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
-        let metrics = &self.medium.metrics;
+        let metrics = &self.slot.metrics;
         match result {
             Ok(_) => metrics.update_count.add(1),
             Err(_) => metrics.update_fails.add(1),

@@ -1,8 +1,7 @@
-//! What of the monitor itself a client can set.
+//! The program's log.
 
 use std::fmt;
-use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -97,73 +96,9 @@ impl<'de> Deserialize<'de> for LogLevel {
     }
 }
 
-/// Body of `PUT /metrics`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Metrics {
-    /// File or named pipe to which metrics are written, one line of JSON at a time.
-    #[serde(serialize_with = "serialize_path")]
-    pub metrics_path: PathBuf,
-}
-
-/// Shows a path that came from the command line, where it may be other than UTF-8.
-fn serialize_path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&path.display())
-}
-
-/// Body of `PUT /mmds/config`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MetadataConfig {
-    /// Whether the guest needs a token to read.
-    #[serde(default)]
-    pub version: MetadataVersion,
-    /// Names of the interfaces on which the guest reaches the service.
-    pub network_interfaces: Vec<String>,
-    /// The service's address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ipv4_address: Option<Ipv4Addr>,
-    /// Whether answers are plain text whatever the guest accepts.
-    #[serde(default)]
-    pub imds_compat: bool,
-}
-
-/// How a guest asks for metadata.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MetadataVersion {
-    /// By a plain request.
-    #[default]
-    V1,
-    /// With a token that it has asked for before.
-    V2,
-}
-
-impl From<MetadataVersion> for bantam_vmm::config::MetadataVersion {
-    fn from(version: MetadataVersion) -> Self {
-        match version {
-            MetadataVersion::V1 => Self::V1,
-            MetadataVersion::V2 => Self::V2,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt;
-
     use super::*;
-
-    #[test]
-    fn a_path_that_is_not_utf_8_can_be_shown() {
-        let metrics = Metrics {
-            metrics_path: OsStr::from_bytes(b"m\xe9").into(),
-        };
-        assert_eq!(
-            serde_json::to_value(metrics).unwrap(),
-            serde_json::json!({"metrics_path": "m\u{fffd}"})
-        );
-    }
 
     #[test]
     fn levels_are_read_in_any_case_and_written_in_one() {

@@ -8,25 +8,25 @@ use bantam_devices::InterruptLine;
 use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::i8042::I8042;
 use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::{BalloonControl, BalloonStatistics, HintingCommand};
-use bantam_devices::virtio::block::BlockControl;
-use bantam_devices::virtio::net::{NetControl, NetLimits};
+use bantam_devices::virtio::balloon::{BalloonHandle, BalloonStatistics, HintingCommand};
+use bantam_devices::virtio::block::BlockHandle;
+use bantam_devices::virtio::net::{NetHandle, NetLimits};
 use bantam_metadata::Metadata;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::lock;
 use crate::error::Error;
 use crate::metrics::MachineMetrics;
+use crate::run_control::lock;
 use crate::streams::{StreamPaths, Streams};
 
 /// Handles to the devices of a machine that runs or is paused. Disks and network devices are counted as
 /// in the configuration.
-pub(crate) struct DeviceControls {
+pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
-    pub(crate) disks: Vec<BlockControl>,
-    pub(crate) networks: Vec<NetControl>,
-    pub(crate) balloon: Option<BalloonControl>,
+    pub(crate) disks: Vec<BlockHandle>,
+    pub(crate) networks: Vec<NetHandle>,
+    pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) metadata: Option<Metadata>,
     pub(crate) metrics: Arc<MachineMetrics>,
     /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
@@ -35,7 +35,7 @@ pub(crate) struct DeviceControls {
     pub(crate) stream_paths: StreamPaths,
 }
 
-impl DeviceControls {
+impl DeviceTable {
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {
         let pressed = self.power_button.trigger();
         pressed.map_err(Error::resource("the interrupt of the power button"))
@@ -46,21 +46,21 @@ impl DeviceControls {
         pressed.map_err(Error::Keyboard)
     }
 
-    fn disk(&self, index: usize) -> Result<&BlockControl, Error> {
+    fn disk(&self, index: usize) -> Result<&BlockHandle, Error> {
         self.disks.get(index).ok_or(Error::NoSuchDisk {
             index,
             count: self.disks.len(),
         })
     }
 
-    fn network(&self, index: usize) -> Result<&NetControl, Error> {
+    fn network(&self, index: usize) -> Result<&NetHandle, Error> {
         self.networks.get(index).ok_or(Error::NoSuchNetwork {
             index,
             count: self.networks.len(),
         })
     }
 
-    fn balloon(&self) -> Result<&BalloonControl, Error> {
+    fn balloon(&self) -> Result<&BalloonHandle, Error> {
         self.balloon.as_ref().ok_or(Error::NoBalloon)
     }
 

@@ -1,4 +1,4 @@
-//! A network device as the owner of its machine sees it.
+//! What the parts of a network device share.
 
 use std::io;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ pub(super) enum Direction {
 
 /// What the front of a network device, its worker and the owner of the machine share.
 pub(super) struct Shared {
-    receive: Throttle,
-    transmit: Throttle,
+    pub(super) receive: Throttle,
+    pub(super) transmit: Throttle,
     pub(super) metrics: Arc<NetMetrics>,
 }
 
@@ -47,38 +47,5 @@ impl Shared {
             Direction::Receive => &self.receive,
             Direction::Transmit => &self.transmit,
         }
-    }
-}
-
-/// What the owner of a machine can do with a network device while the guest uses it, from any thread.
-pub struct NetControl {
-    pub(super) shared: Arc<Shared>,
-}
-
-impl NetControl {
-    /// What the device has done.
-    pub fn metrics(&self) -> &Arc<NetMetrics> {
-        &self.shared.metrics
-    }
-
-    /// The device's limits.
-    pub fn limits(&self) -> NetLimits {
-        NetLimits {
-            receive: self.shared.receive.limits(),
-            transmit: self.shared.transmit.limits(),
-        }
-    }
-
-    /// Sets other limits, for packets that wait too. One that is the same as before goes on where it
-    /// is; any other begins with a full bucket.
-    ///
-    /// # Errors
-    /// When the host refuses to wake the device. The limits are set, but packets that wait for those
-    /// before wait as long as these say.
-    pub fn set_limits(&self, limits: &NetLimits) -> io::Result<()> {
-        self.shared
-            .receive
-            .set(&limits.receive)
-            .and(self.shared.transmit.set(&limits.transmit))
     }
 }

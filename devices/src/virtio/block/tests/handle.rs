@@ -18,9 +18,9 @@ const OTHER_BYTE: u8 = 0xa7;
 impl Machine {
     /// Puts an image in the place of the present one while the event loop runs.
     fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
-        let control = &self.control;
+        let handle = &self.handle;
         thread::scope(|scope| {
-            let owner = scope.spawn(|| control.replace(disk));
+            let owner = scope.spawn(|| handle.replace(disk));
             let deadline = Instant::now() + LIMIT;
             while !owner.is_finished() {
                 assert!(Instant::now() < deadline, "the disk is not replaced");
@@ -80,7 +80,7 @@ impl Machine {
     }
 
     fn metrics(&self) -> Value {
-        serde_json::to_value(self.control.metrics()).unwrap()
+        serde_json::to_value(self.handle.metrics()).unwrap()
     }
 }
 
@@ -136,7 +136,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         let mut machine = Machine::new(engine, CacheMode::Writeback);
         drop(machine.manager.remove_subscriber(machine.worker).unwrap());
         machine
-            .control
+            .handle
             .replace(machine.other_disk(CacheMode::None))
             .unwrap();
         machine.activate();
@@ -161,7 +161,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         let mut machine = Machine::new(engine, CacheMode::Writeback);
         let other = machine.other_disk(CacheMode::Writeback);
         thread::scope(|scope| {
-            let owner = scope.spawn(|| machine.control.replace(other));
+            let owner = scope.spawn(|| machine.handle.replace(other));
             thread::sleep(Duration::from_millis(20));
             assert!(!owner.is_finished());
             drop(machine.manager.remove_subscriber(machine.worker).unwrap());
@@ -207,7 +207,7 @@ fn limits_are_changed_while_requests_wait_for_them() {
         bytes: None,
     };
     let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
-    machine.control.set_limits(&limits(1, 60)).unwrap();
+    machine.handle.set_limits(&limits(1, 60)).unwrap();
     for _ in 0..9 {
         machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
     }
@@ -215,10 +215,10 @@ fn limits_are_changed_while_requests_wait_for_them() {
     assert_eq!(machine.run(2).len(), 2);
     while machine.manager.run_with_timeout(20).unwrap() > 0 {}
     assert_eq!(machine.driver.take_used(), []);
-    machine.control.set_limits(&limits(3, 60)).unwrap();
-    assert_eq!(machine.control.limits(), limits(3, 60));
+    machine.handle.set_limits(&limits(3, 60)).unwrap();
+    assert_eq!(machine.handle.limits(), limits(3, 60));
     assert_eq!(machine.run(4).len(), 4);
-    machine.control.set_limits(&Limits::default()).unwrap();
+    machine.handle.set_limits(&Limits::default()).unwrap();
     assert_eq!(machine.run(3).len(), 3);
     let metrics = machine.metrics();
     assert!(metrics["rate_limiter_throttled_events"].as_u64() >= Some(2));
@@ -266,7 +266,7 @@ fn what_is_done_is_counted() {
         machine.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
         machine.driver.ring_doorbell();
         while machine.manager.run_with_timeout(0).unwrap() > 0 {}
-        machine.control.update_size().unwrap();
+        machine.handle.update_size().unwrap();
         let mut metrics = machine.metrics();
         for times in ["read_agg", "write_agg"] {
             let times = metrics.as_object_mut().unwrap().remove(times).unwrap();

@@ -1,0 +1,34 @@
+//! What a balloon counts.
+
+use bantam_metrics::Counter;
+use serde::Serialize;
+
+/// What a balloon has done.
+#[derive(Debug, Default, Serialize)]
+pub struct BalloonMetrics {
+    /// Requests to inflate.
+    pub inflate_count: Counter,
+    /// Requests to deflate.
+    pub deflate_count: Counter,
+    /// Times that the driver gave statistics.
+    pub stats_updates_count: Counter,
+    /// Statistics with a part that is none.
+    pub stats_update_fails: Counter,
+    /// Failures of the driver to follow the rules, and of the host to take back memory that the
+    /// balloon holds.
+    pub event_fails: Counter,
+    /// Reports of free pages.
+    pub free_page_report_count: Counter,
+    /// Bytes that were given back to the host because they were reported free.
+    pub free_page_report_freed: Counter,
+    /// Reported ranges that the host did not take back.
+    pub free_page_report_fails: Counter,
+    /// Hints of free pages.
+    pub free_page_hint_count: Counter,
+    /// Bytes that were given back to the host because of hints.
+    pub free_page_hint_freed: Counter,
+    /// Hinted ranges that the host did not take back.
+    pub free_page_hint_fails: Counter,
+    /// Failures to begin to work when the driver was ready.
+    pub activate_fails: Counter,
+}

@@ -1,0 +1,51 @@
+//! What the parts of a balloon share.
+
+use std::io;
+use std::num::NonZeroU32;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::hinting::Hinting;
+use super::metrics::BalloonMetrics;
+use super::statistics::GuestStatistics;
+use crate::virtio::ConfigSpace;
+
+/// When the driver is asked for statistics.
+pub(super) struct Schedule {
+    /// Ends when it is time to ask. It is never read: setting it anew is enough.
+    pub(super) timer: TimerFd,
+    pub(super) interval: NonZeroU32,
+}
+
+impl Schedule {
+    /// Ends the timer at `time` from now.
+    pub(super) fn set_timer(&mut self, time: Duration) -> io::Result<()> {
+        Ok(self.timer.reset(time, None)?)
+    }
+
+    /// Ends the timer when the interval from now on is over.
+    pub(super) fn restart(&mut self) -> io::Result<()> {
+        self.set_timer(Duration::from_secs(self.interval.get().into()))
+    }
+}
+
+/// What front, worker and control have in common.
+pub(super) struct Shared {
+    pub(super) config: ConfigSpace,
+    /// What the driver said last.
+    pub(super) statistics: Mutex<GuestStatistics>,
+    /// None without statistics.
+    pub(super) schedule: Option<Mutex<Schedule>>,
+    pub(super) hinting: Mutex<Hinting>,
+    /// Whether a driver has accepted the device and not reset it since.
+    pub(super) has_driver: AtomicBool,
+    pub(super) metrics: Arc<BalloonMetrics>,
+}
+
+/// Locks what no change leaves half done, even one that panics.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,52 @@
+//! The configuration space (section 5.2.4).
+
+use super::limits::{
+    MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_WRITE_ZEROES_RANGES,
+    MAX_WRITE_ZEROES_SECTORS,
+};
+use crate::disk::{DiskFile, SECTOR_SIZE};
+
+/// Offsets in the configuration space (section 5.2.4).
+pub(super) mod offset {
+    pub const CAPACITY: usize = 0;
+    pub const SEG_MAX: usize = 12;
+    pub const BLK_SIZE: usize = 20;
+    pub const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub const MIN_IO_SIZE: usize = 26;
+    pub const NUM_QUEUES: usize = 34;
+    pub const MAX_DISCARD_SECTORS: usize = 36;
+    pub const MAX_DISCARD_SEG: usize = 40;
+    pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
+    pub const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+    pub const MAX_WRITE_ZEROES_SEG: usize = 52;
+    pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
+    pub const SIZE: usize = 60;
+}
+
+/// The configuration space of a device over `disk`.
+pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
+    let mut space = vec![0; offset::SIZE];
+    let capacity = disk.size() / SECTOR_SIZE;
+    space[offset::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
+    let (logical, physical) = (disk.logical_block_size(), disk.physical_block_size());
+    for (offset, value) in [
+        (offset::SEG_MAX, MAX_SEGMENTS),
+        (offset::BLK_SIZE, logical),
+        (offset::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
+        (offset::MAX_DISCARD_SEG, MAX_DISCARD_RANGES),
+        (
+            offset::DISCARD_SECTOR_ALIGNMENT,
+            physical / SECTOR_SIZE as u32,
+        ),
+        (offset::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
+        (offset::MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_RANGES),
+    ] {
+        space[offset..][..4].copy_from_slice(&value.to_le_bytes());
+    }
+    let blocks = physical / logical;
+    space[offset::PHYSICAL_BLOCK_EXP] = blocks.ilog2() as u8;
+    space[offset::MIN_IO_SIZE..][..2].copy_from_slice(&(blocks as u16).to_le_bytes());
+    space[offset::NUM_QUEUES..][..2].copy_from_slice(&queues.to_le_bytes());
+    space[offset::WRITE_ZEROES_MAY_UNMAP] = 1;
+    space
+}

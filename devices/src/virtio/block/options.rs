@@ -1,0 +1,45 @@
+//! How a block device works.
+
+use crate::rate_limiter::Limits;
+
+/// Most queues of one device.
+pub const MAX_QUEUES: u16 = 8;
+
+/// How requests are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// Each request in the way that is best for it: at once where it does not block, by io_uring
+    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
+    #[default]
+    Auto,
+    /// By io_uring.
+    IoUring,
+    /// One at a time, by system calls that block the event loop.
+    Sync,
+}
+
+/// How a block device works.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockOptions {
+    /// How requests are done.
+    pub engine: Engine,
+    /// Number of queues, from 1 to [`MAX_QUEUES`].
+    pub queues: u16,
+    /// Whether the event loop looks for requests for longer than a moment before it sleeps, as long as
+    /// that succeeds.
+    pub polls: bool,
+    /// Limits of requests, and of the bytes that they read and write.
+    pub limits: Limits,
+}
+
+impl Default for BlockOptions {
+    /// One queue, and no limits.
+    fn default() -> BlockOptions {
+        BlockOptions {
+            engine: Engine::Auto,
+            queues: 1,
+            polls: false,
+            limits: Limits::default(),
+        }
+    }
+}

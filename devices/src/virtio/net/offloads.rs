@@ -1,0 +1,62 @@
+//! Offloads: what driver and host leave to each other, by feature bits.
+
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
+};
+
+use crate::tap::Offloads;
+
+/// Of the features, those by which the driver says what it does to packets that it receives.
+pub(super) const GUEST_SEGMENTATION: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_GUEST_TSO6
+    | 1 << VIRTIO_NET_F_GUEST_USO4
+    | 1 << VIRTIO_NET_F_GUEST_USO6;
+/// Those that the driver may switch off and on again with `CTRL_GUEST_OFFLOADS`
+/// (section 5.1.6.5.6).
+pub(super) const GUEST_OFFLOADS: u64 =
+    GUEST_SEGMENTATION | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_ECN;
+
+/// What is offered to the driver over a host that knows `offloads`. What the driver may leave to
+/// the host, the host takes in any case, but for UDP, which it came to know together.
+pub(super) fn offload_features(offloads: Offloads) -> u64 {
+    let mut features = 1 << VIRTIO_NET_F_CSUM
+        | 1 << VIRTIO_NET_F_HOST_TSO4
+        | 1 << VIRTIO_NET_F_HOST_TSO6
+        | 1 << VIRTIO_NET_F_HOST_ECN;
+    for (known, bits) in [
+        (
+            offloads.checksum,
+            1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+        ),
+        (offloads.tcp4_segmentation, 1 << VIRTIO_NET_F_GUEST_TSO4),
+        (offloads.tcp6_segmentation, 1 << VIRTIO_NET_F_GUEST_TSO6),
+        (offloads.ecn, 1 << VIRTIO_NET_F_GUEST_ECN),
+        (
+            offloads.udp_segmentation,
+            1 << VIRTIO_NET_F_GUEST_USO4
+                | 1 << VIRTIO_NET_F_GUEST_USO6
+                | 1 << VIRTIO_NET_F_HOST_USO,
+        ),
+    ] {
+        if known {
+            features |= bits;
+        }
+    }
+    features
+}
+
+/// What the host may leave to the driver.
+pub(super) fn offloads(features: u64) -> Offloads {
+    let negotiated = |feature: u32| features & 1 << feature != 0;
+    Offloads {
+        checksum: negotiated(VIRTIO_NET_F_GUEST_CSUM),
+        tcp4_segmentation: negotiated(VIRTIO_NET_F_GUEST_TSO4),
+        tcp6_segmentation: negotiated(VIRTIO_NET_F_GUEST_TSO6),
+        ecn: negotiated(VIRTIO_NET_F_GUEST_ECN),
+        udp_segmentation: negotiated(VIRTIO_NET_F_GUEST_USO4)
+            && negotiated(VIRTIO_NET_F_GUEST_USO6),
+    }
+}
