@@ -369,6 +369,7 @@ fn the_owner_learns_whether_there_is_a_driver() {
             .map(|(index, it)| it.queue(index, false))
             .collect(),
         interrupt: interrupts.interrupt(),
+        state: None,
     };
     let worker = balloon.activate(activation).unwrap();
     assert!(handle.statistics().has_driver);

@@ -327,6 +327,7 @@ fn all_queues_have_their_turn_within_a_limit() {
         features: machine.block.features(),
         queues: vec![machine.driver.queue(0, false), second.queue(1, false)],
         interrupt: machine.interrupt.clone(),
+        state: None,
     };
     let worker = machine.block.activate(activation).unwrap();
     machine.manager.add_subscriber(Subscriber::Worker(worker));
