@@ -165,6 +165,11 @@ impl VirtQueue {
         self.size
     }
 
+    /// Its index among the queues of the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
     /// How far it has come. All chains that were taken have been returned or put back.
     pub fn progress(&self) -> QueueProgress {
         QueueProgress {

@@ -68,6 +68,15 @@ impl DiscardQueue {
         &self.queue
     }
 
+    /// Puts the request that is under way back, to be done from its beginning: its pages stay the
+    /// device's until it is returned.
+    pub(super) fn put_back(&mut self) {
+        if std::mem::take(&mut self.is_under_way) {
+            self.pages.clear();
+            self.queue.undo_pop();
+        }
+    }
+
     /// Serves the queue until it is empty or its turn is over; then the doorbell is rung for the rest.
     pub(super) fn serve(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
         self.queue.disable_doorbell();

@@ -1,6 +1,8 @@
 //! Free page hinting (section 5.5.6.5): on the owner's request, the driver names pages that are free at
 //! the moment, and keeps them from being used until the device says that it is done with them.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Shared, config, lock};
 use crate::virtio::VirtioInterrupt;
 
@@ -25,7 +27,7 @@ pub enum HintingCommand {
 }
 
 /// How far free page hinting has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HintingStatus {
     /// The command ID that the driver reads: 0 before the first request, 1 when the device is done, and
     /// otherwise that of the request.
@@ -42,7 +44,7 @@ impl HintingStatus {
 }
 
 /// What the owner, the worker and the driver have said of hinting.
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Hinting {
     status: HintingStatus,
     last_request: u32,
@@ -105,6 +107,11 @@ impl Shared {
         hinting.reset();
         self.config
             .write(config::HINTING_COMMAND, &STOP.to_le_bytes());
+    }
+
+    /// Goes on with hinting as it was saved. The configuration space says the same already.
+    pub(super) fn restore_hinting(&self, hinting: Hinting) {
+        *lock(&self.hinting) = hinting;
     }
 
     /// Changes how far hinting has come. If that gives a new command ID, the driver learns of it.

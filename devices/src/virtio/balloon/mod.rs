@@ -22,13 +22,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bantam_memory::GuestMemory;
+use bantam_state::{RestoreError, SavedState, Section};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
 use crate::worker::VirtioWorker;
 use error::WorkerError;
 use hinting::Hinting;
-use options::target_pages;
+use options::{PAGES_PER_MIB, target_pages};
 use shared::{Schedule, Shared, lock};
 use worker::Worker;
 
@@ -147,7 +149,14 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         *lock(&self.shared.statistics) = GuestStatistics::default();
-        self.shared.reset_hinting();
+        match &activation.state {
+            Some(state) => {
+                let state = state.decode::<BalloonState>();
+                let BalloonState { hinting } = state.map_err(|error| error.to_string())?;
+                self.shared.restore_hinting(hinting);
+            }
+            None => self.shared.reset_hinting(),
+        }
         match Worker::new(self.shared.clone(), activation) {
             Ok(worker) => {
                 self.shared.has_driver.store(true, Ordering::Release);
@@ -159,4 +168,33 @@ impl VirtioDevice for Balloon {
             }
         }
     }
+
+    fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
+        let saved = config
+            .get(config::NUM_PAGES..)
+            .and_then(|it| it.first_chunk());
+        let pages = saved.map_or(0, |bytes| u32::from_le_bytes(*bytes));
+        let size_mib = pages.div_ceil(PAGES_PER_MIB);
+        if u64::from(size_mib) > self.memory_mib {
+            return Err(RestoreError::Invalid {
+                kind: "balloon".to_owned(),
+                reason: format!(
+                    "it is to be {size_mib} MiB large, and the guest has {} MiB",
+                    self.memory_mib
+                ),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What a worker needs to go on in the place of another.
+#[derive(Serialize, Deserialize)]
+struct BalloonState {
+    hinting: Hinting,
+}
+
+impl SavedState for BalloonState {
+    const KIND: &'static str = "balloon";
+    const VERSION: u16 = 1;
 }

@@ -6,12 +6,14 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+use super::BalloonState;
 use super::discard::{DiscardQueue, Naming, check_page_numbers};
 use super::{GuestStatistics, Shared, WorkerError, feature, lock};
 use crate::virtio::{Activation, Chain, VirtQueue, VirtioInterrupt};
-use crate::worker::{QueueProgress, VirtioWorker};
+use crate::worker::{QueueProgress, VirtioWorker, progress_of};
 
 /// What the event of each source is told by.
 mod event {
@@ -35,6 +37,7 @@ struct StatisticsQueue {
 pub(super) struct Worker {
     shared: Arc<Shared>,
     interrupt: Arc<VirtioInterrupt>,
+    queue_count: usize,
     inflate: DiscardQueue,
     deflate: VirtQueue,
     deflate_chain: Chain,
@@ -58,6 +61,7 @@ impl Worker {
             interrupt,
             state: _,
         } = activation;
+        let queue_count = queues.len();
         let mut queues = queues.into_iter();
         let (Some(inflate), Some(deflate)) = (queues.next(), queues.next()) else {
             return Err("a balloon has two queues at least".to_string());
@@ -85,6 +89,7 @@ impl Worker {
             Vec::new()
         };
         let worker = Worker {
+            queue_count,
             inflate,
             deflate,
             deflate_chain: Chain::new(&memory),
@@ -231,11 +236,39 @@ impl Drop for Worker {
 
 impl VirtioWorker for Worker {
     fn pause(&mut self) -> io::Result<()> {
-        todo!()
+        let discard_queues = [&mut self.inflate].into_iter();
+        for queue in discard_queues
+            .chain(&mut self.hinting)
+            .chain(&mut self.reporting)
+        {
+            queue.put_back();
+        }
+        Ok(())
     }
 
     fn progress(&self) -> Vec<QueueProgress> {
-        todo!()
+        let discard_queues = [&self.inflate].into_iter();
+        let queues = discard_queues
+            .chain(&self.hinting)
+            .chain(&self.reporting)
+            .map(DiscardQueue::queue)
+            .chain([&self.deflate]);
+        let mut progress = progress_of(self.queue_count, queues);
+        if let Some(StatisticsQueue { queue, held, .. }) = &self.statistics
+            && let Some(progress) = progress.get_mut(usize::from(queue.index()))
+        {
+            *progress = queue.progress();
+            // This worker goes on with the buffer that it has. Another takes it once more.
+            if held.is_some() {
+                progress.next_available = progress.next_available.wrapping_sub(1);
+            }
+        }
+        progress
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        let hinting = lock(&self.shared.hinting).clone();
+        Section::of(&BalloonState { hinting }).map(Some)
     }
 }
 

@@ -1,3 +1,5 @@
+mod lifecycle;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -70,6 +72,11 @@ impl Machine {
     }
 
     fn with(device: Box<dyn VirtioDevice>) -> Machine {
+        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap());
+        Machine::with_memory(device, memory)
+    }
+
+    fn with_memory(device: Box<dyn VirtioDevice>, memory: Arc<GuestMemory>) -> Machine {
         let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
         let event_loop = EventLoop::of(&manager);
         let ending = Arc::new(AtomicBool::new(false));
@@ -81,7 +88,6 @@ impl Machine {
                 }
             }
         });
-        let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap());
         let interrupts = Arc::new(AtomicUsize::new(0));
         let line = Box::new(Counter(interrupts.clone()));
         let transport = MmioTransport::new(
