@@ -234,3 +234,6 @@ impl vm_memory::GuestMemory for GuestMemory {
         vm_memory::GuestMemory::get_slices(&self.regions, address, len, access)
     }
 }
+
+#[cfg(test)]
+mod tests;

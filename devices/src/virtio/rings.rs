@@ -174,3 +174,36 @@ impl<'a> IndirectTable<'a> {
         Some(Descriptor::from_words(words))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_to_the_used_ring_is_in_the_dirty_log() {
+        let regions = [(GuestAddress(0), 0x8000)];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let mut queue = Queue::new(4).unwrap();
+        queue.set_desc_table_address(Some(0x1000), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        // Flags and index are in one page, the elements and the event index in the next.
+        queue.set_used_ring_address(Some(0x3ffc), None);
+        let rings = Rings::new(&queue, &memory).unwrap();
+        memory.start_dirty_log().unwrap();
+        let dirty = |write: &dyn Fn()| -> Vec<u64> {
+            write();
+            memory.take_dirty().iter().map(|page| page.0).collect()
+        };
+        assert_eq!(dirty(&|| rings.set_used_element(3, 1, 2)), [0x4000]);
+        assert_eq!(dirty(&|| rings.set_used_index(1)), [0x3000]);
+        assert_eq!(dirty(&|| rings.set_used_flags(1)), [0x3000]);
+        assert_eq!(dirty(&|| rings.set_available_event(1)), [0x4000]);
+        let read = || {
+            rings.descriptor(0);
+            rings.available_flags();
+            rings.available_head(rings.available_index());
+            rings.used_event();
+        };
+        assert!(dirty(&read).is_empty());
+    }
+}
