@@ -114,6 +114,7 @@ impl DirtyLog {
     /// Marks the pages of `len` bytes, which have been written, `offset` bytes after the start of
     /// the region at index `region`.
     #[cold]
+    #[inline(never)]
     pub(crate) fn mark(&self, region: usize, offset: usize, len: usize) {
         let (Some(words), Some(region)) = (self.words.get(), self.regions.get(region)) else {
             return;

@@ -175,6 +175,7 @@ impl GuestMemory {
     }
 
     #[cold]
+    #[inline(never)]
     fn mark_logged(&self, pointer: *const u8, len: usize) {
         if let Some((region, offset)) = self.find_host(pointer, len) {
             self.log.mark(region, offset, len);

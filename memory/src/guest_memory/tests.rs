@@ -117,6 +117,10 @@ fn words_are_logged() {
     assert_eq!(dirty(&memory), [1]);
     assert_eq!(words.get(0, Ordering::Relaxed), Some([1, 3, 4, 5]));
     assert_eq!(words.load(2, Ordering::Relaxed), 4);
+    words.store_unmarked(3, [6], Ordering::Relaxed);
+    assert_eq!(dirty(&memory), NONE);
+    words.mark_all();
+    assert_eq!(dirty(&memory), [0, 1]);
     let bytes = memory.range::<u8>(GuestAddress(PAGE - 7), 15).unwrap();
     let [word] = bytes.get_unaligned(3).unwrap();
     assert_eq!(word, u64::from_le_bytes([3, 0, 0, 0, 4, 0, 0, 0]));
