@@ -100,7 +100,7 @@ impl Status {
             state: match self.controller.state() {
                 State::NotConfigured | State::Configured | State::Starting => "Not started",
                 State::Running | State::Pausing | State::Stopped => "Running",
-                State::Paused => "Paused",
+                State::Paused | State::Resuming => "Paused",
             },
             vmm_version: API_VERSION,
         })

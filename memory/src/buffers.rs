@@ -395,6 +395,7 @@ impl GuestBuffers {
     }
 
     #[cold]
+    #[inline(never)]
     fn mark_logged(&self, count: usize) {
         let mut left = count;
         for vector in self.vectors() {

@@ -114,6 +114,7 @@ impl DirtyLog {
     /// Marks the pages of `len` bytes, which have been written, `offset` bytes after the start of
     /// the region at index `region`.
     #[cold]
+    #[inline(never)]
     pub(crate) fn mark(&self, region: usize, offset: usize, len: usize) {
         let (Some(words), Some(region)) = (self.words.get(), self.regions.get(region)) else {
             return;
@@ -247,4 +248,110 @@ impl Bitmap for RegionLog {
 
 impl<'a> WithBitmapSlice<'a> for RegionLog {
     type S = LogSlice<'a>;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Pages of two regions, the first of which does not fill its last word.
+    const PAGES: [usize; 2] = [70, 130];
+    const STARTS: [u64; 2] = [0x10_0000, 0x80_0000];
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Mark {
+            region: usize,
+            offset: usize,
+            len: usize,
+        },
+        Take,
+        Start,
+        Stop,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let mark = (0..2_usize).prop_flat_map(|region| {
+            let size = PAGES[region] * PAGE_SIZE;
+            (0..size, prop_oneof![0..10_usize, 0..size]).prop_map(move |(offset, len)| {
+                let len = len.min(size - offset);
+                Step::Mark {
+                    region,
+                    offset,
+                    len,
+                }
+            })
+        });
+        prop_oneof![
+            6 => mark,
+            2 => Just(Step::Take),
+            1 => Just(Step::Start),
+            1 => Just(Step::Stop),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_log_is_a_set_of_pages(steps in prop::collection::vec(step(), 1..60)) {
+            let log = DirtyLog::new([0, 1].map(|index| {
+                (GuestAddress(STARTS[index]), PAGES[index] * PAGE_SIZE)
+            }));
+            let log = std::sync::Arc::new(log);
+            let regions = [0, 1].map(|region| RegionLog::new(log.clone(), region));
+            let (mut is_on, mut model) = (false, BTreeSet::new());
+            for step in steps {
+                match step {
+                    Step::Mark { region, offset, len } => {
+                        // In two steps, as slices of a mapping do.
+                        let cut = offset / 2;
+                        regions[region].slice_at(cut).mark_dirty(offset - cut, len);
+                        if is_on {
+                            let bytes = offset as u64..(offset + len) as u64;
+                            let pages = bytes.map(|byte| byte / PAGE_SIZE as u64);
+                            let pages: BTreeSet<u64> = pages.collect();
+                            let address = |page| STARTS[region] + page * PAGE_SIZE as u64;
+                            model.extend(pages.into_iter().map(address));
+                        }
+                    }
+                    Step::Take => {
+                        let pages: Vec<u64> = log.take().iter().map(|page| page.0).collect();
+                        let expected: Vec<u64> = std::mem::take(&mut model).into_iter().collect();
+                        prop_assert_eq!(pages, expected);
+                    }
+                    Step::Start => {
+                        log.start().unwrap();
+                        is_on = true;
+                        model.clear();
+                    }
+                    Step::Stop => {
+                        log.stop();
+                        is_on = false;
+                    }
+                }
+                for (region, regions_log) in regions.iter().enumerate() {
+                    let offset = 69 * PAGE_SIZE;
+                    let address = STARTS[region] + offset as u64;
+                    prop_assert_eq!(regions_log.dirty_at(offset), model.contains(&address));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_past_the_end_of_a_region_mark_no_other() {
+        let log = DirtyLog::new(
+            [0, 1].map(|index| (GuestAddress(STARTS[index]), PAGES[index] * PAGE_SIZE)),
+        );
+        log.start().unwrap();
+        log.mark(0, usize::MAX, 2);
+        log.mark(0, 1 << 40, 1);
+        log.mark(2, 0, 1);
+        assert_eq!(log.take().iter().next(), None);
+        log.mark(0, 0, usize::MAX);
+        assert!(log.take().iter().all(|page| page.0 < STARTS[1]));
+    }
 }

@@ -175,6 +175,7 @@ impl GuestMemory {
     }
 
     #[cold]
+    #[inline(never)]
     fn mark_logged(&self, pointer: *const u8, len: usize) {
         if let Some((region, offset)) = self.find_host(pointer, len) {
             self.log.mark(region, offset, len);
@@ -234,3 +235,6 @@ impl vm_memory::GuestMemory for GuestMemory {
         vm_memory::GuestMemory::get_slices(&self.regions, address, len, access)
     }
 }
+
+#[cfg(test)]
+mod tests;

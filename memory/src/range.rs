@@ -65,6 +65,30 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
     /// When they are not all within the range.
     #[inline]
     pub fn store<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
+        let words = self.write(index, values, order);
+        self.memory.mark_host(words.cast(), size_of::<[T; N]>());
+    }
+
+    /// Writes as [`GuestRange::store`] does, but marks nothing, so that several writes are marked
+    /// together: [`GuestRange::mark_all`] of a range that covers them is to follow.
+    ///
+    /// # Panics
+    /// When the words are not all within the range.
+    #[inline]
+    pub fn store_unmarked<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
+        self.write(index, values, order);
+    }
+
+    /// Marks all pages of the range as written.
+    #[inline]
+    pub fn mark_all(&self) {
+        let size = self.len * size_of::<T>();
+        self.memory.mark_host(self.start.as_ptr().cast(), size);
+    }
+
+    /// Writes `values` from the word at `index` on, and gives where that is.
+    #[inline]
+    fn write<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) -> *const T {
         let Some(words) = self.words::<N>(index) else {
             out_of_range(index)
         };
@@ -72,7 +96,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
             // SAFETY: `words` points to `N` aligned words of guest memory.
             unsafe { T::store(words.add(index), value, order) }
         }
-        self.memory.mark_host(words.cast(), size_of::<[T; N]>());
+        words
     }
 
     /// Where the `N` words from `index` on are, if they are within the range.

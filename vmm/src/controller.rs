@@ -167,33 +167,51 @@ impl Controller {
     /// runs on.
     pub fn pause(&self) -> Result<(), Error> {
         let action = "pause the machine";
-        let vcpu_count = {
+        let (vcpu_count, devices) = {
             let mut life = self.0.life();
             match self.0.take(&mut life) {
                 Some(Life::Running(machine)) => {
-                    let vcpu_count = machine.vcpu_count();
+                    let parts = (machine.vcpu_count(), machine.devices().clone());
                     *life = Life::Pausing(machine);
-                    vcpu_count
+                    parts
                 }
                 other => return Err(self.0.put_back(life, other, action)),
             }
         };
         // Without the lock: others can ask for the state meanwhile, or stop the machine.
-        let paused = self.0.control.pause_vcpus(vcpu_count, PAUSE_TIME);
+        let paused = self.pause_vcpus_and_devices(vcpu_count, &devices);
         let mut life = self.0.life();
         match self.0.take(&mut life) {
-            Some(Life::Pausing(machine)) if paused => {
-                *life = Life::Paused(machine);
-                Ok(())
-            }
             Some(Life::Pausing(machine)) => {
-                *life = Life::Running(machine);
-                Err(Error::PauseTimeout {
-                    seconds: PAUSE_TIME.as_secs(),
-                })
+                *life = match paused {
+                    Ok(()) => Life::Paused(machine),
+                    Err(_) => Life::Running(machine),
+                };
+                paused
             }
             other => Err(self.0.put_back(life, other, action)),
         }
+    }
+
+    /// Pauses both, or neither.
+    fn pause_vcpus_and_devices(
+        &self,
+        vcpu_count: usize,
+        devices: &DeviceTable,
+    ) -> Result<(), Error> {
+        if !self.0.control.pause_vcpus(vcpu_count, PAUSE_TIME) {
+            return Err(Error::PauseTimeout {
+                seconds: PAUSE_TIME.as_secs(),
+            });
+        }
+        let paused = devices.pause();
+        if paused.is_err() {
+            if let Err(error) = devices.resume() {
+                tracing::error!("{error}");
+            }
+            self.0.control.resume_vcpus();
+        }
+        paused
     }
 
     /// [`Command::Resume`].
@@ -201,14 +219,30 @@ impl Controller {
     /// # Errors
     /// When the machine is not paused.
     pub fn resume(&self) -> Result<(), Error> {
+        let action = "resume the machine";
+        let devices = {
+            let mut life = self.0.life();
+            match self.0.take(&mut life) {
+                Some(Life::Paused(machine)) => {
+                    let devices = machine.devices().clone();
+                    *life = Life::Resuming(machine);
+                    devices
+                }
+                other => return Err(self.0.put_back(life, other, action)),
+            }
+        };
+        // A device that cannot go on asks its driver for a reset, so the guest has to go on.
+        if let Err(error) = devices.resume() {
+            tracing::error!("{error}");
+        }
         let mut life = self.0.life();
         match self.0.take(&mut life) {
-            Some(Life::Paused(machine)) => {
+            Some(Life::Resuming(machine)) => {
                 *life = Life::Running(machine);
                 self.0.control.resume_vcpus();
                 Ok(())
             }
-            other => Err(self.0.put_back(life, other, "resume the machine")),
+            other => Err(self.0.put_back(life, other, action)),
         }
     }
 
@@ -235,7 +269,10 @@ impl Controller {
     pub fn shut_down(&self, timeout: Duration) -> ShutDown {
         let life = self.0.life();
         match &*life {
-            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+            Life::Running(machine)
+            | Life::Pausing(machine)
+            | Life::Paused(machine)
+            | Life::Resuming(machine)
                 if !self.0.control.is_stopping() =>
             {
                 machine.shut_down(timeout)
@@ -457,6 +494,8 @@ enum Life {
     Running(Machine),
     Pausing(Machine),
     Paused(Machine),
+    /// Its devices go on, and then its vCPUs.
+    Resuming(Machine),
     /// A thread takes it down.
     Ending,
     /// All of it is taken down, and this is why it ended.
@@ -479,6 +518,7 @@ impl Inner {
             Life::Running(_) => State::Running,
             Life::Pausing(_) => State::Pausing,
             Life::Paused(_) => State::Paused,
+            Life::Resuming(_) => State::Resuming,
             Life::Ending | Life::Gone(_) => State::Stopped,
         }
     }
@@ -510,7 +550,10 @@ impl Inner {
     /// The devices of a machine that runs or is paused.
     fn devices(&self, action: &'static str) -> Result<Arc<DeviceTable>, Error> {
         match &*self.life() {
-            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+            Life::Running(machine)
+            | Life::Pausing(machine)
+            | Life::Paused(machine)
+            | Life::Resuming(machine)
                 if !self.control.is_stopping() =>
             {
                 Ok(machine.devices().clone())
@@ -530,7 +573,8 @@ impl Inner {
             match std::mem::replace(&mut *life, Life::Ending) {
                 Life::Running(mut machine)
                 | Life::Pausing(mut machine)
-                | Life::Paused(mut machine) => {
+                | Life::Paused(mut machine)
+                | Life::Resuming(mut machine) => {
                     drop(life);
                     let outcome = machine.end().map_err(Arc::new);
                     drop(machine);

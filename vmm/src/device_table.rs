@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex};
 use bantam_devices::InterruptLine;
 use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::i8042::I8042;
+use bantam_devices::lifecycle::Device;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonHandle, BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::block::BlockHandle;
 use bantam_devices::virtio::net::{NetHandle, NetLimits};
+use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,6 +26,8 @@ use crate::streams::{StreamPaths, Streams};
 pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
+    /// All virtio devices, in the order of their places.
+    pub(crate) virtio: Vec<Arc<Mutex<MmioTransport>>>,
     pub(crate) disks: Vec<BlockHandle>,
     pub(crate) networks: Vec<NetHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
@@ -36,6 +40,37 @@ pub(crate) struct DeviceTable {
 }
 
 impl DeviceTable {
+    /// Brings all virtio devices to rest, after the vCPUs.
+    ///
+    /// # Errors
+    /// If one does not come to rest. Others may be at rest by then.
+    pub(crate) fn pause(&self) -> Result<(), Error> {
+        for transport in &self.virtio {
+            let paused = lock(transport).pause();
+            paused.map_err(|source| Error::DeviceLife {
+                action: "pause the machine",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Lets all virtio devices go on, before the vCPUs.
+    ///
+    /// # Errors
+    /// If one cannot go on. The others do.
+    pub(crate) fn resume(&self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        for transport in &self.virtio {
+            let resumed = lock(transport).resume();
+            outcome = outcome.and(resumed.map_err(|source| Error::DeviceLife {
+                action: "let a device go on",
+                source,
+            }));
+        }
+        outcome
+    }
+
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {
         let pressed = self.power_button.trigger();
         pressed.map_err(Error::resource("the interrupt of the power button"))

@@ -194,6 +194,7 @@ pub(crate) struct VirtioDevices<'a> {
     mmio: &'a mut Bus,
     log: &'a MachineLog,
     windows: Vec<VirtioMmioWindow>,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
 }
 
 impl<'a> VirtioDevices<'a> {
@@ -212,12 +213,18 @@ impl<'a> VirtioDevices<'a> {
             mmio,
             log,
             windows: Vec::new(),
+            transports: Vec::new(),
         }
     }
 
     /// The windows taken so far, in ascending order.
     pub(crate) fn windows(&self) -> &[VirtioMmioWindow] {
         &self.windows
+    }
+
+    /// The devices attached, in that order.
+    pub(crate) fn into_transports(self) -> Vec<Arc<Mutex<MmioTransport>>> {
+        self.transports
     }
 
     /// Attaches the disks that `configs` name to a machine of `vcpus`.
@@ -443,9 +450,11 @@ impl<'a> VirtioDevices<'a> {
             self.vm
                 .bind_doorbell(window.address, queue as u32, doorbell)?;
         }
+        let transport = Arc::new(Mutex::new(transport));
         self.mmio
-            .insert(window.address, window.size, Arc::new(Mutex::new(transport)))?;
+            .insert(window.address, window.size, transport.clone())?;
         self.windows.push(window);
+        self.transports.push(transport);
         Ok(())
     }
 }

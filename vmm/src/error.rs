@@ -149,6 +149,14 @@ pub enum Error {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// A device does not come to rest, or cannot go on.
+    #[error("cannot {action}: {source}")]
+    DeviceLife {
+        /// What was to be done.
+        action: &'static str,
+        /// Which device, and what the host says.
+        source: io::Error,
+    },
     /// The machine has fewer disks.
     #[error("cannot change disk {index}: the machine has {count}, counted from 0")]
     NoSuchDisk {

@@ -99,6 +99,7 @@ impl Machine {
             None => None,
         };
         let guest = load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?;
+        let virtio = virtio.into_transports();
         // Last, so that no output file is made for a machine that cannot be.
         let stream_guards = streams.connect(config, &mut console)?;
         let (serial, uart) = attach_serial(
@@ -165,6 +166,7 @@ impl Machine {
             devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
+                virtio,
                 disks: disks.disks,
                 networks: networks.networks,
                 balloon,

@@ -13,10 +13,12 @@ pub enum State {
     Starting,
     /// Its vCPUs run.
     Running,
-    /// Its vCPUs are being taken out of the guest.
+    /// Its vCPUs are being taken out of the guest, and its virtio devices brought to rest.
     Pausing,
-    /// Its vCPUs are out of the guest. Devices still take what comes from outside.
+    /// Its vCPUs are out of the guest, and its virtio devices at rest: what comes from outside waits.
     Paused,
+    /// Its virtio devices go on, and then its vCPUs.
+    Resuming,
     /// It has ended, and does not start again.
     Stopped,
 }
@@ -27,7 +29,7 @@ impl State {
         match self {
             State::NotConfigured => "configure it first",
             State::Configured => "start it first",
-            State::Starting | State::Pausing => "try again in a moment",
+            State::Starting | State::Pausing | State::Resuming => "try again in a moment",
             State::Running => "that is for a machine that is paused or has not been started",
             State::Paused => "resume it first",
             State::Stopped => "a machine runs once: start another",
@@ -44,6 +46,7 @@ impl fmt::Display for State {
             State::Running => "running",
             State::Pausing => "pausing",
             State::Paused => "paused",
+            State::Resuming => "resuming",
             State::Stopped => "stopped",
         })
     }

@@ -311,19 +311,17 @@ impl VirtQueue {
 
     /// Returns the chain at `head` to the driver, with `written` bytes of its writable buffers
     /// filled.
+    #[inline]
     pub fn add_used(&mut self, head: u16, written: u32) {
         self.add_used_together(&[(head, written)]);
     }
 
     /// Returns several chains, each as [`VirtQueue::add_used`] does: the driver sees none of them
     /// or all (section 2.7.8). They must be no more than the queue's size.
+    #[inline]
     pub fn add_used_together(&mut self, used: &[(u16, u32)]) {
         let Some(rings) = &self.rings else { return };
-        for &(head, written) in used {
-            rings.set_used_element(self.next_used, head, written);
-            self.next_used = self.next_used.wrapping_add(1);
-        }
-        rings.set_used_index(self.next_used);
+        self.next_used = rings.add_used(self.next_used, used);
     }
 
     /// Asks the driver not to ring the doorbell, as the queue is being looked at.

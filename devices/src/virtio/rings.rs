@@ -121,16 +121,23 @@ impl Rings {
         u16::from_le(self.available.load(event, Ordering::Relaxed))
     }
 
-    /// Writes the element of the used ring that is number `index`, counted as `idx` is.
-    pub(super) fn set_used_element(&self, index: u16, head: u16, written: u32) {
-        let element = USED_ELEMENTS + self.slot(index) * USED_ELEMENT_WORDS;
-        let words = [u32::from(head), written].map(u32::to_le);
-        self.used_elements.store(element, words, Ordering::Relaxed);
-    }
-
-    /// Sets `idx` of the used ring, behind all that was written before.
-    pub(super) fn set_used_index(&self, index: u16) {
-        self.used.store(INDEX, [index.to_le()], Ordering::Release);
+    /// Writes elements of the used ring, the first of which is number `index`, counted as `idx` is, and
+    /// then sets `idx` behind them. Gives its value.
+    #[inline]
+    pub(super) fn add_used(&self, index: u16, used: &[(u16, u32)]) -> u16 {
+        let mut index = index;
+        for &(head, written) in used {
+            let element = USED_ELEMENTS + self.slot(index) * USED_ELEMENT_WORDS;
+            let words = [u32::from(head), written].map(u32::to_le);
+            self.used_elements
+                .store_unmarked(element, words, Ordering::Relaxed);
+            index = index.wrapping_add(1);
+        }
+        // Behind all that was written before.
+        self.used
+            .store_unmarked(INDEX, [index.to_le()], Ordering::Release);
+        self.used.mark_all();
+        index
     }
 
     /// Sets `flags` of the used ring.
@@ -172,5 +179,40 @@ impl<'a> IndirectTable<'a> {
     pub(super) fn descriptor(&self, index: u16) -> Option<Descriptor> {
         let words = self.0.get_unaligned(usize::from(index) * DESCRIPTOR_SIZE)?;
         Some(Descriptor::from_words(words))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_to_the_used_ring_is_in_the_dirty_log() {
+        let regions = [(GuestAddress(0), 0x8000)];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let mut queue = Queue::new(4).unwrap();
+        queue.set_desc_table_address(Some(0x1000), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        // Flags and index are in one page, the elements and the event index in the next.
+        queue.set_used_ring_address(Some(0x3ffc), None);
+        let rings = Rings::new(&queue, &memory).unwrap();
+        memory.start_dirty_log().unwrap();
+        let dirty = |write: &dyn Fn()| -> Vec<u64> {
+            write();
+            memory.take_dirty().iter().map(|page| page.0).collect()
+        };
+        let add_used = || {
+            rings.add_used(3, &[(1, 2)]);
+        };
+        assert_eq!(dirty(&add_used), [0x3000, 0x4000]);
+        assert_eq!(dirty(&|| rings.set_used_flags(1)), [0x3000]);
+        assert_eq!(dirty(&|| rings.set_available_event(1)), [0x4000]);
+        let read = || {
+            rings.descriptor(0);
+            rings.available_flags();
+            rings.available_head(rings.available_index());
+            rings.used_event();
+        };
+        assert!(dirty(&read).is_empty());
     }
 }

@@ -1,6 +1,7 @@
 //! The whole device against a driver of our own, with files of the host.
 
 mod direct;
+mod dirty_log;
 mod handle;
 
 use std::fs::{self, OpenOptions};

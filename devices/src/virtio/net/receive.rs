@@ -208,7 +208,7 @@ impl Receiver {
                 }
                 Err(_) => io::Error::from_raw_os_error(result.wrapping_neg()),
             };
-            self.slots[index].received_none();
+            self.slots[index].failed(&error);
             match error.raw_os_error() {
                 Some(libc::EAGAIN | libc::ECANCELED) => halt = halt.or(Some(Halt::Tap)),
                 _ if is_gone(&error) => halt = Some(Halt::TapGone),

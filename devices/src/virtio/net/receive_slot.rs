@@ -100,7 +100,7 @@ impl ReceiveSlot {
     }
 
     /// Where a packet is to be read to. The vectors are valid as long as the slot is neither changed
-    /// nor dropped. [`ReceiveSlot::received`] or [`ReceiveSlot::received_none`] is to be called next.
+    /// nor dropped. [`ReceiveSlot::received`] or [`ReceiveSlot::failed`] is to be called next.
     pub(super) fn vectors_to_read_to(&mut self) -> &[iovec] {
         let buffers = self.chain.writable.vectors_to_fill();
         // The overflow is the last of as many as a call takes.
@@ -135,9 +135,14 @@ impl ReceiveSlot {
         self.packet = Some(size);
     }
 
-    /// Takes note that no packet has been read, or none that is known.
-    pub(super) fn received_none(&mut self) {
-        self.chain.writable.mark_filled(self.in_buffers);
+    /// Takes note that no packet has been read, for this reason.
+    pub(super) fn failed(&mut self, error: &io::Error) {
+        // How far a call came that ended otherwise is not known.
+        let filled = match error.kind() {
+            io::ErrorKind::WouldBlock => 0,
+            _ => self.in_buffers,
+        };
+        self.chain.writable.mark_filled(filled);
     }
 
     /// Puts a packet that does not come from a tap into the buffers, as far as they have room.

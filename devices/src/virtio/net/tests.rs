@@ -1,6 +1,7 @@
 //! The whole device against a driver of our own and a socket in place of the tap.
 
 mod control_queue;
+mod dirty_log;
 mod limits;
 mod metadata;
 mod real_tap;
