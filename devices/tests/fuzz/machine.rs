@@ -1,5 +1,6 @@
 //! A device behind its transport, in a machine with memory of its own and no processor.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,8 +9,10 @@ use std::{io, thread};
 
 use bantam_devices::bus::BusDevice;
 use bantam_devices::event_loop::Subscriber;
+use bantam_devices::lifecycle::Device;
 use bantam_devices::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
-use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
+use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice, VirtioInterrupt};
+use bantam_devices::worker::VirtioWorker;
 use bantam_devices::{EventLoop, InterruptLine};
 use bantam_memory::GuestMemory;
 use event_manager::EventManager;
@@ -38,6 +41,31 @@ struct Unconnected;
 impl InterruptLine for Unconnected {
     fn trigger(&self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// What is in a device's place while there is none.
+struct Absent(ConfigSpace);
+
+impl VirtioDevice for Absent {
+    fn device_id(&self) -> u32 {
+        0
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        &self.0
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
+        Err("there is no device".to_string())
     }
 }
 
@@ -104,7 +132,7 @@ impl Machine {
                 self.turn();
             }
             Operation::Rest => self.rest(),
-            Operation::HostSends { .. } => {}
+            Operation::HostSends { .. } | Operation::Suspend { .. } => {}
         }
     }
 
@@ -123,27 +151,78 @@ impl Machine {
         panic!("the event loop does not come to rest");
     }
 
-    /// Writes a register. A write of the status waits for the event loop, which runs meanwhile.
+    /// Writes a register. A write of the status waits for the event loop.
     fn write(&mut self, offset: u64, bytes: &[u8]) {
-        let (transport, event_loop) = (&mut self.transport, &self.event_loop);
-        if offset != register::STATUS {
-            transport.write(offset, bytes);
-            return;
+        if offset == register::STATUS {
+            self.on_another_thread(|transport| transport.write(offset, bytes));
+        } else {
+            self.transport.write(offset, bytes);
         }
+    }
+
+    /// Does what waits for the event loop, which runs meanwhile.
+    fn on_another_thread<R: Send>(
+        &mut self,
+        action: impl FnOnce(&mut MmioTransport) -> R + Send,
+    ) -> R {
+        let (transport, event_loop) = (&mut self.transport, &self.event_loop);
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            let vcpu = scope.spawn(|| {
-                transport.write(offset, bytes);
+            let thread = scope.spawn(|| {
+                let result = action(transport);
                 done.store(true, Ordering::SeqCst);
                 event_loop.wake().unwrap();
+                result
             });
-            while !done.load(Ordering::SeqCst) && !vcpu.is_finished() {
+            while !done.load(Ordering::SeqCst) && !thread.is_finished() {
                 self.manager.run_with_timeout(10).unwrap();
             }
-            if let Err(panic) = vcpu.join() {
-                resume_unwind(panic);
-            }
-        });
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+
+    /// Brings the device to rest. Memory stays as it is until the device goes on.
+    pub fn pause(&mut self) {
+        self.on_another_thread(|transport| transport.pause().unwrap());
+        let before = self.memory_checksum();
+        self.rest();
+        assert_eq!(self.memory_checksum(), before, "a paused device is at rest");
+    }
+
+    pub fn resume(&mut self) {
+        // A device that the guest has set up so that it cannot go on asks for a reset.
+        let _ = self.on_another_thread(|transport| transport.resume());
+    }
+
+    /// Takes the paused device to its state after power-on.
+    pub fn power_cycle(&mut self) {
+        self.transport.reset();
+    }
+
+    /// Saves the paused device, drops it, and restores what `device` makes from its state.
+    pub fn replace(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
+        let section = self.transport.save().unwrap();
+        let transport = |device| {
+            let interrupt = Arc::new(VirtioInterrupt::new(
+                "fuzzed device".to_string(),
+                Box::new(Unconnected),
+            ));
+            let (memory, event_loop) = (self.memory.clone(), self.event_loop.clone());
+            MmioTransport::new(device, memory, event_loop, interrupt).unwrap()
+        };
+        // The new one may take the place of the old on the host.
+        self.transport = transport(Box::new(Absent(ConfigSpace::new(Vec::new()))));
+        self.transport = transport(device());
+        self.transport.restore(&section).unwrap();
+        assert_eq!(self.transport.save().unwrap(), section);
+    }
+
+    fn memory_checksum(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (start, end) in [(0, SEAM), (SEAM, HOLE), (BEYOND_HOLE, MEMORY_END)] {
+            hasher.write(&self.bytes(start, (end - start) as usize));
+        }
+        hasher.finish()
     }
 
     fn read_register(&mut self, offset: u64) -> u32 {

@@ -2,7 +2,8 @@
 //!
 //! An input is what a well-behaved driver does, with other operations put in between. Whatever they
 //! are, nothing panics, the event loop comes to rest, little memory is taken, and after a reset the
-//! device serves a driver that follows the rules.
+//! device serves a driver that follows the rules. Between two operations the device may be paused, saved,
+//! restored and reset.
 //!
 //! `cargo test` gives each target a second of random inputs; `docs/testing.md` says how to run them
 //! for longer.
@@ -30,7 +31,7 @@ use bolero::generator::produce;
 use bolero::{TypeGenerator, check};
 use driver::Driver;
 use machine::Machine;
-use operation::Operation;
+use operation::{Meanwhile, Operation};
 
 /// How long `cargo test` spends on each target.
 const TEST_TIME: Duration = Duration::from_secs(1);
@@ -113,12 +114,12 @@ fn disturb<T: Target>(target: &mut T, input: &Input<T::Options>) -> Machine {
         let mut replaced = false;
         for deviation in &input.deviations {
             if usize::from(deviation.position) % operations.len() == position {
-                act(target, &mut machine, &deviation.operation);
+                act(target, &input.options, &mut machine, &deviation.operation);
                 replaced |= deviation.replaces;
             }
         }
         if !replaced {
-            act(target, &mut machine, operation);
+            act(target, &input.options, &mut machine, operation);
         }
     }
     machine.rest();
@@ -132,9 +133,24 @@ fn check_recovery<T: Target>(target: &mut T, input: &Input<T::Options>, mut mach
     assert!(!machine.needs_reset(), "a driver that follows the rules");
 }
 
-fn act<T: Target>(target: &mut T, machine: &mut Machine, operation: &Operation) {
+fn act<T: Target>(
+    target: &mut T,
+    options: &T::Options,
+    machine: &mut Machine,
+    operation: &Operation,
+) {
     match operation {
         Operation::HostSends { len } => target.host_sends(*len),
+        Operation::Suspend { meanwhile } => {
+            machine.pause();
+            match *meanwhile {
+                Meanwhile::Nothing => {}
+                Meanwhile::PowerCycle => machine.power_cycle(),
+                Meanwhile::Replace => machine.replace(|| target.device(options)),
+                Meanwhile::HostSends { len } => target.host_sends(len),
+            }
+            machine.resume();
+        }
         operation => machine.act(operation),
     }
 }

@@ -65,7 +65,28 @@ pub enum Operation {
     Turn,
     /// Lets it go on until there is nothing to do.
     Rest,
+    /// The machine is paused, and goes on.
+    Suspend {
+        /// What is done meanwhile.
+        meanwhile: Meanwhile,
+    },
     /// The host sends a packet to the guest, or has another wish of the size of one.
+    HostSends {
+        #[generator(14..1515u16)]
+        len: u16,
+    },
+}
+
+/// What becomes of a paused device.
+#[derive(Debug, Clone, Copy, TypeGenerator)]
+pub enum Meanwhile {
+    /// It goes on.
+    Nothing,
+    /// It is reset, as by a reset of the machine.
+    PowerCycle,
+    /// It is saved, and another is restored in its place.
+    Replace,
+    /// The host has wishes.
     HostSends {
         #[generator(14..1515u16)]
         len: u16,
