@@ -2,6 +2,7 @@
 
 mod direct;
 mod handle;
+mod suspend;
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
