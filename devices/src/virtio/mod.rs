@@ -15,6 +15,8 @@ mod queue;
 mod rings;
 pub mod rng;
 #[cfg(test)]
+mod suspend_test;
+#[cfg(test)]
 mod test_driver;
 mod throttle;
 pub mod transport;

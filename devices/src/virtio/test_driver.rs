@@ -75,6 +75,26 @@ impl TestDriver {
         VirtQueue::new(index, &queue, doorbell, self.memory.clone()).unwrap()
     }
 
+    /// Size of the queue in descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Addresses of the descriptor table, the available ring and the used ring.
+    pub fn rings(&self) -> [u64; 3] {
+        [self.base, self.base + AVAILABLE, self.base + USED]
+    }
+
+    /// How many chains the driver has made available so far, and how many of them it has got back.
+    pub fn progress(&self) -> (u16, u16) {
+        (self.next_available, self.next_used)
+    }
+
+    /// Goes on in `memory`, a copy of the memory that the driver was in.
+    pub fn move_to(&mut self, memory: &Arc<GuestMemory>) {
+        self.memory = memory.clone();
+    }
+
     /// Head of the chain that [`TestDriver::offer`] makes available next.
     pub fn next_head(&self) -> u16 {
         self.next_descriptor % self.size

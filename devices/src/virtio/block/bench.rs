@@ -28,7 +28,7 @@ impl SteppedWorker {
             engine: Engine::IoUring,
             ..BlockOptions::default()
         };
-        let activation = Activation {
+        let mut activation = Activation {
             memory,
             features: 0,
             queues: vec![queue],
@@ -37,7 +37,8 @@ impl SteppedWorker {
         };
         let worker = Block::new(disk, "", &options)
             .map_err(io::Error::other)?
-            .worker(activation)?;
+            .blueprint
+            .worker(&mut activation)?;
         Ok(SteppedWorker(worker))
     }
 

@@ -50,3 +50,36 @@ pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     space[offset::WRITE_ZEROES_MAY_UNMAP] = 1;
     space
 }
+
+/// How `saved`, the configuration space of another device, differs from that of a device over `disk`.
+/// `None` if they are equal.
+pub(super) fn difference(saved: &[u8], disk: &DiskFile, queues: u16) -> Option<String> {
+    let own = config_space(disk, queues);
+    if saved == own {
+        return None;
+    }
+    if saved.len() != own.len() {
+        return Some(format!(
+            "it has {} bytes of configuration, and the device {}",
+            saved.len(),
+            own.len()
+        ));
+    }
+    let number = |space: &[u8], offset: usize, size: usize| {
+        let bytes = space[offset..][..size].iter().rev();
+        bytes.fold(0, |number, &byte| number << 8 | u64::from(byte))
+    };
+    for (what, offset, size, unit) in [
+        ("a disk of {} bytes", offset::CAPACITY, 8, SECTOR_SIZE),
+        ("logical blocks of {} bytes", offset::BLK_SIZE, 4, 1),
+        ("{} queues", offset::NUM_QUEUES, 2, 1),
+    ] {
+        let [saved, own] =
+            [saved, &own].map(|space| u128::from(number(space, offset, size)) * u128::from(unit));
+        if saved != own {
+            let saved = what.replace("{}", &saved.to_string());
+            return Some(format!("it has {saved}, and the device {own}"));
+        }
+    }
+    Some("its physical blocks or the limits of its requests are others".to_owned())
+}

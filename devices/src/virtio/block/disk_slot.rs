@@ -40,6 +40,7 @@ struct Contents {
     disk: Arc<DiskFile>,
     /// Made for the disk beforehand, for the next worker.
     ring: Option<Ring>,
+    /// Whether one is at work on the disk.
     has_worker: bool,
     exchange: Exchange,
 }
@@ -89,11 +90,6 @@ impl DiskSlot {
     /// The disk.
     pub(super) fn disk(&self) -> Arc<DiskFile> {
         self.contents().disk.clone()
-    }
-
-    /// Whether a worker uses the disk.
-    pub(super) fn has_worker(&self) -> bool {
-        self.contents().has_worker
     }
 
     /// The disk for a worker, which hears of another from now on.
@@ -228,6 +224,11 @@ impl DiskLease {
         let mut old = self.0.put(&mut contents, new);
         old.ring = old_ring;
         self.0.finish(&mut contents, Ok(old));
+    }
+
+    /// Leaves the ring over the disk to the next worker.
+    pub(super) fn give_back(&self, ring: Ring) {
+        self.0.contents().ring = Some(ring);
     }
 
     /// Tells that the worker goes on with the disk that it has.

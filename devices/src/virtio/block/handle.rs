@@ -154,9 +154,7 @@ impl BlockHandle {
         let disk = Arc::new(disk);
         let exchanged = self.slot.exchange(OpenDisk { disk, ring });
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
-        if self.slot.has_worker() {
-            self.interrupt.notify_configuration_change();
-        }
+        self.interrupt.notify_configuration_change();
         let OpenDisk { disk: old, ring } = old;
         // It has the file open too.
         drop(ring);

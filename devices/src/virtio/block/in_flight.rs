@@ -56,7 +56,9 @@ impl InFlight {
             Err(_) => {
                 let error = io::Error::from_raw_os_error(-result);
                 return match error.raw_os_error() {
-                    Some(libc::EINTR | libc::EAGAIN) => None,
+                    // The kernel cancels what a thread has submitted that ends: one that tried to pause
+                    // the device.
+                    Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED) => None,
                     _ => Some(Err(error.into())),
                 };
             }

@@ -10,6 +10,7 @@ mod in_flight;
 mod limits;
 mod metrics;
 mod options;
+mod pausable_worker;
 mod polling;
 mod request;
 mod ring;
@@ -21,6 +22,7 @@ mod write_span;
 use std::io;
 use std::sync::Arc;
 
+use bantam_state::{RestoreError, Section};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -39,6 +41,7 @@ use limits::{
 };
 use request::RequestHandler;
 use ring::Ring;
+use pausable_worker::PausableWorker;
 use worker::Worker;
 
 pub use handle::{BlockHandle, ReplaceError};
@@ -59,11 +62,46 @@ pub enum BlockError {
 
 /// The front of a block device.
 pub struct Block {
+    blueprint: Blueprint,
+    queue_sizes: Vec<u16>,
+}
+
+/// What each worker of a device is made from.
+#[derive(Clone)]
+struct Blueprint {
     slot: Arc<DiskSlot>,
     throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
     options: BlockOptions,
-    queue_sizes: Vec<u16>,
+}
+
+impl Blueprint {
+    /// A worker that serves the disk that is there now.
+    ///
+    /// # Errors
+    /// If the engine needs io_uring, and the host does not give another one. The queues then stay with
+    /// `activation`.
+    fn worker(&self, activation: &mut Activation) -> io::Result<Worker> {
+        let (mut open_disk, lease) = self.slot.lease();
+        if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
+            open_disk.ring = Some(Ring::new(&open_disk.disk)?);
+        }
+        let handler = RequestHandler::new(
+            open_disk.disk,
+            self.id,
+            activation.features,
+            activation.memory.clone(),
+            activation.interrupt.clone(),
+        );
+        Ok(Worker::new(
+            handler,
+            lease,
+            activation,
+            &self.options,
+            self.throttle.clone(),
+            open_disk.ring,
+        ))
+    }
 }
 
 impl Block {
@@ -89,7 +127,7 @@ impl Block {
             },
         };
         let disk = Arc::new(disk);
-        Ok(Block {
+        let blueprint = Blueprint {
             slot: DiskSlot::new(OpenDisk { disk, ring }, options.queues)
                 .map(Arc::new)
                 .map_err(BlockError::Resource)?,
@@ -98,6 +136,9 @@ impl Block {
                 .map_err(BlockError::Resource)?,
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
+        };
+        Ok(Block {
+            blueprint,
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
         })
     }
@@ -105,33 +146,11 @@ impl Block {
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
     pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BlockHandle {
         BlockHandle {
-            slot: self.slot.clone(),
-            throttle: self.throttle.clone(),
+            slot: self.blueprint.slot.clone(),
+            throttle: self.blueprint.throttle.clone(),
             interrupt,
-            engine: self.options.engine,
+            engine: self.blueprint.options.engine,
         }
-    }
-
-    fn worker(&self, activation: Activation) -> io::Result<Worker> {
-        let (mut open_disk, lease) = self.slot.lease();
-        if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
-            open_disk.ring = Some(Ring::new(&open_disk.disk)?);
-        }
-        let handler = RequestHandler::new(
-            open_disk.disk,
-            self.id,
-            activation.features,
-            activation.memory.clone(),
-            activation.interrupt.clone(),
-        );
-        Ok(Worker::new(
-            handler,
-            lease,
-            activation,
-            &self.options,
-            self.throttle.clone(),
-            open_disk.ring,
-        ))
     }
 }
 
@@ -146,7 +165,7 @@ impl VirtioDevice for Block {
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_BLK_F_TOPOLOGY
             | 1 << VIRTIO_BLK_F_MQ;
-        let disk = self.slot.disk();
+        let disk = self.blueprint.slot.disk();
         if disk.is_read_only() {
             return features | 1 << VIRTIO_BLK_F_RO;
         }
@@ -163,15 +182,33 @@ impl VirtioDevice for Block {
     }
 
     fn config(&self) -> &ConfigSpace {
-        &self.slot.config
+        &self.blueprint.slot.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
-        self.worker(activation)
-            .map(|worker| Box::new(worker) as Box<dyn VirtioWorker>)
-            .map_err(|error| {
-                self.slot.metrics.activate_fails.add(1);
-                format!("cannot set up io_uring: {error}")
+        if activation.state.is_some() {
+            return Err("its worker has no state beside that of its queues".to_owned());
+        }
+        match PausableWorker::new(self.blueprint.clone(), activation) {
+            Ok(worker) => Ok(Box::new(worker)),
+            Err(error) => {
+                self.blueprint.slot.metrics.activate_fails.add(1);
+                Err(format!("cannot set up io_uring: {error}"))
+            }
+        }
+    }
+
+    fn restore(&mut self, config: &[u8], state: Option<&Section>) -> Result<(), RestoreError> {
+        let disk = self.blueprint.slot.disk();
+        let difference = match state {
+            Some(_) => Some("its front has no state".to_owned()),
+            None => config::difference(config, &disk, self.blueprint.options.queues),
+        };
+        difference.map_or(Ok(()), |reason| {
+            Err(RestoreError::Invalid {
+                kind: format!("disk '{}'", disk.path().display()),
+                reason,
             })
+        })
     }
 }

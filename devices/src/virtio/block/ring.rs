@@ -1,12 +1,15 @@
 //! Requests on their way through io_uring.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Instant;
 
 use bantam_memory::GuestBuffers;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
@@ -63,6 +66,16 @@ impl Ring {
     /// # Errors
     /// When the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(disk: &DiskFile) -> io::Result<Ring> {
+        let files: Vec<RawFd> = [Access::Usual, Access::Tail]
+            .into_iter()
+            .filter_map(|access| disk.file(access))
+            .map(AsRawFd::as_raw_fd)
+            .collect();
+        Ring::over(&files)
+    }
+
+    /// A ring over the files of a disk, in the order of [`Access`].
+    pub(super) fn over(files: &[RawFd]) -> io::Result<Ring> {
         let build = |cooperative: bool| {
             let mut builder = IoUring::builder();
             builder.setup_cqsize(MAX_IN_FLIGHT as u32);
@@ -81,12 +94,7 @@ impl Ring {
             opcode::Fsync::CODE,
         ];
         require_operations(&ring, &needed)?;
-        let files: Vec<RawFd> = [Access::Usual, Access::Tail]
-            .into_iter()
-            .filter_map(|access| disk.file(access))
-            .map(AsRawFd::as_raw_fd)
-            .collect();
-        ring.submitter().register_files(&files)?;
+        ring.submitter().register_files(files)?;
         Ok(Ring {
             ring,
             unsubmitted: 0,
@@ -222,9 +230,31 @@ impl Ring {
     /// As [`Ring::submit`], and waits until there is a completion.
     ///
     /// # Errors
-    /// As `io_uring_enter`.
-    pub(super) fn wait(&mut self) -> io::Result<()> {
-        self.enter(1)
+    /// As `io_uring_enter`, and if there is none before `deadline`.
+    pub(super) fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        let Some(deadline) = deadline else {
+            return self.enter(1);
+        };
+        if self.unsubmitted > 0 {
+            self.submit()?;
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let reason = "requests to the disk do not end";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+            }
+            // Rounded up, so that it does not spin at the end. A longer time is waited for in parts.
+            let timeout = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
+            // SAFETY: the ring has the descriptor open until it is dropped.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) };
+            let mut events = [PollFd::new(descriptor, PollFlags::POLLIN)];
+            match poll(&mut events, timeout) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     fn enter(&mut self, wanted: usize) -> io::Result<()> {

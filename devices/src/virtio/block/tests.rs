@@ -3,6 +3,7 @@
 mod direct;
 mod dirty_log;
 mod handle;
+mod suspend;
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};

@@ -20,7 +20,7 @@ use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
-use crate::worker::{QueueProgress, VirtioWorker};
+use crate::worker::QueueProgress;
 use waiting::Waiting;
 
 /// Most requests that are begun before the driver is told of those that are done. It prepares the
@@ -90,10 +90,11 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    /// Takes the queues of `activation`.
     pub(super) fn new(
         handler: RequestHandler,
         lease: DiskLease,
-        activation: Activation,
+        activation: &mut Activation,
         options: &BlockOptions,
         throttle: Arc<Throttle>,
         ring: Option<Ring>,
@@ -102,9 +103,9 @@ impl Worker {
             handler,
             lease,
             next_disk: None,
-            interrupt: activation.interrupt,
-            memory: activation.memory,
-            queues: activation.queues,
+            interrupt: activation.interrupt.clone(),
+            memory: activation.memory.clone(),
+            queues: mem::take(&mut activation.queues),
             engine: options.engine,
             ring,
             slots: Vec::new(),
@@ -493,16 +494,65 @@ impl Worker {
 
     /// Waits until the ring has no request left.
     pub(super) fn finish_all(&mut self) -> io::Result<()> {
-        while self.in_flight_count() > 0 {
-            if self.abandon_line() {
-                break;
-            }
-            let Some(ring) = &mut self.ring else { break };
-            ring.wait()?;
-            // A driver that is not listening any more misses nothing.
-            let _ = self.complete();
+        // A driver that is not listening any more misses nothing.
+        self.wait_for_all(None).map(drop)
+    }
+
+    /// Waits until no request is under way, and tells the driver of those that are done.
+    ///
+    /// # Errors
+    /// If some still are at `deadline`, or the ring fails. The worker can go on with them.
+    pub(super) fn end_requests(&mut self, deadline: Instant) -> io::Result<()> {
+        let ended = self.wait_for_all(Some(deadline));
+        self.interrupt_driver();
+        self.tally.report(self.lease.metrics());
+        if let Err(error) = ended? {
+            self.fail(&error);
         }
         Ok(())
+    }
+
+    /// Completes all requests that are under way. Gives the first failure to return one of them.
+    ///
+    /// # Errors
+    /// If some are still under way at `deadline`, or the ring fails.
+    fn wait_for_all(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> io::Result<Result<(), RequestError>> {
+        let mut returned = Ok(());
+        loop {
+            returned = returned.and(self.complete());
+            if self.in_flight_count() == 0 || self.abandon_line() {
+                return Ok(returned);
+            }
+            let Some(ring) = &mut self.ring else {
+                return Ok(returned);
+            };
+            ring.wait(deadline)?;
+        }
+    }
+
+    /// Ends the work of a worker that has no request under way. Its queues are for the next one.
+    pub(super) fn into_queues(mut self) -> Vec<VirtQueue> {
+        // If there is another disk, that takes the place of this one and its ring as the worker is dropped.
+        if self.next_disk.is_none()
+            && let Some(ring) = self.ring.take()
+        {
+            self.lease.give_back(ring);
+        }
+        mem::take(&mut self.queues)
+    }
+
+    /// How far each queue has come.
+    pub(super) fn progress(&self) -> Vec<QueueProgress> {
+        self.queues.iter().map(VirtQueue::progress).collect()
+    }
+
+    /// Asks the driver for a reset.
+    fn fail(&self, error: &RequestError) {
+        self.lease.metrics().event_fails.add(1);
+        self.interrupt.need_reset(error);
     }
 
     fn interrupt_driver(&mut self) {
@@ -605,16 +655,6 @@ impl Worker {
     }
 }
 
-impl VirtioWorker for Worker {
-    fn pause(&mut self) -> io::Result<()> {
-        todo!()
-    }
-
-    fn progress(&self) -> Vec<QueueProgress> {
-        todo!()
-    }
-}
-
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
         // The driver rings often and each ring is an event of its own, so that none needs to be read.
@@ -636,6 +676,10 @@ impl MutEventSubscriber for Worker {
                 self.interrupt.need_reset_by_host(&error);
                 return;
             }
+        }
+        // A pause that failed may have left something to submit.
+        if let Err(error) = self.submit() {
+            self.fail(&error);
         }
     }
 
@@ -659,8 +703,7 @@ impl MutEventSubscriber for Worker {
             }
             self.tally.report(self.lease.metrics());
             if let Err(error) = handled {
-                self.lease.metrics().event_fails.add(1);
-                self.interrupt.need_reset(&error);
+                self.fail(&error);
             }
         }
         self.change_disk(operations);

@@ -27,7 +27,7 @@ pub const QUEUE_NOTIFY: u64 = 0x50;
 pub const QUEUE_NOTIFY_SIZE: u32 = 4;
 
 /// Offsets of the other registers.
-mod register {
+pub(in crate::virtio) mod register {
     pub const MAGIC: u64 = 0x00;
     pub const VERSION: u64 = 0x04;
     pub const DEVICE_ID: u64 = 0x08;

@@ -1,0 +1,105 @@
+//! The worker of a block device as its transport has it: at work on a disk, or paused without one.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use bantam_state::{SaveError, Section};
+use event_manager::{EventOps, Events, MutEventSubscriber};
+
+use super::Blueprint;
+use super::worker::Worker;
+use crate::virtio::{Activation, VirtQueue};
+use crate::worker::{QueueProgress, VirtioWorker};
+
+/// How long a pause waits for requests that are under way. Storage that takes longer hangs.
+const PAUSE_TIME: Duration = Duration::from_secs(10);
+
+/// A worker that lets go of its disk when it is paused, so that the owner of the machine can put another
+/// one into its place then, and takes up the disk that is there when it is resumed.
+pub(super) struct PausableWorker {
+    blueprint: Blueprint,
+    /// What a worker begins with. It has the queues while there is none.
+    activation: Activation,
+    /// None if it is paused.
+    worker: Option<Worker>,
+}
+
+impl PausableWorker {
+    /// A worker that is at work.
+    ///
+    /// # Errors
+    /// As [`Blueprint::worker`].
+    pub(super) fn new(
+        blueprint: Blueprint,
+        mut activation: Activation,
+    ) -> io::Result<PausableWorker> {
+        Ok(PausableWorker {
+            worker: Some(blueprint.worker(&mut activation)?),
+            blueprint,
+            activation,
+        })
+    }
+
+    /// As [`VirtioWorker::pause`].
+    ///
+    /// # Errors
+    /// If requests are still under way at `deadline`. It stays at work on them.
+    pub(super) fn pause_by(&mut self, deadline: Instant) -> io::Result<()> {
+        if let Some(worker) = &mut self.worker {
+            worker.end_requests(deadline)?;
+        }
+        if let Some(worker) = self.worker.take() {
+            self.activation.queues = worker.into_queues();
+        }
+        Ok(())
+    }
+}
+
+impl VirtioWorker for PausableWorker {
+    fn pause(&mut self) -> io::Result<()> {
+        self.pause_by(Instant::now() + PAUSE_TIME)
+    }
+
+    fn progress(&self) -> Vec<QueueProgress> {
+        match &self.worker {
+            Some(worker) => worker.progress(),
+            None => {
+                let queues = self.activation.queues.iter();
+                queues.map(VirtQueue::progress).collect()
+            }
+        }
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        if self.worker.is_some() {
+            return Err(SaveError::NotSupported {
+                part: self.activation.interrupt.name().to_owned(),
+                reason: "requests to its disk are under way".to_owned(),
+            });
+        }
+        Ok(None)
+    }
+}
+
+impl MutEventSubscriber for PausableWorker {
+    fn init(&mut self, operations: &mut EventOps<'_>) {
+        if self.worker.is_none() {
+            match self.blueprint.worker(&mut self.activation) {
+                Ok(worker) => self.worker = Some(worker),
+                Err(error) => {
+                    let reason = format!("cannot set up io_uring: {error}");
+                    self.activation.interrupt.need_reset_by_host(&reason);
+                }
+            }
+        }
+        if let Some(worker) = &mut self.worker {
+            worker.init(operations);
+        }
+    }
+
+    fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
+        if let Some(worker) = &mut self.worker {
+            worker.process(events, operations);
+        }
+    }
+}

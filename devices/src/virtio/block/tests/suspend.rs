@@ -1,0 +1,485 @@
+//! A device that is paused, resumed, saved and restored under load.
+
+use std::collections::HashMap;
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
+use std::thread;
+
+use bantam_state::RestoreError;
+
+use super::*;
+use crate::virtio::F_EVENT_IDX;
+use crate::virtio::suspend_test::SuspendMachine;
+
+/// Requests that are out at a time, each on a part of the disk that is its own.
+const DEPTH: usize = 32;
+const SECTOR: usize = SECTOR_SIZE as usize;
+const OTHER_SIZE: usize = 0x10_0000;
+const OTHER_BYTE: u8 = 0xa7;
+
+/// An image in a folder that is beside this program: the usual place may be in memory, where there may be no
+/// O_DIRECT.
+struct Image {
+    path: PathBuf,
+    folder: TempDir,
+    options: BlockOptions,
+    cache: CacheMode,
+}
+
+impl Image {
+    fn new(engine: Engine, cache: CacheMode) -> Image {
+        let program = std::env::current_exe().unwrap();
+        let folder = TempDir::new_in(program.parent().unwrap()).unwrap();
+        let path = folder.as_path().join("disk.img");
+        let bytes: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
+        fs::write(&path, bytes).unwrap();
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        Image {
+            path,
+            folder,
+            options,
+            cache,
+        }
+    }
+
+    /// A device over the image. Its blocks are large, so that small writes share some.
+    fn block(&self, interrupt: Arc<VirtioInterrupt>) -> (Box<dyn VirtioDevice>, BlockHandle) {
+        let mut disk = open(&self.path, false, self.cache).unwrap();
+        if self.cache == CacheMode::None {
+            disk = disk.with_block(4096);
+        }
+        let block = Block::new(disk, "test disk", &self.options).unwrap();
+        let handle = block.handle(interrupt);
+        (Box::new(block), handle)
+    }
+
+    fn other_disk(&self) -> DiskFile {
+        let path = self.folder.as_path().join("other.img");
+        fs::write(&path, vec![OTHER_BYTE; OTHER_SIZE]).unwrap();
+        open(&path, false, self.cache).unwrap()
+    }
+
+    fn is_free(&self) -> bool {
+        open(&self.path, false, CacheMode::Writeback).is_ok()
+    }
+}
+
+fn features() -> u64 {
+    let mut features = COMMON_FEATURES | 1 << VIRTIO_BLK_F_FLUSH;
+    features &= !F_EVENT_IDX;
+    features
+}
+
+fn memory() -> Arc<GuestMemory> {
+    Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap())
+}
+
+/// A machine whose driver is ready.
+fn machine(image: &Image) -> (SuspendMachine, BlockHandle, TestDriver) {
+    let memory = memory();
+    let driver = TestDriver::new(&memory, RINGS, 256);
+    let make = |interrupt| image.block(interrupt);
+    let (mut machine, handle) = SuspendMachine::new(&memory, make);
+    machine.initialize(features(), &[&driver]);
+    (machine, handle, driver)
+}
+
+/// Makes a request with one buffer available.
+fn offer(driver: &mut TestDriver, memory: &GuestMemory, kind: u32, sector: u64, data: (u64, u32)) -> u16 {
+    let head = driver.next_head();
+    let header = HEADERS + u64::from(head) * HEADER_STRIDE;
+    let at = GuestAddress;
+    memory.write_obj(kind, at(header)).unwrap();
+    memory.write_obj(sector, at(header + 8)).unwrap();
+    memory.write_obj(UNTOUCHED, at(header + 16)).unwrap();
+    let buffers = [
+        (header, 16, false),
+        (data.0, data.1, kind != VIRTIO_BLK_T_OUT),
+        (header + 16, 1, true),
+    ];
+    driver.offer(&buffers.map(|(address, len, writable)| Buffer {
+        address,
+        len,
+        writable,
+    }))
+}
+
+fn status(memory: &GuestMemory, head: u16) -> u32 {
+    let address = HEADERS + u64::from(head) * HEADER_STRIDE + 16;
+    let status: u8 = memory.read_obj(GuestAddress(address)).unwrap();
+    status.into()
+}
+
+/// The chains that the driver gets back until there are `count` of them.
+fn wait_for(driver: &mut TestDriver, count: usize) -> Vec<(u16, u32)> {
+    let deadline = Instant::now() + LIMIT;
+    let mut used = Vec::new();
+    while used.len() < count {
+        assert!(Instant::now() < deadline, "only {used:?} are done");
+        used.extend(driver.take_used());
+        thread::sleep(Duration::from_micros(100));
+    }
+    used
+}
+
+/// Reads a sector, and gives what is there.
+fn read(machine: &mut SuspendMachine, driver: &mut TestDriver, sector: u64) -> Result<Vec<u8>, u32> {
+    let memory = machine.memory.clone();
+    let data = (DATA, SECTOR as u32);
+    let head = offer(driver, &memory, VIRTIO_BLK_T_IN, sector, data);
+    machine.ring_doorbell(0);
+    assert_eq!(wait_for(driver, 1)[0].0, head);
+    let mut bytes = vec![0; SECTOR];
+    memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+    match status(&memory, head) {
+        VIRTIO_BLK_S_OK => Ok(bytes),
+        status => Err(status),
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    /// A number below `end`.
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// A driver that keeps requests out and knows what the disk has.
+struct Load {
+    driver: TestDriver,
+    model: Vec<u8>,
+    /// Size of each part of the disk.
+    len: usize,
+    /// By head: the part that the request is for, and what it writes, if it does.
+    out: HashMap<u16, (usize, Option<Vec<u8>>)>,
+    idle: Vec<usize>,
+    random: Random,
+}
+
+impl Load {
+    fn offer_all(&mut self, memory: &GuestMemory) {
+        for part in std::mem::take(&mut self.idle) {
+            let address = DATA + (part * self.len.next_multiple_of(4096)) as u64;
+            let sector = (part * self.len / SECTOR) as u64;
+            let data = (address, self.len as u32);
+            let written = (self.random.below(3) > 0).then(|| {
+                let first = self.random.below(256) as u8;
+                let bytes = (0..self.len).map(|at| (at as u8).wrapping_mul(3) ^ first);
+                bytes.collect::<Vec<u8>>()
+            });
+            let zeroes = vec![0; self.len];
+            let bytes = written.as_ref().unwrap_or(&zeroes);
+            memory.write_slice(bytes, GuestAddress(address)).unwrap();
+            let kind = match written {
+                Some(_) => VIRTIO_BLK_T_OUT,
+                None => VIRTIO_BLK_T_IN,
+            };
+            let head = offer(&mut self.driver, memory, kind, sector, data);
+            assert!(self.out.insert(head, (part, written)).is_none());
+        }
+    }
+
+    /// Takes back what is done, and checks it. Gives how many requests that was.
+    fn take_back(&mut self, memory: &GuestMemory) -> usize {
+        let used = self.driver.take_used();
+        for &(head, _) in &used {
+            let (part, written) = self.out.remove(&head).expect("it is done once");
+            assert_eq!(status(memory, head), VIRTIO_BLK_S_OK);
+            let on_disk = &mut self.model[part * self.len..][..self.len];
+            match written {
+                Some(bytes) => on_disk.copy_from_slice(&bytes),
+                None => {
+                    let mut bytes = vec![0; self.len];
+                    let address = DATA + (part * self.len.next_multiple_of(4096)) as u64;
+                    memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+                    assert!(bytes == on_disk, "part {part}");
+                }
+            }
+            self.idle.push(part);
+        }
+        used.len()
+    }
+}
+
+#[test]
+fn a_device_is_paused_and_moved_at_any_moment() {
+    let mut number = 1;
+    for engine in ENGINES {
+        for cache in CACHE_MODES {
+            for len in [3 * SECTOR, DISK_SIZE / DEPTH] {
+                number += 1;
+                let image = Image::new(engine, cache);
+                let (mut machine, mut handle, driver) = machine(&image);
+                let mut load = Load {
+                    driver,
+                    model: fs::read(&image.path).unwrap(),
+                    len,
+                    out: HashMap::new(),
+                    idle: (0..DEPTH).collect(),
+                    random: Random(number),
+                };
+                let mut done = 0;
+                for round in 0..40 {
+                    load.offer_all(&machine.memory);
+                    machine.ring_doorbell(0);
+                    thread::sleep(Duration::from_micros(load.random.below(1500)));
+                    machine.pause().unwrap();
+                    let memory = machine.memory.clone();
+                    let count = load.take_back(&memory);
+                    done += count;
+                    assert!(count == 0 || machine.interrupts.take() > 0);
+                    if round % 2 == 0 {
+                        thread::sleep(Duration::from_millis(1));
+                        assert_eq!(load.driver.take_used(), [], "it is paused");
+                    }
+                    if round % 8 == 7 {
+                        let config = machine.config(config::offset::SIZE);
+                        drop(handle);
+                        (machine, handle) = machine.moved(|interrupt| image.block(interrupt));
+                        load.driver.move_to(&machine.memory);
+                        assert_eq!(machine.config(config::offset::SIZE), config);
+                    }
+                    machine.resume();
+                }
+                let deadline = Instant::now() + LIMIT;
+                while !load.out.is_empty() {
+                    assert!(Instant::now() < deadline, "{} are out", load.out.len());
+                    let memory = machine.memory.clone();
+                    done += load.take_back(&memory);
+                }
+                assert!(done >= DEPTH);
+                assert!(!machine.needs_reset());
+                assert!(fs::read(&image.path).unwrap() == load.model);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disk_is_replaced_while_the_device_is_paused() {
+    for engine in ENGINES {
+        for moves in [false, true] {
+            let image = Image::new(engine, CacheMode::Writeback);
+            let (mut machine, mut handle, mut driver) = machine(&image);
+            assert!(read(&mut machine, &mut driver, 0).is_ok());
+            machine.pause().unwrap();
+            if moves {
+                drop(handle);
+                (machine, handle) = machine.moved(|interrupt| image.block(interrupt));
+                driver.move_to(&machine.memory);
+            }
+            machine.interrupts.take();
+            let start = Instant::now();
+            handle.replace(image.other_disk()).unwrap();
+            assert!(start.elapsed() < LIMIT / 2);
+            assert!(image.is_free());
+            assert_eq!(machine.interrupts.take(), 1);
+            let capacity = OTHER_SIZE / SECTOR;
+            assert_eq!(machine.config(8), capacity.to_le_bytes());
+            machine.resume();
+            let last = capacity as u64 - 1;
+            assert_eq!(
+                read(&mut machine, &mut driver, last),
+                Ok(vec![OTHER_BYTE; SECTOR])
+            );
+            assert!(read(&mut machine, &mut driver, last + 1).is_err());
+        }
+    }
+}
+
+#[test]
+fn a_disk_grows_while_the_device_is_paused() {
+    for engine in ENGINES {
+        let image = Image::new(engine, CacheMode::None);
+        let (mut machine, handle, mut driver) = machine(&image);
+        let end = (DISK_SIZE / SECTOR) as u64;
+        machine.pause().unwrap();
+        let file = OpenOptions::new().write(true).open(&image.path).unwrap();
+        file.set_len(DISK_SIZE as u64 + 4096).unwrap();
+        handle.update_size().unwrap();
+        assert_eq!(machine.config(8), (end + 8).to_le_bytes());
+        machine.resume();
+        assert_eq!(read(&mut machine, &mut driver, end + 7), Ok(vec![0; SECTOR]));
+    }
+}
+
+#[test]
+fn limits_outlive_a_pause_and_are_changed_in_one() {
+    let limits = Limits {
+        operations: Some(RateLimit {
+            size: 1,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 0,
+        }),
+        bytes: None,
+    };
+    for engine in ENGINES {
+        let mut image = Image::new(engine, CacheMode::Writeback);
+        image.options.limits = limits;
+        let (mut machine, handle, mut driver) = machine(&image);
+        let memory = machine.memory.clone();
+        for _ in 0..9 {
+            offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 512));
+        }
+        machine.ring_doorbell(0);
+        // One, and one that goes beyond.
+        assert_eq!(wait_for(&mut driver, 2).len(), 2);
+        for _ in 0..2 {
+            machine.pause().unwrap();
+            machine.resume();
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(driver.take_used(), []);
+        }
+        machine.pause().unwrap();
+        handle.set_limits(&Limits::default()).unwrap();
+        assert_eq!(driver.take_used(), []);
+        machine.resume();
+        assert_eq!(wait_for(&mut driver, 7).len(), 7);
+    }
+}
+
+#[test]
+fn a_device_that_is_paused_ends_at_once() {
+    for engine in ENGINES {
+        let image = Image::new(engine, CacheMode::None);
+        let (mut machine, handle, mut driver) = machine(&image);
+        let memory = machine.memory.clone();
+        for _ in 0..DEPTH {
+            offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 0x1_0000));
+        }
+        machine.ring_doorbell(0);
+        machine.pause().unwrap();
+        drop((machine, handle));
+        assert!(image.is_free());
+    }
+}
+
+#[test]
+fn a_disk_of_another_size_is_refused() {
+    let image = Image::new(Engine::Auto, CacheMode::Writeback);
+    let (mut first, handle, _) = machine(&image);
+    first.pause().unwrap();
+    let section = first.save();
+    drop((first, handle));
+    let mut restore = |image: &Image| {
+        let make = |interrupt| image.block(interrupt);
+        let (mut machine, _) = SuspendMachine::new(&memory(), make);
+        match machine.restore(&section) {
+            Err(RestoreError::Invalid { reason, .. }) => reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut many = Image::new(Engine::Auto, CacheMode::Writeback);
+    many.options.queues = 2;
+    assert_eq!(restore(&many), "it has 1 queues, and the device 2");
+
+    let file = OpenOptions::new().write(true).open(&image.path).unwrap();
+    file.set_len(OTHER_SIZE as u64).unwrap();
+    assert_eq!(
+        restore(&image),
+        "it has a disk of 4194304 bytes, and the device 1048576"
+    );
+    file.set_len(DISK_SIZE as u64).unwrap();
+    let (mut machine, _) = SuspendMachine::new(&memory(), |interrupt| image.block(interrupt));
+    machine.restore(&section).unwrap();
+}
+
+/// A device whose reads take what the test writes to a pipe, and hang until then.
+fn hanging_worker() -> (PausableWorker, TestDriver, Arc<GuestMemory>, io::PipeWriter, Image, Block) {
+    let image = Image::new(Engine::IoUring, CacheMode::Writeback);
+    let disk = Arc::new(open(&image.path, false, CacheMode::Writeback).unwrap());
+    let other = open(image.other_disk().path(), false, CacheMode::Writeback).unwrap();
+    let block = Block::new(other, "", &image.options).unwrap();
+    let (reader, writer) = io::pipe().unwrap();
+    let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
+    let slot = &block.blueprint.slot;
+    drop(slot.exchange(OpenDisk { disk, ring }).unwrap());
+    let memory = memory();
+    let driver = TestDriver::new(&memory, RINGS, 256);
+    let activation = Activation {
+        memory: memory.clone(),
+        features: block.features(),
+        queues: vec![driver.queue(0, false)],
+        interrupt: InterruptCounter::default().interrupt(),
+        state: None,
+    };
+    let worker = PausableWorker::new(block.blueprint.clone(), activation).unwrap();
+    (worker, driver, memory, writer, image, block)
+}
+
+#[test]
+fn storage_that_hangs_fails_the_pause_and_the_device_goes_on() {
+    let (worker, mut driver, memory, mut pipe, ..) = hanging_worker();
+    let head = offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 512));
+    let mut manager: EventManager<PausableWorker> = EventManager::new().unwrap();
+    let id = manager.add_subscriber(worker);
+    driver.ring_doorbell();
+    manager.run_with_timeout(100).unwrap();
+    // The rest of the request is begun by the thread that pauses the device, with which it ends.
+    pipe.write_all(&[1; 100]).unwrap();
+    let mut worker = manager.remove_subscriber(id).unwrap();
+    thread::scope(|scope| {
+        let owner = scope.spawn(|| worker.pause_by(Instant::now() + Duration::from_millis(100)));
+        let error = owner.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    });
+    assert!(worker.save().is_err());
+    assert_eq!(driver.take_used(), []);
+
+    let id = manager.add_subscriber(worker);
+    while manager.run_with_timeout(20).unwrap() > 0 {}
+    assert_eq!(driver.take_used(), []);
+    pipe.write_all(&[2; 412]).unwrap();
+    let mut worker = manager.remove_subscriber(id).unwrap();
+    worker.pause().unwrap();
+    assert_eq!(driver.take_used(), [(head, 513)]);
+    assert_eq!(status(&memory, head), VIRTIO_BLK_S_OK);
+    let mut bytes = [0; 512];
+    memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+    assert!(bytes == [&[1; 100][..], &[2; 412]].concat()[..]);
+    let progress = worker.progress()[0];
+    assert_eq!((progress.next_available, progress.next_used), (1, 1));
+}
+
+#[test]
+fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
+    let (worker, mut driver, memory, mut pipe, image, block) = hanging_worker();
+    offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 512));
+    let mut manager: EventManager<PausableWorker> = EventManager::new().unwrap();
+    let id = manager.add_subscriber(worker);
+    driver.ring_doorbell();
+    manager.run_with_timeout(100).unwrap();
+    let handle = block.handle(InterruptCounter::default().interrupt());
+    thread::scope(|scope| {
+        let owner = scope.spawn(|| handle.replace(image.other_disk()));
+        // The worker hears of it, and begins nothing more.
+        manager.run_with_timeout(5000).unwrap();
+        offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA + 0x1000, 512));
+        driver.ring_doorbell();
+        manager.run_with_timeout(5000).unwrap();
+        let mut worker = manager.remove_subscriber(id).unwrap();
+        assert!(!owner.is_finished());
+        pipe.write_all(&[3; 512]).unwrap();
+        worker.pause().unwrap();
+        owner.join().unwrap().unwrap();
+        assert_eq!(driver.take_used().len(), 1);
+        manager.add_subscriber(worker);
+    });
+    driver.ring_doorbell();
+    manager.run_with_timeout(100).unwrap();
+    while manager.run_with_timeout(20).unwrap() > 0 {}
+    assert_eq!(driver.take_used().len(), 1);
+    let mut bytes = [0; 512];
+    let address = GuestAddress(DATA + 0x1000);
+    memory.read_slice(&mut bytes, address).unwrap();
+    assert_eq!(bytes, [OTHER_BYTE; 512]);
+    assert!(image.is_free());
+}
