@@ -106,6 +106,10 @@ pub struct VirtQueue {
     rings: Option<Rings>,
     /// Number of chains taken so far, which wraps.
     next_available: u16,
+    /// Heads of chains that were put back in another order than they were taken. The last of them is
+    /// for the place before `substitutes_end`, and each of the others for the one before the next.
+    substitutes: Vec<u16>,
+    substitutes_end: u16,
     /// Number of chains that the driver had made available when its index was last read.
     seen_available: u16,
     /// Number of chains returned so far, which wraps.
@@ -147,6 +151,8 @@ impl VirtQueue {
             event_index: queue.event_idx_enabled(),
             rings,
             next_available: queue.next_avail(),
+            substitutes: Vec::new(),
+            substitutes_end: 0,
             seen_available: queue.next_avail(),
             next_used: queue.next_used(),
             considered_used: queue.next_used(),
@@ -194,7 +200,8 @@ impl VirtQueue {
     /// Takes the next available chain into `chain`; `false` where there is none.
     ///
     /// # Errors
-    /// When the driver has broken the rules of the rings. Nothing more can be taken then.
+    /// When the driver has broken the rules of the rings. The chain that does so stays in the queue, so
+    /// nothing more can be taken then.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
@@ -210,15 +217,74 @@ impl VirtQueue {
         if !self.has_available()? {
             return Ok(false);
         }
+        let substitute = self.next_substitute();
         let Some(rings) = &self.rings else {
             return Ok(false);
         };
-        let head = rings.available_head(self.next_available);
-        self.next_available = self.next_available.wrapping_add(1);
-        chain.head = head;
+        chain.head = substitute.unwrap_or_else(|| rings.available_head(self.next_available));
         chain.last_writable_byte = None;
         self.take_buffers(rings, chain)?;
+        self.next_available = self.next_available.wrapping_add(1);
         Ok(true)
+    }
+
+    /// The head to take in place of the next one in the available ring, if there is one.
+    #[inline]
+    fn next_substitute(&mut self) -> Option<u16> {
+        if self.substitutes.is_empty() {
+            return None;
+        }
+        let head = self.substitutes().first().copied();
+        if head.is_none() {
+            // They would come again when the positions have wrapped.
+            self.substitutes.clear();
+        }
+        head
+    }
+
+    /// The heads that are taken next, in place of those in the available ring.
+    ///
+    /// A device that returns chains in another order than it takes them may put some back that are not
+    /// the last that it took. The available ring, which is the driver's alone to write, then does not
+    /// say which these are.
+    pub(super) fn substitutes(&self) -> &[u16] {
+        let count = usize::from(self.substitutes_end.wrapping_sub(self.next_available));
+        let taken = self.substitutes.len().checked_sub(count);
+        taken.map_or(&[], |taken| &self.substitutes[taken..])
+    }
+
+    /// Goes on with the [`VirtQueue::substitutes`] of a queue that had come as far as this one.
+    pub(super) fn set_substitutes(&mut self, heads: Vec<u16>) {
+        // Those of a queue that has had more chains than there are positions make no sense.
+        self.substitutes_end = self.next_available.wrapping_add(heads.len() as u16);
+        self.substitutes = heads;
+    }
+
+    /// Puts back all chains that were taken and not returned, in whatever order they were taken, to be
+    /// taken again in this one.
+    pub(super) fn put_back(&mut self, mut heads: Vec<u16>) {
+        let count = heads.len() as u16;
+        heads.extend_from_slice(self.substitutes());
+        self.next_available = self.next_available.wrapping_sub(count);
+        // Usually they are what the ring says, and then in the order in which they were taken.
+        if self.are_in_ring(&heads) {
+            heads.clear();
+        }
+        self.set_substitutes(heads);
+    }
+
+    /// Whether the chains that the ring has next are those of `heads`, in any order.
+    fn are_in_ring(&self, heads: &[u16]) -> bool {
+        let Some(rings) = &self.rings else {
+            return heads.is_empty();
+        };
+        let positions =
+            (0..heads.len() as u16).map(|index| self.next_available.wrapping_add(index));
+        let mut in_ring: Vec<u16> = positions.map(|place| rings.available_head(place)).collect();
+        let mut heads = heads.to_vec();
+        in_ring.sort_unstable();
+        heads.sort_unstable();
+        in_ring == heads
     }
 
     /// Puts the buffers of the chain at `chain.head` into `chain`.
@@ -363,7 +429,8 @@ impl VirtQueue {
     /// again.
     ///
     /// # Errors
-    /// When the driver has broken the rules of the rings, or those that `handle` knows.
+    /// When the driver has broken the rules of the rings, or those that `handle` knows. The chain that
+    /// does so stays in the queue.
     pub fn serve<E: From<QueueError>>(
         &mut self,
         chain: &mut Chain,
@@ -411,7 +478,13 @@ impl VirtQueue {
             if !self.pop(chain)? {
                 break;
             }
-            let written = handle(chain)?;
+            let written = match handle(chain) {
+                Ok(written) => written,
+                Err(error) => {
+                    self.undo_pop();
+                    return Err(error);
+                }
+            };
             self.add_used(chain.head, written);
             *served = true;
             if start.elapsed() >= MAX_TURN {
@@ -506,6 +579,57 @@ mod tests {
             assert_eq!((chain.head, chain.writable.len()), (second, 12));
             queue.add_used_together(&[(second, 1), (first, 2)]);
             assert_eq!(driver.take_used(), [(second, 1), (first, 2)]);
+        }
+    }
+
+    #[test]
+    fn chains_are_put_back_whichever_were_returned() {
+        let (mut driver, mut queue, mut chain) = pair(false);
+        let mut take = |queue: &mut VirtQueue, count: usize| -> Vec<u16> {
+            let heads = (0..count).map(|_| queue.pop(&mut chain).unwrap().then_some(chain.head));
+            heads.flatten().collect()
+        };
+        // Positions wrap, and each order is met at each.
+        for round in 0..20_000 {
+            let offered: Vec<u16> = (0..4)
+                .map(|_| driver.offer(&[buffer(0, 8, true)]))
+                .collect();
+            let mut left = take(&mut queue, 3);
+            assert_eq!(left, offered[..3]);
+            queue.add_used(left.remove(round % 3), 0);
+            queue.put_back(left.clone());
+            let progress = queue.progress();
+            assert_eq!(progress.next_available, progress.next_used);
+            assert_eq!(queue.substitutes().is_empty(), round % 3 == 0);
+
+            // One of them is taken, returned or not, and the others are put back once more.
+            let first = take(&mut queue, 1);
+            assert_eq!(first, left[..1]);
+            queue.undo_pop();
+            assert_eq!(take(&mut queue, 1), first);
+            if round % 2 == 0 {
+                queue.add_used(left.remove(0), 0);
+                queue.put_back(Vec::new());
+            } else {
+                queue.put_back(first);
+            }
+
+            // Another device goes on with them.
+            let progress = queue.progress();
+            let mut other = driver.queue(0, false);
+            other.next_available = progress.next_available;
+            other.seen_available = progress.next_available;
+            other.next_used = progress.next_used;
+            other.set_substitutes(queue.substitutes().to_vec());
+            queue = other;
+            left.push(offered[3]);
+            assert_eq!(take(&mut queue, 4), left);
+            for head in left {
+                queue.add_used(head, 0);
+            }
+            let mut returned: Vec<u16> = driver.take_used().iter().map(|used| used.0).collect();
+            returned.sort_unstable();
+            assert_eq!(returned, [0, 1, 2, 3]);
         }
     }
 

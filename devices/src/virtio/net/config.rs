@@ -34,6 +34,11 @@ pub(super) fn set_mac(config: &ConfigSpace, mac: MacAddress) {
     config.write(offset::MAC, &mac);
 }
 
+/// Whether `mac` can be the address of a card: not that of a group, and not that of none.
+pub(super) fn is_station_address(mac: MacAddress) -> bool {
+    mac[0] & 1 == 0 && mac != [0; 6]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

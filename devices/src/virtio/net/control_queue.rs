@@ -16,11 +16,9 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::DriverError;
 use super::config::MacAddress;
-use super::filter::{AddressList, Mode};
+use super::filter::{AddressList, MAX_ADDRESSES, Mode};
 use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
-
-/// Most addresses kept of each half of a driver's address table.
-const MAX_ADDRESSES: usize = 64;
+use crate::worker::QueueProgress;
 
 /// What the driver wants to be changed, and to what.
 #[derive(Debug, PartialEq, Eq)]
@@ -127,6 +125,11 @@ impl ControlQueue {
 
     pub(super) fn doorbell(&self) -> RawFd {
         self.queue.as_raw_fd()
+    }
+
+    /// How far the queue has come. Each command is answered before the next is taken.
+    pub(super) fn progress(&self) -> QueueProgress {
+        self.queue.progress()
     }
 
     /// Answers the commands in the queue, each by whether `obey` has done it.

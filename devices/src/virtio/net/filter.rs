@@ -1,7 +1,12 @@
 //! Which frames the driver wants to receive (section 5.1.6.5.1).
 
+use serde::{Deserialize, Serialize};
+
 use super::config::MacAddress;
 use crate::tap::FrameFilter;
+
+/// Most addresses kept of each half of a driver's address table.
+pub(super) const MAX_ADDRESSES: usize = 64;
 
 /// The address that every card listens to.
 const BROADCAST: MacAddress = [0xff; 6];
@@ -18,7 +23,7 @@ pub(super) enum Mode {
 }
 
 /// Addresses of a driver's table.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct AddressList {
     pub addresses: Vec<MacAddress>,
     /// Whether these are all. Of a long table only the start is kept.
@@ -36,6 +41,7 @@ impl AddressList {
 
 /// The rules as the driver has set them. Where they conflict, promiscuous mode comes first, then
 /// those that let nothing of a kind pass.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ReceiveFilter {
     promiscuous: bool,
     all_multicast: bool,
@@ -76,6 +82,14 @@ impl ReceiveFilter {
     pub(super) fn set_table(&mut self, unicast: AddressList, multicast: AddressList) {
         self.unicast = unicast;
         self.multicast = multicast;
+    }
+
+    /// Whether a driver can have set these rules: no more addresses are kept than there may be.
+    pub(super) fn is_valid(&self) -> bool {
+        let lists = [&self.unicast, &self.multicast];
+        lists
+            .iter()
+            .all(|list| list.addresses.len() <= MAX_ADDRESSES)
     }
 
     /// The rules as a tap follows them, for a card with the address `own`. A tap knows none for

@@ -20,6 +20,7 @@ mod packet_ring;
 mod receive;
 mod receive_slot;
 mod shared;
+mod state;
 #[cfg(test)]
 mod tests;
 mod transmit;
@@ -29,6 +30,7 @@ mod worker;
 use std::io;
 use std::sync::Arc;
 
+use bantam_state::{RestoreError, Section};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
@@ -38,7 +40,7 @@ use virtio_bindings::bindings::virtio_net::{
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::tap::Tap;
 use crate::worker::VirtioWorker;
-use config::config_space;
+use config::{MacAddress, config_space, is_station_address, mac, set_mac};
 use error::DriverError;
 use local_port::LocalPort;
 use offloads::{GUEST_OFFLOADS, GUEST_SEGMENTATION, offload_features, offloads};
@@ -65,6 +67,8 @@ pub struct Net {
     features: u64,
     queue_sizes: Vec<u16>,
     mtu: u16,
+    /// The address that the card has until a driver gives it another.
+    mac: MacAddress,
     config: Arc<ConfigSpace>,
     shared: Arc<Shared>,
     service: Option<LocalService>,
@@ -105,6 +109,7 @@ impl Net {
             features,
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
+            mac,
             config: Arc::new(config_space(mac, pair_count as u16, mtu)),
             service,
             shared: Arc::new(Shared::new(limits)?),
@@ -135,6 +140,7 @@ impl Net {
         Worker::new(
             self.tap.clone(),
             self.mtu,
+            self.mac,
             self.config.clone(),
             self.shared.clone(),
             local_port,
@@ -165,8 +171,28 @@ impl VirtioDevice for Net {
             Ok(worker) => Ok(Box::new(worker)),
             Err(reason) => {
                 self.shared.metrics.activate_fails.add(1);
+                self.reset();
                 Err(reason)
             }
         }
+    }
+
+    fn reset(&mut self) {
+        set_mac(&self.config, self.mac);
+    }
+
+    fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
+        let saved = ConfigSpace::new(config.to_vec());
+        let address = mac(&saved);
+        // All but the address is the same for every driver.
+        set_mac(&saved, self.mac);
+        let fits = saved.save().0 == self.config.save().0;
+        if fits && (address == self.mac || is_station_address(address)) {
+            return Ok(());
+        }
+        Err(RestoreError::Invalid {
+            kind: "net".to_owned(),
+            reason: format!("its configuration space is {config:02x?}"),
+        })
     }
 }

@@ -12,9 +12,11 @@ use super::expected_size::ExpectedSize;
 use super::flow::Flow;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::receive_slot::ReceiveSlot;
+use super::state::ReceiverState;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{VirtQueue, VirtioInterrupt};
+use crate::worker::QueueProgress;
 
 /// Puts packets into the buffers of the receive queue.
 ///
@@ -72,6 +74,45 @@ impl Receiver {
     /// Puts the queue off to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
+    }
+
+    /// Puts all buffers back into the queue. Packets that lack buffers are kept, to be delivered first
+    /// when they have some.
+    pub(super) fn put_back_buffers(&mut self) {
+        let mut heads = Vec::new();
+        for slot in &mut self.slots {
+            slot.give_up_buffers(&mut heads);
+        }
+        self.queue.put_back(heads);
+    }
+
+    /// How far the queue has come, after [`Receiver::put_back_buffers`].
+    pub(super) fn progress(&self) -> QueueProgress {
+        self.queue.progress()
+    }
+
+    /// What another receiver must know to go on after that.
+    pub(super) fn state(&self) -> ReceiverState {
+        let with_packet = |slot: &&ReceiveSlot| slot.packet_size().is_some();
+        ReceiverState {
+            substitutes: self.queue.substitutes().to_vec(),
+            undelivered: self.slots.iter().filter(with_packet).count() as u64,
+        }
+    }
+
+    /// Goes on as another did.
+    ///
+    /// # Errors
+    /// If that had more buffers than the queue can have.
+    pub(super) fn restore(&mut self, state: ReceiverState) -> Result<(), String> {
+        let (count, size) = (state.substitutes.len(), self.queue.size());
+        if count > usize::from(size) {
+            return Err(format!(
+                "{count} buffers were put back in a queue of {size}"
+            ));
+        }
+        self.queue.set_substitutes(state.substitutes);
+        Ok(())
     }
 
     /// Receives what the tap has, for one turn at most.

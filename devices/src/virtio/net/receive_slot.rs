@@ -82,6 +82,7 @@ impl ReceiveSlot {
         let size = self.chain.writable.len() - before;
         // Each holds a header at least (section 5.1.6.3.1).
         if size < PACKET_HEADER_SIZE {
+            queue.undo_pop();
             return Err(DriverError::ReceiveBuffer {
                 head,
                 readable: self.chain.readable.len(),
@@ -154,6 +155,20 @@ impl ReceiveSlot {
     /// Drops the packet.
     pub(super) fn forget(&mut self) {
         self.packet = None;
+    }
+
+    /// Gives up all buffers and puts their heads behind `heads`. The packet, if there is one, is kept.
+    pub(super) fn give_up_buffers(&mut self, heads: &mut Vec<u16>) {
+        // One that is larger than the overflow will be dropped.
+        if let Some(size) = self.packet.filter(|&size| size <= self.overflow.len()) {
+            let in_buffers = self.in_buffers.min(size);
+            self.overflow.copy_within(..size - in_buffers, in_buffers);
+            let in_buffers = &mut self.overflow[..in_buffers];
+            self.chain.writable.read_at(0, in_buffers);
+        }
+        self.in_buffers = 0;
+        heads.extend(self.buffers.drain(..).map(|buffer| buffer.head));
+        self.chain.writable.clear();
     }
 
     /// Completes the packet, which the buffers have room for, and returns those that it fills to the

@@ -64,7 +64,7 @@ fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
 fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Worker {
     let config = Arc::new(config_space(MAC, 1, 1500));
     let shared = Arc::new(Shared::new(limits).unwrap());
-    Worker::new(tap, 1500, config, shared, None, activation).unwrap()
+    Worker::new(tap, 1500, MAC, config, shared, None, activation).unwrap()
 }
 
 /// A card without limits.

@@ -14,6 +14,7 @@ use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use crate::worker::QueueProgress;
 
 /// Fewest packets that are sent together.
 const MIN_BATCH: usize = 2;
@@ -50,6 +51,12 @@ impl Transmitter {
     /// How many packets are in the queue.
     pub(super) fn waiting(&mut self) -> Result<u16, DriverError> {
         Ok(self.queue.available_count()?)
+    }
+
+    /// How far the queue has come. No packet is kept from one turn to the next, so all that were taken
+    /// are returned.
+    pub(super) fn progress(&self) -> QueueProgress {
+        self.queue.progress()
     }
 
     /// Puts the queue off to a later turn.

@@ -4,12 +4,13 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 
-use super::config::{MacAddress, mac, set_mac};
+use super::config::{MacAddress, is_station_address, mac, set_mac};
 use super::control_queue::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
@@ -19,6 +20,7 @@ use super::local_port::LocalPort;
 use super::packet_ring::PacketRing;
 use super::receive::Receiver;
 use super::shared::{Direction, Shared};
+use super::state::WorkerState;
 use super::transmit::Transmitter;
 use super::{
     DriverError, GUEST_OFFLOADS, GUEST_SEGMENTATION, Halt, MAX_FRAME_HEADER_SIZE, MAX_PACKET_SIZE,
@@ -106,8 +108,12 @@ pub(super) struct Worker {
     transmitted: Flow,
     shared: Arc<Shared>,
     control: Option<ControlQueue>,
+    /// How far the queues are that have no use.
+    unused: Vec<QueueProgress>,
     local_port: Option<LocalPort>,
     features: u64,
+    /// The guest offloads in use, as feature bits.
+    offloads: u64,
     filter: ReceiveFilter,
     config: Arc<ConfigSpace>,
     /// The address that the card has for the next driver again.
@@ -118,13 +124,14 @@ pub(super) struct Worker {
 
 impl Worker {
     /// For packets of at most `mtu` bytes, as far as neither side leaves segmentation to the
-    /// other.
+    /// other, on a card whose own address is `own_mac`.
     ///
     /// Where the queues are is in section 5.1.2: those of each pair behind one another, then the
     /// control queue. The driver knows of more than one pair only by the feature `MQ`.
     pub(super) fn new(
         tap: Arc<Tap>,
         mtu: u16,
+        own_mac: MacAddress,
         config: Arc<ConfigSpace>,
         shared: Arc<Shared>,
         local_port: Option<LocalPort>,
@@ -135,7 +142,7 @@ impl Worker {
             features,
             queues,
             interrupt,
-            state: _,
+            state,
         } = activation;
         let usual_size = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu);
         let largest_size = if features & GUEST_SEGMENTATION != 0 {
@@ -175,7 +182,8 @@ impl Worker {
             .then(|| queues.next())
             .flatten()
             .map(|queue| ControlQueue::new(queue, &memory, features));
-        Ok(Worker {
+        let unused = queues.map(|queue| queue.progress()).collect();
+        let mut worker = Worker {
             dropped: DroppedPackets::new(interrupt.clone(), tap.name(), shared.clone()),
             first_pair: 0,
             received: Flow::new(shared.clone(), Direction::Receive),
@@ -186,13 +194,60 @@ impl Worker {
             pairs,
             pairs_in_use: 1,
             control,
+            unused,
             local_port,
             features,
+            offloads: features & GUEST_OFFLOADS,
             filter: ReceiveFilter::new(),
-            own_mac: mac(&config),
+            own_mac,
             config,
             interrupt,
-        })
+        };
+        if let Some(state) = state {
+            let state = state.decode().map_err(|error| error.to_string())?;
+            worker.restore(state)?;
+        }
+        Ok(worker)
+    }
+
+    /// Goes on as another worker did, whose driver had accepted the same features.
+    fn restore(&mut self, state: WorkerState) -> Result<(), String> {
+        let WorkerState {
+            filter,
+            offloads: offloads_in_use,
+            pairs_in_use,
+            receivers,
+        } = state;
+        let pairs_in_use = usize::from(pairs_in_use);
+        if offloads_in_use & !(self.features & GUEST_OFFLOADS) != 0 {
+            return Err(format!(
+                "the driver uses offloads {offloads_in_use:#x} that it did not accept"
+            ));
+        }
+        if !(1..=self.pairs.len()).contains(&pairs_in_use) || receivers.len() != self.pairs.len() {
+            return Err(format!(
+                "{pairs_in_use} of {} pairs of queues are in use, and the driver has {}",
+                receivers.len(),
+                self.pairs.len()
+            ));
+        }
+        if !filter.is_valid() {
+            return Err("the receive filter has too many addresses".to_owned());
+        }
+        for (pair, state) in self.pairs.iter_mut().zip(receivers) {
+            self.shared.metrics.rx_fails.add(state.undelivered);
+            pair.receiver.restore(state)?;
+        }
+        let tap_error = |error| format!("cannot set up tap '{}': {error}", self.tap.name());
+        self.tap
+            .set_offloads(offloads(offloads_in_use))
+            .and_then(|()| self.tap.use_queues(pairs_in_use))
+            .map_err(tap_error)?;
+        self.offloads = offloads_in_use;
+        self.pairs_in_use = pairs_in_use;
+        self.filter = filter;
+        self.apply_filter();
+        Ok(())
     }
 
     fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
@@ -371,8 +426,7 @@ impl Worker {
                 Ok(true)
             }
             Command::Address(address) => {
-                // That of one card is no group's, and not that of none.
-                let valid = address[0] & 1 == 0 && address != [0; 6];
+                let valid = is_station_address(address);
                 if valid {
                     set_mac(&self.config, address);
                     self.shared.metrics.mac_address_updates.add(1);
@@ -383,8 +437,12 @@ impl Worker {
             Command::QueuePairs(count) => self.use_pairs(count.into()),
             Command::Offloads(wanted) => {
                 let negotiated = self.features & GUEST_OFFLOADS;
-                Ok(wanted & !negotiated == 0
-                    && (self.tap_is_gone || self.tap.set_offloads(offloads(wanted)).is_ok()))
+                let done = wanted & !negotiated == 0
+                    && (self.tap_is_gone || self.tap.set_offloads(offloads(wanted)).is_ok());
+                if done {
+                    self.offloads = wanted;
+                }
+                Ok(done)
             }
         }
     }
@@ -482,12 +540,42 @@ impl Worker {
 }
 
 impl VirtioWorker for Worker {
+    /// Each turn ends with all of its operations done and the driver notified, and keeps nothing but
+    /// buffers to receive. What the tap has queued waits there, and connections to the local endpoint
+    /// stay open.
     fn pause(&mut self) -> io::Result<()> {
-        todo!()
+        for pair in &mut self.pairs {
+            pair.receiver.put_back_buffers();
+            // The next event loop has to be told.
+            pair.watched = None;
+        }
+        Ok(())
     }
 
     fn progress(&self) -> Vec<QueueProgress> {
-        todo!()
+        let of_pairs = self
+            .pairs
+            .iter()
+            .flat_map(|pair| [pair.receiver.progress(), pair.transmitter.progress()]);
+        of_pairs
+            .chain(self.control.as_ref().map(ControlQueue::progress))
+            .chain(self.unused.iter().copied())
+            .collect()
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        let state = WorkerState {
+            filter: self.filter.clone(),
+            offloads: self.offloads,
+            // A tap has no more queues than fit.
+            pairs_in_use: self.pairs_in_use as u16,
+            receivers: self
+                .pairs
+                .iter()
+                .map(|pair| pair.receiver.state())
+                .collect(),
+        };
+        Section::of(&state).map(Some)
     }
 }
 

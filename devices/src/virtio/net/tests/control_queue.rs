@@ -54,6 +54,7 @@ fn machine() -> (Machine, Arc<ConfigSpace>) {
             Worker::new(
                 Arc::new(tap),
                 1500,
+                MAC,
                 config.clone(),
                 shared,
                 None,

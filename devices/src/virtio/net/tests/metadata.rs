@@ -72,7 +72,18 @@ fn machine(features: u64) -> (Machine, Metadata) {
         });
         let port = LocalPort::new(&service, 1500).unwrap();
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
-        Box::new(Worker::new(Arc::new(tap), 1500, config, shared, Some(port), activation).unwrap())
+        Box::new(
+            Worker::new(
+                Arc::new(tap),
+                1500,
+                MAC,
+                config,
+                shared,
+                Some(port),
+                activation,
+            )
+            .unwrap(),
+        )
     });
     (machine, metadata)
 }
