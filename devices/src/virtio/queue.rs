@@ -407,18 +407,39 @@ impl VirtQueue {
     /// # Errors
     /// As [`VirtQueue::has_available`].
     pub fn enable_doorbell(&mut self) -> Result<bool, QueueError> {
-        let Some(rings) = &self.rings else {
+        if !self.ask_for_doorbell(self.next_available) {
             return Ok(false);
+        }
+        self.has_available()
+    }
+
+    /// As [`VirtQueue::enable_doorbell`], but lets `count` chains that are available be, and asks for the
+    /// doorbell when there are more. `true` when there are already.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::has_available`].
+    pub(super) fn enable_doorbell_behind(&mut self, count: u16) -> Result<bool, QueueError> {
+        if !self.ask_for_doorbell(self.next_available.wrapping_add(count)) {
+            return Ok(false);
+        }
+        Ok(self.available_count()? > count)
+    }
+
+    /// Asks for the doorbell when the driver makes available the chain that is number `next`; `false` if
+    /// it does not use the queue.
+    fn ask_for_doorbell(&self, next: u16) -> bool {
+        let Some(rings) = &self.rings else {
+            return false;
         };
         if self.event_index {
-            rings.set_available_event(self.next_available);
+            rings.set_available_event(next);
         } else {
             rings.set_used_flags(0);
         }
         // What the driver has made available is read after it can see the wish for the doorbell: of
         // the two sides, at least one sees what the other wrote.
         fence(Ordering::SeqCst);
-        self.has_available()
+        true
     }
 
     /// Serves the available chains: `handle` does what each asks for and says how many bytes of its

@@ -170,6 +170,11 @@ impl Connection {
         self.deadline
     }
 
+    /// Moves the deadline by `time`, in which neither side could do anything.
+    pub(super) fn put_off_deadline(&mut self, time: Duration) {
+        self.deadline = self.deadline.map(|deadline| deadline + time);
+    }
+
     pub(super) fn was_killed(&self) -> bool {
         self.killed
     }

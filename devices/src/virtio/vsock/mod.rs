@@ -16,12 +16,14 @@
 mod connection;
 mod credit;
 mod error;
+mod event_queue;
 mod greeting;
 mod metrics;
 mod muxer;
 mod packet;
 mod receive;
 mod source;
+mod state;
 mod stream;
 mod table;
 mod waiting;
@@ -30,6 +32,8 @@ mod worker;
 use std::sync::Arc;
 
 pub use metrics::VsockMetrics;
+
+use bantam_state::{RestoreError, Section};
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::ListeningSocket;
@@ -91,6 +95,17 @@ impl VirtioDevice for Vsock {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
+    }
+
+    /// The CID is part of how the device is configured.
+    fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
+        if config == self.guest_cid.to_le_bytes() {
+            return Ok(());
+        }
+        Err(RestoreError::Invalid {
+            kind: "socket device".to_owned(),
+            reason: format!("it is not that of a guest with CID {}", self.guest_cid),
+        })
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -17,6 +17,7 @@ use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, TYPE_STREAM, operation};
 use super::receive::ReceiveQueue;
 use super::source::Source;
+use super::state::WorkerState;
 use super::stream::HostStream;
 use super::table::{Entry, Table};
 use super::waiting::Waiting;
@@ -27,6 +28,9 @@ use crate::virtio::{MAX_TURN, VirtioInterrupt};
 const MAX_REFUSALS: usize = 256;
 /// Most programs of the host that are accepted before others have their turn.
 const MAX_ACCEPTED_PER_TURN: usize = 64;
+/// How long the guest may take to end its connections after the device was restored, before new ones
+/// are begun.
+const RESET_TIME: Duration = Duration::from_secs(1);
 /// How long to wait before accepting again where the host was out of something.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
@@ -44,6 +48,11 @@ pub(super) struct Muxer {
     /// Whether programs may be waiting to be accepted.
     accepts: bool,
     accept_retry: Option<Instant>,
+    /// Until when programs wait, because the guest would take their connections for those that it has
+    /// yet to end.
+    held_until: Option<Instant>,
+    /// When the device was paused, if it is.
+    paused_at: Option<Instant>,
     /// Whether it is known that programs cannot be accepted.
     accept_has_failed: bool,
     /// The connections of the guest that wait for programs of the host.
@@ -71,6 +80,8 @@ impl Muxer {
             touched: Vec::new(),
             accepts: false,
             accept_retry: None,
+            held_until: None,
+            paused_at: None,
             accept_has_failed: false,
             waiting: Waiting::default(),
             timer: TimerFd::new()?,
@@ -80,8 +91,67 @@ impl Muxer {
         })
     }
 
-    /// Has the event loop watch what there is from the start.
-    pub(super) fn watch(&self, operations: &mut EventOps<'_>) -> event_manager::Result<()> {
+    /// Takes the place of one that was saved. If the guest has yet to end its connections,
+    /// programs of the host wait until [`Muxer::end_reset`], though not for long.
+    ///
+    /// # Errors
+    /// If the state is not one that a worker can have.
+    pub(super) fn restore(
+        &mut self,
+        state: &WorkerState,
+        has_to_reset: bool,
+    ) -> Result<(), String> {
+        let port = state.next_host_port;
+        if !self.table.set_next_host_port(port) {
+            return Err(format!("port {port} is not one for programs of the host"));
+        }
+        self.held_until = has_to_reset.then(|| Instant::now() + RESET_TIME);
+        Ok(())
+    }
+
+    /// The guest has ended its connections.
+    pub(super) fn end_reset(&mut self) {
+        self.held_until = None;
+    }
+
+    /// What another worker must know.
+    pub(super) fn save(&self) -> WorkerState {
+        WorkerState {
+            next_host_port: self.table.next_host_port(),
+        }
+    }
+
+    /// Has time stand still until [`Muxer::watch`].
+    pub(super) fn pause(&mut self) {
+        self.paused_at.get_or_insert_with(Instant::now);
+    }
+
+    /// Moves all that is timed by the time of the pause, in which the guest could do nothing.
+    fn end_pause(&mut self) {
+        let Some(paused_at) = self.paused_at.take() else {
+            return;
+        };
+        let time = paused_at.elapsed();
+        self.held_until = self.held_until.map(|end| end + time);
+        for (_, entry) in self.table.iter() {
+            entry.connection.put_off_deadline(time);
+        }
+    }
+
+    /// Has the event loop watch what there is from the start, and, after a pause, the connections.
+    pub(super) fn watch(&mut self, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
+        self.watch_sources(operations)?;
+        self.end_pause();
+        // It may run for a time that has moved.
+        self.timer_end = None;
+        for (place, entry) in self.table.iter() {
+            entry.watched = None;
+            self.touched.push(place);
+        }
+        Ok(self.settle(operations)?)
+    }
+
+    fn watch_sources(&self, operations: &mut EventOps<'_>) -> event_manager::Result<()> {
         let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let listener = &*self.listener;
         operations.add(Events::with_data(
@@ -213,7 +283,7 @@ impl Muxer {
     /// Accepts programs of the host, for one turn at most; `true` if there may be more.
     pub(super) fn accept(&mut self) -> bool {
         for _ in 0..MAX_ACCEPTED_PER_TURN {
-            if !self.accepts {
+            if !self.accepts || self.held_until.is_some() {
                 return false;
             }
             match self.listener.accept() {
@@ -288,6 +358,9 @@ impl Muxer {
         if self.accept_retry.is_some_and(|time| time <= now) {
             self.accept_retry = None;
             self.accepts = true;
+        }
+        if self.held_until.is_some_and(|time| time <= now) {
+            self.held_until = None;
         }
         if self.waiting.retry().is_some_and(|time| time <= now) {
             self.retry_waiting(now);
@@ -398,6 +471,7 @@ impl Muxer {
             self.set_timer(deadline)?;
         }
         self.set_timer(self.waiting.retry())?;
+        self.set_timer(self.held_until)?;
         self.set_timer(self.accept_retry)
     }
 

@@ -9,6 +9,7 @@ use bantam_memory::{GuestBuffers, GuestMemory};
 use super::DriverError;
 use super::packet::{HEADER_SIZE, Header};
 use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
+use crate::worker::QueueProgress;
 
 /// Most buffers that are filled by one system call.
 const MAX_BUFFERS: usize = 32;
@@ -56,6 +57,10 @@ impl ReceiveQueue {
             used: Vec::new(),
             unreported: false,
         }
+    }
+
+    pub(super) fn progress(&self) -> QueueProgress {
+        self.queue.progress()
     }
 
     /// Size in descriptors.

@@ -5,6 +5,7 @@
 pub(super) enum Source {
     ReceiveDoorbell,
     TransmitDoorbell,
+    EventDoorbell,
     Listener,
     Timer,
     /// The stream of the connection at this place.
@@ -12,7 +13,7 @@ pub(super) enum Source {
 }
 
 /// Token of the connection at the first place. Those of the others follow.
-const FIRST_CONNECTION_TOKEN: u32 = 4;
+const FIRST_CONNECTION_TOKEN: u32 = 5;
 
 impl Source {
     /// What the event loop keeps of it.
@@ -20,8 +21,9 @@ impl Source {
         match self {
             Source::ReceiveDoorbell => 0,
             Source::TransmitDoorbell => 1,
-            Source::Listener => 2,
-            Source::Timer => 3,
+            Source::EventDoorbell => 2,
+            Source::Listener => 3,
+            Source::Timer => 4,
             Source::Connection(place) => FIRST_CONNECTION_TOKEN + place as u32,
         }
     }
@@ -30,8 +32,9 @@ impl Source {
         match token {
             0 => Source::ReceiveDoorbell,
             1 => Source::TransmitDoorbell,
-            2 => Source::Listener,
-            3 => Source::Timer,
+            2 => Source::EventDoorbell,
+            3 => Source::Listener,
+            4 => Source::Timer,
             token => Source::Connection((token - FIRST_CONNECTION_TOKEN) as usize),
         }
     }

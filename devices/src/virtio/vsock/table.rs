@@ -131,6 +131,20 @@ impl Table {
         entries.filter_map(|(place, entry)| Some((place, entry.as_mut()?)))
     }
 
+    /// The port of the host that is given to the next program, if it is free.
+    pub(super) fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    /// Goes on behind the ports that an earlier table has given; `false` if they are not such ports.
+    pub(super) fn set_next_host_port(&mut self, port: u32) -> bool {
+        let is_valid = (FIRST_HOST_PORT..=LAST_HOST_PORT).contains(&port);
+        if is_valid {
+            self.next_host_port = port;
+        }
+        is_valid
+    }
+
     /// A port of the host that no connection to this port of the guest has.
     pub(super) fn choose_host_port(&mut self, guest: u32) -> Ports {
         loop {

@@ -5,9 +5,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::DriverError;
+use super::event_queue::EventQueue;
 use super::metrics::VsockMetrics;
 use super::muxer::Muxer;
 use super::packet::{HEADER_SIZE, Header};
@@ -20,6 +22,7 @@ use crate::worker::{QueueProgress, VirtioWorker};
 pub(super) struct Worker {
     receive_queue: ReceiveQueue,
     transmit_queue: VirtQueue,
+    event_queue: EventQueue,
     chain: Chain,
     /// Whether packets of the guest wait until it has taken some.
     is_stalled: bool,
@@ -42,17 +45,23 @@ impl Worker {
             memory,
             queues,
             interrupt,
-            ..
+            state,
+            features: _,
         } = activation;
-        // The third has events for the driver, of which there are none: it tells of migrations.
-        let Ok([receive_queue, transmit_queue, _]) = <[VirtQueue; 3]>::try_from(queues) else {
+        let Ok([receive_queue, transmit_queue, event_queue]) = <[VirtQueue; 3]>::try_from(queues) else {
             return Err("a socket device has three queues".to_string());
         };
-        let muxer = Muxer::new(guest_cid, listener, metrics.clone(), interrupt.clone())
+        let mut event_queue = EventQueue::new(event_queue, &memory);
+        let mut muxer = Muxer::new(guest_cid, listener, metrics.clone(), interrupt.clone())
             .map_err(|error| format!("the host gives no timer: {error}"))?;
+        if let Some(state) = state {
+            let state = state.decode().map_err(|error| error.to_string())?;
+            muxer.restore(&state, event_queue.begin_reset())?;
+        }
         Ok(Worker {
             receive_queue: ReceiveQueue::new(receive_queue, &memory),
             transmit_queue,
+            event_queue,
             chain: Chain::new(&memory),
             is_stalled: false,
             turn_is_over: false,
@@ -72,6 +81,12 @@ impl Worker {
             Source::TransmitDoorbell => {
                 self.metrics.tx_queue_event_count.add(1);
                 self.take_packets()
+            }
+            Source::EventDoorbell => {
+                if self.event_queue.serve(&self.interrupt)? {
+                    self.muxer.end_reset();
+                }
+                Ok(())
             }
             Source::Listener => {
                 self.muxer.begin_accepting();
@@ -163,12 +178,22 @@ fn take_header(chain: &mut Chain) -> Result<Header, DriverError> {
 }
 
 impl VirtioWorker for Worker {
+    /// Each chain is returned or put back in the turn that takes it, and the driver is told.
     fn pause(&mut self) -> io::Result<()> {
-        todo!()
+        self.muxer.pause();
+        Ok(())
     }
 
     fn progress(&self) -> Vec<QueueProgress> {
-        todo!()
+        vec![
+            self.receive_queue.progress(),
+            self.transmit_queue.progress(),
+            self.event_queue.progress(),
+        ]
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        Section::of(&self.muxer.save()).map(Some)
     }
 }
 
@@ -179,12 +204,13 @@ impl MutEventSubscriber for Worker {
         let doorbells = [
             (self.receive_queue.as_raw_fd(), Source::ReceiveDoorbell),
             (self.transmit_queue.as_raw_fd(), Source::TransmitDoorbell),
+            (self.event_queue.as_raw_fd(), Source::EventDoorbell),
         ];
-        let watched = doorbells
-            .into_iter()
-            .try_for_each(|(doorbell, source)| {
-                operations.add(Events::with_data_raw(doorbell, source.token(), readiness))
-            })
+        let watched = doorbells.into_iter().try_for_each(|(doorbell, source)| {
+            operations.add(Events::with_data_raw(doorbell, source.token(), readiness))
+        });
+        let watched = watched
+            .map_err(DriverError::from)
             .and_then(|()| self.muxer.watch(operations));
         if let Err(error) = watched {
             self.interrupt.need_reset_by_host(&error);
