@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use bantam_memory::GuestMemory;
+use serde::{Deserialize, Serialize};
 
 use super::DriverError;
 use super::message::{DeviceMessage, DriverMessage, HEADER_SIZE};
@@ -13,7 +14,7 @@ use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
 ///
 /// Messages are made from the difference to what is, so that a driver that offers no buffers does not
 /// make them pile up.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
 struct Told {
     is_added: bool,
     /// The driver has said that it can take what follows.
@@ -26,6 +27,14 @@ struct Told {
 /// What the driver has been told of `port`, if it is a channel.
 fn told_of(told: &mut [Told], port: usize) -> Option<&mut Told> {
     told.get_mut(port.checked_sub(1)?)
+}
+
+/// What is kept of the control queues when a device is saved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ControlState {
+    /// Of each channel.
+    told: Vec<Told>,
+    is_device_ready: bool,
 }
 
 /// That the guest has opened or closed its end of a port.
@@ -60,6 +69,31 @@ impl ControlQueue {
             names,
             is_device_ready: false,
         }
+    }
+
+    /// What another worker must know so that it tells the driver nothing twice.
+    pub(super) fn save(&self) -> ControlState {
+        ControlState {
+            told: self.told.clone(),
+            is_device_ready: self.is_device_ready,
+        }
+    }
+
+    /// Takes over what an earlier worker knew.
+    ///
+    /// # Errors
+    /// If that one had another number of channels.
+    pub(super) fn restore(&mut self, state: ControlState) -> Result<(), String> {
+        if state.told.len() != self.told.len() {
+            return Err(format!(
+                "the driver knows of {} channels, and there are {}",
+                state.told.len(),
+                self.told.len()
+            ));
+        }
+        self.told = state.told;
+        self.is_device_ready = state.is_device_ready;
+        Ok(())
     }
 
     /// The queues by which the driver receives and transmits, in this order.

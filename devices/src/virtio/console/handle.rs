@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{ConsoleMetrics, Shared, config};
+use super::{ConsoleMetrics, Shared};
 use crate::serial::SerialEndpoint;
 use crate::virtio::VirtioInterrupt;
 
@@ -30,9 +30,7 @@ impl ConsoleHandle {
         let mut size = [0; 4];
         size[..2].copy_from_slice(&columns.to_le_bytes());
         size[2..].copy_from_slice(&rows.to_le_bytes());
-        let before: [u8; 4] = self.shared.config.array(config::COLUMNS as u64);
-        self.shared.config.write(config::COLUMNS, &size);
-        if size != before && self.shared.is_active.load(Ordering::Acquire) {
+        if self.shared.set_size(size) && self.shared.is_active.load(Ordering::Acquire) {
             self.interrupt.notify_configuration_change();
         }
     }

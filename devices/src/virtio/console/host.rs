@@ -18,7 +18,7 @@ use crate::serial::SerialEndpoint;
 use crate::virtio::VirtioInterrupt;
 
 /// Bytes of emergency writes that are kept until the host takes them.
-const EMERGENCY_CAPACITY: usize = 4096;
+pub(super) const EMERGENCY_CAPACITY: usize = 4096;
 
 /// One end of a port. It outlives the worker: a client stays connected while the driver resets the
 /// device.
@@ -319,6 +319,16 @@ impl HostEnd {
         {
             self.emergency.clear();
         }
+    }
+
+    /// The bytes that are kept.
+    pub(super) fn emergency_bytes(&self) -> Vec<u8> {
+        self.emergency.iter().copied().collect()
+    }
+
+    /// Keeps these bytes instead, no more than [`EMERGENCY_CAPACITY`], until the host takes them.
+    pub(super) fn set_emergency_bytes(&mut self, bytes: Vec<u8>) {
+        self.emergency = bytes.into();
     }
 
     /// Sends the bytes that are kept.

@@ -26,6 +26,7 @@ mod metrics;
 mod port;
 mod shared;
 mod source;
+mod state;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -33,10 +34,14 @@ mod worker;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
+
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::worker::VirtioWorker;
 use error::DriverError;
+use host::EMERGENCY_CAPACITY;
 use shared::Shared;
+use state::ConsoleState;
 use worker::Worker;
 
 pub use handle::ConsoleHandle;
@@ -110,6 +115,7 @@ impl Console {
         Console {
             shared: Arc::new(Shared {
                 config,
+                size: Mutex::default(),
                 hosts: (0..port_count).map(|_| Mutex::default()).collect(),
                 is_active: AtomicBool::new(false),
                 metrics: Arc::default(),
@@ -161,10 +167,50 @@ impl VirtioDevice for Console {
         }
     }
 
+    fn reset(&mut self) {
+        if let Some(mut host) = self.shared.host(0) {
+            host.set_emergency_bytes(Vec::new());
+        }
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        let host = self.shared.host(0);
+        let emergency = host.map_or_else(Vec::new, |host| host.emergency_bytes());
+        Section::of(&ConsoleState { emergency }).map(Some)
+    }
+
+    fn restore(&mut self, config: &[u8], state: Option<&Section>) -> Result<(), RestoreError> {
+        let invalid = |reason: &str| RestoreError::Invalid {
+            kind: ConsoleState::KIND.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let max_ports: [u8; 4] = self.shared.config.array(config::MAX_PORTS as u64);
+        if config.get(config::MAX_PORTS..config::EMERGENCY_WRITE) != Some(&max_ports[..]) {
+            return Err(invalid("it has another number of ports"));
+        }
+        let state = state.ok_or_else(|| invalid("it has none of a console device"))?;
+        let ConsoleState { emergency } = state.decode()?;
+        if emergency.len() > EMERGENCY_CAPACITY {
+            return Err(invalid("it has more emergency writes than are kept"));
+        }
+        if let Some(mut host) = self.shared.host(0) {
+            host.set_emergency_bytes(emergency);
+        }
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
+        let has_size = activation.features & feature::SIZE != 0;
+        let is_restored = activation.state.is_some();
+        let interrupt = activation.interrupt.clone();
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
+                if is_restored && has_size {
+                    // The driver knows the size of the terminal that the saved device had.
+                    self.shared.rewrite_size();
+                    interrupt.notify_configuration_change();
+                }
                 Ok(Box::new(worker))
             }
             Err(reason) => {

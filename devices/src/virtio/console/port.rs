@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestBuffers, GuestMemory};
 use event_manager::EventOps;
+use serde::{Deserialize, Serialize};
 
 use super::host::HostEnd;
 use super::{DriverError, Shared};
@@ -28,6 +29,14 @@ enum Progress {
     Interrupted,
 }
 
+/// What is kept of a port when a device is saved.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct PortState {
+    /// Bytes of the next chain of the transmit queue that the host has taken.
+    sent: u64,
+    is_guest_open: bool,
+}
+
 pub(super) struct Port {
     index: usize,
     shared: Arc<Shared>,
@@ -40,6 +49,8 @@ pub(super) struct Port {
     piece: GuestBuffers,
     /// Head of `transmit_chain` while the host has not taken all of it.
     sending: Option<u16>,
+    /// How many bytes the host has taken of that chain, or of the next if that was put back.
+    sent: usize,
     /// Whether a program of the guest has the port open. A console always is.
     is_guest_open: bool,
     /// Whether the client is to see that the guest has closed the port, once it has all that came
@@ -65,9 +76,36 @@ impl Port {
             transmit_chain: Chain::new(memory),
             piece: GuestBuffers::new(memory.clone()),
             sending: None,
+            sent: 0,
             is_guest_open: index == 0,
             is_closing: false,
         }
+    }
+
+    /// Puts the chain that the host has not taken whole back into its queue. The rest of it is sent when it
+    /// is taken again.
+    pub(super) fn pause(&mut self) {
+        if self.sending.take().is_some() {
+            self.piece.clear();
+            self.transmit_chain.readable.clear();
+            self.transmit_queue.undo_pop();
+        }
+    }
+
+    /// What another worker must know. That a client waits to see the guest's end closed is not part of it,
+    /// as clients end with the process.
+    pub(super) fn save(&self) -> PortState {
+        PortState {
+            sent: self.sent as u64,
+            is_guest_open: self.is_guest_open,
+        }
+    }
+
+    /// Takes over what an earlier worker knew.
+    pub(super) fn restore(&mut self, state: PortState) {
+        // More than the chain has is as good as all of it.
+        self.sent = usize::try_from(state.sent).unwrap_or(usize::MAX);
+        self.is_guest_open = self.index == 0 || state.is_guest_open;
     }
 
     /// The queues by which the driver receives and transmits, in this order.
@@ -153,6 +191,7 @@ impl Port {
             let head = match self.sending {
                 Some(head) => head,
                 None if self.transmit_queue.pop(&mut self.transmit_chain)? => {
+                    self.transmit_chain.readable.advance(self.sent);
                     self.transmit_chain.head
                 }
                 None if self.transmit_queue.enable_doorbell()? => continue,
@@ -169,7 +208,10 @@ impl Port {
                     readable.move_front(MAX_BYTES_PER_CALL, &mut self.piece);
                 }
                 match host.write(&mut self.piece) {
-                    Ok(count) => self.shared.metrics.tx_bytes_count.add(count as u64),
+                    Ok(count) => {
+                        self.sent += count;
+                        self.shared.metrics.tx_bytes_count.add(count as u64);
+                    }
                     Err(error) if is_blocked(&error) => return Ok(Progress::Blocked),
                     Err(error) => match operations.as_deref_mut() {
                         Some(operations) => self.lose_output(host, &error, operations),
@@ -183,6 +225,7 @@ impl Port {
             }
             self.transmit_queue.add_used(head, 0);
             self.sending = None;
+            self.sent = 0;
         }
         self.call_again();
         Ok(Progress::Interrupted)

@@ -1,5 +1,7 @@
 //! Tests of the device, with a driver that is played and real descriptors of the host.
 
+mod suspend;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -18,9 +20,9 @@ use super::*;
 use crate::ListeningSocket;
 use crate::event_loop::Subscriber;
 use crate::serial::SerialEndpoint;
-use crate::virtio::VirtQueue;
 use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
+use crate::worker::QueueProgress;
 
 /// Where the rings of the queues are.
 const RINGS: u64 = 0x1000;
@@ -133,23 +135,36 @@ impl Guest {
         self.memory
             .write_slice(&zeros, GuestAddress(RINGS))
             .unwrap();
-        let queue = |(index, driver): (usize, &TestDriver)| driver.queue(index as u16, false);
-        let queues: Vec<VirtQueue> = self.drivers.iter().enumerate().map(queue).collect();
-        for queue in &queues {
-            queue.ring_doorbell();
-        }
-        let worker = self.device.activate(Activation {
+        let progress = vec![QueueProgress::default(); count];
+        let worker = self.make_worker(features, &progress, None);
+        self.resume(worker.unwrap());
+        self.rest();
+    }
+
+    fn make_worker(
+        &mut self,
+        features: u64,
+        progress: &[QueueProgress],
+        state: Option<Section>,
+    ) -> Result<Box<dyn VirtioWorker>, String> {
+        let queues = self.drivers.iter().zip(progress).zip(0..);
+        self.device.activate(Activation {
             memory: self.memory.clone(),
             features,
-            queues,
+            queues: queues
+                .map(|((driver, progress), index)| driver.queue_at(index, false, *progress))
+                .collect(),
             interrupt: self.interrupt.clone(),
-            state: None,
-        });
-        self.worker = Some(
-            self.manager
-                .add_subscriber(Subscriber::Worker(worker.unwrap())),
-        );
-        self.rest();
+            state,
+        })
+    }
+
+    fn resume(&mut self, worker: Box<dyn VirtioWorker>) {
+        for driver in &self.drivers {
+            driver.ring_doorbell();
+        }
+        let id = self.manager.add_subscriber(Subscriber::Worker(worker));
+        self.worker = Some(id);
     }
 
     /// The driver resets the device; its worker is dropped on another thread than the event loop's.

@@ -1,5 +1,6 @@
 //! The worker: does what the driver's doorbells and the host's descriptors ask for.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -7,11 +8,13 @@ use std::sync::atomic::Ordering;
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
+use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::control_queue::ControlQueue;
 use super::port::{LAST_OUTPUT_LIMIT, Port};
 use super::source::Source;
+use super::state::WorkerState;
 use super::{DriverError, Shared};
 use crate::virtio::{Activation, MAX_TURN, VirtQueue, VirtioInterrupt};
 use crate::worker::{QueueProgress, VirtioWorker};
@@ -25,8 +28,13 @@ pub(super) struct Worker {
     ports: Vec<Port>,
     /// None for a driver that knows of one port only.
     control: Option<ControlQueue>,
-    /// The thread of the event loop.
+    /// Queues of the device, those that the driver does not know of among them.
+    queue_count: usize,
+    /// The thread of the event loop, while it is on one.
     thread: Option<ThreadId>,
+    /// Whether another worker may send what is left in the queues, as this one was saved since it was
+    /// paused.
+    is_saved: Cell<bool>,
 }
 
 /// The queue with this index, the driver's receiving ones being even.
@@ -55,8 +63,9 @@ impl Worker {
             features,
             queues,
             interrupt,
-            state: _,
+            state,
         } = activation;
+        let queue_count = queues.len();
         let is_multiport = features & super::feature::MULTIPORT != 0;
         let mut queues = queues.into_iter();
         let mut pairs = std::iter::from_fn(|| Some([queues.next()?, queues.next()?]));
@@ -73,13 +82,39 @@ impl Worker {
             control = Some(ControlQueue::new(receive, transmit, names.clone(), &memory));
             ports.extend(pairs.zip(1..).map(|(pair, index)| port(index, pair)));
         }
-        Ok(Worker {
+        let mut worker = Worker {
             ports,
             control,
+            queue_count,
             thread: None,
+            is_saved: Cell::new(false),
             interrupt,
             shared,
-        })
+        };
+        if let Some(state) = state {
+            worker.restore(state.decode().map_err(|error| error.to_string())?)?;
+        }
+        Ok(worker)
+    }
+
+    /// Takes over what an earlier worker knew, as far as it was one of the same driver.
+    fn restore(&mut self, state: WorkerState) -> Result<(), String> {
+        if state.ports.len() != self.ports.len() {
+            return Err(format!(
+                "the driver knows of {} ports, and there are {}",
+                state.ports.len(),
+                self.ports.len()
+            ));
+        }
+        match (&mut self.control, state.control) {
+            (Some(control), Some(state)) => control.restore(state)?,
+            (None, None) => {}
+            _ => return Err("its control queues are those of another driver".to_string()),
+        }
+        for (port, state) in self.ports.iter_mut().zip(state.ports) {
+            port.restore(state);
+        }
+        Ok(())
     }
 
     /// Queues and the indices that they have, those of the other kind of driver left out.
@@ -176,18 +211,40 @@ impl Worker {
 }
 
 impl VirtioWorker for Worker {
+    /// Output that a slow reader has not taken goes back into the queues: to keep it here would take memory
+    /// as the guest pleases. Input is put into the guest's buffers in the turn that reads it.
     fn pause(&mut self) -> io::Result<()> {
-        todo!()
+        for port in &mut self.ports {
+            port.pause();
+        }
+        self.thread = None;
+        Ok(())
     }
 
     fn progress(&self) -> Vec<QueueProgress> {
-        todo!()
+        let mut progress = vec![QueueProgress::default(); self.queue_count];
+        for (index, queue) in self.doorbells() {
+            if let Some(progress) = progress.get_mut(index) {
+                *progress = queue.progress();
+            }
+        }
+        progress
+    }
+
+    fn save(&self) -> Result<Option<Section>, SaveError> {
+        let section = Section::of(&WorkerState {
+            ports: self.ports.iter().map(Port::save).collect(),
+            control: self.control.as_ref().map(ControlQueue::save),
+        })?;
+        self.is_saved.set(true);
+        Ok(Some(section))
     }
 }
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
         self.thread = Some(thread::current().id());
+        self.is_saved.set(false);
         if let Err(error) = self.begin(operations) {
             self.interrupt.need_reset(&error);
         }
@@ -207,13 +264,14 @@ impl MutEventSubscriber for Worker {
 
 impl Drop for Worker {
     /// After a reset the worker is dropped by a vCPU, which must not wait for a reader of the host; at
-    /// the machine's end by its event loop.
+    /// the machine's end by its event loop; and while it is paused by the machine's owner, who does not wait
+    /// either. What another worker may send is left to that one.
     fn drop(&mut self) {
         self.shared.is_active.store(false, Ordering::Release);
         let is_at_end = self.thread == Some(thread::current().id());
         let deadline = is_at_end.then(|| Instant::now() + LAST_OUTPUT_LIMIT);
         for port in &mut self.ports {
-            if !self.interrupt.needs_reset() {
+            if !self.interrupt.needs_reset() && !self.is_saved.get() {
                 port.send_last_output(deadline);
             }
             port.end();

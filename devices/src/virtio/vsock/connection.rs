@@ -545,3 +545,18 @@ impl Connection {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_that_is_put_off_does_not_count() {
+        let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let now = Instant::now();
+        let mut connection = Connection::from_host(HostStream::new(stream), now);
+        let pause = Duration::from_secs(3600);
+        connection.put_off_deadline(pause);
+        assert_eq!(connection.deadline(), Some(now + CONNECT_TIME + pause));
+    }
+}

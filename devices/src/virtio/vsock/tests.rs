@@ -3,6 +3,7 @@
 mod backlog;
 mod guest;
 mod limits;
+mod suspend;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;

@@ -48,7 +48,8 @@ impl Worker {
             state,
             features: _,
         } = activation;
-        let Ok([receive_queue, transmit_queue, event_queue]) = <[VirtQueue; 3]>::try_from(queues) else {
+        let Ok([receive_queue, transmit_queue, event_queue]) = <[VirtQueue; 3]>::try_from(queues)
+        else {
             return Err("a socket device has three queues".to_string());
         };
         let mut event_queue = EventQueue::new(event_queue, &memory);

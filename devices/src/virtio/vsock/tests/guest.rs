@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bantam_memory::GuestMemory;
+use bantam_state::Section;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
@@ -17,6 +18,7 @@ use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDrive
 use crate::virtio::vsock::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use crate::virtio::vsock::{Vsock, VsockMetrics};
 use crate::virtio::{Activation, VirtioDevice, VirtioInterrupt};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 pub const GUEST_CID: u64 = 7;
 const RECEIVE_RINGS: u64 = 0;
@@ -25,6 +27,8 @@ const EVENT_RINGS: u64 = 2 * RINGS_SIZE;
 /// Where the packets to be transmitted are, each in a place of its own.
 const TRANSMIT_DATA: u64 = 0x1_0000;
 const TRANSMIT_SIZE: u64 = 0x4000;
+/// Where events are received.
+pub const EVENT_DATA: u64 = 0xf000;
 /// Where packets are received.
 pub const RECEIVE_DATA: u64 = 0x10_0000;
 const RECEIVE_SIZE: u32 = 4096;
@@ -38,6 +42,7 @@ pub struct Guest {
     pub memory: Arc<GuestMemory>,
     pub receive: TestDriver,
     pub transmit: TestDriver,
+    pub event: TestDriver,
     pub manager: EventManager<Subscriber>,
     pub worker: Option<SubscriberId>,
     pub device: Vsock,
@@ -67,6 +72,7 @@ impl Guest {
         let mut guest = Guest {
             receive: TestDriver::new(&memory, RECEIVE_RINGS, QUEUE_SIZE),
             transmit: TestDriver::new(&memory, TRANSMIT_RINGS, QUEUE_SIZE),
+            event: TestDriver::new(&memory, EVENT_RINGS, QUEUE_SIZE),
             memory,
             manager: EventManager::new().unwrap(),
             worker: None,
@@ -88,22 +94,78 @@ impl Guest {
     }
 
     pub fn activate(&mut self) {
-        let event = TestDriver::new(&self.memory, EVENT_RINGS, QUEUE_SIZE);
+        self.worker = Some(self.activate_with(&[QueueProgress::default(); 3], None));
+    }
+
+    fn activate_with(
+        &mut self,
+        progress: &[QueueProgress],
+        state: Option<Section>,
+    ) -> SubscriberId {
+        let drivers = [&self.receive, &self.transmit, &self.event];
+        let queues = drivers.iter().zip(progress).zip(0..);
         let worker = self.device.activate(Activation {
             memory: self.memory.clone(),
             features: self.device.features(),
-            queues: vec![
-                self.receive.queue(0, false),
-                self.transmit.queue(1, false),
-                event.queue(2, false),
-            ],
+            queues: queues
+                .map(|((driver, progress), index)| driver.queue_at(index, false, *progress))
+                .collect(),
             interrupt: self.interrupt.clone(),
-            state: None,
+            state,
         });
-        self.worker = Some(
-            self.manager
-                .add_subscriber(Subscriber::Worker(worker.unwrap())),
-        );
+        self.manager
+            .add_subscriber(Subscriber::Worker(worker.unwrap()))
+    }
+
+    /// Takes the worker off the event loop, as the transport does.
+    pub fn pause(&mut self) -> Box<dyn VirtioWorker> {
+        let id = self.worker.take().unwrap();
+        let Subscriber::Worker(mut worker) = self.manager.remove_subscriber(id).unwrap() else {
+            panic!("it is a worker");
+        };
+        worker.pause().unwrap();
+        for queue in worker.progress() {
+            assert_eq!(queue.next_available, queue.next_used);
+        }
+        worker
+    }
+
+    pub fn resume(&mut self, worker: Box<dyn VirtioWorker>) {
+        self.ring_doorbells();
+        let id = self.manager.add_subscriber(Subscriber::Worker(worker));
+        self.worker = Some(id);
+    }
+
+    /// Has another device, with a socket of its own, go on from the state of a paused worker.
+    pub fn restore(&mut self, worker: Box<dyn VirtioWorker>) {
+        let (progress, state) = (worker.progress(), worker.save().unwrap());
+        let (config, front_state) = (self.device.config().save().0, self.device.save().unwrap());
+        drop(worker);
+        let folder = TempDir::new().unwrap();
+        let listener = ListeningSocket::bind(&folder.as_path().join("v")).unwrap();
+        self.device = Vsock::new(GUEST_CID as u32, listener);
+        self.metrics = self.device.metrics();
+        self.folder = folder;
+        self.device.restore(&config, front_state.as_ref()).unwrap();
+        self.ring_doorbells();
+        self.worker = Some(self.activate_with(&progress, state));
+    }
+
+    fn ring_doorbells(&self) {
+        for driver in [&self.receive, &self.transmit, &self.event] {
+            driver.ring_doorbell();
+        }
+    }
+
+    /// Makes a buffer for an event available.
+    pub fn offer_event_buffer(&mut self) {
+        self.event.offer(&[Buffer {
+            address: EVENT_DATA,
+            len: 4,
+            writable: true,
+        }]);
+        self.event.ring_doorbell();
+        self.rest();
     }
 
     pub fn reset(&mut self) {
@@ -114,6 +176,7 @@ impl Guest {
             .unwrap();
         self.receive = TestDriver::new(&self.memory, RECEIVE_RINGS, QUEUE_SIZE);
         self.transmit = TestDriver::new(&self.memory, TRANSMIT_RINGS, QUEUE_SIZE);
+        self.event = TestDriver::new(&self.memory, EVENT_RINGS, QUEUE_SIZE);
         self.interrupt.reset();
         self.activate();
     }

@@ -1,0 +1,33 @@
+//! What a device in another process must know of the one that was saved.
+
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
+use super::control_queue::ControlState;
+use super::port::PortState;
+
+/// The state of a device beside its configuration space, with or without a driver.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ConsoleState {
+    /// Emergency writes that the host has not taken.
+    pub(super) emergency: Vec<u8>,
+}
+
+impl SavedState for ConsoleState {
+    const KIND: &'static str = "console";
+    const VERSION: u16 = 1;
+}
+
+/// The state of a worker beside its queues.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct WorkerState {
+    /// Of each port that the driver knows of.
+    pub(super) ports: Vec<PortState>,
+    /// None for a driver that knows of one port only.
+    pub(super) control: Option<ControlState>,
+}
+
+impl SavedState for WorkerState {
+    const KIND: &'static str = "console worker";
+    const VERSION: u16 = 1;
+}

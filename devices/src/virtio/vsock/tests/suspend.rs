@@ -1,0 +1,293 @@
+//! Pausing the device in place, and going on in another process.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use bantam_state::{RestoreError, Section};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::guest::{EVENT_DATA, Guest, QUEUE_SIZE, answer, with};
+use super::{bytes, is_closed};
+use crate::virtio::vsock::packet::{Header, operation};
+use crate::virtio::vsock::state::WorkerState;
+use crate::virtio::{Activation, VirtioDevice};
+
+impl Guest {
+    fn pause_and_resume(&mut self) {
+        let worker = self.pause();
+        self.resume(worker);
+    }
+
+    /// The events that have come.
+    fn take_events(&mut self) -> Vec<u32> {
+        self.rest();
+        let used = self.event.take_used();
+        used.into_iter()
+            .map(|(_, len)| {
+                assert_eq!(len, 4);
+                self.memory.read_obj(GuestAddress(EVENT_DATA)).unwrap()
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn a_pause_keeps_connections_whatever_their_state() {
+    let mut guest = Guest::ready();
+    let (mut client, packet) = guest.connected_by_host(52);
+    let mut asking = guest.client();
+    asking.write_all(b"CONNECT 5").unwrap();
+    let mut asked = guest.client();
+    asked.write_all(b"CONNECT 54\n").unwrap();
+    let request = guest.received_one(operation::REQUEST);
+
+    let worker = guest.pause();
+    // What both sides do meanwhile waits.
+    client.write_all(b"from the host").unwrap();
+    asking.write_all(b"3\n").unwrap();
+    let data = b"from the guest";
+    let header = Header {
+        len: data.len() as u32,
+        ..packet
+    };
+    guest.post(&header.to_bytes(), data);
+    guest.post(&answer(&request, operation::RESPONSE).to_bytes(), &[]);
+    let mut connecting = guest.client();
+    connecting.write_all(b"CONNECT 55\n").unwrap();
+    guest.rest();
+    assert!(guest.transmit.take_used().is_empty());
+    guest.resume(worker);
+
+    let mut packets = guest.received();
+    packets.sort_by_key(|packet| packet.header.dst_port);
+    let found: Vec<_> = packets
+        .iter()
+        .map(|packet| (packet.header.dst_port, packet.header.operation))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (52, operation::RW),
+            (53, operation::REQUEST),
+            (55, operation::REQUEST)
+        ]
+    );
+    assert_eq!(packets[0].data, b"from the host");
+    let mut text = [0; 14];
+    client.read_exact(&mut text).unwrap();
+    assert_eq!(&text, data);
+    let mut line = [0; 3];
+    asked.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK ");
+    assert_eq!(guest.metrics.conns_removed.total(), 0);
+    guest.transmit.take_used();
+    guest.assert_works();
+    drop((asking, connecting));
+}
+
+#[test]
+fn a_program_that_leaves_during_a_pause_is_noticed() {
+    let mut guest = Guest::ready();
+    let (client, _) = guest.connected_by_host(52);
+    let worker = guest.pause();
+    drop(client);
+    guest.resume(worker);
+    guest.received_one(operation::SHUTDOWN);
+}
+
+#[test]
+fn what_a_slow_program_has_not_taken_survives_a_pause() {
+    let mut guest = Guest::ready();
+    let (mut program, packet) = guest.connected_by_guest();
+    let sent = bytes(12_000);
+    // More than the host's socket takes.
+    for _ in 0..30 {
+        guest.transmit(packet, &sent);
+        guest.received();
+    }
+    guest.pause_and_resume();
+    let mut data = vec![0; sent.len()];
+    for _ in 0..30 {
+        let mut filled = 0;
+        while filled < data.len() {
+            guest.rest();
+            filled += program.read(&mut data[filled..]).unwrap();
+        }
+        assert!(data == sent);
+        guest.pause_and_resume();
+    }
+}
+
+#[test]
+fn a_worker_that_is_dropped_while_it_is_paused_ends_its_connections() {
+    let mut guest = Guest::ready();
+    let (mut client, _) = guest.connected_by_host(52);
+    drop(guest.pause());
+    assert!(is_closed(&mut client));
+    assert_eq!(guest.metrics.conns_removed.total(), 1);
+}
+
+#[test]
+fn a_driver_that_goes_on_elsewhere_is_told_that_its_connections_have_ended() {
+    let mut guest = Guest::ready();
+    for _ in 0..3 {
+        guest.offer_event_buffer();
+    }
+    assert!(guest.take_events().is_empty());
+    let (mut client, packet) = guest.connected_by_host(52);
+    let worker = guest.pause();
+    let header = Header { len: 4, ..packet };
+    guest.post(&header.to_bytes(), b"late");
+    guest.restore(worker);
+    assert!(is_closed(&mut client));
+    // One that connects at once is not ended with the others: it waits until the driver is done.
+    let mut next = guest.client();
+    next.write_all(b"CONNECT 52\n").unwrap();
+    assert_eq!(guest.take_events(), [0]);
+    let reset = guest.received_one(operation::RST);
+    assert_eq!(
+        (reset.src_port, reset.dst_port),
+        (packet.dst_port, packet.src_port)
+    );
+    guest.transmit.take_used();
+    guest.offer_event_buffer();
+    let request = guest.received_one(operation::REQUEST);
+    assert_ne!(request.src_port, packet.dst_port, "its packets may be late");
+    guest.transmit(answer(&request, operation::RESPONSE), &[]);
+    guest.transmit(answer(&request, operation::RW), b"new");
+    let mut text = String::new();
+    guest.transmit(with(answer(&request, 0), operation::SHUTDOWN, 3), &[]);
+    guest.received_one(operation::RST);
+    next.read_to_string(&mut text).unwrap();
+    assert_eq!(text, format!("OK {}\nnew", request.src_port));
+    assert!(guest.take_events().is_empty(), "it is told once");
+    guest.assert_works();
+
+    // The next time, too, and the device goes on where it was in each queue.
+    let worker = guest.pause();
+    guest.restore(worker);
+    assert_eq!(guest.take_events(), [0]);
+}
+
+#[test]
+fn the_event_waits_for_a_buffer_and_programs_do_not_wait_for_ever() {
+    let mut guest = Guest::ready();
+    let worker = guest.pause();
+    guest.restore(worker);
+    // It is lost neither by a pause nor by another save.
+    guest.pause_and_resume();
+    let worker = guest.pause();
+    guest.restore(worker);
+    let mut client = guest.client();
+    client.write_all(b"CONNECT 52\n").unwrap();
+    guest.assert_silent();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while guest.metrics.conns_added.total() == 0 {
+        assert!(Instant::now() < deadline);
+        guest.manager.run_with_timeout(100).unwrap();
+    }
+    guest.received_one(operation::REQUEST);
+    assert!(guest.take_events().is_empty());
+    guest.offer_event_buffer();
+    assert_eq!(guest.take_events(), [0]);
+}
+
+#[test]
+fn a_buffer_that_cannot_hold_an_event_needs_a_reset() {
+    let mut guest = Guest::ready();
+    let worker = guest.pause();
+    guest.restore(worker);
+    guest.event.offer(&[crate::virtio::test_driver::Buffer {
+        address: EVENT_DATA,
+        len: 3,
+        writable: true,
+    }]);
+    guest.event.ring_doorbell();
+    guest.rest();
+    assert!(guest.interrupt.needs_reset());
+    guest.reset();
+    guest.offer_buffers(QUEUE_SIZE);
+    guest.assert_works();
+}
+
+#[test]
+fn a_state_that_no_such_device_has_is_refused() {
+    let mut guest = Guest::ready();
+    for port in [0, (1 << 30) - 1, 1 << 31, u32::MAX] {
+        let state = WorkerState {
+            next_host_port: port,
+        };
+        let drivers = [&guest.receive, &guest.transmit, &guest.event];
+        let queues = drivers.iter().zip(0..);
+        let activation = Activation {
+            memory: guest.memory.clone(),
+            features: guest.device.features(),
+            queues: queues.map(|(it, index)| it.queue(index, false)).collect(),
+            interrupt: guest.interrupt.clone(),
+            state: Some(Section::of(&state).unwrap()),
+        };
+        assert!(guest.device.activate(activation).is_err());
+    }
+    for config in [&[][..], &[7], &8u64.to_le_bytes()] {
+        let restored = guest.device.restore(config, None);
+        assert!(matches!(restored, Err(RestoreError::Invalid { .. })));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Bytes pass both ways, however often the device is paused in between.
+    #[test]
+    fn pauses_lose_nothing(steps in prop::collection::vec((0..4u8, 1..12_000usize), 1..100)) {
+        let mut guest = Guest::ready();
+        let (client, packet) = guest.connected_by_host(52);
+        client.set_nonblocking(true).unwrap();
+        let mut client: UnixStream = client;
+        let (mut to_host, mut at_host) = (Vec::new(), Vec::new());
+        let (mut to_guest, mut at_guest) = (Vec::<u8>::new(), Vec::new());
+        let pattern = |from: usize, len: usize| -> Vec<u8> {
+            (from..from + len).map(|index| (index ^ index >> 8) as u8).collect()
+        };
+        for (step, len) in steps {
+            match step {
+                // Posted, and perhaps not handled before the pause.
+                0 if to_host.len() + len <= 200_000 => {
+                    let data = pattern(to_host.len(), len);
+                    let header = Header { len: len as u32, ..packet };
+                    guest.post(&header.to_bytes(), &data);
+                    to_host.extend(data);
+                    guest.manager.run_with_timeout(0).unwrap();
+                    guest.transmit.take_used();
+                }
+                1 => {
+                    let data = pattern(to_guest.len(), len);
+                    if let Ok(count) = client.write(&data) {
+                        to_guest.extend(&data[..count]);
+                    }
+                }
+                2 => {
+                    let mut chunk = vec![0; 4 * len];
+                    if let Ok(count) = client.read(&mut chunk) {
+                        at_host.extend_from_slice(&chunk[..count]);
+                    }
+                }
+                _ => at_guest.extend(guest.received().into_iter().flat_map(|packet| packet.data)),
+            }
+            guest.pause_and_resume();
+        }
+        guest.rest();
+        let mut chunk = vec![0; 200_000];
+        while at_host.len() < to_host.len() {
+            let count = client.read(&mut chunk).unwrap();
+            at_host.extend_from_slice(&chunk[..count]);
+            guest.rest();
+        }
+        at_guest.extend(guest.received().into_iter().flat_map(|packet| packet.data));
+        prop_assert!(at_host == to_host);
+        prop_assert!(at_guest == to_guest);
+        prop_assert_eq!(guest.metrics.conns_removed.total(), 0);
+    }
+}
