@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use bantam_tests::{HostTap, Traffic, payload, require_kvm, require_taps};
 use bantam_vmm::config::{BlockEngineOption, DiskConfig, MachineConfig, NetConfig};
 use bantam_vmm::{Console, Controller, State};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 /// How long a load may take, pauses and all.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -23,6 +24,7 @@ impl Loaded {
     fn start(mut config: MachineConfig, words: &str) -> Loaded {
         config.append = Some(words.to_owned());
         let (output, writer) = std::io::pipe().expect("there are pipes");
+        fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
         let machine = Controller::new().expect("there are descriptors");
         let console = Console {
             input: None,
@@ -55,7 +57,10 @@ impl Loaded {
         self.machine.wait().unwrap();
         let mut text = String::new();
         self.output.read_to_string(&mut text).expect("it is text");
-        assert!(text.contains("\"errors\":0") && text.contains("PASS"), "{text}");
+        assert!(
+            text.contains("\"errors\":0") && text.contains("PASS"),
+            "{text}"
+        );
         assert!(times.len() > 10, "it was paused {} times", times.len());
         times.sort_unstable();
         eprintln!(
@@ -105,7 +110,7 @@ fn no_frame_is_lost() {
     ] {
         let _echo = Traffic::echo(&tap.name);
         let mut config = MachineConfig::new(payload("load"));
-        config.nets = vec![NetConfig::new(tap.name.parse().unwrap())];
+        config.nets = vec![NetConfig::new(tap.name.clone().try_into().unwrap())];
         let words = format!("test=net mode=round-trip {words}");
         Loaded::start(config, &words).pause_until_the_end();
     }
