@@ -39,9 +39,9 @@ use limits::{
     MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_RANGES,
     MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE,
 };
+use pausable_worker::PausableWorker;
 use request::RequestHandler;
 use ring::Ring;
-use pausable_worker::PausableWorker;
 use worker::Worker;
 
 pub use handle::{BlockHandle, ReplaceError};

@@ -516,10 +516,7 @@ impl Worker {
     ///
     /// # Errors
     /// If some are still under way at `deadline`, or the ring fails.
-    fn wait_for_all(
-        &mut self,
-        deadline: Option<Instant>,
-    ) -> io::Result<Result<(), RequestError>> {
+    fn wait_for_all(&mut self, deadline: Option<Instant>) -> io::Result<Result<(), RequestError>> {
         let mut returned = Ok(());
         loop {
             returned = returned.and(self.complete());

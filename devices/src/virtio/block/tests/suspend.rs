@@ -8,6 +8,7 @@ use std::thread;
 use bantam_state::RestoreError;
 
 use super::*;
+use crate::disk::SECTOR_SIZE;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::suspend_test::SuspendMachine;
 
@@ -67,11 +68,8 @@ impl Image {
     }
 }
 
-fn features() -> u64 {
-    let mut features = COMMON_FEATURES | 1 << VIRTIO_BLK_F_FLUSH;
-    features &= !F_EVENT_IDX;
-    features
-}
+/// What the driver accepts, as far as it is offered.
+const FEATURES: u64 = COMMON_FEATURES & !F_EVENT_IDX | 1 << VIRTIO_BLK_F_FLUSH;
 
 fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap())
@@ -83,12 +81,18 @@ fn machine(image: &Image) -> (SuspendMachine, BlockHandle, TestDriver) {
     let driver = TestDriver::new(&memory, RINGS, 256);
     let make = |interrupt| image.block(interrupt);
     let (mut machine, handle) = SuspendMachine::new(&memory, make);
-    machine.initialize(features(), &[&driver]);
+    machine.initialize(FEATURES, &[&driver]);
     (machine, handle, driver)
 }
 
 /// Makes a request with one buffer available.
-fn offer(driver: &mut TestDriver, memory: &GuestMemory, kind: u32, sector: u64, data: (u64, u32)) -> u16 {
+fn offer(
+    driver: &mut TestDriver,
+    memory: &GuestMemory,
+    kind: u32,
+    sector: u64,
+    data: (u64, u32),
+) -> u16 {
     let head = driver.next_head();
     let header = HEADERS + u64::from(head) * HEADER_STRIDE;
     let at = GuestAddress;
@@ -126,7 +130,11 @@ fn wait_for(driver: &mut TestDriver, count: usize) -> Vec<(u16, u32)> {
 }
 
 /// Reads a sector, and gives what is there.
-fn read(machine: &mut SuspendMachine, driver: &mut TestDriver, sector: u64) -> Result<Vec<u8>, u32> {
+fn read(
+    machine: &mut SuspendMachine,
+    driver: &mut TestDriver,
+    sector: u64,
+) -> Result<Vec<u8>, u32> {
     let memory = machine.memory.clone();
     let data = (DATA, SECTOR as u32);
     let head = offer(driver, &memory, VIRTIO_BLK_T_IN, sector, data);
@@ -199,7 +207,9 @@ impl Load {
                 None => {
                     let mut bytes = vec![0; self.len];
                     let address = DATA + (part * self.len.next_multiple_of(4096)) as u64;
-                    memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+                    memory
+                        .read_slice(&mut bytes, GuestAddress(address))
+                        .unwrap();
                     assert!(bytes == on_disk, "part {part}");
                 }
             }
@@ -307,7 +317,10 @@ fn a_disk_grows_while_the_device_is_paused() {
         handle.update_size().unwrap();
         assert_eq!(machine.config(8), (end + 8).to_le_bytes());
         machine.resume();
-        assert_eq!(read(&mut machine, &mut driver, end + 7), Ok(vec![0; SECTOR]));
+        assert_eq!(
+            read(&mut machine, &mut driver, end + 7),
+            Ok(vec![0; SECTOR])
+        );
     }
 }
 
@@ -369,7 +382,7 @@ fn a_disk_of_another_size_is_refused() {
     first.pause().unwrap();
     let section = first.save();
     drop((first, handle));
-    let mut restore = |image: &Image| {
+    let restore = |image: &Image| {
         let make = |interrupt| image.block(interrupt);
         let (mut machine, _) = SuspendMachine::new(&memory(), make);
         match machine.restore(&section) {
@@ -393,11 +406,17 @@ fn a_disk_of_another_size_is_refused() {
 }
 
 /// A device whose reads take what the test writes to a pipe, and hang until then.
-fn hanging_worker() -> (PausableWorker, TestDriver, Arc<GuestMemory>, io::PipeWriter, Image, Block) {
+fn hanging_worker() -> (
+    PausableWorker,
+    TestDriver,
+    Arc<GuestMemory>,
+    io::PipeWriter,
+    Image,
+    Block,
+) {
     let image = Image::new(Engine::IoUring, CacheMode::Writeback);
     let disk = Arc::new(open(&image.path, false, CacheMode::Writeback).unwrap());
-    let other = open(image.other_disk().path(), false, CacheMode::Writeback).unwrap();
-    let block = Block::new(other, "", &image.options).unwrap();
+    let block = Block::new(image.other_disk(), "", &image.options).unwrap();
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
     let slot = &block.blueprint.slot;
@@ -462,7 +481,13 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
         let owner = scope.spawn(|| handle.replace(image.other_disk()));
         // The worker hears of it, and begins nothing more.
         manager.run_with_timeout(5000).unwrap();
-        offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA + 0x1000, 512));
+        offer(
+            &mut driver,
+            &memory,
+            VIRTIO_BLK_T_IN,
+            0,
+            (DATA + 0x1000, 512),
+        );
         driver.ring_doorbell();
         manager.run_with_timeout(5000).unwrap();
         let mut worker = manager.remove_subscriber(id).unwrap();
