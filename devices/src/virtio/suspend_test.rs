@@ -96,15 +96,17 @@ impl SuspendMachine {
         bytes
     }
 
-    /// Initializes the device for drivers that accept `features`. The first queues are those of
-    /// `drivers`, and the others stay unused.
+    /// Initializes the device for a driver that accepts those of `features` that are offered. The first
+    /// queues are those of `drivers`, and the others stay unused.
     pub fn initialize(&mut self, features: u64, drivers: &[&TestDriver]) {
         self.write(register::STATUS, 0);
         let mut status = VIRTIO_CONFIG_S_DRIVER;
         self.write(register::STATUS, status);
         for (select, half) in [(0, features), (1, features >> 32)] {
+            self.write(register::DEVICE_FEATURES_SELECT, select);
+            let offered = self.read(register::DEVICE_FEATURES);
             self.write(register::DRIVER_FEATURES_SELECT, select);
-            self.write(register::DRIVER_FEATURES, half as u32);
+            self.write(register::DRIVER_FEATURES, half as u32 & offered);
         }
         status |= VIRTIO_CONFIG_S_FEATURES_OK;
         self.write(register::STATUS, status);

@@ -8,6 +8,7 @@ use std::thread;
 use bantam_state::RestoreError;
 
 use super::*;
+use crate::disk::SECTOR_SIZE;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::suspend_test::SuspendMachine;
 
@@ -67,11 +68,8 @@ impl Image {
     }
 }
 
-fn features() -> u64 {
-    let mut features = COMMON_FEATURES | 1 << VIRTIO_BLK_F_FLUSH;
-    features &= !F_EVENT_IDX;
-    features
-}
+/// What the driver accepts, as far as it is offered.
+const FEATURES: u64 = COMMON_FEATURES & !F_EVENT_IDX | 1 << VIRTIO_BLK_F_FLUSH;
 
 fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap())
@@ -83,7 +81,7 @@ fn machine(image: &Image) -> (SuspendMachine, BlockHandle, TestDriver) {
     let driver = TestDriver::new(&memory, RINGS, 256);
     let make = |interrupt| image.block(interrupt);
     let (mut machine, handle) = SuspendMachine::new(&memory, make);
-    machine.initialize(features(), &[&driver]);
+    machine.initialize(FEATURES, &[&driver]);
     (machine, handle, driver)
 }
 
@@ -384,7 +382,7 @@ fn a_disk_of_another_size_is_refused() {
     first.pause().unwrap();
     let section = first.save();
     drop((first, handle));
-    let mut restore = |image: &Image| {
+    let restore = |image: &Image| {
         let make = |interrupt| image.block(interrupt);
         let (mut machine, _) = SuspendMachine::new(&memory(), make);
         match machine.restore(&section) {
@@ -418,8 +416,7 @@ fn hanging_worker() -> (
 ) {
     let image = Image::new(Engine::IoUring, CacheMode::Writeback);
     let disk = Arc::new(open(&image.path, false, CacheMode::Writeback).unwrap());
-    let other = open(image.other_disk().path(), false, CacheMode::Writeback).unwrap();
-    let block = Block::new(other, "", &image.options).unwrap();
+    let block = Block::new(image.other_disk(), "", &image.options).unwrap();
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
     let slot = &block.blueprint.slot;
