@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{VirtQueue, VirtioInterrupt};
 use crate::InterruptLine;
+use crate::worker::QueueProgress;
 
 /// Offset of the available ring from the descriptor table; room for 256 descriptors.
 const AVAILABLE: u64 = 0x1000;
@@ -58,6 +59,11 @@ impl TestDriver {
 
     /// The device's side, as the driver sets it up.
     pub fn queue(&self, index: u16, event_index: bool) -> VirtQueue {
+        self.queue_from(index, event_index, QueueProgress::default())
+    }
+
+    /// The device's side, which goes on where another has come to.
+    pub fn queue_from(&self, index: u16, event_index: bool, progress: QueueProgress) -> VirtQueue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
             .try_set_desc_table_address(GuestAddress(self.base))
@@ -69,6 +75,8 @@ impl TestDriver {
             .try_set_used_ring_address(GuestAddress(self.base + USED))
             .unwrap();
         queue.set_event_idx(event_index);
+        queue.set_next_avail(progress.next_available);
+        queue.set_next_used(progress.next_used);
         queue.set_ready(true);
         assert!(queue.is_valid(&*self.memory));
         let doorbell = self.doorbell.try_clone().unwrap();

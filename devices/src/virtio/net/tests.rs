@@ -4,6 +4,7 @@ mod control_queue;
 mod limits;
 mod metadata;
 mod real_tap;
+mod suspend;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
