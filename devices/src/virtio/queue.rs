@@ -255,7 +255,6 @@ impl VirtQueue {
 
     /// Goes on with the [`VirtQueue::substitutes`] of a queue that had come as far as this one.
     pub(super) fn set_substitutes(&mut self, heads: Vec<u16>) {
-        // Those of a queue that has had more chains than there are positions make no sense.
         self.substitutes_end = self.next_available.wrapping_add(heads.len() as u16);
         self.substitutes = heads;
     }
@@ -637,10 +636,7 @@ mod tests {
 
             // Another device goes on with them.
             let progress = queue.progress();
-            let mut other = driver.queue(0, false);
-            other.next_available = progress.next_available;
-            other.seen_available = progress.next_available;
-            other.next_used = progress.next_used;
+            let mut other = driver.queue_from(0, false, progress);
             other.set_substitutes(queue.substitutes().to_vec());
             queue = other;
             left.push(offered[3]);

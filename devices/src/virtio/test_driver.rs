@@ -59,11 +59,11 @@ impl TestDriver {
 
     /// The device's side, as the driver sets it up.
     pub fn queue(&self, index: u16, event_index: bool) -> VirtQueue {
-        self.queue_at(index, event_index, QueueProgress::default())
+        self.queue_from(index, event_index, QueueProgress::default())
     }
 
-    /// The same, where a device has come so far already.
-    pub fn queue_at(&self, index: u16, event_index: bool, progress: QueueProgress) -> VirtQueue {
+    /// The device's side, which goes on where another has come to.
+    pub fn queue_from(&self, index: u16, event_index: bool, progress: QueueProgress) -> VirtQueue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
             .try_set_desc_table_address(GuestAddress(self.base))

@@ -5,6 +5,7 @@ mod dirty_log;
 mod limits;
 mod metadata;
 mod real_tap;
+mod suspend;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;

@@ -238,11 +238,11 @@ impl Worker {
             self.shared.metrics.rx_fails.add(state.undelivered);
             pair.receiver.restore(state)?;
         }
-        let tap_error = |error| format!("cannot set up tap '{}': {error}", self.tap.name());
-        self.tap
-            .set_offloads(offloads(offloads_in_use))
-            .and_then(|()| self.tap.use_queues(pairs_in_use))
-            .map_err(tap_error)?;
+        let mut done = self.tap.use_queues(pairs_in_use);
+        if offloads_in_use != self.offloads {
+            done = done.and_then(|()| self.tap.set_offloads(offloads(offloads_in_use)));
+        }
+        done.map_err(|error| format!("cannot set up tap '{}': {error}", self.tap.name()))?;
         self.offloads = offloads_in_use;
         self.pairs_in_use = pairs_in_use;
         self.filter = filter;

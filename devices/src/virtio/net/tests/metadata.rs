@@ -314,3 +314,21 @@ fn the_service_outlives_the_tap() {
     assert_eq!(machine.receive.take_used(), [(0, 54)]);
     assert!(!machine.interrupt.needs_reset());
 }
+
+#[test]
+fn a_connection_outlives_a_pause() {
+    let (mut machine, _) = machine(0);
+    for packet in [arp_request(SERVICE_ADDRESS), segment(SYN, 100, 0, &[])] {
+        offer_buffer(&mut machine);
+        transmit(&mut machine, &packet);
+        take_received(&mut machine).unwrap();
+    }
+    let worker = machine.pause();
+    // Its timer ends in the pause.
+    std::thread::sleep(Duration::from_millis(1200));
+    machine.resume(worker);
+    offer_buffer(&mut machine);
+    let again = take_received(&mut machine).unwrap();
+    assert_eq!(again[TCP_FLAGS], SYN | ACK);
+    assert_eq!(number(&again, TCP_FLAGS - 5), 101);
+}

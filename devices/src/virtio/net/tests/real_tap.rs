@@ -417,3 +417,55 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     assert_eq!(queues_in_use(), 1);
     assert!(!machine.interrupt.needs_reset());
 }
+
+#[test]
+fn another_worker_sets_up_its_tap_as_the_driver_has_commanded() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = format!("btest{}s", std::process::id());
+    let tap = Tap::open(&name, None, QueueCount::Exactly(1)).unwrap();
+    ip(&format!("addr add 198.51.100.25/29 dev {name}"));
+    for (host, mac) in [(26, "02:00:00:00:00:01"), (27, "02:00:00:00:00:02")] {
+        ip(&format!(
+            "neigh replace 198.51.100.{host} lladdr {mac} dev {name}"
+        ));
+    }
+    let socket = UdpSocket::bind("198.51.100.25:0").unwrap();
+    let send = |first: u8| {
+        for (size, host) in (first..).zip([27, 26]) {
+            let target = format!("198.51.100.{host}:9");
+            socket.send_to(&vec![0; size.into()], target).unwrap();
+        }
+    };
+    let mut card = net(tap, MAC, None);
+    let features = card.features();
+    let activate = |activation| card.activate(activation).unwrap();
+    let mut machine = Machine::with(features, stand_in().1, activate);
+    machine.offer_receive_buffers(&[256; 200]);
+    assert_eq!(machine.command(&[0, 0, 0]), 0);
+    assert_eq!(machine.command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
+    send(10);
+    assert_eq!(sizes_up_to(&mut machine, 11), [11]);
+
+    // Of a pause in place the tap takes no note: what it queues meanwhile is not lost.
+    let worker = machine.pause();
+    send(20);
+    machine.resume(worker);
+    assert_eq!(sizes_up_to(&mut machine, 21), [21]);
+
+    let worker = machine.pause();
+    let activation = machine.activation(features, &*worker);
+    // The tap is as a new one then.
+    drop(worker);
+    let worker = card.activate(activation).unwrap();
+    send(30);
+    machine.resume(worker);
+    assert_eq!(sizes_up_to(&mut machine, 31), [31]);
+
+    socket.send_to(&packet(150, 9), "198.51.100.26:9").unwrap();
+    let headers = PACKET_HEADER_SIZE + 14;
+    let received = await_packet(&mut machine, headers + 28 + 150);
+    assert_eq!(received[0], 0, "nothing is left to the driver");
+    assert_eq!(udp_sum(&received[headers..]), 0xffff);
+}

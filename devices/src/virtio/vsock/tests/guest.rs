@@ -108,7 +108,7 @@ impl Guest {
             memory: self.memory.clone(),
             features: self.device.features(),
             queues: queues
-                .map(|((driver, progress), index)| driver.queue_at(index, false, *progress))
+                .map(|((driver, progress), index)| driver.queue_from(index, false, *progress))
                 .collect(),
             interrupt: self.interrupt.clone(),
             state,

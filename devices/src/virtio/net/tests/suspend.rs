@@ -1,0 +1,555 @@
+//! Pauses, and workers that go on for others.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bantam_state::{RestoreError, SaveError, Section};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+};
+
+use super::*;
+use crate::rate_limiter::{Limits, RateLimit};
+use crate::virtio::net::config::{mac, set_mac};
+use crate::virtio::net::filter::{AddressList, MAX_ADDRESSES, ReceiveFilter};
+use crate::virtio::net::state::WorkerState;
+use crate::worker::QueueProgress;
+
+const COMMANDS: u64 = 1 << VIRTIO_NET_F_CTRL_VQ
+    | 1 << VIRTIO_NET_F_CTRL_RX
+    | 1 << VIRTIO_NET_F_CTRL_RX_EXTRA
+    | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR;
+
+impl Machine {
+    /// Takes the worker off the event loop and pauses it.
+    pub(super) fn pause(&mut self) -> Box<dyn VirtioWorker> {
+        let Subscriber::Worker(mut worker) = self.manager.remove_subscriber(self.worker).unwrap()
+        else {
+            panic!("this is no worker");
+        };
+        worker.pause().unwrap();
+        for progress in worker.progress() {
+            assert_eq!(progress.next_available, progress.next_used);
+        }
+        worker
+    }
+
+    /// Puts a worker back to work, as a transport does.
+    pub(super) fn resume(&mut self, worker: Box<dyn VirtioWorker>) {
+        for driver in [&self.receive, &self.transmit, &self.control] {
+            driver.ring_doorbell();
+        }
+        self.worker = self.manager.add_subscriber(Subscriber::Worker(worker));
+    }
+
+    /// What a worker that goes on for `worker` is made from.
+    pub(super) fn activation(&self, features: u64, worker: &dyn VirtioWorker) -> Activation {
+        let event_index = features & F_EVENT_IDX != 0;
+        let drivers = [&self.receive, &self.transmit, &self.control];
+        let queue = |((index, driver), progress): ((u16, &TestDriver), QueueProgress)| {
+            driver.queue_from(index, event_index, progress)
+        };
+        let progress = worker.progress();
+        assert_eq!(progress.len(), drivers.len());
+        Activation {
+            memory: self.memory.clone(),
+            features,
+            queues: (0..).zip(drivers).zip(progress).map(queue).collect(),
+            interrupt: self.interrupt.clone(),
+            state: saved(worker).unwrap(),
+        }
+    }
+}
+
+/// The state of `worker`, as it comes out of a file.
+fn saved(worker: &dyn VirtioWorker) -> Result<Option<Section>, SaveError> {
+    let Some(section) = worker.save()? else {
+        return Ok(None);
+    };
+    let mut bytes = Vec::new();
+    section.write_to(&mut bytes).unwrap();
+    Ok(Some(Section::read_from(&mut &bytes[..]).unwrap()))
+}
+
+/// A sequence of random numbers, the same each time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+const NUMBER: usize = PACKET_HEADER_SIZE;
+const PLACE_SIZE: u64 = 2000;
+const TRANSMIT_DATA: u64 = DATA + 0x10_0000;
+const _: () = assert!(TRANSMIT_DATA + 256 * PLACE_SIZE <= MEMORY_SIZE);
+
+/// Packet `number` of a sequence, most of them small.
+fn numbered(number: u64, largest: usize) -> Vec<u8> {
+    let len = match number % 11 {
+        0 => 60 + number as usize * 37 % (largest - 60),
+        rest => 60 + rest as usize * 130,
+    };
+    let mut packet = packet(len, number as u8);
+    packet[10..12].fill(0);
+    packet[NUMBER..NUMBER + 8].copy_from_slice(&number.to_le_bytes());
+    packet
+}
+
+/// A driver that receives and sends numbered packets, and checks those that it receives.
+struct Traffic {
+    /// Receive descriptors that the device does not have.
+    free: Vec<u16>,
+    parts: VecDeque<(u16, u32)>,
+    next_received: u64,
+    lost: u64,
+    next_sent: u64,
+    in_flight: u64,
+}
+
+/// Most packets between the driver and the host.
+const MAX_IN_FLIGHT: u64 = 40;
+/// Largest packet that the host sends to it.
+const LARGEST: usize = 20_000;
+
+impl Traffic {
+    fn new() -> Traffic {
+        Traffic {
+            free: (0..256).collect(),
+            parts: VecDeque::new(),
+            next_received: 0,
+            lost: 0,
+            next_sent: 0,
+            in_flight: 0,
+        }
+    }
+
+    fn offer_buffers(&mut self, machine: &mut Machine, count: u64) {
+        for _ in 0..count {
+            let Some(index) = self.free.pop() else {
+                break;
+            };
+            let buffer = writable(DATA + u64::from(index) * PLACE_SIZE, PLACE_SIZE as u32);
+            machine.receive.write_descriptor(index, buffer, 2, 0);
+            machine.receive.offer_head(index);
+        }
+        machine.receive.ring_doorbell();
+    }
+
+    fn send(&mut self, machine: &mut Machine, count: u64) {
+        for _ in 0..count.min(255 - self.in_flight) {
+            let packet = numbered(self.next_sent, PLACE_SIZE as usize);
+            let head = machine.transmit.next_head();
+            let address = TRANSMIT_DATA + u64::from(head) * PLACE_SIZE;
+            let place = GuestAddress(address);
+            machine.memory.write_slice(&packet, place).unwrap();
+            let buffer = readable(address, packet.len() as u32);
+            machine.transmit.offer(&[buffer]);
+            self.next_sent += 1;
+            self.in_flight += 1;
+        }
+        machine.transmit.ring_doorbell();
+    }
+
+    /// Takes what the device has returned.
+    fn take(&mut self, machine: &mut Machine) {
+        self.in_flight -= machine.transmit.take_used().len() as u64;
+        self.parts.extend(machine.receive.take_used());
+        while let Some(&(head, _)) = self.parts.front() {
+            let place = |head: u16| DATA + u64::from(head) * PLACE_SIZE;
+            let count = machine.bytes(place(head) + 10, 2);
+            let count = u16::from_le_bytes([count[0], count[1]]);
+            assert!((1..=self.parts.len()).contains(&count.into()));
+            let mut bytes = Vec::new();
+            for (head, len) in self.parts.drain(..usize::from(count)) {
+                bytes.extend(machine.bytes(place(head), len as usize));
+                assert!(!self.free.contains(&head), "it was returned twice");
+                self.free.push(head);
+            }
+            let number = u64::from_le_bytes(*bytes[NUMBER..].first_chunk().unwrap());
+            assert!(number >= self.next_received, "{number} comes again");
+            self.lost += number - self.next_received;
+            self.next_received = number + 1;
+            assert!(
+                bytes == received(numbered(number, LARGEST), count),
+                "{number}"
+            );
+        }
+    }
+}
+
+/// Exchanges packets with the host as fast as goes, in both directions, with pauses at random moments.
+/// With `replaced`, some end with another worker, and then packets to the driver may be lost.
+fn exchange(features: u64, count: u64, replaced: bool) {
+    let (tap, host) = stand_in();
+    let tap = Arc::new(tap);
+    let mut machine = Machine::with(features, host, |activation| {
+        Box::new(worker(tap.clone(), activation))
+    });
+    let (host, ended) = (machine.host.try_clone().unwrap(), AtomicBool::new(false));
+    let arrived = AtomicU64::new(0);
+    let mut traffic = Traffic::new();
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut longest = Duration::ZERO;
+    std::thread::scope(|scope| {
+        let (ended, arrived) = (&ended, &arrived);
+        scope.spawn(move || {
+            let (mut next_sent, mut next_received) = (0, 0);
+            let mut bytes = vec![0; 2 * MAX_PACKET_SIZE];
+            while !ended.load(Ordering::Relaxed) || next_received < count {
+                if next_sent < count && write(&host, &numbered(next_sent, LARGEST)).is_ok() {
+                    next_sent += 1;
+                }
+                while let Ok(len) = read(&host, &mut bytes) {
+                    let expected = numbered(next_received, PLACE_SIZE as usize);
+                    assert!(bytes[..len] == expected, "{next_received} is sent once");
+                    next_received += 1;
+                    arrived.store(next_received, Ordering::Relaxed);
+                }
+            }
+            assert_eq!(next_sent, count);
+            assert_eq!(next_received, count);
+        });
+        let start = Instant::now();
+        let mut idle = 0;
+        while traffic.next_received < count || traffic.next_sent < count || traffic.in_flight > 0 {
+            traffic.offer_buffers(&mut machine, random.below(64));
+            // A socket that is full drops what is sent together, as a tap without memory does.
+            let in_flight = traffic.next_sent - arrived.load(Ordering::Relaxed);
+            let allowed = (count - traffic.next_sent).min(MAX_IN_FLIGHT - in_flight);
+            traffic.send(&mut machine, random.below(MAX_IN_FLIGHT).min(allowed));
+            for _ in 0..random.below(4) {
+                machine.turn();
+            }
+            if random.below(4) == 0 {
+                let start = Instant::now();
+                let worker = machine.pause();
+                longest = longest.max(start.elapsed());
+                let worker: Box<dyn VirtioWorker> = if replaced && random.below(8) == 0 {
+                    let activation = machine.activation(features, &*worker);
+                    drop(worker);
+                    Box::new(super::worker(tap.clone(), activation))
+                } else {
+                    worker
+                };
+                machine.resume(worker);
+            }
+            let before = traffic.next_received;
+            traffic.take(&mut machine);
+            // The last ones may be among those that are lost.
+            idle = if traffic.next_received == before {
+                idle + 1
+            } else {
+                0
+            };
+            if replaced && idle > 5000 && traffic.next_sent == count && traffic.in_flight == 0 {
+                traffic.lost += count - traffic.next_received;
+                break;
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "the device stands still"
+            );
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    println!("longest pause {longest:?}, {} packets lost", traffic.lost);
+    assert!(replaced || traffic.lost == 0);
+    assert!(traffic.lost < count / 2);
+    assert!(!machine.interrupt.needs_reset());
+}
+
+#[test]
+fn each_packet_passes_once_however_often_the_device_is_paused() {
+    exchange(MERGE | SEGMENTS, 20_000, false);
+    exchange(MERGE | SEGMENTS | F_EVENT_IDX, 20_000, false);
+}
+
+#[test]
+fn no_packet_passes_twice_as_other_workers_go_on() {
+    exchange(MERGE | SEGMENTS, 20_000, true);
+    exchange(MERGE | SEGMENTS | F_EVENT_IDX, 20_000, true);
+}
+
+/// A machine whose driver has buffers for all but the last byte of a packet, with the packet read and
+/// another behind it.
+fn lacking_buffers() -> (Machine, Arc<Tap>) {
+    let (tap, host) = stand_in();
+    let tap = Arc::new(tap);
+    let mut machine = Machine::with(MERGE | SEGMENTS, host, |activation| {
+        Box::new(worker(tap.clone(), activation))
+    });
+    machine.offer_receive_buffers(&[100, 100, 100, 50]);
+    machine.host_sends(&packet(351, 7));
+    machine.host_sends(&packet(30, 8));
+    machine.run();
+    assert_eq!(machine.receive.take_used(), []);
+    (machine, tap)
+}
+
+#[test]
+fn a_packet_that_was_read_outlives_a_pause() {
+    let (mut machine, _) = lacking_buffers();
+    for _ in 0..3 {
+        let worker = machine.pause();
+        // Nobody says that the buffers keep what is in them.
+        machine
+            .memory
+            .write_slice(&[0xee; 350], GuestAddress(DATA))
+            .unwrap();
+        machine.resume(worker);
+        machine.run();
+        assert_eq!(machine.receive.take_used(), []);
+    }
+    machine.receive.offer(&[writable(DATA + 350, 100)]);
+    machine.receive.offer(&[writable(DATA + 450, 100)]);
+    machine.receive.ring_doorbell();
+    machine.run();
+    assert_eq!(
+        machine.receive.take_used(),
+        [(0, 100), (1, 100), (2, 100), (3, 50), (4, 1), (5, 30)]
+    );
+    assert_eq!(machine.bytes(DATA, 351), received(packet(351, 7), 5));
+    assert_eq!(machine.bytes(DATA + 450, 30), received(packet(30, 8), 1));
+}
+
+#[test]
+fn a_packet_that_was_read_is_lost_and_counted_when_another_worker_goes_on() {
+    let (mut machine, tap) = lacking_buffers();
+    let worker = machine.pause();
+    let activation = machine.activation(MERGE | SEGMENTS, &*worker);
+    drop(worker);
+    let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+    let config = Arc::new(config_space(MAC, 1, 1500));
+    let worker = Worker::new(tap, 1500, MAC, config, shared.clone(), None, activation).unwrap();
+    let lost = serde_json::to_value(&*shared.metrics).unwrap()["rx_fails"].as_u64();
+    assert!((1..=2).contains(&lost.unwrap()));
+    machine.resume(Box::new(worker));
+    machine.run();
+    machine.host_sends(&packet(150, 9));
+    machine.run();
+    assert_eq!(machine.receive.take_used(), [(0, 100), (1, 50)]);
+    assert_eq!(machine.bytes(DATA, 150), received(packet(150, 9), 2));
+}
+
+/// A worker that another goes on for, after these commands.
+fn commanded(commands: &[Vec<u8>]) -> (Machine, Box<dyn VirtioWorker>) {
+    let (tap, host) = stand_in();
+    let mut machine = Machine::with(COMMANDS, host, |activation| {
+        Box::new(worker(Arc::new(tap), activation))
+    });
+    for command in commands {
+        assert_eq!(machine.command(command), 0);
+    }
+    let worker = machine.pause();
+    (machine, worker)
+}
+
+fn state(section: &Section) -> WorkerState {
+    section.decode().unwrap()
+}
+
+#[test]
+fn another_worker_knows_what_the_driver_has_commanded() {
+    let table = [
+        &[1, 0][..],
+        &[1, 0, 0, 0, 2, 0, 0, 0, 0, 2],
+        &[1, 0, 0, 0, 3, 0, 0, 0, 0, 2],
+    ];
+    let (machine, worker) = commanded(&[vec![0, 0, 0], vec![0, 5, 1], table.concat()]);
+    let saved = worker.save().unwrap().unwrap();
+    assert_ne!(state(&saved).filter, ReceiveFilter::new());
+    let activation = machine.activation(COMMANDS, &*worker);
+    let other = super::worker(Arc::new(stand_in().0), activation);
+    assert_eq!(other.save().unwrap().unwrap(), saved);
+    assert_eq!(other.progress(), worker.progress());
+}
+
+#[test]
+fn a_state_that_no_worker_has_is_refused() {
+    let (machine, worker) = commanded(&[]);
+    let good = state(&worker.save().unwrap().unwrap());
+    let address_count = |count| {
+        let unicast = AddressList {
+            addresses: vec![[2; 6]; count],
+            is_complete: true,
+        };
+        let mut state = good.clone();
+        state.filter.set_table(unicast.clone(), unicast);
+        state
+    };
+    let substitutes = |count| {
+        let mut state = good.clone();
+        state.receivers[0].substitutes = vec![u16::MAX; count];
+        state
+    };
+    let pairs = |pairs_in_use, receiver_count| WorkerState {
+        pairs_in_use,
+        receivers: vec![good.receivers[0].clone(); receiver_count],
+        ..good.clone()
+    };
+    let offloads = WorkerState {
+        offloads: 1 << VIRTIO_NET_F_GUEST_CSUM,
+        ..good.clone()
+    };
+    for (is_good, state) in [
+        (true, good.clone()),
+        (true, address_count(MAX_ADDRESSES)),
+        (false, address_count(MAX_ADDRESSES + 1)),
+        (true, substitutes(256)),
+        (false, substitutes(257)),
+        (false, pairs(0, 1)),
+        (false, pairs(2, 1)),
+        (false, pairs(2, 2)),
+        (false, pairs(1, 0)),
+        (false, offloads),
+    ] {
+        let mut activation = machine.activation(COMMANDS, &*worker);
+        activation.state = Some(Section::of(&state).unwrap());
+        let config = Arc::new(config_space(MAC, 1, 1500));
+        let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+        let tap = Arc::new(stand_in().0);
+        let made = Worker::new(tap, 1500, MAC, config, shared, None, activation);
+        assert_eq!(made.is_ok(), is_good, "{state:?}");
+    }
+}
+
+#[test]
+fn heads_that_the_driver_never_offered_need_a_reset() {
+    let (tap, host) = stand_in();
+    let tap = Arc::new(tap);
+    let mut machine = Machine::with(MERGE, host, |activation| {
+        Box::new(worker(tap.clone(), activation))
+    });
+    machine.offer_receive_buffers(&[2000; 3]);
+    machine.run();
+    let worker = machine.pause();
+    let mut bad = state(&worker.save().unwrap().unwrap());
+    bad.receivers[0].substitutes = vec![0, u16::MAX];
+    let mut activation = machine.activation(MERGE, &*worker);
+    activation.state = Some(Section::of(&bad).unwrap());
+    drop(worker);
+    machine.resume(Box::new(super::worker(tap, activation)));
+    for seed in 0..3 {
+        machine.host_sends(&packet(60, seed));
+    }
+    machine.run();
+    assert!(machine.interrupt.needs_reset());
+    drop(machine.pause());
+}
+
+#[test]
+fn only_its_own_configuration_space_fits_a_card() {
+    let mut card = net(stand_in().0, MAC, Some(1500));
+    let space = |mac, pairs, mtu| config_space(mac, pairs, mtu).save().0;
+    for (fits, config) in [
+        (true, space(MAC, 1, 1500)),
+        (true, space([2, 9, 9, 9, 9, 9], 1, 1500)),
+        (false, space([3, 9, 9, 9, 9, 9], 1, 1500)),
+        (false, space([0; 6], 1, 1500)),
+        (false, space(MAC, 2, 1500)),
+        (false, space(MAC, 1, 1400)),
+        (false, Vec::new()),
+        (false, [space(MAC, 1, 1500), vec![0]].concat()),
+    ] {
+        match card.restore(&config, None) {
+            Ok(()) => assert!(fits, "{config:?}"),
+            Err(RestoreError::Invalid { .. }) => assert!(!fits, "{config:?}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_address_that_a_driver_has_set_ends_with_it_wherever_it_was_set() {
+    let set = [2, 9, 8, 7, 6, 5];
+    let (machine, worker) = commanded(&[]);
+    let activation = machine.activation(COMMANDS, &*worker);
+    let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+    // The transport has put back the configuration space.
+    let config = Arc::new(config_space(set, 1, 1500));
+    let tap = Arc::new(stand_in().0);
+    let worker = Worker::new(tap, 1500, MAC, config.clone(), shared, None, activation).unwrap();
+    assert_eq!(mac(&config), set);
+    drop(worker);
+    assert_eq!(mac(&config), MAC);
+
+    // No worker comes to be, as a socket is no tap.
+    let mut card = net(stand_in().0, MAC, None);
+    set_mac(&card.config, set);
+    let activation = Machine::new(COMMANDS).activation(COMMANDS, &*commanded(&[]).1);
+    assert!(card.activate(activation).is_err());
+    assert_eq!(mac(&card.config), MAC);
+    set_mac(&card.config, set);
+    card.reset();
+    assert_eq!(mac(&card.config), MAC);
+}
+
+#[test]
+fn limits_that_are_changed_in_a_pause_hold_after_it() {
+    let one_an_hour = Limits {
+        operations: Some(RateLimit {
+            size: 1,
+            refill_time: Duration::from_secs(3600),
+            one_time_burst: 0,
+        }),
+        bytes: None,
+    };
+    let limits = NetLimits {
+        receive: one_an_hour,
+        transmit: one_an_hour,
+    };
+    let (tap, host) = stand_in();
+    let shared = Arc::new(Shared::new(&limits).unwrap());
+    let handle = NetHandle {
+        shared: shared.clone(),
+    };
+    let mut machine = Machine::with(MERGE, host, |activation| {
+        let config = Arc::new(config_space(MAC, 1, 1500));
+        Box::new(Worker::new(Arc::new(tap), 1500, MAC, config, shared, None, activation).unwrap())
+    });
+    machine.offer_receive_buffers(&[2000; 5]);
+    for seed in 0..5 {
+        machine.host_sends(&packet(60, seed));
+    }
+    machine.run();
+    let worker = machine.pause();
+    machine.resume(worker);
+    machine.run();
+    // One, and one that goes beyond.
+    assert_eq!(machine.receive.take_used().len(), 2);
+    let worker = machine.pause();
+    handle.set_limits(&NetLimits::default()).unwrap();
+    machine.resume(worker);
+    machine.run();
+    assert_eq!(machine.receive.take_used().len(), 3);
+}
+
+#[test]
+fn a_device_that_needs_a_reset_can_be_paused() {
+    for buffer in [
+        readable(DATA, 100),
+        readable(MEMORY_SIZE, 100),
+        writable(DATA, 11),
+    ] {
+        let mut machine = Machine::new(MERGE | COMMANDS);
+        for driver in [
+            &mut machine.receive,
+            &mut machine.transmit,
+            &mut machine.control,
+        ] {
+            driver.offer(&[buffer]);
+            driver.ring_doorbell();
+        }
+        machine.run();
+        assert!(machine.interrupt.needs_reset());
+        let worker = machine.pause();
+        machine.resume(worker);
+        machine.run();
+        drop(machine.pause());
+    }
+}
