@@ -5,6 +5,7 @@ use std::io;
 
 use bantam_arch::memory_map::ram_regions;
 use bantam_devices::GuestMemory;
+use bantam_state::RestoreError;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
@@ -31,6 +32,25 @@ pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Err
         }
         HugePages::TwoMib => pages_of_2_mib(size, regions),
     }
+}
+
+/// Checks that `memory` is where and as large as that of a machine made by `config`.
+///
+/// # Errors
+/// When it is not.
+pub(crate) fn check_layout(
+    memory: &GuestMemory,
+    config: &MachineConfig,
+) -> Result<(), RestoreError> {
+    let ranges = memory.iter().map(|it| (it.start_addr().0, it.len()));
+    if ranges.eq(ram_regions(config.memory.bytes())) {
+        return Ok(());
+    }
+    let mib = config.memory.bytes() >> 20;
+    Err(RestoreError::Invalid {
+        kind: "memory".to_owned(),
+        reason: format!("it is not that of a machine with {mib} MiB"),
+    })
 }
 
 fn too_little(size: u64, reason: &dyn std::fmt::Display) -> Error {
