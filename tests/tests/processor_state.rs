@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{payload, require_kvm};
-use bantam_vmm::config::{MachineConfig, SerialConfig};
+use bantam_vmm::config::{MachineConfig, VcpuCount};
 use bantam_vmm::{
     Console, Controller, Error, ExitReason, GuestMemory, RestoreError, Section, State,
 };
@@ -55,7 +55,9 @@ struct Counters(u64);
 impl Counters {
     fn word(self, memory: &GuestMemory, word: u64) -> u64 {
         let address = GuestAddress(self.0 + word * 8);
-        memory.read_obj(address).expect("the counters are in memory")
+        memory
+            .read_obj(address)
+            .expect("the counters are in memory")
     }
 
     fn set(self, memory: &GuestMemory, word: u64) {
@@ -63,6 +65,12 @@ impl Counters {
         memory
             .write_obj(1_u64, address)
             .expect("the counters are in memory");
+    }
+
+    fn processors(self, memory: &GuestMemory, count: u64) -> Vec<Processor> {
+        (0..count)
+            .map(|index| self.processor(memory, index))
+            .collect()
     }
 
     fn processor(self, memory: &GuestMemory, index: u64) -> Processor {
@@ -79,7 +87,7 @@ impl Counters {
 fn config(cpus: u8, append: &str) -> MachineConfig {
     let mut config = MachineConfig::new(payload("count"));
     config.memory = "16M".parse().expect("this is a size");
-    config.cpus = cpus.try_into().expect("there is a vCPU");
+    config.cpus = VcpuCount::try_from(i64::from(cpus)).expect("a machine can have them");
     config.append = Some(format!("{append} finish=poweroff"));
     config
 }
@@ -128,7 +136,9 @@ fn counting(config: &MachineConfig) -> (Controller, PipeReader, Counters) {
     let mut address = None;
     wait_until("the guest counts", || {
         read_on(&mut reader, &mut text);
-        let line = text.lines().find_map(|line| line.strip_prefix("counting at 0x"));
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("counting at 0x"));
         address = line
             .filter(|_| text.ends_with('\n'))
             .and_then(|address| u64::from_str_radix(address.trim(), 16).ok());
@@ -145,7 +155,9 @@ fn copy(memory: &GuestMemory) -> GuestMemory {
     let copy = GuestMemory::from_ranges(&ranges).expect("there is memory");
     for (address, len) in ranges {
         let mut bytes = vec![0; len];
-        memory.read_slice(&mut bytes, address).expect("it is memory");
+        memory
+            .read_slice(&mut bytes, address)
+            .expect("it is memory");
         copy.write_slice(&bytes, address).expect("it is memory");
     }
     copy
@@ -183,50 +195,39 @@ fn save(machine: &Controller) -> (GuestMemory, Vec<Section>) {
     (copy(&memory), through_a_file(&saved))
 }
 
-/// Has a machine count, and one that goes on from it, and so on. `counting_processors` of the first count before,
-/// all `config.cpus` after.
-fn go_on_from_machine_to_machine(config: &MachineConfig, counting_processors: u64) {
+/// Has a machine count, another go on from it, and so on. Its second vCPU, if it has one, has to count from
+/// round `second_from` on, and is told so then.
+fn go_on_from_machine_to_machine(config: &MachineConfig, second_from: usize) {
     let (mut machine, mut reader, counters) = counting(config);
     let cpus = u64::from(config.cpus.get());
+    let mut memory = machine.memory().expect("it runs");
     for round in 0..ROUNDS {
-        let (saved, processors) = {
-            let memory = machine.memory().expect("it runs");
-            if round == 0 {
-                for index in 0..counting_processors {
-                    wait_until("it counts", || {
-                        counters.processor(&memory, index).interrupts > 2
-                    });
-                }
-            }
-            thread::sleep(random_time());
-            save(&machine)
+        let counting = if round < second_from {
+            1
+        } else {
+            cpus as usize
         };
-        let before: Vec<_> = (0..cpus)
-            .map(|index| counters.processor(&saved, index))
-            .collect();
+        let before = counters.processors(&memory, cpus);
+        wait_until_gone_on(counters, &memory, &before[..counting]);
+        thread::sleep(random_time());
+        let (saved, processors) = save(&machine);
+        let before = counters.processors(&saved, cpus);
+        drop(memory);
         drop(machine);
+
         (machine, reader) = configured(config);
         let started = machine.start_from(saved, &processors);
         started.unwrap_or_else(|error| panic!("round {round}: {error}"));
-        let memory = machine.memory().expect("it runs");
-        counters.set(&memory, START_SECOND);
-        for (index, before) in (0..).zip(&before) {
-            let now = counters.processor(&memory, index);
+        memory = machine.memory().expect("it runs");
+        let now = counters.processors(&memory, cpus);
+        for (before, now) in before.iter().zip(&now) {
             assert!(now.is_at_or_after(before), "{before:?}, then {now:?}");
-            let mut now = now;
-            let deadline = Instant::now() + PATIENCE;
-            while !now.has_gone_on_since(before) {
-                assert!(
-                    Instant::now() < deadline,
-                    "round {round}, processor {index} stands still: {before:?}, {now:?}"
-                );
-                thread::sleep(Duration::from_millis(1));
-                now = counters.processor(&memory, index);
-            }
-            assert_eq!(now.faults, 0, "round {round}, processor {index}");
         }
+        if round + 1 == second_from {
+            counters.set(&memory, START_SECOND);
+        }
+        wait_until_gone_on(counters, &memory, &before[..counting]);
     }
-    let memory = machine.memory().expect("it runs");
     counters.set(&memory, STOP);
     let reason = machine.wait().unwrap_or_else(|error| panic!("{error}"));
     let mut text = String::new();
@@ -235,38 +236,111 @@ fn go_on_from_machine_to_machine(config: &MachineConfig, counting_processors: u6
     assert!(text.ends_with("PASS\n"), "{text}");
 }
 
+/// Waits until all processors that were as in `before` have counted, accessed a device and been interrupted.
+fn wait_until_gone_on(counters: Counters, memory: &GuestMemory, before: &[Processor]) {
+    for (index, before) in (0..).zip(before) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = counters.processor(memory, index);
+            assert_eq!(now.faults, 0, "processor {index}");
+            if now.has_gone_on_since(before) {
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "processor {index} stands still: {before:?}, {now:?}"
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 #[test]
 fn a_machine_goes_on_with_the_local_timer() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(1, "timer=local"), 1);
+    go_on_from_machine_to_machine(&config(1, "timer=local"), 0);
 }
 
 #[test]
 fn a_machine_goes_on_with_the_tsc_deadline() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(1, "timer=deadline"), 1);
+    go_on_from_machine_to_machine(&config(1, "timer=deadline"), 0);
 }
 
 #[test]
 fn a_machine_goes_on_with_the_interval_timer() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(1, "timer=interval"), 1);
+    go_on_from_machine_to_machine(&config(1, "timer=interval"), 0);
 }
 
 #[test]
 fn a_machine_with_two_processors_goes_on() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(2, "timer=deadline second=at-once"), 2);
+    go_on_from_machine_to_machine(&config(2, "timer=deadline second=at-once"), 0);
 }
 
 #[test]
 fn a_processor_that_was_not_started_can_be_started_afterwards() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(2, "timer=local second=told"), 1);
+    go_on_from_machine_to_machine(&config(2, "timer=local second=told"), ROUNDS / 2);
 }
 
 #[test]
 fn a_processor_that_waits_for_its_start_up_interrupt_gets_it_afterwards() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(2, "timer=local second=reset"), 1);
+    go_on_from_machine_to_machine(&config(2, "timer=local second=reset"), ROUNDS / 2);
+}
+
+#[test]
+fn only_a_paused_machine_is_saved() {
+    require_kvm!();
+    let config = config(1, "timer=local");
+    let (machine, _reader) = configured(&config);
+    let refused = |expected: State| match machine.save_processors() {
+        Err(Error::WrongState { state, .. }) => assert_eq!(state, expected),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("it is not paused"),
+    };
+    refused(State::Configured);
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
+    refused(State::Running);
+    machine.stop();
+    refused(State::Stopped);
+}
+
+#[test]
+fn a_machine_goes_on_after_it_was_saved() {
+    require_kvm!();
+    let (machine, _reader, counters) = counting(&config(1, "timer=local"));
+    let (saved, processors) = save(&machine);
+    assert_eq!(processors.len(), 2);
+    machine.resume().unwrap_or_else(|error| panic!("{error}"));
+    let memory = machine.memory().expect("it runs");
+    wait_until_gone_on(counters, &memory, &counters.processors(&saved, 1));
+}
+
+#[test]
+fn the_state_of_another_machine_is_refused() {
+    require_kvm!();
+    let config_of_one = config(1, "timer=local");
+    let (machine, _reader, _) = counting(&config_of_one);
+    let (saved, processors) = save(&machine);
+    let refused = |config: &MachineConfig, processors: &[Section], expected: &str| {
+        let (machine, _reader) = configured(config);
+        match machine.start_from(copy(&saved), processors) {
+            Err(Error::Restore(RestoreError::Invalid { kind, .. })) => assert_eq!(kind, expected),
+            Err(Error::Restore(RestoreError::Kind { found, .. })) => assert_eq!(found, expected),
+            Err(error) => panic!("{error}"),
+            Ok(()) => panic!("it is another machine"),
+        }
+        assert_eq!(machine.state(), State::Configured);
+    };
+    refused(&config(2, "timer=local"), &processors, "vcpu");
+    refused(&config_of_one, &[], "vm");
+    refused(&config_of_one, &processors[..1], "vcpu");
+    let turned = [processors[1].clone(), processors[0].clone()];
+    refused(&config_of_one, &turned, "vcpu");
+    let mut larger = config_of_one.clone();
+    larger.memory = "32M".parse().expect("this is a size");
+    refused(&larger, &processors, "memory");
 }

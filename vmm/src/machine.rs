@@ -123,12 +123,7 @@ impl Machine {
             None => None,
         };
         let guest = match &saved {
-            None => Some(load_guest(
-                config,
-                &memory,
-                virtio.windows(),
-                vm.tsc_khz(),
-            )?),
+            None => Some(load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?),
             Some(_) => None,
         };
         // Last, so that no output file is made for a machine that cannot be.

@@ -39,7 +39,11 @@ pub(crate) fn read(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, kvm_ioctls:
     let mut msrs = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let mut batch = entries(rest.iter().take(BATCH).map(|&index| Msr { index, value: 0 }))?;
+        let mut batch = entries(
+            rest.iter()
+                .take(BATCH)
+                .map(|&index| Msr { index, value: 0 }),
+        )?;
         let read = fd.get_msrs(&mut batch)?;
         msrs.extend(batch.as_slice().iter().take(read).map(|entry| Msr {
             index: entry.index,

@@ -54,7 +54,10 @@ impl SavedProcessors {
             return Err(invalid(VcpuState::KIND, reason));
         }
         let vm = vm.decode()?;
-        let vcpus: Vec<VcpuState> = vcpus.iter().map(Section::decode).collect::<Result<_, _>>()?;
+        let vcpus: Vec<VcpuState> = vcpus
+            .iter()
+            .map(Section::decode)
+            .collect::<Result<_, _>>()?;
         for (index, vcpu) in (0..vcpu_count).zip(&vcpus) {
             if vcpu.index() != index {
                 let reason = format!("vCPU {} is in the place of {index}", vcpu.index());

@@ -2,8 +2,8 @@
 
 use kvm_ioctls::VcpuFd;
 
-use super::tsc_offset::{set_tsc_offset, tsc_offset};
 use super::msrs::{IA32_TSC, read_one};
+use super::tsc_offset::{set_tsc_offset, tsc_offset};
 
 /// Largest difference of two frequencies that are taken for the same, in parts per million: hosts measure
 /// theirs anew at each start, and a guest's own measurement is no better.

@@ -1,6 +1,5 @@
 //! The state of a vCPU.
 
-
 use bantam_state::{RestoreError, SaveError, SavedState};
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, KVM_SREGS2_FLAGS_PDPTRS_VALID, KVMIO, Xsave,
@@ -358,4 +357,175 @@ fn set_sregs2(fd: &VcpuFd, sregs: &kvm_sregs, pdptrs: [u64; 4]) -> Result<(), kv
         return Err(kvm_ioctls::Error::last());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bantam_devices::GuestMemory;
+    use bantam_state::Section;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::host::open_kvm;
+    use crate::vm::Vm;
+
+    const IA32_SYSENTER_EIP: u32 = 0x176;
+
+    /// A virtual machine with memory and interrupt controllers, as a vCPU needs it.
+    struct Host {
+        kvm: Kvm,
+        vm: Vm,
+        fd: VcpuFd,
+        support: StateSupport,
+    }
+
+    /// None if there is no KVM here.
+    fn host() -> Option<Host> {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return None;
+        };
+        let (vm, fd) = vcpu(&kvm);
+        let support = StateSupport::new(&kvm).unwrap();
+        Some(Host {
+            kvm,
+            vm,
+            fd,
+            support,
+        })
+    }
+
+    fn vcpu(kvm: &Kvm) -> (Vm, VcpuFd) {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let vm = Vm::new(kvm, Arc::new(memory)).unwrap();
+        let fd = vm.create_vcpu(0).unwrap();
+        (vm, fd)
+    }
+
+    /// The state of a vCPU that has something everywhere.
+    fn full_state(host: &Host) -> VcpuState {
+        let cpuid = host.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        host.fd.set_cpuid2(&cpuid).unwrap();
+        let mut state = VcpuState::save(&host.fd, 0, &host.support).unwrap();
+        state.regs.rax = 0x1122_3344_5566_7788;
+        state.regs.rip = 0x1234;
+        state.debug_registers.db[0] = 0x5000;
+        // XMM0, the SSE state of which XSTATE_BV says that it is there.
+        state.xsave[40..44].copy_from_slice(&[1, 2, 3, 4]);
+        state.xsave[128] |= 0b11;
+        for msr in &mut state.msrs {
+            if msr.index == IA32_SYSENTER_EIP {
+                msr.value = 0x4242;
+            }
+        }
+        state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED;
+        state.events.nmi.pending = 1;
+        state
+    }
+
+    /// Of `state`, what does not change with time.
+    fn at_rest(state: &VcpuState) -> VcpuState {
+        let mut state = state.clone();
+        state.msrs.retain(|msr| msr.index != IA32_TSC);
+        state.tsc_offset = None;
+        state
+    }
+
+    #[test]
+    fn a_vcpu_gets_the_state_of_another() {
+        let Some(host) = host() else { return };
+        let state = full_state(&host);
+        let section = Section::of(&state).unwrap();
+        let state: VcpuState = section.decode().unwrap();
+
+        let (_vm, fd) = vcpu(&host.kvm);
+        state
+            .restore(&fd, &host.support, &mut TscRestorer::default())
+            .unwrap();
+        let restored = VcpuState::save(&fd, 0, &host.support).unwrap();
+        assert_eq!(at_rest(&restored), at_rest(&state));
+        assert_eq!(restored.index(), 0);
+        drop(host.vm);
+    }
+
+    #[test]
+    fn sizes_that_no_vcpu_has_are_refused() {
+        let Some(host) = host() else { return };
+        let state = full_state(&host);
+        let refused = |change: &dyn Fn(&mut VcpuState), expected: &str| {
+            let mut state = state.clone();
+            change(&mut state);
+            let error = state
+                .restore(&host.fd, &host.support, &mut TscRestorer::default())
+                .unwrap_err();
+            assert!(
+                matches!(&error, RestoreError::Invalid { kind, reason } if kind == "vcpu" && reason.contains(expected)),
+                "{error}"
+            );
+        };
+        refused(&|state| state.xsave.truncate(1023), "4092 bytes");
+        refused(
+            &|state| state.xsave.resize(MAX_XSAVE_WORDS + 1, 0),
+            "65540 bytes",
+        );
+        refused(&|state| state.xsave.push(1), "lacks");
+        refused(&|state| state.cpuid = vec![state.cpuid[0]; 257], "257");
+        refused(&|state| state.msrs = vec![state.msrs[0]; 1025], "1025");
+        if !host.support.tsc_scaling {
+            refused(&|state| state.tsc_khz = Some(1), "1 kHz");
+        }
+        let unknown = Msr {
+            index: 0x1234_5678,
+            value: 1,
+        };
+        refused(&|state| state.msrs.push(unknown), "0x12345678");
+    }
+
+    #[test]
+    fn extended_state_of_a_larger_host_is_taken_if_it_is_empty() {
+        let Some(host) = host() else { return };
+        let mut state = full_state(&host);
+        state.xsave.resize(MAX_XSAVE_WORDS, 0);
+        let (_vm, fd) = vcpu(&host.kvm);
+        state
+            .restore(&fd, &host.support, &mut TscRestorer::default())
+            .unwrap();
+    }
+
+    /// What is changed of bytes: at which place, and how.
+    fn changed(bytes: &[u8], changes: &[(u16, u8)]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        for &(place, change) in changes {
+            let place = usize::from(place) % bytes.len();
+            bytes[place] ^= change;
+        }
+        bytes
+    }
+
+    #[test]
+    fn damaged_state_is_set_or_refused() {
+        let Some(host) = host() else { return };
+        let bytes = postcard::to_stdvec(&full_state(&host)).unwrap();
+        bolero::check!()
+            .with_type::<Vec<(u16, u8)>>()
+            .for_each(|changes| {
+                let bytes = changed(&bytes, changes);
+                if let Ok(state) = postcard::from_bytes::<VcpuState>(&bytes) {
+                    let (_vm, fd) = vcpu(&host.kvm);
+                    let mut tsc = TscRestorer::default();
+                    if state.restore(&fd, &host.support, &mut tsc).is_ok() {
+                        let _ = VcpuState::save(&fd, 0, &host.support);
+                    }
+                }
+            });
+    }
+
+    #[test]
+    fn any_bytes_are_decoded_or_refused() {
+        bolero::check!().for_each(|bytes| {
+            let _ = postcard::from_bytes::<VcpuState>(bytes);
+        });
+    }
 }

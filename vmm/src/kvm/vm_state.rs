@@ -115,3 +115,99 @@ fn failed(part: &'static str) -> impl Fn(kvm_ioctls::Error) -> RestoreError {
         source: source.into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bantam_devices::GuestMemory;
+    use bantam_state::Section;
+    use kvm_ioctls::Kvm;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::host::open_kvm;
+
+    /// An entry of the I/O APIC's redirection table: vector 0x31, masked.
+    const MASKED_ENTRY: u64 = 0x1_0031;
+
+    fn vm(kvm: &Kvm) -> Vm {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        Vm::new(kvm, Arc::new(memory)).unwrap()
+    }
+
+    fn io_apic(state: &VmState) -> kvm_bindings::kvm_ioapic_state {
+        // SAFETY: the third chip is the I/O APIC, whose state is made of integers only.
+        unsafe { state.irqchips[2].chip.ioapic }
+    }
+
+    #[test]
+    fn a_machine_gets_the_state_of_another() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let first = vm(&kvm);
+        first.create_interval_timer().unwrap();
+        let mut timer = first.interval_timer().unwrap();
+        timer.channels[0].mode = 2;
+        timer.channels[0].count = 1193;
+        first.set_interval_timer(&timer).unwrap();
+        let mut state = VmState::save(&first).unwrap();
+        let mut chip = io_apic(&state);
+        chip.redirtbl[5].bits = MASKED_ENTRY;
+        state.irqchips[2].chip.ioapic = chip;
+        state.clock.clock = 1 << 50;
+        let state: VmState = Section::of(&state).unwrap().decode().unwrap();
+
+        let second = vm(&kvm);
+        state.restore_clock(&second).unwrap();
+        state.restore_interrupt_sources(&second).unwrap();
+        let restored = VmState::save(&second).unwrap();
+        // SAFETY: both members of the union are 64 bits of which any are valid.
+        let entry = unsafe { io_apic(&restored).redirtbl[5].bits };
+        assert_eq!(entry, MASKED_ENTRY);
+        assert!((1 << 50..1 << 51).contains(&restored.clock.clock));
+        let timer = restored.interval_timer.unwrap();
+        assert_eq!((timer.channels[0].mode, timer.channels[0].count), (2, 1193));
+    }
+
+    #[test]
+    fn a_timer_that_the_guest_has_not_used_is_not_created() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let state = VmState::save(&vm(&kvm)).unwrap();
+        let second = vm(&kvm);
+        state.restore_interrupt_sources(&second).unwrap();
+        assert!(second.interval_timer().is_err());
+    }
+
+    #[test]
+    fn damaged_state_is_set_or_refused() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let first = vm(&kvm);
+        first.create_interval_timer().unwrap();
+        let bytes = postcard::to_stdvec(&VmState::save(&first).unwrap()).unwrap();
+        // A timer that is taken down makes each take 15 ms.
+        bolero::check!()
+            .with_iterations(50)
+            .with_type::<Vec<(u16, u8)>>()
+            .for_each(|changes| {
+                let mut bytes = bytes.clone();
+                for &(place, change) in changes {
+                    let place = usize::from(place) % bytes.len();
+                    bytes[place] ^= change;
+                }
+                if let Ok(state) = postcard::from_bytes::<VmState>(&bytes) {
+                    let vm = vm(&kvm);
+                    let _ = state.restore_clock(&vm);
+                    let _ = state.restore_interrupt_sources(&vm);
+                }
+            });
+    }
+}
