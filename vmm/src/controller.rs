@@ -10,6 +10,8 @@ use bantam_devices::device_log::MachineLog;
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
 use bantam_devices::virtio::net::NetLimits;
+use bantam_memory::GuestMemory;
+use bantam_state::Section;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
@@ -20,7 +22,8 @@ use crate::console::Console;
 use crate::device_table::DeviceTable;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
-use crate::machine::Machine;
+use crate::kvm::{SavedProcessors, VmState};
+use crate::machine::{Machine, Origin};
 use crate::metrics::MachineMetrics;
 use crate::run_control::{RunControl, lock, wait};
 use crate::state::State;
@@ -124,40 +127,78 @@ impl Controller {
     /// When the host cannot run machines, a file or device that the configuration names cannot be used,
     /// or the machine is not configured or has been started.
     pub fn start(&self) -> Result<(), Error> {
-        let machine = {
+        self.0.start(Origin::Kernel)
+    }
+
+    /// As [`Controller::start`], but has the machine go on from where another of the same configuration was
+    /// when its state was saved, in place of a boot: with `memory`, a copy of that machine's, and with
+    /// `processors`, from [`Controller::save_processors`].
+    ///
+    /// The guest sees nothing of the time in between: its clocks go on from where they were. On a host whose
+    /// KVM cannot set the time stamp counter, such as one without hardware virtualization, that of the host
+    /// goes on.
+    ///
+    /// This is a part of what restores a machine. Devices start as after a reset, so the guest must not have
+    /// begun to use any that keeps state, and nothing checks that the host has the processor features that
+    /// the guest was promised.
+    ///
+    /// # Errors
+    /// As [`Controller::start`], and [`Error::Restore`] when the state is damaged, of another machine, or not
+    /// one that this host can give a vCPU.
+    pub fn start_from(&self, memory: GuestMemory, processors: &[Section]) -> Result<(), Error> {
+        self.0.start(Origin::Saved { memory, processors })
+    }
+
+    /// The memory of the guest, which the guest and its devices may change at any time unless the machine is
+    /// paused, and devices even then.
+    ///
+    /// # Errors
+    /// When the machine does not run.
+    pub fn memory(&self) -> Result<Arc<GuestMemory>, Error> {
+        match &*self.0.life() {
+            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+                if !self.0.control.is_stopping() =>
+            {
+                Ok(machine.memory().clone())
+            }
+            life => Err(self.0.wrong_state(life, "find the memory")),
+        }
+    }
+
+    /// The state of all vCPUs and of what KVM emulates for them: interrupt controllers, interval timer and
+    /// clock. The machine stays paused, and can go on.
+    ///
+    /// That is a part of what a machine consists of: memory and devices are not in it. An interrupt that a
+    /// device raises while the state is read may be missing.
+    ///
+    /// # Errors
+    /// When the machine is not paused or ends meanwhile, or KVM does not give a part of the state.
+    pub fn save_processors(&self) -> Result<Vec<Section>, Error> {
+        let action = "save the processors";
+        let (vm, vcpu_count) = {
             let mut life = self.0.life();
             match self.0.take(&mut life) {
-                Some(Life::Configured(machine)) => {
-                    *life = Life::Starting;
-                    machine
+                Some(Life::Paused(machine)) => {
+                    let vm = machine.vm().clone();
+                    let vcpu_count = machine.vcpu_count();
+                    // So that nobody lets it go on.
+                    *life = Life::Pausing(machine);
+                    (vm, vcpu_count)
                 }
-                other => return Err(self.0.put_back(life, other, "start the machine")),
+                other => return Err(self.0.put_back(life, other, action)),
             }
         };
-        // Without the lock: others can ask for the state meanwhile, or stop the machine.
-        let (config, console) = &*machine;
-        let built = console
-            .try_clone()
-            .map_err(Error::resource("the serial console"))
-            .and_then(|console| Machine::new(config, console, &self.0.control, &self.0.log));
-        let (next, result) = match built {
-            Ok(mut built) => match built.start() {
-                Ok(()) => {
-                    let _ = self.0.metrics.set(built.devices().metrics.clone());
-                    (Life::Running(built), Ok(()))
-                }
-                Err(error) => {
-                    // Some of its vCPUs may have run.
-                    self.0.stop();
-                    drop(built);
-                    (Life::Gone(Ok(ExitReason::Stopped)), Err(error))
-                }
-            },
-            Err(error) => (Life::Configured(machine), Err(error)),
-        };
-        *self.0.life() = next;
-        self.0.changed.notify_all();
-        result
+        let saved = VmState::save(&vm).map(|vm| (vm, self.0.control.save_vcpus(vcpu_count)));
+        let mut life = self.0.life();
+        match self.0.take(&mut life) {
+            Some(Life::Pausing(machine)) => *life = Life::Paused(machine),
+            other => return Err(self.0.put_back(life, other, action)),
+        }
+        match saved? {
+            (vm, Some(vcpus)) => Ok(SavedProcessors::new(vm, vcpus?).encode()?),
+            // It has ended in this moment.
+            (_, None) => Err(self.0.wrong_state(&life, action)),
+        }
     }
 
     /// [`Command::Pause`].
@@ -560,6 +601,43 @@ impl Inner {
             }
             life => Err(self.wrong_state(life, action)),
         }
+    }
+
+    fn start(&self, origin: Origin<'_>) -> Result<(), Error> {
+        let machine = {
+            let mut life = self.life();
+            match self.take(&mut life) {
+                Some(Life::Configured(machine)) => {
+                    *life = Life::Starting;
+                    machine
+                }
+                other => return Err(self.put_back(life, other, "start the machine")),
+            }
+        };
+        // Without the lock: others can ask for the state meanwhile, or stop the machine.
+        let (config, console) = &*machine;
+        let built = console
+            .try_clone()
+            .map_err(Error::resource("the serial console"))
+            .and_then(|console| Machine::new(config, origin, console, &self.control, &self.log));
+        let (next, result) = match built {
+            Ok(mut built) => match built.start() {
+                Ok(()) => {
+                    let _ = self.metrics.set(built.devices().metrics.clone());
+                    (Life::Running(built), Ok(()))
+                }
+                Err(error) => {
+                    // Some of its vCPUs may have run.
+                    self.stop();
+                    drop(built);
+                    (Life::Gone(Ok(ExitReason::Stopped)), Err(error))
+                }
+            },
+            Err(error) => (Life::Configured(machine), Err(error)),
+        };
+        *self.life() = next;
+        self.changed.notify_all();
+        result
     }
 
     fn stop(&self) {

@@ -10,6 +10,7 @@ use bantam_devices::tap::TapError;
 use bantam_devices::virtio::balloon::BalloonError;
 use bantam_devices::virtio::block::ReplaceError;
 use bantam_metadata::MetadataError;
+use bantam_state::{RestoreError, SaveError};
 
 use crate::config::ConfigError;
 use crate::host::HostError;
@@ -257,6 +258,12 @@ pub enum Error {
          the power button"
     )]
     Keyboard(#[source] KeyboardError),
+    /// State cannot be saved.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// State that was saved cannot be used.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// The event loop cannot go on.
     #[error("the device event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),

@@ -10,6 +10,8 @@ use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::disk::DiskFile;
+use bantam_memory::GuestMemory;
+use bantam_state::Section;
 
 use crate::command::ShutDown;
 use crate::config::MachineConfig;
@@ -23,8 +25,9 @@ use crate::error::Error;
 use crate::event_loop::EventLoopThread;
 use crate::exit_reason::{self, ExitReason};
 use crate::host::{open_kvm, require_capabilities};
+use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
-use crate::memory::allocate_memory;
+use crate::memory::{allocate_memory, check_layout};
 use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
 use crate::run_control::{EndOnPanic, RunControl};
@@ -50,11 +53,25 @@ pub(crate) struct Machine {
     vm: Arc<Vm>,
 }
 
+/// What a machine starts from.
+pub(crate) enum Origin<'a> {
+    /// The kernel that the configuration names.
+    Kernel,
+    /// Where another machine was, as far as its memory and processors go. Devices are as after a reset, and
+    /// whether the guest tells a restart after a panic from others is not known.
+    Saved {
+        memory: GuestMemory,
+        processors: &'a [Section],
+    },
+}
+
 impl Machine {
-    /// Builds the machine that `config` describes and that `control` will end. `console` is the
-    /// program's end of what is configured as `stdio`, if anything is; its devices log to `log`.
+    /// Builds the machine that `config` describes and that `control` will end, to start from `origin`.
+    /// `console` is the program's end of what is configured as `stdio`, if anything is; its devices log to
+    /// `log`.
     pub(crate) fn new(
         config: &MachineConfig,
+        origin: Origin<'_>,
         mut console: Console,
         control: &Arc<RunControl>,
         log: &MachineLog,
@@ -63,7 +80,15 @@ impl Machine {
         config.cpu.check_host()?;
         let kvm = open_kvm()?;
         require_capabilities(&kvm, &config.cpu.required_capabilities)?;
-        let memory = Arc::new(allocate_memory(config)?);
+        let (memory, saved) = match origin {
+            Origin::Kernel => (allocate_memory(config)?, None),
+            Origin::Saved { memory, processors } => {
+                check_layout(&memory, config)?;
+                let saved = SavedProcessors::decode(processors, config.cpus.get())?;
+                (memory, Some(saved))
+            }
+        };
+        let memory = Arc::new(memory);
         let vm = Arc::new(Vm::new(&kvm, memory.clone())?);
         let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
 
@@ -98,7 +123,10 @@ impl Machine {
             Some(balloon) => Some(virtio.attach_balloon(balloon)?),
             None => None,
         };
-        let guest = load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?;
+        let guest = match &saved {
+            None => Some(load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?),
+            Some(_) => None,
+        };
         let virtio = virtio.into_transports();
         // Last, so that no output file is made for a machine that cannot be.
         let stream_guards = streams.connect(config, &mut console)?;
@@ -117,8 +145,15 @@ impl Machine {
         };
         let model = VcpuModel::new(&kvm, topology, &config.cpu)?;
         let vcpus = (0..config.cpus.get())
-            .map(|index| Vcpu::new(&vm, &model, index, (index == 0).then_some(guest.boot)))
+            .map(|index| {
+                let guest = guest.as_ref().filter(|_| index == 0);
+                Vcpu::new(&vm, &model, index, guest.map(|guest| guest.boot))
+            })
             .collect::<Result<Vec<_>, _>>()?;
+        let state_support = StateSupport::new(&kvm)?;
+        if let Some(saved) = &saved {
+            saved.restore(&vm, &vcpus, &state_support)?;
+        }
         let statistics = vcpus.iter().map(Vcpu::statistics).collect::<Result<_, _>>();
         let statistics = statistics.unwrap_or_else(|error| {
             tracing::debug!("cannot see whether vCPUs halt: {error}");
@@ -153,6 +188,7 @@ impl Machine {
                 mmio,
                 memory,
                 control: control.clone(),
+                state_support,
             }),
             control: control.clone(),
             vcpus,
@@ -176,7 +212,7 @@ impl Machine {
                 streams,
                 serial_path: serial.path().map(Path::to_path_buf),
             }),
-            tells_panics: guest.tells_panics,
+            tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             _serial: serial,
             _streams: stream_guards,
             vm,
@@ -229,6 +265,14 @@ impl Machine {
     /// How many vCPUs run.
     pub(crate) fn vcpu_count(&self) -> usize {
         self.vcpu_threads.len()
+    }
+
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.environment.memory
     }
 
     pub(crate) fn devices(&self) -> &Arc<DeviceTable> {

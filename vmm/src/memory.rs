@@ -4,6 +4,7 @@ use std::fs;
 
 use bantam_arch::memory_map::ram_regions;
 use bantam_memory::{Backing, GuestMemory, MapError};
+use bantam_state::RestoreError;
 use vm_memory::GuestAddress;
 
 use crate::config::{HugePages, MachineConfig};
@@ -39,6 +40,25 @@ pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Err
             mib: size >> 20,
             reason: error.to_string(),
         },
+    })
+}
+
+/// Checks that `memory` is where and as large as that of a machine made by `config`.
+///
+/// # Errors
+/// When it is not.
+pub(crate) fn check_layout(
+    memory: &GuestMemory,
+    config: &MachineConfig,
+) -> Result<(), RestoreError> {
+    let ranges = memory.regions().map(|it| (it.start.0, it.len));
+    if ranges.eq(ram_regions(config.memory.bytes())) {
+        return Ok(());
+    }
+    let mib = config.memory.bytes() >> 20;
+    Err(RestoreError::Invalid {
+        kind: "memory".to_owned(),
+        reason: format!("it is not that of a machine with {mib} MiB"),
     })
 }
 

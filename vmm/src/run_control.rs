@@ -8,12 +8,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bantam_devices::PowerControl;
+use bantam_state::SaveError;
 use nix::sys::pthread::{Pthread, pthread_self};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
+use crate::kvm::VcpuState;
 
 /// How often a machine is looked after.
 const TICK: Duration = Duration::from_secs(1);
@@ -30,6 +32,8 @@ struct VcpuThreads {
     parked: usize,
     /// For each vCPU, whether it has halted for good, as far as it has answered. Empty if nobody asks.
     halted: Vec<Option<bool>>,
+    /// For each vCPU its state, as far as it has answered. Empty if nobody asks.
+    states: Vec<Option<Result<VcpuState, SaveError>>>,
 }
 
 /// The vCPUs' common orders, and the end of the machine.
@@ -85,19 +89,36 @@ impl RunControl {
         lock(&self.threads).kickable.push(pthread_self());
     }
 
-    /// Waits on a vCPU thread for as long as the machine is paused. `true` where it was.
+    /// Waits on the thread of vCPU `index` for as long as the machine is paused, and answers with `save` if
+    /// [`Control::save_vcpus`] asks meanwhile. `true` where it was.
     ///
     /// A vCPU thread calls this before it enters the guest for the first time, and whenever it was
     /// kicked out of it.
-    pub(crate) fn wait_while_paused(&self) -> bool {
+    pub(crate) fn wait_while_paused(
+        &self,
+        index: u8,
+        save: impl Fn() -> Result<VcpuState, SaveError>,
+    ) -> bool {
         if !self.pausing.load(Ordering::SeqCst) {
             return false;
         }
         let mut threads = lock(&self.threads);
         threads.parked += 1;
         self.changed.notify_all();
+        let index = usize::from(index);
         while self.pausing.load(Ordering::SeqCst) && !self.is_stopping() {
-            threads = wait(&self.changed, threads);
+            if !matches!(threads.states.get(index), Some(None)) {
+                threads = wait(&self.changed, threads);
+                continue;
+            }
+            // All vCPUs save at the same time.
+            drop(threads);
+            let state = save();
+            threads = lock(&self.threads);
+            if let Some(answer) = threads.states.get_mut(index) {
+                *answer = Some(state);
+            }
+            self.changed.notify_all();
         }
         threads.parked -= 1;
         true
@@ -129,6 +150,25 @@ impl RunControl {
                 .0;
         }
         true
+    }
+
+    /// Has all `vcpu_count` vCPUs, which must be paused and stay so, save their state. `None` if the machine
+    /// ends meanwhile.
+    ///
+    /// Their threads do it, as KVM's requests for a vCPU are made on the thread that runs it.
+    pub(crate) fn save_vcpus(
+        &self,
+        vcpu_count: usize,
+    ) -> Option<Result<Vec<VcpuState>, SaveError>> {
+        let mut threads = lock(&self.threads);
+        threads.states = (0..vcpu_count).map(|_| None).collect();
+        self.changed.notify_all();
+        while threads.states.iter().any(Option::is_none) && !self.is_stopping() {
+            threads = wait(&self.changed, threads);
+        }
+        let states = std::mem::take(&mut threads.states);
+        let states: Option<Vec<_>> = states.into_iter().collect();
+        states.map(|states| states.into_iter().collect())
     }
 
     /// Has each of `vcpu_count` vCPUs taken out of the guest for a moment, to say whether it has halted for

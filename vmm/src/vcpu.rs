@@ -8,6 +8,7 @@ use bantam_arch::cpuid::{self, Topology};
 use bantam_arch::{EntryProtocol, lapic, msrs, registers};
 use bantam_devices::bus::Bus;
 use bantam_memory::GuestMemory;
+use bantam_state::RestoreError;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
@@ -22,6 +23,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::config::{CpuModifiers, MsrModifier};
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
+use crate::kvm::{StateSupport, TscRestorer, VcpuState};
 use crate::metrics::VcpuMetrics;
 use crate::run_control::{RunControl, kick_signal};
 use crate::vcpu_statistics::VcpuStatistics;
@@ -99,11 +101,13 @@ pub(crate) struct VcpuEnvironment {
     pub(crate) mmio: Bus,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) control: Arc<RunControl>,
+    pub(crate) state_support: StateSupport,
 }
 
 impl Vcpu {
     /// Creates vCPU number `index`. The one with `boot` starts there; others wait for the guest to
-    /// start them by an INIT-SIPI sequence, before which KVM keeps them off.
+    /// start them by an INIT-SIPI sequence, before which KVM keeps them off, unless they get the state of
+    /// another vCPU.
     pub(crate) fn new(
         vm: &Vm,
         model: &VcpuModel,
@@ -153,6 +157,19 @@ impl Vcpu {
     /// When KVM gives no access to it.
     pub(crate) fn statistics(&self) -> io::Result<VcpuStatistics> {
         VcpuStatistics::of(&self.fd)
+    }
+
+    /// Sets the state of another vCPU; see [`VcpuState::restore`].
+    ///
+    /// # Errors
+    /// When it cannot be that of a vCPU on this host.
+    pub(crate) fn restore(
+        &self,
+        state: &VcpuState,
+        support: &StateSupport,
+        tsc: &mut TscRestorer,
+    ) -> Result<(), RestoreError> {
+        state.restore(&self.fd, support, tsc)
     }
 
     /// Runs the guest on the calling thread until the machine ends.
@@ -240,7 +257,7 @@ impl Vcpu {
             ..
         } = environment;
         let metrics = self.metrics.clone();
-        control.wait_while_paused();
+        self.wait_while_paused(environment);
         while !control.is_stopping() {
             match self.fd.run() {
                 Ok(VcpuExit::MmioRead(address, data)) => {
@@ -291,13 +308,13 @@ impl Vcpu {
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return Err(self.error(format!("entering the guest failed ({reason:#x})")));
                 }
-                Ok(VcpuExit::Intr) => self.attend_to_kick(control),
+                Ok(VcpuExit::Intr) => self.attend_to_kick(environment),
                 Ok(other) => {
                     let reason = format!("an exit that this machine does not expect: {other:?}");
                     return Err(self.error(reason));
                 }
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
-                    self.attend_to_kick(control);
+                    self.attend_to_kick(environment);
                 }
                 Err(error) => {
                     return Err(self.error(io::Error::from(error).to_string()));
@@ -307,17 +324,26 @@ impl Vcpu {
         Ok(None)
     }
 
-    /// Does what the vCPU was taken out of the guest for: stays out while the machine is paused. KVM
-    /// has finished the access to a device that the vCPU may have been at, so that its registers are
-    /// those between two instructions.
-    fn attend_to_kick(&self, control: &RunControl) {
+    /// Does what the vCPU was taken out of the guest for: stays out while the machine is paused.
+    ///
+    /// Its registers are those between two instructions, so that its state can be saved. After an access to a
+    /// device that is so only when `KVM_RUN` has been called again, which finishes the instruction before it
+    /// looks for signals (KVM API, section 5, "kvm_run"). It has been: the only way here is an entry that a
+    /// signal has ended, never the exit that asked for the access.
+    fn attend_to_kick(&self, environment: &VcpuEnvironment) {
         // Before the look at what is wanted: a later kick is for something later.
         take_kick_signals();
+        let control = &environment.control;
         control.tell_whether_halted(self.index, || self.has_halted_for_good());
-        if control.wait_while_paused() {
+        if self.wait_while_paused(environment) {
             // It fails for a guest that does not use the clock.
             let _ = self.fd.kvmclock_ctrl();
         }
+    }
+
+    fn wait_while_paused(&self, environment: &VcpuEnvironment) -> bool {
+        let save = || VcpuState::save(&self.fd, self.index, &environment.state_support);
+        environment.control.wait_while_paused(self.index, save)
     }
 
     /// Whether the vCPU waits for what no interrupt brings about: it has halted with interrupts off, or was

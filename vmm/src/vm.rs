@@ -101,6 +101,11 @@ impl Vm {
             .map_err(Error::kvm("set the interval timer"))
     }
 
+    /// KVM's descriptor of it, for its state.
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
     pub(crate) fn create_vcpu(&self, index: u8) -> Result<VcpuFd, Error> {
         self.fd
             .create_vcpu(index.into())

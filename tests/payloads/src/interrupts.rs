@@ -26,6 +26,7 @@ const TIMER_DIVIDE: u64 = LOCAL_APIC + 0x3e0;
 const SOFTWARE_ENABLE: u32 = 0x100;
 const MASKED: u32 = 1 << 16;
 const PERIODIC: u32 = 1 << 17;
+const TSC_DEADLINE: u32 = 2 << 17;
 const DELIVERY_PENDING: u32 = 1 << 12;
 const DIVIDE_BY_1: u32 = 0b1011;
 const ASSERT: u32 = 1 << 14;
@@ -143,6 +144,13 @@ pub fn start_periodic_timer(period: Duration) {
     );
 }
 
+/// Has the timer of this processor's local APIC interrupt by [`TIMER_VECTOR`] when the time stamp counter
+/// reaches the MSR IA32_TSC_DEADLINE.
+pub fn select_deadline_timer() {
+    enable_local_apic();
+    write_local_apic(TIMER, u32::from(TIMER_VECTOR) | TSC_DEADLINE);
+}
+
 /// Stops the timer of this processor's local APIC.
 pub fn stop_timer() {
     write_local_apic(TIMER_INITIAL_COUNT, 0);
@@ -175,7 +183,7 @@ pub fn send(destination: u8, vector: u8) {
 }
 
 /// Sends INIT to the processor with this local APIC id.
-pub(crate) fn send_init(destination: u8) {
+pub fn send_init(destination: u8) {
     send_command(destination, INIT | ASSERT);
 }
 

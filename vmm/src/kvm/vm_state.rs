@@ -1,0 +1,213 @@
+//! The state of a virtual machine beside its vCPUs: interrupt controllers, interval timer and clock.
+
+use bantam_state::{RestoreError, SaveError, SavedState};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::vm::Vm;
+
+/// The interrupt controllers, in the order of their state.
+const IRQCHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
+
+/// All that KVM keeps of a virtual machine beside its memory and vCPUs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct VmState {
+    irqchips: [kvm_irqchip; IRQCHIPS.len()],
+    /// None if the guest has not used it yet.
+    interval_timer: Option<kvm_pit_state2>,
+    /// With the host's time and time stamp counter when it was read, as far as KVM tells them.
+    clock: kvm_clock_data,
+}
+
+impl SavedState for VmState {
+    const KIND: &'static str = "vm";
+    const VERSION: u16 = 1;
+}
+
+impl VmState {
+    /// The state of a machine whose vCPUs are all out of the guest. It has to be saved before theirs: an
+    /// interrupt that moves on to a local APIC in between is in both, and not in neither.
+    ///
+    /// # Errors
+    /// When KVM does not give a part of it.
+    pub(crate) fn save(vm: &Vm) -> Result<VmState, SaveError> {
+        let failed = |part: &'static str| {
+            move |source: kvm_ioctls::Error| SaveError::Host {
+                part: part.to_owned(),
+                source: source.into(),
+            }
+        };
+        let mut irqchips = IRQCHIPS.map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        });
+        for irqchip in &mut irqchips {
+            vm.fd()
+                .get_irqchip(irqchip)
+                .map_err(failed("interrupt controllers"))?;
+        }
+        Ok(VmState {
+            irqchips,
+            interval_timer: match vm.fd().get_pit2() {
+                Ok(state) => Some(state),
+                // There is none.
+                Err(error) if error.errno() == libc::ENXIO => None,
+                Err(error) => return Err(failed("interval timer")(error)),
+            },
+            clock: vm.fd().get_clock().map_err(failed("clock"))?,
+        })
+    }
+
+    /// Sets the clock (kvm-clock), which goes on from where it was: a guest sees nothing of the time in
+    /// between, by this clock as by the time stamp counter.
+    ///
+    /// It has to be set before the state of vCPUs: from it KVM computes the time of the guest's start, which it
+    /// writes to guest memory when a vCPU gets its MSRs.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn restore_clock(&self, vm: &Vm) -> Result<(), RestoreError> {
+        let clock = kvm_clock_data {
+            clock: self.clock.clock,
+            ..Default::default()
+        };
+        vm.fd().set_clock(&clock).map_err(failed("clock"))
+    }
+
+    /// Sets the interrupt controllers and the interval timer, which is created if there was one, and starts
+    /// its counts anew.
+    ///
+    /// The state of all vCPUs has to be set before: an interrupt that is pending is delivered at once, to
+    /// local APICs whose state would otherwise be replaced afterwards.
+    ///
+    /// # Errors
+    /// When the state cannot be that of a machine, or KVM refuses.
+    pub(crate) fn restore_interrupt_sources(&self, vm: &Vm) -> Result<(), Error> {
+        for (irqchip, chip_id) in self.irqchips.iter().zip(IRQCHIPS) {
+            if irqchip.chip_id != chip_id {
+                let kind = VmState::KIND.to_owned();
+                let reason = format!("there is no interrupt controller {}", irqchip.chip_id);
+                return Err(RestoreError::Invalid { kind, reason }.into());
+            }
+            vm.fd()
+                .set_irqchip(irqchip)
+                .map_err(failed("interrupt controllers"))?;
+        }
+        let Some(interval_timer) = &self.interval_timer else {
+            return Ok(());
+        };
+        vm.create_interval_timer()?;
+        vm.set_interval_timer(interval_timer)
+    }
+}
+
+fn failed(part: &'static str) -> impl Fn(kvm_ioctls::Error) -> RestoreError {
+    move |source| RestoreError::Host {
+        part: part.to_owned(),
+        source: source.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bantam_memory::GuestMemory;
+    use bantam_state::Section;
+    use kvm_ioctls::Kvm;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::host::open_kvm;
+
+    /// An entry of the I/O APIC's redirection table: vector 0x31, masked.
+    const MASKED_ENTRY: u64 = 0x1_0031;
+
+    fn vm(kvm: &Kvm) -> Vm {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        Vm::new(kvm, Arc::new(memory)).unwrap()
+    }
+
+    fn io_apic(state: &VmState) -> kvm_bindings::kvm_ioapic_state {
+        // SAFETY: the third chip is the I/O APIC, whose state is made of integers only.
+        unsafe { state.irqchips[2].chip.ioapic }
+    }
+
+    #[test]
+    fn a_machine_gets_the_state_of_another() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let first = vm(&kvm);
+        first.create_interval_timer().unwrap();
+        let mut timer = first.interval_timer().unwrap();
+        timer.channels[0].mode = 2;
+        timer.channels[0].count = 1193;
+        first.set_interval_timer(&timer).unwrap();
+        let mut state = VmState::save(&first).unwrap();
+        let mut chip = io_apic(&state);
+        chip.redirtbl[5].bits = MASKED_ENTRY;
+        state.irqchips[2].chip.ioapic = chip;
+        state.clock.clock = 1 << 50;
+        let state: VmState = Section::of(&state).unwrap().decode().unwrap();
+
+        let second = vm(&kvm);
+        state.restore_clock(&second).unwrap();
+        state.restore_interrupt_sources(&second).unwrap();
+        let restored = VmState::save(&second).unwrap();
+        // SAFETY: both members of the union are 64 bits of which any are valid.
+        let entry = unsafe { io_apic(&restored).redirtbl[5].bits };
+        assert_eq!(entry, MASKED_ENTRY);
+        assert!((1 << 50..1 << 51).contains(&restored.clock.clock));
+        let timer = restored.interval_timer.unwrap();
+        assert_eq!((timer.channels[0].mode, timer.channels[0].count), (2, 1193));
+    }
+
+    #[test]
+    fn a_timer_that_the_guest_has_not_used_is_not_created() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let state = VmState::save(&vm(&kvm)).unwrap();
+        let second = vm(&kvm);
+        state.restore_interrupt_sources(&second).unwrap();
+        assert!(second.interval_timer().is_err());
+    }
+
+    #[test]
+    fn damaged_state_is_set_or_refused() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        let first = vm(&kvm);
+        first.create_interval_timer().unwrap();
+        let bytes = postcard::to_stdvec(&VmState::save(&first).unwrap()).unwrap();
+        // A timer that is taken down makes each take 15 ms.
+        bolero::check!()
+            .with_iterations(50)
+            .with_type::<Vec<(u16, u8)>>()
+            .for_each(|changes| {
+                let mut bytes = bytes.clone();
+                for &(place, change) in changes {
+                    let place = usize::from(place) % bytes.len();
+                    bytes[place] ^= change;
+                }
+                if let Ok(state) = postcard::from_bytes::<VmState>(&bytes) {
+                    let vm = vm(&kvm);
+                    let _ = state.restore_clock(&vm);
+                    let _ = state.restore_interrupt_sources(&vm);
+                }
+            });
+    }
+}
