@@ -725,6 +725,23 @@ mod tests {
     }
 
     #[test]
+    fn the_doorbell_is_asked_for_behind_chains_that_are_let_be() {
+        for event_index in [false, true] {
+            let (mut driver, mut queue, _) = pair(event_index);
+            for _ in 0..2 {
+                driver.offer(&[buffer(0, 8, true)]);
+            }
+            assert!(queue.enable_doorbell_behind(1).unwrap());
+            assert!(!queue.enable_doorbell_behind(2).unwrap());
+            if event_index {
+                assert_eq!(driver.available_event(), 2);
+            }
+            driver.offer(&[buffer(0, 8, true)]);
+            assert!(queue.enable_doorbell_behind(2).unwrap());
+        }
+    }
+
+    #[test]
     fn serving_suppresses_doorbells_and_interrupts_once() {
         let (mut driver, mut queue, mut chain) = pair(false);
         let counter = InterruptCounter::default();

@@ -175,6 +175,11 @@ impl TestDriver {
         self.load::<u16>(self.base + USED) == 0
     }
 
+    /// With event indices: at which chain, counted from zero, the device wants the doorbell to be rung.
+    pub fn available_event(&self) -> u16 {
+        self.load(self.base + USED + 4 + u64::from(self.size) * 8)
+    }
+
     pub fn ring_doorbell(&self) {
         self.doorbell.write(1).unwrap();
     }

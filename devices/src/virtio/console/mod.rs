@@ -206,9 +206,9 @@ impl VirtioDevice for Console {
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
-                if is_restored && has_size {
-                    // The driver knows the size of the terminal that the saved device had.
-                    self.shared.rewrite_size();
+                // A device that was restored has the size of the terminal that the saved one had.
+                let has_changed = self.shared.rewrite_size();
+                if has_size && (is_restored || has_changed) {
                     interrupt.notify_configuration_change();
                 }
                 Ok(Box::new(worker))

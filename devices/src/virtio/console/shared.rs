@@ -28,11 +28,10 @@ impl Shared {
     }
 
     /// Puts the size that is remembered into the configuration space, in place of that of another process.
-    pub(super) fn rewrite_size(&self) {
+    /// `true` if that was another.
+    pub(super) fn rewrite_size(&self) -> bool {
         let own = self.size.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(size) = *own {
-            self.write_size(size);
-        }
+        own.is_some_and(|size| self.write_size(size))
     }
 
     fn write_size(&self, size: [u8; 4]) -> bool {

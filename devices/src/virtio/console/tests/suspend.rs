@@ -283,6 +283,12 @@ fn the_size_of_the_terminal_is_told_again_elsewhere() {
     assert_eq!(guest.device.config().array(0), [100, 0, 40, 0]);
     guest.handle.resize(1, 1);
     assert_eq!(guest.interrupts.take(), 1, "its driver is at work");
+    // A driver that comes later finds the size, too.
+    guest.reset();
+    let config = guest.device.config();
+    config.write(config::COLUMNS, &[80, 0, 24, 0]);
+    guest.activate();
+    assert_eq!(guest.device.config().array(0), [1, 0, 1, 0]);
 }
 
 #[test]
