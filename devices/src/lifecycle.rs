@@ -16,16 +16,18 @@ use bantam_state::{RestoreError, SaveError, Section};
 ///
 /// The machine's owner calls these, on a thread that runs neither a vCPU nor an event loop. A device is
 /// at work when it is made. While it is paused no vCPU is in the guest, so no register of it is accessed.
+/// A reset or a restore also pauses a device that is at work.
 pub trait Device: Send {
     /// Stops the work, after the vCPUs have left the guest.
     ///
-    /// When it returns, the device touches no guest memory, nothing of it is under way, and the driver
-    /// has been notified of all that was done. What the device has taken from the driver and not done
-    /// is back in its queues. A device that is paused already stays so.
+    /// When it returns, the device touches no guest memory, nothing that the guest has asked for is
+    /// under way, and the driver has been notified of all that was done. What the device has taken
+    /// from the driver and not done is back in its queues. Its connections on the host stay. A device
+    /// that is paused already stays so.
     ///
     /// # Errors
-    /// If the host cannot end what is under way. Guest memory may be touched then, so the machine must
-    /// not be saved; the device can be resumed.
+    /// If the host cannot end what is under way. The device is neither at work nor paused then: guest
+    /// memory may be touched, so it is not saved. A resume lets it go on, and another pause tries again.
     fn pause(&mut self) -> io::Result<()>;
 
     /// Goes on with the work, before the vCPUs enter the guest. A device that is at work stays so.

@@ -15,8 +15,7 @@ use crate::virtio::VirtQueue;
 /// a loop. Dropping it ends what is under way, in whatever state it is.
 pub trait VirtioWorker: MutEventSubscriber + Send {
     /// Ends what is under way, puts back what it has taken and not done, and notifies the driver of
-    /// what is done. It is off the loop already, and no method but those of this trait is called
-    /// until it is back.
+    /// what is done. It is off the loop already, and has no more events until it is back.
     ///
     /// When it returns, all chains that it has taken are back with the driver or in their queues, so
     /// the positions of its queues say all there is to know of them.

@@ -246,7 +246,7 @@ impl Controller {
             });
         }
         let paused = devices.pause();
-        if paused.is_err() {
+        if paused.is_err() && !self.0.control.is_stopping() {
             if let Err(error) = devices.resume() {
                 tracing::error!("{error}");
             }
@@ -273,7 +273,9 @@ impl Controller {
             }
         };
         // A device that cannot go on asks its driver for a reset, so the guest has to go on.
-        if let Err(error) = devices.resume() {
+        if let Err(error) = devices.resume()
+            && !self.0.control.is_stopping()
+        {
             tracing::error!("{error}");
         }
         let mut life = self.0.life();

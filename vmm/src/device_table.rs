@@ -43,7 +43,7 @@ impl DeviceTable {
     /// Brings all virtio devices to rest, after the vCPUs.
     ///
     /// # Errors
-    /// If one does not come to rest. Others may be at rest by then.
+    /// If one does not come to rest, or the machine ends meanwhile. Others may be at rest by then.
     pub(crate) fn pause(&self) -> Result<(), Error> {
         for transport in &self.virtio {
             let paused = lock(transport).pause();

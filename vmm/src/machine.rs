@@ -288,6 +288,11 @@ impl Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
+        // What the guest had asked for before a pause is done, as without one. A pause that is still under
+        // way on another thread comes to its end first.
+        if let Err(error) = self.devices.resume() {
+            tracing::warn!("{error}");
+        }
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }

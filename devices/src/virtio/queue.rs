@@ -176,7 +176,7 @@ impl VirtQueue {
         self.index
     }
 
-    /// How far it has come. All chains that were taken have been returned or put back.
+    /// How far it has come. All chains that were taken must have been returned or put back.
     pub fn progress(&self) -> QueueProgress {
         QueueProgress {
             next_available: self.next_available,

@@ -93,11 +93,6 @@ impl TestDriver {
         [self.base, self.base + AVAILABLE, self.base + USED]
     }
 
-    /// How many chains the driver has made available so far, and how many of them it has got back.
-    pub fn progress(&self) -> (u16, u16) {
-        (self.next_available, self.next_used)
-    }
-
     /// Goes on in `memory`, a copy of the memory that the driver was in.
     pub fn move_to(&mut self, memory: &Arc<GuestMemory>) {
         self.memory = memory.clone();

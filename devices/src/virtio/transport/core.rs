@@ -398,8 +398,12 @@ impl TransportCore {
             ));
         }
         let is_active = state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
-        if state.worker.is_some() && !is_active {
-            return Err("it has a worker without a driver".to_owned());
+        if is_active && state.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+            return Err("its driver is ready without having negotiated features".to_owned());
+        }
+        // A device that could not be activated has asked for a reset.
+        if state.worker.is_some() != is_active && !(is_active && state.needs_reset) {
+            return Err("it is not at work if and only if its driver is ready".to_owned());
         }
         self.status = state.status;
         self.device_features_select = state.device_features_select;
@@ -440,23 +444,25 @@ impl Device for TransportCore {
         if self.is_paused {
             return Ok(());
         }
-        self.is_paused = true;
-        if let WorkerPlace::AtWork(id) = std::mem::replace(&mut self.worker, WorkerPlace::None) {
-            let mut worker = self
-                .event_loop
-                .take_worker(id)
-                .map_err(|error| io::Error::other(error.to_string()))?;
-            let paused = worker.pause();
-            self.worker = WorkerPlace::Paused(worker);
-            paused?;
+        self.worker = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
+            WorkerPlace::AtWork(id) => match self.event_loop.take_worker(id) {
+                Ok(worker) => WorkerPlace::Paused(worker),
+                Err(error) => {
+                    self.interrupt.need_reset_by_host(&error);
+                    return Err(io::Error::other(error.to_string()));
+                }
+            },
+            other => other,
+        };
+        if let WorkerPlace::Paused(worker) = &mut self.worker {
+            worker.pause()?;
         }
+        self.is_paused = true;
         Ok(())
     }
 
     fn resume(&mut self) -> io::Result<()> {
-        if !self.is_paused {
-            return Ok(());
-        }
+        // The worker is off the loop after a pause that has failed as well.
         self.is_paused = false;
         let resumed = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
             WorkerPlace::Paused(worker) => {
@@ -569,4 +575,84 @@ pub(super) fn set_low(register: &mut u64, value: u32) {
 
 pub(super) fn set_high(register: &mut u64, value: u32) {
     *register = *register & u64::from(u32::MAX) | u64::from(value) << 32;
+}
+
+#[cfg(test)]
+mod tests {
+    use event_manager::EventManager;
+
+    use super::*;
+    use crate::event_loop::Subscriber;
+    use crate::rate_limiter::Limits;
+    use crate::virtio::rng::Rng;
+    use crate::virtio::test_driver::InterruptCounter;
+
+    /// An entropy device. Nothing runs its event loop.
+    fn core() -> TransportCore {
+        let manager: EventManager<Subscriber> = EventManager::new().unwrap();
+        TransportCore::new(
+            Box::new(Rng::new(&Limits::default()).unwrap()),
+            Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()),
+            EventLoop::of(&manager),
+            InterruptCounter::default().interrupt(),
+        )
+        .unwrap()
+    }
+
+    /// The state of a device after power-on, but for a change.
+    fn changed(change: impl FnOnce(&mut TransportState)) -> Section {
+        let mut core = core();
+        core.pause().unwrap();
+        let mut state = core.save().unwrap().decode().unwrap();
+        change(&mut state);
+        Section::of(&state).unwrap()
+    }
+
+    #[test]
+    fn state_that_contradicts_itself_is_refused() {
+        let worker = |queues| SavedWorker {
+            progress: vec![QueueProgress::default(); queues],
+            state: None,
+        };
+        let ready = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+        core().restore(&changed(|_| {})).unwrap();
+        core()
+            .restore(&changed(|state| {
+                state.status = ready;
+                state.driver_features = F_VERSION_1;
+                state.worker = Some(worker(1));
+            }))
+            .unwrap();
+
+        let contradictions: [fn(&mut TransportState); 6] = [
+            |state| state.device_id += 1,
+            |state| state.queues.clear(),
+            |state| state.config.push(0),
+            |state| state.status = VIRTIO_CONFIG_S_FEATURES_OK,
+            |state| {
+                state.status = VIRTIO_CONFIG_S_FEATURES_OK;
+                state.driver_features = u64::MAX;
+            },
+            |state| {
+                state.status = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+                state.driver_features = F_VERSION_1;
+            },
+        ];
+        for contradiction in contradictions {
+            core().restore(&changed(contradiction)).unwrap_err();
+        }
+        for (status, worker) in [
+            (0, worker(1)),
+            (VIRTIO_CONFIG_S_DRIVER_OK, worker(1)),
+            (ready, worker(0)),
+            (ready, worker(2)),
+        ] {
+            let section = changed(|state| {
+                state.status = status;
+                state.driver_features = F_VERSION_1;
+                state.worker = Some(worker);
+            });
+            core().restore(&section).unwrap_err();
+        }
+    }
 }
