@@ -1,4 +1,4 @@
-//! What a worker must know to go on for another, in whose process it may not be.
+//! What a worker must know to take the place of one that was saved.
 
 use bantam_state::SavedState;
 use serde::{Deserialize, Serialize};

@@ -108,7 +108,7 @@ pub(super) struct Worker {
     transmitted: Flow,
     shared: Arc<Shared>,
     control: Option<ControlQueue>,
-    /// How far the queues are that have no use.
+    /// How far each queue has come that the worker does not use.
     unused: Vec<QueueProgress>,
     local_port: Option<LocalPort>,
     features: u64,

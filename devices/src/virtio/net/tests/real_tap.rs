@@ -411,8 +411,43 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
         "the pair is out of use again"
     );
     assert_eq!(machine.turn(), 0, "what is out of use costs nothing");
-    // A driver that comes after it begins with one pair.
+    // Another worker goes on with both.
     assert_eq!(machine.command(&[4, 0, 2, 0]), 0);
+    arrived(b"late");
+    let worker = machine.pause();
+    let (progress, state) = (worker.progress(), worker.save().unwrap());
+    drop(worker);
+    assert_eq!(queues_in_use(), 1);
+    let drivers = [
+        &machine.receive,
+        &machine.transmit,
+        &second_receive,
+        &second_transmit,
+        &machine.control,
+    ];
+    assert_eq!(progress.len(), drivers.len());
+    let queues = (0..).zip(drivers).zip(progress);
+    let event_index = features & F_EVENT_IDX != 0;
+    let queues =
+        queues.map(|((index, driver), progress)| driver.queue_from(index, event_index, progress));
+    let activation = Activation {
+        memory: machine.memory.clone(),
+        features,
+        queues: queues.collect(),
+        interrupt: machine.interrupt.clone(),
+        state,
+    };
+    let worker = card.activate(activation).unwrap();
+    assert_eq!(queues_in_use(), 2);
+    machine.resume(worker);
+    let packet = datagram(b"after");
+    let place = GuestAddress(DATA);
+    machine.memory.write_slice(&packet, place).unwrap();
+    second_transmit.offer(&[readable(DATA, packet.len() as u32)]);
+    second_transmit.ring_doorbell();
+    machine.run();
+    arrived(b"after");
+    // A driver that comes after it begins with one pair.
     drop(machine.manager.remove_subscriber(machine.worker).unwrap());
     assert_eq!(queues_in_use(), 1);
     assert!(!machine.interrupt.needs_reset());
