@@ -30,8 +30,10 @@ impl Loaded {
             input: None,
             output: Some(writer.into()),
         };
-        machine.configure(config, console).unwrap();
-        machine.start().unwrap();
+        machine
+            .configure(config, console)
+            .expect("the machine can be");
+        machine.start().expect("the host has what it takes");
         Loaded { machine, output }
     }
 
@@ -54,7 +56,7 @@ impl Loaded {
             assert!(begin.elapsed() < LIMIT, "the load does not end");
         }
         assert_eq!(self.machine.state(), State::Stopped);
-        self.machine.wait().unwrap();
+        self.machine.wait().expect("it has ended by itself");
         let mut text = String::new();
         self.output.read_to_string(&mut text).expect("it is text");
         assert!(
