@@ -191,7 +191,7 @@ impl Machine {
 
     pub fn resume(&mut self) {
         // A device that the guest has set up so that it cannot go on asks for a reset.
-        let _ = self.on_another_thread(|transport| transport.resume());
+        let _ = self.on_another_thread(Device::resume);
     }
 
     /// Takes the paused device to its state after power-on.
