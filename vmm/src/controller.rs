@@ -149,14 +149,17 @@ impl Controller {
         self.0.start(Origin::Saved { memory, processors })
     }
 
-    /// The memory of the guest, which the guest and its devices may change at any time unless the machine is
-    /// paused, and devices even then.
+    /// The memory of the guest, which the guest and its devices change at any time unless the machine is
+    /// paused.
     ///
     /// # Errors
     /// When the machine does not run.
     pub fn memory(&self) -> Result<Arc<GuestMemory>, Error> {
         match &*self.0.life() {
-            Life::Running(machine) | Life::Pausing(machine) | Life::Paused(machine)
+            Life::Running(machine)
+            | Life::Pausing(machine)
+            | Life::Paused(machine)
+            | Life::Resuming(machine)
                 if !self.0.control.is_stopping() =>
             {
                 Ok(machine.memory().clone())
