@@ -207,8 +207,8 @@ impl Controller {
     /// [`Command::Pause`].
     ///
     /// # Errors
-    /// When the machine does not run, ends meanwhile, or a vCPU does not leave the guest in time; it then
-    /// runs on.
+    /// If the machine does not run or ends meanwhile. If a vCPU does not leave the guest in time, or the host
+    /// does not end what a device has under way; the machine then runs on.
     pub fn pause(&self) -> Result<(), Error> {
         let action = "pause the machine";
         let (vcpu_count, devices) = {

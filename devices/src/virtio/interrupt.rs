@@ -1,7 +1,7 @@
 //! The interrupt of a virtio device and the state its driver reads when it receives one.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::{fmt, io};
 
 use crate::InterruptLine;
 use crate::device_log::DeviceLog;
@@ -85,6 +85,11 @@ impl VirtioInterrupt {
     /// The device's name in the log.
     pub fn name(&self) -> &str {
         self.log.name()
+    }
+
+    /// An error that says which device `error` is of.
+    pub(super) fn with_name(&self, error: &dyn fmt::Display) -> io::Error {
+        io::Error::other(format!("{}: {error}", self.name()))
     }
 
     pub(super) fn status(&self) -> u32 {

@@ -449,13 +449,15 @@ impl Device for TransportCore {
                 Ok(worker) => WorkerPlace::Paused(worker),
                 Err(error) => {
                     self.interrupt.need_reset_by_host(&error);
-                    return Err(io::Error::other(error.to_string()));
+                    return Err(self.interrupt.with_name(&error));
                 }
             },
             other => other,
         };
         if let WorkerPlace::Paused(worker) = &mut self.worker {
-            worker.pause()?;
+            worker
+                .pause()
+                .map_err(|error| self.interrupt.with_name(&error))?;
         }
         self.is_paused = true;
         Ok(())
@@ -487,7 +489,7 @@ impl Device for TransportCore {
             self.ask_for_reset(&error);
             match error {
                 ActivateError::Driver(reason) | ActivateError::Host(reason) => {
-                    io::Error::other(reason)
+                    self.interrupt.with_name(&reason)
                 }
             }
         })
