@@ -6,8 +6,6 @@ use bantam_state::{SaveError, Section};
 use event_manager::MutEventSubscriber;
 use serde::{Deserialize, Serialize};
 
-use crate::virtio::VirtQueue;
-
 /// What serves a device's queues, from the time that its driver is ready until a reset.
 ///
 /// A worker lives on an event loop, which calls it when a descriptor is ready. A pause takes it off the
@@ -35,21 +33,6 @@ pub trait VirtioWorker: MutEventSubscriber + Send {
     fn save(&self) -> Result<Option<Section>, SaveError> {
         Ok(None)
     }
-}
-
-/// How far each of `count` queues has come, given those that a worker has: it takes nothing from the
-/// others.
-pub(crate) fn progress_of<'a>(
-    count: usize,
-    queues: impl IntoIterator<Item = &'a VirtQueue>,
-) -> Vec<QueueProgress> {
-    let mut all = vec![QueueProgress::default(); count];
-    for queue in queues {
-        if let Some(progress) = all.get_mut(usize::from(queue.index())) {
-            *progress = queue.progress();
-        }
-    }
-    all
 }
 
 /// How far a device has come in a queue whose taken chains are all returned. Both positions wrap.

@@ -13,7 +13,8 @@ pub enum State {
     Starting,
     /// Its vCPUs run.
     Running,
-    /// Its vCPUs are being taken out of the guest, and its virtio devices brought to rest.
+    /// Its vCPUs are being taken out of the guest and its virtio devices brought to rest, or the state of its
+    /// vCPUs is being saved.
     Pausing,
     /// Its vCPUs are out of the guest, and its virtio devices at rest: what comes from outside waits.
     Paused,

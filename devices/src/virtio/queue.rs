@@ -539,6 +539,21 @@ impl VirtQueue {
     }
 }
 
+/// How far each of `count` queues has come, given those that a worker has: it takes nothing from the
+/// others.
+pub(super) fn progress_of<'a>(
+    count: usize,
+    queues: impl IntoIterator<Item = &'a VirtQueue>,
+) -> Vec<QueueProgress> {
+    let mut all = vec![QueueProgress::default(); count];
+    for queue in queues {
+        if let Some(progress) = all.get_mut(usize::from(queue.index())) {
+            *progress = queue.progress();
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

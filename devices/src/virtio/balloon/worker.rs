@@ -12,8 +12,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use super::BalloonState;
 use super::discard::{DiscardQueue, Naming, check_page_numbers};
 use super::{GuestStatistics, Shared, WorkerError, feature, lock};
+use crate::virtio::queue::progress_of;
 use crate::virtio::{Activation, Chain, VirtQueue, VirtioInterrupt};
-use crate::worker::{QueueProgress, VirtioWorker, progress_of};
+use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the event of each source is told by.
 mod event {
