@@ -30,9 +30,14 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn new(kvm: &Kvm, memory: Arc<GuestMemory>) -> Result<Vm, Error> {
-        let fd = kvm
-            .create_vm()
-            .map_err(Error::kvm("create a virtual machine"))?;
+        let fd = loop {
+            match kvm.create_vm() {
+                // KVM gives up if anything waits for the thread, such as work of an io_uring that it has
+                // used, and wants to be asked again.
+                Err(error) if error.errno() == libc::EINTR => {}
+                created => break created.map_err(Error::kvm("create a virtual machine"))?,
+            }
+        };
         let vm = Vm { fd, memory };
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
         // controllers and ioeventfds queue one that takes milliseconds, for which slots set after
