@@ -155,24 +155,15 @@ impl Controller {
     /// # Errors
     /// When the machine does not run.
     pub fn memory(&self) -> Result<Arc<GuestMemory>, Error> {
-        match &*self.0.life() {
-            Life::Running(machine)
-            | Life::Pausing(machine)
-            | Life::Paused(machine)
-            | Life::Resuming(machine)
-                if !self.0.control.is_stopping() =>
-            {
-                Ok(machine.memory().clone())
-            }
-            life => Err(self.0.wrong_state(life, "find the memory")),
-        }
+        self.0
+            .of_machine("find the memory", |machine| machine.memory().clone())
     }
 
     /// The state of all vCPUs and of what KVM emulates for them: interrupt controllers, interval timer and
     /// clock. The machine stays paused, and can go on.
     ///
-    /// That is a part of what a machine consists of: memory and devices are not in it. An interrupt that a
-    /// device raises while the state is read may be missing.
+    /// That is a part of what a machine consists of: memory and devices are not in it. An interrupt of the
+    /// serial port or the keyboard that comes while the state is read may be missing.
     ///
     /// # Errors
     /// When the machine is not paused or ends meanwhile, or KVM does not give a part of the state.
@@ -314,15 +305,8 @@ impl Controller {
     /// [`Command::ShutDown`]. Returns at once: [`Controller::wait`] waits for the end.
     pub fn shut_down(&self, timeout: Duration) -> ShutDown {
         let life = self.0.life();
-        match &*life {
-            Life::Running(machine)
-            | Life::Pausing(machine)
-            | Life::Paused(machine)
-            | Life::Resuming(machine)
-                if !self.0.control.is_stopping() =>
-            {
-                machine.shut_down(timeout)
-            }
+        match life.machine() {
+            Some(machine) if !self.0.control.is_stopping() => machine.shut_down(timeout),
             _ => {
                 self.0.stop();
                 ShutDown::PowerCut
@@ -548,6 +532,19 @@ enum Life {
     Gone(Result<ExitReason, Arc<Error>>),
 }
 
+impl Life {
+    /// The machine, from its start until it is taken down.
+    fn machine(&self) -> Option<&Machine> {
+        match self {
+            Life::Running(machine)
+            | Life::Pausing(machine)
+            | Life::Paused(machine)
+            | Life::Resuming(machine) => Some(machine),
+            _ => None,
+        }
+    }
+}
+
 impl Inner {
     fn life(&self) -> MutexGuard<'_, Life> {
         lock(&self.life)
@@ -595,16 +592,19 @@ impl Inner {
 
     /// The devices of a machine that runs or is paused.
     fn devices(&self, action: &'static str) -> Result<Arc<DeviceTable>, Error> {
-        match &*self.life() {
-            Life::Running(machine)
-            | Life::Pausing(machine)
-            | Life::Paused(machine)
-            | Life::Resuming(machine)
-                if !self.control.is_stopping() =>
-            {
-                Ok(machine.devices().clone())
-            }
-            life => Err(self.wrong_state(life, action)),
+        self.of_machine(action, |machine| machine.devices().clone())
+    }
+
+    /// What `get` gives of a machine that runs or is paused.
+    fn of_machine<T>(
+        &self,
+        action: &'static str,
+        get: impl FnOnce(&Machine) -> T,
+    ) -> Result<T, Error> {
+        let life = self.life();
+        match life.machine() {
+            Some(machine) if !self.control.is_stopping() => Ok(get(machine)),
+            _ => Err(self.wrong_state(&life, action)),
         }
     }
 

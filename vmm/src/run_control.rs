@@ -90,7 +90,7 @@ impl RunControl {
     }
 
     /// Waits on the thread of vCPU `index` for as long as the machine is paused, and answers with `save` if
-    /// [`Control::save_vcpus`] asks meanwhile. `true` where it was.
+    /// [`RunControl::save_vcpus`] asks meanwhile. `true` where it was.
     ///
     /// A vCPU thread calls this before it enters the guest for the first time, and whenever it was
     /// kicked out of it.

@@ -18,6 +18,8 @@ pub mod rng;
 mod suspend_test;
 #[cfg(test)]
 mod test_driver;
+#[cfg(test)]
+mod test_event_loop;
 mod throttle;
 pub mod transport;
 pub mod vsock;

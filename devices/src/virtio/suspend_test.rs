@@ -3,12 +3,9 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, Section};
-use event_manager::EventManager;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
     VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -16,11 +13,10 @@ use virtio_bindings::bindings::virtio_config::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::test_driver::{InterruptCounter, TestDriver};
+use super::test_event_loop::TestEventLoop;
 use super::transport::mmio::{MmioTransport, QUEUE_NOTIFY, register};
 use super::{VirtioDevice, VirtioInterrupt};
-use crate::EventLoop;
 use crate::bus::BusDevice;
-use crate::event_loop::Subscriber;
 use crate::lifecycle::Device;
 
 /// A device with its transport, and a thread that runs its event loop.
@@ -28,19 +24,7 @@ pub struct SuspendMachine {
     pub memory: Arc<GuestMemory>,
     pub interrupts: InterruptCounter,
     transport: Option<MmioTransport>,
-    event_loop: EventLoop,
-    ending: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for SuspendMachine {
-    fn drop(&mut self) {
-        self.ending.store(true, Ordering::SeqCst);
-        self.event_loop.wake().unwrap();
-        if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
-        }
-    }
+    _event_loop: TestEventLoop,
 }
 
 impl SuspendMachine {
@@ -49,28 +33,17 @@ impl SuspendMachine {
         memory: &Arc<GuestMemory>,
         make: impl FnOnce(Arc<VirtioInterrupt>) -> (Box<dyn VirtioDevice>, H),
     ) -> (SuspendMachine, H) {
-        let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
-        let event_loop = EventLoop::of(&manager);
-        let ending = Arc::new(AtomicBool::new(false));
-        let thread = std::thread::spawn({
-            let ending = ending.clone();
-            move || {
-                while !ending.load(Ordering::SeqCst) {
-                    manager.run().unwrap();
-                }
-            }
-        });
+        let event_loop = TestEventLoop::start();
         let interrupts = InterruptCounter::default();
         let interrupt = interrupts.interrupt();
         let (device, handle) = make(interrupt.clone());
-        let transport = MmioTransport::new(device, memory.clone(), event_loop.clone(), interrupt);
+        let transport =
+            MmioTransport::new(device, memory.clone(), event_loop.handle.clone(), interrupt);
         let machine = SuspendMachine {
             memory: memory.clone(),
             interrupts,
             transport: Some(transport.unwrap()),
-            event_loop,
-            ending,
-            thread: Some(thread),
+            _event_loop: event_loop,
         };
         (machine, handle)
     }

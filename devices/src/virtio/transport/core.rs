@@ -539,11 +539,9 @@ impl Device for TransportCore {
         let state: TransportState = section.decode()?;
         self.is_paused = true;
         self.reset();
-        let device = state.device.clone();
-        let config = state.config.clone();
         let restored = self
             .device
-            .restore(&config, device.as_ref())
+            .restore(&state.config, state.device.as_ref())
             .and_then(|()| {
                 self.adopt(state).map_err(|reason| RestoreError::Invalid {
                     kind: self.name(),

@@ -1,11 +1,9 @@
 mod lifecycle;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use event_manager::EventManager;
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
@@ -15,9 +13,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::InterruptLine;
-use crate::event_loop::Subscriber;
 use crate::rate_limiter::Limits;
 use crate::virtio::rng::Rng;
+use crate::virtio::test_event_loop::TestEventLoop;
 use crate::virtio::transport::core::half;
 use crate::virtio::{Activation, COMMON_FEATURES, ConfigSpace, F_VERSION_1, device_id};
 use crate::worker::VirtioWorker;
@@ -52,17 +50,7 @@ struct Machine {
     transport: MmioTransport,
     memory: Arc<GuestMemory>,
     interrupts: Arc<AtomicUsize>,
-    event_loop: EventLoop,
-    ending: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        self.ending.store(true, Ordering::SeqCst);
-        self.event_loop.wake().unwrap();
-        self.thread.take().unwrap().join().unwrap();
-    }
+    _event_loop: TestEventLoop,
 }
 
 impl Machine {
@@ -77,32 +65,20 @@ impl Machine {
     }
 
     fn with_memory(device: Box<dyn VirtioDevice>, memory: Arc<GuestMemory>) -> Machine {
-        let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
-        let event_loop = EventLoop::of(&manager);
-        let ending = Arc::new(AtomicBool::new(false));
-        let thread = std::thread::spawn({
-            let ending = ending.clone();
-            move || {
-                while !ending.load(Ordering::SeqCst) {
-                    manager.run().unwrap();
-                }
-            }
-        });
+        let event_loop = TestEventLoop::start();
         let interrupts = Arc::new(AtomicUsize::new(0));
         let line = Box::new(Counter(interrupts.clone()));
         let transport = MmioTransport::new(
             device,
             memory.clone(),
-            event_loop.clone(),
+            event_loop.handle.clone(),
             Arc::new(VirtioInterrupt::new("test device".to_string(), line)),
         );
         Machine {
             transport: transport.unwrap(),
             memory,
             interrupts,
-            event_loop,
-            ending,
-            thread: Some(thread),
+            _event_loop: event_loop,
         }
     }
 
