@@ -5,6 +5,7 @@ use std::{fmt, io};
 
 use crate::InterruptLine;
 use crate::device_log::DeviceLog;
+use crate::notice::DeviceNotice;
 
 /// `InterruptStatus` bit 0: the device used a buffer (section 4.2.2).
 const USED_BUFFER: u32 = 1 << 0;
@@ -45,6 +46,7 @@ impl VirtioInterrupt {
     /// driver did, which is logged.
     pub fn need_reset(&self, reason: &dyn fmt::Display) {
         if self.begin_to_need_reset() {
+            self.notify_owner(DeviceNotice::NeedsReset { reason });
             self.warn(format_args!("its driver must reset it: {reason}"));
         }
     }
@@ -52,6 +54,7 @@ impl VirtioInterrupt {
     /// As [`VirtioInterrupt::need_reset`], if it is the host that fails.
     pub fn need_reset_by_host(&self, reason: &dyn fmt::Display) {
         if self.begin_to_need_reset() {
+            self.notify_owner(DeviceNotice::NeedsReset { reason });
             self.warn_of_host(format_args!(
                 "the host fails it, and its driver must reset it: {reason}"
             ));
@@ -75,6 +78,11 @@ impl VirtioInterrupt {
     /// Logs a warning about what fails on the host, within the bounds of [`DeviceLog`].
     pub fn warn_of_host(&self, message: fmt::Arguments<'_>) {
         self.log.warn_of_host(message);
+    }
+
+    /// Tells the owner of the machine what has happened to the device.
+    pub(super) fn notify_owner(&self, notice: DeviceNotice<'_>) {
+        self.log.notify(notice);
     }
 
     /// Whether the device waits for a reset.

@@ -9,6 +9,7 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 pub mod console;
+mod device_metrics;
 mod interrupt;
 pub mod net;
 mod queue;
@@ -34,10 +35,12 @@ use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
+pub use device_metrics::DeviceMetrics;
 pub use interrupt::VirtioInterrupt;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 use throttle::Throttle;
 
+use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 
 /// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.
@@ -82,8 +85,16 @@ pub trait VirtioDevice: Send {
     /// The device-specific configuration space.
     fn config(&self) -> &ConfigSpace;
 
-    /// The driver has written `data` at `offset` of its field of the configuration space.
-    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The driver has written `data` at `offset` of its field of the configuration space. Gives what the
+    /// owner of the machine may want to know of it.
+    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
+        None
+    }
+
+    /// What the device counts, if it does.
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        None
+    }
 
     /// Makes the worker that serves the driver's queues, from what was negotiated.
     ///

@@ -11,11 +11,14 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::Serialize;
 
 use super::{
-    Activation, COMMON_FEATURES, Chain, ConfigSpace, QueueError, Throttle, VirtQueue, VirtioDevice,
-    VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, Chain, ConfigSpace, DeviceMetrics, QueueError, Throttle,
+    VirtQueue, VirtioDevice, VirtioInterrupt, device_id,
 };
 use crate::rate_limiter::Limits;
 use crate::worker::{QueueProgress, VirtioWorker};
+
+/// The generator of the host's kernel.
+pub const SOURCE: &str = "/dev/urandom";
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes given for one buffer. A larger buffer is filled in part, as the standard allows, so
@@ -54,23 +57,25 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that draws from the host kernel's generator. Operations of its limits are buffers of
-    /// the driver.
+    /// A device that draws from [`SOURCE`]. Operations of its limits are buffers of the driver.
     ///
     /// # Errors
-    /// When `/dev/urandom` cannot be opened, or the host has no timer for the limits.
+    /// If [`SOURCE`] cannot be opened, or the host has no timer for the limits.
     pub fn new(limits: &Limits) -> io::Result<Rng> {
+        Rng::with_source(File::open(SOURCE)?, limits)
+    }
+
+    /// A device that draws from `source`, otherwise like [`Rng::new`].
+    ///
+    /// # Errors
+    /// If the host has no timer for the limits.
+    pub fn with_source(source: File, limits: &Limits) -> io::Result<Rng> {
         Ok(Rng {
-            source: Arc::new(File::open("/dev/urandom")?),
+            source: Arc::new(source),
             config: ConfigSpace::new(Vec::new()),
             throttle: Arc::new(Throttle::new(limits)?),
             metrics: Arc::default(),
         })
-    }
-
-    /// What the device does, for the owner of the machine.
-    pub fn metrics(&self) -> Arc<EntropyMetrics> {
-        self.metrics.clone()
     }
 }
 
@@ -89,6 +94,10 @@ impl VirtioDevice for Rng {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Entropy(self.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
@@ -288,7 +297,7 @@ mod tests {
             // Four, and one that goes beyond, come at once.
             assert!(start.elapsed() >= Duration::from_millis(140));
             assert!(turns <= 40, "{turns} turns");
-            let metrics = serde_json::to_value(&*rng.metrics()).unwrap();
+            let metrics = serde_json::to_value(rng.metrics()).unwrap();
             assert_eq!(metrics["entropy_bytes"], 20 * 64);
             assert_eq!(metrics["entropy_event_count"], 1);
             let waits = &metrics["entropy_rate_limiter_throttled"];

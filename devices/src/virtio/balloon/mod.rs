@@ -26,7 +26,11 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
+    device_id,
+};
+use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::WorkerError;
 use hinting::Hinting;
@@ -145,6 +149,17 @@ impl VirtioDevice for Balloon {
 
     fn config(&self) -> &ConfigSpace {
         &self.shared.config
+    }
+
+    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
+        let pages = u32::from_le_bytes(self.shared.config.array(config::ACTUAL as u64));
+        Some(DeviceNotice::BalloonSize {
+            mib: pages / PAGES_PER_MIB,
+        })
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Balloon(self.shared.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

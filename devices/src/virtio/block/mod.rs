@@ -29,7 +29,8 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, Throttle, VirtioDevice,
+    VirtioInterrupt, device_id,
 };
 use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
@@ -183,6 +184,10 @@ impl VirtioDevice for Block {
 
     fn config(&self) -> &ConfigSpace {
         &self.blueprint.slot.config
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Block(self.blueprint.slot.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -36,7 +36,8 @@ use std::sync::{Arc, Mutex};
 
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
+use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::DriverError;
 use host::EMERGENCY_CAPACITY;
@@ -158,13 +159,18 @@ impl VirtioDevice for Console {
         &self.shared.config
     }
 
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Console(self.shared.metrics.clone()))
+    }
+
     /// Sends a byte of a driver that uses no queues, or not yet (section 5.3.4.1).
-    fn driver_wrote_config(&mut self, offset: u64, data: &[u8]) {
+    fn driver_wrote_config(&mut self, offset: u64, data: &[u8]) -> Option<DeviceNotice<'static>> {
         if offset == config::EMERGENCY_WRITE as u64
             && let (Some(&byte), Some(mut host)) = (data.first(), self.shared.host(0))
         {
             host.write_emergency_byte(byte, &self.shared.metrics);
         }
+        None
     }
 
     fn reset(&mut self) {

@@ -199,7 +199,9 @@ impl BusDevice for MmioTransport {
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let Some(start) = offset.checked_sub(register::CONFIG) {
             if self.core.device.config().write_for_driver(start, data) {
-                self.core.device.driver_wrote_config(start, data);
+                if let Some(notice) = self.core.device.driver_wrote_config(start, data) {
+                    self.core.interrupt.notify_owner(notice);
+                }
             } else {
                 self.core.interrupt.warn(format_args!(
                     "write of {} bytes at {offset:#x} of the configuration space, which are not the \
