@@ -12,6 +12,7 @@ pub mod console;
 mod device_metrics;
 mod interrupt;
 pub mod net;
+pub mod owner;
 mod queue;
 mod rings;
 pub mod rng;
@@ -37,6 +38,7 @@ use bantam_state::{RestoreError, SaveError, Section};
 pub use config_space::ConfigSpace;
 pub use device_metrics::DeviceMetrics;
 pub use interrupt::VirtioInterrupt;
+use owner::DeviceHandle;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 use throttle::Throttle;
 
@@ -89,6 +91,11 @@ pub trait VirtioDevice: Send {
     /// owner of the machine may want to know of it.
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
         None
+    }
+
+    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
+    fn owner_handle(&self, _interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+        DeviceHandle::Inert
     }
 
     /// What the device counts, if it does.

@@ -26,6 +26,7 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::owner::DeviceHandle;
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
     device_id,
@@ -156,6 +157,10 @@ impl VirtioDevice for Balloon {
         Some(DeviceNotice::BalloonSize {
             mib: pages / PAGES_PER_MIB,
         })
+    }
+
+    fn owner_handle(&self, interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+        DeviceHandle::Balloon(self.handle(interrupt.clone()))
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {

@@ -28,6 +28,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use super::owner::DeviceHandle;
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, Throttle, VirtioDevice,
     VirtioInterrupt, device_id,
@@ -184,6 +185,10 @@ impl VirtioDevice for Block {
 
     fn config(&self) -> &ConfigSpace {
         &self.blueprint.slot.config
+    }
+
+    fn owner_handle(&self, interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+        DeviceHandle::Disk(self.handle(interrupt.clone()))
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {

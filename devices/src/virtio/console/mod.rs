@@ -36,8 +36,13 @@ use std::sync::{Arc, Mutex};
 
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
+use super::owner::DeviceHandle;
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
+    device_id,
+};
 use crate::notice::DeviceNotice;
+use crate::serial::SerialEndpoint;
 use crate::worker::VirtioWorker;
 use error::DriverError;
 use host::EMERGENCY_CAPACITY;
@@ -126,8 +131,15 @@ impl Console {
         }
     }
 
+    /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
+    pub fn connect(&self, port: usize, endpoint: SerialEndpoint) {
+        if let Some(mut host) = self.shared.host(port) {
+            host.connect(endpoint);
+        }
+    }
+
     /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<super::VirtioInterrupt>) -> ConsoleHandle {
+    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> ConsoleHandle {
         ConsoleHandle::new(self.shared.clone(), interrupt)
     }
 }
@@ -157,6 +169,10 @@ impl VirtioDevice for Console {
 
     fn config(&self) -> &ConfigSpace {
         &self.shared.config
+    }
+
+    fn owner_handle(&self, interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+        DeviceHandle::Console(self.handle(interrupt.clone()))
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {

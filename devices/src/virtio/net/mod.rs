@@ -37,7 +37,11 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MTU,
 };
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
+use super::owner::DeviceHandle;
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
+    device_id,
+};
 use crate::tap::Tap;
 use crate::worker::VirtioWorker;
 use config::{MacAddress, config_space, is_station_address, mac, set_mac};
@@ -164,6 +168,10 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
+    }
+
+    fn owner_handle(&self, _interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+        DeviceHandle::Net(self.handle())
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {
