@@ -206,7 +206,7 @@ impl VirtioDevice for Block {
         };
         difference.map_or(Ok(()), |reason| {
             Err(RestoreError::Invalid {
-                kind: format!("disk '{}'", disk.path().display()),
+                kind: format!("disk {}", disk.path().display()),
                 reason,
             })
         })
