@@ -2,10 +2,7 @@
 
 use std::fmt;
 
-use super::limits::{
-    MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_WRITE_ZEROES_RANGES,
-    MAX_WRITE_ZEROES_SECTORS,
-};
+use super::limits::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_SEGMENTS};
 use crate::disk::{DiskFile, SECTOR_SIZE};
 
 /// Offsets in the configuration space (section 5.2.4).
@@ -34,14 +31,14 @@ pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     for (offset, value) in [
         (offset::SEG_MAX, MAX_SEGMENTS),
         (offset::BLK_SIZE, logical),
-        (offset::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
-        (offset::MAX_DISCARD_SEG, MAX_DISCARD_RANGES),
+        (offset::MAX_DISCARD_SECTORS, MAX_RANGE_SECTORS),
+        (offset::MAX_DISCARD_SEG, MAX_RANGES),
         (
             offset::DISCARD_SECTOR_ALIGNMENT,
             physical / SECTOR_SIZE as u32,
         ),
-        (offset::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
-        (offset::MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_RANGES),
+        (offset::MAX_WRITE_ZEROES_SECTORS, MAX_RANGE_SECTORS),
+        (offset::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
     ] {
         space[offset..][..4].copy_from_slice(&value.to_le_bytes());
     }

@@ -35,10 +35,7 @@ use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
 use config::config_space;
 use disk_slot::{DiskSlot, OpenDisk};
-use limits::{
-    MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_RANGES,
-    MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE,
-};
+use limits::{MAX_DATA_SIZE, MAX_RANGE_SECTORS, QUEUE_SIZE};
 use pausable_worker::PausableWorker;
 use request::RequestHandler;
 use ring::Ring;

@@ -13,10 +13,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::GuestAddress;
 
-use super::{
-    BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS,
-    MAX_WRITE_ZEROES_RANGES, MAX_WRITE_ZEROES_SECTORS,
-};
+use super::{BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_RANGE_SECTORS};
 use crate::device_log::Repeat;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::virtio::{Chain, QueueError, VirtioInterrupt};
@@ -73,6 +70,13 @@ pub(super) enum Operation {
     WriteZeroes,
 }
 
+impl Operation {
+    /// Whether it changes a range of the disk without data.
+    pub(super) fn is_of_range(self) -> bool {
+        matches!(self, Operation::Discard | Operation::WriteZeroes)
+    }
+}
+
 /// What it takes to return a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Request {
@@ -91,16 +95,6 @@ impl Request {
         // The last byte is the status.
         self.written.saturating_sub(1)
     }
-}
-
-/// What the ranges of a request may be.
-struct RangeLimits {
-    /// Most of them, no more than [`MAX_DISCARD_RANGES`].
-    count: u32,
-    /// Most sectors of each.
-    sectors: u32,
-    /// The flags that are known.
-    flags: u32,
 }
 
 /// Reads requests from their chains, does what can be done at once, and writes their status.
@@ -233,22 +227,11 @@ impl RequestHandler {
                 Ok(())
             }
             Operation::Discard => {
-                let limits = RangeLimits {
-                    count: MAX_DISCARD_RANGES,
-                    sectors: MAX_DISCARD_SECTORS,
-                    flags: 0,
-                };
-                self.for_each_range(readable, &limits, |offset, len, _| {
-                    self.disk.discard(offset, len)
-                })
+                self.change_range(readable, 0, |offset, len, _| self.disk.discard(offset, len))
             }
             Operation::WriteZeroes => {
-                let limits = RangeLimits {
-                    count: MAX_WRITE_ZEROES_RANGES,
-                    sectors: MAX_WRITE_ZEROES_SECTORS,
-                    flags: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-                };
-                self.for_each_range(readable, &limits, |offset, len, flags| {
+                let known_flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                self.change_range(readable, known_flags, |offset, len, flags| {
                     *zeroed += self.disk.write_zeroes(offset, len, flags != 0)?;
                     Ok(())
                 })
@@ -295,41 +278,32 @@ impl RequestHandler {
         }
     }
 
-    /// Applies `action` to the ranges of a discard or write-zeroes request, after all of them have
-    /// been found valid.
-    fn for_each_range(
+    /// Applies `action` to the range of a discard or write-zeroes request, if that is valid.
+    fn change_range(
         &self,
         readable: &mut GuestBuffers,
-        limits: &RangeLimits,
-        mut action: impl FnMut(u64, u64, u32) -> io::Result<()>,
+        known_flags: u32,
+        action: impl FnOnce(u64, u64, u32) -> io::Result<()>,
     ) -> Result<(), Failure> {
         self.check_writable()?;
-        let len = readable.len();
-        if len == 0 || !len.is_multiple_of(RANGE_SIZE) || len / RANGE_SIZE > limits.count as usize {
+        if readable.len() != RANGE_SIZE {
             return Err(Failure::Invalid);
         }
-        let mut ranges = [(0, 0, 0); MAX_DISCARD_RANGES as usize];
-        let ranges = &mut ranges[..len / RANGE_SIZE];
-        for range in &mut *ranges {
-            let mut bytes = [0; RANGE_SIZE];
-            readable.read(&mut bytes);
-            let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = bytes;
-            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-            let count = u32::from_le_bytes([c0, c1, c2, c3]);
-            let flags = u32::from_le_bytes(flags);
-            if flags & !limits.flags != 0 {
-                return Err(Failure::Unsupported);
-            }
-            if count > limits.sectors {
-                return Err(Failure::Invalid);
-            }
-            let len = u64::from(count) * SECTOR_SIZE;
-            *range = (self.offset(sector, len)?, len, flags);
+        let bytes: [u8; RANGE_SIZE] = readable.read_array().ok_or(Failure::Invalid)?;
+        let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = bytes;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let count = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes(flags);
+        if flags & !known_flags != 0 {
+            return Err(Failure::Unsupported);
         }
-        for &mut (offset, len, flags) in ranges {
-            if len > 0 {
-                action(offset, len, flags)?;
-            }
+        if count > MAX_RANGE_SECTORS {
+            return Err(Failure::Invalid);
+        }
+        let len = u64::from(count) * SECTOR_SIZE;
+        let offset = self.offset(sector, len)?;
+        if len > 0 {
+            action(offset, len, flags)?;
         }
         if self.writes_are_durable() {
             self.disk.flush()?;

@@ -327,17 +327,20 @@ fn a_request_is_not_larger_than_the_event_loop_can_bear() {
                 assert_eq!(machine.request(kind, 0, &vec![buffer; count]), status);
             }
         }
-        // The same in one request for zeroes, which the host may have to write.
-        let range = [0_u64, 1 << 17].map(u64::to_le_bytes).concat();
-        let (memory, kind) = (machine.memory.clone(), VIRTIO_BLK_T_WRITE_ZEROES);
-        memory.write_slice(&range, GuestAddress(DATA)).unwrap();
-        for (data, status) in [
-            (&[(DATA, 16)][..], VIRTIO_BLK_S_OK),
-            (&[(DATA, 16); 2], VIRTIO_BLK_S_IOERR),
-        ] {
-            let head = machine.offer_readable(kind, 0, data);
-            machine.run(1);
-            assert_eq!(machine.status(head), status);
+        // The same in one request for zeroes, which the host may have to write, or for a hole.
+        for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
+            for (sectors, data, status) in [
+                (1 << 17, &[(DATA, 16)][..], VIRTIO_BLK_S_OK),
+                (1 << 17 | 1, &[(DATA, 16)], VIRTIO_BLK_S_IOERR),
+                (1 << 17, &[(DATA, 16); 2], VIRTIO_BLK_S_IOERR),
+            ] {
+                let range = [0_u64, sectors].map(u64::to_le_bytes).concat();
+                let memory = machine.memory.clone();
+                memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+                let head = machine.offer_readable(kind, 0, data);
+                machine.run(1);
+                assert_eq!(machine.status(head), status);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use super::in_flight::{InFlight, RingOperation};
 use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
-use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
+use super::ring::{self, Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
 use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
@@ -347,8 +347,11 @@ impl Worker {
         let mut zeroed = 0;
         let result = self.handler.perform(operation, chain, &mut zeroed);
         if zeroed > 0 {
-            self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
             self.throttle.count(0, zeroed);
+        }
+        if operation.is_of_range() {
+            // How long the host takes for it is not known, so the batch ends and the clock is looked at.
+            self.begun_bytes = self.begun_bytes.wrapping_add(MAX_BATCH_SIZE);
         }
         result
     }
@@ -520,7 +523,16 @@ impl Worker {
         let mut returned = Ok(());
         loop {
             returned = returned.and(self.complete());
-            if self.in_flight_count() == 0 || self.abandon_line() {
+            if self.in_flight_count() == 0 {
+                return Ok(returned);
+            }
+            if self.waiting.is_put_off() {
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    return Err(ring::timed_out());
+                }
+                continue;
+            }
+            if self.abandon_line() {
                 return Ok(returned);
             }
             let Some(ring) = &mut self.ring else {
@@ -580,6 +592,10 @@ impl Worker {
                     self.lease.metrics().no_avail_buffer.add(1);
                 }
                 self.polling.doorbell_rang();
+                if self.waiting.is_put_off() {
+                    self.end_waiting()?;
+                    self.submit()?;
+                }
                 self.serve(queue as usize)?;
             }
         }
