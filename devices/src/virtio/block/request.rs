@@ -66,14 +66,22 @@ pub(super) enum Operation {
     Write { offset: u64 },
     Flush,
     GetId,
-    Discard,
-    WriteZeroes,
+    Discard { offset: u64, len: u64 },
+    WriteZeroes { offset: u64, len: u64, unmap: bool },
 }
 
 impl Operation {
-    /// Whether it changes a range of the disk without data.
-    pub(super) fn is_of_range(self) -> bool {
-        matches!(self, Operation::Discard | Operation::WriteZeroes)
+    /// Length of the range of the disk that it changes without data, if it does that.
+    pub(super) fn range_len(self) -> Option<u64> {
+        match self {
+            Operation::Discard { len, .. } | Operation::WriteZeroes { len, .. } => Some(len),
+            _ => None,
+        }
+    }
+
+    /// Whether its size says how long the host takes for it.
+    pub(super) fn is_transfer(self) -> bool {
+        matches!(self, Operation::Read { .. } | Operation::Write { .. })
     }
 }
 
@@ -158,7 +166,11 @@ impl RequestHandler {
         Ok((request, operation))
     }
 
-    fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {
+    fn operation(
+        &self,
+        header: &[u8; HEADER_SIZE],
+        chain: &mut Chain,
+    ) -> Result<Operation, Failure> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
@@ -173,9 +185,15 @@ impl RequestHandler {
             }
             VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
             VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId),
-            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => Ok(Operation::Discard),
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => {
+                let (offset, len, _) = self.range(&mut chain.readable, 0)?;
+                Ok(Operation::Discard { offset, len })
+            }
             VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => {
-                Ok(Operation::WriteZeroes)
+                let known_flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                let (offset, len, flags) = self.range(&mut chain.readable, known_flags)?;
+                let unmap = flags != 0;
+                Ok(Operation::WriteZeroes { offset, len, unmap })
             }
             _ => Err(Failure::Unsupported),
         }
@@ -202,41 +220,36 @@ impl RequestHandler {
         self.disk = disk;
     }
 
-    /// Does what `operation` asks for with the data in `chain`, and returns when it is done. Adds to
-    /// `zeroed` how many bytes of zeroes were written.
-    pub(super) fn perform(
-        &self,
-        operation: Operation,
-        chain: &mut Chain,
-        zeroed: &mut u64,
-    ) -> Result<(), Failure> {
+    /// Does what `operation` asks for with the data in `chain`, and returns when it is done.
+    pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
         let Chain {
             readable, writable, ..
         } = chain;
         match operation {
-            Operation::Read { offset } => Ok(self.disk.read(writable, offset)?),
+            Operation::Read { offset } => self.disk.read(writable, offset)?,
             Operation::Write { offset } => {
-                Ok(self
-                    .disk
-                    .write(readable, offset, self.writes_are_durable())?)
+                self.disk
+                    .write(readable, offset, self.writes_are_durable())?;
             }
-            Operation::Flush => Ok(self.disk.flush()?),
-            Operation::GetId if writable.len() < ID_SIZE => Err(Failure::Invalid),
+            Operation::Flush => self.disk.flush()?,
+            Operation::GetId if writable.len() < ID_SIZE => return Err(Failure::Invalid),
             Operation::GetId => {
                 writable.write(&self.id);
-                Ok(())
             }
-            Operation::Discard => {
-                self.change_range(readable, 0, |offset, len, _| self.disk.discard(offset, len))
+            Operation::Discard { offset, len } => {
+                if len > 0 {
+                    self.disk.discard(offset, len)?;
+                }
+                self.flush_durable()?;
             }
-            Operation::WriteZeroes => {
-                let known_flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-                self.change_range(readable, known_flags, |offset, len, flags| {
-                    *zeroed += self.disk.write_zeroes(offset, len, flags != 0)?;
-                    Ok(())
-                })
+            Operation::WriteZeroes { offset, len, unmap } => {
+                if len > 0 {
+                    self.disk.write_zeroes(offset, len, unmap)?;
+                }
+                self.flush_durable()?;
             }
         }
+        Ok(())
     }
 
     /// Writes the status of a request that is over.
@@ -278,13 +291,20 @@ impl RequestHandler {
         }
     }
 
-    /// Applies `action` to the range of a discard or write-zeroes request, if that is valid.
-    fn change_range(
+    /// Brings a change without data to stable storage, if it must be there before it is acknowledged.
+    fn flush_durable(&self) -> io::Result<()> {
+        if self.writes_are_durable() {
+            self.disk.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Reads the range of a discard or write-zeroes request: its offset and length in bytes, and its flags.
+    fn range(
         &self,
         readable: &mut GuestBuffers,
         known_flags: u32,
-        action: impl FnOnce(u64, u64, u32) -> io::Result<()>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(u64, u64, u32), Failure> {
         self.check_writable()?;
         if readable.len() != RANGE_SIZE {
             return Err(Failure::Invalid);
@@ -301,14 +321,7 @@ impl RequestHandler {
             return Err(Failure::Invalid);
         }
         let len = u64::from(count) * SECTOR_SIZE;
-        let offset = self.offset(sector, len)?;
-        if len > 0 {
-            action(offset, len, flags)?;
-        }
-        if self.writes_are_durable() {
-            self.disk.flush()?;
-        }
-        Ok(())
+        Ok((self.offset(sector, len)?, len, flags))
     }
 
     fn check_writable(&self) -> Result<(), Failure> {

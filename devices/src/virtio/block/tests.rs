@@ -346,6 +346,26 @@ fn a_request_is_not_larger_than_the_event_loop_can_bear() {
 }
 
 #[test]
+fn the_clock_is_looked_at_after_each_request_that_is_not_a_transfer() {
+    let range = [0_u64, 8].map(u64::to_le_bytes).concat();
+    for kind in [
+        VIRTIO_BLK_T_DISCARD,
+        VIRTIO_BLK_T_WRITE_ZEROES,
+        VIRTIO_BLK_T_FLUSH,
+    ] {
+        let mut machine = Machine::new(Engine::Sync, CacheMode::Writeback);
+        let memory = machine.memory.clone();
+        memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+        for _ in 0..16 {
+            machine.offer_readable(kind, 0, &[(DATA, 16)]);
+        }
+        machine.run(16);
+        // The driver is told of each batch, after which the device looks at the clock.
+        assert_eq!(machine.interrupts.take(), 16);
+    }
+}
+
+#[test]
 fn a_file_that_was_truncated_fails_the_requests_beyond_its_end() {
     for_each_kind(|mut machine| {
         let file = OpenOptions::new().write(true).open(&machine.image).unwrap();

@@ -256,11 +256,12 @@ impl Worker {
         self.begun_bytes = self.begun_bytes.wrapping_add(bytes.into());
         if self.throttle.is_limited() {
             let bytes = match operation {
-                Ok(Operation::Read { .. }) => chain.writable.len(),
-                Ok(Operation::Write { .. }) => chain.readable.len(),
-                _ => 0,
+                Ok(Operation::Read { .. }) => chain.writable.len() as u64,
+                Ok(Operation::Write { .. }) => chain.readable.len() as u64,
+                Ok(operation) => operation.range_len().unwrap_or_default(),
+                Err(_) => 0,
             };
-            self.throttle.count(1, bytes as u64);
+            self.throttle.count(1, bytes);
         }
         let (work, result) = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
@@ -343,17 +344,12 @@ impl Worker {
 
     fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
         self.has_written |= matches!(operation, Operation::Write { .. });
-        let chain = &mut self.slots[slot].chain;
-        let mut zeroed = 0;
-        let result = self.handler.perform(operation, chain, &mut zeroed);
-        if zeroed > 0 {
-            self.throttle.count(0, zeroed);
-        }
-        if operation.is_of_range() {
+        if !operation.is_transfer() {
             // How long the host takes for it is not known, so the batch ends and the clock is looked at.
             self.begun_bytes = self.begun_bytes.wrapping_add(MAX_BATCH_SIZE);
         }
-        result
+        self.handler
+            .perform(operation, &mut self.slots[slot].chain)
     }
 
     fn writes_are_slow(&mut self) -> bool {

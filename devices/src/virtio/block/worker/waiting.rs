@@ -75,7 +75,7 @@ impl Worker {
     /// Whether a request that is done at once, and changes the disk, has to wait for those under way.
     pub(super) fn has_to_wait(&self, operation: Operation) -> bool {
         let has_span = |it: &InFlight| it.span.is_some();
-        operation.is_of_range()
+        operation.range_len().is_some()
             && self.handler.disk().is_direct()
             && self
                 .slots
