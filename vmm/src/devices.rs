@@ -18,14 +18,14 @@ use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::rtc::Rtc;
 use bantam_devices::serial::{Serial, SerialMetrics};
 use bantam_devices::tap::{QueueCount, Tap};
+use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockError, BlockHandle, BlockOptions, Engine};
 use bantam_devices::virtio::console::{Console as ConsoleDevice, ConsoleHandle};
 use bantam_devices::virtio::net::{Net, NetHandle, NetLimits};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
-use bantam_devices::virtio::transport::mmio::MmioTransport;
+use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
 use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};
-use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
 use bantam_devices::{EventLoop, ListeningSocket};
 use bantam_memory::GuestMemory;
 
@@ -264,15 +264,15 @@ impl<'a> VirtioDevices<'a> {
                     source,
                 },
             })?;
-            let interrupt = self.next_interrupt(format!("disk '{}'", config.path.display()))?;
-            disks.disks.push(block.handle(interrupt.clone()));
+            let link = self.next_link(format!("disk '{}'", config.path.display()))?;
+            disks.disks.push(block.handle(link.driver()));
             let event_loop = self.event_loop_for(
                 config.iothread,
                 &format!("bantam-io{index}"),
                 control,
                 &mut disks.threads,
             )?;
-            self.attach_to(event_loop, interrupt, Box::new(block))?;
+            self.attach_to(event_loop, link, Box::new(block))?;
         }
         Ok(disks)
     }
@@ -316,14 +316,14 @@ impl<'a> VirtioDevices<'a> {
             let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
             networks.networks.push(net.handle());
-            let interrupt = self.next_interrupt(format!("network interface '{}'", config.tap))?;
+            let link = self.next_link(format!("network interface '{}'", config.tap))?;
             let event_loop = self.event_loop_for(
                 config.iothread,
                 &format!("bantam-net{index}"),
                 control,
                 &mut networks.threads,
             )?;
-            self.attach_to(event_loop, interrupt, Box::new(net))?;
+            self.attach_to(event_loop, link, Box::new(net))?;
         }
         Ok(networks)
     }
@@ -380,9 +380,9 @@ impl<'a> VirtioDevices<'a> {
         name: String,
         device: ConsoleDevice,
     ) -> Result<ConsoleHandle, Error> {
-        let interrupt = self.next_interrupt(name)?;
-        let handle = device.handle(interrupt.clone());
-        self.attach_to(self.event_loop.clone(), interrupt, Box::new(device))?;
+        let link = self.next_link(name)?;
+        let handle = device.handle(link.driver());
+        self.attach_to(self.event_loop.clone(), link, Box::new(device))?;
         Ok(handle)
     }
 
@@ -407,23 +407,23 @@ impl<'a> VirtioDevices<'a> {
             free_page_hinting: config.hinting,
         };
         let balloon = Balloon::new(&options, self.memory)?;
-        let interrupt = self.next_interrupt("balloon".to_string())?;
-        let handle = balloon.handle(interrupt.clone());
-        self.attach_to(self.event_loop.clone(), interrupt, Box::new(balloon))?;
+        let link = self.next_link("balloon".to_string())?;
+        let handle = balloon.handle(link.driver());
+        self.attach_to(self.event_loop.clone(), link, Box::new(balloon))?;
         Ok(handle)
     }
 
     /// Puts `device`, called `name` in the log, behind the next free window and interrupt.
     fn attach(&mut self, name: String, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        let interrupt = self.next_interrupt(name)?;
-        self.attach_to(self.event_loop.clone(), interrupt, device)
+        let link = self.next_link(name)?;
+        self.attach_to(self.event_loop.clone(), link, device)
     }
 
-    /// The interrupt of the device that is attached next, called `name` in the log.
-    fn next_interrupt(&self, name: String) -> Result<Arc<VirtioInterrupt>, Error> {
+    /// The link to its driver of the device that is attached next, called `name` in the log.
+    fn next_link(&self, name: String) -> Result<MmioLink, Error> {
         let line = self.vm.interrupt_event(self.next_window().gsi)?;
         let log = self.log.device(&name);
-        Ok(Arc::new(VirtioInterrupt::new(log, Box::new(line))))
+        Ok(MmioLink::new(log, Box::new(line)))
     }
 
     fn next_window(&self) -> VirtioMmioWindow {
@@ -435,16 +435,16 @@ impl<'a> VirtioDevices<'a> {
         }
     }
 
-    /// As [`VirtioDevices::attach`], where `event_loop` does the device's work and `interrupt` is
-    /// [`VirtioDevices::next_interrupt`].
+    /// As [`VirtioDevices::attach`], where `event_loop` does the device's work and `link` is
+    /// [`VirtioDevices::next_link`].
     fn attach_to(
         &mut self,
         event_loop: EventLoop,
-        interrupt: Arc<VirtioInterrupt>,
+        link: MmioLink,
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), Error> {
         let window = self.next_window();
-        let transport = MmioTransport::new(device, self.memory.clone(), event_loop, interrupt)
+        let transport = MmioTransport::new(device, self.memory.clone(), event_loop, link)
             .map_err(Error::resource("the doorbells of a device"))?;
         for (queue, doorbell) in transport.doorbells().iter().enumerate() {
             self.vm

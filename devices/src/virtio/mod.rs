@@ -9,9 +9,10 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 pub mod console;
-mod interrupt;
+mod driver_link;
 pub mod net;
 mod queue;
+mod queue_set;
 mod rings;
 pub mod rng;
 #[cfg(test)]
@@ -34,8 +35,9 @@ use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
-pub use interrupt::VirtioInterrupt;
+pub use driver_link::{DriverLink, Notify};
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
+pub use queue_set::{MAX_QUEUES, QueueSet};
 use throttle::Throttle;
 
 use crate::worker::VirtioWorker;
@@ -126,7 +128,7 @@ pub struct Activation {
     /// All queues of the device, those the driver left unused among them.
     pub queues: Vec<VirtQueue>,
     /// The way to tell the driver of used buffers and of trouble.
-    pub interrupt: Arc<VirtioInterrupt>,
+    pub link: Arc<DriverLink>,
     /// What the worker of the saved device knew, if this one takes its place.
     pub state: Option<Section>,
 }

@@ -26,7 +26,7 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DriverLink, VirtioDevice, device_id};
 use crate::worker::VirtioWorker;
 use error::WorkerError;
 use hinting::Hinting;
@@ -98,13 +98,13 @@ impl Balloon {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> BalloonHandle {
         BalloonHandle {
             options: self.options,
             memory_mib: self.memory_mib,
             shared: self.shared.clone(),
-            interrupt,
+            link,
         }
     }
 }

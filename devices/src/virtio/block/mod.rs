@@ -29,7 +29,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DriverLink, Throttle, VirtioDevice, device_id,
 };
 use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
@@ -88,7 +88,7 @@ impl Blueprint {
             self.id,
             activation.features,
             activation.memory.clone(),
-            activation.interrupt.clone(),
+            activation.link.clone(),
         );
         Ok(Worker::new(
             handler,
@@ -140,12 +140,12 @@ impl Block {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BlockHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> BlockHandle {
         BlockHandle {
             slot: self.blueprint.slot.clone(),
             throttle: self.blueprint.throttle.clone(),
-            interrupt,
+            link,
             engine: self.blueprint.options.engine,
         }
     }

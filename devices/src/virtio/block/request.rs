@@ -16,7 +16,7 @@ use vm_memory::GuestAddress;
 use super::{BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_RANGE_SECTORS};
 use crate::device_log::Repeat;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
-use crate::virtio::{Chain, QueueError, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, QueueError};
 
 /// Size of `struct virtio_blk_req` before its data.
 const HEADER_SIZE: usize = 16;
@@ -111,7 +111,7 @@ pub(super) struct RequestHandler {
     id: [u8; ID_SIZE],
     features: u64,
     memory: Arc<GuestMemory>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     /// When a failure was last logged.
     warning: Repeat,
 }
@@ -122,14 +122,14 @@ impl RequestHandler {
         id: [u8; ID_SIZE],
         features: u64,
         memory: Arc<GuestMemory>,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
     ) -> RequestHandler {
         RequestHandler {
             disk,
             id,
             features,
             memory,
-            interrupt,
+            link,
             warning: Repeat::default(),
         }
     }
@@ -358,7 +358,7 @@ impl RequestHandler {
     /// A failing disk fails often; the log hears of it once in a while.
     fn warn_of_failure(&mut self, error: &io::Error) {
         if self.warning.is_due() {
-            self.interrupt.warn_of_host(format_args!(
+            self.link.warn_of_host(format_args!(
                 "a request failed, and the guest was told so: {error}"
             ));
         }

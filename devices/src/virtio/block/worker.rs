@@ -19,7 +19,7 @@ use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{self, Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
 use crate::disk::CacheMode;
-use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, QueueSet, Throttle, VirtQueue};
 use crate::worker::QueueProgress;
 use waiting::Waiting;
 
@@ -56,7 +56,7 @@ pub(super) struct Worker {
     /// The disk that is used as soon as no request to the one before is under way. Until then no
     /// request is begun.
     next_disk: Option<OpenDisk>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
     engine: Engine,
@@ -103,7 +103,7 @@ impl Worker {
             handler,
             lease,
             next_disk: None,
-            interrupt: activation.interrupt.clone(),
+            link: activation.link.clone(),
             memory: activation.memory.clone(),
             queues: mem::take(&mut activation.queues),
             engine: options.engine,
@@ -348,8 +348,7 @@ impl Worker {
             // How long the host takes for it is not known, so the batch ends and the clock is looked at.
             self.begun_bytes = self.begun_bytes.wrapping_add(MAX_BATCH_SIZE);
         }
-        self.handler
-            .perform(operation, &mut self.slots[slot].chain)
+        self.handler.perform(operation, &mut self.slots[slot].chain)
     }
 
     fn writes_are_slow(&mut self) -> bool {
@@ -557,17 +556,17 @@ impl Worker {
     /// Asks the driver for a reset.
     fn fail(&self, error: &RequestError) {
         self.lease.metrics().event_fails.add(1);
-        self.interrupt.need_reset(error);
+        self.link.need_reset(error);
     }
 
     fn interrupt_driver(&mut self) {
-        let mut needed = false;
+        let mut waiting = QueueSet::default();
         for queue in &mut self.queues {
-            needed |= queue.needs_interrupt();
+            if queue.needs_interrupt() {
+                waiting.insert(queue.index());
+            }
         }
-        if needed {
-            self.interrupt.notify_used_buffer();
-        }
+        self.link.notify_used_buffers(waiting);
     }
 
     fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
@@ -613,7 +612,7 @@ impl Worker {
             return;
         }
         // What a device at rest has under way is no longer watched.
-        if self.interrupt.needs_reset()
+        if self.link.needs_reset()
             && let Err(error) = self.finish_all()
         {
             self.next_disk = None;
@@ -682,7 +681,7 @@ impl MutEventSubscriber for Worker {
         // Those of the host first: they are heard of also while the device needs a reset.
         for events in others.into_iter().chain(doorbells).chain(completions) {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
                 return;
             }
         }
@@ -697,10 +696,10 @@ impl MutEventSubscriber for Worker {
             if let Some(next) = self.lease.take_wanted() {
                 self.next_disk = Some(next);
             }
-        } else if self.interrupt.needs_reset() {
+        } else if self.link.needs_reset() {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
-                self.interrupt
+                self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
         } else {
@@ -723,7 +722,7 @@ impl Drop for Worker {
     /// Waits for what the ring has: the kernel writes to the guest's memory until then.
     fn drop(&mut self) {
         if let Err(error) = self.finish_all() {
-            self.interrupt
+            self.link
                 .warn_of_host(format_args!("cannot wait for its requests: {error}"));
             // With them the kernel keeps the guest's memory, which is thus never given back.
             mem::forget(mem::take(&mut self.slots));

@@ -125,9 +125,9 @@ impl Console {
         }
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<super::VirtioInterrupt>) -> ConsoleHandle {
-        ConsoleHandle::new(self.shared.clone(), interrupt)
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<super::DriverLink>) -> ConsoleHandle {
+        ConsoleHandle::new(self.shared.clone(), link)
     }
 }
 
@@ -202,14 +202,14 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let has_size = activation.features & feature::SIZE != 0;
         let is_restored = activation.state.is_some();
-        let interrupt = activation.interrupt.clone();
+        let link = activation.link.clone();
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
                 // A device that was restored has the size of the terminal that the saved one had.
                 let has_changed = self.shared.rewrite_size();
                 if has_size && (is_restored || has_changed) {
-                    interrupt.notify_configuration_change();
+                    link.notify_configuration_change();
                 }
                 Ok(Box::new(worker))
             }

@@ -44,7 +44,7 @@ impl Machine {
     /// Resets the device and initializes it again.
     fn reset(&mut self) {
         drop(self.manager.remove_subscriber(self.worker).unwrap());
-        self.interrupt.reset();
+        self.link.set_needs_reset(false);
         self.activate();
     }
 
@@ -58,7 +58,7 @@ impl Machine {
             memory: self.memory.clone(),
             features: self.block.features(),
             queues: vec![self.driver.queue(0, false)],
-            interrupt: self.interrupt.clone(),
+            link: self.link.clone(),
             state: None,
         };
         let worker = self.block.activate(activation).unwrap();
@@ -126,7 +126,7 @@ fn the_driver_is_told_of_another_image() {
     let before = machine.block.config().generation();
     machine.replace(other).unwrap();
     assert_eq!(machine.interrupts.take(), 1);
-    assert_eq!(machine.interrupt.status(), 2);
+    assert_eq!(machine.interrupts.take_configuration_changes(), 1);
     assert_ne!(machine.block.config().generation(), before);
 }
 
@@ -150,7 +150,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         }
         machine.driver.offer_head(999);
         machine.driver.ring_doorbell();
-        while !machine.interrupt.needs_reset() {
+        while !machine.link.needs_reset() {
             machine.manager.run_with_timeout(100).unwrap();
         }
         let other = machine.other_disk(CacheMode::Writeback);
@@ -327,7 +327,7 @@ fn all_queues_have_their_turn_within_a_limit() {
         memory: machine.memory.clone(),
         features: machine.block.features(),
         queues: vec![machine.driver.queue(0, false), second.queue(1, false)],
-        interrupt: machine.interrupt.clone(),
+        link: machine.link.clone(),
         state: None,
     };
     let worker = machine.block.activate(activation).unwrap();
@@ -354,6 +354,7 @@ fn all_queues_have_their_turn_within_a_limit() {
         done[1] += second.take_used().len();
     }
     assert!(done.iter().all(|&count| count >= 10), "{done:?}");
+    assert!(machine.interrupts.take_queues().iter().eq([0, 1]));
 }
 
 #[test]
