@@ -10,10 +10,11 @@ pub mod block;
 mod config_space;
 pub mod console;
 mod device_metrics;
-mod interrupt;
+mod driver_link;
 pub mod net;
 pub mod owner;
 mod queue;
+mod queue_set;
 mod rings;
 pub mod rng;
 #[cfg(test)]
@@ -37,9 +38,10 @@ use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
 pub use device_metrics::DeviceMetrics;
-pub use interrupt::VirtioInterrupt;
+pub use driver_link::{DriverLink, Notify};
 use owner::DeviceHandle;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
+pub use queue_set::{MAX_QUEUES, QueueSet};
 use throttle::Throttle;
 
 use crate::notice::DeviceNotice;
@@ -93,8 +95,8 @@ pub trait VirtioDevice: Send {
         None
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    fn owner_handle(&self, _interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
         DeviceHandle::Inert
     }
 
@@ -144,7 +146,7 @@ pub struct Activation {
     /// All queues of the device, those the driver left unused among them.
     pub queues: Vec<VirtQueue>,
     /// The way to tell the driver of used buffers and of trouble.
-    pub interrupt: Arc<VirtioInterrupt>,
+    pub link: Arc<DriverLink>,
     /// What the worker of the saved device knew, if this one takes its place.
     pub state: Option<Section>,
 }

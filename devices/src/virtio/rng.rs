@@ -11,8 +11,8 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::Serialize;
 
 use super::{
-    Activation, COMMON_FEATURES, Chain, ConfigSpace, DeviceMetrics, QueueError, Throttle,
-    VirtQueue, VirtioDevice, VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, Chain, ConfigSpace, DeviceMetrics, DriverLink, QueueError,
+    Throttle, VirtQueue, VirtioDevice, device_id,
 };
 use crate::rate_limiter::Limits;
 use crate::worker::{QueueProgress, VirtioWorker};
@@ -109,7 +109,7 @@ impl VirtioDevice for Rng {
             source: self.source.clone(),
             chain: Chain::new(&activation.memory),
             queue,
-            interrupt: activation.interrupt,
+            link: activation.link,
             throttle: self.throttle.clone(),
             metrics: self.metrics.clone(),
         }))
@@ -129,7 +129,7 @@ struct Worker {
     source: Arc<File>,
     chain: Chain,
     queue: VirtQueue,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     throttle: Arc<Throttle>,
     metrics: Arc<EntropyMetrics>,
 }
@@ -147,21 +147,21 @@ impl Worker {
             source,
             chain,
             queue,
-            interrupt,
+            link,
             throttle,
             metrics,
         } = self;
         let mut throttled = false;
         queue.serve_while(
             chain,
-            interrupt,
+            link,
             || {
                 let allowed = throttle.allows_more()?;
                 throttled = !allowed;
                 Ok(allowed)
             },
             |chain| {
-                let filled = fill(source, chain, interrupt, metrics);
+                let filled = fill(source, chain, link, metrics);
                 throttle.count(1, filled.into());
                 Ok::<_, ServiceError>(filled)
             },
@@ -174,12 +174,7 @@ impl Worker {
 }
 
 /// Fills the chain's buffers; gives how many bytes.
-fn fill(
-    source: &File,
-    chain: &mut Chain,
-    interrupt: &VirtioInterrupt,
-    metrics: &EntropyMetrics,
-) -> u32 {
+fn fill(source: &File, chain: &mut Chain, link: &DriverLink, metrics: &EntropyMetrics) -> u32 {
     chain.writable.truncate(MAX_BYTES_PER_BUFFER);
     let mut filled = 0;
     while !chain.writable.is_empty() {
@@ -189,7 +184,7 @@ fn fill(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
                 metrics.host_rng_fails.add(1);
-                interrupt.warn_of_host(format_args!("cannot draw entropy: {error}"));
+                link.warn_of_host(format_args!("cannot draw entropy: {error}"));
                 break;
             }
         }
@@ -216,23 +211,23 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ] {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
-                self.interrupt
+                self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
             return;
         }
         if let Err(error) = self.handle(events.data()) {
             self.metrics.entropy_event_fails.add(1);
-            self.interrupt.need_reset(&error);
+            self.link.need_reset(&error);
         }
     }
 }
@@ -274,7 +269,7 @@ mod tests {
                 memory: memory.clone(),
                 features: 0,
                 queues: vec![driver.queue(0, false)],
-                interrupt: InterruptCounter::default().interrupt(),
+                link: InterruptCounter::default().link(),
                 state: None,
             });
             let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();

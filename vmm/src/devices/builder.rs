@@ -8,8 +8,8 @@ use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
-use bantam_devices::virtio::transport::mmio::MmioTransport;
-use bantam_devices::virtio::{DeviceMetrics, VirtioDevice, VirtioInterrupt};
+use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
+use bantam_devices::virtio::{DeviceMetrics, VirtioDevice};
 use bantam_memory::GuestMemory;
 
 use super::serial_end::{OpenSerial, SerialGuard};
@@ -100,8 +100,8 @@ impl<'a> Builder<'a> {
         let log = self.log.device(&log_name);
         let log = log.observed_by(self.events.observer(&name));
         let line = self.vm.interrupt_event(window.gsi)?;
-        let interrupt = Arc::new(VirtioInterrupt::new(log, Box::new(line)));
-        let handle = model.owner_handle(&interrupt);
+        let link = MmioLink::new(log, Box::new(line));
+        let handle = model.owner_handle(&link.driver());
         if let Some(metrics) = model.metrics() {
             self.built.metrics.insert(name.clone(), metrics);
         }
@@ -114,7 +114,7 @@ impl<'a> Builder<'a> {
             }
             None => self.event_loop.handle().clone(),
         };
-        let transport = MmioTransport::new(model, self.memory.clone(), event_loop, interrupt)
+        let transport = MmioTransport::new(model, self.memory.clone(), event_loop, link)
             .map_err(Error::resource("the doorbells of a device"))?;
         for (queue, doorbell) in transport.doorbells().iter().enumerate() {
             self.vm

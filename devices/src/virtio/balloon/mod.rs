@@ -28,8 +28,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::owner::DeviceHandle;
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
-    device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
 };
 use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
@@ -103,13 +102,13 @@ impl Balloon {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> BalloonHandle {
         BalloonHandle {
             options: self.options,
             memory_mib: self.memory_mib,
             shared: self.shared.clone(),
-            interrupt,
+            link,
         }
     }
 }
@@ -159,8 +158,8 @@ impl VirtioDevice for Balloon {
         })
     }
 
-    fn owner_handle(&self, interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
-        DeviceHandle::Balloon(self.handle(interrupt.clone()))
+    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Balloon(self.handle(link.clone()))
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {

@@ -38,8 +38,7 @@ use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
 use super::owner::DeviceHandle;
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
-    device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
 };
 use crate::notice::DeviceNotice;
 use crate::serial::SerialEndpoint;
@@ -138,9 +137,9 @@ impl Console {
         }
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> ConsoleHandle {
-        ConsoleHandle::new(self.shared.clone(), interrupt)
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> ConsoleHandle {
+        ConsoleHandle::new(self.shared.clone(), link)
     }
 }
 
@@ -171,8 +170,8 @@ impl VirtioDevice for Console {
         &self.shared.config
     }
 
-    fn owner_handle(&self, interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
-        DeviceHandle::Console(self.handle(interrupt.clone()))
+    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Console(self.handle(link.clone()))
     }
 
     fn metrics(&self) -> Option<DeviceMetrics> {
@@ -224,14 +223,14 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let has_size = activation.features & feature::SIZE != 0;
         let is_restored = activation.state.is_some();
-        let interrupt = activation.interrupt.clone();
+        let link = activation.link.clone();
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
                 // A device that was restored has the size of the terminal that the saved one had.
                 let has_changed = self.shared.rewrite_size();
                 if has_size && (is_restored || has_changed) {
-                    interrupt.notify_configuration_change();
+                    link.notify_configuration_change();
                 }
                 Ok(Box::new(worker))
             }

@@ -39,8 +39,7 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::owner::DeviceHandle;
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, VirtioInterrupt,
-    device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
 };
 use crate::tap::Tap;
 use crate::worker::VirtioWorker;
@@ -170,7 +169,7 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    fn owner_handle(&self, _interrupt: &Arc<VirtioInterrupt>) -> DeviceHandle {
+    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
         DeviceHandle::Net(self.handle())
     }
 

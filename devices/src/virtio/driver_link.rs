@@ -1,45 +1,70 @@
-//! The interrupt of a virtio device and the state its driver reads when it receives one.
+//! How a device reaches its driver: the driver is notified, asked for a reset, and complained of.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fmt, io};
 
-use crate::InterruptLine;
+use super::QueueSet;
 use crate::device_log::DeviceLog;
 use crate::notice::DeviceNotice;
 
-/// `InterruptStatus` bit 0: the device used a buffer (section 4.2.2).
-const USED_BUFFER: u32 = 1 << 0;
-/// `InterruptStatus` bit 1: the configuration changed.
-const CONFIGURATION_CHANGE: u32 = 1 << 1;
+/// Notifies the driver of a device, in the way of the device's transport (section 2.3).
+///
+/// Workers call it for each batch of buffers, on the thread of their event loop, so it does not wait.
+pub trait Notify: Send + Sync {
+    /// Tells the driver that there are used buffers in `queues`, one of which there is at least.
+    ///
+    /// # Errors
+    /// If the host refuses to deliver an interrupt.
+    fn used_buffers(&self, queues: QueueSet) -> io::Result<()>;
 
-/// Shared by the transport, where the driver reads and acknowledges, and the worker, which
-/// notifies. All of it is atomic: neither side waits for the other.
-pub struct VirtioInterrupt {
+    /// Tells the driver that the configuration space or the device status has changed.
+    ///
+    /// # Errors
+    /// If the host refuses to deliver an interrupt.
+    fn configuration_change(&self) -> io::Result<()>;
+}
+
+/// What a device has of its driver. The transport, the worker and the handles of the machine's owner share
+/// it. Nothing in it waits.
+pub struct DriverLink {
     log: DeviceLog,
-    line: Box<dyn InterruptLine>,
-    status: AtomicU32,
+    notify: Arc<dyn Notify>,
     needs_reset: AtomicBool,
 }
 
-impl VirtioInterrupt {
-    /// The interrupt of the device that logs to `log`, raised by `line`.
-    pub fn new(log: impl Into<DeviceLog>, line: Box<dyn InterruptLine>) -> VirtioInterrupt {
-        VirtioInterrupt {
+impl DriverLink {
+    /// The link to the driver that `notify` notifies, of the device that logs to `log`.
+    pub fn new(log: impl Into<DeviceLog>, notify: Arc<dyn Notify>) -> DriverLink {
+        DriverLink {
             log: log.into(),
-            line,
-            status: AtomicU32::new(0),
+            notify,
             needs_reset: AtomicBool::new(false),
         }
     }
 
-    /// Tells the driver that there are used buffers.
-    pub fn notify_used_buffer(&self) {
-        self.raise(USED_BUFFER);
+    /// Tells the driver that there are used buffers in `queue`.
+    pub fn notify_used_buffer(&self, queue: u16) {
+        self.notify_used_buffers(QueueSet::of(queue));
+    }
+
+    /// Tells the driver that there are used buffers in each of `queues`. If there is no queue in it, the
+    /// driver is not told anything.
+    pub fn notify_used_buffers(&self, queues: QueueSet) {
+        if !queues.is_empty() {
+            self.check(self.notify.used_buffers(queues));
+        }
     }
 
     /// Tells the driver that the configuration space has changed.
     pub fn notify_configuration_change(&self) {
-        self.raise(CONFIGURATION_CHANGE);
+        self.check(self.notify.configuration_change());
+    }
+
+    fn check(&self, notified: io::Result<()>) {
+        if let Err(error) = notified {
+            self.warn_of_host(format_args!("cannot raise an interrupt: {error}"));
+        }
     }
 
     /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, something that its
@@ -51,7 +76,8 @@ impl VirtioInterrupt {
         }
     }
 
-    /// As [`VirtioInterrupt::need_reset`], if it is the host that fails.
+    /// Puts the device into `DEVICE_NEEDS_RESET` because of `reason`, a failure of the host, which is
+    /// logged.
     pub fn need_reset_by_host(&self, reason: &dyn fmt::Display) {
         if self.begin_to_need_reset() {
             self.notify_owner(DeviceNotice::NeedsReset { reason });
@@ -65,7 +91,7 @@ impl VirtioInterrupt {
     fn begin_to_need_reset(&self) -> bool {
         let begins = !self.needs_reset.swap(true, Ordering::AcqRel);
         if begins {
-            self.raise(CONFIGURATION_CHANGE);
+            self.notify_configuration_change();
         }
         begins
     }
@@ -100,29 +126,8 @@ impl VirtioInterrupt {
         io::Error::other(format!("{}: {error}", self.name()))
     }
 
-    pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
-    }
-
-    pub(super) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
-    }
-
-    pub(super) fn reset(&self) {
-        self.status.store(0, Ordering::Release);
-        self.needs_reset.store(false, Ordering::Release);
-    }
-
-    /// Takes over the state that another had.
-    pub(super) fn restore(&self, status: u32, needs_reset: bool) {
-        self.status.store(status, Ordering::Release);
+    /// Whether the device waits for a reset from now on. The driver is not told.
+    pub(super) fn set_needs_reset(&self, needs_reset: bool) {
         self.needs_reset.store(needs_reset, Ordering::Release);
-    }
-
-    fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::AcqRel);
-        if let Err(error) = self.line.trigger() {
-            self.warn_of_host(format_args!("cannot raise an interrupt: {error}"));
-        }
     }
 }
