@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{self, Duration, Instant};
+
+use crate::lock::lock;
 
 /// How long a client is waited for at least, so that many who come at once do not drive out one another
 /// and those who have something to say. Others wait until then to be accepted.
@@ -122,11 +124,6 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.work();
     }
-}
-
-/// What a mutex guards, also after a panic: each change of it is whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -4,30 +4,34 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
     BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption,
     DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName, MachineConfig,
-    MemorySize, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig,
-    VcpuCount, VsockConfig,
+    MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig, VsockConfig,
 };
-use bantam_vmm::{NetLimits, check_disk};
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
-use crate::request::check_name;
-use crate::resources::{
-    Balloon, BootSource, CacheType, CpuConfig, CpuTemplate, Drive, Entropy, HugePages, IoEngine,
-    Logger, MachineConfiguration, MetadataConfig, Metrics, NetworkInterface, RateLimiter, Serial,
-    TokenBucket, Vsock,
-};
+use crate::resources::RESOURCES;
+use crate::resources::balloon::Balloon;
+use crate::resources::boot_source::BootSource;
+use crate::resources::cpu_config::CpuConfig;
+use crate::resources::drives::{CacheType, Drive, IoEngine};
+use crate::resources::entropy::Entropy;
+use crate::resources::logger::Logger;
+use crate::resources::machine_config::{HugePages, MachineConfiguration, memory_size, vcpu_count};
+use crate::resources::metrics::Metrics;
+use crate::resources::mmds::MetadataConfig;
+use crate::resources::network_interfaces::NetworkInterface;
+use crate::resources::rate_limiter::{RateLimiter, TokenBucket};
+use crate::resources::serial::Serial;
+use crate::resources::vsock::Vsock;
 
 /// The kernel command line where the client gives none, as Firecracker has it.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                                  i8042.dumbkbd swiotlb=noforce";
-
-/// Longest kernel command line in bytes, as in Firecracker: 2048 with the NUL at its end.
-const LONGEST_BOOT_ARGS: usize = 2047;
 
 /// Longest serial number of a disk.
 const LONGEST_SERIAL: usize = 20;
@@ -85,7 +89,7 @@ impl Configuration {
     ///
     /// # Errors
     /// As the methods that put parts.
-    pub fn check(self) -> Result<Configuration, Fault> {
+    pub fn check(mut self) -> Result<Configuration, Fault> {
         let not_supported = |what: &str| Fault::NotSupported {
             what: what.to_string(),
         };
@@ -95,169 +99,11 @@ impl Configuration {
         if self.memory_hotplug.is_some() {
             return Err(not_supported("Memory hotplug"));
         }
-        let mut checked = Configuration {
-            logger: self.logger,
-            metrics: self.metrics,
-            ..Configuration::default()
-        };
-        checked.put_machine_config(self.machine_config)?;
-        if let Some(boot_source) = self.boot_source {
-            checked.put_boot_source(boot_source)?;
-        }
-        for drive in self.drives {
-            checked.put_drive(drive)?;
-        }
-        for interface in self.network_interfaces {
-            checked.put_network_interface(interface)?;
-        }
-        if let Some(balloon) = self.balloon {
-            checked.put_balloon(balloon)?;
-        }
-        if let Some(vsock) = self.vsock {
-            checked.put_vsock(vsock)?;
-        }
-        if let Some(metadata) = self.mmds_config {
-            checked.put_metadata_config(metadata)?;
-        }
-        checked.entropy = self.entropy;
-        checked.serial = self.serial;
-        if let Some(config) = self.cpu_config {
-            checked.put_cpu_config(config)?;
+        let mut checked = Configuration::default();
+        for resource in RESOURCES {
+            (resource.check)(&mut self, &mut checked)?;
         }
         Ok(checked)
-    }
-
-    pub(crate) fn put_machine_config(&mut self, wanted: MachineConfiguration) -> Result<(), Fault> {
-        vcpu_count(&wanted)?;
-        memory_size(&wanted)?;
-        if let Some(balloon) = &self.balloon {
-            check_balloon(balloon, &wanted)?;
-        }
-        if !matches!(wanted.cpu_template, None | Some(CpuTemplate::None)) {
-            return Err(Fault::NotSupported {
-                what: "CPU templates other than 'None'".to_string(),
-            });
-        }
-        if wanted.track_dirty_pages {
-            tracing::info!("track_dirty_pages has no effect: there are no snapshots yet");
-        }
-        self.machine_config = wanted;
-        Ok(())
-    }
-
-    pub(crate) fn put_boot_source(&mut self, boot_source: BootSource) -> Result<(), Fault> {
-        check_readable("kernel image", &boot_source.kernel_image_path)?;
-        if let Some(path) = &boot_source.initrd_path {
-            check_readable("initrd", path)?;
-        }
-        let length = boot_source.boot_args.as_ref().map_or(0, String::len);
-        if length > LONGEST_BOOT_ARGS {
-            return Err(Fault::Value {
-                what: "boot_args",
-                reason: format!("they have {length} bytes; {LONGEST_BOOT_ARGS} is the most"),
-            });
-        }
-        self.boot_source = Some(boot_source);
-        Ok(())
-    }
-
-    pub(crate) fn put_drive(&mut self, drive: Drive) -> Result<(), Fault> {
-        check_name(&drive.drive_id)?;
-        if drive.socket.is_some() {
-            return Err(Fault::NotSupported {
-                what: "vhost-user drives".to_string(),
-            });
-        }
-        let Some(path) = &drive.path_on_host else {
-            return Err(Fault::Value {
-                what: "drive",
-                reason: "path_on_host is missing".to_string(),
-            });
-        };
-        check_readable("drive image", path)?;
-        check_disk(&disk_config(&drive)?)?;
-        let is_other_root =
-            |other: &&Drive| other.is_root_device && other.drive_id != drive.drive_id;
-        if drive.is_root_device
-            && let Some(root) = self.drives.iter().find(is_other_root)
-        {
-            return Err(Fault::SecondRootDevice {
-                id: root.drive_id.clone(),
-            });
-        }
-        put_by(&mut self.drives, drive, |drive| &drive.drive_id);
-        Ok(())
-    }
-
-    pub(crate) fn put_network_interface(
-        &mut self,
-        interface: NetworkInterface,
-    ) -> Result<(), Fault> {
-        check_name(&interface.iface_id)?;
-        let mac = net_config(&interface)?.mac_address();
-        let has_same_mac = |other: &NetworkInterface| {
-            net_config(other).is_ok_and(|other| other.mac_address() == mac)
-        };
-        let is_same = |other: &NetworkInterface| {
-            other.iface_id != interface.iface_id
-                && (other.host_dev_name == interface.host_dev_name || has_same_mac(other))
-        };
-        if let Some(other) = self.network_interfaces.iter().find(|other| is_same(other)) {
-            return Err(Fault::Value {
-                what: "network interface",
-                reason: format!("'{}' has the same tap or MAC address", other.iface_id),
-            });
-        }
-        put_by(&mut self.network_interfaces, interface, |interface| {
-            &interface.iface_id
-        });
-        Ok(())
-    }
-
-    pub(crate) fn put_balloon(&mut self, balloon: Balloon) -> Result<(), Fault> {
-        check_balloon(&balloon, &self.machine_config)?;
-        self.balloon = Some(balloon);
-        Ok(())
-    }
-
-    pub(crate) fn put_vsock(&mut self, vsock: Vsock) -> Result<(), Fault> {
-        self.vsock = Some(vsock);
-        Ok(())
-    }
-
-    pub(crate) fn put_metadata_config(&mut self, metadata: MetadataConfig) -> Result<(), Fault> {
-        self.metadata_config(&metadata)?;
-        self.mmds_config = Some(metadata);
-        Ok(())
-    }
-
-    pub(crate) fn put_cpu_config(&mut self, config: CpuConfig) -> Result<(), Fault> {
-        for (what, list) in [
-            ("reg_modifiers", &config.reg_modifiers),
-            ("vcpu_features", &config.vcpu_features),
-        ] {
-            if !list.is_empty() {
-                return Err(Fault::Value {
-                    what,
-                    reason: "x86-64 has none; leave the list empty".to_string(),
-                });
-            }
-        }
-        let invalid = |reason| Fault::Value {
-            what: "cpuid_modifiers",
-            reason,
-        };
-        if config
-            .cpuid_modifiers
-            .iter()
-            .any(|leaf| leaf.modifiers.is_empty())
-        {
-            return Err(invalid("a leaf changes no register".to_string()));
-        }
-        let checked = config.modifiers().check_host();
-        checked.map_err(|error| invalid(error.to_string()))?;
-        self.cpu_config = Some(config);
-        Ok(())
     }
 
     /// The drives in the order in which the guest finds them: the root device is the first.
@@ -318,7 +164,10 @@ impl Configuration {
         Ok(config)
     }
 
-    fn metadata_config(&self, metadata: &MetadataConfig) -> Result<MachineMetadata, Fault> {
+    pub(crate) fn metadata_config(
+        &self,
+        metadata: &MetadataConfig,
+    ) -> Result<MachineMetadata, Fault> {
         let place = |id: &String| {
             let mut interfaces = self.network_interfaces.iter();
             let place = interfaces.position(|interface| interface.iface_id == *id);
@@ -365,16 +214,8 @@ impl Configuration {
     }
 }
 
-/// Puts `item` in the place of the one with its name, or behind the last.
-fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
-    match items.iter_mut().find(|other| name(other) == name(&item)) {
-        Some(place) => *place = item,
-        None => items.push(item),
-    }
-}
-
 /// Tells a client at once of a file that will be missing at the start.
-fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
+pub(crate) fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
     // Without waiting for what it may be instead: a pipe that nobody writes to.
     let opened = OpenOptions::new()
         .read(true)
@@ -393,50 +234,7 @@ pub(crate) fn file_fault(what: &'static str, path: &Path, error: &std::io::Error
     }
 }
 
-fn vcpu_count(wanted: &MachineConfiguration) -> Result<VcpuCount, Fault> {
-    let count = i64::from(wanted.vcpu_count);
-    if wanted.smt && count > 1 && count % 2 != 0 {
-        return Err(Fault::Value {
-            what: "vcpu_count",
-            reason: "it must be 1 or even where smt is true".to_string(),
-        });
-    }
-    VcpuCount::try_from(count).map_err(Fault::value("vcpu_count"))
-}
-
-fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
-    let mib = wanted.mem_size_mib;
-    if wanted.huge_pages == HugePages::TwoMib && !mib.is_multiple_of(2) {
-        return Err(Fault::Value {
-            what: "mem_size_mib",
-            reason: "it must be even where huge_pages is 2M".to_string(),
-        });
-    }
-    let bytes = mib.saturating_mul(1 << 20);
-    MemorySize::from_bytes(bytes).map_err(Fault::value("mem_size_mib"))
-}
-
-/// Tells a client at once of a balloon that the machine cannot have.
-fn check_balloon(balloon: &Balloon, machine: &MachineConfiguration) -> Result<(), Fault> {
-    let refused = |reason| {
-        Err(Fault::Value {
-            what: "balloon",
-            reason,
-        })
-    };
-    let (amount, memory) = (balloon.amount_mib, machine.mem_size_mib);
-    if u64::from(amount) > memory {
-        return refused(format!(
-            "{amount} MiB are more than the memory of {memory} MiB"
-        ));
-    }
-    if machine.huge_pages == HugePages::TwoMib {
-        return refused("it cannot give back huge pages of 2M".to_string());
-    }
-    Ok(())
-}
-
-fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
+pub(crate) fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     let path = drive.path_on_host.clone().unwrap_or_default();
     // One that was cut off could be that of another drive.
     let has_serial = drive.drive_id.len() <= LONGEST_SERIAL;
@@ -462,7 +260,7 @@ fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     })
 }
 
-fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
+pub(crate) fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
     let tap = InterfaceName::try_from(interface.host_dev_name.clone())
         .map_err(Fault::value("host_dev_name"))?;
     let mac = interface.guest_mac.as_deref().map(str::parse).transpose();
@@ -505,7 +303,6 @@ mod tests {
     use std::time::Duration;
 
     use bantam_vmm::RateLimit;
-    use bantam_vmm::host::{Virtualization, virtualization};
 
     use super::*;
 
@@ -528,61 +325,5 @@ mod tests {
             one_time_burst: 0,
         };
         assert_eq!(machine.serial_limit, Some(limit));
-    }
-
-    #[test]
-    fn features_of_processors_are_changed_where_the_host_can() {
-        let put =
-            |text| Configuration::default().put_cpu_config(serde_json::from_str(text).unwrap());
-        let changes = r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0,
-            "modifiers": [{"register": "ecx", "bitmap": "0b0"}]}]}"#;
-        match virtualization() {
-            Virtualization::Vmx | Virtualization::Svm => put(changes).unwrap(),
-            Virtualization::Pvm | Virtualization::None => {
-                let message = put(changes).unwrap_err().to_string();
-                let expected =
-                    "Invalid cpuid_modifiers: cannot change CPUID: this host has no hardware";
-                assert!(message.starts_with(expected), "{message}");
-            }
-        }
-        put(r#"{"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b0"}]}"#).unwrap();
-        put(r#"{"reg_modifiers": [], "vcpu_features": []}"#).unwrap();
-        for refused in [
-            r#"{"reg_modifiers": [{"addr": "0x603000000013c020", "bitmap": "0b0"}]}"#,
-            r#"{"vcpu_features": [{"index": 0, "bitmap": "0b0"}]}"#,
-            r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0, "modifiers": []}]}"#,
-        ] {
-            assert!(put(refused).is_err(), "{refused}");
-        }
-    }
-
-    #[test]
-    fn an_address_in_other_letters_is_the_same() {
-        let mut configuration = Configuration::default();
-        let mut put = |id: &str, tap: &str, mac: &str| {
-            let text = format!(
-                r#"{{"iface_id": "{id}", "host_dev_name": "{tap}", "guest_mac": "{mac}"}}"#
-            );
-            let result = configuration.put_network_interface(serde_json::from_str(&text).unwrap());
-            result.map_err(|fault| fault.to_string())
-        };
-        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
-        let error = put("b", "tap1", "06:00:C0:00:02:0A").unwrap_err();
-        assert!(error.contains("'a' has the same"), "{error}");
-        put("b", "tap1", "06:00:C0:00:02:0B").unwrap();
-        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
-    }
-
-    #[test]
-    fn processors_and_memory_that_do_not_fit_are_refused() {
-        let refused = [
-            r#"{"vcpu_count": 3, "mem_size_mib": 64, "smt": true}"#,
-            r#"{"vcpu_count": 1, "mem_size_mib": 65, "huge_pages": "2M"}"#,
-        ];
-        for text in refused {
-            let mut configuration = Configuration::default();
-            let wanted = serde_json::from_str(text).unwrap();
-            assert!(configuration.put_machine_config(wanted).is_err(), "{text}");
-        }
     }
 }

@@ -72,14 +72,9 @@ pub enum Fault {
         /// What kind of device.
         kind: &'static str,
     },
-    /// Statistics are on for all of a machine's life or off.
-    #[error("Statistics of the balloon cannot be turned on or off after the start")]
-    BalloonStatistics,
-    /// The guest has not begun to use the balloon.
-    #[error(
-        "The guest has no driver for the balloon yet: check that its kernel has virtio_balloon"
-    )]
-    NoBalloonDriver,
+    /// What the machine or its guest is not ready for.
+    #[error("{0}")]
+    NotNow(&'static str),
     /// A value that cannot be used.
     #[error("Invalid {what}: {reason}")]
     Value {

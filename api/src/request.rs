@@ -1,86 +1,38 @@
-//! What clients ask for: HTTP's method, path and body as one enum.
+//! What clients ask for, as HTTP carries it: a method, a path and a body.
 
-use serde_json::Value;
+use std::fmt;
+
+use serde::de::DeserializeOwned;
 
 use crate::fault::Fault;
+use crate::instance::Instance;
 use crate::json::{parse_json, parse_value};
-use crate::resources::{
-    Action, Balloon, BalloonHinting, BalloonStatisticsUpdate, BalloonUpdate, BootSource, CpuConfig,
-    Drive, DriveUpdate, Entropy, Logger, MachineConfiguration, MachineConfigurationUpdate,
-    MetadataConfig, Metrics, NetworkInterface, NetworkInterfaceUpdate, Serial, Vm, Vsock,
-};
+use crate::reply::Reply;
+use crate::resources::{Part, RESOURCES};
 use crate::text::printable;
+use crate::view::View;
 
 /// What a client asks for.
-#[derive(Clone, Debug)]
-pub enum Request {
-    /// `GET /`
-    GetInstance,
-    /// `GET /version`
-    GetVersion,
-    /// `GET /vm/config`
-    GetConfiguration,
-    /// `GET /machine-config`
-    GetMachineConfiguration,
-    /// `GET /balloon`
-    GetBalloon,
-    /// `GET /balloon/statistics`
-    GetBalloonStatistics,
-    /// `GET /mmds`
-    GetMetadata,
-    /// `PUT /actions`
-    PutAction(Action),
-    /// `PATCH /vm`
-    PatchVm(Vm),
-    /// `PUT /machine-config`
-    PutMachineConfiguration(MachineConfiguration),
-    /// `PATCH /machine-config`
-    PatchMachineConfiguration(MachineConfigurationUpdate),
-    /// `PUT /boot-source`
-    PutBootSource(BootSource),
-    /// `PUT /drives/{drive_id}`
-    PutDrive(Drive),
-    /// `PATCH /drives/{drive_id}`
-    PatchDrive(DriveUpdate),
-    /// `PUT /network-interfaces/{iface_id}`
-    PutNetworkInterface(NetworkInterface),
-    /// `PATCH /network-interfaces/{iface_id}`
-    PatchNetworkInterface(NetworkInterfaceUpdate),
-    /// `PUT /balloon`
-    PutBalloon(Balloon),
-    /// `PATCH /balloon`
-    PatchBalloon(BalloonUpdate),
-    /// `GET /balloon/hinting/status`
-    GetBalloonHinting,
-    /// `PATCH /balloon/hinting/start`
-    StartBalloonHinting(BalloonHinting),
-    /// `PATCH /balloon/hinting/stop`
-    StopBalloonHinting,
-    /// `PATCH /balloon/statistics`
-    PatchBalloonStatistics(BalloonStatisticsUpdate),
-    /// `PUT /vsock`
-    PutVsock(Vsock),
-    /// `PUT /entropy`
-    PutEntropy(Entropy),
-    /// `PUT /serial`
-    PutSerial(Serial),
-    /// `PUT /logger`
-    PutLogger(Logger),
-    /// `PUT /metrics`
-    PutMetrics(Metrics),
-    /// `PUT /mmds`
-    PutMetadata(Value),
-    /// `PATCH /mmds`
-    PatchMetadata(Value),
-    /// `PUT /mmds/config`
-    PutMetadataConfig(MetadataConfig),
-    /// `PUT /cpu-config`
-    PutCpuConfig(CpuConfig),
+pub struct Request {
+    method: Method,
+    /// What it is counted as.
+    name: &'static str,
+    pub(crate) action: Action,
 }
 
+/// What a request does.
+pub(crate) enum Action {
+    /// It reads. This takes no time that others would notice, and may be while another request is executed.
+    Read(fn(&View) -> Result<Reply, Fault>),
+    /// It changes something. There is one such request at a time.
+    Change(Change),
+}
+
+type Change = Box<dyn FnOnce(&mut Instance) -> Result<(), Fault> + Send>;
+
 /// The methods that resources know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Method {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Method {
     Get,
     Put,
     Patch,
@@ -109,10 +61,6 @@ impl Request {
     /// # Errors
     /// When there is no such resource, or the body is not one of it.
     pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Fault> {
-        let no_such_resource = || Fault::NoSuchResource {
-            method: printable(method),
-            path: printable(path),
-        };
         let segments: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         let first = segments.first().copied().unwrap_or_default();
         let is_unknown = |(name, _): &&(&str, &str)| *name == first;
@@ -124,96 +72,129 @@ impl Request {
             "GET" => Method::Get,
             "PUT" => Method::Put,
             "PATCH" => Method::Patch,
-            _ => return Err(no_such_resource()),
+            _ => return Err(no_such_resource(method, path)),
         };
-        match method {
-            Method::Get if !body.is_empty() => return Err(Fault::BodyOfGet),
-            // These are whole without a body.
-            Method::Patch if matches!(segments[..], ["balloon", "hinting", "start" | "stop"]) => {}
-            Method::Put | Method::Patch if body.is_empty() => {
-                let method = method.name();
-                return Err(Fault::EmptyBody { method });
-            }
-            _ => {}
+        if method == Method::Get && !body.is_empty() {
+            return Err(Fault::BodyOfGet);
         }
-        Ok(match (method, &segments[..]) {
-            (Method::Get, []) => Request::GetInstance,
-            (Method::Get, ["version"]) => Request::GetVersion,
-            (Method::Get, ["vm", "config"]) => Request::GetConfiguration,
-            (Method::Get, ["machine-config"]) => Request::GetMachineConfiguration,
-            (Method::Get, ["balloon"]) => Request::GetBalloon,
-            (Method::Get, ["balloon", "statistics"]) => Request::GetBalloonStatistics,
-            (Method::Get, ["balloon", "hinting", "status"]) => Request::GetBalloonHinting,
-            (Method::Get, ["mmds"]) => Request::GetMetadata,
-            (Method::Put, ["actions"]) => Request::PutAction(parse_json(body)?),
-            (Method::Patch, ["vm"]) => Request::PatchVm(parse_json(body)?),
-            (Method::Put, ["machine-config"]) => {
-                Request::PutMachineConfiguration(parse_json(body)?)
-            }
-            (Method::Patch, ["machine-config"]) => {
-                let update: MachineConfigurationUpdate = parse_json(body)?;
-                if update.is_empty() {
-                    let method = method.name();
-                    return Err(Fault::EmptyBody { method });
-                }
-                Request::PatchMachineConfiguration(update)
-            }
-            (Method::Put, ["boot-source"]) => Request::PutBootSource(parse_json(body)?),
-            (Method::Put, ["drives", id]) => {
-                let drive: Drive = parse_json(body)?;
-                check_id(id, &drive.drive_id)?;
-                Request::PutDrive(drive)
-            }
-            (Method::Patch, ["drives", id]) => {
-                let update: DriveUpdate = parse_json(body)?;
-                check_id(id, &update.drive_id)?;
-                Request::PatchDrive(update)
-            }
-            (Method::Put, ["network-interfaces", id]) => {
-                let interface: NetworkInterface = parse_json(body)?;
-                check_id(id, &interface.iface_id)?;
-                Request::PutNetworkInterface(interface)
-            }
-            (Method::Patch, ["network-interfaces", id]) => {
-                let update: NetworkInterfaceUpdate = parse_json(body)?;
-                check_id(id, &update.iface_id)?;
-                Request::PatchNetworkInterface(update)
-            }
-            (Method::Put, ["balloon"]) => Request::PutBalloon(parse_json(body)?),
-            (Method::Patch, ["balloon"]) => Request::PatchBalloon(parse_json(body)?),
-            (Method::Patch, ["balloon", "statistics"]) => {
-                Request::PatchBalloonStatistics(parse_json(body)?)
-            }
-            (Method::Patch, ["balloon", "hinting", "start"]) => {
-                Request::StartBalloonHinting(match body {
-                    [] => BalloonHinting::default(),
-                    body => parse_json(body)?,
-                })
-            }
-            (Method::Patch, ["balloon", "hinting", "stop"]) => Request::StopBalloonHinting,
-            (Method::Put, ["vsock"]) => Request::PutVsock(parse_json(body)?),
-            (Method::Put, ["entropy"]) => Request::PutEntropy(parse_json(body)?),
-            (Method::Put, ["serial"]) => Request::PutSerial(parse_json(body)?),
-            (Method::Put, ["logger"]) => Request::PutLogger(parse_json(body)?),
-            (Method::Put, ["metrics"]) => Request::PutMetrics(parse_json(body)?),
-            (Method::Put, ["mmds"]) => Request::PutMetadata(parse_value(body)?),
-            (Method::Patch, ["mmds"]) => Request::PatchMetadata(parse_value(body)?),
-            (Method::Put, ["mmds", "config"]) => Request::PutMetadataConfig(parse_json(body)?),
-            (Method::Put, ["cpu-config"]) => Request::PutCpuConfig(parse_json(body)?),
-            _ => return Err(no_such_resource()),
+        let call = Call {
+            method,
+            path,
+            rest: segments.get(1..).unwrap_or_default(),
+            body,
+        };
+        match RESOURCES.iter().find(|resource| resource.path == first) {
+            Some(resource) => (resource.parse)(&call),
+            None => Err(call.unknown()),
+        }
+    }
+
+    /// A request to read.
+    pub(crate) fn get(name: &'static str, read: fn(&View) -> Result<Reply, Fault>) -> Request {
+        Request {
+            method: Method::Get,
+            name,
+            action: Action::Read(read),
+        }
+    }
+
+    /// A request to put a part of the configuration.
+    pub(crate) fn put(name: &'static str, part: impl Part) -> Request {
+        Request::change(Method::Put, name, |instance| {
+            instance.change(|configuration| part.put(configuration))
         })
+    }
+
+    /// A request to change what is there.
+    pub(crate) fn patch(
+        name: &'static str,
+        change: impl FnOnce(&mut Instance) -> Result<(), Fault> + Send + 'static,
+    ) -> Request {
+        Request::change(Method::Patch, name, change)
+    }
+
+    /// A request that changes something.
+    pub(crate) fn change(
+        method: Method,
+        name: &'static str,
+        change: impl FnOnce(&mut Instance) -> Result<(), Fault> + Send + 'static,
+    ) -> Request {
+        Request {
+            method,
+            name,
+            action: Action::Change(Box::new(change)),
+        }
+    }
+
+    /// The method and the name by which it is counted.
+    pub(crate) fn counted_as(&self) -> (Method, &'static str) {
+        (self.method, self.name)
     }
 }
 
-/// Checks the name of a device, which a request has twice.
-fn check_id(path: &str, body: &str) -> Result<(), Fault> {
-    if path != body {
-        return Err(Fault::OtherId {
-            path: printable(path),
-            body: printable(body),
-        });
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method.name(), self.name)
     }
-    check_name(body)
+}
+
+/// A request whose resource is found.
+pub(crate) struct Call<'a> {
+    pub(crate) method: Method,
+    path: &'a str,
+    /// What follows the first part of the path.
+    pub(crate) rest: &'a [&'a str],
+    pub(crate) body: &'a [u8],
+}
+
+impl Call<'_> {
+    /// The body, an object in JSON.
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, Fault> {
+        match self.body {
+            [] => Err(self.without_body()),
+            body => parse_json(body),
+        }
+    }
+
+    /// The body, any value in JSON.
+    pub(crate) fn value<T: DeserializeOwned>(&self) -> Result<T, Fault> {
+        match self.body {
+            [] => Err(self.without_body()),
+            body => parse_value(body),
+        }
+    }
+
+    /// Checks the name of a device, which the path and the body have.
+    pub(crate) fn check_id(&self, path: &str, body: &str) -> Result<(), Fault> {
+        if path != body {
+            return Err(Fault::OtherId {
+                path: printable(path),
+                body: printable(body),
+            });
+        }
+        check_name(body)
+    }
+
+    /// Why it is refused if its body says nothing.
+    pub(crate) fn without_body(&self) -> Fault {
+        let method = self.method.name();
+        Fault::EmptyBody { method }
+    }
+
+    /// Why it is refused if the resource does not know this method and path.
+    pub(crate) fn unknown(&self) -> Fault {
+        match (self.method, self.body) {
+            (Method::Put | Method::Patch, []) => self.without_body(),
+            _ => no_such_resource(self.method.name(), self.path),
+        }
+    }
+}
+
+fn no_such_resource(method: &str, path: &str) -> Fault {
+    Fault::NoSuchResource {
+        method: printable(method),
+        path: printable(path),
+    }
 }
 
 /// Checks the name of a device.
@@ -226,161 +207,4 @@ pub(crate) fn check_name(id: &str) -> Result<(), Fault> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn fault(method: &str, path: &str, body: &str) -> String {
-        let parsed = Request::parse(method, path, body.as_bytes());
-        parsed.expect_err("it is refused").to_string()
-    }
-
-    #[test]
-    fn requests_are_told_apart_by_method_and_path() {
-        assert!(matches!(
-            Request::parse("GET", "/", b""),
-            Ok(Request::GetInstance)
-        ));
-        assert!(matches!(
-            Request::parse("GET", "/balloon/statistics", b""),
-            Ok(Request::GetBalloonStatistics)
-        ));
-        let drive = br#"{"drive_id": "root", "is_root_device": true, "path_on_host": "a"}"#;
-        let parsed = Request::parse("PUT", "/drives/root", drive);
-        assert!(matches!(parsed, Ok(Request::PutDrive(drive)) if drive.is_root_device));
-    }
-
-    #[test]
-    fn what_is_wrong_is_said_with_its_place() {
-        for (method, path, body, message) in [
-            (
-                "DELETE",
-                "/",
-                "",
-                "Invalid request method and/or path: DELETE /",
-            ),
-            (
-                "GET",
-                "/vm",
-                "",
-                "Invalid request method and/or path: GET /vm",
-            ),
-            (
-                "PUT",
-                "/drives",
-                "{}",
-                "Invalid request method and/or path: PUT /drives",
-            ),
-            ("GET", "/", "{}", "GET request cannot have a body"),
-            (
-                "PUT",
-                "/vsock",
-                "",
-                "Empty PUT request: a JSON body is needed",
-            ),
-            (
-                "PATCH",
-                "/machine-config",
-                "{}",
-                "Empty PATCH request: a JSON body is needed",
-            ),
-            (
-                "PUT",
-                "/machine-config",
-                r#"{"vcpu_count": "two"}"#,
-                "Invalid JSON body: vcpu_count: invalid type: string \"two\", expected u8 at line 1 \
-                 column 20",
-            ),
-            (
-                "PUT",
-                "/entropy",
-                r#"{"rate_limiter": {"ops": {"size": 1, "refill": 2}}}"#,
-                "Invalid JSON body: rate_limiter.ops.refill: unknown field `refill`, expected one of \
-                 `size`, `one_time_burst`, `refill_time` at line 1 column 45",
-            ),
-            (
-                "PUT",
-                "/vsock",
-                "{} x",
-                "Invalid JSON body: missing field `guest_cid` at line 1 column 2",
-            ),
-            (
-                "PUT",
-                "/entropy",
-                "{} x",
-                "Invalid JSON body: trailing characters at line 1 column 4",
-            ),
-            (
-                "PUT",
-                "/entropy",
-                r#"{"rate_limiter": {"#,
-                "Invalid JSON body: rate_limiter: EOF while parsing an object at line 1 column 18",
-            ),
-            (
-                "PUT",
-                "/entropy",
-                " []",
-                "Invalid JSON body: it is an array, but has to be an object",
-            ),
-            (
-                "PUT",
-                "/drives/a",
-                r#"{"drive_id": "b", "is_root_device": true}"#,
-                "The id from the path 'a' does not match the id from the body 'b'",
-            ),
-            (
-                "PUT",
-                "/drives/a-b",
-                r#"{"drive_id": "a-b", "is_root_device": true}"#,
-                "Invalid id 'a-b': only letters, digits and underscores are allowed",
-            ),
-            (
-                "PUT",
-                "/snapshot/create",
-                "{}",
-                "Snapshots: not supported by this version of Bantam",
-            ),
-            (
-                "GET",
-                "/hotplug/memory",
-                "",
-                "Memory hotplug: not supported by this version of Bantam",
-            ),
-            (
-                "PATCH",
-                "/balloon/hinting/start",
-                r#"{"acknowledge_on_stop": 1}"#,
-                "Invalid JSON body: acknowledge_on_stop: invalid type: integer `1`, expected a boolean \
-                 at line 1 column 25",
-            ),
-            (
-                "PATCH",
-                "/balloon/hinting",
-                "{}",
-                "Invalid request method and/or path: PATCH /balloon/hinting",
-            ),
-        ] {
-            assert_eq!(fault(method, path, body), message, "{method} {path} {body}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_request_is_read_or_refused_on_one_line(
-            method in "GET|PUT|PATCH|[A-Z]{1,5}",
-            path in "(/(drives|vm|balloon|mmds|config|statistics|[^/]{0,5})){0,4}",
-            body in prop_oneof![
-                ".*".prop_map(String::into_bytes),
-                proptest::collection::vec(any::<u8>(), 0..100),
-                "(\\{|\\}|\"[a-z_]{0,8}\"|:|,|\\[|\\]|[0-9]{1,3}|null){0,20}"
-                    .prop_map(String::into_bytes),
-            ],
-        ) {
-            if let Err(fault) = Request::parse(&method, &path, &body) {
-                let text = fault.to_string();
-                prop_assert!(!text.contains('\n'), "{}", text);
-            }
-        }
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, Request as HttpRequest, Response, StatusCode};
+use hyper::{Request as HttpRequest, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{UnixListener, UnixStream};
@@ -23,8 +23,10 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::clients::{Clients, Place};
 use crate::fault::Fault;
-use crate::instance::{Instance, Reply, Status};
+use crate::instance::Instance;
+use crate::reply::Reply;
 use crate::request::Request;
+use crate::view::View;
 
 /// How long it may take to send a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
@@ -34,7 +36,9 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 const MAX_HEAD_SIZE: usize = 16 << 10;
 /// How much of a body that is too large is passed over.
 const PASSED_OVER_SIZE: usize = 4 << 20;
-/// How long the thread that executes requests waits for the next one before it ends.
+/// Most threads that work: one executes a request that changes something, and one writes metrics.
+const WORK_THREADS: usize = 2;
+/// How long such a thread waits for more work before it ends.
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long no client is accepted after that has failed.
 const RETRY_TIME: Duration = Duration::from_millis(100);
@@ -82,7 +86,7 @@ pub enum ServerError {
 
 /// The API of one instance on a Unix socket, which is removed in the end.
 pub struct Server {
-    status: Status,
+    view: View,
     instance: Arc<Mutex<Instance>>,
     listener: Option<ListeningSocket>,
     limits: ServerLimits,
@@ -97,7 +101,7 @@ impl Server {
         limits: ServerLimits,
     ) -> Server {
         Server {
-            status: instance.status(),
+            view: instance.view().clone(),
             instance: Arc::new(Mutex::new(instance)),
             listener,
             limits,
@@ -107,7 +111,7 @@ impl Server {
 
     fn service(&self) -> Service {
         Service {
-            status: self.status.clone(),
+            view: self.view.clone(),
             instance: self.instance.clone(),
             body_size: self.limits.body_size,
             refusals: Arc::new(BoundedLog::new("API")),
@@ -128,7 +132,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("bantam-api-work")
-            .max_blocking_threads(1)
+            .max_blocking_threads(WORK_THREADS)
             .thread_keep_alive(WORK_THREAD_TIME)
             .build()?;
         let clients = Clients::new(self.limits.clients);
@@ -141,14 +145,14 @@ impl Server {
             };
             let served = tokio::select! {
                 failed = serving => failed,
-                () = write_metrics(&self.instance) => Ok(()),
+                () = write_metrics(&self.view) => Ok(()),
                 () = self.ending.notified() => Ok(()),
             };
             // Whoever has asked for something still hears of it: a machine may end as soon as it is
             // started.
             let _ = time::timeout(LAST_ANSWERS_TIME, clients.leave()).await;
             // A request or file that is stuck is not waited for.
-            let _ = time::timeout(LAST_METRICS_TIME, flush_metrics(&self.instance)).await;
+            let _ = time::timeout(LAST_METRICS_TIME, flush_metrics(&self.view)).await;
             served
         });
         runtime.shutdown_background();
@@ -159,7 +163,7 @@ impl Server {
 /// What every client is served.
 #[derive(Clone)]
 struct Service {
-    status: Status,
+    view: View,
     instance: Arc<Mutex<Instance>>,
     /// Most bytes of a request's body.
     body_size: usize,
@@ -169,21 +173,21 @@ struct Service {
     failures: Arc<BoundedLog>,
 }
 
-async fn write_metrics(instance: &Arc<Mutex<Instance>>) {
+async fn write_metrics(view: &View) {
     let mut period = time::interval(METRICS_PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first is at once.
     period.tick().await;
     loop {
         period.tick().await;
-        flush_metrics(instance).await;
+        flush_metrics(view).await;
     }
 }
 
-async fn flush_metrics(instance: &Arc<Mutex<Instance>>) {
-    let mut instance = instance.clone().lock_owned().await;
+async fn flush_metrics(view: &View) {
+    let view = view.clone();
     // Apart, as a file may take its time.
-    if let Ok(Err(error)) = task::spawn_blocking(move || instance.flush_metrics()).await {
+    if let Ok(Err(error)) = task::spawn_blocking(move || view.flush_metrics()).await {
         tracing::warn!("cannot write metrics: {error}");
     }
 }
@@ -304,12 +308,10 @@ async fn answer(request: HttpRequest<Incoming>, place: &Place, service: &Service
     };
     place.work();
     let path = head.uri.path();
-    let is_write = head.method != Method::GET;
     let result = match Request::parse(head.method.as_str(), path, &body) {
-        Ok(request) => match service.status.answer(&request) {
+        Ok(request) => match service.view.answer(&request) {
             Some(result) => result,
-            None if is_write => execute_apart(service.instance.clone(), request).await,
-            None => service.instance.lock().await.execute(request),
+            None => execute_apart(service.instance.clone(), request).await,
         },
         Err(fault) => Err(fault),
     };
@@ -362,8 +364,8 @@ async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec
     Ok((size <= limit).then_some(kept))
 }
 
-/// Executes a request that may take its time on a thread of its own, so that clients go on being heard,
-/// and told of the machine's state.
+/// Executes a request that may take its time on a thread of its own, after those before it. Clients go on
+/// being heard, and those that only read are answered.
 async fn execute_apart(instance: Arc<Mutex<Instance>>, request: Request) -> Result<Reply, Fault> {
     let mut instance = instance.lock_owned().await;
     let work = task::spawn_blocking(move || instance.execute(request));
@@ -399,3 +401,6 @@ fn answer_with(status: StatusCode, body: Option<&Value>) -> Answer {
     }
     answer
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bantam_api::resources::{Logger, Metrics};
+use bantam_api::resources::logger::Logger;
+use bantam_api::resources::metrics::Metrics;
 use bantam_api::{
     API_VERSION, Configuration, Instance, InstanceOptions, ProgramLog, Request, Server,
     ServerLimits, parse_json, parse_value,
@@ -90,7 +91,7 @@ fn serve_instance(
         },
     );
     if let Some(path) = &args.metrics_path {
-        instance.execute(Request::PutMetrics(Metrics {
+        instance.execute(Request::from(Metrics {
             metrics_path: path.clone(),
         }))?;
     }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use bantam_api::resources::LogLevel;
+use bantam_api::resources::logger::LogLevel;
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
     HugePages, MachineOptions, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig,

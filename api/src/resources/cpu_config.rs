@@ -3,7 +3,21 @@
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
 
+use super::{Part, Resource, put_all};
+use crate::configuration::Configuration;
+use crate::fault::Fault;
+use crate::request::{Method, Request};
 use crate::text::printable;
+
+pub(crate) const RESOURCE: Resource = Resource {
+    path: "cpu-config",
+    parse: |call| match (call.method, call.rest) {
+        (Method::Put, []) => Ok(Request::put("cpu_cfg", call.json::<CpuConfig>()?)),
+        _ => Err(call.unknown()),
+    },
+    check: |given, checked| put_all(given.cpu_config.take(), checked),
+    groups: &[],
+};
 
 /// Body of `PUT /cpu-config`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +83,34 @@ pub struct Msr {
     pub addr: Number,
     /// The change.
     pub bitmap: Bitmap<64>,
+}
+
+impl Part for CpuConfig {
+    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
+        for (what, list) in [
+            ("reg_modifiers", &self.reg_modifiers),
+            ("vcpu_features", &self.vcpu_features),
+        ] {
+            if !list.is_empty() {
+                return Err(Fault::Value {
+                    what,
+                    reason: "x86-64 has none; leave the list empty".to_string(),
+                });
+            }
+        }
+        let invalid = |reason| Fault::Value {
+            what: "cpuid_modifiers",
+            reason,
+        };
+        let mut leaves = self.cpuid_modifiers.iter();
+        if leaves.any(|leaf| leaf.modifiers.is_empty()) {
+            return Err(invalid("a leaf changes no register".to_string()));
+        }
+        let checked = self.modifiers().check_host();
+        checked.map_err(|error| invalid(error.to_string()))?;
+        configuration.cpu_config = Some(self);
+        Ok(())
+    }
 }
 
 impl CpuConfig {
@@ -231,6 +273,7 @@ impl<const BITS: u32> From<Bitmap<BITS>> for String {
 
 #[cfg(test)]
 mod tests {
+    use bantam_vmm::host::{Virtualization, virtualization};
     use proptest::prelude::*;
 
     use super::*;
@@ -357,6 +400,34 @@ mod tests {
                     Err(reason) => prop_assert!(!reason.contains('\n'), "{}", reason),
                 }
             }
+        }
+    }
+
+    #[test]
+    fn features_of_processors_are_changed_where_the_host_can() {
+        let put = |text| {
+            let config: CpuConfig = serde_json::from_str(text).unwrap();
+            config.put(&mut Configuration::default())
+        };
+        let changes = r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0,
+            "modifiers": [{"register": "ecx", "bitmap": "0b0"}]}]}"#;
+        match virtualization() {
+            Virtualization::Vmx | Virtualization::Svm => put(changes).unwrap(),
+            Virtualization::Pvm | Virtualization::None => {
+                let message = put(changes).unwrap_err().to_string();
+                let expected =
+                    "Invalid cpuid_modifiers: cannot change CPUID: this host has no hardware";
+                assert!(message.starts_with(expected), "{message}");
+            }
+        }
+        put(r#"{"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b0"}]}"#).unwrap();
+        put(r#"{"reg_modifiers": [], "vcpu_features": []}"#).unwrap();
+        for refused in [
+            r#"{"reg_modifiers": [{"addr": "0x603000000013c020", "bitmap": "0b0"}]}"#,
+            r#"{"vcpu_features": [{"index": 0, "bitmap": "0b0"}]}"#,
+            r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0, "modifiers": []}]}"#,
+        ] {
+            assert!(put(refused).is_err(), "{refused}");
         }
     }
 }

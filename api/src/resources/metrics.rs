@@ -1,8 +1,24 @@
-//! The file of metrics.
+//! `/metrics`: the file of metrics.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
+
+use super::Resource;
+use crate::request::{Method, Request};
+
+pub(crate) const RESOURCE: Resource = Resource {
+    path: "metrics",
+    parse: |call| match (call.method, call.rest) {
+        (Method::Put, []) => Ok(call.json::<Metrics>()?.into()),
+        _ => Err(call.unknown()),
+    },
+    check: |given, checked| {
+        checked.metrics = given.metrics.take();
+        Ok(())
+    },
+    groups: &[],
+};
 
 /// Body of `PUT /metrics`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -11,6 +27,15 @@ pub struct Metrics {
     /// File or named pipe to which metrics are written, one line of JSON at a time.
     #[serde(serialize_with = "serialize_path")]
     pub metrics_path: PathBuf,
+}
+
+impl From<Metrics> for Request {
+    fn from(metrics: Metrics) -> Request {
+        Request::change(Method::Put, "metrics", |instance| {
+            instance.require_not_started()?;
+            instance.put_metrics(metrics)
+        })
+    }
 }
 
 /// Shows a path that came from the command line, where it may be other than UTF-8.

@@ -1,8 +1,49 @@
-//! The metadata service.
+//! `/mmds`: the metadata service.
 
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Part, Resource, put_all};
+use crate::configuration::Configuration;
+use crate::fault::Fault;
+use crate::metrics_groups::Group;
+use crate::reply::Reply;
+use crate::request::{Method, Request};
+
+pub(crate) const RESOURCE: Resource = Resource {
+    path: "mmds",
+    parse: |call| match (call.method, call.rest) {
+        (Method::Get, []) => Ok(Request::get("mmds", |view| {
+            Reply::value(&match view.metadata()? {
+                None | Some(Value::Null) => json!({}),
+                Some(contents) => contents,
+            })
+        })),
+        (Method::Put, []) => {
+            let contents: Value = call.value()?;
+            Ok(Request::change(Method::Put, "mmds", |instance| {
+                instance.put_metadata(contents)
+            }))
+        }
+        (Method::Patch, []) => {
+            let patch: Value = call.value()?;
+            Ok(Request::patch("mmds", |instance| {
+                instance.patch_metadata(patch)
+            }))
+        }
+        (Method::Put, ["config"]) => Ok(Request::put("mmds", call.json::<MetadataConfig>()?)),
+        _ => Err(call.unknown()),
+    },
+    check: |given, checked| put_all(given.mmds_config.take(), checked),
+    groups: &[Group::new(
+        "mmds",
+        "rx_accepted rx_accepted_err rx_accepted_unusual rx_bad_eth rx_invalid_token \
+         rx_no_token rx_count tx_bytes tx_count tx_errors tx_frames connections_created \
+         connections_destroyed",
+    )],
+};
 
 /// Body of `PUT /mmds/config`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,5 +78,13 @@ impl From<MetadataVersion> for bantam_vmm::config::MetadataVersion {
             MetadataVersion::V1 => Self::V1,
             MetadataVersion::V2 => Self::V2,
         }
+    }
+}
+
+impl Part for MetadataConfig {
+    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
+        configuration.metadata_config(&self)?;
+        configuration.mmds_config = Some(self);
+        Ok(())
     }
 }

@@ -1,27 +1,105 @@
-//! The bodies of requests and answers, field by field as Firecracker names them.
+//! The resources of the API: at which path each is, what can be asked of it, what it adds to the
+//! configuration, and what is counted of it.
 //!
-//! A field that is not listed is refused. What a client has put is what it gets back: fields that it left
-//! out stay out where they have no default.
+//! The bodies of requests and answers name their fields as Firecracker does. A field that is not listed is
+//! refused. What a client has put is what it gets back: fields that it left out stay out if they have no
+//! default.
 
-mod cpu_config;
-mod devices;
-mod logger;
-mod machine;
-mod metrics;
-mod mmds;
-mod rate_limiter;
+pub mod actions;
+pub mod balloon;
+pub mod boot_source;
+pub mod cpu_config;
+pub mod drives;
+pub mod entropy;
+pub mod instance;
+pub mod logger;
+pub mod machine_config;
+pub mod metrics;
+pub mod mmds;
+pub mod network_interfaces;
+pub mod rate_limiter;
+pub mod serial;
+pub mod version;
+pub mod vm;
+pub mod vsock;
 
-pub use cpu_config::{Bitmap, CpuConfig, CpuidLeaf, KvmCapability, Msr, Number, Register};
-pub use devices::{
-    Balloon, BalloonHinting, BalloonHintingStatus, BalloonStatisticsUpdate, BalloonUpdate,
-    CacheType, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, NetworkInterfaceUpdate,
-    Serial, Vsock,
-};
-pub use logger::{LogLevel, Logger};
-pub use machine::{
-    Action, ActionType, BootSource, CpuTemplate, HugePages, InstanceInformation,
-    MachineConfiguration, MachineConfigurationUpdate, Version, Vm, VmState,
-};
-pub use metrics::Metrics;
-pub use mmds::{MetadataConfig, MetadataVersion};
-pub use rate_limiter::{RateLimiter, TokenBucket};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
+
+use crate::configuration::Configuration;
+use crate::fault::Fault;
+use crate::metrics_groups::Group;
+use crate::request::{Call, Request};
+
+/// Every resource. Parts of the configuration come in the order in which those of a file are checked.
+pub(crate) static RESOURCES: &[Resource] = &[
+    instance::RESOURCE,
+    version::RESOURCE,
+    vm::RESOURCE,
+    actions::RESOURCE,
+    logger::RESOURCE,
+    metrics::RESOURCE,
+    machine_config::RESOURCE,
+    boot_source::RESOURCE,
+    drives::RESOURCE,
+    network_interfaces::RESOURCE,
+    balloon::RESOURCE,
+    vsock::RESOURCE,
+    mmds::RESOURCE,
+    entropy::RESOURCE,
+    serial::RESOURCE,
+    cpu_config::RESOURCE,
+];
+
+/// What clients find at a path.
+pub(crate) struct Resource {
+    /// The first part of the path.
+    pub(crate) path: &'static str,
+    /// Reads a request to it.
+    pub(crate) parse: fn(&Call<'_>) -> Result<Request, Fault>,
+    /// Moves its part of a configuration that was given as a whole to the one that was checked so far, if
+    /// it has a part.
+    pub(crate) check: fn(&mut Configuration, &mut Configuration) -> Result<(), Fault>,
+    /// The groups of metrics that are its own.
+    pub(crate) groups: &'static [Group],
+}
+
+/// A part of the configuration, which clients put as a whole before the start.
+pub(crate) trait Part: DeserializeOwned + Send + 'static {
+    /// Puts it into `configuration`, in the place of one that is there already.
+    ///
+    /// # Errors
+    /// When it cannot be used. What is in `configuration` then is of no use either.
+    fn put(self, configuration: &mut Configuration) -> Result<(), Fault>;
+}
+
+/// The check of a resource that has no part in the configuration.
+fn no_part(_: &mut Configuration, _: &mut Configuration) -> Result<(), Fault> {
+    Ok(())
+}
+
+/// Puts all of `parts`, one after the other.
+fn put_all<P: Part>(
+    parts: impl IntoIterator<Item = P>,
+    configuration: &mut Configuration,
+) -> Result<(), Fault> {
+    let mut parts = parts.into_iter();
+    parts.try_for_each(|part| part.put(configuration))
+}
+
+/// Puts `item` in the place of the one with its name, or behind the last.
+fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
+    match items.iter_mut().find(|other| name(other) == name(&item)) {
+        Some(place) => *place = item,
+        None => items.push(item),
+    }
+}
+
+/// Reads a field that clients may set to null to say nothing of it.
+fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}

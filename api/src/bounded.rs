@@ -1,0 +1,75 @@
+//! Work on the host that may never end, such as opening a file on a server that does not answer.
+
+use std::io;
+use std::sync::{Arc, Mutex, TryLockError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use crate::lock::lock;
+
+/// Something whose use may hang. A thread of its own uses it, and is not waited for forever.
+pub(crate) struct Bounded<T>(Arc<Mutex<T>>);
+
+impl<T: Send + 'static> Bounded<T> {
+    pub(crate) fn new(subject: T) -> Bounded<T> {
+        Bounded(Arc::new(Mutex::new(subject)))
+    }
+
+    /// Gives what `work` gives. If that takes longer than `limit`, `work` goes on and its result is lost.
+    ///
+    /// # Errors
+    /// When it takes too long; at once while earlier work still goes on, so that there is one thread at
+    /// most. Or when the host is out of threads, or `work` panics.
+    pub(crate) fn run<R: Send + 'static>(
+        &mut self,
+        limit: Duration,
+        work: impl FnOnce(&mut T) -> R + Send + 'static,
+    ) -> io::Result<R> {
+        if let Err(TryLockError::WouldBlock) = self.0.try_lock() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let subject = self.0.clone();
+        let (sender, receiver) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("bantam-api-file".into())
+            .spawn(move || {
+                let result = work(&mut lock(&subject));
+                // It fails if nobody waits any more.
+                let _ = sender.send(result);
+            })?;
+        receiver.recv_timeout(limit).map_err(|error| match error {
+            mpsc::RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
+            mpsc::RecvTimeoutError::Disconnected => io::Error::other("the API has failed at it"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_hangs_is_given_up_and_is_not_begun_twice() {
+        const LONG: Duration = Duration::from_secs(60);
+        let mut bounded = Bounded::new(0);
+        let (release, hung) = mpsc::channel::<()>();
+        let error = bounded.run(Duration::from_millis(1), move |count| {
+            *count += 1;
+            hung.recv().unwrap();
+        });
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let error = bounded.run(LONG, |count| *count += 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+
+        release.send(()).unwrap();
+        let count = loop {
+            match bounded.run(LONG, |count| *count) {
+                Ok(count) => break count,
+                Err(_) => thread::yield_now(),
+            }
+        };
+        assert_eq!(count, 1);
+        assert!(bounded.run(LONG, |count| assert_eq!(*count, 2)).is_err());
+        assert_eq!(bounded.run(LONG, |count| *count).unwrap(), 1);
+    }
+}

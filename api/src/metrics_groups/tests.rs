@@ -1,0 +1,37 @@
+use super::*;
+
+#[test]
+fn devices_are_told_together_and_each_by_its_name() {
+    let times = |least: u64, most: u64| json!({"min_us": least, "max_us": most, "sum_us": most});
+    let machine = json!({
+        "vcpus": [{"exit_io_in": 1}, {"exit_io_in": 2}],
+        "disks": [
+            {"read_count": 3, "read_agg": times(4, 9)},
+            {"read_count": 5, "read_agg": times(2, 7)},
+            {"read_count": 0, "read_agg": times(0, 0)},
+        ],
+        "networks": [],
+        "vsock": null,
+        "entropy": {"entropy_bytes": 6},
+    });
+    let names = |list: &str, index: usize| {
+        let drives = ["root", "data"];
+        (list == "disks").then(|| drives.get(index).copied())?
+    };
+    let groups = groups(&machine, names);
+    assert_eq!(groups["vcpu"]["exit_io_in"], 3);
+    assert_eq!(groups["vcpu"]["exit_io_in_agg"]["max_us"], 0);
+    assert_eq!(groups["vcpu_1"]["exit_io_in"], 2);
+    assert_eq!(groups["block"]["read_count"], 8);
+    assert_eq!(
+        groups["block"]["read_agg"],
+        json!({"min_us": 2, "max_us": 9, "sum_us": 16})
+    );
+    assert_eq!(groups["block_data"]["read_count"], 5);
+    assert_eq!(groups["block_2"]["read_count"], 0);
+    assert_eq!(groups["net"]["rx_count"], 0);
+    assert_eq!(groups["vsock"]["conns_added"], 0);
+    assert_eq!(groups["entropy"]["entropy_bytes"], 6);
+    assert_eq!(groups["entropy"]["host_rng_fails"], 0);
+    assert_eq!(groups["put_api_requests"]["actions_count"], 0);
+}

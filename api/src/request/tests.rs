@@ -1,0 +1,156 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn fault(method: &str, path: &str, body: &str) -> String {
+    let parsed = Request::parse(method, path, body.as_bytes());
+    parsed.expect_err("it is refused").to_string()
+}
+
+#[test]
+fn requests_are_told_apart_by_method_and_path() {
+    let parsed = |method, path, body: &[u8]| {
+        let request = Request::parse(method, path, body).unwrap();
+        request.counted_as()
+    };
+    assert_eq!(parsed("GET", "/", b""), (Method::Get, "instance_info"));
+    assert_eq!(
+        parsed("GET", "/balloon/statistics", b""),
+        (Method::Get, "balloon_stats")
+    );
+    let drive = br#"{"drive_id": "root", "is_root_device": true, "path_on_host": "a"}"#;
+    assert_eq!(parsed("PUT", "/drives/root", drive), (Method::Put, "drive"));
+}
+
+#[test]
+fn what_is_wrong_is_said_with_its_place() {
+    for (method, path, body, message) in [
+        (
+            "DELETE",
+            "/",
+            "",
+            "Invalid request method and/or path: DELETE /",
+        ),
+        (
+            "GET",
+            "/vm",
+            "",
+            "Invalid request method and/or path: GET /vm",
+        ),
+        (
+            "PUT",
+            "/drives",
+            "{}",
+            "Invalid request method and/or path: PUT /drives",
+        ),
+        ("GET", "/", "{}", "GET request cannot have a body"),
+        (
+            "PUT",
+            "/vsock",
+            "",
+            "Empty PUT request: a JSON body is needed",
+        ),
+        (
+            "PATCH",
+            "/machine-config",
+            "{}",
+            "Empty PATCH request: a JSON body is needed",
+        ),
+        (
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count": "two"}"#,
+            "Invalid JSON body: vcpu_count: invalid type: string \"two\", expected u8 at line 1 \
+             column 20",
+        ),
+        (
+            "PUT",
+            "/entropy",
+            r#"{"rate_limiter": {"ops": {"size": 1, "refill": 2}}}"#,
+            "Invalid JSON body: rate_limiter.ops.refill: unknown field `refill`, expected one of \
+             `size`, `one_time_burst`, `refill_time` at line 1 column 45",
+        ),
+        (
+            "PUT",
+            "/vsock",
+            "{} x",
+            "Invalid JSON body: missing field `guest_cid` at line 1 column 2",
+        ),
+        (
+            "PUT",
+            "/entropy",
+            "{} x",
+            "Invalid JSON body: trailing characters at line 1 column 4",
+        ),
+        (
+            "PUT",
+            "/entropy",
+            r#"{"rate_limiter": {"#,
+            "Invalid JSON body: rate_limiter: EOF while parsing an object at line 1 column 18",
+        ),
+        (
+            "PUT",
+            "/entropy",
+            " []",
+            "Invalid JSON body: it is an array, but has to be an object",
+        ),
+        (
+            "PUT",
+            "/drives/a",
+            r#"{"drive_id": "b", "is_root_device": true}"#,
+            "The id from the path 'a' does not match the id from the body 'b'",
+        ),
+        (
+            "PUT",
+            "/drives/a-b",
+            r#"{"drive_id": "a-b", "is_root_device": true}"#,
+            "Invalid id 'a-b': only letters, digits and underscores are allowed",
+        ),
+        (
+            "PUT",
+            "/snapshot/create",
+            "{}",
+            "Snapshots: not supported by this version of Bantam",
+        ),
+        (
+            "GET",
+            "/hotplug/memory",
+            "",
+            "Memory hotplug: not supported by this version of Bantam",
+        ),
+        (
+            "PATCH",
+            "/balloon/hinting/start",
+            r#"{"acknowledge_on_stop": 1}"#,
+            "Invalid JSON body: acknowledge_on_stop: invalid type: integer `1`, expected a boolean \
+             at line 1 column 25",
+        ),
+        (
+            "PATCH",
+            "/balloon/hinting",
+            "{}",
+            "Invalid request method and/or path: PATCH /balloon/hinting",
+        ),
+    ] {
+        assert_eq!(fault(method, path, body), message, "{method} {path} {body}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_request_is_read_or_refused_on_one_line(
+        method in "GET|PUT|PATCH|[A-Z]{1,5}",
+        path in "(/(drives|vm|balloon|mmds|config|statistics|[^/]{0,5})){0,4}",
+        body in prop_oneof![
+            ".*".prop_map(String::into_bytes),
+            proptest::collection::vec(any::<u8>(), 0..100),
+            "(\\{|\\}|\"[a-z_]{0,8}\"|:|,|\\[|\\]|[0-9]{1,3}|null){0,20}"
+                .prop_map(String::into_bytes),
+        ],
+    ) {
+        if let Err(fault) = Request::parse(&method, &path, &body) {
+            let text = fault.to_string();
+            prop_assert!(!text.contains('\n'), "{}", text);
+        }
+    }
+}

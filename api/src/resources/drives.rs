@@ -1,0 +1,177 @@
+//! `/drives/{drive_id}`: disks.
+
+use std::path::PathBuf;
+
+use bantam_vmm::{Error, ReplaceError, check_disk};
+use serde::{Deserialize, Serialize};
+
+use super::rate_limiter::RateLimiter;
+use super::{Part, Resource, null_as_default, put_all, put_by};
+use crate::configuration::{Configuration, check_readable, disk_config};
+use crate::fault::Fault;
+use crate::instance::Instance;
+use crate::metrics_groups::Group;
+use crate::request::{Method, Request, check_name};
+
+pub(crate) const RESOURCE: Resource = Resource {
+    path: "drives",
+    parse: |call| match (call.method, call.rest) {
+        (Method::Put, [id]) => {
+            let drive: Drive = call.json()?;
+            call.check_id(id, &drive.drive_id)?;
+            Ok(Request::put("drive", drive))
+        }
+        (Method::Patch, [id]) => {
+            let update: DriveUpdate = call.json()?;
+            call.check_id(id, &update.drive_id)?;
+            Ok(Request::patch("drive", |instance| update.apply(instance)))
+        }
+        _ => Err(call.unknown()),
+    },
+    check: |given, checked| put_all(given.drives.drain(..), checked),
+    groups: &[Group::new(
+        "block",
+        "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count \
+         flush_count queue_event_count rate_limiter_event_count update_count update_fails \
+         read_bytes write_bytes read_count write_count read_agg write_agg \
+         rate_limiter_throttled_events io_engine_throttled_events remaining_reqs_count",
+    )
+    .and_each()],
+};
+
+/// Body of `PUT /drives/{drive_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// The drive's name.
+    pub drive_id: String,
+    /// Partition of this drive that is the root file system, if it is not the whole drive.
+    #[serde(default)]
+    pub partuuid: Option<String>,
+    /// Whether the guest boots from it.
+    pub is_root_device: bool,
+    /// What a flush of the guest does.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub cache_type: CacheType,
+    /// Whether the guest cannot write to it.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub is_read_only: bool,
+    /// The image, in a file or block device.
+    #[serde(default)]
+    pub path_on_host: Option<PathBuf>,
+    /// Limits of reads and writes.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
+    /// How requests are done; as is best for each, if not given.
+    #[serde(default)]
+    pub io_engine: Option<IoEngine>,
+    /// Socket of a vhost-user backend, in place of an image.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
+}
+
+/// What a flush of the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheType {
+    /// Nothing.
+    #[default]
+    Unsafe,
+    /// Brings what was written to stable storage.
+    Writeback,
+}
+
+/// How requests of a drive are done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// One after the other.
+    Sync,
+    /// By io_uring.
+    Async,
+}
+
+/// Body of `PATCH /drives/{drive_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// Which drive.
+    pub drive_id: String,
+    /// The image that takes the place of the one there is.
+    #[serde(default)]
+    pub path_on_host: Option<PathBuf>,
+    /// Limits, as far as they change.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+impl Part for Drive {
+    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
+        check_name(&self.drive_id)?;
+        if self.socket.is_some() {
+            return Err(Fault::NotSupported {
+                what: "vhost-user drives".to_string(),
+            });
+        }
+        let Some(path) = &self.path_on_host else {
+            return Err(Fault::Value {
+                what: "drive",
+                reason: "path_on_host is missing".to_string(),
+            });
+        };
+        check_readable("drive image", path)?;
+        check_disk(&disk_config(&self)?)?;
+        let is_other_root =
+            |other: &&Drive| other.is_root_device && other.drive_id != self.drive_id;
+        if self.is_root_device
+            && let Some(root) = configuration.drives.iter().find(is_other_root)
+        {
+            return Err(Fault::SecondRootDevice {
+                id: root.drive_id.clone(),
+            });
+        }
+        put_by(&mut configuration.drives, self, |drive| &drive.drive_id);
+        Ok(())
+    }
+}
+
+impl DriveUpdate {
+    fn apply(self, instance: &mut Instance) -> Result<(), Fault> {
+        instance.view().require_started()?;
+        let configuration = instance.view().configuration();
+        let mut drives = configuration.drives_in_order().enumerate();
+        let Some((place, drive)) = drives.find(|(_, drive)| drive.drive_id == self.drive_id) else {
+            return Err(Fault::NoSuchDevice {
+                kind: "drive",
+                id: self.drive_id,
+            });
+        };
+        let mut drive = drive.clone();
+        if let Some(path) = self.path_on_host {
+            let replaced = instance.controller().replace_disk(place, &path);
+            // The other image is there also when the one before could not be flushed.
+            let is_there = matches!(
+                replaced,
+                Ok(()) | Err(Error::ReplaceDisk(ReplaceError::Flush { .. }))
+            );
+            if is_there {
+                drive.path_on_host = Some(path);
+                record(instance, drive.clone());
+            }
+            replaced?;
+        }
+        if let Some(limiter) = self.rate_limiter {
+            let limiter = limiter.applied_to(drive.rate_limiter);
+            let limits = RateLimiter::limits(Some(&limiter));
+            instance.controller().set_disk_limits(place, &limits)?;
+            drive.rate_limiter = Some(limiter);
+            record(instance, drive);
+        }
+        Ok(())
+    }
+}
+
+/// Notes in the configuration what a drive was changed to.
+fn record(instance: &mut Instance, drive: Drive) {
+    instance.record(|configuration| {
+        put_by(&mut configuration.drives, drive, |drive| &drive.drive_id);
+    });
+}

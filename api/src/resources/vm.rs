@@ -1,0 +1,54 @@
+//! `/vm`: whether the machine runs, and its whole configuration.
+
+use bantam_vmm::State;
+use serde::Deserialize;
+
+use super::{Resource, no_part};
+use crate::fault::Fault;
+use crate::instance::Instance;
+use crate::reply::Reply;
+use crate::request::{Method, Request};
+
+pub(crate) const RESOURCE: Resource = Resource {
+    path: "vm",
+    parse: |call| match (call.method, call.rest) {
+        (Method::Get, ["config"]) => Ok(Request::get("vm_config", |view| {
+            Reply::value(&*view.configuration())
+        })),
+        (Method::Patch, []) => {
+            let Vm { state } = call.json()?;
+            Ok(Request::patch("vm", move |instance| go_to(state, instance)))
+        }
+        _ => Err(call.unknown()),
+    },
+    check: no_part,
+    groups: &[],
+};
+
+/// Body of `PATCH /vm`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// The state wanted.
+    pub state: VmState,
+}
+
+/// A state that a client can ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum VmState {
+    /// The vCPUs stand still.
+    Paused,
+    /// They run.
+    Resumed,
+}
+
+/// Pauses the machine or lets it go on, unless it is as wanted already.
+fn go_to(wanted: VmState, instance: &mut Instance) -> Result<(), Fault> {
+    instance.view().require_started()?;
+    let controller = instance.controller();
+    match (wanted, controller.state()) {
+        (VmState::Paused, State::Paused) | (VmState::Resumed, State::Running) => Ok(()),
+        (VmState::Paused, _) => Ok(controller.pause()?),
+        (VmState::Resumed, _) => Ok(controller.resume()?),
+    }
+}

@@ -1,0 +1,146 @@
+//! What can be told of an instance at any time, also while it executes a request.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bantam_vmm::{Controller, MetadataStore, State};
+use serde_json::Value;
+
+use crate::configuration::Configuration;
+use crate::fault::Fault;
+use crate::lock::lock;
+use crate::metrics_file::MetricsFile;
+use crate::metrics_groups::groups;
+use crate::reply::Reply;
+use crate::request::{Action, Method, Request};
+use crate::request_counts::RequestCounts;
+use crate::startup_times::StartupTimes;
+
+/// What an instance is, without what it takes to change it. Clones are of the same instance.
+///
+/// Its locks are held for moments, except that of the metrics' file, which requests to read do not need.
+#[derive(Clone)]
+pub struct View(Arc<Parts>);
+
+struct Parts {
+    id: String,
+    controller: Controller,
+    configuration: Mutex<Arc<Configuration>>,
+    /// Metadata before the start, and of a machine that serves none.
+    metadata: Mutex<MetadataStore>,
+    requests: Mutex<RequestCounts>,
+    startup_times: StartupTimes,
+    /// Held while a line is written, which is waited for only so long.
+    metrics_file: Mutex<Option<MetricsFile>>,
+}
+
+impl View {
+    pub(crate) fn new(
+        id: String,
+        controller: Controller,
+        metadata: MetadataStore,
+        startup_times: StartupTimes,
+    ) -> View {
+        View(Arc::new(Parts {
+            id,
+            controller,
+            configuration: Mutex::default(),
+            metadata: Mutex::new(metadata),
+            requests: Mutex::default(),
+            startup_times,
+            metrics_file: Mutex::new(None),
+        }))
+    }
+
+    /// The answer to a request that only reads. None for any other.
+    pub(crate) fn answer(&self, request: &Request) -> Option<Result<Reply, Fault>> {
+        let Action::Read(read) = request.action else {
+            return None;
+        };
+        let result = read(self);
+        self.count(request.counted_as(), result.is_err());
+        Some(result)
+    }
+
+    /// Counts a request that was answered, given its method and name.
+    pub(crate) fn count(&self, request: (Method, &'static str), refused: bool) {
+        lock(&self.0.requests).count(request, refused);
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.0.id
+    }
+
+    pub(crate) fn controller(&self) -> &Controller {
+        &self.0.controller
+    }
+
+    /// The configuration as it is now.
+    pub(crate) fn configuration(&self) -> Arc<Configuration> {
+        lock(&self.0.configuration).clone()
+    }
+
+    /// Puts another configuration in the place of the one that is there.
+    pub(crate) fn set_configuration(&self, configuration: Configuration) {
+        *lock(&self.0.configuration) = Arc::new(configuration);
+    }
+
+    /// Metadata for the machine when it starts, or while it serves none.
+    pub(crate) fn own_metadata(&self) -> MutexGuard<'_, MetadataStore> {
+        lock(&self.0.metadata)
+    }
+
+    /// What the guest is told, or will be.
+    pub(crate) fn metadata(&self) -> Result<Option<Value>, Fault> {
+        match self.serves_metadata() {
+            true => Ok(self.0.controller.metadata()?),
+            false => Ok(self.own_metadata().get().cloned()),
+        }
+    }
+
+    /// Whether the machine has taken the metadata over.
+    pub(crate) fn serves_metadata(&self) -> bool {
+        self.configuration().mmds_config.is_some() && self.require_started().is_ok()
+    }
+
+    pub(crate) fn require_started(&self) -> Result<(), Fault> {
+        match self.0.controller.state() {
+            State::NotConfigured | State::Configured | State::Starting => Err(Fault::BeforeStart),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether there is a file of metrics.
+    pub(crate) fn has_metrics_file(&self) -> bool {
+        lock(&self.0.metrics_file).is_some()
+    }
+
+    pub(crate) fn set_metrics_file(&self, file: MetricsFile) {
+        *lock(&self.0.metrics_file) = Some(file);
+    }
+
+    /// Writes the metrics to their file, if they have one and the machine has been started.
+    ///
+    /// # Errors
+    /// When they cannot be written. What they say is then said by the next.
+    pub(crate) fn flush_metrics(&self) -> io::Result<()> {
+        let mut file = lock(&self.0.metrics_file);
+        let (Ok(metrics), Some(file)) = (self.0.controller.metrics(), &mut *file) else {
+            return Ok(());
+        };
+        let machine = serde_json::to_value(metrics)?;
+        let configuration = self.configuration();
+        let drives = configuration.drives_in_order();
+        let drives: Vec<&str> = drives.map(|drive| drive.drive_id.as_str()).collect();
+        let interfaces = &configuration.network_interfaces;
+        let mut totals = groups(&machine, |list, index| match list {
+            "disks" => drives.get(index).copied(),
+            "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
+            _ => None,
+        });
+        let startup_times = serde_json::to_value(self.0.startup_times)?;
+        totals.insert("api_server".to_string(), startup_times);
+        lock(&self.0.requests).add_to(&mut totals);
+        file.write(Value::Object(totals))
+    }
+}
