@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
-use bantam_vmm::{Console, Controller};
+use bantam_vmm::Controller;
 
 use super::*;
 use crate::instance::{InstanceOptions, ProgramLog};
@@ -57,7 +57,6 @@ fn a_request_that_hangs_holds_up_none_that_reads_and_no_other_for_ever() {
     let (release, hung) = mpsc::channel();
     let options = InstanceOptions {
         id: "test".to_string(),
-        console: Console::default(),
         log: Box::new(HungLog {
             begun,
             release: hung,
