@@ -1,13 +1,14 @@
 //! Work on the host that may never end, such as opening a file on a server that does not answer.
 
 use std::io;
-use std::sync::{Arc, Mutex, TryLockError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use crate::lock::lock;
 
-/// Something whose use may hang. A thread of its own uses it, and is not waited for forever.
+/// Something whose use may hang. A thread of its own uses it, and is not waited for forever. The thread has
+/// the other reference while it works.
 pub(crate) struct Bounded<T>(Arc<Mutex<T>>);
 
 impl<T: Send + 'static> Bounded<T> {
@@ -25,7 +26,7 @@ impl<T: Send + 'static> Bounded<T> {
         limit: Duration,
         work: impl FnOnce(&mut T) -> R + Send + 'static,
     ) -> io::Result<R> {
-        if let Err(TryLockError::WouldBlock) = self.0.try_lock() {
+        if Arc::get_mut(&mut self.0).is_none() {
             return Err(io::ErrorKind::TimedOut.into());
         }
         let subject = self.0.clone();
@@ -33,8 +34,11 @@ impl<T: Send + 'static> Bounded<T> {
         thread::Builder::new()
             .name("bantam-api-file".into())
             .spawn(move || {
+                // Also after a panic, the subject is let go before the result is there.
+                let (sender, subject) = (sender, subject);
                 let result = work(&mut lock(&subject));
-                // It fails if nobody waits any more.
+                drop(subject);
+                // It fails if the result is not waited for any more.
                 let _ = sender.send(result);
             })?;
         receiver.recv_timeout(limit).map_err(|error| match error {

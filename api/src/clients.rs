@@ -1,5 +1,5 @@
-//! The clients that are connected, of whom there can be so many. Those that the server waits for give
-//! their place to others, so that nobody keeps everybody else out by doing nothing.
+//! The clients that are connected, whose number is limited. A client that the server waits for gives its
+//! place to another, so that no client keeps others out by doing nothing.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,29 +10,29 @@ use tokio::time::{self, Duration, Instant};
 
 use crate::lock::lock;
 
-/// How long a client is waited for at least, so that many who come at once do not drive out one another
-/// and those who have something to say. Others wait until then to be accepted.
+/// How long the server waits for a client at least, so that many clients that come at once do not drive out
+/// each other, or those that have something to say. New clients wait until then to be accepted.
 const GRACE_TIME: Duration = Duration::from_millis(50);
 
-/// All clients.
+/// The places for clients, and the clients that have them.
 pub(crate) struct Clients {
     places: Arc<Semaphore>,
     count: u32,
     waiting: Arc<Mutex<Waiting>>,
-    /// Whether all are to leave.
+    /// Whether all clients are to leave.
     leaving: watch::Sender<bool>,
 }
 
-/// Those that the server waits for: to send, or to take an answer.
+/// The clients that the server waits for: to send a request, or to take an answer.
 #[derive(Default)]
 struct Waiting {
-    /// By the order in which that began, with the time.
+    /// In the order in which the server began to wait, with the time.
     clients: BTreeMap<u64, (Instant, Arc<Notify>)>,
     last: u64,
 }
 
 impl Clients {
-    /// Room for `count` of them.
+    /// Makes places for `count` clients.
     pub(crate) fn new(count: usize) -> Clients {
         let count = u32::try_from(count.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
         Clients {
@@ -43,15 +43,15 @@ impl Clients {
         }
     }
 
-    /// Asks all to leave, and waits until they have.
+    /// Asks all clients to leave, and waits until they have.
     pub(crate) async fn leave(&self) {
         self.leaving.send_replace(true);
         // It fails only for a semaphore that is closed, which this one never is.
         let _ = self.places.acquire_many(self.count).await;
     }
 
-    /// A place for another client, that of whoever the server has waited for longest if need be. None
-    /// where it waits for nobody.
+    /// Gives a place to another client. If all are taken, that is the place of the client that the server has
+    /// waited for longest; none if the server waits for no client.
     pub(crate) async fn place(&self) -> Option<Place> {
         let permit = loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
@@ -65,7 +65,7 @@ impl Clients {
             if let Some((_, (_, leave))) = lock(&self.waiting).clients.pop_first() {
                 leave.notify_one();
             }
-            // It leaves at once, as it does nothing.
+            // That client leaves at once, as it does nothing.
             break self.places.clone().acquire_owned().await.ok()?;
         };
         let place = Place {
@@ -91,7 +91,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Says that the server waits for the client from now on.
+    /// Notes that the server waits for the client from now on.
     pub(crate) fn wait_for_client(&self) {
         let mut waiting = lock(&self.waiting);
         waiting.last += 1;
@@ -102,13 +102,13 @@ impl Place {
         waiting.clients.remove(&before);
     }
 
-    /// Says that the client waits for the server from now on.
+    /// Notes that the client waits for the server from now on.
     pub(crate) fn work(&self) {
         let number = self.since.load(Ordering::Relaxed);
         lock(&self.waiting).clients.remove(&number);
     }
 
-    /// Waits until all clients are to leave as soon as they have the answers to what they have asked for.
+    /// Waits until all clients are asked to leave as soon as their requests are answered.
     pub(crate) async fn leaving(&self) {
         // It fails when there are no clients any more.
         let _ = self.leaving.clone().wait_for(|leaving| *leaving).await;

@@ -1,4 +1,4 @@
-//! What clients have said of the machine so far, and the machine that it makes.
+//! The configuration that clients have put together so far, and the machine that is made of it.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -30,14 +30,14 @@ use crate::resources::rate_limiter::{RateLimiter, TokenBucket};
 use crate::resources::serial::Serial;
 use crate::resources::vsock::Vsock;
 
-/// The kernel command line where the client gives none, as Firecracker has it.
+/// The kernel command line if the client gives none, as in Firecracker.
 const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
                                  i8042.dumbkbd swiotlb=noforce";
 
 /// Longest serial number of a disk.
 const LONGEST_SERIAL: usize = 20;
 
-/// What a configuration file says, and answer of `GET /vm/config`: all that clients have said so far.
+/// Content of a configuration file, and answer of `GET /vm/config`: all that clients have put so far.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Configuration {
@@ -77,19 +77,19 @@ pub struct Configuration {
     /// See `PUT /cpu-config`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_config: Option<CpuConfig>,
-    /// Persistent memory devices, of which there can be none.
+    /// Persistent memory devices, which are not supported.
     #[serde(default, skip_serializing)]
     pub pmem: Vec<serde_json::Value>,
-    /// Memory hotplug, which there is not.
+    /// Memory hotplug, which is not supported.
     #[serde(default, skip_serializing)]
     pub memory_hotplug: Option<serde_json::Value>,
 }
 
 impl Configuration {
-    /// Checks each part as if a client had put it, in the order in which one would.
+    /// Checks each part as if a client had put it, in the order of the table of resources.
     ///
     /// # Errors
-    /// As the methods that put parts.
+    /// When a part cannot be used.
     pub fn check(mut self) -> Result<Configuration, Fault> {
         let not_supported = |what: &str| Fault::NotSupported {
             what: what.to_string(),
@@ -217,7 +217,7 @@ impl Configuration {
 
 /// Tells a client at once of a file that will be missing at the start.
 pub(crate) fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
-    // Without waiting for what it may be instead: a pipe that nobody writes to.
+    // It does not wait for the writer of a pipe.
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())

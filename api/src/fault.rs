@@ -10,20 +10,20 @@ pub enum Fault {
     /// No resource has this path and method.
     #[error("Invalid request method and/or path: {method} {path}")]
     NoSuchResource {
-        /// What was asked for.
+        /// The method.
         method: String,
-        /// Of what.
+        /// The path.
         path: String,
     },
-    /// The body is no JSON, or not that of the resource.
+    /// The body is not JSON, or not that of the resource.
     #[error("Invalid JSON body: {field}{message}")]
     Body {
-        /// Which field is wrong, with a colon behind, if it is one.
+        /// The field that is wrong with a colon after it, or nothing.
         field: String,
         /// What is wrong with it, and where.
         message: String,
     },
-    /// There is no body where one is needed.
+    /// A request that needs a body has none.
     #[error("Empty {method} request: a JSON body is needed")]
     EmptyBody {
         /// The method.
@@ -40,25 +40,25 @@ pub enum Fault {
         /// In the body.
         body: String,
     },
-    /// A name that is none.
+    /// A name that a device cannot have.
     #[error("Invalid id '{id}': only letters, digits and underscores are allowed")]
     Id {
         /// The name.
         id: String,
     },
-    /// What can only be done before the start.
+    /// It can only be done before the start.
     #[error("The requested operation is not supported after starting the microVM")]
     AfterStart,
-    /// What can only be done after the start.
+    /// It can only be done after the start.
     #[error("The requested operation is not supported before starting the microVM")]
     BeforeStart,
-    /// What this version has not.
+    /// This version does not have it.
     #[error("{what}: not supported by this version of Bantam")]
     NotSupported {
         /// What was asked for.
         what: String,
     },
-    /// A device that the configuration does not have.
+    /// The configuration has no device with this name.
     #[error("There is no {kind} '{id}'")]
     NoSuchDevice {
         /// What kind of device.
@@ -66,19 +66,19 @@ pub enum Fault {
         /// Its name.
         id: String,
     },
-    /// A device that the configuration does not have, and of which there is one at most.
+    /// The configuration does not have the one device of a kind.
     #[error("There is no {kind}: it has not been configured")]
     NotConfigured {
         /// What kind of device.
         kind: &'static str,
     },
-    /// What the machine or its guest is not ready for.
+    /// The machine or its guest is not in a state for it.
     #[error("{0}")]
     NotNow(&'static str),
     /// A value that cannot be used.
     #[error("Invalid {what}: {reason}")]
     Value {
-        /// Of what.
+        /// What the value is for.
         what: &'static str,
         /// Why not.
         reason: String,
@@ -102,7 +102,7 @@ pub enum Fault {
         /// The first.
         id: String,
     },
-    /// What can be set only once.
+    /// It can be set only once.
     #[error("The {what} has been initialized already")]
     SetTwice {
         /// What.
@@ -120,7 +120,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether it is refused for no more than its size.
+    /// Whether the request is refused for its size alone.
     pub(crate) fn is_too_large(&self) -> bool {
         matches!(
             self,
@@ -129,7 +129,7 @@ impl Fault {
         )
     }
 
-    /// The line that a client is told.
+    /// The line that a client gets.
     pub fn message(&self) -> String {
         without_error_numbers(self.to_string().replace('\n', " "))
     }

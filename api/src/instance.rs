@@ -1,4 +1,4 @@
-//! What the API speaks for: a configuration that clients put together, and the machine that is made of it.
+//! The instance that the API speaks for: a configuration, and the machine that is made of it.
 
 use std::time::Duration;
 
@@ -22,14 +22,14 @@ const OPEN_TIME: Duration = Duration::from_secs(5);
 
 /// The log of the program, as far as clients can set it.
 pub trait ProgramLog: Send {
-    /// Sets what `logger` says; what it leaves out stays as it is. This may take its time, as files do.
+    /// Sets what `logger` says, and leaves the rest as it is. This may take as long as a file takes to open.
     ///
     /// # Errors
     /// When its file cannot be used.
     fn set(&mut self, logger: &Logger) -> Result<(), Fault>;
 }
 
-/// What an [`Instance`] is given by the program.
+/// What the program gives an [`Instance`].
 pub struct InstanceOptions {
     /// Its name.
     pub id: String,
@@ -37,15 +37,15 @@ pub struct InstanceOptions {
     pub log: Box<dyn ProgramLog>,
     /// How long the process took to start.
     pub startup_times: StartupTimes,
-    /// What is called when a machine has been started that has the console.
+    /// Called when a machine that has the console has been started.
     pub on_start: Box<dyn FnMut() + Send>,
-    /// Whether the guest has a device by which it says when it has booted.
+    /// Whether the guest has a device to say that it has booted.
     pub boot_timer: bool,
     /// Most bytes of metadata.
     pub metadata_size: usize,
 }
 
-/// A configuration and its machine. What only reads needs no more than its [`View`].
+/// A configuration and its machine. A request that only reads needs no more than the [`View`] of it.
 pub struct Instance {
     view: View,
     log: Bounded<Box<dyn ProgramLog>>,
@@ -68,7 +68,7 @@ impl Instance {
         }
     }
 
-    /// Takes what a configuration file says.
+    /// Takes the content of a configuration file.
     ///
     /// # Errors
     /// When a part of it cannot be used.
@@ -107,7 +107,7 @@ impl Instance {
         result
     }
 
-    /// What can be told of it without waiting for what it does.
+    /// The view of it, which answers requests that only read.
     pub fn view(&self) -> &View {
         &self.view
     }
@@ -116,8 +116,7 @@ impl Instance {
         self.view.controller()
     }
 
-    /// Changes the configuration, as long as there is no machine that was made of it. A change that is
-    /// refused changes nothing.
+    /// Changes the configuration, as long as no machine is made of it. A refused change has no effect.
     pub(crate) fn change(
         &mut self,
         change: impl FnOnce(&mut Configuration) -> Result<(), Fault>,
@@ -129,7 +128,7 @@ impl Instance {
         Ok(())
     }
 
-    /// Notes in the configuration what was changed already.
+    /// Notes in the configuration a change that the machine has already made.
     pub(crate) fn record(&mut self, change: impl FnOnce(&mut Configuration)) {
         let mut configuration = Configuration::clone(&self.view.configuration());
         change(&mut configuration);
@@ -165,7 +164,7 @@ impl Instance {
         Ok(())
     }
 
-    /// Puts metadata in the place of that which there is.
+    /// Replaces the metadata.
     ///
     /// # Errors
     /// When it is too large.
@@ -183,7 +182,8 @@ impl Instance {
         }
     }
 
-    /// Sets the program's log. A log whose file opens too late is refused, and set all the same then.
+    /// Sets the program's log. If the file takes too long to open, the request is refused; the log is set all
+    /// the same if the file opens in the end.
     pub(crate) fn put_logger(&mut self, logger: Logger) -> Result<(), Fault> {
         let wanted = logger.clone();
         match self.log.run(OPEN_TIME, move |log| log.set(&wanted)) {

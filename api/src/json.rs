@@ -1,4 +1,4 @@
-//! What is read from JSON, with errors that name the place.
+//! Values are read from JSON, with errors that name the place.
 
 use serde::de::DeserializeOwned;
 
@@ -7,7 +7,7 @@ use crate::fault::Fault;
 /// Reads a body, or another object in JSON.
 ///
 /// # Errors
-/// When it is no object in JSON, or not of this type. The error names the field and the place.
+/// When it is not an object in JSON, or not of this type. The error names the field and the place.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
     // The members of a struct would be taken in their order, too.
     if text.trim_ascii_start().starts_with(b"[") {

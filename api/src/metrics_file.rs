@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::fcntl::OFlag;
 use serde_json::{Map, Value, json};
 
-/// Values that are states, not totals: they are written as they are.
+/// Names of values that are states, not totals; they are written as they are.
 const NOT_TOTALS: [&str; 4] = [
     "min_us",
     "max_us",
@@ -19,7 +19,7 @@ const NOT_TOTALS: [&str; 4] = [
     "process_startup_time_cpu_us",
 ];
 
-/// How long whoever wants a line written waits for the file to take it.
+/// How long a line may take to be written until it is not waited for any more.
 const WRITE_TIME: Duration = Duration::from_secs(1);
 
 /// A file or named pipe that metrics are written to, by a thread of its own: a file system may hang.
@@ -27,7 +27,7 @@ const WRITE_TIME: Duration = Duration::from_secs(1);
 pub struct MetricsFile {
     totals: Sender<Value>,
     results: Receiver<io::Result<()>>,
-    /// Whether the thread is still at a line for which nobody waits any more.
+    /// Whether the thread still writes a line that is not waited for any more.
     is_busy: bool,
 }
 
@@ -35,7 +35,7 @@ impl MetricsFile {
     /// Opens `path`, to which lines are added. A named pipe needs no reader yet.
     ///
     /// # Errors
-    /// When it cannot be opened, or the host gives no thread.
+    /// When it cannot be opened, or the host is out of threads.
     pub fn open(path: &Path) -> io::Result<MetricsFile> {
         let file = OpenOptions::new()
             // Also for reading: a pipe without a reader is otherwise refused.
@@ -74,8 +74,8 @@ impl MetricsFile {
     /// Writes a line: by how much each of `totals` has grown since the last line.
     ///
     /// # Errors
-    /// When it cannot be written, such as to a pipe that nobody reads, or not in time. What is not written
-    /// yet is written by the next call.
+    /// When it cannot be written in time, or at all, such as to a full pipe. The next line then has the
+    /// growth that this one would have had.
     pub fn write(&mut self, totals: Value) -> io::Result<()> {
         if self.is_busy {
             match self.results.try_recv() {
@@ -99,9 +99,9 @@ impl MetricsFile {
 /// The lines of metrics, and what they are written to.
 struct Lines<W> {
     file: W,
-    /// What is left of a line of which a pipe has taken the rest.
+    /// The end of a line whose beginning a pipe has taken.
     unwritten: Vec<u8>,
-    /// The totals when they were last written.
+    /// The totals that were last written.
     written: Value,
 }
 

@@ -1,4 +1,4 @@
-//! Metrics in the groups in which Firecracker has them, so that programs that read its metrics read these.
+//! Metrics in Firecracker's groups, for programs that read its metrics.
 
 use serde_json::{Map, Value, json};
 
@@ -7,9 +7,9 @@ use crate::resources::RESOURCES;
 /// A group of metrics. What this monitor does not count stays zero.
 #[derive(Clone, Copy)]
 pub(crate) struct Group {
-    /// Its name, which is also that of the kind of device that counts in it.
+    /// The name of the group, and of the kind of device that counts in it.
     name: &'static str,
-    /// What is counted in it, by names with spaces between.
+    /// The names of the counters, with spaces between.
     counters: &'static str,
     /// Whether each device of the kind has another group of its own.
     has_members: bool,
@@ -24,8 +24,8 @@ impl Group {
         }
     }
 
-    /// The same group for devices of which there can be several: it has the sum of all, and each device has
-    /// another group with the device's name.
+    /// Makes it the group of devices that a machine can have several of: it has the sums of all devices, and
+    /// each device has another group with its name.
     pub(crate) const fn and_each(self) -> Group {
         Group {
             has_members: true,
@@ -46,7 +46,7 @@ impl Group {
     }
 }
 
-/// The groups that are those of no resource.
+/// Groups that belong to no resource.
 const GROUPS: &[Group] = &[
     Group::new("deprecated_api", "deprecated_http_api_calls"),
     Group::new(
@@ -160,7 +160,7 @@ fn add(total: &mut Value, device: &Value) {
         match (before.as_u64(), value.as_u64()) {
             (Some(before_count), Some(count)) => {
                 *before = json!(match name.as_str() {
-                    // It is zero as long as there is none.
+                    // It is zero until there is a first value.
                     "min_us" if before_count == 0 || count == 0 => before_count.max(count),
                     "min_us" => before_count.min(count),
                     "max_us" => before_count.max(count),

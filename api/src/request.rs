@@ -48,7 +48,7 @@ impl Method {
     }
 }
 
-/// Resources of Firecracker that are not there yet, by the first part of their path.
+/// Resources of Firecracker that are not supported yet, by the first part of their path.
 const NOT_SUPPORTED: [(&str, &str); 3] = [
     ("snapshot", "Snapshots"),
     ("pmem", "Persistent memory devices"),
@@ -59,7 +59,7 @@ impl Request {
     /// Reads a request.
     ///
     /// # Errors
-    /// When there is no such resource, or the body is not one of it.
+    /// When there is no such resource, or the resource cannot have such a body.
     pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Fault> {
         let segments: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         let first = segments.first().copied().unwrap_or_default();

@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-/// How long the process took to start, for the metrics. What is not known is 0.
+/// How long the process took to start, for the metrics. A time that is not known is 0.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct StartupTimes {
-    /// Time that has passed since the process was started, in microseconds.
+    /// Time from the start of the process, in microseconds.
     #[serde(rename = "process_startup_time_us")]
     pub wall_us: u64,
     /// CPU time that the process and its parent have used for it, in microseconds.

@@ -1,6 +1,6 @@
-//! Text of clients in messages.
+//! The text of clients in messages.
 
-/// A client's text as it can be shown on a line.
+/// Makes a client's text fit to be shown on a line.
 pub(crate) fn printable(text: &str) -> String {
     const LONGEST: usize = 100;
     text.chars()

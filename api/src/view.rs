@@ -1,4 +1,4 @@
-//! What can be told of an instance at any time, also while it executes a request.
+//! The part of an instance that can be read at any time, also while it executes a request.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,9 +16,10 @@ use crate::request::{Action, Method, Request};
 use crate::request_counts::RequestCounts;
 use crate::startup_times::StartupTimes;
 
-/// What an instance is, without what it takes to change it. Clones are of the same instance.
+/// Answers what is asked of an instance, and writes its metrics, without a wait for a request that changes
+/// the instance. Clones are views of the same one.
 ///
-/// Its locks are held for moments, except that of the metrics' file, which requests to read do not need.
+/// Its locks are held for moments, except the one of the metrics file, which no request to read takes.
 #[derive(Clone)]
 pub struct View(Arc<Parts>);
 
@@ -26,11 +27,11 @@ struct Parts {
     id: String,
     controller: Controller,
     configuration: Mutex<Arc<Configuration>>,
-    /// Metadata before the start, and of a machine that serves none.
+    /// The metadata before the start, or if the machine serves none.
     metadata: Mutex<MetadataStore>,
     requests: Mutex<RequestCounts>,
     startup_times: StartupTimes,
-    /// Held while a line is written, which is waited for only so long.
+    /// Locked while a line is written, for a second or two at most.
     metrics_file: Mutex<Option<MetricsFile>>,
 }
 
@@ -80,17 +81,17 @@ impl View {
         lock(&self.0.configuration).clone()
     }
 
-    /// Puts another configuration in the place of the one that is there.
+    /// Replaces the configuration.
     pub(crate) fn set_configuration(&self, configuration: Configuration) {
         *lock(&self.0.configuration) = Arc::new(configuration);
     }
 
-    /// Metadata for the machine when it starts, or while it serves none.
+    /// The metadata before the start, or if the machine serves none.
     pub(crate) fn own_metadata(&self) -> MutexGuard<'_, MetadataStore> {
         lock(&self.0.metadata)
     }
 
-    /// What the guest is told, or will be.
+    /// The metadata that the guest is told, or will be.
     pub(crate) fn metadata(&self) -> Result<Option<Value>, Fault> {
         match self.serves_metadata() {
             true => Ok(self.0.controller.metadata()?),
@@ -122,7 +123,7 @@ impl View {
     /// Writes the metrics to their file, if they have one and the machine has been started.
     ///
     /// # Errors
-    /// When they cannot be written. What they say is then said by the next.
+    /// When they cannot be written. The next line then says what this one would have said.
     pub(crate) fn flush_metrics(&self) -> io::Result<()> {
         let mut file = lock(&self.0.metrics_file);
         let (Ok(metrics), Some(file)) = (self.0.controller.metrics(), &mut *file) else {

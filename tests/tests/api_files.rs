@@ -221,7 +221,7 @@ fn the_log_is_as_clients_set_it() {
     api.refused("GET", "/nothing", "");
     let line = wait_for_line(&file, "GET /nothing");
     assert!(
-        line.contains(":WARN:") && line.contains("server.rs:"),
+        line.contains(":WARN:") && line.contains("answers.rs:"),
         "{line}"
     );
     assert!(!fs::read_to_string(&file).unwrap().contains("GET / "));

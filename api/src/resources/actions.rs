@@ -1,4 +1,4 @@
-//! `/actions`: what is done once.
+//! `/actions`: the start, Ctrl-Alt-Del, and metrics on demand.
 
 use bantam_vmm::{Error, KeyboardError};
 use serde::Deserialize;
@@ -27,7 +27,7 @@ pub(crate) const RESOURCE: Resource = Resource {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Action {
-    /// What is to be done.
+    /// The action.
     pub action_type: ActionType,
 }
 
@@ -48,7 +48,7 @@ fn act(action: ActionType, instance: &mut Instance) -> Result<(), Fault> {
         ActionType::SendCtrlAltDel => {
             instance.view().require_started()?;
             match instance.controller().press_ctrl_alt_del() {
-                // A guest without a driver for the keyboard may have one for the button.
+                // A guest without a driver for the keyboard may have one for the power button.
                 Err(Error::Keyboard(KeyboardError::Disabled)) => {
                     Ok(instance.controller().press_power_button()?)
                 }

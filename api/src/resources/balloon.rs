@@ -39,7 +39,7 @@ pub(crate) const RESOURCE: Resource = Resource {
                 update.apply(instance)
             }))
         }
-        // These two are whole without a body.
+        // These two need no body.
         (Method::Patch, ["hinting", "start"]) => {
             let wanted = match call.body {
                 [] => BalloonHinting::default(),
@@ -96,7 +96,7 @@ pub struct BalloonUpdate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonHinting {
-    /// Whether the guest can use the pages again as soon as it has named all of them.
+    /// Whether the guest may use the pages again as soon as it has reported all of them.
     #[serde(default = "acknowledge")]
     pub acknowledge_on_stop: bool,
 }
@@ -116,9 +116,9 @@ impl Default for BalloonHinting {
 /// Answer of `GET /balloon/hinting/status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct BalloonHintingStatus {
-    /// What the guest is asked for: 0 for nothing yet, 1 for nothing any more, or the number of a request.
+    /// The request to the guest: 0 if there was none yet, 1 if it is over, or else its number.
     pub host_cmd: u32,
-    /// What the guest answered last, if it has: the number of a request, or 0 at its end.
+    /// The guest's last answer, if there is one: the number of a request, or 0 at the end of one.
     pub guest_cmd: Option<u32>,
 }
 
@@ -131,7 +131,7 @@ pub struct BalloonStatisticsUpdate {
 }
 
 impl Balloon {
-    /// Tells a client at once of a balloon that the machine cannot have.
+    /// Checks that the machine can have this balloon, so that a client hears of it at once.
     pub(crate) fn check(&self, machine: &MachineConfiguration) -> Result<(), Fault> {
         let refused = |reason| {
             Err(Fault::Value {
@@ -191,8 +191,8 @@ fn hint(command: HintingCommand, instance: &mut Instance) -> Result<(), Fault> {
     command_device(instance, DeviceCommand::Hint(command))
 }
 
-/// Checks that the guest would do what it is asked for. Firecracker refuses it otherwise, and its clients
-/// may then try again.
+/// Checks that the guest can do what it is asked for. Otherwise Firecracker refuses, and its clients may try
+/// again later.
 fn require_driver(view: &View) -> Result<(), Fault> {
     view.require_started()?;
     balloon(&view.configuration())?;

@@ -32,10 +32,10 @@ pub struct CpuConfig {
     /// Changes to model-specific registers.
     #[serde(default)]
     pub msr_modifiers: Vec<Msr>,
-    /// Changes to registers of Arm processors, of which there can be none.
+    /// Changes to registers of Arm processors. It has to be empty.
     #[serde(default, skip_serializing)]
     pub reg_modifiers: Vec<serde_json::Value>,
-    /// Features of Arm processors, of which there can be none.
+    /// Features of Arm processors. It has to be empty.
     #[serde(default, skip_serializing)]
     pub vcpu_features: Vec<serde_json::Value>,
 }
@@ -50,7 +50,7 @@ pub struct CpuidLeaf {
     pub subleaf: Number,
     /// Flags of the leaf (KVM API, `KVM_SET_CPUID2`).
     pub flags: u32,
-    /// Changes to its registers, of which there is one at least.
+    /// Changes to its registers, at least one.
     pub modifiers: Vec<Register>,
 }
 

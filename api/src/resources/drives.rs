@@ -50,7 +50,7 @@ pub struct Drive {
     pub partuuid: Option<String>,
     /// Whether the guest boots from it.
     pub is_root_device: bool,
-    /// What a flush of the guest does.
+    /// What happens when the guest flushes.
     #[serde(default, deserialize_with = "null_as_default")]
     pub cache_type: CacheType,
     /// Whether the guest cannot write to it.
@@ -62,7 +62,7 @@ pub struct Drive {
     /// Limits of reads and writes.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// How requests are done; as is best for each, if not given.
+    /// How requests are done; by default, as is best for each.
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend, in place of an image.
@@ -70,13 +70,13 @@ pub struct Drive {
     pub socket: Option<PathBuf>,
 }
 
-/// What a flush of the guest does.
+/// What happens when the guest flushes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {
     /// Nothing.
     #[default]
     Unsafe,
-    /// Brings what was written to stable storage.
+    /// What was written goes to stable storage.
     Writeback,
 }
 
@@ -95,10 +95,10 @@ pub enum IoEngine {
 pub struct DriveUpdate {
     /// Which drive.
     pub drive_id: String,
-    /// The image that takes the place of the one there is.
+    /// The new image, if it changes.
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
-    /// Limits, as far as they change.
+    /// The limits that change.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
@@ -172,7 +172,7 @@ impl DriveUpdate {
     }
 }
 
-/// Notes in the configuration what a drive was changed to.
+/// Notes a changed drive in the configuration.
 fn record(instance: &mut Instance, drive: Drive) {
     instance.record(|configuration| {
         put_by(&mut configuration.drives, drive, |drive| &drive.drive_id);

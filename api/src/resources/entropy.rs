@@ -27,7 +27,7 @@ pub(crate) const RESOURCE: Resource = Resource {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
-    /// Limits of what the guest draws.
+    /// Limits of the random bytes that the guest takes.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }

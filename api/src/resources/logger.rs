@@ -45,7 +45,7 @@ pub struct Logger {
     /// Whether lines say their level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_level: Option<bool>,
-    /// Whether lines say where in the source they come from.
+    /// Whether lines name the place in the source that they come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_log_origin: Option<bool>,
     /// Path of the module whose lines alone are logged.
@@ -60,13 +60,13 @@ pub enum LogLevel {
     Off,
     /// What failed.
     Error,
-    /// And what is suspicious.
+    /// Also what is suspicious.
     Warning,
-    /// And what happens.
+    /// Also what happens.
     Info,
-    /// And why.
+    /// Also why it happens.
     Debug,
-    /// And all else.
+    /// Everything.
     Trace,
 }
 
@@ -82,7 +82,7 @@ impl LogLevel {
     ];
 }
 
-/// A text that is no level.
+/// A text that is not a level.
 #[derive(Debug, thiserror::Error)]
 #[error("invalid log level '{text}': expected Off, Error, Warning, Info, Debug or Trace")]
 pub struct LogLevelError {

@@ -53,13 +53,13 @@ pub struct MachineConfiguration {
     pub vcpu_count: u8,
     /// Guest memory in MiB.
     pub mem_size_mib: u64,
-    /// Whether the guest sees two threads to a core.
+    /// Whether the guest sees two threads per core.
     #[serde(default)]
     pub smt: bool,
-    /// A model of processor to imitate; none but `None` is known here.
+    /// A model of processor to imitate; only `None` is supported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
-    /// Whether pages that the guest writes are noted.
+    /// Whether pages that the guest writes are recorded.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Which pages guest memory is made of.
@@ -148,7 +148,7 @@ pub enum HugePages {
     /// Ordinary ones.
     #[default]
     None,
-    /// Those that the host can make of ordinary ones where it likes to.
+    /// Those that the host may make of ordinary ones.
     Transparent,
     /// Those of 2 MiB that the host has set aside.
     #[serde(rename = "2M")]

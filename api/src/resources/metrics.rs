@@ -38,7 +38,7 @@ impl From<Metrics> for Request {
     }
 }
 
-/// Shows a path that came from the command line, where it may be other than UTF-8.
+/// Shows a path, which may not be UTF-8 if it came from the command line.
 fn serialize_path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }

@@ -65,10 +65,10 @@ pub struct MetadataConfig {
 /// How a guest asks for metadata.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MetadataVersion {
-    /// By a plain request.
+    /// With a plain request.
     #[default]
     V1,
-    /// With a token that it has asked for before.
+    /// With a token from an earlier request.
     V2,
 }
 

@@ -2,8 +2,7 @@
 //! configuration, and what is counted of it.
 //!
 //! The bodies of requests and answers name their fields as Firecracker does. A field that is not listed is
-//! refused. What a client has put is what it gets back: fields that it left out stay out if they have no
-//! default.
+//! refused. A client gets back what it has put: fields that it left out stay out if they have no default.
 
 pub mod actions;
 pub mod balloon;

@@ -67,10 +67,10 @@ pub struct NetworkInterface {
 pub struct NetworkInterfaceUpdate {
     /// Which interface.
     pub iface_id: String,
-    /// Limits of what the guest receives, as far as they change.
+    /// The limits of what the guest receives that change.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits of what the guest sends, as far as they change.
+    /// The limits of what the guest sends that change.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
 }

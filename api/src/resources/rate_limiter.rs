@@ -1,4 +1,4 @@
-//! Limits of what a device does in a time.
+//! Rate limits of devices.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// The limits; none where there is no limiter.
+    /// The limits; none if there is no limiter.
     pub(crate) fn limits(limiter: Option<&RateLimiter>) -> Limits {
         let limiter = limiter.copied().unwrap_or_default();
         Limits {
@@ -27,7 +27,7 @@ impl RateLimiter {
         }
     }
 
-    /// `before` with the limits that this sets; those that it leaves out stay.
+    /// `before` with the limits that this sets, and the others as they are.
     pub(crate) fn applied_to(self, before: Option<RateLimiter>) -> RateLimiter {
         let before = before.unwrap_or_default();
         RateLimiter {
@@ -37,14 +37,14 @@ impl RateLimiter {
     }
 }
 
-/// A limit as a bucket: what is done takes tokens from it, and it fills up with time. One of size zero or
-/// with no time to refill limits nothing.
+/// A limit as a token bucket: work takes tokens from it, and it fills up with time. A bucket with a size or a
+/// refill time of zero limits nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// How many tokens it holds.
     pub size: u64,
-    /// Tokens on top of that at the start, which are not refilled.
+    /// Extra tokens at the start, which are not refilled.
     #[serde(default)]
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which it fills up.

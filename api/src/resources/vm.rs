@@ -36,13 +36,13 @@ pub struct Vm {
 /// A state that a client can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum VmState {
-    /// The vCPUs stand still.
+    /// The vCPUs are stopped.
     Paused,
-    /// They run.
+    /// The vCPUs run.
     Resumed,
 }
 
-/// Pauses the machine or lets it go on, unless it is as wanted already.
+/// Pauses or resumes the machine, unless it is in the wanted state already.
 fn go_to(wanted: VmState, instance: &mut Instance) -> Result<(), Fault> {
     instance.view().require_started()?;
     let controller = instance.controller();

@@ -33,9 +33,9 @@ pub(crate) const RESOURCE: Resource = Resource {
 pub struct Vsock {
     /// The guest's address.
     pub guest_cid: u32,
-    /// The socket by which programs of the host reach the guest.
+    /// The socket on which programs of the host reach the guest.
     pub uds_path: PathBuf,
-    /// A name that is not used any more.
+    /// A name, which has no effect any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
 }

@@ -3,10 +3,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
+use std::time::Instant;
 
 use bantam_vmm::Controller;
 
 use super::*;
+use crate::fault::Fault;
 use crate::instance::{InstanceOptions, ProgramLog};
 use crate::resources::logger::Logger;
 use crate::startup_times::StartupTimes;

@@ -1,0 +1,130 @@
+//! Connections of clients: the server accepts them, and serves each one on its own.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use bantam_vmm::ListeningSocket;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time;
+use tokio_io_timeout::TimeoutStream;
+
+use super::ServerError;
+use super::answers::Service;
+use crate::clients::{Clients, Place};
+
+/// How long a client may read nothing of an answer.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+/// Most bytes of a request's head, and of a client's data that are kept before they are looked at.
+const MAX_HEAD_SIZE: usize = 16 << 10;
+/// How long no client is accepted after that has failed.
+const RETRY_TIME: Duration = Duration::from_millis(100);
+/// How long clients must have been accepted without a failure until the failures are said to be over: if
+/// descriptors are scarce, one becomes free now and then.
+const CALM_TIME: Duration = Duration::from_secs(1);
+/// What a client is told if there is no place for it.
+const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
+    Connection: close\r\nContent-Type: application/json\r\nContent-Length: 48\r\n\r\n\
+    {\"fault_message\":\"Too many clients of the API.\"}";
+
+/// Accepts clients of `listener` and serves each, as long as the host can.
+///
+/// # Errors
+/// When the host is out of descriptors at the beginning.
+pub(super) async fn serve(
+    listener: &ListeningSocket,
+    clients: &Clients,
+    service: &Service,
+) -> Result<(), ServerError> {
+    let listener = UnixListener::from_std(listener.try_clone_listener()?)?;
+    // The time of the last failure, until clients are accepted again.
+    let mut last_failure: Option<Instant> = None;
+    loop {
+        let accepted = match last_failure {
+            Some(_) => time::timeout(CALM_TIME, listener.accept()).await.ok(),
+            None => Some(listener.accept().await),
+        };
+        let is_calm = last_failure.is_some_and(|last| last.elapsed() >= CALM_TIME);
+        if is_calm && !matches!(accepted, Some(Err(_))) {
+            last_failure = None;
+            service
+                .failures
+                .warn(format_args!("clients are accepted again"));
+        }
+        let client = match accepted {
+            Some(Ok((client, _))) => client,
+            None => continue,
+            // The client has gone.
+            Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
+            Some(Err(error)) => {
+                // Such as too many open files. It passes, and to try again at once would be in vain.
+                if last_failure.replace(Instant::now()).is_none() {
+                    service
+                        .failures
+                        .warn(format_args!("cannot accept clients: {error}"));
+                }
+                time::sleep(RETRY_TIME).await;
+                continue;
+            }
+        };
+        let Some(place) = clients.place().await else {
+            // The socket's buffer has room for it, or the client goes without.
+            let _ = client.try_write(TOO_MANY_CLIENTS);
+            continue;
+        };
+        let service = service.clone();
+        tokio::spawn(async move {
+            let served = tokio::select! {
+                biased;
+                () = place.needed() => Err(ClientError::PlaceNeeded),
+                served = serve_client(client, &place, &service) => served,
+            };
+            if let Err(error) = served {
+                tracing::debug!("a client of the API: {error}");
+            }
+        });
+    }
+}
+
+/// Why a client's connection ends before the client wants it to.
+#[derive(Debug, thiserror::Error)]
+enum ClientError {
+    #[error("its place is needed for another")]
+    PlaceNeeded,
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+}
+
+async fn serve_client(
+    client: UnixStream,
+    place: &Place,
+    service: &Service,
+) -> Result<(), ClientError> {
+    let mut client = TimeoutStream::new(client);
+    client.set_write_timeout(Some(ANSWER_TIME));
+    let answer = service_fn(|request| async move {
+        let answer = service.answer(request, place).await;
+        place.wait_for_client();
+        Ok::<_, Infallible>(answer)
+    });
+    let connection = http1::Builder::new()
+        // A client keeps its place, idle or in the middle of a head, until that is needed for another.
+        .header_read_timeout(None)
+        .max_buf_size(MAX_HEAD_SIZE)
+        // A client may close its end when it has asked.
+        .half_close(true)
+        .serve_connection(TokioIo::new(Box::pin(client)), answer);
+    let mut connection = pin!(connection);
+    tokio::select! {
+        served = connection.as_mut() => served?,
+        () = place.leaving() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await?;
+        }
+    }
+    Ok(())
+}
