@@ -21,7 +21,7 @@ use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use bantam_devices::virtio::block::{Block, BlockError, BlockHandle, BlockOptions, Engine};
 use bantam_devices::virtio::console::{Console as ConsoleDevice, ConsoleHandle};
-use bantam_devices::virtio::net::{Net, NetHandle, NetLimits};
+use bantam_devices::virtio::net::{Net, NetHandle};
 use bantam_devices::virtio::rng::{EntropyMetrics, Rng};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_devices::virtio::vsock::{Vsock, VsockMetrics};
@@ -30,8 +30,8 @@ use bantam_devices::{EventLoop, ListeningSocket};
 use bantam_memory::GuestMemory;
 
 use crate::config::{
-    BalloonConfig, BlockEngineOption, DiskConfig, Mtu, NetConfig, Quantity, QueuePairs,
-    SerialConfig, VsockConfig,
+    BalloonConfig, BlockEngineOption, DiskConfig, Mtu, NetConfig, QueuePairs, SerialConfig,
+    VsockConfig,
 };
 use crate::console::Console;
 use crate::disk::disk_options;
@@ -244,10 +244,7 @@ impl<'a> VirtioDevices<'a> {
                 },
                 queues: config.queue_count(vcpus),
                 polls: config.poll,
-                limits: config.limits.unwrap_or_else(|| Limits {
-                    bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
-                    operations: rate_limit(config.operations_per_second, config.burst_operations),
-                }),
+                limits: config.limits.into(),
             };
             let file = DiskFile::open(&config.path, &disk_options(config))?;
             let id = match &config.id {
@@ -302,17 +299,9 @@ impl<'a> VirtioDevices<'a> {
                     config.tap
                 );
             }
-            let limits = config.limits.unwrap_or_else(|| NetLimits {
-                receive: Limits {
-                    bytes: rate_limit(config.rx_bytes_per_second, config.rx_burst_bytes),
-                    operations: rate_limit(config.rx_packets_per_second, config.rx_burst_packets),
-                },
-                transmit: Limits {
-                    bytes: rate_limit(config.tx_bytes_per_second, config.tx_burst_bytes),
-                    operations: rate_limit(config.tx_packets_per_second, config.tx_burst_packets),
-                },
-            });
-            let service = metadata.and_then(|metadata| metadata.service(index));
+            let limits = config.limits.into();
+            let name = config.device_name(index);
+            let service = metadata.and_then(|metadata| metadata.service(&name));
             let net = Net::new(tap, config.mac_address().bytes(), mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
             networks.networks.push(net.handle());
@@ -457,9 +446,4 @@ impl<'a> VirtioDevices<'a> {
         self.transports.push(transport);
         Ok(())
     }
-}
-
-fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
-    let burst = burst.map(Quantity::get);
-    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
 }

@@ -116,8 +116,8 @@ impl Machine {
         };
         let streams = Streams::attach(config, &mut virtio)?;
         let entropy = match config.rng {
-            true => Some(virtio.attach_entropy(&config.rng_limits)?),
-            false => None,
+            Some(rng) => Some(virtio.attach_entropy(&rng.limits.into())?),
+            None => None,
         };
         let balloon = match &config.balloon {
             Some(balloon) => Some(virtio.attach_balloon(balloon)?),
@@ -135,7 +135,7 @@ impl Machine {
             &vm,
             &event_loop.handle,
             &config.serial,
-            config.serial_limit,
+            config.serial_limit.rate_limit(),
             console,
             log.device("serial port"),
         )?;

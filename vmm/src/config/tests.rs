@@ -3,16 +3,16 @@
 use std::path::Path;
 
 use proptest::prelude::*;
+use toml::Value;
 
 use super::*;
 
-fn options(text: &str) -> Result<MachineOptions, String> {
-    MachineOptions::from_toml(text, Path::new("/vm/machine.toml"))
-        .map_err(|error| error.to_string())
+fn table(text: &str) -> Result<MachineTable, String> {
+    MachineTable::from_toml(text, Path::new("/vm/machine.toml")).map_err(|error| error.to_string())
 }
 
 fn config(text: &str) -> Result<MachineConfig, String> {
-    options(text)?
+    table(text)?
         .into_config()
         .map_err(|error| error.to_string())
 }
@@ -26,7 +26,7 @@ fn a_kernel_is_enough() {
     let config = MachineConfig::new("/vm/vmlinux");
     assert_eq!((config.cpus.get(), config.memory.bytes()), (1, 256 << 20));
     assert_eq!(config.serial, SerialConfig::Stdio);
-    assert!(config.rng && config.host_workarounds);
+    assert!(config.rng.is_some() && config.host_workarounds);
 }
 
 #[test]
@@ -111,8 +111,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
                 .unwrap(),
             "name=log,pty".parse().unwrap(),
         ],
-        rng: false,
-        rng_limits: Limits::default(),
+        rng: None,
         balloon: Some(
             "size=64M,deflate-on-oom=on,reporting=on,statistics=5"
                 .parse()
@@ -136,15 +135,17 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
-             'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'vsock', \
-             'serial', 'console', 'channel', 'rng', 'balloon', 'boot-protocol', 'on-reboot', \
-             'restart-limit', 'shutdown-timeout', 'exit-status', 'on-halt', 'host-workarounds'",
+             'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
+             'vsock', 'metadata', 'serial', 'serial-limit', 'console', 'channel', 'rng', 'balloon', \
+             'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
+             'on-halt', 'host-workarounds', 'boot-timer'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
             "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
-             'id', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', \
-             'bytes-per-second', 'burst-bytes', 'operations-per-second', 'burst-operations'",
+             'id', 'name', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', \
+             'poll', 'burst-bytes', 'burst-operations', 'bytes-per-second', 'limits', \
+             'operations-per-second', 'any-size'",
         ),
         (
             "\n[[net]]\nmtu = 99",
@@ -239,9 +240,9 @@ fn errors_in_a_machine_file_name_the_line() {
             "/vm/machine.toml:1: unknown variant 'stop', expected 'exit' or 'restart'",
         ),
     ] {
-        assert_eq!(options(text).unwrap_err(), expected.replace('`', "'"));
+        assert_eq!(table(text).unwrap_err(), expected.replace('`', "'"));
     }
-    let broken = options("kernel = 'k'\ncpus =\n").unwrap_err();
+    let broken = table("kernel = 'k'\ncpus =\n").unwrap_err();
     assert!(broken.starts_with("/vm/machine.toml:2: "), "{broken}");
     assert!(!broken.contains('\n'), "{broken}");
 }
@@ -267,8 +268,8 @@ fn relative_paths_of_a_pipe_are_relative_to_the_current_folder() {
     std::io::Write::write_all(&mut writer, "\u{feff}kernel = 'k'".as_bytes()).unwrap();
     drop(writer);
     let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
-    let options = MachineOptions::from_file(Path::new(&path)).unwrap();
-    assert_eq!(options.kernel.as_deref(), Some(Path::new("k")));
+    let table = MachineTable::from_file(Path::new(&path)).unwrap();
+    assert_eq!(table.into_config().unwrap().kernel, Path::new("k"));
 }
 
 #[test]
@@ -281,39 +282,42 @@ fn an_integer_memory_size_counts_mebibytes() {
 
 #[test]
 fn the_first_source_wins_and_lists_are_not_mixed() {
-    let file = options(
+    let file = table(
         "kernel = 'file'\ncpus = 4\nrng = false\n[[disk]]\npath = '/a'\n[[net]]\ntap = 'tap0'",
     )
     .unwrap();
-    let command_line = MachineOptions {
-        kernel: Some("line".into()),
-        rng: Some(true),
-        disks: Some(vec![DiskConfig::new("/b")]),
-        ..MachineOptions::default()
-    };
-    let config = command_line.or(file).into_config().unwrap();
+    let command_line = HashMap::from([
+        ("kernel", Value::from("line")),
+        ("rng", Value::from(true)),
+        (
+            "disk",
+            Value::try_from(vec![DiskConfig::new("/b")]).unwrap(),
+        ),
+    ]);
+    let command_line = MachineTable::from_options(&command_line).unwrap();
+    let config = command_line.over(file).into_config().unwrap();
     assert_eq!(config.kernel, Path::new("line"));
     assert_eq!(config.cpus.get(), 4);
-    assert!(config.rng);
+    assert!(config.rng.is_some());
     assert_eq!(config.disks, [DiskConfig::new("/b")]);
     assert_eq!(config.nets.len(), 1);
 }
 
 #[test]
 fn a_missing_kernel_or_machine_file_is_reported() {
-    let error = MachineOptions::default()
+    let error = MachineTable::default()
         .into_config()
         .unwrap_err()
         .to_string();
     assert!(error.starts_with("no kernel given"), "{error}");
-    let error = MachineOptions::from_file(Path::new("/nonexistent.toml"))
+    let error = MachineTable::from_file(Path::new("/nonexistent.toml"))
         .unwrap_err()
         .to_string();
     assert_eq!(
         error,
         "cannot read machine file '/nonexistent.toml': No such file or directory (os error 2)"
     );
-    let error = MachineOptions::from_file(Path::new("/dev/zero"))
+    let error = MachineTable::from_file(Path::new("/dev/zero"))
         .unwrap_err()
         .to_string();
     assert_eq!(
@@ -499,16 +503,16 @@ fn devices_have_an_interrupt_each() {
         .collect();
     let mut config = MachineConfig {
         disks,
-        rng: false,
+        rng: None,
         ..MachineConfig::new("k")
     };
     config.validate().unwrap();
-    config.rng = true;
+    config.rng = Some(RngConfig::default());
     assert_eq!(
         config.validate().unwrap_err().to_string(),
         "too many devices: 19 disks, network devices and others, but a machine has room for 18"
     );
-    config.rng = false;
+    config.rng = None;
     config.balloon = Some("size=0".parse().unwrap());
     assert!(matches!(
         config.validate(),
@@ -563,7 +567,7 @@ fn choices_read_what_they_display() {
 proptest! {
     #[test]
     fn any_machine_file_is_read_or_refused(text in "(?s).*|([a-z]{1,8} = ['0-9a-z]{1,8}\n){0,4}") {
-        if let Err(error) = options(&text) {
+        if let Err(error) = table(&text) {
             prop_assert!(!error.contains('\n'), "{}", error);
         }
     }
@@ -652,18 +656,21 @@ fn metadata_needs_network_devices_that_there_are() {
     let mut config = MachineConfig::new("vmlinux");
     config.nets = vec!["tap=tap0".parse().unwrap(), "tap=tap1".parse().unwrap()];
     for (nets, error) in [
-        (vec![0, 1], None),
-        (vec![1], None),
+        (vec!["net0", "net1"], None),
+        (vec!["net1"], None),
         (
             vec![],
             Some("metadata is served over no network device: name one"),
         ),
         (
-            vec![0, 2],
-            Some("cannot serve metadata over network device 2: the machine has 2, counted from 0"),
+            vec!["net0", "net2"],
+            Some(
+                "cannot serve metadata over 'net2': the machine has no network device of that name",
+            ),
         ),
     ] {
-        config.metadata = Some(MetadataConfig::new(nets));
+        let nets = nets.into_iter().map(|name| name.parse().unwrap());
+        config.metadata = Some(MetadataConfig::new(nets.collect()));
         let result = config.validate().map_err(|error| error.to_string());
         assert_eq!(result.err().as_deref(), error);
     }
