@@ -21,7 +21,7 @@ mod memory_size;
 mod metadata;
 mod net;
 mod option_string;
-mod path;
+pub mod path;
 mod quantity;
 mod rng;
 mod serial;
@@ -585,5 +585,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+#[cfg(test)]
+mod round_trip;
 #[cfg(test)]
 mod tests;

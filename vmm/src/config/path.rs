@@ -1,4 +1,5 @@
-//! Paths, which are bytes on the command line and UTF-8 in a machine file, as long as they can be.
+//! How paths are written and read: they are bytes on the command line, and in a machine file text if they are
+//! UTF-8. A field has `#[serde(with = "path")]`.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -9,12 +10,20 @@ use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserializer, Serialize, Serializer};
 
 /// Writes a path as text, or as a list of its bytes if it is not UTF-8. Serde's own way refuses the latter.
-pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+///
+/// # Errors
+///
+/// Those of the serializer.
+pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serialize_text(path.as_os_str(), serializer)
 }
 
 /// Reads a path; serde's own way takes UTF-8 only.
-pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+///
+/// # Errors
+///
+/// When there is neither text nor bytes.
+pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     deserialize_text(deserializer, "a path").map(PathBuf::from)
 }
 
@@ -66,13 +75,17 @@ impl<'de> Visitor<'de> for TextVisitor {
 }
 
 /// A path that may be left out.
-pub(super) mod option {
+pub mod option {
     use std::path::PathBuf;
 
     use serde::{Deserializer, Serializer};
 
     /// Writes a path that is given.
-    pub(in super::super) fn serialize<S: Serializer>(
+    ///
+    /// # Errors
+    ///
+    /// Those of the serializer, which may have no word for none.
+    pub fn serialize<S: Serializer>(
         path: &Option<PathBuf>,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
@@ -83,7 +96,11 @@ pub(super) mod option {
     }
 
     /// Reads a path that is given.
-    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+    ///
+    /// # Errors
+    ///
+    /// When there is neither text nor bytes.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<PathBuf>, D::Error> {
         super::deserialize(deserializer).map(Some)
