@@ -146,7 +146,8 @@ impl From<LimitConfig> for LimitKeys {
 struct RefillTime(Duration);
 
 /// Units of time and their nanoseconds, the longest first.
-const TIME_UNITS: [(&str, u128); 4] = [
+const TIME_UNITS: [(&str, u128); 5] = [
+    ("m", 60_000_000_000),
     ("s", 1_000_000_000),
     ("ms", 1_000_000),
     ("us", 1_000),

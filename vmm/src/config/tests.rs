@@ -1,7 +1,9 @@
 //! Tests of machine files, of how sources combine, and of what fits together.
 
 use std::path::Path;
+use std::time::Duration;
 
+use bantam_devices::rate_limiter::RateLimit;
 use proptest::prelude::*;
 use toml::Value;
 
@@ -236,6 +238,49 @@ fn errors_in_a_machine_file_name_the_line() {
             "/vm/machine.toml:1: invalid type: string \"on\", expected a boolean",
         ),
         (
+            "[rng]\nlimit = 5",
+            "/vm/machine.toml:2: unknown option 'limit', expected one of 'burst-bytes', \
+             'burst-operations', 'bytes-per-second', 'limits', 'operations-per-second'",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nburst-bytes = 0",
+            "/vm/machine.toml:3: invalid quantity '0': expected a number from 1 on, such as 500 or 10M",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nlimits = 5",
+            "/vm/machine.toml:3: invalid type: integer `5`, expected limits: a table with bytes and \
+             operations",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nburst-bytes = 5\n[disk.limits.operations]\nper-second = 5",
+            "/vm/machine.toml:1: both burst-bytes and limits are given: give all limits of the device \
+             in one way",
+        ),
+        (
+            "[[net]]\ntap = 'a'\n[net.limits.receive]\nbytes = { size = 5, per-second = 5 }",
+            "/vm/machine.toml:4: a limit is per-second, perhaps with burst, or size with refill-time, \
+             perhaps with one-time-burst: give one of the two",
+        ),
+        (
+            "serial-limit = { size = 5, refill-time = '5' }",
+            "/vm/machine.toml:1: invalid time '5' to refill: expected one such as 100ms, 1s or 250us",
+        ),
+        (
+            "[[net]]\ntap = 'a'\nname = 'a b'",
+            "/vm/machine.toml:3: invalid device name 'a b': expected 1 to 64 letters, digits and '.', \
+             '-', '_'",
+        ),
+        (
+            "\n[metadata]\nnets = ['net0']\ncontents = '{'",
+            "/vm/machine.toml:4: the metadata is not JSON: EOF while parsing an object at line 1 \
+             column 1",
+        ),
+        (
+            "[cpu]\nmsrs = [{ index = 0x10a, mask = '0x1g', value = 0 }]",
+            "/vm/machine.toml:2: invalid number '0x1g': expected one of 64 bits, such as 500 or \
+             0xffffffffffffffff",
+        ),
+        (
             "on-reboot = 'stop'",
             "/vm/machine.toml:1: unknown variant 'stop', expected 'exit' or 'restart'",
         ),
@@ -245,6 +290,177 @@ fn errors_in_a_machine_file_name_the_line() {
     let broken = table("kernel = 'k'\ncpus =\n").unwrap_err();
     assert!(broken.starts_with("/vm/machine.toml:2: "), "{broken}");
     assert!(!broken.contains('\n'), "{broken}");
+}
+
+#[test]
+fn what_only_a_machine_file_says_reaches_the_machine() {
+    let config = config(
+        r#"
+        kernel = "vmlinux"
+        cpus = 2
+        smt = true
+        serial-limit = { per-second = "1K" }
+        boot-timer = true
+
+        [[disk]]
+        path = "a.img"
+        name = "root"
+        any-size = true
+        lock = "where-possible"
+        limits.bytes = { size = 5, refill-time = "1m", one-time-burst = "0xffffffffffffffff" }
+        limits.operations = { per-second = 10, burst = 20 }
+
+        [[net]]
+        tap = "tap0"
+        tx-packets-per-second = 7
+
+        [vsock]
+        cid = { unchecked = 1 }
+        socket = "v"
+
+        [rng]
+        bytes-per-second = "4K"
+
+        [metadata]
+        nets = ["net0"]
+        version = "v2"
+        address = "169.254.1.1"
+        imds-compat = true
+        size-limit = 1000
+        contents = '{"a": null}'
+
+        [cpu]
+        cpuid = [{ leaf = 1, register = "ecx", mask = 2, value = 0 }]
+        msrs = [{ index = 0x10a, mask = "0x8000000000000000", value = 0 }]
+        required-capabilities = [121]
+        "#,
+    );
+    let rate = |per_second: i64, burst: Option<i64>| LimitConfig::Rate {
+        per_second: Some(per_second.try_into().unwrap()),
+        burst: burst.map(|burst| burst.try_into().unwrap()),
+    };
+    let mut net = NetConfig::new("tap0".to_owned().try_into().unwrap());
+    net.limits.transmit.operations = rate(7, None);
+    let mut metadata = MetadataConfig::new(vec!["net0".parse().unwrap()]);
+    metadata.version = MetadataVersion::V2;
+    metadata.address = std::net::Ipv4Addr::new(169, 254, 1, 1).try_into().unwrap();
+    metadata.imds_compat = true;
+    metadata.size_limit = 1000;
+    metadata.contents = Some(serde_json::json!({"a": null}));
+    let expected = MachineConfig {
+        cpus: "2".parse().unwrap(),
+        smt: true,
+        cpu: CpuModifiers {
+            cpuid: vec![CpuidModifier {
+                leaf: 1,
+                subleaf: 0,
+                flags: 0,
+                register: CpuidRegister::Ecx,
+                mask: 2,
+                value: 0,
+            }],
+            msrs: vec![MsrModifier {
+                index: 0x10a,
+                mask: 1 << 63,
+                value: 0,
+            }],
+            required_capabilities: vec![121],
+        },
+        disks: vec![DiskConfig {
+            name: Some("root".parse().unwrap()),
+            lock: DiskLockOption::WherePossible,
+            any_size: true,
+            limits: LimitsConfig {
+                bytes: LimitConfig::Bucket(RateLimit {
+                    size: 5,
+                    refill_time: Duration::from_secs(60),
+                    one_time_burst: u64::MAX,
+                }),
+                operations: rate(10, Some(20)),
+            },
+            ..DiskConfig::new("/vm/a.img")
+        }],
+        nets: vec![net],
+        vsock: Some(VsockConfig {
+            cid: GuestCid::unchecked(1),
+            socket: "/vm/v".into(),
+        }),
+        metadata: Some(metadata),
+        serial_limit: rate(1024, None),
+        rng: Some(RngConfig {
+            limits: LimitsConfig {
+                bytes: rate(4096, None),
+                operations: LimitConfig::default(),
+            },
+        }),
+        boot_timer: true,
+        ..MachineConfig::new("/vm/vmlinux")
+    };
+    assert_eq!(config, Ok(expected));
+}
+
+#[test]
+fn a_rate_is_a_bucket_of_a_tenth_of_a_second_or_of_its_burst() {
+    let limit = |text: &str| {
+        let disk: DiskConfig = text.parse().unwrap();
+        disk.limits.bytes.rate_limit()
+    };
+    assert_eq!(limit("a"), None);
+    assert_eq!(
+        limit("a,bytes-per-second=1000"),
+        Some(RateLimit::per_second(1000, None))
+    );
+    assert_eq!(
+        limit("a,burst-bytes=5,bytes-per-second=1000"),
+        Some(RateLimit::per_second(1000, Some(5)))
+    );
+}
+
+#[test]
+fn devices_have_names_of_their_own() {
+    let names = |text: &str| {
+        let config = config(&format!("kernel = 'k'\n{text}"))?;
+        let names = config.disk_names().chain(config.net_names());
+        Ok::<_, String>(names.map(|name| name.to_string()).collect::<Vec<_>>())
+    };
+    let devices = "[[disk]]\npath = 'a'\nid = 'root'\n[[disk]]\npath = 'b'\n[[net]]\ntap = 't'\n";
+    assert_eq!(
+        names(devices),
+        Ok(vec!["root".into(), "disk1".into(), "net0".into()])
+    );
+    for (name, error) in [
+        ("root", "device name 'root' is given twice: "),
+        ("disk1", "device name 'disk1' is given twice: "),
+        (
+            "rng",
+            "device name 'rng' is that of another kind of device: ",
+        ),
+    ] {
+        let refused = names(&format!("{devices}name = '{name}'")).unwrap_err();
+        assert!(refused.starts_with(error), "{refused}");
+    }
+}
+
+#[test]
+fn only_files_that_are_the_same_need_a_look_at_the_file_system() {
+    let twice = ["/dev/null", "/dev/../dev/null"].map(DiskConfig::new);
+    let config = MachineConfig {
+        disks: twice.to_vec(),
+        ..MachineConfig::new("k")
+    };
+    config.validate_values().unwrap();
+    assert!(matches!(
+        config.validate_files(),
+        Err(ConfigError::RepeatedDisk { .. })
+    ));
+}
+
+#[test]
+fn a_kernel_without_a_name_is_none() {
+    for text in ["", "kernel = ''"] {
+        let error = config(text).unwrap_err();
+        assert!(error.starts_with("no kernel given"), "{error}");
+    }
 }
 
 #[test]

@@ -54,8 +54,7 @@ impl Visitor<'_> for WideNumberVisitor {
             .map(WideNumber)
             .ok_or_else(|| {
                 E::custom(format_args!(
-                    "invalid number '{text}': expected {}",
-                    &self as &dyn serde::de::Expected
+                    "invalid number '{text}': expected one of 64 bits, such as 500 or 0xffffffffffffffff"
                 ))
             })
     }
