@@ -106,6 +106,8 @@ pub struct MachineArgs {
     ///
     /// - ro: the guest cannot write to it.
     /// - id=NAME: its serial number in the guest, up to 20 characters.
+    /// - name=NAME: what the host calls it; its id or disk0, disk1, ... by
+    ///   default.
     /// - format=raw: takes a file for a raw image though its name ends in
     ///   .qcow2 or the like.
     /// - block-size=512 or 4096: the size of the blocks that the guest is
@@ -136,6 +138,7 @@ pub struct MachineArgs {
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
+    /// - name=NAME: what the host calls it; net0, net1, ... by default.
     /// - queues=N: how many pairs of queues the device has, 1 to 8; one for
     ///   each vCPU by default, where the tap has them.
     /// - iothread=on: gives the device a thread of its own.

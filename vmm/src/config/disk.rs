@@ -536,7 +536,6 @@ mod tests {
                     operations: LimitConfig::default(),
                 },
                 any_size,
-                ..DiskConfig::new("")
             };
             prop_assert_eq!(disk.to_string().parse::<DiskConfig>().unwrap(), disk);
         }
