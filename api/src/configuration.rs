@@ -1,5 +1,6 @@
 //! The configuration that clients have put together so far, and the machine that is made of it.
 
+use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -8,7 +9,7 @@ use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
     BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DeviceName, DiskConfig,
     DiskFormatOption, DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName,
-    MachineConfig, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig,
+    MachineConfig, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, RngConfig,
     SerialConfig, VsockConfig,
 };
 use nix::fcntl::OFlag;
@@ -133,19 +134,26 @@ impl Configuration {
         };
         config.disks = self
             .drives_in_order()
-            .map(disk_config)
-            .collect::<Result<_, _>>()?;
+            .map(|drive| {
+                Ok(DiskConfig {
+                    name: Some(self.drive_name(&drive.drive_id)?),
+                    ..disk_config(drive)?
+                })
+            })
+            .collect::<Result<_, Fault>>()?;
         config.nets = self
             .network_interfaces
             .iter()
-            .map(net_config)
-            .collect::<Result<_, _>>()?;
-        config.rng = self.entropy.is_some();
-        let entropy_limiter = self
-            .entropy
-            .as_ref()
-            .and_then(|it| it.rate_limiter.as_ref());
-        config.rng_limits = RateLimiter::limits(entropy_limiter);
+            .map(|interface| {
+                Ok(NetConfig {
+                    name: Some(self.interface_name(&interface.iface_id)?),
+                    ..net_config(interface)?
+                })
+            })
+            .collect::<Result<_, Fault>>()?;
+        config.rng = self.entropy.as_ref().map(|entropy| RngConfig {
+            limits: RateLimiter::limits(entropy.rate_limiter.as_ref()).into(),
+        });
         config.vsock = self.vsock.as_ref().map(vsock_config);
         config.balloon = self.balloon.as_ref().map(balloon_config);
         config.metadata = match &self.mmds_config {
@@ -160,27 +168,57 @@ impl Configuration {
             _ => SerialConfig::Stdio,
         };
         let serial_limit = self.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        config.serial_limit = serial_limit.as_ref().and_then(TokenBucket::rate_limit);
+        let serial_limit = serial_limit.as_ref().and_then(TokenBucket::rate_limit);
+        config.serial_limit = serial_limit.into();
         config.validate()?;
         Ok(config)
+    }
+
+    /// What the machine calls a drive: its id, or `drive.N` by its place if no device, or one of another
+    /// kind, can have that name. No id has a dot.
+    pub(crate) fn drive_name(&self, id: &str) -> Result<DeviceName, Fault> {
+        let place = self.drives_in_order().position(|it| it.drive_id == id);
+        let place = place.ok_or_else(|| Fault::NoSuchDevice {
+            kind: "drive",
+            id: id.to_string(),
+        })?;
+        let name = own_name(id).map_or_else(|| format!("drive.{place}").parse(), Ok);
+        name.map_err(Fault::value("drive_id"))
+    }
+
+    /// The ids of drives and network interfaces, by what the machine calls them.
+    pub(crate) fn ids(&self) -> HashMap<DeviceName, String> {
+        let drives = self.drives.iter().map(|drive| &drive.drive_id);
+        let drives = drives.filter_map(|id| Some((self.drive_name(id).ok()?, id.clone())));
+        let interfaces = self.network_interfaces.iter().map(|it| &it.iface_id);
+        let interfaces =
+            interfaces.filter_map(|id| Some((self.interface_name(id).ok()?, id.clone())));
+        drives.chain(interfaces).collect()
+    }
+
+    /// What the machine calls a network interface: its id, or `interface.N` by its place if no device, or
+    /// another one, can have that name. Clients may give a drive and an interface the same id.
+    pub(crate) fn interface_name(&self, id: &str) -> Result<DeviceName, Fault> {
+        let mut interfaces = self.network_interfaces.iter();
+        let place = interfaces.position(|it| it.iface_id == id);
+        let place = place.ok_or_else(|| Fault::NoSuchDevice {
+            kind: "network interface",
+            id: id.to_string(),
+        })?;
+        let is_taken = self.drives.iter().any(|drive| drive.drive_id == id);
+        let name = own_name(id).filter(|_| !is_taken);
+        let name = name.map_or_else(|| format!("interface.{place}").parse(), Ok);
+        name.map_err(Fault::value("iface_id"))
     }
 
     pub(crate) fn metadata_config(
         &self,
         metadata: &MetadataConfig,
     ) -> Result<MachineMetadata, Fault> {
-        let place = |id: &String| {
-            let mut interfaces = self.network_interfaces.iter();
-            let place = interfaces.position(|interface| interface.iface_id == *id);
-            place.ok_or_else(|| Fault::NoSuchDevice {
-                kind: "network interface",
-                id: id.clone(),
-            })
-        };
-        let nets: Vec<usize> = metadata
+        let nets: Vec<DeviceName> = metadata
             .network_interfaces
             .iter()
-            .map(place)
+            .map(|id| self.interface_name(id))
             .collect::<Result<_, _>>()?;
         if nets.is_empty() {
             return Err(Fault::Value {
@@ -215,6 +253,12 @@ impl Configuration {
     }
 }
 
+/// The name that a drive or network interface has by its id, if it can have that.
+fn own_name(id: &str) -> Option<DeviceName> {
+    let name: DeviceName = id.parse().ok()?;
+    (!name.is_fixed()).then_some(name)
+}
+
 /// Tells a client at once of a file that will be missing at the start.
 pub(crate) fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
     // It does not wait for the writer of a pipe.
@@ -235,11 +279,6 @@ pub(crate) fn file_fault(what: &'static str, path: &Path, error: &std::io::Error
     }
 }
 
-/// The name of a device whose id clients give in the field `field`.
-pub(crate) fn device_name(field: &'static str, id: &str) -> Result<DeviceName, Fault> {
-    DeviceName::try_from(id.to_owned()).map_err(Fault::value(field))
-}
-
 pub(crate) fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
     let path = drive.path_on_host.clone().unwrap_or_default();
     // One that was cut off could be that of another drive.
@@ -257,7 +296,7 @@ pub(crate) fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
             Some(IoEngine::Sync) => BlockEngineOption::Sync,
             Some(IoEngine::Async) => BlockEngineOption::IoUring,
         },
-        limits: Some(RateLimiter::limits(drive.rate_limiter.as_ref())),
+        limits: RateLimiter::limits(drive.rate_limiter.as_ref()).into(),
         // As Firecracker does it, which has neither formats nor locks.
         format: Some(DiskFormatOption::Raw),
         lock: DiskLockOption::WherePossible,
@@ -274,7 +313,7 @@ pub(crate) fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Faul
     Ok(NetConfig {
         mac: mac.map_err(Fault::value("guest_mac"))?,
         mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
-        limits: Some(net_limits(interface)),
+        limits: net_limits(interface).into(),
         ..NetConfig::new(tap)
     })
 }
@@ -309,6 +348,7 @@ mod tests {
     use std::time::Duration;
 
     use bantam_vmm::RateLimit;
+    use bantam_vmm::config::MachineTable;
 
     use super::*;
 
@@ -330,6 +370,66 @@ mod tests {
             refill_time: Duration::from_millis(500),
             one_time_burst: 0,
         };
-        assert_eq!(machine.serial_limit, Some(limit));
+        assert_eq!(machine.serial_limit.rate_limit(), Some(limit));
+    }
+
+    #[test]
+    fn devices_are_called_by_their_ids_as_far_as_these_differ() {
+        let long = "x".repeat(65);
+        let drive = |id: &str| {
+            format!(
+                r#"{{"drive_id": "{id}", "path_on_host": "/dev/null", "is_root_device": false}}"#
+            )
+        };
+        let interface =
+            |id: &str, tap: &str| format!(r#"{{"iface_id": "{id}", "host_dev_name": "{tap}"}}"#);
+        let text = format!(
+            r#"{{
+                "boot-source": {{"kernel_image_path": "/dev/zero"}},
+                "drives": [{}, {}, {}],
+                "network-interfaces": [{}, {}],
+                "mmds-config": {{"network_interfaces": ["1"]}}
+            }}"#,
+            drive("1"),
+            drive("rng"),
+            drive(&long),
+            interface("1", "tap0"),
+            interface("net0", "tap1"),
+        );
+        let mut configuration: Configuration = serde_json::from_str(&text).unwrap();
+        for drive in &mut configuration.drives {
+            drive.is_read_only = true;
+        }
+        let machine = configuration.machine().unwrap();
+        let names: Vec<_> = machine.disk_names().chain(machine.net_names()).collect();
+        let names: Vec<_> = names.iter().map(DeviceName::as_str).collect();
+        assert_eq!(names, ["1", "drive.1", "drive.2", "interface.0", "net0"]);
+        assert_eq!(machine.metadata.unwrap().nets[0].as_str(), "interface.0");
+    }
+
+    #[test]
+    fn what_clients_say_can_be_written_as_a_machine_file() {
+        let text = r#"{
+            "boot-source": {"kernel_image_path": "/dev/zero"},
+            "drives": [{
+                "drive_id": "root", "path_on_host": "/dev/null", "is_root_device": true,
+                "rate_limiter": {"bandwidth": {"size": 5, "refill_time": 60000}}
+            }],
+            "network-interfaces": [{
+                "iface_id": "eth0", "host_dev_name": "tap0",
+                "tx_rate_limiter": {"ops":
+                    {"size": 18446744073709551615, "one_time_burst": 7, "refill_time": 1}}
+            }],
+            "vsock": {"guest_cid": 1, "uds_path": "/v.sock"},
+            "entropy": {"rate_limiter": {"bandwidth": {"size": 9, "refill_time": 1500}}},
+            "mmds-config": {"network_interfaces": ["eth0"], "version": "V2"},
+            "cpu-config": {"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1xx0"}]}
+        }"#;
+        let configuration: Configuration = serde_json::from_str(text).unwrap();
+        let mut machine = configuration.machine().unwrap();
+        let metadata = machine.metadata.as_mut().unwrap();
+        metadata.contents = Some(serde_json::json!({"a": [null, 1.5, u64::MAX, "b"]}));
+        let file = MachineTable::from_toml(&machine.to_toml(), Path::new("/vm.toml"));
+        assert_eq!(file.unwrap().into_config().unwrap(), machine);
     }
 }

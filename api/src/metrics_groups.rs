@@ -1,5 +1,8 @@
 //! Metrics in Firecracker's groups, for programs that read its metrics.
 
+use std::collections::HashMap;
+
+use bantam_vmm::config::DeviceName;
 use serde_json::{Map, Value, json};
 
 use crate::resources::RESOURCES;
@@ -91,7 +94,7 @@ struct DeviceMetrics<'a> {
 
 /// What has counted in a machine: its devices by their names, its vCPUs by their numbers, and what there is
 /// one of.
-fn counted(machine: &Value) -> Vec<DeviceMetrics<'_>> {
+fn counted<'a>(machine: &'a Value, ids: &HashMap<DeviceName, String>) -> Vec<DeviceMetrics<'a>> {
     let mut found = Vec::new();
     let vcpus = machine["vcpus"].as_array();
     for (index, counters) in vcpus.into_iter().flatten().enumerate() {
@@ -105,7 +108,7 @@ fn counted(machine: &Value) -> Vec<DeviceMetrics<'_>> {
     for (name, counters) in devices.into_iter().flatten() {
         found.push(DeviceMetrics {
             kind: counters["kind"].as_str().unwrap_or_default(),
-            name: name.clone(),
+            name: ids.get(name.as_str()).unwrap_or(name).clone(),
             counters,
         });
     }
@@ -119,15 +122,16 @@ fn counted(machine: &Value) -> Vec<DeviceMetrics<'_>> {
     found
 }
 
-/// The totals of a machine in groups.
-pub(crate) fn groups(machine: &Value) -> Map<String, Value> {
+/// Puts the totals of a machine into groups. A device has the name in `ids`, by which clients know it, if there
+/// is one for it.
+pub(crate) fn groups(machine: &Value, ids: &HashMap<DeviceName, String>) -> Map<String, Value> {
     let of_resources = RESOURCES.iter().flat_map(|resource| resource.groups);
     let all: Vec<&Group> = of_resources.chain(GROUPS).collect();
     let zeroes = all
         .iter()
         .map(|group| (group.name.to_string(), group.zeroes()));
     let mut groups: Map<String, Value> = zeroes.collect();
-    for device in counted(machine) {
+    for device in counted(machine, ids) {
         let Some(group) = all.iter().find(|group| group.name == device.kind) else {
             continue;
         };

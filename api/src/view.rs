@@ -130,7 +130,8 @@ impl View {
             return Ok(());
         };
         let machine = serde_json::to_value(metrics)?;
-        let mut totals = groups(&machine);
+        let ids = self.configuration().ids();
+        let mut totals = groups(&machine, &ids);
         let startup_times = serde_json::to_value(self.0.startup_times)?;
         totals.insert("api_server".to_string(), startup_times);
         lock(&self.0.requests).add_to(&mut totals);

@@ -82,12 +82,12 @@ fn execute(command: Command) -> ExitCode {
 
 fn run(args: RunArgs) -> ExitCode {
     // Until the machine file is read, the command line alone says what a status means.
-    let mut meaning = args.exit_status.unwrap_or_default();
+    let mut meaning = args.machine.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
-        let options = args.into_options()?;
-        meaning = options.exit_status.unwrap_or_default();
-        run::run(&options.into_config()?)
+        let table = args.into_table()?;
+        meaning = table.exit_status();
+        run::run(&table.into_config()?)
     });
     match ended {
         Ok(status) => ExitCode::from(status),

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::MetadataError;
@@ -13,7 +14,8 @@ use crate::store::MetadataStore;
 use crate::token::TokenAuthority;
 
 /// Which requests of a guest are answered.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum MetadataVersion {
     /// All of them. Tokens are given, but not required.
     #[default]

@@ -2,12 +2,15 @@
 
 use std::net::Ipv4Addr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::MetadataError;
 use crate::metadata::Metadata;
 
 /// An IPv4 link-local address that a service may have: 169.254.1.0 to 169.254.254.255 (RFC 3927,
 /// section 2.1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Ipv4Addr")]
 pub struct MetadataAddress(Ipv4Addr);
 
 impl MetadataAddress {

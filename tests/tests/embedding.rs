@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{balloon_statistics, configured, device, device_metrics, payload, require_kvm};
-use bantam_vmm::config::{DiskConfig, MachineConfig, MetadataConfig, SerialConfig};
+use bantam_vmm::config::{DiskConfig, LimitConfig, MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{
     Answer, Command, Console, Controller, DeviceCommand, DeviceMetrics, Error, ExitReason,
     RateLimit, ShutDown, State, Stream,
@@ -297,7 +297,7 @@ fn output_beyond_the_limit_of_the_serial_port_is_dropped_and_counted() {
     let _alone = alone();
     let config = MachineConfig {
         append: Some("print-kib=8".to_string()),
-        serial_limit: Some(RateLimit {
+        serial_limit: LimitConfig::Bucket(RateLimit {
             size: 1000,
             refill_time: Duration::from_secs(3600),
             one_time_burst: 24,
@@ -557,7 +557,7 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
 
     let mut config = hello("reset");
     config.nets = vec!["tap=none".parse().unwrap()];
-    let mut metadata = MetadataConfig::new(vec![0]);
+    let mut metadata = MetadataConfig::new(vec!["net0".parse().unwrap()]);
     metadata.size_limit = 1;
     metadata.contents = Some(serde_json::json!({}));
     config.metadata = Some(metadata);

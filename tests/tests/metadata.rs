@@ -47,7 +47,7 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     config.append = Some(format!("quiet bantam.mode=test bantam.test={commands}"));
     config.nets = vec![format!("tap={}", tap.name).parse().unwrap()];
     config.serial = SerialConfig::File(log.clone());
-    let mut metadata = MetadataConfig::new(vec![0]);
+    let mut metadata = MetadataConfig::new(vec!["net0".parse().unwrap()]);
     metadata.contents = Some(json!({
         "latest": {"meta-data": {"ami-id": "ami-1", "tags": {"a": "b"}}},
     }));

@@ -146,7 +146,7 @@ impl Machine {
         let serial_name = DeviceName::of_kind("serial");
         let serial_log = log.device("serial port");
         let serial_log = serial_log.observed_by(context.events.observer(&serial_name));
-        let limit = config.serial_limit;
+        let limit = config.serial_limit.rate_limit();
         let (serial_guard, uart) =
             attach_serial(&mut ports, &vm, &mut event_loop, serial, limit, serial_log)?;
         if let Some(path) = serial_guard.path() {

@@ -8,14 +8,14 @@ use bantam_metadata::{
     MetadataService,
 };
 
-use crate::config::MetadataConfig;
+use crate::config::{DeviceName, MetadataConfig};
 use crate::error::Error;
 
 /// Metadata, and where it is served.
 pub(crate) struct MachineMetadata {
     pub(crate) metadata: Metadata,
     address: MetadataAddress,
-    nets: Vec<usize>,
+    nets: Vec<DeviceName>,
 }
 
 impl MachineMetadata {
@@ -37,9 +37,9 @@ impl MachineMetadata {
         })
     }
 
-    /// The service that the network device at `index` offers, if it is to offer metadata.
-    pub(crate) fn service(&self, index: usize) -> Option<LocalService> {
-        self.nets.contains(&index).then(|| {
+    /// The service that the network device called `name` offers, if it is to offer metadata.
+    pub(crate) fn service(&self, name: &DeviceName) -> Option<LocalService> {
+        self.nets.contains(name).then(|| {
             let service = MetadataService {
                 metadata: self.metadata.clone(),
                 address: self.address,

@@ -8,12 +8,13 @@ fn devices_are_told_together_and_each_by_its_name() {
         "devices": {
             "root": {"kind": "block", "read_count": 3, "read_agg": times(4, 9)},
             "data": {"kind": "block", "read_count": 5, "read_agg": times(2, 7)},
-            "2": {"kind": "block", "read_count": 0, "read_agg": times(0, 0)},
+            "drive.2": {"kind": "block", "read_count": 0, "read_agg": times(0, 0)},
             "rng": {"kind": "entropy", "entropy_bytes": 6},
         },
         "mmds": null,
     });
-    let groups = groups(&machine);
+    let ids = HashMap::from([("drive.2".parse().unwrap(), "2".to_string())]);
+    let groups = groups(&machine, &ids);
     assert_eq!(groups["vcpu"]["exit_io_in"], 3);
     assert_eq!(groups["vcpu"]["exit_io_in_agg"]["max_us"], 0);
     assert_eq!(groups["vcpu_1"]["exit_io_in"], 2);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, null_as_default, put_all, put_by};
-use crate::configuration::{Configuration, check_readable, device_name, disk_config};
+use crate::configuration::{Configuration, check_readable, disk_config};
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -145,7 +145,7 @@ impl DriveUpdate {
             });
         };
         let mut drive = drive.clone();
-        let name = device_name("drive_id", &drive.drive_id)?;
+        let name = configuration.drive_name(&drive.drive_id)?;
         if let Some(path) = self.path_on_host {
             let command = DeviceCommand::ReplaceImage { path: path.clone() };
             let replaced = instance.controller().device(&name, command);

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, put_all, put_by};
-use crate::configuration::{Configuration, device_name, net_config, net_limits};
+use crate::configuration::{Configuration, net_config, net_limits};
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -118,7 +118,7 @@ impl NetworkInterfaceUpdate {
         };
         interface.rx_rate_limiter = applied(self.rx_rate_limiter, interface.rx_rate_limiter);
         interface.tx_rate_limiter = applied(self.tx_rate_limiter, interface.tx_rate_limiter);
-        let name = device_name("iface_id", &interface.iface_id)?;
+        let name = configuration.interface_name(&interface.iface_id)?;
         let command = DeviceCommand::SetNetLimits(net_limits(&interface));
         instance.controller().device(&name, command)?;
         instance.record(|configuration| {

@@ -183,7 +183,7 @@ fn idle_machine(tap: Option<&String>) -> MachineConfig {
         .parse::<MemorySize>()
         .expect("it is a size of memory");
     config.serial = SerialConfig::None;
-    config.rng = false;
+    config.rng = None;
     config.nets = tap
         .map(|tap| {
             format!("tap={tap}")

@@ -5,16 +5,16 @@ use std::str::FromStr;
 
 use bantam_devices::virtio::owner::DeviceCommand;
 use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::memory_size::{MIB, parse_bytes};
-use super::{ConfigError, option_string, whole_number};
+use super::{ConfigError, is_default, option_string, whole_number};
 
 /// A balloon, by which the guest gives memory back to the host.
 ///
 /// On the command line `size=SIZE[,deflate-on-oom=on][,reporting=on][,hinting=on][,statistics=SECONDS]`;
 /// in a machine file a table `[balloon]` with the same keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
     rename_all = "kebab-case",
@@ -24,16 +24,20 @@ pub struct BalloonConfig {
     /// How much memory the guest is to give up at the start.
     pub size: BalloonSize,
     /// Whether the guest may take memory back when it would otherwise have to end processes.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub deflate_on_oom: bool,
     /// Whether the guest reports by itself which memory it does not use.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub reporting: bool,
     /// Whether the guest can be asked which memory it does not use.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub hinting: bool,
     /// How often the guest is asked for statistics of its memory, in seconds; zero for never.
-    #[serde(default, deserialize_with = "seconds")]
+    #[serde(
+        default,
+        skip_serializing_if = "is_default",
+        deserialize_with = "seconds"
+    )]
     pub statistics: u32,
 }
 
@@ -133,6 +137,12 @@ impl FromStr for BalloonSize {
 impl fmt::Display for BalloonSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}M", self.0)
+    }
+}
+
+impl Serialize for BalloonSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -6,16 +6,16 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use bantam_devices::virtio::console::MAX_CHANNEL_NAME_SIZE;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, SerialConfig, option_string};
+use super::{ConfigError, SerialConfig, is_default, option_string};
 
 /// A named byte stream between the guest and the host, a port of a virtio console device.
 ///
 /// On the command line `name=NAME,WHERE`, where `WHERE` is `socket=PATH`, `file=PATH`, `pty` or `stdio`
 /// and a comma in a path is doubled; in a machine file a table `[[channel]]` with the same keys.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "ChannelOptions")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "ChannelOptions", into = "ChannelOptions")]
 pub struct ChannelConfig {
     /// By which the guest finds it.
     pub name: ChannelName,
@@ -24,26 +24,21 @@ pub struct ChannelConfig {
 }
 
 /// A channel as it is written.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
     expecting = "a channel: a table with name and socket, file, pty or stdio"
 )]
 struct ChannelOptions {
     name: ChannelName,
-    #[serde(default, deserialize_with = "path")]
+    #[serde(default, with = "super::path::option")]
     socket: Option<PathBuf>,
-    #[serde(default, deserialize_with = "path")]
+    #[serde(default, with = "super::path::option")]
     file: Option<PathBuf>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pty: bool,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     stdio: bool,
-}
-
-/// A path that is given.
-fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-    super::path::deserialize(deserializer).map(Some)
 }
 
 impl TryFrom<ChannelOptions> for ChannelConfig {
@@ -69,6 +64,26 @@ impl TryFrom<ChannelOptions> for ChannelConfig {
             (Some(end), None) => Ok(Self { name, end }),
             _ => Err(ConfigError::ChannelEnd { name }),
         }
+    }
+}
+
+impl From<ChannelConfig> for ChannelOptions {
+    fn from(channel: ChannelConfig) -> Self {
+        let mut options = Self {
+            name: channel.name,
+            socket: None,
+            file: None,
+            pty: false,
+            stdio: false,
+        };
+        match channel.end {
+            SerialConfig::Socket(path) => options.socket = Some(path),
+            SerialConfig::File(path) => options.file = Some(path),
+            SerialConfig::Pty => options.pty = true,
+            SerialConfig::Stdio => options.stdio = true,
+            SerialConfig::None => {}
+        }
+        options
     }
 }
 
@@ -99,7 +114,7 @@ impl fmt::Display for ChannelConfig {
 
 /// Name of a channel: 1 to 128 letters, digits and the characters `.`, `-` and `_`, so that it can be
 /// the name of a file.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct ChannelName(String);
 

@@ -2,23 +2,123 @@
 
 pub use bantam_arch::cpuid::{CpuidModifier, CpuidRegister};
 pub use bantam_arch::msrs::MsrModifier;
+use serde::{Deserialize, Serialize};
+
+use super::WideNumber;
 
 use crate::host::{HostError, Virtualization, virtualization};
 
 /// What is changed of the vCPUs that KVM makes, and what KVM must be able to do for it; nothing by
-/// default. For embedding programs.
+/// default.
 ///
 /// KVM may leave out bits that it does not know, and it decides what a guest may do: a guest can
 /// have instructions that CPUID hides from it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "changes to vCPUs: a table with cpuid, msrs and required-capabilities"
+)]
 pub struct CpuModifiers {
     /// Changes to CPUID, in the order in which they are made. The topology stays the machine's.
+    #[serde(with = "cpuid", skip_serializing_if = "Vec::is_empty")]
     pub cpuid: Vec<CpuidModifier>,
     /// Changes to model-specific registers, in the order in which they are made.
+    #[serde(with = "msrs", skip_serializing_if = "Vec::is_empty")]
     pub msrs: Vec<MsrModifier>,
     /// Numbers of capabilities without which the machine is not to start (KVM API,
     /// `KVM_CHECK_EXTENSION`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub required_capabilities: Vec<u32>,
+}
+
+/// How lists of [`CpuidModifier`]s are written.
+mod cpuid {
+    use serde::{Deserializer, Serializer};
+
+    use super::{CpuidKeys, CpuidModifier, Deserialize, Serialize};
+
+    #[derive(Serialize, Deserialize)]
+    struct Item(#[serde(with = "CpuidKeys")] CpuidModifier);
+
+    pub(super) fn serialize<S: Serializer>(
+        list: &[CpuidModifier],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(list.iter().copied().map(Item))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<CpuidModifier>, D::Error> {
+        let items = Vec::<Item>::deserialize(deserializer)?;
+        Ok(items.into_iter().map(|item| item.0).collect())
+    }
+}
+
+/// The keys of a [`CpuidModifier`].
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "CpuidModifier", deny_unknown_fields)]
+struct CpuidKeys {
+    leaf: u32,
+    #[serde(default)]
+    subleaf: u32,
+    #[serde(default)]
+    flags: u32,
+    #[serde(with = "RegisterName")]
+    register: CpuidRegister,
+    mask: u32,
+    value: u32,
+}
+
+/// What [`CpuidRegister`]s are called.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "CpuidRegister", rename_all = "lowercase")]
+enum RegisterName {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// How lists of [`MsrModifier`]s are written.
+mod msrs {
+    use serde::{Deserializer, Serializer};
+
+    use super::{Deserialize, MsrKeys, MsrModifier, WideNumber};
+
+    pub(super) fn serialize<S: Serializer>(
+        list: &[MsrModifier],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(list.iter().map(|modifier| MsrKeys {
+            index: modifier.index,
+            mask: WideNumber(modifier.mask),
+            value: WideNumber(modifier.value),
+        }))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<MsrModifier>, D::Error> {
+        let items = Vec::<MsrKeys>::deserialize(deserializer)?.into_iter();
+        let modifiers = items.map(|keys| MsrModifier {
+            index: keys.index,
+            mask: keys.mask.0,
+            value: keys.value.0,
+        });
+        Ok(modifiers.collect())
+    }
+}
+
+/// The keys of a [`MsrModifier`].
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MsrKeys {
+    index: u32,
+    mask: WideNumber,
+    value: WideNumber,
 }
 
 impl CpuModifiers {

@@ -8,24 +8,43 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 
-/// Name by which the owner of a machine speaks of one of its devices: 1 to 64 letters, digits, `-`, `_` and
-/// `.`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+/// What a device of the machine is called on the host: 1 to 64 letters, digits and the characters `.`, `-`
+/// and `_`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub struct DeviceName(String);
 
 impl DeviceName {
-    /// Most bytes of a name.
+    /// Most characters of a name.
     pub const MAX_SIZE: usize = 64;
+
+    /// Names of the devices that a machine has once at most. No disk or network device can have one, so
+    /// that a machine can be given any of these devices later.
+    pub const FIXED: [&str; 7] = [
+        "serial", "console", "channels", "keyboard", "vsock", "rng", "balloon",
+    ];
+
+    /// The name of the device of a kind that has no other: the kind, and its place counted from zero.
+    pub(super) fn by_place(kind: &str, place: usize) -> Self {
+        Self(format!("{kind}{place}"))
+    }
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Name of the device of its kind at the place `index`, counted from zero, such as `disk0`.
-    pub(crate) fn numbered(kind: &str, index: usize) -> DeviceName {
-        DeviceName(format!("{kind}{index}"))
+    /// Whether it is one of [`DeviceName::FIXED`].
+    pub fn is_fixed(&self) -> bool {
+        Self::FIXED.contains(&self.as_str())
+    }
+
+    /// Whether a device could have it by its kind and place.
+    pub(super) fn is_by_place(&self) -> bool {
+        let place = ["disk", "net"]
+            .into_iter()
+            .find_map(|kind| self.0.strip_prefix(kind));
+        place.is_some_and(|place| place.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
     /// Name of the virtio console.
@@ -38,7 +57,7 @@ impl DeviceName {
         DeviceName::of_kind("balloon")
     }
 
-    /// Name of the only device of its kind.
+    /// Name of the only device of its kind, one of [`DeviceName::FIXED`].
     pub(crate) fn of_kind(kind: &str) -> DeviceName {
         DeviceName(kind.to_owned())
     }
@@ -47,26 +66,21 @@ impl DeviceName {
 impl TryFrom<String> for DeviceName {
     type Error = ConfigError;
 
-    fn try_from(text: String) -> Result<DeviceName, ConfigError> {
-        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        if !(1..=Self::MAX_SIZE).contains(&text.len()) || !text.bytes().all(allowed) {
-            return Err(ConfigError::DeviceName { text });
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+        if (1..=Self::MAX_SIZE).contains(&text.len()) && text.chars().all(is_allowed) {
+            Ok(Self(text))
+        } else {
+            Err(ConfigError::DeviceName { text })
         }
-        Ok(DeviceName(text))
     }
 }
 
 impl FromStr for DeviceName {
     type Err = ConfigError;
 
-    fn from_str(text: &str) -> Result<DeviceName, ConfigError> {
-        text.to_owned().try_into()
-    }
-}
-
-impl From<DeviceName> for String {
-    fn from(name: DeviceName) -> String {
-        name.0
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        text.to_string().try_into()
     }
 }
 
@@ -79,5 +93,33 @@ impl Borrow<str> for DeviceName {
 impl fmt::Display for DeviceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_1_to_64_letters_digits_and_marks() {
+        for name in ["a", "root-disk_1.x", &"x".repeat(64)] {
+            assert_eq!(name.parse::<DeviceName>().unwrap().as_str(), name);
+        }
+        for name in ["", "a b", "a/b", "é", "a,b", &"x".repeat(65)] {
+            let error = name.parse::<DeviceName>().unwrap_err().to_string();
+            assert!(
+                error.contains("1 to 64 letters, digits and '.', '-', '_'"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_that_other_devices_have_are_known() {
+        let name = |text: &str| text.parse::<DeviceName>().unwrap();
+        assert!(name("rng").is_fixed() && !name("rng0").is_fixed());
+        assert!(name("disk0").is_by_place() && name("net17").is_by_place());
+        assert!(!name("disk").is_fixed() && !name("disk0a").is_by_place());
+        assert_eq!(DeviceName::by_place("net", 3), name("net3"));
     }
 }

@@ -5,73 +5,75 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use bantam_devices::virtio::owner::DeviceCommand;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
-use super::quantity::check_bursts;
-use super::{ConfigError, DeviceName, Quantity, option_string, whole_number};
+use super::limits::{ShortKeys, serde_with_short_keys};
+use super::{ConfigError, DeviceName, LimitsConfig, is_default, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
 ///
 /// On the command line `PATH[,ro][,id=NAME][,KEY=VALUE]...`, where a comma in the path or name is
 /// doubled; in a machine file a `[[disk]]` table with the same keys, and `readonly` for `ro`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a disk: a table with a path")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    remote = "Self",
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a disk: a table with a path"
+)]
 pub struct DiskConfig {
     /// File or block device with the disk's contents.
-    #[serde(deserialize_with = "super::path::deserialize")]
+    #[serde(with = "super::path")]
     pub path: PathBuf,
     /// Whether the guest cannot write to it.
-    #[serde(default, alias = "ro")]
+    #[serde(default, skip_serializing_if = "is_default", alias = "ro")]
     pub readonly: bool,
     /// Serial number by which the guest can tell the disk from others.
     pub id: Option<DiskId>,
+    /// What the disk is called on the host; see [`DiskConfig::device_name`].
+    pub name: Option<DeviceName>,
     /// Where written data is kept until a flush.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub cache: CacheModeOption,
     /// How requests are done.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub engine: BlockEngineOption,
     /// The image's format. If it is not given, the image is raw, and one whose name says another
     /// format is refused.
     pub format: Option<DiskFormatOption>,
     /// Size of the blocks that the guest is told of; that of a block device, and 512 for a file, if it
     /// is not given.
-    #[serde(rename = "block-size")]
     pub block_size: Option<DiskBlockSize>,
     /// Whether others must leave the image alone.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub lock: DiskLockOption,
     /// Number of queues; one for each vCPU, up to [`DiskConfig::DEFAULT_MAX_QUEUES`], if not given.
     pub queues: Option<DiskQueueCount>,
     /// Whether the disk is served by a thread of its own.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub iothread: bool,
     /// Whether that thread looks for requests for longer than a moment before it sleeps.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub poll: bool,
-    /// Limit of the bytes that are read and written in a second.
-    #[serde(rename = "bytes-per-second")]
-    pub bytes_per_second: Option<Quantity>,
-    /// How many bytes may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "burst-bytes")]
-    pub burst_bytes: Option<Quantity>,
-    /// Limit of the requests in a second.
-    #[serde(rename = "operations-per-second")]
-    pub operations_per_second: Option<Quantity>,
-    /// How many requests may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "burst-operations")]
-    pub burst_operations: Option<Quantity>,
-    /// Limits in place of those above, which are all that a user can say; for embedding programs.
-    #[serde(skip)]
-    pub limits: Option<Limits>,
+    /// Limits of what the guest can do.
+    #[serde(
+        default,
+        skip_serializing_if = "is_default",
+        alias = "bytes-per-second",
+        alias = "burst-bytes",
+        alias = "operations-per-second",
+        alias = "burst-operations"
+    )]
+    pub limits: LimitsConfig,
     /// Whether an image that is empty, or ends within a block though it is written, is taken rather
-    /// than refused; for embedding programs. The guest does not see what is beyond the last block.
-    #[serde(skip)]
+    /// than refused. The guest does not see what is beyond the last block.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub any_size: bool,
 }
+
+serde_with_short_keys!(DiskConfig);
 
 impl DiskConfig {
     /// Most queues that a disk has unless it is told how many.
@@ -83,6 +85,7 @@ impl DiskConfig {
             path: path.into(),
             readonly: false,
             id: None,
+            name: None,
             cache: CacheModeOption::default(),
             engine: BlockEngineOption::default(),
             format: None,
@@ -91,27 +94,28 @@ impl DiskConfig {
             queues: None,
             iothread: false,
             poll: false,
-            bytes_per_second: None,
-            burst_bytes: None,
-            operations_per_second: None,
-            burst_operations: None,
-            limits: None,
+            limits: LimitsConfig::default(),
             any_size: false,
         }
     }
 
-    /// Name of the device, which is the disk at the place `index` of its machine, counted from zero.
-    pub(crate) fn device_name(&self, index: usize) -> DeviceName {
-        let id = self.id.as_ref().map(|id| id.as_str().to_owned());
-        id.and_then(|id| DeviceName::try_from(id).ok())
-            .unwrap_or_else(|| DeviceName::numbered("disk", index))
+    /// What the disk is called as the one at `place`, counted from zero: its name or, if it has none, its id.
+    /// A disk with neither is called by its place, such as `disk0`, and so is one whose id is not a
+    /// [`DeviceName`] or could be the name of another device.
+    pub fn device_name(&self, place: usize) -> DeviceName {
+        let id = || {
+            let name: DeviceName = self.id.as_ref()?.as_str().parse().ok()?;
+            (!name.is_fixed() && !name.is_by_place()).then_some(name)
+        };
+        let name = self.name.clone().or_else(id);
+        name.unwrap_or_else(|| DeviceName::by_place("disk", place))
     }
 
     /// Takes over what `command` has changed.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         match command {
             DeviceCommand::ReplaceImage { path } => self.path.clone_from(path),
-            DeviceCommand::SetLimits(limits) => self.limits = Some(*limits),
+            DeviceCommand::SetLimits(limits) => self.limits = (*limits).into(),
             _ => {}
         }
     }
@@ -126,20 +130,8 @@ impl DiskConfig {
 
     /// Checks that the limits and bursts of the disk fit together.
     pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
-        check_bursts(
-            || format!("disk '{}'", self.path.display()),
-            &self.quantities(),
-        )
-    }
-
-    /// Each limit, followed by its burst.
-    fn quantities(&self) -> [(&'static str, Option<Quantity>); 4] {
-        [
-            ("bytes-per-second", self.bytes_per_second),
-            ("burst-bytes", self.burst_bytes),
-            ("operations-per-second", self.operations_per_second),
-            ("burst-operations", self.burst_operations),
-        ]
+        let device = || format!("disk '{}'", self.path.display());
+        self.limits.check_bursts(device)
     }
 }
 
@@ -161,6 +153,7 @@ impl TryFrom<&OsStr> for DiskConfig {
     }
 }
 
+/// Writes the option string, which has no word for limits that are buckets.
 impl fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&option_string::escape(&self.path.to_string_lossy()))?;
@@ -169,6 +162,9 @@ impl fmt::Display for DiskConfig {
         }
         if let Some(id) = &self.id {
             write!(f, ",id={}", option_string::escape(id.as_str()))?;
+        }
+        if let Some(name) = &self.name {
+            write!(f, ",name={name}")?;
         }
         if self.cache != CacheModeOption::default() {
             write!(f, ",cache={}", self.cache)?;
@@ -194,17 +190,18 @@ impl fmt::Display for DiskConfig {
         if self.poll {
             f.write_str(",poll=on")?;
         }
-        for (key, quantity) in self.quantities() {
-            if let Some(quantity) = quantity {
-                write!(f, ",{key}={}", quantity.get())?;
-            }
+        for (key, quantity) in self.limits.rates() {
+            write!(f, ",{key}={}", quantity.get())?;
+        }
+        if self.any_size {
+            f.write_str(",any-size=on")?;
         }
         Ok(())
     }
 }
 
 /// Where data that the guest has written is kept until the guest flushes it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheModeOption {
     /// In the host's page cache.
@@ -230,7 +227,7 @@ impl fmt::Display for CacheModeOption {
 }
 
 /// How the requests of a disk are done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockEngineOption {
     /// Each in the way that is best for it, as far as the host has it.
@@ -253,8 +250,8 @@ impl fmt::Display for BlockEngineOption {
 }
 
 /// Format of a disk image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", rename_all = "lowercase")]
 pub enum DiskFormatOption {
     /// The bytes of the file are those of the disk.
     Raw,
@@ -280,8 +277,8 @@ impl fmt::Display for DiskFormatOption {
 }
 
 /// Whether the lock of a disk image is a condition for its use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskLockOption {
     /// An image that another uses is refused, and so is one that cannot be locked.
     #[default]
@@ -290,24 +287,24 @@ pub enum DiskLockOption {
     Warn,
     /// It is neither locked nor looked whether another uses it.
     Off,
-    /// As [`DiskLockOption::On`], but an image on a file system without locks is used with a warning;
-    /// for embedding programs.
-    #[serde(skip)]
+    /// An image that another uses is refused, and one on a file system without locks is used with a
+    /// warning.
     WherePossible,
 }
 
 impl fmt::Display for DiskLockOption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::On | Self::WherePossible => "on",
+            Self::On => "on",
             Self::Warn => "warn",
             Self::Off => "off",
+            Self::WherePossible => "where-possible",
         })
     }
 }
 
 /// Size of the blocks that a guest is told of: 512 or 4096 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskBlockSize(u32);
 
 impl DiskBlockSize {
@@ -335,7 +332,7 @@ impl<'de> Deserialize<'de> for DiskBlockSize {
 }
 
 /// A number of queues from 1 to [`MAX_QUEUES`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskQueueCount(u16);
 
 impl DiskQueueCount {
@@ -364,7 +361,7 @@ impl<'de> Deserialize<'de> for DiskQueueCount {
 
 /// Serial number of a disk: 1 to 20 printable ASCII characters, as many as a virtio block device
 /// can tell its driver (virtio 1.3, section 5.2.6).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct DiskId(String);
 
@@ -400,10 +397,19 @@ impl fmt::Display for DiskId {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::{LimitConfig, Quantity};
     use super::*;
 
     fn disk(text: &str) -> Result<DiskConfig, String> {
         text.parse().map_err(|error: ConfigError| error.to_string())
+    }
+
+    fn rate(per_second: i64, burst: Option<i64>) -> LimitConfig {
+        let quantity = |number| Quantity::try_from(number).unwrap();
+        LimitConfig::Rate {
+            per_second: Some(quantity(per_second)),
+            burst: burst.map(quantity),
+        }
     }
 
     #[test]
@@ -414,6 +420,7 @@ mod tests {
             path: "/a=b,c.img".into(),
             readonly: true,
             id: Some(id),
+            name: Some("root".parse().unwrap()),
             cache: CacheModeOption::None,
             engine: BlockEngineOption::IoUring,
             format: Some(DiskFormatOption::Raw),
@@ -422,14 +429,13 @@ mod tests {
             queues: Some(DiskQueueCount(3)),
             iothread: true,
             poll: true,
-            bytes_per_second: Some(Quantity::try_from(10_i64 << 20).unwrap()),
-            burst_bytes: None,
-            operations_per_second: Some(Quantity::try_from(500).unwrap()),
-            burst_operations: Some(Quantity::try_from(2048).unwrap()),
-            limits: None,
+            limits: LimitsConfig {
+                bytes: rate(10 << 20, None),
+                operations: rate(500, Some(2048)),
+            },
             any_size: false,
         };
-        let text = "/a=b,,c.img,id=root disk,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
+        let text = "/a=b,,c.img,id=root disk,name=root,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
                     poll=on,format=raw,block-size=4096,lock=warn,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
         assert_eq!(disk(text), Ok(expected));
         assert!(!disk("a,iothread=off").unwrap().iothread);
@@ -439,9 +445,9 @@ mod tests {
     fn errors_show_the_accepted_form() {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
-            "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'cache', \
-             'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'bytes-per-second', 'burst-bytes', \
-             'operations-per-second', 'burst-operations'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
+            "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'name', 'cache', \
+             'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'burst-bytes', \
+             'burst-operations', 'bytes-per-second', 'limits', 'operations-per-second', 'any-size'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
         assert!(
             disk("root.img,cache=no")
@@ -473,6 +479,20 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_called_by_its_name_its_id_or_its_place() {
+        for (text, name) in [
+            ("a,name=root,id=other", "root"),
+            ("a,id=root", "root"),
+            ("a", "disk3"),
+            ("a,id=root disk", "disk3"),
+            ("a,id=rng", "disk3"),
+            ("a,id=net0", "disk3"),
+        ] {
+            assert_eq!(disk(text).unwrap().device_name(3).as_str(), name);
+        }
+    }
+
+    #[test]
     fn an_id_fits_the_device() {
         assert!(disk("a,id=12345678901234567890").is_ok());
         for id in ["123456789012345678901", "tab\there", "é"] {
@@ -498,17 +518,21 @@ mod tests {
                 Just(DiskLockOption::On),
                 Just(DiskLockOption::Warn),
                 Just(DiskLockOption::Off),
+                Just(DiskLockOption::WherePossible),
             ],
             queues in proptest::option::of(1..=MAX_QUEUES),
             iothread: bool,
             poll: bool,
             limit in proptest::option::of(1..=i64::MAX),
+            name in proptest::option::of("[a-z0-9._-]{1,64}"),
+            any_size: bool,
         ) {
             let id = id.map(|id| DiskId::try_from(id).unwrap());
             let disk = DiskConfig {
                 path: path.into(),
                 readonly,
                 id,
+                name: name.map(|name| name.parse().unwrap()),
                 cache,
                 engine,
                 format: is_raw.then_some(DiskFormatOption::Raw),
@@ -517,8 +541,11 @@ mod tests {
                 queues: queues.map(DiskQueueCount),
                 iothread,
                 poll,
-                bytes_per_second: limit.map(|limit| Quantity::try_from(limit).unwrap()),
-                ..DiskConfig::new("")
+                limits: LimitsConfig {
+                    bytes: limit.map_or_else(LimitConfig::default, |limit| rate(limit, None)),
+                    operations: LimitConfig::default(),
+                },
+                any_size,
             };
             prop_assert_eq!(disk.to_string().parse::<DiskConfig>().unwrap(), disk);
         }

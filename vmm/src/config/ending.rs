@@ -5,12 +5,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{ConfigError, variant_by_name};
 
 /// What happens when all vCPUs have halted with interrupts off, so that nothing can wake them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnHalt {
     /// The log says so, and the machine stays until somebody ends it.
@@ -38,7 +38,7 @@ impl fmt::Display for OnHalt {
 }
 
 /// Of whom the exit status of the program tells that runs the machine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ExitStatus {
     /// Of the guest: each way of ending has a status of its own.
@@ -113,6 +113,12 @@ impl FromStr for ShutdownTimeout {
         let number = number.parse::<u64>().ok();
         let milliseconds = number.zip(unit).and_then(|(n, unit)| n.checked_mul(unit));
         Self::from_millis(milliseconds, text)
+    }
+}
+
+impl Serialize for ShutdownTimeout {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

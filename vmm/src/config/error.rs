@@ -4,28 +4,19 @@ use std::io;
 use std::path::PathBuf;
 
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MAX_VCPUS, MAX_VIRTIO_DEVICES, MIN_MEMORY_SIZE};
-use bantam_boot::CommandLineError;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use bantam_devices::virtio::console::MAX_CHANNELS;
 use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MIN_GUEST_CID};
 
 use super::memory_size::Bytes;
 use super::{
-    BalloonSize, ChannelName, DiskId, HugePages, InterfaceName, MacAddress, MemorySize, Mtu,
-    QueuePairs, VsockConfig,
+    BalloonSize, ChannelName, DeviceName, DiskId, HugePages, InterfaceName, MacAddress, MemorySize,
+    Mtu, QueuePairs, VsockConfig,
 };
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A name that no device can have.
-    #[error(
-        "invalid device name '{text}': expected 1 to 64 letters, digits, dashes, underscores and dots"
-    )]
-    DeviceName {
-        /// The name.
-        text: String,
-    },
     /// The machine file could not be read.
     #[error("cannot read machine file '{}': {source}", path.display())]
     ReadMachineFile {
@@ -44,9 +35,12 @@ pub enum ConfigError {
         /// What is wrong with it.
         message: String,
     },
-    /// A text is not part of a kernel command line.
-    #[error(transparent)]
-    CommandLine(#[from] CommandLineError),
+    /// What the sources say together is not a machine.
+    #[error("{message}")]
+    Options {
+        /// What is wrong with it.
+        message: String,
+    },
     /// There is nothing to boot.
     #[error("no kernel given: add '--kernel FILE', or 'kernel = \"FILE\"' in the machine file")]
     NoKernel,
@@ -144,6 +138,45 @@ pub enum ConfigError {
         burst: &'static str,
         /// Name of the option with its limit.
         limit: &'static str,
+    },
+    /// A limit that is neither an average nor a bucket.
+    #[error(
+        "a limit is per-second, perhaps with burst, or size with refill-time, perhaps with \
+         one-time-burst: give one of the two"
+    )]
+    LimitForm,
+    /// Limits are given in two ways, of which one would win silently.
+    #[error("both {key} and limits are given: give all limits of the device in one way")]
+    LimitsTwice {
+        /// Name of the option beside the table of limits.
+        key: &'static str,
+    },
+    /// Not a time in which a bucket can fill.
+    #[error("invalid time '{}' to refill: expected one such as 100ms, 1s or 250us", text.escape_debug())]
+    RefillTime {
+        /// What was given.
+        text: String,
+    },
+    /// Not the name of a device.
+    #[error(
+        "invalid device name '{}': expected 1 to {} letters, digits and '.', '-', '_'",
+        text.escape_debug(), DeviceName::MAX_SIZE
+    )]
+    DeviceName {
+        /// What was given.
+        text: String,
+    },
+    /// Two devices have the same name.
+    #[error("device name '{name}' is given twice: give each device a name of its own")]
+    RepeatedDeviceName {
+        /// The name.
+        name: DeviceName,
+    },
+    /// A disk or network device has a name that is kept for a device of another kind.
+    #[error("device name '{name}' is that of another kind of device: choose another name")]
+    FixedDeviceName {
+        /// The name.
+        name: DeviceName,
     },
     /// Not the id of a disk.
     #[error("invalid disk id '{}': expected 1 to {} printable ASCII characters",
@@ -309,14 +342,10 @@ pub enum ConfigError {
     #[error("metadata is served over no network device: name one")]
     MetadataWithoutNet,
     /// Metadata is to be served over a network device that there is not.
-    #[error(
-        "cannot serve metadata over network device {index}: the machine has {count}, counted from 0"
-    )]
+    #[error("cannot serve metadata over '{name}': the machine has no network device of that name")]
     MetadataNet {
-        /// Which device was named, counted from zero.
-        index: usize,
-        /// How many there are.
-        count: usize,
+        /// Which device was named.
+        name: DeviceName,
     },
     /// Not an other end that a serial port or console can have.
     #[error("invalid end '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]

@@ -3,30 +3,29 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use bantam_boot::CommandLine;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{BalloonConfig, ChannelConfig, DiskConfig, NetConfig, VsockConfig};
+use super::{BalloonConfig, ChannelConfig, DiskConfig, MetadataConfig, NetConfig, VsockConfig};
 
 /// Reads `[[disk]]` tables.
 pub(super) fn disks<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<Option<Vec<DiskConfig>>, D::Error> {
+) -> Result<Vec<DiskConfig>, D::Error> {
     tables(deserializer, "disk", "path = \"disk.img\"")
 }
 
 /// Reads `[[net]]` tables.
-pub(super) fn nets<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<Vec<NetConfig>>, D::Error> {
+pub(super) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<NetConfig>, D::Error> {
     tables(deserializer, "net", "tap = \"tap0\"")
 }
 
 /// Reads `[[channel]]` tables.
 pub(super) fn channels<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<Option<Vec<ChannelConfig>>, D::Error> {
+) -> Result<Vec<ChannelConfig>, D::Error> {
     tables(deserializer, "channel", "name = \"org.example.agent\"")
 }
 
@@ -44,28 +43,42 @@ pub(super) fn balloon<'de, D: Deserializer<'de>>(
     table(deserializer, "balloon")
 }
 
-/// Reads a string, or a list of them.
-pub(super) fn texts<'de, D: Deserializer<'de>>(
+/// Reads the `[metadata]` table.
+pub(super) fn metadata<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<Option<Vec<String>>, D::Error> {
-    deserializer.deserialize_any(Texts).map(Some)
+) -> Result<Option<MetadataConfig>, D::Error> {
+    table(deserializer, "metadata")
 }
 
-struct Texts;
+/// Reads a text to append to the kernel command line, or a list of texts, which become one.
+pub(super) fn appended<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<String>, D::Error> {
+    deserializer.deserialize_any(Appended).map(Some)
+}
 
-impl<'de> Visitor<'de> for Texts {
-    type Value = Vec<String>;
+struct Appended;
+
+impl<'de> Visitor<'de> for Appended {
+    type Value = String;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a string or a list of strings")
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<Vec<String>, E> {
-        Ok(vec![text.to_owned()])
+    fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
+        let mut line = CommandLine::default();
+        line.append(text).map_err(E::custom)?;
+        Ok(text.to_owned())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Vec<String>, A::Error> {
-        Vec::deserialize(SeqAccessDeserializer::new(items))
+    fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<String, A::Error> {
+        // Kernel parameters of all texts come before a `--`, and arguments for init after it.
+        let mut line = CommandLine::default();
+        for text in Vec::<String>::deserialize(SeqAccessDeserializer::new(items))? {
+            line.append(&text).map_err(A::Error::custom)?;
+        }
+        Ok(line.to_string())
     }
 }
 
@@ -74,13 +87,13 @@ fn tables<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
     name: &'static str,
     example: &'static str,
-) -> Result<Option<Vec<T>>, D::Error> {
+) -> Result<Vec<T>, D::Error> {
     let visitor = Tables {
         name,
         example,
         item: PhantomData,
     };
-    deserializer.deserialize_any(visitor).map(Some)
+    deserializer.deserialize_any(visitor)
 }
 
 struct Tables<T> {

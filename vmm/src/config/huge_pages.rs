@@ -3,13 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, variant_by_name};
 
 /// Which pages of the host guest memory is made of. Larger ones save the processor work when it
 /// translates addresses, and memory for page tables.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HugePages {
     /// Ordinary ones of 4 KiB, unless the host makes huge ones of all memory.

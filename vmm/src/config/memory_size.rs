@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use bantam_arch::layout::{MAX_MEMORY_SIZE, MIN_MEMORY_SIZE};
 use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::ConfigError;
 
@@ -109,6 +109,12 @@ impl fmt::Display for Bytes {
             _ if self.0 == 0 => f.write_str("0"),
             _ => write!(f, "{} bytes", self.0),
         }
+    }
+}
+
+impl Serialize for MemorySize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

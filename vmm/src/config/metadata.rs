@@ -1,30 +1,101 @@
 //! Metadata.
 
 use bantam_metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::{DeviceName, is_default};
+
 /// What the guest is told over HTTP on a link-local address, and how.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// In a machine file it is a table `[metadata]`, whose `contents` are a string of JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "metadata: a table with nets"
+)]
 pub struct MetadataConfig {
-    /// The network devices over which the guest reaches it, by their place in the configuration,
-    /// counted from zero; at least one.
-    pub nets: Vec<usize>,
+    /// Names of the network devices over which the guest reaches it; at least one.
+    pub nets: Vec<DeviceName>,
     /// Which requests are answered.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub version: MetadataVersion,
     /// Where the guest finds it.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub address: MetadataAddress,
     /// Whether the guest gets text whatever it asks for.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub imds_compat: bool,
     /// Most bytes of all contents, in JSON without spaces.
+    #[serde(
+        default = "default_size_limit",
+        skip_serializing_if = "is_default_size_limit",
+        with = "size"
+    )]
     pub size_limit: usize,
     /// What there is at first. Without this, a guest finds nothing until something is put.
+    #[serde(default, with = "json")]
     pub contents: Option<Value>,
+}
+
+fn default_size_limit() -> usize {
+    MetadataOptions::default().size_limit
+}
+
+fn is_default_size_limit(size: &usize) -> bool {
+    *size == default_size_limit()
+}
+
+/// A size that may be too large for an integer of TOML.
+mod size {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::config::WideNumber;
+
+    pub(super) fn serialize<S: Serializer>(size: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+        WideNumber(*size as u64).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<usize, D::Error> {
+        let WideNumber(size) = WideNumber::deserialize(deserializer)?;
+        usize::try_from(size).map_err(D::Error::custom)
+    }
+}
+
+/// JSON as text: TOML has neither its null nor its large numbers.
+mod json {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+    use serde_json::Value;
+
+    pub(super) fn serialize<S: Serializer>(
+        contents: &Option<Value>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match contents {
+            Some(contents) => serializer.collect_str(contents),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Value>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let contents = serde_json::from_str(&text)
+            .map_err(|error| D::Error::custom(format_args!("the metadata is not JSON: {error}")))?;
+        Ok(Some(contents))
+    }
 }
 
 impl MetadataConfig {
     /// Metadata over `nets`, the rest as is usual: version 1 at 169.254.169.254, up to 51,200 bytes,
     /// and no contents yet.
-    pub fn new(nets: Vec<usize>) -> Self {
+    pub fn new(nets: Vec<DeviceName>) -> Self {
         let MetadataOptions {
             version,
             imds_compat,

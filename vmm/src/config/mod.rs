@@ -1,10 +1,10 @@
 //! What a machine is made of, as a user writes it: on the command line or in a machine file.
 //!
-//! [`MachineOptions`] holds what one source says, every part of it optional. Both sources read the
-//! same structs: a machine file through [`toml`], an option such as `--disk disk.img,ro,id=root`
-//! through a small serde deserializer for option strings. [`MachineOptions::or`] lays one source
-//! over another, and [`MachineOptions::into_config`] fills in the defaults and checks the result,
-//! a [`MachineConfig`]. An embedding program starts from [`MachineConfig::new`] instead.
+//! [`MachineConfig`] is all of it, and a machine file has its fields as keys: one can be read, and with
+//! [`MachineConfig::to_toml`] one can be written. [`MachineTable`] holds what one source says, the command
+//! line or a machine file, and [`MachineTable::over`] lays one over another. Both sources read the same
+//! structs: a machine file through [`toml`], an option such as `--disk disk.img,ro,id=root` through a small
+//! serde deserializer for option strings. An embedding program starts from [`MachineConfig::new`] instead.
 
 mod balloon;
 mod channel;
@@ -16,17 +16,20 @@ mod error;
 mod forms;
 mod huge_pages;
 mod input_file;
+mod limits;
 mod memory_size;
 mod metadata;
 mod net;
 mod option_string;
-mod options;
-mod path;
+pub mod path;
 mod quantity;
+mod rng;
 mod serial;
+mod table;
 mod vcpu_count;
 mod vsock;
 mod whole_number;
+mod wide_number;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -37,13 +40,12 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_arch::layout;
-use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::console::MAX_CHANNELS;
 use bantam_devices::virtio::owner::DeviceCommand;
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
-use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
+use serde::{Deserialize, Serialize};
 
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use channel::{ChannelConfig, ChannelName};
@@ -57,28 +59,42 @@ pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;
+pub use limits::{LimitConfig, LimitsConfig, NetLimitsConfig};
 pub use memory_size::MemorySize;
 pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
-pub use options::MachineOptions;
 pub use quantity::Quantity;
+pub use rng::RngConfig;
 pub use serial::SerialConfig;
+pub use table::MachineTable;
 pub use vcpu_count::VcpuCount;
 pub use vsock::{GuestCid, VsockConfig};
+
+use limits::RateKeys;
+use wide_number::WideNumber;
 
 /// Everything that decides what a machine is.
 ///
 /// The types of the fields hold only values that are right by themselves;
-/// [`MachineConfig::validate`] checks that they are right together.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// [`MachineConfig::validate`] checks that they are right together. In a machine file every key can be left
+/// out, which is the default of [`MachineConfig::new`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    default = "MachineConfig::without_kernel",
+    deny_unknown_fields,
+    rename_all = "kebab-case"
+)]
 pub struct MachineConfig {
     /// Kernel image.
+    #[serde(with = "path")]
     pub kernel: PathBuf,
     /// Initial RAM disk.
+    #[serde(with = "path::option")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line in place of the one that fits the machine.
     pub cmdline: Option<String>,
-    /// Words added to the end of the kernel command line.
+    /// Words added to the end of the kernel command line. In a machine file a list of texts is taken too.
+    #[serde(deserialize_with = "forms::appended")]
     pub append: Option<String>,
     /// Number of vCPUs.
     pub cpus: VcpuCount,
@@ -86,34 +102,39 @@ pub struct MachineConfig {
     /// The host's scheduler is not told: where that matters, the program pins the threads of the
     /// machine itself.
     pub smt: bool,
-    /// What is changed of the vCPUs that KVM makes; for embedding programs.
+    /// What is changed of the vCPUs that KVM makes.
     pub cpu: CpuModifiers,
     /// Guest memory.
     pub memory: MemorySize,
     /// Which pages of the host it is made of.
     pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
+    #[serde(rename = "disk", deserialize_with = "forms::disks")]
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
+    #[serde(rename = "net", deserialize_with = "forms::nets")]
     pub nets: Vec<NetConfig>,
     /// Socket device.
+    #[serde(deserialize_with = "forms::vsock")]
     pub vsock: Option<VsockConfig>,
     /// What the guest is told over its network devices.
+    #[serde(deserialize_with = "forms::metadata")]
     pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Bytes of output that the serial port takes; what the guest sends beyond that is dropped.
-    pub serial_limit: Option<RateLimit>,
+    pub serial_limit: LimitConfig,
     /// Other end of the virtio console, `/dev/hvc0` in a Linux guest; with [`SerialConfig::None`] there
     /// is no such console.
     pub console: SerialConfig,
     /// Channels between programs of the guest and of the host.
+    #[serde(rename = "channel", deserialize_with = "forms::channels")]
     pub channels: Vec<ChannelConfig>,
-    /// Whether the guest has an entropy device.
-    pub rng: bool,
-    /// Limits of the entropy device, of bytes and of the guest's buffers; for embedding programs.
-    pub rng_limits: Limits,
+    /// Entropy device.
+    #[serde(with = "rng")]
+    pub rng: Option<RngConfig>,
     /// Memory balloon.
+    #[serde(deserialize_with = "forms::balloon")]
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
@@ -155,11 +176,10 @@ impl MachineConfig {
             vsock: None,
             metadata: None,
             serial: SerialConfig::default(),
-            serial_limit: None,
+            serial_limit: LimitConfig::default(),
             console: SerialConfig::None,
             channels: Vec::new(),
-            rng: true,
-            rng_limits: Limits::default(),
+            rng: Some(RngConfig::default()),
             balloon: None,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
@@ -172,10 +192,80 @@ impl MachineConfig {
         }
     }
 
+    /// What a machine file says that says nothing; [`MachineConfig::validate`] refuses it.
+    fn without_kernel() -> Self {
+        Self::new("")
+    }
+
+    /// The keys of a machine file and their values, the defaults among them.
+    fn to_table(&self) -> toml::Table {
+        toml::Table::try_from(self).expect("each field serializes to what TOML has")
+    }
+
+    /// The machine file that describes the machine, without what is default.
+    ///
+    /// A reader takes relative paths as relative to the folder of the file
+    /// ([`MachineConfig::rebase_paths`]), and no file of more than 1 MiB ([`read_text_file`]).
+    pub fn to_toml(&self) -> String {
+        let defaults = Self::without_kernel().to_table();
+        let mut table = self.to_table();
+        table.retain(|key, value| defaults.get(key) != Some(value));
+        table.to_string()
+    }
+
+    /// Makes relative paths relative to `folder`.
+    pub fn rebase_paths(&mut self, folder: &Path) {
+        let channels = self.channels.iter_mut().map(|channel| &mut channel.end);
+        let streams = [&mut self.serial, &mut self.console]
+            .into_iter()
+            .chain(channels)
+            .filter_map(|end| match end {
+                SerialConfig::File(path) | SerialConfig::Socket(path) => Some(path),
+                SerialConfig::Stdio | SerialConfig::Pty | SerialConfig::None => None,
+            });
+        let kernel = Some(&mut self.kernel).filter(|path| !path.as_os_str().is_empty());
+        let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        for path in kernel
+            .into_iter()
+            .chain(&mut self.initrd)
+            .chain(vsock)
+            .chain(streams)
+            .chain(disks)
+        {
+            if path.is_relative() {
+                *path = folder.join(&path);
+            }
+        }
+    }
+
+    /// What the disks are called, in their order.
+    pub fn disk_names(&self) -> impl Iterator<Item = DeviceName> {
+        let disks = self.disks.iter().enumerate();
+        disks.map(|(place, disk)| disk.device_name(place))
+    }
+
+    /// What the network devices are called, in their order.
+    pub fn net_names(&self) -> impl Iterator<Item = DeviceName> {
+        let nets = self.nets.iter().enumerate();
+        nets.map(|(place, net)| net.device_name(place))
+    }
+
     /// Checks that the parts of the machine fit together.
     ///
     /// # Errors
     ///
+    /// As [`MachineConfig::validate_values`] and [`MachineConfig::validate_files`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_values()?;
+        self.validate_files()
+    }
+
+    /// Checks what needs no look at the file system, and so never waits for it.
+    ///
+    /// # Errors
+    ///
+    /// - [`ConfigError::NoKernel`]: there is nothing to boot.
     /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
     /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
@@ -185,20 +275,21 @@ impl MachineConfig {
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
-    /// - [`ConfigError::BurstWithoutLimit`]: a disk or network device has a burst of a limit that it
-    ///   does not have.
+    /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
+    ///   the name of another device.
+    /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst of a limit that it does not have.
     /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
     ///   no network device, or over one that there is not.
     /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
     /// - [`ConfigError::RepeatedChannel`]: two channels have one name.
+    /// - [`ConfigError::ChannelEnd`]: a channel leads nowhere.
     /// - [`ConfigError::RepeatedStdio`]: standard input and output are the end of two of serial port,
     ///   console and channels.
-    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of them.
-    /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
-    ///   kernel or the initrd.
-    /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub fn validate_values(&self) -> Result<(), ConfigError> {
+        if self.kernel.as_os_str().is_empty() {
+            return Err(ConfigError::NoKernel);
+        }
         let vcpu_count = self.cpus.get();
         if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
             return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
@@ -218,7 +309,7 @@ impl MachineConfig {
             + usize::from(self.vsock.is_some())
             + usize::from(self.console != SerialConfig::None)
             + usize::from(!self.channels.is_empty())
-            + usize::from(self.rng)
+            + usize::from(self.rng.is_some())
             + usize::from(self.balloon.is_some());
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices { count: devices });
@@ -250,9 +341,43 @@ impl MachineConfig {
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
+        if let Some(rng) = &self.rng {
+            rng.validate()?;
+        }
+        let keys = RateKeys {
+            per_second: "per-second",
+            burst: "burst",
+        };
+        let serial = || "the limit of the serial port".to_string();
+        self.serial_limit.check_burst(keys, serial)?;
+        self.validate_names()?;
         self.validate_metadata()?;
-        self.validate_streams()?;
+        self.validate_streams()
+    }
+
+    /// Checks which files the paths lead to. A file system that hangs is waited for.
+    ///
+    /// # Errors
+    ///
+    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of serial port, console and
+    ///   channels.
+    /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
+    ///   kernel or the initrd.
+    /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
+    pub fn validate_files(&self) -> Result<(), ConfigError> {
+        self.validate_stream_files()?;
         self.validate_disk_sharing()
+    }
+
+    fn validate_names(&self) -> Result<(), ConfigError> {
+        let names: Vec<_> = self.disk_names().chain(self.net_names()).collect();
+        if let Some(name) = names.iter().find(|name| name.is_fixed()) {
+            return Err(ConfigError::FixedDeviceName { name: name.clone() });
+        }
+        match first_repeated(names.into_iter()) {
+            Some(name) => Err(ConfigError::RepeatedDeviceName { name }),
+            None => Ok(()),
+        }
     }
 
     /// Takes over what `command` has changed of the device called `name`, so that a machine made by this is
@@ -308,9 +433,9 @@ impl MachineConfig {
         if metadata.nets.is_empty() {
             return Err(ConfigError::MetadataWithoutNet);
         }
-        let count = self.nets.len();
-        match metadata.nets.iter().find(|&&index| index >= count) {
-            Some(&index) => Err(ConfigError::MetadataNet { index, count }),
+        let names: Vec<_> = self.net_names().collect();
+        match metadata.nets.iter().find(|name| !names.contains(name)) {
+            Some(name) => Err(ConfigError::MetadataNet { name: name.clone() }),
             None => Ok(()),
         }
     }
@@ -323,12 +448,22 @@ impl MachineConfig {
         if let Some(name) = first_repeated(self.channels.iter().map(|channel| &channel.name)) {
             return Err(ConfigError::RepeatedChannel { name: name.clone() });
         }
+        let leads_nowhere = |channel: &&ChannelConfig| channel.end == SerialConfig::None;
+        if let Some(channel) = self.channels.iter().find(leads_nowhere) {
+            return Err(ConfigError::ChannelEnd {
+                name: channel.name.clone(),
+            });
+        }
         let mut at_stdio = self
             .streams()
             .filter(|(_, end)| **end == SerialConfig::Stdio);
         if let (Some((first, _)), Some((second, _))) = (at_stdio.next(), at_stdio.next()) {
             return Err(ConfigError::RepeatedStdio { first, second });
         }
+        Ok(())
+    }
+
+    fn validate_stream_files(&self) -> Result<(), ConfigError> {
         let inputs: Vec<_> = [Some(&self.kernel), self.initrd.as_ref()]
             .into_iter()
             .flatten()
@@ -396,7 +531,7 @@ fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T>
 }
 
 /// How the kernel is entered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocolOption {
     /// The best one that the kernel image offers.
@@ -427,7 +562,7 @@ impl fmt::Display for BootProtocolOption {
 }
 
 /// What a reboot or a panic of the guest does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReboot {
     /// Ends the machine.
@@ -460,12 +595,12 @@ fn variant_by_name<'de, T: Deserialize<'de>>(name: &'de str) -> Option<T> {
     T::deserialize(deserializer).ok()
 }
 
-/// Makes a relative path relative to `folder`.
-fn rebase(path: &mut PathBuf, folder: &Path) {
-    if path.is_relative() {
-        *path = folder.join(&path);
-    }
+/// Whether a value need not be written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
+#[cfg(test)]
+mod round_trip;
 #[cfg(test)]
 mod tests;

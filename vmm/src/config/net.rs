@@ -3,19 +3,19 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bantam_devices::virtio::net::NetLimits;
 use bantam_devices::virtio::owner::DeviceCommand;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::quantity::check_bursts;
-use super::{ConfigError, DeviceName, Quantity, option_string, whole_number};
+use super::limits::{ShortKeys, serde_with_short_keys};
+use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
 ///
 /// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...`; in a machine file a
 /// `[[net]]` table with the same keys.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
+    remote = "Self",
     deny_unknown_fields,
     expecting = "a network device: a table with a tap"
 )]
@@ -30,36 +30,27 @@ pub struct NetConfig {
     /// more than [`QueuePairs::MAX`], or one where the tap was made with a single queue.
     pub queues: Option<QueuePairs>,
     /// Whether the device is served by a thread of its own.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub iothread: bool,
-    /// Limit of the bytes that the guest receives in a second.
-    #[serde(rename = "rx-bytes-per-second")]
-    pub rx_bytes_per_second: Option<Quantity>,
-    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "rx-burst-bytes")]
-    pub rx_burst_bytes: Option<Quantity>,
-    /// Limit of the packets that the guest receives in a second.
-    #[serde(rename = "rx-packets-per-second")]
-    pub rx_packets_per_second: Option<Quantity>,
-    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "rx-burst-packets")]
-    pub rx_burst_packets: Option<Quantity>,
-    /// Limit of the bytes that the guest transmits in a second.
-    #[serde(rename = "tx-bytes-per-second")]
-    pub tx_bytes_per_second: Option<Quantity>,
-    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "tx-burst-bytes")]
-    pub tx_burst_bytes: Option<Quantity>,
-    /// Limit of the packets that the guest transmits in a second.
-    #[serde(rename = "tx-packets-per-second")]
-    pub tx_packets_per_second: Option<Quantity>,
-    /// How many of them may come at once after a rest; a tenth of a second's worth, if not given.
-    #[serde(rename = "tx-burst-packets")]
-    pub tx_burst_packets: Option<Quantity>,
-    /// Limits in place of those above, which are all that a user can say; for embedding programs.
-    #[serde(skip)]
-    pub limits: Option<NetLimits>,
+    /// What the device is called on the host; by its place, such as `net0`, if not given.
+    pub name: Option<DeviceName>,
+    /// Limits of what the guest receives and transmits.
+    #[serde(
+        default,
+        skip_serializing_if = "is_default",
+        alias = "rx-bytes-per-second",
+        alias = "rx-burst-bytes",
+        alias = "rx-packets-per-second",
+        alias = "rx-burst-packets",
+        alias = "tx-bytes-per-second",
+        alias = "tx-burst-bytes",
+        alias = "tx-packets-per-second",
+        alias = "tx-burst-packets"
+    )]
+    pub limits: NetLimitsConfig,
 }
+
+serde_with_short_keys!(NetConfig);
 
 impl NetConfig {
     /// A network device on `tap`, with the default for all else.
@@ -70,27 +61,21 @@ impl NetConfig {
             mtu: None,
             queues: None,
             iothread: false,
-            rx_bytes_per_second: None,
-            rx_burst_bytes: None,
-            rx_packets_per_second: None,
-            rx_burst_packets: None,
-            tx_bytes_per_second: None,
-            tx_burst_bytes: None,
-            tx_packets_per_second: None,
-            tx_burst_packets: None,
-            limits: None,
+            name: None,
+            limits: NetLimitsConfig::default(),
         }
     }
 
-    /// Name of the device, which is the network device at the place `index` of its machine, counted from zero.
-    pub(crate) fn device_name(&self, index: usize) -> DeviceName {
-        DeviceName::numbered("net", index)
+    /// What the device is called as the one at `place`, counted from zero.
+    pub fn device_name(&self, place: usize) -> DeviceName {
+        let name = self.name.clone();
+        name.unwrap_or_else(|| DeviceName::by_place("net", place))
     }
 
     /// Takes over what `command` has changed.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         if let DeviceCommand::SetNetLimits(limits) = command {
-            self.limits = Some(*limits);
+            self.limits = (*limits).into();
         }
     }
 
@@ -113,24 +98,8 @@ impl NetConfig {
 
     /// Checks that the limits and bursts of the network device fit together.
     pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
-        check_bursts(
-            || format!("the network device on tap '{}'", self.tap),
-            &self.quantities(),
-        )
-    }
-
-    /// Each limit, followed by its burst.
-    fn quantities(&self) -> [(&'static str, Option<Quantity>); 8] {
-        [
-            ("rx-bytes-per-second", self.rx_bytes_per_second),
-            ("rx-burst-bytes", self.rx_burst_bytes),
-            ("rx-packets-per-second", self.rx_packets_per_second),
-            ("rx-burst-packets", self.rx_burst_packets),
-            ("tx-bytes-per-second", self.tx_bytes_per_second),
-            ("tx-burst-bytes", self.tx_burst_bytes),
-            ("tx-packets-per-second", self.tx_packets_per_second),
-            ("tx-burst-packets", self.tx_burst_packets),
-        ]
+        let device = || format!("the network device on tap '{}'", self.tap);
+        self.limits.check_bursts(device)
     }
 }
 
@@ -144,6 +113,7 @@ impl FromStr for NetConfig {
     }
 }
 
+/// Writes the option string, which has no word for limits that are buckets.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "tap={}", option_string::escape(self.tap.as_str()))?;
@@ -159,10 +129,11 @@ impl fmt::Display for NetConfig {
         if self.iothread {
             f.write_str(",iothread=on")?;
         }
-        for (key, quantity) in self.quantities() {
-            if let Some(quantity) = quantity {
-                write!(f, ",{key}={}", quantity.get())?;
-            }
+        if let Some(name) = &self.name {
+            write!(f, ",name={name}")?;
+        }
+        for (key, quantity) in self.limits.rates() {
+            write!(f, ",{key}={}", quantity.get())?;
         }
         Ok(())
     }
@@ -170,7 +141,7 @@ impl fmt::Display for NetConfig {
 
 /// Name of a network interface of the host: 1 to 15 printable ASCII characters that Linux allows
 /// in such a name (no space, `/`, `:`, nor `%`, which makes it a pattern).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct InterfaceName(String);
 
@@ -261,6 +232,12 @@ impl TryFrom<String> for MacAddress {
     }
 }
 
+impl Serialize for MacAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
@@ -269,7 +246,7 @@ impl fmt::Display for MacAddress {
 }
 
 /// Maximum transmission unit in bytes: [`Mtu::MIN`] to [`Mtu::MAX`] (virtio 1.3, section 5.1.4.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Mtu(u16);
 
 impl Mtu {
@@ -311,7 +288,7 @@ impl fmt::Display for Mtu {
 
 /// Number of pairs of queues, one to receive and one to transmit each: [`QueuePairs::MIN`] to
 /// [`QueuePairs::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct QueuePairs(u8);
 
 impl QueuePairs {
@@ -354,6 +331,7 @@ impl fmt::Display for QueuePairs {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::{LimitConfig, LimitsConfig, Quantity};
     use super::*;
 
     fn net(text: &str) -> Result<NetConfig, String> {
@@ -372,8 +350,12 @@ mod tests {
         assert_eq!(net.mtu.unwrap().get(), 9000);
         assert_eq!(net.queues.unwrap().get(), 4);
         assert!(net.iothread);
-        assert_eq!(net.rx_bytes_per_second.unwrap().get(), 1 << 20);
-        assert_eq!(net.tx_burst_packets.unwrap().get(), 7);
+        let rates = net.limits.rates().into_iter();
+        let rates: Vec<_> = rates.map(|(key, rate)| (key, rate.get())).collect();
+        assert_eq!(
+            rates,
+            [("rx-bytes-per-second", 1 << 20), ("tx-burst-packets", 7)]
+        );
     }
 
     #[test]
@@ -384,9 +366,9 @@ mod tests {
             (
                 "tap0",
                 "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues', 'iothread', \
-                 'rx-bytes-per-second', 'rx-burst-bytes', 'rx-packets-per-second', \
-                 'rx-burst-packets', 'tx-bytes-per-second', 'tx-burst-bytes', \
-                 'tx-packets-per-second', 'tx-burst-packets'",
+                 'name', 'limits', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
+                 'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
+                 'tx-bytes-per-second', 'tx-packets-per-second'",
             ),
             ("mac=52:54:00:12:34:56", "'tap' is missing"),
             ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65521"),
@@ -464,24 +446,25 @@ mod tests {
             queues in proptest::option::of(1..=8i64),
             iothread in any::<bool>(),
             limits in proptest::collection::vec(proptest::option::of(1..=i64::MAX), 8),
+            name in proptest::option::of("[a-z0-9._-]{1,64}"),
         ) {
-            let limits: Vec<_> = limits
-                .into_iter()
-                .map(|limit| limit.map(|number| Quantity::try_from(number).unwrap()))
-                .collect();
+            let mut limits = limits.into_iter();
+            let mut rate = || {
+                let quantity = |number| Quantity::try_from(number).unwrap();
+                LimitConfig::Rate {
+                    per_second: limits.next().flatten().map(quantity),
+                    burst: limits.next().flatten().map(quantity),
+                }
+            };
+            let mut both = || LimitsConfig { bytes: rate(), operations: rate() };
+            let limits = NetLimitsConfig { receive: both(), transmit: both() };
             let net = NetConfig {
                 mac: mac.and_then(|bytes| MacAddress::try_from(bytes).ok()),
                 mtu: mtu.map(|size| Mtu::try_from(size).unwrap()),
                 queues: queues.map(|count| QueuePairs::try_from(count).unwrap()),
                 iothread,
-                rx_bytes_per_second: limits[0],
-                rx_burst_bytes: limits[1],
-                rx_packets_per_second: limits[2],
-                rx_burst_packets: limits[3],
-                tx_bytes_per_second: limits[4],
-                tx_burst_bytes: limits[5],
-                tx_packets_per_second: limits[6],
-                tx_burst_packets: limits[7],
+                name: name.map(|name| name.parse().unwrap()),
+                limits,
                 ..NetConfig::new(InterfaceName::try_from(tap).unwrap())
             };
             prop_assert_eq!(net.to_string().parse::<NetConfig>().unwrap(), net);

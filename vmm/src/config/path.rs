@@ -1,32 +1,108 @@
-//! Paths, which are bytes on the command line and UTF-8 in a machine file.
+//! How paths are written and read: they are bytes on the command line, and in a machine file text if they are
+//! UTF-8. A field has `#[serde(with = "path")]`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
-use serde::Deserializer;
-use serde::de::{Error, Visitor};
+use serde::de::{Error, SeqAccess, Visitor};
+use serde::{Deserializer, Serialize, Serializer};
 
-/// Reads a path; serde's own way takes UTF-8 only.
-pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-    deserializer.deserialize_byte_buf(PathVisitor)
+/// Writes a path as text, or as a list of its bytes if it is not UTF-8. Serde's own way refuses the latter.
+///
+/// # Errors
+///
+/// Those of the serializer.
+pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serialize_text(path.as_os_str(), serializer)
 }
 
-struct PathVisitor;
+/// Reads a path; serde's own way takes UTF-8 only.
+///
+/// # Errors
+///
+/// When there is neither text nor bytes.
+pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    deserialize_text(deserializer, "a path").map(PathBuf::from)
+}
 
-impl Visitor<'_> for PathVisitor {
-    type Value = PathBuf;
+/// Writes text with a path in it, as [`serialize`] does.
+pub(super) fn serialize_text<S: Serializer>(
+    text: &OsStr,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match text.to_str() {
+        Some(text) => serializer.serialize_str(text),
+        None => text.as_bytes().serialize(serializer),
+    }
+}
+
+/// Reads text with a path in it; `expecting` says what it is.
+pub(super) fn deserialize_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    expecting: &'static str,
+) -> Result<OsString, D::Error> {
+    deserializer.deserialize_byte_buf(TextVisitor { expecting })
+}
+
+struct TextVisitor {
+    expecting: &'static str,
+}
+
+impl<'de> Visitor<'de> for TextVisitor {
+    type Value = OsString;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a path")
+        f.write_str(self.expecting)
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<PathBuf, E> {
+    fn visit_str<E: Error>(self, text: &str) -> Result<OsString, E> {
         Ok(text.into())
     }
 
-    fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<PathBuf, E> {
-        Ok(OsString::from_vec(bytes).into())
+    fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<OsString, E> {
+        Ok(OsString::from_vec(bytes))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<OsString, A::Error> {
+        let mut bytes = Vec::new();
+        while let Some(byte) = items.next_element()? {
+            bytes.push(byte);
+        }
+        Ok(OsString::from_vec(bytes))
+    }
+}
+
+/// A path that may be left out.
+pub mod option {
+    use std::path::PathBuf;
+
+    use serde::{Deserializer, Serializer};
+
+    /// Writes a path that is given.
+    ///
+    /// # Errors
+    ///
+    /// Those of the serializer, which may have no word for none.
+    pub fn serialize<S: Serializer>(
+        path: &Option<PathBuf>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match path {
+            Some(path) => super::serialize(path, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    /// Reads a path that is given.
+    ///
+    /// # Errors
+    ///
+    /// When there is neither text nor bytes.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<PathBuf>, D::Error> {
+        super::deserialize(deserializer).map(Some)
     }
 }

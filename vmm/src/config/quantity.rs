@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::de::{Error, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::ConfigError;
 
@@ -14,7 +14,7 @@ const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 /// A number of bytes or operations from 1 to 2^63 - 1.
 ///
 /// As text, a number, perhaps with a binary unit: `500`, `64K`, `10M`, `1G`, in either case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Quantity(u64);
 
 impl Quantity {
@@ -22,26 +22,6 @@ impl Quantity {
     pub fn get(self) -> u64 {
         self.0
     }
-}
-
-/// Checks that there is no burst without the limit that it belongs to. `quantities` has each limit,
-/// followed by its burst, by the names of their options, and `device` names whose they are.
-pub(super) fn check_bursts(
-    device: impl FnOnce() -> String,
-    quantities: &[(&'static str, Option<Quantity>)],
-) -> Result<(), ConfigError> {
-    let (pairs, _) = quantities.as_chunks();
-    for [(limit, per_second), (burst, at_once)] in pairs {
-        if per_second.is_none() && at_once.is_some() {
-            let device = device();
-            return Err(ConfigError::BurstWithoutLimit {
-                device,
-                burst,
-                limit,
-            });
-        }
-    }
-    Ok(())
 }
 
 impl TryFrom<i64> for Quantity {

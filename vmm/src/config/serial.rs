@@ -1,20 +1,20 @@
 //! The other end of the serial port, and of what is like it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::ConfigError;
+use super::{ConfigError, path};
 
 /// Other end of the guest's serial port, of its virtio console, or of a channel.
 ///
 /// On the command line and in a machine file `stdio`, `pty`, `file=PATH`, `socket=PATH` or `none`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialConfig {
     /// Standard input and output of the monitor, or what an embedding program gives in their place.
     #[default]
@@ -60,11 +60,23 @@ impl TryFrom<&OsStr> for SerialConfig {
     }
 }
 
-impl TryFrom<String> for SerialConfig {
-    type Error = ConfigError;
+impl Serialize for SerialConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (kind, path) = match self {
+            Self::File(path) => ("file=", path),
+            Self::Socket(path) => ("socket=", path),
+            Self::Stdio | Self::Pty | Self::None => return serializer.collect_str(self),
+        };
+        let mut text = OsString::from(kind);
+        text.push(path);
+        path::serialize_text(&text, serializer)
+    }
+}
 
-    fn try_from(text: String) -> Result<Self, ConfigError> {
-        text.parse()
+impl<'de> Deserialize<'de> for SerialConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = path::deserialize_text(deserializer, "a string")?;
+        Self::try_from(text.as_os_str()).map_err(D::Error::custom)
     }
 }
 

@@ -1,18 +1,20 @@
 //! Tests of machine files, of how sources combine, and of what fits together.
 
 use std::path::Path;
+use std::time::Duration;
 
+use bantam_devices::rate_limiter::RateLimit;
 use proptest::prelude::*;
+use toml::Value;
 
 use super::*;
 
-fn options(text: &str) -> Result<MachineOptions, String> {
-    MachineOptions::from_toml(text, Path::new("/vm/machine.toml"))
-        .map_err(|error| error.to_string())
+fn table(text: &str) -> Result<MachineTable, String> {
+    MachineTable::from_toml(text, Path::new("/vm/machine.toml")).map_err(|error| error.to_string())
 }
 
 fn config(text: &str) -> Result<MachineConfig, String> {
-    options(text)?
+    table(text)?
         .into_config()
         .map_err(|error| error.to_string())
 }
@@ -26,7 +28,7 @@ fn a_kernel_is_enough() {
     let config = MachineConfig::new("/vm/vmlinux");
     assert_eq!((config.cpus.get(), config.memory.bytes()), (1, 256 << 20));
     assert_eq!(config.serial, SerialConfig::Stdio);
-    assert!(config.rng && config.host_workarounds);
+    assert!(config.rng.is_some() && config.host_workarounds);
 }
 
 #[test]
@@ -111,8 +113,7 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
                 .unwrap(),
             "name=log,pty".parse().unwrap(),
         ],
-        rng: false,
-        rng_limits: Limits::default(),
+        rng: None,
         balloon: Some(
             "size=64M,deflate-on-oom=on,reporting=on,statistics=5"
                 .parse()
@@ -136,15 +137,17 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
-             'cmdline', 'append', 'cpus', 'memory', 'huge-pages', 'disk', 'net', 'vsock', \
-             'serial', 'console', 'channel', 'rng', 'balloon', 'boot-protocol', 'on-reboot', \
-             'restart-limit', 'shutdown-timeout', 'exit-status', 'on-halt', 'host-workarounds'",
+             'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
+             'vsock', 'metadata', 'serial', 'serial-limit', 'console', 'channel', 'rng', 'balloon', \
+             'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
+             'on-halt', 'host-workarounds', 'boot-timer'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
             "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
-             'id', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', \
-             'bytes-per-second', 'burst-bytes', 'operations-per-second', 'burst-operations'",
+             'id', 'name', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', \
+             'poll', 'burst-bytes', 'burst-operations', 'bytes-per-second', 'limits', \
+             'operations-per-second', 'any-size'",
         ),
         (
             "\n[[net]]\nmtu = 99",
@@ -235,15 +238,229 @@ fn errors_in_a_machine_file_name_the_line() {
             "/vm/machine.toml:1: invalid type: string \"on\", expected a boolean",
         ),
         (
+            "[rng]\nlimit = 5",
+            "/vm/machine.toml:2: unknown option 'limit', expected one of 'burst-bytes', \
+             'burst-operations', 'bytes-per-second', 'limits', 'operations-per-second'",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nburst-bytes = 0",
+            "/vm/machine.toml:3: invalid quantity '0': expected a number from 1 on, such as 500 or 10M",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nlimits = 5",
+            "/vm/machine.toml:3: invalid type: integer `5`, expected limits: a table with bytes and \
+             operations",
+        ),
+        (
+            "[[disk]]\npath = 'a'\nburst-bytes = 5\n[disk.limits.operations]\nper-second = 5",
+            "/vm/machine.toml:1: both burst-bytes and limits are given: give all limits of the device \
+             in one way",
+        ),
+        (
+            "[[net]]\ntap = 'a'\n[net.limits.receive]\nbytes = { size = 5, per-second = 5 }",
+            "/vm/machine.toml:4: a limit is per-second, perhaps with burst, or size with refill-time, \
+             perhaps with one-time-burst: give one of the two",
+        ),
+        (
+            "serial-limit = { size = 5, refill-time = '5' }",
+            "/vm/machine.toml:1: invalid time '5' to refill: expected one such as 100ms, 1s or 250us",
+        ),
+        (
+            "[[net]]\ntap = 'a'\nname = 'a b'",
+            "/vm/machine.toml:3: invalid device name 'a b': expected 1 to 64 letters, digits and '.', \
+             '-', '_'",
+        ),
+        (
+            "\n[metadata]\nnets = ['net0']\ncontents = '{'",
+            "/vm/machine.toml:4: the metadata is not JSON: EOF while parsing an object at line 1 \
+             column 1",
+        ),
+        (
+            "[cpu]\nmsrs = [{ index = 0x10a, mask = '0x1g', value = 0 }]",
+            "/vm/machine.toml:2: invalid number '0x1g': expected one of 64 bits, such as 500 or \
+             0xffffffffffffffff",
+        ),
+        (
             "on-reboot = 'stop'",
             "/vm/machine.toml:1: unknown variant 'stop', expected 'exit' or 'restart'",
         ),
     ] {
-        assert_eq!(options(text).unwrap_err(), expected.replace('`', "'"));
+        assert_eq!(table(text).unwrap_err(), expected.replace('`', "'"));
     }
-    let broken = options("kernel = 'k'\ncpus =\n").unwrap_err();
+    let broken = table("kernel = 'k'\ncpus =\n").unwrap_err();
     assert!(broken.starts_with("/vm/machine.toml:2: "), "{broken}");
     assert!(!broken.contains('\n'), "{broken}");
+}
+
+#[test]
+fn what_only_a_machine_file_says_reaches_the_machine() {
+    let config = config(
+        r#"
+        kernel = "vmlinux"
+        cpus = 2
+        smt = true
+        serial-limit = { per-second = "1K" }
+        boot-timer = true
+
+        [[disk]]
+        path = "a.img"
+        name = "root"
+        any-size = true
+        lock = "where-possible"
+        limits.bytes = { size = 5, refill-time = "1m", one-time-burst = "0xffffffffffffffff" }
+        limits.operations = { per-second = 10, burst = 20 }
+
+        [[net]]
+        tap = "tap0"
+        tx-packets-per-second = 7
+
+        [vsock]
+        cid = { unchecked = 1 }
+        socket = "v"
+
+        [rng]
+        bytes-per-second = "4K"
+
+        [metadata]
+        nets = ["net0"]
+        version = "v2"
+        address = "169.254.1.1"
+        imds-compat = true
+        size-limit = 1000
+        contents = '{"a": null}'
+
+        [cpu]
+        cpuid = [{ leaf = 1, register = "ecx", mask = 2, value = 0 }]
+        msrs = [{ index = 0x10a, mask = "0x8000000000000000", value = 0 }]
+        required-capabilities = [121]
+        "#,
+    );
+    let rate = |per_second: i64, burst: Option<i64>| LimitConfig::Rate {
+        per_second: Some(per_second.try_into().unwrap()),
+        burst: burst.map(|burst| burst.try_into().unwrap()),
+    };
+    let mut net = NetConfig::new("tap0".to_owned().try_into().unwrap());
+    net.limits.transmit.operations = rate(7, None);
+    let mut metadata = MetadataConfig::new(vec!["net0".parse().unwrap()]);
+    metadata.version = MetadataVersion::V2;
+    metadata.address = std::net::Ipv4Addr::new(169, 254, 1, 1).try_into().unwrap();
+    metadata.imds_compat = true;
+    metadata.size_limit = 1000;
+    metadata.contents = Some(serde_json::json!({"a": null}));
+    let expected = MachineConfig {
+        cpus: "2".parse().unwrap(),
+        smt: true,
+        cpu: CpuModifiers {
+            cpuid: vec![CpuidModifier {
+                leaf: 1,
+                subleaf: 0,
+                flags: 0,
+                register: CpuidRegister::Ecx,
+                mask: 2,
+                value: 0,
+            }],
+            msrs: vec![MsrModifier {
+                index: 0x10a,
+                mask: 1 << 63,
+                value: 0,
+            }],
+            required_capabilities: vec![121],
+        },
+        disks: vec![DiskConfig {
+            name: Some("root".parse().unwrap()),
+            lock: DiskLockOption::WherePossible,
+            any_size: true,
+            limits: LimitsConfig {
+                bytes: LimitConfig::Bucket(RateLimit {
+                    size: 5,
+                    refill_time: Duration::from_secs(60),
+                    one_time_burst: u64::MAX,
+                }),
+                operations: rate(10, Some(20)),
+            },
+            ..DiskConfig::new("/vm/a.img")
+        }],
+        nets: vec![net],
+        vsock: Some(VsockConfig {
+            cid: GuestCid::unchecked(1),
+            socket: "/vm/v".into(),
+        }),
+        metadata: Some(metadata),
+        serial_limit: rate(1024, None),
+        rng: Some(RngConfig {
+            limits: LimitsConfig {
+                bytes: rate(4096, None),
+                operations: LimitConfig::default(),
+            },
+        }),
+        boot_timer: true,
+        ..MachineConfig::new("/vm/vmlinux")
+    };
+    assert_eq!(config, Ok(expected));
+}
+
+#[test]
+fn a_rate_is_a_bucket_of_a_tenth_of_a_second_or_of_its_burst() {
+    let limit = |text: &str| {
+        let disk: DiskConfig = text.parse().unwrap();
+        disk.limits.bytes.rate_limit()
+    };
+    assert_eq!(limit("a"), None);
+    assert_eq!(
+        limit("a,bytes-per-second=1000"),
+        Some(RateLimit::per_second(1000, None))
+    );
+    assert_eq!(
+        limit("a,burst-bytes=5,bytes-per-second=1000"),
+        Some(RateLimit::per_second(1000, Some(5)))
+    );
+}
+
+#[test]
+fn devices_have_names_of_their_own() {
+    let names = |text: &str| {
+        let config = config(&format!("kernel = 'k'\n{text}"))?;
+        let names = config.disk_names().chain(config.net_names());
+        Ok::<_, String>(names.map(|name| name.to_string()).collect::<Vec<_>>())
+    };
+    let devices = "[[disk]]\npath = 'a'\nid = 'root'\n[[disk]]\npath = 'b'\n[[net]]\ntap = 't'\n";
+    assert_eq!(
+        names(devices),
+        Ok(vec!["root".into(), "disk1".into(), "net0".into()])
+    );
+    for (name, error) in [
+        ("root", "device name 'root' is given twice: "),
+        ("disk1", "device name 'disk1' is given twice: "),
+        (
+            "rng",
+            "device name 'rng' is that of another kind of device: ",
+        ),
+    ] {
+        let refused = names(&format!("{devices}name = '{name}'")).unwrap_err();
+        assert!(refused.starts_with(error), "{refused}");
+    }
+}
+
+#[test]
+fn only_files_that_are_the_same_need_a_look_at_the_file_system() {
+    let twice = ["/dev/null", "/dev/../dev/null"].map(DiskConfig::new);
+    let config = MachineConfig {
+        disks: twice.to_vec(),
+        ..MachineConfig::new("k")
+    };
+    config.validate_values().unwrap();
+    assert!(matches!(
+        config.validate_files(),
+        Err(ConfigError::RepeatedDisk { .. })
+    ));
+}
+
+#[test]
+fn a_kernel_without_a_name_is_none() {
+    for text in ["", "kernel = ''"] {
+        let error = config(text).unwrap_err();
+        assert!(error.starts_with("no kernel given"), "{error}");
+    }
 }
 
 #[test]
@@ -267,8 +484,8 @@ fn relative_paths_of_a_pipe_are_relative_to_the_current_folder() {
     std::io::Write::write_all(&mut writer, "\u{feff}kernel = 'k'".as_bytes()).unwrap();
     drop(writer);
     let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
-    let options = MachineOptions::from_file(Path::new(&path)).unwrap();
-    assert_eq!(options.kernel.as_deref(), Some(Path::new("k")));
+    let table = MachineTable::from_file(Path::new(&path)).unwrap();
+    assert_eq!(table.into_config().unwrap().kernel, Path::new("k"));
 }
 
 #[test]
@@ -281,39 +498,42 @@ fn an_integer_memory_size_counts_mebibytes() {
 
 #[test]
 fn the_first_source_wins_and_lists_are_not_mixed() {
-    let file = options(
+    let file = table(
         "kernel = 'file'\ncpus = 4\nrng = false\n[[disk]]\npath = '/a'\n[[net]]\ntap = 'tap0'",
     )
     .unwrap();
-    let command_line = MachineOptions {
-        kernel: Some("line".into()),
-        rng: Some(true),
-        disks: Some(vec![DiskConfig::new("/b")]),
-        ..MachineOptions::default()
-    };
-    let config = command_line.or(file).into_config().unwrap();
+    let command_line = HashMap::from([
+        ("kernel", Value::from("line")),
+        ("rng", Value::from(true)),
+        (
+            "disk",
+            Value::try_from(vec![DiskConfig::new("/b")]).unwrap(),
+        ),
+    ]);
+    let command_line = MachineTable::from_options(&command_line).unwrap();
+    let config = command_line.over(file).into_config().unwrap();
     assert_eq!(config.kernel, Path::new("line"));
     assert_eq!(config.cpus.get(), 4);
-    assert!(config.rng);
+    assert!(config.rng.is_some());
     assert_eq!(config.disks, [DiskConfig::new("/b")]);
     assert_eq!(config.nets.len(), 1);
 }
 
 #[test]
 fn a_missing_kernel_or_machine_file_is_reported() {
-    let error = MachineOptions::default()
+    let error = MachineTable::default()
         .into_config()
         .unwrap_err()
         .to_string();
     assert!(error.starts_with("no kernel given"), "{error}");
-    let error = MachineOptions::from_file(Path::new("/nonexistent.toml"))
+    let error = MachineTable::from_file(Path::new("/nonexistent.toml"))
         .unwrap_err()
         .to_string();
     assert_eq!(
         error,
         "cannot read machine file '/nonexistent.toml': No such file or directory (os error 2)"
     );
-    let error = MachineOptions::from_file(Path::new("/dev/zero"))
+    let error = MachineTable::from_file(Path::new("/dev/zero"))
         .unwrap_err()
         .to_string();
     assert_eq!(
@@ -499,16 +719,16 @@ fn devices_have_an_interrupt_each() {
         .collect();
     let mut config = MachineConfig {
         disks,
-        rng: false,
+        rng: None,
         ..MachineConfig::new("k")
     };
     config.validate().unwrap();
-    config.rng = true;
+    config.rng = Some(RngConfig::default());
     assert_eq!(
         config.validate().unwrap_err().to_string(),
         "too many devices: 19 disks, network devices and others, but a machine has room for 18"
     );
-    config.rng = false;
+    config.rng = None;
     config.balloon = Some("size=0".parse().unwrap());
     assert!(matches!(
         config.validate(),
@@ -563,7 +783,7 @@ fn choices_read_what_they_display() {
 proptest! {
     #[test]
     fn any_machine_file_is_read_or_refused(text in "(?s).*|([a-z]{1,8} = ['0-9a-z]{1,8}\n){0,4}") {
-        if let Err(error) = options(&text) {
+        if let Err(error) = table(&text) {
             prop_assert!(!error.contains('\n'), "{}", error);
         }
     }
@@ -652,18 +872,21 @@ fn metadata_needs_network_devices_that_there_are() {
     let mut config = MachineConfig::new("vmlinux");
     config.nets = vec!["tap=tap0".parse().unwrap(), "tap=tap1".parse().unwrap()];
     for (nets, error) in [
-        (vec![0, 1], None),
-        (vec![1], None),
+        (vec!["net0", "net1"], None),
+        (vec!["net1"], None),
         (
             vec![],
             Some("metadata is served over no network device: name one"),
         ),
         (
-            vec![0, 2],
-            Some("cannot serve metadata over network device 2: the machine has 2, counted from 0"),
+            vec!["net0", "net2"],
+            Some(
+                "cannot serve metadata over 'net2': the machine has no network device of that name",
+            ),
         ),
     ] {
-        config.metadata = Some(MetadataConfig::new(nets));
+        let nets = nets.into_iter().map(|name| name.parse().unwrap());
+        config.metadata = Some(MetadataConfig::new(nets.collect()));
         let result = config.validate().map_err(|error| error.to_string());
         assert_eq!(result.err().as_deref(), error);
     }

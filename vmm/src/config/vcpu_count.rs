@@ -4,13 +4,13 @@ use std::fmt;
 use std::str::FromStr;
 
 use bantam_arch::layout::MAX_VCPUS;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::ConfigError;
 use super::whole_number;
 
 /// A number of vCPUs from 1 to [`MAX_VCPUS`]; one by default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct VcpuCount(u8);
 
 impl VcpuCount {

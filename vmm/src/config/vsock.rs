@@ -6,15 +6,17 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use bantam_devices::virtio::vsock::{MAX_GUEST_CID, MAX_PORT_SUFFIX_SIZE, MIN_GUEST_CID};
-use serde::{Deserialize, Deserializer};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{ConfigError, option_string, whole_number};
+use super::{ConfigError, option_string};
 
 /// A socket device, by which programs of the host and the guest connect to one another.
 ///
 /// On the command line `cid=N,socket=PATH`, where a comma in the path is doubled; in a machine file a
 /// `[vsock]` table with the same keys.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
     expecting = "a socket device: a table with cid and socket"
@@ -23,7 +25,7 @@ pub struct VsockConfig {
     /// The guest's context identifier.
     pub cid: GuestCid,
     /// The Unix domain socket to which programs of the host connect to reach the guest.
-    #[serde(deserialize_with = "super::path::deserialize")]
+    #[serde(with = "super::path")]
     pub socket: PathBuf,
 }
 
@@ -75,6 +77,8 @@ impl fmt::Display for VsockConfig {
 
 /// Context identifier of a guest: [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`], unless made by
 /// [`GuestCid::unchecked`].
+///
+/// In a machine file it is a number, and outside that range a table `{ unchecked = N }`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestCid(u32);
 
@@ -104,7 +108,43 @@ impl TryFrom<i64> for GuestCid {
 
 impl<'de> Deserialize<'de> for GuestCid {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        whole_number::deserialize(deserializer, Self::try_from)
+        deserializer.deserialize_i64(CidVisitor)
+    }
+}
+
+struct CidVisitor;
+
+impl<'de> Visitor<'de> for CidVisitor {
+    type Value = GuestCid;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number")
+    }
+
+    fn visit_i64<E: Error>(self, cid: i64) -> Result<GuestCid, E> {
+        GuestCid::try_from(cid).map_err(E::custom)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<GuestCid, A::Error> {
+        let cid = UncheckedCid::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(GuestCid(cid.unchecked))
+    }
+}
+
+/// A context identifier that is not looked at, as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UncheckedCid {
+    unchecked: u32,
+}
+
+impl Serialize for GuestCid {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let unchecked = self.0;
+        match Self::try_from(i64::from(unchecked)) {
+            Ok(_) => serializer.serialize_u32(unchecked),
+            Err(_) => UncheckedCid { unchecked }.serialize(serializer),
+        }
     }
 }
 

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
-use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 
-use super::{Build, NewDevice, Opening, rate_limit};
+use super::{Build, NewDevice, Opening};
 use crate::config::{
     BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskLockOption,
 };
@@ -53,10 +52,7 @@ fn block_options(config: &DiskConfig, vcpu_count: u8) -> BlockOptions {
         },
         queues: config.queue_count(vcpu_count),
         polls: config.poll,
-        limits: config.limits.unwrap_or_else(|| Limits {
-            bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
-            operations: rate_limit(config.operations_per_second, config.burst_operations),
-        }),
+        limits: config.limits.into(),
     }
 }
 

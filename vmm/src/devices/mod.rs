@@ -12,7 +12,6 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use bantam_devices::opener::{FileAccess, Opener};
-use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
 use bantam_devices::virtio::rng::{self, Rng};
 use bantam_devices::virtio::vsock::Vsock;
@@ -25,7 +24,7 @@ pub use streams::Stream;
 pub(crate) use streams::open_serial;
 pub(crate) use table::DeviceTable;
 
-use crate::config::{DeviceName, MachineConfig, Quantity};
+use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
 use crate::error::Error;
 use crate::metadata::MachineMetadata;
@@ -88,14 +87,14 @@ fn open_vsock(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
 }
 
 fn open_entropy(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
-    if !opening.config.rng {
+    let Some(config) = &opening.config.rng else {
         return Ok(Vec::new());
-    }
+    };
     let source = opening
         .opener
         .file(Path::new(rng::SOURCE), FileAccess::Read);
     let source = source.map_err(Error::resource("the entropy device"))?;
-    let limits = opening.config.rng_limits;
+    let limits = config.limits.into();
     Ok(vec![Box::new(move |builder| {
         let device = Rng::with_source(source, &limits);
         builder.attach(NewDevice {
@@ -132,9 +131,4 @@ fn open_balloon(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
             model: Box::new(device),
         })
     })])
-}
-
-fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
-    let burst = burst.map(Quantity::get);
-    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
 }

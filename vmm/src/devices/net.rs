@@ -1,10 +1,9 @@
 //! The network devices of a machine.
 
-use bantam_devices::rate_limiter::Limits;
 use bantam_devices::tap::{QueueCount, Tap};
-use bantam_devices::virtio::net::{Net, NetLimits};
+use bantam_devices::virtio::net::Net;
 
-use super::{Build, NewDevice, Opening, rate_limit};
+use super::{Build, NewDevice, Opening};
 use crate::config::{Mtu, NetConfig, QueuePairs};
 use crate::error::Error;
 
@@ -18,9 +17,9 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
         let name = net.device_name(index);
         let service = opening
             .metadata
-            .and_then(|metadata| metadata.service(index));
+            .and_then(|metadata| metadata.service(&name));
         let (mac, mtu) = (net.mac_address().bytes(), net.mtu.map(Mtu::get));
-        let limits = net_limits(net);
+        let limits = net.limits.into();
         let log_name = format!("network interface '{}'", net.tap);
         let own_thread = net.iothread.then(|| format!("bantam-net{index}"));
         let build: Build = Box::new(move |builder| {
@@ -54,17 +53,4 @@ fn open_tap(opening: &Opening<'_>, config: &NetConfig, vcpu_count: u8) -> Result
         );
     }
     Ok(tap)
-}
-
-fn net_limits(config: &NetConfig) -> NetLimits {
-    config.limits.unwrap_or_else(|| NetLimits {
-        receive: Limits {
-            bytes: rate_limit(config.rx_bytes_per_second, config.rx_burst_bytes),
-            operations: rate_limit(config.rx_packets_per_second, config.rx_burst_packets),
-        },
-        transmit: Limits {
-            bytes: rate_limit(config.tx_bytes_per_second, config.tx_burst_bytes),
-            operations: rate_limit(config.tx_packets_per_second, config.tx_burst_packets),
-        },
-    })
 }

@@ -1,0 +1,277 @@
+//! The options of the command line that say what a machine is.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bantam_vmm::config::{
+    BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
+    HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout, VcpuCount,
+    VsockConfig, path,
+};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
+use serde::Serialize;
+
+/// The options of `bantam run` that a machine file has too. They serialize to its keys, without those that are
+/// not given.
+#[derive(Debug, clap::Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MachineArgs {
+    /// Kernel image: bzImage or ELF (vmlinux)
+    ///
+    /// Needed on the command line or in the machine file.
+    #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
+    #[serde(serialize_with = "path::option::serialize")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
+    #[serde(serialize_with = "path::option::serialize")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line, in place of the default one
+    ///
+    /// The default is "reboot=panic_warm,k panic=-1 console=ttyS0", with --console "console=hvc0" and, if
+    /// there is a disk and no initrd, "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see
+    /// --append.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
+    pub cmdline: Option<String>,
+
+    /// Words to add to the kernel command line; can be given more than once
+    ///
+    /// Arguments for the guest's init follow a word "--": --append 'init=/bin/sh -- -c "ls /"'. All
+    /// that Bantam adds, and kernel parameters of other --append options, is put before that word.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub append: Vec<String>,
+
+    /// How the kernel is entered [default: auto]
+    ///
+    /// auto takes the best way that the kernel image offers.
+    #[arg(long, value_name = "PROTOCOL", help_heading = heading::BOOT, hide_short_help = true,
+        value_parser = choice::<BootProtocolOption, _>(["auto", "pvh", "linux64"]))]
+    pub boot_protocol: Option<BootProtocolOption>,
+
+    /// Whether the kernel command line gets words that some hosts need [default: on]
+    ///
+    /// On a host without hardware virtualization a guest kernel must do without some processor
+    /// features. Bantam notices such a host and tells the kernel so on its command line; off
+    /// leaves the command line alone.
+    #[arg(long, value_name = "on|off", help_heading = heading::BOOT, hide_short_help = true,
+        value_parser = switch())]
+    pub host_workarounds: Option<bool>,
+
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = heading::CPU)]
+    pub cpus: Option<VcpuCount>,
+
+    /// Guest memory, such as 512M or 2G [default: 256M]
+    ///
+    /// A number with a unit of K, M, G or T, each 1024 times the one before; a number alone
+    /// counts MiB. From 16M to 1023G.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = heading::CPU)]
+    pub memory: Option<MemorySize>,
+
+    /// Which pages guest memory is made of [default: none]
+    ///
+    /// - none: ordinary ones.
+    /// - transparent: those that the host makes of ordinary ones when it can.
+    /// - 2M: those that the host has set aside (sysctl vm.nr_hugepages=N);
+    ///   guest memory must then be a multiple of 2M.
+    #[arg(long, value_name = "PAGES", help_heading = heading::CPU, hide_short_help = true,
+        verbatim_doc_comment,
+        value_parser = choice::<HugePages, _>(["none", "transparent", "2M"]))]
+    pub huge_pages: Option<HugePages>,
+
+    /// Memory balloon: gives memory back to the host
+    ///
+    /// SIZE, such as 64M or 0, is how much the guest is to give up at the
+    /// start; KEY=VALUE is any of
+    ///
+    /// - deflate-on-oom=on: lets the guest take memory back when it would
+    ///   otherwise have to end processes.
+    /// - reporting=on: has the guest say by itself which memory it does not
+    ///   use.
+    /// - statistics=SECONDS: has the guest asked that often how its memory is
+    ///   used.
+    #[arg(long, value_name = "size=SIZE[,KEY=VALUE]...", help_heading = heading::CPU,
+        verbatim_doc_comment)]
+    pub balloon: Option<BalloonConfig>,
+
+    /// Disk for the guest; can be given more than once
+    ///
+    /// PATH is a raw image or a block device. A comma in PATH or in a value
+    /// is written twice. The guest finds the disks in the order in which they
+    /// are given: /dev/vda, /dev/vdb, ... KEY=VALUE is any of
+    ///
+    /// - ro: the guest cannot write to it.
+    /// - id=NAME: its serial number in the guest, up to 20 characters.
+    /// - name=NAME: what the host calls it; its id or disk0, disk1, ... by
+    ///   default.
+    /// - format=raw: takes a file for a raw image though its name ends in
+    ///   .qcow2 or the like.
+    /// - block-size=512 or 4096: the size of the blocks that the guest is
+    ///   told of; that of a block device and 512 for a file by default.
+    /// - lock=on (the default): refuses an image that another program uses.
+    ///   warn warns of it, and off does not look.
+    /// - cache=writeback (the default): keeps what the guest writes in the
+    ///   host's page cache until the guest flushes it. writethrough puts
+    ///   every write on stable storage, none bypasses the page cache, and
+    ///   unsafe ignores flushes.
+    /// - engine=auto (the default): does each request in the way that is best
+    ///   for it; io_uring and sync do all in one way.
+    /// - queues=N: 1 to 8; one for each vCPU up to 4 by default.
+    /// - iothread=on: gives the disk a thread of its own.
+    /// - poll=on: lets that thread look for requests for longer before it
+    ///   sleeps.
+    /// - bytes-per-second=N, operations-per-second=N: limit what the guest
+    ///   can do, such as 10M or 500; burst-bytes=N and burst-operations=N say
+    ///   how much may come at once after a rest.
+    #[arg(long = "disk", value_name = "PATH[,ro][,KEY=VALUE]...", help_heading = heading::DISKS,
+        verbatim_doc_comment, value_parser = os_text::<DiskConfig>())]
+    #[serde(rename = "disk", skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+
+    /// Network device for the guest; can be given more than once
+    ///
+    /// NAME is a tap interface of the host. KEY=VALUE is any of
+    ///
+    /// - mac=MAC: the address of the guest's end.
+    /// - mtu=N: the largest packet in bytes.
+    /// - name=NAME: what the host calls it; net0, net1, ... by default.
+    /// - queues=N: how many pairs of queues the device has, 1 to 8; one for
+    ///   each vCPU by default, where the tap has them.
+    /// - iothread=on: gives the device a thread of its own.
+    /// - rx-bytes-per-second=N, rx-packets-per-second=N: limit what the guest
+    ///   receives, such as 10M or 500, and the same with tx what it
+    ///   transmits; rx-burst-bytes=N, rx-burst-packets=N, tx-burst-bytes=N
+    ///   and tx-burst-packets=N say how much may come at once after a rest.
+    #[arg(long = "net", value_name = "tap=NAME[,KEY=VALUE]...", help_heading = heading::NETWORKS,
+        verbatim_doc_comment)]
+    #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+
+    /// Socket device (virtio-vsock) to the guest's programs
+    ///
+    /// N, 3 or more, is the guest's context identifier (CID). A program here that connects to the Unix
+    /// domain socket PATH and writes "CONNECT 52" and a line feed is connected to port 52 of the guest.
+    /// What the guest connects to, port 53 of CID 2, is the socket PATH_53. A comma in PATH is written
+    /// twice.
+    #[arg(long, value_name = "cid=N,socket=PATH", help_heading = heading::NETWORKS,
+        value_parser = os_text::<VsockConfig>())]
+    pub vsock: Option<VsockConfig>,
+
+    /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
+    ///
+    /// - stdio: standard input and output. Where standard input is a
+    ///   terminal, every key goes to the guest but Ctrl-A, which starts a
+    ///   command: Ctrl-A h lists them, Ctrl-A x quits.
+    /// - pty: a new pseudoterminal, whose name is printed on standard error.
+    /// - file=PATH: a file to which the guest's output is appended.
+    /// - socket=PATH: a Unix domain socket that a client can connect to.
+    /// - none: nowhere.
+    #[arg(long, value_name = "WHERE", help_heading = heading::CONSOLE, verbatim_doc_comment,
+        value_parser = os_text::<SerialConfig>())]
+    pub serial: Option<SerialConfig>,
+
+    /// Where a virtio console leads, /dev/hvc0: as --serial [default: none]
+    ///
+    /// Faster than the serial port, and the guest knows the size of the terminal. With none the guest
+    /// has no such console. With stdio the serial port leads nowhere unless --serial says otherwise.
+    #[arg(long, value_name = "WHERE", help_heading = heading::CONSOLE,
+        value_parser = os_text::<SerialConfig>())]
+    pub console: Option<SerialConfig>,
+
+    /// Named channel to a program in the guest; can be given more than once
+    ///
+    /// The guest finds it by NAME, in Linux as /dev/virtio-ports/NAME. WHERE is socket=PATH, a Unix
+    /// domain socket that a client can connect to, file=PATH, pty or stdio, as with --serial; a comma in
+    /// PATH is written twice.
+    #[arg(long = "channel", value_name = "name=NAME,WHERE", help_heading = heading::CONSOLE,
+        value_parser = os_text::<ChannelConfig>())]
+    #[serde(rename = "channel", skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<ChannelConfig>,
+
+    /// Whether the guest has an entropy device (virtio-rng) [default: on]
+    #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
+    pub rng: Option<bool>,
+
+    /// What a reboot or panic of the guest does to the machine [default: exit]
+    ///
+    /// - exit: it ends.
+    /// - restart: it starts again. Restarts that follow one another are
+    ///   slowed down, up to 10 seconds each, until the machine has run for
+    ///   10 seconds.
+    #[arg(long, value_name = "exit|restart", help_heading = heading::OTHER, verbatim_doc_comment,
+        hide_possible_values = true,
+        value_parser = choice::<OnReboot, _>(["exit", "restart"]))]
+    pub on_reboot: Option<OnReboot>,
+
+    /// How often --on-reboot restart starts it again [default: no limit]
+    #[arg(long, value_name = "N", help_heading = heading::OTHER, hide_short_help = true)]
+    pub restart_limit: Option<u32>,
+
+    /// What happens when the guest has halted for good [default: wait]
+    ///
+    /// A guest has halted for good when all its vCPUs have halted with interrupts off, as after
+    /// halt -f. It is noticed within 3 seconds. wait says so in the log, exit ends the machine.
+    #[arg(long, value_name = "ACTION", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = choice::<OnHalt, _>(["wait", "exit"]))]
+    pub on_halt: Option<OnHalt>,
+
+    /// How long a guest may take to shut down after a signal [default: 10s]
+    ///
+    /// SIGTERM, SIGINT and SIGHUP ask the guest to shut itself down, by the ACPI power button or by
+    /// Ctrl-Alt-Del, and cut its power after this time. A guest that listens to neither has it cut
+    /// at once, and so do a second signal, SIGQUIT and Ctrl-A x. 0 is not to ask. A number of
+    /// seconds, or with a unit: 500ms, 10s, 2m.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = heading::OTHER,
+        hide_short_help = true)]
+    pub shutdown_timeout: Option<ShutdownTimeout>,
+
+    /// Of whom the exit status tells: guest or monitor [default: guest]
+    ///
+    /// guest: how the guest ended, as listed below. monitor: 0 however the guest ended, 1 if there
+    /// was an error.
+    #[arg(long, value_name = "OF", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
+    pub exit_status: Option<ExitStatus>,
+}
+
+/// Headings of the help, in the order in which they are shown.
+pub(super) mod heading {
+    /// What is started, and what it is told.
+    pub const BOOT: &str = "Boot";
+    /// Processors and memory.
+    pub const CPU: &str = "CPU and memory";
+    /// Disks.
+    pub const DISKS: &str = "Disks";
+    /// Ways to other machines and programs.
+    pub const NETWORKS: &str = "Networks";
+    /// Ways to see and type what a user would.
+    pub const CONSOLE: &str = "Console";
+    /// All else: the machine's end, other devices, the program itself.
+    pub const OTHER: &str = "Other";
+}
+
+/// Accepts the names, and reads them as values.
+pub(super) fn choice<T, const N: usize>(
+    names: [&'static str; N],
+) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static> + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| name.parse())
+}
+
+/// Reads a value with a path in it, which may be other than UTF-8.
+fn os_text<T>() -> impl TypedValueParser<Value = T>
+where
+    T: for<'a> TryFrom<&'a OsStr, Error = ConfigError> + Clone + Send + Sync + 'static,
+{
+    OsStringValueParser::new().try_map(|text| T::try_from(&text))
+}
+
+fn switch() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["on", "off"]).map(|name| name == "on")
+}

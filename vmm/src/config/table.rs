@@ -1,0 +1,150 @@
+//! What one source, the command line or a machine file, says about a machine.
+
+use std::path::Path;
+
+use serde::Serialize;
+use toml::Table;
+
+use super::{ConfigError, ExitStatus, MachineConfig, SerialConfig, read_text_file};
+
+/// What one source says about a machine: keys of a machine file, each with a value that it can have.
+///
+/// A machine file is TOML. Its keys are those of [`MachineConfig`], most of them also long options of the
+/// command line:
+///
+/// ```toml
+/// kernel = "vmlinux"
+/// memory = "512M"
+/// on-reboot = "restart"
+///
+/// [[disk]]
+/// path = "root.img"
+/// readonly = true
+///
+/// [[net]]
+/// tap = "tap0"
+/// ```
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MachineTable(Table);
+
+impl MachineTable {
+    /// Reads a machine file, as [`read_text_file`] does. Relative paths in a pipe or device are
+    /// relative to the current folder.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be read, and as [`Self::from_toml`].
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = read_text_file(path).map_err(|source| ConfigError::ReadMachineFile {
+            path: path.into(),
+            source,
+        })?;
+        let folder = path.parent().filter(|_| path.is_file());
+        Self::parse(&text, path, folder)
+    }
+
+    /// Reads the text of the machine file `path`. Relative paths in it are relative to the folder
+    /// of that file.
+    ///
+    /// # Errors
+    ///
+    /// When the text is not TOML, has an option that does not exist or a value that an option
+    /// cannot have. The error names the line.
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        Self::parse(text, path, path.parent())
+    }
+
+    fn parse(text: &str, path: &Path, folder: Option<&Path>) -> Result<Self, ConfigError> {
+        let wrong_line = |error: toml::de::Error| ConfigError::MachineFile {
+            path: path.into(),
+            line: line_number(text, error.span().map_or(0, |span| span.start)),
+            message: describe(error.message()),
+        };
+        let given: Table = toml::from_str(text).map_err(wrong_line)?;
+        // With the defaults in place of what the file does not say.
+        let mut config: MachineConfig = toml::from_str(text).map_err(wrong_line)?;
+        if let Some(folder) = folder {
+            config.rebase_paths(folder);
+        }
+        let mut table = config.to_table();
+        table.retain(|key, _| given.contains_key(key));
+        Ok(Self(table))
+    }
+
+    /// What `options` say, which serialize to keys of a machine file and their values.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Options`]: they serialize to what TOML does not have.
+    pub fn from_options(options: &impl Serialize) -> Result<Self, ConfigError> {
+        let table = Table::try_from(options).map_err(|error| ConfigError::Options {
+            message: describe(&error.to_string()),
+        })?;
+        Ok(Self(table))
+    }
+
+    /// Takes from `fallback` what `self` does not say, key by key: disks are taken all or none, and so are
+    /// network devices and channels.
+    #[must_use]
+    pub fn over(self, fallback: Self) -> Self {
+        let Self(mut table) = fallback;
+        table.extend(self.0);
+        Self(table)
+    }
+
+    /// Of whom the exit status of the program tells.
+    pub fn exit_status(&self) -> ExitStatus {
+        let status = self.0.get("exit-status").cloned();
+        status
+            .and_then(|status| status.try_into().ok())
+            .unwrap_or_default()
+    }
+
+    /// Fills in the defaults. A serial port of which nothing is said leads nowhere if the console or a
+    /// channel leads to standard input and output.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Options`]: a key or a value is not one of a machine file, or texts to append are not
+    /// parts of a kernel command line. Otherwise as [`MachineConfig::validate`].
+    pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
+        let says_serial = self.0.contains_key("serial");
+        let mut config: MachineConfig =
+            self.0
+                .try_into()
+                .map_err(|error: toml::de::Error| ConfigError::Options {
+                    message: describe(error.message()),
+                })?;
+        if !says_serial {
+            let default = std::mem::replace(&mut config.serial, SerialConfig::None);
+            if !config.uses_stdio() {
+                config.serial = default;
+            }
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// Number, from 1, of the line with the byte at `offset`.
+fn line_number(text: &str, offset: usize) -> usize {
+    1 + text
+        .bytes()
+        .take(offset)
+        .filter(|&byte| byte == b'\n')
+        .count()
+}
+
+/// Serde's words for a struct in those of a configuration file, on one line.
+fn describe(message: &str) -> String {
+    let message = message.replace('`', "'").replace('\n', " ");
+    for (serde_words, words) in [
+        ("unknown field", "unknown option"),
+        ("missing field", "missing option"),
+    ] {
+        if let Some(rest) = message.strip_prefix(serde_words) {
+            return format!("{words}{rest}");
+        }
+    }
+    message
+}
