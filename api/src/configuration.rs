@@ -6,9 +6,10 @@ use std::path::Path;
 
 use bantam_vmm::NetLimits;
 use bantam_vmm::config::{
-    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption,
-    DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName, MachineConfig,
-    MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, SerialConfig, VsockConfig,
+    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DeviceName, DiskConfig,
+    DiskFormatOption, DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName,
+    MachineConfig, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig,
+    SerialConfig, VsockConfig,
 };
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
@@ -232,6 +233,11 @@ pub(crate) fn file_fault(what: &'static str, path: &Path, error: &std::io::Error
         path: path.display().to_string(),
         reason: error.to_string(),
     }
+}
+
+/// The name of a device whose id clients give in the field `field`.
+pub(crate) fn device_name(field: &'static str, id: &str) -> Result<DeviceName, Fault> {
+    DeviceName::try_from(id.to_owned()).map_err(Fault::value(field))
 }
 
 pub(crate) fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bantam_vmm::config::SerialConfig;
-use bantam_vmm::{Console, Controller, MetadataStore, State};
+use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
 use crate::bounded::Bounded;
@@ -33,8 +33,6 @@ pub trait ProgramLog: Send {
 pub struct InstanceOptions {
     /// Its name.
     pub id: String,
-    /// The program's end of the serial port, for a machine whose output goes to no file.
-    pub console: Console,
     /// The program's log.
     pub log: Box<dyn ProgramLog>,
     /// How long the process took to start.
@@ -50,7 +48,6 @@ pub struct InstanceOptions {
 /// A configuration and its machine. A request that only reads needs no more than the [`View`] of it.
 pub struct Instance {
     view: View,
-    console: Option<Console>,
     log: Bounded<Box<dyn ProgramLog>>,
     /// Opens the file of metrics.
     opener: Bounded<()>,
@@ -64,7 +61,6 @@ impl Instance {
         let metadata = MetadataStore::new(options.metadata_size);
         Instance {
             view: View::new(options.id, controller, metadata, options.startup_times),
-            console: Some(options.console),
             log: Bounded::new(options.log),
             opener: Bounded::new(()),
             on_start: options.on_start,
@@ -159,18 +155,9 @@ impl Instance {
             metadata.size_limit = store.size_limit();
             metadata.contents = store.get().cloned();
         }
-        let console = match &self.console {
-            Some(console) => console.try_clone().map_err(|error| Fault::Value {
-                what: "console",
-                reason: error.to_string(),
-            })?,
-            None => Console::default(),
-        };
         let has_console = config.serial == SerialConfig::Stdio;
-        self.controller().configure(config, console)?;
+        self.controller().configure(config)?;
         self.controller().start()?;
-        // The machine has its own. The reader of its output sees it end with the machine.
-        self.console = None;
         if has_console {
             (self.on_start)();
         }

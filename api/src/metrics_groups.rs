@@ -82,9 +82,6 @@ const GROUPS: &[Group] = &[
     Group::new("vmm", "panic_count"),
 ];
 
-/// Members of the machine's metrics that are lists, and the kind of the devices in them.
-const LISTS: [(&str, &str); 3] = [("vcpus", "vcpu"), ("disks", "block"), ("networks", "net")];
-
 /// What a device has counted.
 struct DeviceMetrics<'a> {
     kind: &'a str,
@@ -92,53 +89,56 @@ struct DeviceMetrics<'a> {
     counters: &'a Value,
 }
 
-/// The devices that are in a machine's metrics. `names` gives the names of those in lists.
-fn devices<'a>(
-    machine: &'a Value,
-    names: impl Fn(&str, usize) -> Option<&'a str>,
-) -> Vec<DeviceMetrics<'a>> {
-    let mut devices = Vec::new();
-    for (list, kind) in LISTS {
-        let members = machine[list].as_array();
-        for (index, counters) in members.into_iter().flatten().enumerate() {
-            let name = names(list, index).map_or_else(|| index.to_string(), str::to_string);
-            devices.push(DeviceMetrics {
-                kind,
-                name,
-                counters,
-            });
-        }
+/// What has counted in a machine: its devices by their names, its vCPUs by their numbers, and what there is
+/// one of.
+fn counted(machine: &Value) -> Vec<DeviceMetrics<'_>> {
+    let mut found = Vec::new();
+    let vcpus = machine["vcpus"].as_array();
+    for (index, counters) in vcpus.into_iter().flatten().enumerate() {
+        found.push(DeviceMetrics {
+            kind: "vcpu",
+            name: index.to_string(),
+            counters,
+        });
+    }
+    let devices = machine["devices"].as_object();
+    for (name, counters) in devices.into_iter().flatten() {
+        found.push(DeviceMetrics {
+            kind: counters["kind"].as_str().unwrap_or_default(),
+            name: name.clone(),
+            counters,
+        });
     }
     for (kind, counters) in machine.as_object().into_iter().flatten() {
-        devices.push(DeviceMetrics {
+        found.push(DeviceMetrics {
             kind,
             name: String::new(),
             counters,
         });
     }
-    devices
+    found
 }
 
-/// Puts the totals of a machine into groups. `names` gives the names of the devices in each list of the
-/// machine's metrics.
-pub(crate) fn groups<'a>(
-    machine: &'a Value,
-    names: impl Fn(&str, usize) -> Option<&'a str>,
-) -> Map<String, Value> {
+/// Puts the totals of a machine into groups.
+pub(crate) fn groups(machine: &Value) -> Map<String, Value> {
     let of_resources = RESOURCES.iter().flat_map(|resource| resource.groups);
     let all: Vec<&Group> = of_resources.chain(GROUPS).collect();
     let zeroes = all
         .iter()
         .map(|group| (group.name.to_string(), group.zeroes()));
     let mut groups: Map<String, Value> = zeroes.collect();
-    for device in devices(machine, names) {
+    for device in counted(machine) {
         let Some(group) = all.iter().find(|group| group.name == device.kind) else {
             continue;
         };
         add(&mut groups[group.name], device.counters);
         if group.has_members {
             let name = format!("{}_{}", group.name, device.name);
-            groups.insert(name, device.counters.clone());
+            let mut counters = device.counters.clone();
+            if let Some(counters) = counters.as_object_mut() {
+                counters.remove("kind");
+            }
+            groups.insert(name, counters);
         }
     }
     groups
@@ -150,6 +150,9 @@ fn add(total: &mut Value, device: &Value) {
         return;
     };
     for (name, value) in device {
+        if value.is_string() {
+            continue;
+        }
         let before = total.entry(name).or_insert_with(|| match value {
             Value::Object(_) => json!({}),
             _ => json!(0),

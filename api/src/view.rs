@@ -130,15 +130,7 @@ impl View {
             return Ok(());
         };
         let machine = serde_json::to_value(metrics)?;
-        let configuration = self.configuration();
-        let drives = configuration.drives_in_order();
-        let drives: Vec<&str> = drives.map(|drive| drive.drive_id.as_str()).collect();
-        let interfaces = &configuration.network_interfaces;
-        let mut totals = groups(&machine, |list, index| match list {
-            "disks" => drives.get(index).copied(),
-            "networks" => Some(interfaces.get(index)?.iface_id.as_str()),
-            _ => None,
-        });
+        let mut totals = groups(&machine);
         let startup_times = serde_json::to_value(self.0.startup_times)?;
         totals.insert("api_server".to_string(), startup_times);
         lock(&self.0.requests).add_to(&mut totals);

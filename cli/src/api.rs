@@ -60,6 +60,10 @@ fn serve_instance(
     console: &mut StdioConsole,
 ) -> anyhow::Result<EndedBy> {
     let controller = Controller::new()?;
+    let machine_console = console
+        .for_machine()
+        .context("cannot pass the serial console to the machine")?;
+    controller.set_console(machine_console)?;
     let started = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .context("cannot create an event")?;
     let started = Arc::new(started);
@@ -67,9 +71,6 @@ fn serve_instance(
         controller.clone(),
         InstanceOptions {
             id: args.id.clone(),
-            console: console
-                .for_machine()
-                .context("cannot pass the serial console to the machine")?,
             log: Box::new(program_log),
             startup_times: ProcessTimes {
                 start_us: args.start_time_us,

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use bantam_vmm::{Controller, ShutDown};
+use bantam_vmm::config::DeviceName;
+use bantam_vmm::{Controller, DeviceCommand, ShutDown};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -200,7 +201,10 @@ fn turn(
 /// Tells the guest the size of the terminal.
 fn resize(controller: &Controller) {
     if let Some((columns, rows)) = terminal::size()
-        && let Err(error) = controller.resize_console(columns, rows)
+        && let Err(error) = controller.device(
+            &DeviceName::console(),
+            DeviceCommand::ResizeConsole { columns, rows },
+        )
     {
         tracing::debug!("{error}");
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, Controller, ExitReason, MachineLog};
+use bantam_vmm::{Console, Controller, ControllerOptions, ExitReason, MachineLog, Stream};
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
@@ -83,13 +83,14 @@ fn run_once(
         Some(console) => console
             .for_machine()
             .context("cannot pass the serial console to the machine")?,
-        None => Console {
-            input: None,
-            output: None,
-        },
+        None => Console::default(),
     };
-    let controller = Controller::with_log(log.clone())?;
-    controller.configure(config.clone(), machine_console)?;
+    let controller = Controller::with(ControllerOptions {
+        log: log.clone(),
+        ..ControllerOptions::default()
+    })?;
+    controller.set_console(machine_console)?;
+    controller.configure(config.clone())?;
     if let Some(console) = &mut console {
         console.input.enter_terminal()?;
     }
@@ -107,22 +108,18 @@ fn run_once(
 
 /// Says where the pseudoterminals are that the machine has made.
 fn say_pseudoterminals(config: &MachineConfig, controller: &Controller) {
-    if config.serial == SerialConfig::Pty
-        && let Ok(Some(path)) = controller.serial_path()
-    {
-        say(format_args!("serial console: {}", path.display()));
-    }
-    if config.console == SerialConfig::Pty
-        && let Ok(Some(path)) = controller.console_path()
-    {
-        say(format_args!("console: {}", path.display()));
-    }
-    for (index, channel) in config.channels.iter().enumerate() {
-        if channel.end == SerialConfig::Pty
-            && let Ok(Some(path)) = controller.channel_path(index)
+    let say_pseudoterminal = |end: &SerialConfig, stream, what: &str| {
+        if *end == SerialConfig::Pty
+            && let Ok(Some(path)) = controller.stream_path(&stream)
         {
-            let name = &channel.name;
-            say(format_args!("channel '{name}': {}", path.display()));
+            say(format_args!("{what}: {}", path.display()));
         }
+    };
+    say_pseudoterminal(&config.serial, Stream::Serial, "serial console");
+    say_pseudoterminal(&config.console, Stream::Console, "console");
+    for channel in &config.channels {
+        let name = &channel.name;
+        let stream = Stream::Channel(name.clone());
+        say_pseudoterminal(&channel.end, stream, &format!("channel '{name}'"));
     }
 }

@@ -14,7 +14,8 @@ use bantam_devices::InterruptLine;
 use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::tap::PACKET_HEADER_SIZE;
 use bantam_devices::virtio::block::bench::SteppedWorker;
-use bantam_devices::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use bantam_devices::virtio::transport::mmio::MmioLink;
+use bantam_devices::virtio::{Chain, VirtQueue};
 use bantam_memory::GuestMemory;
 use criterion::{Criterion, criterion_group, criterion_main};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
@@ -187,9 +188,9 @@ fn block(criterion: &mut Criterion) {
             ..DiskOptions::default()
         };
         let disk = DiskFile::open(image.as_path(), &options).unwrap();
-        let interrupt = VirtioInterrupt::new("device".to_string(), Box::new(Unconnected));
+        let link = MmioLink::new("device".to_string(), Box::new(Unconnected)).driver();
         let (memory, queue) = (driver.memory.clone(), driver.queue());
-        let mut worker = SteppedWorker::new(disk, memory, Arc::new(interrupt), queue).unwrap();
+        let mut worker = SteppedWorker::new(disk, memory, link, queue).unwrap();
         criterion.bench_function(name, |bencher| {
             bencher.iter_custom(|iterations| {
                 let mut time = Duration::ZERO;

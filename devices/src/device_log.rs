@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::notice::{DeviceNotice, DeviceObserver};
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
 /// One message a minute, and ten at once after a rest.
@@ -104,12 +105,15 @@ impl State {
     }
 }
 
-/// What one device logs. Clones share its bounds.
+/// What one device logs, and tells an observer if it has one. Clones share its bounds.
 ///
 /// What the guest does wrong and what fails on the host are bounded apart from one another, so that a guest
 /// cannot hide a failure of the host.
 #[derive(Clone, Debug)]
-pub struct DeviceLog(Arc<Accounts>);
+pub struct DeviceLog {
+    accounts: Arc<Accounts>,
+    observer: Option<Arc<dyn DeviceObserver>>,
+}
 
 #[derive(Debug)]
 struct Accounts {
@@ -121,25 +125,45 @@ impl DeviceLog {
     /// The log of the device called `name`.
     pub fn new(name: impl Into<String>) -> DeviceLog {
         let name = name.into();
-        DeviceLog(Arc::new(Accounts {
-            guest: BoundedLog::new(name.clone()),
-            host: BoundedLog::new(name),
-        }))
+        DeviceLog {
+            accounts: Arc::new(Accounts {
+                guest: BoundedLog::new(name.clone()),
+                host: BoundedLog::new(name),
+            }),
+            observer: None,
+        }
+    }
+
+    /// The same log, whose device also tells `observer` what happens to it.
+    #[must_use]
+    pub fn observed_by(self, observer: Arc<dyn DeviceObserver>) -> DeviceLog {
+        DeviceLog {
+            observer: Some(observer),
+            ..self
+        }
+    }
+
+    /// Tells the observer, if there is one.
+    pub fn notify(&self, notice: DeviceNotice<'_>) {
+        if let Some(observer) = &self.observer {
+            observer.notice(notice);
+        }
     }
 
     /// The device's name.
     pub fn name(&self) -> &str {
-        &self.0.guest.name
+        &self.accounts.guest.name
     }
 
     /// Warns of something that the guest can bring about whenever it likes.
     pub fn warn_of_guest(&self, message: fmt::Arguments<'_>) {
-        self.0.guest.warn(message);
+        self.accounts.guest.warn(message);
     }
 
-    /// Warns of something that fails on the host.
+    /// Warns of something that fails on the host, and tells the observer of each failure.
     pub fn warn_of_host(&self, message: fmt::Arguments<'_>) {
-        self.0.host.warn(message);
+        self.notify(DeviceNotice::HostError { text: message });
+        self.accounts.host.warn(message);
     }
 }
 
@@ -226,7 +250,7 @@ mod tests {
         for _ in 0..100 {
             log.warn_of_guest(format_args!("it did it again"));
         }
-        let Accounts { guest, host } = &*log.0;
+        let Accounts { guest, host } = &*log.accounts;
         assert!(lock(&guest.state).suppressed > 0);
         let verdict = lock(&host.state).admit(Instant::now());
         assert_eq!(verdict, Verdict::Log(0));
@@ -239,7 +263,7 @@ mod tests {
             let device = machine.clone().device("disk");
             device.warn_of_guest(format_args!("it did it again"));
         }
-        let suppressed = |name| lock(&machine.device(name).0.guest.state).suppressed;
+        let suppressed = |name| lock(&machine.device(name).accounts.guest.state).suppressed;
         assert_eq!(suppressed("disk"), 89);
         assert_eq!(suppressed("another disk"), 0);
     }

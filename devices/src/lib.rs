@@ -16,6 +16,8 @@ pub mod interrupt;
 mod io_uring_support;
 pub mod lifecycle;
 mod listening_socket;
+pub mod notice;
+pub mod opener;
 pub mod panic_device;
 pub mod patience;
 pub mod pci_bus;

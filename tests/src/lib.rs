@@ -9,6 +9,7 @@ mod images;
 mod linux;
 mod loop_device;
 mod network;
+mod owner;
 mod pattern;
 mod process;
 mod requirements;
@@ -24,6 +25,7 @@ pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
 pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
+pub use owner::{balloon_statistics, configured, device, device_metrics};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
     Bantam, Ended, Running, STATUS_ERROR, STATUS_POWER_CUT, STATUS_REBOOT, unprivileged,

@@ -6,9 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_devices::disk::{DiskFile, DiskOptions};
-use bantam_tests::{HostTap, Traffic, payload, require_kvm, require_taps};
+use bantam_tests::{HostTap, Traffic, configured, device, payload, require_kvm, require_taps};
 use bantam_vmm::config::{DiskConfig, MachineConfig, NetConfig, SerialConfig};
-use bantam_vmm::{Console, Controller, Error, Limits, NetLimits, RateLimit};
+use bantam_vmm::{
+    Console, Controller, DeviceAnswer, DeviceCommand, DeviceError, Error, Limits, NetLimits,
+    RateLimit,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -40,9 +43,7 @@ impl Load {
         config.append = Some(format!("{words} finish=poweroff"));
         config.serial = SerialConfig::File(log.clone());
         configure(&mut config);
-        let machine = Controller::new().expect("there are descriptors");
-        let configured = machine.configure(config, Console::default());
-        configured.unwrap_or_else(|error| panic!("{error}"));
+        let machine = configured(config, Console::default());
         machine.start().unwrap_or_else(|error| panic!("{error}"));
         let load = Load { machine, log };
         load.wait_for("load: ready");
@@ -74,6 +75,12 @@ impl Load {
     fn metrics(&self) -> Value {
         let metrics = self.machine.metrics().expect("it was started");
         serde_json::to_value(metrics).expect("counters are numbers")
+    }
+
+    /// Puts `image` in the place of the disk's.
+    fn replace(&self, image: &Path) -> Result<DeviceAnswer, Error> {
+        let path = image.to_path_buf();
+        device(&self.machine, "disk0", DeviceCommand::ReplaceImage { path })
     }
 
     /// Waits for the end, which is to be a success, and gives what the payload says of its load.
@@ -112,13 +119,20 @@ fn a_disk_is_replaced_again_and_again_under_load() {
         for _ in 0..10 {
             for image in [&second, &first] {
                 // Each is free again when the other has taken its place.
-                load.machine.replace_disk(0, image).unwrap();
+                load.replace(image).unwrap();
                 thread::sleep(Duration::from_millis(5));
             }
         }
         let missing = folder.path().join("missing");
-        let error = load.machine.replace_disk(0, &missing).unwrap_err();
-        assert!(matches!(error, Error::Disk(_)), "{error}");
+        let error = load.replace(&missing).unwrap_err();
+        let is_told = matches!(
+            &error,
+            Error::Device {
+                source: DeviceError::Image(_),
+                ..
+            }
+        );
+        assert!(is_told, "{error}");
         load.wait_for("PASS");
         load.finish();
     }
@@ -136,7 +150,7 @@ fn what_is_written_goes_to_the_disk_that_is_there() {
         let words = "mode=write verify seed=4 depth=32 seconds=1";
         let load = Load::of_disk(&folder, &first, kind, words);
         thread::sleep(Duration::from_millis(100));
-        load.machine.replace_disk(0, &second).unwrap();
+        load.replace(&second).unwrap();
         let until_then = fs::read(&first).unwrap();
         load.finish();
         let written = |bytes: &[u8]| {
@@ -158,7 +172,7 @@ fn a_disk_that_is_read_only_stays_so() {
         fs::write(image, vec![0; DISK_SIZE]).unwrap();
     }
     let load = Load::of_disk(&folder, &first, ",ro", "mode=read seconds=1");
-    load.machine.replace_disk(0, &second).unwrap();
+    load.replace(&second).unwrap();
     // Locked as one that is only read, and the other no more.
     let open = |path: &Path, read_only| {
         let options = DiskOptions {
@@ -170,9 +184,11 @@ fn a_disk_that_is_read_only_stays_so() {
     open(&first, false).unwrap();
     open(&second, true).unwrap();
     open(&second, false).unwrap_err();
+    let path = second.clone();
+    let replaced = device(&load.machine, "disk1", DeviceCommand::ReplaceImage { path });
     assert!(matches!(
-        load.machine.replace_disk(1, &second),
-        Err(Error::NoSuchDisk { index: 1, count: 1 })
+        replaced,
+        Err(Error::NoSuchDevice { name }) if name.as_str() == "disk1"
     ));
     load.finish();
 }
@@ -186,7 +202,7 @@ fn requests_are_counted_and_timed() {
         fs::write(&image, vec![0; DISK_SIZE]).unwrap();
         let load = Load::of_disk(&folder, &image, kind, "mode=read depth=8 operations=3000");
         load.wait_for("\n{");
-        let metrics = load.metrics()["disks"][0].clone();
+        let metrics = load.metrics()["devices"]["disk0"].clone();
         let figures = load.finish();
         assert_eq!(figures["operations"], 3000);
         assert_eq!(metrics["read_count"], 3000, "{kind}");
@@ -212,9 +228,10 @@ fn limits_of_a_disk_are_changed_under_load() {
     let words = "mode=read depth=32 operations=20000";
     let load = Load::of_disk(&folder, &image, limited, words);
     thread::sleep(Duration::from_millis(300));
-    let done = || load.metrics()["disks"][0]["read_count"].as_u64();
+    let done = || load.metrics()["devices"]["disk0"]["read_count"].as_u64();
     assert!(done() <= Some(20), "{:?}", done());
-    load.machine.set_disk_limits(0, &Limits::default()).unwrap();
+    let unlimited = DeviceCommand::SetLimits(Limits::default());
+    device(&load.machine, "disk0", unlimited).unwrap();
     load.finish();
 }
 
@@ -237,7 +254,7 @@ fn a_network_device_is_limited_in_both_directions_and_counts() {
             });
             load.wait_for("\n{");
             let time = start.elapsed();
-            let metrics = load.metrics()["networks"][0].clone();
+            let metrics = load.metrics()["devices"]["net0"].clone();
             let figures = load.finish();
             // 240 of them at 500 a second.
             assert!(time >= Duration::from_millis(400), "{mode}: {time:?}");
@@ -261,7 +278,7 @@ fn limits_of_a_network_device_are_changed_under_load() {
         config.nets = vec![option.parse().unwrap()];
     });
     thread::sleep(Duration::from_millis(200));
-    let sent = || load.metrics()["networks"][0]["tx_packets_count"].as_u64();
+    let sent = || load.metrics()["devices"]["net0"]["tx_packets_count"].as_u64();
     assert!(sent() <= Some(3), "{:?}", sent());
     let limit = RateLimit {
         size: 10_000,
@@ -275,6 +292,6 @@ fn limits_of_a_network_device_are_changed_under_load() {
         },
         ..NetLimits::default()
     };
-    load.machine.set_network_limits(0, &limits).unwrap();
+    device(&load.machine, "net0", DeviceCommand::SetNetLimits(limits)).unwrap();
     load.finish();
 }

@@ -9,10 +9,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{payload, require_kvm};
+use bantam_tests::{balloon_statistics, configured, device, device_metrics, payload, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{
-    Answer, Command, Console, Controller, Error, ExitReason, RateLimit, ShutDown, State,
+    Answer, Command, Console, Controller, DeviceCommand, DeviceMetrics, Error, ExitReason,
+    RateLimit, ShutDown, State, Stream,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -44,16 +45,9 @@ fn console() -> (Console, PipeReader) {
     (console, reader)
 }
 
-fn configured(config: &MachineConfig, console: Console) -> Controller {
-    let machine = Controller::new().expect("there are descriptors");
-    let configured = machine.configure(config.clone(), console);
-    configured.unwrap_or_else(|error| panic!("{error}"));
-    machine
-}
-
 fn started(config: &MachineConfig) -> (Controller, PipeReader) {
     let (console, reader) = console();
-    let machine = configured(config, console);
+    let machine = configured(config.clone(), console);
     machine.start().unwrap_or_else(|error| panic!("{error}"));
     (machine, reader)
 }
@@ -80,15 +74,19 @@ fn a_console_that_could_block_all_devices_is_refused() {
             "output",
         ),
     ] {
-        let machine = configured(&hello("poweroff"), console);
+        let machine = configured(hello("poweroff"), console);
         let error = machine.start().expect_err("it could block").to_string();
         assert!(
             error.contains(end) && error.contains("O_NONBLOCK"),
             "{error}"
         );
         // It can be configured anew.
-        let configured = machine.configure(hello("poweroff"), Console::default());
-        configured.expect("it is not started");
+        machine
+            .set_console(Console::default())
+            .expect("it is not started");
+        machine
+            .configure(hello("poweroff"))
+            .expect("it is not started");
         machine.start().expect("it has no console");
         assert_eq!(machine.wait().expect("it ends"), ExitReason::PowerOff);
     }
@@ -98,7 +96,7 @@ fn a_console_that_could_block_all_devices_is_refused() {
         input: None,
         output: Some(file.try_clone().expect("there are descriptors").into()),
     };
-    let machine = configured(&hello("poweroff"), console);
+    let machine = configured(hello("poweroff"), console);
     machine.start().unwrap_or_else(|error| panic!("{error}"));
     machine.wait().expect("it ends");
     let size = file.metadata().expect("it is open").len();
@@ -107,7 +105,7 @@ fn a_console_that_could_block_all_devices_is_refused() {
 
 /// What is said of a machine that cannot be built. It stays configured.
 fn start_error(config: &MachineConfig) -> Error {
-    let machine = configured(config, Console::default());
+    let machine = configured(config.clone(), Console::default());
     let error = machine.start().expect_err("it cannot be built");
     assert_eq!(machine.state(), State::Configured);
     error
@@ -254,7 +252,7 @@ fn a_guest_that_does_not_shut_down_is_stopped_by_the_earliest_time_given() {
     machine.pause().unwrap();
     machine.shut_down(Duration::from_millis(100));
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
-    let machine = configured(&config, Console::default());
+    let machine = configured(config.clone(), Console::default());
     assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }
@@ -344,17 +342,18 @@ fn a_command_in_the_wrong_state_is_a_typed_error() {
         }
         assert_eq!(machine.state(), state);
     };
-    let configure = || Command::Configure {
-        config: Box::new(hello("hang")),
-        console: Console::default(),
+    let configure = || Command::Configure(Box::new(hello("hang")));
+    let of_device = |name: &str, command| Command::Device {
+        name: name.parse().unwrap(),
+        command,
     };
     let of_running = || {
         vec![
             Command::Pause,
             Command::Resume,
             Command::PressPowerButton,
-            Command::UpdateDiskSize { disk: 0 },
-            Command::BalloonStatistics,
+            of_device("disk0", DeviceCommand::UpdateSize),
+            of_device("balloon", DeviceCommand::BalloonStatistics),
         ]
     };
     refused_in(State::NotConfigured, of_running());
@@ -395,7 +394,7 @@ fn a_command_in_the_wrong_state_is_a_typed_error() {
 #[test]
 fn a_machine_that_was_never_started_can_be_stopped() {
     let _alone = alone();
-    let machine = configured(&hello("hang"), Console::default());
+    let machine = configured(hello("hang"), Console::default());
     machine.stop();
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
     let error = machine.start().unwrap_err();
@@ -511,28 +510,32 @@ fn a_balloon_follows_its_owner() {
     config.balloon = Some("size=4M,statistics=3600".parse().unwrap());
     let (machine, mut output) = started(&config);
     for (mib, pages) in [(4, 1024), (20, 5120), (8, 2048), (0, 0), (1, 256)] {
-        machine.set_balloon_target(mib).unwrap();
+        device(&machine, "balloon", DeviceCommand::SetBalloonTarget { mib }).unwrap();
         read_until(&mut output, &format!("actual {pages}\n"));
-        let statistics = machine.balloon_statistics().unwrap();
+        let statistics = balloon_statistics(&machine);
         assert_eq!((statistics.target_mib, statistics.actual_mib), (mib, mib));
         assert_eq!(statistics.actual_pages, pages);
     }
-    let error = machine.set_balloon_target(65).unwrap_err().to_string();
+    let too_much = DeviceCommand::SetBalloonTarget { mib: 65 };
+    let error = device(&machine, "balloon", too_much);
+    let error = error.unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
 
     // The first come by themselves, the next with each change of the interval.
     for given in 1..=3 {
         let deadline = Instant::now() + Duration::from_secs(30);
-        let statistics = || machine.balloon_statistics().unwrap();
+        let statistics = || balloon_statistics(&machine);
         while statistics().guest.free_memory != Some(given) {
             assert!(Instant::now() < deadline, "{:?}", statistics());
             thread::sleep(Duration::from_millis(1));
         }
-        let hour = NonZeroU32::new(3600).unwrap();
-        machine.set_balloon_interval(hour).unwrap();
+        let seconds = NonZeroU32::new(3600).unwrap();
+        let interval = DeviceCommand::SetStatisticsInterval { seconds };
+        device(&machine, "balloon", interval).unwrap();
     }
-    let metrics = machine.metrics().unwrap();
-    let metrics = metrics.balloon.as_ref().unwrap();
+    let DeviceMetrics::Balloon(metrics) = device_metrics(&machine, "balloon") else {
+        panic!("it is a balloon");
+    };
     assert!(metrics.inflate_count.total() > 0 && metrics.deflate_count.total() > 0);
     assert_eq!(metrics.event_fails.total(), 0);
     machine.stop();
@@ -680,9 +683,12 @@ fn a_console_file_holds_all_output_when_the_machine_has_ended() {
     let mut config = MachineConfig::new(payload("serial"));
     config.append = Some("print-kib=64".to_owned());
     config.serial = SerialConfig::File(path.clone());
-    let machine = configured(&config, Console::default());
+    let machine = configured(config.clone(), Console::default());
     machine.start().unwrap();
-    assert_eq!(machine.serial_path().unwrap(), Some(path.clone()));
+    assert_eq!(
+        machine.stream_path(&Stream::Serial).unwrap(),
+        Some(path.clone())
+    );
     machine.wait().unwrap();
     let mut text = String::new();
     File::open(&path)

@@ -13,13 +13,15 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use bantam_tests::{
-    Bantam, Ended, HostTap, Kernel, RootFileSystem, accept, after_random_work, answer, bzimages,
-    crc32, debian_kernel, first_difference, interface_exists, linux_slot, pattern, require_kvm,
-    require_taps,
+    Bantam, Ended, HostTap, Kernel, RootFileSystem, accept, after_random_work, answer,
+    balloon_statistics, bzimages, configured, crc32, debian_kernel, device, device_metrics,
+    first_difference, interface_exists, linux_slot, pattern, require_kvm, require_taps,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::workarounds::guest_kernel_parameters;
-use bantam_vmm::{BalloonStatistics, Console, Controller, ExitReason};
+use bantam_vmm::{
+    BalloonStatistics, Console, Controller, DeviceAnswer, DeviceCommand, DeviceMetrics, ExitReason,
+};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -322,8 +324,9 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
         .unwrap()
         .set_len(larger)
         .unwrap();
-    assert_eq!(machine.update_disk_size(0).unwrap(), larger);
-    assert!(machine.update_disk_size(1).is_err());
+    let updated = device(&machine, "disk0", DeviceCommand::UpdateSize);
+    assert_eq!(updated.unwrap(), DeviceAnswer::Size(larger));
+    assert!(device(&machine, "disk1", DeviceCommand::UpdateSize).is_err());
     machine.press_power_button().unwrap();
     read_until(&mut output, &mut text, "bantam: ctrl-alt-del waiting");
     // The kernel looks for the keyboard in the background.
@@ -437,12 +440,13 @@ fn linux_gives_memory_back_and_says_how_much_it_has() {
     let (machine, mut output) = started(config);
     let mut text = String::new();
     read_until(&mut output, &mut text, "bantam: memory ok");
-    let metrics = machine.metrics().unwrap();
-    let metrics = metrics.balloon.as_ref().expect("there is one");
+    let DeviceMetrics::Balloon(metrics) = device_metrics(&machine, "balloon") else {
+        panic!("it is a balloon");
+    };
     let wait_for = |what: &str, is_so: &dyn Fn(&BalloonStatistics) -> bool| {
         let deadline = Instant::now() + Duration::from_secs(120);
         loop {
-            let statistics = machine.balloon_statistics().unwrap();
+            let statistics = balloon_statistics(&machine);
             if is_so(&statistics) {
                 return statistics;
             }
@@ -455,7 +459,7 @@ fn linux_gives_memory_back_and_says_how_much_it_has() {
     };
     let mut totals = Vec::new();
     for mib in [16, 40, 8] {
-        machine.set_balloon_target(mib).unwrap();
+        device(&machine, "balloon", DeviceCommand::SetBalloonTarget { mib }).unwrap();
         wait_for("the balloon's size", &|now| now.actual_mib == mib);
         // Those under way may be older.
         let seen = metrics.stats_updates_count.total();
@@ -487,9 +491,7 @@ fn started(config: MachineConfig) -> (Controller, PipeReader) {
         input: None,
         output: Some(writer.into()),
     };
-    let machine = Controller::new().expect("there are descriptors");
-    let configured = machine.configure(config, console);
-    configured.unwrap_or_else(|error| panic!("{error}"));
+    let machine = configured(config, console);
     machine.start().unwrap_or_else(|error| panic!("{error}"));
     (machine, output)
 }

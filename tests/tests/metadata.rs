@@ -6,7 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    HostTap, Kernel, RootFileSystem, accept, answer, first_difference, linux_slot, require_taps,
+    HostTap, Kernel, RootFileSystem, accept, answer, configured, first_difference, linux_slot,
+    require_taps,
 };
 use bantam_vmm::config::{MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{Console, Controller, ExitReason};
@@ -53,8 +54,7 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     config.metadata = Some(metadata);
 
     let _slot = linux_slot();
-    let machine = Controller::new().unwrap();
-    machine.configure(config, Console::default()).unwrap();
+    let machine = configured(config, Console::default());
     machine.start().unwrap();
     let deadline = Instant::now() + Duration::from_secs(240);
     while counter(&machine, "rx_no_token") == 0 {

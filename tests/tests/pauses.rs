@@ -5,7 +5,7 @@ use std::io::{PipeReader, Read};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{HostTap, Traffic, payload, require_kvm, require_taps};
+use bantam_tests::{HostTap, Traffic, configured, payload, require_kvm, require_taps};
 use bantam_vmm::config::{BlockEngineOption, DiskConfig, MachineConfig, NetConfig};
 use bantam_vmm::{Console, Controller, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -25,14 +25,11 @@ impl Loaded {
         config.append = Some(words.to_owned());
         let (output, writer) = std::io::pipe().expect("there are pipes");
         fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
-        let machine = Controller::new().expect("there are descriptors");
         let console = Console {
             input: None,
             output: Some(writer.into()),
         };
-        machine
-            .configure(config, console)
-            .expect("the machine can be");
+        let machine = configured(config, console);
         machine.start().expect("the host has what it takes");
         Loaded { machine, output }
     }

@@ -101,9 +101,7 @@ fn configured(config: &MachineConfig) -> (Controller, PipeReader) {
         input: None,
         output: Some(writer.into()),
     };
-    let machine = Controller::new().expect("there are descriptors");
-    let configured = machine.configure(config.clone(), console);
-    configured.unwrap_or_else(|error| panic!("{error}"));
+    let machine = bantam_tests::configured(config.clone(), console);
     (machine, reader)
 }
 

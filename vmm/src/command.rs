@@ -1,31 +1,18 @@
 //! What may be asked of a machine, in which states, and the answers.
 
-use std::num::NonZeroU32;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
-use bantam_devices::virtio::net::NetLimits;
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
 use serde_json::Value;
 
-use crate::config::MachineConfig;
-use crate::console::Console;
-use crate::metrics::MachineMetrics;
+use crate::config::{DeviceName, MachineConfig};
 use crate::state::State;
 
 /// What can be asked of a machine.
 #[derive(Debug)]
 pub enum Command {
-    /// Says what the machine is made of, in place of what was said before. `console` is the program's
-    /// end of what is configured as `stdio`: serial port, console or a channel. Before the start only.
-    Configure {
-        /// What the machine is made of.
-        config: Box<MachineConfig>,
-        /// The program's end.
-        console: Console,
-    },
+    /// Says what the machine is made of, in place of what was said before. Before the start only.
+    Configure(Box<MachineConfig>),
     /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured; one for
     /// whose vCPUs the host has no threads has ended.
     Start,
@@ -51,55 +38,16 @@ pub enum Command {
     Stop,
     /// Asks for the state.
     Query,
-    /// Looks how large the image of a disk is now, and lets the guest know if that has changed.
-    UpdateDiskSize {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
+    /// Asks for the configuration with all changes since the start: a machine that is made by it is like this
+    /// one.
+    Configuration,
+    /// Changes a device or asks it something.
+    Device {
+        /// Its name in the configuration, or that of its kind.
+        name: DeviceName,
+        /// What is asked of it.
+        command: DeviceCommand,
     },
-    /// Puts another image in the place of that of a disk, with the same cache mode, and lets the guest
-    /// know. Of the image that is there already, the size is looked at anew.
-    ReplaceDisk {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
-        /// The other image.
-        path: PathBuf,
-    },
-    /// Sets other limits of a disk.
-    SetDiskLimits {
-        /// Which disk, counted from zero as in the configuration.
-        disk: usize,
-        /// The limits.
-        limits: Limits,
-    },
-    /// Sets other limits of a network device.
-    SetNetworkLimits {
-        /// Which network device, counted from zero as in the configuration.
-        network: usize,
-        /// The limits.
-        limits: NetLimits,
-    },
-    /// Tells the guest that its virtio console has this size in characters; 0 stands for a size that is
-    /// not known.
-    ResizeConsole {
-        /// Characters of a line.
-        columns: u16,
-        /// Lines.
-        rows: u16,
-    },
-    /// Asks the guest to give up so much memory in all. It does so in its own time and as far as it can.
-    SetBalloonTarget {
-        /// How much in MiB.
-        mib: u32,
-    },
-    /// Changes how often the guest is asked for statistics of its memory, and asks it for the first.
-    SetBalloonInterval {
-        /// How often.
-        seconds: NonZeroU32,
-    },
-    /// Asks the guest which memory it does not use (free page hinting), or lets it use all of it again.
-    HintBalloon(HintingCommand),
-    /// Asks for the size of the balloon, and what the guest said last of its memory.
-    BalloonStatistics,
     /// Puts other metadata in the place of what the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
@@ -130,12 +78,12 @@ pub enum Answer {
     State(State),
     /// To [`Command::ShutDown`].
     ShutDown(ShutDown),
-    /// To [`Command::UpdateDiskSize`]: the size in bytes.
-    DiskSize(u64),
-    /// To [`Command::BalloonStatistics`].
-    BalloonStatistics(Box<BalloonStatistics>),
+    /// To [`Command::Configuration`].
+    Configuration(Box<MachineConfig>),
+    /// To [`Command::Device`].
+    Device(DeviceAnswer),
     /// To [`Command::Metadata`]; none where nothing was put yet.
     Metadata(Option<Value>),
-    /// To [`Command::Metrics`].
-    Metrics(Arc<MachineMetrics>),
+    /// To [`Command::Metrics`]: what [`MachineMetrics`](crate::MachineMetrics) serializes to.
+    Metrics(Value),
 }

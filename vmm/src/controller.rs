@@ -1,15 +1,11 @@
 //! The one owner of a machine's life.
 
-use std::num::NonZeroU32;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use bantam_devices::device_log::MachineLog;
-use bantam_devices::rate_limiter::Limits;
-use bantam_devices::virtio::balloon::{BalloonStatistics, HintingCommand};
-use bantam_devices::virtio::net::NetLimits;
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
 use bantam_memory::GuestMemory;
 use bantam_state::Section;
 use nix::errno::Errno;
@@ -17,13 +13,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
 use crate::command::{Answer, Command, ShutDown};
-use crate::config::MachineConfig;
+use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
-use crate::device_table::DeviceTable;
+use crate::devices::{DeviceTable, Stream};
 use crate::error::Error;
+use crate::events::{EventSender, Events};
 use crate::exit_reason::ExitReason;
+use crate::hooks::ControllerOptions;
 use crate::kvm::{SavedProcessors, VmState};
-use crate::machine::{Machine, Origin};
+use crate::machine::{Machine, MachineContext, Origin};
 use crate::metrics::MachineMetrics;
 use crate::run_control::{RunControl, lock, wait};
 use crate::state::State;
@@ -35,44 +33,52 @@ const PAUSE_TIME: Duration = Duration::from_secs(5);
 /// A machine and all that can be done with it, from any thread. Clones speak for the same machine,
 /// which is stopped when the last of them is dropped.
 ///
-/// [`Controller::execute`] does what a [`Command`] says, or gives [`Error::WrongState`] at once where the
+/// [`Controller::execute`] does what a [`Command`] says, or gives [`Error::WrongState`] at once if the
 /// machine's state does not allow it. The other methods are the commands by name, and ways to wait.
 #[derive(Clone)]
 pub struct Controller(Arc<Inner>);
 
 impl Controller {
+    /// A controller of a machine that is not configured yet, with the default of [`ControllerOptions`].
+    ///
+    /// # Errors
+    /// If the host is out of file descriptors.
+    pub fn new() -> Result<Controller, Error> {
+        Controller::with(ControllerOptions::default())
+    }
+
     /// A controller of a machine that is not configured yet.
     ///
     /// # Errors
-    /// When the host gives no file descriptor.
-    pub fn new() -> Result<Controller, Error> {
-        Controller::with_log(MachineLog::default())
-    }
-
-    /// As [`Controller::new`], for a machine in the place of another that had the same `log`: the bounds of
-    /// what a guest can have logged go on where they were.
-    ///
-    /// # Errors
-    /// When the host gives no file descriptor.
-    pub fn with_log(log: MachineLog) -> Result<Controller, Error> {
-        let control = RunControl::new().map_err(Error::resource("the machine's exit event"))?;
+    /// If the host is out of file descriptors.
+    pub fn with(options: ControllerOptions) -> Result<Controller, Error> {
+        let events = EventSender::default();
+        let control = RunControl::new(events.clone());
+        let control = control.map_err(Error::resource("the machine's exit event"))?;
         Ok(Controller(Arc::new(Inner {
-            control: Arc::new(control),
+            context: MachineContext {
+                control: Arc::new(control),
+                log: options.log,
+                events,
+                opener: options.opener,
+                thread_hook: options.thread_hook,
+            },
+            console: Mutex::default(),
             life: Mutex::new(Life::NotConfigured),
             changed: Condvar::new(),
+            config: Mutex::new(None),
             metrics: OnceLock::new(),
-            log,
         })))
     }
 
     /// Does what `command` says.
     ///
     /// # Errors
-    /// [`Error::WrongState`] where the machine's state does not allow it, and otherwise as the method
+    /// [`Error::WrongState`] if the machine's state does not allow it, and otherwise like the method
     /// with the command's name.
     pub fn execute(&self, command: Command) -> Result<Answer, Error> {
         match command {
-            Command::Configure { config, console } => self.configure(*config, console)?,
+            Command::Configure(config) => self.configure(*config)?,
             Command::Start => self.start()?,
             Command::Pause => self.pause()?,
             Command::Resume => self.resume()?,
@@ -81,44 +87,88 @@ impl Controller {
             Command::ShutDown { timeout } => return Ok(Answer::ShutDown(self.shut_down(timeout))),
             Command::Stop => self.stop(),
             Command::Query => return Ok(Answer::State(self.state())),
-            Command::UpdateDiskSize { disk } => {
-                return Ok(Answer::DiskSize(self.update_disk_size(disk)?));
+            Command::Configuration => {
+                return Ok(Answer::Configuration(Box::new(self.configuration()?)));
             }
-            Command::ReplaceDisk { disk, path } => self.replace_disk(disk, &path)?,
-            Command::SetDiskLimits { disk, limits } => self.set_disk_limits(disk, &limits)?,
-            Command::SetNetworkLimits { network, limits } => {
-                self.set_network_limits(network, &limits)?;
-            }
-            Command::ResizeConsole { columns, rows } => self.resize_console(columns, rows)?,
-            Command::SetBalloonTarget { mib } => self.set_balloon_target(mib)?,
-            Command::SetBalloonInterval { seconds } => self.set_balloon_interval(seconds)?,
-            Command::HintBalloon(command) => self.hint_balloon(command)?,
-            Command::BalloonStatistics => {
-                let statistics = Box::new(self.balloon_statistics()?);
-                return Ok(Answer::BalloonStatistics(statistics));
+            Command::Device { name, command } => {
+                return Ok(Answer::Device(self.device(&name, command)?));
             }
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
             Command::Metadata => return Ok(Answer::Metadata(self.metadata()?)),
-            Command::Metrics => return Ok(Answer::Metrics(self.metrics()?)),
+            Command::Metrics => {
+                let metrics = serde_json::to_value(self.metrics()?);
+                return Ok(Answer::Metrics(metrics.map_err(|error| {
+                    Error::Resource {
+                        what: "a copy of the counters",
+                        source: error.into(),
+                    }
+                })?));
+            }
         }
         Ok(Answer::Done)
+    }
+
+    /// The events of the machine from now on.
+    ///
+    /// # Errors
+    /// If the host is out of file descriptors.
+    pub fn subscribe(&self) -> Result<Events, Error> {
+        let events = self.0.context.events.subscribe();
+        events.map_err(Error::resource("an event queue"))
     }
 
     /// [`Command::Configure`].
     ///
     /// # Errors
-    /// When the configuration contradicts itself, or the machine has been started.
-    pub fn configure(&self, config: MachineConfig, console: Console) -> Result<(), Error> {
+    /// If the configuration contradicts itself, or the machine has been started.
+    pub fn configure(&self, config: MachineConfig) -> Result<(), Error> {
+        // Without the lock, as it looks at files, which may be on a host that does not answer.
+        let validated = config.validate();
         let mut life = self.0.life();
         match &*life {
-            Life::NotConfigured | Life::Configured(_) if !self.0.control.is_stopping() => {
-                config.validate()?;
-                *life = Life::Configured(Box::new((config, console)));
+            Life::NotConfigured | Life::Configured(_) if !self.0.is_stopping() => {
+                validated?;
+                self.0.enter(&mut life, Life::Configured(Box::new(config)));
                 Ok(())
             }
             life => Err(self.0.wrong_state(life, "configure the machine")),
         }
+    }
+
+    /// Gives the machine the program's end of what is configured as `stdio`: serial port, console or a channel.
+    /// It takes the place of the one before.
+    ///
+    /// # Errors
+    /// If the machine has been started.
+    pub fn set_console(&self, console: Console) -> Result<(), Error> {
+        let life = self.0.life();
+        match &*life {
+            Life::NotConfigured | Life::Configured(_) if !self.0.is_stopping() => {
+                *lock(&self.0.console) = console;
+                Ok(())
+            }
+            life => Err(self.0.wrong_state(life, "give the machine a console")),
+        }
+    }
+
+    /// [`Command::Configuration`].
+    ///
+    /// # Errors
+    /// If the machine is not configured.
+    pub fn configuration(&self) -> Result<MachineConfig, Error> {
+        let life = self.0.life();
+        if let Life::Configured(config) = &*life {
+            return Ok((**config).clone());
+        }
+        let Some(mut config) = lock(&self.0.config).clone() else {
+            return Err(self.0.wrong_state(&life, "tell the configuration"));
+        };
+        let metadata = life.machine().and_then(|it| it.devices().metadata().ok());
+        if let (Some(config), Some(metadata)) = (&mut config.metadata, metadata) {
+            config.contents = metadata.get();
+        }
+        Ok(config)
     }
 
     /// [`Command::Start`].
@@ -176,13 +226,13 @@ impl Controller {
                     let vm = machine.vm().clone();
                     let vcpu_count = machine.vcpu_count();
                     // So that nobody lets it go on.
-                    *life = Life::Pausing(machine);
+                    self.0.enter(&mut life, Life::Pausing(machine));
                     (vm, vcpu_count)
                 }
                 other => return Err(self.0.put_back(life, other, action)),
             }
         };
-        let saved = VmState::save(&vm).map(|vm| (vm, self.0.control.save_vcpus(vcpu_count)));
+        let saved = VmState::save(&vm).map(|vm| (vm, self.0.control().save_vcpus(vcpu_count)));
         let mut life = self.0.life();
         match self.0.take(&mut life) {
             Some(Life::Pausing(machine)) => *life = Life::Paused(machine),
@@ -207,7 +257,7 @@ impl Controller {
             match self.0.take(&mut life) {
                 Some(Life::Running(machine)) => {
                     let parts = (machine.vcpu_count(), machine.devices().clone());
-                    *life = Life::Pausing(machine);
+                    self.0.enter(&mut life, Life::Pausing(machine));
                     parts
                 }
                 other => return Err(self.0.put_back(life, other, action)),
@@ -218,10 +268,11 @@ impl Controller {
         let mut life = self.0.life();
         match self.0.take(&mut life) {
             Some(Life::Pausing(machine)) => {
-                *life = match paused {
+                let next = match paused {
                     Ok(()) => Life::Paused(machine),
                     Err(_) => Life::Running(machine),
                 };
+                self.0.enter(&mut life, next);
                 paused
             }
             other => Err(self.0.put_back(life, other, action)),
@@ -234,17 +285,17 @@ impl Controller {
         vcpu_count: usize,
         devices: &DeviceTable,
     ) -> Result<(), Error> {
-        if !self.0.control.pause_vcpus(vcpu_count, PAUSE_TIME) {
+        if !self.0.control().pause_vcpus(vcpu_count, PAUSE_TIME) {
             return Err(Error::PauseTimeout {
                 seconds: PAUSE_TIME.as_secs(),
             });
         }
         let paused = devices.pause();
-        if paused.is_err() && !self.0.control.is_stopping() {
+        if paused.is_err() && !self.0.is_stopping() {
             if let Err(error) = devices.resume() {
                 tracing::error!("{error}");
             }
-            self.0.control.resume_vcpus();
+            self.0.control().resume_vcpus();
         }
         paused
     }
@@ -260,7 +311,7 @@ impl Controller {
             match self.0.take(&mut life) {
                 Some(Life::Paused(machine)) => {
                     let devices = machine.devices().clone();
-                    *life = Life::Resuming(machine);
+                    self.0.enter(&mut life, Life::Resuming(machine));
                     devices
                 }
                 other => return Err(self.0.put_back(life, other, action)),
@@ -268,15 +319,15 @@ impl Controller {
         };
         // A device that cannot go on asks its driver for a reset, so the guest has to go on.
         if let Err(error) = devices.resume()
-            && !self.0.control.is_stopping()
+            && !self.0.is_stopping()
         {
             tracing::error!("{error}");
         }
         let mut life = self.0.life();
         match self.0.take(&mut life) {
             Some(Life::Resuming(machine)) => {
-                *life = Life::Running(machine);
-                self.0.control.resume_vcpus();
+                self.0.enter(&mut life, Life::Running(machine));
+                self.0.control().resume_vcpus();
                 Ok(())
             }
             other => Err(self.0.put_back(life, other, action)),
@@ -306,7 +357,7 @@ impl Controller {
     pub fn shut_down(&self, timeout: Duration) -> ShutDown {
         let life = self.0.life();
         match life.machine() {
-            Some(machine) if !self.0.control.is_stopping() => machine.shut_down(timeout),
+            Some(machine) if !self.0.is_stopping() => machine.shut_down(timeout),
             _ => {
                 self.0.stop();
                 ShutDown::PowerCut
@@ -324,88 +375,23 @@ impl Controller {
         self.0.state(&self.0.life())
     }
 
-    /// [`Command::UpdateDiskSize`]. Gives the size in bytes.
+    /// [`Command::Device`].
     ///
     /// # Errors
-    /// When the machine does not run, there is no such disk, or the size cannot be a disk's; the disk then
-    /// keeps the one it has.
-    pub fn update_disk_size(&self, disk: usize) -> Result<u64, Error> {
-        let devices = self.0.devices("update the size of a disk")?;
-        devices.update_disk_size(disk)
-    }
-
-    /// [`Command::ReplaceDisk`]. Requests that are under way are finished first.
-    ///
-    /// # Errors
-    /// When the machine does not run, there is no such disk, or the image cannot be used; the disk then
-    /// keeps the one it has, but for an error of [`ReplaceError::Flush`](crate::ReplaceError).
-    pub fn replace_disk(&self, disk: usize, path: &Path) -> Result<(), Error> {
-        let devices = self.0.devices("replace a disk")?;
-        devices.replace_disk(disk, path)
-    }
-
-    /// [`Command::SetDiskLimits`]. A limit that is the same as before goes on where it is; any other begins
-    /// with a full bucket.
-    ///
-    /// # Errors
-    /// When the machine does not run or there is no such disk.
-    pub fn set_disk_limits(&self, disk: usize, limits: &Limits) -> Result<(), Error> {
-        let devices = self.0.devices("set the limits of a disk")?;
-        devices.set_disk_limits(disk, limits)
-    }
-
-    /// [`Command::SetNetworkLimits`], otherwise as [`Controller::set_disk_limits`].
-    ///
-    /// # Errors
-    /// When the machine does not run or there is no such network device.
-    pub fn set_network_limits(&self, network: usize, limits: &NetLimits) -> Result<(), Error> {
-        let devices = self.0.devices("set the limits of a network device")?;
-        devices.set_network_limits(network, limits)
-    }
-
-    /// [`Command::ResizeConsole`].
-    ///
-    /// # Errors
-    /// When the machine does not run or has no virtio console.
-    pub fn resize_console(&self, columns: u16, rows: u16) -> Result<(), Error> {
-        let devices = self.0.devices("resize the console")?;
-        devices.streams.resize_console(columns, rows)
-    }
-
-    /// [`Command::SetBalloonTarget`].
-    ///
-    /// # Errors
-    /// When the machine does not run, has no balloon, or has less memory.
-    pub fn set_balloon_target(&self, mib: u32) -> Result<(), Error> {
-        let devices = self.0.devices("change the size of the balloon")?;
-        devices.set_balloon_target(mib)
-    }
-
-    /// [`Command::SetBalloonInterval`].
-    ///
-    /// # Errors
-    /// When the machine does not run, or has no balloon with statistics.
-    pub fn set_balloon_interval(&self, seconds: NonZeroU32) -> Result<(), Error> {
-        let devices = self.0.devices("change the interval of statistics")?;
-        devices.set_balloon_interval(seconds)
-    }
-
-    /// [`Command::HintBalloon`].
-    ///
-    /// # Errors
-    /// When the machine does not run, or has no balloon with free page hinting.
-    pub fn hint_balloon(&self, command: HintingCommand) -> Result<(), Error> {
-        let devices = self.0.devices("ask for free memory")?;
-        devices.hint_balloon(command)
-    }
-
-    /// [`Command::BalloonStatistics`].
-    ///
-    /// # Errors
-    /// When the machine does not run or has no balloon.
-    pub fn balloon_statistics(&self) -> Result<BalloonStatistics, Error> {
-        let devices = self.0.devices("look at the balloon")?;
-        devices.balloon_statistics()
+    /// If the machine does not run, has no such device, or as [`DeviceError`](crate::DeviceError) says.
+    pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
+        let devices = self.0.devices("change a device")?;
+        let executed = devices.execute(name, command.clone());
+        let is_done = match &executed {
+            Ok(_) => true,
+            // The other image is there, though the one before could not be flushed.
+            Err(Error::Device { source, .. }) => source.is_done(),
+            Err(_) => false,
+        };
+        if is_done && let Some(config) = &mut *lock(&self.0.config) {
+            config.apply(name, &command);
+        }
+        executed
     }
 
     /// [`Command::PutMetadata`].
@@ -447,38 +433,18 @@ impl Controller {
         }
     }
 
-    /// Where a user finds the serial port, if it is a pseudoterminal, file or socket.
+    /// Where a user finds `stream`, if it leads to a pseudoterminal, file or socket.
     ///
     /// # Errors
-    /// When the machine does not run.
-    pub fn serial_path(&self) -> Result<Option<PathBuf>, Error> {
-        let devices = self.0.devices("find the serial port")?;
-        Ok(devices.serial_path.clone())
-    }
-
-    /// Where a user finds the virtio console, if it is a pseudoterminal, file or socket.
-    ///
-    /// # Errors
-    /// When the machine does not run.
-    pub fn console_path(&self) -> Result<Option<PathBuf>, Error> {
-        let devices = self.0.devices("find the console")?;
-        Ok(devices.stream_paths.console.clone())
-    }
-
-    /// Where a user finds a channel, counted from zero as in the configuration, if it is a
-    /// pseudoterminal, file or socket.
-    ///
-    /// # Errors
-    /// When the machine does not run.
-    pub fn channel_path(&self, channel: usize) -> Result<Option<PathBuf>, Error> {
-        let devices = self.0.devices("find a channel")?;
-        let path = devices.stream_paths.channels.get(channel);
-        Ok(path.cloned().flatten())
+    /// If the machine does not run.
+    pub fn stream_path(&self, stream: &Stream) -> Result<Option<PathBuf>, Error> {
+        let devices = self.0.devices("find a stream")?;
+        Ok(devices.stream_path(stream).map(Path::to_path_buf))
     }
 
     /// Becomes readable when the machine has ended, whoever ended it.
     pub fn exit_event(&self) -> BorrowedFd<'_> {
-        self.0.control.exit_event()
+        self.0.control().exit_event()
     }
 
     /// Waits for the machine to end, and gives the reason. When it returns, all threads have ended, what
@@ -491,12 +457,10 @@ impl Controller {
     pub fn wait(&self) -> Result<ExitReason, Arc<Error>> {
         {
             let mut life = self.0.life();
-            while matches!(*life, Life::Starting) && !self.0.control.is_stopping() {
+            while matches!(*life, Life::Starting) && !self.0.is_stopping() {
                 life = wait(&self.0.changed, life);
             }
-            if matches!(*life, Life::NotConfigured | Life::Configured(_))
-                && !self.0.control.is_stopping()
-            {
+            if matches!(*life, Life::NotConfigured | Life::Configured(_)) && !self.0.is_stopping() {
                 // Nothing says that anybody will ever start it.
                 return Err(Arc::new(self.0.wrong_state(&life, "wait for the machine")));
             }
@@ -507,19 +471,22 @@ impl Controller {
 }
 
 struct Inner {
-    control: Arc<RunControl>,
+    context: MachineContext,
+    /// The program's end of a stream, until the machine has been started. Locked after `life`.
+    console: Mutex<Console>,
     life: Mutex<Life>,
     /// Signalled when the machine is no longer being started, and when it is gone.
     changed: Condvar,
+    /// What the machine that was started is made of, with all changes since. Locked after `life`.
+    config: Mutex<Option<MachineConfig>>,
     /// Kept beyond the machine's end.
     metrics: OnceLock<Arc<MachineMetrics>>,
-    log: MachineLog,
 }
 
 /// Where the machine is in its life, with what it has there.
 enum Life {
     NotConfigured,
-    Configured(Box<(MachineConfig, Console)>),
+    Configured(Box<MachineConfig>),
     Starting,
     Running(Machine),
     Pausing(Machine),
@@ -550,8 +517,22 @@ impl Inner {
         lock(&self.life)
     }
 
+    fn control(&self) -> &Arc<RunControl> {
+        &self.context.control
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.control().is_stopping()
+    }
+
+    /// Puts the machine into the state that `next` stands for.
+    fn enter(&self, life: &mut Life, next: Life) {
+        *life = next;
+        self.context.events.send_state(self.state(life));
+    }
+
     fn state(&self, life: &Life) -> State {
-        if self.control.is_stopping() {
+        if self.is_stopping() {
             return State::Stopped;
         }
         match life {
@@ -574,7 +555,7 @@ impl Inner {
     /// What `life` holds, for a command that will put something in its place before it lets go of the
     /// lock. None for a machine that has ended: no command changes that.
     fn take(&self, life: &mut Life) -> Option<Life> {
-        (!self.control.is_stopping()).then(|| std::mem::replace(life, Life::Ending))
+        (!self.is_stopping()).then(|| std::mem::replace(life, Life::Ending))
     }
 
     /// Undoes [`Inner::take`]; gives the reason.
@@ -603,50 +584,54 @@ impl Inner {
     ) -> Result<T, Error> {
         let life = self.life();
         match life.machine() {
-            Some(machine) if !self.control.is_stopping() => Ok(get(machine)),
+            Some(machine) if !self.is_stopping() => Ok(get(machine)),
             _ => Err(self.wrong_state(&life, action)),
         }
     }
 
     fn start(&self, origin: Origin<'_>) -> Result<(), Error> {
-        let machine = {
+        let config = {
             let mut life = self.life();
             match self.take(&mut life) {
-                Some(Life::Configured(machine)) => {
-                    *life = Life::Starting;
-                    machine
+                Some(Life::Configured(config)) => {
+                    self.enter(&mut life, Life::Starting);
+                    config
                 }
                 other => return Err(self.put_back(life, other, "start the machine")),
             }
         };
         // Without the lock: others can ask for the state meanwhile, or stop the machine.
-        let (config, console) = &*machine;
-        let built = console
+        let built = lock(&self.console)
             .try_clone()
             .map_err(Error::resource("the serial console"))
-            .and_then(|console| Machine::new(config, origin, console, &self.control, &self.log));
+            .and_then(|console| Machine::new(&config, origin, console, &self.context));
         let (next, result) = match built {
             Ok(mut built) => match built.start() {
                 Ok(()) => {
                     let _ = self.metrics.set(built.devices().metrics.clone());
+                    *lock(&self.config) = Some(*config);
+                    // The machine has its own. Whoever reads its output sees it end with the machine.
+                    *lock(&self.console) = Console::default();
                     (Life::Running(built), Ok(()))
                 }
                 Err(error) => {
                     // Some of its vCPUs may have run.
                     self.stop();
                     drop(built);
-                    (Life::Gone(Ok(ExitReason::Stopped)), Err(error))
+                    let error = Arc::new(error);
+                    let gone = Life::Gone(Err(error.clone()));
+                    (gone, Err(Error::Shared(error)))
                 }
             },
-            Err(error) => (Life::Configured(machine), Err(error)),
+            Err(error) => (Life::Configured(config), Err(error)),
         };
-        *self.life() = next;
+        self.enter(&mut self.life(), next);
         self.changed.notify_all();
         result
     }
 
     fn stop(&self) {
-        self.control.finish(Ok(ExitReason::Stopped));
+        self.control().finish(Ok(ExitReason::Stopped));
     }
 
     /// Takes down a machine that is stopping, or waits until another thread has.

@@ -2,17 +2,17 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bantam_devices::ListenError;
 use bantam_devices::disk::DiskError;
 use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
-use bantam_devices::virtio::balloon::BalloonError;
-use bantam_devices::virtio::block::ReplaceError;
+use bantam_devices::virtio::owner::DeviceError;
 use bantam_metadata::MetadataError;
 use bantam_state::{RestoreError, SaveError};
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, DeviceName};
 use crate::host::HostError;
 use crate::state::State;
 
@@ -158,42 +158,34 @@ pub enum Error {
         /// Which device, and what the host says.
         source: io::Error,
     },
-    /// The machine has fewer disks.
-    #[error("cannot change disk {index}: the machine has {count}, counted from 0")]
-    NoSuchDisk {
-        /// Which disk was asked for, counted from zero.
-        index: usize,
-        /// How many there are.
-        count: usize,
+    /// The machine has no such device.
+    #[error("the machine has no device '{name}'")]
+    NoSuchDevice {
+        /// The name that was asked for.
+        name: DeviceName,
     },
-    /// The machine has fewer network devices.
-    #[error("cannot change network device {index}: the machine has {count}, counted from 0")]
-    NoSuchNetwork {
-        /// Which was asked for, counted from zero.
-        index: usize,
-        /// How many there are.
-        count: usize,
+    /// A device cannot do what it was asked for.
+    #[error("{name}: {source}")]
+    Device {
+        /// The device.
+        name: DeviceName,
+        /// Why not.
+        source: DeviceError,
     },
-    /// The machine has no console.
-    #[error("the machine has no console that could be resized: give it one before it starts")]
-    NoConsole,
-    /// The machine has no balloon.
-    #[error("the machine has no balloon: give it one before it starts")]
-    NoBalloon,
+    /// A thread cannot be started.
+    #[error("cannot start thread '{name}': {source}")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// What the host says, or the program's hook.
+        source: io::Error,
+    },
+    /// The machine could not be started, and has ended for that reason.
+    #[error(transparent)]
+    Shared(Arc<Error>),
     /// The machine has no metadata.
     #[error("the machine has no metadata: give it some before it starts")]
     NoMetadata,
-    /// The new size of a disk cannot be used.
-    #[error("cannot change the size of disk '{path}': {source}", path = .path.display())]
-    DiskSize {
-        /// The image.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// A disk cannot be replaced.
-    #[error(transparent)]
-    ReplaceDisk(#[from] ReplaceError),
     /// A disk is to be served by io_uring, and the host has none.
     #[error(
         "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \
@@ -209,9 +201,6 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// The balloon cannot be as it is wanted.
-    #[error(transparent)]
-    Balloon(#[from] BalloonError),
     /// A socket of a device cannot be had.
     #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
     Listen {

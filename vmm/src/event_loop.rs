@@ -2,55 +2,92 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use bantam_devices::EventLoop;
 use bantam_devices::event_loop::Subscriber;
-use event_manager::EventManager;
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use crate::error::Error;
+use crate::hooks::{ThreadHook, ThreadRole};
 use crate::run_control::{EndOnPanic, RunControl};
+use crate::threads;
 
-/// A thread that does the work of devices.
-pub(crate) struct EventLoopThread {
-    pub(crate) handle: EventLoop,
+/// An event loop of devices, which runs on a thread of its own once it has been started.
+pub(crate) struct DeviceLoop {
+    name: String,
+    role: ThreadRole,
+    handle: EventLoop,
     ending: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    stage: Stage,
 }
 
-impl EventLoopThread {
-    /// Starts a loop on a thread called `name`.
-    pub(crate) fn start(name: &str, control: Arc<RunControl>) -> Result<EventLoopThread, Error> {
-        let mut manager: EventManager<Subscriber> = EventManager::new()?;
-        let handle = EventLoop::of(&manager);
-        let ending = Arc::new(AtomicBool::new(false));
-        let thread = thread::Builder::new()
-            .name(name.to_string())
-            .spawn({
-                let ending = ending.clone();
-                move || {
-                    let _end_on_panic = EndOnPanic(control.clone());
-                    while !ending.load(Ordering::SeqCst) {
-                        if let Err(error) = manager.run() {
-                            control.finish(Err(error.into()));
-                            return;
-                        }
-                    }
-                    // What a guest has asked for before it switched itself off is done.
-                    let _ = manager.run_with_timeout(0);
-                }
-            })
-            .map_err(Error::resource("a thread of the devices"))?;
-        Ok(EventLoopThread {
-            handle,
-            ending,
-            thread: Some(thread),
+enum Stage {
+    /// Nothing runs yet, so that subscribers can be added without a thread that takes them.
+    Prepared(EventManager<Subscriber>),
+    Running(JoinHandle<()>),
+    Ended,
+}
+
+impl DeviceLoop {
+    /// A loop for a thread called `name` that does `role`.
+    ///
+    /// # Errors
+    /// If the host is out of file descriptors.
+    pub(crate) fn new(name: String, role: ThreadRole) -> Result<DeviceLoop, Error> {
+        let manager = EventManager::new()?;
+        Ok(DeviceLoop {
+            name,
+            role,
+            handle: EventLoop::of(&manager),
+            ending: Arc::new(AtomicBool::new(false)),
+            stage: Stage::Prepared(manager),
         })
+    }
+
+    /// A handle by which devices give the loop their workers once it runs.
+    pub(crate) fn handle(&self) -> &EventLoop {
+        &self.handle
+    }
+
+    /// Gives a loop that has not been started a part that stays for as long as it runs.
+    pub(crate) fn add(&mut self, part: Box<dyn MutEventSubscriber + Send>) {
+        if let Stage::Prepared(manager) = &mut self.stage {
+            manager.add_subscriber(Subscriber::Resident(part));
+        }
+    }
+
+    /// Starts the thread, on which `hook` is called first.
+    ///
+    /// # Errors
+    /// If the host gives no thread, or the hook refuses.
+    pub(crate) fn start(
+        &mut self,
+        control: &Arc<RunControl>,
+        hook: Option<&Arc<dyn ThreadHook>>,
+    ) -> Result<(), Error> {
+        let Stage::Prepared(mut manager) = std::mem::replace(&mut self.stage, Stage::Ended) else {
+            return Ok(());
+        };
+        let (ending, control) = (self.ending.clone(), control.clone());
+        let thread = threads::spawn(&self.name, &self.role, hook, move || {
+            let _end_on_panic = EndOnPanic(control.clone());
+            while !ending.load(Ordering::SeqCst) {
+                if let Err(error) = manager.run() {
+                    control.finish(Err(error.into()));
+                    return;
+                }
+            }
+            // What a guest has asked for before it switched itself off is done.
+            let _ = manager.run_with_timeout(0);
+        })?;
+        self.stage = Stage::Running(thread);
+        Ok(())
     }
 
     /// Ends the loop. All workers are dropped, and finish what they have begun as they are.
     pub(crate) fn end(&mut self) {
-        let Some(thread) = self.thread.take() else {
+        let Stage::Running(thread) = std::mem::replace(&mut self.stage, Stage::Ended) else {
             return;
         };
         self.ending.store(true, Ordering::SeqCst);
@@ -64,7 +101,7 @@ impl EventLoopThread {
     }
 }
 
-impl Drop for EventLoopThread {
+impl Drop for DeviceLoop {
     fn drop(&mut self) {
         self.end();
     }
@@ -78,6 +115,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
+    use crate::events::EventSender;
 
     struct Device {
         doorbell: EventFd,
@@ -98,16 +136,17 @@ mod tests {
 
     #[test]
     fn what_was_asked_for_before_the_end_is_done() {
-        let control = Arc::new(RunControl::new().unwrap());
+        let control = Arc::new(RunControl::new(EventSender::default()).unwrap());
         for _ in 0..100 {
-            let mut event_loop = EventLoopThread::start("test", control.clone()).unwrap();
+            let mut event_loop = DeviceLoop::new("test".to_owned(), ThreadRole::Devices).unwrap();
             let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
             let served = Arc::new(AtomicUsize::new(0));
             let device = Device {
                 doorbell: doorbell.try_clone().unwrap(),
                 served: served.clone(),
             };
-            event_loop.handle.add(Box::new(device)).unwrap();
+            event_loop.add(Box::new(device));
+            event_loop.start(&control, None).unwrap();
             doorbell.write(1).unwrap();
             event_loop.end();
             assert_eq!(served.load(Ordering::SeqCst), 1);

@@ -1,12 +1,13 @@
 //! What the host offers to machines.
 
 use std::arch::x86_64::__cpuid;
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::path::Path;
 use std::sync::OnceLock;
 
+use bantam_devices::opener::{FileAccess, HostOpener, Opener};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::device_access;
@@ -134,18 +135,22 @@ fn open_remedy(error: &io::Error, virtualization: Virtualization) -> String {
 ///
 /// [`HostError::OpenKvm`] and [`HostError::KvmApiVersion`].
 pub fn open_kvm_device() -> Result<Kvm, HostError> {
-    let kvm = open_kvm_path().map_err(|source| HostError::OpenKvm {
+    open_kvm_device_by(&HostOpener)
+}
+
+fn open_kvm_device_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
+    let access = FileAccess::ReadWrite { exclusive: false };
+    let file = opener.file(Path::new(KVM_DEVICE), access);
+    let file = file.map_err(|source| HostError::OpenKvm {
         remedy: open_remedy(&source, virtualization()),
         source,
     })?;
+    // SAFETY: the descriptor is open, and nobody else has it. KVM's own requests fail on any that is not KVM's.
+    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     match kvm.get_api_version() {
         KVM_API_VERSION => Ok(kvm),
         found => Err(HostError::KvmApiVersion { found }),
     }
-}
-
-fn open_kvm_path() -> io::Result<Kvm> {
-    Ok(Kvm::new_with_path(&CString::new(KVM_DEVICE)?)?)
 }
 
 /// Opens KVM and checks that it has all that machines need.
@@ -154,7 +159,12 @@ fn open_kvm_path() -> io::Result<Kvm> {
 ///
 /// As [`HostError`] says.
 pub fn open_kvm() -> Result<Kvm, HostError> {
-    let kvm = open_kvm_device()?;
+    open_kvm_by(&HostOpener)
+}
+
+/// [`open_kvm`] by `opener`.
+pub(crate) fn open_kvm_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
+    let kvm = open_kvm_device_by(opener)?;
     let missing = kvm_capabilities(&kvm).find(|found| found.required && !found.present);
     match missing {
         Some(KvmCapability { name, purpose, .. }) => {

@@ -5,13 +5,13 @@
 //!
 //! ```no_run
 //! use bantam_vmm::config::{MachineConfig, SerialConfig};
-//! use bantam_vmm::{Console, Controller};
+//! use bantam_vmm::Controller;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut config = MachineConfig::new("vmlinux");
 //! config.serial = SerialConfig::File("console.log".into());
 //! let controller = Controller::new()?;
-//! controller.configure(config, Console::default())?;
+//! controller.configure(config)?;
 //! controller.start()?;
 //! let reason = controller.wait()?;
 //! # Ok(())
@@ -30,12 +30,12 @@ pub mod config;
 mod console;
 mod controller;
 mod device_access;
-mod device_table;
 mod devices;
-mod disk;
 mod error;
 mod event_loop;
+mod events;
 mod exit_reason;
+mod hooks;
 pub mod host;
 mod interval_timer;
 mod kvm;
@@ -44,11 +44,11 @@ mod machine;
 mod memory;
 mod metadata;
 mod metrics;
+mod resources;
 mod run_control;
-mod serial;
 mod state;
-mod streams;
 pub mod text;
+mod threads;
 mod vcpu;
 mod vcpu_statistics;
 mod vm;
@@ -57,16 +57,11 @@ pub mod workarounds;
 
 pub use bantam_devices::device_log::{BoundedLog, MachineLog};
 pub use bantam_devices::i8042::KeyboardError;
+pub use bantam_devices::opener::{FileAccess, HostOpener, Opener};
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::serial::SerialMetrics;
-pub use bantam_devices::virtio::balloon::{
-    BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
-};
-pub use bantam_devices::virtio::block::{BlockMetrics, ReplaceError};
-pub use bantam_devices::virtio::console::ConsoleMetrics;
-pub use bantam_devices::virtio::net::{NetLimits, NetMetrics};
-pub use bantam_devices::virtio::rng::EntropyMetrics;
-pub use bantam_devices::virtio::vsock::VsockMetrics;
+pub use bantam_devices::virtio::DeviceMetrics;
+pub use bantam_devices::virtio::owner::*;
 pub use bantam_devices::{ListenError, ListeningSocket};
 pub use bantam_memory::GuestMemory;
 pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
@@ -74,8 +69,10 @@ pub use bantam_state::{RestoreError, SaveError, Section};
 pub use command::{Answer, Command, ShutDown};
 pub use console::Console;
 pub use controller::Controller;
-pub use disk::check_disk;
+pub use devices::{Stream, check_disk};
 pub use error::Error;
+pub use events::{Event, Events};
 pub use exit_reason::ExitReason;
+pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
 pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use state::State;

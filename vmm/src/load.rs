@@ -1,10 +1,5 @@
 //! What the guest finds in its memory at its start: kernel, initrd, command line and tables.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-
 use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
 use bantam_arch::{layout, mptable, registers};
@@ -18,6 +13,7 @@ use vm_memory::GuestAddress;
 use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};
 use crate::error::Error;
 use crate::exit_reason;
+use crate::resources::Images;
 use crate::vcpu::BootEntry;
 use crate::workarounds;
 
@@ -28,25 +24,23 @@ pub(crate) struct LoadedGuest {
     pub(crate) tells_panics: bool,
 }
 
-/// Puts all that the guest finds at its start into memory. `tsc_khz` is the frequency of the processor's
+/// Puts all that the guest finds at its start into memory, kernel and initrd from `images`. `tsc_khz` is the frequency of the processor's
 /// clock, if KVM knows it.
 pub(crate) fn load_guest(
     config: &MachineConfig,
+    images: Images,
     memory: &GuestMemory,
     windows: &[VirtioMmioWindow],
     tsc_khz: Option<u32>,
 ) -> Result<LoadedGuest, Error> {
+    let Images { mut kernel, initrd } = images;
     let path = &config.kernel;
-    let mut file = open_image(path).map_err(|source| Error::OpenKernel {
-        path: path.clone(),
-        source,
-    })?;
     let wanted = match config.boot_protocol {
         BootProtocolOption::Auto => BootProtocol::Auto,
         BootProtocolOption::Pvh => BootProtocol::Pvh,
         BootProtocolOption::Linux64 => BootProtocol::Linux64,
     };
-    let kernel = load_kernel(memory, &mut file, wanted).map_err(|source| Error::LoadKernel {
+    let kernel = load_kernel(memory, &mut kernel, wanted).map_err(|source| Error::LoadKernel {
         path: path.clone(),
         source,
     })?;
@@ -57,19 +51,15 @@ pub(crate) fn load_guest(
         kernel.entry.0,
         kernel.protocol
     );
-    let initrd = match &config.initrd {
-        Some(path) => {
-            let mut file = open_image(path).map_err(|source| Error::OpenInitrd {
-                path: path.clone(),
-                source,
-            })?;
+    let initrd = match (&config.initrd, initrd) {
+        (Some(path), Some(mut file)) => {
             let initrd = load_initrd(memory, &mut file, &kernel);
             Some(initrd.map_err(|source| Error::LoadInitrd {
                 path: path.clone(),
                 source,
             })?)
         }
-        None => None,
+        _ => None,
     };
     let command_line = command_line(config, &kernel, memory, windows, tsc_khz)?;
     tracing::info!("kernel command line: {command_line}");
@@ -115,14 +105,6 @@ fn random_seed() -> Result<[u8; RANDOM_SEED_SIZE], Error> {
     let mut seed = [0; RANDOM_SEED_SIZE];
     getrandom::fill(&mut seed).map_err(|source| Error::RandomSeed(source.into()))?;
     Ok(seed)
-}
-
-/// Opens a file without waiting for what it may be instead: a pipe that nobody writes to.
-fn open_image(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
 }
 
 /// What the kernel is told in words: the user's or the default command line, what the user adds,

@@ -1,8 +1,7 @@
 //! A machine: how it is put together, its threads, and their end.
 
-use std::path::Path;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bantam_arch::cpuid::Topology;
@@ -10,29 +9,30 @@ use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::disk::DiskFile;
+use bantam_devices::opener::Opener;
 use bantam_memory::GuestMemory;
 use bantam_state::Section;
 
 use crate::command::ShutDown;
-use crate::config::MachineConfig;
+use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
-use crate::device_table::DeviceTable;
-use crate::devices::{
-    VirtioDevices, attach_boot_timer, attach_interval_timer, attach_keyboard, attach_outcome_ports,
+use crate::devices::legacy::{
+    attach_boot_timer, attach_interval_timer, attach_keyboard, attach_outcome_ports,
     attach_pci_bus, attach_power_control, attach_rtc, attach_serial,
 };
+use crate::devices::{Builder, DeviceTable, SerialGuard, Stream};
 use crate::error::Error;
-use crate::event_loop::EventLoopThread;
+use crate::event_loop::DeviceLoop;
+use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
-use crate::host::{open_kvm, require_capabilities};
+use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
 use crate::memory::{allocate_memory, check_layout};
-use crate::metadata::MachineMetadata;
 use crate::metrics::MachineMetrics;
+use crate::resources::Resources;
 use crate::run_control::{EndOnPanic, RunControl};
-use crate::serial::SerialGuard;
-use crate::streams::{StreamGuards, Streams};
+use crate::threads;
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
 use crate::watch::Watch;
@@ -40,17 +40,27 @@ use crate::watch::Watch;
 /// A virtual machine with all its threads. One that is dropped is stopped first.
 pub(crate) struct Machine {
     control: Arc<RunControl>,
+    thread_hook: Option<Arc<dyn ThreadHook>>,
     vcpus: Vec<Vcpu>,
     environment: Arc<VcpuEnvironment>,
     vcpu_threads: Vec<JoinHandle<()>>,
-    event_loops: Vec<EventLoopThread>,
+    event_loops: Vec<DeviceLoop>,
     devices: Arc<DeviceTable>,
     /// Whether a guest that restarts after a panic says so.
     tells_panics: bool,
-    _serial: SerialGuard,
-    _streams: StreamGuards,
+    _stream_guards: Vec<SerialGuard>,
     /// Kept until all vCPUs have ended.
     vm: Arc<Vm>,
+}
+
+/// What a machine is built for.
+pub(crate) struct MachineContext {
+    /// What ends it.
+    pub(crate) control: Arc<RunControl>,
+    pub(crate) log: MachineLog,
+    pub(crate) events: EventSender,
+    pub(crate) opener: Arc<dyn Opener>,
+    pub(crate) thread_hook: Option<Arc<dyn ThreadHook>>,
 }
 
 /// What a machine starts from.
@@ -66,20 +76,36 @@ pub(crate) enum Origin<'a> {
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes and that `control` will end, to start from `origin`.
-    /// `console` is the program's end of what is configured as `stdio`, if anything is; its devices log to
-    /// `log`.
+    /// Opens what the machine that `config` describes needs, and builds the machine, to start from `origin`.
+    ///
+    /// No thread runs until [`Machine::start`].
     pub(crate) fn new(
         config: &MachineConfig,
         origin: Origin<'_>,
-        mut console: Console,
-        control: &Arc<RunControl>,
-        log: &MachineLog,
+        console: Console,
+        context: &MachineContext,
     ) -> Result<Machine, Error> {
-        config.validate()?;
         config.cpu.check_host()?;
-        let kvm = open_kvm()?;
-        require_capabilities(&kvm, &config.cpu.required_capabilities)?;
+        let boots = matches!(origin, Origin::Kernel);
+        let resources = Resources::open(config, boots, &*context.opener, console)?;
+        Machine::build(config, origin, resources, context)
+    }
+
+    /// Puts together the machine that `config` describes from what is open.
+    fn build(
+        config: &MachineConfig,
+        origin: Origin<'_>,
+        resources: Resources,
+        context: &MachineContext,
+    ) -> Result<Machine, Error> {
+        let Resources {
+            kvm,
+            images,
+            metadata,
+            virtio,
+            serial,
+        } = resources;
+        let control = &context.control;
         let (memory, saved) = match origin {
             Origin::Kernel => (allocate_memory(config)?, None),
             Origin::Saved { memory, processors } => {
@@ -90,7 +116,7 @@ impl Machine {
         };
         let memory = Arc::new(memory);
         let vm = Arc::new(Vm::new(&kvm, memory.clone())?);
-        let event_loop = EventLoopThread::start("bantam-devices", control.clone())?;
+        let mut event_loop = DeviceLoop::new("bantam-devices".to_owned(), ThreadRole::Devices)?;
 
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
@@ -104,41 +130,31 @@ impl Machine {
         if config.boot_timer {
             attach_boot_timer(&mut mmio)?;
         }
-        let mut virtio = VirtioDevices::new(&vm, &memory, &event_loop.handle, &mut mmio, log);
-        let disks = virtio.attach_disks(&config.disks, config.cpus.get(), control)?;
-        let metadata = config.metadata.as_ref().map(MachineMetadata::new);
-        let metadata = metadata.transpose()?;
-        let networks =
-            virtio.attach_networks(&config.nets, config.cpus.get(), metadata.as_ref(), control)?;
-        let vsock = match &config.vsock {
-            Some(vsock) => Some(virtio.attach_vsock(vsock)?),
+        let log = &context.log;
+        let mut builder = Builder::new(&vm, &memory, &mut mmio, log, &context.events, &event_loop);
+        for build in virtio {
+            build(&mut builder)?;
+        }
+        let guest = match images {
+            Some(images) => {
+                let windows = builder.windows();
+                Some(load_guest(config, images, &memory, windows, vm.tsc_khz())?)
+            }
             None => None,
         };
-        let streams = Streams::attach(config, &mut virtio)?;
-        let entropy = match config.rng {
-            true => Some(virtio.attach_entropy(&config.rng_limits)?),
-            false => None,
-        };
-        let balloon = match &config.balloon {
-            Some(balloon) => Some(virtio.attach_balloon(balloon)?),
-            None => None,
-        };
-        let guest = match &saved {
-            None => Some(load_guest(config, &memory, virtio.windows(), vm.tsc_khz())?),
-            Some(_) => None,
-        };
-        let virtio = virtio.into_transports();
-        // Last, so that no output file is made for a machine that cannot be.
-        let stream_guards = streams.connect(config, &mut console)?;
-        let (serial, uart) = attach_serial(
-            &mut ports,
-            &vm,
-            &event_loop.handle,
-            &config.serial,
-            config.serial_limit,
-            console,
-            log.device("serial port"),
-        )?;
+        let mut virtio = builder.finish();
+        let serial_name = DeviceName::of_kind("serial");
+        let serial_log = log.device("serial port");
+        let serial_log = serial_log.observed_by(context.events.observer(&serial_name));
+        let limit = config.serial_limit;
+        let (serial_guard, uart) =
+            attach_serial(&mut ports, &vm, &mut event_loop, serial, limit, serial_log)?;
+        if let Some(path) = serial_guard.path() {
+            let path = path.to_path_buf();
+            virtio.stream_paths.insert(Stream::Serial, path);
+        }
+        virtio.guards.push(serial_guard);
+
         let topology = Topology {
             vcpu_count: config.cpus.get(),
             smt: config.smt,
@@ -160,28 +176,15 @@ impl Machine {
             Vec::new()
         });
         let watch = Watch::new(control.clone(), config.on_halt, statistics);
-        event_loop.handle.add(Box::new(watch))?;
-        let [console, channels] = streams.metrics();
+        event_loop.add(Box::new(watch));
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
-            disks: disks
-                .disks
-                .iter()
-                .map(|disk| disk.metrics().clone())
-                .collect(),
-            networks: networks
-                .networks
-                .iter()
-                .map(|net| net.metrics().clone())
-                .collect(),
-            vsock,
-            console,
-            channels,
-            entropy,
-            balloon: balloon.as_ref().map(|balloon| balloon.metrics().clone()),
-            mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
             uart,
+            devices: virtio.metrics,
+            mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
         };
+        let mut event_loops = virtio.loops;
+        event_loops.push(event_loop);
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
                 ports,
@@ -191,50 +194,45 @@ impl Machine {
                 state_support,
             }),
             control: control.clone(),
+            thread_hook: context.thread_hook.clone(),
             vcpus,
             vcpu_threads: Vec::new(),
-            event_loops: disks
-                .threads
-                .into_iter()
-                .chain(networks.threads)
-                .chain([event_loop])
-                .collect(),
+            event_loops,
             devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
-                virtio,
-                disks: disks.disks,
-                networks: networks.networks,
-                balloon,
+                virtio: virtio.entries,
                 metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),
-                stream_paths: stream_guards.paths(),
-                streams,
-                serial_path: serial.path().map(Path::to_path_buf),
+                stream_paths: virtio.stream_paths,
+                opener: context.opener.clone(),
+                events: context.events.clone(),
             }),
             tells_panics: guest.is_some_and(|guest| guest.tells_panics),
-            _serial: serial,
-            _streams: stream_guards,
+            _stream_guards: virtio.guards,
             vm,
         })
     }
 
-    /// Lets the vCPUs run.
+    /// Starts the threads of devices and vCPUs.
     ///
     /// # Errors
-    /// When the host gives no threads. The machine is of no more use then.
+    /// If the host gives no threads, or the program's hook refuses. The machine is of no more use then.
     pub(crate) fn start(&mut self) -> Result<(), Error> {
-        for (index, vcpu) in self.vcpus.drain(..).enumerate() {
+        let hook = self.thread_hook.as_ref();
+        for event_loop in &mut self.event_loops {
+            event_loop.start(&self.control, hook)?;
+        }
+        for (index, vcpu) in (0..).zip(self.vcpus.drain(..)) {
             let environment = self.environment.clone();
-            let thread = thread::Builder::new()
-                .name(format!("bantam-vcpu{index}"))
-                .spawn(move || {
-                    let _end_on_panic = EndOnPanic(environment.control.clone());
-                    vcpu.run(&environment);
-                })
-                .map_err(Error::resource("a vCPU thread"))?;
+            let (name, role) = (format!("bantam-vcpu{index}"), ThreadRole::Vcpu(index));
+            let thread = threads::spawn(&name, &role, hook, move || {
+                let _end_on_panic = EndOnPanic(environment.control.clone());
+                vcpu.run(&environment);
+            })?;
             self.vcpu_threads.push(thread);
         }
+        self.devices.tell_attached();
         Ok(())
     }
 
@@ -297,8 +295,7 @@ impl Machine {
             event_loop.end();
         }
         let mut flushed = Ok(());
-        for disk in &self.devices.disks {
-            let disk = disk.disk();
+        for disk in self.devices.disks() {
             if let Err(source) = flush_at_end(&disk) {
                 let path = disk.path().to_path_buf();
                 let error = Error::Flush { path, source };
@@ -306,6 +303,7 @@ impl Machine {
                 flushed = flushed.and(Err(error));
             }
         }
+        self.devices.tell_detached();
         let outcome = self.control.take_outcome();
         let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
         let memory = &self.environment.memory;

@@ -1,17 +1,15 @@
 //! What a machine counts while it runs.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bantam_devices::serial::SerialMetrics;
-use bantam_devices::virtio::balloon::BalloonMetrics;
-use bantam_devices::virtio::block::BlockMetrics;
-use bantam_devices::virtio::console::ConsoleMetrics;
-use bantam_devices::virtio::net::NetMetrics;
-use bantam_devices::virtio::rng::EntropyMetrics;
-use bantam_devices::virtio::vsock::VsockMetrics;
+use bantam_devices::virtio::DeviceMetrics;
 use bantam_metadata::MetadataMetrics;
 use bantam_metrics::Counter;
 use serde::Serialize;
+
+use crate::config::DeviceName;
 
 /// The counters of a machine. They are read where they are, at any time, without stopping anything, and
 /// serialize as their totals since the machine was started.
@@ -21,20 +19,8 @@ pub struct MachineMetrics {
     pub vcpus: Vec<Arc<VcpuMetrics>>,
     /// Of the serial port.
     pub uart: Arc<SerialMetrics>,
-    /// Of each disk, as in the configuration.
-    pub disks: Vec<Arc<BlockMetrics>>,
-    /// Of each network device, as in the configuration.
-    pub networks: Vec<Arc<NetMetrics>>,
-    /// Of the socket device, if there is one.
-    pub vsock: Option<Arc<VsockMetrics>>,
-    /// Of the virtio console, if there is one.
-    pub console: Option<Arc<ConsoleMetrics>>,
-    /// Of all channels together, if there are any.
-    pub channels: Option<Arc<ConsoleMetrics>>,
-    /// Of the entropy device, if there is one.
-    pub entropy: Option<Arc<EntropyMetrics>>,
-    /// Of the balloon, if there is one.
-    pub balloon: Option<Arc<BalloonMetrics>>,
+    /// Of each virtio device.
+    pub devices: BTreeMap<DeviceName, DeviceMetrics>,
     /// Of the metadata service, if there is one.
     pub mmds: Option<Arc<MetadataMetrics>>,
 }

@@ -14,8 +14,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::error::Error;
+use crate::events::EventSender;
 use crate::exit_reason::ExitReason;
 use crate::kvm::VcpuState;
+use crate::state::State;
 
 /// How often a machine is looked after.
 const TICK: Duration = Duration::from_secs(1);
@@ -46,6 +48,7 @@ pub(crate) struct RunControl {
     /// Signalled when a thread has parked, when a pause is over, and when the machine ends.
     changed: Condvar,
     exit_event: EventFd,
+    events: EventSender,
     alarm: Mutex<Alarm>,
 }
 
@@ -57,8 +60,10 @@ struct Alarm {
 }
 
 impl RunControl {
-    pub(crate) fn new() -> io::Result<RunControl> {
+    /// The control of a machine whose end is sent to `events`.
+    pub(crate) fn new(events: EventSender) -> io::Result<RunControl> {
         Ok(RunControl {
+            events,
             stopping: AtomicBool::new(false),
             pausing: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
@@ -258,6 +263,7 @@ impl RunControl {
         kick(&threads.kickable);
         self.changed.notify_all();
         drop(threads);
+        self.events.send_state(State::Stopped);
         // It fails only when the counter is full, and then it is readable as wanted.
         let _ = self.exit_event.write(1);
     }

@@ -2,7 +2,8 @@
 
 use std::num::NonZeroU32;
 
-use bantam_vmm::HintingCommand;
+use bantam_vmm::config::DeviceName;
+use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, HintingCommand};
 use serde::{Deserialize, Serialize};
 
 use super::machine_config::{HugePages, MachineConfiguration};
@@ -170,12 +171,12 @@ fn statistics(view: &View) -> Result<Reply, Fault> {
             kind: "interval of the balloon's statistics",
         });
     }
-    Reply::value(&view.controller().balloon_statistics()?)
+    Reply::value(&ask(view)?)
 }
 
 fn hinting(view: &View) -> Result<Reply, Fault> {
     require_driver(view)?;
-    let status = view.controller().balloon_statistics()?.hinting;
+    let status = ask(view)?.hinting;
     let status = status.ok_or(Fault::NotConfigured {
         kind: "free page hinting",
     })?;
@@ -187,7 +188,7 @@ fn hinting(view: &View) -> Result<Reply, Fault> {
 
 fn hint(command: HintingCommand, instance: &mut Instance) -> Result<(), Fault> {
     require_driver(instance.view())?;
-    Ok(instance.controller().hint_balloon(command)?)
+    command_device(instance, DeviceCommand::Hint(command))
 }
 
 /// Checks that the guest can do what it is asked for. Otherwise Firecracker refuses, and its clients may try
@@ -195,12 +196,30 @@ fn hint(command: HintingCommand, instance: &mut Instance) -> Result<(), Fault> {
 fn require_driver(view: &View) -> Result<(), Fault> {
     view.require_started()?;
     balloon(&view.configuration())?;
-    match view.controller().balloon_statistics()?.has_driver {
+    match ask(view)?.has_driver {
         true => Ok(()),
         false => Err(Fault::NotNow(
             "The guest has no driver for the balloon yet: check that its kernel has virtio_balloon",
         )),
     }
+}
+
+/// What the machine's balloon says of itself.
+fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
+    let name = DeviceName::balloon();
+    let answer = view
+        .controller()
+        .device(&name, DeviceCommand::BalloonStatistics)?;
+    match answer {
+        DeviceAnswer::Balloon(statistics) => Ok(*statistics),
+        _ => Err(NO_BALLOON),
+    }
+}
+
+fn command_device(instance: &Instance, command: DeviceCommand) -> Result<(), Fault> {
+    let name = DeviceName::balloon();
+    instance.controller().device(&name, command)?;
+    Ok(())
 }
 
 /// Notes a change of the balloon in the configuration.
@@ -215,7 +234,8 @@ fn record(instance: &mut Instance, change: impl FnOnce(&mut Balloon)) {
 impl BalloonUpdate {
     fn apply(self, instance: &mut Instance) -> Result<(), Fault> {
         require_driver(instance.view())?;
-        instance.controller().set_balloon_target(self.amount_mib)?;
+        let mib = self.amount_mib;
+        command_device(instance, DeviceCommand::SetBalloonTarget { mib })?;
         record(instance, |balloon| balloon.amount_mib = self.amount_mib);
         Ok(())
     }
@@ -227,8 +247,8 @@ impl BalloonStatisticsUpdate {
         let seconds = self.stats_polling_interval_s;
         let before = balloon(&instance.view().configuration())?.stats_polling_interval_s;
         match NonZeroU32::new(seconds.into()) {
-            Some(interval) if before != 0 => {
-                instance.controller().set_balloon_interval(interval)?;
+            Some(seconds) if before != 0 => {
+                command_device(instance, DeviceCommand::SetStatisticsInterval { seconds })?;
             }
             None if before == 0 => {}
             _ => {

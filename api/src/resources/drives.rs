@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use bantam_vmm::{Error, ReplaceError, check_disk};
+use bantam_vmm::{DeviceCommand, Error, check_disk};
 use serde::{Deserialize, Serialize};
 
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, null_as_default, put_all, put_by};
-use crate::configuration::{Configuration, check_readable, disk_config};
+use crate::configuration::{Configuration, check_readable, device_name, disk_config};
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -137,21 +137,24 @@ impl DriveUpdate {
     fn apply(self, instance: &mut Instance) -> Result<(), Fault> {
         instance.view().require_started()?;
         let configuration = instance.view().configuration();
-        let mut drives = configuration.drives_in_order().enumerate();
-        let Some((place, drive)) = drives.find(|(_, drive)| drive.drive_id == self.drive_id) else {
+        let mut drives = configuration.drives.iter();
+        let Some(drive) = drives.find(|drive| drive.drive_id == self.drive_id) else {
             return Err(Fault::NoSuchDevice {
                 kind: "drive",
                 id: self.drive_id,
             });
         };
         let mut drive = drive.clone();
+        let name = device_name("drive_id", &drive.drive_id)?;
         if let Some(path) = self.path_on_host {
-            let replaced = instance.controller().replace_disk(place, &path);
+            let command = DeviceCommand::ReplaceImage { path: path.clone() };
+            let replaced = instance.controller().device(&name, command);
             // The drive has the new image even if the old one could not be flushed.
-            let is_there = matches!(
-                replaced,
-                Ok(()) | Err(Error::ReplaceDisk(ReplaceError::Flush { .. }))
-            );
+            let is_there = match &replaced {
+                Ok(_) => true,
+                Err(Error::Device { source, .. }) => source.is_done(),
+                Err(_) => false,
+            };
             if is_there {
                 drive.path_on_host = Some(path);
                 record(instance, drive.clone());
@@ -161,7 +164,8 @@ impl DriveUpdate {
         if let Some(limiter) = self.rate_limiter {
             let limiter = limiter.applied_to(drive.rate_limiter);
             let limits = RateLimiter::limits(Some(&limiter));
-            instance.controller().set_disk_limits(place, &limits)?;
+            let command = DeviceCommand::SetLimits(limits);
+            instance.controller().device(&name, command)?;
             drive.rate_limiter = Some(limiter);
             record(instance, drive);
         }

@@ -1,10 +1,11 @@
 //! `/network-interfaces/{iface_id}`: network cards.
 
+use bantam_vmm::DeviceCommand;
 use serde::{Deserialize, Serialize};
 
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, put_all, put_by};
-use crate::configuration::{Configuration, net_config, net_limits};
+use crate::configuration::{Configuration, device_name, net_config, net_limits};
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -103,22 +104,23 @@ impl NetworkInterfaceUpdate {
         instance.view().require_started()?;
         let configuration = instance.view().configuration();
         let interfaces = &configuration.network_interfaces;
-        let is_it = |interface: &NetworkInterface| interface.iface_id == self.iface_id;
-        let Some(place) = interfaces.iter().position(is_it) else {
+        let is_it = |interface: &&NetworkInterface| interface.iface_id == self.iface_id;
+        let Some(interface) = interfaces.iter().find(is_it) else {
             return Err(Fault::NoSuchDevice {
                 kind: "network interface",
                 id: self.iface_id,
             });
         };
-        let mut interface = interfaces[place].clone();
+        let mut interface = interface.clone();
         let applied = |update: Option<RateLimiter>, before: Option<RateLimiter>| match update {
             Some(update) => Some(update.applied_to(before)),
             None => before,
         };
         interface.rx_rate_limiter = applied(self.rx_rate_limiter, interface.rx_rate_limiter);
         interface.tx_rate_limiter = applied(self.tx_rate_limiter, interface.tx_rate_limiter);
-        let limits = net_limits(&interface);
-        instance.controller().set_network_limits(place, &limits)?;
+        let name = device_name("iface_id", &interface.iface_id)?;
+        let command = DeviceCommand::SetNetLimits(net_limits(&interface));
+        instance.controller().device(&name, command)?;
         instance.record(|configuration| {
             put_by(
                 &mut configuration.network_interfaces,

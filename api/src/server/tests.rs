@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Instant;
 
-use bantam_vmm::{Console, Controller};
+use bantam_vmm::Controller;
 
 use super::*;
 use crate::fault::Fault;
@@ -59,7 +59,6 @@ fn a_request_that_hangs_holds_up_none_that_reads_and_no_other_for_ever() {
     let (release, hung) = mpsc::channel();
     let options = InstanceOptions {
         id: "test".to_string(),
-        console: Console::default(),
         log: Box::new(HungLog {
             begun,
             release: hung,

@@ -393,12 +393,11 @@ impl DiskFile {
     }
 
     /// Makes a range read as zeroes; with `deallocate` by giving its storage back, where the host
-    /// can do so and still reads zeroes. Gives how many bytes were written for that, as far as it is
-    /// known: a block device may write all of them.
+    /// can do so and still reads zeroes.
     ///
     /// # Errors
     /// As `fallocate` and `pwrite`, or the block device's.
-    pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<u64> {
+    pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
         let zeroed = if self.is_block_device {
             // SAFETY: the request reads two u64 from the place it is given.
             let done = unsafe { block_device::zero_out(self.file.as_raw_fd(), &[offset, len]) };
@@ -409,13 +408,8 @@ impl DiskFile {
             self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
         };
         match zeroed {
-            Ok(()) if self.is_block_device => Ok(len),
-            Ok(()) => Ok(0),
-            Err(error) if is_unsupported(&error) => {
-                self.fill_with_zeroes(offset, len)?;
-                Ok(len)
-            }
-            Err(error) => Err(error),
+            Err(error) if is_unsupported(&error) => self.fill_with_zeroes(offset, len),
+            result => result,
         }
     }
 

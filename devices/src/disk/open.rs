@@ -1,8 +1,8 @@
 //! Opening a disk image: what is looked at before a guest gets it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 
@@ -13,6 +13,7 @@ use super::lock::lock_image;
 use super::{
     Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, LockMode, SECTOR_SIZE, format,
 };
+use crate::opener::{FileAccess, HostOpener, Opener};
 
 /// How a disk image is opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,7 +43,19 @@ impl DiskFile {
     /// # Errors
     /// When it cannot be opened, is not a disk, is in use, or cannot be used with `options`.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<DiskFile, DiskError> {
-        let (disk, format) = DiskFile::open_silently(path, options)?;
+        DiskFile::open_by(&HostOpener, path, options)
+    }
+
+    /// Opens and locks the image at `path`, like [`DiskFile::open`], by `opener`.
+    ///
+    /// # Errors
+    /// As [`DiskFile::open`].
+    pub fn open_by(
+        opener: &dyn Opener,
+        path: &Path,
+        options: &DiskOptions,
+    ) -> Result<DiskFile, DiskError> {
+        let (disk, format) = DiskFile::open_silently(opener, path, options)?;
         if let Some(format) = format {
             tracing::warn!(
                 "disk '{path}' is used as raw, though it begins as a {format} image does. A guest can \
@@ -64,11 +77,12 @@ impl DiskFile {
             lock: LockMode::Off,
             ..options.clone()
         };
-        DiskFile::open_silently(path, &options).map(drop)
+        DiskFile::open_silently(&HostOpener, path, &options).map(drop)
     }
 
     /// Opens an image, and tells which format other than raw its first bytes are of.
     fn open_silently(
+        opener: &dyn Opener,
         path: &Path,
         options: &DiskOptions,
     ) -> Result<(DiskFile, Option<&'static str>), DiskError> {
@@ -79,12 +93,14 @@ impl DiskFile {
                 source,
             }
         };
-        let mut flags = libc::O_NONBLOCK;
-        if !options.read_only && is_block_device(path) {
-            // One that is mounted, or opened so by another, is refused as busy.
-            flags |= libc::O_EXCL;
-        }
-        let file = open_file(path, options.read_only, flags)
+        let access = match options.read_only {
+            true => FileAccess::Read,
+            false => FileAccess::ReadWrite {
+                exclusive: is_block_device(path),
+            },
+        };
+        let file = opener
+            .file(path, access)
             .map_err(|source| open_error(path, options.read_only, source))?;
         let kind = file.metadata().map_err(with_path("examine"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -131,7 +147,9 @@ impl DiskFile {
         if options.cache == CacheMode::None {
             let alignment = direct_alignment(&file, is_block_device, logical);
             let has_tail = !options.read_only && !is_block_device && alignment.offset > SECTOR_SIZE;
-            let tail = has_tail.then(|| open_tail(path, &file)).transpose()?;
+            let tail = has_tail
+                .then(|| open_tail(opener, path, &file))
+                .transpose()?;
             direct = Some(Direct { alignment, tail });
             set_file_flags(&file, flags | OFlag::O_DIRECT).map_err(no_direct)?;
         } else {
@@ -202,16 +220,8 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     }
 }
 
-fn open_file(path: &Path, read_only: bool, flags: libc::c_int) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(flags)
-        .open(path)
-}
-
 /// Opens the image `file` at `path` once more, for [`Access::Tail`].
-fn open_tail(path: &Path, file: &File) -> Result<File, DiskError> {
+fn open_tail(opener: &dyn Opener, path: &Path, file: &File) -> Result<File, DiskError> {
     let with_path = |action| {
         move |source| DiskError::Io {
             path: path.to_path_buf(),
@@ -219,7 +229,8 @@ fn open_tail(path: &Path, file: &File) -> Result<File, DiskError> {
             source,
         }
     };
-    let tail = open_file(path, false, libc::O_NONBLOCK).map_err(with_path("open"))?;
+    let access = FileAccess::ReadWrite { exclusive: false };
+    let tail = opener.file(path, access).map_err(with_path("open"))?;
     let identity = |file: &File| file.metadata().map(|it| (it.dev(), it.ino()));
     let same = identity(&tail).and_then(|tail| Ok(tail == identity(file)?));
     if !same.map_err(with_path("examine"))? {

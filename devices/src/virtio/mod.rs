@@ -9,9 +9,12 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 pub mod console;
-mod interrupt;
+mod device_metrics;
+mod driver_link;
 pub mod net;
+pub mod owner;
 mod queue;
+mod queue_set;
 mod rings;
 pub mod rng;
 #[cfg(test)]
@@ -34,10 +37,14 @@ use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
-pub use interrupt::VirtioInterrupt;
+pub use device_metrics::DeviceMetrics;
+pub use driver_link::{DriverLink, Notify};
+use owner::DeviceHandle;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
+pub use queue_set::{MAX_QUEUES, QueueSet};
 use throttle::Throttle;
 
+use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 
 /// `VIRTIO_F_INDIRECT_DESC` (section 6): a descriptor may refer to a table of descriptors.
@@ -82,8 +89,21 @@ pub trait VirtioDevice: Send {
     /// The device-specific configuration space.
     fn config(&self) -> &ConfigSpace;
 
-    /// The driver has written `data` at `offset` of its field of the configuration space.
-    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The driver has written `data` at `offset` of its field of the configuration space. Gives what the
+    /// owner of the machine may want to know of it.
+    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
+        None
+    }
+
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Inert
+    }
+
+    /// What the device counts, if it does.
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        None
+    }
 
     /// Makes the worker that serves the driver's queues, from what was negotiated.
     ///
@@ -126,7 +146,7 @@ pub struct Activation {
     /// All queues of the device, those the driver left unused among them.
     pub queues: Vec<VirtQueue>,
     /// The way to tell the driver of used buffers and of trouble.
-    pub interrupt: Arc<VirtioInterrupt>,
+    pub link: Arc<DriverLink>,
     /// What the worker of the saved device knew, if this one takes its place.
     pub state: Option<Section>,
 }

@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::VirtioInterrupt;
+use super::DriverLink;
 use super::rings::{IndirectTable, Rings};
 use crate::worker::QueueProgress;
 
@@ -454,10 +454,10 @@ impl VirtQueue {
     pub fn serve<E: From<QueueError>>(
         &mut self,
         chain: &mut Chain,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         handle: impl FnMut(&mut Chain) -> Result<u32, E>,
     ) -> Result<(), E> {
-        self.serve_while(chain, interrupt, || Ok(true), handle)
+        self.serve_while(chain, link, || Ok(true), handle)
     }
 
     /// As [`VirtQueue::serve`], as long as `may_go_on` says so, which is asked before each chain.
@@ -469,7 +469,7 @@ impl VirtQueue {
     pub(super) fn serve_while<E: From<QueueError>>(
         &mut self,
         chain: &mut Chain,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         mut may_go_on: impl FnMut() -> Result<bool, E>,
         mut handle: impl FnMut(&mut Chain) -> Result<u32, E>,
     ) -> Result<(), E> {
@@ -477,8 +477,8 @@ impl VirtQueue {
         let mut served = false;
         let result = self.serve_turn(chain, &mut served, &mut may_go_on, &mut handle);
         // The driver hears of what was done, even when it has broken the rules after that.
-        if served && self.needs_interrupt() {
-            interrupt.notify_used_buffer();
+        if served {
+            self.notify_driver(link);
         }
         result
     }
@@ -515,6 +515,13 @@ impl VirtQueue {
             self.ring_doorbell();
         }
         Ok(())
+    }
+
+    /// Tells the driver of the chains returned since the last call, if it wants to know.
+    pub fn notify_driver(&mut self, link: &DriverLink) {
+        if self.needs_interrupt() {
+            link.notify_used_buffer(self.index);
+        }
     }
 
     /// Whether the driver wants an interrupt for the chains returned since the last call

@@ -11,11 +11,14 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::Serialize;
 
 use super::{
-    Activation, COMMON_FEATURES, Chain, ConfigSpace, QueueError, Throttle, VirtQueue, VirtioDevice,
-    VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, Chain, ConfigSpace, DeviceMetrics, DriverLink, QueueError,
+    Throttle, VirtQueue, VirtioDevice, device_id,
 };
 use crate::rate_limiter::Limits;
 use crate::worker::{QueueProgress, VirtioWorker};
+
+/// The generator of the host's kernel.
+pub const SOURCE: &str = "/dev/urandom";
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes given for one buffer. A larger buffer is filled in part, as the standard allows, so
@@ -54,23 +57,25 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that draws from the host kernel's generator. Operations of its limits are buffers of
-    /// the driver.
+    /// A device that draws from [`SOURCE`]. Operations of its limits are buffers of the driver.
     ///
     /// # Errors
-    /// When `/dev/urandom` cannot be opened, or the host has no timer for the limits.
+    /// If [`SOURCE`] cannot be opened, or the host has no timer for the limits.
     pub fn new(limits: &Limits) -> io::Result<Rng> {
+        Rng::with_source(File::open(SOURCE)?, limits)
+    }
+
+    /// A device that draws from `source`, otherwise like [`Rng::new`].
+    ///
+    /// # Errors
+    /// If the host has no timer for the limits.
+    pub fn with_source(source: File, limits: &Limits) -> io::Result<Rng> {
         Ok(Rng {
-            source: Arc::new(File::open("/dev/urandom")?),
+            source: Arc::new(source),
             config: ConfigSpace::new(Vec::new()),
             throttle: Arc::new(Throttle::new(limits)?),
             metrics: Arc::default(),
         })
-    }
-
-    /// What the device does, for the owner of the machine.
-    pub fn metrics(&self) -> Arc<EntropyMetrics> {
-        self.metrics.clone()
     }
 }
 
@@ -91,6 +96,10 @@ impl VirtioDevice for Rng {
         &self.config
     }
 
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Entropy(self.metrics.clone()))
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let Ok([queue]) = <[VirtQueue; 1]>::try_from(activation.queues) else {
             self.metrics.activate_fails.add(1);
@@ -100,7 +109,7 @@ impl VirtioDevice for Rng {
             source: self.source.clone(),
             chain: Chain::new(&activation.memory),
             queue,
-            interrupt: activation.interrupt,
+            link: activation.link,
             throttle: self.throttle.clone(),
             metrics: self.metrics.clone(),
         }))
@@ -120,7 +129,7 @@ struct Worker {
     source: Arc<File>,
     chain: Chain,
     queue: VirtQueue,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     throttle: Arc<Throttle>,
     metrics: Arc<EntropyMetrics>,
 }
@@ -138,21 +147,21 @@ impl Worker {
             source,
             chain,
             queue,
-            interrupt,
+            link,
             throttle,
             metrics,
         } = self;
         let mut throttled = false;
         queue.serve_while(
             chain,
-            interrupt,
+            link,
             || {
                 let allowed = throttle.allows_more()?;
                 throttled = !allowed;
                 Ok(allowed)
             },
             |chain| {
-                let filled = fill(source, chain, interrupt, metrics);
+                let filled = fill(source, chain, link, metrics);
                 throttle.count(1, filled.into());
                 Ok::<_, ServiceError>(filled)
             },
@@ -165,12 +174,7 @@ impl Worker {
 }
 
 /// Fills the chain's buffers; gives how many bytes.
-fn fill(
-    source: &File,
-    chain: &mut Chain,
-    interrupt: &VirtioInterrupt,
-    metrics: &EntropyMetrics,
-) -> u32 {
+fn fill(source: &File, chain: &mut Chain, link: &DriverLink, metrics: &EntropyMetrics) -> u32 {
     chain.writable.truncate(MAX_BYTES_PER_BUFFER);
     let mut filled = 0;
     while !chain.writable.is_empty() {
@@ -180,7 +184,7 @@ fn fill(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
                 metrics.host_rng_fails.add(1);
-                interrupt.warn_of_host(format_args!("cannot draw entropy: {error}"));
+                link.warn_of_host(format_args!("cannot draw entropy: {error}"));
                 break;
             }
         }
@@ -207,23 +211,23 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ] {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
-                self.interrupt
+                self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
             return;
         }
         if let Err(error) = self.handle(events.data()) {
             self.metrics.entropy_event_fails.add(1);
-            self.interrupt.need_reset(&error);
+            self.link.need_reset(&error);
         }
     }
 }
@@ -265,7 +269,7 @@ mod tests {
                 memory: memory.clone(),
                 features: 0,
                 queues: vec![driver.queue(0, false)],
-                interrupt: InterruptCounter::default().interrupt(),
+                link: InterruptCounter::default().link(),
                 state: None,
             });
             let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
@@ -288,7 +292,7 @@ mod tests {
             // Four, and one that goes beyond, come at once.
             assert!(start.elapsed() >= Duration::from_millis(140));
             assert!(turns <= 40, "{turns} turns");
-            let metrics = serde_json::to_value(&*rng.metrics()).unwrap();
+            let metrics = serde_json::to_value(rng.metrics()).unwrap();
             assert_eq!(metrics["entropy_bytes"], 20 * 64);
             assert_eq!(metrics["entropy_event_count"], 1);
             let waits = &metrics["entropy_rate_limiter_throttled"];

@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::test_driver::{InterruptCounter, TestDriver};
 use super::test_event_loop::TestEventLoop;
 use super::transport::mmio::{MmioTransport, QUEUE_NOTIFY, register};
-use super::{VirtioDevice, VirtioInterrupt};
+use super::{DriverLink, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::lifecycle::Device;
 
@@ -31,14 +31,13 @@ impl SuspendMachine {
     /// A machine with the device that `make` makes. Its driver has yet to come.
     pub fn new<H>(
         memory: &Arc<GuestMemory>,
-        make: impl FnOnce(Arc<VirtioInterrupt>) -> (Box<dyn VirtioDevice>, H),
+        make: impl FnOnce(Arc<DriverLink>) -> (Box<dyn VirtioDevice>, H),
     ) -> (SuspendMachine, H) {
         let event_loop = TestEventLoop::start();
         let interrupts = InterruptCounter::default();
-        let interrupt = interrupts.interrupt();
-        let (device, handle) = make(interrupt.clone());
-        let transport =
-            MmioTransport::new(device, memory.clone(), event_loop.handle.clone(), interrupt);
+        let link = interrupts.mmio_link();
+        let (device, handle) = make(link.driver());
+        let transport = MmioTransport::new(device, memory.clone(), event_loop.handle.clone(), link);
         let machine = SuspendMachine {
             memory: memory.clone(),
             interrupts,
@@ -135,7 +134,7 @@ impl SuspendMachine {
     /// the memory, where it is still paused. All of the first machine has ended when `make` is called.
     pub fn moved<H>(
         mut self,
-        make: impl FnOnce(Arc<VirtioInterrupt>) -> (Box<dyn VirtioDevice>, H),
+        make: impl FnOnce(Arc<DriverLink>) -> (Box<dyn VirtioDevice>, H),
     ) -> (SuspendMachine, H) {
         let section = self.save();
         let mut bytes = Vec::new();

@@ -1,8 +1,8 @@
 //! The driver's side of a virtqueue, for tests of the device's side.
 
-use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::{io, mem};
 
 use bantam_memory::GuestMemory;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -10,7 +10,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{VirtQueue, VirtioInterrupt};
+use super::transport::mmio::MmioLink;
+use super::{DriverLink, Notify, QueueSet, VirtQueue};
 use crate::InterruptLine;
 use crate::worker::QueueProgress;
 
@@ -192,26 +193,65 @@ impl TestDriver {
     }
 }
 
-/// An interrupt line that counts.
+/// Counts the notifications of a driver.
 #[derive(Clone, Default)]
-pub struct InterruptCounter(Arc<AtomicUsize>);
+pub struct InterruptCounter(Arc<Notifications>);
+
+#[derive(Default)]
+struct Notifications {
+    count: AtomicUsize,
+    configuration_changes: AtomicUsize,
+    queues: Mutex<QueueSet>,
+}
 
 impl InterruptCounter {
     /// How many interrupts there were since the last call.
     pub fn take(&self) -> usize {
-        self.0.swap(0, Ordering::SeqCst)
+        self.0.count.swap(0, Ordering::SeqCst)
     }
 
-    /// An interrupt for a device, which is counted here.
-    pub fn interrupt(&self) -> Arc<VirtioInterrupt> {
-        let line = Box::new(self.clone());
-        Arc::new(VirtioInterrupt::new("device".to_string(), line))
+    /// How many of the interrupts since the last call were for a change of the configuration. Those of
+    /// an [`InterruptCounter::mmio_link`] are not known.
+    pub fn take_configuration_changes(&self) -> usize {
+        self.0.configuration_changes.swap(0, Ordering::SeqCst)
+    }
+
+    /// The queues that the interrupts since the last call were for. Those of an
+    /// [`InterruptCounter::mmio_link`] are not known.
+    pub fn take_queues(&self) -> QueueSet {
+        mem::take(&mut *self.0.queues.lock().unwrap())
+    }
+
+    /// The link of a device to its driver, whose notifications are counted here.
+    pub fn link(&self) -> Arc<DriverLink> {
+        Arc::new(DriverLink::new(
+            "device".to_string(),
+            Arc::new(self.clone()),
+        ))
+    }
+
+    /// The link of a device behind a transport to its driver, whose interrupts are counted here.
+    pub fn mmio_link(&self) -> MmioLink {
+        MmioLink::new("device".to_string(), Box::new(self.clone()))
+    }
+}
+
+impl Notify for InterruptCounter {
+    fn used_buffers(&self, queues: QueueSet) -> io::Result<()> {
+        assert!(!queues.is_empty());
+        self.0.queues.lock().unwrap().extend(queues.iter());
+        self.trigger()
+    }
+
+    fn configuration_change(&self) -> io::Result<()> {
+        self.0.configuration_changes.fetch_add(1, Ordering::SeqCst);
+        self.trigger()
     }
 }
 
 impl InterruptLine for InterruptCounter {
     fn trigger(&self) -> io::Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.0.count.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -2,11 +2,11 @@
 
 use std::io;
 use std::num::NonZeroU32;
-use std::sync::Arc;
 
 use bantam_devices::InterruptLine;
+use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::balloon::{Balloon, BalloonHandle, BalloonOptions, HintingCommand};
-use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
+use bantam_devices::virtio::transport::mmio::MmioLink;
 use bantam_memory::GuestMemory;
 use bolero::TypeGenerator;
 use vm_memory::GuestAddress;
@@ -87,8 +87,8 @@ impl Target for BalloonTarget {
             free_page_hinting: options.hinting,
         };
         let balloon = Balloon::new(&options, &memory).unwrap();
-        let interrupt = VirtioInterrupt::new("owner".to_string(), Box::new(Unconnected));
-        self.handle = Some(balloon.handle(Arc::new(interrupt)));
+        let link = MmioLink::new("owner".to_string(), Box::new(Unconnected)).driver();
+        self.handle = Some(balloon.handle(link));
         Box::new(balloon)
     }
 

@@ -5,11 +5,11 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use bantam_devices::serial::SerialEndpoint;
+use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::console::Console;
-use bantam_devices::virtio::{VirtioDevice, VirtioInterrupt};
+use bantam_devices::virtio::transport::mmio::MmioLink;
 use bantam_devices::{InterruptLine, ListeningSocket};
 use bolero::TypeGenerator;
 use nix::fcntl::OFlag;
@@ -88,18 +88,18 @@ impl Target for ConsoleTarget {
     fn device(&mut self, options: &Options) -> Box<dyn VirtioDevice> {
         self.clients.clear();
         self.pipes = None;
-        let interrupt = VirtioInterrupt::new("owner".to_string(), Box::new(Unconnected));
+        let link = MmioLink::new("owner".to_string(), Box::new(Unconnected)).driver();
         if options.has_channels {
             let device = Console::with_channels(vec!["name".to_string()]);
             let socket = ListeningSocket::bind(&self.socket()).unwrap();
-            let handle = device.handle(Arc::new(interrupt));
+            let handle = device.handle(link);
             handle.connect(1, SerialEndpoint::Listener(socket));
             return Box::new(device);
         }
         let device = Console::new();
         let (input, to_guest) = pipe();
         let (from_guest, output) = pipe();
-        let handle = device.handle(Arc::new(interrupt));
+        let handle = device.handle(link);
         let endpoint = SerialEndpoint::Descriptors {
             input: Some(input),
             output: Some(output),

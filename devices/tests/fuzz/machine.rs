@@ -10,8 +10,8 @@ use std::{io, thread};
 use bantam_devices::bus::BusDevice;
 use bantam_devices::event_loop::Subscriber;
 use bantam_devices::lifecycle::Device;
-use bantam_devices::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
-use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice, VirtioInterrupt};
+use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport, QUEUE_NOTIFY};
+use bantam_devices::virtio::{Activation, ConfigSpace, VirtioDevice};
 use bantam_devices::worker::VirtioWorker;
 use bantam_devices::{EventLoop, InterruptLine};
 use bantam_memory::GuestMemory;
@@ -83,10 +83,9 @@ impl Machine {
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
         let manager = EventManager::new().unwrap();
         let event_loop = EventLoop::of(&manager);
-        let interrupt = VirtioInterrupt::new("fuzzed device".to_string(), Box::new(Unconnected));
-        let interrupt = Arc::new(interrupt);
+        let link = MmioLink::new("fuzzed device".to_string(), Box::new(Unconnected));
         let transport =
-            MmioTransport::new(device, memory.clone(), event_loop.clone(), interrupt).unwrap();
+            MmioTransport::new(device, memory.clone(), event_loop.clone(), link).unwrap();
         Machine {
             memory,
             transport,
@@ -203,12 +202,9 @@ impl Machine {
     pub fn replace(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
         let section = self.transport.save().unwrap();
         let transport = |device| {
-            let interrupt = Arc::new(VirtioInterrupt::new(
-                "fuzzed device".to_string(),
-                Box::new(Unconnected),
-            ));
+            let link = MmioLink::new("fuzzed device".to_string(), Box::new(Unconnected));
             let (memory, event_loop) = (self.memory.clone(), self.event_loop.clone());
-            MmioTransport::new(device, memory, event_loop, interrupt).unwrap()
+            MmioTransport::new(device, memory, event_loop, link).unwrap()
         };
         // The new one may take the place of the old on the host.
         self.transport = transport(Box::new(Absent(ConfigSpace::new(Vec::new()))));

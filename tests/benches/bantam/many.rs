@@ -6,9 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{interface_exists, payload, tap_name};
+use bantam_vmm::Controller;
 use bantam_vmm::config::{MachineConfig, MemorySize, NetConfig, SerialConfig};
 use bantam_vmm::host::{can_administer_network, open_tun};
-use bantam_vmm::{Console, Controller};
 
 use crate::memory::MonitorMemory;
 use crate::monitors::{Guest, Monitor, Monitors};
@@ -127,7 +127,7 @@ fn measure_library(taps: &[String], report: &mut Report) {
         let started = Instant::now();
         let machine = Controller::new()
             .and_then(|machine| {
-                machine.configure(config, Console::default())?;
+                machine.configure(config)?;
                 machine.start()?;
                 Ok(machine)
             })

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bantam_devices::virtio::owner::DeviceCommand;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer};
 
@@ -45,6 +46,17 @@ impl BalloonConfig {
             reporting: false,
             hinting: false,
             statistics: 0,
+        }
+    }
+}
+
+impl BalloonConfig {
+    /// Takes over what `command` has changed.
+    pub(super) fn apply(&mut self, command: &DeviceCommand) {
+        match command {
+            DeviceCommand::SetBalloonTarget { mib } => self.size = BalloonSize::from_mib(*mib),
+            DeviceCommand::SetStatisticsInterval { seconds } => self.statistics = seconds.get(),
+            _ => {}
         }
     }
 }

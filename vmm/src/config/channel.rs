@@ -99,7 +99,7 @@ impl fmt::Display for ChannelConfig {
 
 /// Name of a channel: 1 to 128 letters, digits and the characters `.`, `-` and `_`, so that it can be
 /// the name of a file.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
 #[serde(try_from = "String")]
 pub struct ChannelName(String);
 

@@ -7,10 +7,11 @@ use std::str::FromStr;
 
 use bantam_devices::rate_limiter::Limits;
 use bantam_devices::virtio::block::MAX_QUEUES;
+use bantam_devices::virtio::owner::DeviceCommand;
 use serde::{Deserialize, Deserializer};
 
 use super::quantity::check_bursts;
-use super::{ConfigError, Quantity, option_string, whole_number};
+use super::{ConfigError, DeviceName, Quantity, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
 ///
@@ -96,6 +97,22 @@ impl DiskConfig {
             burst_operations: None,
             limits: None,
             any_size: false,
+        }
+    }
+
+    /// Name of the device, which is the disk at the place `index` of its machine, counted from zero.
+    pub(crate) fn device_name(&self, index: usize) -> DeviceName {
+        let id = self.id.as_ref().map(|id| id.as_str().to_owned());
+        id.and_then(|id| DeviceName::try_from(id).ok())
+            .unwrap_or_else(|| DeviceName::numbered("disk", index))
+    }
+
+    /// Takes over what `command` has changed.
+    pub(super) fn apply(&mut self, command: &DeviceCommand) {
+        match command {
+            DeviceCommand::ReplaceImage { path } => self.path.clone_from(path),
+            DeviceCommand::SetLimits(limits) => self.limits = Some(*limits),
+            _ => {}
         }
     }
 

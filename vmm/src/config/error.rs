@@ -18,6 +18,14 @@ use super::{
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// A name that no device can have.
+    #[error(
+        "invalid device name '{text}': expected 1 to 64 letters, digits, dashes, underscores and dots"
+    )]
+    DeviceName {
+        /// The name.
+        text: String,
+    },
     /// The machine file could not be read.
     #[error("cannot read machine file '{}': {source}", path.display())]
     ReadMachineFile {

@@ -9,6 +9,7 @@
 mod balloon;
 mod channel;
 mod cpu;
+mod device_name;
 mod disk;
 mod ending;
 mod error;
@@ -38,6 +39,7 @@ use std::str::FromStr;
 use bantam_arch::layout;
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::console::MAX_CHANNELS;
+use bantam_devices::virtio::owner::DeviceCommand;
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
 use serde::Deserialize;
 use serde::de::IntoDeserializer;
@@ -46,6 +48,7 @@ use serde::de::value::Error as ValueError;
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use channel::{ChannelConfig, ChannelName};
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
+pub use device_name::DeviceName;
 pub use disk::{
     BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskId,
     DiskLockOption, DiskQueueCount,
@@ -250,6 +253,20 @@ impl MachineConfig {
         self.validate_metadata()?;
         self.validate_streams()?;
         self.validate_disk_sharing()
+    }
+
+    /// Takes over what `command` has changed of the device called `name`, so that a machine made by this is
+    /// like the one that was changed.
+    pub(crate) fn apply(&mut self, name: &DeviceName, command: &DeviceCommand) {
+        let mut disks = (0..).zip(&mut self.disks);
+        let mut nets = (0..).zip(&mut self.nets);
+        if let Some((_, disk)) = disks.find(|(index, disk)| disk.device_name(*index) == *name) {
+            disk.apply(command);
+        } else if let Some((_, net)) = nets.find(|(index, net)| net.device_name(*index) == *name) {
+            net.apply(command);
+        } else if let Some(balloon) = &mut self.balloon {
+            balloon.apply(command);
+        }
     }
 
     fn validate_mac_addresses(&self) -> Result<(), ConfigError> {

@@ -4,10 +4,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use bantam_devices::virtio::net::NetLimits;
+use bantam_devices::virtio::owner::DeviceCommand;
 use serde::{Deserialize, Deserializer};
 
 use super::quantity::check_bursts;
-use super::{ConfigError, Quantity, option_string, whole_number};
+use super::{ConfigError, DeviceName, Quantity, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
 ///
@@ -78,6 +79,18 @@ impl NetConfig {
             tx_packets_per_second: None,
             tx_burst_packets: None,
             limits: None,
+        }
+    }
+
+    /// Name of the device, which is the network device at the place `index` of its machine, counted from zero.
+    pub(crate) fn device_name(&self, index: usize) -> DeviceName {
+        DeviceName::numbered("net", index)
+    }
+
+    /// Takes over what `command` has changed.
+    pub(super) fn apply(&mut self, command: &DeviceCommand) {
+        if let DeviceCommand::SetNetLimits(limits) = command {
+            self.limits = Some(*limits);
         }
     }
 

@@ -9,7 +9,7 @@ use bantam_memory::{BufferError, GuestBuffers, GuestMemory};
 use vm_memory::GuestAddress;
 
 use super::{Shared, WorkerError, lock};
-use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, MAX_TURN, VirtQueue};
 
 /// Size of a balloon's page in bytes, whatever that of the guest's pages is.
 const PAGE_SIZE: u32 = 4096;
@@ -78,20 +78,18 @@ impl DiscardQueue {
     }
 
     /// Serves the queue until it is empty or its turn is over; then the doorbell is rung for the rest.
-    pub(super) fn serve(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+    pub(super) fn serve(&mut self, link: &DriverLink) -> Result<(), WorkerError> {
         self.queue.disable_doorbell();
-        let result = self.serve_turn(interrupt);
-        if self.queue.needs_interrupt() {
-            interrupt.notify_used_buffer();
-        }
+        let result = self.serve_turn(link);
+        self.queue.notify_driver(link);
         result
     }
 
-    fn serve_turn(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+    fn serve_turn(&mut self, link: &DriverLink) -> Result<(), WorkerError> {
         let start = Instant::now();
         loop {
-            if self.is_under_way || self.begin(interrupt)? {
-                self.proceed(interrupt)?;
+            if self.is_under_way || self.begin(link)? {
+                self.proceed(link)?;
             } else if self.queue.enable_doorbell()? {
                 self.queue.disable_doorbell();
             } else {
@@ -105,7 +103,7 @@ impl DiscardQueue {
     }
 
     /// Takes the next request; `false` where there is none.
-    fn begin(&mut self, interrupt: &VirtioInterrupt) -> Result<bool, WorkerError> {
+    fn begin(&mut self, link: &DriverLink) -> Result<bool, WorkerError> {
         if !self.queue.pop(&mut self.chain)? {
             return Ok(false);
         }
@@ -129,9 +127,8 @@ impl DiscardQueue {
                 match (chain.readable.read_array(), writable) {
                     (Some(command), 0) if chain.readable.is_empty() => {
                         let command = u32::from_le_bytes(command);
-                        self.shared.change_hinting(interrupt, |hinting| {
-                            hinting.take_guest_command(command)
-                        });
+                        self.shared
+                            .change_hinting(link, |hinting| hinting.take_guest_command(command));
                     }
                     (None, 1..) if readable == 0 => self.pages.append(&mut chain.writable),
                     _ => {
@@ -149,7 +146,7 @@ impl DiscardQueue {
     }
 
     /// Does a part of the request that is under way, and returns it when that was the last.
-    fn proceed(&mut self, interrupt: &VirtioInterrupt) -> Result<(), WorkerError> {
+    fn proceed(&mut self, link: &DriverLink) -> Result<(), WorkerError> {
         if self.pages.is_empty() {
             let head = self.chain.head;
             take_page_numbers(&mut self.chain.readable, &mut self.pages)
@@ -165,7 +162,7 @@ impl DiscardQueue {
             },
             // The driver cannot be told: to the guest it makes no difference.
             Err(error) => {
-                interrupt.warn_of_host(format_args!("the host does not take memory back: {error}"));
+                link.warn_of_host(format_args!("the host does not take memory back: {error}"));
                 match naming {
                     Naming::Numbers => metrics.event_fails.add(1),
                     Naming::Buffers => metrics.free_page_report_fails.add(1),

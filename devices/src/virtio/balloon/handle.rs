@@ -12,7 +12,7 @@ use super::{
     BalloonError, BalloonMetrics, BalloonOptions, GuestStatistics, HintingCommand, HintingStatus,
     Shared, config, lock, target_pages,
 };
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 
 /// The shortest time by which a timer can be set.
 const AT_ONCE: Duration = Duration::from_nanos(1);
@@ -22,7 +22,7 @@ pub struct BalloonHandle {
     pub(super) options: BalloonOptions,
     pub(super) memory_mib: u64,
     pub(super) shared: Arc<Shared>,
-    pub(super) interrupt: Arc<VirtioInterrupt>,
+    pub(super) link: Arc<DriverLink>,
 }
 
 /// How large a balloon is, and what the guest's driver says of the guest's memory.
@@ -67,7 +67,7 @@ impl BalloonHandle {
         if self.page_count(config::NUM_PAGES) != pages {
             let bytes = pages.to_le_bytes();
             self.shared.config.write(config::NUM_PAGES, &bytes);
-            self.interrupt.notify_configuration_change();
+            self.link.notify_configuration_change();
         }
         Ok(())
     }
@@ -112,7 +112,7 @@ impl BalloonHandle {
             return Err(BalloonError::NoHinting);
         }
         self.shared
-            .change_hinting(&self.interrupt, |hinting| Some(hinting.command(command)));
+            .change_hinting(&self.link, |hinting| Some(hinting.command(command)));
         Ok(())
     }
 

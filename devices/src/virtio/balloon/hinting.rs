@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Shared, config, lock};
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 
 /// `VIRTIO_BALLOON_CMD_ID_STOP`: the device asks for no hints; the driver has no more of them.
 const STOP: u32 = 0;
@@ -117,7 +117,7 @@ impl Shared {
     /// Changes how far hinting has come. If that gives a new command ID, the driver learns of it.
     pub(super) fn change_hinting(
         &self,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         change: impl FnOnce(&mut Hinting) -> Option<u32>,
     ) {
         // Held until the driver can read the new ID, so that it is the latest.
@@ -125,7 +125,7 @@ impl Shared {
         if let Some(command) = change(&mut hinting) {
             let bytes = command.to_le_bytes();
             self.config.write(config::HINTING_COMMAND, &bytes);
-            interrupt.notify_configuration_change();
+            link.notify_configuration_change();
         }
     }
 }

@@ -26,7 +26,11 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, VirtioInterrupt, device_id};
+use super::owner::DeviceHandle;
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
+};
+use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::WorkerError;
 use hinting::Hinting;
@@ -98,13 +102,13 @@ impl Balloon {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BalloonHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> BalloonHandle {
         BalloonHandle {
             options: self.options,
             memory_mib: self.memory_mib,
             shared: self.shared.clone(),
-            interrupt,
+            link,
         }
     }
 }
@@ -145,6 +149,21 @@ impl VirtioDevice for Balloon {
 
     fn config(&self) -> &ConfigSpace {
         &self.shared.config
+    }
+
+    fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
+        let pages = u32::from_le_bytes(self.shared.config.array(config::ACTUAL as u64));
+        Some(DeviceNotice::BalloonSize {
+            mib: pages / PAGES_PER_MIB,
+        })
+    }
+
+    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Balloon(self.handle(link.clone()))
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Balloon(self.shared.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -49,7 +49,7 @@ struct Machine {
     memory: Arc<GuestMemory>,
     drivers: Vec<TestDriver>,
     interrupts: InterruptCounter,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     manager: EventManager<Subscriber>,
     worker: SubscriberId,
     handle: BalloonHandle,
@@ -85,15 +85,15 @@ impl Machine {
             false => unused(),
         };
         let interrupts = InterruptCounter::default();
-        let interrupt = interrupts.interrupt();
+        let link = interrupts.link();
         let activation = Activation {
             memory: memory.clone(),
             features: balloon.features() & features,
             queues: drivers.iter().enumerate().map(queue).collect(),
-            interrupt: interrupt.clone(),
+            link: link.clone(),
             state: None,
         };
-        let handle = balloon.handle(interrupt.clone());
+        let handle = balloon.handle(link.clone());
         let shared = balloon.shared.clone();
         let mut manager = EventManager::new().unwrap();
         let worker = Subscriber::Worker(balloon.activate(activation).unwrap());
@@ -105,7 +105,7 @@ impl Machine {
             memory,
             drivers,
             interrupts,
-            interrupt,
+            link,
             manager,
             worker,
             handle,
@@ -190,7 +190,7 @@ fn inflated_pages_are_discarded_and_deflated_ones_are_the_drivers_again() {
     assert_eq!(machine.request(DEFLATE, &[numbers]), [(0, 0)]);
     assert_eq!(machine.interrupts.take(), 1);
     assert!(machine.has_kept(0x804));
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
     assert_eq!(
         machine.metrics(),
         r#"{"inflate_count":1,"deflate_count":1,"stats_updates_count":0,"stats_update_fails":0,"#
@@ -284,7 +284,7 @@ fn hinted_pages_are_discarded_while_they_answer_the_request() {
     assert!(!machine.is_hint_taken(queue));
     let metrics = machine.handle.metrics();
     assert_eq!(metrics.free_page_hint_freed.total(), 2 * PAGE_SIZE);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]
@@ -343,7 +343,7 @@ fn hints_that_break_the_rules_need_a_reset() {
     ] {
         let mut machine = Machine::new(&HINTS);
         assert_eq!(machine.request(3, buffers), []);
-        assert!(machine.interrupt.needs_reset(), "{buffers:?}");
+        assert!(machine.link.needs_reset(), "{buffers:?}");
         assert!(machine.has_kept(FIRST_PAGE));
     }
 }
@@ -361,7 +361,7 @@ fn the_owner_learns_whether_there_is_a_driver() {
     let memory = memory();
     let mut balloon = Balloon::new(&HINTS, &memory).unwrap();
     let interrupts = InterruptCounter::default();
-    let handle = balloon.handle(interrupts.interrupt());
+    let handle = balloon.handle(interrupts.link());
     assert!(!handle.statistics().has_driver);
     let drivers: Vec<TestDriver> = (0..5)
         .map(|index| TestDriver::new(&memory, RINGS + index * RINGS_SIZE, 256))
@@ -373,7 +373,7 @@ fn the_owner_learns_whether_there_is_a_driver() {
             .zip(&drivers)
             .map(|(index, it)| it.queue(index, false))
             .collect(),
-        interrupt: interrupts.interrupt(),
+        link: interrupts.link(),
         state: None,
     };
     let worker = balloon.activate(activation).unwrap();
@@ -405,7 +405,7 @@ fn a_request_of_any_size_leaves_other_queues_their_turn() {
     }
     let kept = machine.kept_pages(0x800..0x1000);
     assert!(kept.iter().all(|page| page % 2 == 1) && kept.len() == 0x400);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]
@@ -436,7 +436,7 @@ fn what_breaks_the_rules_needs_a_reset() {
         let mut machine = Machine::new(&ALL);
         machine.page_numbers([0x800, MEMORY_SIZE / PAGE_SIZE]);
         assert_eq!(machine.request(queue, buffers), [], "{queue}: {buffers:?}");
-        assert!(machine.interrupt.needs_reset(), "{queue}: {buffers:?}");
+        assert!(machine.link.needs_reset(), "{queue}: {buffers:?}");
         assert_eq!(machine.handle.metrics().event_fails.total(), 1);
         // Nothing more is done, and nothing is heard of for ever.
         let valid = machine.page_numbers([0x900]);
@@ -462,7 +462,7 @@ fn what_the_host_keeps_is_no_fault_of_the_driver() {
     assert_eq!(machine.request(3, &report), [(0, 0)]);
     assert_eq!(machine.kept_pages(0x800..0x804), [0x801, 0x802, 0x803]);
     assert!(!machine.has_kept(0x804) && !machine.has_kept(0x806) && !machine.has_kept(0x808));
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
     let metrics = machine.handle.metrics();
     assert_eq!(metrics.event_fails.total(), 1);
     assert_eq!(metrics.free_page_report_fails.total(), 1);
@@ -474,9 +474,9 @@ fn a_second_buffer_of_statistics_breaks_the_rules() {
     let mut machine = Machine::new(&ALL);
     let buffer = machine.readable(&[0; 10]);
     assert_eq!(machine.request(STATISTICS, &[buffer]), []);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
     machine.request(STATISTICS, &[buffer]);
-    assert!(machine.interrupt.needs_reset());
+    assert!(machine.link.needs_reset());
 }
 
 /// An entry of free memory.
@@ -528,7 +528,7 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
         let free_memory = machine.handle.statistics().guest.free_memory;
         assert_eq!(free_memory, Some(round.into()));
     }
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
     let metrics = machine.handle.metrics();
     assert_eq!(metrics.stats_updates_count.total(), 4);
     assert_eq!(metrics.stats_update_fails.total(), 3);

@@ -13,7 +13,7 @@ use super::BalloonState;
 use super::discard::{DiscardQueue, Naming, check_page_numbers};
 use super::{GuestStatistics, Shared, WorkerError, feature, lock};
 use crate::virtio::queue::progress_of;
-use crate::virtio::{Activation, Chain, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, Chain, DriverLink, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the event of each source is told by.
@@ -37,7 +37,7 @@ struct StatisticsQueue {
 
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     queue_count: usize,
     inflate: DiscardQueue,
     deflate: VirtQueue,
@@ -59,7 +59,7 @@ impl Worker {
             memory,
             features,
             queues,
-            interrupt,
+            link,
             state: _,
         } = activation;
         let queue_count = queues.len();
@@ -102,7 +102,7 @@ impl Worker {
             hinting,
             reporting,
             shared,
-            interrupt,
+            link,
         };
         // The first statistics come by themselves.
         worker.restart_timer().map_err(|error| error.to_string())?;
@@ -133,7 +133,7 @@ impl Worker {
 
     fn serve(&mut self, event: u32) -> Result<(), WorkerError> {
         match event {
-            event::INFLATE => self.inflate.serve(&self.interrupt),
+            event::INFLATE => self.inflate.serve(&self.link),
             event::DEFLATE => self.serve_deflate(),
             event::STATISTICS => self.take_statistics(),
             event::TIMER => {
@@ -145,7 +145,7 @@ impl Worker {
                     Some(index) => self.reporting.get_mut(index as usize),
                     None => self.hinting.as_mut(),
                 };
-                queue.map_or(Ok(()), |queue| queue.serve(&self.interrupt))
+                queue.map_or(Ok(()), |queue| queue.serve(&self.link))
             }
         }
     }
@@ -154,7 +154,7 @@ impl Worker {
     fn serve_deflate(&mut self) -> Result<(), WorkerError> {
         let metrics = &self.shared.metrics;
         self.deflate
-            .serve(&mut self.deflate_chain, &self.interrupt, |chain| {
+            .serve(&mut self.deflate_chain, &self.link, |chain| {
                 check_page_numbers(chain)?;
                 metrics.deflate_count.add(1);
                 Ok(0)
@@ -197,9 +197,7 @@ impl Worker {
         };
         if let Some(head) = held.take() {
             queue.add_used(head, 0);
-            if queue.needs_interrupt() {
-                self.interrupt.notify_used_buffer();
-            }
+            queue.notify_driver(&self.link);
         }
     }
 
@@ -225,7 +223,7 @@ impl Worker {
 
     fn fail(&self, error: &dyn Display) {
         self.shared.metrics.event_fails.add(1);
-        self.interrupt.need_reset(error);
+        self.link.need_reset(error);
     }
 }
 
@@ -293,7 +291,7 @@ impl MutEventSubscriber for Worker {
             // It would be heard of for ever.
             let _ = operations.remove(events);
         }
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             return;
         }
         if let Err(error) = self.serve(event) {

@@ -8,7 +8,7 @@ use bantam_memory::GuestMemory;
 use super::worker::Worker;
 use super::{Block, BlockOptions, Engine};
 use crate::disk::DiskFile;
-use crate::virtio::{Activation, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, DriverLink, VirtQueue};
 
 /// A worker that goes one step at a time.
 pub struct SteppedWorker(Worker);
@@ -21,7 +21,7 @@ impl SteppedWorker {
     pub fn new(
         disk: DiskFile,
         memory: Arc<GuestMemory>,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
         queue: VirtQueue,
     ) -> io::Result<SteppedWorker> {
         let options = BlockOptions {
@@ -32,7 +32,7 @@ impl SteppedWorker {
             memory,
             features: 0,
             queues: vec![queue],
-            interrupt,
+            link,
             state: None,
         };
         let worker = Block::new(disk, "", &options)

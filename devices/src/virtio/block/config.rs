@@ -1,9 +1,8 @@
 //! The configuration space (section 5.2.4).
 
-use super::limits::{
-    MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_WRITE_ZEROES_RANGES,
-    MAX_WRITE_ZEROES_SECTORS,
-};
+use std::fmt;
+
+use super::limits::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_SEGMENTS};
 use crate::disk::{DiskFile, SECTOR_SIZE};
 
 /// Offsets in the configuration space (section 5.2.4).
@@ -32,14 +31,14 @@ pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     for (offset, value) in [
         (offset::SEG_MAX, MAX_SEGMENTS),
         (offset::BLK_SIZE, logical),
-        (offset::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS),
-        (offset::MAX_DISCARD_SEG, MAX_DISCARD_RANGES),
+        (offset::MAX_DISCARD_SECTORS, MAX_RANGE_SECTORS),
+        (offset::MAX_DISCARD_SEG, MAX_RANGES),
         (
             offset::DISCARD_SECTOR_ALIGNMENT,
             physical / SECTOR_SIZE as u32,
         ),
-        (offset::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS),
-        (offset::MAX_WRITE_ZEROES_SEG, MAX_WRITE_ZEROES_RANGES),
+        (offset::MAX_WRITE_ZEROES_SECTORS, MAX_RANGE_SECTORS),
+        (offset::MAX_WRITE_ZEROES_SEG, MAX_RANGES),
     ] {
         space[offset..][..4].copy_from_slice(&value.to_le_bytes());
     }
@@ -59,27 +58,27 @@ pub(super) fn difference(saved: &[u8], disk: &DiskFile, queues: u16) -> Option<S
         return None;
     }
     if saved.len() != own.len() {
-        return Some(format!(
-            "it has {} bytes of configuration, and the device {}",
-            saved.len(),
-            own.len()
-        ));
+        let (saved, own) = (saved.len(), own.len());
+        return Some(differs("bytes of configuration", saved, own));
     }
     let number = |space: &[u8], offset: usize, size: usize| {
         let bytes = space[offset..][..size].iter().rev();
-        bytes.fold(0, |number, &byte| number << 8 | u64::from(byte))
+        bytes.fold(0, |number, &byte| number << 8 | u128::from(byte))
     };
     for (what, offset, size, unit) in [
-        ("a disk of {} bytes", offset::CAPACITY, 8, SECTOR_SIZE),
-        ("logical blocks of {} bytes", offset::BLK_SIZE, 4, 1),
-        ("{} queues", offset::NUM_QUEUES, 2, 1),
+        ("size in bytes", offset::CAPACITY, 8, SECTOR_SIZE),
+        ("bytes of a logical block", offset::BLK_SIZE, 4, 1),
+        ("number of queues", offset::NUM_QUEUES, 2, 1),
     ] {
-        let [saved, own] =
-            [saved, &own].map(|space| u128::from(number(space, offset, size)) * u128::from(unit));
+        let [saved, own] = [saved, &own].map(|space| number(space, offset, size));
         if saved != own {
-            let saved = what.replace("{}", &saved.to_string());
-            return Some(format!("it has {saved}, and the device {own}"));
+            let unit = u128::from(unit);
+            return Some(differs(what, saved * unit, own * unit));
         }
     }
-    Some("its physical blocks or the limits of its requests are others".to_owned())
+    Some("its physical block size or the limits of its requests differ".to_owned())
+}
+
+fn differs(what: &str, saved: impl fmt::Display, own: impl fmt::Display) -> String {
+    format!("{what}: {saved} in the saved state, {own} here")
 }

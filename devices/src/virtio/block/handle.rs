@@ -9,7 +9,7 @@ use super::ring::Ring;
 use super::{BlockMetrics, Engine, config};
 use crate::disk::{DiskFile, SECTOR_SIZE};
 use crate::rate_limiter::Limits;
-use crate::virtio::{Throttle, VirtioInterrupt};
+use crate::virtio::{DriverLink, Throttle};
 
 /// Why another image was not put into the place of a disk's, or not without loss.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ fn access(read_only: bool) -> &'static str {
 pub struct BlockHandle {
     pub(super) slot: Arc<DiskSlot>,
     pub(super) throttle: Arc<Throttle>,
-    pub(super) interrupt: Arc<VirtioInterrupt>,
+    pub(super) link: Arc<DriverLink>,
     pub(super) engine: Engine,
 }
 
@@ -111,7 +111,7 @@ impl BlockHandle {
             let capacity = size / SECTOR_SIZE;
             let config = &self.slot.config;
             config.write(config::offset::CAPACITY, &capacity.to_le_bytes());
-            self.interrupt.notify_configuration_change();
+            self.link.notify_configuration_change();
         }
         Ok(size)
     }
@@ -154,7 +154,7 @@ impl BlockHandle {
         let disk = Arc::new(disk);
         let exchanged = self.slot.exchange(OpenDisk { disk, ring });
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
-        self.interrupt.notify_configuration_change();
+        self.link.notify_configuration_change();
         let OpenDisk { disk: old, ring } = old;
         // It has the file open too.
         drop(ring);

@@ -5,14 +5,11 @@ pub(super) const QUEUE_SIZE: u16 = 256;
 pub(super) const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Length of the serial number that a driver can ask for, in bytes.
 pub const ID_SIZE: usize = 20;
-/// Most sectors of one discard segment: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// Most sectors of one write-zeroes segment: 64 MiB, as the host may have to write them.
-pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
-/// Most segments of one discard request.
-pub(super) const MAX_DISCARD_RANGES: u32 = 16;
-/// Most segments of one write-zeroes request.
-pub(super) const MAX_WRITE_ZEROES_RANGES: u32 = 1;
+/// Most sectors of one discard or write-zeroes request: 64 MiB. The host may have to write zeroes, or give
+/// back each block of a fragmented file, and the event loop waits for that.
+pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 17;
+/// Most ranges of one such request.
+pub(super) const MAX_RANGES: u32 = 1;
 /// Most bytes that one request reads or writes: many times what a driver asks for, and as long as the
 /// event loop may be held up. Descriptors that overlap could otherwise ask for a copy of the whole
 /// disk.

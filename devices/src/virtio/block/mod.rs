@@ -28,17 +28,16 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use super::owner::DeviceHandle;
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, Throttle, VirtioDevice, VirtioInterrupt, device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, Throttle, VirtioDevice,
+    device_id,
 };
 use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
 use config::config_space;
 use disk_slot::{DiskSlot, OpenDisk};
-use limits::{
-    MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_RANGES,
-    MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE,
-};
+use limits::{MAX_DATA_SIZE, MAX_RANGE_SECTORS, QUEUE_SIZE};
 use pausable_worker::PausableWorker;
 use request::RequestHandler;
 use ring::Ring;
@@ -91,7 +90,7 @@ impl Blueprint {
             self.id,
             activation.features,
             activation.memory.clone(),
-            activation.interrupt.clone(),
+            activation.link.clone(),
         );
         Ok(Worker::new(
             handler,
@@ -143,12 +142,12 @@ impl Block {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<VirtioInterrupt>) -> BlockHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> BlockHandle {
         BlockHandle {
             slot: self.blueprint.slot.clone(),
             throttle: self.blueprint.throttle.clone(),
-            interrupt,
+            link,
             engine: self.blueprint.options.engine,
         }
     }
@@ -185,6 +184,14 @@ impl VirtioDevice for Block {
         &self.blueprint.slot.config
     }
 
+    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Disk(self.handle(link.clone()))
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Block(self.blueprint.slot.metrics.clone()))
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         if activation.state.is_some() {
             return Err("its worker has no state beside that of its queues".to_owned());
@@ -206,7 +213,7 @@ impl VirtioDevice for Block {
         };
         difference.map_or(Ok(()), |reason| {
             Err(RestoreError::Invalid {
-                kind: format!("disk '{}'", disk.path().display()),
+                kind: format!("disk {}", disk.path().display()),
                 reason,
             })
         })

@@ -73,7 +73,7 @@ impl VirtioWorker for PausableWorker {
     fn save(&self) -> Result<Option<Section>, SaveError> {
         if self.worker.is_some() {
             return Err(SaveError::NotSupported {
-                part: self.activation.interrupt.name().to_owned(),
+                part: self.activation.link.name().to_owned(),
                 reason: "requests to its disk are under way".to_owned(),
             });
         }
@@ -88,7 +88,7 @@ impl MutEventSubscriber for PausableWorker {
                 Ok(worker) => self.worker = Some(worker),
                 Err(error) => {
                     let reason = format!("cannot set up io_uring: {error}");
-                    self.activation.interrupt.need_reset_by_host(&reason);
+                    self.activation.link.need_reset_by_host(&reason);
                 }
             }
         }

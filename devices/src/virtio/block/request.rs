@@ -13,13 +13,10 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 use vm_memory::GuestAddress;
 
-use super::{
-    BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS,
-    MAX_WRITE_ZEROES_RANGES, MAX_WRITE_ZEROES_SECTORS,
-};
+use super::{BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_RANGE_SECTORS};
 use crate::device_log::Repeat;
 use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
-use crate::virtio::{Chain, QueueError, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, QueueError};
 
 /// Size of `struct virtio_blk_req` before its data.
 const HEADER_SIZE: usize = 16;
@@ -69,8 +66,23 @@ pub(super) enum Operation {
     Write { offset: u64 },
     Flush,
     GetId,
-    Discard,
-    WriteZeroes,
+    Discard { offset: u64, len: u64 },
+    WriteZeroes { offset: u64, len: u64, unmap: bool },
+}
+
+impl Operation {
+    /// Length of the range of the disk that it changes without data, if it does that.
+    pub(super) fn range_len(self) -> Option<u64> {
+        match self {
+            Operation::Discard { len, .. } | Operation::WriteZeroes { len, .. } => Some(len),
+            _ => None,
+        }
+    }
+
+    /// Whether its size says how long the host takes for it.
+    pub(super) fn is_transfer(self) -> bool {
+        matches!(self, Operation::Read { .. } | Operation::Write { .. })
+    }
 }
 
 /// What it takes to return a request.
@@ -93,23 +105,13 @@ impl Request {
     }
 }
 
-/// What the ranges of a request may be.
-struct RangeLimits {
-    /// Most of them, no more than [`MAX_DISCARD_RANGES`].
-    count: u32,
-    /// Most sectors of each.
-    sectors: u32,
-    /// The flags that are known.
-    flags: u32,
-}
-
 /// Reads requests from their chains, does what can be done at once, and writes their status.
 pub(super) struct RequestHandler {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
     features: u64,
     memory: Arc<GuestMemory>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     /// When a failure was last logged.
     warning: Repeat,
 }
@@ -120,14 +122,14 @@ impl RequestHandler {
         id: [u8; ID_SIZE],
         features: u64,
         memory: Arc<GuestMemory>,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
     ) -> RequestHandler {
         RequestHandler {
             disk,
             id,
             features,
             memory,
-            interrupt,
+            link,
             warning: Repeat::default(),
         }
     }
@@ -164,7 +166,11 @@ impl RequestHandler {
         Ok((request, operation))
     }
 
-    fn operation(&self, header: &[u8; HEADER_SIZE], chain: &Chain) -> Result<Operation, Failure> {
+    fn operation(
+        &self,
+        header: &[u8; HEADER_SIZE],
+        chain: &mut Chain,
+    ) -> Result<Operation, Failure> {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
@@ -179,9 +185,15 @@ impl RequestHandler {
             }
             VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
             VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId),
-            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => Ok(Operation::Discard),
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => {
+                let (offset, len, _) = self.range(&mut chain.readable, 0)?;
+                Ok(Operation::Discard { offset, len })
+            }
             VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => {
-                Ok(Operation::WriteZeroes)
+                let known_flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                let (offset, len, flags) = self.range(&mut chain.readable, known_flags)?;
+                let unmap = flags != 0;
+                Ok(Operation::WriteZeroes { offset, len, unmap })
             }
             _ => Err(Failure::Unsupported),
         }
@@ -208,52 +220,36 @@ impl RequestHandler {
         self.disk = disk;
     }
 
-    /// Does what `operation` asks for with the data in `chain`, and returns when it is done. Adds to
-    /// `zeroed` how many bytes of zeroes were written.
-    pub(super) fn perform(
-        &self,
-        operation: Operation,
-        chain: &mut Chain,
-        zeroed: &mut u64,
-    ) -> Result<(), Failure> {
+    /// Does what `operation` asks for with the data in `chain`, and returns when it is done.
+    pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
         let Chain {
             readable, writable, ..
         } = chain;
         match operation {
-            Operation::Read { offset } => Ok(self.disk.read(writable, offset)?),
+            Operation::Read { offset } => self.disk.read(writable, offset)?,
             Operation::Write { offset } => {
-                Ok(self
-                    .disk
-                    .write(readable, offset, self.writes_are_durable())?)
+                self.disk
+                    .write(readable, offset, self.writes_are_durable())?;
             }
-            Operation::Flush => Ok(self.disk.flush()?),
-            Operation::GetId if writable.len() < ID_SIZE => Err(Failure::Invalid),
+            Operation::Flush => self.disk.flush()?,
+            Operation::GetId if writable.len() < ID_SIZE => return Err(Failure::Invalid),
             Operation::GetId => {
                 writable.write(&self.id);
-                Ok(())
             }
-            Operation::Discard => {
-                let limits = RangeLimits {
-                    count: MAX_DISCARD_RANGES,
-                    sectors: MAX_DISCARD_SECTORS,
-                    flags: 0,
-                };
-                self.for_each_range(readable, &limits, |offset, len, _| {
-                    self.disk.discard(offset, len)
-                })
+            Operation::Discard { offset, len } => {
+                if len > 0 {
+                    self.disk.discard(offset, len)?;
+                }
+                self.flush_durable()?;
             }
-            Operation::WriteZeroes => {
-                let limits = RangeLimits {
-                    count: MAX_WRITE_ZEROES_RANGES,
-                    sectors: MAX_WRITE_ZEROES_SECTORS,
-                    flags: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-                };
-                self.for_each_range(readable, &limits, |offset, len, flags| {
-                    *zeroed += self.disk.write_zeroes(offset, len, flags != 0)?;
-                    Ok(())
-                })
+            Operation::WriteZeroes { offset, len, unmap } => {
+                if len > 0 {
+                    self.disk.write_zeroes(offset, len, unmap)?;
+                }
+                self.flush_durable()?;
             }
         }
+        Ok(())
     }
 
     /// Writes the status of a request that is over.
@@ -295,46 +291,37 @@ impl RequestHandler {
         }
     }
 
-    /// Applies `action` to the ranges of a discard or write-zeroes request, after all of them have
-    /// been found valid.
-    fn for_each_range(
-        &self,
-        readable: &mut GuestBuffers,
-        limits: &RangeLimits,
-        mut action: impl FnMut(u64, u64, u32) -> io::Result<()>,
-    ) -> Result<(), Failure> {
-        self.check_writable()?;
-        let len = readable.len();
-        if len == 0 || !len.is_multiple_of(RANGE_SIZE) || len / RANGE_SIZE > limits.count as usize {
-            return Err(Failure::Invalid);
-        }
-        let mut ranges = [(0, 0, 0); MAX_DISCARD_RANGES as usize];
-        let ranges = &mut ranges[..len / RANGE_SIZE];
-        for range in &mut *ranges {
-            let mut bytes = [0; RANGE_SIZE];
-            readable.read(&mut bytes);
-            let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = bytes;
-            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-            let count = u32::from_le_bytes([c0, c1, c2, c3]);
-            let flags = u32::from_le_bytes(flags);
-            if flags & !limits.flags != 0 {
-                return Err(Failure::Unsupported);
-            }
-            if count > limits.sectors {
-                return Err(Failure::Invalid);
-            }
-            let len = u64::from(count) * SECTOR_SIZE;
-            *range = (self.offset(sector, len)?, len, flags);
-        }
-        for &mut (offset, len, flags) in ranges {
-            if len > 0 {
-                action(offset, len, flags)?;
-            }
-        }
+    /// Brings a change without data to stable storage, if it must be there before it is acknowledged.
+    fn flush_durable(&self) -> io::Result<()> {
         if self.writes_are_durable() {
             self.disk.flush()?;
         }
         Ok(())
+    }
+
+    /// Reads the range of a discard or write-zeroes request: its offset and length in bytes, and its flags.
+    fn range(
+        &self,
+        readable: &mut GuestBuffers,
+        known_flags: u32,
+    ) -> Result<(u64, u64, u32), Failure> {
+        self.check_writable()?;
+        if readable.len() != RANGE_SIZE {
+            return Err(Failure::Invalid);
+        }
+        let bytes: [u8; RANGE_SIZE] = readable.read_array().ok_or(Failure::Invalid)?;
+        let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] = bytes;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let count = u32::from_le_bytes([c0, c1, c2, c3]);
+        let flags = u32::from_le_bytes(flags);
+        if flags & !known_flags != 0 {
+            return Err(Failure::Unsupported);
+        }
+        if count > MAX_RANGE_SECTORS {
+            return Err(Failure::Invalid);
+        }
+        let len = u64::from(count) * SECTOR_SIZE;
+        Ok((self.offset(sector, len)?, len, flags))
     }
 
     fn check_writable(&self) -> Result<(), Failure> {
@@ -371,7 +358,7 @@ impl RequestHandler {
     /// A failing disk fails often; the log hears of it once in a while.
     fn warn_of_failure(&mut self, error: &io::Error) {
         if self.warning.is_due() {
-            self.interrupt.warn_of_host(format_args!(
+            self.link.warn_of_host(format_args!(
                 "a request failed, and the guest was told so: {error}"
             ));
         }

@@ -241,8 +241,7 @@ impl Ring {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let reason = "requests to the disk do not end";
-                return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+                return Err(timed_out());
             }
             // Rounded up, so that it does not spin at the end. A longer time is waited for in parts.
             let timeout = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
@@ -287,6 +286,11 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let _ = self.ring.submitter().unregister_files();
     }
+}
+
+/// The error of requests that take too long.
+pub(super) fn timed_out() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "requests to the disk do not end")
 }
 
 /// Place of a file in the table that is registered with the ring.

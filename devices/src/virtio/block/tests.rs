@@ -24,7 +24,7 @@ use super::*;
 use crate::disk::{DiskError, DiskOptions};
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::{Limits, RateLimit};
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
 const RINGS: u64 = 0x1000;
@@ -50,7 +50,7 @@ struct Machine {
     memory: Arc<GuestMemory>,
     driver: TestDriver,
     interrupts: InterruptCounter,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     manager: EventManager<Subscriber>,
     worker: SubscriberId,
     handle: BlockHandle,
@@ -103,15 +103,15 @@ impl Machine {
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
         let driver = TestDriver::new(&memory, RINGS, 256);
         let interrupts = InterruptCounter::default();
-        let interrupt = interrupts.interrupt();
+        let link = interrupts.link();
         let activation = Activation {
             memory: memory.clone(),
             features: block.features(),
             queues: vec![driver.queue(0, false)],
-            interrupt: interrupt.clone(),
+            link: link.clone(),
             state: None,
         };
-        let handle = block.handle(interrupt.clone());
+        let handle = block.handle(link.clone());
         let mut manager = EventManager::new().unwrap();
         let worker =
             manager.add_subscriber(Subscriber::Worker(block.activate(activation).unwrap()));
@@ -119,7 +119,7 @@ impl Machine {
             memory,
             driver,
             interrupts,
-            interrupt,
+            link,
             manager,
             worker,
             handle,
@@ -300,7 +300,7 @@ fn what_cannot_be_done_is_refused_and_the_rest_is_done() {
         ] {
             assert_eq!(machine.request(kind, sector, &[(DATA, len)]), status);
         }
-        assert!(!machine.interrupt.needs_reset());
+        assert!(!machine.link.needs_reset());
     });
 }
 
@@ -327,18 +327,41 @@ fn a_request_is_not_larger_than_the_event_loop_can_bear() {
                 assert_eq!(machine.request(kind, 0, &vec![buffer; count]), status);
             }
         }
-        // The same in one request for zeroes, which the host may have to write.
-        let range = [0_u64, 1 << 17].map(u64::to_le_bytes).concat();
-        let (memory, kind) = (machine.memory.clone(), VIRTIO_BLK_T_WRITE_ZEROES);
-        memory.write_slice(&range, GuestAddress(DATA)).unwrap();
-        for (data, status) in [
-            (&[(DATA, 16)][..], VIRTIO_BLK_S_OK),
-            (&[(DATA, 16); 2], VIRTIO_BLK_S_IOERR),
-        ] {
-            let head = machine.offer_readable(kind, 0, data);
-            machine.run(1);
-            assert_eq!(machine.status(head), status);
+        // The same in one request for zeroes, which the host may have to write, or for a hole.
+        for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
+            for (sectors, data, status) in [
+                (1 << 17, &[(DATA, 16)][..], VIRTIO_BLK_S_OK),
+                (1 << 17 | 1, &[(DATA, 16)], VIRTIO_BLK_S_IOERR),
+                (1 << 17, &[(DATA, 16); 2], VIRTIO_BLK_S_IOERR),
+            ] {
+                let range = [0_u64, sectors].map(u64::to_le_bytes).concat();
+                let memory = machine.memory.clone();
+                memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+                let head = machine.offer_readable(kind, 0, data);
+                machine.run(1);
+                assert_eq!(machine.status(head), status);
+            }
         }
+    }
+}
+
+#[test]
+fn the_clock_is_looked_at_after_each_request_that_is_not_a_transfer() {
+    let range = [0_u64, 8].map(u64::to_le_bytes).concat();
+    for kind in [
+        VIRTIO_BLK_T_DISCARD,
+        VIRTIO_BLK_T_WRITE_ZEROES,
+        VIRTIO_BLK_T_FLUSH,
+    ] {
+        let mut machine = Machine::new(Engine::Sync, CacheMode::Writeback);
+        let memory = machine.memory.clone();
+        memory.write_slice(&range, GuestAddress(DATA)).unwrap();
+        for _ in 0..16 {
+            machine.offer_readable(kind, 0, &[(DATA, 16)]);
+        }
+        machine.run(16);
+        // The driver is told of each batch, after which the device looks at the clock.
+        assert_eq!(machine.interrupts.take(), 16);
     }
 }
 
@@ -433,7 +456,7 @@ fn a_device_that_needs_a_reset_lets_the_event_loop_rest() {
     machine.driver.offer_head(999);
     machine.driver.ring_doorbell();
     machine.manager.run_with_timeout(0).unwrap();
-    assert!(machine.interrupt.needs_reset());
+    assert!(machine.link.needs_reset());
     let mut turns = 0;
     while machine.manager.run_with_timeout(500).unwrap() > 0 {
         turns += 1;
@@ -490,8 +513,8 @@ fn writes_last_where_the_driver_cannot_flush() {
         let machine = Machine::new(Engine::Sync, cache);
         drop((machine.manager, machine.handle, machine.block));
         let disk = open(&machine.image, false, cache).unwrap();
-        let (memory, interrupt) = (machine.memory, machine.interrupt);
-        RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, interrupt)
+        let (memory, link) = (machine.memory, machine.link);
+        RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, link)
             .writes_are_durable()
     };
     let flush = 1 << VIRTIO_BLK_F_FLUSH;
@@ -527,7 +550,7 @@ proptest! {
         machine.driver.ring_doorbell();
         let deadline = Instant::now() + LIMIT;
         let mut returned = 0;
-        while returned < heads.len() && !machine.interrupt.needs_reset() {
+        while returned < heads.len() && !machine.link.needs_reset() {
             prop_assert!(Instant::now() < deadline, "the device does nothing");
             machine.manager.run_with_timeout(100).unwrap();
             returned += machine.driver.take_used().len();

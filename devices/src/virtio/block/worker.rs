@@ -16,10 +16,10 @@ use super::in_flight::{InFlight, RingOperation};
 use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
-use super::ring::{Completion, Direction, MAX_IN_FLIGHT, Ring};
+use super::ring::{self, Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
 use crate::disk::CacheMode;
-use crate::virtio::{Activation, Chain, MAX_TURN, Throttle, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, QueueSet, Throttle, VirtQueue};
 use crate::worker::QueueProgress;
 use waiting::Waiting;
 
@@ -56,7 +56,7 @@ pub(super) struct Worker {
     /// The disk that is used as soon as no request to the one before is under way. Until then no
     /// request is begun.
     next_disk: Option<OpenDisk>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
     engine: Engine,
@@ -103,7 +103,7 @@ impl Worker {
             handler,
             lease,
             next_disk: None,
-            interrupt: activation.interrupt.clone(),
+            link: activation.link.clone(),
             memory: activation.memory.clone(),
             queues: mem::take(&mut activation.queues),
             engine: options.engine,
@@ -256,11 +256,12 @@ impl Worker {
         self.begun_bytes = self.begun_bytes.wrapping_add(bytes.into());
         if self.throttle.is_limited() {
             let bytes = match operation {
-                Ok(Operation::Read { .. }) => chain.writable.len(),
-                Ok(Operation::Write { .. }) => chain.readable.len(),
-                _ => 0,
+                Ok(Operation::Read { .. }) => chain.writable.len() as u64,
+                Ok(Operation::Write { .. }) => chain.readable.len() as u64,
+                Ok(operation) => operation.range_len().unwrap_or_default(),
+                Err(_) => 0,
             };
-            self.throttle.count(1, bytes as u64);
+            self.throttle.count(1, bytes);
         }
         let (work, result) = match operation {
             Ok(operation) => match self.ring_operation(slot, operation) {
@@ -343,14 +344,11 @@ impl Worker {
 
     fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
         self.has_written |= matches!(operation, Operation::Write { .. });
-        let chain = &mut self.slots[slot].chain;
-        let mut zeroed = 0;
-        let result = self.handler.perform(operation, chain, &mut zeroed);
-        if zeroed > 0 {
-            self.begun_bytes = self.begun_bytes.wrapping_add(zeroed);
-            self.throttle.count(0, zeroed);
+        if !operation.is_transfer() {
+            // How long the host takes for it is not known, so the batch ends and the clock is looked at.
+            self.begun_bytes = self.begun_bytes.wrapping_add(MAX_BATCH_SIZE);
         }
-        result
+        self.handler.perform(operation, &mut self.slots[slot].chain)
     }
 
     fn writes_are_slow(&mut self) -> bool {
@@ -520,7 +518,16 @@ impl Worker {
         let mut returned = Ok(());
         loop {
             returned = returned.and(self.complete());
-            if self.in_flight_count() == 0 || self.abandon_line() {
+            if self.in_flight_count() == 0 {
+                return Ok(returned);
+            }
+            if self.waiting.is_put_off() {
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    return Err(ring::timed_out());
+                }
+                continue;
+            }
+            if self.abandon_line() {
                 return Ok(returned);
             }
             let Some(ring) = &mut self.ring else {
@@ -549,17 +556,17 @@ impl Worker {
     /// Asks the driver for a reset.
     fn fail(&self, error: &RequestError) {
         self.lease.metrics().event_fails.add(1);
-        self.interrupt.need_reset(error);
+        self.link.need_reset(error);
     }
 
     fn interrupt_driver(&mut self) {
-        let mut needed = false;
+        let mut waiting = QueueSet::default();
         for queue in &mut self.queues {
-            needed |= queue.needs_interrupt();
+            if queue.needs_interrupt() {
+                waiting.insert(queue.index());
+            }
         }
-        if needed {
-            self.interrupt.notify_used_buffer();
-        }
+        self.link.notify_used_buffers(waiting);
     }
 
     fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
@@ -580,6 +587,10 @@ impl Worker {
                     self.lease.metrics().no_avail_buffer.add(1);
                 }
                 self.polling.doorbell_rang();
+                if self.waiting.is_put_off() {
+                    self.end_waiting()?;
+                    self.submit()?;
+                }
                 self.serve(queue as usize)?;
             }
         }
@@ -601,7 +612,7 @@ impl Worker {
             return;
         }
         // What a device at rest has under way is no longer watched.
-        if self.interrupt.needs_reset()
+        if self.link.needs_reset()
             && let Err(error) = self.finish_all()
         {
             self.next_disk = None;
@@ -670,7 +681,7 @@ impl MutEventSubscriber for Worker {
         // Those of the host first: they are heard of also while the device needs a reset.
         for events in others.into_iter().chain(doorbells).chain(completions) {
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
                 return;
             }
         }
@@ -685,10 +696,10 @@ impl MutEventSubscriber for Worker {
             if let Some(next) = self.lease.take_wanted() {
                 self.next_disk = Some(next);
             }
-        } else if self.interrupt.needs_reset() {
+        } else if self.link.needs_reset() {
             // Nothing consumes what made it ready, so that it would be reported without end.
             if let Err(error) = operations.remove(events) {
-                self.interrupt
+                self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
         } else {
@@ -711,7 +722,7 @@ impl Drop for Worker {
     /// Waits for what the ring has: the kernel writes to the guest's memory until then.
     fn drop(&mut self) {
         if let Err(error) = self.finish_all() {
-            self.interrupt
+            self.link
                 .warn_of_host(format_args!("cannot wait for its requests: {error}"));
             // With them the kernel keeps the guest's memory, which is thus never given back.
             mem::forget(mem::take(&mut self.slots));

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DriverError;
 use super::message::{DeviceMessage, DriverMessage, HEADER_SIZE};
-use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, VirtQueue};
 
 /// What the driver has been told of a port, and has said of it.
 ///
@@ -111,7 +111,7 @@ impl ControlQueue {
     /// ports, in order.
     pub(super) fn take_messages(
         &mut self,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
     ) -> Result<Vec<GuestOpen>, DriverError> {
         let mut changes = Vec::new();
         let ControlQueue {
@@ -121,7 +121,7 @@ impl ControlQueue {
             is_device_ready,
             ..
         } = self;
-        transmit.serve(chain, interrupt, |chain| {
+        transmit.serve(chain, link, |chain| {
             let size = chain.readable.len();
             let bytes = chain.readable.read_array::<HEADER_SIZE>();
             let head = chain.head;
@@ -133,7 +133,7 @@ impl ControlQueue {
                     told.fill(Told::default());
                 }
                 DriverMessage::DeviceReady(false) => {
-                    interrupt.warn(format_args!("the driver could not set it up"));
+                    link.warn(format_args!("the driver could not set it up"));
                 }
                 DriverMessage::PortReady { port, ready } => match told_of(told, port) {
                     // A driver that says so again has forgotten what it was told, as Linux has after
@@ -145,15 +145,15 @@ impl ControlQueue {
                             ..Told::default()
                         };
                     }
-                    Some(_) => interrupt.warn(format_args!("the driver could not add port {port}")),
-                    None => interrupt.warn(format_args!("there is no port {port} to be ready")),
+                    Some(_) => link.warn(format_args!("the driver could not add port {port}")),
+                    None => link.warn(format_args!("there is no port {port} to be ready")),
                 },
                 DriverMessage::PortOpen { port, open } => match told_of(told, port) {
                     Some(_) => changes.push(GuestOpen { port, open }),
-                    None => interrupt.warn(format_args!("there is no port {port} to be opened")),
+                    None => link.warn(format_args!("there is no port {port} to be opened")),
                 },
                 DriverMessage::Unknown { event } => {
-                    interrupt.warn(format_args!("control message {event} is ignored"));
+                    link.warn(format_args!("control message {event} is ignored"));
                 }
             }
             Ok::<_, DriverError>(0)
@@ -167,14 +167,12 @@ impl ControlQueue {
     pub(super) fn tell(
         &mut self,
         is_connected: impl Fn(usize) -> bool,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
     ) -> Result<Vec<usize>, DriverError> {
         let mut closed = Vec::new();
         self.receive.disable_doorbell();
         let result = self.tell_all(is_connected, &mut closed);
-        if self.receive.needs_interrupt() {
-            interrupt.notify_used_buffer();
-        }
+        self.receive.notify_driver(link);
         result.map(|()| closed)
     }
 

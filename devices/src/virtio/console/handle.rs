@@ -5,17 +5,17 @@ use std::sync::atomic::Ordering;
 
 use super::{ConsoleMetrics, Shared};
 use crate::serial::SerialEndpoint;
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 
 /// A handle to a console device.
 pub struct ConsoleHandle {
     shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
 }
 
 impl ConsoleHandle {
-    pub(super) fn new(shared: Arc<Shared>, interrupt: Arc<VirtioInterrupt>) -> ConsoleHandle {
-        ConsoleHandle { shared, interrupt }
+    pub(super) fn new(shared: Arc<Shared>, link: Arc<DriverLink>) -> ConsoleHandle {
+        ConsoleHandle { shared, link }
     }
 
     /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
@@ -31,7 +31,7 @@ impl ConsoleHandle {
         size[..2].copy_from_slice(&columns.to_le_bytes());
         size[2..].copy_from_slice(&rows.to_le_bytes());
         if self.shared.set_size(size) && self.shared.is_active.load(Ordering::Acquire) {
-            self.interrupt.notify_configuration_change();
+            self.link.notify_configuration_change();
         }
     }
 

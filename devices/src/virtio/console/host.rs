@@ -15,7 +15,7 @@ use super::metrics::ConsoleMetrics;
 use super::source::Source;
 use crate::ListeningSocket;
 use crate::serial::SerialEndpoint;
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 
 /// Bytes of emergency writes that are kept until the host takes them.
 pub(super) const EMERGENCY_CAPACITY: usize = 4096;
@@ -177,7 +177,7 @@ impl HostEnd {
         port: usize,
         operations: &mut EventOps<'_>,
         metrics: &ConsoleMetrics,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
     ) {
         while !self.is_connected()
             && let Some(listener) = &mut self.listener
@@ -200,7 +200,7 @@ impl HostEnd {
             };
             if let Err(error) = accepted {
                 metrics.client_fails.add(1);
-                interrupt.warn_of_host(format_args!(
+                link.warn_of_host(format_args!(
                     "cannot accept a client of port {port}: {error}"
                 ));
                 self.disconnect(operations);

@@ -36,7 +36,12 @@ use std::sync::{Arc, Mutex};
 
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
+use super::owner::DeviceHandle;
+use super::{
+    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
+};
+use crate::notice::DeviceNotice;
+use crate::serial::SerialEndpoint;
 use crate::worker::VirtioWorker;
 use error::DriverError;
 use host::EMERGENCY_CAPACITY;
@@ -125,9 +130,16 @@ impl Console {
         }
     }
 
-    /// A handle to the device for the owner of the machine. `interrupt` is the device's.
-    pub fn handle(&self, interrupt: Arc<super::VirtioInterrupt>) -> ConsoleHandle {
-        ConsoleHandle::new(self.shared.clone(), interrupt)
+    /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
+    pub fn connect(&self, port: usize, endpoint: SerialEndpoint) {
+        if let Some(mut host) = self.shared.host(port) {
+            host.connect(endpoint);
+        }
+    }
+
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>) -> ConsoleHandle {
+        ConsoleHandle::new(self.shared.clone(), link)
     }
 }
 
@@ -158,13 +170,22 @@ impl VirtioDevice for Console {
         &self.shared.config
     }
 
+    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
+        DeviceHandle::Console(self.handle(link.clone()))
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Console(self.shared.metrics.clone()))
+    }
+
     /// Sends a byte of a driver that uses no queues, or not yet (section 5.3.4.1).
-    fn driver_wrote_config(&mut self, offset: u64, data: &[u8]) {
+    fn driver_wrote_config(&mut self, offset: u64, data: &[u8]) -> Option<DeviceNotice<'static>> {
         if offset == config::EMERGENCY_WRITE as u64
             && let (Some(&byte), Some(mut host)) = (data.first(), self.shared.host(0))
         {
             host.write_emergency_byte(byte, &self.shared.metrics);
         }
+        None
     }
 
     fn reset(&mut self) {
@@ -202,14 +223,14 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let has_size = activation.features & feature::SIZE != 0;
         let is_restored = activation.state.is_some();
-        let interrupt = activation.interrupt.clone();
+        let link = activation.link.clone();
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
                 // A device that was restored has the size of the terminal that the saved one had.
                 let has_changed = self.shared.rewrite_size();
                 if has_size && (is_restored || has_changed) {
-                    interrupt.notify_configuration_change();
+                    link.notify_configuration_change();
                 }
                 Ok(Box::new(worker))
             }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::host::HostEnd;
 use super::{DriverError, Shared};
 use crate::serial::{make_room_in_pipe, wait_for_reader};
-use crate::virtio::{Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, MAX_TURN, VirtQueue};
 
 /// Most bytes of one call. More would take the event loop for too long where the host takes anything,
 /// as a file does.
@@ -40,7 +40,7 @@ pub(super) struct PortState {
 pub(super) struct Port {
     index: usize,
     shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     receive_queue: VirtQueue,
     receive_chain: Chain,
     transmit_queue: VirtQueue,
@@ -62,14 +62,14 @@ impl Port {
     pub(super) fn new(
         index: usize,
         shared: Arc<Shared>,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
         [receive_queue, transmit_queue]: [VirtQueue; 2],
         memory: &Arc<GuestMemory>,
     ) -> Port {
         Port {
             index,
             shared,
-            interrupt,
+            link,
             receive_queue,
             receive_chain: Chain::new(memory),
             transmit_queue,
@@ -137,7 +137,7 @@ impl Port {
             return Ok(());
         };
         if may_accept {
-            host.accept(self.index, operations, &shared.metrics, &self.interrupt);
+            host.accept(self.index, operations, &shared.metrics, &self.link);
         }
         let was_connected = host.is_connected();
         let progress = self.transmit(&mut host, Some(operations))?;
@@ -168,9 +168,7 @@ impl Port {
     ) -> Result<Progress, DriverError> {
         self.transmit_queue.disable_doorbell();
         let result = self.transmit_turn(host, operations);
-        if self.transmit_queue.needs_interrupt() {
-            self.interrupt.notify_used_buffer();
-        }
+        self.transmit_queue.notify_driver(&self.link);
         result
     }
 
@@ -242,7 +240,7 @@ impl Port {
             error.kind(),
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
         ) {
-            self.interrupt.warn_of_host(format_args!(
+            self.link.warn_of_host(format_args!(
                 "the output of port {} is lost from here on: {error}",
                 self.index
             ));
@@ -265,9 +263,7 @@ impl Port {
     ) -> Result<(), DriverError> {
         self.receive_queue.disable_doorbell();
         let result = self.receive_turn(host, operations);
-        if self.receive_queue.needs_interrupt() {
-            self.interrupt.notify_used_buffer();
-        }
+        self.receive_queue.notify_driver(&self.link);
         result
     }
 
@@ -309,7 +305,7 @@ impl Port {
                 ended => {
                     self.receive_queue.undo_pop();
                     if let Err(error) = ended {
-                        self.interrupt.warn_of_host(format_args!(
+                        self.link.warn_of_host(format_args!(
                             "the input of port {} has ended: {error}",
                             self.index
                         ));
@@ -344,8 +340,8 @@ impl Port {
                         format_args!("the last output of port {index} is lost: nobody read it");
                     // A guest can have it said as often as it likes by resetting the device.
                     match deadline {
-                        Some(_) => self.interrupt.warn_of_host(message),
-                        None => self.interrupt.warn(message),
+                        Some(_) => self.link.warn_of_host(message),
+                        None => self.link.warn(message),
                     }
                     break;
                 }

@@ -20,7 +20,7 @@ use super::*;
 use crate::ListeningSocket;
 use crate::event_loop::Subscriber;
 use crate::serial::SerialEndpoint;
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 use crate::worker::QueueProgress;
 
@@ -53,7 +53,7 @@ struct Guest {
     device: Console,
     handle: ConsoleHandle,
     interrupts: InterruptCounter,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     drivers: Vec<TestDriver>,
     manager: EventManager<Subscriber>,
     worker: Option<SubscriberId>,
@@ -65,13 +65,13 @@ impl Guest {
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
         let interrupts = InterruptCounter::default();
-        let interrupt = interrupts.interrupt();
+        let link = interrupts.link();
         Guest {
             memory,
-            handle: device.handle(interrupt.clone()),
+            handle: device.handle(link.clone()),
             device,
             interrupts,
-            interrupt,
+            link,
             drivers: Vec::new(),
             manager: EventManager::new().unwrap(),
             worker: None,
@@ -126,7 +126,7 @@ impl Guest {
     }
 
     fn activate_with(&mut self, features: u64) {
-        self.interrupt.reset();
+        self.link.set_needs_reset(false);
         let count = self.device.queue_max_sizes().len();
         self.drivers = (0..count as u64)
             .map(|queue| TestDriver::new(&self.memory, RINGS + queue * RINGS_SIZE, QUEUE_SIZE))
@@ -154,7 +154,7 @@ impl Guest {
             queues: queues
                 .map(|((driver, progress), index)| driver.queue_from(index, false, *progress))
                 .collect(),
-            interrupt: self.interrupt.clone(),
+            link: self.link.clone(),
             state,
         })
     }
@@ -394,7 +394,7 @@ fn a_reader_that_has_gone_holds_up_nobody() {
         assert_eq!(guest.drivers[TRANSMIT].take_used().len(), 1);
     }
     assert!(guest.drivers[RECEIVE].take_used().is_empty());
-    assert!(!guest.interrupt.needs_reset());
+    assert!(!guest.link.needs_reset());
 }
 
 #[test]
@@ -606,7 +606,7 @@ fn a_driver_that_knows_of_one_port_only_has_a_console_that_leads_nowhere() {
     client.write_all(b"x").unwrap();
     guest.send_to_unused_queues();
     assert!(guest.drivers[RECEIVE].take_used().is_empty());
-    assert!(!guest.interrupt.needs_reset());
+    assert!(!guest.link.needs_reset());
 }
 
 impl Guest {
@@ -634,28 +634,28 @@ fn wrong_messages_are_ignored_and_broken_ones_need_a_reset() {
     ] {
         guest.send_message(port, event, value);
     }
-    assert!(!guest.interrupt.needs_reset());
+    assert!(!guest.link.needs_reset());
     let mut client = guest.client();
     guest.rest();
     guest.transmit(CHANNEL_TRANSMIT, b"works");
     assert_eq!(read_available(&mut client), b"works");
     guest.transmit(CONTROL_TRANSMIT, &[0; 7]);
-    assert!(guest.interrupt.needs_reset());
+    assert!(guest.link.needs_reset());
     assert_eq!(guest.handle.metrics().event_fails.total(), 1);
 
     let mut guest = Guest::new(Console::with_channels(vec!["name".to_string()]));
     guest.activate();
     guest.offer(CONTROL_RECEIVE, 0, 7);
-    assert!(!guest.interrupt.needs_reset());
+    assert!(!guest.link.needs_reset());
     guest.transmit(CONTROL_TRANSMIT, &[0, 0, 0, 0, 0, 0, 1, 0]);
-    assert!(guest.interrupt.needs_reset());
+    assert!(guest.link.needs_reset());
 
     // A buffer to be read, where the device should write.
     let (mut guest, _from_guest, mut to_guest) = Guest::with_pipes();
     guest.activate();
     to_guest.write_all(b"x").unwrap();
     guest.transmit(RECEIVE, b"wrong");
-    assert!(guest.interrupt.needs_reset());
+    assert!(guest.link.needs_reset());
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::port::{LAST_OUTPUT_LIMIT, Port};
 use super::source::Source;
 use super::state::WorkerState;
 use super::{DriverError, Shared};
-use crate::virtio::{Activation, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, DriverLink, MAX_TURN, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
 /// Index of the control queue by which the driver receives; the other follows.
@@ -24,7 +24,7 @@ const CONTROL_QUEUE: usize = 2;
 
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     ports: Vec<Port>,
     /// None for a driver that knows of one port only.
     control: Option<ControlQueue>,
@@ -62,14 +62,14 @@ impl Worker {
             memory,
             features,
             queues,
-            interrupt,
+            link,
             state,
         } = activation;
         let queue_count = queues.len();
         let is_multiport = features & super::feature::MULTIPORT != 0;
         let mut queues = queues.into_iter();
         let mut pairs = std::iter::from_fn(|| Some([queues.next()?, queues.next()?]));
-        let port = |index, pair| Port::new(index, shared.clone(), interrupt.clone(), pair, &memory);
+        let port = |index, pair| Port::new(index, shared.clone(), link.clone(), pair, &memory);
         let Some(first) = pairs.next() else {
             return Err("a console device has two queues at least".to_string());
         };
@@ -88,7 +88,7 @@ impl Worker {
             queue_count,
             thread: None,
             is_saved: Cell::new(false),
-            interrupt,
+            link,
             shared,
         };
         if let Some(state) = state {
@@ -179,7 +179,7 @@ impl Worker {
             return Ok(());
         };
         let start = Instant::now();
-        for change in control.take_messages(&self.interrupt)? {
+        for change in control.take_messages(&self.link)? {
             let Some(port) = self.ports.get_mut(change.port) else {
                 continue;
             };
@@ -201,7 +201,7 @@ impl Worker {
         let ports = &self.ports;
         let is_connected = |port: usize| ports.get(port).is_some_and(Port::is_connected);
         // Another client may be waiting for that.
-        for port in control.tell(is_connected, &self.interrupt)? {
+        for port in control.tell(is_connected, &self.link)? {
             if let Some(port) = self.ports.get(port) {
                 port.call_again();
             }
@@ -246,18 +246,18 @@ impl MutEventSubscriber for Worker {
         self.thread = Some(thread::current().id());
         self.is_saved.set(false);
         if let Err(error) = self.begin(operations) {
-            self.interrupt.need_reset(&error);
+            self.link.need_reset(&error);
         }
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             return;
         }
         let source = Source::of_token(events.data());
         if let Err(error) = self.handle(source, events.event_set(), operations) {
             self.shared.metrics.event_fails.add(1);
-            self.interrupt.need_reset(&error);
+            self.link.need_reset(&error);
         }
     }
 }
@@ -271,7 +271,7 @@ impl Drop for Worker {
         let is_at_end = self.thread == Some(thread::current().id());
         let deadline = is_at_end.then(|| Instant::now() + LAST_OUTPUT_LIMIT);
         for port in &mut self.ports {
-            if !self.interrupt.needs_reset() && !self.is_saved.get() {
+            if !self.link.needs_reset() && !self.is_saved.get() {
                 port.send_last_output(deadline);
             }
             port.end();

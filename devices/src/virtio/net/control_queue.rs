@@ -17,7 +17,7 @@ use virtio_bindings::bindings::virtio_net::{
 use super::DriverError;
 use super::config::MacAddress;
 use super::filter::{AddressList, MAX_ADDRESSES, Mode};
-use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
 /// What the driver wants to be changed, and to what.
@@ -135,11 +135,11 @@ impl ControlQueue {
     /// Answers the commands in the queue, each by whether `obey` has done it.
     pub(super) fn serve(
         &mut self,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         mut obey: impl FnMut(Command) -> Result<bool, DriverError>,
     ) -> Result<(), DriverError> {
         let features = self.features;
-        self.queue.serve(&mut self.chain, interrupt, |chain| {
+        self.queue.serve(&mut self.chain, link, |chain| {
             if chain.writable.is_empty() {
                 return Err(DriverError::NoRoomForAnswer { head: chain.head });
             }

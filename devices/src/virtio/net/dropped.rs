@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::shared::Shared;
 use crate::device_log::Repeat;
-use crate::virtio::VirtioInterrupt;
+use crate::virtio::DriverLink;
 
 /// Why a packet was dropped.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +23,7 @@ pub(super) enum DropReason {
 /// Counts the packets that were dropped. The log hears of the first and then once in a while, as what drops
 /// one often drops many, and at the end of their number.
 pub(super) struct DroppedPackets {
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     tap: String,
     shared: Arc<Shared>,
     count: u64,
@@ -34,13 +34,9 @@ pub(super) struct DroppedPackets {
 }
 
 impl DroppedPackets {
-    pub(super) fn new(
-        interrupt: Arc<VirtioInterrupt>,
-        tap: &str,
-        shared: Arc<Shared>,
-    ) -> DroppedPackets {
+    pub(super) fn new(link: Arc<DriverLink>, tap: &str, shared: Arc<Shared>) -> DroppedPackets {
         DroppedPackets {
-            interrupt,
+            link,
             tap: tap.to_string(),
             shared,
             count: 0,
@@ -64,11 +60,11 @@ impl DroppedPackets {
                 metrics.tx_fails.add(1);
             }
         }
-        let DroppedPackets { interrupt, tap, .. } = self;
+        let DroppedPackets { link, tap, .. } = self;
         match reason {
             DropReason::NoPacket(_) | DropReason::NoRoom(_) => {
                 if self.driver_warning.is_due() {
-                    interrupt.warn(format_args!(
+                    link.warn(format_args!(
                         "a packet to or from tap '{tap}' was dropped: {reason}"
                     ));
                 }
@@ -79,12 +75,12 @@ impl DroppedPackets {
                 }
                 // So says a tap that is down.
                 if error.raw_os_error() == Some(libc::EIO) {
-                    interrupt.warn_of_host(format_args!(
+                    link.warn_of_host(format_args!(
                         "a packet was dropped, as tap '{tap}' is down; as root \
                          'ip link set {tap} up' brings it up"
                     ));
                 } else {
-                    interrupt.warn_of_host(format_args!(
+                    link.warn_of_host(format_args!(
                         "a packet to or from tap '{tap}' was dropped: {error}"
                     ));
                 }
@@ -97,12 +93,9 @@ impl Drop for DroppedPackets {
     fn drop(&mut self) {
         if self.count > 1 {
             let DroppedPackets {
-                interrupt,
-                tap,
-                count,
-                ..
+                link, tap, count, ..
             } = self;
-            interrupt.warn(format_args!(
+            link.warn(format_args!(
                 "{count} packets to or from tap '{tap}' were dropped"
             ));
         }

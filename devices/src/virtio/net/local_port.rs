@@ -13,7 +13,7 @@ use super::flow::Flow;
 use super::local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 use super::receive::Receiver;
 use crate::tap::PACKET_HEADER_SIZE;
-use crate::virtio::{MAX_TURN, VirtioInterrupt};
+use crate::virtio::{DriverLink, MAX_TURN};
 
 /// The shortest time by which a timer can be set.
 const AT_ONCE: Duration = Duration::from_nanos(1);
@@ -88,7 +88,7 @@ impl LocalPort {
         &mut self,
         receiver: &mut Receiver,
         flow: &mut Flow,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         dropped: &mut DroppedPackets,
     ) -> Result<bool, DriverError> {
         self.has_taken = false;
@@ -110,9 +110,9 @@ impl LocalPort {
                 Err(error) => break Err(error),
             }
         };
-        receiver.report(&mut unreported, interrupt);
+        receiver.report(&mut unreported, link);
         if let Err(error) = self.set_timer(is_over) {
-            interrupt.warn_of_host(format_args!("{} cannot set its timer: {error}", self.name));
+            link.warn_of_host(format_args!("{} cannot set its timer: {error}", self.name));
         }
         result
     }

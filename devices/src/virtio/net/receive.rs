@@ -15,7 +15,7 @@ use super::receive_slot::ReceiveSlot;
 use super::state::ReceiverState;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
-use crate::virtio::{VirtQueue, VirtioInterrupt};
+use crate::virtio::{DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
 /// Puts packets into the buffers of the receive queue.
@@ -120,14 +120,14 @@ impl Receiver {
         &mut self,
         tap: &TapQueue,
         flow: &mut Flow,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.receive_turn(tap, flow, interrupt, dropped, &mut unreported);
+        let result = self.receive_turn(tap, flow, link, dropped, &mut unreported);
         // The driver hears of what was received, even when it has broken the rules after that.
-        self.report(&mut unreported, interrupt);
+        self.report(&mut unreported, link);
         result
     }
 
@@ -135,7 +135,7 @@ impl Receiver {
         &mut self,
         tap: &TapQueue,
         flow: &mut Flow,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Halt, DriverError> {
@@ -154,7 +154,7 @@ impl Receiver {
                 });
             }
             if *unreported >= PACKETS_PER_INTERRUPT {
-                self.report(unreported, interrupt);
+                self.report(unreported, link);
             }
         }
         Ok(match self.deliver_read(flow, dropped, unreported)? {
@@ -194,9 +194,9 @@ impl Receiver {
     }
 
     /// Tells the driver of the packets delivered since the last time, if it wants to know.
-    pub(super) fn report(&mut self, unreported: &mut usize, interrupt: &VirtioInterrupt) {
-        if std::mem::take(unreported) > 0 && self.queue.needs_interrupt() {
-            interrupt.notify_used_buffer();
+    pub(super) fn report(&mut self, unreported: &mut usize, link: &DriverLink) {
+        if std::mem::take(unreported) > 0 {
+            self.queue.notify_driver(link);
         }
     }
 

@@ -25,8 +25,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::event_loop::Subscriber;
 use crate::tap::PACKET_HEADER_SIZE;
+use crate::virtio::DriverLink;
 use crate::virtio::F_EVENT_IDX;
-use crate::virtio::VirtioInterrupt;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
 const RECEIVE_RINGS: u64 = 0x1000;
@@ -47,7 +47,7 @@ struct Machine {
     transmit: TestDriver,
     control: TestDriver,
     interrupts: InterruptCounter,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
     manager: EventManager<Subscriber>,
     worker: SubscriberId,
     host: OwnedFd,
@@ -104,7 +104,7 @@ impl Machine {
         let transmit = TestDriver::new(&memory, TRANSMIT_RINGS, 256);
         let control = TestDriver::new(&memory, CONTROL_RINGS, 256);
         let interrupts = InterruptCounter::default();
-        let interrupt = interrupts.interrupt();
+        let link = interrupts.link();
         let mut manager = EventManager::new().unwrap();
         let worker = manager.add_subscriber(Subscriber::Worker(activate(Activation {
             memory: memory.clone(),
@@ -114,7 +114,7 @@ impl Machine {
                 transmit.queue(1, event_index),
                 control.queue(2, event_index),
             ],
-            interrupt: interrupt.clone(),
+            link: link.clone(),
             state: None,
         })));
         Machine {
@@ -123,7 +123,7 @@ impl Machine {
             transmit,
             control,
             interrupts,
-            interrupt,
+            link,
             manager,
             worker,
             host,
@@ -273,7 +273,7 @@ fn what_is_no_packet_is_dropped() {
     let used = machine.transmit.take_used();
     assert_eq!(used.len(), 4);
     assert!(used.iter().all(|&(_, len)| len == 0));
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]
@@ -472,7 +472,7 @@ fn buffers_that_hold_no_header_need_a_reset() {
         machine.receive.ring_doorbell();
         machine.host_sends(&packet(60, 1));
         machine.run();
-        assert!(machine.interrupt.needs_reset(), "{buffer:?}");
+        assert!(machine.link.needs_reset(), "{buffer:?}");
         machine.receive.ring_doorbell();
         machine.transmit.ring_doorbell();
         machine.run();
@@ -488,7 +488,7 @@ fn a_device_that_needs_a_reset_is_at_rest() {
     machine.transmit.offer(&[readable(MEMORY_SIZE, 60)]);
     machine.transmit.ring_doorbell();
     machine.run();
-    assert!(machine.interrupt.needs_reset());
+    assert!(machine.link.needs_reset());
     machine.host_sends(&packet(60, 1));
     machine.run();
     assert_eq!(machine.receive.take_used(), []);
@@ -507,7 +507,7 @@ fn a_tap_that_vanishes_leaves_a_machine_without_network() {
         machine.run();
         assert_eq!(machine.transmit.take_used().len(), 1);
         assert_eq!(machine.receive.take_used(), []);
-        assert!(!machine.interrupt.needs_reset());
+        assert!(!machine.link.needs_reset());
     }
 }
 

@@ -13,7 +13,7 @@ use super::local_port::LocalPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
 use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
-use crate::virtio::{Chain, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
 /// Fewest packets that are sent together.
@@ -72,14 +72,14 @@ impl Transmitter {
         tap: Option<&TapQueue>,
         flow: &mut Flow,
         local_port: &mut Option<LocalPort>,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, flow, local_port, interrupt, dropped, &mut unreported);
+        let result = self.transmit_turn(tap, flow, local_port, link, dropped, &mut unreported);
         // The driver hears of what was sent, even when it has broken the rules after that.
-        self.report(&mut unreported, interrupt);
+        self.report(&mut unreported, link);
         result
     }
 
@@ -88,7 +88,7 @@ impl Transmitter {
         tap: Option<&TapQueue>,
         flow: &mut Flow,
         local_port: &mut Option<LocalPort>,
-        interrupt: &VirtioInterrupt,
+        link: &DriverLink,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Halt, DriverError> {
@@ -129,7 +129,7 @@ impl Transmitter {
                 }
             }
             if *unreported >= PACKETS_PER_INTERRUPT {
-                self.report(unreported, interrupt);
+                self.report(unreported, link);
                 since = Instant::now();
             }
         }
@@ -226,9 +226,9 @@ impl Transmitter {
 
     /// Tells the driver of the packets that were taken from it since the last time, if it wants to
     /// know.
-    fn report(&mut self, unreported: &mut usize, interrupt: &VirtioInterrupt) {
-        if std::mem::take(unreported) > 0 && self.queue.needs_interrupt() {
-            interrupt.notify_used_buffer();
+    fn report(&mut self, unreported: &mut usize, link: &DriverLink) {
+        if std::mem::take(unreported) > 0 {
+            self.queue.notify_driver(link);
         }
     }
 }

@@ -27,7 +27,7 @@ use super::{
     offloads,
 };
 use crate::tap::{PACKET_HEADER_SIZE, Tap};
-use crate::virtio::{Activation, ConfigSpace, VirtioInterrupt};
+use crate::virtio::{Activation, ConfigSpace, DriverLink};
 use crate::worker::{QueueProgress, VirtioWorker};
 
 /// What the event loop has found ready.
@@ -119,7 +119,7 @@ pub(super) struct Worker {
     /// The address that the card has for the next driver again.
     own_mac: MacAddress,
     dropped: DroppedPackets,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
 }
 
 impl Worker {
@@ -141,7 +141,7 @@ impl Worker {
             memory,
             features,
             queues,
-            interrupt,
+            link,
             state,
         } = activation;
         let usual_size = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_SIZE + usize::from(mtu);
@@ -184,7 +184,7 @@ impl Worker {
             .map(|queue| ControlQueue::new(queue, &memory, features));
         let unused = queues.map(|queue| queue.progress()).collect();
         let mut worker = Worker {
-            dropped: DroppedPackets::new(interrupt.clone(), tap.name(), shared.clone()),
+            dropped: DroppedPackets::new(link.clone(), tap.name(), shared.clone()),
             first_pair: 0,
             received: Flow::new(shared.clone(), Direction::Receive),
             transmitted: Flow::new(shared.clone(), Direction::Transmit),
@@ -201,7 +201,7 @@ impl Worker {
             filter: ReceiveFilter::new(),
             own_mac,
             config,
-            interrupt,
+            link,
         };
         if let Some(state) = state {
             let state = state.decode().map_err(|error| error.to_string())?;
@@ -331,7 +331,7 @@ impl Worker {
         }
         pair.receive_halt =
             pair.receiver
-                .receive(tap, &mut self.received, &self.interrupt, &mut self.dropped)?;
+                .receive(tap, &mut self.received, &self.link, &mut self.dropped)?;
         match pair.receive_halt {
             Halt::Driver => self.shared.metrics.no_rx_avail_buffer.add(1),
             Halt::TapGone => self.lose_tap(),
@@ -354,7 +354,7 @@ impl Worker {
             tap,
             &mut self.transmitted,
             &mut self.local_port,
-            &self.interrupt,
+            &self.link,
             &mut self.dropped,
         )?;
         let left = pair.transmitter.waiting()?;
@@ -376,7 +376,7 @@ impl Worker {
         let delivered = local_port.serve(
             &mut pair.receiver,
             &mut self.received,
-            &self.interrupt,
+            &self.link,
             &mut self.dropped,
         )?;
         // The tap waits for buffers too, and its doorbell may have been switched off meanwhile.
@@ -392,7 +392,7 @@ impl Worker {
         if std::mem::replace(&mut self.tap_is_gone, true) {
             return;
         }
-        self.interrupt.warn_of_host(format_args!(
+        self.link.warn_of_host(format_args!(
             "tap '{}' has been removed; the guest has no network on this card until the machine \
              is started anew",
             self.tap.name()
@@ -406,8 +406,8 @@ impl Worker {
         let Some(mut control) = self.control.take() else {
             return Ok(());
         };
-        let interrupt = self.interrupt.clone();
-        let result = control.serve(&interrupt, |command| self.obey(command));
+        let link = self.link.clone();
+        let result = control.serve(&link, |command| self.obey(command));
         self.control = Some(control);
         result
     }
@@ -455,7 +455,7 @@ impl Worker {
         }
         let filter = self.filter.for_tap(mac(&self.config));
         if let Err(error) = self.tap.set_filter(&filter) {
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "cannot set which frames tap '{}' passes to the guest, which thus has too many: \
                  {error}",
                 self.tap.name()
@@ -475,14 +475,14 @@ impl Worker {
                 None,
                 &mut self.transmitted,
                 &mut self.local_port,
-                &self.interrupt,
+                &self.link,
                 &mut self.dropped,
             )?;
         }
         if !self.tap_is_gone
             && let Err(error) = self.tap.use_queues(count)
         {
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "cannot use {count} queues of tap '{}': {error}",
                 self.tap.name()
             ));
@@ -500,7 +500,7 @@ impl Worker {
     /// even while nothing is, so it is watched no more once it has been removed, nor while the
     /// device needs a reset. Nor is a queue of it that is not in use, which is in error always.
     fn watch_tap(&mut self, operations: &mut EventOps<'_>) {
-        let at_rest = self.tap_is_gone || self.interrupt.needs_reset();
+        let at_rest = self.tap_is_gone || self.link.needs_reset();
         for (index, (pair, tap)) in self.pairs.iter_mut().zip(self.tap.queues()).enumerate() {
             let wanted = if at_rest || index >= self.pairs_in_use {
                 None
@@ -522,7 +522,7 @@ impl Worker {
             };
             pair.watched = wanted;
             if let Err(error) = done {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
     }
@@ -586,7 +586,7 @@ impl MutEventSubscriber for Worker {
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data_raw(doorbell, source.token(), readiness);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
         for (flow, source) in [
@@ -595,7 +595,7 @@ impl MutEventSubscriber for Worker {
         ] {
             let events = Events::with_data(flow.throttle(), source.token(), EventSet::IN);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
         if let Some(local_port) = &self.local_port {
@@ -603,7 +603,7 @@ impl MutEventSubscriber for Worker {
             let token = Source::LocalTimer.token();
             let events = Events::with_data_raw(local_port.timer(), token, readiness);
             if let Err(error) = operations.add(events) {
-                self.interrupt.need_reset_by_host(&error);
+                self.link.need_reset_by_host(&error);
             }
         }
         self.watch_tap(operations);
@@ -611,19 +611,19 @@ impl MutEventSubscriber for Worker {
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         let source = Source::of_token(events.data());
-        if !self.interrupt.needs_reset() {
+        if !self.link.needs_reset() {
             let handled = self.handle(source, events.event_set());
             self.received.report();
             self.transmitted.report();
             if let Err(error) = handled {
                 self.shared.metrics.event_fails.add(1);
-                self.interrupt.need_reset(&error);
+                self.link.need_reset(&error);
             }
         } else if matches!(source, Source::ReceiveLimit | Source::TransmitLimit)
             && let Err(error) = operations.remove(events)
         {
             // Nothing consumes its end, which would be reported without end.
-            self.interrupt
+            self.link
                 .warn_of_host(format_args!("cannot stop watching a timer: {error}"));
         }
         self.watch_tap(operations);
@@ -639,7 +639,7 @@ impl Drop for Worker {
             return;
         }
         if let Err(error) = self.tap.forget_driver() {
-            self.interrupt
+            self.link
                 .warn_of_host(format_args!("cannot bring its tap to rest: {error}"));
         }
         self.tap.discard_queued();

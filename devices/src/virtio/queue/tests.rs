@@ -4,6 +4,7 @@ use vm_memory::Bytes;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
 const DATA: u64 = 0x4000;
+const QUEUE: u16 = 3;
 
 fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap())
@@ -23,7 +24,7 @@ fn pair(event_index: bool) -> (TestDriver, VirtQueue, Chain) {
     let memory = memory();
     let driver = TestDriver::new(&memory, 0x1000, 4);
     const { assert!(0x1000 + RINGS_SIZE <= DATA) };
-    let queue = driver.queue(0, event_index);
+    let queue = driver.queue(QUEUE, event_index);
     (driver, queue, Chain::new(&memory))
 }
 
@@ -202,7 +203,7 @@ fn the_doorbell_is_asked_for_behind_chains_that_are_let_be() {
 fn serving_suppresses_doorbells_and_interrupts_once() {
     let (mut driver, mut queue, mut chain) = pair(false);
     let counter = InterruptCounter::default();
-    let interrupt = counter.interrupt();
+    let link = counter.link();
     for _ in 0..3 {
         driver.offer(&[buffer(0, 8, true)]);
     }
@@ -210,10 +211,11 @@ fn serving_suppresses_doorbells_and_interrupts_once() {
         assert!(!driver.wants_doorbell());
         Ok(chain.writable.write(b"x") as u32)
     };
-    queue.serve(&mut chain, &interrupt, serve).unwrap();
+    queue.serve(&mut chain, &link, serve).unwrap();
     assert!(driver.wants_doorbell());
     assert_eq!(driver.take_used(), [(0, 1), (1, 1), (2, 1)]);
     assert_eq!(counter.take(), 1);
+    assert!(counter.take_queues().iter().eq([QUEUE]));
 }
 
 #[test]
@@ -227,9 +229,7 @@ fn a_queue_that_is_not_set_up_leaves_memory_alone() {
     let counter = InterruptCounter::default();
     let mut chain = Chain::new(&memory);
     let serve = |_: &mut Chain| -> Result<u32, QueueError> { panic!("there is no chain") };
-    queue
-        .serve(&mut chain, &counter.interrupt(), serve)
-        .unwrap();
+    queue.serve(&mut chain, &counter.link(), serve).unwrap();
     let mut bytes = vec![0; 0x8000];
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     assert!(bytes.iter().all(|&byte| byte == 0x5a));

@@ -19,7 +19,7 @@ use crate::EventLoop;
 use crate::event_loop::WorkerId;
 use crate::lifecycle::Device;
 use crate::virtio::{
-    Activation, F_EVENT_IDX, F_VERSION_1, VirtQueue, VirtioDevice, VirtioInterrupt,
+    Activation, DriverLink, F_EVENT_IDX, F_VERSION_1, MAX_QUEUES, QueueSet, VirtQueue, VirtioDevice,
 };
 use crate::worker::{QueueProgress, VirtioWorker};
 
@@ -87,7 +87,6 @@ struct TransportState {
     device_id: u32,
     status: u32,
     needs_reset: bool,
-    interrupt_status: u32,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
@@ -109,7 +108,7 @@ pub(super) struct TransportCore {
     pub(super) device: Box<dyn VirtioDevice>,
     memory: Arc<GuestMemory>,
     event_loop: EventLoop,
-    pub(super) interrupt: Arc<VirtioInterrupt>,
+    pub(super) link: Arc<DriverLink>,
     pub(super) doorbells: Vec<EventFd>,
     worker: WorkerPlace,
     is_paused: bool,
@@ -133,14 +132,18 @@ impl TransportCore {
     /// The state of `device` after power-on. Its worker will run on `event_loop`.
     ///
     /// # Errors
-    /// If the host gives no file descriptors for the doorbells.
+    /// If the host gives no file descriptors for the doorbells, or the device has more queues than
+    /// [`MAX_QUEUES`].
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
         event_loop: EventLoop,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
     ) -> io::Result<TransportCore> {
         let queue_count = device.queue_max_sizes().len();
+        if queue_count > MAX_QUEUES {
+            return Err(io::Error::other("the device has too many queues"));
+        }
         let doorbells = (0..queue_count)
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
@@ -148,7 +151,7 @@ impl TransportCore {
             device,
             memory,
             event_loop,
-            interrupt,
+            link,
             doorbells,
             worker: WorkerPlace::None,
             is_paused: false,
@@ -182,7 +185,7 @@ impl TransportCore {
 
     /// The device status field (section 2.1).
     pub(super) fn status(&self) -> u32 {
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             self.status | VIRTIO_CONFIG_S_NEEDS_RESET
         } else {
             self.status
@@ -199,14 +202,14 @@ impl TransportCore {
         let added = value & !self.status;
         if value & self.status != self.status {
             let status = self.status;
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "write of {value:#x} to the status register, which was {status:#x}: bits are only \
                  cleared by a reset"
             ));
             return;
         }
         if added & VIRTIO_CONFIG_S_FAILED != 0 {
-            self.interrupt.warn(format_args!("the driver has given up"));
+            self.link.warn(format_args!("the driver has given up"));
         }
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.accepts_features() {
             // The driver sees that it was refused by reading the bit back as zero.
@@ -215,7 +218,7 @@ impl TransportCore {
         }
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             if value & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
-                self.interrupt
+                self.link
                     .warn(format_args!("DRIVER_OK without FEATURES_OK is ignored"));
                 self.status = value & !VIRTIO_CONFIG_S_DRIVER_OK;
                 return;
@@ -231,8 +234,8 @@ impl TransportCore {
 
     fn ask_for_reset(&self, error: &ActivateError) {
         match error {
-            ActivateError::Driver(reason) => self.interrupt.need_reset(reason),
-            ActivateError::Host(reason) => self.interrupt.need_reset_by_host(reason),
+            ActivateError::Driver(reason) => self.link.need_reset(reason),
+            ActivateError::Host(reason) => self.link.need_reset_by_host(reason),
         }
     }
 
@@ -240,7 +243,7 @@ impl TransportCore {
         let valid = self.features_are_valid();
         if !valid {
             let (accepted, offered) = (self.driver_features, self.device.features());
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "the driver accepts features {accepted:#x} of {offered:#x} offered: it must accept \
                  VERSION_1 and none that are not offered"
             ));
@@ -257,7 +260,7 @@ impl TransportCore {
     pub(super) fn set_driver_features(&mut self, value: u32) {
         let phase = VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
         if self.status & phase != VIRTIO_CONFIG_S_DRIVER {
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "driver features written out of turn are ignored"
             ));
             return;
@@ -267,7 +270,7 @@ impl TransportCore {
             1 => set_high(&mut self.driver_features, value),
             _ if value == 0 => {}
             select => self
-                .interrupt
+                .link
                 .warn(format_args!("driver features {select} do not exist")),
         }
     }
@@ -276,7 +279,7 @@ impl TransportCore {
     pub(super) fn set_up_queue(&mut self, change: impl FnOnce(&mut QueueRegisters)) {
         let phase = VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
         if self.status & phase != VIRTIO_CONFIG_S_FEATURES_OK {
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "queue registers written out of turn are ignored"
             ));
             return;
@@ -285,8 +288,7 @@ impl TransportCore {
             Some(queue) => change(queue),
             None => {
                 let index = self.queue_select;
-                self.interrupt
-                    .warn(format_args!("there is no queue {index}"));
+                self.link.warn(format_args!("there is no queue {index}"));
             }
         }
     }
@@ -297,7 +299,7 @@ impl TransportCore {
         match self.doorbells.get(queue as usize) {
             Some(doorbell) => signal(doorbell),
             None => self
-                .interrupt
+                .link
                 .warn(format_args!("the doorbell of queue {queue} does not exist")),
         }
     }
@@ -316,7 +318,7 @@ impl TransportCore {
             memory: self.memory.clone(),
             features: self.driver_features,
             queues,
-            interrupt: self.interrupt.clone(),
+            link: self.link.clone(),
             state,
         });
         self.put_to_work(worker.map_err(ActivateError::Host)?)
@@ -364,14 +366,14 @@ impl TransportCore {
         if let WorkerPlace::AtWork(worker) = std::mem::replace(&mut self.worker, WorkerPlace::None)
             && let Err(error) = self.event_loop.take_worker(worker)
         {
-            self.interrupt
+            self.link
                 .warn_of_host(format_args!("cannot stop its worker: {error}"));
         }
         for doorbell in &self.doorbells {
             // It fails only if nobody has rung.
             let _ = doorbell.read();
         }
-        self.interrupt.reset();
+        self.link.set_needs_reset(false);
         self.device.config().reset_driver_field();
         self.status = 0;
         self.device_features_select = 0;
@@ -382,7 +384,7 @@ impl TransportCore {
     }
 
     fn name(&self) -> String {
-        self.interrupt.name().to_owned()
+        self.link.name().to_owned()
     }
 
     /// Takes over the state, as far as it is that of such a device.
@@ -430,8 +432,7 @@ impl TransportCore {
         self.device
             .config()
             .restore(&state.config, state.config_generation)?;
-        self.interrupt
-            .restore(state.interrupt_status, state.needs_reset);
+        self.link.set_needs_reset(state.needs_reset);
         if let Some(worker) = state.worker {
             self.worker = WorkerPlace::Saved(worker);
         }
@@ -448,8 +449,8 @@ impl Device for TransportCore {
             WorkerPlace::AtWork(id) => match self.event_loop.take_worker(id) {
                 Ok(worker) => WorkerPlace::Paused(worker),
                 Err(error) => {
-                    self.interrupt.need_reset_by_host(&error);
-                    return Err(self.interrupt.with_name(&error));
+                    self.link.need_reset_by_host(&error);
+                    return Err(self.link.with_name(&error));
                 }
             },
             other => other,
@@ -457,7 +458,7 @@ impl Device for TransportCore {
         if let WorkerPlace::Paused(worker) = &mut self.worker {
             worker
                 .pause()
-                .map_err(|error| self.interrupt.with_name(&error))?;
+                .map_err(|error| self.link.with_name(&error))?;
         }
         self.is_paused = true;
         Ok(())
@@ -477,7 +478,8 @@ impl Device for TransportCore {
             WorkerPlace::Saved(saved) => {
                 let resumed = self.activate(Some(saved));
                 // The interrupt of what was done before may not have reached the driver.
-                self.interrupt.notify_used_buffer();
+                self.link
+                    .notify_used_buffers(QueueSet::first(self.queues.len()));
                 resumed
             }
             other => {
@@ -489,7 +491,7 @@ impl Device for TransportCore {
             self.ask_for_reset(&error);
             match error {
                 ActivateError::Driver(reason) | ActivateError::Host(reason) => {
-                    self.interrupt.with_name(&reason)
+                    self.link.with_name(&reason)
                 }
             }
         })
@@ -521,8 +523,7 @@ impl Device for TransportCore {
         Section::of(&TransportState {
             device_id: self.device.device_id(),
             status: self.status,
-            needs_reset: self.interrupt.needs_reset(),
-            interrupt_status: self.interrupt.status(),
+            needs_reset: self.link.needs_reset(),
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
@@ -594,7 +595,7 @@ mod tests {
             Box::new(Rng::new(&Limits::default()).unwrap()),
             Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()),
             EventLoop::of(&manager),
-            InterruptCounter::default().interrupt(),
+            InterruptCounter::default().link(),
         )
         .unwrap()
     }

@@ -1,18 +1,23 @@
 //! The virtio-mmio transport, version 2 (section 4.2.2): a device's registers in a window of
 //! memory.
 
+mod interrupt;
+
 use std::io;
 use std::sync::Arc;
 
 use bantam_memory::GuestMemory;
-use bantam_state::{RestoreError, SaveError, Section};
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{TransportCore, set_high, set_low};
 use crate::EventLoop;
 use crate::bus::BusDevice;
 use crate::lifecycle::Device;
-use crate::virtio::{VirtioDevice, VirtioInterrupt};
+use crate::virtio::VirtioDevice;
+use interrupt::MmioInterrupt;
+pub use interrupt::MmioLink;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -59,10 +64,23 @@ pub(in crate::virtio) mod register {
 /// The registers of one virtio device, and the device behind them.
 pub struct MmioTransport {
     core: TransportCore,
+    interrupt: Arc<MmioInterrupt>,
+}
+
+/// The state of a device with its transport.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct MmioState {
+    interrupt_status: u32,
+    core: Section,
+}
+
+impl SavedState for MmioState {
+    const KIND: &'static str = "virtio-mmio";
+    const VERSION: u16 = 1;
 }
 
 impl MmioTransport {
-    /// Registers for `device`, whose worker will run on `event_loop`.
+    /// Registers for `device`, whose worker will run on `event_loop` and reach the driver by `link`.
     ///
     /// # Errors
     /// When the host gives no file descriptors for the doorbells.
@@ -70,10 +88,11 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
         event_loop: EventLoop,
-        interrupt: Arc<VirtioInterrupt>,
+        link: MmioLink,
     ) -> io::Result<MmioTransport> {
-        let core = TransportCore::new(device, memory, event_loop, interrupt)?;
-        Ok(MmioTransport { core })
+        let MmioLink { driver, interrupt } = link;
+        let core = TransportCore::new(device, memory, event_loop, driver)?;
+        Ok(MmioTransport { core, interrupt })
     }
 
     /// One event for each queue, to be signalled when the driver writes the queue's index to
@@ -95,14 +114,14 @@ impl MmioTransport {
                 .core
                 .selected_queue()
                 .map_or(0, |queue| u32::from(queue.ready)),
-            register::INTERRUPT_STATUS => self.core.interrupt.status(),
+            register::INTERRUPT_STATUS => self.interrupt.status(),
             register::STATUS => self.core.status(),
             register::CONFIG_GENERATION => self.core.device.config().generation(),
             // No device has shared memory, which reads as a length and a base of -1
             // (section 4.2.2).
             register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
             _ => {
-                self.core.interrupt.warn(format_args!(
+                self.core.link.warn(format_args!(
                     "read of register {offset:#x}, which has no value"
                 ));
                 0
@@ -117,8 +136,13 @@ impl MmioTransport {
             register::DRIVER_FEATURES => self.core.set_driver_features(value),
             register::QUEUE_SELECT => self.core.queue_select = value,
             QUEUE_NOTIFY => self.core.ring_doorbell(value),
-            register::INTERRUPT_ACKNOWLEDGE => self.core.interrupt.acknowledge(value),
-            register::STATUS => self.core.set_status(value),
+            register::INTERRUPT_ACKNOWLEDGE => self.interrupt.acknowledge(value),
+            register::STATUS => {
+                self.core.set_status(value);
+                if value == 0 {
+                    self.interrupt.reset();
+                }
+            }
             register::QUEUE_SIZE => self.core.set_up_queue(|queue| queue.size = value),
             // A driver that lets go of a device that it has reset.
             register::QUEUE_READY if value == 0 && self.core.status() == 0 => {}
@@ -147,7 +171,7 @@ impl MmioTransport {
                 self.core
                     .set_up_queue(|queue| set_high(&mut queue.device, value));
             }
-            _ => self.core.interrupt.warn(format_args!(
+            _ => self.core.link.warn(format_args!(
                 "write of {value:#x} to register {offset:#x}, which cannot be written"
             )),
         }
@@ -165,14 +189,32 @@ impl Device for MmioTransport {
 
     fn reset(&mut self) {
         self.core.reset();
+        self.interrupt.reset();
     }
 
     fn save(&self) -> Result<Section, SaveError> {
-        self.core.save()
+        Section::of(&MmioState {
+            interrupt_status: self.interrupt.status(),
+            core: self.core.save()?,
+        })
     }
 
     fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
-        self.core.restore(section)
+        self.interrupt.reset();
+        let restored = section.decode().and_then(|state: MmioState| {
+            self.core.restore(&state.core)?;
+            if self.interrupt.restore(state.interrupt_status) {
+                return Ok(());
+            }
+            Err(RestoreError::Invalid {
+                kind: self.core.link.name().to_owned(),
+                reason: "its interrupt has a cause that does not exist".to_owned(),
+            })
+        });
+        if restored.is_err() {
+            self.reset();
+        }
+        restored
     }
 }
 
@@ -188,7 +230,7 @@ impl BusDevice for MmioTransport {
             }
             _ => {
                 data.fill(0);
-                self.core.interrupt.warn(format_args!(
+                self.core.link.warn(format_args!(
                     "read of {} bytes at {offset:#x}: registers are 4 bytes wide",
                     data.len()
                 ));
@@ -199,9 +241,11 @@ impl BusDevice for MmioTransport {
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let Some(start) = offset.checked_sub(register::CONFIG) {
             if self.core.device.config().write_for_driver(start, data) {
-                self.core.device.driver_wrote_config(start, data);
+                if let Some(notice) = self.core.device.driver_wrote_config(start, data) {
+                    self.core.link.notify_owner(notice);
+                }
             } else {
-                self.core.interrupt.warn(format_args!(
+                self.core.link.warn(format_args!(
                     "write of {} bytes at {offset:#x} of the configuration space, which are not the \
                      driver's to write",
                     data.len()
@@ -213,7 +257,7 @@ impl BusDevice for MmioTransport {
             Ok(bytes) if offset.is_multiple_of(4) => {
                 self.write_register(offset, u32::from_le_bytes(bytes));
             }
-            _ => self.core.interrupt.warn(format_args!(
+            _ => self.core.link.warn(format_args!(
                 "write of {} bytes at {offset:#x}: registers are 4 bytes wide",
                 data.len()
             )),

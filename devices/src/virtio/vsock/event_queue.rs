@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bantam_memory::GuestMemory;
 
 use super::DriverError;
-use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, QueueError, VirtQueue};
 use crate::worker::QueueProgress;
 
 /// Tells the driver that connections have ended without a packet.
@@ -64,9 +64,9 @@ impl EventQueue {
 
     /// Looks at the driver's buffers. `true` if it has ended its connections by now: a driver puts the
     /// buffer of an event back when it has handled it.
-    pub(super) fn serve(&mut self, interrupt: &VirtioInterrupt) -> Result<bool, DriverError> {
+    pub(super) fn serve(&mut self, link: &DriverLink) -> Result<bool, DriverError> {
         if self.reset == Reset::Due {
-            self.tell_reset(interrupt)?;
+            self.tell_reset(link)?;
         }
         let Reset::Told { buffers } = self.reset else {
             return Ok(false);
@@ -78,7 +78,7 @@ impl EventQueue {
         Ok(has_more)
     }
 
-    fn tell_reset(&mut self, interrupt: &VirtioInterrupt) -> Result<(), DriverError> {
+    fn tell_reset(&mut self, link: &DriverLink) -> Result<(), DriverError> {
         if !self.take_buffer()? {
             return Ok(());
         }
@@ -100,9 +100,7 @@ impl EventQueue {
         writable.write(&TRANSPORT_RESET.to_le_bytes());
         self.queue.add_used(*head, EVENT_SIZE as u32);
         self.reset = Reset::Told { buffers };
-        if self.queue.needs_interrupt() {
-            interrupt.notify_used_buffer();
-        }
+        self.queue.notify_driver(link);
         Ok(())
     }
 

@@ -35,7 +35,7 @@ pub use metrics::VsockMetrics;
 
 use bantam_state::{RestoreError, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
 use crate::ListeningSocket;
 use crate::worker::VirtioWorker;
 use error::DriverError;
@@ -73,9 +73,11 @@ impl Vsock {
             metrics: Arc::default(),
         }
     }
+}
 
-    /// What the device counts.
-    pub fn metrics(&self) -> Arc<VsockMetrics> {
+#[cfg(test)]
+impl Vsock {
+    fn counters(&self) -> Arc<VsockMetrics> {
         self.metrics.clone()
     }
 }
@@ -95,6 +97,10 @@ impl VirtioDevice for Vsock {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
+    }
+
+    fn metrics(&self) -> Option<DeviceMetrics> {
+        Some(DeviceMetrics::Vsock(self.metrics.clone()))
     }
 
     /// The CID is part of how the device is configured.

@@ -22,7 +22,7 @@ use super::stream::HostStream;
 use super::table::{Entry, Table};
 use super::waiting::Waiting;
 use crate::ListeningSocket;
-use crate::virtio::{MAX_TURN, VirtioInterrupt};
+use crate::virtio::{DriverLink, MAX_TURN};
 
 /// Most refusals that wait for buffers of the guest. With so many, no more of its packets are taken.
 const MAX_REFUSALS: usize = 256;
@@ -61,7 +61,7 @@ pub(super) struct Muxer {
     /// When the timer ends, if it runs.
     timer_end: Option<Instant>,
     metrics: Arc<VsockMetrics>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
 }
 
 impl Muxer {
@@ -69,7 +69,7 @@ impl Muxer {
         guest_cid: u64,
         listener: Arc<ListeningSocket>,
         metrics: Arc<VsockMetrics>,
-        interrupt: Arc<VirtioInterrupt>,
+        link: Arc<DriverLink>,
     ) -> io::Result<Muxer> {
         Ok(Muxer {
             guest_cid,
@@ -87,7 +87,7 @@ impl Muxer {
             timer: TimerFd::new()?,
             timer_end: None,
             metrics,
-            interrupt,
+            link,
         })
     }
 
@@ -170,7 +170,7 @@ impl Muxer {
     pub(super) fn handle_packet(&mut self, header: &Header, data: &mut GuestBuffers) {
         self.metrics.tx_packets_count.add(1);
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
-            self.interrupt.warn(format_args!(
+            self.link.warn(format_args!(
                 "a packet from CID {} to CID {} is dropped: it is not from the guest, which is {}, \
                  to the host, which is {HOST_CID}",
                 header.src_cid, header.dst_cid, self.guest_cid
@@ -287,7 +287,7 @@ impl Muxer {
                 return false;
             }
             match self.listener.accept() {
-                Ok(_) if self.table.is_full() => self.interrupt.warn_of_host(format_args!(
+                Ok(_) if self.table.is_full() => self.link.warn_of_host(format_args!(
                     "a program of the host is turned away: there are {} connections",
                     self.table.capacity()
                 )),
@@ -317,7 +317,7 @@ impl Muxer {
             self.metrics.muxer_event_fails.add(1);
             // The log hears of it once until a program is accepted.
             if !std::mem::replace(&mut self.accept_has_failed, true) {
-                self.interrupt.warn_of_host(format_args!(
+                self.link.warn_of_host(format_args!(
                     "cannot accept programs on socket '{}' for now: {error}",
                     self.listener.path().display()
                 ));
@@ -392,7 +392,7 @@ impl Muxer {
             };
             self.metrics.rx_packets_count.add(sent as u64);
             packets += sent;
-            queue.report(&self.interrupt);
+            queue.report(&self.link);
         }
         Ok(false)
     }

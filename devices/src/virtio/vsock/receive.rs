@@ -8,7 +8,7 @@ use bantam_memory::{GuestBuffers, GuestMemory};
 
 use super::DriverError;
 use super::packet::{HEADER_SIZE, Header};
-use crate::virtio::{Chain, QueueError, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Chain, DriverLink, QueueError, VirtQueue};
 use crate::worker::QueueProgress;
 
 /// Most buffers that are filled by one system call.
@@ -161,9 +161,9 @@ impl ReceiveQueue {
     }
 
     /// Tells the driver of the packets, if it wants to know.
-    pub(super) fn report(&mut self, interrupt: &VirtioInterrupt) {
-        if std::mem::take(&mut self.unreported) && self.queue.needs_interrupt() {
-            interrupt.notify_used_buffer();
+    pub(super) fn report(&mut self, link: &DriverLink) {
+        if std::mem::take(&mut self.unreported) {
+            self.queue.notify_driver(link);
         }
     }
 }

@@ -250,7 +250,7 @@ fn a_broken_packet_needs_a_reset() {
         let mut guest = Guest::ready();
         let (mut client, _) = guest.connected_by_host(52);
         guest.transmit_raw(header, data);
-        assert!(guest.interrupt.needs_reset());
+        assert!(guest.link.needs_reset());
         assert!(is_closed(&mut client));
         assert_eq!(guest.metrics.tx_queue_event_fails.total(), 1);
         guest.reset();
@@ -279,10 +279,10 @@ fn a_receive_buffer_that_cannot_hold_a_packet_needs_a_reset() {
         }]);
         guest.receive.ring_doorbell();
         guest.rest();
-        assert!(!guest.interrupt.needs_reset(), "nothing is to be received");
+        assert!(!guest.link.needs_reset(), "nothing is to be received");
         guest.transmit(packet(1000, 53, operation::RW), &[]);
         guest.rest();
-        assert!(guest.interrupt.needs_reset());
+        assert!(guest.link.needs_reset());
         assert_eq!(guest.metrics.rx_queue_event_fails.total(), 1);
     }
 }

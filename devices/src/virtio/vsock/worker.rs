@@ -16,7 +16,7 @@ use super::packet::{HEADER_SIZE, Header};
 use super::receive::ReceiveQueue;
 use super::source::Source;
 use crate::ListeningSocket;
-use crate::virtio::{Activation, Chain, MAX_TURN, VirtQueue, VirtioInterrupt};
+use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
 pub(super) struct Worker {
@@ -31,7 +31,7 @@ pub(super) struct Worker {
     turn_is_over: bool,
     muxer: Muxer,
     metrics: Arc<VsockMetrics>,
-    interrupt: Arc<VirtioInterrupt>,
+    link: Arc<DriverLink>,
 }
 
 impl Worker {
@@ -44,7 +44,7 @@ impl Worker {
         let Activation {
             memory,
             queues,
-            interrupt,
+            link,
             state,
             features: _,
         } = activation;
@@ -53,7 +53,7 @@ impl Worker {
             return Err("a socket device has three queues".to_string());
         };
         let mut event_queue = EventQueue::new(event_queue, &memory);
-        let mut muxer = Muxer::new(guest_cid, listener, metrics.clone(), interrupt.clone())
+        let mut muxer = Muxer::new(guest_cid, listener, metrics.clone(), link.clone())
             .map_err(|error| format!("the host gives no timer: {error}"))?;
         if let Some(state) = state {
             let state = state.decode().map_err(|error| error.to_string())?;
@@ -68,7 +68,7 @@ impl Worker {
             turn_is_over: false,
             muxer,
             metrics,
-            interrupt,
+            link,
         })
     }
 
@@ -84,7 +84,7 @@ impl Worker {
                 self.take_packets()
             }
             Source::EventDoorbell => {
-                if self.event_queue.serve(&self.interrupt)? {
+                if self.event_queue.serve(&self.link)? {
                     self.muxer.end_reset();
                 }
                 Ok(())
@@ -108,9 +108,7 @@ impl Worker {
     fn take_packets(&mut self) -> Result<(), DriverError> {
         self.transmit_queue.disable_doorbell();
         let result = self.take_packets_of_turn();
-        if self.transmit_queue.needs_interrupt() {
-            self.interrupt.notify_used_buffer();
-        }
+        self.transmit_queue.notify_driver(&self.link);
         result.inspect_err(|_| self.metrics.tx_queue_event_fails.add(1))
     }
 
@@ -145,7 +143,7 @@ impl Worker {
         self.muxer.settle(operations)?;
         if !self.turn_is_over {
             let sent = self.muxer.send(&mut self.receive_queue);
-            self.receive_queue.report(&self.interrupt);
+            self.receive_queue.report(&self.link);
             self.turn_is_over = sent.inspect_err(|_| self.metrics.rx_queue_event_fails.add(1))?;
             self.muxer.settle(operations)?;
         }
@@ -214,12 +212,12 @@ impl MutEventSubscriber for Worker {
             .map_err(DriverError::from)
             .and_then(|()| self.muxer.watch(operations));
         if let Err(error) = watched {
-            self.interrupt.need_reset_by_host(&error);
+            self.link.need_reset_by_host(&error);
         }
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
-        if self.interrupt.needs_reset() {
+        if self.link.needs_reset() {
             return;
         }
         let source = Source::of_token(events.data());
@@ -227,7 +225,7 @@ impl MutEventSubscriber for Worker {
             .handle(source, events.event_set())
             .and_then(|()| self.work(operations));
         if let Err(error) = result {
-            self.interrupt.need_reset(&error);
+            self.link.need_reset(&error);
             self.muxer.close_streams();
         }
     }

@@ -66,10 +66,10 @@ fn another_worker_asks_for_statistics_and_hints_where_the_first_was() {
         memory: machine.memory.clone(),
         features: balloon.features(),
         queues: queues.map(|(index, it)| it.queue(index, false)).collect(),
-        interrupt: machine.interrupt.clone(),
+        link: machine.link.clone(),
         state,
     };
-    machine.handle = balloon.handle(machine.interrupt.clone());
+    machine.handle = balloon.handle(machine.link.clone());
     let worker = balloon.activate(activation).unwrap();
     machine.worker = machine.manager.add_subscriber(Subscriber::Worker(worker));
     machine.drivers[STATISTICS].ring_doorbell();
@@ -77,7 +77,7 @@ fn another_worker_asks_for_statistics_and_hints_where_the_first_was() {
     let statistics = machine.handle.statistics();
     assert_eq!(statistics.guest.free_memory, Some(7));
     assert_eq!(statistics.hinting.unwrap().host_command, request);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]

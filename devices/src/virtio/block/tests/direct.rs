@@ -163,7 +163,7 @@ proptest! {
             for (number, pieces) in rounds.iter().enumerate() {
                 round(&mut machine, pieces, &mut model, number as u8 + 1);
             }
-            prop_assert!(!machine.interrupt.needs_reset());
+            prop_assert!(!machine.link.needs_reset());
         }
     }
 }

@@ -6,9 +6,11 @@
 //! to be begun, and a request that has to wait for one in the line joins it at its end.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use super::Worker;
 use crate::disk::Bounce;
+use crate::virtio::MAX_TURN;
 use crate::virtio::block::in_flight::{InFlight, RingOperation};
 use crate::virtio::block::request::{Operation, RequestError};
 use crate::virtio::block::ring::Direction;
@@ -16,6 +18,10 @@ use crate::virtio::block::write_span::WriteSpan;
 
 /// Most buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
 const MAX_BUFFERS: usize = 8;
+
+/// How long requests in the line that are done at once may take before other devices have their turn.
+/// Tests put each off.
+const TURN: Duration = if cfg!(test) { Duration::ZERO } else { MAX_TURN };
 
 /// What requests wait for.
 #[derive(Default)]
@@ -30,9 +36,16 @@ pub(super) struct Waiting {
     buffer_count: usize,
     /// How many writes under way or waiting cover blocks in part.
     partial_writes: usize,
+    /// Whether the line was left although the first in it need not wait, as other devices have their turn.
+    is_put_off: bool,
 }
 
 impl Waiting {
+    /// Whether requests in the line are to be begun at the next turn, for which the doorbell was rung.
+    pub(super) fn is_put_off(&self) -> bool {
+        self.is_put_off
+    }
+
     fn has_buffer(&self) -> bool {
         !self.free_buffers.is_empty() || self.buffer_count < MAX_BUFFERS
     }
@@ -62,7 +75,7 @@ impl Worker {
     /// Whether a request that is done at once, and changes the disk, has to wait for those under way.
     pub(super) fn has_to_wait(&self, operation: Operation) -> bool {
         let has_span = |it: &InFlight| it.span.is_some();
-        matches!(operation, Operation::Discard | Operation::WriteZeroes)
+        operation.range_len().is_some()
             && self.handler.disk().is_direct()
             && self
                 .slots
@@ -176,6 +189,8 @@ impl Worker {
 
     /// Begins the requests that need to wait no longer.
     pub(super) fn end_waiting(&mut self) -> Result<(), RequestError> {
+        self.waiting.is_put_off = false;
+        let mut start = None;
         while let Some(&slot) = self.waiting.line.front() {
             let lacks_buffer = self.needs_buffer(slot) && !self.waiting.has_buffer();
             if lacks_buffer || self.is_excluded(slot, false) {
@@ -188,8 +203,15 @@ impl Worker {
             in_flight.waits = false;
             match in_flight.operation {
                 RingOperation::AtOnce(operation) => {
+                    let queue = in_flight.queue;
+                    let start = *start.get_or_insert_with(Instant::now);
                     let result = self.perform(slot, operation);
                     self.end(slot, result, None)?;
+                    if start.elapsed() >= TURN && !self.waiting.line.is_empty() {
+                        self.waiting.is_put_off = true;
+                        self.queues[queue].ring_doorbell();
+                        return Ok(());
+                    }
                 }
                 _ => {
                     let begun = self.go_on(slot);

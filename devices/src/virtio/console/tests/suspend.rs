@@ -41,7 +41,7 @@ impl Guest {
         let (config, generation) = self.device.config().save();
         let front_state = self.device.save().unwrap();
         drop(worker);
-        let handle = device.handle(self.interrupt.clone());
+        let handle = device.handle(self.link.clone());
         connect(&handle);
         (self.device, self.handle) = (device, handle);
         self.device.restore(&config, front_state.as_ref()).unwrap();

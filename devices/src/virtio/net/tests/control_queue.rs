@@ -93,7 +93,7 @@ fn commands_are_answered() {
         assert_eq!(machine.interrupts.take(), 1);
     }
     assert!(machine.control.wants_doorbell());
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn a_command_without_room_for_its_answer_needs_a_reset() {
     machine.control.offer(&[readable(COMMAND, 3)]);
     machine.control.ring_doorbell();
     machine.run();
-    assert!(machine.interrupt.needs_reset());
+    assert!(machine.link.needs_reset());
 }
 
 #[test]
@@ -152,6 +152,6 @@ proptest! {
             prop_assert_eq!(machine.control.take_used().len(), 1);
             prop_assert!(machine.bytes(ANSWER, 1)[0] <= 1);
         }
-        prop_assert!(!machine.interrupt.needs_reset());
+        prop_assert!(!machine.link.needs_reset());
     }
 }

@@ -208,7 +208,7 @@ fn a_tap_that_vanishes_takes_no_account_of_limits() {
     machine.offer_receive_buffers(&[2000; 3]);
     machine.rest();
     assert_eq!(machine.transmit.take_used().len(), 5);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]

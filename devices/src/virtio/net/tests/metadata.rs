@@ -312,7 +312,7 @@ fn the_service_outlives_the_tap() {
     machine.run();
     transmit(&mut machine, &arp_request(SERVICE_ADDRESS));
     assert_eq!(machine.receive.take_used(), [(0, 54)]);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]

@@ -138,7 +138,7 @@ fn the_host_and_the_driver_exchange_packets() {
     machine.transmit(&greeting, &[]);
     machine.run();
     assert_eq!(machine.transmit.take_used().len(), 1);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 /// The ones' complement sum of the addresses and the datagram of a frame, which is 0xffff if the
@@ -434,7 +434,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
         memory: machine.memory.clone(),
         features,
         queues: queues.collect(),
-        interrupt: machine.interrupt.clone(),
+        link: machine.link.clone(),
         state,
     };
     let worker = card.activate(activation).unwrap();
@@ -450,7 +450,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     // A driver that comes after it begins with one pair.
     drop(machine.manager.remove_subscriber(machine.worker).unwrap());
     assert_eq!(queues_in_use(), 1);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]

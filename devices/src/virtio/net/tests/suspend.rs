@@ -55,7 +55,7 @@ impl Machine {
             memory: self.memory.clone(),
             features,
             queues: (0..).zip(drivers).zip(progress).map(queue).collect(),
-            interrupt: self.interrupt.clone(),
+            link: self.link.clone(),
             state: saved(worker).unwrap(),
         }
     }
@@ -268,7 +268,7 @@ fn exchange(features: u64, count: u64, replaced: bool) {
     assert!(out_of_order > 0, "buffers were always put back in order");
     assert!(replaced || traffic.lost == 0);
     assert!(traffic.lost < count / 2);
-    assert!(!machine.interrupt.needs_reset());
+    assert!(!machine.link.needs_reset());
 }
 
 #[test]
@@ -446,7 +446,7 @@ fn heads_that_the_driver_never_offered_need_a_reset() {
         machine.host_sends(&packet(60, seed));
     }
     machine.run();
-    assert!(machine.interrupt.needs_reset());
+    assert!(machine.link.needs_reset());
     drop(machine.pause());
 }
 
@@ -554,7 +554,7 @@ fn a_device_that_needs_a_reset_can_be_paused() {
             driver.ring_doorbell();
         }
         machine.run();
-        assert!(machine.interrupt.needs_reset());
+        assert!(machine.link.needs_reset());
         let worker = machine.pause();
         machine.resume(worker);
         machine.run();

@@ -72,7 +72,7 @@ impl Machine {
             device,
             memory.clone(),
             event_loop.handle.clone(),
-            Arc::new(VirtioInterrupt::new("test device".to_string(), line)),
+            MmioLink::new("test device".to_string(), line),
         );
         Machine {
             transport: transport.unwrap(),

@@ -17,7 +17,7 @@ use crate::event_loop::Subscriber;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 use crate::virtio::vsock::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use crate::virtio::vsock::{Vsock, VsockMetrics};
-use crate::virtio::{Activation, VirtioDevice, VirtioInterrupt};
+use crate::virtio::{Activation, DriverLink, VirtioDevice};
 use crate::worker::{QueueProgress, VirtioWorker};
 
 pub const GUEST_CID: u64 = 7;
@@ -46,7 +46,7 @@ pub struct Guest {
     pub manager: EventManager<Subscriber>,
     pub worker: Option<SubscriberId>,
     pub device: Vsock,
-    pub interrupt: Arc<VirtioInterrupt>,
+    pub link: Arc<DriverLink>,
     pub metrics: Arc<VsockMetrics>,
     /// Packets transmitted so far.
     pub sent_packets: u64,
@@ -68,7 +68,7 @@ impl Guest {
         let device = Vsock::new(GUEST_CID as u32, listener);
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
         let memory = Arc::new(memory);
-        let interrupt = InterruptCounter::default().interrupt();
+        let link = InterruptCounter::default().link();
         let mut guest = Guest {
             receive: TestDriver::new(&memory, RECEIVE_RINGS, QUEUE_SIZE),
             transmit: TestDriver::new(&memory, TRANSMIT_RINGS, QUEUE_SIZE),
@@ -76,9 +76,9 @@ impl Guest {
             memory,
             manager: EventManager::new().unwrap(),
             worker: None,
-            metrics: device.metrics(),
+            metrics: device.counters(),
             device,
-            interrupt,
+            link,
             sent_packets: 0,
             folder,
         };
@@ -110,7 +110,7 @@ impl Guest {
             queues: queues
                 .map(|((driver, progress), index)| driver.queue_from(index, false, *progress))
                 .collect(),
-            interrupt: self.interrupt.clone(),
+            link: self.link.clone(),
             state,
         });
         self.manager
@@ -144,7 +144,7 @@ impl Guest {
         let folder = TempDir::new().unwrap();
         let listener = ListeningSocket::bind(&folder.as_path().join("v")).unwrap();
         self.device = Vsock::new(GUEST_CID as u32, listener);
-        self.metrics = self.device.metrics();
+        self.metrics = self.device.counters();
         self.folder = folder;
         self.device.restore(&config, front_state.as_ref()).unwrap();
         self.ring_doorbells();
@@ -177,7 +177,7 @@ impl Guest {
         self.receive = TestDriver::new(&self.memory, RECEIVE_RINGS, QUEUE_SIZE);
         self.transmit = TestDriver::new(&self.memory, TRANSMIT_RINGS, QUEUE_SIZE);
         self.event = TestDriver::new(&self.memory, EVENT_RINGS, QUEUE_SIZE);
-        self.interrupt.reset();
+        self.link.set_needs_reset(false);
         self.activate();
     }
 
@@ -348,7 +348,7 @@ impl Guest {
 
     #[track_caller]
     pub fn assert_works(&mut self) {
-        assert!(!self.interrupt.needs_reset());
+        assert!(!self.link.needs_reset());
         let (mut client, packet) = self.connected_by_host(9999);
         self.transmit(packet, b"ping");
         let mut bytes = [0; 4];

@@ -135,7 +135,7 @@ fn refusals_without_receive_buffers_stop_the_transmit_queue() {
     }
     let answered = guest.metrics.tx_packets_count.total();
     assert_eq!(answered, 256);
-    assert!(!guest.interrupt.needs_reset());
+    assert!(!guest.link.needs_reset());
     let mut refusals = 0;
     guest.offer_buffers(QUEUE_SIZE);
     loop {

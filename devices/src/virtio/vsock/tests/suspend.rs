@@ -206,7 +206,7 @@ fn a_buffer_that_cannot_hold_an_event_needs_a_reset() {
     }]);
     guest.event.ring_doorbell();
     guest.rest();
-    assert!(guest.interrupt.needs_reset());
+    assert!(guest.link.needs_reset());
     guest.reset();
     guest.offer_buffers(QUEUE_SIZE);
     guest.assert_works();
@@ -225,7 +225,7 @@ fn a_state_that_no_such_device_has_is_refused() {
             memory: guest.memory.clone(),
             features: guest.device.features(),
             queues: queues.map(|(it, index)| it.queue(index, false)).collect(),
-            interrupt: guest.interrupt.clone(),
+            link: guest.link.clone(),
             state: Some(Section::of(&state).unwrap()),
         };
         assert!(guest.device.activate(activation).is_err());

@@ -168,6 +168,34 @@ fn the_state_of_another_device_is_refused() {
     larger.transport.restore(&section).unwrap_err();
 }
 
+#[test]
+fn causes_of_interrupts_last_until_they_are_acknowledged() {
+    let mut machine = Machine::new();
+    machine.initialize();
+    machine.offer_up_to(1, 1);
+    machine.wait_until("an interrupt", |machine| {
+        machine.read(register::INTERRUPT_STATUS) == 1
+    });
+    machine.transport.pause().unwrap();
+    let section = machine.transport.save().unwrap();
+
+    let mut other = machine.another_with_the_memory();
+    other.transport.restore(&section).unwrap();
+    assert_eq!(other.read(register::INTERRUPT_STATUS), 1);
+    other.write(register::INTERRUPT_ACKNOWLEDGE, 1);
+    assert_eq!(other.read(register::INTERRUPT_STATUS), 0);
+
+    machine.transport.reset();
+    assert_eq!(machine.read(register::INTERRUPT_STATUS), 0);
+
+    let mut state: MmioState = section.decode().unwrap();
+    state.interrupt_status = 1 << 2;
+    let section = Section::of(&state).unwrap();
+    other.transport.restore(&section).unwrap_err();
+    other.transport.resume().unwrap();
+    other.assert_serves();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]

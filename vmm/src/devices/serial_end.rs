@@ -1,13 +1,11 @@
 //! The host's end of the serial port, and of what is like it.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use bantam_devices::ListeningSocket;
 use bantam_devices::disk::{Lock, lock_patiently};
+use bantam_devices::opener::{FileAccess, Opener};
 use bantam_devices::serial::SerialEndpoint;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
@@ -41,6 +39,7 @@ impl SerialGuard {
 
 /// Opens the endpoint that `config` names for `stream`, such as "the serial port".
 pub(crate) fn open(
+    opener: &dyn Opener,
     stream: &str,
     config: &SerialConfig,
     console: Console,
@@ -52,8 +51,8 @@ pub(crate) fn open(
             source,
             remedy: "",
         }),
-        SerialConfig::File(path) => open_file(stream, path),
-        SerialConfig::Socket(path) => open_socket(stream, path),
+        SerialConfig::File(path) => open_file(opener, stream, path),
+        SerialConfig::Socket(path) => open_socket(opener, stream, path),
         SerialConfig::None => Ok(OpenSerial {
             endpoint: None,
             guard: SerialGuard::default(),
@@ -115,7 +114,7 @@ fn set_nonblocking(descriptor: &impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-fn open_file(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
+fn open_file(opener: &dyn Opener, stream: &str, path: &Path) -> Result<OpenSerial, Error> {
     let error = |remedy| {
         move |source| Error::Serial {
             action: format!("open '{}' for the output of {stream}", path.display()),
@@ -124,13 +123,7 @@ fn open_file(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
         }
     };
     // Appending loses nothing of what the file holds, whatever it is.
-    let file = OpenOptions::new()
-        .append(true)
-        .create(true)
-        // A pipe that nobody reads is refused, and a slow reader holds up no device.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(error(""))?;
+    let file = opener.file(path, FileAccess::Append).map_err(error(""))?;
     // What is no file, such as a pipe, can have several writers.
     if file.metadata().map_err(error(""))?.is_file() {
         lock_patiently(&file, Lock::Exclusive).map_err(error(
@@ -149,8 +142,8 @@ fn open_file(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
     })
 }
 
-fn open_socket(stream: &str, path: &Path) -> Result<OpenSerial, Error> {
-    let listener = ListeningSocket::bind(path).map_err(|source| Error::Listen {
+fn open_socket(opener: &dyn Opener, stream: &str, path: &Path) -> Result<OpenSerial, Error> {
+    let listener = opener.listen(path).map_err(|source| Error::Listen {
         path: path.to_path_buf(),
         purpose: stream.to_string(),
         source,

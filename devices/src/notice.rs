@@ -1,0 +1,37 @@
+//! What a device has to tell the owner of its machine.
+
+use std::fmt;
+
+/// Something that has happened to a device and that its owner may want to know.
+pub enum DeviceNotice<'a> {
+    /// The device has stopped, and its driver must reset it.
+    NeedsReset {
+        /// What its driver did, or what failed on the host.
+        reason: &'a dyn fmt::Display,
+    },
+    /// Something that the device needs failed on the host.
+    HostError {
+        /// What failed, and why.
+        text: fmt::Arguments<'a>,
+    },
+    /// The driver has put another number of pages into the balloon.
+    BalloonSize {
+        /// How many MiB are in it now, rounded down.
+        mib: u32,
+    },
+}
+
+impl fmt::Debug for dyn DeviceObserver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceObserver")
+    }
+}
+
+/// Receives what one device has to tell.
+///
+/// It is called on vCPU threads and event loops, as often as the guest likes, so it must neither wait nor keep
+/// everything that it is told.
+pub trait DeviceObserver: Send + Sync {
+    /// Receives a notice.
+    fn notice(&self, notice: DeviceNotice<'_>);
+}

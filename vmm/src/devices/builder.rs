@@ -1,0 +1,160 @@
+//! Puts virtio devices in their places.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use bantam_arch::acpi::VirtioMmioWindow;
+use bantam_arch::layout;
+use bantam_devices::bus::Bus;
+use bantam_devices::device_log::MachineLog;
+use bantam_devices::virtio::console::Console as ConsoleDevice;
+use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
+use bantam_devices::virtio::{DeviceMetrics, VirtioDevice};
+use bantam_memory::GuestMemory;
+
+use super::serial_end::{OpenSerial, SerialGuard};
+use super::streams::{Stream, StreamPaths};
+use super::table::Entry;
+use crate::config::DeviceName;
+use crate::error::Error;
+use crate::event_loop::DeviceLoop;
+use crate::events::EventSender;
+use crate::hooks::ThreadRole;
+use crate::vm::Vm;
+
+/// A device that is to get a place in the machine.
+pub(super) struct NewDevice {
+    pub(super) name: DeviceName,
+    /// What it is called in the log.
+    pub(super) log_name: String,
+    /// Name of the thread that serves only this device, if there is to be one.
+    pub(super) own_thread: Option<String>,
+    pub(super) model: Box<dyn VirtioDevice>,
+}
+
+/// Gives each virtio device its window, interrupt and doorbells, in the order in which they are attached.
+pub(crate) struct Builder<'a> {
+    pub(super) vm: &'a Vm,
+    pub(super) memory: &'a Arc<GuestMemory>,
+    mmio: &'a mut Bus,
+    log: &'a MachineLog,
+    events: &'a EventSender,
+    event_loop: &'a DeviceLoop,
+    windows: Vec<VirtioMmioWindow>,
+    built: BuiltDevices,
+}
+
+/// What the virtio devices of a machine consist of.
+#[derive(Default)]
+pub(crate) struct BuiltDevices {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
+    /// The loops of devices that have a thread of their own.
+    pub(crate) loops: Vec<DeviceLoop>,
+    pub(crate) stream_paths: StreamPaths,
+    /// What must outlive the devices.
+    pub(crate) guards: Vec<SerialGuard>,
+}
+
+impl<'a> Builder<'a> {
+    /// A builder of devices that `event_loop` serves, except those that get a thread of their own.
+    pub(crate) fn new(
+        vm: &'a Vm,
+        memory: &'a Arc<GuestMemory>,
+        mmio: &'a mut Bus,
+        log: &'a MachineLog,
+        events: &'a EventSender,
+        event_loop: &'a DeviceLoop,
+    ) -> Builder<'a> {
+        Builder {
+            vm,
+            memory,
+            mmio,
+            log,
+            events,
+            event_loop,
+            windows: Vec::new(),
+            built: BuiltDevices::default(),
+        }
+    }
+
+    /// The windows taken so far, in ascending order.
+    pub(crate) fn windows(&self) -> &[VirtioMmioWindow] {
+        &self.windows
+    }
+
+    /// All that has been attached.
+    pub(crate) fn finish(self) -> BuiltDevices {
+        self.built
+    }
+
+    /// Puts a device behind the next free window and interrupt.
+    pub(super) fn attach(&mut self, device: NewDevice) -> Result<(), Error> {
+        let NewDevice {
+            name,
+            log_name,
+            own_thread,
+            model,
+        } = device;
+        let window = self.next_window();
+        let log = self.log.device(&log_name);
+        let log = log.observed_by(self.events.observer(&name));
+        let line = self.vm.interrupt_event(window.gsi)?;
+        let link = MmioLink::new(log, Box::new(line));
+        let handle = model.owner_handle(&link.driver());
+        if let Some(metrics) = model.metrics() {
+            self.built.metrics.insert(name.clone(), metrics);
+        }
+        let event_loop = match own_thread {
+            Some(thread_name) => {
+                let event_loop = DeviceLoop::new(thread_name, ThreadRole::Device(name.clone()))?;
+                let handle = event_loop.handle().clone();
+                self.built.loops.push(event_loop);
+                handle
+            }
+            None => self.event_loop.handle().clone(),
+        };
+        let transport = MmioTransport::new(model, self.memory.clone(), event_loop, link)
+            .map_err(Error::resource("the doorbells of a device"))?;
+        for (queue, doorbell) in transport.doorbells().iter().enumerate() {
+            self.vm
+                .bind_doorbell(window.address, queue as u32, doorbell)?;
+        }
+        let device = Arc::new(Mutex::new(transport));
+        self.mmio
+            .insert(window.address, window.size, device.clone())?;
+        self.windows.push(window);
+        self.built.entries.push(Entry {
+            name,
+            device,
+            handle,
+        });
+        Ok(())
+    }
+
+    /// Leads `port` of a console device to the end that is open for `stream`.
+    pub(super) fn connect(
+        &mut self,
+        stream: Stream,
+        device: &ConsoleDevice,
+        port: usize,
+        open: OpenSerial,
+    ) {
+        if let Some(endpoint) = open.endpoint {
+            device.connect(port, endpoint);
+        }
+        if let Some(path) = open.guard.path() {
+            self.built.stream_paths.insert(stream, path.to_path_buf());
+        }
+        self.built.guards.push(open.guard);
+    }
+
+    fn next_window(&self) -> VirtioMmioWindow {
+        let index = self.windows.len() as u32;
+        VirtioMmioWindow {
+            address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_WINDOW_SIZE,
+            size: layout::VIRTIO_MMIO_WINDOW_SIZE,
+            gsi: layout::FIRST_VIRTIO_GSI + index,
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The disks of a machine.
+
+use std::path::Path;
+
+use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
+use bantam_devices::rate_limiter::Limits;
+use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
+
+use super::{Build, NewDevice, Opening, rate_limit};
+use crate::config::{
+    BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskLockOption,
+};
+use crate::error::Error;
+
+/// Opens the images of all disks.
+pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
+    let config = opening.config;
+    let vcpu_count = config.cpus.get();
+    let disks = config.disks.iter().enumerate();
+    disks
+        .map(|(index, disk)| {
+            let image = DiskFile::open_by(opening.opener, &disk.path, &disk_options(disk))?;
+            let name = disk.device_name(index);
+            let options = block_options(disk, vcpu_count);
+            // The guest reads it as the serial number.
+            let id = match &disk.id {
+                Some(id) => id.as_str().to_owned(),
+                None => format!("disk{index}"),
+            };
+            let own_thread = disk.iothread.then(|| format!("bantam-io{index}"));
+            let build: Build = Box::new(move |builder| {
+                let path = image.path().to_path_buf();
+                let block = Block::new(image, &id, &options);
+                let block = block.map_err(|error| block_error(&path, error))?;
+                builder.attach(NewDevice {
+                    name,
+                    log_name: format!("disk '{}'", path.display()),
+                    own_thread,
+                    model: Box::new(block),
+                })
+            });
+            Ok(build)
+        })
+        .collect()
+}
+
+fn block_options(config: &DiskConfig, vcpu_count: u8) -> BlockOptions {
+    BlockOptions {
+        engine: match config.engine {
+            BlockEngineOption::Auto => Engine::Auto,
+            BlockEngineOption::IoUring => Engine::IoUring,
+            BlockEngineOption::Sync => Engine::Sync,
+        },
+        queues: config.queue_count(vcpu_count),
+        polls: config.poll,
+        limits: config.limits.unwrap_or_else(|| Limits {
+            bytes: rate_limit(config.bytes_per_second, config.burst_bytes),
+            operations: rate_limit(config.operations_per_second, config.burst_operations),
+        }),
+    }
+}
+
+fn block_error(path: &Path, error: BlockError) -> Error {
+    match error {
+        BlockError::Ring(source) => Error::IoUring {
+            path: path.to_path_buf(),
+            source,
+        },
+        BlockError::Resource(source) => Error::Resource {
+            what: "the timer and event of a disk",
+            source,
+        },
+    }
+}
+
+/// How the image of a disk is opened.
+fn disk_options(config: &DiskConfig) -> DiskOptions {
+    DiskOptions {
+        read_only: config.readonly,
+        cache: match config.cache {
+            CacheModeOption::Writeback => CacheMode::Writeback,
+            CacheModeOption::Writethrough => CacheMode::Writethrough,
+            CacheModeOption::None => CacheMode::None,
+            CacheModeOption::Unsafe => CacheMode::Unsafe,
+        },
+        format: config.format.map(|DiskFormatOption::Raw| ImageFormat::Raw),
+        block_size: config.block_size.map(DiskBlockSize::get),
+        lock: match config.lock {
+            DiskLockOption::On => LockMode::On,
+            DiskLockOption::WherePossible => LockMode::WherePossible,
+            DiskLockOption::Warn => LockMode::Warn,
+            DiskLockOption::Off => LockMode::Off,
+        },
+        any_size: config.any_size,
+    }
+}
+
+/// Finds out whether a machine could use the image of a disk, unless another uses it then.
+///
+/// # Errors
+/// What the start of a machine with this disk would fail with.
+pub fn check_disk(config: &DiskConfig) -> Result<(), Error> {
+    Ok(DiskFile::check(&config.path, &disk_options(config))?)
+}

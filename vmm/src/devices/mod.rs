@@ -1,0 +1,140 @@
+//! The devices of a machine: what they need of the host is opened first, then each gets its place.
+
+mod builder;
+mod disk;
+pub(crate) mod legacy;
+mod net;
+mod serial_end;
+mod streams;
+mod table;
+
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use bantam_devices::opener::{FileAccess, Opener};
+use bantam_devices::rate_limiter::RateLimit;
+use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
+use bantam_devices::virtio::rng::{self, Rng};
+use bantam_devices::virtio::vsock::Vsock;
+
+pub(crate) use builder::Builder;
+use builder::NewDevice;
+pub use disk::check_disk;
+pub(crate) use serial_end::{OpenSerial, SerialGuard};
+pub use streams::Stream;
+pub(crate) use streams::open_serial;
+pub(crate) use table::DeviceTable;
+
+use crate::config::{DeviceName, MachineConfig, Quantity};
+use crate::console::Console;
+use crate::error::Error;
+use crate::metadata::MachineMetadata;
+
+/// What devices are opened from.
+pub(crate) struct Opening<'a> {
+    pub(crate) config: &'a MachineConfig,
+    pub(crate) opener: &'a dyn Opener,
+    /// The program's end, until one of the streams has taken it.
+    pub(crate) stdio: &'a mut Console,
+    pub(crate) metadata: Option<&'a MachineMetadata>,
+}
+
+/// Gives a device, all of whose files, sockets and taps are open, its place in the machine.
+pub(crate) type Build = Box<dyn FnOnce(&mut Builder<'_>) -> Result<(), Error>>;
+
+/// Opens what the virtio devices of one kind need, and says how each device is built.
+type Open = fn(&mut Opening<'_>) -> Result<Vec<Build>, Error>;
+
+/// The kinds of virtio devices, in the order in which a guest finds them.
+const KINDS: [Open; 7] = [
+    disk::open,
+    net::open,
+    open_vsock,
+    streams::open_console,
+    streams::open_channels,
+    open_entropy,
+    open_balloon,
+];
+
+/// Opens what all virtio devices need.
+pub(crate) fn open_virtio(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
+    let mut devices = Vec::new();
+    for open in KINDS {
+        devices.extend(open(opening)?);
+    }
+    Ok(devices)
+}
+
+fn open_vsock(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
+    let Some(config) = &opening.config.vsock else {
+        return Ok(Vec::new());
+    };
+    let (path, cid) = (&config.socket, config.cid.get());
+    let listener = opening.opener.listen(path);
+    let listener = listener.map_err(|source| Error::Listen {
+        path: path.clone(),
+        purpose: "the socket device".to_owned(),
+        source,
+    })?;
+    let log_name = format!("socket device '{}'", path.display());
+    Ok(vec![Box::new(move |builder| {
+        builder.attach(NewDevice {
+            name: DeviceName::of_kind("vsock"),
+            log_name,
+            own_thread: None,
+            model: Box::new(Vsock::new(cid, listener)),
+        })
+    })])
+}
+
+fn open_entropy(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
+    if !opening.config.rng {
+        return Ok(Vec::new());
+    }
+    let source = opening
+        .opener
+        .file(Path::new(rng::SOURCE), FileAccess::Read);
+    let source = source.map_err(Error::resource("the entropy device"))?;
+    let limits = opening.config.rng_limits;
+    Ok(vec![Box::new(move |builder| {
+        let device = Rng::with_source(source, &limits);
+        builder.attach(NewDevice {
+            name: DeviceName::of_kind("rng"),
+            log_name: "entropy device".to_owned(),
+            own_thread: None,
+            model: Box::new(device.map_err(Error::resource("the entropy device"))?),
+        })
+    })])
+}
+
+fn open_balloon(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
+    let Some(config) = &opening.config.balloon else {
+        return Ok(Vec::new());
+    };
+    let options = BalloonOptions {
+        target_mib: config.size.mib(),
+        deflate_on_oom: config.deflate_on_oom,
+        statistics_interval: NonZeroU32::new(config.statistics),
+        free_page_reporting: config.reporting,
+        free_page_hinting: config.hinting,
+    };
+    Ok(vec![Box::new(move |builder| {
+        let name = DeviceName::of_kind("balloon");
+        let device = Balloon::new(&options, builder.memory);
+        let device = device.map_err(|source| Error::Device {
+            name: name.clone(),
+            source: source.into(),
+        })?;
+        builder.attach(NewDevice {
+            name,
+            log_name: "balloon".to_owned(),
+            own_thread: None,
+            model: Box::new(device),
+        })
+    })])
+}
+
+fn rate_limit(per_second: Option<Quantity>, burst: Option<Quantity>) -> Option<RateLimit> {
+    let burst = burst.map(Quantity::get);
+    per_second.map(|per_second| RateLimit::per_second(per_second.get(), burst))
+}

@@ -1,0 +1,132 @@
+//! What a machine's owner does with its devices while the guest uses them.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bantam_devices::InterruptLine;
+use bantam_devices::disk::DiskFile;
+use bantam_devices::i8042::I8042;
+use bantam_devices::lifecycle::Device;
+use bantam_devices::opener::Opener;
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceHandle};
+use bantam_devices::virtio::transport::mmio::MmioTransport;
+use bantam_metadata::Metadata;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::streams::StreamPaths;
+use crate::config::DeviceName;
+use crate::error::Error;
+use crate::events::{Event, EventSender};
+use crate::metrics::MachineMetrics;
+use crate::run_control::lock;
+
+/// The devices of a machine that runs or is paused.
+pub(crate) struct DeviceTable {
+    pub(crate) power_button: EventFd,
+    pub(crate) keyboard: Arc<Mutex<I8042>>,
+    /// The virtio devices in the order of their places.
+    pub(crate) virtio: Vec<Entry>,
+    pub(crate) metadata: Option<Metadata>,
+    pub(crate) metrics: Arc<MachineMetrics>,
+    pub(crate) stream_paths: StreamPaths,
+    pub(crate) opener: Arc<dyn Opener>,
+    pub(crate) events: EventSender,
+}
+
+/// A device that has its place in the machine.
+pub(crate) struct Entry {
+    pub(crate) name: DeviceName,
+    pub(crate) device: Arc<Mutex<MmioTransport>>,
+    pub(crate) handle: DeviceHandle,
+}
+
+impl DeviceTable {
+    /// Tells subscribers of all devices that there are.
+    pub(crate) fn tell_attached(&self) {
+        for entry in &self.virtio {
+            let device = || entry.name.clone();
+            self.events.send(|| Event::Attached { device: device() });
+        }
+    }
+
+    /// Tells subscribers that none of the devices is there any more.
+    pub(crate) fn tell_detached(&self) {
+        for entry in &self.virtio {
+            let device = || entry.name.clone();
+            self.events.send(|| Event::Detached { device: device() });
+        }
+    }
+
+    /// Brings all virtio devices to rest, after the vCPUs.
+    ///
+    /// # Errors
+    /// If one does not come to rest, or the machine ends meanwhile. Others may be at rest by then.
+    pub(crate) fn pause(&self) -> Result<(), Error> {
+        for entry in &self.virtio {
+            let paused = lock(&entry.device).pause();
+            paused.map_err(|source| Error::DeviceLife {
+                action: "pause the machine",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Lets all virtio devices go on, before the vCPUs.
+    ///
+    /// # Errors
+    /// If one cannot go on. The others do.
+    pub(crate) fn resume(&self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        for entry in &self.virtio {
+            let resumed = lock(&entry.device).resume();
+            outcome = outcome.and(resumed.map_err(|source| Error::DeviceLife {
+                action: "let a device go on",
+                source,
+            }));
+        }
+        outcome
+    }
+
+    /// The images of all disks.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = Arc<DiskFile>> {
+        self.virtio.iter().filter_map(|entry| match &entry.handle {
+            DeviceHandle::Disk(disk) => Some(disk.disk()),
+            _ => None,
+        })
+    }
+
+    pub(crate) fn press_power_button(&self) -> Result<(), Error> {
+        let pressed = self.power_button.trigger();
+        pressed.map_err(Error::resource("the interrupt of the power button"))
+    }
+
+    pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), Error> {
+        let pressed = lock(&self.keyboard).press_ctrl_alt_del();
+        pressed.map_err(Error::Keyboard)
+    }
+
+    /// Does what `command` says with the device called `name`.
+    pub(crate) fn execute(
+        &self,
+        name: &DeviceName,
+        command: DeviceCommand,
+    ) -> Result<DeviceAnswer, Error> {
+        let entry = self.virtio.iter().find(|entry| entry.name == *name);
+        let entry = entry.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
+        let executed = entry.handle.execute(command, &*self.opener);
+        executed.map_err(|source| Error::Device {
+            name: name.clone(),
+            source,
+        })
+    }
+
+    pub(crate) fn metadata(&self) -> Result<&Metadata, Error> {
+        self.metadata.as_ref().ok_or(Error::NoMetadata)
+    }
+
+    /// The path of `stream`, if it leads to a pseudoterminal, file or socket.
+    pub(crate) fn stream_path(&self, stream: &super::Stream) -> Option<&Path> {
+        self.stream_paths.get(stream).map(PathBuf::as_path)
+    }
+}

@@ -1,0 +1,63 @@
+//! Where a program has its say while a machine is built.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use bantam_devices::device_log::MachineLog;
+use bantam_devices::opener::{HostOpener, Opener};
+
+use crate::config::DeviceName;
+
+/// What a thread of a machine does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ThreadRole {
+    /// Runs the vCPU with this index.
+    Vcpu(u8),
+    /// Serves all devices that have no thread of their own.
+    Devices,
+    /// Serves this device.
+    Device(DeviceName),
+}
+
+/// Is called on each thread of a machine, before the thread does anything else.
+///
+/// A program can name, pin or confine its threads here. All files of the machine are open by then, except those
+/// that commands open later and the sockets that the guest connects to.
+pub trait ThreadHook: Send + Sync {
+    /// Prepares the calling thread.
+    ///
+    /// # Errors
+    /// If the machine is not to be started.
+    fn enter(&self, role: &ThreadRole) -> io::Result<()>;
+}
+
+/// What a program gives a machine beside its configuration. The default is nothing but the host's files.
+pub struct ControllerOptions {
+    /// The log of the machine's devices. A machine that takes the place of another gets that one's, so that the
+    /// bounds of what a guest can have logged outlive a restart.
+    pub log: MachineLog,
+    /// Opens the machine's files.
+    pub opener: Arc<dyn Opener>,
+    /// Is called on each thread of the machine.
+    pub thread_hook: Option<Arc<dyn ThreadHook>>,
+}
+
+impl Default for ControllerOptions {
+    fn default() -> ControllerOptions {
+        ControllerOptions {
+            log: MachineLog::default(),
+            opener: Arc::new(HostOpener),
+            thread_hook: None,
+        }
+    }
+}
+
+impl fmt::Debug for ControllerOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ControllerOptions")
+            .field("log", &self.log)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,87 @@
+//! What a machine uses of its host, all of it open before the first thread of the machine starts.
+
+use std::fs::File;
+use std::path::Path;
+
+use bantam_devices::opener::{FileAccess, Opener};
+use kvm_ioctls::Kvm;
+
+use crate::config::MachineConfig;
+use crate::console::Console;
+use crate::devices::{self, Build, OpenSerial, Opening};
+use crate::error::Error;
+use crate::host;
+use crate::metadata::MachineMetadata;
+
+/// The open files, sockets and taps of a machine.
+pub(crate) struct Resources {
+    pub(crate) kvm: Kvm,
+    /// What a guest is loaded from; none for one that goes on from a saved state.
+    pub(crate) images: Option<Images>,
+    pub(crate) metadata: Option<MachineMetadata>,
+    pub(crate) virtio: Vec<Build>,
+    pub(crate) serial: OpenSerial,
+}
+
+/// What a guest is loaded from.
+pub(crate) struct Images {
+    pub(crate) kernel: File,
+    pub(crate) initrd: Option<File>,
+}
+
+impl Resources {
+    /// Opens everything that `config` names, with kernel and initrd if the guest `boots`. `stdio` is the
+    /// program's end of what is configured as `stdio`.
+    ///
+    /// # Errors
+    /// If something cannot be opened.
+    pub(crate) fn open(
+        config: &MachineConfig,
+        boots: bool,
+        opener: &dyn Opener,
+        mut stdio: Console,
+    ) -> Result<Resources, Error> {
+        let kvm = host::open_kvm_by(opener)?;
+        host::require_capabilities(&kvm, &config.cpu.required_capabilities)?;
+        let images = match boots {
+            true => Some(Images::open(config, opener)?),
+            false => None,
+        };
+        let metadata = config.metadata.as_ref().map(MachineMetadata::new);
+        let metadata = metadata.transpose()?;
+        let mut opening = Opening {
+            config,
+            opener,
+            stdio: &mut stdio,
+            metadata: metadata.as_ref(),
+        };
+        let virtio = devices::open_virtio(&mut opening)?;
+        let serial = devices::open_serial(&mut opening)?;
+        Ok(Resources {
+            kvm,
+            images,
+            metadata,
+            virtio,
+            serial,
+        })
+    }
+}
+
+impl Images {
+    fn open(config: &MachineConfig, opener: &dyn Opener) -> Result<Images, Error> {
+        let open = |path: &Path| opener.file(path, FileAccess::Read);
+        let path = &config.kernel;
+        let kernel = open(path).map_err(|source| Error::OpenKernel {
+            path: path.clone(),
+            source,
+        })?;
+        let initrd = match &config.initrd {
+            Some(path) => Some(open(path).map_err(|source| Error::OpenInitrd {
+                path: path.clone(),
+                source,
+            })?),
+            None => None,
+        };
+        Ok(Images { kernel, initrd })
+    }
+}
