@@ -149,6 +149,7 @@ impl DriveUpdate {
         if let Some(path) = self.path_on_host {
             let command = DeviceCommand::ReplaceImage { path: path.clone() };
             let replaced = instance.controller().device(&name, command);
+            // The drive has the new image even if the old one could not be flushed.
             let is_there = match &replaced {
                 Ok(_) => true,
                 Err(Error::Device { source, .. }) => source.is_done(),
