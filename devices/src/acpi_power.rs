@@ -3,7 +3,11 @@
 
 use std::sync::Arc;
 
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::lifecycle::PassiveDevice;
 use crate::power::PowerControl;
 
 /// Offset of the sleep control register.
@@ -59,19 +63,45 @@ impl BusDevice for AcpiPower {
     }
 }
 
+/// The registers hold nothing.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct AcpiPowerState;
+
+impl SavedState for AcpiPowerState {
+    const KIND: &'static str = "acpi-power";
+    const VERSION: u16 = 1;
+}
+
+impl PassiveDevice for AcpiPower {
+    type State = AcpiPowerState;
+
+    fn reset(&mut self) {}
+
+    fn state(&self) -> AcpiPowerState {
+        AcpiPowerState
+    }
+
+    fn set_state(&mut self, _: AcpiPowerState) -> Result<(), String> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lifecycle::Device;
     use crate::power::tests::PowerRecorder;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
+
+    const VALUES: PowerValues = PowerValues {
+        soft_off_sleep_type: 5,
+        reset: 1,
+    };
 
     #[test]
     fn only_the_values_of_the_tables_act() {
         let power = Arc::new(PowerRecorder::default());
-        let values = PowerValues {
-            soft_off_sleep_type: 5,
-            reset: 1,
-        };
-        let mut registers = AcpiPower::new(values, power.clone());
+        let mut registers = AcpiPower::new(VALUES, power.clone());
         registers.write(SLEEP_CONTROL, &[5 << SLEEP_TYPE_SHIFT]);
         registers.write(SLEEP_CONTROL, &[SLEEP_ENABLE | 3 << SLEEP_TYPE_SHIFT]);
         registers.write(SLEEP_CONTROL, &[SLEEP_ENABLE | 5 << SLEEP_TYPE_SHIFT, 0]);
@@ -83,4 +113,51 @@ mod tests {
         registers.write(RESET, &[1]);
         assert_eq!(power.requests(), (1, 1));
     }
+
+    /// A guest with the device, and what it has asked for.
+    struct Guest {
+        device: AcpiPower,
+        power: Arc<PowerRecorder>,
+    }
+
+    impl SuspendCase for Guest {
+        const WORKS_BY_ITSELF: bool = false;
+
+        fn new() -> Guest {
+            let power = Arc::new(PowerRecorder::default());
+            Guest {
+                device: AcpiPower::new(VALUES, power.clone()),
+                power,
+            }
+        }
+
+        fn set_up(&mut self) {}
+
+        fn work(&mut self) {
+            let (before, _) = self.power.requests();
+            let value = SLEEP_ENABLE | VALUES.soft_off_sleep_type << SLEEP_TYPE_SHIFT;
+            self.device.write(SLEEP_CONTROL, &[value]);
+            assert_eq!(self.power.requests(), (before + 1, 0));
+        }
+
+        fn begin(&mut self) {}
+
+        fn end(&mut self) {}
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(&mut self.device)
+        }
+
+        fn replace(&mut self) {
+            *self = Guest::new();
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            let mut value = [0xff];
+            self.device.read(0, &mut value);
+            value.to_vec()
+        }
+    }
+
+    suspend_tests!(Guest);
 }

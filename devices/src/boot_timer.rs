@@ -3,20 +3,32 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
 use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
+use crate::lifecycle::{Device, at_work};
 
 /// What the guest writes when it has booted.
 const HAS_BOOTED: u8 = 123;
 
-/// Logs how long it took from its creation until the guest has booted.
+/// Logs how long the machine ran from its creation until the guest has booted. The time of pauses does not
+/// count.
 pub struct BootTimer {
-    started: Instant,
-    /// CPU time of the process by then.
-    started_cpu: Duration,
+    /// Up to the last pause.
+    before: Elapsed,
+    /// Since when the machine runs, if it does: the time, and the CPU time of the process by then.
+    running: Option<(Instant, Duration)>,
     /// A guest may say it without end; the log hears of the first.
     has_booted: bool,
+}
+
+/// For how long a machine has run.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Elapsed {
+    time: Duration,
+    cpu_time: Duration,
 }
 
 impl BootTimer {
@@ -26,10 +38,76 @@ impl BootTimer {
     /// When the host does not tell the time.
     pub fn start() -> io::Result<BootTimer> {
         Ok(BootTimer {
-            started: Instant::now(),
-            started_cpu: process_cpu_time()?,
+            before: Elapsed::default(),
+            running: Some((Instant::now(), process_cpu_time()?)),
             has_booted: false,
         })
+    }
+
+    fn elapsed(&self) -> Elapsed {
+        let mut elapsed = self.before;
+        if let Some((since, cpu_before)) = self.running {
+            let cpu_time = process_cpu_time().unwrap_or_default();
+            elapsed.time = elapsed.time.saturating_add(since.elapsed());
+            elapsed.cpu_time = elapsed
+                .cpu_time
+                .saturating_add(cpu_time.saturating_sub(cpu_before));
+        }
+        elapsed
+    }
+}
+
+/// How far a timer has come.
+#[derive(Debug, Serialize, Deserialize)]
+struct BootTimerState {
+    elapsed: Elapsed,
+    has_booted: bool,
+}
+
+impl SavedState for BootTimerState {
+    const KIND: &'static str = "boot-timer";
+    const VERSION: u16 = 1;
+}
+
+impl Device for BootTimer {
+    fn pause(&mut self) -> io::Result<()> {
+        self.before = self.elapsed();
+        self.running = None;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        if self.running.is_none() {
+            self.running = Some((Instant::now(), process_cpu_time()?));
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.before = Elapsed::default();
+        self.running = None;
+        self.has_booted = false;
+    }
+
+    fn save(&self) -> Result<Section, SaveError> {
+        if self.running.is_some() {
+            return Err(at_work::<BootTimerState>());
+        }
+        Section::of(&BootTimerState {
+            elapsed: self.before,
+            has_booted: self.has_booted,
+        })
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
+        self.reset();
+        let BootTimerState {
+            elapsed,
+            has_booted,
+        } = section.decode()?;
+        self.before = elapsed;
+        self.has_booted = has_booted;
+        Ok(())
     }
 }
 
@@ -46,9 +124,7 @@ impl BusDevice for BootTimer {
         if offset != 0 || data != [HAS_BOOTED] || std::mem::replace(&mut self.has_booted, true) {
             return;
         }
-        let time = self.started.elapsed();
-        let cpu_time = process_cpu_time().unwrap_or_default();
-        let cpu_time = cpu_time.saturating_sub(self.started_cpu);
+        let Elapsed { time, cpu_time } = self.elapsed();
         tracing::info!(
             "Guest-boot-time = {:>6} us {} ms, {:>6} CPU us {} CPU ms",
             time.as_micros(),
@@ -56,5 +132,68 @@ impl BusDevice for BootTimer {
             cpu_time.as_micros(),
             cpu_time.as_millis()
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
+
+    impl SuspendCase for BootTimer {
+        fn new() -> BootTimer {
+            BootTimer::start().unwrap()
+        }
+
+        fn set_up(&mut self) {}
+
+        fn work(&mut self) {
+            let before = self.elapsed().time;
+            assert!(self.elapsed().time >= before);
+        }
+
+        fn begin(&mut self) {
+            self.write(0, &[HAS_BOOTED]);
+        }
+
+        fn end(&mut self) {
+            assert!(self.has_booted);
+        }
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(self)
+        }
+
+        fn replace(&mut self) {
+            *self = BootTimer::start().unwrap();
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            let mut value = [0xff];
+            self.read(0, &mut value);
+            value.to_vec()
+        }
+    }
+
+    suspend_tests!(BootTimer);
+
+    #[test]
+    fn pauses_do_not_count() {
+        const TIME: Duration = Duration::from_millis(30);
+        let mut timer = BootTimer::start().unwrap();
+        std::thread::sleep(TIME);
+        timer.pause().unwrap();
+        let before = timer.elapsed().time;
+        assert!(before >= TIME);
+        let section = timer.save().unwrap();
+        std::thread::sleep(TIME);
+        assert_eq!(timer.elapsed().time, before);
+
+        let mut other = BootTimer::start().unwrap();
+        other.restore(&section).unwrap();
+        assert_eq!(other.elapsed().time, before);
+        other.resume().unwrap();
+        std::thread::sleep(TIME);
+        assert!(other.elapsed().time >= before + TIME);
     }
 }

@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::lifecycle::PassiveDevice;
 use crate::power::PowerControl;
 
 /// One I/O port: a byte written there is the guest's number, and the end of the machine. It reads as
@@ -30,10 +34,35 @@ impl BusDevice for ExitPort {
     }
 }
 
+/// The port holds nothing.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ExitPortState;
+
+impl SavedState for ExitPortState {
+    const KIND: &'static str = "exit-port";
+    const VERSION: u16 = 1;
+}
+
+impl PassiveDevice for ExitPort {
+    type State = ExitPortState;
+
+    fn reset(&mut self) {}
+
+    fn state(&self) -> ExitPortState {
+        ExitPortState
+    }
+
+    fn set_state(&mut self, _: ExitPortState) -> Result<(), String> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lifecycle::Device;
     use crate::power::tests::PowerRecorder;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
 
     #[test]
     fn a_byte_ends_the_machine_and_nothing_else_does() {
@@ -50,4 +79,49 @@ mod tests {
         }
         assert_eq!(power.numbers(), [0, 3, 255]);
     }
+
+    /// A guest with the device, and what it has asked for.
+    struct Guest {
+        device: ExitPort,
+        power: Arc<PowerRecorder>,
+    }
+
+    impl SuspendCase for Guest {
+        const WORKS_BY_ITSELF: bool = false;
+
+        fn new() -> Guest {
+            let power = Arc::new(PowerRecorder::default());
+            Guest {
+                device: ExitPort::new(power.clone()),
+                power,
+            }
+        }
+
+        fn set_up(&mut self) {}
+
+        fn work(&mut self) {
+            self.device.write(0, &[7]);
+            assert_eq!(self.power.numbers().last(), Some(&7));
+        }
+
+        fn begin(&mut self) {}
+
+        fn end(&mut self) {}
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(&mut self.device)
+        }
+
+        fn replace(&mut self) {
+            *self = Guest::new();
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            let mut value = [0xff];
+            self.device.read(0, &mut value);
+            value.to_vec()
+        }
+    }
+
+    suspend_tests!(Guest);
 }

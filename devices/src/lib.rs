@@ -25,6 +25,8 @@ pub mod power;
 pub mod rate_limiter;
 pub mod rtc;
 pub mod serial;
+#[cfg(test)]
+mod suspend_test;
 pub mod tap;
 pub mod virtio;
 pub mod worker;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use bantam_state::{RestoreError, SaveError, Section};
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
 /// A device whose work can be stopped and gone on with, and whose state can be taken elsewhere.
 ///
@@ -42,7 +42,7 @@ pub trait Device: Send {
     /// The state of a paused device, from which [`Device::restore`] rebuilds it. It stays paused.
     ///
     /// # Errors
-    /// If the device is not paused, or has state that cannot leave the process.
+    /// If the device is at work, or has state that cannot leave the process.
     fn save(&self) -> Result<Section, SaveError>;
 
     /// Gives a device that is new, with the same configuration as the one that was saved, the state
@@ -51,4 +51,66 @@ pub trait Device: Send {
     /// # Errors
     /// If the state is not that of such a device. The device is as after power-on then.
     fn restore(&mut self, section: &Section) -> Result<(), RestoreError>;
+}
+
+/// A device that works only while one of its registers is accessed. A pause has nothing to stop.
+pub(crate) trait PassiveDevice: Send {
+    /// What it is rebuilt from.
+    type State: SavedState;
+
+    /// Takes it to the state that it has after power-on.
+    fn reset(&mut self);
+
+    /// Its state.
+    fn state(&self) -> Self::State;
+
+    /// Takes over the state of another.
+    ///
+    /// # Errors
+    /// One line that says why there is no such state. The device may have taken over a part of it.
+    fn set_state(&mut self, state: Self::State) -> Result<(), String>;
+}
+
+impl<T: PassiveDevice> Device for T {
+    fn pause(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        PassiveDevice::reset(self);
+    }
+
+    fn save(&self) -> Result<Section, SaveError> {
+        Section::of(&self.state())
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
+        let restored = section
+            .decode()
+            .and_then(|state| self.set_state(state).map_err(invalid::<T::State>));
+        if restored.is_err() {
+            PassiveDevice::reset(self);
+        }
+        restored
+    }
+}
+
+/// The error of state that no device can have.
+pub(crate) fn invalid<S: SavedState>(reason: String) -> RestoreError {
+    RestoreError::Invalid {
+        kind: S::KIND.to_owned(),
+        reason,
+    }
+}
+
+/// The error of a device that is to be saved and is not paused.
+pub(crate) fn at_work<S: SavedState>() -> SaveError {
+    SaveError::NotSupported {
+        part: S::KIND.to_owned(),
+        reason: "it is at work".to_owned(),
+    }
 }

@@ -3,7 +3,11 @@
 
 use std::sync::Arc;
 
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::lifecycle::PassiveDevice;
 use crate::power::PowerControl;
 
 /// Events, each a bit of the port.
@@ -47,10 +51,35 @@ impl BusDevice for PanicDevice {
     }
 }
 
+/// The port holds nothing.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct PanicDeviceState;
+
+impl SavedState for PanicDeviceState {
+    const KIND: &'static str = "panic-device";
+    const VERSION: u16 = 1;
+}
+
+impl PassiveDevice for PanicDevice {
+    type State = PanicDeviceState;
+
+    fn reset(&mut self) {}
+
+    fn state(&self) -> PanicDeviceState {
+        PanicDeviceState
+    }
+
+    fn set_state(&mut self, _: PanicDeviceState) -> Result<(), String> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lifecycle::Device;
     use crate::power::tests::PowerRecorder;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
 
     #[test]
     fn the_events_that_it_names_are_passed_on() {
@@ -69,4 +98,49 @@ mod tests {
         device.write(0, &[0b11]);
         assert_eq!(power.panics(), [false, true, false]);
     }
+
+    /// A guest with the device, and what it has asked for.
+    struct Guest {
+        device: PanicDevice,
+        power: Arc<PowerRecorder>,
+    }
+
+    impl SuspendCase for Guest {
+        const WORKS_BY_ITSELF: bool = false;
+
+        fn new() -> Guest {
+            let power = Arc::new(PowerRecorder::default());
+            Guest {
+                device: PanicDevice::new(power.clone()),
+                power,
+            }
+        }
+
+        fn set_up(&mut self) {}
+
+        fn work(&mut self) {
+            self.device.write(0, &[event::PANICKED]);
+            assert_eq!(self.power.panics().last(), Some(&false));
+        }
+
+        fn begin(&mut self) {}
+
+        fn end(&mut self) {}
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(&mut self.device)
+        }
+
+        fn replace(&mut self) {
+            *self = Guest::new();
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            let mut value = [0xff];
+            self.device.read(0, &mut value);
+            value.to_vec()
+        }
+    }
+
+    suspend_tests!(Guest);
 }

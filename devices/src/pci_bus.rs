@@ -5,7 +5,11 @@
 //! an error, although there is nothing wrong; Linux takes a bus for real if a host bridge is on it
 //! (arch/x86/pci/direct.c, `pci_sanity_check()`).
 
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::lifecycle::PassiveDevice;
 
 /// Offset of the address register, of four bytes.
 const ADDRESS: u64 = 0;
@@ -68,11 +72,47 @@ impl BusDevice for PciBus {
     }
 }
 
+/// What the guest has written.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct PciBusState {
+    address: u32,
+}
+
+impl SavedState for PciBusState {
+    const KIND: &'static str = "pci-bus";
+    const VERSION: u16 = 1;
+}
+
+impl PassiveDevice for PciBus {
+    type State = PciBusState;
+
+    fn reset(&mut self) {
+        *self = PciBus::default();
+    }
+
+    fn state(&self) -> PciBusState {
+        let PciBus { address } = *self;
+        PciBusState { address }
+    }
+
+    fn set_state(&mut self, PciBusState { address }: PciBusState) -> Result<(), String> {
+        if address & !ADDRESS_MASK != 0 {
+            return Err(format!("its address register cannot hold {address:#x}"));
+        }
+        self.address = address;
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use bantam_state::Section;
+
+    use crate::lifecycle::Device;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
 
     fn read<const N: usize>(bus: &mut PciBus, offset: u64) -> [u8; N] {
         let mut data = [0; N];
@@ -134,5 +174,53 @@ mod tests {
                 }
             }
         }
+    }
+
+    impl SuspendCase for PciBus {
+        const WORKS_BY_ITSELF: bool = false;
+
+        fn new() -> PciBus {
+            PciBus::default()
+        }
+
+        fn set_up(&mut self) {}
+
+        fn work(&mut self) {
+            assert_eq!(config(self, ENABLE), IDS);
+        }
+
+        /// Selects a register.
+        fn begin(&mut self) {
+            self.write(ADDRESS, &(ENABLE | 8).to_le_bytes());
+        }
+
+        fn end(&mut self) {
+            assert_eq!(u32::from_le_bytes(read(self, DATA)), CLASS);
+        }
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(self)
+        }
+
+        fn replace(&mut self) {
+            *self = PciBus::default();
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            read::<4>(self, ADDRESS).to_vec()
+        }
+    }
+
+    suspend_tests!(PciBus);
+
+    #[test]
+    fn an_address_that_cannot_be_written_is_refused() {
+        let section = Section::of(&PciBusState {
+            address: ENABLE | 1,
+        })
+        .unwrap();
+        let mut bus = PciBus::default();
+        bus.restore(&section).unwrap_err();
+        assert_eq!(read(&mut bus, ADDRESS), [0; 4]);
     }
 }

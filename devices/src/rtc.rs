@@ -5,7 +5,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bantam_state::SavedState;
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::lifecycle::PassiveDevice;
 
 /// Offset of the port that selects a register.
 const INDEX: u64 = 0;
@@ -72,13 +76,10 @@ impl Rtc {
 
     /// A clock that tells the time since 1970 that `now` gives.
     fn with_clock(now: fn() -> Duration) -> Rtc {
-        let mut registers = [0; REGISTER_COUNT];
-        registers[usize::from(REGISTER_A)] = REGISTER_A_AT_START;
-        registers[usize::from(REGISTER_B)] = HOURS_24;
         Rtc {
             now,
             index: 0,
-            registers,
+            registers: registers_at_start(),
         }
     }
 
@@ -109,9 +110,8 @@ impl Rtc {
     fn write_register(&mut self, value: u8) {
         match self.index {
             REGISTER_A => self.registers[usize::from(REGISTER_A)] = value & !UPDATE_IN_PROGRESS,
-            SECONDS | MINUTES | HOURS | DAY_OF_WEEK | DAY_OF_MONTH | MONTH | YEAR | CENTURY
-            | REGISTER_C | REGISTER_D => {}
-            index => self.registers[usize::from(index)] = value,
+            index if is_kept(index) => self.registers[usize::from(index)] = value,
+            _ => {}
         }
     }
 
@@ -138,6 +138,78 @@ impl Rtc {
             hour => hour,
         };
         self.number(hour) | afternoon
+    }
+}
+
+/// The registers as a PC's firmware leaves them.
+fn registers_at_start() -> [u8; REGISTER_COUNT] {
+    let mut registers = [0; REGISTER_COUNT];
+    registers[usize::from(REGISTER_A)] = REGISTER_A_AT_START;
+    registers[usize::from(REGISTER_B)] = HOURS_24;
+    registers
+}
+
+/// Whether a register keeps what the guest writes to it.
+fn is_kept(register: u8) -> bool {
+    !matches!(
+        register,
+        SECONDS
+            | MINUTES
+            | HOURS
+            | DAY_OF_WEEK
+            | DAY_OF_MONTH
+            | MONTH
+            | YEAR
+            | CENTURY
+            | REGISTER_C
+            | REGISTER_D
+    )
+}
+
+/// What the guest has written. The time is that of the host where the clock is.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct RtcState {
+    index: u8,
+    registers: Vec<u8>,
+}
+
+impl SavedState for RtcState {
+    const KIND: &'static str = "rtc";
+    const VERSION: u16 = 1;
+}
+
+impl PassiveDevice for Rtc {
+    type State = RtcState;
+
+    fn reset(&mut self) {
+        *self = Rtc::with_clock(self.now);
+    }
+
+    fn state(&self) -> RtcState {
+        RtcState {
+            index: self.index,
+            registers: self.registers.to_vec(),
+        }
+    }
+
+    fn set_state(&mut self, state: RtcState) -> Result<(), String> {
+        if state.index & !REGISTER_MASK != 0 {
+            return Err(format!("there is no register {:#x}", state.index));
+        }
+        let registers = state.registers.try_into();
+        self.registers = registers
+            .map_err(|registers: Vec<u8>| format!("it has {} registers", registers.len()))?;
+        self.index = state.index;
+        for (register, &value) in (0_u8..).zip(&self.registers) {
+            let is_possible = match register {
+                REGISTER_A => value & UPDATE_IN_PROGRESS == 0,
+                register => is_kept(register) || value == 0,
+            };
+            if !is_possible {
+                return Err(format!("register {register:#x} cannot hold {value:#x}"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -225,6 +297,10 @@ impl Date {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bantam_state::Section;
+
+    use crate::lifecycle::Device;
+    use crate::suspend_test::{SuspendCase, suspend_tests};
     use nix::libc;
     use proptest::prelude::*;
 
@@ -351,6 +427,70 @@ mod tests {
         #[test]
         fn any_moment_has_its_date(seconds in 0..1_u64 << 40) {
             prop_assert_eq!(Date::from_unix(seconds), by_the_c_library(seconds));
+        }
+    }
+
+    impl SuspendCase for Rtc {
+        const WORKS_BY_ITSELF: bool = false;
+
+        fn new() -> Rtc {
+            Rtc::with_clock(an_afternoon)
+        }
+
+        fn set_up(&mut self) {
+            write(self, REGISTER_B, BINARY | HOURS_24);
+        }
+
+        fn work(&mut self) {
+            assert_eq!(read(self, HOURS), 17);
+            write(self, 0x0f, 0x5a);
+        }
+
+        /// Selects a register.
+        fn begin(&mut self) {
+            BusDevice::write(self, INDEX, &[0x0f]);
+        }
+
+        fn end(&mut self) {
+            let mut value = [0];
+            BusDevice::read(self, DATA, &mut value);
+            assert_eq!(value, [0x5a]);
+        }
+
+        fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+            act(self)
+        }
+
+        fn replace(&mut self) {
+            *self = Rtc::with_clock(an_afternoon);
+        }
+
+        fn visible_state(&mut self) -> Vec<u8> {
+            let mut value = [0];
+            BusDevice::read(self, DATA, &mut value);
+            value.to_vec()
+        }
+    }
+
+    suspend_tests!(Rtc);
+
+    #[test]
+    fn what_a_guest_cannot_write_is_refused() {
+        let saved = Rtc::with_clock(an_afternoon).save().unwrap();
+        let contradictions: [fn(&mut RtcState); 5] = [
+            |state| state.index = 0x80,
+            |state| state.registers.truncate(1),
+            |state| state.registers[usize::from(SECONDS)] = 1,
+            |state| state.registers[usize::from(REGISTER_D)] = 1,
+            |state| state.registers[usize::from(REGISTER_A)] |= UPDATE_IN_PROGRESS,
+        ];
+        for contradiction in contradictions {
+            let mut state: RtcState = saved.decode().unwrap();
+            contradiction(&mut state);
+            let section = Section::of(&state).unwrap();
+            let mut rtc = Rtc::with_clock(an_afternoon);
+            rtc.restore(&section).unwrap_err();
+            assert_eq!(rtc.save().unwrap(), saved);
         }
     }
 }

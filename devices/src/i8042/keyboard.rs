@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use super::KeyboardError;
 
 /// How many bytes of scan codes the keyboard remembers.
@@ -42,10 +44,13 @@ const RESEND: u8 = 0xfe;
 const SELF_TEST_PASSED: u8 = 0xaa;
 /// An AT keyboard.
 const IDENTITY: [u8; 2] = [0xab, 0x83];
+/// Most bytes of an answer.
+const MAX_ANSWER_SIZE: usize = 3;
 /// The one scan code set there is.
 const SCAN_CODE_SET_2: u8 = 2;
 
 /// A keyboard that has the keys Ctrl, Alt and Del, in scan code set 2.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Keyboard {
     is_scanning: bool,
     /// Codes of keys, at most [`KEY_BUFFER_SIZE`] bytes.
@@ -69,6 +74,20 @@ impl Default for Keyboard {
 }
 
 impl Keyboard {
+    /// Says what no keyboard can remember, if this one, which comes from elsewhere, does.
+    pub(super) fn validate(&self) -> Result<(), String> {
+        if self.keys.len() > KEY_BUFFER_SIZE {
+            return Err(format!("it has {} bytes of keys", self.keys.len()));
+        }
+        if self.answer.len() > MAX_ANSWER_SIZE {
+            return Err(format!("its answer has {} bytes", self.answer.len()));
+        }
+        match self.awaited {
+            None | Some(command::SET_LEDS | command::SCAN_CODE_SET | command::SET_REPEAT) => Ok(()),
+            Some(command) => Err(format!("command {command:#x} has no argument")),
+        }
+    }
+
     pub(super) fn press_ctrl_alt_del(&mut self) -> Result<(), KeyboardError> {
         if !self.is_scanning {
             return Err(KeyboardError::Disabled);
@@ -78,6 +97,11 @@ impl Keyboard {
         }
         self.keys.extend(CTRL_ALT_DEL);
         Ok(())
+    }
+
+    /// Whether it has something to send.
+    pub(super) fn has_bytes(&self) -> bool {
+        !self.answer.is_empty() || !self.keys.is_empty()
     }
 
     /// Takes what the guest sends to the keyboard.
@@ -138,5 +162,23 @@ fn set_1(byte: u8) -> u8 {
         DEL => 0x53,
         0x83 => 0x41,
         _ => byte,
+    }
+}
+
+#[cfg(test)]
+impl Keyboard {
+    /// Remembers another byte of a key, whether there is room for it or not.
+    pub(super) fn push_key(&mut self, byte: u8) {
+        self.keys.push_back(byte);
+    }
+
+    /// Has an answer of that many bytes to give.
+    pub(super) fn push_answer(&mut self, len: usize) {
+        self.answer.extend(vec![ACKNOWLEDGE; len]);
+    }
+
+    /// Takes the next byte for the argument of `command`.
+    pub(super) fn await_argument(&mut self, command: u8) {
+        self.awaited = Some(command);
     }
 }

@@ -6,10 +6,16 @@
 
 mod keyboard;
 
+use std::io;
 use std::sync::Arc;
+
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
+use serde::{Deserialize, Serialize};
 
 use crate::InterruptLine;
 use crate::bus::BusDevice;
+use crate::interrupt::PausableLine;
+use crate::lifecycle::{Device, at_work, invalid};
 use crate::power::PowerControl;
 use keyboard::Keyboard;
 
@@ -79,7 +85,7 @@ pub enum KeyboardError {
 }
 
 /// What the next byte written to the data port is for.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Awaited {
     CommandByte,
     OutputPort,
@@ -91,7 +97,16 @@ enum Awaited {
 /// listens. Translation is on, as firmware leaves it.
 pub struct I8042 {
     power: Arc<dyn PowerControl>,
-    interrupt: Box<dyn InterruptLine>,
+    interrupt: PausableLine,
+    registers: Registers,
+    interrupt_is_raised: bool,
+    is_paused: bool,
+    warned: bool,
+}
+
+/// All that the guest can learn of.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Registers {
     keyboard: Keyboard,
     command_byte: u8,
     output_port: u8,
@@ -102,17 +117,17 @@ pub struct I8042 {
     answer: Option<u8>,
     awaited: Option<Awaited>,
     last_write_was_command: bool,
-    interrupt_is_raised: bool,
-    warned: bool,
 }
 
-impl I8042 {
-    /// A controller that raises `interrupt` when there is something to read, and whose reset line asks
-    /// `power` for a restart.
-    pub fn new(power: Arc<dyn PowerControl>, interrupt: Box<dyn InterruptLine>) -> I8042 {
-        I8042 {
-            power,
-            interrupt,
+impl SavedState for Registers {
+    const KIND: &'static str = "i8042";
+    const VERSION: u16 = 1;
+}
+
+impl Default for Registers {
+    /// As firmware leaves them.
+    fn default() -> Registers {
+        Registers {
             keyboard: Keyboard::default(),
             command_byte: command_byte::SYSTEM
                 | command_byte::KEYBOARD_DISABLED
@@ -124,7 +139,36 @@ impl I8042 {
             answer: None,
             awaited: None,
             last_write_was_command: false,
+        }
+    }
+}
+
+impl Registers {
+    fn validate(&self) -> Result<(), String> {
+        if self.answer.is_some() && !self.output_full {
+            return Err("an answer waits for a buffer that is free".to_owned());
+        }
+        if self.keyboard_is_enabled() && self.keyboard.has_bytes() && !self.output_full {
+            return Err("its keyboard waits for a buffer that is free".to_owned());
+        }
+        self.keyboard.validate()
+    }
+
+    fn keyboard_is_enabled(&self) -> bool {
+        self.command_byte & command_byte::KEYBOARD_DISABLED == 0
+    }
+}
+
+impl I8042 {
+    /// A controller that raises `interrupt` when there is something to read, and whose reset line asks
+    /// `power` for a restart.
+    pub fn new(power: Arc<dyn PowerControl>, interrupt: Box<dyn InterruptLine>) -> I8042 {
+        I8042 {
+            power,
+            interrupt: PausableLine::new(interrupt),
+            registers: Registers::default(),
             interrupt_is_raised: false,
+            is_paused: false,
             warned: false,
         }
     }
@@ -135,33 +179,30 @@ impl I8042 {
     /// When the guest does not listen to the keyboard, or has not taken what was pressed before. Nothing
     /// is pressed then.
     pub fn press_ctrl_alt_del(&mut self) -> Result<(), KeyboardError> {
-        if !self.keyboard_is_enabled() {
+        if !self.registers.keyboard_is_enabled() {
             return Err(KeyboardError::Disabled);
         }
-        self.keyboard.press_ctrl_alt_del()?;
+        self.registers.keyboard.press_ctrl_alt_del()?;
         self.update();
         Ok(())
-    }
-
-    fn keyboard_is_enabled(&self) -> bool {
-        self.command_byte & command_byte::KEYBOARD_DISABLED == 0
     }
 
     /// Moves the next byte into the output buffer, if that is free, and raises the interrupt for a byte
     /// that is new there or is let through by the command byte only now.
     fn update(&mut self) {
-        if !self.output_full {
-            let mut next = self.answer.take();
-            if next.is_none() && self.keyboard_is_enabled() {
-                let translate = self.command_byte & command_byte::TRANSLATE != 0;
-                next = self.keyboard.next_byte(translate);
+        if !self.registers.output_full {
+            let mut next = self.registers.answer.take();
+            if next.is_none() && self.registers.keyboard_is_enabled() {
+                let translate = self.registers.command_byte & command_byte::TRANSLATE != 0;
+                next = self.registers.keyboard.next_byte(translate);
             }
             if let Some(byte) = next {
-                self.output = byte;
-                self.output_full = true;
+                self.registers.output = byte;
+                self.registers.output_full = true;
             }
         }
-        let raised = self.output_full && self.command_byte & command_byte::INTERRUPT != 0;
+        let raised = self.registers.output_full
+            && self.registers.command_byte & command_byte::INTERRUPT != 0;
         if raised && !self.interrupt_is_raised {
             self.raise_interrupt();
         }
@@ -179,12 +220,12 @@ impl I8042 {
     fn status(&self) -> u8 {
         let mut status = status::NOT_LOCKED;
         for (bit, is_set) in [
-            (status::OUTPUT_BUFFER_FULL, self.output_full),
+            (status::OUTPUT_BUFFER_FULL, self.registers.output_full),
             (
                 status::SYSTEM,
-                self.command_byte & command_byte::SYSTEM != 0,
+                self.registers.command_byte & command_byte::SYSTEM != 0,
             ),
-            (status::COMMAND, self.last_write_was_command),
+            (status::COMMAND, self.registers.last_write_was_command),
         ] {
             if is_set {
                 status |= bit;
@@ -194,45 +235,87 @@ impl I8042 {
     }
 
     fn execute(&mut self, command: u8) {
-        self.awaited = None;
+        self.registers.awaited = None;
         match command {
-            command::READ_COMMAND_BYTE => self.answer = Some(self.command_byte),
-            command::WRITE_COMMAND_BYTE => self.awaited = Some(Awaited::CommandByte),
+            command::READ_COMMAND_BYTE => self.registers.answer = Some(self.registers.command_byte),
+            command::WRITE_COMMAND_BYTE => self.registers.awaited = Some(Awaited::CommandByte),
             command::SELF_TEST => {
-                self.command_byte |= command_byte::SYSTEM;
-                self.answer = Some(SELF_TEST_PASSED);
+                self.registers.command_byte |= command_byte::SYSTEM;
+                self.registers.answer = Some(SELF_TEST_PASSED);
             }
-            command::TEST_KEYBOARD_LINE => self.answer = Some(LINE_TEST_PASSED),
-            command::DISABLE_KEYBOARD => self.command_byte |= command_byte::KEYBOARD_DISABLED,
-            command::ENABLE_KEYBOARD => self.command_byte &= !command_byte::KEYBOARD_DISABLED,
+            command::TEST_KEYBOARD_LINE => self.registers.answer = Some(LINE_TEST_PASSED),
+            command::DISABLE_KEYBOARD => {
+                self.registers.command_byte |= command_byte::KEYBOARD_DISABLED
+            }
+            command::ENABLE_KEYBOARD => {
+                self.registers.command_byte &= !command_byte::KEYBOARD_DISABLED
+            }
             command::READ_OUTPUT_PORT => {
-                let mut lines = self.output_port & !output_port::OUTPUT_BUFFER_FULL;
-                if self.output_full {
+                let mut lines = self.registers.output_port & !output_port::OUTPUT_BUFFER_FULL;
+                if self.registers.output_full {
                     lines |= output_port::OUTPUT_BUFFER_FULL;
                 }
-                self.answer = Some(lines);
+                self.registers.answer = Some(lines);
             }
-            command::WRITE_OUTPUT_PORT => self.awaited = Some(Awaited::OutputPort),
+            command::WRITE_OUTPUT_PORT => self.registers.awaited = Some(Awaited::OutputPort),
             command::PULSE_LINES.. if command & output_port::NOT_RESET == 0 => self.power.reset(),
             _ => {}
         }
     }
 
     fn take_data(&mut self, value: u8) {
-        match self.awaited.take() {
-            Some(Awaited::CommandByte) => self.command_byte = value,
+        match self.registers.awaited.take() {
+            Some(Awaited::CommandByte) => self.registers.command_byte = value,
             Some(Awaited::OutputPort) => {
-                self.output_port = value;
+                self.registers.output_port = value;
                 if value & output_port::NOT_RESET == 0 {
                     self.power.reset();
                 }
             }
             None => {
                 // To send, the controller lets go of the line.
-                self.command_byte &= !command_byte::KEYBOARD_DISABLED;
-                self.keyboard.command(value);
+                self.registers.command_byte &= !command_byte::KEYBOARD_DISABLED;
+                self.registers.keyboard.command(value);
             }
         }
+    }
+}
+
+impl Device for I8042 {
+    fn pause(&mut self) -> io::Result<()> {
+        self.is_paused = true;
+        self.interrupt.pause();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        self.is_paused = false;
+        self.interrupt.resume()
+    }
+
+    fn reset(&mut self) {
+        self.registers = Registers::default();
+        self.interrupt_is_raised = false;
+        self.interrupt.reset();
+    }
+
+    fn save(&self) -> Result<Section, SaveError> {
+        if !self.is_paused {
+            return Err(at_work::<Registers>());
+        }
+        Section::of(&self.registers)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
+        self.is_paused = true;
+        self.interrupt.pause();
+        self.reset();
+        let registers: Registers = section.decode()?;
+        registers.validate().map_err(invalid::<Registers>)?;
+        self.registers = registers;
+        // The interrupt of what is there may not have reached the driver, and is raised at the resume.
+        self.update();
+        Ok(())
     }
 }
 
@@ -244,8 +327,8 @@ impl BusDevice for I8042 {
         };
         *value = match offset {
             DATA_PORT => {
-                let byte = self.output;
-                self.output_full = false;
+                let byte = self.registers.output;
+                self.registers.output_full = false;
                 self.interrupt_is_raised = false;
                 self.update();
                 byte
@@ -265,7 +348,7 @@ impl BusDevice for I8042 {
             COMMAND_PORT => self.execute(value),
             _ => return,
         }
-        self.last_write_was_command = offset == COMMAND_PORT;
+        self.registers.last_write_was_command = offset == COMMAND_PORT;
         self.update();
     }
 }

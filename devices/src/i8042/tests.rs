@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::power::tests::PowerRecorder;
+use crate::suspend_test::{SuspendCase, suspend_tests};
 
 /// Counts its edges.
 #[derive(Clone, Default)]
@@ -302,5 +303,109 @@ proptest! {
         machine.i8042.press_ctrl_alt_del().unwrap();
         prop_assert_eq!(machine.drain(), TRANSLATED);
         prop_assert_eq!(machine.interrupts() - interrupts, TRANSLATED.len());
+    }
+}
+
+impl SuspendCase for Machine {
+    fn new() -> Machine {
+        Machine::new()
+    }
+
+    fn set_up(&mut self) {
+        self.drain();
+        self.command(0x60);
+        self.data(0x45);
+    }
+
+    fn work(&mut self) {
+        let before = self.interrupts();
+        self.i8042.press_ctrl_alt_del().unwrap();
+        assert_eq!(self.drain(), TRANSLATED);
+        assert_eq!(self.interrupts(), before + TRANSLATED.len());
+    }
+
+    /// Keys of which the first is in the output buffer, and a command whose argument has yet to come.
+    fn begin(&mut self) {
+        self.i8042.press_ctrl_alt_del().unwrap();
+        self.command(0xd1);
+    }
+
+    fn end(&mut self) {
+        self.data(0b11);
+        assert_eq!(self.drain(), TRANSLATED);
+        assert_eq!(self.answer_to_command(0xd0), [0b11]);
+        assert_eq!(self.power.requests(), (0, 0));
+    }
+
+    fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+        act(&mut self.i8042)
+    }
+
+    fn replace(&mut self) {
+        *self = Machine::new();
+    }
+
+    fn visible_state(&mut self) -> Vec<u8> {
+        vec![self.status()]
+    }
+}
+
+suspend_tests!(Machine);
+
+#[test]
+fn keys_that_are_pressed_in_a_pause_come_after_it() {
+    let mut machine = Machine::with_command_byte(0x45);
+    machine.i8042.pause().unwrap();
+    machine.i8042.press_ctrl_alt_del().unwrap();
+    assert_eq!(machine.interrupts(), 0);
+    machine.i8042.resume().unwrap();
+    assert_eq!(machine.interrupts(), 1);
+    assert_eq!(machine.drain(), TRANSLATED);
+}
+
+#[test]
+fn an_interrupt_that_the_driver_may_have_missed_is_raised_elsewhere() {
+    let mut machine = Machine::with_command_byte(0x45);
+    machine.i8042.press_ctrl_alt_del().unwrap();
+    machine.i8042.pause().unwrap();
+    let section = machine.i8042.save().unwrap();
+    let mut other = Machine::new();
+    other.i8042.restore(&section).unwrap();
+    assert_eq!(other.interrupts(), 0);
+    other.i8042.resume().unwrap();
+    assert_eq!(other.interrupts(), 1);
+    assert_eq!(other.drain(), TRANSLATED);
+}
+
+#[test]
+fn state_that_no_controller_can_have_is_refused() {
+    let contradictions: [fn(&mut Registers); 5] = [
+        |registers| registers.answer = Some(0),
+        |registers| registers.keyboard.press_ctrl_alt_del().unwrap(),
+        |registers| {
+            registers.output_full = true;
+            registers.keyboard.press_ctrl_alt_del().unwrap();
+            for _ in 0..6 {
+                registers.keyboard.push_key(0);
+            }
+        },
+        |registers| {
+            registers.output_full = true;
+            registers.keyboard.push_answer(4);
+        },
+        |registers| registers.keyboard.await_argument(0xee),
+    ];
+    for contradiction in contradictions {
+        let mut registers = Registers {
+            command_byte: command_byte::INTERRUPT,
+            ..Registers::default()
+        };
+        contradiction(&mut registers);
+        let section = Section::of(&registers).unwrap();
+        let mut machine = Machine::new();
+        machine.i8042.restore(&section).unwrap_err();
+        machine.i8042.resume().unwrap();
+        machine.set_up();
+        machine.work();
     }
 }

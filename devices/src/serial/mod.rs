@@ -8,8 +8,10 @@ mod client;
 mod endpoint;
 mod history;
 mod socket;
+mod state;
 mod worker;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +29,7 @@ pub(crate) use worker::{make_room_in_pipe, wait_for_reader};
 use crate::InterruptLine;
 use crate::bus::BusDevice;
 use crate::device_log::{DeviceLog, Repeat};
+use crate::interrupt::PausableLine;
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
 /// Interrupt enable register.
@@ -40,18 +43,29 @@ const LINE_STATUS: u8 = 5;
 const TRANSMITTER_EMPTY: u8 = 0x60;
 /// What a driver may send after one look at the line status: what the FIFO of a 16550A takes.
 const TRANSMIT_FIFO_SIZE: usize = 16;
+/// Bytes read from the host at a time: what the receive FIFO takes.
+const INPUT_CHUNK: usize = 64;
 /// Output that is kept until the host takes it, in bytes.
 const OUTPUT_CAPACITY: usize = 64 << 10;
 
 /// The registers of a 16550, eight ports.
 pub struct Serial {
-    uart: vm_superio::Serial<Line, Attention, Output>,
+    uart: Uart,
+    interrupt: Arc<PausableLine>,
+    /// Read from the host, and not in the receive FIFO yet: no more than what is read at a time.
+    pending_input: VecDeque<u8>,
+    /// While it is, input and output stay where they are.
+    is_paused: bool,
+    /// Whether the state was saved since the pause. The output that is left goes on with the saved machine.
+    is_saved: Cell<bool>,
     attention: Arc<EventFd>,
     metrics: Arc<SerialMetrics>,
     log: DeviceLog,
     /// When the log last heard of lost output.
     loss_warning: Repeat,
 }
+
+type Uart = vm_superio::Serial<Line, Attention, Output>;
 
 /// What a serial port counts.
 #[derive(Debug, Default, Serialize)]
@@ -102,7 +116,7 @@ impl Output {
     }
 }
 
-struct Line(Box<dyn InterruptLine>);
+struct Line(Arc<PausableLine>);
 
 impl Trigger for Line {
     type E = io::Error;
@@ -181,12 +195,17 @@ impl Serial {
             metrics: metrics.clone(),
             log: log.clone(),
         };
+        let interrupt = Arc::new(PausableLine::new(interrupt));
         Ok(Serial {
             uart: vm_superio::Serial::with_events(
-                Line(interrupt),
+                Line(interrupt.clone()),
                 Attention(attention.clone()),
                 output,
             ),
+            interrupt,
+            pending_input: VecDeque::new(),
+            is_paused: false,
+            is_saved: Cell::new(false),
             attention,
             metrics,
             log,
@@ -203,17 +222,41 @@ impl Serial {
         self.attention.clone()
     }
 
-    fn set_connected(&mut self, connected: bool) {
-        self.uart.writer_mut().connected = connected;
+    /// Keeps output from now on, for somebody who takes it.
+    fn connect(&mut self) {
+        self.uart.writer_mut().connected = true;
     }
 
-    /// Whether the guest has sent something that has not been taken.
-    fn has_output(&mut self) -> bool {
-        !self.uart.writer_mut().bytes.is_empty()
+    /// Drops output from now on, and what nobody has taken.
+    fn disconnect(&mut self) {
+        self.uart.writer_mut().connected = false;
+        self.empty_output();
     }
 
-    /// Takes what the guest has sent. A guest that found the port busy hears that it is free.
+    /// Whether the guest has sent something that may be taken.
+    fn has_output(&self) -> bool {
+        !self.is_paused && !self.uart.writer().bytes.is_empty()
+    }
+
+    /// Takes what the guest has sent, unless the port is paused. A guest that found the port busy hears that
+    /// it is free.
     fn take_output(&mut self) -> VecDeque<u8> {
+        if self.is_paused {
+            return VecDeque::new();
+        }
+        self.empty_output()
+    }
+
+    /// Lets a worker that ends take what is left of a port that is paused, unless that goes on with a saved
+    /// machine.
+    fn release_output(&mut self) {
+        if self.is_saved.get() {
+            self.disconnect();
+        }
+        self.is_paused = false;
+    }
+
+    fn empty_output(&mut self) -> VecDeque<u8> {
         let output = self.uart.writer_mut();
         let bytes = std::mem::take(&mut output.bytes);
         if std::mem::take(&mut output.was_full) {
@@ -223,6 +266,40 @@ impl Serial {
             self.write_register(INTERRUPT_ENABLE, enabled);
         }
         bytes
+    }
+
+    /// Gives the guest what `read` reads from the host; says how much, or `None` if the guest has to take what was
+    /// read before, or the port is paused. The worker hears of it when there is room.
+    ///
+    /// The port is locked while `read` fills a part of the bytes that it is given. So what was read is the
+    /// port's at once, and a pause finds nothing under way.
+    ///
+    /// # Errors
+    /// As `read`.
+    fn read_input(
+        &mut self,
+        read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<Option<usize>> {
+        self.move_input();
+        if self.is_paused || !self.pending_input.is_empty() {
+            return Ok(None);
+        }
+        let mut bytes = [0; INPUT_CHUNK];
+        let count = read(&mut bytes)?;
+        self.pending_input.extend(&bytes[..count]);
+        self.move_input();
+        Ok(Some(count))
+    }
+
+    /// Moves what was read to the receive FIFO, as far as it has room.
+    fn move_input(&mut self) {
+        if self.is_paused || self.pending_input.is_empty() {
+            return;
+        }
+        let mut pending = std::mem::take(&mut self.pending_input);
+        let taken = self.receive(pending.make_contiguous());
+        pending.drain(..taken);
+        self.pending_input = pending;
     }
 
     /// Gives the guest as many of `bytes` as its receive FIFO has room for; says how many.
@@ -265,7 +342,7 @@ impl BusDevice for Serial {
         *value = self.uart.read(offset);
         if offset == LINE_STATUS {
             let output = self.uart.writer_mut();
-            if output.bytes.len() + TRANSMIT_FIFO_SIZE > OUTPUT_CAPACITY {
+            if output.connected && output.bytes.len() + TRANSMIT_FIFO_SIZE > OUTPUT_CAPACITY {
                 output.was_full = true;
                 *value &= !TRANSMITTER_EMPTY;
             }
@@ -322,7 +399,7 @@ mod tests {
     #[test]
     fn a_full_port_is_busy_until_the_host_takes_its_output() {
         let (mut serial, interrupts) = serial();
-        serial.set_connected(true);
+        serial.connect();
         serial.write(INTERRUPT_ENABLE.into(), &[THRE_INTERRUPT]);
         for _ in 0..OUTPUT_CAPACITY / TRANSMIT_FIFO_SIZE {
             let empty = line_status(&mut serial) & TRANSMITTER_EMPTY;
@@ -362,7 +439,7 @@ mod tests {
         };
         let line = Line(Arc::new(AtomicUsize::new(0)));
         let mut serial = Serial::new(Box::new(line), Some(limit), log()).unwrap();
-        serial.set_connected(true);
+        serial.connect();
         for _ in 0..400 {
             assert_ne!(line_status(&mut serial) & TRANSMITTER_EMPTY, 0);
             serial.write(DATA, b"x");

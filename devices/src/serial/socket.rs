@@ -4,7 +4,6 @@
 //! yet to get takes no memory of its own, and one that comes late gets what there is. The guest waits for
 //! clients that follow its output; for one that has stopped taking any it waits a second, and then goes on.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,7 +17,6 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::client::Client;
 use super::history::History;
-use super::worker::INPUT_CHUNK;
 use super::{OUTPUT_CAPACITY, Serial, lock};
 use crate::ListeningSocket;
 use crate::device_log::DeviceLog;
@@ -47,8 +45,6 @@ pub(super) struct SocketWorker {
     listener: ListeningSocket,
     history: History,
     clients: [Option<Client>; MAX_CLIENTS],
-    /// Read from a client, not yet taken by the guest.
-    pending_input: VecDeque<u8>,
     /// The client whose input is next, if it has any.
     next_input: usize,
     accept_retry: Option<Instant>,
@@ -70,7 +66,7 @@ impl SocketWorker {
     ) -> io::Result<SocketWorker> {
         let (attention, log) = {
             let mut port = lock(&port);
-            port.set_connected(true);
+            port.connect();
             (port.attention(), port.log())
         };
         Ok(SocketWorker {
@@ -80,7 +76,6 @@ impl SocketWorker {
             listener,
             history: History::default(),
             clients: Default::default(),
-            pending_input: VecDeque::new(),
             next_input: 0,
             accept_retry: None,
             has_warned: false,
@@ -210,36 +205,26 @@ impl SocketWorker {
 
     /// Moves input to the guest until it has no room or no client has any.
     fn move_input(&mut self) {
-        loop {
-            if !self.pending_input.is_empty() {
-                let bytes = self.pending_input.make_contiguous();
-                let taken = lock(&self.port).receive(bytes);
-                self.pending_input.drain(..taken);
-            }
-            // If there is some left, the guest asks for more by emptying its FIFO.
-            if !self.pending_input.is_empty() || !self.read_input() {
-                return;
-            }
-        }
+        let port = self.port.clone();
+        // If the guest has no room, it asks for more by emptying its FIFO.
+        while let Ok(Some(1..)) = lock(&port).read_input(|bytes| Ok(self.read_input(bytes))) {}
     }
 
-    /// Reads from the next client that has input; gives whether there was one.
-    fn read_input(&mut self) -> bool {
+    /// Reads from the next client that has input; gives how many bytes.
+    fn read_input(&mut self, bytes: &mut [u8]) -> usize {
         for _ in 0..MAX_CLIENTS {
             let place = self.next_input;
             self.next_input = (place + 1) % MAX_CLIENTS;
             if let Some(client) = &mut self.clients[place]
                 && client.may_read()
             {
-                let mut bytes = [0; INPUT_CHUNK];
-                let count = client.read(&mut bytes);
+                let count = client.read(bytes);
                 if count > 0 {
-                    self.pending_input.extend(&bytes[..count]);
-                    return true;
+                    return count;
                 }
             }
         }
-        false
+        0
     }
 
     fn work(&mut self, operations: &mut EventOps<'_>) {
@@ -292,6 +277,7 @@ impl SocketWorker {
 
     /// Sends the guest's last words to clients that take them.
     fn finish(&mut self) {
+        lock(&self.port).release_output();
         let end = Instant::now() + LAST_OUTPUT_TIME;
         let mut last_progress = Instant::now();
         let mut unsent_before = u64::MAX;

@@ -12,8 +12,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Serial, lock};
 
-/// Bytes read from the host at a time: what the receive FIFO takes.
-pub(super) const INPUT_CHUNK: usize = 64;
 /// How long the last output waits for a reader that does not read any of it.
 const LAST_OUTPUT_TIMEOUT_MS: u16 = 1_000;
 /// Size of a pipe that holds what it held before (64 KiB, unless its maker chose) and all that can
@@ -26,8 +24,6 @@ pub(super) struct SerialWorker {
     attention: Arc<EventFd>,
     input: Option<Endpoint>,
     output: Option<Endpoint>,
-    /// Read from the endpoint, not yet taken by the guest.
-    pending_input: VecDeque<u8>,
     /// Sent by the guest, not yet taken by the endpoint.
     pending_output: VecDeque<u8>,
 }
@@ -78,7 +74,9 @@ impl SerialWorker {
     ) -> SerialWorker {
         let attention = {
             let mut port = lock(&port);
-            port.set_connected(output.is_some());
+            if output.is_some() {
+                port.connect();
+            }
             port.attention()
         };
         SerialWorker {
@@ -86,7 +84,6 @@ impl SerialWorker {
             attention,
             input: input.map(Endpoint::new),
             output: output.map(Endpoint::new),
-            pending_input: VecDeque::new(),
             pending_output: VecDeque::new(),
         }
     }
@@ -139,23 +136,20 @@ impl SerialWorker {
     /// Moves input to the guest until it has no room or the endpoint no more.
     fn process_input(&mut self, operations: &mut EventOps<'_>) {
         loop {
-            if !self.pending_input.is_empty() {
-                let bytes = self.pending_input.make_contiguous();
-                let taken = lock(&self.port).receive(bytes);
-                self.pending_input.drain(..taken);
-            }
             let Some(input) = &mut self.input else {
+                // What was read last may still wait for room.
+                lock(&self.port).move_input();
                 return;
             };
-            if !self.pending_input.is_empty() {
-                // The guest asks for more by emptying its FIFO.
-                input.watch(false, EventSet::IN, operations);
-                return;
-            }
-            let mut bytes = [0; INPUT_CHUNK];
-            match input.stream.read(&mut bytes) {
-                Ok(0) => return self.close_input(operations),
-                Ok(count) => self.pending_input.extend(&bytes[..count]),
+            let read = lock(&self.port).read_input(|bytes| input.stream.read(bytes));
+            match read {
+                Ok(Some(0)) => return self.close_input(operations),
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    // The guest asks for more by emptying its FIFO.
+                    input.watch(false, EventSet::IN, operations);
+                    return;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if !input.watch(true, EventSet::IN, operations) {
                         self.close_input(operations);
@@ -182,9 +176,7 @@ impl SerialWorker {
             output.watch(false, EventSet::OUT, operations);
         }
         self.pending_output.clear();
-        let mut port = lock(&self.port);
-        port.set_connected(false);
-        port.take_output();
+        lock(&self.port).disconnect();
     }
 }
 
@@ -212,6 +204,7 @@ impl Drop for SerialWorker {
     /// The guest's last words reach a reader that is still reading, and wait in a pipe for one that
     /// may read later.
     fn drop(&mut self) {
+        lock(&self.port).release_output();
         while let Err(error) = self.send() {
             let Some(output) = &self.output else {
                 return;
