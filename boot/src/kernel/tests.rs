@@ -427,7 +427,7 @@ fn images_cut_short_anywhere_are_refused() {
     }
 }
 
-/// Whatever an image says, it must stay between the boot structures and its end.
+/// Whatever an image contains, it must stay between the boot structures and its end.
 fn assert_within_bounds(image: &[u8], wanted: BootProtocol) {
     let guest = memory(8 * MIB);
     let end = match load_kernel(&guest, &mut file(image), wanted) {
@@ -462,7 +462,7 @@ fn any_image() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![Just(elf), prop::sample::select(bzimages.to_vec())]
 }
 
-/// Offsets that matter: ELF and program headers, notes, setup header; or any.
+/// Offsets of ELF and program headers, notes and the setup header, or any offset.
 fn any_offset() -> impl Strategy<Value = usize> {
     prop_oneof![
         0..0x100_usize,

@@ -26,7 +26,7 @@ fn logged_memory() -> Arc<GuestMemory> {
     memory
 }
 
-/// The numbers of the pages that are taken from the log.
+/// Takes the log's pages and returns their numbers.
 fn dirty(memory: &GuestMemory) -> Vec<u64> {
     let pages = memory.take_dirty();
     pages.iter().map(|address| address.0 / PAGE).collect()
@@ -223,7 +223,7 @@ fn only_a_log_that_is_on_is_written_to() {
     assert_eq!(dirty(&memory), [17], "a start empties the log");
 }
 
-/// A copy is made as a migration makes it, while another thread writes.
+/// Copies memory the way a migration does, while another thread writes.
 #[test]
 fn a_copy_by_the_log_is_whole() {
     for _ in 0..50 {
