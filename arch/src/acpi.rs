@@ -72,7 +72,7 @@ pub struct VirtioMmioWindow {
 /// system description pointer (ACPI 6.5 section 5.2.5), which guests also find by searching there.
 ///
 /// # Errors
-/// When the number of vCPUs is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), a device
+/// If the number of vCPUs is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), a device
 /// window is not in the device hole, the tables exceed [`ACPI_TABLES_MAX_SIZE`], or the guest has no
 /// memory there.
 pub fn write_acpi_tables(memory: &GuestMemory, devices: &AcpiDevices<'_>) -> Result<GuestAddress> {

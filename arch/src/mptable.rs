@@ -52,7 +52,7 @@ const ALL_LOCAL_APICS: u8 = 0xff;
 /// listed: a guest sets up each input that it finds.
 ///
 /// # Errors
-/// When `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
+/// If `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
 /// memory at [`MP_TABLE`].
 pub fn write_mp_table(memory: &GuestMemory, vcpu_count: u8, gsis: &[u32]) -> Result<()> {
     check_vcpu_count(vcpu_count)?;

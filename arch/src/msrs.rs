@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_modifier_changes_the_bits_of_its_mask_alone() {
+    fn a_modifier_changes_only_the_bits_of_its_mask() {
         let modifier = MsrModifier {
             index: 0x10a,
             mask: 0xff00_0000_0000_00f0,

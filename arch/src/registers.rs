@@ -119,7 +119,7 @@ pub fn floating_point_state() -> kvm_fpu {
 /// the 64-bit Linux entry an identity map of the first 4 GiB in pages of 2 MiB.
 ///
 /// # Errors
-/// When the guest has no memory at their addresses.
+/// If the guest has no memory at their addresses.
 pub fn write_boot_tables(memory: &GuestMemory, protocol: EntryProtocol) -> Result<()> {
     let gdt: [u64; GDT_ENTRY_COUNT] = [
         0,

@@ -346,7 +346,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_appended_is_a_kernel_parameter(text in "[ -~]{0,80}") {
+        fn appended_words_are_kernel_parameters(text in "[ -~]{0,80}") {
             if let Ok(mut line) = CommandLine::new(&text) {
                 line.append("added").unwrap();
                 let line = line.to_string();

@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_no_initrd_are_refused() {
+    fn files_that_are_not_initrds_are_refused() {
         let kernel = loaded_kernel(4 * MIB, None);
         let memory = memory(16 * MIB);
         let load = |file: &mut File| load_initrd(&memory, file, &kernel).unwrap_err().to_string();

@@ -61,7 +61,7 @@ impl Row {
 ///
 /// # Errors
 ///
-/// When no machine can run on this host.
+/// If no machine can run on this host.
 pub fn check(out: &mut impl Write) -> anyhow::Result<()> {
     let mut rows = vec![virtualization_row(host::virtualization())];
     rows.extend(kvm_rows());

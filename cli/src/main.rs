@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_system_are_told_in_words() {
+    fn system_errors_are_printed_in_words() {
         let error = io::Error::from_raw_os_error(2);
         let told = anyhow::anyhow!("cannot open 'x': {error}; try another");
         assert_eq!(
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_told_once() {
+    fn causes_are_printed_once() {
         let io = || io::Error::other("it is gone");
         let told = Err::<(), _>(io())
             .context("cannot open 'x': it is gone")

@@ -57,7 +57,7 @@ impl Outlet {
     /// Starts the thread, called `name`, that writes to `to`.
     ///
     /// # Errors
-    /// When the host gives no thread or descriptor for it.
+    /// If the host gives no thread or descriptor for it.
     pub fn start(name: &str, to: impl AsFd + Send + 'static) -> io::Result<Outlet> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {

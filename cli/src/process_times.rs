@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_time_of_the_start_is_told_as_far_as_it_is_known() {
+    fn the_start_time_is_reported_if_it_is_known() {
         let times = ProcessTimes {
             start_us: Some(1),
             start_cpu_us: Some(u64::MAX),

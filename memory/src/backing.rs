@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_in_a_range_in_part_are_no_part_of_what_is_discarded() {
+    fn pages_that_are_only_partly_in_a_range_are_not_discarded() {
         let page = PAGE_SIZE;
         let ordinary = |range| Backing::Anonymous.whole_pages(&range);
         assert_eq!(ordinary(page..3 * page), Some(page..3 * page));

@@ -79,7 +79,7 @@ impl GuestBuffers {
     /// Appends the `len` bytes at `address`.
     ///
     /// # Errors
-    /// When they are not all guest memory.
+    /// If they are not all guest memory.
     pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BufferError> {
         self.check_change();
         let outside = BufferError::OutsideMemory {

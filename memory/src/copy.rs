@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_sizes_and_alignments_are_copied_and_nothing_around_them() {
+    fn all_sizes_and_alignments_are_copied_exactly() {
         let source: Vec<u8> = (0..200).map(|number| number as u8 + 1).collect();
         for len in 0..=MAX_WORDS_SIZE + 20 {
             for offset in 0..9 {

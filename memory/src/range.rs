@@ -50,7 +50,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
     /// Reads the word at `index` by an atomic access.
     ///
     /// # Panics
-    /// When it is not within the range.
+    /// If it is not within the range.
     #[inline]
     pub fn load(&self, index: usize, order: Ordering) -> T {
         match self.get(index, order) {
@@ -62,7 +62,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
     /// Writes `values` from the word at `index` on, each by an atomic access, in order.
     ///
     /// # Panics
-    /// When they are not all within the range.
+    /// If they are not all within the range.
     #[inline]
     pub fn store<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
         let words = self.write(index, values, order);
@@ -73,7 +73,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
     /// marked together. The caller then calls [`GuestRange::mark_all`] of a range that covers them.
     ///
     /// # Panics
-    /// When the words are not all within the range.
+    /// If the words are not all within the range.
     #[inline]
     pub fn store_unmarked<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
         self.write(index, values, order);

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_compatible_service_speaks_text_alone() {
+    fn a_compatible_service_answers_only_text() {
         let options = MetadataOptions {
             imds_compat: true,
             ..MetadataOptions::default()

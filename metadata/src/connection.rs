@@ -172,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_borne(pieces in prop::collection::vec(
+        fn any_bytes_are_accepted_or_refused(pieces in prop::collection::vec(
             prop::collection::vec(any::<u8>(), 0..3000), 0..20,
         )) {
             let pieces: Vec<_> = pieces.iter().map(Vec::as_slice).collect();

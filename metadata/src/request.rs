@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_told_apart() {
+    fn bytes_that_are_not_a_request_are_distinguished_by_reason() {
         let many = "a: b\r\n".repeat(MAX_FIELDS + 1);
         let long = format!("a: {}\r\n", "b".repeat(MAX_HEAD_SIZE));
         for (bytes, error) in [
@@ -390,7 +390,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn more_bytes_do_not_change_what_was_found(
+        fn more_bytes_do_not_change_the_result(
             bytes in almost_a_request(),
             more in almost_a_request(),
         ) {

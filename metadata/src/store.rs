@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_changes_nothing() {
+    fn contents_that_are_too_large_change_nothing() {
         // {"a":"..."} with 12 letters.
         let mut store = MetadataStore::new(20);
         let contents = json!({"a": "123456789012"});

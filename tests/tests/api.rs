@@ -74,7 +74,7 @@ fn memory_and_vcpus_are_as_configured() {
 }
 
 #[test]
-fn what_is_configured_is_told_again() {
+fn the_configuration_can_be_read_back() {
     require_kvm!();
     let machine = ApiMachine::new();
     let api = &machine.api;
@@ -204,7 +204,7 @@ fn resources_are_put_before_the_start_only_and_changed_after_it_only() {
 }
 
 #[test]
-fn processors_are_as_the_client_wants_them_or_there_is_no_machine() {
+fn processors_are_as_configured_or_the_start_fails() {
     require_kvm!();
     let machine = ApiMachine::new();
     let api = &machine.api;

@@ -187,7 +187,7 @@ fn a_socket_device_listens_while_the_machine_runs() {
 }
 
 #[test]
-fn a_socket_that_cannot_be_had_is_told_at_the_start() {
+fn a_socket_that_cannot_be_bound_is_reported_at_the_start() {
     require_kvm!();
     let machine = ApiMachine::new();
     let socket = machine.image("taken", 1);

@@ -8,7 +8,7 @@ use serde_json::json;
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
 
 #[test]
-fn metadata_are_set_merged_and_told_before_and_after_the_start() {
+fn metadata_are_set_merged_and_returned_before_and_after_the_start() {
     require_taps!();
     let tap = HostTap::new();
     let machine = ApiMachine::with(|bantam, _| bantam.option("--mmds-size-limit", "200"));

@@ -78,7 +78,7 @@ fn every_spelling_of_a_choice_is_known_and_no_other() {
 }
 
 #[test]
-fn what_is_not_listed_and_what_is_no_json_is_refused_with_field_and_place() {
+fn unknown_fields_and_invalid_json_are_refused_with_field_and_place() {
     let machine = ApiMachine::new();
     let api = &machine.api;
     for (method, path, body) in [

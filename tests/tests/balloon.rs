@@ -38,7 +38,7 @@ fn balloon(options: &str) -> Bantam {
 }
 
 #[test]
-fn nothing_is_reported_that_is_not_asked_for() {
+fn nothing_is_reported_unless_asked_for() {
     require_kvm!();
     let mut machine = balloon(",deflate-on-oom=on").start();
     let steps = ["filled", "inflated", "refilled", "reported"];
@@ -48,7 +48,7 @@ fn nothing_is_reported_that_is_not_asked_for() {
 }
 
 #[test]
-fn pages_in_the_balloon_and_reported_ones_are_the_hosts() {
+fn pages_in_the_balloon_and_reported_ones_belong_to_the_host() {
     require_kvm!();
     let mut machine = balloon(",reporting=on").start();
     let steps = ["filled", "inflated", "refilled", "reported"];

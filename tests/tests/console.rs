@@ -385,7 +385,7 @@ fn a_socket_serves_one_client_after_another() {
 }
 
 #[test]
-fn whoever_comes_late_to_a_socket_gets_the_output_and_all_are_served_at_once() {
+fn late_clients_of_a_socket_get_the_output_and_all_are_served_at_once() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");

@@ -108,7 +108,7 @@ fn allocated_bytes(path: &Path) -> u64 {
 }
 
 #[test]
-fn a_disk_without_an_id_is_told_by_its_place() {
+fn a_disk_without_an_id_is_named_by_its_place() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let mut bantam = Bantam::payload("devices");

@@ -49,7 +49,7 @@ fn a_raw_disk_to_which_a_guest_wrote_a_header_still_starts() {
 }
 
 #[test]
-fn a_file_named_for_another_format_is_taken_as_raw_if_that_is_said() {
+fn a_file_named_for_another_format_is_raw_on_request() {
     require_kvm!();
     let folder = folder();
     let image = image(folder.path(), "disk.vmdk", 1 << 20);

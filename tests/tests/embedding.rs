@@ -180,7 +180,7 @@ fn threads_of_cores_start_as_vcpus_do() {
 }
 
 #[test]
-fn a_machine_is_stopped_from_outside_and_its_event_tells() {
+fn a_machine_is_stopped_from_outside_and_signals_its_event() {
     require_kvm!();
     let _alone = alone();
     let (machine, mut output) = started(&hello("hang"));
@@ -280,7 +280,7 @@ fn ctrl_alt_del_reaches_a_keyboard_driver() {
 }
 
 #[test]
-fn keys_are_not_pressed_where_nobody_listens() {
+fn keys_are_not_pressed_without_a_driver() {
     require_kvm!();
     let _alone = alone();
     let (machine, mut output) = started(&hello("hang"));
@@ -540,7 +540,7 @@ fn a_balloon_follows_its_owner() {
 }
 
 #[test]
-fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
+fn a_configuration_that_asks_for_too_much_is_a_typed_error() {
     require_kvm!();
     let _alone = alone();
     let missing = MachineConfig::new("/nowhere/vmlinux");

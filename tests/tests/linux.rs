@@ -286,7 +286,7 @@ fn linux_exchanges_data_with_the_host_by_tcp() {
 // --- SMP and ACPI -------------------------------------------------------------------------------
 
 #[test]
-fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
+fn linux_runs_on_four_vcpus_reacts_to_its_owner_and_reboots() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let root = root_disk(&folder);
@@ -381,7 +381,7 @@ fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
 }
 
 #[test]
-fn linux_without_acpi_tells_a_panic_and_gives_a_number() {
+fn linux_without_acpi_reports_a_panic_and_a_number() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     // The kernel panics when its first process ends.
@@ -403,7 +403,7 @@ fn linux_without_acpi_tells_a_panic_and_gives_a_number() {
 }
 
 #[test]
-fn linux_with_acpi_tells_the_panic_device() {
+fn linux_with_acpi_reports_to_the_panic_device() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     // It would stay as it is after a panic, and leaves nothing in memory.
@@ -422,7 +422,7 @@ fn linux_with_acpi_tells_the_panic_device() {
 // --- The balloon --------------------------------------------------------------------------------
 
 #[test]
-fn linux_gives_memory_back_and_says_how_much_it_has() {
+fn linux_gives_memory_back_and_reports_how_much_it_has() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let config = MachineConfig {
@@ -547,7 +547,7 @@ fn linux_has_good_random_numbers_from_the_start() {
 
 /// One word more than init has room for, and the kernel panics as the log said it would.
 #[test]
-fn linux_is_not_given_more_words_for_its_init_than_it_takes_without_a_warning() {
+fn more_words_than_linux_init_takes_are_warned_of() {
     require_kvm!();
     let words: String = (0..33).map(|number| format!("word{number} ")).collect();
     let ended = Bantam::linux(Kernel::Small).append(words).finish();

@@ -253,7 +253,7 @@ fn a_histogram_takes_any_time() {
 }
 
 #[test]
-fn stamps_tell_places_seeds_and_generations_apart() {
+fn stamps_distinguish_places_seeds_and_generations() {
     let mut stamps = Stamps::new(7, 16).unwrap();
     let mut data = [0; 512];
     stamps.fill(3, &mut data);

@@ -31,7 +31,7 @@ fn code(folder: &TempDir, code: &[u8]) -> Bantam {
 // --- Panics and numbers ---------------------------------------------------------------------------
 
 #[test]
-fn a_panic_that_the_panic_device_hears_of_is_no_reboot() {
+fn a_panic_that_the_panic_device_reports_is_not_a_reboot() {
     require_kvm!();
     let ended = hello("finish=panic").finish();
     ended.has_status(STATUS_PANIC);
@@ -85,7 +85,7 @@ fn a_guest_gives_its_own_number() {
 }
 
 #[test]
-fn the_exit_status_can_tell_of_the_monitor_alone() {
+fn the_exit_status_can_be_about_the_monitor_alone() {
     require_kvm!();
     for words in ["finish=reset", "finish=panic", "finish=number number=3"] {
         let bantam = hello(words).option("--exit-status", "monitor");
@@ -103,7 +103,7 @@ fn the_exit_status_can_tell_of_the_monitor_alone() {
 // --- Restarts ---------------------------------------------------------------------------------------
 
 #[test]
-fn a_reboot_starts_the_machine_again_as_often_as_it_may() {
+fn a_reboot_restarts_the_machine_up_to_the_limit() {
     require_kvm!();
     let ended = hello("finish=reset")
         .option("--on-reboot", "restart")
@@ -125,7 +125,7 @@ fn a_reboot_starts_the_machine_again_as_often_as_it_may() {
 }
 
 #[test]
-fn a_panic_is_restarted_for_what_it_is() {
+fn a_restart_after_a_panic_names_the_panic() {
     require_kvm!();
     let ended = hello("finish=panic-word")
         .option("--on-reboot", "restart")
@@ -231,7 +231,7 @@ fn a_second_signal_cuts_the_power_at_once() {
 }
 
 #[test]
-fn nobody_is_asked_where_there_is_no_time_or_nobody_who_listens() {
+fn a_guest_is_not_asked_without_time_or_a_driver() {
     require_kvm!();
     let at_once = [
         (
@@ -295,7 +295,7 @@ fn a_guest_that_has_halted_for_good_is_ended_if_asked_for() {
 }
 
 #[test]
-fn a_guest_that_has_halted_for_good_is_told_of_once() {
+fn a_guest_that_has_halted_for_good_is_reported_once() {
     require_kvm!();
     let machine = hello("finish=hang").start();
     let line = "the guest has halted for good";

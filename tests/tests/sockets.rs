@@ -212,7 +212,7 @@ fn no_guest_runs_if_the_api_cannot_be_served() {
 }
 
 #[test]
-fn a_client_of_the_serial_port_hears_nothing_of_one_who_looks_whether_it_is_in_use() {
+fn a_check_whether_the_serial_port_is_in_use_does_not_disturb_its_client() {
     require_kvm!();
     let folder = Folder::new();
     let socket = folder.path("serial");

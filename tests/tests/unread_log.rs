@@ -135,7 +135,7 @@ fn an_api_whose_log_nobody_reads_goes_on() {
 }
 
 #[test]
-fn lines_that_find_no_room_are_counted_and_told_of() {
+fn lines_that_find_no_room_are_counted_and_reported() {
     let pipe = FullPipe::new();
     let machine =
         ApiMachine::with(|bantam, _| bantam.option("--level", "Debug").stderr(pipe.end()));
@@ -274,7 +274,7 @@ fn a_machine_whose_log_nobody_reads_goes_on() {
 }
 
 #[test]
-fn a_hostile_guest_that_has_much_logged_holds_up_nobody() {
+fn a_hostile_guest_that_fills_the_log_holds_up_nobody() {
     require_kvm!();
     let folder = tempfile::tempdir().expect("there is room for temporary files");
     let disk = folder.path().join("disk");
@@ -298,7 +298,7 @@ fn a_machine_that_starts_again_and_again_goes_on() {
 }
 
 #[test]
-fn a_machine_that_cannot_be_ends_and_says_why_to_a_late_reader() {
+fn a_machine_that_cannot_start_tells_a_late_reader_why() {
     let missing = Path::new("/missing");
     let pipe = FullPipe::new();
     let ended = Bantam::run(missing).stderr(pipe.end()).finish();

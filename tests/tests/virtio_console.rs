@@ -108,7 +108,7 @@ fn a_mebibyte_moves_both_ways_and_a_slow_reader_loses_none_of_it() {
 }
 
 #[test]
-fn channels_carry_data_and_tell_when_an_end_is_closed() {
+fn channels_carry_data_and_report_when_an_end_is_closed() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let sockets = ["one", "two"].map(|name| folder.path().join(name));
@@ -174,7 +174,7 @@ fn set_size(terminal: &impl AsRawFd, columns: u16, rows: u16) {
 }
 
 #[test]
-fn the_guest_is_told_the_size_of_the_terminal() {
+fn the_guest_learns_the_size_of_the_terminal() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("serial");

@@ -338,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_a_compressor_wrote_is_restored(data in compressible()) {
+        fn the_output_of_a_compressor_is_restored(data in compressible()) {
             let stream = lzokay_native::compress(&data).unwrap();
             let mut output = vec![0; data.len()];
             decompress_lzo1x(&stream, &mut output).unwrap();

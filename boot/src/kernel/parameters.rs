@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn linux_passes_on_what_its_image_does_not_name() {
+    fn linux_passes_on_words_that_its_image_does_not_name() {
         let (guest, kernel) = linux_with("no_timer_check\0tsc=\0xsavex\0low-latency");
         let passes = |name| kernel.passes_to_init(&guest, name).unwrap();
         for name in ["no_timer_check", "tsc", "low-latency", "low_latency"] {
@@ -193,14 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn other_kernels_and_compressed_ones_are_not_said_to_pass_anything_on() {
+    fn other_kernels_and_compressed_ones_pass_nothing_on() {
         let other = kernel_with(b"tsc=\0");
         assert!(!other.1.passes_to_init(&other.0, "earlyprintk").unwrap());
         assert_eq!(overflow_of(&other, &words(100, "")), None);
     }
 
     #[test]
-    fn init_gets_as_many_words_as_linux_has_room_for() {
+    fn init_gets_the_words_that_linux_has_room_for() {
         let linux = linux_with("quiet\0root=");
         for (known, end, limit, overflow) in [
             ("quiet", "", 32, InitOverflow::Arguments),
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_count_once_and_those_that_init_has_not_at_all() {
+    fn variables_count_once_and_those_that_init_already_has_do_not_count() {
         let linux = linux_with("");
         let line = format!("{} word0=2 HOME=/root TERM=vt100", words(31, "=1"));
         assert_eq!(overflow_of(&linux, &line), None);
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn known_words_are_no_reason_to_warn() {
+    fn known_words_cause_no_warning() {
         let names: String = (0..60).map(|number| format!("word{number}\0")).collect();
         let linux = linux_with(&names);
         assert_eq!(overflow_of(&linux, &words(60, "")), None);

@@ -198,7 +198,7 @@ fn assert_self_extracting(image: &TestBzImage) {
 }
 
 #[test]
-fn bzimage_extracts_itself_when_the_monitor_cannot() {
+fn bzimage_decompresses_itself_if_the_monitor_cannot() {
     let elf = TestElf::with_pvh();
     for compression in COMPRESSIONS {
         let payload = compress(compression, &elf.build());
@@ -291,7 +291,7 @@ fn bytes_after_an_old_setup_header_are_not_taken_for_fields() {
 }
 
 #[test]
-fn files_that_are_no_kernels_are_named() {
+fn files_that_are_not_kernels_are_named() {
     for (image, text) in [
         (&b""[..], "the file is empty"),
         (
@@ -320,7 +320,7 @@ fn files_that_are_no_kernels_are_named() {
 }
 
 #[test]
-fn elf_files_that_are_no_kernels_are_named() {
+fn elf_files_that_are_not_kernels_are_named() {
     let kernel = TestElf::without_pvh();
     let mut elf = kernel.clone();
     elf.machine = EM_AARCH64;

@@ -70,7 +70,7 @@ fn regions_are_found_by_address() {
 }
 
 #[test]
-fn what_is_written_is_logged_and_what_is_read_is_not() {
+fn writes_are_logged_and_reads_are_not() {
     let memory = logged_memory();
     let mut list = buffers(&memory, &[(3 * PAGE - 1, 2), (18 * PAGE, 4)]);
     let mut bytes = [0; 3];
@@ -131,7 +131,7 @@ fn words_are_logged() {
 }
 
 #[test]
-fn what_the_kernel_fills_is_logged() {
+fn buffers_that_the_kernel_fills_are_logged() {
     let memory = logged_memory();
     let ranges = [(0, 4), (3 * PAGE - 2, 4), (16 * PAGE, 3 * PAGE as u32)];
     let position = Some(FilePosition {
@@ -190,7 +190,7 @@ fn a_list_that_is_filled_does_not_change() {
 }
 
 #[test]
-fn what_is_discarded_is_logged() {
+fn discarded_pages_are_logged() {
     let memory = logged_memory();
     let mut list = buffers(&memory, &[(PAGE - 1, 2 + 2 * PAGE as u32), (18 * PAGE, 1)]);
     assert_eq!(

@@ -299,7 +299,7 @@ fn a_large_answer_waits_for_a_slow_client() {
 }
 
 #[test]
-fn a_client_that_takes_its_time_is_cut_off() {
+fn a_slow_client_is_cut_off() {
     let large = "x".repeat(40_000);
     let mut world = World::new(MetadataVersion::V1, json!({"a": large}));
     let idle = world.connect();
@@ -495,7 +495,7 @@ fn a_frame_is_accepted_whatever_station_it_is_sent_to() {
 }
 
 #[test]
-fn what_is_no_segment_is_dropped() {
+fn frames_without_a_tcp_segment_are_dropped() {
     let mut network = world().network;
     network.accept(&mut arp(2, SERVICE), network.start);
     let metrics = network.metadata.clone();
