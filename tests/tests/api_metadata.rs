@@ -15,7 +15,7 @@ fn metadata_are_set_merged_and_returned_before_and_after_the_start() {
     let api = &machine.api;
     let config = json!({"version": "V2", "network_interfaces": ["eth0"],
                         "ipv4_address": "169.254.170.2", "imds_compat": true});
-    // There is no such interface yet.
+    // This interface does not exist yet.
     machine.refused("PUT", "/mmds/config", &config);
     let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
     api.put("/network-interfaces/eth0", &interface);

@@ -1,4 +1,4 @@
-//! What the API refuses, with which reason, and that nothing has changed then. Every answer is checked
+//! Requests that the API refuses: with which reason, and without a change. Every answer is checked
 //! against `docs/openapi.yaml`.
 
 use std::fs;
@@ -205,7 +205,7 @@ fn unknown_fields_and_invalid_json_are_refused_with_field_and_place() {
         let reason = api.refused("PUT", path, body);
         assert!(reason.contains(complaint), "{reason}");
     }
-    // Deep enough for a parser that recurses without end.
+    // Deep enough to overflow the stack of a parser without a limit.
     let deep = format!("{{\"rate_limiter\": {}", "[".repeat(40_000));
     api.refused("PUT", "/entropy", &deep);
     api.refused("PUT", "/cpu-config", &"[".repeat(50_000));
