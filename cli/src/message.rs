@@ -74,7 +74,8 @@ impl Write for Stderr {
     }
 }
 
-/// The same report as the standard library's. The process may end right after it.
+/// Reports a panic like the standard library. The process may end right after it, so this waits
+/// until it is written.
 fn report_panic(info: &panic::PanicHookInfo<'_>) {
     let thread = thread::current();
     let name = thread.name().unwrap_or("<unnamed>");

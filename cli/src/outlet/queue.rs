@@ -58,7 +58,7 @@ impl LineQueue {
         self.dropped
     }
 
-    /// Notes that the loss of `count` lines was reported.
+    /// Notes that the loss of this many lines was reported.
     pub fn forget_dropped(&mut self, lines: u64) {
         self.dropped = self.dropped.saturating_sub(lines);
     }
