@@ -3,7 +3,8 @@
 #
 # Fetches the kernel that Debian builds for virtual machines, unchanged, and prints the path of its
 # bzImage, and of an initrd that loads its drivers for Bantam's machine and then starts the root file
-# system on the first disk. It installs nothing and fetches nothing twice: the results stay in $BANTAM_CACHE (~/.cache/bantam if unset), in a folder named after the package.
+# system on the first disk. It installs nothing and fetches nothing twice: the results stay in
+# $BANTAM_CACHE (~/.cache/bantam if unset), in a folder named after the package.
 
 set -euo pipefail
 shopt -s inherit_errexit

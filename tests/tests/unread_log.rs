@@ -83,7 +83,7 @@ fn assert_blocking(descriptor: impl AsFd) {
     assert_eq!(flags & OFlag::O_NONBLOCK.bits(), 0);
 }
 
-/// Asks for the instance so many times, on one connection.
+/// Requests the instance `count` times, on one connection.
 #[track_caller]
 fn get_often(api: &ApiClient, count: usize) {
     let mut stream = api.connect();

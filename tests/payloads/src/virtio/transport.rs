@@ -158,7 +158,7 @@ impl Doorbell {
     /// Rings it.
     #[inline]
     pub fn ring(&self) {
-        // SAFETY: a device's register, as whoever made this has promised; what the device then
+        // SAFETY: a device's register, as the caller of `new` has promised; what the device then
         // does to memory is up to the queues it was given.
         unsafe {
             match self.width {
