@@ -144,7 +144,7 @@ impl Machine {
         act(&mut *self.device.lock().unwrap())
     }
 
-    /// Whether the device that takes the place of this one has taken over the state.
+    /// Puts a new device in the place of this one, which goes on with what `damage` leaves of the state.
     fn replace(&mut self, kind: u8, damage: &Damage) {
         let section = self.act(|device| {
             device.pause().unwrap();
