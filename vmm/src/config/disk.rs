@@ -8,7 +8,8 @@ use std::str::FromStr;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::limits::{ShortKeys, serde_with_short_keys};
+use super::limits::ShortKeys;
+use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, LimitsConfig, is_default, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.

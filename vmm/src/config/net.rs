@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::limits::{ShortKeys, serde_with_short_keys};
+use super::limits::ShortKeys;
+use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.

@@ -1,5 +1,6 @@
 //! Tests of machine files, of how sources combine, and of what fits together.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
