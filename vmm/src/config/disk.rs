@@ -8,6 +8,7 @@ use std::str::FromStr;
 use bantam_devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::forms::Listed;
 use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, LimitsConfig, is_default, option_string, whole_number};
@@ -124,6 +125,11 @@ impl DiskConfig {
         let device = || format!("disk '{}'", self.path.display());
         self.limits.check_bursts(device)
     }
+}
+
+impl Listed for DiskConfig {
+    const NAME: &'static str = "disk";
+    const EXAMPLE: &'static str = "path = \"disk.img\"";
 }
 
 impl FromStr for DiskConfig {
@@ -476,7 +482,7 @@ mod tests {
             ("a,id=root", "root"),
             ("a", "disk3"),
             ("a,id=root disk", "disk3"),
-            ("a,id=rng", "disk3"),
+            ("a,id=console", "disk3"),
             ("a,id=net0", "disk3"),
         ] {
             assert_eq!(disk(text).unwrap().device_name(3).as_str(), name);

@@ -199,7 +199,7 @@ impl<'de> Deserialize<'de> for RefillTime {
     }
 }
 
-/// Limits of the two things that a disk or an entropy device does much of.
+/// Limits of the two things that a device does much of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default,
@@ -210,7 +210,7 @@ pub struct LimitsConfig {
     /// Of bytes.
     #[serde(skip_serializing_if = "is_default")]
     pub bytes: LimitConfig,
-    /// Of operations: requests of a disk, buffers of an entropy device, packets of a network device.
+    /// Of operations, such as requests of a disk or packets of a network device.
     #[serde(skip_serializing_if = "is_default")]
     pub operations: LimitConfig,
 }

@@ -103,16 +103,16 @@ pub struct MachineConfig {
     /// Which pages of the host it is made of.
     pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
-    #[serde(rename = "disk", deserialize_with = "forms::disks")]
+    #[serde(rename = "disk", deserialize_with = "forms::tables")]
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
-    #[serde(rename = "net", deserialize_with = "forms::nets")]
+    #[serde(rename = "net", deserialize_with = "forms::tables")]
     pub nets: Vec<NetConfig>,
     /// Socket device.
-    #[serde(deserialize_with = "forms::vsock")]
+    #[serde(deserialize_with = "forms::table")]
     pub vsock: Option<VsockConfig>,
     /// What the guest is told over its network devices.
-    #[serde(deserialize_with = "forms::metadata")]
+    #[serde(deserialize_with = "forms::table")]
     pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
@@ -122,13 +122,13 @@ pub struct MachineConfig {
     /// is no such console.
     pub console: SerialConfig,
     /// Channels between programs of the guest and of the host.
-    #[serde(rename = "channel", deserialize_with = "forms::channels")]
+    #[serde(rename = "channel", deserialize_with = "forms::tables")]
     pub channels: Vec<ChannelConfig>,
     /// Entropy device.
     #[serde(with = "rng")]
     pub rng: Option<RngConfig>,
     /// Memory balloon.
-    #[serde(deserialize_with = "forms::balloon")]
+    #[serde(deserialize_with = "forms::table")]
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
@@ -245,6 +245,37 @@ impl MachineConfig {
         nets.map(|(place, net)| net.device_name(place))
     }
 
+    /// How many virtio devices the machine has.
+    fn device_count(&self) -> usize {
+        self.disks.len()
+            + self.nets.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.console != SerialConfig::None)
+            + usize::from(!self.channels.is_empty())
+            + usize::from(self.rng.is_some())
+            + usize::from(self.balloon.is_some())
+    }
+
+    /// Checks each device by itself, and beside the machine's memory.
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory, self.huge_pages)?;
+        }
+        for disk in &self.disks {
+            disk.validate_bursts()?;
+        }
+        for net in &self.nets {
+            net.validate_bursts()?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
+        }
+        match &self.rng {
+            Some(rng) => rng.validate(),
+            None => Ok(()),
+        }
+    }
+
     /// The serial port, the console and the channels: what each is called, and its other end.
     fn streams(&self) -> impl Iterator<Item = (String, &SerialConfig)> {
         let channel = |it: &ChannelConfig| format!("channel '{}'", it.name);
@@ -262,6 +293,12 @@ impl MachineConfig {
         self.streams().any(|(_, end)| *end == SerialConfig::Stdio)
     }
 }
+
+/// Names of the devices that a machine has once at most. No disk or network device can have one, so that a
+/// machine can be given any of these devices later.
+const FIXED_DEVICE_NAMES: [&str; 7] = [
+    "serial", "console", "channels", "keyboard", "vsock", "rng", "balloon",
+];
 
 /// How the kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -333,7 +370,5 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-#[cfg(test)]
-mod round_trip;
 #[cfg(test)]
 mod tests;

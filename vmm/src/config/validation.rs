@@ -10,7 +10,7 @@ use bantam_arch::layout;
 use bantam_devices::virtio::console::MAX_CHANNELS;
 
 use super::limits::RateKeys;
-use super::{ChannelConfig, ConfigError, HugePages, MachineConfig, SerialConfig};
+use super::{ChannelConfig, ConfigError, MachineConfig, SerialConfig};
 
 impl MachineConfig {
     /// Checks that the parts of the machine fit together.
@@ -32,15 +32,13 @@ impl MachineConfig {
     /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
-    /// - [`ConfigError::BalloonOfHugePages`]: a balloon in memory of pages of 2 MiB.
-    /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
+    /// - One of a single device, which does not fit into the machine's memory or is wrong in itself.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
     /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
     ///   the name of another device.
     /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst of a limit that it does not have.
-    /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
     /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
     ///   no network device, or over one that there is not.
     /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
@@ -66,27 +64,11 @@ impl MachineConfig {
                 pages: self.huge_pages,
             });
         }
-        let devices = self.disks.len()
-            + self.nets.len()
-            + usize::from(self.vsock.is_some())
-            + usize::from(self.console != SerialConfig::None)
-            + usize::from(!self.channels.is_empty())
-            + usize::from(self.rng.is_some())
-            + usize::from(self.balloon.is_some());
-        if devices > layout::MAX_VIRTIO_DEVICES {
-            return Err(ConfigError::TooManyDevices { count: devices });
+        let count = self.device_count();
+        if count > layout::MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::TooManyDevices { count });
         }
-        if self.balloon.is_some() && self.huge_pages == HugePages::TwoMib {
-            return Err(ConfigError::BalloonOfHugePages);
-        }
-        if let Some(balloon) = &self.balloon
-            && balloon.size.bytes() > self.memory.bytes()
-        {
-            return Err(ConfigError::BalloonTooLarge {
-                size: balloon.size,
-                memory: self.memory,
-            });
-        }
+        self.validate_devices()?;
         if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId { id: id.clone() });
         }
@@ -94,18 +76,6 @@ impl MachineConfig {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
         }
         self.validate_mac_addresses()?;
-        for disk in &self.disks {
-            disk.validate_bursts()?;
-        }
-        for net in &self.nets {
-            net.validate_bursts()?;
-        }
-        if let Some(vsock) = &self.vsock {
-            vsock.validate()?;
-        }
-        if let Some(rng) = &self.rng {
-            rng.validate()?;
-        }
         let keys = RateKeys {
             per_second: "per-second",
             burst: "burst",

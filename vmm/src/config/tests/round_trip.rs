@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use serde_json::Value;
 
-use super::*;
+use super::super::*;
 
 /// Any path, absolute, so that it is not relative to the file. Its bytes may be other than UTF-8.
 fn path() -> impl Strategy<Value = PathBuf> {
