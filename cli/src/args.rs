@@ -63,10 +63,10 @@ pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
     /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
-    /// cpus = 2, memory = "512M", rng = false. A disk is a table [[disk]] with the keys path,
-    /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so
-    /// on; a channel is a table [[channel]], the socket device a table [vsock], and a balloon a table
-    /// [balloon].
+    /// cpus = 2, memory = "512M". A disk is a table [[disk]] with the keys path, readonly, id and so
+    /// on; a network device is a table [[net]] with the keys tap, mac and so on; a channel is a table
+    /// [[channel]]. Other options with keys, such as --vsock, are a table each, such as [vsock]. What
+    /// is on or off is true or false.
     /// Relative paths are relative to the folder of the file. An option on the command line
     /// replaces what the file says; a --disk replaces all its disks, a --net all its network
     /// devices, a --channel all its channels. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths

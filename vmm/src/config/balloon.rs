@@ -7,8 +7,9 @@ use bantam_devices::virtio::owner::DeviceCommand;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::forms::Single;
 use super::memory_size::{MIB, parse_bytes};
-use super::{ConfigError, is_default, option_string, whole_number};
+use super::{ConfigError, HugePages, MemorySize, is_default, option_string, whole_number};
 
 /// A balloon, by which the guest gives memory back to the host.
 ///
@@ -52,6 +53,24 @@ impl BalloonConfig {
             statistics: 0,
         }
     }
+
+    /// Checks that the balloon fits into `memory`, which is made of `pages`.
+    pub(super) fn validate(&self, memory: MemorySize, pages: HugePages) -> Result<(), ConfigError> {
+        if pages == HugePages::TwoMib {
+            return Err(ConfigError::BalloonOfHugePages);
+        }
+        if self.size.bytes() > memory.bytes() {
+            return Err(ConfigError::BalloonTooLarge {
+                size: self.size,
+                memory,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Single for BalloonConfig {
+    const NAME: &'static str = "balloon";
 }
 
 impl BalloonConfig {

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use bantam_devices::virtio::console::MAX_CHANNEL_NAME_SIZE;
 use serde::{Deserialize, Serialize};
 
+use super::forms::Listed;
 use super::{ConfigError, SerialConfig, is_default, option_string};
 
 /// A named byte stream between the guest and the host, a port of a virtio console device.
@@ -93,6 +94,11 @@ impl From<ChannelConfig> for ChannelOptions {
         }
         options
     }
+}
+
+impl Listed for ChannelConfig {
+    const NAME: &'static str = "channel";
+    const EXAMPLE: &'static str = "name = \"org.example.agent\"";
 }
 
 impl FromStr for ChannelConfig {

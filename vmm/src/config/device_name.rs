@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, FIXED_DEVICE_NAMES};
 
 /// What a device of the machine is called on the host: 1 to 64 letters, digits and the characters `.`, `-`
 /// and `_`.
@@ -18,12 +18,6 @@ impl DeviceName {
     /// Most characters of a name.
     pub const MAX_SIZE: usize = 64;
 
-    /// Names of the devices that a machine has once at most. No disk or network device can have one, so
-    /// that a machine can be given any of these devices later.
-    pub const FIXED: [&str; 7] = [
-        "serial", "console", "channels", "keyboard", "vsock", "rng", "balloon",
-    ];
-
     /// The name of the device of a kind that has no other: the kind, and its place counted from zero.
     pub(super) fn by_place(kind: &str, place: usize) -> Self {
         Self(format!("{kind}{place}"))
@@ -34,9 +28,10 @@ impl DeviceName {
         &self.0
     }
 
-    /// Whether it is one of [`DeviceName::FIXED`].
+    /// Whether it is the name of a device that a machine has once at most, such as `console`. No disk or
+    /// network device can have it.
     pub fn is_fixed(&self) -> bool {
-        Self::FIXED.contains(&self.as_str())
+        FIXED_DEVICE_NAMES.contains(&self.as_str())
     }
 
     /// Whether a device could have it by its kind and place.
@@ -122,7 +117,7 @@ mod tests {
     #[test]
     fn names_that_other_devices_have_are_known() {
         let name = |text: &str| text.parse::<DeviceName>().unwrap();
-        assert!(name("rng").is_fixed() && !name("rng0").is_fixed());
+        assert!(name("console").is_fixed() && !name("console0").is_fixed());
         assert!(name("disk0").is_by_place() && name("net17").is_by_place());
         assert!(!name("disk").is_fixed() && !name("disk0a").is_by_place());
         assert_eq!(DeviceName::by_place("net", 3), name("net3"));

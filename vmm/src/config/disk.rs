@@ -9,7 +9,9 @@ use bantam_devices::virtio::block::MAX_QUEUES;
 use bantam_devices::virtio::owner::DeviceCommand;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::limits::{ShortKeys, serde_with_short_keys};
+use super::forms::Listed;
+use super::limits::ShortKeys;
+use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, LimitsConfig, is_default, option_string, whole_number};
 
 /// A disk of the guest, kept in a file or block device of the host.
@@ -133,6 +135,11 @@ impl DiskConfig {
         let device = || format!("disk '{}'", self.path.display());
         self.limits.check_bursts(device)
     }
+}
+
+impl Listed for DiskConfig {
+    const NAME: &'static str = "disk";
+    const EXAMPLE: &'static str = "path = \"disk.img\"";
 }
 
 impl FromStr for DiskConfig {
@@ -485,7 +492,7 @@ mod tests {
             ("a,id=root", "root"),
             ("a", "disk3"),
             ("a,id=root disk", "disk3"),
-            ("a,id=rng", "disk3"),
+            ("a,id=console", "disk3"),
             ("a,id=net0", "disk3"),
         ] {
             assert_eq!(disk(text).unwrap().device_name(3).as_str(), name);

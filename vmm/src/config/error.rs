@@ -145,7 +145,7 @@ pub enum ConfigError {
          one-time-burst: give one of the two"
     )]
     LimitForm,
-    /// Limits are given in two ways, of which one would win silently.
+    /// Limits are given in two ways, and one would win silently.
     #[error("both {key} and limits are given: give all limits of the device in one way")]
     LimitsTwice {
         /// Name of the option beside the table of limits.

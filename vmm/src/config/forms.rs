@@ -5,49 +5,21 @@ use std::marker::PhantomData;
 
 use bantam_boot::CommandLine;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
-use serde::de::{Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{BalloonConfig, ChannelConfig, DiskConfig, MetadataConfig, NetConfig, VsockConfig};
-
-/// Reads `[[disk]]` tables.
-pub(super) fn disks<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Vec<DiskConfig>, D::Error> {
-    tables(deserializer, "disk", "path = \"disk.img\"")
+/// What a machine has several of: a `[[NAME]]` table each.
+pub(super) trait Listed: DeserializeOwned {
+    /// Name of the table.
+    const NAME: &'static str;
+    /// A key that each table needs, and a value.
+    const EXAMPLE: &'static str;
 }
 
-/// Reads `[[net]]` tables.
-pub(super) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<NetConfig>, D::Error> {
-    tables(deserializer, "net", "tap = \"tap0\"")
-}
-
-/// Reads `[[channel]]` tables.
-pub(super) fn channels<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Vec<ChannelConfig>, D::Error> {
-    tables(deserializer, "channel", "name = \"org.example.agent\"")
-}
-
-/// Reads the `[vsock]` table.
-pub(super) fn vsock<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<VsockConfig>, D::Error> {
-    table(deserializer, "vsock")
-}
-
-/// Reads the `[balloon]` table.
-pub(super) fn balloon<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<BalloonConfig>, D::Error> {
-    table(deserializer, "balloon")
-}
-
-/// Reads the `[metadata]` table.
-pub(super) fn metadata<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<MetadataConfig>, D::Error> {
-    table(deserializer, "metadata")
+/// What a machine has one of: a `[NAME]` table.
+pub(super) trait Single: DeserializeOwned {
+    /// Name of the table.
+    const NAME: &'static str;
 }
 
 /// Reads a text to append to the kernel command line, or a list of texts, which become one.
@@ -82,31 +54,20 @@ impl<'de> Visitor<'de> for Appended {
     }
 }
 
-/// Reads tables called `[[name]]`, each with at least the key in `example`.
-fn tables<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+/// Reads the tables of what a machine has several of.
+pub(super) fn tables<'de, D: Deserializer<'de>, T: Listed>(
     deserializer: D,
-    name: &'static str,
-    example: &'static str,
 ) -> Result<Vec<T>, D::Error> {
-    let visitor = Tables {
-        name,
-        example,
-        item: PhantomData,
-    };
-    deserializer.deserialize_any(visitor)
+    deserializer.deserialize_any(Tables(PhantomData))
 }
 
-struct Tables<T> {
-    name: &'static str,
-    example: &'static str,
-    item: PhantomData<T>,
-}
+struct Tables<T>(PhantomData<T>);
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Tables<T> {
+impl<'de, T: Listed> Visitor<'de> for Tables<T> {
     type Value = Vec<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, example, .. } = self;
+        let (name, example) = (T::NAME, T::EXAMPLE);
         write!(f, "a table for each: [[{name}]] and below it {example}")
     }
 
@@ -115,35 +76,27 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Tables<T> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Vec<T>, A::Error> {
-        let name = self.name;
+        let name = T::NAME;
         Err(A::Error::custom(format!(
             "there can be several of these tables: write [[{name}]] in place of [{name}]"
         )))
     }
 }
 
-/// Reads the table called `[name]`.
-fn table<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+/// Reads the table of what a machine has one of.
+pub(super) fn table<'de, D: Deserializer<'de>, T: Single>(
     deserializer: D,
-    name: &'static str,
 ) -> Result<Option<T>, D::Error> {
-    let visitor = Table {
-        name,
-        item: PhantomData,
-    };
-    deserializer.deserialize_any(visitor).map(Some)
+    deserializer.deserialize_any(Table(PhantomData)).map(Some)
 }
 
-struct Table<T> {
-    name: &'static str,
-    item: PhantomData<T>,
-}
+struct Table<T>(PhantomData<T>);
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Table<T> {
+impl<'de, T: Single> Visitor<'de> for Table<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a table: [{}] and below it its keys", self.name)
+        write!(f, "a table: [{}] and below it its keys", T::NAME)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
@@ -151,7 +104,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Table<T> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<T, A::Error> {
-        let name = self.name;
+        let name = T::NAME;
         Err(A::Error::custom(format!(
             "there can be one of these tables: write [{name}] in place of [[{name}]]"
         )))

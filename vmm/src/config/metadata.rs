@@ -4,6 +4,7 @@ use bantam_metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::forms::Single;
 use super::{DeviceName, is_default};
 
 /// What the guest is told over HTTP on a link-local address, and how.
@@ -90,6 +91,10 @@ mod json {
             .map_err(|error| D::Error::custom(format_args!("the metadata is not JSON: {error}")))?;
         Ok(Some(contents))
     }
+}
+
+impl Single for MetadataConfig {
+    const NAME: &'static str = "metadata";
 }
 
 impl MetadataConfig {

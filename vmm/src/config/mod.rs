@@ -1,7 +1,7 @@
 //! What a machine is made of, as a user writes it: on the command line or in a machine file.
 //!
-//! [`MachineConfig`] is all of it, and a machine file has its fields as keys: one can be read, and with
-//! [`MachineConfig::to_toml`] one can be written. [`MachineTable`] holds what one source says, the command
+//! [`MachineConfig`] holds all of it. A machine file has its fields as keys, and is read by [`MachineTable`] and
+//! written by [`MachineConfig::to_toml`]. A [`MachineTable`] holds what one source says, the command
 //! line or a machine file, and [`MachineTable::over`] lays one over another. Both sources read the same
 //! structs: a machine file through [`toml`], an option such as `--disk disk.img,ro,id=root` through a small
 //! serde deserializer for option strings. An embedding program starts from [`MachineConfig::new`] instead.
@@ -25,22 +25,18 @@ pub mod path;
 mod quantity;
 mod rng;
 mod serial;
+mod short_keys;
 mod table;
+mod validation;
 mod vcpu_count;
 mod vsock;
 mod whole_number;
 mod wide_number;
 
-use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs;
-use std::hash::Hash;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use bantam_arch::layout;
-use bantam_devices::virtio::console::MAX_CHANNELS;
 use bantam_devices::virtio::owner::DeviceCommand;
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
 use serde::de::IntoDeserializer;
@@ -70,14 +66,13 @@ pub use table::MachineTable;
 pub use vcpu_count::VcpuCount;
 pub use vsock::{GuestCid, VsockConfig};
 
-use limits::RateKeys;
 use wide_number::WideNumber;
 
 /// Everything that decides what a machine is.
 ///
 /// The types of the fields hold only values that are right by themselves;
-/// [`MachineConfig::validate`] checks that they are right together. In a machine file every key can be left
-/// out, which is the default of [`MachineConfig::new`].
+/// [`MachineConfig::validate`] checks that they are right together. A key that a machine file leaves out has
+/// the value that [`MachineConfig::new`] gives the field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default = "MachineConfig::without_kernel",
@@ -112,20 +107,20 @@ pub struct MachineConfig {
     /// Which pages of the host it is made of.
     pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
-    #[serde(rename = "disk", deserialize_with = "forms::disks")]
+    #[serde(rename = "disk", deserialize_with = "forms::tables")]
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest finds them.
-    #[serde(rename = "net", deserialize_with = "forms::nets")]
+    #[serde(rename = "net", deserialize_with = "forms::tables")]
     pub nets: Vec<NetConfig>,
     /// Socket device.
     #[serde(
-        deserialize_with = "forms::vsock",
+        deserialize_with = "forms::table",
         skip_serializing_if = "Option::is_none"
     )]
     pub vsock: Option<VsockConfig>,
     /// What the guest is told over its network devices.
     #[serde(
-        deserialize_with = "forms::metadata",
+        deserialize_with = "forms::table",
         skip_serializing_if = "Option::is_none"
     )]
     pub metadata: Option<MetadataConfig>,
@@ -137,14 +132,14 @@ pub struct MachineConfig {
     /// is no such console.
     pub console: SerialConfig,
     /// Channels between programs of the guest and of the host.
-    #[serde(rename = "channel", deserialize_with = "forms::channels")]
+    #[serde(rename = "channel", deserialize_with = "forms::tables")]
     pub channels: Vec<ChannelConfig>,
     /// Entropy device.
     #[serde(with = "rng")]
     pub rng: Option<RngConfig>,
     /// Memory balloon.
     #[serde(
-        deserialize_with = "forms::balloon",
+        deserialize_with = "forms::table",
         skip_serializing_if = "Option::is_none"
     )]
     pub balloon: Option<BalloonConfig>,
@@ -204,7 +199,7 @@ impl MachineConfig {
         }
     }
 
-    /// What a machine file says that says nothing; [`MachineConfig::validate`] refuses it.
+    /// All defaults, as an empty machine file has them. [`MachineConfig::validate`] refuses it.
     fn without_kernel() -> Self {
         Self::new("")
     }
@@ -214,7 +209,7 @@ impl MachineConfig {
         toml::Table::try_from(self).expect("each field serializes to what TOML has")
     }
 
-    /// The machine file that describes the machine, without what is default.
+    /// Writes a machine file that describes the machine, without what is default.
     ///
     /// A reader takes relative paths as relative to the folder of the file
     /// ([`MachineConfig::rebase_paths`]), and no file of more than 1 MiB ([`read_text_file`]).
@@ -263,87 +258,22 @@ impl MachineConfig {
         nets.map(|(place, net)| net.device_name(place))
     }
 
-    /// Checks that the parts of the machine fit together.
-    ///
-    /// # Errors
-    ///
-    /// As [`MachineConfig::validate_values`] and [`MachineConfig::validate_files`].
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        self.validate_values()?;
-        self.validate_files()
-    }
-
-    /// Checks what needs no look at the file system, and so never waits for it.
-    ///
-    /// # Errors
-    ///
-    /// - [`ConfigError::NoKernel`]: there is nothing to boot.
-    /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
-    /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
-    /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
-    ///   ([`layout::MAX_VIRTIO_DEVICES`]).
-    /// - [`ConfigError::BalloonOfHugePages`]: a balloon in memory of pages of 2 MiB.
-    /// - [`ConfigError::BalloonTooLarge`]: the balloon is larger than the memory.
-    /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
-    /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
-    /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
-    /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
-    ///   the name of another device.
-    /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst of a limit that it does not have.
-    /// - [`ConfigError::VsockPath`]: the path of the socket device's socket is too long.
-    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
-    ///   no network device, or over one that there is not.
-    /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
-    /// - [`ConfigError::RepeatedChannel`]: two channels have one name.
-    /// - [`ConfigError::ChannelEnd`]: a channel leads nowhere.
-    /// - [`ConfigError::RepeatedStdio`]: standard input and output are the end of two of serial port,
-    ///   console and channels.
-    pub fn validate_values(&self) -> Result<(), ConfigError> {
-        if self.kernel.as_os_str().is_empty() {
-            return Err(ConfigError::NoKernel);
-        }
-        let vcpu_count = self.cpus.get();
-        if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
-            return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
-        }
-        if !self
-            .memory
-            .bytes()
-            .is_multiple_of(self.huge_pages.page_size())
-        {
-            return Err(ConfigError::HugePagesMemory {
-                memory: self.memory,
-                pages: self.huge_pages,
-            });
-        }
-        let devices = self.disks.len()
+    /// How many virtio devices the machine has.
+    fn device_count(&self) -> usize {
+        self.disks.len()
             + self.nets.len()
             + usize::from(self.vsock.is_some())
             + usize::from(self.console != SerialConfig::None)
             + usize::from(!self.channels.is_empty())
             + usize::from(self.rng.is_some())
-            + usize::from(self.balloon.is_some());
-        if devices > layout::MAX_VIRTIO_DEVICES {
-            return Err(ConfigError::TooManyDevices { count: devices });
+            + usize::from(self.balloon.is_some())
+    }
+
+    /// Checks each device by itself, and beside the machine's memory.
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory, self.huge_pages)?;
         }
-        if self.balloon.is_some() && self.huge_pages == HugePages::TwoMib {
-            return Err(ConfigError::BalloonOfHugePages);
-        }
-        if let Some(balloon) = &self.balloon
-            && balloon.size.bytes() > self.memory.bytes()
-        {
-            return Err(ConfigError::BalloonTooLarge {
-                size: balloon.size,
-                memory: self.memory,
-            });
-        }
-        if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {
-            return Err(ConfigError::RepeatedDiskId { id: id.clone() });
-        }
-        if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
-            return Err(ConfigError::RepeatedTap { tap: tap.clone() });
-        }
-        self.validate_mac_addresses()?;
         for disk in &self.disks {
             disk.validate_bursts()?;
         }
@@ -353,41 +283,8 @@ impl MachineConfig {
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
-        if let Some(rng) = &self.rng {
-            rng.validate()?;
-        }
-        let keys = RateKeys {
-            per_second: "per-second",
-            burst: "burst",
-        };
-        let serial = || "the limit of the serial port".to_string();
-        self.serial_limit.check_burst(keys, serial)?;
-        self.validate_names()?;
-        self.validate_metadata()?;
-        self.validate_streams()
-    }
-
-    /// Checks which files the paths lead to. A file system that hangs is waited for.
-    ///
-    /// # Errors
-    ///
-    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of serial port, console and
-    ///   channels.
-    /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
-    ///   kernel or the initrd.
-    /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
-    pub fn validate_files(&self) -> Result<(), ConfigError> {
-        self.validate_stream_files()?;
-        self.validate_disk_sharing()
-    }
-
-    fn validate_names(&self) -> Result<(), ConfigError> {
-        let names: Vec<_> = self.disk_names().chain(self.net_names()).collect();
-        if let Some(name) = names.iter().find(|name| name.is_fixed()) {
-            return Err(ConfigError::FixedDeviceName { name: name.clone() });
-        }
-        match first_repeated(names.into_iter()) {
-            Some(name) => Err(ConfigError::RepeatedDeviceName { name }),
+        match &self.rng {
+            Some(rng) => rng.validate(),
             None => Ok(()),
         }
     }
@@ -406,21 +303,6 @@ impl MachineConfig {
         }
     }
 
-    fn validate_mac_addresses(&self) -> Result<(), ConfigError> {
-        let mut taps = HashMap::new();
-        for net in &self.nets {
-            let mac = net.mac_address();
-            if let Some(first) = taps.insert(mac, &net.tap) {
-                return Err(ConfigError::RepeatedMacAddress {
-                    mac,
-                    first: first.clone(),
-                    second: net.tap.clone(),
-                });
-            }
-        }
-        Ok(())
-    }
-
     /// The serial port, the console and the channels: what each is called, and its other end.
     fn streams(&self) -> impl Iterator<Item = (String, &SerialConfig)> {
         let channel = |it: &ChannelConfig| format!("channel '{}'", it.name);
@@ -437,110 +319,13 @@ impl MachineConfig {
     pub fn uses_stdio(&self) -> bool {
         self.streams().any(|(_, end)| *end == SerialConfig::Stdio)
     }
-
-    fn validate_metadata(&self) -> Result<(), ConfigError> {
-        let Some(metadata) = &self.metadata else {
-            return Ok(());
-        };
-        if metadata.nets.is_empty() {
-            return Err(ConfigError::MetadataWithoutNet);
-        }
-        let names: Vec<_> = self.net_names().collect();
-        match metadata.nets.iter().find(|name| !names.contains(name)) {
-            Some(name) => Err(ConfigError::MetadataNet { name: name.clone() }),
-            None => Ok(()),
-        }
-    }
-
-    fn validate_streams(&self) -> Result<(), ConfigError> {
-        let count = self.channels.len();
-        if count > MAX_CHANNELS {
-            return Err(ConfigError::TooManyChannels { count });
-        }
-        if let Some(name) = first_repeated(self.channels.iter().map(|channel| &channel.name)) {
-            return Err(ConfigError::RepeatedChannel { name: name.clone() });
-        }
-        let leads_nowhere = |channel: &&ChannelConfig| channel.end == SerialConfig::None;
-        if let Some(channel) = self.channels.iter().find(leads_nowhere) {
-            return Err(ConfigError::ChannelEnd {
-                name: channel.name.clone(),
-            });
-        }
-        let mut at_stdio = self
-            .streams()
-            .filter(|(_, end)| **end == SerialConfig::Stdio);
-        if let (Some((first, _)), Some((second, _))) = (at_stdio.next(), at_stdio.next()) {
-            return Err(ConfigError::RepeatedStdio { first, second });
-        }
-        Ok(())
-    }
-
-    fn validate_stream_files(&self) -> Result<(), ConfigError> {
-        let inputs: Vec<_> = [Some(&self.kernel), self.initrd.as_ref()]
-            .into_iter()
-            .flatten()
-            .chain(self.disks.iter().map(|disk| &disk.path))
-            .map(|path| FileIdentity::of(path))
-            .collect();
-        let mut ends = HashSet::new();
-        for (stream, end) in self.streams() {
-            let (SerialConfig::File(path) | SerialConfig::Socket(path)) = end else {
-                continue;
-            };
-            let identity = FileIdentity::of(path);
-            if inputs.contains(&identity) {
-                let path = path.clone();
-                return Err(ConfigError::SerialFile { stream, path });
-            }
-            if !ends.insert(identity) {
-                let path = path.clone();
-                return Err(ConfigError::RepeatedEnd { stream, path });
-            }
-        }
-        Ok(())
-    }
-
-    fn validate_disk_sharing(&self) -> Result<(), ConfigError> {
-        let mut readonly_by_file = HashMap::new();
-        for disk in &self.disks {
-            let other = readonly_by_file.insert(FileIdentity::of(&disk.path), disk.readonly);
-            if let Some(other_readonly) = other
-                && !(disk.readonly && other_readonly)
-            {
-                return Err(ConfigError::RepeatedDisk {
-                    path: disk.path.clone(),
-                });
-            }
-        }
-        Ok(())
-    }
 }
 
-/// What two names of one file, be they links or paths, have in common.
-#[derive(PartialEq, Eq, Hash)]
-enum FileIdentity {
-    /// An existing file.
-    Inode { device: u64, inode: u64 },
-    /// A file that is not there, or out of reach. If it is needed, opening it says so.
-    Path(PathBuf),
-}
-
-impl FileIdentity {
-    fn of(path: &Path) -> Self {
-        match fs::metadata(path) {
-            Ok(metadata) => Self::Inode {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            },
-            Err(_) => Self::Path(path.to_path_buf()),
-        }
-    }
-}
-
-fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T> {
-    let mut seen = HashSet::new();
-    items.find_map(|item| seen.replace(item))
-}
+/// Names of the devices that a machine has once at most. No disk or network device can have one, so that a
+/// machine can be given any of these devices later.
+const FIXED_DEVICE_NAMES: [&str; 7] = [
+    "serial", "console", "channels", "keyboard", "vsock", "rng", "balloon",
+];
 
 /// How the kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -612,7 +397,5 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-#[cfg(test)]
-mod round_trip;
 #[cfg(test)]
 mod tests;

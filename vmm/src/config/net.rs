@@ -6,7 +6,9 @@ use std::str::FromStr;
 use bantam_devices::virtio::owner::DeviceCommand;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::limits::{ShortKeys, serde_with_short_keys};
+use super::forms::Listed;
+use super::limits::ShortKeys;
+use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
 /// A network device of the guest, connected to a tap interface of the host.
@@ -101,6 +103,11 @@ impl NetConfig {
         let device = || format!("the network device on tap '{}'", self.tap);
         self.limits.check_bursts(device)
     }
+}
+
+impl Listed for NetConfig {
+    const NAME: &'static str = "net";
+    const EXAMPLE: &'static str = "tap = \"tap0\"";
 }
 
 impl FromStr for NetConfig {

@@ -6,7 +6,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::limits::{ShortKeys, serde_with_short_keys};
+use super::limits::ShortKeys;
+use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, LimitsConfig, is_default};
 
 /// An entropy device.

@@ -1,5 +1,8 @@
 //! Tests of machine files, of how sources combine, and of what fits together.
 
+mod round_trip;
+
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 

@@ -10,6 +10,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::forms::Single;
 use super::{ConfigError, option_string, whole_number};
 
 /// A socket device, by which programs of the host and the guest connect to one another.
@@ -43,6 +44,10 @@ impl VsockConfig {
         }
         Ok(())
     }
+}
+
+impl Single for VsockConfig {
+    const NAME: &'static str = "vsock";
 }
 
 impl FromStr for VsockConfig {

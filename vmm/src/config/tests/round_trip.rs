@@ -1,4 +1,4 @@
-//! Tests that what is written is read back: any configuration as a machine file.
+//! Tests that any configuration comes back from the machine file that is written of it.
 
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use serde_json::Value;
 
-use super::*;
+use super::super::*;
 
 /// Any path, absolute, so that it is not relative to the file. Its bytes may be other than UTF-8.
 fn path() -> impl Strategy<Value = PathBuf> {
@@ -156,7 +156,7 @@ fn json() -> impl Strategy<Value = Value> {
 }
 
 prop_compose! {
-    /// Metadata over the devices of these places, as far as there are so many.
+    /// Metadata, and which of the network devices it is served over.
     fn metadata()(
         places in vec(any::<prop::sample::Index>(), 1..3),
         version in prop_oneof![Just(MetadataVersion::V1), Just(MetadataVersion::V2)],
@@ -273,7 +273,7 @@ proptest! {
     fn a_machine_file_that_is_written_describes_the_same_machine(config in machine()) {
         let config = mended(config);
         let text = config.to_toml();
-        // Ends and names may still be repeated, which the file has to say as well.
+        // Ends and names may still be repeated, and are then refused in both.
         match (read(&text)?.into_config(), config.validate()) {
             (Ok(read), Ok(())) => prop_assert_eq!(read, config, "{}", text),
             (Err(read), Err(error)) => prop_assert_eq!(read.to_string(), error.to_string()),

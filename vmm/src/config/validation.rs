@@ -1,0 +1,232 @@
+//! Whether the parts of a machine fit together.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::hash::Hash;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use bantam_arch::layout;
+use bantam_devices::virtio::console::MAX_CHANNELS;
+
+use super::limits::RateKeys;
+use super::{ChannelConfig, ConfigError, MachineConfig, SerialConfig};
+
+impl MachineConfig {
+    /// Checks that the parts of the machine fit together.
+    ///
+    /// # Errors
+    ///
+    /// As [`MachineConfig::validate_values`] and [`MachineConfig::validate_files`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_values()?;
+        self.validate_files()
+    }
+
+    /// Checks what needs no look at the file system, and so never waits for it.
+    ///
+    /// # Errors
+    ///
+    /// - [`ConfigError::NoKernel`]: there is nothing to boot.
+    /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
+    /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
+    /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
+    ///   ([`layout::MAX_VIRTIO_DEVICES`]).
+    /// - One of a single device, which does not fit into the machine's memory or is wrong in itself.
+    /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
+    /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
+    /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
+    /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
+    ///   the name of another device.
+    /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst of a limit that it does not have.
+    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
+    ///   no network device, or over one that there is not.
+    /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
+    /// - [`ConfigError::RepeatedChannel`]: two channels have one name.
+    /// - [`ConfigError::ChannelEnd`]: a channel leads nowhere.
+    /// - [`ConfigError::RepeatedStdio`]: standard input and output are the end of two of serial port,
+    ///   console and channels.
+    pub fn validate_values(&self) -> Result<(), ConfigError> {
+        if self.kernel.as_os_str().is_empty() {
+            return Err(ConfigError::NoKernel);
+        }
+        let vcpu_count = self.cpus.get();
+        if self.smt && vcpu_count > 1 && !vcpu_count.is_multiple_of(2) {
+            return Err(ConfigError::UnpairedVcpu { count: vcpu_count });
+        }
+        if !self
+            .memory
+            .bytes()
+            .is_multiple_of(self.huge_pages.page_size())
+        {
+            return Err(ConfigError::HugePagesMemory {
+                memory: self.memory,
+                pages: self.huge_pages,
+            });
+        }
+        let count = self.device_count();
+        if count > layout::MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::TooManyDevices { count });
+        }
+        self.validate_devices()?;
+        if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {
+            return Err(ConfigError::RepeatedDiskId { id: id.clone() });
+        }
+        if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
+            return Err(ConfigError::RepeatedTap { tap: tap.clone() });
+        }
+        self.validate_mac_addresses()?;
+        let keys = RateKeys {
+            per_second: "per-second",
+            burst: "burst",
+        };
+        let serial = || "the limit of the serial port".to_string();
+        self.serial_limit.check_burst(keys, serial)?;
+        self.validate_names()?;
+        self.validate_metadata()?;
+        self.validate_streams()
+    }
+
+    /// Checks which files the paths lead to. A file system that hangs is waited for.
+    ///
+    /// # Errors
+    ///
+    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of serial port, console and
+    ///   channels.
+    /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
+    ///   kernel or the initrd.
+    /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
+    pub fn validate_files(&self) -> Result<(), ConfigError> {
+        self.validate_stream_files()?;
+        self.validate_disk_sharing()
+    }
+
+    fn validate_names(&self) -> Result<(), ConfigError> {
+        let names: Vec<_> = self.disk_names().chain(self.net_names()).collect();
+        if let Some(name) = names.iter().find(|name| name.is_fixed()) {
+            return Err(ConfigError::FixedDeviceName { name: name.clone() });
+        }
+        match first_repeated(names.into_iter()) {
+            Some(name) => Err(ConfigError::RepeatedDeviceName { name }),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_mac_addresses(&self) -> Result<(), ConfigError> {
+        let mut taps = HashMap::new();
+        for net in &self.nets {
+            let mac = net.mac_address();
+            if let Some(first) = taps.insert(mac, &net.tap) {
+                return Err(ConfigError::RepeatedMacAddress {
+                    mac,
+                    first: first.clone(),
+                    second: net.tap.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_metadata(&self) -> Result<(), ConfigError> {
+        let Some(metadata) = &self.metadata else {
+            return Ok(());
+        };
+        if metadata.nets.is_empty() {
+            return Err(ConfigError::MetadataWithoutNet);
+        }
+        let names: Vec<_> = self.net_names().collect();
+        match metadata.nets.iter().find(|name| !names.contains(name)) {
+            Some(name) => Err(ConfigError::MetadataNet { name: name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_streams(&self) -> Result<(), ConfigError> {
+        let count = self.channels.len();
+        if count > MAX_CHANNELS {
+            return Err(ConfigError::TooManyChannels { count });
+        }
+        if let Some(name) = first_repeated(self.channels.iter().map(|channel| &channel.name)) {
+            return Err(ConfigError::RepeatedChannel { name: name.clone() });
+        }
+        let leads_nowhere = |channel: &&ChannelConfig| channel.end == SerialConfig::None;
+        if let Some(channel) = self.channels.iter().find(leads_nowhere) {
+            return Err(ConfigError::ChannelEnd {
+                name: channel.name.clone(),
+            });
+        }
+        let mut at_stdio = self
+            .streams()
+            .filter(|(_, end)| **end == SerialConfig::Stdio);
+        if let (Some((first, _)), Some((second, _))) = (at_stdio.next(), at_stdio.next()) {
+            return Err(ConfigError::RepeatedStdio { first, second });
+        }
+        Ok(())
+    }
+
+    fn validate_stream_files(&self) -> Result<(), ConfigError> {
+        let inputs: Vec<_> = [Some(&self.kernel), self.initrd.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(self.disks.iter().map(|disk| &disk.path))
+            .map(|path| FileIdentity::of(path))
+            .collect();
+        let mut ends = HashSet::new();
+        for (stream, end) in self.streams() {
+            let (SerialConfig::File(path) | SerialConfig::Socket(path)) = end else {
+                continue;
+            };
+            let identity = FileIdentity::of(path);
+            if inputs.contains(&identity) {
+                let path = path.clone();
+                return Err(ConfigError::SerialFile { stream, path });
+            }
+            if !ends.insert(identity) {
+                let path = path.clone();
+                return Err(ConfigError::RepeatedEnd { stream, path });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_disk_sharing(&self) -> Result<(), ConfigError> {
+        let mut readonly_by_file = HashMap::new();
+        for disk in &self.disks {
+            let other = readonly_by_file.insert(FileIdentity::of(&disk.path), disk.readonly);
+            if let Some(other_readonly) = other
+                && !(disk.readonly && other_readonly)
+            {
+                return Err(ConfigError::RepeatedDisk {
+                    path: disk.path.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What two names of one file, be they links or paths, have in common.
+#[derive(PartialEq, Eq, Hash)]
+enum FileIdentity {
+    /// An existing file.
+    Inode { device: u64, inode: u64 },
+    /// A file that is not there, or out of reach. If it is needed, opening it says so.
+    Path(PathBuf),
+}
+
+impl FileIdentity {
+    fn of(path: &Path) -> Self {
+        match fs::metadata(path) {
+            Ok(metadata) => Self::Inode {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            },
+            Err(_) => Self::Path(path.to_path_buf()),
+        }
+    }
+}
+
+fn first_repeated<T: Eq + Hash>(mut items: impl Iterator<Item = T>) -> Option<T> {
+    let mut seen = HashSet::new();
+    items.find_map(|item| seen.replace(item))
+}
