@@ -1,4 +1,4 @@
-# Every task a person does, one word each.
+# The tasks of a developer or user, one word each.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -11,8 +11,8 @@ BANTAM := $(TARGET_DIR)/$(TARGET)/release/bantam
 # Crates that are built for a guest, outside the workspace.
 GUEST_CRATES := tests/agent tests/payloads
 PREFIX ?= /usr/local
-# A static program applies its own relocations as it starts, and glibc can do so from packed ones since
-# version 2.36. Unpacked they are 150 KiB that every machine reads, and so has in memory.
+# A static program applies its own relocations when it starts; glibc can do so from packed ones since
+# version 2.36. Unpacked relocations are 150 KiB that every machine reads, and so keeps in memory.
 GLIBC = $(shell getconf GNU_LIBC_VERSION | cut -d ' ' -f 2)
 PACK_RELOCATIONS = $(shell printf '%s\n' 2.36 $(GLIBC) | sort --check=quiet --version-sort && \
     echo -C link-arg=-Wl,-z,pack-relative-relocs)
@@ -20,10 +20,10 @@ PACK_RELOCATIONS = $(shell printf '%s\n' 2.36 $(GLIBC) | sort --check=quiet --ve
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# Static: one file that runs whatever the host's C library, starts faster and takes less memory. The
-# target is named so that the flags are for the monitor alone, not for what runs while it is built.
+# Static: one file that runs with any C library of the host, starts faster and takes less memory. The
+# target is named so that the flags apply only to the monitor, not to build scripts and proc macros.
 # A static program cannot look up getrandom(), and would read /dev/urandom, which a jail may not have.
-# Cargo does not see the flags of make, whose descriptors it would take for those of make's job server.
+# MAKEFLAGS is empty so that cargo does not look for make's job server.
 build: build-packages ## Build the monitor for use
 	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\" $(strip $(PACK_RELOCATIONS))" \
 	    cargo build --release --target $(TARGET) --package bantam
@@ -31,12 +31,13 @@ build: build-packages ## Build the monitor for use
 run: run-parts ## Boot a Linux microVM: a shell at a terminal, a report otherwise
 	@exec resources/run.sh "$(BANTAM)" "$(TARGET_DIR)/run"
 
-# The guest is made while the monitor is compiled. What may ask for a password comes before that.
+# The guest is built while the monitor is compiled. Installing packages, which may ask for a password,
+# comes first.
 run-parts:
 	@((EUID == 0)) || resources/install-packages.sh run
 	$(MAKE) --no-print-directory --jobs=2 build run-guest
 
-# By way of a pipe, since two programs cannot both draw their progress on a terminal.
+# Through a pipe, as two programs cannot both draw their progress on a terminal.
 run-guest:
 	@resources/install-packages.sh run
 	$(GUEST) run 2>&1 >/dev/null | cat >&2

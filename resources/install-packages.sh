@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install-packages.sh [build|run|all]: installs the Debian packages that a task needs, and says which:
-# `build` compiles the monitor, `run` makes the guest of "make run", `all` also builds and runs all
-# tests and benchmarks. Does nothing, and asks for no privilege, if all of them are there.
+# install-packages.sh [build|run|all]: installs the Debian packages that a task needs, and prints which:
+# `build` compiles the monitor, `run` builds the guest of "make run", `all` also builds and runs all
+# tests and benchmarks. It does nothing, and needs no privilege, if all of them are installed.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,7 +9,7 @@ task=${1:-all}
 # A linker for Rust.
 needed=(gcc libc6-dev make)
 [[ $task == build ]] || mapfile -t -O "${#needed[@]}" needed < <(guest/build.sh packages "$task")
-# The peer of the benchmarks, the judges of disk images, and network tools of the tests.
+# The peer of the benchmarks, tools to check disk images, and network tools for the tests.
 [[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils iproute2 iptables nftables procps)
 
 # One at a time: apt's own lock makes the second fail.
@@ -32,7 +32,7 @@ if ((EUID != 0)); then
     fi
     as_root=(sudo)
 fi
-# Set by `env`, as sudo drops most of its caller's environment.
+# Set through `env`, as sudo drops most of its caller's environment.
 apt_get=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get)
 "${apt_get[@]}" update --quiet --quiet >&2
 "${apt_get[@]}" install --quiet --yes --no-install-recommends "${missing[@]}" >&2

@@ -11,7 +11,7 @@ fi
 binary=$1
 prefix=$2
 
-# All of it is made before anything is installed: a program that does not run leaves no traces.
+# Generate everything before installing anything, so that a program that does not run leaves no traces.
 work=$(mktemp --directory)
 trap 'rm -rf -- "$work"' EXIT
 "$binary" man "$work/man"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# run.sh BANTAM FOLDER: boots a Linux kernel that suits this host with the guests' root file system,
-# of which a copy is made in FOLDER. At a terminal the guest runs a shell; otherwise it reports what
-# machine it finds and powers off.
+# run.sh BANTAM FOLDER: boots a Linux kernel that suits this host, with a copy of the guests' root file
+# system, made in FOLDER. At a terminal the guest runs a shell; otherwise it describes its machine and
+# powers off.
 set -euo pipefail
 
 bantam=$1
@@ -11,7 +11,7 @@ paths=$("$(dirname -- "${BASH_SOURCE[0]}")/guest/build.sh" run)
 options=()
 while IFS= read -r path; do
     case ${path##*/} in
-        # Built for hosts that emulate its code: one processor, and little memory to set up.
+        # For hosts that emulate the kernel: one processor, and little memory to set up.
         vmlinux) options+=(--kernel "$path" --memory 256M) ;;
         bzImage) options+=(--kernel "$path" --cpus 2) ;;
         initrd.cpio) options+=(--initrd "$path") ;;
@@ -19,7 +19,7 @@ while IFS= read -r path; do
     esac
 done <<<"$paths"
 mkdir -p -- "$folder"
-# A new file: an older machine may still run from the one that was there.
+# A new file, as an older machine may still use the previous one.
 cp --sparse=always --remove-destination -- "$rootfs" "$folder/root.img"
 
 # Whether a program started from here can create a tap: bit 12 of its capabilities is CAP_NET_ADMIN.
@@ -31,7 +31,7 @@ can_create_tap() {
 
 if [[ -t 0 && -t 1 ]]; then mode=shell; else mode=report; fi
 if can_create_tap; then
-    # A name of its own, so that two of these can run at once.
+    # A unique name, so that two of these can run at once.
     options+=(--net "tap=bantam$$")
 else
     echo "No network: its tap takes CAP_NET_ADMIN (docs/networking.md says how to have one)." >&2

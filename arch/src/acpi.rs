@@ -22,8 +22,8 @@ use crate::layout::{
     IO_APIC, LOCAL_APIC,
 };
 
-/// Sleep type of the soft-off state S5 in the sleep control register, where it is in bits 2 to 4
-/// (ACPI 6.5 section 4.8.3.7).
+/// Sleep type of the soft-off state S5, in bits 2 to 4 of the sleep control register (ACPI 6.5
+/// section 4.8.3.7).
 pub const ACPI_SLEEP_TYPE_S5: u8 = 5;
 /// Bit of the sleep control register that enters the sleep state.
 pub const ACPI_SLEEP_ENABLE: u8 = 1 << 5;
@@ -46,18 +46,18 @@ const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
 const BOOT_ARCH_8042: u16 = 1 << 1;
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 
-/// What the tables say of the machine.
+/// The machine that the tables describe.
 #[derive(Clone, Copy, Debug)]
 pub struct AcpiDevices<'a> {
     /// Number of vCPUs; their local APIC ids are their indices.
     pub vcpu_count: u8,
-    /// The register windows of the virtio-mmio devices, in the order the guest finds them.
+    /// The register windows of the virtio-mmio devices, in the order in which the guest finds them.
     pub virtio_mmio: &'a [VirtioMmioWindow],
     /// Whether there is a serial port at [`SERIAL_PORT`](crate::layout::SERIAL_PORT).
     pub serial: bool,
 }
 
-/// Where a virtio-mmio device is.
+/// Location of a virtio-mmio device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioMmioWindow {
     /// Guest-physical address of its registers, in the device hole.
@@ -72,7 +72,7 @@ pub struct VirtioMmioWindow {
 /// system description pointer (ACPI 6.5 section 5.2.5), which guests also find by searching there.
 ///
 /// # Errors
-/// When the number of vCPUs is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), a device
+/// If the number of vCPUs is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), a device
 /// window is not in the device hole, the tables exceed [`ACPI_TABLES_MAX_SIZE`], or the guest has no
 /// memory there.
 pub fn write_acpi_tables(memory: &GuestMemory, devices: &AcpiDevices<'_>) -> Result<GuestAddress> {
@@ -96,14 +96,14 @@ pub fn write_acpi_tables(memory: &GuestMemory, devices: &AcpiDevices<'_>) -> Res
     Ok(GuestAddress(ACPI_TABLES))
 }
 
-/// Guest memory for tables, filled from its start.
+/// An area of guest memory that is filled with tables from its start.
 struct TableArea<'a> {
     memory: &'a GuestMemory,
     next: u64,
 }
 
 impl TableArea<'_> {
-    /// Writes a table after those before it, and returns its address.
+    /// Writes a table after the previous ones, and returns its address.
     fn append(&mut self, table: &[u8]) -> Result<u64> {
         let address = self.next.next_multiple_of(16);
         let end = address + table.len() as u64;
@@ -149,8 +149,8 @@ fn fadt(dsdt: u64, devices: &AcpiDevices<'_>) -> Vec<u8> {
 
 /// Multiple APIC description table (ACPI 6.5 section 5.2.12).
 ///
-/// Interrupts need no source overrides: input `n` of the I/O APIC is interrupt `n`, and the trigger
-/// of each is in the resources of the device that has it.
+/// Interrupts need no source overrides: input `n` of the I/O APIC is interrupt `n`, and the
+/// resources of each device give the trigger of its interrupt.
 fn madt(devices: &AcpiDevices<'_>) -> Vec<u8> {
     let mut body = Vec::new();
     body.dword(LOCAL_APIC as u32);

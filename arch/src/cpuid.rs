@@ -1,7 +1,8 @@
-//! CPUID leaves: what KVM and the host's processor can do, for one vCPU of this machine.
+//! CPUID leaves: the features of KVM and the host's processor, adapted to one vCPU of this machine.
 //!
-//! The machine is one package of cores with one thread each, or two with simultaneous multithreading
-//! (SMT). The local APIC id of a vCPU is its index, so that neighbours are the threads of a core.
+//! The machine is one package of cores with one thread each, or two with simultaneous
+//! multithreading (SMT). The local APIC id of a vCPU is its index, so that vCPUs with neighbouring
+//! ids are the threads of a core.
 
 mod modifier;
 
@@ -47,25 +48,25 @@ const LEVEL_CORE: u32 = 2;
 pub struct Topology {
     /// Number of vCPUs.
     pub vcpu_count: u8,
-    /// Whether each two of them are the threads of one core. A single vCPU has its core for itself.
+    /// Whether each pair of them are the threads of one core. A single vCPU has a core of its own.
     pub smt: bool,
 }
 
-/// Builds the CPUID table of the vCPU with index `vcpu_index`, of those of `topology`, from the leaves
-/// that `KVM_GET_SUPPORTED_CPUID` returned.
+/// Builds the CPUID table of the vCPU with index `vcpu_index` in `topology`, from the leaves that
+/// `KVM_GET_SUPPORTED_CPUID` returned.
 ///
-/// Features stay as KVM gave them. What describes the host's processors rather than the guest's is
-/// replaced: ids and counts (leaf 1), topology (leaves 0xb, 0x1f, AMD 0x8000_0008, 0x8000_001e and
-/// 0x8000_0026) and which processors share a cache (Intel leaf 4, AMD 0x8000_001d): first and
-/// second levels are a core's own, further ones the package's. The sections implemented are CPUID
-/// in Intel SDM volume 2 and appendix E.3 and E.4 of AMD APM volume 3.
+/// Features stay as KVM returned them. Values that describe the host's processors rather than the
+/// guest's are replaced: ids and counts (leaf 1), topology (leaves 0xb, 0x1f, AMD 0x8000_0008,
+/// 0x8000_001e and 0x8000_0026) and which processors share a cache (Intel leaf 4, AMD 0x8000_001d):
+/// first and second levels are a core's own, further ones the package's. The sections implemented
+/// are CPUID in Intel SDM volume 2 and appendix E.3 and E.4 of AMD APM volume 3.
 ///
-/// `tsc_deadline_timer` is whether KVM has `KVM_CAP_TSC_DEADLINE_TIMER`, which most versions leave
-/// out of the leaves they return (KVM API, `KVM_GET_SUPPORTED_CPUID`).
+/// `tsc_deadline_timer` says whether KVM has `KVM_CAP_TSC_DEADLINE_TIMER`, which most versions
+/// leave out of the leaves they return (KVM API, `KVM_GET_SUPPORTED_CPUID`).
 ///
 /// # Errors
-/// When the number of vCPUs is zero, above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or odd where each
-/// two share a core, `vcpu_index` is not below it, or the table is longer than KVM takes.
+/// If the number of vCPUs is zero, above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or odd although
+/// two share a core; if `vcpu_index` is not below it; or if the table is longer than KVM accepts.
 pub fn vcpu_cpuid(
     supported: &[kvm_cpuid_entry2],
     vcpu_index: u8,
@@ -132,12 +133,12 @@ pub fn vcpu_cpuid(
     })
 }
 
-/// Takes from `supported`, the leaves that `KVM_GET_SUPPORTED_CPUID` returned, the features by
-/// which a guest with several vCPUs calls KVM.
+/// Removes from `supported`, the leaves that `KVM_GET_SUPPORTED_CPUID` returned, the features that
+/// make a guest with several vCPUs issue hypercalls.
 ///
-/// `vmcall` and `vmmcall` differ between processors, and KVM replaces the one by the other in the
-/// guest's code. Where KVM emulates the guest's kernel, that is a write to read-only memory, by
-/// which the kernel crashes.
+/// `vmcall` and `vmmcall` differ between processors, and KVM patches one to the other in the
+/// guest's code. If KVM emulates the guest's kernel, that is a write to read-only memory, which
+/// crashes the kernel.
 pub fn hide_hypercalls(supported: &mut [kvm_cpuid_entry2]) {
     for entry in supported {
         if entry.function == KVM_FEATURES {
@@ -148,7 +149,7 @@ pub fn hide_hypercalls(supported: &mut [kvm_cpuid_entry2]) {
     }
 }
 
-/// What decides which leaves the guest looks at.
+/// The vendor, which decides which leaves the guest reads.
 struct Host {
     /// AMD, or Hygon, whose processors are AMD's design: the same leaves mean the same.
     is_amd: bool,
@@ -178,13 +179,13 @@ impl Host {
         }
     }
 
-    /// Whether the guest reads a vCPU's ids from [`IDS_AMD`].
+    /// Returns whether the guest reads a vCPU's ids from [`IDS_AMD`].
     fn has_amd_ids(&self) -> bool {
         self.is_amd && self.has_topology_extensions && self.highest_extended >= IDS_AMD
     }
 }
 
-/// One vCPU among its machine's.
+/// One vCPU and its place among those of its machine.
 struct Vcpu {
     id: u32,
     count: u32,
@@ -193,12 +194,12 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    /// How many low bits of a local APIC id tell the vCPUs apart.
+    /// Returns how many low bits of a local APIC id distinguish the vCPUs.
     fn id_width(&self) -> u32 {
         self.count.next_power_of_two().ilog2()
     }
 
-    /// How many of these tell the threads of a core apart.
+    /// Returns how many of these distinguish the threads of a core.
     fn thread_id_width(&self) -> u32 {
         self.threads_per_core.ilog2()
     }
@@ -215,7 +216,7 @@ impl Vcpu {
         set_bit(&mut entry.edx, EDX_HYPER_THREADING, self.count > 1);
     }
 
-    /// Intel counts ids that could exist, so up to the next power of two.
+    /// Intel counts the ids that could exist, which is the next power of two.
     fn describe_intel_cache(&self, entry: &mut kvm_cpuid_entry2) {
         if let Some(cache) = Cache::of(entry) {
             let ids = 1 << self.id_width();
@@ -229,7 +230,7 @@ impl Vcpu {
         }
     }
 
-    /// AMD counts the processors there are.
+    /// AMD counts the processors that exist.
     fn describe_amd_cache(&self, entry: &mut kvm_cpuid_entry2) {
         if let Some(cache) = Cache::of(entry) {
             let sharers = if cache.is_shared() {
@@ -241,7 +242,7 @@ impl Vcpu {
         }
     }
 
-    /// The levels of the topology, the last of them marking the end.
+    /// Returns the levels of the topology; the last one marks the end.
     fn topology(&self, function: u32) -> [kvm_cpuid_entry2; 3] {
         let level = |index, kind, shift, processors| kvm_cpuid_entry2 {
             function,
@@ -265,7 +266,7 @@ impl Vcpu {
         ]
     }
 
-    /// The vCPU and its core, in the one node of the package.
+    /// Returns the ids of the vCPU and its core, in the one node of the package.
     fn amd_ids(&self) -> kvm_cpuid_entry2 {
         let core = self.id >> self.thread_id_width();
         kvm_cpuid_entry2 {
@@ -283,7 +284,7 @@ struct Cache {
 }
 
 impl Cache {
-    /// The cache an entry describes, unless it only ends the list.
+    /// Returns the cache that an entry describes, unless the entry only ends the list.
     fn of(entry: &kvm_cpuid_entry2) -> Option<Self> {
         let kind = entry.eax & 0x1f;
         (kind != 0).then_some(Self {

@@ -12,7 +12,7 @@ pub enum Error {
          use fewer devices"
     )]
     AcpiTablesTooLarge,
-    /// KVM does not take a CPUID table this long.
+    /// KVM does not accept a CPUID table of this length.
     #[error("cannot build the CPUID table of vCPU {vcpu_index}: KVM refuses {count} entries")]
     CpuidTooLong {
         /// Which vCPU the table is for.
@@ -31,7 +31,7 @@ pub enum Error {
         /// Size of the window in bytes.
         size: u64,
     },
-    /// A leaf is to be changed that the vCPU does not have.
+    /// The vCPU does not have a leaf that should be changed.
     #[error(
         "cannot change CPUID leaf {leaf:#x}, subleaf {subleaf:#x}: KVM does not offer it on this \
          host; leave out what changes it"
@@ -42,13 +42,13 @@ pub enum Error {
         /// The subleaf.
         subleaf: u32,
     },
-    /// Each two vCPUs are to share a core, and one is left.
-    #[error("cannot make cores of two threads of {count} vCPUs: use 1 or an even number")]
+    /// vCPUs should share cores in pairs, and one is left.
+    #[error("cannot pair {count} vCPUs into cores of two threads: use 1 or an even number")]
     UnpairedVcpu {
         /// The number of vCPUs asked for.
         count: u8,
     },
-    /// The number of vCPUs is none, or more than the tables can describe.
+    /// The number of vCPUs is zero, or more than the tables can describe.
     #[error("cannot describe {count} vCPUs to the guest: use 1 to {MAX_VCPUS}")]
     VcpuCount {
         /// The number of vCPUs asked for.
@@ -69,7 +69,7 @@ pub enum Error {
         what: &'static str,
         /// Guest-physical address of the structure.
         address: u64,
-        /// What is wrong with that memory.
+        /// The error of that memory.
         source: GuestMemoryError,
     },
 }

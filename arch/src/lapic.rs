@@ -1,4 +1,4 @@
-//! Local APIC of the boot vCPU.
+//! The local APIC of the boot vCPU.
 
 use kvm_bindings::kvm_lapic_state;
 
@@ -16,7 +16,7 @@ const DELIVER_EXTINT: u32 = 0b111 << 8;
 /// Wires the local interrupt pins as a PC's firmware leaves them: the 8259 pair on LINT0, the
 /// non-maskable interrupt on LINT1 (Intel MP spec 1.4, section 3.6.2.2, virtual wire mode).
 ///
-/// This is for the boot vCPU: the others get theirs reset by the INIT that starts them.
+/// This is for the boot vCPU only: the INIT that starts the others resets theirs.
 pub fn set_local_interrupt_pins(lapic: &mut kvm_lapic_state) {
     set_register(lapic, LVT_LINT0, DELIVER_EXTINT);
     set_register(lapic, LVT_LINT1, DELIVER_NMI);

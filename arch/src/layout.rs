@@ -8,11 +8,11 @@
 /// Global descriptor table for the 64-bit Linux boot protocol and PVH.
 pub const GDT: u64 = 0x500;
 /// First conventional memory that a guest may use. The page below it is where a PC keeps its
-/// interrupt vectors, and kernels do not take it for RAM even where they are told that it is.
+/// interrupt vectors, and kernels do not use it as RAM even if the memory map says so.
 pub const CONVENTIONAL_MEMORY: u64 = 0x1000;
 /// `struct hvm_start_info` of the PVH boot protocol.
 pub const PVH_START_INFO: u64 = 0x6000;
-/// Module list that `hvm_start_info` points to: the initrd, when there is one.
+/// Module list that `hvm_start_info` points to: the initrd, if there is one.
 pub const PVH_MODULE_LIST: u64 = 0x6040;
 /// Memory map that `hvm_start_info` points to.
 pub const PVH_MEMORY_MAP: u64 = 0x6080;
@@ -24,19 +24,19 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const PML4: u64 = 0x9000;
 /// Level-3 page table of that identity map.
 pub const PDPT: u64 = 0xa000;
-/// First of the level-2 page tables of that identity map, one a GiB.
+/// First of the level-2 page tables of that identity map, one for each GiB.
 pub const PAGE_DIRECTORIES: u64 = 0xb000;
-/// How many GiB from address zero that identity map covers.
+/// Size of that identity map, from address zero, in GiB.
 pub const IDENTITY_MAP_GIB: u64 = 4;
-/// Where a PC's firmware looks, after a reset, whether it may leave out its memory test: the "warm
-/// boot" word.
+/// The "warm boot" word, which tells a PC's firmware after a reset whether it may skip its memory
+/// test.
 pub const WARM_BOOT_WORD: u64 = 0x472;
 /// Kernel command line, NUL-terminated.
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Room for the command line including its NUL, in bytes.
 pub const COMMAND_LINE_MAX_SIZE: usize = 0x1_0000;
-/// End of conventional memory: from here to 1 MiB everything is the firmware's, one reserved range
-/// of the memory map.
+/// End of conventional memory: from here to 1 MiB everything belongs to the firmware, as one
+/// reserved range of the memory map.
 pub const CONVENTIONAL_MEMORY_END: u64 = 0x9_f000;
 /// `struct setup_data` of the 64-bit Linux boot protocol, with a seed for the kernel's random
 /// numbers.
@@ -57,7 +57,7 @@ pub const ACPI_TABLES_MAX_SIZE: usize = 0x2_0000;
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Start of the hole for devices: RAM that would be here is above 4 GiB instead.
 pub const DEVICE_HOLE: u64 = 0xc000_0000;
-/// Register by which a guest says that it has booted, for machines that have one.
+/// Register by which a guest reports that it has booted, in machines that have one.
 pub const BOOT_TIMER: u64 = 0xc000_0000;
 /// Size of its window in bytes.
 pub const BOOT_TIMER_SIZE: u64 = 0x1000;
@@ -78,7 +78,7 @@ pub const DEVICE_HOLE_END: u64 = 0x1_0000_0000;
 
 // --- I/O ports --------------------------------------------------------------------------------
 
-/// Interval timer: first of the ports of its counters, before its control port.
+/// Interval timer: first port of its counters, which precede its control port.
 pub const INTERVAL_TIMER_PORT: u16 = 0x40;
 /// Number of ports from [`INTERVAL_TIMER_PORT`] to the control port.
 pub const INTERVAL_TIMER_PORT_COUNT: u16 = 4;
@@ -98,7 +98,7 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_PORT_COUNT: u16 = 8;
 /// Port by which a guest ends the machine with a number of its own.
 pub const EXIT_PORT: u16 = 0x500;
-/// Port of the panic device (pvpanic), where QEMU has it too.
+/// Port of the panic device (pvpanic), the same as in QEMU.
 pub const PANIC_PORT: u16 = 0x505;
 /// First ACPI power register: sleep control.
 pub const ACPI_POWER_PORT: u16 = 0x600;
@@ -108,8 +108,8 @@ pub const ACPI_SLEEP_STATUS_PORT: u16 = ACPI_POWER_PORT + 1;
 pub const ACPI_RESET_PORT: u16 = ACPI_POWER_PORT + 2;
 /// Number of ACPI power registers.
 pub const ACPI_POWER_PORT_COUNT: u16 = 3;
-/// First port of the PCI bus: the address register of configuration mechanism 1, before its data
-/// register.
+/// First port of the PCI bus: the address register of configuration mechanism 1, followed by its
+/// data register.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// Number of ports of the PCI bus.
 pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
@@ -124,11 +124,11 @@ pub const KEYBOARD_GSI: u32 = 1;
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI generic event device, raised when the power button is pressed.
 pub const POWER_BUTTON_GSI: u32 = 5;
-/// First interrupt for virtio devices; each has one of its own.
+/// First interrupt for virtio devices, each of which has its own.
 pub const FIRST_VIRTIO_GSI: u32 = 6;
 /// Inputs of the I/O APIC: one more than the last interrupt.
 pub const IO_APIC_PIN_COUNT: u32 = 24;
-/// How many virtio devices a machine can have: one for each interrupt left.
+/// Most virtio devices of a machine: one for each interrupt left.
 pub const MAX_VIRTIO_DEVICES: usize = (IO_APIC_PIN_COUNT - FIRST_VIRTIO_GSI) as usize;
 
 // --- Limits -----------------------------------------------------------------------------------

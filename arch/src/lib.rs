@@ -1,8 +1,8 @@
-//! What an x86-64 guest CPU needs to start: where things lie in memory, the state of its registers,
-//! and the tables that describe the machine to it.
+//! What an x86-64 guest CPU needs to start: the layout of memory, the state of its registers, and
+//! the tables that describe the machine to it.
 //!
-//! Everything here is a pure function of its arguments or a write to guest memory. Talking to KVM
-//! is the caller's business; only the plain structures of its interface are used.
+//! Everything here is a pure function of its arguments or a write to guest memory. The caller talks
+//! to KVM; this crate uses only the plain structures of its interface.
 
 #![forbid(unsafe_code)]
 

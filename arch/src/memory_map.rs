@@ -1,10 +1,11 @@
-//! Where guest memory lies, for the monitor that maps it and for the guest that is told about it.
+//! The layout of guest memory, for the monitor that maps it and for the memory map that the guest
+//! gets.
 
 use crate::layout::{
     CONVENTIONAL_MEMORY, CONVENTIONAL_MEMORY_END, DEVICE_HOLE, DEVICE_HOLE_END, HIGH_MEMORY,
 };
 
-/// What a range of the guest's memory map may be used for.
+/// The kinds of ranges in the guest's memory map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
     /// Memory the guest may use as it likes (E820 type 1).
@@ -34,9 +35,9 @@ impl MemoryMapEntry {
     }
 }
 
-/// The ranges of guest-physical memory that are backed by host memory, as `(start, size)` in bytes
-/// and in ascending order: RAM starts at address zero, and what would reach into the device hole
-/// goes above 4 GiB instead.
+/// Returns the ranges of guest-physical memory that are backed by host memory, as `(start, size)`
+/// in bytes and in ascending order: RAM starts at address zero, and the part that would reach into
+/// the device hole is above 4 GiB instead.
 ///
 /// The sizes add up to `memory_size`.
 pub fn ram_regions(memory_size: u64) -> Vec<(u64, u64)> {
@@ -47,14 +48,14 @@ pub fn ram_regions(memory_size: u64) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// The memory map that tells a guest of `memory_size` bytes what it may use, in ascending order.
+/// Returns the memory map of a guest with `memory_size` bytes, in ascending order.
 ///
 /// It follows [`ram_regions`], less page zero and the firmware area below 1 MiB. `memory_size` is
 /// between [`MIN_MEMORY_SIZE`](crate::layout::MIN_MEMORY_SIZE) and
 /// [`MAX_MEMORY_SIZE`](crate::layout::MAX_MEMORY_SIZE).
 ///
-/// It has as few ranges as it can: Linux goes through the map thousands of times while it sets up
-/// its page tables, and adds a range of its own for page zero unless the map leaves that out.
+/// It has few ranges on purpose: Linux scans the map thousands of times while it sets up its page
+/// tables, and adds a range of its own for page zero unless the map leaves that page out.
 pub fn memory_map(memory_size: u64) -> Vec<MemoryMapEntry> {
     let mut map = vec![
         MemoryMapEntry::new(

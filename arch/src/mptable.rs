@@ -1,4 +1,4 @@
-//! The MP table, which tells kernels without ACPI of processors, the I/O APIC and its inputs
+//! The MP table, which describes processors, the I/O APIC and its inputs to kernels without ACPI
 //! (Intel MultiProcessor Specification 1.4, chapter 4).
 
 use bantam_memory::GuestMemory;
@@ -20,7 +20,7 @@ const ENTRY_IO_APIC: u8 = 2;
 const ENTRY_IO_INTERRUPT: u8 = 3;
 const ENTRY_LOCAL_INTERRUPT: u8 = 4;
 
-/// Version of integrated APICs, local and I/O, as KVM's report it.
+/// Version of integrated APICs, local and I/O, as reported by KVM's.
 const LOCAL_APIC_VERSION: u8 = 0x14;
 const IO_APIC_VERSION: u8 = 0x11;
 const IO_APIC_ENABLED: u8 = 1;
@@ -37,22 +37,22 @@ const INTERRUPT_NMI: u8 = 1;
 const INTERRUPT_EXTERNAL: u8 = 3;
 /// Active high, edge-triggered.
 const FLAGS_EDGE_HIGH: u16 = 0b01 | 0b01 << 2;
-/// As the bus has it: for these, the pins of the local APIC decide.
+/// As the bus defines it: the pins of the local APIC decide.
 const FLAGS_CONFORMING: u16 = 0;
 const ALL_LOCAL_APICS: u8 = 0xff;
 
 /// Writes the MP table of a machine with `vcpu_count` vCPUs at [`MP_TABLE`].
 ///
 /// Local APIC ids are vCPU indices, the I/O APIC takes the id after them, and each of its inputs is
-/// the interrupt of the same number on an ISA bus, which gives the guest that number for it. All
-/// are edge-triggered, and say so: a bus of this kind has no interrupts from 16 on whose trigger
-/// could be taken for granted.
+/// the interrupt of the same number on an ISA bus, so the guest uses that number for it. All are
+/// edge-triggered, and say so: an ISA bus has no interrupts from 16 on, so these have no default
+/// trigger.
 ///
-/// Only inputs with a device, those in `gsis`, are listed, and the timer's, which kernels look for:
-/// a guest sets up each that it finds.
+/// Only the inputs in `gsis`, which have a device, and the timer's, which kernels look for, are
+/// listed: a guest sets up each input that it finds.
 ///
 /// # Errors
-/// When `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
+/// If `vcpu_count` is zero or above [`MAX_VCPUS`](crate::layout::MAX_VCPUS), or the guest has no
 /// memory at [`MP_TABLE`].
 pub fn write_mp_table(memory: &GuestMemory, vcpu_count: u8, gsis: &[u32]) -> Result<()> {
     check_vcpu_count(vcpu_count)?;
@@ -184,7 +184,7 @@ impl Entries {
     }
 }
 
-/// The byte that makes all of `bytes` add up to zero.
+/// Returns the byte that makes all of `bytes` add up to zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes
         .iter()

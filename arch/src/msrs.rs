@@ -17,13 +17,14 @@ const MISC_ENABLE_FAST_STRING: u64 = 1 << 0;
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_TYPE_WRITE_BACK: u64 = 6;
 
-/// The model-specific registers every vCPU starts with.
+/// Returns the model-specific registers with which every vCPU starts.
 ///
-/// Memory is write-back cached by default, as firmware would have set it up: a guest that sees
-/// MTRRs left disabled takes all memory for uncached. The time-stamp counter is not here: KVM
-/// starts those of all vCPUs together, and setting them one by one could only pull them apart.
+/// Memory is write-back cached by default, as firmware would set it up: a guest that finds the
+/// MTRRs disabled treats all memory as uncached. The time-stamp counter is not here: KVM starts
+/// those of all vCPUs together, and setting them one by one could only make them differ.
 ///
-/// KVM may not have all of these: set those listed by `KVM_GET_MSR_INDEX_LIST`, or one at a time.
+/// KVM may not have all of these: set only those listed by `KVM_GET_MSR_INDEX_LIST`, or set them
+/// one at a time.
 pub fn boot_msrs() -> Vec<kvm_msr_entry> {
     [
         (IA32_SYSENTER_CS, 0),
@@ -46,19 +47,19 @@ pub fn boot_msrs() -> Vec<kvm_msr_entry> {
     .collect()
 }
 
-/// A change to a model-specific register, after [`boot_msrs`] are set.
+/// A change to a model-specific register, applied after [`boot_msrs`] are set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsrModifier {
     /// Which register.
     pub index: u32,
     /// Bits that are changed.
     pub mask: u64,
-    /// What they become; bits outside the mask are not looked at.
+    /// Their new values; bits outside the mask are ignored.
     pub value: u64,
 }
 
 impl MsrModifier {
-    /// What the register becomes that contains `before`.
+    /// Returns the new value of a register that contains `before`.
     pub fn applied_to(&self, before: u64) -> u64 {
         before & !self.mask | self.value & self.mask
     }
@@ -69,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_modifier_changes_the_bits_of_its_mask_alone() {
+    fn a_modifier_changes_only_the_bits_of_its_mask() {
         let modifier = MsrModifier {
             index: 0x10a,
             mask: 0xff00_0000_0000_00f0,

@@ -1,6 +1,6 @@
 //! Registers of the boot vCPU, and the tables in guest memory that they point to.
 //!
-//! The other vCPUs wait for the guest to start them and keep the state KVM gave them.
+//! The other vCPUs wait for the guest to start them, and keep the state that KVM gave them.
 
 use bantam_memory::GuestMemory;
 use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
@@ -34,7 +34,7 @@ const GDT_SIZE: usize = GDT_ENTRY_COUNT * size_of::<u64>();
 const TYPE_DATA_READ_WRITE_ACCESSED: u8 = 0x3;
 const TYPE_CODE_EXECUTE_READ_ACCESSED: u8 = 0xb;
 const TYPE_TASK_STATE_BUSY: u8 = 0xb;
-/// Limit of the smallest task state segment, which PVH asks for.
+/// Limit of the smallest task state segment, as PVH requires.
 const TASK_STATE_LIMIT: u32 = 0x67;
 
 const PAGE_TABLE_ENTRY_COUNT: u64 = 512;
@@ -44,10 +44,10 @@ const PAGE_PRESENT: u64 = 1 << 0;
 const PAGE_WRITABLE: u64 = 1 << 1;
 const PAGE_LARGE: u64 = 1 << 7;
 
-/// General registers of the boot vCPU at the guest-physical address `entry`.
+/// Returns the general registers of a boot vCPU that starts at the guest-physical address `entry`.
 ///
-/// PVH wants its start info's address in RBX; the 64-bit Linux entry wants the zero page's in RSI.
-/// Neither asks for a stack; there is one for the entry code's convenience.
+/// PVH expects the address of its start info in RBX; the 64-bit Linux entry expects that of the
+/// zero page in RSI. Neither requires a stack; there is one for the convenience of the entry code.
 pub fn general_registers(entry: u64, protocol: EntryProtocol) -> kvm_regs {
     let registers = kvm_regs {
         rip: entry,
@@ -67,11 +67,11 @@ pub fn general_registers(entry: u64, protocol: EntryProtocol) -> kvm_regs {
     }
 }
 
-/// Special registers of the boot vCPU, from the `initial` ones of `KVM_GET_SREGS`, which say where
-/// its local APIC is and that it is the boot processor.
+/// Returns the special registers of the boot vCPU, made from the `initial` ones of `KVM_GET_SREGS`,
+/// which contain the address of its local APIC and that it is the boot processor.
 ///
-/// All segments are flat. There is no interrupt descriptor table: the guest brings its own. The
-/// tables these registers do point to are written by [`write_boot_tables`].
+/// All segments are flat. There is no interrupt descriptor table: the guest brings its own.
+/// [`write_boot_tables`] writes the tables that these registers point to.
 pub fn special_registers(initial: kvm_sregs, protocol: EntryProtocol) -> kvm_sregs {
     let protected_mode = CR0_PROTECTED_MODE | CR0_EXTENSION_TYPE;
     let (cr0, cr3, cr4, efer) = match protocol {
@@ -106,7 +106,7 @@ pub fn special_registers(initial: kvm_sregs, protocol: EntryProtocol) -> kvm_sre
     }
 }
 
-/// Floating-point state after `FNINIT`, with SSE exceptions masked.
+/// Returns the floating-point state after `FNINIT`, with SSE exceptions masked.
 pub fn floating_point_state() -> kvm_fpu {
     kvm_fpu {
         fcw: 0x37f,
@@ -119,7 +119,7 @@ pub fn floating_point_state() -> kvm_fpu {
 /// the 64-bit Linux entry an identity map of the first 4 GiB in pages of 2 MiB.
 ///
 /// # Errors
-/// When the guest has no memory at their addresses.
+/// If the guest has no memory at their addresses.
 pub fn write_boot_tables(memory: &GuestMemory, protocol: EntryProtocol) -> Result<()> {
     let gdt: [u64; GDT_ENTRY_COUNT] = [
         0,
@@ -146,7 +146,7 @@ fn write_identity_map(memory: &GuestMemory) -> Result<()> {
     write_page_tables(memory, PAGE_DIRECTORIES, pages)
 }
 
-/// Fills whole page tables from `address` on; entries that `entries` leaves are not present.
+/// Fills whole page tables from `address` on; entries beyond `entries` are not present.
 fn write_page_tables(
     memory: &GuestMemory,
     address: u64,
@@ -188,7 +188,7 @@ fn data_segment() -> kvm_segment {
     }
 }
 
-/// What the flat code and data segments have in common: all of 4 GiB, for ring 0.
+/// Returns the common part of the flat code and data segments: all of 4 GiB, for ring 0.
 fn flat_segment(selector: u16) -> kvm_segment {
     kvm_segment {
         limit: u32::MAX,
@@ -200,8 +200,8 @@ fn flat_segment(selector: u16) -> kvm_segment {
     }
 }
 
-/// The task state segment a processor must have to enter the guest; nothing switches tasks, so it
-/// has no descriptor to be loaded from again.
+/// Returns the task state segment that a processor needs to enter the guest. Nothing switches
+/// tasks, so it has no descriptor to be loaded from again.
 fn task_state_segment() -> kvm_segment {
     kvm_segment {
         limit: TASK_STATE_LIMIT,
@@ -211,7 +211,8 @@ fn task_state_segment() -> kvm_segment {
     }
 }
 
-/// The descriptor a segment is loaded from (Intel SDM volume 3, "Segment Descriptors").
+/// Returns the descriptor from which a segment is loaded (Intel SDM volume 3, "Segment
+/// Descriptors").
 fn descriptor(segment: &kvm_segment) -> u64 {
     let base = segment.base;
     let limit = u64::from(if segment.g == 1 {

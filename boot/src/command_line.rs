@@ -5,7 +5,7 @@ use std::fmt;
 use vm_memory::GuestAddress;
 
 /// Longest command line in bytes, without its NUL, that an x86 Linux kernel keeps
-/// (`COMMAND_LINE_SIZE` less one); what is beyond would be dropped silently.
+/// (`COMMAND_LINE_SIZE` less one); it drops the rest silently.
 pub(crate) const LINUX_COMMAND_LINE_LIMIT: usize = 2047;
 
 /// Why a command line is refused.
@@ -22,7 +22,7 @@ pub enum CommandLineError {
         /// Its offset in the text, in bytes.
         position: usize,
     },
-    /// What follows would become part of the quoted value.
+    /// The rest of the line would become part of the quoted value.
     #[error("the kernel command line has an unclosed double quote in '{text}'")]
     UnclosedQuote {
         /// The text with an odd number of double quotes.
@@ -34,7 +34,7 @@ pub enum CommandLineError {
          shorten it by {}", .length - .limit
     )]
     TooLong {
-        /// Length in bytes, with what the monitor added.
+        /// Length in bytes, with the words that the monitor added.
         length: usize,
         /// The kernel's limit in bytes, without the NUL.
         limit: usize,
@@ -44,7 +44,7 @@ pub enum CommandLineError {
 /// A kernel command line under construction: parameters for the kernel and, after a word `--`,
 /// arguments for the guest's init.
 ///
-/// What is appended goes where it is read: kernel parameters always stay before the `--`.
+/// Appended words go where they are read: kernel parameters always stay before the `--`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CommandLine {
     kernel_parameters: String,
@@ -52,23 +52,23 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// A command line that starts with `text`, which may hold a `--`.
+    /// Makes a command line that starts with `text`, which may contain a `--`.
     ///
     /// # Errors
     ///
-    /// `text` has a character that is not printable ASCII, or an unclosed double quote.
+    /// If `text` has a character that is not printable ASCII, or an unclosed double quote.
     pub fn new(text: &str) -> Result<Self, CommandLineError> {
         let mut command_line = Self::default();
         command_line.append(text)?;
         Ok(command_line)
     }
 
-    /// Adds the kernel parameters of `text` after the present ones and, when `text` has a `--`,
-    /// the arguments after it to those for init.
+    /// Adds the kernel parameters of `text` after the present ones and, if `text` has a `--`, the
+    /// words after it to the arguments of init.
     ///
     /// # Errors
     ///
-    /// As for [`CommandLine::new`]; the command line is then unchanged.
+    /// Those of [`CommandLine::new`]; the command line is then unchanged.
     pub fn append(&mut self, text: &str) -> Result<(), CommandLineError> {
         if let Some((position, character)) = text
             .char_indices()
@@ -90,38 +90,39 @@ impl CommandLine {
         Ok(())
     }
 
-    /// Whether `word` is one of the kernel parameters.
+    /// Returns whether `word` is one of the kernel parameters.
     pub fn has_parameter(&self, word: &str) -> bool {
         self.kernel_parameters
             .split_ascii_whitespace()
             .any(|parameter| parameter == word)
     }
 
-    /// Whether a kernel parameter is called `name`, with a value or without.
+    /// Returns whether a kernel parameter is called `name`, with a value or without.
     pub fn names_parameter(&self, name: &str) -> bool {
         self.kernel_words().any(|word| word.name == name)
     }
 
-    /// The words before the `--`.
+    /// Returns the words before the `--`.
     pub(crate) fn kernel_words(&self) -> impl Iterator<Item = Word<'_>> {
         Words(&self.kernel_parameters)
     }
 
-    /// The words after the `--`, each an argument of init.
+    /// Returns the words after the `--`, each of which is an argument of init.
     pub(crate) fn init_words(&self) -> impl Iterator<Item = Word<'_>> {
         Words(&self.init_arguments)
     }
 
-    /// The values of the kernel parameter `name`, in the order in which the kernel reads them.
+    /// Returns the values of the kernel parameter `name`, in the order in which the kernel reads
+    /// them.
     pub fn values_of(&self, name: &str) -> impl Iterator<Item = &str> {
         self.kernel_parameters
             .split_ascii_whitespace()
             .filter_map(move |parameter| parameter.strip_prefix(name)?.strip_prefix('='))
     }
 
-    /// Tells a kernel without ACPI or device tree about a virtio-mmio device: `size` bytes of
-    /// registers at `address`, interrupting on `gsi`
-    /// (Linux Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).
+    /// Adds a parameter that describes a virtio-mmio device to a kernel without ACPI or device
+    /// tree: `size` bytes of registers at `address`, interrupting on `gsi` (Linux
+    /// Documentation/admin-guide/kernel-parameters, `virtio_mmio.device`).
     pub fn add_virtio_mmio_device(&mut self, address: GuestAddress, size: u64, gsi: u32) {
         let size = match size {
             whole if whole % 1024 == 0 => format!("{}K", whole / 1024),
@@ -133,8 +134,8 @@ impl CommandLine {
         );
     }
 
-    /// The command line as the kernel wants it in memory: NUL-terminated, `limit` bytes at most
-    /// without the NUL.
+    /// Returns the command line as it is in guest memory: NUL-terminated, and at most `limit` bytes
+    /// long without the NUL.
     pub(crate) fn to_bytes_with_nul(&self, limit: usize) -> Result<Vec<u8>, CommandLineError> {
         let mut bytes = self.to_string().into_bytes();
         if bytes.len() > limit {
@@ -164,13 +165,13 @@ impl fmt::Display for CommandLine {
 /// A word of a command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Word<'a> {
-    /// What stands before the first `=`, or the whole word, without the quotes around it.
+    /// The part before the first `=`, or the whole word, without the quotes around it.
     pub(crate) name: &'a str,
-    /// Whether there is a `=`.
+    /// Whether the word has a `=`.
     pub(crate) has_value: bool,
 }
 
-/// The words of a command line as `next_arg()` tells them apart (Linux lib/cmdline.c): spaces within
+/// Splits a command line into words as `next_arg()` does (Linux lib/cmdline.c): spaces within
 /// double quotes do not end a word, and a quote before a word is not part of it.
 struct Words<'a>(&'a str);
 
@@ -194,7 +195,7 @@ impl<'a> Iterator for Words<'a> {
             Some(quoted) => quoted.strip_suffix('"').unwrap_or(quoted),
             None => word,
         };
-        // The kernel looks for the sign from the second character on.
+        // The kernel looks for the `=` from the second character on.
         let sign = unquoted
             .char_indices()
             .skip(1)
@@ -206,7 +207,7 @@ impl<'a> Iterator for Words<'a> {
     }
 }
 
-/// Splits at the first word `--`, in quotes or not, where the kernel's `parse_args()` stops.
+/// Splits at the first word `--`, in quotes or not, at which the kernel's `parse_args()` stops.
 fn split_at_double_dash(text: &str) -> (&str, &str) {
     let mut words = Words(text);
     loop {
@@ -345,7 +346,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_appended_is_a_kernel_parameter(text in "[ -~]{0,80}") {
+        fn appended_words_are_kernel_parameters(text in "[ -~]{0,80}") {
             if let Ok(mut line) = CommandLine::new(&text) {
                 line.append("added").unwrap();
                 let line = line.to_string();

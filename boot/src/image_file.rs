@@ -1,4 +1,4 @@
-//! Checks common to the files a guest is loaded from.
+//! Checks common to the files from which a guest is loaded.
 
 use std::fs::File;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 /// Why a file cannot be an image of any kind.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageFileError {
-    /// Opening a directory succeeds on Linux; only reading it fails.
+    /// A directory. Opening one succeeds on Linux; only reading it fails.
     #[error("it is a directory, not a file")]
     Directory,
     /// A pipe, socket or device: its length is unknown and it cannot be read at an offset.
@@ -35,7 +35,7 @@ pub(crate) fn regular_file_length(file: &File) -> Result<u64, ImageFileError> {
     Ok(metadata.len())
 }
 
-/// Whole MiB that hold `bytes`, for messages.
+/// Returns the number of whole MiB that hold `bytes`, for messages.
 pub(crate) fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
 }

@@ -12,16 +12,16 @@ use crate::kernel::LoadedKernel;
 
 const PAGE_SIZE: u64 = 4096;
 
-/// Highest address an initrd may occupy when the kernel does not say: what every 64-bit kernel
-/// has in its setup header (Linux Documentation/arch/x86/boot.rst, `initrd_addr_max`).
+/// Highest address that an initrd may occupy if the kernel gives none: the value in every 64-bit
+/// kernel's setup header (Linux Documentation/arch/x86/boot.rst, `initrd_addr_max`).
 const DEFAULT_INITRD_ADDRESS_MAX: u64 = 0x7fff_ffff;
 
-/// Where an initrd is in guest memory.
+/// The location of an initrd in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Initrd {
     /// First byte, page-aligned.
     pub address: GuestAddress,
-    /// Size in bytes, as long as the file.
+    /// Size in bytes, that of the file.
     pub size: u64,
 }
 
@@ -31,7 +31,7 @@ pub enum InitrdError {
     /// The file cannot be an image.
     #[error(transparent)]
     File(#[from] ImageFileError),
-    /// More guest memory would solve it.
+    /// It would fit into more guest memory.
     #[error(
         "it takes {} MiB but only {} MiB are free above the kernel: \
          give the machine at least {} MiB of memory", mib(*size), free >> 20, mib(*needed)
@@ -44,7 +44,7 @@ pub enum InitrdError {
         /// Least guest memory in bytes that would hold both.
         needed: u64,
     },
-    /// No amount of guest memory would solve it.
+    /// It would not fit into any amount of guest memory.
     #[error(
         "it takes {} MiB but only {} MiB lie between the kernel and {limit:#x}, the highest \
          address for an initrd: use a smaller one, or a disk", mib(*size), free >> 20
@@ -54,7 +54,7 @@ pub enum InitrdError {
         size: u64,
         /// Bytes between the end of the kernel and the limit.
         free: u64,
-        /// First address the initrd may not use.
+        /// First address that the initrd may not use.
         limit: u64,
     },
     /// The file could not be read into guest memory.
@@ -73,12 +73,12 @@ impl From<io::Error> for InitrdError {
     }
 }
 
-/// Loads `initrd` into `memory`, page-aligned and as high as the kernel allows, so that it is out
-/// of the way of what the kernel does above its own end.
+/// Loads `initrd` into `memory`, page-aligned and as high as the kernel allows, away from the
+/// memory that the kernel uses above its own end.
 ///
 /// # Errors
 ///
-/// The file cannot be read, or does not fit between the kernel and the device hole (or the limit
+/// If the file cannot be read, or does not fit between the kernel and the device hole (or the limit
 /// in the kernel's setup header).
 pub fn load_initrd(
     memory: &GuestMemory,
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_no_initrd_are_refused() {
+    fn files_that_are_not_initrds_are_refused() {
         let kernel = loaded_kernel(4 * MIB, None);
         let memory = memory(16 * MIB);
         let load = |file: &mut File| load_initrd(&memory, file, &kernel).unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! What a guest starts from: kernel image, initrd, command line, and the structures by which a
-//! boot protocol hands them to the kernel.
+//! What a guest starts from: kernel image, initrd, command line, and the structures by which a boot
+//! protocol passes them to the kernel.
 //!
 //! This crate turns files and tables into guest memory and nothing else: it opens no file, runs
 //! no vCPU and sets no register. A machine boots in this order:
@@ -9,7 +9,7 @@
 //! 3. [`write_start_information`] writes what the chosen protocol passes to the kernel, the
 //!    [`CommandLine`] included, and returns the address that goes into the boot register.
 //!
-//! Guest memory must be fresh, that is zero: what an image leaves zero (`.bss`) is not written.
+//! Guest memory must be fresh, that is, zero: the zeroes of an image (`.bss`) are not written.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What each boot protocol passes to the kernel in guest memory.
+//! The structures in guest memory that each boot protocol passes to the kernel.
 
 use bantam_arch::memory_map::{MemoryKind, MemoryMapEntry};
 use bantam_arch::{EntryProtocol, layout};
@@ -14,7 +14,7 @@ use crate::command_line::{CommandLine, CommandLineError};
 use crate::initrd::Initrd;
 use crate::kernel::LoadedKernel;
 
-/// Entries that fit between the PVH memory map and what follows it in guest memory.
+/// Most entries between the start of the PVH memory map and the next structure in guest memory.
 const PVH_MEMORY_MAP_MAX_ENTRIES: usize =
     (layout::ZERO_PAGE - layout::PVH_MEMORY_MAP) as usize / size_of::<hvm_memmap_table_entry>();
 
@@ -25,32 +25,32 @@ const PVH_VERSION_WITH_MEMORY_MAP: u32 = 1;
 const BOOT_FLAG: u16 = 0xaa55;
 /// `header` of every setup header: "HdrS".
 const SETUP_HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-/// `type_of_loader` of a boot loader without a number of its own.
+/// `type_of_loader` of a boot loader without an assigned number.
 const UNREGISTERED_LOADER: u8 = 0xff;
 
-/// Size of the seed for the kernel's random numbers in bytes: what Linux counts as enough.
+/// Size of the seed for the kernel's random numbers in bytes, which Linux considers enough.
 pub const RANDOM_SEED_SIZE: usize = 32;
 
-/// What a kernel is told at its start.
+/// The information that a kernel gets at its start.
 #[derive(Clone, Copy)]
 pub struct StartInformation<'a> {
     /// Which ranges of guest-physical memory the kernel may use.
     pub memory_map: &'a [MemoryMapEntry],
     /// The kernel command line.
     pub command_line: &'a CommandLine,
-    /// The initrd, when there is one.
+    /// The initrd, if there is one.
     pub initrd: Option<Initrd>,
-    /// The ACPI root pointer, when there are ACPI tables.
+    /// The ACPI root pointer, if there are ACPI tables.
     pub rsdp: Option<GuestAddress>,
     /// Unpredictable bytes, different for each start, from which the kernel seeds its random
-    /// numbers. The 64-bit Linux protocol passes them on, PVH has no place for them.
+    /// numbers. Only the 64-bit Linux protocol passes them on.
     pub random_seed: [u8; RANDOM_SEED_SIZE],
 }
 
 /// Why the start information cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum StartInformationError {
-    /// The command line does not suit the kernel.
+    /// The kernel does not take the command line.
     #[error(transparent)]
     CommandLine(#[from] CommandLineError),
     /// The structure of the boot protocol has no room for the memory map.
@@ -79,8 +79,8 @@ pub enum StartInformationError {
 ///
 /// # Errors
 ///
-/// The command line is longer than this kernel takes, the memory map has more entries than the
-/// protocol, or guest memory does not reach up to the boot structures.
+/// If the command line is longer than this kernel takes, the memory map has more entries than the
+/// protocol has room for, or guest memory does not reach up to the boot structures.
 pub fn write_start_information(
     memory: &GuestMemory,
     kernel: &LoadedKernel,
@@ -209,8 +209,8 @@ fn write_random_seed(
     write_bytes(memory, "the random seed", layout::RANDOM_SEED, &element)
 }
 
-/// The number of a memory kind, the same for PVH as for E820 (ACPI 6.5 section 15.1, "Address
-/// Range Types").
+/// Returns the number of a memory kind, which is the same for PVH and E820 (ACPI 6.5 section 15.1,
+/// "Address Range Types").
 fn memory_type(kind: MemoryKind) -> u32 {
     match kind {
         MemoryKind::Ram => XEN_HVM_MEMMAP_TYPE_RAM,
@@ -430,7 +430,7 @@ mod tests {
                 write(limit + 1),
                 Err(StartInformationError::MemoryMapTooLong { .. })
             ));
-            // What follows the structure in guest memory is untouched.
+            // Memory after the structure is untouched.
             let after = if protocol == EntryProtocol::Pvh {
                 layout::ZERO_PAGE
             } else {

@@ -13,19 +13,19 @@ use crate::kernel::{Compression, KernelFormat, LoadedKernel};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Guest memory of `size` bytes from address zero.
+/// Makes guest memory of `size` bytes from address zero.
 pub(crate) fn memory(size: u64) -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), size as usize)]).unwrap()
 }
 
-/// An open file that holds `bytes`.
+/// Returns an open file that holds `bytes`.
 pub(crate) fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     file
 }
 
-/// A kernel that occupies memory up to `end`.
+/// Returns a kernel that occupies memory up to `end`.
 pub(crate) fn loaded_kernel(end: u64, setup_header: Option<setup_header>) -> LoadedKernel {
     LoadedKernel {
         entry: GuestAddress(MIB),
@@ -186,7 +186,7 @@ impl TestBzImage {
         }
     }
 
-    /// The bytes from where the protected-mode code starts.
+    /// The bytes from the start of the protected-mode code on.
     pub fn protected_mode_code(&self) -> Vec<u8> {
         let mut code: Vec<u8> = (0..Self::PAYLOAD_OFFSET).map(|byte| byte as u8).collect();
         code.extend(&self.payload);
@@ -208,7 +208,7 @@ impl TestBzImage {
     }
 }
 
-/// `data` as the kernel build compresses it, with the size it appends.
+/// Compresses `data` as the kernel build does, with the size appended.
 pub(crate) fn compress(compression: Compression, data: &[u8]) -> Vec<u8> {
     use liblzma::bufread::XzEncoder;
     use liblzma::stream::{Check, Filters, LzmaOptions, Stream};
@@ -257,7 +257,7 @@ pub(crate) fn compress(compression: Compression, data: &[u8]) -> Vec<u8> {
     compressed
 }
 
-/// `data` as `lzop -9` writes it, but for the checksums, which are zero.
+/// Compresses `data` as `lzop -9` does, with all checksums zero.
 fn lzop(data: &[u8]) -> Vec<u8> {
     const FLAGS: u32 = 0x0300_0001;
     let mut file = b"\x89LZO\0\r\n\x1a\n".to_vec();

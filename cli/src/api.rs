@@ -1,4 +1,4 @@
-//! `bantam api`: a machine that is put together, started and changed by clients of an API.
+//! `bantam api`: a machine that clients of an API configure, start and change.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -26,7 +26,7 @@ use crate::process_times::ProcessTimes;
 use crate::signals::Signals;
 use crate::stopping;
 
-/// How long the thread of the API may take to end: longer than it gives its clients.
+/// How long the thread of the API may take to end: longer than the time that it gives its clients.
 const API_END_TIME: Duration = Duration::from_secs(2);
 
 /// Serves the API until the machine has ended or the user wants the program to end.
@@ -45,7 +45,7 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = StdioConsole::new()?;
     let served = serve_instance(args, program_log.clone(), &signals, &mut console);
-    // An error is not to wait for a reader who may never come back.
+    // An error must not wait for a reader that may never return.
     let ends_soon = stopping::is_asked() || served.is_err();
     let limit = ends_soon.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
     console.finish(&signals, limit);
@@ -81,7 +81,7 @@ fn serve_instance(
             on_start: Box::new({
                 let started = started.clone();
                 move || {
-                    // It fails only when the counter is full, and then it is readable as wanted.
+                    // It fails only if the counter is full, and then the event is readable anyway.
                     let _ = started.write(1);
                 }
             }),
@@ -108,7 +108,7 @@ fn serve_instance(
             .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
         instance.configure(configuration)?;
     }
-    // A guest does not run that nobody could speak to.
+    // No guest must run that no client could reach.
     let listener = match args.no_api {
         true => None,
         false => Some(listen(&args.api_sock)?),
@@ -129,9 +129,9 @@ fn serve_instance(
             let controller = controller.clone();
             move || {
                 let result = server.run();
-                // Nobody could speak to the machine any more.
+                // No client could reach the machine any more.
                 controller.stop();
-                // It fails if the end of the process has not waited for this.
+                // It fails if the process ends without waiting for this.
                 let _ = serving.send(result);
             }
         })
@@ -147,7 +147,7 @@ fn serve_instance(
     tracing::info!("the machine has ended: {reason:?}: {reason}");
     match served {
         Ok(served) => served?,
-        // The machine has ended all the same, and the process ends now.
+        // The machine has ended in any case, and the process ends now.
         Err(RecvTimeoutError::Timeout) => tracing::warn!("the API has not ended in time"),
         Err(RecvTimeoutError::Disconnected) => {
             bail!("the API has failed: this is a bug, please report it with the log")
@@ -184,7 +184,7 @@ fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {
 }
 
 impl ApiArgs {
-    /// What the command line says of the log.
+    /// The settings of the log on the command line.
     fn logger(&self) -> Logger {
         Logger {
             log_path: self.log_path.clone(),

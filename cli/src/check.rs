@@ -1,4 +1,4 @@
-//! `bantam check`: a table of what the host offers.
+//! `bantam check`: a table of the host's features.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -7,14 +7,14 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use bantam_vmm::host::{self, KvmCapability, Virtualization};
 
-/// How one thing stands.
+/// The state of one feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {
-    /// It is there.
+    /// It is present.
     Ok,
-    /// It is not there, and machines run without it, if not all of them or not as well.
+    /// It is missing; machines run without it, but not all of them or not as well.
     Limited,
-    /// No machine runs without it.
+    /// It is missing, and no machine runs without it.
     Missing,
 }
 
@@ -28,7 +28,7 @@ impl fmt::Display for Status {
     }
 }
 
-/// A line of the table, and the line below it that says what to do.
+/// A line of the table, and the line below it with the remedy.
 #[derive(Debug)]
 struct Row {
     subject: &'static str,
@@ -61,7 +61,7 @@ impl Row {
 ///
 /// # Errors
 ///
-/// When no machine can run on this host.
+/// If no machine can run on this host.
 pub fn check(out: &mut impl Write) -> anyhow::Result<()> {
     let mut rows = vec![virtualization_row(host::virtualization())];
     rows.extend(kvm_rows());

@@ -1,7 +1,7 @@
 //! The guest's serial port on standard input and output.
 //!
-//! Two pipes stand between them, so that neither a slow reader of the output nor a guest that
-//! reads no input holds up the machine or the main thread.
+//! Two pipes connect them, so that neither a slow reader of the output nor a guest that reads no
+//! input holds up the machine or the main thread.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,20 +21,22 @@ use crate::message::say;
 use crate::signals::{Request, Signals};
 use crate::terminal::RawTerminal;
 
-/// How long a user who wants to stop waits for a reader that does not take the last output.
+/// How long the end waits for a reader that does not take the last output, once the user wants to
+/// stop.
 pub const OUTPUT_LIMIT_AFTER_STOP: Duration = Duration::from_secs(1);
 
-/// Keys kept until the guest takes them, beside what the pipe holds, in bytes. Up to here the terminal is read
-/// whether or not the guest reads, so that the user can quit; beyond it the terminal waits too.
+/// Most bytes of keys that are kept until the guest takes them, beside the content of the pipe. Up
+/// to this limit the terminal is read whether or not the guest reads, so that the user can quit;
+/// beyond it the terminal waits too.
 const PENDING_KEYS_CAPACITY: usize = 1 << 20;
 /// Most bytes copied at a time.
 const CHUNK_SIZE: usize = 4096;
 
-/// Standard input and output as the other end of a serial port.
+/// Standard input and output as the host's end of a serial port.
 #[derive(Debug)]
 pub struct StdioConsole {
-    /// The machine's ends of the pipes. They outlive a machine, so that the next one goes on
-    /// where it ended.
+    /// The machine's ends of the pipes. They outlive a machine, so that the next one goes on where
+    /// the last ended.
     machine_input: OwnedFd,
     machine_output: OwnedFd,
     output: Output,
@@ -43,7 +45,7 @@ pub struct StdioConsole {
 }
 
 impl StdioConsole {
-    /// Starts to copy output. Input is copied when the main loop says so.
+    /// Starts to copy output. The main loop decides when input is copied.
     pub fn new() -> anyhow::Result<Self> {
         let pipes = || -> io::Result<_> {
             let (machine_input, input) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
@@ -62,7 +64,7 @@ impl StdioConsole {
         })
     }
 
-    /// Ends of the pipes for one machine.
+    /// Returns the ends of the pipes for one machine.
     pub fn for_machine(&self) -> io::Result<Console> {
         Ok(Console {
             input: Some(self.machine_input.try_clone()?),
@@ -70,8 +72,8 @@ impl StdioConsole {
         })
     }
 
-    /// Gives the terminal back and waits until all output is copied, at most for `limit` or until
-    /// a signal asks for the end.
+    /// Restores the terminal and waits until all output is copied, at most for `limit` or until a
+    /// signal asks for the end.
     pub fn finish(self, signals: &Signals, limit: Option<Duration>) {
         drop(self.input);
         drop(self.machine_output);
@@ -121,7 +123,8 @@ impl Output {
                 }
             }
             let [copied, _] = fds.map(|fd| fd.any().unwrap_or(false));
-            // Signals that ask for no end, such as of a new size of the terminal, are passed over.
+            // Signals that do not ask for the end, such as for a new size of the terminal, are
+            // ignored.
             if copied || matches!(signals.next(), Ok(Some(Request::Stop(_))) | Err(_)) {
                 return;
             }
@@ -129,7 +132,7 @@ impl Output {
     }
 }
 
-/// Copies until the pipe's other end is closed. When nobody takes the output any more it is
+/// Copies until the pipe's other end is closed. If nothing reads the output any more, it is
 /// dropped, and the guest goes on.
 fn copy_output(from: &OwnedFd, to: &impl AsFd) {
     let mut chunk = [0; CHUNK_SIZE];
@@ -158,7 +161,7 @@ fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> io::Result<()> {
         match write(to, bytes) {
             Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
             Err(Errno::EINTR) => {}
-            // Whoever shares standard output with this process can have made it nonblocking.
+            // A process that shares standard output with this one may have made it non-blocking.
             Err(Errno::EAGAIN) => {
                 poll(
                     &mut [PollFd::new(to, PollFlags::POLLOUT)],
@@ -181,7 +184,8 @@ pub struct Input {
     pending: VecDeque<u8>,
     /// Whether standard input has not ended yet.
     open: bool,
-    /// Whether the user has been told that no keys are read, since the guest last had read all.
+    /// Whether the user has been told that no keys are read, since the guest last had read all of
+    /// them.
     has_told: bool,
 }
 
@@ -207,14 +211,14 @@ impl Input {
         Ok(())
     }
 
-    /// Gives the terminal back before the process is stopped.
+    /// Restores the terminal before the process is stopped.
     pub fn suspend(&self) {
         if let Some(terminal) = &self.terminal {
             terminal.suspend();
         }
     }
 
-    /// Takes the terminal again when the process goes on.
+    /// Makes the terminal raw again when the process goes on.
     pub fn resume(&self) -> anyhow::Result<()> {
         match &self.terminal {
             Some(terminal) => terminal
@@ -224,7 +228,7 @@ impl Input {
         }
     }
 
-    /// Standard input, if there is room for more of it.
+    /// Returns standard input, if there is room for more.
     pub fn source(&self) -> Option<BorrowedFd<'_>> {
         let wanted = match &self.terminal {
             Some(terminal) => self.has_room_for_keys() && terminal.in_foreground(),
@@ -233,13 +237,13 @@ impl Input {
         (self.open && wanted).then(|| self.stdin.as_fd())
     }
 
-    /// The pipe to the guest, if there is input for it.
+    /// Returns the pipe to the guest, if there is input for it.
     pub fn destination(&self) -> Option<BorrowedFd<'_>> {
         (!self.pending.is_empty()).then(|| self.to_guest.as_fd())
     }
 
-    /// Reads what there is on standard input, and passes it on as far as the guest has room.
-    /// Returns whether the user wants to quit.
+    /// Reads the available standard input, and passes it on as far as the guest has room. Returns
+    /// whether the user wants to quit.
     pub fn read(&mut self) -> bool {
         let mut chunk = [0; CHUNK_SIZE];
         let bytes = match read(&self.stdin, &mut chunk) {
@@ -270,7 +274,7 @@ impl Input {
         self.type_keys(bytes)
     }
 
-    /// Takes keys, and gives whether the user wants to quit.
+    /// Takes keys, and returns whether the user wants to quit.
     fn type_keys(&mut self, keys: &[u8]) -> bool {
         for &key in keys {
             match self.filter.next(key) {
@@ -292,11 +296,11 @@ impl Input {
     }
 
     fn has_room_for_keys(&self) -> bool {
-        // Of as many as are read at a time, each can be one that comes with a prefix.
+        // Each byte of one read may need a prefix.
         self.pending.len() + 2 * CHUNK_SIZE <= PENDING_KEYS_CAPACITY
     }
 
-    /// Passes on as much as the guest has room for.
+    /// Passes on input as far as the guest has room.
     pub fn write(&mut self) {
         while !self.pending.is_empty() {
             match write(&self.to_guest, self.pending.as_slices().0) {
@@ -311,7 +315,7 @@ impl Input {
                 }
             }
         }
-        // A paste can have taken a lot of memory.
+        // A paste may have taken much memory.
         self.pending.shrink_to(CHUNK_SIZE);
         self.has_told = false;
     }
@@ -341,7 +345,7 @@ mod tests {
         let (sink, to) = pipe2(OFlag::O_CLOEXEC).unwrap();
         drop(sink);
         let copier = thread::spawn(move || copy_output(&from, &to));
-        // More than the pipe holds: it would stall if nobody read it.
+        // More than the pipe holds: it would stall if nothing read it.
         write_all(source.as_fd(), &vec![0; 1 << 20]).unwrap();
         drop(source);
         copier.join().unwrap();
@@ -387,7 +391,7 @@ mod tests {
             assert!(input.pending.len() <= PENDING_KEYS_CAPACITY);
         }
         assert!(typed.len() >= PENDING_KEYS_CAPACITY - 3 * CHUNK_SIZE);
-        // Ctrl-A is heard before that.
+        // Ctrl-A works before that.
         input.write();
         assert!(input.has_room_for_keys());
         assert!(input.type_keys(b"\x01x"));

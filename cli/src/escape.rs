@@ -1,26 +1,26 @@
-//! Commands typed on a terminal whose other keys go to the guest.
+//! Commands that a user types on a terminal whose other keys go to the guest.
 
 /// The key that starts a command.
 pub const CTRL_A: u8 = 0x01;
 
-/// What to tell a user who asks for the commands.
+/// The list of commands, for a user who asks for it.
 pub const HELP: &str = "\
 Ctrl-A x   quit
 Ctrl-A h   this help
 Ctrl-A a   send Ctrl-A to the guest (also Ctrl-A Ctrl-A)";
 
-/// What a typed byte means.
+/// The meaning of a typed byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// The first half of a command: nothing yet.
     Prefix,
     /// This byte is for the guest.
     Guest(u8),
-    /// It made no command: Ctrl-A and this byte are for the guest.
+    /// It did not complete a command: Ctrl-A and this byte are for the guest.
     NoCommand(u8),
     /// The user wants to quit.
     Quit,
-    /// The user wants to know the commands.
+    /// The user wants the list of commands.
     Help,
 }
 

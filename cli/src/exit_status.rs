@@ -7,20 +7,21 @@ use bantam_vmm::config::ExitStatus;
 
 use crate::main_loop::EndedBy;
 
-/// The guest asked for a restart that it does not get.
+/// The guest asked for a restart, and is not started again.
 const REBOOT: u8 = 120;
 /// The guest's kernel panicked.
 const PANIC: u8 = 121;
 /// All vCPUs had halted for good.
 const HALTED: u8 = 122;
-/// The user had the power cut.
+/// The user cut the power.
 const POWER_CUT: u8 = 123;
-/// There was an error: the status that `env`, `timeout` and container programs have for their own.
+/// There was an error: the status that `env`, `timeout` and container programs use for their own
+/// errors.
 pub const ERROR: u8 = 125;
-/// In place of a guest's number that is one of the above.
+/// Replaces a guest's number that is one of the above.
 const RESERVED_NUMBER: u8 = 255;
 
-/// How a machine has ended.
+/// The end of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ending {
     pub by: EndedBy,
@@ -28,14 +29,14 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// The status that tells this, of whom `of` says.
+    /// Returns the exit status of this end, about the guest or the monitor as `of` says.
     pub fn status(self, of: ExitStatus) -> u8 {
         if of == ExitStatus::Monitor {
             return 0;
         }
         match self.reason {
             ExitReason::PowerOff => 0,
-            // A guest that is asked to end, by keys that ask for a restart, has done so.
+            // A guest that was asked to end, by keys that ask for a restart, has done so.
             ExitReason::Reboot if self.by == EndedBy::User => 0,
             ExitReason::Reboot => REBOOT,
             ExitReason::Panic => PANIC,
@@ -49,13 +50,13 @@ impl Ending {
             ExitReason::Number(number) => number,
             ExitReason::Halted => HALTED,
             ExitReason::Stopped => POWER_CUT,
-            // Not one that this program knows of.
+            // A reason that this program does not know.
             _ => ERROR,
         }
     }
 }
 
-/// The status of an error of `bantam run`.
+/// Returns the status of an error of `bantam run`.
 pub fn of_error(of: ExitStatus) -> ExitCode {
     match of {
         ExitStatus::Guest => ExitCode::from(ERROR),

@@ -39,13 +39,13 @@ fn write_man_page(command: &Command, folder: &Path) -> io::Result<()> {
     let man = Man::new(command.clone()).title(name);
     let mut page = Vec::new();
     man.render(&mut page)?;
-    // The text after the options is laid out already: its lines must stay as they are.
+    // The text after the options is formatted already: its lines must stay as they are.
     let page = String::from_utf8_lossy(&page).replace(".SH EXTRA\n", ".SH NOTES\n.nf\n");
     fs::write(folder.join(man.get_filename()), with_lists(&page))
 }
 
-/// Makes lists of what are lines that start with a dash in the help, which a page would join to one
-/// paragraph otherwise.
+/// Turns lines of the help that start with a dash into lists, which a manual page would otherwise
+/// join into one paragraph.
 fn with_lists(page: &str) -> String {
     const DASH: &str = "\\- ";
     let mut lines: Vec<&str> = Vec::new();
@@ -53,7 +53,7 @@ fn with_lists(page: &str) -> String {
     for line in page.lines() {
         if let Some(item) = line.strip_prefix(DASH) {
             if !in_list {
-                // The list brings its own distance from the text before.
+                // The list adds its own space after the text before.
                 lines.pop_if(|line| line.is_empty());
                 lines.push(".RS");
                 in_list = true;

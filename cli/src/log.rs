@@ -32,8 +32,8 @@ use crate::stopping;
 /// How long the end of the process may wait for a reader of the log.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
 
-/// Logs lines up to `level` on standard error, in color if it is a terminal whose user wants that: the
-/// same variables of the environment decide that also decide it for the help.
+/// Logs lines up to `level` on standard error, in color if it is a terminal whose user wants that.
+/// The same environment variables decide it as for the help.
 pub fn to_stderr(level: LevelFilter) {
     tracing_subscriber::fmt()
         .with_writer(|| LineWriter(None))
@@ -45,8 +45,8 @@ pub fn to_stderr(level: LevelFilter) {
         .init();
 }
 
-/// Logs lines as Firecracker's API has them set, of the instance called `id`: up to level `Info` on
-/// standard error, until a client says otherwise.
+/// Logs lines of the instance called `id` in Firecracker's format: up to level `Info` on standard
+/// error, until a client changes that.
 pub fn adjustable(id: &str) -> AdjustableLog {
     let log = AdjustableLog(Arc::new(RwLock::new(Settings {
         id: id.to_string(),
@@ -68,7 +68,7 @@ pub fn adjustable(id: &str) -> AdjustableLog {
     log
 }
 
-/// A log that is set while the program runs. Clones are handles to the same one.
+/// A log that can be configured while the program runs. Clones are handles to the same log.
 #[derive(Clone)]
 pub struct AdjustableLog(Arc<RwLock<Settings>>);
 
@@ -78,7 +78,7 @@ struct Settings {
     shows_level: bool,
     shows_origin: bool,
     module: Option<String>,
-    /// Where lines go, if not to standard error.
+    /// Destination of the lines, if not standard error.
     file: Option<Arc<Outlet>>,
 }
 
@@ -87,7 +87,7 @@ impl AdjustableLog {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until what was logged to a file is written, for a short time at most.
+    /// Waits until the lines for a file are written, for a short time at most.
     pub fn flush(&self) {
         let file = self.settings().file.clone();
         if let Some(file) = file {
@@ -100,7 +100,7 @@ impl ProgramLog for AdjustableLog {
     fn set(&mut self, logger: &Logger) -> Result<(), Fault> {
         let open = |path| {
             let file = OpenOptions::new()
-                // Also for reading: a named pipe without a reader is otherwise refused.
+                // Also for reading: otherwise a named pipe without a reader could not be opened.
                 .read(true)
                 .append(true)
                 .create(true)
@@ -136,7 +136,8 @@ impl ProgramLog for AdjustableLog {
             settings.module = Some(module.clone());
         }
         drop(settings);
-        // What is not logged costs nothing, as each place in the code remembers whether it is.
+        // Lines that are not logged cost nothing, as each place in the code caches whether it is
+        // enabled.
         tracing::callsite::rebuild_interest_cache();
         Ok(())
     }
@@ -159,7 +160,7 @@ impl<S: Subscriber> Layer<S> for AdjustableLog {
     }
 }
 
-/// As Firecracker writes them: `time [instance:thread:level:file:line] message`.
+/// The format of Firecracker: `time [instance:thread:level:file:line] message`.
 impl<S, N> FormatEvent<S, N> for AdjustableLog
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -198,8 +199,8 @@ impl<'a> MakeWriter<'a> for AdjustableLog {
     }
 }
 
-/// Passes a line on to a file, or to standard error. Errors of the operating system are told in words, as
-/// everywhere else.
+/// Passes a line on to a file, or to standard error. Operating system errors are printed in words,
+/// as everywhere else.
 pub struct LineWriter(Option<Arc<Outlet>>);
 
 impl Write for LineWriter {

@@ -81,7 +81,7 @@ fn execute(command: Command) -> ExitCode {
 }
 
 fn run(args: RunArgs) -> ExitCode {
-    // Until the machine file is read, the command line alone says what a status means.
+    // Until the machine file is read, only the command line decides what a status means.
     let mut meaning = args.machine.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
@@ -108,20 +108,20 @@ fn status_of(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// Tells the user of an error, in one line.
+/// Reports an error to the user, in one line.
 fn report(error: &anyhow::Error) {
     message::say_last(format_args!("error: {}", reason(error)));
 }
 
-/// Lets the program have as many file descriptors as it may: connections to a guest take one each.
+/// Raises the limit of file descriptors to the maximum: connections to a guest take one each.
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // It fails where the host does not allow it, and fewer have to do.
+        // It fails if the host does not allow it; then the present limit must do.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 
-/// Programs that drive Firecracker look for the number after the name.
+/// Programs that drive Firecracker look for the version after the name.
 fn print_firecracker_version() -> anyhow::Result<()> {
     let version = bantam_api::API_VERSION;
     let bantam = env!("CARGO_PKG_VERSION");
@@ -132,11 +132,11 @@ fn print_firecracker_version() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints help and version as clap lays them out, and an error, whose status is `failure`, as one line.
+/// Prints help and version in clap's layout, and an error, whose status is `failure`, as one line.
 fn report_usage<T: Parser>(error: &clap::Error, failure: ExitCode) -> ExitCode {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // A reader that leaves early, such as a pager, has seen enough.
+            // A reader that closes early, such as a pager, has seen enough.
             let _ = error.print();
             ExitCode::SUCCESS
         }
@@ -156,10 +156,10 @@ fn report_usage<T: Parser>(error: &clap::Error, failure: ExitCode) -> ExitCode {
     }
 }
 
-/// Names the first argument that has to be UTF-8 and is not, which clap does not.
+/// Names the first argument that has to be UTF-8 and is not, as clap does not name it.
 fn not_utf8<T: Parser>(arguments: &[OsString]) -> String {
     let lossy = |argument: &OsString| OsString::from(argument.to_string_lossy().into_owned());
-    // It is refused although all others have been made UTF-8.
+    // It is refused although all others have been converted to UTF-8.
     let is_refused = |&index: &usize| {
         let others_mended = arguments.iter().enumerate().map(|(other, argument)| {
             if other == index {
@@ -188,7 +188,7 @@ fn not_utf8<T: Parser>(arguments: &[OsString]) -> String {
     )
 }
 
-/// The paragraphs that say what is wrong and what to do, without those that repeat the usage.
+/// Returns the paragraphs with the error and its remedy, without those that repeat the usage.
 fn usage_line(rendered: &str) -> String {
     rendered
         .split("\n\n")
@@ -202,7 +202,8 @@ fn usage_line(rendered: &str) -> String {
         .join("; ")
 }
 
-/// An error and its causes on one line, without those that a text before them already contains.
+/// Formats an error and its causes on one line, without causes that the text before them already
+/// contains.
 fn reason(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_the_system_are_told_in_words() {
+    fn system_errors_are_printed_in_words() {
         let error = io::Error::from_raw_os_error(2);
         let told = anyhow::anyhow!("cannot open 'x': {error}; try another");
         assert_eq!(
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn causes_are_told_once() {
+    fn causes_are_printed_once() {
         let io = || io::Error::other("it is gone");
         let told = Err::<(), _>(io())
             .context("cannot open 'x': it is gone")

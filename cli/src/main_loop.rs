@@ -1,4 +1,4 @@
-//! What the main thread does while a machine runs: passes on keys and signals.
+//! The loop of the main thread while a machine runs: it passes on keys and signals.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,15 +16,15 @@ use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
 use crate::{stopping, terminal};
 
-/// Whose wish the end of the machine was.
+/// Who ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndedBy {
     Guest,
     User,
 }
 
-/// Passes on signals until the machine is started, which makes `started` readable. Gives who ended it
-/// before that, if anybody did.
+/// Passes on signals until the machine is started, which makes `started` readable. Returns who
+/// ended it before that, if anyone.
 pub fn await_start(
     controller: &Controller,
     signals: &Signals,
@@ -60,10 +60,10 @@ pub fn await_start(
     }
 }
 
-/// Passes on input and signals until the machine has ended or its power is to be cut. A user who wants it
-/// to end has the guest asked to shut itself down first, within `timeout`; the user's second wish, and
-/// SIGQUIT, is to have the power cut. `resizes` says whether the guest is told the size
-/// of the terminal.
+/// Passes on input and signals until the machine has ended or its power has to be cut. If the user
+/// asks for the end, the guest is first asked to shut itself down within `timeout`; a second
+/// request, or SIGQUIT, cuts the power. `resizes` says whether the guest is told the size of the
+/// terminal.
 pub fn attend(
     controller: &Controller,
     signals: &Signals,
@@ -103,7 +103,8 @@ pub fn attend(
     }
 }
 
-/// Asks the guest to shut itself down, and says so. `false` if its power is cut instead.
+/// Asks the guest to shut itself down, and prints that. Returns `false` if its power is cut
+/// instead.
 fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
     let how = match controller.shut_down(timeout) {
         ShutDown::PowerButton => "the power button",
@@ -117,8 +118,8 @@ fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
     true
 }
 
-/// Passes on input and signals for as long as a machine waits to be started again. Gives who ended that,
-/// if anybody did.
+/// Passes on input and signals while a machine waits to be started again. Returns who ended the
+/// wait, if anyone.
 pub fn await_restart(
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
@@ -143,21 +144,21 @@ pub fn await_restart(
     }
 }
 
-/// What has come of a turn of the main loop.
+/// The result of one turn of the main loop.
 enum Turn {
     /// A signal asks for the end.
     Stop(Signal),
-    /// Keys ask for it.
+    /// Keys ask for the end.
     Quit,
     /// The machine has ended.
     Exit,
-    /// The terminal has, or may have, another size.
+    /// The terminal has, or may have, a new size.
     Resize,
-    /// Nothing that concerns the machine, or nothing at all.
+    /// Nothing that concerns the machine.
     Other,
 }
 
-/// Waits for events, at most for `timeout`, and passes on what has come.
+/// Waits for events, at most for `timeout`, and passes on input.
 fn turn(
     signals: &Signals,
     exit_event: Option<BorrowedFd<'_>>,
@@ -178,13 +179,13 @@ fn turn(
                 if let Some(console) = &console {
                     console.input.resume()?;
                 }
-                // It may have changed meanwhile.
+                // The size may have changed meanwhile.
                 return Ok(Turn::Resize);
             }
             Some(Request::Resize) => return Ok(Turn::Resize),
             None => {}
         }
-        // What is ready may have changed hands while the process was stopped.
+        // Another process may have read the input while this one was stopped.
         return Ok(Turn::Other);
     }
     if let Some(console) = &mut console {
@@ -245,7 +246,7 @@ fn wait_for_events(
     .filter_map(|(fd, flag)| Some((fd?, flag)))
     .unzip();
     let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
-        // Up, or the last part of a millisecond would be a loop.
+        // Rounded up, or the last fraction of a millisecond would be a busy loop.
         let timeout = timeout + Duration::from_nanos(999_999);
         PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
     });
@@ -255,7 +256,7 @@ fn wait_for_events(
         Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for events"),
     }
     for (fd, flag) in fds.iter().zip(flags) {
-        // An error or hang-up shows when the descriptor is used.
+        // Using the descriptor reports an error or hang-up.
         *flag = fd.any().unwrap_or(false);
     }
     Ok(ready)

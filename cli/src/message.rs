@@ -1,7 +1,7 @@
-//! Standard error: what the program tells its user, and its log.
+//! Standard error: messages to the user, and the log.
 //!
-//! While a machine runs, a thread of its own writes there: whoever has started the program may have given
-//! it a pipe that nobody reads, or stopped its terminal.
+//! While a machine runs, a separate thread writes there: standard error may be a pipe that nobody
+//! reads, or a stopped terminal.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
@@ -21,8 +21,8 @@ const FLUSH_TIME: Duration = Duration::from_secs(1);
 
 static OUTLET: OnceLock<Outlet> = OnceLock::new();
 
-/// Starts the thread that writes from now on. Nothing that is said later blocks, the report of a panic
-/// included.
+/// Starts the thread that writes from now on. No later message blocks, not even the report of a
+/// panic.
 pub fn start() -> anyhow::Result<()> {
     let outlet = Outlet::start("bantam-stderr", io::stderr());
     let outlet = outlet.context("cannot start the thread that writes to standard error")?;
@@ -37,7 +37,8 @@ pub fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(Stderr, "{line}");
 }
 
-/// Writes the last line of all to standard error. It is not dropped if there are too many before it.
+/// Writes the last line of all to standard error. It is not dropped even if there are too many
+/// before it.
 pub fn say_last(line: fmt::Arguments<'_>) {
     match OUTLET.get() {
         Some(outlet) => outlet.push_last(format!("{line}\n").as_bytes()),
@@ -52,7 +53,7 @@ pub fn flush() {
     }
 }
 
-/// Standard error by way of the thread, once there is one.
+/// Standard error, through the thread once it has been started.
 pub struct Stderr;
 
 impl Write for Stderr {
@@ -73,7 +74,8 @@ impl Write for Stderr {
     }
 }
 
-/// As the standard library reports it. The process may not live on.
+/// Reports a panic like the standard library. The process may end right after it, so this waits
+/// until it is written.
 fn report_panic(info: &panic::PanicHookInfo<'_>) {
     let thread = thread::current();
     let name = thread.name().unwrap_or("<unnamed>");

@@ -1,5 +1,5 @@
-//! Lines on their way to a descriptor, written by a thread of their own: a descriptor that takes nothing
-//! holds up nobody who has something to say.
+//! Lines that a separate thread writes to a descriptor, so that a descriptor that takes nothing
+//! holds up no other thread.
 
 mod queue;
 
@@ -18,15 +18,15 @@ use nix::unistd::write;
 use crate::signals;
 use queue::LineQueue;
 
-/// Most bytes that wait to be written, beside those that the thread is writing.
+/// Most bytes that wait to be written, besides those that the thread is writing.
 const CAPACITY: usize = 128 << 10;
-/// Most bytes written at a time: a pipe takes as many whole or not at all (`PIPE_BUF`), so that lines of
+/// Most bytes written at a time: a pipe takes that many atomically (`PIPE_BUF`), so that lines of
 /// several processes do not mix.
 const MAX_PIECE: usize = 4096;
 
 thread_local! {
-    /// Whether this is a thread that writes. What it logs itself is how many lines were lost, and that
-    /// finds room.
+    /// Whether this is a thread that writes. It only logs how many lines were lost, and that line
+    /// always finds room.
     static IS_WRITER: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -40,7 +40,7 @@ pub struct Outlet {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Signalled when there is something to write, and when everything is written.
+    /// Signalled when there are lines to write, and when everything is written.
     changed: Condvar,
     /// Becomes readable when the outlet is dropped.
     dropped: EventFd,
@@ -57,7 +57,7 @@ impl Outlet {
     /// Starts the thread, called `name`, that writes to `to`.
     ///
     /// # Errors
-    /// When the host gives no thread or descriptor for it.
+    /// If the host cannot create the thread or a descriptor.
     pub fn start(name: &str, to: impl AsFd + Send + 'static) -> io::Result<Outlet> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -69,7 +69,7 @@ impl Outlet {
             dropped: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         });
         let thread = thread::Builder::new().name(name.to_string());
-        // The main thread reads signals, whether it has begun to already or not.
+        // The main thread reads signals, even if it has not begun to yet.
         signals::while_blocked(|| {
             let shared = shared.clone();
             thread.spawn(move || shared.write_all(to.as_fd()))
@@ -77,11 +77,12 @@ impl Outlet {
         Ok(Outlet { shared })
     }
 
-    /// Has `lines`, each with its line feed, written. They are dropped and counted if there is no room
-    /// for them.
+    /// Queues `lines`, each with its line feed, to be written. They are dropped and counted if
+    /// there is no room for them.
     pub fn push(&self, lines: &[u8]) {
         let mut state = self.shared.state();
-        // Into an empty queue they go whatever was lost before, or nobody would ever hear of that.
+        // An empty queue takes them whatever was lost before; otherwise the loss would never be
+        // reported.
         let waits_for_lines = state.queue.is_empty() && !state.is_writing;
         match IS_WRITER.get() || waits_for_lines {
             true => state.queue.push_notice(lines),
@@ -91,7 +92,8 @@ impl Outlet {
         self.shared.changed.notify_all();
     }
 
-    /// Has `lines` written even if there is no room for them, which is for the end of the process.
+    /// Queues `lines` to be written even if there is no room for them. This is for the end of the
+    /// process.
     pub fn push_last(&self, lines: &[u8]) {
         self.shared.state().queue.push_notice(lines);
         self.shared.changed.notify_all();
@@ -115,7 +117,7 @@ impl Outlet {
 impl Drop for Outlet {
     fn drop(&mut self) {
         self.shared.state().is_dropped = true;
-        // It fails only if the counter is full, and then it is readable as wanted.
+        // It fails only if the counter is full, and then the event is readable anyway.
         let _ = self.shared.dropped.write(1);
         self.shared.changed.notify_all();
     }
@@ -129,8 +131,8 @@ impl Shared {
     /// Writes what is queued until the outlet is dropped.
     fn write_all(&self, to: BorrowedFd<'_>) {
         IS_WRITER.set(true);
-        // Whether the descriptor took the last lines: one that is broken need not hear how many it did
-        // not take.
+        // Whether the descriptor took the last lines: a broken one need not get the number of lost
+        // lines.
         let mut works = true;
         while let Some(lines) = self.next_lines() {
             if works {
@@ -147,7 +149,7 @@ impl Shared {
         }
     }
 
-    /// Waits for lines and takes them. None if there will be no more.
+    /// Waits for lines and takes them; `None` if there will be no more.
     fn next_lines(&self) -> Option<Vec<u8>> {
         let mut state = self.state();
         state.is_writing = false;
@@ -165,7 +167,7 @@ impl Shared {
         Some(state.queue.take())
     }
 
-    /// Logs how many lines were lost, which comes after those that found room before.
+    /// Logs how many lines were lost, after the lines that found room before.
     fn report_dropped(&self) {
         let dropped = self.state().queue.dropped();
         if dropped > 0 {
@@ -175,14 +177,14 @@ impl Shared {
     }
 }
 
-/// Writes `lines` and gives how many bytes could be, or could be before `stop` became readable.
+/// Writes `lines`, until `stop` becomes readable, and returns how many bytes were written.
 fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> usize {
     let mut rest = lines;
     while !rest.is_empty() {
         match write(to, queue::whole_lines(rest, MAX_PIECE)) {
             Ok(count @ 1..) => rest = rest.get(count..).unwrap_or_default(),
             Err(Errno::EINTR) => {}
-            // The descriptor is one of ours, or one that whoever shares it has made nonblocking.
+            // The descriptor is one of ours, or a process that shares it has made it non-blocking.
             Err(Errno::EAGAIN) => {
                 let mut fds = [
                     PollFd::new(to, PollFlags::POLLOUT),
@@ -225,7 +227,7 @@ mod tests {
             let (outlet, from) = outlet(flags);
             let reader = thread::spawn(move || {
                 let mut text = String::new();
-                // A nonblocking pipe is that at both ends.
+                // Both ends of the pipe are non-blocking.
                 fcntl(&from, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
                 File::from(from).read_to_string(&mut text).unwrap();
                 text
@@ -256,7 +258,7 @@ mod tests {
             outlet.flush(Duration::from_millis(1));
             assert!(outlet.shared.state().queue.dropped() > 0);
 
-            // What found room is there for whoever reads it in the end.
+            // The lines that found room are there for a late reader.
             fcntl(&from, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
             let reader = thread::spawn(move || {
                 let lines = BufReader::new(File::from(from)).lines();

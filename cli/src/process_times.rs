@@ -1,11 +1,11 @@
-//! When the process was started.
+//! The time when the process was started.
 
 use std::time::Duration;
 
 use bantam_api::StartupTimes;
 use nix::time::{ClockId, clock_gettime};
 
-/// When the process was started, as whoever started it says, in microseconds.
+/// The time when the process was started, in microseconds, as given on the command line.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ProcessTimes {
     /// On the monotonic clock.
@@ -17,7 +17,7 @@ pub struct ProcessTimes {
 }
 
 impl ProcessTimes {
-    /// How long the process took from its start until now, as far as that is known.
+    /// Returns how long the process took from its start until now, as far as that is known.
     pub fn until_now(&self) -> StartupTimes {
         let microseconds = |clock| {
             let now = clock_gettime(clock).map(Duration::from);
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_time_of_the_start_is_told_as_far_as_it_is_known() {
+    fn the_start_time_is_reported_if_it_is_known() {
         let times = ProcessTimes {
             start_us: Some(1),
             start_cpu_us: Some(u64::MAX),

@@ -1,11 +1,11 @@
-//! When a machine is started again.
+//! The delays before a machine is started again.
 
 use std::time::Duration;
 
-/// A machine that ran for so long is not one that fails at its start.
+/// A machine that ran for this long does not count as failing at its start.
 const LONG_RUN: Duration = Duration::from_secs(10);
-/// The second restart in a row waits for so long, and each further one for twice as long as the one
-/// before.
+/// The second restart in a row waits for this long, and each further one for twice as long as the
+/// one before.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
@@ -15,12 +15,12 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 pub struct Restarts {
     limit: Option<u32>,
     count: u32,
-    /// How many of them came one after another, each after a short run.
+    /// How many of them followed one another, each after a short run.
     in_a_row: u32,
 }
 
 impl Restarts {
-    /// No restart yet, and at most `limit` of them.
+    /// Makes a record without restarts, which allows at most `limit` of them.
     pub fn new(limit: Option<u32>) -> Restarts {
         Restarts {
             limit,
@@ -28,8 +28,8 @@ impl Restarts {
         }
     }
 
-    /// How long a machine that has run for `run` has to wait until it is started again. None if it is not
-    /// to be started any more.
+    /// Returns how long a machine that has run for `run` has to wait until it is started again;
+    /// `None` if it must not be started again.
     pub fn next(&mut self, run: Duration) -> Option<Duration> {
         if self.limit.is_some_and(|limit| self.count >= limit) {
             return None;
@@ -49,7 +49,7 @@ impl Restarts {
         Some(wait)
     }
 
-    /// Which restart this is, for people.
+    /// Returns the number of this restart, for messages.
     pub fn describe(&self) -> String {
         match self.limit {
             Some(limit) => format!("restart {} of {limit}", self.count),

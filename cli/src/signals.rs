@@ -1,4 +1,4 @@
-//! Signals to the process, read in turn by its main thread.
+//! Signals to the process, which its main thread reads one by one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,8 +8,8 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getpid;
 
-/// Signals that ask for the end of the process, unless whoever started it had them ignored, as
-/// nohup and shells without job control do.
+/// Signals that ask for the end of the process, unless they were ignored when it was started, as by
+/// nohup and shells without job control.
 const STOP_SIGNALS: [Signal; 4] = [
     Signal::SIGTERM,
     Signal::SIGINT,
@@ -22,11 +22,11 @@ const STOP_SIGNALS: [Signal; 4] = [
 pub enum Request {
     /// To end, by this signal.
     Stop(Signal),
-    /// To give the terminal back and sleep.
+    /// To restore the terminal and sleep.
     Suspend,
     /// To go on after such a sleep.
     Continue,
-    /// To look at the size of the terminal, which has changed.
+    /// To read the size of the terminal, which has changed.
     Resize,
 }
 
@@ -49,14 +49,14 @@ impl Signals {
         mask.add(Signal::SIGCONT);
         mask.add(Signal::SIGWINCH);
         let mut blocked = mask;
-        // A disk that may not grow further is an error of one request, not the end of the process.
+        // A disk that may not grow further must fail one request, not end the process.
         blocked.add(Signal::SIGXFSZ);
         blocked.thread_block()?;
         let queue = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         Ok(Self { queue })
     }
 
-    /// What the next signal in the queue asks for.
+    /// Returns what the next signal in the queue asks for.
     pub fn next(&self) -> io::Result<Option<Request>> {
         let Some(info) = self.queue.read_signal()? else {
             return Ok(None);
@@ -83,8 +83,8 @@ pub fn sleep_until_continued() -> io::Result<()> {
     Ok(kill(getpid(), Signal::SIGSTOP)?)
 }
 
-/// Does `start` with the signals blocked that [`Signals`] can read, so that they stay so on a thread that
-/// it starts.
+/// Runs `start` with the signals blocked that [`Signals`] can read, so that they stay blocked on
+/// threads that it starts.
 pub fn while_blocked<T>(start: impl FnOnce() -> T) -> io::Result<T> {
     let mut blocked = SigSet::empty();
     let others = [

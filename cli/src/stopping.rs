@@ -1,11 +1,11 @@
-//! How long the end of the process may take once its user has asked for it.
+//! The time that the end of the process may take once its user has asked for it.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// How long all that is done for others may take: readers of the last output, clients of the API.
+/// How long the process may wait in all for others: readers of the last output, clients of the API.
 const TIME: Duration = Duration::from_millis(1500);
-/// What each of them gets at least.
+/// Least time for each of them.
 const LEAST_TIME: Duration = Duration::from_millis(100);
 
 static ASKED: OnceLock<Instant> = OnceLock::new();
@@ -15,12 +15,12 @@ pub fn ask() {
     ASKED.get_or_init(Instant::now);
 }
 
-/// Whether the user wants the process to end.
+/// Returns whether the user wants the process to end.
 pub fn is_asked() -> bool {
     ASKED.get().is_some()
 }
 
-/// How much of `most` there is for a wait that begins now.
+/// Returns how much of `most` is available for a wait that begins now.
 pub fn time_left(most: Duration) -> Duration {
     match ASKED.get() {
         Some(&asked) => most.min(left(asked, Instant::now())),

@@ -1,4 +1,4 @@
-//! The terminal on standard input: raw while its keys go to the guest, and put back however the
+//! The terminal on standard input: raw while its keys go to the guest, and restored however the
 //! process ends.
 
 use std::io::{self, IsTerminal};
@@ -11,11 +11,11 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, si
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::{getpgrp, tcgetpgrp};
 
-/// The terminal's settings before it was first made raw, where a signal handler can reach them.
+/// The terminal's settings from before it was first made raw, for a signal handler.
 static ORIGINAL: OnceLock<libc::termios> = OnceLock::new();
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Signals by which a process dies of its own fault.
+/// Signals that kill a process because of its own fault.
 const FATAL_SIGNALS: [Signal; 6] = [
     Signal::SIGSEGV,
     Signal::SIGBUS,
@@ -27,7 +27,7 @@ const FATAL_SIGNALS: [Signal; 6] = [
 
 /// The terminal on standard input, raw until this is dropped.
 ///
-/// There is one at most, as there is one standard input.
+/// At most one exists, as there is one standard input.
 #[derive(Debug)]
 pub struct RawTerminal(());
 
@@ -47,13 +47,13 @@ impl RawTerminal {
         Ok(Some(terminal))
     }
 
-    /// Gives the terminal back for a while, before the process is stopped.
+    /// Restores the terminal for a while, before the process is stopped.
     pub fn suspend(&self) {
         restore();
     }
 
-    /// Makes the terminal raw again after the process was stopped, unless the process is now in
-    /// the background: then the terminal is another's.
+    /// Makes the terminal raw again after the process was stopped, unless the process is now in the
+    /// background: then the terminal belongs to another process.
     pub fn resume(&self) -> io::Result<()> {
         if !self.in_foreground() {
             RAW.store(false, Ordering::SeqCst);
@@ -68,14 +68,15 @@ impl RawTerminal {
         Ok(tcsetattr(io::stdin(), SetArg::TCSANOW, &settings)?)
     }
 
-    /// Whether the process may read the terminal. Job control stops one that does so in the
-    /// background; a terminal that does not control this process has no job control.
+    /// Returns whether the process may read the terminal. Job control stops a process that does so
+    /// in the background; a terminal that does not control this process has no job control.
     pub fn in_foreground(&self) -> bool {
         tcgetpgrp(io::stdin()).map_or(true, |foreground| foreground == getpgrp())
     }
 }
 
-/// Columns and rows of the terminal on standard output, or on standard input if that is none.
+/// Returns the columns and rows of the terminal on standard output, or on standard input if the
+/// former is not a terminal.
 pub fn size() -> Option<(u16, u16)> {
     [libc::STDOUT_FILENO, libc::STDIN_FILENO]
         .into_iter()
@@ -98,15 +99,15 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Raw, except that a newline on output still returns to the start of the line: guests send both
-/// characters anyway, and log messages between their lines need it.
+/// Returns raw settings, except that a newline on output still returns to the start of the line:
+/// guests send both characters anyway, and log messages between their lines need it.
 fn raw_settings(mut settings: Termios) -> Termios {
     cfmakeraw(&mut settings);
     settings.output_flags |= OutputFlags::OPOST | OutputFlags::ONLCR;
     settings
 }
 
-/// Puts the terminal back as it was found. Async-signal-safe.
+/// Restores the terminal's original settings. Async-signal-safe.
 fn restore() {
     if !RAW.swap(false, Ordering::SeqCst) {
         return;
@@ -129,7 +130,8 @@ fn restore_on_panic() {
 fn restore_on_fatal_signals() -> nix::Result<()> {
     let action = SigAction::new(
         SigHandler::Handler(restore_and_die),
-        // The alternate stack that Rust gives every thread, for a fault that is a stack overflow.
+        // On the alternate stack that Rust gives every thread, in case the fault is a stack
+        // overflow.
         SaFlags::SA_RESETHAND | SaFlags::SA_ONSTACK,
         SigSet::empty(),
     );
@@ -142,7 +144,7 @@ fn restore_on_fatal_signals() -> nix::Result<()> {
 
 extern "C" fn restore_and_die(signal: libc::c_int) {
     restore();
-    // The default action is back; it takes place when this handler returns.
+    // The default action is restored; it takes place when this handler returns.
     if let Ok(signal) = Signal::try_from(signal) {
         let _ = raise(signal);
     }

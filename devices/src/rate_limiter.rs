@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// A token bucket: how much a device may do on average, and how much of it at once.
 ///
 /// One that holds nothing, or that fills in no time, limits nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
     /// Units that the bucket holds: so many may be used at once after a time of rest.
     pub size: u64,
@@ -35,7 +37,7 @@ impl RateLimit {
 }
 
 /// Limits of the two things that a device does much of; `None` is no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Of bytes.
     pub bytes: Option<RateLimit>,

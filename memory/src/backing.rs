@@ -1,4 +1,4 @@
-//! What guest memory is made of, and how it is mapped and given back.
+//! The kinds of pages that guest memory is made of, and how they are mapped and given back.
 
 use std::io;
 use std::ops::Range;
@@ -15,9 +15,9 @@ const HUGE_PAGE_SIZE: usize = 2 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Backing {
-    /// Anonymous private memory, which takes memory of the host as it is touched.
+    /// Anonymous private memory, which takes memory of the host when it is touched.
     Anonymous,
-    /// The same, for which the host uses huge pages if it can.
+    /// Anonymous private memory for which the host uses huge pages if it can.
     TransparentHugePages,
     /// Huge pages of 2 MiB that the host has set aside (hugetlbfs). They are reserved when the memory
     /// is mapped, so that no access finds none left.
@@ -27,7 +27,7 @@ pub enum Backing {
 /// Why guest memory cannot be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// The host does not map as much.
+    /// The host refuses to map that much.
     #[error("{0}")]
     Map(#[source] io::Error),
     /// The host does not use huge pages for it.
@@ -50,7 +50,7 @@ impl Backing {
     ) -> Result<MmapRegion<RegionLog>, MapError> {
         let flags = match self {
             Backing::Anonymous | Backing::TransparentHugePages => libc::MAP_NORESERVE,
-            // Without `MAP_NORESERVE` the kernel keeps as many pages as the mapping takes.
+            // Without `MAP_NORESERVE` the kernel reserves all pages of the mapping.
             Backing::HugePages => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         };
         let region = MmapRegionBuilder::new_with_bitmap(size, log)
@@ -74,8 +74,8 @@ impl Backing {
         Ok(region)
     }
 
-    /// Size in bytes of the pages that the host can take back, a power of two. A transparent huge page
-    /// is taken back in parts.
+    /// Returns the size in bytes of the pages that the host can take back, a power of two. It takes
+    /// back a transparent huge page in parts.
     pub(crate) fn page_size(self) -> usize {
         match self {
             Backing::Anonymous | Backing::TransparentHugePages => PAGE_SIZE,
@@ -83,10 +83,10 @@ impl Backing {
         }
     }
 
-    /// The whole pages that are within a range of addresses of the host, if there are any.
+    /// Returns the whole pages within a range of host addresses, if there are any.
     ///
-    /// The kernel would refuse a range of huge pages that begins within one. Before Linux 6.1 it also
-    /// discarded all of a huge page at the end that is in the range in part.
+    /// The kernel would refuse a range of huge pages that begins within one. Before Linux 6.1 it
+    /// also discarded the whole of a huge page whose beginning is at the end of the range.
     pub(crate) fn whole_pages(self, range: &Range<usize>) -> Option<Range<usize>> {
         let page = self.page_size();
         let start = range.start.checked_next_multiple_of(page)?;
@@ -97,20 +97,21 @@ impl Backing {
     /// Gives `len` bytes, whole pages, back to the host. They read as zero afterwards.
     ///
     /// # Errors
-    /// As `madvise`.
+    /// Those of `madvise`.
     ///
     /// # Safety
     /// The bytes must be mapped as this backing is, and nothing may refer to them.
     pub(crate) unsafe fn discard(self, pages: *mut u8, len: usize) -> io::Result<()> {
         let advice = match self {
-            // What is dropped of private anonymous memory, huge pages included, is zero when it is
-            // touched again. Of a file's private mapping it would be what the file has, and of shared
-            // memory it would still be there.
+            // Dropped pages of private anonymous memory, huge pages included, are zero when they
+            // are touched again. Those of a file's private mapping would have the file's content,
+            // and those of shared memory would keep theirs.
             Backing::Anonymous | Backing::TransparentHugePages | Backing::HugePages => {
                 libc::MADV_DONTNEED
             }
         };
-        // SAFETY: as the caller promises; the advice changes nothing but the content of these pages.
+        // SAFETY: the caller promises mapped pages that nothing refers to; the advice changes only
+        // their content.
         match unsafe { libc::madvise(pages.cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -123,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_in_a_range_in_part_are_no_part_of_what_is_discarded() {
+    fn pages_that_are_only_partly_in_a_range_are_not_discarded() {
         let page = PAGE_SIZE;
         let ordinary = |range| Backing::Anonymous.whole_pages(&range);
         assert_eq!(ordinary(page..3 * page), Some(page..3 * page));

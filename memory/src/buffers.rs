@@ -37,9 +37,9 @@ pub struct FilePosition {
 
 /// A list of byte ranges of guest memory that is read or written from front to back.
 ///
-/// It keeps the memory alive, so its vectors stay valid. The guest may change the bytes at any
-/// time: they are only ever copied, by the host's kernel or by this type, never borrowed. What is
-/// written is marked in the dirty log.
+/// The list keeps the memory alive, so its vectors stay valid. The guest may change the bytes at
+/// any time: the host's kernel or this type copies them, and nothing borrows them. Writes are
+/// marked in the dirty log.
 pub struct GuestBuffers {
     memory: Arc<GuestMemory>,
     vectors: Vec<iovec>,
@@ -47,7 +47,8 @@ pub struct GuestBuffers {
     front: usize,
     /// Bytes left.
     len: usize,
-    /// Whether the vectors were lent to be filled, and it is not known yet how far they were.
+    /// Whether the vectors were lent to be filled, and [`GuestBuffers::mark_filled`] has yet to say
+    /// how far they were.
     is_lent: bool,
 }
 
@@ -56,7 +57,7 @@ pub struct GuestBuffers {
 unsafe impl Send for GuestBuffers {}
 
 impl GuestBuffers {
-    /// An empty list over `memory`.
+    /// Makes an empty list over `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> GuestBuffers {
         GuestBuffers {
             memory,
@@ -78,7 +79,7 @@ impl GuestBuffers {
     /// Appends the `len` bytes at `address`.
     ///
     /// # Errors
-    /// When they are not all guest memory.
+    /// If they are not all guest memory.
     pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), BufferError> {
         self.check_change();
         let outside = BufferError::OutsideMemory {
@@ -93,7 +94,7 @@ impl GuestBuffers {
             self.len += len as usize;
             return Ok(());
         }
-        // Either direction of access is the same to plain memory.
+        // RAM may be read and written alike, so the direction of access does not matter.
         let Ok(slices) = self
             .memory
             .get_slices(address, len as usize, Permissions::ReadWrite)
@@ -113,7 +114,7 @@ impl GuestBuffers {
         Ok(())
     }
 
-    /// Moves all that is in `other`, a list over the same memory, to the end of this one.
+    /// Moves the content of `other`, a list over the same memory, to the end of this list.
     pub fn append(&mut self, other: &mut GuestBuffers) {
         self.check_change();
         self.vectors
@@ -146,12 +147,12 @@ impl GuestBuffers {
         self.len
     }
 
-    /// Whether no bytes are left.
+    /// Returns whether no bytes are left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Drops bytes from the end so that no more than `len` are left.
+    /// Drops bytes from the end so that at most `len` are left.
     pub fn truncate(&mut self, len: usize) {
         self.check_change();
         while self.len > len {
@@ -184,7 +185,7 @@ impl GuestBuffers {
             left -= vector.iov_len;
             self.front += 1;
         }
-        // A list that is appended to for ever does not grow for ever.
+        // A list that is appended to without end must not grow without end.
         if self.front == self.vectors.len() {
             self.vectors.clear();
             self.front = 0;
@@ -194,7 +195,7 @@ impl GuestBuffers {
         }
     }
 
-    /// Takes the first `N` bytes from the front, if there are so many.
+    /// Takes `N` bytes from the front, if that many are left.
     pub fn read_array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         match self.vectors.get(self.front) {
@@ -212,16 +213,16 @@ impl GuestBuffers {
         Some(bytes)
     }
 
-    /// Copies bytes from the front into `bytes` and drops them. The result is how many: fewer than
-    /// asked for only where the list ends.
+    /// Copies bytes from the front into `bytes`, drops them, and returns their number, which is
+    /// smaller than `bytes.len()` only if the list ends before.
     pub fn read(&mut self, bytes: &mut [u8]) -> usize {
         let count = self.read_at(0, bytes);
         self.advance(count);
         count
     }
 
-    /// Copies bytes from the place `offset` bytes after the front into `bytes`, dropping nothing. The
-    /// result is how many: fewer than asked for only where the list ends.
+    /// Copies bytes from `offset` bytes after the front into `bytes`, without dropping any, and
+    /// returns their number, which is smaller than `bytes.len()` only if the list ends before.
     pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> usize {
         self.copy(offset, bytes.len(), |guest, range| {
             // SAFETY: `copy` passes a pointer to `range.len()` bytes of guest memory, which
@@ -230,16 +231,16 @@ impl GuestBuffers {
         })
     }
 
-    /// Copies `bytes` to the front of the list and drops what was written there. The result is how
-    /// many: fewer than asked for only where the list ends.
+    /// Copies `bytes` to the front of the list, drops the bytes written, and returns their number,
+    /// which is smaller than `bytes.len()` only if the list ends before.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         let count = self.write_at(0, bytes);
         self.advance(count);
         count
     }
 
-    /// Copies `bytes` to the place `offset` bytes after the front, dropping nothing. The result is
-    /// how many: fewer than asked for only where the list ends.
+    /// Copies `bytes` to `offset` bytes after the front, without dropping any, and returns their
+    /// number, which is smaller than `bytes.len()` only if the list ends before.
     pub fn write_at(&mut self, offset: usize, bytes: &[u8]) -> usize {
         self.copy(offset, bytes.len(), |guest, range| {
             let len = range.len();
@@ -249,8 +250,8 @@ impl GuestBuffers {
         })
     }
 
-    /// Calls `piece` for each contiguous part of the `len` bytes that start `offset` bytes after the
-    /// front, with the part's place in them; gives the number of bytes covered.
+    /// Calls `piece` for each contiguous part of the `len` bytes that start `offset` bytes after
+    /// the front, with the part's range within them, and returns the number of bytes covered.
     fn copy(
         &self,
         offset: usize,
@@ -273,10 +274,10 @@ impl GuestBuffers {
         done
     }
 
-    /// Fills the list from `fd`, at `position` if it has one. Does as much as one call does.
+    /// Fills the list from `fd`, at `position` if given, by one system call.
     ///
     /// # Errors
-    /// As `preadv2` or `readv`.
+    /// Those of `preadv2` or `readv`.
     pub fn read_from(
         &mut self,
         fd: BorrowedFd<'_>,
@@ -297,7 +298,7 @@ impl GuestBuffers {
         };
         let result = usize::try_from(result).map_err(|_| io::Error::last_os_error());
         self.mark_filled(match (&result, position) {
-            // Storage may have written more than it says, or before it failed.
+            // Storage may have written more than it reports, or before it failed.
             (_, Some(_)) => usize::MAX,
             (Ok(count), None) => *count,
             (Err(_), None) => 0,
@@ -305,10 +306,10 @@ impl GuestBuffers {
         self.finish_call(result)
     }
 
-    /// Sends the list to `fd`, at `position` if it has one. Does as much as one call does.
+    /// Writes the list to `fd`, at `position` if given, by one system call.
     ///
     /// # Errors
-    /// As `pwritev2` or `writev`.
+    /// Those of `pwritev2` or `writev`.
     pub fn write_to(
         &mut self,
         fd: BorrowedFd<'_>,
@@ -330,13 +331,13 @@ impl GuestBuffers {
         self.finish_call(result)
     }
 
-    /// Gives the memory of the whole pages at the front of the list back to the host, and drops the
-    /// bytes of those pages and before them, whatever comes of it. They read as zero then, until they
-    /// are written to.
+    /// Gives the whole pages at the front of the list back to the host, and drops the bytes of
+    /// those pages and before them, even on failure. The pages read as zero until they are written
+    /// to.
     ///
-    /// One call does no more than `limit` bytes, rounded to whole pages and at least one, nor more
-    /// than the first range of the list. The result is how many bytes were given back: pages that are
-    /// in the range in part are kept.
+    /// One call covers at most `limit` bytes, rounded to whole pages and at least one, and at most
+    /// the first range of the list. It returns how many bytes were given back: pages that are only
+    /// partly in the range are kept.
     ///
     /// # Errors
     /// As `madvise`.
@@ -352,12 +353,12 @@ impl GuestBuffers {
         self.memory.discard_host(vector.iov_base.cast(), size)
     }
 
-    /// Sends the list to the socket `fd`, which raises no `SIGPIPE`. Does as much as one call does.
+    /// Sends the list to the socket `fd` by one system call, without raising `SIGPIPE`.
     ///
     /// # Errors
-    /// As `sendmsg`.
+    /// Those of `sendmsg`.
     pub fn send_to(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: it consists of integers and pointers, all of which may be zero.
+        // SAFETY: `msghdr` consists of integers and pointers, all of which may be zero.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         let vectors = self.vectors();
         message.msg_iov = vectors.as_ptr().cast_mut();
@@ -368,24 +369,26 @@ impl GuestBuffers {
         self.finish_call(result)
     }
 
-    /// What is left of the list, as far as one call takes it, for the kernel to read. The vectors are
-    /// valid until the list changes, and the memory that they cover for as long as the list lives.
+    /// Returns the vectors that are left, up to the most that one call takes, for the kernel to
+    /// read. The vectors are valid until the list changes, and the memory that they cover as long
+    /// as the list lives.
     pub fn vectors(&self) -> &[iovec] {
         let left = self.vectors.get(self.front..).unwrap_or_default();
         left.get(..MAX_VECTORS_PER_CALL).unwrap_or(left)
     }
 
-    /// The same as [`GuestBuffers::vectors`], for the kernel to write to.
+    /// Returns the vectors that are left, up to the most that one call takes, for the kernel to
+    /// write to.
     ///
-    /// When it has done so, or is known not to, [`GuestBuffers::mark_filled`] is to be called, and the
-    /// list is not to be changed before that.
+    /// When the kernel is done, or has certainly written nothing, the caller calls
+    /// [`GuestBuffers::mark_filled`]; it does not change the list before that.
     pub fn vectors_to_fill(&mut self) -> &[iovec] {
         self.is_lent = true;
         self.vectors()
     }
 
-    /// Marks the first `count` bytes of [`GuestBuffers::vectors_to_fill`] as written, or all of them
-    /// if there are fewer. None are dropped.
+    /// Marks the first `count` bytes of [`GuestBuffers::vectors_to_fill`] as written, or all if
+    /// there are fewer. It drops none.
     #[inline]
     pub fn mark_filled(&mut self, count: usize) {
         self.is_lent = false;
@@ -405,7 +408,7 @@ impl GuestBuffers {
         }
     }
 
-    /// Checks that nobody fills the list, as it changes.
+    /// Checks that the vectors are not lent to be filled, as the list is about to change.
     #[inline]
     fn check_change(&self) {
         debug_assert!(
@@ -414,8 +417,8 @@ impl GuestBuffers {
         );
     }
 
-    /// Whether each range starts at a multiple of `address` and has a multiple of `size` bytes, both
-    /// powers of two.
+    /// Returns whether each range starts at a multiple of `address` and has a multiple of `size`
+    /// bytes; both are powers of two.
     pub fn are_aligned(&self, address: usize, size: usize) -> bool {
         self.vectors().iter().all(|vector| {
             vector.iov_base.addr() & (address - 1) == 0 && vector.iov_len & (size - 1) == 0

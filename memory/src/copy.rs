@@ -1,22 +1,23 @@
 //! Copies between guest memory and the monitor's own.
 //!
 //! Another thread or a vCPU may write to guest memory during a copy. Rust's memory model has no
-//! ordinary access for that: a race between its own threads is undefined behaviour, also for
-//! volatile accesses, and atomic accesses of several sizes to the same bytes are no better defined.
-//! So these copies rely on more than the model promises:
+//! access for that: a data race between its own threads is undefined behaviour, also for volatile
+//! accesses, and so are atomic accesses of several sizes to the same bytes. So these copies rely on
+//! more than the model promises:
 //!
 //! - Guest memory is a mapping that was never a Rust object, no reference to its bytes exists, and
 //!   the compiler sees nothing of vCPUs. Threads of the monitor race only if a guest names the same
 //!   bytes to two devices.
-//! - The hardware has no undefined result: each byte of a copy is one that was there during the
+//! - The hardware has no undefined result: each byte of a copy is one that memory held during the
 //!   copy.
-//! - What remains is the compiler, which could read a byte again later and find another value
-//!   after the first was checked. It must not repeat a volatile access, and it knows nothing of
-//!   what [`copy_unseen`] does with its pointers.
+//! - What remains is the compiler, which could read a byte again after the first value was checked,
+//!   and find another value. It must not repeat a volatile access, and it cannot see what
+//!   [`copy_unseen`] does with its pointers.
 
 use std::arch::asm;
 
-/// Largest copy that is made of words here, in bytes. The call of `memcpy` costs more for those.
+/// Largest copy that is made word by word, in bytes. For copies up to this size a call of `memcpy`
+/// costs more.
 const MAX_WORDS_SIZE: usize = 64;
 
 /// A word at any address.
@@ -38,8 +39,8 @@ pub(crate) unsafe fn copy_from_guest(guest: *const u8, bytes: &mut [u8]) {
         return;
     }
     for_each_word(len, |offset, size| {
-        // SAFETY: `for_each_word` gives ranges within `len`, for which both pointers are valid; an
-        // `Unaligned` may be anywhere, and a word has no invalid value.
+        // SAFETY: `for_each_word` yields ranges within `len`, for which both pointers are valid; an
+        // `Unaligned` needs no alignment, and a word has no invalid value.
         unsafe {
             let (guest, target) = (guest.add(offset), target.add(offset));
             match size {
@@ -81,17 +82,18 @@ pub(crate) unsafe fn copy_to_guest(guest: *mut u8, bytes: &[u8]) {
 /// Reads `N` words of guest memory, which need not be aligned.
 ///
 /// # Safety
-/// As many words must be mapped at `guest`.
+/// `N` words must be mapped at `guest`.
 #[inline]
 pub(crate) unsafe fn read_words<const N: usize>(guest: *const u8) -> [u64; N] {
     let words = guest.cast::<Unaligned<u64>>();
     std::array::from_fn(|index| {
-        // SAFETY: the words are mapped, as the caller promises, and an `Unaligned` may be anywhere.
+        // SAFETY: the words are mapped, as the caller promises, and an `Unaligned` needs no
+        // alignment.
         unsafe { words.add(index).read_volatile().0 }
     })
 }
 
-/// Calls `word` with offset and size of each of the words that `len` bytes consist of.
+/// Splits `len` bytes into words and calls `word` with the offset and size of each.
 #[inline(always)]
 fn for_each_word(len: usize, mut word: impl FnMut(usize, usize)) {
     let mut offset = 0;
@@ -129,22 +131,22 @@ unsafe fn write_word<T: Copy>(guest: *mut u8, source: *const u8) {
     }
 }
 
-/// Copies `len` bytes by the C library's `memcpy`, which the compiler neither replaces by accesses
-/// of its own nor takes for a reason to believe that the two places hold the same bytes.
+/// Copies `len` bytes by the C library's `memcpy`, hidden from the compiler, so that it neither
+/// replaces the call by accesses of its own nor concludes that both places now hold the same bytes.
 ///
-/// `memcpy` may read a byte twice, where its vectors overlap, but what it writes is one of the
-/// values that it read, and it decides nothing by it.
+/// `memcpy` may read a byte twice if its vector accesses overlap, but it writes one of the values
+/// that it read, and bases no decision on it.
 ///
 /// # Safety
 /// `source` must be valid for reads and `target` for writes of `len` bytes, and they must not
-/// overlap. Only the one that is in guest memory may be accessed by others meanwhile.
+/// overlap. Only the one in guest memory may be accessed by others meanwhile.
 #[inline(never)]
 unsafe fn copy_unseen(target: *mut u8, source: *const u8, len: usize) {
     let (mut unseen_target, mut unseen_source) = (target, source);
-    // SAFETY: the statements do nothing. For all that the compiler knows, they set the pointers
-    // anew, to places that it has no other name for, and change all memory before and after the
-    // copy; so it can conclude nothing from the call of `memcpy`, whose meaning it knows. The copy
-    // itself is as the caller promises.
+    // SAFETY: the assembly statements are empty. As far as the compiler knows, they set the
+    // pointers to unknown places and change all memory before and after the copy; so it can
+    // conclude nothing from the call of `memcpy`, whose meaning it knows. The caller promises that
+    // the copy itself is valid.
     unsafe {
         asm!("/* {0} {1} */", inout(reg) unseen_target, inout(reg) unseen_source,
             options(nostack, preserves_flags));
@@ -158,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_sizes_and_alignments_are_copied_and_nothing_around_them() {
+    fn all_sizes_and_alignments_are_copied_exactly() {
         let source: Vec<u8> = (0..200).map(|number| number as u8 + 1).collect();
         for len in 0..=MAX_WORDS_SIZE + 20 {
             for offset in 0..9 {

@@ -1,4 +1,4 @@
-//! Which pages of guest memory the monitor has written.
+//! The log of the pages of guest memory that the monitor has written.
 
 use std::io;
 use std::iter;
@@ -10,26 +10,27 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use crate::PAGE_SIZE;
 
-/// Pages of a word of the log.
+/// Pages per word of the log.
 const PAGES_PER_WORD: usize = u64::BITS as usize;
 
-/// A bit for each page of guest memory, which is set after the monitor has written to it, as long
-/// as the log is on.
+/// A bit for each page of guest memory. While the log is on, the bit is set after the monitor has
+/// written to the page.
 ///
-/// Whoever reads the memory after it was told of a page, or after the log was started, sees what
-/// was written before. Between a writer and [`DirtyLog::take`] the bit sees to that: it is set after
-/// the write, and cleared before the memory is read. Between a writer and [`DirtyLog::start`] a
-/// barrier of the whole process does, so that a writer needs none: it writes, and then looks
-/// whether the log is on.
+/// A thread that reads memory after it has taken a page from the log, or after it has started the
+/// log, sees what was written before. The bit ensures this between a writer and [`DirtyLog::take`]:
+/// it is set after the write, and cleared before the memory is read. A barrier of the whole process
+/// ensures it between a writer and [`DirtyLog::start`], so a writer needs no barrier: it writes,
+/// and then checks whether the log is on.
 #[derive(Debug)]
 pub(crate) struct DirtyLog {
     is_on: AtomicBool,
-    /// Made when the log is first started, and kept: a writer may still set a bit after its end.
+    /// Made when the log is first started, and kept: a writer may still set a bit after the log was
+    /// stopped.
     words: OnceLock<Box<[AtomicU64]>>,
     regions: Vec<LoggedRegion>,
 }
 
-/// Where the bits of a region are.
+/// The bits of one region.
 #[derive(Debug, Clone, Copy)]
 struct LoggedRegion {
     start: GuestAddress,
@@ -38,7 +39,7 @@ struct LoggedRegion {
 }
 
 impl DirtyLog {
-    /// A log, which is off, of regions given by their start and their length in bytes.
+    /// Makes a log, which is off, of regions given by their start and their length in bytes.
     pub(crate) fn new(regions: impl IntoIterator<Item = (GuestAddress, usize)>) -> DirtyLog {
         let mut first_word = 0;
         let regions = regions.into_iter().map(|(start, len)| {
@@ -58,20 +59,20 @@ impl DirtyLog {
         }
     }
 
-    /// Whether what was just written is to be marked.
+    /// Returns whether the caller has to mark what it just wrote.
     #[inline]
     pub(crate) fn is_on(&self) -> bool {
-        // The processor may still read the flag before the write is seen by others. If it finds the
-        // log off, `start` comes later, and its barrier has the write seen.
+        // The processor may still read the flag before other threads see the write. If it finds the
+        // log off, `start` comes later, and its barrier makes the write visible.
         compiler_fence(Ordering::SeqCst);
         self.is_on.load(Ordering::Relaxed)
     }
 
-    /// Starts the log, with no page in it. What was written to pages that are not logged can be read
-    /// from memory when this returns.
+    /// Starts the log, empty. When this returns, all writes to pages that are not in the log are
+    /// visible to the caller.
     ///
     /// # Errors
-    /// When the kernel has no barrier for all threads of a process (`membarrier`).
+    /// If the kernel has no barrier for all threads of a process (`membarrier`).
     pub(crate) fn start(&self) -> io::Result<()> {
         membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
         let word_count = self.regions.iter().map(|region| region.word_count).sum();
@@ -92,13 +93,14 @@ impl DirtyLog {
         self.is_on.store(false, Ordering::SeqCst);
     }
 
-    /// Takes the pages that were marked since the log was started, or since the last call.
+    /// Removes the pages that were marked since the log was started, or since the last call, and
+    /// returns them.
     pub(crate) fn take(&self) -> DirtyPages {
         let words = self.words.get().map(Box::as_ref).unwrap_or_default();
         let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
-            // One that is set meanwhile is for the next call.
+            // A bit that is set meanwhile is for the next call.
             0 => 0,
-            // Acquire: what was written before a bit was set is seen by whoever reads the page now.
+            // Acquire: a reader of the page now sees what was written before the bit was set.
             _ => word.swap(0, Ordering::AcqRel),
         };
         let regions = self.regions.iter().map(|region| {
@@ -134,30 +136,31 @@ impl DirtyLog {
             if index == last_word {
                 bits &= u64::MAX >> (PAGES_PER_WORD - 1 - last % PAGES_PER_WORD);
             }
-            // A bit that seems to be set may have been taken already: it is set again all the same.
+            // A bit that appears to be set may have been taken already, so it is set again in any
+            // case.
             word.fetch_or(bits, Ordering::Release);
         }
     }
 }
 
-/// Has every thread of this process pass a memory barrier, or prepares for that.
+/// Makes every thread of this process pass a memory barrier, or prepares for that.
 fn membarrier(command: libc::c_int) -> io::Result<()> {
-    // SAFETY: the call takes integers alone and changes no memory.
+    // SAFETY: the call takes only integers and changes no memory.
     match unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Pages of guest memory, a bit for each.
+/// A set of pages of guest memory, with a bit for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DirtyPages {
-    /// Start of each region, and the bits of its pages, in their order.
+    /// Start of each region and the bits of its pages, in order.
     regions: Vec<(GuestAddress, Vec<u64>)>,
 }
 
 impl DirtyPages {
-    /// The addresses of the pages, ascending.
+    /// Returns the addresses of the pages, ascending.
     pub fn iter(&self) -> impl Iterator<Item = GuestAddress> {
         self.regions.iter().flat_map(|(start, words)| {
             let pages = words.iter().enumerate().flat_map(|(index, &word)| {
@@ -170,7 +173,7 @@ impl DirtyPages {
     }
 }
 
-/// The log as `vm-memory` marks it: from an offset of a region on.
+/// The log as `vm-memory` sees it: from an offset in a region on.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSlice<'a> {
     log: &'a DirtyLog,
@@ -211,7 +214,7 @@ impl WithBitmapSlice<'_> for LogSlice<'_> {
 
 impl BitmapSlice for LogSlice<'_> {}
 
-/// The log of one region, as a mapping of `vm-memory` holds it.
+/// The log of one region, as held by a mapping of `vm-memory`.
 #[derive(Debug, Clone)]
 pub struct RegionLog {
     log: std::sync::Arc<DirtyLog>,

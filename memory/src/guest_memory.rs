@@ -32,23 +32,23 @@ pub struct Region {
     pub start: GuestAddress,
     /// Size in bytes.
     pub len: u64,
-    /// Where it is mapped, for the host's kernel to use.
+    /// Address of its mapping, for the host's kernel to use.
     pub host_address: u64,
 }
 
 impl Region {
-    /// The first address behind it.
+    /// Returns the first address after it.
     pub fn end(&self) -> u64 {
         self.start.0 + self.len
     }
 }
 
 impl GuestMemory {
-    /// Maps memory that is all zero: of each region in `ranges`, in ascending order, the first
-    /// address and the size in bytes.
+    /// Maps memory that is all zero. `ranges` has the first address and the size in bytes of each
+    /// region, in ascending order.
     ///
     /// # Errors
-    /// When the host does not map it, or these cannot be regions.
+    /// If the host refuses to map it, or `ranges` are not valid regions.
     pub fn new(ranges: &[(GuestAddress, usize)], backing: Backing) -> Result<Self, MapError> {
         let log = Arc::new(DirtyLog::new(ranges.iter().copied()));
         let regions: Result<Vec<_>, MapError> = ranges
@@ -70,20 +70,20 @@ impl GuestMemory {
         })
     }
 
-    /// Maps anonymous memory, as [`GuestMemory::new`] does.
+    /// Maps anonymous memory of these regions; see [`GuestMemory::new`].
     ///
     /// # Errors
-    /// As [`GuestMemory::new`].
+    /// Those of [`GuestMemory::new`].
     pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self, MapError> {
         GuestMemory::new(ranges, Backing::Anonymous)
     }
 
-    /// What the memory is made of.
+    /// Returns what the memory is made of.
     pub fn backing(&self) -> Backing {
         self.backing
     }
 
-    /// The regions, in ascending order.
+    /// Returns the regions, in ascending order.
     pub fn regions(&self) -> impl Iterator<Item = Region> {
         self.regions.iter().map(|region| Region {
             start: region.start_addr(),
@@ -92,17 +92,17 @@ impl GuestMemory {
         })
     }
 
-    /// Size of all regions in bytes.
+    /// Returns the size of all regions in bytes.
     pub fn size(&self) -> u64 {
         self.regions.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Whether the `len` bytes at `address` are all guest memory.
+    /// Returns whether the `len` bytes at `address` are all guest memory.
     pub fn contains(&self, address: GuestAddress, len: usize) -> bool {
         GuestMemoryBackend::check_range(&self.regions, address, len)
     }
 
-    /// The `len` words at `address`, if they are all in one region, and aligned.
+    /// Returns the `len` words at `address` if they are aligned and all in one region.
     pub fn range<T: Word>(
         &self,
         address: GuestAddress,
@@ -111,12 +111,13 @@ impl GuestMemory {
         GuestRange::new(self, address, len)
     }
 
-    /// Where the `len` bytes at `address` are in the host's memory, if they are all in one region.
-    /// They are valid for as long as this is. Who writes there calls [`GuestMemory::mark_host`].
+    /// Returns the host address of the `len` bytes at `address`, if they are all in one region. It
+    /// is valid as long as `self`. After writing there, the caller calls
+    /// [`GuestMemory::mark_host`].
     #[inline]
     pub(crate) fn host_range(&self, address: GuestAddress, len: usize) -> Option<NonNull<u8>> {
         let region = self.regions.find_region(address)?;
-        // No less than zero: the region was found by this address.
+        // Does not underflow: the region was found by this address.
         let offset = address.0 - region.start_addr().0;
         let end = offset.checked_add(len as u64)?;
         if end > region.len() {
@@ -126,31 +127,34 @@ impl GuestMemory {
         NonNull::new(unsafe { region.as_ptr().add(offset as usize) })
     }
 
-    /// Starts the dirty log, with no page in it: from now on it has the pages that the monitor writes.
-    /// Those that vCPUs write are in KVM's log. It may be started while the machine runs. Everything
-    /// that the monitor writes to pages that are not in the log can be read when this returns.
+    /// Starts the dirty log, empty: from now on it records the pages that the monitor writes. KVM's
+    /// log has those that vCPUs write. The log may be started while the machine runs. When this
+    /// returns, all that the monitor wrote to pages that are not in the log is visible to the
+    /// caller.
     ///
     /// # Errors
-    /// When the host's kernel lacks `membarrier` (Linux 4.14 has it) or forbids it.
+    /// If the host's kernel lacks `membarrier` (Linux 4.14 has it) or forbids it.
     pub fn start_dirty_log(&self) -> io::Result<()> {
         self.log.start()
     }
 
-    /// Stops the dirty log. What is in it can still be taken.
+    /// Stops the dirty log. Its pages can still be taken.
     pub fn stop_dirty_log(&self) {
         self.log.stop();
     }
 
-    /// Takes the pages that the monitor has written since the log was started, or since they were last
-    /// taken. All that was written to them before they were marked can be read when this returns.
+    /// Removes from the log the pages that the monitor has written since the log was started, or
+    /// since the last call, and returns them. What was written to them before they were marked is
+    /// visible to the caller.
     ///
     /// A page is marked after it was written. Thus a page that a device writes meanwhile is either
-    /// among those or among the next; when no device is at work, there are no next ones.
+    /// in this result or in the next; if no device is running, the next result is empty.
     pub fn take_dirty(&self) -> DirtyPages {
         self.log.take()
     }
 
-    /// Marks the `len` bytes at `address`, which have been written in a way that does not mark them.
+    /// Marks the `len` bytes at `address`, which have been written by an access that does not mark
+    /// them.
     pub fn mark_written(&self, address: GuestAddress, len: usize) {
         if self.log.is_on()
             && let Some(pointer) = self.host_range(address, len)
@@ -159,14 +163,13 @@ impl GuestMemory {
         }
     }
 
-    /// Whether what was just written is to be marked.
+    /// Returns whether the caller has to mark what it just wrote.
     #[inline]
     pub(crate) fn is_logging(&self) -> bool {
         self.log.is_on()
     }
 
-    /// Marks `len` bytes of one region, which have been written. `pointer` is where they are in the
-    /// host's memory.
+    /// Marks `len` bytes of one region, which have been written. `pointer` is their host address.
     #[inline]
     pub(crate) fn mark_host(&self, pointer: *const u8, len: usize) {
         if self.log.is_on() {
@@ -182,7 +185,8 @@ impl GuestMemory {
         }
     }
 
-    /// The index of the region that has the `len` bytes at `pointer`, and their offset in it.
+    /// Returns the index of the region that has the `len` bytes at the host address `pointer`, and
+    /// their offset in it.
     fn find_host(&self, pointer: *const u8, len: usize) -> Option<(usize, usize)> {
         // There are three regions at most.
         self.regions.iter().enumerate().find_map(|(index, region)| {
@@ -192,11 +196,11 @@ impl GuestMemory {
         })
     }
 
-    /// Gives the whole pages of `len` bytes of one region back to the host: they become zero. The
-    /// result is how many bytes those are.
+    /// Gives the whole pages of `len` bytes of one region back to the host, which makes them zero.
+    /// Returns how many bytes those are.
     ///
     /// # Errors
-    /// As `madvise`, or when the bytes are not in guest memory.
+    /// Those of `madvise`, or if the bytes are not in guest memory.
     pub(crate) fn discard_host(&self, pointer: *mut u8, len: usize) -> io::Result<usize> {
         if self.find_host(pointer, len).is_none() {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -206,18 +210,17 @@ impl GuestMemory {
             return Ok(0);
         };
         let (pointer, len) = (pointer.wrapping_add(pages.start - start), pages.len());
-        // SAFETY: the pages are within a region, which is mapped as this backing is. Nothing borrows
-        // the bytes of guest memory, and that they become zero is no more than the guest can do to
-        // them at any time.
+        // SAFETY: the pages are within a region, which is mapped as this backing is. Nothing
+        // borrows the bytes of guest memory, and the guest could make them zero at any time too.
         let result = unsafe { self.backing.discard(pointer, len) };
-        // A failure may have come after some of them.
+        // The call may have failed after some of the pages.
         self.mark_host(pointer, len);
         result.map(|()| len)
     }
 }
 
-/// By this, the traits of `vm-memory` are implemented: `Bytes` reads and writes guest memory, and
-/// marks what it writes.
+/// The basis for the traits of `vm-memory`: `Bytes` reads and writes guest memory, and marks what
+/// it writes.
 impl vm_memory::GuestMemory for GuestMemory {
     type PhysicalMemory = GuestRegionCollection<GuestRegionMmap<RegionLog>>;
     type Bitmap = RegionLog;

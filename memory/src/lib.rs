@@ -1,10 +1,10 @@
 //! The memory of a guest: how the host maps it, how the monitor accesses it, and a log of the pages
 //! that the monitor writes.
 //!
-//! The guest may change its memory at any time, so nothing here hands out a reference to its bytes:
-//! they are copied, by [`GuestBuffers`] and [`GuestRange`], by the traits of `vm-memory`, or by the
-//! host's kernel. Whatever writes to guest memory marks the pages in the dirty log
-//! ([`GuestMemory::start_dirty_log`]) after the write.
+//! The guest may change its memory at any time, so this crate hands out no reference to its bytes:
+//! [`GuestBuffers`], [`GuestRange`], the traits of `vm-memory` and the host's kernel copy them.
+//! Every writer marks the pages in the dirty log ([`GuestMemory::start_dirty_log`]) after the
+//! write.
 
 mod backing;
 mod buffers;

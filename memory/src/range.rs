@@ -1,4 +1,4 @@
-//! Guest memory that is accessed by words.
+//! Access to guest memory by words.
 
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -10,8 +10,8 @@ use vm_memory::GuestAddress;
 use crate::GuestMemory;
 use crate::copy::read_words;
 
-/// Words of type `T` in guest memory, all in one region, with `M` the way to the memory, which it
-/// keeps alive.
+/// Words of type `T` in guest memory, all in one region. `M` is a reference to the memory, which
+/// the range keeps alive.
 ///
 /// The guest may change them at any time, so they are read and written only by value.
 pub struct GuestRange<T, M = Arc<GuestMemory>> {
@@ -27,7 +27,7 @@ pub struct GuestRange<T, M = Arc<GuestMemory>> {
 unsafe impl<T, M: Send> Send for GuestRange<T, M> {}
 
 impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
-    /// The `len` words at `address`, if they are all in one region of `memory`, and aligned.
+    /// Returns the `len` words at `address` if they are aligned and all in one region of `memory`.
     pub fn new(memory: M, address: GuestAddress, len: usize) -> Option<GuestRange<T, M>> {
         let size = len.checked_mul(size_of::<T>())?;
         let start = memory.host_range(address, size)?.cast::<T>();
@@ -36,8 +36,8 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
             .then_some(GuestRange { memory, start, len })
     }
 
-    /// Reads the `N` words from `index` on, each by an atomic access, in their order; `None` if they
-    /// are not all within the range.
+    /// Reads the `N` words from `index` on, each by an atomic access, in order; `None` if they are
+    /// not all within the range.
     #[inline]
     pub fn get<const N: usize>(&self, index: usize, order: Ordering) -> Option<[T; N]> {
         let words = self.words::<N>(index)?;
@@ -50,7 +50,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
     /// Reads the word at `index` by an atomic access.
     ///
     /// # Panics
-    /// When it is not within the range.
+    /// If it is not within the range.
     #[inline]
     pub fn load(&self, index: usize, order: Ordering) -> T {
         match self.get(index, order) {
@@ -59,21 +59,21 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
         }
     }
 
-    /// Writes `values` from the word at `index` on, each by an atomic access, in their order.
+    /// Writes `values` from the word at `index` on, each by an atomic access, in order.
     ///
     /// # Panics
-    /// When they are not all within the range.
+    /// If they are not all within the range.
     #[inline]
     pub fn store<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
         let words = self.write(index, values, order);
         self.memory.mark_host(words.cast(), size_of::<[T; N]>());
     }
 
-    /// Writes as [`GuestRange::store`] does, but marks nothing, so that several writes are marked
-    /// together: [`GuestRange::mark_all`] of a range that covers them is to follow.
+    /// Writes `values` like [`GuestRange::store`], but marks no page, so that several writes can be
+    /// marked together. The caller then calls [`GuestRange::mark_all`] of a range that covers them.
     ///
     /// # Panics
-    /// When the words are not all within the range.
+    /// If the words are not all within the range.
     #[inline]
     pub fn store_unmarked<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) {
         self.write(index, values, order);
@@ -86,7 +86,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
         self.memory.mark_host(self.start.as_ptr().cast(), size);
     }
 
-    /// Writes `values` from the word at `index` on, and gives where that is.
+    /// Writes `values` from the word at `index` on, and returns their address in the host's memory.
     #[inline]
     fn write<const N: usize>(&self, index: usize, values: [T; N], order: Ordering) -> *const T {
         let Some(words) = self.words::<N>(index) else {
@@ -99,7 +99,7 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
         words
     }
 
-    /// Where the `N` words from `index` on are, if they are within the range.
+    /// Returns a pointer to the `N` words from `index` on, if they are within the range.
     #[inline]
     fn words<const N: usize>(&self, index: usize) -> Option<*mut T> {
         if index >= self.len || N > self.len - index {
@@ -111,14 +111,14 @@ impl<T: Word, M: Deref<Target = GuestMemory>> GuestRange<T, M> {
 }
 
 impl<M: Deref<Target = GuestMemory>> GuestRange<u8, M> {
-    /// Reads `N` words of 64 bits, which may be at any address, from the byte at `index` on; `None` if
-    /// they are not all within the range. Each byte is read once.
+    /// Reads `N` words of 64 bits, unaligned, from the byte at `index` on; `None` if they are not
+    /// all within the range. Each byte is read once.
     #[inline]
     pub fn get_unaligned<const N: usize>(&self, index: usize) -> Option<[u64; N]> {
         if index >= self.len || size_of::<[u64; N]>() > self.len - index {
             return None;
         }
-        // SAFETY: these bytes are within the range, and so in guest memory.
+        // SAFETY: these bytes are within the range, so they are guest memory.
         Some(unsafe { read_words(self.start.as_ptr().add(index)) })
     }
 }
@@ -128,7 +128,7 @@ fn out_of_range(index: usize) -> ! {
     panic!("word {index} is not within the range of guest memory")
 }
 
-/// An integer that is read and written as one.
+/// An integer that is read and written by one atomic access.
 pub trait Word: sealed::Access {}
 
 mod sealed {
@@ -152,8 +152,9 @@ macro_rules! words {
         impl sealed::Access for $word {
             #[inline]
             unsafe fn load(word: *mut Self, order: Ordering) -> Self {
-                // SAFETY: as the caller promises; of the monitor's threads all access it by atomic
-                // operations of this kind, and what the guest does is atomic to the hardware.
+                // SAFETY: the caller promises a mapped, aligned word. All threads of the monitor
+                // access it by atomic operations of this kind, and the guest's accesses are atomic
+                // to the hardware.
                 unsafe { <$atomic>::from_ptr(word) }.load(order)
             }
 

@@ -1,7 +1,7 @@
-//! What the service answers to a request: the protocol between it and programs of the guest.
+//! The protocol between the service and programs of the guest: the answer to each request.
 //!
-//! It is that of Firecracker's metadata service, statuses and texts included, so that programs made
-//! for that find what they know.
+//! It is that of Firecracker's metadata service, statuses and texts included, so that programs
+//! written for that service work.
 
 use std::time::Instant;
 
@@ -11,10 +11,10 @@ use crate::response::{Response, Status};
 use crate::store::{Format, LookupError};
 use crate::token::LIFETIMES;
 
-/// Where tokens are asked for.
+/// Path of requests for tokens.
 const TOKEN_PATH: [&str; 3] = ["latest", "api", "token"];
 
-/// Answers a request that came at `now`.
+/// Answers a request that arrived at `now`.
 pub(crate) fn answer(metadata: &Metadata, request: &Request<'_>, now: Instant) -> Response {
     let Some(path) = request.path else {
         return Response::text(Status::BadRequest, "Invalid URI.");
@@ -28,7 +28,7 @@ pub(crate) fn answer(metadata: &Metadata, request: &Request<'_>, now: Instant) -
     }
 }
 
-/// Answers what was no request.
+/// Answers bytes that are not a valid request.
 pub(crate) fn answer_bad(error: BadRequest) -> Response {
     let (status, text) = match error {
         BadRequest::Malformed => (Status::BadRequest, "Invalid request."),
@@ -80,7 +80,7 @@ fn get(metadata: &Metadata, path: &str, request: &Request<'_>, now: Instant) -> 
 }
 
 fn put(metadata: &Metadata, path: &str, request: &Request<'_>, now: Instant) -> Response {
-    // Whoever speaks by way of a proxy is not in the guest.
+    // A request through a proxy does not come from the guest itself.
     if let Some(name) = request.forwarded_for {
         return Response::text(
             Status::BadRequest,
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_compatible_service_speaks_text_alone() {
+    fn a_compatible_service_answers_only_text() {
         let options = MetadataOptions {
             imds_compat: true,
             ..MetadataOptions::default()

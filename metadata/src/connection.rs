@@ -1,4 +1,4 @@
-//! One connection's side of HTTP: requests as they come in pieces, and the responses to them.
+//! The HTTP state of one connection: requests, which arrive in pieces, and the responses to them.
 
 use std::time::Instant;
 
@@ -7,14 +7,14 @@ use crate::metadata::Metadata;
 use crate::request::{MAX_BODY_SIZE, MAX_HEAD_SIZE, Method, Parsed, parse};
 use crate::response::Version;
 
-/// Most bytes that wait to be understood. A whole request fits.
+/// Most bytes that wait to be parsed. A whole request fits.
 const MAX_RECEIVED: usize = MAX_HEAD_SIZE + MAX_BODY_SIZE;
 
-/// What a connection keeps. Its requests are answered one after the other, each once the response
+/// The state of a connection. Its requests are answered one after the other, each once the response
 /// before it has been taken.
 #[derive(Default)]
 pub(crate) struct Connection {
-    /// The start of the next request.
+    /// The bytes of the next request so far.
     received: Vec<u8>,
     response: Vec<u8>,
     /// How much of the response has been taken.
@@ -24,9 +24,9 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Takes bytes of the client, as many as there is room for, and gives their number.
+    /// Takes bytes of the client, as far as there is room, and returns their number.
     pub(crate) fn receive(&mut self, bytes: &[u8]) -> usize {
-        // After the last response it may send what it likes.
+        // What the client sends after the last response is ignored.
         if self.closing {
             return bytes.len();
         }
@@ -35,8 +35,7 @@ impl Connection {
         count
     }
 
-    /// Answers the next request, if all of it is there and nothing is left of the response before
-    /// it.
+    /// Answers the next request, if it is complete and the previous response has been taken.
     pub(crate) fn answer(&mut self, metadata: &Metadata, now: Instant) -> bool {
         if !self.response().is_empty() || self.closing {
             return false;
@@ -61,12 +60,12 @@ impl Connection {
         true
     }
 
-    /// What is left of the response.
+    /// Returns the bytes that are left of the response.
     pub(crate) fn response(&self) -> &[u8] {
         &self.response[self.taken..]
     }
 
-    /// Takes the first `count` bytes that are left of the response.
+    /// Removes the first `count` bytes that are left of the response.
     pub(crate) fn take(&mut self, count: usize) {
         self.taken += count.min(self.response().len());
         if self.response().is_empty() {
@@ -76,7 +75,7 @@ impl Connection {
         }
     }
 
-    /// Whether the last response has been taken.
+    /// Returns whether the last response has been taken.
     pub(crate) fn is_finished(&self) -> bool {
         self.closing && self.response().is_empty()
     }
@@ -90,7 +89,7 @@ mod tests {
     use super::*;
     use crate::metadata::{MetadataVersion, test_metadata};
 
-    /// All that comes back when a client sends these pieces.
+    /// Returns all that a client receives when it sends these pieces.
     fn talk(pieces: &[&[u8]]) -> (String, Connection) {
         let metadata = test_metadata(MetadataVersion::V1, json!({"a": "b", "c": "d"}));
         let mut connection = Connection::default();
@@ -173,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_borne(pieces in prop::collection::vec(
+        fn any_bytes_are_accepted_or_refused(pieces in prop::collection::vec(
             prop::collection::vec(any::<u8>(), 0..3000), 0..20,
         )) {
             let pieces: Vec<_> = pieces.iter().map(Vec::as_slice).collect();

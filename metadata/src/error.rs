@@ -1,4 +1,4 @@
-//! What can go wrong for the owner of a machine.
+//! Errors of the owner's changes to metadata.
 
 use std::net::Ipv4Addr;
 
@@ -15,7 +15,7 @@ pub enum MetadataError {
         /// The limit in bytes.
         limit: usize,
     },
-    /// There are no contents to be patched.
+    /// There are no contents to patch.
     #[error("cannot patch the metadata: there is none yet; put some first")]
     NotInitialized,
     /// The service cannot have this address.

@@ -1,12 +1,12 @@
-//! The metadata service: what the owner of a machine tells its guest, over HTTP on a link-local
-//! address.
+//! The metadata service, which passes data of the machine's owner to the guest, over HTTP on a
+//! link-local address.
 //!
-//! [`Metadata`] is what the owner holds, and changes at any time. A [`MetadataService`] serves it to
-//! the guest of one network device, by a [`MetadataNetwork`] that takes the frames for its address
-//! before they reach the host. Nothing of that touches the host's own network.
+//! The owner holds the [`Metadata`], and changes it at any time. A [`MetadataService`] serves it to
+//! the guest of one network device, through a [`MetadataNetwork`] that takes the frames for its
+//! address before they reach the host. None of this touches the host's own network.
 //!
-//! `answer.rs` has the protocol, `request.rs` and `response.rs` HTTP, `connection.rs` what of it a
-//! connection keeps, `network.rs` TCP and what is below.
+//! `answer.rs` has the protocol, `request.rs` and `response.rs` HTTP, `connection.rs` the HTTP
+//! state of a connection, `network.rs` TCP and the layers below.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What a machine tells its guest, and how the guest has to ask.
+//! A machine's metadata, and how its guest has to ask for them.
 
 use std::fmt;
 use std::io;
@@ -13,31 +13,31 @@ use crate::metrics::MetadataMetrics;
 use crate::store::MetadataStore;
 use crate::token::TokenAuthority;
 
-/// Which requests of a guest are answered.
+/// Which requests of a guest the service answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MetadataVersion {
-    /// All of them. Tokens are given, but not required.
+    /// All of them. Tokens are issued, but not required.
     #[default]
     V1,
-    /// Those that have a token, which a guest asks for first: whoever can have a program in the guest
-    /// fetch an address of their choice can then still not read metadata.
+    /// Those with a token, for which a guest asks first. An attacker who can make a program in the
+    /// guest fetch an address of their choice can then still not read metadata.
     V2,
 }
 
-/// What distinguishes one machine's metadata from another's.
+/// The settings of a machine's metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetadataOptions {
     /// Which requests are answered.
     pub version: MetadataVersion,
-    /// Whether the guest gets text whatever it asks for, as of the EC2 instance metadata service.
+    /// Whether the guest gets text whatever it asks for, as from the EC2 instance metadata service.
     pub imds_compat: bool,
-    /// Most bytes of all contents, in JSON without spaces.
+    /// Largest size of the contents in bytes, in JSON without spaces.
     pub size_limit: usize,
 }
 
 impl MetadataOptions {
-    /// The limit of size that is usual, in bytes.
+    /// The usual limit of the size, in bytes.
     pub const DEFAULT_SIZE_LIMIT: usize = 51_200;
 }
 
@@ -51,8 +51,8 @@ impl Default for MetadataOptions {
     }
 }
 
-/// A machine's metadata: contents that its owner changes at any time, and what decides how its guest
-/// reads them. Clones are the same metadata.
+/// A machine's metadata: contents that its owner changes at any time, and settings that decide how
+/// its guest reads them. Clones share the same metadata.
 #[derive(Clone)]
 pub struct Metadata(Arc<Shared>);
 
@@ -65,10 +65,10 @@ struct Shared {
 }
 
 impl Metadata {
-    /// Metadata without contents.
+    /// Makes metadata without contents.
     ///
     /// # Errors
-    /// When the host gives no random numbers.
+    /// If the host provides no random numbers.
     pub fn new(options: &MetadataOptions) -> io::Result<Metadata> {
         Ok(Metadata(Arc::new(Shared {
             store: Mutex::new(MetadataStore::new(options.size_limit)),
@@ -82,7 +82,7 @@ impl Metadata {
     /// Replaces all contents.
     ///
     /// # Errors
-    /// As [`MetadataStore::put`].
+    /// Those of [`MetadataStore::put`].
     pub fn put(&self, contents: Value) -> Result<(), MetadataError> {
         self.store().put(contents)
     }
@@ -90,23 +90,23 @@ impl Metadata {
     /// Changes the contents by a JSON merge patch.
     ///
     /// # Errors
-    /// As [`MetadataStore::patch`].
+    /// Those of [`MetadataStore::patch`].
     pub fn patch(&self, patch: Value) -> Result<(), MetadataError> {
         self.store().patch(patch)
     }
 
-    /// All contents, if there are any yet.
+    /// Returns the contents, if there are any yet.
     pub fn get(&self) -> Option<Value> {
         self.store().get().cloned()
     }
 
-    /// What the services of this metadata have done.
+    /// Returns the counters of the services of this metadata.
     pub fn metrics(&self) -> &Arc<MetadataMetrics> {
         &self.0.metrics
     }
 
     pub(crate) fn store(&self) -> MutexGuard<'_, MetadataStore> {
-        // Each change is made as a whole, so that a thread that panicked has left none half made.
+        // Each change is made as a whole, so a thread that panicked left no partial change.
         self.0.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -124,7 +124,7 @@ impl Metadata {
 }
 
 impl fmt::Debug for Metadata {
-    /// Neither contents nor keys, which are nobody else's business.
+    /// Shows neither contents nor keys, which are secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Metadata")
             .field("version", &self.0.version)
@@ -133,7 +133,7 @@ impl fmt::Debug for Metadata {
     }
 }
 
-/// Metadata with an object as contents, for tests.
+/// Makes metadata with an object as contents, for tests.
 #[cfg(test)]
 pub(crate) fn test_metadata(version: MetadataVersion, contents: Value) -> Metadata {
     let options = MetadataOptions {

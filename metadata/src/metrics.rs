@@ -1,16 +1,16 @@
-//! What metadata services count.
+//! Counters of the metadata services.
 
 use bantam_metrics::Counter;
 use serde::Serialize;
 
-/// What services have done, all those of one machine together.
+/// Counters of all services of one machine together.
 #[derive(Debug, Default, Serialize)]
 pub struct MetadataMetrics {
     /// Frames of the guest that were taken from its network device.
     pub rx_accepted: Counter,
-    /// Those of them that were dropped: malformed, too large, or with no room for an answer.
+    /// Accepted frames that were dropped: malformed, too large, or with no room for an answer.
     pub rx_accepted_err: Counter,
-    /// Those of them that were dropped as they were neither ARP nor whole TCP segments.
+    /// Accepted frames that were dropped because they were neither ARP nor whole TCP segments.
     pub rx_accepted_unusual: Counter,
     /// Packets of the guest, on a device with a service, that were too short for an Ethernet header.
     pub rx_bad_eth: Counter,
@@ -24,13 +24,13 @@ pub struct MetadataMetrics {
     pub tx_bytes: Counter,
     /// Frames that were made for the guest.
     pub tx_count: Counter,
-    /// Those of them that its driver had no buffers large enough for.
+    /// Frames for the guest that were too large for its driver's buffers.
     pub tx_errors: Counter,
-    /// Those of them that it has received.
+    /// Frames that the guest has received.
     pub tx_frames: Counter,
     /// Connections that the guest has begun.
     pub connections_created: Counter,
-    /// Those of them that have ended, however they did.
+    /// Connections that have ended, for any reason.
     pub connections_destroyed: Counter,
 }
 

@@ -1,7 +1,7 @@
-//! The network that a service is alone on with its guest: Ethernet, ARP, IPv4 and TCP.
+//! The network between a service and its guest, who are alone on it: Ethernet, ARP, IPv4 and TCP.
 //!
-//! They are smoltcp's. What is done here is to keep from it all that a guest has no reason to send,
-//! and to bound what a guest can have it keep.
+//! smoltcp implements them. This module keeps from it all that a guest has no reason to send, and
+//! bounds the memory that a guest can make it use.
 
 #[cfg(test)]
 mod tests;
@@ -23,28 +23,28 @@ use crate::connection::Connection;
 use crate::metadata::Metadata;
 use crate::service::MetadataService;
 
-/// The service's address in the Ethernet.
+/// The service's Ethernet address.
 const MAC: [u8; 6] = [0x06, 0x01, 0x23, 0x45, 0x67, 0x01];
 /// The port of HTTP.
 const PORT: u16 = 80;
 
 /// Most connections at a time.
 const MAX_CONNECTIONS: usize = 30;
-/// Bytes of a connection that wait to be looked at: what the guest may send at once.
+/// Bytes of a connection that wait to be read: what the guest may send at once.
 const RECEIVE_BUFFER_SIZE: usize = 4 << 10;
 /// Bytes of a connection that wait to be sent or acknowledged.
 const SEND_BUFFER_SIZE: usize = 8 << 10;
-/// How long a connection may take for a request and its response, and be idle.
+/// How long a connection may take for a request and its response, and how long it may be idle.
 const TIME_LIMIT: Duration = Duration::from_secs(30);
 /// Most frames that wait for the guest.
 const MAX_WAITING_FRAMES: usize = 64;
-/// Largest IP packet that is sent, in bytes.
+/// Largest IP packet that the service sends, in bytes.
 const MAX_MTU: u16 = 1500;
-/// Timers are no finer than this, so that none can keep the monitor busy.
+/// Finest resolution of timers, so that none can keep the monitor busy.
 const TIMER_RESOLUTION: Duration = Duration::from_millis(10);
 
-/// Largest frame of a guest that is looked at, in bytes: what it may send at once on a connection,
-/// with the longest headers. One that its driver left to be segmented is not larger.
+/// Largest frame of a guest that is parsed, in bytes: what it may send at once on a connection,
+/// with the longest headers. A frame that its driver left to be segmented is not larger.
 pub const MAX_GUEST_FRAME_SIZE: usize = ETHERNET_HEADER_SIZE + 60 + 60 + RECEIVE_BUFFER_SIZE;
 
 const ETHERNET_HEADER_SIZE: usize = 14;
@@ -63,10 +63,10 @@ mod offset {
     pub const ARP_TARGET: usize = 14 + 24;
 }
 
-/// How many bytes from the start of a frame tell whom it is for.
+/// How many bytes at the start of a frame are enough to see whether it is for the service.
 pub const CLAIM_SIZE: usize = offset::ARP_TARGET + 4;
 
-/// A service at work for one guest.
+/// The running service for one guest.
 pub struct MetadataNetwork {
     metadata: Metadata,
     address: Ipv4Addr,
@@ -79,19 +79,19 @@ pub struct MetadataNetwork {
     start: Instant,
 }
 
-/// A place for one connection.
+/// A slot for one connection.
 struct Place {
     socket: SocketHandle,
     connection: Connection,
-    /// When it is over with the connection; `None` while there is none.
+    /// When the connection times out; `None` while there is none.
     deadline: Option<Instant>,
 }
 
 impl MetadataNetwork {
-    /// A network over which `service` is reached by packets of up to `mtu` bytes.
+    /// Makes a network over which the guest reaches `service` by packets of up to `mtu` bytes.
     ///
     /// # Errors
-    /// When the host gives no random numbers.
+    /// If the host provides no random numbers.
     pub fn new(service: &MetadataService, mtu: u16, now: Instant) -> io::Result<MetadataNetwork> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed)?;
@@ -108,7 +108,7 @@ impl MetadataNetwork {
         };
         let mut interface = Interface::new(config, &mut device, StackInstant::ZERO);
         interface.update_ip_addrs(|addresses| {
-            // Whatever address the guest has, it is on this network.
+            // The guest is on this network, whatever its address.
             let pushed = addresses.push(IpCidr::new(address.into(), 0));
             debug_assert!(pushed.is_ok());
         });
@@ -119,7 +119,7 @@ impl MetadataNetwork {
                     SocketBuffer::new(vec![0; RECEIVE_BUFFER_SIZE]),
                     SocketBuffer::new(vec![0; SEND_BUFFER_SIZE]),
                 );
-                // There is nothing to be gained by waiting where nothing is in between.
+                // There is no network in between, so waiting gains nothing.
                 socket.set_nagle_enabled(false);
                 socket.set_ack_delay(None);
                 listen(&mut socket, address);
@@ -142,8 +142,8 @@ impl MetadataNetwork {
         })
     }
 
-    /// Whether a frame is for the service, by its first bytes, of which [`CLAIM_SIZE`] suffice:
-    /// IPv4 to its address, or ARP about it.
+    /// Returns whether a frame is for the service: IPv4 to its address, or ARP about it. The first
+    /// [`CLAIM_SIZE`] bytes of the frame suffice.
     pub fn claims(&self, frame: &[u8]) -> bool {
         let field = |offset: usize| frame.get(offset..offset + 4) == Some(&self.address.octets());
         match frame.get(offset::ETHERTYPE..ETHERNET_HEADER_SIZE) {
@@ -157,14 +157,14 @@ impl MetadataNetwork {
         }
     }
 
-    /// Takes a frame that is for the service but larger than [`MAX_GUEST_FRAME_SIZE`], and drops it.
+    /// Drops a frame for the service that is larger than [`MAX_GUEST_FRAME_SIZE`], and counts it.
     pub fn reject(&self) {
         self.metadata.metrics().rx_accepted.add(1);
         self.metadata.metrics().rx_accepted_err.add(1);
     }
 
-    /// Takes a frame that is for the service; its contents are of no use after that. What follows
-    /// from it is done by [`MetadataNetwork::poll`].
+    /// Takes a frame for the service, and may change its contents. [`MetadataNetwork::poll`]
+    /// processes it further.
     pub fn accept(&mut self, frame: &mut [u8], now: Instant) {
         let metadata = self.metadata.clone();
         let metrics = metadata.metrics();
@@ -181,8 +181,8 @@ impl MetadataNetwork {
                 return;
             }
         }
-        // Where a gateway is between the guest and this address as the guest sees it, the frame is
-        // addressed to that.
+        // If the guest reaches this address through a gateway, the frame is addressed to the
+        // gateway.
         if let Some(destination) = frame.first_chunk_mut() {
             *destination = MAC;
         }
@@ -202,7 +202,7 @@ impl MetadataNetwork {
         }
     }
 
-    /// Answers requests and does all that it is time for, as far as there is room for frames.
+    /// Answers requests and handles expired timers, as far as there is room for frames.
     pub fn poll(&mut self, now: Instant) {
         let time = self.time(now);
         loop {
@@ -234,8 +234,8 @@ impl MetadataNetwork {
         }
     }
 
-    /// How long it takes from `now` until there is something to do for [`MetadataNetwork::poll`];
-    /// `None` where that is only when a frame is accepted or taken.
+    /// Returns the time from `now` until [`MetadataNetwork::poll`] has something to do; `None` if
+    /// that is only when a frame is accepted or taken.
     pub fn wait_time(&mut self, now: Instant) -> Option<Duration> {
         let deadlines = self.places.iter().filter_map(|place| place.deadline);
         let deadline = deadlines
@@ -255,12 +255,13 @@ impl MetadataNetwork {
         Some(wait.max(TIMER_RESOLUTION))
     }
 
-    /// The frame that the guest receives next.
+    /// Returns the frame that the guest receives next.
     pub fn next_frame(&self) -> Option<&[u8]> {
         self.to_guest.front().map(Vec::as_slice)
     }
 
-    /// Takes that frame, which the guest has received or, unless `delivered`, cannot.
+    /// Removes that frame, which the guest has received if `delivered`, and otherwise cannot
+    /// receive.
     pub fn take_frame(&mut self, delivered: bool) {
         let Some(frame) = self.to_guest.pop_front() else {
             return;
@@ -289,10 +290,11 @@ impl Drop for MetadataNetwork {
 }
 
 impl Place {
-    /// Moves bytes between the socket and the connection, and answers. `true` if anything was done.
+    /// Moves bytes between the socket and the connection, and answers. Returns whether it did
+    /// anything.
     fn serve(&mut self, socket: &mut Socket<'_>, metadata: &Metadata, now: Instant) -> bool {
         match socket.state() {
-            // One that was just beginning is gone; the socket forgets about it.
+            // A connection that was just beginning is gone; the socket has forgotten it.
             State::Listen => {
                 if self.deadline.is_some() {
                     socket.abort();
@@ -336,7 +338,7 @@ impl Place {
                 break;
             }
         }
-        // The guest sends no more, and what it has sent is answered.
+        // The guest sends no more, and all its requests are answered.
         if socket.state() == State::CloseWait
             && !socket.can_recv()
             && self.connection.response().is_empty()
@@ -347,8 +349,8 @@ impl Place {
         progress
     }
 
-    /// Has the socket listen again once its connection has ended. The other side has all that it
-    /// was sent then, so that nothing is waited for.
+    /// Makes the socket listen again once its connection has ended. The guest has received
+    /// everything by then, so there is no need to wait.
     fn recycle(&mut self, socket: &mut Socket<'_>, address: Ipv4Addr, metadata: &Metadata) {
         if matches!(socket.state(), State::Closed | State::TimeWait) {
             if self.deadline.take().is_some() {
@@ -371,7 +373,7 @@ fn listen(socket: &mut Socket<'_>, address: Ipv4Addr) {
 
 /// The stack's link to the guest.
 struct Frames<'a> {
-    /// The frame that it receives.
+    /// The frame that the stack receives next.
     received: Option<&'a [u8]>,
     to_guest: &'a mut VecDeque<Vec<u8>>,
     metadata: &'a Metadata,
@@ -389,7 +391,7 @@ impl Device for Frames<'_> {
         Self: 'a;
 
     fn receive(&mut self, time: StackInstant) -> Option<(Received<'_>, Send<'_>)> {
-        // Without room for an answer, the guest may as well send it again.
+        // Without room for an answer, let the guest send it again.
         let frame = self.received.take()?;
         Some((Received(frame), self.transmit(time)?))
     }
@@ -405,8 +407,8 @@ impl Device for Frames<'_> {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = ETHERNET_HEADER_SIZE + usize::from(self.mtu);
-        // A guest that leaves checksums to its device sends none that is right, and nothing on the
-        // way could have changed a byte.
+        // A guest that leaves checksums to its device does not send correct ones, and nothing on
+        // the way can change a byte.
         capabilities.checksum.ipv4 = Checksum::Tx;
         capabilities.checksum.tcp = Checksum::Tx;
         capabilities

@@ -1,4 +1,4 @@
-//! Requests as HTTP/1.0 and HTTP/1.1 write them (RFC 9112).
+//! Requests in HTTP/1.0 and HTTP/1.1 (RFC 9112).
 
 use httparse::{EMPTY_HEADER, Header, Status as ParseStatus};
 
@@ -7,37 +7,37 @@ use crate::store::Format;
 
 /// Most bytes of a request before its body.
 pub(crate) const MAX_HEAD_SIZE: usize = 8 << 10;
-/// Most bytes of a body, which no request needs.
+/// Most bytes of a body. No request needs one.
 pub(crate) const MAX_BODY_SIZE: usize = 8 << 10;
 /// Most header fields of a request.
 const MAX_FIELDS: usize = 64;
 
-/// What a request asks for.
+/// The method of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Method {
     Get,
     Put,
-    /// As others, but whoever sent it takes no body in return.
+    /// Handled like other methods, but the response has no body.
     Head,
     Other,
 }
 
-/// A field that a token's lifetime came in.
+/// A field that gives a token's lifetime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Field<'a> {
-    /// As it was written.
+    /// As the client wrote it.
     pub name: &'a str,
     pub value: &'a [u8],
 }
 
-/// A request, as far as the service looks at it.
+/// The parts of a request that the service uses.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Request<'a> {
     pub method: Method,
     /// The path, if there is one.
     pub path: Option<&'a str>,
     pub version: Version,
-    /// Whether others may follow on the same connection.
+    /// Whether further requests may follow on the same connection.
     pub keep_alive: bool,
     pub format: Format,
     pub token: Option<&'a [u8]>,
@@ -46,26 +46,26 @@ pub(crate) struct Request<'a> {
     pub forwarded_for: Option<&'a str>,
 }
 
-/// Why bytes are not a request that can be answered. What comes after them means nothing.
+/// Why bytes are not a request that can be served. The bytes after them are ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BadRequest {
-    /// They follow no rules.
+    /// They are not HTTP.
     Malformed,
     /// Of another version of HTTP.
     Version,
-    /// Longer, or of more fields, than is taken.
+    /// Too long, or with too many fields.
     HeadTooLarge,
     BodyTooLarge,
-    /// Its body comes in a coding.
+    /// Its body has a transfer coding.
     Coding,
-    /// It waits for something before it sends its body.
+    /// It expects something before it sends its body.
     Expectation,
 }
 
-/// What bytes start with.
+/// What the parser found at the start of bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Parsed<'a> {
-    /// The start of a request.
+    /// The beginning of a request.
     Incomplete,
     /// A request, and how many bytes it takes, body included.
     Complete(Request<'a>, usize),
@@ -147,8 +147,8 @@ impl<'a> Request<'a> {
     }
 }
 
-/// The path of a request's target, which is written with or without scheme and host (RFC 9112,
-/// section 3.2).
+/// Returns the path of a request's target, which may have a scheme and host (RFC 9112, section
+/// 3.2).
 fn path(target: &str) -> Option<&str> {
     let path = match target.strip_prefix("http://") {
         Some(rest) => &rest[rest.find('/')?..],
@@ -157,8 +157,8 @@ fn path(target: &str) -> Option<&str> {
     path.starts_with('/').then_some(path)
 }
 
-/// The first format of an `Accept` field that there is. What else it says, weights among it, does
-/// not matter: text is what all others get.
+/// Returns the first supported format of an `Accept` field. The rest of the field, including
+/// weights, does not matter: all other formats get text.
 fn accepted_format(value: &[u8]) -> Format {
     for range in list(value) {
         let end = range.iter().position(|&byte| byte == b';');
@@ -173,12 +173,12 @@ fn accepted_format(value: &[u8]) -> Format {
     Format::Text
 }
 
-/// The members of a list with commas between them.
+/// Returns the members of a comma-separated list.
 fn list(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii)
 }
 
-/// How many bytes follow the fields (RFC 9112, section 6).
+/// Returns how many bytes follow the fields (RFC 9112, section 6).
 fn body_size(fields: &[Header<'_>]) -> Result<usize, BadRequest> {
     let mut length = None;
     for Header { name, value } in fields {
@@ -191,7 +191,7 @@ fn body_size(fields: &[Header<'_>]) -> Result<usize, BadRequest> {
         if !name.eq_ignore_ascii_case("content-length") {
             continue;
         }
-        // Whoever reads two lengths differently from us sees other requests than we do.
+        // A proxy that chooses the other of two lengths would see other requests than we do.
         for text in list(value) {
             let this = digits(text).ok_or(BadRequest::Malformed)?;
             if length.is_some_and(|other| other != this) {
@@ -207,7 +207,7 @@ fn body_size(fields: &[Header<'_>]) -> Result<usize, BadRequest> {
     Ok(length)
 }
 
-/// A number of decimal digits alone; a large one is as good as any other.
+/// Parses a number that consists of decimal digits only. It may be arbitrarily large.
 fn digits(text: &[u8]) -> Option<usize> {
     if text.is_empty() {
         return None;
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_told_apart() {
+    fn bytes_that_are_not_a_request_are_distinguished_by_reason() {
         let many = "a: b\r\n".repeat(MAX_FIELDS + 1);
         let long = format!("a: {}\r\n", "b".repeat(MAX_HEAD_SIZE));
         for (bytes, error) in [
@@ -367,7 +367,7 @@ mod tests {
         }
     }
 
-    /// Bytes that are often almost a request.
+    /// Generates bytes that are often almost a request.
     fn almost_a_request() -> impl Strategy<Value = Vec<u8>> {
         const PIECES: [&str; 10] = [
             "GET / HTTP/1.1\r\n",
@@ -390,7 +390,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn more_bytes_do_not_change_what_was_found(
+        fn more_bytes_do_not_change_the_result(
             bytes in almost_a_request(),
             more in almost_a_request(),
         ) {

@@ -1,4 +1,4 @@
-//! Responses as HTTP/1.0 and HTTP/1.1 write them.
+//! Responses in HTTP/1.0 and HTTP/1.1.
 
 use crate::store::Format;
 
@@ -9,7 +9,7 @@ pub(crate) enum Version {
     Http11,
 }
 
-/// How a request has gone, by the numbers of RFC 9110, section 15.
+/// The status of a response, with the numbers of RFC 9110, section 15.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Status {
     Ok,
@@ -44,13 +44,13 @@ impl Status {
 pub(crate) struct Response {
     pub status: Status,
     pub format: Format,
-    /// A field beside the usual ones: its name, which came from a request, and its value.
+    /// An additional field: its name, which came from a request, and its value.
     pub field: Option<(String, String)>,
     pub body: String,
 }
 
 impl Response {
-    /// A response of text.
+    /// Makes a response of text.
     pub(crate) fn text(status: Status, body: impl Into<String>) -> Response {
         Response {
             status,
@@ -60,7 +60,7 @@ impl Response {
         }
     }
 
-    /// The bytes of the response, without its body where `head_only` says so.
+    /// Returns the bytes of the response, without its body if `head_only`.
     pub(crate) fn encode(&self, version: Version, keep_alive: bool, head_only: bool) -> Vec<u8> {
         let version = match version {
             Version::Http10 => "HTTP/1.0",

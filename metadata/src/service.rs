@@ -1,4 +1,4 @@
-//! Where metadata is served.
+//! The address of a metadata service, and what it serves.
 
 use std::net::Ipv4Addr;
 
@@ -14,7 +14,7 @@ use crate::metadata::Metadata;
 pub struct MetadataAddress(Ipv4Addr);
 
 impl MetadataAddress {
-    /// The address.
+    /// Returns the address.
     pub fn get(self) -> Ipv4Addr {
         self.0
     }
@@ -41,9 +41,9 @@ impl TryFrom<Ipv4Addr> for MetadataAddress {
 /// How one network device serves metadata.
 #[derive(Debug, Clone)]
 pub struct MetadataService {
-    /// What is served. Several devices may share it.
+    /// The metadata to serve. Several devices may share it.
     pub metadata: Metadata,
-    /// The address that its guest finds it at.
+    /// The address at which the guest finds it.
     pub address: MetadataAddress,
 }
 

@@ -4,20 +4,20 @@ use serde_json::{Map, Value};
 
 use crate::error::MetadataError;
 
-/// How a guest wants to read.
+/// The format that a guest asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// As JSON.
     Json,
-    /// As text, in the way of the EC2 instance metadata service: a string as it is, and an object as
-    /// the list of its keys, one a line, with a slash behind those of objects.
+    /// As text, like the EC2 instance metadata service: a string as it is, and an object as the
+    /// list of its keys, one a line, with a slash after those of objects.
     Text,
 }
 
-/// Why there is nothing to read.
+/// Why a value cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LookupError {
-    /// The path leads nowhere.
+    /// There is no value at the path.
     #[error("there is no metadata at this path")]
     NotFound,
     /// Of the types of JSON, only strings and objects have a form as text.
@@ -25,7 +25,7 @@ pub enum LookupError {
     NoText,
 }
 
-/// What the owner of a machine tells its guest: a JSON value of limited size, usually an object.
+/// The contents of the metadata: a JSON value of limited size, usually an object.
 #[derive(Debug)]
 pub struct MetadataStore {
     contents: Option<Value>,
@@ -33,8 +33,7 @@ pub struct MetadataStore {
 }
 
 impl MetadataStore {
-    /// A store that has nothing yet and never has more than `size_limit` bytes, counted in JSON
-    /// without spaces.
+    /// Makes an empty store of at most `size_limit` bytes, counted in JSON without spaces.
     pub fn new(size_limit: usize) -> MetadataStore {
         MetadataStore {
             contents: None,
@@ -42,7 +41,7 @@ impl MetadataStore {
         }
     }
 
-    /// Most bytes of all contents.
+    /// Returns the limit of the contents' size in bytes.
     pub fn size_limit(&self) -> usize {
         self.size_limit
     }
@@ -50,33 +49,34 @@ impl MetadataStore {
     /// Replaces all contents.
     ///
     /// # Errors
-    /// [`MetadataError::TooLarge`], and the contents stay as they were.
+    /// [`MetadataError::TooLarge`]; the contents then stay as they were.
     pub fn put(&mut self, contents: Value) -> Result<(), MetadataError> {
         self.replace(contents)
     }
 
-    /// Changes the contents by a JSON merge patch (RFC 7396): what `patch` has is set, and what is
-    /// null there is removed.
+    /// Changes the contents by a JSON merge patch (RFC 7396): members of `patch` are set, and those
+    /// that are null are removed.
     ///
     /// # Errors
-    /// [`MetadataError::NotInitialized`] before the first [`MetadataStore::put`], and as that.
+    /// [`MetadataError::NotInitialized`] before the first [`MetadataStore::put`], and those of
+    /// `put`.
     pub fn patch(&mut self, patch: Value) -> Result<(), MetadataError> {
         let mut contents = self.contents.clone().ok_or(MetadataError::NotInitialized)?;
         merge(&mut contents, patch);
         self.replace(contents)
     }
 
-    /// All contents, if there are any yet.
+    /// Returns the contents, if there are any yet.
     pub fn get(&self) -> Option<&Value> {
         self.contents.as_ref()
     }
 
-    /// What is at `path`: keys, or indices of arrays, each behind a slash. As in a JSON pointer
-    /// (RFC 6901), `~1` in a key stands for a slash and `~0` for a tilde. Several slashes count as
-    /// one, and one at the end not at all.
+    /// Reads the value at `path`, which consists of keys, or indices of arrays, each after a slash.
+    /// As in a JSON pointer (RFC 6901), `~1` in a key stands for a slash and `~0` for a tilde.
+    /// Several slashes count as one, and one at the end is ignored.
     ///
     /// # Errors
-    /// When there is nothing, or nothing in this format.
+    /// If there is no value, or it has no form in this format.
     pub fn look_up(&self, path: &str, format: Format) -> Result<String, LookupError> {
         let mut pointer = String::with_capacity(path.len());
         for segment in path.split('/').filter(|segment| !segment.is_empty()) {
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_changes_nothing() {
+    fn contents_that_are_too_large_change_nothing() {
         // {"a":"..."} with 12 letters.
         let mut store = MetadataStore::new(20);
         let contents = json!({"a": "123456789012"});
@@ -299,7 +299,7 @@ mod tests {
         })
     }
 
-    /// Says in another way what a patch does: what became of one key.
+    /// Computes the effect of a patch on one key in another way.
     fn key_after(target: Option<&Value>, patch: &Value) -> Option<Value> {
         match patch {
             Value::Null => None,

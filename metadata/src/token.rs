@@ -1,7 +1,7 @@
 //! Session tokens.
 //!
-//! A token says of itself when it expires, and carries a code by which only who made it recognizes
-//! it. So nothing is kept of those that were handed out, and a guest may ask for as many as it likes.
+//! A token contains its expiry and an authentication code that only its issuer can verify. So the
+//! issuer keeps no record of tokens, and a guest may ask for any number of them.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -22,21 +22,21 @@ const SERIAL_SIZE: usize = 8;
 const CODE_SIZE: usize = 32;
 const SIZE: usize = EXPIRY_SIZE + SERIAL_SIZE + CODE_SIZE;
 
-/// Makes tokens and recognizes its own.
+/// Issues tokens and verifies its own.
 pub(crate) struct TokenAuthority {
-    /// HMAC-SHA-256 (RFC 2104) with a key that nobody else has.
+    /// HMAC-SHA-256 (RFC 2104) with a secret key.
     code: Hmac<Sha256>,
-    /// Expiry is counted from here.
+    /// Expiry is relative to this time.
     start: Instant,
-    /// Number of the next token, so that no two are the same.
+    /// Number of the next token, so that no two are equal.
     serial: AtomicU64,
 }
 
 impl TokenAuthority {
-    /// An authority with a key of its own.
+    /// Makes an authority with a new key.
     ///
     /// # Errors
-    /// When the host gives no random numbers.
+    /// If the host provides no random numbers.
     pub(crate) fn new(start: Instant) -> io::Result<TokenAuthority> {
         let mut key = [0; 64];
         getrandom::fill(&mut key)?;
@@ -47,7 +47,8 @@ impl TokenAuthority {
         })
     }
 
-    /// A token that is valid for `lifetime` seconds from `now`; `None` where that is out of bounds.
+    /// Issues a token that is valid for `lifetime` seconds from `now`; `None` if that is out of
+    /// bounds.
     pub(crate) fn issue(&self, lifetime: u32, now: Instant) -> Option<String> {
         if !LIFETIMES.contains(&lifetime) {
             return None;
@@ -62,9 +63,9 @@ impl TokenAuthority {
         Some(URL_SAFE_NO_PAD.encode(token))
     }
 
-    /// Whether `token` was issued here and has not expired by `now`.
+    /// Returns whether `token` was issued here and has not expired by `now`.
     pub(crate) fn is_valid(&self, token: &[u8], now: Instant) -> bool {
-        // One byte more than there can be, as the decoder wants room for whole groups.
+        // One byte more than a token can have, as the decoder requires room for whole groups.
         let mut bytes = [0; SIZE + 3];
         let Ok(size) = URL_SAFE_NO_PAD.decode_slice(token, &mut bytes) else {
             return false;
@@ -72,7 +73,7 @@ impl TokenAuthority {
         let Some((claims, code)) = bytes[..size].split_at_checked(EXPIRY_SIZE + SERIAL_SIZE) else {
             return false;
         };
-        // This takes as long for a code that is almost right as for any other.
+        // This takes the same time for an almost correct code as for any other.
         let genuine = self.code.clone().chain_update(claims).verify_slice(code);
         let expiry = claims.first_chunk().copied().map(u64::from_le_bytes);
         genuine.is_ok()
@@ -146,7 +147,7 @@ mod tests {
         for suffix in ["A", "AA", "AAAA", "=", " "] {
             assert!(!authority.is_valid(format!("{token}{suffix}").as_bytes(), now));
         }
-        // A code that was cut is none, were it right as far as it goes.
+        // A truncated code is not valid, even if its beginning is correct.
         let cut = URL_SAFE_NO_PAD.encode(&bytes[..SIZE - 1]);
         assert!(!authority.is_valid(cut.as_bytes(), now));
         let claims = URL_SAFE_NO_PAD.encode(&bytes[..EXPIRY_SIZE + SERIAL_SIZE]);

@@ -1,7 +1,7 @@
-//! Counters of the work that the parts of a machine do, for programs that watch it.
+//! Counters of the work that the parts of a machine do, for programs that monitor it.
 //!
-//! Each part has a struct of its own with these, shared between the thread that counts and the
-//! owner of the machine, who reads. They serialize as their totals since the machine was built.
+//! Each part has a struct of these counters, shared between the thread that counts and the owner of
+//! the machine, who reads them. They serialize as their totals since the machine was built.
 
 #![forbid(unsafe_code)]
 
@@ -17,13 +17,14 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// Adds `count`.
     pub fn add(&self, count: u64) {
-        // Most are not changed most of the time, and a look is cheaper than a change.
+        // Most counts are zero most of the time, and a comparison is cheaper than an atomic
+        // addition.
         if count > 0 {
             self.0.fetch_add(count, Ordering::Relaxed);
         }
     }
 
-    /// The total so far.
+    /// Returns the total so far.
     pub fn total(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -35,13 +36,13 @@ impl Serialize for Counter {
     }
 }
 
-/// How long something took: the least, the most and all times together.
+/// How long something took: the shortest time, the longest, and the sum of all.
 ///
 /// It serializes as an object of `min_us`, `max_us` and `sum_us`, in microseconds, all zero before
 /// the first time.
 #[derive(Debug)]
 pub struct Latency {
-    /// These are in nanoseconds.
+    /// In nanoseconds, like the next two.
     least: AtomicU64,
     most: AtomicU64,
     sum: AtomicU64,
@@ -58,7 +59,7 @@ impl Default for Latency {
 }
 
 impl Latency {
-    /// Counts what `times` holds, which is empty afterwards.
+    /// Adds the content of `times`, and empties it.
     pub fn record(&self, times: &mut Times) {
         let Some((least, most)) = std::mem::take(&mut times.range) else {
             return;
@@ -86,17 +87,17 @@ impl Serialize for Latency {
     }
 }
 
-/// Times that one thread puts together before it counts them, as that takes longer than a packet or
-/// request can wait.
+/// Times that one thread collects before it records them, because recording each would slow down
+/// every packet or request.
 #[derive(Debug, Default)]
 pub struct Times {
-    /// The least and the most.
+    /// The shortest and the longest time.
     range: Option<(Duration, Duration)>,
     sum: Duration,
 }
 
 impl Times {
-    /// Adds `count` things, each of which took `time`.
+    /// Adds `count` events that took `time` each.
     pub fn add(&mut self, time: Duration, count: u32) {
         if count > 0 {
             let (least, most) = self.range.unwrap_or((time, time));
@@ -121,7 +122,7 @@ mod tests {
             times.add(Duration::from_micros(time), count);
         }
         latency.record(&mut times);
-        // Those that have been counted are not counted again.
+        // Times that have been recorded are not recorded again.
         latency.record(&mut times);
         times.add(Duration::from_nanos(20_500), 2);
         latency.record(&mut times);

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds the guests that Bantam is tested with and tried out with:
+# Builds the guests for Bantam's tests and for trying it out:
 #
 #   build.sh kernel small|full   vmlinux
 #   build.sh bzimages            the small kernel's bzImage in every compression format
@@ -11,9 +11,9 @@
 #                                needs one, and rootfs.ext4
 #   build.sh packages run|all    builds nothing: the Debian packages that "run" or "all" takes
 #
-# Prints the paths of the results on standard output, one per line, and what it is doing on standard
-# error. Nothing is built twice: results stay in $BANTAM_CACHE (~/.cache/bantam if unset), in folders
-# named after a checksum of everything they are made from.
+# Prints the paths of the results on standard output, one per line, and its progress on standard error.
+# Nothing is built twice: results stay in $BANTAM_CACHE (~/.cache/bantam if unset), in folders named
+# after a checksum of everything they are made from.
 
 set -euo pipefail
 shopt -s inherit_errexit
@@ -28,8 +28,8 @@ bzimage_packages=(bzip2 gzip lz4 lzop xz-utils zstd)
 rootfs_packages=(busybox-static e2fsprogs gcc)
 compressions=(bzip2 gzip lz4 lzma lzo xz zstd)
 
-# Nothing of the caller's environment may change what is built. mke2fs and debugfs are in folders
-# that not every user's PATH has.
+# The caller's environment must not change the results. mke2fs and debugfs are in folders that are not
+# in every user's PATH.
 export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 unset MAKEFLAGS MFLAGS CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
 
@@ -54,8 +54,7 @@ require_packages() {
     ((${#missing[@]} == 0)) || die "missing packages, try: apt-get install ${missing[*]}"
 }
 
-# What is being built: the process at work on it, if any, the folder it works in, and the descriptor
-# of the lock.
+# The current build: its process, if any, its working folder, and the descriptor of its lock.
 job=
 work=
 lock=
@@ -78,8 +77,8 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' HUP TERM
 
-# follow WHAT COMMAND...: runs the command and says how far it has come, by the time and the number of
-# files that it reports as made.
+# follow WHAT COMMAND...: runs the command and shows its progress: the time, and the number of files
+# that it reports as made.
 follow() {
     local what=$1 log=$work/log started=$SECONDS next=30 files line
     shift
@@ -110,8 +109,8 @@ follow() {
 }
 
 # artefact NAME INPUTS BUILD ARGUMENT...: sets `folder` to the folder that `BUILD ARGUMENT...` fills,
-# after filling it if need be. INPUTS is a text that differs whenever the result would. Names that
-# begin with the same word share a lock.
+# after filling it if necessary. INPUTS is a text that differs if the result would. Names that begin
+# with the same word share a lock.
 artefact() {
     local name=$1 inputs=$2 group=${1%%-*}
     shift 2
@@ -119,8 +118,8 @@ artefact() {
     [[ ! -d $folder ]] || return 0
 
     mkdir -p -- "$cache"
-    # The programs of a build inherit the lock. So nobody removes the files of one that has outlived
-    # its script.
+    # The programs of a build inherit the lock, so that nobody removes the files of a build that has
+    # outlived its script.
     exec {lock}>"$cache/.$group.lock"
     if ! flock --nonblock "$lock"; then
         say "$name: waiting for another build"
@@ -128,7 +127,7 @@ artefact() {
     fi
     if [[ ! -d $folder ]]; then
         work=$cache/.$group.building
-        # A build that was killed has left its files behind.
+        # A killed build has left its files behind.
         rm -rf -- "$work"
         mkdir -- "$work" "$work/result"
         "$@" >&2
@@ -175,7 +174,7 @@ bzimages_inputs() {
     declare -f build_bzimages
 }
 
-# Once the small kernel has been compiled, only its last stage is made again for each format.
+# Once the small kernel has been compiled, only its last stage is repeated for each format.
 build_bzimages() {
     local compression
     open_source
@@ -193,9 +192,9 @@ source_inputs() {
     declare -f open_source
 }
 
-# Makes `source` ready for a build. A build that was killed may have left half a file there, so only
-# what close_source has seen is used again. Drivers of graphics cards, which no guest has, are a third
-# of the whole.
+# Prepares `source` for a build. A killed build may have left half a file there, so only a folder that
+# close_source has marked is used again. Drivers of graphics cards, which no guest has, are a third of
+# the source and are left out.
 open_source() {
     local patch inputs
     inputs=$(source_inputs)
@@ -225,7 +224,7 @@ configure_kernel() {
 }
 
 make_kernel() {
-    # With the same name, version and date in it, the same source gives the same kernel.
+    # With a fixed name, version and date, the same source gives the same kernel.
     make --no-print-directory --directory="$source" --jobs="$(nproc)" ARCH=x86_64 \
         KBUILD_BUILD_USER=bantam KBUILD_BUILD_HOST=bantam KBUILD_BUILD_VERSION=1 \
         KBUILD_BUILD_TIMESTAMP=1970-01-01 "$@"
@@ -267,14 +266,14 @@ build_rootfs() {
     make_initrd "$root/sbin/init" >"$work/result/initrd.cpio"
 }
 
-# Without a journal, checksums and lazy initialisation: a guest that runs for a second has no use for
-# them, and each makes it take longer to mount.
+# Without a journal, checksums and lazy initialization: a guest that runs for a second does not need
+# them, and each makes mounting slower.
 make_ext4() {
     local root=$1 image=$2 id=ba27a000-0000-4000-8000-000000000001 path field
     E2FSPROGS_FAKE_TIME=1 mke2fs -q -t ext4 -b 4096 -N 256 -m 0 -L bantam -U "$id" \
         -E hash_seed="$id",root_owner=0:0 -O none,extent,filetype,large_file,sparse_super \
         -d "$root" "$image" 16m >"$work/log"
-    # The owner and the times of the files are still those of the build.
+    # The files still have the owner and the times of the build.
     while IFS= read -r -d '' path; do
         for field in uid gid; do
             printf 'set_inode_field /%s %s 0\n' "$path" "$field"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Writes archives in the "newc" format of cpio. They hold device files, which only root can make on
-# disk, so they are written by hand.
+# Writes archives in the "newc" format of cpio. They contain device files, which only root can make on
+# disk, so this script writes the format itself.
 
 # cpio_entry NAME MODE MAJOR MINOR CONTENT: one entry of an archive.
 cpio_entry() {
@@ -21,7 +21,7 @@ cpio_end() {
     cpio_entry 'TRAILER!!!' 0 0 0 /dev/null
 }
 
-# Fills up to the next multiple of four what is SIZE bytes long.
+# Pads SIZE bytes to the next multiple of four.
 cpio_pad() {
     head -c $((-$1 & 3)) /dev/zero
 }

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Fetches the kernel that Debian builds for virtual machines, unchanged, and prints the path of its
-# bzImage, and of an initrd that loads its drivers for a machine of Bantam and goes on in the root
-# file system on the first disk. Nothing is installed and nothing is fetched twice: the results stay
-# in $BANTAM_CACHE (~/.cache/bantam if unset), in a folder named after the package.
+# bzImage, and of an initrd that loads its drivers for Bantam's machine and then starts the root file
+# system on the first disk. It installs nothing and fetches nothing twice: the results stay in
+# $BANTAM_CACHE (~/.cache/bantam if unset), in a folder named after the package.
 
 set -euo pipefail
 shopt -s inherit_errexit
@@ -29,8 +29,8 @@ die() {
     exit 1
 }
 
-# The package of the newest kernel, on which a package without content depends; nothing where apt
-# has no lists of packages.
+# The package of the newest kernel, on which an empty package depends; nothing if apt has no lists of
+# packages.
 newest_package() {
     apt-cache depends --important linux-image-cloud-amd64 2>/dev/null |
         sed --quiet 's/^ *Depends: //p' || true
@@ -72,7 +72,7 @@ EOF
 }
 
 [[ -x /bin/busybox ]] || die "there is no /bin/busybox, try: apt-get install busybox-static"
-# Of all that is made here out of a package.
+# A checksum of all inputs except the package.
 version=$({
     declare -f make_initrd init_script cpio_entry cpio_end cpio_pad
     printf '%s\n' "${modules[@]}"
@@ -97,7 +97,7 @@ exec {lock}>"$cache/.debian-kernel.lock"
 flock "$lock"
 if [[ ! -d $folder ]]; then
     work=$cache/.debian-kernel.building
-    # A download that was killed has left its files behind.
+    # A killed download has left its files behind.
     rm -rf -- "$work"
     mkdir -- "$work" "$work/result"
     trap 'rm -rf -- "$work"' EXIT

@@ -8,10 +8,10 @@ pub enum SaveError {
     NotSupported {
         /// What was to be saved.
         part: String,
-        /// What it has that cannot be saved.
+        /// What prevents it.
         reason: String,
     },
-    /// The host did not give the state.
+    /// The host failed to return the state.
     #[error("cannot read the state of '{part}': {source}")]
     Host {
         /// What was to be saved.
@@ -35,13 +35,13 @@ pub enum RestoreError {
     /// Reading failed, or the data ended within a section.
     #[error("cannot read saved state: {0}")]
     Read(#[from] io::Error),
-    /// The bytes are not those that were written.
+    /// The bytes differ from those that were written.
     #[error("saved state is damaged: {reason}; save the machine again or use another copy")]
     Damaged {
         /// What is wrong with them.
         reason: String,
     },
-    /// The section is of another part.
+    /// The section belongs to another part.
     #[error("saved state of '{found}' where that of '{expected}' was expected")]
     Kind {
         /// The part that was to be restored.
@@ -62,7 +62,7 @@ pub enum RestoreError {
         /// The version of the state.
         found: u16,
     },
-    /// The values are not ones that the part can have.
+    /// The part cannot have these values.
     #[error("saved state of '{kind}' does not fit: {reason}")]
     Invalid {
         /// The part that the state is of.
@@ -70,7 +70,7 @@ pub enum RestoreError {
         /// What does not fit.
         reason: String,
     },
-    /// The host did not take the state.
+    /// The host refused the state.
     #[error("cannot set the state of '{part}': {source}")]
     Host {
         /// What was to be restored.

@@ -1,8 +1,8 @@
-//! Sections of saved state: what a part of a machine is rebuilt from.
+//! Sections of saved state, from which the parts of a machine are rebuilt.
 //!
-//! Each part (a device, a vCPU) describes its state by a type of its own that implements
-//! [`SavedState`]. A [`Section`] is such a value as bytes, with its kind and version; in a file or
-//! on a socket it also has a length and a checksum:
+//! Each part (a device, a vCPU) has a type for its state, which implements [`SavedState`]. A
+//! [`Section`] holds a value of such a type as bytes, with its kind and version; in a file or on a
+//! socket it also has a length and a checksum:
 //!
 //! | bytes | |
 //! | --- | --- |
@@ -13,9 +13,9 @@
 //! | any | payload: the value in the [postcard wire format](https://postcard.jamesmunns.com/wire-format) |
 //! | 4 | CRC-32 (IEEE 802.3) of all the above |
 //!
-//! Numbers of the frame are little-endian. Sections come from files and from other hosts, so nothing
-//! about them is trusted: a damaged one is an error, and reading it takes no more memory than its
-//! bytes do.
+//! Numbers in the frame are little-endian. Sections come from files and from other hosts, so they
+//! are not trusted: a damaged section is an error, and reading one takes no more memory than its
+//! bytes.
 
 #![forbid(unsafe_code)]
 

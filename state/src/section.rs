@@ -8,10 +8,10 @@ use crate::error::{RestoreError, SaveError};
 /// Largest payload of a section in bytes. The largest parts of a machine need a few tens of KiB.
 pub const MAX_PAYLOAD: usize = 16 << 20;
 
-/// The state of one kind of part, as it is saved.
+/// The saved form of the state of one kind of part.
 ///
-/// The version goes up with every change of the type that changes its encoding: a field that is
-/// added, removed, moved or of another type.
+/// Every change of the type that changes its encoding increases the version: adding, removing or
+/// moving a field, or giving it another type.
 pub trait SavedState: Serialize + DeserializeOwned {
     /// Name of the kind of part: 1 to 255 ASCII characters.
     const KIND: &'static str;
@@ -19,7 +19,7 @@ pub trait SavedState: Serialize + DeserializeOwned {
     const VERSION: u16;
 }
 
-/// The saved state of one part. It may hold those of the parts that this one has.
+/// The saved state of one part. It may contain the sections of parts within it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Section {
     kind: String,
@@ -57,7 +57,7 @@ impl Section {
         &self.kind
     }
 
-    /// Decodes the state of a part. Whether its values fit the part is for the part to check.
+    /// Decodes the state of a part. The part itself must check that the values fit it.
     ///
     /// # Errors
     /// If the section is of another kind or version, or does not hold exactly one value.
@@ -91,10 +91,10 @@ impl Section {
     /// Writes the section with its frame.
     ///
     /// # Errors
-    /// As `writer`.
+    /// Those of `writer`.
     pub fn write_to(&self, writer: &mut impl Write) -> io::Result<()> {
         let mut frame = Vec::with_capacity(self.kind.len() + self.payload.len() + 11);
-        // Neither is cut: of() and read_from() see to the bounds.
+        // Neither is truncated: of() and read_from() check the bounds.
         frame.push(self.kind.len() as u8);
         frame.extend_from_slice(self.kind.as_bytes());
         frame.extend_from_slice(&self.version.to_le_bytes());
@@ -108,14 +108,14 @@ impl Section {
     /// Reads a section with its frame, and nothing beyond it.
     ///
     /// # Errors
-    /// As `reader`, if the data ends within the section, or if it is damaged.
+    /// Those of `reader`, and if the data ends within the section or is damaged.
     pub fn read_from(reader: &mut impl Read) -> Result<Self, RestoreError> {
         let damaged = |reason: &str| RestoreError::Damaged {
             reason: reason.to_owned(),
         };
         let mut checksum = crc32fast::Hasher::new();
         let mut read = |len: usize| -> Result<Vec<u8>, RestoreError> {
-            // Grows as bytes arrive, so a false length costs nothing.
+            // Grows as bytes arrive, so a false length allocates nothing.
             let mut bytes = Vec::new();
             let count = reader.take(len as u64).read_to_end(&mut bytes)?;
             if count < len {
@@ -180,7 +180,7 @@ mod tests {
         const VERSION: u16 = 1;
     }
 
-    /// [`Part`] as a later program has it.
+    /// [`Part`] in a later version of the program.
     #[derive(Debug, Serialize, Deserialize)]
     struct LaterPart(u64);
 
@@ -308,7 +308,7 @@ mod tests {
                 let _ = section.decode::<Part>();
                 assert!(bytes.starts_with(&written(&section)));
             }
-            // Without the frame, whose checksum few bytes pass.
+            // Without the frame, as its checksum stops nearly all random bytes.
             let section = Section {
                 kind: "part".to_owned(),
                 version: 3,

@@ -1,4 +1,4 @@
-//! Clients of the API, to whom every answer has to be as `docs/openapi.yaml` says.
+//! Clients of the API, which check every answer against `docs/openapi.yaml`.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-/// How long the socket may take to be there, and an answer to come.
+/// How long the socket may take to appear, and an answer to arrive.
 const PATIENCE: Duration = Duration::from_secs(20);
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -26,26 +26,26 @@ static DESCRIPTION: LazyLock<Value> = LazyLock::new(|| {
     serde_saphyr::from_str(text).expect("the description is YAML")
 });
 
-/// An answer of the API, which is as its description says.
+/// An answer of the API, which fits its description.
 #[derive(Debug)]
 pub struct Answer {
-    /// Status of HTTP.
+    /// HTTP status.
     pub status: u16,
     /// The body, if there is one.
     pub body: Option<Value>,
 }
 
-/// A client of the API on a Unix socket. Each request is a connection of its own.
+/// A client of the API on a Unix socket. Each request uses a new connection.
 pub struct ApiClient {
     socket: PathBuf,
 }
 
 impl ApiClient {
-    /// A client of the API on `socket`, where it may take a moment until there is one.
+    /// Makes a client of the API on `socket`, which may take a moment to appear.
     ///
     /// # Panics
     ///
-    /// When nobody listens there in the end.
+    /// If the API does not appear in time.
     pub fn new(socket: &Path) -> ApiClient {
         let client = ApiClient {
             socket: socket.to_path_buf(),
@@ -54,11 +54,11 @@ impl ApiClient {
         client
     }
 
-    /// A connection for whatever bytes a test wants to send. Neither end of it waits for ever.
+    /// Opens a connection for arbitrary bytes. Its reads and writes time out.
     ///
     /// # Panics
     ///
-    /// When there is none to be had.
+    /// If it cannot connect.
     pub fn connect(&self) -> UnixStream {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -79,15 +79,15 @@ impl ApiClient {
         }
     }
 
-    /// Sends `bytes` and gives all that is answered until the server closes the connection, or
-    /// until it is clear that it does not.
+    /// Sends `bytes` and returns all answers until the server closes the connection, or until a
+    /// time-out shows that it does not.
     ///
     /// # Panics
     ///
-    /// When there is no connection to be had.
+    /// If it cannot connect.
     pub fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
-        // The server may have closed it before it has taken all.
+        // The server may have closed the connection before it has read everything.
         let _ = stream.write_all(bytes);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
@@ -98,7 +98,7 @@ impl ApiClient {
     ///
     /// # Panics
     ///
-    /// When there is no answer, or it is not as the description says.
+    /// If there is no answer, or it does not fit the description.
     #[track_caller]
     pub fn request(&self, method: &str, path: &str, body: &str) -> Answer {
         let (status, content_type, text) = self.send(method, path, body);
@@ -150,11 +150,11 @@ impl ApiClient {
         (status, words(&content_type), words(&text))
     }
 
-    /// What a resource says of itself.
+    /// Returns the answer of a resource to `GET`.
     ///
     /// # Panics
     ///
-    /// When it says nothing, and as [`ApiClient::request`].
+    /// If the answer is empty, and in the cases of [`ApiClient::request`].
     #[track_caller]
     pub fn get(&self, path: &str) -> Value {
         let answer = self.request("GET", path, "");
@@ -166,7 +166,7 @@ impl ApiClient {
     ///
     /// # Panics
     ///
-    /// When it does not, and as [`ApiClient::request`].
+    /// If it does not, and as [`ApiClient::request`].
     #[track_caller]
     pub fn put(&self, path: &str, body: &Value) {
         self.done("PUT", path, body);
@@ -176,7 +176,7 @@ impl ApiClient {
     ///
     /// # Panics
     ///
-    /// When it does not, and as [`ApiClient::request`].
+    /// If it does not, and as [`ApiClient::request`].
     #[track_caller]
     pub fn patch(&self, path: &str, body: &Value) {
         self.done("PATCH", path, body);
@@ -192,17 +192,17 @@ impl ApiClient {
     ///
     /// # Panics
     ///
-    /// When it does not, and as [`ApiClient::request`].
+    /// If it does not, and as [`ApiClient::request`].
     #[track_caller]
     pub fn act(&self, action: &str) {
         self.put("/actions", &json!({ "action_type": action }));
     }
 
-    /// Sends a request that has to be refused, and gives the reason.
+    /// Sends a request that has to be refused, and returns the reason.
     ///
     /// # Panics
     ///
-    /// When it is not, and as [`ApiClient::request`].
+    /// If it is not, and in the cases of [`ApiClient::request`].
     #[track_caller]
     pub fn refused(&self, method: &str, path: &str, body: &str) -> String {
         let answer = self.request(method, path, body);
@@ -212,8 +212,8 @@ impl ApiClient {
     }
 }
 
-/// Checks that the description lists the answer's status for the request, and its body. What is no
-/// request that the description lists has to be refused.
+/// Checks that the description lists the answer's status for the request, and its body. A request
+/// that the description does not list has to be refused.
 #[track_caller]
 fn check_answer(method: &str, path: &str, answer: &Answer, context: &str) {
     let status = answer.status.to_string();
@@ -238,7 +238,7 @@ fn check_answer(method: &str, path: &str, answer: &Answer, context: &str) {
     }
 }
 
-/// Checks that a body that was taken is one that the description lists.
+/// Checks that the description lists a body that was accepted.
 #[track_caller]
 fn check_request(method: &str, path: &str, body: &str, context: &str) {
     let operation = operation(method, path).expect("what is not listed is refused");
@@ -260,13 +260,13 @@ fn check_value(schema: &Value, value: &Value, context: &str) {
     assert!(errors.is_empty(), "{context}: {}", errors.join("; "));
 }
 
-/// A validator of `schema`, which may refer to the description's components.
+/// Returns a validator of `schema`, which may refer to the description's components.
 fn validator(schema: &Value) -> Validator {
     let whole = json!({"allOf": [schema], "components": DESCRIPTION["components"]});
     jsonschema::validator_for(&whole).expect("the description has valid schemas")
 }
 
-/// The operation that a request asks for, where the description lists it.
+/// Returns the operation that a request asks for, if the description lists it.
 fn operation(method: &str, path: &str) -> Option<&'static Value> {
     let paths = DESCRIPTION["paths"].as_object()?;
     let (_, item) = paths.iter().find(|(template, _)| fits(template, path))?;
@@ -281,7 +281,7 @@ fn fits(template: &str, path: &str) -> bool {
             .all(|(wanted, part)| wanted == part || wanted.starts_with('{') && !part.is_empty())
 }
 
-/// What a reference refers to.
+/// Returns the target of a reference.
 fn resolved(value: &'static Value) -> &'static Value {
     match value["$ref"].as_str() {
         None => value,

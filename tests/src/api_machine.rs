@@ -1,4 +1,4 @@
-//! A monitor that serves the API, and the machine that its clients put together.
+//! A monitor that serves the API, and the machine that its clients configure.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,16 +21,16 @@ pub struct ApiMachine {
 }
 
 impl ApiMachine {
-    /// A monitor without further options.
+    /// Starts a monitor without further options.
     pub fn new() -> ApiMachine {
         ApiMachine::with(|bantam, _| bantam)
     }
 
-    /// One whose command line `prepare` has added to, given the folder.
+    /// Starts a monitor after `prepare`, which gets the folder, has added to its command line.
     ///
     /// # Panics
     ///
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn with(prepare: impl FnOnce(Bantam, &Path) -> Bantam) -> ApiMachine {
         let folder = tempfile::tempdir().expect("there is room for temporary files");
         let socket = folder.path().join("api.socket");
@@ -42,27 +42,27 @@ impl ApiMachine {
         }
     }
 
-    /// Path of a file in the folder.
+    /// Returns the path of a file in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// A new file in the folder, with `size` zeroes.
+    /// Makes a file in the folder, with `size` zeroes.
     ///
     /// # Panics
     ///
-    /// When there is no room for it.
+    /// If there is no room for it.
     pub fn image(&self, name: &str, size: usize) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, vec![0; size]).expect("there is room for temporary files");
         path
     }
 
-    /// Adds a drive on an empty image with the drive's name, with other members as given.
+    /// Adds a drive on an empty image with the drive's name, and with the given other members.
     ///
     /// # Panics
     ///
-    /// When it is refused.
+    /// If it is refused.
     #[track_caller]
     pub fn add_drive(&self, id: &str, members: &Value) {
         let image = self.image(id, 8192);
@@ -77,7 +77,7 @@ impl ApiMachine {
     ///
     /// # Panics
     ///
-    /// When it is refused.
+    /// If it is refused.
     #[track_caller]
     pub fn boot(&self, guest: &str, boot_args: &str) {
         let boot_source = bare_metal_boot_source(guest, boot_args);
@@ -88,7 +88,7 @@ impl ApiMachine {
     ///
     /// # Panics
     ///
-    /// When it does not run.
+    /// If it does not run.
     #[track_caller]
     pub fn start_hello(&self) {
         self.boot("hello", "finish=hang");
@@ -96,22 +96,22 @@ impl ApiMachine {
         self.running.wait_for_output("PASS\n");
     }
 
-    /// Sends a request that has to be refused, and gives the reason.
+    /// Sends a request that has to be refused, and returns the reason.
     ///
     /// # Panics
     ///
-    /// As [`ApiClient::refused`].
+    /// In the cases of [`ApiClient::refused`].
     #[track_caller]
     pub fn refused(&self, method: &str, path: &str, body: &Value) -> String {
         self.api.refused(method, path, &body.to_string())
     }
 
-    /// Waits until the guest has ended the process, and checks that it has succeeded and nothing is
-    /// left of it.
+    /// Waits until the guest has ended the process, and checks that it has succeeded and left
+    /// nothing behind.
     ///
     /// # Panics
     ///
-    /// When that is not so.
+    /// If that is not so.
     #[track_caller]
     pub fn ended_well(self) -> Ended {
         let ended = self.running.wait();
@@ -120,11 +120,11 @@ impl ApiMachine {
         ended
     }
 
-    /// Ends the process by a signal, after which nothing may be left of it either.
+    /// Ends the process by a signal, and checks that it has succeeded and left nothing behind.
     ///
     /// # Panics
     ///
-    /// As [`ApiMachine::ended_well`].
+    /// In the cases of [`ApiMachine::ended_well`].
     #[track_caller]
     pub fn stop(self) -> Ended {
         self.running.signal(Signal::SIGTERM);
@@ -138,7 +138,7 @@ impl Default for ApiMachine {
     }
 }
 
-/// Body of `PUT /boot-source` for a bare-metal guest.
+/// Returns the body of `PUT /boot-source` for a bare-metal guest.
 pub fn bare_metal_boot_source(guest: &str, boot_args: &str) -> Value {
     json!({"kernel_image_path": payload(guest), "boot_args": boot_args})
 }

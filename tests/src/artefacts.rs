@@ -1,4 +1,4 @@
-//! The monitor and the guests, built where they are not there yet.
+//! The monitor and the guests, which are built if they do not exist yet.
 
 use std::env;
 use std::ffi::OsStr;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-/// The target of the payloads, which keeps their build apart from the host's build settings.
+/// The target of the payloads, which separates their build from the host's build settings.
 const PAYLOAD_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn workspace() -> &'static Path {
@@ -15,18 +15,19 @@ fn workspace() -> &'static Path {
         .expect("this package is in a workspace")
 }
 
-/// Cargo's target folder.
+/// Returns Cargo's target folder.
 pub(crate) fn target_folder() -> PathBuf {
-    // Relative to the workspace, as for cargo when it runs there.
+    // Relative to the workspace, as for a cargo that runs there.
     let folder = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
     workspace().join(folder)
 }
 
-/// The `bantam` program: what `BANTAM_BIN` names, or else a debug build of this workspace.
+/// Returns the path of the program: that in `BANTAM_BIN`, or else that of a debug build of this
+/// workspace.
 ///
 /// # Panics
 ///
-/// When it cannot be built.
+/// If it cannot be built.
 pub fn monitor() -> &'static Path {
     static MONITOR: OnceLock<PathBuf> = OnceLock::new();
     MONITOR.get_or_init(|| {
@@ -42,11 +43,11 @@ pub fn monitor() -> &'static Path {
     })
 }
 
-/// A bare-metal guest of `tests/payloads`.
+/// Returns the path of a bare-metal guest of `tests/payloads`.
 ///
 /// # Panics
 ///
-/// When they cannot be built, or there is none of that name.
+/// If they cannot be built, or there is none of that name.
 pub fn payload(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
@@ -79,11 +80,11 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// Its ELF image.
+    /// Returns the path of its ELF image.
     ///
     /// # Panics
     ///
-    /// When it cannot be built.
+    /// If it cannot be built.
     pub fn vmlinux(self) -> PathBuf {
         let flavour = match self {
             Self::Small => "small",
@@ -93,20 +94,20 @@ impl Kernel {
     }
 }
 
-/// The small kernel's bzImage in every compression format.
+/// Returns the paths of the small kernel's bzImage in every compression format.
 ///
 /// # Panics
 ///
-/// When they cannot be built.
+/// If they cannot be built.
 pub fn bzimages() -> Vec<PathBuf> {
     guest_script("build.sh", &["bzimages"])
 }
 
-/// The bzImage that Debian ships for virtual machines.
+/// Returns the path of the bzImage that Debian ships for virtual machines.
 ///
 /// # Panics
 ///
-/// When it cannot be fetched.
+/// If it cannot be fetched.
 pub fn debian_kernel() -> PathBuf {
     file_named("bzImage", &guest_script("debian-kernel.sh", &[]))
 }
@@ -120,11 +121,11 @@ pub struct RootFileSystem {
 }
 
 impl RootFileSystem {
-    /// Finds or builds it.
+    /// Finds or builds the images.
     ///
     /// # Panics
     ///
-    /// When it cannot be built.
+    /// If it cannot be built.
     pub fn new() -> Self {
         let paths = guest_script("build.sh", &["rootfs"]);
         Self {
@@ -140,7 +141,7 @@ impl Default for RootFileSystem {
     }
 }
 
-/// Runs a script of `resources/guest`, which prints the paths of what it has made.
+/// Runs a script of `resources/guest`, which prints the paths of its results.
 fn guest_script(name: &str, arguments: &[&str]) -> Vec<PathBuf> {
     let mut script = Command::new(workspace().join("resources/guest").join(name));
     script.args(arguments);
@@ -155,7 +156,7 @@ fn file_named(name: &str, paths: &[PathBuf]) -> PathBuf {
         .clone()
 }
 
-/// Runs a program, whose messages go where those of the tests go.
+/// Runs a program, whose messages go to the output of the tests.
 fn output_of(mut command: Command) -> String {
     let output = command
         .stdin(Stdio::null())

@@ -1,4 +1,4 @@
-//! Huge pages of the host, set aside for as long as a test uses them.
+//! Huge pages of the host, set aside while a test uses them.
 
 use std::fs;
 use std::io;
@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const COUNT: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Pages of 2 MiB that the host has set aside, beyond those it had. They are given back when this is
-/// dropped. There is one at a time: others wait.
+/// Pages of 2 MiB that the host has set aside in addition to those it had. Dropping this gives them
+/// back. Only one pool exists at a time: others wait.
 pub struct HugePagePool {
     before: u64,
     _alone: MutexGuard<'static, ()>,
@@ -20,7 +20,7 @@ impl HugePagePool {
     ///
     /// # Errors
     ///
-    /// Why the host does not.
+    /// Why the host sets none aside.
     pub fn try_new(count: u64) -> Result<HugePagePool, String> {
         let failed = |error: io::Error| format!("cannot use {COUNT}: {error}");
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -40,11 +40,11 @@ impl HugePagePool {
         }
     }
 
-    /// As [`HugePagePool::try_new`], where a test has made sure that it can be.
+    /// Sets `count` more pages aside, in a test that has made sure that the host can.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// If it cannot.
     pub fn new(count: u64) -> HugePagePool {
         HugePagePool::try_new(count).unwrap_or_else(|reason| panic!("{reason}"))
     }

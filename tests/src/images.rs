@@ -46,10 +46,10 @@ impl Compression {
     ///
     /// # Panics
     ///
-    /// When the program cannot be run.
+    /// If the program cannot be run.
     pub fn compress(self, data: &[u8]) -> Vec<u8> {
         let mut compressed = filter(self.command(), data);
-        // Every format but gzip, whose own trailer ends with it, gets the size appended.
+        // Every format gets the size appended, except gzip, whose own trailer ends with it.
         if self != Self::Gzip {
             let size = u32::try_from(data.len()).expect("a test's kernel is small");
             compressed.extend(size.to_le_bytes());
@@ -58,7 +58,7 @@ impl Compression {
     }
 }
 
-/// What `command` makes of `input`.
+/// Returns the output of `command` for `input`.
 fn filter(command: &[&str], input: &[u8]) -> Vec<u8> {
     let mut child = Command::new(command[0])
         .args(&command[1..])
@@ -93,11 +93,11 @@ impl BzImage {
     const PAYLOAD_OFFSET: usize = 0x300;
     const LOAD_ADDRESS: u64 = 16 << 20;
 
-    /// The bytes of the file.
+    /// Returns the bytes of the file.
     ///
     /// # Panics
     ///
-    /// When a part is too large.
+    /// If a part is too large.
     pub fn build(&self) -> Vec<u8> {
         assert!(self.entry_code.len() <= Self::PAYLOAD_OFFSET - Self::ENTRY_OFFSET);
         let mut code = vec![0; Self::ENTRY_OFFSET];
@@ -150,8 +150,8 @@ impl BzImage {
     }
 }
 
-/// An ELF executable of nothing but `code`, which is also its 64-bit entry point, at 1 MiB. It has
-/// no PVH note.
+/// Returns an ELF executable that consists of `code` at 1 MiB, which is also its 64-bit entry
+/// point. It has no PVH note.
 pub fn elf_kernel(code: &[u8]) -> Vec<u8> {
     const HEADER_SIZE: u64 = 64;
     const PROGRAM_HEADER_SIZE: u64 = 56;

@@ -1,5 +1,5 @@
-//! What the tests of Bantam on real KVM, and its benchmarks, have in common: finding and building
-//! the monitor and the guests, and starting machines that can be waited for and never stay behind.
+//! Common parts of Bantam's tests on real KVM and its benchmarks: they find and build the monitor
+//! and the guests, and start machines that can be waited for and are never left behind.
 
 mod api;
 mod api_machine;
@@ -37,8 +37,8 @@ pub use requirements::{
 pub use traffic::Traffic;
 pub use workload::after_random_work;
 
-/// Ends a test that cannot run on this host: it fails with the reason, unless the environment
-/// variable `BANTAM_SKIP_KVM_TESTS` is 1, and then it says that it is skipped.
+/// Ends a test that cannot run on this host. The test fails with the reason; if the environment
+/// variable `BANTAM_SKIP_KVM_TESTS` is 1, it prints that it is skipped instead.
 #[macro_export]
 macro_rules! require_kvm {
     () => {
@@ -48,8 +48,8 @@ macro_rules! require_kvm {
     };
 }
 
-/// As [`require_kvm`], for tests that also create network interfaces; `BANTAM_SKIP_TAP_TESTS` set
-/// to 1 skips them where they cannot.
+/// Like [`require_kvm`], for tests that also create network interfaces; `BANTAM_SKIP_TAP_TESTS` set
+/// to 1 skips them if they cannot.
 #[macro_export]
 macro_rules! require_taps {
     () => {
@@ -59,8 +59,8 @@ macro_rules! require_taps {
     };
 }
 
-/// As [`require_kvm`], but for tests that use [`with_devices`] or [`with_mounts`];
-/// `BANTAM_SKIP_NAMESPACE_TESTS` set to 1 skips them where mount namespaces cannot be had.
+/// Like [`require_kvm`], but for tests that use [`with_devices`] or [`with_mounts`];
+/// `BANTAM_SKIP_NAMESPACE_TESTS` set to 1 skips them if they cannot create mount namespaces.
 #[macro_export]
 macro_rules! require_namespaces {
     () => {
@@ -70,8 +70,8 @@ macro_rules! require_namespaces {
     };
 }
 
-/// As [`require_kvm`], for tests that also use a [`LoopDevice`]; `BANTAM_SKIP_LOOP_TESTS` set to 1
-/// skips them where there is none.
+/// Like [`require_kvm`], for tests that also use a [`LoopDevice`]; `BANTAM_SKIP_LOOP_TESTS` set to
+/// 1 skips them if they cannot make one.
 #[macro_export]
 macro_rules! require_loop_devices {
     () => {
@@ -81,7 +81,8 @@ macro_rules! require_loop_devices {
     };
 }
 
-/// As [`require_kvm`], for tests that also use a [`HugePagePool`], which are skipped where there is none.
+/// Like [`require_kvm`], for tests that also use a [`HugePagePool`], which are skipped if the host
+/// provides none.
 #[macro_export]
 macro_rules! require_huge_pages {
     () => {

@@ -9,8 +9,8 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::artefacts::target_folder;
 
-/// How many Linux guests start at the same time. Each keeps a processor busy, and more of them
-/// than processors would only make one another exceed their time.
+/// How many Linux guests run at the same time. Each keeps a processor busy, and more guests than
+/// processors would make each other exceed their time.
 const SLOTS: usize = 2;
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -23,7 +23,7 @@ pub struct LinuxSlot {
 ///
 /// # Panics
 ///
-/// When the locks cannot be used.
+/// If the locks cannot be used.
 pub fn linux_slot() -> LinuxSlot {
     loop {
         for number in 0..SLOTS {
@@ -40,11 +40,11 @@ pub fn linux_slot() -> LinuxSlot {
     }
 }
 
-/// What the guest's test agent answered to `command`: the details after `ok`.
+/// Returns the answer of the guest's test agent to `command`: the details after `ok`.
 ///
 /// # Panics
 ///
-/// When it did not answer so.
+/// If it did not answer `ok`.
 #[track_caller]
 pub fn answer(output: &str, command: &str) -> String {
     let prefix = format!("bantam: {command} ok");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-/// A block device over a file, until this is dropped.
+/// A block device over a file, which exists until this is dropped.
 pub struct LoopDevice {
     /// The device.
     pub path: PathBuf,
@@ -15,16 +15,16 @@ impl LoopDevice {
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn new(file: &Path) -> Self {
         Self::with_sectors(file, 512)
     }
 
-    /// As [`LoopDevice::new`], with sectors of `size` bytes.
+    /// Makes a device of `file` with sectors of `size` bytes; see [`LoopDevice::new`].
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
+    /// If it cannot be made.
     pub fn with_sectors(file: &Path, size: u32) -> Self {
         Self::try_with_sectors(file, size)
             .unwrap_or_else(|reason| panic!("no loop device: {reason}"))

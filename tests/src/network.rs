@@ -18,21 +18,21 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-/// Interfaces that this process has named.
+/// Number of interfaces that this process has named.
 static NAMED: AtomicU32 = AtomicU32::new(0);
 
-/// A name that no other interface has.
+/// Returns a name that no other interface has.
 pub fn tap_name() -> String {
     format!("bt{}n{}", id(), NAMED.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Whether the host has an interface of that name.
+/// Returns whether the host has an interface of that name.
 pub fn interface_exists(name: &str) -> bool {
     Path::new("/sys/class/net").join(name).exists()
 }
 
-/// A tap interface that is there before a machine and after it, with an address of the host in a
-/// network of its own. It is deleted when this is dropped.
+/// A tap interface that exists before and after a machine, with an address of the host in a
+/// separate network. Dropping this deletes it.
 pub struct HostTap {
     /// Name of the interface.
     pub name: String,
@@ -50,10 +50,10 @@ impl HostTap {
     ///
     /// # Panics
     ///
-    /// When it cannot be created.
+    /// If it cannot be created.
     pub fn new() -> Self {
         let name = tap_name();
-        // A subnet of four addresses among those set apart for tests of devices (RFC 2544).
+        // A subnet of four addresses among those reserved for tests of devices (RFC 2544).
         let number = id()
             .wrapping_mul(8)
             .wrapping_add(NAMED.load(Ordering::Relaxed));
@@ -70,11 +70,11 @@ impl HostTap {
         tap
     }
 
-    /// The interface's MTU in bytes.
+    /// Returns the interface's MTU in bytes.
     ///
     /// # Panics
     ///
-    /// When there is no such interface any more.
+    /// If the interface no longer exists.
     pub fn mtu(&self) -> u32 {
         let path = Path::new("/sys/class/net").join(&self.name).join("mtu");
         let text = std::fs::read_to_string(path).expect("the interface exists");
@@ -112,7 +112,7 @@ impl PacketSocket {
     ///
     /// # Panics
     ///
-    /// When there is no such interface, or it cannot be opened.
+    /// If there is no such interface, or it cannot be opened.
     pub fn open(name: &str) -> Self {
         Self {
             socket: packet_socket(name, libc::ETH_P_ALL as u16),
@@ -123,16 +123,16 @@ impl PacketSocket {
     ///
     /// # Errors
     ///
-    /// As the socket says: the interface can vanish.
+    /// Those of the socket: the interface can vanish.
     pub fn send(&self, frame: &[u8]) -> std::io::Result<()> {
         (&self.socket).write_all(frame)
     }
 
-    /// Waits for a frame for which `wanted` holds, and passes over all others.
+    /// Waits for a frame for which `wanted` holds, and skips all others.
     ///
     /// # Panics
     ///
-    /// When the socket takes no time-out.
+    /// If the socket does not accept a time-out.
     pub fn receive(&self, limit: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let deadline = Instant::now() + limit;
         let mut buffer = vec![0; 1 << 16];
@@ -157,11 +157,11 @@ impl PacketSocket {
     }
 }
 
-/// A socket for whole Ethernet frames of an EtherType on the interface `name`.
+/// Opens a socket for whole Ethernet frames of an EtherType on the interface `name`.
 ///
 /// # Panics
 ///
-/// When there is no such interface, or it cannot be opened.
+/// If there is no such interface, or it cannot be opened.
 pub(crate) fn packet_socket(name: &str, ether_type: u16) -> File {
     // Without a protocol nothing arrives before the socket is bound.
     let socket = socket(
@@ -188,16 +188,16 @@ fn link_address(interface_index: u32, ether_type: u16) -> LinkAddr {
         sll_addr: [0; 8],
     };
     let size = size_of::<libc::sockaddr_ll>() as u32;
-    // SAFETY: the pointer is to a whole address of the family that it says, of the size given.
+    // SAFETY: the pointer is to a complete address of its family, of the size given.
     unsafe { LinkAddr::from_raw((&raw const address).cast(), Some(size)) }
         .expect("the family is that of packets")
 }
 
-/// Accepts a guest's connection, whose transfers have a limit of time.
+/// Accepts a guest's connection, whose reads and writes time out.
 ///
 /// # Panics
 ///
-/// When none comes for two minutes.
+/// If none comes for two minutes.
 pub fn accept(listener: &TcpListener) -> TcpStream {
     const LIMIT: Duration = Duration::from_secs(120);
     let deadline = Instant::now() + LIMIT;

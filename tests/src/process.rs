@@ -19,16 +19,16 @@ use crate::artefacts::{Kernel, monitor, payload};
 use crate::linux::{LinuxSlot, linux_slot};
 use crate::watchdog::{Watchdog, kill_group};
 
-/// How long a bare-metal guest may take: thousands of times what it needs, for busy hosts.
+/// How long a bare-metal guest may take: thousands of times as long as it needs, for busy hosts.
 const PAYLOAD_LIMIT: Duration = Duration::from_secs(60);
 /// How long a Linux guest may take.
 const LINUX_LIMIT: Duration = Duration::from_secs(300);
 
 /// Exit status of `bantam run` if the guest rebooted.
 pub const STATUS_REBOOT: i32 = 120;
-/// If its power was cut by keys or a signal.
+/// Exit status if keys or a signal cut the guest's power.
 pub const STATUS_POWER_CUT: i32 = 123;
-/// If there was an error.
+/// Exit status if there was an error.
 pub const STATUS_ERROR: i32 = 125;
 
 /// A monitor to be started. Its standard input is empty unless a test says otherwise.
@@ -44,7 +44,7 @@ pub struct Bantam {
 }
 
 impl Bantam {
-    /// `bantam` with these arguments.
+    /// Runs `bantam` with these arguments.
     pub fn new<S: Into<OsString>>(arguments: impl IntoIterator<Item = S>) -> Self {
         Self {
             launcher: Vec::new(),
@@ -58,22 +58,22 @@ impl Bantam {
         }
     }
 
-    /// `bantam run` with a kernel image.
+    /// Runs `bantam run` with a kernel image.
     pub fn run(kernel: impl AsRef<Path>) -> Self {
         Self::new(["run"]).option("--kernel", kernel.as_ref())
     }
 
-    /// `bantam run` with one of the bare-metal guests.
+    /// Runs `bantam run` with one of the bare-metal guests.
     pub fn payload(name: &str) -> Self {
         Self::run(payload(name))
     }
 
-    /// `bantam api` on a socket.
+    /// Runs `bantam api` on a socket.
     pub fn api(socket: &Path) -> Self {
         Self::new(["api"]).option("--api-sock", socket)
     }
 
-    /// `bantam run` with a Linux kernel. Waits until there is a free [`LinuxSlot`].
+    /// Runs `bantam run` with a Linux kernel. Waits until there is a free [`LinuxSlot`].
     pub fn linux(kernel: Kernel) -> Self {
         let mut bantam = Self::run(kernel.vmlinux()).limit(LINUX_LIMIT);
         bantam.slot = Some(linux_slot());
@@ -93,7 +93,7 @@ impl Bantam {
         self.argument(name).argument(value)
     }
 
-    /// Adds a `--disk`: a path, and what follows it, such as `,ro`.
+    /// Adds a `--disk`: a path, and its options, such as `,ro`.
     #[must_use]
     pub fn disk(self, path: &Path, suffix: &str) -> Self {
         let mut disk = path.as_os_str().to_owned();
@@ -108,8 +108,8 @@ impl Bantam {
         self
     }
 
-    /// Has `launcher`, a program and its first arguments, start the monitor: its path and
-    /// arguments are the last arguments.
+    /// Lets `launcher`, a program and its first arguments, start the monitor: the monitor's path
+    /// and arguments are the launcher's last arguments.
     #[must_use]
     pub fn launcher<S: Into<OsString>>(mut self, launcher: impl IntoIterator<Item = S>) -> Self {
         self.launcher = launcher.into_iter().map(Into::into).collect();
@@ -123,14 +123,14 @@ impl Bantam {
         self
     }
 
-    /// Connects standard output, of which nothing is captured then.
+    /// Connects standard output, which is then not captured.
     #[must_use]
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
         self.stdout = stdout.into();
         self
     }
 
-    /// Connects standard error, of which nothing is captured then.
+    /// Connects standard error, which is then not captured.
     #[must_use]
     pub fn stderr(mut self, stderr: impl Into<Stdio>) -> Self {
         self.stderr = stderr.into();
@@ -148,7 +148,7 @@ impl Bantam {
     ///
     /// # Panics
     ///
-    /// When it cannot be started.
+    /// If it cannot be started.
     pub fn start(self) -> Running {
         let runs = self
             .arguments
@@ -193,22 +193,22 @@ impl Bantam {
     ///
     /// # Panics
     ///
-    /// As [`Bantam::start`] and [`Running::wait`].
+    /// In the cases of [`Bantam::start`] and [`Running::wait`].
     pub fn finish(self) -> Ended {
         self.start().wait()
     }
 }
 
-/// Has an interrupt signal end this process. A shell starts what it puts into the background, tests
-/// included, with that signal ignored, and processes inherit that.
+/// Makes an interrupt signal end this process. A shell starts background jobs, tests included, with
+/// that signal ignored, and processes inherit that.
 fn end_by_interrupt() -> std::io::Result<()> {
     // SAFETY: the default action runs no code of this process.
     unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }?;
     Ok(())
 }
 
-/// A monitor that was started. It is killed with its process group when its time is over and when
-/// this is dropped.
+/// A running monitor. It is killed with its process group when its time is over or when this is
+/// dropped.
 pub struct Running {
     child: Child,
     pid: Pid,
@@ -231,7 +231,7 @@ impl Running {
     ///
     /// # Panics
     ///
-    /// When it has been reaped.
+    /// If it has been reaped.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid, signal).expect("the process is not reaped before it is waited for");
     }
@@ -240,26 +240,26 @@ impl Running {
     ///
     /// # Panics
     ///
-    /// When it is not, or the process reads no more.
+    /// If it is not, or the process does not read any more.
     pub fn send(&mut self, bytes: &[u8]) {
         let stdin = self.child.stdin.as_mut().expect("standard input is piped");
         stdin.write_all(bytes).expect("the process reads its input");
     }
 
-    /// Waits until standard output contains `text`, and gives all output so far.
+    /// Waits until standard output contains `text`, and returns all output so far.
     ///
     /// # Panics
     ///
-    /// When the output ends without it.
+    /// If the output ends without it.
     pub fn wait_for_output(&self, text: &str) -> String {
         self.wait_for(&self.stdout, text)
     }
 
-    /// Waits until standard error contains `text`, and gives all of it so far.
+    /// Waits until standard error contains `text`, and returns all of it so far.
     ///
     /// # Panics
     ///
-    /// When it ends without it.
+    /// If it ends without it.
     pub fn wait_for_error(&self, text: &str) -> String {
         self.wait_for(&self.stderr, text)
     }
@@ -280,7 +280,7 @@ impl Running {
     ///
     /// # Panics
     ///
-    /// When its time was over before.
+    /// If its time was over before.
     pub fn wait(mut self) -> Ended {
         drop(self.child.stdin.take());
         wait_unreaped(self.pid);
@@ -299,10 +299,10 @@ impl Running {
         ended
     }
 
-    /// Ends what is left of the process group, and tells whether the watchdog was faster.
+    /// Kills the rest of the process group, and returns whether the watchdog was faster.
     fn reap(&mut self) -> (ExitStatus, bool) {
         let killed = self.watchdog.take().is_some_and(Watchdog::stop);
-        // The group exists for as long as its leader is not reaped.
+        // The group exists until its leader is reaped.
         kill_group(self.pid);
         (self.child.wait().expect("it is a child"), killed)
     }
@@ -398,33 +398,34 @@ fn find(bytes: &[u8], wanted: &[u8]) -> bool {
     bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
-/// What a monitor left behind. Displays as all its output, for the messages of failed tests.
+/// The result of a monitor that has ended. It displays as all its output, for the messages of
+/// failed tests.
 pub struct Ended {
     /// How the process ended.
     pub status: ExitStatus,
-    /// What it wrote to standard output: the guest's serial port, unless that is elsewhere.
+    /// What it wrote to standard output: the guest's serial port, unless that leads elsewhere.
     pub stdout: Vec<u8>,
     /// What it wrote to standard error.
     pub stderr: String,
-    /// How long it lived.
+    /// How long it ran.
     pub duration: Duration,
     /// Its exit status if there was an error.
     error_status: i32,
 }
 
 impl Ended {
-    /// Standard output as text.
+    /// Returns standard output as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Checks that there was no error and that the guest has not failed: it has powered off or rebooted, or
-    /// its power was cut because the test asked for that. Which of these it was is for
-    /// [`Ended::has_status`].
+    /// Checks that there was no error and that the guest has not failed: it has powered off or
+    /// rebooted, or its power was cut because the test asked for that. [`Ended::has_status`] checks
+    /// which of these it was.
     ///
     /// # Panics
     ///
-    /// When that is not so.
+    /// If that is not so.
     #[track_caller]
     pub fn succeeded(&self) -> &Self {
         let runs = self.error_status == STATUS_ERROR;
@@ -440,19 +441,19 @@ impl Ended {
     ///
     /// # Panics
     ///
-    /// When it is another.
+    /// If it is another.
     #[track_caller]
     pub fn has_status(&self, status: i32) -> &Self {
         assert_eq!(self.status.code(), Some(status), "{self}");
         self
     }
 
-    /// Checks that a bare-metal guest has found everything as it should be: its verdict is `PASS`,
-    /// and it has [succeeded](Ended::succeeded).
+    /// Checks that a bare-metal guest has found no fault: its verdict is `PASS`, and it has
+    /// [succeeded](Ended::succeeded).
     ///
     /// # Panics
     ///
-    /// When that is not so.
+    /// If that is not so.
     #[track_caller]
     pub fn passed(&self) -> &Self {
         let text = self.text();
@@ -465,7 +466,7 @@ impl Ended {
     ///
     /// # Panics
     ///
-    /// When it does not.
+    /// If it does not.
     #[track_caller]
     pub fn printed(&self, text: &str) -> &Self {
         assert!(self.text().contains(text), "no '{text}' in\n{self}");
@@ -477,7 +478,7 @@ impl Ended {
     ///
     /// # Panics
     ///
-    /// When that is not so, or the monitor panicked.
+    /// If that is not so, or the monitor panicked.
     #[track_caller]
     pub fn failed(&self) -> &str {
         assert_eq!(self.status.code(), Some(self.error_status), "{self}");
@@ -488,11 +489,11 @@ impl Ended {
             .unwrap_or_else(|| panic!("no reason on standard error\n{self}"))
     }
 
-    /// Checks that there was an error and that the reason is all that was printed; returns it.
+    /// Checks that there was an error and that only its reason was printed; returns the reason.
     ///
     /// # Panics
     ///
-    /// When that is not so.
+    /// If that is not so.
     #[track_caller]
     pub fn failed_with_one_line(&self) -> &str {
         let reason = self.failed();
@@ -515,9 +516,9 @@ impl fmt::Display for Ended {
     }
 }
 
-/// A [`Bantam::launcher`] that takes all capabilities from the monitor, so that file permissions
-/// count and network interfaces are out of reach even for root. Nothing for other users, who have
-/// no capabilities.
+/// A [`Bantam::launcher`] that removes all capabilities from the monitor, so that file permissions
+/// apply and network interfaces are out of reach even for root. It is empty for other users, who
+/// have no capabilities.
 pub fn unprivileged() -> Vec<&'static str> {
     if geteuid().is_root() {
         vec!["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"]
@@ -526,8 +527,8 @@ pub fn unprivileged() -> Vec<&'static str> {
     }
 }
 
-/// A [`Bantam::launcher`] that runs the monitor without capabilities, and with a `/dev` in which
-/// `setup`, a shell command, has put everything. That takes `CAP_SYS_ADMIN` or user namespaces.
+/// A [`Bantam::launcher`] that runs the monitor without capabilities, and with a `/dev` that
+/// `setup`, a shell command, has filled. That takes `CAP_SYS_ADMIN` or user namespaces.
 pub fn with_devices(setup: &str) -> Vec<String> {
     let mut launcher = with_mounts(&format!("mount -t tmpfs tmpfs /dev && {setup}"));
     let unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--"];
@@ -535,8 +536,8 @@ pub fn with_devices(setup: &str) -> Vec<String> {
     launcher
 }
 
-/// A [`Bantam::launcher`] that runs the monitor after `setup`, a shell command whose mounts nobody
-/// else sees. That takes `CAP_SYS_ADMIN` or user namespaces.
+/// A [`Bantam::launcher`] that runs the monitor after `setup`, a shell command whose mounts are
+/// private. That takes `CAP_SYS_ADMIN` or user namespaces.
 pub fn with_mounts(setup: &str) -> Vec<String> {
     let script = format!("{setup} && exec \"$@\"");
     let namespaces: &[&str] = if geteuid().is_root() {
@@ -552,8 +553,8 @@ pub fn with_mounts(setup: &str) -> Vec<String> {
         .collect()
 }
 
-/// A [`Bantam::launcher`] that lets the monitor write to the first `size` bytes of files only: more
-/// is an error (`RLIMIT_FSIZE`).
+/// A [`Bantam::launcher`] that lets the monitor write only to the first `size` bytes of files;
+/// writes beyond are errors (`RLIMIT_FSIZE`).
 pub fn with_file_size_limit(size: u64) -> Vec<String> {
     let script = format!("exec prlimit --fsize={size} -- \"$@\"");
     ["sh", "-c", &script, "sh"].map(str::to_owned).into()

@@ -12,21 +12,21 @@ use crate::huge_pages::HugePagePool;
 use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
 
-/// Whether there is no usable `/dev/kvm` and the user has said to skip tests then.
+/// Returns whether there is no usable `/dev/kvm` and the user wants to skip tests then.
 ///
 /// # Panics
 ///
-/// When there is none and the user has not said so.
+/// If there is none and the user has not asked to skip tests.
 pub fn lacks_kvm() -> bool {
     let reason = open_for_update("/dev/kvm").err();
     skip_or_fail(reason, "BANTAM_SKIP_KVM_TESTS")
 }
 
-/// Whether this process cannot create tap interfaces and the user has said to skip tests then.
+/// Returns whether this process cannot create tap interfaces and the user wants to skip tests then.
 ///
 /// # Panics
 ///
-/// When it cannot and the user has not said so.
+/// If it cannot and the user has not asked to skip tests.
 pub fn lacks_taps() -> bool {
     let reason = if host::can_administer_network() {
         open_for_update("/dev/net/tun").err()
@@ -36,13 +36,13 @@ pub fn lacks_taps() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_TAP_TESTS")
 }
 
-/// Whether this process cannot give a program a `/dev` or a file system of its own, as
-/// [`with_devices`] and [`with_mounts`](crate::with_mounts) do, and the user has said to skip tests
+/// Returns whether this process cannot give a program its own `/dev` or file system, as
+/// [`with_devices`] and [`with_mounts`](crate::with_mounts) do, and the user wants to skip tests
 /// then.
 ///
 /// # Panics
 ///
-/// When it cannot and the user has not said so.
+/// If it cannot and the user has not asked to skip tests.
 pub fn lacks_namespaces() -> bool {
     let words = with_devices("true");
     let (program, arguments) = words.split_first().expect("a launcher has a program");
@@ -59,11 +59,11 @@ pub fn lacks_namespaces() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_NAMESPACE_TESTS")
 }
 
-/// Whether this process cannot make a [`LoopDevice`] and the user has said to skip tests then.
+/// Returns whether this process cannot make a [`LoopDevice`] and the user wants to skip tests then.
 ///
 /// # Panics
 ///
-/// When it cannot and the user has not said so.
+/// If it cannot and the user has not asked to skip tests.
 pub fn lacks_loop_devices() -> bool {
     let file = tempfile::NamedTempFile::new().expect("there is room for temporary files");
     file.as_file().set_len(1 << 20).expect("sizes can be set");
@@ -71,8 +71,8 @@ pub fn lacks_loop_devices() -> bool {
     skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
 }
 
-/// Whether the host sets no huge pages aside for this process, which is then said. Many hosts have a
-/// good reason: memory in small pieces, or settings that are not for guests of theirs to change.
+/// Returns whether the host sets no huge pages aside for this process, and prints the reason. Many
+/// hosts have a good one: fragmented memory, or settings that their own guests may not change.
 pub fn lacks_huge_pages() -> bool {
     let reason = HugePagePool::try_new(16).err();
     reason.inspect(|reason| say_skipped(reason)).is_some()
@@ -99,6 +99,6 @@ fn skip_or_fail(reason: Option<String>, variable: &str) -> bool {
 fn say_skipped(reason: &str) {
     let test = std::thread::current();
     let line = format!("skipped {}: {reason}\n", test.name().unwrap_or("a test"));
-    // Not by a macro: the test harness would keep what these print to itself.
+    // Not by a macro: the test harness would capture the output of one.
     let _ = io::stderr().write_all(line.as_bytes());
 }

@@ -1,5 +1,5 @@
-//! The host's part in the load of a network card: threads that send frames, or send them back, as
-//! the payload `load` expects.
+//! The host's part in the load of a network card: threads that send or return frames, as the
+//! payload `load` expects.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -17,18 +17,18 @@ use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::network::packet_socket;
 
-/// The EtherType of the load, set apart for experiments (IEEE 802).
+/// The EtherType of the load, reserved for experiments (IEEE 802).
 const ETHER_TYPE: u16 = 0x88b5;
 const ADDRESS_SIZE: usize = 6;
-/// The smallest frame that Ethernet has, without its check sequence.
+/// Size of the smallest Ethernet frame, without its check sequence.
 const MIN_FRAME_SIZE: usize = 60;
 const MAX_FRAME_SIZE: usize = 1514;
 
 /// Frames handed to the kernel at a time.
 const BATCH: usize = 64;
-/// How long the sender leaves a full interface to its reader.
+/// How long the sender pauses if the interface is full.
 const PAUSE: Duration = Duration::from_micros(50);
-/// How long a thread may take to notice that it is to end.
+/// How long a thread may take to notice that it has to end.
 const NOTICE_MILLISECONDS: i64 = 50;
 /// Room for every frame under way.
 const RECEIVE_BUFFER_SIZE: usize = 4 << 20;
@@ -44,7 +44,7 @@ impl Traffic {
     ///
     /// # Panics
     ///
-    /// When there is no such interface or it cannot be opened, or no frame is of that size.
+    /// If there is no such interface or it cannot be opened, or no frame is of that size.
     pub fn flood(name: &str, size: usize) -> Self {
         assert!(
             (MIN_FRAME_SIZE..=MAX_FRAME_SIZE).contains(&size),
@@ -65,11 +65,11 @@ impl Traffic {
         })
     }
 
-    /// Sends every frame of the load that the guest sends into the interface `name` back to it.
+    /// Returns to the guest every frame of the load that it sends into the interface `name`.
     ///
     /// # Panics
     ///
-    /// When there is no such interface or it cannot be opened.
+    /// If there is no such interface or it cannot be opened.
     pub fn echo(name: &str) -> Self {
         let mut socket = packet_socket(name, ETHER_TYPE);
         send_past_the_queueing_discipline(&socket);
@@ -89,7 +89,7 @@ impl Traffic {
                     && let Some(source) = rest.get_mut(..ADDRESS_SIZE)
                 {
                     target.swap_with_slice(source);
-                    // A frame that does not fit is missed by the guest, which says so.
+                    // The guest misses a frame that does not fit, and says so.
                     let _ = socket.write(frame);
                 }
             }
@@ -121,7 +121,7 @@ impl Drop for Traffic {
     }
 }
 
-/// Has frames go to the interface directly, so that a full one is noticed (packet(7)).
+/// Makes frames go to the interface directly, so that the sender notices if it is full (packet(7)).
 fn send_past_the_queueing_discipline(socket: &File) {
     let on: libc::c_int = 1;
     // SAFETY: the option's value is an int, whose address and size are given.
@@ -137,7 +137,8 @@ fn send_past_the_queueing_discipline(socket: &File) {
     Errno::result(result).expect("packet sockets have this option");
 }
 
-/// Sends a frame a number of times, and pauses if the interface is full; `false` when it is gone.
+/// Sends a frame a number of times, and pauses if the interface is full. Returns `false` if the
+/// interface is gone.
 fn send_batch(socket: &File, frame: &mut [u8]) -> bool {
     let mut buffer = libc::iovec {
         iov_base: frame.as_mut_ptr().cast(),
@@ -160,7 +161,7 @@ fn send_batch(socket: &File, frame: &mut [u8]) -> bool {
     };
     match Errno::result(result) {
         Ok(sent) if sent as usize == BATCH => true,
-        // The frame after the last that was sent did not fit.
+        // The frame after the last one sent did not fit.
         Ok(_) | Err(Errno::ENOBUFS | Errno::EAGAIN | Errno::EINTR) => {
             thread::sleep(PAUSE);
             true

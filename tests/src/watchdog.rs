@@ -1,4 +1,4 @@
-//! A limit to how long a process group may live.
+//! A time limit for a process group.
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -15,8 +15,8 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Gives `group` the time `limit` from now. Its leader must not be reaped before
-    /// [`Watchdog::stop`], so that the number stays its own.
+    /// Kills `group` when `limit` has passed from now. Its leader must not be reaped before
+    /// [`Watchdog::stop`], so that its id is not reused.
     pub(crate) fn start(group: Pid, limit: Duration) -> Watchdog {
         let (cancel, cancelled) = mpsc::channel();
         let thread = thread::spawn(move || {
@@ -29,7 +29,7 @@ impl Watchdog {
         Watchdog { cancel, thread }
     }
 
-    /// Ends the watch. Returns whether the time was over before.
+    /// Stops the watchdog. Returns whether the time was over before.
     pub(crate) fn stop(self) -> bool {
         drop(self.cancel);
         self.thread.join().expect("the watchdog does not panic")

@@ -1,6 +1,6 @@
-//! What the Linux agent's random work leaves on a disk.
+//! The data that the Linux agent's random work leaves on a disk.
 
-// Where the workload looks for it: beside itself.
+// The workload looks for it beside itself.
 use crate::pattern::agent as pattern;
 
 #[allow(dead_code, missing_docs)]
@@ -9,8 +9,9 @@ mod agent;
 
 use agent::{AREAS, Area};
 
-/// The content of a disk of `size` bytes, in blocks of `block_size`, that held the pattern of `seed`
-/// before the agent's command `disk-verify-random` with this seed and as many `operations`.
+/// Returns the content of a disk of `size` bytes, in blocks of `block_size`, that held the pattern
+/// of `seed` before the agent's command `disk-verify-random` with this seed and number of
+/// `operations`.
 pub fn after_random_work(seed: u64, operations: u32, block_size: usize, size: usize) -> Vec<u8> {
     let mut content = crate::pattern(seed, 0, size);
     for number in 0..AREAS {

@@ -1,4 +1,4 @@
-//! The API: the machine that clients put together, from its start to its end. Every answer is checked
+//! The API: the machine that clients configure, from its start to its end. Every answer is checked
 //! against `docs/openapi.yaml`.
 
 use std::fs;
@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM";
 
-/// How long a test waits for what should come at once.
+/// How long a test waits for an event that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long nothing must change where nothing should.
+/// How long a test watches that nothing changes.
 const STILL_TIME: Duration = Duration::from_millis(200);
 
 #[test]
@@ -74,7 +74,7 @@ fn memory_and_vcpus_are_as_configured() {
 }
 
 #[test]
-fn what_is_configured_is_told_again() {
+fn the_configuration_can_be_read_back() {
     require_kvm!();
     let machine = ApiMachine::new();
     let api = &machine.api;
@@ -120,7 +120,7 @@ fn what_is_configured_is_told_again() {
         assert_eq!(config["entropy"]["rate_limiter"], limiter);
     };
     check();
-    // Of the same name, in the same place.
+    // A drive of the same name keeps its place.
     machine.add_drive(
         "data",
         &json!({"io_engine": "Async", "cache_type": "Writeback"}),
@@ -159,7 +159,7 @@ fn resources_are_put_before_the_start_only_and_changed_after_it_only() {
     }
     let reason = api.refused("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
     assert!(reason.contains("PUT /boot-source first"), "{reason}");
-    // That start has changed nothing.
+    // The failed start has changed nothing.
     machine.start_hello();
     let before = api.get("/vm/config");
     for (method, path, body) in [
@@ -204,7 +204,7 @@ fn resources_are_put_before_the_start_only_and_changed_after_it_only() {
 }
 
 #[test]
-fn processors_are_as_the_client_wants_them_or_there_is_no_machine() {
+fn processors_are_as_configured_or_the_start_fails() {
     require_kvm!();
     let machine = ApiMachine::new();
     let api = &machine.api;
@@ -401,10 +401,10 @@ fn a_paused_guest_stands_still() {
     wait_for_more(0);
     for _ in 0..3 {
         api.patch("/vm", &json!({"state": "Paused"}));
-        // It may be said twice.
+        // The request may be repeated.
         api.patch("/vm", &json!({"state": "Paused"}));
         assert_eq!(api.get("/")["state"], "Paused");
-        // What the guest has printed before is still being written.
+        // Earlier output of the guest is still being written.
         thread::sleep(STILL_TIME);
         let before = size();
         thread::sleep(STILL_TIME);
@@ -414,7 +414,7 @@ fn a_paused_guest_stands_still() {
         assert_eq!(api.get("/")["state"], "Running");
         wait_for_more(before);
     }
-    // It ends from a pause as well.
+    // A paused machine ends as well.
     api.patch("/vm", &json!({"state": "Paused"}));
     machine.stop();
 }
@@ -487,7 +487,7 @@ fn under_the_name_firecracker_it_takes_the_same_options_without_a_command() {
         .launcher([
             "sh".as_ref(),
             "-c".as_ref(),
-            // The program itself is the first argument, in place of which its other name is used.
+            // The first argument is the program itself, which is replaced by its other name.
             "shift; exec \"$0\" \"$@\"".as_ref(),
             firecracker.as_os_str(),
         ])

@@ -1,4 +1,4 @@
-//! Clients of the API that do not behave, at a machine and beside a client that must not notice.
+//! Misbehaving clients of the API, beside a machine and a client that must not notice.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ use serde_json::json;
 
 /// How long a well-behaved client may wait for an answer, on a host with few processors.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// How long the guest's output may stand still.
+/// How long the guest's output may stop.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(2);
 /// How much memory the monitor may take for clients, in bytes.
 const MEMORY_LIMIT: u64 = 24 << 20;
@@ -86,7 +86,7 @@ fn bad_clients_harm_neither_the_guest_nor_other_clients() {
     monitor.wait().succeeded();
 }
 
-/// Says that it is over, whether the test goes on or fails.
+/// Signals the end, whether the test goes on or fails.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -95,7 +95,7 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Asks again and again. Gives how often, and the longest time to an answer.
+/// Sends requests without end. Returns their number, and the longest time to an answer.
 fn ask_until(done: &AtomicBool, api: &ApiClient) -> (usize, Duration) {
     let mut slowest = Duration::ZERO;
     let mut count = 0;
@@ -126,7 +126,7 @@ fn watch_output_until(done: &AtomicBool, output: &Path) {
 fn send_slowly(api: &ApiClient, bytes: &[u8], done: &AtomicBool) {
     let mut stream = api.connect();
     for byte in bytes.iter().cycle() {
-        // Its place may be given to another client.
+        // Another client may take its place.
         if done.load(Ordering::Relaxed) || stream.write_all(&[*byte]).is_err() {
             return;
         }
@@ -134,7 +134,7 @@ fn send_slowly(api: &ApiClient, bytes: &[u8], done: &AtomicBool) {
     }
 }
 
-/// A body that comes too slowly is given up.
+/// Sends a body so slowly that the server gives up.
 fn send_slowly_a_body(api: &ApiClient) {
     let mut stream = api.connect();
     let head = b"PUT /logger HTTP/1.1\r\nHost: l\r\nContent-Length: 1000\r\n\r\n";
@@ -151,7 +151,7 @@ fn send_slowly_a_body(api: &ApiClient) {
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
 }
 
-/// Asks without taking an answer, until the connection is closed.
+/// Sends requests without reading answers, until the connection is closed.
 fn never_read(api: &ApiClient) {
     let mut stream = api.connect();
     let started = Instant::now();
@@ -207,7 +207,7 @@ fn large_heads_and_bodies(api: &ApiClient) {
             "400",
         ),
         (
-            // It goes on for longer than is passed over.
+            // It is longer than what the server skips.
             format!(
                 "PUT /logger HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n800000\r\n{}",
                 filler.repeat(8)
@@ -280,7 +280,7 @@ fn what_is_no_request(api: &ApiClient) {
     ];
     for request in requests {
         let mut stream = api.connect();
-        // It may be refused before all of it is sent.
+        // The server may refuse it before all of it is sent.
         let _ = stream.write_all(request);
         let _ = stream.shutdown(Shutdown::Write);
         let answer = rest_of(stream);
@@ -294,7 +294,7 @@ fn what_is_no_request(api: &ApiClient) {
 
 fn a_thousand_connections(api: &ApiClient) {
     let mut connections: Vec<UnixStream> = (0..1000).map(|_| api.connect()).collect();
-    // The last of them have a place.
+    // The last of them are served.
     let last = connections.last_mut().expect("there are some");
     last.write_all(GET).expect("it has a place");
     let mut answer = [0; 15];
@@ -303,7 +303,7 @@ fn a_thousand_connections(api: &ApiClient) {
     thread::sleep(Duration::from_secs(1));
 }
 
-/// All that still comes. The server may close a connection of which it has not read all.
+/// Reads the rest. The server may close a connection before it has read everything.
 fn rest_of(mut stream: UnixStream) -> String {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
@@ -321,7 +321,7 @@ fn open_descriptors(process: Pid) -> usize {
         .count()
 }
 
-/// Resident memory in bytes.
+/// Returns the resident memory in bytes.
 fn resident_memory(process: Pid) -> u64 {
     let text = fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));

@@ -101,7 +101,7 @@ fn a_machine_without_balloon_or_statistics_says_so() {
         machine.api.refused("GET", "/balloon/statistics", "");
         let size = json!({"amount_mib": 16});
         let reason = machine.refused("PATCH", "/balloon", &size);
-        // The guest has no driver for it.
+        // The guest has no driver for the balloon.
         let expected = if balloon.is_some() {
             "driver"
         } else {
@@ -167,7 +167,7 @@ fn a_socket_device_listens_while_the_machine_runs() {
     let machine = ApiMachine::new();
     let api = &machine.api;
     let socket = folder.path().join("vsock");
-    // The specification reserves these numbers, and Firecracker takes them.
+    // The specification reserves these numbers, and Firecracker accepts them.
     for cid in [0, 1, 2, u32::MAX] {
         api.put("/vsock", &json!({"guest_cid": cid, "uds_path": socket}));
     }
@@ -187,7 +187,7 @@ fn a_socket_device_listens_while_the_machine_runs() {
 }
 
 #[test]
-fn a_socket_that_cannot_be_had_is_told_at_the_start() {
+fn a_socket_that_cannot_be_bound_is_reported_at_the_start() {
     require_kvm!();
     let machine = ApiMachine::new();
     let socket = machine.image("taken", 1);
@@ -232,7 +232,7 @@ fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
         &json!({"drive_id": "a", "rate_limiter": limiter(1 << 10)}),
     );
     assert_eq!(told("rate_limiter"), limiter(1 << 10));
-    // As far as they change.
+    // Only the limits that change.
     let no_operations = json!({"ops": {"size": 0, "refill_time": 0}});
     api.patch(
         "/drives/a",
@@ -243,10 +243,10 @@ fn a_drive_gets_another_image_and_other_limits_while_the_machine_runs() {
         limiter(1 << 10)["bandwidth"]
     );
     assert_eq!(told("rate_limiter")["ops"]["size"], 0);
-    // The same again, which has grown.
+    // The same image again, which has grown.
     fs::write(&second, vec![0; 1 << 18]).unwrap();
     api.patch("/drives/a", &swap);
-    // The first is free for others, the second is not.
+    // The first image is free for others, the second is not.
     let other = json!({"drive_id": "b", "path_on_host": first});
     let reason = machine.refused("PATCH", "/drives/b", &other);
     assert!(reason.contains("'b'"), "{reason}");
@@ -318,7 +318,7 @@ fn metrics_count_the_work_of_devices() {
     machine.stop();
 }
 
-/// All numbers of this name, however deep.
+/// Returns all numbers of this name, at any depth.
 fn numbers(value: &Value, name: &str) -> Vec<u64> {
     match value {
         Value::Object(members) => members

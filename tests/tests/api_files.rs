@@ -41,7 +41,7 @@ fn a_configuration_file_starts_a_machine_without_an_api() {
     assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
     let log = fs::read_to_string(path("log")).unwrap();
     assert!(log.contains("has ended: PowerOff"), "{log}");
-    // One line is written in the end.
+    // One line is written at the end.
     let metrics = lines(&fs::read_to_string(path("metrics")).unwrap());
     assert_eq!(metrics.len(), 1);
 }
@@ -65,7 +65,7 @@ fn a_configuration_file_and_clients_go_together() {
     assert_eq!(whole["boot-source"]["boot_args"], "finish=hang");
     machine.stop();
 
-    // What a client is told makes the same machine again.
+    // The configuration that a client reads makes the same machine again.
     let machine = ApiMachine::with(|bantam, folder| {
         let file = folder.join("config.json");
         fs::write(&file, whole.to_string()).unwrap();
@@ -168,7 +168,7 @@ fn metrics_are_lines_of_what_has_been_added() {
     assert_eq!(written.len(), 2);
     assert!(written[0]["utc_timestamp_ms"].as_u64() <= written[1]["utc_timestamp_ms"].as_u64());
     let exits = |line: &Value, group: &str| line[group]["exit_io_out"].as_u64().unwrap();
-    // It has printed some lines, a port write for each character, and then nothing.
+    // It has printed some lines, with a port write for each character, and then nothing more.
     assert!(exits(&written[0], "vcpu") > 50, "{}", written[0]);
     let each = exits(&written[0], "vcpu_0") + exits(&written[0], "vcpu_1");
     assert_eq!(exits(&written[0], "vcpu"), each);
@@ -212,7 +212,7 @@ fn the_log_is_as_clients_set_it() {
     let line = wait_for_line(&file, "GET /version");
     assert!(line.contains(" [web-1:bantam-api] "), "{line}");
 
-    // Requests that are done are no news otherwise.
+    // Successful requests are not logged at other levels.
     api.put(
         "/logger",
         &json!({"level": "Info", "show_level": true, "show_log_origin": true}),
@@ -239,7 +239,7 @@ fn the_log_is_as_clients_set_it() {
     machine.stop();
 }
 
-/// Waits until a line of `file` contains `text`, and gives the line.
+/// Waits until a line of `file` contains `text`, and returns the line.
 #[track_caller]
 fn wait_for_line(file: &Path, text: &str) -> String {
     let deadline = Instant::now() + Duration::from_secs(20);

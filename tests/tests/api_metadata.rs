@@ -8,14 +8,14 @@ use serde_json::json;
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM";
 
 #[test]
-fn metadata_are_set_merged_and_told_before_and_after_the_start() {
+fn metadata_are_set_merged_and_returned_before_and_after_the_start() {
     require_taps!();
     let tap = HostTap::new();
     let machine = ApiMachine::with(|bantam, _| bantam.option("--mmds-size-limit", "200"));
     let api = &machine.api;
     let config = json!({"version": "V2", "network_interfaces": ["eth0"],
                         "ipv4_address": "169.254.170.2", "imds_compat": true});
-    // There is no such interface yet.
+    // This interface does not exist yet.
     machine.refused("PUT", "/mmds/config", &config);
     let interface = json!({"iface_id": "eth0", "host_dev_name": tap.name});
     api.put("/network-interfaces/eth0", &interface);

@@ -1,4 +1,4 @@
-//! What the API refuses, with which reason, and that nothing has changed then. Every answer is checked
+//! Requests that the API refuses: with which reason, and without a change. Every answer is checked
 //! against `docs/openapi.yaml`.
 
 use std::fs;
@@ -78,7 +78,7 @@ fn every_spelling_of_a_choice_is_known_and_no_other() {
 }
 
 #[test]
-fn what_is_not_listed_and_what_is_no_json_is_refused_with_field_and_place() {
+fn unknown_fields_and_invalid_json_are_refused_with_field_and_place() {
     let machine = ApiMachine::new();
     let api = &machine.api;
     for (method, path, body) in [
@@ -205,7 +205,7 @@ fn what_is_not_listed_and_what_is_no_json_is_refused_with_field_and_place() {
         let reason = api.refused("PUT", path, body);
         assert!(reason.contains(complaint), "{reason}");
     }
-    // Deep enough for a parser that recurses without end.
+    // Deep enough to overflow the stack of a parser without a limit.
     let deep = format!("{{\"rate_limiter\": {}", "[".repeat(40_000));
     api.refused("PUT", "/entropy", &deep);
     api.refused("PUT", "/cpu-config", &"[".repeat(50_000));

@@ -1,4 +1,4 @@
-//! The balloon, driven by a bare-metal guest: what the host has of it.
+//! The balloon, driven by a bare-metal guest: the memory that the host gets back.
 
 use std::fs;
 use std::process::Stdio;
@@ -7,10 +7,10 @@ use bantam_tests::{Bantam, Running, require_kvm};
 
 const MIB: u64 = 1 << 20;
 const BALLOON: u64 = 64 * MIB;
-/// How far what the monitor itself takes may vary.
+/// How much the monitor's own memory may vary.
 const TOLERANCE: u64 = 2 * MIB;
 
-/// Bytes of memory that the process has for itself alone.
+/// Returns the private memory of the process in bytes.
 fn private_memory(pid: impl std::fmt::Display) -> u64 {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = fs::read_to_string(path).expect("the process is there");
@@ -22,7 +22,7 @@ fn private_memory(pid: impl std::fmt::Display) -> u64 {
     1024 * kib.parse::<u64>().expect("it is a number")
 }
 
-/// Lets the guest go on to its next step, and gives the memory of the monitor then.
+/// Lets the guest go on to its next step, and returns the memory of the monitor after it.
 fn step(machine: &mut Running, name: &str) -> u64 {
     machine.wait_for_output(name);
     let memory = private_memory(machine.pid());
@@ -38,7 +38,7 @@ fn balloon(options: &str) -> Bantam {
 }
 
 #[test]
-fn nothing_is_reported_that_is_not_asked_for() {
+fn nothing_is_reported_unless_asked_for() {
     require_kvm!();
     let mut machine = balloon(",deflate-on-oom=on").start();
     let steps = ["filled", "inflated", "refilled", "reported"];
@@ -48,7 +48,7 @@ fn nothing_is_reported_that_is_not_asked_for() {
 }
 
 #[test]
-fn pages_in_the_balloon_and_reported_ones_are_the_hosts() {
+fn pages_in_the_balloon_and_reported_ones_belong_to_the_host() {
     require_kvm!();
     let mut machine = balloon(",reporting=on").start();
     let steps = ["filled", "inflated", "refilled", "reported"];

@@ -10,7 +10,7 @@ use bantam_tests::{
 use bantam_vmm::workarounds::guest_kernel_parameters;
 use tempfile::TempDir;
 
-/// A folder with a file that holds `bytes`.
+/// Returns a folder with a file that holds `bytes`.
 fn file_with(bytes: &[u8]) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("there is a folder for temporary files");
     let path = folder.path().join("kernel");
@@ -95,8 +95,8 @@ fn a_bzimage_of_unknown_compression_decompresses_itself() {
     assert!(ended.stderr.contains("decompress itself"), "{ended}");
 }
 
-/// 64-bit machine code, at whatever address, that prints a text of at most 127 bytes on the serial
-/// port and has the keyboard controller reset the machine.
+/// Returns position-independent 64-bit machine code that prints a text of at most 127 bytes on the
+/// serial port and resets the machine by the keyboard controller.
 fn print_and_reset(text: &str) -> Vec<u8> {
     let size = u8::try_from(text.len()).expect("the text is short");
     let mut code = vec![
@@ -118,7 +118,7 @@ fn print_and_reset(text: &str) -> Vec<u8> {
 #[test]
 fn memory_of_any_size_is_where_the_map_says() {
     require_kvm!();
-    // On both sides of the hole for devices, which starts at 3 GiB, and with none above it.
+    // On both sides of the hole for devices, which starts at 3 GiB, and without memory above it.
     for mib in [16, 64, 3072, 3584, 5120] {
         for protocol in ["pvh", "linux64"] {
             let ended = Bantam::payload("memory")

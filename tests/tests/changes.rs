@@ -1,4 +1,4 @@
-//! What the owner of a machine changes and learns of its devices while a guest loads them.
+//! Changes to devices and their counters, by the owner of the machine, while a guest loads them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ const DISK_SIZE: usize = 4 << 20;
 const BLOCK_SIZE: usize = 4096;
 const BLOCKS: usize = DISK_SIZE / BLOCK_SIZE;
 const LIMIT: Duration = Duration::from_secs(30);
-/// In every engine, and in the cache modes that differ in the files that they use.
+/// All engines, and the cache modes that differ in how they open files.
 const KINDS: [&str; 6] = [
     ",engine=auto",
     ",engine=io_uring",
@@ -83,7 +83,7 @@ impl Load {
         device(&self.machine, "disk0", DeviceCommand::ReplaceImage { path })
     }
 
-    /// Waits for the end, which is to be a success, and gives what the payload says of its load.
+    /// Waits for the end, which has to be a success, and returns the payload's report of its load.
     fn finish(self) -> Value {
         self.machine.wait().expect("the guest powers off");
         let text = fs::read_to_string(&self.log).expect("there is a log");
@@ -98,7 +98,7 @@ fn disk(path: &Path, kind: &str) -> DiskConfig {
     option.parse().expect("it is a disk")
 }
 
-/// Where images for O_DIRECT can be.
+/// A folder for images that need O_DIRECT.
 fn folder() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to")
 }
@@ -118,7 +118,7 @@ fn a_disk_is_replaced_again_and_again_under_load() {
         let load = Load::of_disk(&folder, &first, kind, words);
         for _ in 0..10 {
             for image in [&second, &first] {
-                // Each is free again when the other has taken its place.
+                // Each is free again when the other has replaced it.
                 load.replace(image).unwrap();
                 thread::sleep(Duration::from_millis(5));
             }
@@ -173,7 +173,7 @@ fn a_disk_that_is_read_only_stays_so() {
     }
     let load = Load::of_disk(&folder, &first, ",ro", "mode=read seconds=1");
     load.replace(&second).unwrap();
-    // Locked as one that is only read, and the other no more.
+    // The new image is locked for reading only, and the old one is free.
     let open = |path: &Path, read_only| {
         let options = DiskOptions {
             read_only,
@@ -208,7 +208,7 @@ fn requests_are_counted_and_timed() {
         assert_eq!(metrics["read_count"], 3000, "{kind}");
         assert_eq!(metrics["read_bytes"], 3000 * BLOCK_SIZE, "{kind}");
         let mean = |sum: &Value| sum.as_f64().unwrap() / 3000.0;
-        // As long as the guest waits for each, but for the way there and back.
+        // Of the order of the guest's own latency, which includes notifications.
         let device = mean(&metrics["read_agg"]["sum_us"]);
         let median = figures["p99_ns"].as_f64().unwrap() / 1000.0;
         assert!(
@@ -256,7 +256,7 @@ fn a_network_device_is_limited_in_both_directions_and_counts() {
             let time = start.elapsed();
             let metrics = load.metrics()["devices"]["net0"].clone();
             let figures = load.finish();
-            // 240 of them at 500 a second.
+            // 240 packets at 500 a second.
             assert!(time >= Duration::from_millis(400), "{mode}: {time:?}");
             assert!(figures["operations"].as_u64() >= Some(250), "{figures}");
             let count = metrics[format!("{name}_packets_count")].as_u64().unwrap();

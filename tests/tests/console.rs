@@ -1,4 +1,4 @@
-//! The serial port's other end: terminals, pipes, files and sockets.
+//! The host's end of the serial port: terminals, pipes, files and sockets.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -17,12 +17,12 @@ use nix::pty::openpty;
 use nix::sys::signal::Signal;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 
-/// How long a test waits for what should come at once.
+/// How long a test waits for output that should arrive at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A terminal and the person at it.
+/// A terminal and its user.
 struct Terminal {
-    /// The person's end.
+    /// The user's end.
     person: File,
     /// The programs' end.
     programs: OwnedFd,
@@ -41,7 +41,7 @@ impl Terminal {
         }
     }
 
-    /// The monitor with this terminal for input and output.
+    /// Returns the monitor with this terminal for input and output.
     fn at(&self, bantam: Bantam) -> Bantam {
         let end = || self.programs.try_clone().expect("there are descriptors");
         bantam.stdin(end()).stdout(end())
@@ -97,7 +97,7 @@ fn ctrl_a_x_quits_and_ctrl_a_h_helps() {
     terminal.assert_raw();
     terminal.type_keys(b"\x01h");
     machine.wait_for_error("Ctrl-A x   quit");
-    // Neither the interrupt key nor an x alone is for the monitor.
+    // The monitor reacts neither to the interrupt key nor to an x alone.
     terminal.type_keys(b"\x03x\x01x");
     machine.wait().succeeded();
     terminal.assert_restored();
@@ -204,7 +204,7 @@ fn the_terminal_is_given_back_while_the_monitor_is_suspended() {
     terminal.assert_restored();
 }
 
-/// The state of a process (proc(5), `/proc/PID/stat`).
+/// Returns the state of a process (proc(5), `/proc/PID/stat`).
 fn process_state(pid: i32) -> char {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process exists");
     let after_name = stat.rsplit_once(") ").expect("the name is in parentheses");
@@ -248,7 +248,7 @@ fn piped_input_is_for_the_guest_alone() {
         .append("bytes=4 mode=polled")
         .start();
     machine.wait_for_output("ready\n");
-    // At a terminal, this would be help and the end.
+    // At a terminal, this would print the help and end the machine.
     machine.send(b"\x01h\x01x");
     let ended = machine.wait();
     ended.passed().printed("ready\n\x01h\x01x\n");
@@ -346,7 +346,7 @@ fn a_pseudoterminal_is_named_and_leads_to_the_guest() {
     let mut seen = Vec::new();
     read_until(&mut user, &mut seen, b"ready\n");
     user.write_all(b"x\ry").unwrap();
-    // As raw as the guest's bytes are: no character is translated.
+    // In raw mode: no character is translated.
     read_until(&mut user, &mut seen, b"ready\nx\ry\n");
     read_until(&mut user, &mut seen, b"PASS\n");
     drop(user);
@@ -385,7 +385,7 @@ fn a_socket_serves_one_client_after_another() {
 }
 
 #[test]
-fn whoever_comes_late_to_a_socket_gets_the_output_and_all_are_served_at_once() {
+fn late_clients_of_a_socket_get_the_output_and_all_are_served_at_once() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
@@ -403,13 +403,13 @@ fn whoever_comes_late_to_a_socket_gets_the_output_and_all_are_served_at_once() {
     let mut output = Vec::new();
     read_until(&mut first, &mut output, b"PASS\n");
     assert!(output.len() > 64 << 10);
-    // Nobody has taken it from those who come later.
+    // The early client has not taken it from later ones.
     for _ in 0..15 {
         let mut seen = Vec::new();
         read_until(&mut connect(), &mut seen, b"PASS\n");
         assert!(seen == output);
     }
-    // The guest does not read, so this waits for ever; the machine ends all the same.
+    // The guest does not read, so this waits for ever; the machine still ends.
     first.write_all(b"unread").unwrap();
     machine.signal(Signal::SIGTERM);
     machine.wait().succeeded();
@@ -448,7 +448,7 @@ fn clients_of_a_socket_type_and_see_what_all_type() {
     machine.wait().succeeded();
 }
 
-/// Sends a byte until the guest sends it back: what comes before the guest is ready is lost.
+/// Sends a byte until the guest sends it back: input before the guest is ready is lost.
 fn talk(client: &mut UnixStream, byte: u8) {
     client
         .set_read_timeout(Some(Duration::from_millis(500)))

@@ -60,7 +60,7 @@ fn a_machine_can_have_eighteen_devices() {
     }
     let ended = bantam.finish();
     ended.passed();
-    // Each with an interrupt of its own.
+    // Each has its own interrupt.
     let working = ended.text().matches("ok: block interrupts").count();
     assert_eq!(working, 17, "{ended}");
 }
@@ -95,7 +95,7 @@ fn a_disk_is_read_written_flushed_zeroed_and_discarded() {
     ] {
         ended.printed(&format!("ok: {check}\n"));
     }
-    // The last that the guest does is to discard all that it wrote to.
+    // At the end, the guest discards all blocks that it wrote to.
     let after = fs::read(&disk).unwrap();
     assert_eq!(after.len(), before.len());
     assert!(after[..WRITTEN].iter().all(|&byte| byte == 0), "{ended}");
@@ -108,7 +108,7 @@ fn allocated_bytes(path: &Path) -> u64 {
 }
 
 #[test]
-fn a_disk_without_an_id_is_told_by_its_place() {
+fn a_disk_without_an_id_is_named_by_its_place() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let mut bantam = Bantam::payload("devices");
@@ -199,8 +199,8 @@ fn serial_output_waits_for_a_slow_reader_and_nothing_is_lost() {
         .append(format!("print-kib={KIB}"))
         .stdout(writer)
         .start();
-    // Longer than the guest needs to fill the buffers on the way and end, and than the machine waits
-    // for a reader at its end.
+    // Longer than the guest needs to fill the buffers on the way and to end, and longer than the
+    // machine waits for a reader at its end.
     thread::sleep(Duration::from_millis(4500));
     let mut output = Vec::new();
     let mut chunk = [0; 1000];

@@ -1,4 +1,4 @@
-//! What can be a disk, in which units, and who else may use it meanwhile.
+//! Which images can be a disk, in which units, and which other programs may use them meanwhile.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -44,12 +44,12 @@ fn a_raw_disk_to_which_a_guest_wrote_a_header_still_starts() {
     let lines: Vec<_> = ended.stderr.lines().collect();
     assert_eq!(lines.len(), 1, "{ended}");
     assert!(lines[0].contains("is used as raw"), "{ended}");
-    // No advice that has a program look for the format itself.
+    // No advice that makes a program detect the format itself.
     assert!(lines[0].contains("convert -f qcow2 -O raw"), "{ended}");
 }
 
 #[test]
-fn a_file_named_for_another_format_is_taken_as_raw_if_that_is_said() {
+fn a_file_named_for_another_format_is_raw_on_request() {
     require_kvm!();
     let folder = folder();
     let image = image(folder.path(), "disk.vmdk", 1 << 20);
@@ -71,7 +71,7 @@ fn a_file_named_for_another_format_is_taken_as_raw_if_that_is_said() {
 
 // --- Sectors --------------------------------------------------------------------------------------
 
-/// Runs all that the payloads test of a disk.
+/// Runs all tests of a disk that the payloads have.
 #[track_caller]
 fn check_disk(image: &Path, kind: &str, sectors: u64) {
     let ended = Bantam::payload("devices")
@@ -182,7 +182,7 @@ fn a_drive_of_any_length_is_put_and_started_as_firecracker_does_it() {
         }
         machine.stop();
     }
-    // One with nothing in it is there for another to take its place.
+    // An empty image is a placeholder for another one.
     let machine = ApiMachine::new();
     let empty = machine.image("empty", 0);
     let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": empty});
@@ -211,7 +211,7 @@ fn a_drive_that_cannot_be_started_is_refused_at_once() {
 
 // --- Locks ----------------------------------------------------------------------------------------
 
-/// Whether a tool of QEMU's did what it was told, and what it said.
+/// Runs a tool of QEMU, and returns whether it succeeded, and its output.
 fn qemu(program: &str, words: &[&str], image: &Path) -> Result<(), String> {
     let output = Command::new(program)
         .args(words)
@@ -264,7 +264,7 @@ fn tools_of_qemu_read_a_disk_in_use_and_do_not_write_it() {
         machine.wait();
         qemu("qemu-io", &write, &image).unwrap();
     }
-    // A disk that is only read lets others read, and nobody write.
+    // A read-only disk lets others read, but nobody write.
     let machine = Bantam::payload("hello")
         .disk(&image, ",ro")
         .append("finish=hang")
@@ -296,7 +296,7 @@ fn a_disk_that_qemu_writes_is_refused() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("qemu-utils is installed");
-    // It asks for a command when the image is open.
+    // It prompts for a command when the image is open.
     let mut prompt = [0; 1];
     let stdout = qemu_io.stdout.as_mut().expect("it is piped");
     std::io::Read::read_exact(stdout, &mut prompt).unwrap();

@@ -1,4 +1,4 @@
-//! Disks in every cache mode and by every engine.
+//! Disks in every cache mode and with every engine.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 const DISK_SIZE: usize = 4 << 20;
 
-/// A disk image in a folder of its own, on the file system of the tests.
+/// A disk image in its own folder, on the file system of the tests.
 fn image() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to");
     let path = folder.path().join("disk.img");
@@ -37,7 +37,7 @@ fn every_engine_does_all_requests_in_every_cache_mode() {
     }
 }
 
-/// Every combination of engine and cache mode, as it follows the path of a disk.
+/// Every combination of engine and cache mode, as options after the path of a disk.
 fn all_kinds() -> impl Iterator<Item = String> {
     ["auto", "io_uring", "sync"].iter().flat_map(|engine| {
         ["writeback", "writethrough", "none", "unsafe"]
@@ -80,7 +80,7 @@ fn what_was_acknowledged_survives_a_monitor_that_is_killed() {
         machine.wait_for_output("PASS");
         machine.signal(Signal::SIGKILL);
         machine.wait();
-        // Whose lock is free at once.
+        // Its lock is free at once.
         load(&format!("mode=read operations={blocks}"))
             .finish()
             .passed();
@@ -114,8 +114,8 @@ fn disks_have_threads_and_queues_of_their_own() {
 /// Blocks of a disk that the payload `load` reads or writes at a time.
 const BLOCKS: usize = DISK_SIZE / 4096;
 
-/// Checks that a machine has lived with requests that failed: the payload was told of each, and the
-/// user once, why. Returns how many they were.
+/// Checks that a machine has survived failed requests: each was reported to the payload, and the
+/// reason once to the user. Returns their number.
 #[track_caller]
 fn failed_requests(ended: &Ended, reason: &str) -> usize {
     let warnings: Vec<_> = ended.stderr.lines().collect();
@@ -143,7 +143,7 @@ fn writes_that_the_host_refuses_fail_and_all_else_works() {
                 .disk(&path, &kind)
                 .append(format!("test=block seed=9 depth=32 {words}"))
         };
-        // A write that is done in part has failed as well.
+        // A partial write has failed as well.
         let limited = |words, limit| {
             load(words)
                 .launcher(with_file_size_limit(limit as u64))
@@ -187,12 +187,13 @@ fn a_full_file_system_fails_the_writes_that_need_room() {
             .launcher(with_mounts(&setup))
             .finish();
         let failed = failed_requests(&ended, "No space left on device");
-        // Of two thousand writes, a quarter fills the room, and then every other one needs more.
+        // Of two thousand writes, a quarter fills the file system, and then every other one needs
+        // more room.
         assert!((500..1000).contains(&failed), "{kind}: {ended}");
     }
 }
 
-/// With and without the page cache: the other modes are for writes.
+/// With and without the page cache: the other modes only affect writes.
 fn kinds_that_read_differently() -> impl Iterator<Item = String> {
     all_kinds().filter(|kind| kind.ends_with("=writeback") || kind.ends_with("=none"))
 }
@@ -203,7 +204,7 @@ fn storage_that_fails_fails_the_requests_to_it() {
     for kind in kinds_that_read_differently() {
         let (_folder, path) = image();
         let device = LoopDevice::new(&path);
-        // What is missing cannot be read, though the device still has its size.
+        // The missing part cannot be read, though the device still has its size.
         let file = File::options().write(true).open(&path).unwrap();
         file.set_len(DISK_SIZE as u64 / 2).unwrap();
         let ended = Bantam::payload("load")
@@ -222,7 +223,7 @@ fn a_file_made_shorter_under_a_machine_fails_reads_beyond_its_end() {
     require_kvm!();
     let run = |kind: &str| {
         let (_folder, path) = image();
-        // The limit leaves time, before it is the turn of what will be missing.
+        // The limit leaves time before the requests reach the part that will be missing.
         let machine = Bantam::payload("load")
             .disk(&path, &format!("{kind},operations-per-second=1000"))
             .append(format!(
@@ -236,7 +237,7 @@ fn a_file_made_shorter_under_a_machine_fails_reads_beyond_its_end() {
         let failed = failed_requests(&ended, "unexpected end of file");
         assert!((1..=BLOCKS / 2).contains(&failed), "{kind}: {ended}");
     };
-    // At the same time: they mostly wait.
+    // At the same time, as they mostly wait.
     thread::scope(|scope| {
         for kind in kinds_that_read_differently() {
             scope.spawn(move || run(&kind));

@@ -1,4 +1,4 @@
-//! The monitor as a library, as a program that embeds it uses it.
+//! The monitor as a library, used the way an embedding program uses it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -18,13 +18,13 @@ use bantam_vmm::{
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// One test at a time: they look at what belongs to the whole process.
+/// One test at a time: they examine resources of the whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A machine that runs the payload `hello` and then ends as `finish` says.
+/// Returns a machine that runs the payload `hello` and then ends as `finish` says.
 fn hello(finish: &str) -> MachineConfig {
     MachineConfig {
         append: Some(format!("finish={finish}")),
@@ -32,7 +32,7 @@ fn hello(finish: &str) -> MachineConfig {
     }
 }
 
-/// A console for a machine, and the end from which its output is read.
+/// Returns a console for a machine, and the end from which its output is read.
 fn console() -> (Console, PipeReader) {
     let (reader, writer) = std::io::pipe().expect("there are pipes");
     for end in [reader.as_fd(), writer.as_fd()] {
@@ -80,7 +80,7 @@ fn a_console_that_could_block_all_devices_is_refused() {
             error.contains(end) && error.contains("O_NONBLOCK"),
             "{error}"
         );
-        // It can be configured anew.
+        // It can be configured again.
         machine
             .set_console(Console::default())
             .expect("it is not started");
@@ -103,7 +103,7 @@ fn a_console_that_could_block_all_devices_is_refused() {
     assert!(size > 0);
 }
 
-/// What is said of a machine that cannot be built. It stays configured.
+/// Returns the error of a machine that cannot be built. The machine stays configured.
 fn start_error(config: &MachineConfig) -> Error {
     let machine = configured(config.clone(), Console::default());
     let error = machine.start().expect_err("it cannot be built");
@@ -178,7 +178,7 @@ fn threads_of_cores_start_as_vcpus_do() {
 }
 
 #[test]
-fn a_machine_is_stopped_from_outside_and_its_event_tells() {
+fn a_machine_is_stopped_from_outside_and_signals_its_event() {
     require_kvm!();
     let _alone = alone();
     let (machine, mut output) = started(&hello("hang"));
@@ -246,7 +246,7 @@ fn a_guest_that_does_not_shut_down_is_stopped_by_the_earliest_time_given() {
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
     assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
 
-    // One that is paused cannot, and one that was not started has nobody to ask.
+    // A paused guest cannot, and a machine that was not started has no guest to ask.
     let (machine, mut output) = started(&config);
     read_until(&mut output, "ready\n");
     machine.pause().unwrap();
@@ -278,7 +278,7 @@ fn ctrl_alt_del_reaches_a_keyboard_driver() {
 }
 
 #[test]
-fn keys_are_not_pressed_where_nobody_listens() {
+fn keys_are_not_pressed_without_a_driver() {
     require_kvm!();
     let _alone = alone();
     let (machine, mut output) = started(&hello("hang"));
@@ -423,7 +423,7 @@ fn a_paused_guest_stands_still_and_goes_on_where_it_was() {
         let before = exits();
         thread::sleep(Duration::from_millis(100));
         assert_eq!(exits(), before);
-        // What the guest wrote before is all that comes.
+        // Only the guest's output from before arrives.
         while output.read(&mut bytes).is_ok() {
             thread::sleep(Duration::from_millis(10));
         }
@@ -436,7 +436,7 @@ fn a_paused_guest_stands_still_and_goes_on_where_it_was() {
         assert!(exits() > before);
     }
     machine.pause().unwrap();
-    // The power can be cut in a pause.
+    // The power can be cut during a pause.
     machine.stop();
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }
@@ -456,7 +456,7 @@ fn pauses_from_many_threads_disturb_no_vcpu() {
                 thread::spawn(move || {
                     let mut pauses = 0;
                     while machine.state() != State::Stopped {
-                        // Another thread may have been first, either way.
+                        // Another thread may have been first in either case.
                         pauses += u32::from(machine.pause().is_ok());
                         let _ = machine.resume();
                     }
@@ -489,7 +489,7 @@ fn ten_machines_run_at_once_and_apart() {
         assert!(text.contains(&format!("number={number}.")), "{text}");
         machines.push((machine, output));
     }
-    // One that ends takes no other with it.
+    // The end of one machine ends no other.
     let (first, _output) = machines.remove(0);
     first.stop();
     first.wait().unwrap();
@@ -521,7 +521,7 @@ fn a_balloon_follows_its_owner() {
     let error = error.unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
 
-    // The first come by themselves, the next with each change of the interval.
+    // The first statistics arrive by themselves, the next ones with each change of the interval.
     for given in 1..=3 {
         let deadline = Instant::now() + Duration::from_secs(30);
         let statistics = || balloon_statistics(&machine);
@@ -543,7 +543,7 @@ fn a_balloon_follows_its_owner() {
 }
 
 #[test]
-fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
+fn a_configuration_that_asks_for_too_much_is_a_typed_error() {
     require_kvm!();
     let _alone = alone();
     let missing = MachineConfig::new("/nowhere/vmlinux");
@@ -565,10 +565,10 @@ fn what_a_configuration_asks_for_too_much_is_a_typed_error() {
     assert!(matches!(error, Error::Metadata(_)), "{error}");
 }
 
-/// What machines could leave behind in the process.
+/// Resources that machines could leave behind in the process.
 #[derive(Debug, PartialEq, Eq)]
 struct Traces {
-    /// What each descriptor leads to.
+    /// The target of each descriptor.
     descriptors: BTreeMap<String, String>,
     /// Threads that the library names.
     threads: Vec<String>,
@@ -597,7 +597,7 @@ fn descriptors() -> BTreeMap<String, String> {
     folder
         .filter_map(|entry| {
             let path = entry.ok()?.path();
-            // The descriptor of this very reading is gone by now.
+            // The descriptor of this very read is gone by now.
             let target = fs::read_link(&path).ok()?;
             let target = target.to_string_lossy().into_owned();
             (!target.ends_with("/fd")).then(|| (path.to_string_lossy().into_owned(), target))
@@ -613,7 +613,7 @@ fn library_threads() -> Vec<String> {
         .collect()
 }
 
-/// Size of the process's address space in bytes.
+/// Returns the size of the process's address space in bytes.
 fn address_space() -> u64 {
     let pages = fs::read_to_string("/proc/self/statm").expect("there is a /proc");
     let pages = pages.split(' ').next().and_then(|pages| pages.parse().ok());
@@ -630,7 +630,7 @@ fn a_machine_leaves_no_trace_in_the_process() {
     let mut config = hello("hang");
     config.cpus = "2".parse().unwrap();
     config.disks = vec![DiskConfig::new(&disk)];
-    // What the first machine initialises once and for all is no leak.
+    // What the first machine initializes once for the process is not a leak.
     drop(started(&config));
     let before = Traces::now();
     let size_before = address_space();
@@ -669,7 +669,7 @@ fn a_machine_leaves_no_trace_in_the_process() {
         start_error(&config);
     }
     assert_eq!(Traces::now(), before);
-    // Twenty times 256 MiB would be 5 GiB. The rest is what allocators keep for threads.
+    // Twenty times 256 MiB would be 5 GiB. Allocators keep the rest for threads.
     let growth = address_space().saturating_sub(size_before);
     assert!(growth < 2 << 30, "{} MiB more", growth >> 20);
 }

@@ -57,7 +57,7 @@ fn quoted(path: &Path) -> String {
 // --- The host ---------------------------------------------------------------------------------
 
 #[test]
-fn a_host_without_kvm_is_told_how_to_get_it() {
+fn a_host_without_kvm_gets_a_remedy() {
     require_namespaces!();
     let bantam = Bantam::payload("hello").launcher(with_devices("true"));
     refused(
@@ -67,7 +67,7 @@ fn a_host_without_kvm_is_told_how_to_get_it() {
 }
 
 #[test]
-fn a_user_who_may_not_use_kvm_is_told_how_to_be_allowed() {
+fn a_user_who_may_not_use_kvm_gets_a_remedy() {
     require_namespaces!();
     let forbidden = ": >/dev/kvm && chmod 0 /dev/kvm";
     let bantam = Bantam::payload("hello").launcher(with_devices(forbidden));
@@ -111,7 +111,7 @@ fn a_missing_kernel_is_named() {
 }
 
 #[test]
-fn files_that_are_no_kernels_are_refused_for_what_they_are() {
+fn files_that_are_not_kernels_are_refused_by_their_type() {
     require_kvm!();
     let files = Files::new();
     let mut aarch64 = elf_kernel(&[0xf4]);
@@ -271,7 +271,7 @@ fn numbers_of_vcpus_that_no_machine_has_are_refused() {
 // --- Disks ------------------------------------------------------------------------------------
 
 #[test]
-fn files_that_are_no_disks_are_refused_for_what_they_are() {
+fn files_that_are_not_disks_are_refused_by_their_type() {
     require_kvm!();
     let files = Files::new();
     for (disk, reason) in [

@@ -1,4 +1,4 @@
-//! That a test which goes wrong fails with its reason and leaves nothing behind.
+//! The harness itself: a failing test gives its reason and leaves nothing behind.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,11 +1,12 @@
-//! A guest that does to the devices what no driver should.
+//! A guest that attacks the devices.
 
 use std::fs;
 
 use bantam_tests::{Bantam, pattern, require_kvm, require_taps, tap_name};
 
-/// A device logs 24 lines in its first minute, on what the guest does and what fails on the host, and a
-/// machine here has up to five: disk, console, channels, entropy, serial port. Little else is logged.
+/// A device logs 24 lines in its first minute, about the guest's mistakes and the host's failures,
+/// and a machine here has up to five: disk, console, channels, entropy, serial port. Little else is
+/// logged.
 const MAX_LOG_LINES: usize = 5 * 25;
 
 /// Attacks all devices of a machine, with random numbers from `seed`.
@@ -20,7 +21,7 @@ fn attack(seed: u32, mut bantam: Bantam) {
     assert!(!ended.stderr.contains("panicked"), "{ended}");
     // The log must not grow with the attacks.
     assert!(ended.stderr.lines().count() <= MAX_LOG_LINES, "{ended}");
-    // The guest only ever asks the disk to be read.
+    // The guest only ever asks for reads of the disk.
     assert!(
         fs::read(&disk).is_ok_and(|after| after == before),
         "{ended}"

@@ -1,6 +1,6 @@
-//! Linux guests: that the drivers of a real kernel work with the devices.
+//! Linux guests: the drivers of a real kernel work with the devices.
 //!
-//! A boot takes long where the host has no hardware virtualization, so that each does much.
+//! A boot takes long on a host without hardware virtualization, so each guest does much.
 
 use std::fs::{self, Permissions};
 use std::io::{ErrorKind, PipeReader, Read, Write};
@@ -28,7 +28,7 @@ use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
 
-/// A copy of the root file system, for a guest to write to.
+/// Returns a copy of the root file system, which a guest may write to.
 fn root_disk(folder: &TempDir) -> PathBuf {
     let path = folder.path().join("root");
     fs::copy(RootFileSystem::new().ext4, &path).expect("there is room for a root file system");
@@ -39,7 +39,7 @@ fn test_words(commands: &[&str]) -> String {
     format!("quiet bantam.mode=test bantam.test={}", commands.join(","))
 }
 
-/// The value of `name=` among the details of an answer.
+/// Returns the value of `name=` among the details of an answer.
 fn value<'a>(details: &'a str, name: &str) -> &'a str {
     details
         .split(' ')
@@ -57,8 +57,8 @@ fn assert_words(details: &str, expected: &[&str]) {
     }
 }
 
-/// What init gets: its arguments as they are given, in the order of the options, and no other, and
-/// in its environment only what a host without hardware virtualization needs there.
+/// Init gets exactly the arguments of the options, in order, and its environment has only what a
+/// host without hardware virtualization needs.
 fn expected_arguments() -> String {
     let needed = guest_kernel_parameters().unwrap_or_default();
     let tunables = needed
@@ -74,8 +74,7 @@ fn expected_arguments() -> String {
 
 // --- Time without the clock of KVM ----------------------------------------------------------------
 
-/// Boots a kernel that is told to do without KVM's clock, and checks that its time passes and its date
-/// is today's.
+/// Boots a kernel without KVM's clock, and checks that its time passes and its date is today's.
 fn keep_time(words: &str) {
     let folder = tempfile::tempdir().expect("there is room for temporary files");
     let tests = test_words(&["clocksource", "time", "sleep:1000"]);
@@ -188,7 +187,7 @@ fn linux_uses_disks_entropy_clock_and_console() {
     expected[MIB..3 * MIB].copy_from_slice(&pattern(13, 0, 2 * MIB));
     expected[4 * MIB..5 * MIB].fill(0);
     let mut after = fs::read(&data).unwrap();
-    // What is discarded may read as it was or as zeroes.
+    // Discarded blocks may read as before or as zeroes.
     after[6 * MIB..7 * MIB].copy_from_slice(&expected[6 * MIB..7 * MIB]);
     assert_eq!(after.len(), expected.len());
     let wrong = after.iter().zip(&expected).position(|(a, b)| a != b);
@@ -201,7 +200,7 @@ fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
     const SIZE: usize = 3 * MIB;
     const OPERATIONS: u32 = 10;
     require_kvm!();
-    // Its own file system, as cache=none needs one that has O_DIRECT.
+    // On this folder's file system, as cache=none needs O_DIRECT.
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let mut bantam = Bantam::linux(Kernel::Small).disk(&root_disk(&folder), "");
     let mut paths = Vec::new();
@@ -234,7 +233,7 @@ fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
     }
 }
 
-/// Checks that the guest knows the time of day, as far as a boot's duration allows.
+/// Checks that the guest knows the time of day, within the duration of a boot.
 #[track_caller]
 fn assert_right_time(details: &str) {
     let wall: u64 = value(details, "wall").parse().expect("it is a number");
@@ -288,7 +287,7 @@ fn linux_exchanges_data_with_the_host_by_tcp() {
 // --- SMP and ACPI -------------------------------------------------------------------------------
 
 #[test]
-fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
+fn linux_runs_on_four_vcpus_reacts_to_its_owner_and_reboots() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let root = root_disk(&folder);
@@ -341,7 +340,7 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
     let cpus = answer(&text, "cpus");
     assert_words(&cpus, &["online=4", "packages=1"]);
     for number in 0..4 {
-        // Each a core of its own.
+        // Each is a separate core.
         let topology = value(&cpus, &format!("cpu{number}"));
         assert_eq!(
             topology,
@@ -360,7 +359,7 @@ fn linux_runs_on_four_vcpus_feels_what_its_owner_does_and_reboots() {
 
 // --- What becomes of a guest --------------------------------------------------------------------
 
-/// A root file system of busybox whose first process is this script, as docs/ci.md makes one.
+/// Makes a root file system of busybox whose first process is this script, the way docs/ci.md does.
 fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
     let (tree, image) = (folder.path().join("tree"), folder.path().join("root"));
     for name in ["bin", "dev"] {
@@ -384,7 +383,7 @@ fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
 }
 
 #[test]
-fn linux_without_acpi_tells_a_panic_and_gives_a_number() {
+fn linux_without_acpi_reports_a_panic_and_a_number() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     // The kernel panics when its first process ends.
@@ -406,10 +405,10 @@ fn linux_without_acpi_tells_a_panic_and_gives_a_number() {
 }
 
 #[test]
-fn linux_with_acpi_tells_the_panic_device() {
+fn linux_with_acpi_reports_to_the_panic_device() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
-    // It would stay as it is after a panic, and leaves nothing in memory.
+    // It would stop after a panic, and leaves nothing in memory.
     let ended = Bantam::linux(Kernel::Full)
         .disk(&root_disk(&folder), "")
         .append(format!(
@@ -425,7 +424,7 @@ fn linux_with_acpi_tells_the_panic_device() {
 // --- The balloon --------------------------------------------------------------------------------
 
 #[test]
-fn linux_gives_memory_back_and_says_how_much_it_has() {
+fn linux_gives_memory_back_and_reports_how_much_it_has() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let config = MachineConfig {
@@ -461,12 +460,12 @@ fn linux_gives_memory_back_and_says_how_much_it_has() {
     for mib in [16, 40, 8] {
         device(&machine, "balloon", DeviceCommand::SetBalloonTarget { mib }).unwrap();
         wait_for("the balloon's size", &|now| now.actual_mib == mib);
-        // Those under way may be older.
+        // Reports under way may be older.
         let seen = metrics.stats_updates_count.total();
         let after = wait_for("statistics", &|_| {
             metrics.stats_updates_count.total() >= seen + 2
         });
-        // What is in the balloon is not counted as memory that the guest has.
+        // Memory in the balloon does not count as memory of the guest.
         totals.push(after.guest.total_memory.expect("Linux says it"));
         let free = after.guest.free_memory.expect("Linux says it");
         assert!(free > 0 && free <= totals[0], "{after:?}");
@@ -533,7 +532,7 @@ fn linux_boots_from_an_initrd_and_switches_the_machine_off() {
     assert!(ended.stderr.contains("has ended: PowerOff"), "{ended}");
 }
 
-/// Without the monitor's seed they are ready long after the first of them are used.
+/// Without the monitor's seed they are ready only long after the first are used.
 #[test]
 fn linux_has_good_random_numbers_from_the_start() {
     require_kvm!();
@@ -547,9 +546,9 @@ fn linux_has_good_random_numbers_from_the_start() {
     ended.succeeded().printed("random: crng init done");
 }
 
-/// One word more than init has room for, and the kernel panics as the log said it would.
+/// With one word more than init has room for, the kernel panics as the log warned.
 #[test]
-fn linux_is_not_given_more_words_for_its_init_than_it_takes_without_a_warning() {
+fn more_words_than_linux_init_takes_are_warned_of() {
     require_kvm!();
     let words: String = (0..33).map(|number| format!("word{number} ")).collect();
     let ended = Bantam::linux(Kernel::Small).append(words).finish();

@@ -2,7 +2,7 @@
 
 extern crate alloc;
 
-// The payload's own parts that need no machine.
+// Parts of the payload that need no machine.
 #[allow(dead_code, missing_docs)]
 #[path = "../payloads/src/bin/load/histogram.rs"]
 mod histogram;
@@ -21,7 +21,7 @@ use bantam_tests::{Bantam, Ended, HostTap, Traffic, require_kvm, require_taps, t
 const DISK_SIZE: u64 = 4 << 20;
 const BLOCK_SIZE: u64 = 4096;
 
-/// Runs a load of a disk.
+/// Runs a load on a disk.
 fn load_disk(disk: &Path, words: &str) -> Ended {
     Bantam::payload("load")
         .disk(disk, "")
@@ -29,7 +29,7 @@ fn load_disk(disk: &Path, words: &str) -> Ended {
         .finish()
 }
 
-/// A number of the line that the payload prints.
+/// Returns a number from the line that the payload prints.
 fn figure(ended: &Ended, name: &str) -> u64 {
     let text = ended.text();
     let line = text.lines().find(|line| line.starts_with('{'));
@@ -46,8 +46,8 @@ fn empty_disk(folder: &Path) -> PathBuf {
     path
 }
 
-/// Writes all of a disk with stamps, and then loads it in other ways that check and change them.
-/// Returns how many interrupts all loads took.
+/// Fills a disk with stamps, and then runs other loads that check and change them. Returns the
+/// number of interrupts of all loads.
 fn no_data_is_mixed_up(depth: u32, completion: &str) -> u64 {
     let folder = tempfile::tempdir().expect("there is room for temporary files");
     let disk = empty_disk(folder.path());
@@ -87,7 +87,8 @@ fn no_data_is_mixed_up_with_many_requests_in_flight() {
 fn no_data_is_mixed_up_with_interrupts() {
     require_kvm!();
     assert!(no_data_is_mixed_up(1, "interrupt") > 0);
-    // No interrupt is needed if requests are done whenever the driver looks, so none is demanded.
+    // If requests are always done when the driver looks, it needs no interrupt, so the test
+    // requires none.
     no_data_is_mixed_up(256, "interrupt");
 }
 
@@ -253,16 +254,16 @@ fn a_histogram_takes_any_time() {
 }
 
 #[test]
-fn stamps_tell_places_seeds_and_generations_apart() {
+fn stamps_distinguish_places_seeds_and_generations() {
     let mut stamps = Stamps::new(7, 16).unwrap();
     let mut data = [0; 512];
     stamps.fill(3, &mut data);
     assert_eq!(stamps.check(3, &data), Ok(()));
-    // Of another place, of another load, and another seed.
+    // Of another place, another load, and another seed.
     assert!(stamps.check(4, &data).is_err());
     assert_eq!(Stamps::new(7, 16).unwrap().check(3, &data), Ok(()));
     assert!(Stamps::new(8, 16).unwrap().check(3, &data).is_err());
-    // What was written before is stale, and so is half of it.
+    // Data written before is stale, and so is a block that is half of it.
     let before = data;
     stamps.fill(3, &mut data);
     assert!(stamps.check(3, &before).is_err());

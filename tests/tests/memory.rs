@@ -1,11 +1,11 @@
-//! What guest memory is made of.
+//! The pages that guest memory is made of.
 
 use std::fs;
 
 use bantam_tests::{Bantam, HugePagePool, Running, require_huge_pages, require_kvm};
 use nix::sys::signal::Signal;
 
-/// Whether a mapping of the process, of at least 16 MiB, has this flag of the kernel's.
+/// Returns whether a mapping of the process, of at least 16 MiB, has this flag of the kernel.
 fn has_mapping(machine: &Running, flag: &str) -> bool {
     let path = format!("/proc/{}/smaps", machine.pid());
     let maps = fs::read_to_string(path).expect("a process can be looked at");
@@ -40,7 +40,7 @@ fn guests_run_on_pages_of_2_mib_that_were_set_aside() {
     machine.signal(Signal::SIGTERM);
     machine.wait().succeeded();
 
-    // Every part of memory is there.
+    // Every part of memory exists.
     let ended = Bantam::payload("memory")
         .option("--memory", "16M")
         .option("--huge-pages", "2M")
@@ -53,7 +53,7 @@ fn guests_run_on_pages_of_2_mib_that_were_set_aside() {
 fn too_few_huge_pages_are_an_error_at_the_start_that_says_how_many_it_takes() {
     require_huge_pages!();
     let _pool = HugePagePool::new(1);
-    // As much as no host has set aside.
+    // More than any host has set aside.
     let ended = Bantam::payload("hello")
         .option("--memory", "1000G")
         .option("--huge-pages", "2M")
@@ -73,7 +73,7 @@ fn pages_that_another_machine_has_are_not_promised_again() {
     require_huge_pages!();
     let _pool = HugePagePool::new(16);
     let machine = hanging("2M");
-    // The first has touched few of them, and has all.
+    // The first machine has touched few of them, but has reserved all.
     let free: u64 = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
         .unwrap()
         .trim()

@@ -1,4 +1,4 @@
-//! Metadata, as a Linux guest reads it over its network device.
+//! Metadata that a Linux guest reads over its network device.
 
 use std::io::Read;
 use std::net::{SocketAddrV4, TcpListener};
@@ -23,8 +23,8 @@ fn counter(machine: &Controller, name: &str) -> u64 {
         .expect("there is such a counter")
 }
 
-/// What the owner of the machine says reaches the guest, also what it says while the guest runs, in
-/// a session and without one, while the same card is busy with other traffic.
+/// Metadata of the machine's owner reach the guest, also those set while it runs, in a session and
+/// without one, while the same card is busy with other traffic.
 #[test]
 fn linux_reads_metadata_while_its_card_is_busy() {
     require_taps!();
@@ -74,7 +74,7 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     let created = counter(&machine, "connections_created");
     assert_eq!(counter(&machine, "rx_invalid_token"), 0);
     assert_eq!(counter(&machine, "tx_errors"), 0);
-    // So does a kernel without ACPI switch the machine off.
+    // A kernel without ACPI switches the machine off this way.
     assert_eq!(machine.wait().unwrap(), ExitReason::Reboot);
 
     let text = std::fs::read_to_string(&log).unwrap();
@@ -89,6 +89,6 @@ fn linux_reads_metadata_while_its_card_is_busy() {
     assert!(session.contains(&format!("bytes={LENGTH}")), "{session}");
     let requests = session.strip_prefix("requests=").unwrap();
     let requests: u64 = requests.split(' ').next().unwrap().parse().unwrap();
-    // The token, and those without one.
+    // The request for a token, and those without one.
     assert_eq!(created, requests + 3);
 }

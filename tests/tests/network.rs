@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 
 const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// An EtherType set apart for experiments (IEEE 802), which nothing else sends.
+/// An EtherType reserved for experiments (IEEE 802), which nothing else sends.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 fn frame(to: [u8; 6], from: [u8; 6], payload: &[u8]) -> Vec<u8> {
@@ -34,7 +34,7 @@ fn echo(words: &str) {
     machine.wait_for_output("net: ready to echo");
     let socket = PacketSocket::open(&tap);
     let mut echoed = 0;
-    // Some of the frames that the guest waits for are the host's own greetings.
+    // Some of the frames that the guest waits for are the host's own announcements.
     for number in 0..24 {
         let payload = pattern(number, 0, 46 + number as usize * 62);
         if socket.send(&frame(GUEST_MAC, HOST_MAC, &payload)).is_err() {
@@ -139,7 +139,7 @@ fn only_taps_of_the_network_namespace_count() {
     let machine = || Bantam::payload("hello").option("--net", &net);
     let outside = machine().append("finish=hang").start();
     outside.wait_for_output("PASS\n");
-    // What this thread starts is in the namespace too; sysfs stays that of the other.
+    // Processes that this thread starts are in the namespace too; sysfs still shows the old one.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip(&format!("tuntap add dev {name} mode tap multi_queue"));
     let inside = machine().append("finish=hang").start();
@@ -247,7 +247,7 @@ fn a_guest_that_takes_no_frames_costs_nothing() {
     machine.wait_for_output("PASS\n");
     let socket = PacketSocket::open(&tap);
     let frame = frame(GUEST_MAC, HOST_MAC, &pattern(1, 0, 1000));
-    // More than the guest has buffers for, and more than the tap holds.
+    // More than the guest's buffers and the tap hold.
     let flood = || (0..3000).filter(|_| socket.send(&frame).is_ok()).count();
     assert!(flood() >= 256);
     let before = device_thread_ticks(machine.pid());
@@ -269,7 +269,7 @@ fn ip(arguments: &str) {
     );
 }
 
-/// Processor time that the devices of the machine `pid` have taken, in ticks of 10 ms.
+/// Returns the processor time that the devices of the machine `pid` have taken, in ticks of 10 ms.
 fn device_thread_ticks(pid: Pid) -> u64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the machine runs");
     for task in tasks.flatten() {
@@ -284,8 +284,8 @@ fn device_thread_ticks(pid: Pid) -> u64 {
     panic!("{pid} has no thread for devices");
 }
 
-/// The driver of a real kernel takes the pairs of queues that it is offered into use, and what
-/// goes through them and back arrives whole.
+/// The driver of a real kernel uses the pairs of queues that it is offered, and data that goes
+/// through them and back arrives intact.
 #[test]
 fn linux_on_two_vcpus_uses_two_pairs_of_queues() {
     const LENGTH: usize = 4 << 20;

@@ -1,5 +1,5 @@
-//! The commands of `docs/networking.md`, as they are there, on a host with the firewall rules of
-//! Docker and in a Linux guest.
+//! The commands of `docs/networking.md`, unchanged, on a host with Docker's firewall rules and in a
+//! Linux guest.
 
 use std::fs;
 use std::io::Write;
@@ -14,11 +14,11 @@ use tempfile::TempDir;
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/networking.md");
 
-// Addresses for documentation (RFC 5737), in namespaces that no packet leaves.
+// Addresses reserved for documentation (RFC 5737), in namespaces that no packet leaves.
 const UPLINK: &str = "203.0.113.2";
 const OUTSIDE: &str = "203.0.113.1";
 
-/// What Docker 28 sets up on a host without containers when it turns forwarding on.
+/// The rules of Docker 28 on a host without containers when it turns forwarding on.
 const DOCKER_RULES: &str = "\
 *filter
 :INPUT ACCEPT
@@ -91,7 +91,7 @@ fn a_guest_reaches_the_outside_by_what_the_page_says() {
     guest.machine.send(b"reboot\n");
     guest.machine.wait().succeeded();
 
-    // Where somebody else's policy is to drop.
+    // In a chain whose policy is to drop.
     host.run("iptables-restore < /dev/null; iptables -F; iptables -P FORWARD DROP");
     says(FIREWALL, 2);
     let rules = host.run("iptables -S FORWARD");
@@ -105,11 +105,11 @@ struct Guest {
 }
 
 impl Guest {
-    /// Whether the guest's `command` exits with status 0.
+    /// Returns whether the guest's `command` exits with status 0.
     fn succeeds(&mut self, command: &str) -> bool {
         self.commands += 1;
         let number = self.commands;
-        // The shell repeats what is typed; only what it prints has no quotes.
+        // The shell echoes its input; only its output has no quotes.
         let typed = format!("{command} && echo \"yes-\"{number}.; echo \"end-\"{number}.\n");
         self.machine.send(typed.as_bytes());
         let output = self.machine.wait_for_output(&format!("end-{number}."));
@@ -117,7 +117,7 @@ impl Guest {
     }
 }
 
-/// The commands of a section: the text of its code blocks, counted from 0.
+/// Returns the text of a section's code block, counted from 0.
 fn block(page: &str, heading: &str, number: usize) -> String {
     let section = page
         .split("\n#")
@@ -138,11 +138,11 @@ fn block(page: &str, heading: &str, number: usize) -> String {
 }
 
 /// This thread, in a network namespace that stands for a host with Docker. Another namespace, which
-/// stands for all that is outside, greets whoever connects, and has no route to guests.
+/// stands for the outside world, greets its clients, and has no route to guests.
 struct Host {
-    /// Where the outside listens.
+    /// The listener of the outside world.
     port: u16,
-    /// Keeps the outside's namespace.
+    /// Keeps the namespace of the outside world.
     outside: Child,
     /// A folder of programs.
     tools: TempDir,
@@ -196,7 +196,7 @@ impl Host {
         host
     }
 
-    /// What `commands` print, each of which must succeed.
+    /// Runs `commands`, each of which must succeed, and returns their output.
     fn run(&self, commands: &str) -> String {
         let path = std::env::var("PATH").unwrap_or_default();
         let output = Command::new("sh")

@@ -1,4 +1,4 @@
-//! What the exit status tells of a guest, and what is done about a guest that has failed.
+//! The exit status for each end of a guest, and the handling of a guest that has failed.
 
 use std::fs;
 use std::time::Duration;
@@ -14,14 +14,14 @@ use tempfile::TempDir;
 const STATUS_PANIC: i32 = 121;
 const STATUS_HALTED: i32 = 122;
 
-/// What a user who stops a machine may have to wait.
+/// How long a user who stops a machine may have to wait.
 const PROMPT: Duration = Duration::from_secs(3);
 
 fn hello(words: &str) -> Bantam {
     Bantam::payload("hello").append(words)
 }
 
-/// A guest of these instructions.
+/// Returns a guest that consists of these instructions.
 fn code(folder: &TempDir, code: &[u8]) -> Bantam {
     let kernel = folder.path().join("kernel");
     fs::write(&kernel, elf_kernel(code)).expect("there is room for temporary files");
@@ -31,7 +31,7 @@ fn code(folder: &TempDir, code: &[u8]) -> Bantam {
 // --- Panics and numbers ---------------------------------------------------------------------------
 
 #[test]
-fn a_panic_that_the_panic_device_hears_of_is_no_reboot() {
+fn a_panic_that_the_panic_device_reports_is_not_a_reboot() {
     require_kvm!();
     let ended = hello("finish=panic").finish();
     ended.has_status(STATUS_PANIC);
@@ -52,7 +52,7 @@ fn a_guest_that_hangs_after_a_panic_is_ended() {
 fn a_kernel_without_a_panic_device_tells_a_panic_by_the_warm_boot_word() {
     require_kvm!();
     hello("finish=panic-word").finish().has_status(STATUS_PANIC);
-    // A kernel that was not told to leave the word means something else by it.
+    // Without `panic_warm`, or with another mode after it, the word does not mean a panic.
     for line in ["reboot=k", "reboot=warm", "reboot=panic_warm,warm"] {
         let ended = Bantam::payload("hello")
             .option("--cmdline", format!("{line} finish=panic-word"))
@@ -85,7 +85,7 @@ fn a_guest_gives_its_own_number() {
 }
 
 #[test]
-fn the_exit_status_can_tell_of_the_monitor_alone() {
+fn the_exit_status_can_be_about_the_monitor_alone() {
     require_kvm!();
     for words in ["finish=reset", "finish=panic", "finish=number number=3"] {
         let bantam = hello(words).option("--exit-status", "monitor");
@@ -103,7 +103,7 @@ fn the_exit_status_can_tell_of_the_monitor_alone() {
 // --- Restarts ---------------------------------------------------------------------------------------
 
 #[test]
-fn a_reboot_starts_the_machine_again_as_often_as_it_may() {
+fn a_reboot_restarts_the_machine_up_to_the_limit() {
     require_kvm!();
     let ended = hello("finish=reset")
         .option("--on-reboot", "restart")
@@ -115,7 +115,7 @@ fn a_reboot_starts_the_machine_again_as_often_as_it_may() {
         4,
         "{ended}"
     );
-    // A line for each at the default level, and one for the end.
+    // One line for each restart at the default level, and one for the end.
     for (count, soon) in [(1, "again ("), (2, "in 0.1 s ("), (3, "in 0.2 s (")] {
         let line = format!("{soon}restart {count} of 3)");
         assert!(ended.stderr.contains(&line), "{ended}");
@@ -125,7 +125,7 @@ fn a_reboot_starts_the_machine_again_as_often_as_it_may() {
 }
 
 #[test]
-fn a_panic_is_restarted_for_what_it_is() {
+fn a_restart_after_a_panic_names_the_panic() {
     require_kvm!();
     let ended = hello("finish=panic-word")
         .option("--on-reboot", "restart")
@@ -165,7 +165,7 @@ fn a_signal_ends_a_machine_that_waits_for_its_restart() {
     let ended = machine.wait();
     assert!(asked.elapsed() < PROMPT, "{ended}");
     ended.has_status(STATUS_POWER_CUT);
-    // All at once they would be hundreds.
+    // Without delays there would be hundreds.
     assert_eq!(
         ended.text().matches("hello from ring 3").count(),
         8,
@@ -197,7 +197,7 @@ fn a_signal_asks_the_guest_to_shut_down_first() {
         ended.passed().has_status(0);
         assert!(ended.stderr.contains("by the power button"), "{ended}");
     }
-    // One that takes no interrupt of a power button, but keys. It restarts, which ends the machine.
+    // A guest that takes no power button interrupt, but keys. It restarts, which ends the machine.
     let keyboard = Bantam::payload("keyboard").append("mode=interrupt");
     let ended = shut_down(
         keyboard.option("--on-reboot", "restart"),
@@ -231,7 +231,7 @@ fn a_second_signal_cuts_the_power_at_once() {
 }
 
 #[test]
-fn nobody_is_asked_where_there_is_no_time_or_nobody_who_listens() {
+fn a_guest_is_not_asked_without_time_or_a_driver() {
     require_kvm!();
     let at_once = [
         (
@@ -295,7 +295,7 @@ fn a_guest_that_has_halted_for_good_is_ended_if_asked_for() {
 }
 
 #[test]
-fn a_guest_that_has_halted_for_good_is_told_of_once() {
+fn a_guest_that_has_halted_for_good_is_reported_once() {
     require_kvm!();
     let machine = hello("finish=hang").start();
     let line = "the guest has halted for good";
@@ -315,7 +315,7 @@ fn a_guest_that_an_interrupt_can_wake_has_not_halted_for_good() {
         .option("--on-halt", "exit")
         .option("--log", "debug")
         .start();
-    // What it finds when it has looked.
+    // Logged when the vCPUs have been checked.
     machine.wait_for_error("the vCPUs are idle");
     machine.signal(Signal::SIGTERM);
     let ended = machine.wait();

@@ -10,11 +10,11 @@ use bantam_vmm::config::{BlockEngineOption, DiskConfig, MachineConfig, NetConfig
 use bantam_vmm::{Console, Controller, State};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-/// How long a load may take, pauses and all.
+/// How long a load may take, including pauses.
 const LIMIT: Duration = Duration::from_secs(120);
 const DISK_SIZE: u64 = 4 << 20;
 
-/// A machine that puts a load on its devices, with what it prints.
+/// A machine that loads its devices, and its output.
 struct Loaded {
     machine: Controller,
     output: PipeReader,
@@ -34,8 +34,8 @@ impl Loaded {
         Loaded { machine, output }
     }
 
-    /// Pauses the machine over and over, for longer and shorter times, until its guest has ended. Says
-    /// how long each pause took to begin, in ascending order.
+    /// Pauses the machine over and over, for longer and shorter times, until its guest has ended.
+    /// Returns how long each pause took to begin, in ascending order.
     fn pause_until_the_end(mut self) -> Vec<Duration> {
         let begin = Instant::now();
         let mut times = Vec::new();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bantam_tests::{Bantam, STATUS_POWER_CUT, STATUS_REBOOT, elf_kernel, require_kvm};
 use nix::sys::signal::Signal;
 
-/// What a user who stops a machine may have to wait.
+/// How long a user who stops a machine may have to wait.
 const PROMPT: Duration = Duration::from_secs(3);
 
 fn hello(finish: &str) -> Bantam {
@@ -34,7 +34,7 @@ fn a_guest_resets_the_machine_by_the_keyboard_controller() {
 #[test]
 fn a_guest_resets_the_machine_by_the_acpi_reset_register() {
     require_kvm!();
-    // The register and its value are those that the FADT tells guests.
+    // The register and its value are those in the FADT.
     let code = [
         0x66, 0xba, 0x02, 0x06, // mov dx, 0x602
         0xb0, 0x01, // mov al, 1
@@ -58,7 +58,7 @@ fn a_triple_fault_is_an_error() {
     let reason = ended.failed();
     assert!(reason.contains("triple fault of vCPU 0 at 0x"), "{ended}");
     ended.printed("PASS\n");
-    // The registers, for whoever looks for the fault.
+    // The registers, to find the fault.
     assert!(ended.stderr.contains("cr3="), "{ended}");
 }
 

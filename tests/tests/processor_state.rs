@@ -1,7 +1,7 @@
 //! The state of processors, saved from one machine and set in another.
 //!
-//! The payload `count` counts in memory and in registers. Each round pauses a machine at a random moment, and has
-//! another go on from there.
+//! The payload `count` counts in memory and in registers. Each round pauses a machine at a random
+//! moment, and lets another go on from its state.
 
 use std::fs::File;
 use std::io::{ErrorKind, PipeReader, Read};
@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 const ROUNDS: usize = 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What the payload says of one of its processors.
+/// The payload's state of one of its processors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Processor {
     count: u64,
@@ -48,7 +48,7 @@ const WORDS_OF_A_PROCESSOR: u64 = 4;
 const START_SECOND: u64 = 2 * WORDS_OF_A_PROCESSOR;
 const STOP: u64 = START_SECOND + 1;
 
-/// Where the counters are.
+/// Address of the counters.
 #[derive(Clone, Copy)]
 struct Counters(u64);
 
@@ -105,7 +105,7 @@ fn configured(config: &MachineConfig) -> (Controller, PipeReader) {
     (machine, reader)
 }
 
-/// Adds to `text` what there is to read.
+/// Appends the available output to `text`.
 fn read_on(reader: &mut PipeReader, text: &mut String) {
     let mut bytes = [0; 4096];
     loop {
@@ -126,7 +126,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A machine that counts, and where.
+/// A machine that counts, and the address of its counters.
 fn counting(config: &MachineConfig) -> (Controller, PipeReader, Counters) {
     let (machine, mut reader) = configured(config);
     machine.start().unwrap_or_else(|error| panic!("{error}"));
@@ -161,7 +161,7 @@ fn copy(memory: &GuestMemory) -> GuestMemory {
     copy
 }
 
-/// What a file would keep of `sections`.
+/// Returns `sections` as written to a file and read back.
 fn through_a_file(sections: &[Section]) -> Vec<Section> {
     let mut bytes = Vec::new();
     for section in sections {
@@ -174,7 +174,7 @@ fn through_a_file(sections: &[Section]) -> Vec<Section> {
     read
 }
 
-/// A few milliseconds, others each time.
+/// Returns a few milliseconds, different each time.
 fn random_time() -> Duration {
     let mut byte = [0; 2];
     File::open("/dev/urandom")
@@ -183,7 +183,7 @@ fn random_time() -> Duration {
     Duration::from_micros(u64::from(u16::from_le_bytes(byte)) / 4)
 }
 
-/// Pauses `machine`, and gives its state.
+/// Pauses `machine`, and returns its state.
 fn save(machine: &Controller) -> (GuestMemory, Vec<Section>) {
     machine.pause().unwrap_or_else(|error| panic!("{error}"));
     let saved = machine.save_processors();
@@ -193,8 +193,8 @@ fn save(machine: &Controller) -> (GuestMemory, Vec<Section>) {
     (copy(&memory), through_a_file(&saved))
 }
 
-/// Has a machine count, another go on from it, and so on. Its second vCPU, if it has one, has to count from
-/// round `second_from` on, and is told so then.
+/// Lets a machine count, another go on from its state, and so on. The second vCPU, if there is one,
+/// has to count from round `second_from` on, when it is told to.
 fn go_on_from_machine_to_machine(config: &MachineConfig, second_from: usize) {
     let (mut machine, mut reader, counters) = counting(config);
     let cpus = u64::from(config.cpus.get());

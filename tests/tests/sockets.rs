@@ -1,4 +1,4 @@
-//! Whose a socket is: after a crash, while it is in use, and when several want it.
+//! Ownership of a socket: after a crash, while it is in use, and if several processes want it.
 
 use std::fs;
 use std::io::Read;
@@ -16,7 +16,7 @@ use bantam_tests::{
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-/// How long a test waits for what should come at once, on a busy host.
+/// How long a test waits, on a busy host, for an event that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Folder(tempfile::TempDir);
@@ -52,7 +52,7 @@ fn wait_for(path: &Path) {
     }
 }
 
-/// Leaves a socket at `path` as a process does that is killed.
+/// Leaves a socket at `path`, as a killed process does.
 fn abandon(path: &Path) {
     drop(UnixListener::bind(path).expect("the folder can be written to"));
 }
@@ -88,14 +88,14 @@ fn a_path_is_free_as_soon_as_its_user_is_killed() {
         };
         let mut machine = bantam("hang").start();
         for _ in 0..5 {
-            // The guest runs, so that everything is there.
+            // The guest runs, so that everything exists.
             machine.wait_for_error("kernel command line");
             wait_for(&at(match value.split_once('=') {
                 Some(("file", _)) => "serial.log",
                 Some(("socket", _)) => "serial",
                 _ => "vsock",
             }));
-            // Without a wait for the end of the process.
+            // Without waiting for the end of the process.
             machine.signal(Signal::SIGKILL);
             machine = bantam("hang").start();
         }
@@ -162,7 +162,7 @@ fn of_many_monitors_that_start_at_once_one_gets_an_abandoned_socket() {
     assert_eq!(folder.names(), [""; 0]);
 }
 
-/// The process that listens to a socket.
+/// Returns the process that listens to a socket.
 fn api_process(socket: &Path) -> i32 {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -212,7 +212,7 @@ fn no_guest_runs_if_the_api_cannot_be_served() {
 }
 
 #[test]
-fn a_client_of_the_serial_port_hears_nothing_of_one_who_looks_whether_it_is_in_use() {
+fn a_check_whether_the_serial_port_is_in_use_does_not_disturb_its_client() {
     require_kvm!();
     let folder = Folder::new();
     let socket = folder.path("serial");

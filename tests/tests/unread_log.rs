@@ -1,7 +1,7 @@
 //! A log and messages that nobody reads: no machine waits for a reader.
 //!
-//! What stands for standard error here takes nothing from the start, so that the first line would already
-//! hold up whoever writes it.
+//! The pipe used as standard error here is full from the start, so the first line would already
+//! block a thread that writes it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -24,10 +24,10 @@ use nix::sys::termios::{FlowArg, tcflow};
 use nix::unistd::{mkfifo, pipe2, write};
 use serde_json::json;
 
-/// How long the process may take to end. Two seconds are promised; a busy host gets more.
+/// How long the process may take to end. Two seconds are specified; a busy host gets more.
 const END_TIME: Duration = Duration::from_secs(8);
 
-/// A pipe that takes nothing, and that is blocking.
+/// A full pipe in blocking mode.
 struct FullPipe {
     reader: File,
     writer: OwnedFd,
@@ -43,12 +43,12 @@ impl FullPipe {
         }
     }
 
-    /// An end for the monitor.
+    /// Returns an end for the monitor.
     fn end(&self) -> OwnedFd {
         self.writer.try_clone().expect("there are descriptors")
     }
 
-    /// All lines but those that have filled it. The monitor has ended.
+    /// Returns all lines after those that filled the pipe. The monitor has ended.
     fn lines(self) -> Vec<String> {
         assert_blocking(&self.writer);
         drop(self.writer);
@@ -62,7 +62,7 @@ impl FullPipe {
 
 const FILLING: &str = "filling";
 
-/// Fills a pipe, and leaves it blocking.
+/// Fills a pipe, and leaves it in blocking mode.
 fn fill(pipe: impl AsFd) {
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("it can be set");
     let line = format!("{FILLING:-<127}\n");
@@ -76,14 +76,14 @@ fn fill(pipe: impl AsFd) {
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::empty())).expect("it can be set");
 }
 
-/// Others that share standard error may not expect that it is nonblocking.
+/// Programs that share standard error may not expect it to be non-blocking.
 #[track_caller]
 fn assert_blocking(descriptor: impl AsFd) {
     let flags = fcntl(descriptor, FcntlArg::F_GETFL).expect("it is open");
     assert_eq!(flags & OFlag::O_NONBLOCK.bits(), 0);
 }
 
-/// Asks for the instance so many times, on one connection.
+/// Requests the instance `count` times, on one connection.
 #[track_caller]
 fn get_often(api: &ApiClient, count: usize) {
     let mut stream = api.connect();
@@ -135,7 +135,7 @@ fn an_api_whose_log_nobody_reads_goes_on() {
 }
 
 #[test]
-fn lines_that_find_no_room_are_counted_and_told_of() {
+fn lines_that_find_no_room_are_counted_and_reported() {
     let pipe = FullPipe::new();
     let machine =
         ApiMachine::with(|bantam, _| bantam.option("--level", "Debug").stderr(pipe.end()));
@@ -154,7 +154,7 @@ fn lines_that_find_no_room_are_counted_and_told_of() {
         });
     assert!(count.is_some_and(|count| (100..6000).contains(&count)));
 
-    // What is logged afterwards is there again.
+    // Later lines are there again.
     machine.refused("GET", "/nothing", &json!(null));
     let mut lines = lines.map(|line| line.expect("it is a pipe"));
     assert!(lines.any(|line| line.contains("GET /nothing is refused")));
@@ -181,7 +181,7 @@ fn a_named_pipe_for_the_log_may_be_full() {
         bantam.option("--level", "Debug").option("--log-path", path)
     });
     get_often(&machine.api, 3000);
-    // Another, and then a file.
+    // Another pipe, and then a file.
     let second = machine.path("second");
     let _second = open(&second);
     machine
@@ -208,7 +208,7 @@ fn under_the_name_firecracker_it_goes_on_too() {
         .launcher([
             "sh".as_ref(),
             "-c".as_ref(),
-            // The program itself is the first argument, in place of which its other name is used.
+            // The first argument is the program itself, which is replaced by its other name.
             "shift; exec \"$0\" \"$@\"".as_ref(),
             firecracker.as_os_str(),
         ])
@@ -251,7 +251,7 @@ fn a_terminal_that_is_stopped_holds_up_nobody() {
 
 // --- Machines -------------------------------------------------------------------------------------
 
-/// A machine that logs what it can, to a pipe that nobody reads.
+/// Runs a machine that logs all it can, to a pipe that nobody reads.
 fn silenced(guest: &str, words: &str) -> (FullPipe, Bantam) {
     let pipe = FullPipe::new();
     let bantam = Bantam::payload(guest)
@@ -274,7 +274,7 @@ fn a_machine_whose_log_nobody_reads_goes_on() {
 }
 
 #[test]
-fn a_hostile_guest_that_has_much_logged_holds_up_nobody() {
+fn a_hostile_guest_that_fills_the_log_holds_up_nobody() {
     require_kvm!();
     let folder = tempfile::tempdir().expect("there is room for temporary files");
     let disk = folder.path().join("disk");
@@ -298,7 +298,7 @@ fn a_machine_that_starts_again_and_again_goes_on() {
 }
 
 #[test]
-fn a_machine_that_cannot_be_ends_and_says_why_to_a_late_reader() {
+fn a_machine_that_cannot_start_tells_a_late_reader_why() {
     let missing = Path::new("/missing");
     let pipe = FullPipe::new();
     let ended = Bantam::run(missing).stderr(pipe.end()).finish();
@@ -319,8 +319,8 @@ fn a_machine_that_cannot_be_ends_and_says_why_to_a_late_reader() {
 #[test]
 fn bounds_of_the_log_hold_across_restarts() {
     require_kvm!();
-    // Of the entropy device, the disk and the serial port: a burst each, of the guest's doing and the
-    // host's, and what says that there was more.
+    // For the entropy device, the disk and the serial port: one burst each about the guest and the
+    // host, and the line that says that there was more.
     const MAX_LINES: usize = 3 * 2 * 12;
     let folder = tempfile::tempdir().expect("there is room for temporary files");
     let disk = folder.path().join("disk");
@@ -339,7 +339,7 @@ fn bounds_of_the_log_hold_across_restarts() {
     assert_eq!(passes.take(3).count(), 3);
     let ended = terminate(running);
     let warnings = ended.stderr.lines().filter(|line| line.contains(" WARN "));
-    // A minute gives each another line and the hint that there was more.
+    // Each minute allows each of them another line and the hint that there was more.
     let minutes = ended.duration.as_secs() as usize / 60;
     let count = warnings.count();
     assert!((1..=MAX_LINES + 12 * minutes).contains(&count), "{ended}");
@@ -383,7 +383,7 @@ fn a_lack_of_descriptors_is_logged_when_it_begins_and_when_it_is_over() {
     });
     let clients: Vec<_> = (0..60).map(|_| machine.api.connect()).collect();
     machine.running.wait_for_error("cannot accept clients");
-    // So many attempts as there are in this time fail.
+    // All attempts in this time fail.
     thread::sleep(Duration::from_millis(500));
     drop(clients);
     let log = machine.running.wait_for_error("clients are accepted again");

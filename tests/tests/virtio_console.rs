@@ -19,9 +19,9 @@ use nix::sys::signal::Signal;
 
 /// How long a program of the host waits for the guest.
 const LIMIT: Duration = Duration::from_secs(60);
-/// How long Linux may take for each thing, its boot included.
+/// How long Linux may take for each step, its boot included.
 const LINUX_LIMIT: Duration = Duration::from_secs(240);
-/// How long a stream takes nothing before its other end is taken to have stopped.
+/// How long a stream must take nothing for its other end to count as stopped.
 const STALL_MS: u16 = 300;
 const MIB: usize = 1 << 20;
 
@@ -39,7 +39,7 @@ fn expect(stream: &mut UnixStream, expected: &[u8]) {
     assert!(bytes == expected, "{}", String::from_utf8_lossy(&bytes));
 }
 
-/// Sends bytes, and checks that the same come back.
+/// Sends bytes, and checks that the same bytes come back.
 fn exchange(stream: &UnixStream, bytes: &[u8]) {
     thread::scope(|scope| {
         scope.spawn(|| (&mut &*stream).write_all(bytes).unwrap());
@@ -78,7 +78,7 @@ fn a_mebibyte_moves_both_ways_and_a_slow_reader_loses_none_of_it() {
     let (first, second) = bytes.split_at(MIB);
     exchange(&stream, first);
 
-    // It reads nothing until all on the way is full.
+    // It reads nothing until all buffers on the way are full.
     stream.set_nonblocking(true).unwrap();
     let mut sent = 0;
     while sent < MIB {
@@ -108,7 +108,7 @@ fn a_mebibyte_moves_both_ways_and_a_slow_reader_loses_none_of_it() {
 }
 
 #[test]
-fn channels_carry_data_and_tell_when_an_end_is_closed() {
+fn channels_carry_data_and_report_when_an_end_is_closed() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let sockets = ["one", "two"].map(|name| folder.path().join(name));
@@ -126,7 +126,7 @@ fn channels_carry_data_and_tell_when_an_end_is_closed() {
         exchange(&one, &pattern(1, 0, MIB));
     });
     machine.wait_for_output("channels done\n");
-    // The guest says its last and closes the channel: the client sees the end.
+    // The guest sends its last bytes and closes the channel: the client sees the end.
     let mut rest = Vec::new();
     one.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"bye");
@@ -174,7 +174,7 @@ fn set_size(terminal: &impl AsRawFd, columns: u16, rows: u16) {
 }
 
 #[test]
-fn the_guest_is_told_the_size_of_the_terminal() {
+fn the_guest_learns_the_size_of_the_terminal() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("serial");
@@ -229,7 +229,7 @@ fn pseudoterminals_are_named() {
         .append("bytes=2")
         .start();
     machine.wait_for_output("channels agent\n");
-    // The name is said before the guest runs, or at once after.
+    // The name is printed before the guest runs, or just after.
     let said = machine.wait_for_error("\n");
     let path = said.trim().strip_prefix("channel 'agent': ").unwrap();
     let mut terminal = fs::File::options()
@@ -267,7 +267,7 @@ fn linux_has_a_console_of_the_terminals_size_and_named_channels() {
     screen.wait_for("virtio_blk virtio0:");
     screen.wait_for("bantam: init");
 
-    // What is typed is echoed, and is not what is waited for.
+    // Input is echoed; the test must not wait for the echo.
     let size = "echo size-$(stty size | tr ' ' x)\n";
     screen.ask(size, "size-30x100");
     set_size(&terminal.master, 132, 50);
@@ -295,7 +295,7 @@ fn linux_has_a_console_of_the_terminals_size_and_named_channels() {
     machine.wait().succeeded();
 }
 
-/// What a person at a terminal sees and types.
+/// The screen and keyboard of a user at a terminal.
 struct Screen {
     file: fs::File,
     seen: String,
@@ -307,7 +307,7 @@ impl Screen {
         Screen { file, seen }
     }
 
-    /// Types a line and waits for what is printed.
+    /// Types a line and waits for the output.
     fn ask(&mut self, line: &str, answer: &str) {
         self.seen.clear();
         self.file.write_all(line.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! The socket device, with guests that talk to programs of the host by it.
+//! The socket device, with guests that use it to talk to programs of the host.
 
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
@@ -71,7 +71,7 @@ fn connect(socket: &Path, port: u32) -> (UnixStream, u32) {
     (stream, port.parse().unwrap())
 }
 
-/// The next connection of the guest.
+/// Accepts the next connection of the guest.
 fn accept(listener: &UnixListener) -> UnixStream {
     let deadline = Instant::now() + BOOT_LIMIT;
     listener.set_nonblocking(true).unwrap();
@@ -100,8 +100,8 @@ fn payload_pattern() -> Vec<u8> {
     (0..2 * PATTERN_SIZE).map(byte).collect()
 }
 
-/// Sends so many bytes of the pattern, and checks that as many come, and that the guest has got
-/// those that were sent.
+/// Sends that many bytes of the pattern, and checks that the same number arrives and that the guest
+/// has received all that was sent.
 fn exchange(mut stream: UnixStream, length: usize, pattern: &[u8]) {
     let mut writer = stream.try_clone().unwrap();
     thread::scope(|scope| {
@@ -181,7 +181,7 @@ fn connections_are_refused_reset_and_stalled_each_for_itself() {
     let pattern = payload_pattern();
     let exchange = || exchange(connect(&socket, port::EXCHANGE).0, LENGTH, &pattern);
 
-    // Nothing listens at port 7000 of the host, and nothing at this one of the guest.
+    // Nothing listens to port 7000 of the host, or to this port of the guest.
     machine.wait_for_output("was reset");
     let mut refused = ask(&socket, port::NONE);
     assert_eq!(refused.read(&mut [0; 1]).unwrap(), 0);
@@ -206,14 +206,14 @@ fn connections_are_refused_reset_and_stalled_each_for_itself() {
             }
         }
     }
-    // What the guest has said that it takes, and what the host's kernel keeps.
+    // The guest's credit, and the buffers of the host's kernel.
     assert!((256 << 10..2 << 20).contains(&sent), "{sent}");
     exchange();
     exchange();
     drop(stalled);
     exchange();
 
-    // All of them end with the device, and it works again after that.
+    // A reset of the device ends all of them, and the device works again after it.
     let (mut lost, _) = connect(&socket, port::STALL);
     let _asked = ask(&socket, port::RESET_DEVICE);
     machine.wait_for_output("reset\n");
@@ -222,7 +222,7 @@ fn connections_are_refused_reset_and_stalled_each_for_itself() {
     finish(&socket, machine);
 }
 
-/// Sends the seed and its pattern, and checks that the pattern of the next seed comes.
+/// Sends the seed and its pattern, and checks that the pattern of the next seed arrives.
 fn exchange_with_linux(mut stream: UnixStream, seed: u64, length: usize) {
     let mut writer = stream.try_clone().unwrap();
     thread::scope(|scope| {

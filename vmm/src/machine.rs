@@ -16,11 +16,7 @@ use bantam_state::Section;
 use crate::command::ShutDown;
 use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
-use crate::devices::legacy::{
-    attach_boot_timer, attach_interval_timer, attach_keyboard, attach_outcome_ports,
-    attach_pci_bus, attach_power_control, attach_rtc, attach_serial,
-};
-use crate::devices::{Builder, DeviceTable, SerialGuard, Stream};
+use crate::devices::{Builder, DeviceTable, LegacyDevices, SerialGuard, Stream};
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
@@ -121,16 +117,23 @@ impl Machine {
         let mut ports = Bus::default();
         let mut mmio = Bus::default();
         let power_button = vm.interrupt_event(layout::POWER_BUTTON_GSI)?;
-        let keyboard = attach_keyboard(&mut ports, &vm, control)?;
-        attach_power_control(&mut ports, control)?;
-        attach_interval_timer(&mut ports, &vm)?;
-        attach_rtc(&mut ports)?;
-        attach_pci_bus(&mut ports)?;
-        attach_outcome_ports(&mut ports, control)?;
-        if config.boot_timer {
-            attach_boot_timer(&mut mmio)?;
-        }
         let log = &context.log;
+        let mut legacy = LegacyDevices::new(&mut ports, &mut mmio, &vm, control);
+        let keyboard = legacy.attach_keyboard()?;
+        legacy.attach_power_control()?;
+        legacy.attach_interval_timer()?;
+        legacy.attach_rtc()?;
+        legacy.attach_pci_bus()?;
+        legacy.attach_outcome_ports()?;
+        if config.boot_timer {
+            legacy.attach_boot_timer()?;
+        }
+        let serial_log = log.device("serial port");
+        let serial_log = serial_log.observed_by(context.events.observer(&DeviceName::serial()));
+        let limit = config.serial_limit.rate_limit();
+        let (serial_guard, uart) =
+            legacy.attach_serial(&mut event_loop, serial, limit, serial_log)?;
+        let legacy = legacy.finish();
         let mut builder = Builder::new(&vm, &memory, &mut mmio, log, &context.events, &event_loop);
         for build in virtio {
             build(&mut builder)?;
@@ -143,12 +146,6 @@ impl Machine {
             None => None,
         };
         let mut virtio = builder.finish();
-        let serial_name = DeviceName::of_kind("serial");
-        let serial_log = log.device("serial port");
-        let serial_log = serial_log.observed_by(context.events.observer(&serial_name));
-        let limit = config.serial_limit.rate_limit();
-        let (serial_guard, uart) =
-            attach_serial(&mut ports, &vm, &mut event_loop, serial, limit, serial_log)?;
         if let Some(path) = serial_guard.path() {
             let path = path.to_path_buf();
             virtio.stream_paths.insert(Stream::Serial, path);
@@ -201,6 +198,7 @@ impl Machine {
             devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
+                legacy,
                 virtio: virtio.entries,
                 metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),

@@ -341,7 +341,7 @@ impl PowerControl for RunControl {
 }
 
 /// What a mutex guards, also after a thread has panicked with it: each change of it is whole.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

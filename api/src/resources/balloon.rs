@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use bantam_vmm::config::{BalloonConfig, BalloonSize, DeviceName};
-use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, HintingCommand};
+use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, GuestStatistics, HintingCommand};
 use serde::{Deserialize, Serialize};
 
 use super::machine_config::{HugePages, MachineConfiguration};
@@ -126,6 +126,22 @@ pub struct BalloonHintingStatus {
     pub guest_cmd: Option<u32>,
 }
 
+/// Answer of `GET /balloon/statistics`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct BalloonStatisticsAnswer {
+    /// Pages of 4096 bytes that the guest is to give up.
+    pub target_pages: u32,
+    /// Pages in the balloon.
+    pub actual_pages: u32,
+    /// [`BalloonStatisticsAnswer::target_pages`] in MiB.
+    pub target_mib: u32,
+    /// [`BalloonStatisticsAnswer::actual_pages`] in whole MiB.
+    pub actual_mib: u32,
+    /// What the guest said last of its memory.
+    #[serde(flatten)]
+    pub guest: GuestStatistics,
+}
+
 /// Body of `PATCH /balloon/statistics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -185,7 +201,21 @@ fn statistics(view: &View) -> Result<Reply, Fault> {
             kind: "interval of the balloon's statistics",
         });
     }
-    Reply::value(&ask(view)?)
+    let BalloonStatistics {
+        target_pages,
+        actual_pages,
+        target_mib,
+        actual_mib,
+        guest,
+        ..
+    } = ask(view)?;
+    Reply::value(&BalloonStatisticsAnswer {
+        target_pages,
+        actual_pages,
+        target_mib,
+        actual_mib,
+        guest,
+    })
 }
 
 fn hinting(view: &View) -> Result<Reply, Fault> {

@@ -1,8 +1,8 @@
 //! Differentiated system description table: the devices a guest cannot find by probing
 //! (ACPI 6.5 section 5.2.11.1).
 //!
-//! The guest interprets this while it boots, so there is no more of it than the guest needs; in
-//! particular, what has a default (`_STA`, and on x86 `_CCA`) is left to it.
+//! The guest interprets this table while it boots, so it contains only what the guest needs; in
+//! particular, it leaves out objects that have a default (`_STA`, and on x86 `_CCA`).
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
@@ -17,10 +17,10 @@ use crate::layout::{
     POWER_BUTTON_GSI, RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
 };
 
-/// Value of the notification that the power button was pressed (ACPI 6.5 section 5.6.6).
+/// Notification value for a press of the power button (ACPI 6.5 section 5.6.6).
 const POWER_BUTTON_PRESSED: u8 = 0x80;
 
-/// The definition block, in ACPI machine language, of the machine with these devices.
+/// Returns the definition block, in ACPI machine language, of a machine with these devices.
 pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
     let virtio = devices
         .virtio_mmio
@@ -43,7 +43,8 @@ pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
 
     let mut aml = Vec::new();
     Scope::new("_SB_".into(), system_bus).to_aml_bytes(&mut aml);
-    // Section 7.4.2: the sleep type, and one that hardware-reduced platforms have no register for.
+    // Section 7.4.2: the sleep type, and another one for a register that hardware-reduced platforms
+    // lack.
     Name::new(
         "_S5_".into(),
         &Package::new(vec![&ACPI_SLEEP_TYPE_S5, &0_u8]),
@@ -70,7 +71,7 @@ impl Aml for PowerButton {
     }
 }
 
-/// Turns the one interrupt it has into a press of the power button (ACPI 6.5 section 5.6.9).
+/// Turns its only interrupt into a press of the power button (ACPI 6.5 section 5.6.9).
 struct GenericEventDevice;
 
 impl Aml for GenericEventDevice {
@@ -142,8 +143,8 @@ impl Aml for Rtc {
     }
 }
 
-/// The panic device, under the name and id that QEMU gave it (QEMU, `docs/specs/pvpanic.rst`). Drivers
-/// use its port, so it has none of the methods that QEMU adds.
+/// The panic device, with QEMU's name and id (QEMU, `docs/specs/pvpanic.rst`). Drivers use its port
+/// directly, so it has none of the methods that QEMU adds.
 struct PanicDevice;
 
 impl Aml for PanicDevice {
@@ -213,8 +214,8 @@ impl VirtioMmioDevice {
     }
 }
 
-/// The name of a device has four characters, three of which are its index in hexadecimal. Many
-/// fewer devices already fill the area for the tables.
+/// A device's name has four characters: a letter and the index as three hexadecimal digits. The
+/// area for the tables is full long before the indices run out.
 const MAX_INDEX: usize = 0xfff;
 
 impl Aml for VirtioMmioDevice {

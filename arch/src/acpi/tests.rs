@@ -88,7 +88,7 @@ fn read_table(memory: &GuestMemory, address: u64, signature: &[u8; 4]) -> Vec<u8
     table
 }
 
-/// Numbers on both sides of what addresses and sizes of windows may be.
+/// Numbers on both sides of the limits for addresses and sizes of windows.
 fn edges() -> impl Strategy<Value = u64> {
     prop_oneof![
         any::<u64>(),

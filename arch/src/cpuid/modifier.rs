@@ -1,4 +1,4 @@
-//! Changes to CPUID leaves that a user asks for.
+//! Changes to CPUID leaves at the user's request.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -21,11 +21,11 @@ pub struct CpuidModifier {
     pub register: CpuidRegister,
     /// Bits that are changed.
     pub mask: u32,
-    /// What they become; bits outside the mask are not looked at.
+    /// Their new values; bits outside the mask are ignored.
     pub value: u32,
 }
 
-/// A register in which CPUID answers.
+/// A register in which CPUID returns a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuidRegister {
     /// EAX.
@@ -38,14 +38,14 @@ pub enum CpuidRegister {
     Edx,
 }
 
-/// Applies `modifiers` in their order to a table that [`vcpu_cpuid`](super::vcpu_cpuid) has made.
+/// Applies `modifiers` in order to a table that [`vcpu_cpuid`](super::vcpu_cpuid) has made.
 ///
-/// Which vCPUs there are stays as the machine has it: modifiers do not change the ids and counts
-/// that its [`Topology`](super::Topology) decides. A description of a whole processor, taken from one vCPU, can so be
-/// that of all.
+/// The topology stays that of the machine: modifiers do not change the ids and counts that its
+/// [`Topology`](super::Topology) decides. So a description of a whole processor that was taken from
+/// one vCPU can be applied to all.
 ///
 /// # Errors
-/// [`Error::NoCpuidLeaf`] when the table does not have a leaf that is to be changed.
+/// [`Error::NoCpuidLeaf`] if the table does not have a leaf that should be changed.
 pub fn modify_cpuid(table: &mut CpuId, modifiers: &[CpuidModifier]) -> Result<()> {
     for modifier in modifiers {
         let &CpuidModifier { leaf, subleaf, .. } = modifier;
@@ -72,7 +72,7 @@ impl CpuidModifier {
     }
 }
 
-/// Bits that say which vCPUs there are, or which of them asks.
+/// Bits that say which vCPUs exist, or which of them executes CPUID.
 fn topology_bits(leaf: u32, register: CpuidRegister) -> u32 {
     match (leaf, register) {
         (FEATURES, CpuidRegister::Ebx) => 0xffff_0000,

@@ -196,7 +196,7 @@ proptest! {
     }
 
     #[test]
-    fn threads_share_what_intel_says_a_core_has_for_itself(core_count in 1..=MAX_VCPUS / 2) {
+    fn threads_share_the_caches_of_a_core_on_intel(core_count in 1..=MAX_VCPUS / 2) {
         let cpuid = vcpu_cpuid(&intel(), 0, two_threaded_cores(core_count), true).unwrap();
         let core_ids = u32::from(core_count).next_power_of_two();
         for (index, sharers) in [(0, 2), (1, 2), (2, 2), (3, 2 * core_ids)] {
@@ -207,7 +207,7 @@ proptest! {
     }
 
     #[test]
-    fn threads_share_what_amd_says_a_core_has_for_itself(
+    fn threads_share_the_caches_of_a_core_on_amd(
         (core_count, index) in
             (1..=MAX_VCPUS / 2).prop_flat_map(|count| (Just(count), 0..2 * count)),
     ) {
@@ -228,7 +228,7 @@ proptest! {
     }
 
     #[test]
-    fn any_host_leaves_give_a_table(
+    fn any_host_leaves_yield_a_table(
         leaves in prop::collection::vec((any::<u32>(), 0..4_u32, any::<[u32; 4]>()), 0..300),
         index: u8,
         vcpu_count: u8,
@@ -275,7 +275,7 @@ fn deadline_timer_is_offered_only_when_kvm_has_it() {
 }
 
 #[test]
-fn processors_without_a_leaf_are_not_given_it() {
+fn processors_without_a_leaf_do_not_get_it() {
     let cpuid = vcpu_cpuid(&amd(), 0, cores(4), true).unwrap();
     assert!(!has_leaf(&cpuid, 0x1f));
 
@@ -308,7 +308,7 @@ fn hypercalls_are_hidden_and_other_features_of_kvm_are_not() {
 }
 
 #[test]
-fn a_single_vcpu_has_a_core_for_itself_whatever_smt_says() {
+fn a_single_vcpu_has_its_own_core_even_with_smt() {
     for supported in [intel(), amd()] {
         let smt = Topology {
             vcpu_count: 1,
@@ -353,7 +353,7 @@ const REGISTERS: [CpuidRegister; 4] = [
 
 proptest! {
     #[test]
-    fn a_modifier_changes_the_bits_of_its_mask_alone(
+    fn a_modifier_changes_only_the_bits_of_its_mask(
         place in 0..4_usize,
         mask: u32,
         value: u32,
@@ -396,7 +396,7 @@ proptest! {
 }
 
 #[test]
-fn modifiers_are_applied_in_their_order_to_the_subleaf_they_name() {
+fn modifiers_are_applied_in_order_to_the_subleaf_they_name() {
     let mut table = vcpu_cpuid(&intel(), 0, cores(1), true).unwrap();
     let set = |value| CpuidModifier {
         mask: 0xff,
@@ -410,7 +410,7 @@ fn modifiers_are_applied_in_their_order_to_the_subleaf_they_name() {
 }
 
 #[test]
-fn a_leaf_that_there_is_not_is_no_leaf_to_change() {
+fn changing_a_missing_leaf_is_an_error() {
     let mut table = vcpu_cpuid(&intel(), 0, cores(1), true).unwrap();
     for (leaf, subleaf) in [(0x19, 0), (1, 1), (0x8000_001e, 0)] {
         let error = modify_cpuid(&mut table, &[modifier(leaf, subleaf, CpuidRegister::Eax)]);

@@ -17,7 +17,7 @@ const SETUP_HEADER_OFFSET: usize = 0x1f1;
 /// Where `boot_flag` is in the file.
 const BOOT_FLAG_OFFSET: usize = 0x1fe;
 /// Where `header`, the magic "HdrS", is in the file. The byte before it is the operand of a jump
-/// over the setup header and so tells where that ends.
+/// over the setup header, and so gives the end of that header.
 const MAGIC_OFFSET: usize = 0x202;
 /// The part of the file that holds the setup header.
 pub(super) const HEAD_SIZE: usize = SETUP_HEADER_OFFSET + size_of::<setup_header>();
@@ -31,21 +31,21 @@ const PARAGRAPH_SIZE: u64 = 16;
 const VERSION_WITH_PAYLOAD: u16 = 0x0208;
 /// First boot protocol with `xloadflags`.
 const VERSION_WITH_XLOADFLAGS: u16 = 0x020c;
-/// Offset of the 64-bit entry point from where the protected-mode code is loaded.
+/// Offset of the 64-bit entry point from the load address of the protected-mode code.
 const LINUX64_ENTRY_OFFSET: u64 = 0x200;
 
-/// Whether `head`, the start of a file, is that of a bzImage.
+/// Returns whether `head`, the start of a file, is that of a bzImage.
 pub(super) fn has_magic(head: &[u8]) -> bool {
     head.get(BOOT_FLAG_OFFSET..BOOT_FLAG_OFFSET + 2) == Some(b"\x55\xaa")
         && head.get(MAGIC_OFFSET..MAGIC_OFFSET + 4) == Some(b"HdrS")
 }
 
-/// What the setup header of a bzImage says.
+/// The setup header of a bzImage.
 pub(super) struct BzImage {
     header: setup_header,
     /// Length of the file in bytes.
     length: u64,
-    /// Where the protected-mode code starts in the file; it is all that follows.
+    /// Where the protected-mode code starts in the file; it extends to the end.
     protected_mode_offset: u64,
 }
 
@@ -92,7 +92,7 @@ impl BzImage {
         })
     }
 
-    /// Loads the ELF inside, or failing that the bzImage itself.
+    /// Loads the ELF inside or, if that fails, the bzImage itself.
     pub(super) fn load(
         &self,
         memory: &GuestMemory,
@@ -114,7 +114,7 @@ impl BzImage {
         }
     }
 
-    /// Reads the compressed kernel, which is no larger than the `available` guest memory.
+    /// Reads the compressed kernel, which must not be larger than the `available` guest memory.
     fn read_payload(&self, image: &mut File, available: u64) -> Result<Vec<u8>, KernelError> {
         let size = u64::from(self.header.payload_length);
         let offset = self.protected_mode_offset + u64::from(self.header.payload_offset);
@@ -143,8 +143,8 @@ impl BzImage {
         if version < VERSION_WITH_XLOADFLAGS || xloadflags & XLF_KERNEL_64 == 0 {
             return Err(KernelError::No64BitEntry(reason));
         }
-        // A relocatable kernel runs where it is loaded, but never below `pref_address`; another
-        // one moves itself there from where it must be loaded.
+        // A relocatable kernel runs where it is loaded, but never below `pref_address`; other
+        // kernels have a fixed load address, and move themselves to `pref_address`.
         let runtime_address = header.pref_address;
         let load_address = if header.relocatable_kernel != 0 {
             runtime_address
@@ -204,8 +204,8 @@ impl UnpackedKernel {
     }
 }
 
-/// Copies the setup header out of `head`, leaving zero what this version of it does not have: the
-/// bytes there are code.
+/// Copies the setup header out of `head`. Fields that this version of it does not have stay zero:
+/// the bytes there are code.
 fn read_setup_header(head: &[u8], length: u64) -> Result<setup_header, KernelError> {
     let after_jump = head.get(MAGIC_OFFSET - 1).copied().unwrap_or(0);
     let end = HEAD_SIZE.min(MAGIC_OFFSET + usize::from(after_jump));

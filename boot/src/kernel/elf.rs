@@ -20,15 +20,14 @@ pub(super) const MAGIC: &[u8] = b"\x7fELF";
 /// Note that holds the 32-bit PVH entry point (Xen public/elfnote.h, `PHYS32_ENTRY`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
-/// Owner of the notes by which Linux says what it is (include/linux/build-salt.h); it has some
-/// since 4.19.
+/// Owner of the notes by which Linux identifies itself (include/linux/build-salt.h), since 4.19.
 const LINUX_NOTE_OWNER: &[u8] = b"Linux\0";
 
 /// Size of the part of the ELF header that is the same in 32-bit and 64-bit files and says which
 /// it is.
 const COMMON_HEADER_SIZE: usize = 20;
 
-/// Most bytes of notes read from one segment; a kernel has less than one KiB.
+/// Most bytes of notes that are read from one segment; a kernel has less than one KiB.
 const MAX_NOTES_SIZE: u64 = 1 << 20;
 
 /// Most program headers accepted; a kernel has about five.
@@ -42,14 +41,14 @@ struct Segment {
     memory_size: u64,
 }
 
-/// What the headers of an ELF kernel say.
+/// The content of an ELF kernel's headers.
 pub(super) struct ElfKernel {
     segments: Vec<Segment>,
     linux64_entry: u64,
     notes: Notes,
 }
 
-/// What the notes of an ELF kernel say.
+/// The content of an ELF kernel's notes.
 #[derive(Default)]
 struct Notes {
     pvh_entry: Option<u64>,
@@ -134,7 +133,7 @@ impl ElfKernel {
             return Err(KernelError::EntryOutsideImage { protocol, entry });
         }
 
-        // All is checked before the first segment is written.
+        // All segments are checked before the first is written.
         let (mut start, mut end) = (u64::MAX, 0);
         for segment in &self.segments {
             start = segment.address.min(start);

@@ -26,9 +26,9 @@ pub enum KernelError {
          copy or build it again"
     )]
     Truncated {
-        /// The part of the image that is not all there.
+        /// The part of the image that is incomplete.
         what: &'static str,
-        /// Bytes the image must at least have.
+        /// Bytes that the image must at least have.
         needed: u64,
         /// Bytes it has.
         length: u64,
@@ -60,7 +60,7 @@ pub enum KernelError {
         /// Guest-physical address of that part.
         address: u64,
     },
-    /// A part of the kernel lies where there is no RAM in any machine.
+    /// A part of the kernel lies where no machine has RAM.
     #[error(
         "it wants to be at {address:#x} to {end:#x}, but RAM for a kernel ends at {:#x}: \
          link it lower",
@@ -103,7 +103,7 @@ pub enum KernelError {
          boot protocol 'auto' or 'linux64'"
     )]
     NoPvhEntryInBzImage(PayloadError),
-    /// A bzImage from before the boot protocol said where its payload is.
+    /// A bzImage of a boot protocol that does not yet give the place of the payload.
     #[error(
         "it is a bzImage of boot protocol {major}.{minor:02}, but 2.08 (Linux 2.6.26) is the \
          oldest supported: use a newer kernel"

@@ -1,12 +1,12 @@
 //! LZO1X data in the container of the `lzop` tool, as the kernel build writes it.
 //!
-//! The format of the data is described in Linux Documentation/staging/lzo.rst, that of the
-//! container only by its implementations.
+//! Linux Documentation/staging/lzo.rst describes the format of the data; only its implementations
+//! describe the container.
 
 /// First bytes of an lzop file.
 pub(super) const LZOP_MAGIC: &[u8] = b"\x89LZO\0\r\n\x1a\n";
 
-/// From this version on the header has the fields that older ones lack.
+/// First version whose header has all fields.
 const LZOP_VERSION_WITH_LEVEL: u16 = 0x0940;
 
 // Flags of the lzop header.
@@ -25,7 +25,7 @@ const END_OF_STREAM_DISTANCE: usize = 0x4000;
 pub(super) enum LzoError {
     #[error("it ends too early")]
     InputTooShort,
-    #[error("it is no lzop file")]
+    #[error("it is not an lzop file")]
     NotLzop,
     #[error("it was compressed with a filter")]
     Filtered,
@@ -37,9 +37,9 @@ pub(super) enum LzoError {
     OutputTooShort,
 }
 
-/// Decompresses an lzop file that yields exactly as many bytes as `output` has.
+/// Decompresses an lzop file that yields exactly `output.len()` bytes.
 ///
-/// Checksums are skipped, as the kernel's own decompressor does.
+/// It skips checksums, like the kernel's own decompressor.
 pub(super) fn decompress_lzop(file: &[u8], output: &mut [u8]) -> Result<(), LzoError> {
     let mut input = Input(file);
     let flags = read_lzop_header(&mut input)?;
@@ -112,14 +112,14 @@ fn read_lzop_header(input: &mut Input<'_>) -> Result<u32, LzoError> {
     Ok(flags)
 }
 
-/// Decompresses one LZO1X stream that yields exactly as many bytes as `output` has.
+/// Decompresses one LZO1X stream that yields exactly `output.len()` bytes.
 fn decompress_lzo1x(stream: &[u8], output: &mut [u8]) -> Result<(), LzoError> {
     let mut input = Input(stream);
     let mut output = Output {
         bytes: output,
         length: 0,
     };
-    // How many literals the last instruction copied, 4 standing for any more: the meaning of the
+    // How many literals the last instruction copied; 4 stands for 4 or more. The meaning of the
     // instructions 0 to 15 depends on it.
     let mut literals = 0;
     if let Some(first @ 18..) = stream.first().copied() {
@@ -181,7 +181,7 @@ fn decompress_lzo1x(stream: &[u8], output: &mut [u8]) -> Result<(), LzoError> {
     }
 }
 
-/// What is left to read.
+/// The input that is left to read.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -216,8 +216,8 @@ impl<'a> Input<'a> {
         self.array().map(u32::from_be_bytes)
     }
 
-    /// A length whose field of the instruction is `short`: zero there means that it is `base` plus
-    /// 255 for each zero byte that follows plus the first other byte.
+    /// Returns a length whose field in the instruction is `short`: zero means `base`, plus 255 for
+    /// each zero byte that follows, plus the first other byte.
     fn long_length(&mut self, short: usize, base: usize) -> Result<usize, LzoError> {
         if short != 0 {
             return Ok(short);
@@ -232,7 +232,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// The output and how much of it is written.
+/// The output and how much of it has been written.
 struct Output<'a> {
     bytes: &'a mut [u8],
     length: usize,
@@ -250,8 +250,8 @@ impl Output<'_> {
         Ok(())
     }
 
-    /// Appends `length` bytes that start `distance` bytes back and may include some that this
-    /// appends.
+    /// Appends `length` bytes that start `distance` bytes back, which may overlap the appended
+    /// ones.
     fn repeat(&mut self, distance: usize, length: usize) -> Result<(), LzoError> {
         let start = self
             .length
@@ -338,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_a_compressor_wrote_is_restored(data in compressible()) {
+        fn the_output_of_a_compressor_is_restored(data in compressible()) {
             let stream = lzokay_native::compress(&data).unwrap();
             let mut output = vec![0; data.len()];
             decompress_lzo1x(&stream, &mut output).unwrap();

@@ -1,4 +1,4 @@
-//! Kernel images: what they are, how they get into guest memory, and how they are entered.
+//! Kernel images: their formats, how they get into guest memory, and how they are entered.
 
 mod bzimage;
 mod elf;
@@ -29,14 +29,14 @@ use crate::image_file::regular_file_length;
 
 /// ACPI hardware id of a virtio-mmio device.
 const VIRTIO_MMIO_ACPI_ID: &[u8] = b"LNRO0005";
-/// Bytes of the kernel that are searched at a time.
+/// Bytes of the kernel that one step of a search reads.
 const SEARCH_CHUNK_SIZE: usize = 64 << 10;
 
 /// How the user wants the kernel to be entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BootProtocol {
-    /// Linux by its 64-bit entry, so that it gets a random seed. Any other kernel by PVH when it has
-    /// an entry point for it, else by the 64-bit entry.
+    /// Linux by its 64-bit entry, so that it gets a random seed. Any other kernel by PVH if it has
+    /// an entry point for it, otherwise by the 64-bit entry.
     #[default]
     Auto,
     /// By PVH only.
@@ -77,7 +77,7 @@ pub struct LoadedKernel {
     pub start: GuestAddress,
     /// First address after the kernel, with its `.bss` and what it needs to unpack itself.
     pub end: GuestAddress,
-    /// The setup header, when the kernel came from a bzImage. Fields that its version of the boot
+    /// The setup header, if the kernel came from a bzImage. Fields that its version of the boot
     /// protocol does not have are zero.
     pub setup_header: Option<setup_header>,
     /// What the file was, for the log.
@@ -85,10 +85,10 @@ pub struct LoadedKernel {
 }
 
 impl LoadedKernel {
-    /// Whether the kernel, as it was loaded into `memory`, finds virtio-mmio devices in the ACPI
-    /// tables, so that it must not be told of them on its command line as well: it would register
-    /// each twice. A kernel has the ACPI id of such devices in it exactly if its driver is built in
-    /// and uses ACPI (Linux drivers/virtio/virtio_mmio.c).
+    /// Returns whether the kernel, as it was loaded into `memory`, finds virtio-mmio devices in the
+    /// ACPI tables. Then its command line must not name them as well, or it would register each
+    /// twice. A kernel contains the ACPI id of such devices exactly if its driver is built in and
+    /// uses ACPI (Linux drivers/virtio/virtio_mmio.c).
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl LoadedKernel {
         self.contains(memory, VIRTIO_MMIO_ACPI_ID)
     }
 
-    /// Whether the image, as it was loaded into `memory`, has `pattern` in it.
+    /// Returns whether the image, as it was loaded into `memory`, contains `pattern`.
     fn contains(&self, memory: &GuestMemory, pattern: &[u8]) -> Result<bool, GuestMemoryError> {
         let finder = memmem::Finder::new(pattern);
         let overlap = pattern.len() - 1;
@@ -124,7 +124,7 @@ impl LoadedKernel {
         Ok(false)
     }
 
-    /// Most bytes of command line the kernel takes, without the NUL.
+    /// Returns the longest command line that the kernel takes, in bytes without the NUL.
     pub(crate) fn command_line_limit(&self) -> usize {
         match self.setup_header {
             Some(header) if header.cmdline_size != 0 => {
@@ -137,14 +137,14 @@ impl LoadedKernel {
 
 /// Loads the kernel image `kernel` (an x86-64 ELF or a bzImage) into `memory`.
 ///
-/// An ELF is read straight into guest memory. A bzImage is decompressed here, which is far
-/// quicker than in the guest, and the ELF inside is loaded; when that is impossible the bzImage
-/// itself is loaded to decompress itself in the guest, with a warning in the log.
+/// An ELF is read directly into guest memory. A bzImage is decompressed here, which is far faster
+/// than in the guest, and the ELF inside is loaded; if that is impossible, the bzImage itself is
+/// loaded and decompresses itself in the guest, with a warning in the log.
 ///
 /// # Errors
 ///
-/// The file is not a kernel this machine can boot, does not fit into guest memory, or lacks the
-/// entry point that `wanted` asks for. Guest memory may then hold a part of the kernel.
+/// If the file is not a kernel that this machine can boot, does not fit into guest memory, or lacks
+/// the entry point that `wanted` asks for. Guest memory may then hold a part of the kernel.
 pub fn load_kernel(
     memory: &GuestMemory,
     kernel: &mut File,
@@ -169,7 +169,7 @@ pub fn load_kernel(
     }
 }
 
-/// Names what a file that is no kernel seems to be, from its first bytes.
+/// Guesses from its first bytes what a file that is not a kernel is.
 fn describe_unknown(head: &[u8]) -> &'static str {
     const KNOWN: [(&[u8], &str); 10] = [
         (b"\x1f\x8b", "a gzip-compressed file (decompress it first)"),
@@ -202,7 +202,8 @@ fn describe_unknown(head: &[u8]) -> &'static str {
     }
 }
 
-/// Moves `image` to `offset`, where `size` bytes called `what` must lie within its `length`.
+/// Moves the position of `image` to `offset`. The `size` bytes there, called `what` in errors, must
+/// lie within its `length`.
 fn seek_within(
     image: &mut impl Seek,
     length: u64,

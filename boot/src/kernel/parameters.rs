@@ -1,8 +1,8 @@
-//! Which words of a command line Linux keeps for itself, and which it passes to its init.
+//! Which words of a command line Linux handles itself, and which it passes to its init.
 //!
-//! A parameter that no part of the kernel has asked for goes to init: to its environment if it has
-//! a value, to its arguments otherwise, unless there is a `.` in its name (Linux init/main.c,
-//! `unknown_bootoption()`). What is asked for can be told from the image, which has the names.
+//! A parameter that no part of the kernel knows goes to init, as an environment variable if it has
+//! a value and as an argument otherwise, unless its name contains a `.` (Linux init/main.c,
+//! `unknown_bootoption()`). The image contains the names of the parameters that the kernel knows.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,28 +13,28 @@ use vm_memory::GuestMemoryError;
 use super::LoadedKernel;
 use crate::command_line::CommandLine;
 
-/// Part of the message with which Linux panics when init would get more than it has room for. No
-/// other kernel passes words to init by these rules.
+/// Part of the message with which Linux panics if init would get too many words. No other kernel
+/// passes words to init by these rules.
 const OVERFLOW_MESSAGE: &[u8] = b"Too many boot ";
 
-/// Most arguments of init beside its name (`CONFIG_INIT_ENV_ARG_LIMIT`, 32 unless a kernel is
+/// Most arguments of init besides its name (`CONFIG_INIT_ENV_ARG_LIMIT`, 32 unless a kernel is
 /// configured for more).
 const ARGUMENT_LIMIT: usize = 32;
 
-/// Most variables of init's environment beside `HOME` and `TERM`. These count too, but the kernel
-/// finds its list full one later.
+/// Most variables of init's environment besides `HOME` and `TERM`. These two count as well, but the
+/// kernel allows one more entry here before it considers the list full.
 const VARIABLE_LIMIT: usize = 31;
 
-/// Variables that init has in any case, so that words only replace them.
+/// Variables that init always has, so that words only replace them.
 const OWN_VARIABLES: [&str; 2] = ["HOME", "TERM"];
 
-/// Names that Linux takes for those of a boot loader, and ignores.
+/// Names that Linux attributes to a boot loader, and ignores.
 const BOOT_LOADER_NAMES: [&str; 2] = ["BOOT_IMAGE", "kexec"];
 
-/// More words than a kernel of ordinary configuration can pass to its init, so that it panics.
+/// More words than a kernel of ordinary configuration can pass to its init, so that it would panic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InitOverflow {
-    /// Words without a value, and all after `--`.
+    /// Words without a value, and all words after `--`.
     Arguments,
     /// Words with a value.
     Environment,
@@ -56,8 +56,8 @@ impl fmt::Display for InitOverflow {
 }
 
 impl LoadedKernel {
-    /// Whether this is Linux and passes a parameter called `name`, without a `.` in it, to its
-    /// init. `false` if that cannot be told, because the image is compressed.
+    /// Returns whether this is Linux and passes a parameter called `name`, which contains no `.`,
+    /// to its init. `false` if the image is compressed, so that this is unknown.
     ///
     /// # Errors
     ///
@@ -70,8 +70,8 @@ impl LoadedKernel {
         Ok(self.contains(memory, OVERFLOW_MESSAGE)? && !self.knows(memory, name)?)
     }
 
-    /// Whether this is Linux, and `command_line` has more words for its init than a kernel of
-    /// ordinary configuration takes. Words that may be meant for the kernel are not counted.
+    /// Returns whether this is Linux and `command_line` has more words for its init than a kernel
+    /// of ordinary configuration takes. It does not count words that may be meant for the kernel.
     ///
     /// # Errors
     ///
@@ -95,7 +95,7 @@ impl LoadedKernel {
             }
         }
         let after_dashes = command_line.init_words().count();
-        // Searching the kernel takes a moment, and hardly any command line is so long.
+        // Searching the kernel takes time, and hardly any command line is that long.
         if arguments.len() + after_dashes <= ARGUMENT_LIMIT && variables.len() <= VARIABLE_LIMIT
             || !self.contains(memory, OVERFLOW_MESSAGE)?
         {
@@ -110,7 +110,8 @@ impl LoadedKernel {
         }
     }
 
-    /// Whether `count` and the `names` that the kernel does not know exceed `limit`.
+    /// Returns whether `count`, plus the number of `names` that the kernel does not know, exceeds
+    /// `limit`.
     fn passes_more_than<'a>(
         &self,
         memory: &GuestMemory,
@@ -127,8 +128,8 @@ impl LoadedKernel {
         Ok(count > limit)
     }
 
-    /// Whether the image has `name` as a string, or with the `=` that is part of the name of most
-    /// parameters. The kernel takes `-` and `_` for one another.
+    /// Returns whether the image contains `name` as a string, or with the `=` that is part of the
+    /// name of most parameters. The kernel treats `-` and `_` as equal.
     fn knows(&self, memory: &GuestMemory, name: &str) -> Result<bool, GuestMemoryError> {
         let spellings: HashSet<String> = HashSet::from([
             name.to_owned(),
@@ -154,7 +155,7 @@ mod tests {
     use crate::kernel::{BootProtocol, load_kernel};
     use crate::test_images::{MIB, TestElf, file, memory};
 
-    /// A kernel with these bytes in its image.
+    /// Returns a kernel with these bytes in its image.
     fn kernel_with(bytes: &[u8]) -> (GuestMemory, LoadedKernel) {
         let guest = memory(16 * MIB);
         let image = TestElf::with_pvh().build();
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn linux_passes_on_what_its_image_does_not_name() {
+    fn linux_passes_on_words_that_its_image_does_not_name() {
         let (guest, kernel) = linux_with("no_timer_check\0tsc=\0xsavex\0low-latency");
         let passes = |name| kernel.passes_to_init(&guest, name).unwrap();
         for name in ["no_timer_check", "tsc", "low-latency", "low_latency"] {
@@ -192,14 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn other_kernels_and_compressed_ones_are_not_said_to_pass_anything_on() {
+    fn other_kernels_and_compressed_ones_pass_nothing_on() {
         let other = kernel_with(b"tsc=\0");
         assert!(!other.1.passes_to_init(&other.0, "earlyprintk").unwrap());
         assert_eq!(overflow_of(&other, &words(100, "")), None);
     }
 
     #[test]
-    fn init_gets_as_many_words_as_linux_has_room_for() {
+    fn init_gets_the_words_that_linux_has_room_for() {
         let linux = linux_with("quiet\0root=");
         for (known, end, limit, overflow) in [
             ("quiet", "", 32, InitOverflow::Arguments),
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_count_once_and_those_that_init_has_not_at_all() {
+    fn variables_count_once_and_those_that_init_already_has_do_not_count() {
         let linux = linux_with("");
         let line = format!("{} word0=2 HOME=/root TERM=vt100", words(31, "=1"));
         assert_eq!(overflow_of(&linux, &line), None);
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn known_words_are_no_reason_to_warn() {
+    fn known_words_cause_no_warning() {
         let names: String = (0..60).map(|number| format!("word{number}\0")).collect();
         let linux = linux_with(&names);
         assert_eq!(overflow_of(&linux, &words(60, "")), None);

@@ -1,9 +1,9 @@
 //! The compressed kernel inside a bzImage.
 //!
 //! Its size when decompressed is known beforehand: the kernel build appends it in four bytes to
-//! every format but gzip, whose own trailer ends with the same number, and the boot code in the
-//! image relies on it. So one buffer of exactly that size takes the output, and output of any
-//! other size is an error.
+//! every format except gzip, whose own trailer ends with the same number, and the boot code in the
+//! image relies on it. So one buffer of exactly that size takes the output, and output of any other
+//! size is an error.
 
 use std::fmt;
 use std::io::Read;
@@ -24,9 +24,9 @@ const SIZE_TRAILER: usize = 4;
 /// dictionaries of up to 128 MiB.
 const LZMA_MEMORY_LIMIT: u64 = 256 << 20;
 
-/// Start of a stream of the legacy LZ4 frame format, and of each one concatenated to it.
+/// Start of a stream of the legacy LZ4 frame format, and of each stream concatenated to it.
 const LZ4_LEGACY_MAGIC: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
-/// What each block of that format holds, less for the last.
+/// Decompressed size of each block of that format; the last may be smaller.
 const LZ4_LEGACY_BLOCK_SIZE: usize = 8 << 20;
 
 /// How the kernel inside a bzImage is compressed.
@@ -49,7 +49,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// Magic of each format, as the kernel's lib/decompress.c tells them apart.
+    /// Magic of each format, as in the kernel's lib/decompress.c.
     const MAGICS: [(&'static [u8], Self); 7] = [
         (b"\x1f\x8b", Self::Gzip),
         (b"BZh", Self::Bzip2),
@@ -85,13 +85,13 @@ impl fmt::Display for Compression {
 /// Why the monitor cannot take the kernel out of a bzImage.
 #[derive(Debug, thiserror::Error)]
 pub enum PayloadError {
-    /// The setup header gives no payload worth the name.
+    /// The setup header describes no payload, or an empty one.
     #[error("the bzImage has no payload")]
     Missing,
     /// The payload starts with no known magic.
     #[error("the compression format of the kernel in the bzImage is unknown")]
     UnknownCompression,
-    /// What the payload decompresses to would not fit into guest memory.
+    /// The decompressed kernel would not fit into guest memory.
     #[error(
         "the kernel in the bzImage is {} MiB when decompressed, more than the {} MiB that this \
          machine can hold", mib(u64::from(*size)), limit >> 20
@@ -107,16 +107,16 @@ pub enum PayloadError {
     Corrupt {
         /// Its compression.
         compression: Compression,
-        /// What the decoder says.
+        /// The decoder's error.
         reason: String,
     },
-    /// The payload decompressed to something that is no x86-64 kernel.
-    #[error("what the bzImage holds is no kernel for this machine: {0}")]
+    /// The payload decompressed to something that is not an x86-64 kernel.
+    #[error("the bzImage does not contain a kernel for this machine: {0}")]
     NotAKernel(Box<KernelError>),
 }
 
-/// Decompresses `payload`, the bytes that `payload_offset` and `payload_length` of the setup
-/// header delimit, when that yields at most `limit` bytes.
+/// Decompresses `payload`, the bytes that `payload_offset` and `payload_length` of the setup header
+/// delimit, if that yields at most `limit` bytes.
 pub(super) fn decompress(
     payload: &[u8],
     limit: u64,
@@ -162,7 +162,7 @@ fn decode_lzma(data: &[u8], stream: Stream, output: &mut [u8]) -> Result<(), Str
     )
 }
 
-/// Fills `output` from `decoder`, which must end there; its checksums are then verified.
+/// Fills `output` from `decoder`, which must end there; that also verifies its checksums.
 fn read_all(mut decoder: impl Read, output: &mut [u8]) -> Result<(), String> {
     decoder
         .read_exact(output)

@@ -1,4 +1,4 @@
-//! Where in guest memory a part of a kernel may be.
+//! Where a part of a kernel may be in guest memory.
 
 use bantam_arch::layout;
 use bantam_memory::GuestMemory;
@@ -31,7 +31,7 @@ pub(super) fn check_memory(memory: &GuestMemory, end: u64) -> Result<(), KernelE
     })
 }
 
-/// Reads `size` bytes from where `image` stands straight into guest memory.
+/// Reads `size` bytes from the current position of `image` directly into guest memory.
 pub(super) fn read_into_memory(
     memory: &GuestMemory,
     address: u64,

@@ -198,7 +198,7 @@ fn assert_self_extracting(image: &TestBzImage) {
 }
 
 #[test]
-fn bzimage_extracts_itself_when_the_monitor_cannot() {
+fn bzimage_decompresses_itself_if_the_monitor_cannot() {
     let elf = TestElf::with_pvh();
     for compression in COMPRESSIONS {
         let payload = compress(compression, &elf.build());
@@ -291,7 +291,7 @@ fn bytes_after_an_old_setup_header_are_not_taken_for_fields() {
 }
 
 #[test]
-fn files_that_are_no_kernels_are_named() {
+fn files_that_are_not_kernels_are_named() {
     for (image, text) in [
         (&b""[..], "the file is empty"),
         (
@@ -320,7 +320,7 @@ fn files_that_are_no_kernels_are_named() {
 }
 
 #[test]
-fn elf_files_that_are_no_kernels_are_named() {
+fn elf_files_that_are_not_kernels_are_named() {
     let kernel = TestElf::without_pvh();
     let mut elf = kernel.clone();
     elf.machine = EM_AARCH64;
@@ -427,7 +427,7 @@ fn images_cut_short_anywhere_are_refused() {
     }
 }
 
-/// Whatever an image says, it must stay between the boot structures and its end.
+/// Whatever an image contains, it must stay between the boot structures and its end.
 fn assert_within_bounds(image: &[u8], wanted: BootProtocol) {
     let guest = memory(8 * MIB);
     let end = match load_kernel(&guest, &mut file(image), wanted) {
@@ -462,7 +462,7 @@ fn any_image() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![Just(elf), prop::sample::select(bzimages.to_vec())]
 }
 
-/// Offsets that matter: ELF and program headers, notes, setup header; or any.
+/// Offsets of ELF and program headers, notes and the setup header, or any offset.
 fn any_offset() -> impl Strategy<Value = usize> {
     prop_oneof![
         0..0x100_usize,

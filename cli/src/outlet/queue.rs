@@ -8,12 +8,12 @@ pub struct LineQueue {
     bytes: Vec<u8>,
     /// Most bytes.
     capacity: usize,
-    /// Lines that were lost since that was last said.
+    /// Lines that were lost since the last report.
     dropped: u64,
 }
 
 impl LineQueue {
-    /// An empty one that takes up to `capacity` bytes.
+    /// Makes an empty queue of up to `capacity` bytes.
     pub fn new(capacity: usize) -> LineQueue {
         LineQueue {
             bytes: Vec::new(),
@@ -22,8 +22,8 @@ impl LineQueue {
         }
     }
 
-    /// Takes `lines` in, or drops and counts them if there is no room. Once something was dropped,
-    /// everything is until that has been said: a gap is in one place.
+    /// Appends `lines`, or drops and counts them if there is no room. Once lines were dropped, all
+    /// further ones are, until the loss has been reported: so a gap is in one place.
     pub fn push(&mut self, lines: &[u8]) {
         if self.dropped == 0 && self.bytes.len() + lines.len() <= self.capacity {
             self.bytes.extend_from_slice(lines);
@@ -32,17 +32,18 @@ impl LineQueue {
         }
     }
 
-    /// Takes in lines for which there is always room, such as the one that says how many were dropped.
+    /// Appends lines for which there is always room, such as the one that says how many were
+    /// dropped.
     pub fn push_notice(&mut self, lines: &[u8]) {
         self.bytes.extend_from_slice(lines);
     }
 
-    /// Takes all of them out.
+    /// Removes all lines, and returns them.
     pub fn take(&mut self) -> Vec<u8> {
         mem::take(&mut self.bytes)
     }
 
-    /// Whether none waits.
+    /// Returns whether no line waits.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
@@ -52,23 +53,23 @@ impl LineQueue {
         self.dropped = self.dropped.saturating_add(lines);
     }
 
-    /// How many lines were lost and not yet said to be.
+    /// Returns how many lines were lost and not reported yet.
     pub fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Notes that it was said of so many.
+    /// Notes that the loss of this many lines was reported.
     pub fn forget_dropped(&mut self, lines: u64) {
         self.dropped = self.dropped.saturating_sub(lines);
     }
 }
 
-/// How many lines end in `bytes`.
+/// Returns how many lines end in `bytes`.
 pub fn count_lines(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|&&byte| byte == b'\n').count() as u64
 }
 
-/// As many whole lines from the start of `lines` as fit into `most` bytes, and at least one.
+/// Returns the whole lines from the start of `lines` that fit into `most` bytes, but at least one.
 pub fn whole_lines(lines: &[u8], most: usize) -> &[u8] {
     let is_end = |byte: &u8| *byte == b'\n';
     let fitting = lines.get(..most).unwrap_or(lines);
@@ -93,7 +94,7 @@ mod tests {
         let mut queue = LineQueue::new(8);
         queue.push(b"1234\n");
         queue.push(b"5678\n");
-        // It would fit, but the gap is where the first was dropped.
+        // It would fit, but the gap is at the first dropped line.
         queue.push(b"9\n\n");
         assert_eq!(queue.dropped(), 3);
         assert_eq!(queue.take(), b"1234\n");

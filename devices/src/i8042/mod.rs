@@ -245,10 +245,10 @@ impl I8042 {
             }
             command::TEST_KEYBOARD_LINE => self.registers.answer = Some(LINE_TEST_PASSED),
             command::DISABLE_KEYBOARD => {
-                self.registers.command_byte |= command_byte::KEYBOARD_DISABLED
+                self.registers.command_byte |= command_byte::KEYBOARD_DISABLED;
             }
             command::ENABLE_KEYBOARD => {
-                self.registers.command_byte &= !command_byte::KEYBOARD_DISABLED
+                self.registers.command_byte &= !command_byte::KEYBOARD_DISABLED;
             }
             command::READ_OUTPUT_PORT => {
                 let mut lines = self.registers.output_port & !output_port::OUTPUT_BUFFER_FULL;

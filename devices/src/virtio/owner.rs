@@ -4,6 +4,8 @@ use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::balloon::BalloonHandle;
 pub use super::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
@@ -21,7 +23,8 @@ use crate::opener::Opener;
 use crate::rate_limiter::Limits;
 
 /// What can be asked of a device. Each is for the devices of one kind.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DeviceCommand {
     /// Looks how large the image of a disk is now, and lets the guest know if that has changed.
     UpdateSize,
@@ -77,7 +80,8 @@ impl DeviceCommand {
 }
 
 /// What a device gives for a command.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DeviceAnswer {
     /// It is done.
     Done,

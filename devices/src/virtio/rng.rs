@@ -243,6 +243,8 @@ mod tests {
     use super::*;
     use crate::event_loop::Subscriber;
     use crate::rate_limiter::RateLimit;
+    use crate::suspend_test::suspend_tests;
+    use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest, writable};
     use crate::virtio::test_driver::{Buffer, InterruptCounter, TestDriver};
 
     const DATA: u64 = 0x1_0000;
@@ -300,4 +302,38 @@ mod tests {
             assert_eq!(waits, &metrics["rate_limiter_event_count"]);
         }
     }
+
+    struct Entropy;
+
+    impl Backend for Entropy {
+        const QUEUES: u64 = 1;
+        const FEATURES: u64 = COMMON_FEATURES;
+
+        fn new() -> Entropy {
+            Entropy
+        }
+
+        fn device(&mut self, _: &Arc<GuestMemory>, _: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+            Box::new(Rng::new(&Limits::default()).unwrap())
+        }
+
+        fn work(&mut self, driver: &mut Driver) {
+            driver.store(FREE_MEMORY, &[0; 64]);
+            driver.offer(0, &[writable(FREE_MEMORY, 64)]);
+            assert_eq!(driver.wait(0, 1), [64]);
+            assert_ne!(driver.load(FREE_MEMORY, 64), [0; 64]);
+        }
+
+        fn begin(&mut self, driver: &mut Driver) {
+            for _ in 0..20 {
+                driver.offer(0, &[writable(FREE_MEMORY, 64)]);
+            }
+        }
+
+        fn end(&mut self, driver: &mut Driver) {
+            assert_eq!(driver.wait(0, 20), [64; 20]);
+        }
+    }
+
+    suspend_tests!(VirtioGuest<Entropy>);
 }

@@ -1,8 +1,9 @@
 //! A device behind its transport that is paused, saved and moved to another machine, for the tests of
 //! devices.
 
-use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, Section};
@@ -12,12 +13,13 @@ use virtio_bindings::bindings::virtio_config::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::test_driver::{InterruptCounter, TestDriver};
+use super::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 use super::test_event_loop::TestEventLoop;
 use super::transport::mmio::{MmioTransport, QUEUE_NOTIFY, register};
 use super::{DriverLink, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::lifecycle::Device;
+use crate::suspend_test::SuspendCase;
 
 /// A device with its transport, and a thread that runs its event loop.
 pub struct SuspendMachine {
@@ -161,4 +163,199 @@ fn copy_of(memory: &GuestMemory) -> Arc<GuestMemory> {
         copy.write_slice(&bytes, start).unwrap();
     }
     Arc::new(copy)
+}
+
+/// Size of the memory of a [`VirtioGuest`].
+const MEMORY_SIZE: usize = 16 << 20;
+/// Where its rings are, those of one queue behind those of another.
+const RINGS: u64 = 0x1000;
+/// A size that the queues of every device can have.
+const QUEUE_SIZE: u16 = 64;
+/// Where backends may put what they like.
+pub const FREE_MEMORY: u64 = 0x10_0000;
+/// How long the device may take for a request.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A kind of virtio device, with what it has on the host and what a guest does with it.
+pub trait Backend {
+    /// How many queues the driver uses, of those that come first.
+    const QUEUES: u64;
+    /// What the driver accepts, as far as it is offered.
+    const FEATURES: u64;
+
+    fn new() -> Self;
+
+    /// A new device, which finds on the host what the one before has left.
+    fn device(&mut self, memory: &Arc<GuestMemory>, link: Arc<DriverLink>)
+    -> Box<dyn VirtioDevice>;
+
+    /// What the driver does before all else.
+    fn set_up(&mut self, _driver: &mut Driver) {}
+
+    /// See [`SuspendCase::work`].
+    fn work(&mut self, driver: &mut Driver);
+
+    /// See [`SuspendCase::begin`].
+    fn begin(&mut self, driver: &mut Driver);
+
+    /// See [`SuspendCase::end`].
+    fn end(&mut self, driver: &mut Driver);
+}
+
+/// The driver of a device, and its queues.
+pub struct Driver {
+    machine: SuspendMachine,
+    queues: Vec<TestDriver>,
+}
+
+impl Driver {
+    fn of(machine: SuspendMachine, count: u64) -> Driver {
+        let queue =
+            |index| TestDriver::new(&machine.memory, RINGS + index * RINGS_SIZE, QUEUE_SIZE);
+        let queues = (0..count).map(queue).collect();
+        Driver { machine, queues }
+    }
+
+    pub fn store(&self, address: u64, bytes: &[u8]) {
+        let address = GuestAddress(address);
+        self.machine.memory.write_slice(bytes, address).unwrap();
+    }
+
+    pub fn load(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let address = GuestAddress(address);
+        self.machine.memory.read_slice(&mut bytes, address).unwrap();
+        bytes
+    }
+
+    /// Makes a chain available and rings the doorbell.
+    pub fn offer(&mut self, queue: usize, buffers: &[Buffer]) {
+        self.queues[queue].offer(buffers);
+        self.machine.ring_doorbell(queue as u32);
+    }
+
+    /// Waits until the device has returned `count` more chains of a queue, and gives how many bytes it has put
+    /// into each.
+    pub fn wait(&mut self, queue: usize, count: usize) -> Vec<u32> {
+        let deadline = Instant::now() + LIMIT;
+        let mut used = Vec::new();
+        while used.len() < count {
+            assert!(
+                Instant::now() < deadline,
+                "queue {queue}: {used:?} of {count}"
+            );
+            assert!(!self.machine.needs_reset());
+            thread::sleep(Duration::from_micros(100));
+            used.extend(self.queues[queue].take_used());
+        }
+        assert_eq!(used.len(), count);
+        used.into_iter().map(|(_, len)| len).collect()
+    }
+}
+
+/// A buffer for the device to read.
+pub fn readable(address: u64, len: u32) -> Buffer {
+    Buffer {
+        address,
+        len,
+        writable: false,
+    }
+}
+
+/// A buffer for the device to write.
+pub fn writable(address: u64, len: u32) -> Buffer {
+    Buffer {
+        address,
+        len,
+        writable: true,
+    }
+}
+
+/// A guest with a virtio device.
+pub struct VirtioGuest<B> {
+    backend: B,
+    /// Nothing only while one device takes the place of another.
+    driver: Option<Driver>,
+}
+
+impl<B: Backend> VirtioGuest<B> {
+    fn driver(&mut self) -> &mut Driver {
+        self.driver.as_mut().unwrap()
+    }
+
+    fn machine(backend: &mut B, memory: &Arc<GuestMemory>) -> SuspendMachine {
+        let make = |link| (backend.device(memory, link), ());
+        SuspendMachine::new(memory, make).0
+    }
+}
+
+impl<B: Backend> SuspendCase for VirtioGuest<B> {
+    fn new() -> Self {
+        let regions = [(GuestAddress(0), MEMORY_SIZE)];
+        let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
+        let mut backend = B::new();
+        let machine = Self::machine(&mut backend, &memory);
+        let driver = Some(Driver::of(machine, B::QUEUES));
+        VirtioGuest { backend, driver }
+    }
+
+    fn set_up(&mut self) {
+        let Some(Driver { machine, .. }) = self.driver.take() else {
+            panic!("there is a driver");
+        };
+        let mut driver = Driver::of(machine, B::QUEUES);
+        // No device touches the rings before the driver is ready.
+        driver.machine.write(register::STATUS, 0);
+        driver.store(RINGS, &vec![0; (B::QUEUES * RINGS_SIZE) as usize]);
+        let queues: Vec<&TestDriver> = driver.queues.iter().collect();
+        driver.machine.initialize(B::FEATURES, &queues);
+        self.backend.set_up(&mut driver);
+        self.driver = Some(driver);
+    }
+
+    fn work(&mut self) {
+        let driver = self.driver.as_mut().unwrap();
+        self.backend.work(driver);
+    }
+
+    fn begin(&mut self) {
+        let driver = self.driver.as_mut().unwrap();
+        self.backend.begin(driver);
+    }
+
+    fn end(&mut self) {
+        let driver = self.driver.as_mut().unwrap();
+        self.backend.end(driver);
+    }
+
+    fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
+        act(self.driver().machine.transport())
+    }
+
+    fn replace(&mut self) {
+        let Some(Driver { machine, queues }) = self.driver.take() else {
+            panic!("there is a driver");
+        };
+        let memory = machine.memory.clone();
+        drop(machine);
+        let machine = Self::machine(&mut self.backend, &memory);
+        self.driver = Some(Driver { machine, queues });
+    }
+
+    fn visible_state(&mut self) -> Vec<u8> {
+        let machine = &mut self.driver().machine;
+        let mut state = Vec::new();
+        for offset in [
+            register::DEVICE_ID,
+            register::DEVICE_FEATURES,
+            register::QUEUE_SIZE_MAX,
+            register::QUEUE_READY,
+            register::INTERRUPT_STATUS,
+            register::STATUS,
+        ] {
+            state.extend(machine.read(offset).to_le_bytes());
+        }
+        state.extend(machine.config(64));
+        state
+    }
 }

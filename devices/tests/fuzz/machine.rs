@@ -18,6 +18,7 @@ use bantam_memory::GuestMemory;
 use event_manager::EventManager;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::damage::Damage;
 use crate::driver::{DeviceOffer, Driver, MAX_QUEUES, RINGS, RINGS_SIZE, part, register, status};
 use crate::operation::Operation;
 
@@ -201,6 +202,30 @@ impl Machine {
     /// Saves the paused device, drops it, and restores what `device` makes from its state.
     pub fn replace(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
         let section = self.transport.save().unwrap();
+        self.put(device);
+        self.transport.restore(&section).unwrap();
+        assert_eq!(self.transport.save().unwrap(), section);
+    }
+
+    /// The same from the state that `damage` leaves. If that is no state of the device, it is as after
+    /// power-on.
+    pub fn replace_damaged(
+        &mut self,
+        device: impl FnOnce() -> Box<dyn VirtioDevice>,
+        damage: &Damage,
+    ) {
+        let section = self.transport.save().unwrap();
+        self.put(device);
+        self.transport.pause().unwrap();
+        if let Some(section) = damage.done_to(&section)
+            && self.transport.restore(&section).is_err()
+        {
+            assert_eq!(self.read_register(register::STATUS), 0);
+        }
+    }
+
+    /// Puts what `device` makes in the place of the device that there is, which ends.
+    fn put(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
         let transport = |device| {
             let link = MmioLink::new("fuzzed device".to_string(), Box::new(Unconnected));
             let (memory, event_loop) = (self.memory.clone(), self.event_loop.clone());
@@ -209,8 +234,6 @@ impl Machine {
         // The new one may take the place of the old on the host.
         self.transport = transport(Box::new(Absent(ConfigSpace::new(Vec::new()))));
         self.transport = transport(device());
-        self.transport.restore(&section).unwrap();
-        assert_eq!(self.transport.save().unwrap(), section);
     }
 
     fn memory_checksum(&self) -> u64 {

@@ -1,9 +1,10 @@
-//! Fuzz targets: virtio devices behind their transport, with a guest that does what it likes.
+//! Fuzz targets: virtio devices behind their transport, and the devices of a PC, with a guest that does what it
+//! likes.
 //!
 //! An input is what a well-behaved driver does, with other operations put in between. Whatever they
 //! are, nothing panics, the event loop comes to rest, little memory is taken, and after a reset the
 //! device serves a driver that follows the rules. Between two operations the device may be paused, saved,
-//! restored and reset.
+//! restored and reset, and what is restored may have been damaged.
 //!
 //! `cargo test` gives each target a second of random inputs; `docs/testing.md` says how to run them
 //! for longer.
@@ -14,11 +15,13 @@ mod allocations;
 mod balloon;
 mod block;
 mod console;
+mod damage;
 mod driver;
 mod machine;
 mod metadata;
 mod net;
 mod operation;
+mod pc;
 mod rng;
 mod vsock;
 
@@ -143,11 +146,14 @@ fn act<T: Target>(
         Operation::HostSends { len } => target.host_sends(*len),
         Operation::Suspend { meanwhile } => {
             machine.pause();
-            match *meanwhile {
+            match meanwhile {
                 Meanwhile::Nothing => {}
                 Meanwhile::PowerCycle => machine.power_cycle(),
                 Meanwhile::Replace => machine.replace(|| target.device(options)),
-                Meanwhile::HostSends { len } => target.host_sends(len),
+                Meanwhile::ReplaceDamaged { damage } => {
+                    machine.replace_damaged(|| target.device(options), damage);
+                }
+                Meanwhile::HostSends { len } => target.host_sends(*len),
             }
             machine.resume();
         }
@@ -193,6 +199,14 @@ fn network_device() {
         .with_type()
         .with_test_time(TEST_TIME)
         .for_each(test);
+}
+
+#[test]
+fn pc_devices() {
+    check!()
+        .with_type()
+        .with_test_time(TEST_TIME)
+        .for_each(pc::test);
 }
 
 #[test]

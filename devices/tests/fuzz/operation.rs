@@ -3,6 +3,7 @@
 use bolero::TypeGenerator;
 use bolero::generator::{ValueGenerator, one_of, one_value_of, produce};
 
+use crate::damage::Damage;
 use crate::driver::{DATA, HEADERS, MAX_QUEUES, RINGS, RINGS_SIZE, part, register};
 use crate::machine::{HOLE, MEMORY_END, SEAM};
 
@@ -78,7 +79,7 @@ pub enum Operation {
 }
 
 /// What becomes of a paused device.
-#[derive(Debug, Clone, Copy, TypeGenerator)]
+#[derive(Debug, Clone, TypeGenerator)]
 pub enum Meanwhile {
     /// It goes on.
     Nothing,
@@ -86,6 +87,8 @@ pub enum Meanwhile {
     PowerCycle,
     /// It is saved, and another is restored in its place.
     Replace,
+    /// The same, from what has become of its state.
+    ReplaceDamaged { damage: Damage },
     /// The host has wishes.
     HostSends {
         #[generator(14..1515u16)]

@@ -26,7 +26,7 @@ fn logged_memory() -> Arc<GuestMemory> {
     memory
 }
 
-/// The numbers of the pages that are taken from the log.
+/// Takes the log's pages and returns their numbers.
 fn dirty(memory: &GuestMemory) -> Vec<u64> {
     let pages = memory.take_dirty();
     pages.iter().map(|address| address.0 / PAGE).collect()
@@ -70,7 +70,7 @@ fn regions_are_found_by_address() {
 }
 
 #[test]
-fn what_is_written_is_logged_and_what_is_read_is_not() {
+fn writes_are_logged_and_reads_are_not() {
     let memory = logged_memory();
     let mut list = buffers(&memory, &[(3 * PAGE - 1, 2), (18 * PAGE, 4)]);
     let mut bytes = [0; 3];
@@ -131,7 +131,7 @@ fn words_are_logged() {
 }
 
 #[test]
-fn what_the_kernel_fills_is_logged() {
+fn buffers_that_the_kernel_fills_are_logged() {
     let memory = logged_memory();
     let ranges = [(0, 4), (3 * PAGE - 2, 4), (16 * PAGE, 3 * PAGE as u32)];
     let position = Some(FilePosition {
@@ -190,7 +190,7 @@ fn a_list_that_is_filled_does_not_change() {
 }
 
 #[test]
-fn what_is_discarded_is_logged() {
+fn discarded_pages_are_logged() {
     let memory = logged_memory();
     let mut list = buffers(&memory, &[(PAGE - 1, 2 + 2 * PAGE as u32), (18 * PAGE, 1)]);
     assert_eq!(
@@ -223,7 +223,7 @@ fn only_a_log_that_is_on_is_written_to() {
     assert_eq!(dirty(&memory), [17], "a start empties the log");
 }
 
-/// A copy is made as a migration makes it, while another thread writes.
+/// Copies memory the way a migration does, while another thread writes.
 #[test]
 fn a_copy_by_the_log_is_whole() {
     for _ in 0..50 {

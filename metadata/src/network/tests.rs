@@ -17,7 +17,7 @@ const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 2);
 const SERVICE: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
-/// Both of them, the way between them, and the time.
+/// Service, guest, the link between them, and the time.
 struct World {
     metadata: Metadata,
     network: MetadataNetwork,
@@ -58,7 +58,7 @@ impl Device for GuestFrames<'_> {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = 1514;
-        // It verifies all that it receives, and leaves those of its own to its card.
+        // It verifies the checksums that it receives, and leaves its own to its card.
         capabilities.checksum.ipv4 = Checksum::Rx;
         capabilities.checksum.tcp = Checksum::Rx;
         capabilities
@@ -132,7 +132,7 @@ impl World {
         StackInstant::from_micros((self.now - self.start).as_micros() as i64)
     }
 
-    /// Lets the guest's stack work, with a frame that it receives.
+    /// Polls the guest's stack, with a frame that it receives.
     fn run_guest(&mut self, received: Option<Vec<u8>>) {
         let time = self.guest_time();
         let mut link = GuestFrames {
@@ -142,7 +142,7 @@ impl World {
         self.guest.poll(time, &mut link, &mut self.sockets);
     }
 
-    /// Brings frames to and fro until both sides wait.
+    /// Exchanges frames until both sides wait.
     fn exchange(&mut self) {
         for _ in 0..10_000 {
             self.run_guest(None);
@@ -180,7 +180,7 @@ impl World {
 
     fn received(&mut self, handle: SocketHandle) -> String {
         let mut bytes = Vec::new();
-        // Room for more comes by reading.
+        // Reading makes room for more.
         while self.socket(handle).can_recv() {
             let part = self.socket(handle).recv(|part| (part.len(), part.to_vec()));
             bytes.extend(part.unwrap());
@@ -189,7 +189,7 @@ impl World {
         String::from_utf8(bytes).unwrap()
     }
 
-    /// Sends a request on a connection of its own and gives what comes back.
+    /// Sends a request on a new connection and returns the response.
     fn ask(&mut self, request: &str) -> String {
         let handle = self.connect();
         self.send(handle, request.replace('\n', "\r\n").as_bytes());
@@ -287,7 +287,7 @@ fn a_large_answer_waits_for_a_slow_client() {
     let handle = world.sockets.add(socket);
     world.send(handle, b"GET /a HTTP/1.1\r\n\r\n");
     let mut answer = String::new();
-    // Room that opens in small steps is announced with a delay.
+    // A window that opens in small steps is announced with a delay.
     for _ in 0..20_000 {
         answer.push_str(&world.received(handle));
         if answer.ends_with('x') && body(&answer).len() == large.len() {
@@ -299,7 +299,7 @@ fn a_large_answer_waits_for_a_slow_client() {
 }
 
 #[test]
-fn a_client_that_takes_its_time_is_cut_off() {
+fn a_slow_client_is_cut_off() {
     let large = "x".repeat(40_000);
     let mut world = World::new(MetadataVersion::V1, json!({"a": large}));
     let idle = world.connect();
@@ -307,10 +307,10 @@ fn a_client_that_takes_its_time_is_cut_off() {
     let half = world.connect();
     world.send(half, b"GET /a HTTP/1.1\r\n");
     let unread = world.connect();
-    // More than fits into the guest's buffers and the service's, taken together.
+    // More than fits into the buffers of guest and service together.
     world.send(unread, &b"GET /a HTTP/1.1\r\n\r\n".repeat(3));
     for _ in 0..40 {
-        // A byte now and then is no help.
+        // A byte now and then does not help.
         world.send(half, b"a");
         world.pass(Duration::from_millis(700));
     }
@@ -355,7 +355,7 @@ fn connections_beyond_the_limit_are_refused_until_others_end() {
     world.socket(open[7]).close();
     world.exchange();
     assert_eq!(body(&world.ask("GET /a HTTP/1.1\n\n")), "b");
-    // Of all that come one behind the other, none has to wait for those that have ended.
+    // Connections that follow one another do not wait for those that have ended.
     for _ in 0..200 {
         assert_eq!(body(&world.ask("GET /a HTTP/1.0\n\n")), "b");
     }
@@ -380,7 +380,7 @@ fn a_guest_that_receives_nothing_is_waited_for() {
         let wait = world.network.wait_time(world.now).unwrap();
         assert!(wait > Duration::from_secs(20), "only a deadline is ahead");
     }
-    // A frame that needs an answer is dropped meanwhile.
+    // Meanwhile a frame that needs an answer is dropped.
     let errors = world.total(|metrics| &metrics.rx_accepted_err);
     let mut frame = segment(&TcpRepr::clone(&SYN), &[]);
     world.network.accept(&mut frame, world.now);
@@ -392,7 +392,7 @@ fn a_guest_that_receives_nothing_is_waited_for() {
     }
 }
 
-/// An ARP packet as a frame.
+/// Returns a frame with an ARP packet.
 fn arp(operation: u8, target: Ipv4Addr) -> Vec<u8> {
     let mut frame = [
         &[0xff; 6][..],
@@ -419,7 +419,7 @@ const SYN: TcpRepr<'static> = TcpRepr {
     payload: &[],
 };
 
-/// A TCP segment of the guest as a frame, with bytes behind it.
+/// Returns a frame with a TCP segment of the guest, followed by further bytes.
 fn segment(tcp: &TcpRepr<'_>, behind: &[u8]) -> Vec<u8> {
     let ip = Ipv4Repr {
         src_addr: GUEST,
@@ -495,7 +495,7 @@ fn a_frame_is_accepted_whatever_station_it_is_sent_to() {
 }
 
 #[test]
-fn what_is_no_segment_is_dropped() {
+fn frames_without_a_tcp_segment_are_dropped() {
     let mut network = world().network;
     network.accept(&mut arp(2, SERVICE), network.start);
     let metrics = network.metadata.clone();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a test can ask of the guest, and how it is written: `name` or `name:argument:...`.
+//! The commands that a test can give to the guest, written as `name` or `name:argument:...`.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::{FromStr, Split};
@@ -8,12 +8,12 @@ use std::str::{FromStr, Split};
 use crate::error::{Context, Error, Result};
 use crate::vsock::Exchange;
 
-/// Each is documented by what it answers after `ok`.
+/// The doc of each is its answer after `ok`.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     /// Nothing.
     FirstLine,
-    /// What `uname -a` prints.
+    /// The output of `uname -a`.
     Uname,
     /// `arguments=["/init", ...] environment=["HOME=/", ...]` of the first process.
     Arguments,
@@ -23,7 +23,7 @@ pub enum Command {
     Memory,
     /// The name of the current clock source.
     Clocksource,
-    /// `slept=Nms wall=SECONDS`, the time of a sleep of 200 ms, and that since 1970.
+    /// `slept=Nms wall=SECONDS`, the duration of a sleep of 200 ms, and the time since 1970.
     Time,
     /// Nothing, but late.
     Sleep {
@@ -34,16 +34,16 @@ pub enum Command {
     DiskInfo {
         disk: String,
     },
-    /// `direct=yes|no write=RATE read=RATE` if the pattern of the seed, once written, is read back.
+    /// `direct=yes|no write=RATE read=RATE`, if the pattern of the seed is written and read back.
     DiskWriteVerify {
         disk: String,
         offset: u64,
         length: u64,
         seed: u64,
     },
-    /// `block-sizes=BYTES+...`, if random work on disks leaves behind what it should. They are written
-    /// `vdb+vdc+...`; the first holds the pattern of the seed, the next that of the next seed, and so on.
-    /// The number of operations is that of each area of a disk.
+    /// `block-sizes=BYTES+...`, if random work on disks leaves the expected data. The disks are
+    /// written `vdb+vdc+...`; the first holds the pattern of the seed, the next that of the next
+    /// seed, and so on. The number of operations is for each area of a disk.
     DiskVerifyRandom {
         disks: Vec<String>,
         seed: u64,
@@ -53,7 +53,7 @@ pub enum Command {
     DiskChecksum {
         disk: String,
     },
-    /// `zeroes=yes|no`, what the part reads as afterwards.
+    /// `zeroes=yes|no`, whether the part reads as zeroes afterwards.
     DiskDiscard {
         disk: String,
         offset: u64,
@@ -81,38 +81,40 @@ pub enum Command {
     NetInfo {
         interface: String,
     },
-    /// `bytes=N rate=RATE`, once the peer has the pattern of the seed and closes the connection.
+    /// `bytes=N rate=RATE`, once the peer has received the pattern of the seed and closes the
+    /// connection.
     NetTcpSend {
         peer: SocketAddrV4,
         length: u64,
         seed: u64,
     },
-    /// `bytes=N rate=RATE`, if the pattern of the seed comes from the peer.
+    /// `bytes=N rate=RATE`, if the pattern of the seed arrives from the peer.
     NetTcpReceive {
         peer: SocketAddrV4,
         length: u64,
         seed: u64,
     },
-    /// `bytes=N rate=RATE`, once data was exchanged on so many connections to a port of the host at once.
+    /// `bytes=N rate=RATE`, once data was exchanged on this many simultaneous connections to a port
+    /// of the host.
     VsockConnect(Exchange),
-    /// The same on connections of the host, for which it waits.
+    /// `bytes=N rate=RATE`, the same on connections of the host, for which the guest waits.
     VsockListen(Exchange),
-    /// `status=N body=TEXT`, what the metadata at a path is, with `+` in place of spaces and ends of
-    /// lines. The interface is given an address for this.
+    /// `status=N body=TEXT`, the metadata at a path, with `+` in place of spaces and ends of lines.
+    /// The interface gets an address for this.
     Metadata {
         interface: String,
         path: String,
     },
-    /// `requests=N body=TEXT bytes=N rate=RATE`, as the metadata at a path is read in a session while a
-    /// peer gets the pattern of the seed.
+    /// `requests=N body=TEXT bytes=N rate=RATE`, after reading the metadata at a path in a session
+    /// while a peer receives the pattern of the seed.
     MetadataSession {
         path: String,
         peer: SocketAddrV4,
         length: u64,
         seed: u64,
     },
-    /// `source=NAME bytes=N values=N crc32=HEX` of bytes from the virtio random number generator, and
-    /// how many different ones there are.
+    /// `source=NAME bytes=N values=N crc32=HEX` of bytes from the virtio random number generator;
+    /// `values` counts the different ones.
     Rng {
         length: u64,
     },
@@ -128,7 +130,7 @@ pub enum Command {
     PowerButton,
     /// Nothing, once Ctrl-Alt-Del is pressed.
     CtrlAltDel,
-    /// Nothing. This one and the next three are the last of a list.
+    /// Nothing. This one and the next three end a list of commands.
     Poweroff,
     Reboot,
     Panic,
@@ -264,7 +266,7 @@ impl<'a> Arguments<'a> {
         device(name, self.text(name)?)
     }
 
-    /// Such names, with a `+` between them.
+    /// Such names, separated by `+`.
     fn devices(&mut self, name: &str) -> Result<Vec<String>> {
         let words = self.text(name)?.split('+');
         words.map(|word| device(name, word)).collect()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The console: what the agent says there, and commands about its input.
+//! The console: output of the agent, and commands about its input.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -10,13 +10,13 @@ use crate::error::{Context, Error, Result};
 use crate::pattern::Crc32;
 use crate::sys::{self, RawTerminal};
 
-/// Prints a line. When the console is gone there is nobody to tell, so errors are ignored.
+/// Prints a line. It ignores errors, as nobody can be told if the console is gone.
 pub fn say(line: fmt::Arguments<'_>) {
     let mut output = io::stdout().lock();
     let _ = writeln!(output, "{line}").and_then(|()| output.flush());
 }
 
-/// Reads a line and gives it back. Says when it is ready to by calling `waiting`.
+/// Reads a line and returns it. Calls `waiting` when it is ready to read.
 pub fn echo_line(waiting: impl FnOnce()) -> Result<String> {
     waiting();
     let mut line = String::new();
@@ -29,7 +29,7 @@ pub fn echo_line(waiting: impl FnOnce()) -> Result<String> {
     Ok(line.trim_end_matches(['\r', '\n']).to_owned())
 }
 
-/// Reads bytes as they are and gives back their checksum.
+/// Reads raw bytes and returns their checksum.
 pub fn echo_bytes(length: u64, waiting: impl FnOnce()) -> Result<String> {
     let mut input = sys::standard_input().context("standard input")?;
     let stdin = io::stdin();

@@ -16,7 +16,7 @@ use crate::workload::{AREAS, Area, MAX_TRANSFER, Step, Transfer};
 
 const CHUNK: usize = MAX_TRANSFER;
 
-/// The strictest alignment of memory that direct access asks for.
+/// The strictest alignment of memory that direct access requires.
 const ALIGNMENT: usize = 4096;
 
 pub fn info(disk: &str) -> Result<String> {
@@ -35,7 +35,7 @@ pub fn info(disk: &str) -> Result<String> {
     ))
 }
 
-/// The size of a disk in bytes.
+/// Returns the size of a disk in bytes.
 pub fn size(disk: &str) -> Result<u64> {
     // Always in sectors of 512 bytes, whatever the block size of the disk.
     Ok(number(&format!("/sys/block/{disk}/size"))? * 512)
@@ -81,8 +81,8 @@ pub fn write_verify(disk: &str, offset: u64, length: u64, seed: u64) -> Result<S
     ))
 }
 
-/// Has several threads read, write and flush at random, each in an area of its own of every disk, and
-/// checks at the end that the disks hold what they should.
+/// Reads, writes and flushes at random by several threads, each in its own area of every disk, and
+/// checks the content of the disks at the end.
 pub fn verify_random(names: &[String], seed: u64, operations: u32) -> Result<String> {
     let disks = names
         .iter()
@@ -91,7 +91,7 @@ pub fn verify_random(names: &[String], seed: u64, operations: u32) -> Result<Str
         .collect::<Result<Vec<_>>>()?;
     let opened = &disks;
     let areas = thread::scope(|scope| {
-        // All disks by the same threads: a thread and its memory are what takes longest.
+        // The same threads use all disks, as starting a thread with its memory takes longest.
         let threads: Vec<_> = (0..AREAS)
             .map(|area| scope.spawn(move || work_on(area, opened, operations)))
             .collect();
@@ -198,7 +198,7 @@ pub fn checksum(disk: &str) -> Result<String> {
     Ok(format!("bytes={length} crc32={:08x}", crc.value()))
 }
 
-/// What a discarded block reads as is up to the device: say it, expect nothing.
+/// The device decides what a discarded block reads as: report it, expect nothing.
 pub fn discard(disk: &str, offset: u64, length: u64) -> Result<String> {
     let device = Disk::open(disk, offset, length)?;
     sys::block_range(&device.file, BlockRange::Discard, offset, length).context("discard")?;
@@ -222,7 +222,7 @@ pub fn zeroout(disk: &str, offset: u64, length: u64) -> Result<String> {
 pub fn write_refused(disk: &str) -> Result<String> {
     let path = format!("/dev/{disk}");
     let block = [0; 512];
-    // The refusal may come when the device is opened or when it is written to.
+    // The device may refuse the open or the write.
     let written = OpenOptions::new().write(true).open(&path).and_then(|file| {
         file.write_all_at(&block, 0)?;
         file.sync_all()
@@ -241,7 +241,7 @@ pub fn write_refused(disk: &str) -> Result<String> {
     }
 }
 
-/// A block device and the length of the part of it that a command is about.
+/// A block device and the length of the part of it that a command uses.
 struct Disk {
     file: File,
     direct: bool,
@@ -325,7 +325,7 @@ impl Disk {
     }
 }
 
-/// A chunk of memory aligned for direct access, with room for a page more.
+/// A chunk of memory aligned for direct access, with room for another page.
 struct Buffer(Vec<u8>);
 
 impl Buffer {

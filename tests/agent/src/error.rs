@@ -4,7 +4,7 @@ use std::fmt;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A reason good enough for the one line it is printed on.
+/// A reason, printed on one line.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Error(String);
 
@@ -20,7 +20,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// Says what was being done when an operation failed.
+/// Adds to the error of an operation what was being done.
 pub trait Context<T> {
     fn context(self, doing: impl fmt::Display) -> Result<T>;
 }

@@ -9,8 +9,8 @@
 //! - `bantam.mode=test bantam.test=COMMAND,...`: the commands listed in `command.rs`, each answered by a
 //!   line `bantam: COMMAND ok [DETAILS]` or `bantam: COMMAND failed REASON`.
 //!
-//! Afterwards it switches the machine off. As any process but the first it carries out the commands in
-//! its arguments, for trying them out in the shell.
+//! Afterwards it switches the machine off. Any other process executes the commands in its
+//! arguments, to try them out in the shell.
 
 mod command;
 mod console;
@@ -80,7 +80,7 @@ fn init() -> Result<Ending> {
     }
 }
 
-/// The value of an option on the kernel command line. The last one counts.
+/// Returns the value of an option on the kernel command line. The last one counts.
 fn option<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
     command_line
         .split_ascii_whitespace()

@@ -17,10 +17,10 @@ const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 7);
 const MASK: [u8; 4] = [255, 255, 0, 0];
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Gives an interface an address from which the service is reached.
+/// Gives an interface an address from which it reaches the service.
 fn configure(interface: &str) -> Result<()> {
     let control = sys::control_socket().context("socket")?;
-    // One more, beside the one that it may have.
+    // An additional address, besides the one that it may have.
     let alias = format!("{interface}:1");
     sys::set_interface_address(&control, &alias, ADDRESS.octets(), MASK)
 }
@@ -61,7 +61,7 @@ pub fn session(path: &str, peer: SocketAddrV4, length: u64, seed: u64) -> Result
     Ok(format!("requests={requests} body={body} {sent}"))
 }
 
-/// Sends a request of its own connection, and gives status and body of the response.
+/// Sends a request on a new connection, and returns status and body of the response.
 fn ask(method: &str, path: &str, fields: &str) -> Result<(u16, String)> {
     let mut stream =
         TcpStream::connect_timeout(&SERVICE.into(), TIMEOUT).context("connect to metadata")?;
@@ -83,7 +83,7 @@ fn ask(method: &str, path: &str, fields: &str) -> Result<(u16, String)> {
     Ok((status.ok_or_else(invalid)?, body.to_owned()))
 }
 
-/// Text as part of a line of answer.
+/// Makes text part of a line of the answer.
 fn one_word(text: &str) -> String {
     text.replace(['\n', ' '], "+")
 }

@@ -15,7 +15,7 @@ const CHUNK: usize = 64 << 10;
 const PING_INTERVAL: Duration = Duration::from_millis(500);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Configures an interface and waits for an answer of the peer to a ping.
+/// Configures an interface and waits until the peer answers a ping.
 pub fn configure(interface: &str, address: Ipv4Addr, prefix: u8, peer: Ipv4Addr) -> Result<String> {
     let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
     let control = sys::control_socket().context("socket")?;
@@ -74,7 +74,7 @@ fn echo_request(sequence: u16) -> [u8; 8] {
 }
 
 pub fn info(interface: &str) -> Result<String> {
-    // The numbers of ethtool's questions about offloads.
+    // The numbers of ethtool's requests about offloads.
     const FEATURES: [(&str, u32); 6] = [
         ("rx-checksum", 0x14),
         ("tx-checksum", 0x16),
@@ -123,7 +123,7 @@ pub fn tcp_send(peer: SocketAddrV4, length: u64, seed: u64) -> Result<String> {
         sent += chunk.len() as u64;
     }
     stream.shutdown(Shutdown::Write).context("end of data")?;
-    // The peer closes its side when it has everything: only then is the time over.
+    // The peer closes its side when it has everything: only then does the measured time end.
     let extra = stream
         .read(&mut buffer)
         .context("wait for the peer to finish")?;
@@ -162,7 +162,7 @@ pub fn tcp_receive(peer: SocketAddrV4, length: u64, seed: u64) -> Result<String>
     ))
 }
 
-/// As much of the buffer as is needed for what is left.
+/// Returns the part of the buffer that is needed for the rest.
 fn part(buffer: &mut [u8], left: u64) -> &mut [u8] {
     let size = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
     &mut buffer[..size]

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The data that host and guest can each make, and check, without sending it to the other.
+//! Test data that host and guest can each generate and check, without sending it to each other.
 //!
-//! The pattern of a seed is the output of SplitMix64 started at that seed, each word in little-endian
-//! order. Any part of it can be made without what comes before.
+//! The pattern of a seed is the output of SplitMix64 started at that seed, each word in
+//! little-endian order. Any part of it can be generated without the parts before.
 
 /// Fills `buffer` with the part of the pattern of `seed` that starts at byte `offset`.
 pub fn fill(seed: u64, offset: u64, buffer: &mut [u8]) {
@@ -22,8 +22,8 @@ pub fn fill(seed: u64, offset: u64, buffer: &mut [u8]) {
     }
 }
 
-/// The position within the pattern of the first byte of `data` that is not as it should be, where
-/// `data` starts at byte `offset` of the pattern.
+/// Returns the position in the pattern of the first wrong byte of `data`, which starts at byte
+/// `offset` of the pattern.
 pub fn first_difference(seed: u64, offset: u64, data: &[u8]) -> Option<u64> {
     let mut expected = vec![0; data.len()];
     fill(seed, offset, &mut expected);
@@ -34,7 +34,7 @@ pub fn first_difference(seed: u64, offset: u64, data: &[u8]) -> Option<u64> {
     Some(offset + index as u64)
 }
 
-/// The word at `index` of the SplitMix64 sequence of `seed`.
+/// Returns the word at `index` of the SplitMix64 sequence of `seed`.
 pub fn word(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

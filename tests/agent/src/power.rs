@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The end of the guest, and the buttons and keys that ask for it.
+//! The end of the guest, and the buttons and keys that request it.
 
 use std::convert::Infallible;
 use std::fs::{File, OpenOptions};
@@ -19,20 +19,21 @@ use crate::system::names;
 pub enum Ending {
     PowerOff,
     Restart,
-    /// The first process exits, which no kernel survives.
+    /// The first process exits, at which every kernel panics.
     Panic,
-    /// The monitor is given a number.
+    /// The guest gives the monitor a number.
     Number(u8),
 }
 
 impl Ending {
     pub fn happen(self) -> ! {
         sys::sync();
-        // Fails while a file is open for writing, and where root is in memory: no harm either way.
+        // Fails while a file is open for writing, and if the root file system is in memory:
+        // harmless in both cases.
         let _ = sys::remount_root_read_only();
         let how = match self {
-            // Without ACPI a machine cannot be switched off: the kernel would stop the processors and
-            // stay there for ever. A monitor can be told to take a restart for the end.
+            // Without ACPI a machine cannot be switched off: the kernel would stop the processors
+            // for ever. A monitor can be told to treat a restart as the end.
             Self::PowerOff if Path::new("/sys/firmware/acpi").exists() => Reboot::PowerOff,
             Self::PowerOff | Self::Restart => Reboot::Restart,
             Self::Panic => process::exit(1),
@@ -59,7 +60,7 @@ fn give_number(number: u8) -> Result<Infallible> {
     Err(Error::new("the machine still runs"))
 }
 
-/// Waits until the power button is pressed. Says that it does so by calling `waiting`.
+/// Waits until the power button is pressed. Calls `waiting` when it is ready.
 pub fn button(waiting: impl FnOnce()) -> Result<()> {
     const TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -98,8 +99,8 @@ pub fn button(waiting: impl FnOnce()) -> Result<()> {
     }
 }
 
-/// Waits until Ctrl-Alt-Del is pressed. Says that it does so by calling `waiting`. The kernel, which would
-/// restart the machine, tells the first process instead.
+/// Waits until Ctrl-Alt-Del is pressed. Calls `waiting` when it is ready. The kernel notifies the
+/// first process instead of restarting the machine.
 pub fn ctrl_alt_del(waiting: impl FnOnce()) -> Result<()> {
     let interrupt = Signals::hold_back(&[libc::SIGINT]).context("hold back signals")?;
     sys::take_ctrl_alt_del().context("take Ctrl-Alt-Del from the kernel")?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! A description of the machine for people to read.
+//! A human-readable description of the machine.
 
 use crate::console::say;
 use crate::error::{Context, Result};

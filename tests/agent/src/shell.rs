@@ -11,11 +11,11 @@ use crate::error::{Context, Result};
 use crate::power::Ending;
 use crate::sys::{self, Signals};
 
-/// Runs a shell, and returns how the guest is to end once the shell has exited or one of busybox's
+/// Runs a shell, and returns how the guest has to end once the shell has exited or one of busybox's
 /// commands `poweroff`, `halt` and `reboot` has sent the first process its signal.
 pub fn run() -> Result<Ending> {
     for folder in [c"/tmp", c"/run"] {
-        // A shell is of use without them.
+        // A shell is useful without them.
         if let Err(error) = sys::mount(c"tmpfs", folder) {
             say(format_args!(
                 "bantam: mount {}: {error}",
@@ -28,7 +28,7 @@ pub fn run() -> Result<Ending> {
     say(format_args!(
         "To leave the guest, type poweroff, or press Ctrl-A and then x."
     ));
-    // What the kernel gave the first process is a file that no longer has a name.
+    // The kernel gave the first process a file that no longer has a name.
     let console = OpenOptions::new()
         .read(true)
         .write(true)

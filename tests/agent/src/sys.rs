@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! The system calls the standard library has no function for: all the unsafe code of the agent.
+//! System calls without a function in the standard library: all the unsafe code of the agent.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -25,7 +25,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Mounts a file system that needs no device. One that is there already will do.
+/// Mounts a file system that needs no device, unless it is mounted already.
 pub fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
     // SAFETY: every pointer is to a string that outlives the call, or null where that is allowed.
     let result = unsafe {
@@ -121,7 +121,7 @@ pub fn spawn_on_terminal(command: &mut Command) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Signals that wait to be asked for, instead of doing what they usually do.
+/// Signals that are queued to be read, instead of having their usual effect.
 pub struct Signals(libc::sigset_t);
 
 impl Signals {
@@ -150,7 +150,7 @@ impl Signals {
     }
 }
 
-/// The id of a child that has ended, if there is one: of a child of its own, or of an orphan that the
+/// Returns the id of a child that has ended, if there is one: one of its own, or an orphan that the
 /// first process has inherited.
 pub fn ended_child() -> Option<u32> {
     // SAFETY: a null pointer says that the status is not wanted.
@@ -158,7 +158,8 @@ pub fn ended_child() -> Option<u32> {
     u32::try_from(child).ok().filter(|&child| child != 0)
 }
 
-/// Random bytes from the kernel's generator, or an error rather than a wait if it is not seeded yet.
+/// Reads random bytes from the kernel's generator; if it is not seeded yet, this is an error and
+/// does not wait.
 pub fn random(buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the pointer and the length are those of one buffer.
     let count = unsafe {
@@ -171,7 +172,7 @@ pub fn random(buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-/// Waits until one of the files has something to read. False if the time is over first.
+/// Waits until one of the files is readable. Returns `false` if the time is over first.
 pub fn wait_readable(files: &[File], timeout: Duration) -> io::Result<bool> {
     let mut entries: Vec<_> = files
         .iter()
@@ -193,7 +194,7 @@ pub fn wait_readable(files: &[File], timeout: Duration) -> io::Result<bool> {
     Ok(ready > 0)
 }
 
-/// A terminal that passes every byte on as it is, until this is dropped.
+/// A terminal that passes every byte on unchanged, until this is dropped.
 pub struct RawTerminal<'a> {
     terminal: BorrowedFd<'a>,
     before: libc::termios,
@@ -216,7 +217,7 @@ impl<'a> RawTerminal<'a> {
 
 impl Drop for RawTerminal<'_> {
     fn drop(&mut self) {
-        // A terminal that is gone needs no restoring.
+        // A terminal that is gone need not be restored.
         let _ = set_terminal(self.terminal, &self.before);
     }
 }
@@ -243,7 +244,7 @@ pub fn block_range(disk: &File, what: BlockRange, offset: u64, length: u64) -> i
     check(unsafe { libc::ioctl(disk.as_raw_fd(), request, range.as_ptr()) }).map(drop)
 }
 
-/// Drops what the kernel remembers of a block device, so that the next read asks the device.
+/// Drops the kernel's cache of a block device, so that the next read asks the device.
 pub fn forget_cached_blocks(disk: &File) -> io::Result<()> {
     // SAFETY: the request takes no argument.
     check(unsafe { libc::ioctl(disk.as_raw_fd(), libc::_IO(0x12, 97), 0) }).map(drop)
@@ -251,7 +252,7 @@ pub fn forget_cached_blocks(disk: &File) -> io::Result<()> {
 
 /// A socket for ICMP messages: sent without an IP header, received with one.
 pub fn icmp_socket() -> io::Result<UdpSocket> {
-    // The standard library's UDP socket does for any socket that exchanges datagrams.
+    // The standard library's UDP socket works for any datagram socket.
     inet_socket(libc::SOCK_RAW, libc::IPPROTO_ICMP).map(UdpSocket::from)
 }
 
@@ -272,7 +273,7 @@ fn inet_socket(kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> 
 pub fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
     let socket = vsock_socket()?;
     let address = vsock_address(libc::VMADDR_CID_HOST, port);
-    // SAFETY: the address is readable for as many bytes as are given.
+    // SAFETY: the address is readable for the given number of bytes.
     check(unsafe {
         libc::connect(
             socket.as_raw_fd(),
@@ -283,7 +284,7 @@ pub fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Listens to a port for connections of the host, of which some may wait.
+/// Listens to a port for connections of the host, with a backlog.
 pub fn vsock_listen(port: u32, backlog: u32) -> io::Result<OwnedFd> {
     let socket = vsock_socket()?;
     let address = vsock_address(libc::VMADDR_CID_ANY, port);
@@ -300,7 +301,7 @@ pub fn vsock_listen(port: u32, backlog: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Takes a connection of a socket that listens.
+/// Accepts a connection of a listening socket.
 pub fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
     let none = std::ptr::null_mut();
     // SAFETY: no address is asked for.
@@ -384,18 +385,18 @@ pub fn bring_interface_up(socket: &OwnedFd, interface: &str) -> Result<()> {
         .context(format_args!("bring {interface} up"))
 }
 
-/// Asks the driver of an interface for one of ethtool's numbers.
+/// Reads one of ethtool's values from the driver of an interface.
 pub fn ethtool_value(socket: &OwnedFd, interface: &str, command: u32) -> io::Result<u32> {
     // `struct ethtool_value`: command, answer.
     let mut value = [command, 0];
     // The kernel finds the numbers by an address inside the request.
     let address = (&raw mut value).expose_provenance() as u64;
     InterfaceRequest::new(interface, &address.to_ne_bytes())?.send(socket, libc::SIOCETHTOOL)?;
-    // SAFETY: the array lives on; the kernel may have changed it behind the compiler's back.
+    // SAFETY: the array still lives; the kernel may have changed it behind the compiler's back.
     Ok(unsafe { (&raw const value[1]).read_volatile() })
 }
 
-/// Standard input without the standard library's buffer.
+/// Returns standard input without the standard library's buffer.
 pub fn standard_input() -> io::Result<File> {
     io::stdin().as_fd().try_clone_to_owned().map(File::from)
 }

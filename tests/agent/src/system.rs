@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Commands about the machine as the kernel sees it, and help for reading its files.
+//! Commands about the machine as the kernel sees it, and helpers to read the kernel's files.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::error::{Context, Error, Result};
 
-/// The text of one of the kernel's small files, without the line end.
+/// Returns the text of one of the kernel's small files, without the line end.
 pub fn attribute(path: &str) -> Result<String> {
     Ok(fs::read_to_string(path)
         .context(path)?
@@ -27,7 +27,7 @@ pub fn rate(bytes: u64, time: Duration) -> String {
     format!("{:.1}MiB/s", mebibytes / time.as_secs_f64().max(1e-9))
 }
 
-/// The names in one of the kernel's folders, in order.
+/// Returns the names in one of the kernel's folders, in order.
 pub fn names(folder: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).context(folder)? {
@@ -38,7 +38,7 @@ pub fn names(folder: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The numbers of the processors that are online.
+/// Returns the numbers of the processors that are online.
 pub fn online_cpus() -> Result<Vec<u32>> {
     let path = "/sys/devices/system/cpu/online";
     let text = attribute(path)?;
@@ -88,7 +88,7 @@ pub fn cpus() -> Result<String> {
     ))
 }
 
-/// The memory the kernel manages, in KiB.
+/// Returns the memory that the kernel manages, in KiB.
 pub fn memory() -> Result<u64> {
     let path = "/proc/meminfo";
     let text = attribute(path)?;
@@ -110,7 +110,7 @@ pub fn clocksource() -> Result<String> {
 /// Checks that a sleep takes as long as it should by the monotonic clock.
 pub fn time() -> Result<String> {
     const ASKED: Duration = Duration::from_millis(200);
-    // A busy host may well keep the guest from running for a while, but not for so long.
+    // A busy host may keep the guest from running for a while, but not for this long.
     const LIMIT: Duration = Duration::from_secs(5);
 
     let started = Instant::now();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Carries out commands, with one line of answer to each.
+//! Executes commands, and answers each with one line.
 
 use std::thread;
 use std::time::Duration;
@@ -11,8 +11,8 @@ use crate::error::{Context, Result};
 use crate::power::{self, Ending};
 use crate::{disk, metadata, net, random, sys, system, vsock};
 
-/// Carries out the commands in order and returns how the guest is to end. A command that fails does
-/// not keep the next one from being carried out.
+/// Executes the commands in order and returns how the guest has to end. A failed command does not
+/// prevent the next one.
 pub fn run<'a>(commands: impl Iterator<Item = &'a str>) -> Ending {
     let mut ending = Ending::PowerOff;
     for word in commands {

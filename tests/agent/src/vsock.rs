@@ -14,10 +14,10 @@ use crate::sys;
 use crate::system::rate;
 
 const CHUNK: usize = 64 << 10;
-/// How long the peer may do nothing.
+/// How long the peer may be silent.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What is exchanged: on each connection the pattern of a seed of its own, in both directions.
+/// The data to exchange: on each connection the pattern of a different seed, in both directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exchange {
     pub port: u32,
@@ -26,7 +26,7 @@ pub struct Exchange {
     pub length: u64,
 }
 
-/// Connects to the host some times, and exchanges data on all connections at once.
+/// Connects to the host several times, and exchanges data on all connections at once.
 pub fn connect(exchange: Exchange) -> Result<String> {
     let mut streams = Vec::new();
     for number in 0..exchange.connections {
@@ -39,7 +39,8 @@ pub fn connect(exchange: Exchange) -> Result<String> {
     all_at_once(streams, exchange.length)
 }
 
-/// Says that it is waiting, takes connections of the host, and exchanges data on all of them at once.
+/// Reports that it is waiting, accepts connections of the host, and exchanges data on all of them
+/// at once.
 pub fn listen(exchange: Exchange, waiting: impl Fn()) -> Result<String> {
     let listener = sys::vsock_listen(exchange.port, exchange.connections)
         .context(format_args!("listen on port {}", exchange.port))?;
@@ -70,8 +71,8 @@ fn all_at_once(streams: Vec<UnixStream>, length: u64) -> Result<String> {
     ))
 }
 
-/// The first eight bytes that come are the seed of what follows them; what is sent is the pattern of
-/// the next seed.
+/// The first eight bytes received are the seed of the data that follows; the data sent is the
+/// pattern of the next seed.
 fn transfer(mut stream: UnixStream, length: u64) -> Result<()> {
     stream
         .set_read_timeout(Some(TIMEOUT))

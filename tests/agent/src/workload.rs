@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 
-//! Random work on a disk, of which the host knows beforehand what it leaves behind.
+//! Random work on a disk, whose result the host can compute beforehand.
 //!
-//! The disk is divided into areas, each with a thread of its own in the guest, so that the order in
-//! which requests are done does not matter.
+//! The disk is divided into areas, each with its own thread in the guest, so that the order of
+//! requests does not matter.
 
 use super::pattern;
 
-/// How many areas a disk has.
+/// Number of areas of a disk.
 pub const AREAS: u64 = 3;
 
 /// Most bytes of a transfer.
 pub const MAX_TRANSFER: usize = 1 << 20;
 
-/// What is to be done next.
+/// The next operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// Write what [`Area::fill`] gives.
+    /// Write the data of [`Area::fill`].
     Write(Transfer),
-    /// Read, and expect what [`Area::fill`] gives.
+    /// Read, and expect the data of [`Area::fill`].
     Read(Transfer),
-    /// Flush; without the file's metadata if so told.
+    /// Flush, perhaps without the file's metadata.
     Flush { data_only: bool },
 }
 
-/// Where bytes go, and how.
+/// The place of a transfer, and how it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transfer {
     /// Whether the guest's page cache is bypassed.
@@ -37,26 +37,28 @@ pub struct Transfer {
     pub misalignment: usize,
 }
 
-/// A part of a disk, and what its blocks should hold.
+/// A part of a disk, and the expected content of its blocks.
 pub struct Area {
     start: u64,
     block_size: usize,
-    /// Which step wrote each block last, counted from one; none did where it is zero.
+    /// The step that last wrote each block, counted from one; zero if none did.
     blocks: Vec<u32>,
     steps: u32,
     /// The seed of the pattern that the disk held before.
     disk_seed: u64,
     /// The seed of the area's random numbers.
     seed: u64,
-    /// How many of them were taken.
+    /// How many of them were used.
     taken: u64,
 }
 
 impl Area {
-    /// What an area begins and ends at a multiple of, so that no page of the guest's cache belongs to two.
+    /// Areas begin and end at multiples of this, so that no page of the guest's cache belongs to
+    /// two.
     pub const PAGE: usize = 4096;
 
-    /// The area of this number on a disk of `disk_size` bytes that holds the pattern of `seed`.
+    /// Returns the area of this number on a disk of `disk_size` bytes that holds the pattern of
+    /// `seed`.
     pub fn new(number: u64, disk_size: u64, block_size: usize, seed: u64) -> Self {
         let size = disk_size / AREAS / Self::PAGE as u64 * Self::PAGE as u64;
         Self {
@@ -70,17 +72,17 @@ impl Area {
         }
     }
 
-    /// Where it begins on the disk.
+    /// Returns where it begins on the disk.
     pub fn start(&self) -> u64 {
         self.start
     }
 
-    /// How many bytes it has.
+    /// Returns its size in bytes.
     pub fn size(&self) -> usize {
         self.blocks.len() * self.block_size
     }
 
-    /// What is to be done next. Of a write, account is taken.
+    /// Returns the next operation, and keeps track of writes.
     pub fn next_step(&mut self) -> Step {
         self.steps += 1;
         let kind = self.random(16);
@@ -88,7 +90,7 @@ impl Area {
             let data_only = self.random(2) == 0;
             return Step::Flush { data_only };
         }
-        // Of every magnitude, but the large ones, which take long, are rare.
+        // Of every magnitude, with few large ones, which take long.
         let most = self.blocks.len().min(MAX_TRANSFER / self.block_size);
         let magnitudes = u64::from(most.ilog2()) + 1;
         let magnitude = self.random(magnitudes).min(self.random(magnitudes));
@@ -112,21 +114,21 @@ impl Area {
         }
     }
 
-    /// Fills `buffer` with what the disk should hold from `offset` on, all of it in this area.
+    /// Fills `buffer` with the expected data from `offset` on, all of it in this area.
     pub fn fill(&self, offset: u64, buffer: &mut [u8]) {
         let first = (offset - self.start) as usize / self.block_size;
         let chunks = buffer.chunks_mut(self.block_size);
         for (index, (&step, chunk)) in self.blocks[first..].iter().zip(chunks).enumerate() {
             let seed = match step {
                 0 => self.disk_seed,
-                // Each step has a pattern of its own.
+                // Each step has its own pattern.
                 step => !pattern::word(self.seed, step.into()),
             };
             pattern::fill(seed, offset + (index * self.block_size) as u64, chunk);
         }
     }
 
-    /// A random number below `limit`.
+    /// Returns a random number below `limit`.
     fn random(&mut self, limit: u64) -> u64 {
         self.taken += 1;
         let number = pattern::word(self.seed, self.taken);

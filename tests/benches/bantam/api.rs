@@ -1,5 +1,5 @@
-//! The API: how soon it is there, how long it takes to start a machine, answers while a guest is busy,
-//! and memory.
+//! The API: the time until it is available, the time to start a machine, answers while a guest is
+//! busy, and memory.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -28,7 +28,7 @@ const MIB: f64 = (1 << 20) as f64;
 struct Machine {
     process: Process,
     connection: UnixStream,
-    /// From just before the process was started until the connection was there.
+    /// From just before the process was started until the client was connected.
     ready: Duration,
     /// CPU time of the process by then.
     ready_cpu: Duration,
@@ -37,7 +37,7 @@ struct Machine {
 impl Machine {
     fn start(monitors: &Monitors) -> Machine {
         let socket = monitors.folder().join("api.socket");
-        // There is one if a run before this was interrupted.
+        // An interrupted run may have left one.
         let _ = fs::remove_file(&socket);
         let mut command = Command::new(monitors.bantam());
         command.args(["api", "--level", "Error", "--api-sock"]);
@@ -98,7 +98,7 @@ fn connect(socket: &Path, started: Instant) -> UnixStream {
     }
 }
 
-/// Whether it is a whole answer, body and all.
+/// Returns whether it is a complete answer, including its body.
 fn is_whole(answer: &[u8]) -> bool {
     let text = String::from_utf8_lossy(answer);
     let Some((head, body)) = text.split_once("\r\n\r\n") else {
@@ -155,7 +155,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     );
 }
 
-/// Starts a guest, and gives the times of the three rows.
+/// Starts a guest, and returns the times of the three rows.
 fn started_guest(monitors: &Monitors) -> [Duration; 3] {
     let mut machine = Machine::start(monitors);
     machine.boot(&payload("hello"), "finish=poweroff");

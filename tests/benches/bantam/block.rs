@@ -1,4 +1,4 @@
-//! How fast a disk is, through the page cache and past it, and what it costs the host.
+//! The speed of a disk, through the page cache and past it, and its cost for the host.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -16,7 +16,7 @@ const DIRECT_DEPTH: u32 = 32;
 const NANOSECONDS_IN_MICROSECOND: f64 = 1000.0;
 const BYTES_IN_MB: f64 = 1e6;
 
-/// What counts of a load.
+/// The number of a load that counts.
 #[derive(Clone, Copy)]
 enum Figure {
     Operations,
@@ -107,8 +107,8 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     let _ = fs::remove_file(&image);
 }
 
-/// Adds the rows of one load. Returns Bantam's runs, and what `host` returned, which takes turns with
-/// the monitors.
+/// Adds the rows of one load. Returns Bantam's runs, and the results of `host`, which takes turns
+/// with the monitors.
 fn measure_case<T>(
     monitors: &Monitors,
     report: &mut Report,
@@ -120,7 +120,8 @@ fn measure_case<T>(
     let (mut bantam, mut qemu, mut of_host) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {
         for (monitor, loads) in [(Monitor::Bantam, &mut bantam), (Monitor::Qemu, &mut qemu)] {
-            // Or else the kernel writes back what the last load wrote while this one is measured.
+            // Otherwise the kernel would write back the data of the last load while this one is
+            // measured.
             sync(image);
             loads.push(load::run(monitors, monitor, &guest));
         }
@@ -139,7 +140,7 @@ fn measure_case<T>(
     (bantam, of_host)
 }
 
-/// Adds the row of CPU time of a load, and says whether any of its rows are to be believed.
+/// Adds the row of CPU time of a load, and warns if the host had too few CPUs for its rows.
 fn add_cpu(report: &mut Report, name: &str, bantam: &[Load], qemu: &[Load]) {
     load::warn_of_too_few_cpus(&format!("block: {name}"), &[bantam, qemu].concat());
     let per_operation = |load: &Load| {
@@ -162,7 +163,7 @@ fn row_name(case: &str, what: &str) -> String {
     format!("block: {case}: {what}")
 }
 
-/// Past the page cache, where the image's file system can and Bantam knows how.
+/// Measures past the page cache, if the image's file system and Bantam can.
 fn measure_direct(monitors: &Monitors, report: &mut Report, image: &Path) {
     const NAME: &str = "4 KiB random read past the page cache, depth 32";
     let guest = guest(
@@ -216,7 +217,7 @@ fn guest(image: &Path, access: DiskAccess, arguments: &str) -> Guest {
     }
 }
 
-/// Writes an image without holes that is on the disk as well as in the page cache.
+/// Writes an image without holes, which is both on the disk and in the page cache.
 pub fn write_image(path: &Path) {
     let write = || {
         let mut file = File::create(path)?;

@@ -1,4 +1,4 @@
-//! How long a Linux guest takes to its first process.
+//! The time that a Linux guest takes to start its first process.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// What the first process of the guest prints before anything else.
 pub const FIRST_LINE: &str = "bantam: init";
 
-/// A small Linux with its root file system on a fresh disk. `mode` is what its test agent does.
+/// Returns a small Linux with its root file system on a fresh disk. `mode` is that of its test
+/// agent.
 pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
     let disk = monitors.folder().join("root.img");
     copy(&RootFileSystem::new().ext4, &disk);
@@ -40,7 +41,7 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
 }
 
 fn copy(from: &Path, to: &Path) {
-    // A new file, so that nothing of the last guest's is still being written back.
+    // A new file, so that no data of the last guest is still being written back.
     let _ = fs::remove_file(to);
     fs::copy(from, to).unwrap_or_else(|error| {
         panic!(
@@ -54,7 +55,7 @@ fn copy(from: &Path, to: &Path) {
 /// Adds the rows.
 pub fn measure(monitors: &Monitors, report: &mut Report) {
     let run = |monitor| {
-        // It waits for a command, which never comes.
+        // The guest waits for a command, which never comes.
         let guest = linux_guest(monitors, "shell");
         let mut process = Process::start(monitors.command(monitor, &guest));
         let wall = process.wait_for(FIRST_LINE, LIMIT);
@@ -62,7 +63,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
         process.stop(STOP_LIMIT);
         [wall, cpu].map(|time| time.as_secs_f64())
     };
-    // How Bantam's choice of words for the kernel counts, where it has one to make.
+    // The effect of Bantam's kernel parameters, if it adds any.
     let with_same_words = guest_kernel_parameters().is_some();
     let (mut bantam, mut qemu, mut qemu_with_same_words) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..RUNS {

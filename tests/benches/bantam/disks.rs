@@ -1,5 +1,5 @@
-//! Bantam's disks beside each other: what idle ones cost one at work, and each way of doing requests
-//! beside the one that chooses.
+//! Bantam's disks compared with each other: a disk under load with and without idle ones, and the
+//! default engine beside each of the others.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,10 @@ use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors};
 use crate::report::{Goal, Peer, Report, Row};
 
 const IDLE_DISKS: usize = 16;
-/// What is still taken for noise.
+/// Ratio that still counts as noise.
 const AS_FAST: f64 = 0.95;
 
-/// A load, as in `block`.
+/// A load; see `block`.
 struct Case {
     name: &'static str,
     arguments: &'static str,
@@ -51,7 +51,7 @@ const ENGINE_CASES: [Case; 5] = [
     },
 ];
 
-/// The engines that do all requests in one way.
+/// The engines that execute all requests in one way.
 const PURE_ENGINES: [(&str, &str); 2] = [
     ("engine=sync", ",engine=sync"),
     ("engine=io_uring", ",engine=io_uring"),
@@ -104,7 +104,7 @@ fn guest(image: &Path, case: &Case, options: &'static str) -> Guest {
     }
 }
 
-/// The loads of several guests, which take turns.
+/// Runs the loads of several guests, which take turns.
 fn run_in_turn<const N: usize>(monitors: &Monitors, guests: [&Guest; N]) -> [Vec<Load>; N] {
     let mut loads = [const { Vec::new() }; N];
     for _ in 0..RUNS {

@@ -1,4 +1,4 @@
-//! What the host itself does with a disk image: as much as a monitor could hope for.
+//! The speed of the host itself with a disk image: an upper bound for any monitor.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, opcode, types};
 
 const BLOCK_SIZE: usize = 4096;
-/// How long is measured.
+/// Duration of a measurement.
 const TIME: Duration = Duration::from_secs(1);
-/// Reads between looks at the clock.
+/// Reads between two readings of the clock.
 const READS: u32 = 1024;
 
-/// Block numbers as the payload picks them: SplitMix64.
+/// Block numbers like those of the payload: SplitMix64.
 struct Blocks {
     state: u64,
     count: u64,
@@ -29,7 +29,7 @@ impl Blocks {
         })
     }
 
-    /// Offset of the next block in bytes.
+    /// Returns the offset of the next block in bytes.
     fn next_offset(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;
@@ -41,11 +41,12 @@ impl Blocks {
     }
 }
 
-/// Random reads of 4 KiB a second through the page cache, by one thread, one after the other.
+/// Measures random reads of 4 KiB a second through the page cache, by one thread, one after the
+/// other.
 ///
 /// # Errors
 ///
-/// When the file cannot be read.
+/// If the file cannot be read.
 pub fn pread_loop(path: &Path) -> io::Result<f64> {
     let file = File::open(path)?;
     let mut blocks = Blocks::of(&file)?;
@@ -65,7 +66,7 @@ pub fn pread_loop(path: &Path) -> io::Result<f64> {
 ///
 /// # Errors
 ///
-/// When it cannot be opened so, as on a tmpfs.
+/// If it cannot be opened that way, as on a tmpfs.
 fn open_direct(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -73,16 +74,16 @@ fn open_direct(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Memory that a disk can read to directly.
+/// Memory to which a disk can read directly.
 #[repr(align(4096))]
 #[derive(Clone)]
 struct Block([u8; BLOCK_SIZE]);
 
-/// Random reads of 4 KiB a second past the page cache by io_uring, with `depth` in flight.
+/// Measures random reads of 4 KiB a second past the page cache by io_uring, with `depth` in flight.
 ///
 /// # Errors
 ///
-/// When the file cannot be opened so or read, or there is no io_uring.
+/// If the file cannot be opened that way or read, or there is no io_uring.
 pub fn direct_io_uring_loop(path: &Path, depth: u32) -> io::Result<f64> {
     let file = open_direct(path)?;
     let mut blocks = Blocks::of(&file)?;
@@ -103,8 +104,8 @@ pub fn direct_io_uring_loop(path: &Path, depth: u32) -> io::Result<f64> {
                 .offset(blocks.next_offset())
                 .build()
                 .user_data(index as u64);
-            // SAFETY: the buffer is never freed, and is used by this read alone until its
-            // completion has been seen; the kernel keeps the file open for as long as it needs it.
+            // SAFETY: the buffer is never freed, and only this read uses it until its completion
+            // has been seen; the kernel keeps the file open as long as it needs it.
             unsafe { ring.submission().push(&read) }.map_err(io::Error::other)?;
         }
         ring.submit_and_wait(1)?;

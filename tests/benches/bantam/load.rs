@@ -11,17 +11,17 @@ use bantam_tests::payload;
 
 /// How often each load is run under each monitor.
 pub const RUNS: usize = 5;
-/// What the payload says before the first operation.
+/// What the payload prints before the first operation.
 const READY: &str = "load: ready";
-/// What the payload ends with, after its line of JSON.
+/// What the payload prints at its end, after its line of JSON.
 const DONE: &str = "\nPASS";
-/// For a load of a second.
+/// Time limit for a load of a second.
 const LIMIT: Duration = Duration::from_secs(20);
-/// How long a monitor's threads wait for a CPU at most, in a second, on a host that does nothing else.
+/// How long a monitor's threads wait for a CPU at most, in a second, on an otherwise idle host.
 const MAX_CPU_WAIT: Duration = Duration::from_millis(100);
 const MEMORY_MIB: u64 = 128;
 
-/// What a load did.
+/// The result of a load.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
     /// Operations.
@@ -30,7 +30,7 @@ pub struct Load {
     pub operations_per_second: f64,
     /// Bytes a second.
     pub bytes_per_second: f64,
-    /// Time that half of the operations took at most, in nanoseconds, where it is known.
+    /// Median latency of an operation in nanoseconds, if it is known.
     pub median_latency: Option<f64>,
     /// CPU time of the monitor's threads that serve devices.
     pub device_cpu: Duration,
@@ -38,7 +38,7 @@ pub struct Load {
     cpu_wait: Duration,
 }
 
-/// The line that the payload prints, as far as it is used.
+/// The fields of the payload's line that are used here.
 #[derive(Deserialize)]
 struct Line {
     operations: f64,
@@ -47,11 +47,11 @@ struct Line {
     p50_ns: Option<f64>,
 }
 
-/// A guest that does what `arguments` say, without the device that it does it with.
+/// Returns a guest with these `arguments`, without the device that it will drive.
 pub fn guest(arguments: &str) -> Guest {
     Guest {
         kernel: payload("load"),
-        // The process is there until its CPU time has been read.
+        // The process exists until its CPU time has been read.
         command_line: format!("{arguments} seconds=1 finish=hang"),
         memory_mib: MEMORY_MIB,
         ..Guest::default()
@@ -62,7 +62,7 @@ pub fn guest(arguments: &str) -> Guest {
 ///
 /// # Panics
 ///
-/// When the guest finds anything wrong.
+/// If the guest finds a fault.
 pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
     let mut process = Process::start(monitors.command(monitor, guest));
     process.wait_for(READY, LIMIT);
@@ -87,8 +87,8 @@ pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
     }
 }
 
-/// Whether a thread of a monitor, by its name, serves devices: Bantam's event loop, QEMU's
-/// I/O thread, and the kernel's threads for their io_uring.
+/// Returns whether the thread of a monitor with this name serves devices: Bantam's event loop,
+/// QEMU's I/O thread, and the kernel's threads for their io_uring.
 fn serves_devices(name: &str) -> bool {
     name.starts_with("bantam-devices")
         || name.starts_with("bantam-io")
@@ -97,7 +97,7 @@ fn serves_devices(name: &str) -> bool {
         || name.starts_with("iou-")
 }
 
-/// Says so if the host had too few CPUs to spare for the runs of a load, as figures then tell little.
+/// Warns if the host had too few free CPUs for the runs of a load, as the figures then mean little.
 pub fn warn_of_too_few_cpus(name: &str, loads: &[Load]) {
     let disturbed = loads.iter().filter(|load| load.cpu_wait > MAX_CPU_WAIT);
     let disturbed = disturbed.count();
@@ -110,16 +110,16 @@ pub fn warn_of_too_few_cpus(name: &str, loads: &[Load]) {
     }
 }
 
-/// One number of some runs.
+/// Returns one number of each run.
 pub fn samples(loads: &[Load], of: impl Fn(&Load) -> f64) -> Samples {
     loads.iter().map(of).collect()
 }
 
-/// Finds out whether a monitor runs a guest at all.
+/// Checks whether a monitor runs a guest at all.
 ///
 /// # Errors
 ///
-/// The first line that the monitor printed, when it ended at once.
+/// The first line that the monitor printed, if it ended at once.
 pub fn try_out(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Result<(), String> {
     let mut process = Process::start(monitors.command(monitor, guest));
     if process.prints(READY, LIMIT) {

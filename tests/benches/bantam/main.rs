@@ -1,5 +1,5 @@
 //! Measures Bantam beside QEMU's microvm machine: `make bench`, or `make bench ONLY=start` for one
-//! part. `docs/testing.md` says what is measured.
+//! part. `docs/benchmarks.md` says what is measured.
 //!
 //! Prints a table, and writes its rows to `bench/results.json` in cargo's target folder.
 

@@ -1,4 +1,4 @@
-//! A hundred idle machines at the same time, each in a process of its own, and then all in one
+//! A hundred idle machines at the same time, first each in its own process, and then all in one
 //! process; and what is left of them when they have ended.
 
 use std::fs;
@@ -17,10 +17,10 @@ use crate::report::{Goal, Peer, Report, Row};
 use crate::statistics::Samples;
 
 const MACHINES: usize = 100;
-/// How many of them have a network interface, where taps can be created.
+/// How many of them have a network interface, if taps can be created.
 const MACHINES_WITH_TAP: usize = 5;
 const MEMORY_MIB: u64 = 32;
-/// What the payload says before it halts.
+/// What the payload prints before it halts.
 const READY: &str = "PASS";
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long the kernel may take to forget a thread or an interface that has ended.
@@ -34,7 +34,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     measure_library(&taps, report);
 }
 
-/// Names of taps for some machines; none where this process cannot create taps.
+/// Returns names of taps for some machines; none if this process cannot create taps.
 fn taps() -> Vec<String> {
     if can_administer_network() && open_tun().is_ok() {
         (0..MACHINES_WITH_TAP).map(|_| tap_name()).collect()
@@ -78,7 +78,7 @@ fn leak_row_name(what: &str, taps: &[String]) -> String {
     format!("many: {MACHINES} {what}, {taps} taps: descriptors, threads, taps left")
 }
 
-/// What each of the processes took.
+/// The cost of each process.
 struct ProcessCosts {
     /// Milliseconds from the start of the process to the guest being idle.
     times: Samples,
@@ -204,7 +204,7 @@ fn assert_taps_exist(taps: &[String]) {
     }
 }
 
-/// What this process holds.
+/// The resources of this process.
 #[derive(Debug, PartialEq, Eq)]
 struct Resources {
     descriptors: usize,
@@ -220,8 +220,8 @@ impl Resources {
         }
     }
 
-    /// How many descriptors and threads there are more than `before`, plus the taps that still
-    /// exist.
+    /// Returns the number of descriptors and threads in excess of `before`, plus the taps that
+    /// still exist.
     fn left_after(before: &Self, taps: &[String]) -> usize {
         let deadline = Instant::now() + SETTLE_LIMIT;
         loop {

@@ -1,4 +1,4 @@
-//! How much memory the monitor takes beside the guest's.
+//! The memory that the monitor takes beside the guest's.
 
 use std::fs;
 use std::thread;
@@ -13,7 +13,7 @@ use crate::report::{Goal, Peer, Report, Row};
 
 const RUNS: usize = 3;
 const MIB: f64 = (1 << 20) as f64;
-/// How long the guest waits for input before memory is looked at.
+/// How long the guest waits for input before its monitor's memory is measured.
 const SETTLE_TIME: Duration = Duration::from_secs(1);
 /// Most bytes that can lie beside guest memory in one mapping: the kernel joins mappings of the
 /// same kind that happen to touch.
@@ -25,19 +25,20 @@ pub struct MonitorMemory {
     /// Resident memory (Rss): all pages in memory, including those of programs and libraries that
     /// other processes use as well.
     pub resident: u64,
-    /// Proportional share of it (Pss): a page that several processes use counts in parts.
+    /// Proportional share of resident memory (Pss): a page that several processes use counts in
+    /// parts.
     pub proportional: u64,
 }
 
 impl MonitorMemory {
-    /// Looks at a process that runs a guest with `guest_memory` bytes: all mappings of
-    /// `/proc/PID/smaps` count but guest memory, which is the only writable anonymous mapping that
-    /// is large enough for it. If that mapping is larger, what is beyond guest memory counts as if
-    /// it were all resident.
+    /// Measures a process that runs a guest with `guest_memory` bytes: all mappings of
+    /// `/proc/PID/smaps` count except guest memory, which is the only writable anonymous mapping
+    /// that is large enough for it. If that mapping is larger, the rest counts as if it were all
+    /// resident.
     ///
     /// # Panics
     ///
-    /// When there is not exactly one such mapping.
+    /// If there is not exactly one such mapping.
     pub fn of(process: Pid, guest_memory: u64) -> Self {
         let text = fs::read_to_string(format!("/proc/{process}/smaps"))
             .unwrap_or_else(|error| panic!("cannot read the mappings of a monitor: {error}"));
@@ -103,7 +104,7 @@ fn parse_mappings(text: &str) -> Vec<Mapping> {
 /// Adds the rows.
 pub fn measure(monitors: &Monitors, report: &mut Report) {
     let run = |monitor| {
-        // It waits for a command, which never comes.
+        // The guest waits for a command, which never comes.
         let guest = linux_guest(monitors, "shell");
         let mut process = Process::start(monitors.command(monitor, &guest));
         process.wait_for(FIRST_LINE, LIMIT);

@@ -13,8 +13,8 @@ pub const PEER: &str = "QEMU microvm";
 
 const QEMU: &str = "qemu-system-x86_64";
 
-/// What a Linux kernel must be told under any monitor on a host without hardware virtualization, or
-/// else it does not get to its first process.
+/// Kernel parameters without which Linux does not get to its first process on a host without
+/// hardware virtualization, under any monitor.
 const NEEDED_WORDS: &str = "clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave \
      tsc=reliable no_timer_check";
 
@@ -25,7 +25,7 @@ pub enum Monitor {
     Bantam,
     /// The peer.
     Qemu,
-    /// The peer, with the kernel told all that Bantam tells it on this host.
+    /// The peer, with all kernel parameters that Bantam adds on this host.
     QemuWithBantamsWords,
 }
 
@@ -39,7 +39,7 @@ impl Monitor {
 pub struct Guest {
     /// ELF image.
     pub kernel: PathBuf,
-    /// Whole kernel command line, but for what monitor and host add to it.
+    /// Kernel command line, to which monitor and host add their words.
     pub command_line: String,
     /// Memory in MiB.
     pub memory_mib: u64,
@@ -58,22 +58,22 @@ pub struct Disk {
     pub image: PathBuf,
     /// How a monitor reads and writes it.
     pub access: DiskAccess,
-    /// What else Bantam alone is told of it.
+    /// Further options, for Bantam alone.
     pub options: &'static str,
 }
 
 /// How a monitor reads and writes a disk image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DiskAccess {
-    /// As each monitor does when it is told nothing.
+    /// By each monitor's defaults.
     Default,
     /// Through the page cache, as fast as each monitor can: the peer by io_uring in an I/O thread.
     Cached,
-    /// The same past the page cache (`O_DIRECT`).
+    /// Past the page cache (`O_DIRECT`), as fast as each monitor can.
     Direct,
 }
 
-/// Where the monitors are.
+/// The paths of the monitors.
 pub struct Monitors {
     bantam: PathBuf,
     qemu_version: String,
@@ -82,13 +82,12 @@ pub struct Monitors {
 }
 
 impl Monitors {
-    /// Finds the monitors: Bantam where `BANTAM_BIN` says, or else as a release build in cargo's
-    /// target folder, by preference the one that `make build` makes. `folder` is for files of the
-    /// benchmarks.
+    /// Finds the monitors: Bantam at the path in `BANTAM_BIN`, or else a release build in cargo's
+    /// target folder, preferably that of `make build`. `folder` is for files of the benchmarks.
     ///
     /// # Panics
     ///
-    /// When one of them is missing.
+    /// If one of them is missing.
     pub fn find(target_folder: &Path, folder: &Path) -> Self {
         let bantam = env::var_os("BANTAM_BIN").map_or_else(
             || {
@@ -114,12 +113,12 @@ impl Monitors {
         }
     }
 
-    /// Name of the peer with its version.
+    /// Returns the name of the peer with its version.
     pub fn peer_name(&self) -> String {
         format!("QEMU {} microvm", self.qemu_version)
     }
 
-    /// What is compared, and where.
+    /// Describes the programs that are compared, and the host.
     pub fn description(&self) -> String {
         let cpus = thread::available_parallelism().map_or(0, usize::from);
         let host = match self.virtualization {
@@ -134,17 +133,17 @@ impl Monitors {
         )
     }
 
-    /// The program `bantam`.
+    /// Returns the path of the program `bantam`.
     pub fn bantam(&self) -> &Path {
         &self.bantam
     }
 
-    /// A folder for files of the benchmarks.
+    /// Returns a folder for files of the benchmarks.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The command that runs `guest` under `monitor`.
+    /// Returns the command that runs `guest` under `monitor`.
     pub fn command(&self, monitor: Monitor, guest: &Guest) -> Command {
         match monitor {
             Monitor::Bantam => self.bantam_command(guest),
@@ -181,7 +180,8 @@ impl Monitors {
         command
     }
 
-    /// The leanest machine that runs the guest, which is told `words` on a host where it needs any.
+    /// Returns the command of the leanest machine that runs the guest, with `words` for its kernel
+    /// if the host requires any.
     fn qemu_command(&self, guest: &Guest, words: &str) -> Command {
         let mut command_line = guest.command_line.clone();
         let mut cpu = "host";
@@ -203,7 +203,7 @@ impl Monitors {
         command.args(["-m", &guest.memory_mib.to_string()]);
         command.arg("-kernel").arg(&guest.kernel);
         command.args(["-append", &command_line]);
-        // Its threads have names only if they are asked to.
+        // Its threads have names only on request.
         command.args(["-name", "guest,debug-threads=on"]);
         command.args(["-global", "virtio-mmio.force-legacy=false"]);
         if let Some(disk) = &guest.disk {

@@ -1,4 +1,4 @@
-//! How fast a network card is.
+//! The speed of a network card.
 
 use std::fs;
 
@@ -9,14 +9,14 @@ use crate::load::{self, Load, RUNS};
 use crate::monitors::{Guest, Monitor, Monitors};
 use crate::report::{Goal, Peer, Report, Row};
 
-/// What goes on on the host during a load.
+/// What the host does during a load.
 #[derive(Clone, Copy)]
 enum HostSide {
-    /// Frames are dropped.
+    /// Drops frames.
     Drop,
-    /// Frames of this many bytes are sent.
+    /// Sends frames of this many bytes.
     Flood(usize),
-    /// Frames are sent back.
+    /// Sends frames back.
     Echo,
 }
 
@@ -74,14 +74,14 @@ const CASES: [Case; 4] = [
     },
 ];
 
-/// Adds the rows, where taps can be created.
+/// Adds the rows, if taps can be created.
 pub fn measure(monitors: &Monitors, report: &mut Report) {
     if !can_administer_network() || open_tun().is_err() {
         eprintln!("skipped: creating taps takes CAP_NET_ADMIN");
         return;
     }
     let tap = HostTap::new();
-    // The host's own greetings would count as work. Where it has no IPv6 there are none.
+    // The host's own IPv6 announcements would count as work. A host without IPv6 sends none.
     let _ = fs::write(
         format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", tap.name),
         "1",

@@ -1,4 +1,4 @@
-//! A monitor's process, and what it takes from the host.
+//! A monitor's process, and the resources that it takes from the host.
 
 use std::fs;
 use std::io::{self, PipeReader, Read};
@@ -13,10 +13,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Units of CPU time in `/proc`, a second: `USER_HZ`, which is 100 on x86.
+/// Units of CPU time in `/proc` per second: `USER_HZ`, which is 100 on x86.
 const CLOCK_TICKS: f64 = 100.0;
 
-/// A running process. It is killed when it is dropped before its end.
+/// A running process. Dropping this before its end kills it.
 pub struct Process {
     pid: Pid,
     reaped: bool,
@@ -26,7 +26,7 @@ pub struct Process {
     printed: Vec<u8>,
 }
 
-/// What a process took from its start to its end.
+/// The time that a process took from its start to its end.
 #[derive(Debug)]
 pub struct Ended {
     /// From just before it was started until it was reaped.
@@ -58,12 +58,12 @@ impl Process {
         }
     }
 
-    /// Its id.
+    /// Returns its id.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// CPU time that all its threads have taken so far, to a hundredth of a second.
+    /// Returns the CPU time of all its threads so far, to a hundredth of a second.
     pub fn cpu(&self) -> Duration {
         let path = format!("/proc/{}/stat", self.pid);
         let text = fs::read_to_string(path).expect("the process exists until it is reaped");
@@ -79,25 +79,24 @@ impl Process {
         Duration::from_secs_f64(ticks / CLOCK_TICKS)
     }
 
-    /// CPU time that those of its threads have taken so far whose names are `wanted`, of threads
-    /// that exist now.
+    /// Returns the CPU time so far of its existing threads whose names are `wanted`.
     pub fn threads_cpu(&self, wanted: impl Fn(&str) -> bool) -> Duration {
         self.threads_time(0, wanted)
     }
 
-    /// How long its threads that exist now have so far been ready to run without a CPU to run on.
+    /// Returns how long its existing threads have so far been ready to run without a CPU.
     pub fn threads_cpu_wait(&self) -> Duration {
         self.threads_time(1, |_| true)
     }
 
-    /// Sum of a field of the threads' `schedstat`: the time on a CPU, then that of waiting for one, in
-    /// nanoseconds (Documentation/scheduler/sched-stats.rst).
+    /// Returns the sum of a field of the threads' `schedstat`: the time on a CPU, then the time of
+    /// waiting for one, in nanoseconds (Documentation/scheduler/sched-stats.rst).
     fn threads_time(&self, field: usize, wanted: impl Fn(&str) -> bool) -> Duration {
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid))
             .expect("the process exists until it is reaped");
         let times = threads.filter_map(|thread| {
             let folder = thread.ok()?.path();
-            // A thread may end while it is looked at.
+            // A thread may end meanwhile.
             let name = fs::read_to_string(folder.join("comm")).ok()?;
             let statistics = fs::read_to_string(folder.join("schedstat")).ok()?;
             let time = statistics.split_whitespace().nth(field)?.parse().ok()?;
@@ -110,7 +109,7 @@ impl Process {
     ///
     /// # Panics
     ///
-    /// When it has not printed that by the time `limit` since its start.
+    /// If it has not printed that by the time `limit` since its start.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Duration {
         if !self.prints(text, limit) {
             panic!("it ended without printing '{text}':\n{}", self.text());
@@ -118,11 +117,11 @@ impl Process {
         self.started.elapsed()
     }
 
-    /// Waits until it has printed `text`; `false` when it ends without.
+    /// Waits until it has printed `text`; returns `false` if it ends without.
     ///
     /// # Panics
     ///
-    /// When neither has happened by the time `limit` since its start.
+    /// If neither has happened by the time `limit` since its start.
     pub fn prints(&mut self, text: &str, limit: Duration) -> bool {
         while !self.has_printed(text) {
             if !self.read(limit) {
@@ -132,26 +131,26 @@ impl Process {
         true
     }
 
-    /// Waits for its end, which must be a success.
+    /// Waits for its end, which must be successful.
     ///
     /// # Panics
     ///
-    /// When it has not ended by the time `limit` since its start, or it failed.
+    /// If it has not ended by the time `limit` since its start, or it failed.
     pub fn wait(mut self, limit: Duration) -> Ended {
         while self.read(limit) {}
         let (status, cpu) = self.reap();
         let wall = self.started.elapsed();
-        // A guest that resets the machine, and a signal, have a status of their own.
+        // A guest that resets the machine, and a signal, yield a status of their own.
         let succeeded = matches!(status.code(), Some(0 | STATUS_REBOOT | STATUS_POWER_CUT));
         assert!(succeeded, "it failed, {status}:\n{}", self.text());
         Ended { wall, cpu }
     }
 
-    /// Tells it to end and waits until it has, which must be a success.
+    /// Tells it to end and waits for its end, which must be successful.
     ///
     /// # Panics
     ///
-    /// As [`Process::wait`], where `limit` is from now.
+    /// In the cases of [`Process::wait`], with `limit` counted from now.
     pub fn stop(self, limit: Duration) {
         kill(self.pid, Signal::SIGTERM).expect("the process exists until it is reaped");
         let limit = self.started.elapsed() + limit;
@@ -163,12 +162,12 @@ impl Process {
         windows.any(|window| window == text.as_bytes())
     }
 
-    /// What it has printed so far.
+    /// Returns its output so far.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.printed).into_owned()
     }
 
-    /// Waits for output and keeps it; `false` at its end.
+    /// Waits for output and keeps it; returns `false` at its end.
     fn read(&mut self, limit: Duration) -> bool {
         let left = limit.saturating_sub(self.started.elapsed());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -187,8 +186,7 @@ impl Process {
 
     fn reap(&mut self) -> (ExitStatus, Duration) {
         let mut status = 0;
-        // SAFETY: an all-zero rusage is valid, and the call fills in both places it is given,
-        // which outlive it.
+        // SAFETY: an all-zero rusage is valid, and the call writes to two places that outlive it.
         let (result, usage) = unsafe {
             let mut usage: libc::rusage = std::mem::zeroed();
             let result = libc::wait4(self.pid.as_raw(), &mut status, 0, &mut usage);

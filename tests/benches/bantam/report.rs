@@ -9,20 +9,20 @@ use serde::Serialize;
 use crate::monitors::{Monitors, PEER};
 use crate::statistics::Samples;
 
-/// What a measurement should be.
+/// The goal of a measurement.
 #[derive(Debug, Clone, Copy)]
 pub enum Goal {
     /// At most this, in the row's unit.
     AtMost(f64),
-    /// At most this share of the peer's.
+    /// At most this fraction of the peer's.
     RatioAtMost(f64),
-    /// At least this share of the peer's.
+    /// At least this fraction of the peer's.
     RatioAtLeast(f64),
-    /// Nothing in particular: the row is for information.
+    /// None: the row is for information.
     None,
 }
 
-/// What Bantam is compared with in a row.
+/// The peer of a row, with which Bantam is compared.
 #[derive(Debug)]
 pub struct Peer {
     /// `None` is the other monitor.
@@ -31,7 +31,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// The other monitor.
+    /// Makes the other monitor the peer.
     pub fn monitor(samples: Samples) -> Self {
         Self {
             name: None,
@@ -39,7 +39,7 @@ impl Peer {
         }
     }
 
-    /// Something else.
+    /// Makes something else the peer.
     pub fn named(name: &'static str, samples: Samples) -> Self {
         Self {
             name: Some(name),
@@ -48,18 +48,18 @@ impl Peer {
     }
 }
 
-/// One row: Bantam's measurements, and the peer's where there are any.
+/// One row: Bantam's measurements, and the peer's, if there are any.
 #[derive(Debug)]
 pub struct Row {
     /// What is measured.
     pub name: String,
-    /// The unit of all numbers but the ratio.
+    /// The unit of all numbers except the ratio.
     pub unit: &'static str,
-    /// Bantam's.
+    /// Bantam's measurements.
     pub bantam: Samples,
-    /// The peer's.
+    /// The peer's measurements.
     pub peer: Option<Peer>,
-    /// What Bantam's should be.
+    /// The goal for Bantam.
     pub goal: Goal,
 }
 
@@ -90,17 +90,17 @@ impl Row {
     }
 }
 
-/// A row as programs read it. All numbers are medians.
+/// A row in the JSON file. All numbers are medians.
 #[derive(Serialize)]
 struct Record<'a> {
     name: &'a str,
     unit: &'a str,
     bantam: f64,
-    /// Null, like the numbers that need it, where the peer is not measured.
+    /// Null if the peer is not measured, like the numbers that need it.
     peer_name: Option<&'a str>,
     peer: Option<f64>,
     ratio: Option<f64>,
-    /// Null where there is none, which is always met.
+    /// Null if there is none, which counts as met.
     goal: Option<String>,
     met: bool,
     runs: usize,
@@ -114,7 +114,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// A report without rows.
+    /// Makes a report without rows.
     pub fn new(monitors: &Monitors) -> Self {
         Self {
             heading: monitors.description(),

@@ -1,5 +1,5 @@
-//! How long the monitor itself takes: a guest whose first instruction asks for a reset, from the
-//! start of the monitor's process to its end.
+//! The time that the monitor itself takes: from the start of its process to its end, with a guest
+//! whose first instruction asks for a reset.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Numbers measured several times.
+//! Statistics of repeated measurements.
 
 /// Measurements of one thing, at least one.
 #[derive(Debug, Clone)]
@@ -9,29 +9,29 @@ impl Samples {
     ///
     /// # Panics
     ///
-    /// When there are none.
+    /// If there are none.
     pub fn new(mut values: Vec<f64>) -> Self {
         assert!(!values.is_empty(), "nothing was measured");
         values.sort_by(f64::total_cmp);
         Self(values)
     }
 
-    /// How many there are.
+    /// Returns their number.
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// The least.
+    /// Returns the least.
     pub fn least(&self) -> f64 {
         self.0[0]
     }
 
-    /// The greatest.
+    /// Returns the greatest.
     pub fn greatest(&self) -> f64 {
         self.0[self.count() - 1]
     }
 
-    /// The middle one, or the mean of the two in the middle.
+    /// Returns the median: the middle one, or the mean of the two in the middle.
     pub fn median(&self) -> f64 {
         let middle = self.count() / 2;
         if self.count().is_multiple_of(2) {

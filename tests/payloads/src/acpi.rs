@@ -1,4 +1,4 @@
-//! The ACPI tables a payload looks at (ACPI 6.5 section 5.2).
+//! The ACPI tables that a payload reads (ACPI 6.5 section 5.2).
 
 use alloc::format;
 use alloc::string::String;
@@ -24,7 +24,7 @@ pub(crate) unsafe fn read<T: Copy>(address: u64) -> T {
     unsafe { (address as *const T).read_unaligned() }
 }
 
-/// Sum of `size` bytes of guest-physical memory: zero when a checksum is right.
+/// Returns the sum of `size` bytes of guest-physical memory: zero if a checksum is correct.
 ///
 /// # Safety
 ///
@@ -36,7 +36,7 @@ pub(crate) unsafe fn bytes_sum(address: u64, size: u64) -> u8 {
     })
 }
 
-/// What the ACPI tables say.
+/// The content of the ACPI tables.
 pub struct Acpi {
     /// Signatures of all tables that the root table names, and DSDT.
     pub tables: Vec<[u8; 4]>,

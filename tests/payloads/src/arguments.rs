@@ -17,7 +17,7 @@ pub fn value(name: &str) -> Option<&'static str> {
 ///
 /// # Panics
 ///
-/// When the value is not of that type, which fails the payload.
+/// If the value is not of that type, which fails the payload.
 pub fn parsed<T: FromStr>(name: &str) -> Option<T> {
     value(name).map(|text| match text.parse() {
         Ok(value) => value,
@@ -48,7 +48,7 @@ pub struct VirtioMmioWindow {
 ///
 /// # Panics
 ///
-/// When one cannot be understood, which fails the payload.
+/// If one cannot be parsed, which fails the payload.
 pub fn virtio_mmio_windows() -> impl Iterator<Item = VirtioMmioWindow> {
     BootInfo::get()
         .command_line
@@ -70,8 +70,8 @@ fn parse_window(text: &str) -> Option<VirtioMmioWindow> {
     })
 }
 
-/// A number as Linux writes sizes: decimal or hexadecimal, perhaps with a suffix K, M or G. `None`
-/// when it is none, or too large.
+/// Parses a number as Linux writes sizes: decimal or hexadecimal, perhaps with a suffix K, M or G.
+/// `None` if it is not a number, or too large.
 pub fn parse_number(text: &str) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()? {
         b'K' | b'k' => (&text[..text.len() - 1], 10),

@@ -1,5 +1,5 @@
-//! What the monitor told the payload: command line, memory map and ACPI root pointer, from the PVH
-//! start info (Xen's docs/misc/pvh) or the zero page (Documentation/arch/x86/boot.rst and
+//! The boot information from the monitor: command line, memory map and ACPI root pointer, from the
+//! PVH start info (Xen's docs/misc/pvh) or the zero page (Documentation/arch/x86/boot.rst and
 //! zero-page.rst), copied before anything can overwrite it.
 
 use alloc::string::String;
@@ -74,7 +74,7 @@ pub struct MemoryRange {
     pub address: u64,
     /// Size in bytes.
     pub size: u64,
-    /// What it is: [`RAM`](Self::RAM), or another type of the E820 map.
+    /// Its type: [`RAM`](Self::RAM), or another type of the E820 map.
     pub kind: u32,
 }
 
@@ -88,7 +88,7 @@ impl MemoryRange {
     }
 }
 
-/// What the monitor passed.
+/// The information that the monitor passed.
 pub struct BootInfo {
     /// How it started the payload.
     pub protocol: BootProtocol,
@@ -103,7 +103,7 @@ pub struct BootInfo {
 static BOOT_INFO: AtomicPtr<BootInfo> = AtomicPtr::new(core::ptr::null_mut());
 
 impl BootInfo {
-    /// What the monitor passed to this payload.
+    /// Returns the information that the monitor passed to this payload.
     pub fn get() -> &'static Self {
         let pointer = BOOT_INFO.load(Ordering::Acquire);
         assert!(!pointer.is_null(), "the boot information is not read yet");
@@ -111,7 +111,7 @@ impl BootInfo {
         unsafe { &*pointer }
     }
 
-    /// The ranges of usable memory.
+    /// Returns the ranges of usable memory.
     pub fn ram(&self) -> impl Iterator<Item = MemoryRange> {
         self.memory
             .iter()
@@ -120,7 +120,8 @@ impl BootInfo {
     }
 }
 
-/// Reads what the monitor passed, and gives the heap the memory after the payload's image.
+/// Reads the information that the monitor passed, and gives the heap the memory after the payload's
+/// image.
 ///
 /// # Safety
 ///

@@ -1,5 +1,5 @@
-//! Memory for `alloc`: a region after the payload's image, handed out upwards. Only what was handed
-//! out last is ever taken back, which is enough for buffers that live for one check.
+//! Memory for `alloc`: a region after the payload's image, allocated upwards. Only the last
+//! allocation can be freed, which is enough for buffers that live for one check.
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::ops::Range;
@@ -44,7 +44,7 @@ unsafe impl GlobalAlloc for BumpAllocator {
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         let start = memory as usize;
-        // It fails when something was handed out since: this stays taken.
+        // It fails if there was another allocation since; the memory then stays in use.
         let _ = self.next.compare_exchange(
             start + layout.size(),
             start,
@@ -54,7 +54,7 @@ unsafe impl GlobalAlloc for BumpAllocator {
     }
 }
 
-/// First address after the payload's image.
+/// Returns the first address after the payload's image.
 pub fn image_end() -> u64 {
     unsafe extern "C" {
         static image_end: u8;
@@ -62,7 +62,7 @@ pub fn image_end() -> u64 {
     &raw const image_end as u64
 }
 
-/// First address after the heap.
+/// Returns the first address after the heap.
 pub fn end() -> u64 {
     HEAP.end.load(Ordering::Relaxed) as u64
 }
@@ -77,7 +77,7 @@ pub fn memory_after() -> Range<u64> {
     start..range.map_or(start, |range| range.end())
 }
 
-/// Calls `work`, then takes back all memory it was given.
+/// Calls `work`, then frees all memory that it allocated.
 ///
 /// # Safety
 ///

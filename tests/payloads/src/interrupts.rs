@@ -144,8 +144,8 @@ pub fn start_periodic_timer(period: Duration) {
     );
 }
 
-/// Has the timer of this processor's local APIC interrupt by [`TIMER_VECTOR`] when the time stamp counter
-/// reaches the MSR IA32_TSC_DEADLINE.
+/// Makes the timer of this processor's local APIC interrupt by [`TIMER_VECTOR`] when the time stamp
+/// counter reaches the MSR IA32_TSC_DEADLINE.
 pub fn select_deadline_timer() {
     enable_local_apic();
     write_local_apic(TIMER, u32::from(TIMER_VECTOR) | TSC_DEADLINE);
@@ -209,7 +209,7 @@ fn write_io_apic(register: u32, value: u32) {
     }
 }
 
-/// How many inputs the I/O APIC has.
+/// Returns the number of inputs of the I/O APIC.
 pub fn io_apic_input_count() -> u32 {
     (read_io_apic(IO_APIC_VERSION) >> 16 & 0xff) + 1
 }

@@ -1,5 +1,5 @@
-//! What a bare-metal payload needs from a machine, and nothing else: a way from the monitor to
-//! Rust, a serial console, memory, interrupts, more processors, virtio devices, and a verdict.
+//! The runtime of bare-metal payloads: the way from the monitor to Rust, a serial console, memory,
+//! interrupts, more processors, virtio devices, and a verdict.
 //!
 //! All Rust code runs in ring 3 on an identity map, because there it runs natively on any KVM;
 //! ring 0 is a little assembly (`src/assembly/`) that ring 3 reaches by [`system_call`]. A payload
@@ -68,7 +68,7 @@ extern "C" fn ring_3_start(protocol: u64, information: u64) -> ! {
     report::finish()
 }
 
-/// Where an exception of ring 3 or ring 0 ends: says what is known of it, and resets the machine.
+/// Handles an exception of ring 3 or ring 0: prints what is known of it, and resets the machine.
 #[unsafe(no_mangle)]
 extern "C" fn ring_3_exception(
     vector: u64,

@@ -1,4 +1,4 @@
-//! Accesses to device registers, each one plain instruction that KVM's emulator knows.
+//! Accesses to device registers, each by one plain instruction that KVM's emulator knows.
 
 use core::arch::asm;
 

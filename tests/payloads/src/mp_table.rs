@@ -20,7 +20,7 @@ const LAST_ENTRY_TYPE: u8 = 4;
 const ENABLED: u8 = 1;
 const BOOT_PROCESSOR: u8 = 2;
 
-/// What an MP configuration table says.
+/// The content of an MP configuration table.
 pub struct MpTable {
     /// Where its floating pointer structure was found.
     pub floating_pointer: u64,
@@ -32,11 +32,11 @@ pub struct MpTable {
     pub io_apics: Vec<u32>,
 }
 
-/// Finds the table where the specification's section 4 says to look.
+/// Finds the table in the places that the specification's section 4 lists.
 ///
 /// # Errors
 ///
-/// What is wrong with a table that was found; `Ok(None)` when there is none.
+/// What is wrong with a table that was found; `Ok(None)` if there is none.
 pub fn find() -> Result<Option<MpTable>, &'static str> {
     // SAFETY: conventional memory, the BIOS data area and the BIOS area are mapped.
     let ebda = unsafe { u64::from(read::<u16>(EBDA_SEGMENT)) << 4 };

@@ -9,18 +9,18 @@ const GIB: u64 = 1 << 30;
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 const PRESENT_WRITABLE_USER: u64 = 0x27;
 const LARGE_PAGE: u64 = 0xe7;
-/// What one table of page directory pointers covers.
+/// Size of the memory that one table of page directory pointers covers.
 const MAPPABLE_SIZE: u64 = 512 * GIB;
 
 #[repr(C, align(4096))]
 struct PageDirectory([u64; 512]);
 
-/// Maps the GiB-aligned surroundings of a range, each address to itself, cached. What is mapped
-/// already stays as it is. Other processors must not use the range before they start.
+/// Maps the GiB-aligned surroundings of a range, each address to itself, cached. Existing mappings
+/// stay unchanged. Other processors must not use the range before they start.
 ///
 /// # Panics
 ///
-/// When the range ends above 512 GiB.
+/// If the range ends above 512 GiB.
 pub fn map(address: u64, size: u64) {
     unsafe extern "C" {
         static mut page_directory_pointers: [u64; 512];

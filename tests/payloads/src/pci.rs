@@ -1,5 +1,5 @@
 //! PCI configuration space by the ports 0xcf8 and 0xcfc (PCI Local Bus Specification 3.0, section
-//! 3.2.2.3.2), as far as finding virtio devices takes: the first bus.
+//! 3.2.2.3.2), limited to the first bus, which suffices to find virtio devices.
 
 use core::iter;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -28,7 +28,7 @@ const COMMAND_MEMORY_AND_MASTER: u32 = 0b110;
 const STATUS_CAPABILITIES: u32 = 1 << 20;
 const MULTIFUNCTION: u8 = 0x80;
 const VENDOR_CAPABILITY: u8 = 0x09;
-/// Capabilities of four bytes and more that fit behind the header, and so the most there are.
+/// Most capabilities: those of at least four bytes that fit after the header.
 const MAX_CAPABILITIES: usize = (256 - 64) / 4;
 
 const BAR_PORTS: u32 = 1;
@@ -36,8 +36,8 @@ const BAR_TYPE: u32 = 0b110;
 const BAR_64_BITS: u32 = 0b100;
 const BAR_FLAGS: u32 = 0xf;
 
-/// Where registers go that the firmware has put nowhere, or above 4 GiB, where they are not mapped:
-/// below the I/O APIC, where neither RAM nor, on the machines that are known, anything else is.
+/// Address for registers that the firmware has not assigned, or has put above 4 GiB, where they are
+/// not mapped. It is below the I/O APIC, where known machines have neither RAM nor anything else.
 const FREE_SPACE: u64 = 0xe800_0000;
 const FREE_SPACE_END: u64 = 0xf000_0000;
 
@@ -49,7 +49,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// The functions that exist; none where there is no PCI.
+    /// Returns the functions that exist; none if there is no PCI.
     pub fn all() -> impl Iterator<Item = Self> {
         (0..DEVICES).flat_map(|device| {
             let first = Self { device, number: 0 };
@@ -114,9 +114,9 @@ impl Function {
         .filter(move |&offset| self.read_8(offset) == VENDOR_CAPABILITY)
     }
 
-    /// Guest-physical address of the registers of base address register `index`, less than 6: where the firmware
-    /// has put them, or else in free space below 4 GiB. Enables them, and the device's DMA. `None`
-    /// for ports, and when there is no room.
+    /// Guest-physical address of the registers of base address register `index`, less than 6: the
+    /// firmware's address, or else free space below 4 GiB. Enables them, and the device's DMA.
+    /// `None` for ports, and if there is no room.
     pub fn map_bar(self, index: u8) -> Option<u64> {
         let low = register::FIRST_BAR + 4 * index;
         let value = self.read_32(low);
@@ -146,7 +146,7 @@ impl Function {
     }
 }
 
-/// Free space of `size` bytes, a power of two, aligned to that.
+/// Allocates free space of `size` bytes, a power of two, aligned to that.
 fn take_free_space(size: u64) -> Option<u64> {
     static NEXT: AtomicU64 = AtomicU64::new(FREE_SPACE);
     let start = NEXT.load(Ordering::Relaxed).next_multiple_of(size);

@@ -1,4 +1,4 @@
-//! The I/O ports this runtime knows by name.
+//! The I/O ports of this runtime.
 
 /// First serial port (16550).
 pub const SERIAL: u16 = 0x3f8;
@@ -16,5 +16,5 @@ pub const ACPI_SOFT_OFF: u8 = (5 << 2) | 1 << 5;
 pub const EXIT: u16 = 0x500;
 /// Port of the panic device.
 pub const PANIC_DEVICE: u16 = 0x505;
-/// What a kernel that has panicked writes there.
+/// The value that a panicked kernel writes there.
 pub const PANICKED: u8 = 1 << 0;

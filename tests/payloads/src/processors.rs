@@ -1,5 +1,5 @@
-//! More processors: each is woken as the MP specification 1.4 appendix B.4 says, and runs a
-//! function in ring 3 on a stack of its own.
+//! Application processors: each is started as the MP specification 1.4 appendix B.4 says, and runs
+//! a function in ring 3 on its own stack.
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -14,8 +14,8 @@ use crate::time::{self, Deadline};
 /// Most processors a payload can use, the boot processor included.
 pub const MAX_PROCESSORS: usize = 32;
 
-/// Where the start-up code of application processors goes: a page of conventional memory that
-/// holds nothing any more that the monitor passed.
+/// The page for the start-up code of application processors: conventional memory that no longer
+/// holds information from the monitor.
 const TRAMPOLINE_PAGE: u8 = 8;
 const RING_0_STACK_SIZE: usize = 1 << 10;
 const RING_3_STACK_SIZE: usize = 32 << 10;
@@ -35,7 +35,7 @@ unsafe extern "C" {
     static mut application_processor_index: u32;
 }
 
-/// How many processors are in Rust code, the boot processor included.
+/// Number of processors in Rust code, including the boot processor.
 static RUNNING: AtomicUsize = AtomicUsize::new(1);
 /// What the processor that starts next will run: a `fn(usize)`.
 static NEXT_MAIN: AtomicUsize = AtomicUsize::new(0);
@@ -80,7 +80,7 @@ impl<const SIZE: usize> Stack<SIZE> {
 ///
 /// # Errors
 ///
-/// When the processor does not come up, or too many have.
+/// If the processor does not start, or too many have.
 pub fn start(local_apic_id: u8, main: fn(usize)) -> Result<usize, StartError> {
     let index = RUNNING.load(Ordering::Acquire);
     if index >= MAX_PROCESSORS {

@@ -4,12 +4,12 @@
 pub struct Random(u64);
 
 impl Random {
-    /// The generator whose numbers follow from `seed`.
+    /// Makes a generator with this seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number, of 64 bits.
+    /// Returns the next 64-bit number.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -18,12 +18,12 @@ impl Random {
         mixed ^ mixed >> 31
     }
 
-    /// A number less than `bound`, which is not zero.
+    /// Returns a number less than `bound`, which is not zero.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next_u64() % bound
     }
 
-    /// One of `choices`, which are not none.
+    /// Returns one of `choices`, which are not empty.
     pub fn choose<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }

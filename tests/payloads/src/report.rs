@@ -1,4 +1,4 @@
-//! What a payload found, for a person and for the program that started it: a line for each check,
+//! The report of a payload, for people and for the program that started it: a line for each check,
 //! then `PASS` or `FAIL`, then the end of the machine.
 
 use core::fmt::Display;
@@ -24,7 +24,7 @@ pub fn fail(name: impl Display, reason: impl Display) {
     println!("FAIL: {name}: {reason}");
 }
 
-/// Prints how the check `name` went.
+/// Prints the result of the check `name`.
 pub fn check<E: Display>(name: impl Display, result: Result<(), E>) {
     match result {
         Ok(()) => ok(name),
@@ -45,8 +45,8 @@ const WAYS: [&str; 9] = [
     "number",
 ];
 
-/// Prints the verdict, then ends the machine as the argument `finish=` says, one of [`WAYS`]: by a reset
-/// when there is none.
+/// Prints the verdict, then ends the machine as the argument `finish=` says, one of [`WAYS`];
+/// without it, by a reset.
 pub fn finish() -> ! {
     let way = arguments::value("finish").unwrap_or("reset");
     if !WAYS.contains(&way) {
@@ -90,7 +90,7 @@ pub fn finish() -> ! {
     reset()
 }
 
-/// A monitor may let the processor run on for a moment before it acts.
+/// A monitor may let the processor run on for a moment before it reacts.
 fn still_running(way: &str) {
     time::delay(time::Duration::from_millis(200));
     println!("FAIL: finish: the machine still runs after {way}");

@@ -22,14 +22,14 @@ pub fn initialise() {
     write_port_8(FIFO_CONTROL, FIFO_ENABLE);
 }
 
-/// Writes bytes as they are.
+/// Writes bytes unchanged.
 pub fn write(bytes: &[u8]) {
     for part in bytes.chunks(FIFO_SIZE) {
         write_serial(port::SERIAL, part);
     }
 }
 
-/// A byte of input, when there is one.
+/// Returns a byte of input, if there is one.
 pub fn read() -> Option<u8> {
     (read_port_8(LINE_STATUS) & DATA_READY != 0).then(|| read_port_8(port::SERIAL))
 }
@@ -43,7 +43,7 @@ pub fn interrupt_on_input(wanted: bool) {
     );
 }
 
-/// Gathers formatted text so that few system calls print it.
+/// Collects formatted text so that few system calls print it.
 struct Line {
     bytes: [u8; 128],
     length: usize,
@@ -69,7 +69,7 @@ impl Write for Line {
     }
 }
 
-/// What [`print!`](crate::print) expands to. Processors take turns, a whole text each.
+/// What [`print!`](crate::print) expands to. Processors take turns, for a whole text each.
 pub fn print(arguments: fmt::Arguments<'_>) {
     static BUSY: AtomicBool = AtomicBool::new(false);
     // A panic while printing must be able to print: after a while the turn is taken anyway.

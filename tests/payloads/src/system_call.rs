@@ -1,4 +1,4 @@
-//! What ring 3 asks of ring 0: the other side is `assembly/traps.s`, which numbers the calls.
+//! The system calls of ring 3 to ring 0, whose side is `assembly/traps.s`, which numbers the calls.
 
 use core::arch::asm;
 
@@ -24,7 +24,7 @@ enum Call {
     UnknownInstruction,
 }
 
-/// How many system calls there are.
+/// Number of system calls.
 pub(crate) const COUNT: u64 = Call::UnknownInstruction as u64 + 1;
 
 fn call(call: Call, first: u64, second: u64, third: u64) -> u64 {
@@ -100,7 +100,7 @@ pub fn flush_translations() {
     call(Call::WriteCr3, root, 0, 0);
 }
 
-/// Lets interrupts come while this processor runs in ring 3.
+/// Enables interrupts while this processor runs in ring 3.
 pub fn enable_interrupts() {
     call(Call::EnableInterrupts, 0, 0, 0);
 }
@@ -122,15 +122,15 @@ pub fn halt() -> ! {
     unreachable!("the halt system call returned")
 }
 
-/// Resets the machine by an exception that no handler can take.
+/// Resets the machine by an exception that no handler can handle.
 pub fn triple_fault() -> ! {
     call(Call::TripleFault, 0, 0, 0);
     unreachable!("the triple fault system call returned")
 }
 
 /// Executes in ring 0 an instruction that KVM has to emulate and cannot: KVM_RUN fails with an
-/// internal error. `address` is a mapped guest-physical address with neither memory nor a
-/// device. Returns only where something else than KVM emulated the instruction.
+/// internal error. `address` is a mapped guest-physical address with neither memory nor a device.
+/// Returns only if something other than KVM emulated the instruction.
 pub fn execute_unknown_instruction(address: u64) {
     call(Call::UnknownInstruction, address, 0, 0);
 }

@@ -1,4 +1,4 @@
-//! Time by the processor's time stamp counter.
+//! Time, measured by the processor's time stamp counter.
 
 use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -18,8 +18,8 @@ pub fn ticks() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// Ticks of the time stamp counter a second, measured against the local APIC's timer when first
-/// asked for.
+/// Returns the ticks of the time stamp counter a second, measured against the local APIC's timer on
+/// first use.
 pub fn ticks_per_second() -> u64 {
     static FREQUENCY: AtomicU64 = AtomicU64::new(0);
     let mut frequency = FREQUENCY.load(Ordering::Relaxed);
@@ -40,8 +40,8 @@ pub fn ticks_per_second() -> u64 {
     frequency
 }
 
-/// The time stamp counter and the timer at one moment, as nearly as the slow access to the timer
-/// allows: the quickest of some tries.
+/// The time stamp counter and the timer at one moment, as closely as the slow access to the timer
+/// allows: the fastest of some tries.
 fn both_clocks() -> (u64, Duration) {
     let mut best = (u64::MAX, 0, Duration::ZERO);
     for _ in 0..8 {
@@ -62,7 +62,7 @@ pub fn duration(start: u64, end: u64) -> Duration {
     Duration::from_nanos(nanoseconds as u64)
 }
 
-/// Lets time pass, running.
+/// Lets time pass, without halting.
 pub fn delay(time: Duration) {
     let deadline = Deadline::after(time);
     while !deadline.passed() {
@@ -70,18 +70,18 @@ pub fn delay(time: Duration) {
     }
 }
 
-/// A moment to give up at.
+/// A deadline.
 #[derive(Clone, Copy)]
 pub struct Deadline(u64);
 
 impl Deadline {
-    /// The moment `time` from now.
+    /// Makes a deadline `time` from now.
     pub fn after(time: Duration) -> Self {
         let ticks_to_go = time.as_nanos() * u128::from(ticks_per_second()) / 1_000_000_000;
         Self(ticks() + ticks_to_go as u64)
     }
 
-    /// Whether it is here.
+    /// Returns whether it has passed.
     pub fn passed(&self) -> bool {
         ticks() >= self.0
     }

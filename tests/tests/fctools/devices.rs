@@ -1,4 +1,4 @@
-//! The devices that change while the machine runs.
+//! Devices that change while the machine runs.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -67,7 +67,7 @@ async fn devices_are_changed_while_the_machine_runs() {
         machine.update_network_interface(update).await.unwrap();
 
         assert_eq!(machine.get_balloon_device().await.unwrap().amount_mib, 8);
-        // This guest has no driver for it.
+        // This guest has no driver for the balloon.
         let update = UpdateBalloonDevice { amount_mib: 16 };
         assert!(machine.update_balloon_device(update).await.is_err());
         let balloon = machine.get_balloon_device().await.unwrap();

@@ -1,4 +1,5 @@
-//! Machines driven by `fctools`, a library of others for Firecracker, which finds Bantam under that name.
+//! Machines driven by `fctools`, a third-party library for Firecracker, which finds Bantam under
+//! that name.
 
 #![expect(clippy::unwrap_used, reason = "every step of a test has to succeed")]
 
@@ -26,7 +27,7 @@ use workshop::{
     LINUX_PATIENCE, Machine, PATIENCE, Workshop, drive, limiter, pause_then_kill, read_until,
 };
 
-/// Asks for everything that can be asked of any machine that runs.
+/// Sends all requests that any running machine answers.
 async fn use_api(machine: &mut Machine) {
     assert_eq!(machine.get_state(), VmState::Running);
     let info = machine.get_info().await.unwrap();
@@ -44,7 +45,7 @@ async fn use_api(machine: &mut Machine) {
     machine.resume().await.unwrap();
     assert!(!machine.get_info().await.unwrap().is_paused);
     machine.flush_metrics().await.unwrap();
-    // What is refused is told with its reason.
+    // A refusal comes with its reason.
     match machine.get_memory_hotplug_status().await {
         Err(VmApiError::ReceivedErrorResponse {
             status_code,
@@ -121,7 +122,7 @@ async fn a_machine_with_every_device_is_driven_from_start_to_end() {
         let first: Metrics = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
         assert!(first.vcpu.exit_io_out > 0, "{first:?}");
         let log = fs::read_to_string(folder.path().join("log")).unwrap();
-        // The machine is built by the thread that has asked for it.
+        // The thread that asks for the machine builds it.
         let built_by = |thread| log.contains(&format!("[fctools-1:{thread}:INFO:"));
         assert!(built_by("main") || built_by("bantam-api-work"), "{log}");
         pause_then_kill(&mut machine).await;

@@ -1,4 +1,4 @@
-//! Machines as fctools puts them together.
+//! Machines as fctools configures them.
 
 use std::ffi::OsString;
 use std::fs;
@@ -30,19 +30,19 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a Linux guest may take.
 pub const LINUX_PATIENCE: Duration = Duration::from_secs(300);
 
-/// Files of a machine as fctools has them.
+/// fctools' type for the files of a machine.
 pub type Resources = ResourceSystem<DirectProcessSpawner, TokioRuntime>;
-/// A machine as fctools has it.
+/// fctools' type for a machine.
 pub type Machine = Vm<UnrestrictedVmmExecutor, DirectProcessSpawner, TokioRuntime>;
 
-/// A folder in which a machine is put together.
+/// A folder for the files of a machine.
 pub struct Workshop {
     folder: TempDir,
     resources: Resources,
 }
 
 impl Workshop {
-    /// An empty one.
+    /// Makes an empty folder.
     pub fn new() -> Workshop {
         Workshop {
             folder: tempfile::tempdir().unwrap(),
@@ -54,37 +54,37 @@ impl Workshop {
         }
     }
 
-    /// What fctools keeps of files.
+    /// Returns fctools' record of the files.
     pub fn resources(&mut self) -> &mut Resources {
         &mut self.resources
     }
 
-    /// Path of a file in the folder.
+    /// Returns the path of a file in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// A file that is there already.
+    /// Registers a file that exists already.
     pub fn file(&mut self, path: PathBuf) -> Resource {
         let kind = ResourceType::Moved(MovedResourceType::Copied);
         self.resources.create_resource(path, kind).unwrap()
     }
 
-    /// A file that fctools creates and removes.
+    /// Registers a file that fctools creates and removes.
     pub fn new_file(&mut self, name: &str) -> Resource {
         let kind = ResourceType::Created(CreatedResourceType::File);
         let path = self.path(name);
         self.resources.create_resource(path, kind).unwrap()
     }
 
-    /// A new disk image.
+    /// Makes a disk image.
     pub fn image(&mut self, name: &str) -> Resource {
         let path = self.path(name);
         fs::write(&path, [0; 1 << 16]).unwrap();
         self.file(path)
     }
 
-    /// The least that makes a machine, with a bare-metal guest.
+    /// Returns a minimal machine with a bare-metal guest.
     pub fn configuration(&mut self, guest: &str, boot_args: &str) -> VmConfigurationData {
         let kernel_image = self.file(payload(guest));
         VmConfigurationData {
@@ -114,7 +114,7 @@ impl Workshop {
         }
     }
 
-    /// Starts a machine, and gives the folder to whoever looks at its files.
+    /// Starts a machine, and returns it with the folder of its files.
     pub async fn start(
         self,
         init_method: InitMethod,
@@ -141,7 +141,8 @@ impl Workshop {
     }
 }
 
-/// Has a monitor killed when the thread of its test ends, so that none stays behind a test that fails.
+/// Makes the kernel kill a monitor when the thread of its test ends, so that a failing test leaves
+/// none behind.
 #[derive(Debug)]
 struct EndWithTest;
 
@@ -153,7 +154,7 @@ impl CommandModifier for EndWithTest {
     }
 }
 
-/// Limits of bytes and operations in a tenth of a second.
+/// Returns limits of bytes and operations in a tenth of a second.
 pub fn limiter(size: u64) -> RateLimiter {
     let bucket = TokenBucket {
         size,
@@ -166,7 +167,7 @@ pub fn limiter(size: u64) -> RateLimiter {
     }
 }
 
-/// A drive without further options.
+/// Returns a drive without further options.
 pub fn drive(id: &str, block: Resource) -> Drive {
     Drive {
         drive_id: id.to_owned(),
@@ -181,7 +182,7 @@ pub fn drive(id: &str, block: Resource) -> Drive {
     }
 }
 
-/// Ends a machine as hard as can be.
+/// Kills a machine.
 pub async fn pause_then_kill(machine: &mut Machine) {
     let outcome = machine
         .shutdown([VmShutdownAction {
@@ -190,7 +191,7 @@ pub async fn pause_then_kill(machine: &mut Machine) {
             graceful: false,
         }])
         .await;
-    // fctools takes it for an error that the process has ended before it waits for that.
+    // fctools treats it as an error if the process has ended before fctools waits for it.
     assert!(
         matches!(outcome, Ok(_) | Err(VmShutdownError::WaitForExitError(_))),
         "{outcome:?}"

@@ -165,6 +165,10 @@ impl Visitor<'_> for BalloonSizeVisitor {
         text.parse().map_err(E::custom)
     }
 
+    fn visit_u64<E: Error>(self, number: u64) -> Result<BalloonSize, E> {
+        whole_number::visit_unsigned(self, number)
+    }
+
     fn visit_i64<E: Error>(self, mib: i64) -> Result<BalloonSize, E> {
         self.visit_str(&mib.to_string())
     }

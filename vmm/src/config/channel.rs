@@ -31,9 +31,17 @@ pub struct ChannelConfig {
 )]
 struct ChannelOptions {
     name: ChannelName,
-    #[serde(default, with = "super::path::option")]
+    #[serde(
+        default,
+        with = "super::path::option",
+        skip_serializing_if = "Option::is_none"
+    )]
     socket: Option<PathBuf>,
-    #[serde(default, with = "super::path::option")]
+    #[serde(
+        default,
+        with = "super::path::option",
+        skip_serializing_if = "Option::is_none"
+    )]
     file: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "is_default")]
     pty: bool,

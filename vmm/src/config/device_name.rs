@@ -47,6 +47,11 @@ impl DeviceName {
         place.is_some_and(|place| place.bytes().all(|byte| byte.is_ascii_digit()))
     }
 
+    /// Name of the serial port.
+    pub fn serial() -> DeviceName {
+        DeviceName::of_kind("serial")
+    }
+
     /// Name of the virtio console.
     pub fn console() -> DeviceName {
         DeviceName::of_kind("console")

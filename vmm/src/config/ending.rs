@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{ConfigError, variant_by_name};
+use super::{ConfigError, variant_by_name, whole_number};
 
 /// What happens when all vCPUs have halted with interrupts off, so that nothing can wake them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +139,10 @@ impl Visitor<'_> for ShutdownTimeoutVisitor {
 
     fn visit_str<E: Error>(self, text: &str) -> Result<ShutdownTimeout, E> {
         text.parse().map_err(E::custom)
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<ShutdownTimeout, E> {
+        whole_number::visit_unsigned(self, number)
     }
 
     fn visit_i64<E: Error>(self, seconds: i64) -> Result<ShutdownTimeout, E> {

@@ -7,7 +7,7 @@ use bantam_arch::layout::{MAX_MEMORY_SIZE, MIN_MEMORY_SIZE};
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::ConfigError;
+use super::{ConfigError, whole_number};
 
 const PAGE_SIZE: u64 = 4096;
 pub(super) const MIB: u64 = 1 << 20;
@@ -135,6 +135,10 @@ impl Visitor<'_> for MemorySizeVisitor {
 
     fn visit_str<E: Error>(self, text: &str) -> Result<MemorySize, E> {
         text.parse().map_err(E::custom)
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<MemorySize, E> {
+        whole_number::visit_unsigned(self, number)
     }
 
     fn visit_i64<E: Error>(self, mebibytes: i64) -> Result<MemorySize, E> {

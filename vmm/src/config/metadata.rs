@@ -35,7 +35,7 @@ pub struct MetadataConfig {
     )]
     pub size_limit: usize,
     /// What there is at first. Without this, a guest finds nothing until something is put.
-    #[serde(default, with = "json")]
+    #[serde(default, with = "json", skip_serializing_if = "Option::is_none")]
     pub contents: Option<Value>,
 }
 

@@ -89,12 +89,15 @@ pub struct MachineConfig {
     #[serde(with = "path")]
     pub kernel: PathBuf,
     /// Initial RAM disk.
-    #[serde(with = "path::option")]
+    #[serde(with = "path::option", skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line in place of the one that fits the machine.
     pub cmdline: Option<String>,
     /// Words added to the end of the kernel command line. In a machine file a list of texts is taken too.
-    #[serde(deserialize_with = "forms::appended")]
+    #[serde(
+        deserialize_with = "forms::appended",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub append: Option<String>,
     /// Number of vCPUs.
     pub cpus: VcpuCount,
@@ -115,10 +118,16 @@ pub struct MachineConfig {
     #[serde(rename = "net", deserialize_with = "forms::nets")]
     pub nets: Vec<NetConfig>,
     /// Socket device.
-    #[serde(deserialize_with = "forms::vsock")]
+    #[serde(
+        deserialize_with = "forms::vsock",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub vsock: Option<VsockConfig>,
     /// What the guest is told over its network devices.
-    #[serde(deserialize_with = "forms::metadata")]
+    #[serde(
+        deserialize_with = "forms::metadata",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
@@ -134,7 +143,10 @@ pub struct MachineConfig {
     #[serde(with = "rng")]
     pub rng: Option<RngConfig>,
     /// Memory balloon.
-    #[serde(deserialize_with = "forms::balloon")]
+    #[serde(
+        deserialize_with = "forms::balloon",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,

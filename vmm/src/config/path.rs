@@ -61,6 +61,10 @@ impl<'de> Visitor<'de> for TextVisitor {
         Ok(text.into())
     }
 
+    fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<OsString, E> {
+        Ok(OsStr::from_bytes(bytes).into())
+    }
+
     fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<OsString, E> {
         Ok(OsString::from_vec(bytes))
     }

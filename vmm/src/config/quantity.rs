@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, whole_number};
 
 /// Suffixes and the powers of two they stand for.
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
@@ -70,6 +70,10 @@ impl Visitor<'_> for QuantityVisitor {
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Quantity, E> {
         text.parse().map_err(E::custom)
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<Quantity, E> {
+        whole_number::visit_unsigned(self, number)
     }
 
     fn visit_i64<E: Error>(self, number: i64) -> Result<Quantity, E> {

@@ -280,6 +280,14 @@ proptest! {
             (read, validated) => prop_assert!(false, "{:?} {:?} in\n{}", read.err(), validated, text),
         }
     }
+
+    #[test]
+    fn json_of_a_configuration_describes_the_same_machine(config in machine()) {
+        let config = mended(config);
+        prop_assume!(config.validate().is_ok());
+        let text = serde_json::to_string(&config).unwrap();
+        prop_assert_eq!(serde_json::from_str::<MachineConfig>(&text).unwrap(), config, "{}", text);
+    }
 }
 
 #[test]

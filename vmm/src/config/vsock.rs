@@ -10,7 +10,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{ConfigError, option_string};
+use super::{ConfigError, option_string, whole_number};
 
 /// A socket device, by which programs of the host and the guest connect to one another.
 ///
@@ -119,6 +119,10 @@ impl<'de> Visitor<'de> for CidVisitor {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a whole number")
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<GuestCid, E> {
+        whole_number::visit_unsigned(self, number)
     }
 
     fn visit_i64<E: Error>(self, cid: i64) -> Result<GuestCid, E> {

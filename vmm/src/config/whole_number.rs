@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{Deserializer, Error, Visitor};
+use serde::de::{Deserializer, Error, Unexpected, Visitor};
 
 /// Reads a number and hands it to `check`, whose error text becomes the deserializer's error.
 pub(super) fn deserialize<'de, D, T, E>(
@@ -26,7 +26,26 @@ impl Visitor<'_> for WholeNumberVisitor {
         f.write_str("a whole number")
     }
 
+    fn visit_u64<E: Error>(self, number: u64) -> Result<i64, E> {
+        visit_unsigned(self, number)
+    }
+
     fn visit_i64<E: Error>(self, number: i64) -> Result<i64, E> {
         Ok(number)
+    }
+}
+
+/// Visits a number that a format gives as an unsigned one, as JSON does, like any other.
+///
+/// # Errors
+///
+/// When the visitor takes no such number.
+pub(super) fn visit_unsigned<'de, V: Visitor<'de>, E: Error>(
+    visitor: V,
+    number: u64,
+) -> Result<V::Value, E> {
+    match i64::try_from(number) {
+        Ok(number) => visitor.visit_i64(number),
+        Err(_) => Err(E::invalid_value(Unexpected::Unsigned(number), &visitor)),
     }
 }

@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 use bantam_arch::{acpi, layout};
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
 use bantam_devices::boot_timer::BootTimer;
-use bantam_devices::bus::Bus;
+use bantam_devices::bus::{Bus, BusDevice};
 use bantam_devices::device_log::DeviceLog;
 use bantam_devices::exit_port::ExitPort;
 use bantam_devices::i8042::I8042;
+use bantam_devices::lifecycle::Device;
 use bantam_devices::panic_device::PanicDevice;
 use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::RateLimit;
@@ -22,124 +23,146 @@ use crate::interval_timer::{self, IntervalTimer};
 use crate::run_control::RunControl;
 use crate::vm::Vm;
 
-/// The keyboard controller with its keyboard, by which a guest also ends the machine.
-pub(crate) fn attach_keyboard(
-    ports: &mut Bus,
-    vm: &Vm,
-    control: &Arc<RunControl>,
-) -> Result<Arc<Mutex<I8042>>, Error> {
-    let interrupt = vm.interrupt_event(layout::KEYBOARD_GSI)?;
-    let i8042 = Arc::new(Mutex::new(I8042::new(control.clone(), Box::new(interrupt))));
-    ports.insert(layout::I8042_PORT.into(), 1, i8042.clone())?;
-    ports.insert_part(
-        layout::I8042_COMMAND_PORT.into(),
-        1,
-        (layout::I8042_COMMAND_PORT - layout::I8042_PORT).into(),
-        i8042.clone(),
-    )?;
-    Ok(i8042)
+/// Gives the devices that every machine has their places.
+pub(crate) struct LegacyDevices<'a> {
+    ports: &'a mut Bus,
+    mmio: &'a mut Bus,
+    vm: &'a Arc<Vm>,
+    control: &'a Arc<RunControl>,
+    attached: Vec<Arc<Mutex<dyn Device>>>,
 }
 
-/// The interval timer, by which a kernel without a paravirtual clock measures the processor's.
-pub(crate) fn attach_interval_timer(ports: &mut Bus, vm: &Arc<Vm>) -> Result<(), Error> {
-    let timer = Arc::new(Mutex::new(IntervalTimer::new(vm.clone())));
-    ports.insert(
-        layout::INTERVAL_TIMER_PORT.into(),
-        layout::INTERVAL_TIMER_PORT_COUNT.into(),
-        timer.clone(),
-    )?;
-    ports.insert_part(
-        layout::SYSTEM_CONTROL_PORT.into(),
-        1,
-        interval_timer::SYSTEM_CONTROL,
-        timer,
-    )?;
-    Ok(())
-}
-
-/// The ACPI registers by which a guest ends the machine.
-pub(crate) fn attach_power_control(
-    ports: &mut Bus,
-    control: &Arc<RunControl>,
-) -> Result<(), Error> {
-    let values = PowerValues {
-        soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
-        reset: acpi::ACPI_RESET_VALUE,
-    };
-    ports.insert(
-        layout::ACPI_POWER_PORT.into(),
-        layout::ACPI_POWER_PORT_COUNT.into(),
-        Arc::new(Mutex::new(AcpiPower::new(values, control.clone()))),
-    )?;
-    Ok(())
-}
-
-/// The real-time clock, for guests without a paravirtual one.
-pub(crate) fn attach_rtc(ports: &mut Bus) -> Result<(), Error> {
-    ports.insert(
-        layout::RTC_PORT.into(),
-        layout::RTC_PORT_COUNT.into(),
-        Arc::new(Mutex::new(Rtc::new())),
-    )?;
-    Ok(())
-}
-
-/// The PCI bus, which has nothing on it.
-pub(crate) fn attach_pci_bus(ports: &mut Bus) -> Result<(), Error> {
-    ports.insert(
-        layout::PCI_CONFIG_PORT.into(),
-        layout::PCI_CONFIG_PORT_COUNT.into(),
-        Arc::new(Mutex::new(PciBus::default())),
-    )?;
-    Ok(())
-}
-
-/// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
-pub(crate) fn attach_outcome_ports(
-    ports: &mut Bus,
-    control: &Arc<RunControl>,
-) -> Result<(), Error> {
-    let panic_device = PanicDevice::new(control.clone());
-    let panic_device = Arc::new(Mutex::new(panic_device));
-    ports.insert(layout::PANIC_PORT.into(), 1, panic_device)?;
-    let exit_port = Arc::new(Mutex::new(ExitPort::new(control.clone())));
-    ports.insert(layout::EXIT_PORT.into(), 1, exit_port)?;
-    Ok(())
-}
-
-/// The register by which the guest says that it has booted.
-pub(crate) fn attach_boot_timer(mmio: &mut Bus) -> Result<(), Error> {
-    let timer = BootTimer::start().map_err(Error::resource("the boot timer"))?;
-    mmio.insert(
-        layout::BOOT_TIMER,
-        layout::BOOT_TIMER_SIZE,
-        Arc::new(Mutex::new(timer)),
-    )?;
-    Ok(())
-}
-
-/// The serial port, whose other end is `open`, and what it counts. Output beyond `limit` bytes is dropped.
-pub(crate) fn attach_serial(
-    ports: &mut Bus,
-    vm: &Vm,
-    event_loop: &mut DeviceLoop,
-    open: OpenSerial,
-    limit: Option<RateLimit>,
-    log: DeviceLog,
-) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
-    let interrupt = vm.interrupt_event(layout::SERIAL_GSI)?;
-    let port = Serial::new(Box::new(interrupt), limit, log);
-    let port = port.map_err(Error::resource("the serial port"))?;
-    let metrics = port.metrics();
-    let port = Arc::new(Mutex::new(port));
-    if let Some(endpoint) = open.endpoint {
-        let worker = endpoint.serve(port.clone());
-        event_loop.add(worker.map_err(Error::resource("the serial port"))?);
+impl<'a> LegacyDevices<'a> {
+    /// None yet.
+    pub(crate) fn new(
+        ports: &'a mut Bus,
+        mmio: &'a mut Bus,
+        vm: &'a Arc<Vm>,
+        control: &'a Arc<RunControl>,
+    ) -> LegacyDevices<'a> {
+        LegacyDevices {
+            ports,
+            mmio,
+            vm,
+            control,
+            attached: Vec::new(),
+        }
     }
-    ports.insert(
-        layout::SERIAL_PORT.into(),
-        layout::SERIAL_PORT_COUNT.into(),
-        port,
-    )?;
-    Ok((open.guard, metrics))
+
+    /// All that have been attached.
+    pub(crate) fn finish(self) -> Vec<Arc<Mutex<dyn Device>>> {
+        self.attached
+    }
+
+    /// Attaches `device` to `count` ports from `port` on.
+    fn attach_to_ports<D: BusDevice + Device + 'static>(
+        &mut self,
+        device: D,
+        port: u16,
+        count: u16,
+    ) -> Result<Arc<Mutex<D>>, Error> {
+        let device = Arc::new(Mutex::new(device));
+        self.ports
+            .insert(port.into(), count.into(), device.clone())?;
+        self.attached.push(device.clone());
+        Ok(device)
+    }
+
+    /// The keyboard controller with its keyboard, by which a guest also ends the machine.
+    pub(crate) fn attach_keyboard(&mut self) -> Result<Arc<Mutex<I8042>>, Error> {
+        let interrupt = self.vm.interrupt_event(layout::KEYBOARD_GSI)?;
+        let i8042 = I8042::new(self.control.clone(), Box::new(interrupt));
+        let i8042 = self.attach_to_ports(i8042, layout::I8042_PORT, 1)?;
+        self.ports.insert_part(
+            layout::I8042_COMMAND_PORT.into(),
+            1,
+            (layout::I8042_COMMAND_PORT - layout::I8042_PORT).into(),
+            i8042.clone(),
+        )?;
+        Ok(i8042)
+    }
+
+    /// The interval timer, by which a kernel without a paravirtual clock measures the processor's. Its state is
+    /// KVM's.
+    pub(crate) fn attach_interval_timer(&mut self) -> Result<(), Error> {
+        let timer = Arc::new(Mutex::new(IntervalTimer::new(self.vm.clone())));
+        self.ports.insert(
+            layout::INTERVAL_TIMER_PORT.into(),
+            layout::INTERVAL_TIMER_PORT_COUNT.into(),
+            timer.clone(),
+        )?;
+        self.ports.insert_part(
+            layout::SYSTEM_CONTROL_PORT.into(),
+            1,
+            interval_timer::SYSTEM_CONTROL,
+            timer,
+        )?;
+        Ok(())
+    }
+
+    /// The ACPI registers by which a guest ends the machine.
+    pub(crate) fn attach_power_control(&mut self) -> Result<(), Error> {
+        let values = PowerValues {
+            soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
+            reset: acpi::ACPI_RESET_VALUE,
+        };
+        let power = AcpiPower::new(values, self.control.clone());
+        let (port, count) = (layout::ACPI_POWER_PORT, layout::ACPI_POWER_PORT_COUNT);
+        self.attach_to_ports(power, port, count)?;
+        Ok(())
+    }
+
+    /// The real-time clock, for guests without a paravirtual one.
+    pub(crate) fn attach_rtc(&mut self) -> Result<(), Error> {
+        let (port, count) = (layout::RTC_PORT, layout::RTC_PORT_COUNT);
+        self.attach_to_ports(Rtc::new(), port, count)?;
+        Ok(())
+    }
+
+    /// The PCI bus, which has nothing on it.
+    pub(crate) fn attach_pci_bus(&mut self) -> Result<(), Error> {
+        let (port, count) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_COUNT);
+        self.attach_to_ports(PciBus::default(), port, count)?;
+        Ok(())
+    }
+
+    /// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
+    pub(crate) fn attach_outcome_ports(&mut self) -> Result<(), Error> {
+        let panic_device = PanicDevice::new(self.control.clone());
+        self.attach_to_ports(panic_device, layout::PANIC_PORT, 1)?;
+        let exit_port = ExitPort::new(self.control.clone());
+        self.attach_to_ports(exit_port, layout::EXIT_PORT, 1)?;
+        Ok(())
+    }
+
+    /// The register by which the guest says that it has booted.
+    pub(crate) fn attach_boot_timer(&mut self) -> Result<(), Error> {
+        let timer = BootTimer::start().map_err(Error::resource("the boot timer"))?;
+        let device = Arc::new(Mutex::new(timer));
+        self.mmio
+            .insert(layout::BOOT_TIMER, layout::BOOT_TIMER_SIZE, device.clone())?;
+        self.attached.push(device);
+        Ok(())
+    }
+
+    /// The serial port, whose other end is `open`, and what it counts. Output beyond `limit` bytes is dropped.
+    pub(crate) fn attach_serial(
+        &mut self,
+        event_loop: &mut DeviceLoop,
+        open: OpenSerial,
+        limit: Option<RateLimit>,
+        log: DeviceLog,
+    ) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
+        let interrupt = self.vm.interrupt_event(layout::SERIAL_GSI)?;
+        let port = Serial::new(Box::new(interrupt), limit, log);
+        let port = port.map_err(Error::resource("the serial port"))?;
+        let metrics = port.metrics();
+        let (first, count) = (layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT);
+        let port = self.attach_to_ports(port, first, count)?;
+        if let Some(endpoint) = open.endpoint {
+            let worker = endpoint.serve(port);
+            event_loop.add(worker.map_err(Error::resource("the serial port"))?);
+        }
+        Ok((open.guard, metrics))
+    }
 }

@@ -2,7 +2,7 @@
 
 mod builder;
 mod disk;
-pub(crate) mod legacy;
+mod legacy;
 mod net;
 mod serial_end;
 mod streams;
@@ -19,6 +19,7 @@ use bantam_devices::virtio::vsock::Vsock;
 pub(crate) use builder::Builder;
 use builder::NewDevice;
 pub use disk::check_disk;
+pub(crate) use legacy::LegacyDevices;
 pub(crate) use serial_end::{OpenSerial, SerialGuard};
 pub use streams::Stream;
 pub(crate) use streams::open_serial;

@@ -24,6 +24,8 @@ use crate::run_control::lock;
 pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
+    /// The devices at places of their own.
+    pub(crate) legacy: Vec<Arc<Mutex<dyn Device>>>,
     /// The virtio devices in the order of their places.
     pub(crate) virtio: Vec<Entry>,
     pub(crate) metadata: Option<Metadata>,
@@ -57,14 +59,13 @@ impl DeviceTable {
         }
     }
 
-    /// Brings all virtio devices to rest, after the vCPUs.
+    /// Brings all devices to rest, after the vCPUs.
     ///
     /// # Errors
     /// If one does not come to rest, or the machine ends meanwhile. Others may be at rest by then.
     pub(crate) fn pause(&self) -> Result<(), Error> {
-        for entry in &self.virtio {
-            let paused = lock(&entry.device).pause();
-            paused.map_err(|source| Error::DeviceLife {
+        for device in self.devices() {
+            lock(device).pause().map_err(|source| Error::DeviceLife {
                 action: "pause the machine",
                 source,
             })?;
@@ -72,20 +73,29 @@ impl DeviceTable {
         Ok(())
     }
 
-    /// Lets all virtio devices go on, before the vCPUs.
+    /// Lets all devices go on, before the vCPUs.
     ///
     /// # Errors
     /// If one cannot go on. The others do.
     pub(crate) fn resume(&self) -> Result<(), Error> {
         let mut outcome = Ok(());
-        for entry in &self.virtio {
-            let resumed = lock(&entry.device).resume();
+        for device in self.devices() {
+            let resumed = lock(device).resume();
             outcome = outcome.and(resumed.map_err(|source| Error::DeviceLife {
                 action: "let a device go on",
                 source,
             }));
         }
         outcome
+    }
+
+    /// All devices, those that take the longest to come to rest first.
+    fn devices(&self) -> impl Iterator<Item = &Mutex<dyn Device>> {
+        let virtio = self
+            .virtio
+            .iter()
+            .map(|entry| &*entry.device as &Mutex<dyn Device>);
+        virtio.chain(self.legacy.iter().map(|device| &**device))
     }
 
     /// The images of all disks.

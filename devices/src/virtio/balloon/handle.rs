@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::options::PAGES_PER_MIB;
 use super::{
@@ -26,7 +26,7 @@ pub struct BalloonHandle {
 }
 
 /// How large a balloon is, and what the guest's driver says of the guest's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonStatistics {
     /// How many pages of 4096 bytes the guest is to give up.
     pub target_pages: u32,
@@ -37,13 +37,10 @@ pub struct BalloonStatistics {
     /// The same as [`BalloonStatistics::actual_pages`] in whole MiB.
     pub actual_mib: u32,
     /// The latest statistics; nothing where there are none.
-    #[serde(flatten)]
     pub guest: GuestStatistics,
     /// Whether the guest has a driver that does what it is asked for.
-    #[serde(skip)]
     pub has_driver: bool,
     /// How far free page hinting has come; none if it is off.
-    #[serde(skip)]
     pub hinting: Option<HintingStatus>,
 }
 

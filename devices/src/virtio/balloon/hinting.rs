@@ -14,7 +14,8 @@ const DONE: u32 = 1;
 const FIRST_REQUEST: u32 = 2;
 
 /// What the owner of the machine asks of free page hinting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum HintingCommand {
     /// Asks the driver for hints from now on.
     Start {

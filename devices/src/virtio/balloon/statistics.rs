@@ -1,7 +1,7 @@
 //! What a driver says of the guest's memory (section 5.5.6.3).
 
 use bantam_memory::GuestBuffers;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Size of an entry in bytes: a tag of 16 bits and a value of 64.
 const ENTRY_SIZE: usize = 10;
@@ -12,7 +12,7 @@ const MAX_ENTRIES: usize = 256;
 /// start.
 ///
 /// The last six are not in the standard, but a newer Linux gives them (6.12 does).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GuestStatistics {
     /// Bytes swapped in.
     #[serde(skip_serializing_if = "Option::is_none")]

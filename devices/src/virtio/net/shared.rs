@@ -3,13 +3,15 @@
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::NetMetrics;
 use crate::rate_limiter::Limits;
 use crate::virtio::Throttle;
 
 /// Limits of a card's traffic. Operations are packets; bytes are those of Ethernet frames, as large
 /// as host and guest exchange them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetLimits {
     /// Of what the guest receives. The rest waits in the tap, which drops what it has no room for.
     pub receive: Limits,

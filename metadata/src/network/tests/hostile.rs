@@ -1,10 +1,10 @@
-//! A guest that sends what it likes: garbage, and segments near to what its connections expect.
+//! A hostile guest: it sends garbage, and segments close to what its connections expect.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// What a guest sends of its own accord.
+/// What a hostile guest sends.
 #[derive(Debug, Clone)]
 enum Sent {
     Garbage(Vec<u8>),
@@ -14,7 +14,7 @@ enum Sent {
     Pass(u16),
 }
 
-/// A segment near to what is expected on a connection that exists.
+/// A segment close to what an existing connection expects.
 #[derive(Debug, Clone)]
 struct Segment {
     port: u16,
@@ -81,7 +81,7 @@ fn any_sent() -> impl Strategy<Value = Sent> {
     ]
 }
 
-/// What the guest knows of a connection by the last frame of the service.
+/// What the guest knows of a connection from the last frame of the service.
 #[derive(Default, Clone, Copy)]
 struct Expected {
     sequence: i32,
@@ -127,7 +127,7 @@ fn disturb(sent: &[Sent]) {
                 segment(&tcp, &[])
             }
             Sent::Request => {
-                // Three ways, of which one at least is in step.
+                // Three variants; at least one has the expected numbers.
                 let expected = expected[0];
                 let tcp = TcpRepr {
                     control: TcpControl::Psh,
@@ -155,9 +155,10 @@ fn disturb(sent: &[Sent]) {
         let wait = world.network.wait_time(world.now);
         assert!(wait.is_none_or(|wait| wait >= TIMER_RESOLUTION));
     }
-    // It serves all the same.
+    // It still serves requests.
     world.pass(TIME_LIMIT);
-    // Who asks for an address that nobody has waits for a second before asking for another.
+    // A stack that asks for an address that nobody has waits for a second before it asks for
+    // another.
     world.pass(Duration::from_secs(2));
     assert_eq!(body(&world.ask("GET /a HTTP/1.1\n\n")).len(), 20_000);
 }

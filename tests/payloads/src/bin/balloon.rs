@@ -1,13 +1,13 @@
-//! Drives a balloon, for a test that looks at the monitor's memory meanwhile.
+//! Drives a balloon, for a test that measures the monitor's memory meanwhile.
 //!
 //! By default it does this with as many pages as the device wants, and waits for a byte of input
 //! after each step, which it prints: it fills them (`filled`), puts them into the balloon
 //! (`inflated`), takes them out again, when they must be zero, and fills them again (`refilled`),
 //! reports them as free (`reported`), after which they must be zero again.
 //!
-//! Arguments: `follow` has it do what the device wants, whenever that changes, without end. It prints
-//! `actual PAGES` when it has done so, `hinted` when it has named memory on request and `done` when it has
-//! the memory again and found it zero, and gives statistics when it is asked for them: free memory,
+//! Arguments: `follow` makes it follow the device's target without end. It prints `actual PAGES`
+//! when it has done so, `hinted` when it has named memory on request and `done` when it has the
+//! memory again and found it zero, and gives statistics when it is asked for them: free memory,
 //! which is the number of times that it gave any, and two that the device must overlook.
 
 #![no_std]
@@ -28,7 +28,7 @@ use runtime::{arguments, heap, interrupts, payload, println, report, serial};
 
 const QUEUE_SIZE: u16 = 64;
 const VECTOR: u8 = 0x50;
-/// What Linux puts into one request.
+/// Pages that Linux puts into one request.
 const PAGES_PER_REQUEST: usize = 256;
 /// Buffers of one report of Linux.
 const BUFFERS_PER_REPORT: usize = 32;

@@ -11,7 +11,7 @@ use runtime::{arguments, interrupts, payload, println, report};
 
 const POWER_BUTTON_GSI: u32 = 5;
 const POWER_BUTTON_VECTOR: u8 = 0x45;
-/// How long a press may take to come.
+/// How long a press may take to arrive.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 payload!(wait_for_button);

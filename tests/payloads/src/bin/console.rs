@@ -1,11 +1,12 @@
 //! Sends back what it receives on a virtio console and on channels.
 //!
 //! It writes `early` to a console without a driver, then `hello` by its queues, and prints `console
-//! ready`. Then it sends back `bytes=N` bytes on the console and on each channel, and what comes
-//! meanwhile. Arguments: `reset` has it reset the console after that and write `again`; `sizes=N` has
-//! it print the size of the console, and wait until it has changed N - 1 times; `close` has it write
-//! `bye` to the first channel, close it, wait until the host's end is closed and opened again, open it
-//! and write `back`. It prints when the host's end of a channel is opened or closed.
+//! ready`. Then it sends back `bytes=N` bytes on the console and on each channel, and all further
+//! input meanwhile. Arguments: `reset` makes it reset the console after that and write `again`;
+//! `sizes=N` makes it print the size of the console, and wait until it has changed N - 1 times;
+//! `close` makes it write `bye` to the first channel, close it, wait until the host's end is closed
+//! and opened again, open it and write `back`. It prints when the host's end of a channel is opened
+//! or closed.
 
 #![no_std]
 #![no_main]
@@ -127,7 +128,7 @@ fn use_channels(device: MmioDevice, bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Takes the next message, if one has come, which is about the host's end of a channel.
+/// Takes the next message, if one has arrived. It is about the host's end of a channel.
 fn hear(channels: &mut Channels, names: &[String]) -> Result<(), Error> {
     if let Some(message) = channels.take_message()? {
         let name = names.get((message.port as usize).wrapping_sub(1));

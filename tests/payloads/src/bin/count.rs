@@ -1,10 +1,10 @@
-//! Counts in memory and in registers at the same time, with a timer that interrupts it, until it is told
-//! to stop: what is restored from a moment in between must go on with both the same.
+//! Counts in memory and in registers at the same time, with a timer that interrupts it, until it is
+//! told to stop: after a restore from any moment, both counts must still agree.
 //!
-//! It prints the address of [`COUNTERS`], which whoever runs it reads and writes. Arguments:
-//! `timer=local|deadline|interval`, the local APIC's periodic timer, its TSC deadline, or the 8254 by the
-//! I/O APIC. `second=at-once|told|reset`: a second processor counts as well, from the start, when it is
-//! told, or when it is told after it has got its INIT at the start.
+//! It prints the address of [`COUNTERS`], which the test reads and writes. Arguments:
+//! `timer=local|deadline|interval`, the local APIC's periodic timer, its TSC deadline, or the 8254
+//! by the I/O APIC. `second=at-once|told|reset`: a second processor counts as well, from the start,
+//! when it is told, or when it is told after it has got its INIT at the start.
 
 #![no_std]
 #![no_main]
@@ -18,7 +18,7 @@ use runtime::system_call::{enable_interrupts, read_port_8, write_msr, write_port
 use runtime::time::Deadline;
 use runtime::{arguments, interrupts, payload, port, println, processors, report, time};
 
-/// What is known of a processor that counts.
+/// The state of a processor that counts.
 #[repr(C)]
 struct Processor {
     count: AtomicU64,
@@ -30,13 +30,13 @@ struct Processor {
     interrupts: AtomicU64,
 }
 
-/// All that the one who runs this program reads and writes.
+/// The memory that the test reads and writes.
 #[repr(C, align(64))]
 struct Counters {
     processors: [Processor; 2],
-    /// Not zero when the second processor is to start.
+    /// Not zero if the second processor has to start.
     start_second: AtomicU64,
-    /// Not zero when all have to stop.
+    /// Not zero if all have to stop.
     stop: AtomicU64,
 }
 
@@ -53,7 +53,7 @@ static COUNTERS: Counters = Counters {
     stop: AtomicU64::new(0),
 };
 
-/// How many processors have stopped counting.
+/// Number of processors that have stopped counting.
 static STOPPED: AtomicU64 = AtomicU64::new(0);
 
 const PERIOD: Duration = Duration::from_millis(1);
@@ -70,7 +70,7 @@ const COUNT_IN_MODE_2: u8 = 0x34;
 /// A millisecond at 1,193,182 Hz.
 const INTERVAL_TIMER_COUNT: u16 = 1193;
 
-/// How far is counted between two looks at the rest.
+/// How far it counts between two checks of the rest.
 const STRIDE: u64 = 3000;
 
 payload!(count);
@@ -121,7 +121,7 @@ fn count() {
         _ => Timer::Local,
     };
     let second = arguments::value("second");
-    // The clock is measured by the timer that is used differently below.
+    // Measuring the clock uses the timer that is used differently below.
     time::ticks_per_second();
     interrupts::enable_local_apic();
     match second {
@@ -192,13 +192,13 @@ fn count_second(_: usize) {
 fn count_a_stride(index: usize) {
     let processor = &COUNTERS.processors[index];
     let faults: u64;
-    // SAFETY: memory is only accessed at `count`, which is shared by atomics, and only this processor writes to it.
-    // All registers that are changed are named.
+    // SAFETY: memory is only accessed at `count`, which is shared by atomics, and only this
+    // processor writes to it. All changed registers are declared.
     unsafe {
         asm!(
             "mov r8, [rdi]",
             "mov r11, r8",
-            // All others get a value of their own.
+            // All others get a distinct value.
             ".irp k, 10, 12, 13, 14, 15",
             "lea r\\k, [r11 + \\k]",
             ".endr",

@@ -120,7 +120,7 @@ fn start_all(ids: &[u8]) {
     println!("{running} processors run");
 }
 
-/// Waits for the processor to say who it is, then wakes it from its halt.
+/// Waits until the processor has reported its ids, then wakes it from its halt.
 fn ping(id: u8, index: usize) -> Result<(), String> {
     let deadline = Deadline::after(Duration::from_millis(500));
     while ARRIVED.load(Ordering::Acquire) < index {

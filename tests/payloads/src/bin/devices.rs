@@ -1,10 +1,10 @@
-//! Uses every virtio device that the command line names, as a driver should.
+//! Uses every virtio device on the command line, as a driver should.
 //!
 //! Arguments: `expect-devices=ID,ID,...`, the device ids in the command line's order;
 //! `block-test=write` writes to every block device that is not read-only, destroying what it has;
 //! `net-arp=OWN,TARGET` asks the network for the hardware address of TARGET (IPv4 addresses);
-//! `net-echo=N` sends N frames back to where they come from, and `offloads` negotiates checksum
-//! and segmentation offload for that.
+//! `net-echo=N` sends N frames back to their sender, and `offloads` negotiates checksum and
+//! segmentation offload for that.
 
 #![no_std]
 #![no_main]
@@ -100,7 +100,7 @@ fn route(device: &MmioDevice, vector: u8) {
     interrupts::route(device.window().gsi, vector);
 }
 
-/// Does `request` by interrupt some times, and checks that each came with an interrupt.
+/// Executes `request` by interrupt several times, and checks that each caused an interrupt.
 fn check_interrupts(
     device: &MmioDevice,
     vector: u8,
@@ -250,7 +250,7 @@ fn unknown_request(block: &mut Block) -> Result<(), String> {
     }
 }
 
-/// What `check_block_writes` leaves in a sector after having written it in `generation`.
+/// Returns the content of a sector that `check_block_writes` has written in `generation`.
 fn pattern(sector: u64, generation: u64) -> [u8; SECTOR_SIZE] {
     let mut bytes = [0; SECTOR_SIZE];
     Random::new(sector << 16 | generation).fill(&mut bytes);
@@ -514,7 +514,7 @@ fn echo(net: &mut Net, vector: u8, count: u32) -> Result<(), String> {
         let (to, from) = frame.split_at_mut(6);
         to.swap_with_slice(&mut from[..6]);
         header.buffer_count = 0;
-        // The flag that the checksum is verified is for the receiver alone.
+        // The flag for a verified checksum is only for the receiver.
         header.flags &= 1;
         net.send(header, &frame, Completion::Polled)
             .map_err(|error| format!("frame {frame_number}, sent back: {error}"))?;

@@ -1,14 +1,14 @@
-//! Says that the machine runs: the way it was entered and its command line.
+//! Prints that the machine runs, how it was entered, and its command line.
 //!
-//! Arguments: `boot-timer` writes 123 to the register that tells the monitor that the guest has booted;
-//! `msr=INDEX`, in decimal, says what this model-specific register contains.
+//! Arguments: `boot-timer` writes 123 to the register that tells the monitor that the guest has
+//! booted; `msr=INDEX`, in decimal, prints the content of this model-specific register.
 
 #![no_std]
 #![no_main]
 
 use runtime::{BootInfo, arguments, mmio, payload, println, system_call};
 
-/// The register, and what is written there.
+/// The register, and the value to write.
 const BOOT_TIMER: u64 = 0xc000_0000;
 const HAS_BOOTED: u8 = 123;
 

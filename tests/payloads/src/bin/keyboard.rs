@@ -1,7 +1,6 @@
-//! Sets up the keyboard as its driver does, and waits for somebody to press Ctrl-Alt-Del, after a line
-//! `ready`.
+//! Sets up the keyboard as its driver does, and waits for Ctrl-Alt-Del, after a line `ready`.
 //!
-//! Arguments: `mode=interrupt` waits halted, `mode=polled` (when there is none) looks without end.
+//! Arguments: `mode=interrupt` waits halted, `mode=polled` (the default) polls.
 
 #![no_std]
 #![no_main]
@@ -37,8 +36,8 @@ const ENABLE_KEYBOARD: u8 = 0xae;
 const INTERRUPT: u8 = 1 << 0;
 const TRANSLATE: u8 = 1 << 6;
 
-/// What is sent to the keyboard, and what it answers, translated to scan code set 1: a reset, a
-/// question what it is, its lamps, and that it shall look for keys.
+/// Commands to the keyboard and its answers, translated to scan code set 1: reset, identify, set
+/// LEDs, and enable scanning.
 const SET_UP: [(u8, &[u8]); 5] = [
     (0xff, &[0xfa, 0xaa]),
     (0xf2, &[0xfa, 0xab, 0x41]),
@@ -46,7 +45,7 @@ const SET_UP: [(u8, &[u8]); 5] = [
     (0x07, &[0xfa]),
     (0xf4, &[0xfa]),
 ];
-/// Ctrl, Alt and Del pressed and let go, in scan code set 1.
+/// Ctrl, Alt and Del pressed and released, in scan code set 1.
 const CTRL_ALT_DEL: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
 
 payload!(use_keyboard);
@@ -93,7 +92,7 @@ fn set_up_keyboard() -> Result<(), String> {
 }
 
 fn wait_for_keys(interrupt_driven: bool) -> Result<(), String> {
-    // Those of the answers are taken before there are any of keys.
+    // The answers' interrupts are taken before there are any of keys.
     interrupts::take_pending();
     let before = interrupts::count(KEYBOARD_VECTOR);
     let mut codes = Vec::new();
@@ -130,7 +129,7 @@ fn write(port: u16, value: u8) -> Result<(), String> {
     Ok(())
 }
 
-/// What there is to read.
+/// The byte to read.
 fn read_byte() -> Option<u8> {
     (read_port_8(I8042_COMMAND) & OUTPUT_BUFFER_FULL != 0).then(|| read_port_8(I8042_DATA))
 }

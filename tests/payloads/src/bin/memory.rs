@@ -1,5 +1,5 @@
-//! Checks the memory map that the monitor passed, and that what it calls RAM is: reads and writes
-//! both ends of every range.
+//! Checks the memory map that the monitor passed, and its RAM: reads and writes both ends of every
+//! range.
 //!
 //! Arguments: `expect-mib=N`, the machine's memory.
 
@@ -14,13 +14,13 @@ use alloc::vec::Vec;
 use runtime::boot_info::MemoryRange;
 use runtime::{BootInfo, arguments, heap, mmio, paging, payload, println, report};
 
-/// Where the devices of a PC are: RAM of this range is moved above 4 GiB.
+/// The range of a PC's devices: RAM that would be here is above 4 GiB instead.
 const DEVICES: core::ops::Range<u64> = 0xfec0_0000..0x1_0000_0000;
 const MIB: u64 = 1 << 20;
 const PAGE_SIZE: u64 = 4096;
 const PAYLOAD_START: u64 = MIB;
-/// The PC's area for video memory and firmware with the page before it, and page zero: what monitors
-/// reserve.
+/// Size of the areas that monitors reserve: the PC's area for video memory and firmware with the
+/// page before it, and page zero.
 const LEGACY_AREA_SIZE: u64 = MIB - 0x9_f000 + PAGE_SIZE;
 
 payload!(check_memory);
@@ -103,7 +103,7 @@ fn total_is(mib: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a page holds this program or what it stands on.
+/// Returns whether a page belongs to this program or its stacks and tables.
 fn in_use(address: u64) -> bool {
     (PAYLOAD_START..heap::end()).contains(&address)
 }
@@ -144,7 +144,7 @@ fn check_range(range: MemoryRange) -> Result<(), String> {
     Ok(())
 }
 
-/// Marks every edge page, then looks whether each mark is still its own.
+/// Marks every edge page, then checks that each page still has its own mark.
 fn no_aliases() -> Result<(), String> {
     let pages: Vec<u64> = BootInfo::get().ram().flat_map(edge_pages).collect();
     // SAFETY: RAM that holds nothing this program needs, and its bytes are put back, in reverse

@@ -1,5 +1,5 @@
-//! Asks for a reset in its very first instructions: what remains is the monitor's own start-up
-//! and teardown time.
+//! Asks for a reset in its very first instructions: only the monitor's own start-up and teardown
+//! time remains.
 
 #![no_std]
 #![no_main]

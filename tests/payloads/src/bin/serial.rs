@@ -1,8 +1,8 @@
 //! Uses the serial port in both directions.
 //!
 //! Arguments: `bytes=N` echoes N bytes of input and prints their FNV-1a checksum, after a line
-//! `ready` that says when to send them; `mode=interrupt` waits for them halted, `mode=polled` (when
-//! there is none) looks without end. `print-kib=N` prints N KiB as fast as the port takes them.
+//! `ready` that says when to send them; `mode=interrupt` waits for them halted, `mode=polled` (the
+//! default) polls. `print-kib=N` prints N KiB as fast as the port takes them.
 
 #![no_std]
 #![no_main]

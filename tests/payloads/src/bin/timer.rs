@@ -59,7 +59,7 @@ fn open_gate() {
 }
 
 fn check_rate() -> Result<(), String> {
-    // Measured before, as it takes its time.
+    // Measured before, as it takes time.
     time::ticks_per_second();
     let (before, start) = (count(), time::ticks());
     time::delay(TIME);

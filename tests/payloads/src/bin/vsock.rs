@@ -1,7 +1,8 @@
-//! Serves connections of the socket device, and makes some of its own, all at the same time.
+//! Serves connections of the socket device, and makes some itself, all at the same time.
 //!
 //! On every connection that exchanges data, each side sends a number of bytes of a pattern and then
-//! ends its direction; the guest then says how many of the bytes that came were right, as 8 bytes.
+//! ends its direction; the guest then sends how many of the received bytes were correct, as 8
+//! bytes.
 //!
 //! | port of the guest | what it does |
 //! | --- | --- |
@@ -11,7 +12,7 @@
 //! | 4 | resets the device when it is asked for, and initialises it again |
 //! | 5 | ends the payload when it is asked for |
 //!
-//! It refuses all others. `connect=N` has it make N connections to port 7000 of the host, which
+//! It refuses all others. `connect=N` makes it open N connections to port 7000 of the host, which
 //! exchange data as well.
 
 #![no_std]
@@ -33,7 +34,7 @@ use runtime::virtio::{Error, MmioDevice, device_id};
 use runtime::{arguments, payload, println, report};
 
 const QUEUE_SIZE: u16 = 128;
-/// Size of the buffer that the host is told of, in bytes.
+/// Size of the buffer that is advertised to the host, in bytes.
 const BUFFER_SIZE: u32 = 256 << 10;
 /// Most data of a packet.
 const PACKET_SIZE: usize = 32 << 10;
@@ -71,24 +72,24 @@ type Ports = (u32, u32);
 
 #[derive(Default)]
 struct Connection {
-    /// Bytes to send: so many of the pattern, and then the verdict.
+    /// Bytes to send: this many of the pattern, and then the verdict.
     length: u64,
     sent: u64,
     verdict: Option<&'static [u8]>,
     received: u64,
-    /// How many of them, the first ones, are those of the pattern.
+    /// How many of them, from the first on, match the pattern.
     right: u64,
     is_reading: bool,
-    /// What the host has said of its buffer.
+    /// The host's credit.
     host_buffer: u32,
     host_forwarded: u32,
-    /// What it was told of the guest's.
+    /// The guest's credit as last sent to the host.
     announced: u32,
     /// Whether both sides have agreed to it.
     is_open: bool,
     /// Whether the guest has ended it.
     is_shut_down: bool,
-    /// Operations and flags of packets without data that are to be sent.
+    /// Operations and flags of packets without data that wait to be sent.
     due: Vec<(u16, u32)>,
 }
 
@@ -194,7 +195,7 @@ impl Guest {
         Ok(step)
     }
 
-    /// Has every connection send a packet, as far as there is room.
+    /// Lets every connection send a packet, as far as there is room.
     fn send_all(&mut self) -> Result<(), Error> {
         while !self.refusals.is_empty() && self.vsock.can_send()? {
             if let Some(header) = self.refusals.pop() {

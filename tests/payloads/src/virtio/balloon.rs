@@ -13,7 +13,7 @@ pub const PAGE_SIZE: u64 = 4096;
 pub mod balloon_feature {
     /// `VIRTIO_BALLOON_F_STATS_VQ`: the driver gives statistics.
     pub const STATISTICS: u64 = 1 << 1;
-    /// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the driver says which pages are free when it is asked.
+    /// `VIRTIO_BALLOON_F_FREE_PAGE_HINT`: the driver names free pages on request.
     pub const HINTING: u64 = 1 << 3;
     /// `VIRTIO_BALLOON_F_PAGE_REPORTING`: the driver reports free pages.
     pub const REPORTING: u64 = 1 << 5;
@@ -35,27 +35,27 @@ pub struct Balloon {
     pub device: MmioDevice,
     /// What was negotiated.
     pub features: u64,
-    /// Where pages are put into it.
+    /// Queue for pages that are put into it.
     pub inflate: SplitQueue,
-    /// Where pages are taken out of it.
+    /// Queue for pages that are taken out of it.
     pub deflate: SplitQueue,
-    /// Where statistics are given, if that was negotiated.
+    /// Queue for statistics, if negotiated.
     pub statistics: Option<SplitQueue>,
-    /// Where free pages are named on request, if that was negotiated.
+    /// Queue for free pages that are named on request, if negotiated.
     pub hinting: Option<SplitQueue>,
-    /// Where free pages are reported, if that was negotiated.
+    /// Queue for free pages that are reported, if negotiated.
     pub reporting: Option<SplitQueue>,
-    /// What is in `statistics`.
+    /// The buffer in `statistics`.
     entries: Vec<u8>,
 }
 
 impl Balloon {
-    /// Initialises the device with all that it offers. Queues of features that it does not offer are
-    /// not counted, as Linux does it.
+    /// Initialises the device with all the features that it offers. Like Linux, it does not count
+    /// the queues of features that are not offered.
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         if device.device_id() != device_id::BALLOON {
             return Err(Error::WrongType(device.device_id()));
@@ -96,7 +96,7 @@ impl Balloon {
         self.device.config_32(config::NUM_PAGES)
     }
 
-    /// How many pages the device takes to be in the balloon.
+    /// How many pages the device believes to be in the balloon.
     pub fn actual(&self) -> u32 {
         self.device.config_32(config::ACTUAL)
     }
@@ -110,7 +110,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the device does not acknowledge it.
+    /// If the device does not acknowledge it.
     pub fn inflate(&mut self, pages: &[u32]) -> Result<(), Error> {
         request(&self.device, &mut self.inflate, &[Buffer::readable(pages)])
     }
@@ -119,7 +119,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the device does not acknowledge it.
+    /// If the device does not acknowledge it.
     pub fn deflate(&mut self, pages: &[u32]) -> Result<(), Error> {
         request(&self.device, &mut self.deflate, &[Buffer::readable(pages)])
     }
@@ -128,7 +128,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the device does not acknowledge it.
+    /// If the device does not acknowledge it.
     pub fn report(&mut self, memory: &[Buffer]) -> Result<(), Error> {
         match &mut self.reporting {
             Some(queue) => request(&self.device, queue, memory),
@@ -136,8 +136,7 @@ impl Balloon {
         }
     }
 
-    /// What the device asks of hinting: 0 for nothing yet, 1 for nothing any more, or the number of a
-    /// request.
+    /// The device's hinting request: 0 for none yet, 1 for no more, or the number of a request.
     pub fn hinting_command(&self) -> u32 {
         match self.hinting {
             Some(_) => self.device.config_32(config::HINTING_COMMAND),
@@ -150,7 +149,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the device does not acknowledge it.
+    /// If the device does not acknowledge it.
     pub fn send_hinting_command(&mut self, command: u32) -> Result<(), Error> {
         match &mut self.hinting {
             Some(queue) => request(&self.device, queue, &[Buffer::readable(&[command])]),
@@ -162,7 +161,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the device does not acknowledge it.
+    /// If the device does not acknowledge it.
     pub fn hint(&mut self, memory: Buffer) -> Result<(), Error> {
         match &mut self.hinting {
             Some(queue) => request(&self.device, queue, &[memory]),
@@ -174,7 +173,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When it returned what it was not given.
+    /// If it returned a buffer that it was not given.
     pub fn wants_statistics(&mut self) -> Result<bool, Error> {
         match &mut self.statistics {
             Some(queue) => Ok(queue.take_used()?.is_some()),
@@ -186,7 +185,7 @@ impl Balloon {
     ///
     /// # Errors
     ///
-    /// When the queue has no room for them.
+    /// If the queue has no room for them.
     pub fn give_statistics(&mut self, statistics: &[Statistic]) -> Result<(), Error> {
         let Some(queue) = &mut self.statistics else {
             return Ok(());

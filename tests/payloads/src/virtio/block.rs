@@ -1,4 +1,5 @@
-//! A driver of the block device (section 5.2): many requests at a time, or one and its result.
+//! A driver of the block device (section 5.2): many requests at a time, or a single one and its
+//! result.
 
 use alloc::vec::Vec;
 
@@ -45,10 +46,10 @@ pub const STATUS_OK: u8 = 0;
 pub const STATUS_IO_ERROR: u8 = 1;
 /// `VIRTIO_BLK_S_UNSUPP`.
 pub const STATUS_UNSUPPORTED: u8 = 2;
-/// What the driver leaves in the status byte: no device writes it.
+/// Initial value of the status byte, which no device writes.
 pub const STATUS_UNTOUCHED: u8 = 0xff;
 
-/// What a request asks for (`type` of `struct virtio_blk_req`).
+/// The type of a request (`type` of `struct virtio_blk_req`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum RequestType {
@@ -70,7 +71,7 @@ pub enum RequestType {
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub struct RequestHeader {
-    /// A [`RequestType`], or a wrong one.
+    /// A [`RequestType`], or an invalid value.
     pub kind: u32,
     /// Reserved.
     pub reserved: u32,
@@ -124,12 +125,13 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         Self::open_with(device, queue_size, WANTED)
     }
 
-    /// As [`open`](Self::open), negotiating no more than the features of `wanted`.
+    /// Initialises the device like [`open`](Self::open), negotiating at most the features in
+    /// `wanted`.
     ///
     /// # Errors
     ///
@@ -165,7 +167,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the queue is full.
+    /// If the queue is full.
     pub fn submit(
         &mut self,
         kind: RequestType,
@@ -182,11 +184,11 @@ impl Block {
         )
     }
 
-    /// As [`submit`](Self::submit), of any header.
+    /// Makes a request with any header available; see [`submit`](Self::submit).
     ///
     /// # Errors
     ///
-    /// When the queue is full.
+    /// If the queue is full.
     pub fn submit_header(
         &mut self,
         header: RequestHeader,
@@ -214,7 +216,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the device breaks the rules of the used ring.
+    /// If the device breaks the rules of the used ring.
     pub fn complete(&mut self) -> Result<Option<Completed>, Error> {
         let used = self.queue.take_used()?;
         Ok(used.map(|used| Completed {
@@ -237,12 +239,12 @@ impl Block {
         }
     }
 
-    /// Does one request, and returns how many bytes the device says it wrote, its status byte
-    /// included. No other request may be under way.
+    /// Executes one request, and returns how many bytes the device reports to have written, its
+    /// status byte included. No other request may be under way.
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn request(
         &mut self,
         kind: RequestType,
@@ -263,7 +265,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn read(
         &mut self,
         sector: u64,
@@ -286,7 +288,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn write(
         &mut self,
         sector: u64,
@@ -306,7 +308,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn flush(&mut self, completion: Completion) -> Result<(), Error> {
         self.request(RequestType::Flush, 0, None, completion)?;
         Ok(())
@@ -316,7 +318,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn read_id(&mut self, completion: Completion) -> Result<[u8; ID_SIZE], Error> {
         let mut id = [0; ID_SIZE];
         self.request(
@@ -332,7 +334,7 @@ impl Block {
     ///
     /// # Errors
     ///
-    /// When the request fails or the device does not answer.
+    /// If the request fails or the device does not answer.
     pub fn clear(
         &mut self,
         kind: RequestType,

@@ -49,7 +49,7 @@ mod config {
 /// The port of messages about the device.
 const NO_PORT: u32 = u32::MAX;
 
-/// The queues of a port, and buffers that are either in one or in the other.
+/// The queues of a port, and buffers that are in one of the two.
 pub struct Port {
     /// Where buffers are offered.
     pub receive: SplitQueue,
@@ -90,11 +90,12 @@ impl Port {
         Ok(())
     }
 
-    /// Sends back what was received, and offers again what was sent. Gives how many bytes it has taken.
+    /// Sends received bytes back, and offers sent buffers again. Returns how many bytes it has
+    /// received.
     ///
     /// # Errors
     ///
-    /// When the device breaks the rules of the rings.
+    /// If the device breaks the rules of the rings.
     pub fn echo(&mut self, device: &MmioDevice) -> Result<u64, Error> {
         while let Some(used) = self.transmit.take_used()? {
             self.transmit.want_interrupts(false);
@@ -124,7 +125,7 @@ impl Port {
         Ok(count)
     }
 
-    /// Whether the device has taken all that was sent.
+    /// Returns whether the device has taken all that was sent.
     pub fn is_idle(&self) -> bool {
         self.sending.iter().all(Option::is_none)
     }
@@ -133,7 +134,7 @@ impl Port {
     ///
     /// # Errors
     ///
-    /// When the device does not answer.
+    /// If the device does not answer.
     pub fn send(&mut self, device: &MmioDevice, text: &[u8]) -> Result<(), Error> {
         let text: Box<[u8]> = text.into();
         self.transmit.add(&[Buffer::readable(&text)])?;
@@ -155,7 +156,7 @@ impl Console {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         if device.device_id() != device_id::CONSOLE {
             return Err(Error::WrongType(device.device_id()));
@@ -167,7 +168,7 @@ impl Console {
         Ok(Self { device, port })
     }
 
-    /// Columns and rows.
+    /// Returns columns and rows.
     pub fn size(&self) -> (u16, u16) {
         let size = self.device.config_32(config::SIZE);
         (size as u16, (size >> 16) as u16)
@@ -196,13 +197,13 @@ pub struct Message {
 pub struct Channels {
     /// Its registers.
     pub device: MmioDevice,
-    /// Its ports, the first of which is no channel.
+    /// Its ports; the first one is not a channel.
     pub ports: Vec<Port>,
     /// Where control messages are received.
     pub control_receive: SplitQueue,
     /// Where they are sent.
     pub control_transmit: SplitQueue,
-    /// Of each channel, whether the host has its end open, as far as messages were taken.
+    /// Whether the host has its end of each channel open, according to the messages taken so far.
     pub is_host_open: Vec<bool>,
     messages: Vec<Option<Box<[u8]>>>,
 }
@@ -212,7 +213,7 @@ impl Channels {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         if device.device_id() != device_id::CONSOLE {
             return Err(Error::WrongType(device.device_id()));
@@ -256,7 +257,7 @@ impl Channels {
     ///
     /// # Errors
     ///
-    /// When the device does not answer.
+    /// If the device does not answer.
     pub fn tell(&mut self, port: u32, event: u16, value: u16) -> Result<(), Error> {
         let mut message = Vec::new();
         message.extend(port.to_le_bytes());
@@ -270,11 +271,11 @@ impl Channels {
         Ok(())
     }
 
-    /// Takes a control message that has come, if one has.
+    /// Takes a control message, if one has arrived.
     ///
     /// # Errors
     ///
-    /// When the device breaks the rules of the ring, or the message is shorter than one can be.
+    /// If the device breaks the rules of the ring, or the message is shorter than one can be.
     pub fn take_message(&mut self) -> Result<Option<Message>, Error> {
         let Some(used) = self.control_receive.take_used()? else {
             return Ok(None);
@@ -304,12 +305,12 @@ impl Channels {
         Ok(Some(message))
     }
 
-    /// Answers what the device announces until it has named all channels, and opens them. Gives their
-    /// names, the first of which is that of port 1.
+    /// Answers the device's announcements until it has named all channels, and opens them. Returns
+    /// their names, starting with port 1.
     ///
     /// # Errors
     ///
-    /// When the device does not announce them all.
+    /// If the device does not announce them all.
     pub fn open_all(&mut self) -> Result<Vec<String>, Error> {
         let mut names = vec![String::new(); self.ports.len() - 1];
         let deadline = Deadline::after(REQUEST_TIMEOUT);

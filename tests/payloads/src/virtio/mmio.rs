@@ -59,7 +59,7 @@ impl MmioDevice {
     ///
     /// # Errors
     ///
-    /// When there is no virtio-mmio device of version 2.
+    /// If there is no virtio-mmio device of version 2.
     pub fn probe(window: VirtioMmioWindow) -> Result<Self, Error> {
         let device = Self { window };
         match (
@@ -71,7 +71,7 @@ impl MmioDevice {
         }
     }
 
-    /// Where its registers are.
+    /// Returns the address of its registers.
     pub fn window(&self) -> VirtioMmioWindow {
         self.window
     }
@@ -113,7 +113,7 @@ impl MmioDevice {
         unsafe { write_16(self.window.address + offset, value) }
     }
 
-    /// What the device is; zero is none.
+    /// Returns the device type; zero means no device.
     pub fn device_id(&self) -> u32 {
         self.read(register::DEVICE_ID)
     }
@@ -155,7 +155,7 @@ impl MmioDevice {
         self.write(register::DRIVER_FEATURES, features as u32);
     }
 
-    /// The most descriptors that queue `index` takes; zero where there is no such queue.
+    /// The most descriptors that queue `index` takes; zero if there is no such queue.
     pub fn queue_size_max(&self, index: u16) -> u32 {
         self.write(register::QUEUE_SELECT, u32::from(index));
         self.read(register::QUEUE_SIZE_MAX)
@@ -167,7 +167,7 @@ impl MmioDevice {
     ///
     /// # Errors
     ///
-    /// When the device has no such queue.
+    /// If the device has no such queue.
     pub fn set_up_queue(&self, index: u16, size: u16, features: u64) -> Result<SplitQueue, Error> {
         let max = self.queue_size_max(index);
         let size = u32::from(size).min(max) as u16;
@@ -188,7 +188,7 @@ impl MmioDevice {
         );
     }
 
-    /// Writes all registers of a queue, whatever they are.
+    /// Writes all registers of a queue, unchecked.
     pub fn write_queue(&self, index: u32, size: u32, addresses: QueueAddresses) {
         self.write(register::QUEUE_SELECT, index);
         self.write(register::QUEUE_SIZE, size);

@@ -45,7 +45,7 @@ pub mod device_id {
 pub mod feature {
     /// `VIRTIO_F_INDIRECT_DESC`: a descriptor can refer to a table of descriptors.
     pub const INDIRECT_DESCRIPTORS: u64 = 1 << 28;
-    /// `VIRTIO_F_EVENT_IDX`: each side says at which index it wants to hear of the other.
+    /// `VIRTIO_F_EVENT_IDX`: each side says at which index the other should notify it.
     pub const EVENT_INDEX: u64 = 1 << 29;
     /// `VIRTIO_F_VERSION_1`: the device follows the standard.
     pub const VERSION_1: u64 = 1 << 32;
@@ -85,7 +85,7 @@ pub enum Error {
     FeaturesRefused(u64),
     /// The device has no such queue, or one of fewer descriptors than wanted: the most it takes.
     QueueTooSmall(u32),
-    /// The driver's own free descriptors do not suffice.
+    /// Too few of the driver's descriptors are free.
     QueueFull,
     /// The device set `DEVICE_NEEDS_RESET`.
     NeedsReset,
@@ -95,7 +95,7 @@ pub enum Error {
     WrongChain(u32),
     /// A block request ended with this status byte.
     Status(u8),
-    /// The used ring says that this many bytes were written, which cannot be.
+    /// The used ring reports this impossible number of bytes written.
     WrongLength(u32),
 }
 
@@ -126,9 +126,9 @@ impl fmt::Display for Error {
 /// How a driver learns that its request is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Completion {
-    /// By looking at the used ring without end.
+    /// By polling the used ring.
     Polled,
-    /// By the device's interrupt, halted until it comes.
+    /// By the device's interrupt, halted until it arrives.
     Interrupt,
 }
 
@@ -136,7 +136,7 @@ pub enum Completion {
 ///
 /// # Errors
 ///
-/// When the device asks for a reset or does not answer, or breaks the rules of the used ring.
+/// If the device asks for a reset or does not answer, or breaks the rules of the used ring.
 pub fn wait_for_used(
     device: &MmioDevice,
     queue: &mut SplitQueue,
@@ -149,7 +149,7 @@ pub fn wait_for_used(
             while !queue.has_used() {
                 core::hint::spin_loop();
                 turns = turns.wrapping_add(1);
-                // A look at the status register costs an exit.
+                // Reading the status register costs an exit.
                 if turns.is_multiple_of(0x10_0000) && device.needs_reset() {
                     return Err(Error::NeedsReset);
                 }

@@ -46,7 +46,7 @@ pub const HEADER_SIZE: usize = size_of::<Header>();
 pub struct Header {
     /// Bit 0: the checksum is incomplete. Bit 1: it has been verified.
     pub flags: u8,
-    /// How the frame is to be segmented; zero is not at all.
+    /// How to segment the frame; zero means not at all.
     pub segmentation: u8,
     /// Size of the headers that every segment repeats.
     pub header_length: u16,
@@ -54,7 +54,7 @@ pub struct Header {
     pub segment_size: u16,
     /// Where the checksum starts.
     pub checksum_start: u16,
-    /// Where it goes, counted from its start.
+    /// Where to store it, counted from its start.
     pub checksum_offset: u16,
     /// How many buffers the frame takes.
     pub buffer_count: u16,
@@ -64,9 +64,9 @@ pub struct Header {
 pub struct Net {
     /// Its registers.
     pub device: MmioDevice,
-    /// The queue of buffers for frames to come.
+    /// The queue of buffers for received frames.
     pub receive_queue: SplitQueue,
-    /// The queue of frames to go.
+    /// The queue of frames to send.
     pub transmit_queue: SplitQueue,
     /// Negotiated features.
     pub features: u64,
@@ -80,7 +80,7 @@ impl Net {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16, wanted: u64) -> Result<Self, Error> {
         if device.device_id() != device_id::NET {
             return Err(Error::WrongType(device.device_id()));
@@ -134,7 +134,7 @@ impl Net {
     ///
     /// # Errors
     ///
-    /// When none comes, or the card claims to have written more or less than is possible.
+    /// If none arrives, or the card claims to have written more or less than is possible.
     pub fn receive<T>(
         &mut self,
         completion: Completion,
@@ -159,7 +159,7 @@ impl Net {
     ///
     /// # Errors
     ///
-    /// When the card does not answer.
+    /// If the card does not answer.
     pub fn send(
         &mut self,
         header: Header,

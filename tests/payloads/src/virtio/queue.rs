@@ -1,4 +1,4 @@
-//! Split virtqueues from the driver's side (section 2.7), with every word of them within reach.
+//! Split virtqueues from the driver's side (section 2.7), with access to each of their words.
 
 use alloc::alloc::{alloc_zeroed, handle_alloc_error};
 use alloc::vec::Vec;
@@ -9,7 +9,7 @@ use core::sync::atomic::{Ordering, fence};
 use super::Error;
 use super::mmio::{MmioDevice, QueueAddresses};
 
-/// Flag of a descriptor: its `next` counts.
+/// Flag of a descriptor: its `next` is valid.
 pub const DESCRIPTOR_NEXT: u16 = 1;
 /// Flag of a descriptor: the device writes the buffer.
 pub const DESCRIPTOR_WRITE: u16 = 2;
@@ -84,7 +84,7 @@ pub struct Used {
     pub length: u32,
 }
 
-/// A split virtqueue of the driver's.
+/// A split virtqueue of the driver.
 pub struct SplitQueue {
     index: u16,
     size: u16,
@@ -139,7 +139,7 @@ impl SplitQueue {
         self.free.extend((0..self.size).rev());
     }
 
-    /// Which queue of its device it is.
+    /// Returns which queue of its device it is.
     pub fn index(&self) -> u16 {
         self.index
     }
@@ -149,7 +149,7 @@ impl SplitQueue {
         self.size
     }
 
-    /// Where its parts are.
+    /// Returns the addresses of its parts.
     pub fn addresses(&self) -> QueueAddresses {
         QueueAddresses {
             descriptors: self.descriptors as u64,
@@ -168,7 +168,7 @@ impl SplitQueue {
     ///
     /// # Errors
     ///
-    /// When too few descriptors are free.
+    /// If too few descriptors are free.
     pub fn add(&mut self, chain: &[Buffer]) -> Result<u16, Error> {
         if chain.is_empty() || chain.len() > self.free.len() {
             return Err(Error::QueueFull);
@@ -193,7 +193,7 @@ impl SplitQueue {
     ///
     /// # Errors
     ///
-    /// When no descriptor is free or the table is too short.
+    /// If no descriptor is free or the table is too short.
     pub fn add_indirect(
         &mut self,
         table: &mut [Descriptor],
@@ -221,8 +221,8 @@ impl SplitQueue {
         Ok(head)
     }
 
-    /// Tells the device of what was made available since the last call, unless it has said that it
-    /// need not hear of it. Returns whether the doorbell was rung.
+    /// Notifies the device of chains made available since the last call, unless the device does not
+    /// want that. Returns whether the doorbell was rung.
     pub fn kick(&mut self, device: &MmioDevice) -> bool {
         fence(Ordering::SeqCst);
         let (old, new) = (self.notified, self.next_available);
@@ -244,8 +244,8 @@ impl SplitQueue {
         self.used_index() != self.next_used
     }
 
-    /// Takes the next element of the used ring as it is: the head of a chain, and how many bytes
-    /// the device says it wrote.
+    /// Takes the next element of the used ring unchecked: the head of a chain, and how many bytes
+    /// the device reports to have written.
     pub fn take_used_element(&mut self) -> Option<(u32, u32)> {
         if !self.has_used() {
             return None;
@@ -265,7 +265,7 @@ impl SplitQueue {
     ///
     /// # Errors
     ///
-    /// When no chain that begins there was made available.
+    /// If no chain that begins there was made available.
     pub fn take_used(&mut self) -> Result<Option<Used>, Error> {
         let Some((id, length)) = self.take_used_element() else {
             return Ok(None);
@@ -289,7 +289,8 @@ impl SplitQueue {
     /// Asks the device for interrupts, or not to raise any.
     pub fn want_interrupts(&mut self, wanted: bool) {
         if self.event_index {
-            // The used index comes to half its range behind only after 32768 chains.
+            // The event is one behind the used index, which reaches it again only after its whole
+            // range.
             let event = if wanted {
                 self.next_used
             } else {
@@ -309,7 +310,7 @@ impl SplitQueue {
         unsafe { self.descriptors.add(usize::from(index)).read_volatile() }
     }
 
-    /// Writes an entry of the descriptor table, whatever is in it; `index` is less than the size.
+    /// Writes an entry of the descriptor table, unchecked; `index` is less than the size.
     pub fn set_descriptor(&mut self, index: u16, descriptor: Descriptor) {
         assert!(index < self.size);
         // SAFETY: inside the table.
@@ -320,13 +321,13 @@ impl SplitQueue {
         }
     }
 
-    /// Makes the chain that begins at `head` available, whatever `head` is.
+    /// Makes the chain that begins at `head` available, unchecked.
     pub fn make_available(&mut self, head: u16) {
         self.write_available(2 + self.next_available % self.size, head);
         self.set_available_index(self.next_available.wrapping_add(1));
     }
 
-    /// Sets the index of the available ring, whatever it is.
+    /// Sets the index of the available ring, unchecked.
     pub fn set_available_index(&mut self, index: u16) {
         fence(Ordering::Release);
         self.next_available = index;

@@ -17,7 +17,7 @@ impl Rng {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         if device.device_id() != device_id::RNG {
             return Err(Error::WrongType(device.device_id()));
@@ -28,11 +28,11 @@ impl Rng {
         Ok(Self { device, queue })
     }
 
-    /// Has the device fill `bytes`, and returns how many it filled.
+    /// Lets the device fill `bytes`, and returns how many it filled.
     ///
     /// # Errors
     ///
-    /// When it does not answer, or claims more bytes than there are.
+    /// If it does not answer, or claims more bytes than there are.
     pub fn read(&mut self, bytes: &mut [u8], completion: Completion) -> Result<usize, Error> {
         self.queue.add(&[Buffer::writable(bytes)])?;
         self.queue.kick(&self.device);

@@ -1,5 +1,5 @@
-//! The fast way to drive a split virtqueue (section 2.7): the driver makes its chains once, in slots
-//! of its own, and makes them available again and again. No descriptor is ever freed.
+//! The fast way to drive a split virtqueue (section 2.7): the driver builds its chains once, in its
+//! slots, and makes them available again and again. No descriptor is ever freed.
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -8,12 +8,12 @@ use super::queue::{
 };
 use super::transport::Doorbell;
 
-/// How far ahead the used event is put to be out of the device's reach, and after how many chains it
-/// is put there again. Far more chains than a queue has lie between.
+/// How far ahead the used event is set so that the device does not reach it, and after how many
+/// chains it is set again. A queue has far fewer chains than this.
 const EVENT_DISTANCE: u16 = 0x8000;
 const EVENT_RENEWAL: u16 = 0x4000;
 
-/// A chain that the device has used, as the device says.
+/// A chain that the device reports as used.
 #[derive(Debug, Clone, Copy)]
 pub struct UsedElement {
     /// Its first descriptor, which the driver has to check.
@@ -65,7 +65,7 @@ impl SlotQueue {
         self.split.size()
     }
 
-    /// How often the doorbell was rung.
+    /// Returns how often the doorbell was rung.
     pub fn doorbells(&self) -> u64 {
         self.doorbells
     }
@@ -115,7 +115,8 @@ impl SlotQueue {
         // SAFETY: the index of the available ring.
         unsafe { self.available.add(1).write_volatile(new) };
         self.published = new;
-        // The index has to be seen before the device's wish is read, or both sides may sleep.
+        // The device must see the index before the driver reads the device's event, or both sides
+        // may sleep.
         fence(Ordering::SeqCst);
         let wanted = if self.event_index {
             let event = self.read_used(2 + 4 * self.size());
@@ -129,13 +130,13 @@ impl SlotQueue {
         }
     }
 
-    /// Index of the used ring, as the device wrote it.
+    /// Returns the index of the used ring, as the device wrote it.
     #[inline]
     pub fn used_index(&self) -> u16 {
         self.read_used(1)
     }
 
-    /// Whether the device has used a chain that was not taken yet.
+    /// Returns whether the device has used a chain that was not taken yet.
     #[inline]
     pub fn has_used(&self) -> bool {
         self.used_index() != self.next_used

@@ -1,4 +1,4 @@
-//! What a driver asks of a device, whatever bus the device is on.
+//! The operations of a driver on a device, independent of the bus.
 
 use core::time::Duration;
 
@@ -13,7 +13,7 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A device on some bus.
 pub trait Transport {
-    /// What the device is (section 5).
+    /// The device type (section 5).
     fn device_id(&self) -> u32;
 
     /// The device status field.
@@ -28,7 +28,7 @@ pub trait Transport {
     /// Tells the device which features the driver accepts.
     fn accept_features(&self, features: u64);
 
-    /// The most descriptors that queue `index` takes; zero where there is no such queue.
+    /// The most descriptors that queue `index` takes; zero if there is no such queue.
     fn queue_size_max(&self, index: u16) -> u32;
 
     /// Gives a queue to the device.
@@ -46,7 +46,7 @@ pub trait Transport {
     /// Acknowledges whatever the device has raised its interrupt for.
     fn acknowledge_interrupt(&self);
 
-    /// Global system interrupt of the device, where it is known.
+    /// Global system interrupt of the device, if it is known.
     fn gsi(&self) -> Option<u32>;
 
     /// Whether the device has met an error from which only a reset recovers.
@@ -58,7 +58,7 @@ pub trait Transport {
     ///
     /// # Errors
     ///
-    /// When its status does not become zero.
+    /// If its status does not become zero.
     fn reset(&self) -> Result<(), Error> {
         self.set_status(0);
         let deadline = Deadline::after(RESET_TIMEOUT);
@@ -76,7 +76,7 @@ pub trait Transport {
     ///
     /// # Errors
     ///
-    /// When the device cannot be reset, is a legacy one, or refuses what it has offered.
+    /// If the device cannot be reset, is a legacy one, or refuses what it has offered.
     fn initialise(&self, wanted: u64) -> Result<u64, Error> {
         self.reset()?;
         self.set_status(status::ACKNOWLEDGE);
@@ -104,7 +104,7 @@ pub trait Transport {
     ///
     /// # Errors
     ///
-    /// When the device has no such queue, or takes fewer descriptors than `needed`.
+    /// If the device has no such queue, or takes fewer descriptors than `needed`.
     fn set_up_slot_queue(
         &self,
         index: u16,
@@ -124,7 +124,7 @@ pub trait Transport {
     }
 }
 
-/// A register that tells a device of new chains in one queue (section 2.9).
+/// A register that notifies a device of new chains in one queue (section 2.9).
 #[derive(Debug, Clone, Copy)]
 pub struct Doorbell {
     address: u64,
@@ -132,7 +132,7 @@ pub struct Doorbell {
     width: DoorbellWidth,
 }
 
-/// Size of a doorbell register, which is the transport's choice.
+/// Size of a doorbell register, which depends on the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DoorbellWidth {
     /// 16 bits, as on PCI (section 4.1.5.2).
@@ -158,7 +158,7 @@ impl Doorbell {
     /// Rings it.
     #[inline]
     pub fn ring(&self) {
-        // SAFETY: a device's register, as whoever made this has promised; what the device then
+        // SAFETY: a device's register, as the caller of `new` has promised; what the device then
         // does to memory is up to the queues it was given.
         unsafe {
             match self.width {

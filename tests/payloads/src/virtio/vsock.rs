@@ -1,5 +1,5 @@
-//! A driver of the socket device (section 5.10): packets in both directions, and what a connection
-//! has to keep account of.
+//! A driver of the socket device (section 5.10): packets in both directions, and the accounting of
+//! a connection.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -20,7 +20,7 @@ pub const HOST_CID: u64 = 2;
 /// Stream sockets.
 pub const TYPE_STREAM: u16 = 1;
 
-/// What a packet is for (section 5.10.6).
+/// Operations of packets (section 5.10.6).
 #[expect(missing_docs, reason = "named as in the standard")]
 pub mod operation {
     pub const REQUEST: u16 = 1;
@@ -53,9 +53,9 @@ pub struct Header {
     pub length: u32,
     /// Kind of socket.
     pub socket_type: u16,
-    /// What the packet is for.
+    /// Its operation.
     pub operation: u16,
-    /// What it says beyond that.
+    /// Flags of the operation.
     pub flags: u32,
     /// Size of the sender's buffer in bytes.
     pub buffer_size: u32,
@@ -87,7 +87,7 @@ impl Vsock {
     ///
     /// # Errors
     ///
-    /// When it is no such device or cannot be initialised.
+    /// If it is not such a device or cannot be initialised.
     pub fn open(device: MmioDevice, queue_size: u16) -> Result<Self, Error> {
         if device.device_id() != device_id::VSOCK {
             return Err(Error::WrongType(device.device_id()));
@@ -142,11 +142,12 @@ impl Vsock {
         Ok(())
     }
 
-    /// Asks for a connection to a port of the host at which nothing listens, and waits for the refusal.
+    /// Requests a connection to a port of the host to which nothing listens, and waits for the
+    /// refusal.
     ///
     /// # Errors
     ///
-    /// When the device does not answer.
+    /// If the device does not answer.
     pub fn is_refused(&mut self, port: u32) -> Result<(), Error> {
         let request = Header {
             src_cid: self.cid,
@@ -175,11 +176,11 @@ impl Vsock {
         Ok(())
     }
 
-    /// Takes a packet that has come, if one has, passes it to `take` and gives its buffer back.
+    /// Takes a packet, if one has arrived, passes it to `take` and gives its buffer back.
     ///
     /// # Errors
     ///
-    /// When the device claims to have written more or less than is possible.
+    /// If the device claims to have written more or less than is possible.
     pub fn receive<T>(
         &mut self,
         take: impl FnOnce(Header, &[u8]) -> T,
@@ -213,7 +214,7 @@ impl Vsock {
     ///
     /// # Errors
     ///
-    /// When the device has returned what it was not given.
+    /// If the device has returned a buffer that it was not given.
     pub fn can_send(&mut self) -> Result<bool, Error> {
         while self.transmit_queue.take_used()?.is_some() {
             self.transmit_queue.want_interrupts(false);
@@ -225,7 +226,7 @@ impl Vsock {
     ///
     /// # Errors
     ///
-    /// When there is no room.
+    /// If there is no room.
     pub fn send(&mut self, mut header: Header, data: &'static [u8]) -> Result<(), Error> {
         let parts = if data.is_empty() { 1 } else { 2 };
         let head = self.transmit_queue.next_head(parts);

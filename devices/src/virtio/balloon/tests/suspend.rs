@@ -1,6 +1,8 @@
 //! The balloon paused, and another in its place.
 
 use super::*;
+use crate::suspend_test::suspend_tests;
+use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest};
 use crate::worker::QueueProgress;
 
 /// Takes the worker off its loop, as a pause does.
@@ -90,3 +92,68 @@ fn a_balloon_is_not_restored_larger_than_memory() {
     let error = balloon.restore(&config, None).unwrap_err();
     assert!(error.to_string().contains("16 MiB"), "{error}");
 }
+
+/// A balloon whose driver gives statistics, which the device keeps until it wants newer ones.
+struct Pages;
+
+/// A page that the guest has written to.
+const PAGE: u64 = FREE_MEMORY + 0x10_0000;
+const MANY: u32 = 1 << 16;
+
+impl Backend for Pages {
+    const QUEUES: u64 = 3;
+    const FEATURES: u64 = u64::MAX;
+
+    fn new() -> Pages {
+        Pages
+    }
+
+    fn device(&mut self, memory: &Arc<GuestMemory>, _: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+        let options = BalloonOptions {
+            statistics_interval: NonZeroU32::new(1000),
+            ..ALL
+        };
+        Box::new(Balloon::new(&options, memory).unwrap())
+    }
+
+    fn set_up(&mut self, driver: &mut Driver) {
+        driver.store(FREE_MEMORY, &[0; 10]);
+        driver.offer(STATISTICS, &[readable(FREE_MEMORY, 10)]);
+    }
+
+    fn work(&mut self, driver: &mut Driver) {
+        driver.store(PAGE, &[1; PAGE_SIZE as usize]);
+        driver.store(FREE_MEMORY + 16, &((PAGE / PAGE_SIZE) as u32).to_le_bytes());
+        for queue in [INFLATE, DEFLATE] {
+            driver.offer(queue, &[readable(FREE_MEMORY + 16, 4)]);
+            driver.wait(queue, 1);
+        }
+        assert!(
+            driver
+                .load(PAGE, PAGE_SIZE as usize)
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+    }
+
+    /// More pages than can be discarded in one turn.
+    fn begin(&mut self, driver: &mut Driver) {
+        driver.store(PAGE, &[1; PAGE_SIZE as usize]);
+        let number = ((PAGE / PAGE_SIZE) as u32).to_le_bytes();
+        let numbers = number.repeat(MANY as usize);
+        driver.store(2 * PAGE, &numbers);
+        driver.offer(INFLATE, &[readable(2 * PAGE, 4 * MANY)]);
+    }
+
+    fn end(&mut self, driver: &mut Driver) {
+        driver.wait(INFLATE, 1);
+        assert!(
+            driver
+                .load(PAGE, PAGE_SIZE as usize)
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+    }
+}
+
+suspend_tests!(VirtioGuest<Pages>);

@@ -9,8 +9,11 @@ use bantam_state::RestoreError;
 
 use super::*;
 use crate::disk::SECTOR_SIZE;
+use crate::suspend_test::suspend_tests;
 use crate::virtio::F_EVENT_IDX;
-use crate::virtio::suspend_test::SuspendMachine;
+use crate::virtio::suspend_test::{
+    Backend, Driver, FREE_MEMORY, SuspendMachine, VirtioGuest, readable, writable,
+};
 
 /// Requests that are out at a time, each on a part of the disk that is its own.
 const DEPTH: usize = 32;
@@ -511,3 +514,66 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     assert_eq!(bytes, [OTHER_BYTE; 512]);
     assert!(image.is_free());
 }
+
+/// A request of one sector.
+fn sector_request(driver: &mut Driver, kind: u32, sector: u64, place: u64) {
+    let header = FREE_MEMORY + place * 0x1000;
+    let bytes = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()];
+    driver.store(header, &bytes.concat());
+    driver.store(header + 16, &[UNTOUCHED]);
+    let len = SECTOR as u32;
+    let data = match kind {
+        VIRTIO_BLK_T_OUT => readable(header + SECTOR as u64, len),
+        _ => writable(header + SECTOR as u64, len),
+    };
+    let request = [readable(header, 16), data, writable(header + 16, 1)];
+    driver.offer(0, &request);
+}
+
+/// The data of a request that is done.
+fn sector_data(driver: &Driver, place: u64) -> Vec<u8> {
+    let header = FREE_MEMORY + place * 0x1000;
+    let status = driver.load(header + 16, 1);
+    assert_eq!(u32::from(status[0]), VIRTIO_BLK_S_OK);
+    driver.load(header + SECTOR as u64, SECTOR)
+}
+
+impl Backend for Image {
+    const QUEUES: u64 = 1;
+    const FEATURES: u64 = COMMON_FEATURES | 1 << VIRTIO_BLK_F_FLUSH;
+
+    fn new() -> Image {
+        Image::new(Engine::Auto, CacheMode::None)
+    }
+
+    fn device(&mut self, _: &Arc<GuestMemory>, link: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+        self.block(link).0
+    }
+
+    fn work(&mut self, driver: &mut Driver) {
+        let written: Vec<u8> = (0..SECTOR).map(|at| at as u8 ^ 0x5a).collect();
+        driver.store(FREE_MEMORY + SECTOR as u64, &written);
+        sector_request(driver, VIRTIO_BLK_T_OUT, 100, 0);
+        driver.wait(0, 1);
+        sector_request(driver, VIRTIO_BLK_T_IN, 100, 1);
+        driver.wait(0, 1);
+        assert!(sector_data(driver, 1) == written);
+    }
+
+    fn begin(&mut self, driver: &mut Driver) {
+        for place in 0..16 {
+            sector_request(driver, VIRTIO_BLK_T_IN, 200 + place, place);
+        }
+    }
+
+    fn end(&mut self, driver: &mut Driver) {
+        driver.wait(0, 16);
+        for place in 0..16 {
+            let start = (200 + place as usize) * SECTOR;
+            let expected: Vec<u8> = (start..start + SECTOR).map(byte_of_disk).collect();
+            assert!(sector_data(driver, place) == expected);
+        }
+    }
+}
+
+suspend_tests!(VirtioGuest<Image>);

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
+use crate::suspend_test::suspend_tests;
 use crate::virtio::console::state::WorkerState;
+use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest, readable, writable};
 
 impl Guest {
     /// Takes the worker off the event loop, as the transport does.
@@ -476,3 +478,71 @@ proptest! {
         prop_assert_eq!(guest.handle.metrics().tx_dropped_bytes.total(), 0);
     }
 }
+
+/// A console between two pipes.
+struct Pipes {
+    input: OwnedFd,
+    output: OwnedFd,
+    to_guest: File,
+    from_guest: File,
+}
+
+impl Pipes {
+    fn transmit(driver: &mut Driver, bytes: &[u8]) {
+        driver.store(FREE_MEMORY, bytes);
+        driver.offer(TRANSMIT, &[readable(FREE_MEMORY, bytes.len() as u32)]);
+    }
+
+    fn receive(&mut self, driver: &mut Driver, expected: &[u8]) {
+        let address = FREE_MEMORY + 0x1000;
+        driver.offer(RECEIVE, &[writable(address, 0x100)]);
+        assert_eq!(driver.wait(RECEIVE, 1), [expected.len() as u32]);
+        assert_eq!(driver.load(address, expected.len()), expected);
+    }
+}
+
+impl Backend for Pipes {
+    const QUEUES: u64 = 2;
+    const FEATURES: u64 = u64::MAX;
+
+    fn new() -> Pipes {
+        let flags = OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let ((input, to_guest), (from_guest, output)) =
+            (pipe2(flags).unwrap(), pipe2(flags).unwrap());
+        Pipes {
+            input,
+            output,
+            to_guest: to_guest.into(),
+            from_guest: from_guest.into(),
+        }
+    }
+
+    fn device(&mut self, _: &Arc<GuestMemory>, link: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+        let device = Console::new();
+        let ends = [&self.input, &self.output].map(|end| Some(end.try_clone().unwrap()));
+        let [input, output] = ends;
+        device.handle(link).connect(0, descriptors(input, output));
+        Box::new(device)
+    }
+
+    fn work(&mut self, driver: &mut Driver) {
+        Pipes::transmit(driver, b"to the host");
+        driver.wait(TRANSMIT, 1);
+        assert_eq!(read_available(&mut self.from_guest), b"to the host");
+        self.to_guest.write_all(b"to the guest").unwrap();
+        self.receive(driver, b"to the guest");
+    }
+
+    fn begin(&mut self, driver: &mut Driver) {
+        self.to_guest.write_all(b"begun").unwrap();
+        Pipes::transmit(driver, b"begun as well");
+    }
+
+    fn end(&mut self, driver: &mut Driver) {
+        self.receive(driver, b"begun");
+        driver.wait(TRANSMIT, 1);
+        assert_eq!(read_available(&mut self.from_guest), b"begun as well");
+    }
+}
+
+suspend_tests!(VirtioGuest<Pipes>);

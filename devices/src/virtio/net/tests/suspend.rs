@@ -10,9 +10,11 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::*;
 use crate::rate_limiter::{Limits, RateLimit};
+use crate::suspend_test::suspend_tests;
 use crate::virtio::net::config::{mac, set_mac};
 use crate::virtio::net::filter::{AddressList, MAX_ADDRESSES, ReceiveFilter};
 use crate::virtio::net::state::WorkerState;
+use crate::virtio::suspend_test::{self, Backend, FREE_MEMORY, VirtioGuest};
 use crate::worker::QueueProgress;
 
 const COMMANDS: u64 = 1 << VIRTIO_NET_F_CTRL_VQ
@@ -561,3 +563,134 @@ fn a_device_that_needs_a_reset_can_be_paused() {
         drop(machine.pause());
     }
 }
+
+/// A card whose tap is a socket, which has no offloads to be set.
+struct CardOfSocket(Net);
+
+impl VirtioDevice for CardOfSocket {
+    fn device_id(&self) -> u32 {
+        self.0.device_id()
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        self.0.queue_max_sizes()
+    }
+
+    fn config(&self) -> &ConfigSpace {
+        self.0.config()
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
+        let Net {
+            tap,
+            config,
+            shared,
+            ..
+        } = &self.0;
+        let (tap, config, shared) = (tap.clone(), config.clone(), shared.clone());
+        let worker = Worker::new(tap, self.0.mtu, MAC, config, shared, None, activation)?;
+        Ok(Box::new(worker))
+    }
+
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+
+    fn restore(&mut self, config: &[u8], state: Option<&Section>) -> Result<(), RestoreError> {
+        self.0.restore(config, state)
+    }
+}
+
+/// A card whose driver receives from one address alone, beside its own.
+struct Cable {
+    tap: OwnedFd,
+    host: OwnedFd,
+}
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
+const PLACE: u64 = 0x1000;
+
+impl Cable {
+    fn offer(driver: &mut suspend_test::Driver) {
+        driver.offer(RECEIVE, &[writable(FREE_MEMORY, PLACE as u32)]);
+    }
+
+    fn receive(driver: &mut suspend_test::Driver, packet: &[u8]) {
+        assert_eq!(driver.wait(RECEIVE, 1), [packet.len() as u32]);
+        assert!(driver.load(FREE_MEMORY, packet.len()) == received(packet.to_vec(), 1));
+    }
+
+    fn transmit(driver: &mut suspend_test::Driver, packet: &[u8]) {
+        driver.store(FREE_MEMORY + PLACE, packet);
+        driver.offer(
+            TRANSMIT,
+            &[readable(FREE_MEMORY + PLACE, packet.len() as u32)],
+        );
+    }
+
+    fn has_sent(&self, driver: &mut suspend_test::Driver, packet: &[u8]) {
+        driver.wait(TRANSMIT, 1);
+        let mut bytes = vec![0; 0x1000];
+        let len = read(&self.host, &mut bytes).unwrap();
+        assert!(bytes[..len] == *packet);
+    }
+}
+
+impl Backend for Cable {
+    const QUEUES: u64 = 3;
+    const FEATURES: u64 = u64::MAX;
+
+    fn new() -> Cable {
+        let (tap, host) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_NONBLOCK,
+        )
+        .unwrap();
+        Cable { tap, host }
+    }
+
+    fn device(&mut self, _: &Arc<GuestMemory>, _: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+        let tap = Tap::from(self.tap.try_clone().unwrap());
+        Box::new(CardOfSocket(net(tap, MAC, None)))
+    }
+
+    /// Sets an address of the driver's, which the configuration space then has.
+    fn set_up(&mut self, driver: &mut suspend_test::Driver) {
+        let command = FREE_MEMORY + 2 * PLACE;
+        driver.store(command, &[1, 1, 2, 9, 9, 9, 9, 9]);
+        driver.offer(CONTROL, &[readable(command, 8), writable(command + 8, 1)]);
+        driver.wait(CONTROL, 1);
+        assert_eq!(driver.load(command + 8, 1), [0]);
+    }
+
+    fn work(&mut self, driver: &mut suspend_test::Driver) {
+        let packet = packet(200, 1);
+        Cable::offer(driver);
+        write(&self.host, &packet).unwrap();
+        Cable::receive(driver, &packet);
+        Cable::transmit(driver, &packet);
+        self.has_sent(driver, &packet);
+    }
+
+    /// A packet that the host has yet to send, for which there is a buffer, and one on its way there.
+    fn begin(&mut self, driver: &mut suspend_test::Driver) {
+        Cable::offer(driver);
+        Cable::transmit(driver, &packet(300, 2));
+    }
+
+    fn end(&mut self, driver: &mut suspend_test::Driver) {
+        self.has_sent(driver, &packet(300, 2));
+        write(&self.host, &packet(400, 3)).unwrap();
+        Cable::receive(driver, &packet(400, 3));
+    }
+}
+
+suspend_tests!(VirtioGuest<Cable>);

@@ -2,17 +2,24 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, Section};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::tempdir::TempDir;
 
-use super::guest::{EVENT_DATA, Guest, QUEUE_SIZE, answer, with};
+use super::guest::{EVENT_DATA, GUEST_CID, Guest, QUEUE_SIZE, answer, with};
 use super::{bytes, is_closed};
-use crate::virtio::vsock::packet::{Header, operation};
+use crate::ListeningSocket;
+use crate::suspend_test::suspend_tests;
+use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest, readable, writable};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::vsock::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use crate::virtio::vsock::state::WorkerState;
-use crate::virtio::{Activation, VirtioDevice};
+use crate::virtio::{Activation, DriverLink, VirtioDevice};
 
 impl Guest {
     fn pause_and_resume(&mut self) {
@@ -291,3 +298,66 @@ proptest! {
         prop_assert_eq!(guest.metrics.conns_removed.total(), 0);
     }
 }
+
+/// A host without a program that listens, so that each request of the guest is refused.
+struct Refusal {
+    folder: Option<TempDir>,
+}
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+
+impl Refusal {
+    fn request(driver: &mut Driver, port: u32) {
+        let header = Header {
+            src_cid: GUEST_CID,
+            dst_cid: HOST_CID,
+            src_port: 1000,
+            dst_port: port,
+            socket_type: TYPE_STREAM,
+            operation: operation::REQUEST,
+            ..Header::default()
+        };
+        driver.offer(RECEIVE, &[writable(FREE_MEMORY + 0x1000, 0x1000)]);
+        driver.store(FREE_MEMORY, &header.to_bytes());
+        driver.offer(TRANSMIT, &[readable(FREE_MEMORY, HEADER_SIZE as u32)]);
+    }
+
+    fn refused(driver: &mut Driver, port: u32) {
+        driver.wait(TRANSMIT, 1);
+        assert_eq!(driver.wait(RECEIVE, 1), [HEADER_SIZE as u32]);
+        let bytes = driver.load(FREE_MEMORY + 0x1000, HEADER_SIZE);
+        let header = Header::from_bytes(bytes.first_chunk().unwrap());
+        assert_eq!((header.operation, header.src_port), (operation::RST, port));
+    }
+}
+
+impl Backend for Refusal {
+    const QUEUES: u64 = 3;
+    const FEATURES: u64 = u64::MAX;
+
+    fn new() -> Refusal {
+        Refusal { folder: None }
+    }
+
+    fn device(&mut self, _: &Arc<GuestMemory>, _: Arc<DriverLink>) -> Box<dyn VirtioDevice> {
+        let folder = self.folder.insert(TempDir::new().unwrap());
+        let listener = ListeningSocket::bind(&folder.as_path().join("v")).unwrap();
+        Box::new(Vsock::new(GUEST_CID as u32, listener))
+    }
+
+    fn work(&mut self, driver: &mut Driver) {
+        Refusal::request(driver, 70);
+        Refusal::refused(driver, 70);
+    }
+
+    fn begin(&mut self, driver: &mut Driver) {
+        Refusal::request(driver, 71);
+    }
+
+    fn end(&mut self, driver: &mut Driver) {
+        Refusal::refused(driver, 71);
+    }
+}
+
+suspend_tests!(VirtioGuest<Refusal>);

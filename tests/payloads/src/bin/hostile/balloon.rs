@@ -1,4 +1,4 @@
-//! Requests to a balloon that are none.
+//! Invalid requests to a balloon.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -29,7 +29,7 @@ impl Page {
     }
 }
 
-/// The first page behind the RAM below 4 GiB.
+/// The first page after the RAM below 4 GiB.
 fn page_behind_ram() -> u32 {
     (end_of_low_ram() / PAGE_SIZE) as u32
 }
@@ -50,7 +50,7 @@ fn writable(address: u64, length: u32) -> Buffer {
     }
 }
 
-/// Makes of a list of one valid page number, at an address, a chain that no driver should make.
+/// Turns a list of one valid page number, at an address, into a chain that no driver should make.
 type Spoil = fn(u64) -> [Buffer; 2];
 
 const LISTS: &[(&str, Spoil)] = &[

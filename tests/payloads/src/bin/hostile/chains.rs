@@ -1,4 +1,4 @@
-//! Descriptor chains that are not what section 2.7 wants.
+//! Descriptor chains that break the rules of section 2.7.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -8,7 +8,7 @@ use runtime::virtio::queue::{DESCRIPTOR_INDIRECT, DESCRIPTOR_NEXT, DESCRIPTOR_WR
 
 use crate::target::{Expected, Session, Target, end_of_low_ram};
 
-/// Where there can be no RAM: beyond the 46 bits of physical address of any machine of today.
+/// An address without RAM: beyond the 46 bits of physical address of today's machines.
 const OUTSIDE_RAM: u64 = 1 << 46;
 const DESCRIPTOR_SIZE: u32 = size_of::<Descriptor>() as u32;
 
@@ -202,7 +202,7 @@ const DIRECT: &[(&str, Expected, Attack)] = &[
     ),
 ];
 
-/// Chains with indirect tables, which hold a valid request where not spoilt.
+/// Chains with indirect tables, which hold a valid request unless they are spoilt.
 const INDIRECT: &[(&str, Expected, Attack)] = &[
     (
         "indirect table in an indirect table",
@@ -353,7 +353,8 @@ const INDIRECT: &[(&str, Expected, Attack)] = &[
         |session, count| {
             let length = 4 * usize::from(session.queue.size());
             let table = table(session, length);
-            // All but the valid request's own are empty buffers of the last one's direction.
+            // All entries after the valid request's are empty buffers of the direction of its last
+            // one.
             let last = table[usize::from(count) - 1];
             for (index, descriptor) in table.iter_mut().enumerate().skip(usize::from(count) - 1) {
                 *descriptor = Descriptor { length: 0, ..last };

@@ -100,7 +100,7 @@ fn attack_requests(target: &Target) {
         (0..64).for_each(|_| session.notify());
         Ok(())
     });
-    // What the configuration space of other devices takes changes what they do.
+    // Writes to the configuration space of other devices change their behaviour.
     if target.id == device_id::RNG {
         target.check_undisturbed("writes of the configuration space", |session| {
             for offset in 0..CONFIG_SIZE {

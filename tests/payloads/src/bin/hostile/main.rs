@@ -1,10 +1,9 @@
-//! Does to every virtio device, and to the ports of the other devices, what no driver should. After
-//! each attack the device must have asked for a reset or failed the request, and after a reset it
-//! must work.
+//! Attacks every virtio device, and the ports of the other devices. After each attack the device
+//! must have asked for a reset or failed the request, and after a reset it must work.
 //!
-//! Arguments: `seed=N` (1 when there is none) starts the random numbers; `rounds=N` (500) is how
-//! many random accesses each device gets; `only=registers|queues|chains|driver|ports` leaves out
-//! the others; `lenient` lets a device overlook an attack, as long as a reset brings it back. Block
+//! Arguments: `seed=N` (1 by default) seeds the random numbers; `rounds=N` (500) sets how many
+//! random accesses each device gets; `only=registers|queues|chains|driver|ports` leaves out the
+//! others; `lenient` lets a device overlook an attack, as long as a reset brings it back. Block
 //! devices are only read.
 
 #![no_std]

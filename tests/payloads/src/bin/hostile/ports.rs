@@ -26,7 +26,7 @@ pub fn attack(random: &mut Random, rounds: u64) {
             _ => attack_acpi(random),
         }
     }
-    // The console must be one again.
+    // The console must work again.
     write_port_8(SERIAL_LINE_CONTROL, EIGHT_BITS_NO_PARITY);
     serial::interrupt_on_input(false);
     serial::initialise();
@@ -40,7 +40,7 @@ fn attack_serial(random: &mut Random) {
         0 => drop(read_port_8(register)),
         1 => drop(read_port_16(register)),
         2 => drop(read_port_32(register)),
-        // What goes out should not disturb a terminal.
+        // The output should not disturb a terminal.
         _ if register == port::SERIAL => write_port_8(register, b'.'),
         3 if register != port::SERIAL + 7 => write_port_16(register, random.next_u64() as u16),
         4 if register != port::SERIAL + 7 => write_port_32(register, random.next_u64() as u32),

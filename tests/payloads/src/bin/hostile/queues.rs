@@ -8,7 +8,7 @@ use crate::target::{Expected, Outcome, Session, Target, end_of_low_ram};
 
 const OUTSIDE_RAM: u64 = 1 << 46;
 
-/// Where to put one part of a queue, given its right place.
+/// Where to put one part of a queue, given its correct place.
 type Placement = fn(&Session, u64) -> u64;
 
 const PLACEMENTS: &[(&str, Expected, Placement)] = &[
@@ -100,7 +100,7 @@ pub fn attack(target: &Target) {
     );
 }
 
-/// Gives the device its queue, starts it and submits a valid request where that can be seen.
+/// Gives the device its queue, starts it, and submits a valid request if its effect is visible.
 fn start(mut session: Session, size: u32, addresses: QueueAddresses) -> Outcome {
     session
         .device

@@ -12,7 +12,7 @@ use crate::target::{Expected, Outcome, Target, end_of_low_ram};
 const WINDOW: u64 = 0x200;
 /// How many accesses there are between two resets.
 const BATCH: u64 = 50;
-/// Memory that a device may do what it likes with, from zero and in the middle of RAM.
+/// Memory that a device may overwrite, from zero and in the middle of RAM.
 const PLAYGROUND_SIZE: usize = 0x4000;
 const LOW_PLAYGROUND_SIZE: usize = 0x1000;
 

@@ -1,5 +1,5 @@
-//! A device under attack: how to bring it to where an attack starts, what it made of it, and
-//! whether it works afterwards.
+//! A device under attack: how to prepare it for an attack, how it reacts, and whether it works
+//! afterwards.
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -19,9 +19,9 @@ use runtime::{arguments, heap, report};
 use crate::balloon::Page;
 
 pub const QUEUE_SIZE: u16 = 16;
-/// Where the network card, the socket device and a console take what is sent.
+/// The transmit queue of the network card, the socket device and a console.
 const TRANSMIT_QUEUE: u16 = 1;
-/// A port of the host at which nothing listens.
+/// A port of the host to which nothing listens.
 const UNUSED_PORT: u32 = 1;
 /// A spoilt request there costs no memory.
 const BALLOON_DEFLATE_QUEUE: u16 = 1;
@@ -36,20 +36,20 @@ pub struct Target {
     pub id: u32,
 }
 
-/// What a device made of an attack.
+/// The reaction of a device to an attack.
 #[derive(Clone, Copy)]
 pub enum Outcome {
     /// It asked for a reset.
     NeedsReset,
-    /// It refused, and can be told so before it was live.
+    /// It refused, in a way that is visible before it was live.
     Refused,
     /// It returned the request as failed, or of a kind that cannot fail.
     Failed,
-    /// It returned the request as if nothing were wrong with it.
+    /// It returned the request as if it were valid.
     Done,
     /// Nothing.
     Silent,
-    /// It went on as if it had not been attacked, which is right for a mere nuisance.
+    /// It went on as if it had not been attacked, which is correct for a mere nuisance.
     Unimpressed,
     /// A valid request right after a mere nuisance did not work.
     Disturbed,
@@ -72,12 +72,12 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// What is right for a device to do.
+/// The correct reaction of a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Expected {
     /// To notice: it needs a reset, refuses, or fails the request.
     Notice,
-    /// Whatever it likes, as long as a reset brings it back.
+    /// Anything, as long as a reset brings it back.
     Anything,
 }
 
@@ -89,7 +89,7 @@ impl Target {
         }
     }
 
-    /// Which queue's requests the device answers by itself.
+    /// The queue whose requests the device answers by itself.
     pub fn request_queue(&self) -> Option<u16> {
         match self.id {
             device_id::RNG | device_id::BLOCK => Some(0),
@@ -99,7 +99,7 @@ impl Target {
         }
     }
 
-    /// Initialises the device from the beginning and has it do a valid request.
+    /// Initialises the device from the beginning and lets it execute a valid request.
     pub fn works(&self) -> Result<(), Error> {
         match self.id {
             device_id::RNG => {
@@ -157,7 +157,7 @@ impl Target {
         }
     }
 
-    /// Runs one attack and says how it went: `attack` returns what the device made of it, or why it
+    /// Runs one attack and reports the result: `attack` returns the device's reaction, or why it
     /// could not be tried.
     pub fn check(
         &self,
@@ -234,7 +234,7 @@ pub struct Request {
     page: u32,
 }
 
-/// A live device with a queue whose every word can be written.
+/// A live device with a queue in which every word can be written.
 pub struct Session {
     pub device: MmioDevice,
     pub queue: SplitQueue,
@@ -252,7 +252,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Brings the device up to where it is given its queue, which is left to the caller.
+    /// Initialises the device up to the set-up of its queue, which is left to the caller.
     pub fn prepare(target: &Target) -> Result<Self, Error> {
         let index = target.request_queue().unwrap_or(0);
         let features = target.device.initialise(feature::INDIRECT_DESCRIPTORS)?;
@@ -310,7 +310,8 @@ impl Session {
                 let status = describe(&raw mut self.request.status as u64, 1, DESCRIPTOR_WRITE);
                 ([header, data, status], 3)
             }
-            // To the socket device, it is a packet of nobody it knows, and to a console output.
+            // To the socket device, it is a packet of an unknown connection, and to a console
+            // output.
             device_id::NET | device_id::VSOCK | device_id::CONSOLE => {
                 let size = self.request.frame.len();
                 let frame = describe(&raw const self.request.frame as u64, size, 0);
@@ -345,7 +346,7 @@ impl Session {
         self.queue.set_descriptor(index, descriptor);
     }
 
-    /// Makes the chain at `head` available, whatever it is, and rings the doorbell.
+    /// Makes the chain at `head` available, unchecked, and rings the doorbell.
     pub fn submit(&mut self, head: u16) {
         self.queue.make_available(head);
         self.notify();
@@ -356,7 +357,7 @@ impl Session {
         self.device.notify(u32::from(self.queue.index()));
     }
 
-    /// Waits for what the device makes of what was submitted.
+    /// Waits for the device's reaction to the submitted chain.
     pub fn wait(&mut self) -> Outcome {
         let deadline = Deadline::after(REACTION_TIMEOUT);
         while !deadline.passed() {
@@ -386,7 +387,7 @@ impl Session {
         }
     }
 
-    /// Clears what the device writes.
+    /// Clears the memory that the device writes.
     pub fn clear_data(&mut self) {
         // SAFETY: bytes of the request.
         unsafe {
@@ -395,7 +396,7 @@ impl Session {
         }
     }
 
-    /// Whether nothing was written since [`clear_data`](Self::clear_data).
+    /// Returns whether nothing was written since [`clear_data`](Self::clear_data).
     pub fn data_is_clear(&self) -> bool {
         // SAFETY: bytes of the request.
         let (data, status) = unsafe {
@@ -408,7 +409,7 @@ impl Session {
     }
 }
 
-/// Waits for what the device makes of what was submitted to a queue.
+/// Waits for the device's reaction to a chain in a queue.
 pub fn wait_for_reaction(device: &MmioDevice, queue: &SplitQueue) -> Outcome {
     let deadline = Deadline::after(REACTION_TIMEOUT);
     while !deadline.passed() {

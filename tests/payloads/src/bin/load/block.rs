@@ -1,5 +1,5 @@
 //! The load of a block device (section 5.2). Each slot has one request under way at all times: its
-//! header, chain and buffer are made once, and a request that is done is made available again with
+//! header, chain and buffer are made once, and a finished request is made available again with
 //! another sector.
 
 use alloc::format;
@@ -26,7 +26,7 @@ const WANTED: u64 = block_feature::FLUSH
     | block_feature::MULTIQUEUE
     | feature::EVENT_INDEX
     | feature::INDIRECT_DESCRIPTORS;
-/// Where the configuration has the number of queues.
+/// Offset of the number of queues in the configuration.
 const CONFIG_QUEUE_COUNT: u64 = 34;
 
 /// Descriptors of a request: header, data, status.
@@ -34,8 +34,8 @@ const CHAIN_LENGTH: u16 = 3;
 /// The most requests in flight that a queue is set up for, times [`CHAIN_LENGTH`], as a power of two.
 const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// What the device reads and writes of a request beside its data. The device's line is not the
-/// driver's.
+/// The parts of a request that the device reads and writes besides its data. Device and driver use
+/// separate cache lines.
 #[repr(C, align(64))]
 struct Shared {
     table: [Descriptor; CHAIN_LENGTH as usize],
@@ -46,7 +46,7 @@ struct Shared {
 #[repr(C, align(64))]
 struct Line(u8);
 
-/// A request of the driver's.
+/// The driver's part of a request.
 struct Slot {
     /// The descriptor of its data.
     data_descriptor: *mut Descriptor,
@@ -108,7 +108,7 @@ impl Requests<'_> {
 ///
 /// # Errors
 ///
-/// When it cannot do what is asked for, or stops working.
+/// If it cannot do this load, or stops working.
 pub fn run(
     device: &dyn Transport,
     settings: &Settings,
@@ -161,7 +161,7 @@ pub fn run(
     })
 }
 
-/// Checks the settings against what the device is.
+/// Checks the settings against the device.
 fn requests<'a>(
     device: &dyn Transport,
     features: u64,
@@ -387,7 +387,7 @@ impl Load<'_> {
         self.queues[queue].push(head);
     }
 
-    /// Looks at what has become of a slot's request.
+    /// Checks the result of a slot's request.
     #[inline]
     fn end(&mut self, slot: usize, now: u64) {
         let slot = &self.slots[slot];

@@ -1,4 +1,4 @@
-//! Memory for data, which the heap is too small for.
+//! Memory for data that does not fit into the heap.
 
 use alloc::format;
 use alloc::string::String;
@@ -6,12 +6,12 @@ use core::ptr;
 
 use runtime::heap;
 
-/// Memory for the buffers of one load, after the heap; to be called once. It is zero, and the host
-/// has given it to the guest already, which takes no time from the measurement.
+/// Returns memory for the buffers of one load, after the heap; call it once. The memory is zero and
+/// already touched, so that page faults do not affect the measurement.
 ///
 /// # Errors
 ///
-/// When the machine has too little.
+/// If the machine has too little.
 pub fn reserve(size: u64) -> Result<u64, String> {
     let memory = heap::memory_after();
     let start = memory.start.next_multiple_of(4096);

@@ -11,25 +11,25 @@ use runtime::{interrupts, system_call};
 /// Vector of the device's interrupt.
 pub const DEVICE_VECTOR: u8 = 0x50;
 
-/// How long a device may do nothing while operations are under way.
+/// How long a device may be silent while operations are under way.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 /// An interrupt of the timer ends a halt this often, so that a silent device is noticed.
 const TIMER_PERIOD: Duration = Duration::from_millis(100);
-/// Looks at the rings between looks at the clock.
+/// Polls of the rings between readings of the clock.
 const LOOKS: u32 = 1024;
 
-/// How one load waits.
+/// The way in which one load waits.
 pub struct Waiter<'a> {
     device: &'a dyn Transport,
     completion: Completion,
 }
 
 impl<'a> Waiter<'a> {
-    /// Prepares the device's queues, and its interrupt where it is to be used.
+    /// Prepares the device's queues, and its interrupt if it is used.
     ///
     /// # Errors
     ///
-    /// When the device's interrupt is not known.
+    /// If the device's interrupt is not known.
     pub fn new(
         device: &'a dyn Transport,
         completion: Completion,
@@ -54,7 +54,7 @@ impl<'a> Waiter<'a> {
     ///
     /// # Errors
     ///
-    /// When the device is silent for too long.
+    /// If the device is silent for too long.
     #[inline]
     pub fn wait(&self, queues: &mut [SlotQueue], end: u64) -> Result<u64, String> {
         for _ in 0..LOOKS {

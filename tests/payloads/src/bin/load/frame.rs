@@ -4,13 +4,13 @@ use runtime::virtio::net::Header;
 
 /// Size of the Ethernet header.
 pub const ETHERNET_SIZE: usize = 14;
-/// The largest frame that is not cut: an Ethernet header and 1500 bytes.
+/// The largest frame that is not segmented: an Ethernet header and 1500 bytes.
 pub const MAX_UNCUT_SIZE: usize = 1514;
-/// An EtherType set apart for experiments (IEEE 802), which nothing else sends.
+/// An EtherType reserved for experiments (IEEE 802), which nothing else sends.
 pub const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
 
 const ETHER_TYPE_IPV4: [u8; 2] = [0x08, 0x00];
-/// Locally administered, and nobody's: the host drops what nothing on it listens for.
+/// Locally administered and unused: the host drops frames to it.
 const TARGET: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// Addresses from the range for tests of devices (RFC 2544).
 const SOURCE_ADDRESS: [u8; 4] = [198, 18, 255, 1];
@@ -21,15 +21,15 @@ const TCP_SIZE: usize = 20;
 const HEADERS_SIZE: usize = ETHERNET_SIZE + IP_SIZE + TCP_SIZE;
 const PROTOCOL_TCP: u8 = 6;
 const TCP_CHECKSUM_OFFSET: usize = 16;
-/// Payload of a segment where the MTU is 1500.
+/// Payload of a segment at an MTU of 1500.
 const SEGMENT_SIZE: u16 = 1460;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM` and `VIRTIO_NET_HDR_GSO_TCPV4` (section 5.1.6).
 const NEEDS_CHECKSUM: u8 = 1;
 const SEGMENTATION_TCPV4: u8 = 1;
 
-/// Makes a frame that fills `frame`, which is zero, and its header for the device: of the EtherType
-/// for experiments, or, where it has to be cut, a TCP segment.
+/// Makes a frame that fills `frame`, which is zero, and its header for the device: a frame of the
+/// EtherType for experiments or, if it has to be segmented, a TCP segment.
 pub fn make(source: [u8; 6], frame: &mut [u8]) -> Header {
     frame[..6].copy_from_slice(&TARGET);
     frame[6..12].copy_from_slice(&source);

@@ -1,5 +1,5 @@
-//! How long operations took: counts of times in steps that grow with them, so that a time is known
-//! to 1.6 % whatever it is, in memory of a fixed size.
+//! A histogram of the durations of operations. Its steps grow with the durations, so that each is
+//! known to 1.6 %, in memory of a fixed size.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -18,7 +18,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// An empty one.
+    /// Makes an empty histogram.
     pub fn new() -> Self {
         Self {
             counts: vec![0; BUCKETS].into_boxed_slice(),
@@ -43,8 +43,8 @@ impl Histogram {
         }
     }
 
-    /// The time that `share` of all operations took at most, in ticks: the middle of its step. `None`
-    /// where there are no times.
+    /// Returns the time that `share` of all operations took at most, in ticks: the middle of its
+    /// step. `None` if there are no times.
     pub fn percentile(&self, share: f64) -> Option<u64> {
         let wanted = ((self.total as f64 * share) as u64).max(1);
         let mut seen = 0;

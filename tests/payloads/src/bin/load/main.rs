@@ -1,4 +1,4 @@
-//! Loads one virtio device at full speed, and prints what it did in one line of JSON.
+//! Loads one virtio device at full speed, and prints the result in one line of JSON.
 //!
 //! `test=block` loads the first block device:
 //! - `mode=read|write|mixed` (`read`; `mixed` is half and half) `pattern=seq|random` (`random`)
@@ -67,12 +67,12 @@ fn run() -> Result<Outcome, String> {
     }
 }
 
-/// Says that operations begin.
+/// Prints that operations begin.
 fn say_ready() {
     println!("load: ready");
 }
 
-/// The first device of this type, among those of the command line or else on PCI.
+/// Returns the first device of this type, among those on the command line or else on PCI.
 fn find(id: u32, name: &str) -> Result<Box<dyn Transport>, String> {
     let mut passed_over = String::new();
     for window in arguments::virtio_mmio_windows() {

@@ -25,16 +25,16 @@ const QUEUE_SIZE: u16 = 256;
 const ROUND_TRIP_BUFFERS: u16 = 256;
 
 const RECEIVE_BUFFER_SIZE: u64 = 2048;
-/// Where a frame that is sent has the number of its slot: after its Ethernet header.
+/// Offset of the slot number in a sent frame: after its Ethernet header.
 const SLOT_NUMBER_AT: usize = HEADER_SIZE + ETHERNET_SIZE;
-/// How long frames may take to come back after the last was sent.
+/// How long frames may take to come back after the last one was sent.
 const RETURN_LIMIT: Duration = Duration::from_millis(300);
 
 /// Loads `device`.
 ///
 /// # Errors
 ///
-/// When it cannot do what is asked for, or stops working.
+/// If it cannot do this load, or stops working.
 pub fn run(
     device: &dyn Transport,
     settings: &Settings,
@@ -105,8 +105,8 @@ pub fn run(
     })
 }
 
-/// Makes the buffers of both queues; number `n` of a queue is its descriptor `n`. Returns where those
-/// of the receive queue begin.
+/// Makes the buffers of both queues; buffer `n` of a queue is its descriptor `n`. Returns the
+/// address of the first receive buffer.
 fn make_buffers(
     queues: &mut [SlotQueue; 2],
     receive_buffers: u16,
@@ -168,8 +168,8 @@ struct Load<'a> {
     lost: u64,
 }
 
-/// When a load ends that began at `start`: a value of the time stamp counter, or a number of
-/// operations.
+/// Returns when a load that began at `start` ends: a value of the time stamp counter, or a number
+/// of operations.
 fn end(limit: Limit, start: u64) -> (u64, u64) {
     match limit {
         Limit::Seconds(seconds) => (start + seconds * time::ticks_per_second(), u64::MAX),
@@ -177,7 +177,7 @@ fn end(limit: Limit, start: u64) -> (u64, u64) {
     }
 }
 
-/// The buffer that a used chain is, one of `count`.
+/// Returns the buffer of a used chain, one of `count`.
 #[inline]
 fn checked(head: u32, count: u16) -> Result<u16, String> {
     match u16::try_from(head) {
@@ -263,8 +263,8 @@ impl Load<'_> {
         }
     }
 
-    /// Sends `frames` frames, each again when it has come back. Returns how long it took, in ticks of
-    /// the time stamp counter.
+    /// Sends `frames` frames, and each again when it has come back. Returns how long it took, in
+    /// ticks of the time stamp counter.
     fn round_trip(&mut self, buffers: u16, frames: u16) -> Result<u64, String> {
         self.give_receive_buffers(buffers);
         let start = time::ticks();
@@ -352,7 +352,7 @@ impl Load<'_> {
         self.queues[TRANSMIT].push(index);
     }
 
-    /// The slot whose frame is in a receive buffer, if it is one of the load's.
+    /// Returns the slot whose frame is in a receive buffer, if the frame belongs to the load.
     fn slot_number(&self, buffer: u16, length: u32) -> Option<u16> {
         let address = self.receive_buffers + u64::from(buffer) * RECEIVE_BUFFER_SIZE;
         let long_enough = length as usize >= SLOT_NUMBER_AT + size_of::<u16>();
@@ -383,7 +383,7 @@ impl Default for RoundTrip {
     }
 }
 
-/// Whether the frame in a receive buffer has the EtherType of the load's.
+/// Returns whether the frame in a receive buffer has the EtherType of the load.
 #[inline]
 fn is_of_the_load(buffer: u64) -> bool {
     let place = buffer + (HEADER_SIZE + ETHERNET_SIZE - ETHER_TYPE.len()) as u64;

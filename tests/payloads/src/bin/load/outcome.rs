@@ -11,7 +11,7 @@ use crate::histogram::Histogram;
 
 /// What a load did, as it is printed.
 pub struct Outcome {
-    /// What was loaded, with everything that says how: for a reader of the line.
+    /// The load with all its settings, for a reader of the line.
     pub name: &'static str,
     /// Operations that succeeded.
     pub operations: u64,
@@ -19,11 +19,11 @@ pub struct Outcome {
     pub operation_size: u32,
     /// Ticks of the time stamp counter from the first operation's start to the last one's end.
     pub ticks: u64,
-    /// How long each took; empty where an operation's start is not known.
+    /// How long each took; empty if an operation's start is not known.
     pub latency: Histogram,
     /// Operations that failed.
     pub errors: u64,
-    /// What was wrong with the first of them.
+    /// The first error.
     pub first_error: Option<String>,
     /// How often a doorbell was rung.
     pub doorbells: u64,

@@ -1,4 +1,4 @@
-//! What the command line asks for.
+//! The settings on the command line.
 
 use alloc::format;
 use alloc::string::String;
@@ -43,11 +43,11 @@ pub enum Limit {
     Operations(u64),
 }
 
-/// What a block device has to do.
+/// The load of a block device.
 pub struct BlockSettings {
-    /// What the requests are.
+    /// The kind of requests.
     pub mode: BlockMode,
-    /// Where they go.
+    /// Their places.
     pub pattern: Pattern,
     /// Bytes of a request.
     pub block_size: u32,
@@ -57,11 +57,11 @@ pub struct BlockSettings {
     pub queues: u16,
     /// Whether data is stamped and checked.
     pub verify: bool,
-    /// What the stamps depend on.
+    /// The seed of the stamps.
     pub seed: u64,
 }
 
-/// What the requests to a block device are.
+/// The kinds of requests to a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockMode {
     /// Reads.
@@ -72,16 +72,16 @@ pub enum BlockMode {
     Mixed,
 }
 
-/// Where requests to a block device go.
+/// The places of requests to a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
     /// One after the other, and from the start again.
     Sequential,
-    /// Anywhere.
+    /// At random.
     Random,
 }
 
-/// What a network card has to do.
+/// The load of a network card.
 pub struct NetSettings {
     /// Which way frames go.
     pub mode: NetMode,
@@ -185,7 +185,7 @@ impl NetSettings {
     }
 }
 
-/// The number `name=N` in `range`, where it is given.
+/// Returns the number `name=N` in `range`, if it is given.
 fn number(name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, String> {
     let Some(text) = arguments::value(name) else {
         return Ok(None);
@@ -200,7 +200,7 @@ fn number(name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, String>
     }
 }
 
-/// What `name=WORD` stands for among `choices`, of which the first counts where it is not given.
+/// Returns the meaning of `name=WORD` among `choices`; the first is the default.
 fn choice<T: Copy>(name: &str, choices: &[(&str, T)]) -> Result<T, String> {
     let Some(text) = arguments::value(name) else {
         return Ok(choices[0].1);

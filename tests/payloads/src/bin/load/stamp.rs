@@ -1,4 +1,4 @@
-//! Data that says where on a disk it belongs, by which load it was written, and when.
+//! Data that identifies its place on a disk, the load that wrote it, and when.
 
 use alloc::format;
 use alloc::string::String;
@@ -11,17 +11,17 @@ const WORD_SIZE: u64 = 8;
 /// The odd number nearest to 2^64 divided by the golden ratio.
 const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Most blocks that are kept track of.
+/// Most blocks that are tracked.
 const MAX_BLOCKS: u64 = 1 << 20;
 const BUSY: u32 = 1 << 31;
 
-/// A word of a sector but its first, which is the generation: how often the load had written the
-/// block.
+/// Returns a word of a sector, except the first, which is the generation: how often the load had
+/// written the block.
 fn word(seed: u64, offset: u64, generation: u64) -> u64 {
     (seed ^ offset.wrapping_add(generation << 48)).wrapping_mul(FACTOR)
 }
 
-/// What each block of a disk should hold.
+/// The expected content of each block of a disk.
 pub struct Stamps {
     seed: u64,
     /// How often this load has written each block, and whether a request for it is under way.
@@ -29,11 +29,11 @@ pub struct Stamps {
 }
 
 impl Stamps {
-    /// Stamps for a number of blocks of which this load has written none.
+    /// Makes stamps for a number of blocks, none of them written by this load yet.
     ///
     /// # Errors
     ///
-    /// When there are too many.
+    /// If there are too many.
     pub fn new(seed: u64, blocks: u64) -> Result<Self, String> {
         if blocks > MAX_BLOCKS {
             return Err(format!(
@@ -47,8 +47,8 @@ impl Stamps {
         })
     }
 
-    /// The first block from `block` on that no request is under way for; it is under way then. There
-    /// are more blocks than requests.
+    /// Returns the first block from `block` on that has no request under way, and marks it as under
+    /// way. There are more blocks than requests.
     pub fn take(&mut self, block: u64) -> u64 {
         let mut block = block as usize;
         while self.blocks[block] & BUSY != 0 {
@@ -58,17 +58,17 @@ impl Stamps {
         block as u64
     }
 
-    /// The request for `block` is done.
+    /// Notes that the request for `block` is done.
     pub fn release(&mut self, block: u64) {
         self.blocks[block as usize] &= !BUSY;
     }
 
-    /// Whether this load has written `block`.
+    /// Returns whether this load has written `block`.
     pub fn is_written(&self, block: u64) -> bool {
         self.blocks[block as usize] & !BUSY != 0
     }
 
-    /// Fills what is about to be written to `block`.
+    /// Fills data to be written to `block`.
     pub fn fill(&mut self, block: u64, data: &mut [u64]) {
         let state = &mut self.blocks[block as usize];
         *state += 1;
@@ -83,8 +83,8 @@ impl Stamps {
         }
     }
 
-    /// Checks what was read from `block`. If this load has not written it, any load with the same
-    /// seed may have.
+    /// Checks data that was read from `block`. If this load has not written it, any load with the
+    /// same seed may have.
     ///
     /// # Errors
     ///
