@@ -1,18 +1,6 @@
 //! The configuration that clients have put together so far, and the machine that is made of it.
 
-use std::collections::HashMap;
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-
-use bantam_vmm::NetLimits;
-use bantam_vmm::config::{
-    BalloonConfig, BalloonSize, BlockEngineOption, CacheModeOption, DeviceName, DiskConfig,
-    DiskFormatOption, DiskId, DiskLockOption, GuestCid, HugePages as GuestPages, InterfaceName,
-    MachineConfig, MetadataAddress, MetadataConfig as MachineMetadata, Mtu, NetConfig, RngConfig,
-    SerialConfig, VsockConfig,
-};
-use nix::fcntl::OFlag;
+use bantam_vmm::config::MachineConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::fault::Fault;
@@ -20,23 +8,15 @@ use crate::resources::RESOURCES;
 use crate::resources::balloon::Balloon;
 use crate::resources::boot_source::BootSource;
 use crate::resources::cpu_config::CpuConfig;
-use crate::resources::drives::{CacheType, Drive, IoEngine};
+use crate::resources::drives::Drive;
 use crate::resources::entropy::Entropy;
 use crate::resources::logger::Logger;
-use crate::resources::machine_config::{HugePages, MachineConfiguration, memory_size, vcpu_count};
+use crate::resources::machine_config::MachineConfiguration;
 use crate::resources::metrics::Metrics;
 use crate::resources::mmds::MetadataConfig;
 use crate::resources::network_interfaces::NetworkInterface;
-use crate::resources::rate_limiter::{RateLimiter, TokenBucket};
 use crate::resources::serial::Serial;
 use crate::resources::vsock::Vsock;
-
-/// The kernel command line if the client gives none, as in Firecracker.
-const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
-                                 i8042.dumbkbd swiotlb=noforce";
-
-/// Longest serial number of a disk.
-const LONGEST_SERIAL: usize = 20;
 
 /// Content of a configuration file, and answer of `GET /vm/config`: all that clients have put so far.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -114,322 +94,17 @@ impl Configuration {
         root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
     }
 
-    /// The machine that all of it makes.
+    /// The machine that is made of all parts.
     pub(crate) fn machine(&self) -> Result<MachineConfig, Fault> {
         let boot_source = self.boot_source.as_ref().ok_or(Fault::NoBootSource)?;
-        let mut config = MachineConfig::new(&boot_source.kernel_image_path);
-        config.initrd = boot_source.initrd_path.clone();
-        let boot_args = boot_source.boot_args.as_deref();
-        config.cmdline = Some(boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_string());
-        config.append = self.root_device_words();
-        config.cpus = vcpu_count(&self.machine_config)?;
-        config.smt = self.machine_config.smt;
-        let cpu_config = self.cpu_config.as_ref();
-        config.cpu = cpu_config.map(CpuConfig::modifiers).unwrap_or_default();
-        config.memory = memory_size(&self.machine_config)?;
-        config.huge_pages = match self.machine_config.huge_pages {
-            HugePages::None => GuestPages::None,
-            HugePages::Transparent => GuestPages::Transparent,
-            HugePages::TwoMib => GuestPages::TwoMib,
-        };
-        config.disks = self
-            .drives_in_order()
-            .map(|drive| {
-                Ok(DiskConfig {
-                    name: Some(self.drive_name(&drive.drive_id)?),
-                    ..disk_config(drive)?
-                })
-            })
-            .collect::<Result<_, Fault>>()?;
-        config.nets = self
-            .network_interfaces
-            .iter()
-            .map(|interface| {
-                Ok(NetConfig {
-                    name: Some(self.interface_name(&interface.iface_id)?),
-                    ..net_config(interface)?
-                })
-            })
-            .collect::<Result<_, Fault>>()?;
-        config.rng = self.entropy.as_ref().map(|entropy| RngConfig {
-            limits: RateLimiter::limits(entropy.rate_limiter.as_ref()).into(),
-        });
-        config.vsock = self.vsock.as_ref().map(vsock_config);
-        config.balloon = self.balloon.as_ref().map(balloon_config);
-        config.metadata = match &self.mmds_config {
-            Some(metadata) => Some(self.metadata_config(metadata)?),
-            None => None,
-        };
-        config.serial = match &self.serial {
-            Some(Serial {
-                serial_out_path: Some(path),
-                ..
-            }) => SerialConfig::File(path.clone()),
-            _ => SerialConfig::Stdio,
-        };
-        let serial_limit = self.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        let serial_limit = serial_limit.as_ref().and_then(TokenBucket::rate_limit);
-        config.serial_limit = serial_limit.into();
-        config.validate()?;
-        Ok(config)
-    }
-
-    /// What the machine calls a drive: its id, or `drive.N` by its place if no device, or one of another
-    /// kind, can have that name. No id has a dot.
-    pub(crate) fn drive_name(&self, id: &str) -> Result<DeviceName, Fault> {
-        let place = self.drives_in_order().position(|it| it.drive_id == id);
-        let place = place.ok_or_else(|| Fault::NoSuchDevice {
-            kind: "drive",
-            id: id.to_string(),
-        })?;
-        let name = own_name(id).map_or_else(|| format!("drive.{place}").parse(), Ok);
-        name.map_err(Fault::value("drive_id"))
-    }
-
-    /// The ids of drives and network interfaces, by what the machine calls them.
-    pub(crate) fn ids(&self) -> HashMap<DeviceName, String> {
-        let drives = self.drives.iter().map(|drive| &drive.drive_id);
-        let drives = drives.filter_map(|id| Some((self.drive_name(id).ok()?, id.clone())));
-        let interfaces = self.network_interfaces.iter().map(|it| &it.iface_id);
-        let interfaces =
-            interfaces.filter_map(|id| Some((self.interface_name(id).ok()?, id.clone())));
-        drives.chain(interfaces).collect()
-    }
-
-    /// What the machine calls a network interface: its id, or `interface.N` by its place if no device, or
-    /// another one, can have that name. Clients may give a drive and an interface the same id.
-    pub(crate) fn interface_name(&self, id: &str) -> Result<DeviceName, Fault> {
-        let mut interfaces = self.network_interfaces.iter();
-        let place = interfaces.position(|it| it.iface_id == id);
-        let place = place.ok_or_else(|| Fault::NoSuchDevice {
-            kind: "network interface",
-            id: id.to_string(),
-        })?;
-        let is_taken = self.drives.iter().any(|drive| drive.drive_id == id);
-        let name = own_name(id).filter(|_| !is_taken);
-        let name = name.map_or_else(|| format!("interface.{place}").parse(), Ok);
-        name.map_err(Fault::value("iface_id"))
-    }
-
-    pub(crate) fn metadata_config(
-        &self,
-        metadata: &MetadataConfig,
-    ) -> Result<MachineMetadata, Fault> {
-        let nets: Vec<DeviceName> = metadata
-            .network_interfaces
-            .iter()
-            .map(|id| self.interface_name(id))
-            .collect::<Result<_, _>>()?;
-        if nets.is_empty() {
-            return Err(Fault::Value {
-                what: "network_interfaces",
-                reason: "there must be one at least".to_string(),
-            });
+        let mut machine = MachineConfig::new(&boot_source.kernel_image_path);
+        for resource in RESOURCES {
+            (resource.configure)(self, &mut machine)?;
         }
-        let address = match metadata.ipv4_address {
-            Some(address) => MetadataAddress::try_from(address).map_err(|error| Fault::Value {
-                what: "ipv4_address",
-                reason: error.to_string(),
-            })?,
-            None => MetadataAddress::default(),
-        };
-        Ok(MachineMetadata {
-            version: metadata.version.into(),
-            address,
-            imds_compat: metadata.imds_compat,
-            ..MachineMetadata::new(nets)
-        })
-    }
-
-    /// What the kernel is told of the drive with its root file system.
-    fn root_device_words(&self) -> Option<String> {
-        let root = self.drives.iter().find(|drive| drive.is_root_device)?;
-        let place = match &root.partuuid {
-            Some(partition) => format!("PARTUUID={partition}"),
-            None => "/dev/vda".to_string(),
-        };
-        let access = if root.is_read_only { "ro" } else { "rw" };
-        Some(format!("root={place} {access}"))
-    }
-}
-
-/// The name that a drive or network interface has by its id, if it can have that.
-fn own_name(id: &str) -> Option<DeviceName> {
-    let name: DeviceName = id.parse().ok()?;
-    (!name.is_fixed()).then_some(name)
-}
-
-/// Tells a client at once of a file that will be missing at the start.
-pub(crate) fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
-    // It does not wait for the writer of a pipe.
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path);
-    opened
-        .map(drop)
-        .map_err(|error| file_fault(what, path, &error))
-}
-
-pub(crate) fn file_fault(what: &'static str, path: &Path, error: &std::io::Error) -> Fault {
-    Fault::File {
-        what,
-        path: path.display().to_string(),
-        reason: error.to_string(),
-    }
-}
-
-pub(crate) fn disk_config(drive: &Drive) -> Result<DiskConfig, Fault> {
-    let path = drive.path_on_host.clone().unwrap_or_default();
-    // One that was cut off could be that of another drive.
-    let has_serial = drive.drive_id.len() <= LONGEST_SERIAL;
-    let serial = has_serial.then(|| DiskId::try_from(drive.drive_id.clone()));
-    Ok(DiskConfig {
-        readonly: drive.is_read_only,
-        id: serial.transpose().map_err(Fault::value("drive_id"))?,
-        cache: match drive.cache_type {
-            CacheType::Unsafe => CacheModeOption::Unsafe,
-            CacheType::Writeback => CacheModeOption::Writeback,
-        },
-        engine: match drive.io_engine {
-            None => BlockEngineOption::Auto,
-            Some(IoEngine::Sync) => BlockEngineOption::Sync,
-            Some(IoEngine::Async) => BlockEngineOption::IoUring,
-        },
-        limits: RateLimiter::limits(drive.rate_limiter.as_ref()).into(),
-        // As Firecracker does it, which has neither formats nor locks.
-        format: Some(DiskFormatOption::Raw),
-        lock: DiskLockOption::WherePossible,
-        any_size: true,
-        ..DiskConfig::new(path)
-    })
-}
-
-pub(crate) fn net_config(interface: &NetworkInterface) -> Result<NetConfig, Fault> {
-    let tap = InterfaceName::try_from(interface.host_dev_name.clone())
-        .map_err(Fault::value("host_dev_name"))?;
-    let mac = interface.guest_mac.as_deref().map(str::parse).transpose();
-    let mtu = interface.mtu.map(|mtu| Mtu::try_from(i64::from(mtu)));
-    Ok(NetConfig {
-        mac: mac.map_err(Fault::value("guest_mac"))?,
-        mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
-        limits: net_limits(interface).into(),
-        ..NetConfig::new(tap)
-    })
-}
-
-pub(crate) fn net_limits(interface: &NetworkInterface) -> NetLimits {
-    NetLimits {
-        receive: RateLimiter::limits(interface.rx_rate_limiter.as_ref()),
-        transmit: RateLimiter::limits(interface.tx_rate_limiter.as_ref()),
-    }
-}
-
-fn balloon_config(balloon: &Balloon) -> BalloonConfig {
-    BalloonConfig {
-        size: BalloonSize::from_mib(balloon.amount_mib),
-        deflate_on_oom: balloon.deflate_on_oom,
-        reporting: balloon.free_page_reporting,
-        hinting: balloon.free_page_hinting,
-        statistics: balloon.stats_polling_interval_s.into(),
-    }
-}
-
-fn vsock_config(vsock: &Vsock) -> VsockConfig {
-    VsockConfig {
-        // Firecracker takes any.
-        cid: GuestCid::unchecked(vsock.guest_cid),
-        socket: vsock.uds_path.clone(),
+        machine.validate()?;
+        Ok(machine)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use bantam_vmm::RateLimit;
-    use bantam_vmm::config::MachineTable;
-
-    use super::*;
-
-    #[test]
-    fn what_a_client_says_of_processors_memory_and_serial_port_reaches_the_machine() {
-        let text = r#"{
-            "boot-source": {"kernel_image_path": "/dev/null"},
-            "machine-config":
-                {"vcpu_count": 4, "mem_size_mib": 64, "smt": true, "huge_pages": "2M"},
-            "serial": {"rate_limiter": {"size": 1000, "refill_time": 500}}
-        }"#;
-        let configuration: Configuration = serde_json::from_str(text).unwrap();
-        let machine = configuration.check().unwrap().machine().unwrap();
-        assert_eq!((machine.cpus.get(), machine.smt), (4, true));
-        assert_eq!(machine.memory.bytes(), 64 << 20);
-        assert_eq!(machine.huge_pages, GuestPages::TwoMib);
-        let limit = RateLimit {
-            size: 1000,
-            refill_time: Duration::from_millis(500),
-            one_time_burst: 0,
-        };
-        assert_eq!(machine.serial_limit.rate_limit(), Some(limit));
-    }
-
-    #[test]
-    fn devices_are_called_by_their_ids_as_far_as_these_differ() {
-        let long = "x".repeat(65);
-        let drive = |id: &str| {
-            format!(
-                r#"{{"drive_id": "{id}", "path_on_host": "/dev/null", "is_root_device": false}}"#
-            )
-        };
-        let interface =
-            |id: &str, tap: &str| format!(r#"{{"iface_id": "{id}", "host_dev_name": "{tap}"}}"#);
-        let text = format!(
-            r#"{{
-                "boot-source": {{"kernel_image_path": "/dev/zero"}},
-                "drives": [{}, {}, {}],
-                "network-interfaces": [{}, {}],
-                "mmds-config": {{"network_interfaces": ["1"]}}
-            }}"#,
-            drive("1"),
-            drive("rng"),
-            drive(&long),
-            interface("1", "tap0"),
-            interface("net0", "tap1"),
-        );
-        let mut configuration: Configuration = serde_json::from_str(&text).unwrap();
-        for drive in &mut configuration.drives {
-            drive.is_read_only = true;
-        }
-        let machine = configuration.machine().unwrap();
-        let names: Vec<_> = machine.disk_names().chain(machine.net_names()).collect();
-        let names: Vec<_> = names.iter().map(DeviceName::as_str).collect();
-        assert_eq!(names, ["1", "drive.1", "drive.2", "interface.0", "net0"]);
-        assert_eq!(machine.metadata.unwrap().nets[0].as_str(), "interface.0");
-    }
-
-    #[test]
-    fn what_clients_say_can_be_written_as_a_machine_file() {
-        let text = r#"{
-            "boot-source": {"kernel_image_path": "/dev/zero"},
-            "drives": [{
-                "drive_id": "root", "path_on_host": "/dev/null", "is_root_device": true,
-                "rate_limiter": {"bandwidth": {"size": 5, "refill_time": 60000}}
-            }],
-            "network-interfaces": [{
-                "iface_id": "eth0", "host_dev_name": "tap0",
-                "tx_rate_limiter": {"ops":
-                    {"size": 18446744073709551615, "one_time_burst": 7, "refill_time": 1}}
-            }],
-            "vsock": {"guest_cid": 1, "uds_path": "/v.sock"},
-            "entropy": {"rate_limiter": {"bandwidth": {"size": 9, "refill_time": 1500}}},
-            "mmds-config": {"network_interfaces": ["eth0"], "version": "V2"},
-            "cpu-config": {"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1xx0"}]}
-        }"#;
-        let configuration: Configuration = serde_json::from_str(text).unwrap();
-        let mut machine = configuration.machine().unwrap();
-        let metadata = machine.metadata.as_mut().unwrap();
-        metadata.contents = Some(serde_json::json!({"a": [null, 1.5, u64::MAX, "b"]}));
-        let file = MachineTable::from_toml(&machine.to_toml(), Path::new("/vm.toml"));
-        assert_eq!(file.unwrap().into_config().unwrap(), machine);
-    }
-}
+mod tests;

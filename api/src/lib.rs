@@ -11,7 +11,9 @@
 mod bounded;
 mod clients;
 mod configuration;
+mod device_names;
 mod fault;
+mod host_files;
 mod instance;
 mod json;
 mod lock;

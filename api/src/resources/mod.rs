@@ -22,6 +22,7 @@ pub mod version;
 pub mod vm;
 pub mod vsock;
 
+use bantam_vmm::config::MachineConfig;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
@@ -50,17 +51,29 @@ pub(crate) static RESOURCES: &[Resource] = &[
     cpu_config::RESOURCE,
 ];
 
-/// What clients find at a path.
+/// What clients find at a path. A field that a resource has no use for is that of [`Resource::DEFAULT`].
 pub(crate) struct Resource {
     /// The first part of the path.
     pub(crate) path: &'static str,
     /// Reads a request to it.
     pub(crate) parse: fn(&Call<'_>) -> Result<Request, Fault>,
-    /// Moves its part of a configuration that was given as a whole to the one that was checked so far, if
-    /// it has a part.
+    /// Moves its part of a configuration that was given as a whole to the one that is checked so far.
     pub(crate) check: fn(&mut Configuration, &mut Configuration) -> Result<(), Fault>,
+    /// Puts what the configuration says of it into that of the machine.
+    pub(crate) configure: fn(&Configuration, &mut MachineConfig) -> Result<(), Fault>,
     /// The groups of metrics that are its own.
     pub(crate) groups: &'static [Group],
+}
+
+impl Resource {
+    /// One that has no requests, no part in the configuration and no metrics.
+    const DEFAULT: Resource = Resource {
+        path: "",
+        parse: |call| Err(call.unknown()),
+        check: |_, _| Ok(()),
+        configure: |_, _| Ok(()),
+        groups: &[],
+    };
 }
 
 /// A part of the configuration, which clients put as a whole before the start.
@@ -70,11 +83,6 @@ pub(crate) trait Part: DeserializeOwned + Send + 'static {
     /// # Errors
     /// When it cannot be used. What is in `configuration` then is of no use either.
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault>;
-}
-
-/// The check of a resource that has no part in the configuration.
-fn no_part(_: &mut Configuration, _: &mut Configuration) -> Result<(), Fault> {
-    Ok(())
 }
 
 /// Puts all of `parts`, one after the other.
