@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use bantam_vmm::config::DeviceName;
 
-use crate::configuration::Configuration;
 use crate::fault::Fault;
+use crate::resources::Configuration;
 
 impl Configuration {
     /// What the machine calls a drive: its id, or `drive.N` by its place if no device, or one of another

@@ -7,11 +7,11 @@ use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
 use crate::bounded::Bounded;
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_file::MetricsFile;
 use crate::reply::Reply;
 use crate::request::{Action, Request};
+use crate::resources::Configuration;
 use crate::resources::logger::Logger;
 use crate::resources::metrics::Metrics;
 use crate::startup_times::StartupTimes;

@@ -6,9 +6,9 @@ use bantam_vmm::config::{BalloonConfig, BalloonSize, DeviceName};
 use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, GuestStatistics, HintingCommand};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::machine_config::{HugePages, MachineConfiguration};
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -248,9 +248,13 @@ fn require_driver(view: &View) -> Result<(), Fault> {
     }
 }
 
+fn device_name() -> Result<DeviceName, Fault> {
+    "balloon".parse().map_err(Fault::value("balloon"))
+}
+
 /// What the machine's balloon says of itself.
 fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
-    let name = DeviceName::balloon();
+    let name = device_name()?;
     let answer = view
         .controller()
         .device(&name, DeviceCommand::BalloonStatistics)?;
@@ -261,7 +265,7 @@ fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
 }
 
 fn command_device(instance: &Instance, command: DeviceCommand) -> Result<(), Fault> {
-    let name = DeviceName::balloon();
+    let name = device_name()?;
     instance.controller().device(&name, command)?;
     Ok(())
 }

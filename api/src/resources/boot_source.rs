@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::host_files::check_readable;
 use crate::request::{Method, Request};

@@ -3,8 +3,8 @@
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::request::{Method, Request};
 use crate::text::printable;

@@ -8,9 +8,9 @@ use bantam_vmm::config::{
 use bantam_vmm::{DeviceCommand, Error, check_disk};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, null_as_default, put_all, put_by};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::host_files::check_readable;
 use crate::instance::Instance;
@@ -160,6 +160,14 @@ fn root_device_words(configuration: &Configuration) -> Option<String> {
     };
     let access = if root.is_read_only { "ro" } else { "rw" };
     Some(format!("root={place} {access}"))
+}
+
+impl Configuration {
+    /// The drives in the order in which the guest finds them: the root device is the first.
+    pub(crate) fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
+        let root = self.drives.iter().filter(|drive| drive.is_root_device);
+        root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
+    }
 }
 
 impl Part for Drive {

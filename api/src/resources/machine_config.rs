@@ -5,8 +5,8 @@ use std::mem;
 use bantam_vmm::config::{HugePages as GuestPages, MemorySize, VcpuCount};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::reply::Reply;
@@ -171,9 +171,7 @@ impl Part for MachineConfiguration {
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
         vcpu_count(&self)?;
         memory_size(&self)?;
-        if let Some(balloon) = &configuration.balloon {
-            balloon.check(&self)?;
-        }
+        configuration.check_fit(&self)?;
         if !matches!(self.cpu_template, None | Some(CpuTemplate::None)) {
             return Err(Fault::NotSupported {
                 what: "CPU templates other than 'None'".to_string(),

@@ -6,8 +6,8 @@ use bantam_vmm::config::{DeviceName, MetadataAddress, MetadataConfig as MachineM
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::reply::Reply;

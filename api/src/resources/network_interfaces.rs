@@ -4,9 +4,9 @@ use bantam_vmm::config::{InterfaceName, Mtu, NetConfig};
 use bantam_vmm::{DeviceCommand, NetLimits};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, put_all, put_by};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use bantam_vmm::config::SerialConfig;
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::TokenBucket;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request};

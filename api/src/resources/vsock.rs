@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use bantam_vmm::config::{GuestCid, VsockConfig};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request};

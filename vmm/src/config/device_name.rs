@@ -52,11 +52,6 @@ impl DeviceName {
         DeviceName::of_kind("console")
     }
 
-    /// Name of the balloon.
-    pub fn balloon() -> DeviceName {
-        DeviceName::of_kind("balloon")
-    }
-
     /// Name of the only device of its kind, one of [`DeviceName::FIXED`].
     pub(crate) fn of_kind(kind: &str) -> DeviceName {
         DeviceName(kind.to_owned())
