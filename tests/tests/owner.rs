@@ -29,11 +29,12 @@ fn hello(words: &str) -> MachineConfig {
 /// A machine with a disk that a guest reads without end.
 fn reader(folder: &TempDir, words: &str) -> (MachineConfig, PathBuf) {
     let image = folder.path().join("disk.img");
-    fs::write(&image, vec![0; 4 << 20]).unwrap();
+    fs::write(&image, vec![0; 4 << 20]).expect("it is a folder for tests");
     let mut config = MachineConfig::new(payload("load"));
     config.append = Some(format!("test=block mode=read {words}"));
     config.serial = SerialConfig::File(folder.path().join("log"));
-    config.disks = vec![image.to_str().unwrap().parse().unwrap()];
+    let option = format!("{}", image.display());
+    config.disks = vec![option.parse().expect("it is a disk")];
     (config, image)
 }
 
@@ -198,11 +199,11 @@ enum Step {
 
 impl Record {
     fn add(&self, step: Step) {
-        self.0.lock().unwrap().push(step);
+        self.0.lock().expect("nobody panics with it").push(step);
     }
 
     fn steps(&self) -> Vec<Step> {
-        self.0.lock().unwrap().clone()
+        self.0.lock().expect("nobody panics with it").clone()
     }
 }
 
