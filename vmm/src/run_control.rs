@@ -238,6 +238,11 @@ impl RunControl {
         }
     }
 
+    /// Keeps vCPUs whose threads start from then on out of the guest, until [`RunControl::resume_vcpus`].
+    pub(crate) fn hold_vcpus(&self) {
+        self.pausing.store(true, Ordering::SeqCst);
+    }
+
     /// Lets paused vCPUs go on.
     pub(crate) fn resume_vcpus(&self) {
         let _threads = lock(&self.threads);

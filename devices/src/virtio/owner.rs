@@ -19,7 +19,7 @@ pub use super::net::{NetLimits, NetMetrics};
 pub use super::rng::EntropyMetrics;
 pub use super::vsock::VsockMetrics;
 use crate::disk::{DiskError, DiskFile, DiskOptions};
-use crate::opener::Opener;
+use crate::opener::{FileAccess, Opener};
 use crate::rate_limiter::Limits;
 
 /// What can be asked of a device. Each is for the devices of one kind.
@@ -200,7 +200,11 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
 
 fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result<(), DeviceError> {
     let before = disk.disk();
-    if before.is_at(path).unwrap_or(false) {
+    // An image that cannot be opened for reading is told of below.
+    let is_same = opener
+        .file(path, FileAccess::Read)
+        .and_then(|file| before.is_same_file(&file));
+    if is_same.unwrap_or(false) {
         return update_size(disk).map(drop);
     }
     let options = DiskOptions {

@@ -128,6 +128,7 @@ impl<'a> Builder<'a> {
             name,
             device,
             handle,
+            turn: Mutex::new(()),
         });
         Ok(())
     }

@@ -67,6 +67,8 @@ const QUEUES_WITH_REPORTING: usize = 5;
 pub struct Balloon {
     options: BalloonOptions,
     memory_mib: u64,
+    /// The size that the owner was told last.
+    told_mib: u32,
     shared: Arc<Shared>,
 }
 
@@ -91,6 +93,7 @@ impl Balloon {
         Ok(Balloon {
             options: *options,
             memory_mib,
+            told_mib: 0,
             shared: Arc::new(Shared {
                 config: ConfigSpace::with_driver_field(space, actual),
                 statistics: Mutex::default(),
@@ -153,9 +156,9 @@ impl VirtioDevice for Balloon {
 
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
         let pages = u32::from_le_bytes(self.shared.config.array(config::ACTUAL as u64));
-        Some(DeviceNotice::BalloonSize {
-            mib: pages / PAGES_PER_MIB,
-        })
+        let mib = pages / PAGES_PER_MIB;
+        let is_other = std::mem::replace(&mut self.told_mib, mib) != mib;
+        is_other.then_some(DeviceNotice::BalloonSize { mib })
     }
 
     fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
