@@ -13,44 +13,44 @@ use crate::state::State;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
-    /// Says what the machine is made of, in place of what was said before. Before the start only.
+    /// Sets the configuration, replacing any earlier one. Allowed only before the start.
     Configure(Box<MachineConfig>),
-    /// Builds the machine and lets its vCPUs run. A machine that cannot be built stays configured; one for
-    /// whose vCPUs the host has no threads has ended.
+    /// Builds the machine and runs its vCPUs. If it cannot be built, it stays configured; if its threads
+    /// cannot be started, it has ended.
     Start,
-    /// Takes the vCPUs out of the guest.
+    /// Takes the vCPUs out of the guest, and brings the devices to rest.
     Pause,
-    /// Lets paused vCPUs go on.
+    /// Lets the devices and vCPUs of a paused machine go on.
     Resume,
     /// Presses the ACPI power button: a guest that listens to it shuts itself down, in its own time.
     PressPowerButton,
-    /// Presses Ctrl-Alt-Del on the keyboard: a guest with a driver for it reboots, or does what it is
-    /// set up to do then.
+    /// Presses Ctrl-Alt-Del on the keyboard: a guest with a driver for it reboots, or does whatever it is
+    /// configured to do in response.
     PressCtrlAltDel,
-    /// Asks the guest to shut itself down, and ends the machine as [`Command::Stop`] does if it has not by
-    /// then. The guest is asked by the ACPI power button if it takes that interrupt, otherwise by
-    /// Ctrl-Alt-Del if it has enabled its keyboard; one that listens to neither, and a machine that does
-    /// not run, is stopped at once. Asking again presses again, and the earlier end counts.
+    /// Asks the guest to shut itself down, and ends the machine as [`Command::Stop`] does if the guest has
+    /// not done so when the time is over. The guest is asked by the ACPI power button if it takes that
+    /// interrupt, otherwise by Ctrl-Alt-Del if it has enabled its keyboard. A guest that listens to neither,
+    /// and a machine that is not running, is stopped at once. Asking again presses again, and the earliest
+    /// deadline counts.
     ShutDown {
         /// How long the guest may take.
         timeout: Duration,
     },
-    /// Ends the machine as if its power were cut: what the guest has not flushed is lost to it, but no
+    /// Ends the machine as if its power were cut: the guest loses what it has not written out, but no
     /// request is left half done. A machine that has ended stays as it is.
     Stop,
     /// Asks for the state.
     Query,
-    /// Asks for the configuration with all changes since the start: a machine that is made by it is like this
-    /// one.
+    /// Asks for the configuration with all changes since the start. A machine built from it is like this one.
     Configuration,
     /// Changes a device or asks it something.
     Device {
-        /// Its name in the configuration, or that of its kind.
+        /// Its name in the configuration, or the name of its kind.
         name: DeviceName,
         /// What is asked of it.
         command: DeviceCommand,
     },
-    /// Puts other metadata in the place of what the guest is told.
+    /// Replaces the metadata that the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
     PatchMetadata(Value),
@@ -68,27 +68,27 @@ pub enum ShutDown {
     PowerButton,
     /// It has pressed Ctrl-Alt-Del.
     CtrlAltDel,
-    /// There was nobody to ask, or no time: it has cut the power.
+    /// It has cut the power, because the guest listens to neither or was given no time.
     PowerCut,
 }
 
-/// What a command gives.
+/// What a command returns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
     /// It is done.
     Done,
-    /// To [`Command::Query`].
+    /// Answers [`Command::Query`].
     State(State),
-    /// To [`Command::ShutDown`].
+    /// Answers [`Command::ShutDown`].
     ShutDown(ShutDown),
-    /// To [`Command::Configuration`].
+    /// Answers [`Command::Configuration`].
     Configuration(Box<MachineConfig>),
-    /// To [`Command::Device`].
+    /// Answers [`Command::Device`].
     Device(DeviceAnswer),
-    /// To [`Command::Metadata`]; none where nothing was put yet.
+    /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
-    /// To [`Command::Metrics`]: what [`MachineMetrics`](crate::MachineMetrics) serializes to.
+    /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.
     Metrics(Value),
 }
 

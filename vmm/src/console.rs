@@ -1,4 +1,4 @@
-//! The program's own end of a stream of the guest.
+//! The program's own end of a byte stream of the guest.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 /// The program's own end of the serial port, console or channel that is configured as `stdio`.
 ///
 /// Both descriptors must be non-blocking, or regular files; pipes of the program's own are the usual choice.
-/// A machine is not started with others: the thread that serves them serves all devices. Bantam does not set
-/// the flag itself, as it would be set for everybody who shares the open file.
+/// The start of a machine refuses any other, because the thread that serves them serves all devices. Bantam
+/// does not set the flag itself, as that would set it for every process that shares the open file.
 #[derive(Debug, Default)]
 pub struct Console {
     /// Where the guest's input comes from.
@@ -17,10 +17,10 @@ pub struct Console {
 }
 
 impl Console {
-    /// The same ends once more.
+    /// Duplicates both descriptors.
     ///
     /// # Errors
-    /// When the host gives no file descriptors.
+    /// If the host is out of file descriptors.
     pub fn try_clone(&self) -> io::Result<Console> {
         let clone = |end: &Option<OwnedFd>| end.as_ref().map(OwnedFd::try_clone).transpose();
         Ok(Console {

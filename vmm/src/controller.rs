@@ -1,4 +1,4 @@
-//! The one owner of a machine's life.
+//! The controller, which owns a machine from its configuration to its end.
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -27,20 +27,21 @@ use crate::metrics::MachineMetrics;
 use crate::run_control::{RunControl, lock, wait};
 use crate::state::State;
 
-/// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
-/// its thread, or a device that it is at waits for the host.
+/// How long vCPUs may take to leave the guest. A vCPU leaves at once unless the host does not schedule its
+/// thread, or it is accessing a device that waits for the host.
 const PAUSE_TIME: Duration = Duration::from_secs(5);
 
-/// A machine and all that can be done with it, from any thread. Clones speak for the same machine,
-/// which is stopped when the last of them is dropped.
+/// Controls one machine, from any thread. Clones control the same machine, which is stopped when the last
+/// of them is dropped.
 ///
-/// [`Controller::execute`] does what a [`Command`] says, or gives [`Error::WrongState`] at once if the
+/// [`Controller::execute`] executes a [`Command`], or returns [`Error::WrongState`] at once if the
 /// machine's state does not allow it. The other methods are the commands by name, and ways to wait.
 #[derive(Clone)]
 pub struct Controller(Arc<Inner>);
 
 impl Controller {
-    /// A controller of a machine that is not configured yet, with the default of [`ControllerOptions`].
+    /// Creates the controller of a machine that is not configured yet, with the default
+    /// [`ControllerOptions`].
     ///
     /// # Errors
     /// If the host is out of file descriptors.
@@ -48,7 +49,7 @@ impl Controller {
         Controller::with(ControllerOptions::default())
     }
 
-    /// A controller of a machine that is not configured yet.
+    /// Creates the controller of a machine that is not configured yet.
     ///
     /// # Errors
     /// If the host is out of file descriptors.
@@ -72,10 +73,10 @@ impl Controller {
         })))
     }
 
-    /// Does what `command` says.
+    /// Executes `command`.
     ///
     /// # Errors
-    /// [`Error::WrongState`] if the machine's state does not allow it, and otherwise like the method
+    /// [`Error::WrongState`] if the machine's state does not allow it; otherwise the errors of the method
     /// with the command's name.
     pub fn execute(&self, command: Command) -> Result<Answer, Error> {
         match command {
@@ -110,7 +111,7 @@ impl Controller {
         Ok(Answer::Done)
     }
 
-    /// The events of the machine from now on.
+    /// Subscribes to the events of the machine from now on.
     ///
     /// # Errors
     /// If the host is out of file descriptors.
@@ -119,12 +120,12 @@ impl Controller {
         events.map_err(Error::resource("an event queue"))
     }
 
-    /// [`Command::Configure`].
+    /// Sets the configuration, replacing any earlier one ([`Command::Configure`]).
     ///
     /// # Errors
     /// If the configuration contradicts itself, or the machine has been started.
     pub fn configure(&self, config: MachineConfig) -> Result<(), Error> {
-        // Without the lock, as it looks at files, which may be on a host that does not answer.
+        // Without the lock: this looks at files, which may be on a server that does not answer.
         let validated = config.validate();
         let mut life = self.0.life();
         match &*life {
@@ -137,8 +138,8 @@ impl Controller {
         }
     }
 
-    /// Gives the machine the program's end of what is configured as `stdio`: serial port, console or a channel.
-    /// It takes the place of the one before.
+    /// Sets the program's end of the stream that is configured as `stdio`: the serial port, the console or a
+    /// channel. It replaces any earlier one.
     ///
     /// # Errors
     /// If the machine has been started.
@@ -153,7 +154,7 @@ impl Controller {
         }
     }
 
-    /// [`Command::Configuration`].
+    /// Returns the configuration with all changes since the start ([`Command::Configuration`]).
     ///
     /// # Errors
     /// If the machine is not configured.
@@ -166,7 +167,7 @@ impl Controller {
         config.ok_or_else(|| self.0.wrong_state(&life, "tell the configuration"))
     }
 
-    /// [`Command::Start`].
+    /// Builds the machine and runs its vCPUs ([`Command::Start`]).
     ///
     /// # Errors
     /// When the host cannot run machines, a file or device that the configuration names cannot be used,
@@ -175,42 +176,42 @@ impl Controller {
         self.0.start(Origin::Kernel)
     }
 
-    /// As [`Controller::start`], but has the machine go on from where another of the same configuration was
-    /// when its state was saved, in place of a boot: with `memory`, a copy of that machine's, and with
-    /// `processors`, from [`Controller::save_processors`].
+    /// Starts the machine from saved state instead of booting it. It goes on from where another machine of
+    /// the same configuration was when its state was saved: `memory` is a copy of that machine's memory, and
+    /// `processors` comes from [`Controller::save_processors`].
     ///
     /// The guest sees nothing of the time in between: its clocks go on from where they were. On a host whose
-    /// KVM cannot set the time stamp counter, such as one without hardware virtualization, that of the host
-    /// goes on.
+    /// KVM cannot set the time stamp counter, such as one without hardware virtualization, the guest sees the
+    /// host's counter, which has gone on.
     ///
-    /// This is a part of what restores a machine. Devices start as after a reset, so the guest must not have
+    /// This is only a part of restoring a machine. Devices start as after a reset, so the guest must not have
     /// begun to use any that keeps state, and nothing checks that the host has the processor features that
     /// the guest was promised.
     ///
     /// # Errors
-    /// As [`Controller::start`], and [`Error::Restore`] when the state is damaged, of another machine, or not
-    /// one that this host can give a vCPU.
+    /// Those of [`Controller::start`], and [`Error::Restore`] if the state is damaged, belongs to another
+    /// machine, or cannot be set in a vCPU on this host.
     pub fn start_from(&self, memory: GuestMemory, processors: &[Section]) -> Result<(), Error> {
         self.0.start(Origin::Saved { memory, processors })
     }
 
-    /// The memory of the guest, which the guest and its devices change at any time unless the machine is
-    /// paused.
+    /// Returns the memory of the guest. The guest and its devices may change it at any time unless the
+    /// machine is paused.
     ///
     /// # Errors
-    /// When the machine does not run.
+    /// If the machine neither runs nor is paused.
     pub fn memory(&self) -> Result<Arc<GuestMemory>, Error> {
         self.0
             .of_machine("find the memory", |machine| machine.memory().clone())
     }
 
-    /// The state of all vCPUs and of what KVM emulates for them: interrupt controllers, interval timer and
-    /// clock. The machine stays paused, and can go on.
+    /// Returns the state of all vCPUs and of what KVM emulates for them: interrupt controllers, interval
+    /// timer and clock. The machine stays paused, and can go on.
     ///
-    /// That is a part of what a machine consists of: memory and devices are not in it.
+    /// This is only a part of a machine's state: it includes neither memory nor devices.
     ///
     /// # Errors
-    /// When the machine is not paused or ends meanwhile, or KVM does not give a part of the state.
+    /// If the machine is not paused or ends meanwhile, or KVM does not return a part of the state.
     pub fn save_processors(&self) -> Result<Vec<Section>, Error> {
         let action = "save the processors";
         let (vm, vcpu_count) = {
@@ -219,7 +220,7 @@ impl Controller {
                 Some(Life::Paused(machine)) => {
                     let vm = machine.vm().clone();
                     let vcpu_count = machine.vcpu_count();
-                    // So that nobody lets it go on.
+                    // This keeps others from resuming it meanwhile.
                     self.0.enter(&mut life, Life::Pausing(machine));
                     (vm, vcpu_count)
                 }
@@ -234,16 +235,16 @@ impl Controller {
         }
         match saved? {
             (vm, Some(vcpus)) => Ok(SavedProcessors::new(vm, vcpus?).encode()?),
-            // It has ended in this moment.
+            // It ended just now.
             (_, None) => Err(self.0.wrong_state(&life, action)),
         }
     }
 
-    /// [`Command::Pause`].
+    /// Takes the vCPUs out of the guest and brings the devices to rest ([`Command::Pause`]).
     ///
     /// # Errors
-    /// If the machine does not run or ends meanwhile. If a vCPU does not leave the guest in time, or the host
-    /// does not end what a device has under way; the machine then runs on.
+    /// If the machine does not run or ends meanwhile. Also if a vCPU does not leave the guest in time, or the
+    /// host does not finish what a device has under way; the machine then keeps running.
     pub fn pause(&self) -> Result<(), Error> {
         let action = "pause the machine";
         let (vcpu_count, devices) = {
@@ -273,7 +274,7 @@ impl Controller {
         }
     }
 
-    /// Pauses both, or neither.
+    /// Pauses the vCPUs and then the devices. If either fails, both go on.
     fn pause_vcpus_and_devices(
         &self,
         vcpu_count: usize,
@@ -294,7 +295,7 @@ impl Controller {
         paused
     }
 
-    /// [`Command::Resume`].
+    /// Lets the devices and vCPUs of a paused machine go on ([`Command::Resume`]).
     ///
     /// # Errors
     /// When the machine is not paused.
@@ -328,26 +329,28 @@ impl Controller {
         }
     }
 
-    /// [`Command::PressPowerButton`]. A paused guest sees it when it goes on.
+    /// Presses the ACPI power button ([`Command::PressPowerButton`]). A paused guest sees it when it goes on.
     ///
     /// # Errors
-    /// When the machine does not run, or the host refuses to deliver the interrupt.
+    /// If the machine neither runs nor is paused, or the host refuses to deliver the interrupt.
     pub fn press_power_button(&self) -> Result<(), Error> {
         self.0
             .devices("press the power button")?
             .press_power_button()
     }
 
-    /// [`Command::PressCtrlAltDel`]. A paused guest sees it when it goes on.
+    /// Presses Ctrl-Alt-Del on the keyboard ([`Command::PressCtrlAltDel`]). A paused guest sees it when it
+    /// goes on.
     ///
     /// # Errors
-    /// When the machine does not run, or [`Error::Keyboard`] when the guest does not listen to the
-    /// keyboard or has not taken what was pressed before.
+    /// If the machine neither runs nor is paused, or [`Error::Keyboard`] if the guest does not listen to the
+    /// keyboard or has not taken the keys that were pressed before.
     pub fn press_ctrl_alt_del(&self) -> Result<(), Error> {
         self.0.devices("press Ctrl-Alt-Del")?.press_ctrl_alt_del()
     }
 
-    /// [`Command::ShutDown`]. Returns at once: [`Controller::wait`] waits for the end.
+    /// Asks the guest to shut itself down, and cuts its power if it has not after `timeout`
+    /// ([`Command::ShutDown`]). Returns at once: [`Controller::wait`] waits for the end.
     pub fn shut_down(&self, timeout: Duration) -> ShutDown {
         let life = self.0.life();
         match life.machine() {
@@ -359,20 +362,21 @@ impl Controller {
         }
     }
 
-    /// [`Command::Stop`].
+    /// Ends the machine as if its power were cut ([`Command::Stop`]).
     pub fn stop(&self) {
         self.0.stop();
     }
 
-    /// [`Command::Query`].
+    /// Returns the state of the machine ([`Command::Query`]).
     pub fn state(&self) -> State {
         self.0.state(&self.0.life())
     }
 
-    /// [`Command::Device`].
+    /// Changes a device or asks it something ([`Command::Device`]).
     ///
     /// # Errors
-    /// If the machine does not run, has no such device, or as [`DeviceError`](crate::DeviceError) says.
+    /// If the machine neither runs nor is paused, has no such device, or for a reason that
+    /// [`DeviceError`](crate::DeviceError) lists.
     pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
         let devices = self.0.devices("change a device")?;
         devices.execute(name, command, |command| {
@@ -380,11 +384,11 @@ impl Controller {
         })
     }
 
-    /// [`Command::PutMetadata`].
+    /// Replaces the metadata that the guest is told ([`Command::PutMetadata`]).
     ///
     /// # Errors
-    /// When the machine does not run, was not configured with metadata, or the contents are too large; the
-    /// guest is then told what it was told before.
+    /// If the machine neither runs nor is paused, was not configured with metadata, or the contents are too
+    /// large. The metadata then stays as it was.
     pub fn put_metadata(&self, contents: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
         let metadata = devices.metadata()?;
@@ -393,10 +397,10 @@ impl Controller {
         Ok(())
     }
 
-    /// [`Command::PatchMetadata`].
+    /// Changes the metadata by a merge patch ([`Command::PatchMetadata`]).
     ///
     /// # Errors
-    /// As [`Controller::put_metadata`], and when there are no contents yet.
+    /// Those of [`Controller::put_metadata`], and if there are no contents yet.
     pub fn patch_metadata(&self, patch: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
         let metadata = devices.metadata()?;
@@ -405,16 +409,17 @@ impl Controller {
         Ok(())
     }
 
-    /// [`Command::Metadata`].
+    /// Returns the metadata, or `None` if none has been set yet ([`Command::Metadata`]).
     ///
     /// # Errors
-    /// When the machine does not run or was not configured with metadata.
+    /// If the machine neither runs nor is paused, or was not configured with metadata.
     pub fn metadata(&self) -> Result<Option<Value>, Error> {
         let devices = self.0.devices("read the metadata")?;
         Ok(devices.metadata()?.get())
     }
 
-    /// [`Command::Metrics`]. They can be read at any time from then on.
+    /// Returns the counters of the machine, which can be read at any time from then on
+    /// ([`Command::Metrics`]).
     ///
     /// # Errors
     /// When the machine was never started.
@@ -425,27 +430,27 @@ impl Controller {
         }
     }
 
-    /// Where a user finds `stream`, if it leads to a pseudoterminal, file or socket.
+    /// Returns the path of `stream`, if it leads to a pseudoterminal, file or socket.
     ///
     /// # Errors
-    /// If the machine does not run.
+    /// If the machine neither runs nor is paused.
     pub fn stream_path(&self, stream: &Stream) -> Result<Option<PathBuf>, Error> {
         let devices = self.0.devices("find a stream")?;
         Ok(devices.stream_path(stream).map(Path::to_path_buf))
     }
 
-    /// Becomes readable when the machine has ended, whoever ended it.
+    /// Returns a descriptor that becomes readable when the machine has ended, for whatever reason.
     pub fn exit_event(&self) -> BorrowedFd<'_> {
         self.0.control().exit_event()
     }
 
-    /// Waits for the machine to end, and gives the reason. When it returns, all threads have ended, what
-    /// the guest wrote is on stable storage, and nothing of the host is in use any more but by a command
-    /// that another thread is still at. Several threads can wait.
+    /// Waits for the machine to end, and returns the reason. By then all its threads have ended, what the
+    /// guest wrote is on stable storage, and nothing of the host is in use any more, except by a command that
+    /// another thread is still executing. Several threads can wait.
     ///
     /// # Errors
-    /// When the machine ended for another reason than its guest's or its owner's wish, its disks could not
-    /// be flushed, or it was never started.
+    /// If neither the guest nor the owner ended the machine, its disks could not be flushed, or it was never
+    /// started.
     pub fn wait(&self) -> Result<ExitReason, Arc<Error>> {
         {
             let mut life = self.0.life();
@@ -453,7 +458,7 @@ impl Controller {
                 life = wait(&self.0.changed, life);
             }
             if matches!(*life, Life::NotConfigured | Life::Configured(_)) && !self.0.is_stopping() {
-                // Nothing says that anybody will ever start it.
+                // It may never be started.
                 return Err(Arc::new(self.0.wrong_state(&life, "wait for the machine")));
             }
         }
@@ -475,7 +480,7 @@ struct Inner {
     metrics: OnceLock<Arc<MachineMetrics>>,
 }
 
-/// Where the machine is in its life, with what it has there.
+/// The stage of the machine's life, with what the machine has in that stage.
 enum Life {
     NotConfigured,
     Configured(Box<MachineConfig>),
@@ -483,16 +488,16 @@ enum Life {
     Running(Machine),
     Pausing(Machine),
     Paused(Machine),
-    /// Its devices go on, and then its vCPUs.
+    /// Its devices go on first, and then its vCPUs.
     Resuming(Machine),
-    /// A thread takes it down.
+    /// A thread is taking it down.
     Ending,
-    /// All of it is taken down, and this is why it ended.
+    /// All of it has been taken down; the result is why it ended.
     Gone(Result<ExitReason, Arc<Error>>),
 }
 
 impl Life {
-    /// The machine, from its start until it is taken down.
+    /// Returns the machine, from its start until it is taken down.
     fn machine(&self) -> Option<&Machine> {
         match self {
             Life::Running(machine)
@@ -544,13 +549,13 @@ impl Inner {
         Error::WrongState { action, state }
     }
 
-    /// What `life` holds, for a command that will put something in its place before it lets go of the
-    /// lock. None for a machine that has ended: no command changes that.
+    /// Takes what `life` holds, for a command that puts something in its place before it releases the lock.
+    /// Returns `None` for a machine that has ended, which no command changes.
     fn take(&self, life: &mut Life) -> Option<Life> {
         (!self.is_stopping()).then(|| std::mem::replace(life, Life::Ending))
     }
 
-    /// Undoes [`Inner::take`]; gives the reason.
+    /// Undoes [`Inner::take`], and returns the error for a state that does not allow `action`.
     fn put_back(
         &self,
         mut life: MutexGuard<'_, Life>,
@@ -563,12 +568,12 @@ impl Inner {
         self.wrong_state(&life, action)
     }
 
-    /// The devices of a machine that runs or is paused.
+    /// Returns the devices of a machine that runs or is paused.
     fn devices(&self, action: &'static str) -> Result<Arc<DeviceTable>, Error> {
         self.of_machine(action, |machine| machine.devices().clone())
     }
 
-    /// What `get` gives of a machine that runs or is paused.
+    /// Returns what `get` returns for a machine that runs or is paused.
     fn of_machine<T>(
         &self,
         action: &'static str,
@@ -602,7 +607,8 @@ impl Inner {
                 Ok(()) => {
                     let _ = self.metrics.set(built.devices().metrics.clone());
                     *lock(&self.config) = Some(*config);
-                    // The machine has its own, and the reader of its output sees it end with the machine.
+                    // The machine has duplicates of its own. With these closed, a reader of the output sees
+                    // its end when the machine ends.
                     self.close_console();
                     (Life::Running(built), Ok(()))
                 }
@@ -627,14 +633,14 @@ impl Inner {
         *lock(&self.console) = Console::default();
     }
 
-    /// Notes what was changed in the configuration of the machine that was started.
+    /// Records a change in the configuration of the machine that was started.
     fn record(&self, change: impl FnOnce(&mut MachineConfig)) {
         if let Some(config) = &mut *lock(&self.config) {
             change(config);
         }
     }
 
-    /// Notes the metadata that there are now.
+    /// Records the current metadata in the configuration.
     fn record_metadata(&self, metadata: &Metadata) {
         self.record(|config| {
             if let Some(config) = &mut config.metadata {
@@ -647,7 +653,7 @@ impl Inner {
         self.control().finish(Ok(ExitReason::Stopped));
     }
 
-    /// Takes down a machine that is stopping, or waits until another thread has.
+    /// Takes down a machine that is stopping, or waits until another thread has done so.
     fn take_down(&self) -> Result<ExitReason, Arc<Error>> {
         let mut life = self.life();
         loop {

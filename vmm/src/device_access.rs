@@ -1,4 +1,4 @@
-//! Why a user may not open a device of the host, and what helps.
+//! Explains why a user may not open a device of the host, and what helps.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -6,14 +6,14 @@ use std::path::Path;
 
 use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups};
 
-/// Group and user that the kernel shows in place of those that a user namespace does not have
+/// Group and user ID that the kernel shows in place of those that a user namespace does not have
 /// (`/proc/sys/kernel/overflowgid`).
 const OVERFLOW_ID: u32 = 65534;
 
-/// Reading and writing, in one of the three places of a file's mode.
+/// Permission to read and write, in one of the three digits of a file's mode.
 const READ_WRITE: u32 = 0o6;
 
-/// A device, as its inode says who may open it, and the process that may not.
+/// The ownership and mode of a device, and the identity of the process that may not open it.
 #[derive(Clone, Debug)]
 struct Access {
     path: String,
@@ -26,11 +26,11 @@ struct Access {
     user_name: String,
     /// Whether the process has the device's group.
     in_group: bool,
-    /// Whether the user is a member of it by the group database, and gets it at the next login.
+    /// Whether the group database lists the user as a member, so that the next login brings the group.
     is_member: bool,
 }
 
-/// What helps a user who may not open the device at `path`, as one line.
+/// Says in one line what helps a user who may not open the device at `path`.
 pub(crate) fn remedy(path: &Path) -> String {
     match Access::of(path) {
         Some(access) => access.remedy(),
@@ -68,7 +68,7 @@ impl Access {
             path, user_name, ..
         } = self;
         let allows = |shift| self.mode >> shift & READ_WRITE == READ_WRITE;
-        // The kernel looks at the first of the three that applies.
+        // The kernel applies only the first of the three that matches.
         let is_allowed = if self.user == self.owner {
             allows(6)
         } else if self.in_group {
@@ -124,7 +124,7 @@ impl Access {
 mod tests {
     use super::*;
 
-    /// `/dev/kvm` as most distributions have it, and a user who is in no group of it.
+    /// `/dev/kvm` as most distributions set it up, and a user who is not in its group.
     fn usual() -> Access {
         Access {
             path: "/dev/kvm".into(),

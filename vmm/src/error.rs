@@ -16,8 +16,8 @@ use crate::config::{ConfigError, DeviceName};
 use crate::host::HostError;
 use crate::state::State;
 
-/// Why a machine cannot be built, or has ended otherwise than by its guest's wish. Each displays as
-/// one line with cause and remedy.
+/// Why a machine cannot do what it was asked to do, or why it has failed. Each error displays as one line
+/// with cause and remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The configuration contradicts itself.
@@ -34,7 +34,7 @@ pub enum Error {
         /// Why not.
         source: kvm_ioctls::Error,
     },
-    /// KVM does not have an MSR that is to be changed.
+    /// KVM does not have an MSR that the configuration changes.
     #[error(
         "cannot change MSR {index:#x}: KVM does not have it on this host; leave out what changes it"
     )]
@@ -42,7 +42,7 @@ pub enum Error {
         /// Number of the register.
         index: u32,
     },
-    /// KVM does not take what an MSR would become.
+    /// KVM does not accept the value that an MSR would get.
     #[error(
         "cannot set MSR {index:#x} to {value:#x}: KVM does not take this value on this host; change \
          fewer of its bits, or leave out what changes it"
@@ -50,10 +50,10 @@ pub enum Error {
     MsrValue {
         /// Number of the register.
         index: u32,
-        /// What it would become.
+        /// The value.
         value: u64,
     },
-    /// There is no memory for the guest.
+    /// Guest memory cannot be reserved.
     #[error("cannot reserve {mib} MiB of guest memory: {reason}; give it less memory")]
     Memory {
         /// How much was asked for.
@@ -74,7 +74,7 @@ pub enum Error {
         /// What to do about it, as a continuation of the line.
         remedy: String,
     },
-    /// The host makes no huge pages of ordinary ones.
+    /// The host does not support transparent huge pages.
     #[error(
         "cannot make guest memory of transparent huge pages: {0}: the host's kernel has none \
          (CONFIG_TRANSPARENT_HUGEPAGE); use ordinary pages"
@@ -118,22 +118,22 @@ pub enum Error {
     /// The kernel command line is not valid.
     #[error("invalid kernel command line: {0}")]
     CommandLine(#[from] bantam_boot::CommandLineError),
-    /// What the kernel is told at its start cannot be written.
+    /// The boot information for the kernel cannot be written.
     #[error("cannot start the kernel: {0}")]
     StartInformation(#[from] bantam_boot::StartInformationError),
-    /// The host gives no random bytes.
+    /// The host does not provide random bytes.
     #[error("cannot get random bytes from the host: {0}")]
     RandomSeed(#[source] io::Error),
-    /// The tables that describe the machine cannot be made.
+    /// The tables that describe the machine cannot be built.
     #[error("cannot describe the machine to the guest: {0}")]
     Tables(#[from] bantam_arch::Error),
-    /// Two devices of the machine are in each other's way.
+    /// Two devices of the machine claim the same ports or addresses.
     #[error(transparent)]
     Bus(#[from] bantam_devices::bus::BusError),
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The machine's state does not allow what was asked for.
+    /// The machine's state does not allow the action.
     #[error("cannot {action}: it is {state}; {remedy}", remedy = .state.remedy())]
     WrongState {
         /// What was to be done.
@@ -141,7 +141,7 @@ pub enum Error {
         /// The state that does not allow it.
         state: State,
     },
-    /// A vCPU has not left the guest.
+    /// A vCPU has not left the guest in time.
     #[error(
         "cannot pause the machine: a vCPU has not left the guest within {seconds} s; it goes on, and can \
          be paused when the host has more time for it"
@@ -155,7 +155,7 @@ pub enum Error {
     DeviceLife {
         /// What was to be done.
         action: &'static str,
-        /// Which device, and what the host says.
+        /// The device, and the host's error.
         source: io::Error,
     },
     /// The machine has no such device.
@@ -164,7 +164,7 @@ pub enum Error {
         /// The name that was asked for.
         name: DeviceName,
     },
-    /// A device cannot do what it was asked for.
+    /// A device cannot do what it was asked to do.
     #[error("{name}: {source}")]
     Device {
         /// The device.
@@ -177,7 +177,7 @@ pub enum Error {
     Thread {
         /// Its name.
         name: String,
-        /// What the host says, or the program's hook.
+        /// The error of the host, or of the program's hook.
         source: io::Error,
     },
     /// The machine could not be started, and has ended for that reason.
@@ -186,7 +186,7 @@ pub enum Error {
     /// The machine has no metadata.
     #[error("the machine has no metadata: give it some before it starts")]
     NoMetadata,
-    /// A disk is to be served by io_uring, and the host has none.
+    /// A disk is to be served by io_uring, which the host does not offer.
     #[error(
         "cannot serve disk '{path}' by io_uring: {source}; leave out 'engine=io_uring', or see \
          'bantam check'",
@@ -201,7 +201,7 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// A socket of a device cannot be had.
+    /// A socket of a device cannot be opened.
     #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
     Listen {
         /// Where.
@@ -217,7 +217,7 @@ pub enum Error {
     /// The host's end of the serial port, the console or a channel cannot be used.
     #[error("cannot {action}: {source}{remedy}")]
     Serial {
-        /// What was being done, to what.
+        /// What was being done.
         action: String,
         /// Why it failed.
         source: io::Error,
@@ -233,15 +233,15 @@ pub enum Error {
         /// Which.
         end: &'static str,
     },
-    /// The host is out of something small: file descriptors, threads.
+    /// The host is out of a resource such as file descriptors or threads.
     #[error("cannot create {what}: {source}")]
     Resource {
-        /// What could not be had.
+        /// What could not be created.
         what: &'static str,
         /// Why not.
         source: io::Error,
     },
-    /// The guest takes no keys.
+    /// The guest does not take keys.
     #[error(
         "cannot press Ctrl-Alt-Del: {0}: wait until its driver for AT keyboards has started, or press \
          the power button"
@@ -256,10 +256,10 @@ pub enum Error {
     /// The event loop cannot go on.
     #[error("the device event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),
-    /// A thread of the machine panicked, which is a bug of the monitor.
+    /// A thread of the machine panicked, which is a bug in the monitor.
     #[error("a thread of the machine panicked: this is a bug, please report it with the log")]
     Panic,
-    /// What the guest wrote could not be brought to stable storage at the end.
+    /// What the guest wrote could not be flushed to stable storage at the end.
     #[error("cannot flush disk '{path}' at the end: {source}", path = .path.display())]
     Flush {
         /// The image.
@@ -267,7 +267,7 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
-    /// The guest shut a vCPU down by faulting while it handled a fault that it could not handle.
+    /// The guest shut a vCPU down by a triple fault.
     #[error(
         "the guest crashed: triple fault of vCPU {vcpu} at {rip:#x} (registers are in the log at \
          level error)"
@@ -278,7 +278,7 @@ pub enum Error {
         /// Its instruction pointer.
         rip: u64,
     },
-    /// The guest ran an instruction that KVM cannot run for it.
+    /// The guest ran an instruction that KVM cannot emulate.
     #[error(
         "KVM cannot emulate the instruction at {rip:#x} of vCPU {vcpu}, bytes {bytes}: {remedy}"
     )]
@@ -292,7 +292,7 @@ pub enum Error {
         /// What to do about it.
         remedy: &'static str,
     },
-    /// KVM stopped running a vCPU.
+    /// KVM cannot run a vCPU any further.
     #[error("KVM cannot run vCPU {vcpu}: {reason} (registers are in the log at level error)")]
     Vcpu {
         /// Index of the vCPU.
@@ -303,12 +303,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err` on a request to KVM that was to `action`.
+    /// Returns a closure for `map_err` on a request to KVM that was to `action`.
     pub(crate) fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
         move |source| Error::Kvm { action, source }
     }
 
-    /// For `map_err` on the creation of `what`.
+    /// Returns a closure for `map_err` on the creation of `what`.
     pub(crate) fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
         move |source| Error::Resource { what, source }
     }

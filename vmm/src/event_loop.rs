@@ -30,7 +30,7 @@ enum Stage {
 }
 
 impl DeviceLoop {
-    /// A loop for a thread called `name` that does `role`.
+    /// Creates a loop for a thread called `name` that does `role`.
     ///
     /// # Errors
     /// If the host is out of file descriptors.
@@ -45,12 +45,12 @@ impl DeviceLoop {
         })
     }
 
-    /// A handle by which devices give the loop their workers once it runs.
+    /// Returns a handle by which devices give the loop their workers once it runs.
     pub(crate) fn handle(&self) -> &EventLoop {
         &self.handle
     }
 
-    /// Gives a loop that has not been started a part that stays for as long as it runs.
+    /// Adds a part to a loop that has not been started. The part stays for as long as the loop runs.
     pub(crate) fn add(&mut self, part: Box<dyn MutEventSubscriber + Send>) {
         if let Stage::Prepared(manager) = &mut self.stage {
             manager.add_subscriber(Subscriber::Resident(part));
@@ -60,7 +60,7 @@ impl DeviceLoop {
     /// Starts the thread, on which `hook` is called first.
     ///
     /// # Errors
-    /// If the host gives no thread, or the hook refuses.
+    /// If the host is out of threads, or the hook refuses.
     pub(crate) fn start(
         &mut self,
         control: &Arc<RunControl>,
@@ -78,14 +78,14 @@ impl DeviceLoop {
                     return;
                 }
             }
-            // What a guest has asked for before it switched itself off is done.
+            // Finishes what the guest asked for before it switched itself off.
             let _ = manager.run_with_timeout(0);
         })?;
         self.stage = Stage::Running(thread);
         Ok(())
     }
 
-    /// Ends the loop. All workers are dropped, and finish what they have begun as they are.
+    /// Ends the loop and drops all workers, which finish what they have begun.
     pub(crate) fn end(&mut self) {
         let Stage::Running(thread) = std::mem::replace(&mut self.stage, Stage::Ended) else {
             return;

@@ -14,7 +14,7 @@ use crate::config::DeviceName;
 use crate::run_control::{lock, wait};
 use crate::state::State;
 
-/// Most events that wait for a subscriber. A guest can cause events without end.
+/// Maximum number of events that wait for a subscriber. A guest can cause events without end.
 const CAPACITY: usize = 256;
 
 /// Something that has happened to a machine.
@@ -22,9 +22,9 @@ const CAPACITY: usize = 256;
 #[serde(tag = "event", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Event {
-    /// The machine is in another state.
+    /// The state of the machine has changed.
     State {
-        /// Which.
+        /// The new state.
         state: State,
     },
     /// A device has become part of the machine.
@@ -59,14 +59,14 @@ pub enum Event {
         /// How many MiB are in it, rounded down.
         mib: u32,
     },
-    /// Events were lost here, as the subscriber did not take them in time.
+    /// Events were lost here, because the subscriber did not receive them in time.
     Missed {
-        /// How many.
+        /// How many were lost.
         count: u64,
     },
 }
 
-/// The events of a machine from the subscription on, in their order.
+/// Receives the events of a machine from the subscription on, in order.
 ///
 /// A subscriber that does not receive them in time loses the latest ones, and is told so by
 /// [`Event::Missed`]. The descriptor ([`AsFd`]) is readable while there are events.
@@ -86,12 +86,12 @@ struct Waiting {
 }
 
 impl Events {
-    /// The next event, if there is one.
+    /// Returns the next event, if there is one.
     pub fn try_next(&self) -> Option<Event> {
         self.0.take(&mut lock(&self.0.waiting))
     }
 
-    /// The next event, or none if there is none within `time`.
+    /// Waits up to `time` for the next event.
     pub fn next_within(&self, time: Duration) -> Option<Event> {
         let deadline = Instant::now().checked_add(time);
         let mut waiting = lock(&self.0.waiting);
@@ -131,7 +131,7 @@ impl Queue {
         {
             waiting.events.pop_back();
         }
-        // The end of the machine comes once, and no guest can keep its owner from hearing of it.
+        // The end of the machine comes only once, and no guest may keep the owner from hearing of it.
         let is_end = matches!(
             event,
             Event::State {
@@ -148,7 +148,7 @@ impl Queue {
         }
         waiting.events.push_back(event);
         self.added.notify_one();
-        // The counter has room: it is reset by each take that leaves nothing.
+        // The counter has room: each take that leaves nothing resets it.
         let _ = self.ready.write(1);
     }
 
@@ -164,19 +164,19 @@ impl Queue {
     }
 }
 
-/// Where the parts of a machine put events. Clones send to the same subscribers.
+/// Sends events of the parts of a machine. Clones send to the same subscribers.
 #[derive(Clone, Default)]
 pub(crate) struct EventSender(Arc<Mutex<Subscribers>>);
 
 #[derive(Default)]
 struct Subscribers {
     queues: Vec<Weak<Queue>>,
-    /// The state that was sent last, if one was.
+    /// The state that was last sent, if any.
     state: Option<State>,
 }
 
 impl EventSender {
-    /// A new subscriber.
+    /// Adds a subscriber.
     ///
     /// # Errors
     /// If the host is out of file descriptors.
@@ -192,13 +192,13 @@ impl EventSender {
         Ok(Events(queue))
     }
 
-    /// Sends the event that `event` makes, which is not called if nobody has subscribed.
+    /// Sends the event that `event` returns. `event` is not called if there is no subscriber.
     pub(crate) fn send(&self, event: impl FnOnce() -> Event) {
         lock(&self.0).send(event);
     }
 
-    /// Sends the state of the machine if it is another than before. A machine that has stopped stays so, which
-    /// a thread that was about to change its state may not know yet.
+    /// Sends the state of the machine if it differs from the last one sent. A stopped machine stays stopped,
+    /// which a thread that is about to change the state may not know yet.
     pub(crate) fn send_state(&self, state: State) {
         let mut subscribers = lock(&self.0);
         if subscribers.state != Some(state) && subscribers.state != Some(State::Stopped) {
@@ -207,7 +207,7 @@ impl EventSender {
         }
     }
 
-    /// What turns the notices of `device` into events.
+    /// Returns an observer that turns the notices of `device` into events.
     pub(crate) fn observer(&self, device: &DeviceName) -> Arc<dyn DeviceObserver> {
         Arc::new(Observer {
             events: self.clone(),

@@ -7,7 +7,7 @@ use bantam_boot::CommandLine;
 use bantam_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-/// Why a machine has ended as it should, or as its guest would have it.
+/// Why a machine has ended, if its guest or its owner ended it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitReason {
@@ -15,9 +15,9 @@ pub enum ExitReason {
     PowerOff,
     /// The guest asked for a restart.
     Reboot,
-    /// The guest's kernel panicked. What it did afterwards, be it a restart or nothing, is not told.
+    /// The guest's kernel panicked, whether or not it restarted afterwards.
     Panic,
-    /// The guest ended it with this number, by the port [`layout::EXIT_PORT`].
+    /// The guest ended it by writing this number to the port [`layout::EXIT_PORT`].
     Number(u8),
     /// All its vCPUs had halted with interrupts off, and [`OnHalt::Exit`](crate::config::OnHalt) was
     /// asked for.
@@ -40,25 +40,25 @@ impl fmt::Display for ExitReason {
     }
 }
 
-/// What a guest that restarts after a panic leaves at [`layout::WARM_BOOT_WORD`], and one that restarts
-/// of its own accord does not.
+/// The value that a guest leaves at [`layout::WARM_BOOT_WORD`] when it restarts after a panic, but not when
+/// it restarts of its own accord.
 ///
-/// Linux writes there, before it resets a PC, which of two ways of booting it wants the firmware to
-/// take; and the way can be another for restarts after a panic
-/// (`Documentation/admin-guide/kernel-parameters.txt`, `reboot=`). There is no firmware here to take
-/// it, so the word is free to tell the two apart, in a kernel that has no driver for a panic device.
+/// Before Linux resets a PC, it writes there which of two ways of booting it wants the firmware to take, and
+/// it can be told to use a different one after a panic
+/// (`Documentation/admin-guide/kernel-parameters.txt`, `reboot=`). There is no firmware here to read the
+/// word, so it is free to tell the two apart in a kernel that has no driver for a panic device.
 const PANIC_WORD: u16 = 0x1234;
 
 /// The parameter that has Linux (since 5.2) leave [`PANIC_WORD`] after a panic. It goes before any other
-/// value of `reboot=`, as older kernels take its first letter for a way to reset the machine.
+/// value of `reboot=`, because older kernels take its first letter for a way to reset the machine.
 pub(crate) const PANIC_PARAMETER: &str = "panic_warm";
 
-/// Whether a kernel that is told this leaves [`PANIC_WORD`] after a panic, and then only.
+/// Whether a kernel with this command line leaves [`PANIC_WORD`] after a panic, and only then.
 pub(crate) fn tells_panics(line: &CommandLine) -> bool {
     let (mut normal, mut panic) = (None, None);
     for value in line.values_of("reboot") {
         for word in value.split(',') {
-            // As the kernel reads them: by their first letter, the last one counts.
+            // The kernel looks only at the first letter of each, and the last one counts.
             let (mode, word) = match word.strip_prefix("panic_") {
                 Some(word) => (&mut panic, word),
                 None => (&mut normal, word),

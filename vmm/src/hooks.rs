@@ -1,4 +1,4 @@
-//! Where a program has its say while a machine is built.
+//! Hooks by which a program takes part in building a machine.
 
 use std::fmt;
 use std::io;
@@ -21,7 +21,7 @@ pub enum ThreadRole {
     Device(DeviceName),
 }
 
-/// Is called on each thread of a machine, before the thread does anything else.
+/// A hook that is called on each thread of a machine, before the thread does anything else.
 ///
 /// A program can name, pin or confine its threads here. All files of the machine are open by then, except those
 /// that commands open later and the sockets that the guest connects to.
@@ -33,14 +33,15 @@ pub trait ThreadHook: Send + Sync {
     fn enter(&self, role: &ThreadRole) -> io::Result<()>;
 }
 
-/// What a program gives a machine beside its configuration. The default is nothing but the host's files.
+/// What a program gives a machine besides its configuration. By default the machine opens the host's files,
+/// and there is no hook.
 pub struct ControllerOptions {
-    /// The log of the machine's devices. A machine that takes the place of another gets that one's, so that the
-    /// bounds of what a guest can have logged outlive a restart.
+    /// The log of the machine's devices. A machine that replaces another takes over its log, so that the
+    /// limits on what a guest can have logged outlive a restart.
     pub log: MachineLog,
     /// Opens the machine's files.
     pub opener: Arc<dyn Opener>,
-    /// Is called on each thread of the machine.
+    /// The hook that is called on each thread of the machine.
     pub thread_hook: Option<Arc<dyn ThreadHook>>,
 }
 

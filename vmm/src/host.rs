@@ -29,29 +29,29 @@ pub enum Virtualization {
     Vmx,
     /// AMD-V.
     Svm,
-    /// No help from the processor: `kvm_pvm` switches page tables and emulates a guest's
-    /// privileged instructions.
+    /// Nothing in the processor: `kvm_pvm` switches page tables and emulates a guest's privileged
+    /// instructions.
     Pvm,
     /// Nothing.
     None,
 }
 
-/// Finds out what lets the host's processor run guests. The answer stays what it was at first.
+/// Finds out what lets the host's processor run guests. Later calls return the first answer.
 pub fn virtualization() -> Virtualization {
     static FOUND: OnceLock<Virtualization> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        // KVM has one way of running guests at a time, so if this module is loaded, it is the one.
+        // KVM has one way of running guests at a time, so a loaded module is the one in use.
         if Path::new("/sys/module/kvm_pvm").exists() {
             return Virtualization::Pvm;
         }
-        // A virtual machine's CPUID instruction takes tens of microseconds.
+        // In a virtual machine, a CPUID instruction takes tens of microseconds.
         processor_virtualization(|leaf| __cpuid(leaf).ecx)
     })
 }
 
-/// What the processor says of itself, where `ecx_of` gives register ECX of a CPUID leaf: bit 5 of
-/// leaf 1 is VMX (Intel SDM, volume 2A, CPUID), bit 2 of leaf 0x8000_0001 is SVM (AMD APM, volume
-/// 3, appendix E). Both leaves exist on every 64-bit processor.
+/// Reads the processor's support from CPUID; `ecx_of` returns register ECX of a leaf. Bit 5 of leaf 1 is
+/// VMX (Intel SDM, volume 2A, CPUID), bit 2 of leaf 0x8000_0001 is SVM (AMD APM, volume 3, appendix E). Both
+/// leaves exist on every 64-bit processor.
 fn processor_virtualization(ecx_of: impl Fn(u32) -> u32) -> Virtualization {
     const VMX: u32 = 1 << 5;
     const SVM: u32 = 1 << 2;
@@ -75,7 +75,7 @@ pub enum HostError {
         /// What helps.
         remedy: String,
     },
-    /// `/dev/kvm` is not KVM, or one of another age.
+    /// `/dev/kvm` is not KVM, or has another API version.
     #[error(
         "KVM has API version {found}, but version {KVM_API_VERSION} is needed: update the kernel"
     )]
@@ -83,7 +83,7 @@ pub enum HostError {
         /// The version found; negative when there was no answer.
         found: i32,
     },
-    /// KVM lacks something without which no machine runs.
+    /// KVM lacks a capability that every machine needs.
     #[error("KVM lacks {name} ({purpose}): update the kernel")]
     KvmCapability {
         /// Name in the KVM API.
@@ -91,7 +91,7 @@ pub enum HostError {
         /// What it is for.
         purpose: &'static str,
     },
-    /// KVM lacks something that the machine's configuration requires.
+    /// KVM lacks a capability that the machine's configuration requires.
     #[error(
         "KVM lacks capability {number}, which the machine requires: update the kernel, or do not \
          require it"
@@ -100,7 +100,7 @@ pub enum HostError {
         /// Number in the KVM API.
         number: u32,
     },
-    /// CPUID is to be changed where guests see that of the host.
+    /// The configuration changes CPUID, but guests see the host's own on this host.
     #[error(
         "cannot change CPUID: this host has no hardware virtualization, so that guests see the \
          host's own; leave out what changes it, or use a host with vmx or svm"
@@ -108,7 +108,7 @@ pub enum HostError {
     FixedCpuid,
 }
 
-/// What a user who may not open the device at `path` can do about it, as one line.
+/// Says in one line what a user who may not open the device at `path` can do about it.
 pub fn access_remedy(path: &Path) -> String {
     device_access::remedy(path)
 }
@@ -129,7 +129,7 @@ fn open_remedy(error: &io::Error, virtualization: Virtualization) -> String {
     remedy.to_owned()
 }
 
-/// Opens KVM, whatever it is able to do.
+/// Opens KVM, whatever capabilities it has.
 ///
 /// # Errors
 ///
@@ -144,7 +144,7 @@ fn open_kvm_device_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
         remedy: open_remedy(&source, virtualization()),
         source,
     })?;
-    // SAFETY: the descriptor is open, and nobody else has it. KVM's own requests fail on any that is not KVM's.
+    // SAFETY: the descriptor is open, and nothing else owns it. KVM's requests fail on any other file.
     let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
     match kvm.get_api_version() {
         KVM_API_VERSION => Ok(kvm),
@@ -152,16 +152,16 @@ fn open_kvm_device_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
     }
 }
 
-/// Opens KVM and checks that it has all that machines need.
+/// Opens KVM and checks that it has all capabilities that every machine needs.
 ///
 /// # Errors
 ///
-/// As [`HostError`] says.
+/// Those of [`open_kvm_device`], and [`HostError::KvmCapability`].
 pub fn open_kvm() -> Result<Kvm, HostError> {
     open_kvm_by(&HostOpener)
 }
 
-/// [`open_kvm`] by `opener`.
+/// Opens KVM by `opener`, and checks it like [`open_kvm`].
 pub(crate) fn open_kvm_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
     let kvm = open_kvm_device_by(opener)?;
     let missing = kvm_capabilities(&kvm).find(|found| found.required && !found.present);
@@ -182,20 +182,20 @@ pub(crate) fn require_capabilities(kvm: &Kvm, numbers: &[u32]) -> Result<(), Hos
     }
 }
 
-/// Something that KVM may be able to do.
+/// A capability that KVM may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvmCapability {
     /// Name in the KVM API.
     pub name: &'static str,
     /// What it is for.
     pub purpose: &'static str,
-    /// Whether no machine runs without it.
+    /// Whether every machine needs it.
     pub required: bool,
     /// Whether this host's KVM has it.
     pub present: bool,
 }
 
-/// Asks KVM for each capability that machines need or make use of.
+/// Asks KVM about each capability that machines need or make use of.
 pub fn kvm_capabilities(kvm: &Kvm) -> impl Iterator<Item = KvmCapability> {
     const REQUIRED: bool = true;
     const USEFUL: bool = false;
@@ -252,17 +252,16 @@ pub fn kvm_capabilities(kvm: &Kvm) -> impl Iterator<Item = KvmCapability> {
     })
 }
 
-/// Opens `/dev/net/tun`, which tap interfaces are attached through.
+/// Opens `/dev/net/tun`, through which tap interfaces are attached.
 ///
 /// # Errors
 ///
-/// Why it cannot be opened for reading and writing.
+/// If it cannot be opened for reading and writing.
 pub fn open_tun() -> io::Result<File> {
     File::options().read(true).write(true).open(TUN_DEVICE)
 }
 
-/// Whether this process may create tap interfaces and attach to those of others
-/// (`CAP_NET_ADMIN`).
+/// Whether this process may create tap interfaces and attach to those of other users (`CAP_NET_ADMIN`).
 pub fn can_administer_network() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     effective_capabilities(&status) & (1 << CAP_NET_ADMIN) != 0
@@ -280,7 +279,7 @@ fn effective_capabilities(status: &str) -> u64 {
 ///
 /// # Errors
 ///
-/// `ENOSYS` when the kernel has none or a filter hides it, `EPERM` when it is turned off.
+/// `ENOSYS` if the kernel does not have it or a filter hides it, `EPERM` if it is turned off.
 pub fn check_io_uring() -> io::Result<()> {
     // SAFETY: without room for its parameters the call creates nothing, and neither reads nor
     // writes memory of this process.
@@ -293,7 +292,7 @@ pub fn check_io_uring() -> io::Result<()> {
     };
     debug_assert_eq!(result, -1);
     match io::Error::last_os_error() {
-        // It got as far as the missing parameters.
+        // The call got as far as the missing parameters.
         error if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL)) => Ok(()),
         error => Err(error),
     }
@@ -321,7 +320,7 @@ mod tests {
     fn the_processor_agrees_with_the_kernel() {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
         let has = |flag| cpuinfo.split_whitespace().any(|word| word == flag);
-        // Flags are missing there where the firmware has switched off what the processor can do.
+        // The flags are missing there if the firmware has switched the feature off.
         let found = processor_virtualization(|leaf| __cpuid(leaf).ecx);
         if has("vmx") {
             assert_eq!(found, Virtualization::Vmx);

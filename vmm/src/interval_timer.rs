@@ -39,18 +39,18 @@ mod system_control {
 /// The ports of the timer that KVM does not have yet.
 pub(crate) struct IntervalTimer {
     vm: Arc<Vm>,
-    /// Whether KVM has given a timer; none before the first access. It is asked once, so that a guest
-    /// cannot fill the log.
+    /// Whether KVM has created a timer; `None` before the first access. KVM is asked only once, so that a
+    /// guest cannot fill the log.
     exists: Option<bool>,
 }
 
 impl IntervalTimer {
-    /// A timer of `vm` that is created when the guest first needs it.
+    /// Creates the device. KVM's timer is created when the guest first needs it.
     pub(crate) fn new(vm: Arc<Vm>) -> IntervalTimer {
         IntervalTimer { vm, exists: None }
     }
 
-    /// The timer's state; none if KVM gives no timer.
+    /// Returns the timer's state; `None` if KVM cannot create the timer.
     fn state(&mut self) -> Option<kvm_pit_state2> {
         let exists = *self.exists.get_or_insert_with(|| {
             let created = self.vm.create_interval_timer();
@@ -84,7 +84,7 @@ impl BusDevice for IntervalTimer {
         match offset {
             CONTROL_PORT => write_control_word(&mut state, value),
             SYSTEM_CONTROL => write_system_control(&mut state, value),
-            // What a counter does without a mode is undefined (82C54 data sheet, "Programming the
+            // The behaviour of a counter without a mode is undefined (82C54 data sheet, "Programming the
             // 82C54").
             _ => return,
         }
@@ -121,7 +121,7 @@ fn write_system_control(state: &mut kvm_pit_state2, value: u8) {
 fn write_control_word(state: &mut kvm_pit_state2, word: u8) {
     let counter = usize::from(word >> control_word::COUNTER_SHIFT);
     let access = (word >> control_word::ACCESS_SHIFT) & control_word::ACCESS_MASK;
-    // The others latch a count or a status, and no counter has one yet.
+    // All others latch a count or a status, which no counter has yet.
     let (Some(counter), 1..) = (state.channels.get_mut(counter), access) else {
         return;
     };
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn a_control_word_sets_the_mode_of_one_counter() {
         let mut state = kvm_pit_state2::default();
-        // Counter 2, low byte and then high byte, mode 6, which is mode 2, in BCD.
+        // Counter 2, low byte and then high byte, in BCD. Mode 6 is decoded as mode 2.
         write_control_word(&mut state, 0xbd);
         let counter = state.channels[2];
         assert_eq!((counter.rw_mode, counter.mode, counter.bcd), (3, 2, 1));

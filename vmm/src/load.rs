@@ -1,4 +1,4 @@
-//! What the guest finds in its memory at its start: kernel, initrd, command line and tables.
+//! Loads what the guest finds in its memory at its start: kernel, initrd, command line and tables.
 
 use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
@@ -17,15 +17,15 @@ use crate::resources::Images;
 use crate::vcpu::BootEntry;
 use crate::workarounds;
 
-/// What is known of a guest that has been put into memory.
+/// What is known about a guest that has been loaded into memory.
 pub(crate) struct LoadedGuest {
     pub(crate) boot: BootEntry,
-    /// Whether it tells a restart after a panic from others ([`exit_reason::has_told_panic`]).
+    /// Whether the guest marks a restart after a panic ([`exit_reason::has_told_panic`]).
     pub(crate) tells_panics: bool,
 }
 
-/// Puts all that the guest finds at its start into memory, kernel and initrd from `images`. `tsc_khz` is the frequency of the processor's
-/// clock, if KVM knows it.
+/// Loads everything that the guest finds in memory at its start, with kernel and initrd from `images`.
+/// `tsc_khz` is the frequency of the time stamp counter, if KVM knows it.
 pub(crate) fn load_guest(
     config: &MachineConfig,
     images: Images,
@@ -107,8 +107,8 @@ fn random_seed() -> Result<[u8; RANDOM_SEED_SIZE], Error> {
     Ok(seed)
 }
 
-/// What the kernel is told in words: the user's or the default command line, what the user adds,
-/// what the host needs, and where devices are that the kernel does not find by ACPI.
+/// Builds the kernel command line: the user's or the default one, what the user adds, what the host needs,
+/// and the places of devices that the kernel does not find by ACPI.
 fn command_line(
     config: &MachineConfig,
     kernel: &LoadedKernel,
@@ -143,9 +143,9 @@ fn command_line(
     Ok(line)
 }
 
-/// A console where there is one, the virtio console last so that it is that of init, an end of the machine
-/// where the kernel has no more to do, told apart from a restart if that is a panic, and the first disk as
-/// the root file system where no initrd finds one.
+/// Builds the default command line. It has the kernel end the machine when it reboots or panics, and tell
+/// the two apart. It names the consoles that there are, the virtio console last so that init uses it, and
+/// the first disk as the root file system if there is no initrd to find one.
 fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
     let parameters = format!("reboot={},k panic=-1", exit_reason::PANIC_PARAMETER);
     let mut line = CommandLine::new(&parameters)?;

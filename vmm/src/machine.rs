@@ -33,7 +33,7 @@ use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
 use crate::watch::Watch;
 
-/// A virtual machine with all its threads. One that is dropped is stopped first.
+/// A virtual machine with all its threads. Dropping it stops it first.
 pub(crate) struct Machine {
     control: Arc<RunControl>,
     thread_hook: Option<Arc<dyn ThreadHook>>,
@@ -51,9 +51,9 @@ pub(crate) struct Machine {
     vm: Arc<Vm>,
 }
 
-/// What a machine is built for.
+/// The surroundings that a machine is built for.
 pub(crate) struct MachineContext {
-    /// What ends it.
+    /// Starts, pauses and ends its vCPUs.
     pub(crate) control: Arc<RunControl>,
     pub(crate) log: MachineLog,
     pub(crate) events: EventSender,
@@ -65,8 +65,8 @@ pub(crate) struct MachineContext {
 pub(crate) enum Origin<'a> {
     /// The kernel that the configuration names.
     Kernel,
-    /// Where another machine was, as far as its memory and processors go. Devices are as after a reset, and
-    /// whether the guest tells a restart after a panic from others is not known.
+    /// The saved memory and processors of another machine. Devices are as after a reset, and it is not known
+    /// whether the guest marks a restart after a panic.
     Saved {
         memory: GuestMemory,
         processors: &'a [Section],
@@ -218,12 +218,12 @@ impl Machine {
     /// Starts the threads of devices and vCPUs.
     ///
     /// # Errors
-    /// If the host gives no threads, or the program's hook refuses. The machine is of no more use then.
+    /// If the host is out of threads, or the program's hook refuses. The machine is then of no further use.
     pub(crate) fn start(&mut self) -> Result<(), Error> {
         let hook = self.thread_hook.as_ref();
         self.devices.tell_attached();
         self.is_attached = true;
-        // No instruction of the guest is executed before every thread is ready. The only thread needs no wait.
+        // The guest executes no instruction before every thread is ready. A single thread need not wait.
         let waits = hook.is_some() || self.vcpus.len() > 1;
         if waits {
             self.control.hold_vcpus();
@@ -246,8 +246,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Asks the guest to shut itself down, in a way that it listens to, and has its power cut after `time`
-    /// or, if it listens to none, at once.
+    /// Asks the guest to shut itself down, and cuts its power after `time`. If the guest does not listen, its
+    /// power is cut at once.
     pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
         let asked = if time.is_zero() {
             None
@@ -270,7 +270,7 @@ impl Machine {
         }
     }
 
-    /// How many vCPUs run.
+    /// Returns the number of vCPUs that run.
     pub(crate) fn vcpu_count(&self) -> usize {
         self.vcpu_threads.len()
     }
@@ -287,8 +287,8 @@ impl Machine {
         &self.devices
     }
 
-    /// Ends all threads of a machine that is stopping, and gives the reason of its end. When this
-    /// returns, what the guest wrote is on stable storage.
+    /// Ends all threads of a machine that is stopping, and returns why it ended. When this returns, what the
+    /// guest wrote is on stable storage.
     pub(crate) fn end(&mut self) -> Result<ExitReason, Error> {
         self.vcpus.clear();
         for thread in self.vcpu_threads.drain(..) {
@@ -296,8 +296,8 @@ impl Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
-        // What the guest had asked for before a pause is done, as without one. A pause that is still under
-        // way on another thread comes to its end first.
+        // This finishes what the guest asked for before a pause, as if there had been none. It waits for a
+        // pause that is still under way on another thread.
         if let Err(error) = self.devices.resume() {
             tracing::warn!("{error}");
         }

@@ -10,13 +10,13 @@ use vm_memory::GuestAddress;
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
 
-/// Where the kernel tells of its pages of 2 MiB.
+/// Where the kernel reports its pages of 2 MiB.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 /// Reserves guest memory, all zero.
 ///
 /// # Errors
-/// When the host has too little, or too few of the pages asked for.
+/// If the host has too little memory, or too few of the pages asked for.
 pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Error> {
     let size = config.memory.bytes();
     let regions = ram_regions(size).into_iter();
@@ -29,7 +29,7 @@ pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Err
         HugePages::TwoMib => Backing::HugePages,
     };
     GuestMemory::new(&regions, backing).map_err(|error| match error {
-        // What was mapped before counts as free, as it has been given back.
+        // What was mapped before the failure counts as free, because it has been given back.
         MapError::HugePages(source) => Error::HugePages {
             mib: size >> 20,
             source,
@@ -43,10 +43,10 @@ pub(crate) fn allocate_memory(config: &MachineConfig) -> Result<GuestMemory, Err
     })
 }
 
-/// Checks that `memory` is where and as large as that of a machine made by `config`.
+/// Checks that `memory` has the regions of a machine built from `config`.
 ///
 /// # Errors
-/// When it is not.
+/// If its regions differ.
 pub(crate) fn check_layout(
     memory: &GuestMemory,
     config: &MachineConfig,
@@ -62,7 +62,7 @@ pub(crate) fn check_layout(
     })
 }
 
-/// What to do so that there are `needed` pages.
+/// Says what to do so that there are `needed` pages.
 fn remedy(needed: u64) -> String {
     let count = |name| {
         let text = fs::read_to_string(format!("{POOL}/{name}")).ok()?;
@@ -101,7 +101,7 @@ mod tests {
     fn the_remedy_is_as_many_pages_as_are_missing() {
         let text = advice(128, 0, 0, 0);
         assert!(text.ends_with("'sysctl vm.nr_hugepages=128'"), "{text}");
-        // Of 50 pages 10 are used, 25 of the others are kept for somebody.
+        // Of 50 pages, 10 are in use and 25 of the others are reserved.
         let text = advice(128, 50, 40, 25);
         assert!(text.contains("128 pages and 15 are free"), "{text}");
         assert!(text.ends_with("'sysctl vm.nr_hugepages=163'"), "{text}");

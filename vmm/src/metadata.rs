@@ -19,7 +19,7 @@ pub(crate) struct MachineMetadata {
 }
 
 impl MachineMetadata {
-    /// That which `config` describes, with its contents.
+    /// Creates the metadata that `config` describes, with its contents.
     pub(crate) fn new(config: &MetadataConfig) -> Result<MachineMetadata, Error> {
         let options = MetadataOptions {
             version: config.version,
@@ -37,7 +37,7 @@ impl MachineMetadata {
         })
     }
 
-    /// The service that the network device called `name` offers, if it is to offer metadata.
+    /// Returns the service that the network device called `name` offers, if it is to offer metadata.
     pub(crate) fn service(&self, name: &DeviceName) -> Option<LocalService> {
         self.nets.contains(name).then(|| {
             let service = MetadataService {

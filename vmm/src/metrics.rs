@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::config::DeviceName;
 
-/// The counters of a machine. They are read where they are, at any time, without stopping anything, and
-/// serialize as their totals since the machine was started.
+/// The counters of a machine. They can be read in place at any time, without stopping anything, and
+/// serialize as totals since the machine was started.
 #[derive(Debug, Serialize)]
 pub struct MachineMetrics {
     /// Of each vCPU.
@@ -25,7 +25,7 @@ pub struct MachineMetrics {
     pub mmds: Option<Arc<MetadataMetrics>>,
 }
 
-/// What a vCPU has left the guest for, and what could not be done for it.
+/// Counts why a vCPU has left the guest, and what could not be done for it.
 #[derive(Debug, Default, Serialize)]
 pub struct VcpuMetrics {
     /// Reads of I/O ports.

@@ -1,4 +1,4 @@
-//! What a machine uses of its host, all of it open before the first thread of the machine starts.
+//! The files, sockets and taps that a machine uses, all opened before its first thread starts.
 
 use std::fs::File;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::metadata::MachineMetadata;
 /// The open files, sockets and taps of a machine.
 pub(crate) struct Resources {
     pub(crate) kvm: Kvm,
-    /// What a guest is loaded from; none for one that goes on from a saved state.
+    /// What the guest is loaded from; `None` for one that goes on from saved state.
     pub(crate) images: Option<Images>,
     pub(crate) metadata: Option<MachineMetadata>,
     pub(crate) virtio: Vec<Build>,
@@ -30,8 +30,8 @@ pub(crate) struct Images {
 }
 
 impl Resources {
-    /// Opens everything that `config` names, with kernel and initrd if the guest `boots`. `stdio` is the
-    /// program's end of what is configured as `stdio`.
+    /// Opens everything that `config` names, including kernel and initrd if the guest `boots`. `stdio` is the
+    /// program's end of the stream that is configured as `stdio`.
     ///
     /// # Errors
     /// If something cannot be opened.

@@ -19,26 +19,26 @@ use crate::exit_reason::ExitReason;
 use crate::kvm::VcpuState;
 use crate::state::State;
 
-/// How often a machine is looked after.
+/// How often the machine is checked.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How long a guest that has panicked may take to say the last it has to say, and to restart.
+/// How long a guest that has panicked may take to print its last messages and restart.
 const PANIC_TIME: Duration = Duration::from_secs(10);
 
 /// What the vCPU threads of a machine are doing.
 #[derive(Default)]
 struct VcpuThreads {
-    /// Those that can be kicked out of the guest.
+    /// The threads that can be kicked out of the guest.
     kickable: Vec<Pthread>,
-    /// How many of them wait for the end of a pause.
+    /// How many threads wait for the end of a pause.
     parked: usize,
-    /// For each vCPU, whether it has halted for good, as far as it has answered. Empty if nobody asks.
+    /// For each vCPU whether it has halted for good, `None` until it answers. Empty until they are asked.
     halted: Vec<Option<bool>>,
-    /// For each vCPU its state, as far as it has answered. Empty if nobody asks.
+    /// The state of each vCPU, `None` until it answers. Empty unless states are being saved.
     states: Vec<Option<Result<VcpuState, SaveError>>>,
 }
 
-/// The vCPUs' common orders, and the end of the machine.
+/// What all vCPUs are to do, and the end of the machine.
 pub(crate) struct RunControl {
     stopping: AtomicBool,
     pausing: AtomicBool,
@@ -52,15 +52,15 @@ pub(crate) struct RunControl {
     alarm: Mutex<Alarm>,
 }
 
-/// When the machine is looked after next.
+/// When the machine is checked next.
 struct Alarm {
     timer: TimerFd,
-    /// When its power is to be cut.
+    /// When its power is to be cut, if it is.
     cut: Option<Instant>,
 }
 
 impl RunControl {
-    /// The control of a machine whose end is sent to `events`.
+    /// Creates the control of a machine whose end is sent to `events`.
     pub(crate) fn new(events: EventSender) -> io::Result<RunControl> {
         Ok(RunControl {
             events,
@@ -78,7 +78,7 @@ impl RunControl {
         })
     }
 
-    /// Readable once the machine has ended.
+    /// Returns a descriptor that is readable once the machine has ended.
     pub(crate) fn exit_event(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open for as long as the event exists, which is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.exit_event.as_raw_fd()) }
@@ -89,13 +89,13 @@ impl RunControl {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Makes the calling thread, which runs a vCPU, one that is kicked out of the guest.
+    /// Registers the calling thread, which runs a vCPU, so that it can be kicked out of the guest.
     pub(crate) fn register_vcpu_thread(&self) {
         lock(&self.threads).kickable.push(pthread_self());
     }
 
     /// Waits on the thread of vCPU `index` for as long as the machine is paused, and answers with `save` if
-    /// [`RunControl::save_vcpus`] asks meanwhile. `true` where it was.
+    /// [`RunControl::save_vcpus`] asks meanwhile. Returns whether the machine was paused.
     ///
     /// A vCPU thread calls this before it enters the guest for the first time, and whenever it was
     /// kicked out of it.
@@ -129,8 +129,8 @@ impl RunControl {
         true
     }
 
-    /// Takes all `vcpu_count` vCPUs out of the guest. `false`, with the vCPUs running on, when they
-    /// have not all come in time or the machine has ended.
+    /// Takes all `vcpu_count` vCPUs out of the guest. Returns `false`, and lets the vCPUs run on, if they
+    /// have not all left it in time or the machine has ended.
     pub(crate) fn pause_vcpus(&self, vcpu_count: usize, time: Duration) -> bool {
         let deadline = Instant::now() + time;
         let mut threads = lock(&self.threads);
@@ -138,7 +138,7 @@ impl RunControl {
         if self.is_stopping() {
             return false;
         }
-        // A thread that registers later sees it before it enters the guest.
+        // A thread that registers later sees this before it enters the guest.
         self.pausing.store(true, Ordering::SeqCst);
         kick(&threads.kickable);
         while threads.parked < vcpu_count {
@@ -157,10 +157,10 @@ impl RunControl {
         true
     }
 
-    /// Has all `vcpu_count` vCPUs, which must be paused and stay so, save their state. `None` if the machine
-    /// ends meanwhile.
+    /// Has all `vcpu_count` vCPUs, which must be paused and stay so, save their state. Returns `None` if the
+    /// machine ends meanwhile.
     ///
-    /// Their threads do it, as KVM's requests for a vCPU are made on the thread that runs it.
+    /// Their threads do it, because KVM's requests for a vCPU are made on the thread that runs it.
     pub(crate) fn save_vcpus(
         &self,
         vcpu_count: usize,
@@ -176,8 +176,8 @@ impl RunControl {
         states.map(|states| states.into_iter().collect())
     }
 
-    /// Has each of `vcpu_count` vCPUs taken out of the guest for a moment, to say whether it has halted for
-    /// good. [`RunControl::halt_answer`] gives what they say.
+    /// Takes each of `vcpu_count` vCPUs out of the guest for a moment, to ask whether it has halted for good.
+    /// [`RunControl::halt_answer`] returns the answer.
     pub(crate) fn ask_whether_halted(&self, vcpu_count: usize) {
         let mut threads = lock(&self.threads);
         // The threads of a machine that is stopping may have been joined.
@@ -188,14 +188,15 @@ impl RunControl {
         kick(&threads.kickable);
     }
 
-    /// Answers for vCPU `index`, if [`RunControl::ask_whether_halted`] has asked. Called on its thread.
+    /// Answers for vCPU `index`, on its thread, if [`RunControl::ask_whether_halted`] has asked.
     pub(crate) fn tell_whether_halted(&self, index: u8, has_halted: impl FnOnce() -> bool) {
         if let Some(answer) = lock(&self.threads).halted.get_mut(usize::from(index)) {
             *answer = Some(has_halted());
         }
     }
 
-    /// Whether all vCPUs have halted for good, once all of them have answered, or one has that it has not.
+    /// Returns whether all vCPUs have halted for good; `None` until all have answered, or one of them that it
+    /// has not.
     pub(crate) fn halt_answer(&self) -> Option<bool> {
         let threads = lock(&self.threads);
         if threads.halted.contains(&Some(false)) {
@@ -204,9 +205,9 @@ impl RunControl {
         (!threads.halted.contains(&None)).then_some(true)
     }
 
-    /// Has the power cut after `time`, unless that is to happen earlier or the machine ends by itself.
+    /// Cuts the power after `time`, unless an earlier cut is due or the machine ends by itself.
     pub(crate) fn cut_power_after(&self, time: Duration) {
-        // No time that a program waits for is beyond what the clock can tell.
+        // A time beyond the range of the clock never comes.
         if let Some(cut) = Instant::now().checked_add(time) {
             let mut alarm = lock(&self.alarm);
             alarm.cut = Some(alarm.cut.map_or(cut, |earlier| earlier.min(cut)));
@@ -214,12 +215,13 @@ impl RunControl {
         self.set_alarm();
     }
 
-    /// Readable when [`RunControl::set_alarm`] is to be called again.
+    /// Returns a descriptor that is readable when [`RunControl::set_alarm`] must be called again.
     pub(crate) fn alarm(&self) -> RawFd {
         lock(&self.alarm).timer.as_raw_fd()
     }
 
-    /// Cuts the power if it is time, and sets the alarm: for that, or to [`TICK`] if that is earlier.
+    /// Cuts the power if it is time, and sets the alarm to when it will be, or to [`TICK`] if that is
+    /// earlier.
     pub(crate) fn set_alarm(&self) {
         let mut alarm = lock(&self.alarm);
         let left = alarm
@@ -238,7 +240,7 @@ impl RunControl {
         }
     }
 
-    /// Keeps vCPUs whose threads start from then on out of the guest, until [`RunControl::resume_vcpus`].
+    /// Keeps vCPUs whose threads start from now on out of the guest until [`RunControl::resume_vcpus`].
     pub(crate) fn hold_vcpus(&self) {
         self.pausing.store(true, Ordering::SeqCst);
     }
@@ -253,8 +255,8 @@ impl RunControl {
     /// Ends the machine for the reason `outcome`, unless it has ended already. A machine whose guest has
     /// panicked ends for that reason, unless the guest gives a number itself.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
-        // Held throughout: whoever comes second returns, and may join threads, only when the first
-        // has kicked all of them. A thread that registers later sees that the machine is stopping.
+        // Held throughout: a second caller returns, and may join threads, only when the first has kicked
+        // all of them. A thread that registers later sees that the machine is stopping.
         let threads = lock(&self.threads);
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
@@ -269,33 +271,33 @@ impl RunControl {
         self.changed.notify_all();
         drop(threads);
         self.events.send_state(State::Stopped);
-        // It fails only when the counter is full, and then it is readable as wanted.
+        // This fails only if the counter is full, and then the event is readable anyway.
         let _ = self.exit_event.write(1);
     }
 
-    /// Whether the guest has told the panic device.
+    /// Whether the guest has reported a panic to the panic device.
     pub(crate) fn has_panicked(&self) -> bool {
         self.panicked.load(Ordering::SeqCst)
     }
 
-    /// Why the machine has ended; `None` before that, and after the first call.
+    /// Returns why the machine has ended; `None` before its end, and after the first call.
     pub(crate) fn take_outcome(&self) -> Option<Result<ExitReason, Error>> {
         lock(&self.outcome).take()
     }
 }
 
-/// The signal that takes a vCPU out of the guest. It is blocked on vCPU threads but for the time in
-/// the guest, where it has no effect beyond ending it, so no disposition is touched.
+/// Returns the signal that takes a vCPU out of the guest. vCPU threads block it except in the guest, where
+/// its only effect is to end the run of the guest, so no signal disposition is touched.
 pub(crate) fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// Takes vCPU threads out of the guest, which have registered themselves. None has been joined: that
-/// happens only when the machine is stopping, which it begins to do under the lock that callers hold.
+/// Takes the registered vCPU threads out of the guest. None of them has been joined: that happens only when
+/// the machine is stopping, which begins under the lock that callers hold.
 fn kick(threads: &[Pthread]) {
     for &thread in threads {
-        // SAFETY: the thread has not been joined, as said above. It blocks the signal but in the guest, so all
-        // that the signal does is to end that.
+        // SAFETY: the thread has not been joined, as said above. It blocks the signal except in the guest,
+        // where the signal only ends the run of the guest.
         let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
         if error != 0 {
             let error = io::Error::from_raw_os_error(error);
@@ -304,7 +306,7 @@ fn kick(threads: &[Pthread]) {
     }
 }
 
-/// Ends the machine if the thread that holds it panics: nobody waits for a machine that has lost
+/// Ends the machine if the thread that holds this panics, so that nothing waits for a machine that has lost
 /// one of its threads.
 pub(crate) struct EndOnPanic(pub(crate) Arc<RunControl>);
 
@@ -333,7 +335,7 @@ impl PowerControl for RunControl {
         if !handled_by_guest {
             self.cut_power_after(PANIC_TIME);
         }
-        // A guest may say it without end; the log hears of the first.
+        // A guest may report panics without end; only the first is logged.
         if self.panicked.swap(true, Ordering::SeqCst) {
             return;
         }
@@ -345,12 +347,12 @@ impl PowerControl for RunControl {
     }
 }
 
-/// What a mutex guards, also after a thread has panicked with it: each change of it is whole.
+/// Locks `mutex`, even if a thread has panicked while holding it: each change of what it guards is whole.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for `changed`, as [`lock`].
+/// Waits for `changed`, even if a thread has panicked while holding the mutex, like [`lock`].
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

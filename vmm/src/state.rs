@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// It is not known yet what it is made of.
+    /// It has no configuration yet.
     NotConfigured,
     /// It can be started.
     Configured,
@@ -19,7 +19,7 @@ pub enum State {
     /// Its vCPUs are being taken out of the guest and its virtio devices brought to rest, or the state of its
     /// vCPUs is being saved.
     Pausing,
-    /// Its vCPUs are out of the guest, and its virtio devices at rest: what comes from outside waits.
+    /// Its vCPUs are out of the guest, and its virtio devices are at rest: input from outside waits.
     Paused,
     /// Its virtio devices go on, and then its vCPUs.
     Resuming,
@@ -28,7 +28,7 @@ pub enum State {
 }
 
 impl State {
-    /// What can be done in a state that does not allow what was asked for.
+    /// Says what can be done in a state that does not allow an action.
     pub(crate) fn remedy(self) -> &'static str {
         match self {
             State::NotConfigured => "configure it first",

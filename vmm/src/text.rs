@@ -1,7 +1,6 @@
-//! How errors read.
+//! The text of errors.
 
-/// The text without the numbers that the standard library puts behind the words of an error of the
-/// operating system.
+/// Removes the numbers that the standard library appends to the text of an operating system error.
 pub fn without_error_numbers(mut text: String) -> String {
     while let Some(start) = text.find(" (os error ")
         && let Some(len) = text[start..].find(')')

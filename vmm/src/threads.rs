@@ -11,7 +11,7 @@ use crate::hooks::{ThreadHook, ThreadRole};
 /// first, and this waits until it has.
 ///
 /// # Errors
-/// If the host gives no thread, or the hook refuses. `work` is not called then.
+/// If the host is out of threads, or the hook refuses. `work` is not called then.
 pub(crate) fn spawn(
     name: &str,
     role: &ThreadRole,
@@ -32,7 +32,7 @@ pub(crate) fn spawn(
         .spawn(move || {
             let result = hook.enter(&role);
             let enters = result.is_ok();
-            // The starter waits for it.
+            // The starting thread waits for this, so it does not fail.
             let _ = entering.send(result);
             if enters {
                 work();
@@ -44,7 +44,7 @@ pub(crate) fn spawn(
         Ok(Err(source)) => source,
         Err(_) => io::Error::other("the program's hook panicked"),
     };
-    // What the work owns is free when this returns. A panic is in the error already.
+    // What `work` owns is free when this returns. A panic is in the error already.
     let _ = thread.join();
     Err(with_name(refusal))
 }

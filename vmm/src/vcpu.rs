@@ -45,7 +45,7 @@ pub(crate) struct BootEntry {
     pub(crate) protocol: EntryProtocol,
 }
 
-/// What all vCPUs of a machine have in common at their start.
+/// The initial state that all vCPUs of a machine have in common.
 pub(crate) struct VcpuModel {
     supported_cpuid: Vec<kvm_cpuid_entry2>,
     tsc_deadline_timer: bool,
@@ -55,7 +55,7 @@ pub(crate) struct VcpuModel {
 }
 
 impl VcpuModel {
-    /// The model for the vCPUs of `topology` on this host, with `modifiers`.
+    /// Builds the model for the vCPUs of `topology` on this host, with `modifiers`.
     pub(crate) fn new(
         kvm: &Kvm,
         topology: Topology,
@@ -77,7 +77,7 @@ impl VcpuModel {
         Ok(VcpuModel {
             supported_cpuid,
             tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
-            // It fails only for more entries than KVM takes, which is far beyond these.
+            // This fails only for more entries than KVM takes, which is far beyond these.
             msrs: Msrs::from_entries(&boot_msrs).map_err(|_| Error::Kvm {
                 action: "take the MSRs",
                 source: kvm_ioctls::Error::new(libc::E2BIG),
@@ -105,9 +105,8 @@ pub(crate) struct VcpuEnvironment {
 }
 
 impl Vcpu {
-    /// Creates vCPU number `index`. The one with `boot` starts there; others wait for the guest to
-    /// start them by an INIT-SIPI sequence, before which KVM keeps them off, unless they get the state of
-    /// another vCPU.
+    /// Creates vCPU number `index`. With `boot`, it starts there. Without, KVM keeps it off until the guest
+    /// starts it by an INIT-SIPI sequence, unless it gets the state of another vCPU.
     pub(crate) fn new(
         vm: &Vm,
         model: &VcpuModel,
@@ -146,15 +145,15 @@ impl Vcpu {
         })
     }
 
-    /// What the vCPU counts.
+    /// Returns the counters of the vCPU.
     pub(crate) fn metrics(&self) -> Arc<VcpuMetrics> {
         self.metrics.clone()
     }
 
-    /// What KVM counts of the vCPU.
+    /// Returns the statistics that KVM keeps of the vCPU.
     ///
     /// # Errors
-    /// When KVM gives no access to it.
+    /// If KVM gives no access to them.
     pub(crate) fn statistics(&self) -> io::Result<VcpuStatistics> {
         VcpuStatistics::of(&self.fd)
     }
@@ -162,7 +161,7 @@ impl Vcpu {
     /// Sets the state of another vCPU; see [`VcpuState::restore`].
     ///
     /// # Errors
-    /// When it cannot be that of a vCPU on this host.
+    /// If it cannot be the state of a vCPU on this host.
     pub(crate) fn restore(
         &self,
         state: &VcpuState,
@@ -177,7 +176,7 @@ impl Vcpu {
         let control = &environment.control;
         let outcome = match self.unblock_kick_signal_in_guest() {
             Ok(()) => {
-                // Not before: until it is blocked, the signal ends the process.
+                // Not earlier: until it is blocked, the signal ends the process.
                 control.register_vcpu_thread();
                 self.run_loop(environment)
             }
@@ -191,7 +190,7 @@ impl Vcpu {
                 }
                 control.finish(outcome);
             }
-            // Where a guest that had to be stopped was hanging.
+            // Shows where a guest hung that had to be stopped.
             None if tracing::enabled!(tracing::Level::DEBUG) => {
                 tracing::debug!("{}", self.describe_registers());
             }
@@ -248,7 +247,8 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Gives the reason when this vCPU ended the machine, and `None` when something else did.
+    /// Runs the guest until the machine ends. Returns the reason if this vCPU ended it, and `None` if
+    /// something else did.
     fn run_loop(&mut self, environment: &VcpuEnvironment) -> Result<Option<ExitReason>, Error> {
         let VcpuEnvironment {
             ports,
@@ -282,7 +282,7 @@ impl Vcpu {
                     metrics.exit_io_in.add(1);
                     let data: *mut [u8] = data;
                     let width = self.port_access_width();
-                    // SAFETY: as above; and the borrow that gave `data` has ended.
+                    // SAFETY: as above, and the borrow that `data` came from has ended.
                     for value in unsafe { &mut *data }.chunks_mut(width) {
                         ports.read(port.into(), value);
                     }
@@ -324,19 +324,20 @@ impl Vcpu {
         Ok(None)
     }
 
-    /// Does what the vCPU was taken out of the guest for: stays out while the machine is paused.
+    /// Does what the vCPU was taken out of the guest for: it says whether it has halted for good, and stays
+    /// out while the machine is paused.
     ///
     /// Its registers are those between two instructions, so that its state can be saved. After an access to a
     /// device that is so only when `KVM_RUN` has been called again, which finishes the instruction before it
     /// looks for signals (KVM API, section 5, "kvm_run"). It has been: the only way here is an entry that a
     /// signal has ended, never the exit that asked for the access.
     fn attend_to_kick(&self, environment: &VcpuEnvironment) {
-        // Before the look at what is wanted: a later kick is for something later.
+        // Before looking at what is wanted: a later kick is for something later.
         take_kick_signals();
         let control = &environment.control;
         control.tell_whether_halted(self.index, || self.has_halted_for_good());
         if self.wait_while_paused(environment) {
-            // It fails for a guest that does not use the clock.
+            // This fails for a guest that does not use the clock.
             let _ = self.fd.kvmclock_ctrl();
         }
     }
@@ -346,8 +347,8 @@ impl Vcpu {
         environment.control.wait_while_paused(self.index, save)
     }
 
-    /// Whether the vCPU waits for what no interrupt brings about: it has halted with interrupts off, or was
-    /// never started. Only another vCPU can wake it, by an NMI or by starting it.
+    /// Whether no interrupt can wake the vCPU: it has halted with interrupts off, or was never started. Only
+    /// another vCPU can wake it, by an NMI or by starting it.
     fn has_halted_for_good(&self) -> bool {
         match self.fd.get_mp_state().map(|state| state.mp_state) {
             Ok(KVM_MP_STATE_HALTED) => self.registers().rflags & RFLAGS_INTERRUPTS == 0,
@@ -356,7 +357,7 @@ impl Vcpu {
         }
     }
 
-    /// Width in bytes of each access of the port exit that just happened: a string instruction
+    /// Returns the width in bytes of each access of the port exit that just happened: a string instruction
     /// makes many at once.
     fn port_access_width(&mut self) -> usize {
         // SAFETY: the exit reason was KVM_EXIT_IO, for which this is the active member; any bits
@@ -398,7 +399,8 @@ impl Vcpu {
         }
     }
 
-    /// The bytes at `rip` up to the end of its page, as far as the guest's page tables lead there.
+    /// Returns up to [`MAX_INSTRUCTION_SIZE`] bytes from `rip` on, within its page; none if the guest's page
+    /// tables do not map it.
     fn instruction_bytes(&self, rip: u64, memory: &GuestMemory) -> Vec<u8> {
         let Ok(translation) = self.fd.translate_gva(rip) else {
             return Vec::new();
@@ -426,14 +428,14 @@ impl Vcpu {
     }
 }
 
-/// Takes the kick signals that are pending on this thread, which would end each entry into the guest.
+/// Takes the kick signals that are pending on this thread, which would end every entry into the guest.
 fn take_kick_signals() {
     const NOW: libc::timespec = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: an all-zero sigset_t is valid storage for the calls, which get valid pointers to it;
-    // the signal is blocked on this thread, so that none of its kind is delivered otherwise.
+    // SAFETY: an all-zero sigset_t is valid storage for the calls, which get valid pointers to it. The
+    // signal is blocked on this thread, so it is not delivered in any other way.
     unsafe {
         let mut kick: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut kick);
@@ -442,7 +444,7 @@ fn take_kick_signals() {
     }
 }
 
-/// Changes an MSR by itself, as KVM says of several only how many it took.
+/// Changes a single MSR: for several at once, KVM would only say how many it accepted.
 fn modify_msr(fd: &VcpuFd, modifier: &MsrModifier) -> Result<(), Error> {
     let index = modifier.index;
     let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
@@ -467,7 +469,7 @@ fn modify_msr(fd: &VcpuFd, modifier: &MsrModifier) -> Result<(), Error> {
     }
 }
 
-/// Gives the boot vCPU the registers of its entry, and the wiring of the legacy interrupt pins.
+/// Sets the registers of the boot vCPU for its entry, and the wiring of the legacy interrupt pins.
 fn set_boot_state(fd: &VcpuFd, boot: BootEntry) -> Result<(), Error> {
     let BootEntry { entry, protocol } = boot;
     let sregs = fd
@@ -521,7 +523,7 @@ fn format_registers(regs: &kvm_regs, sregs: &kvm_sregs) -> Result<String, std::f
     Ok(text)
 }
 
-/// Bytes as a debugger prints them, or words that say there are none.
+/// Formats bytes as a debugger prints them; `unknown` if there are none.
 fn hexadecimal(bytes: &[u8]) -> String {
     if bytes.is_empty() {
         return "unknown".to_string();

@@ -1,4 +1,4 @@
-//! What KVM counts of a vCPU, within reach of any thread while the vCPU runs
+//! The statistics that KVM keeps of a vCPU, which any thread can read while the vCPU runs
 //! (KVM API, `KVM_GET_STATS_FD`).
 
 use std::fs::File;
@@ -17,36 +17,36 @@ ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 const HEADER_SIZE: usize = 24;
 /// Size in bytes of `struct kvm_stats_desc` without the name that follows it.
 const DESCRIPTOR_SIZE: usize = 16;
-/// Most bytes of descriptors that are looked at: many times what KVM has.
+/// Most bytes of descriptors that are read: many times what KVM has.
 const MAX_DESCRIPTORS_SIZE: usize = 1 << 20;
 
-/// The counters of one vCPU.
+/// The statistics of one vCPU.
 pub(crate) struct VcpuStatistics(File);
 
-/// Where in a vCPU's statistics two of them are. It is the same for all vCPUs of a host.
+/// Offsets of two values in a vCPU's statistics. They are the same for all vCPUs of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HaltCounters {
-    /// Whether the vCPU waits in KVM.
+    /// Offset of the flag that says that the vCPU waits in KVM.
     blocking: u64,
-    /// How often it has halted.
+    /// Offset of the number of times that it has halted.
     halt_exits: u64,
 }
 
 impl VcpuStatistics {
     pub(crate) fn of(vcpu: &VcpuFd) -> io::Result<VcpuStatistics> {
-        // SAFETY: the request takes no argument; it gives a new descriptor or an error.
+        // SAFETY: the request takes no argument; it returns a new descriptor or an error.
         let fd = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new, so that nobody else owns it.
+        // SAFETY: the descriptor is new, so nothing else owns it.
         Ok(VcpuStatistics(unsafe { File::from_raw_fd(fd) }))
     }
 
     /// Finds the counters.
     ///
     /// # Errors
-    /// When KVM does not have them: it has since Linux 5.16.
+    /// If KVM does not have them; it has had them since Linux 5.16.
     pub(crate) fn halt_counters(&self) -> io::Result<HaltCounters> {
         let mut header = [0; HEADER_SIZE];
         self.0.read_exact_at(&mut header, 0)?;
@@ -61,9 +61,9 @@ impl VcpuStatistics {
         })
     }
 
-    /// How often the vCPU has halted so far, if it waits in KVM now.
+    /// Returns how often the vCPU has halted so far, if it is waiting in KVM now.
     pub(crate) fn halts_if_waiting(&self, counters: HaltCounters) -> Option<u64> {
-        // In this order: a vCPU that has gone on and halted again in between has another count.
+        // In this order: a vCPU that goes on and halts again in between has a higher count afterwards.
         let halts = self.read(counters.halt_exits)?;
         (self.read(counters.blocking)? != 0).then_some(halts)
     }
@@ -75,23 +75,23 @@ impl VcpuStatistics {
     }
 }
 
-/// The word of 32 bits at `offset`.
+/// Returns the word of 32 bits at `offset`.
 fn word(bytes: &[u8], offset: usize) -> Option<u32> {
     let word = bytes.get(offset..)?.first_chunk()?;
     Some(u32::from_ne_bytes(*word))
 }
 
-/// Size in bytes of a descriptor with its name.
+/// Returns the size in bytes of a descriptor with its name.
 fn descriptor_size(header: &[u8]) -> Option<usize> {
     DESCRIPTOR_SIZE.checked_add(word(header, 4)? as usize)
 }
 
-/// Size in bytes of all descriptors.
+/// Returns the size in bytes of all descriptors.
 fn descriptors_size(header: &[u8]) -> Option<usize> {
     descriptor_size(header)?.checked_mul(word(header, 8)? as usize)
 }
 
-/// Where the value of the counter called `name` is.
+/// Returns the offset of the value of the counter called `name`.
 fn find_counter(header: &[u8], descriptors: &[u8], name: &str) -> Option<u64> {
     let data = word(header, 20)?;
     let descriptor = descriptors

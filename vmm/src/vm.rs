@@ -18,7 +18,7 @@ use crate::error::Error;
 
 ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
 
-/// Bit of an entry of the I/O APIC's redirection table by which an interrupt is masked.
+/// Mask bit of an entry of the I/O APIC's redirection table.
 const IO_APIC_MASKED: u64 = 1 << 16;
 
 /// A virtual machine of KVM with its memory and interrupt controllers.
@@ -32,16 +32,16 @@ impl Vm {
     pub(crate) fn new(kvm: &Kvm, memory: Arc<GuestMemory>) -> Result<Vm, Error> {
         let fd = loop {
             match kvm.create_vm() {
-                // KVM gives up if anything waits for the thread, such as work of an io_uring that it has
-                // used, and wants to be asked again.
+                // KVM gives up if anything is pending for the thread, such as work of an io_uring that the
+                // thread has used, and has to be asked again.
                 Err(error) if error.errno() == libc::EINTR => {}
                 created => break created.map_err(Error::kvm("create a virtual machine"))?,
             }
         };
         let vm = Vm { fd, memory };
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
-        // controllers and ioeventfds queue one that takes milliseconds, for which slots set after
-        // them would have to wait.
+        // controllers and ioeventfds queue a grace period that takes milliseconds, and slots set after
+        // them would have to wait for it.
         vm.set_memory_slots(|region| region.len)
             .map_err(Error::kvm("map guest memory"))?;
         let fd = &vm.fd;
@@ -55,8 +55,8 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Makes each region of guest memory a slot of the size in bytes that `size` says: all of it,
-    /// or zero to remove the slot.
+    /// Makes each region of guest memory a slot with the size in bytes that `size` returns: the size of the
+    /// region, or zero to remove the slot.
     fn set_memory_slots(&self, size: impl Fn(&Region) -> u64) -> Result<(), kvm_ioctls::Error> {
         for (slot, region) in self.memory.regions().enumerate() {
             let slot = kvm_userspace_memory_region {
@@ -66,22 +66,22 @@ impl Vm {
                 memory_size: size(&region),
                 userspace_addr: region.host_address,
             };
-            // SAFETY: the range is a mapping of at least that size which lives as long as `memory`,
-            // that is, as long as the virtual machine; slots do not overlap as regions do not.
+            // SAFETY: the range is a mapping of at least that size, which lives as long as `memory` and so
+            // as long as the virtual machine. Slots do not overlap, because regions do not.
             unsafe { self.fd.set_user_memory_region(slot) }?;
         }
         Ok(())
     }
 
-    /// Frequency of the guest's processor clock in kHz; none if KVM does not tell (KVM API, section 4.56,
-    /// which a virtual machine answers since Linux 5.18).
+    /// Returns the frequency of the guest's time stamp counter in kHz; `None` if KVM does not say (KVM API,
+    /// section 4.56; virtual machines have answered this request since Linux 5.18).
     pub(crate) fn tsc_khz(&self) -> Option<u32> {
         // SAFETY: the request takes no argument, so the kernel reads and writes no memory of this process.
         let khz = unsafe { ioctl(&self.fd, KVM_GET_TSC_KHZ()) };
         u32::try_from(khz).ok().filter(|&khz| khz > 0)
     }
 
-    /// Adds the interval timer, which also answers at the port that starts and shows counter 2.
+    /// Adds the interval timer, which also serves the port that gates counter 2 and shows its output.
     pub(crate) fn create_interval_timer(&self) -> Result<(), Error> {
         let config = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
@@ -92,7 +92,7 @@ impl Vm {
             .map_err(Error::kvm("create the interval timer"))
     }
 
-    /// State of the interval timer, which must have been created.
+    /// Returns the state of the interval timer, which must have been created.
     pub(crate) fn interval_timer(&self) -> Result<kvm_pit_state2, Error> {
         self.fd
             .get_pit2()
@@ -106,7 +106,7 @@ impl Vm {
             .map_err(Error::kvm("set the interval timer"))
     }
 
-    /// KVM's descriptor of it, for its state.
+    /// Returns KVM's descriptor of the virtual machine, by which its state is read and set.
     pub(crate) fn fd(&self) -> &VmFd {
         &self.fd
     }
@@ -117,7 +117,7 @@ impl Vm {
             .map_err(Error::kvm("create a vCPU"))
     }
 
-    /// A new event that raises an edge of interrupt `gsi` when it is signalled (an irqfd).
+    /// Creates an event that raises an edge of interrupt `gsi` when it is signalled (an irqfd).
     pub(crate) fn interrupt_event(&self, gsi: u32) -> Result<EventFd, Error> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(Error::resource("an event for an interrupt"))?;
@@ -127,7 +127,7 @@ impl Vm {
         Ok(event)
     }
 
-    /// Whether the guest takes interrupt `gsi`: it has not masked it at the I/O APIC.
+    /// Whether the guest takes interrupt `gsi`, that is, has not masked it at the I/O APIC.
     pub(crate) fn takes_interrupt(&self, gsi: u32) -> bool {
         let mut irqchip = kvm_irqchip {
             chip_id: KVM_IRQCHIP_IOAPIC,
@@ -140,21 +140,21 @@ impl Vm {
         // SAFETY: KVM has filled in the I/O APIC, as asked; it is made of integers only.
         let table = unsafe { &irqchip.chip.ioapic.redirtbl };
         table.get(gsi as usize).is_some_and(|entry| {
-            // SAFETY: both members of the union are 64 bits of which any are valid.
+            // SAFETY: both members of the union are 64 bits wide, and any bits are valid.
             let bits = unsafe { entry.bits };
             bits & IO_APIC_MASKED == 0
         })
     }
 
-    /// Has `doorbell` signalled when the guest writes `queue` to the doorbell register of the
-    /// virtio-mmio window at `window` (an ioeventfd).
+    /// Has KVM signal `doorbell` when the guest writes `queue` to the doorbell register of the virtio-mmio
+    /// window at `window` (an ioeventfd).
     pub(crate) fn bind_doorbell(
         &self,
         window: u64,
         queue: u32,
         doorbell: &EventFd,
     ) -> Result<(), Error> {
-        // The type of the value says how wide the write is.
+        // The type of the value determines the width of the write.
         let _: [u8; mmio::QUEUE_NOTIFY_SIZE as usize] = queue.to_le_bytes();
         let address = IoEventAddress::Mmio(window + mmio::QUEUE_NOTIFY);
         self.fd
@@ -164,8 +164,8 @@ impl Vm {
 }
 
 impl Drop for Vm {
-    /// Removing the slots hurries the grace period that is queued, if one is; the end of the virtual
-    /// machine would wait for it at its leisure, for milliseconds.
+    /// Removes the memory slots, which expedites the grace period if one is queued. The end of the virtual
+    /// machine would otherwise wait milliseconds for it.
     fn drop(&mut self) {
         if let Err(error) = self.set_memory_slots(|_| 0) {
             tracing::debug!("cannot unmap guest memory: {error}");
@@ -173,8 +173,8 @@ impl Drop for Vm {
     }
 }
 
-/// Masks all inputs of the two 8259s, as firmware would leave them: a guest that takes the machine
-/// for one without them (hardware-reduced ACPI) never does, and interrupts would reach it twice.
+/// Masks all inputs of the two 8259s, as firmware would leave them. A guest that assumes there are none
+/// (hardware-reduced ACPI) never masks them, and interrupts would reach it twice.
 fn mask_legacy_interrupt_controllers(fd: &VmFd) -> Result<(), Error> {
     for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut irqchip = kvm_irqchip {

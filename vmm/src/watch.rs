@@ -1,5 +1,5 @@
-//! Looks after a machine from time to time: whether its power is to be cut, and whether its vCPUs have
-//! halted for good.
+//! Checks a machine from time to time: whether its power is to be cut, and whether its vCPUs have halted for
+//! good.
 
 use std::sync::Arc;
 
@@ -12,10 +12,10 @@ use crate::vcpu_statistics::{HaltCounters, VcpuStatistics};
 
 /// A part of the machine's event loop that is called each second.
 ///
-/// Whether a vCPU has halted with interrupts off is in its registers, and those are only within reach
-/// when it is out of the guest. An idle guest is not to be disturbed by that, so first comes what costs
-/// it nothing: KVM's own counters say that all vCPUs wait, and have not done anything else for a second.
-/// Only then are they taken out of the guest, and not again until one of them has halted anew.
+/// The registers of a vCPU show whether it has halted with interrupts off, but they can be read only when it
+/// is out of the guest. To leave an idle guest undisturbed, this first reads KVM's own counters, which costs
+/// the guest nothing: they must show that all vCPUs wait, and have done nothing else for a second. Only then
+/// are the vCPUs taken out of the guest, and not again until one of them has halted anew.
 pub(crate) struct Watch {
     control: Arc<RunControl>,
     on_halt: OnHalt,
@@ -24,25 +24,25 @@ pub(crate) struct Watch {
     rest: Option<Rest>,
 }
 
-/// A time in which no vCPU has done anything.
+/// A period in which no vCPU has done anything.
 struct Rest {
-    /// How often each has halted so far.
+    /// How often each vCPU has halted so far.
     halts: Vec<u64>,
     known: Known,
 }
 
-/// What is known of a rest.
+/// What is known about a rest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Known {
     Nothing,
     /// The vCPUs have been asked.
     Asked,
-    /// Whether it is for good, which has been seen to.
+    /// Whether it is for good, and that has been acted on.
     All,
 }
 
 impl Watch {
-    /// A watch over vCPUs that count in `vcpus`; over none if KVM does not count.
+    /// Creates a watch over the vCPUs whose statistics are `vcpus`, or over none if KVM does not have them.
     pub(crate) fn new(
         control: Arc<RunControl>,
         on_halt: OnHalt,
@@ -118,7 +118,7 @@ impl Watch {
 
 fn halted_for_good(control: &RunControl, on_halt: OnHalt) {
     match on_halt {
-        // Nothing more will come of it.
+        // The guest will not do anything more after its panic.
         _ if control.has_panicked() => control.finish(Ok(ExitReason::Panic)),
         OnHalt::Wait => tracing::warn!(
             "the guest has halted for good: no interrupt can wake any of its vCPUs; the machine waits \

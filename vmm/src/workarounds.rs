@@ -1,31 +1,30 @@
-//! What a Linux guest must be told on hosts without hardware virtualization.
+//! Kernel parameters that a Linux guest needs on hosts without hardware virtualization.
 
 use bantam_boot::CommandLine;
 
 use crate::error::Error;
 use crate::host::{Virtualization, virtualization};
 
-/// Keeps a kernel from instructions that KVM's emulator does not know (`xsave` and the features
-/// named), from filling and copying memory byte by byte, as it does with the features `erms` and
-/// `fsrm` and the emulator then takes as long for each byte as for eight, and from measurements that
-/// take long under emulation (clock calibration, the timer check). See docs/nested-kvm.md.
+/// Keeps a kernel from three things: instructions that KVM's emulator does not know; filling and copying
+/// memory byte by byte, as it does with the features `erms` and `fsrm`, because the emulator takes as long
+/// for one byte as for eight; and measurements that take long under emulation (clock calibration, the timer
+/// check). See docs/nested-kvm.md.
 const KERNEL_PARAMETERS: &str = "clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave,erms,fsrm \
      tsc=reliable no_timer_check";
 
-/// Programs see the host's processor, but a kernel without `xsave` keeps no AVX registers for them.
-/// The kernel passes this word on to init as an environment variable, which keeps glibc from using
-/// any.
+/// Keeps glibc from using AVX registers. Programs see the host's processor, but a kernel without `xsave`
+/// does not save AVX registers for them. The kernel passes this word on to init as an environment variable.
 const ENVIRONMENT: &str = "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,\
      -AVX_Fast_Unaligned_Load";
 
-/// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do,
-/// which is minutes before its ordinary one.
+/// Gives a kernel that is not built for such hosts a console before it reaches what it cannot do; its
+/// ordinary console would come minutes later.
 const EARLY_CONSOLE: &str = "earlyprintk=ttyS0";
 
-/// Parameter for the frequency of the processor's clock in kHz.
+/// Parameter for the frequency of the time stamp counter in kHz.
 const CLOCK_PARAMETER: &str = "tsc_early_khz";
 
-/// What a Linux guest must be told on its command line on this host, if anything.
+/// Returns the parameters that a Linux guest needs on its command line on this host, if any.
 pub fn guest_kernel_parameters() -> Option<String> {
     match virtualization() {
         Virtualization::Vmx | Virtualization::Svm => None,
@@ -35,11 +34,11 @@ pub fn guest_kernel_parameters() -> Option<String> {
     }
 }
 
-/// Adds what this host needs to `line`: an early console only if there is a serial port, and no
-/// parameter of which `passes_to_init` says that it would end up with the guest's init.
+/// Adds the parameters that this host needs to `line`: an early console only if there is a serial port, and
+/// no parameter that the kernel would pass on to the guest's init, as `passes_to_init` tells.
 ///
-/// A kernel that measures the processor's clock itself, as it does without KVM's, can fail to under
-/// emulation, and then waits for ever: it is told that the clock has `tsc_khz` kHz, if KVM knows.
+/// Without KVM's clock a kernel measures the time stamp counter itself, which can fail under emulation; the
+/// kernel then waits for ever. So it is told that the counter runs at `tsc_khz` kHz, if KVM knows.
 pub(crate) fn add_guest_kernel_parameters(
     line: &mut CommandLine,
     has_serial_port: bool,
@@ -58,7 +57,7 @@ pub(crate) fn add_guest_kernel_parameters(
             line.append(word)?;
         }
     }
-    // The last one of a name wins, and that is to be the user's.
+    // The last one of a name wins, and the user's is to win.
     if !line.names_parameter(parameter_name(ENVIRONMENT)) {
         line.append(ENVIRONMENT)?;
     }
@@ -69,12 +68,12 @@ fn parameter_name(word: &str) -> &str {
     word.split_once('=').map_or(word, |(name, _)| name)
 }
 
-/// Whether a guest's kernel can call KVM.
+/// Whether hypercalls of a guest's kernel reach KVM.
 pub(crate) fn hypercalls_work() -> bool {
     matches!(virtualization(), Virtualization::Vmx | Virtualization::Svm)
 }
 
-/// What to do about an instruction that KVM cannot emulate.
+/// Says what to do about an instruction that KVM cannot emulate.
 pub(crate) fn emulation_remedy() -> &'static str {
     match virtualization() {
         Virtualization::Vmx | Virtualization::Svm => {
