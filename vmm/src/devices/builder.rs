@@ -1,4 +1,4 @@
-//! Puts virtio devices in their places.
+//! Gives virtio devices their places in the machine.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -25,9 +25,9 @@ use crate::vm::Vm;
 /// A device that is to get a place in the machine.
 pub(super) struct NewDevice {
     pub(super) name: DeviceName,
-    /// What it is called in the log.
+    /// Its name in the log.
     pub(super) log_name: String,
-    /// Name of the thread that serves only this device, if there is to be one.
+    /// Name of the device's own thread, if it gets one.
     pub(super) own_thread: Option<String>,
     pub(super) model: Box<dyn VirtioDevice>,
 }
@@ -44,20 +44,20 @@ pub(crate) struct Builder<'a> {
     built: BuiltDevices,
 }
 
-/// What the virtio devices of a machine consist of.
+/// The virtio devices of a machine, and what belongs to them.
 #[derive(Default)]
 pub(crate) struct BuiltDevices {
     pub(crate) entries: Vec<Entry>,
     pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
-    /// The loops of devices that have a thread of their own.
+    /// The event loops of devices that have a thread of their own.
     pub(crate) loops: Vec<DeviceLoop>,
     pub(crate) stream_paths: StreamPaths,
-    /// What must outlive the devices.
+    /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
 }
 
 impl<'a> Builder<'a> {
-    /// A builder of devices that `event_loop` serves, except those that get a thread of their own.
+    /// Creates a builder of devices. `event_loop` serves those that do not get a thread of their own.
     pub(crate) fn new(
         vm: &'a Vm,
         memory: &'a Arc<GuestMemory>,
@@ -78,17 +78,17 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// The windows taken so far, in ascending order.
+    /// Returns the windows taken so far, in ascending order.
     pub(crate) fn windows(&self) -> &[VirtioMmioWindow] {
         &self.windows
     }
 
-    /// All that has been attached.
+    /// Returns everything that has been attached.
     pub(crate) fn finish(self) -> BuiltDevices {
         self.built
     }
 
-    /// Puts a device behind the next free window and interrupt.
+    /// Attaches a device to the next free window and interrupt.
     pub(super) fn attach(&mut self, device: NewDevice) -> Result<(), Error> {
         let NewDevice {
             name,
@@ -133,7 +133,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Leads `port` of a console device to the end that is open for `stream`.
+    /// Connects `port` of a console device to the end that is open for `stream`.
     pub(super) fn connect(
         &mut self,
         stream: Stream,

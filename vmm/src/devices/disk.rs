@@ -69,7 +69,7 @@ fn block_error(path: &Path, error: BlockError) -> Error {
     }
 }
 
-/// How the image of a disk is opened.
+/// Returns the options with which the image of a disk is opened.
 fn disk_options(config: &DiskConfig) -> DiskOptions {
     DiskOptions {
         read_only: config.readonly,
@@ -91,10 +91,11 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
     }
 }
 
-/// Finds out whether a machine could use the image of a disk, unless another uses it then.
+/// Checks that a machine could use the image of a disk. Another program may still take it before the machine
+/// starts.
 ///
 /// # Errors
-/// What the start of a machine with this disk would fail with.
+/// Those of starting a machine with this disk.
 pub fn check_disk(config: &DiskConfig) -> Result<(), Error> {
     Ok(DiskFile::check(&config.path, &disk_options(config))?)
 }

@@ -23,7 +23,7 @@ use crate::interval_timer::{self, IntervalTimer};
 use crate::run_control::RunControl;
 use crate::vm::Vm;
 
-/// Gives the devices that every machine has their places.
+/// Attaches the devices that every machine has.
 pub(crate) struct LegacyDevices<'a> {
     ports: &'a mut Bus,
     mmio: &'a mut Bus,
@@ -33,7 +33,7 @@ pub(crate) struct LegacyDevices<'a> {
 }
 
 impl<'a> LegacyDevices<'a> {
-    /// None yet.
+    /// Starts with no device attached.
     pub(crate) fn new(
         ports: &'a mut Bus,
         mmio: &'a mut Bus,
@@ -49,12 +49,12 @@ impl<'a> LegacyDevices<'a> {
         }
     }
 
-    /// All that have been attached.
+    /// Returns all devices that have been attached.
     pub(crate) fn finish(self) -> Vec<Arc<Mutex<dyn Device>>> {
         self.attached
     }
 
-    /// Attaches `device` to `count` ports from `port` on.
+    /// Attaches `device` to `count` ports, starting at `port`.
     fn attach_to_ports<D: BusDevice + Device + 'static>(
         &mut self,
         device: D,
@@ -68,7 +68,7 @@ impl<'a> LegacyDevices<'a> {
         Ok(device)
     }
 
-    /// The keyboard controller with its keyboard, by which a guest also ends the machine.
+    /// Attaches the keyboard controller with its keyboard, by which a guest can also end the machine.
     pub(crate) fn attach_keyboard(&mut self) -> Result<Arc<Mutex<I8042>>, Error> {
         let interrupt = self.vm.interrupt_event(layout::KEYBOARD_GSI)?;
         let i8042 = I8042::new(self.control.clone(), Box::new(interrupt));
@@ -82,8 +82,8 @@ impl<'a> LegacyDevices<'a> {
         Ok(i8042)
     }
 
-    /// The interval timer, by which a kernel without a paravirtual clock measures the processor's. Its state is
-    /// KVM's.
+    /// Attaches the interval timer, by which a kernel without a paravirtual clock measures the time stamp
+    /// counter. KVM keeps its state.
     pub(crate) fn attach_interval_timer(&mut self) -> Result<(), Error> {
         let timer = Arc::new(Mutex::new(IntervalTimer::new(self.vm.clone())));
         self.ports.insert(
@@ -100,7 +100,7 @@ impl<'a> LegacyDevices<'a> {
         Ok(())
     }
 
-    /// The ACPI registers by which a guest ends the machine.
+    /// Attaches the ACPI registers by which a guest ends the machine.
     pub(crate) fn attach_power_control(&mut self) -> Result<(), Error> {
         let values = PowerValues {
             soft_off_sleep_type: acpi::ACPI_SLEEP_TYPE_S5,
@@ -112,21 +112,21 @@ impl<'a> LegacyDevices<'a> {
         Ok(())
     }
 
-    /// The real-time clock, for guests without a paravirtual one.
+    /// Attaches the real-time clock, for guests without a paravirtual one.
     pub(crate) fn attach_rtc(&mut self) -> Result<(), Error> {
         let (port, count) = (layout::RTC_PORT, layout::RTC_PORT_COUNT);
         self.attach_to_ports(Rtc::new(), port, count)?;
         Ok(())
     }
 
-    /// The PCI bus, which has nothing on it.
+    /// Attaches the PCI bus, which has no devices.
     pub(crate) fn attach_pci_bus(&mut self) -> Result<(), Error> {
         let (port, count) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_COUNT);
         self.attach_to_ports(PciBus::default(), port, count)?;
         Ok(())
     }
 
-    /// The ports by which a guest says what has become of it: that it has panicked, or a number of its own.
+    /// Attaches the ports by which a guest reports its outcome: that it has panicked, or a number of its own.
     pub(crate) fn attach_outcome_ports(&mut self) -> Result<(), Error> {
         let panic_device = PanicDevice::new(self.control.clone());
         self.attach_to_ports(panic_device, layout::PANIC_PORT, 1)?;
@@ -135,7 +135,7 @@ impl<'a> LegacyDevices<'a> {
         Ok(())
     }
 
-    /// The register by which the guest says that it has booted.
+    /// Attaches the register by which the guest reports that it has booted.
     pub(crate) fn attach_boot_timer(&mut self) -> Result<(), Error> {
         let timer = BootTimer::start().map_err(Error::resource("the boot timer"))?;
         let device = Arc::new(Mutex::new(timer));
@@ -145,7 +145,8 @@ impl<'a> LegacyDevices<'a> {
         Ok(())
     }
 
-    /// The serial port, whose other end is `open`, and what it counts. Output beyond `limit` bytes is dropped.
+    /// Attaches the serial port, whose other end is `open`, and returns its counters, with a guard that must
+    /// outlive it. Output beyond `limit` is dropped.
     pub(crate) fn attach_serial(
         &mut self,
         event_loop: &mut DeviceLoop,

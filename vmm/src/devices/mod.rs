@@ -1,4 +1,4 @@
-//! The devices of a machine: what they need of the host is opened first, then each gets its place.
+//! The devices of a machine. What they need of the host is opened first; then each gets its place.
 
 mod builder;
 mod disk;
@@ -30,7 +30,7 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::metadata::MachineMetadata;
 
-/// What devices are opened from.
+/// What is needed to open devices.
 pub(crate) struct Opening<'a> {
     pub(crate) config: &'a MachineConfig,
     pub(crate) opener: &'a dyn Opener,
@@ -39,10 +39,10 @@ pub(crate) struct Opening<'a> {
     pub(crate) metadata: Option<&'a MachineMetadata>,
 }
 
-/// Gives a device, all of whose files, sockets and taps are open, its place in the machine.
+/// Gives a device its place in the machine. All its files, sockets and taps are open.
 pub(crate) type Build = Box<dyn FnOnce(&mut Builder<'_>) -> Result<(), Error>>;
 
-/// Opens what the virtio devices of one kind need, and says how each device is built.
+/// Opens what the virtio devices of one kind need, and returns a function to build each device.
 type Open = fn(&mut Opening<'_>) -> Result<Vec<Build>, Error>;
 
 /// The kinds of virtio devices, in the order in which a guest finds them.
@@ -56,7 +56,7 @@ const KINDS: [Open; 7] = [
     open_balloon,
 ];
 
-/// Opens what all virtio devices need.
+/// Opens what all virtio devices need, and returns a function to build each device.
 pub(crate) fn open_virtio(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let mut devices = Vec::new();
     for open in KINDS {

@@ -1,4 +1,4 @@
-//! The host's end of the serial port, and of what is like it.
+//! The host's end of the serial port, the console or a channel.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,22 +16,22 @@ use crate::config::SerialConfig;
 use crate::console::Console;
 use crate::error::Error;
 
-/// An open endpoint, and what must outlive it.
+/// An open endpoint, and the resources that must outlive it.
 pub(crate) struct OpenSerial {
     pub(crate) endpoint: Option<SerialEndpoint>,
     pub(crate) guard: SerialGuard,
 }
 
-/// Keeps what the endpoint needs beside its descriptors.
+/// Keeps what the endpoint needs besides its descriptors.
 #[derive(Default)]
 pub(crate) struct SerialGuard {
     path: Option<PathBuf>,
-    /// A pseudoterminal hangs up when nobody has its other end open, so the machine has.
+    /// A pseudoterminal hangs up when its other end is not open, so the machine keeps that open.
     _pty_user_end: Option<OwnedFd>,
 }
 
 impl SerialGuard {
-    /// Where a user finds the port: the pseudoterminal, file or socket.
+    /// Returns the path of the pseudoterminal, file or socket.
     pub(crate) fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
@@ -77,7 +77,7 @@ fn open_console(console: Console) -> Result<OpenSerial, Error> {
     })
 }
 
-/// Whether a read or write can wait for somebody else.
+/// Whether a read or write can wait for the other end.
 fn may_block(descriptor: &impl AsFd) -> io::Result<bool> {
     let flags = OFlag::from_bits_retain(fcntl(descriptor, FcntlArg::F_GETFL)?);
     if flags.contains(OFlag::O_NONBLOCK) {
@@ -124,7 +124,7 @@ fn open_file(opener: &dyn Opener, stream: &str, path: &Path) -> Result<OpenSeria
     };
     // Appending loses nothing of what the file holds, whatever it is.
     let file = opener.file(path, FileAccess::Append).map_err(error(""))?;
-    // What is no file, such as a pipe, can have several writers.
+    // A pipe or the like, unlike a file, can have several writers.
     if file.metadata().map_err(error(""))?.is_file() {
         lock_patiently(&file, Lock::Exclusive).map_err(error(
             "; it is in use by another machine, or is a disk of this one",

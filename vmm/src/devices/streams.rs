@@ -1,4 +1,4 @@
-//! The serial port, the console and the channels: where each leads.
+//! The serial port, the console and the channels, and where each leads.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,10 +21,10 @@ pub enum Stream {
     Channel(ChannelName),
 }
 
-/// Where a user finds the streams that lead to a pseudoterminal, file or socket.
+/// The paths of the streams that lead to a pseudoterminal, file or socket.
 pub(crate) type StreamPaths = BTreeMap<Stream, PathBuf>;
 
-/// Opens the serial port's end.
+/// Opens the other end of the serial port.
 pub(crate) fn open_serial(opening: &mut Opening<'_>) -> Result<OpenSerial, Error> {
     let end = &opening.config.serial;
     open_end(opening, "the serial port", end)
@@ -76,7 +76,8 @@ pub(super) fn open_channels(opening: &mut Opening<'_>) -> Result<Vec<Build>, Err
     })])
 }
 
-/// Opens where `stream`, described in words, leads. The program's end goes to the one that is configured so.
+/// Opens the other end of `stream`, which describes it for messages. The stream that is configured as
+/// `stdio` gets the program's end.
 fn open_end(
     opening: &mut Opening<'_>,
     stream: &str,

@@ -1,4 +1,4 @@
-//! What a machine's owner does with its devices while the guest uses them.
+//! The devices of a machine, as its owner uses them while the guest does.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,7 @@ use crate::run_control::lock;
 pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
-    /// The devices at places of their own.
+    /// The devices at fixed ports and addresses.
     pub(crate) legacy: Vec<Arc<Mutex<dyn Device>>>,
     /// The virtio devices in the order of their places.
     pub(crate) virtio: Vec<Entry>,
@@ -35,24 +35,25 @@ pub(crate) struct DeviceTable {
     pub(crate) events: EventSender,
 }
 
-/// A device that has its place in the machine.
+/// A virtio device that has its place in the machine.
 pub(crate) struct Entry {
     pub(crate) name: DeviceName,
     pub(crate) device: Arc<Mutex<MmioTransport>>,
     pub(crate) handle: DeviceHandle,
-    /// Held while a command is executed and noted, so that the last to be done is the last to be noted.
+    /// Held while a command is executed and recorded, so that commands are recorded in the order in which
+    /// they were executed.
     pub(crate) turn: Mutex<()>,
 }
 
 impl DeviceTable {
-    /// Tells subscribers of the devices that commands and events name.
+    /// Tells subscribers about the devices that commands and events name.
     pub(crate) fn tell_attached(&self) {
         for device in self.names() {
             self.events.send(|| Event::Attached { device });
         }
     }
 
-    /// Tells subscribers that none of the devices is there any more.
+    /// Tells subscribers that the devices are no longer there.
     pub(crate) fn tell_detached(&self) {
         for device in self.names() {
             self.events.send(|| Event::Detached { device });
@@ -94,7 +95,7 @@ impl DeviceTable {
         outcome
     }
 
-    /// All devices, those that take the longest to come to rest first.
+    /// Returns all devices, starting with those that take the longest to come to rest.
     fn devices(&self) -> impl Iterator<Item = &Mutex<dyn Device>> {
         let virtio = self
             .virtio
@@ -103,7 +104,7 @@ impl DeviceTable {
         virtio.chain(self.legacy.iter().map(|device| &**device))
     }
 
-    /// The images of all disks.
+    /// Returns the images of all disks.
     pub(crate) fn disks(&self) -> impl Iterator<Item = Arc<DiskFile>> {
         self.virtio.iter().filter_map(|entry| match &entry.handle {
             DeviceHandle::Disk(disk) => Some(disk.disk()),
@@ -121,7 +122,7 @@ impl DeviceTable {
         pressed.map_err(Error::Keyboard)
     }
 
-    /// Does what `command` says with the device called `name`, and calls `note` with the command if it is done.
+    /// Executes `command` on the device called `name`, and calls `note` with the command if it took effect.
     pub(crate) fn execute(
         &self,
         name: &DeviceName,
@@ -148,7 +149,7 @@ impl DeviceTable {
         self.metadata.as_ref().ok_or(Error::NoMetadata)
     }
 
-    /// The path of `stream`, if it leads to a pseudoterminal, file or socket.
+    /// Returns the path of `stream`, if it leads to a pseudoterminal, file or socket.
     pub(crate) fn stream_path(&self, stream: &super::Stream) -> Option<&Path> {
         self.stream_paths.get(stream).map(PathBuf::as_path)
     }

@@ -1,4 +1,4 @@
-//! State that KVM keeps of a machine: saved from one that is paused, and set in one that is built.
+//! The state that KVM keeps of a machine: saving it from a paused machine, and setting it in a new one.
 
 mod msrs;
 mod processors;

@@ -1,4 +1,4 @@
-//! Model-specific registers: read in batches, and set in an order that KVM accepts.
+//! Reads model-specific registers in batches, and sets them in an order that KVM accepts.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -9,12 +9,12 @@ const KVM_WALL_CLOCK: u32 = 0x11;
 const KVM_SYSTEM_TIME: u32 = 0x12;
 const IA32_PERF_GLOBAL_CTRL: u32 = 0x38f;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// KVM's own MSRs (Linux, `Documentation/virt/kvm/x86/msr.rst`), and those of hosts whose KVM switches page
-/// tables.
+/// Range of KVM's own MSRs (Linux, `Documentation/virt/kvm/x86/msr.rst`), and of those of hosts whose KVM
+/// switches page tables.
 const KVM_FIRST: u32 = 0x4b56_4d00;
 const KVM_LAST: u32 = 0x4b56_4dff;
 
-/// How many are read or set by one request; KVM takes fewer than 256.
+/// How many registers are read or set by one request; KVM takes fewer than 256.
 const BATCH: usize = 128;
 
 /// A register with its value.
@@ -33,8 +33,8 @@ pub(crate) enum SetMsrsError {
     Refused(Msr),
 }
 
-/// Reads those of `indices` that KVM gives. KVM lists some that it refuses to read, as which exist depends
-/// on what CPUID says to the guest.
+/// Reads those of `indices` that KVM lets be read. KVM lists some that it refuses to read, because the
+/// guest's CPUID determines which exist.
 pub(crate) fn read(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, kvm_ioctls::Error> {
     let mut msrs = Vec::with_capacity(indices.len());
     let mut rest = indices;
@@ -49,21 +49,21 @@ pub(crate) fn read(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, kvm_ioctls:
             index: entry.index,
             value: entry.data,
         }));
-        // KVM stops at the first that it refuses.
+        // KVM stops at the first register that it refuses.
         rest = after_batch(rest, read);
     }
     Ok(msrs)
 }
 
-/// Reads one register; none if KVM refuses.
+/// Reads one register; `None` if KVM refuses.
 pub(crate) fn read_one(fd: &VcpuFd, index: u32) -> Result<Option<u64>, kvm_ioctls::Error> {
     Ok(read(fd, &[index])?.first().map(|msr| msr.value))
 }
 
 /// Sets `msrs`, each after those that it depends on.
 ///
-/// KVM refuses some values that it has given itself, such as those of registers that cannot be written. That
-/// does no harm if the vCPU has the value anyway.
+/// KVM refuses some values that it has returned itself, such as those of registers that cannot be written.
+/// That does no harm if the vCPU has the value anyway.
 pub(crate) fn set(fd: &VcpuFd, mut msrs: Vec<Msr>) -> Result<(), SetMsrsError> {
     msrs.sort_by_key(|msr| rank(msr.index));
     let mut rest = msrs.as_slice();
@@ -80,23 +80,24 @@ pub(crate) fn set(fd: &VcpuFd, mut msrs: Vec<Msr>) -> Result<(), SetMsrsError> {
     Ok(())
 }
 
-/// What is left of `all` when `done` of a batch were taken, and the next one, if it was in the batch, refused.
+/// Returns the rest of `all` after a batch in which KVM took the first `done` and refused the next, if the
+/// batch had more.
 fn after_batch<T>(all: &[T], done: usize) -> &[T] {
     let refused = usize::from(done < all.len().min(BATCH));
     all.get(done + refused..).unwrap_or_default()
 }
 
-/// When a register is set: lower ranks first.
+/// Returns the rank of a register in the order of setting: lower ranks are set first.
 fn rank(index: u32) -> u8 {
     match index {
         IA32_TSC => 1,
-        // They name places in guest memory, which KVM then writes to, among other things the time since the
-        // guest's start by the clock above.
+        // These name places in guest memory that KVM then writes to. One of the values it writes is the
+        // time since the guest's start, by the counter above.
         KVM_WALL_CLOCK | KVM_SYSTEM_TIME | KVM_FIRST..=KVM_LAST => 2,
-        // Until it is set no counter counts, so that none overflows while others are still being set.
+        // Until it is set, no performance counter counts, so none overflows while others are being set.
         IA32_PERF_GLOBAL_CTRL => 3,
-        // KVM compares it with the guest's clock to start the timer. Before IA32_TSC is set it would wait for
-        // an arbitrary time.
+        // KVM compares it with the guest's counter to start the timer. Before IA32_TSC is set, the timer
+        // would run for an arbitrary time.
         IA32_TSC_DEADLINE => 4,
         _ => 0,
     }
@@ -110,7 +111,7 @@ fn entries(msrs: impl Iterator<Item = Msr>) -> Result<Msrs, kvm_ioctls::Error> {
             ..Default::default()
         })
         .collect();
-    // It fails only for more entries than a batch has.
+    // This fails only for more entries than a batch has.
     Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
 }
 

@@ -9,32 +9,32 @@ use crate::error::Error;
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
-/// What a machine goes on from in place of a boot, beside its memory.
+/// The state, besides memory, that a machine goes on from instead of booting.
 pub(crate) struct SavedProcessors {
     vm: VmState,
-    /// By index.
+    /// Ordered by index.
     vcpus: Vec<VcpuState>,
 }
 
 impl SavedProcessors {
-    /// From what was saved, and nothing else: the virtual machine, and all its vCPUs by index.
+    /// Creates it from the saved states of the virtual machine and all its vCPUs, ordered by index.
     pub(crate) fn new(vm: VmState, vcpus: Vec<VcpuState>) -> SavedProcessors {
         SavedProcessors { vm, vcpus }
     }
 
-    /// As sections: that of the virtual machine, and one for each vCPU.
+    /// Encodes the state as sections: one of the virtual machine, and then one of each vCPU.
     ///
     /// # Errors
-    /// When a state cannot be encoded.
+    /// If a state cannot be encoded.
     pub(crate) fn encode(&self) -> Result<Vec<Section>, SaveError> {
         let vcpus = self.vcpus.iter().map(Section::of);
         [Section::of(&self.vm)].into_iter().chain(vcpus).collect()
     }
 
-    /// From the `sections` that [`SavedProcessors::encode`] gives for a machine with `vcpu_count` vCPUs.
+    /// Decodes the `sections` that [`SavedProcessors::encode`] returns for a machine with `vcpu_count` vCPUs.
     ///
     /// # Errors
-    /// When they are others, or damaged.
+    /// If the sections are not those of such a machine, or damaged.
     pub(crate) fn decode(
         sections: &[Section],
         vcpu_count: u8,
@@ -70,7 +70,7 @@ impl SavedProcessors {
     /// Sets the state of a machine that has its memory and has not run yet.
     ///
     /// # Errors
-    /// When the state cannot be that of such a machine on this host. The machine is of no more use then.
+    /// If this host cannot give such a machine the state. The machine is then of no further use.
     pub(crate) fn restore(
         &self,
         vm: &Vm,

@@ -5,8 +5,8 @@ use kvm_ioctls::VcpuFd;
 use super::msrs::{IA32_TSC, read_one};
 use super::tsc_offset::{set_tsc_offset, tsc_offset};
 
-/// Largest difference of two frequencies that are taken for the same, in parts per million: hosts measure
-/// theirs anew at each start, and a guest's own measurement is no better.
+/// Largest difference, in parts per million, of two frequencies that count as the same: a host measures its
+/// own anew at each boot, and a guest's measurement is no better.
 const TOLERANCE_PPM: u64 = 250;
 
 /// Whether a counter of `found` kHz serves a guest that has measured `wanted` kHz.
@@ -14,22 +14,23 @@ pub(crate) fn is_same_frequency(wanted: u32, found: u32) -> bool {
     u64::from(wanted.abs_diff(found)) * 1_000_000 <= u64::from(wanted) * TOLERANCE_PPM
 }
 
-/// Sets the counters of all vCPUs of a machine so that they go on from one moment, as far apart from each
-/// other as they were.
+/// Sets the counters of all vCPUs of a machine so that they all go on from the same moment, with the same
+/// differences between them as before.
 ///
-/// A value that is written to IA32_TSC cannot do that: each vCPU has read its own at a moment of its own, and
-/// KVM takes a value near to what the counter already has for an attempt to bring vCPUs into step, and then
-/// ignores it. A guest whose counter is behind what it has seen stops for that time. So the offsets from the
-/// host's counter are set, which are exact, where KVM gives access to them.
+/// Writing IA32_TSC cannot do that. The counters of the vCPUs were read at different moments, and KVM takes a
+/// value close to what the counter already has for an attempt to synchronize vCPUs, and ignores it. A guest
+/// whose counter is behind what it has seen stops until the counter has caught up. So, if KVM gives access
+/// to them, the offsets from the host's counter are set instead, which are exact.
 #[derive(Debug, Default)]
 pub(crate) struct TscRestorer {
-    /// What is added to each saved offset, in ticks that wrap; known after the first vCPU.
+    /// The number of ticks, wrapping, that is added to each saved offset; known after the first vCPU.
     shift: Option<u64>,
 }
 
 impl TscRestorer {
     /// Sets the counter of one vCPU, which had the value `tsc` and the offset `offset` when it was saved.
-    /// `false` if there is no access to the offset, then or now, so that IA32_TSC has to be written.
+    /// Returns `false` if the offset was not accessible then or is not now, so that IA32_TSC has to be
+    /// written.
     pub(crate) fn restore(
         &mut self,
         fd: &VcpuFd,
@@ -54,8 +55,8 @@ impl TscRestorer {
     }
 }
 
-/// What has to be added to the saved offset so that the counter had the saved value when it was read in the
-/// new vCPU. Both are pairs of a value and an offset.
+/// Returns what has to be added to the saved offset so that the counter would have had the saved value when
+/// the new vCPU's was read. Both arguments are pairs of a value and an offset.
 fn shift_between(saved: (u64, u64), present: (u64, u64)) -> u64 {
     let new_offset = present.1.wrapping_add(saved.0.wrapping_sub(present.0));
     new_offset.wrapping_sub(saved.1)
@@ -78,7 +79,7 @@ mod tests {
     }
 
     proptest! {
-        /// A counter is the host's plus the offset.
+        /// A guest's counter is the host's plus the offset.
         #[test]
         fn counters_go_on_from_where_they_were(
             old_host: u64,

@@ -9,7 +9,7 @@ use vmm_sys_util::ioctl_iow_nr;
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
-/// The offset, in ticks that wrap; none if KVM is older than Linux 5.16.
+/// Returns the offset in ticks, wrapping; `None` if KVM is older than Linux 5.16.
 pub(crate) fn tsc_offset(fd: &VcpuFd) -> Option<u64> {
     let mut offset = 0;
     let attribute = attribute(&raw mut offset);

@@ -21,12 +21,12 @@ ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 
 /// Most MSRs that a saved vCPU can have. KVM lists fewer than 256.
 const MAX_MSRS: usize = 1024;
-/// Words of the part of the XSAVE area that every KVM has, 4 KiB.
+/// Words of the part of the XSAVE area that every KVM has: 4 KiB.
 const MIN_XSAVE_WORDS: usize = 1024;
-/// Most words of an XSAVE area. The largest that processors have today is 11 KiB.
+/// Most words of an XSAVE area. The largest of today's processors is 11 KiB.
 const MAX_XSAVE_WORDS: usize = 16 << 10;
 
-/// What KVM on this host can say of a vCPU.
+/// What this host's KVM can save of a vCPU.
 pub(crate) struct StateSupport {
     msrs: Vec<u32>,
     xsave_words: usize,
@@ -36,7 +36,7 @@ pub(crate) struct StateSupport {
 
 impl StateSupport {
     /// Asks KVM. The process must have created a vCPU: from then on the kernel grants it no further extended
-    /// processor state (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), so that the size of that is fixed.
+    /// processor state (`arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)`), so the size of that state is fixed.
     pub(crate) fn new(kvm: &Kvm) -> Result<StateSupport, Error> {
         let msrs = kvm
             .get_msr_index_list()
@@ -50,28 +50,28 @@ impl StateSupport {
         })
     }
 
-    /// A buffer for all that KVM can say of extended processor state.
+    /// Allocates a buffer for all extended processor state that KVM can save.
     fn xsave(&self) -> Result<Xsave, kvm_ioctls::Error> {
         Xsave::new(self.xsave_words.saturating_sub(MIN_XSAVE_WORDS))
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))
     }
 }
 
-/// All that KVM keeps of a vCPU between two instructions. The floating-point state of `KVM_GET_FPU` is a part of
-/// the XSAVE area.
+/// All state that KVM keeps of a vCPU between two instructions. The floating-point state of `KVM_GET_FPU` is
+/// a part of the XSAVE area.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct VcpuState {
     index: u8,
     mp_state: kvm_mp_state,
     cpuid: Vec<kvm_cpuid_entry2>,
-    /// None if KVM does not tell.
+    /// `None` if KVM does not say.
     tsc_khz: Option<u32>,
-    /// None if KVM is older than Linux 5.16.
+    /// `None` if KVM is older than Linux 5.16.
     tsc_offset: Option<u64>,
     msrs: Vec<Msr>,
     regs: kvm_regs,
     sregs: kvm_sregs,
-    /// Page directory pointers, if the vCPU pages by PAE and KVM tells them.
+    /// Page directory pointers, if the vCPU uses PAE paging and KVM returns them.
     pdptrs: Option<[u64; 4]>,
     xsave: Vec<u32>,
     xcrs: kvm_xcrs,
@@ -86,11 +86,11 @@ impl SavedState for VcpuState {
 }
 
 impl VcpuState {
-    /// The state of vCPU `index`, which must be out of the guest between two instructions, as must all
-    /// others of the machine.
+    /// Saves the state of vCPU `index`, which must be out of the guest between two instructions, as must all
+    /// other vCPUs of the machine.
     ///
     /// # Errors
-    /// When KVM does not give a part of it.
+    /// If KVM does not return a part of it.
     pub(crate) fn save(
         fd: &VcpuFd,
         index: u8,
@@ -102,11 +102,11 @@ impl VcpuState {
                 source: source.into(),
             }
         };
-        // First: KVM delivers an INIT or SIPI that has arrived before it answers, which changes most of the
+        // First: before it answers, KVM delivers an INIT or SIPI that has arrived, which changes most of the
         // rest.
         let mp_state = fd.get_mp_state().map_err(failed("run state"))?;
-        // Before the local APIC: a deadline that passes in between is in both, and its interrupt comes twice
-        // at worst. The other way round it could be in neither, and the guest would wait for ever.
+        // Before the local APIC: a deadline that passes in between is in both, and at worst its interrupt
+        // comes twice. The other way round it could be in neither, and the guest would wait for ever.
         let msrs = msrs::read(fd, &support.msrs).map_err(failed("MSRs"))?;
         let lapic = fd.get_lapic().map_err(failed("local APIC"))?;
         let sregs = fd.get_sregs().map_err(failed("special registers"))?;
@@ -123,7 +123,7 @@ impl VcpuState {
             msrs,
             regs: fd.get_regs().map_err(failed("registers"))?,
             sregs: kvm_sregs {
-                // An interrupt on its way to the guest is among the events, too.
+                // An interrupt on its way to the guest is also among the events.
                 interrupt_bitmap: [0; 4],
                 ..sregs
             },
@@ -137,23 +137,23 @@ impl VcpuState {
             xcrs: fd.get_xcrs().map_err(failed("XCRs"))?,
             debug_registers: fd.get_debug_regs().map_err(failed("debug registers"))?,
             lapic,
-            // Last, as other requests can turn what is pending into events.
+            // Last, because other requests can turn what is pending into events.
             events: fd.get_vcpu_events().map_err(failed("events"))?,
         })
     }
 
-    /// Index of the vCPU.
+    /// Returns the index of the vCPU.
     pub(crate) fn index(&self) -> u8 {
         self.index
     }
 
     /// Sets the state of a vCPU that has not run yet. Guest memory must be in place, and the machine's clock
-    /// set. `tsc` has to be the same for all vCPUs of the machine.
+    /// must be set. `tsc` has to be the same for all vCPUs of the machine.
     ///
-    /// Whether the host has the features that CPUID promises the guest is not checked.
+    /// This does not check that the host has the features that CPUID promises the guest.
     ///
     /// # Errors
-    /// When the state cannot be that of a vCPU on this host. The vCPU is of no more use then.
+    /// If this host cannot give a vCPU the state. The vCPU is then of no further use.
     pub(crate) fn restore(
         &self,
         fd: &VcpuFd,
@@ -172,15 +172,15 @@ impl VcpuState {
             return Err(invalid(format!("{} MSRs are too many", self.msrs.len())));
         }
 
-        // Before all others: which bits of control registers, XCRs and MSRs exist depends on it.
+        // Before all others: it determines which bits of control registers, XCRs and MSRs exist.
         fd.set_cpuid2(&cpuid).map_err(failed("CPUID"))?;
-        // Before the MSRs, whose times are in its ticks.
+        // Before the MSRs, which hold times in its ticks.
         self.restore_tsc_frequency(fd, support)?;
-        // Before the local APIC: the base address register says whether that is an x2APIC, and so what its
-        // registers mean.
+        // Before the local APIC: the base address register says whether that is an x2APIC, which determines
+        // the layout of its registers.
         self.restore_special_registers(fd, support)
             .map_err(failed("special registers"))?;
-        // Before the events: KVM drops a pending exception when it gets registers.
+        // Before the events: KVM drops a pending exception when registers are set.
         fd.set_regs(&self.regs).map_err(failed("registers"))?;
         fd.set_xcrs(&self.xcrs).map_err(failed("XCRs"))?;
         // SAFETY: the buffer is at least as large as KVM said it needs when no more state could be added.
@@ -191,26 +191,28 @@ impl VcpuState {
         // drops the present one when the mode changes.
         fd.set_lapic(&self.lapic).map_err(failed("local APIC"))?;
         self.restore_msrs(fd, tsc)?;
-        // After the special registers: KVM takes those of a reset for one, which starts the boot vCPU.
+        // After the special registers: if they are as after a reset, KVM assumes a reset and starts the boot
+        // vCPU.
         fd.set_mp_state(self.mp_state)
             .map_err(failed("run state"))?;
         // Last: nothing clears or replaces what is pending.
         fd.set_vcpu_events(&self.events).map_err(failed("events"))?;
-        // Time may have passed that the guest did not see. It fails for a guest that does not use the clock.
+        // Time may have passed that the guest did not see. This fails for a guest that does not use the
+        // clock.
         let _ = fd.kvmclock_ctrl();
         Ok(())
     }
 
     fn cpuid(&self) -> Result<CpuId, RestoreError> {
-        // It fails only for more entries than KVM takes.
+        // This fails only for more entries than KVM takes.
         CpuId::from_entries(&self.cpuid).map_err(|_| {
             let count = self.cpuid.len();
             invalid(format!("{count} entries of CPUID are too many"))
         })
     }
 
-    /// The extended state in a buffer of the size that KVM reads. What this host has and the other did not
-    /// is as after a reset, which zeros stand for.
+    /// Returns the extended state in a buffer of the size that KVM reads. Zeros stand for state that this
+    /// host has and the other did not, so that it is as after a reset.
     fn xsave(&self, support: &StateSupport) -> Result<Xsave, RestoreError> {
         if !(MIN_XSAVE_WORDS..=MAX_XSAVE_WORDS).contains(&self.xsave.len()) {
             return Err(invalid(format!(
@@ -248,7 +250,7 @@ impl VcpuState {
         if is_same_frequency(wanted, found) {
             return Ok(());
         }
-        // Without scaling KVM may take the frequency all the same, and slow down or fail to keep it.
+        // Without scaling, KVM may accept the frequency anyway, and then slow down or fail to keep it.
         if !support.tsc_scaling {
             return Err(invalid(format!(
                 "its clock runs at {wanted} kHz, and this host's processor only has {found} kHz"
@@ -293,7 +295,7 @@ impl VcpuState {
     }
 }
 
-/// The name of a part of a vCPU, for messages.
+/// Names a part of a vCPU for messages.
 fn part(index: u8, what: &str) -> String {
     format!("vCPU {index}: {what}")
 }
@@ -320,7 +322,7 @@ fn extended_state(fd: &VcpuFd, support: &StateSupport) -> Result<Vec<u32>, kvm_i
 
 fn page_directory_pointers(fd: &VcpuFd) -> Result<Option<[u64; 4]>, kvm_ioctls::Error> {
     let mut sregs2 = kvm_sregs2::default();
-    // SAFETY: KVM writes a kvm_sregs2, which is what it gets a reference to.
+    // SAFETY: KVM writes a kvm_sregs2, and it gets a reference to one.
     let result = unsafe { ioctl_with_mut_ref(fd, KVM_GET_SREGS2(), &mut sregs2) };
     if result != 0 {
         return Err(kvm_ioctls::Error::last());
@@ -351,7 +353,7 @@ fn set_sregs2(fd: &VcpuFd, sregs: &kvm_sregs, pdptrs: [u64; 4]) -> Result<(), kv
         flags: KVM_SREGS2_FLAGS_PDPTRS_VALID.into(),
         pdptrs,
     };
-    // SAFETY: KVM reads a kvm_sregs2, which is what it gets a reference to.
+    // SAFETY: KVM reads a kvm_sregs2, and it gets a reference to one.
     let result = unsafe { ioctl_with_ref(fd, KVM_SET_SREGS2(), &sregs2) };
     if result != 0 {
         return Err(kvm_ioctls::Error::last());
@@ -373,7 +375,7 @@ mod tests {
 
     const IA32_SYSENTER_EIP: u32 = 0x176;
 
-    /// A virtual machine with memory and interrupt controllers, as a vCPU needs it.
+    /// A virtual machine with the memory and interrupt controllers that a vCPU needs.
     struct Host {
         kvm: Kvm,
         vm: Vm,
@@ -381,7 +383,7 @@ mod tests {
         support: StateSupport,
     }
 
-    /// None if there is no KVM here.
+    /// Returns `None` if there is no KVM here.
     fn host() -> Option<Host> {
         let Ok(kvm) = open_kvm() else {
             eprintln!("skipped: there is no KVM here");
@@ -404,7 +406,7 @@ mod tests {
         (vm, fd)
     }
 
-    /// The state of a vCPU that has something everywhere.
+    /// Returns the state of a vCPU in which no part is empty.
     fn full_state(host: &Host) -> VcpuState {
         let cpuid = host.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
         host.fd.set_cpuid2(&cpuid).unwrap();
@@ -412,7 +414,7 @@ mod tests {
         state.regs.rax = 0x1122_3344_5566_7788;
         state.regs.rip = 0x1234;
         state.debug_registers.db[0] = 0x5000;
-        // XMM0, the SSE state of which XSTATE_BV says that it is there.
+        // XMM0. XSTATE_BV says that SSE state is present.
         state.xsave[40..44].copy_from_slice(&[1, 2, 3, 4]);
         state.xsave[128] |= 0b11;
         for msr in &mut state.msrs {
@@ -425,7 +427,7 @@ mod tests {
         state
     }
 
-    /// Of `state`, what does not change with time.
+    /// Returns `state` without what changes with time.
     fn at_rest(state: &VcpuState) -> VcpuState {
         let mut state = state.clone();
         state.msrs.retain(|msr| msr.index != IA32_TSC);
@@ -494,7 +496,7 @@ mod tests {
             .unwrap();
     }
 
-    /// What is changed of bytes: at which place, and how.
+    /// Applies `changes`, each a place and a change of its byte, to `bytes`.
     fn changed(bytes: &[u8], changes: &[(u16, u8)]) -> Vec<u8> {
         let mut bytes = bytes.to_vec();
         for &(place, change) in changes {

@@ -1,4 +1,4 @@
-//! The state of a virtual machine beside its vCPUs: interrupt controllers, interval timer and clock.
+//! The state of a virtual machine besides its vCPUs: interrupt controllers, interval timer and clock.
 
 use bantam_state::{RestoreError, SaveError, SavedState};
 use kvm_bindings::{
@@ -10,20 +10,20 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::vm::Vm;
 
-/// The interrupt controllers, in the order of their state.
+/// The interrupt controllers, in the order in which their states are saved.
 const IRQCHIPS: [u32; 3] = [
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_IRQCHIP_IOAPIC,
 ];
 
-/// All that KVM keeps of a virtual machine beside its memory and vCPUs.
+/// All state that KVM keeps of a virtual machine besides its memory and vCPUs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct VmState {
     irqchips: [kvm_irqchip; IRQCHIPS.len()],
-    /// None if the guest has not used it yet.
+    /// `None` if the guest has not used it yet.
     interval_timer: Option<kvm_pit_state2>,
-    /// With the host's time and time stamp counter when it was read, as far as KVM tells them.
+    /// Includes the host's time and time stamp counter at the time of reading, if KVM returns them.
     clock: kvm_clock_data,
 }
 
@@ -33,11 +33,11 @@ impl SavedState for VmState {
 }
 
 impl VmState {
-    /// The state of a machine whose vCPUs are all out of the guest. It has to be saved before theirs: an
-    /// interrupt that moves on to a local APIC in between is in both, and not in neither.
+    /// Saves the state of a machine whose vCPUs are all out of the guest. It has to be saved before theirs:
+    /// an interrupt that moves on to a local APIC in between is then in both, rather than in neither.
     ///
     /// # Errors
-    /// When KVM does not give a part of it.
+    /// If KVM does not return a part of it.
     pub(crate) fn save(vm: &Vm) -> Result<VmState, SaveError> {
         let failed = |part: &'static str| {
             move |source: kvm_ioctls::Error| SaveError::Host {
@@ -58,7 +58,7 @@ impl VmState {
             irqchips,
             interval_timer: match vm.fd().get_pit2() {
                 Ok(state) => Some(state),
-                // There is none.
+                // The machine has no timer.
                 Err(error) if error.errno() == libc::ENXIO => None,
                 Err(error) => return Err(failed("interval timer")(error)),
             },
@@ -66,14 +66,14 @@ impl VmState {
         })
     }
 
-    /// Sets the clock (kvm-clock), which goes on from where it was: a guest sees nothing of the time in
-    /// between, by this clock as by the time stamp counter.
+    /// Sets the clock (kvm-clock), which goes on from where it was. By this clock, as by the time stamp
+    /// counter, a guest sees nothing of the time in between.
     ///
-    /// It has to be set before the state of vCPUs: from it KVM computes the time of the guest's start, which it
-    /// writes to guest memory when a vCPU gets its MSRs.
+    /// The clock has to be set before the state of vCPUs: from it KVM computes the time of the guest's start,
+    /// which it writes to guest memory when the MSRs of a vCPU are set.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// If KVM refuses.
     pub(crate) fn restore_clock(&self, vm: &Vm) -> Result<(), RestoreError> {
         let clock = kvm_clock_data {
             clock: self.clock.clock,
@@ -82,14 +82,14 @@ impl VmState {
         vm.fd().set_clock(&clock).map_err(failed("clock"))
     }
 
-    /// Sets the interrupt controllers and the interval timer, which is created if there was one, and starts
-    /// its counts anew.
+    /// Sets the interrupt controllers and the interval timer. The timer is created if there was one, and
+    /// starts its counts anew.
     ///
-    /// The state of all vCPUs has to be set before: an interrupt that is pending is delivered at once, to
-    /// local APICs whose state would otherwise be replaced afterwards.
+    /// The state of all vCPUs has to be set before: a pending interrupt is delivered at once, to local APICs
+    /// whose state would otherwise be replaced afterwards.
     ///
     /// # Errors
-    /// When the state cannot be that of a machine, or KVM refuses.
+    /// If the state cannot be that of a machine, or KVM refuses.
     pub(crate) fn restore_interrupt_sources(&self, vm: &Vm) -> Result<(), Error> {
         for (irqchip, chip_id) in self.irqchips.iter().zip(IRQCHIPS) {
             if irqchip.chip_id != chip_id {
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
     use crate::host::open_kvm;
 
-    /// An entry of the I/O APIC's redirection table: vector 0x31, masked.
+    /// A masked entry of the I/O APIC's redirection table, with vector 0x31.
     const MASKED_ENTRY: u64 = 0x1_0031;
 
     fn vm(kvm: &Kvm) -> Vm {
@@ -164,7 +164,7 @@ mod tests {
         state.restore_clock(&second).unwrap();
         state.restore_interrupt_sources(&second).unwrap();
         let restored = VmState::save(&second).unwrap();
-        // SAFETY: both members of the union are 64 bits of which any are valid.
+        // SAFETY: both members of the union are 64 bits wide, and any bits are valid.
         let entry = unsafe { io_apic(&restored).redirtbl[5].bits };
         assert_eq!(entry, MASKED_ENTRY);
         assert!((1 << 50..1 << 51).contains(&restored.clock.clock));
@@ -193,7 +193,7 @@ mod tests {
         let first = vm(&kvm);
         first.create_interval_timer().unwrap();
         let bytes = postcard::to_stdvec(&VmState::save(&first).unwrap()).unwrap();
-        // A timer that is taken down makes each take 15 ms.
+        // Each iteration takes 15 ms, because it takes a timer down.
         bolero::check!()
             .with_iterations(50)
             .with_type::<Vec<(u16, u8)>>()
