@@ -11,7 +11,7 @@ use super::forms::Single;
 use super::memory_size::{MIB, parse_bytes};
 use super::{ConfigError, HugePages, MemorySize, is_default, option_string, whole_number};
 
-/// A balloon, by which the guest gives memory back to the host.
+/// Describes a memory balloon, by which the guest gives memory back to the host.
 ///
 /// On the command line `size=SIZE[,deflate-on-oom=on][,reporting=on][,hinting=on][,statistics=SECONDS]`;
 /// in a machine file a table `[balloon]` with the same keys.
@@ -33,7 +33,7 @@ pub struct BalloonConfig {
     /// Whether the guest can be asked which memory it does not use.
     #[serde(default, skip_serializing_if = "is_default")]
     pub hinting: bool,
-    /// How often the guest is asked for statistics of its memory, in seconds; zero for never.
+    /// Interval, in seconds, at which the guest is asked for statistics of its memory; zero for never.
     #[serde(
         default,
         skip_serializing_if = "is_default",
@@ -43,7 +43,7 @@ pub struct BalloonConfig {
 }
 
 impl BalloonConfig {
-    /// A balloon of `size` that does nothing else.
+    /// Describes a balloon of `size` that does nothing else.
     pub fn new(size: BalloonSize) -> Self {
         Self {
             size,
@@ -54,7 +54,7 @@ impl BalloonConfig {
         }
     }
 
-    /// Checks that the balloon fits into `memory`, which is made of `pages`.
+    /// Checks that the balloon fits into `memory`, which consists of `pages`.
     pub(super) fn validate(&self, memory: MemorySize, pages: HugePages) -> Result<(), ConfigError> {
         if pages == HugePages::TwoMib {
             return Err(ConfigError::BalloonOfHugePages);
@@ -74,7 +74,7 @@ impl Single for BalloonConfig {
 }
 
 impl BalloonConfig {
-    /// Takes over what `command` has changed.
+    /// Applies the change that `command` has made to the device.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         match command {
             DeviceCommand::SetBalloonTarget { mib } => self.size = BalloonSize::from_mib(*mib),
@@ -119,23 +119,23 @@ impl fmt::Display for BalloonConfig {
     }
 }
 
-/// Size of a balloon: whole MiB, from none on. As text, a memory size such as `64M` or `1G`; a number
+/// Size of a balloon in whole MiB; it may be zero. As text, a memory size such as `64M` or `1G`; a number
 /// alone counts MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct BalloonSize(u32);
 
 impl BalloonSize {
-    /// A size in MiB.
+    /// Creates a size from MiB.
     pub fn from_mib(mib: u32) -> Self {
         Self(mib)
     }
 
-    /// The size in MiB.
+    /// Returns the size in MiB.
     pub fn mib(self) -> u32 {
         self.0
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub fn bytes(self) -> u64 {
         u64::from(self.0) * MIB
     }

@@ -11,20 +11,20 @@ use serde::{Deserialize, Serialize};
 use super::forms::Listed;
 use super::{ConfigError, SerialConfig, is_default, option_string};
 
-/// A named byte stream between the guest and the host, a port of a virtio console device.
+/// Describes a named byte stream between the guest and the host: a port of a virtio console device.
 ///
 /// On the command line `name=NAME,WHERE`, where `WHERE` is `socket=PATH`, `file=PATH`, `pty` or `stdio`
 /// and a comma in a path is doubled; in a machine file a table `[[channel]]` with the same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "ChannelOptions", into = "ChannelOptions")]
 pub struct ChannelConfig {
-    /// By which the guest finds it.
+    /// Name by which the guest finds it.
     pub name: ChannelName,
-    /// Where it leads, which is not [`SerialConfig::None`].
+    /// Where it leads. [`SerialConfig::None`] is not allowed.
     pub end: SerialConfig,
 }
 
-/// A channel as it is written.
+/// The keys of a channel, as they are written.
 #[derive(Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -127,16 +127,16 @@ impl fmt::Display for ChannelConfig {
 }
 
 /// Name of a channel: 1 to 128 letters, digits and the characters `.`, `-` and `_`, so that it can be
-/// the name of a file.
+/// a file name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct ChannelName(String);
 
 impl ChannelName {
-    /// Most characters of a name.
+    /// Maximum number of characters.
     pub const MAX_SIZE: usize = MAX_CHANNEL_NAME_SIZE;
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! What vCPUs are to be other than KVM makes them.
+//! Changes to the vCPUs that KVM creates.
 
 pub use bantam_arch::cpuid::{CpuidModifier, CpuidRegister};
 pub use bantam_arch::msrs::MsrModifier;
@@ -8,11 +8,11 @@ use super::WideNumber;
 
 use crate::host::{HostError, Virtualization, virtualization};
 
-/// What is changed of the vCPUs that KVM makes, and what KVM must be able to do for it; nothing by
-/// default.
+/// Changes to the vCPUs that KVM creates, and the capabilities that KVM must have for them. Both are empty
+/// by default.
 ///
-/// KVM may leave out bits that it does not know, and it decides what a guest may do: a guest can
-/// have instructions that CPUID hides from it.
+/// KVM may ignore bits that it does not know, and it decides what a guest may do: a guest may be able to
+/// use instructions that CPUID hides from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default,
@@ -21,19 +21,19 @@ use crate::host::{HostError, Virtualization, virtualization};
     expecting = "changes to vCPUs: a table with cpuid, msrs and required-capabilities"
 )]
 pub struct CpuModifiers {
-    /// Changes to CPUID, in the order in which they are made. The topology stays the machine's.
+    /// Changes to CPUID, in the order in which they are made. They cannot change the machine's topology.
     #[serde(with = "cpuid", skip_serializing_if = "Vec::is_empty")]
     pub cpuid: Vec<CpuidModifier>,
     /// Changes to model-specific registers, in the order in which they are made.
     #[serde(with = "msrs", skip_serializing_if = "Vec::is_empty")]
     pub msrs: Vec<MsrModifier>,
-    /// Numbers of capabilities without which the machine is not to start (KVM API,
+    /// Numbers of the capabilities that KVM must have for the machine to start (KVM API,
     /// `KVM_CHECK_EXTENSION`).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub required_capabilities: Vec<u32>,
 }
 
-/// How lists of [`CpuidModifier`]s are written.
+/// Reads and writes lists of [`CpuidModifier`]s.
 mod cpuid {
     use serde::{Deserializer, Serializer};
 
@@ -72,7 +72,7 @@ struct CpuidKeys {
     value: u32,
 }
 
-/// What [`CpuidRegister`]s are called.
+/// Names of [`CpuidRegister`]s.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "CpuidRegister", rename_all = "lowercase")]
 enum RegisterName {
@@ -82,7 +82,7 @@ enum RegisterName {
     Edx,
 }
 
-/// How lists of [`MsrModifier`]s are written.
+/// Reads and writes lists of [`MsrModifier`]s.
 mod msrs {
     use serde::{Deserializer, Serializer};
 
@@ -122,17 +122,17 @@ struct MsrKeys {
 }
 
 impl CpuModifiers {
-    /// Checks that the host's way of running guests can honour these.
+    /// Checks that the host's way of running guests allows these changes.
     ///
     /// # Errors
     ///
-    /// [`HostError::FixedCpuid`]: CPUID is to be changed on a host without hardware virtualization.
+    /// [`HostError::FixedCpuid`] if CPUID is to be changed on a host without hardware virtualization.
     pub fn check_host(&self) -> Result<(), HostError> {
         self.check_virtualization(virtualization())
     }
 
-    /// Where KVM runs programs of the guest without help of the processor, the processor answers
-    /// their CPUID instructions itself.
+    /// Checks the same, given how the host runs guests. If KVM runs programs of the guest without help from
+    /// the processor, the processor answers their CPUID instructions itself.
     fn check_virtualization(&self, virtualization: Virtualization) -> Result<(), HostError> {
         match virtualization {
             Virtualization::Pvm | Virtualization::None if !self.cpuid.is_empty() => {

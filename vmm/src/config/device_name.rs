@@ -8,33 +8,33 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, FIXED_DEVICE_NAMES};
 
-/// What a device of the machine is called on the host: 1 to 64 letters, digits and the characters `.`, `-`
-/// and `_`.
+/// Name of a device of the machine on the host: 1 to 64 letters, digits and the characters `.`, `-` and
+/// `_`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct DeviceName(String);
 
 impl DeviceName {
-    /// Most characters of a name.
+    /// Maximum number of characters.
     pub const MAX_SIZE: usize = 64;
 
-    /// The name of the device of a kind that has no other: the kind, and its place counted from zero.
+    /// Returns the name of a device that has no other: its kind, and its place counted from zero.
     pub(super) fn by_place(kind: &str, place: usize) -> Self {
         Self(format!("{kind}{place}"))
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether it is the name of a device that a machine has once at most, such as `console`. No disk or
-    /// network device can have it.
+    /// Whether it is kept for a device that a machine has at most once, such as `console`. No disk or network
+    /// device can have such a name.
     pub fn is_fixed(&self) -> bool {
         FIXED_DEVICE_NAMES.contains(&self.as_str())
     }
 
-    /// Whether a device could have it by its kind and place.
+    /// Whether it is a name that a device could have by its kind and place.
     pub(super) fn is_by_place(&self) -> bool {
         let place = ["disk", "net"]
             .into_iter()
@@ -44,17 +44,17 @@ impl DeviceName {
         })
     }
 
-    /// Name of the serial port.
+    /// Returns the name of the serial port.
     pub fn serial() -> DeviceName {
         DeviceName::of_kind("serial")
     }
 
-    /// Name of the virtio console.
+    /// Returns the name of the virtio console.
     pub fn console() -> DeviceName {
         DeviceName::of_kind("console")
     }
 
-    /// Name of the only device of its kind, one of `FIXED_DEVICE_NAMES`.
+    /// Returns the name of the only device of its kind, one of `FIXED_DEVICE_NAMES`.
     pub(crate) fn of_kind(kind: &str) -> DeviceName {
         DeviceName(kind.to_owned())
     }

@@ -14,7 +14,7 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, LimitsConfig, is_default, option_string, whole_number};
 
-/// A disk of the guest, kept in a file or block device of the host.
+/// Describes a disk of the guest, which is kept in a file or block device of the host.
 ///
 /// On the command line `PATH[,ro][,id=NAME][,KEY=VALUE]...`, where a comma in the path or name is
 /// doubled; in a machine file a `[[disk]]` table with the same keys, and `readonly` for `ro`.
@@ -34,29 +34,28 @@ pub struct DiskConfig {
     pub readonly: bool,
     /// Serial number by which the guest can tell the disk from others.
     pub id: Option<DiskId>,
-    /// What the disk is called on the host; see [`DiskConfig::device_name`].
+    /// Name of the disk on the host; see [`DiskConfig::device_name`].
     pub name: Option<DeviceName>,
     /// Where written data is kept until a flush.
     #[serde(default, skip_serializing_if = "is_default")]
     pub cache: CacheModeOption,
-    /// How requests are done.
+    /// How requests are executed.
     #[serde(default, skip_serializing_if = "is_default")]
     pub engine: BlockEngineOption,
-    /// The image's format. If it is not given, the image is raw, and one whose name says another
+    /// The image's format. If it is not given, the image is raw, and an image whose name suggests another
     /// format is refused.
     pub format: Option<DiskFormatOption>,
-    /// Size of the blocks that the guest is told of; that of a block device, and 512 for a file, if it
-    /// is not given.
+    /// Block size that the guest is told. By default, the block size of a block device, and 512 for a file.
     pub block_size: Option<DiskBlockSize>,
-    /// Whether others must leave the image alone.
+    /// Whether other programs must leave the image alone.
     #[serde(default, skip_serializing_if = "is_default")]
     pub lock: DiskLockOption,
-    /// Number of queues; one for each vCPU, up to [`DiskConfig::DEFAULT_MAX_QUEUES`], if not given.
+    /// Number of queues; by default one for each vCPU, up to [`DiskConfig::DEFAULT_MAX_QUEUES`].
     pub queues: Option<DiskQueueCount>,
-    /// Whether the disk is served by a thread of its own.
+    /// Whether a thread of its own serves the disk.
     #[serde(default, skip_serializing_if = "is_default")]
     pub iothread: bool,
-    /// Whether that thread looks for requests for longer than a moment before it sleeps.
+    /// Whether that thread polls for requests for longer than a moment before it sleeps.
     #[serde(default, skip_serializing_if = "is_default")]
     pub poll: bool,
     /// Limits of what the guest can do.
@@ -69,8 +68,8 @@ pub struct DiskConfig {
         alias = "burst-operations"
     )]
     pub limits: LimitsConfig,
-    /// Whether an image that is empty, or ends within a block though it is written, is taken rather
-    /// than refused. The guest does not see what is beyond the last block.
+    /// Whether an image is accepted rather than refused if it is empty, or is writable and ends within a
+    /// block. The guest does not see what is beyond the last whole block.
     #[serde(default, skip_serializing_if = "is_default")]
     pub any_size: bool,
 }
@@ -78,10 +77,10 @@ pub struct DiskConfig {
 serde_with_short_keys!(DiskConfig);
 
 impl DiskConfig {
-    /// Most queues that a disk has unless it is told how many.
+    /// Maximum number of queues of a disk whose number of queues is not given.
     pub const DEFAULT_MAX_QUEUES: u16 = 4;
 
-    /// A disk that the guest can read and write, without an id and with the default for all else.
+    /// Describes a disk that the guest can read and write, without an id and with defaults for all else.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -101,8 +100,8 @@ impl DiskConfig {
         }
     }
 
-    /// What the disk is called as the one at `place`, counted from zero: its name or, if it has none, its id.
-    /// A disk with neither is called by its place, such as `disk0`, and so is one whose id is not a
+    /// Returns the name of the disk at `place`, counted from zero: its name or, if it has none, its id. A
+    /// disk with neither is named after its place, such as `disk0`, and so is one whose id is not a
     /// [`DeviceName`] or could be the name of another device.
     pub fn device_name(&self, place: usize) -> DeviceName {
         let id = || {
@@ -113,7 +112,7 @@ impl DiskConfig {
         name.unwrap_or_else(|| DeviceName::by_place("disk", place))
     }
 
-    /// Takes over what `command` has changed.
+    /// Applies the change that `command` has made to the device.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         match command {
             DeviceCommand::ReplaceImage { path } => self.path.clone_from(path),
@@ -122,7 +121,7 @@ impl DiskConfig {
         }
     }
 
-    /// Number of queues in a machine of `vcpus`.
+    /// Returns the number of queues in a machine with `vcpus` vCPUs.
     pub fn queue_count(&self, vcpus: u8) -> u16 {
         match self.queues {
             Some(count) => count.get(),
@@ -130,7 +129,7 @@ impl DiskConfig {
         }
     }
 
-    /// Checks that the limits and bursts of the disk fit together.
+    /// Checks that each burst of the disk has its limit.
     pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
         let device = || format!("disk '{}'", self.path.display());
         self.limits.check_bursts(device)
@@ -160,7 +159,7 @@ impl TryFrom<&OsStr> for DiskConfig {
     }
 }
 
-/// Writes the option string, which has no word for limits that are buckets.
+/// Writes the option string, which cannot express limits that are buckets.
 impl fmt::Display for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&option_string::escape(&self.path.to_string_lossy()))?;
@@ -214,7 +213,7 @@ pub enum CacheModeOption {
     /// In the host's page cache.
     #[default]
     Writeback,
-    /// Nowhere: a write that is acknowledged is on stable storage.
+    /// Nowhere: an acknowledged write is on stable storage.
     Writethrough,
     /// In the storage's own cache; the host's page cache is bypassed.
     None,
@@ -233,11 +232,11 @@ impl fmt::Display for CacheModeOption {
     }
 }
 
-/// How the requests of a disk are done.
+/// How the requests of a disk are executed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BlockEngineOption {
-    /// Each in the way that is best for it, as far as the host has it.
+    /// Each in the way that is best for it and that the host offers.
     #[default]
     Auto,
     /// All by io_uring.
@@ -283,18 +282,18 @@ impl fmt::Display for DiskFormatOption {
     }
 }
 
-/// Whether the lock of a disk image is a condition for its use.
+/// Whether a disk image must be locked to be used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskLockOption {
-    /// An image that another uses is refused, and so is one that cannot be locked.
+    /// An image that another program uses is refused, and so is one that cannot be locked.
     #[default]
     On,
-    /// An image is used with a warning where [`DiskLockOption::On`] refuses it.
+    /// An image that [`DiskLockOption::On`] would refuse is used, with a warning.
     Warn,
-    /// It is neither locked nor looked whether another uses it.
+    /// The image is not locked, nor is it checked whether another program uses it.
     Off,
-    /// An image that another uses is refused, and one on a file system without locks is used with a
+    /// An image that another program uses is refused; one on a file system without locks is used, with a
     /// warning.
     WherePossible,
 }
@@ -310,12 +309,12 @@ impl fmt::Display for DiskLockOption {
     }
 }
 
-/// Size of the blocks that a guest is told of: 512 or 4096 bytes.
+/// Block size that a guest is told: 512 or 4096 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskBlockSize(u32);
 
 impl DiskBlockSize {
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub fn get(self) -> u32 {
         self.0
     }
@@ -338,12 +337,12 @@ impl<'de> Deserialize<'de> for DiskBlockSize {
     }
 }
 
-/// A number of queues from 1 to [`MAX_QUEUES`].
+/// Number of queues of a disk, from 1 to [`MAX_QUEUES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DiskQueueCount(u16);
 
 impl DiskQueueCount {
-    /// The number as an integer.
+    /// Returns the number as an integer.
     pub fn get(self) -> u16 {
         self.0
     }
@@ -366,17 +365,17 @@ impl<'de> Deserialize<'de> for DiskQueueCount {
     }
 }
 
-/// Serial number of a disk: 1 to 20 printable ASCII characters, as many as a virtio block device
-/// can tell its driver (virtio 1.3, section 5.2.6).
+/// Serial number of a disk: 1 to 20 printable ASCII characters, the most that a virtio block device can
+/// tell its driver (virtio 1.3, section 5.2.6).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct DiskId(String);
 
 impl DiskId {
-    /// Most bytes of an id.
+    /// Maximum number of bytes.
     pub const MAX_SIZE: usize = 20;
 
-    /// The id as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

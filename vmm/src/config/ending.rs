@@ -1,4 +1,4 @@
-//! What the end of a machine means, and how long it may take.
+//! What the end of a machine leads to, and how long it may take.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +13,7 @@ use super::{ConfigError, variant_by_name, whole_number};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnHalt {
-    /// The log says so, and the machine stays until somebody ends it.
+    /// The log says so, and the machine stays until it is ended from outside.
     #[default]
     Wait,
     /// The machine ends.
@@ -37,14 +37,14 @@ impl fmt::Display for OnHalt {
     }
 }
 
-/// Of whom the exit status of the program tells that runs the machine.
+/// What the exit status of the program that runs the machine is about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ExitStatus {
-    /// Of the guest: each way of ending has a status of its own.
+    /// The guest: each way of ending has a status of its own.
     #[default]
     Guest,
-    /// Of the monitor: 0 however the guest ended, and 1 if there was an error.
+    /// The monitor: 0 however the guest ended, and 1 if there was an error.
     Monitor,
 }
 
@@ -65,8 +65,8 @@ impl fmt::Display for ExitStatus {
     }
 }
 
-/// How long a guest may take to shut itself down: up to an hour, 10 seconds by default. Zero is not to
-/// ask it at all.
+/// How long a guest may take to shut itself down: up to an hour, 10 seconds by default. With zero, the
+/// guest is not asked at all.
 ///
 /// As text it is a number of seconds, or one with a unit: `10s`, `500ms`, `2m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,10 +75,10 @@ pub struct ShutdownTimeout(Duration);
 impl ShutdownTimeout {
     /// No time: the power is cut at once.
     pub const NONE: Self = Self(Duration::ZERO);
-    /// The longest.
+    /// The longest time.
     const MAX: Duration = Duration::from_secs(3600);
 
-    /// The time.
+    /// Returns the time.
     pub fn get(self) -> Duration {
         self.0
     }

@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration.
+//! Errors in a configuration.
 
 use std::io;
 use std::path::PathBuf;
@@ -35,7 +35,7 @@ pub enum ConfigError {
         /// What is wrong with it.
         message: String,
     },
-    /// What the sources say together is not a machine.
+    /// The options of all sources together do not describe a machine.
     #[error("{message}")]
     Options {
         /// What is wrong with it.
@@ -50,7 +50,7 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// Each two vCPUs are to share a core, and one is left.
+    /// vCPUs are to share cores in pairs, but their number is odd.
     #[error("{count} vCPUs do not make cores of two threads: use 1 or an even number of vCPUs")]
     UnpairedVcpu {
         /// The number of vCPUs.
@@ -129,7 +129,7 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// A burst is what a limit lets through at once, and there is no such limit.
+    /// A burst is given without the limit that it belongs to.
     #[error("{burst} of {device} does nothing without {limit}: give both, or neither")]
     BurstWithoutLimit {
         /// The disk or network device.
@@ -139,13 +139,13 @@ pub enum ConfigError {
         /// Name of the option with its limit.
         limit: &'static str,
     },
-    /// A limit that is neither an average nor a bucket.
+    /// A limit that is neither a rate nor a bucket.
     #[error(
         "a limit is per-second, perhaps with burst, or size with refill-time, perhaps with \
          one-time-burst: give one of the two"
     )]
     LimitForm,
-    /// Limits are given in two ways, and one would win silently.
+    /// Limits are given in two ways, one of which would silently win.
     #[error("both {key} and limits are given: give all limits of the device in one way")]
     LimitsTwice {
         /// Name of the option beside the table of limits.
@@ -172,7 +172,7 @@ pub enum ConfigError {
         /// The name.
         name: DeviceName,
     },
-    /// A disk or network device has a name that is kept for a device of another kind.
+    /// A disk or network device has a name that is reserved for a device of another kind.
     #[error("device name '{name}' is that of another kind of device: choose another name")]
     FixedDeviceName {
         /// The name.
@@ -191,7 +191,7 @@ pub enum ConfigError {
         /// The id.
         id: DiskId,
     },
-    /// A file is the disk of two devices.
+    /// Two disks have the same image.
     #[error(
         "disk '{}' is given twice: give each device a file of its own, or make both read-only",
         path.display()
@@ -235,9 +235,9 @@ pub enum ConfigError {
     RepeatedMacAddress {
         /// The address.
         mac: MacAddress,
-        /// Tap of the one.
+        /// Tap of the first device.
         first: InterfaceName,
-        /// Tap of the other.
+        /// Tap of the second.
         second: InterfaceName,
     },
     /// Not a MAC address.
@@ -300,7 +300,7 @@ pub enum ConfigError {
         /// What was given.
         seconds: i64,
     },
-    /// A balloon gives pages of 4 KiB back, of which memory of huge pages has none.
+    /// A balloon gives back pages of 4 KiB, but guest memory consists of huge pages.
     #[error(
         "a balloon gives back pages of 4 KiB, and memory of huge pages has none: leave out one of them, \
          or use transparent huge pages"
@@ -328,7 +328,7 @@ pub enum ConfigError {
         /// What was given.
         cid: i64,
     },
-    /// The path of a socket device's socket leaves no room for those of ports.
+    /// The path of a socket device's socket is too long to add the suffix of a port.
     #[error(
         "socket path '{}' is too long: at most {} bytes, as the guest's connections to port N lead \
          to PATH_N",
@@ -338,16 +338,16 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
-    /// Metadata that no guest could reach.
+    /// Metadata is to be served over no network device, so that no guest could reach it.
     #[error("metadata is served over no network device: name one")]
     MetadataWithoutNet,
-    /// Metadata is to be served over a network device that there is not.
+    /// Metadata is to be served over a network device that does not exist.
     #[error("cannot serve metadata over '{name}': the machine has no network device of that name")]
     MetadataNet {
         /// Which device was named.
         name: DeviceName,
     },
-    /// Not an other end that a serial port or console can have.
+    /// Not something that a serial port or console can lead to.
     #[error("invalid end '{text}': expected stdio, pty, file=PATH, socket=PATH or none")]
     Serial {
         /// What was given.
@@ -368,7 +368,7 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// A channel that does not lead to one place.
+    /// A channel that does not lead to exactly one place.
     #[error("channel '{name}' leads to none or several of socket, file, pty and stdio: name one")]
     ChannelEnd {
         /// The channel.
@@ -410,25 +410,25 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// Not something that a reboot can do.
+    /// Not an action on reboot.
     #[error("invalid action on reboot '{text}': expected exit or restart")]
     OnReboot {
         /// What was given.
         text: String,
     },
-    /// Not something that can be done when a guest has halted.
+    /// Not an action on halt.
     #[error("invalid action on halt '{text}': expected wait or exit")]
     OnHalt {
         /// What was given.
         text: String,
     },
-    /// Not something that the exit status can tell.
+    /// Not a meaning of the exit status.
     #[error("invalid meaning of the exit status '{text}': expected guest or monitor")]
     ExitStatus {
         /// What was given.
         text: String,
     },
-    /// Not a time that a guest can be given to shut down.
+    /// Not a time that a guest may take to shut down.
     #[error(
         "invalid time '{text}' to shut down: expected a number of seconds, or one with a unit (500ms, \
          10s, 2m), up to an hour"
@@ -437,7 +437,7 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// More devices than a machine has interrupts for.
+    /// There are more devices than a machine has interrupts for.
     #[error(
         "too many devices: {count} disks, network devices and others, but a machine has room for \
          {MAX_VIRTIO_DEVICES}"

@@ -1,4 +1,4 @@
-//! Forms that a value of a machine file can have, with errors that say how to write it.
+//! Reads values of a machine file that have several forms, with errors that say how to write them.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,21 +8,21 @@ use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{DeserializeOwned, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// What a machine has several of: a `[[NAME]]` table each.
+/// A device of which a machine can have several, each a `[[NAME]]` table.
 pub(super) trait Listed: DeserializeOwned {
     /// Name of the table.
     const NAME: &'static str;
-    /// A key that each table needs, and a value.
+    /// A key that every table needs, with a value.
     const EXAMPLE: &'static str;
 }
 
-/// What a machine has one of: a `[NAME]` table.
+/// A device of which a machine has at most one, a `[NAME]` table.
 pub(super) trait Single: DeserializeOwned {
     /// Name of the table.
     const NAME: &'static str;
 }
 
-/// Reads a text to append to the kernel command line, or a list of texts, which become one.
+/// Reads a text to append to the kernel command line, or a list of texts, which are joined.
 pub(super) fn appended<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<String>, D::Error> {
@@ -54,7 +54,7 @@ impl<'de> Visitor<'de> for Appended {
     }
 }
 
-/// Reads the tables of what a machine has several of.
+/// Reads the tables of devices of which a machine can have several.
 pub(super) fn tables<'de, D: Deserializer<'de>, T: Listed>(
     deserializer: D,
 ) -> Result<Vec<T>, D::Error> {
@@ -83,7 +83,7 @@ impl<'de, T: Listed> Visitor<'de> for Tables<T> {
     }
 }
 
-/// Reads the table of what a machine has one of.
+/// Reads the table of a device of which a machine has at most one.
 pub(super) fn table<'de, D: Deserializer<'de>, T: Single>(
     deserializer: D,
 ) -> Result<Option<T>, D::Error> {

@@ -1,4 +1,4 @@
-//! Which pages of the host guest memory is made of.
+//! The pages of the host that guest memory consists of.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,24 +7,24 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, variant_by_name};
 
-/// Which pages of the host guest memory is made of. Larger ones save the processor work when it
-/// translates addresses, and memory for page tables.
+/// The pages of the host that guest memory consists of. Larger pages save the processor work when it
+/// translates addresses, and save memory for page tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HugePages {
-    /// Ordinary ones of 4 KiB, unless the host makes huge ones of all memory.
+    /// Ordinary pages of 4 KiB, unless the host turns all memory into huge pages.
     #[default]
     None,
-    /// Those that the host makes of ordinary ones when it can (transparent huge pages).
+    /// Huge pages that the host forms from ordinary ones when it can (transparent huge pages).
     Transparent,
-    /// Those of 2 MiB that the host has set aside (hugetlbfs). They are the machine's from its start
-    /// on, used or not.
+    /// Pages of 2 MiB that the host has set aside (hugetlbfs). The machine takes all of them at its start,
+    /// whether the guest uses them or not.
     #[serde(rename = "2M")]
     TwoMib,
 }
 
 impl HugePages {
-    /// What guest memory must be a multiple of, in bytes; its parts are then too.
+    /// Returns the size in bytes that guest memory must be a multiple of. Its regions then are, too.
     pub fn page_size(self) -> u64 {
         match self {
             Self::None | Self::Transparent => 4 << 10,

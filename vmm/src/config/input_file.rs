@@ -1,4 +1,4 @@
-//! Files of text that describe a machine, or what comes through a pipe in their place.
+//! Reads text that describes a machine, from a file or a pipe.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Most bytes of a file.
+/// Maximum number of bytes in a file.
 const MAX_SIZE: usize = 1 << 20;
 
 /// How long a named pipe may be without a writer.
@@ -21,12 +21,12 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Reads a file of at most 1 MiB of UTF-8, without the byte order mark that it may start with.
 ///
-/// It may be a pipe, such as `/dev/stdin` or the `<(...)` of a shell: this waits a second for a
-/// writer, and ten seconds each time for what it writes.
+/// It may be a pipe, such as `/dev/stdin` or the `<(...)` of a shell: this waits up to a second for a
+/// writer, and then up to ten seconds each time that the writer writes nothing.
 ///
 /// # Errors
 ///
-/// When it cannot be read, is too large or not UTF-8, and when that time is over.
+/// If it cannot be read, is too large or not UTF-8, or if one of these times runs out.
 pub fn read_text_file(path: &Path) -> io::Result<String> {
     let mut file = OpenOptions::new()
         .read(true)
@@ -51,7 +51,7 @@ fn read_patiently(
     let is_pipe = file.metadata()?.file_type().is_fifo();
     let opened = Instant::now();
     let mut bytes = Vec::new();
-    // An empty pipe is at its end as long as nobody has it open for writing.
+    // An empty pipe reads as ended as long as no process has it open for writing.
     let mut has_writer = !is_pipe;
     let mut chunk = vec![0; 64 << 10];
     loop {
@@ -91,7 +91,7 @@ fn timed_out(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, message)
 }
 
-/// Waits until there is something to read, or the last writer has closed the pipe. `false` when
+/// Waits until there is something to read, or the last writer has closed the pipe. Returns `false` when
 /// `limit` is over.
 fn wait_for_input(file: &File, limit: Duration) -> io::Result<bool> {
     let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);

@@ -1,4 +1,4 @@
-//! Devices of which a user can only set limits.
+//! Devices for which a user can only set limits.
 
 use std::fmt;
 
@@ -10,10 +10,10 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, LimitsConfig, is_default};
 
-/// A device that a machine has unless it is told otherwise, and its limits.
+/// Describes a device that has no options but its limits.
 ///
-/// In a machine file, `false` or `true` for the key of the device says whether there is one; a table has the keys of a
-/// disk's limits.
+/// In a machine file, the key of the device is `true` or `false`, which says whether there is such a device,
+/// or a table with the keys of a disk's limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     remote = "Self",
@@ -21,7 +21,7 @@ use super::{ConfigError, LimitsConfig, is_default};
     expecting = "a device: a table with limits"
 )]
 pub struct LimitedDevice {
-    /// Limits of bytes, and of the guest's buffers.
+    /// Limits of bytes, and of the guest's buffers as operations.
     #[serde(
         default,
         skip_serializing_if = "is_default",
@@ -36,13 +36,13 @@ pub struct LimitedDevice {
 serde_with_short_keys!(LimitedDevice);
 
 impl LimitedDevice {
-    /// Checks that each burst has its limit; `device` says what the device is called.
+    /// Checks that each burst has its limit; `device` names the device for messages.
     pub(super) fn validate(&self, device: &str) -> Result<(), ConfigError> {
         self.limits.check_bursts(|| device.to_owned())
     }
 }
 
-/// Writes a device without limits as `true`, and none as `false`.
+/// Writes a device without limits as `true`, and the absence of a device as `false`.
 pub(super) fn serialize<S: Serializer>(
     device: &Option<LimitedDevice>,
     serializer: S,
@@ -53,7 +53,7 @@ pub(super) fn serialize<S: Serializer>(
     }
 }
 
-/// Reads whether there is a device, or its table.
+/// Reads `true`, `false` or the table of a device.
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<LimitedDevice>, D::Error> {

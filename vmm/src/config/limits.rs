@@ -1,4 +1,4 @@
-//! Limits of what a device does in a time.
+//! Rate limits of devices.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,26 +11,26 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{ConfigError, Quantity, WideNumber, is_default};
 
-/// A limit of bytes or operations; none by default.
+/// Describes a limit of bytes or operations; there is none by default.
 ///
 /// In a machine file it is a table with `per-second` and perhaps `burst`, or one with `size`, `refill-time`
 /// and perhaps `one-time-burst`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "LimitKeys", into = "LimitKeys")]
 pub enum LimitConfig {
-    /// An average, as a user gives it.
+    /// An average rate, as a user gives it.
     Rate {
-        /// Units in a second; `None` is no limit.
+        /// Units per second; `None` is no limit.
         per_second: Option<Quantity>,
-        /// Units that may come at once after a rest; a tenth of a second's worth, if not given.
+        /// Units that may come at once after a rest; by default a tenth of a second's worth.
         burst: Option<Quantity>,
     },
-    /// A bucket of any size, which fills in any time.
+    /// A token bucket of any size and refill time.
     Bucket(RateLimit),
 }
 
 impl LimitConfig {
-    /// The bucket that keeps the limit; `None` if there is no limit.
+    /// Returns the bucket that enforces the limit; `None` if there is no limit.
     pub fn rate_limit(self) -> Option<RateLimit> {
         match self {
             Self::Rate { per_second, burst } => {
@@ -41,7 +41,7 @@ impl LimitConfig {
         }
     }
 
-    /// Checks that a burst has the limit that it belongs to. `keys` name both, and `device` whose they are.
+    /// Checks that a burst has the limit that it belongs to. `keys` and `device` name them in the error.
     pub(super) fn check_burst(
         self,
         keys: RateKeys,
@@ -76,7 +76,7 @@ impl From<Option<RateLimit>> for LimitConfig {
     }
 }
 
-/// A limit as it is written.
+/// The keys of a limit, as they are written.
 #[derive(Clone, Default, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -140,7 +140,7 @@ impl From<LimitConfig> for LimitKeys {
     }
 }
 
-/// A time in which a bucket fills, such as `500ms`; exact to the nanosecond.
+/// Time in which a bucket fills, such as `500ms`; exact to the nanosecond.
 #[derive(Clone, Copy)]
 struct RefillTime(Duration);
 
@@ -199,7 +199,7 @@ impl<'de> Deserialize<'de> for RefillTime {
     }
 }
 
-/// Limits of the two things that a device does much of.
+/// Describes the limits of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default,
@@ -207,10 +207,10 @@ impl<'de> Deserialize<'de> for RefillTime {
     expecting = "limits: a table with bytes and operations"
 )]
 pub struct LimitsConfig {
-    /// Of bytes.
+    /// Limit of bytes.
     #[serde(skip_serializing_if = "is_default")]
     pub bytes: LimitConfig,
-    /// Of operations, such as requests of a disk or packets of a network device.
+    /// Limit of operations, such as requests of a disk or packets of a network device.
     #[serde(skip_serializing_if = "is_default")]
     pub operations: LimitConfig,
 }
@@ -233,7 +233,7 @@ impl From<Limits> for LimitsConfig {
     }
 }
 
-/// Limits of a network device, in both directions.
+/// Describes the limits of a network device in both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default,
@@ -241,10 +241,10 @@ impl From<Limits> for LimitsConfig {
     expecting = "limits: a table with receive and transmit"
 )]
 pub struct NetLimitsConfig {
-    /// Of what the guest receives.
+    /// Limits of what the guest receives.
     #[serde(skip_serializing_if = "is_default")]
     pub receive: LimitsConfig,
-    /// Of what the guest transmits.
+    /// Limits of what the guest transmits.
     #[serde(skip_serializing_if = "is_default")]
     pub transmit: LimitsConfig,
 }
@@ -267,7 +267,7 @@ impl From<NetLimits> for NetLimitsConfig {
     }
 }
 
-/// The keys of a device by which a user gives a rate and its burst.
+/// The keys of a device for a rate and its burst.
 #[derive(Clone, Copy)]
 pub(super) struct RateKeys {
     pub(super) per_second: &'static str,
@@ -276,10 +276,10 @@ pub(super) struct RateKeys {
 
 /// Limits whose rates can also be given by keys of the device itself, such as `bytes-per-second`.
 pub(super) trait ShortKeys: Copy + Default + PartialEq {
-    /// Each limit with its keys.
+    /// Returns each limit with its keys.
     fn with_keys(&mut self) -> Vec<(RateKeys, &mut LimitConfig)>;
 
-    /// The rates and bursts that are given, by their keys.
+    /// Returns the rates and bursts that are given, with their keys.
     fn rates(mut self) -> Vec<(&'static str, Quantity)> {
         let limits = self.with_keys().into_iter();
         let rates = limits.flat_map(|(keys, limit)| match *limit {
@@ -293,7 +293,7 @@ pub(super) trait ShortKeys: Copy + Default + PartialEq {
             .collect()
     }
 
-    /// Finds the rate or burst with this key; gives `None` if there is none, or a bucket in its place.
+    /// Finds the rate or burst with this key. Returns `None` if there is none, or a bucket in its place.
     fn rate_mut(&mut self, key: &str) -> Option<(&'static str, &mut Option<Quantity>)> {
         self.with_keys().into_iter().find_map(|(keys, limit)| {
             let LimitConfig::Rate { per_second, burst } = limit else {
@@ -309,7 +309,7 @@ pub(super) trait ShortKeys: Copy + Default + PartialEq {
         })
     }
 
-    /// Checks that no burst is without the limit that it belongs to. `device` names whose they are.
+    /// Checks that each burst has the limit that it belongs to. `device` names the device in the error.
     fn check_bursts(mut self, device: impl Fn() -> String) -> Result<(), ConfigError> {
         let mut limits = self.with_keys().into_iter();
         limits.try_for_each(|(keys, limit)| limit.check_burst(keys, &device))

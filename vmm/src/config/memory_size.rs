@@ -12,23 +12,23 @@ use super::{ConfigError, whole_number};
 const PAGE_SIZE: u64 = 4096;
 pub(super) const MIB: u64 = 1 << 20;
 
-/// Suffixes and the powers of two they stand for, largest first.
+/// Suffixes and the exponents of the powers of two that they stand for, largest first.
 const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
 
 /// Size of guest memory: from [`MIN_MEMORY_SIZE`] to [`MAX_MEMORY_SIZE`], in whole pages of 4 KiB;
 /// 256 MiB by default.
 ///
-/// As text, a number with a binary unit: `65536K`, `512M`, `2G`, `1T`, in either case, and with
-/// `iB` after the unit if one likes (`512MiB`). A number alone counts MiB, as users of QEMU expect.
+/// As text, a number with a binary unit in either case: `65536K`, `512M`, `2G`, `1T`. `iB` may follow the
+/// unit (`512MiB`). A number alone counts MiB, as users of QEMU expect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySize(u64);
 
 impl MemorySize {
-    /// A size in bytes.
+    /// Creates a size from bytes.
     ///
     /// # Errors
     ///
-    /// When it is out of range or not a whole number of pages.
+    /// If it is out of range or not a whole number of pages.
     pub fn from_bytes(bytes: u64) -> Result<Self, ConfigError> {
         if !(MIN_MEMORY_SIZE..=MAX_MEMORY_SIZE).contains(&bytes) {
             return Err(ConfigError::MemorySizeRange {
@@ -43,7 +43,7 @@ impl MemorySize {
         Ok(Self(bytes))
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub fn bytes(self) -> u64 {
         self.0
     }
@@ -67,15 +67,15 @@ impl FromStr for MemorySize {
     }
 }
 
-/// The number of bytes that `text` says, as a memory size is written; `u64::MAX` if it is larger than
-/// any.
+/// Reads a number of bytes that is written as a memory size. Returns `u64::MAX` if it is too
+/// large, and `None` if `text` is not written so.
 pub(super) fn parse_bytes(text: &str) -> Option<u64> {
     let digits_end = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());
     let (digits, unit) = text.split_at(digits_end);
     let shift = unit_shift(unit).filter(|_| !digits.is_empty())?;
-    // Digits alone fail to parse only by overflow.
+    // Digits alone fail to parse only if they overflow.
     let count = digits.parse().unwrap_or(u64::MAX);
     Some(count.saturating_mul(1 << shift))
 }

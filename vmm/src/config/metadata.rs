@@ -1,4 +1,4 @@
-//! Metadata.
+//! The metadata service.
 
 use bantam_metadata::{MetadataAddress, MetadataOptions, MetadataVersion};
 use serde::{Deserialize, Serialize};
@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::forms::Single;
 use super::{DeviceName, is_default};
 
-/// What the guest is told over HTTP on a link-local address, and how.
+/// Describes the metadata that the guest can read over HTTP at a link-local address.
 ///
-/// In a machine file it is a table `[metadata]`, whose `contents` are a string of JSON.
+/// In a machine file it is a table `[metadata]`, whose `contents` are a string with JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -17,25 +17,25 @@ use super::{DeviceName, is_default};
     expecting = "metadata: a table with nets"
 )]
 pub struct MetadataConfig {
-    /// Names of the network devices over which the guest reaches it; at least one.
+    /// Names of the network devices over which the guest reaches the service; at least one.
     pub nets: Vec<DeviceName>,
-    /// Which requests are answered.
+    /// Version of the service, which determines the requests that it answers.
     #[serde(default, skip_serializing_if = "is_default")]
     pub version: MetadataVersion,
-    /// Where the guest finds it.
+    /// Address at which the guest finds it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub address: MetadataAddress,
-    /// Whether the guest gets text whatever it asks for.
+    /// Whether the guest always gets plain text, whatever format it asks for.
     #[serde(default, skip_serializing_if = "is_default")]
     pub imds_compat: bool,
-    /// Most bytes of all contents, in JSON without spaces.
+    /// Maximum size of all contents in bytes, as JSON without spaces.
     #[serde(
         default = "default_size_limit",
         skip_serializing_if = "is_default_size_limit",
         with = "size"
     )]
     pub size_limit: usize,
-    /// What there is at first. Without this, a guest finds nothing until something is put.
+    /// The initial contents. Without them, a guest finds nothing until some are set.
     #[serde(default, with = "json", skip_serializing_if = "Option::is_none")]
     pub contents: Option<Value>,
 }
@@ -48,7 +48,7 @@ fn is_default_size_limit(size: &usize) -> bool {
     *size == default_size_limit()
 }
 
-/// A size that may be too large for an integer of TOML.
+/// Reads and writes a size that may be too large for an integer in TOML.
 mod size {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -67,7 +67,7 @@ mod size {
     }
 }
 
-/// JSON as text: TOML has neither its null nor its large numbers.
+/// Reads and writes JSON as text, because TOML has neither null nor such large numbers.
 mod json {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
@@ -98,8 +98,8 @@ impl Single for MetadataConfig {
 }
 
 impl MetadataConfig {
-    /// Metadata over `nets`, the rest as is usual: version 1 at 169.254.169.254, up to 51,200 bytes,
-    /// and no contents yet.
+    /// Describes metadata that is served over `nets`, with the defaults: version 1 at 169.254.169.254, up to
+    /// 51,200 bytes, and no contents yet.
     pub fn new(nets: Vec<DeviceName>) -> Self {
         let MetadataOptions {
             version,

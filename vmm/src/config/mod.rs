@@ -1,10 +1,10 @@
-//! What a machine is made of, as a user writes it: on the command line or in a machine file.
+//! The configuration of a machine, as a user writes it on the command line or in a machine file.
 //!
-//! [`MachineConfig`] holds all of it. A machine file has its fields as keys, and is read by [`MachineTable`] and
-//! written by [`MachineConfig::to_toml`]. A [`MachineTable`] holds what one source says, the command
-//! line or a machine file, and [`MachineTable::over`] lays one over another. Both sources read the same
-//! structs: a machine file through [`toml`], an option such as `--disk disk.img,ro,id=root` through a small
-//! serde deserializer for option strings. An embedding program starts from [`MachineConfig::new`] instead.
+//! [`MachineConfig`] holds all of it. A machine file has its fields as keys; [`MachineTable`] reads it, and
+//! [`MachineConfig::to_toml`] writes it. A [`MachineTable`] holds what one source says, the command line or a
+//! machine file, and [`MachineTable::over`] lays one over another. Both sources are read into the same
+//! structs: a machine file by [`toml`], and an option such as `--disk disk.img,ro,id=root` by a small serde
+//! deserializer for option strings. An embedding program starts from [`MachineConfig::new`] instead.
 
 mod balloon;
 mod channel;
@@ -68,11 +68,11 @@ pub use vsock::{GuestCid, VsockConfig};
 
 use wide_number::WideNumber;
 
-/// Everything that decides what a machine is.
+/// Describes a machine completely.
 ///
-/// The types of the fields hold only values that are right by themselves;
-/// [`MachineConfig::validate`] checks that they are right together. A key that a machine file leaves out has
-/// the value that [`MachineConfig::new`] gives the field.
+/// The types of the fields hold only values that are valid by themselves; [`MachineConfig::validate`] checks
+/// that they are valid together. A key that a machine file leaves out has the value that
+/// [`MachineConfig::new`] gives the field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     default = "MachineConfig::without_kernel",
@@ -86,9 +86,9 @@ pub struct MachineConfig {
     /// Initial RAM disk.
     #[serde(with = "path::option", skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line in place of the one that fits the machine.
+    /// Kernel command line, in place of the default one for the machine.
     pub cmdline: Option<String>,
-    /// Words added to the end of the kernel command line. In a machine file a list of texts is taken too.
+    /// Words added to the end of the kernel command line. A machine file may also have a list of texts.
     #[serde(
         deserialize_with = "forms::appended",
         skip_serializing_if = "Option::is_none"
@@ -96,15 +96,15 @@ pub struct MachineConfig {
     pub append: Option<String>,
     /// Number of vCPUs.
     pub cpus: VcpuCount,
-    /// Whether the guest sees each two vCPUs as the threads of one core (simultaneous multithreading).
-    /// The host's scheduler is not told: where that matters, the program pins the threads of the
+    /// Whether the guest sees each pair of vCPUs as the threads of one core (simultaneous multithreading).
+    /// The host's scheduler is not told about this: if it matters, the program has to pin the threads of the
     /// machine itself.
     pub smt: bool,
-    /// What is changed of the vCPUs that KVM makes.
+    /// Changes to the vCPUs that KVM creates.
     pub cpu: CpuModifiers,
     /// Guest memory.
     pub memory: MemorySize,
-    /// Which pages of the host it is made of.
+    /// The pages of the host that guest memory consists of.
     pub huge_pages: HugePages,
     /// Disks, in the order in which the guest finds them.
     #[serde(rename = "disk", deserialize_with = "forms::tables")]
@@ -118,7 +118,7 @@ pub struct MachineConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub vsock: Option<VsockConfig>,
-    /// What the guest is told over its network devices.
+    /// Metadata that the guest is told over its network devices.
     #[serde(
         deserialize_with = "forms::table",
         skip_serializing_if = "Option::is_none"
@@ -126,7 +126,7 @@ pub struct MachineConfig {
     pub metadata: Option<MetadataConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
-    /// Bytes of output that the serial port takes; what the guest sends beyond that is dropped.
+    /// Limit of the serial port's output in bytes; output beyond it is dropped.
     pub serial_limit: LimitConfig,
     /// Other end of the virtio console, `/dev/hvc0` in a Linux guest; with [`SerialConfig::None`] there
     /// is no such console.
@@ -145,28 +145,28 @@ pub struct MachineConfig {
     pub balloon: Option<BalloonConfig>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolOption,
-    /// What a reboot of the guest does. This and what follows down to [`Self::exit_status`] is for the
+    /// What a reboot of the guest does. This field and those down to [`Self::exit_status`] are for the
     /// program that owns the machine; the library builds one machine, and ends it when it is told to.
     pub on_reboot: OnReboot,
-    /// How often the machine is started again at most. Without a limit if there is none.
+    /// How many times the machine is restarted at most; `None` is no limit.
     pub restart_limit: Option<u32>,
-    /// How long a guest that is told to end may take to shut itself down.
+    /// How long a guest that is asked to shut itself down may take.
     pub shutdown_timeout: ShutdownTimeout,
-    /// Of whom the exit status of the program tells.
+    /// What the exit status of the program is about.
     pub exit_status: ExitStatus,
     /// What happens when the guest has halted for good.
     pub on_halt: OnHalt,
-    /// Whether a host without hardware virtualization adds the words to the kernel command line
-    /// that a guest needs there.
+    /// Whether, on a host without hardware virtualization, the parameters that a guest needs there are added
+    /// to the kernel command line.
     pub host_workarounds: bool,
-    /// Whether the log tells how long the guest takes until it writes 123 to
+    /// Whether the log says how long the guest takes from its start until it writes 123 to
     /// [`layout::BOOT_TIMER`].
     pub boot_timer: bool,
 }
 
 impl MachineConfig {
-    /// A machine that boots `kernel` and is otherwise all defaults: one vCPU, 256 MiB of memory,
-    /// the serial port on standard input and output, an entropy device, and no other.
+    /// Describes a machine that boots `kernel`, with defaults for all else: one vCPU, 256 MiB of memory, the
+    /// serial port on standard input and output, and an entropy device as the only other device.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -199,20 +199,20 @@ impl MachineConfig {
         }
     }
 
-    /// All defaults, as an empty machine file has them. [`MachineConfig::validate`] refuses it.
+    /// Returns all defaults, as an empty machine file has them. [`MachineConfig::validate`] refuses them.
     fn without_kernel() -> Self {
         Self::new("")
     }
 
-    /// The keys of a machine file and their values, the defaults among them.
+    /// Returns the keys of a machine file with their values, including defaults.
     fn to_table(&self) -> toml::Table {
         toml::Table::try_from(self).expect("each field serializes to what TOML has")
     }
 
-    /// Writes a machine file that describes the machine, without what is default.
+    /// Writes a machine file that describes the machine, leaving out defaults.
     ///
-    /// A reader takes relative paths as relative to the folder of the file
-    /// ([`MachineConfig::rebase_paths`]), and no file of more than 1 MiB ([`read_text_file`]).
+    /// Reading it back takes relative paths as relative to the folder of the file
+    /// ([`MachineConfig::rebase_paths`]), and refuses a file of more than 1 MiB ([`read_text_file`]).
     pub fn to_toml(&self) -> String {
         let defaults = Self::without_kernel().to_table();
         let mut table = self.to_table();
@@ -246,19 +246,19 @@ impl MachineConfig {
         }
     }
 
-    /// What the disks are called, in their order.
+    /// Returns the names of the disks, in their order.
     pub fn disk_names(&self) -> impl Iterator<Item = DeviceName> {
         let disks = self.disks.iter().enumerate();
         disks.map(|(place, disk)| disk.device_name(place))
     }
 
-    /// What the network devices are called, in their order.
+    /// Returns the names of the network devices, in their order.
     pub fn net_names(&self) -> impl Iterator<Item = DeviceName> {
         let nets = self.nets.iter().enumerate();
         nets.map(|(place, net)| net.device_name(place))
     }
 
-    /// How many virtio devices the machine has.
+    /// Returns the number of virtio devices of the machine.
     fn device_count(&self) -> usize {
         self.disks.len()
             + self.nets.len()
@@ -269,7 +269,7 @@ impl MachineConfig {
             + usize::from(self.balloon.is_some())
     }
 
-    /// Checks each device by itself, and beside the machine's memory.
+    /// Checks each device by itself, and the balloon against the machine's memory.
     fn validate_devices(&self) -> Result<(), ConfigError> {
         if let Some(balloon) = &self.balloon {
             balloon.validate(self.memory, self.huge_pages)?;
@@ -289,8 +289,8 @@ impl MachineConfig {
         }
     }
 
-    /// Takes over what `command` has changed of the device called `name`, so that a machine made by this is
-    /// like the one that was changed.
+    /// Applies the change that `command` has made to the device called `name`, so that a machine built from
+    /// this configuration is like the one that was changed.
     pub(crate) fn apply(&mut self, name: &DeviceName, command: &DeviceCommand) {
         let mut disks = (0..).zip(&mut self.disks);
         let mut nets = (0..).zip(&mut self.nets);
@@ -303,7 +303,8 @@ impl MachineConfig {
         }
     }
 
-    /// The serial port, the console and the channels: what each is called, and its other end.
+    /// Returns the serial port, the console and the channels: the name of each for messages, and its other
+    /// end.
     fn streams(&self) -> impl Iterator<Item = (String, &SerialConfig)> {
         let channel = |it: &ChannelConfig| format!("channel '{}'", it.name);
         let channels = self.channels.iter().map(move |it| (channel(it), &it.end));
@@ -321,8 +322,8 @@ impl MachineConfig {
     }
 }
 
-/// Names of the devices that a machine has once at most. No disk or network device can have one, so that a
-/// machine can be given any of these devices later.
+/// Names of the devices that a machine has at most once. No disk or network device can have such a name, so
+/// that a machine can be given any of these devices later.
 const FIXED_DEVICE_NAMES: [&str; 7] = [
     "serial", "console", "channels", "keyboard", "vsock", "rng", "balloon",
 ];
@@ -331,7 +332,7 @@ const FIXED_DEVICE_NAMES: [&str; 7] = [
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocolOption {
-    /// The best one that the kernel image offers.
+    /// The best protocol that the kernel image offers.
     #[default]
     Auto,
     /// PVH (Xen, `docs/misc/pvh`).
@@ -386,13 +387,13 @@ impl fmt::Display for OnReboot {
     }
 }
 
-/// The unit variant that serde knows by this name, so that names are written once.
+/// Finds the unit variant that serde knows by this name, so that names are written only once.
 fn variant_by_name<'de, T: Deserialize<'de>>(name: &'de str) -> Option<T> {
     let deserializer = IntoDeserializer::<ValueError>::into_deserializer(name);
     T::deserialize(deserializer).ok()
 }
 
-/// Whether a value need not be written.
+/// Whether a value is the default, so that it need not be written.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

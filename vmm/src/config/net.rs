@@ -11,7 +11,7 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
-/// A network device of the guest, connected to a tap interface of the host.
+/// Describes a network device of the guest, which is connected to a tap interface of the host.
 ///
 /// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...`; in a machine file a
 /// `[[net]]` table with the same keys.
@@ -26,15 +26,15 @@ pub struct NetConfig {
     pub tap: InterfaceName,
     /// The guest's MAC address.
     pub mac: Option<MacAddress>,
-    /// Largest packet the guest is told to send.
+    /// Largest packet that the guest is told to send.
     pub mtu: Option<Mtu>,
-    /// How many pairs of queues the device has. By default as many as the machine has vCPUs, no
-    /// more than [`QueuePairs::MAX`], or one where the tap was made with a single queue.
+    /// Number of pairs of queues. By default the number of vCPUs, up to [`QueuePairs::MAX`], or one if the
+    /// tap was created with a single queue.
     pub queues: Option<QueuePairs>,
-    /// Whether the device is served by a thread of its own.
+    /// Whether a thread of its own serves the device.
     #[serde(default, skip_serializing_if = "is_default")]
     pub iothread: bool,
-    /// What the device is called on the host; by its place, such as `net0`, if not given.
+    /// Name of the device on the host; by default it is named after its place, such as `net0`.
     pub name: Option<DeviceName>,
     /// Limits of what the guest receives and transmits.
     #[serde(
@@ -55,7 +55,7 @@ pub struct NetConfig {
 serde_with_short_keys!(NetConfig);
 
 impl NetConfig {
-    /// A network device on `tap`, with the default for all else.
+    /// Describes a network device on `tap`, with defaults for all else.
     pub fn new(tap: InterfaceName) -> Self {
         Self {
             tap,
@@ -68,21 +68,21 @@ impl NetConfig {
         }
     }
 
-    /// What the device is called as the one at `place`, counted from zero.
+    /// Returns the name of the device at `place`, counted from zero.
     pub fn device_name(&self, place: usize) -> DeviceName {
         let name = self.name.clone();
         name.unwrap_or_else(|| DeviceName::by_place("net", place))
     }
 
-    /// Takes over what `command` has changed.
+    /// Applies the change that `command` has made to the device.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         if let DeviceCommand::SetNetLimits(limits) = command {
             self.limits = (*limits).into();
         }
     }
 
-    /// The address given, or else one that is made from the tap's name: locally administered, and
-    /// the same at each start.
+    /// Returns the MAC address that is given, or else one derived from the tap's name: it is locally
+    /// administered, and the same at each start.
     pub fn mac_address(&self) -> MacAddress {
         self.mac.unwrap_or_else(|| {
             // FNV-1a, 64 bits.
@@ -98,7 +98,7 @@ impl NetConfig {
         })
     }
 
-    /// Checks that the limits and bursts of the network device fit together.
+    /// Checks that each burst of the network device has its limit.
     pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
         let device = || format!("the network device on tap '{}'", self.tap);
         self.limits.check_bursts(device)
@@ -120,7 +120,7 @@ impl FromStr for NetConfig {
     }
 }
 
-/// Writes the option string, which has no word for limits that are buckets.
+/// Writes the option string, which cannot express limits that are buckets.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "tap={}", option_string::escape(self.tap.as_str()))?;
@@ -146,17 +146,17 @@ impl fmt::Display for NetConfig {
     }
 }
 
-/// Name of a network interface of the host: 1 to 15 printable ASCII characters that Linux allows
-/// in such a name (no space, `/`, `:`, nor `%`, which makes it a pattern).
+/// Name of a network interface of the host: 1 to 15 printable ASCII characters that Linux allows in such a
+/// name (no space, `/` or `:`, and no `%`, which would make it a pattern).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String")]
 pub struct InterfaceName(String);
 
 impl InterfaceName {
-    /// Most bytes of a name: `IFNAMSIZ` less the terminating NUL.
+    /// Maximum number of bytes: `IFNAMSIZ` less the terminating NUL.
     pub const MAX_SIZE: usize = 15;
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -184,13 +184,13 @@ impl fmt::Display for InterfaceName {
     }
 }
 
-/// MAC address of one interface: neither a multicast address nor all zeros.
+/// MAC address of an interface: neither a multicast address nor all zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(try_from = "String")]
 pub struct MacAddress([u8; 6]);
 
 impl MacAddress {
-    /// The bytes in the order in which they are written and sent.
+    /// Returns the bytes in the order in which they are written and sent.
     pub fn bytes(self) -> [u8; 6] {
         self.0
     }
@@ -257,14 +257,14 @@ impl fmt::Display for MacAddress {
 pub struct Mtu(u16);
 
 impl Mtu {
-    /// Least value: what every IPv4 link must carry.
+    /// Smallest value: what every IPv4 link must carry.
     pub const MIN: u16 = 68;
 
-    /// Greatest value: what a tap can be set to, as Linux counts its Ethernet header of 14 bytes
-    /// into the 65535 of a packet.
+    /// Largest value that a tap can be set to: Linux counts the Ethernet header of 14 bytes as part of the
+    /// 65535 bytes of a packet.
     pub const MAX: u16 = 65_521;
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn get(self) -> u16 {
         self.0
     }
@@ -293,19 +293,19 @@ impl fmt::Display for Mtu {
     }
 }
 
-/// Number of pairs of queues, one to receive and one to transmit each: [`QueuePairs::MIN`] to
+/// Number of pairs of queues, each with one to receive and one to transmit: [`QueuePairs::MIN`] to
 /// [`QueuePairs::MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct QueuePairs(u8);
 
 impl QueuePairs {
-    /// Least number.
+    /// Smallest number.
     pub const MIN: u8 = 1;
 
-    /// Greatest number.
+    /// Largest number.
     pub const MAX: u8 = 8;
 
-    /// The number of pairs.
+    /// Returns the number of pairs.
     pub fn get(self) -> u8 {
         self.0
     }

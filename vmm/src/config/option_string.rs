@@ -1,4 +1,4 @@
-//! Option strings of the command line, such as `disk.img,ro,id=root`, read into serde structs.
+//! Reads option strings of the command line, such as `disk.img,ro,id=root`, into serde structs.
 //!
 //! An option string is a list of `key=value` and `flag` items separated by commas. The value of
 //! one chosen field may come first without its key. A comma that belongs to a value is doubled:
@@ -40,7 +40,7 @@ pub(super) fn parse<T: DeserializeOwned>(
     T::deserialize(MapDeserializer::new(items.into_iter()))
 }
 
-/// A value in the form that [`parse`] reads back.
+/// Writes a value in the form that [`parse`] reads back.
 pub(super) fn escape(value: &str) -> String {
     value.replace(',', ",,")
 }
@@ -70,7 +70,7 @@ fn split_items(text: &[u8]) -> Vec<Vec<u8>> {
     items
 }
 
-/// What follows the key of an item; nothing for a flag.
+/// The value of an item, and its key for messages. A flag has no value.
 struct ItemValue {
     key: String,
     value: Option<Vec<u8>>,
@@ -150,7 +150,7 @@ impl<'de> Deserializer<'de> for ItemValue {
     }
 }
 
-/// What is wrong with an option string.
+/// Says what is wrong with an option string.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct OptionStringError(String);

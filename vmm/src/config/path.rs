@@ -1,5 +1,5 @@
-//! How paths are written and read: they are bytes on the command line, and in a machine file text if they are
-//! UTF-8. A field has `#[serde(with = "path")]`.
+//! Reads and writes paths: they are bytes on the command line, and in a machine file text if they are UTF-8.
+//! A field has `#[serde(with = "path")]`.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserializer, Serialize, Serializer};
 
-/// Writes a path as text, or as a list of its bytes if it is not UTF-8. Serde's own way refuses the latter.
+/// Writes a path as text, or as a list of its bytes if it is not UTF-8. Serde's own implementation refuses
+/// the latter.
 ///
 /// # Errors
 ///
@@ -18,11 +19,11 @@ pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::
     serialize_text(path.as_os_str(), serializer)
 }
 
-/// Reads a path; serde's own way takes UTF-8 only.
+/// Reads a path; serde's own implementation accepts only UTF-8.
 ///
 /// # Errors
 ///
-/// When there is neither text nor bytes.
+/// If there is neither text nor bytes.
 pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     deserialize_text(deserializer, "a path").map(PathBuf::from)
 }
@@ -38,7 +39,7 @@ pub(super) fn serialize_text<S: Serializer>(
     }
 }
 
-/// Reads text with a path in it; `expecting` says what it is.
+/// Reads text with a path in it; `expecting` names it in errors.
 pub(super) fn deserialize_text<'de, D: Deserializer<'de>>(
     deserializer: D,
     expecting: &'static str,
@@ -78,7 +79,7 @@ impl<'de> Visitor<'de> for TextVisitor {
     }
 }
 
-/// A path that may be left out.
+/// Reads and writes a path that may be left out.
 pub mod option {
     use std::path::PathBuf;
 
@@ -88,7 +89,7 @@ pub mod option {
     ///
     /// # Errors
     ///
-    /// Those of the serializer, which may have no word for none.
+    /// Those of the serializer, which may be unable to write `None`.
     pub fn serialize<S: Serializer>(
         path: &Option<PathBuf>,
         serializer: S,
@@ -103,7 +104,7 @@ pub mod option {
     ///
     /// # Errors
     ///
-    /// When there is neither text nor bytes.
+    /// If there is neither text nor bytes.
     pub fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<PathBuf>, D::Error> {

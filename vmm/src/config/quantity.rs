@@ -8,17 +8,17 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{ConfigError, whole_number};
 
-/// Suffixes and the powers of two they stand for.
+/// Suffixes and the exponents of the powers of two that they stand for.
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
 /// A number of bytes or operations from 1 to 2^63 - 1.
 ///
-/// As text, a number, perhaps with a binary unit: `500`, `64K`, `10M`, `1G`, in either case.
+/// As text, a number with an optional binary unit in either case: `500`, `64K`, `10M`, `1G`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Quantity(u64);
 
 impl Quantity {
-    /// The number as an integer.
+    /// Returns the number as an integer.
     pub fn get(self) -> u64 {
         self.0
     }

@@ -1,4 +1,4 @@
-//! The other end of the serial port, and of what is like it.
+//! The other end of the serial port, the console or a channel.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -11,17 +11,17 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{ConfigError, path};
 
-/// Other end of the guest's serial port, of its virtio console, or of a channel.
+/// Describes the other end of the guest's serial port, of its virtio console, or of a channel.
 ///
 /// On the command line and in a machine file `stdio`, `pty`, `file=PATH`, `socket=PATH` or `none`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialConfig {
-    /// Standard input and output of the monitor, or what an embedding program gives in their place.
+    /// Standard input and output of the monitor, or what an embedding program provides in their place.
     #[default]
     Stdio,
     /// A new pseudoterminal.
     Pty,
-    /// A file that gets what the guest writes; the guest reads nothing.
+    /// A file that gets what the guest writes. The guest has nothing to read.
     File(PathBuf),
     /// A Unix domain socket that one client at a time can connect to.
     Socket(PathBuf),

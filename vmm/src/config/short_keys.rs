@@ -1,7 +1,7 @@
 //! Reads devices whose limits can also be given by keys of the device itself, such as `bytes-per-second`.
 //!
-//! `#[serde(flatten)]` would do so too, but an error would then name neither the line of the key nor the keys
-//! that there are.
+//! `#[serde(flatten)]` would do so too, but an error would then name neither the line of the key nor the
+//! valid keys.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ use super::{ConfigError, Quantity};
 
 /// Implements `Deserialize` for a struct whose field `limits` can also be given by short keys, and
 /// `Serialize`, which writes the field. Serde derives both as functions of the struct itself
-/// (`remote = "Self"`), which `Self::` means here before any of a trait.
+/// (`remote = "Self"`). `Self::` resolves to these here, as they take precedence over functions of traits.
 macro_rules! serde_with_short_keys {
     ($config:ty) => {
         impl serde::Serialize for $config {
@@ -39,7 +39,11 @@ macro_rules! serde_with_short_keys {
 }
 pub(super) use serde_with_short_keys;
 
-/// Puts limits that were given by short keys in the place of `limits`, which then must not be given.
+/// Replaces `limits` by limits that were given by short keys.
+///
+/// # Errors
+///
+/// If limits are given in both ways.
 pub(super) fn settle<L: ShortKeys, E: Error>(limits: &mut L, short: L) -> Result<(), E> {
     if let Some((key, _)) = short.rates().first() {
         if *limits != L::default() {
@@ -50,7 +54,7 @@ pub(super) fn settle<L: ShortKeys, E: Error>(limits: &mut L, short: L) -> Result
     Ok(())
 }
 
-/// A deserializer that keeps short keys from the struct and puts their values into `limits`.
+/// A deserializer that hides short keys from the struct and puts their values into `limits`.
 pub(super) struct ShortKeyReader<'a, T, L> {
     pub(super) inner: T,
     pub(super) limits: &'a mut L,
@@ -133,12 +137,12 @@ impl<'de, A: MapAccess<'de>, L: ShortKeys> MapAccess<'de> for ShortKeyReader<'_,
 
 /// A key of a device.
 enum Key<'a, K> {
-    /// One of a rate or burst, and where its value is kept.
+    /// The short key of a rate or burst, and the place for its value.
     Short(&'static str, &'a mut Option<Quantity>),
     Other(K),
 }
 
-/// Reads a key; `seed` is used up by one that is not short.
+/// Reads a key. A key that is not short uses up `seed`.
 struct KeySeed<'a, 's, K, L> {
     seed: &'s mut Option<K>,
     limits: &'a mut L,

@@ -1,4 +1,4 @@
-//! What one source, the command line or a machine file, says about a machine.
+//! The part of a configuration that one source gives: the command line or a machine file.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use toml::Table;
 
 use super::{ConfigError, ExitStatus, MachineConfig, SerialConfig, read_text_file};
 
-/// What one source says about a machine: keys of a machine file, each with a value that it can have.
+/// Holds what one source says about a machine: keys of a machine file, each with a valid value.
 ///
 /// A machine file is TOML. Its keys are those of [`MachineConfig`], most of them also long options of the
 /// command line:
@@ -28,12 +28,12 @@ use super::{ConfigError, ExitStatus, MachineConfig, SerialConfig, read_text_file
 pub struct MachineTable(Table);
 
 impl MachineTable {
-    /// Reads a machine file, as [`read_text_file`] does. Relative paths in a pipe or device are
-    /// relative to the current folder.
+    /// Reads a machine file by [`read_text_file`]. Relative paths in a pipe or device are relative to the
+    /// current folder.
     ///
     /// # Errors
     ///
-    /// When it cannot be read, and as [`Self::from_toml`].
+    /// If it cannot be read, and those of [`Self::from_toml`].
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text = read_text_file(path).map_err(|source| ConfigError::ReadMachineFile {
             path: path.into(),
@@ -48,8 +48,8 @@ impl MachineTable {
     ///
     /// # Errors
     ///
-    /// When the text is not TOML, has an option that does not exist or a value that an option
-    /// cannot have. The error names the line.
+    /// If the text is not TOML, or has an option that does not exist or a value that an option cannot have.
+    /// The error names the line.
     pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
         Self::parse(text, path, path.parent())
     }
@@ -61,7 +61,7 @@ impl MachineTable {
             message: describe(error.message()),
         };
         let given: Table = toml::from_str(text).map_err(wrong_line)?;
-        // With the defaults in place of what the file does not say.
+        // This has defaults for what the file leaves out.
         let mut config: MachineConfig = toml::from_str(text).map_err(wrong_line)?;
         if let Some(folder) = folder {
             config.rebase_paths(folder);
@@ -71,11 +71,11 @@ impl MachineTable {
         Ok(Self(table))
     }
 
-    /// What `options` say, which serialize to keys of a machine file and their values.
+    /// Creates a table from `options`, which serialize to keys of a machine file and their values.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Options`]: they serialize to what TOML does not have.
+    /// [`ConfigError::Options`] if they serialize to something that TOML does not have.
     pub fn from_options(options: &impl Serialize) -> Result<Self, ConfigError> {
         let table = Table::try_from(options).map_err(|error| ConfigError::Options {
             message: describe(&error.to_string()),
@@ -83,8 +83,8 @@ impl MachineTable {
         Ok(Self(table))
     }
 
-    /// Takes from `fallback` what `self` does not say, key by key: disks are taken all or none, and so are
-    /// network devices and channels.
+    /// Takes from `fallback` each key that `self` does not have. Disks are one key, so they are taken all or
+    /// none; so are network devices and channels.
     #[must_use]
     pub fn over(self, fallback: Self) -> Self {
         let Self(mut table) = fallback;
@@ -92,7 +92,7 @@ impl MachineTable {
         Self(table)
     }
 
-    /// Of whom the exit status of the program tells.
+    /// Returns what the exit status of the program is about.
     pub fn exit_status(&self) -> ExitStatus {
         let status = self.0.get("exit-status").cloned();
         status
@@ -100,13 +100,13 @@ impl MachineTable {
             .unwrap_or_default()
     }
 
-    /// Fills in the defaults. A serial port of which nothing is said leads nowhere if the console or a
-    /// channel leads to standard input and output.
+    /// Fills in the defaults. If the serial port is not mentioned, and the console or a channel leads to
+    /// standard input and output, the serial port leads nowhere.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Options`]: a key or a value is not one of a machine file, or texts to append are not
-    /// parts of a kernel command line. Otherwise as [`MachineConfig::validate`].
+    /// [`ConfigError::Options`] if a key or a value is not one of a machine file, or texts to append are not
+    /// parts of a kernel command line. Otherwise those of [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
         let says_serial = self.0.contains_key("serial");
         let mut config: MachineConfig =
@@ -126,7 +126,7 @@ impl MachineTable {
     }
 }
 
-/// Number, from 1, of the line with the byte at `offset`.
+/// Returns the number, from 1, of the line with the byte at `offset`.
 fn line_number(text: &str, offset: usize) -> usize {
     1 + text
         .bytes()
@@ -135,7 +135,7 @@ fn line_number(text: &str, offset: usize) -> usize {
         .count()
 }
 
-/// Serde's words for a struct in those of a configuration file, on one line.
+/// Rewrites serde's message about a struct in terms of a configuration file, on one line.
 fn describe(message: &str) -> String {
     let message = message.replace('`', "'").replace('\n', " ");
     for (serde_words, words) in [

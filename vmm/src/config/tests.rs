@@ -1,4 +1,4 @@
-//! Tests of machine files, of how sources combine, and of what fits together.
+//! Tests of machine files, of how sources combine, and of what is valid together.
 
 mod round_trip;
 
@@ -654,7 +654,7 @@ fn mac_addresses_are_not_repeated() {
         nets("mac = '52:54:00:00:00:0A'", "mac = '52:54:00:00:00:0a'").unwrap_err(),
         same
     );
-    // One that is made from the name of its tap counts as well.
+    // An address that is derived from the name of its tap counts as well.
     let made = NetConfig::new("t0".to_owned().try_into().unwrap()).mac_address();
     let error = nets("", &format!("mac = '{made}'")).unwrap_err();
     assert!(error.contains("the same MAC address 02:"), "{error}");

@@ -1,4 +1,4 @@
-//! Whether the parts of a machine fit together.
+//! Checks that the parts of a machine fit together.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -17,35 +17,35 @@ impl MachineConfig {
     ///
     /// # Errors
     ///
-    /// As [`MachineConfig::validate_values`] and [`MachineConfig::validate_files`].
+    /// Those of [`MachineConfig::validate_values`] and [`MachineConfig::validate_files`].
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.validate_values()?;
         self.validate_files()
     }
 
-    /// Checks what needs no look at the file system, and so never waits for it.
+    /// Checks everything that does not need the file system, so that it never waits for one.
     ///
     /// # Errors
     ///
     /// - [`ConfigError::NoKernel`]: there is nothing to boot.
-    /// - [`ConfigError::UnpairedVcpu`]: each two vCPUs are to share a core, and one is left.
+    /// - [`ConfigError::UnpairedVcpu`]: vCPUs are to share cores in pairs, but their number is odd.
     /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
-    /// - One of a single device, which does not fit into the machine's memory or is wrong in itself.
+    /// - The error of a single device that is wrong in itself or does not fit into the machine's memory.
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
     /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
     ///   the name of another device.
-    /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst of a limit that it does not have.
-    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is served over
-    ///   no network device, or over one that there is not.
+    /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst without its limit.
+    /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is to be served over no
+    ///   network device, or over one that does not exist.
     /// - [`ConfigError::TooManyChannels`]: more than [`MAX_CHANNELS`].
-    /// - [`ConfigError::RepeatedChannel`]: two channels have one name.
+    /// - [`ConfigError::RepeatedChannel`]: two channels have the same name.
     /// - [`ConfigError::ChannelEnd`]: a channel leads nowhere.
-    /// - [`ConfigError::RepeatedStdio`]: standard input and output are the end of two of serial port,
-    ///   console and channels.
+    /// - [`ConfigError::RepeatedStdio`]: more than one of serial port, console and channels leads to standard
+    ///   input and output.
     pub fn validate_values(&self) -> Result<(), ConfigError> {
         if self.kernel.as_os_str().is_empty() {
             return Err(ConfigError::NoKernel);
@@ -87,12 +87,12 @@ impl MachineConfig {
         self.validate_streams()
     }
 
-    /// Checks which files the paths lead to. A file system that hangs is waited for.
+    /// Checks the files that the paths lead to. It waits for a file system that hangs.
     ///
     /// # Errors
     ///
-    /// - [`ConfigError::RepeatedEnd`]: a file or socket is the end of two of serial port, console and
-    ///   channels.
+    /// - [`ConfigError::RepeatedEnd`]: more than one of serial port, console and channels leads to the same
+    ///   file or socket.
     /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
@@ -205,12 +205,12 @@ impl MachineConfig {
     }
 }
 
-/// What two names of one file, be they links or paths, have in common.
+/// Identifies a file, whatever its paths and links.
 #[derive(PartialEq, Eq, Hash)]
 enum FileIdentity {
     /// An existing file.
     Inode { device: u64, inode: u64 },
-    /// A file that is not there, or out of reach. If it is needed, opening it says so.
+    /// A file that does not exist or cannot be reached. If it is needed, opening it reports that.
     Path(PathBuf),
 }
 

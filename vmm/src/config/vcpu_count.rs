@@ -9,12 +9,12 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::ConfigError;
 use super::whole_number;
 
-/// A number of vCPUs from 1 to [`MAX_VCPUS`]; one by default.
+/// Number of vCPUs, from 1 to [`MAX_VCPUS`]; one by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct VcpuCount(u8);
 
 impl VcpuCount {
-    /// The number as an integer.
+    /// Returns the number as an integer.
     pub fn get(self) -> u8 {
         self.0
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::forms::Single;
 use super::{ConfigError, option_string, whole_number};
 
-/// A socket device, by which programs of the host and the guest connect to one another.
+/// Describes a socket device, by which programs of the host and the guest connect to one another.
 ///
 /// On the command line `cid=N,socket=PATH`, where a comma in the path is doubled; in a machine file a
 /// `[vsock]` table with the same keys.
@@ -31,11 +31,11 @@ pub struct VsockConfig {
 }
 
 impl VsockConfig {
-    /// Most bytes of the socket's path: what a socket's address has room for, with a NUL at its end,
-    /// less what the paths of ports have more.
+    /// Maximum length of the socket's path in bytes: the room in a socket's address, with a NUL at its end,
+    /// less the suffix that the path of a port adds.
     pub const MAX_PATH_SIZE: usize = 107 - MAX_PORT_SUFFIX_SIZE;
 
-    /// Checks that the path, which is complete, is not too long.
+    /// Checks that the path, which must be complete, is not too long.
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         if self.socket.as_os_str().len() > Self::MAX_PATH_SIZE {
             return Err(ConfigError::VsockPath {
@@ -88,13 +88,13 @@ impl fmt::Display for VsockConfig {
 pub struct GuestCid(u32);
 
 impl GuestCid {
-    /// Any number, also one that the specification reserves. A guest with such a number may not be
-    /// reached.
+    /// Creates an identifier from any number, even one that the specification reserves. A guest with a
+    /// reserved number may be unreachable.
     pub fn unchecked(cid: u32) -> Self {
         Self(cid)
     }
 
-    /// The number.
+    /// Returns the number.
     pub fn get(self) -> u32 {
         self.0
     }
@@ -140,7 +140,7 @@ impl<'de> Visitor<'de> for CidVisitor {
     }
 }
 
-/// A context identifier that is not looked at, as it is written.
+/// The form in which an unchecked context identifier is written.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct UncheckedCid {

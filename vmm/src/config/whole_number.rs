@@ -1,4 +1,4 @@
-//! Whole numbers in option strings and machine files.
+//! Reads whole numbers in option strings and machine files.
 
 use std::fmt;
 
@@ -35,11 +35,11 @@ impl Visitor<'_> for WholeNumberVisitor {
     }
 }
 
-/// Visits a number that a format gives as an unsigned one, as JSON does, like any other.
+/// Visits a number that a format delivers as unsigned, as JSON does, like any other.
 ///
 /// # Errors
 ///
-/// When the visitor takes no such number.
+/// If the visitor does not accept the number.
 pub(super) fn visit_unsigned<'de, V: Visitor<'de>, E: Error>(
     visitor: V,
     number: u64,

@@ -1,4 +1,4 @@
-//! Numbers of 64 bits, half of which TOML has no integer for.
+//! Numbers of 64 bits, half of which do not fit into an integer in TOML.
 
 use std::fmt;
 

@@ -91,11 +91,11 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
     }
 }
 
-/// Checks that a machine could use the image of a disk. Another program may still take it before the machine
-/// starts.
+/// Checks that a machine could use the image of a disk, unless another program is using it. That is not
+/// checked.
 ///
 /// # Errors
-/// Those of starting a machine with this disk.
+/// Those with which the start of a machine with this disk would fail.
 pub fn check_disk(config: &DiskConfig) -> Result<(), Error> {
     Ok(DiskFile::check(&config.path, &disk_options(config))?)
 }

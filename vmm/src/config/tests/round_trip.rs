@@ -1,4 +1,4 @@
-//! Tests that any configuration comes back from the machine file that is written of it.
+//! Tests that any configuration can be read back from the machine file that is written for it.
 
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -32,7 +32,7 @@ fn parsed<T: FromStr<Err: Debug> + Debug>(pattern: &'static str) -> impl Strateg
     pattern.prop_map(|text| text.parse().unwrap())
 }
 
-/// A value that is made of a number of this range.
+/// A value that is made from a number in this range.
 fn number<T: TryFrom<i64, Error: Debug> + Debug>(
     range: std::ops::RangeInclusive<i64>,
 ) -> impl Strategy<Value = T> {
@@ -273,7 +273,7 @@ proptest! {
     fn a_machine_file_that_is_written_describes_the_same_machine(config in machine()) {
         let config = mended(config);
         let text = config.to_toml();
-        // Ends and names may still be repeated, and are then refused in both.
+        // Ends and names may still be repeated; then both refuse them.
         match (read(&text)?.into_config(), config.validate()) {
             (Ok(read), Ok(())) => prop_assert_eq!(read, config, "{}", text),
             (Err(read), Err(error)) => prop_assert_eq!(read.to_string(), error.to_string()),
