@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use crate::lock::lock;
 
-/// Something whose use may hang. A thread of its own uses it, and is not waited for forever. The thread has
-/// the other reference while it works.
+/// Holds something whose use may hang. A thread of its own uses it, and is waited for only for a limited
+/// time. The thread holds the other reference while it works.
 pub(crate) struct Bounded<T>(Arc<Mutex<T>>);
 
 impl<T: Send + 'static> Bounded<T> {
@@ -16,11 +16,12 @@ impl<T: Send + 'static> Bounded<T> {
         Bounded(Arc::new(Mutex::new(subject)))
     }
 
-    /// Gives what `work` gives. If that takes longer than `limit`, `work` goes on and its result is lost.
+    /// Runs `work` and returns its result. If that takes longer than `limit`, `work` goes on and its result
+    /// is lost.
     ///
     /// # Errors
-    /// When it takes too long; at once while earlier work still goes on, so that there is one thread at
-    /// most. Or when the host is out of threads, or `work` panics.
+    /// If it takes too long, the host is out of threads, or `work` panics. Also at once while earlier work
+    /// still goes on, so that there is at most one thread.
     pub(crate) fn run<R: Send + 'static>(
         &mut self,
         limit: Duration,
@@ -34,11 +35,11 @@ impl<T: Send + 'static> Bounded<T> {
         thread::Builder::new()
             .name("bantam-api-file".into())
             .spawn(move || {
-                // Also after a panic, the subject is let go before the result is there.
+                // Even after a panic, the subject is released before the result arrives.
                 let (sender, subject) = (sender, subject);
                 let result = work(&mut lock(&subject));
                 drop(subject);
-                // It fails if the result is not waited for any more.
+                // This fails if the result is not waited for any more.
                 let _ = sender.send(result);
             })?;
         receiver.recv_timeout(limit).map_err(|error| match error {

@@ -1,5 +1,5 @@
-//! The clients that are connected, whose number is limited. A client that the server waits for gives its
-//! place to another, so that no client keeps others out by doing nothing.
+//! Limits the number of connected clients. A client that the server waits for gives up its place to another,
+//! so that no client keeps others out by doing nothing.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,8 +10,9 @@ use tokio::time::{self, Duration, Instant};
 
 use crate::lock::lock;
 
-/// How long the server waits for a client at least, so that many clients that come at once do not drive out
-/// each other, or those that have something to say. New clients wait until then to be accepted.
+/// Minimum time that the server waits for a client before another may take its place, so that many clients
+/// that come at once do not drive out each other, or those that are about to send something. New clients
+/// wait until then to be accepted.
 const GRACE_TIME: Duration = Duration::from_millis(50);
 
 /// The places for clients, and the clients that have them.
@@ -26,13 +27,13 @@ pub(crate) struct Clients {
 /// The clients that the server waits for: to send a request, or to take an answer.
 #[derive(Default)]
 struct Waiting {
-    /// In the order in which the server began to wait, with the time.
+    /// Ordered by when the server began to wait, with that time.
     clients: BTreeMap<u64, (Instant, Arc<Notify>)>,
     last: u64,
 }
 
 impl Clients {
-    /// Makes places for `count` clients.
+    /// Creates places for `count` clients.
     pub(crate) fn new(count: usize) -> Clients {
         let count = u32::try_from(count.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
         Clients {
@@ -46,12 +47,12 @@ impl Clients {
     /// Asks all clients to leave, and waits until they have.
     pub(crate) async fn leave(&self) {
         self.leaving.send_replace(true);
-        // It fails only for a semaphore that is closed, which this one never is.
+        // This fails only for a closed semaphore, and this one is never closed.
         let _ = self.places.acquire_many(self.count).await;
     }
 
-    /// Gives a place to another client. If all are taken, that is the place of the client that the server has
-    /// waited for longest; none if the server waits for no client.
+    /// Returns a place for a new client. If all are taken, it is the place of the client that the server has
+    /// waited for longest, or `None` if the server waits for no client.
     pub(crate) async fn place(&self) -> Option<Place> {
         let permit = loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
@@ -65,7 +66,7 @@ impl Clients {
             if let Some((_, (_, leave))) = lock(&self.waiting).clients.pop_first() {
                 leave.notify_one();
             }
-            // That client leaves at once, as it does nothing.
+            // That client leaves at once, because it is doing nothing.
             break self.places.clone().acquire_owned().await.ok()?;
         };
         let place = Place {
@@ -110,7 +111,7 @@ impl Place {
 
     /// Waits until all clients are asked to leave as soon as their requests are answered.
     pub(crate) async fn leaving(&self) {
-        // It fails when there are no clients any more.
+        // This fails when there are no clients any more.
         let _ = self.leaving.clone().wait_for(|leaving| *leaving).await;
     }
 

@@ -8,8 +8,8 @@ use crate::fault::Fault;
 use crate::resources::Configuration;
 
 impl Configuration {
-    /// What the machine calls a drive: its id, or `drive.N` by its place if no device, or one of another
-    /// kind, can have that name. No id has a dot.
+    /// Returns the machine's name of a drive: its id, or `drive.N` by its place if a disk cannot have that
+    /// name. No id has a dot.
     pub(crate) fn drive_name(&self, id: &str) -> Result<DeviceName, Fault> {
         let place = self.drives_in_order().position(|it| it.drive_id == id);
         let place = place.ok_or_else(|| Fault::NoSuchDevice {
@@ -20,8 +20,8 @@ impl Configuration {
         name.map_err(Fault::value("drive_id"))
     }
 
-    /// What the machine calls a network interface: its id, or `interface.N` by its place if no device, or
-    /// another one, can have that name. Clients may give a drive and an interface the same id.
+    /// Returns the machine's name of a network interface: its id, or `interface.N` by its place if a network
+    /// device cannot have that name or a drive has it. Clients may give a drive and an interface the same id.
     pub(crate) fn interface_name(&self, id: &str) -> Result<DeviceName, Fault> {
         let mut interfaces = self.network_interfaces.iter();
         let place = interfaces.position(|it| it.iface_id == id);
@@ -35,7 +35,7 @@ impl Configuration {
         name.map_err(Fault::value("iface_id"))
     }
 
-    /// The ids of drives and network interfaces, by what the machine calls them.
+    /// Returns the ids of drives and network interfaces, by their names in the machine.
     pub(crate) fn ids(&self) -> HashMap<DeviceName, String> {
         let drives = self.drives.iter().map(|drive| &drive.drive_id);
         let drives = drives.filter_map(|id| Some((self.drive_name(id).ok()?, id.clone())));
@@ -46,7 +46,7 @@ impl Configuration {
     }
 }
 
-/// The name that a drive or network interface has by its id, if it can have that.
+/// Returns the id of a drive or network interface as its name, if it can be one.
 fn own_name(id: &str) -> Option<DeviceName> {
     let name: DeviceName = id.parse().ok()?;
     (!name.is_fixed()).then_some(name)

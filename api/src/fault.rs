@@ -35,7 +35,7 @@ pub enum Fault {
     /// A request to read has a body.
     #[error("GET request cannot have a body")]
     BodyOfGet,
-    /// The body speaks of another resource than the path.
+    /// The body names another resource than the path.
     #[error("The id from the path '{path}' does not match the id from the body '{body}'")]
     OtherId {
         /// In the path.
@@ -49,13 +49,13 @@ pub enum Fault {
         /// The name.
         id: String,
     },
-    /// It can only be done before the start.
+    /// The request is allowed only before the start.
     #[error("The requested operation is not supported after starting the microVM")]
     AfterStart,
-    /// It can only be done after the start.
+    /// The request is allowed only after the start.
     #[error("The requested operation is not supported before starting the microVM")]
     BeforeStart,
-    /// This version does not have it.
+    /// This version does not support it.
     #[error("{what}: not supported by this version of Bantam")]
     NotSupported {
         /// What was asked for.
@@ -75,7 +75,7 @@ pub enum Fault {
         /// What kind of device.
         kind: &'static str,
     },
-    /// The machine or its guest is not in a state for it.
+    /// The state of the machine or its guest does not allow it.
     #[error("{0}")]
     NotNow(&'static str),
     /// A value that cannot be used.
@@ -114,10 +114,10 @@ pub enum Fault {
     /// The machine's configuration is refused.
     #[error("Invalid configuration: {0}")]
     Configuration(#[from] ConfigError),
-    /// The metadata cannot be kept.
+    /// The metadata cannot be stored.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
-    /// The machine cannot do it.
+    /// The machine cannot do what was asked.
     #[error(transparent)]
     Machine(#[from] bantam_vmm::Error),
 }
@@ -132,12 +132,12 @@ impl Fault {
         )
     }
 
-    /// The line that a client gets.
+    /// Returns the line that a client gets.
     pub fn message(&self) -> String {
         without_error_numbers(self.to_string().replace('\n', " "))
     }
 
-    /// Why a file cannot be opened.
+    /// Makes the error of opening a file a fault.
     pub(crate) fn file(what: &'static str, path: &Path, error: &io::Error) -> Fault {
         Fault::File {
             what,
@@ -146,7 +146,7 @@ impl Fault {
         }
     }
 
-    /// Makes the reason why a value cannot be used a fault.
+    /// Returns a closure that makes the reason why a value cannot be used a fault.
     pub(crate) fn value(what: &'static str) -> impl Fn(ConfigError) -> Fault {
         move |error| Fault::Value {
             what,

@@ -8,9 +8,9 @@ use nix::fcntl::OFlag;
 
 use crate::fault::Fault;
 
-/// Checks that a file can be read, so that a client hears at once of one that the start would miss.
+/// Checks that a file can be read, so that a client learns at once that the start would fail to read it.
 pub(crate) fn check_readable(what: &'static str, path: &Path) -> Result<(), Fault> {
-    // It does not wait for the writer of a pipe.
+    // This does not wait for the writer of a pipe.
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())

@@ -1,4 +1,4 @@
-//! The instance that the API speaks for: a configuration, and the machine that is made of it.
+//! The instance that the API controls: a configuration, and the machine that is built from it.
 
 use std::time::Duration;
 
@@ -22,14 +22,15 @@ const OPEN_TIME: Duration = Duration::from_secs(5);
 
 /// The log of the program, as far as clients can set it.
 pub trait ProgramLog: Send {
-    /// Sets what `logger` says, and leaves the rest as it is. This may take as long as a file takes to open.
+    /// Applies the settings in `logger`, and leaves others as they are. This may take as long as a file takes
+    /// to open.
     ///
     /// # Errors
-    /// When its file cannot be used.
+    /// If its file cannot be used.
     fn set(&mut self, logger: &Logger) -> Result<(), Fault>;
 }
 
-/// What the program gives an [`Instance`].
+/// Options of an [`Instance`], which the program sets.
 pub struct InstanceOptions {
     /// Its name.
     pub id: String,
@@ -39,13 +40,13 @@ pub struct InstanceOptions {
     pub startup_times: StartupTimes,
     /// Called when a machine that has the console has been started.
     pub on_start: Box<dyn FnMut() + Send>,
-    /// Whether the guest has a device to say that it has booted.
+    /// Whether the guest has a device by which it reports that it has booted.
     pub boot_timer: bool,
-    /// Most bytes of metadata.
+    /// Maximum size of the metadata in bytes.
     pub metadata_size: usize,
 }
 
-/// A configuration and its machine. A request that only reads needs no more than the [`View`] of it.
+/// Holds a configuration and its machine. A request that only reads needs only its [`View`].
 pub struct Instance {
     view: View,
     log: Bounded<Box<dyn ProgramLog>>,
@@ -56,7 +57,7 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// An instance with nothing configured, whose machine `controller` will own.
+    /// Creates an instance with nothing configured, whose machine `controller` will own.
     pub fn new(controller: Controller, options: InstanceOptions) -> Instance {
         let metadata = MetadataStore::new(options.metadata_size);
         Instance {
@@ -68,10 +69,10 @@ impl Instance {
         }
     }
 
-    /// Takes the content of a configuration file.
+    /// Applies the content of a configuration file.
     ///
     /// # Errors
-    /// When a part of it cannot be used.
+    /// If a part of it cannot be used.
     pub fn configure(&mut self, configuration: Configuration) -> Result<(), Fault> {
         let configuration = configuration.check()?;
         if let Some(logger) = configuration.logger.clone() {
@@ -90,10 +91,10 @@ impl Instance {
         Ok(())
     }
 
-    /// Does what `request` asks for.
+    /// Executes `request`.
     ///
     /// # Errors
-    /// When it is refused.
+    /// If it is refused.
     pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
         if let Some(result) = self.view.answer(&request) {
             return result;
@@ -107,7 +108,7 @@ impl Instance {
         result
     }
 
-    /// The view of it, which answers requests that only read.
+    /// Returns the view of the instance, which answers requests that only read.
     pub fn view(&self) -> &View {
         &self.view
     }
@@ -116,7 +117,7 @@ impl Instance {
         self.view.controller()
     }
 
-    /// Changes the configuration, as long as no machine is made of it. A refused change has no effect.
+    /// Changes the configuration, which is allowed only before the start. A refused change has no effect.
     pub(crate) fn change(
         &mut self,
         change: impl FnOnce(&mut Configuration) -> Result<(), Fault>,
@@ -128,7 +129,7 @@ impl Instance {
         Ok(())
     }
 
-    /// Notes in the configuration a change that the machine has already made.
+    /// Records in the configuration a change that the machine has already made.
     pub(crate) fn record(&mut self, change: impl FnOnce(&mut Configuration)) {
         let mut configuration = Configuration::clone(&self.view.configuration());
         change(&mut configuration);
@@ -145,7 +146,7 @@ impl Instance {
     /// Starts the machine that is configured.
     ///
     /// # Errors
-    /// When it has been started, or cannot be.
+    /// If it has been started, or cannot be.
     pub fn start(&mut self) -> Result<(), Fault> {
         self.require_not_started()?;
         let mut config = self.view.configuration().machine()?;
@@ -167,7 +168,7 @@ impl Instance {
     /// Replaces the metadata.
     ///
     /// # Errors
-    /// When it is too large.
+    /// If it is too large.
     pub fn put_metadata(&mut self, contents: Value) -> Result<(), Fault> {
         match self.view.serves_metadata() {
             true => Ok(self.controller().put_metadata(contents)?),

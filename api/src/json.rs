@@ -1,4 +1,4 @@
-//! Values are read from JSON, with errors that name the place.
+//! Reads values from JSON, with errors that name the place.
 
 use serde::de::DeserializeOwned;
 
@@ -7,9 +7,9 @@ use crate::fault::Fault;
 /// Reads a body, or another object in JSON.
 ///
 /// # Errors
-/// When it is not an object in JSON, or not of this type. The error names the field and the place.
+/// If it is not an object in JSON, or not of this type. The error names the field and the place.
 pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
-    // The members of a struct would be taken in their order, too.
+    // Serde would also accept an array with the members of a struct in order.
     if text.trim_ascii_start().starts_with(b"[") {
         return Err(Fault::Body {
             field: String::new(),
@@ -22,11 +22,11 @@ pub fn parse_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
 /// Reads any value in JSON.
 ///
 /// # Errors
-/// When it is not JSON, or not of this type. The error names the field and the place.
+/// If it is not JSON, or not of this type. The error names the field and the place.
 pub fn parse_value<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
     let mut deserializer = serde_json::Deserializer::from_slice(text);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        // Members whose name is not known yet are question marks.
+        // Members whose names are not known yet show as question marks.
         let path = error.path().to_string();
         let field = match path.trim_end_matches(['.', '?']) {
             "" => String::new(),

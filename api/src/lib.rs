@@ -1,8 +1,8 @@
 //! The HTTP API of the monitor: that of Firecracker, in its version 1.17, over one machine.
 //!
-//! An [`Instance`] is what the API speaks for: the configuration that clients put together, and the
-//! [`Controller`](bantam_vmm::Controller) of the machine that is made of it. [`Request::parse`] turns what
-//! HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
+//! An [`Instance`] holds what the API controls: the configuration that clients put together, and the
+//! [`Controller`](bantam_vmm::Controller) of the machine that is built from it. [`Request::parse`] turns
+//! what HTTP carries into a [`Request`], and [`Instance::execute`] answers it; [`Server`] does both for the
 //! clients of a Unix socket. What a request can ask for is in [`resources`], one file each: a resource is a
 //! file there, a line of the table in it, and if clients configure it, a field of [`Configuration`].
 

@@ -1,4 +1,4 @@
-//! The metrics file: what the machine and the API have counted, a line of JSON each minute.
+//! Writes the metrics file: what the machine and the API have counted, a line of JSON each minute.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -19,10 +19,10 @@ const NOT_TOTALS: [&str; 4] = [
     "process_startup_time_cpu_us",
 ];
 
-/// How long a line may take to be written until it is not waited for any more.
+/// How long the writing of a line is waited for.
 const WRITE_TIME: Duration = Duration::from_secs(1);
 
-/// A file or named pipe that metrics are written to, by a thread of its own: a file system may hang.
+/// Writes metrics to a file or named pipe, on a thread of its own because a file system may hang.
 #[derive(Debug)]
 pub struct MetricsFile {
     totals: Sender<Value>,
@@ -32,13 +32,13 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Opens `path`, to which lines are added. A named pipe needs no reader yet.
+    /// Opens `path`, to which lines are appended. A named pipe does not need a reader yet.
     ///
     /// # Errors
-    /// When it cannot be opened, or the host is out of threads.
+    /// If it cannot be opened, or the host is out of threads.
     pub fn open(path: &Path) -> io::Result<MetricsFile> {
         let file = OpenOptions::new()
-            // Also for reading: a pipe without a reader is otherwise refused.
+            // Also for reading, because a pipe without a reader is otherwise refused.
             .read(true)
             .append(true)
             .create(true)
@@ -71,11 +71,11 @@ impl MetricsFile {
         })
     }
 
-    /// Writes a line: by how much each of `totals` has grown since the last line.
+    /// Writes a line that says by how much each of `totals` has grown since the last line.
     ///
     /// # Errors
-    /// When it cannot be written in time, or at all, such as to a full pipe. The next line then has the
-    /// growth that this one would have had.
+    /// If it cannot be written in time, or not at all, such as to a full pipe. The next line then includes
+    /// the growth that this one would have had.
     pub fn write(&mut self, totals: Value) -> io::Result<()> {
         if self.is_busy {
             match self.results.try_recv() {
@@ -96,10 +96,10 @@ impl MetricsFile {
     }
 }
 
-/// The lines of metrics, and what they are written to.
+/// Writes lines of metrics to `file`.
 struct Lines<W> {
     file: W,
-    /// The end of a line whose beginning a pipe has taken.
+    /// The rest of a line whose beginning a pipe has taken.
     unwritten: Vec<u8>,
     /// The totals that were last written.
     written: Value,
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(lines[1]["vcpus"][0]["exit_io_in"], 0);
         assert_eq!(lines[1]["vcpus"][1]["exit_io_in"], 2);
     }
-    /// A file that takes a line only when it may.
+    /// A file that takes a line only when it is told to.
     struct Hung(Receiver<()>, Sender<String>);
 
     impl Write for Hung {
@@ -216,7 +216,7 @@ mod tests {
         let first: Value = serde_json::from_str(&lines.recv().unwrap()).unwrap();
         assert_eq!(first["count"], 1);
 
-        // The others have reached nobody, so that the next line says what they would have.
+        // The other lines were lost, so the next line includes what they would have said.
         release.send(()).unwrap();
         while file.write(json!({"count": 7})).is_err() {}
         let next: Value = serde_json::from_str(&lines.recv().unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! Metrics in Firecracker's groups, for programs that read its metrics.
+//! Puts metrics into Firecracker's groups, for programs that read its metrics.
 
 use std::collections::HashMap;
 
@@ -27,8 +27,8 @@ impl Group {
         }
     }
 
-    /// Makes it the group of devices that a machine can have several of: it has the sums of all devices, and
-    /// each device has another group with its name.
+    /// Makes this the group of a kind of device that a machine can have several of: it has the sums of all
+    /// devices, and each device has another group with its name.
     pub(crate) const fn and_each(self) -> Group {
         Group {
             has_members: true,
@@ -92,8 +92,8 @@ struct DeviceMetrics<'a> {
     counters: &'a Value,
 }
 
-/// What has counted in a machine: its devices by their names, its vCPUs by their numbers, and what there is
-/// one of.
+/// Lists everything that counts in a machine: its devices by name, its vCPUs by number, and whatever it has
+/// only one of.
 fn counted<'a>(machine: &'a Value, ids: &HashMap<DeviceName, String>) -> Vec<DeviceMetrics<'a>> {
     let mut found = Vec::new();
     let vcpus = machine["vcpus"].as_array();
@@ -122,8 +122,8 @@ fn counted<'a>(machine: &'a Value, ids: &HashMap<DeviceName, String>) -> Vec<Dev
     found
 }
 
-/// Puts the totals of a machine into groups. A device has the name in `ids`, by which clients know it, if there
-/// is one for it.
+/// Puts the totals of a machine into groups. A device that `ids` lists has the id there as its name, because
+/// clients know it by that.
 pub(crate) fn groups(machine: &Value, ids: &HashMap<DeviceName, String>) -> Map<String, Value> {
     let of_resources = RESOURCES.iter().flat_map(|resource| resource.groups);
     let all: Vec<&Group> = of_resources.chain(GROUPS).collect();
@@ -164,7 +164,7 @@ fn add(total: &mut Value, device: &Value) {
         match (before.as_u64(), value.as_u64()) {
             (Some(before_count), Some(count)) => {
                 *before = json!(match name.as_str() {
-                    // It is zero until there is a first value.
+                    // The minimum is zero until there is a first value.
                     "min_us" if before_count == 0 || count == 0 => before_count.max(count),
                     "min_us" => before_count.min(count),
                     "max_us" => before_count.max(count),

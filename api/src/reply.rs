@@ -8,7 +8,7 @@ use crate::fault::Fault;
 /// How a request was answered.
 #[derive(Debug)]
 pub enum Reply {
-    /// It is done, and there is nothing to say.
+    /// It was executed, and there is nothing to return.
     Done,
     /// What was asked for.
     Value(Value),

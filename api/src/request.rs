@@ -1,4 +1,4 @@
-//! What clients ask for, as HTTP carries it: a method, a path and a body.
+//! Requests of clients, as HTTP carries them: a method, a path and a body.
 
 use std::fmt;
 
@@ -12,19 +12,19 @@ use crate::resources::{Part, RESOURCES};
 use crate::text::printable;
 use crate::view::View;
 
-/// What a client asks for.
+/// A request of a client.
 pub struct Request {
     method: Method,
-    /// What it is counted as.
+    /// The name that it is counted by.
     name: &'static str,
     pub(crate) action: Action,
 }
 
 /// What a request does.
 pub(crate) enum Action {
-    /// It reads. This takes no time that others would notice, and may be while another request is executed.
+    /// Reads something. This takes no noticeable time, and may happen while another request is executed.
     Read(fn(&View) -> Result<Reply, Fault>),
-    /// It changes something. There is one such request at a time.
+    /// Changes something. Only one such request is executed at a time.
     Change(Change),
 }
 
@@ -59,7 +59,7 @@ impl Request {
     /// Reads a request.
     ///
     /// # Errors
-    /// When there is no such resource, or the resource cannot have such a body.
+    /// If there is no such resource, or the resource cannot have such a body.
     pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Fault> {
         let segments: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         let first = segments.first().copied().unwrap_or_default();
@@ -89,7 +89,7 @@ impl Request {
         }
     }
 
-    /// A request to read.
+    /// Creates a request to read.
     pub(crate) fn get(name: &'static str, read: fn(&View) -> Result<Reply, Fault>) -> Request {
         Request {
             method: Method::Get,
@@ -98,14 +98,14 @@ impl Request {
         }
     }
 
-    /// A request to put a part of the configuration.
+    /// Creates a request to put a part of the configuration.
     pub(crate) fn put(name: &'static str, part: impl Part) -> Request {
         Request::change(Method::Put, name, |instance| {
             instance.change(|configuration| part.put(configuration))
         })
     }
 
-    /// A request to change what is there.
+    /// Creates a request to change what is there.
     pub(crate) fn patch(
         name: &'static str,
         change: impl FnOnce(&mut Instance) -> Result<(), Fault> + Send + 'static,
@@ -113,7 +113,7 @@ impl Request {
         Request::change(Method::Patch, name, change)
     }
 
-    /// A request that changes something.
+    /// Creates a request that changes something.
     pub(crate) fn change(
         method: Method,
         name: &'static str,
@@ -126,7 +126,7 @@ impl Request {
         }
     }
 
-    /// The method and the name by which it is counted.
+    /// Returns the method and the name by which it is counted.
     pub(crate) fn counted_as(&self) -> (Method, &'static str) {
         (self.method, self.name)
     }
@@ -148,7 +148,7 @@ pub(crate) struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// The body, an object in JSON.
+    /// Reads the body as an object in JSON.
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, Fault> {
         match self.body {
             [] => Err(self.without_body()),
@@ -156,7 +156,7 @@ impl Call<'_> {
         }
     }
 
-    /// The body, any value in JSON.
+    /// Reads the body as any value in JSON.
     pub(crate) fn value<T: DeserializeOwned>(&self) -> Result<T, Fault> {
         match self.body {
             [] => Err(self.without_body()),
@@ -164,7 +164,7 @@ impl Call<'_> {
         }
     }
 
-    /// Checks the name of a device, which the path and the body have.
+    /// Checks the name of a device, which must be the same in the path and the body.
     pub(crate) fn check_id(&self, path: &str, body: &str) -> Result<(), Fault> {
         if path != body {
             return Err(Fault::OtherId {
@@ -175,13 +175,13 @@ impl Call<'_> {
         check_name(body)
     }
 
-    /// Why it is refused if its body says nothing.
+    /// Returns the fault of a request that needs a body and has none.
     pub(crate) fn without_body(&self) -> Fault {
         let method = self.method.name();
         Fault::EmptyBody { method }
     }
 
-    /// Why it is refused if the resource does not know this method and path.
+    /// Returns the fault of a request whose method and path the resource does not know.
     pub(crate) fn unknown(&self) -> Fault {
         match (self.method, self.body) {
             (Method::Put | Method::Patch, []) => self.without_body(),

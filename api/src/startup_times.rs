@@ -1,8 +1,8 @@
-//! How long the process took to start.
+//! The time that the process took to start.
 
 use serde::Serialize;
 
-/// How long the process took to start, for the metrics. A time that is not known is 0.
+/// The time that the process took to start, for the metrics. A time that is not known is 0.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct StartupTimes {
     /// Time from the start of the process, in microseconds.

@@ -1,6 +1,6 @@
-//! The text of clients in messages.
+//! Text from clients in messages.
 
-/// Makes a client's text fit to be shown on a line.
+/// Makes a client's text safe to show on one line.
 pub(crate) fn printable(text: &str) -> String {
     const LONGEST: usize = 100;
     text.chars()

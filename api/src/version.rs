@@ -1,4 +1,4 @@
 //! The version of the API.
 
-/// The version of Firecracker's API that this one is like.
+/// The version of Firecracker's API that this API follows.
 pub const API_VERSION: &str = "1.17.0";

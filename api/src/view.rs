@@ -1,4 +1,4 @@
-//! The part of an instance that can be read at any time, also while it executes a request.
+//! The part of an instance that can be read at any time, even while it executes a request.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,8 +16,8 @@ use crate::request_counts::RequestCounts;
 use crate::resources::Configuration;
 use crate::startup_times::StartupTimes;
 
-/// Answers what is asked of an instance, and writes its metrics, without a wait for a request that changes
-/// the instance. Clones are views of the same one.
+/// Answers requests that only read from an instance, and writes its metrics, without waiting for a request
+/// that changes the instance. Clones are views of the same instance.
 ///
 /// Its locks are held for moments, except the one of the metrics file, which no request to read takes.
 #[derive(Clone)]
@@ -27,7 +27,7 @@ struct Parts {
     id: String,
     controller: Controller,
     configuration: Mutex<Arc<Configuration>>,
-    /// The metadata before the start, or if the machine serves none.
+    /// The metadata, unless the machine has taken it over.
     metadata: Mutex<MetadataStore>,
     requests: Mutex<RequestCounts>,
     startup_times: StartupTimes,
@@ -53,7 +53,7 @@ impl View {
         }))
     }
 
-    /// The answer to a request that only reads. None for any other.
+    /// Returns the answer to a request that only reads, and `None` for any other.
     pub(crate) fn answer(&self, request: &Request) -> Option<Result<Reply, Fault>> {
         let Action::Read(read) = request.action else {
             return None;
@@ -76,7 +76,7 @@ impl View {
         &self.0.controller
     }
 
-    /// The configuration as it is now.
+    /// Returns the current configuration.
     pub(crate) fn configuration(&self) -> Arc<Configuration> {
         lock(&self.0.configuration).clone()
     }
@@ -86,12 +86,12 @@ impl View {
         *lock(&self.0.configuration) = Arc::new(configuration);
     }
 
-    /// The metadata before the start, or if the machine serves none.
+    /// The metadata, unless the machine has taken it over.
     pub(crate) fn own_metadata(&self) -> MutexGuard<'_, MetadataStore> {
         lock(&self.0.metadata)
     }
 
-    /// The metadata that the guest is told, or will be.
+    /// Returns the metadata that the guest is told, or will be told after the start.
     pub(crate) fn metadata(&self) -> Result<Option<Value>, Fault> {
         match self.serves_metadata() {
             true => Ok(self.0.controller.metadata()?),
@@ -123,7 +123,7 @@ impl View {
     /// Writes the metrics to their file, if they have one and the machine has been started.
     ///
     /// # Errors
-    /// When they cannot be written. The next line then says what this one would have said.
+    /// If they cannot be written. The next line then includes what this one would have said.
     pub(crate) fn flush_metrics(&self) -> io::Result<()> {
         let mut file = lock(&self.0.metrics_file);
         let (Ok(metrics), Some(file)) = (self.0.controller.metrics(), &mut *file) else {

@@ -32,7 +32,7 @@ pub enum Command {
     /// Shows whether this host can run machines, and what to do if it cannot
     ///
     /// Looks for KVM and what Bantam needs of it, and for what disks and networks make use of.
-    /// Each line of the table says what was found; where something is missing, a line below it
+    /// Each line of the table says what was found; if something is missing, a line below it
     /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
     Check,
     /// Prints completions for a shell
@@ -62,15 +62,15 @@ pub enum Command {
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
-    /// Its keys are the names of the options below, but --log, without the dashes: kernel = "vmlinux",
-    /// cpus = 2, memory = "512M". A disk is a table [[disk]] with the keys path, readonly, id and so
-    /// on; a network device is a table [[net]] with the keys tap, mac and so on; a channel is a table
-    /// [[channel]]. Other options with keys, such as --vsock, are a table each, such as [vsock]. What
-    /// is on or off is true or false.
-    /// Relative paths are relative to the folder of the file. An option on the command line
-    /// replaces what the file says; a --disk replaces all its disks, a --net all its network
-    /// devices, a --channel all its channels. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths
-    /// in it are relative to the current folder.
+    /// Its keys are the names of the options below, except --log, without the dashes:
+    /// kernel = "vmlinux", cpus = 2, memory = "512M". A disk is a table [[disk]] with the keys path,
+    /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so on;
+    /// a channel is a table [[channel]]. Other options with keys, such as --vsock, are a table each,
+    /// such as [vsock]. What is on or off here is true or false in the file. Relative paths are
+    /// relative to the folder of the file. An option on the command line replaces what the file
+    /// says; a --disk replaces all its disks, a --net all its network devices, a --channel all its
+    /// channels. FILE may be a pipe, such as /dev/stdin or the <(...) of a shell; relative paths in
+    /// it are relative to the current folder.
     #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     pub config: Option<PathBuf>,
 
@@ -107,7 +107,7 @@ pub struct ApiArgs {
 
     /// How long the guest may take to shut down when a signal asks the program to end
     ///
-    /// As of bantam run; 0, the default, cuts its power at once.
+    /// As for bantam run; 0, the default, cuts its power at once.
     #[arg(
         long,
         value_name = "TIME",
@@ -231,7 +231,7 @@ Examples:
   The machine that a file describes, but with more memory:
     bantam run --config web.toml --memory 4G
 
-Keys, where standard input is a terminal:
+Keys, if standard input is a terminal:
   Ctrl-A x         quit
   Ctrl-A h         list these keys
   Ctrl-A a         send Ctrl-A to the guest (also Ctrl-A Ctrl-A)
@@ -249,7 +249,7 @@ Exit status:
   With --exit-status monitor: 1 for an error, and otherwise 0.";
 
 impl RunArgs {
-    /// What the command line and the machine file say together.
+    /// Combines the options of the command line with those of the machine file.
     pub fn into_table(self) -> Result<MachineTable, ConfigError> {
         let options = MachineTable::from_options(&self.machine)?;
         Ok(match &self.config {

@@ -14,7 +14,7 @@ use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
 
-/// Runs a machine until it ends for good. Gives the exit status.
+/// Runs a machine until it ends for good, and returns the exit status.
 pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = match config.uses_stdio() {
@@ -23,7 +23,7 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
     };
     let ended = run_until_end(config, &signals, console.as_mut());
     if let Some(console) = console {
-        // An error is not to wait for a reader who may never come back.
+        // An error must not wait for a reader that may never read again.
         let ends_soon = stopping::is_asked() || ended.is_err();
         let limit = ends_soon.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
         console.finish(&signals, limit);
@@ -106,7 +106,7 @@ fn run_once(
     Ok(Ending { by: ended?, reason })
 }
 
-/// Says where the pseudoterminals are that the machine has made.
+/// Prints the paths of the pseudoterminals that the machine has opened.
 fn say_pseudoterminals(config: &MachineConfig, controller: &Controller) {
     let say_pseudoterminal = |end: &SerialConfig, stream, what: &str| {
         if *end == SerialConfig::Pty

@@ -170,7 +170,7 @@ impl Controller {
     /// Builds the machine and runs its vCPUs ([`Command::Start`]).
     ///
     /// # Errors
-    /// When the host cannot run machines, a file or device that the configuration names cannot be used,
+    /// If the host cannot run machines, a file or device that the configuration names cannot be used,
     /// or the machine is not configured or has been started.
     pub fn start(&self) -> Result<(), Error> {
         self.0.start(Origin::Kernel)
@@ -298,7 +298,7 @@ impl Controller {
     /// Lets the devices and vCPUs of a paused machine go on ([`Command::Resume`]).
     ///
     /// # Errors
-    /// When the machine is not paused.
+    /// If the machine is not paused.
     pub fn resume(&self) -> Result<(), Error> {
         let action = "resume the machine";
         let devices = {
@@ -422,7 +422,7 @@ impl Controller {
     /// ([`Command::Metrics`]).
     ///
     /// # Errors
-    /// When the machine was never started.
+    /// If the machine was never started.
     pub fn metrics(&self) -> Result<Arc<MachineMetrics>, Error> {
         match self.0.metrics.get() {
             Some(metrics) => Ok(metrics.clone()),

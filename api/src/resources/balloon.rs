@@ -137,7 +137,7 @@ pub struct BalloonStatisticsAnswer {
     pub target_mib: u32,
     /// [`BalloonStatisticsAnswer::actual_pages`] in whole MiB.
     pub actual_mib: u32,
-    /// What the guest said last of its memory.
+    /// What the guest last reported about its memory.
     #[serde(flatten)]
     pub guest: GuestStatistics,
 }
@@ -161,7 +161,7 @@ impl Balloon {
         }
     }
 
-    /// Checks that the machine can have this balloon, so that a client hears of it at once.
+    /// Checks that the machine can have this balloon, so that a client learns at once if it cannot.
     pub(crate) fn check(&self, machine: &MachineConfiguration) -> Result<(), Fault> {
         let refused = |reason| {
             Err(Fault::Value {
@@ -235,8 +235,8 @@ fn hint(command: HintingCommand, instance: &mut Instance) -> Result<(), Fault> {
     command_device(instance, DeviceCommand::Hint(command))
 }
 
-/// Checks that the guest can do what it is asked for. Otherwise Firecracker refuses, and its clients may try
-/// again later.
+/// Checks that the guest can do what it is asked to do. Otherwise the request is refused, as by Firecracker,
+/// whose clients may try again later.
 fn require_driver(view: &View) -> Result<(), Fault> {
     view.require_started()?;
     balloon(&view.configuration())?;
@@ -252,7 +252,7 @@ fn device_name() -> Result<DeviceName, Fault> {
     "balloon".parse().map_err(Fault::value("balloon"))
 }
 
-/// What the machine's balloon says of itself.
+/// Asks the machine's balloon for its statistics.
 fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
     let name = device_name()?;
     let answer = view
@@ -270,7 +270,7 @@ fn command_device(instance: &Instance, command: DeviceCommand) -> Result<(), Fau
     Ok(())
 }
 
-/// Notes a change of the balloon in the configuration.
+/// Records a change of the balloon in the configuration.
 fn record(instance: &mut Instance, change: impl FnOnce(&mut Balloon)) {
     instance.record(|configuration| {
         if let Some(balloon) = &mut configuration.balloon {

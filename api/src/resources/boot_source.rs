@@ -44,7 +44,7 @@ pub struct BootSource {
     /// The initial RAM disk.
     #[serde(default)]
     pub initrd_path: Option<PathBuf>,
-    /// The kernel command line, in place of the usual one.
+    /// The kernel command line, in place of the default one.
     #[serde(default)]
     pub boot_args: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! What vCPUs are to be other than KVM makes them: custom CPU templates.
+//! `/cpu-config`: changes to the vCPUs that KVM creates (custom CPU templates).
 
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ pub(crate) const RESOURCE: Resource = Resource {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
-    /// What KVM must be able to do.
+    /// Capabilities that KVM must have.
     #[serde(default)]
     pub kvm_capabilities: Vec<KvmCapability>,
     /// Changes to CPUID.
@@ -70,7 +70,7 @@ pub struct Register {
     pub bitmap: Bitmap<32>,
 }
 
-/// How [`CpuidRegister`]s are called.
+/// Names of [`CpuidRegister`]s.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "CpuidRegister", rename_all = "lowercase")]
 enum RegisterName {
@@ -119,7 +119,7 @@ impl Part for CpuConfig {
 }
 
 impl CpuConfig {
-    /// The changes that it makes.
+    /// Returns the changes that it describes.
     fn modifiers(&self) -> CpuModifiers {
         let required = self.kvm_capabilities.iter().filter(|it| it.required);
         CpuModifiers {
@@ -141,7 +141,7 @@ impl CpuidLeaf {
             subleaf: self.subleaf.0,
             flags: self.flags,
             register: change.register,
-            // A bitmap of this size has no bits beyond.
+            // A bitmap of 32 bits has no others.
             mask: change.bitmap.mask as u32,
             value: change.bitmap.value as u32,
         })
@@ -158,14 +158,14 @@ impl Msr {
     }
 }
 
-/// A capability of KVM by its number (KVM API, `KVM_CHECK_EXTENSION`), as `121`, or as `!121` one
-/// that is not required.
+/// A capability of KVM by its number (KVM API, `KVM_CHECK_EXTENSION`). As text it is `121`, or `!121` if it
+/// is not required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct KvmCapability {
     /// Its number.
     pub number: u32,
-    /// Whether the machine is not to start without.
+    /// Whether the machine must not start without it.
     pub required: bool,
 }
 
@@ -221,15 +221,15 @@ impl From<Number> for String {
     }
 }
 
-/// As `from_str_radix`, but without a sign.
+/// Parses digits like `from_str_radix`, but refuses a sign.
 fn parse_digits(digits: &str, radix: u32) -> Option<u32> {
     let signed = digits.starts_with('+');
     u32::from_str_radix(digits, radix).ok().filter(|_| !signed)
 }
 
-/// A change to the bits of a register, as text: `0b` and, from the highest bit on, a digit for each
-/// that becomes so and an `x` for each that stays. Those that are left out at the front stay, and
-/// underscores divide it for the eye.
+/// A change to the bits of a register. As text it is `0b` and then, from the highest bit on, the new digit of
+/// each bit that is set, and `x` for each bit that stays. Bits that are left out at the front stay, and
+/// underscores may separate digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Bitmap<const BITS: u32> {
@@ -284,7 +284,7 @@ mod tests {
     use super::*;
     use crate::json::parse_json;
 
-    /// What a text is read as, as it is written.
+    /// Reads a text, and returns how the value is written.
     fn read<T: TryFrom<String, Error = String> + Into<String>>(
         text: &str,
     ) -> Result<String, String> {
@@ -400,7 +400,7 @@ mod tests {
         fn any_text_is_read_or_refused_on_one_line(text in "(0b|0x|!)?[01x_!+\\PC\n]{0,70}") {
             for read in [read::<Bitmap<32>>, read::<Bitmap<64>>, read::<Number>, read::<KvmCapability>] {
                 match read(&text) {
-                    // In the form in which it is written, it is the same.
+                    // The written form reads back as the same value.
                     Ok(written) => prop_assert_eq!(read(&written), Ok(written.clone())),
                     Err(reason) => prop_assert!(!reason.contains('\n'), "{}", reason),
                 }

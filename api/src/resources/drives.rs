@@ -79,7 +79,7 @@ pub struct Drive {
     /// Limits of reads and writes.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// How requests are done; by default, as is best for each.
+    /// How requests are executed; by default, each in the way that is best for it.
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend, in place of an image.
@@ -97,7 +97,7 @@ pub enum CacheType {
     Writeback,
 }
 
-/// How requests of a drive are done.
+/// How requests of a drive are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
     /// One after the other.
@@ -123,7 +123,7 @@ pub struct DriveUpdate {
 impl Drive {
     fn config(&self) -> Result<DiskConfig, Fault> {
         let path = self.path_on_host.clone().unwrap_or_default();
-        // One that was cut off could be that of another self.
+        // An id that was cut off could be the whole id of another drive.
         let has_serial = self.drive_id.len() <= LONGEST_SERIAL;
         let serial = has_serial.then(|| DiskId::try_from(self.drive_id.clone()));
         Ok(DiskConfig {
@@ -139,7 +139,7 @@ impl Drive {
                 Some(IoEngine::Async) => BlockEngineOption::IoUring,
             },
             limits: RateLimiter::limits(self.rate_limiter.as_ref()).into(),
-            // As Firecracker does it, which has neither formats nor locks.
+            // As in Firecracker, which has neither formats nor locks.
             format: Some(DiskFormatOption::Raw),
             lock: DiskLockOption::WherePossible,
             any_size: true,
@@ -148,7 +148,7 @@ impl Drive {
     }
 }
 
-/// The words of the kernel command line for the drive with the root file system.
+/// Returns the words of the kernel command line for the drive with the root file system.
 fn root_device_words(configuration: &Configuration) -> Option<String> {
     let root = configuration
         .drives
@@ -163,7 +163,7 @@ fn root_device_words(configuration: &Configuration) -> Option<String> {
 }
 
 impl Configuration {
-    /// The drives in the order in which the guest finds them: the root device is the first.
+    /// Returns the drives in the order in which the guest finds them: the root device comes first.
     pub(crate) fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
         let root = self.drives.iter().filter(|drive| drive.is_root_device);
         root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
@@ -240,7 +240,7 @@ impl DriveUpdate {
     }
 }
 
-/// Notes a changed drive in the configuration.
+/// Records a changed drive in the configuration.
 fn record(instance: &mut Instance, drive: Drive) {
     instance.record(|configuration| {
         put_by(&mut configuration.drives, drive, |drive| &drive.drive_id);

@@ -49,12 +49,12 @@ pub struct Logger {
     /// Whether lines name the place in the source that they come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_log_origin: Option<bool>,
-    /// Path of the module whose lines alone are logged.
+    /// Path of the only module whose lines are logged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
 }
 
-/// How much is logged. It is read in any case.
+/// How much is logged. Its name is read whether it is in upper or lower case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogLevel {
     /// Nothing.

@@ -74,7 +74,7 @@ pub struct MachineConfiguration {
     /// Whether pages that the guest writes are recorded.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// Which pages guest memory is made of.
+    /// The pages that guest memory consists of.
     #[serde(default)]
     pub huge_pages: HugePages,
 }
@@ -112,7 +112,7 @@ pub struct MachineConfigurationUpdate {
 }
 
 impl MachineConfigurationUpdate {
-    /// Whether it says nothing.
+    /// Whether it changes nothing.
     pub fn is_empty(&self) -> bool {
         self.vcpu_count.is_none()
             && self.mem_size_mib.is_none()
@@ -122,7 +122,7 @@ impl MachineConfigurationUpdate {
             && self.huge_pages.is_none()
     }
 
-    /// `before` with what this says.
+    /// Returns `before` with the changes of this update.
     pub fn applied_to(self, before: &MachineConfiguration) -> MachineConfiguration {
         MachineConfiguration {
             vcpu_count: self.vcpu_count.unwrap_or(before.vcpu_count),
@@ -138,7 +138,7 @@ impl MachineConfigurationUpdate {
 /// A processor model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CpuTemplate {
-    /// That of the host.
+    /// The host's own model.
     None,
     /// An Amazon EC2 instance type.
     C3,
@@ -154,15 +154,15 @@ pub enum CpuTemplate {
     V1N1,
 }
 
-/// Which pages of the host guest memory is made of.
+/// The pages of the host that guest memory consists of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
-    /// Ordinary ones.
+    /// Ordinary pages.
     #[default]
     None,
-    /// Those that the host may make of ordinary ones.
+    /// Huge pages that the host may form from ordinary ones.
     Transparent,
-    /// Those of 2 MiB that the host has set aside.
+    /// Pages of 2 MiB that the host has set aside.
     #[serde(rename = "2M")]
     TwoMib,
 }

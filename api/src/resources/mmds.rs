@@ -64,7 +64,7 @@ pub struct MetadataConfig {
     /// The service's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv4_address: Option<Ipv4Addr>,
-    /// Whether answers are plain text whatever the guest accepts.
+    /// Whether answers are always plain text, whatever the guest accepts.
     #[serde(default)]
     pub imds_compat: bool,
 }

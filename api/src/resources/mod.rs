@@ -1,5 +1,5 @@
-//! The resources of the API: at which path each is, what can be asked of it, what it adds to the
-//! configuration, and what is counted of it; and the configuration that clients put together of them.
+//! The resources of the API, and the configuration that clients put together from them. Each resource has a
+//! path, requests, a part of the configuration, and metrics.
 //!
 //! The bodies of requests and answers name their fields as Firecracker does. A field that is not listed is
 //! refused. A client gets back what it has put: fields that it left out stay out if they have no default.
@@ -42,7 +42,7 @@ use network_interfaces::NetworkInterface;
 use serial::Serial;
 use vsock::Vsock;
 
-/// Every resource. Parts of the configuration come in the order in which those of a file are checked.
+/// All resources. Their order is that in which the parts of a configuration file are checked.
 pub(crate) static RESOURCES: &[Resource] = &[
     instance::RESOURCE,
     version::RESOURCE,
@@ -62,22 +62,22 @@ pub(crate) static RESOURCES: &[Resource] = &[
     cpu_config::RESOURCE,
 ];
 
-/// What clients find at a path. A field that a resource has no use for is that of [`Resource::DEFAULT`].
+/// Describes what clients find at a path. [`Resource::DEFAULT`] has the fields that a resource does not need.
 pub(crate) struct Resource {
     /// The first part of the path.
     pub(crate) path: &'static str,
     /// Reads a request to it.
     pub(crate) parse: fn(&Call<'_>) -> Result<Request, Fault>,
-    /// Moves its part of a configuration that was given as a whole to the one that is checked so far.
+    /// Moves its part from a configuration that was given as a whole to the one that has been checked so far.
     pub(crate) check: fn(&mut Configuration, &mut Configuration) -> Result<(), Fault>,
-    /// Puts what the configuration says of it into that of the machine.
+    /// Applies its part of the configuration to that of the machine.
     pub(crate) configure: fn(&Configuration, &mut MachineConfig) -> Result<(), Fault>,
-    /// The groups of metrics that are its own.
+    /// Its own groups of metrics.
     pub(crate) groups: &'static [Group],
 }
 
 impl Resource {
-    /// One that has no requests, no part in the configuration and no metrics.
+    /// A resource without requests, part of the configuration and metrics.
     const DEFAULT: Resource = Resource {
         path: "",
         parse: |call| Err(call.unknown()),
@@ -139,7 +139,7 @@ impl Configuration {
     /// Checks each part as if a client had put it, in the order of the table of resources.
     ///
     /// # Errors
-    /// When a part cannot be used.
+    /// If a part cannot be used.
     pub fn check(mut self) -> Result<Configuration, Fault> {
         let not_supported = |what: &str| Fault::NotSupported {
             what: what.to_string(),
@@ -157,7 +157,8 @@ impl Configuration {
         Ok(checked)
     }
 
-    /// Checks that the parts that there are fit a machine like `wanted`, so that a client hears of it at once.
+    /// Checks that the parts so far fit a machine like `wanted`, so that a client learns at once if they do
+    /// not.
     fn check_fit(&self, wanted: &MachineConfiguration) -> Result<(), Fault> {
         match &self.balloon {
             Some(balloon) => balloon.check(wanted),
@@ -165,7 +166,7 @@ impl Configuration {
         }
     }
 
-    /// The machine that is made of all parts.
+    /// Returns the configuration of the machine that all parts describe.
     pub(crate) fn machine(&self) -> Result<MachineConfig, Fault> {
         let boot_source = self.boot_source.as_ref().ok_or(Fault::NoBootSource)?;
         let mut machine = MachineConfig::new(&boot_source.kernel_image_path);
@@ -179,10 +180,10 @@ impl Configuration {
 
 /// A part of the configuration, which clients put as a whole before the start.
 pub(crate) trait Part: DeserializeOwned + Send + 'static {
-    /// Puts it into `configuration`, in the place of one that is there already.
+    /// Puts it into `configuration`, replacing any earlier one.
     ///
     /// # Errors
-    /// When it cannot be used. What is in `configuration` then is of no use either.
+    /// If it cannot be used. `configuration` is then of no use either.
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault>;
 }
 
@@ -195,7 +196,7 @@ fn put_all<P: Part>(
     parts.try_for_each(|part| part.put(configuration))
 }
 
-/// Puts `item` in the place of the one with its name, or behind the last.
+/// Replaces the item with the name of `item`, or adds `item` at the end.
 fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
     match items.iter_mut().find(|other| name(other) == name(&item)) {
         Some(place) => *place = item,
@@ -203,7 +204,7 @@ fn put_by<T>(items: &mut Vec<T>, item: T, name: impl Fn(&T) -> &String) {
     }
 }
 
-/// Reads a field that clients may set to null to say nothing of it.
+/// Reads a field that clients may set to null, which is the same as leaving it out.
 fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,

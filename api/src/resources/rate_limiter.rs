@@ -9,16 +9,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
-    /// Of bytes.
+    /// Limit of bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
-    /// Of operations.
+    /// Limit of operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
 }
 
 impl RateLimiter {
-    /// The limits; none if there is no limiter.
+    /// Returns the limits of `limiter`; without a limiter there are none.
     pub(crate) fn limits(limiter: Option<&RateLimiter>) -> Limits {
         let limiter = limiter.copied().unwrap_or_default();
         Limits {
@@ -27,7 +27,7 @@ impl RateLimiter {
         }
     }
 
-    /// `before` with the limits that this sets, and the others as they are.
+    /// Returns `before` with the limits that this sets, and the others as they are.
     pub(crate) fn applied_to(self, before: Option<RateLimiter>) -> RateLimiter {
         let before = before.unwrap_or_default();
         RateLimiter {

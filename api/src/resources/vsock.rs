@@ -48,7 +48,7 @@ pub struct Vsock {
 impl Vsock {
     fn config(&self) -> VsockConfig {
         VsockConfig {
-            // Firecracker takes any.
+            // Firecracker accepts any number.
             cid: GuestCid::unchecked(self.guest_cid),
             socket: self.uds_path.clone(),
         }

@@ -1,4 +1,4 @@
-//! Answers to requests, in HTTP.
+//! Answers requests in HTTP.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,15 +21,15 @@ use crate::view::View;
 
 /// How long it may take to send a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
-/// How much of a body that is too large is passed over.
+/// How much of the rest of a body that is too large is read and discarded.
 const PASSED_OVER_SIZE: usize = 4 << 20;
 
-/// All that it takes to answer requests.
+/// All that is needed to answer requests.
 #[derive(Clone)]
 pub(super) struct Service {
     pub(super) view: View,
     pub(super) instance: Arc<Mutex<Instance>>,
-    /// Most bytes of a request's body.
+    /// Maximum size of a request's body in bytes.
     pub(super) body_size: usize,
     /// Warns of requests that are refused.
     pub(super) refusals: Arc<BoundedLog>,
@@ -40,7 +40,7 @@ pub(super) struct Service {
 type Answer = Response<Full<Bytes>>;
 
 impl Service {
-    /// Reads a request of the client at `place`, and gives the answer to it.
+    /// Reads a request of the client at `place`, and returns the answer to it.
     pub(super) async fn answer(&self, request: HttpRequest<Incoming>, place: &Place) -> Answer {
         let (head, body) = request.into_parts();
         let body = match time::timeout(BODY_TIME, read_body(body, self.body_size)).await {
@@ -93,8 +93,8 @@ impl Service {
         }
     }
 
-    /// Executes a request that changes something on another thread, after the requests before it. It may take
-    /// its time: requests that only read are answered meanwhile.
+    /// Executes a request that changes something, on another thread and after the requests before it. It may
+    /// take long: requests that only read are answered meanwhile.
     async fn execute_apart(&self, request: Request) -> Result<Reply, Fault> {
         let mut instance = self.instance.clone().lock_owned().await;
         let work = task::spawn_blocking(move || instance.execute(request));
@@ -108,8 +108,8 @@ impl Service {
     }
 }
 
-/// Reads a body. None if it is larger than `limit`; the rest of one that is only somewhat larger is passed
-/// over, as few clients look at an answer before they have sent everything.
+/// Reads a body. Returns `None` if it is larger than `limit`. The rest of a body that is only somewhat larger
+/// is read and discarded, because few clients look at an answer before they have sent everything.
 async fn read_body(mut body: Incoming, limit: usize) -> hyper::Result<Option<Vec<u8>>> {
     let most = limit.saturating_add(PASSED_OVER_SIZE);
     let announced = body.size_hint().lower();
@@ -136,7 +136,7 @@ fn fault_body(message: &str) -> Value {
     json!({ "fault_message": message })
 }
 
-/// An answer after which the connection is closed, as the rest of the request may still come.
+/// Creates an answer after which the connection is closed, because the rest of the request may still come.
 fn last_answer(status: StatusCode, message: &str) -> Answer {
     let mut answer = answer_with(status, Some(&fault_body(message)));
     let headers = answer.headers_mut();

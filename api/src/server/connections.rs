@@ -1,4 +1,4 @@
-//! Connections of clients: the server accepts them, and serves each one on its own.
+//! Accepts the connections of clients, and serves each on its own.
 
 use std::convert::Infallible;
 use std::io;
@@ -17,14 +17,14 @@ use super::ServerError;
 use super::answers::Service;
 use crate::clients::{Clients, Place};
 
-/// How long a client may read nothing of an answer.
+/// How long a client may go without reading any of an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
-/// Most bytes of a request's head, and of a client's data that are kept before they are looked at.
+/// Maximum size in bytes of a request's head, and of a client's data that is buffered before it is parsed.
 const MAX_HEAD_SIZE: usize = 16 << 10;
-/// How long no client is accepted after that has failed.
+/// How long the server pauses after it has failed to accept a client.
 const RETRY_TIME: Duration = Duration::from_millis(100);
-/// How long clients must have been accepted without a failure until the failures are said to be over: if
-/// descriptors are scarce, one becomes free now and then.
+/// How long clients must have been accepted without a failure before the log says that the failures are
+/// over: if descriptors are scarce, one becomes free now and then.
 const CALM_TIME: Duration = Duration::from_secs(1);
 /// What a client is told if there is no place for it.
 const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Bantam API\r\n\
@@ -34,7 +34,7 @@ const TOO_MANY_CLIENTS: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nServer: Ba
 /// Accepts clients of `listener` and serves each, as long as the host can.
 ///
 /// # Errors
-/// When the host is out of descriptors at the beginning.
+/// If the host is out of descriptors at the beginning.
 pub(super) async fn serve(
     listener: &ListeningSocket,
     clients: &Clients,
@@ -61,7 +61,7 @@ pub(super) async fn serve(
             // The client has gone.
             Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Some(Err(error)) => {
-                // Such as too many open files. It passes, and to try again at once would be in vain.
+                // Such as too many open files. That passes, but trying again at once would be in vain.
                 if last_failure.replace(Instant::now()).is_none() {
                     service
                         .failures
@@ -72,7 +72,7 @@ pub(super) async fn serve(
             }
         };
         let Some(place) = clients.place().await else {
-            // The socket's buffer has room for it, or the client goes without.
+            // If the socket's buffer has no room for this, the client goes without.
             let _ = client.try_write(TOO_MANY_CLIENTS);
             continue;
         };
@@ -112,10 +112,10 @@ async fn serve_client(
         Ok::<_, Infallible>(answer)
     });
     let connection = http1::Builder::new()
-        // A client keeps its place, idle or in the middle of a head, until that is needed for another.
+        // A client keeps its place, even when idle or in the middle of a head, until another needs it.
         .header_read_timeout(None)
         .max_buf_size(MAX_HEAD_SIZE)
-        // A client may close its end when it has asked.
+        // A client may close its end after it has sent its request.
         .half_close(true)
         .serve_connection(TokioIo::new(Box::pin(client)), answer);
     let mut connection = pin!(connection);

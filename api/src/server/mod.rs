@@ -1,4 +1,4 @@
-//! The API on a Unix socket: HTTP/1.1, with bounded memory and time for each client.
+//! Serves the API on a Unix socket: HTTP/1.1, with bounded memory and time for each client.
 
 mod answers;
 mod connections;
@@ -19,12 +19,12 @@ use crate::clients::Clients;
 use crate::instance::Instance;
 use crate::view::View;
 
-/// Most threads beside that of the server: one executes a request that changes something, and one waits for
-/// metrics to be written.
+/// Maximum number of threads besides that of the server: one executes a request that changes something, and
+/// one waits for metrics to be written.
 const WORK_THREADS: usize = 2;
 /// How long such a thread waits for more work before it ends.
 const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
-/// How long clients may take in the end to receive the answers to their requests.
+/// How long clients may take at the end to receive the answers to their requests.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
 /// How long it may take to write the last metrics.
 const LAST_METRICS_TIME: Duration = Duration::from_millis(250);
@@ -34,10 +34,10 @@ const METRICS_PERIOD: Duration = Duration::from_secs(60);
 /// Limits of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct ServerLimits {
-    /// Most bytes of a request's body.
+    /// Maximum size of a request's body in bytes.
     pub body_size: usize,
-    /// Most clients at a time. Another client takes the place of the one that the server has waited for
-    /// longest; if all of them wait for the server, it is told to come back later.
+    /// Maximum number of clients at a time. Another client takes the place of the one that the server has
+    /// waited for longest; if all of them wait for the server, it is told to come back later.
     pub clients: usize,
 }
 
@@ -59,7 +59,7 @@ pub enum ServerError {
     Runtime(#[from] io::Error),
 }
 
-/// The API of one instance on a Unix socket, which is removed in the end.
+/// Serves the API of one instance on a Unix socket, which is removed at the end.
 pub struct Server {
     view: View,
     instance: Arc<Mutex<Instance>>,
@@ -69,7 +69,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server of the clients that connect to `listener`. Without a listener it only writes the metrics.
+    /// Creates a server of the clients that connect to `listener`. Without a listener it only writes metrics.
     pub fn new(
         instance: Instance,
         listener: Option<ListeningSocket>,
@@ -94,7 +94,7 @@ impl Server {
         }
     }
 
-    /// Ends [`Server::run`] when it is notified.
+    /// Returns what ends [`Server::run`] when it is notified.
     pub fn ending(&self) -> Arc<Notify> {
         self.ending.clone()
     }
@@ -102,7 +102,7 @@ impl Server {
     /// Serves clients on the calling thread until [`Server::ending`] is notified.
     ///
     /// # Errors
-    /// When the host is out of descriptors.
+    /// If the host is out of descriptors.
     pub fn run(self) -> Result<(), ServerError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -137,7 +137,7 @@ impl Server {
 async fn write_metrics(view: &View) {
     let mut period = time::interval(METRICS_PERIOD);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // The first is at once.
+    // The first tick comes at once.
     period.tick().await;
     loop {
         period.tick().await;
@@ -147,7 +147,7 @@ async fn write_metrics(view: &View) {
 
 async fn flush_metrics(view: &View) {
     let view = view.clone();
-    // On another thread, as a file may take its time.
+    // On another thread, because writing a file may take long.
     if let Ok(Err(error)) = task::spawn_blocking(move || view.flush_metrics()).await {
         tracing::warn!("cannot write metrics: {error}");
     }

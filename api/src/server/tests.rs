@@ -16,7 +16,7 @@ use crate::startup_times::StartupTimes;
 /// How long an answer may take on a busy host, if nothing is waited for.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
-/// A log whose file opens only when it may.
+/// A log whose file opens only when it is told to.
 struct HungLog {
     begun: Sender<()>,
     release: Receiver<()>,
@@ -25,7 +25,7 @@ struct HungLog {
 impl ProgramLog for HungLog {
     fn set(&mut self, logger: &Logger) -> Result<(), Fault> {
         if logger.log_path.is_some() {
-            // Nobody may wait for either any more.
+            // Both fail if the test no longer waits.
             let _ = self.begun.send(());
             let _ = self.release.recv();
         }
@@ -33,7 +33,7 @@ impl ProgramLog for HungLog {
     }
 }
 
-/// Sends a request on a connection of its own, and gives the status and how long that took.
+/// Sends a request on a connection of its own, and returns the status and how long that took.
 fn ask(socket: &Path, method: &str, path: &str, body: &str) -> (u16, Duration) {
     let asked = Instant::now();
     let mut stream = UnixStream::connect(socket).unwrap();

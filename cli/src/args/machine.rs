@@ -1,4 +1,4 @@
-//! The options of the command line that say what a machine is.
+//! The options of the command line that describe a machine.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -108,10 +108,10 @@ pub struct MachineArgs {
     /// - id=NAME: its serial number in the guest, up to 20 characters.
     /// - name=NAME: what the host calls it; its id or disk0, disk1, ... by
     ///   default.
-    /// - format=raw: takes a file for a raw image though its name ends in
+    /// - format=raw: treats a file as a raw image even if its name ends in
     ///   .qcow2 or the like.
-    /// - block-size=512 or 4096: the size of the blocks that the guest is
-    ///   told of; that of a block device and 512 for a file by default.
+    /// - block-size=512 or 4096: the block size that the guest is told; by
+    ///   default that of a block device, and 512 for a file.
     /// - lock=on (the default): refuses an image that another program uses.
     ///   warn warns of it, and off does not look.
     /// - cache=writeback (the default): keeps what the guest writes in the
@@ -140,7 +140,7 @@ pub struct MachineArgs {
     /// - mtu=N: the largest packet in bytes.
     /// - name=NAME: what the host calls it; net0, net1, ... by default.
     /// - queues=N: how many pairs of queues the device has, 1 to 8; one for
-    ///   each vCPU by default, where the tap has them.
+    ///   each vCPU by default, if the tap has them.
     /// - iothread=on: gives the device a thread of its own.
     /// - rx-bytes-per-second=N, rx-packets-per-second=N: limit what the guest
     ///   receives, such as 10M or 500, and the same with tx what it
@@ -163,9 +163,9 @@ pub struct MachineArgs {
 
     /// Where the serial port leads: stdio, pty, file=PATH, socket=PATH or none [default: stdio]
     ///
-    /// - stdio: standard input and output. Where standard input is a
-    ///   terminal, every key goes to the guest but Ctrl-A, which starts a
-    ///   command: Ctrl-A h lists them, Ctrl-A x quits.
+    /// - stdio: standard input and output. If standard input is a terminal,
+    ///   every key goes to the guest except Ctrl-A, which starts a command:
+    ///   Ctrl-A h lists them, Ctrl-A x quits.
     /// - pty: a new pseudoterminal, whose name is printed on standard error.
     /// - file=PATH: a file to which the guest's output is appended.
     /// - socket=PATH: a Unix domain socket that a client can connect to.
@@ -222,14 +222,14 @@ pub struct MachineArgs {
     /// How long a guest may take to shut down after a signal [default: 10s]
     ///
     /// SIGTERM, SIGINT and SIGHUP ask the guest to shut itself down, by the ACPI power button or by
-    /// Ctrl-Alt-Del, and cut its power after this time. A guest that listens to neither has it cut
-    /// at once, and so do a second signal, SIGQUIT and Ctrl-A x. 0 is not to ask. A number of
-    /// seconds, or with a unit: 500ms, 10s, 2m.
+    /// Ctrl-Alt-Del, and cut its power after this time. The power is cut at once if the guest listens
+    /// to neither or TIME is 0, and on a second signal, SIGQUIT and Ctrl-A x. TIME is a number of
+    /// seconds, or has a unit: 500ms, 10s, 2m.
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, help_heading = heading::OTHER,
         hide_short_help = true)]
     pub shutdown_timeout: Option<ShutdownTimeout>,
 
-    /// Of whom the exit status tells: guest or monitor [default: guest]
+    /// What the exit status is about: guest or monitor [default: guest]
     ///
     /// guest: how the guest ended, as listed below. monitor: 0 however the guest ended, 1 if there
     /// was an error.
@@ -246,15 +246,15 @@ pub(super) mod heading {
     pub const CPU: &str = "CPU and memory";
     /// Disks.
     pub const DISKS: &str = "Disks";
-    /// Ways to other machines and programs.
+    /// Connections to other machines and programs.
     pub const NETWORKS: &str = "Networks";
-    /// Ways to see and type what a user would.
+    /// What a user of the guest sees and types.
     pub const CONSOLE: &str = "Console";
-    /// All else: the machine's end, other devices, the program itself.
+    /// Everything else: the machine's end, other devices, the program itself.
     pub const OTHER: &str = "Other";
 }
 
-/// Accepts the names, and reads them as values.
+/// Returns a parser that accepts only `names`, and reads them as values.
 pub(super) fn choice<T, const N: usize>(
     names: [&'static str; N],
 ) -> impl TypedValueParser<Value = T>
@@ -264,7 +264,7 @@ where
     PossibleValuesParser::new(names).try_map(|name| name.parse())
 }
 
-/// Reads a value with a path in it, which may be other than UTF-8.
+/// Returns a parser of values with a path in them, which need not be UTF-8.
 fn os_text<T>() -> impl TypedValueParser<Value = T>
 where
     T: for<'a> TryFrom<&'a OsStr, Error = ConfigError> + Clone + Send + Sync + 'static,

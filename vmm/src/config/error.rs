@@ -51,7 +51,9 @@ pub enum ConfigError {
         text: String,
     },
     /// vCPUs are to share cores in pairs, but their number is odd.
-    #[error("{count} vCPUs do not make cores of two threads: use 1 or an even number of vCPUs")]
+    #[error(
+        "{count} vCPUs cannot be paired into cores of two threads: use 1 or an even number of vCPUs"
+    )]
     UnpairedVcpu {
         /// The number of vCPUs.
         count: u8,
