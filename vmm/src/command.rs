@@ -1,4 +1,4 @@
-//! What may be asked of a machine, in which states, and the answers.
+//! The commands that a machine executes, the states that allow them, and the answers.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::config::{DeviceName, MachineConfig};
 use crate::state::State;
 
-/// What can be asked of a machine.
+/// A command to a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
@@ -47,7 +47,7 @@ pub enum Command {
     Device {
         /// Its name in the configuration, or the name of its kind.
         name: DeviceName,
-        /// What is asked of it.
+        /// The command to the device.
         command: DeviceCommand,
     },
     /// Replaces the metadata that the guest is told.

@@ -469,14 +469,14 @@ impl Controller {
 
 struct Inner {
     context: MachineContext,
-    /// The program's end of a stream, until the machine has been started. Locked after `life`.
+    /// The program's end of a byte stream, until the machine has been started. Locked after `life`.
     console: Mutex<Console>,
     life: Mutex<Life>,
     /// Signalled when the machine is no longer being started, and when it is gone.
     changed: Condvar,
-    /// What the machine that was started is made of, with all changes since. Locked after `life`.
+    /// The configuration of the machine that was started, with all changes since. Locked after `life`.
     config: Mutex<Option<MachineConfig>>,
-    /// Kept beyond the machine's end.
+    /// The counters, which are kept after the machine's end.
     metrics: OnceLock<Arc<MachineMetrics>>,
 }
 
@@ -522,7 +522,7 @@ impl Inner {
         self.control().is_stopping()
     }
 
-    /// Puts the machine into the state that `next` stands for.
+    /// Replaces `life` with `next`, and sends the new state to subscribers.
     fn enter(&self, life: &mut Life, next: Life) {
         *life = next;
         self.context.events.send_state(self.state(life));

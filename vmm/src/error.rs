@@ -147,7 +147,7 @@ pub enum Error {
          be paused when the host has more time for it"
     )]
     PauseTimeout {
-        /// How long it was waited for.
+        /// How many seconds it was waited for.
         seconds: u64,
     },
     /// A device does not come to rest, or cannot go on.
@@ -180,7 +180,7 @@ pub enum Error {
         /// The error of the host, or of the program's hook.
         source: io::Error,
     },
-    /// The machine could not be started, and has ended for that reason.
+    /// The machine could not be started, and this error ended it.
     #[error(transparent)]
     Shared(Arc<Error>),
     /// The machine has no metadata.
@@ -211,7 +211,7 @@ pub enum Error {
         /// Why not.
         source: ListenError,
     },
-    /// Metadata cannot be kept.
+    /// Metadata cannot be stored.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
     /// The host's end of the serial port, the console or a channel cannot be used.
@@ -253,7 +253,7 @@ pub enum Error {
     /// State that was saved cannot be used.
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    /// The event loop cannot go on.
+    /// The event loop failed.
     #[error("the device event loop failed: {0}")]
     EventLoop(#[from] event_manager::Error),
     /// A thread of the machine panicked, which is a bug in the monitor.

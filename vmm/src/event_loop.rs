@@ -23,7 +23,7 @@ pub(crate) struct DeviceLoop {
 }
 
 enum Stage {
-    /// Nothing runs yet, so that subscribers can be added without a thread that takes them.
+    /// The thread does not run yet, so subscribers can be added directly.
     Prepared(EventManager<Subscriber>),
     Running(JoinHandle<()>),
     Ended,

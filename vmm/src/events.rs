@@ -51,7 +51,7 @@ pub enum Event {
         /// What failed, and why.
         text: String,
     },
-    /// The size of the balloon has changed. Sizes that follow one another before they are received are one
+    /// The size of the balloon has changed. Successive sizes that have not been received yet become one
     /// event.
     Balloon {
         /// The device.
@@ -158,7 +158,7 @@ impl Queue {
             return next;
         }
         let missed = std::mem::take(&mut waiting.missed);
-        // There is nothing to reset if it was not signalled.
+        // This fails if the event was not signalled; then there is nothing to reset.
         let _ = self.ready.read();
         (missed > 0).then_some(Event::Missed { count: missed })
     }

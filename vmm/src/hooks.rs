@@ -23,8 +23,8 @@ pub enum ThreadRole {
 
 /// A hook that is called on each thread of a machine, before the thread does anything else.
 ///
-/// A program can name, pin or confine its threads here. All files of the machine are open by then, except those
-/// that commands open later and the sockets that the guest connects to.
+/// A program can name, pin or confine its threads here. All files of the machine are open by then, except
+/// those that commands open later and the sockets that the guest connects to.
 pub trait ThreadHook: Send + Sync {
     /// Prepares the calling thread.
     ///

@@ -80,7 +80,7 @@ pub enum HostError {
         "KVM has API version {found}, but version {KVM_API_VERSION} is needed: update the kernel"
     )]
     KvmApiVersion {
-        /// The version found; negative when there was no answer.
+        /// The version found; negative if there was no answer.
         found: i32,
     },
     /// KVM lacks a capability that every machine needs.

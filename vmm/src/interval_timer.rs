@@ -1,7 +1,7 @@
 //! The interval timer (8254), which KVM emulates from the guest's first access on.
 //!
-//! Few guests use it, and a machine with one takes 15 ms longer to end, as KVM waits for two grace
-//! periods while it takes the timer down. The first access finds no timer and so reaches the device of
+//! Few guests use it, and a machine with one takes 15 ms longer to end, because KVM waits for two grace
+//! periods while it takes the timer down. The first access finds no timer and so reaches the device in
 //! this module, which creates one; all later accesses stay in KVM.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use kvm_bindings::{KVM_PIT_FLAGS_SPEAKER_DATA_ON, kvm_pit_state2};
 
 use crate::vm::Vm;
 
-/// Offset of the port that takes control words from the first port of the timer.
+/// Offset, from the first port of the timer, of the port that takes control words.
 const CONTROL_PORT: u64 = 3;
 
 /// A control word (82C54 data sheet, "Control Word Format").
@@ -36,7 +36,7 @@ mod system_control {
     pub(super) const SPEAKER: u8 = 1 << 1;
 }
 
-/// The ports of the timer that KVM does not have yet.
+/// Serves the ports of the timer until KVM has one.
 pub(crate) struct IntervalTimer {
     vm: Arc<Vm>,
     /// Whether KVM has created a timer; `None` before the first access. KVM is asked only once, so that a
@@ -94,7 +94,7 @@ impl BusDevice for IntervalTimer {
     }
 }
 
-/// Offset of system control port B from the first port of the timer.
+/// Offset, from the first port of the timer, of system control port B.
 pub(crate) const SYSTEM_CONTROL: u64 =
     (layout::SYSTEM_CONTROL_PORT - layout::INTERVAL_TIMER_PORT) as u64;
 

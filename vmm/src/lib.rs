@@ -1,7 +1,7 @@
 //! The Bantam virtual machine monitor as a library.
 //!
-//! A [`MachineConfig`](config::MachineConfig) says what a machine is made of, and a [`Controller`] owns
-//! one from its configuration to its end:
+//! A [`MachineConfig`](config::MachineConfig) describes a machine, and a [`Controller`] owns one from its
+//! configuration to its end:
 //!
 //! ```no_run
 //! use bantam_vmm::config::{MachineConfig, SerialConfig};
@@ -18,8 +18,8 @@
 //! # }
 //! ```
 //!
-//! The library prints nothing, ends no process and touches no signal's disposition: everything that
-//! goes wrong is an [`Error`], and its log goes to the `tracing` subscriber of the program.
+//! The library does not print, end the process or touch the disposition of any signal. Everything that
+//! goes wrong is an [`Error`], and its log goes to the program's `tracing` subscriber.
 
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/embedding.md")]

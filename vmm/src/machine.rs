@@ -1,4 +1,4 @@
-//! A machine: how it is put together, its threads, and their end.
+//! Builds a machine, starts its threads, and ends them.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -44,7 +44,7 @@ pub(crate) struct Machine {
     devices: Arc<DeviceTable>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
-    /// Whether a guest that restarts after a panic says so.
+    /// Whether the guest marks a restart after a panic.
     tells_panics: bool,
     _stream_guards: Vec<SerialGuard>,
     /// Kept until all vCPUs have ended.
@@ -74,7 +74,7 @@ pub(crate) enum Origin<'a> {
 }
 
 impl Machine {
-    /// Opens what the machine that `config` describes needs, and builds the machine, to start from `origin`.
+    /// Opens what the machine that `config` describes needs, and builds it to start from `origin`.
     ///
     /// No thread runs until [`Machine::start`].
     pub(crate) fn new(
@@ -89,7 +89,7 @@ impl Machine {
         Machine::build(config, origin, resources, context)
     }
 
-    /// Puts together the machine that `config` describes from what is open.
+    /// Builds the machine that `config` describes from the open resources.
     fn build(
         config: &MachineConfig,
         origin: Origin<'_>,

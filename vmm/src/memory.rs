@@ -1,4 +1,4 @@
-//! Guest memory, made of the pages that the configuration asks for.
+//! Reserves guest memory in the pages that the configuration asks for.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ use crate::error::Error;
 /// Where the kernel reports its pages of 2 MiB.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Reserves guest memory, all zero.
+/// Reserves guest memory, filled with zeros.
 ///
 /// # Errors
 /// If the host has too little memory, or too few of the pages asked for.

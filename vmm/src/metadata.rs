@@ -11,7 +11,7 @@ use bantam_metadata::{
 use crate::config::{DeviceName, MetadataConfig};
 use crate::error::Error;
 
-/// Metadata, and where it is served.
+/// The metadata, and where it is served.
 pub(crate) struct MachineMetadata {
     pub(crate) metadata: Metadata,
     address: MetadataAddress,

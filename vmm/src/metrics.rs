@@ -1,4 +1,4 @@
-//! What a machine counts while it runs.
+//! The counters of a machine.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use crate::config::DeviceName;
 /// serialize as totals since the machine was started.
 #[derive(Debug, Serialize)]
 pub struct MachineMetrics {
-    /// Of each vCPU.
+    /// Counters of each vCPU.
     pub vcpus: Vec<Arc<VcpuMetrics>>,
-    /// Of the serial port.
+    /// Counters of the serial port.
     pub uart: Arc<SerialMetrics>,
-    /// Of each virtio device.
+    /// Counters of each virtio device.
     pub devices: BTreeMap<DeviceName, DeviceMetrics>,
-    /// Of the metadata service, if there is one.
+    /// Counters of the metadata service, if there is one.
     pub mmds: Option<Arc<MetadataMetrics>>,
 }
 

@@ -1,5 +1,5 @@
-//! What the threads of a machine have in common: whether its vCPUs run, are paused or have to end,
-//! and why the machine has ended.
+//! The state that the threads of a machine share: whether its vCPUs run, are paused or have to end, and
+//! why the machine has ended.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -252,8 +252,8 @@ impl RunControl {
         self.changed.notify_all();
     }
 
-    /// Ends the machine for the reason `outcome`, unless it has ended already. A machine whose guest has
-    /// panicked ends for that reason, unless the guest gives a number itself.
+    /// Ends the machine for the reason `outcome`, unless it has ended already. If the guest has panicked, that
+    /// is the reason, unless the guest gives a number itself or the machine has failed.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
         // Held throughout: a second caller returns, and may join threads, only when the first has kicked
         // all of them. A thread that registers later sees that the machine is stopping.

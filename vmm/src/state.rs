@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Where a machine is in its life.
+/// The state of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
@@ -16,12 +16,12 @@ pub enum State {
     Starting,
     /// Its vCPUs run.
     Running,
-    /// Its vCPUs are being taken out of the guest and its virtio devices brought to rest, or the state of its
-    /// vCPUs is being saved.
+    /// Its vCPUs are being taken out of the guest and its devices brought to rest, or the state of its vCPUs
+    /// is being saved.
     Pausing,
-    /// Its vCPUs are out of the guest, and its virtio devices are at rest: input from outside waits.
+    /// Its vCPUs are out of the guest, and its devices are at rest: input from outside waits.
     Paused,
-    /// Its virtio devices go on, and then its vCPUs.
+    /// Its devices go on, and then its vCPUs.
     Resuming,
     /// It has ended, and does not start again.
     Stopped,

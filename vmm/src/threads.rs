@@ -7,8 +7,8 @@ use std::thread::{self, JoinHandle};
 use crate::error::Error;
 use crate::hooks::{ThreadHook, ThreadRole};
 
-/// Starts a thread called `name` that does `role` by calling `work`. If there is a `hook`, the thread calls it
-/// first, and this waits until it has.
+/// Starts a thread called `name` that does `role` by calling `work`. If there is a `hook`, the thread calls
+/// it first, and this waits until it has.
 ///
 /// # Errors
 /// If the host is out of threads, or the hook refuses. `work` is not called then.

@@ -32,7 +32,7 @@ use crate::workarounds::{emulation_remedy, hypercalls_work};
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 
-/// Bit of RFLAGS by which a processor takes interrupts (IF).
+/// Bit of RFLAGS that enables interrupts (IF).
 const RFLAGS_INTERRUPTS: u64 = 1 << 9;
 
 /// Longest instruction of the architecture in bytes.
@@ -88,7 +88,7 @@ impl VcpuModel {
     }
 }
 
-/// One vCPU, not yet running.
+/// A vCPU that does not run yet.
 pub(crate) struct Vcpu {
     index: u8,
     fd: VcpuFd,
@@ -158,7 +158,7 @@ impl Vcpu {
         VcpuStatistics::of(&self.fd)
     }
 
-    /// Sets the state of another vCPU; see [`VcpuState::restore`].
+    /// Gives this vCPU the saved state of another; see [`VcpuState::restore`].
     ///
     /// # Errors
     /// If it cannot be the state of a vCPU on this host.
@@ -272,7 +272,7 @@ impl Vcpu {
                     metrics.exit_io_out.add(1);
                     let data: *const [u8] = data;
                     let width = self.port_access_width();
-                    // SAFETY: the data is in the run structure that KVM shares, which is mapped as
+                    // SAFETY: the data is in the run structure that KVM shares, which is mapped for as
                     // long as the vCPU exists and changed only by the next entry.
                     for value in unsafe { &*data }.chunks(width) {
                         ports.write(port.into(), value);
@@ -327,10 +327,10 @@ impl Vcpu {
     /// Does what the vCPU was taken out of the guest for: it says whether it has halted for good, and stays
     /// out while the machine is paused.
     ///
-    /// Its registers are those between two instructions, so that its state can be saved. After an access to a
-    /// device that is so only when `KVM_RUN` has been called again, which finishes the instruction before it
-    /// looks for signals (KVM API, section 5, "kvm_run"). It has been: the only way here is an entry that a
-    /// signal has ended, never the exit that asked for the access.
+    /// Its registers are those between two instructions, so its state can be saved. After an access to a
+    /// device, that is true only when `KVM_RUN` has been called again, which finishes the instruction before
+    /// it looks for signals (KVM API, section 5, "kvm_run"). That has happened: the only way here is an entry
+    /// that a signal has ended, never the exit that asked for the access.
     fn attend_to_kick(&self, environment: &VcpuEnvironment) {
         // Before looking at what is wanted: a later kick is for something later.
         take_kick_signals();
@@ -375,7 +375,7 @@ impl Vcpu {
 
     fn internal_error(&mut self, memory: &GuestMemory) -> Error {
         // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, for which this is the active
-        // member; it is made of integers only.
+        // member; it consists of integers only.
         let failure = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.emulation_failure };
         if failure.suberror != KVM_INTERNAL_ERROR_EMULATION {
             return self.error(format!("internal error {}", failure.suberror));
@@ -384,7 +384,7 @@ impl Vcpu {
         let has_bytes = failure.ndata >= 3
             && failure.flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
         let bytes = if has_bytes {
-            // SAFETY: the only member of the union, made of integers only.
+            // SAFETY: it is the only member of the union, and consists of integers only.
             let instruction = unsafe { failure.__bindgen_anon_1.__bindgen_anon_1 };
             let size = usize::from(instruction.insn_size).min(MAX_INSTRUCTION_SIZE);
             instruction.insn_bytes[..size].to_vec()

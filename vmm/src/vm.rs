@@ -137,7 +137,7 @@ impl Vm {
             tracing::debug!("cannot read the I/O APIC: {error}");
             return false;
         }
-        // SAFETY: KVM has filled in the I/O APIC, as asked; it is made of integers only.
+        // SAFETY: KVM has filled in the I/O APIC, as asked; it consists of integers only.
         let table = unsafe { &irqchip.chip.ioapic.redirtbl };
         table.get(gsi as usize).is_some_and(|entry| {
             // SAFETY: both members of the union are 64 bits wide, and any bits are valid.

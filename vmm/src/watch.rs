@@ -10,7 +10,7 @@ use crate::exit_reason::ExitReason;
 use crate::run_control::RunControl;
 use crate::vcpu_statistics::{HaltCounters, VcpuStatistics};
 
-/// A part of the machine's event loop that is called each second.
+/// A part of the machine's event loop that checks the machine each second.
 ///
 /// The registers of a vCPU show whether it has halted with interrupts off, but they can be read only when it
 /// is out of the guest. To leave an idle guest undisturbed, this first reads KVM's own counters, which costs

@@ -83,13 +83,13 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// Not pages that memory can be made of.
+    /// Not a kind of pages that memory can consist of.
     #[error("invalid huge pages '{text}': expected none, transparent or 2M")]
     HugePages {
         /// What was given.
         text: String,
     },
-    /// Not a whole number of the pages that memory is to be made of.
+    /// Not a whole number of the pages that memory is to consist of.
     #[error("memory size {memory} is not a multiple of {pages}, which the huge pages have")]
     HugePagesMemory {
         /// The memory size.
@@ -113,7 +113,7 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
-    /// Not a size of blocks that a disk can have.
+    /// Not a block size that a disk can have.
     #[error("invalid block size {size}: expected 512 or 4096 bytes")]
     DiskBlockSize {
         /// What was given.
@@ -308,7 +308,7 @@ pub enum ConfigError {
          or use transparent huge pages"
     )]
     BalloonOfHugePages,
-    /// The guest has less memory than it is to give up.
+    /// The guest is to give up more memory than it has.
     #[error(
         "a balloon of {size} does not fit into the {memory} of guest memory: give it a smaller size"
     )]
@@ -388,7 +388,7 @@ pub enum ConfigError {
         /// The name.
         name: ChannelName,
     },
-    /// Two streams of bytes cannot share standard input and output.
+    /// Two byte streams lead to standard input and output, which they cannot share.
     #[error(
         "both {first} and {second} lead to standard input and output: give one of them another end"
     )]
@@ -398,7 +398,7 @@ pub enum ConfigError {
         /// The other.
         second: String,
     },
-    /// Two streams of bytes cannot share a file or socket.
+    /// Two byte streams lead to the same file or socket, which they cannot share.
     #[error("{stream} leads to '{}', and so does another: give each an end of its own", path.display())]
     RepeatedEnd {
         /// One of them.

@@ -85,7 +85,7 @@ pub mod option {
 
     use serde::{Deserializer, Serializer};
 
-    /// Writes a path that is given.
+    /// Writes a path, or `None` if it is left out.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ pub mod option {
         }
     }
 
-    /// Reads a path that is given.
+    /// Reads a path that was not left out.
     ///
     /// # Errors
     ///

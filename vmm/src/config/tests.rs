@@ -602,7 +602,7 @@ fn with_disks(disks: &[&str]) -> Result<(), String> {
 
 #[test]
 fn a_file_is_not_two_disks_unless_read_only() {
-    // The same existing file by two names, and a file that does not exist.
+    // The same existing file under two names, and a file that does not exist.
     for [one, other] in [
         ["/dev/null", "/dev/../dev/null"],
         ["missing.img", "missing.img"],
@@ -863,7 +863,7 @@ fn streams_have_ends_and_names_of_their_own() {
     );
 }
 
-/// A folder for the test of that name.
+/// Creates a folder for the test of this name.
 fn temporary_folder(test: &str) -> PathBuf {
     let folder = std::env::temp_dir().join(format!("bantam-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();

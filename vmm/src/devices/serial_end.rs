@@ -122,7 +122,7 @@ fn open_file(opener: &dyn Opener, stream: &str, path: &Path) -> Result<OpenSeria
             remedy,
         }
     };
-    // Appending loses nothing of what the file holds, whatever it is.
+    // Appending keeps what the file holds, whatever it is.
     let file = opener.file(path, FileAccess::Append).map_err(error(""))?;
     // A pipe or the like, unlike a file, can have several writers.
     if file.metadata().map_err(error(""))?.is_file() {

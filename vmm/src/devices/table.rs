@@ -20,7 +20,7 @@ use crate::events::{Event, EventSender};
 use crate::metrics::MachineMetrics;
 use crate::run_control::lock;
 
-/// The devices of a machine that runs or is paused.
+/// Controls the devices of a machine that runs or is paused.
 pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
@@ -68,7 +68,7 @@ impl DeviceTable {
     /// Brings all devices to rest, after the vCPUs.
     ///
     /// # Errors
-    /// If one does not come to rest, or the machine ends meanwhile. Others may be at rest by then.
+    /// If a device does not come to rest, or the machine ends meanwhile. Others may be at rest by then.
     pub(crate) fn pause(&self) -> Result<(), Error> {
         for device in self.devices() {
             lock(device).pause().map_err(|source| Error::DeviceLife {
@@ -82,7 +82,7 @@ impl DeviceTable {
     /// Lets all devices go on, before the vCPUs.
     ///
     /// # Errors
-    /// If one cannot go on. The others do.
+    /// If a device cannot go on. The others do.
     pub(crate) fn resume(&self) -> Result<(), Error> {
         let mut outcome = Ok(());
         for device in self.devices() {

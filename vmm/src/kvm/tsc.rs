@@ -9,7 +9,7 @@ use super::tsc_offset::{set_tsc_offset, tsc_offset};
 /// own anew at each boot, and a guest's measurement is no better.
 const TOLERANCE_PPM: u64 = 250;
 
-/// Whether a counter of `found` kHz serves a guest that has measured `wanted` kHz.
+/// Whether a counter of `found` kHz is good enough for a guest that has measured `wanted` kHz.
 pub(crate) fn is_same_frequency(wanted: u32, found: u32) -> bool {
     u64::from(wanted.abs_diff(found)) * 1_000_000 <= u64::from(wanted) * TOLERANCE_PPM
 }

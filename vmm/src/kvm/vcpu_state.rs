@@ -195,7 +195,7 @@ impl VcpuState {
         // vCPU.
         fd.set_mp_state(self.mp_state)
             .map_err(failed("run state"))?;
-        // Last: nothing clears or replaces what is pending.
+        // Last, so that nothing clears or replaces what is pending.
         fd.set_vcpu_events(&self.events).map_err(failed("events"))?;
         // Time may have passed that the guest did not see. This fails for a guest that does not use the
         // clock.
@@ -308,7 +308,7 @@ fn invalid(reason: String) -> RestoreError {
 }
 
 fn extended_state(fd: &VcpuFd, support: &StateSupport) -> Result<Vec<u32>, kvm_ioctls::Error> {
-    // KVM is older than Linux 5.17.
+    // This KVM is older than Linux 5.17.
     if support.xsave_words == 0 {
         return Ok(fd.get_xsave()?.region.to_vec());
     }

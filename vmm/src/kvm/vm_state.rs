@@ -137,7 +137,7 @@ mod tests {
     }
 
     fn io_apic(state: &VmState) -> kvm_bindings::kvm_ioapic_state {
-        // SAFETY: the third chip is the I/O APIC, whose state is made of integers only.
+        // SAFETY: the third chip is the I/O APIC, whose state consists of integers only.
         unsafe { state.irqchips[2].chip.ioapic }
     }
 
