@@ -148,7 +148,7 @@ impl Queue {
         }
         waiting.events.push_back(event);
         self.added.notify_one();
-        // The counter has room: each take that leaves nothing resets it.
+        // The counter has room: each take that finds no event resets it.
         let _ = self.ready.write(1);
     }
 

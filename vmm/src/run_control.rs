@@ -252,8 +252,8 @@ impl RunControl {
         self.changed.notify_all();
     }
 
-    /// Ends the machine for the reason `outcome`, unless it has ended already. If the guest has panicked, that
-    /// is the reason, unless the guest gives a number itself or the machine has failed.
+    /// Ends the machine for the reason `outcome`, unless it has ended already. If the guest has panicked,
+    /// that is the reason, unless the guest gives a number itself or the machine has failed.
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
         // Held throughout: a second caller returns, and may join threads, only when the first has kicked
         // all of them. A thread that registers later sees that the machine is stopping.

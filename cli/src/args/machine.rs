@@ -12,8 +12,8 @@ use bantam_vmm::config::{
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
 
-/// The options of `bantam run` that a machine file has too. They serialize to its keys, without those that are
-/// not given.
+/// The options of `bantam run` that a machine file has too. They serialize to its keys, without those that
+/// are not given.
 #[derive(Debug, clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MachineArgs {
