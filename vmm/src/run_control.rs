@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bantam_devices::PowerControl;
@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::events::EventSender;
 use crate::exit_reason::ExitReason;
 use crate::kvm::VcpuState;
+use crate::lock::{lock, wait};
 use crate::state::State;
 
 /// How often the machine is checked.
@@ -345,14 +346,4 @@ impl PowerControl for RunControl {
             tracing::warn!("the guest has panicked");
         }
     }
-}
-
-/// Locks `mutex`, even if a thread has panicked while holding it: each change of what it guards is whole.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for `changed`, even if a thread has panicked while holding the mutex, like [`lock`].
-pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
