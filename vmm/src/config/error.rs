@@ -193,7 +193,7 @@ pub enum ConfigError {
         /// The id.
         id: DiskId,
     },
-    /// Two disks have the same image.
+    /// Two disks that are not both read-only have the same image.
     #[error(
         "disk '{}' is given twice: give each device a file of its own, or make both read-only",
         path.display()

@@ -10,7 +10,7 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, LimitsConfig, is_default};
 
-/// Describes a device that has no options but its limits.
+/// Describes a device that has no options except its limits. A machine has it unless it is told otherwise.
 ///
 /// In a machine file, the key of the device is `true` or `false`, which says whether there is such a device,
 /// or a table with the keys of a disk's limits.
