@@ -29,8 +29,8 @@ impl fmt::Debug for dyn DeviceObserver {
 
 /// Receives the notices of one device.
 ///
-/// It is called on vCPU threads and event loops, as often as the guest likes, so it must neither wait nor keep
-/// everything that it is told.
+/// It is called on vCPU threads and event loops, as often as the guest likes, so it must neither wait nor
+/// keep all notices.
 pub trait DeviceObserver: Send + Sync {
     /// Receives a notice.
     fn notice(&self, notice: DeviceNotice<'_>);

@@ -1,4 +1,4 @@
-//! What virtio devices count, whatever their type.
+//! The counters of a virtio device of any type.
 
 use std::sync::Arc;
 
