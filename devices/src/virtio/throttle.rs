@@ -81,7 +81,7 @@ impl Throttle {
     /// Whether another operation may be begun. If not, the timer expires when it may.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn allows_more(&self) -> io::Result<bool> {
         if !self.is_limited() {
             return Ok(true);
@@ -118,7 +118,7 @@ impl Throttle {
     /// then wait.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn clear(&self) -> io::Result<()> {
         Ok(self.state().timer.clear()?)
     }
