@@ -177,8 +177,8 @@ fn take_header(chain: &mut Chain) -> Result<Header, DriverError> {
 }
 
 impl VirtioWorker for Worker {
-    /// There is little to end: each chain is returned or put back in the turn that takes it, and the driver
-    /// is notified.
+    /// Stops the deadlines. Nothing else is in progress: each chain is returned or put back in the turn that
+    /// takes it, and the driver is notified.
     fn pause(&mut self) -> io::Result<()> {
         self.muxer.pause();
         Ok(())
