@@ -30,8 +30,8 @@ pub trait LocalEndpoint: Send {
     /// Does the work that is due, as far as there is room for frames to the driver.
     fn poll(&mut self, now: Instant);
 
-    /// Returns the time until [`LocalEndpoint::poll`] has work again, or `None` if it has none before a frame is
-    /// accepted or taken.
+    /// Returns the time until [`LocalEndpoint::poll`] has work again, or `None` if it has none before a frame
+    /// is accepted or taken.
     fn wait_time(&mut self, now: Instant) -> Option<Duration>;
 
     /// Returns the next frame for the driver, if there is one.
