@@ -22,9 +22,10 @@ use crate::events::{EventSender, Events};
 use crate::exit_reason::ExitReason;
 use crate::hooks::ControllerOptions;
 use crate::kvm::{SavedProcessors, VmState};
+use crate::lock::{lock, wait};
 use crate::machine::{Machine, MachineContext, Origin};
 use crate::metrics::MachineMetrics;
-use crate::run_control::{RunControl, lock, wait};
+use crate::run_control::RunControl;
 use crate::state::State;
 
 /// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from

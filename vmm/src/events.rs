@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::DeviceName;
-use crate::run_control::{lock, wait};
+use crate::lock::{lock, wait};
 use crate::state::State;
 
 /// Most events that wait for a subscriber. A guest can cause events without end.

@@ -9,7 +9,6 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 pub mod console;
-mod device_metrics;
 mod driver_link;
 pub mod net;
 pub mod owner;
@@ -38,9 +37,7 @@ use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
-pub use device_metrics::DeviceMetrics;
 pub use driver_link::{DriverLink, Notify};
-use owner::DeviceHandle;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 pub use queue_set::{MAX_QUEUES, QueueSet};
 use throttle::Throttle;
@@ -93,16 +90,6 @@ pub trait VirtioDevice: Send {
     /// Handles a write of the driver: it has written `data` at `offset` of the configuration space, within
     /// its field. Returns a notice for the owner of the machine if there is one.
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
-        None
-    }
-
-    /// Makes a handle to the device for the owner of the machine. `link` is the device's.
-    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Inert
-    }
-
-    /// Returns the device's counters, if it has any.
-    fn metrics(&self) -> Option<DeviceMetrics> {
         None
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -140,11 +141,43 @@ pub enum DeviceHandle {
     Console(ConsoleHandle),
     /// A handle to a balloon.
     Balloon(BalloonHandle),
-    /// A handle to a device that takes no commands.
-    Inert,
+    /// The counters of the socket device, which takes no commands.
+    Vsock(Arc<VsockMetrics>),
+    /// The counters of the entropy device, which takes no commands.
+    Entropy(Arc<EntropyMetrics>),
+}
+
+/// The counters of one device. They serialize as their totals, beside the `kind` of the device.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum DeviceMetrics {
+    /// Of a disk.
+    Block(Arc<BlockMetrics>),
+    /// Of a network device.
+    Net(Arc<NetMetrics>),
+    /// Of the socket device.
+    Vsock(Arc<VsockMetrics>),
+    /// Of a console, or of all channels of a device together.
+    Console(Arc<ConsoleMetrics>),
+    /// Of the entropy device.
+    Entropy(Arc<EntropyMetrics>),
+    /// Of a balloon.
+    Balloon(Arc<BalloonMetrics>),
 }
 
 impl DeviceHandle {
+    /// Returns the device's counters.
+    pub fn metrics(&self) -> DeviceMetrics {
+        match self {
+            DeviceHandle::Disk(disk) => DeviceMetrics::Block(disk.metrics().clone()),
+            DeviceHandle::Net(net) => DeviceMetrics::Net(net.metrics().clone()),
+            DeviceHandle::Console(console) => DeviceMetrics::Console(console.metrics().clone()),
+            DeviceHandle::Balloon(balloon) => DeviceMetrics::Balloon(balloon.metrics().clone()),
+            DeviceHandle::Vsock(metrics) => DeviceMetrics::Vsock(metrics.clone()),
+            DeviceHandle::Entropy(metrics) => DeviceMetrics::Entropy(metrics.clone()),
+        }
+    }
+
     /// Carries out `command`, with files that `opener` opens.
     ///
     /// # Errors

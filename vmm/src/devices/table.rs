@@ -17,8 +17,8 @@ use super::streams::StreamPaths;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::events::{Event, EventSender};
+use crate::lock::lock;
 use crate::metrics::MachineMetrics;
-use crate::run_control::lock;
 
 /// The devices of a machine that runs or is paused.
 pub(crate) struct DeviceTable {

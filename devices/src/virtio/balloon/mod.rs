@@ -26,10 +26,7 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::owner::DeviceHandle;
-use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
-};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DriverLink, VirtioDevice, device_id};
 use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::WorkerError;
@@ -159,14 +156,6 @@ impl VirtioDevice for Balloon {
         let mib = pages / PAGES_PER_MIB;
         let is_other = std::mem::replace(&mut self.told_mib, mib) != mib;
         is_other.then_some(DeviceNotice::BalloonSize { mib })
-    }
-
-    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Balloon(self.handle(link.clone()))
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Balloon(self.shared.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

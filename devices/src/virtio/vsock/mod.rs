@@ -34,7 +34,7 @@ pub use metrics::VsockMetrics;
 
 use bantam_state::{RestoreError, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::ListeningSocket;
 use crate::worker::VirtioWorker;
 use error::DriverError;
@@ -72,11 +72,9 @@ impl Vsock {
             metrics: Arc::default(),
         }
     }
-}
 
-#[cfg(test)]
-impl Vsock {
-    fn counters(&self) -> Arc<VsockMetrics> {
+    /// What the device counts.
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
         self.metrics.clone()
     }
 }
@@ -98,11 +96,7 @@ impl VirtioDevice for Vsock {
         &self.config
     }
 
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Vsock(self.metrics.clone()))
-    }
-
-    /// The CID is part of the device's configuration, so it must be the same.
+    /// The CID is part of how the device is configured.
     fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
         if config == self.guest_cid.to_le_bytes() {
             return Ok(());
