@@ -51,7 +51,7 @@ impl Bus {
     /// Puts `device` at addresses `start` to `start + size - 1`.
     ///
     /// # Errors
-    /// When the range is not valid or not free.
+    /// If the range is not valid or not free.
     pub fn insert(
         &mut self,
         start: u64,
@@ -64,7 +64,7 @@ impl Bus {
     /// Puts the registers of `device` from `offset` on at addresses `start` to `start + size - 1`.
     ///
     /// # Errors
-    /// When the range is not valid or not free.
+    /// If the range is not valid or not free.
     pub fn insert_part(
         &mut self,
         start: u64,

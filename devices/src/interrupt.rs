@@ -47,7 +47,7 @@ impl PausableLine {
     /// Raises the edge that is due, if there is one.
     ///
     /// # Errors
-    /// As [`InterruptLine::trigger`].
+    /// Those of [`InterruptLine::trigger`].
     pub(crate) fn resume(&self) -> io::Result<()> {
         self.is_paused.store(false, Ordering::Relaxed);
         if self.is_due.swap(false, Ordering::Relaxed) {

@@ -36,13 +36,13 @@ pub trait Opener: Send + Sync {
     /// Listens on a Unix socket at `path`.
     ///
     /// # Errors
-    /// As [`ListeningSocket::bind`].
+    /// Those of [`ListeningSocket::bind`].
     fn listen(&self, path: &Path) -> Result<ListeningSocket, ListenError>;
 
     /// Attaches to the tap `name`.
     ///
     /// # Errors
-    /// As [`Tap::open`].
+    /// Those of [`Tap::open`].
     fn tap(&self, name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError>;
 }
 

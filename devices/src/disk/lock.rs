@@ -54,7 +54,7 @@ pub enum LockMode {
 /// same process.
 ///
 /// # Errors
-/// As `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
+/// Those of `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
 pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
@@ -77,7 +77,7 @@ pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
 /// Locks all of `file` like [`lock_file`], but waits for the lock as [`patiently`] does.
 ///
 /// # Errors
-/// As [`lock_file`].
+/// Those of [`lock_file`].
 pub fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
     patiently(is_busy, || lock_file(file, lock))
 }

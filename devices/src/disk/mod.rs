@@ -233,7 +233,7 @@ impl DiskFile {
     /// which are dropped from `buffers`; zero if another step must come first.
     ///
     /// # Errors
-    /// When the image ends before the request does.
+    /// If the image ends before the request does.
     pub fn end_step(
         &self,
         bounce: &mut Bounce,
@@ -289,7 +289,7 @@ impl DiskFile {
     /// read is left in `buffers`.
     ///
     /// # Errors
-    /// As [`DiskFile::read`].
+    /// Those of [`DiskFile::read`].
     pub fn read_cached(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
         match self.transfer(buffers, offset, libc::RWF_NOWAIT, GuestBuffers::read_from) {
             // A file system that cannot do this returns `EOPNOTSUPP`.
@@ -308,7 +308,7 @@ impl DiskFile {
     /// Writes `buffers` to the bytes from `offset` on; with `durable`, to stable storage.
     ///
     /// # Errors
-    /// As `pwritev2`.
+    /// Those of `pwritev2`.
     pub fn write(&self, buffers: &mut GuestBuffers, offset: u64, durable: bool) -> io::Result<()> {
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let offset = self.transfer(buffers, offset, flags, GuestBuffers::write_to)?;
@@ -371,7 +371,7 @@ impl DiskFile {
     /// [`CacheMode::Unsafe`].
     ///
     /// # Errors
-    /// As `fdatasync`.
+    /// Those of `fdatasync`.
     pub fn flush(&self) -> io::Result<()> {
         match self.options.cache {
             CacheMode::Unsafe => Ok(()),

@@ -50,7 +50,7 @@ impl DiskFile {
     /// Opens and locks the image at `path` like [`DiskFile::open`], but with `opener`.
     ///
     /// # Errors
-    /// As [`DiskFile::open`].
+    /// Those of [`DiskFile::open`].
     pub fn open_by(
         opener: &dyn Opener,
         path: &Path,
@@ -72,7 +72,7 @@ impl DiskFile {
     /// Checks whether [`DiskFile::open`] could open the image at `path`, provided that it is not in use then.
     ///
     /// # Errors
-    /// As [`DiskFile::open`].
+    /// Those of [`DiskFile::open`].
     pub fn check(path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
         let options = DiskOptions {
             lock: LockMode::Off,

@@ -274,7 +274,7 @@ impl Serial {
     /// finds none in transit.
     ///
     /// # Errors
-    /// As `read`.
+    /// Those of `read`.
     fn read_input(
         &mut self,
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,

@@ -48,7 +48,7 @@ impl Interface {
     /// Brings the interface up.
     ///
     /// # Errors
-    /// When this user may not do it, or the interface is gone.
+    /// If this user may not do it, or the interface is gone.
     pub(super) fn bring_up(&self) -> Result<(), TapError> {
         let mut request = interface_request(&self.name);
         // SAFETY: the request reads and writes an ifreq at the place it is given.

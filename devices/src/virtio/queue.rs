@@ -212,7 +212,7 @@ impl VirtQueue {
     /// holds already.
     ///
     /// # Errors
-    /// As [`VirtQueue::pop`].
+    /// Those of [`VirtQueue::pop`].
     pub fn pop_behind(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         if !self.has_available()? {
             return Ok(false);
@@ -353,7 +353,7 @@ impl VirtQueue {
     /// Returns how many chains are available.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub fn available_count(&mut self) -> Result<u16, QueueError> {
         let Some(rings) = &self.rings else {
             return Ok(0);
@@ -403,7 +403,7 @@ impl VirtQueue {
     /// may not have rung.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub fn enable_doorbell(&mut self) -> Result<bool, QueueError> {
         if !self.ask_for_doorbell(self.next_available) {
             return Ok(false);
@@ -415,7 +415,7 @@ impl VirtQueue {
     /// queue, and asks for the doorbell when there are more. Returns `true` if there are more already.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub(super) fn enable_doorbell_behind(&mut self, count: u16) -> Result<bool, QueueError> {
         if !self.ask_for_doorbell(self.next_available.wrapping_add(count)) {
             return Ok(false);

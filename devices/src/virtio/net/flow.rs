@@ -50,7 +50,7 @@ impl Flow {
     /// Whether a packet may pass now. If not, the worker is woken once one may.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn allows_more(&self) -> io::Result<bool> {
         let allowed = self.throttle().allows_more()?;
         if !allowed {
