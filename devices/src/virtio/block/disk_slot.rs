@@ -38,9 +38,9 @@ pub(super) struct DiskSlot {
 
 struct Contents {
     disk: Arc<DiskFile>,
-    /// A ring over the disk for the next worker.
+    /// Made for the disk beforehand, for the next worker.
     ring: Option<Ring>,
-    /// Whether a worker uses the disk.
+    /// Whether one is at work on the disk.
     has_worker: bool,
     exchange: Exchange,
 }

@@ -71,7 +71,7 @@ impl Receiver {
         self.queue.as_raw_fd()
     }
 
-    /// Leaves the queue to a later turn.
+    /// Puts the queue off to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
     }

@@ -48,7 +48,7 @@ impl Transmitter {
         self.queue.as_raw_fd()
     }
 
-    /// Returns how many packets are in the queue.
+    /// How many packets are in the queue.
     pub(super) fn waiting(&mut self) -> Result<u16, DriverError> {
         Ok(self.queue.available_count()?)
     }
@@ -108,7 +108,7 @@ impl Transmitter {
             if tap.is_some() && !flow.allows_more()? {
                 return Ok(Halt::Limit);
             }
-            // Half of them, so that there is more to do here while the driver handles these.
+            // Half of them: while the driver takes these, there is more to do here.
             let batch = flow.batch((waiting / 2).min(self.chains.len()));
             match (tap, &self.ring) {
                 (Some(_), Some(_)) if batch >= MIN_BATCH => {
