@@ -54,7 +54,7 @@ pub enum LockMode {
 /// same process.
 ///
 /// # Errors
-/// Those of `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
+/// Those of `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` if another user has the lock.
 pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,

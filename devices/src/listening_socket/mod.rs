@@ -64,7 +64,7 @@ impl ListeningSocket {
     /// Accepts a client that has connected; its stream is non-blocking.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is none; others as `accept`.
+    /// [`io::ErrorKind::WouldBlock`] if there is none; otherwise those of `accept`.
     pub fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.listener.accept()?;
         stream.set_nonblocking(true)?;

@@ -126,7 +126,7 @@ impl SuspendMachine {
     /// Restores a saved state into a new device.
     ///
     /// # Errors
-    /// As the device.
+    /// Those of the device.
     pub fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
         self.transport().restore(section)
     }

@@ -1,4 +1,4 @@
-//! How a balloon works.
+//! Options of a balloon.
 
 use std::num::NonZeroU32;
 
@@ -7,7 +7,7 @@ use super::error::BalloonError;
 /// The number of balloon pages in a MiB.
 pub(super) const PAGES_PER_MIB: u32 = 256;
 
-/// How a balloon works.
+/// Options of a balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BalloonOptions {
     /// How much memory the guest is to give up, in MiB.

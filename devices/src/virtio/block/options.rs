@@ -1,4 +1,4 @@
-//! How a block device works.
+//! Options of a block device.
 
 use crate::rate_limiter::Limits;
 
@@ -18,7 +18,7 @@ pub enum Engine {
     Sync,
 }
 
-/// How a block device works.
+/// Options of a block device.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockOptions {
     /// How requests are done.

@@ -29,7 +29,7 @@ pub(super) enum RequestError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error(
-        "the descriptor chain at {head} is no block request: it has {readable} bytes to read and {writable} to write"
+        "the descriptor chain at {head} is not a block request: it has {readable} bytes to read and {writable} to write"
     )]
     NoRequest {
         head: u16,

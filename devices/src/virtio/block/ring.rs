@@ -105,7 +105,7 @@ impl Ring {
     /// The buffers of a read have to be marked as filled when it is completed.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     ///
     /// # Safety
     /// `buffers` must neither be changed nor dropped before the operation with this token is
@@ -161,7 +161,7 @@ impl Ring {
     /// Adds `step` of a transfer, whose bytes are at `pointer`.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     ///
     /// # Safety
     /// The bytes must stay mapped, and nobody else use them, until the operation with this token is
@@ -191,7 +191,7 @@ impl Ring {
     /// Adds a flush of everything written so far.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     pub(super) fn push_flush(&mut self, token: u64) -> io::Result<()> {
         let entry = opcode::Fsync::new(fixed(Access::Usual))
             .flags(FsyncFlags::DATASYNC)
@@ -223,7 +223,7 @@ impl Ring {
     /// Submits all added operations to the kernel with one system call.
     ///
     /// # Errors
-    /// As `io_uring_enter`.
+    /// Those of `io_uring_enter`.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.enter(0)
     }
@@ -231,7 +231,7 @@ impl Ring {
     /// Submits like [`Ring::submit`], and waits until there is a completion.
     ///
     /// # Errors
-    /// As `io_uring_enter`, and if there is none before `deadline`.
+    /// Those of `io_uring_enter`, and if there is none before `deadline`.
     pub(super) fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         let Some(deadline) = deadline else {
             return self.enter(1);

@@ -32,7 +32,7 @@ fn told_of(told: &mut [Told], port: usize) -> Option<&mut Told> {
 /// The saved state of the control queues.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ControlState {
-    /// Of each channel.
+    /// For each channel.
     told: Vec<Told>,
     is_device_ready: bool,
 }
@@ -49,7 +49,7 @@ pub(super) struct ControlQueue {
     transmit: VirtQueue,
     chain: Chain,
     names: Arc<[String]>,
-    /// Of each channel; the first is port 1.
+    /// For each channel; the first is port 1.
     told: Vec<Told>,
     is_device_ready: bool,
 }

@@ -10,7 +10,7 @@ use crate::virtio::DriverLink;
 /// Why a packet was dropped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DropReason {
-    #[error("the driver sent one of {0} bytes, header included, which is no packet")]
+    #[error("the driver sent one of {0} bytes, header included, which is not a packet")]
     NoPacket(usize),
     #[error("one of {0} bytes, header included, does not fit the driver's receive buffers")]
     NoRoom(usize),

@@ -82,7 +82,7 @@ impl PacketRing {
     /// Puts into `results` the size of each, or a negated error number.
     ///
     /// # Errors
-    /// As [`PacketRing::send`].
+    /// Those of [`PacketRing::send`].
     pub(super) fn receive(
         &mut self,
         slots: &mut [ReceiveSlot],

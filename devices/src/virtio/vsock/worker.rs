@@ -54,7 +54,7 @@ impl Worker {
         };
         let mut event_queue = EventQueue::new(event_queue, &memory);
         let mut muxer = Muxer::new(guest_cid, listener, metrics.clone(), link.clone())
-            .map_err(|error| format!("the host gives no timer: {error}"))?;
+            .map_err(|error| format!("the host cannot create a timer: {error}"))?;
         if let Some(state) = state {
             let state = state.decode().map_err(|error| error.to_string())?;
             muxer.restore(&state, event_queue.begin_reset())?;
