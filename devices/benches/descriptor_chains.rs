@@ -1,5 +1,5 @@
-//! What it costs to take one descriptor chain, and what a device makes of it before the host's
-//! kernel has its turn.
+//! The cost of taking a descriptor chain, and of a device's work on it before the host's kernel gets its
+//! turn.
 
 #![allow(missing_docs, reason = "criterion's macros make functions")]
 #![allow(clippy::unwrap_used, reason = "a benchmark fails where the host does")]
@@ -28,19 +28,19 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempfile::TempFile;
 
 const QUEUE_SIZE: u16 = 256;
-/// Chains that are available in turn: as many as there are descriptors for, and no more than a
+/// Chains that are made available in turn: as many as there are descriptors for, and no more than a
 /// submission queue takes at once.
 const CHAINS: u16 = 64;
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
-/// Indirect tables, one for each chain.
+/// Address of the indirect tables, one for each chain.
 const TABLES: u64 = 0x4000;
 const TABLE_STRIDE: u64 = 64;
-/// Headers and status bytes, for each chain.
+/// Address of the headers and status bytes of each chain.
 const HEADERS: u64 = 0x8000;
 const HEADER_STRIDE: u64 = 32;
-/// Data of each chain.
+/// Address of the data of each chain.
 const DATA: u64 = 0x1_0000;
 const DATA_SIZE: u32 = 4096;
 const MEMORY_SIZE: usize = 0x10_0000;
@@ -50,14 +50,14 @@ const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// Address, length in bytes and flags of a buffer.
 type Buffer = (u64, u32, u16);
 
-/// The driver's side of a queue whose chains are all written beforehand.
+/// The driver's side of a queue whose chains are all written in advance.
 struct Driver {
     memory: Arc<GuestMemory>,
     available: u16,
 }
 
 impl Driver {
-    /// A driver with [`CHAINS`] chains of the buffers that `buffers` gives for each.
+    /// Makes a driver with [`CHAINS`] chains, each of the buffers that `buffers` returns for it.
     fn new<const N: usize>(indirect: bool, buffers: impl Fn(u64) -> [Buffer; N]) -> Driver {
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
@@ -119,7 +119,7 @@ impl Driver {
     }
 }
 
-/// A request to read [`DATA_SIZE`] bytes: header, data and status.
+/// Makes a request to read [`DATA_SIZE`] bytes: header, data and status.
 fn read_request(index: u64) -> [Buffer; 3] {
     let header = HEADERS + index * HEADER_STRIDE;
     [
@@ -129,7 +129,7 @@ fn read_request(index: u64) -> [Buffer; 3] {
     ]
 }
 
-/// A packet of full size, in the two parts in which Linux sends it.
+/// Makes a packet of full size, in the two parts in which Linux sends it.
 fn packet(index: u64) -> [Buffer; 2] {
     let header = HEADERS + index * HEADER_STRIDE;
     let frame = DATA + index % 8 * u64::from(DATA_SIZE);
@@ -156,8 +156,8 @@ fn queue(criterion: &mut Criterion) {
     offer_pop_return(criterion, "queue: an indirect table of three", indirect);
 }
 
-/// What the transmitter does of a packet itself: its chain, whose vectors are given to the tap as
-/// they are.
+/// Measures the transmitter's own work on a packet: taking its chain, whose vectors are given to the tap
+/// unchanged.
 fn net(criterion: &mut Criterion) {
     let driver = Driver::new(false, packet);
     offer_pop_return(criterion, "net: a transmit chain to its vectors", driver);
@@ -203,7 +203,7 @@ fn block(criterion: &mut Criterion) {
                         assert!(worker.begin());
                     }
                     time += start.elapsed();
-                    // The kernel's part, which is not counted.
+                    // The kernel's part, which is not measured.
                     assert!(worker.finish());
                     left -= count;
                 }

@@ -37,7 +37,7 @@ pub struct AcpiPower {
 }
 
 impl AcpiPower {
-    /// Registers that hand the guest's requests to `power`.
+    /// Makes registers that hand the guest's requests to `power`.
     pub fn new(values: PowerValues, power: Arc<dyn PowerControl>) -> AcpiPower {
         AcpiPower { values, power }
     }
@@ -63,7 +63,7 @@ impl BusDevice for AcpiPower {
     }
 }
 
-/// The registers hold nothing.
+/// The registers hold no state.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct AcpiPowerState;
 

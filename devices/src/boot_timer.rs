@@ -1,4 +1,4 @@
-//! A register by which a guest says that it has booted.
+//! A register through which a guest reports that it has booted.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -10,21 +10,22 @@ use serde::{Deserialize, Serialize};
 use crate::bus::BusDevice;
 use crate::lifecycle::{Device, at_work};
 
-/// What the guest writes when it has booted.
+/// The value that the guest writes when it has booted.
 const HAS_BOOTED: u8 = 123;
 
-/// Logs how long the machine ran from its creation until the guest has booted. The time of pauses does not
+/// Logs how long the machine ran from its creation until the guest had booted. Time spent paused does not
 /// count.
 pub struct BootTimer {
-    /// Up to the last pause.
+    /// The time that it ran up to the last pause.
     before: Elapsed,
-    /// Since when the machine runs, if it does: the time, and the CPU time of the process by then.
+    /// When the machine last started or resumed, and the CPU time of the process at that moment. `None` while
+    /// it is paused.
     running: Option<(Instant, Duration)>,
-    /// A guest may say it without end; the log hears of the first.
+    /// A guest may report it over and over; only the first report is logged.
     has_booted: bool,
 }
 
-/// For how long a machine has run.
+/// How long a machine has run.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 struct Elapsed {
     time: Duration,
@@ -32,10 +33,10 @@ struct Elapsed {
 }
 
 impl BootTimer {
-    /// A timer that starts now.
+    /// Starts a timer.
     ///
     /// # Errors
-    /// When the host does not tell the time.
+    /// If the host's clocks cannot be read.
     pub fn start() -> io::Result<BootTimer> {
         Ok(BootTimer {
             before: Elapsed::default(),
@@ -57,7 +58,7 @@ impl BootTimer {
     }
 }
 
-/// How far a timer has come.
+/// The saved state of a timer.
 #[derive(Debug, Serialize, Deserialize)]
 struct BootTimerState {
     elapsed: Elapsed,

@@ -1,4 +1,4 @@
-//! The buses: which device answers at an address.
+//! Buses: they find the device that answers at an address.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,12 +22,12 @@ pub enum BusError {
         /// Size asked for in bytes.
         size: u64,
     },
-    /// Another device has part of the range.
+    /// Another device occupies part of the range.
     #[error("cannot place a device at {start:#x}: another device is at {other:#x}")]
     Overlap {
         /// First address asked for.
         start: u64,
-        /// First address of the device that is there.
+        /// First address of that other device.
         other: u64,
     },
 }
@@ -41,7 +41,7 @@ struct Slot {
 
 /// A map from address ranges to devices: one for memory-mapped registers, one for I/O ports.
 ///
-/// It is complete before the first vCPU runs, so an access takes no lock but that of its device.
+/// It is complete before the first vCPU runs, so an access takes only the lock of its device.
 #[derive(Default)]
 pub struct Bus {
     slots: BTreeMap<u64, Slot>,
@@ -51,7 +51,7 @@ impl Bus {
     /// Puts `device` at addresses `start` to `start + size - 1`.
     ///
     /// # Errors
-    /// When the range is not valid or not free.
+    /// If the range is not valid or not free.
     pub fn insert(
         &mut self,
         start: u64,
@@ -61,11 +61,10 @@ impl Bus {
         self.insert_part(start, size, 0, device)
     }
 
-    /// Puts a part of `device` at addresses `start` to `start + size - 1`: its registers from `offset`
-    /// on.
+    /// Puts the registers of `device` from `offset` on at addresses `start` to `start + size - 1`.
     ///
     /// # Errors
-    /// When the range is not valid or not free.
+    /// If the range is not valid or not free.
     pub fn insert_part(
         &mut self,
         start: u64,
@@ -91,8 +90,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads from the device at `address`. Where there is none, all bits read as one and the
-    /// result is `false`.
+    /// Reads from the device at `address`. If there is none, all bits read as one and the result is `false`.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -106,8 +104,7 @@ impl Bus {
         }
     }
 
-    /// Writes to the device at `address`. Where there is none, nothing happens and the result is
-    /// `false`.
+    /// Writes to the device at `address`. If there is none, nothing happens and the result is `false`.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
             Some((offset, device)) => {
@@ -127,7 +124,7 @@ impl Bus {
     }
 }
 
-/// A device whose last access panicked is still the guest's: later accesses are served.
+/// Locks a device even if its last access panicked: the guest still has it, so later accesses are served.
 fn lock<'a>(
     device: &'a Mutex<dyn BusDevice + 'static>,
 ) -> std::sync::MutexGuard<'a, dyn BusDevice + 'static> {

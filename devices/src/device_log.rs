@@ -1,4 +1,4 @@
-//! What devices log, within bounds: a guest can give cause for messages without end.
+//! Bounded logs of devices: a guest can cause messages without end.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use crate::notice::{DeviceNotice, DeviceObserver};
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
-/// One message a minute, and ten at once after a rest.
+/// One message a minute, and ten at once after a quiet period.
 const LIMIT: RateLimit = RateLimit {
     size: 10,
     refill_time: Duration::from_secs(600),
     one_time_burst: 0,
 };
-/// How often a message that says the same again is of use.
+/// How often it is useful to repeat the same message.
 const REPEAT_TIME: Duration = Duration::from_secs(60);
 
-/// Warnings about one thing, of which no more than ten at once and one a minute are logged. Those beyond
-/// are counted, and the next that is logged says how many they were.
+/// Logs warnings about one thing: at most ten at once, and then one a minute. The others are counted, and the
+/// next warning that is logged says how many there were.
 #[derive(Debug)]
 pub struct BoundedLog {
     name: String,
@@ -28,23 +28,23 @@ pub struct BoundedLog {
 #[derive(Debug)]
 struct State {
     limiter: RateLimiter,
-    /// Messages that were not logged since the last that was.
+    /// Messages suppressed since the last one that was logged.
     suppressed: u64,
 }
 
-/// What becomes of a message.
+/// What happens to a message.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
-    /// It is logged, and so many before it were not.
+    /// It is logged; this many before it were not.
     Log(u64),
-    /// It is the first that is not logged.
+    /// It is the first one that is not logged.
     SuppressFirst,
     /// It is not logged.
     Suppress,
 }
 
 impl BoundedLog {
-    /// The log of what is called `name` in each of its lines.
+    /// Makes a log that says `name` in each of its lines.
     pub fn new(name: impl Into<String>) -> BoundedLog {
         BoundedLog {
             name: name.into(),
@@ -55,15 +55,15 @@ impl BoundedLog {
         }
     }
 
-    /// Logs a warning, if the bound lets it through.
+    /// Logs a warning if the bound lets it through.
     pub fn warn(&self, message: fmt::Arguments<'_>) {
         if let Some(suppressed) = self.admit() {
             tracing::warn!("{}: {message}{suppressed}", self.name);
         }
     }
 
-    /// Whether the bound lets a message through, and if so, what is to be put behind it. For those who log
-    /// it themselves.
+    /// Decides whether the bound lets a message through, and if so returns the text to append to it. For
+    /// callers that do their own logging.
     pub fn admit(&self) -> Option<Suppressed> {
         let verdict = lock(&self.state).admit(Instant::now());
         match verdict {
@@ -78,7 +78,7 @@ impl BoundedLog {
     }
 }
 
-/// How many messages were suppressed before one that is logged. Displays as nothing if none were.
+/// How many messages were suppressed before one that is logged. Displays as nothing if there were none.
 #[derive(Clone, Copy, Debug)]
 pub struct Suppressed(u64);
 
@@ -105,10 +105,11 @@ impl State {
     }
 }
 
-/// What one device logs, and tells an observer if it has one. Clones share its bounds.
+/// Logs the messages of one device, and passes its notices to an observer if there is one. Clones share its
+/// bounds.
 ///
-/// What the guest does wrong and what fails on the host are bounded apart from one another, so that a guest
-/// cannot hide a failure of the host.
+/// Faults of the guest and failures of the host have separate bounds, so that a guest cannot hide a failure
+/// of the host.
 #[derive(Clone, Debug)]
 pub struct DeviceLog {
     accounts: Arc<Accounts>,
@@ -122,7 +123,7 @@ struct Accounts {
 }
 
 impl DeviceLog {
-    /// The log of the device called `name`.
+    /// Makes the log of the device called `name`.
     pub fn new(name: impl Into<String>) -> DeviceLog {
         let name = name.into();
         DeviceLog {
@@ -134,7 +135,7 @@ impl DeviceLog {
         }
     }
 
-    /// The same log, whose device also tells `observer` what happens to it.
+    /// Returns the same log, which also passes the device's notices to `observer`.
     #[must_use]
     pub fn observed_by(self, observer: Arc<dyn DeviceObserver>) -> DeviceLog {
         DeviceLog {
@@ -143,7 +144,7 @@ impl DeviceLog {
         }
     }
 
-    /// Tells the observer, if there is one.
+    /// Passes `notice` to the observer, if there is one.
     pub fn notify(&self, notice: DeviceNotice<'_>) {
         if let Some(observer) = &self.observer {
             observer.notice(notice);
@@ -155,7 +156,7 @@ impl DeviceLog {
         &self.accounts.guest.name
     }
 
-    /// Warns of something that the guest can bring about whenever it likes.
+    /// Warns of something that the guest can cause whenever it likes.
     pub fn warn_of_guest(&self, message: fmt::Arguments<'_>) {
         self.accounts.guest.warn(message);
     }
@@ -173,13 +174,13 @@ impl From<String> for DeviceLog {
     }
 }
 
-/// The logs of all devices of a machine. Clones are the same: whoever starts a machine again gives it the
-/// one of the machine before, so that its guest cannot escape the bounds by a restart.
+/// The logs of all devices of a machine. Clones share them: a machine that is started again gets the logs of
+/// the machine before it, so that its guest cannot escape the bounds by restarting.
 #[derive(Clone, Debug, Default)]
 pub struct MachineLog(Arc<Mutex<BTreeMap<String, DeviceLog>>>);
 
 impl MachineLog {
-    /// The log of the device called `name`, the same each time.
+    /// Returns the log of the device called `name`: the same one each time.
     pub fn device(&self, name: &str) -> DeviceLog {
         let mut devices = lock(&self.0);
         let device = devices.entry(name.to_string());
@@ -187,14 +188,14 @@ impl MachineLog {
     }
 }
 
-/// Tells when it is time to say again what is still the same.
+/// Limits a repeated message to one a minute.
 #[derive(Debug, Default)]
 pub(crate) struct Repeat {
     last: Option<Instant>,
 }
 
 impl Repeat {
-    /// Whether it has not been said for a minute. It counts as said then.
+    /// Whether the message is due because it was not logged for a minute. If so, it counts as logged now.
     pub(crate) fn is_due(&mut self) -> bool {
         self.is_due_at(Instant::now())
     }
@@ -228,7 +229,7 @@ mod tests {
             limiter: RateLimiter::new(LIMIT, start),
             suppressed: 0,
         };
-        // One more begins within the limit.
+        // One more message begins within the limit.
         assert_eq!(logged(&mut state, 11, start), 11);
         assert_eq!(state.admit(start), Verdict::SuppressFirst);
         assert_eq!(logged(&mut state, 1000, start), 0);

@@ -10,7 +10,7 @@ use crate::worker::VirtioWorker;
 pub enum Subscriber {
     /// The worker of a virtio device, which can be taken back.
     Worker(Box<dyn VirtioWorker>),
-    /// A part that stays as long as the loop.
+    /// A part that stays for as long as the loop exists.
     Resident(Box<dyn MutEventSubscriber + Send>),
 }
 
@@ -30,7 +30,7 @@ impl MutEventSubscriber for Subscriber {
     }
 }
 
-/// A handle by which other threads give an event loop its work and take it back.
+/// A handle with which other threads give an event loop its work and take it back.
 ///
 /// The thread that owns the [`EventManager`] runs it; every clone of a handle speaks to that one
 /// thread.
@@ -40,7 +40,7 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    /// A handle to the loop that `manager` runs.
+    /// Makes a handle to the loop that `manager` runs.
     pub fn of(manager: &EventManager<Subscriber>) -> EventLoop {
         EventLoop {
             endpoint: manager.remote_endpoint(),
@@ -66,7 +66,7 @@ impl EventLoop {
             .call_blocking(move |loop_operations| Ok(loop_operations.add_subscriber(subscriber)))
     }
 
-    /// Takes a worker back: on return it is no longer at work, and no event reaches it.
+    /// Takes a worker back: on return it no longer runs, and no event reaches it.
     ///
     /// The loop must run, and this must not be called on its own thread.
     ///
@@ -83,7 +83,7 @@ impl EventLoop {
         }
     }
 
-    /// Makes the loop take a turn, so that its thread can look whether to go on.
+    /// Makes the loop take a turn, so that its thread can check whether to go on.
     ///
     /// # Errors
     /// If the host refuses to signal an event.
@@ -92,6 +92,6 @@ impl EventLoop {
     }
 }
 
-/// Names a worker on an event loop.
+/// Identifies a worker on an event loop.
 #[derive(Debug)]
 pub struct WorkerId(SubscriberId);

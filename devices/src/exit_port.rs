@@ -1,4 +1,4 @@
-//! An I/O port by which a guest ends the machine with a number of its own.
+//! An I/O port with which a guest ends the machine and passes on a number of its choice.
 
 use std::sync::Arc;
 
@@ -9,14 +9,14 @@ use crate::bus::BusDevice;
 use crate::lifecycle::PassiveDevice;
 use crate::power::PowerControl;
 
-/// One I/O port: a byte written there is the guest's number, and the end of the machine. It reads as
-/// zero, where a machine without it reads as all ones.
+/// One I/O port: a byte written there ends the machine, and is the guest's number. It reads as zero, whereas
+/// a machine without this port reads as all ones.
 pub struct ExitPort {
     power: Arc<dyn PowerControl>,
 }
 
 impl ExitPort {
-    /// A port that hands the guest's number to `power`.
+    /// Makes a port that hands the guest's number to `power`.
     pub fn new(power: Arc<dyn PowerControl>) -> ExitPort {
         ExitPort { power }
     }
@@ -34,7 +34,7 @@ impl BusDevice for ExitPort {
     }
 }
 
-/// The port holds nothing.
+/// The port holds no state.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ExitPortState;
 

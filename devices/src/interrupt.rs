@@ -10,20 +10,21 @@ pub trait InterruptLine: Send + Sync {
     /// Raises one edge.
     ///
     /// # Errors
-    /// When the host refuses to deliver it.
+    /// If the host refuses to deliver it.
     fn trigger(&self) -> io::Result<()>;
 }
 
-/// The event that the hypervisor turns into an edge of the line it is bound to (an irqfd).
+/// An irqfd: the hypervisor turns the event into an edge of the line that it is bound to.
 impl InterruptLine for EventFd {
     fn trigger(&self) -> io::Result<()> {
         self.write(1)
     }
 }
 
-/// The line of a device that is paused at times. What would be raised meanwhile is raised at the resume.
+/// The interrupt line of a device that can be paused. An edge that falls into a pause is raised by the
+/// resume.
 ///
-/// The device calls it with its own lock held.
+/// The device calls its methods with its own lock held.
 pub(crate) struct PausableLine {
     line: Box<dyn InterruptLine>,
     is_paused: AtomicBool,
@@ -46,7 +47,7 @@ impl PausableLine {
     /// Raises the edge that is due, if there is one.
     ///
     /// # Errors
-    /// As [`InterruptLine::trigger`].
+    /// Those of [`InterruptLine::trigger`].
     pub(crate) fn resume(&self) -> io::Result<()> {
         self.is_paused.store(false, Ordering::Relaxed);
         if self.is_due.swap(false, Ordering::Relaxed) {

@@ -4,10 +4,10 @@ use std::io;
 
 use io_uring::{IoUring, Probe};
 
-/// Checks that the host's kernel knows the operations with these codes.
+/// Checks that the host's kernel supports the operations with these codes.
 ///
 /// # Errors
-/// `EOPNOTSUPP` when it lacks one, or what it says to being asked.
+/// `EOPNOTSUPP` if one is missing, or the error with which the kernel answers the query.
 pub(crate) fn require_operations(ring: &IoUring, codes: &[u8]) -> io::Result<()> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;

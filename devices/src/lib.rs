@@ -1,8 +1,8 @@
-//! What a guest talks to: buses, the serial port, power control, the virtio transport and devices.
+//! The hardware that a guest sees: buses, the serial port, power control, the virtio transport and devices.
 //!
-//! Nothing here knows of KVM. A device raises interrupts through [`InterruptLine`], reaches guest
-//! memory through [`bantam_memory`], and does its work on an [`EventLoop`]; so each can be tested with
-//! no virtual machine around it.
+//! Nothing here knows about KVM. A device raises interrupts through [`InterruptLine`], reaches guest memory
+//! through [`bantam_memory`], and does its work on an [`EventLoop`], so each can be tested without a virtual
+//! machine.
 
 pub mod acpi_power;
 pub mod boot_timer;

@@ -1,12 +1,12 @@
-//! What a device has to tell the owner of its machine.
+//! Notices from a device to the owner of its machine.
 
 use std::fmt;
 
-/// Something that has happened to a device and that its owner may want to know.
+/// Something that happened to a device and that its owner may want to know.
 pub enum DeviceNotice<'a> {
     /// The device has stopped, and its driver must reset it.
     NeedsReset {
-        /// What its driver did, or what failed on the host.
+        /// The driver's fault, or the host's failure.
         reason: &'a dyn fmt::Display,
     },
     /// Something that the device needs failed on the host.
@@ -14,9 +14,9 @@ pub enum DeviceNotice<'a> {
         /// What failed, and why.
         text: fmt::Arguments<'a>,
     },
-    /// The driver has put another number of pages into the balloon.
+    /// The driver has changed the number of pages in the balloon.
     BalloonSize {
-        /// How many MiB are in it now, rounded down.
+        /// The balloon's size in MiB now, rounded down.
         mib: u32,
     },
 }
@@ -27,10 +27,10 @@ impl fmt::Debug for dyn DeviceObserver {
     }
 }
 
-/// Receives what one device has to tell.
+/// Receives the notices of one device.
 ///
-/// It is called on vCPU threads and event loops, as often as the guest likes, so it must neither wait nor keep
-/// everything that it is told.
+/// It is called on vCPU threads and event loops, as often as the guest likes, so it must neither wait nor
+/// keep all notices.
 pub trait DeviceObserver: Send + Sync {
     /// Receives a notice.
     fn notice(&self, notice: DeviceNotice<'_>);

@@ -1,4 +1,4 @@
-//! How a machine gets at the files, sockets and taps of its host.
+//! Opening of the files, sockets and taps that a machine uses on its host.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::listening_socket::{ListenError, ListeningSocket};
 use crate::tap::{QueueCount, Tap, TapError};
 
-/// What a file is opened for. A pipe that nobody has at its other end is not waited for.
+/// The access that a file is opened for. Opening a pipe does not wait for its other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileAccess {
     /// Reading.
@@ -18,14 +18,14 @@ pub enum FileAccess {
     /// Reading and writing a file or a block device; a block device that is mounted or opened in this way
     /// elsewhere is refused as busy (`O_EXCL`).
     ReadWriteDisk,
-    /// Appending, to a file that is created if there is none.
+    /// Appending, to a file that is created if it does not exist.
     Append,
 }
 
-/// Opens what a machine uses of its host.
+/// Opens the files, sockets and taps that a machine uses on its host.
 ///
-/// A program can have a machine's files opened by another process, or refuse those that it does not want to be
-/// opened. [`HostOpener`] opens them as the calling process can.
+/// A program can have a machine's files opened by another process, or refuse some of them. [`HostOpener`]
+/// opens them with the rights of the calling process.
 pub trait Opener: Send + Sync {
     /// Opens the file or device at `path`. Descriptors do not block and are closed on exec.
     ///
@@ -36,13 +36,13 @@ pub trait Opener: Send + Sync {
     /// Listens on a Unix socket at `path`.
     ///
     /// # Errors
-    /// As [`ListeningSocket::bind`].
+    /// Those of [`ListeningSocket::bind`].
     fn listen(&self, path: &Path) -> Result<ListeningSocket, ListenError>;
 
     /// Attaches to the tap `name`.
     ///
     /// # Errors
-    /// As [`Tap::open`].
+    /// Those of [`Tap::open`].
     fn tap(&self, name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError>;
 }
 
@@ -58,7 +58,7 @@ impl Opener for HostOpener {
             FileAccess::Read => options.read(true),
             FileAccess::ReadWrite => options.read(true).write(true),
             FileAccess::ReadWriteDisk => {
-                // The kernel defines it for block devices only.
+                // The kernel defines `O_EXCL` without `O_CREAT` for block devices only.
                 if is_block_device(path) {
                     flags |= libc::O_EXCL;
                 }

@@ -1,5 +1,5 @@
-//! The panic device that Linux, Windows and others know as pvpanic (QEMU, `docs/specs/pvpanic.rst`):
-//! by it a guest's kernel says that it has panicked.
+//! The panic device that Linux, Windows and others know as pvpanic (QEMU, `docs/specs/pvpanic.rst`): a
+//! guest's kernel uses it to report that it has panicked.
 
 use std::sync::Arc;
 
@@ -18,14 +18,13 @@ mod event {
     pub(super) const CRASH_LOADED: u8 = 1 << 1;
 }
 
-/// One I/O port: it reads as the events that the device knows, and a write of them says that they have
-/// come to pass.
+/// One I/O port: it reads as the events that the device knows, and the guest writes those that have happened.
 pub struct PanicDevice {
     power: Arc<dyn PowerControl>,
 }
 
 impl PanicDevice {
-    /// A device that hands the guest's news to `power`.
+    /// Makes a device that reports the guest's panics to `power`.
     pub fn new(power: Arc<dyn PowerControl>) -> PanicDevice {
         PanicDevice { power }
     }
@@ -51,7 +50,7 @@ impl BusDevice for PanicDevice {
     }
 }
 
-/// The port holds nothing.
+/// The port holds no state.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct PanicDeviceState;
 
@@ -88,7 +87,7 @@ mod tests {
         let mut events = [0xff];
         device.read(0, &mut events);
         assert_eq!(events, [0b11]);
-        // None, one that the device does not name, and a write of another width.
+        // No event, one that the device does not know, and a write of another width.
         device.write(0, &[0]);
         device.write(0, &[1 << 2]);
         device.write(0, &[1, 0]);

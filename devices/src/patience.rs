@@ -1,16 +1,16 @@
-//! Waiting for what a process that was killed has yet to give up.
+//! Waiting for resources that a killed process has yet to release.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a resource that is in use is waited for. A process that was killed keeps its locks, sockets and
-/// interfaces until the kernel has taken it down, which can be some time after `kill` has returned.
+/// How long to wait for a resource that is in use. A killed process keeps its locks, sockets and interfaces
+/// until the kernel has torn it down, which can be some time after `kill` has returned.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// How long to wait before the next attempt.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Calls `attempt` until it succeeds, fails with an error that is not `is_busy`, or 250 ms have passed. Gives
-/// the result of the last attempt.
+/// Calls `attempt` until it succeeds, fails with an error that is not `is_busy`, or 250 ms have passed.
+/// Returns the result of the last attempt.
 pub fn patiently<T, E>(
     is_busy: impl Fn(&E) -> bool,
     mut attempt: impl FnMut() -> Result<T, E>,

@@ -1,8 +1,8 @@
 //! A PCI bus with nothing on it but its host bridge, behind the ports of configuration mechanism 1
 //! (PCI Local Bus Specification 3.0, section 3.2.2.3.2).
 //!
-//! A guest's kernel that is built with PCI looks for a bus in any case. When it finds none it prints
-//! an error, although there is nothing wrong; Linux takes a bus for real if a host bridge is on it
+//! A guest kernel that is built with PCI always looks for a bus. If it finds none it prints an error,
+//! although nothing is wrong. Linux accepts a bus as real if there is a host bridge on it
 //! (arch/x86/pci/direct.c, `pci_sanity_check()`).
 
 use bantam_state::SavedState;
@@ -16,28 +16,29 @@ const ADDRESS: u64 = 0;
 /// Offset of the data register, of four bytes.
 const DATA: u64 = 4;
 
-/// Bit of the address that says that it is one.
+/// Bit of the address register that enables configuration accesses.
 const ENABLE: u32 = 1 << 31;
-/// Bits of the address that can be set: the lowest two and those from 24 to 30 cannot.
+/// Bits of the address register that can be set: all except the lowest two and bits 24 to 30.
 const ADDRESS_MASK: u32 = ENABLE | 0x00ff_fffc;
-/// Bits of the address that select a bus, device and function: all zero for the host bridge.
+/// Bits of the address register that select a bus, device and function: all zero for the host bridge.
 const FUNCTION_MASK: u32 = 0x00ff_ff00;
 
-/// Vendor and device, as other monitors' host bridges have them: Intel, of a number that is no
-/// real device's.
+/// Vendor and device, as in the host bridges of other monitors: Intel, with a device number that no real
+/// device has.
 const IDS: u32 = 0x0d57_8086;
-/// Class code and revision: a bridge, to the host.
+/// Class code and revision: a host bridge.
 const CLASS: u32 = 0x0600_0000;
 
-/// The two registers; the rest of the configuration space of the bridge, a header of type 0 without
-/// base addresses and capabilities, is zero and cannot be written.
+/// The two registers, and the configuration space of the bridge: a type 0 header without base addresses or
+/// capabilities. It is zero apart from the constants above and cannot be written.
 #[derive(Default)]
 pub struct PciBus {
     address: u32,
 }
 
 impl PciBus {
-    /// The byte of configuration space that the data register shows at `offset`, less than 4.
+    /// Returns the byte of configuration space that the data register shows at `offset`, which is less than
+    /// 4.
     fn config_byte(&self, offset: u64) -> u8 {
         if self.address & ENABLE == 0 || self.address & FUNCTION_MASK != 0 {
             return 0xff;

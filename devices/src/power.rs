@@ -1,17 +1,17 @@
-//! What devices ask of the machine they are part of.
+//! Requests from devices to the machine that they are part of.
 
 /// Receives the power requests that a guest makes through a device.
 ///
-/// Called on a vCPU thread: an implementation records the request and returns at once.
+/// Its methods are called on a vCPU thread: an implementation records the request and returns at once.
 pub trait PowerControl: Send + Sync {
     /// The guest switched the machine off.
     fn power_off(&self);
     /// The guest asked for a restart of the machine.
     fn reset(&self);
-    /// The guest ended the machine with a number of its own.
+    /// The guest ended the machine with a number of its choice.
     fn exit(&self, number: u8);
-    /// The guest's kernel has panicked. With `handled_by_guest` it goes on by itself, with a kernel
-    /// that saves what is left of it.
+    /// The guest's kernel has panicked. With `handled_by_guest` the guest goes on by itself, with a kernel
+    /// that saves a crash dump.
     fn panicked(&self, handled_by_guest: bool);
 }
 
@@ -32,7 +32,7 @@ pub(crate) mod tests {
     }
 
     impl PowerRecorder {
-        /// How often (power off, reset) was asked for.
+        /// How often each of (power off, reset) was requested.
         pub(crate) fn requests(&self) -> (usize, usize) {
             (
                 self.power_offs.load(Ordering::SeqCst),

@@ -1,4 +1,4 @@
-//! Limits of how much a device does in a time.
+//! Limits on the rate of a device's work.
 
 use std::time::{Duration, Instant};
 
@@ -6,20 +6,20 @@ use serde::{Deserialize, Serialize};
 
 /// A token bucket: how much a device may do on average, and how much of it at once.
 ///
-/// One that holds nothing, or that fills in no time, limits nothing.
+/// A bucket of size zero, or one that fills in no time, limits nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimit {
-    /// Units that the bucket holds: so many may be used at once after a time of rest.
+    /// Units that the bucket holds, which is how many may be used at once after an idle period.
     pub size: u64,
-    /// How long it takes the empty bucket to fill. A size of one and a minute are a unit a minute.
+    /// How long the empty bucket takes to fill. A size of one and a time of a minute allow one unit a minute.
     pub refill_time: Duration,
-    /// Units that may be used beyond that, once: they are used up first and do not come again.
+    /// Extra units that may be used once: they are used first and are not refilled.
     pub one_time_burst: u64,
 }
 
 impl RateLimit {
-    /// A limit of so many units a second that lets `burst` of them come at once, or a tenth of a
-    /// second's worth where it is not given. Both are one at least.
+    /// Makes a limit of `per_second` units a second that lets `burst` of them come at once, or a tenth of a
+    /// second's worth if that is not given. Both are at least one.
     pub fn per_second(per_second: u64, burst: Option<u64>) -> RateLimit {
         let per_second = per_second.max(1);
         let size = burst.unwrap_or(per_second.div_ceil(10)).max(1);
@@ -36,20 +36,20 @@ impl RateLimit {
     }
 }
 
-/// Limits of the two things that a device does much of; `None` is no limit.
+/// Limits on a device's bytes and operations; `None` means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Of bytes.
+    /// Limit on bytes.
     pub bytes: Option<RateLimit>,
-    /// Of operations: requests of a disk or an entropy device, packets of a network card.
+    /// Limit on operations: requests of a disk or an entropy device, packets of a network card.
     pub operations: Option<RateLimit>,
 }
 
-/// Keeps a [`RateLimit`].
+/// Enforces a [`RateLimit`].
 ///
-/// It knows the moment until which what was used so far is paid for at the limit's rate. That may be
-/// as far ahead as the bucket takes to fill. What is begun within the limit may go beyond it, however
-/// large it is; the next has to wait for that much longer.
+/// It stores the moment at which the use so far is paid off at the limit's rate. That may be as far ahead as
+/// the bucket takes to fill. An operation that begins within the limit may exceed it, however large it is;
+/// the next one waits that much longer.
 #[derive(Debug)]
 pub(crate) struct RateLimiter {
     limit: RateLimit,
@@ -59,7 +59,7 @@ pub(crate) struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limiter that has rested by `now`.
+    /// Makes a limiter whose bucket is full at `now`.
     pub(crate) fn new(limit: RateLimit, now: Instant) -> RateLimiter {
         RateLimiter {
             limit,
@@ -68,12 +68,12 @@ impl RateLimiter {
         }
     }
 
-    /// The limit that is kept.
+    /// Returns the limit that is enforced.
     pub(crate) fn limit(&self) -> RateLimit {
         self.limit
     }
 
-    /// How long it takes from `now` until more may be used; zero if it may be.
+    /// Returns how long it takes from `now` until more may be used; zero if it may be used at once.
     pub(crate) fn wait_time(&self, now: Instant) -> Duration {
         self.paid_until
             .saturating_duration_since(now)
@@ -93,11 +93,11 @@ impl RateLimiter {
     }
 }
 
-/// A year: what takes longer is not waited for anyway, and moments cannot overflow by it.
+/// A year. Nobody waits for longer than that, and adding it to a moment cannot overflow.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// How long `units` take where it takes `refill_time` for each `size` of them, rounded up so that no
-/// more is let through than the limit says. None at all where there is no limit.
+/// Returns how long `units` take if each `size` of them takes `refill_time`, rounded up so that no more
+/// passes than the limit allows. Zero if there is no limit.
 fn time_for(units: u64, refill_time: Duration, size: u64) -> Duration {
     if size == 0 {
         return Duration::ZERO;

@@ -1,7 +1,7 @@
 //! The real-time clock of a PC: an MC146818A behind an index port and a data port.
 //!
-//! It tells the host's time in UTC, so guests without a paravirtual clock start with today's date. A
-//! guest cannot set it: what it writes to the time registers is ignored. There are no interrupts.
+//! It shows the host's time in UTC, so guests without a paravirtual clock start with today's date. A guest
+//! cannot set it: writes to the time registers are ignored. There are no interrupts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -50,31 +50,31 @@ const AFTERNOON: u8 = 1 << 7;
 /// Register D: the clock has not lost its power.
 const VALID: u8 = 1 << 7;
 
-/// How long before a change of the time the chip announces it (MC146818A data sheet, "Update cycle").
-/// A driver that sees no announcement has at least that long to read all of the time.
+/// How long before it changes the time the chip announces the change (MC146818A data sheet, "Update cycle").
+/// A driver that sees no announcement has at least that long to read the whole time.
 const UPDATE_NOTICE: Duration = Duration::from_micros(244);
 
 /// Two I/O ports: index and data.
 pub struct Rtc {
     now: fn() -> Duration,
     index: u8,
-    /// Everything that the guest can write: control registers, alarm, and memory for the firmware.
+    /// All that the guest can write: control registers, alarm, and memory for the firmware.
     registers: [u8; REGISTER_COUNT],
 }
 
 impl Rtc {
-    /// A clock that tells the host's time.
+    /// Makes a clock that shows the host's time.
     #[must_use]
     pub fn new() -> Rtc {
         Rtc::with_clock(|| {
-            // A host whose clock is before 1970 has no date to give.
+            // The clock starts at 1970 if the host's clock is set to an earlier date.
             SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .unwrap_or_default()
         })
     }
 
-    /// A clock that tells the time since 1970 that `now` gives.
+    /// Makes a clock that shows the time since 1970 that `now` returns.
     fn with_clock(now: fn() -> Duration) -> Rtc {
         Rtc {
             now,
@@ -119,7 +119,7 @@ impl Rtc {
         self.registers[usize::from(REGISTER_B)]
     }
 
-    /// A number below 100 in the format that the guest has chosen.
+    /// Encodes a number below 100 in the format that the guest has chosen.
     fn number(&self, number: u8) -> u8 {
         if self.control() & BINARY != 0 {
             number
@@ -166,7 +166,7 @@ fn is_kept(register: u8) -> bool {
     )
 }
 
-/// What the guest has written. The time is that of the host where the clock is.
+/// The registers that the guest has written. The time is not saved: it is always that of the present host.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct RtcState {
     index: u8,
@@ -253,7 +253,7 @@ struct Date {
 }
 
 impl Date {
-    /// The moment `seconds` after the start of 1970.
+    /// Returns the moment `seconds` after the start of 1970.
     fn from_unix(seconds: u64) -> Date {
         /// 1970 began on a Thursday.
         const FIRST_DAY_OF_WEEK: u64 = 4;
@@ -274,7 +274,7 @@ impl Date {
         let (cycle, day) = (day / DAYS_IN_4_YEARS, day % DAYS_IN_4_YEARS);
         let year = (day / 365).min(3);
         let day = day - year * 365;
-        // From March on, months have 31, 30, 31, 30 and 31 days, and so again: 153 in five months.
+        // From March on, the months repeat a pattern of 31, 30, 31, 30 and 31 days: 153 in five months.
         let month = (5 * day + 2) / 153;
         let day_of_month = day - (153 * month + 2) / 5 + 1;
         let year = 400 * era + 100 * century + 4 * cycle + year;
@@ -369,14 +369,14 @@ mod tests {
         let mut rtc = Rtc::with_clock(an_afternoon);
         let before = time(&mut rtc);
         for register in 0..=u8::MAX {
-            // Not register B, which says how the time is told.
+            // Not register B, which sets the format of the time.
             if register & REGISTER_MASK != REGISTER_B {
                 write(&mut rtc, register, 0x5a);
             }
         }
         assert_eq!(time(&mut rtc), before);
         assert_eq!(read(&mut rtc, REGISTER_C), 0);
-        // Where the kernel of a PC says how a processor is to start after a reset.
+        // Here the kernel of a PC stores how a processor is to start after a reset.
         assert_eq!(read(&mut rtc, 0x0f), 0x5a);
         // The top bit is not part of the index.
         assert_eq!(read(&mut rtc, 0x8f), 0x5a);
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!(data, [0x09]);
     }
 
-    /// What the C library makes of the same moment.
+    /// Converts the same moment with the C library.
     fn by_the_c_library(seconds: u64) -> Date {
         // SAFETY: a `tm` is integers and a pointer, for which zero is a value.
         let mut tm: libc::tm = unsafe { std::mem::zeroed() };

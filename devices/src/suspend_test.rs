@@ -1,41 +1,41 @@
-//! The tests that every device has of being paused, saved and restored.
+//! Tests for every device of being paused, saved and restored.
 
 use bantam_state::{RestoreError, Section};
 
 use crate::lifecycle::Device;
 
-/// A machine with a device, as far as these tests need one.
+/// A machine with one device, with the operations that these tests need.
 pub trait SuspendCase: Sized {
-    /// A machine whose guest has yet to set the device up.
+    /// Makes a machine whose guest has yet to set the device up.
     fn new() -> Self;
 
-    /// The guest sets the device up, as after power-on.
+    /// Has the guest set the device up, as after power-on.
     fn set_up(&mut self);
 
-    /// Has the device do something, and checks that it is right.
+    /// Has the device do something, and checks the result.
     fn work(&mut self);
 
-    /// Begins what the device does not end before a pause.
+    /// Begins something that the device does not finish before a pause.
     fn begin(&mut self);
 
-    /// Ends it, and checks that it is right.
+    /// Finishes it, and checks the result.
     fn end(&mut self);
 
-    /// Does something with the device.
+    /// Calls `act` with the device.
     fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R;
 
-    /// Puts a new device with the same configuration, which is not set up, in the place of the one that was
-    /// saved. Guest memory stays.
+    /// Replaces the saved device by a new one with the same configuration, which is not set up. Guest memory
+    /// stays.
     fn replace(&mut self);
 
-    /// What the guest can see of the device without changing it.
+    /// Returns what the guest can see of the device without changing it.
     fn visible_state(&mut self) -> Vec<u8>;
 
     /// Whether the device works while no register of it is accessed, so that it is saved only in a pause.
     const WORKS_BY_ITSELF: bool = true;
 }
 
-/// A machine with a device that is set up and has done something, and is paused in the middle of more.
+/// Makes a machine whose device is set up, has done something, and is paused in the middle of more.
 fn paused<C: SuspendCase>() -> C {
     let mut machine = C::new();
     machine.set_up();
@@ -148,7 +148,7 @@ pub fn refuses_what_is_not_its_state<C: SuspendCase>() {
     let bytes = postcard::to_stdvec(&section).unwrap();
     let version_at = 1 + section.kind().len();
 
-    // Of another kind, of another version, and with a byte too few or too many.
+    // A section of another kind, one of another version, and ones with a byte too few or too many.
     let mut other_kind = bytes.clone();
     other_kind[1] ^= 1;
     let mut other_version = bytes.clone();
@@ -188,7 +188,7 @@ pub fn notices_each_bit_that_has_changed<C: SuspendCase>() {
     let section = save(&mut paused::<C>());
     let mut frame = Vec::new();
     section.write_to(&mut frame).unwrap();
-    // A few in each byte of a long one.
+    // Only some of the bits of a long frame.
     let step = (frame.len() * 8 / 4096).max(1);
     for bit in (0..frame.len() * 8).step_by(step) {
         frame[bit / 8] ^= 1 << (bit % 8);
@@ -200,7 +200,7 @@ pub fn notices_each_bit_that_has_changed<C: SuspendCase>() {
     }
 }
 
-/// State whose checksum is right and whose content is not: it is refused, or else it does no harm.
+/// State with a valid checksum and arbitrary content is either refused or does no harm.
 pub fn bears_state_of_any_content<C: SuspendCase>() {
     let section = save(&mut paused::<C>());
     let (kind, version, payload): (String, u16, Vec<u8>) =
@@ -214,10 +214,10 @@ pub fn bears_state_of_any_content<C: SuspendCase>() {
             let bytes = postcard::to_stdvec(&(&kind, version, payload)).unwrap();
             let section: Section = postcard::from_bytes(&bytes).unwrap();
             if machine.device(|device| device.restore(&section)).is_ok() {
-                // Whatever it is, it is state of its own.
+                // Whatever the state is, the device can save it again.
                 let saved = save(&mut machine);
                 machine.device(|device| device.restore(&saved).unwrap());
-                // One that cannot go on with it asks its driver for a reset.
+                // A device that cannot go on with it asks its driver for a reset.
                 machine.device(|device| drop(device.resume()));
                 machine.device(|device| device.pause().unwrap());
             }
@@ -229,7 +229,7 @@ pub fn bears_state_of_any_content<C: SuspendCase>() {
     machine.work();
 }
 
-/// Makes each of the tests for a [`SuspendCase`], in a module of their own.
+/// Expands to a module with all of these tests for a [`SuspendCase`].
 macro_rules! suspend_tests {
     ($case:ty) => {
         mod suspended {

@@ -23,17 +23,17 @@ use crate::patience::patiently;
 /// The device that makes taps.
 const CONTROL_DEVICE: &str = "/dev/net/tun";
 
-/// Size of the header that precedes each packet, in bytes: `struct virtio_net_hdr` with its
-/// `num_buffers` (virtio 1.3, section 5.1.6).
+/// Size in bytes of the header before each packet: `struct virtio_net_hdr` with its `num_buffers` (virtio
+/// 1.3, section 5.1.6).
 pub const PACKET_HEADER_SIZE: usize = 12;
 
-/// Most packets that [`Tap::discard_queued`] throws away, so that a flood does not hold it for
-/// ever. A tap queues 1000 unless its administrator says otherwise.
+/// Most packets that [`Tap::discard_queued`] throws away, so that a flood does not keep it busy for ever. A
+/// tap queues 1000 unless its administrator says otherwise.
 const MAX_DISCARDED_PACKETS: usize = 4096;
 
 mod request {
-    //! Requests to a tap (`linux/if_tun.h`). They are numbered with another size than that of what
-    //! they take, so nix's "bad" forms are the right ones.
+    //! Requests to a tap (`linux/if_tun.h`). Their numbers encode a size other than that of their argument,
+    //! so nix's "bad" forms are the right ones.
     use super::{c_int, ifreq};
 
     nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, ifreq);
@@ -45,10 +45,10 @@ mod request {
     nix::ioctl_write_ptr_bad!(set_header_size, libc::TUNSETVNETHDRSZ, c_int);
 }
 
-/// Work on packets that their reader is ready to do, so that the host need not.
+/// Work on packets that their reader does in place of the host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// It takes packets whose checksum is not complete. None of the others goes without this.
+    /// It takes packets whose checksum is not complete. The other offloads require this one.
     pub checksum: bool,
     /// It takes TCP segments over IPv4 that are larger than the MTU.
     pub tcp4_segmentation: bool,
@@ -56,12 +56,12 @@ pub struct Offloads {
     pub tcp6_segmentation: bool,
     /// Such TCP segments may carry explicit congestion notification.
     pub ecn: bool,
-    /// It takes several UDP datagrams, over IPv4 or IPv6, as one that is larger than the MTU.
+    /// It takes several UDP datagrams, over IPv4 or IPv6, as one packet that is larger than the MTU.
     pub udp_segmentation: bool,
 }
 
 impl Offloads {
-    /// The `TUN_F_*` bits, of which the host refuses those that lack what they build upon.
+    /// Returns the `TUN_F_*` bits. The host refuses bits whose prerequisites are missing.
     fn bits(self) -> libc::c_uint {
         if !self.checksum {
             return 0;
@@ -80,15 +80,15 @@ impl Offloads {
     }
 }
 
-/// Which frames the host hands out, by the address that they are for.
+/// Selects the frames that the host hands out by their destination address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FrameFilter {
     /// Every frame.
     All,
-    /// Those to one of `addresses`, and with `all_multicast` those to any group. The host is exact
-    /// with eight addresses; beyond them it also hands out frames that were not asked for.
+    /// Frames to one of `addresses`, and with `all_multicast` those to any group. The host filters up to
+    /// eight addresses exactly; with more it also hands out frames that were not asked for.
     Only {
-        /// Addresses of interfaces, of groups and that of all, if it is wanted.
+        /// Addresses of interfaces and groups, and the broadcast address if it is wanted.
         addresses: Vec<[u8; 6]>,
         /// Whether to hand out frames to any group.
         all_multicast: bool,
@@ -98,9 +98,9 @@ pub enum FrameFilter {
 /// How many queues a tap is to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueueCount {
-    /// So many, or it is an error.
+    /// This many; otherwise it is an error.
     Exactly(usize),
-    /// So many, or one where the tap was made with a single one.
+    /// This many, or one if the tap was made with a single queue.
     AtMost(usize),
 }
 
@@ -111,9 +111,8 @@ impl QueueCount {
     }
 }
 
-/// One queue of a tap. Each read takes one packet that the host sent to the interface, and each
-/// write sends one to the host, preceded by a header of [`PACKET_HEADER_SIZE`] bytes. Neither
-/// waits.
+/// One queue of a tap. Each read takes one packet that the host sent to the interface, and each write sends
+/// one to the host, preceded by a header of [`PACKET_HEADER_SIZE`] bytes. Neither blocks.
 #[derive(Debug)]
 pub struct TapQueue(File);
 
@@ -131,9 +130,9 @@ impl AsRawFd for TapQueue {
 
 /// An open tap.
 ///
-/// The host spreads the packets that it sends over those of its queues that are in use, and a
-/// connection's over one of them: the one by which packets of that connection came last. At first
-/// only the first queue is in use; the others neither have packets nor take any.
+/// The host spreads the packets that it sends over the queues in use. Those of one connection go to the queue
+/// on which that connection last sent a packet. At first only the first queue is in use; the others neither
+/// deliver nor take packets.
 #[derive(Debug)]
 pub struct Tap {
     /// At least one.
@@ -142,22 +141,22 @@ pub struct Tap {
     name: String,
     created: bool,
     offloads: Offloads,
-    /// The header size that an existing tap had before, in bytes.
+    /// The header size in bytes that an existing tap had before.
     found_header_size: Option<c_int>,
-    /// The MTU that was set, if it was another.
+    /// The MTU that was set, if it differed from the tap's own.
     temporary_mtu: Option<TemporaryMtu>,
 }
 
 impl Tap {
-    /// Attaches to the tap called `name`, which is created and brought up if there is none. Waits a
-    /// quarter of a second for one that is in use.
+    /// Attaches to the tap called `name`, which is created and brought up if it does not exist. Waits a
+    /// quarter of a second for a tap that is in use.
     ///
-    /// A tap that exists stays as its administrator set it up, up or down. If `mtu` is given, in
-    /// bytes, it is set on either kind, on one that exists until this value is dropped.
+    /// An existing tap stays up or down as its administrator set it. If `mtu` is given, in bytes, it is set
+    /// on either kind of tap; on an existing one until this value is dropped.
     ///
     /// # Errors
-    /// When the host has no taps, the name is not that of a free tap, it has not the queues that
-    /// are asked for, or this user may not do it.
+    /// If the host has no taps, the name is not that of a free tap, it does not have the queues that are
+    /// asked for, or this user may not do it.
     pub fn open(name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError> {
         check_name(name)?;
         let is_busy = |error: &TapError| matches!(error, TapError::InUse { .. });
@@ -167,16 +166,16 @@ impl Tap {
         })
     }
 
-    /// [`Tap::open`] with `first` as the control device.
+    /// Does the work of [`Tap::open`] with `first` as the control device.
     fn attach(
         first: File,
         name: &str,
         mtu: Option<u16>,
         queues: QueueCount,
     ) -> Result<Tap, TapError> {
-        // The kernel gives a tap with a single queue to one user only, but one with many queues to
-        // any number of them, and hands some packets to each. So look before this takes packets from
-        // another, and once more, as two may have looked at once.
+        // The kernel gives a tap with a single queue to one user only, but one with many queues to any number
+        // of users, and hands some packets to each. So check before taking packets from another user, and
+        // once more afterwards, as two users may have checked at once.
         if attached_queues(name)? > 0 {
             return Err(TapError::InUse {
                 name: name.to_string(),
@@ -223,7 +222,7 @@ impl Tap {
             tap.queues.push(TapQueue(queue));
         }
         tap.offloads = tap.probe_offloads();
-        // Also what the last user of an existing tap may have left.
+        // This also undoes what the last user of an existing tap may have left.
         tap.forget_driver().map_err(|source| TapError::Io {
             name: name.to_string(),
             action: "set the offloads of",
@@ -238,7 +237,7 @@ impl Tap {
         Ok(tap)
     }
 
-    /// The interface's name.
+    /// Returns the interface's name.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -248,20 +247,20 @@ impl Tap {
         self.created
     }
 
-    /// The queues, those that are not in use among them; at least one.
+    /// Returns all queues, including those not in use; at least one.
     pub fn queues(&self) -> &[TapQueue] {
         &self.queues
     }
 
-    /// Which offloads the host knows.
+    /// Returns the offloads that the host supports.
     pub fn offloads(&self) -> Offloads {
         self.offloads
     }
 
-    /// Uses the first `count` queues from now on. What the others hold is lost.
+    /// Uses the first `count` queues from now on. Packets in the others are lost.
     ///
     /// # Errors
-    /// As the `TUNSETQUEUE` request: the tap is gone. Then some may be in use that were not.
+    /// Those of the `TUNSETQUEUE` request: the tap is gone. Further queues may then be in use already.
     pub fn use_queues(&self, count: usize) -> io::Result<()> {
         let present = self.queues_in_use.load(Ordering::Relaxed);
         for (index, queue) in self.queues.iter().enumerate().skip(1) {
@@ -273,40 +272,40 @@ impl Tap {
         Ok(())
     }
 
-    /// Says which packets the host may hand out unfinished from now on.
+    /// Sets which work on packets the host may leave to the reader from now on.
     ///
     /// # Errors
-    /// As the `TUNSETOFFLOAD` request: the host does not know them, or the tap is gone.
+    /// Those of the `TUNSETOFFLOAD` request: the host does not support them, or the tap is gone.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         // SAFETY: the request takes its argument by value.
         unsafe { request::set_offloads(self.control(), offloads.bits() as c_int) }?;
         Ok(())
     }
 
-    /// Says which frames the host hands out from now on, as long as the tap exists.
+    /// Sets which frames the host hands out from now on, for as long as the tap exists.
     ///
     /// # Errors
-    /// As the `TUNSETTXFILTER` request: the tap is gone.
+    /// Those of the `TUNSETTXFILTER` request: the tap is gone.
     pub fn set_filter(&self, filter: &FrameFilter) -> io::Result<()> {
         let filter = encode_filter(filter);
-        // SAFETY: the request reads a struct tun_filter and as many addresses behind it as its
-        // count says, of which `filter` consists.
+        // SAFETY: the request reads a struct tun_filter and, after it, the number of addresses that its count
+        // states. `filter` consists of exactly these.
         unsafe { request::set_filter(self.control(), filter.as_ptr()) }?;
         Ok(())
     }
 
-    /// Takes back all that was set on behalf of a driver: nothing is left unfinished, every frame
-    /// is handed out, and only the first queue is in use.
+    /// Undoes all settings made on behalf of a driver: no work is left to the reader, every frame is handed
+    /// out, and only the first queue is in use.
     ///
     /// # Errors
-    /// When the tap is gone.
+    /// If the tap is gone.
     pub fn forget_driver(&self) -> io::Result<()> {
         self.set_offloads(Offloads::default())?;
         self.set_filter(&FrameFilter::All)?;
         self.use_queues(1)
     }
 
-    /// The queue by which requests to the tap as a whole are made.
+    /// Returns the queue through which requests to the tap as a whole are made.
     fn control(&self) -> RawFd {
         self.queues[0].as_raw_fd()
     }
@@ -330,9 +329,9 @@ impl Tap {
         known
     }
 
-    /// Throws away the packets that the first queue holds.
+    /// Throws away the packets in the first queue.
     pub fn discard_queued(&self) {
-        // A packet of which only the header is read is gone all the same.
+        // Reading only a packet's header removes the whole packet.
         let mut header = [0; PACKET_HEADER_SIZE];
         for _ in 0..MAX_DISCARDED_PACKETS {
             if !matches!((&self.queues[0].0).read(&mut header), Ok(1..)) {
@@ -373,8 +372,8 @@ impl Tap {
     }
 }
 
-/// A tap that exists gets back what was changed of it, before another can attach to it: that may
-/// rely on the usual header size.
+/// An existing tap gets its settings back before another program can attach to it: that program may rely on
+/// the usual header size.
 impl Drop for Tap {
     fn drop(&mut self) {
         self.temporary_mtu = None;
@@ -382,14 +381,14 @@ impl Drop for Tap {
             return;
         };
         match self.set_header_size(size) {
-            // It has been removed.
+            // The tap has been removed.
             Ok(()) | Err(Errno::EBADFD) => {}
             Err(errno) => tracing::warn!("{}", self.io_error("set back the header size of", errno)),
         }
     }
 }
 
-/// A stand-in for a tap: anything that keeps packets apart.
+/// A stand-in for a tap: any descriptor that preserves packet boundaries.
 #[cfg(test)]
 impl From<std::os::fd::OwnedFd> for Tap {
     fn from(socket: std::os::fd::OwnedFd) -> Tap {
@@ -413,13 +412,13 @@ fn open_control_device() -> io::Result<File> {
         .open(CONTROL_DEVICE)
 }
 
-/// Makes `file` the first queue of the tap called `name`, and says whether it may have others.
-/// They may where `many` are wanted and the tap is new; one that exists is as it was made.
+/// Makes `file` the first queue of the tap called `name`, and returns whether the tap may have more. A new
+/// tap may if `many` are wanted; an existing one is as it was made.
 fn attach_first_queue(file: &File, name: &str, many: bool) -> Result<bool, TapError> {
     for many in [many, !many] {
         match attach_queue(file, name, many) {
             Ok(()) => return Ok(many),
-            // So says a tap that was made the other way.
+            // The tap was made the other way.
             Err(Errno::EINVAL) => {}
             Err(errno) => return Err(attach_error(name, errno)),
         }
@@ -452,8 +451,8 @@ fn set_queue_in_use(queue: &File, in_use: bool) -> Result<(), Errno> {
     Ok(())
 }
 
-/// How many queues of the tap called `name` are attached, as far as the kernel counts them: not
-/// those of a tap with a single queue.
+/// Returns how many queues of the tap called `name` are attached, as far as the kernel counts them: it does
+/// not count the queue of a tap with a single queue.
 fn attached_queues(name: &str) -> Result<u32, TapError> {
     let count = link::attached_queues(name).map_err(|source| TapError::Io {
         name: name.to_string(),
@@ -463,7 +462,7 @@ fn attached_queues(name: &str) -> Result<u32, TapError> {
     Ok(count.unwrap_or(0))
 }
 
-/// `struct tun_filter`: flags, the number of addresses, and the addresses.
+/// Encodes a `struct tun_filter`: flags, the number of addresses, and the addresses.
 fn encode_filter(filter: &FrameFilter) -> Vec<u8> {
     let (addresses, all_multicast) = match filter {
         // A filter without addresses lets everything pass.
@@ -473,7 +472,7 @@ fn encode_filter(filter: &FrameFilter) -> Vec<u8> {
             all_multicast,
         } => (&addresses[..], *all_multicast),
     };
-    // No frame is for the address of zeroes, so by itself it lets none pass.
+    // No frame is sent to the all-zero address, so a filter with only this address lets none pass.
     let addresses = if addresses.is_empty() && *filter != FrameFilter::All {
         &[[0; 6]]
     } else {
@@ -499,7 +498,7 @@ pub fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV))
 }
 
-/// What the host takes for a name, less '%', by which it would choose another.
+/// Checks a name as the host does, and refuses '%', with which the host would choose a name itself.
 fn check_name(name: &str) -> Result<(), TapError> {
     let reason = if name.is_empty() {
         "an interface has a name"
@@ -518,7 +517,7 @@ fn check_name(name: &str) -> Result<(), TapError> {
     Err(TapError::Name { name, reason })
 }
 
-/// A request about the interface called `name`; of a longer name than there is, the start.
+/// Makes a request about the interface called `name`. A name that is too long is cut.
 fn interface_request(name: &str) -> ifreq {
     // SAFETY: it consists of integers and pointers, all of which may be zero.
     let mut request: ifreq = unsafe { std::mem::zeroed() };

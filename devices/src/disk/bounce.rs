@@ -1,12 +1,12 @@
-//! Requests that `O_DIRECT` does not take as they are, by way of a buffer that it takes.
+//! Bounce buffers for requests that `O_DIRECT` does not take as they are.
 //!
-//! Storage that is accessed directly has blocks: an operation covers whole ones, and its memory is
-//! aligned. A request that does not is done in windows, each of whole blocks and as large as the
-//! buffer at most. Of a write that covers a block in part, the window is read first, changed and
-//! written, so no other write to that block may be under way meanwhile: see [`DiskFile::block_span`].
+//! Storage that is accessed directly has blocks: an operation covers whole blocks, and its memory is aligned.
+//! Any other request is done in windows of whole blocks, each at most as large as the buffer. If a write
+//! covers a block only in part, its window is first read, then changed and written, so no other write to that
+//! block may be in progress meanwhile: see [`DiskFile::block_span`].
 //!
-//! What an image has after its last whole block, its tail, cannot be written so without making the
-//! file longer. It is written by way of the page cache, and by nobody otherwise.
+//! The bytes after an image's last whole block, its tail, cannot be written in this way without making the
+//! file longer. They are written through the page cache, and in no other way.
 
 use std::io;
 use std::ops::Range;
@@ -18,12 +18,12 @@ use super::{Access, DiskFile};
 /// Size of a buffer in bytes, unless a block is larger.
 const BUFFER_SIZE: usize = 128 << 10;
 
-/// What `O_DIRECT` asks of an operation.
+/// The alignment that `O_DIRECT` requires of an operation.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Alignment {
-    /// Size of a block: multiple that offset and size must be of, a power of two of bytes.
+    /// Size of a block in bytes, a power of two. Offset and size must be multiples of it.
     pub(super) offset: u64,
-    /// Multiple that addresses in memory must be of, a power of two of bytes.
+    /// Alignment of addresses in memory in bytes, a power of two.
     pub(super) memory: usize,
 }
 
@@ -36,7 +36,7 @@ impl Alignment {
         self.block_start(offset + self.offset - 1)
     }
 
-    /// The whole blocks around a range.
+    /// Returns the smallest range of whole blocks that contains `range`.
     pub(super) fn blocks_around(&self, range: &Range<u64>) -> Range<u64> {
         self.block_start(range.start)..self.block_end(range.end)
     }
@@ -46,7 +46,7 @@ impl Alignment {
         self.blocks_around(range) == *range
     }
 
-    /// Where the tail of a file of `size` begins.
+    /// Returns where the tail of a file of `size` bytes begins.
     pub(super) fn tail(&self, size: u64) -> u64 {
         self.block_start(size)
     }
@@ -54,11 +54,11 @@ impl Alignment {
 
 /// The data of a request.
 pub(super) trait Data {
-    /// Bytes left.
+    /// Returns how many bytes are left.
     fn len(&self) -> usize;
-    /// Copies the first bytes that are left into all of `bytes`.
+    /// Fills `bytes` with the first bytes that are left.
     fn peek(&self, bytes: &mut [u8]);
-    /// Puts `bytes` in the place of the first that are left, and drops those.
+    /// Overwrites the first bytes that are left with `bytes`, and drops them.
     fn put(&mut self, bytes: &[u8]);
     /// Drops the first `count` bytes.
     fn advance(&mut self, count: usize);
@@ -82,7 +82,7 @@ impl Data for GuestBuffers {
     }
 }
 
-/// As many zeroes, to be written.
+/// This many zeroes, to be written.
 pub(super) struct Zeroes(pub(super) usize);
 
 impl Data for Zeroes {
@@ -108,7 +108,7 @@ impl Data for Zeroes {
 struct Window {
     /// Where in the image it begins.
     start: u64,
-    /// Bytes of it: whole blocks, unless it is in the tail.
+    /// Its size in bytes: whole blocks, unless it is in the tail.
     len: usize,
     /// Where in it the data of the request is.
     data: Range<usize>,
@@ -152,7 +152,7 @@ impl Window {
         }
     }
 
-    /// Whether there is more in it than the data of the request.
+    /// Whether it contains more than the data of the request.
     fn has_others(&self) -> bool {
         self.data != (0..self.len)
     }
@@ -164,7 +164,7 @@ enum Phase {
     Idle,
     /// The window is read for the request.
     Read,
-    /// The window is read to be changed; so much is there already.
+    /// The window is read to be changed; `done` bytes have been read already.
     Fill { done: usize },
     /// The window is written.
     Write,
@@ -173,21 +173,21 @@ enum Phase {
 /// An operation on an image that [`Bounce`] wants done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// By which file.
+    /// The file to use.
     pub access: Access,
     /// Whether it is a write.
     pub writes: bool,
-    /// Where in the image.
+    /// Offset in the image.
     pub offset: u64,
-    /// Which bytes of the buffer are read or written.
+    /// The bytes of the buffer that are read or written.
     pub bytes: Range<usize>,
 }
 
-/// A buffer, and how far the request that has it is.
+/// A buffer, and the progress of the request that uses it.
 #[derive(Debug)]
 pub struct Bounce {
     alignment: Alignment,
-    /// Larger than the buffer, so that it has an aligned place.
+    /// Larger than the buffer, so that the buffer can be aligned within it.
     memory: Vec<u8>,
     /// Where in it the buffer begins.
     start: usize,
@@ -196,10 +196,10 @@ pub struct Bounce {
 }
 
 impl Bounce {
-    /// A buffer for requests of up to `wanted` bytes, or for a part of such a request at a time.
+    /// Makes a buffer for requests of up to `wanted` bytes, or for a part of such a request at a time.
     pub(super) fn new(alignment: Alignment, wanted: usize) -> Bounce {
         let block = alignment.offset as usize;
-        // A request has one more block than fit into it if it begins within one.
+        // A request that begins within a block touches one block more than its size alone would.
         let capacity = wanted
             .saturating_add(block)
             .min(BUFFER_SIZE)
@@ -224,7 +224,7 @@ impl Bounce {
         self.memory.len() - self.alignment.memory
     }
 
-    /// A part of the buffer.
+    /// Returns a part of the buffer.
     pub(super) fn bytes(&mut self, range: Range<usize>) -> &mut [u8] {
         &mut self.memory[self.start..][range]
     }
@@ -234,8 +234,8 @@ impl Bounce {
         self.phase = Phase::Idle;
     }
 
-    /// What is to be done next for a request that has `data` left, from `offset` on. It is to be done
-    /// again if it is interrupted; else [`Bounce::advance`] hears how much was transferred.
+    /// Returns what to do next for a request that has `data` left, from `offset` on. The caller does the step
+    /// again if it is interrupted; otherwise it tells [`Bounce::advance`] how much was transferred.
     pub(super) fn step(
         &mut self,
         disk: &DiskFile,
@@ -271,23 +271,23 @@ impl Bounce {
         }
     }
 
-    /// Where the bytes of a step are, which stay there until the buffer is dropped.
+    /// Returns the address of a step's bytes, which do not move until the buffer is dropped.
     pub fn pointer(&mut self, step: &Step) -> *mut u8 {
         self.bytes(step.bytes.clone()).as_mut_ptr()
     }
 
-    /// Puts the data of the request into the window, which is written next.
+    /// Copies the data of the request into the window, which is written next.
     fn change(&mut self, data: &impl Data) {
         let range = self.window.data.clone();
         data.peek(self.bytes(range));
         self.phase = Phase::Write;
     }
 
-    /// Takes account of a step that has transferred `count` bytes. Gives how many bytes of the
-    /// request, dropped from `data`, are done with it; none when there is another step first.
+    /// Takes account of a step that has transferred `count` bytes. Returns how many bytes of the request this
+    /// completes, which are dropped from `data`; zero if another step must come first.
     ///
     /// # Errors
-    /// When the image ends before the request, or a block is transferred in part again and again.
+    /// If the image ends before the request does, or a block is repeatedly transferred only in part.
     pub(super) fn advance(
         &mut self,
         disk: &DiskFile,
@@ -319,14 +319,14 @@ impl Bounce {
         }
     }
 
-    /// Takes account of a window of which `reached` bytes are read.
+    /// Takes account of the first `reached` bytes of the window having been read.
     fn fill(&mut self, disk: &DiskFile, data: &impl Data, reached: usize) -> io::Result<()> {
         let Phase::Fill { done } = self.phase else {
             return Ok(());
         };
         let len = self.window.len;
         if reached < len {
-            // An image that was made shorter becomes longer again.
+            // An image that was truncated becomes longer again.
             if self.window.start + reached as u64 >= disk.current_size()? {
                 self.bytes(reached..len).fill(0);
             } else {

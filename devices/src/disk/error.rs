@@ -1,4 +1,4 @@
-//! What is wrong with a disk image.
+//! Errors of disk images.
 
 use std::io;
 use std::path::PathBuf;
@@ -23,10 +23,10 @@ pub enum DiskError {
     Kind {
         /// The image.
         path: PathBuf,
-        /// What it is.
+        /// The kind of file that it is.
         kind: &'static str,
     },
-    /// Its size cannot be a disk's.
+    /// Its size cannot be that of a disk.
     #[error("cannot use disk '{path}' of {size} bytes: {reason}", path = .path.display())]
     Size {
         /// The image.
@@ -58,7 +58,7 @@ pub enum DiskError {
         /// What the file system says.
         source: io::Error,
     },
-    /// Its name says that it is of a format that is not raw, which would reach the guest as garbage.
+    /// Its name says that its format is not raw, so the guest would see garbage.
     #[error(
         "cannot use disk '{path}': its name says that it is a {format} image, and disks are raw; \
          'format=raw' gives the guest the bytes of the file as they are, and 'qemu-img convert -f \
@@ -71,7 +71,7 @@ pub enum DiskError {
         /// The format, as `qemu-img` calls it.
         format: &'static str,
     },
-    /// Its path leads to another file than a moment before.
+    /// Its path leads to a different file than a moment before.
     #[error(
         "cannot open disk '{path}' with 'cache=none': another file took its place at that moment; \
          try again",

@@ -1,7 +1,7 @@
-//! What an image's name and first bytes say of its format.
+//! Guessing an image's format from its name and first bytes.
 //!
-//! A guest that has an image as a raw disk can write any bytes to it, so what the bytes say decides
-//! nothing: it is worth a warning. The name is the user's.
+//! A guest can write any bytes to an image that it has as a raw disk, so the bytes decide nothing: they are
+//! only worth a warning. The name was chosen by the user.
 
 use std::path::Path;
 
@@ -14,11 +14,11 @@ pub enum ImageFormat {
 
 /// A format that other programs know.
 struct Foreign {
-    /// As `qemu-img` calls it.
+    /// The name that `qemu-img` has for it.
     name: &'static str,
-    /// How names of such files end, after the dot.
+    /// The extensions of such files, without the dot.
     extensions: &'static [&'static str],
-    /// Where its mark is, and what it is.
+    /// Its magic numbers, each with its offset.
     marks: &'static [(usize, &'static [u8])],
 }
 
@@ -50,10 +50,10 @@ const FOREIGN: [Foreign; 5] = [
     },
 ];
 
-/// How many of an image's first bytes [`of_bytes`] looks at.
+/// How many of an image's first bytes [`of_bytes`] examines.
 pub(super) const HEAD_SIZE: usize = 512;
 
-/// The format other than raw that the name of `path` says, as `qemu-img` calls it.
+/// Returns the format other than raw that the name of `path` suggests, as `qemu-img` calls it.
 pub(super) fn of_name(path: &Path) -> Option<&'static str> {
     let extension = path.extension()?;
     let is_one = |format: &&Foreign| {
@@ -63,7 +63,7 @@ pub(super) fn of_name(path: &Path) -> Option<&'static str> {
     FOREIGN.iter().find(is_one).map(|format| format.name)
 }
 
-/// The format other than raw that an image with these first bytes could be of.
+/// Returns the format other than raw that an image with these first bytes could have.
 pub(super) fn of_bytes(head: &[u8]) -> Option<&'static str> {
     let has = |&(offset, mark): &(usize, &[u8])| {
         head.get(offset..)

@@ -10,7 +10,7 @@ use super::{DiskOptions, SECTOR_SIZE};
 
 /// Largest physical block size that is passed on to the guest.
 const MAX_BLOCK_SIZE: u32 = 64 << 10;
-/// Physical block size where the host does not tell: a page.
+/// Physical block size if the host does not report one: a page.
 const DEFAULT_PHYSICAL_BLOCK_SIZE: u32 = 4096;
 
 pub(super) mod block_device {
@@ -42,9 +42,10 @@ pub(super) fn measure(file: &File, kind: FileType) -> io::Result<u64> {
     Ok(size)
 }
 
-/// Size in bytes of the disk in an image of `len` bytes, a multiple of `block`; or why there is none.
+/// Returns the size in bytes of the disk in an image of `len` bytes, a multiple of `block`; or why it cannot
+/// be a disk.
 ///
-/// What a read-only image lacks to the last block reads as zeroes. Of one that is written, the guest
+/// In a read-only image, the missing part of the last block reads as zeroes. In a writable image, the guest
 /// would lose what it writes there.
 pub(super) fn disk_size(
     len: u64,
@@ -95,8 +96,8 @@ pub(super) fn block_sizes(file: &File, kind: FileType) -> io::Result<(u32, u32)>
     Ok((logical as u32, physical))
 }
 
-/// What `O_DIRECT` asks of requests to `file`: what the kernel says, or else what suits any storage
-/// of that block size.
+/// Returns the alignment that `O_DIRECT` requires of requests to `file`: the one that the kernel reports, or
+/// else one that suits any storage of that block size.
 pub(super) fn direct_alignment(
     file: &File,
     is_block_device: bool,
@@ -122,7 +123,7 @@ pub(super) fn direct_alignment(
     let (offset, memory) = if known {
         (status.stx_dio_offset_align, status.stx_dio_mem_align)
     } else if is_block_device {
-        // The kernel asks for no more of its own devices.
+        // The kernel requires no more for block devices.
         (logical_block_size, SAFE)
     } else {
         (SAFE.max(logical_block_size), SAFE)

@@ -1,11 +1,11 @@
-//! Locks of files against other users.
+//! File locks against other users of a file.
 //!
-//! A disk image is locked as QEMU does it (`block/file-posix.c`), so that its tools and Bantam refuse
-//! each other exactly where two would write, or one would read what another changes. Each kind of
-//! access, a permission, has a number. Who uses a file has a shared lock on byte 100 plus the number
-//! of each permission that it has, and on byte 200 plus the number of each that it leaves to nobody
-//! else. It then looks whether another has a lock that contradicts: on the 200s for what it has, on
-//! the 100s for what it leaves to nobody.
+//! A disk image is locked in the way that QEMU does it (`block/file-posix.c`), so that QEMU's tools and
+//! Bantam refuse each other exactly if both would write, or one would read what the other changes. Each kind
+//! of access, a permission, has a number. A user of a file takes a shared lock on byte 100 plus the number of
+//! each permission that it has, and on byte 200 plus the number of each permission that it denies to others.
+//! It then checks whether anyone else holds a conflicting lock: on the 200s for the permissions that it has,
+//! on the 100s for those that it denies.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ use crate::patience::patiently;
 
 /// Byte for having permission 0.
 const HAS: u64 = 100;
-/// Byte for not sharing permission 0.
+/// Byte for denying permission 0 to others.
 const KEEPS: u64 = 200;
 /// Permission to read data that is consistent.
 const READ: u64 = 0;
@@ -27,7 +27,7 @@ const WRITE: u64 = 1;
 /// How a file is shared with others that lock it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lock {
-    /// With any number that share it too.
+    /// With any number of others that share it too.
     Shared,
     /// With nobody.
     Exclusive,
@@ -39,21 +39,22 @@ pub enum LockMode {
     /// An image that another uses is refused, and so is one that cannot be locked.
     #[default]
     On,
-    /// As [`LockMode::On`], but an image on a file system without locks is used with a warning.
+    /// An image in use is refused, as with [`LockMode::On`], but one on a file system without locks is used
+    /// with a warning.
     WherePossible,
-    /// An image is used with a warning where [`LockMode::On`] refuses it.
+    /// An image that [`LockMode::On`] would refuse is used with a warning.
     Warn,
-    /// It is neither locked nor looked whether another uses it.
+    /// The image is not locked, nor checked for other users.
     Off,
 }
 
 /// Locks all of `file` for as long as it is open, without waiting.
 ///
-/// The lock belongs to the open file, so it conflicts also with one of the same process, unlike
-/// traditional record locks.
+/// The lock belongs to the open file, so unlike a traditional record lock it also conflicts with locks of the
+/// same process.
 ///
 /// # Errors
-/// As `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` when another has it.
+/// Those of `fcntl` with `F_OFD_SETLK`: `EAGAIN` or `EACCES` if another user has the lock.
 pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
@@ -62,21 +63,21 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
     set(file, kind, 0..0)
 }
 
-/// Locks an image as one that is read, or read and written, by one that lets nobody else write.
+/// Locks an image for reading, or for reading and writing, and denies writing to others.
 ///
-/// It waits for the lock as [`patiently`] does: a monitor that was killed keeps its own until the
-/// kernel has taken down its io_uring, which is soon after its end.
+/// It waits for the lock as [`patiently`] does: a killed monitor keeps its lock until the kernel has torn
+/// down its io_uring, soon after its end.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] when another's use contradicts; else as `fcntl` with `F_OFD_SETLK`.
+/// [`io::ErrorKind::WouldBlock`] if another's use conflicts; otherwise those of `fcntl` with `F_OFD_SETLK`.
 pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     patiently(is_busy, || try_lock_image(file, read_only))
 }
 
-/// As [`lock_file`], but waits for the lock as [`patiently`] does.
+/// Locks all of `file` like [`lock_file`], but waits for the lock as [`patiently`] does.
 ///
 /// # Errors
-/// As [`lock_file`].
+/// Those of [`lock_file`].
 pub fn lock_patiently(file: &File, lock: Lock) -> io::Result<()> {
     patiently(is_busy, || lock_file(file, lock))
 }
@@ -105,7 +106,8 @@ fn try_lock_image(file: &File, read_only: bool) -> io::Result<()> {
             }
         });
     if locked.is_err() {
-        // What is kept meanwhile would turn others away. It fails only where there are no locks.
+        // A lock kept while waiting would turn others away. Unlocking fails only if the file system has no
+        // locks.
         let _ = set(file, libc::F_UNLCK, 0..0);
     }
     match locked {
@@ -174,7 +176,7 @@ mod tests {
         for read_only in [true, false] {
             try_lock_image(&fourth, read_only).unwrap_err();
         }
-        // Those who were refused have left no lock behind.
+        // The refused ones have left no lock behind.
         drop(third);
         try_lock_image(&open(&image), false).unwrap();
     }

@@ -30,10 +30,10 @@ pub use open::DiskOptions;
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
 
-/// Size of the zeroes that are written at a time where a file system cannot zero a range itself.
+/// Bytes of zeroes that are written at a time if a file system cannot zero a range itself.
 const ZEROES_SIZE: usize = 64 << 10;
 
-/// Where what a guest has written is kept until it asks for a flush, and what a flush does.
+/// Where written data is kept until the guest asks for a flush, and what a flush does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CacheMode {
     /// In the host's page cache; a flush brings it to stable storage.
@@ -44,17 +44,16 @@ pub enum CacheMode {
     /// In the storage's own cache: the host's page cache is bypassed (`O_DIRECT`). A flush brings it
     /// to stable storage.
     None,
-    /// In the host's page cache, flushes included: a crash of the host can lose it all.
+    /// In the host's page cache, even after a flush: a crash of the host can lose all of it.
     Unsafe,
 }
 
-/// One of the files by which a disk is reached.
+/// One of the open files of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// The image, opened as the cache mode wants it.
+    /// The image, opened as the cache mode requires.
     Usual,
-    /// The image by way of the page cache, for writes to what is left after the last block that
-    /// `O_DIRECT` takes.
+    /// The image through the page cache, for writes behind the last block that `O_DIRECT` takes.
     Tail,
 }
 
@@ -71,11 +70,11 @@ struct Direct {
 pub struct DiskFile {
     path: PathBuf,
     file: File,
-    /// There is one with [`CacheMode::None`].
+    /// Present with [`CacheMode::None`].
     direct: Option<Direct>,
-    /// Of the disk.
+    /// Size of the disk in bytes.
     size: AtomicU64,
-    /// Of the image.
+    /// Size of the image in bytes.
     length: AtomicU64,
     options: DiskOptions,
     is_block_device: bool,
@@ -102,7 +101,7 @@ impl DiskFile {
         }
     }
 
-    /// As if the storage had blocks of `block` bytes, for tests of images of whole blocks.
+    /// Opens an image as if the storage had blocks of `block` bytes, for tests of images of whole blocks.
     #[cfg(test)]
     pub(crate) fn with_block(mut self, block: u64) -> DiskFile {
         if let Some(direct) = &mut self.direct {
@@ -111,7 +110,7 @@ impl DiskFile {
         self
     }
 
-    /// The path by which it was opened.
+    /// Returns the path with which it was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -119,21 +118,21 @@ impl DiskFile {
     /// Whether `file` is the image that is open.
     ///
     /// # Errors
-    /// If one of them cannot be looked at.
+    /// If one of the two cannot be examined.
     pub fn is_same_file(&self, file: &File) -> io::Result<bool> {
         let (open, other) = (self.file.metadata()?, file.metadata()?);
         Ok((open.dev(), open.ino()) == (other.dev(), other.ino()))
     }
 
-    /// Size in bytes, a multiple of [`DiskFile::logical_block_size`].
+    /// Returns the disk's size in bytes, a multiple of [`DiskFile::logical_block_size`].
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Takes the size that the image has now for the disk's, and gives it.
+    /// Updates the disk's size to that of the image, and returns it.
     ///
     /// # Errors
-    /// When it cannot be measured, or cannot be the size of this disk, as in [`DiskFile::open`].
+    /// If the image cannot be measured, or its size cannot be that of this disk, as in [`DiskFile::open`].
     pub fn update_size(&self) -> io::Result<u64> {
         let length = self.current_size()?;
         let block = self.logical_block_size;
@@ -142,7 +141,7 @@ impl DiskFile {
                 let error = format!("it has {length} bytes now: {reason}");
                 io::Error::new(io::ErrorKind::InvalidData, error)
             })?;
-        // In this order: who sees the new size sees how much of it the image has, too.
+        // In this order: a reader that sees the new size also sees how much of it the image covers.
         let before = self.length.swap(length, Ordering::Relaxed);
         self.size.store(size, Ordering::Release);
         if length != before {
@@ -151,33 +150,33 @@ impl DiskFile {
         Ok(size)
     }
 
-    /// How it was opened.
+    /// Returns the options with which it was opened.
     pub fn options(&self) -> &DiskOptions {
         &self.options
     }
 
-    /// Whether nothing may be written.
+    /// Whether the disk is read-only.
     pub fn is_read_only(&self) -> bool {
         self.options.read_only
     }
 
-    /// What becomes of written data.
+    /// Returns how written data is cached.
     pub fn cache(&self) -> CacheMode {
         self.options.cache
     }
 
-    /// Smallest unit in which the guest should address the disk, in bytes.
+    /// Returns the smallest unit in which the guest should address the disk, in bytes.
     pub fn logical_block_size(&self) -> u32 {
         self.logical_block_size
     }
 
-    /// Unit that the host writes without reading the rest of it first, in bytes; a multiple of
+    /// Returns the unit that the host writes without a read-modify-write, in bytes; a multiple of
     /// [`DiskFile::logical_block_size`].
     pub fn physical_block_size(&self) -> u32 {
         self.physical_block_size
     }
 
-    /// The image as it is opened for `access`, if it is.
+    /// Returns the file for `access`, if there is one.
     pub fn file(&self, access: Access) -> Option<&File> {
         match access {
             Access::Usual => Some(&self.file),
@@ -185,12 +184,12 @@ impl DiskFile {
         }
     }
 
-    /// Whether the page cache is bypassed, so that not every request is taken as it is.
+    /// Whether the page cache is bypassed, so that some requests need a [`Bounce`].
     pub fn is_direct(&self) -> bool {
         self.direct.is_some()
     }
 
-    /// Whether a transfer between `offset` and `buffers` can be done as it is; else it takes a
+    /// Whether a transfer between `offset` and `buffers` can be done as it is; otherwise it needs a
     /// [`Bounce`].
     pub fn takes(&self, buffers: &GuestBuffers, offset: u64) -> bool {
         let Some(Direct { alignment, .. }) = &self.direct else {
@@ -201,9 +200,9 @@ impl DiskFile {
                 && buffers.are_aligned(alignment.memory, alignment.offset as usize)
     }
 
-    /// The whole blocks that a write to `range` reads or writes, and whether it covers all of them. One
-    /// that does not must not be done while another write to one of them is. `None` if requests are
-    /// of whole blocks always.
+    /// Returns the whole blocks that a write to `range` reads or writes, and whether it covers all of them. A
+    /// write that does not must not run while another write to one of them does. `None` if all requests
+    /// consist of whole blocks.
     pub fn block_span(&self, range: Range<u64>) -> Option<(Range<u64>, bool)> {
         let alignment = &self.direct.as_ref()?.alignment;
         (alignment.offset > SECTOR_SIZE).then(|| {
@@ -212,13 +211,14 @@ impl DiskFile {
         })
     }
 
-    /// A buffer for requests that the image does not take as they are.
+    /// Makes a buffer for requests that the image does not take as they are.
     pub fn bounce(&self) -> Option<Bounce> {
         let direct = self.direct.as_ref()?;
         Some(Bounce::new(direct.alignment, usize::MAX))
     }
 
-    /// The next step of a request that goes by way of `bounce`: of a write, if it `writes`.
+    /// Returns the next step of a request that goes through `bounce`: of a write if `writes`, otherwise of a
+    /// read.
     pub fn next_step(
         &self,
         bounce: &mut Bounce,
@@ -229,11 +229,11 @@ impl DiskFile {
         bounce.step(self, buffers, offset, writes)
     }
 
-    /// Takes account of a step that has transferred `count` bytes. Gives how many bytes, dropped from
-    /// `buffers`, are done with it; if none are, there is another step first.
+    /// Takes account of a step that has transferred `count` bytes. Returns how many bytes this completes,
+    /// which are dropped from `buffers`; zero if another step must come first.
     ///
     /// # Errors
-    /// When the image ends before the request does.
+    /// If the image ends before the request does.
     pub fn end_step(
         &self,
         bounce: &mut Bounce,
@@ -243,20 +243,20 @@ impl DiskFile {
         bounce.advance(self, buffers, count)
     }
 
-    /// Where the tail begins, which is written by [`Access::Tail`] alone.
+    /// Returns where the tail begins, which only [`Access::Tail`] writes.
     fn tail(&self) -> u64 {
         let length = self.length.load(Ordering::Relaxed);
         let direct = self.direct.as_ref();
         direct.map_or(length, |direct| direct.alignment.tail(length))
     }
 
-    /// Size of the image in bytes, as it is now.
+    /// Returns the present size of the image in bytes.
     fn current_size(&self) -> io::Result<u64> {
         measure(&self.file, self.file.metadata()?.file_type())
     }
 
-    /// Takes from `buffers`, to be filled from `offset` on, what the disk has beyond the end of its
-    /// image: it becomes zero.
+    /// Zeroes and drops the part of `buffers`, to be filled from `offset` on, that lies beyond the end of the
+    /// image.
     pub fn fill_beyond_end(&self, buffers: &mut GuestBuffers, offset: u64) {
         if !self.options.read_only {
             return;
@@ -279,20 +279,20 @@ impl DiskFile {
     /// Fills `buffers` with the bytes from `offset` on.
     ///
     /// # Errors
-    /// As `preadv`; also when the file ends before the buffers do.
+    /// Those of `preadv`; also if the file ends before the buffers do.
     pub fn read(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
         let offset = self.transfer(buffers, offset, 0, GuestBuffers::read_from)?;
         self.bounce_rest(buffers, offset, false)
     }
 
-    /// As [`DiskFile::read`], but only with what the page cache holds: what is not read is left in
-    /// `buffers`.
+    /// Fills `buffers` like [`DiskFile::read`], but only with data that the page cache holds: the part not
+    /// read is left in `buffers`.
     ///
     /// # Errors
-    /// As [`DiskFile::read`].
+    /// Those of [`DiskFile::read`].
     pub fn read_cached(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
         match self.transfer(buffers, offset, libc::RWF_NOWAIT, GuestBuffers::read_from) {
-            // A file system that cannot tell says `EOPNOTSUPP`.
+            // A file system that cannot do this returns `EOPNOTSUPP`.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
@@ -305,10 +305,10 @@ impl DiskFile {
         }
     }
 
-    /// Writes `buffers` to the bytes from `offset` on; if it is to be `durable`, to stable storage.
+    /// Writes `buffers` to the bytes from `offset` on; with `durable`, to stable storage.
     ///
     /// # Errors
-    /// As `pwritev2`.
+    /// Those of `pwritev2`.
     pub fn write(&self, buffers: &mut GuestBuffers, offset: u64, durable: bool) -> io::Result<()> {
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let offset = self.transfer(buffers, offset, flags, GuestBuffers::write_to)?;
@@ -323,7 +323,7 @@ impl DiskFile {
         }
     }
 
-    /// Transfers as much of `buffers` as can be done as it is, and gives where the rest belongs.
+    /// Transfers as much of `buffers` as needs no bounce buffer, and returns the offset of the rest.
     fn transfer(
         &self,
         buffers: &mut GuestBuffers,
@@ -343,7 +343,7 @@ impl DiskFile {
         Ok(offset)
     }
 
-    /// Does what is left of a request by way of an aligned buffer.
+    /// Does the rest of a request through an aligned buffer.
     fn bounce_rest(&self, data: &mut impl Data, mut offset: u64, writes: bool) -> io::Result<()> {
         let Some(direct) = self.direct.as_ref().filter(|_| data.len() > 0) else {
             return Ok(());
@@ -371,7 +371,7 @@ impl DiskFile {
     /// [`CacheMode::Unsafe`].
     ///
     /// # Errors
-    /// As `fdatasync`.
+    /// Those of `fdatasync`.
     pub fn flush(&self) -> io::Result<()> {
         match self.options.cache {
             CacheMode::Unsafe => Ok(()),
@@ -379,11 +379,11 @@ impl DiskFile {
         }
     }
 
-    /// Gives the storage of a range back to the host. What the range reads as afterwards is not
-    /// defined; where the host cannot do it, nothing happens.
+    /// Gives the storage of a range back to the host. The content of the range is undefined afterwards. If
+    /// the host cannot do it, nothing happens.
     ///
     /// # Errors
-    /// As `fallocate`, or the block device's.
+    /// Those of `fallocate`, or of the block device.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.deallocate(offset, len) {
             Err(error) if is_unsupported(&error) => Ok(()),
@@ -391,11 +391,11 @@ impl DiskFile {
         }
     }
 
-    /// Makes a range read as zeroes; with `deallocate` by giving its storage back, where the host
-    /// can do so and still reads zeroes.
+    /// Makes a range read as zeroes; with `deallocate` by giving its storage back, if the host can do so and
+    /// the range still reads as zeroes.
     ///
     /// # Errors
-    /// As `fallocate` and `pwrite`, or the block device's.
+    /// Those of `fallocate` and `pwrite`, or of the block device.
     pub fn write_zeroes(&self, offset: u64, len: u64, deallocate: bool) -> io::Result<()> {
         let zeroed = if self.is_block_device {
             // SAFETY: the request reads two u64 from the place it is given.
@@ -448,8 +448,8 @@ impl DiskFile {
     }
 }
 
-/// Whether the host cannot do what was asked for. A block device whose sectors are larger than those
-/// of the guest's disk says `EINVAL` to a range that is no multiple of them.
+/// Whether the host does not support the operation. A block device whose sectors are larger than those of the
+/// guest's disk returns `EINVAL` for a range that is not a multiple of its sectors.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

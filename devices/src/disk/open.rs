@@ -1,4 +1,4 @@
-//! Opening a disk image: what is looked at before a guest gets it.
+//! Opening of disk images, and the checks before a guest gets one.
 
 use std::fs::File;
 use std::io;
@@ -18,38 +18,39 @@ use crate::opener::{FileAccess, HostOpener, Opener};
 /// How a disk image is opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskOptions {
-    /// Whether nothing may be written.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// What becomes of written data.
+    /// How written data is cached.
     pub cache: CacheMode,
-    /// The image's format. If it is not said, an image whose name says another than raw is refused.
+    /// The image's format. If it is not given, an image whose name suggests a format other than raw is
+    /// refused.
     pub format: Option<ImageFormat>,
-    /// Smallest unit in which the guest is to address the disk, a power of two of bytes from
-    /// [`SECTOR_SIZE`] on. If it is not said, that of a block device, and [`SECTOR_SIZE`] for a file.
+    /// Smallest unit in which the guest is to address the disk in bytes, a power of two and at least
+    /// [`SECTOR_SIZE`]. If it is not given, that of a block device, and [`SECTOR_SIZE`] for a file.
     pub block_size: Option<u32>,
-    /// Whether others must leave the image alone.
+    /// How the image is locked against other users.
     pub lock: LockMode,
-    /// Whether an image that is empty or, though it is written, ends within a block is taken. The
-    /// guest does not see what is beyond the last block.
+    /// Whether to accept an empty image, and a writable one that ends within a block. The guest does not see
+    /// the bytes after the last whole block.
     pub any_size: bool,
 }
 
 impl DiskFile {
     /// Opens and locks the image at `path`.
     ///
-    /// It is locked as QEMU does it: nobody else may write to it, nor may another read it who wants
-    /// it to stay as it is while this one writes.
+    /// It is locked in the way that QEMU does it: nobody else may write to it, and while this one writes,
+    /// nobody may read it who needs its content to stay as it is.
     ///
     /// # Errors
-    /// When it cannot be opened, is not a disk, is in use, or cannot be used with `options`.
+    /// If it cannot be opened, is not a disk, is in use, or cannot be used with `options`.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<DiskFile, DiskError> {
         DiskFile::open_by(&HostOpener, path, options)
     }
 
-    /// Opens and locks the image at `path`, like [`DiskFile::open`], by `opener`.
+    /// Opens and locks the image at `path` like [`DiskFile::open`], but with `opener`.
     ///
     /// # Errors
-    /// As [`DiskFile::open`].
+    /// Those of [`DiskFile::open`].
     pub fn open_by(
         opener: &dyn Opener,
         path: &Path,
@@ -68,10 +69,10 @@ impl DiskFile {
         Ok(disk)
     }
 
-    /// Finds out whether [`DiskFile::open`] could open the image at `path`, unless it is in use then.
+    /// Checks whether [`DiskFile::open`] could open the image at `path`, provided that it is not in use then.
     ///
     /// # Errors
-    /// As [`DiskFile::open`].
+    /// Those of [`DiskFile::open`].
     pub fn check(path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
         let options = DiskOptions {
             lock: LockMode::Off,
@@ -80,7 +81,7 @@ impl DiskFile {
         DiskFile::open_silently(&HostOpener, path, &options).map(drop)
     }
 
-    /// Opens an image, and tells which format other than raw its first bytes are of.
+    /// Opens an image, and returns the format other than raw that its first bytes suggest.
     fn open_silently(
         opener: &dyn Opener,
         path: &Path,
@@ -118,7 +119,7 @@ impl DiskFile {
             let path = path.to_path_buf();
             return Err(DiskError::NamedFormat { path, format });
         }
-        // Before it is measured: whoever has it may change its size.
+        // Before it is measured: its present user may change its size.
         lock_as_wanted(&file, path, options)?;
         let length = measure(&file, kind).map_err(with_path("measure"))?;
         let (logical, physical_block_size) =
@@ -135,7 +136,7 @@ impl DiskFile {
                 }
             })?;
         let mut flags = file_flags(&file).map_err(with_path("set up"))?;
-        // It kept a pipe from being waited for. Requests to a disk are to be waited for.
+        // The flag kept the open from waiting for a pipe's other end. Requests to a disk must wait.
         flags.remove(OFlag::O_NONBLOCK);
         let mut direct = None;
         let no_direct = |source| DiskError::Direct {
@@ -176,7 +177,8 @@ impl DiskFile {
         Ok((disk, format::of_bytes(&head)))
     }
 
-    /// The first bytes of the image, which also shows whether it can be read as it is opened.
+    /// Reads the first bytes of the image. This also shows whether it can be read in the way that it was
+    /// opened.
     fn read_head(&self) -> io::Result<Vec<u8>> {
         if let Some(direct) = &self.direct {
             let mut bounce = Bounce::new(direct.alignment, format::HEAD_SIZE);
@@ -218,7 +220,7 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     }
 }
 
-/// Opens the image `file` at `path` once more, for [`Access::Tail`].
+/// Opens the image `file` at `path` a second time, for [`Access::Tail`].
 fn open_tail(opener: &dyn Opener, path: &Path, file: &File) -> Result<File, DiskError> {
     let with_path = |action| {
         move |source| DiskError::Io {
@@ -239,13 +241,13 @@ fn open_tail(opener: &dyn Opener, path: &Path, file: &File) -> Result<File, Disk
     }
     let flags = file_flags(&tail).map_err(with_path("set up"))?;
     set_file_flags(&tail, flags - OFlag::O_NONBLOCK).map_err(with_path("set up"))?;
-    // What is before the tail is not to be in the page cache, where it would become outdated.
+    // Data before the tail must not be read ahead into the page cache, where it would become stale.
     let advice = PosixFadviseAdvice::POSIX_FADV_RANDOM;
     posix_fadvise(&tail, 0, 0, advice).map_err(|error| with_path("set up")(error.into()))?;
     Ok(tail)
 }
 
-/// Locks an image as far as `options` want it.
+/// Locks an image in the way that `options` ask for.
 fn lock_as_wanted(file: &File, path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
     if options.lock == LockMode::Off {
         return Ok(());

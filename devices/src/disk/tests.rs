@@ -153,7 +153,7 @@ fn a_read_only_image_ends_in_zeroes() {
                 .write_slice(&[0xff; 0x4000], GuestAddress(0))
                 .unwrap();
             let mut buffers = GuestBuffers::new(memory.clone());
-            // In two parts, of which the second is beyond the end of the image or not.
+            // In two parts, the second of which may lie beyond the end of the image.
             buffers.push(GuestAddress(0), size as u32 / 2).unwrap();
             buffers
                 .push(GuestAddress(0x8000), (size - size / 2) as u32)
@@ -189,7 +189,7 @@ fn regular_files_have_sectors_of_512_bytes_in_every_cache_mode() {
                 ..DiskOptions::default()
             };
             match DiskFile::open(&path, &options) {
-                // tmpfs has O_DIRECT since Linux 6.6.
+                // tmpfs supports O_DIRECT since Linux 6.6.
                 Err(DiskError::Direct { .. }) => assert_eq!(cache, CacheMode::None),
                 disk => {
                     let disk = disk.unwrap();
@@ -246,7 +246,7 @@ fn what_direct_access_does_not_take_is_done_in_order() {
     disk.fill_with_zeroes(512, size as u64 - 1024).unwrap();
     model[512..size - 512].fill(0);
     assert!(fs::read(&path).unwrap() == model);
-    // One that was made shorter becomes longer again, with the bytes between as zeroes.
+    // A truncated image becomes longer again, with zeroes in between.
     fs::OpenOptions::new()
         .write(true)
         .open(&path)
@@ -280,7 +280,7 @@ fn an_image_without_a_lock_is_used_only_if_that_is_wanted() {
         let opened = DiskFile::open(&path, &options);
         assert_eq!(opened.is_ok(), is_used, "{lock:?}");
     }
-    // Those that were not locked have taken nothing from the first.
+    // The opens without a lock have not disturbed the first one's lock.
     assert!(message(&path, false).contains("in use"));
 }
 

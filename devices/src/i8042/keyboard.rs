@@ -1,4 +1,4 @@
-//! The keyboard: what it answers to the commands that it knows, and the codes of its keys.
+//! The keyboard: its answers to commands, and the codes of its keys.
 
 use std::collections::VecDeque;
 
@@ -9,15 +9,15 @@ use super::KeyboardError;
 /// How many bytes of scan codes the keyboard remembers.
 const KEY_BUFFER_SIZE: usize = 16;
 
-/// What comes before the code of a key that is let go, in scan code set 2.
+/// Prefix of the code of a released key in scan code set 2.
 const BREAK: u8 = 0xf0;
-/// The same in set 1: a bit of the code.
+/// Bit in the code of a released key in set 1.
 const BREAK_BIT: u8 = 0x80;
 
 const ALT: u8 = 0x11;
 const CTRL: u8 = 0x14;
 const DEL: u8 = 0x71;
-/// What comes before the codes of keys, such as Del, that the first keyboards did not have.
+/// Prefix of the codes of keys that the first keyboards did not have, such as Del.
 const EXTENDED: u8 = 0xe0;
 
 #[rustfmt::skip]
@@ -46,7 +46,7 @@ const SELF_TEST_PASSED: u8 = 0xaa;
 const IDENTITY: [u8; 2] = [0xab, 0x83];
 /// Most bytes of an answer.
 const MAX_ANSWER_SIZE: usize = 3;
-/// The one scan code set there is.
+/// The only scan code set that is supported.
 const SCAN_CODE_SET_2: u8 = 2;
 
 /// A keyboard that has the keys Ctrl, Alt and Del, in scan code set 2.
@@ -55,14 +55,14 @@ pub(super) struct Keyboard {
     is_scanning: bool,
     /// Codes of keys, at most [`KEY_BUFFER_SIZE`] bytes.
     keys: VecDeque<u8>,
-    /// What is left of the answer to the last command. It is sent before any keys.
+    /// The rest of the answer to the last command. It is sent before any keys.
     answer: VecDeque<u8>,
     /// The command whose argument is the next byte.
     awaited: Option<u8>,
 }
 
 impl Default for Keyboard {
-    /// As after power is applied.
+    /// Makes a keyboard as after power-on.
     fn default() -> Keyboard {
         Keyboard {
             is_scanning: true,
@@ -74,7 +74,7 @@ impl Default for Keyboard {
 }
 
 impl Keyboard {
-    /// Says what no keyboard can remember, if this one, which comes from elsewhere, does.
+    /// Checks a keyboard that was restored. The error says what is impossible about it.
     pub(super) fn validate(&self) -> Result<(), String> {
         if self.keys.len() > KEY_BUFFER_SIZE {
             return Err(format!("it has {} bytes of keys", self.keys.len()));
@@ -104,7 +104,7 @@ impl Keyboard {
         !self.answer.is_empty() || !self.keys.is_empty()
     }
 
-    /// Takes what the guest sends to the keyboard.
+    /// Handles a byte that the guest sends to the keyboard.
     pub(super) fn command(&mut self, value: u8) {
         let answer: &[u8] = match (self.awaited.take(), value) {
             (Some(command::SCAN_CODE_SET), 0) => &[ACKNOWLEDGE, SCAN_CODE_SET_2],
@@ -139,7 +139,7 @@ impl Keyboard {
         self.answer.extend(answer);
     }
 
-    /// The next byte for the controller, which has it translated to set 1 if `translate` says so.
+    /// Returns the next byte for the controller, translated to set 1 if `translate` is set.
     pub(super) fn next_byte(&mut self, translate: bool) -> Option<u8> {
         let translated = |byte| if translate { set_1(byte) } else { byte };
         if let Some(byte) = self.answer.pop_front() {
@@ -152,7 +152,7 @@ impl Keyboard {
     }
 }
 
-/// What controllers make of a byte of the keyboard, be it a scan code or not: of those that this one
+/// Translates a byte as controllers do, whether it is a scan code or not. Of the bytes that this keyboard
 /// sends, only these change.
 fn set_1(byte: u8) -> u8 {
     match byte {
@@ -167,17 +167,17 @@ fn set_1(byte: u8) -> u8 {
 
 #[cfg(test)]
 impl Keyboard {
-    /// Remembers another byte of a key, whether there is room for it or not.
+    /// Queues a byte of a key without checking for room.
     pub(super) fn push_key(&mut self, byte: u8) {
         self.keys.push_back(byte);
     }
 
-    /// Has an answer of that many bytes to give.
+    /// Queues an answer of `len` bytes.
     pub(super) fn push_answer(&mut self, len: usize) {
         self.answer.extend(vec![ACKNOWLEDGE; len]);
     }
 
-    /// Takes the next byte for the argument of `command`.
+    /// Makes the next byte the argument of `command`.
     pub(super) fn await_argument(&mut self, command: u8) {
         self.awaited = Some(command);
     }

@@ -1,8 +1,8 @@
-//! The i8042 keyboard controller of a PC, with an AT keyboard: as much of both as it takes for the
+//! The i8042 keyboard controller of a PC with an AT keyboard: the parts of both that are needed for the
 //! machine's owner to press Ctrl-Alt-Del, and for the guest to reset the machine.
 //!
-//! What they do is in IBM's "Personal System/2 Hardware Interface Technical Reference", sections
-//! "Keyboard and Auxiliary Device Controller" and "Keyboards". There is no auxiliary device (mouse).
+//! Both are described in IBM's "Personal System/2 Hardware Interface Technical Reference", sections "Keyboard
+//! and Auxiliary Device Controller" and "Keyboards". There is no auxiliary device (mouse).
 
 mod keyboard;
 
@@ -23,16 +23,16 @@ const DATA_PORT: u64 = 0;
 /// Offset of the command and status port from the data port.
 const COMMAND_PORT: u64 = 4;
 
-/// Bits of the status register. The bit by which the controller is busy with what was written last
-/// is never set.
+/// Bits of the status register. The bit that says that the controller is still busy with the last write is
+/// never set.
 mod status {
-    /// The data port has a byte that was not read yet.
+    /// The data port has a byte that has not been read yet.
     pub(super) const OUTPUT_BUFFER_FULL: u8 = 1 << 0;
     /// The system flag of the command byte.
     pub(super) const SYSTEM: u8 = 1 << 2;
     /// The last write was to the command port.
     pub(super) const COMMAND: u8 = 1 << 3;
-    /// The keyboard is not locked by a key.
+    /// The keyboard is not locked by the key switch.
     pub(super) const NOT_LOCKED: u8 = 1 << 4;
 }
 
@@ -42,9 +42,9 @@ mod command_byte {
     pub(super) const INTERRUPT: u8 = 1 << 0;
     /// The controller has been tested.
     pub(super) const SYSTEM: u8 = 1 << 2;
-    /// The keyboard's line is held, so that it sends nothing.
+    /// The keyboard's clock line is held low, so that it sends nothing.
     pub(super) const KEYBOARD_DISABLED: u8 = 1 << 4;
-    /// The same for an auxiliary device.
+    /// The clock line of an auxiliary device is held low.
     pub(super) const AUXILIARY_DISABLED: u8 = 1 << 5;
     /// What the keyboard sends is translated from scan code set 2 to set 1.
     pub(super) const TRANSLATE: u8 = 1 << 6;
@@ -59,7 +59,8 @@ mod command {
     pub(super) const ENABLE_KEYBOARD: u8 = 0xae;
     pub(super) const READ_OUTPUT_PORT: u8 = 0xd0;
     pub(super) const WRITE_OUTPUT_PORT: u8 = 0xd1;
-    /// First of the commands that pulse those of the output port's four low lines whose bits are zero.
+    /// First of the commands that pulse those of the output port's four low lines whose bits in the command
+    /// are zero.
     pub(super) const PULSE_LINES: u8 = 0xf0;
 }
 
@@ -79,7 +80,7 @@ pub enum KeyboardError {
     /// No driver has enabled the keyboard, or one has disabled it.
     #[error("the guest does not listen to its keyboard")]
     Disabled,
-    /// The keyboard remembers no more keys.
+    /// The keyboard's buffer has no room for more keys.
     #[error("the guest has not taken the keys that were pressed before")]
     Full,
 }
@@ -93,8 +94,8 @@ enum Awaited {
 
 /// The controller's two ports, data at offset 0 and command and status at offset 4, and its keyboard.
 ///
-/// The keyboard is disabled until the guest enables it, so that keys are pressed only where somebody
-/// listens. Translation is on, as firmware leaves it.
+/// The keyboard is disabled until the guest enables it, so that keys are pressed only if the guest listens.
+/// Translation is on, as firmware leaves it.
 pub struct I8042 {
     power: Arc<dyn PowerControl>,
     interrupt: PausableLine,
@@ -104,16 +105,16 @@ pub struct I8042 {
     warned: bool,
 }
 
-/// All that the guest can learn of.
+/// All state that is visible to the guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Registers {
     keyboard: Keyboard,
     command_byte: u8,
     output_port: u8,
-    /// What the data port gives; a byte that has been read can be read again.
+    /// The byte at the data port; a byte that has been read can be read again.
     output: u8,
     output_full: bool,
-    /// An answer of the controller that waits until the output buffer is free.
+    /// An answer of the controller that waits for the output buffer to be free.
     answer: Option<u8>,
     awaited: Option<Awaited>,
     last_write_was_command: bool,
@@ -160,7 +161,7 @@ impl Registers {
 }
 
 impl I8042 {
-    /// A controller that raises `interrupt` when there is something to read, and whose reset line asks
+    /// Makes a controller that raises `interrupt` when there is something to read, and whose reset line asks
     /// `power` for a restart.
     pub fn new(power: Arc<dyn PowerControl>, interrupt: Box<dyn InterruptLine>) -> I8042 {
         I8042 {
@@ -173,11 +174,11 @@ impl I8042 {
         }
     }
 
-    /// Presses Ctrl, Alt and Del, and lets go of them.
+    /// Presses Ctrl, Alt and Del, and releases them.
     ///
     /// # Errors
-    /// When the guest does not listen to the keyboard, or has not taken what was pressed before. Nothing
-    /// is pressed then.
+    /// If the guest does not listen to the keyboard, or has not taken the keys that were pressed before.
+    /// Nothing is pressed then.
     pub fn press_ctrl_alt_del(&mut self) -> Result<(), KeyboardError> {
         if !self.registers.keyboard_is_enabled() {
             return Err(KeyboardError::Disabled);
@@ -187,8 +188,8 @@ impl I8042 {
         Ok(())
     }
 
-    /// Moves the next byte into the output buffer, if that is free, and raises the interrupt for a byte
-    /// that is new there or is let through by the command byte only now.
+    /// Moves the next byte into the output buffer if that is free. Raises the interrupt for a byte that is
+    /// new there, or whose interrupt the command byte has only now enabled.
     fn update(&mut self) {
         if !self.registers.output_full {
             let mut next = self.registers.answer.take();
@@ -273,7 +274,7 @@ impl I8042 {
                 }
             }
             None => {
-                // To send, the controller lets go of the line.
+                // To send to the keyboard, the controller releases the line.
                 self.registers.command_byte &= !command_byte::KEYBOARD_DISABLED;
                 self.registers.keyboard.command(value);
             }
@@ -313,7 +314,7 @@ impl Device for I8042 {
         let registers: Registers = section.decode()?;
         registers.validate().map_err(invalid::<Registers>)?;
         self.registers = registers;
-        // The interrupt of what is there may not have reached the driver, and is raised at the resume.
+        // The interrupt of a byte that is there may not have reached the driver, so the resume raises it.
         self.update();
         Ok(())
     }
@@ -334,7 +335,7 @@ impl BusDevice for I8042 {
                 byte
             }
             COMMAND_PORT => self.status(),
-            // What a PC has between the two, such as the speaker, is off.
+            // The ports between the two, such as the speaker's on a PC, read as off.
             _ => 0,
         };
     }

@@ -25,9 +25,9 @@ struct Machine {
     power: Arc<PowerRecorder>,
 }
 
-/// Codes of the keys pressed and let go, translated to set 1.
+/// Codes of the keys pressed and released, translated to set 1.
 const TRANSLATED: [u8; 8] = [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
-/// The same in set 2.
+/// The same codes in set 2.
 const UNTRANSLATED: [u8; 11] = [
     0x14, 0x11, 0xe0, 0x71, 0xe0, 0xf0, 0x71, 0xf0, 0x11, 0xf0, 0x14,
 ];
@@ -42,7 +42,7 @@ impl Machine {
         }
     }
 
-    /// One whose guest has enabled its keyboard by a command byte.
+    /// Makes a machine whose guest has enabled its keyboard with a command byte.
     fn with_command_byte(command_byte: u8) -> Machine {
         let mut machine = Machine::new();
         machine.command(0x60);
@@ -68,7 +68,7 @@ impl Machine {
         self.register(COMMAND_PORT)
     }
 
-    /// All there is to read.
+    /// Reads until nothing is left.
     fn drain(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         while self.status() & 1 != 0 {
@@ -190,7 +190,7 @@ fn controller_commands_are_answered() {
     machine.command(0xd1);
     machine.data(0xdd);
     assert_eq!(machine.answer_to_command(0xd0), [0xcd]);
-    // Of auxiliary devices, and of nothing.
+    // Commands for auxiliary devices, and ones without a meaning.
     for command in [0x00, 0xa8, 0xa9, 0xd4, 0xef] {
         assert!(machine.answer_to_command(command).is_empty());
     }
@@ -274,7 +274,7 @@ fn the_reset_line_resets_and_nothing_else_does() {
 }
 
 proptest! {
-    /// Whatever a guest has done, there is only so much to read, and a driver that sets the
+    /// Whatever a guest has done, only a bounded number of bytes can be read, and a driver that sets the
     /// controller up has a keyboard.
     #[test]
     fn nothing_keeps_a_driver_from_the_keyboard(
@@ -296,7 +296,7 @@ proptest! {
         machine.command(0x60);
         machine.data(0x45);
         prop_assert!(machine.drain().len() <= 1 + 1 + 3 + 16);
-        // The first may be the argument of a command before.
+        // The first byte may be the argument of an earlier command.
         machine.answer_to_data(0xff);
         prop_assert_eq!(machine.answer_to_data(0xff), [0xfa, 0xaa]);
         let interrupts = machine.interrupts();

@@ -11,7 +11,7 @@ pub enum ListenError {
     /// Another process is about to take the path, or to give it up, and does not come to an end.
     #[error("another process is about to take it; try again, or choose another path")]
     Contended,
-    /// There is a file of another kind, which is left alone.
+    /// There is a file that is not a socket, which is left alone.
     #[error("a file that is not a socket is in its place; choose another path")]
     NotASocket,
     /// It does not fit into the address of a socket.
@@ -31,7 +31,7 @@ pub enum ListenError {
     /// Its folder does not exist.
     #[error("its folder does not exist; create the folder first")]
     NoFolder,
-    /// There is a socket that this user may not connect to, so that nobody knows whether it is in use.
+    /// There is a socket that this user may not connect to, so it is unknown whether it is in use.
     #[error("a socket of another user is in its place; choose another path")]
     Foreign,
     /// Nothing can be created in the folder.

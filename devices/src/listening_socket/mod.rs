@@ -1,10 +1,10 @@
-//! Unix domain sockets to which programs of the host connect.
+//! Unix domain sockets to which programs on the host connect.
 //!
-//! A socket's file outlives a process that was killed, so the next one has to find out whether anybody listens
-//! to it. Whoever takes a path or gives it up holds the [`PathLock`] from the look at the file to the change of
-//! it: of several that find an abandoned socket one replaces it, and nobody removes a socket that has taken its
-//! place meanwhile. The lock is not held while the socket is in use, so that a path whose file was removed can
-//! be used anew.
+//! A socket's file outlives a process that is killed, so the next process has to find out whether anyone
+//! still listens on it. A process that takes a path or gives it up holds the [`PathLock`] from its check of
+//! the file until it has changed it. So if several find an abandoned socket only one replaces it, and none
+//! removes a socket that has taken its place meanwhile. The lock is not held while the socket is in use, so a
+//! path whose file was removed can be used again.
 
 mod error;
 mod path_lock;
@@ -26,9 +26,9 @@ use path_lock::PathLock;
 
 pub use error::ListenError;
 
-/// What the name of a socket has behind its own until it listens.
+/// Suffix of a socket's name until it listens.
 const STAGING_SUFFIX: &str = ".new";
-/// Most bytes of a path in the address of a socket, which ends in a zero byte.
+/// Longest path in bytes that fits into the address of a socket together with its final zero byte.
 const MAX_PATH_SIZE: usize = size_of::<libc::sockaddr_un>() - size_of::<libc::sa_family_t>() - 1;
 
 /// A socket in the file system that listens for as long as this exists, and is removed then.
@@ -39,15 +39,15 @@ pub struct ListeningSocket {
     identity: FileIdentity,
 }
 
-/// By which a file is known again.
+/// Device and inode numbers of a file.
 type FileIdentity = (u64, u64);
 
 impl ListeningSocket {
-    /// Listens at `path`, in place of a socket that a process has left behind there if there is one. One that
-    /// is in use is waited for as long as [`patiently`] does. The file is there only when clients can connect.
+    /// Listens at `path`, and replaces a socket that a process has left behind there. Waits for one that is
+    /// in use, as [`patiently`] does. The file appears only once clients can connect.
     ///
     /// # Errors
-    /// When there is another file or somebody else listens, or nothing can be created there.
+    /// If there is a file of another kind, another process listens there, or nothing can be created.
     pub fn bind(path: &Path) -> Result<ListeningSocket, ListenError> {
         check_path(path)?;
         patiently(
@@ -56,26 +56,26 @@ impl ListeningSocket {
         )
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Takes a client that has connected; its stream is non-blocking.
+    /// Accepts a client that has connected; its stream is non-blocking.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is none; others as `accept`.
+    /// [`io::ErrorKind::WouldBlock`] if there is none; otherwise those of `accept`.
     pub fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.listener.accept()?;
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
 
-    /// A second descriptor of the listening socket, which is non-blocking and accepts clients for as long as
-    /// it exists.
+    /// Makes a second descriptor of the listening socket, which is non-blocking and accepts clients for as
+    /// long as it exists.
     ///
     /// # Errors
-    /// When the host gives no descriptor.
+    /// If the host is out of file descriptors.
     pub fn try_clone_listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone()
     }
@@ -89,7 +89,7 @@ impl AsRawFd for ListeningSocket {
 }
 
 impl Drop for ListeningSocket {
-    /// Removes the file while it is still listened to, unless another has taken its place.
+    /// Removes the file while the socket still listens, unless another file has taken its place.
     fn drop(&mut self) {
         let removed = PathLock::take(&self.path).and_then(|_lock| match identity(&self.path) {
             Ok(found) if found == self.identity => fs::remove_file(&self.path),
@@ -104,7 +104,7 @@ impl Drop for ListeningSocket {
     }
 }
 
-/// Refuses what cannot be the path of a socket, before anything is created.
+/// Refuses a path that a socket cannot have, before anything is created.
 fn check_path(path: &Path) -> Result<(), ListenError> {
     let size = path.as_os_str().len();
     if size > MAX_PATH_SIZE {
@@ -158,8 +158,8 @@ struct Staged {
     path: PathBuf,
 }
 
-/// Listens beside `path`, if such a name fits into an address and is free. It is no other process's, as that
-/// would have to hold the lock.
+/// Listens under a name beside `path`, if that name fits into an address and is free. No other process uses
+/// that name, as it would have to hold the lock.
 fn stage(path: &Path) -> Option<Staged> {
     let path = with_suffix(path, STAGING_SUFFIX);
     SocketAddr::from_pathname(&path).ok()?;
@@ -174,20 +174,20 @@ fn stage(path: &Path) -> Option<Staged> {
 }
 
 impl Staged {
-    /// Gives it its name, which must be free.
+    /// Gives the socket its name, which must be free.
     fn publish(self, path: &Path) -> Result<UnixListener, ListenError> {
         let published = fs::hard_link(&self.path, path);
         fs::remove_file(&self.path)?;
         match published {
             Ok(()) => Ok(self.listener),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(ListenError::InUse),
-            // Not every file system has links.
+            // Not every file system has hard links.
             Err(_) => bind(path),
         }
     }
 }
 
-/// Listens at `path` at once. Between the two calls that this takes, clients are refused.
+/// Listens at `path` directly. Between the two system calls that this takes, clients are refused.
 fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     UnixListener::bind(path).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse,
@@ -200,10 +200,11 @@ fn identity(path: &Path) -> io::Result<FileIdentity> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// Whether no process has the socket at `path`.
+/// Whether no process has the socket at `path` open.
 ///
-/// It is asked by a socket of another type, so that nobody gets a client: the kernel refuses to connect it as
-/// being of the wrong type if there is somebody (unix(7), `EPROTOTYPE`), and as being refused if there is not.
+/// The probe connects a socket of another type, so that no process gets a client. The kernel refuses it
+/// because of the wrong type if there is a process (unix(7), `EPROTOTYPE`), and as a refused connection if
+/// there is none.
 fn is_abandoned(path: &Path) -> Result<bool, ListenError> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let client =
@@ -211,7 +212,8 @@ fn is_abandoned(path: &Path) -> Result<bool, ListenError> {
     let address = UnixAddr::new(path).map_err(io::Error::from)?;
     match connect(client.as_raw_fd(), &address) {
         Err(Errno::ECONNREFUSED) => Ok(true),
-        // A datagram socket would take the connection, or refuse it if it has another.
+        // If the socket at `path` is a datagram socket, it takes the connection, or refuses it if it is
+        // connected already.
         Ok(()) | Err(Errno::EPROTOTYPE | Errno::EPERM) => Ok(false),
         Err(Errno::EACCES) => Err(ListenError::Foreign),
         Err(error) => Err(ListenError::Io(error.into())),

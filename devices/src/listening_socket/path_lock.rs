@@ -1,4 +1,4 @@
-//! A lock of a path among the processes that take it or give it up.
+//! A lock on a path between processes that take it or give it up.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -9,29 +9,29 @@ use std::time::{Duration, Instant};
 
 use super::with_suffix;
 
-/// How long the lock is waited for. It is held for a few system calls, by many processes one after another if
-/// they are started at once.
+/// How long to wait for the lock. It is held for a few system calls, by many processes in turn if they are
+/// started at once.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait before the next look at it.
+/// How long to wait before the next attempt.
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
-/// What the name of the lock's file has behind that of the path.
+/// What the lock's file name adds to the path.
 const SUFFIX: &str = ".bantam-lock";
 
-/// The lock, which is held for as long as this exists.
+/// The lock on a path, held for as long as this value exists.
 ///
-/// It is the lock of an empty file beside the path that is removed with it. A process that has waited for the
-/// lock of a file that was removed meanwhile has locked nothing, and starts again.
+/// It is a lock on an empty file beside the path, which is removed when the lock is released. A process that
+/// has waited for the lock of a file that was removed meanwhile has locked nothing, and starts again.
 pub(super) struct PathLock {
     path: PathBuf,
     _file: File,
 }
 
 impl PathLock {
-    /// Locks `path`, whether or not there is a file.
+    /// Locks `path`, whether or not there is a file at it.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if others do not give it up; others as those of creating a
-    /// file in the folder.
+    /// [`io::ErrorKind::WouldBlock`] if others do not release it; otherwise those of creating a file in the
+    /// folder.
     pub(super) fn take(path: &Path) -> io::Result<PathLock> {
         let path = with_suffix(path, SUFFIX);
         let deadline = Instant::now() + PATIENCE;
@@ -45,7 +45,7 @@ impl PathLock {
                 .open(&path)?;
             match file.try_lock() {
                 Ok(()) if is_file_at(&file, &path)? => return Ok(PathLock { path, _file: file }),
-                // Another has just removed the file, or this file system does not tell files apart.
+                // Another process has just removed the file, or this file system has no stable inode numbers.
                 Ok(()) | Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                     thread::sleep(RETRY_INTERVAL);
                 }
@@ -54,8 +54,8 @@ impl PathLock {
                 }
                 Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(TryLockError::Error(error)) => {
-                    // Some network file systems have no locks. Those who start there at the same moment are
-                    // on their own.
+                    // Some network file systems have no locks. Processes that start there at the same moment
+                    // are on their own.
                     tracing::debug!("cannot lock '{}': {error}", path.display());
                     return Ok(PathLock { path, _file: file });
                 }

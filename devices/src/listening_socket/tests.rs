@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::tempdir::TempDir;
 
-/// Leaves a socket at `path` as a process does that is killed.
+/// Leaves a socket at `path`, as a killed process does.
 fn abandon(path: &Path) {
     drop(UnixListener::bind(path).unwrap());
 }
@@ -65,7 +65,7 @@ fn sockets_of_other_kinds_are_in_use_too() {
     drop(receiver);
     assert!(is_abandoned(&path).unwrap());
 
-    // One that does not listen yet.
+    // A socket that does not listen yet.
     let path = folder.as_path().join("early");
     let early = socket(
         AddressFamily::Unix,
@@ -160,7 +160,7 @@ fn those_that_end_take_nothing_from_those_that_start() {
                 while count < 50 && Instant::now() < deadline {
                     match take_path(&path) {
                         Ok(socket) => {
-                            // Whoever has the path can be reached by it until it removes the file.
+                            // The owner of the path can be reached there until it removes the file.
                             UnixStream::connect(&path).unwrap();
                             socket.accept().unwrap();
                             count += 1;

@@ -11,25 +11,25 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::history::History;
 use crate::device_log::DeviceLog;
 
-/// How long a client that has followed so far may take nothing while the guest waits for it.
+/// How long a client that has kept up so far may take nothing while the guest waits for it.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
-/// Most bytes that are sent by one call. The kernel has room again once a client has read as many.
+/// Most bytes sent by one call. The kernel has room again once a client has read that many.
 const CHUNK_SIZE: usize = 4096;
 
-/// One client, which gets all output and whose input is one part of the port's.
+/// One client, which gets all output, and whose input becomes part of the port's.
 pub(super) struct Client {
     log: DeviceLog,
     stream: UnixStream,
     /// Position of the next byte that it gets.
     position: u64,
-    /// Whether it has had all output at some time and has taken some whenever the guest waited for it. The
-    /// guest waits for no others.
+    /// Whether it has once had all output, and since then has taken some whenever the guest waited for it.
+    /// The guest waits only for such clients.
     follows: bool,
-    /// Until when it has to take something if it is to go on being waited for.
+    /// When the guest stops waiting for it, unless it takes something before.
     deadline: Option<Instant>,
-    /// Output that was gone before it took it, since it last had all.
+    /// Bytes of output that it has missed since it last had all.
     missed: u64,
-    /// Whether it takes output.
+    /// Whether it still takes output.
     takes_output: bool,
     /// Whether the stream took no more when it was last tried.
     is_blocked: bool,
@@ -54,7 +54,7 @@ impl AsFd for Client {
 }
 
 impl Client {
-    /// A client that gets what `history` has first. Its stream is non-blocking.
+    /// Makes a client that first gets the content of `history`. Its stream is non-blocking.
     pub(super) fn new(stream: UnixStream, history: &History, log: DeviceLog) -> Client {
         Client {
             stream,
@@ -71,15 +71,15 @@ impl Client {
         }
     }
 
-    /// What the stream is to be watched for. Each time that it becomes ready is an event of its own, so that
-    /// none comes again for what cannot be served.
+    /// Returns the events to watch the stream for. They are edge-triggered, so that none is repeated for
+    /// something that cannot be served.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         interest.set(EventSet::OUT, self.takes_output && self.is_blocked);
         interest
     }
 
-    /// Takes note of what the event loop says of the stream.
+    /// Takes note of the stream's readiness.
     pub(super) fn is_ready(&mut self, ready: EventSet) {
         let hung_up = EventSet::HANG_UP | EventSet::ERROR;
         self.may_have_input |= ready.intersects(hung_up | EventSet::IN | EventSet::READ_HANG_UP);
@@ -91,17 +91,17 @@ impl Client {
         }
     }
 
-    /// Whether it will neither send nor take anything.
+    /// Whether it will neither send nor take anything more.
     pub(super) fn is_gone(&self) -> bool {
         !self.takes_output && !self.has_input
     }
 
-    /// Whether it has left, and only what it has sent before is still there.
+    /// Whether it has left, and only input that it sent before is left.
     pub(super) fn has_left(&self) -> bool {
         !self.takes_output
     }
 
-    /// Sends what it has not had yet, as far as the stream takes it.
+    /// Sends output that it has not had yet, as far as the stream takes it.
     pub(super) fn send(&mut self, history: &History) {
         if self.takes_output && self.position < history.start() {
             let missed = history.start() - self.position;
@@ -147,12 +147,12 @@ impl Client {
         }
     }
 
-    /// The position of the output that must be kept for it, if it is waited for.
+    /// Returns the position from which output must be kept for it, if the guest waits for it.
     pub(super) fn kept_from(&self) -> Option<u64> {
         (self.takes_output && self.follows).then_some(self.position)
     }
 
-    /// How much of `history` it has not had yet.
+    /// Returns how many bytes of `history` it has not had yet.
     pub(super) fn unsent(&self, history: &History) -> u64 {
         match self.takes_output {
             true => history.end() - self.position,
@@ -160,20 +160,20 @@ impl Client {
         }
     }
 
-    /// The guest waits for it from now on, if it does not do so already.
+    /// Has the guest wait for it from now on, if the guest does not do so already.
     pub(super) fn hold_up(&mut self, now: Instant) {
         self.deadline.get_or_insert(now + PATIENCE);
     }
 
-    /// When the guest has waited long enough.
+    /// Returns when the guest stops waiting for it.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
-    /// Waits for it no longer if its time is over and it still takes nothing.
+    /// Stops waiting for it if its time is over and it still takes nothing.
     pub(super) fn expire(&mut self, history: &History, now: Instant) {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
-            // The event loop is told of room only when most of what the kernel keeps is read.
+            // The event loop hears of room only once most of what the kernel holds has been read.
             self.is_blocked = false;
             self.send(history);
             if self.deadline.is_some() {
@@ -183,7 +183,7 @@ impl Client {
         }
     }
 
-    /// Tries again to send to a stream that took no more.
+    /// Tries again to send to a stream that was full.
     pub(super) fn retry(&mut self, history: &History) {
         self.is_blocked = false;
         self.send(history);
@@ -194,8 +194,8 @@ impl Client {
         self.has_input && self.may_have_input
     }
 
-    /// Reads input to `bytes`; gives how many. There is none any more if it has ended, and none for now if
-    /// there was none.
+    /// Reads input into `bytes` and returns how many bytes. Takes note if the input has ended, or if there is
+    /// none for now.
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> usize {
         loop {
             match recv(self.as_raw_fd(), bytes, MsgFlags::empty()).map_err(io::Error::from) {

@@ -21,16 +21,17 @@ pub enum SerialEndpoint {
         /// Sink of output.
         output: Option<OwnedFd>,
     },
-    /// A socket with up to 16 clients. Each gets the last 256 KiB of output first, and then what the guest
-    /// sends; the input of all is one stream.
+    /// A socket with up to 16 clients. Each first gets the last 256 KiB of output, and then what the guest
+    /// sends; the inputs of all are merged into one stream.
     Listener(ListeningSocket),
 }
 
 impl SerialEndpoint {
-    /// What moves bytes between `port` and this on an event loop. Output is kept for it from now on.
+    /// Makes the worker that moves bytes between `port` and this endpoint on an event loop. The port keeps
+    /// its output for it from now on.
     ///
     /// # Errors
-    /// When the host gives no timer.
+    /// If the host cannot create a timer.
     pub fn serve(self, port: Arc<Mutex<Serial>>) -> io::Result<Box<dyn MutEventSubscriber + Send>> {
         Ok(match self {
             SerialEndpoint::Descriptors { input, output } => {

@@ -1,12 +1,12 @@
-//! The last output of a serial port.
+//! The latest output of a serial port.
 
 use std::collections::VecDeque;
 
 /// Most bytes that are kept.
 pub(super) const CAPACITY: usize = 256 << 10;
 
-/// The last [`CAPACITY`] bytes of all that the guest has sent. A byte's position is the number of those before
-/// it since the start of the machine.
+/// Keeps the last [`CAPACITY`] bytes that the guest has sent. A byte's position is the number of bytes sent
+/// before it since the start of the machine.
 #[derive(Default)]
 pub(super) struct History {
     /// Grows up to the capacity as the guest sends.
@@ -15,22 +15,22 @@ pub(super) struct History {
 }
 
 impl History {
-    /// Position of the oldest byte.
+    /// Returns the position of the oldest byte.
     pub(super) fn start(&self) -> u64 {
         self.end - self.bytes.len() as u64
     }
 
-    /// Position of the next byte that the guest sends.
+    /// Returns the position of the next byte that the guest sends.
     pub(super) fn end(&self) -> u64 {
         self.end
     }
 
-    /// How many bytes can be appended before one at `position` or behind it is lost.
+    /// Returns how many bytes can be appended before one at or after `position` is lost.
     pub(super) fn room_before(&self, position: u64) -> usize {
         CAPACITY.saturating_sub(self.end.saturating_sub(position) as usize)
     }
 
-    /// Appends what the guest has sent, in place of the oldest bytes if need be.
+    /// Appends output of the guest, in place of the oldest bytes if necessary.
     pub(super) fn append(&mut self, bytes: &VecDeque<u8>) {
         let (first, second) = bytes.as_slices();
         for part in [first, second] {
@@ -43,7 +43,7 @@ impl History {
         }
     }
 
-    /// Makes room for `count` bytes. Growing by half, as it does by itself, could exceed the capacity.
+    /// Makes room for `count` bytes. If the deque grew by itself, it could exceed the capacity.
     fn reserve(&mut self, count: usize) {
         let needed = self.bytes.len() + count;
         if needed > self.bytes.capacity() {
@@ -52,8 +52,8 @@ impl History {
         }
     }
 
-    /// Bytes from `position` on, which must not be before the start. There may be more behind them; there are
-    /// none only at the end.
+    /// Returns bytes from `position` on, which must not be before the start. There may be more after them;
+    /// the slice is empty only at the end.
     pub(super) fn from(&self, position: u64) -> &[u8] {
         let offset = position.saturating_sub(self.start()) as usize;
         let (first, second) = self.bytes.as_slices();

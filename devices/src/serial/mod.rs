@@ -1,8 +1,7 @@
 //! The serial port: a 16550 whose bytes come from and go to a [`SerialEndpoint`] of the host.
 //!
-//! A vCPU only ever moves bytes into and out of memory here; the descriptors are read and written
-//! by a worker on the event loop. A reader on the host that is slow makes the port look busy to the
-//! guest, as a slow line would.
+//! A vCPU only ever moves bytes into and out of memory here; a worker on the event loop reads and writes the
+//! descriptors. A slow reader on the host makes the port look busy to the guest, as a slow line would.
 
 mod client;
 mod endpoint;
@@ -41,9 +40,9 @@ const LINE_STATUS: u8 = 5;
 /// Bits of the line status register by which a driver sees that it can send: transmitter holding
 /// register empty, transmitter empty.
 const TRANSMITTER_EMPTY: u8 = 0x60;
-/// What a driver may send after one look at the line status: what the FIFO of a 16550A takes.
+/// Bytes that a driver may send after reading the line status once: the size of a 16550A's FIFO.
 const TRANSMIT_FIFO_SIZE: usize = 16;
-/// Bytes read from the host at a time: what the receive FIFO takes.
+/// Bytes read from the host at a time: the size of the receive FIFO.
 const INPUT_CHUNK: usize = 64;
 /// Output that is kept until the host takes it, in bytes.
 const OUTPUT_CAPACITY: usize = 64 << 10;
@@ -52,11 +51,11 @@ const OUTPUT_CAPACITY: usize = 64 << 10;
 pub struct Serial {
     uart: Uart,
     interrupt: Arc<PausableLine>,
-    /// Read from the host, and not in the receive FIFO yet: no more than what is read at a time.
+    /// Input that is not in the receive FIFO yet: at most [`INPUT_CHUNK`] bytes.
     pending_input: VecDeque<u8>,
-    /// While it is, input and output stay where they are.
+    /// While it is set, input and output stay where they are.
     is_paused: bool,
-    /// Whether the state was saved since the pause. The output that is left goes on with the saved machine.
+    /// Whether the state was saved since the pause. Output that is left then belongs to the saved machine.
     is_saved: Cell<bool>,
     attention: Arc<EventFd>,
     metrics: Arc<SerialMetrics>,
@@ -67,32 +66,32 @@ pub struct Serial {
 
 type Uart = vm_superio::Serial<Line, Attention, Output>;
 
-/// What a serial port counts.
+/// Counters of a serial port.
 #[derive(Debug, Default, Serialize)]
 pub struct SerialMetrics {
-    /// Bytes that the guest sent beyond the limit of the port, and that were dropped.
+    /// Bytes that were dropped because the guest sent them beyond the port's limit.
     pub rate_limiter_dropped_bytes: Counter,
 }
 
-/// Whether the worker is told of what the guest does.
+/// The event that wakes the worker.
 struct Attention(Arc<EventFd>);
 
-/// Bytes that the guest has sent and the host has not taken.
+/// Bytes that the guest has sent and the host has not taken yet.
 struct Output {
     bytes: VecDeque<u8>,
     attention: Arc<EventFd>,
-    /// Whether there is anybody to take them.
+    /// Whether anyone takes them.
     connected: bool,
     /// Whether the guest has found the port busy.
     was_full: bool,
-    /// Keeps the limit of the bytes, if there is one.
+    /// Enforces the limit on bytes, if there is one.
     limiter: Option<RateLimiter>,
     metrics: Arc<SerialMetrics>,
     log: DeviceLog,
 }
 
 impl Output {
-    /// Whether the limit lets `count` more bytes through. Those that it does not are counted.
+    /// Whether the limit lets `count` more bytes through. If not, they are counted as dropped.
     fn admit(&mut self, count: usize) -> bool {
         let Some(limiter) = &mut self.limiter else {
             return true;
@@ -164,21 +163,21 @@ fn lock(port: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
 }
 
 fn signal(event: &EventFd) {
-    // It fails only when the counter is full, and then it is readable as wanted.
+    // It fails only if the counter is full, and then the event is readable already.
     let _ = event.write(1);
 }
 
 impl Serial {
-    /// What is said of the port, within bounds.
+    /// Returns the port's log.
     fn log(&self) -> DeviceLog {
         self.log.clone()
     }
 
-    /// A port that raises `interrupt`, logs to `log`, and drops what the guest sends beyond `limit` bytes.
-    /// Until a [`SerialEndpoint`] serves it, it has no input and drops its output.
+    /// Makes a port that raises `interrupt`, logs to `log`, and drops bytes that the guest sends beyond
+    /// `limit`. Until a [`SerialEndpoint`] serves it, it has no input and drops its output.
     ///
     /// # Errors
-    /// When the host gives no file descriptor.
+    /// If the host is out of file descriptors.
     pub fn new(
         interrupt: Box<dyn InterruptLine>,
         limit: Option<RateLimit>,
@@ -213,7 +212,7 @@ impl Serial {
         })
     }
 
-    /// What the port counts.
+    /// Returns the port's counters.
     pub fn metrics(&self) -> Arc<SerialMetrics> {
         self.metrics.clone()
     }
@@ -222,24 +221,24 @@ impl Serial {
         self.attention.clone()
     }
 
-    /// Keeps output from now on, for somebody who takes it.
+    /// Keeps output from now on, for a worker that takes it.
     fn connect(&mut self) {
         self.uart.writer_mut().connected = true;
     }
 
-    /// Drops output from now on, and what nobody has taken.
+    /// Drops output from now on, and output that was not taken.
     fn disconnect(&mut self) {
         self.uart.writer_mut().connected = false;
         self.empty_output();
     }
 
-    /// Whether the guest has sent something that may be taken.
+    /// Whether there is output of the guest that may be taken.
     fn has_output(&self) -> bool {
         !self.is_paused && !self.uart.writer().bytes.is_empty()
     }
 
-    /// Takes what the guest has sent, unless the port is paused. A guest that found the port busy hears that
-    /// it is free.
+    /// Takes the guest's output, unless the port is paused. A guest that found the port busy is told that it
+    /// is free.
     fn take_output(&mut self) -> VecDeque<u8> {
         if self.is_paused {
             return VecDeque::new();
@@ -247,8 +246,8 @@ impl Serial {
         self.empty_output()
     }
 
-    /// Lets a worker that ends take what is left of a port that is paused, unless that goes on with a saved
-    /// machine.
+    /// Lets a worker that ends take the remaining output of a paused port, unless that output belongs to a
+    /// saved machine.
     fn release_output(&mut self) {
         if self.is_saved.get() {
             self.disconnect();
@@ -260,22 +259,22 @@ impl Serial {
         let output = self.uart.writer_mut();
         let bytes = std::mem::take(&mut output.bytes);
         if std::mem::take(&mut output.was_full) {
-            // Enabling an interrupt anew raises it if its condition holds, as the condition
-            // "transmitter empty" does from now on.
+            // Enabling an interrupt again raises it if its condition holds, and "transmitter empty" holds
+            // from now on.
             let enabled = self.uart.read(INTERRUPT_ENABLE);
             self.write_register(INTERRUPT_ENABLE, enabled);
         }
         bytes
     }
 
-    /// Gives the guest what `read` reads from the host; says how much, or `None` if the guest has to take what was
-    /// read before, or the port is paused. The worker hears of it when there is room.
+    /// Gives the guest the bytes that `read` reads from the host, and returns how many. `None` if the guest
+    /// has yet to take earlier input, or the port is paused; the worker is told when there is room.
     ///
-    /// The port is locked while `read` fills a part of the bytes that it is given. So what was read is the
-    /// port's at once, and a pause finds nothing under way.
+    /// The port is locked while `read` runs. So bytes that were read belong to the port at once, and a pause
+    /// finds none in transit.
     ///
     /// # Errors
-    /// As `read`.
+    /// Those of `read`.
     fn read_input(
         &mut self,
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
@@ -291,7 +290,7 @@ impl Serial {
         Ok(Some(count))
     }
 
-    /// Moves what was read to the receive FIFO, as far as it has room.
+    /// Moves input to the receive FIFO, as far as that has room.
     fn move_input(&mut self) {
         if self.is_paused || self.pending_input.is_empty() {
             return;
@@ -302,7 +301,7 @@ impl Serial {
         self.pending_input = pending;
     }
 
-    /// Gives the guest as many of `bytes` as its receive FIFO has room for; says how many.
+    /// Gives the guest those of `bytes` that its receive FIFO has room for, and returns how many.
     fn receive(&mut self, bytes: &[u8]) -> usize {
         let room = self.uart.fifo_capacity().min(bytes.len());
         match self.uart.enqueue_raw_bytes(bytes) {
@@ -323,7 +322,7 @@ impl Serial {
                 vm_superio::serial::Error::Trigger(error) => self
                     .log
                     .warn_of_host(format_args!("cannot raise its interrupt: {error}")),
-                // A guest that does not look whether the port is busy loses many bytes.
+                // A guest that does not check whether the port is busy loses many bytes.
                 error if self.loss_warning.is_due() => self.log.warn_of_guest(format_args!(
                     "output was lost, as the guest did not wait for the port: {error}"
                 )),
@@ -353,7 +352,7 @@ impl BusDevice for Serial {
         if let (&[value], Ok(offset)) = (data, u8::try_from(offset)) {
             self.write_register(offset, value);
             if offset == MODEM_CONTROL {
-                // Input held back during loopback can go on.
+                // Input that was held back during loopback can continue.
                 signal(&self.attention);
             }
         }
@@ -444,7 +443,7 @@ mod tests {
             assert_ne!(line_status(&mut serial) & TRANSMITTER_EMPTY, 0);
             serial.write(DATA, b"x");
         }
-        // One more begins within the limit and ends beyond it.
+        // One more write begins within the limit and ends beyond it.
         assert_eq!(serial.take_output().len(), 151);
         assert_eq!(serial.metrics().rate_limiter_dropped_bytes.total(), 249);
     }

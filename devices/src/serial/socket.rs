@@ -1,8 +1,9 @@
-//! The host's side of a serial port that leads to a socket, for several clients.
+//! The host's side of a serial port that is served on a socket, for several clients.
 //!
-//! All output goes through a [`History`], in which each client has a position of its own. So what clients have
-//! yet to get takes no memory of its own, and one that comes late gets what there is. The guest waits for
-//! clients that follow its output; for one that has stopped taking any it waits a second, and then goes on.
+//! All output goes through a [`History`], in which each client has its own position. So output that clients
+//! have yet to get takes no extra memory, and a client that comes late gets the earlier output. The guest
+//! waits for clients that keep up with its output. If one stops taking any, the guest waits for a second and
+//! then goes on.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -23,15 +24,15 @@ use crate::device_log::DeviceLog;
 
 /// Most clients at a time.
 pub(super) const MAX_CLIENTS: usize = 16;
-/// How long to wait before accepting again when the host was out of something.
+/// How long to wait before accepting again after the host was out of a resource.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
-/// How long the last output waits for clients that take none of it, and for those that are slow.
+/// How long the last output waits for clients that take none of it, and for clients that are slow.
 const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 const LAST_OUTPUT_TIME: Duration = Duration::from_secs(3);
 /// How often the last output is offered again to clients that are slow to take it.
 const LAST_OUTPUT_RETRY_MS: u8 = 50;
 
-/// What the event loop keeps of each descriptor.
+/// The event loop's tokens of the descriptors.
 const ATTENTION: u32 = 0;
 const LISTENER: u32 = 1;
 const TIMER: u32 = 2;
@@ -48,18 +49,18 @@ pub(super) struct SocketWorker {
     /// The client whose input is next, if it has any.
     next_input: usize,
     accept_retry: Option<Instant>,
-    /// Whether it is known that clients cannot be accepted, or that there are too many.
+    /// Whether it has been logged that clients cannot be accepted, or that there are too many.
     has_warned: bool,
     timer: TimerFd,
-    /// When the timer ends, if it runs.
+    /// When the timer expires, if it runs.
     timer_end: Option<Instant>,
 }
 
 impl SocketWorker {
-    /// A worker for `port`, which keeps its output from now on.
+    /// Makes a worker for `port`, which keeps its output from now on.
     ///
     /// # Errors
-    /// When the host gives no timer.
+    /// If the host cannot create a timer.
     pub(super) fn new(
         port: Arc<Mutex<Serial>>,
         listener: ListeningSocket,
@@ -87,7 +88,7 @@ impl SocketWorker {
     fn handle(&mut self, token: u32, ready: EventSet, operations: &mut EventOps<'_>) {
         match token {
             ATTENTION => {
-                // It fails only where nobody has signalled.
+                // It fails only if the event was not signalled.
                 let _ = self.attention.read();
             }
             LISTENER => self.accept(operations),
@@ -101,7 +102,7 @@ impl SocketWorker {
         }
     }
 
-    /// Takes all clients that there is a place for, and turns others away.
+    /// Accepts clients for as long as there is a place, and turns others away.
     fn accept(&mut self, operations: &mut EventOps<'_>) {
         loop {
             match self.listener.accept() {
@@ -121,7 +122,7 @@ impl SocketWorker {
 
     fn admit(&mut self, stream: UnixStream, operations: &mut EventOps<'_>) {
         let free = self.clients.iter().position(Option::is_none);
-        // What one that has left has sent before may wait for the guest for ever.
+        // Input of a client that has left could otherwise wait for the guest, and keep its place, for ever.
         let place = free.or_else(|| {
             let has_left = |slot: &Option<Client>| slot.as_ref().is_some_and(Client::has_left);
             self.clients.iter().position(has_left)
@@ -138,8 +139,8 @@ impl SocketWorker {
         }
     }
 
-    /// A host that is out of something and programs that come again and again can go on without end; the log
-    /// hears of it once until a client is taken.
+    /// Logs a failure once until a client is accepted: a host that is out of a resource, or programs that
+    /// connect again and again, could fill the log.
     fn warn_once(&mut self, message: &dyn std::fmt::Display) {
         if !std::mem::replace(&mut self.has_warned, true) {
             self.log.warn_of_host(format_args!(
@@ -149,7 +150,7 @@ impl SocketWorker {
         }
     }
 
-    /// The timer has ended. Nothing is read from it, as each end is an event of its own.
+    /// Handles the expiry of the timer, which is not read, as its events are edge-triggered.
     fn expire(&mut self, operations: &mut EventOps<'_>) {
         self.timer_end = None;
         let now = Instant::now();
@@ -162,8 +163,8 @@ impl SocketWorker {
         }
     }
 
-    /// Sends what there is, and what the guest has written if there is room for it. What it writes meanwhile
-    /// calls for attention anew.
+    /// Sends the history, and what the guest has written if there is room for it. What the guest writes
+    /// meanwhile wakes the worker again.
     fn move_output(&mut self) {
         self.send();
         if self.take_output() {
@@ -177,8 +178,8 @@ impl SocketWorker {
         }
     }
 
-    /// Takes what the guest has written, unless a client that it waits for has not had what would have to make
-    /// room. Gives whether there is anything new.
+    /// Takes what the guest has written, unless that would overwrite output that a client has not had and the
+    /// guest waits for. Returns whether there is anything new.
     fn take_output(&mut self) -> bool {
         let history = &self.history;
         let is_in_the_way = |client: &&mut Client| {
@@ -203,14 +204,14 @@ impl SocketWorker {
         has_room
     }
 
-    /// Moves input to the guest until it has no room or no client has any.
+    /// Moves input to the guest until the guest has no room or no client has any input.
     fn move_input(&mut self) {
         let port = self.port.clone();
-        // If the guest has no room, it asks for more by emptying its FIFO.
+        // A guest without room asks for more by emptying its FIFO.
         while let Ok(Some(1..)) = lock(&port).read_input(|bytes| Ok(self.read_input(bytes))) {}
     }
 
-    /// Reads from the next client that has input; gives how many bytes.
+    /// Reads from the next client that has input, and returns how many bytes.
     fn read_input(&mut self, bytes: &mut [u8]) -> usize {
         for _ in 0..MAX_CLIENTS {
             let place = self.next_input;
@@ -228,7 +229,7 @@ impl SocketWorker {
     }
 
     fn work(&mut self, operations: &mut EventOps<'_>) {
-        // A client that turns out to be gone is not in the way of output.
+        // Input first: a client that turns out to be gone then does not hold up output.
         self.move_input();
         self.move_output();
         for place in 0..MAX_CLIENTS {
@@ -252,19 +253,19 @@ impl SocketWorker {
         if let Some(client) = self.clients[place].take()
             && !client.watched.is_empty()
         {
-            // It fails only where it is not watched.
+            // It fails only if the client is not watched.
             let _ = operations.remove(Events::new(&client, EventSet::empty()));
         }
     }
 
-    /// Has the timer end at the first deadline at the latest.
+    /// Sets the timer to expire at the first deadline at the latest.
     fn set_timer(&mut self) {
         let deadlines = self.clients.iter().flatten().filter_map(Client::deadline);
         let Some(deadline) = deadlines.chain(self.accept_retry).min() else {
             return;
         };
         if self.timer_end.is_none_or(|end| deadline < end) {
-            // No time at all would stop it.
+            // A time of zero would stop it.
             let wait = deadline.saturating_duration_since(Instant::now());
             match self.timer.reset(wait.max(Duration::from_millis(1)), None) {
                 Ok(()) => self.timer_end = Some(deadline),
@@ -275,7 +276,7 @@ impl SocketWorker {
         }
     }
 
-    /// Sends the guest's last words to clients that take them.
+    /// Sends the guest's last output to clients that take it.
     fn finish(&mut self) {
         lock(&self.port).release_output();
         let end = Instant::now() + LAST_OUTPUT_TIME;
@@ -312,13 +313,13 @@ impl SocketWorker {
             let mut events: Vec<_> = slow
                 .map(|client| PollFd::new(client.as_fd(), PollFlags::POLLOUT))
                 .collect();
-            // Clients are asked again whatever comes of it.
+            // Clients are tried again whatever the result.
             let _ = poll(&mut events, PollTimeout::from(LAST_OUTPUT_RETRY_MS));
         }
     }
 }
 
-/// Has the event loop watch what the client has to be watched for.
+/// Has the event loop watch the client for the events that it needs.
 fn watch(
     client: &mut Client,
     place: usize,

@@ -1,7 +1,7 @@
-//! The life of a serial port: it is paused, saved and restored.
+//! Pausing, saving and restoring a serial port.
 //!
-//! What the host has taken of the output is the host's: it is written while the port is paused, and by the worker
-//! of a machine that ends. All else stays in the port, and goes on with a machine that is saved.
+//! Output that the host has taken belongs to the host: it is written even while the port is paused, and by
+//! the worker of a machine that ends. All other bytes stay in the port, and belong to the saved machine.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use crate::lifecycle::{Device, at_work, invalid};
 const RECEIVE_FIFO_SIZE: usize = 64;
 /// Bits of the interrupt enable register that exist.
 const INTERRUPT_ENABLE_MASK: u8 = 0x0f;
-/// Line status: there is a byte to be received.
+/// Line status: there is a byte to receive.
 const DATA_READY: u8 = 1 << 0;
 
 /// Values of the interrupt identification register.
@@ -105,7 +105,7 @@ impl Serial {
         self.interrupt.pause();
     }
 
-    /// Puts a UART with these registers in the place of the present one, whose output it takes over.
+    /// Replaces the UART by one with these registers, which takes over the output.
     fn set_registers(&mut self, registers: &SerialState) -> Result<(), RestoreError> {
         let line = Line(self.interrupt.clone());
         let attention = Attention(self.attention.clone());
@@ -141,16 +141,16 @@ impl Device for Serial {
     fn resume(&mut self) -> io::Result<()> {
         self.is_paused = false;
         self.is_saved.set(false);
-        // The worker goes on with both directions.
+        // This makes the worker continue in both directions.
         signal(&self.attention);
         self.interrupt.resume()
     }
 
-    /// What the guest has sent is on its way, and is not taken back.
+    /// Output of the guest is on its way already, and is not taken back.
     fn reset(&mut self) {
         self.pending_input.clear();
         self.uart.writer_mut().was_full = false;
-        // It raises no interrupt, so it cannot fail.
+        // The default state raises no interrupt, so this cannot fail.
         let _ = self.set_registers(&SerialState::default());
         self.interrupt.reset();
     }
@@ -184,7 +184,7 @@ impl Device for Serial {
         self.reset();
         let state: PortState = section.decode()?;
         state.validate().map_err(invalid::<PortState>)?;
-        // The interrupt of what is there may not have reached the driver: it is raised again by the resume.
+        // The interrupt for what is there may not have reached the driver: the resume raises it again.
         self.set_registers(&state.registers())?;
         self.pending_input = state.pending_input.into();
         let output = self.uart.writer_mut();

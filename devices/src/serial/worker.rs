@@ -1,4 +1,4 @@
-//! The host's side of a serial port that leads to descriptors.
+//! The host's side of a serial port that is connected to descriptors.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -12,10 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Serial, lock};
 
-/// How long the last output waits for a reader that does not read any of it.
+/// How long the last output waits for a reader that reads none of it.
 const LAST_OUTPUT_TIMEOUT_MS: u16 = 1_000;
-/// Size of a pipe that holds what it held before (64 KiB, unless its maker chose) and all that can
-/// be left for it, in bytes.
+/// Size in bytes of a pipe that holds both its earlier content (64 KiB, unless its creator changed the size)
+/// and all output that can be left for it.
 const LAST_OUTPUT_PIPE_SIZE: libc::c_int = 1 << 20;
 
 /// Moves bytes between a serial port and descriptors, on the event loop.
@@ -24,7 +24,7 @@ pub(super) struct SerialWorker {
     attention: Arc<EventFd>,
     input: Option<Endpoint>,
     output: Option<Endpoint>,
-    /// Sent by the guest, not yet taken by the endpoint.
+    /// Bytes sent by the guest and not yet taken by the endpoint.
     pending_output: VecDeque<u8>,
 }
 
@@ -35,7 +35,7 @@ struct Endpoint {
     watched: bool,
 }
 
-/// A descriptor, read and written as a file is whatever it is.
+/// A descriptor of any kind, read and written like a file.
 type Stream = std::fs::File;
 
 impl Endpoint {
@@ -66,7 +66,7 @@ impl Endpoint {
 }
 
 impl SerialWorker {
-    /// A worker for `port`, which sends its output to `output` from now on.
+    /// Makes a worker for `port`, which sends its output to `output` from now on.
     pub(super) fn new(
         port: Arc<Mutex<Serial>>,
         input: Option<OwnedFd>,
@@ -88,8 +88,8 @@ impl SerialWorker {
         }
     }
 
-    /// Sends what the guest has written so far, as far as the endpoint takes it. What it writes
-    /// meanwhile calls for attention anew, so that a guest that never stops holds up nobody.
+    /// Sends what the guest has written so far, as far as the endpoint takes it. What the guest writes
+    /// meanwhile wakes the worker again, so that a guest that never stops does not hold up other devices.
     fn send(&mut self) -> io::Result<()> {
         self.send_pending()?;
         if self.output.is_some() {
@@ -133,11 +133,11 @@ impl SerialWorker {
         }
     }
 
-    /// Moves input to the guest until it has no room or the endpoint no more.
+    /// Moves input to the guest until the guest has no room or the endpoint has no more.
     fn process_input(&mut self, operations: &mut EventOps<'_>) {
         loop {
             let Some(input) = &mut self.input else {
-                // What was read last may still wait for room.
+                // Input that was read before may still wait for room.
                 lock(&self.port).move_input();
                 return;
             };
@@ -192,7 +192,7 @@ impl MutEventSubscriber for SerialWorker {
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if events.fd() == self.attention.as_raw_fd() {
-            // It fails only where nobody has signalled.
+            // It fails only if the event was not signalled.
             let _ = self.attention.read();
         }
         self.process_output(operations);
@@ -201,8 +201,8 @@ impl MutEventSubscriber for SerialWorker {
 }
 
 impl Drop for SerialWorker {
-    /// The guest's last words reach a reader that is still reading, and wait in a pipe for one that
-    /// may read later.
+    /// The guest's last output reaches a reader that is still reading, and waits in a pipe for one that may
+    /// read later.
     fn drop(&mut self) {
         lock(&self.port).release_output();
         while let Err(error) = self.send() {
@@ -223,14 +223,14 @@ impl Drop for SerialWorker {
     }
 }
 
-/// Whether `stream` is a pipe that has been made large enough for all that is left.
+/// Whether `stream` is a pipe, and could be made large enough for all that is left.
 pub(crate) fn make_room_in_pipe(stream: &Stream) -> bool {
     let size = fcntl(stream, FcntlArg::F_GETPIPE_SZ).unwrap_or(LAST_OUTPUT_PIPE_SIZE);
     size < LAST_OUTPUT_PIPE_SIZE
         && fcntl(stream, FcntlArg::F_SETPIPE_SZ(LAST_OUTPUT_PIPE_SIZE)).is_ok()
 }
 
-/// Waits a while for somebody who reads from `stream`; `false` if nobody does.
+/// Waits a while for a reader of `stream`; `false` if there is none.
 pub(crate) fn wait_for_reader(stream: &Stream) -> bool {
     let mut poll = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
     nix::poll::poll(&mut poll, PollTimeout::from(LAST_OUTPUT_TIMEOUT_MS))

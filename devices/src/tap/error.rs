@@ -1,4 +1,4 @@
-//! What can go wrong with a tap, and what helps.
+//! Errors of taps, with what may help.
 
 use std::io;
 
@@ -28,7 +28,7 @@ pub enum TapError {
         /// What may help, as a continuation of the line.
         remedy: &'static str,
     },
-    /// There is no such tap, and this user may not make one.
+    /// There is no such tap, and this user may not create one.
     #[error(
         "cannot create tap '{name}': not permitted; run as root, or have root create it by \
          'ip tuntap add dev {name} mode tap user USER && ip link set {name} up'"
@@ -37,7 +37,7 @@ pub enum TapError {
         /// The tap.
         name: String,
     },
-    /// There is such a tap, and it is not this user's.
+    /// There is such a tap, but it does not belong to this user.
     #[error(
         "cannot attach to tap '{name}': not permitted, as it belongs to another user; run as root, \
          or have root create it anew with 'user USER'"
@@ -46,13 +46,13 @@ pub enum TapError {
         /// The tap.
         name: String,
     },
-    /// Something else has the tap.
+    /// Another program uses the tap.
     #[error("cannot attach to tap '{name}': it is in use by another machine or program")]
     InUse {
         /// The tap.
         name: String,
     },
-    /// The interface of that name is something else.
+    /// The interface of that name is not a tap.
     #[error(
         "cannot attach to tap '{name}': an interface of that name exists, but it is not a tap; \
          choose another name"

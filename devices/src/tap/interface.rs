@@ -1,4 +1,4 @@
-//! What every network interface can be asked and told, taps among them.
+//! Requests that every network interface supports, taps included.
 
 use std::ffi::{c_int, c_short};
 use std::io;
@@ -24,15 +24,15 @@ mod request {
 #[derive(Debug)]
 pub(super) struct Interface {
     name: String,
-    /// Requests go by a socket of any kind.
+    /// Requests go through a socket of any kind.
     socket: UnixDatagram,
 }
 
 impl Interface {
-    /// The interface called `name`.
+    /// Makes a handle to the interface called `name`.
     ///
     /// # Errors
-    /// When there is no socket to be had.
+    /// If no socket can be created.
     pub(super) fn new(name: &str) -> Result<Interface, TapError> {
         let name = name.to_string();
         match UnixDatagram::unbound() {
@@ -48,7 +48,7 @@ impl Interface {
     /// Brings the interface up.
     ///
     /// # Errors
-    /// When this user may not do it, or the interface is gone.
+    /// If this user may not do it, or the interface is gone.
     pub(super) fn bring_up(&self) -> Result<(), TapError> {
         let mut request = interface_request(&self.name);
         // SAFETY: the request reads and writes an ifreq at the place it is given.
@@ -63,10 +63,10 @@ impl Interface {
         Ok(())
     }
 
-    /// Sets the MTU, in bytes, until the result is dropped. `None` if the interface has it already.
+    /// Sets the MTU in bytes until the result is dropped. Returns `None` if the interface has it already.
     ///
     /// # Errors
-    /// When this user may not do it, or an interface of this kind cannot have it.
+    /// If this user may not do it, or an interface of this kind cannot have this MTU.
     pub(super) fn set_mtu_temporarily(self, mtu: u16) -> Result<Option<TemporaryMtu>, TapError> {
         let found = self
             .mtu()
@@ -120,8 +120,8 @@ impl Interface {
     }
 }
 
-/// An MTU that an interface has for the time being. When this is dropped, it gets the one back that
-/// it had before, unless somebody else has changed it since.
+/// A temporary MTU of an interface. When this is dropped, the interface gets its previous MTU back, unless
+/// someone else has changed it since.
 #[derive(Debug)]
 pub(super) struct TemporaryMtu {
     interface: Interface,
@@ -131,7 +131,7 @@ pub(super) struct TemporaryMtu {
 
 impl Drop for TemporaryMtu {
     fn drop(&mut self) {
-        // An interface that is gone has no MTU to put back.
+        // An interface that is gone has no MTU to restore.
         if self.interface.mtu() != Ok(self.set) {
             return;
         }

@@ -1,7 +1,7 @@
-//! What the kernel says of a tap by rtnetlink.
+//! Queries about a tap over rtnetlink.
 //!
-//! A socket belongs to the network namespace that it was created in, which is also the one that
-//! `/dev/net/tun` attaches in. sysfs shows the namespace it was mounted in, which may be another.
+//! A socket belongs to the network namespace that it was created in, which is also the one in which
+//! `/dev/net/tun` attaches. sysfs shows the namespace that it was mounted in, which may be a different one.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -26,12 +26,12 @@ const ALIGNMENT: usize = 4;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
 const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
 
-/// How many queues of the tap called `name` are attached, whoever attached them, whether or not
-/// they are in use. `None` if there is no such interface, it is not a tap, or it was made with a
-/// single queue, which the kernel gives to one user only and does not count.
+/// Returns how many queues of the tap called `name` are attached by any process, whether or not they are in
+/// use. `None` if there is no such interface, it is not a tap, or it was made with a single queue, which the
+/// kernel gives to one user only and does not count.
 ///
 /// # Errors
-/// When the kernel cannot be asked.
+/// If the kernel cannot be asked.
 pub(super) fn attached_queues(name: &str) -> io::Result<Option<u32>> {
     let socket = socket(
         AddressFamily::Netlink,
@@ -50,7 +50,7 @@ pub(super) fn attached_queues(name: &str) -> io::Result<Option<u32>> {
     decode_answer(&answer)
 }
 
-/// A request for all of an interface but its counters.
+/// Encodes a request for everything about an interface except its counters.
 fn encode_request(name: &str) -> Vec<u8> {
     let mut body = vec![0; INTERFACE_HEADER_SIZE];
     push_attribute(
@@ -121,7 +121,7 @@ fn queues_of_link(attributes: &[u8]) -> Option<u32> {
     Some(in_use.saturating_add(count(IFLA_TUN_NUM_DISABLED_QUEUES)?))
 }
 
-/// The value of the first attribute of the kind `wanted`.
+/// Returns the value of the first attribute of the kind `wanted`.
 fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let mut header = attributes;
@@ -161,7 +161,8 @@ mod tests {
         bytes
     }
 
-    /// An answer about an interface of `kind`, with other attributes before and behind what counts.
+    /// Builds an answer about an interface of `kind`, with other attributes before and after the relevant
+    /// ones.
     fn answer(kind: &str, data: &[u8], others: &[(u16, Vec<u8>)]) -> Vec<u8> {
         let mut body = vec![0; INTERFACE_HEADER_SIZE];
         let others: Vec<u8> = others

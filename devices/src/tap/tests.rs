@@ -1,4 +1,4 @@
-//! Against taps of this host, where this user may create them.
+//! Tests against taps of this host, if this user may create them.
 
 use super::*;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -14,7 +14,7 @@ fn name(suffix: char) -> String {
     format!("btest{}{suffix}", std::process::id())
 }
 
-/// What sysfs says of an interface; `None` where there is no such interface.
+/// Reads an attribute of an interface from sysfs; `None` if there is no such interface.
 fn attribute(name: &str, attribute: &str) -> Option<String> {
     let path: PathBuf = ["/sys/class/net", name, attribute].iter().collect();
     Some(std::fs::read_to_string(path).ok()?.trim().to_string())
@@ -30,7 +30,7 @@ fn ip(arguments: &str) {
     assert!(status.unwrap().success(), "ip {arguments}");
 }
 
-/// Taps can be made only by root, and only where there is the driver.
+/// Taps can be created only by root, and only if the host has the driver.
 fn may_create_taps() -> bool {
     let may = nix::unistd::geteuid().is_root() && std::fs::exists(CONTROL_DEVICE).unwrap();
     if !may {
@@ -67,7 +67,7 @@ fn a_created_tap_is_up_and_vanishes() {
     })
     .unwrap();
     drop(tap);
-    // A program that another test is starting has the tap open until it runs.
+    // A child process that another test is starting has the tap open until it execs.
     let deadline = Instant::now() + Duration::from_secs(10);
     while attribute(&name, "mtu").is_some() {
         assert!(Instant::now() < deadline, "the tap is still there");
@@ -75,8 +75,8 @@ fn a_created_tap_is_up_and_vanishes() {
     }
 }
 
-/// Opens a tap that this test has just closed. A program that another test is starting has it open
-/// until it runs.
+/// Opens a tap that this test has just closed. A child process that another test is starting has it open
+/// until it execs.
 fn open_once_free(name: &str, mtu: Option<u16>, queues: QueueCount) -> Tap {
     retry(|| match Tap::open(name, mtu, queues) {
         Err(TapError::InUse { .. }) => None,
@@ -236,7 +236,7 @@ fn a_tap_that_its_user_is_giving_up_is_waited_for() {
     }
 }
 
-/// Two starts at once may both be refused at first, but not both for long.
+/// Two simultaneous starts may both be refused at first, but not both for long.
 #[test]
 fn one_of_several_starts_at_once_gets_the_tap() {
     if !may_create_taps() {
@@ -282,13 +282,13 @@ fn what_was_queued_is_discarded() {
     let name = name('d');
     let tap = Tap::open(&name, None, ONE).unwrap();
     ip(&format!("addr add 198.51.100.1/24 dev {name}"));
-    // Nobody answers to the address resolution that this starts.
+    // Nothing answers the address resolution that this starts.
     let socket = std::net::UdpSocket::bind("198.51.100.1:0").unwrap();
     socket.send_to(b"hello", "198.51.100.2:9").unwrap();
     let mut readable = [PollFd::new(tap.queues()[0].as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut readable, 5000u16).unwrap(), 1);
     tap.discard_queued();
-    // What the interface sends of itself, as it has come up, may follow at any time.
+    // Packets that the interface sends by itself because it has come up may follow at any time.
     let mut packet = [0; 2048];
     while (&tap.queues()[0].0).read(&mut packet).is_ok() {
         let protocol = &packet[PACKET_HEADER_SIZE + 12..][..2];
@@ -305,7 +305,8 @@ fn another_user_is_told_what_root_can_do() {
     let (others, own) = (name('e'), name('f'));
     ip(&format!("tuntap add dev {others} mode tap user 1"));
     ip(&format!("tuntap add dev {own} mode tap user {NOBODY}"));
-    // The host may keep others from the control device; here they get past that.
+    // The host may keep other users from opening the control device, so it is opened before the user is
+    // changed.
     let attempts =
         [name('g'), others.clone(), own.clone()].map(|name| (open_control_device().unwrap(), name));
     let thread = std::thread::spawn(move || {

@@ -1,10 +1,10 @@
-//! The configuration space of a device (section 2.5).
+//! The device-specific configuration space (section 2.5).
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The device-specific configuration space: the driver reads it on a vCPU thread, while the worker or
-/// the owner of the machine may change it. At most one field of it is the driver's to write.
+/// The device-specific configuration space. The driver reads it on a vCPU thread, while the worker or the
+/// owner of the machine may change it. The driver may write at most one field of it.
 #[derive(Debug)]
 pub struct ConfigSpace {
     space: Mutex<Versioned>,
@@ -18,12 +18,12 @@ struct Versioned {
 }
 
 impl ConfigSpace {
-    /// A configuration space with these bytes, which the driver only reads.
+    /// Makes a configuration space with these bytes, which the driver can only read.
     pub fn new(bytes: Vec<u8>) -> ConfigSpace {
         ConfigSpace::with_driver_field(bytes, 0..0)
     }
 
-    /// A configuration space with these bytes, of which the driver may write those in `driver_field`.
+    /// Makes a configuration space with these bytes; the driver may write those in `driver_field`.
     pub fn with_driver_field(bytes: Vec<u8>, driver_field: Range<usize>) -> ConfigSpace {
         ConfigSpace {
             space: Mutex::new(Versioned {
@@ -34,7 +34,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Copies the bytes from `offset` on into `data`; what is beyond the end reads as zero.
+    /// Copies the bytes from `offset` on into `data`; bytes beyond the end read as zero.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let space = self.lock();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -44,7 +44,7 @@ impl ConfigSpace {
         data[count..].fill(0);
     }
 
-    /// The bytes at `offset`, as [`ConfigSpace::read`] gives them.
+    /// Returns the bytes at `offset`, like [`ConfigSpace::read`].
     pub fn array<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut bytes = [0; N];
         self.read(offset, &mut bytes);
@@ -65,9 +65,8 @@ impl ConfigSpace {
         }
     }
 
-    /// Overwrites the bytes from `offset` on for the driver; `false`, and nothing is written, where
-    /// they are not all in the field that is its own. What a driver writes itself is no other version
-    /// to it.
+    /// Overwrites the bytes from `offset` on for the driver. Writes nothing and returns `false` if they are
+    /// not all in the driver's field. The generation stays, as the driver knows what it wrote itself.
     pub fn write_for_driver(&self, offset: u64, data: &[u8]) -> bool {
         let field = &self.driver_field;
         let Ok(start) = usize::try_from(offset) else {
@@ -88,29 +87,29 @@ impl ConfigSpace {
         }
     }
 
-    /// Sets the driver's field to zero, as it is before a driver has written to it.
+    /// Sets the driver's field to zero, its value before a driver has written to it.
     pub fn reset_driver_field(&self) {
         if let Some(bytes) = self.lock().bytes.get_mut(self.driver_field.clone()) {
             bytes.fill(0);
         }
     }
 
-    /// A number that is another whenever the device has changed bytes, by which a driver sees that it
-    /// has read all of them from one version.
+    /// Returns a number that changes whenever the device changes bytes. A driver compares it to check that
+    /// all the bytes that it has read are from one version.
     pub fn generation(&self) -> u32 {
         self.lock().generation
     }
 
-    /// All bytes, and the generation.
+    /// Returns all bytes and the generation.
     pub(super) fn save(&self) -> (Vec<u8>, u32) {
         let space = self.lock();
         (space.bytes.clone(), space.generation)
     }
 
-    /// Takes over what [`ConfigSpace::save`] gave.
+    /// Takes over what [`ConfigSpace::save`] returned.
     ///
     /// # Errors
-    /// If it is of another size.
+    /// If its size differs.
     pub(super) fn restore(&self, bytes: &[u8], generation: u32) -> Result<(), String> {
         let mut space = self.lock();
         if space.bytes.len() != bytes.len() {
@@ -126,7 +125,7 @@ impl ConfigSpace {
     }
 
     fn lock(&self) -> MutexGuard<'_, Versioned> {
-        // No change leaves it half done, even one that panics.
+        // No change leaves the space inconsistent, even one that panics.
         self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

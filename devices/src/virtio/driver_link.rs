@@ -1,4 +1,5 @@
-//! How a device reaches its driver: the driver is notified, asked for a reset, and complained of.
+//! The link from a device to its driver: it notifies the driver, asks it for a reset, and logs complaints
+//! about it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,11 +9,11 @@ use super::QueueSet;
 use crate::device_log::DeviceLog;
 use crate::notice::DeviceNotice;
 
-/// Notifies the driver of a device, in the way of the device's transport (section 2.3).
+/// Notifies the driver of a device in the way that the device's transport does (section 2.3).
 ///
 /// Workers call it for each batch of buffers, on the thread of their event loop, so it does not wait.
 pub trait Notify: Send + Sync {
-    /// Tells the driver that there are used buffers in `queues`, one of which there is at least.
+    /// Tells the driver that there are used buffers in `queues`, which is not empty.
     ///
     /// # Errors
     /// If the host refuses to deliver an interrupt.
@@ -25,8 +26,8 @@ pub trait Notify: Send + Sync {
     fn configuration_change(&self) -> io::Result<()>;
 }
 
-/// What a device has of its driver. The transport, the worker and the handles of the machine's owner share
-/// it. Nothing in it waits.
+/// Connects a device to its driver. The transport, the worker and the handles of the machine's owner share
+/// it. None of its methods waits.
 pub struct DriverLink {
     log: DeviceLog,
     notify: Arc<dyn Notify>,
@@ -34,7 +35,7 @@ pub struct DriverLink {
 }
 
 impl DriverLink {
-    /// The link to the driver that `notify` notifies, of the device that logs to `log`.
+    /// Makes the link of a device that logs to `log`, to the driver that `notify` notifies.
     pub fn new(log: impl Into<DeviceLog>, notify: Arc<dyn Notify>) -> DriverLink {
         DriverLink {
             log: log.into(),
@@ -48,8 +49,7 @@ impl DriverLink {
         self.notify_used_buffers(QueueSet::of(queue));
     }
 
-    /// Tells the driver that there are used buffers in each of `queues`. If there is no queue in it, the
-    /// driver is not told anything.
+    /// Tells the driver that there are used buffers in each of `queues`. If the set is empty, does nothing.
     pub fn notify_used_buffers(&self, queues: QueueSet) {
         if !queues.is_empty() {
             self.check(self.notify.used_buffers(queues));
@@ -67,8 +67,8 @@ impl DriverLink {
         }
     }
 
-    /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, something that its
-    /// driver did, which is logged.
+    /// Puts the device into `DEVICE_NEEDS_RESET` (section 2.1.2) because of `reason`, a fault of its driver,
+    /// and logs it.
     pub fn need_reset(&self, reason: &dyn fmt::Display) {
         if self.begin_to_need_reset() {
             self.notify_owner(DeviceNotice::NeedsReset { reason });
@@ -76,8 +76,7 @@ impl DriverLink {
         }
     }
 
-    /// Puts the device into `DEVICE_NEEDS_RESET` because of `reason`, a failure of the host, which is
-    /// logged.
+    /// Puts the device into `DEVICE_NEEDS_RESET` because of `reason`, a failure of the host, and logs it.
     pub fn need_reset_by_host(&self, reason: &dyn fmt::Display) {
         if self.begin_to_need_reset() {
             self.notify_owner(DeviceNotice::NeedsReset { reason });
@@ -87,7 +86,7 @@ impl DriverLink {
         }
     }
 
-    /// `true` if it does not need a reset already.
+    /// Marks the device as needing a reset; `true` if it was not marked already.
     fn begin_to_need_reset(&self) -> bool {
         let begins = !self.needs_reset.swap(true, Ordering::AcqRel);
         if begins {
@@ -96,17 +95,17 @@ impl DriverLink {
         begins
     }
 
-    /// Logs a warning about what the guest does, within the bounds of [`DeviceLog`].
+    /// Logs a warning about a fault of the guest, within the bounds of [`DeviceLog`].
     pub fn warn(&self, message: fmt::Arguments<'_>) {
         self.log.warn_of_guest(message);
     }
 
-    /// Logs a warning about what fails on the host, within the bounds of [`DeviceLog`].
+    /// Logs a warning about a failure of the host, within the bounds of [`DeviceLog`].
     pub fn warn_of_host(&self, message: fmt::Arguments<'_>) {
         self.log.warn_of_host(message);
     }
 
-    /// Tells the owner of the machine what has happened to the device.
+    /// Passes a notice about the device to the owner of the machine.
     pub(super) fn notify_owner(&self, notice: DeviceNotice<'_>) {
         self.log.notify(notice);
     }
@@ -116,17 +115,17 @@ impl DriverLink {
         self.needs_reset.load(Ordering::Acquire)
     }
 
-    /// The device's name in the log.
+    /// Returns the device's name in the log.
     pub fn name(&self) -> &str {
         self.log.name()
     }
 
-    /// An error that says which device `error` is of.
+    /// Returns `error` with the device's name.
     pub(super) fn with_name(&self, error: &dyn fmt::Display) -> io::Error {
         io::Error::other(format!("{}: {error}", self.name()))
     }
 
-    /// Whether the device waits for a reset from now on. The driver is not told.
+    /// Sets whether the device waits for a reset, without telling the driver.
     pub(super) fn set_needs_reset(&self, needs_reset: bool) {
         self.needs_reset.store(needs_reset, Ordering::Release);
     }

@@ -1,9 +1,9 @@
 //! Virtio devices (Virtual I/O Device version 1.3) and the transport that carries them.
 //!
-//! A device has two halves. The front, a [`VirtioDevice`], stays with the transport: it says what
-//! the device is and holds its configuration space. Once the driver is ready, the transport
-//! activates it: the device makes a worker that owns the queues, and the worker moves to an event
-//! loop, where it lives until the driver resets the device.
+//! A device has two halves. The front, a [`VirtioDevice`], stays with the transport: it describes the device
+//! and holds its configuration space. Once the driver is ready, the transport activates it: the device makes
+//! a worker that owns the queues, and the worker moves to an event loop, where it lives until the driver
+//! resets the device.
 
 pub mod balloon;
 pub mod block;
@@ -26,7 +26,8 @@ mod throttle;
 pub mod transport;
 pub mod vsock;
 
-// A fuzzer instruments the unit tests too, and this brings what its instrumentation calls.
+// A fuzzer instruments the unit tests too, and this crate provides the functions that its instrumentation
+// calls.
 #[cfg(test)]
 use bolero as _;
 
@@ -67,73 +68,73 @@ pub mod device_id {
     pub const SOCKET: u32 = 19;
 }
 
-/// What every device of this crate offers, whatever its type.
+/// Features that every device of this crate offers.
 pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
 
-/// The front of a virtio device: what it is and its configuration space.
+/// The front of a virtio device: its description and its configuration space.
 ///
-/// Its methods are called by the transport, on whichever vCPU thread the driver runs.
+/// The transport calls its methods on the vCPU thread that the driver happens to run on.
 pub trait VirtioDevice: Send {
-    /// Device type (section 5).
+    /// Returns the device type (section 5).
     fn device_id(&self) -> u32;
 
-    /// Feature bits offered to the driver, [`COMMON_FEATURES`] among them.
+    /// Returns the feature bits offered to the driver, including [`COMMON_FEATURES`].
     fn features(&self) -> u64;
 
-    /// Largest size of each queue in descriptors, a power of two; as many entries as queues.
+    /// Returns the largest size of each queue in descriptors, a power of two; one entry for each queue.
     fn queue_max_sizes(&self) -> &[u16];
 
-    /// The device-specific configuration space.
+    /// Returns the device-specific configuration space.
     fn config(&self) -> &ConfigSpace;
 
-    /// The driver has written `data` at `offset` of its field of the configuration space. Gives what the
-    /// owner of the machine may want to know of it.
+    /// Handles a write of the driver: it has written `data` at `offset` of the configuration space, within
+    /// its field. Returns a notice for the owner of the machine if there is one.
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
         None
     }
 
-    /// Makes the worker that serves the driver's queues, from what was negotiated.
+    /// Makes the worker that serves the driver's queues, as negotiated.
     ///
-    /// Called when the driver sets `DRIVER_OK`, and again after each reset; and when a device that was
-    /// restored is resumed, with the state of the worker that was saved. The worker is dropped on
-    /// reset; it must leave nothing of a request undone that it has taken.
+    /// Called when the driver sets `DRIVER_OK`, and again after each reset; and when a restored device is
+    /// resumed, with the state of the worker that was saved. The worker is dropped on reset; it must not
+    /// leave a request half done.
     ///
     /// # Errors
-    /// One line that says why the device cannot work; it then asks the driver for a reset.
+    /// One line that says why the device cannot work. The device then asks the driver for a reset.
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String>;
 
-    /// Takes what the front knows beside its configuration space to what it is after power-on. There
-    /// is no worker.
+    /// Puts the front's state outside its configuration space into what it is after power-on. There is no
+    /// worker.
     fn reset(&mut self) {}
 
-    /// What the front knows beside its configuration space, which the transport saves.
+    /// Returns the front's state outside its configuration space, which the transport saves.
     ///
     /// # Errors
-    /// If that cannot leave the process.
+    /// If that state cannot leave the process.
     fn save(&self) -> Result<Option<Section>, SaveError> {
         Ok(None)
     }
 
-    /// Takes over what [`VirtioDevice::save`] gave, if `config`, the configuration space that was
-    /// saved with it, is one that this device can have. The transport then writes that space.
+    /// Takes over what [`VirtioDevice::save`] returned, if this device can have `config`, the configuration
+    /// space that was saved with it. The transport then writes that space.
     ///
     /// # Errors
-    /// If the two are not of such a device.
+    /// If the two are not from such a device.
     fn restore(&mut self, _config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
         Ok(())
     }
 }
 
-/// What a device is given to work with.
+/// What the transport gives a device when it activates it.
 pub struct Activation {
     /// Memory of the guest.
     pub memory: Arc<GuestMemory>,
     /// Feature bits that both sides accepted.
     pub features: u64,
-    /// All queues of the device, those the driver left unused among them.
+    /// All queues of the device, including those that the driver left unused.
     pub queues: Vec<VirtQueue>,
-    /// The way to tell the driver of used buffers and of trouble.
+    /// The link through which the driver is told of used buffers and failures.
     pub link: Arc<DriverLink>,
-    /// What the worker of the saved device knew, if this one takes its place.
+    /// The state of the saved device's worker, if this device takes its place.
     pub state: Option<Section>,
 }

@@ -1,4 +1,4 @@
-//! What the owner of a machine can do with its virtio devices while the guest uses them.
+//! Commands from the owner of a machine to its virtio devices while the guest uses them.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -23,48 +23,48 @@ use crate::disk::{DiskError, DiskFile, DiskOptions};
 use crate::opener::{FileAccess, Opener};
 use crate::rate_limiter::Limits;
 
-/// What can be asked of a device. Each is for the devices of one kind.
+/// A command to a device. Each is for devices of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceCommand {
-    /// Looks how large the image of a disk is now, and lets the guest know if that has changed.
+    /// Checks the present size of a disk's image, and tells the guest if it has changed.
     UpdateSize,
-    /// Puts another image in the place of a disk's, with the same cache mode, and lets the guest know. If that
-    /// image is there already, its size is looked at anew. Requests that are under way are finished first.
+    /// Replaces a disk's image by another with the same cache mode, and tells the guest. If it is the same
+    /// image, its size is checked again. Requests in progress are finished first.
     ReplaceImage {
-        /// The other image.
+        /// The new image.
         path: PathBuf,
     },
-    /// Sets other limits of a disk. A limit that is the same as before keeps its fill level; any other begins with
-    /// a full bucket.
+    /// Sets the limits of a disk. An unchanged limit keeps its fill level; a changed one begins with a full
+    /// bucket.
     SetLimits(Limits),
-    /// Sets other limits of a network device, otherwise like [`DeviceCommand::SetLimits`].
+    /// Sets the limits of a network device, otherwise like [`DeviceCommand::SetLimits`].
     SetNetLimits(NetLimits),
-    /// Tells the guest the size of a console in characters; 0 stands for a size that is not known.
+    /// Tells the guest the size of a console in characters; 0 means unknown.
     ResizeConsole {
-        /// Characters of a line.
+        /// Characters in a line.
         columns: u16,
         /// Lines.
         rows: u16,
     },
-    /// Asks the guest to give up this much memory in all. It does so in its own time and as far as it can.
+    /// Asks the guest to give up this much memory in all. It does so over time and as far as it can.
     SetBalloonTarget {
-        /// How much in MiB.
+        /// The amount in MiB.
         mib: u32,
     },
-    /// Changes how often the guest is asked for statistics of its memory, and asks it for the first.
+    /// Changes how often the guest is asked for statistics on its memory, and asks it at once.
     SetStatisticsInterval {
-        /// How often.
+        /// The interval.
         seconds: NonZeroU32,
     },
     /// Asks the guest which memory it does not use (free page hinting), or lets it use all of it again.
     Hint(HintingCommand),
-    /// Asks for the size of a balloon, and what the guest said last of its memory.
+    /// Asks for the size of a balloon, and the guest's latest statistics on its memory.
     BalloonStatistics,
 }
 
 impl DeviceCommand {
-    /// The kind of device that it is for.
+    /// Returns the kind of device that the command is for.
     fn kind(&self) -> &'static str {
         match self {
             DeviceCommand::UpdateSize
@@ -80,25 +80,25 @@ impl DeviceCommand {
     }
 }
 
-/// What a device gives for a command.
+/// The answer of a device to a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceAnswer {
     /// It is done.
     Done,
-    /// To [`DeviceCommand::UpdateSize`]: the size in bytes.
+    /// Answers [`DeviceCommand::UpdateSize`]: the size in bytes.
     Size(u64),
-    /// To [`DeviceCommand::BalloonStatistics`].
+    /// Answers [`DeviceCommand::BalloonStatistics`].
     Balloon(Box<BalloonStatistics>),
 }
 
-/// Why a device cannot do what it is asked for.
+/// Why a device cannot carry out a command.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The command is for devices of another kind.
     #[error("it is not {kind}")]
     Kind {
-        /// Of which, with an article.
+        /// That kind, with an article.
         kind: &'static str,
     },
     /// The new size of a disk cannot be used; the disk keeps the one it has.
@@ -118,14 +118,14 @@ pub enum DeviceError {
     /// The host refuses to set a timer for the limits.
     #[error("cannot set a timer for its limits: {0}")]
     Limits(#[source] io::Error),
-    /// The balloon cannot be as it is wanted.
+    /// The balloon cannot have the settings that are asked for.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
 }
 
 impl DeviceError {
-    /// Whether what was asked for is done all the same: another image is in place, though what was written to the
-    /// one before could not be brought to stable storage.
+    /// Whether the command has taken effect all the same: the new image is in place, but data written to the
+    /// old one could not be brought to stable storage.
     pub fn is_done(&self) -> bool {
         matches!(self, DeviceError::Replace(ReplaceError::Flush { .. }))
     }
@@ -133,17 +133,17 @@ impl DeviceError {
 
 /// A handle to a device, for the owner of its machine.
 pub enum DeviceHandle {
-    /// To a disk.
+    /// A handle to a disk.
     Disk(BlockHandle),
-    /// To a network device.
+    /// A handle to a network device.
     Net(NetHandle),
-    /// To a console, or a device of channels.
+    /// A handle to a console, or a device of channels.
     Console(ConsoleHandle),
-    /// To a balloon.
+    /// A handle to a balloon.
     Balloon(BalloonHandle),
-    /// To the socket device, which only counts.
+    /// The counters of the socket device, which takes no commands.
     Vsock(Arc<VsockMetrics>),
-    /// To the entropy device, which only counts.
+    /// The counters of the entropy device, which takes no commands.
     Entropy(Arc<EntropyMetrics>),
 }
 
@@ -166,7 +166,7 @@ pub enum DeviceMetrics {
 }
 
 impl DeviceHandle {
-    /// What the device counts.
+    /// Returns the device's counters.
     pub fn metrics(&self) -> DeviceMetrics {
         match self {
             DeviceHandle::Disk(disk) => DeviceMetrics::Block(disk.metrics().clone()),
@@ -178,10 +178,10 @@ impl DeviceHandle {
         }
     }
 
-    /// Does what `command` says, with files that `opener` opens.
+    /// Carries out `command`, with files that `opener` opens.
     ///
     /// # Errors
-    /// As [`DeviceError`] says.
+    /// See [`DeviceError`].
     pub fn execute(
         &self,
         command: DeviceCommand,
@@ -233,7 +233,7 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
 
 fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result<(), DeviceError> {
     let before = disk.disk();
-    // An image that cannot be opened for reading is told of below.
+    // An error of opening the image is reported below.
     let is_same = opener
         .file(path, FileAccess::Read)
         .and_then(|file| before.is_same_file(&file));
@@ -241,11 +241,11 @@ fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result
         return update_size(disk).map(drop);
     }
     let options = DiskOptions {
-        // The guest knows it, and does not look again.
+        // The guest knows the block size, and does not read it again.
         block_size: Some(before.logical_block_size()),
         ..before.options().clone()
     };
-    // The image must be free to be closed.
+    // The old image must not be kept open.
     drop(before);
     let image = DiskFile::open_by(opener, path, &options)?;
     Ok(disk.replace(image)?)

@@ -1,5 +1,5 @@
-//! A virtqueue as a worker uses it: chains are taken from the available ring and returned by the
-//! used ring (section 2.7).
+//! The device's side of a virtqueue: chains are taken from the available ring and returned in the used ring
+//! (section 2.7).
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use super::DriverLink;
 use super::rings::{IndirectTable, Rings};
 use crate::worker::QueueProgress;
 
-/// How long one queue is served before other devices have their turn.
+/// How long one queue is served before other devices get their turn.
 pub const MAX_TURN: Duration = Duration::from_millis(20);
 
-/// What a driver did that makes a queue unusable until the device is reset.
+/// A fault of a driver that makes a queue unusable until the device is reset.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// A ring or the descriptor table is not in one piece of guest memory, or not aligned.
+    /// A ring or the descriptor table is not in one region of guest memory, or not aligned.
     #[error("queue {queue}: its rings are not in guest memory")]
     Rings {
         /// Index of the queue.
@@ -36,7 +36,7 @@ pub enum QueueError {
         /// How many.
         count: u16,
     },
-    /// A chain does not end: a loop, a link or an indirect table that is out of range.
+    /// A chain has no end: it loops, or a link or an indirect table is out of range.
     #[error(
         "queue {queue}: the descriptor chain at {head} is broken after {descriptors} descriptors"
     )]
@@ -73,18 +73,18 @@ pub enum QueueError {
 /// The buffers of one descriptor chain. One value serves many chains, so that taking a chain
 /// allocates nothing.
 pub struct Chain {
-    /// Index of the first descriptor, by which the chain is returned.
+    /// Index of the first descriptor, which identifies the chain when it is returned.
     pub head: u16,
-    /// What the driver wrote for the device.
+    /// Buffers that the driver has written for the device.
     pub readable: GuestBuffers,
-    /// Where the device writes for the driver.
+    /// Buffers that the device writes for the driver.
     pub writable: GuestBuffers,
     /// Address of the last writable byte, if there is any.
     pub last_writable_byte: Option<GuestAddress>,
 }
 
 impl Chain {
-    /// Room for chains in `memory`.
+    /// Makes room for the buffers of chains in `memory`.
     pub fn new(memory: &Arc<GuestMemory>) -> Chain {
         Chain {
             head: 0,
@@ -95,43 +95,44 @@ impl Chain {
     }
 }
 
-/// A virtqueue with its doorbell and the memory it lives in.
+/// A virtqueue with its doorbell and the memory that it is in.
 pub struct VirtQueue {
     index: u16,
-    /// Most descriptors that it could have had.
+    /// Most descriptors that the driver could have chosen.
     max_size: u16,
     size: u16,
     event_index: bool,
-    /// None where the driver left the queue unused.
+    /// `None` if the driver left the queue unused.
     rings: Option<Rings>,
     /// Number of chains taken so far, which wraps.
     next_available: u16,
-    /// Heads of chains that were put back in another order than they were taken. The last of them is
-    /// for the place before `substitutes_end`, and each of the others for the one before the next.
+    /// Heads of chains that were put back in an order other than that in which they were taken. The last one
+    /// is for the position before `substitutes_end`, and each of the others for the position before that of
+    /// the next.
     substitutes: Vec<u16>,
     substitutes_end: u16,
     /// Number of chains that the driver had made available when its index was last read.
     seen_available: u16,
     /// Number of chains returned so far, which wraps.
     next_used: u16,
-    /// Where the used ring ended when the driver was last thought of for an interrupt.
+    /// The used index when an interrupt was last considered.
     considered_used: u16,
     doorbell: EventFd,
     memory: Arc<GuestMemory>,
 }
 
 impl AsRawFd for VirtQueue {
-    /// The doorbell, readable once the driver has rung it.
+    /// Returns the doorbell, which is readable once the driver has rung it.
     fn as_raw_fd(&self) -> RawFd {
         self.doorbell.as_raw_fd()
     }
 }
 
 impl VirtQueue {
-    /// Queue number `index` of a device, set up by its driver as `queue` says.
+    /// Makes queue number `index` of a device, set up by its driver as `queue` says.
     ///
     /// # Errors
-    /// When its rings are not in guest memory.
+    /// If its rings are not in guest memory.
     pub fn new(
         index: u16,
         queue: &Queue,
@@ -166,17 +167,17 @@ impl VirtQueue {
         self.rings.is_some()
     }
 
-    /// Size in descriptors.
+    /// Returns its size in descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Its index among the queues of the device.
+    /// Returns its index among the queues of the device.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// How far it has come. All chains that were taken must have been returned or put back.
+    /// Returns how far it has come. All chains that were taken must have been returned or put back.
     pub fn progress(&self) -> QueueProgress {
         QueueProgress {
             next_available: self.next_available,
@@ -184,35 +185,34 @@ impl VirtQueue {
         }
     }
 
-    /// Consumes the rings of the doorbell so far.
+    /// Clears the doorbell.
     pub fn clear_doorbell(&self) {
-        // The event is non-blocking: it fails only where nobody has rung.
+        // The event is non-blocking: the read fails only if the doorbell was not rung.
         let _ = self.doorbell.read();
     }
 
-    /// Rings the doorbell on the driver's behalf, for work that is put off to the next turn of the
-    /// event loop.
+    /// Rings the doorbell on the driver's behalf, for work that is left to the next turn of the event loop.
     pub fn ring_doorbell(&self) {
-        // It fails only when the counter is full, and then it is readable as wanted.
+        // It fails only if the counter is full, and then the doorbell is readable already.
         let _ = self.doorbell.write(1);
     }
 
-    /// Takes the next available chain into `chain`; `false` where there is none.
+    /// Takes the next available chain into `chain`; `false` if there is none.
     ///
     /// # Errors
-    /// When the driver has broken the rules of the rings. The chain that does so stays in the queue, so
-    /// nothing more can be taken then.
+    /// If the driver has broken the rules of the rings. The offending chain stays in the queue, so no more
+    /// chains can be taken.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
         self.pop_behind(chain)
     }
 
-    /// As [`VirtQueue::pop`], but puts the buffers of the chain behind those that `chain` holds
-    /// already.
+    /// Takes the next available chain like [`VirtQueue::pop`], but appends its buffers to those that `chain`
+    /// holds already.
     ///
     /// # Errors
-    /// As [`VirtQueue::pop`].
+    /// Those of [`VirtQueue::pop`].
     pub fn pop_behind(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         if !self.has_available()? {
             return Ok(false);
@@ -228,7 +228,7 @@ impl VirtQueue {
         Ok(true)
     }
 
-    /// The head to take in place of the next one in the available ring, if there is one.
+    /// Returns the head to take in place of the next one in the available ring, if there is one.
     #[inline]
     fn next_substitute(&mut self) -> Option<u16> {
         if self.substitutes.is_empty() {
@@ -236,43 +236,42 @@ impl VirtQueue {
         }
         let head = self.substitutes().first().copied();
         if head.is_none() {
-            // They would come again when the positions have wrapped.
+            // They would be used again once the positions have wrapped.
             self.substitutes.clear();
         }
         head
     }
 
-    /// The heads that are taken next, in place of those in the available ring.
+    /// Returns the heads that are taken next, in place of those in the available ring.
     ///
-    /// A device that returns chains in another order than it takes them may put some back that are not
-    /// the last that it took. The available ring, which is the driver's alone to write, then does not
-    /// say which these are.
+    /// A device that returns chains out of order may put back some that are not the last that it took. The
+    /// available ring, which only the driver may write, then does not say which these are.
     pub(super) fn substitutes(&self) -> &[u16] {
         let count = usize::from(self.substitutes_end.wrapping_sub(self.next_available));
         let taken = self.substitutes.len().checked_sub(count);
         taken.map_or(&[], |taken| &self.substitutes[taken..])
     }
 
-    /// Goes on with the [`VirtQueue::substitutes`] of a queue that had come as far as this one.
+    /// Sets the [`VirtQueue::substitutes`] of a queue that had come as far as this one.
     pub(super) fn set_substitutes(&mut self, heads: Vec<u16>) {
         self.substitutes_end = self.next_available.wrapping_add(heads.len() as u16);
         self.substitutes = heads;
     }
 
-    /// Puts back all chains that were taken and not returned, in whatever order they were taken, to be
-    /// taken again in this one.
+    /// Puts back all chains that were taken and not returned, to be taken again in the order of `heads`,
+    /// whatever order they were taken in.
     pub(super) fn put_back(&mut self, mut heads: Vec<u16>) {
         let count = heads.len() as u16;
         heads.extend_from_slice(self.substitutes());
         self.next_available = self.next_available.wrapping_sub(count);
-        // Usually they are what the ring says, and then in the order in which they were taken.
+        // Usually they are the chains in the ring, and are then taken again in the ring's order.
         if self.are_in_ring(&heads) {
             heads.clear();
         }
         self.set_substitutes(heads);
     }
 
-    /// Whether the chains that the ring has next are those of `heads`, in any order.
+    /// Whether the chains next in the ring are those of `heads`, in any order.
     fn are_in_ring(&self, heads: &[u16]) -> bool {
         let Some(rings) = &self.rings else {
             return heads.is_empty();
@@ -286,7 +285,7 @@ impl VirtQueue {
         in_ring == heads
     }
 
-    /// Puts the buffers of the chain at `chain.head` into `chain`.
+    /// Adds the buffers of the chain at `chain.head` to `chain`.
     fn take_buffers(&self, rings: &Rings, chain: &mut Chain) -> Result<(), QueueError> {
         let (queue, head) = (self.index, chain.head);
         let broken = |descriptors| QueueError::BrokenChain {
@@ -296,9 +295,9 @@ impl VirtQueue {
         };
         let mut table: Option<IndirectTable<'_>> = None;
         let mut index = head;
-        // No chain is longer than its queue, an indirect table included (section 2.7.5.3.1). A driver
-        // that uses a smaller queue than it could is not held to that one's size, as Linux does not
-        // hold itself to it.
+        // No chain is longer than its queue, including an indirect table (section 2.7.5.3.1). If a driver
+        // uses a smaller queue than it could, chains are still allowed up to the maximum size, as Linux does
+        // not observe the smaller one.
         for count in 0..self.max_size {
             let read = |index| match &table {
                 Some(table) => table.descriptor(index),
@@ -306,7 +305,7 @@ impl VirtQueue {
             };
             let mut descriptor = read(index).ok_or(broken(count))?;
             if descriptor.is_indirect() {
-                // One within another, or one that is followed by more, is none.
+                // A table within a table, or one that is followed by more descriptors, is invalid.
                 if table.is_some() || descriptor.has_next() {
                     return Err(broken(count));
                 }
@@ -346,15 +345,15 @@ impl VirtQueue {
     /// Whether a chain is available.
     ///
     /// # Errors
-    /// When the driver says that more are than there can be.
+    /// If the driver claims that more chains are available than possible.
     pub fn has_available(&mut self) -> Result<bool, QueueError> {
         Ok(self.seen_available != self.next_available || self.available_count()? > 0)
     }
 
-    /// How many chains are available.
+    /// Returns how many chains are available.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub fn available_count(&mut self) -> Result<u16, QueueError> {
         let Some(rings) = &self.rings else {
             return Ok(0);
@@ -369,7 +368,7 @@ impl VirtQueue {
         Ok(count)
     }
 
-    /// Puts the chain taken last back, to be taken again.
+    /// Puts back the chain taken last, to be taken again.
     pub fn undo_pop(&mut self) {
         self.next_available = self.next_available.wrapping_sub(1);
     }
@@ -381,18 +380,18 @@ impl VirtQueue {
         self.add_used_together(&[(head, written)]);
     }
 
-    /// Returns several chains, each as [`VirtQueue::add_used`] does: the driver sees none of them
-    /// or all (section 2.7.8). They must be no more than the queue's size.
+    /// Returns several chains like [`VirtQueue::add_used`]: the driver sees none of them or all (section
+    /// 2.7.8). There must not be more than the queue's size.
     #[inline]
     pub fn add_used_together(&mut self, used: &[(u16, u32)]) {
         let Some(rings) = &self.rings else { return };
         self.next_used = rings.add_used(self.next_used, used);
     }
 
-    /// Asks the driver not to ring the doorbell, as the queue is being looked at.
+    /// Asks the driver not to ring the doorbell, as the queue is being served.
     pub fn disable_doorbell(&mut self) {
-        // With event indices there is nothing to do: the event that was asked for is past once the
-        // driver has rung.
+        // With event indices there is nothing to do: once the driver has rung, the index that was asked for
+        // has passed.
         if let Some(rings) = &self.rings
             && !self.event_index
         {
@@ -400,11 +399,11 @@ impl VirtQueue {
         }
     }
 
-    /// Asks the driver to ring the doorbell again. `true` when chains came in meanwhile, for which
-    /// it may not have rung.
+    /// Asks the driver to ring the doorbell again. Returns `true` if chains came in meanwhile, for which it
+    /// may not have rung.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub fn enable_doorbell(&mut self) -> Result<bool, QueueError> {
         if !self.ask_for_doorbell(self.next_available) {
             return Ok(false);
@@ -412,11 +411,11 @@ impl VirtQueue {
         self.has_available()
     }
 
-    /// As [`VirtQueue::enable_doorbell`], but lets `count` chains that are available be, and asks for the
-    /// doorbell when there are more. `true` when there are already.
+    /// Asks for the doorbell like [`VirtQueue::enable_doorbell`], but leaves `count` available chains in the
+    /// queue, and asks for the doorbell when there are more. Returns `true` if there are more already.
     ///
     /// # Errors
-    /// As [`VirtQueue::has_available`].
+    /// Those of [`VirtQueue::has_available`].
     pub(super) fn enable_doorbell_behind(&mut self, count: u16) -> Result<bool, QueueError> {
         if !self.ask_for_doorbell(self.next_available.wrapping_add(count)) {
             return Ok(false);
@@ -435,22 +434,21 @@ impl VirtQueue {
         } else {
             rings.set_used_flags(0);
         }
-        // What the driver has made available is read after it can see the wish for the doorbell: of
-        // the two sides, at least one sees what the other wrote.
+        // The available index is read only after the driver can see the request for the doorbell, so at least
+        // one of the two sides sees what the other wrote.
         fence(Ordering::SeqCst);
         true
     }
 
-    /// Serves the available chains: `handle` does what each asks for and says how many bytes of its
+    /// Serves the available chains: `handle` does the work of each chain and returns how many bytes of its
     /// writable buffers it filled. One interrupt tells the driver of them all.
     ///
-    /// No more chains are served than the queue holds, and none is begun after [`MAX_TURN`], so that
-    /// a driver that never stops leaves other devices their turn; for the rest the doorbell is rung
-    /// again.
+    /// At most as many chains are served as the queue holds, and none is begun after [`MAX_TURN`], so that
+    /// other devices get their turn even if a driver never stops. The doorbell is rung again for the rest.
     ///
     /// # Errors
-    /// When the driver has broken the rules of the rings, or those that `handle` knows. The chain that
-    /// does so stays in the queue.
+    /// If the driver has broken the rules of the rings, or those that `handle` checks. The offending chain
+    /// stays in the queue.
     pub fn serve<E: From<QueueError>>(
         &mut self,
         chain: &mut Chain,
@@ -460,12 +458,12 @@ impl VirtQueue {
         self.serve_while(chain, link, || Ok(true), handle)
     }
 
-    /// As [`VirtQueue::serve`], as long as `may_go_on` says so, which is asked before each chain.
-    /// Where it does not, the doorbell is left disabled: whoever said so sees to it that the queue is
-    /// served again.
+    /// Serves chains like [`VirtQueue::serve`] while `may_go_on`, which is called before each chain, returns
+    /// `true`. If it returns `false`, the doorbell is left disabled: the caller has to have the queue served
+    /// again.
     ///
     /// # Errors
-    /// As [`VirtQueue::serve`], and those of `may_go_on`.
+    /// Those of [`VirtQueue::serve`] and of `may_go_on`.
     pub(super) fn serve_while<E: From<QueueError>>(
         &mut self,
         chain: &mut Chain,
@@ -476,7 +474,7 @@ impl VirtQueue {
         self.disable_doorbell();
         let mut served = false;
         let result = self.serve_turn(chain, &mut served, &mut may_go_on, &mut handle);
-        // The driver hears of what was done, even when it has broken the rules after that.
+        // The driver is told of what was done, even if it broke the rules afterwards.
         if served {
             self.notify_driver(link);
         }
@@ -517,7 +515,7 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Tells the driver of the chains returned since the last call, if it wants to know.
+    /// Notifies the driver of the chains returned since the last call, if it wants an interrupt for them.
     pub fn notify_driver(&mut self, link: &DriverLink) {
         if self.needs_interrupt() {
             link.notify_used_buffer(self.index);
@@ -535,8 +533,8 @@ impl VirtQueue {
         if added == 0 {
             return false;
         }
-        // What the driver wishes is read after it can see the used index: of the two sides, at
-        // least one sees what the other wrote.
+        // The driver's wish is read only after the driver can see the used index, so at least one of the two
+        // sides sees what the other wrote.
         fence(Ordering::SeqCst);
         if self.event_index {
             let behind = used.wrapping_sub(rings.used_event()).wrapping_sub(1);
@@ -546,8 +544,8 @@ impl VirtQueue {
     }
 }
 
-/// How far each of `count` queues has come, given those that a worker has: it takes nothing from the
-/// others.
+/// Returns how far each of `count` queues has come, given the queues that a worker has: it takes nothing from
+/// the others.
 pub(super) fn progress_of<'a>(
     count: usize,
     queues: impl IntoIterator<Item = &'a VirtQueue>,

@@ -8,36 +8,36 @@ pub const MAX_QUEUES: usize = u64::BITS as usize;
 pub struct QueueSet(u64);
 
 impl QueueSet {
-    /// The set of the queue with this index alone.
+    /// Makes the set that contains only the queue with this index.
     pub fn of(queue: u16) -> QueueSet {
         let mut set = QueueSet::default();
         set.insert(queue);
         set
     }
 
-    /// The set of the first `count` queues.
+    /// Makes the set of the first `count` queues.
     pub fn first(count: usize) -> QueueSet {
         (0..count.min(MAX_QUEUES) as u16).collect()
     }
 
-    /// Adds the queue with this index. No device has one of [`MAX_QUEUES`] or more, which is left out.
+    /// Adds the queue with this index. An index of [`MAX_QUEUES`] or more, which no device has, is ignored.
     pub fn insert(&mut self, queue: u16) {
         self.0 |= 1_u64.checked_shl(queue.into()).unwrap_or_default();
     }
 
-    /// Whether no queue is in it.
+    /// Whether it contains no queue.
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// Whether the queue with this index is in it.
+    /// Whether it contains the queue with this index.
     pub fn contains(self, queue: u16) -> bool {
         1_u64
             .checked_shl(queue.into())
             .is_some_and(|bit| self.0 & bit != 0)
     }
 
-    /// The indices of its queues, in ascending order.
+    /// Returns the indices of its queues in ascending order.
     pub fn iter(self) -> impl Iterator<Item = u16> {
         (0..MAX_QUEUES as u16).filter(move |&queue| self.contains(queue))
     }

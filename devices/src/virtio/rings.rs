@@ -1,5 +1,5 @@
-//! The parts of a split virtqueue (section 2.7) where they are in the host's memory, so that nothing
-//! is looked up for each descriptor.
+//! The parts of a split virtqueue (section 2.7), with their addresses in the host's memory resolved once, so
+//! that nothing is looked up for each descriptor.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,9 +13,9 @@ use vm_memory::GuestAddress;
 
 /// Size of a descriptor in bytes.
 pub(super) const DESCRIPTOR_SIZE: usize = 16;
-/// Words of 64 bits of a descriptor.
+/// Size of a descriptor in 64-bit words.
 const DESCRIPTOR_WORDS: usize = 2;
-/// Words of 32 bits of an element of the used ring.
+/// Size of an element of the used ring in 32-bit words.
 const USED_ELEMENT_WORDS: usize = 2;
 /// Flags of a ring, in words of 16 bits from its start.
 const FLAGS: usize = 0;
@@ -26,7 +26,7 @@ const AVAILABLE_ELEMENTS: usize = 2;
 /// First element of the used ring, in words of 32 bits from its start.
 const USED_ELEMENTS: usize = 1;
 
-/// A descriptor as it was when it was read (section 2.7.5).
+/// A copy of a descriptor, read once (section 2.7.5).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Descriptor {
     pub(super) address: GuestAddress,
@@ -62,21 +62,21 @@ impl Descriptor {
 
 /// Descriptor table, available ring and used ring of one queue.
 ///
-/// The driver may change all of it at any time: it is only accessed by atomic operations.
+/// The driver may change any of it at any time, so it is accessed only with atomic operations.
 pub(super) struct Rings {
     size: u16,
     descriptors: GuestRange<u64>,
-    /// Flags, index, elements of one word each, and the event index.
+    /// Flags, index, elements of one 16-bit word each, and the event index.
     available: GuestRange<u16>,
-    /// Flags, index, elements of four words each, and the event index.
+    /// Flags, index, elements of four 16-bit words each, and the event index.
     used: GuestRange<u16>,
-    /// The used ring up to the event index, whose elements consist of words of 32 bits.
+    /// The used ring up to the event index in 32-bit words, of which its elements consist.
     used_elements: GuestRange<u32>,
 }
 
 impl Rings {
-    /// The rings of `queue`, if each is all in one region of guest memory and aligned as it should
-    /// be (section 2.7).
+    /// Finds the rings of `queue`, if each lies in one region of guest memory and is aligned as required
+    /// (section 2.7).
     pub(super) fn new(queue: &Queue, memory: &Arc<GuestMemory>) -> Option<Rings> {
         let size = usize::from(queue.size());
         if !size.is_power_of_two() || !queue.desc_table().is_multiple_of(DESCRIPTOR_SIZE as u64) {
@@ -92,37 +92,37 @@ impl Rings {
         })
     }
 
-    /// The descriptor at `index` of the table, if it has so many.
+    /// Reads the descriptor at `index` of the table, if that is within the table.
     pub(super) fn descriptor(&self, index: u16) -> Option<Descriptor> {
         let index = usize::from(index) * DESCRIPTOR_WORDS;
         let words = self.descriptors.get(index, Ordering::Relaxed)?;
         Some(Descriptor::from_words(words))
     }
 
-    /// `flags` of the available ring.
+    /// Reads `flags` of the available ring.
     pub(super) fn available_flags(&self) -> u16 {
         u16::from_le(self.available.load(FLAGS, Ordering::Relaxed))
     }
 
-    /// `idx` of the available ring. What the driver wrote before it can be read after this.
+    /// Reads `idx` of the available ring. All that the driver wrote before it is visible after this.
     pub(super) fn available_index(&self) -> u16 {
         u16::from_le(self.available.load(INDEX, Ordering::Acquire))
     }
 
-    /// The head that the driver made available as number `index`, counted as `idx` is.
+    /// Reads the head that the driver made available as number `index`, counted like `idx`.
     pub(super) fn available_head(&self, index: u16) -> u16 {
         let element = AVAILABLE_ELEMENTS + self.slot(index);
         u16::from_le(self.available.load(element, Ordering::Relaxed))
     }
 
-    /// `used_event`: with which element of the used ring the driver wants an interrupt.
+    /// Reads `used_event`: the element of the used ring for which the driver wants an interrupt.
     pub(super) fn used_event(&self) -> u16 {
         let event = AVAILABLE_ELEMENTS + usize::from(self.size);
         u16::from_le(self.available.load(event, Ordering::Relaxed))
     }
 
-    /// Writes elements of the used ring, the first of which is number `index`, counted as `idx` is, and
-    /// then sets `idx` behind them. Gives its value.
+    /// Writes elements of the used ring, the first one as number `index`, counted like `idx`, and then sets
+    /// `idx` past them. Returns the new `idx`.
     #[inline]
     pub(super) fn add_used(&self, index: u16, used: &[(u16, u32)]) -> u16 {
         let mut index = index;
@@ -133,7 +133,7 @@ impl Rings {
                 .store_unmarked(element, words, Ordering::Relaxed);
             index = index.wrapping_add(1);
         }
-        // Behind all that was written before.
+        // After everything that was written before.
         self.used
             .store_unmarked(INDEX, [index.to_le()], Ordering::Release);
         self.used.mark_all();
@@ -145,8 +145,7 @@ impl Rings {
         self.used.store(FLAGS, [flags.to_le()], Ordering::Relaxed);
     }
 
-    /// Sets `avail_event`: with which element of the available ring the driver is to ring the
-    /// doorbell.
+    /// Sets `avail_event`: the element of the available ring for which the driver is to ring the doorbell.
     pub(super) fn set_available_event(&self, index: u16) {
         let event = (USED_ELEMENTS + usize::from(self.size) * USED_ELEMENT_WORDS) * 2;
         self.used.store(event, [index.to_le()], Ordering::Relaxed);
@@ -161,12 +160,12 @@ fn words<T: Word>(memory: &Arc<GuestMemory>, address: u64, len: usize) -> Option
     GuestRange::new(memory.clone(), GuestAddress(address), len)
 }
 
-/// A table of descriptors that a descriptor refers to (section 2.7.5.3).
+/// A descriptor table that a descriptor refers to (section 2.7.5.3).
 pub(super) struct IndirectTable<'a>(GuestRange<u8, &'a GuestMemory>);
 
 impl<'a> IndirectTable<'a> {
-    /// The table that `descriptor` refers to, if it is all in one region of `memory` and has a whole
-    /// number of descriptors, at least one.
+    /// Finds the table that `descriptor` refers to, if it lies in one region of `memory` and consists of a
+    /// whole number of descriptors, at least one.
     pub(super) fn new(descriptor: Descriptor, memory: &'a GuestMemory) -> Option<Self> {
         let size = descriptor.len as usize;
         if size == 0 || !size.is_multiple_of(DESCRIPTOR_SIZE) {
@@ -175,7 +174,7 @@ impl<'a> IndirectTable<'a> {
         memory.range(descriptor.address, size).map(Self)
     }
 
-    /// The descriptor at `index`, if there are so many.
+    /// Reads the descriptor at `index`, if that is within the table.
     pub(super) fn descriptor(&self, index: u16) -> Option<Descriptor> {
         let words = self.0.get_unaligned(usize::from(index) * DESCRIPTOR_SIZE)?;
         Some(Descriptor::from_words(words))

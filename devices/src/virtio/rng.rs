@@ -1,4 +1,4 @@
-//! The entropy device (section 5.4): fills the driver's buffers with random bytes of the host.
+//! The entropy device (section 5.4): fills the driver's buffers with random bytes from the host.
 
 use std::fs::File;
 use std::io;
@@ -17,34 +17,34 @@ use super::{
 use crate::rate_limiter::Limits;
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// The generator of the host's kernel.
+/// The random number generator of the host's kernel.
 pub const SOURCE: &str = "/dev/urandom";
 
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes given for one buffer. A larger buffer is filled in part, as the standard allows, so
-/// that a guest cannot hold the event loop for as long as it likes.
+/// Most bytes put into one buffer. A larger buffer is filled in part, as the standard allows, so that a guest
+/// cannot occupy the event loop for as long as it likes.
 const MAX_BYTES_PER_BUFFER: usize = 64 << 10;
 
-/// What an event is told from others by.
+/// The doorbell's event token.
 const DOORBELL_EVENT: u32 = 0;
 const TIMER_EVENT: u32 = 1;
 
-/// The work of an entropy device since the machine was built.
+/// Counters of an entropy device since the machine was built.
 #[derive(Debug, Default, Serialize)]
 pub struct EntropyMetrics {
-    /// Drivers that the device could not begin to work for.
+    /// Failed activations.
     pub activate_fails: Counter,
     /// Events whose handling ended with the device asking for a reset.
     pub entropy_event_fails: Counter,
     /// Times that the worker was woken for the queue.
     pub entropy_event_count: Counter,
-    /// Random bytes that the driver was given.
+    /// Random bytes given to the driver.
     pub entropy_bytes: Counter,
-    /// Times that the host gave none.
+    /// Failures to read random bytes from the host.
     pub host_rng_fails: Counter,
     /// Times that buffers had to wait for a limit.
     pub entropy_rate_limiter_throttled: Counter,
-    /// Times that the worker was woken as a limit allowed more, or was changed.
+    /// Times that the worker was woken because a limit allowed more or was changed.
     pub rate_limiter_event_count: Counter,
 }
 
@@ -57,18 +57,18 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// A device that draws from [`SOURCE`]. Operations of its limits are buffers of the driver.
+    /// Makes a device that draws from [`SOURCE`]. For its limits, each buffer of the driver is one operation.
     ///
     /// # Errors
-    /// If [`SOURCE`] cannot be opened, or the host has no timer for the limits.
+    /// If [`SOURCE`] cannot be opened, or the host cannot create a timer for the limits.
     pub fn new(limits: &Limits) -> io::Result<Rng> {
         Rng::with_source(File::open(SOURCE)?, limits)
     }
 
-    /// A device that draws from `source`, otherwise like [`Rng::new`].
+    /// Makes a device that draws from `source`, otherwise like [`Rng::new`].
     ///
     /// # Errors
-    /// If the host has no timer for the limits.
+    /// If the host cannot create a timer for the limits.
     pub fn with_source(source: File, limits: &Limits) -> io::Result<Rng> {
         Ok(Rng {
             source: Arc::new(source),
@@ -174,7 +174,7 @@ impl Worker {
     }
 }
 
-/// Fills the chain's buffers; gives how many bytes.
+/// Fills the chain's buffers and returns how many bytes.
 fn fill(source: &File, chain: &mut Chain, link: &DriverLink, metrics: &EntropyMetrics) -> u32 {
     chain.writable.truncate(MAX_BYTES_PER_BUFFER);
     let mut filled = 0;
@@ -195,7 +195,7 @@ fn fill(source: &File, chain: &mut Chain, link: &DriverLink, metrics: &EntropyMe
 }
 
 impl VirtioWorker for Worker {
-    /// Each chain is returned as soon as it is taken.
+    /// There is nothing to end: each chain is returned as soon as it is taken.
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -219,7 +219,7 @@ impl MutEventSubscriber for Worker {
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if self.link.needs_reset() {
-            // Nothing consumes what made it ready, so that it would be reported without end.
+            // Nothing clears its readiness any more, so it would be reported without end.
             if let Err(error) = operations.remove(events) {
                 self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
@@ -292,7 +292,7 @@ mod tests {
                 done += driver.take_used().len();
                 turns += 1;
             }
-            // Four, and one that goes beyond, come at once.
+            // Four, and one that exceeds the limit, come at once.
             assert!(start.elapsed() >= Duration::from_millis(140));
             assert!(turns <= 40, "{turns} turns");
             let metrics = serde_json::to_value(&*rng.metrics()).unwrap();

@@ -1,5 +1,4 @@
-//! A device behind its transport that is paused, saved and moved to another machine, for the tests of
-//! devices.
+//! Pausing, saving and moving a device with its transport to another machine, for the tests of devices.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +29,7 @@ pub struct SuspendMachine {
 }
 
 impl SuspendMachine {
-    /// A machine with the device that `make` makes. Its driver has yet to come.
+    /// Makes a machine with the device that `make` returns. Its driver has yet to start.
     pub fn new<H>(
         memory: &Arc<GuestMemory>,
         make: impl FnOnce(Arc<DriverLink>) -> (Box<dyn VirtioDevice>, H),
@@ -63,15 +62,15 @@ impl SuspendMachine {
         self.transport().write(offset, &value.to_le_bytes());
     }
 
-    /// The device's configuration space as the driver reads it.
+    /// Returns the device's configuration space as the driver reads it.
     pub fn config(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.transport().read(register::CONFIG, &mut bytes);
         bytes
     }
 
-    /// Initializes the device for a driver that accepts those of `features` that are offered. The first
-    /// queues are those of `drivers`, and the others stay unused.
+    /// Initializes the device for a driver that accepts those of `features` that are offered. It uses the
+    /// first queues, one for each of `drivers`; the others stay unused.
     pub fn initialize(&mut self, features: u64, drivers: &[&TestDriver]) {
         self.write(register::STATUS, 0);
         let mut status = VIRTIO_CONFIG_S_DRIVER;
@@ -124,16 +123,16 @@ impl SuspendMachine {
         self.transport().save().unwrap()
     }
 
-    /// Gives a new device the state that was saved.
+    /// Restores a saved state into a new device.
     ///
     /// # Errors
-    /// As the device.
+    /// Those of the device.
     pub fn restore(&mut self, section: &Section) -> Result<(), RestoreError> {
         self.transport().restore(section)
     }
 
-    /// Saves the device, which is paused, and restores it in a machine of its own that has a copy of
-    /// the memory, where it is still paused. All of the first machine has ended when `make` is called.
+    /// Saves the device, which is paused, and restores it in a new machine that has a copy of the memory,
+    /// where it is still paused. All of the first machine has ended when `make` is called.
     pub fn moved<H>(
         mut self,
         make: impl FnOnce(Arc<DriverLink>) -> (Box<dyn VirtioDevice>, H),
@@ -167,29 +166,29 @@ fn copy_of(memory: &GuestMemory) -> Arc<GuestMemory> {
 
 /// Size of the memory of a [`VirtioGuest`].
 const MEMORY_SIZE: usize = 16 << 20;
-/// Where its rings are, those of one queue behind those of another.
+/// Address of its rings, those of one queue after those of another.
 const RINGS: u64 = 0x1000;
-/// A size that the queues of every device can have.
+/// A queue size that every device allows.
 const QUEUE_SIZE: u16 = 64;
-/// Where backends may put what they like.
+/// Address of memory that backends may use as they like.
 pub const FREE_MEMORY: u64 = 0x10_0000;
 /// How long the device may take for a request.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A kind of virtio device, with what it has on the host and what a guest does with it.
+/// A kind of virtio device, with its counterpart on the host and what a guest does with it.
 pub trait Backend {
-    /// How many queues the driver uses, of those that come first.
+    /// How many queues the driver uses, counted from the first.
     const QUEUES: u64;
-    /// What the driver accepts, as far as it is offered.
+    /// Features that the driver accepts if they are offered.
     const FEATURES: u64;
 
     fn new() -> Self;
 
-    /// A new device, which finds on the host what the one before has left.
+    /// Makes a new device, which finds on the host what the previous one has left.
     fn device(&mut self, memory: &Arc<GuestMemory>, link: Arc<DriverLink>)
     -> Box<dyn VirtioDevice>;
 
-    /// What the driver does before all else.
+    /// Does what the driver does before anything else.
     fn set_up(&mut self, _driver: &mut Driver) {}
 
     /// See [`SuspendCase::work`].
@@ -234,8 +233,8 @@ impl Driver {
         self.machine.ring_doorbell(queue as u32);
     }
 
-    /// Waits until the device has returned `count` more chains of a queue, and gives how many bytes it has put
-    /// into each.
+    /// Waits until the device has returned `count` more chains of a queue, and returns how many bytes it has
+    /// put into each.
     pub fn wait(&mut self, queue: usize, count: usize) -> Vec<u32> {
         let deadline = Instant::now() + LIMIT;
         let mut used = Vec::new();
@@ -274,7 +273,7 @@ pub fn writable(address: u64, len: u32) -> Buffer {
 /// A guest with a virtio device.
 pub struct VirtioGuest<B> {
     backend: B,
-    /// Nothing only while one device takes the place of another.
+    /// `None` only while one device takes the place of another.
     driver: Option<Driver>,
 }
 
@@ -304,7 +303,7 @@ impl<B: Backend> SuspendCase for VirtioGuest<B> {
             panic!("there is a driver");
         };
         let mut driver = Driver::of(machine, B::QUEUES);
-        // No device touches the rings before the driver is ready.
+        // After a reset the device does not touch the rings until the driver is ready.
         driver.machine.write(register::STATUS, 0);
         driver.store(RINGS, &vec![0; (B::QUEUES * RINGS_SIZE) as usize]);
         let queues: Vec<&TestDriver> = driver.queues.iter().collect();

@@ -58,12 +58,12 @@ impl TestDriver {
         }
     }
 
-    /// The device's side, as the driver sets it up.
+    /// Makes the device's side, as the driver sets it up.
     pub fn queue(&self, index: u16, event_index: bool) -> VirtQueue {
         self.queue_from(index, event_index, QueueProgress::default())
     }
 
-    /// The device's side, which goes on where another has come to.
+    /// Makes the device's side, which goes on from `progress`.
     pub fn queue_from(&self, index: u16, event_index: bool, progress: QueueProgress) -> VirtQueue {
         let mut queue = Queue::new(self.size).unwrap();
         queue
@@ -84,28 +84,28 @@ impl TestDriver {
         VirtQueue::new(index, &queue, doorbell, self.memory.clone()).unwrap()
     }
 
-    /// Size of the queue in descriptors.
+    /// Returns the size of the queue in descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Addresses of the descriptor table, the available ring and the used ring.
+    /// Returns the addresses of the descriptor table, the available ring and the used ring.
     pub fn rings(&self) -> [u64; 3] {
         [self.base, self.base + AVAILABLE, self.base + USED]
     }
 
-    /// Goes on in `memory`, a copy of the memory that the driver was in.
+    /// Moves the driver to `memory`, a copy of the memory that it was in.
     pub fn move_to(&mut self, memory: &Arc<GuestMemory>) {
         self.memory = memory.clone();
     }
 
-    /// Head of the chain that [`TestDriver::offer`] makes available next.
+    /// Returns the head of the chain that [`TestDriver::offer`] makes available next.
     pub fn next_head(&self) -> u16 {
         self.next_descriptor % self.size
     }
 
-    /// Makes a chain of `buffers` available and gives its head. Descriptors are used in turn: it
-    /// is for the test not to have more of them out than there are.
+    /// Makes a chain of `buffers` available and returns its head. Descriptors are used in turn: the test must
+    /// not have more of them in use than there are.
     pub fn offer(&mut self, buffers: &[Buffer]) -> u16 {
         let head = self.next_head();
         for (position, buffer) in buffers.iter().enumerate() {
@@ -125,7 +125,7 @@ impl TestDriver {
         head
     }
 
-    /// Writes a descriptor as it is.
+    /// Writes a descriptor without changing anything else.
     pub fn write_descriptor(&self, index: u16, buffer: Buffer, flags: u16, next: u16) {
         let address = self.base + u64::from(index) * 16;
         self.store(address, buffer.address);
@@ -143,7 +143,7 @@ impl TestDriver {
         self.store(self.base + AVAILABLE + 2, self.next_available);
     }
 
-    /// The chains that the device has returned since the last call: head and length of each.
+    /// Returns the head and length of each chain that the device has returned since the last call.
     pub fn take_used(&mut self) -> Vec<(u16, u32)> {
         let end: u16 = self.load(self.base + USED + 2);
         let mut used = Vec::new();
@@ -155,13 +155,13 @@ impl TestDriver {
         used
     }
 
-    /// With event indices: asks for an interrupt once the device has returned the chain that is
-    /// `index`th of all, counted from zero.
+    /// With event indices: asks for an interrupt once the device has returned chain number `index` of all,
+    /// counted from zero.
     pub fn set_used_event(&self, index: u16) {
         self.store(self.base + AVAILABLE + 4 + u64::from(self.size) * 2, index);
     }
 
-    /// Without event indices: asks for no interrupts, or for them again.
+    /// Without event indices: turns interrupts off, or on again.
     pub fn set_no_interrupt(&self, no_interrupt: bool) {
         self.store(self.base + AVAILABLE, u16::from(no_interrupt));
     }
@@ -171,7 +171,8 @@ impl TestDriver {
         self.load::<u16>(self.base + USED) == 0
     }
 
-    /// With event indices: at which chain, counted from zero, the device wants the doorbell to be rung.
+    /// With event indices: returns the chain, counted from zero, at which the device wants the doorbell to be
+    /// rung.
     pub fn available_event(&self) -> u16 {
         self.load(self.base + USED + 4 + u64::from(self.size) * 8)
     }
@@ -205,24 +206,24 @@ struct Notifications {
 }
 
 impl InterruptCounter {
-    /// How many interrupts there were since the last call.
+    /// Returns how many interrupts there were since the last call.
     pub fn take(&self) -> usize {
         self.0.count.swap(0, Ordering::SeqCst)
     }
 
-    /// How many of the interrupts since the last call were for a change of the configuration. Those of
-    /// an [`InterruptCounter::mmio_link`] are not known.
+    /// Returns how many of the interrupts since the last call were for a change of the configuration. Those
+    /// of an [`InterruptCounter::mmio_link`] are not known.
     pub fn take_configuration_changes(&self) -> usize {
         self.0.configuration_changes.swap(0, Ordering::SeqCst)
     }
 
-    /// The queues that the interrupts since the last call were for. Those of an
+    /// Returns the queues that the interrupts since the last call were for. Those of an
     /// [`InterruptCounter::mmio_link`] are not known.
     pub fn take_queues(&self) -> QueueSet {
         mem::take(&mut *self.0.queues.lock().unwrap())
     }
 
-    /// The link of a device to its driver, whose notifications are counted here.
+    /// Makes the link of a device to its driver, whose notifications are counted here.
     pub fn link(&self) -> Arc<DriverLink> {
         Arc::new(DriverLink::new(
             "device".to_string(),
@@ -230,7 +231,7 @@ impl InterruptCounter {
         ))
     }
 
-    /// The link of a device behind a transport to its driver, whose interrupts are counted here.
+    /// Makes the link of a device behind a transport to its driver, whose interrupts are counted here.
     pub fn mmio_link(&self) -> MmioLink {
         MmioLink::new("device".to_string(), Box::new(self.clone()))
     }

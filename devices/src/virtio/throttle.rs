@@ -1,4 +1,4 @@
-//! Holds a device to its limits.
+//! Enforcement of a device's limits.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,13 +10,13 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::rate_limiter::{Limits, RateLimit, RateLimiter};
 
-/// Keeps the limits of a device, or of one direction of its traffic.
+/// Enforces the limits of a device, or of one direction of its traffic.
 ///
-/// The worker asks before each operation, the owner of the machine changes the limits at any time, and
-/// what a driver has used up stays used up when it resets the device. Where more must wait, the timer
-/// on which the worker waits ends when it may go on, or when the limits are changed.
+/// The worker asks before each operation, and the owner of the machine may change the limits at any time. A
+/// driver does not get back what it has used by resetting the device. If the worker must wait, its timer
+/// expires when it may go on, or when the limits are changed.
 pub(super) struct Throttle {
-    /// Whether there are limits: where there are none, nothing else is looked at.
+    /// Whether there are limits: if there are none, nothing else is read.
     is_limited: AtomicBool,
     state: Mutex<State>,
 }
@@ -24,12 +24,12 @@ pub(super) struct Throttle {
 struct State {
     bytes: Option<RateLimiter>,
     operations: Option<RateLimiter>,
-    /// Ends when more may be done.
+    /// Expires when more may be done.
     timer: TimerFd,
 }
 
 impl AsRawFd for Throttle {
-    /// Readable once more may be done, if it was not allowed before.
+    /// Returns the timer, which is readable once more may be done after it was not allowed.
     fn as_raw_fd(&self) -> RawFd {
         self.state().timer.as_raw_fd()
     }
@@ -37,7 +37,7 @@ impl AsRawFd for Throttle {
 
 impl Throttle {
     /// # Errors
-    /// When the host has no timer for it.
+    /// If the host cannot create a timer.
     pub(super) fn new(limits: &Limits) -> io::Result<Throttle> {
         let mut state = State {
             bytes: None,
@@ -50,20 +50,20 @@ impl Throttle {
         })
     }
 
-    /// Sets other limits. One that is not another than before goes on where it is.
+    /// Sets new limits. An unchanged limit keeps its fill level.
     ///
     /// # Errors
-    /// When the host refuses to set the timer. The limits are set, and a worker that waits hears of
+    /// If the host refuses to set the timer. The limits are set all the same, and a waiting worker learns of
     /// them at the end of its wait.
     pub(super) fn set(&self, limits: &Limits) -> io::Result<()> {
         let mut state = self.state();
         let is_limited = state.set(limits);
         self.is_limited.store(is_limited, Ordering::Release);
-        // As soon as can be: zero would stop it.
+        // As soon as possible: zero would stop the timer.
         Ok(state.timer.reset(Duration::from_nanos(1), None)?)
     }
 
-    /// The limits.
+    /// Returns the limits.
     pub(super) fn limits(&self) -> Limits {
         let state = self.state();
         let limit = |limiter: &Option<RateLimiter>| limiter.as_ref().map(RateLimiter::limit);
@@ -78,10 +78,10 @@ impl Throttle {
         self.is_limited.load(Ordering::Acquire)
     }
 
-    /// Whether another operation may be begun. If not, the timer ends when it may.
+    /// Whether another operation may be begun. If not, the timer expires when it may.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn allows_more(&self) -> io::Result<bool> {
         if !self.is_limited() {
             return Ok(true);
@@ -99,7 +99,7 @@ impl Throttle {
         }
     }
 
-    /// Takes account of what was begun.
+    /// Takes account of operations that were begun.
     pub(super) fn count(&self, operations: u64, bytes: u64) {
         if !self.is_limited() {
             return;
@@ -114,23 +114,23 @@ impl Throttle {
         }
     }
 
-    /// Consumes the end of the time that more was not allowed. It may have been set anew since, so it is
-    /// not read, which would wait.
+    /// Clears the expiry of the timer. It is not read, as it may have been set again since, and reading would
+    /// then wait.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn clear(&self) -> io::Result<()> {
         Ok(self.state().timer.clear()?)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // No change leaves it half done, even one that panics.
+        // No change leaves the state inconsistent, even one that panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// Sets other limits; gives whether there are any.
+    /// Sets new limits, and returns whether there are any.
     fn set(&mut self, limits: &Limits) -> bool {
         let now = Instant::now();
         let renew = |place: &mut Option<RateLimiter>, limit: Option<RateLimit>| {

@@ -1,4 +1,4 @@
-//! How much memory a thread takes.
+//! Accounting of the memory that a thread allocates.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,7 +8,7 @@ thread_local! {
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
 
-/// The system's allocator, with an account for each thread.
+/// The system's allocator, with counters for each thread.
 struct Counting;
 
 #[global_allocator]
@@ -19,8 +19,8 @@ fn count(bytes: isize) {
     PEAK.set(PEAK.get().max(ALLOCATED.get()));
 }
 
-// SAFETY: every call is passed on as it is. Counting touches nothing but integers of the thread,
-// which need neither memory nor a destructor.
+// SAFETY: every call is passed on unchanged. Counting touches only integers of the thread, which need neither
+// memory nor a destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
@@ -35,13 +35,14 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Begins to count what this thread allocates from now on.
+/// Starts counting what this thread allocates.
 pub fn start() {
     ALLOCATED.set(0);
     PEAK.set(0);
 }
 
-/// Most bytes that this thread had at any time since [`start`], without those it had before.
+/// Returns the most bytes that this thread had allocated at any time since [`start`], without those that it
+/// had before.
 pub fn peak() -> isize {
     PEAK.get()
 }

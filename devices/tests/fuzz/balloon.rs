@@ -1,4 +1,4 @@
-//! The memory balloon, whose owner changes his mind.
+//! The memory balloon, whose owner keeps changing its settings.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -17,13 +17,13 @@ use crate::machine::{Machine, SEAM};
 use crate::operation::Operation;
 
 const PAGE_SIZE: u64 = 4096;
-/// The queues of a driver that accepts all that is offered by default.
+/// The queues of a driver that accepts all features that are offered by default.
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const STATISTICS: u16 = 2;
 const HINTING: u16 = 3;
 const REPORTING: u16 = 4;
-/// Where the drivers have their indirect tables.
+/// Address of the drivers' indirect tables.
 const TABLE: u64 = HEADERS + 0x100;
 
 #[derive(Debug, TypeGenerator)]
@@ -45,7 +45,7 @@ impl Default for Options {
     }
 }
 
-/// An interrupt that nobody hears.
+/// An interrupt line that is not connected.
 struct Unconnected;
 
 impl InterruptLine for Unconnected {
@@ -56,11 +56,11 @@ impl InterruptLine for Unconnected {
 
 #[derive(Default)]
 pub struct BalloonTarget {
-    /// That of the device made last.
+    /// The handle of the device made last.
     handle: Option<BalloonHandle>,
 }
 
-/// A request of page numbers, which are written to memory first.
+/// Makes a request of page numbers, which are written to memory first.
 fn page_numbers(numbers: impl IntoIterator<Item = u64>) -> (Operation, u32) {
     let bytes: Vec<u8> = numbers
         .into_iter()
@@ -77,7 +77,7 @@ impl Target for BalloonTarget {
     const QUEUES: u16 = 5;
 
     fn device(&mut self, options: &Options) -> Box<dyn VirtioDevice> {
-        // That is for the size alone.
+        // Only its size matters.
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         let options = BalloonOptions {
             target_mib: 1,
@@ -115,7 +115,7 @@ impl Target for BalloonTarget {
         ]);
         operations.extend(driver.request(STATISTICS, &[readable(HEADERS, 20)]));
         let free = [writable(DATA, 0x3000), writable(SEAM - 0x1800, 0x3000)];
-        // The owner has asked for hints above, by his first or second request.
+        // The owner has asked for hints above, with the first or second request.
         for command in [2_u32, 3, 0] {
             operations.push(Operation::Store {
                 address: HEADERS,
@@ -130,12 +130,12 @@ impl Target for BalloonTarget {
 
     fn host_sends(&mut self, len: u16) {
         let Some(handle) = &self.handle else { return };
-        // More than there is memory is refused, and so is an interval of no statistics.
+        // A target above the size of memory is refused, and so is an interval without statistics.
         let _ = handle.set_target(u32::from(len) / 500);
         if let Some(interval) = NonZeroU32::new(len.into()) {
             let _ = handle.set_statistics_interval(interval);
         }
-        // Refused without hinting.
+        // This is refused without hinting.
         let _ = handle.hint(match len % 3 {
             0 => HintingCommand::Stop,
             rest => HintingCommand::Start {

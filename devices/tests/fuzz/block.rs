@@ -25,7 +25,7 @@ use crate::operation::Operation;
 const DISK_SIZE: i64 = 0x1_0000;
 const SECTORS: u64 = DISK_SIZE as u64 / SECTOR_SIZE;
 const STATUS: u64 = HEADERS + 16;
-/// Where the drivers have their indirect tables.
+/// Address of the drivers' indirect tables.
 const TABLE: u64 = HEADERS + 0x100;
 
 #[derive(Debug, TypeGenerator)]
@@ -42,7 +42,7 @@ pub struct Options {
     operations: Option<RateLimit>,
 }
 
-/// A limit that is met by what a driver does here, and holds it up for no longer than it must.
+/// A limit that the drivers here reach, and that delays them as little as possible.
 const LIMIT: RateLimit = RateLimit {
     size: 4,
     refill_time: Duration::from_millis(2),
@@ -74,7 +74,7 @@ impl BlockTarget {
     }
 }
 
-/// The parts of a request: a header, which is written to memory first, the data and the status.
+/// Makes the parts of a request: a header, which is written to memory first, the data and the status.
 fn request(kind: u32, sector: u64, data: &[Buffer]) -> (Operation, Vec<Buffer>) {
     let mut bytes = vec![0; 17];
     bytes[..4].copy_from_slice(&kind.to_le_bytes());
@@ -102,7 +102,7 @@ impl Target for BlockTarget {
         };
         let open = |options| DiskFile::open(Path::new(&path), options);
         let disk = match open(&disk_options) {
-            // What is in memory has O_DIRECT since Linux 6.6.
+            // Files in memory support O_DIRECT since Linux 6.6.
             Err(DiskError::Direct { .. }) => open(&DiskOptions {
                 cache: CacheMode::Writeback,
                 ..disk_options
@@ -148,7 +148,7 @@ impl Target for BlockTarget {
         let (header, buffers) = request(VIRTIO_BLK_T_IN, 1, &[writable(DATA, 1024); 3]);
         operations.push(header);
         operations.extend(driver.indirect_request(0, TABLE, &buffers));
-        // Several at once, of the same kind.
+        // Several of the same kind at once.
         for _ in 0..8 {
             operations.extend(driver.offer(0, &[readable(HEADERS, 16), writable(DATA, 513)]));
         }

@@ -1,4 +1,4 @@
-//! The console device, as a console and as channels, with clients that come, send and go.
+//! The console device, as a console and as channels, with clients that connect, send and leave.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -23,12 +23,12 @@ use crate::operation::Operation;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
-/// What a device of channels has there. A console has no such queues.
+/// Control queues of a device of channels. A console has no such queues.
 const CONTROL_RECEIVE: u16 = 2;
 const CONTROL_TRANSMIT: u16 = 3;
-/// Where the drivers have their indirect tables.
+/// Address of the drivers' indirect tables.
 const TABLE: u64 = HEADERS + 0x100;
-/// Most bytes of a client at a time.
+/// Most bytes that a client sends at a time.
 const MAX_CHUNK: usize = 1024;
 
 #[derive(Debug, Default, TypeGenerator)]
@@ -36,7 +36,7 @@ pub struct Options {
     has_channels: bool,
 }
 
-/// An interrupt that nobody hears.
+/// An interrupt line that is not connected.
 struct Unconnected;
 
 impl InterruptLine for Unconnected {
@@ -45,7 +45,7 @@ impl InterruptLine for Unconnected {
     }
 }
 
-/// What is at the other ends of the device made last.
+/// The host's ends of the device made last.
 pub struct ConsoleTarget {
     folder: TempDir,
     /// The host's ends of the pipes of a console.
@@ -71,7 +71,7 @@ fn pipe() -> (OwnedFd, OwnedFd) {
     pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap()
 }
 
-/// A control message, which is written to memory first.
+/// Makes a control message, which is written to memory first.
 fn message(port: u32, event: u16, value: u16) -> Operation {
     let mut bytes = port.to_le_bytes().to_vec();
     bytes.extend(event.to_le_bytes());
@@ -130,7 +130,7 @@ impl Target for ConsoleTarget {
         operations
     }
 
-    /// Clients come and go, and send and read some of what there is.
+    /// Has clients connect and leave, send bytes, and read some of the output.
     fn host_sends(&mut self, len: u16) {
         let bytes = vec![0x5a; usize::from(len).min(MAX_CHUNK)];
         if let Some((from_guest, to_guest)) = &mut self.pipes {
@@ -151,7 +151,7 @@ impl Target for ConsoleTarget {
     }
 
     fn check_service(&mut self, options: &Options, machine: &mut Machine) {
-        // A driver of two queues has a console, which leads nowhere on a device of channels.
+        // A driver of two queues sees a console, which is not connected on a device of channels.
         let mut driver = Driver::plain(2);
         machine.initialize(&mut driver);
         machine.store(DATA, b"words of the guest");

@@ -1,21 +1,22 @@
-//! What becomes of saved state that is not what was saved.
+//! Damage to saved state.
 
 use bantam_state::Section;
 use bolero::TypeGenerator;
 use bolero::generator::produce;
 
-/// Bytes of a section that are others. Its checksum does not tell, as somebody may have written it so.
+/// Changed bytes of a section. Its checksum does not reveal them, as someone may have written the section
+/// that way.
 #[derive(Debug, Clone, Default, TypeGenerator)]
 pub struct Damage {
-    /// Where bytes change, counted from the end of the section, and how.
+    /// The positions of changed bytes, counted from the end of the section, and the changes.
     #[generator(produce::<Vec<(u16, u8)>>().with().len(0..4usize))]
     changes: Vec<(u16, u8)>,
-    /// Whether the rest is lost from the first of these places on.
+    /// Whether the section is cut off at the first of these positions.
     is_cut: bool,
 }
 
 impl Damage {
-    /// The section after it, if that still has the form of one.
+    /// Returns the damaged section, if it still has the form of one.
     pub fn done_to(&self, section: &Section) -> Option<Section> {
         let mut bytes = postcard::to_stdvec(section).unwrap();
         for &(place, change) in &self.changes {

@@ -1,4 +1,4 @@
-//! A driver that follows the rules: what Linux does to a device, operation by operation.
+//! A driver that follows the rules: it does what Linux does to a device, operation by operation.
 
 use bolero::TypeGenerator;
 use bolero::generator::one_value_of;
@@ -7,13 +7,13 @@ use crate::operation::Operation;
 
 /// Most queues of a device that a driver sets up.
 pub const MAX_QUEUES: u16 = 5;
-/// Descriptor table and rings of queue 0; those of the others follow.
+/// Address of the descriptor table and rings of queue 0; those of the others follow.
 pub const RINGS: u64 = 0x1000;
 /// Memory of one queue's table and rings, in bytes.
 pub const RINGS_SIZE: u64 = 3 * part::SIZE;
-/// Headers and status bytes of requests.
+/// Address of the headers and status bytes of requests.
 pub const HEADERS: u64 = 0x400;
-/// Data of requests.
+/// Address of the data of requests.
 pub const DATA: u64 = 0x1_0000;
 
 /// Offsets from a queue's descriptor table, with room for 256 descriptors.
@@ -97,7 +97,7 @@ pub struct DeviceOffer {
     pub queue_size: u16,
 }
 
-/// A driver of a device with up to [`MAX_QUEUES`] queues, and what it chooses among the things allowed.
+/// A driver of a device with up to [`MAX_QUEUES`] queues, and its choices where the rules leave some.
 #[derive(Debug, Clone, TypeGenerator)]
 pub struct Driver {
     /// The features that it knows.
@@ -111,12 +111,12 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A driver of so many queues that knows no features beyond the standard.
+    /// Makes a driver of this many queues that supports only the features that it must.
     pub fn plain(queue_count: u16) -> Driver {
         Driver::with_features(queue_count, 0)
     }
 
-    /// A driver of so many queues that knows `features`.
+    /// Makes a driver of this many queues that supports `features`.
     pub fn with_features(queue_count: u16, features: u64) -> Driver {
         Driver {
             features,
@@ -126,7 +126,7 @@ impl Driver {
         }
     }
 
-    /// Initialization (section 3.1.1), in the order in which Linux does it.
+    /// Initializes the device (section 3.1.1) in the order in which Linux does it.
     pub fn initialize(&mut self, offer: DeviceOffer) -> Vec<Operation> {
         self.next_descriptor = [0; MAX_QUEUES as usize];
         self.queue_size = self.queue_size.min(offer.queue_size);
@@ -194,7 +194,8 @@ impl Driver {
         operations
     }
 
-    /// As [`Driver::request`], by way of an indirect table at `table` if the driver knows of them.
+    /// Makes a request like [`Driver::request`], with an indirect table at `table` if the driver supports
+    /// them.
     pub fn indirect_request(
         &mut self,
         queue: u16,
@@ -233,7 +234,7 @@ impl Driver {
         operations
     }
 
-    /// Uses descriptors in turn: no more requests are at work at a time than there is room for.
+    /// Takes descriptors in turn: there are never more requests in progress than there is room for.
     fn take_descriptors(&mut self, queue: u16, count: u16) -> u16 {
         let next = &mut self.next_descriptor[usize::from(queue)];
         let head = *next;
@@ -247,7 +248,7 @@ impl Driver {
     }
 }
 
-/// The descriptors of `buffers`, from `head` on in a table of `size`.
+/// Writes the descriptors of `buffers` from `head` on, in a table of `size` descriptors.
 fn chain(table: u64, size: u16, head: u16, buffers: &[Buffer]) -> Vec<Operation> {
     let last = buffers.len().saturating_sub(1);
     buffers

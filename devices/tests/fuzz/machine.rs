@@ -1,4 +1,4 @@
-//! A device behind its transport, in a machine with memory of its own and no processor.
+//! A device behind its transport, in a machine with its own memory and without a processor.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::panic::resume_unwind;
@@ -22,21 +22,21 @@ use crate::damage::Damage;
 use crate::driver::{DeviceOffer, Driver, MAX_QUEUES, RINGS, RINGS_SIZE, part, register, status};
 use crate::operation::Operation;
 
-/// Where the first of two regions of memory that touch ends.
+/// End of the first of two adjacent regions of memory.
 pub const SEAM: u64 = 0x2_0000;
-/// Where the second ends.
+/// End of the second region.
 pub const HOLE: u64 = 0x4_0000;
-/// Where the third begins, which touches neither.
+/// Start of the third region, which is not adjacent to either.
 const BEYOND_HOLE: u64 = 0x8_0000;
-/// Where the third ends.
+/// End of the third region.
 pub const MEMORY_END: u64 = 0x9_0000;
 
-/// Turns after which an event loop that is left alone has nothing to do.
+/// Turns after which an event loop that is left alone must have nothing to do.
 const MAX_TURNS: usize = 100;
 /// How long a valid request may take.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// An interrupt that nobody hears.
+/// An interrupt line that is not connected.
 struct Unconnected;
 
 impl InterruptLine for Unconnected {
@@ -45,7 +45,7 @@ impl InterruptLine for Unconnected {
     }
 }
 
-/// What is in a device's place while there is none.
+/// A placeholder while there is no device.
 struct Absent(ConfigSpace);
 
 impl VirtioDevice for Absent {
@@ -95,7 +95,7 @@ impl Machine {
         }
     }
 
-    /// Does what a guest does.
+    /// Carries out an operation of the guest.
     pub fn act(&mut self, operation: &Operation) {
         match *operation {
             Operation::Read { offset, width } => self.transport.read(offset, &mut vec![0; width]),
@@ -136,12 +136,12 @@ impl Machine {
         }
     }
 
-    /// One turn of the event loop; gives how many events there were.
+    /// Runs one turn of the event loop, and returns how many events there were.
     fn turn(&mut self) -> usize {
         self.manager.run_with_timeout(0).unwrap()
     }
 
-    /// Lets the device work until it waits.
+    /// Lets the device work until it has nothing to do.
     pub fn rest(&mut self) {
         for _ in 0..MAX_TURNS {
             if self.turn() == 0 {
@@ -160,7 +160,7 @@ impl Machine {
         }
     }
 
-    /// Does what waits for the event loop, which runs meanwhile.
+    /// Calls `act`, which waits for the event loop, while the loop runs.
     fn on_another_thread<R: Send>(
         &mut self,
         action: impl FnOnce(&mut MmioTransport) -> R + Send,
@@ -181,7 +181,7 @@ impl Machine {
         })
     }
 
-    /// Brings the device to rest. Memory stays as it is until the device goes on.
+    /// Pauses the device. It does not touch memory until it is resumed.
     pub fn pause(&mut self) {
         self.on_another_thread(|transport| transport.pause().unwrap());
         let before = self.memory_checksum();
@@ -190,16 +190,16 @@ impl Machine {
     }
 
     pub fn resume(&mut self) {
-        // A device that the guest has set up so that it cannot go on asks for a reset.
+        // If the guest has set up the device so that it cannot go on, it asks for a reset.
         let _ = self.on_another_thread(Device::resume);
     }
 
-    /// Takes the paused device to its state after power-on.
+    /// Puts the paused device into its state after power-on.
     pub fn power_cycle(&mut self) {
         self.transport.reset();
     }
 
-    /// Saves the paused device, drops it, and restores what `device` makes from its state.
+    /// Saves the paused device, drops it, and restores its state into the device that `device` makes.
     pub fn replace(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
         let section = self.transport.save().unwrap();
         self.put(device);
@@ -207,8 +207,8 @@ impl Machine {
         assert_eq!(self.transport.save().unwrap(), section);
     }
 
-    /// The same from the state that `damage` leaves. If that is no state of the device, it is as after
-    /// power-on.
+    /// Replaces the device in the same way, but with the state that `damage` leaves. If that is not a state
+    /// of the device, the new device is as after power-on.
     pub fn replace_damaged(
         &mut self,
         device: impl FnOnce() -> Box<dyn VirtioDevice>,
@@ -224,14 +224,14 @@ impl Machine {
         }
     }
 
-    /// Puts what `device` makes in the place of the device that there is, which ends.
+    /// Replaces the present device, which ends, by the one that `device` makes.
     fn put(&mut self, device: impl FnOnce() -> Box<dyn VirtioDevice>) {
         let transport = |device| {
             let link = MmioLink::new("fuzzed device".to_string(), Box::new(Unconnected));
             let (memory, event_loop) = (self.memory.clone(), self.event_loop.clone());
             MmioTransport::new(device, memory, event_loop, link).unwrap()
         };
-        // The new one may take the place of the old on the host.
+        // The new device may take the place of the old one on the host.
         self.transport = transport(Box::new(Absent(ConfigSpace::new(Vec::new()))));
         self.transport = transport(device());
     }
@@ -250,7 +250,7 @@ impl Machine {
         u32::from_le_bytes(bytes)
     }
 
-    /// What the device offers, read as a driver does.
+    /// Returns what the device offers, read as a driver does.
     pub fn offer(&mut self) -> DeviceOffer {
         let features = [1u32, 0].into_iter().fold(0, |features, half| {
             self.write(register::DEVICE_FEATURES_SELECT, &half.to_le_bytes());
@@ -260,7 +260,7 @@ impl Machine {
             self.write(register::QUEUE_SELECT, &queue.to_le_bytes());
             self.read_register(register::QUEUE_SIZE_MAX) as u16
         });
-        // There are no queues of size 0.
+        // A size of 0 means that there is no queue.
         let queue_size = sizes.filter(|&size| size > 0).min().unwrap_or_default();
         DeviceOffer {
             features,
@@ -272,7 +272,7 @@ impl Machine {
         self.read_register(register::STATUS) & status::NEEDS_RESET != 0
     }
 
-    /// Resets the device, in whatever state it is, and initializes it as it should be done.
+    /// Resets the device, whatever its state, and initializes it properly.
     pub fn initialize(&mut self, driver: &mut Driver) {
         self.write(register::STATUS, &[0; 4]);
         assert_eq!(self.read_register(register::STATUS), 0, "after a reset");
@@ -299,7 +299,7 @@ impl Machine {
         }
     }
 
-    /// How many chains of a queue the device has returned, which wraps.
+    /// Returns how many chains of a queue the device has returned; the count wraps.
     pub fn used_count(&self, queue: u16) -> u16 {
         self.load(RINGS + u64::from(queue) * RINGS_SIZE + part::USED + 2)
     }
@@ -320,7 +320,7 @@ impl Machine {
         bytes
     }
 
-    /// Writes to memory, as far as there is any.
+    /// Writes to memory, as far as there is memory.
     pub fn store(&self, address: u64, bytes: &[u8]) {
         let _ = self.memory.write(bytes, GuestAddress(address));
     }

@@ -1,10 +1,10 @@
-//! Fuzz targets: virtio devices behind their transport, and the devices of a PC, with a guest that does what it
-//! likes.
+//! Fuzz targets: virtio devices behind their transport, and the devices of a PC, with a guest that does what
+//! it likes.
 //!
-//! An input is what a well-behaved driver does, with other operations put in between. Whatever they
-//! are, nothing panics, the event loop comes to rest, little memory is taken, and after a reset the
-//! device serves a driver that follows the rules. Between two operations the device may be paused, saved,
-//! restored and reset, and what is restored may have been damaged.
+//! An input is what a well-behaved driver does, with other operations inserted. Whatever these are, nothing
+//! panics, the event loop comes to rest, little memory is allocated, and after a reset the device serves a
+//! driver that follows the rules. Between two operations the device may be paused, saved, restored and reset,
+//! and the state that is restored may be damaged.
 //!
 //! `cargo test` gives each target a second of random inputs; `docs/testing.md` says how to run them
 //! for longer.
@@ -39,33 +39,33 @@ use operation::{Meanwhile, Operation};
 /// How long `cargo test` spends on each target.
 const TEST_TIME: Duration = Duration::from_secs(1);
 
-/// Most memory that the monitor may take for one device at any time, in bytes. Its lists are bounded
-/// by queues of 256 chains of 256 descriptors each, beside buffers for packets of 64 KiB.
+/// Most memory in bytes that the monitor may allocate for one device at any time. Its lists are bounded by
+/// queues of 256 chains of 256 descriptors each, and there are buffers for packets of 64 KiB.
 const MAX_ALLOCATED: isize = 8 << 20;
 
-/// A kind of device, and what is beyond it on the host.
+/// A kind of device, and its counterpart on the host.
 trait Target {
-    /// What else distinguishes devices of the kind.
+    /// Options that distinguish devices of the kind.
     type Options: TypeGenerator + Default + std::fmt::Debug;
 
-    /// How many queues a driver that follows the rules sets up.
+    /// The number of queues that a driver that follows the rules sets up.
     const QUEUES: u16 = 2;
 
-    /// A new device.
+    /// Makes a new device.
     fn device(&mut self, options: &Self::Options) -> Box<dyn VirtioDevice>;
 
-    /// What a driver does once it has initialized the device.
+    /// Returns what a driver does once it has initialized the device.
     fn requests(driver: &mut Driver) -> Vec<Operation>;
 
-    /// Sends a packet of `len` bytes to the guest, from a device that has a host to talk to, or wishes
-    /// something else of that size.
+    /// Sends a packet of `len` bytes to the guest if the device is connected to something on the host, or
+    /// asks for something else of that size.
     fn host_sends(&mut self, _len: u16) {}
 
-    /// Has requests done by an initialized device, and checks the results.
+    /// Has an initialized device serve requests, and checks the results.
     fn check_service(&mut self, options: &Self::Options, machine: &mut Machine);
 }
 
-/// What the driver has chosen, and how it deviates from the rules.
+/// The driver's choices, and its deviations from the rules.
 #[derive(Debug, TypeGenerator)]
 struct Input<O: TypeGenerator> {
     options: O,
@@ -74,7 +74,7 @@ struct Input<O: TypeGenerator> {
     deviations: Vec<Deviation>,
 }
 
-/// An operation that is done before, or in place of, one of the well-behaved driver's.
+/// An operation before, or in place of, one of the well-behaved driver.
 #[derive(Debug, TypeGenerator)]
 struct Deviation {
     position: u8,
@@ -82,7 +82,7 @@ struct Deviation {
     operation: Operation,
 }
 
-/// The test of an input, once the well-behaved driver has been found to be one.
+/// Makes the test of an input, after checking that the well-behaved driver is served.
 fn test_of<T: Target>(mut target: T) -> impl Fn(&Input<T::Options>) + RefUnwindSafe {
     for features in [0, u64::MAX] {
         let undisturbed = Input {
@@ -97,7 +97,7 @@ fn test_of<T: Target>(mut target: T) -> impl Fn(&Input<T::Options>) + RefUnwindS
     }
     let target = Mutex::new(target);
     move |input| {
-        // A target has nothing that a failed input could leave half done.
+        // A failed input cannot leave a target inconsistent.
         let mut target = target.lock().unwrap_or_else(PoisonError::into_inner);
         allocations::start();
         let machine = disturb(&mut *target, input);
@@ -107,7 +107,7 @@ fn test_of<T: Target>(mut target: T) -> impl Fn(&Input<T::Options>) + RefUnwindS
     }
 }
 
-/// Does all of an input to a new device, which is at rest then.
+/// Applies an input to a new device, and lets it come to rest.
 fn disturb<T: Target>(target: &mut T, input: &Input<T::Options>) -> Machine {
     let mut machine = Machine::new(target.device(&input.options));
     let mut driver = input.driver.clone();
@@ -129,7 +129,7 @@ fn disturb<T: Target>(target: &mut T, input: &Input<T::Options>) -> Machine {
     machine
 }
 
-/// Checks that a device, whatever was done to it, serves a driver that follows the rules.
+/// Checks that a device serves a driver that follows the rules, whatever was done to it before.
 fn check_recovery<T: Target>(target: &mut T, input: &Input<T::Options>, mut machine: Machine) {
     machine.initialize(&mut input.driver.clone());
     target.check_service(&input.options, &mut machine);

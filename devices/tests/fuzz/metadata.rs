@@ -8,7 +8,7 @@ use bantam_metadata::{
     MetadataService,
 };
 
-/// A service without contents at the usual address.
+/// Makes a service without contents at the usual address.
 pub fn metadata_service() -> LocalService {
     let service = MetadataService {
         metadata: Metadata::new(&MetadataOptions::default()).unwrap(),

@@ -1,5 +1,4 @@
-//! The network device, over a tap in a network namespace that has nothing else in it, and with a
-//! metadata service.
+//! The network device, over a tap in an otherwise empty network namespace, and with a metadata service.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -27,10 +26,10 @@ const TRANSMIT: u16 = 1;
 /// How long a packet may take.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// One device for all inputs, as the host takes its time to remove a tap.
+/// One device for all inputs, as the host takes some time to remove a tap.
 pub struct NetTarget {
     net: Arc<Mutex<Net>>,
-    /// Sends and receives packets by way of the tap.
+    /// A socket that sends and receives packets through the tap.
     host: OwnedFd,
     interface: i32,
 }
@@ -67,11 +66,11 @@ impl VirtioDevice for SharedNet {
 }
 
 impl NetTarget {
-    /// `None` where this user cannot have a tap. From then on, this thread is in a network namespace
-    /// of its own.
+    /// Makes the target, and moves this thread to its own network namespace. `None` if this user cannot
+    /// create a tap.
     pub fn new() -> Option<NetTarget> {
         unshare(CloneFlags::CLONE_NEWNET).ok()?;
-        // The host then sends nothing of itself. Where it cannot be said, there is no IPv6.
+        // The host then sends nothing by itself. If this cannot be set, there is no IPv6.
         let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
         let tap = Tap::open(TAP, None, QueueCount::Exactly(1)).ok()?;
         let host = socket(
@@ -89,13 +88,13 @@ impl NetTarget {
         })
     }
 
-    /// Sends a frame to the guest; `false` where the tap takes no more.
+    /// Sends a frame to the guest; `false` if the tap takes no more.
     fn send(&self, frame: &[u8]) -> bool {
         // SAFETY: it consists of integers, all of which may be zero.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = self.interface;
-        // SAFETY: the frame and the address are readable for as many bytes as are given.
+        // SAFETY: the frame and the address are readable for the lengths that are given.
         let sent = unsafe {
             libc::sendto(
                 self.host.as_raw_fd(),
@@ -125,7 +124,7 @@ impl NetTarget {
     }
 }
 
-/// A broadcast of a protocol for local experiments.
+/// Makes a broadcast frame of a protocol for local experiments.
 fn frame(len: usize, fill: u8) -> Vec<u8> {
     let mut frame = vec![0xff; 6];
     frame.extend([2, 0, 0, 0, 0, 2, 0x88, 0xb5]);
@@ -133,7 +132,7 @@ fn frame(len: usize, fill: u8) -> Vec<u8> {
     frame
 }
 
-/// A frame about the service's address: a request for it, or the start of a connection.
+/// Makes frames for the service's address: an ARP request, and the start of a connection.
 fn metadata_frames() -> [Vec<u8>; 2] {
     const GUEST: [u8; 10] = [2, 0, 0, 0, 0, 1, 192, 168, 7, 2];
     const SERVICE: [u8; 4] = [169, 254, 169, 254];

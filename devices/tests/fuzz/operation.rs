@@ -1,4 +1,4 @@
-//! What a guest can do to a device.
+//! Operations of a guest on a device.
 
 use bolero::TypeGenerator;
 use bolero::generator::{ValueGenerator, one_of, one_value_of, produce};
@@ -64,32 +64,32 @@ pub enum Operation {
     },
     /// Lets the device's event loop take one turn.
     Turn,
-    /// Lets it go on until there is nothing to do.
+    /// Lets the event loop run until it has nothing to do.
     Rest,
-    /// The machine is paused, and goes on.
+    /// The machine is paused and resumed.
     Suspend {
-        /// What is done meanwhile.
+        /// What is done during the pause.
         meanwhile: Meanwhile,
     },
-    /// The host sends a packet to the guest, or has another wish of the size of one.
+    /// The host sends a packet to the guest, or asks for something else of that size.
     HostSends {
         #[generator(14..1515u16)]
         len: u16,
     },
 }
 
-/// What becomes of a paused device.
+/// What happens to a paused device.
 #[derive(Debug, Clone, TypeGenerator)]
 pub enum Meanwhile {
-    /// It goes on.
+    /// Nothing: it is resumed.
     Nothing,
-    /// It is reset, as by a reset of the machine.
+    /// It is reset as by a reset of the machine.
     PowerCycle,
     /// It is saved, and another is restored in its place.
     Replace,
-    /// The same, from what has become of its state.
+    /// It is saved, and another is restored in its place from a damaged copy of the state.
     ReplaceDamaged { damage: Damage },
-    /// The host has wishes.
+    /// The host sends packets, or asks for something else.
     HostSends {
         #[generator(14..1515u16)]
         len: u16,
@@ -118,7 +118,7 @@ fn any_register_value() -> impl ValueGenerator<Output = u64> {
     one_of((0..4u64, statuses, any_address(), produce()))
 }
 
-/// Where things are that a device looks at, where memory ends, or anywhere.
+/// Generates addresses that a device reads or writes, the ends of memory, or any address.
 fn any_address() -> impl ValueGenerator<Output = u64> {
     let near = |place: u64| (0..0x40u64).map_gen(move |offset| place.wrapping_add(offset));
     let around = |place: u64| near(place - 0x20);
@@ -129,7 +129,7 @@ fn any_address() -> impl ValueGenerator<Output = u64> {
     one_of((rings, near(HEADERS), data, ends, produce()))
 }
 
-/// The table of a queue, or of an indirect descriptor.
+/// Generates the address of the table of a queue, or of an indirect descriptor.
 fn any_table() -> impl ValueGenerator<Output = u64> {
     let of_queue = |queue: u64| RINGS + queue * RINGS_SIZE;
     one_value_of([RINGS, RINGS, of_queue(1), of_queue(2), of_queue(3), DATA])

@@ -1,4 +1,4 @@
-//! The devices of a PC, with a guest that does what it likes and state that anybody may have written.
+//! The devices of a PC, with a guest that does what it likes and state that anyone may have written.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
 use crate::damage::Damage;
 
-/// What is done to a device.
+/// An operation on a device.
 #[derive(Debug, TypeGenerator)]
 pub enum Step {
     Read {
@@ -39,17 +39,17 @@ pub enum Step {
     },
     /// The owner presses keys.
     PressKeys,
-    /// The worker has a turn.
+    /// The worker gets a turn.
     Turn,
-    /// It is paused, and goes on.
+    /// The device is paused and resumed.
     Pause,
-    /// It is paused, reset, and goes on.
+    /// The device is paused, reset and resumed.
     Reset,
-    /// Another goes on in its place, from its state or from what has become of that.
+    /// Another device takes its place, from its state or from a damaged copy of it.
     Replace { damage: Damage },
 }
 
-/// A device, and what is done to it.
+/// A kind of device, and the operations on it.
 #[derive(Debug, TypeGenerator)]
 pub struct Input {
     kind: u8,
@@ -57,7 +57,7 @@ pub struct Input {
     steps: Vec<Step>,
 }
 
-/// An interrupt that nobody hears, and a machine that cannot be ended.
+/// An interrupt line that is not connected, and a machine that cannot be ended.
 struct Unconnected;
 
 impl InterruptLine for Unconnected {
@@ -87,14 +87,14 @@ impl PcDevice for Serial {}
 
 impl PcDevice for I8042 {
     fn press_keys(&mut self) {
-        // It may be disabled, or full.
+        // The keyboard may be disabled, or its buffer full.
         let _ = self.press_ctrl_alt_del();
     }
 }
 
 type Worker = Box<dyn MutEventSubscriber + Send>;
 
-/// A new device, and what it has on an event loop.
+/// Makes a device, and its worker if it has one.
 fn device(kind: u8) -> (Arc<Mutex<dyn PcDevice>>, Option<Worker>) {
     let power = Arc::new(Unconnected);
     let values = PowerValues {
@@ -124,7 +124,7 @@ fn device(kind: u8) -> (Arc<Mutex<dyn PcDevice>>, Option<Worker>) {
     (device, None)
 }
 
-/// A device with the event loop of its worker.
+/// A device and its worker's event loop.
 struct Machine {
     device: Arc<Mutex<dyn PcDevice>>,
     manager: EventManager<Worker>,
@@ -144,7 +144,7 @@ impl Machine {
         act(&mut *self.device.lock().unwrap())
     }
 
-    /// Puts a new device in the place of this one, which goes on with what `damage` leaves of the state.
+    /// Replaces the device by a new one, which goes on with the state that `damage` leaves.
     fn replace(&mut self, kind: u8, damage: &Damage) {
         let section = self.act(|device| {
             device.pause().unwrap();
@@ -163,7 +163,8 @@ impl Machine {
     }
 }
 
-/// Whatever is done to a device, it does not panic and can be saved, and another goes on with its state.
+/// Checks that whatever is done to a device, it does not panic and can be saved, and another device can go on
+/// with its state.
 pub fn test(input: &Input) {
     let mut machine = Machine::new(input.kind);
     for step in &input.steps {

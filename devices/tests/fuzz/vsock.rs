@@ -1,4 +1,4 @@
-//! The socket device, with programs of the host at both kinds of its sockets.
+//! The socket device, with programs on the host at both kinds of its sockets.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -25,7 +25,7 @@ const GUEST_PORT: u32 = 1000;
 const SERVICE: u32 = 52;
 const HEADER_SIZE: u32 = 44;
 const BUFFER_SIZE: u32 = 1024;
-/// Where packets are received.
+/// Address at which packets are received.
 const RECEIVE_DATA: u64 = DATA + 0x4000;
 /// Most clients at a time.
 const MAX_CLIENTS: usize = 8;
@@ -68,7 +68,7 @@ impl VsockTarget {
         client
     }
 
-    /// What the programs of the host do meanwhile: take connections and read a little.
+    /// Does what the programs on the host do meanwhile: accept connections and read a little.
     fn serve(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
             stream.set_nonblocking(true).unwrap();
@@ -83,7 +83,7 @@ impl VsockTarget {
     }
 }
 
-/// A header of the guest's.
+/// Makes a header of the guest.
 fn header(guest_port: u32, host_port: u32, operation: u16, len: u32, flags: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(GUEST_CID.to_le_bytes());
@@ -99,7 +99,7 @@ fn header(guest_port: u32, host_port: u32, operation: u16, len: u32, flags: u32)
     bytes
 }
 
-/// Has the guest send a packet, whose header is put at `address` and whose data behind it.
+/// Has the guest send a packet, whose header is put at `address`, followed by its data.
 fn send(driver: &mut Driver, address: u64, header: &[u8], len: u32) -> Vec<Operation> {
     let mut operations: Vec<_> = header
         .chunks(16)
@@ -113,7 +113,7 @@ fn send(driver: &mut Driver, address: u64, header: &[u8], len: u32) -> Vec<Opera
     operations
 }
 
-/// Port of the host of the `index`th connection that its programs begin.
+/// Returns the port of the host of connection number `index` that its programs begin.
 fn host_port(index: u32) -> u32 {
     (1 << 30) + index
 }

@@ -57,7 +57,7 @@ impl Guest {
         }
     }
 
-    /// Lets the worker do what there is.
+    /// Lets the worker run until it has nothing to do.
     fn rest(&mut self) {
         for _ in 0..10_000 {
             if self.manager.run_with_timeout(0).unwrap() == 0 {
@@ -73,8 +73,8 @@ impl Guest {
         status[0] & 0x20 == 0
     }
 
-    /// Sends up to `count` bytes of the pattern, as many as the port takes without anybody's doing; gives how
-    /// many.
+    /// Sends up to `count` bytes of the pattern until the port is busy, without letting the worker run;
+    /// returns how many.
     fn try_send(&mut self, count: u64) -> u64 {
         for sent in 0..count {
             if self.is_busy() {
@@ -119,7 +119,7 @@ impl Guest {
         client
     }
 
-    /// What there is for a client, until there is no more.
+    /// Reads what is there for a client until nothing is left.
     fn read(&mut self, client: &mut UnixStream) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut chunk = [0; 4096];
@@ -231,12 +231,12 @@ fn the_guest_waits_a_moment_for_a_client_that_stops_reading_and_then_goes_on() {
     read += guest.read(&mut reader).len() as u64;
     assert_eq!(read, total, "the other has lost nothing");
     assert!(start.elapsed() >= super::super::client::PATIENCE);
-    // It has what the kernel had kept for it, and then the last output.
+    // It gets what the kernel had kept for it, and then the last output.
     let seen = guest.read(&mut stopped);
     assert!((seen.len() as u64) < total);
     let last: Vec<_> = (total - CAPACITY as u64..total).map(byte).collect();
     assert!(seen.ends_with(&last));
-    // And is one like others again.
+    // It is then treated like the others again.
     guest.send(100_000);
     guest.assert_reads(&mut stopped, total);
 }
@@ -257,7 +257,7 @@ fn one_that_only_reads_or_only_writes_is_served() {
     viewer.shutdown(Shutdown::Write).unwrap();
     guest.send(100);
     guest.assert_reads(&mut viewer, 0);
-    // One that leaves at once has been heard.
+    // Input of a client that leaves at once still arrives.
     let mut writer = guest.client();
     writer.write_all(&[1; 1000]).unwrap();
     drop(writer);
@@ -314,7 +314,7 @@ fn the_last_words_reach_clients_that_read() {
     let mut guest = Guest::new();
     let mut client = guest.client();
     guest.send(300_000);
-    // Not served any more before the end.
+    // Not served any more until the end.
     for _ in 0..100 {
         lock(&guest.port).write(DATA, &[byte(guest.sent)]);
         guest.sent += 1;

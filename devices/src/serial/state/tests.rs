@@ -38,7 +38,7 @@ impl InterruptLine for Counter {
     }
 }
 
-/// A guest with a port that leads to two pipes, and the event loop that serves it.
+/// A guest whose port is connected to two pipes, and the event loop that serves it.
 struct Guest {
     port: Arc<Mutex<Serial>>,
     manager: EventManager<Subscriber>,
@@ -102,7 +102,7 @@ impl Guest {
         }
     }
 
-    /// All input that there is, which the guest takes byte by byte.
+    /// Returns all input that is there, which the guest takes byte by byte.
     fn received(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.rest();
@@ -113,7 +113,7 @@ impl Guest {
         bytes
     }
 
-    /// All output that has arrived.
+    /// Returns all output that has arrived.
     fn sent(&mut self) -> Vec<u8> {
         self.rest();
         let mut bytes = Vec::new();
@@ -136,7 +136,8 @@ impl Guest {
         lock(&self.port).save().unwrap()
     }
 
-    /// Another guest that goes on for this one, which has ended. Gives what the first host has still been sent.
+    /// Ends this guest, and makes another that continues it. Also returns the output that still reached the
+    /// first host.
     fn moved(self) -> (Guest, Vec<u8>) {
         let section = self.save();
         let Guest {
@@ -207,7 +208,7 @@ suspend_tests!(Guest);
 #[test]
 fn output_is_sent_once_and_by_one() {
     let mut guest = Guest::new();
-    // What the host's end holds has been taken, and so has what the worker has.
+    // Bytes in the host's pipe count as taken, and so do those that the worker has.
     let output = pattern(200_000);
     let mut sent = 0;
     for _ in 0..10 {
@@ -227,7 +228,7 @@ fn output_is_sent_once_and_by_one() {
     let (mut guest, last) = guest.moved();
     arrived.extend(last);
     assert_eq!(arrived.len() + in_port, sent);
-    // The guest, which has found the port busy, hears that it is free.
+    // The guest has found the port busy, and is told that it is free.
     guest.write(INTERRUPT_ENABLE.into(), ALL_INTERRUPTS);
     arrived.extend(guest.sent());
     while arrived.len() < sent {
@@ -242,7 +243,7 @@ fn the_last_output_of_a_paused_port_that_was_not_saved_is_sent() {
     guest.pause();
     guest.send(b"last words");
     assert_eq!(guest.sent(), b"");
-    // Saved, but gone on since.
+    // Saved, but resumed since.
     guest.save();
     guest.resume();
     guest.pause();
@@ -285,7 +286,7 @@ fn input_that_was_read_goes_on_elsewhere() {
     let (mut moved, _) = guest.moved();
     // The interrupt may not have reached the driver.
     assert_eq!(moved.interrupts.take(), 1);
-    // The receive FIFO, and what was read behind it.
+    // The content of the receive FIFO, and the input read after it.
     assert_eq!(moved.received(), pattern(2 * INPUT_CHUNK));
 }
 
@@ -358,7 +359,7 @@ proptest! {
                         continue;
                     }
                     arrived.extend(guest.sent());
-                    // What the old host has not been asked for stays with it.
+                    // Input that was not read from the old host stays there.
                     let port = lock(&guest.port);
                     let kept = port.uart.state().in_buffer.len() + port.pending_input.len();
                     drop(port);

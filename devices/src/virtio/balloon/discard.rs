@@ -1,5 +1,5 @@
-//! Queues by which a driver names pages that the host can have: `inflateq` (section 5.5.6),
-//! `free_page_vq` (section 5.5.6.5) and `reporting_vq` (section 5.5.6.7).
+//! Queues on which a driver names pages that the host can have: `inflateq` (section 5.5.6), `free_page_vq`
+//! (section 5.5.6.5) and `reporting_vq` (section 5.5.6.7).
 
 use std::io;
 use std::sync::Arc;
@@ -11,38 +11,38 @@ use vm_memory::GuestAddress;
 use super::{Shared, WorkerError, lock};
 use crate::virtio::{Chain, DriverLink, MAX_TURN, VirtQueue};
 
-/// Size of a balloon's page in bytes, whatever that of the guest's pages is.
+/// Size of a balloon's page in bytes, whatever the guest's page size is.
 const PAGE_SIZE: u32 = 4096;
 /// Size of a page number in bytes.
 const PAGE_NUMBER_SIZE: usize = size_of::<u32>();
-/// Most page numbers that are looked at together. Linux sends no more than that in a request.
+/// Most page numbers that are processed together. Linux sends no more than that in a request.
 const MAX_PAGE_NUMBERS: usize = 256;
-/// Most bytes that are discarded by one system call, which takes milliseconds for so many.
+/// Most bytes that are discarded by one system call, which takes milliseconds for that many.
 const MAX_DISCARD: usize = 32 << 20;
 
-/// How pages are named.
+/// How requests name pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Naming {
     /// By their numbers, in a buffer to be read: `inflateq`.
     Numbers,
-    /// They are themselves the buffers, for the device to write: `reporting_vq`.
+    /// The pages themselves are the buffers, for the device to write: `reporting_vq`.
     Buffers,
-    /// The same, as long as they answer the owner's request, and between them commands in buffers to be
-    /// read: `free_page_vq`.
+    /// The pages themselves are the buffers, as long as they answer the owner's request; between them come
+    /// commands in buffers to be read: `free_page_vq`.
     Hints,
 }
 
 /// A queue whose requests name pages to be discarded.
 ///
-/// However many a request names, they are discarded bit by bit, over as many turns of the event loop
-/// as it takes.
+/// However many pages a request names, they are discarded in parts, over as many turns of the event loop as
+/// that takes.
 pub(super) struct DiscardQueue {
     naming: Naming,
     queue: VirtQueue,
-    /// The request that is under way. Its numbers of pages are dropped as they are looked at.
+    /// The request in progress. Its page numbers are dropped as they are read.
     chain: Chain,
     is_under_way: bool,
-    /// What is to be discarded before more of the request is looked at.
+    /// Pages to discard before more of the request is read.
     pages: GuestBuffers,
     shared: Arc<Shared>,
 }
@@ -68,8 +68,8 @@ impl DiscardQueue {
         &self.queue
     }
 
-    /// Puts the request that is under way back, to be done from its beginning: its pages stay the
-    /// device's until it is returned.
+    /// Puts back the request in progress, to be done again from its beginning: its pages belong to the device
+    /// until it is returned.
     pub(super) fn put_back(&mut self) {
         if std::mem::take(&mut self.is_under_way) {
             self.pages.clear();
@@ -102,7 +102,7 @@ impl DiscardQueue {
         }
     }
 
-    /// Takes the next request; `false` where there is none.
+    /// Takes the next request; `false` if there is none.
     fn begin(&mut self, link: &DriverLink) -> Result<bool, WorkerError> {
         if !self.queue.pop(&mut self.chain)? {
             return Ok(false);
@@ -145,7 +145,7 @@ impl DiscardQueue {
         Ok(true)
     }
 
-    /// Does a part of the request that is under way, and returns it when that was the last.
+    /// Does a part of the request in progress, and returns the request after the last part.
     fn proceed(&mut self, link: &DriverLink) -> Result<(), WorkerError> {
         if self.pages.is_empty() {
             let head = self.chain.head;
@@ -160,7 +160,7 @@ impl DiscardQueue {
                 Naming::Buffers => metrics.free_page_report_freed.add(size as u64),
                 Naming::Hints => metrics.free_page_hint_freed.add(size as u64),
             },
-            // The driver cannot be told: to the guest it makes no difference.
+            // There is no way to tell the driver, and it makes no difference to the guest.
             Err(error) => {
                 link.warn_of_host(format_args!("the host does not take memory back: {error}"));
                 match naming {
@@ -182,13 +182,13 @@ impl DiscardQueue {
         Ok(())
     }
 
-    /// Discards the first of the pages that are left.
+    /// Discards the first part of the remaining pages.
     fn discard_part(&mut self) -> io::Result<usize> {
         if self.naming != Naming::Hints {
             return self.pages.discard_front(MAX_DISCARD);
         }
-        // Held until the pages are gone: as soon as the driver is told that the device is done, it uses
-        // them again.
+        // Held until the pages are gone: the driver uses them again as soon as it is told that the device is
+        // done.
         let hinting = lock(&self.shared.hinting);
         if !hinting.answers_request() {
             self.pages.clear();
@@ -198,7 +198,7 @@ impl DiscardQueue {
     }
 }
 
-/// Checks that a request consists of page numbers, at least one.
+/// Checks that a request consists of at least one page number and nothing else.
 pub(super) fn check_page_numbers(chain: &Chain) -> Result<(), WorkerError> {
     let (readable, writable) = (chain.readable.len(), chain.writable.len());
     if readable == 0 || !readable.is_multiple_of(PAGE_NUMBER_SIZE) || writable > 0 {
@@ -211,8 +211,8 @@ pub(super) fn check_page_numbers(chain: &Chain) -> Result<(), WorkerError> {
     Ok(())
 }
 
-/// Takes some page numbers from the front of a list, and puts the pages at the end of `pages`, those
-/// that follow one another together.
+/// Takes some page numbers from the front of a list, and appends the pages to `pages`, with consecutive pages
+/// merged.
 fn take_page_numbers(list: &mut GuestBuffers, pages: &mut GuestBuffers) -> Result<(), BufferError> {
     let mut numbers = [0; MAX_PAGE_NUMBERS];
     let mut count = 0;
@@ -224,7 +224,7 @@ fn take_page_numbers(list: &mut GuestBuffers, pages: &mut GuestBuffers) -> Resul
         count += 1;
     }
     let numbers = &mut numbers[..count];
-    // A driver takes pages from wherever they are free, often in descending order.
+    // A driver takes pages wherever they are free, often in descending order.
     numbers.sort_unstable();
     for run in numbers.chunk_by(|number, next| next - number <= 1) {
         if let (Some(first), Some(last)) = (run.first(), run.last()) {
@@ -248,7 +248,7 @@ mod tests {
     /// The page with the list of numbers.
     const LIST: u64 = 80 * PAGE_SIZE as u64;
 
-    /// Takes a list of page numbers to the end: the ranges of page numbers that come of it.
+    /// Takes all of a list of page numbers, and returns the resulting ranges of page numbers.
     fn taken(numbers: &[u32]) -> Result<Vec<(u32, u32)>, BufferError> {
         let regions = [
             (GuestAddress(0), (PAGE_COUNT * PAGE_SIZE) as usize),
@@ -259,7 +259,7 @@ mod tests {
         let bytes: Vec<u8> = numbers.iter().flat_map(|it| it.to_le_bytes()).collect();
         memory.write_slice(&bytes, GuestAddress(LIST)).unwrap();
         let mut list = GuestBuffers::new(memory.clone());
-        // In two parts, so that a number is in both.
+        // In two parts, with a number across both.
         list.push(GuestAddress(LIST), 2).unwrap();
         let rest = bytes.len() as u32 - 2;
         list.push(GuestAddress(LIST + 2), rest).unwrap();

@@ -1,4 +1,4 @@
-//! What can go wrong, for the owner of the machine and at work.
+//! Errors of the balloon: for the owner of the machine, and of the worker.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use bantam_memory::BufferError;
 
 use crate::virtio::QueueError;
 
-/// Why a balloon cannot be as it is wanted.
+/// Why a balloon cannot have the settings that are asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum BalloonError {
     /// The guest has less memory.
@@ -20,7 +20,7 @@ pub enum BalloonError {
         /// Guest memory in MiB.
         memory_mib: u64,
     },
-    /// There are no statistics whose interval could be changed.
+    /// Statistics are off, so they have no interval.
     #[error(
         "the balloon has no statistics: an interval for them has to be given before the machine starts"
     )]
@@ -35,7 +35,7 @@ pub enum BalloonError {
     Timer(#[source] io::Error),
 }
 
-/// What makes the device unusable until its driver resets it, most of it the driver's own doing.
+/// Why the device is unusable until its driver resets it; mostly faults of the driver.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WorkerError {
     #[error(transparent)]

@@ -1,4 +1,4 @@
-//! What the owner of a machine can do with its balloon, and learn of it, while the guest runs.
+//! The handle with which the owner of a machine controls and observes its balloon while the guest runs.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::virtio::DriverLink;
 
-/// The shortest time by which a timer can be set.
+/// The shortest time that a timer can be set to.
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A handle to a balloon.
@@ -25,27 +25,27 @@ pub struct BalloonHandle {
     pub(super) link: Arc<DriverLink>,
 }
 
-/// How large a balloon is, and what the guest's driver says of the guest's memory.
+/// The size of a balloon, and the driver's statistics on the guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonStatistics {
     /// How many pages of 4096 bytes the guest is to give up.
     pub target_pages: u32,
-    /// How many pages are in the balloon, as the driver says.
+    /// How many pages are in the balloon, as reported by the driver.
     pub actual_pages: u32,
-    /// The same as [`BalloonStatistics::target_pages`] in MiB.
+    /// [`BalloonStatistics::target_pages`] in MiB.
     pub target_mib: u32,
-    /// The same as [`BalloonStatistics::actual_pages`] in whole MiB.
+    /// [`BalloonStatistics::actual_pages`] in whole MiB.
     pub actual_mib: u32,
-    /// The latest statistics; nothing where there are none.
+    /// The latest statistics; empty if there are none.
     pub guest: GuestStatistics,
-    /// Whether the guest has a driver that does what it is asked for.
+    /// Whether the guest has a driver at work.
     pub has_driver: bool,
-    /// How far free page hinting has come; none if it is off.
+    /// The progress of free page hinting; `None` if it is off.
     pub hinting: Option<HintingStatus>,
 }
 
 impl BalloonHandle {
-    /// How the balloon works now.
+    /// Returns the present settings of the balloon.
     pub fn options(&self) -> BalloonOptions {
         let schedule = self.shared.schedule.as_ref();
         BalloonOptions {
@@ -55,10 +55,10 @@ impl BalloonHandle {
         }
     }
 
-    /// Asks the guest to give up `mib` MiB in all. It does so in its own time and as far as it can.
+    /// Asks the guest to give up `mib` MiB in all. It does so over time and as far as it can.
     ///
     /// # Errors
-    /// When that is more than its memory.
+    /// If that is more than its memory.
     pub fn set_target(&self, mib: u32) -> Result<(), BalloonError> {
         let pages = target_pages(mib, self.memory_mib)?;
         if self.page_count(config::NUM_PAGES) != pages {
@@ -69,10 +69,10 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// Changes how often the guest is asked for statistics, and asks it for the first at once.
+    /// Changes how often the guest is asked for statistics, and asks it at once.
     ///
     /// # Errors
-    /// [`BalloonError::NoStatistics`] where they were off at the start.
+    /// [`BalloonError::NoStatistics`] if they were off at the start.
     pub fn set_statistics_interval(&self, interval: NonZeroU32) -> Result<(), BalloonError> {
         let Some(schedule) = &self.shared.schedule else {
             return Err(BalloonError::NoStatistics);
@@ -82,7 +82,7 @@ impl BalloonHandle {
         schedule.set_timer(AT_ONCE).map_err(BalloonError::Timer)
     }
 
-    /// How large the balloon is, and what the guest said last.
+    /// Returns the size of the balloon, and the guest's latest statistics.
     pub fn statistics(&self) -> BalloonStatistics {
         let target_pages = self.page_count(config::NUM_PAGES);
         let actual_pages = self.page_count(config::ACTUAL);
@@ -103,7 +103,7 @@ impl BalloonHandle {
     /// Asks the guest which memory it does not use, or lets it use all of it again.
     ///
     /// # Errors
-    /// [`BalloonError::NoHinting`] if that was off at the start.
+    /// [`BalloonError::NoHinting`] if hinting was off at the start.
     pub fn hint(&self, command: HintingCommand) -> Result<(), BalloonError> {
         if !self.options.free_page_hinting {
             return Err(BalloonError::NoHinting);
@@ -113,12 +113,12 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// What the balloon has done.
+    /// Returns the balloon's counters.
     pub fn metrics(&self) -> &Arc<BalloonMetrics> {
         &self.shared.metrics
     }
 
-    /// A field of the configuration space.
+    /// Reads a field of the configuration space.
     fn page_count(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.shared.config.array(offset as u64))
     }

@@ -1,19 +1,20 @@
 //! Free page hinting (section 5.5.6.5): on the owner's request, the driver names pages that are free at
-//! the moment, and keeps them from being used until the device says that it is done with them.
+//! present, and does not let them be used until the device says that it is done with them.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Shared, config, lock};
 use crate::virtio::DriverLink;
 
-/// `VIRTIO_BALLOON_CMD_ID_STOP`: the device asks for no hints; the driver has no more of them.
+/// `VIRTIO_BALLOON_CMD_ID_STOP`: from the device, it asks for no hints; from the driver, there are no more
+/// hints.
 const STOP: u32 = 0;
 /// `VIRTIO_BALLOON_CMD_ID_DONE`: the driver can use the pages again.
 const DONE: u32 = 1;
 /// The first command ID that asks for hints.
 const FIRST_REQUEST: u32 = 2;
 
-/// What the owner of the machine asks of free page hinting.
+/// A command of the machine's owner about free page hinting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HintingCommand {
@@ -27,13 +28,14 @@ pub enum HintingCommand {
     Stop,
 }
 
-/// How far free page hinting has come.
+/// The progress of free page hinting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HintingStatus {
     /// The command ID that the driver reads: 0 before the first request, 1 when the device is done, and
     /// otherwise that of the request.
     pub host_command: u32,
-    /// The command ID that the driver sent last: that of the request it answers, or 0 at its end.
+    /// The command ID that the driver sent last: that of the request that it is answering, or 0 when its
+    /// answer has ended.
     pub guest_command: Option<u32>,
 }
 
@@ -44,7 +46,7 @@ impl HintingStatus {
     };
 }
 
-/// What the owner, the worker and the driver have said of hinting.
+/// The state of hinting, as set by the owner, the worker and the driver.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Hinting {
     status: HintingStatus,
@@ -65,7 +67,7 @@ impl Hinting {
         self.status
     }
 
-    /// Does what the owner asks for; gives the new command ID.
+    /// Carries out the owner's command, and returns the new command ID.
     pub(super) fn command(&mut self, command: HintingCommand) -> u32 {
         self.status.host_command = match command {
             HintingCommand::Start {
@@ -80,7 +82,7 @@ impl Hinting {
         self.status.host_command
     }
 
-    /// Takes a command ID of the driver. If it is an answer to its end, gives the new ID of the device.
+    /// Takes a command ID of the driver. If this completes an answer, returns the device's new command ID.
     pub(super) fn take_guest_command(&mut self, command: u32) -> Option<u32> {
         let answered = self.answers_request();
         self.status.guest_command = Some(command);
@@ -88,21 +90,21 @@ impl Hinting {
             .then(|| self.command(HintingCommand::Stop))
     }
 
-    /// Whether what the driver names now may be discarded: it answers the request that is under way,
-    /// and keeps the pages until the device is done.
+    /// Whether pages that the driver names now may be discarded: it is answering the current request, and
+    /// keeps the pages until the device is done.
     pub(super) fn answers_request(&self) -> bool {
         self.status.host_command >= FIRST_REQUEST
             && self.status.guest_command == Some(self.status.host_command)
     }
 
-    /// Begins anew with a driver that has said nothing yet, and is asked for nothing.
+    /// Starts over with a driver that has sent nothing yet and is asked for nothing.
     fn reset(&mut self) {
         self.status = HintingStatus::AT_START;
     }
 }
 
 impl Shared {
-    /// Begins anew with a driver that has just accepted the device.
+    /// Starts over with a driver that has just accepted the device.
     pub(super) fn reset_hinting(&self) {
         let mut hinting = lock(&self.hinting);
         hinting.reset();
@@ -110,18 +112,18 @@ impl Shared {
             .write(config::HINTING_COMMAND, &STOP.to_le_bytes());
     }
 
-    /// Goes on with hinting as it was saved. The configuration space says the same already.
+    /// Continues with the saved state of hinting. The configuration space agrees with it already.
     pub(super) fn restore_hinting(&self, hinting: Hinting) {
         *lock(&self.hinting) = hinting;
     }
 
-    /// Changes how far hinting has come. If that gives a new command ID, the driver learns of it.
+    /// Changes the state of hinting. If this yields a new command ID, the driver is told.
     pub(super) fn change_hinting(
         &self,
         link: &DriverLink,
         change: impl FnOnce(&mut Hinting) -> Option<u32>,
     ) {
-        // Held until the driver can read the new ID, so that it is the latest.
+        // Held until the driver can read the new ID, so that IDs are published in order.
         let mut hinting = lock(&self.hinting);
         if let Some(command) = change(&mut hinting) {
             let bytes = command.to_le_bytes();
@@ -157,7 +159,7 @@ mod tests {
         assert!(hinting.answers_request());
         hinting.command(HintingCommand::Stop);
         assert!(!hinting.answers_request());
-        // The driver claims what it was not asked for.
+        // The driver claims to answer a request that was not made.
         hinting.take_guest_command(DONE);
         assert!(!hinting.answers_request());
     }
@@ -166,7 +168,7 @@ mod tests {
     fn the_end_is_acknowledged_if_the_owner_wants_it() {
         let mut hinting = Hinting::new();
         let request = hinting.command(START);
-        // This is the end of another request.
+        // This ends the answer to another request.
         assert_eq!(hinting.take_guest_command(STOP), None);
         hinting.take_guest_command(request);
         assert_eq!(hinting.take_guest_command(STOP), Some(DONE));

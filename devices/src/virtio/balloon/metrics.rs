@@ -1,9 +1,9 @@
-//! What a balloon counts.
+//! The counters of a balloon.
 
 use bantam_metrics::Counter;
 use serde::Serialize;
 
-/// What a balloon has done.
+/// The work of a balloon.
 #[derive(Debug, Default, Serialize)]
 pub struct BalloonMetrics {
     /// Requests to inflate.
@@ -12,10 +12,9 @@ pub struct BalloonMetrics {
     pub deflate_count: Counter,
     /// Times that the driver gave statistics.
     pub stats_updates_count: Counter,
-    /// Statistics with a part that is none.
+    /// Statistics with an incomplete entry.
     pub stats_update_fails: Counter,
-    /// Failures of the driver to follow the rules, and of the host to take back memory that the
-    /// balloon holds.
+    /// Times that the driver broke the rules, or that the host could not take back memory in the balloon.
     pub event_fails: Counter,
     /// Reports of free pages.
     pub free_page_report_count: Counter,
@@ -29,6 +28,6 @@ pub struct BalloonMetrics {
     pub free_page_hint_freed: Counter,
     /// Hinted ranges that the host did not take back.
     pub free_page_hint_fails: Counter,
-    /// Failures to begin to work when the driver was ready.
+    /// Failed activations.
     pub activate_fails: Counter,
 }

@@ -1,9 +1,9 @@
 //! The memory balloon (section 5.5): takes memory from the guest and gives it back to the host.
 //!
-//! The guest's driver hands over as many pages as the owner of the machine asks for (it inflates the
-//! balloon) and may have them again later (it deflates it). With free page reporting it also says
-//! which pages it does not use at the moment. Either way the pages are discarded: the host has their
-//! memory for itself until the guest touches them again, and then they are zero.
+//! The guest's driver hands over the number of pages that the owner of the machine asks for (it inflates the
+//! balloon) and may take them back later (it deflates it). With free page reporting it also reports pages
+//! that it does not use at present. Either way the pages are discarded: the host has their memory until the
+//! guest touches them again, and then they are zero.
 
 mod config;
 mod discard;
@@ -55,25 +55,25 @@ mod feature {
 const QUEUES: usize = 2;
 /// Queues up to `statsq`.
 const QUEUES_WITH_STATISTICS: usize = 3;
-/// Queues up to the number that the standard has for `free_page_vq`.
+/// Queues up to the number that the standard gives `free_page_vq`.
 const QUEUES_WITH_HINTING: usize = 4;
-/// Queues up to the number that the standard has for `reporting_vq`.
+/// Queues up to the number that the standard gives `reporting_vq`.
 const QUEUES_WITH_REPORTING: usize = 5;
 
 /// The front of a balloon.
 pub struct Balloon {
     options: BalloonOptions,
     memory_mib: u64,
-    /// The size that the owner was told last.
+    /// The size in MiB that the owner was last told.
     told_mib: u32,
     shared: Arc<Shared>,
 }
 
 impl Balloon {
-    /// A balloon in `memory`.
+    /// Makes a balloon in `memory`.
     ///
     /// # Errors
-    /// When it is to be larger than `memory`, or the host gives no timer for the statistics.
+    /// If it is to be larger than `memory`, or the host cannot create a timer for the statistics.
     pub fn new(options: &BalloonOptions, memory: &GuestMemory) -> Result<Balloon, BalloonError> {
         let memory_mib = memory.size() >> 20;
         let schedule = options.statistics_interval.map(|interval| {
@@ -102,7 +102,7 @@ impl Balloon {
         })
     }
 
-    /// A handle to the device for the owner of the machine. `link` is the device's.
+    /// Makes a handle to the device for the owner of the machine. `link` is the device's.
     pub fn handle(&self, link: Arc<DriverLink>) -> BalloonHandle {
         BalloonHandle {
             options: self.options,
@@ -199,7 +199,7 @@ impl VirtioDevice for Balloon {
     }
 }
 
-/// What a worker needs to go on in the place of another.
+/// The state that a worker needs to take the place of another.
 #[derive(Serialize, Deserialize)]
 struct BalloonState {
     hinting: Hinting,

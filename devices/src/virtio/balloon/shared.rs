@@ -1,4 +1,4 @@
-//! What the parts of a balloon share.
+//! State that the parts of a balloon share.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -13,31 +13,31 @@ use super::metrics::BalloonMetrics;
 use super::statistics::GuestStatistics;
 use crate::virtio::ConfigSpace;
 
-/// When the driver is asked for statistics.
+/// The times at which the driver is asked for statistics.
 pub(super) struct Schedule {
-    /// Ends when it is time to ask. It is never read: setting it anew is enough.
+    /// Expires when it is time to ask. It is never read: setting it again clears the expiry.
     pub(super) timer: TimerFd,
     pub(super) interval: NonZeroU32,
 }
 
 impl Schedule {
-    /// Ends the timer at `time` from now.
+    /// Has the timer expire in `time` from now.
     pub(super) fn set_timer(&mut self, time: Duration) -> io::Result<()> {
         Ok(self.timer.reset(time, None)?)
     }
 
-    /// Ends the timer when the interval from now on is over.
+    /// Has the timer expire an interval from now.
     pub(super) fn restart(&mut self) -> io::Result<()> {
         self.set_timer(Duration::from_secs(self.interval.get().into()))
     }
 }
 
-/// What front, worker and control have in common.
+/// State that front, worker and handles share.
 pub(super) struct Shared {
     pub(super) config: ConfigSpace,
-    /// What the driver said last.
+    /// The driver's latest statistics.
     pub(super) statistics: Mutex<GuestStatistics>,
-    /// None without statistics.
+    /// `None` without statistics.
     pub(super) schedule: Option<Mutex<Schedule>>,
     pub(super) hinting: Mutex<Hinting>,
     /// Whether a driver has accepted the device and not reset it since.
@@ -45,7 +45,7 @@ pub(super) struct Shared {
     pub(super) metrics: Arc<BalloonMetrics>,
 }
 
-/// Locks what no change leaves half done, even one that panics.
+/// Locks a value that no change leaves inconsistent, even one that panics.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

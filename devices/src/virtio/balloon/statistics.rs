@@ -1,17 +1,16 @@
-//! What a driver says of the guest's memory (section 5.5.6.3).
+//! A driver's statistics on the guest's memory (section 5.5.6.3).
 
 use bantam_memory::GuestBuffers;
 use serde::{Deserialize, Serialize};
 
 /// Size of an entry in bytes: a tag of 16 bits and a value of 64.
 const ENTRY_SIZE: usize = 10;
-/// Most entries that are looked at, which is many times as many as there are tags.
+/// Most entries that are read: many times the number of tags.
 const MAX_ENTRIES: usize = 256;
 
-/// Statistics of a guest's memory, as far as its driver gives them. Linux counts events since its
-/// start.
+/// Statistics on a guest's memory, as far as its driver provides them. Linux counts events since boot.
 ///
-/// The last six are not in the standard, but a newer Linux gives them (6.12 does).
+/// The last six are not in the standard, but newer Linux versions (6.12 for one) provide them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GuestStatistics {
     /// Bytes swapped in.
@@ -23,19 +22,19 @@ pub struct GuestStatistics {
     /// Page faults for which something had to be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub major_faults: Option<u64>,
-    /// Page faults. The standard has those that are not major here, Linux counts all.
+    /// Page faults. In the standard these are only the minor ones, but Linux counts all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub minor_faults: Option<u64>,
     /// Bytes that are not in use for anything.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_memory: Option<u64>,
-    /// Bytes that the guest has in all.
+    /// Bytes of memory that the guest has in all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_memory: Option<u64>,
-    /// Bytes that new programs could have without swapping.
+    /// Bytes available to new programs without swapping.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub available_memory: Option<u64>,
-    /// Bytes of caches that could be had back quickly.
+    /// Bytes of caches that could be reclaimed quickly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_caches: Option<u64>,
     /// Huge pages that were allocated.
@@ -44,13 +43,13 @@ pub struct GuestStatistics {
     /// Huge pages that could not be allocated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hugetlb_failures: Option<u64>,
-    /// Times that the guest had to end a process for want of memory.
+    /// Times that the guest had to kill a process because it was out of memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oom_kill: Option<u64>,
     /// Times that an allocation had to wait for memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alloc_stall: Option<u64>,
-    /// Bytes that were looked at in the background to see whether they can be reclaimed.
+    /// Bytes scanned in the background for reclaim.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub async_scan: Option<u64>,
     /// The same while an allocation waited.
@@ -65,8 +64,8 @@ pub struct GuestStatistics {
 }
 
 impl GuestStatistics {
-    /// The statistics in a driver's buffer. Entries with tags that are not known, and what is not a
-    /// whole entry at the end, are left out.
+    /// Reads the statistics in a driver's buffer. Entries with unknown tags and an incomplete entry at the
+    /// end are left out.
     pub(super) fn read(buffer: &mut GuestBuffers) -> GuestStatistics {
         let mut statistics = GuestStatistics::default();
         for _ in 0..MAX_ENTRIES {
@@ -80,7 +79,7 @@ impl GuestStatistics {
         statistics
     }
 
-    /// The field for values with this tag (section 5.5.6.4).
+    /// Returns the field for values with this tag (section 5.5.6.4).
     fn field(&mut self, tag: u16) -> Option<&mut Option<u64>> {
         Some(match tag {
             0 => &mut self.swap_in,
@@ -119,7 +118,7 @@ mod tests {
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
         memory.write_slice(bytes, GuestAddress(0)).unwrap();
         let mut buffer = GuestBuffers::new(memory);
-        // In two parts, so that an entry is in both.
+        // In two parts, with an entry across both.
         let first = bytes.len().min(25) as u32;
         buffer.push(GuestAddress(0), first).unwrap();
         let rest = bytes.len() as u32 - first;

@@ -1,4 +1,4 @@
-//! The whole device against a driver of our own.
+//! The whole device against a test driver.
 
 mod suspend;
 
@@ -19,11 +19,11 @@ use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDrive
 
 const PAGE_SIZE: u64 = 4096;
 const MEMORY_SIZE: u64 = 16 << 20;
-/// Where queue 0 has its rings; those of the others follow.
+/// Address of the rings of queue 0; those of the others follow.
 const RINGS: u64 = 0x1000;
-/// Page numbers and statistics.
+/// Address of page numbers and statistics.
 const REQUESTS: u64 = 0x10_0000;
-/// First of the pages for the balloon.
+/// Number of the first page for the balloon.
 const FIRST_PAGE: u64 = 0x800;
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -62,13 +62,13 @@ fn memory() -> Arc<GuestMemory> {
 }
 
 impl Machine {
-    /// A machine whose driver accepts all features, and sets up all queues.
+    /// Makes a machine whose driver accepts all features and sets up all queues.
     fn new(options: &BalloonOptions) -> Machine {
         Machine::with(options, u64::MAX, |_| true)
     }
 
-    /// A machine whose driver accepts `features`, as far as they are offered, and sets up the queues
-    /// for which `is_used`.
+    /// Makes a machine whose driver accepts those of `features` that are offered, and sets up the queues for
+    /// which `is_used` returns `true`.
     fn with(options: &BalloonOptions, features: u64, is_used: fn(usize) -> bool) -> Machine {
         let memory = memory();
         let mut balloon = Balloon::new(options, &memory).unwrap();
@@ -113,7 +113,7 @@ impl Machine {
         }
     }
 
-    /// Makes a chain available and has the device do it, or what it does in its turn.
+    /// Makes a chain available and lets the device serve it for one turn.
     fn request(&mut self, queue: usize, buffers: &[Buffer]) -> Vec<(u16, u32)> {
         self.drivers[queue].offer(buffers);
         self.drivers[queue].ring_doorbell();
@@ -125,7 +125,7 @@ impl Machine {
         self.manager.run_with_timeout(0).unwrap()
     }
 
-    /// A request's buffer with `bytes` in it.
+    /// Makes a request's buffer that contains `bytes`.
     fn readable(&self, bytes: &[u8]) -> Buffer {
         let address = GuestAddress(REQUESTS);
         self.memory.write_slice(bytes, address).unwrap();
@@ -137,7 +137,7 @@ impl Machine {
         self.readable(&numbers.collect::<Vec<_>>())
     }
 
-    /// Whether the page is as it was at the start.
+    /// Whether the page still has its initial content.
     fn has_kept(&self, page: u64) -> bool {
         let mut bytes = [0; PAGE_SIZE as usize];
         let address = GuestAddress(page * PAGE_SIZE);
@@ -239,13 +239,13 @@ fn reported_buffers_lose_their_whole_pages() {
 // --- Hints of free pages --------------------------------------------------------------------------
 
 impl Machine {
-    /// Has the device take a command of the driver's.
+    /// Has the device take a command of the driver.
     fn send_command(&mut self, queue: usize, command: u32) {
         let buffer = self.readable(&command.to_le_bytes());
         assert_eq!(self.request(queue, &[buffer]).len(), 1);
     }
 
-    /// Names one page, and says whether it is discarded.
+    /// Names one page, and returns whether it is discarded.
     fn is_hint_taken(&mut self, queue: usize) -> bool {
         let page = FIRST_PAGE * PAGE_SIZE;
         let ones = [1; PAGE_SIZE as usize];
@@ -254,7 +254,7 @@ impl Machine {
         !self.has_kept(FIRST_PAGE)
     }
 
-    /// The command ID that the driver reads.
+    /// Returns the command ID that the driver reads.
     fn command(&self) -> u32 {
         u32::from_le_bytes(self.shared.config.array(config::HINTING_COMMAND as u64))
     }
@@ -274,7 +274,7 @@ fn hinted_pages_are_discarded_while_they_answer_the_request() {
     assert!(!machine.is_hint_taken(queue));
     machine.send_command(queue, 2);
     assert!(machine.is_hint_taken(queue));
-    // The owner asks anew, and what the driver names still belongs to the request before.
+    // The owner asks again, while the driver still names pages for the earlier request.
     machine.handle.hint(start).unwrap();
     assert!(!machine.is_hint_taken(queue));
     machine.send_command(queue, 3);
@@ -385,7 +385,7 @@ fn the_owner_learns_whether_there_is_a_driver() {
 #[test]
 fn a_request_of_any_size_leaves_other_queues_their_turn() {
     let mut machine = Machine::new(&ALL);
-    // Each page is discarded by a system call of its own, again and again.
+    // Each page is discarded by its own system call, again and again.
     let count = 1 << 19;
     let numbers = (0..count).map(|index| 0x800 + index % 0x400 * 2);
     let numbers = machine.page_numbers(numbers);
@@ -419,7 +419,7 @@ fn what_breaks_the_rules_needs_a_reset() {
         (INFLATE, &[numbers(4), writable(page, 4)]),
         (INFLATE, &[writable(page, 4)]),
         (INFLATE, &[readable(MEMORY_SIZE - 2, 4)]),
-        // Two page numbers, of which the second is behind the end of memory.
+        // Two page numbers, the second of which is beyond the end of memory.
         (INFLATE, &[numbers(8)]),
         (DEFLATE, &[numbers(0)]),
         (DEFLATE, &[numbers(6)]),
@@ -438,7 +438,7 @@ fn what_breaks_the_rules_needs_a_reset() {
         assert_eq!(machine.request(queue, buffers), [], "{queue}: {buffers:?}");
         assert!(machine.link.needs_reset(), "{queue}: {buffers:?}");
         assert_eq!(machine.handle.metrics().event_fails.total(), 1);
-        // Nothing more is done, and nothing is heard of for ever.
+        // The device does nothing more, and no event is reported without end.
         let valid = machine.page_numbers([0x900]);
         assert_eq!(machine.request(INFLATE, &[valid]), []);
         assert!(machine.has_kept(0x900));
@@ -449,12 +449,12 @@ fn what_breaks_the_rules_needs_a_reset() {
 #[test]
 fn what_the_host_keeps_is_no_fault_of_the_driver() {
     let mut machine = Machine::new(&ALL);
-    // The host discards no memory that is locked.
+    // The host does not discard locked memory.
     let region = machine.memory.regions().next().unwrap();
     assert_eq!(region.start, GuestAddress(0));
     let page = (region.host_address + 0x802 * PAGE_SIZE) as *mut libc::c_void;
     let page = std::ptr::NonNull::new(page).unwrap();
-    // SAFETY: nothing is done to memory by locking it.
+    // SAFETY: locking memory does not change it.
     unsafe { mlock(page, PAGE_SIZE as usize) }.unwrap();
     let numbers = machine.page_numbers([0x800, 0x802, 0x804]);
     assert_eq!(machine.request(INFLATE, &[numbers]), [(0, 0)]);
@@ -479,7 +479,7 @@ fn a_second_buffer_of_statistics_breaks_the_rules() {
     assert!(machine.link.needs_reset());
 }
 
-/// An entry of free memory.
+/// Encodes an entry of free memory.
 fn free_memory(value: u64) -> Vec<u8> {
     [&[4, 0][..], &value.to_le_bytes()].concat()
 }
@@ -518,11 +518,11 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
         machine.manager.run_with_timeout(1000).unwrap();
         assert_eq!(machine.drivers[STATISTICS].take_used().len(), 1);
         assert_eq!(machine.interrupts.take(), 1);
-        // Nothing is asked for while the driver is about to answer.
+        // The driver is not asked again while it has yet to answer.
         machine.handle.set_statistics_interval(interval).unwrap();
         machine.manager.run_with_timeout(1000).unwrap();
         assert_eq!(machine.drivers[STATISTICS].take_used(), []);
-        // An entry that is cut off is no harm.
+        // An entry that is cut off does no harm.
         let buffer = machine.readable(&[free_memory(round.into()), vec![5, 0]].concat());
         assert_eq!(machine.request(STATISTICS, &[buffer]), []);
         let free_memory = machine.handle.statistics().guest.free_memory;
@@ -667,7 +667,7 @@ proptest! {
         ),
     ) {
         let mut machine = Machine::new(&ALL);
-        // Page numbers that are in memory or just behind it.
+        // Page numbers that are in memory or just beyond its end.
         let numbers = bytes.iter().map(|&byte| 0xfc0 + u64::from(byte % 0x44));
         machine.page_numbers(numbers);
         let mut buffers: Vec<Buffer> = buffers

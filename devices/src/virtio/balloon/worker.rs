@@ -1,4 +1,4 @@
-//! The worker of a balloon: takes pages, and asks for statistics when it is time.
+//! The worker of a balloon: it takes pages, and asks for statistics when they are due.
 
 use std::fmt::Display;
 use std::io;
@@ -16,22 +16,22 @@ use crate::virtio::queue::progress_of;
 use crate::virtio::{Activation, Chain, DriverLink, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// What the event of each source is told by.
+/// The event token of each source.
 mod event {
     pub const INFLATE: u32 = 0;
     pub const DEFLATE: u32 = 1;
     pub const STATISTICS: u32 = 2;
     pub const TIMER: u32 = 3;
     pub const HINTING: u32 = 4;
-    /// That of the first reporting queue, which those of the others follow.
+    /// Token of the first reporting queue; those of the others follow.
     pub const REPORTING: u32 = 5;
 }
 
-/// The queue by which the driver gives statistics (section 5.5.6.3).
+/// The queue on which the driver provides statistics (section 5.5.6.3).
 struct StatisticsQueue {
     queue: VirtQueue,
     chain: Chain,
-    /// The driver's buffer, which it gets back when it is to give new ones.
+    /// The driver's buffer, which is returned to ask for new statistics.
     held: Option<u16>,
 }
 
@@ -48,12 +48,12 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// A worker for what was negotiated.
+    /// Makes a worker for the negotiated features.
     ///
     /// In the standard, hinting has queue 3 and reporting queue 4, whatever other features there are.
-    /// Drivers, Linux among them, count only the queues of features that they have accepted, and some
-    /// those of features that are offered. So hinting has the first queue behind the others that the
-    /// driver has set up, and each one behind that is for reporting; the driver sets up the one it means.
+    /// Drivers, including Linux, count only the queues of features that they have accepted, and some count
+    /// those of the features offered. So hinting gets the first queue after the others that the driver has
+    /// set up, and every queue after that is for reporting; the driver sets up the one that it means.
     pub(super) fn new(shared: Arc<Shared>, activation: Activation) -> Result<Worker, String> {
         let Activation {
             memory,
@@ -104,12 +104,12 @@ impl Worker {
             shared,
             link,
         };
-        // The first statistics come by themselves.
+        // The driver sends the first statistics unasked.
         worker.restart_timer().map_err(|error| error.to_string())?;
         Ok(worker)
     }
 
-    /// The queue that an event is of, if it is of one.
+    /// Returns the queue that an event belongs to, if any.
     fn queue(&self, event: u32) -> Option<&VirtQueue> {
         match event {
             event::INFLATE => Some(self.inflate.queue()),
@@ -123,7 +123,7 @@ impl Worker {
         }
     }
 
-    /// Has the timer end when the driver is to be asked the next time.
+    /// Sets the timer to expire when the driver is to be asked next.
     fn restart_timer(&self) -> Result<(), WorkerError> {
         match &self.shared.schedule {
             Some(schedule) => lock(schedule).restart().map_err(WorkerError::Timer),
@@ -150,7 +150,7 @@ impl Worker {
         }
     }
 
-    /// Acknowledges that the driver takes pages back: they are its own again in any case.
+    /// Acknowledges requests to deflate. The driver may take its pages back in any case.
     fn serve_deflate(&mut self) -> Result<(), WorkerError> {
         let metrics = &self.shared.metrics;
         self.deflate
@@ -161,12 +161,12 @@ impl Worker {
             })
     }
 
-    /// Takes the statistics that the driver has given, and keeps their buffer.
+    /// Takes the statistics that the driver has sent, and keeps their buffer.
     fn take_statistics(&mut self) -> Result<(), WorkerError> {
         let Some(StatisticsQueue { queue, chain, held }) = &mut self.statistics else {
             return Ok(());
         };
-        // At most one buffer is available at a time, so that this ends soon.
+        // A second buffer is an error, so this ends soon.
         while queue.pop(chain)? {
             let (head, writable) = (chain.head, chain.writable.len());
             if let Some(held) = *held {
@@ -189,8 +189,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Asks the driver for new statistics by returning its buffer. Where it has that already, it is
-    /// about to give some.
+    /// Asks the driver for new statistics by returning its buffer. If the driver has its buffer already, it
+    /// is about to send some.
     fn request_statistics(&mut self) {
         let Some(StatisticsQueue { queue, held, .. }) = &mut self.statistics else {
             return;
@@ -257,7 +257,7 @@ impl VirtioWorker for Worker {
             && let Some(progress) = progress.get_mut(usize::from(queue.index()))
         {
             *progress = queue.progress();
-            // This worker goes on with the buffer that it has. Another takes it once more.
+            // This worker goes on with the buffer that it holds. Another worker takes it again.
             if held.is_some() {
                 progress.next_available = progress.next_available.wrapping_sub(1);
             }
@@ -283,12 +283,12 @@ impl MutEventSubscriber for Worker {
         if let Some(queue) = self.queue(event) {
             queue.clear_doorbell();
         }
-        // The timer too is to be silent until the next time, whatever becomes of this one.
+        // The timer must be silent until the next time too, whatever the outcome of this one.
         if event == event::TIMER
             && let Err(error) = self.restart_timer()
         {
             self.fail(&error);
-            // It would be heard of for ever.
+            // Otherwise its event would be reported without end.
             let _ = operations.remove(events);
         }
         if self.link.needs_reset() {

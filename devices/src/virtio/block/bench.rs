@@ -1,4 +1,4 @@
-//! The way of a request from its descriptor chain to a submission entry, for `benches`.
+//! The path of a request from its descriptor chain to a submission entry, for `benches`.
 
 use std::io;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use super::{Block, BlockOptions, Engine};
 use crate::disk::DiskFile;
 use crate::virtio::{Activation, DriverLink, VirtQueue};
 
-/// A worker that goes one step at a time.
+/// A worker that is driven one step at a time.
 pub struct SteppedWorker(Worker);
 
 impl SteppedWorker {
-    /// A worker that serves `queue` from `disk` by io_uring alone.
+    /// Makes a worker that serves `queue` from `disk` with io_uring only.
     ///
     /// # Errors
-    /// When the host has no io_uring.
+    /// If the host has no io_uring.
     pub fn new(
         disk: DiskFile,
         memory: Arc<GuestMemory>,
@@ -42,13 +42,12 @@ impl SteppedWorker {
         Ok(SteppedWorker(worker))
     }
 
-    /// Takes the next request from its queue and fills a submission entry for it; `false` where that
-    /// cannot be.
+    /// Takes the next request from its queue and fills a submission entry for it; `false` if that fails.
     pub fn begin(&mut self) -> bool {
         matches!(self.0.begin_next(0), Ok(true))
     }
 
-    /// Has all that was begun done and returned to the driver; `false` where that cannot be.
+    /// Completes all requests that were begun and returns them to the driver; `false` if that fails.
     pub fn finish(&mut self) -> bool {
         self.0.finish_all().is_ok()
     }

@@ -22,7 +22,7 @@ pub(super) mod offset {
     pub const SIZE: usize = 60;
 }
 
-/// The configuration space of a device over `disk`.
+/// Makes the configuration space of a device over `disk`.
 pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     let mut space = vec![0; offset::SIZE];
     let capacity = disk.size() / SECTOR_SIZE;
@@ -50,8 +50,8 @@ pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
     space
 }
 
-/// How `saved`, the configuration space of another device, differs from that of a device over `disk`.
-/// `None` if they are equal.
+/// Describes how `saved`, the configuration space of another device, differs from that of a device over
+/// `disk`. `None` if they are equal.
 pub(super) fn difference(saved: &[u8], disk: &DiskFile, queues: u16) -> Option<String> {
     let own = config_space(disk, queues);
     if saved == own {

@@ -1,4 +1,4 @@
-//! The disk that is in a block device now, and how another takes its place.
+//! The present disk of a block device, and its replacement by another.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,24 +12,24 @@ use super::{BlockMetrics, config_space};
 use crate::disk::DiskFile;
 use crate::virtio::ConfigSpace;
 
-/// A disk with what it takes to use it.
+/// A disk and the ring to use it with.
 pub(super) struct OpenDisk {
     pub(super) disk: Arc<DiskFile>,
-    /// Over the files of the disk, where the engine uses one.
+    /// A ring over the files of the disk, if the engine uses one.
     pub(super) ring: Option<Ring>,
 }
 
-/// How long requests to a disk may take before another does not take its place.
+/// How long to wait for requests to a disk before its replacement is given up.
 const EXCHANGE_TIME: Duration = Duration::from_secs(30);
 
-/// What the front of a block device, its worker and the owner of the machine share.
+/// State that the front of a block device, its worker and the owner of the machine share.
 pub(super) struct DiskSlot {
-    /// Held by who changes the disk or its size, one at a time.
+    /// Held while the disk or its size is changed, so that this happens one at a time.
     changing: Mutex<()>,
     contents: Mutex<Contents>,
-    /// When there is an outcome.
+    /// Notified when there is an outcome.
     done: Condvar,
-    /// Signalled when the worker is to take another disk.
+    /// Signalled when there is another disk for the worker to take.
     event: EventFd,
     pub(super) config: ConfigSpace,
     queues: u16,
@@ -45,23 +45,24 @@ struct Contents {
     exchange: Exchange,
 }
 
-/// How far a disk is on its way to the worker.
+/// The progress of a new disk on its way to the worker.
 enum Exchange {
     None,
-    /// For the worker to take.
+    /// The disk is there for the worker to take.
     Wanted(OpenDisk),
-    /// The worker has it, and waits for the requests to the one before it.
+    /// The worker has the disk, and waits for the requests to the previous one.
     UnderWay,
-    /// As [`Exchange::UnderWay`], but nobody waits for it any more: the one before it stays.
+    /// The worker has the disk, as in [`Exchange::UnderWay`], but the owner no longer waits for it: the
+    /// previous disk stays.
     GivenUp,
-    /// The worker is changing over, which takes a moment.
+    /// The worker is switching to the disk, which takes a moment.
     Committing,
-    /// What came of it: the disk before, or why it is still there.
+    /// The outcome: the previous disk, or why it is still in use.
     Done(Result<OpenDisk, io::Error>),
 }
 
 impl AsRawFd for DiskSlot {
-    /// Readable when the worker is to look for another disk.
+    /// Returns the event that is readable when the worker is to look for another disk.
     fn as_raw_fd(&self) -> RawFd {
         self.event.as_raw_fd()
     }
@@ -69,7 +70,7 @@ impl AsRawFd for DiskSlot {
 
 impl DiskSlot {
     /// # Errors
-    /// When the host gives no file descriptor.
+    /// If the host is out of file descriptors.
     pub(super) fn new(open_disk: OpenDisk, queues: u16) -> io::Result<DiskSlot> {
         Ok(DiskSlot {
             config: ConfigSpace::new(config_space(&open_disk.disk, queues)),
@@ -87,12 +88,12 @@ impl DiskSlot {
         })
     }
 
-    /// The disk.
+    /// Returns the present disk.
     pub(super) fn disk(&self) -> Arc<DiskFile> {
         self.contents().disk.clone()
     }
 
-    /// The disk for a worker, which hears of another from now on.
+    /// Returns the disk for a worker, which is told of a replacement from now on.
     pub(super) fn lease(self: &Arc<Self>) -> (OpenDisk, DiskLease) {
         let mut contents = self.contents();
         contents.has_worker = true;
@@ -103,17 +104,17 @@ impl DiskSlot {
         (open_disk, DiskLease(self.clone()))
     }
 
-    /// Keeps others from changing the disk or its size.
+    /// Keeps other threads from changing the disk or its size.
     pub(super) fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a disk in the place of the one that is there, and gives that back once no request uses it.
-    /// The caller has [`DiskSlot::change`].
+    /// Replaces the present disk by `new`, and returns the old one once no request uses it. The caller holds
+    /// the guard of [`DiskSlot::change`].
     ///
     /// # Errors
-    /// When the worker cannot change over, or requests to the disk that is there take longer than
-    /// [`EXCHANGE_TIME`]; that disk stays.
+    /// If the worker cannot switch to `new`, or requests to the present disk take longer than
+    /// [`EXCHANGE_TIME`]. The present disk then stays.
     pub(super) fn exchange(&self, new: OpenDisk) -> io::Result<OpenDisk> {
         let deadline = Instant::now() + EXCHANGE_TIME;
         let mut contents = self.contents();
@@ -121,7 +122,7 @@ impl DiskSlot {
             return Ok(self.put(&mut contents, new));
         }
         contents.exchange = Exchange::Wanted(new);
-        // It fails only when the counter is full, and then it is readable as wanted.
+        // It fails only if the counter is full, and then the event is readable already.
         let _ = self.event.write(1);
         loop {
             match std::mem::replace(&mut contents.exchange, Exchange::None) {
@@ -149,7 +150,7 @@ impl DiskSlot {
         }
     }
 
-    /// Makes `new` the disk and tells the driver's configuration space so. Gives the one before.
+    /// Makes `new` the present disk, updates the configuration space, and returns the previous disk.
     fn put(&self, contents: &mut Contents, new: OpenDisk) -> OpenDisk {
         self.config.write(0, &config_space(&new.disk, self.queues));
         OpenDisk {
@@ -164,7 +165,7 @@ impl DiskSlot {
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {
-        // No change leaves it half done, even one that panics.
+        // No change leaves the contents inconsistent, even one that panics.
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -185,7 +186,7 @@ impl Contents {
 pub(super) struct DiskLease(Arc<DiskSlot>);
 
 impl AsRawFd for DiskLease {
-    /// As that of the [`DiskSlot`].
+    /// Returns the event of the [`DiskSlot`].
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -196,15 +197,15 @@ impl DiskLease {
         &self.0.metrics
     }
 
-    /// The disk that is to be used as soon as no request uses the one before. The worker answers with
-    /// [`DiskLease::commit`] or [`DiskLease::reject`].
+    /// Takes the disk that is to be used as soon as no request uses the present one, if there is one. The
+    /// worker answers with [`DiskLease::commit`] or [`DiskLease::reject`].
     pub(super) fn take_wanted(&self) -> Option<OpenDisk> {
-        // The event is non-blocking: it fails only where nobody has signalled it.
+        // The event is non-blocking: the read fails only if it was not signalled.
         let _ = self.0.event.read();
         self.0.contents().take_wanted()
     }
 
-    /// Whether the next disk is still wanted, now that no request uses the one before. If so, the worker
+    /// Whether the next disk is still wanted, now that no request uses the previous one. If so, the worker
     /// answers at once.
     pub(super) fn may_commit(&self) -> bool {
         let mut contents = self.0.contents();
@@ -217,8 +218,8 @@ impl DiskLease {
         matches!(contents.exchange, Exchange::Committing)
     }
 
-    /// Tells that no request uses the disk before any more. `new` has the ring for the next worker,
-    /// unless this one uses it; `old_ring` is that over the disk before.
+    /// Reports that no request uses the previous disk any more. `new` has the ring for the next worker,
+    /// unless this worker uses that ring; `old_ring` is the ring over the previous disk.
     pub(super) fn commit(&self, new: OpenDisk, old_ring: Option<Ring>) {
         let mut contents = self.0.contents();
         let mut old = self.0.put(&mut contents, new);
@@ -231,7 +232,7 @@ impl DiskLease {
         self.0.contents().ring = Some(ring);
     }
 
-    /// Tells that the worker goes on with the disk that it has.
+    /// Reports that the worker stays with the disk that it has.
     pub(super) fn reject(&self, error: io::Error) {
         let mut contents = self.0.contents();
         match contents.exchange {
@@ -291,8 +292,8 @@ mod tests {
         let slot = Arc::new(DiskSlot::new(open_disk(folder, "a"), 1).unwrap());
         let (_, lease) = slot.lease();
         std::thread::scope(|scope| {
-            // The worker has the second when the owner gives it up, and the third comes before the
-            // requests to the first end.
+            // The worker has the second disk when the owner gives it up, and the third comes before the
+            // requests to the first have ended.
             slot.contents().exchange = Exchange::GivenUp;
             let owner = scope.spawn(|| slot.exchange(open_disk(folder, "c")));
             while !matches!(slot.contents().exchange, Exchange::Wanted(_)) {

@@ -1,4 +1,4 @@
-//! A block device as the owner of its machine sees it.
+//! The handle with which the owner of a machine controls a block device.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use crate::disk::{DiskFile, SECTOR_SIZE};
 use crate::rate_limiter::Limits;
 use crate::virtio::{DriverLink, Throttle};
 
-/// Why another image was not put into the place of a disk's, or not without loss.
+/// Why the image of a disk was not replaced, or not without loss.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplaceError {
-    /// The guest knows whether it can write to its disk, and that stays so.
+    /// The new image differs in whether it is read-only, which the guest knows and which cannot change.
     #[error(
         "cannot put '{path}' in the place of a disk that is {expected}: it was opened {opened}",
         path = .path.display(),
@@ -27,7 +27,7 @@ pub enum ReplaceError {
         /// Whether the device is read-only.
         read_only: bool,
     },
-    /// The device serves its disk by io_uring, and cannot serve this one so.
+    /// The device uses io_uring, and cannot do so with this image.
     #[error("cannot serve disk '{path}' by io_uring: {source}", path = .path.display())]
     Ring {
         /// The image.
@@ -35,7 +35,7 @@ pub enum ReplaceError {
         /// Why not.
         source: io::Error,
     },
-    /// The device cannot change over to the image.
+    /// The device cannot switch to the image.
     #[error("cannot use disk '{path}' from now on: {source}", path = .path.display())]
     ChangeOver {
         /// The image.
@@ -43,11 +43,10 @@ pub enum ReplaceError {
         /// Why not.
         source: io::Error,
     },
-    /// The guest has the new disk, but what it wrote to the one before is perhaps not all on stable
-    /// storage.
+    /// The guest has the new disk, but its writes to the previous one may not all be on stable storage.
     #[error("cannot flush disk '{path}', which another has replaced: {source}", path = .path.display())]
     Flush {
-        /// The image before.
+        /// The previous image.
         path: PathBuf,
         /// Why not.
         source: io::Error,
@@ -62,8 +61,8 @@ fn access(read_only: bool) -> &'static str {
     }
 }
 
-/// What the owner of a machine can do with a block device while the guest uses it, from any thread
-/// but that of the device's event loop.
+/// A handle for the owner of a machine to a block device while the guest uses it, for any thread except that
+/// of the device's event loop.
 pub struct BlockHandle {
     pub(super) slot: Arc<DiskSlot>,
     pub(super) throttle: Arc<Throttle>,
@@ -72,36 +71,36 @@ pub struct BlockHandle {
 }
 
 impl BlockHandle {
-    /// The disk behind the device.
+    /// Returns the disk behind the device.
     pub fn disk(&self) -> Arc<DiskFile> {
         self.slot.disk()
     }
 
-    /// What the device has done.
+    /// Returns the device's counters.
     pub fn metrics(&self) -> &Arc<BlockMetrics> {
         &self.slot.metrics
     }
 
-    /// The device's limits.
+    /// Returns the device's limits.
     pub fn limits(&self) -> Limits {
         self.throttle.limits()
     }
 
-    /// Sets other limits, for requests that wait too. One that is the same as before goes on where it
-    /// is; any other begins with a full bucket.
+    /// Sets new limits, also for requests that wait already. An unchanged limit keeps its fill level; a
+    /// changed one begins with a full bucket.
     ///
     /// # Errors
-    /// When the host refuses to wake the device. The limits are set, but requests that wait for those
-    /// before wait as long as these say.
+    /// If the host refuses to wake the device. The limits are set all the same, but requests that wait
+    /// already wait for as long as the old limits require.
     pub fn set_limits(&self, limits: &Limits) -> io::Result<()> {
         self.throttle.set(limits)
     }
 
-    /// Looks how large the image is now, and tells the driver if that has changed. Gives the size in
+    /// Checks the present size of the image, and tells the driver if it has changed. Returns the size in
     /// bytes.
     ///
     /// # Errors
-    /// As [`DiskFile::update_size`]; the disk then keeps its size.
+    /// Those of [`DiskFile::update_size`]; the disk then keeps its size.
     pub fn update_size(&self) -> io::Result<u64> {
         let _change = self.slot.change();
         let disk = self.disk();
@@ -116,13 +115,12 @@ impl BlockHandle {
         Ok(size)
     }
 
-    /// Puts `disk` in the place of the one behind the device, and tells the driver. Requests that
-    /// have been begun are done with the one before, which is flushed and closed when this returns:
-    /// its lock is free then, unless somebody else has it from [`BlockHandle::disk`]. The
-    /// device's serial number stays.
+    /// Replaces the disk behind the device by `disk`, and tells the driver. Requests that have been begun are
+    /// done with the previous disk, which is flushed and closed on return: its lock is then free, unless
+    /// someone else has the disk from [`BlockHandle::disk`]. The device's serial number stays.
     ///
     /// # Errors
-    /// When the device cannot use `disk`. It keeps the one that it has, but for an error of
+    /// If the device cannot use `disk`. It then keeps the disk that it has, except with
     /// [`ReplaceError::Flush`].
     pub fn replace(&self, disk: DiskFile) -> Result<(), ReplaceError> {
         self.counted(self.try_replace(disk))
@@ -156,7 +154,7 @@ impl BlockHandle {
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
         self.link.notify_configuration_change();
         let OpenDisk { disk: old, ring } = old;
-        // It has the file open too.
+        // The ring has the file open too.
         drop(ring);
         if !old.is_read_only() {
             old.flush().map_err(|source| ReplaceError::Flush {

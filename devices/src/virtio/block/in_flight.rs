@@ -1,4 +1,4 @@
-//! What is left to do of a request that is not done at once.
+//! The remaining work of a request that is not done at once.
 
 use std::io;
 use std::time::Instant;
@@ -10,16 +10,16 @@ use super::write_span::WriteSpan;
 use crate::disk::{Bounce, DiskFile};
 use crate::virtio::Chain;
 
-/// What is to be done for a request, as far as it is not done yet.
+/// The part of a request that is still to be done.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum RingOperation {
-    /// Transfers what is left of the chain's buffers.
+    /// Transfers the rest of the chain's buffers.
     Transfer {
         direction: Direction,
         offset: u64,
     },
     Flush,
-    /// Not by the ring, but at once when its turn comes.
+    /// Is done without the ring, at once when its turn comes.
     AtOnce(Operation),
 }
 
@@ -28,19 +28,19 @@ pub(super) struct InFlight {
     pub(super) queue: usize,
     pub(super) request: Request,
     pub(super) operation: RingOperation,
-    /// When it was begun, and others with it.
+    /// When it was begun, possibly with others.
     pub(super) since: Instant,
-    /// The buffer by way of which it is done, if it cannot be done as it is.
+    /// The bounce buffer that it goes through, if it cannot be done as it is.
     pub(super) bounce: Option<Box<Bounce>>,
-    /// The blocks that it writes, if writes to the same have to wait for each other.
+    /// The blocks that it writes, if writes to the same blocks have to wait for each other.
     pub(super) span: Option<WriteSpan>,
     /// Whether it waits for others.
     pub(super) waits: bool,
 }
 
 impl InFlight {
-    /// Takes account of what the kernel has done with `disk`: the request's end, unless there is more
-    /// to do.
+    /// Takes account of what the kernel has done with `disk`. Returns the request's outcome, unless there is
+    /// more to do.
     pub(super) fn advance(
         &mut self,
         disk: &DiskFile,
@@ -48,7 +48,7 @@ impl InFlight {
         result: i32,
     ) -> Option<Result<(), Failure>> {
         if self.reads_in_place() {
-            // Storage may have written more than it says, or before it failed.
+            // Storage may have written more than it reports, or something before it failed.
             chain.writable.mark_filled(usize::MAX);
         }
         let count = match u32::try_from(result) {
@@ -56,8 +56,8 @@ impl InFlight {
             Err(_) => {
                 let error = io::Error::from_raw_os_error(-result);
                 return match error.raw_os_error() {
-                    // The kernel cancels what a thread has submitted that ends: one that tried to pause
-                    // the device.
+                    // The kernel cancels operations whose submitting thread has ended, such as one that tried
+                    // to pause the device.
                     Some(libc::EINTR | libc::EAGAIN | libc::ECANCELED) => None,
                     _ => Some(Err(error.into())),
                 };
@@ -94,7 +94,7 @@ impl InFlight {
         direction == Direction::Read && self.bounce.is_none()
     }
 
-    /// What it is counted as once it is done.
+    /// Returns how it is counted once it is done.
     pub(super) fn work(&self) -> Work {
         match self.operation {
             RingOperation::Flush => Work::Flush,

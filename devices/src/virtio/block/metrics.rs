@@ -1,4 +1,4 @@
-//! What a block device counts.
+//! The counters of a block device.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 /// The work of a block device since the machine was built.
 #[derive(Debug, Default, Serialize)]
 pub struct BlockMetrics {
-    /// Drivers that the device could not begin to work for.
+    /// Failed activations.
     pub activate_fails: Counter,
     /// Doorbells for which there was no request in the queue.
     pub no_avail_buffer: Counter,
@@ -20,16 +20,15 @@ pub struct BlockMetrics {
     pub invalid_reqs_count: Counter,
     /// Flushes that were done.
     pub flush_count: Counter,
-    /// Times that the worker was woken for a queue: by the driver, or by itself for what it had put
-    /// off.
+    /// Times that the worker was woken for a queue: by the driver, or by itself for work that it had left.
     pub queue_event_count: Counter,
-    /// Times that the worker was woken as a limit allowed more, or was changed.
+    /// Times that the worker was woken because a limit allowed more, or was changed.
     pub rate_limiter_event_count: Counter,
-    /// Times that the image was replaced or measured anew.
+    /// Times that the image was replaced or its size was updated.
     pub update_count: Counter,
     /// Times that this failed.
     pub update_fails: Counter,
-    /// Bytes that read requests were given.
+    /// Bytes that read requests have read.
     pub read_bytes: Counter,
     /// Bytes that write requests have written.
     pub write_bytes: Counter,
@@ -37,31 +36,32 @@ pub struct BlockMetrics {
     pub read_count: Counter,
     /// Write requests that were done.
     pub write_count: Counter,
-    /// How long these read requests took, from when they were begun, alone or together with others,
-    /// until the driver was told of them.
+    /// How long read requests took, from when they were begun, alone or together with others, until the
+    /// driver was told of them.
     pub read_agg: Latency,
-    /// The same of write requests.
+    /// How long write requests took, measured in the same way.
     pub write_agg: Latency,
     /// Times that requests had to wait for a limit.
     pub rate_limiter_throttled_events: Counter,
-    /// Times that requests had to wait as io_uring had as many as it takes.
+    /// Times that requests had to wait because io_uring was full.
     pub io_engine_throttled_events: Counter,
-    /// Requests that were left in their queue each time that the worker had to stop, for a limit, for
-    /// io_uring or as others had their turn.
+    /// Requests left in their queue each time that the worker had to stop: because of a limit, because
+    /// io_uring was full, or to give others their turn.
     pub remaining_reqs_count: Counter,
 }
 
-/// What a request is counted as.
+/// How a request is counted.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Work {
-    /// Of so many bytes, as is the next.
+    /// A read of this many bytes.
     Read(u32),
+    /// A write of this many bytes.
     Write(u32),
     Flush,
     Other,
 }
 
-/// What was done since the worker last told the metrics of it.
+/// Work that has yet to be added to the metrics.
 #[derive(Default)]
 pub(super) struct Tally {
     reads: Transfers,
@@ -73,13 +73,13 @@ pub(super) struct Tally {
 struct Transfers {
     count: u64,
     bytes: u64,
-    /// How many of them were done at once in the batch that is being begun.
+    /// How many requests of the current batch were done at once.
     in_batch: u32,
     times: Times,
 }
 
 impl Tally {
-    /// Counts a request that was done, which took `time`. Where none is given, it is that of the batch.
+    /// Counts a completed request that took `time`, or as long as the current batch if that is not given.
     pub(super) fn done(&mut self, work: Work, time: Option<Duration>) {
         let (transfers, bytes) = match work {
             Work::Read(bytes) => (&mut self.reads, bytes),
@@ -98,7 +98,7 @@ impl Tally {
         }
     }
 
-    /// Takes account of how long the batch took.
+    /// Ends the current batch, which took `time`.
     pub(super) fn end_batch(&mut self, time: Duration) {
         for transfers in [&mut self.reads, &mut self.writes] {
             transfers
@@ -107,12 +107,12 @@ impl Tally {
         }
     }
 
-    /// Whether a batch has not been ended.
+    /// Whether there is a batch that has not been ended.
     pub(super) fn has_batch(&self) -> bool {
         self.reads.in_batch > 0 || self.writes.in_batch > 0
     }
 
-    /// Tells `metrics` of it all.
+    /// Adds the counters to `metrics`.
     pub(super) fn report(&mut self, metrics: &BlockMetrics) {
         for (transfers, count, bytes, latency) in [
             (

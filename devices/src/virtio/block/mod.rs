@@ -46,13 +46,13 @@ pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
 pub use options::{BlockOptions, Engine, MAX_QUEUES};
 
-/// Why a block device cannot be made.
+/// Why a block device cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// It needs io_uring.
     #[error("cannot set up io_uring: {0}")]
     Ring(io::Error),
-    /// The host is out of something small.
+    /// The host refuses to create a timer or an event.
     #[error("cannot create the timer and event of a disk: {0}")]
     Resource(io::Error),
 }
@@ -63,7 +63,7 @@ pub struct Block {
     queue_sizes: Vec<u16>,
 }
 
-/// What each worker of a device is made from.
+/// The parts from which each worker of a device is made.
 #[derive(Clone)]
 struct Blueprint {
     slot: Arc<DiskSlot>,
@@ -102,11 +102,10 @@ impl Blueprint {
 }
 
 impl Block {
-    /// A block device over `disk`. Its serial number is `id`, of which the first [`ID_SIZE`] bytes
-    /// count.
+    /// Makes a block device over `disk`. Its serial number is the first [`ID_SIZE`] bytes of `id`.
     ///
     /// # Errors
-    /// When the host has no io_uring and the engine needs it, or has no file descriptors.
+    /// If the host has no io_uring and the engine needs it, or is out of file descriptors.
     pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> Result<Block, BlockError> {
         let mut id_bytes = [0; ID_SIZE];
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
@@ -167,7 +166,7 @@ impl VirtioDevice for Block {
             return features | 1 << VIRTIO_BLK_F_RO;
         }
         features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-        // Without it the driver knows that there is nothing to flush.
+        // If the feature is missing, the driver knows that there is nothing to flush.
         if disk.cache() != CacheMode::Writethrough {
             features |= 1 << VIRTIO_BLK_F_FLUSH;
         }

@@ -1,4 +1,4 @@
-//! How a block device works.
+//! Options of a block device.
 
 use crate::rate_limiter::Limits;
 
@@ -8,8 +8,8 @@ pub const MAX_QUEUES: u16 = 8;
 /// How requests are done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Engine {
-    /// Each request in the way that is best for it: at once where it does not block, by io_uring
-    /// where it does. Where the host has no io_uring, as [`Engine::Sync`].
+    /// Each request in the way that is best for it: at once if it does not block, by io_uring if it does. The
+    /// same as [`Engine::Sync`] if the host has no io_uring.
     #[default]
     Auto,
     /// By io_uring.
@@ -18,22 +18,22 @@ pub enum Engine {
     Sync,
 }
 
-/// How a block device works.
+/// Options of a block device.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockOptions {
     /// How requests are done.
     pub engine: Engine,
     /// Number of queues, from 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Whether the event loop looks for requests for longer than a moment before it sleeps, as long as
-    /// that succeeds.
+    /// Whether the event loop polls for requests for longer than usual before it sleeps, as long as that
+    /// succeeds.
     pub polls: bool,
-    /// Limits of requests, and of the bytes that they read and write.
+    /// Limits on requests, and on the bytes that they read and write.
     pub limits: Limits,
 }
 
 impl Default for BlockOptions {
-    /// One queue, and no limits.
+    /// Returns options with one queue and no limits.
     fn default() -> BlockOptions {
         BlockOptions {
             engine: Engine::Auto,

@@ -1,4 +1,4 @@
-//! The worker of a block device as its transport has it: at work on a disk, or paused without one.
+//! The worker of a block device as its transport sees it: at work on a disk, or paused without one.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::worker::Worker;
 use crate::virtio::{Activation, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// How long a pause waits for requests that are under way. Storage that takes longer hangs.
+/// How long a pause waits for requests in progress. Storage that takes longer is taken to hang.
 const PAUSE_TIME: Duration = Duration::from_secs(10);
 
 /// A worker that lets go of its disk when it is paused, so that the owner of the machine can put another
@@ -40,10 +40,10 @@ impl PausableWorker {
         })
     }
 
-    /// As [`VirtioWorker::pause`].
+    /// Pauses the worker like [`VirtioWorker::pause`].
     ///
     /// # Errors
-    /// If requests are still under way at `deadline`. It stays at work on them.
+    /// If requests are still in progress at `deadline`. The worker stays at work on them.
     pub(super) fn pause_by(&mut self, deadline: Instant) -> io::Result<()> {
         if let Some(worker) = &mut self.worker {
             worker.end_requests(deadline)?;

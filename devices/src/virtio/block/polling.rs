@@ -1,35 +1,35 @@
-//! Looking for requests for a moment instead of sleeping until the doorbell rings.
+//! Polling for requests for a moment instead of sleeping until the doorbell rings.
 
 use std::time::{Duration, Instant};
 
-/// How long a queue that has become empty is looked at at most: less than it takes the host to put a
-/// thread to sleep and wake it again, so that it costs nothing where it succeeds.
+/// How long at most an empty queue is polled. This is less than the host takes to put a thread to sleep and
+/// wake it again, so that polling costs nothing if it succeeds.
 const USUAL_WINDOW: Duration = Duration::from_micros(8);
-/// The same where the user wants it to be looked at for longer.
+/// How long at most an empty queue is polled if the user asks for longer polling.
 const LONG_WINDOW: Duration = Duration::from_micros(64);
-/// How long it may take to be woken by the doorbell, beyond the window, for a look to have been worth
-/// while.
+/// How long after the window a doorbell may wake the worker for polling to count as worth trying.
 const WAKING_TIME: Duration = Duration::from_micros(50);
-/// How often a look that would have been worth while is left out, as a power of two, at most.
+/// Largest backoff, as a power of two: how many doorbells that polling might have caught are let pass before
+/// the next try.
 const MAX_BACKOFF: u32 = 6;
 
-/// Whether an empty queue is looked at before the event loop goes to sleep.
+/// Decides whether an empty queue is polled before the event loop goes to sleep.
 ///
-/// It is, as long as that succeeds. After it has failed, only doorbells that come soon lead to another
-/// try, and the more tries have failed, the more of them it takes.
+/// Polling goes on for as long as it succeeds. After a failure, only doorbells that come soon lead to another
+/// try, and the more tries have failed, the more such doorbells are needed.
 pub(super) struct Polling {
     window: Duration,
-    /// When the queue was found empty last.
+    /// When the queue was last found empty.
     empty_since: Instant,
     is_on: bool,
-    /// How many tries have failed since one succeeded.
+    /// How many tries have failed since the last success.
     failures: u32,
-    /// How many doorbells it takes until the next try.
+    /// How many doorbells are needed until the next try.
     doorbells_to_go: u32,
 }
 
 impl Polling {
-    /// With a short window, or a `long` one.
+    /// Makes a decision state with a short window, or a `long` one.
     pub(super) fn new(long: bool) -> Polling {
         Polling {
             window: if long { LONG_WINDOW } else { USUAL_WINDOW },
@@ -40,14 +40,13 @@ impl Polling {
         }
     }
 
-    /// Takes account of a queue that has become empty, and gives the moment until which to look at it,
-    /// if that is to be done.
+    /// Takes account of a queue that has become empty. Returns until when to poll it, if it is to be polled.
     pub(super) fn queue_is_empty(&mut self) -> Option<Instant> {
         self.empty_since = Instant::now();
         self.is_on.then(|| self.empty_since + self.window)
     }
 
-    /// Takes account of a request that was found by looking.
+    /// Takes account of a request that was found by polling.
     pub(super) fn succeeded(&mut self) {
         self.failures = 0;
     }
@@ -75,11 +74,11 @@ impl Polling {
 mod tests {
     use super::*;
 
-    /// How many of `count` doorbells that come soon lead to a look.
+    /// Returns how many of `count` doorbells that come soon lead to polling.
     fn tries(polling: &mut Polling, count: u32) -> u32 {
         let mut tries = 0;
         for _ in 0..count {
-            // Whatever the host's scheduler does meanwhile.
+            // Independent of what the host's scheduler does meanwhile.
             polling.empty_since = Instant::now();
             polling.doorbell_rang();
             if polling.queue_is_empty().is_some() {

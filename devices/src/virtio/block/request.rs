@@ -1,4 +1,4 @@
-//! Block requests (section 5.2.6): what a descriptor chain asks for, and the doing of it.
+//! Block requests (section 5.2.6): parsing them from descriptor chains, and performing them.
 
 use std::io;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(super) enum RequestError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error(
-        "the descriptor chain at {head} is no block request: it has {readable} bytes to read and {writable} to write"
+        "the descriptor chain at {head} is not a block request: it has {readable} bytes to read and {writable} to write"
     )]
     NoRequest {
         head: u16,
@@ -42,12 +42,12 @@ pub(super) enum RequestError {
     Ring(#[from] io::Error),
 }
 
-/// Why a request failed, as the driver is told.
+/// Why a request failed, which becomes the status that the driver sees.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The request itself is wrong, goes past the disk, or is larger than any may be.
+    /// The request is malformed, goes beyond the end of the disk, or is too large.
     Invalid,
-    /// The device does not know this request, or it was not negotiated.
+    /// The device does not support this request, or it was not negotiated.
     Unsupported,
     /// The host could not do it.
     Host(io::Error),
@@ -59,7 +59,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// What a request asks for, found to be within the disk.
+/// What a request asks for, checked to be within the disk.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Operation {
     Read { offset: u64 },
@@ -71,7 +71,7 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    /// Length of the range of the disk that it changes without data, if it does that.
+    /// Returns the length of the range of the disk that it changes without data, if it does that.
     pub(super) fn range_len(self) -> Option<u64> {
         match self {
             Operation::Discard { len, .. } | Operation::WriteZeroes { len, .. } => Some(len),
@@ -79,33 +79,33 @@ impl Operation {
         }
     }
 
-    /// Whether its size says how long the host takes for it.
+    /// Whether the time that the host takes for it follows from its size.
     pub(super) fn is_transfer(self) -> bool {
         matches!(self, Operation::Read { .. } | Operation::Write { .. })
     }
 }
 
-/// What it takes to return a request.
+/// What is needed to return a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Request {
     /// Index of the chain's first descriptor.
     pub(super) head: u16,
-    /// How many bytes of the chain's writable buffers the driver may look at.
+    /// How many bytes of the chain's writable buffers the driver may read.
     pub(super) written: u32,
-    /// How many bytes of data the driver has for the device, as far as they are written to the disk.
+    /// How many bytes of data from the driver are written to the disk.
     pub(super) readable: u32,
     status_address: GuestAddress,
 }
 
 impl Request {
-    /// How many bytes of data the driver is given, where the request is a read.
+    /// Returns how many bytes of data the driver gets, if the request is a read.
     pub(super) fn data_to_driver(&self) -> u32 {
         // The last byte is the status.
         self.written.saturating_sub(1)
     }
 }
 
-/// Reads requests from their chains, does what can be done at once, and writes their status.
+/// Parses requests from their chains, performs those that can be done at once, and writes their status.
 pub(super) struct RequestHandler {
     disk: Arc<DiskFile>,
     id: [u8; ID_SIZE],
@@ -134,8 +134,8 @@ impl RequestHandler {
         }
     }
 
-    /// Reads the request in `chain`, whose buffers are left with its data alone, and what it asks
-    /// for, unless that cannot be.
+    /// Parses the request in `chain`, whose buffers are then left with only its data. Returns its operation,
+    /// or why it cannot be done.
     pub(super) fn parse(
         &self,
         chain: &mut Chain,
@@ -153,8 +153,8 @@ impl RequestHandler {
         chain.writable.truncate(written - 1);
         let request = Request {
             head: chain.head,
-            // Neither is cut where the operation is one that is done: of data there are no more than
-            // MAX_DATA_SIZE.
+            // Neither number is truncated for an operation that is performed: it has at most MAX_DATA_SIZE
+            // bytes of data.
             written: written as u32,
             readable: chain.readable.len() as u32,
             status_address,
@@ -199,15 +199,15 @@ impl RequestHandler {
         }
     }
 
-    /// The disk that requests are done with.
+    /// Returns the disk that requests are performed on.
     pub(super) fn disk(&self) -> &Arc<DiskFile> {
         &self.disk
     }
 
-    /// Brings what was written to the disk to stable storage.
+    /// Brings all writes to the disk to stable storage.
     ///
     /// # Errors
-    /// As [`DiskFile::flush`].
+    /// Those of [`DiskFile::flush`].
     pub(super) fn flush_disk(&self) -> io::Result<()> {
         if self.disk.is_read_only() {
             return Ok(());
@@ -215,12 +215,12 @@ impl RequestHandler {
         self.disk.flush()
     }
 
-    /// Has requests done with `disk` from now on.
+    /// Performs requests on `disk` from now on.
     pub(super) fn set_disk(&mut self, disk: Arc<DiskFile>) {
         self.disk = disk;
     }
 
-    /// Does what `operation` asks for with the data in `chain`, and returns when it is done.
+    /// Performs `operation` with the data in `chain`, and returns when it is done.
     pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
         let Chain {
             readable, writable, ..
@@ -252,7 +252,7 @@ impl RequestHandler {
         Ok(())
     }
 
-    /// Writes the status of a request that is over.
+    /// Writes the status of a request that has ended.
     pub(super) fn finish(
         &mut self,
         request: &Request,
@@ -281,8 +281,8 @@ impl RequestHandler {
         Ok(())
     }
 
-    /// Whether a write must be on stable storage before it is acknowledged: a driver that cannot
-    /// flush takes a write that is done for one that lasts (section 5.2.6.2).
+    /// Whether a write must be on stable storage before it is acknowledged: a driver that cannot flush takes
+    /// a completed write to be durable (section 5.2.6.2).
     pub(super) fn writes_are_durable(&self) -> bool {
         match self.disk.cache() {
             CacheMode::Writethrough => true,
@@ -343,7 +343,7 @@ impl RequestHandler {
         self.offset(sector, len)
     }
 
-    /// Where on the disk `sector` is, if `len` bytes from there are all on it.
+    /// Returns the byte offset of `sector`, if `len` bytes from there are all on the disk.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
         sector
             .checked_mul(SECTOR_SIZE)
@@ -355,7 +355,7 @@ impl RequestHandler {
             .ok_or(Failure::Invalid)
     }
 
-    /// A failing disk fails often; the log hears of it once in a while.
+    /// Logs a failure of the disk from time to time, as a failing disk fails often.
     fn warn_of_failure(&mut self, error: &io::Error) {
         if self.warning.is_due() {
             self.link.warn_of_host(format_args!(

@@ -1,4 +1,4 @@
-//! Requests on their way through io_uring.
+//! The io_uring that performs requests.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -14,18 +14,18 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
 
-/// Entries of the submission queue: more than are ever left unsubmitted.
+/// Entries of the submission queue: more operations than are ever left unsubmitted.
 const SUBMISSION_ENTRIES: u32 = 64;
 
-/// Most operations at once.
+/// Most operations in progress at a time.
 pub(super) const MAX_IN_FLIGHT: usize = 256;
 
-/// Which way bytes go.
+/// The direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     /// From the disk to the guest.
     Read,
-    /// From the guest to the disk; if it is to be durable, to stable storage.
+    /// From the guest to the disk; with `durable`, to stable storage.
     Write { durable: bool },
 }
 
@@ -41,9 +41,9 @@ impl Direction {
 /// An operation that the kernel has finished.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Completion {
-    /// What the operation was pushed with.
+    /// The token that the operation was pushed with.
     pub token: u64,
-    /// The result of the system call that it stands for: a count, or a negated error number.
+    /// The result of the corresponding system call: a count, or a negated error number.
     pub result: i32,
 }
 
@@ -54,17 +54,17 @@ pub(super) struct Ring {
 }
 
 impl AsRawFd for Ring {
-    /// Readable while there are completions.
+    /// Returns the ring's descriptor, which is readable while there are completions.
     fn as_raw_fd(&self) -> RawFd {
         self.ring.as_raw_fd()
     }
 }
 
 impl Ring {
-    /// A ring for up to [`MAX_IN_FLIGHT`] operations at once on the files of `disk`.
+    /// Makes a ring for up to [`MAX_IN_FLIGHT`] operations at a time on the files of `disk`.
     ///
     /// # Errors
-    /// When the host has no io_uring, forbids it, or lacks an operation.
+    /// If the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(disk: &DiskFile) -> io::Result<Ring> {
         let files: Vec<RawFd> = [Access::Usual, Access::Tail]
             .into_iter()
@@ -74,7 +74,7 @@ impl Ring {
         Ring::over(&files)
     }
 
-    /// A ring over the files of a disk, in the order of [`Access`].
+    /// Makes a ring over the files of a disk, in the order of [`Access`].
     pub(super) fn over(files: &[RawFd]) -> io::Result<Ring> {
         let build = |cooperative: bool| {
             let mut builder = IoUring::builder();
@@ -101,11 +101,11 @@ impl Ring {
         })
     }
 
-    /// Adds a transfer between `buffers` and the disk at `offset`, as much of it as one operation
-    /// does. Those of a read are to be marked as filled when it is completed.
+    /// Adds a transfer between `buffers` and the disk at `offset`, or as much of it as one operation does.
+    /// The buffers of a read have to be marked as filled when it is completed.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     ///
     /// # Safety
     /// `buffers` must neither be changed nor dropped before the operation with this token is
@@ -149,8 +149,8 @@ impl Ring {
                     .build()
             }
         };
-        // SAFETY: the vectors and the guest memory that they cover are those of `buffers`, which the
-        // caller keeps as they are.
+        // SAFETY: the vectors and the guest memory that they cover are those of `buffers`, which the caller
+        // keeps unchanged.
         let pushed = unsafe { self.push(entry.user_data(token)) };
         if pushed.is_err() {
             buffers.mark_filled(0);
@@ -158,10 +158,10 @@ impl Ring {
         pushed
     }
 
-    /// Adds `step`, whose bytes are at `pointer`, of a transfer.
+    /// Adds `step` of a transfer, whose bytes are at `pointer`.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     ///
     /// # Safety
     /// The bytes must stay mapped, and nobody else use them, until the operation with this token is
@@ -184,14 +184,14 @@ impl Ring {
                 .offset(step.offset)
                 .build(),
         };
-        // SAFETY: the operation refers to the bytes at `pointer` alone, for which the caller vouches.
+        // SAFETY: the operation refers only to the bytes at `pointer`, for which the caller vouches.
         unsafe { self.push(entry.user_data(token)) }
     }
 
-    /// Adds a flush of what is written so far.
+    /// Adds a flush of everything written so far.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// Those of [`Ring::submit`].
     pub(super) fn push_flush(&mut self, token: u64) -> io::Result<()> {
         let entry = opcode::Fsync::new(fixed(Access::Usual))
             .flags(FsyncFlags::DATASYNC)
@@ -201,7 +201,8 @@ impl Ring {
     }
 
     /// # Safety
-    /// What `entry` points to must stay as it is until the operation is completed.
+    /// The memory that `entry` points to must stay valid and unchanged by others until the operation is
+    /// completed.
     unsafe fn push(&mut self, entry: Entry) -> io::Result<()> {
         loop {
             // SAFETY: as the caller promises.
@@ -214,23 +215,23 @@ impl Ring {
         }
     }
 
-    /// How many operations were added since the last submission.
+    /// Returns how many operations were added since the last submission.
     pub(super) fn unsubmitted(&self) -> usize {
         self.unsubmitted
     }
 
-    /// Hands all that was added to the kernel, by one system call.
+    /// Submits all added operations to the kernel with one system call.
     ///
     /// # Errors
-    /// As `io_uring_enter`.
+    /// Those of `io_uring_enter`.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         self.enter(0)
     }
 
-    /// As [`Ring::submit`], and waits until there is a completion.
+    /// Submits like [`Ring::submit`], and waits until there is a completion.
     ///
     /// # Errors
-    /// As `io_uring_enter`, and if there is none before `deadline`.
+    /// Those of `io_uring_enter`, and if there is none before `deadline`.
     pub(super) fn wait(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         let Some(deadline) = deadline else {
             return self.enter(1);
@@ -243,7 +244,7 @@ impl Ring {
             if left.is_zero() {
                 return Err(timed_out());
             }
-            // Rounded up, so that it does not spin at the end. A longer time is waited for in parts.
+            // Rounded up, so that this does not spin at the end. A longer time is waited for in parts.
             let timeout = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
             // SAFETY: the ring has the descriptor open until it is dropped.
             let descriptor = unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) };
@@ -271,7 +272,7 @@ impl Ring {
         }
     }
 
-    /// Moves what is completed to the end of `completions`.
+    /// Moves the completions that there are to the end of `completions`.
     pub(super) fn take_completions(&mut self, completions: &mut Vec<Completion>) {
         completions.extend(self.ring.completion().map(|entry| Completion {
             token: entry.user_data(),
@@ -281,19 +282,19 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// The kernel takes a ring down some time after it is closed. The files, which hold the lock of
-    /// the disk, are not to be kept that long.
+    /// Unregisters the files. The kernel tears a ring down some time after it is closed, and the files, which
+    /// hold the lock of the disk, must not be kept that long.
     fn drop(&mut self) {
         let _ = self.ring.submitter().unregister_files();
     }
 }
 
-/// The error of requests that take too long.
+/// Makes the error of requests that take too long.
 pub(super) fn timed_out() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "requests to the disk do not end")
 }
 
-/// Place of a file in the table that is registered with the ring.
+/// Returns the index of a file in the table that is registered with the ring.
 fn fixed(access: Access) -> Fixed {
     match access {
         Access::Usual => Fixed(0),

@@ -1,4 +1,4 @@
-//! The whole device against a driver of our own, with files of the host.
+//! The whole device against a test driver, with files of the host.
 
 mod direct;
 mod dirty_log;
@@ -28,7 +28,7 @@ use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 
 const RINGS: u64 = 0x1000;
-/// Headers and status bytes of requests, at the place that their head gives.
+/// Headers and status bytes of requests, at a position given by their head.
 const HEADERS: u64 = RINGS + RINGS_SIZE;
 const HEADER_STRIDE: u64 = 32;
 const DATA: u64 = 0x1_0000;
@@ -82,7 +82,7 @@ impl Machine {
     }
 
     fn with(options: &BlockOptions, cache: CacheMode) -> Machine {
-        // Beside this program: the usual place may be in memory, where there may be no O_DIRECT.
+        // Beside this program: the usual folder for temporary files may be in memory, and have no O_DIRECT.
         let program = std::env::current_exe().unwrap();
         let folder = TempDir::new_in(program.parent().unwrap()).unwrap();
         let image = folder.as_path().join("disk.img");
@@ -134,7 +134,7 @@ impl Machine {
         self.offer_with(kind, sector, data, kind != VIRTIO_BLK_T_OUT)
     }
 
-    /// The same of a request that has data for the device.
+    /// Makes a request available that has data for the device.
     fn offer_readable(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u16 {
         self.offer_with(kind, sector, data, false)
     }
@@ -187,7 +187,7 @@ impl Machine {
         status.into()
     }
 
-    /// Has one request done, and gives its status.
+    /// Has one request done, and returns its status.
     fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> u32 {
         let head = self.offer(kind, sector, data);
         let used = self.run(1);
@@ -196,7 +196,7 @@ impl Machine {
         self.status(head)
     }
 
-    /// As the driver sees it, in sectors.
+    /// Returns the capacity in sectors that the driver sees.
     fn capacity(&self) -> u64 {
         u64::from_le_bytes(self.block.config().array(config::offset::CAPACITY as u64))
     }
@@ -220,7 +220,7 @@ fn for_each_kind(check: impl Fn(Machine)) {
 #[test]
 fn one_request_after_the_other() {
     for_each_kind(|mut machine| {
-        // In three pieces, of which the second is aligned to nothing.
+        // In three pieces, the second of which is not aligned at all.
         let pieces = [(DATA, 512), (DATA + 0x1003, 509), (DATA + 0x2000, 3)];
         assert_eq!(
             machine.request(VIRTIO_BLK_T_IN, 9, &pieces),
@@ -306,7 +306,7 @@ fn what_cannot_be_done_is_refused_and_the_rest_is_done() {
 
 #[test]
 fn a_request_is_not_larger_than_the_event_loop_can_bear() {
-    // A disk of holes that is larger than any memory, and one buffer many times.
+    // A sparse disk that is larger than any memory, and one buffer many times.
     let size = 64 << 30;
     let machine = |engine| {
         let machine = Machine::new(engine, CacheMode::Writeback);
@@ -327,7 +327,7 @@ fn a_request_is_not_larger_than_the_event_loop_can_bear() {
                 assert_eq!(machine.request(kind, 0, &vec![buffer; count]), status);
             }
         }
-        // The same in one request for zeroes, which the host may have to write, or for a hole.
+        // One request for as many zeroes, which the host may have to write, or for a hole of that size.
         for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
             for (sectors, data, status) in [
                 (1 << 17, &[(DATA, 16)][..], VIRTIO_BLK_S_OK),
@@ -360,7 +360,7 @@ fn the_clock_is_looked_at_after_each_request_that_is_not_a_transfer() {
             machine.offer_readable(kind, 0, &[(DATA, 16)]);
         }
         machine.run(16);
-        // The driver is told of each batch, after which the device looks at the clock.
+        // The driver is told of each batch, after which the device checks the clock.
         assert_eq!(machine.interrupts.take(), 16);
     }
 }
@@ -397,7 +397,7 @@ fn a_reset_waits_for_what_is_under_way() {
         for (index, &head) in heads.iter().enumerate() {
             let start = index * 0x2_0000;
             let bytes = machine.bytes(DATA + start as u64, 0x2_0000);
-            // A turn ends before all are begun where the host is slow.
+            // If the host is slow, a turn ends before all are begun.
             if index > 0 && machine.status(head) == u32::from(UNTOUCHED) {
                 assert!(bytes.iter().all(|&byte| byte == 0));
                 continue;
@@ -406,7 +406,7 @@ fn a_reset_waits_for_what_is_under_way() {
             let expected: Vec<u8> = (start..start + 0x2_0000).map(byte_of_disk).collect();
             assert!(bytes == expected);
         }
-        // The lock ends with the device.
+        // The lock is released with the device.
         drop((machine.manager, machine.handle, machine.block));
         open(&machine.image, false, CacheMode::Writeback).unwrap();
     });
@@ -451,7 +451,7 @@ fn a_device_that_needs_a_reset_lets_the_event_loop_rest() {
     let everything = [(DATA, DISK_SIZE as u32)];
     let status = machine.request(VIRTIO_BLK_T_OUT, 0, &everything);
     assert_eq!(status, VIRTIO_BLK_S_OK);
-    // The flush is under way when the device meets a chain that does not exist.
+    // The flush is in progress when the device finds a chain that does not exist.
     machine.offer(VIRTIO_BLK_T_FLUSH, 0, &[]);
     machine.driver.offer_head(999);
     machine.driver.ring_doorbell();
@@ -485,7 +485,7 @@ fn limits_are_kept_without_spinning() {
             done += machine.driver.take_used().len();
             turns += 1;
         }
-        // Ten of them, and one that goes beyond, come at once.
+        // Ten of them, and one that exceeds the limit, come at once.
         assert!(start.elapsed() >= Duration::from_millis(180));
         assert!(turns <= 60, "{turns} turns");
     }

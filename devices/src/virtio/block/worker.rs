@@ -1,5 +1,5 @@
-//! The worker of a block device: takes requests from the queues, chooses how each is done, and
-//! returns it when it is.
+//! The worker of a block device: it takes requests from the queues, chooses how each is done, and returns it
+//! when it is done.
 
 mod waiting;
 
@@ -23,46 +23,46 @@ use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, QueueSet, Throttle,
 use crate::worker::QueueProgress;
 use waiting::Waiting;
 
-/// Most requests that are begun before the driver is told of those that are done. It prepares the
+/// Most requests that are begun before the driver is told of those that are done. The driver prepares the
 /// next ones while the rest is done, so that neither waits for the other.
 const MAX_BATCH: u16 = 16;
-/// Data of requests after which the same is done, in bytes.
+/// The driver is also told after this many bytes of data.
 const MAX_BATCH_SIZE: u64 = 4 << 20;
-/// Fewest requests of which several system calls cost more than one of the ring's.
+/// Fewest requests for which one system call of the ring is cheaper than one call each.
 const MIN_RING_BATCH: u16 = 4;
-/// Writes to the page cache that take longer than this together were held back by the host. A thread that
-/// waits for a CPU can take some milliseconds as well.
+/// If writes to the page cache take longer than this together, the host has held them back. Waiting for a CPU
+/// can also take a thread some milliseconds.
 const SLOW_WRITES: Duration = Duration::from_millis(10);
-/// For how long writes then go through the ring, so that they hold nothing else back.
+/// How long writes then go through the ring, so that they do not hold up anything else.
 const SLOW_WRITES_LAST: Duration = Duration::from_millis(100);
-/// What an event of the ring is told from those of the queues by, which have their index.
+/// Event token of the ring; the token of a queue is its index.
 const RING_EVENT: u32 = u32::MAX;
-/// As [`RING_EVENT`], for the timer of the limits.
+/// Event token of the timer of the limits.
 const TIMER_EVENT: u32 = RING_EVENT - 1;
-/// As [`RING_EVENT`], for another disk.
+/// Event token of a replacement of the disk.
 const DISK_EVENT: u32 = RING_EVENT - 2;
 
 /// Room for one request.
 struct Slot {
-    /// Holds the buffers. While the ring has the request, the kernel has their vectors, so that the
-    /// chain stays as it is until the completion.
+    /// Holds the buffers. While the ring has the request, the kernel has their vectors, so the chain must not
+    /// change until the completion.
     chain: Chain,
-    /// What is left to do of it, if it was not done at once.
+    /// The remaining work of the request, if it was not done at once.
     in_flight: Option<InFlight>,
 }
 
 pub(super) struct Worker {
     handler: RequestHandler,
-    /// The disk that is used as soon as no request to the one before is under way. Until then no
-    /// request is begun.
+    /// The disk to use as soon as no request to the present one is in progress. Until then no request is
+    /// begun.
     next_disk: Option<OpenDisk>,
     link: Arc<DriverLink>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
     engine: Engine,
     ring: Option<Ring>,
-    /// Requests, each in the place that is the token of its operation. A slot is made when all others
-    /// are in use, and a request moves from its slot to nowhere else.
+    /// Slots of requests. The index of a slot is the token of its request's operation. A slot is made when
+    /// all others are in use, and a request stays in its slot.
     slots: Vec<Slot>,
     /// Slots that are not in use.
     free_slots: Vec<usize>,
@@ -70,27 +70,28 @@ pub(super) struct Worker {
     waiting: Waiting,
     /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
-    /// Whether the requests that are begun now are so many that the ring is quicker.
+    /// Whether so many requests are begun now that the ring is quicker.
     is_large_batch: bool,
-    /// Whether data was written to the page cache since slow writes were last looked for.
+    /// Whether data was written to the page cache since the last check for slow writes.
     has_written: bool,
-    /// Until when writes to the page cache are taken to block.
+    /// Until when writes to the page cache are assumed to block.
     slow_writes_until: Option<Instant>,
     throttle: Arc<Throttle>,
-    /// Which queue is served first when limits allow more: each in turn, or the first would have all.
+    /// The queue that is served first when limits allow more: each in turn, or the first would get
+    /// everything.
     first_queue: usize,
     polling: Polling,
     tally: Tally,
-    /// When the batch of requests that is being begun was.
+    /// When the current batch of requests was started.
     batch_since: Instant,
-    /// Bytes of data of the requests that were begun, which wraps.
+    /// Bytes of data of the requests that were begun; the count wraps.
     begun_bytes: u64,
-    /// Given back last, when nothing here uses the disk any more.
+    /// Dropped last, when nothing here uses the disk any more.
     lease: DiskLease,
 }
 
 impl Worker {
-    /// Takes the queues of `activation`.
+    /// Makes a worker, which takes the queues of `activation`.
     pub(super) fn new(
         handler: RequestHandler,
         lease: DiskLease,
@@ -125,8 +126,8 @@ impl Worker {
         }
     }
 
-    /// Serves a queue until it is empty, the ring is full, or its turn is over. Where requests are
-    /// left, the doorbell is rung for them or a completion comes.
+    /// Serves a queue until it is empty, the ring is full, or its turn is over. If requests are left, they
+    /// are served when the doorbell is rung for them or a completion comes.
     fn serve(&mut self, index: usize) -> Result<(), RequestError> {
         let start = Instant::now();
         let mut now = start;
@@ -141,7 +142,7 @@ impl Worker {
                 if !self.queues[index].enable_doorbell()? {
                     return Ok(());
                 }
-                // A driver may make chains available and take them back without end.
+                // A driver could make chains available and take them back without end.
                 if start.elapsed() >= MAX_TURN {
                     self.queues[index].ring_doorbell();
                     return Ok(());
@@ -150,14 +151,14 @@ impl Worker {
                 now = Instant::now();
                 continue;
             }
-            // Half of them: while the driver takes these, there is more to do here.
+            // Half of them, so that there is more to do here while the driver handles these.
             let batch = (waiting / 2).clamp(1, MAX_BATCH);
             self.is_large_batch = batch >= MIN_RING_BATCH;
             self.batch_since = now;
             let bytes_before = self.begun_bytes;
             for _ in 0..batch {
                 if !self.has_room() {
-                    // Some may be completed as they are submitted.
+                    // Some may complete while they are submitted.
                     self.submit()?;
                     if !self.has_room() {
                         self.stalled = true;
@@ -198,7 +199,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for requests in a queue that is empty, as long as that pays. `true` when there are any.
+    /// Polls an empty queue for requests, for as long as that pays. `true` if there are any.
     fn poll(&mut self, index: usize) -> Result<bool, RequestError> {
         let Some(end) = self.polling.queue_is_empty() else {
             return Ok(false);
@@ -206,7 +207,7 @@ impl Worker {
         while Instant::now() < end {
             if self.in_flight_count() > 0 {
                 self.complete()?;
-                // What was done in part goes on.
+                // Requests that were done in part continue.
                 self.submit()?;
                 self.interrupt_driver();
             }
@@ -229,8 +230,7 @@ impl Worker {
         self.slots.len() - self.free_slots.len()
     }
 
-    /// Takes the next request from a queue and does it, or gives it to the ring. `false` where there
-    /// is none.
+    /// Takes the next request from a queue and does it, or gives it to the ring. `false` if there is none.
     pub(super) fn begin_next(&mut self, queue: usize) -> Result<bool, RequestError> {
         let slot = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot {
@@ -276,7 +276,7 @@ impl Worker {
                         waits: false,
                     });
                     if let Err(error) = self.start(slot) {
-                        // The kernel does not have it: nothing is to be waited for.
+                        // The kernel does not have it, so there is nothing to wait for.
                         if let Some(mut in_flight) = self.slots[slot].in_flight.take() {
                             self.release(&mut in_flight);
                         }
@@ -300,8 +300,8 @@ impl Worker {
         Ok(true)
     }
 
-    /// What the ring is to do for `operation`, unless it is better done at once. A part of it that
-    /// could be done without blocking may be done already.
+    /// Returns what the ring is to do for `operation`, unless it is better done at once. A part that could be
+    /// done without blocking may be done already.
     fn ring_operation(&mut self, slot: usize, operation: Operation) -> Option<RingOperation> {
         self.ring.as_ref()?;
         if self.has_to_wait(operation) {
@@ -312,7 +312,7 @@ impl Worker {
         match operation {
             Operation::Read { .. } if self.slots[slot].chain.writable.is_empty() => None,
             Operation::Read { mut offset } => {
-                // The ring too does at once what the page cache can answer.
+                // The ring, too, does at once what the page cache can answer.
                 if may_be_quick && !self.is_large_batch {
                     let buffers = &mut self.slots[slot].chain.writable;
                     let wanted = buffers.len();
@@ -345,7 +345,7 @@ impl Worker {
     fn perform(&mut self, slot: usize, operation: Operation) -> Result<(), Failure> {
         self.has_written |= matches!(operation, Operation::Write { .. });
         if !operation.is_transfer() {
-            // How long the host takes for it is not known, so the batch ends and the clock is looked at.
+            // How long the host takes for it is not known, so the batch ends and the clock is checked.
             self.begun_bytes = self.begun_bytes.wrapping_add(MAX_BATCH_SIZE);
         }
         self.handler.perform(operation, &mut self.slots[slot].chain)
@@ -381,9 +381,9 @@ impl Worker {
                     let disk = self.handler.disk();
                     let step = disk.next_step(bounce, buffers, offset, writes);
                     let pointer = bounce.pointer(&step);
-                    // SAFETY: the bytes are on the heap, where the buffer keeps them as long as it is
-                    // with the slot, and nothing uses them before the completion, which is waited for
-                    // as below.
+                    // SAFETY: the bytes are on the heap, where the buffer keeps them as long as it is with
+                    // the slot, and nothing else uses them before the completion, which is waited for as
+                    // below.
                     unsafe { ring.push_step(direction, &step, pointer, token)? }
                     return Ok(());
                 }
@@ -395,7 +395,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands what was added to the ring to the kernel, and returns what is completed.
+    /// Submits what was added to the ring, and returns completed requests to the driver.
     fn submit(&mut self) -> Result<(), RequestError> {
         while let Some(ring) = &mut self.ring
             && ring.unsubmitted() > 0
@@ -406,18 +406,17 @@ impl Worker {
         Ok(())
     }
 
-    /// Returns the requests that the ring has completed, and goes on with those of which it has done
-    /// a part.
+    /// Returns the requests that the ring has completed, and continues those that it has done in part.
     fn complete(&mut self) -> Result<(), RequestError> {
         let mut completions = mem::take(&mut self.completions);
         if let Some(ring) = &mut self.ring {
             ring.take_completions(&mut completions);
         }
         let mut result = Ok(());
-        // One look at the clock is for all of them.
+        // The clock is read once for all of them.
         let now = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
-            // All are looked at: no token is lost to the failure of another.
+            // All are handled: no token is lost because another one fails.
             let completed = self.complete_one(completion, now);
             result = result.and(completed);
         }
@@ -449,7 +448,7 @@ impl Worker {
         }
     }
 
-    /// Returns the request in `slot`, which is over.
+    /// Returns the request in `slot`, which has ended, to the driver.
     fn end(
         &mut self,
         slot: usize,
@@ -464,7 +463,7 @@ impl Worker {
         self.finish(in_flight.queue, &in_flight.request, result, work, time)
     }
 
-    /// Makes `slot` free for another request.
+    /// Frees `slot` for another request.
     fn give_up(&mut self, slot: usize) -> Option<InFlight> {
         let mut in_flight = self.slots[slot].in_flight.take()?;
         self.release(&mut in_flight);
@@ -472,7 +471,7 @@ impl Worker {
         Some(in_flight)
     }
 
-    /// Tells the driver that a request is over, after `time` or with the batch that is being begun.
+    /// Tells the driver that a request has ended, after `time` or with the current batch.
     fn finish(
         &mut self,
         queue: usize,
@@ -492,14 +491,14 @@ impl Worker {
 
     /// Waits until the ring has no request left.
     pub(super) fn finish_all(&mut self) -> io::Result<()> {
-        // A driver that is not listening any more misses nothing.
+        // A driver that no longer listens misses nothing.
         self.wait_for_all(None).map(drop)
     }
 
-    /// Waits until no request is under way, and tells the driver of those that are done.
+    /// Waits until no request is in progress, and tells the driver of those that are done.
     ///
     /// # Errors
-    /// If some still are at `deadline`, or the ring fails. The worker can go on with them.
+    /// If some are still in progress at `deadline`, or the ring fails. The worker can go on with them.
     pub(super) fn end_requests(&mut self, deadline: Instant) -> io::Result<()> {
         let ended = self.wait_for_all(Some(deadline));
         self.interrupt_driver();
@@ -510,10 +509,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Completes all requests that are under way. Gives the first failure to return one of them.
+    /// Completes all requests in progress. Returns the first failure to return one of them to the driver.
     ///
     /// # Errors
-    /// If some are still under way at `deadline`, or the ring fails.
+    /// If some are still in progress at `deadline`, or the ring fails.
     fn wait_for_all(&mut self, deadline: Option<Instant>) -> io::Result<Result<(), RequestError>> {
         let mut returned = Ok(());
         loop {
@@ -548,7 +547,7 @@ impl Worker {
         mem::take(&mut self.queues)
     }
 
-    /// How far each queue has come.
+    /// Returns how far each queue has come.
     pub(super) fn progress(&self) -> Vec<QueueProgress> {
         self.queues.iter().map(VirtQueue::progress).collect()
     }
@@ -598,7 +597,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Goes on with what was left in the queues, if it may.
+    /// Serves requests that were left in the queues, if it may.
     fn end_stall(&mut self) {
         if self.stalled && self.has_room() {
             self.stalled = false;
@@ -606,12 +605,12 @@ impl Worker {
         }
     }
 
-    /// Changes over to the next disk once no request to the one before is under way.
+    /// Switches to the next disk once no request to the present one is in progress.
     fn change_disk(&mut self, operations: &mut EventOps<'_>) {
         if self.next_disk.is_none() {
             return;
         }
-        // What a device at rest has under way is no longer watched.
+        // Requests in progress of a device that needs a reset are not watched any more.
         if self.link.needs_reset()
             && let Err(error) = self.finish_all()
         {
@@ -629,7 +628,7 @@ impl Worker {
             self.end_stall();
             return;
         }
-        // Most of it has been flushed already. A flush of the driver will speak of the next disk alone.
+        // Most of it has been flushed already. A later flush of the driver covers only the next disk.
         if let Err(error) = self.handler.flush_disk() {
             self.lease.reject(error);
             self.end_stall();
@@ -645,7 +644,7 @@ impl Worker {
         }
         let old_ring = mem::replace(&mut self.ring, ring);
         if let Some(ring) = &old_ring {
-            // It fails where it is watched no more, as the device needs a reset.
+            // It fails if the ring is not watched any more because the device needs a reset.
             let _ = operations.remove(Events::with_data(ring, RING_EVENT, EventSet::IN));
         }
         self.handler.set_disk(disk.clone());
@@ -654,7 +653,7 @@ impl Worker {
         self.end_stall();
     }
 
-    /// Has all queues served, each in a turn of its own.
+    /// Has all queues served, each in its own turn.
     fn ring_doorbells(&self) {
         let (last, first) = self.queues.split_at(self.first_queue);
         for queue in first.iter().chain(last) {
@@ -665,7 +664,7 @@ impl Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
-        // The driver rings often and each ring is an event of its own, so that none needs to be read.
+        // The driver rings often. The doorbells are watched edge-triggered, so that none needs to be read.
         let doorbells = self.queues.iter().enumerate().map(|(index, queue)| {
             let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
             Events::with_data(queue, index as u32, set)
@@ -678,7 +677,7 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&self.lease, DISK_EVENT, EventSet::IN),
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ];
-        // Those of the host first: they are heard of also while the device needs a reset.
+        // Those of the host first: they are handled even while the device needs a reset.
         for events in others.into_iter().chain(doorbells).chain(completions) {
             if let Err(error) = operations.add(events) {
                 self.link.need_reset_by_host(&error);
@@ -697,14 +696,14 @@ impl MutEventSubscriber for Worker {
                 self.next_disk = Some(next);
             }
         } else if self.link.needs_reset() {
-            // Nothing consumes what made it ready, so that it would be reported without end.
+            // Nothing clears its readiness any more, so it would be reported without end.
             if let Err(error) = operations.remove(events) {
                 self.link
                     .warn_of_host(format_args!("cannot stop watching a file: {error}"));
             }
         } else {
             let handled = self.handle_event(events.data());
-            // The driver hears of what was done, even when it has broken the rules after that.
+            // The driver is told of what was done, even if it broke the rules afterwards.
             self.interrupt_driver();
             if self.tally.has_batch() {
                 self.tally.end_batch(self.batch_since.elapsed());

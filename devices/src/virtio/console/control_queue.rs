@@ -1,5 +1,5 @@
-//! The control queues of a device of channels (section 5.3.6.2): ports are announced, and both sides
-//! tell when they open or close one.
+//! The control queues of a device of channels (section 5.3.6.2): they announce ports, and each side reports
+//! when it opens or closes one.
 
 use std::sync::Arc;
 
@@ -10,34 +10,34 @@ use super::DriverError;
 use super::message::{DeviceMessage, DriverMessage, HEADER_SIZE};
 use crate::virtio::{Chain, DriverLink, VirtQueue};
 
-/// What the driver has been told of a port, and has said of it.
+/// What the driver has been told about a port, and has said about it.
 ///
-/// Messages are made from the difference to what is, so that a driver that offers no buffers does not
-/// make them pile up.
+/// Messages are made from the difference to the present state, so that they do not pile up if a driver offers
+/// no buffers.
 #[derive(Debug, Default, Clone, Copy, Serialize, Deserialize)]
 struct Told {
     is_added: bool,
-    /// The driver has said that it can take what follows.
+    /// The driver has said that it can take further messages about the port.
     is_ready: bool,
     is_named: bool,
-    /// That the host has its end open.
+    /// Whether the driver has been told that the host has its end open.
     is_open: bool,
 }
 
-/// What the driver has been told of `port`, if it is a channel.
+/// Returns what the driver has been told about `port`, if it is a channel.
 fn told_of(told: &mut [Told], port: usize) -> Option<&mut Told> {
     told.get_mut(port.checked_sub(1)?)
 }
 
-/// What is kept of the control queues when a device is saved.
+/// The saved state of the control queues.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ControlState {
-    /// Of each channel.
+    /// For each channel.
     told: Vec<Told>,
     is_device_ready: bool,
 }
 
-/// That the guest has opened or closed its end of a port.
+/// The guest has opened or closed its end of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct GuestOpen {
     pub(super) port: usize,
@@ -49,7 +49,7 @@ pub(super) struct ControlQueue {
     transmit: VirtQueue,
     chain: Chain,
     names: Arc<[String]>,
-    /// Of each channel; the first is port 1.
+    /// For each channel; the first is port 1.
     told: Vec<Told>,
     is_device_ready: bool,
 }
@@ -71,7 +71,7 @@ impl ControlQueue {
         }
     }
 
-    /// What another worker must know so that it tells the driver nothing twice.
+    /// Returns the state that another worker needs so as not to tell the driver anything twice.
     pub(super) fn save(&self) -> ControlState {
         ControlState {
             told: self.told.clone(),
@@ -79,10 +79,10 @@ impl ControlQueue {
         }
     }
 
-    /// Takes over what an earlier worker knew.
+    /// Takes over the state of an earlier worker.
     ///
     /// # Errors
-    /// If that one had another number of channels.
+    /// If that worker had a different number of channels.
     pub(super) fn restore(&mut self, state: ControlState) -> Result<(), String> {
         if state.told.len() != self.told.len() {
             return Err(format!(
@@ -96,19 +96,19 @@ impl ControlQueue {
         Ok(())
     }
 
-    /// The queues by which the driver receives and transmits, in this order.
+    /// Returns the queues on which the driver receives and transmits, in this order.
     pub(super) fn queues(&self) -> [&VirtQueue; 2] {
         [&self.receive, &self.transmit]
     }
 
-    /// Whether the driver believes that the host has its end of `port` open.
+    /// Whether the driver has been told that the host has its end of `port` open.
     pub(super) fn is_told_open(&self, port: usize) -> bool {
         let told = port.checked_sub(1).and_then(|index| self.told.get(index));
         told.is_some_and(|told| told.is_open)
     }
 
-    /// Takes the messages of the driver, for one turn at most. Gives what the guest did to its ends of
-    /// ports, in order.
+    /// Takes the messages of the driver, for one turn at most. Returns in order how the guest opened and
+    /// closed its ends of ports.
     pub(super) fn take_messages(
         &mut self,
         link: &DriverLink,
@@ -136,8 +136,8 @@ impl ControlQueue {
                     link.warn(format_args!("the driver could not set it up"));
                 }
                 DriverMessage::PortReady { port, ready } => match told_of(told, port) {
-                    // A driver that says so again has forgotten what it was told, as Linux has after
-                    // it was suspended to disk.
+                    // A driver that says so again has forgotten what it was told, as Linux does when it was
+                    // suspended to disk.
                     Some(told) if ready => {
                         *told = Told {
                             is_added: true,
@@ -162,8 +162,8 @@ impl ControlQueue {
     }
 
     /// Tells the driver what it does not know yet, as far as it has offered buffers. `is_connected` says
-    /// whether the host has its end of a port open. Gives the ports that the driver now knows to be
-    /// closed there.
+    /// whether the host has its end of a port open. Returns the ports that the driver now knows to be closed
+    /// by the host.
     pub(super) fn tell(
         &mut self,
         is_connected: impl Fn(usize) -> bool,
@@ -208,7 +208,8 @@ impl ControlQueue {
         Ok(())
     }
 
-    /// The next message about a channel, if there is anything to tell, and what the driver knows then.
+    /// Returns the next message about a channel, if there is one, and what the driver will have been told
+    /// then.
     fn next_message(&self, index: usize, is_connected: bool) -> Option<(Vec<u8>, Told)> {
         let (told, name) = (*self.told.get(index)?, self.names.get(index)?);
         let (message, told) = if !told.is_added {

@@ -1,8 +1,8 @@
-//! What can go wrong at work.
+//! Errors of the worker.
 
 use crate::virtio::QueueError;
 
-/// What a driver did that breaks the rules of the device.
+/// A breach of the device's rules by its driver.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriverError {
     #[error(transparent)]

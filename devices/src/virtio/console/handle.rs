@@ -1,4 +1,4 @@
-//! What the owner of a machine can do with a console device.
+//! The handle with which the owner of a machine controls a console device.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,14 +18,14 @@ impl ConsoleHandle {
         ConsoleHandle { shared, link }
     }
 
-    /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
+    /// Connects a port to `endpoint`, before the guest runs: port 0 is a console, port 1 the first channel.
     pub fn connect(&self, port: usize, endpoint: SerialEndpoint) {
         if let Some(mut host) = self.shared.host(port) {
             host.connect(endpoint);
         }
     }
 
-    /// Tells the guest the size of a console in characters; 0 stands for a size that is not known.
+    /// Tells the guest the size of a console in characters; 0 means unknown.
     pub fn resize(&self, columns: u16, rows: u16) {
         let mut size = [0; 4];
         size[..2].copy_from_slice(&columns.to_le_bytes());
@@ -35,7 +35,7 @@ impl ConsoleHandle {
         }
     }
 
-    /// What the device counts.
+    /// Returns the device's counters.
     pub fn metrics(&self) -> &Arc<ConsoleMetrics> {
         &self.shared.metrics
     }

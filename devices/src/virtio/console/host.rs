@@ -1,4 +1,4 @@
-//! The host's end of a port: where its bytes come from and go to.
+//! The host's end of a port: the source of its input and the sink of its output.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -20,11 +20,10 @@ use crate::virtio::DriverLink;
 /// Bytes of emergency writes that are kept until the host takes them.
 pub(super) const EMERGENCY_CAPACITY: usize = 4096;
 
-/// One end of a port. It outlives the worker: a client stays connected while the driver resets the
+/// The host's end of a port. It outlives the worker: a client stays connected while the driver resets the
 /// device.
 ///
-/// Its descriptors are watched for edges. A direction that is ready stays so until a call says that it
-/// would block.
+/// Its descriptors are watched edge-triggered: a direction that is ready stays so until a call would block.
 #[derive(Default)]
 pub(super) struct HostEnd {
     listener: Option<Listener>,
@@ -69,7 +68,7 @@ impl Direction {
         let readiness = readiness | EventSet::EDGE_TRIGGERED;
         let events = Events::with_data(&self.stream, source.token(), readiness);
         match operations.add(events) {
-            // What cannot be watched, such as a regular file, is always ready.
+            // A descriptor that cannot be watched, such as a regular file, is always ready.
             Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EPERM => Ok(()),
             result => {
                 self.is_watched = result.is_ok();
@@ -79,7 +78,7 @@ impl Direction {
     }
 }
 
-/// Closes a direction. The event loop forgets it first: its number is the next descriptor's.
+/// Closes a direction. The event loop forgets it first, as the next descriptor gets its number.
 fn close(direction: &mut Option<Direction>, operations: &mut EventOps<'_>) {
     if let Some(Direction {
         stream,
@@ -87,13 +86,13 @@ fn close(direction: &mut Option<Direction>, operations: &mut EventOps<'_>) {
         ..
     }) = direction.take()
     {
-        // It fails only for what is not watched.
+        // It fails only for a descriptor that is not watched.
         let _ = operations.remove(Events::empty(&stream));
     }
 }
 
 impl HostEnd {
-    /// Leads to `endpoint` from now on. A device that is at work does not notice.
+    /// Connects the port to `endpoint` from now on. A device that is at work does not notice.
     pub(super) fn connect(&mut self, endpoint: SerialEndpoint) {
         *self = match endpoint {
             SerialEndpoint::Descriptors { input, output } => HostEnd {
@@ -112,8 +111,8 @@ impl HostEnd {
         };
     }
 
-    /// Has another event loop, or the same for another worker, watch the end of `port`. What happened
-    /// while nobody watched is found out by trying.
+    /// Has an event loop watch the end of `port`, for a new worker. What happened while it was not watched is
+    /// found out by trying.
     pub(super) fn begin(
         &mut self,
         port: usize,
@@ -144,7 +143,7 @@ impl HostEnd {
         Ok(())
     }
 
-    /// Takes note of what the event loop has found.
+    /// Takes note of the readiness of `source`.
     pub(super) fn note_readiness(&mut self, source: Source, ready: EventSet) {
         match (source, &mut self.listener) {
             (Source::Listener(_), Some(listener)) => listener.is_ready = true,
@@ -166,7 +165,7 @@ impl HostEnd {
         }
     }
 
-    /// Whether somebody is at this end.
+    /// Whether anyone is at this end.
     pub(super) fn is_connected(&self) -> bool {
         self.input.is_some() || self.output.is_some()
     }
@@ -209,7 +208,7 @@ impl HostEnd {
         }
     }
 
-    /// Closes the connection of a client, and of nothing else.
+    /// Closes the connection if it is that of a client.
     pub(super) fn disconnect(&mut self, operations: &mut EventOps<'_>) {
         if self.listener.is_some() {
             close(&mut self.input, operations);
@@ -217,14 +216,14 @@ impl HostEnd {
         }
     }
 
-    /// As [`HostEnd::disconnect`], when no event loop watches any more.
+    /// Closes the connection like [`HostEnd::disconnect`] when no event loop watches it any more.
     pub(super) fn disconnect_unwatched(&mut self) {
         if self.listener.is_some() {
             (self.input, self.output) = (None, None);
         }
     }
 
-    /// Closes the connection of a client that has gone, all of whose bytes have been read.
+    /// Closes the connection of a client that is gone and whose bytes have all been read.
     pub(super) fn disconnect_if_gone(&mut self, operations: &mut EventOps<'_>) {
         let is_of_client = self.listener.is_some();
         if is_of_client && self.has_hung_up && self.input.as_ref().is_none_or(has_ended) {
@@ -237,10 +236,10 @@ impl HostEnd {
         self.input.as_ref().is_some_and(|input| input.is_ready)
     }
 
-    /// Reads input into `buffers`: some bytes, none at its end.
+    /// Reads input into `buffers`, and returns how many bytes; zero at the end of the input.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is none yet; others as `readv`.
+    /// [`io::ErrorKind::WouldBlock`] if there is none yet; otherwise those of `readv`.
     pub(super) fn read(&mut self, buffers: &mut GuestBuffers) -> io::Result<usize> {
         let Some(input) = &mut self.input else {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -252,21 +251,21 @@ impl HostEnd {
         result
     }
 
-    /// There is no more input.
+    /// Closes the input, which has ended.
     pub(super) fn end_input(&mut self, operations: &mut EventOps<'_>) {
         close(&mut self.input, operations);
     }
 
-    /// Whether there is anybody to send to.
+    /// Whether anyone takes output.
     pub(super) fn has_output(&self) -> bool {
         self.output.is_some()
     }
 
-    /// Sends from the front of `buffers`; gives how many bytes.
+    /// Sends from the front of `buffers`, and returns how many bytes.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is no room, or nobody to send to; others as
-    /// `writev` and `sendmsg`.
+    /// [`io::ErrorKind::WouldBlock`] if there is no room, or nobody to send to; otherwise those of `writev`
+    /// and `sendmsg`.
     pub(super) fn write(&mut self, buffers: &mut GuestBuffers) -> io::Result<usize> {
         self.flush_emergency()?;
         let Some(output) = &mut self.output else {
@@ -286,13 +285,13 @@ impl HostEnd {
         result
     }
 
-    /// Nobody takes output any more.
+    /// Closes the output, which nobody takes any more.
     pub(super) fn end_output(&mut self, operations: &mut EventOps<'_>) {
         close(&mut self.output, operations);
         self.emergency.clear();
     }
 
-    /// Where output goes, if it goes anywhere.
+    /// Returns the sink of output, if there is one.
     pub(super) fn output_stream(&self) -> Option<&File> {
         self.output.as_ref().map(|output| &output.stream)
     }
@@ -304,8 +303,8 @@ impl HostEnd {
         }
     }
 
-    /// Sends a byte on a vCPU thread, which does not wait for the host: a few that the host does not
-    /// take at once are kept.
+    /// Sends a byte on a vCPU thread, which does not wait for the host: a limited number of bytes that the
+    /// host does not take at once are kept.
     pub(super) fn write_emergency_byte(&mut self, byte: u8, metrics: &ConsoleMetrics) {
         if self.output.is_none() || self.emergency.len() >= EMERGENCY_CAPACITY {
             metrics.tx_dropped_bytes.add(1);
@@ -321,20 +320,20 @@ impl HostEnd {
         }
     }
 
-    /// The bytes that are kept.
+    /// Returns the emergency bytes that are kept.
     pub(super) fn emergency_bytes(&self) -> Vec<u8> {
         self.emergency.iter().copied().collect()
     }
 
-    /// Keeps these bytes instead, no more than [`EMERGENCY_CAPACITY`], until the host takes them.
+    /// Replaces the emergency bytes that are kept by `bytes`, which are at most [`EMERGENCY_CAPACITY`].
     pub(super) fn set_emergency_bytes(&mut self, bytes: Vec<u8>) {
         self.emergency = bytes.into();
     }
 
-    /// Sends the bytes that are kept.
+    /// Sends the emergency bytes that are kept.
     ///
     /// # Errors
-    /// As [`HostEnd::write`].
+    /// Those of [`HostEnd::write`].
     pub(super) fn flush_emergency(&mut self) -> io::Result<()> {
         let Some(output) = &mut self.output else {
             return Ok(());
@@ -362,7 +361,7 @@ fn is_blocked(result: &io::Result<usize>) -> bool {
     matches!(result, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
-/// Whether a client has closed its end and left nothing to read.
+/// Whether a client has closed its end and all of its input has been read.
 fn has_ended(input: &Direction) -> bool {
     let mut byte = [0];
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -372,13 +371,13 @@ fn has_ended(input: &Direction) -> bool {
     }
 }
 
-/// Both directions of a connection, as descriptors of their own: an event loop knows a descriptor
-/// once.
+/// Splits a connection into two descriptors, one for each direction: an event loop can watch a descriptor
+/// only once.
 fn split(client: UnixStream) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((client.try_clone()?.into(), client.into()))
 }
 
-/// Makes the call again for as long as a signal interrupts it.
+/// Repeats `call` for as long as a signal interrupts it.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

@@ -1,6 +1,6 @@
 //! Messages of the control queues (section 5.3.6.2).
 
-/// Size of the part that all messages have, in bytes.
+/// Size in bytes of the part that all messages have.
 pub(super) const HEADER_SIZE: usize = 8;
 
 /// The kinds of messages.
@@ -12,7 +12,7 @@ mod event {
     pub const PORT_NAME: u16 = 7;
 }
 
-/// What the device tells the driver of a port.
+/// A message from the device about a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DeviceMessage<'a> {
     /// The port exists.
@@ -24,7 +24,7 @@ pub(super) enum DeviceMessage<'a> {
 }
 
 impl DeviceMessage<'_> {
-    /// The message about `port` as the driver reads it.
+    /// Encodes the message about `port` as the driver reads it.
     pub(super) fn to_bytes(self, port: usize) -> Vec<u8> {
         let (event, value, name) = match self {
             DeviceMessage::Add => (event::PORT_ADD, 1, ""),
@@ -39,16 +39,16 @@ impl DeviceMessage<'_> {
     }
 }
 
-/// What the driver tells the device.
+/// A message from the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DriverMessage {
-    /// Whether the driver is ready to hear of ports.
+    /// Whether the driver is ready for messages about ports.
     DeviceReady(bool),
     /// Whether the driver has made a port usable.
     PortReady { port: usize, ready: bool },
     /// Whether the guest has its end of a port open.
     PortOpen { port: usize, open: bool },
-    /// One that only a device sends, or that the standard does not have.
+    /// A message that only a device sends, or that is not in the standard.
     Unknown { event: u16 },
 }
 

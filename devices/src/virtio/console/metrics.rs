@@ -1,4 +1,4 @@
-//! What the device counts.
+//! The counters of the device.
 
 use bantam_metrics::Counter;
 use serde::Serialize;
@@ -6,7 +6,7 @@ use serde::Serialize;
 /// The work of a console device since the machine was built, all its ports together.
 #[derive(Debug, Default, Serialize)]
 pub struct ConsoleMetrics {
-    /// Drivers that the device could not begin to work for.
+    /// Failed activations.
     pub activate_fails: Counter,
     /// Breaches of the rules by the driver, each of which needs a reset.
     pub event_fails: Counter,

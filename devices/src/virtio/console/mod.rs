@@ -9,13 +9,13 @@
 //!   (`VIRTIO_CONSOLE_F_MULTIPORT`), which a Linux guest sees as `/dev/vport0p1` and, with udev, as
 //!   `/dev/virtio-ports/NAME`. Each side is told when the other opens or closes a channel.
 //!
-//! They are devices of their own because a port of a multiport device learns its size by a control
-//! message whose fields Linux has had in either order, while all versions agree on the configuration
-//! space.
+//! They are separate devices because the size of a port of a multiport device is sent in a control message
+//! whose fields are in different orders in different versions of Linux, while all versions agree on the
+//! configuration space.
 //!
-//! The worker moves bytes between the driver's buffers and the host's descriptors without a copy. What
-//! the host does not take stays in the driver's transmit queue, and what the guest does not take stays
-//! with the host: nothing is dropped while there is somebody to take it, and nothing piles up.
+//! The worker moves bytes between the driver's buffers and the host's descriptors without a copy. Output that
+//! the host does not take stays in the driver's transmit queue, and input that the guest does not take stays
+//! with the host. So nothing is dropped while there is someone to take it, and nothing piles up.
 
 mod control_queue;
 mod error;
@@ -49,12 +49,13 @@ use worker::Worker;
 pub use handle::ConsoleHandle;
 pub use metrics::ConsoleMetrics;
 
-/// Descriptors of a queue by which the driver receives. Linux fills it with buffers of 4 KiB.
+/// Size in descriptors of a queue on which the driver receives. Linux fills it with buffers of 4 KiB.
 const RECEIVE_QUEUE_SIZE: u16 = 64;
-/// Descriptors of a queue by which the driver transmits. Linux makes a chain of as many as a pipe has
-/// pages when a program splices one to a channel, 256 at most unless it is privileged.
+/// Size in descriptors of a queue on which the driver transmits. If a program splices a pipe to a channel,
+/// Linux makes a chain with a descriptor for each page of the pipe: at most 256, unless the program is
+/// privileged.
 const TRANSMIT_QUEUE_SIZE: u16 = 256;
-/// Descriptors of either control queue.
+/// Size in descriptors of each control queue.
 const CONTROL_QUEUE_SIZE: u16 = 32;
 
 /// Most channels of a device.
@@ -80,20 +81,21 @@ mod config {
 /// The device model of a console device.
 pub struct Console {
     shared: Arc<Shared>,
-    /// Of each channel; nothing for a console.
+    /// Names of the channels; empty for a console.
     names: Arc<[String]>,
     queue_sizes: Vec<u16>,
 }
 
 impl Console {
-    /// A console. It leads nowhere until [`ConsoleHandle::connect`] says where.
+    /// Makes a console. It is not connected to anything until [`ConsoleHandle::connect`] is called.
     pub fn new() -> Console {
         Console::with_ports(Vec::new(), vec![RECEIVE_QUEUE_SIZE, TRANSMIT_QUEUE_SIZE])
     }
 
-    /// A device of channels with these names, each of 1 to [`MAX_CHANNEL_NAME_SIZE`] bytes, no more than
-    /// [`MAX_CHANNELS`]. They lead nowhere until [`ConsoleHandle::connect`] says where. Port 0 is none of
-    /// them, as a driver that knows of one port only takes it for a console.
+    /// Makes a device of channels with these names, at most [`MAX_CHANNELS`] of 1 to
+    /// [`MAX_CHANNEL_NAME_SIZE`] bytes each. They are not connected to anything until
+    /// [`ConsoleHandle::connect`] is called. Port 0 is not one of them, as a driver that supports only one
+    /// port takes it for a console.
     pub fn with_channels(names: Vec<String>) -> Console {
         let pair = [RECEIVE_QUEUE_SIZE, TRANSMIT_QUEUE_SIZE];
         let mut queue_sizes = pair.to_vec();
@@ -127,14 +129,14 @@ impl Console {
         }
     }
 
-    /// Says where a port leads, before the guest runs: port 0 of a console, port 1 for the first channel.
+    /// Connects a port to `endpoint`, before the guest runs: port 0 is a console, port 1 the first channel.
     pub fn connect(&self, port: usize, endpoint: SerialEndpoint) {
         if let Some(mut host) = self.shared.host(port) {
             host.connect(endpoint);
         }
     }
 
-    /// A handle to the device for the owner of the machine. `link` is the device's.
+    /// Makes a handle to the device for the owner of the machine. `link` is the device's.
     pub fn handle(&self, link: Arc<DriverLink>) -> ConsoleHandle {
         ConsoleHandle::new(self.shared.clone(), link)
     }
@@ -167,7 +169,7 @@ impl VirtioDevice for Console {
         &self.shared.config
     }
 
-    /// Sends a byte of a driver that uses no queues, or not yet (section 5.3.4.1).
+    /// Sends a byte for a driver that does not use queues, or not yet (section 5.3.4.1).
     fn driver_wrote_config(&mut self, offset: u64, data: &[u8]) -> Option<DeviceNotice<'static>> {
         if offset == config::EMERGENCY_WRITE as u64
             && let (Some(&byte), Some(mut host)) = (data.first(), self.shared.host(0))
@@ -216,7 +218,7 @@ impl VirtioDevice for Console {
         match Worker::new(self.shared.clone(), &self.names, activation) {
             Ok(worker) => {
                 self.shared.is_active.store(true, Ordering::Release);
-                // A device that was restored has the size of the terminal that the saved one had.
+                // A restored device has the terminal size of the saved one.
                 let has_changed = self.shared.rewrite_size();
                 if has_size && (is_restored || has_changed) {
                     link.notify_configuration_change();

@@ -1,4 +1,4 @@
-//! A port: the queues of the guest's end, and what moves between them and the host's.
+//! A port: the queues of the guest's end, and the transfer between them and the host's end.
 
 use std::io;
 use std::sync::{Arc, MutexGuard};
@@ -13,13 +13,13 @@ use super::{DriverError, Shared};
 use crate::serial::{make_room_in_pipe, wait_for_reader};
 use crate::virtio::{Chain, DriverLink, MAX_TURN, VirtQueue};
 
-/// Most bytes of one call. More would take the event loop for too long where the host takes anything,
-/// as a file does.
+/// Most bytes of one call. More would occupy the event loop for too long if the host takes any amount, as a
+/// file does.
 const MAX_BYTES_PER_CALL: usize = 256 << 10;
-/// How long the readers of all ports are waited for in the end.
+/// How long the worker waits for the readers of all ports when it ends.
 pub(super) const LAST_OUTPUT_LIMIT: Duration = Duration::from_secs(1);
 
-/// Whether all that the guest has transmitted has been taken.
+/// How far the transmission of the guest's output has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     Done,
@@ -29,10 +29,10 @@ enum Progress {
     Interrupted,
 }
 
-/// What is kept of a port when a device is saved.
+/// The saved state of a port.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct PortState {
-    /// Bytes of the next chain of the transmit queue that the host has taken.
+    /// Bytes that the host has already taken of the next chain in the transmit queue.
     sent: u64,
     is_guest_open: bool,
 }
@@ -45,16 +45,16 @@ pub(super) struct Port {
     receive_chain: Chain,
     transmit_queue: VirtQueue,
     transmit_chain: Chain,
-    /// The front of `transmit_chain` that the next call takes.
+    /// The front part of `transmit_chain` for the next call.
     piece: GuestBuffers,
     /// Head of `transmit_chain` while the host has not taken all of it.
     sending: Option<u16>,
-    /// How many bytes the host has taken of that chain, or of the next if that was put back.
+    /// How many bytes the host has taken of that chain, or of the next one if that chain was put back.
     sent: usize,
-    /// Whether a program of the guest has the port open. A console always is.
+    /// Whether a program in the guest has the port open. A console is always open.
     is_guest_open: bool,
-    /// Whether the client is to see that the guest has closed the port, once it has all that came
-    /// before.
+    /// Whether the client is to be disconnected because the guest has closed the port, once it has all
+    /// earlier output.
     is_closing: bool,
 }
 
@@ -82,7 +82,7 @@ impl Port {
         }
     }
 
-    /// Puts the chain that the host has not taken whole back into its queue. The rest of it is sent when it
+    /// Puts a chain that the host has taken only in part back into its queue. The rest is sent when the chain
     /// is taken again.
     pub(super) fn pause(&mut self) {
         if self.sending.take().is_some() {
@@ -92,8 +92,8 @@ impl Port {
         }
     }
 
-    /// What another worker must know. That a client waits to see the guest's end closed is not part of it,
-    /// as clients end with the process.
+    /// Returns the state that another worker needs. A pending disconnection of a client is not part of it, as
+    /// clients end with the process.
     pub(super) fn save(&self) -> PortState {
         PortState {
             sent: self.sent as u64,
@@ -101,14 +101,14 @@ impl Port {
         }
     }
 
-    /// Takes over what an earlier worker knew.
+    /// Takes over the state of an earlier worker.
     pub(super) fn restore(&mut self, state: PortState) {
-        // More than the chain has is as good as all of it.
+        // More bytes than the chain has count as all of them.
         self.sent = usize::try_from(state.sent).unwrap_or(usize::MAX);
         self.is_guest_open = self.index == 0 || state.is_guest_open;
     }
 
-    /// The queues by which the driver receives and transmits, in this order.
+    /// Returns the queues on which the driver receives and transmits, in this order.
     pub(super) fn queues(&self) -> [&VirtQueue; 2] {
         [&self.receive_queue, &self.transmit_queue]
     }
@@ -119,14 +119,14 @@ impl Port {
         host.is_some_and(|host| host.is_connected())
     }
 
-    /// The guest has opened or closed its end.
+    /// Takes note that the guest has opened or closed its end.
     pub(super) fn set_guest_open(&mut self, open: bool) {
         self.is_closing = self.is_guest_open && !open;
         self.is_guest_open = open;
     }
 
-    /// Does what has become possible. `may_accept` is false while the driver has yet to hear that the
-    /// last client has gone.
+    /// Does the work that has become possible. `may_accept` is false while the driver has yet to be told that
+    /// the last client is gone.
     pub(super) fn work(
         &mut self,
         may_accept: bool,
@@ -150,13 +150,13 @@ impl Port {
         }
         host.disconnect_if_gone(operations);
         if was_connected && !host.is_connected() {
-            // Another client may be waiting for that.
+            // Another client may be waiting for this.
             self.call_again();
         }
         Ok(())
     }
 
-    /// Has the event loop call for work in its next turn.
+    /// Has the event loop call [`Port::work`] in its next turn.
     pub(super) fn call_again(&self) {
         self.transmit_queue.ring_doorbell();
     }
@@ -235,7 +235,7 @@ impl Port {
         error: &io::Error,
         operations: &mut EventOps<'_>,
     ) {
-        // A client may leave when it likes.
+        // A client may leave whenever it likes.
         if !matches!(
             error.kind(),
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
@@ -248,7 +248,7 @@ impl Port {
         host.end_output(operations);
     }
 
-    /// Drops the chain at hand, as nobody takes it.
+    /// Drops the current chain, as nobody takes it.
     fn drop_chain(&mut self) {
         let left = self.piece.len() + self.transmit_chain.readable.len();
         self.shared.metrics.tx_dropped_bytes.add(left as u64);
@@ -267,8 +267,7 @@ impl Port {
         result
     }
 
-    /// Moves input to the guest, for one turn at most, until there is no more or the driver offers no
-    /// buffer.
+    /// Moves input to the guest, for one turn at most, until there is no more or the driver has no buffer.
     fn receive_turn(
         &mut self,
         host: &mut HostEnd,
@@ -321,8 +320,8 @@ impl Port {
         Ok(())
     }
 
-    /// Sends what is left before the worker ends, as far as there is room, and until `deadline`, if there
-    /// is one, as far as somebody still reads.
+    /// Sends the remaining output before the worker ends: as far as there is room, and, if there is a
+    /// `deadline`, until then for as long as someone still reads.
     pub(super) fn send_last_output(&mut self, deadline: Option<Instant>) {
         let shared = self.shared.clone();
         let Some(mut host) = shared.host(self.index) else {
@@ -338,14 +337,14 @@ impl Port {
                     let index = self.index;
                     let message =
                         format_args!("the last output of port {index} is lost: nobody read it");
-                    // A guest can have it said as often as it likes by resetting the device.
+                    // A guest can cause this message as often as it likes by resetting the device.
                     match deadline {
                         Some(_) => self.link.warn_of_host(message),
                         None => self.link.warn(message),
                     }
                     break;
                 }
-                // What breaks the rules at the end is nobody's business any more.
+                // A breach of the rules no longer matters at the end.
                 Ok(Progress::Done) | Err(_) => break,
             }
             if Instant::now() >= end {
@@ -354,7 +353,8 @@ impl Port {
         }
     }
 
-    /// Ends with the worker, when no event loop watches any more. The guest has nothing open then.
+    /// Ends the port's work with its worker, when no event loop watches any more. The guest then has nothing
+    /// open.
     pub(super) fn end(&mut self) {
         if self.index > 0
             && (self.is_guest_open || self.is_closing)

@@ -1,4 +1,4 @@
-//! What the parts of a console device share.
+//! State that the parts of a console device share.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,12 +7,12 @@ use super::host::HostEnd;
 use super::{ConsoleMetrics, config};
 use crate::virtio::ConfigSpace;
 
-/// What device model, worker and handle have in common.
+/// State that the device model, worker and handle share.
 pub(super) struct Shared {
     pub(super) config: ConfigSpace,
-    /// The size of the host's terminal, if the owner has said so.
+    /// The size of the host's terminal, if the owner has set it.
     pub(super) size: Mutex<Option<[u8; 4]>>,
-    /// The host's end of each port. They outlive the worker, and with it a reset.
+    /// The host's end of each port. They outlive the worker, and so a reset.
     pub(super) hosts: Vec<Mutex<HostEnd>>,
     /// Whether a driver is at work.
     pub(super) is_active: AtomicBool,
@@ -20,15 +20,15 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// Remembers the size, and puts it into the configuration space. `true` if it was another there.
+    /// Remembers the size, and writes it to the configuration space. `true` if this changes it there.
     pub(super) fn set_size(&self, size: [u8; 4]) -> bool {
         let mut own = self.size.lock().unwrap_or_else(PoisonError::into_inner);
         *own = Some(size);
         self.write_size(size)
     }
 
-    /// Puts the size that is remembered into the configuration space, in place of that of another process.
-    /// `true` if that was another.
+    /// Writes the remembered size to the configuration space, in place of that of another process. `true` if
+    /// this changes it.
     pub(super) fn rewrite_size(&self) -> bool {
         let own = self.size.lock().unwrap_or_else(PoisonError::into_inner);
         own.is_some_and(|size| self.write_size(size))
@@ -41,7 +41,7 @@ impl Shared {
     }
 
     pub(super) fn host(&self, port: usize) -> Option<MutexGuard<'_, HostEnd>> {
-        // No change leaves it half done, even one that panics.
+        // No change leaves the end inconsistent, even one that panics.
         let host = self.hosts.get(port)?;
         Some(host.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -1,15 +1,15 @@
-//! What wakes the worker.
+//! The sources of the worker's events.
 
-/// What the event loop has found ready.
+/// A source of events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     /// The doorbell of the queue with this index.
     Doorbell(usize),
-    /// The socket that leads to a port: a client has connected.
+    /// The listening socket of a port: a client has connected.
     Listener(usize),
-    /// Where the input of a port comes from.
+    /// The source of a port's input.
     Input(usize),
-    /// Where the output of a port goes.
+    /// The sink of a port's output.
     Output(usize),
 }
 
@@ -17,7 +17,7 @@ pub(super) enum Source {
 const KINDS: u32 = 4;
 
 impl Source {
-    /// What the event loop keeps of it.
+    /// Returns the source's event token.
     pub(super) fn token(self) -> u32 {
         let (kind, index) = match self {
             Source::Doorbell(queue) => (0, queue),

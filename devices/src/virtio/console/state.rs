@@ -1,4 +1,4 @@
-//! What a device in another process must know of the one that was saved.
+//! The saved state of a console device.
 
 use bantam_state::SavedState;
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::control_queue::ControlState;
 use super::port::PortState;
 
-/// The state of a device beside its configuration space, with or without a driver.
+/// The state of a device apart from its configuration space, with or without a driver.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ConsoleState {
     /// Emergency writes that the host has not taken.
@@ -18,12 +18,12 @@ impl SavedState for ConsoleState {
     const VERSION: u16 = 1;
 }
 
-/// The state of a worker beside its queues.
+/// The state of a worker apart from its queues.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct WorkerState {
-    /// Of each port that the driver knows of.
+    /// State of each port that the driver knows of.
     pub(super) ports: Vec<PortState>,
-    /// None for a driver that knows of one port only.
+    /// `None` for a driver that supports only one port.
     pub(super) control: Option<ControlState>,
 }
 

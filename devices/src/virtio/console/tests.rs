@@ -1,4 +1,4 @@
-//! Tests of the device, with a driver that is played and real descriptors of the host.
+//! Tests of the device with a scripted driver and real descriptors of the host.
 
 mod suspend;
 
@@ -24,9 +24,9 @@ use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
 use crate::worker::QueueProgress;
 
-/// Where the rings of the queues are.
+/// Address of the rings of the queues.
 const RINGS: u64 = 0x1000;
-/// Where the buffers are.
+/// Address of the buffers.
 const DATA: u64 = 0x4_0000;
 const MEMORY_SIZE: usize = 0x10_0000;
 
@@ -44,7 +44,7 @@ const PORT_ADD: u16 = 1;
 const PORT_READY: u16 = 3;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
-/// The port of messages about the device.
+/// The port in messages about the device as a whole.
 const NO_PORT: u32 = u32::MAX;
 
 /// A guest with a driver for each queue, and the event loop of the device.
@@ -79,7 +79,8 @@ impl Guest {
         }
     }
 
-    /// A console whose other end are pipes: what the host reads its output from, and writes its input to.
+    /// Makes a console connected to pipes: the host reads its output from one, and writes its input to the
+    /// other.
     fn with_pipes() -> (Guest, File, File) {
         let guest = Guest::new(Console::new());
         let (input, to_guest) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).unwrap();
@@ -92,7 +93,7 @@ impl Guest {
         (guest, from_guest.into(), to_guest.into())
     }
 
-    /// A channel that leads to a socket, with a driver that has opened it.
+    /// Makes a channel connected to a socket, with a driver that has opened it.
     fn with_channel() -> Guest {
         let mut guest = Guest::new(Console::with_channels(vec!["org.example".to_string()]));
         guest.listen(1);
@@ -120,7 +121,7 @@ impl Guest {
         client
     }
 
-    /// The driver is ready, as after a reset.
+    /// Activates the device for its driver, as after a reset.
     fn activate(&mut self) {
         self.activate_with(self.device.features());
     }
@@ -167,14 +168,14 @@ impl Guest {
         self.worker = Some(id);
     }
 
-    /// The driver resets the device; its worker is dropped on another thread than the event loop's.
+    /// Has the driver reset the device; its worker is dropped on a thread other than the event loop's.
     fn reset(&mut self) {
         let worker = self.worker.take().unwrap();
         let worker = self.manager.remove_subscriber(worker).unwrap();
         std::thread::spawn(move || drop(worker)).join().unwrap();
     }
 
-    /// Lets the device work until it waits.
+    /// Lets the device work until it has nothing to do.
     fn rest(&mut self) {
         for _ in 0..1000 {
             if self.manager.run_with_timeout(0).unwrap() == 0 {
@@ -218,7 +219,7 @@ impl Guest {
         self.rest();
     }
 
-    /// What the device put into the buffers that were offered at `slots` in turn.
+    /// Returns what the device put into the buffers that were offered at `slots` in turn.
     fn received(&mut self, queue: usize, slots: std::ops::Range<u64>) -> Vec<u8> {
         let used = self.drivers[queue].take_used();
         assert!(used.len() <= slots.clone().count());
@@ -248,8 +249,8 @@ impl Guest {
         assert_eq!(self.drivers[CONTROL_TRANSMIT].take_used().len(), 1);
     }
 
-    /// The messages that the device sent since the last call, from the buffer at `slot` on: port, event,
-    /// value and what follows.
+    /// Returns the messages that the device sent since the last call, from the buffer at `slot` on: port,
+    /// event, value and the bytes after them.
     fn messages(&mut self, slot: u64) -> Vec<(u32, u16, u16, String)> {
         let used = self.drivers[CONTROL_RECEIVE].take_used();
         let message = |((_, len), slot): ((u16, u32), u64)| {
@@ -268,7 +269,7 @@ impl Guest {
     }
 }
 
-/// What there is to read now.
+/// Reads what is there now.
 fn read_available(stream: &mut impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
@@ -284,7 +285,7 @@ fn has_ended(stream: &mut impl Read) -> bool {
     matches!(stream.read(&mut [0]), Ok(0))
 }
 
-/// Bytes of which any two places differ soon.
+/// Makes bytes in which the sequences after any two positions soon differ.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len as u32)
         .map(|i| (i ^ i >> 7 ^ i >> 13) as u8)
@@ -475,7 +476,7 @@ fn channels_are_announced_and_each_side_hears_of_the_other() {
             message(1, PORT_OPEN, 1, "")
         ]
     );
-    // A driver drops what comes before the guest has opened the port.
+    // Input waits: a driver drops what arrives before the guest has opened the port.
     assert!(guest.drivers[CHANNEL_RECEIVE].take_used().is_empty());
     guest.send_message(1, PORT_OPEN, 1);
     assert_eq!(guest.received(CHANNEL_RECEIVE, 0..1), b"early");
@@ -530,7 +531,7 @@ fn a_client_that_leaves_before_the_guest_opens_the_channel_is_noticed() {
     drop(client);
     guest.rest();
     assert_eq!(guest.messages(3).len(), 1, "it has gone");
-    // What one has left to be read is kept.
+    // Input that a client has left to be read is kept.
     guest.client().write_all(b"note").unwrap();
     guest.rest();
     assert_eq!(guest.messages(4).len(), 1);
@@ -565,7 +566,7 @@ fn a_slow_reader_of_one_channel_holds_up_no_other() {
     guest.transmit(CHANNEL_TRANSMIT + 2, b"other");
     assert_eq!(read_available(&mut File::from(from_guest)), b"other");
 
-    // The guest closes the slow one; its client sees the end when it has read all.
+    // The guest closes the slow channel; its client sees the end once it has read everything.
     guest.send_message(1, PORT_OPEN, 0);
     let mut read = Vec::new();
     while read.len() < 30 * 0x7000 {
@@ -650,7 +651,7 @@ fn wrong_messages_are_ignored_and_broken_ones_need_a_reset() {
     guest.transmit(CONTROL_TRANSMIT, &[0, 0, 0, 0, 0, 0, 1, 0]);
     assert!(guest.link.needs_reset());
 
-    // A buffer to be read, where the device should write.
+    // A buffer for the device to read, where it should write.
     let (mut guest, _from_guest, mut to_guest) = Guest::with_pipes();
     guest.activate();
     to_guest.write_all(b"x").unwrap();
@@ -668,7 +669,7 @@ fn a_guest_without_a_driver_writes_bytes_that_precede_those_of_the_driver() {
     write(&mut guest, b"a\0\0\0");
     write(&mut guest, b"b");
     assert_eq!(read_available(&mut from_guest), b"ab");
-    // What the pipe does not take is kept up to a bound.
+    // Bytes that the pipe does not take are kept up to a limit.
     for _ in 0..80 << 10 {
         write(&mut guest, b"e");
     }
@@ -711,7 +712,7 @@ fn the_last_output_waits_for_its_reader_and_that_of_a_reset_does_not() {
     for at_end in [true, false] {
         let (mut guest, mut from_guest, _to_guest) = Guest::with_pipes();
         guest.activate();
-        // A socket, as a pipe is made larger for the last output.
+        // A socket, as a pipe would be enlarged for the last output.
         let (reader, output) = UnixStream::pair().unwrap();
         fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         guest.reset();

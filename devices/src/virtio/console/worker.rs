@@ -1,4 +1,4 @@
-//! The worker: does what the driver's doorbells and the host's descriptors ask for.
+//! The worker: it serves the driver's doorbells and the host's descriptors.
 
 use std::cell::Cell;
 use std::io;
@@ -19,25 +19,25 @@ use super::{DriverError, Shared};
 use crate::virtio::{Activation, DriverLink, MAX_TURN, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// Index of the control queue by which the driver receives; the other follows.
+/// Index of the control queue on which the driver receives; the other one follows.
 const CONTROL_QUEUE: usize = 2;
 
 pub(super) struct Worker {
     shared: Arc<Shared>,
     link: Arc<DriverLink>,
     ports: Vec<Port>,
-    /// None for a driver that knows of one port only.
+    /// `None` for a driver that supports only one port.
     control: Option<ControlQueue>,
-    /// Queues of the device, those that the driver does not know of among them.
+    /// Number of the device's queues, including those that the driver does not know of.
     queue_count: usize,
     /// The thread of the event loop, while it is on one.
     thread: Option<ThreadId>,
-    /// Whether another worker may send what is left in the queues, as this one was saved since it was
-    /// paused.
+    /// Whether this worker was saved since it was paused, so that another one may send what is left in the
+    /// queues.
     is_saved: Cell<bool>,
 }
 
-/// The queue with this index, the driver's receiving ones being even.
+/// The role of the queue with a given index. Those on which the driver receives are even.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Port(usize),
@@ -97,7 +97,7 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Takes over what an earlier worker knew, as far as it was one of the same driver.
+    /// Takes over the state of an earlier worker, if that worker had the same kind of driver.
     fn restore(&mut self, state: WorkerState) -> Result<(), String> {
         if state.ports.len() != self.ports.len() {
             return Err(format!(
@@ -117,7 +117,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Queues and the indices that they have, those of the other kind of driver left out.
+    /// Returns the queues with their indices, without those that this driver does not use.
     fn doorbells(&self) -> Vec<(usize, &VirtQueue)> {
         let control = self.control.as_ref().map(ControlQueue::queues);
         let first = self.ports.first().map(Port::queues);
@@ -130,7 +130,7 @@ impl Worker {
 
     fn begin(&mut self, operations: &mut EventOps<'_>) -> event_manager::Result<()> {
         for (queue, doorbell) in self.doorbells() {
-            // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+            // Edge-triggered, so that no call is spent on reading the doorbell.
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let (fd, token) = (doorbell.as_raw_fd(), Source::Doorbell(queue).token());
             operations.add(Events::with_data_raw(fd, token, readiness))?;
@@ -184,7 +184,7 @@ impl Worker {
                 continue;
             };
             port.set_guest_open(change.open);
-            // The rest gets a turn of its own.
+            // The rest gets its own turn.
             match start.elapsed() < MAX_TURN {
                 true => self.work(change.port, operations)?,
                 false => port.call_again(),
@@ -193,14 +193,14 @@ impl Worker {
         Ok(())
     }
 
-    /// Tells the driver of what has changed.
+    /// Tells the driver what has changed.
     fn tell(&mut self) -> Result<(), DriverError> {
         let Some(control) = &mut self.control else {
             return Ok(());
         };
         let ports = &self.ports;
         let is_connected = |port: usize| ports.get(port).is_some_and(Port::is_connected);
-        // Another client may be waiting for that.
+        // Another client may be waiting for this.
         for port in control.tell(is_connected, &self.link)? {
             if let Some(port) = self.ports.get(port) {
                 port.call_again();
@@ -211,8 +211,8 @@ impl Worker {
 }
 
 impl VirtioWorker for Worker {
-    /// Output that a slow reader has not taken goes back into the queues: to keep it here would take memory
-    /// as the guest pleases. Input is put into the guest's buffers in the turn that reads it.
+    /// Puts output that a slow reader has not taken back into the queues: to keep it here would let the guest
+    /// use any amount of memory. Input is put into the guest's buffers in the turn that reads it.
     fn pause(&mut self) -> io::Result<()> {
         for port in &mut self.ports {
             port.pause();
@@ -263,9 +263,10 @@ impl MutEventSubscriber for Worker {
 }
 
 impl Drop for Worker {
-    /// After a reset the worker is dropped by a vCPU, which must not wait for a reader of the host; at
-    /// the machine's end by its event loop; and while it is paused by the machine's owner, who does not wait
-    /// either. What another worker may send is left to that one.
+    /// Sends the remaining output, and waits for its readers only on the event loop's thread, which drops the
+    /// worker at the machine's end. After a reset a vCPU drops it, and during a pause the machine's owner
+    /// does; neither must wait for a reader of the host. Output that another worker may send is left to that
+    /// one.
     fn drop(&mut self) {
         self.shared.is_active.store(false, Ordering::Release);
         let is_at_end = self.thread == Some(thread::current().id());

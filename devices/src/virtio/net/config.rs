@@ -2,7 +2,7 @@
 
 use crate::virtio::ConfigSpace;
 
-/// A card's address in the Ethernet.
+/// A card's Ethernet address.
 pub(super) type MacAddress = [u8; 6];
 
 /// Offsets of the fields. The status, which is between the address and the number of queue pairs,
@@ -15,7 +15,7 @@ mod offset {
 /// Size in bytes.
 const SIZE: usize = 12;
 
-/// That of a card with the address `mac`; the other fields may be zero.
+/// Makes the configuration space of a card with the address `mac`; the other fields may be zero.
 pub(super) fn config_space(mac: MacAddress, max_queue_pairs: u16, mtu: u16) -> ConfigSpace {
     let config = ConfigSpace::new(vec![0; SIZE]);
     set_mac(&config, mac);
@@ -24,7 +24,7 @@ pub(super) fn config_space(mac: MacAddress, max_queue_pairs: u16, mtu: u16) -> C
     config
 }
 
-/// The card's address as it is now.
+/// Returns the card's present address.
 pub(super) fn mac(config: &ConfigSpace) -> MacAddress {
     config.array(offset::MAC as u64)
 }
@@ -34,7 +34,7 @@ pub(super) fn set_mac(config: &ConfigSpace, mac: MacAddress) {
     config.write(offset::MAC, &mac);
 }
 
-/// Whether `mac` can be the address of a card: not that of a group, and not that of none.
+/// Whether `mac` can be the address of a card: neither a group address nor all zeroes.
 pub(super) fn is_station_address(mac: MacAddress) -> bool {
     mac[0] & 1 == 0 && mac != [0; 6]
 }

@@ -1,4 +1,4 @@
-//! The control queue, by which the driver steers the device (section 5.1.6.5).
+//! The control queue, with which the driver controls the device (section 5.1.6.5).
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -20,12 +20,12 @@ use super::filter::{AddressList, MAX_ADDRESSES, Mode};
 use crate::virtio::{Chain, DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
-/// What the driver wants to be changed, and to what.
+/// A command of the driver: a setting and its new value.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Whether a rule of receiving is on.
+    /// Whether a receive mode is on.
     Mode(Mode, bool),
-    /// For which addresses, beside its own, the card receives frames.
+    /// The addresses, besides its own, for which the card receives frames.
     AddressTable {
         unicast: AddressList,
         multicast: AddressList,
@@ -34,13 +34,13 @@ pub(super) enum Command {
     Address(MacAddress),
     /// How many pairs of queues are in use.
     QueuePairs(u16),
-    /// What is left to the driver, as feature bits (section 5.1.6.5.6).
+    /// The work on received packets that is left to the driver, as feature bits (section 5.1.6.5.6).
     Offloads(u64),
 }
 
 impl Command {
-    /// Reads a command of a driver that has accepted `features`; `None` where it is none, or one
-    /// of a feature that was not accepted.
+    /// Reads a command of a driver that has accepted `features`; `None` if it is not a command, or belongs to
+    /// a feature that was not accepted.
     pub(super) fn read(bytes: &mut GuestBuffers, features: u64) -> Option<Command> {
         let [class, command] = take(bytes)?;
         let needs = |feature: u32| (features & 1 << feature != 0).then_some(());
@@ -91,8 +91,7 @@ fn take<const SIZE: usize>(bytes: &mut GuestBuffers) -> Option<[u8; SIZE]> {
     (bytes.read(&mut taken) == SIZE).then_some(taken)
 }
 
-/// Takes a number of addresses and the addresses. However many there are, no more are looked at
-/// than are kept.
+/// Reads a number of addresses and the addresses. However many there are, only those that are kept are read.
 fn take_addresses(bytes: &mut GuestBuffers) -> Option<AddressList> {
     let count = usize::try_from(u32::from_le_bytes(take(bytes)?)).ok()?;
     let size = count.checked_mul(size_of::<MacAddress>())?;
@@ -107,7 +106,7 @@ fn take_addresses(bytes: &mut GuestBuffers) -> Option<AddressList> {
     })
 }
 
-/// The queue, and what was negotiated of it.
+/// The queue, and the features negotiated for it.
 pub(super) struct ControlQueue {
     queue: VirtQueue,
     chain: Chain,
@@ -127,12 +126,12 @@ impl ControlQueue {
         self.queue.as_raw_fd()
     }
 
-    /// How far the queue has come. Each command is answered before the next is taken.
+    /// Returns how far the queue has come. Each command is answered before the next is taken.
     pub(super) fn progress(&self) -> QueueProgress {
         self.queue.progress()
     }
 
-    /// Answers the commands in the queue, each by whether `obey` has done it.
+    /// Answers the commands in the queue. `obey` returns whether it has carried out a command.
     pub(super) fn serve(
         &mut self,
         link: &DriverLink,
@@ -165,7 +164,7 @@ mod tests {
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
         memory.write_slice(bytes, GuestAddress(0)).unwrap();
         let mut buffers = GuestBuffers::new(memory);
-        // In two parts, as drivers send them.
+        // In two parts, as drivers send it.
         let (head, rest) = (
             bytes.len().min(2) as u32,
             bytes.len().saturating_sub(2) as u32,

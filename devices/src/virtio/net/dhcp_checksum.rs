@@ -1,36 +1,36 @@
-//! Checksums of what DHCP servers send.
+//! Checksums of packets from DHCP servers.
 //!
-//! The host leaves the checksum of a packet of its own to the driver, if that has the feature
-//! `GUEST_CSUM`, and the guest's network stack knows from the packet's header that it need not look
-//! at it. DHCP clients such as dhclient and udhcpc read whole frames from a packet socket instead,
-//! as they have no address yet, and many check the checksum themselves and drop the packet. Clients
-//! of DHCPv6 have a link-local address and read from UDP sockets, so they need no such care.
+//! If the driver has the feature `GUEST_CSUM`, the host leaves the checksums of its own packets to the
+//! driver, and the guest's network stack knows from a packet's header that it need not verify it. But DHCP
+//! clients such as dhclient and udhcpc read whole frames from a packet socket, as they have no address yet,
+//! and many verify the checksum themselves and drop the packet. Clients of DHCPv6 have a link-local address
+//! and read from UDP sockets, so they are not affected.
 
 use bantam_memory::GuestBuffers;
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 
 use crate::tap::PACKET_HEADER_SIZE;
 
-/// The part of a packet's header that tells of the checksum (section 5.1.6): flags, kind of
-/// segmentation, two fields that only segmentation needs, start of the bytes that are summed, and
-/// from there the offset of the checksum.
+/// Size of the part of a packet's header that describes the checksum (section 5.1.6): flags, kind of
+/// segmentation, two fields that only segmentation needs, the start of the bytes that are summed, and the
+/// offset of the checksum from there.
 const HEADER_SIZE: usize = 10;
-/// Where the last two of them are.
+/// Offset of the last two of these fields.
 const START_AND_OFFSET: usize = 6;
 
 /// Offset of the checksum in a UDP header.
 const UDP_CHECKSUM_OFFSET: u16 = 6;
-/// The port of DHCP servers (RFC 2131, section 4.1), from which they answer.
+/// The port from which DHCP servers answer (RFC 2131, section 4.1).
 const DHCP_SERVER_PORT: u16 = 67;
 
-/// Completes the UDP checksum of `packet`, `size` bytes with its header, if it comes from a DHCP
-/// server. The guest may change the bytes meanwhile, by which it spoils no more than its packet.
+/// Completes the UDP checksum of `packet`, `size` bytes with its header, if it comes from a DHCP server. If
+/// the guest changes the bytes meanwhile, it spoils only its own packet.
 pub(super) fn complete_dhcp_checksum(packet: &mut GuestBuffers, size: usize) {
     let mut header = [0; HEADER_SIZE];
     packet.read_at(0, &mut header);
     let [flags, segmentation, _, _, _, _, start @ .., _, _] = header;
     let offset = u16::from_le_bytes([header[8], header[9]]);
-    // Of what the host leaves unfinished, nearly all is TCP.
+    // Nearly all checksums that the host leaves unfinished are those of TCP.
     if u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0 || offset != UDP_CHECKSUM_OFFSET {
         return;
     }
@@ -44,9 +44,9 @@ pub(super) fn complete_dhcp_checksum(packet: &mut GuestBuffers, size: usize) {
     {
         return;
     }
-    // The place of the checksum holds the sum over the addresses, which is not inverted.
+    // The checksum field holds the sum over the addresses, which is not inverted.
     let complete = match !sum(packet, datagram, size) {
-        // To UDP, zero means that there is no checksum.
+        // In UDP, zero means that there is no checksum.
         0 => u16::MAX,
         complete => complete,
     };
@@ -56,10 +56,10 @@ pub(super) fn complete_dhcp_checksum(packet: &mut GuestBuffers, size: usize) {
     packet.write_at(START_AND_OFFSET, &[0; HEADER_SIZE - START_AND_OFFSET]);
 }
 
-/// The ones' complement sum (RFC 1071) of the bytes of `packet` from `start` up to `end`.
+/// Computes the ones' complement sum (RFC 1071) of the bytes of `packet` from `start` up to `end`.
 fn sum(packet: &GuestBuffers, start: usize, end: usize) -> u16 {
     let mut sum = 0;
-    // Of an even size, so that each piece begins with the upper byte of a word.
+    // Its size is even, so that each piece begins with the upper byte of a word.
     let mut piece = [0; 256];
     for start in (start..end).step_by(piece.len()) {
         let piece = &mut piece[..(end - start).min(256)];
@@ -86,10 +86,10 @@ mod tests {
 
     use super::*;
 
-    /// Where the parts of buffers are: apart from each other, at odd addresses too.
+    /// Distance between the parts of buffers, odd so that parts are also at odd addresses.
     const PART_DISTANCE: u64 = 0x1001;
 
-    /// Guest memory that holds `bytes` in buffers of the sizes `parts`, and one for the rest.
+    /// Puts `bytes` into guest memory, in buffers of the sizes `parts` and one for the rest.
     fn buffers(bytes: &[u8], parts: &[usize]) -> GuestBuffers {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let mut buffers = GuestBuffers::new(Arc::new(memory));
@@ -112,7 +112,7 @@ mod tests {
         bytes
     }
 
-    /// A UDP datagram that is left unfinished, behind `start` other bytes.
+    /// Makes an unfinished UDP datagram, after `start` other bytes.
     fn unfinished(start: usize, source_port: u16, address_sum: u16, payload: &[u8]) -> Vec<u8> {
         let mut packet = vec![0; PACKET_HEADER_SIZE];
         packet[0] = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
@@ -127,7 +127,7 @@ mod tests {
         packet
     }
 
-    /// What RFC 1071 has a receiver compute, in the plainest way.
+    /// Computes what a receiver does according to RFC 1071, in the plainest way.
     fn reference_sum(address_sum: u16, datagram: &[u8]) -> u16 {
         let words = datagram
             .chunks(2)
@@ -163,11 +163,11 @@ mod tests {
             unfinished(34, 67 << 8, 0x1234, b"offer"),
             changed(0, 0),
             changed(0, 2),
-            // UDP that is to be segmented, and the checksum of TCP.
+            // UDP that is still to be segmented, and the checksum of TCP.
             changed(1, 5),
             changed(8, 16),
             changed(9, 1),
-            // What does not fit into the packet.
+            // Offsets beyond the end of the packet.
             changed(6, 42),
             changed(7, 1),
         ] {
@@ -186,10 +186,10 @@ mod tests {
             let packet = unfinished(start, 67, address_sum, &payload);
             let completed = complete(&packet, &parts);
             let datagram = PACKET_HEADER_SIZE + start;
-            // The checksum has taken the place of the sum over the addresses.
+            // The checksum has replaced the sum over the addresses.
             prop_assert_eq!(reference_sum(address_sum, &completed[datagram..]), 0xffff);
             prop_assert_ne!(&completed[datagram + 6..][..2], &[0, 0]);
-            // All else is as it was, and the header asks for nothing.
+            // The rest is unchanged, and the header asks for nothing any more.
             prop_assert_eq!(&completed[..PACKET_HEADER_SIZE], &[0; PACKET_HEADER_SIZE]);
             let mut rest = completed;
             rest[datagram + 6..][..2].copy_from_slice(&address_sum.to_be_bytes());

@@ -1,4 +1,4 @@
-//! The account of packets that were lost between the driver and the tap.
+//! Accounting of packets that are lost between the driver and the tap.
 
 use std::io;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::virtio::DriverLink;
 /// Why a packet was dropped.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DropReason {
-    #[error("the driver sent one of {0} bytes, header included, which is no packet")]
+    #[error("the driver sent one of {0} bytes, header included, which is not a packet")]
     NoPacket(usize),
     #[error("one of {0} bytes, header included, does not fit the driver's receive buffers")]
     NoRoom(usize),
@@ -20,16 +20,16 @@ pub(super) enum DropReason {
     Write(io::Error),
 }
 
-/// Counts the packets that were dropped. The log hears of the first and then once in a while, as what drops
-/// one often drops many, and at the end of their number.
+/// Counts dropped packets. The first one is logged, and then one from time to time, as a cause that drops one
+/// packet often drops many. Their number is logged at the end.
 pub(super) struct DroppedPackets {
     link: Arc<DriverLink>,
     tap: String,
     shared: Arc<Shared>,
     count: u64,
-    /// When the log last heard of the driver's packets and buffers.
+    /// When a drop because of the driver's packets or buffers was last logged.
     driver_warning: Repeat,
-    /// When it last heard of the tap.
+    /// When a drop because of the tap was last logged.
     tap_warning: Repeat,
 }
 
@@ -73,7 +73,7 @@ impl DroppedPackets {
                 if !self.tap_warning.is_due() {
                     return;
                 }
-                // So says a tap that is down.
+                // The error of a tap that is down.
                 if error.raw_os_error() == Some(libc::EIO) {
                     link.warn_of_host(format_args!(
                         "a packet was dropped, as tap '{tap}' is down; as root \

@@ -1,10 +1,10 @@
-//! What can go wrong at work.
+//! Errors of the worker.
 
 use std::io;
 
 use crate::virtio::QueueError;
 
-/// What makes the device unusable until it is reset.
+/// Why the device is unusable until it is reset.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriverError {
     #[error(transparent)]

@@ -1,23 +1,23 @@
-//! How large the packets to come will be, judged by those that came.
+//! Prediction of packet sizes from those of earlier packets.
 
-/// So many packets, none of them large, are taken for a sign that the next are not either.
+/// After this many packets without a large one, the next are expected not to be large either.
 const SIGN: u32 = 64;
 
-/// A guess at the size of the packets to come, in bytes.
+/// A guess at the size in bytes of the packets to come.
 ///
-/// A call that reads a packet takes longer the more buffers it is given, and most packets need only
-/// one or two. But one for which there were too few is copied once more.
+/// A call that reads a packet takes longer the more buffers it is given, and most packets need only one or
+/// two. But a packet for which there were too few must be copied.
 pub(super) struct ExpectedSize {
     usual: usize,
     largest: usize,
     guess: usize,
-    /// The packets since the guess was made: how many, and the size of the largest.
+    /// The packets since the guess was made: their number, and the size of the largest.
     seen: u32,
     largest_seen: usize,
 }
 
 impl ExpectedSize {
-    /// Of packets that usually have up to `usual` bytes, and never more than `largest`.
+    /// Makes a guess for packets that usually have up to `usual` bytes, and never more than `largest`.
     pub(super) fn new(usual: usize, largest: usize) -> ExpectedSize {
         ExpectedSize {
             usual,
@@ -28,7 +28,7 @@ impl ExpectedSize {
         }
     }
 
-    /// The size for which to have buffers ready.
+    /// Returns the size for which to have buffers ready.
     pub(super) fn guess(&self) -> usize {
         self.guess
     }
@@ -65,7 +65,7 @@ mod tests {
         assert_eq!(size.guess(), 1500);
         size.learn(1501);
         assert_eq!(size.guess(), 65_000);
-        // Large ones among the small keep it so, as far as they are.
+        // Occasional large packets keep the guess at least at their size.
         for number in 0..1000 {
             size.learn(if number % SIGN == 0 { 40_000 } else { 60 });
             assert!(size.guess() >= 40_000);

@@ -1,17 +1,17 @@
-//! Which frames the driver wants to receive (section 5.1.6.5.1).
+//! The receive filter: which frames the driver wants (section 5.1.6.5.1).
 
 use serde::{Deserialize, Serialize};
 
 use super::config::MacAddress;
 use crate::tap::FrameFilter;
 
-/// Most addresses kept of each half of a driver's address table.
+/// Most addresses that are kept of each half of a driver's address table.
 pub(super) const MAX_ADDRESSES: usize = 64;
 
 /// The address that every card listens to.
 const BROADCAST: MacAddress = [0xff; 6];
 
-/// A rule for a whole kind of frames, as a command of the class `VIRTIO_NET_CTRL_RX` sets it.
+/// A rule for a whole class of frames, set by a command of the class `VIRTIO_NET_CTRL_RX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
     Promiscuous,
@@ -26,7 +26,7 @@ pub(super) enum Mode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct AddressList {
     pub addresses: Vec<MacAddress>,
-    /// Whether these are all. Of a long table only the start is kept.
+    /// Whether these are all the addresses: only the start of a long table is kept.
     pub is_complete: bool,
 }
 
@@ -39,8 +39,8 @@ impl AddressList {
     }
 }
 
-/// The rules as the driver has set them. Where they conflict, promiscuous mode comes first, then
-/// those that let nothing of a kind pass.
+/// The rules that the driver has set. If they conflict, promiscuous mode takes precedence, and then the rules
+/// that let no frame of a kind pass.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ReceiveFilter {
     promiscuous: bool,
@@ -54,7 +54,7 @@ pub(super) struct ReceiveFilter {
 }
 
 impl ReceiveFilter {
-    /// That of a driver that has said nothing, and so may want everything.
+    /// Makes the filter for a driver that has set no rules, and so may want everything.
     pub(super) fn new() -> ReceiveFilter {
         ReceiveFilter {
             promiscuous: true,
@@ -84,7 +84,7 @@ impl ReceiveFilter {
         self.multicast = multicast;
     }
 
-    /// Whether a driver can have set these rules: no more addresses are kept than there may be.
+    /// Whether a driver can have set these rules: there are no more addresses than are kept.
     pub(super) fn is_valid(&self) -> bool {
         let lists = [&self.unicast, &self.multicast];
         lists
@@ -92,15 +92,15 @@ impl ReceiveFilter {
             .all(|list| list.addresses.len() <= MAX_ADDRESSES)
     }
 
-    /// The rules as a tap follows them, for a card with the address `own`. A tap knows none for
-    /// "every unicast frame" or "every multicast frame but broadcasts"; then it hands out more
-    /// than is wanted, as the standard permits.
+    /// Translates the rules for a tap, for a card with the address `own`. A tap has no rule for "every
+    /// unicast frame" or "every multicast frame except broadcasts", so it then hands out more than is wanted,
+    /// as the standard permits.
     pub(super) fn for_tap(&self, own: MacAddress) -> FrameFilter {
         let all_unicast = !self.no_unicast && (self.all_unicast || !self.unicast.is_complete);
         if self.promiscuous || all_unicast {
             return FrameFilter::All;
         }
-        // A tap is exact with the first few.
+        // A tap filters only the first few exactly.
         let mut addresses = Vec::new();
         if !self.no_broadcast {
             addresses.push(BROADCAST);
@@ -135,7 +135,7 @@ mod tests {
         }
     }
 
-    /// A filter with `modes` on and the rest off, and a table of `OTHER` and `GROUP`.
+    /// Makes a filter with `modes` on and the rest off, and a table of `OTHER` and `GROUP`.
     fn filter(modes: &[Mode], is_complete: bool) -> FrameFilter {
         let mut filter = ReceiveFilter::new();
         filter.set_mode(Mode::Promiscuous, false);

@@ -1,4 +1,4 @@
-//! One direction of a card's traffic: its limits, and the account of what has passed.
+//! One direction of a card's traffic: its limits and its counters.
 
 use std::io;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use super::shared::{Direction, Shared};
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::Throttle;
 
-/// What Receiver or Transmitter ask before a packet passes, and tell afterwards.
+/// A direction's limits, which are asked before a packet passes, and counters, which are told afterwards.
 pub(super) struct Flow {
     shared: Arc<Shared>,
     direction: Direction,
-    /// What the metrics have not been told yet.
+    /// Packets that have yet to be added to the metrics.
     packets: u64,
     bytes: u64,
     calls: u64,
@@ -37,8 +37,8 @@ impl Flow {
         self.shared.throttle(self.direction)
     }
 
-    /// How many of `batch` packets may pass together: one alone where they are counted, so that no
-    /// more pass than may.
+    /// Returns how many of `batch` packets may pass together: just one if there are limits, so that these are
+    /// kept.
     pub(super) fn batch(&self, batch: usize) -> usize {
         if self.throttle().is_limited() {
             batch.min(1)
@@ -47,10 +47,10 @@ impl Flow {
         }
     }
 
-    /// Whether a packet may pass. If not, the worker is woken when one may.
+    /// Whether a packet may pass now. If not, the worker is woken once one may.
     ///
     /// # Errors
-    /// When the host refuses to set the timer.
+    /// If the host refuses to set the timer.
     pub(super) fn allows_more(&self) -> io::Result<bool> {
         let allowed = self.throttle().allows_more()?;
         if !allowed {
@@ -59,7 +59,7 @@ impl Flow {
         Ok(allowed)
     }
 
-    /// Has a packet of `size` bytes, header included, count for the limits.
+    /// Charges a packet of `size` bytes, header included, to the limits.
     pub(super) fn charge(&self, size: usize) {
         self.throttle().count(1, frame_size(size));
     }
@@ -70,13 +70,13 @@ impl Flow {
         self.bytes += frame_size(size);
     }
 
-    /// Counts a call by which packets have passed.
+    /// Counts a call that has passed packets.
     pub(super) fn called(&mut self) {
         self.calls += 1;
     }
 
-    /// As [`Flow::called`], where the call and what it took to prepare it began at `since`, which is
-    /// set to its end.
+    /// Counts a call like [`Flow::called`], and its time: its preparation began at `since`, which is set to
+    /// its end.
     pub(super) fn called_since(&mut self, since: &mut Instant) {
         let now = Instant::now();
         self.times.add(now.duration_since(*since), 1);
@@ -84,7 +84,7 @@ impl Flow {
         self.calls += 1;
     }
 
-    /// Tells the metrics of it all.
+    /// Adds the counters to the metrics.
     pub(super) fn report(&mut self) {
         let metrics = &self.shared.metrics;
         let (packets, bytes, calls) = match self.direction {

@@ -1,4 +1,4 @@
-//! A network device as the owner of its machine sees it.
+//! The handle with which the owner of a machine controls a network device.
 
 use std::io;
 use std::sync::Arc;
@@ -6,18 +6,18 @@ use std::sync::Arc;
 use super::NetMetrics;
 use super::shared::{NetLimits, Shared};
 
-/// What the owner of a machine can do with a network device while the guest uses it, from any thread.
+/// A handle for the owner of a machine to a network device while the guest uses it, for any thread.
 pub struct NetHandle {
     pub(super) shared: Arc<Shared>,
 }
 
 impl NetHandle {
-    /// What the device has done.
+    /// Returns the device's counters.
     pub fn metrics(&self) -> &Arc<NetMetrics> {
         &self.shared.metrics
     }
 
-    /// The device's limits.
+    /// Returns the device's limits.
     pub fn limits(&self) -> NetLimits {
         NetLimits {
             receive: self.shared.receive.limits(),
@@ -25,12 +25,12 @@ impl NetHandle {
         }
     }
 
-    /// Sets other limits, for packets that wait too. One that is the same as before goes on where it
-    /// is; any other begins with a full bucket.
+    /// Sets new limits, also for packets that wait already. An unchanged limit keeps its fill level; a
+    /// changed one begins with a full bucket.
     ///
     /// # Errors
-    /// When the host refuses to wake the device. The limits are set, but packets that wait for those
-    /// before wait as long as these say.
+    /// If the host refuses to wake the device. The limits are set all the same, but packets that wait already
+    /// wait for as long as the old limits require.
     pub fn set_limits(&self, limits: &NetLimits) -> io::Result<()> {
         self.shared
             .receive

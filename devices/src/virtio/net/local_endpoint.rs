@@ -1,4 +1,4 @@
-//! What is reached on a network device without leaving the monitor.
+//! Endpoints within the monitor that a guest reaches on a network device.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -30,8 +30,8 @@ pub trait LocalEndpoint: Send {
     /// Does the work that is due, as far as there is room for frames to the driver.
     fn poll(&mut self, now: Instant);
 
-    /// Returns the time until [`LocalEndpoint::poll`] has work again, or `None` if it has none before a frame is
-    /// accepted or taken.
+    /// Returns the time until [`LocalEndpoint::poll`] has work again, or `None` if it has none before a frame
+    /// is accepted or taken.
     fn wait_time(&mut self, now: Instant) -> Option<Duration>;
 
     /// Returns the next frame for the driver, if there is one.
@@ -45,15 +45,15 @@ pub trait LocalEndpoint: Send {
 type Connect = dyn Fn(u16, Instant) -> io::Result<Box<dyn LocalEndpoint>> + Send;
 
 /// A service of the monitor that a network device offers to its driver. Each driver gets a new
-/// [`LocalEndpoint`] of it, so that a reset of the device ends what the driver before has begun.
+/// [`LocalEndpoint`] of it, so that a reset of the device ends what the previous driver has begun.
 pub struct LocalService {
     name: &'static str,
     connect: Box<Connect>,
 }
 
 impl LocalService {
-    /// A service that messages call `name`, such as "the metadata service". `connect` makes an endpoint for
-    /// packets of up to the given number of bytes, as of the given time.
+    /// Makes a service that messages call `name`, such as "the metadata service". `connect` makes an endpoint
+    /// for packets of up to the given number of bytes, as of the given time.
     pub fn new(
         name: &'static str,
         connect: impl Fn(u16, Instant) -> io::Result<Box<dyn LocalEndpoint>> + Send + 'static,

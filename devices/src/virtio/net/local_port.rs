@@ -1,4 +1,4 @@
-//! The port of a local endpoint: its connection to the queues of a card.
+//! The port of a local endpoint, which connects it to the queues of a card.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,27 +15,27 @@ use super::receive::Receiver;
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{DriverLink, MAX_TURN};
 
-/// The shortest time by which a timer can be set.
+/// The shortest time that a timer can be set to.
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// A local endpoint that takes frames from the transmit queues of a card, and whose frames go to a
 /// receive queue.
 pub(super) struct LocalPort {
     endpoint: Box<dyn LocalEndpoint>,
-    /// What messages call it.
+    /// The endpoint's name in messages.
     name: &'static str,
     timer: TimerFd,
-    /// Place for a packet, header included.
+    /// Buffer for a packet, header included.
     packet: Vec<u8>,
-    /// Whether frames were taken that were not served yet.
+    /// Whether frames were taken that have not been served yet.
     has_taken: bool,
 }
 
 impl LocalPort {
-    /// A port for `service` on a card of `mtu` bytes.
+    /// Makes a port for `service` on a card with an MTU of `mtu` bytes.
     ///
     /// # Errors
-    /// When the host gives no timer, or the service no endpoint.
+    /// If the host cannot create a timer, or the service an endpoint.
     pub(super) fn new(service: &LocalService, mtu: u16) -> io::Result<LocalPort> {
         Ok(LocalPort {
             endpoint: service.connect(mtu, Instant::now())?,
@@ -46,7 +46,7 @@ impl LocalPort {
         })
     }
 
-    /// Becomes readable when it is time for [`LocalPort::serve`].
+    /// Returns the timer, which becomes readable when it is time for [`LocalPort::serve`].
     pub(super) fn timer(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
@@ -58,8 +58,8 @@ impl LocalPort {
         if !self.endpoint.claims(&start[..size]) {
             return false;
         }
-        // What the header says of offloads does not matter: of segments the endpoint takes what it
-        // has room for, and it looks at no checksum.
+        // The offloads in the header do not matter: the endpoint takes as much of a segment as it has room
+        // for, and verifies no checksum.
         let size = packet.len().saturating_sub(PACKET_HEADER_SIZE);
         if size > self.endpoint.max_frame_size() {
             self.endpoint.reject();
@@ -72,7 +72,7 @@ impl LocalPort {
         true
     }
 
-    /// Whether there is work for [`LocalPort::serve`] as packets were taken.
+    /// Whether there is work for [`LocalPort::serve`] because packets were taken.
     pub(super) fn has_taken(&self) -> bool {
         self.has_taken
     }
@@ -82,8 +82,8 @@ impl LocalPort {
         self.endpoint.next_frame().is_some()
     }
 
-    /// Has the endpoint do its work, and delivers its frames as far as the driver has buffers, for one
-    /// turn at most; the timer ends at once for the rest. `true` when there were any.
+    /// Has the endpoint do its work, and delivers its frames as far as the driver has buffers, for one turn
+    /// at most; for the rest the timer expires at once. `true` if there were any frames.
     pub(super) fn serve(
         &mut self,
         receiver: &mut Receiver,
@@ -102,7 +102,7 @@ impl LocalPort {
             if is_over {
                 break Ok(delivered);
             }
-            // Each frame that leaves makes room for another.
+            // Each delivered frame makes room for another.
             self.endpoint.poll(now);
             match self.deliver(receiver, flow, dropped, &mut unreported) {
                 Ok(true) => delivered = true,
@@ -117,8 +117,7 @@ impl LocalPort {
         result
     }
 
-    /// Delivers all frames that are there, as far as the driver has buffers. `true` when there were
-    /// any.
+    /// Delivers all frames that are there, as far as the driver has buffers. `true` if there were any.
     fn deliver(
         &mut self,
         receiver: &mut Receiver,
@@ -128,7 +127,7 @@ impl LocalPort {
     ) -> Result<bool, DriverError> {
         let mut any = false;
         while let Some(frame) = self.endpoint.next_frame() {
-            // A header of zeroes: there is nothing left to do to the packet.
+            // A header of zeroes: no work on the packet is left to the driver.
             self.packet.clear();
             self.packet.resize(PACKET_HEADER_SIZE, 0);
             self.packet.extend_from_slice(frame);

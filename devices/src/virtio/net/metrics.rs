@@ -1,17 +1,17 @@
-//! What a network device counts.
+//! The counters of a network device.
 
 use bantam_metrics::{Counter, Latency};
 use serde::Serialize;
 
-/// The work of a network device since the machine was built. Bytes are those of Ethernet frames,
-/// without what virtio puts before them.
+/// The work of a network device since the machine was built. Bytes are those of Ethernet frames, without the
+/// virtio header.
 #[derive(Debug, Default, Serialize)]
 pub struct NetMetrics {
-    /// Drivers that the device could not begin to work for.
+    /// Failed activations.
     pub activate_fails: Counter,
-    /// Times that the driver gave the card another address.
+    /// Times that the driver changed the card's address.
     pub mac_address_updates: Counter,
-    /// Times that reception stopped as the driver had no buffers for more.
+    /// Times that reception stopped because the driver had no more buffers.
     pub no_rx_avail_buffer: Counter,
     /// Times that the worker was woken to transmit and found nothing in the queue.
     pub no_tx_avail_buffer: Counter,
@@ -19,11 +19,11 @@ pub struct NetMetrics {
     pub event_fails: Counter,
     /// Times that the worker was woken for a receive queue.
     pub rx_queue_event_count: Counter,
-    /// Times that the worker was woken as a limit allowed to receive more, or was changed.
+    /// Times that the worker was woken because a limit allowed it to receive more, or was changed.
     pub rx_event_rate_limiter_count: Counter,
     /// Times that reception was held up by a limit.
     pub rx_rate_limiter_throttled: Counter,
-    /// Times that the worker was woken as the tap had packets or room for some.
+    /// Times that the worker was woken because the tap had packets, or room for some.
     pub rx_tap_event_count: Counter,
     /// Bytes of the packets that the driver received.
     pub rx_bytes_count: Counter,
@@ -31,7 +31,7 @@ pub struct NetMetrics {
     pub rx_packets_count: Counter,
     /// Packets that were lost on their way to the driver.
     pub rx_fails: Counter,
-    /// Reads of the tap that gave packets, one or several.
+    /// Reads of the tap that returned one or more packets.
     pub rx_count: Counter,
     /// Reads of the tap that failed.
     pub tap_read_fails: Counter,
@@ -39,23 +39,23 @@ pub struct NetMetrics {
     pub tap_write_fails: Counter,
     /// Bytes of the packets that were sent.
     pub tx_bytes_count: Counter,
-    /// What the driver sent that was no packet.
+    /// Buffers that the driver sent that were not packets.
     pub tx_malformed_frames: Counter,
     /// Packets of the driver that were lost.
     pub tx_fails: Counter,
-    /// Writes to the tap, of one packet or several, of which any was sent.
+    /// Writes to the tap that sent one or more packets.
     pub tx_count: Counter,
     /// Packets that were sent.
     pub tx_packets_count: Counter,
-    /// Times that the worker was woken for a transmit queue: by the driver, or by itself for what it
-    /// had put off.
+    /// Times that the worker was woken for a transmit queue: by the driver, or by itself for work that it had
+    /// left.
     pub tx_queue_event_count: Counter,
-    /// Times that the worker was woken as a limit allowed to transmit more, or was changed.
+    /// Times that the worker was woken because a limit allowed it to transmit more, or was changed.
     pub tx_rate_limiter_event_count: Counter,
     /// Times that packets had to wait in their queue for a limit.
     pub tx_rate_limiter_throttled: Counter,
-    /// Packets that were in a transmit queue each time that the worker turned from it.
+    /// Packets left in a transmit queue each time that the worker stopped serving it.
     pub tx_remaining_reqs_count: Counter,
-    /// How long these writes took, with the taking of their packets from the queue.
+    /// How long writes to the tap took, including taking their packets from the queue.
     pub tap_write_agg: Latency,
 }

@@ -1,7 +1,7 @@
 //! The network device (section 5.1) over a tap.
 //!
-//! A tap that speaks of packets as virtio does, header included, lets the host's kernel copy each
-//! between its own memory and the guest's: the bytes never pass through the monitor's.
+//! A tap uses the packet format of virtio, header included, so the host's kernel copies each packet directly
+//! between its own memory and the guest's: the bytes never pass through the monitor's memory.
 
 mod config;
 mod control_queue;
@@ -55,10 +55,10 @@ pub use local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 pub use metrics::NetMetrics;
 pub use shared::NetLimits;
 
-/// Of each queue, the control queue too: which of them that is depends on the driver.
+/// Size of each queue. It is the same for the control queue, whose index depends on the driver.
 const QUEUE_SIZE: u16 = 256;
 
-/// The MTU of a device that does not say which it has.
+/// The MTU of a device that does not report one.
 const DEFAULT_MTU: u16 = 1500;
 
 /// The front of a network device.
@@ -75,9 +75,9 @@ pub struct Net {
 }
 
 impl Net {
-    /// A network card with the address `mac`, cabled to `tap`, with as many pairs of queues as that
-    /// has queues. The driver is told `mtu`, in bytes, where it is given. Frames that
-    /// `service` claims go there and not to the tap.
+    /// Makes a network card with the address `mac` that is connected to `tap`, with a pair of queues for each
+    /// queue of the tap. The driver is told `mtu`, in bytes, if it is given. Frames that `service` claims go
+    /// there and not to the tap.
     ///
     /// # Errors
     /// When the host has no timers for the limits.
@@ -184,7 +184,7 @@ impl VirtioDevice for Net {
     fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
         let saved = ConfigSpace::new(config.to_vec());
         let address = mac(&saved);
-        // All but the address is the same for every driver.
+        // Everything except the address is the same for every driver.
         set_mac(&saved, self.mac);
         let fits = saved.save().0 == self.config.save().0;
         if fits && (address == self.mac || is_station_address(address)) {

@@ -1,4 +1,4 @@
-//! Offloads: what driver and host leave to each other, by feature bits.
+//! Offloads: work that the driver and the host leave to each other, by feature bits.
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_GUEST_CSUM,
@@ -9,18 +9,18 @@ use virtio_bindings::bindings::virtio_net::{
 
 use crate::tap::Offloads;
 
-/// Of the features, those by which the driver says what it does to packets that it receives.
+/// Features that say which packets the driver can receive unsegmented.
 pub(super) const GUEST_SEGMENTATION: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_TSO6
     | 1 << VIRTIO_NET_F_GUEST_USO4
     | 1 << VIRTIO_NET_F_GUEST_USO6;
-/// Those that the driver may switch off and on again with `CTRL_GUEST_OFFLOADS`
-/// (section 5.1.6.5.6).
+/// Features that the driver may switch off and on again with `CTRL_GUEST_OFFLOADS` (section 5.1.6.5.6).
 pub(super) const GUEST_OFFLOADS: u64 =
     GUEST_SEGMENTATION | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_ECN;
 
-/// What is offered to the driver over a host that knows `offloads`. What the driver may leave to
-/// the host, the host takes in any case, but for UDP, which it came to know together.
+/// Returns the features to offer to the driver if the host supports `offloads`. The host always does the work
+/// that the driver may leave to it, except for UDP segmentation: a host supports that in both directions or
+/// in neither.
 pub(super) fn offload_features(offloads: Offloads) -> u64 {
     let mut features = 1 << VIRTIO_NET_F_CSUM
         | 1 << VIRTIO_NET_F_HOST_TSO4
@@ -48,7 +48,7 @@ pub(super) fn offload_features(offloads: Offloads) -> u64 {
     features
 }
 
-/// What the host may leave to the driver.
+/// Returns the work that the host may leave to the driver.
 pub(super) fn offloads(features: u64) -> Offloads {
     let negotiated = |feature: u32| features & 1 << feature != 0;
     Offloads {

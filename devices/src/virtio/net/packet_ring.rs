@@ -1,4 +1,4 @@
-//! Packets that go to or come from a tap together, by one system call of io_uring.
+//! Sending and reading several packets of a tap with one system call of io_uring.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,22 +18,22 @@ pub(super) const MAX_BATCH: usize = 16;
 
 /// The only file that is registered with the ring.
 const TAP: Fixed = Fixed(0);
-/// The offset that stands for a file without places.
+/// The offset that stands for a file without positions.
 const NO_OFFSET: u64 = u64::MAX;
 
 /// An io_uring over one queue of a tap.
 pub(super) struct PacketRing {
     /// None once it has failed: it may then hold operations that were not submitted.
     ring: Option<IoUring>,
-    /// Flags by which no operation waits for the tap.
+    /// Flags with which no operation waits for the tap.
     flags: i32,
 }
 
 impl PacketRing {
-    /// A ring for packets to and from `tap`, which must be non-blocking.
+    /// Makes a ring for packets to and from `tap`, which must be non-blocking.
     ///
     /// # Errors
-    /// When the host has no io_uring, forbids it, or lacks an operation.
+    /// If the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(tap: &TapQueue) -> io::Result<PacketRing> {
         let mut ring = IoUring::new(MAX_BATCH as u32)?;
         let needed = [
@@ -56,7 +56,7 @@ impl PacketRing {
     /// else for the others.
     ///
     /// # Errors
-    /// As `io_uring_enter`. The ring is of no more use then, and packets without a result were not
+    /// Those of `io_uring_enter`. The ring can then no longer be used, and packets without a result were not
     /// sent, which `ECANCELED` stands for.
     pub(super) fn send(&mut self, chains: &[Chain], results: &mut Vec<i32>) -> io::Result<()> {
         let flags = self.flags;
@@ -78,11 +78,11 @@ impl PacketRing {
         unsafe { run(&mut self.ring, entries, results) }
     }
 
-    /// Reads a packet into each of `slots`, at most [`MAX_BATCH`], in their order, as far as there are
-    /// any. Puts into `results` the size of each, or a negated error number.
+    /// Reads a packet into each of `slots`, at most [`MAX_BATCH`], in order, as far as there are packets.
+    /// Puts into `results` the size of each, or a negated error number.
     ///
     /// # Errors
-    /// As [`PacketRing::send`].
+    /// Those of [`PacketRing::send`].
     pub(super) fn receive(
         &mut self,
         slots: &mut [ReceiveSlot],
@@ -102,9 +102,8 @@ impl PacketRing {
     }
 }
 
-/// Has the kernel do all operations of `entries`, of which the ring takes no more than
-/// [`MAX_BATCH`], and returns when they are done. Puts their results into `results`. The ring is gone
-/// when that fails.
+/// Has the kernel do all operations of `entries`, of which the ring takes at most [`MAX_BATCH`], and returns
+/// when they are done. Puts their results into `results`. The ring is gone if this fails.
 ///
 /// # Safety
 /// What the entries point to must be valid for the kernel's use until this returns, and none of them
@@ -127,7 +126,7 @@ unsafe fn run(
     let mut missing = results.len();
     while missing > 0 {
         match ring.submit_and_wait(missing) {
-            // As no operation waits, what was submitted is completed; the rest goes with the ring.
+            // As no operation waits, those that were submitted are completed; the rest goes with the ring.
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
             _ => {}
         }
@@ -142,9 +141,9 @@ unsafe fn run(
     Ok(())
 }
 
-/// The flags by which operations on the registered file do not wait for it. Where the file knows such
-/// a flag, io_uring would otherwise wait even for one that is non-blocking; where it does not, the
-/// flag is an error, and non-blocking means what it says.
+/// Returns the flags with which operations on the registered file do not wait for it. If the file supports
+/// such a flag, io_uring would otherwise wait even for a non-blocking file. If it does not, the flag is an
+/// error, and operations on a non-blocking file do not wait.
 fn flags_against_waiting(ring: &mut IoUring) -> io::Result<i32> {
     let nothing = opcode::Read::new(TAP, ptr::null_mut(), 0)
         .offset(NO_OFFSET)
@@ -169,7 +168,8 @@ fn flags_against_waiting(ring: &mut IoUring) -> io::Result<i32> {
 }
 
 impl Drop for PacketRing {
-    /// The kernel takes a ring down some time after it is closed; the tap is not to be kept that long.
+    /// Unregisters the tap. The kernel tears a ring down some time after it is closed, and the tap must not
+    /// be kept that long.
     fn drop(&mut self) {
         if let Some(ring) = &self.ring {
             let _ = ring.submitter().unregister_files();

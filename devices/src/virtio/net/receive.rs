@@ -18,23 +18,23 @@ use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
 use crate::virtio::{DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
-/// Puts packets into the buffers of the receive queue.
+/// Delivers packets into the buffers of the receive queue.
 ///
-/// The length of a packet is known only once it has been read, so buffers for one as large as is
-/// expected are taken from the queue beforehand and those that are left over kept for the next. A
-/// packet for which there were too few ends in an overflow, from where it is copied to those that
-/// are taken then, or that the driver adds.
+/// The length of a packet is known only once it has been read. So buffers for a packet of the expected size
+/// are taken from the queue beforehand, and those left over are kept for the next. If there were too few, the
+/// end of the packet is in an overflow buffer, and is copied to further buffers that are taken then, or that
+/// the driver adds.
 ///
-/// Where there is an io_uring, several packets are read by one system call, as many as seem to be
-/// there: a call more for nothing costs as much as it saves for two packets.
+/// With an io_uring, one system call reads as many packets as seem to be there: an unnecessary read costs as
+/// much as is saved for two packets.
 pub(super) struct Receiver {
     queue: VirtQueue,
     /// Most buffers that a packet may be spread over.
     max_buffers: usize,
-    /// What buffers are taken for in advance.
+    /// The packet size for which buffers are taken in advance.
     expected: ExpectedSize,
-    /// Places for packets, in the order in which these come. Those at the front that hold one have
-    /// yet to be delivered; all others are empty.
+    /// Slots for packets, in order of arrival. Those at the front hold packets that have yet to be delivered;
+    /// all others are empty.
     slots: VecDeque<ReceiveSlot>,
     ring: Option<PacketRing>,
     /// How many packets to read next time.
@@ -43,7 +43,7 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    /// With `ring`, several packets are read together.
+    /// Makes a receiver. With `ring`, it reads several packets together.
     pub(super) fn new(
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
@@ -76,8 +76,8 @@ impl Receiver {
         self.queue.ring_doorbell();
     }
 
-    /// Puts all buffers back into the queue. Packets that lack buffers are kept, to be delivered first
-    /// when they have some.
+    /// Puts all buffers back into the queue. Packets without enough buffers are kept, to be delivered first
+    /// once there are some.
     pub(super) fn put_back_buffers(&mut self) {
         let mut heads = Vec::new();
         for slot in &mut self.slots {
@@ -86,12 +86,12 @@ impl Receiver {
         self.queue.put_back(heads);
     }
 
-    /// How far the queue has come, after [`Receiver::put_back_buffers`].
+    /// Returns how far the queue has come, after [`Receiver::put_back_buffers`].
     pub(super) fn progress(&self) -> QueueProgress {
         self.queue.progress()
     }
 
-    /// What another receiver must know to go on after that.
+    /// Returns the state that another receiver needs to go on after that.
     pub(super) fn state(&self) -> ReceiverState {
         let with_packet = |slot: &&ReceiveSlot| slot.packet_size().is_some();
         ReceiverState {
@@ -100,10 +100,10 @@ impl Receiver {
         }
     }
 
-    /// Goes on as another did.
+    /// Takes over the state of another receiver.
     ///
     /// # Errors
-    /// If that had more buffers than the queue can have.
+    /// If that one had more buffers than the queue can have.
     pub(super) fn restore(&mut self, state: ReceiverState) -> Result<(), String> {
         let (count, size) = (state.substitutes.len(), self.queue.size());
         if count > usize::from(size) {
@@ -115,7 +115,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Receives what the tap has, for one turn at most.
+    /// Receives packets from the tap, for one turn at most.
     pub(super) fn receive(
         &mut self,
         tap: &TapQueue,
@@ -126,7 +126,7 @@ impl Receiver {
         self.queue.disable_doorbell();
         let mut unreported = 0;
         let result = self.receive_turn(tap, flow, link, dropped, &mut unreported);
-        // The driver hears of what was received, even when it has broken the rules after that.
+        // The driver is told of what was received, even if it broke the rules afterwards.
         self.report(&mut unreported, link);
         result
     }
@@ -141,13 +141,13 @@ impl Receiver {
     ) -> Result<Halt, DriverError> {
         let mut packets = 0;
         while packets < MAX_PACKETS_PER_TURN {
-            // Those that were read before come first.
+            // Packets that were read before come first.
             let halt = match self.deliver_read(flow, dropped, unreported)? {
                 Some(halt) => Some(halt),
                 None => self.read(tap, flow, dropped, &mut packets)?,
             };
             if let Some(halt) = halt {
-                // What was read along with that is delivered all the same.
+                // Packets that the same call has read are delivered all the same.
                 return Ok(match self.deliver_read(flow, dropped, unreported)? {
                     Some(other) if halt == Halt::Tap => other,
                     _ => halt,
@@ -164,9 +164,9 @@ impl Receiver {
         })
     }
 
-    /// Delivers a packet that does not come from the tap, header included. `Some(false)` where it is
-    /// larger than the driver's buffers, and `None` while it has too few; then it rings the doorbell
-    /// when it has more.
+    /// Delivers a packet that does not come from the tap, header included. Returns `Some(false)` if it is
+    /// larger than the driver's buffers, and `None` if the driver has too few; the driver then rings the
+    /// doorbell when it has more.
     pub(super) fn insert(
         &mut self,
         packet: &[u8],
@@ -176,7 +176,7 @@ impl Receiver {
     ) -> Result<Option<bool>, DriverError> {
         match self.deliver_read(flow, dropped, unreported)? {
             None => {}
-            // What the tap has left is none of its packets.
+            // Packets from the tap that are left do not matter any more.
             Some(Halt::TapGone) => self.slots.iter_mut().for_each(ReceiveSlot::forget),
             Some(_) => return Ok(None),
         }
@@ -193,14 +193,15 @@ impl Receiver {
         Ok(Some(true))
     }
 
-    /// Tells the driver of the packets delivered since the last time, if it wants to know.
+    /// Notifies the driver of the packets delivered since the last time, if it wants an interrupt for them.
     pub(super) fn report(&mut self, unreported: &mut usize, link: &DriverLink) {
         if std::mem::take(unreported) > 0 {
             self.queue.notify_driver(link);
         }
     }
 
-    /// Reads packets into empty slots, all of which are, and counts them; or says why there are none.
+    /// Reads packets into the slots, all of which are empty, and returns their number; or the reason why
+    /// there are none.
     fn read(
         &mut self,
         tap: &TapQueue,
@@ -236,7 +237,7 @@ impl Receiver {
         }
         let mut halt = None;
         let mut received = 0;
-        // The slots of packets come to the front, in their order; there may be others between them.
+        // Slots with packets move to the front in their order; there may be empty ones between them.
         for (index, &result) in self.results.iter().enumerate() {
             let error = match u32::try_from(result) {
                 Ok(len) => {
@@ -271,16 +272,16 @@ impl Receiver {
         Ok(halt)
     }
 
-    /// Delivers the packets that have been read, or says what keeps them.
+    /// Delivers the packets that have been read, or returns what prevents that.
     fn deliver_read(
         &mut self,
         flow: &mut Flow,
         dropped: &mut DroppedPackets,
         unreported: &mut usize,
     ) -> Result<Option<Halt>, DriverError> {
-        // An empty slot goes behind the others as soon as its packet is delivered.
+        // A slot moves behind the others as soon as its packet is delivered.
         while let Some(len) = self.slots.front().and_then(ReceiveSlot::packet_size) {
-            // A tap puts a header before each packet: it can only have ended.
+            // A tap puts a header before each packet, so a shorter one means that it has ended.
             if len < PACKET_HEADER_SIZE {
                 return Ok(Some(Halt::TapGone));
             }
@@ -290,7 +291,7 @@ impl Receiver {
             let Some(mut slot) = self.slots.pop_front() else {
                 break;
             };
-            // One larger than all may have been cut short; its full length is not known.
+            // A packet larger than any can be may have been truncated; its full length is not known.
             if len > MAX_PACKET_SIZE || len > slot.room() {
                 slot.forget();
                 dropped.record(&DropReason::NoRoom(len));
@@ -304,20 +305,20 @@ impl Receiver {
         Ok(None)
     }
 
-    /// Takes buffers for a slot until there are as many bytes as expected, or as `required` if that is
-    /// more, while the queue has any. `true` when there are `required` bytes, or as many buffers as
-    /// there may be; else the doorbell is rung for the next.
+    /// Takes buffers for a slot while the queue has any, until they have room for the expected size, or for
+    /// `required` bytes if that is more. `true` if there is room for `required` bytes, or there are as many
+    /// buffers as allowed; otherwise the driver is asked to ring the doorbell for the next one.
     fn take_buffers(&mut self, slot: usize, required: usize) -> Result<bool, DriverError> {
         let wanted = self.expected.guess().max(required);
-        // A driver may make buffers available and take them back without end.
+        // A driver could make buffers available and take them back without end.
         for _ in 0..self.queue.size() {
             self.fill(slot, wanted)?;
             let place = &self.slots[slot];
             if place.room() >= required || place.buffer_count() >= self.max_buffers {
                 return Ok(true);
             }
-            // The driver has no more until some of them are returned, so those count that others have
-            // in advance.
+            // The driver has no more until some are returned, so buffers that other slots hold in advance are
+            // used.
             if self.take_from_others(slot) {
                 continue;
             }
@@ -330,8 +331,8 @@ impl Receiver {
         Ok(false)
     }
 
-    /// Takes buffers for a slot until there are `wanted` bytes, or as many buffers as there may be,
-    /// while the queue has any. `true` when there are any.
+    /// Takes buffers for a slot while the queue has any, until they have room for `wanted` bytes, or there
+    /// are as many as allowed. `true` if the slot has any buffers.
     fn fill(&mut self, slot: usize, wanted: usize) -> Result<bool, DriverError> {
         let place = &mut self.slots[slot];
         while place.room() < wanted
@@ -341,8 +342,8 @@ impl Receiver {
         Ok(place.buffer_count() > 0)
     }
 
-    /// Moves the buffers of the last empty slot that has any to one before it. `false` if there is
-    /// none.
+    /// Moves the buffers of the last empty slot that has any to `slot`, which is before it. `false` if there
+    /// is no such slot.
     fn take_from_others(&mut self, slot: usize) -> bool {
         for other in (slot + 1..self.slots.len()).rev() {
             if self.slots[other].packet_size().is_none() && self.slots[other].buffer_count() > 0 {

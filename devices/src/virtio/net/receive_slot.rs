@@ -1,4 +1,4 @@
-//! A place for one packet on its way to the driver.
+//! A slot for one packet on its way to the driver.
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,19 +24,20 @@ struct EmptyBuffer {
 
 /// Buffers for a packet, and the packet once it has been read.
 pub(super) struct ReceiveSlot {
-    /// Every buffer, one behind the other.
+    /// All buffers, one after the other.
     chain: Chain,
-    /// What the buffers in `chain` are, in the same order.
+    /// The single buffers in `chain`, in the same order.
     buffers: VecDeque<EmptyBuffer>,
-    /// What does not fit into the buffers. It takes no memory until there is such a packet.
+    /// The part of a packet that does not fit into the buffers. It takes no memory until there is such a
+    /// packet.
     overflow: Box<[u8]>,
-    /// Size of the packet that has been read.
+    /// Size of the packet that has been read, if there is one.
     packet: Option<usize>,
-    /// How much of it is in the buffers; the rest is in the overflow.
+    /// How many of its bytes are in the buffers; the rest is in the overflow.
     in_buffers: usize,
-    /// Buffers and overflow, as a system call takes them.
+    /// Buffers and overflow in the form that a system call takes.
     vectors: Vec<iovec>,
-    /// The buffers that a packet fills, kept for its allocation.
+    /// The buffers that a packet fills; the vector is kept for its allocation.
     filled: Vec<(u16, u32)>,
 }
 
@@ -57,22 +58,22 @@ impl ReceiveSlot {
         }
     }
 
-    /// Bytes that the buffers have room for.
+    /// Returns how many bytes the buffers have room for.
     pub(super) fn room(&self) -> usize {
         self.chain.writable.len()
     }
 
-    /// Number of buffers.
+    /// Returns the number of buffers.
     pub(super) fn buffer_count(&self) -> usize {
         self.buffers.len()
     }
 
-    /// Size of the packet that has been read and not been delivered, header included.
+    /// Returns the size of the packet that has been read and not delivered yet, header included.
     pub(super) fn packet_size(&self) -> Option<usize> {
         self.packet
     }
 
-    /// Takes one buffer from the queue; `false` where it has none.
+    /// Takes one buffer from the queue; `false` if the queue has none.
     pub(super) fn take_buffer(&mut self, queue: &mut VirtQueue) -> Result<bool, DriverError> {
         let before = self.chain.writable.len();
         if !queue.pop_behind(&mut self.chain)? {
@@ -80,7 +81,7 @@ impl ReceiveSlot {
         }
         let head = self.chain.head;
         let size = self.chain.writable.len() - before;
-        // Each holds a header at least (section 5.1.6.3.1).
+        // Each must hold at least a header (section 5.1.6.3.1).
         if size < PACKET_HEADER_SIZE {
             queue.undo_pop();
             return Err(DriverError::ReceiveBuffer {
@@ -100,11 +101,11 @@ impl ReceiveSlot {
         self.buffers.append(&mut other.buffers);
     }
 
-    /// Where a packet is to be read to. The vectors are valid as long as the slot is neither changed
-    /// nor dropped. [`ReceiveSlot::received`] or [`ReceiveSlot::failed`] is to be called next.
+    /// Returns the vectors to read a packet into. They are valid until the slot is changed or dropped.
+    /// [`ReceiveSlot::received`] or [`ReceiveSlot::failed`] must be called next.
     pub(super) fn vectors_to_read_to(&mut self) -> &[iovec] {
         let buffers = self.chain.writable.vectors_to_fill();
-        // The overflow is the last of as many as a call takes.
+        // A call takes a limited number of vectors, and the overflow is the last one.
         let buffers = &buffers[..buffers.len().min(MAX_VECTORS_PER_CALL - 1)];
         self.in_buffers = buffers.iter().map(|vector| vector.iov_len).sum();
         self.vectors.clear();
@@ -116,7 +117,7 @@ impl ReceiveSlot {
         &self.vectors
     }
 
-    /// Reads a packet from `tap`. Gives its size, or a negated error number.
+    /// Reads a packet from `tap`. Returns its size, or a negated error number.
     pub(super) fn read(&mut self, tap: &TapQueue) -> i32 {
         let vectors = self.vectors_to_read_to();
         let count = vectors.len() as libc::c_int;
@@ -130,15 +131,15 @@ impl ReceiveSlot {
         }
     }
 
-    /// Takes note that a packet of `size` bytes has been read to where the vectors said.
+    /// Takes note that a packet of `size` bytes has been read into the vectors.
     pub(super) fn received(&mut self, size: usize) {
         self.chain.writable.mark_filled(size.min(self.in_buffers));
         self.packet = Some(size);
     }
 
-    /// Takes note that no packet has been read, for this reason.
+    /// Takes note that reading a packet failed with `error`.
     pub(super) fn failed(&mut self, error: &io::Error) {
-        // How far a call came that ended otherwise is not known.
+        // After any other error it is not known how much the call has written.
         let filled = match error.kind() {
             io::ErrorKind::WouldBlock => 0,
             _ => self.in_buffers,
@@ -157,9 +158,9 @@ impl ReceiveSlot {
         self.packet = None;
     }
 
-    /// Gives up all buffers and puts their heads behind `heads`. The packet, if there is one, is kept.
+    /// Gives up all buffers and appends their heads to `heads`. The packet, if there is one, is kept.
     pub(super) fn give_up_buffers(&mut self, heads: &mut Vec<u16>) {
-        // One that is larger than the overflow will be dropped.
+        // A packet that is larger than the overflow will be dropped.
         if let Some(size) = self.packet.filter(|&size| size <= self.overflow.len()) {
             let in_buffers = self.in_buffers.min(size);
             self.overflow.copy_within(..size - in_buffers, in_buffers);
@@ -171,7 +172,7 @@ impl ReceiveSlot {
         self.chain.writable.clear();
     }
 
-    /// Completes the packet, which the buffers have room for, and returns those that it fills to the
+    /// Completes the packet, for which the buffers have room, and returns the buffers that it fills to the
     /// driver.
     pub(super) fn deliver(&mut self, queue: &mut VirtQueue) {
         let Some(size) = self.packet.take() else {
@@ -190,7 +191,7 @@ impl ReceiveSlot {
             let len = left.min(buffer.size);
             left -= len;
             filled_size += buffer.size;
-            // No packet is larger than MAX_PACKET_SIZE, so neither number is cut.
+            // No packet is larger than MAX_PACKET_SIZE, so neither number is truncated.
             self.filled.push((buffer.head, len as u32));
         }
         let buffer_count = self.filled.len() as u16;

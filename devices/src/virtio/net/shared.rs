@@ -1,4 +1,4 @@
-//! What the parts of a network device share.
+//! State that the parts of a network device share.
 
 use std::io;
 use std::sync::Arc;
@@ -9,24 +9,25 @@ use super::NetMetrics;
 use crate::rate_limiter::Limits;
 use crate::virtio::Throttle;
 
-/// Limits of a card's traffic. Operations are packets; bytes are those of Ethernet frames, as large
-/// as host and guest exchange them.
+/// Limits on a card's traffic. Operations are packets; bytes are those of Ethernet frames, in the size in
+/// which host and guest exchange them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetLimits {
-    /// Of what the guest receives. The rest waits in the tap, which drops what it has no room for.
+    /// Limits on what the guest receives. The rest waits in the tap, which drops packets that it has no room
+    /// for.
     pub receive: Limits,
-    /// Of what it transmits. The rest waits in the guest's queues.
+    /// Limits on what the guest transmits. The rest waits in the guest's queues.
     pub transmit: Limits,
 }
 
-/// Which way packets go.
+/// The direction of packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     Receive,
     Transmit,
 }
 
-/// What the front of a network device, its worker and the owner of the machine share.
+/// State that the front of a network device, its worker and the owner of the machine share.
 pub(super) struct Shared {
     pub(super) receive: Throttle,
     pub(super) transmit: Throttle,
@@ -35,7 +36,7 @@ pub(super) struct Shared {
 
 impl Shared {
     /// # Errors
-    /// When the host has no timers for the limits.
+    /// If the host cannot create timers for the limits.
     pub(super) fn new(limits: &NetLimits) -> io::Result<Shared> {
         Ok(Shared {
             receive: Throttle::new(&limits.receive)?,

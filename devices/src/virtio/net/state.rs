@@ -1,14 +1,14 @@
-//! What a worker must know to take the place of one that was saved.
+//! The state that a worker needs to take the place of a saved one.
 
 use bantam_state::SavedState;
 use serde::{Deserialize, Serialize};
 
 use super::filter::ReceiveFilter;
 
-/// What the driver has commanded, and what the receive queues need.
+/// The driver's settings, and the state of the receive queues.
 ///
-/// A packet that was read from the tap and that the driver had no buffers for is not saved: it is lost,
-/// as on any network, and counted.
+/// A packet that was read from the tap and for which the driver had no buffers is not saved: it is lost, as
+/// can happen on any network, and counted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WorkerState {
     pub(super) filter: ReceiveFilter,
@@ -19,10 +19,10 @@ pub(super) struct WorkerState {
     pub(super) receivers: Vec<ReceiverState>,
 }
 
-/// What a receiver must know beside how far its queue has come.
+/// The state of a receiver apart from its queue's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ReceiverState {
-    /// Heads to take in place of those that are next in the available ring.
+    /// Heads to take in place of the next ones in the available ring.
     pub(super) substitutes: Vec<u16>,
     /// Number of packets that are lost.
     pub(super) undelivered: u64,

@@ -1,4 +1,4 @@
-//! The whole device against a driver of our own and a socket in place of the tap.
+//! The whole device against a test driver and a socket in place of the tap.
 
 mod control_queue;
 mod dirty_log;
@@ -34,7 +34,7 @@ const TRANSMIT_RINGS: u64 = RECEIVE_RINGS + RINGS_SIZE;
 const CONTROL_RINGS: u64 = TRANSMIT_RINGS + RINGS_SIZE;
 /// The card's own address.
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// Where the drivers of the tests keep their packets.
+/// Address of the test drivers' packets.
 const DATA: u64 = 0x1_0000;
 const MEMORY_SIZE: u64 = 0x20_0000;
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -68,12 +68,12 @@ fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Wor
     Worker::new(tap, 1500, MAC, config, shared, None, activation).unwrap()
 }
 
-/// A card without limits.
+/// Makes a card without limits.
 fn net(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
     Net::new(tap, mac, mtu, &NetLimits::default(), None).unwrap()
 }
 
-/// A socket in place of a tap, and its far end.
+/// Makes a socket in place of a tap, and its far end.
 fn stand_in() -> (Tap, OwnedFd) {
     let (tap, host) = socketpair(
         AddressFamily::Unix,
@@ -130,12 +130,12 @@ impl Machine {
         }
     }
 
-    /// One turn of the event loop; gives how many events there were.
+    /// Runs one turn of the event loop, and returns how many events there were.
     fn turn(&mut self) -> usize {
         self.manager.run_with_timeout(0).unwrap()
     }
 
-    /// Lets the device work until it waits.
+    /// Lets the device work until it has nothing to do.
     fn run(&mut self) {
         for _ in 0..100 {
             if self.turn() == 0 {
@@ -145,7 +145,7 @@ impl Machine {
         panic!("the device does not come to rest");
     }
 
-    /// Offers receive buffers of these sizes, each by itself and one behind the other in memory.
+    /// Offers receive buffers of these sizes, each in its own chain and one after the other in memory.
     fn offer_receive_buffers(&mut self, sizes: &[u32]) {
         let mut address = DATA;
         for &len in sizes {
@@ -175,7 +175,7 @@ impl Machine {
         assert_eq!(write(&self.host, packet).unwrap(), packet.len());
     }
 
-    /// The next packet that has arrived at the host.
+    /// Returns the next packet that has arrived at the host.
     fn host_receives(&self) -> Option<Vec<u8>> {
         let mut packet = vec![0; 2 * MAX_PACKET_SIZE];
         match read(&self.host, &mut packet) {
@@ -215,12 +215,12 @@ fn writable(address: u64, len: u32) -> Buffer {
     }
 }
 
-/// A packet of `len` bytes, header included, that differs from others by `seed`.
+/// Makes a packet of `len` bytes, header included, that differs for each `seed`.
 fn packet(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|index| (index % 251) as u8 ^ seed).collect()
 }
 
-/// `packet` as its driver receives it in `buffer_count` buffers.
+/// Returns `packet` as its driver receives it in `buffer_count` buffers.
 fn received(mut packet: Vec<u8>, buffer_count: u16) -> Vec<u8> {
     packet[10..12].copy_from_slice(&buffer_count.to_le_bytes());
     packet
@@ -280,7 +280,7 @@ fn what_is_no_packet_is_dropped() {
 fn packets_wait_for_a_host_that_is_busy() {
     let mut machine = Machine::new(0);
     let packets: Vec<_> = (0..40).map(|seed| packet(20_000, seed)).collect();
-    // They lie in one place of memory, so each must have left before the next is written.
+    // They are at one address in memory, so each must have left before the next is written.
     let mut sent = 0;
     while machine.transmit.take_used().len() == usize::from(sent > 0) {
         machine.transmit(&packets[sent], &[]);
@@ -385,7 +385,7 @@ fn without_merging_a_packet_that_does_not_fit_is_dropped() {
     };
     let buffer = DATA + u64::from(head) * 100;
     assert_eq!(machine.bytes(buffer, 100), received(packet(100, 2), 1));
-    // The buffer of the other is not lost.
+    // The buffer of the other packet is not lost.
     machine.host_sends(&packet(70, 3));
     machine.run();
     assert_eq!(machine.receive.take_used(), [(1 - head, 70)]);
@@ -454,7 +454,7 @@ fn packets_arrive_in_order_however_few_buffers_there_are() {
 #[test]
 fn a_flood_is_received_in_turns() {
     let mut machine = Machine::new(0);
-    // None of them fits, so the buffer lasts for all.
+    // None of them fits, so one buffer is enough for all.
     for _ in 0..260 {
         machine.host_sends(&packet(13, 0));
     }
@@ -524,7 +524,7 @@ fn a_reset_leaves_no_packets_to_the_next_driver() {
     assert_eq!(read(&tap.queues()[0], &mut [0; 100]), Err(Errno::EAGAIN));
 }
 
-/// A random packet length, small ones as often as large ones.
+/// Random packet lengths, small ones as often as large ones.
 fn packet_len() -> impl Strategy<Value = usize> {
     prop_oneof![
         PACKET_HEADER_SIZE..200,
@@ -557,7 +557,7 @@ proptest! {
             }
             machine.receive.ring_doorbell();
             if let Some(packet) = unsent.pop_front() {
-                // A socket does not hold them all at once.
+                // A socket cannot hold all of them at once.
                 machine.host_sends(&packet);
             }
             machine.run();

@@ -22,14 +22,14 @@ const MIN_BATCH: usize = 2;
 /// Sends the packets of the transmit queue.
 pub(super) struct Transmitter {
     queue: VirtQueue,
-    /// Packets that are sent together. The first serves when there is one alone.
+    /// Packets that are sent together. The first is used when there is only one.
     chains: Vec<Chain>,
     ring: Option<PacketRing>,
     results: Vec<i32>,
 }
 
 impl Transmitter {
-    /// With `ring`, packets are sent together where there are several.
+    /// Makes a transmitter. With `ring`, it sends several packets together.
     pub(super) fn new(
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
@@ -53,20 +53,20 @@ impl Transmitter {
         Ok(self.queue.available_count()?)
     }
 
-    /// How far the queue has come. No packet is kept from one turn to the next, so all that were taken
-    /// are returned.
+    /// Returns how far the queue has come. No packet is kept from one turn to the next, so all that were
+    /// taken have been returned.
     pub(super) fn progress(&self) -> QueueProgress {
         self.queue.progress()
     }
 
-    /// Puts the queue off to a later turn.
+    /// Leaves the queue to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
     }
 
-    /// Sends what the driver has made available, or takes it from the queue all the same where
-    /// there is no tap; for one turn at most, with the doorbell rung again for the rest. What is for
-    /// the local endpoint, if there is one, goes there.
+    /// Sends the packets that the driver has made available, or drops them if there is no tap; for one turn
+    /// at most, with the doorbell rung again for the rest. Packets for the local endpoint, if there is one,
+    /// go there.
     pub(super) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
@@ -78,7 +78,7 @@ impl Transmitter {
         self.queue.disable_doorbell();
         let mut unreported = 0;
         let result = self.transmit_turn(tap, flow, local_port, link, dropped, &mut unreported);
-        // The driver hears of what was sent, even when it has broken the rules after that.
+        // The driver is told of what was sent, even if it broke the rules afterwards.
         self.report(&mut unreported, link);
         result
     }
@@ -137,7 +137,8 @@ impl Transmitter {
         Ok(Halt::Driver)
     }
 
-    /// Takes the next packet and sends it, if there is a tap and unless that says to halt.
+    /// Takes the next packet and sends it, if there is a tap. If the tap cannot take it now, puts it back and
+    /// returns why.
     fn send_one(
         &mut self,
         tap: Option<&TapQueue>,
@@ -163,8 +164,8 @@ impl Transmitter {
         Ok(None)
     }
 
-    /// Takes the next `count` packets and sends them by one system call. What the tap cannot take is
-    /// dropped: it takes as much as the host has memory for.
+    /// Takes the next `count` packets and sends them with one system call. Packets that the tap cannot take
+    /// are dropped: it takes as many as the host has memory for.
     fn send_together(
         &mut self,
         count: usize,
@@ -179,7 +180,7 @@ impl Transmitter {
             match self.queue.pop(chain) {
                 Ok(true) => {}
                 Ok(false) => break,
-                // Those before it are sent first.
+                // The packets before it are sent first.
                 Err(error) => {
                     broken = Err(error.into());
                     break;
@@ -224,8 +225,7 @@ impl Transmitter {
         broken.map(|()| halt)
     }
 
-    /// Tells the driver of the packets that were taken from it since the last time, if it wants to
-    /// know.
+    /// Notifies the driver of the packets taken since the last time, if it wants an interrupt for them.
     fn report(&mut self, unreported: &mut usize, link: &DriverLink) {
         if std::mem::take(unreported) > 0 {
             self.queue.notify_driver(link);
@@ -250,7 +250,7 @@ fn is_packet(chain: &Chain, dropped: &mut DroppedPackets) -> bool {
     is_packet
 }
 
-/// Sends the packet in `chain`, or drops it where that cannot be done, now or later.
+/// Sends the packet in `chain`, or drops it if it can be sent neither now nor later.
 fn send(
     tap: &TapQueue,
     chain: &mut Chain,
@@ -273,7 +273,7 @@ fn send(
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
         Err(error) if is_gone(&error) => Err(Halt::TapGone),
         Err(error) => {
-            // A driver could otherwise go on without end by what the tap refuses.
+            // A driver could otherwise exceed the limits with packets that the tap refuses.
             flow.charge(0);
             dropped.record(&DropReason::Write(error));
             Ok(())

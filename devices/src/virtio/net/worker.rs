@@ -1,4 +1,4 @@
-//! The worker: moves packets between the queues and the tap, and does what the driver commands.
+//! The worker: it moves packets between the queues and the tap, and obeys the driver's commands.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -30,26 +30,26 @@ use crate::tap::{PACKET_HEADER_SIZE, Tap};
 use crate::virtio::{Activation, ConfigSpace, DriverLink};
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// What the event loop has found ready.
+/// A source of events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     ControlDoorbell,
     /// The doorbell of the receive queue of a pair.
     ReceiveDoorbell(usize),
-    /// That of its transmit queue.
+    /// The doorbell of the transmit queue of a pair.
     TransmitDoorbell(usize),
     /// The queue of the tap that belongs to a pair.
     Tap(usize),
     /// The timer of the limits of reception.
     ReceiveLimit,
-    /// That of the limits of transmission.
+    /// The timer of the limits of transmission.
     TransmitLimit,
     /// The timer of the local endpoint.
     LocalTimer,
 }
 
 impl Source {
-    /// What the event loop keeps of it.
+    /// Returns the source's event token.
     fn token(self) -> u32 {
         let (kind, pair) = match self {
             Source::ControlDoorbell => (0, 0),
@@ -77,13 +77,13 @@ impl Source {
     }
 }
 
-/// A receive queue, a transmit queue, and how they stand with their queue of the tap.
+/// A receive queue and a transmit queue, and their state with respect to their queue of the tap.
 struct QueuePair {
     receiver: Receiver,
     transmitter: Transmitter,
     receive_halt: Halt,
     transmit_halt: Halt,
-    /// What the event loop watches the tap's queue for, if it does.
+    /// The events that the event loop watches the tap's queue for, if it does.
     watched: Option<EventSet>,
 }
 
@@ -100,15 +100,15 @@ pub(super) struct Worker {
     /// from a card whose cable is pulled.
     tap_is_gone: bool,
     pairs: Vec<QueuePair>,
-    /// How many of them, the first ones, the driver uses.
+    /// How many of the pairs the driver uses, counted from the first.
     pairs_in_use: usize,
-    /// With which of them it begins when limits allow more: each in turn, or the first would have all.
+    /// The pair that is served first when limits allow more: each in turn, or the first would get everything.
     first_pair: usize,
     received: Flow,
     transmitted: Flow,
     shared: Arc<Shared>,
     control: Option<ControlQueue>,
-    /// How far each queue has come that the worker does not use.
+    /// How far each queue has come, for the queues that the worker does not use.
     unused: Vec<QueueProgress>,
     local_port: Option<LocalPort>,
     features: u64,
@@ -116,7 +116,7 @@ pub(super) struct Worker {
     offloads: u64,
     filter: ReceiveFilter,
     config: Arc<ConfigSpace>,
-    /// The address that the card has for the next driver again.
+    /// The address that the card gets back for the next driver.
     own_mac: MacAddress,
     dropped: DroppedPackets,
     link: Arc<DriverLink>,
@@ -126,8 +126,8 @@ impl Worker {
     /// For packets of at most `mtu` bytes, as far as neither side leaves segmentation to the
     /// other, on a card whose own address is `own_mac`.
     ///
-    /// Where the queues are is in section 5.1.2: those of each pair behind one another, then the
-    /// control queue. The driver knows of more than one pair only by the feature `MQ`.
+    /// The order of the queues is in section 5.1.2: the two of each pair one after the other, then the
+    /// control queue. The driver knows of more than one pair only with the feature `MQ`.
     pub(super) fn new(
         tap: Arc<Tap>,
         mtu: u16,
@@ -210,7 +210,7 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Goes on as another worker did, whose driver had accepted the same features.
+    /// Takes over the state of another worker whose driver had accepted the same features.
     fn restore(&mut self, state: WorkerState) -> Result<(), String> {
         let WorkerState {
             filter,
@@ -302,7 +302,7 @@ impl Worker {
         }
     }
 
-    /// The pairs in use, beginning with another each time.
+    /// Iterates over the pairs in use, beginning with a different one each time.
     fn pairs_in_turn(&mut self) -> impl Iterator<Item = usize> + use<> {
         let count = self.pairs_in_use;
         self.first_pair = (self.first_pair + 1) % count;
@@ -379,15 +379,15 @@ impl Worker {
             &self.link,
             &mut self.dropped,
         )?;
-        // The tap waits for buffers too, and its doorbell may have been switched off meanwhile.
+        // Packets of the tap wait for buffers too, and the doorbell may have been switched off meanwhile.
         if delivered && pair.receive_halt == Halt::Driver {
             pair.receiver.ring_doorbell();
         }
         Ok(())
     }
 
-    /// From now on the driver's packets are taken all the same, those among them that have waited
-    /// for the tap.
+    /// Takes note that the tap is gone. From now on the driver's packets are dropped, including those that
+    /// have waited for the tap.
     fn lose_tap(&mut self) {
         if std::mem::replace(&mut self.tap_is_gone, true) {
             return;
@@ -412,7 +412,7 @@ impl Worker {
         result
     }
 
-    /// Does what the driver commands; `false` where that cannot be done.
+    /// Carries out a command of the driver; `false` if that is not possible.
     fn obey(&mut self, command: Command) -> Result<bool, DriverError> {
         match command {
             Command::Mode(mode, on) => {
@@ -447,8 +447,8 @@ impl Worker {
         }
     }
 
-    /// Has the host filter frames, where it spares the monitor and the guest the most. The driver
-    /// must cope with frames that it does not want, so it need not know when that fails.
+    /// Has the host filter frames, which spares the monitor and the guest the most work. The driver must cope
+    /// with frames that it does not want, so it need not know if that fails.
     fn apply_filter(&self) {
         if self.tap_is_gone {
             return;
@@ -467,8 +467,8 @@ impl Worker {
         if !(1..=self.pairs.len()).contains(&count) {
             return Ok(false);
         }
-        // What the driver has left in queues that it will not use is not kept from it. What may not be
-        // sent now is dropped: nobody would look for it later.
+        // Packets that the driver has left in queues that it will not use are sent now. Those that may not be
+        // sent now are dropped: nothing would serve them later.
         for index in count..self.pairs_in_use {
             self.transmit(index)?;
             self.pairs[index].transmitter.transmit(
@@ -488,7 +488,7 @@ impl Worker {
             ));
             return Ok(false);
         }
-        // What the driver has made available in them before is waiting.
+        // Chains that the driver made available in them before are waiting.
         for pair in self.pairs[..count].iter().skip(self.pairs_in_use) {
             pair.ring_doorbells();
         }
@@ -496,9 +496,9 @@ impl Worker {
         Ok(true)
     }
 
-    /// Has the event loop watch the tap for what is waited for. An error of the tap is reported
-    /// even while nothing is, so it is watched no more once it has been removed, nor while the
-    /// device needs a reset. Nor is a queue of it that is not in use, which is in error always.
+    /// Has the event loop watch the tap for the events that the worker waits for. An error of the tap is
+    /// reported even if none are asked for, so the tap is not watched once it has been removed, nor while the
+    /// device needs a reset. A queue that is not in use, which is always in error, is not watched either.
     fn watch_tap(&mut self, operations: &mut EventOps<'_>) {
         let at_rest = self.tap_is_gone || self.link.needs_reset();
         for (index, (pair, tap)) in self.pairs.iter_mut().zip(self.tap.queues()).enumerate() {
@@ -540,13 +540,13 @@ impl Worker {
 }
 
 impl VirtioWorker for Worker {
-    /// Each turn ends with all of its operations done and the driver notified, and keeps nothing but
-    /// buffers to receive. What the tap has queued waits there, and connections to the local endpoint
-    /// stay open.
+    /// Puts the receive buffers back. There is nothing else to end: each turn ends with all of its operations
+    /// done and the driver notified. Packets queued in the tap wait there, and connections to the local
+    /// endpoint stay open.
     fn pause(&mut self) -> io::Result<()> {
         for pair in &mut self.pairs {
             pair.receiver.put_back_buffers();
-            // The next event loop has to be told.
+            // The next event loop has to be told what to watch.
             pair.watched = None;
         }
         Ok(())
@@ -567,7 +567,7 @@ impl VirtioWorker for Worker {
         let state = WorkerState {
             filter: self.filter.clone(),
             offloads: self.offloads,
-            // A tap has no more queues than fit.
+            // A tap does not have more queues than fit.
             pairs_in_use: self.pairs_in_use as u16,
             receivers: self
                 .pairs
@@ -582,7 +582,7 @@ impl VirtioWorker for Worker {
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
         for (doorbell, source) in self.doorbells() {
-            // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+            // Edge-triggered, so that no call is spent on reading the doorbell.
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
             let events = Events::with_data_raw(doorbell, source.token(), readiness);
             if let Err(error) = operations.add(events) {
@@ -622,7 +622,7 @@ impl MutEventSubscriber for Worker {
         } else if matches!(source, Source::ReceiveLimit | Source::TransmitLimit)
             && let Err(error) = operations.remove(events)
         {
-            // Nothing consumes its end, which would be reported without end.
+            // Nothing clears its expiry, which would be reported without end.
             self.link
                 .warn_of_host(format_args!("cannot stop watching a timer: {error}"));
         }
@@ -630,8 +630,7 @@ impl MutEventSubscriber for Worker {
     }
 }
 
-/// The next driver may not take what this one did, so no packet is left to it that was queued
-/// for this one.
+/// Drops packets that are queued for this driver: the next one may not accept the same packets.
 impl Drop for Worker {
     fn drop(&mut self) {
         set_mac(&self.config, self.own_mac);

@@ -19,7 +19,7 @@ fn buffer(offset: u64, len: u32, writable: bool) -> Buffer {
     }
 }
 
-/// A driver and its device with a queue of four descriptors.
+/// Makes a driver and the device's side of a queue of four descriptors.
 fn pair(event_index: bool) -> (TestDriver, VirtQueue, Chain) {
     let memory = memory();
     let driver = TestDriver::new(&memory, 0x1000, 4);
@@ -67,7 +67,7 @@ fn chains_are_put_back_whichever_were_returned() {
         let heads = (0..count).map(|_| queue.pop(&mut chain).unwrap().then_some(chain.head));
         heads.flatten().collect()
     };
-    // Positions wrap, and each order is met at each.
+    // Positions wrap, and each order occurs at each position.
     for round in 0..20_000 {
         let offered: Vec<u16> = (0..4)
             .map(|_| driver.offer(&[buffer(0, 8, true)]))
@@ -80,7 +80,7 @@ fn chains_are_put_back_whichever_were_returned() {
         assert_eq!(progress.next_available, progress.next_used);
         assert_eq!(queue.substitutes().is_empty(), round % 3 == 0);
 
-        // One of them is taken, returned or not, and the others are put back once more.
+        // One of them is taken, and returned or not, and the others are put back again.
         let first = take(&mut queue, 1);
         assert_eq!(first, left[..1]);
         queue.undo_pop();
@@ -92,7 +92,7 @@ fn chains_are_put_back_whichever_were_returned() {
             queue.put_back(first);
         }
 
-        // Another device goes on with them.
+        // Another queue continues with them.
         let progress = queue.progress();
         let mut other = driver.queue_from(0, false, progress);
         other.set_substitutes(queue.substitutes().to_vec());
@@ -126,7 +126,7 @@ fn what_breaks_the_rules_is_refused() {
         "{error}"
     );
 
-    // A chain that is a loop, one whose link leads nowhere, and a head that is none.
+    // A chain that is a loop, one whose link is out of range, and a head that is out of range.
     for (next, head) in [(0, 0), (4, 0), (0, 4)] {
         let (mut driver, mut queue, mut chain) = pair(false);
         driver.write_descriptor(0, buffer(0, 1, true), 1, next);

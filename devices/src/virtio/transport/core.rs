@@ -1,5 +1,5 @@
-//! What every transport keeps of a device: its status, features and queues (section 2), and the
-//! device's worker.
+//! The state of a device that all transports have in common: its status, features and queues (section 2), and
+//! the device's worker.
 
 use std::io;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::virtio::{
 };
 use crate::worker::{QueueProgress, VirtioWorker};
 
-/// What the driver wrote of one queue; judged when it sets `DRIVER_OK`.
+/// The registers of one queue as the driver wrote them; checked when it sets `DRIVER_OK`.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub(super) struct QueueRegisters {
     pub(super) size: u32,
@@ -34,7 +34,7 @@ pub(super) struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    /// The queue as set up, if it is one that a device can serve.
+    /// Returns the queue as set up, if a device can serve it.
     fn to_queue(
         self,
         max_size: u16,
@@ -63,7 +63,7 @@ impl QueueRegisters {
 
 /// Where the device's worker is.
 enum WorkerPlace {
-    /// There is none: the driver is not ready, or the device could not be activated.
+    /// There is no worker: the driver is not ready, or the device could not be activated.
     None,
     /// On the event loop.
     AtWork(WorkerId),
@@ -73,10 +73,10 @@ enum WorkerPlace {
     Saved(SavedWorker),
 }
 
-/// What a worker is made again from.
+/// The state from which a worker is made again.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct SavedWorker {
-    /// As many as queues.
+    /// One for each queue.
     progress: Vec<QueueProgress>,
     state: Option<Section>,
 }
@@ -103,7 +103,7 @@ impl SavedState for TransportState {
     const VERSION: u16 = 1;
 }
 
-/// A device with its status machine and its queues. A transport gives the driver registers for them.
+/// A device with its status machine and its queues. A transport provides the driver with registers for them.
 pub(super) struct TransportCore {
     pub(super) device: Box<dyn VirtioDevice>,
     memory: Arc<GuestMemory>,
@@ -122,17 +122,17 @@ pub(super) struct TransportCore {
 
 /// Why a device cannot be activated.
 enum ActivateError {
-    /// Its driver has set it up wrongly.
+    /// Its driver has set it up incorrectly.
     Driver(String),
-    /// The host lacks what it takes.
+    /// The host lacks a resource that it needs.
     Host(String),
 }
 
 impl TransportCore {
-    /// The state of `device` after power-on. Its worker will run on `event_loop`.
+    /// Makes the state of `device` after power-on. Its worker will run on `event_loop`.
     ///
     /// # Errors
-    /// If the host gives no file descriptors for the doorbells, or the device has more queues than
+    /// If the host is out of file descriptors for the doorbells, or the device has more queues than
     /// [`MAX_QUEUES`].
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
@@ -164,17 +164,17 @@ impl TransportCore {
         })
     }
 
-    /// The half of the features offered that the driver has selected.
+    /// Returns the half of the offered features that the driver has selected.
     pub(super) fn selected_device_features(&self) -> u32 {
         half(self.device.features(), self.device_features_select)
     }
 
-    /// The registers of the queue that the driver has selected, if there is one.
+    /// Returns the registers of the queue that the driver has selected, if there is one.
     pub(super) fn selected_queue(&self) -> Option<&QueueRegisters> {
         self.queues.get(self.queue_select as usize)
     }
 
-    /// Largest size of the queue that the driver has selected; 0 if there is none.
+    /// Returns the largest size of the queue that the driver has selected; 0 if there is none.
     pub(super) fn selected_queue_max_size(&self) -> u16 {
         let sizes = self.device.queue_max_sizes();
         sizes
@@ -183,7 +183,7 @@ impl TransportCore {
             .unwrap_or_default()
     }
 
-    /// The device status field (section 2.1).
+    /// Returns the device status field (section 2.1).
     pub(super) fn status(&self) -> u32 {
         if self.link.needs_reset() {
             self.status | VIRTIO_CONFIG_S_NEEDS_RESET
@@ -192,7 +192,7 @@ impl TransportCore {
         }
     }
 
-    /// Device initialization (section 3.1.1): the driver only ever adds bits, or resets.
+    /// Handles a write to the status (section 3.1.1): the driver only ever adds bits, or resets the device.
     pub(super) fn set_status(&mut self, value: u32) {
         if value == 0 {
             self.reset_by_driver();
@@ -212,7 +212,7 @@ impl TransportCore {
             self.link.warn(format_args!("the driver has given up"));
         }
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.accepts_features() {
-            // The driver sees that it was refused by reading the bit back as zero.
+            // The driver learns of the refusal when it reads the bit back as zero.
             self.status = value & !VIRTIO_CONFIG_S_FEATURES_OK & !VIRTIO_CONFIG_S_DRIVER_OK;
             return;
         }
@@ -256,7 +256,7 @@ impl TransportCore {
         accepted & !self.device.features() == 0 && accepted & F_VERSION_1 != 0
     }
 
-    /// Sets the half that the driver has selected of the features that it accepts.
+    /// Sets the selected half of the features that the driver accepts.
     pub(super) fn set_driver_features(&mut self, value: u32) {
         let phase = VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
         if self.status & phase != VIRTIO_CONFIG_S_DRIVER {
@@ -293,8 +293,8 @@ impl TransportCore {
         }
     }
 
-    /// A doorbell that did not arrive by its event: one written in a way that the driver should
-    /// not, or under a hypervisor that was not told of the events.
+    /// Rings a doorbell that did not arrive through its event, because the driver wrote it in a way that it
+    /// should not, or because the hypervisor was not told of the events.
     pub(super) fn ring_doorbell(&mut self, queue: u32) {
         match self.doorbells.get(queue as usize) {
             Some(doorbell) => signal(doorbell),
@@ -310,7 +310,7 @@ impl TransportCore {
             None => (Vec::new(), None),
         };
         let queues = self.build_queues(&progress)?;
-        // Buffers that the driver made available before this are served without a doorbell.
+        // Buffers that the driver made available before are served without a doorbell.
         for queue in &queues {
             queue.ring_doorbell();
         }
@@ -324,7 +324,8 @@ impl TransportCore {
         self.put_to_work(worker.map_err(ActivateError::Host)?)
     }
 
-    /// The queues as the driver has set them up. Each goes on at its place in `progress`, or begins.
+    /// Builds the queues as the driver has set them up. Each goes on at its position in `progress`, or
+    /// begins.
     fn build_queues(&self, progress: &[QueueProgress]) -> Result<Vec<VirtQueue>, ActivateError> {
         let event_index = self.driver_features & F_EVENT_IDX != 0;
         let mut queues = Vec::with_capacity(self.queues.len());
@@ -360,8 +361,8 @@ impl TransportCore {
         }
     }
 
-    /// The driver takes the device back to its initial state (section 2.4). When this returns, its
-    /// worker has ended and no more of guest memory is touched.
+    /// Resets the device on the driver's request (section 2.4). On return its worker has ended and touches no
+    /// guest memory any more.
     fn reset_by_driver(&mut self) {
         if let WorkerPlace::AtWork(worker) = std::mem::replace(&mut self.worker, WorkerPlace::None)
             && let Err(error) = self.event_loop.take_worker(worker)
@@ -370,7 +371,7 @@ impl TransportCore {
                 .warn_of_host(format_args!("cannot stop its worker: {error}"));
         }
         for doorbell in &self.doorbells {
-            // It fails only if nobody has rung.
+            // It fails only if the doorbell was not rung.
             let _ = doorbell.read();
         }
         self.link.set_needs_reset(false);
@@ -387,7 +388,7 @@ impl TransportCore {
         self.link.name().to_owned()
     }
 
-    /// Takes over the state, as far as it is that of such a device.
+    /// Takes over the state, if it is that of such a device.
     fn adopt(&mut self, state: TransportState) -> Result<(), String> {
         if state.device_id != self.device.device_id() {
             return Err(format!("it is of a device of type {}", state.device_id));
@@ -465,11 +466,11 @@ impl Device for TransportCore {
     }
 
     fn resume(&mut self) -> io::Result<()> {
-        // The worker is off the loop after a pause that has failed as well.
+        // The worker is off the loop even after a pause that failed.
         self.is_paused = false;
         let resumed = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
             WorkerPlace::Paused(worker) => {
-                // What was put back in the queues is taken again.
+                // Chains that were put back in the queues are taken again.
                 for doorbell in &self.doorbells {
                     signal(doorbell);
                 }
@@ -477,7 +478,7 @@ impl Device for TransportCore {
             }
             WorkerPlace::Saved(saved) => {
                 let resumed = self.activate(Some(saved));
-                // The interrupt of what was done before may not have reached the driver.
+                // The interrupt for earlier work may not have reached the driver.
                 self.link
                     .notify_used_buffers(QueueSet::first(self.queues.len()));
                 resumed
@@ -561,7 +562,7 @@ fn signal(event: &EventFd) {
     let _ = event.write(1);
 }
 
-/// The lower (0) or upper (1) half of `bits`; there are no others.
+/// Returns the lower (0) or upper (1) half of `bits`; zero for any other `select`.
 pub(super) fn half(bits: u64, select: u32) -> u32 {
     match select {
         0 => bits as u32,
@@ -588,7 +589,7 @@ mod tests {
     use crate::virtio::rng::Rng;
     use crate::virtio::test_driver::InterruptCounter;
 
-    /// An entropy device. Nothing runs its event loop.
+    /// Makes an entropy device whose event loop is not run.
     fn core() -> TransportCore {
         let manager: EventManager<Subscriber> = EventManager::new().unwrap();
         TransportCore::new(
@@ -600,7 +601,7 @@ mod tests {
         .unwrap()
     }
 
-    /// The state of a device after power-on, but for a change.
+    /// Makes the state of a device after power-on, with one change.
     fn changed(change: impl FnOnce(&mut TransportState)) -> Section {
         let mut core = core();
         core.pause().unwrap();

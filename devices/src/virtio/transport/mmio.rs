@@ -1,5 +1,5 @@
-//! The virtio-mmio transport, version 2 (section 4.2.2): a device's registers in a window of
-//! memory.
+//! The virtio-mmio transport, version 2 (section 4.2.2): a device's registers in a window of guest-physical
+//! addresses.
 
 mod interrupt;
 
@@ -23,7 +23,7 @@ pub use interrupt::MmioLink;
 const MAGIC: u32 = 0x7472_6976;
 /// Version of the register layout.
 const VERSION: u32 = 2;
-/// Identifies who made the device: "BNTM", little-endian.
+/// Vendor of the device: "BNTM", little-endian.
 const VENDOR: u32 = 0x4d54_4e42;
 
 /// Offset of `QueueNotify`, the doorbell register that takes the index of a queue.
@@ -80,10 +80,11 @@ impl SavedState for MmioState {
 }
 
 impl MmioTransport {
-    /// Registers for `device`, whose worker will run on `event_loop` and reach the driver by `link`.
+    /// Makes registers for `device`, whose worker will run on `event_loop` and reach the driver through
+    /// `link`.
     ///
     /// # Errors
-    /// When the host gives no file descriptors for the doorbells.
+    /// If the host is out of file descriptors for the doorbells.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
@@ -95,8 +96,8 @@ impl MmioTransport {
         Ok(MmioTransport { core, interrupt })
     }
 
-    /// One event for each queue, to be signalled when the driver writes the queue's index to
-    /// [`QUEUE_NOTIFY`]. Bound to that register (as ioeventfds), the driver's doorbells reach the
+    /// Returns one event for each queue, to be signalled when the driver writes the queue's index to
+    /// [`QUEUE_NOTIFY`]. If they are bound to that register as ioeventfds, the driver's doorbells reach the
     /// worker without passing through [`BusDevice::write`].
     pub fn doorbells(&self) -> &[EventFd] {
         &self.core.doorbells
@@ -117,8 +118,7 @@ impl MmioTransport {
             register::INTERRUPT_STATUS => self.interrupt.status(),
             register::STATUS => self.core.status(),
             register::CONFIG_GENERATION => self.core.device.config().generation(),
-            // No device has shared memory, which reads as a length and a base of -1
-            // (section 4.2.2).
+            // No device has shared memory, so its length and base read as -1 (section 4.2.2).
             register::SHARED_MEMORY_LENGTH_LOW..=register::SHARED_MEMORY_BASE_HIGH => u32::MAX,
             _ => {
                 self.core.link.warn(format_args!(
@@ -144,7 +144,7 @@ impl MmioTransport {
                 }
             }
             register::QUEUE_SIZE => self.core.set_up_queue(|queue| queue.size = value),
-            // A driver that lets go of a device that it has reset.
+            // A driver that releases a device after resetting it.
             register::QUEUE_READY if value == 0 && self.core.status() == 0 => {}
             register::QUEUE_READY => self.core.set_up_queue(|queue| queue.ready = value == 1),
             register::QUEUE_DESCRIPTORS_LOW => {

@@ -1,4 +1,4 @@
-//! How the driver of a virtio device reaches it: the state that all transports have in common, and
+//! Transports, through which the driver of a virtio device reaches it: the state that all of them share, and
 //! the registers of each.
 
 mod core;

@@ -1,4 +1,4 @@
-//! One connection between a port of the guest and a program of the host.
+//! A connection between a port of the guest and a program on the host.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,36 +14,34 @@ use super::metrics::VsockMetrics;
 use super::packet::{Header, Ports, operation, shutdown};
 use super::stream::HostStream;
 
-/// How long a program of the host may take to say which port it wants, and then the guest to answer; and how
-/// long one lets the guest wait.
+/// How long a program on the host may take to say which port it wants, and then the guest to answer; and how
+/// long a program may make the guest wait.
 pub(super) const CONNECT_TIME: Duration = Duration::from_secs(10);
-/// How long a connection may take to end once one side wants nothing more of it, counted anew
-/// whenever there is progress.
+/// How long a connection may take to end once one side is done with it, counted again from each progress.
 pub(super) const CLOSE_TIME: Duration = Duration::from_secs(8);
 
-/// Least and most bytes that are read from the host's program at once, before other connections have
-/// their turn.
+/// Least and most bytes that are read from the host's program before other connections get their turn.
 const MIN_READ_SIZE: usize = 4 << 10;
 const MAX_READ_SIZE: usize = 64 << 10;
 
 #[derive(Debug)]
 enum State {
-    /// A program of the host has connected, and has yet to say to which port.
+    /// A program on the host has connected, and has yet to name the port.
     Greeting(Greeting),
-    /// The guest has been asked, and has yet to answer.
+    /// The guest has been asked for the connection, and has yet to answer.
     Requesting,
-    /// The guest has asked, and the program of the host lets no more wait for it.
+    /// The guest has asked for the connection, and the backlog of the program on the host is full.
     Waiting,
     Connected,
-    /// All that is left is to tell the guest so.
+    /// It has ended; only the guest has yet to be told.
     Resetting,
-    /// The guest knows of it no more, and what it sent last is on its way to the host's program.
+    /// The guest no longer knows it, and the last data that it sent is on its way to the host's program.
     Draining,
     /// Nothing is left.
     Finished,
 }
 
-/// The kinds of packets without data that the guest is to get: a bit for each operation.
+/// The packets without data that are due to the guest: a bit for each operation.
 #[derive(Debug, Default)]
 struct Due(u8);
 
@@ -56,8 +54,8 @@ impl Due {
         self.0 &= !(1 << operation);
     }
 
-    /// Takes the first, in the order of the operations' numbers: an answer precedes the rest, and
-    /// the end is not put off for matters of credit.
+    /// Takes the first one in the order of the operations' numbers: an answer precedes the rest, and the end
+    /// of a connection is not delayed by credit updates.
     fn take_first(&mut self) -> Option<u16> {
         let operation = self.0.trailing_zeros() as u16;
         (self.0 != 0).then(|| {
@@ -67,7 +65,7 @@ impl Due {
     }
 }
 
-/// A connection, from the first sign of it until both sides know that it has ended.
+/// A connection, from its first packet or byte until both sides know that it has ended.
 #[derive(Debug)]
 pub(super) struct Connection {
     state: State,
@@ -75,25 +73,25 @@ pub(super) struct Connection {
     stream: HostStream,
     due: Due,
     credit: Credit,
-    /// Whether the guest has been asked for credit since it gave some.
+    /// Whether the guest has been asked for credit since it last gave some.
     asked_for_credit: bool,
     /// Whether there may be something to read.
     readable: bool,
-    /// How many bytes to read at most: buffers that are taken for more than there is cost time.
+    /// Most bytes to read: taking buffers for more than there is costs time.
     read_size: usize,
-    /// Whether the host's program has sent its last byte, and the guest has it.
+    /// Whether the host's program has sent its last byte, and the guest has got it.
     host_ended: bool,
-    /// Whether it reads what it is sent.
+    /// Whether the host's program still reads.
     host_reads: bool,
-    /// What the guest has sent and the stream has not taken.
+    /// Bytes that the guest has sent and the stream has not taken yet.
     pending: VecDeque<u8>,
-    /// Whether the host's program knows that there is no more.
+    /// Whether the host's program has been told that the guest sends no more.
     is_end_passed_on: bool,
-    /// What the guest has shut down, and what it knows to be shut down here.
+    /// The directions that the guest has shut down, and those that it knows to be shut down by the host.
     guest_shutdown: u32,
     host_shutdown: u32,
     deadline: Option<Instant>,
-    /// Whether it ended in another way than by both sides' wish.
+    /// Whether it ended otherwise than by both sides shutting it down.
     killed: bool,
 }
 
@@ -119,7 +117,7 @@ impl Connection {
         }
     }
 
-    /// A program of the host has connected.
+    /// Makes the connection of a program on the host that has just connected.
     pub(super) fn from_host(stream: HostStream, now: Instant) -> Connection {
         Connection {
             deadline: Some(now + CONNECT_TIME),
@@ -127,7 +125,7 @@ impl Connection {
         }
     }
 
-    /// The guest asks for a connection by `request`, and the stream has yet to be connected.
+    /// Makes the connection that the guest asks for with `request`. The stream has yet to be connected.
     pub(super) fn from_guest(
         stream: HostStream,
         ports: Ports,
@@ -136,7 +134,7 @@ impl Connection {
     ) -> Connection {
         let mut connection = Connection {
             ports: Some(ports),
-            // The event loop says when there is.
+            // The event loop reports when there is something to read.
             readable: false,
             deadline: Some(now + CONNECT_TIME),
             ..Connection::new(State::Waiting, stream)
@@ -145,7 +143,7 @@ impl Connection {
         connection
     }
 
-    /// The stream of a guest that has waited is connected.
+    /// Takes note that the stream is connected, for which the guest has waited.
     pub(super) fn connected(&mut self) {
         self.state = State::Connected;
         self.deadline = None;
@@ -161,7 +159,7 @@ impl Connection {
         &self.stream
     }
 
-    /// Ports by which the guest knows it, if it does.
+    /// Returns the ports by which the guest knows it, if it does.
     pub(super) fn ports(&self) -> Option<Ports> {
         self.ports
     }
@@ -170,7 +168,7 @@ impl Connection {
         self.deadline
     }
 
-    /// Moves the deadline by `time`, in which neither side could do anything.
+    /// Postpones the deadline by `time`, during which neither side could do anything.
     pub(super) fn put_off_deadline(&mut self, time: Duration) {
         self.deadline = self.deadline.map(|deadline| deadline + time);
     }
@@ -183,13 +181,13 @@ impl Connection {
         matches!(self.state, State::Finished)
     }
 
-    /// Whether the guest's packets may not find it any more.
+    /// Whether it must no longer be found for the guest's packets.
     pub(super) fn is_forgotten(&self) -> bool {
         matches!(self.state, State::Draining | State::Finished)
     }
 
-    /// What the stream is to be watched for; nothing if it is not needed any more. Each time that it
-    /// becomes ready is an event of its own, so that none comes again for what cannot be served.
+    /// Returns the events to watch the stream for; `None` if the stream is not needed any more. They are
+    /// edge-triggered, so that none is repeated for something that cannot be served.
     pub(super) fn interest(&self) -> Option<EventSet> {
         let mut interest = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         interest.set(EventSet::OUT, !self.pending.is_empty());
@@ -199,13 +197,13 @@ impl Connection {
         }
     }
 
-    /// Takes note of what the event loop says of the stream.
+    /// Takes note of the stream's readiness.
     pub(super) fn host_is_ready(&mut self, ready: EventSet, metrics: &VsockMetrics, now: Instant) {
         let lost = EventSet::HANG_UP | EventSet::ERROR;
         self.readable |= ready.intersects(lost | EventSet::IN | EventSet::READ_HANG_UP);
         if ready.intersects(lost) {
             match self.state {
-                // It may have said its part and left; nobody waits for an answer.
+                // It may have sent all it had and left; nobody waits for an answer.
                 State::Greeting(_) | State::Requesting => self.reset(),
                 _ => self.lose_reader(),
             }
@@ -216,7 +214,7 @@ impl Connection {
         self.advance(now);
     }
 
-    /// Reads which port the host's program wants, once it has said so.
+    /// Returns the port that the host's program wants, once it has named one.
     pub(super) fn wanted_port(&mut self) -> Option<u32> {
         let State::Greeting(greeting) = &mut self.state else {
             return None;
@@ -249,13 +247,13 @@ impl Connection {
     ) {
         match (&self.state, header.operation) {
             (_, operation::RST) => self.end_by_guest(now),
-            // What the guest sent before it could know of the end.
+            // The guest sent this before it could know of the end.
             (State::Resetting, _) => {}
             (State::Requesting, operation::RESPONSE) => {
                 self.credit.learn(header);
                 self.accept();
             }
-            // Its program has given up, and another has got the same port.
+            // The guest's program has given up, and another one has got the same port.
             (State::Waiting, operation::REQUEST) => {
                 self.credit.learn(header);
                 self.deadline = Some(now + CONNECT_TIME);
@@ -282,11 +280,12 @@ impl Connection {
         self.advance(now);
     }
 
-    /// The guest has taken the connection: its port of the host tells connections apart.
+    /// Answers the host's program once the guest has accepted the connection, with the host's port, which
+    /// identifies the connection.
     fn accept(&mut self) {
         let port = self.ports.map_or(0, |ports| ports.host);
         let answer = format!("OK {port}\n");
-        // Nothing has been sent before, so there is room for it.
+        // Nothing has been sent before, so there is room for the answer.
         match self.stream.send(answer.as_bytes()) {
             Ok(count) if count == answer.len() => {
                 self.state = State::Connected;
@@ -316,7 +315,7 @@ impl Connection {
             self.credit.forward(data.len());
             return;
         }
-        // All of it at once, so that it does not become more; the host gives memory for what is used.
+        // All of it at once, so that it does not grow further; the host allocates only memory that is used.
         self.pending.reserve_exact(room);
         let mut chunk = [0; 4096];
         loop {
@@ -327,7 +326,7 @@ impl Connection {
         }
     }
 
-    /// Sends what the guest has sent before, as far as the stream takes it.
+    /// Passes on pending data of the guest, as far as the stream takes it.
     fn flush(&mut self, metrics: &VsockMetrics, now: Instant) {
         while !self.pending.is_empty() {
             let (bytes, _) = self.pending.as_slices();
@@ -347,19 +346,19 @@ impl Connection {
         self.pending = VecDeque::new();
     }
 
-    /// What the guest sends goes nowhere from now on.
+    /// Drops what the guest sends from now on.
     fn lose_reader(&mut self) {
         self.host_reads = false;
         self.credit.forward(self.pending.len());
         self.pending = VecDeque::new();
     }
 
-    /// Whether it has something for the guest.
+    /// Whether it has a packet for the guest.
     pub(super) fn has_packet(&self) -> bool {
         self.due.0 != 0 || self.readable_bytes() > 0
     }
 
-    /// How many bytes may be read from the host's program for the guest now.
+    /// Returns how many bytes may be read from the host's program for the guest now.
     fn readable_bytes(&self) -> usize {
         if self.may_read() {
             self.credit.available()
@@ -375,7 +374,7 @@ impl Connection {
             && self.guest_shutdown & shutdown::RECEIVE == 0
     }
 
-    /// The next packet for the guest, where it has no data.
+    /// Takes the next packet without data for the guest, if there is one.
     pub(super) fn take_control_packet(&mut self, guest_cid: u64) -> Option<Header> {
         let operation = self.due.take_first()?;
         let mut header = self.header(operation, guest_cid)?;
@@ -388,7 +387,7 @@ impl Connection {
         Some(header)
     }
 
-    /// The header of the next packets for the guest that have data, and how many bytes there may be.
+    /// Returns the header of the next data packets for the guest, and the most bytes that they may carry.
     pub(super) fn data_packet(&self, guest_cid: u64) -> Option<(Header, usize)> {
         let limit = self.readable_bytes().min(self.read_size);
         if limit == 0 {
@@ -403,13 +402,13 @@ impl Connection {
         Some(header)
     }
 
-    /// Takes note of a packet that is sent to the guest: every one says what room there is.
+    /// Takes note of a packet that is sent to the guest: each one announces the room that there is.
     fn has_announced(&mut self) {
         self.credit.has_announced();
         self.due.remove(operation::CREDIT_UPDATE);
     }
 
-    /// Takes note of the outcome of reading from the host's program for the guest.
+    /// Takes note of the result of reading from the host's program for the guest.
     pub(super) fn finish_reading(
         &mut self,
         result: io::Result<usize>,
@@ -436,7 +435,7 @@ impl Connection {
         self.advance(now);
     }
 
-    /// Does what has become due by what has happened.
+    /// Does what has become due.
     fn advance(&mut self, now: Instant) {
         if matches!(self.state, State::Draining) && self.pending.is_empty() {
             self.state = State::Finished;
@@ -451,7 +450,7 @@ impl Connection {
             self.stream.shut_down(Shutdown::Write);
         }
         if self.guest_shutdown == shutdown::BOTH && is_flushed {
-            // The guest waits for this, as its last word.
+            // The guest waits for this last packet.
             self.finish();
             return;
         }
@@ -459,7 +458,7 @@ impl Connection {
         if self.host_ended {
             host_shutdown |= shutdown::SEND;
         }
-        // If there is more to read, the end of that is near, and both are told together.
+        // If there is more to read, its end is near, and the guest is told of both ends together.
         if !self.host_reads && self.readable_bytes() == 0 {
             host_shutdown |= shutdown::RECEIVE;
         }
@@ -494,19 +493,18 @@ impl Connection {
         }
     }
 
-    /// Ends it because the device ends. What the guest has sent is passed on as far as the stream
-    /// takes it now.
+    /// Ends it because the device ends. Data of the guest is passed on as far as the stream takes it now.
     pub(super) fn end_with_device(&mut self, metrics: &VsockMetrics) {
         self.flush(metrics, Instant::now());
         self.killed = true;
     }
 
-    /// Lets the host's program see that it has ended.
+    /// Shows the host's program that the connection has ended.
     pub(super) fn close_stream(&self) {
         self.stream.shut_down(Shutdown::Both);
     }
 
-    /// Ends it because one side wants that or did what it must not do, or both have taken too long.
+    /// Ends it because one side wants that or has broken the rules, or they have taken too long.
     pub(super) fn reset(&mut self) {
         self.killed = true;
         self.finish();
@@ -523,7 +521,8 @@ impl Connection {
         self.due.insert(operation::RST);
     }
 
-    /// The guest knows of it no more. What it sent before it ended in order is still passed on.
+    /// Takes note that the guest no longer knows it. If the guest ended it in order, data that it sent before
+    /// is still passed on.
     fn end_by_guest(&mut self, now: Instant) {
         self.due = Due::default();
         let in_order =

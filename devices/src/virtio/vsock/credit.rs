@@ -1,11 +1,11 @@
-//! How much each side may send before the other has taken it (section 5.10.6.3).
+//! Flow control: how much each side may send before the other has taken it (section 5.10.6.3).
 
 use super::packet::Header;
 
-/// Size of the buffer for what the guest has sent on a connection and the host's program has not
-/// taken, in bytes: what the guest is told.
+/// Size in bytes of the buffer for data that the guest has sent on a connection and the host's program has
+/// not taken. It is announced to the guest.
 pub(super) const BUFFER_SIZE: u32 = 256 << 10;
-/// The guest is told that there is room again once there is this much more than it knows of.
+/// The guest is told that there is room again once there are this many more bytes of room than it knows of.
 const UPDATE_SIZE: u32 = BUFFER_SIZE / 4;
 
 /// The account of one connection. All counts wrap.
@@ -13,52 +13,52 @@ const UPDATE_SIZE: u32 = BUFFER_SIZE / 4;
 pub(super) struct Credit {
     /// Bytes sent to the guest.
     sent: u32,
-    /// How large the guest's buffer is, as it says.
+    /// Size of the guest's buffer, as the guest reports it.
     guest_buffer: u32,
-    /// Bytes that have left it, as it says.
+    /// Bytes that have left that buffer, as the guest reports it.
     guest_forwarded: u32,
-    /// Bytes of the guest that have left the buffer here.
+    /// Bytes of the guest that have left the buffer on this side.
     forwarded: u32,
-    /// How many of them the guest knows of.
+    /// How many of those bytes the guest knows of.
     announced: u32,
 }
 
 impl Credit {
-    /// Takes note of what a packet of the guest says. What it says wrongly stops nothing but this
-    /// connection.
+    /// Takes note of the credit in a packet of the guest. If the guest reports it wrongly, only this
+    /// connection stalls.
     pub(super) fn learn(&mut self, header: &Header) {
         self.guest_buffer = header.buf_alloc;
         self.guest_forwarded = header.fwd_cnt;
     }
 
-    /// How many bytes the guest takes now.
+    /// Returns how many bytes the guest has room for now.
     pub(super) fn available(&self) -> usize {
         let under_way = self.sent.wrapping_sub(self.guest_forwarded);
         self.guest_buffer.saturating_sub(under_way) as usize
     }
 
-    /// Counts bytes that are sent to the guest, no more than are available.
+    /// Counts bytes that are sent to the guest, at most the available ones.
     pub(super) fn send(&mut self, count: usize) {
         self.sent = self.sent.wrapping_add(count as u32);
     }
 
-    /// Counts bytes of the guest that take no room any more.
+    /// Counts bytes of the guest that take up no more room.
     pub(super) fn forward(&mut self, count: usize) {
         self.forwarded = self.forwarded.wrapping_add(count as u32);
     }
 
-    /// Whether the guest should hear of the room that there is.
+    /// Whether the guest should be told of the room that there is.
     pub(super) fn is_update_due(&self) -> bool {
         self.forwarded.wrapping_sub(self.announced) >= UPDATE_SIZE
     }
 
-    /// Puts what the guest is to know of the room into the header of a packet.
+    /// Writes the room that there is into the header of a packet.
     pub(super) fn write_to(&self, header: &mut Header) {
         header.buf_alloc = BUFFER_SIZE;
         header.fwd_cnt = self.forwarded;
     }
 
-    /// Takes note that the guest has got such a packet.
+    /// Takes note that such a packet has been sent.
     pub(super) fn has_announced(&mut self) {
         self.announced = self.forwarded;
     }

@@ -1,10 +1,10 @@
-//! What can go wrong at work.
+//! Errors of the worker.
 
 use std::io;
 
 use crate::virtio::QueueError;
 
-/// What a driver did that breaks the rules of the device.
+/// A breach of the device's rules by its driver, or a failure of the host.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriverError {
     #[error(transparent)]
@@ -31,10 +31,10 @@ pub(super) enum DriverError {
         readable: usize,
         writable: usize,
     },
-    /// Not the driver's fault, but there is no way to go on either.
+    /// The host's timer fails, which is not the driver's fault.
     #[error("the host's timer fails: {0}")]
     Timer(#[from] io::Error),
-    /// Neither is this.
+    /// The event loop fails, which is not the driver's fault.
     #[error("the event loop does not watch it: {0}")]
     Watch(#[from] event_manager::Error),
 }

@@ -14,14 +14,14 @@ const TRANSPORT_RESET: u32 = 0;
 /// Size of an event in bytes.
 const EVENT_SIZE: usize = size_of::<u32>();
 
-/// What the driver knows of the end of all connections.
+/// Whether the driver knows that all connections have ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reset {
-    /// It has heard of it, or there is nothing to hear.
+    /// It has been told, or there is nothing to tell.
     Done,
     /// It has yet to offer a buffer for the event.
     Due,
-    /// It has the event, and had offered so many more buffers by then.
+    /// It has the event, and had offered `buffers` more buffers by then.
     Told { buffers: u16 },
 }
 
@@ -34,7 +34,7 @@ pub(super) struct EventQueue {
 }
 
 impl AsRawFd for EventQueue {
-    /// The doorbell.
+    /// Returns the doorbell.
     fn as_raw_fd(&self) -> RawFd {
         self.queue.as_raw_fd()
     }
@@ -49,8 +49,8 @@ impl EventQueue {
         }
     }
 
-    /// Has the driver end all its connections, as soon as it offers a buffer. `false` if it does not
-    /// use the queue.
+    /// Tells the driver to end all its connections, as soon as it offers a buffer. `false` if it does not use
+    /// the queue.
     pub(super) fn begin_reset(&mut self) -> bool {
         if self.queue.is_set_up() {
             self.reset = Reset::Due;
@@ -62,8 +62,8 @@ impl EventQueue {
         self.queue.progress()
     }
 
-    /// Looks at the driver's buffers. `true` if it has ended its connections by now: a driver puts the
-    /// buffer of an event back when it has handled it.
+    /// Serves the queue. Returns `true` if the driver has ended its connections by now: a driver offers the
+    /// buffer of an event again when it has handled the event.
     pub(super) fn serve(&mut self, link: &DriverLink) -> Result<bool, DriverError> {
         if self.reset == Reset::Due {
             self.tell_reset(link)?;

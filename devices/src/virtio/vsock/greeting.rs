@@ -1,19 +1,19 @@
-//! What a program of the host says first: `CONNECT PORT`, and a line feed.
+//! The first line that a program on the host sends: `CONNECT PORT` and a line feed.
 //!
-//! It is understood as Firecracker 1.17 does (`read_local_stream_port` in its `vsock/unix/muxer.rs`): words
-//! between white space of any kind, the first in upper or lower case, and what follows the second ignored.
-//! Firecracker wants it in one piece; here it may come in several.
+//! It is parsed as in Firecracker 1.17 (`read_local_stream_port` in its `vsock/unix/muxer.rs`): words
+//! separated by white space of any kind, the first in upper or lower case, and anything after the second
+//! ignored. Firecracker requires it to arrive in one piece; here it may arrive in several.
 
 use std::io;
 
 use super::stream::HostStream;
 
-/// Least bytes of the line: no line feed before ends it.
+/// Shortest line in bytes.
 const MIN_LINE_SIZE: usize = "connect 0\n".len();
-/// Most bytes. So many are a line without a line feed, too.
+/// Longest line in bytes. This many bytes are a line even without a line feed.
 const MAX_LINE_SIZE: usize = 32;
 
-/// The line, as far as it has come.
+/// The part of the line that has arrived.
 #[derive(Debug, Default)]
 pub(super) struct Greeting {
     line: [u8; MAX_LINE_SIZE],
@@ -21,11 +21,11 @@ pub(super) struct Greeting {
 }
 
 impl Greeting {
-    /// Reads on. Nothing behind the line is taken: those bytes are for the guest.
+    /// Reads more of the line, but nothing after it: those bytes are for the guest.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if there is no more of it yet, and
-    /// [`io::ErrorKind::InvalidData`] if it is not such a line.
+    /// [`io::ErrorKind::WouldBlock`] if there is no more of it yet, and [`io::ErrorKind::InvalidData`] if it
+    /// is not such a line.
     pub(super) fn read(&mut self, stream: &HostStream) -> io::Result<u32> {
         loop {
             let room = &mut self.line[self.len..];
@@ -49,7 +49,7 @@ impl Greeting {
     }
 }
 
-/// The port that a whole line asks for.
+/// Returns the port that a whole line asks for.
 fn port(line: &[u8]) -> Option<u32> {
     let mut words = str::from_utf8(line).ok()?.split_whitespace();
     let command = words.next()?;

@@ -1,4 +1,4 @@
-//! What the device counts.
+//! The counters of the device.
 
 use bantam_metrics::Counter;
 use serde::Serialize;
@@ -7,18 +7,18 @@ use serde::Serialize;
 /// transmits.
 #[derive(Debug, Default, Serialize)]
 pub struct VsockMetrics {
-    /// Times that the driver was ready and the device could not begin.
+    /// Failed activations.
     pub activate_fails: Counter,
     /// Breaches of the rules in the receive queue, each of which needs a reset.
     pub rx_queue_event_fails: Counter,
     /// The same in the transmit queue.
     pub tx_queue_event_fails: Counter,
-    /// Failures to accept a program of the host.
+    /// Failures to accept a program on the host.
     pub muxer_event_fails: Counter,
     /// Connections that could not be watched by the event loop, which ended them.
     pub conn_event_fails: Counter,
-    /// Times that the receive queue was looked at because its doorbell was rung, or for the rest of
-    /// what was too much for one turn.
+    /// Times that the receive queue was served because its doorbell was rung, or to continue work that was
+    /// too much for one turn.
     pub rx_queue_event_count: Counter,
     /// The same for the transmit queue.
     pub tx_queue_event_count: Counter,
@@ -26,21 +26,21 @@ pub struct VsockMetrics {
     pub rx_bytes_count: Counter,
     /// Bytes of data transmitted.
     pub tx_bytes_count: Counter,
-    /// Packets received, those without data among them.
+    /// Packets received, including those without data.
     pub rx_packets_count: Counter,
-    /// Packets transmitted, those without data among them.
+    /// Packets transmitted, including those without data.
     pub tx_packets_count: Counter,
-    /// Connections begun: asked of the guest, or asked by it and taken by a program of the host.
+    /// Connections begun: requested of the guest, or requested by it and accepted by a program on the host.
     pub conns_added: Counter,
-    /// Connections that ended otherwise than by both sides' shutting them down: refused, reset by
-    /// one side, or too slow to begin or end.
+    /// Connections that ended otherwise than by both sides shutting them down: refused, reset by one side, or
+    /// too slow to begin or end.
     pub conns_killed: Counter,
     /// Connections ended in any way.
     pub conns_removed: Counter,
-    /// Failures to send what had waited for a program of the host, which was lost.
+    /// Failures to send data that had waited for a program on the host, and was lost.
     pub tx_flush_fails: Counter,
-    /// Failures to send to a program of the host at once.
+    /// Failures to send data directly to a program on the host.
     pub tx_write_fails: Counter,
-    /// Failures to read from a program of the host.
+    /// Failures to read from a program on the host.
     pub rx_read_fails: Counter,
 }

@@ -1,17 +1,16 @@
-//! The socket device (section 5.10): connections between the guest and programs of the host, which
-//! see Unix domain sockets.
+//! The socket device (section 5.10): connections between the guest and programs on the host, which use Unix
+//! domain sockets.
 //!
-//! A program of the host that wants to reach port 52 of the guest connects to the device's socket
-//! and sends `CONNECT 52` and a line feed. If the guest takes the connection, the answer is
-//! `OK PORT`, with the port of the host that the guest sees at the other end. What the guest connects
-//! to, port 53 of CID 2, leads to the socket whose path is the device's with `_53` behind it. This
-//! is the protocol of Firecracker. Only stream sockets are offered.
+//! A program on the host that wants to reach port 52 of the guest connects to the device's socket and sends
+//! `CONNECT 52` and a line feed. If the guest accepts the connection, the answer is `OK PORT`, with the port
+//! of the host that the guest sees at the other end. If the guest connects to port 53 of CID 2, it reaches
+//! the socket at the device's path with `_53` appended. This is the protocol of Firecracker. Only stream
+//! sockets are offered.
 //!
-//! A packet of the guest goes from its buffers to the host's socket, and what a program of the host
-//! sends goes from the socket to the driver's buffers, without a copy in between. Only what a
-//! program of the host does not take at once is kept, and no more than the guest is told that there
-//! is room for. In the other direction nothing is kept: what the guest does not take stays in the
-//! host's socket.
+//! A packet of the guest goes from its buffers to the host's socket, and data from a program on the host goes
+//! from the socket to the driver's buffers, without a copy in between. Only data that a program on the host
+//! does not take at once is kept, and no more than the room announced to the guest. In the other direction
+//! nothing is kept: data that the guest does not take stays in the host's socket.
 
 mod connection;
 mod credit;
@@ -44,12 +43,12 @@ use worker::Worker;
 /// Size of each queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// The least CID that a guest can have: those before it have meanings of their own (section 5.10.4).
+/// The smallest CID that a guest can have: smaller ones have special meanings (section 5.10.4).
 pub const MIN_GUEST_CID: u32 = 3;
-/// The greatest, as the one after it stands for any.
+/// The largest CID that a guest can have: the next one stands for any CID.
 pub const MAX_GUEST_CID: u32 = u32::MAX - 1;
 
-/// How much longer than the path of the device's socket that of a port's can be, in bytes.
+/// Longest suffix in bytes that the path of a port's socket adds to that of the device's socket.
 pub const MAX_PORT_SUFFIX_SIZE: usize = "_4294967295".len();
 
 /// The front of the socket device.
@@ -61,9 +60,9 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device for the guest with this CID, [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`]. Programs of
-    /// the host connect to `listener`; they wait until the guest's driver is ready. Its path must
-    /// leave room for [`MAX_PORT_SUFFIX_SIZE`] more bytes.
+    /// Makes a device for the guest with this CID, from [`MIN_GUEST_CID`] to [`MAX_GUEST_CID`]. Programs on
+    /// the host connect to `listener`; they wait until the guest's driver is ready. Its path must leave room
+    /// for [`MAX_PORT_SUFFIX_SIZE`] more bytes.
     pub fn new(guest_cid: u32, listener: ListeningSocket) -> Vsock {
         let guest_cid = u64::from(guest_cid);
         Vsock {

@@ -1,4 +1,4 @@
-//! What happens between the guest's packets and the host's programs, whatever the queues are.
+//! The multiplexer between the guest's packets and the host's programs, independent of the queues.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -24,17 +24,17 @@ use super::waiting::Waiting;
 use crate::ListeningSocket;
 use crate::virtio::{DriverLink, MAX_TURN};
 
-/// Most refusals that wait for buffers of the guest. With so many, no more of its packets are taken.
+/// Most refusals that wait for buffers of the guest. At this number, no more of its packets are taken.
 const MAX_REFUSALS: usize = 256;
-/// Most programs of the host that are accepted before others have their turn.
+/// Most programs on the host that are accepted before other work gets its turn.
 const MAX_ACCEPTED_PER_TURN: usize = 64;
 /// How long the guest may take to end its connections after the device was restored, before new ones
 /// are begun.
 const RESET_TIME: Duration = Duration::from_secs(1);
-/// How long to wait before accepting again where the host was out of something.
+/// How long to wait before accepting again after the host was out of a resource.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
-/// The connections, and those who wait for something.
+/// The connections, and lists of those that have something to do.
 pub(super) struct Muxer {
     guest_cid: u64,
     listener: Arc<ListeningSocket>,
@@ -43,22 +43,22 @@ pub(super) struct Muxer {
     refusals: VecDeque<Header>,
     /// The connections that have something for the guest, in the order of their turns.
     ready: VecDeque<usize>,
-    /// Those of which something has changed.
+    /// The connections whose state has changed.
     touched: Vec<usize>,
     /// Whether programs may be waiting to be accepted.
     accepts: bool,
     accept_retry: Option<Instant>,
-    /// Until when programs wait, because the guest would take their connections for those that it has
-    /// yet to end.
+    /// When programs stop waiting. They wait because the guest would take their connections for those that it
+    /// has yet to end.
     held_until: Option<Instant>,
     /// When the device was paused, if it is.
     paused_at: Option<Instant>,
-    /// Whether it is known that programs cannot be accepted.
+    /// Whether it has been logged that programs cannot be accepted.
     accept_has_failed: bool,
-    /// The connections of the guest that wait for programs of the host.
+    /// The connections of the guest that wait for programs on the host.
     waiting: Waiting,
     timer: TimerFd,
-    /// When the timer ends, if it runs.
+    /// When the timer expires, if it runs.
     timer_end: Option<Instant>,
     metrics: Arc<VsockMetrics>,
     link: Arc<DriverLink>,
@@ -91,8 +91,8 @@ impl Muxer {
         })
     }
 
-    /// Takes the place of one that was saved. If the guest has yet to end its connections,
-    /// programs of the host wait until [`Muxer::end_reset`], though not for long.
+    /// Makes a multiplexer that takes the place of a saved one. If the guest has yet to end its connections,
+    /// programs on the host wait until [`Muxer::end_reset`], though not for long.
     ///
     /// # Errors
     /// If the state is not one that a worker can have.
@@ -109,24 +109,24 @@ impl Muxer {
         Ok(())
     }
 
-    /// The guest has ended its connections.
+    /// Takes note that the guest has ended its connections.
     pub(super) fn end_reset(&mut self) {
         self.held_until = None;
     }
 
-    /// What another worker must know.
+    /// Returns the state that another worker needs.
     pub(super) fn save(&self) -> WorkerState {
         WorkerState {
             next_host_port: self.table.next_host_port(),
         }
     }
 
-    /// Has time stand still until [`Muxer::watch`].
+    /// Stops all deadlines until [`Muxer::watch`].
     pub(super) fn pause(&mut self) {
         self.paused_at.get_or_insert_with(Instant::now);
     }
 
-    /// Moves all that is timed by the time of the pause, in which the guest could do nothing.
+    /// Postpones all deadlines by the length of the pause, during which the guest could do nothing.
     fn end_pause(&mut self) {
         let Some(paused_at) = self.paused_at.take() else {
             return;
@@ -138,11 +138,11 @@ impl Muxer {
         }
     }
 
-    /// Has the event loop watch what there is from the start, and, after a pause, the connections.
+    /// Has the event loop watch the listener and the timer, and after a pause also the connections.
     pub(super) fn watch(&mut self, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
         self.watch_sources(operations)?;
         self.end_pause();
-        // It may run for a time that has moved.
+        // It may run for a deadline that was postponed.
         self.timer_end = None;
         for (place, entry) in self.table.iter() {
             entry.watched = None;
@@ -187,7 +187,7 @@ impl Muxer {
                 connection.handle_packet(header, data, &self.metrics, Instant::now());
                 let is_forgotten = connection.is_forgotten();
                 self.touched.push(place);
-                // The next packet may begin another with the same ports.
+                // The next packet may begin another connection with the same ports.
                 if is_forgotten {
                     self.table.forget(place);
                 }
@@ -197,8 +197,8 @@ impl Muxer {
         }
     }
 
-    /// Connects the guest to the program of the host that listens for the port, or has it wait for it; `false`
-    /// if there is none, or no room.
+    /// Connects the guest to the program on the host that listens for the port, or has the connection wait
+    /// for it; `false` if there is no such program, or no room.
     fn connect(&mut self, request: &Header) -> bool {
         if self.table.is_full() {
             return false;
@@ -208,7 +208,7 @@ impl Muxer {
         let Ok(stream) = HostStream::unconnected() else {
             return false;
         };
-        // Nobody overtakes those who wait for the same program.
+        // No connection overtakes those that wait for the same program.
         let connected = match self.waiting.has(ports.host) {
             true => Err(io::ErrorKind::WouldBlock.into()),
             false => stream.connect(&self.path_of_port(ports.host)),
@@ -229,7 +229,7 @@ impl Muxer {
         true
     }
 
-    /// Tries again for the guest's connections that wait, in the order in which they have come.
+    /// Tries again to connect the guest's waiting connections, in the order in which they came.
     fn retry_waiting(&mut self, now: Instant) {
         let (mut has_connected, mut full_ports) = (false, Vec::new());
         for (port, place) in self.waiting.take() {
@@ -238,7 +238,7 @@ impl Muxer {
                 continue;
             };
             let connection = &mut entry.connection;
-            // Another may have taken the place of one that has ended.
+            // Another connection may have taken the place of one that has ended.
             let is_the_same = connection.ports().is_some_and(|ports| ports.host == port);
             if !connection.is_waiting() || !is_the_same {
                 continue;
@@ -270,17 +270,17 @@ impl Muxer {
         path.into()
     }
 
-    /// Whether more packets of the guest could not be answered.
+    /// Whether further packets of the guest could not be answered.
     pub(super) fn is_stalled(&self) -> bool {
         self.refusals.len() >= MAX_REFUSALS
     }
 
-    /// Remembers that programs of the host have connected.
+    /// Remembers that programs on the host have connected.
     pub(super) fn begin_accepting(&mut self) {
         self.accepts = true;
     }
 
-    /// Accepts programs of the host, for one turn at most; `true` if there may be more.
+    /// Accepts programs on the host, for one turn at most; `true` if there may be more.
     pub(super) fn accept(&mut self) -> bool {
         for _ in 0..MAX_ACCEPTED_PER_TURN {
             if !self.accepts || self.held_until.is_some() {
@@ -306,7 +306,7 @@ impl Muxer {
     }
 
     fn stop_accepting(&mut self, error: &io::Error) {
-        // One that has left before it was accepted is none that failed.
+        // A program that left before it was accepted is not a failure.
         if error.kind() == io::ErrorKind::ConnectionAborted
             || error.kind() == io::ErrorKind::Interrupted
         {
@@ -315,7 +315,7 @@ impl Muxer {
         self.accepts = false;
         if error.kind() != io::ErrorKind::WouldBlock {
             self.metrics.muxer_event_fails.add(1);
-            // The log hears of it once until a program is accepted.
+            // This is logged once until a program is accepted.
             if !std::mem::replace(&mut self.accept_has_failed, true) {
                 self.link.warn_of_host(format_args!(
                     "cannot accept programs on socket '{}' for now: {error}",
@@ -326,7 +326,7 @@ impl Muxer {
         }
     }
 
-    /// Reads what a program of the host wants, and asks the guest.
+    /// Reads which port a program on the host wants, and asks the guest.
     fn greet(&mut self, place: usize) {
         let Some(entry) = self.table.get(place) else {
             return;
@@ -341,7 +341,7 @@ impl Muxer {
         }
     }
 
-    /// The stream of the connection at `place` has become ready.
+    /// Takes note that the stream of the connection at `place` has become ready.
     pub(super) fn host_is_ready(&mut self, place: usize, ready: EventSet) {
         self.greet(place);
         if let Some(entry) = self.table.get(place) {
@@ -351,7 +351,7 @@ impl Muxer {
         }
     }
 
-    /// The timer has ended. Nothing is read from it, as each end is an event of its own.
+    /// Handles the expiry of the timer, which is not read, as its events are edge-triggered.
     pub(super) fn expire(&mut self) {
         self.timer_end = None;
         let now = Instant::now();
@@ -370,14 +370,14 @@ impl Muxer {
                 if deadline <= now {
                     entry.connection.expire();
                 }
-                // If not, its time is to come.
+                // If its time is not over, the timer must be set for it again.
                 self.touched.push(place);
             }
         }
     }
 
-    /// Sends to the guest what there is for it, for one turn at most. `true` where that was not enough:
-    /// the doorbell is then rung for the next turn.
+    /// Sends packets to the guest, for one turn at most. `true` if there are more: the doorbell is then rung
+    /// for the next turn.
     pub(super) fn send(&mut self, queue: &mut ReceiveQueue) -> Result<bool, DriverError> {
         let start = Instant::now();
         let mut packets = 0;
@@ -397,7 +397,7 @@ impl Muxer {
         Ok(false)
     }
 
-    /// Gives the next connection its turn; gives the number of packets sent.
+    /// Gives the next connection its turn, and returns the number of packets sent.
     fn send_next(&mut self, queue: &mut ReceiveQueue) -> Result<usize, DriverError> {
         let Some(place) = self.ready.pop_front() else {
             return Ok(0);
@@ -429,7 +429,7 @@ impl Muxer {
         Ok(packets)
     }
 
-    /// Does for every connection that has changed what its state asks for.
+    /// Does what the new state of each changed connection requires.
     pub(super) fn settle(&mut self, operations: &mut EventOps<'_>) -> io::Result<()> {
         while let Some(place) = self.touched.pop() {
             let Some(entry) = self.table.get(place) else {
@@ -475,7 +475,7 @@ impl Muxer {
         self.set_timer(self.accept_retry)
     }
 
-    /// Lets the host's programs see that the device does nothing more.
+    /// Shows the host's programs that the device does nothing more.
     pub(super) fn close_streams(&mut self) {
         for (_, entry) in self.table.iter() {
             entry.connection.close_stream();
@@ -491,11 +491,12 @@ impl Muxer {
         else {
             return;
         };
-        // Its place is another's then. A guest that receives nothing would make the queue ever longer.
+        // Its place may go to another connection. With a guest that receives nothing, the queue would
+        // otherwise grow without bound.
         if is_queued {
             self.ready.retain(|&queued| queued != place);
         }
-        // One without ports was none yet.
+        // Without ports it was not yet a connection.
         if connection.ports().is_some() {
             self.metrics.conns_removed.add(1);
             self.metrics
@@ -504,12 +505,12 @@ impl Muxer {
         }
     }
 
-    /// Has the timer end at `deadline` at the latest.
+    /// Sets the timer to expire at `deadline` at the latest.
     fn set_timer(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         if let Some(deadline) = deadline
             && self.timer_end.is_none_or(|end| deadline < end)
         {
-            // No time at all would stop it.
+            // A time of zero would stop it.
             let wait = deadline.saturating_duration_since(Instant::now());
             self.timer.reset(wait.max(Duration::from_millis(1)), None)?;
             self.timer_end = Some(deadline);

@@ -6,10 +6,10 @@ pub(super) const HEADER_SIZE: usize = 44;
 /// The context identifier of the host (section 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
 
-/// `VIRTIO_VSOCK_TYPE_STREAM`: the kind of socket whose bytes have no borders.
+/// `VIRTIO_VSOCK_TYPE_STREAM`: a stream socket, which has no message boundaries.
 pub(super) const TYPE_STREAM: u16 = 1;
 
-/// What a packet is for.
+/// Operations of packets.
 #[allow(missing_docs, reason = "the names are those of the standard")]
 pub(super) mod operation {
     pub const REQUEST: u16 = 1;
@@ -31,7 +31,7 @@ pub(super) mod shutdown {
     pub const BOTH: u32 = RECEIVE | SEND;
 }
 
-/// The two ends of a connection, by which packets find it.
+/// The two ports of a connection, which identify it in packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Ports {
     pub(super) host: u32,
@@ -52,7 +52,7 @@ pub(super) struct Header {
     pub(super) flags: u32,
     /// Size of the sender's buffer for the connection, in bytes.
     pub(super) buf_alloc: u32,
-    /// How many bytes have left that buffer, which wraps.
+    /// How many bytes have left that buffer; the count wraps.
     pub(super) fwd_cnt: u32,
 }
 
@@ -74,7 +74,7 @@ impl Header {
         }
     }
 
-    /// The header as it is in a buffer.
+    /// Returns the header as it is in a buffer.
     pub(super) fn to_bytes(self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
@@ -90,7 +90,7 @@ impl Header {
         bytes
     }
 
-    /// The packet of a connection for the guest that is for `operation` and has no data.
+    /// Makes the header of a packet to the guest without data, for `operation` on a connection.
     pub(super) fn to_guest(guest_cid: u64, ports: Ports, operation: u16) -> Header {
         Header {
             src_cid: HOST_CID,
@@ -103,7 +103,7 @@ impl Header {
         }
     }
 
-    /// The connection that a packet of the guest belongs to.
+    /// Returns the ports of the connection that a packet of the guest belongs to.
     pub(super) fn ports(&self) -> Ports {
         Ports {
             host: self.dst_port,
@@ -111,8 +111,8 @@ impl Header {
         }
     }
 
-    /// The packet that tells the sender of this one that there is no such connection, whatever it
-    /// thinks; none for one that says so itself.
+    /// Makes the reset that tells the sender of this packet that there is no such connection; `None` if this
+    /// packet is itself a reset.
     pub(super) fn refusal(&self) -> Option<Header> {
         (self.operation != operation::RST).then_some(Header {
             src_cid: self.dst_cid,
@@ -126,7 +126,7 @@ impl Header {
     }
 }
 
-/// Consecutive parts of the bytes of a header, which has as many as are asked for.
+/// Splits the bytes of a header into consecutive fields. There must be enough bytes.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {

@@ -14,15 +14,16 @@ use crate::worker::QueueProgress;
 /// Most buffers that are filled by one system call.
 const MAX_BUFFERS: usize = 32;
 
-/// Puts packets into the driver's buffers. The data of several is read at once, straight into them.
+/// Puts packets into the driver's buffers. The data of several packets is read at once, directly into the
+/// buffers.
 pub(super) struct ReceiveQueue {
     queue: VirtQueue,
     chain: Chain,
     buffers: Vec<Buffer>,
-    /// The parts for data of the buffers that are being filled.
+    /// The data parts of the buffers that are being filled.
     data: GuestBuffers,
     used: Vec<(u16, u32)>,
-    /// Whether there are packets of which the driver has not been told.
+    /// Whether there are packets that the driver has not been told of.
     unreported: bool,
 }
 
@@ -30,12 +31,12 @@ pub(super) struct ReceiveQueue {
 struct Buffer {
     head: u16,
     header: GuestBuffers,
-    /// How many bytes of data are put into it at most.
+    /// Most bytes of data to put into it.
     room: usize,
 }
 
 impl AsRawFd for ReceiveQueue {
-    /// The doorbell.
+    /// Returns the doorbell.
     fn as_raw_fd(&self) -> RawFd {
         self.queue.as_raw_fd()
     }
@@ -63,17 +64,17 @@ impl ReceiveQueue {
         self.queue.progress()
     }
 
-    /// Size in descriptors.
+    /// Returns the queue's size in descriptors.
     pub(super) fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// Puts the queue off to a later turn.
+    /// Leaves the queue to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
     }
 
-    /// Whether there is a buffer. If not, the doorbell is rung for the next.
+    /// Whether there is a buffer. If not, the driver is asked to ring the doorbell for the next one.
     pub(super) fn has_buffer(&mut self) -> Result<bool, QueueError> {
         if !self.queue.has_available()? && !self.queue.enable_doorbell()? {
             return Ok(false);
@@ -94,9 +95,8 @@ impl ReceiveQueue {
         Ok(true)
     }
 
-    /// Has `read` fill the next buffers with no more than `limit` bytes, which is not zero, and sends
-    /// them as packets with this header. Gives what `read` does, which is not called where there are
-    /// no buffers.
+    /// Has `read` fill the next buffers with at most `limit` bytes, which is not zero, and sends them as
+    /// packets with this header. Returns the result of `read`, which is not called if there are no buffers.
     pub(super) fn put_data(
         &mut self,
         mut header: Header,
@@ -130,7 +130,7 @@ impl ReceiveQueue {
         Ok(Some(result.map(|_| Packets { bytes, packets })))
     }
 
-    /// Takes buffers for `limit` bytes, as far as there are any; gives how many buffers.
+    /// Takes buffers for up to `limit` bytes, and returns how many buffers.
     fn take_buffers(&mut self, limit: usize) -> Result<usize, DriverError> {
         self.data.clear();
         let mut taken = 0;
@@ -160,7 +160,7 @@ impl ReceiveQueue {
         Ok(taken)
     }
 
-    /// Tells the driver of the packets, if it wants to know.
+    /// Notifies the driver of the packets, if it wants an interrupt for them.
     pub(super) fn report(&mut self, link: &DriverLink) {
         if std::mem::take(&mut self.unreported) {
             self.queue.notify_driver(link);

@@ -1,6 +1,6 @@
-//! What wakes the worker.
+//! The sources of the worker's events.
 
-/// What the event loop has found ready.
+/// A source of events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
     ReceiveDoorbell,
@@ -12,11 +12,11 @@ pub(super) enum Source {
     Connection(usize),
 }
 
-/// Token of the connection at the first place. Those of the others follow.
+/// Token of the connection at the first place; those of the others follow.
 const FIRST_CONNECTION_TOKEN: u32 = 5;
 
 impl Source {
-    /// What the event loop keeps of it.
+    /// Returns the source's event token.
     pub(super) fn token(self) -> u32 {
         match self {
             Source::ReceiveDoorbell => 0,

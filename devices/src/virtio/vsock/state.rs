@@ -1,13 +1,14 @@
-//! What a worker in another process must know of the one that was saved.
+//! The saved state of a worker.
 
 use bantam_state::SavedState;
 use serde::{Deserialize, Serialize};
 
-/// The state of a worker beside its queues. Its connections are not part of it: they end with the process.
+/// The state of a worker apart from its queues. Its connections are not part of it: they end with the
+/// process.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct WorkerState {
-    /// The port of the host that the next program gets. A packet of the guest that still is for an
-    /// earlier connection finds none with the same ports.
+    /// The port of the host that the next program gets. It is saved so that a late packet of the guest for an
+    /// earlier connection does not find one with the same ports.
     pub(super) next_host_port: u32,
 }
 

@@ -11,7 +11,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
 };
 
-/// A stream of which no call blocks, and none raises `SIGPIPE`.
+/// A stream whose calls never block or raise `SIGPIPE`.
 #[derive(Debug)]
 pub(super) struct HostStream(UnixStream);
 
@@ -27,7 +27,7 @@ impl HostStream {
         HostStream(stream)
     }
 
-    /// A stream that has yet to be connected.
+    /// Makes a stream that has yet to be connected.
     pub(super) fn unconnected() -> io::Result<HostStream> {
         let stream = socket(
             AddressFamily::Unix,
@@ -41,39 +41,39 @@ impl HostStream {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// Of the kind [`io::ErrorKind::WouldBlock`] if as many others wait as the program there lets wait; others
-    /// when nothing listens there.
+    /// [`io::ErrorKind::WouldBlock`] if the backlog of the program there is full; others if nothing listens
+    /// there.
     pub(super) fn connect(&self, path: &Path) -> io::Result<()> {
         let address = UnixAddr::new(path)?;
         retry(|| Ok(connect(self.as_raw_fd(), &address)?))
     }
 
-    /// Copies what has come to `bytes`, without taking it.
+    /// Copies bytes that have arrived to `bytes`, without taking them.
     pub(super) fn peek(&self, bytes: &mut [u8]) -> io::Result<usize> {
         retry(|| Ok(recv(self.as_raw_fd(), bytes, MsgFlags::MSG_PEEK)?))
     }
 
-    /// Takes what has come.
+    /// Takes bytes that have arrived.
     pub(super) fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
         retry(|| Ok(recv(self.as_raw_fd(), bytes, MsgFlags::empty())?))
     }
 
-    /// Takes what has come to the front of `buffers`.
+    /// Takes bytes that have arrived into the front of `buffers`.
     pub(super) fn receive_into(&self, buffers: &mut GuestBuffers) -> io::Result<usize> {
         retry(|| buffers.read_from(self.0.as_fd(), None))
     }
 
-    /// Sends `bytes`; gives how many of them.
+    /// Sends `bytes`, and returns how many were sent.
     pub(super) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         retry(|| Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?))
     }
 
-    /// Sends from the front of `buffers`; gives how many bytes.
+    /// Sends from the front of `buffers`, and returns how many bytes were sent.
     pub(super) fn send_from(&self, buffers: &mut GuestBuffers) -> io::Result<usize> {
         retry(|| buffers.send_to(self.0.as_fd()))
     }
 
-    /// Ends one direction. That fails only where the other end has done so already.
+    /// Ends one direction. That fails only if the other end has done so already.
     pub(super) fn shut_down(&self, direction: Shutdown) {
         let _ = self.0.shutdown(direction);
     }

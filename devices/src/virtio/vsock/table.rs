@@ -1,4 +1,4 @@
-//! All connections of a device.
+//! The table of a device's connections.
 
 use std::collections::HashMap;
 
@@ -8,30 +8,30 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::connection::Connection;
 use super::packet::Ports;
 
-/// Most connections at a time, those among them whose program has yet to say what it wants.
+/// Most connections at a time, including those whose program has yet to name its port.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
 
-/// The part of the file descriptors that a process may have that is for connections: a guest must not
-/// take those that the rest of the monitor needs.
+/// File descriptors that the process may have for each connection. A guest must not use up those that the
+/// rest of the monitor needs.
 const DESCRIPTORS_PER_CONNECTION: u64 = 2;
 
-/// The ports of the host that are given to its programs: a part of the range in which no service
+/// First and last of the host's ports that are given to its programs: a part of the range in which no service
 /// of the host is likely to listen.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
 
-/// A connection, and how the device goes about it.
+/// A connection with the device's bookkeeping.
 pub(super) struct Entry {
     pub(super) connection: Connection,
-    /// What the event loop watches its stream for, if it does.
+    /// The events that the event loop watches its stream for, if it does.
     pub(super) watched: Option<EventSet>,
-    /// Whether it waits for its turn to send to the guest.
+    /// Whether it is queued for its turn to send to the guest.
     pub(super) is_queued: bool,
-    /// The ports by which packets find it.
+    /// The ports that identify it in packets.
     ports: Option<Ports>,
 }
 
-/// Connections in places whose numbers are small and used again, and by their ports.
+/// Connections in places with small numbers that are reused, and a map to them by their ports.
 pub(super) struct Table {
     entries: Vec<Option<Entry>>,
     free: Vec<usize>,
@@ -41,7 +41,7 @@ pub(super) struct Table {
     capacity: usize,
 }
 
-/// Most connections of a table that is made now.
+/// Returns the capacity of a table that is made now.
 fn capacity() -> usize {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
     let count = usize::try_from(descriptors / DESCRIPTORS_PER_CONNECTION).unwrap_or(usize::MAX);
@@ -69,7 +69,7 @@ impl Table {
         self.free.is_empty() && self.entries.len() >= self.capacity
     }
 
-    /// Adds a connection to a table that is not full, and gives its place.
+    /// Adds a connection to a table that is not full, and returns its place.
     pub(super) fn insert(&mut self, connection: Connection) -> usize {
         let ports = connection.ports();
         let entry = Some(Entry {
@@ -94,7 +94,7 @@ impl Table {
         place
     }
 
-    /// Has packets of these ports find the connection at `place`.
+    /// Assigns `ports` to the connection at `place`, so that packets find it.
     pub(super) fn assign(&mut self, place: usize, ports: Ports) {
         if let Some(entry) = self.get(place) {
             entry.ports = Some(ports);
@@ -102,7 +102,8 @@ impl Table {
         }
     }
 
-    /// Has no packets find the connection at `place`, so that the guest can use its port anew.
+    /// Removes the ports of the connection at `place`, so that packets no longer find it and the guest can
+    /// use its port again.
     pub(super) fn forget(&mut self, place: usize) {
         if let Some(ports) = self.get(place).and_then(|entry| entry.ports.take()) {
             self.by_ports.remove(&ports);
@@ -120,23 +121,23 @@ impl Table {
         self.entries.get_mut(place)?.as_mut()
     }
 
-    /// The place of the connection that a packet belongs to.
+    /// Returns the place of the connection that a packet belongs to.
     pub(super) fn find(&self, ports: Ports) -> Option<usize> {
         self.by_ports.get(&ports).copied()
     }
 
-    /// Every connection and its place.
+    /// Iterates over all connections and their places.
     pub(super) fn iter(&mut self) -> impl Iterator<Item = (usize, &mut Entry)> {
         let entries = self.entries.iter_mut().enumerate();
         entries.filter_map(|(place, entry)| Some((place, entry.as_mut()?)))
     }
 
-    /// The port of the host that is given to the next program, if it is free.
+    /// Returns the port of the host that is given to the next program, if it is free.
     pub(super) fn next_host_port(&self) -> u32 {
         self.next_host_port
     }
 
-    /// Goes on behind the ports that an earlier table has given; `false` if they are not such ports.
+    /// Continues after the ports that an earlier table has given out; `false` if `port` is not such a port.
     pub(super) fn set_next_host_port(&mut self, port: u32) -> bool {
         let is_valid = (FIRST_HOST_PORT..=LAST_HOST_PORT).contains(&port);
         if is_valid {
@@ -145,7 +146,7 @@ impl Table {
         is_valid
     }
 
-    /// A port of the host that no connection to this port of the guest has.
+    /// Chooses a port of the host that no connection to this port of the guest has.
     pub(super) fn choose_host_port(&mut self, guest: u32) -> Ports {
         loop {
             let ports = Ports {

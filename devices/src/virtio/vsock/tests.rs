@@ -1,4 +1,4 @@
-//! The device with a scripted driver at one end and programs of the host at the other.
+//! The device with a scripted driver at one end and programs on the host at the other.
 
 mod backlog;
 mod guest;
@@ -198,7 +198,7 @@ fn a_program_that_leaves_ends_the_connection() {
     assert_eq!(packets[0].data, b"bye");
     assert_eq!(packets[1].header.operation, operation::SHUTDOWN);
     assert_eq!(packets[1].header.flags, shutdown::BOTH);
-    // What the guest had on its way goes nowhere.
+    // Data of the guest that is still on its way is dropped.
     guest.transmit(packet, b"late");
     guest.assert_silent();
     guest.transmit(with(packet, operation::RST, 0), &[]);
@@ -229,7 +229,7 @@ fn wrong_packets_of_a_connection_reset_it() {
     guest.transmit(with(packet, operation::SHUTDOWN, shutdown::SEND), &[]);
     guest.transmit(packet, b"after the end");
     guest.received_one(operation::RST);
-    // One that has yet to be answered.
+    // A connection that has yet to be answered.
     let mut client = guest.client();
     client.write_all(b"CONNECT 52\n").unwrap();
     let request = guest.received_one(operation::REQUEST);
@@ -325,7 +325,7 @@ fn a_guest_that_closes_waits_until_all_is_passed_on() {
     guest.received();
     guest.transmit(with(packet, operation::SHUTDOWN, shutdown::BOTH), &[]);
     guest.assert_silent();
-    // It gives up waiting, and uses its port anew at once; what it sent is not lost.
+    // It gives up waiting, and uses its port again at once; the data that it sent is not lost.
     guest.post(&with(packet, operation::RST, 0).to_bytes(), &[]);
     let again = with(packet, operation::REQUEST, 0);
     guest.transmit(again, &[]);
@@ -363,7 +363,7 @@ proptest! {
         let mut client = client;
         let (mut to_host, mut at_host) = (0usize, Vec::new());
         let (mut to_guest, mut at_guest) = (0usize, Vec::new());
-        // Up to where the guest knows that there is room.
+        // As far as the guest knows that there is room.
         let mut room = BUFFER_SIZE as usize;
         let pattern = |from: usize, len| (from..from + len).map(|index| (index * 31) as u8).collect::<Vec<_>>();
         let mut receive = |guest: &mut Guest, room: &mut usize| {

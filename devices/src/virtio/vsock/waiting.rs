@@ -1,8 +1,8 @@
-//! Connections of the guest that wait for programs of the host.
+//! Connections of the guest that wait for programs on the host.
 //!
-//! A program lets only so many connections wait until it accepts them. The kernel refuses a non-blocking stream
-//! beyond that (`EAGAIN`), and does not tell when there is room: so it is tried again after a time, which
-//! becomes longer while nothing comes of it.
+//! A program has a limited backlog of connections that it has not accepted. Beyond that the kernel refuses a
+//! non-blocking stream (`EAGAIN`), and does not report when there is room. So the attempt is repeated after a
+//! time, which grows while attempts fail.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,9 +13,10 @@ pub(super) const MAX_WAITING: usize = 128;
 const MIN_INTERVAL: Duration = Duration::from_millis(1);
 const MAX_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Those that wait, in the order in which they have come.
+/// The waiting connections, in the order in which they came.
 pub(super) struct Waiting {
-    /// The port of the host that each wants, and its place in the table. It may have ended meanwhile.
+    /// The port of the host that each connection wants, and its place in the table. It may have ended
+    /// meanwhile.
     queue: VecDeque<(u32, usize)>,
     retry: Option<Instant>,
     interval: Duration,
@@ -37,13 +38,13 @@ impl Waiting {
         self.queue.len() >= MAX_WAITING
     }
 
-    /// Whether one waits for this port.
+    /// Whether a connection waits for this port.
     pub(super) fn has(&self, port: u32) -> bool {
         self.queue.iter().any(|&(waiting, _)| waiting == port)
     }
 
-    /// Adds one. The first is tried again soon; others wait until it is, so that a guest cannot make attempts
-    /// more frequent.
+    /// Adds a connection. The first is tried again soon; others wait for that attempt too, so that a guest
+    /// cannot make attempts more frequent.
     pub(super) fn add(&mut self, port: u32, place: usize, now: Instant) {
         if self.queue.is_empty() {
             self.interval = MIN_INTERVAL;
@@ -52,24 +53,25 @@ impl Waiting {
         self.queue.push_back((port, place));
     }
 
-    /// When to try again, if any wait.
+    /// Returns when to try again, if any connection waits.
     pub(super) fn retry(&self) -> Option<Instant> {
         self.retry
     }
 
-    /// Takes all of them, to be kept again or not.
+    /// Takes all connections, which the caller may keep again.
     pub(super) fn take(&mut self) -> VecDeque<(u32, usize)> {
         std::mem::take(&mut self.queue)
     }
 
-    /// Has one go on waiting. A guest that has given up and asks again from the same place waits once.
+    /// Has a connection go on waiting. If the guest has given up and asks again from the same place, it waits
+    /// only once.
     pub(super) fn keep(&mut self, port: u32, place: usize) {
         if !self.queue.contains(&(port, place)) {
             self.queue.push_back((port, place));
         }
     }
 
-    /// Sets the time of the next attempt, by whether this one has connected any.
+    /// Sets the time of the next attempt, depending on whether this one has connected any.
     pub(super) fn schedule(&mut self, has_connected: bool, now: Instant) {
         self.interval = match has_connected {
             true => MIN_INTERVAL,

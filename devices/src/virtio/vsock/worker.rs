@@ -1,4 +1,4 @@
-//! The worker: takes packets from one queue and puts them into the other.
+//! The worker of the socket device: it takes packets from one queue and puts packets into the other.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -24,10 +24,10 @@ pub(super) struct Worker {
     transmit_queue: VirtQueue,
     event_queue: EventQueue,
     chain: Chain,
-    /// Whether packets of the guest wait until it has taken some.
+    /// Whether packets of the guest wait until the guest has taken some.
     is_stalled: bool,
-    /// Whether what there is for the guest waits for the next turn, which the doorbell was rung for. Of
-    /// many connections that are ready at once each would otherwise begin a turn of its own.
+    /// Whether packets for the guest wait for the next turn, for which the doorbell was rung. Otherwise each
+    /// of many connections that become ready at once would begin its own turn.
     turn_is_over: bool,
     muxer: Muxer,
     metrics: Arc<VsockMetrics>,
@@ -54,7 +54,7 @@ impl Worker {
         };
         let mut event_queue = EventQueue::new(event_queue, &memory);
         let mut muxer = Muxer::new(guest_cid, listener, metrics.clone(), link.clone())
-            .map_err(|error| format!("the host gives no timer: {error}"))?;
+            .map_err(|error| format!("the host cannot create a timer: {error}"))?;
         if let Some(state) = state {
             let state = state.decode().map_err(|error| error.to_string())?;
             muxer.restore(&state, event_queue.begin_reset())?;
@@ -135,7 +135,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Does what has become possible by what was ready.
+    /// Does the work that the events have made possible.
     fn work(&mut self, operations: &mut EventOps<'_>) -> Result<(), DriverError> {
         if self.muxer.accept() {
             self.receive_queue.ring_doorbell();
@@ -177,7 +177,8 @@ fn take_header(chain: &mut Chain) -> Result<Header, DriverError> {
 }
 
 impl VirtioWorker for Worker {
-    /// Each chain is returned or put back in the turn that takes it, and the driver is told.
+    /// Stops the deadlines. Nothing else is in progress: each chain is returned or put back in the turn that
+    /// takes it, and the driver is notified.
     fn pause(&mut self) -> io::Result<()> {
         self.muxer.pause();
         Ok(())
@@ -198,7 +199,7 @@ impl VirtioWorker for Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
-        // Each ring is an event of its own, so that no call is spent on reading the doorbell.
+        // Edge-triggered, so that no call is spent on reading the doorbell.
         let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let doorbells = [
             (self.receive_queue.as_raw_fd(), Source::ReceiveDoorbell),

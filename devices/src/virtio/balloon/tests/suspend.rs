@@ -1,4 +1,4 @@
-//! The balloon paused, and another in its place.
+//! The balloon is paused, and another takes its place.
 
 use super::*;
 use crate::suspend_test::suspend_tests;
@@ -93,7 +93,7 @@ fn a_balloon_is_not_restored_larger_than_memory() {
     assert!(error.to_string().contains("16 MiB"), "{error}");
 }
 
-/// A balloon whose driver gives statistics, which the device keeps until it wants newer ones.
+/// A balloon whose driver provides statistics, whose buffer the device keeps until it wants newer ones.
 struct Pages;
 
 /// A page that the guest has written to.

@@ -1,4 +1,4 @@
-//! Requests that direct access does not take as they are, among others that it takes.
+//! Requests that direct access does not take as they are, mixed with others that it takes.
 
 use proptest::test_runner::Config;
 
@@ -21,9 +21,9 @@ enum Kind {
 struct Piece {
     kind: Kind,
     sectors: u64,
-    /// By how much its place in memory is off a page.
+    /// Its offset in memory from the start of a page.
     shift: u64,
-    /// Where it is divided into two buffers.
+    /// Where it is split into two buffers.
     cut: u32,
 }
 
@@ -44,8 +44,8 @@ fn piece() -> impl Strategy<Value = Piece> {
     })
 }
 
-/// A disk without the page cache in a file of `size` bytes in `folder`. Its storage has blocks of
-/// `block` bytes, if that is not to be what the host says.
+/// Makes a disk that bypasses the page cache in a file of `size` bytes in `folder`. Its storage has blocks of
+/// `block` bytes, if that is given instead of what the host reports.
 fn machine(folder: &Path, engine: Engine, size: usize, block: Option<u64>) -> Option<Machine> {
     let folder = TempDir::new_in(folder).unwrap();
     let image = folder.as_path().join("disk.img");
@@ -69,8 +69,8 @@ fn machine(folder: &Path, engine: Engine, size: usize, block: Option<u64>) -> Op
     Some(Machine::of(disk, image, folder, &options))
 }
 
-/// Offers requests that together cover the area, one after the other, all at once, and compares what
-/// comes of them with `model`.
+/// Offers at once requests for consecutive parts that together cover the area, and compares the result with
+/// `model`.
 fn round(machine: &mut Machine, pieces: &[Piece], model: &mut [u8], number: u8) {
     let mut sector = 0;
     let mut reads = Vec::new();
@@ -135,7 +135,7 @@ fn round(machine: &mut Machine, pieces: &[Piece], model: &mut [u8], number: u8) 
     assert!(fs::read(&machine.image).unwrap() == model);
 }
 
-/// Where the host gives real blocks, and where it has none to tell of.
+/// Returns a folder on storage with real blocks, and one for which the host reports none.
 fn folders() -> [PathBuf; 2] {
     let program = std::env::current_exe().unwrap();
     [program.parent().unwrap().into(), "/dev/shm".into()]
@@ -243,7 +243,7 @@ fn a_reset_waits_for_requests_that_wait_for_each_other() {
         drop(machine.manager.remove_subscriber(machine.worker).unwrap());
         let image = fs::read(&machine.image).unwrap();
         for (sector, &head) in heads.iter().enumerate().take(8) {
-            // A turn ends before all are begun where the host is slow.
+            // If the host is slow, a turn ends before all are begun.
             if machine.status(head) == u32::from(UNTOUCHED) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! Which pages of guest memory a request leaves in the dirty log.
+//! The pages of guest memory that a request leaves in the dirty log.
 
 use super::*;
 
@@ -8,9 +8,9 @@ const USED: u64 = RINGS + 0x2000;
 /// The page with the status bytes.
 const STATUS: u64 = HEADERS;
 
-/// Has the requests done that are offered by `offer`, and gives what is in the log then.
+/// Has the requests done that `offer` offers, and returns what is then in the log.
 fn dirty_after(machine: &mut Machine, count: usize, offer: impl Fn(&mut Machine)) -> Vec<u64> {
-    // The driver of the tests is a part of this process, but not what the log is to show.
+    // The test driver is a part of this process, but the log is not to show its writes.
     offer(machine);
     machine.memory.start_dirty_log().unwrap();
     machine.run(count);

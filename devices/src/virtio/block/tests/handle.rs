@@ -1,4 +1,4 @@
-//! What the owner of a machine does with the device, and learns from it.
+//! Operations of the machine's owner on the device, and its metrics.
 
 use std::os::fd::AsRawFd;
 use std::thread;
@@ -12,12 +12,12 @@ use super::*;
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::RateLimit;
 
-/// A second image, with other bytes and of another size.
+/// Size of a second image, which has different bytes and a different size.
 const OTHER_SIZE: usize = 0x10_0000;
 const OTHER_BYTE: u8 = 0xa7;
 
 impl Machine {
-    /// Puts an image in the place of the present one while the event loop runs.
+    /// Replaces the present image while the event loop runs.
     fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
         let handle = &self.handle;
         thread::scope(|scope| {
@@ -65,7 +65,7 @@ impl Machine {
         self.worker = self.manager.add_subscriber(Subscriber::Worker(worker));
     }
 
-    /// Checks that the driver has the other disk, and that the image before is free.
+    /// Checks that the driver has the other disk, and that the previous image is free.
     fn has_other_disk(&mut self) {
         assert_eq!(self.capacity(), OTHER_SIZE as u64 / 512);
         let last = OTHER_SIZE as u64 / 512 - 1;
@@ -94,7 +94,7 @@ fn another_image_takes_the_place_of_the_first() {
             [CacheMode::Writethrough, CacheMode::Unsafe],
         ] {
             let mut machine = Machine::new(engine, caches[0]);
-            // Many are under way, or wait, when the disk is replaced.
+            // Many requests are in progress, or wait, when the disk is replaced.
             let heads: Vec<u16> = (0..64_u64)
                 .map(|index| {
                     let address = DATA + index * 0x1_0000;
@@ -143,7 +143,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         machine.activate();
         machine.has_other_disk();
 
-        // One that has broken the rules with requests under way.
+        // A driver that has broken the rules with requests in progress.
         let mut machine = Machine::new(engine, CacheMode::None);
         for _ in 0..20 {
             machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 0x1_0000)]);
@@ -158,7 +158,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         machine.reset();
         machine.has_other_disk();
 
-        // One that resets the device before that has come to it.
+        // A driver that resets the device before the device gets to that.
         let mut machine = Machine::new(engine, CacheMode::Writeback);
         let other = machine.other_disk(CacheMode::Writeback);
         thread::scope(|scope| {
@@ -212,7 +212,7 @@ fn limits_are_changed_while_requests_wait_for_them() {
     for _ in 0..9 {
         machine.offer(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)]);
     }
-    // One, and one that goes beyond.
+    // One request, and one that exceeds the limit.
     assert_eq!(machine.run(2).len(), 2);
     while machine.manager.run_with_timeout(20).unwrap() > 0 {}
     assert_eq!(machine.driver.take_used(), []);
@@ -398,7 +398,7 @@ fn a_range_counts_as_bytes() {
             while machine.manager.run_with_timeout(20).unwrap() > 0 {}
             machine.driver.take_used().len()
         };
-        // One within the limit, and one that goes beyond.
+        // One request within the limit, and one that exceeds it.
         assert_eq!([done(), done(), done()], [1, 1, 0]);
     }
 }

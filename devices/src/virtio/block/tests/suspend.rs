@@ -15,14 +15,14 @@ use crate::virtio::suspend_test::{
     Backend, Driver, FREE_MEMORY, SuspendMachine, VirtioGuest, readable, writable,
 };
 
-/// Requests that are out at a time, each on a part of the disk that is its own.
+/// Requests in flight at a time, each on its own part of the disk.
 const DEPTH: usize = 32;
 const SECTOR: usize = SECTOR_SIZE as usize;
 const OTHER_SIZE: usize = 0x10_0000;
 const OTHER_BYTE: u8 = 0xa7;
 
-/// An image in a folder that is beside this program: the usual place may be in memory, where there may be no
-/// O_DIRECT.
+/// An image in a folder beside this program: the usual folder for temporary files may be in memory, and have
+/// no O_DIRECT.
 struct Image {
     path: PathBuf,
     folder: TempDir,
@@ -49,7 +49,7 @@ impl Image {
         }
     }
 
-    /// A device over the image. Its blocks are large, so that small writes share some.
+    /// Makes a device over the image. Its blocks are large, so that small writes share some.
     fn block(&self, link: Arc<DriverLink>) -> (Box<dyn VirtioDevice>, BlockHandle) {
         let mut disk = open(&self.path, false, self.cache).unwrap();
         if self.cache == CacheMode::None {
@@ -71,14 +71,14 @@ impl Image {
     }
 }
 
-/// What the driver accepts, as far as it is offered.
+/// Features that the driver accepts if they are offered.
 const FEATURES: u64 = COMMON_FEATURES & !F_EVENT_IDX | 1 << VIRTIO_BLK_F_FLUSH;
 
 fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap())
 }
 
-/// A machine whose driver is ready.
+/// Makes a machine whose driver is ready.
 fn machine(image: &Image) -> (SuspendMachine, BlockHandle, TestDriver) {
     let memory = memory();
     let driver = TestDriver::new(&memory, RINGS, 256);
@@ -120,7 +120,7 @@ fn status(memory: &GuestMemory, head: u16) -> u32 {
     status.into()
 }
 
-/// The chains that the driver gets back until there are `count` of them.
+/// Waits until the driver has got `count` chains back, and returns them.
 fn wait_for(driver: &mut TestDriver, count: usize) -> Vec<(u16, u32)> {
     let deadline = Instant::now() + LIMIT;
     let mut used = Vec::new();
@@ -132,7 +132,7 @@ fn wait_for(driver: &mut TestDriver, count: usize) -> Vec<(u16, u32)> {
     used
 }
 
-/// Reads a sector, and gives what is there.
+/// Reads a sector, and returns its content.
 fn read(
     machine: &mut SuspendMachine,
     driver: &mut TestDriver,
@@ -154,7 +154,7 @@ fn read(
 struct Random(u64);
 
 impl Random {
-    /// A number below `end`.
+    /// Returns a number below `end`.
     fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -163,13 +163,13 @@ impl Random {
     }
 }
 
-/// A driver that keeps requests out and knows what the disk has.
+/// A driver that keeps requests in flight and knows the content of the disk.
 struct Load {
     driver: TestDriver,
     model: Vec<u8>,
     /// Size of each part of the disk.
     len: usize,
-    /// By head: the part that the request is for, and what it writes, if it does.
+    /// By head: the part of the disk that the request is for, and what it writes, if it is a write.
     out: HashMap<u16, (usize, Option<Vec<u8>>)>,
     idle: Vec<usize>,
     random: Random,
@@ -198,7 +198,7 @@ impl Load {
         }
     }
 
-    /// Takes back what is done, and checks it. Gives how many requests that was.
+    /// Takes completed requests back and checks them. Returns how many there were.
     fn take_back(&mut self, memory: &GuestMemory) -> usize {
         let used = self.driver.take_used();
         for &(head, _) in &used {
@@ -346,7 +346,7 @@ fn limits_outlive_a_pause_and_are_changed_in_one() {
             offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 512));
         }
         machine.ring_doorbell(0);
-        // One, and one that goes beyond.
+        // One request, and one that exceeds the limit.
         assert_eq!(wait_for(&mut driver, 2).len(), 2);
         for _ in 0..2 {
             machine.pause().unwrap();
@@ -411,7 +411,7 @@ fn a_disk_of_another_size_is_refused() {
     machine.restore(&section).unwrap();
 }
 
-/// A device whose reads take what the test writes to a pipe, and hang until then.
+/// Makes a device whose reads return what the test writes to a pipe, and hang until then.
 fn hanging_worker() -> (
     PausableWorker,
     TestDriver,
@@ -448,7 +448,8 @@ fn storage_that_hangs_fails_the_pause_and_the_device_goes_on() {
     let id = manager.add_subscriber(worker);
     driver.ring_doorbell();
     manager.run_with_timeout(100).unwrap();
-    // The rest of the request is begun by the thread that pauses the device, with which it ends.
+    // The rest of the request is begun by the thread that pauses the device, and is cancelled when that
+    // thread ends.
     pipe.write_all(&[1; 100]).unwrap();
     let mut worker = manager.remove_subscriber(id).unwrap();
     thread::scope(|scope| {
@@ -485,7 +486,7 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     let handle = block.handle(InterruptCounter::default().link());
     thread::scope(|scope| {
         let owner = scope.spawn(|| handle.replace(image.other_disk()));
-        // The worker hears of it, and begins nothing more.
+        // The worker gets the event, and begins nothing more.
         manager.run_with_timeout(5000).unwrap();
         offer(
             &mut driver,
@@ -515,7 +516,7 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     assert!(image.is_free());
 }
 
-/// A request of one sector.
+/// Makes a request for one sector available.
 fn sector_request(driver: &mut Driver, kind: u32, sector: u64, place: u64) {
     let header = FREE_MEMORY + place * 0x1000;
     let bytes = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()];
@@ -530,7 +531,7 @@ fn sector_request(driver: &mut Driver, kind: u32, sector: u64, place: u64) {
     driver.offer(0, &request);
 }
 
-/// The data of a request that is done.
+/// Returns the data of a completed request.
 fn sector_data(driver: &Driver, place: u64) -> Vec<u8> {
     let header = FREE_MEMORY + place * 0x1000;
     let status = driver.load(header + 16, 1);

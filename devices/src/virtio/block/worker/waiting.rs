@@ -1,9 +1,9 @@
 //! Requests to a disk that bypasses the page cache, some of which wait for others.
 //!
-//! A request that the storage does not take as it is needs a buffer, of which there are a few, and one
-//! that writes a block in part reads all of it first. So it waits until no other write to that block
-//! is under way, and others then wait for it. They do so in one line: the first that waits is the next
-//! to be begun, and a request that has to wait for one in the line joins it at its end.
+//! A request that the storage does not take as it is needs one of a few bounce buffers, and a request that
+//! writes a block in part reads all of the block first. So it waits until no other write to that block is in
+//! progress, and others then wait for it. They wait in one line: the first in the line is the next to be
+//! begun, and a request that has to wait for one in the line joins it at its end.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -16,17 +16,17 @@ use crate::virtio::block::request::{Operation, RequestError};
 use crate::virtio::block::ring::Direction;
 use crate::virtio::block::write_span::WriteSpan;
 
-/// Most buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
+/// Most bounce buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
 const MAX_BUFFERS: usize = 8;
 
-/// How long requests in the line that are done at once may take before other devices have their turn.
-/// Tests put each off.
+/// How long requests in the line that are done at once may take before other devices get their turn. In tests
+/// each one ends the turn.
 const TURN: Duration = if cfg!(test) { Duration::ZERO } else { MAX_TURN };
 
-/// What requests wait for.
+/// The line of waiting requests, and what they wait for.
 #[derive(Default)]
 pub(super) struct Waiting {
-    /// Slots of the requests that wait.
+    /// Slots of the waiting requests.
     line: VecDeque<usize>,
     #[expect(
         clippy::vec_box,
@@ -34,14 +34,14 @@ pub(super) struct Waiting {
     )]
     free_buffers: Vec<Box<Bounce>>,
     buffer_count: usize,
-    /// How many writes under way or waiting cover blocks in part.
+    /// How many writes in progress or waiting cover blocks in part.
     partial_writes: usize,
-    /// Whether the line was left although the first in it need not wait, as other devices have their turn.
+    /// Whether the line was left, to give other devices their turn, although its first request need not wait.
     is_put_off: bool,
 }
 
 impl Waiting {
-    /// Whether requests in the line are to be begun at the next turn, for which the doorbell was rung.
+    /// Whether requests in the line are to be begun in the next turn, for which the doorbell was rung.
     pub(super) fn is_put_off(&self) -> bool {
         self.is_put_off
     }
@@ -52,7 +52,7 @@ impl Waiting {
 }
 
 impl Worker {
-    /// Begins the request in `slot`, for which its [`InFlight`] is there, or has it wait.
+    /// Begins the request in `slot`, whose [`InFlight`] is set, or has it wait.
     pub(super) fn start(&mut self, slot: usize) -> Result<(), RequestError> {
         if !self.handler.disk().is_direct() {
             return self.push(slot);
@@ -72,7 +72,7 @@ impl Worker {
         self.go_on(slot)
     }
 
-    /// Whether a request that is done at once, and changes the disk, has to wait for those under way.
+    /// Whether a request that is done at once, and changes the disk, has to wait for those in progress.
     pub(super) fn has_to_wait(&self, operation: Operation) -> bool {
         let has_span = |it: &InFlight| it.span.is_some();
         operation.range_len().is_some()
@@ -83,7 +83,7 @@ impl Worker {
                 .any(|slot| slot.in_flight.as_ref().is_some_and(has_span))
     }
 
-    /// The blocks that the request in `slot` writes, if that matters.
+    /// Returns the blocks that the request in `slot` writes, if that matters.
     fn span(&self, slot: usize) -> Option<WriteSpan> {
         let slot = &self.slots[slot];
         match slot.in_flight.as_ref()?.operation {
@@ -122,8 +122,8 @@ impl Worker {
         in_flight.bounce.is_none() && !self.handler.disk().takes(buffers, offset)
     }
 
-    /// Whether another write keeps that in `slot` from being begun: one under way, or one that waits
-    /// as well, if those matter.
+    /// Whether another write keeps the one in `slot` from being begun: one in progress, or, with
+    /// `by_waiting`, one that waits too.
     fn is_excluded(&self, slot: usize, by_waiting: bool) -> bool {
         if self.waiting.partial_writes == 0 {
             return false;
@@ -166,7 +166,7 @@ impl Worker {
             };
             match (buffer, &mut self.slots[slot].in_flight) {
                 (Some(buffer), Some(in_flight)) => in_flight.bounce = Some(buffer),
-                // It was done in part, and what is left is not as the storage takes it.
+                // It was done in part, and the storage does not take the rest as it is.
                 _ => {
                     self.wait_in_line(slot, true);
                     return Ok(());
@@ -176,7 +176,7 @@ impl Worker {
         self.push(slot)
     }
 
-    /// Takes back what a request had that is over.
+    /// Takes back the buffer of a request that has ended, and the claim on its blocks.
     pub(super) fn release(&mut self, in_flight: &mut InFlight) {
         let span = in_flight.span.take();
         let was_partial = span.is_some_and(|span| span.is_partial);
@@ -187,7 +187,7 @@ impl Worker {
         }
     }
 
-    /// Begins the requests that need to wait no longer.
+    /// Begins the requests that no longer have to wait.
     pub(super) fn end_waiting(&mut self) -> Result<(), RequestError> {
         self.waiting.is_put_off = false;
         let mut start = None;
@@ -225,8 +225,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Gives up the requests that wait although none is under way, as the ring has failed. Gives
-    /// whether that was so.
+    /// Gives up the requests that wait although none is in progress, because the ring has failed. Returns
+    /// whether there were any.
     pub(super) fn abandon_line(&mut self) -> bool {
         let is_stuck =
             !self.waiting.line.is_empty() && self.waiting.line.len() == self.in_flight_count();

@@ -11,7 +11,7 @@ use crate::virtio::console::state::WorkerState;
 use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest, readable, writable};
 
 impl Guest {
-    /// Takes the worker off the event loop, as the transport does.
+    /// Takes the worker off the event loop as the transport does.
     fn pause(&mut self) -> Box<dyn VirtioWorker> {
         let id = self.worker.take().unwrap();
         let Subscriber::Worker(mut worker) = self.manager.remove_subscriber(id).unwrap() else {
@@ -32,7 +32,7 @@ impl Guest {
         self.rest();
     }
 
-    /// Has `device`, whose ports lead where `connect` says, go on from the state of a paused worker.
+    /// Has `device`, whose ports are connected by `connect`, go on from the state of a paused worker.
     fn restore(
         &mut self,
         worker: Box<dyn VirtioWorker>,
@@ -54,7 +54,7 @@ impl Guest {
         self.rest();
     }
 
-    /// Has the other device's channel lead to a new socket.
+    /// Restores the state into another device whose channel is connected to a new socket.
     fn restore_channel(&mut self, worker: Box<dyn VirtioWorker>) {
         self.folder = TempDir::new().unwrap();
         let socket = ListeningSocket::bind(&self.socket()).unwrap();
@@ -94,7 +94,7 @@ fn a_client_stays_during_a_pause_and_nothing_is_said_twice() {
     assert_eq!(guest.received(CHANNEL_RECEIVE, 0..1), b"to the guest");
     assert_eq!(read_available(&mut client), b"to the host");
     assert!(guest.messages(3).is_empty());
-    // One that leaves meanwhile is noticed, and the next has its turn.
+    // A client that leaves during the pause is noticed, and the next one gets its turn.
     let worker = guest.pause();
     drop(client);
     guest.resume(worker);
@@ -128,7 +128,7 @@ fn a_channel_goes_on_elsewhere_as_the_guest_has_left_it() {
     assert_eq!(guest.messages(0).len(), 3);
     let worker = guest.pause();
     guest.restore_channel(worker);
-    // The client went with the process, and the driver hears of that and of nothing else.
+    // The client went with the process, and the driver is told of that and of nothing else.
     assert!(has_ended(&mut client));
     assert_eq!(guest.events(3), [(PORT_OPEN, 0)]);
     let mut next = guest.client();
@@ -141,7 +141,7 @@ fn a_channel_goes_on_elsewhere_as_the_guest_has_left_it() {
     guest.transmit(CHANNEL_TRANSMIT, b"answer");
     assert_eq!(read_available(&mut next), b"answer");
 
-    // One that it has closed stays closed.
+    // A channel that the guest has closed stays closed.
     guest.send_message(1, PORT_OPEN, 0);
     assert!(has_ended(&mut next));
     let worker = guest.pause();
@@ -201,7 +201,7 @@ fn output_that_a_slow_reader_has_not_taken_is_sent_once_and_by_one() {
 #[test]
 fn a_worker_that_is_dropped_while_it_is_paused_waits_for_nobody() {
     let mut guest = Guest::new(Console::new());
-    // A socket, as a pipe is made larger for the last output.
+    // A socket, as a pipe would be enlarged for the last output.
     let (_reader, output) = UnixStream::pair().unwrap();
     fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
     guest
@@ -213,7 +213,7 @@ fn a_worker_that_is_dropped_while_it_is_paused_waits_for_nobody() {
     }
     assert!(guest.drivers[TRANSMIT].take_used().len() < 30);
     let worker = guest.pause();
-    // On the thread of its event loop, where it would wait if it were at work.
+    // The worker is dropped on the thread of its event loop, where it would wait if it were at work.
     let start = Instant::now();
     drop(worker);
     assert!(start.elapsed() < Duration::from_millis(500));
@@ -254,7 +254,7 @@ fn the_last_output_waits_for_its_reader_on_the_loop_of_the_resumed() {
     for driver in &guest.drivers {
         driver.ring_doorbell();
     }
-    // The worker comes to an event loop on another thread, and ends with it.
+    // The worker moves to an event loop on another thread, and ends with it.
     let thread = std::thread::spawn(move || {
         let mut manager: EventManager<Subscriber> = EventManager::new().unwrap();
         manager.add_subscriber(Subscriber::Worker(worker));
@@ -272,20 +272,20 @@ fn the_size_of_the_terminal_is_told_again_elsewhere() {
     let (mut guest, _from_guest, _to_guest) = Guest::with_pipes();
     guest.handle.resize(80, 24);
     guest.activate();
-    // Another terminal, whose size is known before the state.
+    // A terminal whose size is known before the state is restored.
     let worker = guest.pause();
     guest.interrupts.take();
     guest.restore(worker, Console::new(), |handle| handle.resize(100, 40));
     assert_eq!(guest.interrupts.take(), 1);
     assert_eq!(guest.device.config().array(0), [100, 0, 40, 0]);
-    // One whose size nobody knows.
+    // A terminal of unknown size.
     let worker = guest.pause();
     guest.restore(worker, Console::new(), |_| {});
     assert_eq!(guest.interrupts.take(), 1);
     assert_eq!(guest.device.config().array(0), [100, 0, 40, 0]);
     guest.handle.resize(1, 1);
     assert_eq!(guest.interrupts.take(), 1, "its driver is at work");
-    // A driver that comes later finds the size, too.
+    // A later driver finds the size too.
     guest.reset();
     let config = guest.device.config();
     config.write(config::COLUMNS, &[80, 0, 24, 0]);
@@ -352,7 +352,7 @@ fn a_state_that_no_such_device_has_is_refused() {
         let made = guest.make_worker(features, &progress, Some(section));
         assert!(made.is_err());
     }
-    // A channel that is not the device's.
+    // A channel that the device does not have.
     guest.device = Console::with_channels(vec!["a".to_string(), "b".to_string()]);
     let section = Section::of(&state).unwrap();
     assert!(
@@ -383,7 +383,7 @@ fn more_bytes_sent_than_a_chain_has_are_all_of_it() {
     for _ in 0..3 {
         guest.transmit(TRANSMIT, &pattern(0x7000));
     }
-    // A chain that was sent in part is another, a shorter one, in the memory that is restored.
+    // A chain that was sent in part is a different and shorter one in the restored memory.
     let worker = guest.pause();
     guest.drivers[TRANSMIT].take_used();
     guest.drivers[TRANSMIT].write_descriptor(
@@ -408,7 +408,7 @@ fn more_bytes_sent_than_a_chain_has_are_all_of_it() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Bytes pass both ways, however often the device is paused or goes on elsewhere in between.
+    /// Bytes pass both ways, however often the device is paused or moved in between.
     #[test]
     fn pauses_lose_nothing(steps in prop::collection::vec((0..6u8, 1..0x7000usize), 1..100)) {
         let mut guest = Guest::new(Console::new());
@@ -479,7 +479,7 @@ proptest! {
     }
 }
 
-/// A console between two pipes.
+/// A console that is connected to two pipes.
 struct Pipes {
     input: OwnedFd,
     output: OwnedFd,

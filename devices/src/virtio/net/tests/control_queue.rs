@@ -1,4 +1,4 @@
-//! Commands of the driver, over a socket that keeps packets apart but knows no requests.
+//! Commands of the driver, with a socket that preserves packet boundaries but supports no tap requests.
 
 use super::*;
 
@@ -13,7 +13,7 @@ const ALL: u64 = CONTROL
     | 1 << VIRTIO_NET_F_MQ;
 
 impl Machine {
-    /// Gives a command whose bytes are in parts of these sizes, the rest in a last one.
+    /// Offers a command whose bytes are in parts of these sizes, with the rest in a last one.
     pub(super) fn offer_command(&mut self, command: &[u8], parts: &[u32]) -> u16 {
         self.memory
             .write_slice(command, GuestAddress(COMMAND))
@@ -34,7 +34,7 @@ impl Machine {
         self.control.offer(&buffers)
     }
 
-    /// Gives a command, and the answer to it.
+    /// Gives a command, and returns the answer to it.
     pub(super) fn command(&mut self, command: &[u8]) -> u8 {
         let head = self.offer_command(command, &[2]);
         self.control.ring_doorbell();
@@ -44,7 +44,7 @@ impl Machine {
     }
 }
 
-/// A machine whose driver has accepted all that is commanded, and its configuration space.
+/// Makes a machine whose driver has accepted the features of all commands, and its configuration space.
 fn machine() -> (Machine, Arc<ConfigSpace>) {
     let (tap, host) = stand_in();
     let config = Arc::new(config_space(MAC, 1, 1500));
@@ -72,20 +72,20 @@ fn commands_are_answered() {
     for (command, answer) in [
         (&[0, 0, 0][..], 0),
         (&[0, 5, 1], 0),
-        // No such mode, no such state of one, too little, too much.
+        // An unknown mode, an invalid state of a mode, too few bytes, too many bytes.
         (&[0, 6, 1], 1),
         (&[0, 0, 2], 1),
         (&[0, 0], 1),
         (&[0, 0, 0, 0], 1),
         (&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0], 0),
         (&[1, 0, 0, 0, 0, 0, 1, 0, 0, 0], 1),
-        // The only pair, more than that, none.
+        // The only pair of queues, more than that, none.
         (&[4, 0, 1, 0], 0),
         (&[4, 0, 2, 0], 1),
         (&[4, 0, 0, 0], 1),
         // Offloads that were not negotiated.
         (&[5, 0, 1, 0, 0, 0, 0, 0, 0, 0], 1),
-        // No such class; nothing.
+        // An unknown class, and an empty command.
         (&[77, 0, 0], 1),
         (&[], 1),
     ] {

@@ -1,4 +1,4 @@
-//! Which pages of guest memory packets leave in the dirty log.
+//! The pages of guest memory that packets leave in the dirty log.
 
 use super::*;
 
@@ -6,7 +6,7 @@ const PAGE: u64 = 0x1000;
 /// The page with the used ring of the receive queue.
 const USED: u64 = RECEIVE_RINGS + 0x2000;
 
-/// Sends `count` packets to the driver, and gives the pages of its buffers that are in the log then,
+/// Sends `count` packets to the driver, and returns the pages of its buffers that are then in the log,
 /// counted from the first.
 fn dirty_after(machine: &mut Machine, count: usize, len: usize) -> Vec<u64> {
     machine.memory.start_dirty_log().unwrap();
@@ -22,10 +22,11 @@ fn dirty_after(machine: &mut Machine, count: usize, len: usize) -> Vec<u64> {
 
 #[test]
 fn packets_are_in_the_log() {
-    // One alone, and several that are read together.
+    // A single packet, and several that are read together.
     for count in [1, 8] {
         let mut machine = Machine::new(0);
-        // Each is in two pages. The device writes to the first as well, to the second the kernel alone.
+        // Each packet is in two pages. The device also writes to the first; only the kernel writes to the
+        // second.
         for index in 0..32 {
             let address = DATA + 2 * PAGE * index + PAGE - 700;
             machine.receive.offer(&[writable(address, 1600)]);
@@ -44,7 +45,7 @@ fn a_packet_in_several_buffers_is_in_the_log() {
     let mut machine = Machine::new(MERGE);
     machine.offer_receive_buffers(&[PAGE as u32; 64]);
     machine.run();
-    // There are too few buffers before its size is known, so a part of it is copied.
+    // Too few buffers are taken before the packet's size is known, so a part of it is copied.
     let dirty = dirty_after(&mut machine, 1, 10_000);
     let used = machine.receive.take_used();
     let filled: Vec<u64> = used.iter().map(|&(head, _)| head.into()).collect();

@@ -1,4 +1,4 @@
-//! Limits of each direction, and what the device counts.
+//! The limits of each direction, and the device's counters.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// Size of the packets, header included, and of the frames in them.
 const SIZE: usize = 112;
 const FRAME_SIZE: u64 = 100;
-/// Ten come at once, and one that goes beyond; the others at a hundred a second.
+/// Ten packets pass at once, and one that exceeds the limit; the others at a hundred a second.
 const COUNT: usize = 30;
 const LEAST_TIME: Duration = Duration::from_millis(180);
 
@@ -61,8 +61,8 @@ fn metrics(handle: &NetHandle) -> Value {
 }
 
 impl Machine {
-    /// Lets the device work until `count` packets have been used of a queue, at its own pace. Gives
-    /// how many turns it took.
+    /// Lets the device work at its own pace until `count` packets of a queue have been used. Returns how many
+    /// turns that took.
     fn run_until(&mut self, count: usize, used: impl Fn(&mut Machine) -> usize) -> usize {
         let (start, mut done, mut turns) = (Instant::now(), 0, 0);
         while done < count {
@@ -84,7 +84,7 @@ impl Machine {
 
     fn offer_packets(&mut self, count: usize) {
         for seed in 0..count {
-            // Behind the receive buffers.
+            // After the receive buffers.
             let address = DATA + 0x10_0000 + (seed * SIZE) as u64;
             let bytes = packet(SIZE, seed as u8);
             self.memory
@@ -116,7 +116,7 @@ fn reception_is_limited_without_spinning_or_loss() {
             let expected = received(packet(SIZE, seed as u8), 1);
             assert!(machine.bytes(DATA + seed as u64 * 2000, SIZE) == expected);
         }
-        // The other way is free.
+        // The other direction is not limited.
         machine.offer_packets(COUNT);
         machine.run_until(COUNT, |machine| machine.transmit.take_used().len());
         let metrics = metrics(&handle);
@@ -160,13 +160,13 @@ fn what_a_limit_holds_back_stays_where_it_is_until_the_limit_changes() {
         machine.host_sends(&packet(SIZE, seed));
     }
     machine.rest();
-    // One, and one that goes beyond.
+    // One packet, and one that exceeds the limit.
     assert_eq!(machine.receive.take_used().len(), 2);
     assert_eq!(machine.transmit.take_used().len(), 2);
     for seed in 0..2 {
         assert_eq!(machine.host_receives(), Some(packet(SIZE, seed)));
     }
-    // A driver that rings gets no more.
+    // A driver that rings the doorbell gets no more.
     machine.receive.ring_doorbell();
     machine.transmit.ring_doorbell();
     machine.rest();

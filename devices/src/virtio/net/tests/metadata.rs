@@ -14,7 +14,7 @@ const SERVICE_ADDRESS: [u8; 4] = [169, 254, 169, 254];
 const SERVICE_MAC: [u8; 6] = [6, 1, 0x23, 0x45, 0x67, 1];
 /// Bytes of a packet before its IPv4 header.
 const IPV4: usize = PACKET_HEADER_SIZE + 14;
-/// The same of its TCP header, and the place of its flags.
+/// Bytes of a packet before its TCP header, and before that header's flags.
 const TCP: usize = IPV4 + 20;
 const TCP_FLAGS: usize = TCP + 13;
 const SYN: u8 = 2;
@@ -57,7 +57,7 @@ impl LocalEndpoint for MetadataNetwork {
     }
 }
 
-/// A machine whose card has a service.
+/// Makes a machine whose card has a service.
 fn machine(features: u64) -> (Machine, Metadata) {
     let (tap, host) = stand_in();
     let metadata = Metadata::new(&MetadataOptions::default()).unwrap();
@@ -88,7 +88,7 @@ fn machine(features: u64) -> (Machine, Metadata) {
     (machine, metadata)
 }
 
-/// An ARP request of the guest, as a packet.
+/// Makes a packet with an ARP request of the guest.
 fn arp_request(target: [u8; 4]) -> Vec<u8> {
     let mut packet = vec![0; PACKET_HEADER_SIZE];
     packet.extend([[0xff; 6], MAC].concat());
@@ -97,7 +97,7 @@ fn arp_request(target: [u8; 4]) -> Vec<u8> {
     packet
 }
 
-/// A TCP segment of the guest, as a packet whose checksum is left to the device.
+/// Makes a packet with a TCP segment of the guest, whose checksum is left to the device.
 fn segment(flags: u8, sequence: u32, acknowledgement: u32, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0; PACKET_HEADER_SIZE];
     packet[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
@@ -129,7 +129,7 @@ fn offer_buffer(machine: &mut Machine) {
     machine.run();
 }
 
-/// The packet that has come in the buffer offered last.
+/// Returns the packet that has arrived in the buffer offered last.
 fn take_received(machine: &mut Machine) -> Option<Vec<u8>> {
     let used = machine.receive.take_used();
     let &[(_, len)] = &used[..] else {
@@ -209,7 +209,7 @@ fn frames_of_the_service_wait_for_buffers() {
     offer_buffer(&mut machine);
     let answer = take_received(&mut machine).unwrap();
     assert_eq!(answer[18..24], SERVICE_MAC);
-    // The host's packets come as well, once there are buffers again.
+    // The host's packets arrive too, once there are buffers again.
     machine.host_sends(&packet(60, 1));
     machine.run();
     offer_buffer(&mut machine);
@@ -297,7 +297,7 @@ fn what_is_not_acknowledged_is_sent_again() {
     assert_eq!(machine.manager.run_with_timeout(5000).unwrap(), 1);
     let again = take_received(&mut machine).unwrap();
     assert_eq!(again[TCP_FLAGS], SYN | ACK);
-    // The guest breaks off, and there is nothing to be waited for any more.
+    // The guest resets the connection, and there is nothing to wait for any more.
     transmit(&mut machine, &segment(RST, 101, 0, &[]));
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(machine.turn(), 0);
@@ -324,7 +324,7 @@ fn a_connection_outlives_a_pause() {
         take_received(&mut machine).unwrap();
     }
     let worker = machine.pause();
-    // Its timer ends in the pause.
+    // Its timer expires during the pause.
     std::thread::sleep(Duration::from_millis(1200));
     machine.resume(worker);
     offer_buffer(&mut machine);

@@ -1,4 +1,4 @@
-//! The whole device against a driver of our own and a tap of this host.
+//! The whole device against a test driver and a tap of this host.
 
 use std::net::UdpSocket;
 use std::process::Command;
@@ -18,7 +18,7 @@ fn ip(arguments: &str) {
     assert!(status.unwrap().success(), "ip {arguments}");
 }
 
-/// An Ethernet frame with a UDP datagram of `payload`, after an empty virtio header.
+/// Makes an Ethernet frame with a UDP datagram of `payload`, after an empty virtio header.
 fn datagram(to_mac: [u8; 6], from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
     let udp_len = 8 + payload.len() as u16;
     let mut header = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0];
@@ -36,7 +36,7 @@ fn datagram(to_mac: [u8; 6], from: [u8; 4], to: [u8; 4], port: u16, payload: &[u
     packet.extend(to_mac);
     packet.extend([2, 0, 0, 0, 0, 1, 8, 0]);
     packet.extend(header);
-    // A checksum of zero is none.
+    // A checksum of zero means that there is none.
     for field in [9, port, udp_len, 0] {
         packet.extend(field.to_be_bytes());
     }
@@ -52,8 +52,8 @@ fn may_create_taps() -> bool {
     may
 }
 
-/// Waits for the packet of `len` bytes that the host sends to the driver's address, among others
-/// that it sends of itself; the driver's buffers are all of 256 bytes.
+/// Waits for the packet of `len` bytes that the host sends to the driver's address, among others that it
+/// sends by itself. All of the driver's buffers have 256 bytes.
 fn await_packet(machine: &mut Machine, len: usize) -> Vec<u8> {
     for _ in 0..500 {
         machine.manager.run_with_timeout(10).unwrap();
@@ -118,7 +118,7 @@ fn the_host_and_the_driver_exchange_packets() {
     assert_eq!(packet_received[headers..], payload);
 
     if features & 1 << VIRTIO_NET_F_GUEST_USO4 != 0 {
-        // Four datagrams, which the host leaves to the driver to part.
+        // Four datagrams, which the host leaves to the driver to split.
         setsockopt(&socket, UdpGsoSegment, &1000).unwrap();
         let payload = packet(4000, 3);
         socket.send_to(&payload, "198.51.100.6:9").unwrap();
@@ -141,7 +141,7 @@ fn the_host_and_the_driver_exchange_packets() {
     assert!(!machine.link.needs_reset());
 }
 
-/// The ones' complement sum of the addresses and the datagram of a frame, which is 0xffff if the
+/// Computes the ones' complement sum of the addresses and the datagram of a frame, which is 0xffff if the
 /// checksum is right.
 fn udp_sum(ip: &[u8]) -> u16 {
     let length = (ip.len() - 20) as u16;
@@ -160,7 +160,7 @@ fn what_a_dhcp_server_on_the_host_sends_has_its_checksum() {
     if !may_create_taps() {
         return;
     }
-    // The port is free in a network namespace of this test's own.
+    // The port is free in this test's own network namespace.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     let tap = Tap::open("tap0", None, QueueCount::Exactly(1)).unwrap();
     ip("addr add 198.51.100.5/30 dev tap0");
@@ -174,7 +174,7 @@ fn what_a_dhcp_server_on_the_host_sends_has_its_checksum() {
     machine.run();
     for (port, is_complete) in [(67, true), (66, false), (547, false)] {
         let socket = UdpSocket::bind(("0.0.0.0", port)).unwrap();
-        // One that is in a single buffer, and one that is in two.
+        // A packet in a single buffer, and one in two.
         for size in [150, 301] {
             socket.send_to(&packet(size, 9), "198.51.100.6:68").unwrap();
             let headers = PACKET_HEADER_SIZE + 14;
@@ -187,8 +187,8 @@ fn what_a_dhcp_server_on_the_host_sends_has_its_checksum() {
     }
 }
 
-/// The sizes of the datagrams that arrive up to one of `last` bytes; the driver's buffers are all
-/// of 256 bytes, and no datagram is larger than one.
+/// Returns the sizes of the datagrams that arrive, up to one of `last` bytes. All of the driver's buffers
+/// have 256 bytes, and no datagram is larger than a buffer.
 fn sizes_up_to(machine: &mut Machine, last: usize) -> Vec<usize> {
     const HEADERS: usize = PACKET_HEADER_SIZE + 14 + 20 + 8;
     let mut sizes = Vec::new();
@@ -196,7 +196,7 @@ fn sizes_up_to(machine: &mut Machine, last: usize) -> Vec<usize> {
         machine.manager.run_with_timeout(10).unwrap();
         for (head, len) in machine.receive.take_used() {
             let packet = machine.bytes(DATA + u64::from(head) * 256, len as usize);
-            // What the host sends of itself is no UDP to the port "discard".
+            // Packets that the host sends by itself are not UDP to the port "discard".
             if packet.get(HEADERS - 6..HEADERS - 4) == Some(&[0, 9]) {
                 sizes.push(packet.len() - HEADERS);
             }
@@ -227,7 +227,7 @@ fn the_host_filters_frames_as_the_driver_commands() {
         ));
     }
     let socket = UdpSocket::bind("198.51.100.9:0").unwrap();
-    // To the card, to another, to a group, and to the card.
+    // To the card, to another card, to a group, and to the card.
     let send = |first: u8| {
         for (size, host) in (first..).zip([10, 11, 12, 10]) {
             let target = format!("198.51.100.{host}:9");
@@ -253,7 +253,7 @@ fn the_host_filters_frames_as_the_driver_commands() {
     assert_eq!(machine.command(&table), 0);
     send(40);
     assert_eq!(sizes_up_to(&mut machine, 43), [40, 41, 43]);
-    // The card is now the other one.
+    // The card now has the other address.
     assert_eq!(machine.command(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
     assert_eq!(machine.command(&[1, 1, 2, 0, 0, 0, 0, 2]), 0);
     send(50);
@@ -380,7 +380,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     assert_eq!(send(&mut machine, b"second"), 2);
     arrived(b"second");
 
-    // The host answers where a connection's packets have come from.
+    // The host answers on the queue that a connection's packets came from.
     for number in 0..32 {
         second_receive.offer(&[writable(DATA + 0x8000 + number * 2048, 2048)]);
     }
@@ -411,7 +411,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
         "the pair is out of use again"
     );
     assert_eq!(machine.turn(), 0, "what is out of use costs nothing");
-    // Another worker goes on with both.
+    // Another worker goes on with both pairs.
     assert_eq!(machine.command(&[4, 0, 2, 0]), 0);
     arrived(b"late");
     let worker = machine.pause();
@@ -447,7 +447,7 @@ fn pairs_of_queues_are_used_as_the_driver_commands() {
     second_transmit.ring_doorbell();
     machine.run();
     arrived(b"after");
-    // A driver that comes after it begins with one pair.
+    // The next driver begins with one pair.
     drop(machine.manager.remove_subscriber(machine.worker).unwrap());
     assert_eq!(queues_in_use(), 1);
     assert!(!machine.link.needs_reset());
@@ -483,7 +483,7 @@ fn another_worker_sets_up_its_tap_as_the_driver_has_commanded() {
     send(10);
     assert_eq!(sizes_up_to(&mut machine, 11), [11]);
 
-    // Of a pause in place the tap takes no note: what it queues meanwhile is not lost.
+    // The tap does not notice a pause in place: packets that it queues meanwhile are not lost.
     let worker = machine.pause();
     send(20);
     machine.resume(worker);
@@ -491,7 +491,7 @@ fn another_worker_sets_up_its_tap_as_the_driver_has_commanded() {
 
     let worker = machine.pause();
     let activation = machine.activation(features, &*worker);
-    // The tap is as a new one then.
+    // The tap is then like a new one.
     drop(worker);
     let worker = card.activate(activation).unwrap();
     send(30);

@@ -1,4 +1,4 @@
-//! Pauses, and workers that go on for others.
+//! Pauses, and workers that take the place of others.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ impl Machine {
         worker
     }
 
-    /// Puts a worker back to work, as a transport does.
+    /// Puts a worker back to work as a transport does.
     pub(super) fn resume(&mut self, worker: Box<dyn VirtioWorker>) {
         for driver in [&self.receive, &self.transmit, &self.control] {
             driver.ring_doorbell();
@@ -44,7 +44,7 @@ impl Machine {
         self.worker = self.manager.add_subscriber(Subscriber::Worker(worker));
     }
 
-    /// What a worker that goes on for `worker` is made from.
+    /// Makes the activation of a worker that takes the place of `worker`.
     pub(super) fn activation(&self, features: u64, worker: &dyn VirtioWorker) -> Activation {
         let event_index = features & F_EVENT_IDX != 0;
         let drivers = [&self.receive, &self.transmit, &self.control];
@@ -63,7 +63,7 @@ impl Machine {
     }
 }
 
-/// The state of `worker`, as it comes out of a file.
+/// Returns the state of `worker`, as read from a file.
 fn saved(worker: &dyn VirtioWorker) -> Result<Option<Section>, SaveError> {
     let Some(section) = worker.save()? else {
         return Ok(None);
@@ -73,7 +73,7 @@ fn saved(worker: &dyn VirtioWorker) -> Result<Option<Section>, SaveError> {
     Ok(Some(Section::read_from(&mut &bytes[..]).unwrap()))
 }
 
-/// A sequence of random numbers, the same each time.
+/// A sequence of pseudorandom numbers, the same each time.
 struct Random(u64);
 
 impl Random {
@@ -90,7 +90,7 @@ const PLACE_SIZE: u64 = 2000;
 const TRANSMIT_DATA: u64 = DATA + 0x10_0000;
 const _: () = assert!(TRANSMIT_DATA + 256 * PLACE_SIZE <= MEMORY_SIZE);
 
-/// Packet `number` of a sequence, most of them small.
+/// Makes packet `number` of a sequence, in which most packets are small.
 fn numbered(number: u64, largest: usize) -> Vec<u8> {
     let len = match number % 11 {
         0 => 60 + number as usize * 37 % (largest - 60),
@@ -113,9 +113,9 @@ struct Traffic {
     in_flight: u64,
 }
 
-/// Most packets between the driver and the host.
+/// Most packets in flight between the driver and the host.
 const MAX_IN_FLIGHT: u64 = 40;
-/// Largest packet that the host sends to it.
+/// Largest packet that the host sends to the driver.
 const LARGEST: usize = 20_000;
 
 impl Traffic {
@@ -184,7 +184,7 @@ impl Traffic {
     }
 }
 
-/// Ends a thread, also when a test has failed.
+/// Ends a thread even if a test has failed.
 struct EndOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for EndOnDrop<'_> {
@@ -193,8 +193,8 @@ impl Drop for EndOnDrop<'_> {
     }
 }
 
-/// Exchanges packets with the host as fast as goes, in both directions, with pauses at random moments.
-/// With `replaced`, some end with another worker, and then packets to the driver may be lost.
+/// Exchanges packets with the host as fast as possible in both directions, with pauses at random moments.
+/// With `replaced`, another worker takes over after some of them, and then packets to the driver may be lost.
 fn exchange(features: u64, count: u64, replaced: bool) {
     let (tap, host) = stand_in();
     let tap = Arc::new(tap);
@@ -229,7 +229,7 @@ fn exchange(features: u64, count: u64, replaced: bool) {
         let is_sent = || arrived.load(Ordering::Relaxed) == count;
         while traffic.next_received < count || traffic.in_flight > 0 || !is_sent() {
             traffic.offer_buffers(&mut machine, random.below(64));
-            // A socket that is full drops what is sent together, as a tap without memory does.
+            // A full socket drops packets that are sent together, as a tap without memory does.
             let in_flight = traffic.next_sent - arrived.load(Ordering::Relaxed);
             let allowed = (count - traffic.next_sent).min(MAX_IN_FLIGHT - in_flight);
             traffic.send(&mut machine, random.below(MAX_IN_FLIGHT).min(allowed));
@@ -251,7 +251,7 @@ fn exchange(features: u64, count: u64, replaced: bool) {
             }
             let before = traffic.next_received;
             traffic.take(&mut machine);
-            // The last ones may be among those that are lost.
+            // The last packets may be among the lost ones.
             idle = if traffic.next_received == before {
                 idle + 1
             } else {
@@ -285,8 +285,8 @@ fn no_packet_passes_twice_as_other_workers_go_on() {
     exchange(MERGE | SEGMENTS | F_EVENT_IDX, 20_000, true);
 }
 
-/// A machine whose driver has buffers for all but the last byte of a packet, with the packet read and
-/// another behind it.
+/// Makes a machine whose driver has buffers for all but the last byte of a packet, with that packet read and
+/// another one after it.
 fn lacking_buffers() -> (Machine, Arc<Tap>) {
     let (tap, host) = stand_in();
     let tap = Arc::new(tap);
@@ -306,7 +306,7 @@ fn a_packet_that_was_read_outlives_a_pause() {
     let (mut machine, _) = lacking_buffers();
     for _ in 0..3 {
         let worker = machine.pause();
-        // Nobody says that the buffers keep what is in them.
+        // Nothing guarantees that the buffers keep their content.
         machine
             .memory
             .write_slice(&[0xee; 350], GuestAddress(DATA))
@@ -346,7 +346,7 @@ fn a_packet_that_was_read_is_lost_and_counted_when_another_worker_goes_on() {
     assert_eq!(machine.bytes(DATA, 150), received(packet(150, 9), 2));
 }
 
-/// A worker that another goes on for, after these commands.
+/// Makes a machine whose driver has given these commands, and its paused worker.
 fn commanded(commands: &[Vec<u8>]) -> (Machine, Box<dyn VirtioWorker>) {
     let (tap, host) = stand_in();
     let mut machine = Machine::with(COMMANDS, host, |activation| {
@@ -480,7 +480,7 @@ fn the_address_that_a_driver_has_set_ends_with_it_wherever_it_was_set() {
     let (machine, worker) = commanded(&[]);
     let activation = machine.activation(COMMANDS, &*worker);
     let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
-    // The transport has put back the configuration space.
+    // The transport has restored the configuration space.
     let config = Arc::new(config_space(set, 1, 1500));
     let tap = Arc::new(stand_in().0);
     let worker = Worker::new(tap, 1500, MAC, config.clone(), shared, None, activation).unwrap();
@@ -488,7 +488,7 @@ fn the_address_that_a_driver_has_set_ends_with_it_wherever_it_was_set() {
     drop(worker);
     assert_eq!(mac(&config), MAC);
 
-    // No worker comes to be, as a socket is no tap.
+    // No worker is made, as a socket is not a tap.
     let mut card = net(stand_in().0, MAC, None);
     set_mac(&card.config, set);
     let activation = Machine::new(COMMANDS).activation(COMMANDS, &*commanded(&[]).1);
@@ -530,7 +530,7 @@ fn limits_that_are_changed_in_a_pause_hold_after_it() {
     let worker = machine.pause();
     machine.resume(worker);
     machine.run();
-    // One, and one that goes beyond.
+    // One packet, and one that exceeds the limit.
     assert_eq!(machine.receive.take_used().len(), 2);
     let worker = machine.pause();
     handle.set_limits(&NetLimits::default()).unwrap();
@@ -564,7 +564,7 @@ fn a_device_that_needs_a_reset_can_be_paused() {
     }
 }
 
-/// A card whose tap is a socket, which has no offloads to be set.
+/// A card whose tap is a socket, which has no offloads to set.
 struct CardOfSocket(Net);
 
 impl VirtioDevice for CardOfSocket {
@@ -605,7 +605,7 @@ impl VirtioDevice for CardOfSocket {
     }
 }
 
-/// A card whose driver receives from one address alone, beside its own.
+/// A card that is connected to a socket, and whose driver changes its address.
 struct Cable {
     tap: OwnedFd,
     host: OwnedFd,
@@ -662,7 +662,7 @@ impl Backend for Cable {
         Box::new(CardOfSocket(net(tap, MAC, None)))
     }
 
-    /// Sets an address of the driver's, which the configuration space then has.
+    /// Sets the card's address, which is then in the configuration space.
     fn set_up(&mut self, driver: &mut suspend_test::Driver) {
         let command = FREE_MEMORY + 2 * PLACE;
         driver.store(command, &[1, 1, 2, 9, 9, 9, 9, 9]);
@@ -680,7 +680,7 @@ impl Backend for Cable {
         self.has_sent(driver, &packet);
     }
 
-    /// A packet that the host has yet to send, for which there is a buffer, and one on its way there.
+    /// Offers a buffer for a packet that the host has yet to send, and begins to send a packet to the host.
     fn begin(&mut self, driver: &mut suspend_test::Driver) {
         Cable::offer(driver);
         Cable::transmit(driver, &packet(300, 2));

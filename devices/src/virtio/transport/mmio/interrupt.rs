@@ -1,4 +1,4 @@
-//! The interrupt of a device behind this transport: a line, and the register that says what it is for.
+//! The interrupt of a device behind this transport: a line, and the register that gives its cause.
 
 use std::io;
 use std::sync::Arc;
@@ -13,15 +13,15 @@ const USED_BUFFER: u32 = 1 << 0;
 /// `InterruptStatus` bit 1: the configuration changed.
 const CONFIGURATION_CHANGE: u32 = 1 << 1;
 
-/// The link of a device to its driver, with the interrupt of [`MmioTransport`](super::MmioTransport). It
-/// is made before the device, whose handles have a part in it.
+/// The link of a device to its driver, with the interrupt of [`MmioTransport`](super::MmioTransport). It is
+/// made before the device, whose handles share it.
 pub struct MmioLink {
     pub(super) driver: Arc<DriverLink>,
     pub(super) interrupt: Arc<MmioInterrupt>,
 }
 
 impl MmioLink {
-    /// The link of a device that logs to `log`. Its transport raises interrupts by `line`.
+    /// Makes the link of a device that logs to `log`. Its transport raises interrupts through `line`.
     pub fn new(log: impl Into<DeviceLog>, line: Box<dyn InterruptLine>) -> MmioLink {
         let interrupt = Arc::new(MmioInterrupt {
             line,
@@ -33,7 +33,7 @@ impl MmioLink {
         }
     }
 
-    /// What the device and its handles have of the link.
+    /// Returns the part of the link that the device and its handles use.
     pub fn driver(&self) -> Arc<DriverLink> {
         self.driver.clone()
     }
@@ -59,7 +59,7 @@ impl MmioInterrupt {
         self.status.store(0, Ordering::Release);
     }
 
-    /// Takes over the bits that another had. `false` if there are no such bits.
+    /// Takes over saved bits of the register; `false` if the register has no such bits.
     pub(super) fn restore(&self, status: u32) -> bool {
         let is_valid = status & !(USED_BUFFER | CONFIGURATION_CHANGE) == 0;
         if is_valid {
@@ -75,7 +75,7 @@ impl MmioInterrupt {
 }
 
 impl Notify for MmioInterrupt {
-    /// All queues share the line, and one edge is for all of them.
+    /// All queues share the line, so one edge is for all of them.
     fn used_buffers(&self, _queues: QueueSet) -> io::Result<()> {
         self.raise(USED_BUFFER)
     }

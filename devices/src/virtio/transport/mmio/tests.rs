@@ -54,7 +54,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// One with an entropy device.
+    /// Makes a machine with an entropy device.
     fn new() -> Machine {
         Machine::with(Box::new(Rng::new(&Limits::default()).unwrap()))
     }
@@ -203,7 +203,7 @@ fn the_registers_say_what_the_device_is() {
     assert_eq!(machine.read(register::SHARED_MEMORY_LENGTH_LOW), u32::MAX);
 }
 
-/// A device of four configuration bytes for the driver to read, and four for it to write.
+/// A device with four configuration bytes that the driver can only read, and four that it can write.
 struct WithDriverField(ConfigSpace);
 
 impl VirtioDevice for WithDriverField {

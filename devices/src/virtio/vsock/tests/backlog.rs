@@ -1,4 +1,4 @@
-//! Programs of the host that let few connections wait.
+//! Programs on the host with a small backlog.
 
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,7 +12,7 @@ use crate::virtio::vsock::waiting::MAX_WAITING;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// How many connections Linux lets wait at a backlog of 1.
+/// How many connections Linux lets wait with a backlog of 1.
 const FIRST: usize = 2;
 
 fn listener_with_backlog_of_one(guest: &Guest) -> UnixListener {
@@ -27,7 +27,7 @@ fn request(guest: &mut Guest, ports: std::ops::Range<u32>) {
     }
 }
 
-/// Guest ports of the packets that have come, all of them for `operation`.
+/// Returns the guest ports of the packets that have arrived, which are all for `operation`.
 #[track_caller]
 fn ports(guest: &mut Guest, operation: u16) -> Vec<u32> {
     let packets = guest.received();
@@ -69,7 +69,7 @@ fn a_burst_waits_until_the_program_accepts() {
     connected.sort_unstable();
     let expected: Vec<_> = (1000..1000 + COUNT as u32).collect();
     assert_eq!(connected, expected);
-    // The program gets them in the order in which the guest has asked.
+    // The program gets them in the order in which the guest asked.
     for (port, stream) in expected.into_iter().zip(&mut accepted) {
         guest.transmit(packet(port, 53, operation::RW), &port.to_le_bytes());
         let mut bytes = [0; 4];

@@ -1,4 +1,4 @@
-//! A guest whose driver does what a test says.
+//! A guest whose driver is scripted by a test.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -24,17 +24,17 @@ pub const GUEST_CID: u64 = 7;
 const RECEIVE_RINGS: u64 = 0;
 const TRANSMIT_RINGS: u64 = RINGS_SIZE;
 const EVENT_RINGS: u64 = 2 * RINGS_SIZE;
-/// Where the packets to be transmitted are, each in a place of its own.
+/// Address of the packets to transmit, each in its own place.
 const TRANSMIT_DATA: u64 = 0x1_0000;
 const TRANSMIT_SIZE: u64 = 0x4000;
-/// Where events are received.
+/// Address at which events are received.
 pub const EVENT_DATA: u64 = 0xf000;
-/// Where packets are received.
+/// Address at which packets are received.
 pub const RECEIVE_DATA: u64 = 0x10_0000;
 const RECEIVE_SIZE: u32 = 4096;
 pub const QUEUE_SIZE: u16 = 64;
 const MEMORY_SIZE: usize = 4 << 20;
-/// What the guest says of its buffer.
+/// Size of its buffer that the guest announces.
 const GUEST_BUFFER: u32 = 1 << 20;
 
 /// A guest, and the device that it drives.
@@ -53,7 +53,7 @@ pub struct Guest {
     pub folder: TempDir,
 }
 
-/// What the guest has received.
+/// A packet that the guest has received.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Packet {
     pub header: Header,
@@ -61,7 +61,7 @@ pub struct Packet {
 }
 
 impl Guest {
-    /// A guest that has given the device no buffers yet.
+    /// Makes a guest that has given the device no buffers yet.
     pub fn new() -> Guest {
         let folder = TempDir::new().unwrap();
         let listener = ListeningSocket::bind(&folder.as_path().join("v")).unwrap();
@@ -86,7 +86,7 @@ impl Guest {
         guest
     }
 
-    /// A guest with as many receive buffers as there can be.
+    /// Makes a guest that has filled its receive queue with buffers.
     pub fn ready() -> Guest {
         let mut guest = Guest::new();
         guest.offer_buffers(QUEUE_SIZE);
@@ -117,7 +117,7 @@ impl Guest {
             .add_subscriber(Subscriber::Worker(worker.unwrap()))
     }
 
-    /// Takes the worker off the event loop, as the transport does.
+    /// Takes the worker off the event loop as the transport does.
     pub fn pause(&mut self) -> Box<dyn VirtioWorker> {
         let id = self.worker.take().unwrap();
         let Subscriber::Worker(mut worker) = self.manager.remove_subscriber(id).unwrap() else {
@@ -136,7 +136,7 @@ impl Guest {
         self.worker = Some(id);
     }
 
-    /// Has another device, with a socket of its own, go on from the state of a paused worker.
+    /// Has another device with its own socket go on from the state of a paused worker.
     pub fn restore(&mut self, worker: Box<dyn VirtioWorker>) {
         let (progress, state) = (worker.progress(), worker.save().unwrap());
         let (config, front_state) = (self.device.config().save().0, self.device.save().unwrap());
@@ -181,7 +181,7 @@ impl Guest {
         self.activate();
     }
 
-    /// Makes receive buffers available, whose place follows from their descriptor.
+    /// Makes receive buffers available, whose addresses follow from their descriptors.
     pub fn offer_buffers(&mut self, count: u16) {
         for _ in 0..count {
             let head = self.receive.next_head();
@@ -204,7 +204,7 @@ impl Guest {
         panic!("the event loop does not come to rest");
     }
 
-    /// Transmits a packet as it is, and lets the device work.
+    /// Transmits a packet unchanged, and lets the device work.
     pub fn transmit_raw(&mut self, header: &[u8], data: &[u8]) {
         self.post(header, data);
         self.rest();
@@ -241,7 +241,7 @@ impl Guest {
         self.transmit_raw(&header.to_bytes(), data);
     }
 
-    /// What has come, whose buffers are given back.
+    /// Returns the packets that have arrived, and gives their buffers back.
     pub fn received(&mut self) -> Vec<Packet> {
         self.rest();
         let mut packets = Vec::new();
@@ -270,7 +270,7 @@ impl Guest {
         }
     }
 
-    /// The only packet that has come, which is for `operation`.
+    /// Returns the only packet that has arrived, which is for `operation`.
     #[track_caller]
     pub fn received_one(&mut self, operation: u16) -> Header {
         let packets = self.received();
@@ -287,7 +287,7 @@ impl Guest {
             .collect()
     }
 
-    /// Nothing has come.
+    /// Checks that nothing has arrived.
     #[track_caller]
     pub fn assert_silent(&mut self) {
         let packets = self.received();
@@ -310,7 +310,7 @@ impl Guest {
         client
     }
 
-    /// A connection that a program of the host has begun, to port `port` of the guest.
+    /// Has a program on the host connect to port `port` of the guest.
     pub fn connected_by_host(&mut self, port: u32) -> (UnixStream, Header) {
         let mut client = self.client();
         client
@@ -327,7 +327,7 @@ impl Guest {
         (client, answer(&request, operation::RW))
     }
 
-    /// A connection that the guest has begun, from its port 1000.
+    /// Has the guest connect from its port 1000.
     pub fn connected_by_guest(&mut self) -> (UnixStream, Header) {
         let listener = self.listen(53);
         let packet = packet(1000, 53, operation::REQUEST);
@@ -359,7 +359,7 @@ impl Guest {
     }
 }
 
-/// A packet of the guest's.
+/// Makes a packet of the guest.
 pub fn packet(guest: u32, host: u32, operation: u16) -> Header {
     Header {
         src_cid: GUEST_CID,
@@ -373,7 +373,7 @@ pub fn packet(guest: u32, host: u32, operation: u16) -> Header {
     }
 }
 
-/// What the guest says in answer to a packet.
+/// Makes the guest's answer to a packet.
 pub fn answer(to: &Header, operation: u16) -> Header {
     packet(to.dst_port, to.src_port, operation)
 }

@@ -1,4 +1,4 @@
-//! What bounds the device: credit, buffers, numbers, time.
+//! The bounds of the device: credit, buffers, numbers, time.
 
 use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn the_program_gets_no_more_than_it_takes_and_the_guest_sends_no_more_than_there
     let sent = bytes(12_000);
     let mut total = 0;
     let mut known = BUFFER_SIZE as usize;
-    // Until the host's socket takes no more and the buffer is full.
+    // Continue until the host's socket takes no more and the buffer is full.
     loop {
         let mut is_asked = false;
         if total + sent.len() > known {
@@ -35,7 +35,7 @@ fn the_program_gets_no_more_than_it_takes_and_the_guest_sends_no_more_than_there
         }
         assert!(total < 4 << 20, "there is no end of it");
     }
-    // The program reads, and there is room again.
+    // The program reads, so there is room again.
     let mut data = vec![0; total];
     let mut filled = 0;
     while filled < total {
@@ -48,7 +48,7 @@ fn the_program_gets_no_more_than_it_takes_and_the_guest_sends_no_more_than_there
     assert_eq!(last.operation, operation::CREDIT_UPDATE);
     assert!((last.fwd_cnt + last.buf_alloc) as usize >= total + BUFFER_SIZE as usize / 2);
 
-    // A guest that sends more is not served.
+    // A guest that sends more than that is not served.
     let mut overrun = 0;
     while guest.metrics.conns_killed.total() == 0 {
         guest.transmit(packet, &sent);
@@ -73,7 +73,7 @@ fn a_guest_gets_no_more_than_it_takes() {
     assert_eq!(packets[0].data.len(), 1000);
     assert_eq!(packets[1].header.operation, operation::CREDIT_REQUEST);
     assert_eq!(packets.len(), 2);
-    // An answer that gives nothing is not answered.
+    // An answer that grants no credit is not answered.
     guest.transmit(small, &[]);
     guest.assert_silent();
     // Other connections go on.
@@ -149,13 +149,13 @@ fn refusals_without_receive_buffers_stop_the_transmit_queue() {
     assert_eq!(refusals, guest.sent_packets);
 }
 
-/// Lets the process have as many descriptors as it may.
+/// Raises the process's limit on descriptors as far as it may.
 fn allow_many_descriptors() {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: the limit is written to, and read from, for the time of each call.
+    // SAFETY: the calls write and read `limit` only while they run.
     unsafe {
         assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
         limit.rlim_cur = limit.rlim_max;
@@ -210,7 +210,8 @@ fn many_connections_share_the_receive_queue() {
 #[test]
 fn times_are_limited() {
     let mut guest = Guest::ready();
-    // Nothing is said, nothing is answered, and the guest does not end what the host has ended.
+    // One program sends nothing, one gets no answer, and the guest does not end a connection that the host
+    // has ended.
     let mut silent = guest.client();
     let mut unanswered = guest.client();
     unanswered.write_all(b"CONNECT 52\n").unwrap();

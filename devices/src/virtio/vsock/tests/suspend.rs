@@ -27,7 +27,7 @@ impl Guest {
         self.resume(worker);
     }
 
-    /// The events that have come.
+    /// Returns the events that have arrived.
     fn take_events(&mut self) -> Vec<u32> {
         self.rest();
         let used = self.event.take_used();
@@ -51,7 +51,7 @@ fn a_pause_keeps_connections_whatever_their_state() {
     let request = guest.received_one(operation::REQUEST);
 
     let worker = guest.pause();
-    // What both sides do meanwhile waits.
+    // What both sides do during the pause waits.
     client.write_all(b"from the host").unwrap();
     asking.write_all(b"3\n").unwrap();
     let data = b"from the guest";
@@ -149,7 +149,7 @@ fn a_driver_that_goes_on_elsewhere_is_told_that_its_connections_have_ended() {
     guest.post(&header.to_bytes(), b"late");
     guest.restore(worker);
     assert!(is_closed(&mut client));
-    // One that connects at once is not ended with the others: it waits until the driver is done.
+    // A program that connects at once is not ended with the others: it waits until the driver is done.
     let mut next = guest.client();
     next.write_all(b"CONNECT 52\n").unwrap();
     assert_eq!(guest.take_events(), [0]);
@@ -172,7 +172,7 @@ fn a_driver_that_goes_on_elsewhere_is_told_that_its_connections_have_ended() {
     assert!(guest.take_events().is_empty(), "it is told once");
     guest.assert_works();
 
-    // The next time, too, and the device goes on where it was in each queue.
+    // The same happens the next time, and the device goes on where it was in each queue.
     let worker = guest.pause();
     guest.restore(worker);
     assert_eq!(guest.take_events(), [0]);
@@ -183,7 +183,7 @@ fn the_event_waits_for_a_buffer_and_programs_do_not_wait_for_ever() {
     let mut guest = Guest::ready();
     let worker = guest.pause();
     guest.restore(worker);
-    // It is lost neither by a pause nor by another save.
+    // The event is lost neither by a pause nor by another save.
     guest.pause_and_resume();
     let worker = guest.pause();
     guest.restore(worker);
@@ -260,7 +260,7 @@ proptest! {
         };
         for (step, len) in steps {
             match step {
-                // Posted, and perhaps not handled before the pause.
+                // The packet is posted, and perhaps not handled before the pause.
                 0 if to_host.len() + len <= 200_000 => {
                     let data = pattern(to_host.len(), len);
                     let header = Header { len: len as u32, ..packet };
@@ -299,7 +299,7 @@ proptest! {
     }
 }
 
-/// A host without a program that listens, so that each request of the guest is refused.
+/// A host on which no program listens, so that each request of the guest is refused.
 struct Refusal {
     folder: Option<TempDir>,
 }

@@ -1,4 +1,4 @@
-//! The life of a device with its transport: pause, save, restore, reset.
+//! The life cycle of a device with its transport: pause, save, restore, reset.
 
 use super::*;
 
@@ -15,7 +15,7 @@ const READABLE: [u64; 8] = [
 ];
 
 impl Machine {
-    /// Another machine with an entropy device over the same memory.
+    /// Makes another machine with an entropy device and the same memory.
     fn another_with_the_memory(&self) -> Machine {
         let rng = Box::new(Rng::new(&Limits::default()).unwrap());
         Machine::with_memory(rng, self.memory.clone())
@@ -72,15 +72,15 @@ fn a_restored_device_goes_on_where_the_saved_one_was() {
     other.transport.restore(&section).unwrap();
     assert_eq!(other.registers(), machine.registers());
     assert_eq!(other.used_count(), 3);
-    // What was restored and has not worked since is saved as it was.
+    // A restored device that has not worked since is saved unchanged.
     assert_eq!(other.transport.save().unwrap(), section);
 
     other.transport.resume().unwrap();
     other.wait_for_used(6);
-    // One interrupt that the driver may have missed, and one for what is new at least.
+    // One interrupt that the driver may have missed, and at least one for new work.
     let interrupts = other.interrupts.load(Ordering::SeqCst);
     assert!(interrupts >= 2, "{interrupts}");
-    // Once around the rings, and more.
+    // More than once around the rings.
     for count in 7..=20 {
         other.offer_up_to(count, count);
         other.wait_for_used(count);
