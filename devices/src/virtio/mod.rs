@@ -12,6 +12,8 @@ pub mod console;
 mod device_metrics;
 mod driver_link;
 pub mod net;
+#[cfg(test)]
+mod no_io_uring_test;
 pub mod owner;
 mod queue;
 mod queue_set;
