@@ -713,8 +713,10 @@ impl MutEventSubscriber for Worker {
 }
 
 impl Drop for Worker {
-    /// Waits for what the ring has: the kernel writes to the guest's memory until then. The ring, or
-    /// that over the next disk, is left to the next worker.
+    /// Waits for what the ring has, however long that takes: the kernel reads and writes the guest's
+    /// memory until then. A driver that resets the device uses that memory for something else as soon
+    /// as the write of the status register returns: that of Linux for MMIO does not look whether the
+    /// reset is complete. The ring, or that over the next disk, is left to the next worker.
     fn drop(&mut self) {
         let finished = self.finish_all();
         if let Err(error) = &finished {
