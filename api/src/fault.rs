@@ -1,5 +1,8 @@
 //! Why a request is refused.
 
+use std::io;
+use std::path::Path;
+
 use bantam_vmm::MetadataError;
 use bantam_vmm::config::ConfigError;
 use bantam_vmm::text::without_error_numbers;
@@ -134,6 +137,16 @@ impl Fault {
         without_error_numbers(self.to_string().replace('\n', " "))
     }
 
+    /// Why a file cannot be opened.
+    pub(crate) fn file(what: &'static str, path: &Path, error: &io::Error) -> Fault {
+        Fault::File {
+            what,
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        }
+    }
+
+    /// Makes the reason why a value cannot be used a fault.
     pub(crate) fn value(what: &'static str) -> impl Fn(ConfigError) -> Fault {
         move |error| Fault::Value {
             what,

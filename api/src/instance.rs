@@ -7,11 +7,11 @@ use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
 use crate::bounded::Bounded;
-use crate::configuration::{Configuration, file_fault};
 use crate::fault::Fault;
 use crate::metrics_file::MetricsFile;
 use crate::reply::Reply;
 use crate::request::{Action, Request};
+use crate::resources::Configuration;
 use crate::resources::logger::Logger;
 use crate::resources::metrics::Metrics;
 use crate::startup_times::StartupTimes;
@@ -190,7 +190,7 @@ impl Instance {
             Ok(set) => set?,
             Err(error) => {
                 let path = logger.log_path.unwrap_or_default();
-                return Err(file_fault("log file", &path, &error));
+                return Err(Fault::file("log file", &path, &error));
             }
         }
         self.record(|configuration| configuration.logger = Some(logger));
@@ -209,7 +209,7 @@ impl Instance {
             .run(OPEN_TIME, move |()| MetricsFile::open(&path));
         let file = opened
             .flatten()
-            .map_err(|error| file_fault("metrics file", &metrics.metrics_path, &error))?;
+            .map_err(|error| Fault::file("metrics file", &metrics.metrics_path, &error))?;
         self.view.set_metrics_file(file);
         self.record(|configuration| configuration.metrics = Some(metrics));
         Ok(())

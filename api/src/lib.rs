@@ -10,8 +10,9 @@
 
 mod bounded;
 mod clients;
-mod configuration;
+mod device_names;
 mod fault;
+mod host_files;
 mod instance;
 mod json;
 mod lock;
@@ -27,12 +28,12 @@ mod text;
 mod version;
 mod view;
 
-pub use configuration::Configuration;
 pub use fault::Fault;
 pub use instance::{Instance, InstanceOptions, ProgramLog};
 pub use json::{parse_json, parse_value};
 pub use reply::Reply;
 pub use request::Request;
+pub use resources::Configuration;
 pub use server::{Server, ServerError, ServerLimits};
 pub use startup_times::StartupTimes;
 pub use version::API_VERSION;

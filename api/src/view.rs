@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::lock::lock;
 use crate::metrics_file::MetricsFile;
@@ -14,6 +13,7 @@ use crate::metrics_groups::groups;
 use crate::reply::Reply;
 use crate::request::{Action, Method, Request};
 use crate::request_counts::RequestCounts;
+use crate::resources::Configuration;
 use crate::startup_times::StartupTimes;
 
 /// Answers what is asked of an instance, and writes its metrics, without a wait for a request that changes

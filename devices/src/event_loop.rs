@@ -47,22 +47,9 @@ impl EventLoop {
         }
     }
 
-    /// Hands `part` to the loop for as long as that runs; on return it receives events.
-    ///
-    /// Must not be called on the loop's own thread.
-    ///
-    /// # Errors
-    /// If the loop has ended.
-    pub fn add(
-        &self,
-        part: Box<dyn MutEventSubscriber + Send>,
-    ) -> Result<(), event_manager::Error> {
-        self.add_subscriber(Subscriber::Resident(part)).map(drop)
-    }
-
     /// Hands `worker` to the loop; on return it receives events.
     ///
-    /// Must not be called on the loop's own thread.
+    /// The loop must run, and this must not be called on its own thread.
     ///
     /// # Errors
     /// If the loop has ended.
@@ -81,7 +68,7 @@ impl EventLoop {
 
     /// Takes a worker back: on return it is no longer at work, and no event reaches it.
     ///
-    /// Must not be called on the loop's own thread.
+    /// The loop must run, and this must not be called on its own thread.
     ///
     /// # Errors
     /// If the loop has ended, or has no such worker.

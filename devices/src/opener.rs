@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::listening_socket::{ListenError, ListeningSocket};
@@ -13,12 +13,11 @@ use crate::tap::{QueueCount, Tap, TapError};
 pub enum FileAccess {
     /// Reading.
     Read,
-    /// Reading and writing. `exclusive` is for block devices: one that is mounted, or open so elsewhere, is
-    /// refused as busy.
-    ReadWrite {
-        /// Whether to pass `O_EXCL`.
-        exclusive: bool,
-    },
+    /// Reading and writing.
+    ReadWrite,
+    /// Reading and writing a file or a block device; a block device that is mounted or opened in this way
+    /// elsewhere is refused as busy (`O_EXCL`).
+    ReadWriteDisk,
     /// Appending, to a file that is created if there is none.
     Append,
 }
@@ -57,8 +56,10 @@ impl Opener for HostOpener {
         let mut flags = libc::O_NONBLOCK;
         match access {
             FileAccess::Read => options.read(true),
-            FileAccess::ReadWrite { exclusive } => {
-                if exclusive {
+            FileAccess::ReadWrite => options.read(true).write(true),
+            FileAccess::ReadWriteDisk => {
+                // The kernel defines it for block devices only.
+                if is_block_device(path) {
                     flags |= libc::O_EXCL;
                 }
                 options.read(true).write(true)
@@ -75,4 +76,8 @@ impl Opener for HostOpener {
     fn tap(&self, name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError> {
         Tap::open(name, mtu, queues)
     }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }

@@ -2,19 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bantam_devices::tap::{QueueCount, Tap, TapError};
-use bantam_tests::{configured, device, payload, require_kvm};
-use bantam_vmm::config::{MachineConfig, SerialConfig};
+use bantam_tests::{HostTap, configured, device, payload, require_kvm, require_taps};
+use bantam_vmm::config::{DeviceName, MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{
     Console, Controller, ControllerOptions, DeviceCommand, Error, Event, Events, ExitReason,
     FileAccess, HostOpener, Limits, ListenError, ListeningSocket, Opener, RateLimit, State,
     ThreadHook, ThreadRole,
 };
+use serde_json::json;
 use tempfile::TempDir;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -29,11 +30,12 @@ fn hello(words: &str) -> MachineConfig {
 /// A machine with a disk that a guest reads without end.
 fn reader(folder: &TempDir, words: &str) -> (MachineConfig, PathBuf) {
     let image = folder.path().join("disk.img");
-    fs::write(&image, vec![0; 4 << 20]).unwrap();
+    fs::write(&image, vec![0; 4 << 20]).expect("it is a folder for tests");
     let mut config = MachineConfig::new(payload("load"));
     config.append = Some(format!("test=block mode=read {words}"));
     config.serial = SerialConfig::File(folder.path().join("log"));
-    config.disks = vec![image.to_str().unwrap().parse().unwrap()];
+    let option = format!("{}", image.display());
+    config.disks = vec![option.parse().expect("it is a disk")];
     (config, image)
 }
 
@@ -63,24 +65,36 @@ fn an_owner_hears_of_each_state_and_of_the_devices() {
     machine.configure(hello("hang")).unwrap();
     machine.start().unwrap();
     machine.pause().unwrap();
+    machine.save_processors().unwrap();
     machine.resume().unwrap();
     machine.stop();
     machine.wait().unwrap();
     let state = |state| Event::State { state };
-    let device = || "rng".parse().unwrap();
+    let [serial, rng] = ["serial", "rng"].map(|name| name.parse::<DeviceName>().unwrap());
+    let attached = |device: &DeviceName| Event::Attached {
+        device: device.clone(),
+    };
+    let detached = |device: &DeviceName| Event::Detached {
+        device: device.clone(),
+    };
     assert_eq!(
         all(&events),
         [
             state(State::Configured),
             state(State::Starting),
-            Event::Attached { device: device() },
+            attached(&serial),
+            attached(&rng),
             state(State::Running),
+            state(State::Pausing),
+            state(State::Paused),
+            // The processors are saved.
             state(State::Pausing),
             state(State::Paused),
             state(State::Resuming),
             state(State::Running),
             state(State::Stopped),
-            Event::Detached { device: device() },
+            detached(&serial),
+            detached(&rng),
         ]
     );
 }
@@ -198,11 +212,11 @@ enum Step {
 
 impl Record {
     fn add(&self, step: Step) {
-        self.0.lock().unwrap().push(step);
+        self.0.lock().expect("nobody panics with it").push(step);
     }
 
     fn steps(&self) -> Vec<Step> {
-        self.0.lock().unwrap().clone()
+        self.0.lock().expect("nobody panics with it").clone()
     }
 }
 
@@ -286,13 +300,16 @@ fn everything_is_opened_by_the_opener_before_the_first_thread_starts() {
     machine.wait().unwrap();
 }
 
-/// Refuses vCPU 1 its thread.
+/// Refuses vCPU 1 its thread, after a time in which a guest that ran would have printed.
 struct Refusal;
 
 impl ThreadHook for Refusal {
     fn enter(&self, role: &ThreadRole) -> io::Result<()> {
         match role {
-            ThreadRole::Vcpu(1) => Err(io::Error::other("one is enough")),
+            ThreadRole::Vcpu(1) => {
+                std::thread::sleep(Duration::from_millis(300));
+                Err(io::Error::other("one is enough"))
+            }
             _ => Ok(()),
         }
     }
@@ -306,9 +323,21 @@ fn a_machine_that_gets_no_thread_tells_all_who_wait_for_it() {
         ..ControllerOptions::default()
     });
     let machine = machine.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (log, socket) = (folder.path().join("log"), folder.path().join("v.sock"));
     let mut config = hello("hang");
     config.cpus = "2".parse().unwrap();
+    config.serial = SerialConfig::File(log.clone());
+    let option = format!("cid=3,socket={}", socket.display());
+    config.vsock = Some(option.parse().unwrap());
+    let (mut output, console) = std::io::pipe().unwrap();
+    let console = Console {
+        input: None,
+        output: Some(console.into()),
+    };
+    machine.set_console(console).unwrap();
     machine.configure(config).unwrap();
+    let events = machine.subscribe().unwrap();
     let expected = "cannot start thread 'bantam-vcpu1': one is enough";
     let waiting = {
         let machine = machine.clone();
@@ -327,4 +356,43 @@ fn a_machine_that_gets_no_thread_tells_all_who_wait_for_it() {
     assert_eq!(waiting.join().unwrap(), expected);
     assert_eq!(machine.wait().unwrap_err().to_string(), expected);
     assert_eq!(machine.state(), State::Stopped);
+    // No instruction of the guest was executed, and nothing of the machine is left.
+    assert_eq!(fs::read_to_string(&log).unwrap(), "");
+    assert!(!socket.exists());
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "");
+    let detached = all(&events)
+        .into_iter()
+        .filter(|event| matches!(event, Event::Detached { .. }))
+        .count();
+    assert_eq!(detached, 3);
+}
+
+#[test]
+fn metadata_of_a_machine_that_has_ended_is_in_its_configuration() {
+    require_taps!();
+    let tap = HostTap::new();
+    let mut config = hello("hang");
+    config.nets = vec![format!("tap={}", tap.name).parse().unwrap()];
+    config.metadata = Some(MetadataConfig::new(vec!["net0".parse().unwrap()]));
+    let machine = configured(config, Console::default());
+    machine.start().unwrap();
+    machine.put_metadata(json!({"a": 1, "b": 2})).unwrap();
+    machine.patch_metadata(json!({"b": null})).unwrap();
+    machine.stop();
+    machine.wait().unwrap();
+    let metadata = machine.configuration().unwrap().metadata.unwrap();
+    assert_eq!(metadata.contents, Some(json!({"a": 1})));
+}
+
+#[test]
+fn a_wait_for_events_can_be_as_long_as_a_duration() {
+    let machine = Controller::new().unwrap();
+    let events = machine.subscribe().unwrap();
+    machine.configure(hello("hang")).unwrap();
+    let configured = Event::State {
+        state: State::Configured,
+    };
+    assert_eq!(events.next_within(Duration::MAX), Some(configured));
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
 use bantam_memory::GuestMemory;
+use bantam_metadata::Metadata;
 use bantam_state::Section;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -21,9 +22,10 @@ use crate::events::{EventSender, Events};
 use crate::exit_reason::ExitReason;
 use crate::hooks::ControllerOptions;
 use crate::kvm::{SavedProcessors, VmState};
+use crate::lock::{lock, wait};
 use crate::machine::{Machine, MachineContext, Origin};
 use crate::metrics::MachineMetrics;
-use crate::run_control::{RunControl, lock, wait};
+use crate::run_control::RunControl;
 use crate::state::State;
 
 /// How long vCPUs may take to leave the guest. Each does so at once unless the host withholds it from
@@ -161,14 +163,8 @@ impl Controller {
         if let Life::Configured(config) = &*life {
             return Ok((**config).clone());
         }
-        let Some(mut config) = lock(&self.0.config).clone() else {
-            return Err(self.0.wrong_state(&life, "tell the configuration"));
-        };
-        let metadata = life.machine().and_then(|it| it.devices().metadata().ok());
-        if let (Some(config), Some(metadata)) = (&mut config.metadata, metadata) {
-            config.contents = metadata.get();
-        }
-        Ok(config)
+        let config = lock(&self.0.config).clone();
+        config.ok_or_else(|| self.0.wrong_state(&life, "tell the configuration"))
     }
 
     /// [`Command::Start`].
@@ -212,8 +208,7 @@ impl Controller {
     /// The state of all vCPUs and of what KVM emulates for them: interrupt controllers, interval timer and
     /// clock. The machine stays paused, and can go on.
     ///
-    /// That is a part of what a machine consists of: memory and devices are not in it. An interrupt of the
-    /// serial port or the keyboard that comes while the state is read may be missing.
+    /// That is a part of what a machine consists of: memory and devices are not in it.
     ///
     /// # Errors
     /// When the machine is not paused or ends meanwhile, or KVM does not give a part of the state.
@@ -235,7 +230,7 @@ impl Controller {
         let saved = VmState::save(&vm).map(|vm| (vm, self.0.control().save_vcpus(vcpu_count)));
         let mut life = self.0.life();
         match self.0.take(&mut life) {
-            Some(Life::Pausing(machine)) => *life = Life::Paused(machine),
+            Some(Life::Pausing(machine)) => self.0.enter(&mut life, Life::Paused(machine)),
             other => return Err(self.0.put_back(life, other, action)),
         }
         match saved? {
@@ -381,17 +376,9 @@ impl Controller {
     /// If the machine does not run, has no such device, or as [`DeviceError`](crate::DeviceError) says.
     pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
         let devices = self.0.devices("change a device")?;
-        let executed = devices.execute(name, command.clone());
-        let is_done = match &executed {
-            Ok(_) => true,
-            // The other image is there, though the one before could not be flushed.
-            Err(Error::Device { source, .. }) => source.is_done(),
-            Err(_) => false,
-        };
-        if is_done && let Some(config) = &mut *lock(&self.0.config) {
-            config.apply(name, &command);
-        }
-        executed
+        devices.execute(name, command, |command| {
+            self.0.record(|config| config.apply(name, command));
+        })
     }
 
     /// [`Command::PutMetadata`].
@@ -401,7 +388,10 @@ impl Controller {
     /// guest is then told what it was told before.
     pub fn put_metadata(&self, contents: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
-        Ok(devices.metadata()?.put(contents)?)
+        let metadata = devices.metadata()?;
+        metadata.put(contents)?;
+        self.0.record_metadata(metadata);
+        Ok(())
     }
 
     /// [`Command::PatchMetadata`].
@@ -410,7 +400,10 @@ impl Controller {
     /// As [`Controller::put_metadata`], and when there are no contents yet.
     pub fn patch_metadata(&self, patch: Value) -> Result<(), Error> {
         let devices = self.0.devices("change the metadata")?;
-        Ok(devices.metadata()?.patch(patch)?)
+        let metadata = devices.metadata()?;
+        metadata.patch(patch)?;
+        self.0.record_metadata(metadata);
+        Ok(())
     }
 
     /// [`Command::Metadata`].
@@ -601,8 +594,8 @@ impl Inner {
             }
         };
         // Without the lock: others can ask for the state meanwhile, or stop the machine.
-        let built = lock(&self.console)
-            .try_clone()
+        let console = lock(&self.console).try_clone();
+        let built = console
             .map_err(Error::resource("the serial console"))
             .and_then(|console| Machine::new(&config, origin, console, &self.context));
         let (next, result) = match built {
@@ -610,14 +603,15 @@ impl Inner {
                 Ok(()) => {
                     let _ = self.metrics.set(built.devices().metrics.clone());
                     *lock(&self.config) = Some(*config);
-                    // The machine has its own. Whoever reads its output sees it end with the machine.
-                    *lock(&self.console) = Console::default();
+                    // The machine has its own, and the reader of its output sees it end with the machine.
+                    self.close_console();
                     (Life::Running(built), Ok(()))
                 }
                 Err(error) => {
                     // Some of its vCPUs may have run.
                     self.stop();
                     drop(built);
+                    self.close_console();
                     let error = Arc::new(error);
                     let gone = Life::Gone(Err(error.clone()));
                     (gone, Err(Error::Shared(error)))
@@ -628,6 +622,26 @@ impl Inner {
         self.enter(&mut self.life(), next);
         self.changed.notify_all();
         result
+    }
+
+    fn close_console(&self) {
+        *lock(&self.console) = Console::default();
+    }
+
+    /// Notes what was changed in the configuration of the machine that was started.
+    fn record(&self, change: impl FnOnce(&mut MachineConfig)) {
+        if let Some(config) = &mut *lock(&self.config) {
+            change(config);
+        }
+    }
+
+    /// Notes the metadata that there are now.
+    fn record_metadata(&self, metadata: &Metadata) {
+        self.record(|config| {
+            if let Some(config) = &mut config.metadata {
+                config.contents = metadata.get();
+            }
+        });
     }
 
     fn stop(&self) {
@@ -651,6 +665,7 @@ impl Inner {
                     return outcome;
                 }
                 Life::NotConfigured | Life::Configured(_) => {
+                    self.close_console();
                     *life = Life::Gone(Ok(ExitReason::Stopped));
                 }
                 Life::Gone(outcome) => {

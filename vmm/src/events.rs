@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::DeviceName;
-use crate::run_control::lock;
+use crate::lock::{lock, wait};
 use crate::state::State;
 
 /// Most events that wait for a subscriber. A guest can cause events without end.
@@ -93,12 +93,16 @@ impl Events {
 
     /// The next event, or none if there is none within `time`.
     pub fn next_within(&self, time: Duration) -> Option<Event> {
-        let deadline = Instant::now() + time;
+        let deadline = Instant::now().checked_add(time);
         let mut waiting = lock(&self.0.waiting);
         loop {
             if let Some(event) = self.0.take(&mut waiting) {
                 return Some(event);
             }
+            let Some(deadline) = deadline else {
+                waiting = wait(&self.0.added, waiting);
+                continue;
+            };
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return None;
@@ -127,11 +131,22 @@ impl Queue {
         {
             waiting.events.pop_back();
         }
-        if waiting.events.len() < CAPACITY {
-            waiting.events.push_back(event);
-        } else {
+        // The end of the machine comes once, and no guest can keep its owner from hearing of it.
+        let is_end = matches!(
+            event,
+            Event::State {
+                state: State::Stopped
+            }
+        );
+        if waiting.events.len() >= CAPACITY && !is_end {
             waiting.missed = waiting.missed.saturating_add(1);
+            return;
         }
+        if waiting.missed > 0 {
+            let count = std::mem::take(&mut waiting.missed);
+            waiting.events.push_back(Event::Missed { count });
+        }
+        waiting.events.push_back(event);
         self.added.notify_one();
         // The counter has room: it is reset by each take that leaves nothing.
         let _ = self.ready.write(1);
@@ -296,6 +311,34 @@ mod tests {
         sender.send(|| host_error(0));
         assert_eq!(events.try_next(), Some(host_error(0)));
         assert_eq!(events.try_next(), None);
+    }
+
+    #[test]
+    fn events_are_missed_where_they_would_have_been_and_the_end_is_not() {
+        let sender = EventSender::default();
+        let events = sender.subscribe().unwrap();
+        for number in 0..CAPACITY + 1 {
+            sender.send(|| host_error(number));
+        }
+        assert_eq!(events.try_next(), Some(host_error(0)));
+        sender.send(|| host_error(1000));
+        sender.send(|| host_error(1001));
+        sender.send_state(State::Stopped);
+        let last: Vec<Event> = std::iter::from_fn(|| events.try_next())
+            .skip(CAPACITY - 1)
+            .collect();
+        let stopped = Event::State {
+            state: State::Stopped,
+        };
+        assert_eq!(
+            last,
+            [
+                Event::Missed { count: 1 },
+                host_error(1000),
+                Event::Missed { count: 1 },
+                stopped,
+            ]
+        );
     }
 
     #[test]

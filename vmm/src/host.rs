@@ -139,8 +139,7 @@ pub fn open_kvm_device() -> Result<Kvm, HostError> {
 }
 
 fn open_kvm_device_by(opener: &dyn Opener) -> Result<Kvm, HostError> {
-    let access = FileAccess::ReadWrite { exclusive: false };
-    let file = opener.file(Path::new(KVM_DEVICE), access);
+    let file = opener.file(Path::new(KVM_DEVICE), FileAccess::ReadWrite);
     let file = file.map_err(|source| HostError::OpenKvm {
         remedy: open_remedy(&source, virtualization()),
         source,

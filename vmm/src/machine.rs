@@ -42,6 +42,8 @@ pub(crate) struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<DeviceLoop>,
     devices: Arc<DeviceTable>,
+    /// Whether subscribers were told of the devices.
+    is_attached: bool,
     /// Whether a guest that restarts after a panic says so.
     tells_panics: bool,
     _stream_guards: Vec<SerialGuard>,
@@ -206,6 +208,7 @@ impl Machine {
                 opener: context.opener.clone(),
                 events: context.events.clone(),
             }),
+            is_attached: false,
             tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             _stream_guards: virtio.guards,
             vm,
@@ -218,6 +221,13 @@ impl Machine {
     /// If the host gives no threads, or the program's hook refuses. The machine is of no more use then.
     pub(crate) fn start(&mut self) -> Result<(), Error> {
         let hook = self.thread_hook.as_ref();
+        self.devices.tell_attached();
+        self.is_attached = true;
+        // No instruction of the guest is executed before every thread is ready. The only thread needs no wait.
+        let waits = hook.is_some() || self.vcpus.len() > 1;
+        if waits {
+            self.control.hold_vcpus();
+        }
         for event_loop in &mut self.event_loops {
             event_loop.start(&self.control, hook)?;
         }
@@ -230,7 +240,9 @@ impl Machine {
             })?;
             self.vcpu_threads.push(thread);
         }
-        self.devices.tell_attached();
+        if waits {
+            self.control.resume_vcpus();
+        }
         Ok(())
     }
 
@@ -301,7 +313,6 @@ impl Machine {
                 flushed = flushed.and(Err(error));
             }
         }
-        self.devices.tell_detached();
         let outcome = self.control.take_outcome();
         let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
         let memory = &self.environment.memory;
@@ -315,12 +326,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if self.vcpu_threads.is_empty() {
-            return;
+        if !self.vcpu_threads.is_empty() {
+            self.control.finish(Ok(ExitReason::Stopped));
+            if let Err(error) = self.end() {
+                tracing::error!("{error}");
+            }
         }
-        self.control.finish(Ok(ExitReason::Stopped));
-        if let Err(error) = self.end() {
-            tracing::error!("{error}");
+        if self.is_attached {
+            self.devices.tell_detached();
         }
     }
 }

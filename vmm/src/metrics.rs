@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bantam_devices::serial::SerialMetrics;
-use bantam_devices::virtio::DeviceMetrics;
+use bantam_devices::virtio::owner::DeviceMetrics;
 use bantam_metadata::MetadataMetrics;
 use bantam_metrics::Counter;
 use serde::Serialize;

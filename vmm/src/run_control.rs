@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bantam_devices::PowerControl;
@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::events::EventSender;
 use crate::exit_reason::ExitReason;
 use crate::kvm::VcpuState;
+use crate::lock::{lock, wait};
 use crate::state::State;
 
 /// How often a machine is looked after.
@@ -238,6 +239,11 @@ impl RunControl {
         }
     }
 
+    /// Keeps vCPUs whose threads start from then on out of the guest, until [`RunControl::resume_vcpus`].
+    pub(crate) fn hold_vcpus(&self) {
+        self.pausing.store(true, Ordering::SeqCst);
+    }
+
     /// Lets paused vCPUs go on.
     pub(crate) fn resume_vcpus(&self) {
         let _threads = lock(&self.threads);
@@ -338,14 +344,4 @@ impl PowerControl for RunControl {
             tracing::warn!("the guest has panicked");
         }
     }
-}
-
-/// What a mutex guards, also after a thread has panicked with it: each change of it is whole.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for `changed`, as [`lock`].
-pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

@@ -39,11 +39,14 @@ pub(crate) fn spawn(
             }
         })
         .map_err(with_name)?;
-    match entered.recv() {
-        Ok(Ok(())) => Ok(thread),
-        Ok(Err(source)) => Err(with_name(source)),
-        Err(_) => Err(with_name(io::Error::other("the program's hook panicked"))),
-    }
+    let refusal = match entered.recv() {
+        Ok(Ok(())) => return Ok(thread),
+        Ok(Err(source)) => source,
+        Err(_) => io::Error::other("the program's hook panicked"),
+    };
+    // What the work owns is free when this returns. A panic is in the error already.
+    let _ = thread.join();
+    Err(with_name(refusal))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use bantam_vmm::{Error, KeyboardError};
 use serde::Deserialize;
 
-use super::{Resource, no_part};
+use super::Resource;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::request::{Method, Request};
@@ -19,8 +19,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         }
         _ => Err(call.unknown()),
     },
-    check: no_part,
-    groups: &[],
+    ..Resource::DEFAULT
 };
 
 /// Body of `PUT /actions`.

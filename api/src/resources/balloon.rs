@@ -2,13 +2,13 @@
 
 use std::num::NonZeroU32;
 
-use bantam_vmm::config::DeviceName;
+use bantam_vmm::config::{BalloonConfig, BalloonSize, DeviceName};
 use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, GuestStatistics, HintingCommand};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::machine_config::{HugePages, MachineConfiguration};
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -58,6 +58,10 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.balloon.take(), checked),
+    configure: |configuration, machine| {
+        machine.balloon = configuration.balloon.as_ref().map(Balloon::config);
+        Ok(())
+    },
     groups: &[Group::new(
         "balloon",
         "activate_fails inflate_count stats_updates_count stats_update_fails deflate_count \
@@ -147,6 +151,16 @@ pub struct BalloonStatisticsUpdate {
 }
 
 impl Balloon {
+    fn config(&self) -> BalloonConfig {
+        BalloonConfig {
+            size: BalloonSize::from_mib(self.amount_mib),
+            deflate_on_oom: self.deflate_on_oom,
+            reporting: self.free_page_reporting,
+            hinting: self.free_page_hinting,
+            statistics: self.stats_polling_interval_s.into(),
+        }
+    }
+
     /// Checks that the machine can have this balloon, so that a client hears of it at once.
     pub(crate) fn check(&self, machine: &MachineConfiguration) -> Result<(), Fault> {
         let refused = |reason| {
@@ -234,9 +248,13 @@ fn require_driver(view: &View) -> Result<(), Fault> {
     }
 }
 
+fn device_name() -> Result<DeviceName, Fault> {
+    "balloon".parse().map_err(Fault::value("balloon"))
+}
+
 /// What the machine's balloon says of itself.
 fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
-    let name = DeviceName::balloon();
+    let name = device_name()?;
     let answer = view
         .controller()
         .device(&name, DeviceCommand::BalloonStatistics)?;
@@ -247,7 +265,7 @@ fn ask(view: &View) -> Result<BalloonStatistics, Fault> {
 }
 
 fn command_device(instance: &Instance, command: DeviceCommand) -> Result<(), Fault> {
-    let name = DeviceName::balloon();
+    let name = device_name()?;
     instance.controller().device(&name, command)?;
     Ok(())
 }

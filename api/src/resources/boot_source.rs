@@ -4,10 +4,15 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::{Configuration, check_readable};
 use crate::fault::Fault;
+use crate::host_files::check_readable;
 use crate::request::{Method, Request};
+
+/// The kernel command line if the client gives none, as in Firecracker.
+const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux \
+                                 i8042.dumbkbd swiotlb=noforce";
 
 /// Longest kernel command line in bytes, as in Firecracker: 2048 with the NUL at its end.
 const LONGEST_BOOT_ARGS: usize = 2047;
@@ -19,7 +24,15 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.boot_source.take(), checked),
-    groups: &[],
+    configure: |configuration, machine| {
+        if let Some(boot_source) = &configuration.boot_source {
+            machine.initrd = boot_source.initrd_path.clone();
+            let boot_args = boot_source.boot_args.as_deref();
+            machine.cmdline = Some(boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_string());
+        }
+        Ok(())
+    },
+    ..Resource::DEFAULT
 };
 
 /// Body of `PUT /boot-source`.

@@ -3,8 +3,8 @@
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::request::{Method, Request};
 use crate::text::printable;
@@ -16,7 +16,12 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.cpu_config.take(), checked),
-    groups: &[],
+    configure: |configuration, machine| {
+        let config = configuration.cpu_config.as_ref();
+        machine.cpu = config.map(CpuConfig::modifiers).unwrap_or_default();
+        Ok(())
+    },
+    ..Resource::DEFAULT
 };
 
 /// Body of `PUT /cpu-config`.
@@ -115,7 +120,7 @@ impl Part for CpuConfig {
 
 impl CpuConfig {
     /// The changes that it makes.
-    pub(crate) fn modifiers(&self) -> CpuModifiers {
+    fn modifiers(&self) -> CpuModifiers {
         let required = self.kvm_capabilities.iter().filter(|it| it.required);
         CpuModifiers {
             cpuid: self

@@ -2,16 +2,23 @@
 
 use std::path::PathBuf;
 
+use bantam_vmm::config::{
+    BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption, DiskId, DiskLockOption,
+};
 use bantam_vmm::{DeviceCommand, Error, check_disk};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, null_as_default, put_all, put_by};
-use crate::configuration::{Configuration, check_readable, disk_config};
 use crate::fault::Fault;
+use crate::host_files::check_readable;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request, check_name};
+
+/// Longest serial number of a disk.
+const LONGEST_SERIAL: usize = 20;
 
 pub(crate) const RESOURCE: Resource = Resource {
     path: "drives",
@@ -29,6 +36,16 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.drives.drain(..), checked),
+    configure: |configuration, machine| {
+        machine.append = root_device_words(configuration);
+        for drive in configuration.drives_in_order() {
+            machine.disks.push(DiskConfig {
+                name: Some(configuration.drive_name(&drive.drive_id)?),
+                ..drive.config()?
+            });
+        }
+        Ok(())
+    },
     groups: &[Group::new(
         "block",
         "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count \
@@ -103,6 +120,56 @@ pub struct DriveUpdate {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+impl Drive {
+    fn config(&self) -> Result<DiskConfig, Fault> {
+        let path = self.path_on_host.clone().unwrap_or_default();
+        // One that was cut off could be that of another self.
+        let has_serial = self.drive_id.len() <= LONGEST_SERIAL;
+        let serial = has_serial.then(|| DiskId::try_from(self.drive_id.clone()));
+        Ok(DiskConfig {
+            readonly: self.is_read_only,
+            id: serial.transpose().map_err(Fault::value("drive_id"))?,
+            cache: match self.cache_type {
+                CacheType::Unsafe => CacheModeOption::Unsafe,
+                CacheType::Writeback => CacheModeOption::Writeback,
+            },
+            engine: match self.io_engine {
+                None => BlockEngineOption::Auto,
+                Some(IoEngine::Sync) => BlockEngineOption::Sync,
+                Some(IoEngine::Async) => BlockEngineOption::IoUring,
+            },
+            limits: RateLimiter::limits(self.rate_limiter.as_ref()).into(),
+            // As Firecracker does it, which has neither formats nor locks.
+            format: Some(DiskFormatOption::Raw),
+            lock: DiskLockOption::WherePossible,
+            any_size: true,
+            ..DiskConfig::new(path)
+        })
+    }
+}
+
+/// The words of the kernel command line for the drive with the root file system.
+fn root_device_words(configuration: &Configuration) -> Option<String> {
+    let root = configuration
+        .drives
+        .iter()
+        .find(|drive| drive.is_root_device)?;
+    let place = match &root.partuuid {
+        Some(partition) => format!("PARTUUID={partition}"),
+        None => "/dev/vda".to_string(),
+    };
+    let access = if root.is_read_only { "ro" } else { "rw" };
+    Some(format!("root={place} {access}"))
+}
+
+impl Configuration {
+    /// The drives in the order in which the guest finds them: the root device is the first.
+    pub(crate) fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
+        let root = self.drives.iter().filter(|drive| drive.is_root_device);
+        root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
+    }
+}
+
 impl Part for Drive {
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
         check_name(&self.drive_id)?;
@@ -118,7 +185,7 @@ impl Part for Drive {
             });
         };
         check_readable("drive image", path)?;
-        check_disk(&disk_config(&self)?)?;
+        check_disk(&self.config()?)?;
         let is_other_root =
             |other: &&Drive| other.is_root_device && other.drive_id != self.drive_id;
         if self.is_root_device

@@ -1,10 +1,11 @@
 //! `/entropy`: random numbers of the host for the guest.
 
+use bantam_vmm::config::LimitedDevice;
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request};
@@ -16,6 +17,12 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.entropy.take(), checked),
+    configure: |configuration, machine| {
+        machine.rng = configuration.entropy.map(|entropy| LimitedDevice {
+            limits: RateLimiter::limits(entropy.rate_limiter.as_ref()).into(),
+        });
+        Ok(())
+    },
     groups: &[Group::new(
         "entropy",
         "activate_fails entropy_event_fails entropy_event_count entropy_bytes host_rng_fails \

@@ -3,7 +3,7 @@
 use bantam_vmm::State;
 use serde::Serialize;
 
-use super::{Resource, no_part};
+use super::Resource;
 use crate::fault::Fault;
 use crate::reply::Reply;
 use crate::request::{Method, Request};
@@ -16,8 +16,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         (Method::Get, []) => Ok(Request::get("instance_info", information)),
         _ => Err(call.unknown()),
     },
-    check: no_part,
-    groups: &[],
+    ..Resource::DEFAULT
 };
 
 /// Answer of `GET /`.

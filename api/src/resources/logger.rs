@@ -30,6 +30,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         "logger",
         "missed_metrics_count metrics_fails missed_log_count",
     )],
+    ..Resource::DEFAULT
 };
 
 /// Body of `PUT /logger`.

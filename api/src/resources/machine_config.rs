@@ -2,11 +2,11 @@
 
 use std::mem;
 
-use bantam_vmm::config::{MemorySize, VcpuCount};
+use bantam_vmm::config::{HugePages as GuestPages, MemorySize, VcpuCount};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::reply::Reply;
@@ -37,6 +37,18 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| mem::take(&mut given.machine_config).put(checked),
+    configure: |configuration, machine| {
+        let wanted = &configuration.machine_config;
+        machine.cpus = vcpu_count(wanted)?;
+        machine.smt = wanted.smt;
+        machine.memory = memory_size(wanted)?;
+        machine.huge_pages = match wanted.huge_pages {
+            HugePages::None => GuestPages::None,
+            HugePages::Transparent => GuestPages::Transparent,
+            HugePages::TwoMib => GuestPages::TwoMib,
+        };
+        Ok(())
+    },
     groups: &[Group::new(
         "vcpu",
         "exit_io_in exit_io_out exit_mmio_read exit_mmio_write failures exit_io_in_agg \
@@ -159,9 +171,7 @@ impl Part for MachineConfiguration {
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
         vcpu_count(&self)?;
         memory_size(&self)?;
-        if let Some(balloon) = &configuration.balloon {
-            balloon.check(&self)?;
-        }
+        configuration.check_fit(&self)?;
         if !matches!(self.cpu_template, None | Some(CpuTemplate::None)) {
             return Err(Fault::NotSupported {
                 what: "CPU templates other than 'None'".to_string(),
@@ -175,7 +185,7 @@ impl Part for MachineConfiguration {
     }
 }
 
-pub(crate) fn vcpu_count(wanted: &MachineConfiguration) -> Result<VcpuCount, Fault> {
+fn vcpu_count(wanted: &MachineConfiguration) -> Result<VcpuCount, Fault> {
     let count = i64::from(wanted.vcpu_count);
     if wanted.smt && count > 1 && count % 2 != 0 {
         return Err(Fault::Value {
@@ -186,7 +196,7 @@ pub(crate) fn vcpu_count(wanted: &MachineConfiguration) -> Result<VcpuCount, Fau
     VcpuCount::try_from(count).map_err(Fault::value("vcpu_count"))
 }
 
-pub(crate) fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
+fn memory_size(wanted: &MachineConfiguration) -> Result<MemorySize, Fault> {
     let mib = wanted.mem_size_mib;
     if wanted.huge_pages == HugePages::TwoMib && !mib.is_multiple_of(2) {
         return Err(Fault::Value {

@@ -17,7 +17,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         checked.metrics = given.metrics.take();
         Ok(())
     },
-    groups: &[],
+    ..Resource::DEFAULT
 };
 
 /// Body of `PUT /metrics`.

@@ -2,11 +2,12 @@
 
 use std::net::Ipv4Addr;
 
+use bantam_vmm::config::{DeviceName, MetadataAddress, MetadataConfig as MachineMetadata};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::reply::Reply;
@@ -37,6 +38,12 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.mmds_config.take(), checked),
+    configure: |configuration, machine| {
+        if let Some(metadata) = &configuration.mmds_config {
+            machine.metadata = Some(metadata.config(configuration)?);
+        }
+        Ok(())
+    },
     groups: &[Group::new(
         "mmds",
         "rx_accepted rx_accepted_err rx_accepted_unusual rx_bad_eth rx_invalid_token \
@@ -81,9 +88,38 @@ impl From<MetadataVersion> for bantam_vmm::config::MetadataVersion {
     }
 }
 
+impl MetadataConfig {
+    fn config(&self, configuration: &Configuration) -> Result<MachineMetadata, Fault> {
+        let nets: Vec<DeviceName> = self
+            .network_interfaces
+            .iter()
+            .map(|id| configuration.interface_name(id))
+            .collect::<Result<_, _>>()?;
+        if nets.is_empty() {
+            return Err(Fault::Value {
+                what: "network_interfaces",
+                reason: "there must be one at least".to_string(),
+            });
+        }
+        let address = match self.ipv4_address {
+            Some(address) => MetadataAddress::try_from(address).map_err(|error| Fault::Value {
+                what: "ipv4_address",
+                reason: error.to_string(),
+            })?,
+            None => MetadataAddress::default(),
+        };
+        Ok(MachineMetadata {
+            version: self.version.into(),
+            address,
+            imds_compat: self.imds_compat,
+            ..MachineMetadata::new(nets)
+        })
+    }
+}
+
 impl Part for MetadataConfig {
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
-        configuration.metadata_config(&self)?;
+        self.config(configuration)?;
         configuration.mmds_config = Some(self);
         Ok(())
     }

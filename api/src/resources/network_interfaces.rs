@@ -1,11 +1,12 @@
 //! `/network-interfaces/{iface_id}`: network cards.
 
-use bantam_vmm::DeviceCommand;
+use bantam_vmm::config::{InterfaceName, Mtu, NetConfig};
+use bantam_vmm::{DeviceCommand, NetLimits};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::RateLimiter;
 use super::{Part, Resource, put_all, put_by};
-use crate::configuration::{Configuration, net_config, net_limits};
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::metrics_groups::Group;
@@ -27,6 +28,15 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.network_interfaces.drain(..), checked),
+    configure: |configuration, machine| {
+        for interface in &configuration.network_interfaces {
+            machine.nets.push(NetConfig {
+                name: Some(configuration.interface_name(&interface.iface_id)?),
+                ..interface.config()?
+            });
+        }
+        Ok(())
+    },
     groups: &[Group::new(
         "net",
         "activate_fails cfg_fails mac_address_updates no_rx_avail_buffer no_tx_avail_buffer \
@@ -75,13 +85,34 @@ pub struct NetworkInterfaceUpdate {
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
+impl NetworkInterface {
+    fn config(&self) -> Result<NetConfig, Fault> {
+        let tap = InterfaceName::try_from(self.host_dev_name.clone())
+            .map_err(Fault::value("host_dev_name"))?;
+        let mac = self.guest_mac.as_deref().map(str::parse).transpose();
+        let mtu = self.mtu.map(|mtu| Mtu::try_from(i64::from(mtu)));
+        Ok(NetConfig {
+            mac: mac.map_err(Fault::value("guest_mac"))?,
+            mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
+            limits: self.limits().into(),
+            ..NetConfig::new(tap)
+        })
+    }
+
+    fn limits(&self) -> NetLimits {
+        NetLimits {
+            receive: RateLimiter::limits(self.rx_rate_limiter.as_ref()),
+            transmit: RateLimiter::limits(self.tx_rate_limiter.as_ref()),
+        }
+    }
+}
+
 impl Part for NetworkInterface {
     fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
         check_name(&self.iface_id)?;
-        let mac = net_config(&self)?.mac_address();
-        let has_same_mac = |other: &NetworkInterface| {
-            net_config(other).is_ok_and(|other| other.mac_address() == mac)
-        };
+        let mac = self.config()?.mac_address();
+        let has_same_mac =
+            |other: &NetworkInterface| other.config().is_ok_and(|other| other.mac_address() == mac);
         let is_same = |other: &&NetworkInterface| {
             other.iface_id != self.iface_id
                 && (other.host_dev_name == self.host_dev_name || has_same_mac(other))
@@ -119,7 +150,7 @@ impl NetworkInterfaceUpdate {
         interface.rx_rate_limiter = applied(self.rx_rate_limiter, interface.rx_rate_limiter);
         interface.tx_rate_limiter = applied(self.tx_rate_limiter, interface.tx_rate_limiter);
         let name = configuration.interface_name(&interface.iface_id)?;
-        let command = DeviceCommand::SetNetLimits(net_limits(&interface));
+        let command = DeviceCommand::SetNetLimits(interface.limits());
         instance.controller().device(&name, command)?;
         instance.record(|configuration| {
             put_by(

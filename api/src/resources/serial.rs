@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use bantam_vmm::config::SerialConfig;
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::rate_limiter::TokenBucket;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request};
@@ -18,6 +19,16 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.serial.take(), checked),
+    configure: |configuration, machine| {
+        let serial = configuration.serial.clone().unwrap_or_default();
+        machine.serial = match serial.serial_out_path {
+            Some(path) => SerialConfig::File(path),
+            None => SerialConfig::Stdio,
+        };
+        let limit = serial.rate_limiter.as_ref();
+        machine.serial_limit = limit.and_then(TokenBucket::rate_limit).into();
+        Ok(())
+    },
     groups: &[Group::new(
         "uart",
         "error_count flush_count missed_read_count missed_write_count read_count write_count",

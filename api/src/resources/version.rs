@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Resource, no_part};
+use super::Resource;
 use crate::reply::Reply;
 use crate::request::{Method, Request};
 use crate::version::API_VERSION;
@@ -17,8 +17,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         })),
         _ => Err(call.unknown()),
     },
-    check: no_part,
-    groups: &[],
+    ..Resource::DEFAULT
 };
 
 /// Answer of `GET /version`.

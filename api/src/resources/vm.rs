@@ -3,7 +3,7 @@
 use bantam_vmm::State;
 use serde::Deserialize;
 
-use super::{Resource, no_part};
+use super::Resource;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::reply::Reply;
@@ -21,8 +21,7 @@ pub(crate) const RESOURCE: Resource = Resource {
         }
         _ => Err(call.unknown()),
     },
-    check: no_part,
-    groups: &[],
+    ..Resource::DEFAULT
 };
 
 /// Body of `PATCH /vm`.

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use bantam_vmm::config::{GuestCid, VsockConfig};
 use serde::{Deserialize, Serialize};
 
+use super::Configuration;
 use super::{Part, Resource, put_all};
-use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_groups::Group;
 use crate::request::{Method, Request};
@@ -17,6 +18,10 @@ pub(crate) const RESOURCE: Resource = Resource {
         _ => Err(call.unknown()),
     },
     check: |given, checked| put_all(given.vsock.take(), checked),
+    configure: |configuration, machine| {
+        machine.vsock = configuration.vsock.as_ref().map(Vsock::config);
+        Ok(())
+    },
     groups: &[Group::new(
         "vsock",
         "activate_fails cfg_fails rx_queue_event_fails tx_queue_event_fails \
@@ -38,6 +43,16 @@ pub struct Vsock {
     /// A name, which has no effect any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
+}
+
+impl Vsock {
+    fn config(&self) -> VsockConfig {
+        VsockConfig {
+            // Firecracker takes any.
+            cid: GuestCid::unchecked(self.guest_cid),
+            socket: self.uds_path.clone(),
+        }
+    }
 }
 
 impl Part for Vsock {

@@ -3,8 +3,7 @@
 use std::fs::{File, FileType};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
 
 use super::bounce::Alignment;
 use super::{DiskOptions, SECTOR_SIZE};
@@ -30,11 +29,6 @@ pub(super) mod block_device {
     // These two are numbered without a size, so nix's "bad" form is the right one.
     nix::ioctl_write_ptr_bad!(discard, nix::request_code_none!(0x12, 119), [u64; 2]);
     nix::ioctl_write_ptr_bad!(zero_out, nix::request_code_none!(0x12, 127), [u64; 2]);
-}
-
-/// Whether `path` leads to a block device.
-pub(super) fn is_block_device(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
 /// Size in bytes of an open image of this kind.

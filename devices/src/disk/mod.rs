@@ -7,7 +7,7 @@ mod geometry;
 mod lock;
 mod open;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -116,14 +116,13 @@ impl DiskFile {
         &self.path
     }
 
-    /// Whether `path` leads to the image that is open.
+    /// Whether `file` is the image that is open.
     ///
     /// # Errors
-    /// When one of them cannot be looked at.
-    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
-        let open = self.file.metadata()?;
-        let there = fs::metadata(path)?;
-        Ok((open.dev(), open.ino()) == (there.dev(), there.ino()))
+    /// If one of them cannot be looked at.
+    pub fn is_same_file(&self, file: &File) -> io::Result<bool> {
+        let (open, other) = (self.file.metadata()?, file.metadata()?);
+        Ok((open.dev(), open.ino()) == (other.dev(), other.ino()))
     }
 
     /// Size in bytes, a multiple of [`DiskFile::logical_block_size`].

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
-use super::geometry::{block_sizes, direct_alignment, disk_size, is_block_device, measure};
+use super::geometry::{block_sizes, direct_alignment, disk_size, measure};
 use super::lock::lock_image;
 use super::{
     Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, LockMode, SECTOR_SIZE, format,
@@ -95,9 +95,7 @@ impl DiskFile {
         };
         let access = match options.read_only {
             true => FileAccess::Read,
-            false => FileAccess::ReadWrite {
-                exclusive: is_block_device(path),
-            },
+            false => FileAccess::ReadWriteDisk,
         };
         let file = opener
             .file(path, access)
@@ -229,8 +227,9 @@ fn open_tail(opener: &dyn Opener, path: &Path, file: &File) -> Result<File, Disk
             source,
         }
     };
-    let access = FileAccess::ReadWrite { exclusive: false };
-    let tail = opener.file(path, access).map_err(with_path("open"))?;
+    let tail = opener
+        .file(path, FileAccess::ReadWrite)
+        .map_err(with_path("open"))?;
     let identity = |file: &File| file.metadata().map(|it| (it.dev(), it.ino()));
     let same = identity(&tail).and_then(|tail| Ok(tail == identity(file)?));
     if !same.map_err(with_path("examine"))? {

@@ -9,7 +9,6 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 pub mod console;
-mod device_metrics;
 mod driver_link;
 pub mod net;
 #[cfg(test)]
@@ -39,9 +38,7 @@ use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, Section};
 
 pub use config_space::ConfigSpace;
-pub use device_metrics::DeviceMetrics;
 pub use driver_link::{DriverLink, Notify};
-use owner::DeviceHandle;
 pub use queue::{Chain, MAX_TURN, QueueError, VirtQueue};
 pub use queue_set::{MAX_QUEUES, QueueSet};
 use throttle::Throttle;
@@ -94,16 +91,6 @@ pub trait VirtioDevice: Send {
     /// The driver has written `data` at `offset` of its field of the configuration space. Gives what the
     /// owner of the machine may want to know of it.
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
-        None
-    }
-
-    /// A handle to the device for the owner of the machine. `link` is the device's.
-    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Inert
-    }
-
-    /// What the device counts, if it does.
-    fn metrics(&self) -> Option<DeviceMetrics> {
         None
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,7 @@ pub use super::net::{NetLimits, NetMetrics};
 pub use super::rng::EntropyMetrics;
 pub use super::vsock::VsockMetrics;
 use crate::disk::{DiskError, DiskFile, DiskOptions};
-use crate::opener::Opener;
+use crate::opener::{FileAccess, Opener};
 use crate::rate_limiter::Limits;
 
 /// What can be asked of a device. Each is for the devices of one kind.
@@ -140,11 +141,43 @@ pub enum DeviceHandle {
     Console(ConsoleHandle),
     /// To a balloon.
     Balloon(BalloonHandle),
-    /// To a device of which nothing can be asked.
-    Inert,
+    /// To the socket device, which only counts.
+    Vsock(Arc<VsockMetrics>),
+    /// To the entropy device, which only counts.
+    Entropy(Arc<EntropyMetrics>),
+}
+
+/// The counters of one device. They serialize as their totals, beside the `kind` of the device.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum DeviceMetrics {
+    /// Of a disk.
+    Block(Arc<BlockMetrics>),
+    /// Of a network device.
+    Net(Arc<NetMetrics>),
+    /// Of the socket device.
+    Vsock(Arc<VsockMetrics>),
+    /// Of a console, or of all channels of a device together.
+    Console(Arc<ConsoleMetrics>),
+    /// Of the entropy device.
+    Entropy(Arc<EntropyMetrics>),
+    /// Of a balloon.
+    Balloon(Arc<BalloonMetrics>),
 }
 
 impl DeviceHandle {
+    /// What the device counts.
+    pub fn metrics(&self) -> DeviceMetrics {
+        match self {
+            DeviceHandle::Disk(disk) => DeviceMetrics::Block(disk.metrics().clone()),
+            DeviceHandle::Net(net) => DeviceMetrics::Net(net.metrics().clone()),
+            DeviceHandle::Console(console) => DeviceMetrics::Console(console.metrics().clone()),
+            DeviceHandle::Balloon(balloon) => DeviceMetrics::Balloon(balloon.metrics().clone()),
+            DeviceHandle::Vsock(metrics) => DeviceMetrics::Vsock(metrics.clone()),
+            DeviceHandle::Entropy(metrics) => DeviceMetrics::Entropy(metrics.clone()),
+        }
+    }
+
     /// Does what `command` says, with files that `opener` opens.
     ///
     /// # Errors
@@ -200,7 +233,11 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
 
 fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result<(), DeviceError> {
     let before = disk.disk();
-    if before.is_at(path).unwrap_or(false) {
+    // An image that cannot be opened for reading is told of below.
+    let is_same = opener
+        .file(path, FileAccess::Read)
+        .and_then(|file| before.is_same_file(&file));
+    if is_same.unwrap_or(false) {
         return update_size(disk).map(drop);
     }
     let options = DiskOptions {

@@ -39,7 +39,9 @@ impl DeviceName {
         let place = ["disk", "net"]
             .into_iter()
             .find_map(|kind| self.0.strip_prefix(kind));
-        place.is_some_and(|place| place.bytes().all(|byte| byte.is_ascii_digit()))
+        place.is_some_and(|place| {
+            !place.is_empty() && place.bytes().all(|byte| byte.is_ascii_digit())
+        })
     }
 
     /// Name of the serial port.
@@ -52,12 +54,7 @@ impl DeviceName {
         DeviceName::of_kind("console")
     }
 
-    /// Name of the balloon.
-    pub fn balloon() -> DeviceName {
-        DeviceName::of_kind("balloon")
-    }
-
-    /// Name of the only device of its kind, one of [`DeviceName::FIXED`].
+    /// Name of the only device of its kind, one of `FIXED_DEVICE_NAMES`.
     pub(crate) fn of_kind(kind: &str) -> DeviceName {
         DeviceName(kind.to_owned())
     }
@@ -119,7 +116,7 @@ mod tests {
         let name = |text: &str| text.parse::<DeviceName>().unwrap();
         assert!(name("console").is_fixed() && !name("console0").is_fixed());
         assert!(name("disk0").is_by_place() && name("net17").is_by_place());
-        assert!(!name("disk").is_fixed() && !name("disk0a").is_by_place());
+        assert!(!name("disk").is_by_place() && !name("disk0a").is_by_place());
         assert_eq!(DeviceName::by_place("net", 3), name("net3"));
     }
 }

@@ -16,6 +16,7 @@ mod error;
 mod forms;
 mod huge_pages;
 mod input_file;
+mod limited_device;
 mod limits;
 mod memory_size;
 mod metadata;
@@ -23,7 +24,6 @@ mod net;
 mod option_string;
 pub mod path;
 mod quantity;
-mod rng;
 mod serial;
 mod short_keys;
 mod table;
@@ -55,12 +55,12 @@ pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;
+pub use limited_device::LimitedDevice;
 pub use limits::{LimitConfig, LimitsConfig, NetLimitsConfig};
 pub use memory_size::MemorySize;
 pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use quantity::Quantity;
-pub use rng::RngConfig;
 pub use serial::SerialConfig;
 pub use table::MachineTable;
 pub use vcpu_count::VcpuCount;
@@ -135,8 +135,8 @@ pub struct MachineConfig {
     #[serde(rename = "channel", deserialize_with = "forms::tables")]
     pub channels: Vec<ChannelConfig>,
     /// Entropy device.
-    #[serde(with = "rng")]
-    pub rng: Option<RngConfig>,
+    #[serde(with = "limited_device")]
+    pub rng: Option<LimitedDevice>,
     /// Memory balloon.
     #[serde(
         deserialize_with = "forms::table",
@@ -186,7 +186,7 @@ impl MachineConfig {
             serial_limit: LimitConfig::default(),
             console: SerialConfig::None,
             channels: Vec::new(),
-            rng: Some(RngConfig::default()),
+            rng: Some(LimitedDevice::default()),
             balloon: None,
             boot_protocol: BootProtocolOption::default(),
             on_reboot: OnReboot::default(),
@@ -284,7 +284,7 @@ impl MachineConfig {
             vsock.validate()?;
         }
         match &self.rng {
-            Some(rng) => rng.validate(),
+            Some(rng) => rng.validate("the entropy device"),
             None => Ok(()),
         }
     }

@@ -390,7 +390,7 @@ fn what_only_a_machine_file_says_reaches_the_machine() {
         }),
         metadata: Some(metadata),
         serial_limit: rate(1024, None),
-        rng: Some(RngConfig {
+        rng: Some(LimitedDevice {
             limits: LimitsConfig {
                 bytes: rate(4096, None),
                 operations: LimitConfig::default(),
@@ -726,7 +726,7 @@ fn devices_have_an_interrupt_each() {
         ..MachineConfig::new("k")
     };
     config.validate().unwrap();
-    config.rng = Some(RngConfig::default());
+    config.rng = Some(LimitedDevice::default());
     assert_eq!(
         config.validate().unwrap_err().to_string(),
         "too many devices: 19 disks, network devices and others, but a machine has room for 18"

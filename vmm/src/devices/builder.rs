@@ -8,8 +8,9 @@ use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
+use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
 use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
-use bantam_devices::virtio::{DeviceMetrics, VirtioDevice};
+use bantam_devices::virtio::{DriverLink, VirtioDevice};
 use bantam_memory::GuestMemory;
 
 use super::serial_end::{OpenSerial, SerialGuard};
@@ -23,13 +24,13 @@ use crate::hooks::ThreadRole;
 use crate::vm::Vm;
 
 /// A device that is to get a place in the machine.
-pub(super) struct NewDevice {
+pub(super) struct NewDevice<D> {
     pub(super) name: DeviceName,
     /// What it is called in the log.
     pub(super) log_name: String,
     /// Name of the thread that serves only this device, if there is to be one.
     pub(super) own_thread: Option<String>,
-    pub(super) model: Box<dyn VirtioDevice>,
+    pub(super) model: D,
 }
 
 /// Gives each virtio device its window, interrupt and doorbells, in the order in which they are attached.
@@ -88,8 +89,13 @@ impl<'a> Builder<'a> {
         self.built
     }
 
-    /// Puts a device behind the next free window and interrupt.
-    pub(super) fn attach(&mut self, device: NewDevice) -> Result<(), Error> {
+    /// Puts a device behind the next free window and interrupt. `handle` makes the owner's handle from the device and
+    /// the link to its driver.
+    pub(super) fn attach<D: VirtioDevice + 'static>(
+        &mut self,
+        device: NewDevice<D>,
+        handle: impl FnOnce(&D, Arc<DriverLink>) -> DeviceHandle,
+    ) -> Result<(), Error> {
         let NewDevice {
             name,
             log_name,
@@ -101,10 +107,8 @@ impl<'a> Builder<'a> {
         let log = log.observed_by(self.events.observer(&name));
         let line = self.vm.interrupt_event(window.gsi)?;
         let link = MmioLink::new(log, Box::new(line));
-        let handle = model.owner_handle(&link.driver());
-        if let Some(metrics) = model.metrics() {
-            self.built.metrics.insert(name.clone(), metrics);
-        }
+        let handle = handle(&model, link.driver());
+        self.built.metrics.insert(name.clone(), handle.metrics());
         let event_loop = match own_thread {
             Some(thread_name) => {
                 let event_loop = DeviceLoop::new(thread_name, ThreadRole::Device(name.clone()))?;
@@ -114,7 +118,7 @@ impl<'a> Builder<'a> {
             }
             None => self.event_loop.handle().clone(),
         };
-        let transport = MmioTransport::new(model, self.memory.clone(), event_loop, link)
+        let transport = MmioTransport::new(Box::new(model), self.memory.clone(), event_loop, link)
             .map_err(Error::resource("the doorbells of a device"))?;
         for (queue, doorbell) in transport.doorbells().iter().enumerate() {
             self.vm
@@ -128,6 +132,7 @@ impl<'a> Builder<'a> {
             name,
             device,
             handle,
+            turn: Mutex::new(()),
         });
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
+use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
@@ -31,12 +32,13 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 let path = image.path().to_path_buf();
                 let block = Block::new(image, &id, &options);
                 let block = block.map_err(|error| block_error(&path, error))?;
-                builder.attach(NewDevice {
+                let device = NewDevice {
                     name,
                     log_name: format!("disk '{}'", path.display()),
                     own_thread,
-                    model: Box::new(block),
-                })
+                    model: block,
+                };
+                builder.attach(device, |block, link| DeviceHandle::Disk(block.handle(link)))
             });
             Ok(build)
         })

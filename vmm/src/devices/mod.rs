@@ -13,6 +13,7 @@ use std::path::Path;
 
 use bantam_devices::opener::{FileAccess, Opener};
 use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
+use bantam_devices::virtio::owner::DeviceHandle;
 use bantam_devices::virtio::rng::{self, Rng};
 use bantam_devices::virtio::vsock::Vsock;
 
@@ -78,12 +79,13 @@ fn open_vsock(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     })?;
     let log_name = format!("socket device '{}'", path.display());
     Ok(vec![Box::new(move |builder| {
-        builder.attach(NewDevice {
+        let device = NewDevice {
             name: DeviceName::of_kind("vsock"),
             log_name,
             own_thread: None,
-            model: Box::new(Vsock::new(cid, listener)),
-        })
+            model: Vsock::new(cid, listener),
+        };
+        builder.attach(device, |vsock, _| DeviceHandle::Vsock(vsock.metrics()))
     })])
 }
 
@@ -98,12 +100,13 @@ fn open_entropy(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let limits = config.limits.into();
     Ok(vec![Box::new(move |builder| {
         let device = Rng::with_source(source, &limits);
-        builder.attach(NewDevice {
+        let device = NewDevice {
             name: DeviceName::of_kind("rng"),
             log_name: "entropy device".to_owned(),
             own_thread: None,
-            model: Box::new(device.map_err(Error::resource("the entropy device"))?),
-        })
+            model: device.map_err(Error::resource("the entropy device"))?,
+        };
+        builder.attach(device, |rng, _| DeviceHandle::Entropy(rng.metrics()))
     })])
 }
 
@@ -125,11 +128,14 @@ fn open_balloon(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
             name: name.clone(),
             source: source.into(),
         })?;
-        builder.attach(NewDevice {
+        let device = NewDevice {
             name,
             log_name: "balloon".to_owned(),
             own_thread: None,
-            model: Box::new(device),
+            model: device,
+        };
+        builder.attach(device, |balloon, link| {
+            DeviceHandle::Balloon(balloon.handle(link))
         })
     })])
 }

@@ -2,6 +2,7 @@
 
 use bantam_devices::tap::{QueueCount, Tap};
 use bantam_devices::virtio::net::Net;
+use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{Mtu, NetConfig, QueuePairs};
@@ -25,12 +26,13 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
         let build: Build = Box::new(move |builder| {
             let device = Net::new(tap, mac, mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
-            builder.attach(NewDevice {
+            let device = NewDevice {
                 name,
                 log_name,
                 own_thread,
-                model: Box::new(device),
-            })
+                model: device,
+            };
+            builder.attach(device, |net, _| DeviceHandle::Net(net.handle()))
         });
         Ok(build)
     })

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use bantam_devices::virtio::console::Console as ConsoleDevice;
+use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::serial_end::{self, OpenSerial};
 use super::{Build, NewDevice, Opening};
@@ -40,11 +41,14 @@ pub(super) fn open_console(opening: &mut Opening<'_>) -> Result<Vec<Build>, Erro
     Ok(vec![Box::new(move |builder| {
         let device = ConsoleDevice::new();
         builder.connect(Stream::Console, &device, 0, open);
-        builder.attach(NewDevice {
+        let device = NewDevice {
             name: DeviceName::console(),
             log_name: "console".to_owned(),
             own_thread: None,
-            model: Box::new(device),
+            model: device,
+        };
+        builder.attach(device, |device, link| {
+            DeviceHandle::Console(device.handle(link))
         })
     })])
 }
@@ -67,11 +71,14 @@ pub(super) fn open_channels(opening: &mut Opening<'_>) -> Result<Vec<Build>, Err
         for (port, (name, open)) in (1..).zip(open) {
             builder.connect(Stream::Channel(name), &device, port, open);
         }
-        builder.attach(NewDevice {
+        let device = NewDevice {
             name: DeviceName::of_kind("channels"),
             log_name: "channels".to_owned(),
             own_thread: None,
-            model: Box::new(device),
+            model: device,
+        };
+        builder.attach(device, |device, link| {
+            DeviceHandle::Console(device.handle(link))
         })
     })])
 }

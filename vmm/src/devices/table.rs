@@ -8,7 +8,7 @@ use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::lifecycle::Device;
 use bantam_devices::opener::Opener;
-use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceHandle};
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceError, DeviceHandle};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,8 +17,8 @@ use super::streams::StreamPaths;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::events::{Event, EventSender};
+use crate::lock::lock;
 use crate::metrics::MachineMetrics;
-use crate::run_control::lock;
 
 /// The devices of a machine that runs or is paused.
 pub(crate) struct DeviceTable {
@@ -40,23 +40,28 @@ pub(crate) struct Entry {
     pub(crate) name: DeviceName,
     pub(crate) device: Arc<Mutex<MmioTransport>>,
     pub(crate) handle: DeviceHandle,
+    /// Held while a command is executed and noted, so that the last to be done is the last to be noted.
+    pub(crate) turn: Mutex<()>,
 }
 
 impl DeviceTable {
-    /// Tells subscribers of all devices that there are.
+    /// Tells subscribers of the devices that commands and events name.
     pub(crate) fn tell_attached(&self) {
-        for entry in &self.virtio {
-            let device = || entry.name.clone();
-            self.events.send(|| Event::Attached { device: device() });
+        for device in self.names() {
+            self.events.send(|| Event::Attached { device });
         }
     }
 
     /// Tells subscribers that none of the devices is there any more.
     pub(crate) fn tell_detached(&self) {
-        for entry in &self.virtio {
-            let device = || entry.name.clone();
-            self.events.send(|| Event::Detached { device: device() });
+        for device in self.names() {
+            self.events.send(|| Event::Detached { device });
         }
+    }
+
+    fn names(&self) -> impl Iterator<Item = DeviceName> {
+        let virtio = self.virtio.iter().map(|entry| entry.name.clone());
+        std::iter::once(DeviceName::serial()).chain(virtio)
     }
 
     /// Brings all devices to rest, after the vCPUs.
@@ -116,15 +121,23 @@ impl DeviceTable {
         pressed.map_err(Error::Keyboard)
     }
 
-    /// Does what `command` says with the device called `name`.
+    /// Does what `command` says with the device called `name`, and calls `note` with the command if it is done.
     pub(crate) fn execute(
         &self,
         name: &DeviceName,
         command: DeviceCommand,
+        note: impl FnOnce(&DeviceCommand),
     ) -> Result<DeviceAnswer, Error> {
         let entry = self.virtio.iter().find(|entry| entry.name == *name);
         let entry = entry.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
-        let executed = entry.handle.execute(command, &*self.opener);
+        let _turn = lock(&entry.turn);
+        let executed = entry.handle.execute(command.clone(), &*self.opener);
+        if executed
+            .as_ref()
+            .map_or_else(DeviceError::is_done, |_| true)
+        {
+            note(&command);
+        }
         executed.map_err(|source| Error::Device {
             name: name.clone(),
             source,

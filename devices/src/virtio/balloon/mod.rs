@@ -26,10 +26,7 @@ use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::owner::DeviceHandle;
-use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
-};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DriverLink, VirtioDevice, device_id};
 use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::WorkerError;
@@ -67,6 +64,8 @@ const QUEUES_WITH_REPORTING: usize = 5;
 pub struct Balloon {
     options: BalloonOptions,
     memory_mib: u64,
+    /// The size that the owner was told last.
+    told_mib: u32,
     shared: Arc<Shared>,
 }
 
@@ -91,6 +90,7 @@ impl Balloon {
         Ok(Balloon {
             options: *options,
             memory_mib,
+            told_mib: 0,
             shared: Arc::new(Shared {
                 config: ConfigSpace::with_driver_field(space, actual),
                 statistics: Mutex::default(),
@@ -153,17 +153,9 @@ impl VirtioDevice for Balloon {
 
     fn driver_wrote_config(&mut self, _offset: u64, _data: &[u8]) -> Option<DeviceNotice<'static>> {
         let pages = u32::from_le_bytes(self.shared.config.array(config::ACTUAL as u64));
-        Some(DeviceNotice::BalloonSize {
-            mib: pages / PAGES_PER_MIB,
-        })
-    }
-
-    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Balloon(self.handle(link.clone()))
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Balloon(self.shared.metrics.clone()))
+        let mib = pages / PAGES_PER_MIB;
+        let is_other = std::mem::replace(&mut self.told_mib, mib) != mib;
+        is_other.then_some(DeviceNotice::BalloonSize { mib })
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -505,7 +505,7 @@ fn statistics_are_kept_and_asked_for_again_when_the_interval_changes() {
     assert_eq!(
         serde_json::to_string(&statistics()).unwrap(),
         format!(
-            r#"{{"target_pages":1024,"actual_pages":0,"target_mib":4,"actual_mib":0,"free_memory":{}}}"#,
+            r#"{{"target_pages":1024,"actual_pages":0,"target_mib":4,"actual_mib":0,"guest":{{"free_memory":{}}},"has_driver":true,"hinting":null}}"#,
             1_u64 << 40
         )
     );

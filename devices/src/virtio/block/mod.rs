@@ -28,10 +28,8 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::owner::DeviceHandle;
 use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, Throttle, VirtioDevice,
-    device_id,
+    Activation, COMMON_FEATURES, ConfigSpace, DriverLink, Throttle, VirtioDevice, device_id,
 };
 use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
@@ -182,14 +180,6 @@ impl VirtioDevice for Block {
 
     fn config(&self) -> &ConfigSpace {
         &self.blueprint.slot.config
-    }
-
-    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Disk(self.handle(link.clone()))
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Block(self.blueprint.slot.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -36,10 +36,7 @@ use std::sync::{Arc, Mutex};
 
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
-use super::owner::DeviceHandle;
-use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
-};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, DriverLink, VirtioDevice, device_id};
 use crate::notice::DeviceNotice;
 use crate::serial::SerialEndpoint;
 use crate::worker::VirtioWorker;
@@ -168,14 +165,6 @@ impl VirtioDevice for Console {
 
     fn config(&self) -> &ConfigSpace {
         &self.shared.config
-    }
-
-    fn owner_handle(&self, link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Console(self.handle(link.clone()))
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Console(self.shared.metrics.clone()))
     }
 
     /// Sends a byte of a driver that uses no queues, or not yet (section 5.3.4.1).

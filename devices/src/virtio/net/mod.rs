@@ -38,10 +38,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MTU,
 };
 
-use super::owner::DeviceHandle;
-use super::{
-    Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, DriverLink, VirtioDevice, device_id,
-};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::tap::Tap;
 use crate::worker::VirtioWorker;
 use config::{MacAddress, config_space, is_station_address, mac, set_mac};
@@ -164,14 +161,6 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
-    }
-
-    fn owner_handle(&self, _link: &Arc<DriverLink>) -> DeviceHandle {
-        DeviceHandle::Net(self.handle())
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Net(self.shared.metrics.clone()))
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {

@@ -35,7 +35,7 @@ pub use metrics::VsockMetrics;
 
 use bantam_state::{RestoreError, Section};
 
-use super::{Activation, COMMON_FEATURES, ConfigSpace, DeviceMetrics, VirtioDevice, device_id};
+use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::ListeningSocket;
 use crate::worker::VirtioWorker;
 use error::DriverError;
@@ -73,11 +73,9 @@ impl Vsock {
             metrics: Arc::default(),
         }
     }
-}
 
-#[cfg(test)]
-impl Vsock {
-    fn counters(&self) -> Arc<VsockMetrics> {
+    /// What the device counts.
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
         self.metrics.clone()
     }
 }
@@ -97,10 +95,6 @@ impl VirtioDevice for Vsock {
 
     fn config(&self) -> &ConfigSpace {
         &self.config
-    }
-
-    fn metrics(&self) -> Option<DeviceMetrics> {
-        Some(DeviceMetrics::Vsock(self.metrics.clone()))
     }
 
     /// The CID is part of how the device is configured.

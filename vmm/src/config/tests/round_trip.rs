@@ -208,7 +208,7 @@ prop_compose! {
         vsock in of((any::<u32>(), path())),
         metadata in of(metadata()),
         (serial, serial_limit, console, channels) in (end(), limit(), end(), vec(channel(), 0..3)),
-        (rng, balloon) in (of(limits().prop_map(|limits| RngConfig { limits })), of(balloon())),
+        (rng, balloon) in (of(limits().prop_map(|limits| LimitedDevice { limits })), of(balloon())),
         boot_protocol in prop_oneof![
             Just(BootProtocolOption::Auto),
             Just(BootProtocolOption::Pvh),

@@ -76,7 +76,7 @@ impl Guest {
             memory,
             manager: EventManager::new().unwrap(),
             worker: None,
-            metrics: device.counters(),
+            metrics: device.metrics(),
             device,
             link,
             sent_packets: 0,
@@ -144,7 +144,7 @@ impl Guest {
         let folder = TempDir::new().unwrap();
         let listener = ListeningSocket::bind(&folder.as_path().join("v")).unwrap();
         self.device = Vsock::new(GUEST_CID as u32, listener);
-        self.metrics = self.device.counters();
+        self.metrics = self.device.metrics();
         self.folder = folder;
         self.device.restore(&config, front_state.as_ref()).unwrap();
         self.ring_doorbells();

@@ -1,4 +1,4 @@
-//! The entropy device.
+//! Devices of which a user can only set limits.
 
 use std::fmt;
 
@@ -10,17 +10,17 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, LimitsConfig, is_default};
 
-/// An entropy device.
+/// A device that a machine has unless it is told otherwise, and its limits.
 ///
-/// A machine has one unless its machine file says `rng = false`; a table `[rng]` limits what it gives, with
-/// the keys of a disk's limits.
+/// In a machine file, `false` or `true` for the key of the device says whether there is one; a table has the keys of a
+/// disk's limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     remote = "Self",
     deny_unknown_fields,
-    expecting = "an entropy device: a table with limits"
+    expecting = "a device: a table with limits"
 )]
-pub struct RngConfig {
+pub struct LimitedDevice {
     /// Limits of bytes, and of the guest's buffers.
     #[serde(
         default,
@@ -33,46 +33,47 @@ pub struct RngConfig {
     pub limits: LimitsConfig,
 }
 
-serde_with_short_keys!(RngConfig);
+serde_with_short_keys!(LimitedDevice);
 
-impl RngConfig {
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        self.limits.check_bursts(|| "the entropy device".into())
+impl LimitedDevice {
+    /// Checks that each burst has its limit; `device` says what the device is called.
+    pub(super) fn validate(&self, device: &str) -> Result<(), ConfigError> {
+        self.limits.check_bursts(|| device.to_owned())
     }
 }
 
 /// Writes a device without limits as `true`, and none as `false`.
 pub(super) fn serialize<S: Serializer>(
-    rng: &Option<RngConfig>,
+    device: &Option<LimitedDevice>,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    match rng {
-        Some(rng) if !is_default(rng) => rng.serialize(serializer),
-        _ => serializer.serialize_bool(rng.is_some()),
+    match device {
+        Some(device) if !is_default(device) => device.serialize(serializer),
+        _ => serializer.serialize_bool(device.is_some()),
     }
 }
 
 /// Reads whether there is a device, or its table.
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<Option<RngConfig>, D::Error> {
-    deserializer.deserialize_any(RngVisitor)
+) -> Result<Option<LimitedDevice>, D::Error> {
+    deserializer.deserialize_any(DeviceVisitor)
 }
 
-struct RngVisitor;
+struct DeviceVisitor;
 
-impl<'de> Visitor<'de> for RngVisitor {
-    type Value = Option<RngConfig>;
+impl<'de> Visitor<'de> for DeviceVisitor {
+    type Value = Option<LimitedDevice>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a boolean")
     }
 
     fn visit_bool<E: Error>(self, is_there: bool) -> Result<Self::Value, E> {
-        Ok(is_there.then(RngConfig::default))
+        Ok(is_there.then(LimitedDevice::default))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-        <RngConfig as Deserialize>::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        <LimitedDevice as Deserialize>::deserialize(MapAccessDeserializer::new(map)).map(Some)
     }
 }

@@ -1,0 +1,78 @@
+use std::num::NonZeroU32;
+
+use bantam_devices::rate_limiter::{Limits, RateLimit};
+use bantam_devices::virtio::balloon::HintingCommand;
+use serde_json::json;
+
+use super::*;
+
+fn comes_back<T>(value: &T)
+where
+    T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug,
+{
+    let text = serde_json::to_string(value).unwrap();
+    assert_eq!(serde_json::from_str::<T>(&text).unwrap(), *value, "{text}");
+}
+
+#[test]
+fn commands_and_answers_travel_as_json() {
+    let limits = Limits {
+        bytes: None,
+        operations: Some(RateLimit {
+            size: u64::MAX,
+            refill_time: Duration::new(1, 2),
+            one_time_burst: 3,
+        }),
+    };
+    let mut config = MachineConfig::new("vmlinux");
+    config.disks = vec!["root.img,ro,id=root".parse().unwrap()];
+    for command in [
+        Command::Configure(Box::new(config.clone())),
+        Command::Start,
+        Command::ShutDown {
+            timeout: Duration::from_millis(1500),
+        },
+        Command::PutMetadata(json!({"a": [1, null]})),
+    ] {
+        comes_back(&command);
+    }
+    for command in [
+        DeviceCommand::UpdateSize,
+        DeviceCommand::ReplaceImage {
+            path: "/other.img".into(),
+        },
+        DeviceCommand::SetLimits(limits),
+        DeviceCommand::SetStatisticsInterval {
+            seconds: NonZeroU32::MIN,
+        },
+        DeviceCommand::Hint(HintingCommand::Stop),
+    ] {
+        comes_back(&Command::Device {
+            name: "root".parse().unwrap(),
+            command,
+        });
+    }
+    for answer in [
+        Answer::Done,
+        Answer::State(State::Paused),
+        Answer::ShutDown(ShutDown::PowerCut),
+        Answer::Configuration(Box::new(config)),
+        Answer::Device(DeviceAnswer::Size(u64::MAX)),
+        Answer::Metadata(None),
+    ] {
+        comes_back(&answer);
+    }
+}
+
+#[test]
+fn a_command_for_a_device_is_written_by_its_name() {
+    let command = Command::Device {
+        name: "balloon".parse().unwrap(),
+        command: DeviceCommand::SetBalloonTarget { mib: 64 },
+    };
+    let text =
+        json!({"device": {"name": "balloon", "command": {"set-balloon-target": {"mib": 64}}}});
+    assert_eq!(serde_json::to_value(&command).unwrap(), text);
+    let wrong = json!({"device": {"name": "a b", "command": "update-size"}});
+    assert!(serde_json::from_value::<Command>(wrong).is_err());
+}
