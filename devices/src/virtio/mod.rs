@@ -11,6 +11,8 @@ mod config_space;
 pub mod console;
 mod driver_link;
 pub mod net;
+#[cfg(test)]
+mod no_io_uring_test;
 pub mod owner;
 mod queue;
 mod queue_set;

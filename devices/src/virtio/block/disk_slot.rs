@@ -38,7 +38,7 @@ pub(super) struct DiskSlot {
 
 struct Contents {
     disk: Arc<DiskFile>,
-    /// Made for the disk beforehand, for the next worker.
+    /// Over the files of the disk, for the next worker. It has no operation under way.
     ring: Option<Ring>,
     /// Whether one is at work on the disk.
     has_worker: bool,
@@ -227,7 +227,7 @@ impl DiskLease {
         self.0.finish(&mut contents, Ok(old));
     }
 
-    /// Leaves the ring over the disk to the next worker.
+    /// Leaves the ring over the disk to the next worker. It must have no operation under way.
     pub(super) fn give_back(&self, ring: Ring) {
         self.0.contents().ring = Some(ring);
     }

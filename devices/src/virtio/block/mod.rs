@@ -73,11 +73,11 @@ struct Blueprint {
 }
 
 impl Blueprint {
-    /// A worker that serves the disk that is there now.
+    /// A worker that serves the disk that is there now. It has the ring that was made with the disk,
+    /// unless a worker before it has lost that.
     ///
     /// # Errors
-    /// If the engine needs io_uring, and the host does not give another one. The queues then stay with
-    /// `activation`.
+    /// If another ring is needed and the host refuses it. The queues then stay with `activation`.
     fn worker(&self, activation: &mut Activation) -> io::Result<Worker> {
         let (mut open_disk, lease) = self.slot.lease();
         if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
@@ -185,13 +185,8 @@ impl VirtioDevice for Block {
         if activation.state.is_some() {
             return Err("its worker has no state beside that of its queues".to_owned());
         }
-        match PausableWorker::new(self.blueprint.clone(), activation) {
-            Ok(worker) => Ok(Box::new(worker)),
-            Err(error) => {
-                self.blueprint.slot.metrics.activate_fails.add(1);
-                Err(format!("cannot set up io_uring: {error}"))
-            }
-        }
+        let worker = PausableWorker::new(self.blueprint.clone(), activation);
+        Ok(Box::new(worker))
     }
 
     fn restore(&mut self, config: &[u8], state: Option<&Section>) -> Result<(), RestoreError> {

@@ -20,24 +20,19 @@ pub(super) struct PausableWorker {
     blueprint: Blueprint,
     /// What a worker begins with. It has the queues while there is none.
     activation: Activation,
-    /// None if it is paused.
+    /// None if it is paused, or has yet to come to an event loop.
     worker: Option<Worker>,
 }
 
 impl PausableWorker {
-    /// A worker that is at work.
-    ///
-    /// # Errors
-    /// As [`Blueprint::worker`].
-    pub(super) fn new(
-        blueprint: Blueprint,
-        mut activation: Activation,
-    ) -> io::Result<PausableWorker> {
-        Ok(PausableWorker {
-            worker: Some(blueprint.worker(&mut activation)?),
+    /// A worker that takes up the disk when it comes to an event loop. If the disk needs another ring,
+    /// it is made there: the thread that activates the device runs a vCPU, and may not be allowed to.
+    pub(super) fn new(blueprint: Blueprint, activation: Activation) -> PausableWorker {
+        PausableWorker {
             blueprint,
             activation,
-        })
+            worker: None,
+        }
     }
 
     /// Pauses the worker like [`VirtioWorker::pause`].
@@ -87,6 +82,7 @@ impl MutEventSubscriber for PausableWorker {
             match self.blueprint.worker(&mut self.activation) {
                 Ok(worker) => self.worker = Some(worker),
                 Err(error) => {
+                    self.blueprint.slot.metrics.activate_fails.add(1);
                     let reason = format!("cannot set up io_uring: {error}");
                     self.activation.link.need_reset_by_host(&reason);
                 }

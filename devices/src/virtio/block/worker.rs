@@ -538,12 +538,6 @@ impl Worker {
 
     /// Ends the work of a worker that has no request under way. Its queues are for the next one.
     pub(super) fn into_queues(mut self) -> Vec<VirtQueue> {
-        // If there is another disk, that takes the place of this one and its ring as the worker is dropped.
-        if self.next_disk.is_none()
-            && let Some(ring) = self.ring.take()
-        {
-            self.lease.give_back(ring);
-        }
         mem::take(&mut self.queues)
     }
 
@@ -718,9 +712,13 @@ impl MutEventSubscriber for Worker {
 }
 
 impl Drop for Worker {
-    /// Waits for what the ring has: the kernel writes to the guest's memory until then.
+    /// Waits for what the ring has, however long that takes: the kernel reads and writes the guest's
+    /// memory until then. A driver that resets the device uses that memory for something else as soon
+    /// as the write of the status register returns: that of Linux for MMIO does not look whether the
+    /// reset is complete. The ring, or that over the next disk, is left to the next worker.
     fn drop(&mut self) {
-        if let Err(error) = self.finish_all() {
+        let finished = self.finish_all();
+        if let Err(error) = &finished {
             self.link
                 .warn_of_host(format_args!("cannot wait for its requests: {error}"));
             // With them the kernel keeps the guest's memory, which is thus never given back.
@@ -732,6 +730,10 @@ impl Drop for Worker {
         {
             self.handler.set_disk(next.disk.clone());
             self.lease.commit(next, self.ring.take());
+        } else if finished.is_ok()
+            && let Some(ring) = self.ring.take()
+        {
+            self.lease.give_back(ring);
         }
     }
 }

@@ -19,6 +19,7 @@ mod offloads;
 mod packet_ring;
 mod receive;
 mod receive_slot;
+mod ring_store;
 mod shared;
 mod state;
 #[cfg(test)]
@@ -44,6 +45,7 @@ use config::{MacAddress, config_space, is_station_address, mac, set_mac};
 use error::DriverError;
 use local_port::LocalPort;
 use offloads::{GUEST_OFFLOADS, GUEST_SEGMENTATION, offload_features, offloads};
+use ring_store::RingStore;
 use shared::Shared;
 use turn::{
     Halt, MAX_FRAME_HEADER_SIZE, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT,
@@ -63,7 +65,7 @@ const DEFAULT_MTU: u16 = 1500;
 
 /// The front of a network device.
 pub struct Net {
-    tap: Arc<Tap>,
+    rings: Arc<RingStore>,
     features: u64,
     queue_sizes: Vec<u16>,
     mtu: u16,
@@ -105,7 +107,7 @@ impl Net {
         }
         let mtu = mtu.unwrap_or(DEFAULT_MTU);
         Ok(Net {
-            tap: Arc::new(tap),
+            rings: Arc::new(RingStore::new(Arc::new(tap))),
             features,
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
@@ -124,21 +126,16 @@ impl Net {
     }
 
     fn worker(&self, activation: Activation) -> Result<Worker, String> {
-        self.tap
-            .set_offloads(offloads(activation.features))
-            .map_err(|error| {
-                format!(
-                    "cannot set the offloads of tap '{}': {error}",
-                    self.tap.name()
-                )
-            })?;
+        let tap = self.rings.tap();
+        tap.set_offloads(offloads(activation.features))
+            .map_err(|error| format!("cannot set the offloads of tap '{}': {error}", tap.name()))?;
         let connect = |service: &LocalService| {
             LocalPort::new(service, self.mtu)
                 .map_err(|error| format!("cannot create {}: {error}", service.name()))
         };
         let local_port = self.service.as_ref().map(connect).transpose()?;
         Worker::new(
-            self.tap.clone(),
+            self.rings.clone(),
             self.mtu,
             self.mac,
             self.config.clone(),

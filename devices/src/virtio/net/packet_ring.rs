@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+#[cfg(test)]
+use std::os::fd::RawFd;
 use std::ptr;
 
 use io_uring::squeue::Entry;
@@ -49,6 +51,20 @@ impl PacketRing {
             ring: Some(ring),
             flags,
         })
+    }
+
+    /// Whether it can be used: no operation has failed to reach the kernel.
+    pub(super) fn is_usable(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// Replaces a ring that has failed by another over `tap`, if the host gives one.
+    pub(super) fn renew(&mut self, tap: &TapQueue) {
+        if !self.is_usable()
+            && let Ok(ring) = PacketRing::new(tap)
+        {
+            *self = ring;
+        }
     }
 
     /// Sends what each of `chains`, at most [`MAX_BATCH`], has for the device as one packet, in their
@@ -164,6 +180,21 @@ fn flags_against_waiting(ring: &mut IoUring) -> io::Result<i32> {
                 _ => libc::RWF_NOWAIT,
             });
         }
+    }
+}
+
+#[cfg(test)]
+impl PacketRing {
+    /// Makes it one that has failed.
+    pub(super) fn fail(&mut self) {
+        self.ring = None;
+    }
+}
+
+#[cfg(test)]
+impl AsRawFd for PacketRing {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 }
 

@@ -71,6 +71,18 @@ impl Receiver {
         self.queue.as_raw_fd()
     }
 
+    /// The ring that packets are read by, for the next driver. From now on each is read by itself.
+    pub(super) fn take_ring(&mut self) -> Option<PacketRing> {
+        self.ring.take()
+    }
+
+    /// Replaces a ring that has failed.
+    pub(super) fn renew_ring(&mut self, tap: &TapQueue) {
+        if let Some(ring) = &mut self.ring {
+            ring.renew(tap);
+        }
+    }
+
     /// Puts the queue off to a later turn.
     pub(super) fn ring_doorbell(&self) {
         self.queue.ring_doorbell();
@@ -222,11 +234,10 @@ impl Receiver {
         }
         self.results.clear();
         match &mut self.ring {
-            Some(ring) if ready > 1 => {
+            Some(ring) if ready > 1 && ring.is_usable() => {
                 let slots = &mut self.slots.make_contiguous()[..ready];
                 if let Err(error) = ring.receive(slots, &mut self.results) {
                     dropped.record(&DropReason::Read(error));
-                    self.ring = None;
                     self.batch = 1;
                 }
             }

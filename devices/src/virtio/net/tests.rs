@@ -58,6 +58,10 @@ fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&regions).unwrap())
 }
 
+fn rings(tap: Arc<Tap>) -> Arc<RingStore> {
+    Arc::new(RingStore::new(tap))
+}
+
 fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
     worker_with(tap, &NetLimits::default(), activation)
 }
@@ -65,7 +69,7 @@ fn worker(tap: Arc<Tap>, activation: Activation) -> Worker {
 fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Worker {
     let config = Arc::new(config_space(MAC, 1, 1500));
     let shared = Arc::new(Shared::new(limits).unwrap());
-    Worker::new(tap, 1500, MAC, config, shared, None, activation).unwrap()
+    Worker::new(rings(tap), 1500, MAC, config, shared, None, activation).unwrap()
 }
 
 /// Makes a card without limits.

@@ -48,6 +48,18 @@ impl Transmitter {
         self.queue.as_raw_fd()
     }
 
+    /// The ring that packets are sent by, for the next driver. From now on each is sent by itself.
+    pub(super) fn take_ring(&mut self) -> Option<PacketRing> {
+        self.ring.take()
+    }
+
+    /// Replaces a ring that has failed.
+    pub(super) fn renew_ring(&mut self, tap: &TapQueue) {
+        if let Some(ring) = &mut self.ring {
+            ring.renew(tap);
+        }
+    }
+
     /// How many packets are in the queue.
     pub(super) fn waiting(&mut self) -> Result<u16, DriverError> {
         Ok(self.queue.available_count()?)
@@ -111,7 +123,7 @@ impl Transmitter {
             // Half of them: while the driver takes these, there is more to do here.
             let batch = flow.batch((waiting / 2).min(self.chains.len()));
             match (tap, &self.ring) {
-                (Some(_), Some(_)) if batch >= MIN_BATCH => {
+                (Some(_), Some(ring)) if batch >= MIN_BATCH && ring.is_usable() => {
                     steps += batch;
                     *unreported += batch;
                     if let Some(halt) =
@@ -200,7 +212,6 @@ impl Transmitter {
             && let Err(error) = ring.send(sent, &mut self.results)
         {
             dropped.record(&DropReason::Write(error));
-            self.ring = None;
         }
         let (mut halt, mut any_sent) = (None, false);
         for (chain, &result) in sent.iter().zip(&self.results) {

@@ -17,8 +17,8 @@ use super::expected_size::ExpectedSize;
 use super::filter::ReceiveFilter;
 use super::flow::Flow;
 use super::local_port::LocalPort;
-use super::packet_ring::PacketRing;
 use super::receive::Receiver;
+use super::ring_store::{PairRings, RingStore};
 use super::shared::{Direction, Shared};
 use super::state::WorkerState;
 use super::transmit::Transmitter;
@@ -96,6 +96,8 @@ impl QueuePair {
 
 pub(super) struct Worker {
     tap: Arc<Tap>,
+    /// Where the rings of the pairs are for another worker.
+    rings: Arc<RingStore>,
     /// Whether the tap has been removed from the host. Packets of the guest then go nowhere, as
     /// from a card whose cable is pulled.
     tap_is_gone: bool,
@@ -123,13 +125,13 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// For packets of at most `mtu` bytes, as far as neither side leaves segmentation to the
-    /// other, on a card whose own address is `own_mac`.
+    /// With the tap and the rings of `rings`, for packets of at most `mtu` bytes, as far as neither
+    /// side leaves segmentation to the other, on a card whose own address is `own_mac`.
     ///
     /// The order of the queues is in section 5.1.2: the two of each pair one after the other, then the
     /// control queue. The driver knows of more than one pair only with the feature `MQ`.
     pub(super) fn new(
-        tap: Arc<Tap>,
+        rings: Arc<RingStore>,
         mtu: u16,
         own_mac: MacAddress,
         config: Arc<ConfigSpace>,
@@ -150,6 +152,7 @@ impl Worker {
         } else {
             usual_size
         };
+        let tap = rings.tap().clone();
         let merges_buffers = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let pair_count = if features & 1 << VIRTIO_NET_F_MQ != 0 {
             tap.queues().len()
@@ -162,17 +165,16 @@ impl Worker {
             let (Some(receive_queue), Some(transmit_queue)) = (queues.next(), queues.next()) else {
                 return Err(format!("{pair_count} pairs of queues have too few queues"));
             };
-            let tap_queue = tap.queues().get(pairs.len());
-            let ring = || tap_queue.and_then(|tap_queue| PacketRing::new(tap_queue).ok());
+            let PairRings { receive, transmit } = rings.take(pairs.len());
             pairs.push(QueuePair {
                 receiver: Receiver::new(
                     receive_queue,
                     &memory,
                     merges_buffers,
                     ExpectedSize::new(usual_size, largest_size),
-                    ring(),
+                    receive,
                 ),
-                transmitter: Transmitter::new(transmit_queue, &memory, ring()),
+                transmitter: Transmitter::new(transmit_queue, &memory, transmit),
                 receive_halt: Halt::Driver,
                 transmit_halt: Halt::Driver,
                 watched: None,
@@ -190,6 +192,7 @@ impl Worker {
             transmitted: Flow::new(shared.clone(), Direction::Transmit),
             shared,
             tap,
+            rings,
             tap_is_gone: false,
             pairs,
             pairs_in_use: 1,
@@ -581,6 +584,10 @@ impl VirtioWorker for Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
+        for (pair, tap_queue) in self.pairs.iter_mut().zip(self.tap.queues()) {
+            pair.receiver.renew_ring(tap_queue);
+            pair.transmitter.renew_ring(tap_queue);
+        }
         for (doorbell, source) in self.doorbells() {
             // Edge-triggered, so that no call is spent on reading the doorbell.
             let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -633,6 +640,13 @@ impl MutEventSubscriber for Worker {
 /// Drops packets that are queued for this driver: the next one may not accept the same packets.
 impl Drop for Worker {
     fn drop(&mut self) {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            let rings = PairRings {
+                receive: pair.receiver.take_ring(),
+                transmit: pair.transmitter.take_ring(),
+            };
+            self.rings.give_back(index, rings);
+        }
         set_mac(&self.config, self.own_mac);
         if self.tap_is_gone {
             return;

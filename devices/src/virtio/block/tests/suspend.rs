@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Write as _};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::thread;
 
 use bantam_state::RestoreError;
@@ -11,9 +11,11 @@ use super::*;
 use crate::disk::SECTOR_SIZE;
 use crate::suspend_test::suspend_tests;
 use crate::virtio::F_EVENT_IDX;
+use crate::virtio::no_io_uring_test::without_io_uring_setup;
 use crate::virtio::suspend_test::{
     Backend, Driver, FREE_MEMORY, SuspendMachine, VirtioGuest, readable, writable,
 };
+use crate::virtio::transport::mmio::register;
 
 /// Requests in flight at a time, each on its own part of the disk.
 const DEPTH: usize = 32;
@@ -436,7 +438,7 @@ fn hanging_worker() -> (
         link: InterruptCounter::default().link(),
         state: None,
     };
-    let worker = PausableWorker::new(block.blueprint.clone(), activation).unwrap();
+    let worker = PausableWorker::new(block.blueprint.clone(), activation);
     (worker, driver, memory, writer, image, block)
 }
 
@@ -578,3 +580,61 @@ impl Backend for Image {
 }
 
 suspend_tests!(VirtioGuest<Image>);
+
+/// The descriptor of the ring that waits for a worker.
+fn waiting_ring(handle: &BlockHandle) -> Option<RawFd> {
+    let (open_disk, lease) = handle.slot.lease();
+    let descriptor = open_disk.ring.as_ref().map(AsRawFd::as_raw_fd);
+    if let Some(ring) = open_disk.ring {
+        lease.give_back(ring);
+    }
+    descriptor
+}
+
+#[test]
+fn drivers_one_after_the_other_have_the_ring_that_was_made_with_the_device() {
+    let image = Image::new(Engine::IoUring, CacheMode::Writeback);
+    let memory = memory();
+    let make = |link| image.block(link);
+    let (mut machine, handle) = SuspendMachine::new(&memory, make);
+    let made = waiting_ring(&handle);
+    assert!(made.is_some());
+    without_io_uring_setup(|| {
+        for _ in 0..3 {
+            let rings = [0; RINGS_SIZE as usize];
+            memory.write_slice(&rings, GuestAddress(RINGS)).unwrap();
+            let mut driver = TestDriver::new(&memory, RINGS, 256);
+            machine.initialize(FEATURES, &[&driver]);
+            let head = offer(&mut driver, &memory, VIRTIO_BLK_T_IN, 0, (DATA, 512));
+            machine.ring_doorbell(0);
+            machine.pause().unwrap();
+            assert_eq!(waiting_ring(&handle), made);
+            machine.resume();
+            while driver.take_used() != [(head, 513)] {
+                thread::yield_now();
+            }
+            // The worker ends while the ring has requests.
+            for sector in 0..32 {
+                offer(&mut driver, &memory, VIRTIO_BLK_T_IN, sector, (DATA, 512));
+            }
+            machine.ring_doorbell(0);
+            machine.write(register::STATUS, 0);
+            assert_eq!(waiting_ring(&handle), made);
+        }
+    });
+}
+
+#[test]
+fn a_ring_that_is_lost_is_replaced_on_the_event_loop() {
+    let image = Image::new(Engine::IoUring, CacheMode::Writeback);
+    let (mut machine, handle) = SuspendMachine::new(&memory(), |link| image.block(link));
+    let (open_disk, lease) = handle.slot.lease();
+    drop((open_disk, lease));
+    assert_eq!(waiting_ring(&handle), None);
+    without_io_uring_setup(|| {
+        let driver = TestDriver::new(&machine.memory.clone(), RINGS, 256);
+        machine.initialize(FEATURES, &[&driver]);
+        machine.write(register::STATUS, 0);
+    });
+    assert!(waiting_ring(&handle).is_some());
+}

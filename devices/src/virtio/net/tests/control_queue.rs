@@ -52,7 +52,7 @@ fn machine() -> (Machine, Arc<ConfigSpace>) {
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
         Box::new(
             Worker::new(
-                Arc::new(tap),
+                rings(Arc::new(tap)),
                 1500,
                 MAC,
                 config.clone(),

@@ -51,7 +51,18 @@ fn limited(limits: &NetLimits) -> (Machine, NetHandle) {
     };
     let machine = Machine::with(MERGE, host, |activation| {
         let config = Arc::new(config_space(MAC, 1, 1500));
-        Box::new(Worker::new(Arc::new(tap), 1500, MAC, config, shared, None, activation).unwrap())
+        Box::new(
+            Worker::new(
+                rings(Arc::new(tap)),
+                1500,
+                MAC,
+                config,
+                shared,
+                None,
+                activation,
+            )
+            .unwrap(),
+        )
     });
     (machine, handle)
 }

@@ -74,7 +74,7 @@ fn machine(features: u64) -> (Machine, Metadata) {
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
         Box::new(
             Worker::new(
-                Arc::new(tap),
+                rings(Arc::new(tap)),
                 1500,
                 MAC,
                 config,

@@ -1,5 +1,6 @@
 //! Pauses, and workers that take the place of others.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,9 @@ use crate::suspend_test::suspend_tests;
 use crate::virtio::net::config::{mac, set_mac};
 use crate::virtio::net::filter::{AddressList, MAX_ADDRESSES, ReceiveFilter};
 use crate::virtio::net::state::WorkerState;
-use crate::virtio::suspend_test::{self, Backend, FREE_MEMORY, VirtioGuest};
+use crate::virtio::no_io_uring_test::without_io_uring_setup;
+use crate::virtio::suspend_test::{self, Backend, FREE_MEMORY, SuspendMachine, VirtioGuest};
+use crate::virtio::transport::mmio::register;
 use crate::worker::QueueProgress;
 
 const COMMANDS: u64 = 1 << VIRTIO_NET_F_CTRL_VQ
@@ -335,7 +338,16 @@ fn a_packet_that_was_read_is_lost_and_counted_when_another_worker_goes_on() {
     drop(worker);
     let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
     let config = Arc::new(config_space(MAC, 1, 1500));
-    let worker = Worker::new(tap, 1500, MAC, config, shared.clone(), None, activation).unwrap();
+    let worker = Worker::new(
+        rings(tap),
+        1500,
+        MAC,
+        config,
+        shared.clone(),
+        None,
+        activation,
+    )
+    .unwrap();
     let lost = serde_json::to_value(&*shared.metrics).unwrap()["rx_fails"].as_u64();
     assert!((1..=2).contains(&lost.unwrap()));
     machine.resume(Box::new(worker));
@@ -423,7 +435,7 @@ fn a_state_that_no_worker_has_is_refused() {
         let config = Arc::new(config_space(MAC, 1, 1500));
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
         let tap = Arc::new(stand_in().0);
-        let made = Worker::new(tap, 1500, MAC, config, shared, None, activation);
+        let made = Worker::new(rings(tap), 1500, MAC, config, shared, None, activation);
         assert_eq!(made.is_ok(), is_good, "{state:?}");
     }
 }
@@ -483,7 +495,16 @@ fn the_address_that_a_driver_has_set_ends_with_it_wherever_it_was_set() {
     // The transport has restored the configuration space.
     let config = Arc::new(config_space(set, 1, 1500));
     let tap = Arc::new(stand_in().0);
-    let worker = Worker::new(tap, 1500, MAC, config.clone(), shared, None, activation).unwrap();
+    let worker = Worker::new(
+        rings(tap),
+        1500,
+        MAC,
+        config.clone(),
+        shared,
+        None,
+        activation,
+    )
+    .unwrap();
     assert_eq!(mac(&config), set);
     drop(worker);
     assert_eq!(mac(&config), MAC);
@@ -520,7 +541,18 @@ fn limits_that_are_changed_in_a_pause_hold_after_it() {
     };
     let mut machine = Machine::with(MERGE, host, |activation| {
         let config = Arc::new(config_space(MAC, 1, 1500));
-        Box::new(Worker::new(Arc::new(tap), 1500, MAC, config, shared, None, activation).unwrap())
+        Box::new(
+            Worker::new(
+                rings(Arc::new(tap)),
+                1500,
+                MAC,
+                config,
+                shared,
+                None,
+                activation,
+            )
+            .unwrap(),
+        )
     });
     machine.offer_receive_buffers(&[2000; 5]);
     for seed in 0..5 {
@@ -586,13 +618,13 @@ impl VirtioDevice for CardOfSocket {
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
         let Net {
-            tap,
+            rings,
             config,
             shared,
             ..
         } = &self.0;
-        let (tap, config, shared) = (tap.clone(), config.clone(), shared.clone());
-        let worker = Worker::new(tap, self.0.mtu, MAC, config, shared, None, activation)?;
+        let (rings, config, shared) = (rings.clone(), config.clone(), shared.clone());
+        let worker = Worker::new(rings, self.0.mtu, MAC, config, shared, None, activation)?;
         Ok(Box::new(worker))
     }
 
@@ -694,3 +726,58 @@ impl Backend for Cable {
 }
 
 suspend_tests!(VirtioGuest<Cable>);
+
+/// The descriptors of the rings that wait for a worker.
+fn waiting_rings(store: &RingStore) -> [Option<RawFd>; 2] {
+    let rings = store.take(0);
+    let descriptors = [&rings.receive, &rings.transmit].map(|ring| {
+        ring.as_ref()
+            .filter(|ring| ring.is_usable())
+            .map(AsRawFd::as_raw_fd)
+    });
+    store.give_back(0, rings);
+    descriptors
+}
+
+#[test]
+fn drivers_one_after_the_other_have_the_rings_that_were_made_with_the_device() {
+    let memory = memory();
+    let (mut machine, store) = SuspendMachine::new(&memory, |_| {
+        let card = net(stand_in().0, MAC, None);
+        let store = card.rings.clone();
+        (Box::new(CardOfSocket(card)), store)
+    });
+    let made = waiting_rings(&store);
+    assert!(made.iter().all(Option::is_some), "{made:?}");
+    let receive = TestDriver::new(&memory, RECEIVE_RINGS, 256);
+    let transmit = TestDriver::new(&memory, TRANSMIT_RINGS, 256);
+    without_io_uring_setup(|| {
+        for _ in 0..3 {
+            machine.initialize(COMMON_FEATURES, &[&receive, &transmit]);
+            assert_eq!(waiting_rings(&store), [None; 2]);
+            machine.pause().unwrap();
+            machine.resume();
+            machine.write(register::STATUS, 0);
+            assert_eq!(waiting_rings(&store), made);
+        }
+    });
+}
+
+#[test]
+fn a_ring_that_has_failed_is_replaced_for_the_next_driver() {
+    let store = rings(Arc::new(stand_in().0));
+    let mut failed = store.take(0);
+    for ring in [&mut failed.receive, &mut failed.transmit] {
+        ring.as_mut().unwrap().fail();
+    }
+    store.give_back(0, failed);
+    let (_, host) = stand_in();
+    let machine = Machine::with(MERGE, host, |activation| {
+        let config = Arc::new(config_space(MAC, 1, 1500));
+        let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+        let worker = Worker::new(store.clone(), 1500, MAC, config, shared, None, activation);
+        Box::new(worker.unwrap())
+    });
+    drop(machine);
+    assert!(waiting_rings(&store).iter().all(Option::is_some));
+}
