@@ -104,6 +104,12 @@ impl DiskSlot {
         (open_disk, DiskLease(self.clone()))
     }
 
+    /// Whether the worker has another disk, and waits for the requests to the present one.
+    #[cfg(test)]
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self.contents().exchange, Exchange::UnderWay)
+    }
+
     /// Keeps other threads from changing the disk or its size.
     pub(super) fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)

@@ -488,8 +488,10 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     let handle = block.handle(InterruptCounter::default().link());
     thread::scope(|scope| {
         let owner = scope.spawn(|| handle.replace(image.other_disk()));
-        // The worker gets the event, and begins nothing more.
-        manager.run_with_timeout(5000).unwrap();
+        // Once the worker has the other disk, it begins nothing more on this one.
+        while !block.blueprint.slot.is_under_way() {
+            manager.run_with_timeout(20).unwrap();
+        }
         offer(
             &mut driver,
             &memory,
