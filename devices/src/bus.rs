@@ -1,7 +1,9 @@
 //! Buses: they find the device that answers at an address.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::lock::lock;
 
 /// A device with registers on a bus.
 pub trait BusDevice: Send {
@@ -122,13 +124,6 @@ impl Bus {
         let end = offset.checked_add(len as u64)?;
         (end <= slot.size).then(|| (slot.offset + offset, &*slot.device))
     }
-}
-
-/// Locks a device even if its last access panicked: the guest still has it, so later accesses are served.
-fn lock<'a>(
-    device: &'a Mutex<dyn BusDevice + 'static>,
-) -> std::sync::MutexGuard<'a, dyn BusDevice + 'static> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ pub mod interrupt;
 mod io_uring_support;
 pub mod lifecycle;
 mod listening_socket;
+mod lock;
 pub mod notice;
 pub mod opener;
 pub mod panic_device;

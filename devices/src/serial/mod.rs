@@ -13,7 +13,7 @@ mod worker;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use bantam_metrics::Counter;
@@ -29,6 +29,7 @@ use crate::InterruptLine;
 use crate::bus::BusDevice;
 use crate::device_log::{DeviceLog, Repeat};
 use crate::interrupt::PausableLine;
+use crate::lock::lock;
 use crate::rate_limiter::{RateLimit, RateLimiter};
 
 /// Interrupt enable register.
@@ -156,10 +157,6 @@ impl io::Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-fn lock(port: &Mutex<Serial>) -> MutexGuard<'_, Serial> {
-    port.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn signal(event: &EventFd) {

@@ -1,7 +1,9 @@
 //! The device-specific configuration space (section 2.5).
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// The device-specific configuration space. The driver reads it on a vCPU thread, while the worker or the
 /// owner of the machine may change it. The driver may write at most one field of it.
@@ -125,8 +127,7 @@ impl ConfigSpace {
     }
 
     fn lock(&self) -> MutexGuard<'_, Versioned> {
-        // No change leaves the space inconsistent, even one that panics.
-        self.space.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.space)
     }
 }
 

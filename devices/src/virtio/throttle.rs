@@ -3,11 +3,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::lock::lock;
 use crate::rate_limiter::{Limits, RateLimit, RateLimiter};
 
 /// Enforces the limits of a device, or of one direction of its traffic.
@@ -124,8 +125,7 @@ impl Throttle {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // No change leaves the state inconsistent, even one that panics.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -27,12 +27,13 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, DriverLink, VirtioDevice, device_id};
+use crate::lock::lock;
 use crate::notice::DeviceNotice;
 use crate::worker::VirtioWorker;
 use error::WorkerError;
 use hinting::Hinting;
 use options::{PAGES_PER_MIB, target_pages};
-use shared::{Schedule, Shared, lock};
+use shared::{Schedule, Shared};
 use worker::Worker;
 
 pub use error::BalloonError;

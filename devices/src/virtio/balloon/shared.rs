@@ -3,7 +3,7 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
@@ -43,9 +43,4 @@ pub(super) struct Shared {
     /// Whether a driver has accepted the device and not reset it since.
     pub(super) has_driver: AtomicBool,
     pub(super) metrics: Arc<BalloonMetrics>,
-}
-
-/// Locks a value that no change leaves inconsistent, even one that panics.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::ring::Ring;
 use super::{BlockMetrics, config_space};
 use crate::disk::DiskFile;
+use crate::lock::lock;
 use crate::virtio::ConfigSpace;
 
 /// A disk and the ring to use it with.
@@ -112,7 +113,7 @@ impl DiskSlot {
 
     /// Keeps other threads from changing the disk or its size.
     pub(super) fn change(&self) -> MutexGuard<'_, ()> {
-        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.changing)
     }
 
     /// Replaces the present disk by `new`, and returns the old one once no request uses it. The caller holds
@@ -171,8 +172,7 @@ impl DiskSlot {
     }
 
     fn contents(&self) -> MutexGuard<'_, Contents> {
-        // No change leaves the contents inconsistent, even one that panics.
-        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.contents)
     }
 }
 

@@ -1,10 +1,11 @@
 //! State that the parts of a console device share.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::host::HostEnd;
 use super::{ConsoleMetrics, config};
+use crate::lock::lock;
 use crate::virtio::ConfigSpace;
 
 /// State that the device model, worker and handle share.
@@ -22,7 +23,7 @@ pub(super) struct Shared {
 impl Shared {
     /// Remembers the size, and writes it to the configuration space. `true` if this changes it there.
     pub(super) fn set_size(&self, size: [u8; 4]) -> bool {
-        let mut own = self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut own = lock(&self.size);
         *own = Some(size);
         self.write_size(size)
     }
@@ -30,7 +31,7 @@ impl Shared {
     /// Writes the remembered size to the configuration space, in place of that of another process. `true` if
     /// this changes it.
     pub(super) fn rewrite_size(&self) -> bool {
-        let own = self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = lock(&self.size);
         own.is_some_and(|size| self.write_size(size))
     }
 
@@ -41,8 +42,6 @@ impl Shared {
     }
 
     pub(super) fn host(&self, port: usize) -> Option<MutexGuard<'_, HostEnd>> {
-        // No change leaves the end inconsistent, even one that panics.
-        let host = self.hosts.get(port)?;
-        Some(host.lock().unwrap_or_else(PoisonError::into_inner))
+        self.hosts.get(port).map(lock)
     }
 }

@@ -1,8 +1,9 @@
 //! The io_urings of a card, which outlive its workers.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::packet_ring::PacketRing;
+use crate::lock::lock;
 use crate::tap::{Tap, TapQueue};
 
 /// The rings of a pair of queues. A host without io_uring gives none.
@@ -59,7 +60,6 @@ impl RingStore {
     }
 
     fn pairs(&self) -> MutexGuard<'_, Vec<PairRings>> {
-        // No change leaves it half done, even one that panics.
-        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pairs)
     }
 }
