@@ -4,14 +4,22 @@ use std::collections::HashMap;
 
 use bantam_vmm::config::DeviceName;
 
+use crate::bodies::drives::{Drive, in_order};
+use crate::bodies::network_interfaces::NetworkInterface;
 use crate::fault::Fault;
-use crate::resources::Configuration;
 
-impl Configuration {
-    /// Returns the machine's name of a drive: its id, or `drive.N` by its place if a disk cannot have that
-    /// name. No id has a dot.
-    pub(crate) fn drive_name(&self, id: &str) -> Result<DeviceName, Fault> {
-        let place = self.drives_in_order().position(|it| it.drive_id == id);
+/// The devices that clients name, for what the machine calls them.
+#[derive(Clone, Copy)]
+pub(crate) struct DeviceNames<'a> {
+    pub(crate) drives: &'a [Drive],
+    pub(crate) interfaces: &'a [NetworkInterface],
+}
+
+impl DeviceNames<'_> {
+    /// What the machine calls a drive: its id, or `drive.N` by its place if no device, or one of another
+    /// kind, can have that name. No id has a dot.
+    pub(crate) fn drive(&self, id: &str) -> Result<DeviceName, Fault> {
+        let place = in_order(self.drives).position(|it| it.drive_id == id);
         let place = place.ok_or_else(|| Fault::NoSuchDevice {
             kind: "drive",
             id: id.to_string(),
@@ -20,11 +28,10 @@ impl Configuration {
         name.map_err(Fault::value("drive_id"))
     }
 
-    /// Returns the machine's name of a network interface: its id, or `interface.N` by its place if a network
-    /// device cannot have that name or a drive has it. Clients may give a drive and an interface the same id.
-    pub(crate) fn interface_name(&self, id: &str) -> Result<DeviceName, Fault> {
-        let mut interfaces = self.network_interfaces.iter();
-        let place = interfaces.position(|it| it.iface_id == id);
+    /// What the machine calls a network interface: its id, or `interface.N` by its place if no device, or
+    /// another one, can have that name. Clients may give a drive and an interface the same id.
+    pub(crate) fn interface(&self, id: &str) -> Result<DeviceName, Fault> {
+        let place = self.interfaces.iter().position(|it| it.iface_id == id);
         let place = place.ok_or_else(|| Fault::NoSuchDevice {
             kind: "network interface",
             id: id.to_string(),
@@ -38,10 +45,9 @@ impl Configuration {
     /// Returns the ids of drives and network interfaces, by their names in the machine.
     pub(crate) fn ids(&self) -> HashMap<DeviceName, String> {
         let drives = self.drives.iter().map(|drive| &drive.drive_id);
-        let drives = drives.filter_map(|id| Some((self.drive_name(id).ok()?, id.clone())));
-        let interfaces = self.network_interfaces.iter().map(|it| &it.iface_id);
-        let interfaces =
-            interfaces.filter_map(|id| Some((self.interface_name(id).ok()?, id.clone())));
+        let drives = drives.filter_map(|id| Some((self.drive(id).ok()?, id.clone())));
+        let interfaces = self.interfaces.iter().map(|it| &it.iface_id);
+        let interfaces = interfaces.filter_map(|id| Some((self.interface(id).ok()?, id.clone())));
         drives.chain(interfaces).collect()
     }
 }

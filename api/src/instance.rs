@@ -6,14 +6,13 @@ use bantam_vmm::config::SerialConfig;
 use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
+use crate::bodies::logger::Logger;
+use crate::bodies::metrics::Metrics;
 use crate::bounded::Bounded;
+use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::metrics_file::MetricsFile;
-use crate::reply::Reply;
-use crate::request::{Action, Request};
-use crate::resources::Configuration;
-use crate::resources::logger::Logger;
-use crate::resources::metrics::Metrics;
+use crate::metrics_groups::Group;
 use crate::startup_times::StartupTimes;
 use crate::view::View;
 
@@ -57,11 +56,22 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// Creates an instance with nothing configured, whose machine `controller` will own.
-    pub fn new(controller: Controller, options: InstanceOptions) -> Instance {
+    /// An instance with nothing configured, whose machine `controller` will own, with these groups of metrics
+    /// beside those that every instance has.
+    pub(crate) fn new(
+        controller: Controller,
+        options: InstanceOptions,
+        metrics_groups: Vec<Group>,
+    ) -> Instance {
         let metadata = MetadataStore::new(options.metadata_size);
         Instance {
-            view: View::new(options.id, controller, metadata, options.startup_times),
+            view: View::new(
+                options.id,
+                controller,
+                metadata,
+                options.startup_times,
+                metrics_groups,
+            ),
             log: Bounded::new(options.log),
             opener: Bounded::new(()),
             on_start: options.on_start,
@@ -91,24 +101,7 @@ impl Instance {
         Ok(())
     }
 
-    /// Executes `request`.
-    ///
-    /// # Errors
-    /// If it is refused.
-    pub fn execute(&mut self, request: Request) -> Result<Reply, Fault> {
-        if let Some(result) = self.view.answer(&request) {
-            return result;
-        }
-        let counted_as = request.counted_as();
-        let result = match request.action {
-            Action::Read(read) => read(&self.view),
-            Action::Change(change) => change(self).map(|()| Reply::Done),
-        };
-        self.view.count(counted_as, result.is_err());
-        result
-    }
-
-    /// Returns the view of the instance, which answers requests that only read.
+    /// The part of it that can be read at any time.
     pub fn view(&self) -> &View {
         &self.view
     }

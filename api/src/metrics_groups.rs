@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use bantam_vmm::config::DeviceName;
 use serde_json::{Map, Value, json};
 
-use crate::resources::RESOURCES;
-
 /// A group of metrics. What this monitor does not count stays zero.
 #[derive(Clone, Copy)]
 pub(crate) struct Group {
@@ -122,11 +120,14 @@ fn counted<'a>(machine: &'a Value, ids: &HashMap<DeviceName, String>) -> Vec<Dev
     found
 }
 
-/// Puts the totals of a machine into groups. A device that `ids` lists has the id there as its name, because
-/// clients know it by that.
-pub(crate) fn groups(machine: &Value, ids: &HashMap<DeviceName, String>) -> Map<String, Value> {
-    let of_resources = RESOURCES.iter().flat_map(|resource| resource.groups);
-    let all: Vec<&Group> = of_resources.chain(GROUPS).collect();
+/// Puts the totals of a machine into groups: those in `of_resources`, and those that belong to no resource. A
+/// device has the name in `ids`, by which clients know it, if there is one for it.
+pub(crate) fn groups(
+    of_resources: &[Group],
+    machine: &Value,
+    ids: &HashMap<DeviceName, String>,
+) -> Map<String, Value> {
+    let all: Vec<&Group> = of_resources.iter().chain(GROUPS).collect();
     let zeroes = all
         .iter()
         .map(|group| (group.name.to_string(), group.zeroes()));
@@ -175,6 +176,3 @@ fn add(total: &mut Value, device: &Value) {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

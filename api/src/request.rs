@@ -1,14 +1,16 @@
-//! Requests of clients, as HTTP carries them: a method, a path and a body.
+//! What a client asks for, and the answer to it.
 
 use std::fmt;
 
 use serde::de::DeserializeOwned;
 
+use crate::configuration::Put;
+use crate::device_ids::check_id;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::json::{parse_json, parse_value};
+use crate::method::Method;
 use crate::reply::Reply;
-use crate::resources::{Part, RESOURCES};
 use crate::text::printable;
 use crate::view::View;
 
@@ -17,80 +19,23 @@ pub struct Request {
     method: Method,
     /// The name that it is counted by.
     name: &'static str,
-    pub(crate) action: Action,
+    action: Action,
 }
 
 /// What a request does.
-pub(crate) enum Action {
-    /// Reads something. This takes no noticeable time, and may happen while another request is executed.
-    Read(fn(&View) -> Result<Reply, Fault>),
-    /// Changes something. Only one such request is executed at a time.
+enum Action {
+    /// It reads. This takes no time that others would notice, and may be while another request is executed.
+    Read(Read),
+    /// It changes something. There is one such request at a time.
     Change(Change),
 }
 
+type Read = fn(&View) -> Result<Reply, Fault>;
 type Change = Box<dyn FnOnce(&mut Instance) -> Result<(), Fault> + Send>;
 
-/// The methods that resources know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Method {
-    Get,
-    Put,
-    Patch,
-}
-
-impl Method {
-    fn name(self) -> &'static str {
-        match self {
-            Method::Get => "GET",
-            Method::Put => "PUT",
-            Method::Patch => "PATCH",
-        }
-    }
-}
-
-/// Resources of Firecracker that are not supported yet, by the first part of their path.
-const NOT_SUPPORTED: [(&str, &str); 3] = [
-    ("snapshot", "Snapshots"),
-    ("pmem", "Persistent memory devices"),
-    ("hotplug", "Memory hotplug"),
-];
-
 impl Request {
-    /// Reads a request.
-    ///
-    /// # Errors
-    /// If there is no such resource, or the resource cannot have such a body.
-    pub fn parse(method: &str, path: &str, body: &[u8]) -> Result<Request, Fault> {
-        let segments: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
-        let first = segments.first().copied().unwrap_or_default();
-        let is_unknown = |(name, _): &&(&str, &str)| *name == first;
-        if let Some((_, what)) = NOT_SUPPORTED.iter().find(is_unknown) {
-            let what = (*what).to_string();
-            return Err(Fault::NotSupported { what });
-        }
-        let method = match method {
-            "GET" => Method::Get,
-            "PUT" => Method::Put,
-            "PATCH" => Method::Patch,
-            _ => return Err(no_such_resource(method, path)),
-        };
-        if method == Method::Get && !body.is_empty() {
-            return Err(Fault::BodyOfGet);
-        }
-        let call = Call {
-            method,
-            path,
-            rest: segments.get(1..).unwrap_or_default(),
-            body,
-        };
-        match RESOURCES.iter().find(|resource| resource.path == first) {
-            Some(resource) => (resource.parse)(&call),
-            None => Err(call.unknown()),
-        }
-    }
-
-    /// Creates a request to read.
-    pub(crate) fn get(name: &'static str, read: fn(&View) -> Result<Reply, Fault>) -> Request {
+    /// A request to read.
+    pub(crate) fn get(name: &'static str, read: Read) -> Request {
         Request {
             method: Method::Get,
             name,
@@ -98,10 +43,10 @@ impl Request {
         }
     }
 
-    /// Creates a request to put a part of the configuration.
-    pub(crate) fn put(name: &'static str, part: impl Part) -> Request {
-        Request::change(Method::Put, name, |instance| {
-            instance.change(|configuration| part.put(configuration))
+    /// A request to put a part of the configuration.
+    pub(crate) fn put<T: Send + 'static>(name: &'static str, part: T, put: Put<T>) -> Request {
+        Request::change(Method::Put, name, move |instance| {
+            instance.change(|configuration| put(configuration, part))
         })
     }
 
@@ -126,7 +71,31 @@ impl Request {
         }
     }
 
-    /// Returns the method and the name by which it is counted.
+    /// Answers it if it only reads, for which a view is enough. None if it changes something.
+    pub(crate) fn answer(&self, view: &View) -> Option<Result<Reply, Fault>> {
+        let Action::Read(read) = self.action else {
+            return None;
+        };
+        let result = read(view);
+        view.count(self.counted_as(), result.is_err());
+        Some(result)
+    }
+
+    /// Does what it asks for.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn execute(self, instance: &mut Instance) -> Result<Reply, Fault> {
+        let counted_as = self.counted_as();
+        let result = match self.action {
+            Action::Read(read) => read(instance.view()),
+            Action::Change(change) => change(instance).map(|()| Reply::Done),
+        };
+        instance.view().count(counted_as, result.is_err());
+        result
+    }
+
+    /// The method and the name by which it is counted.
     pub(crate) fn counted_as(&self) -> (Method, &'static str) {
         (self.method, self.name)
     }
@@ -138,10 +107,10 @@ impl fmt::Debug for Request {
     }
 }
 
-/// A request whose resource is found.
+/// A request as HTTP carries it, to a resource that is found.
 pub(crate) struct Call<'a> {
     pub(crate) method: Method,
-    path: &'a str,
+    pub(crate) path: &'a str,
     /// What follows the first part of the path.
     pub(crate) rest: &'a [&'a str],
     pub(crate) body: &'a [u8],
@@ -164,7 +133,7 @@ impl Call<'_> {
         }
     }
 
-    /// Checks the name of a device, which must be the same in the path and the body.
+    /// Checks the id of a device, which the path and the body have.
     pub(crate) fn check_id(&self, path: &str, body: &str) -> Result<(), Fault> {
         if path != body {
             return Err(Fault::OtherId {
@@ -172,7 +141,7 @@ impl Call<'_> {
                 body: printable(body),
             });
         }
-        check_name(body)
+        check_id(body)
     }
 
     /// Returns the fault of a request that needs a body and has none.
@@ -190,21 +159,10 @@ impl Call<'_> {
     }
 }
 
-fn no_such_resource(method: &str, path: &str) -> Fault {
+/// Why a request is refused if there is nothing for this method at this path.
+pub(crate) fn no_such_resource(method: &str, path: &str) -> Fault {
     Fault::NoSuchResource {
         method: printable(method),
         path: printable(path),
     }
 }
-
-/// Checks the name of a device.
-pub(crate) fn check_name(id: &str) -> Result<(), Fault> {
-    let valid = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    if id.is_empty() || !id.chars().all(valid) {
-        return Err(Fault::Id { id: printable(id) });
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests;

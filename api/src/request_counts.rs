@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::request::Method;
+use crate::method::Method;
 
 /// How often each resource was asked for, put and changed, and how often that was refused.
 #[derive(Debug, Default)]

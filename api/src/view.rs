@@ -6,18 +6,17 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
+use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::lock::lock;
+use crate::method::Method;
 use crate::metrics_file::MetricsFile;
-use crate::metrics_groups::groups;
-use crate::reply::Reply;
-use crate::request::{Action, Method, Request};
+use crate::metrics_groups::{Group, groups};
 use crate::request_counts::RequestCounts;
-use crate::resources::Configuration;
 use crate::startup_times::StartupTimes;
 
-/// Answers requests that only read from an instance, and writes its metrics, without waiting for a request
-/// that changes the instance. Clones are views of the same instance.
+/// Gives what can be read of an instance, and writes its metrics, without a wait for a request that changes
+/// the instance. Clones are views of the same one.
 ///
 /// Its locks are held for moments, except the one of the metrics file, which no request to read takes.
 #[derive(Clone)]
@@ -31,6 +30,8 @@ struct Parts {
     metadata: Mutex<MetadataStore>,
     requests: Mutex<RequestCounts>,
     startup_times: StartupTimes,
+    /// The groups of metrics of the resources.
+    metrics_groups: Vec<Group>,
     /// Locked while a line is written, for a second or two at most.
     metrics_file: Mutex<Option<MetricsFile>>,
 }
@@ -41,6 +42,7 @@ impl View {
         controller: Controller,
         metadata: MetadataStore,
         startup_times: StartupTimes,
+        metrics_groups: Vec<Group>,
     ) -> View {
         View(Arc::new(Parts {
             id,
@@ -49,18 +51,9 @@ impl View {
             metadata: Mutex::new(metadata),
             requests: Mutex::default(),
             startup_times,
+            metrics_groups,
             metrics_file: Mutex::new(None),
         }))
-    }
-
-    /// Returns the answer to a request that only reads, and `None` for any other.
-    pub(crate) fn answer(&self, request: &Request) -> Option<Result<Reply, Fault>> {
-        let Action::Read(read) = request.action else {
-            return None;
-        };
-        let result = read(self);
-        self.count(request.counted_as(), result.is_err());
-        Some(result)
     }
 
     /// Counts a request that was answered, given its method and name.
@@ -130,8 +123,8 @@ impl View {
             return Ok(());
         };
         let machine = serde_json::to_value(metrics)?;
-        let ids = self.configuration().ids();
-        let mut totals = groups(&machine, &ids);
+        let ids = self.configuration().names().ids();
+        let mut totals = groups(&self.0.metrics_groups, &machine, &ids);
         let startup_times = serde_json::to_value(self.0.startup_times)?;
         totals.insert("api_server".to_string(), startup_times);
         lock(&self.0.requests).add_to(&mut totals);

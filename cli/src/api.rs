@@ -8,11 +8,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bantam_api::resources::logger::Logger;
-use bantam_api::resources::metrics::Metrics;
+use bantam_api::bodies::logger::Logger;
+use bantam_api::bodies::metrics::Metrics;
 use bantam_api::{
-    API_VERSION, Configuration, Instance, InstanceOptions, ProgramLog, Request, Server,
-    ServerLimits, parse_json, parse_value,
+    API_VERSION, Configuration, InstanceOptions, ProgramLog, Request, Server, ServerLimits,
+    new_instance, parse_json, parse_value,
 };
 use bantam_vmm::config::read_text_file;
 use bantam_vmm::{Controller, ListeningSocket};
@@ -67,7 +67,7 @@ fn serve_instance(
     let started = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .context("cannot create an event")?;
     let started = Arc::new(started);
-    let mut instance = Instance::new(
+    let mut instance = new_instance(
         controller.clone(),
         InstanceOptions {
             id: args.id.clone(),
@@ -92,9 +92,10 @@ fn serve_instance(
         },
     );
     if let Some(path) = &args.metrics_path {
-        instance.execute(Request::from(Metrics {
+        let metrics = Metrics {
             metrics_path: path.clone(),
-        }))?;
+        };
+        Request::from(metrics).execute(&mut instance)?;
     }
     if let Some(path) = &args.metadata {
         let what = "metadata file";

@@ -4,7 +4,7 @@ mod machine;
 
 use std::path::PathBuf;
 
-use bantam_api::resources::logger::LogLevel;
+use bantam_api::bodies::logger::LogLevel;
 use bantam_vmm::config::{ConfigError, MachineTable, ShutdownTimeout};
 use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anstream::{AutoStream, ColorChoice};
 use bantam_api::Fault;
 use bantam_api::ProgramLog;
-use bantam_api::resources::logger::{LogLevel, Logger};
+use bantam_api::bodies::logger::{LogLevel, Logger};
 use bantam_vmm::text::without_error_numbers;
 use nix::libc;
 use tracing::level_filters::LevelFilter;

@@ -3,12 +3,13 @@
 use bantam_vmm::{Error, KeyboardError};
 use serde::Deserialize;
 
-use super::Resource;
 use crate::fault::Fault;
 use crate::instance::Instance;
-use crate::request::{Method, Request};
+use crate::method::Method;
+use crate::request::Request;
+use crate::resources::resource::Resource;
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "actions",
     parse: |call| match (call.method, call.rest) {
         (Method::Put, []) => {
@@ -19,20 +20,20 @@ pub(crate) const RESOURCE: Resource = Resource {
         }
         _ => Err(call.unknown()),
     },
-    ..Resource::DEFAULT
+    groups: &[],
 };
 
 /// Body of `PUT /actions`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Action {
+struct Action {
     /// The action.
-    pub action_type: ActionType,
+    action_type: ActionType,
 }
 
 /// What `PUT /actions` does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub enum ActionType {
+enum ActionType {
     /// Writes the metrics now.
     FlushMetrics,
     /// Starts the machine.

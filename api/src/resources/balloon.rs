@@ -2,23 +2,23 @@
 
 use std::num::NonZeroU32;
 
-use bantam_vmm::config::{BalloonConfig, BalloonSize, DeviceName};
+use bantam_vmm::config::DeviceName;
 use bantam_vmm::{BalloonStatistics, DeviceAnswer, DeviceCommand, GuestStatistics, HintingCommand};
 use serde::{Deserialize, Serialize};
 
-use super::Configuration;
-use super::machine_config::{HugePages, MachineConfiguration};
-use super::{Part, Resource, put_all};
+use crate::configuration::{Balloon, Configuration};
 use crate::fault::Fault;
 use crate::instance::Instance;
+use crate::method::Method;
 use crate::metrics_groups::Group;
 use crate::reply::Reply;
-use crate::request::{Method, Request};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 use crate::view::View;
 
 const NO_BALLOON: Fault = Fault::NotConfigured { kind: "balloon" };
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "balloon",
     parse: |call| match (call.method, call.rest) {
         (Method::Get, []) => Ok(Request::get("balloon", |view| {
@@ -26,7 +26,11 @@ pub(crate) const RESOURCE: Resource = Resource {
         })),
         (Method::Get, ["statistics"]) => Ok(Request::get("balloon_stats", statistics)),
         (Method::Get, ["hinting", "status"]) => Ok(Request::get("balloon", hinting)),
-        (Method::Put, []) => Ok(Request::put("balloon", call.json::<Balloon>()?)),
+        (Method::Put, []) => Ok(Request::put(
+            "balloon",
+            call.json()?,
+            Configuration::put_balloon,
+        )),
         (Method::Patch, []) => {
             let update: BalloonUpdate = call.json()?;
             Ok(Request::patch("balloon", move |instance| {
@@ -57,11 +61,6 @@ pub(crate) const RESOURCE: Resource = Resource {
         })),
         _ => Err(call.unknown()),
     },
-    check: |given, checked| put_all(given.balloon.take(), checked),
-    configure: |configuration, machine| {
-        machine.balloon = configuration.balloon.as_ref().map(Balloon::config);
-        Ok(())
-    },
     groups: &[Group::new(
         "balloon",
         "activate_fails inflate_count stats_updates_count stats_update_fails deflate_count \
@@ -69,40 +68,21 @@ pub(crate) const RESOURCE: Resource = Resource {
     )],
 };
 
-/// Body of `PUT /balloon`, and answer of `GET`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Balloon {
-    /// Size wanted in MiB.
-    pub amount_mib: u32,
-    /// Whether the guest may take memory back when it has no other.
-    pub deflate_on_oom: bool,
-    /// Seconds between two reports of the guest's memory; none if zero.
-    #[serde(default)]
-    pub stats_polling_interval_s: u16,
-    /// Whether the guest can be asked for hints of free pages.
-    #[serde(default)]
-    pub free_page_hinting: bool,
-    /// Whether the guest reports pages that it does not use.
-    #[serde(default)]
-    pub free_page_reporting: bool,
-}
-
 /// Body of `PATCH /balloon`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BalloonUpdate {
+struct BalloonUpdate {
     /// See [`Balloon::amount_mib`].
-    pub amount_mib: u32,
+    amount_mib: u32,
 }
 
 /// Body of `PATCH /balloon/hinting/start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BalloonHinting {
+struct BalloonHinting {
     /// Whether the guest may use the pages again as soon as it has reported all of them.
     #[serde(default = "acknowledge")]
-    pub acknowledge_on_stop: bool,
+    acknowledge_on_stop: bool,
 }
 
 fn acknowledge() -> bool {
@@ -119,75 +99,35 @@ impl Default for BalloonHinting {
 
 /// Answer of `GET /balloon/hinting/status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct BalloonHintingStatus {
+struct BalloonHintingStatus {
     /// The request to the guest: 0 if there was none yet, 1 if it is over, or else its number.
-    pub host_cmd: u32,
+    host_cmd: u32,
     /// The guest's last answer, if there is one: the number of a request, or 0 at the end of one.
-    pub guest_cmd: Option<u32>,
+    guest_cmd: Option<u32>,
 }
 
 /// Answer of `GET /balloon/statistics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct BalloonStatisticsAnswer {
+struct BalloonStatisticsAnswer {
     /// Pages of 4096 bytes that the guest is to give up.
-    pub target_pages: u32,
+    target_pages: u32,
     /// Pages in the balloon.
-    pub actual_pages: u32,
+    actual_pages: u32,
     /// [`BalloonStatisticsAnswer::target_pages`] in MiB.
-    pub target_mib: u32,
+    target_mib: u32,
     /// [`BalloonStatisticsAnswer::actual_pages`] in whole MiB.
-    pub actual_mib: u32,
-    /// What the guest last reported about its memory.
+    actual_mib: u32,
+    /// What the guest said last of its memory.
     #[serde(flatten)]
-    pub guest: GuestStatistics,
+    guest: GuestStatistics,
 }
 
 /// Body of `PATCH /balloon/statistics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BalloonStatisticsUpdate {
+struct BalloonStatisticsUpdate {
     /// See [`Balloon::stats_polling_interval_s`].
-    pub stats_polling_interval_s: u16,
-}
-
-impl Balloon {
-    fn config(&self) -> BalloonConfig {
-        BalloonConfig {
-            size: BalloonSize::from_mib(self.amount_mib),
-            deflate_on_oom: self.deflate_on_oom,
-            reporting: self.free_page_reporting,
-            hinting: self.free_page_hinting,
-            statistics: self.stats_polling_interval_s.into(),
-        }
-    }
-
-    /// Checks that the machine can have this balloon, so that a client learns at once if it cannot.
-    pub(crate) fn check(&self, machine: &MachineConfiguration) -> Result<(), Fault> {
-        let refused = |reason| {
-            Err(Fault::Value {
-                what: "balloon",
-                reason,
-            })
-        };
-        let (amount, memory) = (self.amount_mib, machine.mem_size_mib);
-        if u64::from(amount) > memory {
-            return refused(format!(
-                "{amount} MiB are more than the memory of {memory} MiB"
-            ));
-        }
-        if machine.huge_pages == HugePages::TwoMib {
-            return refused("it cannot give back huge pages of 2M".to_string());
-        }
-        Ok(())
-    }
-}
-
-impl Part for Balloon {
-    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
-        self.check(&configuration.machine_config)?;
-        configuration.balloon = Some(self);
-        Ok(())
-    }
+    stats_polling_interval_s: u16,
 }
 
 fn balloon(configuration: &Configuration) -> Result<&Balloon, Fault> {

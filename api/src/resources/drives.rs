@@ -2,31 +2,26 @@
 
 use std::path::PathBuf;
 
-use bantam_vmm::config::{
-    BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption, DiskId, DiskLockOption,
-};
-use bantam_vmm::{DeviceCommand, Error, check_disk};
-use serde::{Deserialize, Serialize};
+use bantam_vmm::{DeviceCommand, Error};
+use serde::Deserialize;
 
-use super::Configuration;
-use super::rate_limiter::RateLimiter;
-use super::{Part, Resource, null_as_default, put_all, put_by};
+use crate::bodies::drives::Drive;
+use crate::bodies::rate_limiter::RateLimiter;
+use crate::configuration::Configuration;
 use crate::fault::Fault;
-use crate::host_files::check_readable;
 use crate::instance::Instance;
+use crate::method::Method;
 use crate::metrics_groups::Group;
-use crate::request::{Method, Request, check_name};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 
-/// Longest serial number of a disk.
-const LONGEST_SERIAL: usize = 20;
-
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "drives",
     parse: |call| match (call.method, call.rest) {
         (Method::Put, [id]) => {
             let drive: Drive = call.json()?;
             call.check_id(id, &drive.drive_id)?;
-            Ok(Request::put("drive", drive))
+            Ok(Request::put("drive", drive, Configuration::put_drive))
         }
         (Method::Patch, [id]) => {
             let update: DriveUpdate = call.json()?;
@@ -34,17 +29,6 @@ pub(crate) const RESOURCE: Resource = Resource {
             Ok(Request::patch("drive", |instance| update.apply(instance)))
         }
         _ => Err(call.unknown()),
-    },
-    check: |given, checked| put_all(given.drives.drain(..), checked),
-    configure: |configuration, machine| {
-        machine.append = root_device_words(configuration);
-        for drive in configuration.drives_in_order() {
-            machine.disks.push(DiskConfig {
-                name: Some(configuration.drive_name(&drive.drive_id)?),
-                ..drive.config()?
-            });
-        }
-        Ok(())
     },
     groups: &[Group::new(
         "block",
@@ -56,148 +40,18 @@ pub(crate) const RESOURCE: Resource = Resource {
     .and_each()],
 };
 
-/// Body of `PUT /drives/{drive_id}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Drive {
-    /// The drive's name.
-    pub drive_id: String,
-    /// Partition of this drive that is the root file system, if it is not the whole drive.
-    #[serde(default)]
-    pub partuuid: Option<String>,
-    /// Whether the guest boots from it.
-    pub is_root_device: bool,
-    /// What happens when the guest flushes.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub cache_type: CacheType,
-    /// Whether the guest cannot write to it.
-    #[serde(default, deserialize_with = "null_as_default")]
-    pub is_read_only: bool,
-    /// The image, in a file or block device.
-    #[serde(default)]
-    pub path_on_host: Option<PathBuf>,
-    /// Limits of reads and writes.
-    #[serde(default)]
-    pub rate_limiter: Option<RateLimiter>,
-    /// How requests are executed; by default, each in the way that is best for it.
-    #[serde(default)]
-    pub io_engine: Option<IoEngine>,
-    /// Socket of a vhost-user backend, in place of an image.
-    #[serde(default)]
-    pub socket: Option<PathBuf>,
-}
-
-/// What happens when the guest flushes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CacheType {
-    /// Nothing.
-    #[default]
-    Unsafe,
-    /// What was written goes to stable storage.
-    Writeback,
-}
-
-/// How requests of a drive are executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum IoEngine {
-    /// One after the other.
-    Sync,
-    /// By io_uring.
-    Async,
-}
-
 /// Body of `PATCH /drives/{drive_id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DriveUpdate {
+struct DriveUpdate {
     /// Which drive.
-    pub drive_id: String,
+    drive_id: String,
     /// The new image, if it changes.
     #[serde(default)]
-    pub path_on_host: Option<PathBuf>,
+    path_on_host: Option<PathBuf>,
     /// The limits that change.
     #[serde(default)]
-    pub rate_limiter: Option<RateLimiter>,
-}
-
-impl Drive {
-    fn config(&self) -> Result<DiskConfig, Fault> {
-        let path = self.path_on_host.clone().unwrap_or_default();
-        // An id that was cut off could be the whole id of another drive.
-        let has_serial = self.drive_id.len() <= LONGEST_SERIAL;
-        let serial = has_serial.then(|| DiskId::try_from(self.drive_id.clone()));
-        Ok(DiskConfig {
-            readonly: self.is_read_only,
-            id: serial.transpose().map_err(Fault::value("drive_id"))?,
-            cache: match self.cache_type {
-                CacheType::Unsafe => CacheModeOption::Unsafe,
-                CacheType::Writeback => CacheModeOption::Writeback,
-            },
-            engine: match self.io_engine {
-                None => BlockEngineOption::Auto,
-                Some(IoEngine::Sync) => BlockEngineOption::Sync,
-                Some(IoEngine::Async) => BlockEngineOption::IoUring,
-            },
-            limits: RateLimiter::limits(self.rate_limiter.as_ref()).into(),
-            // As in Firecracker, which has neither formats nor locks.
-            format: Some(DiskFormatOption::Raw),
-            lock: DiskLockOption::WherePossible,
-            any_size: true,
-            ..DiskConfig::new(path)
-        })
-    }
-}
-
-/// Returns the words of the kernel command line for the drive with the root file system.
-fn root_device_words(configuration: &Configuration) -> Option<String> {
-    let root = configuration
-        .drives
-        .iter()
-        .find(|drive| drive.is_root_device)?;
-    let place = match &root.partuuid {
-        Some(partition) => format!("PARTUUID={partition}"),
-        None => "/dev/vda".to_string(),
-    };
-    let access = if root.is_read_only { "ro" } else { "rw" };
-    Some(format!("root={place} {access}"))
-}
-
-impl Configuration {
-    /// Returns the drives in the order in which the guest finds them: the root device comes first.
-    pub(crate) fn drives_in_order(&self) -> impl Iterator<Item = &Drive> {
-        let root = self.drives.iter().filter(|drive| drive.is_root_device);
-        root.chain(self.drives.iter().filter(|drive| !drive.is_root_device))
-    }
-}
-
-impl Part for Drive {
-    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
-        check_name(&self.drive_id)?;
-        if self.socket.is_some() {
-            return Err(Fault::NotSupported {
-                what: "vhost-user drives".to_string(),
-            });
-        }
-        let Some(path) = &self.path_on_host else {
-            return Err(Fault::Value {
-                what: "drive",
-                reason: "path_on_host is missing".to_string(),
-            });
-        };
-        check_readable("drive image", path)?;
-        check_disk(&self.config()?)?;
-        let is_other_root =
-            |other: &&Drive| other.is_root_device && other.drive_id != self.drive_id;
-        if self.is_root_device
-            && let Some(root) = configuration.drives.iter().find(is_other_root)
-        {
-            return Err(Fault::SecondRootDevice {
-                id: root.drive_id.clone(),
-            });
-        }
-        put_by(&mut configuration.drives, self, |drive| &drive.drive_id);
-        Ok(())
-    }
+    rate_limiter: Option<RateLimiter>,
 }
 
 impl DriveUpdate {
@@ -212,7 +66,7 @@ impl DriveUpdate {
             });
         };
         let mut drive = drive.clone();
-        let name = configuration.drive_name(&drive.drive_id)?;
+        let name = configuration.names().drive(&drive.drive_id)?;
         if let Some(path) = self.path_on_host {
             let command = DeviceCommand::ReplaceImage { path: path.clone() };
             let replaced = instance.controller().device(&name, command);
@@ -242,7 +96,5 @@ impl DriveUpdate {
 
 /// Records a changed drive in the configuration.
 fn record(instance: &mut Instance, drive: Drive) {
-    instance.record(|configuration| {
-        put_by(&mut configuration.drives, drive, |drive| &drive.drive_id);
-    });
+    instance.record(|configuration| configuration.set_drive(drive));
 }

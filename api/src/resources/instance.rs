@@ -3,33 +3,34 @@
 use bantam_vmm::State;
 use serde::Serialize;
 
-use super::Resource;
 use crate::fault::Fault;
+use crate::method::Method;
 use crate::reply::Reply;
-use crate::request::{Method, Request};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 use crate::version::API_VERSION;
 use crate::view::View;
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "",
     parse: |call| match (call.method, call.rest) {
         (Method::Get, []) => Ok(Request::get("instance_info", information)),
         _ => Err(call.unknown()),
     },
-    ..Resource::DEFAULT
+    groups: &[],
 };
 
 /// Answer of `GET /`.
 #[derive(Clone, Debug, Serialize)]
-pub struct InstanceInformation {
+struct InstanceInformation {
     /// The program's name.
-    pub app_name: &'static str,
+    app_name: &'static str,
     /// The instance's name.
-    pub id: String,
+    id: String,
     /// `Not started`, `Running` or `Paused`.
-    pub state: &'static str,
+    state: &'static str,
     /// Version of the API's model.
-    pub vmm_version: &'static str,
+    vmm_version: &'static str,
 }
 
 fn information(view: &View) -> Result<Reply, Fault> {

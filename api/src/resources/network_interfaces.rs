@@ -1,24 +1,29 @@
 //! `/network-interfaces/{iface_id}`: network cards.
 
-use bantam_vmm::config::{InterfaceName, Mtu, NetConfig};
-use bantam_vmm::{DeviceCommand, NetLimits};
-use serde::{Deserialize, Serialize};
+use bantam_vmm::DeviceCommand;
+use serde::Deserialize;
 
-use super::Configuration;
-use super::rate_limiter::RateLimiter;
-use super::{Part, Resource, put_all, put_by};
+use crate::bodies::network_interfaces::NetworkInterface;
+use crate::bodies::rate_limiter::RateLimiter;
+use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::instance::Instance;
+use crate::method::Method;
 use crate::metrics_groups::Group;
-use crate::request::{Method, Request, check_name};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "network-interfaces",
     parse: |call| match (call.method, call.rest) {
         (Method::Put, [id]) => {
             let interface: NetworkInterface = call.json()?;
             call.check_id(id, &interface.iface_id)?;
-            Ok(Request::put("network", interface))
+            Ok(Request::put(
+                "network",
+                interface,
+                Configuration::put_network_interface,
+            ))
         }
         (Method::Patch, [id]) => {
             let update: NetworkInterfaceUpdate = call.json()?;
@@ -26,16 +31,6 @@ pub(crate) const RESOURCE: Resource = Resource {
             Ok(Request::patch("network", |instance| update.apply(instance)))
         }
         _ => Err(call.unknown()),
-    },
-    check: |given, checked| put_all(given.network_interfaces.drain(..), checked),
-    configure: |configuration, machine| {
-        for interface in &configuration.network_interfaces {
-            machine.nets.push(NetConfig {
-                name: Some(configuration.interface_name(&interface.iface_id)?),
-                ..interface.config()?
-            });
-        }
-        Ok(())
     },
     groups: &[Group::new(
         "net",
@@ -49,85 +44,18 @@ pub(crate) const RESOURCE: Resource = Resource {
     .and_each()],
 };
 
-/// Body of `PUT /network-interfaces/{iface_id}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkInterface {
-    /// The interface's name.
-    pub iface_id: String,
-    /// The tap interface of the host.
-    pub host_dev_name: String,
-    /// The guest's MAC address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_mac: Option<String>,
-    /// Largest packet that the guest is told to send.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
-    /// Limits of what the guest receives.
-    #[serde(default)]
-    pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits of what the guest sends.
-    #[serde(default)]
-    pub tx_rate_limiter: Option<RateLimiter>,
-}
-
 /// Body of `PATCH /network-interfaces/{iface_id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct NetworkInterfaceUpdate {
+struct NetworkInterfaceUpdate {
     /// Which interface.
-    pub iface_id: String,
+    iface_id: String,
     /// The limits of what the guest receives that change.
     #[serde(default)]
-    pub rx_rate_limiter: Option<RateLimiter>,
+    rx_rate_limiter: Option<RateLimiter>,
     /// The limits of what the guest sends that change.
     #[serde(default)]
-    pub tx_rate_limiter: Option<RateLimiter>,
-}
-
-impl NetworkInterface {
-    fn config(&self) -> Result<NetConfig, Fault> {
-        let tap = InterfaceName::try_from(self.host_dev_name.clone())
-            .map_err(Fault::value("host_dev_name"))?;
-        let mac = self.guest_mac.as_deref().map(str::parse).transpose();
-        let mtu = self.mtu.map(|mtu| Mtu::try_from(i64::from(mtu)));
-        Ok(NetConfig {
-            mac: mac.map_err(Fault::value("guest_mac"))?,
-            mtu: mtu.transpose().map_err(Fault::value("mtu"))?,
-            limits: self.limits().into(),
-            ..NetConfig::new(tap)
-        })
-    }
-
-    fn limits(&self) -> NetLimits {
-        NetLimits {
-            receive: RateLimiter::limits(self.rx_rate_limiter.as_ref()),
-            transmit: RateLimiter::limits(self.tx_rate_limiter.as_ref()),
-        }
-    }
-}
-
-impl Part for NetworkInterface {
-    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
-        check_name(&self.iface_id)?;
-        let mac = self.config()?.mac_address();
-        let has_same_mac =
-            |other: &NetworkInterface| other.config().is_ok_and(|other| other.mac_address() == mac);
-        let is_same = |other: &&NetworkInterface| {
-            other.iface_id != self.iface_id
-                && (other.host_dev_name == self.host_dev_name || has_same_mac(other))
-        };
-        if let Some(other) = configuration.network_interfaces.iter().find(is_same) {
-            return Err(Fault::Value {
-                what: "network interface",
-                reason: format!("'{}' has the same tap or MAC address", other.iface_id),
-            });
-        }
-        put_by(&mut configuration.network_interfaces, self, |interface| {
-            &interface.iface_id
-        });
-        Ok(())
-    }
+    tx_rate_limiter: Option<RateLimiter>,
 }
 
 impl NetworkInterfaceUpdate {
@@ -149,39 +77,10 @@ impl NetworkInterfaceUpdate {
         };
         interface.rx_rate_limiter = applied(self.rx_rate_limiter, interface.rx_rate_limiter);
         interface.tx_rate_limiter = applied(self.tx_rate_limiter, interface.tx_rate_limiter);
-        let name = configuration.interface_name(&interface.iface_id)?;
+        let name = configuration.names().interface(&interface.iface_id)?;
         let command = DeviceCommand::SetNetLimits(interface.limits());
         instance.controller().device(&name, command)?;
-        instance.record(|configuration| {
-            put_by(
-                &mut configuration.network_interfaces,
-                interface,
-                |interface| &interface.iface_id,
-            );
-        });
+        instance.record(|configuration| configuration.set_network_interface(interface));
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_in_other_letters_is_the_same() {
-        let mut configuration = Configuration::default();
-        let mut put = |id: &str, tap: &str, mac: &str| {
-            let text = format!(
-                r#"{{"iface_id": "{id}", "host_dev_name": "{tap}", "guest_mac": "{mac}"}}"#
-            );
-            let interface: NetworkInterface = serde_json::from_str(&text).unwrap();
-            let result = interface.put(&mut configuration);
-            result.map_err(|fault| fault.to_string())
-        };
-        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
-        let error = put("b", "tap1", "06:00:C0:00:02:0A").unwrap_err();
-        assert!(error.contains("'a' has the same"), "{error}");
-        put("b", "tap1", "06:00:C0:00:02:0B").unwrap();
-        put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
     }
 }

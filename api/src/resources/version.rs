@@ -2,12 +2,13 @@
 
 use serde::Serialize;
 
-use super::Resource;
+use crate::method::Method;
 use crate::reply::Reply;
-use crate::request::{Method, Request};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 use crate::version::API_VERSION;
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "version",
     parse: |call| match (call.method, call.rest) {
         (Method::Get, []) => Ok(Request::get("vmm_version", |_| {
@@ -17,12 +18,12 @@ pub(crate) const RESOURCE: Resource = Resource {
         })),
         _ => Err(call.unknown()),
     },
-    ..Resource::DEFAULT
+    groups: &[],
 };
 
 /// Answer of `GET /version`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Version {
+struct Version {
     /// Version of the API's model.
-    pub firecracker_version: &'static str,
+    firecracker_version: &'static str,
 }

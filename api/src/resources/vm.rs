@@ -3,13 +3,14 @@
 use bantam_vmm::State;
 use serde::Deserialize;
 
-use super::Resource;
 use crate::fault::Fault;
 use crate::instance::Instance;
+use crate::method::Method;
 use crate::reply::Reply;
-use crate::request::{Method, Request};
+use crate::request::Request;
+use crate::resources::resource::Resource;
 
-pub(crate) const RESOURCE: Resource = Resource {
+pub(super) const RESOURCE: Resource = Resource {
     path: "vm",
     parse: |call| match (call.method, call.rest) {
         (Method::Get, ["config"]) => Ok(Request::get("vm_config", |view| {
@@ -21,20 +22,20 @@ pub(crate) const RESOURCE: Resource = Resource {
         }
         _ => Err(call.unknown()),
     },
-    ..Resource::DEFAULT
+    groups: &[],
 };
 
 /// Body of `PATCH /vm`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Vm {
+struct Vm {
     /// The state wanted.
-    pub state: VmState,
+    state: VmState,
 }
 
 /// A state that a client can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub enum VmState {
+enum VmState {
     /// The vCPUs are stopped.
     Paused,
     /// The vCPUs run.

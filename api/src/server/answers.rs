@@ -17,6 +17,7 @@ use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::reply::Reply;
 use crate::request::Request;
+use crate::resources::parse_request;
 use crate::view::View;
 
 /// How long it may take to send a body.
@@ -61,8 +62,8 @@ impl Service {
         };
         place.work();
         let path = head.uri.path();
-        let result = match Request::parse(head.method.as_str(), path, &body) {
-            Ok(request) => match self.view.answer(&request) {
+        let result = match parse_request(head.method.as_str(), path, &body) {
+            Ok(request) => match request.answer(&self.view) {
                 Some(result) => result,
                 None => self.execute_apart(request).await,
             },
@@ -97,7 +98,7 @@ impl Service {
     /// take long: requests that only read are answered meanwhile.
     async fn execute_apart(&self, request: Request) -> Result<Reply, Fault> {
         let mut instance = self.instance.clone().lock_owned().await;
-        let work = task::spawn_blocking(move || instance.execute(request));
+        let work = task::spawn_blocking(move || request.execute(&mut instance));
         match work.await {
             Ok(result) => result,
             Err(error) => Err(Fault::Value {

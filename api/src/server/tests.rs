@@ -8,9 +8,10 @@ use std::time::Instant;
 use bantam_vmm::Controller;
 
 use super::*;
+use crate::bodies::logger::Logger;
 use crate::fault::Fault;
 use crate::instance::{InstanceOptions, ProgramLog};
-use crate::resources::logger::Logger;
+use crate::resources::new_instance;
 use crate::startup_times::StartupTimes;
 
 /// How long an answer may take on a busy host, if nothing is waited for.
@@ -68,7 +69,7 @@ fn a_request_that_hangs_holds_up_none_that_reads_and_no_other_for_ever() {
         boot_timer: false,
         metadata_size: 1000,
     };
-    let instance = Instance::new(Controller::new().unwrap(), options);
+    let instance = new_instance(Controller::new().unwrap(), options);
     let listener = ListeningSocket::bind(&socket).unwrap();
     let server = Server::new(instance, Some(listener), ServerLimits::default());
     let ending = server.ending();

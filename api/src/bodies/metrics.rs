@@ -1,24 +1,8 @@
-//! `/metrics`: the file of metrics.
+//! The file of metrics.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
-
-use super::Resource;
-use crate::request::{Method, Request};
-
-pub(crate) const RESOURCE: Resource = Resource {
-    path: "metrics",
-    parse: |call| match (call.method, call.rest) {
-        (Method::Put, []) => Ok(call.json::<Metrics>()?.into()),
-        _ => Err(call.unknown()),
-    },
-    check: |given, checked| {
-        checked.metrics = given.metrics.take();
-        Ok(())
-    },
-    ..Resource::DEFAULT
-};
 
 /// Body of `PUT /metrics`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,15 +11,6 @@ pub struct Metrics {
     /// File or named pipe to which metrics are written, one line of JSON at a time.
     #[serde(serialize_with = "serialize_path")]
     pub metrics_path: PathBuf,
-}
-
-impl From<Metrics> for Request {
-    fn from(metrics: Metrics) -> Request {
-        Request::change(Method::Put, "metrics", |instance| {
-            instance.require_not_started()?;
-            instance.put_metrics(metrics)
-        })
-    }
 }
 
 /// Shows a path, which may not be UTF-8 if it came from the command line.

@@ -3,26 +3,8 @@
 use bantam_vmm::config::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 use serde::{Deserialize, Serialize};
 
-use super::Configuration;
-use super::{Part, Resource, put_all};
 use crate::fault::Fault;
-use crate::request::{Method, Request};
 use crate::text::printable;
-
-pub(crate) const RESOURCE: Resource = Resource {
-    path: "cpu-config",
-    parse: |call| match (call.method, call.rest) {
-        (Method::Put, []) => Ok(Request::put("cpu_cfg", call.json::<CpuConfig>()?)),
-        _ => Err(call.unknown()),
-    },
-    check: |given, checked| put_all(given.cpu_config.take(), checked),
-    configure: |configuration, machine| {
-        let config = configuration.cpu_config.as_ref();
-        machine.cpu = config.map(CpuConfig::modifiers).unwrap_or_default();
-        Ok(())
-    },
-    ..Resource::DEFAULT
-};
 
 /// Body of `PUT /cpu-config`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,8 +72,9 @@ pub struct Msr {
     pub bitmap: Bitmap<64>,
 }
 
-impl Part for CpuConfig {
-    fn put(self, configuration: &mut Configuration) -> Result<(), Fault> {
+impl CpuConfig {
+    /// Checks that x86-64 has what it changes, and that this host can change it.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
         for (what, list) in [
             ("reg_modifiers", &self.reg_modifiers),
             ("vcpu_features", &self.vcpu_features),
@@ -113,14 +96,11 @@ impl Part for CpuConfig {
         }
         let checked = self.modifiers().check_host();
         checked.map_err(|error| invalid(error.to_string()))?;
-        configuration.cpu_config = Some(self);
         Ok(())
     }
-}
 
-impl CpuConfig {
-    /// Returns the changes that it describes.
-    fn modifiers(&self) -> CpuModifiers {
+    /// The changes that it makes.
+    pub(crate) fn modifiers(&self) -> CpuModifiers {
         let required = self.kvm_capabilities.iter().filter(|it| it.required);
         CpuModifiers {
             cpuid: self
@@ -412,7 +392,7 @@ mod tests {
     fn features_of_processors_are_changed_where_the_host_can() {
         let put = |text| {
             let config: CpuConfig = serde_json::from_str(text).unwrap();
-            config.put(&mut Configuration::default())
+            config.check()
         };
         let changes = r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0,
             "modifiers": [{"register": "ecx", "bitmap": "0b0"}]}]}"#;

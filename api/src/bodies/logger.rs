@@ -1,37 +1,10 @@
-//! `/logger`: the program's log.
+//! The program's log.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-use super::Resource;
-use crate::metrics_groups::Group;
-use crate::request::{Method, Request};
-
-pub(crate) const RESOURCE: Resource = Resource {
-    path: "logger",
-    parse: |call| match (call.method, call.rest) {
-        (Method::Put, []) => {
-            let logger: Logger = call.json()?;
-            Ok(Request::change(Method::Put, "logger", |instance| {
-                instance.require_not_started()?;
-                instance.put_logger(logger)
-            }))
-        }
-        _ => Err(call.unknown()),
-    },
-    check: |given, checked| {
-        checked.logger = given.logger.take();
-        Ok(())
-    },
-    groups: &[Group::new(
-        "logger",
-        "missed_metrics_count metrics_fails missed_log_count",
-    )],
-    ..Resource::DEFAULT
-};
 
 /// Body of `PUT /logger`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
