@@ -15,7 +15,7 @@ pub enum DeviceNotice<'a> {
         text: fmt::Arguments<'a>,
     },
     /// The driver has changed the number of pages in the balloon.
-    BalloonSize {
+    MemoryReturned {
         /// The balloon's size in MiB now, rounded down.
         mib: u32,
     },

@@ -51,12 +51,12 @@ pub enum Event {
         /// What failed, and why.
         text: String,
     },
-    /// The size of the balloon has changed. Successive sizes that have not been received yet become one
-    /// event.
-    Balloon {
+    /// The guest has returned another amount of memory to the host by a device. Successive amounts that have not
+    /// been received yet become one event.
+    MemoryReturned {
         /// The device.
         device: DeviceName,
-        /// How many MiB are in it, rounded down.
+        /// How many MiB it has returned in all, rounded down.
         mib: u32,
     },
     /// Events were lost here, because the subscriber did not receive them in time.
@@ -125,8 +125,10 @@ impl AsFd for Events {
 impl Queue {
     fn push(&self, event: Event) {
         let mut waiting = lock(&self.waiting);
-        if let (Event::Balloon { device, .. }, Some(Event::Balloon { device: last, .. })) =
-            (&event, waiting.events.back())
+        if let (
+            Event::MemoryReturned { device, .. },
+            Some(Event::MemoryReturned { device: last, .. }),
+        ) = (&event, waiting.events.back())
             && device == last
         {
             waiting.events.pop_back();
@@ -247,7 +249,7 @@ impl DeviceObserver for Observer {
                     device,
                     text: text.to_string(),
                 },
-                DeviceNotice::BalloonSize { mib } => Event::Balloon { device, mib },
+                DeviceNotice::MemoryReturned { mib } => Event::MemoryReturned { device, mib },
             }
         });
     }
@@ -342,15 +344,15 @@ mod tests {
     }
 
     #[test]
-    fn sizes_of_a_balloon_that_nobody_has_received_are_one_event() {
+    fn amounts_of_memory_that_nobody_has_received_are_one_event() {
         let sender = EventSender::default();
         let events = sender.subscribe().unwrap();
-        let observer = sender.observer(&name("balloon"));
+        let observer = sender.observer(&name("device"));
         for mib in 0..10_000 {
-            observer.notice(DeviceNotice::BalloonSize { mib });
+            observer.notice(DeviceNotice::MemoryReturned { mib });
         }
-        let device = name("balloon");
-        let last = Event::Balloon { device, mib: 9_999 };
+        let device = name("device");
+        let last = Event::MemoryReturned { device, mib: 9_999 };
         assert_eq!(events.try_next(), Some(last));
         assert_eq!(events.try_next(), None);
     }

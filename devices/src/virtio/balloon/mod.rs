@@ -156,7 +156,7 @@ impl VirtioDevice for Balloon {
         let pages = u32::from_le_bytes(self.shared.config.array(config::ACTUAL as u64));
         let mib = pages / PAGES_PER_MIB;
         let is_other = std::mem::replace(&mut self.told_mib, mib) != mib;
-        is_other.then_some(DeviceNotice::BalloonSize { mib })
+        is_other.then_some(DeviceNotice::MemoryReturned { mib })
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn VirtioWorker>, String> {
