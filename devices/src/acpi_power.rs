@@ -131,18 +131,12 @@ mod tests {
             }
         }
 
-        fn set_up(&mut self) {}
-
         fn work(&mut self) {
             let (before, _) = self.power.requests();
             let value = SLEEP_ENABLE | VALUES.soft_off_sleep_type << SLEEP_TYPE_SHIFT;
             self.device.write(SLEEP_CONTROL, &[value]);
             assert_eq!(self.power.requests(), (before + 1, 0));
         }
-
-        fn begin(&mut self) {}
-
-        fn end(&mut self) {}
 
         fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
             act(&mut self.device)

@@ -146,8 +146,6 @@ mod tests {
             BootTimer::start().unwrap()
         }
 
-        fn set_up(&mut self) {}
-
         fn work(&mut self) {
             self.write(0, &[HAS_BOOTED]);
             assert!(self.has_booted);

@@ -97,16 +97,10 @@ mod tests {
             }
         }
 
-        fn set_up(&mut self) {}
-
         fn work(&mut self) {
             self.device.write(0, &[7]);
             assert_eq!(self.power.numbers().last(), Some(&7));
         }
-
-        fn begin(&mut self) {}
-
-        fn end(&mut self) {}
 
         fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
             act(&mut self.device)

@@ -115,16 +115,10 @@ mod tests {
             }
         }
 
-        fn set_up(&mut self) {}
-
         fn work(&mut self) {
             self.device.write(0, &[event::PANICKED]);
             assert_eq!(self.power.panics().last(), Some(&false));
         }
-
-        fn begin(&mut self) {}
-
-        fn end(&mut self) {}
 
         fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R {
             act(&mut self.device)

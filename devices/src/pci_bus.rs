@@ -184,8 +184,6 @@ mod tests {
             PciBus::default()
         }
 
-        fn set_up(&mut self) {}
-
         fn work(&mut self) {
             assert_eq!(config(self, ENABLE), IDS);
         }

@@ -9,17 +9,17 @@ pub trait SuspendCase: Sized {
     /// Makes a machine whose guest has yet to set the device up.
     fn new() -> Self;
 
-    /// Has the guest set the device up, as after power-on.
-    fn set_up(&mut self);
+    /// Has the guest set the device up, as after power-on, if that takes anything.
+    fn set_up(&mut self) {}
 
     /// Has the device do something, and checks the result.
     fn work(&mut self);
 
-    /// Begins something that the device does not finish before a pause.
-    fn begin(&mut self);
+    /// Begins something that the device does not finish before a pause, if there is such a thing.
+    fn begin(&mut self) {}
 
     /// Finishes it, and checks the result.
-    fn end(&mut self);
+    fn end(&mut self) {}
 
     /// Calls `act` with the device.
     fn device<R>(&mut self, act: impl FnOnce(&mut dyn Device) -> R) -> R;
