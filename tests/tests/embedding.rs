@@ -433,7 +433,11 @@ fn a_paused_guest_stands_still_and_goes_on_where_it_was() {
             assert!(Instant::now() < deadline, "the guest does not go on");
             thread::sleep(Duration::from_millis(1));
         }
-        assert!(exits() > before);
+        // The first output may be what the port still had from before the pause.
+        while exits() <= before {
+            assert!(Instant::now() < deadline, "the guest does not go on");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
     machine.pause().unwrap();
     // The power can be cut during a pause.
