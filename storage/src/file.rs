@@ -1,0 +1,114 @@
+//! The file that an image is kept in.
+
+use std::fmt::Debug;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+/// A file, or something like it, that an image is kept in.
+///
+/// What has been written is on stable storage once [`Self::sync`] has returned, not before. Until then, a
+/// crash of the host can keep any part of it, in any order.
+pub trait ImageFile: Debug + Send + Sync {
+    /// Reads the bytes from `offset` on. Bytes beyond the end of the file read as zeroes.
+    ///
+    /// # Errors
+    /// If the host cannot read them.
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Writes `bytes` to `offset`. The file grows if it ends before they do.
+    ///
+    /// # Errors
+    /// If the host cannot write all of them; some may have been written then.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes the bytes of `range` read as zeroes and gives their storage back to the host. The file does
+    /// not grow.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] if the host cannot do this to the file, which is unchanged then.
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Brings everything written so far to stable storage.
+    ///
+    /// # Errors
+    /// If the host has failed to write something.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Returns the size of the file in bytes.
+    ///
+    /// # Errors
+    /// If it cannot be measured.
+    fn size(&self) -> io::Result<u64>;
+
+    /// Sets the size of the file in bytes. What is added reads as zeroes.
+    ///
+    /// # Errors
+    /// If the host cannot change it.
+    fn set_size(&self, size: u64) -> io::Result<()>;
+}
+
+/// A regular file of the host.
+#[derive(Debug)]
+pub struct HostFile(File);
+
+impl HostFile {
+    /// Keeps an image in `file`.
+    pub fn new(file: File) -> HostFile {
+        HostFile(file)
+    }
+}
+
+impl ImageFile for HostFile {
+    fn read_at(&self, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.0.read_at(bytes, offset) {
+                Ok(0) => {
+                    bytes.fill(0);
+                    break;
+                }
+                Ok(count) => {
+                    bytes = &mut bytes[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        let too_large = |_| io::ErrorKind::InvalidInput;
+        let start = i64::try_from(range.start).map_err(too_large)?;
+        let length = i64::try_from(range.end - range.start).map_err(too_large)?;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(self.0.as_fd(), flags, start, length) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
+                Err(io::ErrorKind::Unsupported.into())
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.0.set_len(size)
+    }
+}

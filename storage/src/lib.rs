@@ -1,0 +1,9 @@
+//! Disk images, usable with no machine.
+//!
+//! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s.
+
+mod file;
+mod image;
+
+pub use file::{HostFile, ImageFile};
+pub use image::{BlockStatus, Content, Direction, Extent, Image};
