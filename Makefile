@@ -16,8 +16,6 @@ PREFIX ?= /usr/local
 GLIBC = $(shell getconf GNU_LIBC_VERSION | cut -d ' ' -f 2)
 PACK_RELOCATIONS = $(shell printf '%s\n' 2.36 $(GLIBC) | sort --check=quiet --version-sort && \
     echo -C link-arg=-Wl,-z,pack-relative-relocs)
-# Code of rare use is kept out of the memory of machines that do not run it.
-LAYOUT = -C link-arg=-Wl,-T,$(abspath cli/layout.ld)
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,7 +25,7 @@ help: ## Show this list
 # A static program cannot look up getrandom(), and would read /dev/urandom, which a jail may not have.
 # MAKEFLAGS is empty so that cargo does not look for make's job server.
 build: build-packages ## Build the monitor for use
-	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\" $(LAYOUT) $(strip $(PACK_RELOCATIONS))" \
+	MAKEFLAGS= RUSTFLAGS="-C target-feature=+crt-static --cfg getrandom_backend=\"linux_getrandom\" $(strip $(PACK_RELOCATIONS))" \
 	    cargo build --release --target $(TARGET) --package bantam
 
 run: run-parts ## Boot a Linux microVM: a shell at a terminal, a report otherwise
