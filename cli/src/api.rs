@@ -21,7 +21,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::args::ApiArgs;
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::log;
-use crate::main_loop::{EndedBy, attend, await_start};
+use crate::main_loop::{Awaited, EndedBy, attend, await_start};
 use crate::process_times::ProcessTimes;
 use crate::signals::Signals;
 use crate::stopping;
@@ -173,11 +173,15 @@ fn attend_instance(
     started: &EventFd,
     shutdown_timeout: Duration,
 ) -> anyhow::Result<EndedBy> {
-    if let Some(ended) = await_start(controller, signals, started.as_fd())? {
-        return Ok(ended);
-    }
-    console.input.enter_terminal()?;
-    attend(controller, signals, Some(console), shutdown_timeout, false)
+    let (console, stop) = match await_start(controller, signals, started.as_fd())? {
+        Awaited::Started => {
+            console.input.enter_terminal()?;
+            (Some(console), None)
+        }
+        Awaited::Stop(signal) => (None, Some(signal)),
+        Awaited::Ended => return Ok(EndedBy::Guest),
+    };
+    attend(controller, signals, console, shutdown_timeout, false, stop)
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {

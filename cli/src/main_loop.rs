@@ -23,13 +23,23 @@ pub enum EndedBy {
     User,
 }
 
-/// Passes on signals until the machine is started, which makes `started` readable. Returns who
-/// ended it before that, if anyone.
+/// What ends the wait for a machine that has the console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Awaited {
+    /// It has been started.
+    Started,
+    /// The machine has ended, or cannot be started any more.
+    Ended,
+    /// A signal asks for the end. A machine without the console may run.
+    Stop(Signal),
+}
+
+/// Waits until a machine that has the console is started, which makes `started` readable.
 pub fn await_start(
     controller: &Controller,
     signals: &Signals,
     started: BorrowedFd<'_>,
-) -> anyhow::Result<Option<EndedBy>> {
+) -> anyhow::Result<Awaited> {
     loop {
         let mut fds = [signals.as_fd(), controller.exit_event(), started]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -39,23 +49,20 @@ pub fn await_start(
             Err(errno) => return Err(io::Error::from(errno)).context("cannot wait for events"),
         }
         let [signal, exit, started] = fds.map(|fd| fd.any().unwrap_or(false));
+        // A signal that has come after the start is for the machine, so the caller reads it.
+        if started {
+            return Ok(Awaited::Started);
+        }
         if signal {
             match signals.next().context("cannot read signals")? {
-                Some(Request::Stop(signal)) => {
-                    stopping::ask();
-                    tracing::info!("stopping: {signal}");
-                    return Ok(Some(EndedBy::User));
-                }
+                Some(Request::Stop(signal)) => return Ok(Awaited::Stop(signal)),
                 Some(Request::Suspend) => sleep_until_continued().context("cannot suspend")?,
                 Some(Request::Continue | Request::Resize) | None => {}
             }
             continue;
         }
-        if started {
-            return Ok(None);
-        }
         if exit {
-            return Ok(Some(EndedBy::Guest));
+            return Ok(Awaited::Ended);
         }
     }
 }
@@ -63,13 +70,14 @@ pub fn await_start(
 /// Passes on input and signals until the machine has ended or its power has to be cut. If the user
 /// asks for the end, the guest is first asked to shut itself down within `timeout`; a second
 /// request, or SIGQUIT, cuts the power. `resizes` says whether the guest is told the size of the
-/// terminal.
+/// terminal, and `stop` is a signal that has already asked for the end.
 pub fn attend(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
     timeout: Duration,
     resizes: bool,
+    mut stop: Option<Signal>,
 ) -> anyhow::Result<EndedBy> {
     if resizes {
         resize(controller);
@@ -77,7 +85,11 @@ pub fn attend(
     let mut ended_by = EndedBy::Guest;
     loop {
         let exit_event = Some(controller.exit_event());
-        match turn(signals, exit_event, console.as_deref_mut(), None)? {
+        let turn = match stop.take() {
+            Some(signal) => Turn::Stop(signal),
+            None => turn(signals, exit_event, console.as_deref_mut(), None)?,
+        };
+        match turn {
             Turn::Stop(signal) => {
                 tracing::info!("stopping the machine: {signal}");
                 let at_once = ended_by == EndedBy::User || signal == Signal::SIGQUIT;

@@ -98,7 +98,7 @@ fn run_once(
     say_pseudoterminals(config, &controller);
     let timeout = config.shutdown_timeout.get();
     let resizes = config.console == SerialConfig::Stdio;
-    let ended = attend(&controller, signals, console, timeout, resizes);
+    let ended = attend(&controller, signals, console, timeout, resizes, None);
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }

@@ -109,12 +109,11 @@ impl MachineTable {
     /// parts of a kernel command line. Otherwise those of [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
         let says_serial = self.0.contains_key("serial");
+        // From text, like a machine file: a deserializer of tables would be the same code once more.
         let mut config: MachineConfig =
-            self.0
-                .try_into()
-                .map_err(|error: toml::de::Error| ConfigError::Options {
-                    message: describe(error.message()),
-                })?;
+            toml::from_str(&self.0.to_string()).map_err(|error| ConfigError::Options {
+                message: describe(error.message()),
+            })?;
         if !says_serial {
             let default = std::mem::replace(&mut config.serial, SerialConfig::None);
             if !config.uses_stdio() {
