@@ -5,7 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use bantam_devices::device_log::MachineLog;
-use bantam_devices::opener::{HostOpener, Opener};
+use bantam_devices::opener::Opener;
+use bantam_storage::HostOpener;
 
 use crate::config::DeviceName;
 

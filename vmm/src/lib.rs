@@ -58,7 +58,7 @@ pub mod workarounds;
 
 pub use bantam_devices::device_log::{BoundedLog, MachineLog};
 pub use bantam_devices::i8042::KeyboardError;
-pub use bantam_devices::opener::{FileAccess, HostOpener, Opener};
+pub use bantam_devices::opener::Opener;
 pub use bantam_devices::rate_limiter::{Limits, RateLimit};
 pub use bantam_devices::serial::SerialMetrics;
 pub use bantam_devices::virtio::owner::*;
@@ -66,6 +66,7 @@ pub use bantam_devices::{ListenError, ListeningSocket};
 pub use bantam_memory::GuestMemory;
 pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_state::{RestoreError, SaveError, Section};
+pub use bantam_storage::{FileAccess, FileOpener, HostOpener};
 pub use command::{Answer, Command, ShutDown};
 pub use console::Console;
 pub use controller::Controller;

@@ -8,10 +8,10 @@ use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
-use bantam_devices::disk::DiskFile;
 use bantam_devices::opener::Opener;
 use bantam_memory::GuestMemory;
 use bantam_state::Section;
+use bantam_storage::DiskFile;
 
 use crate::command::ShutDown;
 use crate::config::{DeviceName, MachineConfig};

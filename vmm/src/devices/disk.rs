@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::owner::DeviceHandle;
+use bantam_storage::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{

@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use bantam_storage::{DiskFile, SECTOR_SIZE};
+
 use super::limits::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_SEGMENTS};
-use crate::disk::{DiskFile, SECTOR_SIZE};
 
 /// Offsets in the configuration space (section 5.2.4).
 pub(super) mod offset {

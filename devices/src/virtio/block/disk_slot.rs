@@ -5,11 +5,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bantam_storage::DiskFile;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::Ring;
 use super::{BlockMetrics, config_space};
-use crate::disk::DiskFile;
 use crate::lock::lock;
 use crate::virtio::ConfigSpace;
 
@@ -266,10 +266,10 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
+    use bantam_storage::DiskOptions;
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
-    use crate::disk::DiskOptions;
 
     fn open_disk(folder: &Path, name: &str) -> OpenDisk {
         let path = folder.join(name);

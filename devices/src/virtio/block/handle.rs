@@ -4,10 +4,11 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bantam_storage::{DiskFile, SECTOR_SIZE};
+
 use super::disk_slot::{DiskSlot, OpenDisk};
 use super::ring::Ring;
 use super::{BlockMetrics, Engine, config};
-use crate::disk::{DiskFile, SECTOR_SIZE};
 use crate::rate_limiter::Limits;
 use crate::virtio::{DriverLink, Throttle};
 

@@ -3,11 +3,12 @@
 use std::io;
 use std::time::Instant;
 
+use bantam_storage::{Bounce, DiskFile};
+
 use super::metrics::Work;
 use super::request::{Failure, Operation, Request};
 use super::ring::Direction;
 use super::write_span::WriteSpan;
-use crate::disk::{Bounce, DiskFile};
 use crate::virtio::Chain;
 
 /// The part of a request that is still to be done.

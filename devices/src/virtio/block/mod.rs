@@ -23,6 +23,7 @@ use std::io;
 use std::sync::Arc;
 
 use bantam_state::{RestoreError, Section};
+use bantam_storage::{CacheMode, DiskFile};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -31,7 +32,6 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, DriverLink, Throttle, VirtioDevice, device_id,
 };
-use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
 use config::config_space;
 use disk_slot::{DiskSlot, OpenDisk};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bantam_memory::{GuestBuffers, GuestMemory};
+use bantam_storage::{CacheMode, DiskFile, SECTOR_SIZE};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -15,7 +16,6 @@ use vm_memory::GuestAddress;
 
 use super::{BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_RANGE_SECTORS};
 use crate::device_log::Repeat;
-use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::virtio::{Chain, DriverLink, QueueError};
 
 /// Size of `struct virtio_blk_req` before its data.

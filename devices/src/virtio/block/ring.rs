@@ -5,13 +5,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Instant;
 
 use bantam_memory::GuestBuffers;
+use bantam_storage::{Access, DiskFile, Step};
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
 
 /// Entries of the submission queue: more operations than are ever left unsubmitted.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bantam_memory::GuestMemory;
+use bantam_storage::{DiskError, DiskOptions};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
@@ -21,7 +22,6 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
-use crate::disk::{DiskError, DiskOptions};
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::{Limits, RateLimit};
 use crate::virtio::DriverLink;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam_memory::GuestMemory;
+use bantam_storage::CacheMode;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::disk_slot::{DiskLease, OpenDisk};
@@ -18,7 +19,6 @@ use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{self, Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
-use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, QueueSet, Throttle, VirtQueue};
 use crate::worker::QueueProgress;
 use waiting::Waiting;

@@ -6,9 +6,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::thread;
 
 use bantam_state::RestoreError;
+use bantam_storage::SECTOR_SIZE;
 
 use super::*;
-use crate::disk::SECTOR_SIZE;
 use crate::suspend_test::suspend_tests;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::no_io_uring_test::without_io_uring_setup;

@@ -8,8 +8,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use bantam_storage::Bounce;
+
 use super::Worker;
-use crate::disk::Bounce;
 use crate::virtio::MAX_TURN;
 use crate::virtio::block::in_flight::{InFlight, RingOperation};
 use crate::virtio::block::request::{Operation, RequestError};

@@ -4,7 +4,6 @@ mod bounce;
 mod error;
 mod format;
 mod geometry;
-mod lock;
 mod open;
 
 use std::fs::File;
@@ -24,7 +23,6 @@ use geometry::{block_device, disk_size, measure};
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
-pub use lock::{Lock, LockMode, lock_file, lock_patiently};
 pub use open::DiskOptions;
 
 /// Disks are addressed in units of this many bytes.
@@ -102,8 +100,8 @@ impl DiskFile {
     }
 
     /// Opens an image as if the storage had blocks of `block` bytes, for tests of images of whole blocks.
-    #[cfg(test)]
-    pub(crate) fn with_block(mut self, block: u64) -> DiskFile {
+    #[cfg(any(test, feature = "test-internals"))]
+    pub fn with_block(mut self, block: u64) -> DiskFile {
         if let Some(direct) = &mut self.direct {
             direct.alignment.offset = block;
         }
