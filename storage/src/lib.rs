@@ -1,8 +1,9 @@
 //! Disk images, usable with no machine.
 //!
 //! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s. A raw image, whose
-//! bytes are those of the disk, is a [`DiskFile`].
+//! bytes are those of the disk, is a [`DiskFile`]. A machine has either of them as a [`Disk`].
 
+mod disk;
 mod file;
 mod image;
 mod lock;
@@ -10,6 +11,7 @@ mod opener;
 mod patience;
 mod raw;
 
+pub use disk::{Disk, FormattedDisk};
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
 pub use lock::{Lock, LockMode, lock_file, lock_patiently};

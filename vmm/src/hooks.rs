@@ -20,6 +20,9 @@ pub enum ThreadRole {
     Devices,
     /// Serves this device.
     Device(DeviceName),
+    /// Serves the image of this disk, which is not raw: finds places for data, decompresses it, and changes the
+    /// image's tables.
+    Image(DeviceName),
 }
 
 /// A hook that is called on each thread of a machine, before the thread does anything else.

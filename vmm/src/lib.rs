@@ -37,6 +37,7 @@ mod events;
 mod exit_reason;
 mod hooks;
 pub mod host;
+mod image_thread;
 mod interval_timer;
 mod kvm;
 mod load;

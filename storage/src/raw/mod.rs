@@ -18,11 +18,12 @@ use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use bounce::{Alignment, Data, Zeroes};
-use geometry::{block_device, disk_size, measure};
+use geometry::{block_device, measure};
 
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
+pub(crate) use geometry::disk_size;
 pub use open::DiskOptions;
 
 /// Disks are addressed in units of this many bytes.
@@ -259,19 +260,7 @@ impl DiskFile {
         if !self.options.read_only {
             return;
         }
-        let length = self.length.load(Ordering::Relaxed);
-        let missing = (offset + buffers.len() as u64).saturating_sub(length);
-        if missing == 0 {
-            return;
-        }
-        let zeroes = [0; 4096];
-        let there = (buffers.len() as u64).saturating_sub(missing) as usize;
-        let mut position = there;
-        while position < buffers.len() {
-            let count = (buffers.len() - position).min(zeroes.len());
-            position += buffers.write_at(position, &zeroes[..count]);
-        }
-        buffers.truncate(there);
+        fill_from(self.length.load(Ordering::Relaxed), buffers, offset);
     }
 
     /// Fills `buffers` with the bytes from `offset` on.
@@ -444,6 +433,22 @@ impl DiskFile {
         }
         Ok(())
     }
+}
+
+/// Zeroes and drops the part of `buffers`, to be filled from `offset` on, that lies beyond `end`.
+pub(crate) fn fill_from(end: u64, buffers: &mut GuestBuffers, offset: u64) {
+    let missing = (offset + buffers.len() as u64).saturating_sub(end);
+    if missing == 0 {
+        return;
+    }
+    let zeroes = [0; 4096];
+    let there = (buffers.len() as u64).saturating_sub(missing) as usize;
+    let mut position = there;
+    while position < buffers.len() {
+        let count = (buffers.len() - position).min(zeroes.len());
+        position += buffers.write_at(position, &zeroes[..count]);
+    }
+    buffers.truncate(there);
 }
 
 /// Whether the host does not support the operation. A block device whose sectors are larger than those of the
