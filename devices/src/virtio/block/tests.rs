@@ -120,7 +120,11 @@ impl Machine {
         folder: TempDir,
         options: &BlockOptions,
     ) -> Machine {
-        let mut block = Block::new(disk, "test disk", options).unwrap();
+        let block = Block::new(disk, "test disk", options).unwrap();
+        Machine::over_block(block, image, folder)
+    }
+
+    fn over_block(mut block: Block, image: PathBuf, folder: TempDir) -> Machine {
         let image_thread = block.image_work().map(ImageThread::start);
 
         let regions = [(GuestAddress(0), MEMORY_SIZE)];

@@ -1,6 +1,8 @@
 //! A disk whose image is not raw.
 
 use std::collections::HashMap;
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::thread;
 
@@ -258,6 +260,57 @@ fn what_was_written_is_read_while_the_image_moves_it() {
             }
         }
     }
+}
+
+#[test]
+fn a_discard_waits_for_transfers_of_its_bytes_and_they_wait_for_it() {
+    let (image, folder) = image(3);
+    image.is_steady.store(true, Ordering::SeqCst);
+    let options = BlockOptions {
+        engine: Engine::IoUring,
+        ..BlockOptions::default()
+    };
+    let disk = || image.disk(CacheMode::Writeback);
+    let block = Block::new(disk(), "", &options).unwrap();
+    // What is read from the file is what the test writes to a pipe, and hangs until then.
+    let (reader, writer) = io::pipe().unwrap();
+    let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
+    let disk = Arc::new(disk().into());
+    drop(block.blueprint.slot.exchange(OpenDisk { disk, ring }));
+    let mut machine = Machine::over_block(block, PathBuf::new(), folder);
+    // Dropped before the machine, which waits for its requests.
+    let mut pipe = writer;
+    let work = |machine: &mut Machine| {
+        machine.driver.ring_doorbell();
+        while machine.manager.run_with_timeout(100).unwrap() > 0 {}
+        let used = machine.driver.take_used();
+        used.iter().map(|&(head, _)| head).collect::<Vec<u16>>()
+    };
+    let read = |machine: &mut Machine, address| {
+        // The second cluster is in the file.
+        machine.offer(VIRTIO_BLK_T_IN, 8, &[(address, 4096)])
+    };
+    let discard = |machine: &mut Machine, sector: u64| {
+        let range = [sector.to_le_bytes(), 8_u64.to_le_bytes()].concat();
+        let address = DATA + sector * 4096;
+        let memory = &machine.memory;
+        memory.write_slice(&range, GuestAddress(address)).unwrap();
+        machine.offer_readable(VIRTIO_BLK_T_DISCARD, 0, &[(address, 16)])
+    };
+
+    let first = read(&mut machine, DATA);
+    assert!(work(&mut machine).is_empty());
+    let discarded = discard(&mut machine, 8);
+    let second = read(&mut machine, DATA + 4096);
+    let elsewhere = discard(&mut machine, 40);
+    assert_eq!(work(&mut machine), [elsewhere]);
+    image.close(true);
+    pipe.write_all(&[7; 4096]).unwrap();
+    assert_eq!(work(&mut machine), [first]);
+    assert_eq!(machine.bytes(DATA, 4096), [7; 4096]);
+    image.close(false);
+    assert_eq!(work(&mut machine), [discarded, second]);
+    assert_eq!(machine.bytes(DATA + 4096, 4096), [0; 4096]);
 }
 
 #[test]

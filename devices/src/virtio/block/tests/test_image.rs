@@ -43,6 +43,8 @@ pub struct TestImage {
     pub fails: AtomicBool,
     /// Whether the next call panics.
     pub panics: AtomicBool,
+    /// Whether all that is in the file is said to be there.
+    pub is_steady: AtomicBool,
     pub flushes: AtomicUsize,
     /// Whether calls wait.
     is_closed: Mutex<bool>,
@@ -86,6 +88,7 @@ impl TestImage {
             delay: AtomicU32::new(0),
             fails: AtomicBool::new(false),
             panics: AtomicBool::new(false),
+            is_steady: AtomicBool::new(false),
             flushes: AtomicUsize::new(0),
             is_closed: Mutex::new(false),
             opened: Condvar::new(),
@@ -214,10 +217,11 @@ impl Image for TestImage {
             return Extent::Slow { len: wanted };
         };
         let mut len = wanted.min(CLUSTER as u64 - skip);
-        if clusters.random.below(4) == 0 {
+        let is_steady = self.is_steady.load(Ordering::SeqCst);
+        if !is_steady && clusters.random.below(4) == 0 {
             len = clusters.random.below(len / 512) * 512 + 512;
         }
-        let is_known = clusters.random.below(4) > 0;
+        let is_known = is_steady || clusters.random.below(4) > 0;
         match clusters.clusters[range.start as usize / CLUSTER] {
             Cluster::InFile(place) if is_known => Extent::File {
                 file: 0,
