@@ -4,6 +4,7 @@
 
 mod file;
 mod image;
+pub mod qcow2;
 
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
