@@ -9,6 +9,7 @@ mod image;
 mod lock;
 mod opener;
 mod patience;
+pub mod qcow2;
 mod raw;
 
 pub use disk::{Disk, FormattedDisk};
