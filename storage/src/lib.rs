@@ -3,6 +3,7 @@
 //! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s.
 
 mod file;
+pub mod foreign;
 mod image;
 
 pub use file::{HostFile, ImageFile};
