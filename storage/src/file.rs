@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -63,7 +63,7 @@ pub trait ImageFile: Debug + Send + Sync {
     }
 }
 
-/// A regular file of the host.
+/// A regular file or block device of the host.
 #[derive(Debug)]
 pub struct HostFile(File);
 
@@ -115,7 +115,12 @@ impl ImageFile for HostFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        let metadata = self.0.metadata()?;
+        if metadata.file_type().is_block_device() {
+            let end = lseek(&self.0, 0, Whence::SeekEnd)?;
+            return u64::try_from(end).map_err(io::Error::other);
+        }
+        Ok(metadata.len())
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {

@@ -5,6 +5,9 @@
 mod file;
 pub mod foreign;
 mod image;
+mod raw_image;
+pub mod tools;
 
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
+pub use raw_image::RawImage;
