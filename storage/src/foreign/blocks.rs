@@ -209,7 +209,12 @@ impl<L: Layout> Image for BlockImage<L> {
         let mut first: Option<Place> = None;
         let mut looked_at = 0;
         while position < range.end && looked_at < MAX_BLOCKS_OF_STATUS {
-            let (place, run) = self.place(&(position..range.end))?;
+            let (place, run) = match self.place(&(position..range.end)) {
+                Err(error) if first.is_none() => return Err(error),
+                // The next request reports it.
+                Err(_) => break,
+                Ok(found) => found,
+            };
             match first {
                 None => first = Some(place),
                 Some(first) if follows(first, len, place) => {}

@@ -231,6 +231,27 @@ pub fn create(
     }
 }
 
+/// Lists the options that an image is created with, each after a space, in the way of qemu-img.
+pub fn describe_options(format: Format, options: &Options) -> String {
+    let mut text = String::new();
+    for (key, default) in option_names(format) {
+        let value = options.get(key).or(*default);
+        if let Some(value) = value {
+            text.push_str(&format!(" {key}={value}"));
+        }
+    }
+    text
+}
+
+/// Returns the options of a format, in the order in which qemu-img tells them, and what it tells of one that is not
+/// given.
+fn option_names(format: Format) -> &'static [(&'static str, Option<&'static str>)] {
+    match format {
+        Format::Raw => &[("preallocation", None)],
+        Format::Qcow2 | Format::Foreign(_) => &[],
+    }
+}
+
 /// An image that has been created, to be written.
 pub struct Created {
     /// What writes it.

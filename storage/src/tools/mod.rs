@@ -2,6 +2,7 @@
 //!
 //! An operation that takes long gets a [`Job`], by which its caller sees how far it is and can stop it.
 
+mod check;
 mod compare;
 mod copy;
 mod formats;
@@ -17,11 +18,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 
+pub use check::check_blocks;
 pub use compare::{Difference, compare};
 pub use copy::{CopyOptions, Target, copy};
 pub use formats::{
     CreateError, Created, Format, OpenImageError, Opened, PREALLOCATIONS, Preallocation,
-    UnknownFormat, create, open, open_target, probe, resize,
+    UnknownFormat, create, describe_options, open, open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
 pub use options::{OptionError, Options};

@@ -57,6 +57,12 @@ impl Options {
         self.0.push((key.to_owned(), value.to_owned()));
     }
 
+    /// Returns the value of an option, if it is given.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        let found = self.0.iter().find(|(other, _)| other == key);
+        found.map(|(_, value)| value.as_str())
+    }
+
     /// Takes the value of an option, if it is given.
     pub fn take(&mut self, key: &str) -> Option<String> {
         let index = self.0.iter().position(|(other, _)| other == key)?;
