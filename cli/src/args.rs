@@ -10,6 +10,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
+use crate::image::ImageArgs;
 pub use machine::MachineArgs;
 use machine::{choice, heading};
 
@@ -35,6 +36,7 @@ pub enum Command {
     /// Each line of the table says what was found; if something is missing, a line below it
     /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
     Check,
+    Image(Box<ImageArgs>),
     /// Prints completions for a shell
     ///
     /// For example, for bash:

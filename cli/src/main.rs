@@ -9,6 +9,7 @@ mod exit_status;
 mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
+mod image;
 mod log;
 mod main_loop;
 mod message;
@@ -32,6 +33,7 @@ use clap::error::ErrorKind;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use args::{Args, Command, FirecrackerArgs, RunArgs};
+use image::QemuImgArgs;
 use message::say;
 
 fn main() -> ExitCode {
@@ -51,7 +53,14 @@ fn run_command() -> ExitCode {
             Err(error) => report_usage::<FirecrackerArgs>(&error, ExitCode::FAILURE),
         };
     }
-    match Args::try_parse() {
+    let arguments = image::prepare(std::env::args_os().collect());
+    if image::is_qemu_img(&name) {
+        return match QemuImgArgs::try_parse_from(arguments) {
+            Ok(args) => image::run(args.image),
+            Err(error) => report_usage::<QemuImgArgs>(&error, ExitCode::FAILURE),
+        };
+    }
+    match Args::try_parse_from(arguments) {
         Ok(args) => execute(args.command),
         Err(error) => {
             let runs = std::env::args_os().nth(1) == Some("run".into());
@@ -75,6 +84,7 @@ fn execute(command: Command) -> ExitCode {
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
+        Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
         Command::Man { folder } => status_of(generated_docs::write_man_pages(&folder)),
     }

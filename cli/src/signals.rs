@@ -78,6 +78,19 @@ impl AsFd for Signals {
     }
 }
 
+/// Blocks the signals that ask for the end of the process, and returns them. Only threads started later follow the
+/// calling thread, so it must be the only one.
+pub fn block_stop_signals() -> io::Result<SigSet> {
+    let mut signals = SigSet::empty();
+    for signal in STOP_SIGNALS {
+        if !is_ignored(signal)? {
+            signals.add(signal);
+        }
+    }
+    signals.thread_block()?;
+    Ok(signals)
+}
+
 /// Puts the process to sleep until it is told to continue.
 pub fn sleep_until_continued() -> io::Result<()> {
     Ok(kill(getpid(), Signal::SIGSTOP)?)

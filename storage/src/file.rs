@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 
 /// A file, or something like it, that an image is kept in.
 ///
@@ -51,9 +52,18 @@ pub trait ImageFile: Debug + Send + Sync {
     /// # Errors
     /// If the host cannot change it.
     fn set_size(&self, size: u64) -> io::Result<()>;
+
+    /// Returns whether the first bytes of `range` are a hole, which takes no storage and reads as zeroes,
+    /// and how many they are. A file that cannot tell has no holes.
+    ///
+    /// # Errors
+    /// If the host cannot look for holes.
+    fn next_run(&self, range: Range<u64>) -> io::Result<(bool, u64)> {
+        Ok((false, range.end - range.start))
+    }
 }
 
-/// A regular file of the host.
+/// A regular file or block device of the host.
 #[derive(Debug)]
 pub struct HostFile(File);
 
@@ -105,10 +115,35 @@ impl ImageFile for HostFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        let metadata = self.0.metadata()?;
+        if metadata.file_type().is_block_device() {
+            let end = lseek(&self.0, 0, Whence::SeekEnd)?;
+            return u64::try_from(end).map_err(io::Error::other);
+        }
+        Ok(metadata.len())
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
         self.0.set_len(size)
+    }
+
+    fn next_run(&self, range: Range<u64>) -> io::Result<(bool, u64)> {
+        let length = range.end - range.start;
+        let start = i64::try_from(range.start).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let up_to = |position: i64| {
+            let end = u64::try_from(position).unwrap_or_default().min(range.end);
+            end.saturating_sub(range.start)
+        };
+        match lseek(&self.0, start, Whence::SeekData) {
+            Ok(data) if data > start => Ok((true, up_to(data))),
+            Ok(_) => match lseek(&self.0, start, Whence::SeekHole) {
+                // Another process can make a hole here meanwhile; then the bytes can still be read.
+                Ok(hole) if hole > start => Ok((false, up_to(hole))),
+                _ => Ok((false, length)),
+            },
+            // There is no data from here to the end of the file.
+            Err(Errno::ENXIO) => Ok((true, length)),
+            Err(_) => Ok((false, length)),
+        }
     }
 }

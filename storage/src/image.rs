@@ -47,6 +47,13 @@ pub enum Content {
         /// Where they begin in it.
         offset: u64,
     },
+    /// A hole of the file numbered `file`, which begins at `offset` of it and reads as zeroes.
+    Hole {
+        /// Number of the file.
+        file: usize,
+        /// Where it begins in it.
+        offset: u64,
+    },
     /// Compressed bytes.
     Compressed,
     /// Zeroes.

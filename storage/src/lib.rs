@@ -5,12 +5,15 @@
 
 mod disk;
 mod file;
+pub mod foreign;
 mod image;
 mod lock;
 mod opener;
 mod patience;
 pub mod qcow2;
 mod raw;
+mod raw_image;
+pub mod tools;
 
 pub use disk::{Disk, FormattedDisk};
 pub use file::{HostFile, ImageFile};
@@ -21,3 +24,4 @@ pub use patience::patiently;
 pub use raw::{
     Access, Bounce, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, Step,
 };
+pub use raw_image::RawImage;

@@ -1,0 +1,50 @@
+//! `bantam image compare`.
+
+use bantam_storage::tools::{self, Difference, Job, open};
+
+use super::args::CompareArgs;
+use super::interrupt::cancel_on_signal;
+use super::output::print;
+use super::progress::Progress;
+use super::{DIFFERENT, SAME};
+
+/// Compares two disks and returns the exit status.
+pub fn compare(args: &CompareArgs) -> anyhow::Result<u8> {
+    let cancelled = cancel_on_signal()?;
+    let first = open(&args.first, args.format, false)?;
+    let second = open(&args.second, args.second_format, false)?;
+    let tell = |text: &str| match args.quiet {
+        true => Ok(()),
+        false => print(text),
+    };
+    if first.image.size() != second.image.size() {
+        if args.strict {
+            tell("Strict mode: Image size mismatch!\n")?;
+            return Ok(DIFFERENT);
+        }
+        tell("Warning: Image size mismatch!\n")?;
+    }
+    let progress = Progress::new(args.progress && !args.quiet);
+    let job = Job {
+        progress: &|share| progress.set(share),
+        cancelled,
+    };
+    let difference = tools::compare(&*first.image, &*second.image, args.strict, job)?;
+    let status = match difference {
+        None => {
+            tell("Images are identical.\n")?;
+            SAME
+        }
+        Some(Difference::Content(offset)) => {
+            tell(&format!("Content mismatch at offset {offset}!\n"))?;
+            DIFFERENT
+        }
+        Some(Difference::Allocation(offset)) => {
+            tell(&format!(
+                "Strict mode: Offset {offset} block status mismatch!\n"
+            ))?;
+            DIFFERENT
+        }
+    };
+    Ok(status)
+}

@@ -1,0 +1,47 @@
+//! `bantam image convert`.
+
+use anyhow::Context;
+use bantam_storage::tools::{Job, Opened, open};
+
+use super::args::{CacheMode, ConvertArgs};
+use super::interrupt::cancel_on_signal;
+use super::progress::Progress;
+use super::target::{Copying, Part, check_not_source, copy_to_new, copy_to_old, options};
+
+/// Copies disks to an image.
+pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+    let cancelled = cancel_on_signal()?;
+    let (target, sources) = args.files.split_last().context("there is no target")?;
+    let sources: Vec<Opened> = sources
+        .iter()
+        .map(|source| open(source, args.format, false))
+        .collect::<Result<_, _>>()?;
+    check_not_source(&sources, target)?;
+    let parts: Vec<_> = sources
+        .iter()
+        .map(|source| Part {
+            source,
+            start: 0,
+            end: source.image.size(),
+        })
+        .collect();
+    let how = Copying {
+        sparse: (args.sparse > 0).then_some(args.sparse),
+        sync: args.cache != CacheMode::Unsafe,
+    };
+    let progress = Progress::new(args.progress && !args.quiet);
+    let job = Job {
+        progress: &|share| progress.set(share),
+        cancelled,
+    };
+    let format = args.target_format;
+    let converted = match args.no_create {
+        true => copy_to_old(&parts, target, format, &how, args.target_is_zero, job),
+        false => {
+            let options = options(&args.options)?;
+            copy_to_new(&parts, target, format, options, &how, job)
+        }
+    };
+    drop(progress);
+    converted.with_context(|| format!("cannot convert to '{}'", target.display()))
+}
