@@ -210,6 +210,7 @@ fn guest(image: &Path, access: DiskAccess, arguments: &str) -> Guest {
     Guest {
         disk: Some(Disk {
             image: image.to_owned(),
+            format: "raw",
             access,
             options: "",
         }),

@@ -33,6 +33,7 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
         idle_disks: Vec::new(),
         disk: Some(Disk {
             image: disk,
+            format: "raw",
             access: DiskAccess::Default,
             options: "",
         }),

@@ -97,6 +97,7 @@ fn guest(image: &Path, case: &Case, options: &'static str) -> Guest {
     Guest {
         disk: Some(Disk {
             image: image.to_owned(),
+            format: "raw",
             access: case.access,
             options,
         }),

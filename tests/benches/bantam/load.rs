@@ -91,6 +91,7 @@ pub fn run(monitors: &Monitors, monitor: Monitor, guest: &Guest) -> Load {
 /// QEMU's I/O thread, and the kernel's threads for their io_uring.
 fn serves_devices(name: &str) -> bool {
     name.starts_with("bantam-devices")
+        || name.starts_with("bantam-disk")
         || name.starts_with("bantam-io")
         || name.starts_with("bantam-net")
         || name.starts_with("IO ")

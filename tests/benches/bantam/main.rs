@@ -8,6 +8,7 @@ mod block;
 mod boot;
 mod disks;
 mod host_io;
+mod images;
 mod load;
 mod many;
 mod memory;
@@ -28,7 +29,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 8] = [
+const PARTS: [Part; 9] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -37,6 +38,7 @@ const PARTS: [Part; 8] = [
     ("block", block::measure),
     ("net", net::measure),
     ("disks", disks::measure),
+    ("images", images::measure),
 ];
 
 fn main() {

@@ -54,8 +54,10 @@ pub struct Guest {
 /// A virtio-blk disk.
 #[derive(Debug, Clone)]
 pub struct Disk {
-    /// Raw image.
+    /// The image.
     pub image: PathBuf,
+    /// Its format.
+    pub format: &'static str,
     /// How a monitor reads and writes it.
     pub access: DiskAccess,
     /// Further options, for Bantam alone.
@@ -166,6 +168,7 @@ impl Monitors {
             if disk.access == DiskAccess::Direct {
                 value.push(",cache=none");
             }
+            value.push(format!(",format={}", disk.format));
             value.push(disk.options);
             command.arg("--disk").arg(value);
         }
@@ -208,7 +211,8 @@ impl Monitors {
         command.args(["-global", "virtio-mmio.force-legacy=false"]);
         if let Some(disk) = &guest.disk {
             let path = disk.image.to_str().expect("the benchmarks chose the name");
-            let drive = format!("id=disk,file={path},format=raw,if=none");
+            let format = disk.format;
+            let drive = format!("id=disk,file={path},format={format},if=none");
             let (drive, device) = match disk.access {
                 DiskAccess::Default => (drive, "virtio-blk-device,drive=disk"),
                 DiskAccess::Cached | DiskAccess::Direct => {
