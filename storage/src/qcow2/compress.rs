@@ -97,11 +97,15 @@ impl Qcow2 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let slice_bytes = self.tables.slice_clusters() << self.geometry.cluster_bits;
-        let piece = PIECE.max(cluster_size).min(slice_bytes);
-        let mut offset = offset;
-        for piece in bytes.chunks(piece as usize) {
+        let most = PIECE.max(cluster_size).min(slice_bytes);
+        let (mut bytes, mut offset) = (bytes, offset);
+        while !bytes.is_empty() {
+            // A piece has its entries in one slice.
+            let len = (bytes.len() as u64).min(most - offset % most);
+            let (piece, rest) = bytes.split_at(len as usize);
             self.note(self.write_compressed_piece(piece, offset))?;
-            offset += piece.len() as u64;
+            bytes = rest;
+            offset += len;
         }
         Ok(())
     }

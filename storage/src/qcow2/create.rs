@@ -183,7 +183,9 @@ impl Qcow2 {
         }
         let layout = Layout::new(header.geometry(), options)?;
         header.l1_size = layout.l1_entries;
-        header.l1_offset = layout.l1.start << cluster_bits;
+        if layout.l1_entries > 0 {
+            header.l1_offset = layout.l1.start << cluster_bits;
+        }
         header.refcount_table_offset = layout.table.start << cluster_bits;
         header.refcount_table_clusters = (layout.table.end - layout.table.start) as u32;
         let bytes = header.to_bytes()?;
@@ -192,20 +194,25 @@ impl Qcow2 {
             .map_err(Error::io("write a new image"))?;
 
         // The header is the last, so there is no image before it is whole.
-        let finish = || {
+        let finish = |bytes: &[u8]| {
             file.sync()?;
-            file.write_at(&bytes, 0)?;
+            file.write_at(bytes, 0)?;
             file.sync()
         };
         if options.preallocation == Preallocation::Off {
-            return finish().map_err(Error::io("write a new image"));
+            return finish(&bytes).map_err(Error::io("write a new image"));
         }
         let unsynced: Arc<dyn ImageFile> = Arc::new(Unsynced(Arc::clone(&file)));
-        let image = Qcow2::assemble(unsynced, header, Options::default())?;
+        let image = Qcow2::assemble(unsynced, header.clone(), Options::default())?;
         let result = image.preallocate(options.preallocation);
+        // It may have moved to become larger.
+        let table = lock(&image.allocator).refcounts.table_clusters();
+        header.refcount_table_offset = table.start << cluster_bits;
+        header.refcount_table_clusters = (table.end - table.start) as u32;
+        let bytes = header.to_bytes()?;
         drop(image);
         result
-            .and_then(|()| finish())
+            .and_then(|()| finish(&bytes))
             .map_err(Error::io("preallocate a new image"))
     }
 
@@ -266,7 +273,7 @@ impl Layout {
         let table = (entries * 8)
             .min(MAX_REFCOUNT_TABLE_BYTES)
             .div_ceil(cluster_size);
-        let l1 = (l1_entries * 8).div_ceil(cluster_size).max(1);
+        let l1 = (l1_entries * 8).div_ceil(cluster_size);
         let mut blocks = 1;
         while blocks * per_block < 1 + l1 + table + blocks {
             blocks += 1;

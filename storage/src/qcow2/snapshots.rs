@@ -250,7 +250,7 @@ impl Qcow2 {
             clusters.push(cluster..cluster + 1);
             lock(&self.allocator).release(clusters)?;
         }
-        let end = l1_offset + (u64::from(l1_size) * 8).max(1);
+        let end = l1_offset + u64::from(l1_size) * 8;
         lock(&self.allocator).release(vec![self.geometry.clusters(l1_offset..end)])
     }
 
@@ -259,11 +259,7 @@ impl Qcow2 {
         let header = self.header();
         let (_, old_len) = snapshot_table::read(&*self.file, &header)?;
         let bytes = snapshot_table::to_bytes(snapshots)?;
-        let offset = if bytes.is_empty() {
-            0
-        } else {
-            self.write_contiguous(&bytes)?
-        };
+        let offset = self.write_contiguous(&bytes)?;
         self.gate.sync()?;
         let count = snapshots.len() as u32;
         self.write_header(Field::Snapshots { count, offset }, |header| {
@@ -275,11 +271,12 @@ impl Qcow2 {
         lock(&self.allocator).release(vec![self.geometry.clusters(old)])
     }
 
-    /// Writes bytes to new clusters that follow each other, and returns where.
+    /// Writes bytes to new clusters that follow each other, and returns where. No bytes need no place.
     fn write_contiguous(&self, bytes: &[u8]) -> io::Result<u64> {
-        let clusters = (bytes.len() as u64)
-            .div_ceil(self.geometry.cluster_size())
-            .max(1);
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let clusters = (bytes.len() as u64).div_ceil(self.geometry.cluster_size());
         let taken = lock(&self.allocator).take_contiguous(clusters)?;
         let offset = taken.start << self.geometry.cluster_bits;
         self.file.write_at(bytes, offset)?;

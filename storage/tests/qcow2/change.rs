@@ -109,6 +109,7 @@ fn qemu_takes_images_that_are_made_here() {
             let image = folder.open("image", Options::default());
             image.write_at(&[9; 70000], 4 << 20).unwrap();
             if options.preallocation != Preallocation::Off {
+                image.read_at(&mut [0], 100).unwrap();
                 let extent = image.map(100..200, Direction::Write);
                 assert!(matches!(
                     extent,
@@ -646,11 +647,15 @@ fn chains_are_opened_by_the_names_and_formats_in_the_images() {
     assert!(bytes[..1 << 20].iter().all(|&byte| byte == 4));
     assert!(bytes[1 << 20..].iter().all(|&byte| byte == 0));
     image.write_at(&[5; 100], 1000).unwrap();
-    assert_eq!(
-        image.map(100..200, Direction::Read),
-        Extent::Slow { len: 100 },
-        "tables are read when they are needed"
-    );
+    let extent = image.map(100..200, Direction::Read);
+    assert!(matches!(
+        extent,
+        Extent::File {
+            file: 0,
+            len: 100,
+            ..
+        }
+    ));
     image.read_at(&mut [0; 100], 1 << 18).unwrap();
     let place = Extent::File {
         file: 2,
