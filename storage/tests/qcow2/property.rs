@@ -75,6 +75,16 @@ enum Operation {
         offset: u64,
         len: u64,
     },
+    /// Whole clusters are written in compressed form.
+    Compressed {
+        offset: u64,
+        len: u64,
+        byte: u8,
+    },
+    CreateSnapshot,
+    /// The snapshots have a state each, of which one is chosen.
+    ApplySnapshot(usize),
+    DeleteSnapshot(usize),
     Flush,
     Reopen,
     /// QEMU writes, and discards.
@@ -108,6 +118,11 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|((offset, len), unmap)| Operation::Zeroes { offset, len, unmap }),
         3 => range().prop_map(|(offset, len)| Operation::Discard { offset, len }),
         4 => range().prop_map(|(offset, len)| Operation::Read { offset, len }),
+        1 => (range(), 1u8..)
+            .prop_map(|((offset, len), byte)| Operation::Compressed { offset, len, byte }),
+        1 => Just(Operation::CreateSnapshot),
+        1 => any::<usize>().prop_map(Operation::ApplySnapshot),
+        1 => any::<usize>().prop_map(Operation::DeleteSnapshot),
         2 => Just(Operation::Flush),
         1 => Just(Operation::Reopen),
         1 => (range(), 1u8..)
@@ -121,6 +136,8 @@ struct Subject {
     image: Option<Qcow2>,
     file: Arc<dyn ImageFile>,
     model: Vec<u8>,
+    /// What the disk held when each snapshot was made, by its identifier.
+    snapshots: Vec<(String, Vec<u8>)>,
 }
 
 impl Subject {
@@ -149,6 +166,7 @@ impl Subject {
             image: None,
             file,
             model,
+            snapshots: Vec::new(),
         };
         subject.open();
         subject
@@ -210,6 +228,31 @@ impl Subject {
                 image.read_at(&mut bytes, offset).unwrap();
                 assert!(bytes == self.model[part(offset, len)]);
             }
+            Operation::Compressed { offset, len, byte } => {
+                let cluster = image.header().cluster_size();
+                let start = offset / cluster * cluster;
+                let end = ((offset + len).div_ceil(cluster) * cluster).min(SIZE);
+                let bytes = vec![byte; (end - start) as usize];
+                image.write_compressed(&bytes, start).unwrap();
+                self.model[part(start, end - start)].fill(byte);
+            }
+            Operation::CreateSnapshot => match image.create_snapshot("s") {
+                Ok(id) => self.snapshots.push((id, self.model.clone())),
+                // Some refcounts are too narrow for another one.
+                Err(_) => assert!(image.header().refcount_bits() <= 4),
+            },
+            Operation::ApplySnapshot(choice) if !self.snapshots.is_empty() => {
+                let (id, state) = &self.snapshots[choice % self.snapshots.len()];
+                match image.apply_snapshot(id) {
+                    Ok(()) => self.model.clone_from(state),
+                    Err(_) => assert!(image.header().refcount_bits() <= 4),
+                }
+            }
+            Operation::DeleteSnapshot(choice) if !self.snapshots.is_empty() => {
+                let (id, _) = self.snapshots.remove(choice % self.snapshots.len());
+                image.delete_snapshot(&id).unwrap();
+            }
+            Operation::ApplySnapshot(_) | Operation::DeleteSnapshot(_) => {}
             Operation::Flush => image.flush().unwrap(),
             Operation::Reopen => {
                 self.compare();
