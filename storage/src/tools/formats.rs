@@ -248,9 +248,12 @@ pub fn create(
 pub fn describe_options(format: Format, options: &Options) -> String {
     let mut text = String::new();
     for (key, default) in option_names(format) {
-        let value = options.get(key).or(*default);
-        if let Some(value) = value {
-            text.push_str(&format!(" {key}={value}"));
+        let Some(value) = options.get(key).or(*default) else {
+            continue;
+        };
+        match crate::parse_size(value) {
+            Ok(size) if key.ends_with("_size") => text.push_str(&format!(" {key}={size}")),
+            _ => text.push_str(&format!(" {key}={value}")),
         }
     }
     text

@@ -13,7 +13,7 @@ use flate2::write::ZlibEncoder;
 use super::SECTOR;
 use super::sparse::{DEFLATE, DIRECTORY_AT_END, HAS_LINE_ENDS, HAS_MARKERS, IS_COMPRESSED};
 use super::writer::{
-    Adapter, DESCRIPTOR_SECTORS, GRAIN, GRAINS_OF_TABLE, Header, MAX_FILE, descriptor,
+    Adapter, DESCRIPTOR_SECTORS, GRAIN, GRAINS_OF_TABLE, Header, check_size, descriptor,
 };
 use crate::foreign::allocator::put;
 use crate::{ImageFile, Target};
@@ -52,9 +52,7 @@ impl VmdkStreamWriter {
         adapter: Adapter,
         name: &str,
     ) -> io::Result<VmdkStreamWriter> {
-        if size >= MAX_FILE {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
+        check_size(size)?;
         let text = descriptor("streamOptimized", size, adapter, name)?;
         file.write_at(text.as_bytes(), SECTOR)?;
         let tables = size.div_ceil(GRAIN).div_ceil(GRAINS_OF_TABLE);

@@ -17,7 +17,7 @@ const TABLE_SECTORS: u64 = GRAINS_OF_TABLE * 4 / SECTOR;
 /// The descriptor follows the header and has room to be edited.
 pub const DESCRIPTOR_SECTORS: u64 = 20;
 /// Sectors are counted with 32 bits.
-pub const MAX_FILE: u64 = (1 << 32) * SECTOR;
+const MAX_FILE: u64 = (1 << 32) * SECTOR;
 
 /// The controller that a descriptor names for its disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,9 +71,7 @@ impl VmdkWriter {
         adapter: Adapter,
         name: String,
     ) -> io::Result<VmdkWriter> {
-        if size >= MAX_FILE {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
+        check_size(size)?;
         let layout = Layout::of(size);
         let arrangement = Arrangement {
             block: GRAIN,
@@ -87,6 +85,18 @@ impl VmdkWriter {
             adapter,
             name,
         })
+    }
+}
+
+/// Refuses a disk that an extent cannot hold: a size of 0 stands for a size that another file says.
+pub fn check_size(size: u64) -> io::Result<()> {
+    match size {
+        0 => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a VMDK disk cannot be empty",
+        )),
+        size if size < MAX_FILE => Ok(()),
+        _ => Err(io::ErrorKind::FileTooLarge.into()),
     }
 }
 
