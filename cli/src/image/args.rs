@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use bantam_storage::tools::{Format, PREALLOCATIONS, Preallocation};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::size::{SizeChange, parse_size};
+use super::size::SizeChange;
+use bantam_storage::parse_size;
 
 /// Creates, converts and examines disk images
 ///

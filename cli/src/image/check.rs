@@ -34,7 +34,7 @@ fn is_none(count: &u64) -> bool {
 pub fn check(args: &CheckArgs) -> anyhow::Result<u8> {
     let cancelled = cancel_on_signal()?;
     let opened = open(&args.file, args.format, false)?;
-    let Some(block) = opened.cluster_size.filter(|_| opened.format != Format::Raw) else {
+    if opened.format == Format::Raw {
         if !args.quiet {
             let name = args.file.display();
             say(format_args!(
@@ -43,13 +43,13 @@ pub fn check(args: &CheckArgs) -> anyhow::Result<u8> {
             ));
         }
         return Ok(NO_CHECKS);
-    };
+    }
     let progress = Progress::new(false);
     let job = bantam_storage::tools::Job {
         progress: &|share| progress.set(share),
         cancelled,
     };
-    let corruptions = check_blocks(&*opened.image, block, job)
+    let corruptions = check_blocks(&*opened.image, opened.cluster_size, job)
         .with_context(|| format!("cannot check '{}'", args.file.display()))?;
     match args.output {
         Output::Json => print_json(&Checked {

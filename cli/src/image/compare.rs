@@ -17,12 +17,10 @@ pub fn compare(args: &CompareArgs) -> anyhow::Result<u8> {
         true => Ok(()),
         false => print(text),
     };
-    if first.image.size() != second.image.size() {
-        if args.strict {
-            tell("Strict mode: Image size mismatch!\n")?;
-            return Ok(DIFFERENT);
-        }
-        tell("Warning: Image size mismatch!\n")?;
+    let (size, other_size) = (first.image.size(), second.image.size());
+    if args.strict && size != other_size {
+        tell("Strict mode: Image size mismatch!\n")?;
+        return Ok(DIFFERENT);
     }
     let progress = Progress::new(args.progress && !args.quiet);
     let job = Job {
@@ -30,6 +28,13 @@ pub fn compare(args: &CompareArgs) -> anyhow::Result<u8> {
         cancelled,
     };
     let difference = tools::compare(&*first.image, &*second.image, args.strict, job)?;
+    let common = size.min(other_size);
+    let is_in_common = |difference| match difference {
+        Difference::Content(offset) | Difference::Allocation(offset) => offset < common,
+    };
+    if size != other_size && !difference.is_some_and(is_in_common) {
+        tell("Warning: Image size mismatch!\n")?;
+    }
     let status = match difference {
         None => {
             tell("Images are identical.\n")?;

@@ -5,8 +5,8 @@ use bantam_storage::tools;
 
 use super::args::CreateArgs;
 use super::output::print;
-use super::size::parse_size;
 use super::target::options;
+use bantam_storage::parse_size;
 
 /// Creates an image.
 pub fn create(args: CreateArgs) -> anyhow::Result<()> {
@@ -18,17 +18,18 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     };
     let name = args.file.display();
     let size = size.with_context(|| format!("cannot create '{name}': give it a size"))?;
-    if !args.quiet {
-        let chosen = tools::describe_options(args.format, &options);
-        print(&format!(
-            "Formatting '{name}', fmt={} size={size}{chosen}\n",
-            args.format
-        ))?;
-    }
+    let chosen = tools::describe_options(args.format, &options);
     let created = tools::create(&args.file, args.format, size, options)?;
     let finished = created.target.finish(true);
     if finished.is_err() {
         created.remove();
     }
-    finished.with_context(|| format!("cannot create '{}'", args.file.display()))
+    finished.with_context(|| format!("cannot create '{name}'"))?;
+    match args.quiet {
+        true => Ok(()),
+        false => print(&format!(
+            "Formatting '{name}', fmt={} size={size}{chosen}\n",
+            args.format
+        )),
+    }
 }

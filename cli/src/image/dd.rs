@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use bantam_storage::tools::{Job, Options, open};
+use bantam_storage::Options;
+use bantam_storage::tools::{Job, open};
 
 use super::args::DdArgs;
 use super::interrupt::cancel_on_signal;
-use super::size::parse_size;
 use super::target::{Copying, Part, check_not_source, copy_to_new};
+use bantam_storage::parse_size;
 
 /// What the operands say.
 #[derive(Debug, PartialEq, Eq)]

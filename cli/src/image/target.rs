@@ -5,9 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bantam_storage::tools::{
-    CopyOptions, Created, Format, Job, Opened, OptionError, Options, Target, ToolError, copy,
-    create, open_target,
+    CopyOptions, Created, Format, Job, Opened, ToolError, copy, create, open_target,
 };
+use bantam_storage::{OptionError, Options, Target};
 
 /// Reads the options of a format.
 pub fn options(texts: &[String]) -> Result<Options, OptionError> {

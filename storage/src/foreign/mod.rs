@@ -1,4 +1,4 @@
-//! Images of other virtual machine monitors, which are only read.
+//! Images of other virtual machine monitors: they are read, and written once when they are created.
 //!
 //! VMDK, VHD, VHDX and VDI keep a disk in blocks, and tables that say where each block is. A format has a
 //! folder, with what its files look like; [`BlockImage`] makes an [`Image`] of that.
@@ -6,9 +6,11 @@
 //! An image can come from anyone: each number in it is checked before it is used, no memory is taken by a
 //! size that it claims, and it names no files except those in its own folder.
 
+mod allocator;
 mod blocks;
 mod bytes;
 mod crc32c;
+mod create;
 mod error;
 mod tables;
 mod vdi;
@@ -23,11 +25,22 @@ use std::io;
 use std::sync::Arc;
 
 use crate::{Image, ImageFile};
+pub use create::ForeignOptions;
 pub use error::OpenError;
-pub use vmdk::{VmdkDetails, VmdkExtent};
+pub use vmdk::{Adapter, VmdkDetails, VmdkExtent};
 
 /// No format here has larger disks, and offsets below it can be added without an overflow.
 const MAX_DISK_SIZE: u64 = 1 << 60;
+
+/// Returns a random identifier, as RFC 9562 makes it (version 4).
+fn random_id() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(io::Error::other)?;
+    // Numbers are little-endian here: the version is in the eighth byte.
+    id[7] = id[7] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    Ok(id)
+}
 
 /// Opens a file in the folder of an image by its name.
 pub type OpenSibling<'a> = dyn FnMut(&str) -> io::Result<Arc<dyn ImageFile>> + 'a;

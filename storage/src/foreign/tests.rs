@@ -274,6 +274,112 @@ fn an_image_that_is_cut_short_is_an_error_and_not_zeroes() {
     }
 }
 
+/// Everything that can be created.
+const CREATED: [(ForeignFormat, &str, &str); 11] = [
+    (ForeignFormat::Vmdk, "vmdk", ""),
+    (ForeignFormat::Vmdk, "vmdk", "adapter_type=lsilogic"),
+    (ForeignFormat::Vmdk, "vmdk", "subformat=streamOptimized"),
+    (ForeignFormat::Vhd, "vpc", ""),
+    (ForeignFormat::Vhd, "vpc", "force_size=on"),
+    (ForeignFormat::Vhd, "vpc", "subformat=fixed,force_size=on"),
+    (ForeignFormat::Vhdx, "vhdx", ""),
+    (ForeignFormat::Vhdx, "vhdx", "block_size=1M"),
+    (ForeignFormat::Vhdx, "vhdx", "subformat=fixed,block_size=2M"),
+    (ForeignFormat::Vdi, "vdi", ""),
+    (ForeignFormat::Vdi, "vdi", "static=on"),
+];
+
+/// Creates an image of `size` bytes with `parts` of data, which begin at these offsets.
+fn create(path: &Path, format: ForeignFormat, options: &str, size: u64, parts: &[(u64, &[u8])]) {
+    let mut given = crate::Options::default();
+    given.add(options).unwrap();
+    let options = ForeignOptions::parse(format, given).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path);
+    let file = Arc::new(HostFile::new(file.unwrap()));
+    let target = options.create(file, size, "image").unwrap();
+    for (offset, part) in parts {
+        assert!(offset.is_multiple_of(target.unit()));
+        target.write(part, *offset).unwrap();
+    }
+    target.finish(true).unwrap();
+}
+
+#[test]
+fn qemu_reads_what_is_created() {
+    for (seed, size) in [(1, 5 << 20), (2, (37 << 20) + 512 * 3), (3, 512 * 129)] {
+        let disk = sparse_disk(size, seed);
+        let chunks = (0..).step_by(64 << 10).zip(disk.chunks(64 << 10));
+        let parts: Vec<_> = chunks
+            .filter(|(_, chunk)| chunk.iter().any(|&byte| byte != 0))
+            .collect();
+        for (format, name, options) in CREATED {
+            let folder = tempfile::tempdir().unwrap();
+            let (raw, image) = (folder.path().join("raw"), folder.path().join("image"));
+            fs::write(&raw, &disk).unwrap();
+            create(&image, format, options, size as u64, &parts);
+            let (raw, image_name) = (raw.to_str().unwrap(), image.to_str().unwrap());
+            qemu_img(&["compare", "-f", "raw", "-F", name, raw, image_name]);
+            if name != "vpc" {
+                qemu_img(&["check", "-f", name, image_name]);
+            }
+            let foreign = open(format, &image).unwrap();
+            let mut disk = disk.clone();
+            disk.resize(foreign.image.size() as usize, 0);
+            assert_is(&*foreign.image, &disk);
+            // Without force_size, a VHD has the size that its geometry gives.
+            if name == "vpc" && options.is_empty() {
+                let other = image_of(&disk[..size], name, "subformat=dynamic", folder.path());
+                let other = open(format, &other).unwrap();
+                assert_eq!(foreign.image.size(), other.image.size());
+            } else {
+                assert_eq!(foreign.image.size(), size as u64, "{options}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_disk_and_a_large_one_are_created() {
+    let data = [0x41; 64 << 10];
+    for (format, name, options) in CREATED {
+        let is_full = options.contains("fixed") || options.contains("static");
+        for size in [0_u64, 512, 9 << 30] {
+            if ["vpc", "vmdk"].contains(&name) && size == 0 || is_full && size > 512 {
+                continue;
+            }
+            let folder = tempfile::tempdir().unwrap();
+            let image = folder.path().join("image");
+            // Beyond the first entry of a VHDX bitmap and the first 4 GiB.
+            let last = (size / (64 << 10)).saturating_sub(1) * (64 << 10);
+            let parts: &[(u64, &[u8])] = if size > 512 { &[(last, &data)] } else { &[] };
+            create(&image, format, options, size, parts);
+            let foreign = open(format, &image).unwrap();
+            assert!(foreign.image.size() >= size);
+            if size > 512 {
+                let read = format!("read -P 65 {last} 64k");
+                let zeroes = format!("read -P 0 {} 64k", last - (64 << 10));
+                let output = Command::new("qemu-io")
+                    .args(["-r", "-f", name, "-c", &read, "-c", &zeroes])
+                    .arg(&image)
+                    .output()
+                    .unwrap();
+                let text = String::from_utf8_lossy(&output.stdout);
+                assert!(
+                    output.status.success() && !text.contains("failed"),
+                    "{text}"
+                );
+                assert!(fs::metadata(&image).unwrap().len() < 64 << 20);
+            }
+            qemu_img(&["info", "-f", name, image.to_str().unwrap()]);
+        }
+    }
+}
+
 /// Format, options and bytes of an image.
 type SmallImage = (ForeignFormat, &'static str, Arc<[u8]>);
 

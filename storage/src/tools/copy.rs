@@ -3,45 +3,16 @@
 use std::io;
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use super::zeroes::runs;
 use super::{Job, ToolError};
-use crate::{Content, Image};
+use crate::{Content, Image, Target};
 
 /// The bytes that are copied at a time: enough that system calls do not count, and few enough that they are
 /// still in the processor's cache when they are written.
 const CHUNK: u64 = 512 << 10;
-
-/// What a disk is copied to.
-pub trait Target: Send + Sync {
-    /// Returns the size of the units in which data come: whole ones, except at the end of the disk. It is a
-    /// power of two.
-    fn unit(&self) -> u64;
-
-    /// Whether data have to come in ascending order.
-    fn is_sequential(&self) -> bool;
-
-    /// Writes `bytes` to `offset` of the disk.
-    ///
-    /// # Errors
-    /// If the host cannot write them.
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
-
-    /// Makes `range` read as zeroes.
-    ///
-    /// # Errors
-    /// If the host cannot do it.
-    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()>;
-
-    /// Writes what is left to write when the whole disk has been copied; with `sync`, brings all of it to
-    /// stable storage.
-    ///
-    /// # Errors
-    /// If the host cannot do it.
-    fn finish(&self, sync: bool) -> io::Result<()>;
-}
 
 /// How a disk is copied.
 #[derive(Debug, Clone, Copy)]
@@ -282,33 +253,5 @@ fn cannot_read(offset: u64, error: io::Error) -> ToolError {
         image: "the source",
         offset,
         error,
-    }
-}
-
-/// An image that is written at any place.
-pub struct ImageTarget(pub Arc<dyn Image>);
-
-impl Target for ImageTarget {
-    fn unit(&self) -> u64 {
-        512
-    }
-
-    fn is_sequential(&self) -> bool {
-        false
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_at(bytes, offset)
-    }
-
-    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
-        self.0.write_zeroes(range, true)
-    }
-
-    fn finish(&self, sync: bool) -> io::Result<()> {
-        match sync {
-            true => self.0.flush(),
-            false => Ok(()),
-        }
     }
 }

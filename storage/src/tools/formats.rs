@@ -12,10 +12,8 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 use thiserror::Error;
 
-use super::copy::{ImageTarget, Target};
-use super::options::{OptionError, Options};
-use crate::foreign::{ForeignFormat, OpenError, VmdkDetails};
-use crate::{HostFile, Image, ImageFile, RawImage};
+use crate::foreign::{ForeignFormat, ForeignOptions, OpenError, VmdkDetails};
+use crate::{HostFile, Image, ImageFile, ImageTarget, OptionError, Options, RawImage, Target};
 
 const SECTOR: u64 = 512;
 const PROBED: usize = 4096;
@@ -224,9 +222,24 @@ pub fn create(
                 file: is_new.then(|| path.to_owned()),
             })
         }
-        Format::Qcow2 | Format::Foreign(_) => Err(failed(io::Error::new(
+        Format::Foreign(foreign) => {
+            let options = ForeignOptions::parse(foreign, options).map_err(wrong)?;
+            let (file, is_new) = create_file(path, 0).map_err(failed)?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let file = Arc::new(HostFile::new(file));
+            let target = options.create(file, size, &name).map_err(|error| {
+                remove_created(path, is_new);
+                failed(error)
+            })?;
+            Ok(Created {
+                target,
+                reads_as_zeroes: true,
+                file: is_new.then(|| path.to_owned()),
+            })
+        }
+        Format::Qcow2 => Err(failed(io::Error::new(
             io::ErrorKind::Unsupported,
-            format!("images of the format {format} cannot be created"),
+            "qcow2 images are not supported",
         ))),
     }
 }
@@ -235,9 +248,12 @@ pub fn create(
 pub fn describe_options(format: Format, options: &Options) -> String {
     let mut text = String::new();
     for (key, default) in option_names(format) {
-        let value = options.get(key).or(*default);
-        if let Some(value) = value {
-            text.push_str(&format!(" {key}={value}"));
+        let Some(value) = options.get(key).or(*default) else {
+            continue;
+        };
+        match crate::parse_size(value) {
+            Ok(size) if key.ends_with("_size") => text.push_str(&format!(" {key}={size}")),
+            _ => text.push_str(&format!(" {key}={value}")),
         }
     }
     text
@@ -248,7 +264,20 @@ pub fn describe_options(format: Format, options: &Options) -> String {
 fn option_names(format: Format) -> &'static [(&'static str, Option<&'static str>)] {
     match format {
         Format::Raw => &[("preallocation", None)],
-        Format::Qcow2 | Format::Foreign(_) => &[],
+        Format::Foreign(ForeignFormat::Vmdk) => &[
+            ("adapter_type", None),
+            ("compat6", Some("off")),
+            ("hwversion", Some("undefined")),
+            ("subformat", None),
+        ],
+        Format::Foreign(ForeignFormat::Vhd) => &[("subformat", None), ("force_size", None)],
+        Format::Foreign(ForeignFormat::Vhdx) => &[
+            ("log_size", Some("1048576")),
+            ("block_size", Some("0")),
+            ("subformat", None),
+        ],
+        Format::Foreign(ForeignFormat::Vdi) => &[("static", Some("off"))],
+        Format::Qcow2 => &[],
     }
 }
 

@@ -7,7 +7,6 @@ mod compare;
 mod copy;
 mod formats;
 mod map;
-mod options;
 mod zeroes;
 
 #[cfg(test)]
@@ -20,13 +19,12 @@ use thiserror::Error;
 
 pub use check::check_blocks;
 pub use compare::{Difference, compare};
-pub use copy::{CopyOptions, Target, copy};
+pub use copy::{CopyOptions, copy};
 pub use formats::{
     CreateError, Created, Format, OpenImageError, Opened, PREALLOCATIONS, Preallocation,
     UnknownFormat, create, describe_options, open, open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
-pub use options::{OptionError, Options};
 
 /// How an operation tells its caller how far it is, and learns that it has to stop.
 #[derive(Clone, Copy)]

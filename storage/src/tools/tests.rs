@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::*;
-use crate::{BlockStatus, Content, Direction, Extent, Image};
+use crate::{BlockStatus, Content, Direction, Extent, Image, Options, Target};
 
 /// Numbers that are the same in each run.
 struct Random(u64);

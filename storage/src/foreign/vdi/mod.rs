@@ -4,6 +4,8 @@
 //! bytes, a map with a number of 32 bits for each block of the disk, and the blocks. The number says which
 //! of the blocks in the file it is. Numbers are little-endian.
 
+mod writer;
+
 use std::io;
 use std::sync::Arc;
 
@@ -12,6 +14,7 @@ use super::bytes::Header;
 use super::tables::Tables;
 use super::{Foreign, MAX_DISK_SIZE, OpenError};
 use crate::ImageFile;
+pub use writer::VdiWriter;
 
 /// The bytes at offset 64 of a file by which it is a VDI image.
 const SIGNATURE: u32 = 0xbeda_107f;

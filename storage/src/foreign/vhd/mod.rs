@@ -6,6 +6,8 @@
 //! of 32 bits with the sector where the block begins, with a bitmap in front of its data. Numbers are
 //! big-endian.
 
+mod writer;
+
 use std::io;
 use std::sync::Arc;
 
@@ -14,6 +16,7 @@ use super::bytes::Header;
 use super::tables::Tables;
 use super::{Foreign, OpenError};
 use crate::ImageFile;
+pub use writer::VhdWriter;
 
 const COOKIE: &[u8; 8] = b"conectix";
 const HEADER_COOKIE: &[u8; 8] = b"cxsparse";
@@ -200,7 +203,7 @@ impl Layout for Vhd {
         let len = dynamic.block_size - within;
         let entry = u32::from_be_bytes(dynamic.tables.entry(dynamic.table + number * 4)?);
         if entry == UNALLOCATED {
-            return Ok((Place::Unallocated, len));
+            return Ok((Place::Zeroes, len));
         }
         // A sector without its bit set in the bitmap was never written, and is zeroes in the block too.
         let place = Place::File {

@@ -7,6 +7,7 @@
 //! through a log. Numbers are little-endian.
 
 mod structures;
+mod writer;
 
 use std::io;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use super::tables::Tables;
 use super::{Foreign, OpenError};
 use crate::ImageFile;
 use structures::{BAT_REGION, METADATA_REGION, MIB, Metadata};
+pub use writer::VhdxWriter;
 
 const IDENTIFIER: &[u8; 8] = b"vhdxfile";
 

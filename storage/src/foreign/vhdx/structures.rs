@@ -7,12 +7,12 @@ use super::super::crc32c::crc32c;
 
 pub const MIB: u64 = 1 << 20;
 /// \[MS-VHDX\] 2.6.2.4: the largest disk.
-const MAX_SIZE: u64 = 64 << 40;
+pub const MAX_SIZE: u64 = 64 << 40;
 
-const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
-const HEADER_SIZE: usize = 4096;
-const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
-const TABLE_SIZE: usize = 64 << 10;
+pub const HEADERS: [u64; 2] = [64 << 10, 128 << 10];
+pub const HEADER_SIZE: usize = 4096;
+pub const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
+pub const TABLE_SIZE: usize = 64 << 10;
 /// The most entries of a region table or of the metadata.
 const MAX_ENTRIES: usize = 2047;
 

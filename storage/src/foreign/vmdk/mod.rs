@@ -7,6 +7,8 @@
 
 mod descriptor;
 mod sparse;
+mod stream;
+mod writer;
 
 use std::io;
 use std::sync::Arc;
@@ -17,6 +19,8 @@ use super::{Foreign, MAX_DISK_SIZE, OpenError, OpenSibling};
 use crate::ImageFile;
 use descriptor::Descriptor;
 use sparse::Sparse;
+pub use stream::VmdkStreamWriter;
+pub use writer::{Adapter, VmdkWriter};
 
 const SECTOR: u64 = 512;
 /// Sparse extents of ESX, which has two formats of its own.
@@ -97,12 +101,13 @@ fn open_monolithic(file: SizedFile) -> Result<Foreign, OpenError> {
     let (offset, length) = sparse.descriptor;
     let end = offset.checked_add(length);
     if length == 0 || length > descriptor::MAX_SIZE || end.is_none_or(|end| end > file.size) {
-        return Err(OpenError::unsupported(
-            "it has no descriptor: it is one extent of a disk, whose descriptor is another file",
-        ));
+        return Err(no_descriptor());
     }
     let mut text = vec![0; length as usize];
     file.file.read_at(&mut text, offset)?;
+    if !descriptor::probe(&text) {
+        return Err(no_descriptor());
+    }
     let descriptor = descriptor::parse(&text)?;
     let mut disk = Disk::default();
     disk.add(
@@ -111,6 +116,12 @@ fn open_monolithic(file: SizedFile) -> Result<Foreign, OpenError> {
         ExtentPlace::Sparse(Box::new(sparse)),
     )?;
     Ok(disk.finish(descriptor, vec![file], Vec::new()))
+}
+
+fn no_descriptor() -> OpenError {
+    OpenError::unsupported(
+        "it has no descriptor: it is one extent of a disk, whose descriptor is another file",
+    )
 }
 
 /// Opens an image whose descriptor is `file`.

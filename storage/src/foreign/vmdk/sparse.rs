@@ -17,20 +17,20 @@ pub const MAGIC: &[u8; 4] = b"KDMV";
 /// The header takes a sector.
 const HEADER_SIZE: usize = 512;
 /// The bytes that a transfer as text would change, in a header that has them.
-const LINE_ENDS: [u8; 4] = *b"\n \r\n";
+pub const LINE_ENDS: [u8; 4] = *b"\n \r\n";
 /// In place of the grain directory in the header of a file that was written as a stream: the directory is
 /// said by a copy of the header near the end.
-const DIRECTORY_AT_END: u64 = u64::MAX;
+pub const DIRECTORY_AT_END: u64 = u64::MAX;
 const FOOTER_FROM_END: u64 = 1024;
 
-const HAS_LINE_ENDS: u32 = 1 << 0;
-const USE_REDUNDANT_DIRECTORY: u32 = 1 << 1;
+pub const HAS_LINE_ENDS: u32 = 1 << 0;
+pub const USE_REDUNDANT_DIRECTORY: u32 = 1 << 1;
 const HAS_ZERO_GRAINS: u32 = 1 << 2;
-const IS_COMPRESSED: u32 = 1 << 16;
-const HAS_MARKERS: u32 = 1 << 17;
+pub const IS_COMPRESSED: u32 = 1 << 16;
+pub const HAS_MARKERS: u32 = 1 << 17;
 /// An entry of a grain table for a grain of zeroes, with [`HAS_ZERO_GRAINS`].
 const ZERO_GRAIN: u32 = 1;
-const DEFLATE: u16 = 1;
+pub const DEFLATE: u16 = 1;
 
 /// The largest grain that is decompressed in memory. Those in use have 64 KiB.
 const MAX_COMPRESSED_GRAIN: u64 = 2 << 20;

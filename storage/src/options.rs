@@ -1,6 +1,9 @@
-//! Options of a format, as `KEY=VALUE,...`.
+//! Options of a format, as `KEY=VALUE,...`, and sizes as QEMU writes them.
 
 use thiserror::Error;
+
+const SUFFIXES: [char; 6] = ['k', 'm', 'g', 't', 'p', 'e'];
+const TOO_LARGE: &str = "the size is too large";
 
 /// Why options are not right.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -96,6 +99,24 @@ impl Options {
             .ok_or_else(|| wrong(value.as_deref().unwrap_or_default()))
     }
 
+    /// Takes an option whose value is a size.
+    ///
+    /// # Errors
+    /// If the value is not one.
+    pub fn take_size(&mut self, key: &str) -> Result<Option<u64>, OptionError> {
+        let Some(value) = self.take(key) else {
+            return Ok(None);
+        };
+        match parse_size(&value) {
+            Ok(size) => Ok(Some(size)),
+            Err(_) => Err(OptionError::Value {
+                key: key.to_owned(),
+                value,
+                expected: "a size such as 4096, 512M or 1.5G".to_owned(),
+            }),
+        }
+    }
+
     /// Makes sure that all options were taken.
     ///
     /// # Errors
@@ -107,6 +128,81 @@ impl Options {
                 format: format.to_owned(),
                 key,
             }),
+        }
+    }
+}
+
+/// Reads a size: a number of bytes, or with `k`, `M`, `G`, `T`, `P` or `E` of units of 1024 of the one before. A number
+/// with a suffix can have a fraction.
+///
+/// # Errors
+/// If the text is not a size, or the size is too large.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || "expected a size such as 4096, 512M or 1.5G".to_owned();
+    // `b` and `e` are digits here, so there is no suffix.
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
+    }
+    let suffix = text.chars().last().map(|last| last.to_ascii_lowercase());
+    let power = SUFFIXES.iter().position(|&known| Some(known) == suffix);
+    let number = match (power, suffix) {
+        (Some(_), _) | (None, Some('b')) => &text[..text.len() - 1],
+        _ => text,
+    };
+    let unit = 1024_u128.pow(power.map_or(0, |power| power as u32 + 1));
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
+    if whole.is_empty() || !is_number(whole) || !is_number(fraction) || fraction.len() > 18 {
+        return Err(wrong());
+    }
+    if !fraction.is_empty() && power.is_none() {
+        return Err("a number of bytes has no fraction".to_owned());
+    }
+    let whole: u64 = whole.parse().map_err(|_| TOO_LARGE.to_owned())?;
+    let scale = 10_u128.pow(fraction.len() as u32);
+    let fraction: u128 = match fraction {
+        "" => 0,
+        digits => digits.parse().map_err(|_| wrong())?,
+    };
+    let part = fraction * unit / scale;
+    u64::try_from(u128::from(whole) * unit + part).map_err(|_| TOO_LARGE.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_qemu_are_read() {
+        for (text, size) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("512b", 512),
+            ("1k", 1024),
+            ("1K", 1024),
+            ("1.5G", 3 << 29),
+            ("0.5k", 512),
+            ("2T", 2 << 40),
+            ("1P", 1 << 50),
+            ("7E", 7 << 60),
+            ("0x1000", 4096),
+            ("0xbe", 190),
+        ] {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in [
+            "",
+            "k",
+            "1.5",
+            "-1",
+            "1x",
+            "1kk",
+            ".",
+            "1 k",
+            "16E",
+            "99999999999999999999",
+        ] {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 }
