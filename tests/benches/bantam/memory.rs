@@ -130,7 +130,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     add(
         "memory: monitor with a Linux guest, without guest memory, Rss",
         |memory| memory.resident,
-        Goal::AtMost(4.0),
+        Goal::AtMost(3.9),
     );
     add(
         "memory: monitor with a Linux guest, without guest memory, Pss",
