@@ -7,6 +7,7 @@ mod disk;
 mod file;
 mod image;
 mod lock;
+mod open;
 mod opener;
 mod patience;
 pub mod qcow2;
