@@ -8,6 +8,7 @@ mod file;
 pub mod foreign;
 mod image;
 mod lock;
+mod open;
 mod opener;
 mod options;
 mod patience;

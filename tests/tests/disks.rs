@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -63,6 +64,65 @@ fn no_data_is_mixed_up() {
             ended.passed();
         }
     }
+}
+
+/// Makes an image of [`DISK_SIZE`] over two others, the lowest of which is raw.
+fn qcow2_image() -> (TempDir, PathBuf) {
+    let (folder, base) = image();
+    for arguments in [
+        ["-F", "raw", "-b", "disk.img", "middle.qcow2"],
+        ["-F", "qcow2", "-b", "middle.qcow2", "top.qcow2"],
+    ] {
+        let mut command = Command::new("qemu-img");
+        command
+            .args(["create", "-q", "-f", "qcow2"])
+            .args(arguments);
+        let status = command.current_dir(folder.path()).status();
+        assert!(status.expect("qemu-img is installed").success());
+    }
+    let top = base.with_file_name("top.qcow2");
+    (folder, top)
+}
+
+#[test]
+fn a_qcow2_image_is_a_disk_like_any_other() {
+    require_kvm!();
+    let blocks = DISK_SIZE / 4096;
+    for kind in all_kinds().filter(|kind| !kind.contains("cache=none")) {
+        let (folder, path) = qcow2_image();
+        let base = folder.path().join("disk.img");
+        Bantam::payload("devices")
+            .disk(&path, &kind)
+            .append("block-test=write")
+            .finish()
+            .passed();
+        for words in [
+            format!("mode=write pattern=seq operations={blocks}"),
+            "mode=mixed pattern=random operations=1000".into(),
+        ] {
+            Bantam::payload("load")
+                .disk(&path, &kind)
+                .append(format!("test=block verify seed=3 depth=64 {words}"))
+                .finish()
+                .passed();
+        }
+        let mut check = Command::new("qemu-img");
+        let check = check.args(["check", "-q", "-f", "qcow2"]).arg(&path);
+        assert!(check.status().expect("it is installed").success(), "{kind}");
+        let bytes = fs::read(base).expect("it is there");
+        assert!(bytes.iter().all(|&byte| byte == 0x5a));
+    }
+}
+
+#[test]
+fn a_qcow2_image_with_a_backing_file_is_refused_if_that_is_not_wanted() {
+    require_kvm!();
+    let (_folder, path) = qcow2_image();
+    let ended = Bantam::payload("hello")
+        .disk(&path, ",backing=off")
+        .finish();
+    let line = ended.failed_with_one_line();
+    assert!(line.contains("it has the backing file"), "{line}");
 }
 
 #[test]

@@ -279,9 +279,10 @@ fn files_that_are_not_disks_are_refused_by_their_type() {
         (files.path("."), "directory"),
         (files.create("empty", ""), "there is nothing in it"),
         (
-            files.create("a.qcow2", [0; 1024]),
+            files.create("a.vmdk", [0; 1024]),
             "'format=raw' gives the guest the bytes of the file as they are",
         ),
+        (files.create("a.qcow2", [0; 1024]), "not a qcow2 image"),
         (
             PathBuf::from("/dev/null"),
             "not a regular file or a block device",

@@ -107,6 +107,7 @@ impl Drive {
             limits: RateLimiter::limits(self.rate_limiter.as_ref()).into(),
             // As Firecracker does it, which has neither formats nor locks.
             format: Some(DiskFormatOption::Raw),
+            backing: false,
             lock: DiskLockOption::WherePossible,
             any_size: true,
             ..DiskConfig::new(path)

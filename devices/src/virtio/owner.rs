@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bantam_storage::{DiskError, DiskFile, DiskOptions, FileAccess};
+use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::BalloonHandle;
@@ -247,6 +247,6 @@ fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result
     };
     // The old image must not be kept open.
     drop(before);
-    let image = DiskFile::open_by(opener, path, &options)?;
+    let image = Disk::open_by(opener, path, &options)?;
     Ok(disk.replace(image)?)
 }

@@ -58,11 +58,11 @@ pub enum DiskError {
         /// What the file system says.
         source: io::Error,
     },
-    /// Its name says that its format is not raw, so the guest would see garbage.
+    /// Its name says that it has a format in which disks cannot be, so the guest would see garbage.
     #[error(
-        "cannot use disk '{path}': its name says that it is a {format} image, and disks are raw; \
-         'format=raw' gives the guest the bytes of the file as they are, and 'qemu-img convert -f \
-         {format} -O raw' makes a raw image of it",
+        "cannot use disk '{path}': its name says that it is a {format} image; 'format=raw' gives the \
+         guest the bytes of the file as they are, 'format=qcow2' opens a qcow2 image, and 'qemu-img \
+         convert -f {format} -O raw' makes a raw image of it",
         path = .path.display()
     )]
     NamedFormat {
@@ -102,6 +102,49 @@ pub enum DiskError {
     DirectFormat {
         /// The image.
         path: PathBuf,
+    },
+    /// It is not raw, and on a block device.
+    #[error(
+        "cannot open disk '{path}' as qcow2: it is a block device, and only raw disks can be on one",
+        path = .path.display()
+    )]
+    DeviceFormat {
+        /// The image.
+        path: PathBuf,
+    },
+    /// It is not a qcow2 image, or not one that can be used.
+    #[error("cannot open disk '{path}' as qcow2: {source}", path = .path.display())]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: crate::qcow2::Error,
+    },
+    /// It has a backing file, and must not have any.
+    #[error(
+        "cannot open disk '{path}': it has the backing file '{backing}', which is not to be opened; \
+         'backing=on' allows it, if you know where the image is from",
+        path = .path.display(),
+        backing = .backing.display()
+    )]
+    BackingFile {
+        /// The image.
+        path: PathBuf,
+        /// The backing file.
+        backing: PathBuf,
+    },
+    /// A backing file has a format that is not supported.
+    #[error(
+        "cannot use '{path}' as a backing file: its format is '{format}', and backing files are raw \
+         or qcow2",
+        path = .path.display(),
+        format = .format.escape_debug()
+    )]
+    BackingFormat {
+        /// The backing file.
+        path: PathBuf,
+        /// The format.
+        format: String,
     },
     /// The file system refused something else.
     #[error("cannot {action} disk '{path}': {source}", path = .path.display())]

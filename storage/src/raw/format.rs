@@ -10,6 +10,8 @@ use std::path::Path;
 pub enum ImageFormat {
     /// The bytes of the file are those of the disk.
     Raw,
+    /// The format of QEMU.
+    Qcow2,
 }
 
 /// A format that other programs know.
@@ -52,6 +54,14 @@ const FOREIGN: [Foreign; 5] = [
 
 /// How many of an image's first bytes [`of_bytes`] examines.
 pub(super) const HEAD_SIZE: usize = 512;
+
+/// Returns the format that the name of `path` says: qcow2 if it ends in `.qcow2`, otherwise raw.
+pub(crate) fn format_of_name(path: &Path) -> ImageFormat {
+    match path.extension() {
+        Some(extension) if extension.eq_ignore_ascii_case("qcow2") => ImageFormat::Qcow2,
+        _ => ImageFormat::Raw,
+    }
+}
 
 /// Returns the format other than raw that the name of `path` suggests, as `qemu-img` calls it.
 pub(super) fn of_name(path: &Path) -> Option<&'static str> {

@@ -1,5 +1,6 @@
 //! Raw disk images: a regular file or a block device whose bytes are the disk's.
 
+mod backing;
 mod bounce;
 mod error;
 mod format;
@@ -20,11 +21,14 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use bounce::{Alignment, Data, Zeroes};
 use geometry::{block_device, measure};
 
+pub(crate) use backing::RawBacking;
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
+pub(crate) use format::format_of_name;
 pub(crate) use geometry::disk_size;
 pub use open::DiskOptions;
+pub(crate) use open::{open_file, open_locked};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;

@@ -1,6 +1,6 @@
 //! Opening of disk images, and the checks before a guest gets one.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -20,9 +20,11 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// How written data is cached.
     pub cache: CacheMode,
-    /// The image's format. If it is not given, an image whose name suggests a format other than raw is
-    /// refused.
+    /// The image's format. If it is not given, the name of the image decides whether it is raw or qcow2, and
+    /// one that suggests another format is refused.
     pub format: Option<ImageFormat>,
+    /// Whether the image may have backing files, which are then opened too.
+    pub backing: bool,
     /// Smallest unit in which the guest is to address the disk in bytes, a power of two and at least
     /// [`SECTOR_SIZE`]. If it is not given, that of a block device, and [`SECTOR_SIZE`] for a file.
     pub block_size: Option<u32>,
@@ -92,25 +94,7 @@ impl DiskFile {
                 source,
             }
         };
-        let access = match options.read_only {
-            true => FileAccess::Read,
-            false => FileAccess::ReadWriteDisk,
-        };
-        let file = opener
-            .file(path, access)
-            .map_err(|source| open_error(path, options.read_only, source))?;
-        let kind = file.metadata().map_err(with_path("examine"))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            let kind = if kind.is_dir() {
-                "a directory"
-            } else if kind.is_fifo() {
-                "a pipe"
-            } else {
-                "a device of another kind"
-            };
-            let path = path.to_path_buf();
-            return Err(DiskError::Kind { path, kind });
-        }
+        let (file, kind) = open_file(opener, path, options.read_only)?;
         if options.format.is_none()
             && let Some(format) = format::of_name(path)
         {
@@ -189,6 +173,64 @@ impl DiskFile {
         head.truncate(count);
         Ok(head)
     }
+}
+
+/// Opens the file or block device at `path`.
+pub(crate) fn open_file(
+    opener: &dyn FileOpener,
+    path: &Path,
+    read_only: bool,
+) -> Result<(File, FileType), DiskError> {
+    let access = match read_only {
+        true => FileAccess::Read,
+        false => FileAccess::ReadWriteDisk,
+    };
+    let file = opener
+        .file(path, access)
+        .map_err(|source| open_error(path, read_only, source))?;
+    let kind = file
+        .metadata()
+        .map_err(|source| DiskError::Io {
+            path: path.to_path_buf(),
+            action: "examine",
+            source,
+        })?
+        .file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok((file, kind));
+    }
+    let kind = if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else {
+        "a device of another kind"
+    };
+    let path = path.to_path_buf();
+    Err(DiskError::Kind { path, kind })
+}
+
+/// Opens and locks the regular file at `path`, which an image that is not raw is kept in.
+pub(crate) fn open_locked(
+    opener: &dyn FileOpener,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<File, DiskError> {
+    let (file, kind) = open_file(opener, path, options.read_only)?;
+    if !kind.is_file() {
+        let path = path.to_path_buf();
+        return Err(DiskError::DeviceFormat { path });
+    }
+    lock_as_wanted(&file, path, options)?;
+    // The flag kept the open from waiting for a pipe's other end.
+    let flags =
+        file_flags(&file).and_then(|flags| set_file_flags(&file, flags - OFlag::O_NONBLOCK));
+    flags.map_err(|source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source,
+    })?;
+    Ok(file)
 }
 
 fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {

@@ -42,9 +42,15 @@ pub struct DiskConfig {
     /// How requests are executed.
     #[serde(default, skip_serializing_if = "is_default")]
     pub engine: BlockEngineOption,
-    /// The image's format. If it is not given, the image is raw, and an image whose name suggests another
-    /// format is refused.
+    /// The image's format. If it is not given, the image is qcow2 if its name ends in `.qcow2` and otherwise
+    /// raw, and an image whose name suggests another format is refused.
     pub format: Option<DiskFormatOption>,
+    /// Whether the image may have backing files, which are then opened too.
+    #[serde(
+        default = "backing_by_default",
+        skip_serializing_if = "is_backing_default"
+    )]
+    pub backing: bool,
     /// Block size that the guest is told. By default, the block size of a block device, and 512 for a file.
     pub block_size: Option<DiskBlockSize>,
     /// Whether other programs must leave the image alone.
@@ -90,6 +96,7 @@ impl DiskConfig {
             cache: CacheModeOption::default(),
             engine: BlockEngineOption::default(),
             format: None,
+            backing: true,
             block_size: None,
             lock: DiskLockOption::default(),
             queues: None,
@@ -136,6 +143,14 @@ impl DiskConfig {
     }
 }
 
+fn backing_by_default() -> bool {
+    true
+}
+
+fn is_backing_default(backing: &bool) -> bool {
+    *backing
+}
+
 impl Listed for DiskConfig {
     const NAME: &'static str = "disk";
     const EXAMPLE: &'static str = "path = \"disk.img\"";
@@ -180,6 +195,9 @@ impl fmt::Display for DiskConfig {
         }
         if let Some(format) = self.format {
             write!(f, ",format={format}")?;
+        }
+        if !self.backing {
+            f.write_str(",backing=off")?;
         }
         if let Some(size) = self.block_size {
             write!(f, ",block-size={}", size.get())?;
@@ -261,6 +279,8 @@ impl fmt::Display for BlockEngineOption {
 pub enum DiskFormatOption {
     /// The bytes of the file are those of the disk.
     Raw,
+    /// The format of QEMU.
+    Qcow2,
 }
 
 impl TryFrom<String> for DiskFormatOption {
@@ -269,6 +289,7 @@ impl TryFrom<String> for DiskFormatOption {
     fn try_from(text: String) -> Result<Self, ConfigError> {
         match text.as_str() {
             "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
             _ => Err(ConfigError::DiskFormat { text }),
         }
     }
@@ -278,6 +299,7 @@ impl fmt::Display for DiskFormatOption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
         })
     }
 }
@@ -430,6 +452,7 @@ mod tests {
             cache: CacheModeOption::None,
             engine: BlockEngineOption::IoUring,
             format: Some(DiskFormatOption::Raw),
+            backing: false,
             block_size: Some(DiskBlockSize(4096)),
             lock: DiskLockOption::Warn,
             queues: Some(DiskQueueCount(3)),
@@ -442,7 +465,7 @@ mod tests {
             any_size: false,
         };
         let text = "/a=b,,c.img,id=root disk,name=root,ro,cache=none,engine=io_uring,queues=3,iothread=on,\
-                    poll=on,format=raw,block-size=4096,lock=warn,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
+                    poll=on,format=raw,backing=off,block-size=4096,lock=warn,bytes-per-second=10M,operations-per-second=500,burst-operations=2K";
         assert_eq!(disk(text), Ok(expected));
         assert!(!disk("a,iothread=off").unwrap().iothread);
     }
@@ -452,7 +475,7 @@ mod tests {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
             "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'name', 'cache', \
-             'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'burst-bytes', \
+             'engine', 'format', 'backing', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'burst-bytes', \
              'burst-operations', 'bytes-per-second', 'limits', 'operations-per-second', 'any-size'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
         assert!(
@@ -466,8 +489,8 @@ mod tests {
             ("a,iothread=1", "'iothread' is on or off"),
             ("a,engine", "engine=VALUE"),
             (
-                "a,format=qcow2",
-                "unknown disk format 'qcow2': the formats are: raw",
+                "a,format=vmdk",
+                "unknown disk format 'vmdk': the formats are: raw, qcow2",
             ),
             ("a,block-size=1024", "512 or 4096"),
             ("a,lock=yes", "expected one of `on`, `warn`, `off`"),
@@ -519,7 +542,11 @@ mod tests {
             cache in prop_oneof![Just(CacheModeOption::Writeback), Just(CacheModeOption::Unsafe)],
             engine in prop_oneof![Just(BlockEngineOption::Auto), Just(BlockEngineOption::Sync)],
             block_size in proptest::option::of(prop_oneof![Just(512), Just(4096)]),
-            is_raw: bool,
+            format in proptest::option::of(prop_oneof![
+                Just(DiskFormatOption::Raw),
+                Just(DiskFormatOption::Qcow2),
+            ]),
+            backing: bool,
             lock in prop_oneof![
                 Just(DiskLockOption::On),
                 Just(DiskLockOption::Warn),
@@ -541,7 +568,8 @@ mod tests {
                 name: name.map(|name| name.parse().unwrap()),
                 cache,
                 engine,
-                format: is_raw.then_some(DiskFormatOption::Raw),
+                format,
+                backing,
                 block_size: block_size.map(DiskBlockSize),
                 lock,
                 queues: queues.map(DiskQueueCount),

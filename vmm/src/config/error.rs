@@ -105,7 +105,7 @@ pub enum ConfigError {
     },
     /// Not a format that a disk image can have.
     #[error(
-        "unknown disk format '{}': the formats are: raw; an image of another format is to be converted \
+        "unknown disk format '{}': the formats are: raw, qcow2; an image of another format is to be converted \
          first",
         text.escape_debug()
     )]

@@ -148,7 +148,7 @@ fn errors_in_a_machine_file_name_the_line() {
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
             "/vm/machine.toml:6: unknown option 'size', expected one of 'path', 'readonly', 'ro', \
-             'id', 'name', 'cache', 'engine', 'format', 'block-size', 'lock', 'queues', 'iothread', \
+             'id', 'name', 'cache', 'engine', 'format', 'backing', 'block-size', 'lock', 'queues', 'iothread', \
              'poll', 'burst-bytes', 'burst-operations', 'bytes-per-second', 'limits', \
              'operations-per-second', 'any-size'",
         ),

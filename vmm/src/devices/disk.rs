@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::owner::DeviceHandle;
-use bantam_storage::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
+use bantam_storage::{CacheMode, Disk, DiskOptions, ImageFormat, LockMode};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
@@ -19,7 +19,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let disks = config.disks.iter().enumerate();
     disks
         .map(|(index, disk)| {
-            let image = DiskFile::open_by(opening.opener, &disk.path, &disk_options(disk))?;
+            let image = Disk::open_by(opening.opener, &disk.path, &disk_options(disk))?;
             let name = disk.device_name(index);
             let options = block_options(disk, vcpu_count);
             // The guest reads it as the serial number.
@@ -85,7 +85,11 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
             CacheModeOption::None => CacheMode::None,
             CacheModeOption::Unsafe => CacheMode::Unsafe,
         },
-        format: config.format.map(|DiskFormatOption::Raw| ImageFormat::Raw),
+        format: config.format.map(|format| match format {
+            DiskFormatOption::Raw => ImageFormat::Raw,
+            DiskFormatOption::Qcow2 => ImageFormat::Qcow2,
+        }),
+        backing: config.backing,
         block_size: config.block_size.map(DiskBlockSize::get),
         lock: match config.lock {
             DiskLockOption::On => LockMode::On,
@@ -103,5 +107,5 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
 /// # Errors
 /// Those with which the start of a machine with this disk would fail.
 pub fn check_disk(config: &DiskConfig) -> Result<(), Error> {
-    Ok(DiskFile::check(&config.path, &disk_options(config))?)
+    Ok(Disk::check(&config.path, &disk_options(config))?)
 }

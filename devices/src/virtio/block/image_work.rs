@@ -232,6 +232,9 @@ impl Job {
                 });
                 (result, Some(buffers))
             }
+            Task::Discard(range) | Task::WriteZeroes { range, .. } if range.is_empty() => {
+                (Ok(()), None)
+            }
             Task::Discard(range) => (image.discard(range), None),
             Task::WriteZeroes { range, unmap } => (image.write_zeroes(range, unmap), None),
             Task::Flush => (image.flush(), None),

@@ -7,13 +7,10 @@ use bantam_storage::{Bounce, Disk};
 
 use super::metrics::Work;
 use super::pieces::Pieces;
-use super::request::{Failure, Operation, Request};
+use super::request::{Operation, Outcome, Request};
 use super::ring::Direction;
 use super::span::Span;
 use crate::virtio::Chain;
-
-/// How a request has ended; `None` if it has not.
-pub(super) type Outcome = Option<Result<(), Failure>>;
 
 /// The part of a request that is still to be done.
 #[derive(Debug, Clone, Copy)]

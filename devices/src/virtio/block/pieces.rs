@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use bantam_memory::{FilePosition, GuestBuffers};
 use bantam_storage::{Direction as MapDirection, Extent, FormattedDisk};
 
-use super::in_flight::Outcome;
+use super::request::Outcome;
 use super::ring::Direction;
 use crate::virtio::Chain;
 

@@ -60,6 +60,9 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// How a request has ended; `None` if it has not.
+pub(super) type Outcome = Option<Result<(), Failure>>;
+
 /// What a request asks for, checked to be within the disk.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Operation {

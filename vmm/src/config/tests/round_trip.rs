@@ -85,19 +85,23 @@ prop_compose! {
             Just(BlockEngineOption::IoUring),
             Just(BlockEngineOption::Sync),
         ],
-        (format, block_size) in (of(Just(DiskFormatOption::Raw)), of(number(4096..=4096))),
+        (format, block_size) in (
+            of(prop_oneof![Just(DiskFormatOption::Raw), Just(DiskFormatOption::Qcow2)]),
+            of(number(4096..=4096)),
+        ),
         lock in prop_oneof![
             Just(DiskLockOption::On),
             Just(DiskLockOption::Warn),
             Just(DiskLockOption::Off),
             Just(DiskLockOption::WherePossible),
         ],
-        (queues, iothread, poll, any_size) in (of(number(1..=8)), any::<bool>(), any::<bool>(), any::<bool>()),
+        (queues, iothread, poll, any_size, backing) in
+            (of(number(1..=8)), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()),
         limits in limits(),
     ) -> DiskConfig {
         DiskConfig {
             path, readonly, id: id.map(|id| id.try_into().unwrap()), name, cache, engine, format,
-            block_size, lock, queues, iothread, poll, limits, any_size,
+            block_size, lock, queues, iothread, poll, limits, any_size, backing,
         }
     }
 }

@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::thread;
+
+use bantam_storage::HostOpener;
 
 use super::test_image::TestImage;
 use super::*;
@@ -79,13 +82,14 @@ impl Model {
         }
     }
 
-    /// Takes account of a change that is done, `offered` at a time.
-    fn done(&mut self, id: u32, offered: u64, sectors: Range<u64>) {
+    /// Takes account of a change that is done, `offered` at a time. Unless it `replaces` what was there, that
+    /// may be there still.
+    fn done(&mut self, id: u32, offered: u64, sectors: Range<u64>, replaces: bool) {
         for sector in sectors {
             for value in &mut self.sectors[sector as usize] {
                 if value.id == id && value.offered == offered {
                     value.done = Some(self.time);
-                } else if value.done.is_some_and(|done| done < offered) {
+                } else if replaces && value.done.is_some_and(|done| done < offered) {
                     value.replaced.get_or_insert(self.time);
                 }
             }
@@ -119,15 +123,16 @@ struct Request {
     address: u64,
 }
 
-/// Has `count` requests of all kinds done that use the same parts of the disk at the same time.
-fn drive(machine: &mut Machine, image: &TestImage, seed: u64, count: usize) -> u32 {
+/// Has `count` requests of all kinds done that use the same parts of the disk at the same time. `let_fail`
+/// is called to say whether some may fail. Returns how many have.
+fn drive(machine: &mut Machine, seed: u64, count: usize, let_fail: impl Fn(bool)) -> u32 {
     let mut random = Random(seed);
     let mut model = Model {
         sectors: (0..SECTORS).map(|_| Vec::new()).collect(),
         time: 1,
     };
     // All of it is zero at first.
-    image.fails.store(false, Ordering::SeqCst);
+    let_fail(false);
     for start in (0..SECTORS).step_by(128) {
         let range = [start.to_le_bytes(), 128_u64.to_le_bytes()].concat();
         machine
@@ -140,8 +145,8 @@ fn drive(machine: &mut Machine, image: &TestImage, seed: u64, count: usize) -> u
     }
     model.offer(0, 0..SECTORS);
     model.time += 1;
-    model.done(0, 1, 0..SECTORS);
-    image.fails.store(seed.is_multiple_of(2), Ordering::SeqCst);
+    model.done(0, 1, 0..SECTORS, true);
+    let_fail(seed.is_multiple_of(2));
 
     let stride = MAX_SECTORS * SECTOR + 4096;
     let mut idle: Vec<u64> = (0..DEPTH).map(|place| DATA + place * stride).collect();
@@ -233,12 +238,21 @@ fn drive(machine: &mut Machine, image: &TestImage, seed: u64, count: usize) -> u
                     model.check(&bytes, request.offered, request.sectors);
                 }
                 VIRTIO_BLK_T_FLUSH => {}
-                _ => model.done(request.id, request.offered, request.sectors),
+                kind => {
+                    // What is discarded may be zero.
+                    let replaces = kind != VIRTIO_BLK_T_DISCARD;
+                    model.done(request.id, request.offered, request.sectors, replaces);
+                }
             }
         }
     }
-    let len = (SECTORS * SECTOR) as usize;
-    model.check(&image.content()[..len], model.time, 0..SECTORS);
+    let mut content = vec![0; (SECTORS * SECTOR) as usize];
+    let_fail(false);
+    let Disk::Formatted(disk) = &*machine.handle.disk() else {
+        panic!("it is raw");
+    };
+    disk.image().read_at(&mut content, 0).unwrap();
+    model.check(&content, model.time, 0..SECTORS);
     failed
 }
 
@@ -253,13 +267,72 @@ fn what_was_written_is_read_while_the_image_moves_it() {
                     let (image, _folder) = image(seed);
                     image.delay.store(delay, Ordering::SeqCst);
                     let mut machine = machine(&image, engine, cache);
-                    let failed = drive(&mut machine, &image, seed, 1500);
+                    let let_fail = |fails| image.fails.store(fails, Ordering::SeqCst);
+                    let failed = drive(&mut machine, seed, 1500, let_fail);
                     assert_eq!(failed > 0, seed.is_multiple_of(2), "{failed} have failed");
                     assert!(!machine.link.needs_reset());
                 }
             }
         }
     }
+}
+
+#[test]
+fn what_was_written_to_qcow2_images_is_read() {
+    let mut seed = 100;
+    for engine in ENGINES {
+        for cache in MODES {
+            for (layers, options) in [
+                (1, "cluster_size=64k"),
+                (2, "cluster_size=4k"),
+                (2, "extended_l2=on"),
+            ] {
+                seed += 1;
+                let folder = TempDir::new().unwrap();
+                let top = qcow2_chain(folder.as_path(), layers, options);
+                let disk_options = DiskOptions {
+                    cache,
+                    backing: true,
+                    ..DiskOptions::default()
+                };
+                let disk = Disk::open_by(&HostOpener, &top, &disk_options).unwrap();
+                let options = BlockOptions {
+                    engine,
+                    ..BlockOptions::default()
+                };
+                let other = TempDir::new().unwrap();
+                let mut machine = Machine::of(disk, top.clone(), other, &options);
+                assert_eq!(drive(&mut machine, seed, 1000, |_| {}), 0);
+                drop(machine);
+                let checked = qemu_img(folder.as_path(), &["check", top.to_str().unwrap()]);
+                assert!(checked, "seed {seed}");
+            }
+        }
+    }
+}
+
+fn qemu_img(folder: &Path, arguments: &[&str]) -> bool {
+    let mut command = Command::new("qemu-img");
+    let command = command.args(arguments).current_dir(folder);
+    let output = command.output().expect("qemu-img is installed");
+    output.status.success()
+}
+
+/// Makes an image over some others, the lowest of which is raw, and returns its path.
+fn qcow2_chain(folder: &Path, layers: usize, options: &str) -> PathBuf {
+    let bytes: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
+    fs::write(folder.join("0"), bytes).unwrap();
+    for layer in 1..=layers {
+        let (above, below) = (format!("{layer}"), format!("{}", layer - 1));
+        let format = if layer == 1 { "raw" } else { "qcow2" };
+        let arguments = [
+            "create", "-q", "-f", "qcow2", "-o", options, "-F", format, "-b", &below, &above,
+        ];
+        assert!(qemu_img(folder, &arguments));
+    }
+    let top = folder.join("top.qcow2");
+    fs::rename(folder.join(layers.to_string()), &top).unwrap();
+    top
 }
 
 #[test]

@@ -13,9 +13,9 @@ use bantam_storage::{CacheMode, Disk};
 use super::{Slot, Worker};
 use crate::virtio::block::Engine;
 use crate::virtio::block::image_work::{Done, Job, Task};
-use crate::virtio::block::in_flight::{Outcome, Remaining};
+use crate::virtio::block::in_flight::Remaining;
 use crate::virtio::block::pieces::{Piece, Pieces};
-use crate::virtio::block::request::{Operation, RequestError};
+use crate::virtio::block::request::{Operation, Outcome, RequestError};
 use crate::virtio::block::ring::{Direction, wait_readable};
 
 impl Worker {

@@ -16,8 +16,8 @@ use bantam_storage::{Bounce, Disk};
 
 use super::Worker;
 use crate::virtio::MAX_TURN;
-use crate::virtio::block::in_flight::{InFlight, Outcome, Remaining};
-use crate::virtio::block::request::{Operation, RequestError};
+use crate::virtio::block::in_flight::{InFlight, Remaining};
+use crate::virtio::block::request::{Operation, Outcome, RequestError};
 use crate::virtio::block::ring::Direction;
 use crate::virtio::block::span::Span;
 

@@ -1,0 +1,146 @@
+//! Opening of a machine's disk, with all files that its image is kept in.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::disk::{Disk, FormattedDisk};
+use crate::file::HostFile;
+use crate::lock::LockMode;
+use crate::opener::{FileOpener, HostOpener};
+use crate::qcow2::{self, Layer, open_chain};
+use crate::raw::{
+    Access, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, RawBacking, format_of_name,
+    open_file, open_locked,
+};
+
+impl Disk {
+    /// Opens and locks the image at `path`, and its backing files, with `opener`.
+    ///
+    /// The format is that of `options`, or else the one that the name of the file says. The content never
+    /// decides, as a guest can write anything to a raw disk.
+    ///
+    /// # Errors
+    /// If a file cannot be opened, is not an image of its format, is in use, or cannot be used with `options`.
+    pub fn open_by(
+        opener: &dyn FileOpener,
+        path: &Path,
+        options: &DiskOptions,
+    ) -> Result<Disk, DiskError> {
+        match options.format.unwrap_or_else(|| format_of_name(path)) {
+            ImageFormat::Raw => DiskFile::open_by(opener, path, options).map(Disk::Raw),
+            ImageFormat::Qcow2 => open_qcow2(opener, path, options).map(Disk::Formatted),
+        }
+    }
+
+    /// Checks whether [`Disk::open_by`] could open the image at `path`, provided that it is not in use then.
+    ///
+    /// # Errors
+    /// Those of [`Disk::open_by`].
+    pub fn check(path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
+        match options.format.unwrap_or_else(|| format_of_name(path)) {
+            ImageFormat::Raw => DiskFile::check(path, options),
+            ImageFormat::Qcow2 => {
+                open_file(&HostOpener, path, options.read_only)?;
+                // An image that is opened to be written is changed.
+                let options = DiskOptions {
+                    read_only: true,
+                    lock: LockMode::Off,
+                    ..options.clone()
+                };
+                open_qcow2(&HostOpener, path, &options).map(drop)
+            }
+        }
+    }
+}
+
+fn open_qcow2(
+    opener: &dyn FileOpener,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<FormattedDisk, DiskError> {
+    if options.cache == CacheMode::None {
+        return Err(DiskError::DirectFormat {
+            path: path.to_path_buf(),
+        });
+    }
+    let image_options = qcow2::Options {
+        read_only: options.read_only,
+        ..qcow2::Options::default()
+    };
+    let mut files = Vec::new();
+    let mut failure = None;
+    let image = open_chain(path, image_options, &mut |layer, format, read_only| {
+        if !options.backing && !files.is_empty() {
+            failure = Some(DiskError::BackingFile {
+                path: path.to_path_buf(),
+                backing: layer.to_path_buf(),
+            });
+        } else {
+            let options = DiskOptions {
+                read_only,
+                lock: options.lock,
+                ..DiskOptions::default()
+            };
+            match open_layer(opener, layer, format, options, &mut files) {
+                Ok(layer) => return Ok(layer),
+                Err(error) => failure = Some(error),
+            }
+        }
+        Err(io::ErrorKind::Other.into())
+    });
+    let image = match (image, failure) {
+        (_, Some(failure)) => return Err(failure),
+        (Ok(image), None) => image,
+        (Err(source), None) => {
+            return Err(DiskError::Qcow2 {
+                path: path.to_path_buf(),
+                source,
+            });
+        }
+    };
+    let options = DiskOptions {
+        format: Some(ImageFormat::Qcow2),
+        ..options.clone()
+    };
+    FormattedDisk::new(path, Arc::new(image), files, &options)
+}
+
+/// Opens and locks a file of a chain, and adds it to `files`.
+fn open_layer(
+    opener: &dyn FileOpener,
+    path: &Path,
+    format: &str,
+    options: DiskOptions,
+    files: &mut Vec<File>,
+) -> Result<Layer, DiskError> {
+    let with_path = |source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source,
+    };
+    match format {
+        "qcow2" => {
+            let file = open_locked(opener, path, &options)?;
+            files.push(file.try_clone().map_err(with_path)?);
+            Ok(Layer::Qcow2(Arc::new(HostFile::new(file))))
+        }
+        "raw" => {
+            let options = DiskOptions {
+                format: Some(ImageFormat::Raw),
+                any_size: true,
+                ..options
+            };
+            let disk = DiskFile::open_by(opener, path, &options)?;
+            if let Some(file) = disk.file(Access::Usual) {
+                files.push(file.try_clone().map_err(with_path)?);
+            }
+            Ok(Layer::Other(Arc::new(RawBacking(disk))))
+        }
+        _ => Err(DiskError::BackingFormat {
+            path: path.to_path_buf(),
+            format: format.to_owned(),
+        }),
+    }
+}
