@@ -1,15 +1,15 @@
-//! Which clusters of the file are free, taken and freed.
+//! Allocates and frees clusters of the file.
 //!
-//! The rule that everything here serves: *at every moment, stable storage holds no reference to a cluster
-//! whose refcount there does not count it.* Two sets of clusters in between make it cheap.
+//! It keeps one rule: *at every moment, each reference on stable storage is covered by a refcount on stable
+//! storage.* Two sets of clusters make this cheap.
 //!
-//! - The **reserve** has clusters with refcount 1 that nothing refers to, and that read as zeroes. Both are on
-//!   stable storage. A cluster from it can be referred to at any time, and a crash at any time leaves
-//!   zeroes or what was written, never old bytes of another place. One sync fills it with many clusters.
-//! - **Freed** clusters are those to which nothing refers any more, except perhaps stable storage. Their
-//!   refcounts are lowered after the next sync, which the guest's own flushes bring about.
+//! - The **reserve** consists of clusters with refcount 1 that have no reference and read as zeroes, both on stable
+//!   storage. A cluster from the reserve may be referred to without a sync: a crash leaves it with zeroes or with
+//!   what was written to it, never with old bytes from elsewhere. One sync adds many clusters to it.
+//! - **Freed** clusters are those whose last reference may still be on stable storage. Their refcounts are
+//!   lowered after the next sync, usually a flush of the guest.
 //!
-//! What a crash leaves in the two sets is leaked, and a check frees it.
+//! A crash leaks the clusters of both sets. A check frees them.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -23,17 +23,18 @@ use super::overlap::{Kind, Metadata};
 use super::refcounts::Refcounts;
 use crate::ImageFile;
 
-/// Bytes of the first reserve. Each one is twice as large as that before.
+/// Size of the first reserve in bytes. Each one is twice as large as the one before.
 const MIN_RESERVE: u64 = 4 << 20;
-/// Most bytes of a reserve.
+/// Maximum size of a reserve in bytes.
 const MAX_RESERVE: u64 = 64 << 20;
-/// Least clusters of a reserve.
+/// Minimum number of clusters of a reserve.
 const MIN_RESERVE_CLUSTERS: u64 = 8;
-/// Most refcount blocks that are searched for holes at a time.
+/// Maximum number of refcount blocks that are searched for free clusters at a time.
 const MAX_SEARCH: u32 = 64;
-/// Most places behind the end of the file that are tried. Only a damaged image has used clusters there.
+/// Maximum number of places behind the end of the file that are tried. Only a damaged image has used clusters at
+/// many of them.
 const MAX_TRIES: u32 = 1024;
-/// Most runs of clusters that wait to be freed, after which a sync is due.
+/// Number of freed runs of clusters after which a sync is due.
 pub(super) const MAX_FREED: usize = 1 << 14;
 
 /// Manages the clusters of a file.
@@ -46,7 +47,7 @@ pub(super) struct Allocator {
     cluster_bits: u32,
     /// Size of the file in bytes. What is beyond reads as zeroes.
     file_size: u64,
-    /// Where the search for holes goes on.
+    /// Where the search for free clusters goes on.
     search: u64,
     reserve: Vec<Range<u64>>,
     reserve_clusters: u64,
@@ -116,7 +117,7 @@ impl Allocator {
         Ok(taken)
     }
 
-    /// Takes `count` clusters that follow each other, as if from the reserve.
+    /// Takes exactly `count` clusters that follow each other. They are like those of the reserve.
     ///
     /// # Errors
     /// Those of [`Self::take`].
@@ -126,11 +127,10 @@ impl Allocator {
         Ok(tail.clusters)
     }
 
-    /// Frees clusters to which nothing refers any more. They can be used again after a sync.
+    /// Frees clusters that have lost a reference. They can be used again after a sync.
     pub fn free(&mut self, clusters: Range<u64>) {
         match self.freed.last_mut() {
             _ if clusters.is_empty() => {}
-            // A cluster is freed twice if two compressed clusters have shared it.
             Some(last) if last.end == clusters.start => last.end = clusters.end,
             _ => self.freed.push(clusters),
         }
@@ -141,17 +141,17 @@ impl Allocator {
         self.freed.len() > MAX_FREED
     }
 
-    /// Returns what has been freed so far. It goes to [`Self::release`] after a sync that begins later.
+    /// Returns what has been freed so far. The caller passes it to [`Self::release`] after a sync.
     pub fn take_freed(&mut self) -> Vec<Range<u64>> {
         std::mem::take(&mut self.freed)
     }
 
-    /// Keeps clusters freed whose sync has failed.
+    /// Takes back freed clusters because the sync has failed.
     pub fn keep_freed(&mut self, clusters: Vec<Range<u64>>) {
         self.freed.extend(clusters);
     }
 
-    /// Lowers the refcounts of clusters to which stable storage does not refer any more.
+    /// Lowers the refcounts of clusters that have lost a reference on stable storage too.
     ///
     /// # Errors
     /// If the image is damaged or the host cannot write. Clusters are leaked then.
@@ -301,7 +301,7 @@ impl Allocator {
         Ok(None)
     }
 
-    /// Makes clusters what those of the reserve are: counted, zeroes, and both on stable storage.
+    /// Gives clusters refcount 1 and zeroes, both on stable storage.
     fn make_reserve(&mut self, holes: &[Range<u64>], tail: Option<&Tail>) -> io::Result<()> {
         let tail_clusters = tail.map_or(0..0, Tail::all);
         for run in holes.iter().chain([&tail_clusters]) {
@@ -404,7 +404,11 @@ impl Allocator {
             clusters: clusters as u32,
         };
         let (place, bytes) = field.bytes();
-        self.file.write_at(&bytes, place)?;
+        if let Err(error) = self.file.write_at(&bytes, place) {
+            // The header may name either table.
+            self.gate.fail();
+            return Err(error);
+        }
         self.gate.sync()?;
         let old = self.refcounts.table_clusters();
         self.refcounts.use_table(table, offset);
@@ -451,7 +455,7 @@ impl Allocator {
 
 /// Writes zeroes to a range of a file.
 pub(super) fn write_zeroes(file: &dyn ImageFile, range: Range<u64>) -> io::Result<()> {
-    const ZEROES: [u8; 65536] = [0; 65536];
+    static ZEROES: [u8; 65536] = [0; 65536];
     let mut next = range.start;
     while next < range.end {
         let len = (range.end - next).min(ZEROES.len() as u64);

@@ -1,16 +1,16 @@
 //! A bounded cache of L2 tables that is read without a lock.
 //!
-//! Tables are cached in slices of at most 4 KiB. A slot's words are atomics under a sequence lock: a reader that
-//! has met a writer notices it by the sequence number and takes the slow way, so it never waits. Writers hold
-//! the lock of [`Tables`](super::tables::Tables). Nothing in the cache is newer than the file, so a slot can
-//! be reused at any time.
+//! Tables are cached in slices of at most 4 KiB. The words of a slot are atomics under a sequence lock: a reader
+//! that has met a writer notices it by the sequence number and takes the slow path, so it never waits. Writers hold
+//! the lock of [`Tables`](super::tables::Tables). The file is never older than the cache, so a slot can be reused
+//! at any time.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
-/// Most bytes of a slice.
+/// Maximum size of a slice in bytes.
 const SLICE_BYTES: u64 = 4096;
-/// Slots that a slice can be in.
+/// Number of slots that a slice can be in.
 const WAYS: usize = 8;
 
 #[derive(Debug)]
@@ -25,7 +25,7 @@ struct Slot {
     sequence: AtomicU64,
     /// Number of the slice plus one, or 0.
     tag: AtomicU64,
-    /// Whether a reader has come since the slot was last looked at for reuse.
+    /// Whether the slot was read since it was last considered for reuse.
     is_used: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
 }

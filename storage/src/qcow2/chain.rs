@@ -1,4 +1,4 @@
-//! Images with all their backing files.
+//! Opens images together with their backing files.
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -9,10 +9,10 @@ use super::header::Header;
 use super::{Options, Qcow2};
 use crate::{Image, ImageFile};
 
-/// Most images in a chain.
+/// Maximum number of images in a chain.
 const MAX_DEPTH: usize = 64;
 
-/// A file of a chain, opened.
+/// An opened file of a chain.
 #[derive(Debug)]
 pub enum Layer {
     /// An image in qcow2 format, which is opened with its own backing file.
@@ -21,10 +21,11 @@ pub enum Layer {
     Other(Arc<dyn Image>),
 }
 
-/// Opens the image at `path` with all its backing files, which are opened read-only.
+/// Opens the image at `path` with all its backing files. These are opened read-only.
 ///
-/// `open` opens each file, given its path, its format and whether it is read-only. The format is the one that
-/// the image above names: a guest that writes a header into a raw disk must not have it taken for an image.
+/// `open` opens a file, given its path, its format and whether it is read-only. The format is always the one that
+/// the image above names: if formats were probed, a guest could write a qcow2 header to a raw disk, and read files
+/// of the host after the next start.
 ///
 /// # Errors
 /// If an image cannot be opened, does not name the format of its backing file, is its own backing file, or has
@@ -87,7 +88,7 @@ pub fn open_chain(
     )
 }
 
-/// Returns a path without the parts that mean nothing, so that equal ones are found.
+/// Returns a path without its `.` components, so that equal ones are recognized.
 fn plain(path: &Path) -> PathBuf {
     path.components()
         .filter(|part| !matches!(part, Component::CurDir))

@@ -1,7 +1,7 @@
 //! Checks of an image, and repairs.
 //!
-//! All references to clusters are counted and compared with the refcounts, for a window of the file at a time so
-//! that memory is bounded. What a check finds is counted as `qemu-img check` does.
+//! All references to clusters are counted and compared with the refcounts. This happens for one window of the file
+//! at a time, so that memory is bounded. Findings are counted as `qemu-img check` counts them.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,7 +19,7 @@ use crate::ImageFile;
 
 /// Number of clusters that are counted at a time.
 const WINDOW: u64 = 1 << 22;
-/// Most findings that are kept as text.
+/// Maximum number of findings in words.
 const MAX_FINDINGS: usize = 100;
 
 /// What a check changes.
@@ -27,9 +27,9 @@ const MAX_FINDINGS: usize = 100;
 pub enum Repair {
     /// Nothing.
     Nothing,
-    /// Clusters that are counted and not used become free.
+    /// Clusters that have a refcount and no reference become free.
     Leaks,
-    /// Refcounts are made what they should be, and the marks for clusters with one reference follow.
+    /// Refcounts, and the flags for clusters with one reference, are made right.
     All,
 }
 
@@ -38,13 +38,13 @@ pub enum Repair {
 pub struct Report {
     /// Things that are wrong and were not repaired. Writing to the image could destroy data.
     pub corruptions: u64,
-    /// Clusters that are counted and not used, and were not freed.
+    /// Clusters whose refcount is too high, and was not repaired.
     pub leaks: u64,
     /// Things that were wrong and are repaired.
     pub corruptions_fixed: u64,
-    /// Clusters that were freed.
+    /// Clusters whose refcount was too high, and is repaired.
     pub leaks_fixed: u64,
-    /// What was found, in words. There are no more than 100 of them.
+    /// Descriptions of the first 100 findings at most.
     pub findings: Vec<String>,
 }
 
@@ -55,7 +55,7 @@ impl Report {
         }
     }
 
-    /// Leaks leave room for what is worse.
+    /// Adds a finding that leaves room for worse ones.
     fn find_leak(&mut self, finding: impl FnOnce() -> String) {
         if self.findings.len() < MAX_FINDINGS / 2 {
             self.findings.push(finding());
@@ -64,7 +64,7 @@ impl Report {
 }
 
 impl Qcow2 {
-    /// Checks the image in `file`, which nobody else has open. It needs no backing file.
+    /// Checks the image in `file`, which must not be open elsewhere. Its backing file is not needed.
     ///
     /// # Errors
     /// If the header cannot be understood, or the host cannot read or write the file.
@@ -84,12 +84,12 @@ impl Qcow2 {
             .map_err(Error::io("check the image"))
     }
 
-    /// Checks the image while it is open. Leaks that a crash would leave are not among the findings, as they
-    /// are given back first.
+    /// Checks the image while it is open. The reserve is given back first, so it does not count as leaked.
     ///
     /// # Errors
     /// If the host cannot read or write the file.
     pub fn check_open(&self) -> Result<Report, Error> {
+        let _layout = lock(&self.layout);
         let _guard = self.ranges.exclusive(ALL);
         let given_back = if self.check_writable().is_ok() {
             self.sync_and_release()
@@ -102,23 +102,23 @@ impl Qcow2 {
             .map_err(Error::io("check the image"))
     }
 
-    /// Checks the image for a caller that has it for itself.
+    /// Checks the image for a caller that has exclusive use of it.
     pub(super) fn check_unlocked(&self, repair: Repair) -> io::Result<Report> {
         if repair != Repair::Nothing {
             self.gate.sync()?;
         }
         let mut report = Report::default();
-        let mut references = self.find_references()?;
-        for damage in std::mem::take(&mut references.damage) {
+        let references = self.find_references()?;
+        for damage in &references.damage {
             report.corruptions += 1;
-            report.find(|| damage);
+            report.find(|| damage.clone());
         }
-        let missing = self.compare_refcounts(&references, repair, true, &mut report)?;
+        let missing = self.compare_refcounts(&references, repair, &mut report)?;
         if repair == Repair::All && !missing.is_empty() {
             self.add_missing_blocks(&missing)?;
-            // What the new blocks count was found before.
+            // Its findings were reported before.
             let mut rest = Report::default();
-            self.compare_refcounts(&self.find_references()?, repair, false, &mut rest)?;
+            self.compare_refcounts(&self.find_references()?, repair, &mut rest)?;
         }
         if repair != Repair::Nothing {
             self.gate.sync()?;
@@ -147,7 +147,6 @@ impl Qcow2 {
         &self,
         references: &References,
         repair: Repair,
-        is_first: bool,
         report: &mut Report,
     ) -> io::Result<BTreeSet<u64>> {
         let (file_clusters, per_block) = {
@@ -166,7 +165,7 @@ impl Qcow2 {
                     *place = place.saturating_add(count);
                 }
             };
-            let is_first = is_first && start == 0;
+            let is_first = start == 0;
             self.visit_references(references, visit, |damage| {
                 if is_first {
                     report.corruptions += 1;
@@ -195,13 +194,11 @@ impl Qcow2 {
                     let is_leak = stored > count;
                     let wanted = if is_leak { Repair::Leaks } else { Repair::All };
                     let mut is_fixed = repair >= wanted && count <= allocator.refcounts.max();
+                    // Clusters to which an unreadable table refers seem to be unused.
+                    is_fixed &= references.damage.is_empty() || (has_block && !is_leak);
                     if is_fixed && has_block {
                         allocator.refcounts.set(cluster..cluster + 1, count)?;
                     } else if is_fixed {
-                        is_fixed = allocator
-                            .refcounts
-                            .block_offset(index)
-                            .is_ok_and(|block| block.is_none());
                         missing.insert(index);
                     }
                     *match (is_leak, is_fixed) {
@@ -214,9 +211,9 @@ impl Qcow2 {
                         format!("cluster {cluster:#x} has refcount {stored} and {count} references")
                     };
                     if is_leak {
-                        report.find_leak(finding)
+                        report.find_leak(finding);
                     } else {
-                        report.find(finding)
+                        report.find(finding);
                     }
                 }
                 next = end;
@@ -231,7 +228,7 @@ impl Qcow2 {
     fn add_missing_blocks(&self, missing: &BTreeSet<u64>) -> io::Result<()> {
         let mut allocator = lock(&self.allocator);
         for &index in missing {
-            // Taking a cluster at the end of the file may have made it.
+            // It was created if a cluster at the end of the file was taken.
             if allocator.refcounts.block_offset(index)?.is_some() {
                 continue;
             }
@@ -250,7 +247,7 @@ impl Qcow2 {
         allocator.release(freed)
     }
 
-    /// Compares the marks of tables and clusters with one reference with the refcounts.
+    /// Compares the flags for tables and clusters with one reference (`COPIED`) with the refcounts.
     pub(super) fn compare_copied(
         &self,
         references: &References,

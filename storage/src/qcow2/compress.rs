@@ -1,4 +1,4 @@
-//! Compressed clusters: how their bytes are made and read.
+//! Compressed clusters.
 
 use std::io::{self, Read};
 
@@ -8,14 +8,15 @@ use super::header::Compression;
 use super::locks::lock;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
-/// Most bytes that are compressed at a time, if a cluster is not larger.
+/// Maximum number of bytes that are compressed at a time, if a cluster is not larger.
 const PIECE: u64 = 4 << 20;
-/// Window of deflate as a power of two, which QEMU uses too.
+/// Window of deflate as a power of two. It is that of QEMU.
 const WINDOW_BITS: u8 = 12;
-/// Largest window of Zstandard that is read, as a power of two. A cluster needs 21.
+/// Maximum window of Zstandard as a power of two, which bounds the memory that an image can demand. The largest
+/// cluster needs 21.
 const MAX_ZSTD_WINDOW: u32 = 24;
 
-/// Fills `cluster` from `data`, behind whose end there may be other bytes.
+/// Decompresses `data`, which other bytes may follow, and fills `cluster` with the result.
 ///
 /// # Errors
 /// If they are not a compressed cluster.
@@ -49,7 +50,7 @@ pub(super) fn decompress(
     }
 }
 
-/// Returns the compressed bytes of a cluster, or `None` if they are not fewer.
+/// Compresses a cluster. Returns `None` if that does not make it smaller.
 ///
 /// # Errors
 /// If the compressor fails.
@@ -69,7 +70,7 @@ pub(super) fn compress(compression: Compression, cluster: &[u8]) -> io::Result<O
             let mut encoder = zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL)?;
             match encoder.compress_to_buffer(cluster, &mut data) {
                 Ok(len) => len,
-                // The only reason that is left is that the bytes do not fit.
+                // With a valid level it fails only if the result does not fit.
                 Err(_) => return Ok(None),
             }
         }
@@ -82,10 +83,11 @@ impl Qcow2 {
     /// Writes whole clusters of the disk in compressed form. Those that would not get smaller are written as
     /// they are. The last cluster of the disk may be shorter.
     ///
-    /// It takes syncs, so it is for conversions, with much data at a time.
+    /// Each call syncs, so it should have much data. The caller makes sure that no data is transferred by an answer of
+    /// [`Image::map`](crate::Image::map) meanwhile.
     ///
     /// # Errors
-    /// If `offset` and the end of `bytes` are not between clusters ([`io::ErrorKind::InvalidInput`]), and those
+    /// If the range does not consist of whole clusters ([`io::ErrorKind::InvalidInput`]), and those
     /// of [`Image::write_at`](crate::Image::write_at).
     pub fn write_compressed(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.check_writable()?;

@@ -1,4 +1,4 @@
-//! New images.
+//! Creates images.
 
 use std::io;
 use std::ops::Range;
@@ -16,38 +16,38 @@ use super::refcounts::write_first_blocks;
 use super::{Options, Qcow2};
 use crate::ImageFile;
 
-/// What is taken for the disk of a new image in advance.
+/// What a new image allocates in advance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Preallocation {
     /// Nothing.
     #[default]
     Off,
-    /// Tables, and places in the file, which stays sparse.
+    /// Tables and clusters. The file stays sparse.
     Metadata,
-    /// Storage of the host as well.
+    /// Also storage of the host.
     Falloc,
-    /// Storage of the host, by writing zeroes to it.
+    /// Also storage of the host, by writing zeroes.
     Full,
 }
 
-/// What a new image is like. The default is what `qemu-img create` makes.
+/// Options of a new image. The defaults are those of `qemu-img create`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateOptions {
     /// Disk size in bytes, a multiple of 512.
     pub size: u64,
-    /// Version of the format, 2 or 3. All options that are not the default need 3.
+    /// Version of the format, 2 or 3. Version 2 has 16-bit refcounts, deflate, and no subclusters or lazy refcounts.
     pub version: u32,
     /// Cluster size in bytes: a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
     /// Width of a refcount: a power of two up to 64 bits.
     pub refcount_bits: u32,
-    /// Whether writers may write refcounts late.
+    /// Whether QEMU may write refcounts late.
     pub lazy_refcounts: bool,
     /// Whether clusters have subclusters. They need clusters of 16 KiB or more.
     pub extended_l2: bool,
-    /// How clusters are compressed by those who compress some.
+    /// How clusters are compressed.
     pub compression: Compression,
-    /// What is taken in advance.
+    /// What is allocated in advance.
     pub preallocation: Preallocation,
     /// The backing file.
     pub backing: Option<BackingName>,
@@ -111,7 +111,7 @@ impl CreateOptions {
     }
 }
 
-/// A file whose syncs come later, all at once.
+/// A file whose syncs do nothing, for an image that is synced as a whole when it is complete.
 #[derive(Debug)]
 struct Unsynced(Arc<dyn ImageFile>);
 
@@ -146,7 +146,7 @@ impl ImageFile for Unsynced {
 }
 
 impl Qcow2 {
-    /// Makes an image in `file`, whose former bytes are lost.
+    /// Creates an image in `file`, and overwrites what it holds.
     ///
     /// # Errors
     /// If an option is not possible, or the host cannot write the file.
@@ -193,7 +193,7 @@ impl Qcow2 {
             .write(&*file, &header)
             .map_err(Error::io("write a new image"))?;
 
-        // The header is the last, so there is no image before it is whole.
+        // The header is written last, so an incomplete image is not taken for one.
         let finish = |bytes: &[u8]| {
             file.sync()?;
             file.write_at(bytes, 0)?;
@@ -267,7 +267,7 @@ impl Layout {
                 options.size
             )));
         }
-        // A table that counts the whole disk need not grow.
+        // A table that is large enough for the whole disk need not grow.
         let data = options.size.div_ceil(cluster_size) + l1_entries;
         let entries = (data + data / per_block).div_ceil(per_block) + 2;
         let table = (entries * 8)

@@ -1,4 +1,4 @@
-//! Entries of L1 and L2 tables: what each bit means.
+//! Entries of L1 and L2 tables.
 //!
 //! "Cluster mapping" and "Extended L2 Entries" of the specification.
 
@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// Bits of an entry that hold an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-/// The table or cluster has one reference, this one, and can be written in place.
+/// This is the only reference to the table or cluster, which can therefore be written in place.
 const COPIED: u64 = 1 << 63;
 /// The cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
@@ -20,7 +20,7 @@ pub(super) const SUBCLUSTERS: u64 = 32;
 pub(super) struct Geometry {
     /// Cluster size as a power of two, 9 to 21.
     pub cluster_bits: u32,
-    /// Whether entries are of 16 bytes, with the state of subclusters.
+    /// Whether entries have 16 bytes, with the state of subclusters.
     pub extended: bool,
     /// Whether an entry can say that a cluster reads as zeroes.
     pub zero_flag: bool,
@@ -47,12 +47,12 @@ impl Geometry {
         1 << self.l2_bits()
     }
 
-    /// Number of guest bytes that one L2 table maps.
+    /// Number of bytes of the disk that one L2 table maps.
     pub fn l2_coverage(self) -> u64 {
         1 << (self.l2_bits() + self.cluster_bits)
     }
 
-    /// Size of the unit that is mapped or not, in bytes: a subcluster, or a cluster if there are none.
+    /// Size in bytes of the smallest unit that can be mapped: a subcluster, or a cluster if there are none.
     pub fn unit_size(self) -> u64 {
         if self.extended {
             self.cluster_size() / SUBCLUSTERS
@@ -187,7 +187,7 @@ impl L2Entry {
         L2Entry { word, bitmap: 0 }
     }
 
-    /// Whether the entry says nothing.
+    /// Whether the cluster is unallocated.
     pub fn is_unallocated(self) -> bool {
         self.word & (OFFSET | COMPRESSED | ZERO) == 0 && self.bitmap == 0
     }

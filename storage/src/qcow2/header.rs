@@ -1,8 +1,7 @@
 //! The header of an image and its extensions, as bytes.
 //!
-//! "Header" and "Header extensions" of the specification. Nothing here reads a file. A header that was read
-//! is never written back as a whole: who changes a field writes that field only ([`Field`]), so unknown fields
-//! and extensions stay as they are.
+//! "Header" and "Header extensions" of the specification. The header of an existing image is never written as a
+//! whole, but field by field ([`Field`]), so unknown fields and extensions stay as they are.
 
 use super::entry::Geometry;
 use super::error::Error;
@@ -14,13 +13,13 @@ const LENGTH_2: usize = 72;
 const LENGTH_3: usize = 104;
 /// Length of the header that is written here, with the compression type.
 pub(super) const LENGTH: usize = 112;
-/// Most bytes of the name of a backing file.
+/// Maximum length of the name of a backing file in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
-/// Most bytes of an L1 table. The limit is QEMU's too.
+/// Maximum size of an L1 table in bytes. The limit is QEMU's too.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
-/// Most bytes of a refcount table. The limit is QEMU's too.
+/// Maximum size of a refcount table in bytes. The limit is QEMU's too.
 pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-/// Most snapshots of an image. The limit is QEMU's too.
+/// Maximum number of snapshots of an image. The limit is QEMU's too.
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 
 const EXTENSION_END: u32 = 0;
@@ -165,13 +164,10 @@ pub struct Header {
 }
 
 impl Header {
-    /// Most bytes of a file that [`Self::parse`] looks at: those of the largest cluster.
-    pub const MAX_LENGTH: usize = 1 << 21;
-
-    /// Reads the header from the first bytes of a file. Beyond the file's end, `bytes` has zeroes.
+    /// Reads the header from the first cluster of a file, or from all of a file that is shorter.
     ///
     /// # Errors
-    /// If it is not that of an image that can be read here.
+    /// If it is not the header of an image that is supported.
     pub fn parse(bytes: &[u8]) -> Result<Header, Error> {
         let damaged = |what: &str| Error::Damaged(what.to_owned());
         if bytes.len() < LENGTH_2 || bytes[..4] != MAGIC {

@@ -1,4 +1,4 @@
-//! Who may use which clusters of the guest at the same time, and who waits for the same sync.
+//! Locks on clusters of the disk, and syncs that several requests share.
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,12 +33,12 @@ pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// All clusters of the guest.
+/// All clusters of the disk.
 pub(super) const ALL: Range<u64> = 0..u64::MAX;
 
-/// Locks on ranges of clusters of the guest, shared or exclusive, granted in the order of requests.
+/// Locks on ranges of clusters of the disk, shared or exclusive, granted in the order of requests.
 ///
-/// A request holds at most one, so they cannot wait for each other in a circle.
+/// A request holds at most one of them, so there are no deadlocks.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks {
     entries: Mutex<VecDeque<Entry>>,
@@ -111,11 +111,11 @@ impl Drop for RangeGuard<'_> {
     }
 }
 
-/// Syncs of the file, which all who wait for one share.
+/// Syncs the file. Concurrent requests share a sync.
 ///
 /// A sync that has failed is the last one: the host may have dropped what it could not write, and would
-/// report success for the next sync all the same. The order of writes, which the image depends on, is not known
-/// from then on.
+/// report success for the next sync all the same. Nobody knows then what is on stable storage, which the order
+/// of writes depends on.
 #[derive(Debug)]
 pub(super) struct SyncGate {
     file: Arc<dyn ImageFile>,
@@ -141,9 +141,19 @@ impl SyncGate {
         }
     }
 
-    /// Whether a sync has failed.
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
+    /// Refuses writes if a sync has failed.
+    pub fn check(&self) -> io::Result<()> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "the host has failed to write the image, which takes writes when it is opened again",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Ends syncs as one that has failed does: it is not known what the file holds.
+    pub fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
     }
 
     /// Brings to stable storage what has been written before this call.
@@ -152,9 +162,7 @@ impl SyncGate {
         // One that runs already may have passed by what was written meanwhile.
         let wanted = state.begun + 1;
         loop {
-            if self.has_failed() {
-                return Err(io::Error::other("an earlier sync of the image has failed"));
-            }
+            self.check()?;
             if state.done >= wanted {
                 return Ok(());
             }
@@ -175,7 +183,7 @@ impl SyncGate {
             match result {
                 Ok(()) => state.done = begun,
                 Err(error) => {
-                    self.failed.store(true, Ordering::Relaxed);
+                    self.fail();
                     self.finished.notify_all();
                     return Err(error);
                 }

@@ -1,27 +1,29 @@
-//! The qcow2 format, versions 2 and 3.
+//! Reads and writes disk images in the qcow2 format, versions 2 and 3.
 //!
-//! An image is a file of clusters: data, two levels of tables that map clusters of the disk to those of the file
-//! (L1, L2), and two levels of refcounts. A backing file has what the image does not map. The
-//! [specification] is QEMU's, and so is the judge of all of this: tests compare with `qemu-img`.
+//! An image is a file that is divided into clusters. Two levels of tables (L1 and L2) map clusters of the disk to
+//! clusters of the file, and two levels of refcounts say how many references each cluster of the file has. What
+//! is not mapped comes from the backing file. The [specification] is QEMU's; the tests compare with QEMU's
+//! tools.
 //!
-//! # Order of writes
-//! Between two syncs, a crash of the host keeps any part of what was written, in any order. Stable
-//! storage never refers to a cluster that its refcounts do not count; what is counted and not referred to is
-//! leaked, which a check repairs. [`allocator`] says how. Beyond that, who does not flush sees after a crash
-//! the old bytes or the new ones, sector by sector: a cluster that replaces one with other bytes than
-//! zeroes is on stable storage before its L2 entry is written. This costs a sync for the first write to a
-//! cluster of a backing file or snapshot, which requests that run at the same time share.
+//! # Crash consistency
+//! A crash of the host may keep any part of what was written since the last sync, in any order. Each reference
+//! on stable storage is covered by a refcount there at every moment, so a crash leaks clusters at most, and a
+//! check frees them. `allocator.rs` says how this is kept cheap.
 //!
-//! All metadata is in the file when a request ends: if only the process is killed, no acknowledged write is
-//! lost, flushed or not.
+//! Each sector that was written and not flushed holds its old bytes or its new ones after a crash. Therefore a new
+//! cluster that replaces anything but zeroes is synced before its L2 entry is written. The first write to a
+//! cluster of a backing file or snapshot costs a sync for this reason, which concurrent requests share.
+//!
+//! Metadata is written through: the file has all of it when a request ends. If only the process is killed, no
+//! acknowledged write is lost, flushed or not.
+//!
+//! Images with lazy refcounts are rebuilt if they are dirty, and otherwise written like all others: refcounts
+//! that are raised in advance are as cheap, and leave nothing to rebuild.
 //!
 //! # Locks
-//! A request holds a lock on its clusters of the guest ([`locks::RangeLocks`]): shared to transfer,
-//! exclusive to change the mapping. Below it, in this order: the creation of L2 tables, the allocator, the
-//! tables. Only the last is needed to read, and it is never held over a sync. [`Image::map`] waits for
-//! none of them.
-//!
-//! Lazy refcounts are read, and rebuilt if the image is dirty, but not used: refcounts in advance cost less.
+//! A request locks its clusters of the disk: shared to transfer data, exclusive to change their mapping. Below
+//! that lock there are, in this order, those for the creation of L2 tables, for the allocator and for the tables.
+//! Reads need only the last one, which is never held during a sync. [`Image::map`] waits for none of them.
 //!
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
@@ -67,7 +69,7 @@ use overlap::{Kind, Metadata};
 use refcounts::Refcounts;
 use tables::{L1, Tables};
 
-/// Default bound of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
+/// Default size of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
 const CACHE_BYTES: u64 = 8 << 20;
 
 /// How an image is opened.
@@ -75,7 +77,7 @@ const CACHE_BYTES: u64 = 8 << 20;
 pub struct Options {
     /// Whether writes are refused, and the file is not changed at all.
     pub read_only: bool,
-    /// Most bytes of L2 tables in memory.
+    /// Maximum size of the cache of L2 tables in bytes.
     pub cache_bytes: u64,
     /// The opened backing file, if the image has one.
     pub backing: Option<Arc<dyn Image>>,
@@ -93,7 +95,8 @@ impl Default for Options {
 
 /// An image in qcow2 format.
 ///
-/// Dropping it gives back what was reserved; [`Image::flush`] before says whether all is well.
+/// Dropping it syncs the file and gives back what was reserved. Errors of that are not reported: call
+/// [`Image::flush`] before.
 #[derive(Debug)]
 pub struct Qcow2 {
     file: Arc<dyn ImageFile>,
@@ -109,8 +112,10 @@ pub struct Qcow2 {
     metadata: Arc<RwLock<Metadata>>,
     gate: Arc<SyncGate>,
     ranges: RangeLocks,
-    /// Held by who makes an L2 table.
+    /// Held while an L2 table is created.
     new_table: Mutex<()>,
+    /// Held while the size or the snapshots change. It is taken before all other locks.
+    layout: Mutex<()>,
     /// Whether the metadata has been found damaged. No more is written then.
     is_damaged: AtomicBool,
     /// The compressed cluster that was read last, as requests are often smaller than a cluster.
@@ -139,7 +144,7 @@ impl Header {
 }
 
 impl Qcow2 {
-    /// Opens the image in `file`. What its backing file is, [`Header::read`] says before.
+    /// Opens the image in `file`. [`Header::read`] says beforehand whether it needs a backing file.
     ///
     /// # Errors
     /// If it is damaged, uses features that are not supported, or the host cannot read it.
@@ -200,6 +205,7 @@ impl Qcow2 {
             gate,
             ranges: RangeLocks::default(),
             new_table: Mutex::new(()),
+            layout: Mutex::new(()),
             is_damaged: AtomicBool::new(false),
             decompressed: Mutex::new(None),
         })
@@ -271,11 +277,17 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes a field of the header, and changes what is known of the header alike.
+    /// Writes a field of the header, and makes the same change in memory.
+    ///
+    /// # Errors
+    /// If the host cannot write it. No more is written then, as the header may name either of two tables.
     fn write_header(&self, field: Field, change: impl FnOnce(&mut Header)) -> io::Result<()> {
         let mut header = lock(&self.header);
         let (offset, bytes) = field.bytes();
-        self.file.write_at(&bytes, offset)?;
+        if let Err(error) = self.file.write_at(&bytes, offset) {
+            self.gate.fail();
+            return Err(error);
+        }
         change(&mut header);
         Ok(())
     }
@@ -290,10 +302,7 @@ impl Qcow2 {
                 "the image is damaged and takes no more writes",
             ));
         }
-        if self.gate.has_failed() {
-            return Err(io::Error::other("an earlier sync of the image has failed"));
-        }
-        Ok(())
+        self.gate.check()
     }
 
     /// Refuses a range beyond the end of the disk.
@@ -326,14 +335,14 @@ impl Qcow2 {
             // Writes are refused whether or not this one succeeds.
             let _ = self
                 .write_header(Field::Incompatible(features), |header| {
-                    header.incompatible = features
+                    header.incompatible = features;
                 })
                 .and_then(|()| self.gate.sync());
         }
     }
 
-    /// Looks at an entry that comes into the cache: one that points to metadata, or behind the end of the file,
-    /// would make a write to the disk destroy the image.
+    /// Checks an entry that comes into the cache. If it pointed to metadata or behind the end of the file, a
+    /// write to the disk would destroy the image.
     fn inspect(&self, entry: L2Entry) {
         if self.read_only || entry.host().is_none() {
             return;

@@ -1,4 +1,4 @@
-//! Which clusters of the file hold metadata, so that nothing else is ever written to them.
+//! Knows which clusters of the file hold metadata, so that data is never written to them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -33,7 +33,7 @@ impl fmt::Display for Kind {
 /// The clusters that are known to hold metadata.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
-    /// Number of clusters of the file. Nothing is behind them.
+    /// Number of clusters of the file.
     pub file_clusters: u64,
     ranges: Vec<(Range<u64>, Kind)>,
     clusters: HashMap<u64, Kind>,

@@ -1,4 +1,4 @@
-//! Reading: what bytes are, where they are, and the bytes themselves.
+//! Reads: where bytes are, and the bytes themselves.
 
 use std::io;
 use std::ops::Range;
@@ -60,7 +60,7 @@ impl Qcow2 {
         }
     }
 
-    /// Returns what the bytes from `offset` on are, reading tables if need be.
+    /// Returns what the bytes from `offset` on are. Reads tables that are not cached.
     pub(super) fn lookup(&self, offset: u64, len: u64) -> io::Result<Run> {
         let run = self
             .tables
@@ -75,8 +75,8 @@ impl Qcow2 {
         (len > 0).then_some((backing, len))
     }
 
-    /// [`Image::read_at`] for a caller that holds a lock on the range. It may end behind the disk, in its last
-    /// cluster.
+    /// [`Image::read_at`] for a caller that holds a lock on the range. The range may end behind the
+    /// disk, in its last cluster.
     pub(super) fn read_unlocked(&self, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
         while !bytes.is_empty() {
             let (mapping, len) = self.lookup(offset, bytes.len() as u64)?;
@@ -193,7 +193,7 @@ impl Qcow2 {
     }
 }
 
-/// Makes an error of the backing file one that does not speak of this image.
+/// Turns an error of the backing file into one that does not mark this image as damaged.
 fn foreign(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("backing file: {error}"))
 }

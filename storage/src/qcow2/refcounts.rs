@@ -1,4 +1,4 @@
-//! Refcounts of clusters of the file: the table, in memory, and its blocks, of which a few are cached.
+//! Refcounts of clusters of the file: the table in memory, and its blocks in the file, with a cache.
 //!
 //! "Host cluster management" of the specification. Changes stay in memory until [`Refcounts::write_back`],
 //! so that an operation writes a block once; none ends without it.
@@ -14,9 +14,9 @@ use crate::ImageFile;
 
 /// Bits of an entry of the table that hold an offset.
 const OFFSET: u64 = !0x1ff;
-/// Most bytes of cached blocks, if a few blocks are not more.
+/// Size of the cache of blocks in bytes. It has room for some blocks in any case.
 const CACHE_BYTES: u64 = 1 << 20;
-/// Least number of cached blocks.
+/// Minimum number of cached blocks.
 const MIN_BLOCKS: u64 = 4;
 
 /// The refcounts of a file.
@@ -85,7 +85,7 @@ impl Refcounts {
         start..start + (self.table_len() * 8).div_ceil(1 << self.cluster_bits)
     }
 
-    /// Returns the clusters of all blocks, and of those that a damaged table names.
+    /// Returns index and cluster of all blocks in the table. A damaged table has wrong ones.
     pub fn block_clusters(&self) -> impl Iterator<Item = (u64, u64)> {
         let entries = self
             .table
@@ -395,7 +395,7 @@ mod tests {
                 (1 << (1 << order)) - 1
             };
             let mut block = vec![0; 64];
-            let count = 64 * 8 >> order;
+            let count = (64 * 8) >> order;
             for index in 0..count {
                 put(
                     &mut block,

@@ -16,7 +16,7 @@ impl Qcow2 {
     /// Changes the size of the disk. What is added reads as zeroes; what is cut off is lost, even if this
     /// fails.
     ///
-    /// Nobody transfers data by [`Image::map`] meanwhile.
+    /// The caller makes sure that no data is transferred by an answer of [`Image::map`] meanwhile.
     ///
     /// # Errors
     /// If the size is not possible, or the host cannot write.
@@ -25,6 +25,7 @@ impl Qcow2 {
             let error = "the size of a disk is a multiple of 512 bytes";
             return Err(Error::Option(error.to_owned()));
         }
+        let _layout = lock(&self.layout);
         let header = self.header();
         if self.geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
             return Err(Error::Option(
@@ -53,8 +54,8 @@ impl Qcow2 {
             let _guard = self.ranges.exclusive(ALL);
             self.grow_l1(entries)?;
         }
-        // What a machine's state or a larger disk has left there must not come back, nor must the backing file
-        // come to light. It is gone before the size says that it is part of the disk.
+        // The state of a machine, a larger disk or the backing file may have bytes there, which must not become
+        // part of the disk. They are hidden before the size changes.
         let cluster_size = self.geometry.cluster_size();
         let first = old.div_ceil(cluster_size);
         self.write_zero_bytes(old..size.min(first * cluster_size))?;
@@ -88,7 +89,7 @@ impl Qcow2 {
         self.write_active(Header { size, ..header })
     }
 
-    /// Has the header name another active L1 table or size, on stable storage.
+    /// Writes the size and the place of the active L1 table to the header, and syncs it.
     pub(super) fn write_active(&self, new: Header) -> io::Result<()> {
         let field = Field::Active {
             size: new.size,
@@ -102,7 +103,8 @@ impl Qcow2 {
         self.gate.sync()
     }
 
-    /// Moves the L1 table to a place where it has `entries` entries. The caller has the image for itself.
+    /// Moves the L1 table to a place where it has `entries` entries. The caller has exclusive use of
+    /// the image.
     fn grow_l1(&self, entries: u64) -> io::Result<()> {
         let header = self.header();
         let (old_offset, old_entries) = (header.l1_offset, u64::from(header.l1_size));

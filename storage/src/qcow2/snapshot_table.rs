@@ -8,13 +8,13 @@ use super::error::Error;
 use super::header::{Header, MAX_L1_BYTES, be32, be64};
 use crate::ImageFile;
 
-/// Length of the part of an entry that is always there.
+/// Length of the fixed part of an entry.
 const FIXED: usize = 40;
-/// Length of the extra data that is known here.
+/// Length of the extra data that is interpreted here.
 const KNOWN_EXTRA: usize = 16;
-/// Most bytes of the extra data of a snapshot. The limit is QEMU's too.
+/// Maximum length of the extra data of a snapshot. The limit is QEMU's too.
 const MAX_EXTRA: usize = 1024;
-/// Most bytes of the table. The limit is QEMU's too.
+/// Maximum size of the table in bytes. The limit is QEMU's too.
 const MAX_TABLE: usize = 64 << 20;
 
 /// An internal snapshot of an image.
@@ -32,11 +32,11 @@ pub struct Snapshot {
     pub nanoseconds: u32,
     /// For how long the guest had run, in nanoseconds.
     pub guest_clock: u64,
-    /// Size of the saved state of the machine in bytes, which another program has put there.
+    /// Size in bytes of the machine's state that another program has saved with it.
     pub machine_state: u64,
     pub(super) l1_offset: u64,
     pub(super) l1_size: u32,
-    /// Extra data that is not known here.
+    /// Extra data that is kept and not interpreted.
     pub(super) extra: Vec<u8>,
 }
 
@@ -49,7 +49,7 @@ pub(super) fn read(file: &dyn ImageFile, header: &Header) -> io::Result<(Vec<Sna
     let start = header.snapshots_offset;
     let mut position = 0;
     let mut snapshots = Vec::new();
-    // Each snapshot has an L1 table of its own.
+    // L1 tables of different snapshots do not overlap, so the file limits their total size.
     let mut l1_room = file.size()?;
     for _ in 0..header.snapshots {
         let mut fixed = [0; FIXED];
@@ -108,10 +108,10 @@ pub(super) fn read(file: &dyn ImageFile, header: &Header) -> io::Result<(Vec<Sna
     Ok((snapshots, position as u64))
 }
 
-/// Returns the bytes of a table.
+/// Serializes a table.
 ///
 /// # Errors
-/// If it would be larger than other readers take.
+/// If it would be larger than QEMU accepts.
 pub(super) fn to_bytes(snapshots: &[Snapshot]) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
     for snapshot in snapshots {

@@ -1,10 +1,10 @@
-//! Internal snapshots: the states of a disk that its image keeps.
+//! Internal snapshots: former states of the disk, kept in the image.
 //!
-//! A snapshot is an L1 table of its own, which shares L2 tables and clusters with the active one. Making or
-//! deleting one changes the refcounts of all that it shares. The refcounts are never too low meanwhile, but the
-//! marks for clusters with one reference cannot change at the same moment, so version 3 is marked as
-//! dirty, which has them rebuilt after a crash. In version 2 a crash can leave leaks, and clusters that
-//! are copied at the next write for no reason.
+//! A snapshot has an L1 table of its own and shares L2 tables and clusters with the active one. Creating or
+//! deleting it changes the refcounts of everything that it shares. They are never too low meanwhile, but they
+//! cannot change at the same moment as the flags for clusters with one reference (`COPIED`). Therefore an image of
+//! version 3 is marked as dirty meanwhile, and both are rebuilt after a crash. Version 2 has no such mark: a crash
+//! can leave leaks, and clusters without the flag, which are copied at the next write for no reason.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -33,12 +33,13 @@ impl Qcow2 {
 
     /// Keeps the present state of the disk as a snapshot, and returns its identifier.
     ///
-    /// Nobody transfers data by [`Image::map`](crate::Image::map) meanwhile: what it has answered before is
-    /// not true afterwards.
+    /// The caller makes sure that no data is transferred by an answer of [`Image::map`](crate::Image::map) meanwhile,
+    /// and uses no earlier answer afterwards.
     ///
     /// # Errors
     /// If the refcounts of the image are too narrow, or the host cannot write.
     pub fn create_snapshot(&self, name: &str) -> Result<String, Error> {
+        let _layout = lock(&self.layout);
         let _guard = self.ranges.exclusive(ALL);
         let mut snapshots = self.snapshots()?;
         if snapshots.len() >= MAX_SNAPSHOTS as usize {
@@ -76,24 +77,27 @@ impl Qcow2 {
         Ok(id)
     }
 
-    /// Makes the disk what it was when a snapshot was made, which is named by its identifier or name.
+    /// Returns the disk to the state of a snapshot, given by its identifier or name.
     ///
-    /// Nobody transfers data by [`Image::map`](crate::Image::map) meanwhile.
+    /// The caller makes sure that no data is transferred by an answer of [`Image::map`](crate::Image::map) meanwhile,
+    /// and uses no earlier answer afterwards.
     ///
     /// # Errors
     /// If there is no such snapshot, or the host cannot write.
     pub fn apply_snapshot(&self, snapshot: &str) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
         let _guard = self.ranges.exclusive(ALL);
         let snapshots = self.snapshots()?;
         let snapshot = &snapshots[find(&snapshots, snapshot)?];
         self.change_snapshots(|| self.activate(snapshot))
     }
 
-    /// Deletes a snapshot, which is named by its identifier or name.
+    /// Deletes a snapshot, given by its identifier or name.
     ///
     /// # Errors
     /// If there is no such snapshot, or the host cannot write.
     pub fn delete_snapshot(&self, snapshot: &str) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
         let _guard = self.ranges.exclusive(ALL);
         let mut snapshots = self.snapshots()?;
         let snapshot = snapshots.remove(find(&snapshots, snapshot)?);
@@ -103,7 +107,7 @@ impl Qcow2 {
         })
     }
 
-    /// Changes snapshots under the dirty mark. If that fails, the refcounts are rebuilt.
+    /// Changes snapshots while the image is marked as dirty. If that fails, the refcounts are rebuilt.
     fn change_snapshots(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Error> {
         let changed = self.check_writable().and_then(|()| {
             self.sync_and_release()?;
@@ -118,7 +122,7 @@ impl Qcow2 {
             });
             let changed = self.note(changed);
             if changed.is_err() && self.check_writable().is_ok() {
-                // The error that led here says more than one that follows from it.
+                // The first error says more than one of these.
                 let _ = lock(&self.allocator).give_back();
                 let _ = self.check_unlocked(Repair::All);
             }
@@ -147,7 +151,7 @@ impl Qcow2 {
             header.incompatible & !incompatible::DIRTY
         };
         self.write_header(Field::Incompatible(features), |header| {
-            header.incompatible = features
+            header.incompatible = features;
         })?;
         self.gate.sync()
     }
@@ -161,7 +165,7 @@ impl Qcow2 {
             .map(|word| L1Entry(word).with_copied(false).0)
             .collect();
         let l1_offset = self.write_contiguous(&to_bytes(&words))?;
-        // Without the marks nothing is written in place, so the refcounts may become larger than one.
+        // Nothing is written in place without the flags, so the refcounts may rise.
         for table in self.tables_of(&words)? {
             self.unmark_table(table)?;
         }
@@ -195,7 +199,7 @@ impl Qcow2 {
         self.lower_references(old_offset, old_size)
     }
 
-    /// Clears the marks for clusters with one reference in an L2 table.
+    /// Clears the flags for clusters with one reference in an L2 table.
     fn unmark_table(&self, table: u64) -> io::Result<()> {
         let mut words = Vec::new();
         let mut is_changed = false;
@@ -254,7 +258,7 @@ impl Qcow2 {
         lock(&self.allocator).release(vec![self.geometry.clusters(l1_offset..end)])
     }
 
-    /// Has the header name a new snapshot table, on stable storage, and frees the old one.
+    /// Writes a new snapshot table, syncs it, has the header name it, and frees the old one.
     fn write_snapshots(&self, snapshots: &[Snapshot]) -> io::Result<()> {
         let header = self.header();
         let (_, old_len) = snapshot_table::read(&*self.file, &header)?;
@@ -300,7 +304,7 @@ impl Qcow2 {
     }
 }
 
-/// Returns which snapshot is meant. Identifiers come first.
+/// Finds a snapshot by its identifier, or else by its name.
 fn find(snapshots: &[Snapshot], wanted: &str) -> Result<usize, Error> {
     let by_id = snapshots.iter().position(|snapshot| snapshot.id == wanted);
     by_id

@@ -1,4 +1,4 @@
-//! The active L1 table, in memory, and L2 tables, in the file with a cache.
+//! The tables that map the disk: the active L1 table in memory, L2 tables in the file, with a cache.
 //!
 //! A changed entry is written to the file before anyone sees it in memory, so what was acknowledged is in the
 //! file even if the process is killed. The lock is held for such a write, never for a sync.
@@ -51,7 +51,7 @@ pub(super) struct Tables {
     slice_bits: u32,
     l1: RwLock<L1>,
     cache: SliceCache,
-    /// Held by who reads an L2 table into the cache, or changes an entry: a slice that was read before a
+    /// Held while a slice is read into the cache and while an entry changes, because a slice that was read before a
     /// change must not get into the cache after it.
     lock: Mutex<()>,
 }

@@ -1,4 +1,4 @@
-//! All references to clusters of a file, for those who count them.
+//! All references to clusters of the file.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,7 +11,7 @@ use super::locks::lock;
 use super::snapshot_table::{self, Snapshot};
 use super::tables::read_words;
 
-/// Most bytes of the list of bitmaps, and of the table of one. The limits are QEMU's too.
+/// Maximum size in bytes of the list of bitmaps, and of the table of one. The limits are QEMU's too.
 const MAX_BITMAP_DIRECTORY: u64 = 64 << 20;
 const MAX_BITMAP_TABLE: u64 = 32 << 20;
 
@@ -162,7 +162,7 @@ impl Qcow2 {
         let range = directory.offset..directory.offset + directory.size;
         references.metadata.push((geometry.clusters(range), 1));
         let mut rest = bytes.as_slice();
-        // Each bitmap has a table of its own.
+        // Tables of different bitmaps do not overlap, so the file limits their total size.
         let mut room = lock(&self.allocator).file_size();
         for _ in 0..directory.count {
             let Some(fixed) = rest.get(..24) else {

@@ -1,4 +1,4 @@
-//! Writing: in place, or to clusters that are taken for it.
+//! Writes: in place, or to new clusters.
 
 use std::io;
 use std::ops::Range;
@@ -11,17 +11,17 @@ use super::locks::{lock, read, write};
 use super::overlap::Kind;
 use crate::ImageFile;
 
-/// Most bytes for which clusters are taken at a time, if a cluster is not larger.
+/// Maximum number of bytes that are mapped at a time, if a cluster is not larger.
 const PIECE: u64 = 1 << 20;
 
-/// What writing to a cluster means.
+/// How a cluster is written.
 struct Plan {
-    /// The L2 entry after it.
+    /// The L2 entry afterwards.
     entry: L2Entry,
     /// Ranges of the guest whose old bytes are copied to the new place.
     copies: Vec<Range<u64>>,
-    /// Whether the new bytes have to be on stable storage before the entry, as there are old ones that a
-    /// crash could lose, or that could show where they do not belong.
+    /// Whether the new bytes have to be on stable storage before the entry. Otherwise a crash could lose old
+    /// bytes, or show bytes that were deleted before.
     needs_sync: bool,
 }
 
@@ -60,7 +60,7 @@ impl Qcow2 {
         Ok(len as usize)
     }
 
-    /// Writes guest bytes to the file. Metadata is never written this way.
+    /// Writes bytes of the disk to the file, unless that would overwrite metadata.
     pub(super) fn write_host(&self, bytes: &[u8], host: u64) -> io::Result<()> {
         let clusters = self.geometry.clusters(host..host + bytes.len() as u64);
         let found = read(&self.metadata).find(clusters);
@@ -73,8 +73,8 @@ impl Qcow2 {
         self.file.write_at(bytes, host)
     }
 
-    /// Writes the first bytes, and maps clusters for them. Returns how many were written; none if
-    /// someone else has mapped them meanwhile.
+    /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another
+    /// thread has mapped them meanwhile.
     fn write_new(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let geometry = self.geometry;
         let cluster_size = geometry.cluster_size();
@@ -93,7 +93,7 @@ impl Qcow2 {
                 .mapping(geometry, 0)
                 .map_err(|error| Error::Damaged(error.to_string()))?;
         }
-        // Clusters that are mapped to one of their own already come one at a time.
+        // A cluster that has one of the file for itself, without the data, is filled there, alone.
         let count = old.iter().take_while(|entry| !entry.is_copied()).count() as u64;
         if count > 0 {
             self.ensure_table(first)?;
@@ -110,7 +110,7 @@ impl Qcow2 {
                     return Err(error);
                 }
             };
-            // If this fails, the file may refer to the new clusters or the old ones, so all stay.
+            // If this fails, the file may refer to the new clusters or the old ones, so none is freed.
             self.tables.store(first, &entries)?;
             self.free_old(old);
             return Ok(bytes.len());
@@ -215,7 +215,7 @@ impl Qcow2 {
                 continue;
             }
             allocated |= 1 << number;
-            // A place that is not fresh holds bytes from before it was marked as zeroes.
+            // A place that is not fresh may hold bytes that were there before it was marked as zeroes.
             if has_old_bytes || !is_fresh {
                 needs_sync = true;
                 let around = [
@@ -249,7 +249,7 @@ impl Qcow2 {
         })
     }
 
-    /// Frees the clusters of the file that entries referred to. They are not in the tables any more.
+    /// Frees the clusters of the file that former entries refer to.
     pub(super) fn free_old(&self, entries: &[L2Entry]) {
         let mut allocator = lock(&self.allocator);
         for entry in entries {
@@ -309,13 +309,13 @@ impl Qcow2 {
         if !freed.is_empty()
             && let Err(error) = self.note(lock(&self.allocator).release(freed))
         {
-            // The guest's bytes are on stable storage; only room is lost.
+            // All data is on stable storage. The clusters are leaked.
             tracing::warn!("cannot free clusters of a qcow2 image: {error}");
         }
         Ok(())
     }
 
-    /// Syncs if so much was freed that it should not wait for the guest's next flush.
+    /// Syncs if too much was freed to wait for the next flush.
     pub(super) fn release_if_many(&self) -> io::Result<()> {
         if lock(&self.allocator).has_many_freed() {
             self.sync_and_release()

@@ -1,4 +1,4 @@
-//! Zeroes and discards: what becomes of whole clusters, and of the bytes around them.
+//! Zeroes and discards.
 
 use std::io;
 use std::ops::Range;
@@ -11,7 +11,7 @@ impl Qcow2 {
     /// [`Image::write_zeroes`](crate::Image::write_zeroes) for a range that has been checked.
     pub(super) fn zero_range(&self, range: Range<u64>, unmap: bool) -> io::Result<()> {
         let whole = self.whole_clusters(&range);
-        // Version 2 has no mark for zeroes, so a cluster that hides the backing file has to be there.
+        // Version 2 has no flag for zeroes, so only real zeroes hide the backing file.
         if whole.is_empty() || (self.backing.is_some() && !self.geometry.zero_flag) {
             return self.write_zero_bytes(range);
         }
@@ -22,7 +22,7 @@ impl Qcow2 {
         self.write_zero_bytes(end.min(range.end)..range.end)
     }
 
-    /// Makes whole clusters zeroes, and lets go of what they are mapped to if `unmap` says so.
+    /// Makes whole clusters read as zeroes. With `unmap`, frees what they are mapped to.
     pub(super) fn zero_clusters(&self, clusters: Range<u64>, unmap: bool) -> io::Result<()> {
         let (geometry, is_backed) = (self.geometry, self.backing.is_some());
         self.change_entries(clusters, |entry| {
@@ -50,7 +50,7 @@ impl Qcow2 {
             } else if !is_backed {
                 L2Entry::UNALLOCATED
             } else if geometry.zero_flag {
-                // What the backing file has would come back otherwise.
+                // Otherwise the disk would show the old bytes of the backing file.
                 L2Entry::zeroes(geometry, None)
             } else {
                 entry
@@ -129,7 +129,7 @@ impl Qcow2 {
 
     /// Writes zeroes to the bytes of a range that do not read as zeroes already.
     pub(super) fn write_zero_bytes(&self, range: Range<u64>) -> io::Result<()> {
-        const ZEROES: [u8; 65536] = [0; 65536];
+        static ZEROES: [u8; 65536] = [0; 65536];
         let mut next = range.start;
         while next < range.end {
             let (is_zero, len) = {

@@ -10,6 +10,7 @@ use bantam_storage::qcow2::{
 };
 use bantam_storage::{Direction, Extent, Image};
 
+use crate::memory_file::MemoryFile;
 use crate::support::{Folder, Numbers, Raw, host_file, qemu, read_all, try_qemu};
 
 fn create(folder: &Folder, name: &str, options: &CreateOptions) {
@@ -563,6 +564,49 @@ fn damage_is_found_and_repaired_as_by_qemu() {
         }
         assert!(folder.contents("image") == model);
     }
+}
+
+#[test]
+fn missing_refcount_blocks_are_made_again() {
+    for lost in [0..1, 1..3, 0..16] {
+        let folder = Folder::new();
+        let options = CreateOptions {
+            size: 1 << 20,
+            cluster_size: 512,
+            ..usual()
+        };
+        create(&folder, "image", &options);
+        let image = folder.open("image", Options::default());
+        image.write_at(&vec![1; 600_000], 1000).unwrap();
+        drop(image);
+        let mut bytes = std::fs::read(folder.path("image")).unwrap();
+        let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
+        bytes[table + lost.start * 8..table + lost.end * 8].fill(0);
+        // The mark that makes a writer rebuild refcounts.
+        bytes[79] = 1;
+        std::fs::write(folder.path("image"), &bytes).unwrap();
+        let image = folder.open("image", Options::default());
+        image.write_at(&[2; 5000], 700_000).unwrap();
+        drop(image);
+        folder.check("image");
+        let bytes = folder.contents("image");
+        assert!(bytes[1000..601_000].iter().all(|&byte| byte == 1));
+        assert!(bytes[700_000..705_000].iter().all(|&byte| byte == 2));
+    }
+}
+
+#[test]
+fn a_large_image_is_opened_without_reading_its_tables() {
+    let file = Arc::new(MemoryFile::new(Vec::new()));
+    let options = CreateOptions {
+        size: 1 << 40,
+        ..usual()
+    };
+    Qcow2::create(Arc::clone(&file) as _, &options).unwrap();
+    let before = file.bytes_read();
+    let image = Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
+    assert!(file.bytes_read() - before < 200 << 10);
+    assert_eq!(image.size(), 1 << 40);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Tests of the qcow2 format. QEMU's tools are the judges; the tests fail without them.
 
+#![allow(clippy::unwrap_used, reason = "every step of a test has to succeed")]
+
 mod memory_file;
 mod support;
 

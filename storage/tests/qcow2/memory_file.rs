@@ -60,6 +60,7 @@ pub struct MemoryFile {
     failures: AtomicU64,
     /// Largest size.
     limit: u64,
+    bytes_read: AtomicU64,
 }
 
 impl MemoryFile {
@@ -71,6 +72,7 @@ impl MemoryFile {
     pub fn with_limit(bytes: Vec<u8>, limit: u64) -> MemoryFile {
         MemoryFile {
             limit,
+            bytes_read: AtomicU64::new(0),
             state: Mutex::new(State {
                 bytes,
                 changes: Vec::new(),
@@ -96,6 +98,11 @@ impl MemoryFile {
 
     pub fn bytes(&self) -> Vec<u8> {
         self.state.lock().unwrap().bytes.clone()
+    }
+
+    /// Number of bytes that were read so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
     }
 
     /// Number of changes so far.
@@ -128,6 +135,8 @@ impl MemoryFile {
 impl ImageFile for MemoryFile {
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.call()?;
+        self.bytes_read
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let state = self.state.lock().unwrap();
         let start = state.bytes.len().min(offset as usize);
         let len = bytes.len().min(state.bytes.len() - start);
