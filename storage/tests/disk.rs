@@ -29,7 +29,7 @@ fn open(path: &Path, options: &DiskOptions) -> Result<Disk, DiskError> {
 }
 
 fn refusal(path: &Path, options: &DiskOptions) -> String {
-    let refused = open(path, options).unwrap_err().to_string();
+    let refused = open(path, options).expect_err("it is refused").to_string();
     assert!(!refused.contains('\n'));
     refused
 }
@@ -39,14 +39,16 @@ fn read(disk: &Disk, offset: u64) -> [u8; 512] {
         panic!("it is raw");
     };
     let mut bytes = [0; 512];
-    disk.image().read_at(&mut bytes, offset).unwrap();
+    disk.image()
+        .read_at(&mut bytes, offset)
+        .expect("it can be read");
     bytes
 }
 
 /// Makes a chain of two images over a raw file, and returns the path of the topmost.
 fn chain() -> (TempDir, PathBuf) {
-    let folder = TempDir::new().unwrap();
-    fs::write(folder.path().join("base.img"), vec![0x5a; SIZE as usize]).unwrap();
+    let folder = TempDir::new().expect("it can be made");
+    fs::write(folder.path().join("base.img"), vec![0x5a; SIZE as usize]).expect("there is room");
     for words in [
         "create -q -f qcow2 -F raw -b base.img middle.qcow2",
         "create -q -f qcow2 -F qcow2 -b middle.qcow2 top.qcow2",

@@ -100,16 +100,16 @@ pub struct MachineArgs {
 
     /// Disk for the guest; can be given more than once
     ///
-    /// PATH is a raw image, a block device, or an image in qcow2 format if its
-    /// name ends in .qcow2. A comma in PATH or in a value is written twice.
-    /// The guest finds the disks in the order in which they are given:
-    /// /dev/vda, /dev/vdb, ... KEY=VALUE is any of
+    /// PATH is a raw image, a block device, or a qcow2 image if its name
+    /// ends in .qcow2. A comma in PATH or in a value is written twice. The
+    /// guest finds the disks in the order in which they are given: /dev/vda,
+    /// /dev/vdb, ... KEY=VALUE is any of
     ///
     /// - ro: the guest cannot write to it.
     /// - id=NAME: its serial number in the guest, up to 20 characters.
     /// - name=NAME: what the host calls it; its id or disk0, disk1, ... by
     ///   default.
-    /// - format=raw or qcow2: the format of the image, whatever its name is.
+    /// - format=raw or qcow2: the format of the image, whatever its name.
     /// - backing=off: refuses a qcow2 image that has a backing file.
     /// - block-size=512 or 4096: the block size that the guest is told; by
     ///   default that of a block device, and 512 for a file.
