@@ -11,12 +11,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bantam_devices::InterruptLine;
-use bantam_devices::disk::{DiskFile, DiskOptions};
 use bantam_devices::tap::PACKET_HEADER_SIZE;
 use bantam_devices::virtio::block::bench::SteppedWorker;
 use bantam_devices::virtio::transport::mmio::MmioLink;
 use bantam_devices::virtio::{Chain, VirtQueue};
 use bantam_memory::GuestMemory;
+use bantam_storage::{DiskFile, DiskOptions};
 use criterion::{Criterion, criterion_group, criterion_main};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::bindings::virtio_ring::{

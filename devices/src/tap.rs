@@ -11,14 +11,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bantam_storage::patiently;
 use libc::ifreq;
 use nix::errno::Errno;
 
 pub use error::TapError;
 use error::{attach_error, control_error};
 use interface::{Interface, TemporaryMtu};
-
-use crate::patience::patiently;
 
 /// The device that makes taps.
 const CONTROL_DEVICE: &str = "/dev/net/tun";

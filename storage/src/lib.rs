@@ -1,7 +1,9 @@
 //! Disk images, usable with no machine.
 //!
-//! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s.
+//! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s. A raw image, whose
+//! bytes are those of the disk, is a [`DiskFile`]. A machine has either of them as a [`Disk`].
 
+mod disk;
 mod file;
 pub mod foreign;
 mod image;
@@ -9,9 +11,21 @@ mod options;
 mod raw_image;
 mod target;
 pub mod tools;
+mod lock;
+mod opener;
+mod patience;
+pub mod qcow2;
+mod raw;
 
+pub use disk::{Disk, FormattedDisk};
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
 pub use options::{OptionError, Options, parse_size};
 pub use raw_image::RawImage;
 pub use target::{ImageTarget, Target};
+pub use lock::{Lock, LockMode, lock_file, lock_patiently};
+pub use opener::{FileAccess, FileOpener, HostOpener};
+pub use patience::patiently;
+pub use raw::{
+    Access, Bounce, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, Step,
+};

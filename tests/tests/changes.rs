@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_devices::disk::{DiskFile, DiskOptions};
+use bantam_storage::{DiskFile, DiskOptions};
 use bantam_tests::{HostTap, Traffic, configured, device, payload, require_kvm, require_taps};
 use bantam_vmm::config::{DiskConfig, MachineConfig, NetConfig, SerialConfig};
 use bantam_vmm::{

@@ -12,8 +12,8 @@ use bantam_tests::{HostTap, configured, device, payload, require_kvm, require_ta
 use bantam_vmm::config::{DeviceName, MachineConfig, MetadataConfig, SerialConfig};
 use bantam_vmm::{
     Console, Controller, ControllerOptions, DeviceCommand, Error, Event, Events, ExitReason,
-    FileAccess, HostOpener, Limits, ListenError, ListeningSocket, Opener, RateLimit, State,
-    ThreadHook, ThreadRole,
+    FileAccess, FileOpener, HostOpener, Limits, ListenError, ListeningSocket, Opener, RateLimit,
+    State, ThreadHook, ThreadRole,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -220,12 +220,14 @@ impl Record {
     }
 }
 
-impl Opener for Record {
+impl FileOpener for Record {
     fn file(&self, path: &Path, access: FileAccess) -> io::Result<File> {
         self.add(Step::Opened(path.to_path_buf()));
         HostOpener.file(path, access)
     }
+}
 
+impl Opener for Record {
     fn listen(&self, path: &Path) -> Result<ListeningSocket, ListenError> {
         self.add(Step::Opened(path.to_path_buf()));
         HostOpener.listen(path)

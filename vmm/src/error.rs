@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bantam_devices::ListenError;
-use bantam_devices::disk::DiskError;
 use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::owner::DeviceError;
 use bantam_metadata::MetadataError;
 use bantam_state::{RestoreError, SaveError};
+use bantam_storage::DiskError;
 
 use crate::config::{ConfigError, DeviceName};
 use crate::host::HostError;

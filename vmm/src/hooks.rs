@@ -5,7 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use bantam_devices::device_log::MachineLog;
-use bantam_devices::opener::{HostOpener, Opener};
+use bantam_devices::opener::Opener;
+use bantam_storage::HostOpener;
 
 use crate::config::DeviceName;
 
@@ -19,6 +20,9 @@ pub enum ThreadRole {
     Devices,
     /// Serves this device.
     Device(DeviceName),
+    /// Serves the image of this disk, which is not raw: finds places for data, decompresses it, and changes the
+    /// image's tables.
+    Image(DeviceName),
 }
 
 /// A hook that is called on each thread of a machine, before the thread does anything else.

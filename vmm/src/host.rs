@@ -7,7 +7,8 @@ use std::os::fd::{FromRawFd, IntoRawFd};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use bantam_devices::opener::{FileAccess, HostOpener, Opener};
+use bantam_devices::opener::Opener;
+use bantam_storage::{FileAccess, HostOpener};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::device_access;

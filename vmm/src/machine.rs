@@ -8,10 +8,10 @@ use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
-use bantam_devices::disk::DiskFile;
 use bantam_devices::opener::Opener;
 use bantam_memory::GuestMemory;
 use bantam_state::Section;
+use bantam_storage::Disk;
 
 use crate::command::ShutDown;
 use crate::config::{DeviceName, MachineConfig};
@@ -22,6 +22,7 @@ use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
 use crate::hooks::{ThreadHook, ThreadRole};
+use crate::image_thread::ImageThread;
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
 use crate::memory::{allocate_memory, check_layout};
@@ -41,6 +42,8 @@ pub(crate) struct Machine {
     environment: Arc<VcpuEnvironment>,
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<DeviceLoop>,
+    /// Outlive the event loops, whose disks wait for them.
+    image_threads: Vec<ImageThread>,
     devices: Arc<DeviceTable>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
@@ -197,6 +200,7 @@ impl Machine {
             vcpus,
             vcpu_threads: Vec::new(),
             event_loops,
+            image_threads: virtio.image_threads,
             devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
@@ -227,6 +231,9 @@ impl Machine {
         let waits = hook.is_some() || self.vcpus.len() > 1;
         if waits {
             self.control.hold_vcpus();
+        }
+        for image_thread in &mut self.image_threads {
+            image_thread.start(&self.control, hook)?;
         }
         for event_loop in &mut self.event_loops {
             event_loop.start(&self.control, hook)?;
@@ -304,6 +311,9 @@ impl Machine {
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }
+        for image_thread in &mut self.image_threads {
+            image_thread.end();
+        }
         let mut flushed = Ok(());
         for disk in self.devices.disks() {
             if let Err(source) = flush_at_end(&disk) {
@@ -338,7 +348,7 @@ impl Drop for Machine {
     }
 }
 
-fn flush_at_end(disk: &DiskFile) -> std::io::Result<()> {
+fn flush_at_end(disk: &Disk) -> std::io::Result<()> {
     if disk.is_read_only() {
         return Ok(());
     }

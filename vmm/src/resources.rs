@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::path::Path;
 
-use bantam_devices::opener::{FileAccess, Opener};
+use bantam_devices::opener::Opener;
+use bantam_storage::FileAccess;
 use kvm_ioctls::Kvm;
 
 use crate::config::MachineConfig;

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bantam_storage::{DiskError, DiskFile, DiskOptions, FileAccess};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::BalloonHandle;
@@ -19,8 +20,7 @@ use super::net::NetHandle;
 pub use super::net::{NetLimits, NetMetrics};
 pub use super::rng::EntropyMetrics;
 pub use super::vsock::VsockMetrics;
-use crate::disk::{DiskError, DiskFile, DiskOptions};
-use crate::opener::{FileAccess, Opener};
+use crate::opener::Opener;
 use crate::rate_limiter::Limits;
 
 /// A command to a device. Each is for devices of one kind.

@@ -4,10 +4,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use bantam_devices::disk::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE};
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::VirtioDevice;
 use bantam_devices::virtio::block::{Block, BlockOptions, Engine};
+use bantam_storage::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE};
 use bolero::TypeGenerator;
 use bolero::generator::one_value_of;
 use nix::sys::memfd::{MFdFlags, memfd_create};

@@ -7,6 +7,7 @@ use bantam_arch::acpi::VirtioMmioWindow;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
+use bantam_devices::virtio::block::ImageWork;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
 use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
 use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
@@ -21,6 +22,7 @@ use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::hooks::ThreadRole;
+use crate::image_thread::ImageThread;
 use crate::vm::Vm;
 
 /// A device that is to get a place in the machine.
@@ -52,6 +54,8 @@ pub(crate) struct BuiltDevices {
     pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
     /// The event loops of devices that have a thread of their own.
     pub(crate) loops: Vec<DeviceLoop>,
+    /// The threads of disks whose images are not raw.
+    pub(crate) image_threads: Vec<ImageThread>,
     pub(crate) stream_paths: StreamPaths,
     /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
@@ -135,6 +139,17 @@ impl<'a> Builder<'a> {
             turn: Mutex::new(()),
         });
         Ok(())
+    }
+
+    /// Has a thread called `thread_name` do the work of the image of the disk `name`.
+    pub(super) fn add_image_thread(
+        &mut self,
+        thread_name: String,
+        name: DeviceName,
+        work: Arc<ImageWork>,
+    ) {
+        let thread = ImageThread::new(thread_name, ThreadRole::Image(name), work);
+        self.built.image_threads.push(thread);
     }
 
     /// Connects `port` of a console device to the end that is open for `stream`.

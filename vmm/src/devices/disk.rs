@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use bantam_devices::disk::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::owner::DeviceHandle;
+use bantam_storage::{CacheMode, DiskFile, DiskOptions, ImageFormat, LockMode};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
@@ -32,6 +32,10 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 let path = image.path().to_path_buf();
                 let block = Block::new(image, &id, &options);
                 let block = block.map_err(|error| block_error(&path, error))?;
+                if let Some(work) = block.image_work() {
+                    let thread_name = format!("bantam-disk{index}");
+                    builder.add_image_thread(thread_name, name.clone(), work);
+                }
                 let device = NewDevice {
                     name,
                     log_name: format!("disk '{}'", path.display()),

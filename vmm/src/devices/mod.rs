@@ -11,11 +11,12 @@ mod table;
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use bantam_devices::opener::{FileAccess, Opener};
+use bantam_devices::opener::Opener;
 use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
 use bantam_devices::virtio::owner::DeviceHandle;
 use bantam_devices::virtio::rng::{self, Rng};
 use bantam_devices::virtio::vsock::Vsock;
+use bantam_storage::FileAccess;
 
 pub(crate) use builder::Builder;
 use builder::NewDevice;

@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use bantam_devices::disk::{Lock, lock_patiently};
-use bantam_devices::opener::{FileAccess, Opener};
+use bantam_devices::opener::Opener;
 use bantam_devices::serial::SerialEndpoint;
+use bantam_storage::{FileAccess, Lock, lock_patiently};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
 use nix::sys::stat::{SFlag, fstat};

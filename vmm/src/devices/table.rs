@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bantam_devices::InterruptLine;
-use bantam_devices::disk::DiskFile;
 use bantam_devices::i8042::I8042;
 use bantam_devices::lifecycle::Device;
 use bantam_devices::opener::Opener;
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceError, DeviceHandle};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
+use bantam_storage::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::streams::StreamPaths;
@@ -105,7 +105,7 @@ impl DeviceTable {
     }
 
     /// Returns the images of all disks.
-    pub(crate) fn disks(&self) -> impl Iterator<Item = Arc<DiskFile>> {
+    pub(crate) fn disks(&self) -> impl Iterator<Item = Arc<Disk>> {
         self.virtio.iter().filter_map(|entry| match &entry.handle {
             DeviceHandle::Disk(disk) => Some(disk.disk()),
             _ => None,

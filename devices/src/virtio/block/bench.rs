@@ -4,10 +4,10 @@ use std::io;
 use std::sync::Arc;
 
 use bantam_memory::GuestMemory;
+use bantam_storage::DiskFile;
 
 use super::worker::Worker;
 use super::{Block, BlockOptions, Engine};
-use crate::disk::DiskFile;
 use crate::virtio::{Activation, DriverLink, VirtQueue};
 
 /// A worker that is driven one step at a time.

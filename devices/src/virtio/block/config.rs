@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use bantam_storage::{Disk, SECTOR_SIZE};
+
 use super::limits::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_SEGMENTS};
-use crate::disk::{DiskFile, SECTOR_SIZE};
 
 /// Offsets in the configuration space (section 5.2.4).
 pub(super) mod offset {
@@ -23,7 +24,7 @@ pub(super) mod offset {
 }
 
 /// Makes the configuration space of a device over `disk`.
-pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
+pub(super) fn config_space(disk: &Disk, queues: u16) -> Vec<u8> {
     let mut space = vec![0; offset::SIZE];
     let capacity = disk.size() / SECTOR_SIZE;
     space[offset::CAPACITY..][..8].copy_from_slice(&capacity.to_le_bytes());
@@ -52,7 +53,7 @@ pub(super) fn config_space(disk: &DiskFile, queues: u16) -> Vec<u8> {
 
 /// Describes how `saved`, the configuration space of another device, differs from that of a device over
 /// `disk`. `None` if they are equal.
-pub(super) fn difference(saved: &[u8], disk: &DiskFile, queues: u16) -> Option<String> {
+pub(super) fn difference(saved: &[u8], disk: &Disk, queues: u16) -> Option<String> {
     let own = config_space(disk, queues);
     if saved == own {
         return None;

@@ -5,17 +5,17 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bantam_storage::Disk;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::ring::Ring;
 use super::{BlockMetrics, config_space};
-use crate::disk::DiskFile;
 use crate::lock::lock;
 use crate::virtio::ConfigSpace;
 
 /// A disk and the ring to use it with.
 pub(super) struct OpenDisk {
-    pub(super) disk: Arc<DiskFile>,
+    pub(super) disk: Arc<Disk>,
     /// A ring over the files of the disk, if the engine uses one.
     pub(super) ring: Option<Ring>,
 }
@@ -38,7 +38,7 @@ pub(super) struct DiskSlot {
 }
 
 struct Contents {
-    disk: Arc<DiskFile>,
+    disk: Arc<Disk>,
     /// Over the files of the disk, for the next worker. It has no operation under way.
     ring: Option<Ring>,
     /// Whether one is at work on the disk.
@@ -90,7 +90,7 @@ impl DiskSlot {
     }
 
     /// Returns the present disk.
-    pub(super) fn disk(&self) -> Arc<DiskFile> {
+    pub(super) fn disk(&self) -> Arc<Disk> {
         self.contents().disk.clone()
     }
 
@@ -266,17 +266,17 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
+    use bantam_storage::{DiskFile, DiskOptions};
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
-    use crate::disk::DiskOptions;
 
     fn open_disk(folder: &Path, name: &str) -> OpenDisk {
         let path = folder.join(name);
         fs::write(&path, [0; 512]).unwrap();
         let disk = DiskFile::open(&path, &DiskOptions::default()).unwrap();
         OpenDisk {
-            disk: Arc::new(disk),
+            disk: Arc::new(disk.into()),
             ring: None,
         }
     }

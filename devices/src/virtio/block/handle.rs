@@ -4,10 +4,11 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bantam_storage::{Disk, SECTOR_SIZE};
+
 use super::disk_slot::{DiskSlot, OpenDisk};
 use super::ring::Ring;
 use super::{BlockMetrics, Engine, config};
-use crate::disk::{DiskFile, SECTOR_SIZE};
 use crate::rate_limiter::Limits;
 use crate::virtio::{DriverLink, Throttle};
 
@@ -26,6 +27,18 @@ pub enum ReplaceError {
         path: PathBuf,
         /// Whether the device is read-only.
         read_only: bool,
+    },
+    /// One of the two images is raw and the other is not, and the device cannot change how it serves them.
+    #[error(
+        "cannot put '{path}' in the place of a disk whose image is {expected}",
+        path = .path.display(),
+        expected = if *.is_raw { "raw" } else { "not raw" }
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Whether the present image is raw.
+        is_raw: bool,
     },
     /// The device uses io_uring, and cannot do so with this image.
     #[error("cannot serve disk '{path}' by io_uring: {source}", path = .path.display())]
@@ -72,7 +85,7 @@ pub struct BlockHandle {
 
 impl BlockHandle {
     /// Returns the disk behind the device.
-    pub fn disk(&self) -> Arc<DiskFile> {
+    pub fn disk(&self) -> Arc<Disk> {
         self.slot.disk()
     }
 
@@ -100,7 +113,7 @@ impl BlockHandle {
     /// bytes.
     ///
     /// # Errors
-    /// Those of [`DiskFile::update_size`]; the disk then keeps its size.
+    /// Those of [`Disk::update_size`]; the disk then keeps its size.
     pub fn update_size(&self) -> io::Result<u64> {
         let _change = self.slot.change();
         let disk = self.disk();
@@ -122,13 +135,17 @@ impl BlockHandle {
     /// # Errors
     /// If the device cannot use `disk`. It then keeps the disk that it has, except with
     /// [`ReplaceError::Flush`].
-    pub fn replace(&self, disk: DiskFile) -> Result<(), ReplaceError> {
-        self.counted(self.try_replace(disk))
+    pub fn replace(&self, disk: impl Into<Disk>) -> Result<(), ReplaceError> {
+        self.counted(self.try_replace(disk.into()))
     }
 
-    fn try_replace(&self, disk: DiskFile) -> Result<(), ReplaceError> {
+    fn try_replace(&self, disk: Disk) -> Result<(), ReplaceError> {
         let path = disk.path().to_path_buf();
         let _change = self.slot.change();
+        let is_raw = matches!(&*self.disk(), Disk::Raw(_));
+        if matches!(&disk, Disk::Raw(_)) != is_raw {
+            return Err(ReplaceError::Format { path, is_raw });
+        }
         let read_only = self.disk().is_read_only();
         if disk.is_read_only() != read_only {
             return Err(ReplaceError::Access { path, read_only });

@@ -3,16 +3,21 @@
 use std::io;
 use std::time::Instant;
 
+use bantam_storage::{Bounce, Disk};
+
 use super::metrics::Work;
+use super::pieces::Pieces;
 use super::request::{Failure, Operation, Request};
 use super::ring::Direction;
-use super::write_span::WriteSpan;
-use crate::disk::{Bounce, DiskFile};
+use super::span::Span;
 use crate::virtio::Chain;
+
+/// How a request has ended; `None` if it has not.
+pub(super) type Outcome = Option<Result<(), Failure>>;
 
 /// The part of a request that is still to be done.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum RingOperation {
+pub(super) enum Remaining {
     /// Transfers the rest of the chain's buffers.
     Transfer {
         direction: Direction,
@@ -21,32 +26,30 @@ pub(super) enum RingOperation {
     Flush,
     /// Is done without the ring, at once when its turn comes.
     AtOnce(Operation),
+    /// Transfers data of an image that is not raw.
+    Pieces(Pieces),
+    /// Is done by the thread of an image that is not raw.
+    ByImage(Operation),
 }
 
-/// A request that the ring has, or that waits for others that it has.
+/// A request that the ring or the thread of the image has, or that waits for others that they have.
 pub(super) struct InFlight {
     pub(super) queue: usize,
     pub(super) request: Request,
-    pub(super) operation: RingOperation,
+    pub(super) remaining: Remaining,
     /// When it was begun, possibly with others.
     pub(super) since: Instant,
     /// The bounce buffer that it goes through, if it cannot be done as it is.
     pub(super) bounce: Option<Box<Bounce>>,
-    /// The blocks that it writes, if writes to the same blocks have to wait for each other.
-    pub(super) span: Option<WriteSpan>,
+    /// The part of the disk that it uses, if there are requests that have to wait for others there.
+    pub(super) span: Option<Span>,
     /// Whether it waits for others.
     pub(super) waits: bool,
 }
 
 impl InFlight {
-    /// Takes account of what the kernel has done with `disk`. Returns the request's outcome, unless there is
-    /// more to do.
-    pub(super) fn advance(
-        &mut self,
-        disk: &DiskFile,
-        chain: &mut Chain,
-        result: i32,
-    ) -> Option<Result<(), Failure>> {
+    /// Takes account of what the ring has done. Returns the request's outcome, unless there is more to do.
+    pub(super) fn advance(&mut self, disk: &Disk, chain: &mut Chain, result: i32) -> Outcome {
         if self.reads_in_place() {
             // Storage may have written more than it reports, or something before it failed.
             chain.writable.mark_filled(usize::MAX);
@@ -63,14 +66,13 @@ impl InFlight {
                 };
             }
         };
-        let RingOperation::Transfer { direction, offset } = &mut self.operation else {
-            return Some(Ok(()));
+        let (direction, offset) = match &mut self.remaining {
+            Remaining::Transfer { direction, offset } => (direction, offset),
+            Remaining::Pieces(pieces) => return pieces.advance(chain, count),
+            _ => return Some(Ok(())),
         };
-        let buffers = match direction {
-            Direction::Read => &mut chain.writable,
-            Direction::Write { .. } => &mut chain.readable,
-        };
-        if let Some(bounce) = &mut self.bounce {
+        let buffers = direction.buffers_mut(chain);
+        if let (Some(bounce), Disk::Raw(disk)) = (&mut self.bounce, disk) {
             match disk.end_step(bounce, buffers, count) {
                 Ok(done) => *offset += done as u64,
                 Err(error) => return Some(Err(error.into())),
@@ -88,21 +90,25 @@ impl InFlight {
 
     /// Whether the kernel writes to the chain's buffers.
     fn reads_in_place(&self) -> bool {
-        let RingOperation::Transfer { direction, .. } = self.operation else {
-            return false;
+        let direction = match &self.remaining {
+            Remaining::Transfer { direction, .. } => *direction,
+            Remaining::Pieces(pieces) => pieces.direction,
+            _ => return false,
         };
         direction == Direction::Read && self.bounce.is_none()
     }
 
     /// Returns how it is counted once it is done.
     pub(super) fn work(&self) -> Work {
-        match self.operation {
-            RingOperation::Flush => Work::Flush,
-            RingOperation::AtOnce(_) => Work::Other,
-            RingOperation::Transfer { direction, .. } => match direction {
-                Direction::Read => Work::Read(self.request.data_to_driver()),
-                Direction::Write { .. } => Work::Write(self.request.readable),
-            },
+        let direction = match self.remaining {
+            Remaining::Flush | Remaining::ByImage(Operation::Flush) => return Work::Flush,
+            Remaining::AtOnce(_) | Remaining::ByImage(_) => return Work::Other,
+            Remaining::Transfer { direction, .. } => direction,
+            Remaining::Pieces(pieces) => pieces.direction,
+        };
+        match direction {
+            Direction::Read => Work::Read(self.request.data_to_driver()),
+            Direction::Write { .. } => Work::Write(self.request.readable),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The block device (section 5.2) over a raw disk image.
+//! The block device (section 5.2) over a disk image.
 
 #[cfg(feature = "bench-internals")]
 #[doc(hidden)]
@@ -6,23 +6,26 @@ pub mod bench;
 mod config;
 mod disk_slot;
 mod handle;
+mod image_work;
 mod in_flight;
 mod limits;
 mod metrics;
 mod options;
 mod pausable_worker;
+mod pieces;
 mod polling;
 mod request;
 mod ring;
+mod span;
 #[cfg(test)]
 mod tests;
 mod worker;
-mod write_span;
 
 use std::io;
 use std::sync::Arc;
 
 use bantam_state::{RestoreError, Section};
+use bantam_storage::{CacheMode, Disk};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -31,7 +34,6 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::{
     Activation, COMMON_FEATURES, ConfigSpace, DriverLink, Throttle, VirtioDevice, device_id,
 };
-use crate::disk::{CacheMode, DiskFile};
 use crate::worker::VirtioWorker;
 use config::config_space;
 use disk_slot::{DiskSlot, OpenDisk};
@@ -42,6 +44,7 @@ use ring::Ring;
 use worker::Worker;
 
 pub use handle::{BlockHandle, ReplaceError};
+pub use image_work::ImageWork;
 pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
 pub use options::{BlockOptions, Engine, MAX_QUEUES};
@@ -70,6 +73,8 @@ struct Blueprint {
     throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
     options: BlockOptions,
+    /// Present if the image is not raw.
+    image_work: Option<Arc<ImageWork>>,
 }
 
 impl Blueprint {
@@ -97,16 +102,23 @@ impl Blueprint {
             &self.options,
             self.throttle.clone(),
             open_disk.ring,
+            self.image_work.clone(),
         ))
     }
 }
 
 impl Block {
-    /// Makes a block device over `disk`. Its serial number is the first [`ID_SIZE`] bytes of `id`.
+    /// Makes a block device over `disk`. Its serial number is the first [`ID_SIZE`] bytes of `id`. If the image
+    /// is not raw, the device needs a thread for its [`Block::image_work`].
     ///
     /// # Errors
     /// If the host has no io_uring and the engine needs it, or is out of file descriptors.
-    pub fn new(disk: DiskFile, id: &str, options: &BlockOptions) -> Result<Block, BlockError> {
+    pub fn new(
+        disk: impl Into<Disk>,
+        id: &str,
+        options: &BlockOptions,
+    ) -> Result<Block, BlockError> {
+        let disk = disk.into();
         let mut id_bytes = [0; ID_SIZE];
         for (byte, &given) in id_bytes.iter_mut().zip(id.as_bytes()) {
             *byte = given;
@@ -122,6 +134,13 @@ impl Block {
                 Err(error) => return Err(BlockError::Ring(error)),
             },
         };
+        let image_work = match &disk {
+            Disk::Raw(_) => None,
+            Disk::Formatted(_) => {
+                let work = ImageWork::new().map_err(BlockError::Resource)?;
+                Some(Arc::new(work))
+            }
+        };
         let disk = Arc::new(disk);
         let blueprint = Blueprint {
             slot: DiskSlot::new(OpenDisk { disk, ring }, options.queues)
@@ -132,11 +151,17 @@ impl Block {
                 .map_err(BlockError::Resource)?,
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
+            image_work,
         };
         Ok(Block {
             blueprint,
             queue_sizes: vec![QUEUE_SIZE; options.queues.into()],
         })
+    }
+
+    /// Returns the work for a thread of the disk, if its image is not raw.
+    pub fn image_work(&self) -> Option<Arc<ImageWork>> {
+        self.blueprint.image_work.clone()
     }
 
     /// A handle to the device for the owner of the machine. `link` is the device's.

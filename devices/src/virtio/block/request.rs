@@ -1,10 +1,12 @@
 //! Block requests (section 5.2.6): parsing them from descriptor chains, and performing them.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bantam_memory::{GuestBuffers, GuestMemory};
+use bantam_storage::{CacheMode, Disk, SECTOR_SIZE};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -15,7 +17,6 @@ use vm_memory::GuestAddress;
 
 use super::{BlockMetrics, ID_SIZE, MAX_DATA_SIZE, MAX_RANGE_SECTORS};
 use crate::device_log::Repeat;
-use crate::disk::{CacheMode, DiskFile, SECTOR_SIZE};
 use crate::virtio::{Chain, DriverLink, QueueError};
 
 /// Size of `struct virtio_blk_req` before its data.
@@ -71,10 +72,12 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    /// Returns the length of the range of the disk that it changes without data, if it does that.
-    pub(super) fn range_len(self) -> Option<u64> {
+    /// Returns the range of the disk that it changes without data, if it does that.
+    pub(super) fn range(self) -> Option<Range<u64>> {
         match self {
-            Operation::Discard { len, .. } | Operation::WriteZeroes { len, .. } => Some(len),
+            Operation::Discard { offset, len } | Operation::WriteZeroes { offset, len, .. } => {
+                Some(offset..offset + len)
+            }
             _ => None,
         }
     }
@@ -107,7 +110,7 @@ impl Request {
 
 /// Parses requests from their chains, performs those that can be done at once, and writes their status.
 pub(super) struct RequestHandler {
-    disk: Arc<DiskFile>,
+    disk: Arc<Disk>,
     id: [u8; ID_SIZE],
     features: u64,
     memory: Arc<GuestMemory>,
@@ -118,7 +121,7 @@ pub(super) struct RequestHandler {
 
 impl RequestHandler {
     pub(super) fn new(
-        disk: Arc<DiskFile>,
+        disk: Arc<Disk>,
         id: [u8; ID_SIZE],
         features: u64,
         memory: Arc<GuestMemory>,
@@ -200,14 +203,14 @@ impl RequestHandler {
     }
 
     /// Returns the disk that requests are performed on.
-    pub(super) fn disk(&self) -> &Arc<DiskFile> {
+    pub(super) fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
 
     /// Brings all writes to the disk to stable storage.
     ///
     /// # Errors
-    /// Those of [`DiskFile::flush`].
+    /// Those of [`Disk::flush`].
     pub(super) fn flush_disk(&self) -> io::Result<()> {
         if self.disk.is_read_only() {
             return Ok(());
@@ -216,38 +219,39 @@ impl RequestHandler {
     }
 
     /// Performs requests on `disk` from now on.
-    pub(super) fn set_disk(&mut self, disk: Arc<DiskFile>) {
+    pub(super) fn set_disk(&mut self, disk: Arc<Disk>) {
         self.disk = disk;
     }
 
-    /// Performs `operation` with the data in `chain`, and returns when it is done.
+    /// Performs `operation` with the data in `chain`, and returns when it is done. If the image is not raw,
+    /// this is only for flushes and the serial number.
     pub(super) fn perform(&self, operation: Operation, chain: &mut Chain) -> Result<(), Failure> {
         let Chain {
             readable, writable, ..
         } = chain;
-        match operation {
-            Operation::Read { offset } => self.disk.read(writable, offset)?,
-            Operation::Write { offset } => {
-                self.disk
-                    .write(readable, offset, self.writes_are_durable())?;
-            }
-            Operation::Flush => self.disk.flush()?,
-            Operation::GetId if writable.len() < ID_SIZE => return Err(Failure::Invalid),
-            Operation::GetId => {
+        match (operation, &*self.disk) {
+            (Operation::GetId, _) if writable.len() < ID_SIZE => return Err(Failure::Invalid),
+            (Operation::GetId, _) => {
                 writable.write(&self.id);
             }
-            Operation::Discard { offset, len } => {
+            (Operation::Flush, disk) => disk.flush()?,
+            (Operation::Read { offset }, Disk::Raw(disk)) => disk.read(writable, offset)?,
+            (Operation::Write { offset }, Disk::Raw(disk)) => {
+                disk.write(readable, offset, self.writes_are_durable())?;
+            }
+            (Operation::Discard { offset, len }, Disk::Raw(disk)) => {
                 if len > 0 {
-                    self.disk.discard(offset, len)?;
+                    disk.discard(offset, len)?;
                 }
                 self.flush_durable()?;
             }
-            Operation::WriteZeroes { offset, len, unmap } => {
+            (Operation::WriteZeroes { offset, len, unmap }, Disk::Raw(disk)) => {
                 if len > 0 {
-                    self.disk.write_zeroes(offset, len, unmap)?;
+                    disk.write_zeroes(offset, len, unmap)?;
                 }
                 self.flush_durable()?;
             }
+            (_, Disk::Formatted(_)) => return Err(Failure::Unsupported),
         }
         Ok(())
     }

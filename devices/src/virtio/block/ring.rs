@@ -5,14 +5,15 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Instant;
 
 use bantam_memory::GuestBuffers;
+use bantam_storage::{Access, Disk, Step};
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::disk::{Access, DiskFile, Step};
 use crate::io_uring_support::require_operations;
+use crate::virtio::Chain;
 
 /// Entries of the submission queue: more operations than are ever left unsubmitted.
 const SUBMISSION_ENTRIES: u32 = 64;
@@ -30,6 +31,22 @@ pub(super) enum Direction {
 }
 
 impl Direction {
+    /// Returns the buffers that data goes to or comes from.
+    pub(super) fn buffers(self, chain: &Chain) -> &GuestBuffers {
+        match self {
+            Direction::Read => &chain.writable,
+            Direction::Write { .. } => &chain.readable,
+        }
+    }
+
+    /// Returns the buffers like [`Direction::buffers`].
+    pub(super) fn buffers_mut(self, chain: &mut Chain) -> &mut GuestBuffers {
+        match self {
+            Direction::Read => &mut chain.writable,
+            Direction::Write { .. } => &mut chain.readable,
+        }
+    }
+
     fn flags(self) -> libc::c_int {
         match self {
             Direction::Write { durable: true } => libc::RWF_DSYNC,
@@ -65,16 +82,20 @@ impl Ring {
     ///
     /// # Errors
     /// If the host has no io_uring, forbids it, or lacks an operation.
-    pub(super) fn new(disk: &DiskFile) -> io::Result<Ring> {
-        let files: Vec<RawFd> = [Access::Usual, Access::Tail]
-            .into_iter()
-            .filter_map(|access| disk.file(access))
-            .map(AsRawFd::as_raw_fd)
-            .collect();
+    pub(super) fn new(disk: &Disk) -> io::Result<Ring> {
+        let files: Vec<RawFd> = match disk {
+            Disk::Raw(disk) => [Access::Usual, Access::Tail]
+                .into_iter()
+                .filter_map(|access| disk.file(access))
+                .map(AsRawFd::as_raw_fd)
+                .collect(),
+            Disk::Formatted(disk) => disk.files().iter().map(AsRawFd::as_raw_fd).collect(),
+        };
         Ring::over(&files)
     }
 
-    /// Makes a ring over the files of a disk, in the order of [`Access`].
+    /// Makes a ring over the files of a disk: those of a raw image in the order of [`Access`], those of another
+    /// in its own order.
     pub(super) fn over(files: &[RawFd]) -> io::Result<Ring> {
         let build = |cooperative: bool| {
             let mut builder = IoUring::builder();
@@ -101,7 +122,8 @@ impl Ring {
         })
     }
 
-    /// Adds a transfer between `buffers` and the disk at `offset`, or as much of it as one operation does.
+    /// Adds a transfer between `buffers` and the file with this index at `offset`, or as much of it as one
+    /// operation does.
     /// The buffers of a read have to be marked as filled when it is completed.
     ///
     /// # Errors
@@ -114,10 +136,11 @@ impl Ring {
         &mut self,
         direction: Direction,
         buffers: &mut GuestBuffers,
+        file: u32,
         offset: u64,
         token: u64,
     ) -> io::Result<()> {
-        let file = fixed(Access::Usual);
+        let file = Fixed(file);
         let vectors = match direction {
             Direction::Read => buffers.vectors_to_fill(),
             Direction::Write { .. } => buffers.vectors(),
@@ -239,22 +262,7 @@ impl Ring {
         if self.unsubmitted > 0 {
             self.submit()?;
         }
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(timed_out());
-            }
-            // Rounded up, so that this does not spin at the end. A longer time is waited for in parts.
-            let timeout = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
-            // SAFETY: the ring has the descriptor open until it is dropped.
-            let descriptor = unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) };
-            let mut events = [PollFd::new(descriptor, PollFlags::POLLIN)];
-            match poll(&mut events, timeout) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
+        wait_readable(&[self], Some(deadline))
     }
 
     fn enter(&mut self, wanted: usize) -> io::Result<()> {
@@ -286,6 +294,43 @@ impl Drop for Ring {
     /// hold the lock of the disk, must not be kept that long.
     fn drop(&mut self) {
         let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+/// Waits until one of `descriptors` is readable.
+///
+/// # Errors
+/// If none is by `deadline`, or the wait fails.
+pub(super) fn wait_readable(
+    descriptors: &[&dyn AsRawFd],
+    deadline: Option<Instant>,
+) -> io::Result<()> {
+    let mut events: Vec<PollFd<'_>> = descriptors
+        .iter()
+        .map(|descriptor| {
+            // SAFETY: what the caller borrows has the descriptor open for as long.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(descriptor.as_raw_fd()) };
+            PollFd::new(descriptor, PollFlags::POLLIN)
+        })
+        .collect();
+    loop {
+        let timeout = match deadline {
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(timed_out());
+                }
+                // Rounded up, so that this does not spin at the end. A longer time is waited for in parts.
+                let left = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
+                PollTimeout::from(left)
+            }
+            None => PollTimeout::NONE,
+        };
+        match poll(&mut events, timeout) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

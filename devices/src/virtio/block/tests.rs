@@ -3,13 +3,17 @@
 mod direct;
 mod dirty_log;
 mod handle;
+mod images;
 mod suspend;
+mod test_image;
 
 use std::fs::{self, OpenOptions};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bantam_memory::GuestMemory;
+use bantam_storage::{DiskError, DiskFile, DiskOptions, FormattedDisk};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{
@@ -21,11 +25,11 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
-use crate::disk::{DiskError, DiskOptions};
 use crate::event_loop::Subscriber;
 use crate::rate_limiter::{Limits, RateLimit};
 use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
+use test_image::ImageThread;
 
 const RINGS: u64 = 0x1000;
 /// Headers and status bytes of requests, at a position given by their head.
@@ -57,6 +61,8 @@ struct Machine {
     image: PathBuf,
     folder: TempDir,
     block: Block,
+    /// Ends after the worker.
+    _image_thread: Option<ImageThread>,
 }
 
 pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<DiskFile, DiskError> {
@@ -66,6 +72,18 @@ pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<Dis
         ..DiskOptions::default()
     };
     DiskFile::open(path, &options)
+}
+
+struct Random(u64);
+
+impl Random {
+    /// Returns a number below `end`.
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
 }
 
 fn byte_of_disk(offset: usize) -> u8 {
@@ -96,8 +114,18 @@ impl Machine {
         Machine::of(disk, image, folder, options)
     }
 
-    fn of(disk: DiskFile, image: PathBuf, folder: TempDir, options: &BlockOptions) -> Machine {
-        let mut block = Block::new(disk, "test disk", options).unwrap();
+    fn of(
+        disk: impl Into<Disk>,
+        image: PathBuf,
+        folder: TempDir,
+        options: &BlockOptions,
+    ) -> Machine {
+        let block = Block::new(disk, "test disk", options).unwrap();
+        Machine::over_block(block, image, folder)
+    }
+
+    fn over_block(mut block: Block, image: PathBuf, folder: TempDir) -> Machine {
+        let image_thread = block.image_work().map(ImageThread::start);
 
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
@@ -126,6 +154,7 @@ impl Machine {
             image,
             folder,
             block,
+            _image_thread: image_thread,
         }
     }
 
@@ -514,7 +543,7 @@ fn writes_last_where_the_driver_cannot_flush() {
         drop((machine.manager, machine.handle, machine.block));
         let disk = open(&machine.image, false, cache).unwrap();
         let (memory, link) = (machine.memory, machine.link);
-        RequestHandler::new(Arc::new(disk), [0; ID_SIZE], features, memory, link)
+        RequestHandler::new(Arc::new(disk.into()), [0; ID_SIZE], features, memory, link)
             .writes_are_durable()
     };
     let flush = 1 << VIRTIO_BLK_F_FLUSH;

@@ -1,6 +1,7 @@
 //! The worker of a block device: it takes requests from the queues, chooses how each is done, and returns it
 //! when it is done.
 
+mod images;
 mod waiting;
 
 use std::io;
@@ -8,17 +9,18 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bantam_memory::GuestMemory;
+use bantam_memory::{GuestBuffers, GuestMemory};
+use bantam_storage::{CacheMode, Disk};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::disk_slot::{DiskLease, OpenDisk};
-use super::in_flight::{InFlight, RingOperation};
+use super::image_work::{Done, ImageWork};
+use super::in_flight::{InFlight, Remaining};
 use super::metrics::{Tally, Work};
 use super::polling::Polling;
 use super::request::{Failure, Operation, Request, RequestError, RequestHandler};
 use super::ring::{self, Completion, Direction, MAX_IN_FLIGHT, Ring};
 use super::{BlockOptions, Engine};
-use crate::disk::CacheMode;
 use crate::virtio::{Activation, Chain, DriverLink, MAX_TURN, QueueSet, Throttle, VirtQueue};
 use crate::worker::QueueProgress;
 use waiting::Waiting;
@@ -41,12 +43,16 @@ const RING_EVENT: u32 = u32::MAX;
 const TIMER_EVENT: u32 = RING_EVENT - 1;
 /// Event token of a replacement of the disk.
 const DISK_EVENT: u32 = RING_EVENT - 2;
+/// Event token of the thread of the image.
+const IMAGE_EVENT: u32 = RING_EVENT - 3;
 
 /// Room for one request.
 struct Slot {
     /// Holds the buffers. While the ring has the request, the kernel has their vectors, so the chain must not
     /// change until the completion.
     chain: Chain,
+    /// The buffers of a transfer that come after those in the chain.
+    rest: GuestBuffers,
     /// The remaining work of the request, if it was not done at once.
     in_flight: Option<InFlight>,
 }
@@ -67,6 +73,11 @@ pub(super) struct Worker {
     /// Slots that are not in use.
     free_slots: Vec<usize>,
     completions: Vec<Completion>,
+    /// What the thread of the image has to do. Present if the image is not raw.
+    image_work: Option<Arc<ImageWork>>,
+    /// How many jobs that thread has.
+    image_jobs: usize,
+    image_jobs_done: Vec<Done>,
     waiting: Waiting,
     /// Whether requests may be left in queues because the ring had no room for them.
     stalled: bool,
@@ -99,6 +110,7 @@ impl Worker {
         options: &BlockOptions,
         throttle: Arc<Throttle>,
         ring: Option<Ring>,
+        image_work: Option<Arc<ImageWork>>,
     ) -> Worker {
         Worker {
             handler,
@@ -112,6 +124,9 @@ impl Worker {
             slots: Vec::new(),
             free_slots: Vec::new(),
             completions: Vec::new(),
+            image_work,
+            image_jobs: 0,
+            image_jobs_done: Vec::new(),
             waiting: Waiting::default(),
             stalled: false,
             is_large_batch: false,
@@ -235,6 +250,7 @@ impl Worker {
         let slot = self.free_slots.pop().unwrap_or_else(|| {
             self.slots.push(Slot {
                 chain: Chain::new(&self.memory),
+                rest: GuestBuffers::new(self.memory.clone()),
                 in_flight: None,
             });
             self.slots.len() - 1
@@ -258,31 +274,34 @@ impl Worker {
             let bytes = match operation {
                 Ok(Operation::Read { .. }) => chain.writable.len() as u64,
                 Ok(Operation::Write { .. }) => chain.readable.len() as u64,
-                Ok(operation) => operation.range_len().unwrap_or_default(),
+                Ok(operation) => operation.range().map_or(0, |range| range.end - range.start),
                 Err(_) => 0,
             };
             self.throttle.count(1, bytes);
         }
         let (work, result) = match operation {
-            Ok(operation) => match self.ring_operation(slot, operation) {
-                Some(operation) => {
+            Ok(operation) => match self.remaining(slot, operation) {
+                Some(remaining) => {
                     self.slots[slot].in_flight = Some(InFlight {
                         queue,
                         request,
-                        operation,
+                        remaining,
                         since: self.batch_since,
                         bounce: None,
                         span: None,
                         waits: false,
                     });
-                    if let Err(error) = self.start(slot) {
-                        // The kernel does not have it, so there is nothing to wait for.
-                        if let Some(mut in_flight) = self.slots[slot].in_flight.take() {
-                            self.release(&mut in_flight);
-                        }
-                        return Err(error);
-                    }
-                    return Ok(true);
+                    let result = match self.start(slot) {
+                        Ok(None) => return Ok(true),
+                        Ok(Some(result)) => Ok(result),
+                        Err(error) => Err(error),
+                    };
+                    // Neither the kernel nor the thread of the image has it, so there is nothing to wait for.
+                    let Some(mut in_flight) = self.slots[slot].in_flight.take() else {
+                        return Ok(true);
+                    };
+                    self.release(&mut in_flight);
+                    (in_flight.work(), result?)
                 }
                 None => {
                     let work = match operation {
@@ -300,14 +319,18 @@ impl Worker {
         Ok(true)
     }
 
-    /// Returns what the ring is to do for `operation`, unless it is better done at once. A part that could be
-    /// done without blocking may be done already.
-    fn ring_operation(&mut self, slot: usize, operation: Operation) -> Option<RingOperation> {
+    /// Returns what is left to do for `operation`, unless all of it is better done at once. A part that could
+    /// be done without blocking may be done already.
+    fn remaining(&mut self, slot: usize, operation: Operation) -> Option<Remaining> {
+        let Disk::Raw(disk) = &**self.handler.disk() else {
+            self.slots[slot].rest.clear();
+            return self.remaining_of_image(operation);
+        };
         self.ring.as_ref()?;
         if self.has_to_wait(operation) {
-            return Some(RingOperation::AtOnce(operation));
+            return Some(Remaining::AtOnce(operation));
         }
-        let uses_page_cache = self.handler.disk().cache() != CacheMode::None;
+        let uses_page_cache = disk.cache() != CacheMode::None;
         let may_be_quick = self.engine == Engine::Auto && uses_page_cache;
         match operation {
             Operation::Read { .. } if self.slots[slot].chain.writable.is_empty() => None,
@@ -317,14 +340,14 @@ impl Worker {
                     let buffers = &mut self.slots[slot].chain.writable;
                     let wanted = buffers.len();
                     // A failure shows again when the rest is done.
-                    let _ = self.handler.disk().read_cached(buffers, offset);
+                    let _ = disk.read_cached(buffers, offset);
                     if buffers.is_empty() {
                         return None;
                     }
                     offset += (wanted - buffers.len()) as u64;
                 }
                 let direction = Direction::Read;
-                Some(RingOperation::Transfer { direction, offset })
+                Some(Remaining::Transfer { direction, offset })
             }
             Operation::Write { .. } if self.slots[slot].chain.readable.is_empty() => None,
             Operation::Write { offset } => {
@@ -333,11 +356,9 @@ impl Worker {
                     return None;
                 }
                 let direction = Direction::Write { durable };
-                Some(RingOperation::Transfer { direction, offset })
+                Some(Remaining::Transfer { direction, offset })
             }
-            Operation::Flush if self.handler.disk().cache() != CacheMode::Unsafe => {
-                Some(RingOperation::Flush)
-            }
+            Operation::Flush if disk.cache() != CacheMode::Unsafe => Some(Remaining::Flush),
             _ => None,
         }
     }
@@ -363,22 +384,22 @@ impl Worker {
 
     /// Adds the operation of the request in `slot` to the ring.
     fn push(&mut self, slot: usize) -> Result<(), RequestError> {
-        let Slot { chain, in_flight } = &mut self.slots[slot];
+        let Slot {
+            chain, in_flight, ..
+        } = &mut self.slots[slot];
         let (Some(ring), Some(in_flight)) = (&mut self.ring, in_flight) else {
             return Ok(());
         };
         let token = slot as u64;
-        match in_flight.operation {
-            RingOperation::Flush => ring.push_flush(token)?,
-            RingOperation::AtOnce(_) => {}
-            RingOperation::Transfer { direction, offset } => {
-                let buffers = match direction {
-                    Direction::Read => &mut chain.writable,
-                    Direction::Write { .. } => &mut chain.readable,
-                };
-                if let Some(bounce) = &mut in_flight.bounce {
+        match in_flight.remaining {
+            Remaining::Flush => ring.push_flush(token)?,
+            Remaining::AtOnce(_) | Remaining::Pieces(_) | Remaining::ByImage(_) => {}
+            Remaining::Transfer { direction, offset } => {
+                let buffers = direction.buffers_mut(chain);
+                if let (Some(bounce), Disk::Raw(disk)) =
+                    (&mut in_flight.bounce, &**self.handler.disk())
+                {
                     let writes = direction != Direction::Read;
-                    let disk = self.handler.disk();
                     let step = disk.next_step(bounce, buffers, offset, writes);
                     let pointer = bounce.pointer(&step);
                     // SAFETY: the bytes are on the heap, where the buffer keeps them as long as it is with
@@ -389,7 +410,7 @@ impl Worker {
                 }
                 // SAFETY: the slot is not taken for another request while it has one in flight, which
                 // ends with the completion of this token. Dropping the worker waits for all of them.
-                unsafe { ring.push_transfer(direction, buffers, offset, token)? }
+                unsafe { ring.push_transfer(direction, buffers, 0, offset, token)? }
             }
         }
         Ok(())
@@ -406,7 +427,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Returns the requests that the ring has completed, and continues those that it has done in part.
+    /// Returns the requests that the ring and the thread of the image have completed, and continues those that
+    /// they have done in part.
     fn complete(&mut self) -> Result<(), RequestError> {
         let mut completions = mem::take(&mut self.completions);
         if let Some(ring) = &mut self.ring {
@@ -421,6 +443,9 @@ impl Worker {
             result = result.and(completed);
         }
         self.completions = completions;
+        if self.image_jobs > 0 {
+            result = result.and(self.complete_image_jobs());
+        }
         result.and(self.end_waiting())
     }
 
@@ -437,14 +462,20 @@ impl Worker {
             return Ok(());
         };
         match in_flight.advance(self.handler.disk(), &mut slot.chain, completion.result) {
-            None => {
-                let begun = self.go_on(index);
-                if begun.is_err() {
-                    self.give_up(index);
-                }
-                begun
-            }
+            None => self.go_on_or_end(index, now),
             Some(result) => self.end(index, result, now),
+        }
+    }
+
+    /// Does what comes next for the request in `slot`, and returns it to the driver if it has ended.
+    fn go_on_or_end(&mut self, slot: usize, now: Option<Instant>) -> Result<(), RequestError> {
+        match self.go_on(slot) {
+            Ok(None) => Ok(()),
+            Ok(Some(result)) => self.end(slot, result, now),
+            Err(error) => {
+                self.give_up(slot);
+                Err(error)
+            }
         }
     }
 
@@ -489,7 +520,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits until the ring has no request left.
+    /// Waits until no request is in progress.
     pub(super) fn finish_all(&mut self) -> io::Result<()> {
         // A driver that no longer listens misses nothing.
         self.wait_for_all(None).map(drop)
@@ -529,10 +560,10 @@ impl Worker {
             if self.abandon_line() {
                 return Ok(returned);
             }
-            let Some(ring) = &mut self.ring else {
+            if self.ring.is_none() && self.image_jobs == 0 {
                 return Ok(returned);
-            };
-            ring.wait(deadline)?;
+            }
+            self.wait_for_any(deadline)?;
         }
     }
 
@@ -564,7 +595,7 @@ impl Worker {
 
     fn handle_event(&mut self, event: u32) -> Result<(), RequestError> {
         match event {
-            RING_EVENT => {
+            RING_EVENT | IMAGE_EVENT => {
                 self.complete()?;
                 self.submit()?;
             }
@@ -671,8 +702,18 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&self.lease, DISK_EVENT, EventSet::IN),
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ];
+        // Edge-triggered, as the signal is taken back only to wait for the next.
+        let image = self.image_work.iter().map(|work| {
+            let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            Events::with_data(&**work, IMAGE_EVENT, set)
+        });
         // Those of the host first: they are handled even while the device needs a reset.
-        for events in others.into_iter().chain(doorbells).chain(completions) {
+        for events in others
+            .into_iter()
+            .chain(doorbells)
+            .chain(completions)
+            .chain(image)
+        {
             if let Err(error) = operations.add(events) {
                 self.link.need_reset_by_host(&error);
                 return;
@@ -712,8 +753,8 @@ impl MutEventSubscriber for Worker {
 }
 
 impl Drop for Worker {
-    /// Waits for what the ring has, however long that takes: the kernel reads and writes the guest's
-    /// memory until then. A driver that resets the device uses that memory for something else as soon
+    /// Waits for what the ring and the thread of the image have, however long that takes: the kernel and that
+    /// thread read and write the guest's memory until then. A driver that resets the device uses that memory for something else as soon
     /// as the write of the status register returns: that of Linux for MMIO does not look whether the
     /// reset is complete. The ring, or that over the next disk, is left to the next worker.
     fn drop(&mut self) {

@@ -1,9 +1,9 @@
 //! Requests that direct access does not take as they are, mixed with others that it takes.
 
+use bantam_storage::DiskOptions;
 use proptest::test_runner::Config;
 
 use super::*;
-use crate::disk::DiskOptions;
 
 /// Sectors of the disk that are written: few, so that requests share blocks.
 const AREA: u64 = 96;

@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use bantam_state::RestoreError;
+use bantam_storage::SECTOR_SIZE;
 
+use super::test_image::{ImageThread, TestImage};
 use super::*;
-use crate::disk::SECTOR_SIZE;
 use crate::suspend_test::suspend_tests;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::no_io_uring_test::without_io_uring_setup;
@@ -30,6 +33,9 @@ struct Image {
     folder: TempDir,
     options: BlockOptions,
     cache: CacheMode,
+    /// Present if it is not raw.
+    formatted: Option<Arc<TestImage>>,
+    threads: Mutex<Vec<ImageThread>>,
 }
 
 impl Image {
@@ -48,11 +54,38 @@ impl Image {
             folder,
             options,
             cache,
+            formatted: None,
+            threads: Mutex::default(),
+        }
+    }
+
+    /// Makes an image that is not raw, whose calls take some time.
+    fn formatted(engine: Engine, cache: CacheMode) -> Image {
+        let mut image = Image::new(engine, cache);
+        let formatted = TestImage::new(&image.folder.as_path().join("file"), 9);
+        formatted.delay.store(200, Ordering::SeqCst);
+        image.formatted = Some(formatted);
+        image
+    }
+
+    /// Returns the content of the disk.
+    fn content(&self) -> Vec<u8> {
+        match &self.formatted {
+            Some(image) => image.content(),
+            None => fs::read(&self.path).unwrap(),
         }
     }
 
     /// Makes a device over the image. Its blocks are large, so that small writes share some.
     fn block(&self, link: Arc<DriverLink>) -> (Box<dyn VirtioDevice>, BlockHandle) {
+        if let Some(image) = &self.formatted {
+            let disk = image.disk(self.cache);
+            let block = Block::new(disk, "test disk", &self.options).unwrap();
+            let thread = block.image_work().map(ImageThread::start);
+            self.threads.lock().unwrap().extend(thread);
+            let handle = block.handle(link);
+            return (Box::new(block), handle);
+        }
         let mut disk = open(&self.path, false, self.cache).unwrap();
         if self.cache == CacheMode::None {
             disk = disk.with_block(4096);
@@ -153,18 +186,6 @@ fn read(
     }
 }
 
-struct Random(u64);
-
-impl Random {
-    /// Returns a number below `end`.
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
 /// A driver that keeps requests in flight and knows the content of the disk.
 struct Load {
     driver: TestDriver,
@@ -226,16 +247,27 @@ impl Load {
 
 #[test]
 fn a_device_is_paused_and_moved_at_any_moment() {
+    pause_and_move(&CACHE_MODES, Image::new);
+}
+
+#[test]
+fn a_device_over_an_image_that_is_not_raw_is_paused_and_moved_at_any_moment() {
+    let modes = [CacheMode::Writeback, CacheMode::Writethrough];
+    pause_and_move(&modes, Image::formatted);
+}
+
+/// Pauses and moves devices over images that `make` makes.
+fn pause_and_move(modes: &[CacheMode], make: fn(Engine, CacheMode) -> Image) {
     let mut number = 1;
     for engine in ENGINES {
-        for cache in CACHE_MODES {
+        for &cache in modes {
             for len in [3 * SECTOR, DISK_SIZE / DEPTH] {
                 number += 1;
-                let image = Image::new(engine, cache);
+                let image = make(engine, cache);
                 let (mut machine, mut handle, driver) = machine(&image);
                 let mut load = Load {
                     driver,
-                    model: fs::read(&image.path).unwrap(),
+                    model: image.content(),
                     len,
                     out: HashMap::new(),
                     idle: (0..DEPTH).collect(),
@@ -272,7 +304,7 @@ fn a_device_is_paused_and_moved_at_any_moment() {
                 }
                 assert!(done >= DEPTH);
                 assert!(!machine.needs_reset());
-                assert!(fs::read(&image.path).unwrap() == load.model);
+                assert!(image.content() == load.model);
             }
         }
     }
@@ -423,7 +455,8 @@ fn hanging_worker() -> (
     Block,
 ) {
     let image = Image::new(Engine::IoUring, CacheMode::Writeback);
-    let disk = Arc::new(open(&image.path, false, CacheMode::Writeback).unwrap());
+    let disk = open(&image.path, false, CacheMode::Writeback).unwrap();
+    let disk = Arc::new(disk.into());
     let block = Block::new(image.other_disk(), "", &image.options).unwrap();
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
@@ -582,6 +615,85 @@ impl Backend for Image {
 }
 
 suspend_tests!(VirtioGuest<Image>);
+
+/// An image that is not raw.
+struct FormattedImage(Image);
+
+impl Backend for FormattedImage {
+    const QUEUES: u64 = Image::QUEUES;
+    const FEATURES: u64 = Image::FEATURES;
+
+    fn new() -> FormattedImage {
+        FormattedImage(Image::formatted(Engine::Auto, CacheMode::Writeback))
+    }
+
+    fn device(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+        link: Arc<DriverLink>,
+    ) -> Box<dyn VirtioDevice> {
+        self.0.device(memory, link)
+    }
+
+    fn work(&mut self, driver: &mut Driver) {
+        self.0.work(driver);
+    }
+
+    fn begin(&mut self, driver: &mut Driver) {
+        self.0.begin(driver);
+    }
+
+    fn end(&mut self, driver: &mut Driver) {
+        self.0.end(driver);
+    }
+}
+
+mod formatted {
+    use super::*;
+
+    suspend_tests!(VirtioGuest<FormattedImage>);
+}
+
+#[test]
+fn a_thread_that_hangs_fails_the_pause_and_the_device_goes_on() {
+    for engine in ENGINES {
+        let image = Image::formatted(engine, CacheMode::Writeback);
+        let formatted = image.formatted.as_ref().unwrap();
+        let block = Block::new(formatted.disk(image.cache), "", &image.options).unwrap();
+        let _thread = block.image_work().map(ImageThread::start);
+        let memory = memory();
+        let mut driver = TestDriver::new(&memory, RINGS, 256);
+        let activation = Activation {
+            memory: memory.clone(),
+            features: block.features(),
+            queues: vec![driver.queue(0, false)],
+            link: InterruptCounter::default().link(),
+            state: None,
+        };
+        let worker = PausableWorker::new(block.blueprint.clone(), activation);
+        let mut manager: EventManager<PausableWorker> = EventManager::new().unwrap();
+        let id = manager.add_subscriber(worker);
+        formatted.close(true);
+        let head = offer(&mut driver, &memory, VIRTIO_BLK_T_FLUSH, 0, (DATA, 512));
+        driver.ring_doorbell();
+        manager.run_with_timeout(100).unwrap();
+        let mut worker = manager.remove_subscriber(id).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(50);
+        let error = worker.pause_by(deadline).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(driver.take_used(), []);
+
+        let id = manager.add_subscriber(worker);
+        formatted.close(false);
+        while driver.take_used() != [(head, 513)] {
+            manager.run_with_timeout(20).unwrap();
+        }
+        let mut worker = manager.remove_subscriber(id).unwrap();
+        worker.pause().unwrap();
+        let progress = worker.progress()[0];
+        assert_eq!((progress.next_available, progress.next_used), (1, 1));
+    }
+}
 
 /// The descriptor of the ring that waits for a worker.
 fn waiting_ring(handle: &BlockHandle) -> Option<RawFd> {

@@ -1,20 +1,25 @@
-//! Requests to a disk that bypasses the page cache, some of which wait for others.
+//! Requests that wait for others to the same disk.
 //!
-//! A request that the storage does not take as it is needs one of a few bounce buffers, and a request that
-//! writes a block in part reads all of the block first. So it waits until no other write to that block is in
-//! progress, and others then wait for it. They wait in one line: the first in the line is the next to be
-//! begun, and a request that has to wait for one in the line joins it at its end.
+//! If a raw disk bypasses the page cache, a request that the storage does not take as it is needs one of a
+//! few bounce buffers, and a request that writes a block in part reads all of the block first. So it waits
+//! until no other write to that block is in progress, and others then wait for it. In an image of another
+//! format, a request that discards a part of the disk changes where the data there is, so no transfer there
+//! is in progress meanwhile.
+//!
+//! Requests wait in one line: the first in the line is the next to be begun, and a request that has to wait
+//! for one in the line joins it at its end.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use bantam_storage::{Bounce, Disk};
+
 use super::Worker;
-use crate::disk::Bounce;
 use crate::virtio::MAX_TURN;
-use crate::virtio::block::in_flight::{InFlight, RingOperation};
+use crate::virtio::block::in_flight::{InFlight, Outcome, Remaining};
 use crate::virtio::block::request::{Operation, RequestError};
 use crate::virtio::block::ring::Direction;
-use crate::virtio::block::write_span::WriteSpan;
+use crate::virtio::block::span::Span;
 
 /// Most bounce buffers of a disk. Each has 128 KiB, unless the storage has larger blocks.
 const MAX_BUFFERS: usize = 8;
@@ -34,8 +39,8 @@ pub(super) struct Waiting {
     )]
     free_buffers: Vec<Box<Bounce>>,
     buffer_count: usize,
-    /// How many writes in progress or waiting cover blocks in part.
-    partial_writes: usize,
+    /// How many requests in progress or waiting exclude others from their part of the disk.
+    exclusive_count: usize,
     /// Whether the line was left, to give other devices their turn, although its first request need not wait.
     is_put_off: bool,
 }
@@ -52,14 +57,18 @@ impl Waiting {
 }
 
 impl Worker {
-    /// Begins the request in `slot`, whose [`InFlight`] is set, or has it wait.
-    pub(super) fn start(&mut self, slot: usize) -> Result<(), RequestError> {
-        if !self.handler.disk().is_direct() {
-            return self.push(slot);
+    /// Begins the request in `slot`, whose [`InFlight`] is set, or has it wait. Returns its outcome if it has
+    /// ended already.
+    pub(super) fn start(&mut self, slot: usize) -> Result<Outcome, RequestError> {
+        if let Disk::Raw(disk) = &**self.handler.disk()
+            && !disk.is_direct()
+        {
+            self.push(slot)?;
+            return Ok(None);
         }
         let span = self.span(slot);
-        let is_partial = span.as_ref().is_some_and(|span| span.is_partial);
-        self.waiting.partial_writes += usize::from(is_partial);
+        let is_exclusive = span.as_ref().is_some_and(|span| span.is_exclusive);
+        self.waiting.exclusive_count += usize::from(is_exclusive);
         if let Some(in_flight) = &mut self.slots[slot].in_flight {
             in_flight.span = span;
         }
@@ -67,40 +76,58 @@ impl Worker {
             self.needs_buffer(slot) && !(self.waiting.line.is_empty() && self.waiting.has_buffer());
         if waits_for_buffer || self.is_excluded(slot, true) {
             self.wait_in_line(slot, false);
-            return Ok(());
+            return Ok(None);
         }
         self.go_on(slot)
     }
 
-    /// Whether a request that is done at once, and changes the disk, has to wait for those in progress.
+    /// Whether a request to a raw disk that is done at once, and changes the disk, has to wait for those in
+    /// progress.
     pub(super) fn has_to_wait(&self, operation: Operation) -> bool {
         let has_span = |it: &InFlight| it.span.is_some();
-        operation.range_len().is_some()
-            && self.handler.disk().is_direct()
+        let Disk::Raw(disk) = &**self.handler.disk() else {
+            return false;
+        };
+        operation.range().is_some()
+            && disk.is_direct()
             && self
                 .slots
                 .iter()
                 .any(|slot| slot.in_flight.as_ref().is_some_and(has_span))
     }
 
-    /// Returns the blocks that the request in `slot` writes, if that matters.
-    fn span(&self, slot: usize) -> Option<WriteSpan> {
+    /// Returns the part of the disk that the request in `slot` uses, if that matters.
+    fn span(&self, slot: usize) -> Option<Span> {
         let slot = &self.slots[slot];
-        match slot.in_flight.as_ref()?.operation {
-            RingOperation::Transfer {
+        match slot.in_flight.as_ref()?.remaining {
+            Remaining::Transfer {
                 direction: Direction::Write { .. },
                 offset,
             } => {
+                let Disk::Raw(disk) = &**self.handler.disk() else {
+                    return None;
+                };
                 let end = offset + slot.chain.readable.len() as u64;
-                let (blocks, is_whole) = self.handler.disk().block_span(offset..end)?;
-                Some(WriteSpan {
-                    blocks,
-                    is_partial: !is_whole,
+                let (bytes, is_whole) = disk.block_span(offset..end)?;
+                Some(Span {
+                    bytes,
+                    is_exclusive: !is_whole,
                 })
             }
-            RingOperation::AtOnce(_) => Some(WriteSpan {
-                blocks: 0..u64::MAX,
-                is_partial: true,
+            Remaining::Pieces(pieces) => {
+                let len = pieces.direction.buffers(&slot.chain).len() as u64;
+                Some(Span {
+                    bytes: pieces.offset..pieces.offset + len,
+                    is_exclusive: false,
+                })
+            }
+            Remaining::ByImage(operation) => Some(Span {
+                bytes: operation.range()?,
+                is_exclusive: true,
+            }),
+            Remaining::AtOnce(_) => Some(Span {
+                bytes: 0..u64::MAX,
+                is_exclusive: true,
             }),
             _ => None,
         }
@@ -112,20 +139,20 @@ impl Worker {
         let Some(in_flight) = &slot.in_flight else {
             return false;
         };
-        let RingOperation::Transfer { direction, offset } = in_flight.operation else {
+        let Remaining::Transfer { direction, offset } = in_flight.remaining else {
             return false;
         };
-        let buffers = match direction {
-            Direction::Read => &slot.chain.writable,
-            Direction::Write { .. } => &slot.chain.readable,
+        let Disk::Raw(disk) = &**self.handler.disk() else {
+            return false;
         };
-        in_flight.bounce.is_none() && !self.handler.disk().takes(buffers, offset)
+        let buffers = direction.buffers(&slot.chain);
+        in_flight.bounce.is_none() && !disk.takes(buffers, offset)
     }
 
-    /// Whether another write keeps the one in `slot` from being begun: one in progress, or, with
+    /// Whether another request keeps the one in `slot` from being begun: one in progress, or, with
     /// `by_waiting`, one that waits too.
     fn is_excluded(&self, slot: usize, by_waiting: bool) -> bool {
-        if self.waiting.partial_writes == 0 {
+        if self.waiting.exclusive_count == 0 {
             return false;
         }
         let span = |slot: usize| self.slots[slot].in_flight.as_ref()?.span.as_ref();
@@ -152,13 +179,20 @@ impl Worker {
         }
     }
 
-    /// Gives the next operation of the request in `slot` to the ring.
-    pub(super) fn go_on(&mut self, slot: usize) -> Result<(), RequestError> {
+    /// Gives the next operation of the request in `slot` to the ring or the thread of the image. Returns the
+    /// outcome of the request if it has ended.
+    pub(super) fn go_on(&mut self, slot: usize) -> Result<Outcome, RequestError> {
+        if let Disk::Formatted(_) = &**self.handler.disk() {
+            return self.go_on_with_image(slot);
+        }
         if self.needs_buffer(slot) {
             let buffer = match self.waiting.free_buffers.pop() {
                 Some(buffer) => Some(buffer),
                 None if self.waiting.has_buffer() => {
-                    let buffer = self.handler.disk().bounce();
+                    let buffer = match &**self.handler.disk() {
+                        Disk::Raw(disk) => disk.bounce(),
+                        Disk::Formatted(_) => None,
+                    };
                     self.waiting.buffer_count += usize::from(buffer.is_some());
                     buffer.map(Box::new)
                 }
@@ -169,18 +203,19 @@ impl Worker {
                 // It was done in part, and the storage does not take the rest as it is.
                 _ => {
                     self.wait_in_line(slot, true);
-                    return Ok(());
+                    return Ok(None);
                 }
             }
         }
-        self.push(slot)
+        self.push(slot)?;
+        Ok(None)
     }
 
-    /// Takes back the buffer of a request that has ended, and the claim on its blocks.
+    /// Takes back the buffer of a request that has ended, and the claim on its part of the disk.
     pub(super) fn release(&mut self, in_flight: &mut InFlight) {
         let span = in_flight.span.take();
-        let was_partial = span.is_some_and(|span| span.is_partial);
-        self.waiting.partial_writes -= usize::from(was_partial);
+        let was_exclusive = span.is_some_and(|span| span.is_exclusive);
+        self.waiting.exclusive_count -= usize::from(was_exclusive);
         if let Some(mut buffer) = in_flight.bounce.take() {
             buffer.reset();
             self.waiting.free_buffers.push(buffer);
@@ -201,8 +236,8 @@ impl Worker {
                 continue;
             };
             in_flight.waits = false;
-            match in_flight.operation {
-                RingOperation::AtOnce(operation) => {
+            match in_flight.remaining {
+                Remaining::AtOnce(operation) => {
                     let queue = in_flight.queue;
                     let start = *start.get_or_insert_with(Instant::now);
                     let result = self.perform(slot, operation);
@@ -213,13 +248,7 @@ impl Worker {
                         return Ok(());
                     }
                 }
-                _ => {
-                    let begun = self.go_on(slot);
-                    if begun.is_err() {
-                        self.give_up(slot);
-                    }
-                    begun?;
-                }
+                _ => self.go_on_or_end(slot, None)?,
             }
         }
         Ok(())

@@ -9,11 +9,9 @@ use std::sync::atomic::AtomicU64;
 use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
 use super::geometry::{block_sizes, direct_alignment, disk_size, measure};
-use super::lock::lock_image;
-use super::{
-    Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, LockMode, SECTOR_SIZE, format,
-};
-use crate::opener::{FileAccess, HostOpener, Opener};
+use super::{Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, SECTOR_SIZE, format};
+use crate::lock::{LockMode, lock_image};
+use crate::opener::{FileAccess, FileOpener, HostOpener};
 
 /// How a disk image is opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,7 +50,7 @@ impl DiskFile {
     /// # Errors
     /// Those of [`DiskFile::open`].
     pub fn open_by(
-        opener: &dyn Opener,
+        opener: &dyn FileOpener,
         path: &Path,
         options: &DiskOptions,
     ) -> Result<DiskFile, DiskError> {
@@ -83,7 +81,7 @@ impl DiskFile {
 
     /// Opens an image, and returns the format other than raw that its first bytes suggest.
     fn open_silently(
-        opener: &dyn Opener,
+        opener: &dyn FileOpener,
         path: &Path,
         options: &DiskOptions,
     ) -> Result<(DiskFile, Option<&'static str>), DiskError> {
@@ -221,7 +219,7 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
 }
 
 /// Opens the image `file` at `path` a second time, for [`Access::Tail`].
-fn open_tail(opener: &dyn Opener, path: &Path, file: &File) -> Result<File, DiskError> {
+fn open_tail(opener: &dyn FileOpener, path: &Path, file: &File) -> Result<File, DiskError> {
     let with_path = |action| {
         move |source| DiskError::Io {
             path: path.to_path_buf(),

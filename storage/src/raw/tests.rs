@@ -1,6 +1,7 @@
 use bantam_memory::GuestMemory;
 
 use super::*;
+use crate::LockMode;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -4,7 +4,6 @@ mod bounce;
 mod error;
 mod format;
 mod geometry;
-mod lock;
 mod open;
 
 use std::fs::File;
@@ -19,12 +18,12 @@ use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use bounce::{Alignment, Data, Zeroes};
-use geometry::{block_device, disk_size, measure};
+use geometry::{block_device, measure};
 
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
-pub use lock::{Lock, LockMode, lock_file, lock_patiently};
+pub(crate) use geometry::disk_size;
 pub use open::DiskOptions;
 
 /// Disks are addressed in units of this many bytes.
@@ -102,8 +101,8 @@ impl DiskFile {
     }
 
     /// Opens an image as if the storage had blocks of `block` bytes, for tests of images of whole blocks.
-    #[cfg(test)]
-    pub(crate) fn with_block(mut self, block: u64) -> DiskFile {
+    #[cfg(any(test, feature = "test-internals"))]
+    pub fn with_block(mut self, block: u64) -> DiskFile {
         if let Some(direct) = &mut self.direct {
             direct.alignment.offset = block;
         }
@@ -261,19 +260,7 @@ impl DiskFile {
         if !self.options.read_only {
             return;
         }
-        let length = self.length.load(Ordering::Relaxed);
-        let missing = (offset + buffers.len() as u64).saturating_sub(length);
-        if missing == 0 {
-            return;
-        }
-        let zeroes = [0; 4096];
-        let there = (buffers.len() as u64).saturating_sub(missing) as usize;
-        let mut position = there;
-        while position < buffers.len() {
-            let count = (buffers.len() - position).min(zeroes.len());
-            position += buffers.write_at(position, &zeroes[..count]);
-        }
-        buffers.truncate(there);
+        fill_from(self.length.load(Ordering::Relaxed), buffers, offset);
     }
 
     /// Fills `buffers` with the bytes from `offset` on.
@@ -446,6 +433,22 @@ impl DiskFile {
         }
         Ok(())
     }
+}
+
+/// Zeroes and drops the part of `buffers`, to be filled from `offset` on, that lies beyond `end`.
+pub(crate) fn fill_from(end: u64, buffers: &mut GuestBuffers, offset: u64) {
+    let missing = (offset + buffers.len() as u64).saturating_sub(end);
+    if missing == 0 {
+        return;
+    }
+    let zeroes = [0; 4096];
+    let there = (buffers.len() as u64).saturating_sub(missing) as usize;
+    let mut position = there;
+    while position < buffers.len() {
+        let count = (buffers.len() - position).min(zeroes.len());
+        position += buffers.write_at(position, &zeroes[..count]);
+    }
+    buffers.truncate(there);
 }
 
 /// Whether the host does not support the operation. A block device whose sectors are larger than those of the

@@ -93,6 +93,16 @@ pub enum DiskError {
         /// Why not.
         source: io::Error,
     },
+    /// The page cache cannot be bypassed for an image of this format.
+    #[error(
+        "cannot open disk '{path}' with 'cache=none': only raw images bypass the page cache, so use \
+         another cache mode",
+        path = .path.display()
+    )]
+    DirectFormat {
+        /// The image.
+        path: PathBuf,
+    },
     /// The file system refused something else.
     #[error("cannot {action} disk '{path}': {source}", path = .path.display())]
     Io {

@@ -70,7 +70,7 @@ pub fn lock_file(file: &File, lock: Lock) -> io::Result<()> {
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] if another's use conflicts; otherwise those of `fcntl` with `F_OFD_SETLK`.
-pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
+pub(crate) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     patiently(is_busy, || try_lock_image(file, read_only))
 }
 

@@ -47,7 +47,7 @@ pub(super) fn measure(file: &File, kind: FileType) -> io::Result<u64> {
 ///
 /// In a read-only image, the missing part of the last block reads as zeroes. In a writable image, the guest
 /// would lose what it writes there.
-pub(super) fn disk_size(
+pub(crate) fn disk_size(
     len: u64,
     block: u32,
     is_block_device: bool,

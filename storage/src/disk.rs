@@ -1,0 +1,215 @@
+//! The disk of a machine: an open image of any format.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bantam_memory::GuestBuffers;
+
+use crate::image::Image;
+use crate::raw::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE, disk_size, fill_from};
+
+/// Physical block size of an image that is not raw, in bytes: a page.
+const PHYSICAL_BLOCK_SIZE: u32 = 4096;
+
+/// An open disk image, as a device serves it.
+#[derive(Debug)]
+pub enum Disk {
+    /// A file whose bytes are those of the disk.
+    Raw(DiskFile),
+    /// An image of another format.
+    Formatted(FormattedDisk),
+}
+
+/// An open image of a format other than raw, and the files that it is kept in.
+#[derive(Debug)]
+pub struct FormattedDisk {
+    path: PathBuf,
+    image: Arc<dyn Image>,
+    files: Vec<File>,
+    /// Size of the disk in bytes.
+    size: AtomicU64,
+    options: DiskOptions,
+    logical_block_size: u32,
+}
+
+impl FormattedDisk {
+    /// Makes a disk of `image`, which was opened from `path` with `options`. `files` are those that
+    /// [`Image::map`] names, in that order.
+    ///
+    /// # Errors
+    /// If its size or its cache mode cannot be that of a disk.
+    pub fn new(
+        path: &Path,
+        image: Arc<dyn Image>,
+        files: Vec<File>,
+        options: &DiskOptions,
+    ) -> Result<FormattedDisk, DiskError> {
+        let path = path.to_path_buf();
+        if options.cache == CacheMode::None {
+            return Err(DiskError::DirectFormat { path });
+        }
+        let options = DiskOptions {
+            read_only: options.read_only || image.is_read_only(),
+            ..options.clone()
+        };
+        let logical_block_size = options.block_size.unwrap_or(SECTOR_SIZE as u32);
+        let length = image.size();
+        let size = disk_size(length, logical_block_size, false, &options).map_err(|reason| {
+            DiskError::Size {
+                path: path.clone(),
+                size: length,
+                reason,
+            }
+        })?;
+        Ok(FormattedDisk {
+            path,
+            image,
+            files,
+            size: AtomicU64::new(size),
+            options,
+            logical_block_size,
+        })
+    }
+
+    /// Returns the image.
+    pub fn image(&self) -> &Arc<dyn Image> {
+        &self.image
+    }
+
+    /// Returns the files that [`Image::map`] names.
+    pub fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    fn update_size(&self) -> io::Result<u64> {
+        let length = self.image.size();
+        let size = disk_size(length, self.logical_block_size, false, &self.options);
+        let size = size.map_err(|reason| {
+            let error = format!("it has {length} bytes now: {reason}");
+            io::Error::new(io::ErrorKind::InvalidData, error)
+        })?;
+        self.size.store(size, Ordering::Release);
+        Ok(size)
+    }
+}
+
+impl From<DiskFile> for Disk {
+    fn from(disk: DiskFile) -> Disk {
+        Disk::Raw(disk)
+    }
+}
+
+impl From<FormattedDisk> for Disk {
+    fn from(disk: FormattedDisk) -> Disk {
+        Disk::Formatted(disk)
+    }
+}
+
+impl Disk {
+    /// Returns the path with which the image was opened.
+    pub fn path(&self) -> &Path {
+        match self {
+            Disk::Raw(disk) => disk.path(),
+            Disk::Formatted(disk) => &disk.path,
+        }
+    }
+
+    /// Whether `file` is the image that is open.
+    ///
+    /// # Errors
+    /// If one of the two cannot be examined.
+    pub fn is_same_file(&self, file: &File) -> io::Result<bool> {
+        match self {
+            Disk::Raw(disk) => disk.is_same_file(file),
+            Disk::Formatted(disk) => {
+                let Some(open) = disk.files.first() else {
+                    return Ok(false);
+                };
+                let (open, other) = (open.metadata()?, file.metadata()?);
+                Ok((open.dev(), open.ino()) == (other.dev(), other.ino()))
+            }
+        }
+    }
+
+    /// Returns the disk's size in bytes, a multiple of [`Disk::logical_block_size`].
+    pub fn size(&self) -> u64 {
+        match self {
+            Disk::Raw(disk) => disk.size(),
+            Disk::Formatted(disk) => disk.size.load(Ordering::Acquire),
+        }
+    }
+
+    /// Updates the disk's size to that of the image, and returns it.
+    ///
+    /// # Errors
+    /// If the image cannot be measured, or its size cannot be that of this disk.
+    pub fn update_size(&self) -> io::Result<u64> {
+        match self {
+            Disk::Raw(disk) => disk.update_size(),
+            Disk::Formatted(disk) => disk.update_size(),
+        }
+    }
+
+    /// Returns the options with which the image was opened.
+    pub fn options(&self) -> &DiskOptions {
+        match self {
+            Disk::Raw(disk) => disk.options(),
+            Disk::Formatted(disk) => &disk.options,
+        }
+    }
+
+    /// Whether the disk is read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.options().read_only
+    }
+
+    /// Returns how written data is cached.
+    pub fn cache(&self) -> CacheMode {
+        self.options().cache
+    }
+
+    /// Returns the smallest unit in which the guest should address the disk, in bytes.
+    pub fn logical_block_size(&self) -> u32 {
+        match self {
+            Disk::Raw(disk) => disk.logical_block_size(),
+            Disk::Formatted(disk) => disk.logical_block_size,
+        }
+    }
+
+    /// Returns the unit that the host writes without a read-modify-write, in bytes; a multiple of
+    /// [`Disk::logical_block_size`].
+    pub fn physical_block_size(&self) -> u32 {
+        match self {
+            Disk::Raw(disk) => disk.physical_block_size(),
+            Disk::Formatted(disk) => PHYSICAL_BLOCK_SIZE.max(disk.logical_block_size),
+        }
+    }
+
+    /// Zeroes and drops the part of `buffers`, to be filled from `offset` on, that lies beyond the end of the
+    /// image.
+    pub fn fill_beyond_end(&self, buffers: &mut GuestBuffers, offset: u64) {
+        match self {
+            Disk::Raw(disk) => disk.fill_beyond_end(buffers, offset),
+            Disk::Formatted(disk) => fill_from(disk.image.size(), buffers, offset),
+        }
+    }
+
+    /// Brings everything written so far to stable storage, unless the cache mode is
+    /// [`CacheMode::Unsafe`].
+    ///
+    /// # Errors
+    /// If the host has failed to write something.
+    pub fn flush(&self) -> io::Result<()> {
+        match self {
+            Disk::Raw(disk) => disk.flush(),
+            Disk::Formatted(disk) => match disk.options.cache {
+                CacheMode::Unsafe => Ok(()),
+                _ => disk.image.flush(),
+            },
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! The qcow2 format, versions 2 and 3.
+//!
+//! An image is a file of clusters: data, two levels of tables that map clusters of the disk to those of the file
+//! (L1, L2), and two levels of refcounts. A backing file has what the image does not map. The
+//! [specification] is QEMU's, and so is the judge of all of this: tests compare with `qemu-img`.
+//!
+//! # Order of writes
+//! Between two syncs, a crash of the host keeps any part of what was written, in any order. Stable
+//! storage never refers to a cluster that its refcounts do not count; what is counted and not referred to is
+//! leaked, which a check repairs. [`allocator`] says how. Beyond that, who does not flush sees after a crash
+//! the old bytes or the new ones, sector by sector: a cluster that replaces one with other bytes than
+//! zeroes is on stable storage before its L2 entry is written. This costs a sync for the first write to a
+//! cluster of a backing file or snapshot, which requests that run at the same time share.
+//!
+//! All metadata is in the file when a request ends: if only the process is killed, no acknowledged write is
+//! lost, flushed or not.
+//!
+//! # Locks
+//! A request holds a lock on its clusters of the guest ([`locks::RangeLocks`]): shared to transfer,
+//! exclusive to change the mapping. Below it, in this order: the creation of L2 tables, the allocator, the
+//! tables. Only the last is needed to read, and it is never held over a sync. [`Image::map`] waits for
+//! none of them.
+//!
+//! Lazy refcounts are read, and rebuilt if the image is dirty, but not used: refcounts in advance cost less.
+//!
+//! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
+
+mod allocator;
+mod cache;
+mod compress;
+mod entry;
+mod error;
+mod header;
+mod locks;
+mod overlap;
+mod read;
+mod refcounts;
+mod tables;
+mod write;
+mod zero;
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+pub use error::Error;
+pub use header::{BackingName, Compression, Header};
+
+use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
+use allocator::Allocator;
+use entry::{Compressed, Geometry, L2Entry};
+use header::{Field, incompatible};
+use locks::{RangeLocks, SyncGate, lock, read};
+use overlap::{Kind, Metadata};
+use refcounts::Refcounts;
+use tables::{L1, Tables};
+
+/// Default bound of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
+const CACHE_BYTES: u64 = 8 << 20;
+
+/// How an image is opened.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Whether writes are refused, and the file is not changed at all.
+    pub read_only: bool,
+    /// Most bytes of L2 tables in memory.
+    pub cache_bytes: u64,
+    /// The opened backing file, if the image has one.
+    pub backing: Option<Arc<dyn Image>>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            read_only: false,
+            cache_bytes: CACHE_BYTES,
+            backing: None,
+        }
+    }
+}
+
+/// An image in qcow2 format.
+///
+/// Dropping it gives back what was reserved; [`Image::flush`] before says whether all is well.
+#[derive(Debug)]
+pub struct Qcow2 {
+    file: Arc<dyn ImageFile>,
+    backing: Option<Arc<dyn Image>>,
+    read_only: bool,
+    geometry: Geometry,
+    compression: Compression,
+    size: AtomicU64,
+    /// What the header in the file says.
+    header: Mutex<Header>,
+    tables: Tables,
+    allocator: Mutex<Allocator>,
+    metadata: Arc<RwLock<Metadata>>,
+    gate: Arc<SyncGate>,
+    ranges: RangeLocks,
+    /// Held by who makes an L2 table.
+    new_table: Mutex<()>,
+    /// Whether the metadata has been found damaged. No more is written then.
+    is_damaged: AtomicBool,
+    /// The compressed cluster that was read last, as requests are often smaller than a cluster.
+    decompressed: Mutex<Option<(Compressed, Vec<u8>)>>,
+}
+
+impl Header {
+    /// Reads the header of the image in `file`.
+    ///
+    /// # Errors
+    /// Those of [`Self::parse`], or if the host cannot read it.
+    pub fn read(file: &dyn ImageFile) -> Result<Header, Error> {
+        let file_size = file.size().map_err(Error::io("measure the image"))?;
+        let mut bytes = vec![0; file_size.min(512) as usize];
+        file.read_at(&mut bytes, 0)
+            .map_err(Error::io("read the header of the image"))?;
+        if bytes.len() < 72 {
+            return Err(Error::Magic);
+        }
+        let cluster_size = 1u64 << header::be32(&bytes, 20).clamp(9, 21);
+        bytes.resize(file_size.min(cluster_size) as usize, 0);
+        file.read_at(&mut bytes, 0)
+            .map_err(Error::io("read the header of the image"))?;
+        Header::parse(&bytes)
+    }
+}
+
+impl Qcow2 {
+    /// Opens the image in `file`. What its backing file is, [`Header::read`] says before.
+    ///
+    /// # Errors
+    /// If it is damaged, uses features that are not supported, or the host cannot read it.
+    pub fn open(file: Arc<dyn ImageFile>, options: Options) -> Result<Qcow2, Error> {
+        let header = Header::read(&*file)?;
+        if header.is_corrupt() && !options.read_only {
+            return Err(Error::Corrupt);
+        }
+        if let (Some(backing), None) = (&header.backing, &options.backing) {
+            return Err(Error::BackingMissing(backing.name.clone()));
+        }
+        let geometry = header.geometry();
+        let gate = Arc::new(SyncGate::new(Arc::clone(&file)));
+        let l1 = L1::read(&*file, header.l1_offset, header.l1_size.into())
+            .map_err(Error::io("read the L1 table of the image"))?;
+        let refcounts = Refcounts::read(
+            Arc::clone(&file),
+            header.cluster_bits,
+            header.refcount_order,
+            header.refcount_table_offset,
+            header.refcount_table_clusters,
+        )
+        .map_err(Error::io("read the refcount table of the image"))?;
+        let file_size = file.size().map_err(Error::io("measure the image"))?;
+        let metadata = Arc::new(RwLock::new(Metadata::default()));
+        let allocator = Allocator::new(
+            Arc::clone(&file),
+            Arc::clone(&gate),
+            Arc::clone(&metadata),
+            refcounts,
+            header.cluster_bits,
+            file_size,
+        );
+        let image = Qcow2 {
+            backing: options.backing.filter(|_| header.backing.is_some()),
+            read_only: options.read_only,
+            geometry,
+            compression: header.compression,
+            size: AtomicU64::new(header.size),
+            header: Mutex::new(header),
+            tables: Tables::new(Arc::clone(&file), geometry, l1, options.cache_bytes),
+            file,
+            allocator: Mutex::new(allocator),
+            metadata,
+            gate,
+            ranges: RangeLocks::default(),
+            new_table: Mutex::new(()),
+            is_damaged: AtomicBool::new(false),
+            decompressed: Mutex::new(None),
+        };
+        if !image.read_only {
+            image.prepare_to_write()?;
+        }
+        Ok(image)
+    }
+
+    /// Returns what the header says now.
+    pub fn header(&self) -> Header {
+        lock(&self.header).clone()
+    }
+
+    /// Does what has to be done before the first write.
+    fn prepare_to_write(&self) -> Result<(), Error> {
+        self.find_metadata()?;
+        let header = self.header();
+        if header.autoclear != 0 {
+            // Bitmaps would not follow what is written from now on.
+            self.write_header(Field::Autoclear(0), |header| header.autoclear = 0)
+                .and_then(|()| self.gate.sync())
+                .map_err(Error::io("write the header of the image"))?;
+        }
+        Ok(())
+    }
+
+    /// Finds out which clusters hold metadata.
+    fn find_metadata(&self) -> Result<(), Error> {
+        let header = self.header();
+        let geometry = self.geometry;
+        let mut metadata = Metadata::default();
+        let allocator = lock(&self.allocator);
+        metadata.file_clusters = allocator.file_size().div_ceil(geometry.cluster_size());
+        metadata.add_range(0..1, Kind::Header);
+        metadata.add_range(allocator.refcounts.table_clusters(), Kind::RefcountTable);
+        for (_, cluster) in allocator.refcounts.block_clusters() {
+            metadata.add(cluster, Kind::RefcountBlock);
+        }
+        drop(allocator);
+        let l1_bytes = u64::from(header.l1_size) * 8;
+        metadata.add_range(
+            geometry.clusters(header.l1_offset..header.l1_offset + l1_bytes),
+            Kind::L1,
+        );
+        for index in 0..self.tables.l1_len() {
+            if let Some(table) = self.tables.l1_entry(index).table() {
+                metadata.add(table >> geometry.cluster_bits, Kind::L2);
+            }
+        }
+        *locks::write(&self.metadata) = metadata;
+        Ok(())
+    }
+
+    /// Writes a field of the header, and changes what is known of the header alike.
+    fn write_header(&self, field: Field, change: impl FnOnce(&mut Header)) -> io::Result<()> {
+        let mut header = lock(&self.header);
+        let (offset, bytes) = field.bytes();
+        self.file.write_at(&bytes, offset)?;
+        change(&mut header);
+        Ok(())
+    }
+
+    /// Refuses writes to an image that takes none.
+    fn check_writable(&self) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        if self.is_damaged.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "the image is damaged and takes no more writes",
+            ));
+        }
+        if self.gate.has_failed() {
+            return Err(io::Error::other("an earlier sync of the image has failed"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a range beyond the end of the disk.
+    fn check_range(&self, range: &Range<u64>) -> io::Result<()> {
+        if range.start > range.end || range.end > self.size.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(())
+    }
+
+    /// Stops all writes, and marks the image as corrupt, if `result` says that it is damaged.
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &result
+            && let Some(Error::Damaged(what)) = error
+                .get_ref()
+                .and_then(|error| error.downcast_ref::<Error>())
+        {
+            self.mark_damaged(what);
+        }
+        result
+    }
+
+    fn mark_damaged(&self, what: &str) {
+        if self.read_only || self.is_damaged.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::error!("a qcow2 image is damaged and takes no more writes: {what}");
+        let features = lock(&self.header).incompatible | incompatible::CORRUPT;
+        if lock(&self.header).version >= 3 {
+            // Writes are refused whether or not this one succeeds.
+            let _ = self
+                .write_header(Field::Incompatible(features), |header| {
+                    header.incompatible = features
+                })
+                .and_then(|()| self.gate.sync());
+        }
+    }
+
+    /// Looks at an entry that comes into the cache: one that points to metadata, or behind the end of the file,
+    /// would make a write to the disk destroy the image.
+    fn inspect(&self, entry: L2Entry) {
+        if self.read_only || entry.host().is_none() {
+            return;
+        }
+        let clusters = entry.host_clusters(self.geometry);
+        let metadata = read(&self.metadata);
+        let start = clusters.start << self.geometry.cluster_bits;
+        let what = if clusters.end > metadata.file_clusters {
+            format!("an L2 entry points behind the end of the file, to {start:#x}")
+        } else if let Some(kind) = metadata.find(clusters) {
+            format!("an L2 entry points to {kind} at {start:#x}")
+        } else {
+            return;
+        };
+        drop(metadata);
+        self.mark_damaged(&what);
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if self.check_writable().is_ok() {
+            // What cannot be given back is leaked, and a check frees it.
+            let _ = self
+                .flush()
+                .and_then(|()| lock(&self.allocator).give_back());
+        }
+    }
+}
+
+impl Image for Qcow2 {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn map(&self, range: Range<u64>, direction: Direction) -> Extent {
+        self.map_range(range, direction)
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.check_range(&(offset..offset.saturating_add(bytes.len() as u64)))?;
+        let range = offset..offset + bytes.len() as u64;
+        let _guard = self.ranges.shared(self.geometry.clusters(range));
+        self.note(self.read_unlocked(bytes, offset))
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.check_writable()?;
+        self.check_range(&(offset..offset.saturating_add(bytes.len() as u64)))?;
+        self.note(self.write_range(bytes, offset))
+    }
+
+    fn write_zeroes(&self, range: Range<u64>, unmap: bool) -> io::Result<()> {
+        self.check_writable()?;
+        self.check_range(&range)?;
+        self.note(self.zero_range(range, unmap))
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        self.check_writable()?;
+        self.check_range(&range)?;
+        self.note(self.discard_range(range))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.sync_and_release()
+    }
+
+    fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {
+        self.check_range(&range)?;
+        let _guard = self.ranges.shared(self.geometry.clusters(range.clone()));
+        self.note(self.status_unlocked(range))
+    }
+}

@@ -1,0 +1,219 @@
+//! QEMU's tools, and what an image is kept in.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use bantam_storage::qcow2::{Options, Qcow2};
+use bantam_storage::{BlockStatus, Content, Direction, Extent, HostFile, Image, ImageFile};
+use tempfile::TempDir;
+
+/// Runs one of QEMU's tools and returns what it prints, or its status and what it says.
+pub fn try_qemu(tool: &str, arguments: &[&str]) -> Result<String, (i32, String)> {
+    let output = Command::new(tool)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("these tests need {tool} (Debian's qemu-utils): {error}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        let says = text(&output.stdout) + &text(&output.stderr);
+        Err((output.status.code().unwrap_or(-1), says))
+    }
+}
+
+/// Runs one of QEMU's tools, which has to succeed.
+pub fn qemu(tool: &str, arguments: &[&str]) -> String {
+    try_qemu(tool, arguments)
+        .unwrap_or_else(|(status, says)| panic!("{tool} {arguments:?}: {status}: {says}"))
+}
+
+/// A folder with images.
+pub struct Folder(TempDir);
+
+impl Folder {
+    pub fn new() -> Folder {
+        Folder(TempDir::new().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn name(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    /// Makes an image with `qemu-img`.
+    pub fn create(&self, name: &str, options: &str, size: &str) {
+        let path = self.name(name);
+        let options = if options.is_empty() {
+            "compat=1.1"
+        } else {
+            options
+        };
+        qemu(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-o", options, &path, size],
+        );
+    }
+
+    /// Runs commands of `qemu-io` on an image.
+    pub fn io(&self, name: &str, commands: &[String]) {
+        let path = self.name(name);
+        let mut arguments = vec!["-f", "qcow2"];
+        for command in commands {
+            arguments.extend(["-c", command]);
+        }
+        arguments.push(&path);
+        let output = qemu("qemu-io", &arguments);
+        assert!(
+            !output.contains("error") && !output.contains("failed"),
+            "{output}"
+        );
+    }
+
+    /// Returns what QEMU says that the disk of an image holds.
+    pub fn contents(&self, name: &str) -> Vec<u8> {
+        let raw = self.name("contents.raw");
+        qemu(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                &self.name(name),
+                &raw,
+            ],
+        );
+        std::fs::read(raw).unwrap()
+    }
+
+    /// Checks an image by `qemu-img check`: neither damage nor leaks.
+    pub fn check(&self, name: &str) {
+        qemu(
+            "qemu-img",
+            &["check", "-q", "-f", "qcow2", &self.name(name)],
+        );
+    }
+
+    pub fn open(&self, name: &str, options: Options) -> Qcow2 {
+        Qcow2::open(host_file(&self.path(name), options.read_only), options).unwrap()
+    }
+
+    pub fn open_read_only(&self, name: &str) -> Qcow2 {
+        self.open(
+            name,
+            Options {
+                read_only: true,
+                ..Options::default()
+            },
+        )
+    }
+}
+
+/// Opens a file of the host.
+pub fn host_file(path: &Path, read_only: bool) -> Arc<dyn ImageFile> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .open(path)
+        .unwrap();
+    Arc::new(HostFile::new(file))
+}
+
+/// Reads a whole disk.
+pub fn read_all(image: &dyn Image) -> Vec<u8> {
+    let mut bytes = vec![0x5a; image.size() as usize];
+    image.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// A raw image, for backing files.
+#[derive(Debug)]
+pub struct Raw {
+    file: HostFile,
+    size: u64,
+}
+
+impl Raw {
+    pub fn open(path: &Path) -> Arc<dyn Image> {
+        let file = File::open(path).unwrap();
+        let size = file.metadata().unwrap().len();
+        Arc::new(Raw {
+            file: HostFile::new(file),
+            size,
+        })
+    }
+}
+
+impl Image for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn map(&self, range: Range<u64>, _direction: Direction) -> Extent {
+        Extent::File {
+            file: 0,
+            offset: range.start,
+            len: range.end - range.start,
+        }
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(bytes, offset)
+    }
+
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn write_zeroes(&self, _range: Range<u64>, _unmap: bool) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn discard(&self, _range: Range<u64>) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {
+        Ok(BlockStatus {
+            len: range.end - range.start,
+            content: Content::Data {
+                file: 0,
+                offset: range.start,
+            },
+            depth: Some(0),
+        })
+    }
+}
+
+/// Numbers that look random, and are the same in each run.
+pub struct Numbers(u64);
+
+impl Numbers {
+    pub fn new(seed: u64) -> Numbers {
+        Numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % bound
+    }
+}
