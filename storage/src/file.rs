@@ -35,6 +35,16 @@ pub trait ImageFile: Debug + Send + Sync {
     /// [`io::ErrorKind::Unsupported`] if the host cannot do this to the file, which is unchanged then.
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
 
+    /// Gives the bytes of `range` storage, so that writing to them does not fail for the lack of it. Those that
+    /// had none read as zeroes. The file does not grow.
+    ///
+    /// # Errors
+    /// If the host has no room, or [`io::ErrorKind::Unsupported`] if it cannot do this to the file.
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        let _ = range;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Brings everything written so far to stable storage.
     ///
     /// # Errors
@@ -72,6 +82,20 @@ impl HostFile {
     pub fn new(file: File) -> HostFile {
         HostFile(file)
     }
+
+    /// Changes the storage of a range, never the size of the file.
+    fn fallocate(&self, flags: FallocateFlags, range: Range<u64>) -> io::Result<()> {
+        let too_large = |_| io::ErrorKind::InvalidInput;
+        let start = i64::try_from(range.start).map_err(too_large)?;
+        let length = i64::try_from(range.end - range.start).map_err(too_large)?;
+        let flags = flags | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(self.0.as_fd(), flags, start, length) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
+                Err(io::ErrorKind::Unsupported.into())
+            }
+            result => Ok(result?),
+        }
+    }
 }
 
 impl ImageFile for HostFile {
@@ -98,16 +122,11 @@ impl ImageFile for HostFile {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        let too_large = |_| io::ErrorKind::InvalidInput;
-        let start = i64::try_from(range.start).map_err(too_large)?;
-        let length = i64::try_from(range.end - range.start).map_err(too_large)?;
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(self.0.as_fd(), flags, start, length) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
-                Err(io::ErrorKind::Unsupported.into())
-            }
-            result => Ok(result?),
-        }
+        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, range)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        self.fallocate(FallocateFlags::empty(), range)
     }
 
     fn sync(&self) -> io::Result<()> {

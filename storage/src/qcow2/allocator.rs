@@ -11,6 +11,7 @@
 //!
 //! What a crash leaves in the two sets is leaked, and a check frees it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, RwLock};
@@ -30,6 +31,8 @@ const MAX_RESERVE: u64 = 64 << 20;
 const MIN_RESERVE_CLUSTERS: u64 = 8;
 /// Most refcount blocks that are searched for holes at a time.
 const MAX_SEARCH: u32 = 64;
+/// Most places behind the end of the file that are tried. Only a damaged image has used clusters there.
+const MAX_TRIES: u32 = 1024;
 /// Most runs of clusters that wait to be freed, after which a sync is due.
 pub(super) const MAX_FREED: usize = 1 << 14;
 
@@ -55,6 +58,9 @@ struct Tail {
     clusters: Range<u64>,
     /// Index and offset of each new block. They follow the clusters.
     blocks: Vec<(u64, u64)>,
+    /// How many of the blocks, the first ones, count themselves. The others are counted by these or by
+    /// blocks that exist already.
+    own: usize,
 }
 
 impl Tail {
@@ -194,7 +200,7 @@ impl Allocator {
 
     /// Adds about `count` clusters to the reserve.
     fn refill(&mut self, count: u64) -> io::Result<()> {
-        let end = self.file_size.div_ceil(1 << self.cluster_bits);
+        let end = self.end();
         let per_block = self.refcounts.per_block();
         let mut holes = Vec::new();
         let mut missing = count;
@@ -224,14 +230,14 @@ impl Allocator {
 
     /// Finds `count` clusters behind everything that is used.
     fn plan_tail(&mut self, count: u64) -> io::Result<Tail> {
-        let mut start = self.file_size.div_ceil(1 << self.cluster_bits).max(1);
-        loop {
+        let mut start = self.end();
+        for _ in 0..MAX_TRIES {
             let tail = self.tail_at(start, count);
             let last = tail.all().end - 1;
             let needed = last / self.refcounts.per_block() + 1;
             if needed > self.refcounts.table_len() {
-                self.grow_table(needed)?;
-                start = self.file_size.div_ceil(1 << self.cluster_bits);
+                self.grow_table(start, needed)?;
+                start = start.max(self.end());
                 continue;
             }
             // A crash may have cut the file off behind which clusters are counted.
@@ -240,6 +246,14 @@ impl Allocator {
                 None => return Ok(tail),
             }
         }
+        Err(io::Error::other(
+            "there are used clusters behind the end of the image",
+        ))
+    }
+
+    /// Returns the first cluster behind the end of the file.
+    fn end(&self) -> u64 {
+        self.file_size.div_ceil(1 << self.cluster_bits).max(1)
     }
 
     /// Returns which blocks are missing if `count` clusters are taken at `start`.
@@ -249,14 +263,31 @@ impl Allocator {
         loop {
             let missing = self.refcounts.missing_blocks(start..clusters.end + blocks);
             if missing.len() as u64 <= blocks {
-                let offset = |number| (clusters.end + number) << self.cluster_bits;
-                let blocks = missing.into_iter().zip(0..);
-                let blocks = blocks
-                    .map(|(index, number)| (index, offset(number)))
-                    .collect();
-                return Tail { clusters, blocks };
+                return self.place_blocks(clusters, missing);
             }
             blocks = missing.len() as u64;
+        }
+    }
+
+    /// Places new blocks behind `clusters`.
+    fn place_blocks(&self, clusters: Range<u64>, mut missing: BTreeSet<u64>) -> Tail {
+        let places = clusters.end..clusters.end + missing.len() as u64;
+        let mut blocks = Vec::with_capacity(missing.len());
+        let mut rest = Vec::new();
+        for place in places {
+            let index = place / self.refcounts.per_block();
+            if missing.remove(&index) {
+                blocks.push((index, place << self.cluster_bits));
+            } else {
+                rest.push(place << self.cluster_bits);
+            }
+        }
+        let own = blocks.len();
+        blocks.extend(missing.into_iter().zip(rest));
+        Tail {
+            clusters,
+            blocks,
+            own,
         }
     }
 
@@ -298,16 +329,19 @@ impl Allocator {
             self.refcounts.set(run.clone(), 1)?;
             self.clear(run)?;
         }
-        let mut blocks: &[(u64, u64)] = &[];
         if let Some(tail) = tail {
             let all = tail.all();
-            blocks = &tail.blocks;
-            self.count_tail(&all, blocks)?;
+            self.count_tail(&all, &tail.blocks)?;
             self.extend_to(all.end)?;
         }
         self.refcounts.write_back()?;
         self.gate.sync()?;
-        if !blocks.is_empty() {
+        // A block is in the table before those that it counts.
+        let (own, others) = tail.map_or((&[][..], &[][..]), |tail| tail.blocks.split_at(tail.own));
+        for blocks in [own, others]
+            .into_iter()
+            .filter(|blocks| !blocks.is_empty())
+        {
             for &(index, offset) in blocks {
                 self.refcounts.add_block(index, offset)?;
                 write(&self.metadata).add(offset >> self.cluster_bits, Kind::RefcountBlock);
@@ -333,32 +367,31 @@ impl Allocator {
         Ok(())
     }
 
-    /// Moves the refcount table to a place where it has at least `needed` entries.
+    /// Moves the refcount table to a place from `start` on, where it has at least `needed` entries.
     ///
     /// The new table, and the blocks that count it, are on stable storage before the header names it.
-    fn grow_table(&mut self, needed: u64) -> io::Result<()> {
-        let start = self.file_size.div_ceil(1 << self.cluster_bits).max(1);
+    fn grow_table(&mut self, start: u64, needed: u64) -> io::Result<()> {
+        let mut start = start;
         let mut entries = needed.max(self.refcounts.table_len() * 2);
         let (clusters, tail) = loop {
             let clusters = (entries * 8).div_ceil(1 << self.cluster_bits);
+            if clusters << self.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
+                let error =
+                    "the refcount table of the image cannot grow: convert it to larger clusters";
+                return Err(io::Error::new(io::ErrorKind::FileTooLarge, error));
+            }
             let tail = self.tail_at(start, clusters);
             let covered = (clusters << self.cluster_bits >> 3) * self.refcounts.per_block();
-            if tail.all().end <= covered {
+            if tail.all().end > covered {
+                entries *= 2;
+            } else if let Some(used) = self.last_used(tail.all())? {
+                start = used + 1;
+                entries += 1;
+            } else {
                 break (clusters, tail);
             }
-            entries *= 2;
         };
-        if clusters << self.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
-            let error =
-                "the refcount table of the image cannot grow: convert it to larger clusters";
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, error));
-        }
         let all = tail.all();
-        if self.last_used(all.clone())?.is_some() {
-            // Only a file that was cut off has that. Beginning behind it is as good.
-            self.extend_to(all.end)?;
-            return self.grow_table(needed.max(all.end.div_ceil(self.refcounts.per_block())));
-        }
         let offset = tail.clusters.start << self.cluster_bits;
         let table = self.refcounts.grown_table(clusters, &tail.blocks);
         self.count_tail(&all, &tail.blocks)?;

@@ -27,7 +27,10 @@
 
 mod allocator;
 mod cache;
+mod chain;
+mod check;
 mod compress;
+mod create;
 mod entry;
 mod error;
 mod header;
@@ -35,7 +38,11 @@ mod locks;
 mod overlap;
 mod read;
 mod refcounts;
+mod resize;
+mod snapshot_table;
+mod snapshots;
 mod tables;
+mod walk;
 mod write;
 mod zero;
 
@@ -44,8 +51,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+pub use chain::{Layer, open_chain};
+pub use check::{Repair, Report};
+pub use create::{CreateOptions, Preallocation};
 pub use error::Error;
 pub use header::{BackingName, Compression, Header};
+pub use snapshot_table::Snapshot;
 
 use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
 use allocator::Allocator;
@@ -140,6 +151,19 @@ impl Qcow2 {
         if let (Some(backing), None) = (&header.backing, &options.backing) {
             return Err(Error::BackingMissing(backing.name.clone()));
         }
+        let image = Qcow2::assemble(file, header, options)?;
+        if !image.read_only {
+            image.prepare_to_write()?;
+        }
+        Ok(image)
+    }
+
+    /// Reads the tables of an image whose header is known. Nothing is written.
+    fn assemble(
+        file: Arc<dyn ImageFile>,
+        header: Header,
+        options: Options,
+    ) -> Result<Qcow2, Error> {
         let geometry = header.geometry();
         let gate = Arc::new(SyncGate::new(Arc::clone(&file)));
         let l1 = L1::read(&*file, header.l1_offset, header.l1_size.into())
@@ -162,7 +186,7 @@ impl Qcow2 {
             header.cluster_bits,
             file_size,
         );
-        let image = Qcow2 {
+        Ok(Qcow2 {
             backing: options.backing.filter(|_| header.backing.is_some()),
             read_only: options.read_only,
             geometry,
@@ -178,11 +202,7 @@ impl Qcow2 {
             new_table: Mutex::new(()),
             is_damaged: AtomicBool::new(false),
             decompressed: Mutex::new(None),
-        };
-        if !image.read_only {
-            image.prepare_to_write()?;
-        }
-        Ok(image)
+        })
     }
 
     /// Returns what the header says now.
@@ -194,6 +214,14 @@ impl Qcow2 {
     fn prepare_to_write(&self) -> Result<(), Error> {
         self.find_metadata()?;
         let header = self.header();
+        if header.is_dirty() {
+            let repair = self.check_unlocked(Repair::All);
+            let report = repair.map_err(Error::io("rebuild the refcounts of the image"))?;
+            if report.corruptions > 0 {
+                return Err(Error::Damaged(report.findings.join("; ")));
+            }
+            self.find_metadata()?;
+        }
         if header.autoclear != 0 {
             // Bitmaps would not follow what is written from now on.
             self.write_header(Field::Autoclear(0), |header| header.autoclear = 0)
@@ -216,6 +244,19 @@ impl Qcow2 {
             metadata.add(cluster, Kind::RefcountBlock);
         }
         drop(allocator);
+        if header.snapshots > 0 {
+            let (snapshots, len) = snapshot_table::read(&*self.file, &header)
+                .map_err(Error::io("read the snapshot table of the image"))?;
+            let start = header.snapshots_offset;
+            metadata.add_range(geometry.clusters(start..start + len), Kind::Snapshots);
+            for Snapshot {
+                l1_offset, l1_size, ..
+            } in snapshots
+            {
+                let end = l1_offset + u64::from(l1_size) * 8;
+                metadata.add_range(geometry.clusters(l1_offset..end), Kind::SnapshotL1);
+            }
+        }
         let l1_bytes = u64::from(header.l1_size) * 8;
         metadata.add_range(
             geometry.clusters(header.l1_offset..header.l1_offset + l1_bytes),

@@ -50,11 +50,6 @@ impl Metadata {
         self.clusters.remove(&cluster);
     }
 
-    /// Removes all single clusters of a kind.
-    pub fn remove_all(&mut self, kind: Kind) {
-        self.clusters.retain(|_, other| *other != kind);
-    }
-
     /// Adds a run of clusters.
     pub fn add_range(&mut self, clusters: Range<u64>, kind: Kind) {
         if !clusters.is_empty() {

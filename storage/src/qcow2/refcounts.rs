@@ -333,6 +333,25 @@ impl Refcounts {
     }
 }
 
+/// Writes the blocks of a new image, which are its last clusters: all clusters up to their end are used.
+pub(super) fn write_first_blocks(
+    file: &dyn ImageFile,
+    order: u32,
+    cluster_bits: u32,
+    blocks: Range<u64>,
+) -> io::Result<()> {
+    let per_block = 1u64 << (cluster_bits + 3 - order);
+    for (index, block) in blocks.clone().enumerate() {
+        let mut bytes = vec![0; 1 << cluster_bits];
+        let rest = blocks.end.saturating_sub(index as u64 * per_block);
+        for place in 0..rest.min(per_block) {
+            put(&mut bytes, order, place, 1);
+        }
+        file.write_at(&bytes, block << cluster_bits)?;
+    }
+    Ok(())
+}
+
 /// Returns the refcount number `index` of a block.
 fn get(block: &[u8], order: u32, index: u64) -> u64 {
     let index = index as usize;

@@ -103,10 +103,8 @@ impl Tables {
         let (slice, index, within) = self.place(offset);
         let guard = lock(&self.lock);
         let Some(words) = self.load(slice, inspect)? else {
-            let l1 = read(&self.l1);
-            return Ok(Ok(self
-                .without_table(offset, len, &l1)
-                .unwrap_or((Mapping::Unallocated, 1))));
+            let end = (slice + 1) << (self.slice_bits + self.geometry.cluster_bits);
+            return Ok(Ok((Mapping::Unallocated, len.min(end - offset))));
         };
         drop(guard);
         let word = |index: usize| words.get(index).copied().unwrap_or(0);
@@ -191,11 +189,6 @@ impl Tables {
     /// Number of entries of the L1 table.
     pub fn l1_len(&self) -> u64 {
         read(&self.l1).entries.len() as u64
-    }
-
-    /// Where the L1 table is.
-    pub fn l1_offset(&self) -> u64 {
-        read(&self.l1).offset
     }
 
     /// Writes an entry of the L1 table. What the table that it points to says does not differ from what the

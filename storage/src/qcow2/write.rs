@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::Qcow2;
 use super::entry::{L1Entry, L2Entry, Mapping};
@@ -297,6 +298,9 @@ impl Qcow2 {
 
     /// Brings everything to stable storage, then lowers the refcounts of what was freed before.
     pub(super) fn sync_and_release(&self) -> io::Result<()> {
+        if self.is_damaged.load(Ordering::Relaxed) {
+            return self.gate.sync();
+        }
         let freed = lock(&self.allocator).take_freed();
         if let Err(error) = self.gate.sync() {
             lock(&self.allocator).keep_freed(freed);

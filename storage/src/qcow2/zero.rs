@@ -70,7 +70,7 @@ impl Qcow2 {
     }
 
     /// Replaces L2 entries, and frees the clusters that the new ones do not refer to.
-    fn change_entries(
+    pub(super) fn change_entries(
         &self,
         clusters: Range<u64>,
         change: impl Fn(L2Entry) -> L2Entry,
@@ -128,7 +128,7 @@ impl Qcow2 {
     }
 
     /// Writes zeroes to the bytes of a range that do not read as zeroes already.
-    fn write_zero_bytes(&self, range: Range<u64>) -> io::Result<()> {
+    pub(super) fn write_zero_bytes(&self, range: Range<u64>) -> io::Result<()> {
         const ZEROES: [u8; 65536] = [0; 65536];
         let mut next = range.start;
         while next < range.end {

@@ -217,3 +217,55 @@ impl Numbers {
         (self.0 >> 11) % bound
     }
 }
+
+/// A backing file in memory.
+#[derive(Debug)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Image for Bytes {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn map(&self, range: Range<u64>, _direction: Direction) -> Extent {
+        Extent::Slow {
+            len: range.end - range.start,
+        }
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        bytes.copy_from_slice(&self.0[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn write_zeroes(&self, _range: Range<u64>, _unmap: bool) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn discard(&self, _range: Range<u64>) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {
+        Ok(BlockStatus {
+            len: range.end - range.start,
+            content: Content::Data {
+                file: 0,
+                offset: range.start,
+            },
+            depth: Some(0),
+        })
+    }
+}

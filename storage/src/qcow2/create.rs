@@ -1,0 +1,303 @@
+//! New images.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::allocator::write_zeroes;
+use super::entry::{Geometry, L2Entry};
+use super::error::Error;
+use super::header::{
+    BackingName, Compression, Header, LAZY_REFCOUNTS, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
+    incompatible,
+};
+use super::locks::lock;
+use super::refcounts::write_first_blocks;
+use super::{Options, Qcow2};
+use crate::ImageFile;
+
+/// What is taken for the disk of a new image in advance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Tables, and places in the file, which stays sparse.
+    Metadata,
+    /// Storage of the host as well.
+    Falloc,
+    /// Storage of the host, by writing zeroes to it.
+    Full,
+}
+
+/// What a new image is like. The default is what `qemu-img create` makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Disk size in bytes, a multiple of 512.
+    pub size: u64,
+    /// Version of the format, 2 or 3. All options that are not the default need 3.
+    pub version: u32,
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// Width of a refcount: a power of two up to 64 bits.
+    pub refcount_bits: u32,
+    /// Whether writers may write refcounts late.
+    pub lazy_refcounts: bool,
+    /// Whether clusters have subclusters. They need clusters of 16 KiB or more.
+    pub extended_l2: bool,
+    /// How clusters are compressed by those who compress some.
+    pub compression: Compression,
+    /// What is taken in advance.
+    pub preallocation: Preallocation,
+    /// The backing file.
+    pub backing: Option<BackingName>,
+}
+
+impl Default for CreateOptions {
+    fn default() -> CreateOptions {
+        CreateOptions {
+            size: 0,
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            extended_l2: false,
+            compression: Compression::Zlib,
+            preallocation: Preallocation::Off,
+            backing: None,
+        }
+    }
+}
+
+impl CreateOptions {
+    /// Refuses what is not possible.
+    fn check(&self) -> Result<(), Error> {
+        let refuse = |what: &str| Err(Error::Option(what.to_owned()));
+        let cluster_size = self.cluster_size;
+        if !self.size.is_multiple_of(512) || self.size > 1 << 62 {
+            return refuse("the size of a disk is a multiple of 512 bytes");
+        }
+        if !(2..=3).contains(&self.version) {
+            return Err(Error::Version(self.version));
+        }
+        if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
+            return refuse("the cluster size is a power of two from 512 bytes to 2 MiB");
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return refuse("refcounts have 1, 2, 4, 8, 16, 32 or 64 bits");
+        }
+        if self.version == 2
+            && (self.refcount_bits != 16
+                || self.lazy_refcounts
+                || self.extended_l2
+                || self.compression != Compression::Zlib)
+        {
+            return refuse("version 2 has no other refcounts, subclusters or compression");
+        }
+        if self.extended_l2 && cluster_size < 16384 {
+            return refuse("subclusters need clusters of 16 KiB or more");
+        }
+        if self
+            .backing
+            .as_ref()
+            .is_some_and(|backing| backing.format.is_none())
+        {
+            return refuse("the format of the backing file has to be given");
+        }
+        if self.backing.is_some() && self.preallocation != Preallocation::Off {
+            return refuse("an image with a backing file cannot be preallocated");
+        }
+        Ok(())
+    }
+}
+
+/// A file whose syncs come later, all at once.
+#[derive(Debug)]
+struct Unsynced(Arc<dyn ImageFile>);
+
+impl ImageFile for Unsynced {
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(bytes, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        self.0.punch_hole(range)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        self.0.allocate(range)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.0.size()
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.0.set_size(size)
+    }
+}
+
+impl Qcow2 {
+    /// Makes an image in `file`, whose former bytes are lost.
+    ///
+    /// # Errors
+    /// If an option is not possible, or the host cannot write the file.
+    pub fn create(file: Arc<dyn ImageFile>, options: &CreateOptions) -> Result<(), Error> {
+        options.check()?;
+        let cluster_bits = options.cluster_size.trailing_zeros();
+        let mut header = Header {
+            version: options.version,
+            cluster_bits,
+            size: options.size,
+            l1_size: 0,
+            l1_offset: 0,
+            refcount_table_offset: 0,
+            refcount_table_clusters: 0,
+            snapshots: 0,
+            snapshots_offset: 0,
+            incompatible: 0,
+            compatible: if options.lazy_refcounts {
+                LAZY_REFCOUNTS
+            } else {
+                0
+            },
+            autoclear: 0,
+            refcount_order: options.refcount_bits.trailing_zeros(),
+            compression: options.compression,
+            backing: options.backing.clone(),
+            bitmaps: None,
+        };
+        if options.compression == Compression::Zstd {
+            header.incompatible |= incompatible::COMPRESSION;
+        }
+        if options.extended_l2 {
+            header.incompatible |= incompatible::EXTENDED_L2;
+        }
+        let layout = Layout::new(header.geometry(), options)?;
+        header.l1_size = layout.l1_entries;
+        header.l1_offset = layout.l1.start << cluster_bits;
+        header.refcount_table_offset = layout.table.start << cluster_bits;
+        header.refcount_table_clusters = (layout.table.end - layout.table.start) as u32;
+        let bytes = header.to_bytes()?;
+        layout
+            .write(&*file, &header)
+            .map_err(Error::io("write a new image"))?;
+
+        // The header is the last, so there is no image before it is whole.
+        let finish = || {
+            file.sync()?;
+            file.write_at(&bytes, 0)?;
+            file.sync()
+        };
+        if options.preallocation == Preallocation::Off {
+            return finish().map_err(Error::io("write a new image"));
+        }
+        let unsynced: Arc<dyn ImageFile> = Arc::new(Unsynced(Arc::clone(&file)));
+        let image = Qcow2::assemble(unsynced, header, Options::default())?;
+        let result = image.preallocate(options.preallocation);
+        drop(image);
+        result
+            .and_then(|()| finish())
+            .map_err(Error::io("preallocate a new image"))
+    }
+
+    /// Maps the whole disk.
+    fn preallocate(&self, preallocation: Preallocation) -> io::Result<()> {
+        let cluster_bits = self.geometry.cluster_bits;
+        let clusters = self.geometry.clusters(0..self.header().size).end;
+        let slice = self.tables.slice_clusters();
+        let mut next = 0;
+        while next < clusters {
+            self.ensure_table(next)?;
+            let end = clusters.min((next / slice + 1) * slice);
+            let taken = lock(&self.allocator).take(end - next)?;
+            let bytes = taken.start << cluster_bits..taken.end << cluster_bits;
+            match preallocation {
+                Preallocation::Off | Preallocation::Metadata => {}
+                Preallocation::Falloc => self.file.allocate(bytes)?,
+                Preallocation::Full => write_zeroes(&*self.file, bytes)?,
+            }
+            let bitmap = if self.geometry.extended {
+                u64::from(u32::MAX)
+            } else {
+                0
+            };
+            let entries: Vec<L2Entry> = taken
+                .clone()
+                .map(|cluster| L2Entry::data(cluster << cluster_bits, bitmap))
+                .collect();
+            self.tables.store(next, &entries)?;
+            next += taken.end - taken.start;
+        }
+        Ok(())
+    }
+}
+
+/// Where the tables of a new image are, in clusters. The header is the first one.
+struct Layout {
+    l1_entries: u32,
+    l1: Range<u64>,
+    table: Range<u64>,
+    blocks: Range<u64>,
+}
+
+impl Layout {
+    fn new(geometry: Geometry, options: &CreateOptions) -> Result<Layout, Error> {
+        let cluster_size = geometry.cluster_size();
+        let per_block = cluster_size * 8 / u64::from(options.refcount_bits);
+        let l1_entries = geometry.l1_entries(options.size);
+        if l1_entries * 8 > MAX_L1_BYTES {
+            return Err(Error::Option(format!(
+                "a disk of {} bytes needs larger clusters than {cluster_size} bytes",
+                options.size
+            )));
+        }
+        // A table that counts the whole disk need not grow.
+        let data = options.size.div_ceil(cluster_size) + l1_entries;
+        let entries = (data + data / per_block).div_ceil(per_block) + 2;
+        let table = (entries * 8)
+            .min(MAX_REFCOUNT_TABLE_BYTES)
+            .div_ceil(cluster_size);
+        let l1 = (l1_entries * 8).div_ceil(cluster_size).max(1);
+        let mut blocks = 1;
+        while blocks * per_block < 1 + l1 + table + blocks {
+            blocks += 1;
+        }
+        let l1 = 1..1 + l1;
+        let table = l1.end..l1.end + table;
+        let blocks = table.end..table.end + blocks;
+        Ok(Layout {
+            l1_entries: l1_entries as u32,
+            l1,
+            table,
+            blocks,
+        })
+    }
+
+    /// Writes everything but the header.
+    fn write(&self, file: &dyn ImageFile, header: &Header) -> io::Result<()> {
+        let cluster_bits = header.cluster_bits;
+        file.set_size(0)?;
+        file.set_size(self.blocks.end << cluster_bits)?;
+        let words: Vec<u8> = self
+            .blocks
+            .clone()
+            .flat_map(|block| (block << cluster_bits).to_be_bytes())
+            .collect();
+        file.write_at(&words, header.refcount_table_offset)?;
+        write_first_blocks(
+            file,
+            header.refcount_order,
+            cluster_bits,
+            self.blocks.clone(),
+        )
+    }
+}

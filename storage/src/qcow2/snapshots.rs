@@ -1,0 +1,316 @@
+//! Internal snapshots: the states of a disk that its image keeps.
+//!
+//! A snapshot is an L1 table of its own, which shares L2 tables and clusters with the active one. Making or
+//! deleting one changes the refcounts of all that it shares. The refcounts are never too low meanwhile, but the
+//! marks for clusters with one reference cannot change at the same moment, so version 3 is marked as
+//! dirty, which has them rebuilt after a crash. In version 2 a crash can leave leaks, and clusters that
+//! are copied at the next write for no reason.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::Qcow2;
+use super::check::{Repair, Report};
+use super::entry::L1Entry;
+use super::error::Error;
+use super::header::{Field, Header, MAX_SNAPSHOTS, incompatible};
+use super::locks::{ALL, lock};
+use super::snapshot_table::{self, Snapshot};
+use super::tables::{L1, read_words, to_bytes};
+
+impl Qcow2 {
+    /// Returns the snapshots of the image.
+    ///
+    /// # Errors
+    /// If their table is damaged, or the host cannot read it.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let (snapshots, _) = self
+            .note(snapshot_table::read(&*self.file, &self.header()))
+            .map_err(Error::io("read the snapshot table of the image"))?;
+        Ok(snapshots)
+    }
+
+    /// Keeps the present state of the disk as a snapshot, and returns its identifier.
+    ///
+    /// Nobody transfers data by [`Image::map`](crate::Image::map) meanwhile: what it has answered before is
+    /// not true afterwards.
+    ///
+    /// # Errors
+    /// If the refcounts of the image are too narrow, or the host cannot write.
+    pub fn create_snapshot(&self, name: &str) -> Result<String, Error> {
+        let _guard = self.ranges.exclusive(ALL);
+        let mut snapshots = self.snapshots()?;
+        if snapshots.len() >= MAX_SNAPSHOTS as usize {
+            return Err(Error::NotPossible(
+                "the image has no room for more snapshots".to_owned(),
+            ));
+        }
+        if lock(&self.allocator).refcounts.max() == 1 {
+            let error = "refcounts of one bit leave no room for snapshots";
+            return Err(Error::NotPossible(error.to_owned()));
+        }
+        let numbers = snapshots
+            .iter()
+            .filter_map(|snapshot| snapshot.id.parse::<u64>().ok());
+        let id = numbers.max().unwrap_or(0).saturating_add(1).to_string();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let header = self.header();
+        snapshots.push(Snapshot {
+            id: id.clone(),
+            name: name.to_owned(),
+            size: header.size,
+            seconds: now.as_secs() as u32,
+            nanoseconds: now.subsec_nanos(),
+            guest_clock: 0,
+            machine_state: 0,
+            l1_offset: 0,
+            l1_size: header.l1_size,
+            extra: Vec::new(),
+        });
+        // An impossible name is refused before anything changes.
+        snapshot_table::to_bytes(&snapshots)?;
+        self.change_snapshots(|| self.add_snapshot(&mut snapshots))?;
+        Ok(id)
+    }
+
+    /// Makes the disk what it was when a snapshot was made, which is named by its identifier or name.
+    ///
+    /// Nobody transfers data by [`Image::map`](crate::Image::map) meanwhile.
+    ///
+    /// # Errors
+    /// If there is no such snapshot, or the host cannot write.
+    pub fn apply_snapshot(&self, snapshot: &str) -> Result<(), Error> {
+        let _guard = self.ranges.exclusive(ALL);
+        let snapshots = self.snapshots()?;
+        let snapshot = &snapshots[find(&snapshots, snapshot)?];
+        self.change_snapshots(|| self.activate(snapshot))
+    }
+
+    /// Deletes a snapshot, which is named by its identifier or name.
+    ///
+    /// # Errors
+    /// If there is no such snapshot, or the host cannot write.
+    pub fn delete_snapshot(&self, snapshot: &str) -> Result<(), Error> {
+        let _guard = self.ranges.exclusive(ALL);
+        let mut snapshots = self.snapshots()?;
+        let snapshot = snapshots.remove(find(&snapshots, snapshot)?);
+        self.change_snapshots(|| {
+            self.write_snapshots(&snapshots)?;
+            self.lower_references(snapshot.l1_offset, snapshot.l1_size)
+        })
+    }
+
+    /// Changes snapshots under the dirty mark. If that fails, the refcounts are rebuilt.
+    fn change_snapshots(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Error> {
+        let changed = self.check_writable().and_then(|()| {
+            self.sync_and_release()?;
+            self.mark_dirty(true)?;
+            let changed = change().and_then(|()| {
+                self.compare_copied(
+                    &self.find_references()?,
+                    Repair::All,
+                    &mut Report::default(),
+                )?;
+                self.gate.sync()
+            });
+            let changed = self.note(changed);
+            if changed.is_err() && self.check_writable().is_ok() {
+                // The error that led here says more than one that follows from it.
+                let _ = lock(&self.allocator).give_back();
+                let _ = self.check_unlocked(Repair::All);
+            }
+            let header = self.header();
+            self.tables.replace_l1(L1::read(
+                &*self.file,
+                header.l1_offset,
+                header.l1_size.into(),
+            )?);
+            *lock(&self.decompressed) = None;
+            self.find_metadata()?;
+            changed?;
+            self.mark_dirty(false)
+        });
+        changed.map_err(Error::io("change the snapshots of the image"))
+    }
+
+    fn mark_dirty(&self, is_dirty: bool) -> io::Result<()> {
+        let header = self.header();
+        if header.version < 3 {
+            return Ok(());
+        }
+        let features = if is_dirty {
+            header.incompatible | incompatible::DIRTY
+        } else {
+            header.incompatible & !incompatible::DIRTY
+        };
+        self.write_header(Field::Incompatible(features), |header| {
+            header.incompatible = features
+        })?;
+        self.gate.sync()
+    }
+
+    /// Adds the last of `snapshots`, which has no L1 table yet.
+    fn add_snapshot(&self, snapshots: &mut [Snapshot]) -> io::Result<()> {
+        let header = self.header();
+        let words = read_words(&*self.file, header.l1_offset, header.l1_size.into())?;
+        let words: Vec<u64> = words
+            .into_iter()
+            .map(|word| L1Entry(word).with_copied(false).0)
+            .collect();
+        let l1_offset = self.write_contiguous(&to_bytes(&words))?;
+        // Without the marks nothing is written in place, so the refcounts may become larger than one.
+        for table in self.tables_of(&words)? {
+            self.unmark_table(table)?;
+        }
+        self.file.write_at(&to_bytes(&words), header.l1_offset)?;
+        self.gate.sync()?;
+        self.raise_references(&words)?;
+        if let Some(snapshot) = snapshots.last_mut() {
+            snapshot.l1_offset = l1_offset;
+        }
+        self.write_snapshots(snapshots)
+    }
+
+    /// Makes the L1 table of a snapshot the active one.
+    fn activate(&self, snapshot: &Snapshot) -> io::Result<()> {
+        let header = self.header();
+        let words = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_size.into())?;
+        let words: Vec<u64> = words
+            .into_iter()
+            .map(|word| L1Entry(word).with_copied(false).0)
+            .collect();
+        self.raise_references(&words)?;
+        let l1_offset = self.write_contiguous(&to_bytes(&words))?;
+        self.gate.sync()?;
+        let (old_offset, old_size) = (header.l1_offset, header.l1_size);
+        self.write_active(Header {
+            size: snapshot.size,
+            l1_size: snapshot.l1_size,
+            l1_offset,
+            ..header
+        })?;
+        self.lower_references(old_offset, old_size)
+    }
+
+    /// Clears the marks for clusters with one reference in an L2 table.
+    fn unmark_table(&self, table: u64) -> io::Result<()> {
+        let mut words = Vec::new();
+        let mut is_changed = false;
+        for entry in self.read_table(table)? {
+            let unmarked = if entry.is_copied() {
+                entry.with_copied(false)
+            } else {
+                entry
+            };
+            is_changed |= unmarked != entry;
+            words.push(unmarked.word);
+            if self.geometry.extended {
+                words.push(unmarked.bitmap);
+            }
+        }
+        if is_changed {
+            self.file.write_at(&to_bytes(&words), table)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Adds one reference to everything that an L1 table leads to, on stable storage.
+    fn raise_references(&self, words: &[u64]) -> io::Result<()> {
+        for table in self.tables_of(words)? {
+            let entries = self.read_table(table)?;
+            let cluster = table >> self.geometry.cluster_bits;
+            let mut allocator = lock(&self.allocator);
+            allocator.refcounts.add(cluster..cluster + 1, 1, |_| ())?;
+            for entry in entries {
+                allocator
+                    .refcounts
+                    .add(entry.host_clusters(self.geometry), 1, |_| ())?;
+            }
+        }
+        lock(&self.allocator).refcounts.write_back()?;
+        self.gate.sync()
+    }
+
+    /// Removes one reference to everything that an L1 table leads to, and the table. Stable storage does not
+    /// refer to it any more.
+    fn lower_references(&self, l1_offset: u64, l1_size: u32) -> io::Result<()> {
+        let words = read_words(&*self.file, l1_offset, l1_size.into())?;
+        for table in self.tables_of(&words)? {
+            let entries = self.read_table(table)?;
+            let cluster = table >> self.geometry.cluster_bits;
+            let mut clusters: Vec<_> = entries
+                .into_iter()
+                .map(|entry| entry.host_clusters(self.geometry))
+                .filter(|clusters| !clusters.is_empty())
+                .collect();
+            clusters.push(cluster..cluster + 1);
+            lock(&self.allocator).release(clusters)?;
+        }
+        let end = l1_offset + (u64::from(l1_size) * 8).max(1);
+        lock(&self.allocator).release(vec![self.geometry.clusters(l1_offset..end)])
+    }
+
+    /// Has the header name a new snapshot table, on stable storage, and frees the old one.
+    fn write_snapshots(&self, snapshots: &[Snapshot]) -> io::Result<()> {
+        let header = self.header();
+        let (_, old_len) = snapshot_table::read(&*self.file, &header)?;
+        let bytes = snapshot_table::to_bytes(snapshots)?;
+        let offset = if bytes.is_empty() {
+            0
+        } else {
+            self.write_contiguous(&bytes)?
+        };
+        self.gate.sync()?;
+        let count = snapshots.len() as u32;
+        self.write_header(Field::Snapshots { count, offset }, |header| {
+            header.snapshots = count;
+            header.snapshots_offset = offset;
+        })?;
+        self.gate.sync()?;
+        let old = header.snapshots_offset..header.snapshots_offset + old_len;
+        lock(&self.allocator).release(vec![self.geometry.clusters(old)])
+    }
+
+    /// Writes bytes to new clusters that follow each other, and returns where.
+    fn write_contiguous(&self, bytes: &[u8]) -> io::Result<u64> {
+        let clusters = (bytes.len() as u64)
+            .div_ceil(self.geometry.cluster_size())
+            .max(1);
+        let taken = lock(&self.allocator).take_contiguous(clusters)?;
+        let offset = taken.start << self.geometry.cluster_bits;
+        self.file.write_at(bytes, offset)?;
+        Ok(offset)
+    }
+
+    /// Returns the L2 tables of an L1 table.
+    fn tables_of(&self, words: &[u64]) -> io::Result<BTreeSet<u64>> {
+        let file_size = lock(&self.allocator).file_size();
+        let mut tables = BTreeSet::new();
+        for &word in words {
+            let Some(table) = L1Entry(word).table() else {
+                continue;
+            };
+            let is_aligned = table & (self.geometry.cluster_size() - 1) == 0;
+            if !is_aligned || table >= file_size || !tables.insert(table) {
+                return Err(Error::Damaged(format!("an L1 entry is {word:#x}")).into());
+            }
+        }
+        Ok(tables)
+    }
+}
+
+/// Returns which snapshot is meant. Identifiers come first.
+fn find(snapshots: &[Snapshot], wanted: &str) -> Result<usize, Error> {
+    let by_id = snapshots.iter().position(|snapshot| snapshot.id == wanted);
+    by_id
+        .or_else(|| {
+            snapshots
+                .iter()
+                .position(|snapshot| snapshot.name == wanted)
+        })
+        .ok_or_else(|| Error::NoSnapshot(wanted.to_owned()))
+}

@@ -1,0 +1,420 @@
+//! Crashes of the host, and failures of its calls, at all moments.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bantam_storage::Image;
+use bantam_storage::qcow2::{BackingName, CreateOptions, Options, Qcow2, Repair, Report};
+
+use crate::memory_file::{Change, MemoryFile};
+use crate::support::{Bytes, Folder, Numbers, read_all, try_qemu};
+
+const SIZE: u64 = 192 << 10;
+const SECTOR: usize = 512;
+
+/// What a sector may hold after a crash.
+type Allowed = Vec<Vec<u8>>;
+
+/// A disk whose file is recorded, and what its sectors may hold.
+struct Recorded {
+    file: Arc<MemoryFile>,
+    image: Option<Qcow2>,
+    backing: Option<Arc<dyn Image>>,
+    /// What each sector may hold on stable storage, with the number of changes since when.
+    sectors: Vec<Vec<(usize, Vec<u8>)>>,
+    /// Numbers of changes after which a flush has ended, and what each sector may hold from then on.
+    flushes: Vec<(usize, Vec<usize>)>,
+}
+
+impl Recorded {
+    fn new(options: &CreateOptions, backing: Option<Arc<dyn Image>>) -> Recorded {
+        let file = Arc::new(MemoryFile::new(Vec::new()));
+        Qcow2::create(Arc::clone(&file) as _, options).unwrap();
+        // Recording begins with a whole image.
+        let file = Arc::new(MemoryFile::new(file.bytes()));
+        let mut recorded = Recorded {
+            file,
+            image: None,
+            backing,
+            sectors: Vec::new(),
+            flushes: Vec::new(),
+        };
+        recorded.open();
+        let bytes = read_all(recorded.image.as_ref().unwrap());
+        recorded.sectors = bytes
+            .chunks(SECTOR)
+            .map(|sector| vec![(0, sector.to_vec())])
+            .collect();
+        recorded
+    }
+
+    fn open(&mut self) {
+        let options = Options {
+            backing: self.backing.clone(),
+            ..Options::default()
+        };
+        self.image = Some(Qcow2::open(Arc::clone(&self.file) as _, options).unwrap());
+    }
+
+    fn image(&self) -> &Qcow2 {
+        self.image.as_ref().unwrap()
+    }
+
+    /// Notes what the disk may hold while a change of it is under way, before it begins.
+    fn expect(&mut self, offset: u64, bytes: &[u8]) {
+        let now = self.file.len();
+        for (number, sector) in bytes.chunks(SECTOR).enumerate() {
+            let place = &mut self.sectors[offset as usize / SECTOR + number];
+            place.push((now, sector.to_vec()));
+        }
+    }
+
+    fn flush(&mut self) {
+        let newest = self.sectors.iter().map(|values| values.len() - 1).collect();
+        self.image().flush().unwrap();
+        self.flushes.push((self.file.len(), newest));
+    }
+
+    /// Returns what each sector may hold if the first `changes` changes were begun.
+    fn allowed(&self, changes: usize) -> Vec<Allowed> {
+        let flushed = self
+            .flushes
+            .iter()
+            .rev()
+            .find(|(number, _)| *number <= changes);
+        let values = self.sectors.iter().enumerate();
+        values
+            .map(|(index, values)| {
+                let first = flushed.map_or(0, |(_, newest)| newest[index]);
+                let rest = &values[first..];
+                rest.iter()
+                    .enumerate()
+                    .filter(|(number, (since, _))| *number == 0 || *since <= changes)
+                    .map(|(_, (_, bytes))| bytes.clone())
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// Does random things to the disk.
+    fn run(&mut self, numbers: &mut Numbers, snapshots: bool) {
+        let sectors = SIZE / SECTOR as u64;
+        for turn in 0..40 {
+            let first = numbers.below(sectors);
+            let count = (numbers.below(40) + 1).min(sectors - first);
+            let (offset, len) = (first * 512, count * 512);
+            let byte = numbers.below(255) as u8 + 1;
+            let kind = if snapshots && turn % 8 == 7 {
+                20
+            } else {
+                numbers.below(14)
+            };
+            match kind {
+                0..7 => {
+                    let bytes = vec![byte; len as usize];
+                    self.expect(offset, &bytes);
+                    self.image().write_at(&bytes, offset).unwrap();
+                }
+                7 | 8 => {
+                    self.expect(offset, &vec![0; len as usize]);
+                    self.image()
+                        .write_zeroes(offset..offset + len, byte < 128)
+                        .unwrap();
+                }
+                9 | 10 => {
+                    // What a discarded sector holds is anything that it held, or zeroes.
+                    self.expect(offset, &vec![0; len as usize]);
+                    self.image().discard(offset..offset + len).unwrap();
+                    let mut bytes = vec![0; len as usize];
+                    self.image().read_at(&mut bytes, offset).unwrap();
+                    self.expect(offset, &bytes);
+                }
+                20 => {
+                    // A snapshot is on stable storage with the disk as it is.
+                    let newest: Vec<usize> =
+                        self.sectors.iter().map(|values| values.len() - 1).collect();
+                    let image = self.image();
+                    match image.snapshots().unwrap().len() {
+                        0 | 1 => drop(image.create_snapshot("s").unwrap()),
+                        _ => image.delete_snapshot("s").unwrap(),
+                    }
+                    self.flushes.push((self.file.len(), newest));
+                }
+                11 => {
+                    self.image = None;
+                    self.open();
+                }
+                _ => self.flush(),
+            }
+        }
+        self.image = None;
+    }
+
+    /// Returns the file after a crash that kept `stable`, and any part of the changes `rest`, among which there is
+    /// no sync.
+    fn crash(stable: &[u8], rest: &[Change], numbers: &mut Numbers) -> Vec<u8> {
+        let mut file = stable.to_vec();
+        let style = numbers.below(4);
+        for change in rest {
+            match change {
+                _ if style == 0 => change.apply(&mut file),
+                Change::Write { offset, bytes } => {
+                    // A write is torn between sectors.
+                    let mut position = 0;
+                    while position < bytes.len() {
+                        let sector = (*offset as usize + position) / SECTOR;
+                        let len =
+                            bytes.len().min((sector + 1) * SECTOR - *offset as usize) - position;
+                        if numbers.below(4) >= style {
+                            let bytes = bytes[position..position + len].to_vec();
+                            let offset = offset + position as u64;
+                            Change::Write { offset, bytes }.apply(&mut file);
+                        }
+                        position += len;
+                    }
+                }
+                change if numbers.below(4) >= style => change.apply(&mut file),
+                _ => {}
+            }
+        }
+        file
+    }
+}
+
+fn check_by_qemu(folder: &Folder, file: &[u8]) {
+    std::fs::write(folder.path("base"), []).unwrap();
+    std::fs::write(folder.path("crashed"), file).unwrap();
+    let result = try_qemu(
+        "qemu-img",
+        &["check", "-q", "-f", "qcow2", &folder.name("crashed")],
+    );
+    // 3 is for leaks.
+    assert!(matches!(result, Ok(_) | Err((3, _))), "{result:?}");
+}
+
+fn survive(options: &CreateOptions, backing: Option<Arc<dyn Image>>, seed: u64, snapshots: bool) {
+    let folder = Folder::new();
+    let mut recorded = Recorded::new(options, backing.clone());
+    let start = recorded.file.bytes();
+    let mut numbers = Numbers::new(seed);
+    recorded.run(&mut numbers, snapshots);
+    let changes = recorded.file.changes();
+    // All moments of a short run, and many of a long one.
+    let share = (changes.len() as u64 / 200).max(1);
+    let mut stable = start;
+    let mut synced = 0;
+    for count in 0..=changes.len() {
+        if count > 0 && matches!(changes[count - 1], Change::Sync) {
+            for change in &changes[synced..count] {
+                change.apply(&mut stable);
+            }
+            synced = count;
+        }
+        if numbers.below(share) > 0 {
+            continue;
+        }
+        for turn in 0..2 {
+            let file = Recorded::crash(&stable, &changes[synced..count], &mut numbers);
+            let what = format!(
+                "{options:?}, seed {seed}, {count} of {} changes",
+                changes.len()
+            );
+            let crashed = Arc::new(MemoryFile::new(file.clone()));
+            let is_dirty = {
+                let header = bantam_storage::qcow2::Header::read(&*crashed).unwrap();
+                header.is_dirty()
+            };
+            if !is_dirty && !(snapshots && options.version == 2) {
+                let report = Qcow2::check(Arc::clone(&crashed) as _, Repair::Nothing).unwrap();
+                assert_eq!(
+                    report.corruptions,
+                    0,
+                    "{what}: {:#?}",
+                    report.findings.iter().rev().take(5).collect::<Vec<_>>()
+                );
+                if turn == 0 && count % 16 == 0 {
+                    check_by_qemu(&folder, &file);
+                }
+            }
+            let open = Options {
+                backing: backing.clone(),
+                ..Options::default()
+            };
+            let image = Qcow2::open(Arc::clone(&crashed) as _, open).unwrap();
+            let bytes = read_all(&image);
+            for (index, (sector, allowed)) in bytes
+                .chunks(SECTOR)
+                .zip(recorded.allowed(count))
+                .enumerate()
+            {
+                assert!(
+                    allowed.iter().any(|allowed| allowed == sector),
+                    "{what}: sector {index} is {:?}, not {:?}",
+                    &sector[..2],
+                    allowed.iter().map(|allowed| allowed[0]).collect::<Vec<_>>(),
+                );
+            }
+            drop(image);
+            let report = Qcow2::check(Arc::clone(&crashed) as _, Repair::All).unwrap();
+            assert_eq!(
+                (report.corruptions, report.leaks),
+                (0, 0),
+                "{what}: {report:?}"
+            );
+            let report = Qcow2::check(crashed, Repair::Nothing).unwrap();
+            assert_eq!(report, Report::default(), "{what}");
+        }
+    }
+}
+
+fn variants() -> Vec<CreateOptions> {
+    let usual = CreateOptions {
+        size: SIZE,
+        ..CreateOptions::default()
+    };
+    vec![
+        CreateOptions {
+            cluster_size: 4096,
+            ..usual.clone()
+        },
+        CreateOptions {
+            cluster_size: 512,
+            refcount_bits: 64,
+            ..usual.clone()
+        },
+        CreateOptions {
+            cluster_size: 1024,
+            refcount_bits: 4,
+            ..usual.clone()
+        },
+        CreateOptions {
+            cluster_size: 16384,
+            version: 2,
+            ..usual.clone()
+        },
+        CreateOptions {
+            cluster_size: 16384,
+            extended_l2: true,
+            ..usual
+        },
+    ]
+}
+
+#[test]
+fn a_crash_leaks_clusters_at_most() {
+    for (number, options) in variants().into_iter().enumerate() {
+        for seed in 0..2 {
+            survive(&options, None, seed * 100 + number as u64, false);
+        }
+    }
+}
+
+#[test]
+fn a_crash_does_not_bring_the_backing_file_or_lose_it() {
+    for (number, options) in variants().into_iter().enumerate() {
+        let bytes = (0..100 << 10)
+            .map(|index| (index / 512 % 120 + 130) as u8)
+            .collect();
+        let backing: Arc<dyn Image> = Arc::new(Bytes(bytes));
+        let name = BackingName {
+            name: "base".to_owned(),
+            format: Some("raw".to_owned()),
+        };
+        let options = CreateOptions {
+            backing: Some(name),
+            ..options
+        };
+        survive(&options, Some(backing), 50 + number as u64, false);
+    }
+}
+
+#[test]
+fn a_crash_spares_snapshots() {
+    for (number, options) in variants().into_iter().enumerate() {
+        survive(&options, None, 70 + number as u64, true);
+    }
+}
+
+/// Does a fixed list of things, and returns which bytes are not known, if a write to them has failed and no
+/// read has succeeded since.
+fn do_things(image: &Qcow2, model: &mut [u8]) -> Option<Range<usize>> {
+    let mut numbers = Numbers::new(9);
+    for _ in 0..25 {
+        let sectors = SIZE / 512;
+        let first = numbers.below(sectors);
+        let count = (numbers.below(60) + 1).min(sectors - first);
+        let (offset, len) = (first * 512, count * 512);
+        let part = &mut model[offset as usize..(offset + len) as usize];
+        let kind = numbers.below(10);
+        let byte = numbers.below(255) as u8 + 1;
+        let result = match kind {
+            0..6 => image.write_at(&vec![byte; len as usize], offset),
+            6 | 7 => image.write_zeroes(offset..offset + len, true),
+            8 => image
+                .create_snapshot("s")
+                .map(drop)
+                .map_err(std::io::Error::from),
+            _ => image.flush(),
+        };
+        match (kind, result) {
+            (0..6, Ok(())) => part.fill(byte),
+            (6 | 7, Ok(())) => part.fill(0),
+            // A write that has failed leaves old bytes or new ones.
+            (0..8, Err(_)) => {
+                let mut bytes = vec![0; part.len()];
+                let mut reads = (0..4).map(|_| image.read_at(&mut bytes, offset));
+                if !reads.any(|read| read.is_ok()) {
+                    return Some(offset as usize..(offset + len) as usize);
+                }
+                let new = if kind < 6 { byte } else { 0 };
+                assert!(
+                    bytes
+                        .iter()
+                        .zip(&*part)
+                        .all(|(&now, &old)| now == old || now == new)
+                );
+                part.copy_from_slice(&bytes);
+            }
+            (_, Ok(()) | Err(_)) => {}
+        }
+    }
+    None
+}
+
+#[test]
+fn failures_of_the_host_leak_clusters_at_most() {
+    for options in variants() {
+        let pristine = Arc::new(MemoryFile::new(Vec::new()));
+        Qcow2::create(Arc::clone(&pristine) as _, &options).unwrap();
+        for failures in [1, 3, u64::MAX] {
+            for call in 0.. {
+                let what = format!("{options:?}, {failures} failures from call {call}");
+                let file = Arc::new(MemoryFile::new(pristine.bytes()));
+                let image = Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
+                let mut model = vec![0; SIZE as usize];
+                file.fail_after(call, failures);
+                let unknown = do_things(&image, &mut model);
+                drop(image);
+                let is_over = !file.heal();
+                let is_dirty = bantam_storage::qcow2::Header::read(&*file)
+                    .unwrap()
+                    .is_dirty();
+                let report = Qcow2::check(Arc::clone(&file) as _, Repair::Nothing).unwrap();
+                if !is_dirty && options.version == 3 {
+                    assert_eq!(report.corruptions, 0, "{what}: {report:?}");
+                }
+                let image = Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
+                let bytes = read_all(&image);
+                if let Some(unknown) = unknown {
+                    model[unknown.clone()].copy_from_slice(&bytes[unknown]);
+                }
+                assert!(bytes == model, "{what}");
+                drop(image);
+                if is_over {
+                    assert!(call > 20);
+                    break;
+                }
+            }
+        }
+    }
+}
