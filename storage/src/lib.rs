@@ -7,25 +7,25 @@ mod disk;
 mod file;
 pub mod foreign;
 mod image;
-mod options;
-mod raw_image;
-mod target;
-pub mod tools;
 mod lock;
 mod opener;
+mod options;
 mod patience;
 pub mod qcow2;
 mod raw;
+mod raw_image;
+mod target;
+pub mod tools;
 
 pub use disk::{Disk, FormattedDisk};
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
-pub use options::{OptionError, Options, parse_size};
-pub use raw_image::RawImage;
-pub use target::{ImageTarget, Target};
 pub use lock::{Lock, LockMode, lock_file, lock_patiently};
 pub use opener::{FileAccess, FileOpener, HostOpener};
+pub use options::{OptionError, Options, parse_size};
 pub use patience::patiently;
 pub use raw::{
     Access, Bounce, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, Step,
 };
+pub use raw_image::RawImage;
+pub use target::{ImageTarget, Target};

@@ -6,6 +6,7 @@ use bantam_storage::tools::{Job, Opened, open};
 use super::args::{CacheMode, ConvertArgs};
 use super::interrupt::cancel_on_signal;
 use super::progress::Progress;
+use super::purpose;
 use super::target::{Copying, Part, check_not_source, copy_to_new, copy_to_old, options};
 
 /// Copies disks to an image.
@@ -14,7 +15,7 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let (target, sources) = args.files.split_last().context("there is no target")?;
     let sources: Vec<Opened> = sources
         .iter()
-        .map(|source| open(source, args.format, false))
+        .map(|source| open(source, args.format, purpose(args.force_share)))
         .collect::<Result<_, _>>()?;
     check_not_source(&sources, target)?;
     let parts: Vec<_> = sources
@@ -28,6 +29,7 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let how = Copying {
         sparse: (args.sparse > 0).then_some(args.sparse),
         sync: args.cache != CacheMode::Unsafe,
+        compress: args.compress,
     };
     let progress = Progress::new(args.progress && !args.quiet);
     let job = Job {

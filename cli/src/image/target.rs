@@ -54,6 +54,8 @@ pub struct Copying {
     pub sparse: Option<u64>,
     /// Whether the target is brought to stable storage.
     pub sync: bool,
+    /// Whether what is written is compressed.
+    pub compress: bool,
 }
 
 /// Copies parts to an image that is created, one after the other, and removes it again if that fails.
@@ -66,7 +68,7 @@ pub fn copy_to_new(
     job: Job<'_>,
 ) -> anyhow::Result<()> {
     let size = parts.iter().map(|part| part.end - part.start).sum();
-    let created = create(path, format, size, options)?;
+    let created = create(path, format, size, options, how.compress)?;
     let result = copy_all(parts, &*created.target, how, created.reads_as_zeroes, job);
     if result.is_err() {
         Created::remove(created);
