@@ -277,6 +277,51 @@ fn snapshots_are_those_of_qemu_img() {
 }
 
 #[test]
+fn an_overlay_is_converted_to_another_overlay() {
+    let folder = folder();
+    let qemu = |program: &str, arguments: &[&str]| {
+        let output = run(folder.path(), program, arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    qemu(
+        "qemu-img",
+        &[
+            "create",
+            "-f",
+            "qcow2",
+            "-b",
+            "src.img",
+            "-F",
+            "raw",
+            "over.qcow2",
+        ],
+    );
+    let writes = [
+        "-c",
+        "write -P 9 100k 3k",
+        "-c",
+        "write -z 64k 64k",
+        "over.qcow2",
+    ];
+    qemu("qemu-io", &writes);
+    for compress in [&[][..], &["-c"]] {
+        let arguments = [
+            &["convert", "-O", "qcow2", "-B", "src.img", "-F", "raw"],
+            compress,
+            &["over.qcow2", "new"],
+        ];
+        let output = bantam(folder.path(), &arguments.concat());
+        assert!(output.status.success(), "{output:?}");
+        qemu("qemu-img", &["compare", "over.qcow2", "new"]);
+        qemu("qemu-img", &["check", "new"]);
+        assert_same(folder.path(), "info --backing-chain over.qcow2");
+        assert_same(folder.path(), "map --output=json over.qcow2");
+        let size = fs::metadata(folder.path().join("new")).unwrap().len();
+        assert!(size < 1 << 20, "{size}");
+    }
+}
+
+#[test]
 fn a_source_is_not_overwritten() {
     let folder = folder();
     let before = fs::read(folder.path().join("src.img")).unwrap();

@@ -170,6 +170,19 @@ pub struct ConvertArgs {
     #[arg(short, conflicts_with = "no_create")]
     pub compress: bool,
 
+    /// Backing file of the target; what the backing files of the source have is not copied
+    #[arg(
+        short = 'B',
+        value_name = "FILE",
+        requires = "backing_format",
+        conflicts_with = "no_create"
+    )]
+    pub backing: Option<String>,
+
+    /// Format of the backing file
+    #[arg(short = 'F', value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<Format>,
+
     /// Write to an image or device that is there already
     #[arg(short)]
     pub no_create: bool,

@@ -7,7 +7,9 @@ use super::args::{CacheMode, ConvertArgs};
 use super::interrupt::cancel_on_signal;
 use super::progress::Progress;
 use super::purpose;
-use super::target::{Copying, Part, check_not_source, copy_to_new, copy_to_old, options};
+use super::target::{
+    Copying, Part, check_not_source, copy_to_new, copy_to_old, options, set_backing,
+};
 
 /// Copies disks to an image.
 pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
@@ -40,7 +42,8 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let converted = match args.no_create {
         true => copy_to_old(&parts, target, format, &how, args.target_is_zero, job),
         false => {
-            let options = options(&args.options)?;
+            let mut options = options(&args.options)?;
+            set_backing(&mut options, args.backing.as_deref(), args.backing_format);
             copy_to_new(&parts, target, format, options, &how, job)
         }
     };

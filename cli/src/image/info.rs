@@ -1,6 +1,6 @@
 //! `bantam image info`.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -250,20 +250,19 @@ impl Qcow2Details {
             "Format specific information:\n    compat: {}\n    compression type: {}\n",
             self.compat, self.compression_type
         );
-        let mut add = |name: &str, value: Option<bool>| {
-            if let Some(value) = value {
-                let _ = writeln!(text, "    {name}: {value}");
-            }
+        let mut add = |name: &str, value: &dyn Display| {
+            let _ = writeln!(text, "    {name}: {value}");
         };
-        add("lazy refcounts", self.lazy_refcounts);
-        let _ = writeln!(text, "    refcount bits: {}", self.refcount_bits);
-        let mut add = |name: &str, value: Option<bool>| {
-            if let Some(value) = value {
-                let _ = writeln!(text, "    {name}: {value}");
-            }
-        };
-        add("corrupt", self.corrupt);
-        add("extended l2", self.extended_l2);
+        if let Some(lazy) = self.lazy_refcounts {
+            add("lazy refcounts", &lazy);
+        }
+        add("refcount bits", &self.refcount_bits);
+        if let Some(corrupt) = self.corrupt {
+            add("corrupt", &corrupt);
+        }
+        if let Some(extended) = self.extended_l2 {
+            add("extended l2", &extended);
+        }
     }
 }
 

@@ -261,8 +261,17 @@ fn open_single(path: &Path, format: Format, purpose: Purpose) -> Result<Opened, 
     })
 }
 
+/// How an image that is created is written.
+#[derive(Debug, Clone, Default)]
+pub struct NewContent {
+    /// Whether what is written is compressed.
+    pub compress: bool,
+    /// The backing file that the options name. Without it, an image that has one is only created.
+    pub backing: Option<Arc<dyn Image>>,
+}
+
 /// Creates an image of a disk that reads as zeroes, or as its backing file. A file that is there is replaced; a
-/// block device keeps what it has. With `compress`, what is written is compressed.
+/// block device keeps what it has.
 ///
 /// # Errors
 /// If the host refuses, or the format has not these options or no compression.
@@ -271,7 +280,7 @@ pub fn create(
     format: Format,
     size: u64,
     mut options: Options,
-    compress: bool,
+    content: NewContent,
 ) -> Result<Created, CreateError> {
     let failed = |error| CreateError::Io {
         path: path.to_owned(),
@@ -284,7 +293,7 @@ pub fn create(
     if size > MAX_SIZE {
         return Err(failed(io::ErrorKind::FileTooLarge.into()));
     }
-    if compress && format != Format::Qcow2 {
+    if content.compress && format != Format::Qcow2 {
         return Err(failed(io::Error::new(
             io::ErrorKind::Unsupported,
             format!("the format {format} has no compression of this kind"),
@@ -330,7 +339,7 @@ pub fn create(
             let options = qcow2_options(options, size).map_err(wrong)?;
             let (file, is_new) = create_file(path, 0).map_err(failed)?;
             let file: Arc<dyn ImageFile> = Arc::new(HostFile::new(file));
-            let created = Qcow2Target::create(file, &options, compress);
+            let created = Qcow2Target::create(file, &options, content);
             let target = created.map_err(|error| {
                 remove_created(path, is_new);
                 failed(io::Error::other(error))

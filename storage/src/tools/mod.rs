@@ -22,8 +22,9 @@ pub use check::check_blocks;
 pub use compare::{Difference, compare};
 pub use copy::{CopyOptions, copy};
 pub use formats::{
-    CreateError, Created, Format, OpenImageError, Opened, PREALLOCATIONS, Preallocation, Purpose,
-    UnknownFormat, create, describe_options, open, open_file_of_qcow2, open_target, probe, resize,
+    CreateError, Created, Format, NewContent, OpenImageError, Opened, PREALLOCATIONS,
+    Preallocation, Purpose, UnknownFormat, create, describe_options, open, open_file_of_qcow2,
+    open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
 

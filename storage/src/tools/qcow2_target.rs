@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::formats::NewContent;
 use crate::qcow2::{self, BackingName, Compression, CreateOptions, Qcow2, Unsynced};
 use crate::{Image, ImageFile, OptionError, Options, Target};
 
@@ -49,7 +50,7 @@ pub fn qcow2_options(mut options: Options, size: u64) -> Result<CreateOptions, O
 /// A qcow2 image that is created. Its file is brought to stable storage once, in the end.
 pub struct Qcow2Target {
     file: Arc<dyn ImageFile>,
-    /// An image with a backing file is only created.
+    /// An image whose backing file is not open is only created.
     image: Option<Qcow2>,
     compress: bool,
 }
@@ -59,27 +60,29 @@ impl Qcow2Target {
     pub fn create(
         file: Arc<dyn ImageFile>,
         options: &CreateOptions,
-        compress: bool,
+        content: NewContent,
     ) -> Result<Qcow2Target, qcow2::Error> {
         let unsynced: Arc<dyn ImageFile> = Arc::new(Unsynced(Arc::clone(&file)));
         Qcow2::create(Arc::clone(&unsynced), options)?;
-        let image = match options.backing {
-            None => Some(Qcow2::open(unsynced, qcow2::Options::default())?),
-            Some(_) => None,
+        let image = if options.backing.is_some() && content.backing.is_none() {
+            None
+        } else {
+            let options = qcow2::Options {
+                backing: content.backing,
+                ..Default::default()
+            };
+            Some(Qcow2::open(unsynced, options)?)
         };
         Ok(Qcow2Target {
             file,
             image,
-            compress,
+            compress: content.compress,
         })
     }
 
     fn image(&self) -> io::Result<&Qcow2> {
         self.image.as_ref().ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::Unsupported,
-                "an image with a backing file is only created",
-            )
+            io::Error::new(io::ErrorKind::Unsupported, "the backing file is not open")
         })
     }
 }
