@@ -11,8 +11,8 @@ use bantam_storage::parse_size;
 /// Creates, converts and examines disk images
 ///
 /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
-/// name qemu-img, Bantam takes the same commands. Formats are raw, vmdk, vpc (VHD), vhdx and vdi;
-/// all but raw are only read, and written by convert. See docs/images.md.
+/// name qemu-img, Bantam takes the same commands. Formats are raw, qcow2, vmdk, vpc (VHD), vhdx and
+/// vdi; the last four are read, and written by create and convert. See docs/images.md.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     #[command(subcommand)]
@@ -43,6 +43,7 @@ pub enum ImageCommand {
     Map(MapArgs),
     Measure(MeasureArgs),
     Dd(DdArgs),
+    Snapshot(SnapshotArgs),
 }
 
 /// Creates an image of an empty disk
@@ -59,6 +60,18 @@ pub struct CreateArgs {
     /// Options of the format: KEY=VALUE,...
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<String>,
+
+    /// Backing file, which has what is not written to the image; relative to the image's folder
+    #[arg(short, value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+
+    /// Format of the backing file
+    #[arg(short = 'F', value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<Format>,
+
+    /// Do not look for the backing file
+    #[arg(short)]
+    pub unchecked: bool,
 
     /// The image; a file of this name is replaced
     #[arg(value_name = "FILE")]
@@ -95,7 +108,7 @@ pub struct InfoArgs {
 
 /// Looks for damage in an image
 ///
-/// The exit status is 0 if the image is whole, 2 if it is damaged, 1 if it could not be checked and
+/// The exit status is 0 if the image is whole, 2 if it is damaged, 3 if it has clusters that nothing uses, 1 if it could not be checked and
 /// 63 if there is nothing to check in this format.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -110,6 +123,10 @@ pub struct CheckArgs {
     /// How the answer is printed
     #[arg(long, value_enum, value_name = "HOW", default_value = "human")]
     pub output: Output,
+
+    /// Repair what is found, in qcow2
+    #[arg(short, value_enum, value_name = "WHAT", conflicts_with = "force_share")]
+    pub repair: Option<Repairs>,
 
     /// Cache mode of the image; has no effect
     #[arg(short = 'T', value_name = "MODE")]
@@ -148,6 +165,23 @@ pub struct ConvertArgs {
     /// Options of the target's format: KEY=VALUE,...
     #[arg(short, value_name = "OPTIONS", conflicts_with = "no_create")]
     pub options: Vec<String>,
+
+    /// Compress what is written, in qcow2
+    #[arg(short, conflicts_with = "no_create")]
+    pub compress: bool,
+
+    /// Backing file of the target; what the backing files of the source have is not copied
+    #[arg(
+        short = 'B',
+        value_name = "FILE",
+        requires = "backing_format",
+        conflicts_with = "no_create"
+    )]
+    pub backing: Option<String>,
+
+    /// Format of the backing file
+    #[arg(short = 'F', value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<Format>,
 
     /// Write to an image or device that is there already
     #[arg(short)]
@@ -338,6 +372,47 @@ pub struct DdArgs {
     /// if=FILE of=FILE, and bs=SIZE (512 without), count=BLOCKS, skip=BLOCKS
     #[arg(value_name = "OPERAND", required = true)]
     pub operands: Vec<String>,
+}
+
+/// Lists, creates, applies or deletes the internal snapshots of a qcow2 image
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// Print nothing but errors
+    #[arg(short)]
+    pub quiet: bool,
+
+    /// List the snapshots, which is the default
+    #[arg(short, group = "action")]
+    pub list: bool,
+
+    /// Create a snapshot of this name
+    #[arg(short, value_name = "NAME", group = "action")]
+    pub create: Option<String>,
+
+    /// Make the disk what it was at the snapshot
+    #[arg(short, value_name = "NAME", group = "action")]
+    pub apply: Option<String>,
+
+    /// Delete the snapshot
+    #[arg(short, value_name = "NAME", group = "action")]
+    pub delete: Option<String>,
+
+    /// List them even if another program writes to the image
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// What a check repairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Repairs {
+    /// Clusters that nothing uses become free.
+    Leaks,
+    /// All that can be repaired.
+    All,
 }
 
 /// How an answer is printed.

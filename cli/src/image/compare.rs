@@ -6,13 +6,14 @@ use super::args::CompareArgs;
 use super::interrupt::cancel_on_signal;
 use super::output::print;
 use super::progress::Progress;
+use super::purpose;
 use super::{DIFFERENT, SAME};
 
 /// Compares two disks and returns the exit status.
 pub fn compare(args: &CompareArgs) -> anyhow::Result<u8> {
     let cancelled = cancel_on_signal()?;
-    let first = open(&args.first, args.format, false)?;
-    let second = open(&args.second, args.second_format, false)?;
+    let first = open(&args.first, args.format, purpose(args.force_share))?;
+    let second = open(&args.second, args.second_format, purpose(args.force_share))?;
     let tell = |text: &str| match args.quiet {
         true => Ok(()),
         false => print(text),

@@ -6,7 +6,10 @@ use bantam_storage::tools::{Job, Opened, open};
 use super::args::{CacheMode, ConvertArgs};
 use super::interrupt::cancel_on_signal;
 use super::progress::Progress;
-use super::target::{Copying, Part, check_not_source, copy_to_new, copy_to_old, options};
+use super::purpose;
+use super::target::{
+    Copying, Part, check_not_source, copy_to_new, copy_to_old, options, set_backing,
+};
 
 /// Copies disks to an image.
 pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
@@ -14,7 +17,7 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let (target, sources) = args.files.split_last().context("there is no target")?;
     let sources: Vec<Opened> = sources
         .iter()
-        .map(|source| open(source, args.format, false))
+        .map(|source| open(source, args.format, purpose(args.force_share)))
         .collect::<Result<_, _>>()?;
     check_not_source(&sources, target)?;
     let parts: Vec<_> = sources
@@ -28,6 +31,7 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let how = Copying {
         sparse: (args.sparse > 0).then_some(args.sparse),
         sync: args.cache != CacheMode::Unsafe,
+        compress: args.compress,
     };
     let progress = Progress::new(args.progress && !args.quiet);
     let job = Job {
@@ -38,7 +42,8 @@ pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let converted = match args.no_create {
         true => copy_to_old(&parts, target, format, &how, args.target_is_zero, job),
         false => {
-            let options = options(&args.options)?;
+            let mut options = options(&args.options)?;
+            set_backing(&mut options, args.backing.as_deref(), args.backing_format);
             copy_to_new(&parts, target, format, options, &how, job)
         }
     };

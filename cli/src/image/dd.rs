@@ -8,6 +8,7 @@ use bantam_storage::tools::{Job, open};
 
 use super::args::DdArgs;
 use super::interrupt::cancel_on_signal;
+use super::purpose;
 use super::target::{Copying, Part, check_not_source, copy_to_new};
 use bantam_storage::parse_size;
 
@@ -57,7 +58,11 @@ impl Operands {
 pub fn dd(args: &DdArgs) -> anyhow::Result<()> {
     let cancelled = cancel_on_signal()?;
     let operands = Operands::parse(&args.operands)?;
-    let sources = [open(&operands.input, args.format, false)?];
+    let sources = [open(
+        &operands.input,
+        args.format,
+        purpose(args.force_share),
+    )?];
     check_not_source(&sources, &operands.output)?;
     let size = sources[0].image.size();
     let start = operands.skip.saturating_mul(operands.block);
@@ -78,6 +83,7 @@ pub fn dd(args: &DdArgs) -> anyhow::Result<()> {
     let how = Copying {
         sparse: Some(4096),
         sync: true,
+        compress: false,
     };
     let job = Job {
         progress: &|_| {},

@@ -7,11 +7,12 @@ use bantam_storage::tools::{self, Format, Job, MapEntry, open};
 
 use super::args::{MapArgs, Output};
 use super::interrupt::cancel_on_signal;
+use super::purpose;
 
 /// Lists which parts of a disk are allocated.
 pub fn map(args: &MapArgs) -> anyhow::Result<()> {
     let cancelled = cancel_on_signal()?;
-    let opened = open(&args.file, args.format, false)?;
+    let opened = open(&args.file, args.format, purpose(args.force_share))?;
     let size = opened.image.size();
     let start = args.start_offset.min(size);
     let length = args.max_length.unwrap_or(u64::MAX);
@@ -20,7 +21,8 @@ pub fn map(args: &MapArgs) -> anyhow::Result<()> {
         progress: &|_| {},
         cancelled,
     };
-    let is_raw = opened.format == Format::Raw;
+    // The last backing file of a qcow2 image is most often raw.
+    let is_raw = !matches!(opened.format, Format::Foreign(_));
     let mut output = BufWriter::new(io::stdout().lock());
     match args.output {
         Output::Human => {
@@ -29,9 +31,7 @@ pub fn map(args: &MapArgs) -> anyhow::Result<()> {
             writeln!(output, "{offset:<16}{length:<16}{mapped:<16}{file}")?;
             tools::map(&*opened.image, range, is_raw, job, |entry| {
                 if !entry.data || entry.zero {
-                    if !is_raw || entry.zero {
-                        return Ok(());
-                    }
+                    return Ok(());
                 }
                 let (file, offset) = entry.offset.with_context(|| {
                     let name = args.file.display();

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::args::{MeasureArgs, Output};
 use super::output::{print, print_json};
+use super::purpose;
 use super::target::options;
 
 /// Sizes in bytes, in QEMU's words and order.
@@ -22,7 +23,9 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<()> {
         (Some(size), _) => size,
         (None, file) => {
             let file = file.as_deref().context("there is no image to measure")?;
-            open(file, args.format, false)?.image.size()
+            open(file, args.format, purpose(args.force_share))?
+                .image
+                .size()
         }
     };
     if args.target_format != Format::Raw {

@@ -14,6 +14,7 @@ mod output;
 mod progress;
 mod resize;
 mod size;
+mod snapshot;
 mod target;
 
 use std::ffi::OsString;
@@ -21,7 +22,7 @@ use std::io;
 use std::process::ExitCode;
 
 use anyhow::Error;
-use bantam_storage::tools::ToolError;
+use bantam_storage::tools::{Purpose, ToolError};
 
 use args::ImageCommand;
 pub use args::{ImageArgs, QemuImgArgs};
@@ -47,6 +48,7 @@ pub fn run(args: ImageArgs) -> ExitCode {
         ImageCommand::Map(args) => (FAILED, map::map(&args).map(|()| 0)),
         ImageCommand::Measure(args) => (FAILED, measure::measure(args).map(|()| 0)),
         ImageCommand::Dd(args) => (FAILED, dd::dd(&args).map(|()| 0)),
+        ImageCommand::Snapshot(args) => (FAILED, snapshot::snapshot(&args).map(|()| 0)),
     };
     match result {
         Ok(status) => status.into(),
@@ -59,6 +61,14 @@ pub fn run(args: ImageArgs) -> ExitCode {
                 _ => failed.into(),
             }
         }
+    }
+}
+
+/// Returns what an image is opened for that is only read.
+fn purpose(force_share: bool) -> Purpose {
+    match force_share {
+        true => Purpose::ReadShared,
+        false => Purpose::Read,
     }
 }
 

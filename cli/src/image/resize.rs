@@ -1,13 +1,13 @@
 //! `bantam image resize`.
 
-use bantam_storage::tools;
+use bantam_storage::tools::{self, Purpose};
 
 use super::args::ResizeArgs;
 use super::output::print;
 
 /// Changes the size of a disk.
 pub fn resize(args: &ResizeArgs) -> anyhow::Result<()> {
-    let opened = tools::open(&args.file, args.format, true)?;
+    let opened = tools::open(&args.file, args.format, Purpose::Write)?;
     let (format, size) = (opened.format, opened.image.size());
     drop(opened);
     let new = args.size.apply(size)?;

@@ -4,8 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use bantam_storage::tools::{
-    CopyOptions, Created, Format, Job, Opened, ToolError, copy, create, open_target,
+    CopyOptions, Created, Format, Job, NewContent, Opened, Purpose, ToolError, copy, create, open,
+    open_target,
 };
 use bantam_storage::{OptionError, Options, Target};
 
@@ -16,6 +18,26 @@ pub fn options(texts: &[String]) -> Result<Options, OptionError> {
         options.add(text)?;
     }
     Ok(options)
+}
+
+/// Names the backing file in the options of an image.
+pub fn set_backing(options: &mut Options, backing: Option<&str>, format: Option<Format>) {
+    if let (Some(backing), Some(format)) = (backing, format) {
+        options.set("backing_file", backing);
+        options.set("backing_fmt", &format.to_string());
+    }
+}
+
+/// Opens the backing file that the options of the image `path` name. A relative name is relative to its folder.
+pub fn open_backing(path: &Path, options: &Options) -> anyhow::Result<Option<Opened>> {
+    let Some(backing) = options.get("backing_file") else {
+        return Ok(None);
+    };
+    let format = options.get("backing_fmt");
+    let format = format.context("give the format of the backing file: -F")?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let opened = open(&folder.join(backing), Some(format.parse()?), Purpose::Read)?;
+    Ok(Some(opened))
 }
 
 /// Makes sure that no source would be overwritten.
@@ -54,6 +76,8 @@ pub struct Copying {
     pub sparse: Option<u64>,
     /// Whether the target is brought to stable storage.
     pub sync: bool,
+    /// Whether what is written is compressed.
+    pub compress: bool,
 }
 
 /// Copies parts to an image that is created, one after the other, and removes it again if that fails.
@@ -66,8 +90,20 @@ pub fn copy_to_new(
     job: Job<'_>,
 ) -> anyhow::Result<()> {
     let size = parts.iter().map(|part| part.end - part.start).sum();
-    let created = create(path, format, size, options)?;
-    let result = copy_all(parts, &*created.target, how, created.reads_as_zeroes, job);
+    let backing = open_backing(path, &options)?;
+    let has_backing = backing.is_some();
+    let content = NewContent {
+        compress: how.compress,
+        backing: backing.map(|backing| backing.image),
+    };
+    let created = create(path, format, size, options, content)?;
+    let copying = CopyOptions {
+        sparse: how.sparse,
+        target_is_zero: created.reads_as_zeroes,
+        // What the images below the source have, the backing file has too.
+        layers: has_backing.then_some(1),
+    };
+    let result = copy_all(parts, &*created.target, how, copying, job);
     if result.is_err() {
         Created::remove(created);
     }
@@ -92,22 +128,22 @@ pub fn copy_to_old(
             path.display()
         );
     }
-    Ok(copy_all(parts, &*target, how, is_zero, job)?)
+    let copying = CopyOptions {
+        sparse: how.sparse,
+        target_is_zero: is_zero,
+        layers: None,
+    };
+    Ok(copy_all(parts, &*target, how, copying, job)?)
 }
 
 fn copy_all(
     parts: &[Part<'_>],
     target: &dyn Target,
     how: &Copying,
-    target_is_zero: bool,
+    options: CopyOptions,
     job: Job<'_>,
 ) -> Result<(), ToolError> {
     let total: u64 = parts.iter().map(|part| part.end - part.start).sum();
-    let options = CopyOptions {
-        sparse: how.sparse,
-        target_is_zero,
-        layers: None,
-    };
     let mut done = 0;
     for part in parts {
         let length = part.end - part.start;

@@ -96,6 +96,13 @@ impl ForeignOptions {
         size: u64,
         name: &str,
     ) -> io::Result<Box<dyn Target>> {
+        // Readers take an empty disk for damage, except in VDI.
+        if size == 0 && !matches!(self, ForeignOptions::Vdi { .. }) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a disk of this format cannot be empty",
+            ));
+        }
         Ok(match self {
             ForeignOptions::Vmdk {
                 adapter,

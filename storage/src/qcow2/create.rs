@@ -113,7 +113,7 @@ impl CreateOptions {
 
 /// A file whose syncs do nothing, for an image that is synced as a whole when it is complete.
 #[derive(Debug)]
-struct Unsynced(Arc<dyn ImageFile>);
+pub(crate) struct Unsynced(pub(crate) Arc<dyn ImageFile>);
 
 impl ImageFile for Unsynced {
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {

@@ -55,6 +55,7 @@ use std::sync::{Arc, Mutex, RwLock};
 
 pub use chain::{Layer, open_chain};
 pub use check::{Repair, Report};
+pub(crate) use create::Unsynced;
 pub use create::{CreateOptions, Preallocation};
 pub use error::Error;
 pub use header::{BackingName, Compression, Header};

@@ -12,8 +12,13 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 use thiserror::Error;
 
+use super::qcow2_target::{Qcow2Target, qcow2_options};
 use crate::foreign::{ForeignFormat, ForeignOptions, OpenError, VmdkDetails};
-use crate::{HostFile, Image, ImageFile, ImageTarget, OptionError, Options, RawImage, Target};
+use crate::lock::lock_image;
+use crate::qcow2::{self, Layer, Qcow2};
+use crate::{
+    HostFile, Image, ImageFile, ImageTarget, OptionError, Options, RawImage, Target, parse_size,
+};
 
 const SECTOR: u64 = 512;
 const PROBED: usize = 4096;
@@ -107,6 +112,19 @@ pub struct Opened {
     pub cluster_size: Option<u64>,
     /// More about a VMDK image.
     pub vmdk: Option<VmdkDetails>,
+    /// The image, if it is of this format.
+    pub qcow2: Option<Arc<Qcow2>>,
+}
+
+/// What an image is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be read, while nobody else writes to it.
+    Read,
+    /// To be read, whoever writes to it. What is read can be of no moment.
+    ReadShared,
+    /// To be written, while nobody else uses it.
+    Write,
 }
 
 /// Returns the format of an image by its first bytes. What is none of the other formats is raw.
@@ -128,67 +146,141 @@ pub fn probe(file: &dyn ImageFile) -> io::Result<Format> {
     Ok(foreign.map_or(Format::Raw, Format::Foreign))
 }
 
-/// Opens an image. Without a format, [`probe`] decides.
+/// Opens an image with its backing files. Without a format, [`probe`] decides.
 ///
 /// # Errors
-/// If a file cannot be opened or read, or is not an image of this format that Bantam can read; with `writable`, also
-/// if it is of a format that is only read.
-pub fn open(path: &Path, format: Option<Format>, writable: bool) -> Result<Opened, OpenImageError> {
-    open_any(path, format, writable).map_err(|reason| OpenImageError {
+/// If a file cannot be opened or read, another program uses it, or it is not an image of this format that
+/// Bantam can read; to be written, also if it is of a format that is only read.
+pub fn open(
+    path: &Path,
+    format: Option<Format>,
+    purpose: Purpose,
+) -> Result<Opened, OpenImageError> {
+    let opened = format.map_or_else(|| probe_path(path), Ok);
+    let opened = opened.and_then(|format| match format {
+        Format::Qcow2 => open_qcow2(path, purpose),
+        _ => open_single(path, format, purpose),
+    });
+    opened.map_err(|reason| OpenImageError {
         path: path.to_owned(),
         reason,
     })
 }
 
-fn open_any(path: &Path, format: Option<Format>, writable: bool) -> Result<Opened, OpenError> {
-    let file = open_file(path, writable, 0)?;
-    let format = match format {
-        Some(format) => format,
-        None => probe(&*file)?,
+/// Opens a qcow2 image without its backing file, to change or examine what is its own.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_file_of_qcow2(
+    path: &Path,
+    purpose: Purpose,
+) -> Result<Arc<dyn ImageFile>, OpenImageError> {
+    let file = open_file(path, purpose, 0);
+    file.map_err(|error| OpenImageError {
+        path: path.to_owned(),
+        reason: error.into(),
+    })
+}
+
+fn probe_path(path: &Path) -> Result<Format, OpenError> {
+    Ok(probe(&HostFile::new(open_host(path, false, 0)?))?)
+}
+
+fn open_qcow2(path: &Path, purpose: Purpose) -> Result<Opened, OpenError> {
+    let mut files = Vec::new();
+    let options = qcow2::Options {
+        read_only: purpose != Purpose::Write,
+        ..Default::default()
     };
+    let mut open_layer = |path: &Path, format: &str, read_only: bool| {
+        let format: Format = format.parse().map_err(io::Error::other)?;
+        let purpose = match purpose {
+            Purpose::Write if read_only => Purpose::Read,
+            purpose => purpose,
+        };
+        if format == Format::Qcow2 {
+            files.push(path.to_owned());
+            let file = open_file(path, purpose, 0).map_err(|error| with_path(path, &error))?;
+            return Ok(Layer::Qcow2(file));
+        }
+        let opened = open_single(path, format, purpose);
+        let opened = opened.map_err(|error| with_path(path, &error))?;
+        files.extend(opened.files);
+        Ok(Layer::Other(opened.image))
+    };
+    let image = qcow2::open_chain(path, options, &mut open_layer);
+    let image = Arc::new(image.map_err(|error| OpenError::Unsupported(error.to_string()))?);
+    Ok(Opened {
+        image: Arc::clone(&image) as Arc<dyn Image>,
+        format: Format::Qcow2,
+        files,
+        cluster_size: Some(image.header().cluster_size()),
+        vmdk: None,
+        qcow2: Some(image),
+    })
+}
+
+fn with_path(path: &Path, error: &dyn fmt::Display) -> io::Error {
+    io::Error::other(format!("'{}': {error}", path.display()))
+}
+
+/// Opens an image of a format without backing files.
+fn open_single(path: &Path, format: Format, purpose: Purpose) -> Result<Opened, OpenError> {
+    let read_only = purpose != Purpose::Write;
     let mut files = vec![path.to_owned()];
-    match format {
-        Format::Raw => Ok(Opened {
-            image: Arc::new(RawImage::new(file, !writable)?),
+    let Format::Foreign(foreign) = format else {
+        let file = open_file(path, purpose, 0)?;
+        return Ok(Opened {
+            image: Arc::new(RawImage::new(file, read_only)?),
             format,
             files,
             cluster_size: None,
             vmdk: None,
-        }),
-        Format::Qcow2 => Err(OpenError::Unsupported(
-            "qcow2 images are not supported".to_owned(),
-        )),
-        Format::Foreign(_) if writable => Err(OpenError::Unsupported(format!(
+            qcow2: None,
+        });
+    };
+    if !read_only {
+        return Err(OpenError::Unsupported(format!(
             "an image of the format {format} can only be read; convert it to change it"
-        ))),
-        Format::Foreign(foreign) => {
-            let folder = path.parent().unwrap_or(Path::new(""));
-            // A link would let the owner of the image choose any file of the host.
-            let opened = foreign.open(file, &mut |name| {
-                open_file(&folder.join(name), false, O_NOFOLLOW)
-            })?;
-            files.extend(opened.siblings.iter().map(|name| folder.join(name)));
-            Ok(Opened {
-                image: opened.image,
-                format,
-                files,
-                cluster_size: opened.cluster_size,
-                vmdk: opened.vmdk,
-            })
-        }
+        )));
     }
+    let file = open_file(path, purpose, 0)?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    // A link would let the owner of the image choose any file of the host.
+    let opened = foreign.open(file, &mut |name| {
+        open_file(&folder.join(name), purpose, O_NOFOLLOW)
+    })?;
+    files.extend(opened.siblings.iter().map(|name| folder.join(name)));
+    Ok(Opened {
+        image: opened.image,
+        format,
+        files,
+        cluster_size: opened.cluster_size,
+        vmdk: opened.vmdk,
+        qcow2: None,
+    })
 }
 
-/// Creates an image of a disk that reads as zeroes. A file that is there is replaced; a block device keeps what
-/// it has.
+/// How an image that is created is written.
+#[derive(Debug, Clone, Default)]
+pub struct NewContent {
+    /// Whether what is written is compressed.
+    pub compress: bool,
+    /// The backing file that the options name. Without it, an image that has one is only created.
+    pub backing: Option<Arc<dyn Image>>,
+}
+
+/// Creates an image of a disk that reads as zeroes, or as its backing file. A file that is there is replaced; a
+/// block device keeps what it has.
 ///
 /// # Errors
-/// If the host refuses, or the format has not these options.
+/// If the host refuses, or the format has not these options or no compression.
 pub fn create(
     path: &Path,
     format: Format,
     size: u64,
     mut options: Options,
+    content: NewContent,
 ) -> Result<Created, CreateError> {
     let failed = |error| CreateError::Io {
         path: path.to_owned(),
@@ -200,6 +292,12 @@ pub fn create(
     };
     if size > MAX_SIZE {
         return Err(failed(io::ErrorKind::FileTooLarge.into()));
+    }
+    if content.compress && format != Format::Qcow2 {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("the format {format} has no compression of this kind"),
+        )));
     }
     let size = size.next_multiple_of(SECTOR);
     match format {
@@ -237,21 +335,36 @@ pub fn create(
                 file: is_new.then(|| path.to_owned()),
             })
         }
-        Format::Qcow2 => Err(failed(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "qcow2 images are not supported",
-        ))),
+        Format::Qcow2 => {
+            let options = qcow2_options(options, size).map_err(wrong)?;
+            let (file, is_new) = create_file(path, 0).map_err(failed)?;
+            let file: Arc<dyn ImageFile> = Arc::new(HostFile::new(file));
+            let created = Qcow2Target::create(file, &options, content);
+            let target = created.map_err(|error| {
+                remove_created(path, is_new);
+                failed(io::Error::other(error))
+            })?;
+            Ok(Created {
+                target: Box::new(target),
+                reads_as_zeroes: options.backing.is_none(),
+                file: is_new.then(|| path.to_owned()),
+            })
+        }
     }
 }
 
-/// Lists the options that an image is created with, each after a space, in the way of qemu-img.
-pub fn describe_options(format: Format, options: &Options) -> String {
+/// Lists the size and the options that an image is created with, each after a space, in the way of qemu-img.
+pub fn describe_options(format: Format, size: u64, options: &Options) -> String {
     let mut text = String::new();
     for (key, default) in option_names(format) {
+        if *key == "size" {
+            text.push_str(&format!(" size={size}"));
+            continue;
+        }
         let Some(value) = options.get(key).or(*default) else {
             continue;
         };
-        match crate::parse_size(value) {
+        match parse_size(value) {
             Ok(size) if key.ends_with("_size") => text.push_str(&format!(" {key}={size}")),
             _ => text.push_str(&format!(" {key}={value}")),
         }
@@ -263,21 +376,36 @@ pub fn describe_options(format: Format, options: &Options) -> String {
 /// given.
 fn option_names(format: Format) -> &'static [(&'static str, Option<&'static str>)] {
     match format {
-        Format::Raw => &[("preallocation", None)],
+        Format::Raw => &[("size", None), ("preallocation", None)],
         Format::Foreign(ForeignFormat::Vmdk) => &[
+            ("size", None),
             ("adapter_type", None),
             ("compat6", Some("off")),
             ("hwversion", Some("undefined")),
             ("subformat", None),
         ],
-        Format::Foreign(ForeignFormat::Vhd) => &[("subformat", None), ("force_size", None)],
+        Format::Foreign(ForeignFormat::Vhd) => {
+            &[("size", None), ("subformat", None), ("force_size", None)]
+        }
         Format::Foreign(ForeignFormat::Vhdx) => &[
+            ("size", None),
             ("log_size", Some("1048576")),
             ("block_size", Some("0")),
             ("subformat", None),
         ],
-        Format::Foreign(ForeignFormat::Vdi) => &[("static", Some("off"))],
-        Format::Qcow2 => &[],
+        Format::Foreign(ForeignFormat::Vdi) => &[("size", None), ("static", Some("off"))],
+        Format::Qcow2 => &[
+            ("cluster_size", Some("65536")),
+            ("extended_l2", Some("off")),
+            ("preallocation", None),
+            ("compression_type", Some("zlib")),
+            ("size", None),
+            ("compat", None),
+            ("backing_file", None),
+            ("backing_fmt", None),
+            ("lazy_refcounts", Some("off")),
+            ("refcount_bits", Some("16")),
+        ],
     }
 }
 
@@ -315,7 +443,7 @@ pub fn open_target(
     path: &Path,
     format: Format,
 ) -> Result<(Opened, Box<dyn Target>), OpenImageError> {
-    let opened = open(path, Some(format), true)?;
+    let opened = open(path, Some(format), Purpose::Write)?;
     let target = Box::new(ImageTarget(Arc::clone(&opened.image)));
     Ok((opened, target))
 }
@@ -331,9 +459,23 @@ pub fn resize(
     preallocation: Preallocation,
 ) -> Result<(), OpenImageError> {
     // This also says whether the format can be written.
-    let before = open(path, format, true)?.image.size();
+    let opened = open(path, format, Purpose::Write)?;
+    let before = opened.image.size();
     let resized = || -> io::Result<()> {
-        let file = host_file(path, true, 0)?;
+        if let Some(image) = &opened.qcow2 {
+            if preallocation != Preallocation::Off {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "storage is not reserved for what is added to a qcow2 image",
+                ));
+            }
+            let size = size.checked_next_multiple_of(SECTOR);
+            let size = size.ok_or(io::ErrorKind::FileTooLarge)?;
+            image.resize(size).map_err(io::Error::other)?;
+            return image.flush();
+        }
+        // The image that is open has the lock.
+        let file = open_host(path, true, 0)?;
         if size > MAX_SIZE {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
@@ -388,16 +530,33 @@ fn prepare(file: &File, start: u64, end: u64, preallocation: Preallocation) -> i
     }
 }
 
-fn open_file(path: &Path, writable: bool, flags: i32) -> io::Result<Arc<dyn ImageFile>> {
-    Ok(Arc::new(HostFile::new(host_file(path, writable, flags)?)))
+fn open_file(path: &Path, purpose: Purpose, flags: i32) -> io::Result<Arc<dyn ImageFile>> {
+    let file = open_host(path, purpose == Purpose::Write, flags)?;
+    match purpose {
+        Purpose::Read => lock(&file, true)?,
+        Purpose::ReadShared => {}
+        Purpose::Write => lock(&file, false)?,
+    }
+    Ok(Arc::new(HostFile::new(file)))
 }
 
 /// Opens a regular file or block device.
-fn host_file(path: &Path, writable: bool, flags: i32) -> io::Result<File> {
+fn open_host(path: &Path, writable: bool, flags: i32) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(writable);
     // A pipe must not be waited for.
     check_type(options.custom_flags(flags | O_NONBLOCK).open(path)?)
+}
+
+/// Locks an image against other programs, if its file system has locks.
+fn lock(file: &File, read_only: bool) -> io::Result<()> {
+    match lock_image(file, read_only) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "another program or machine uses it",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Creates a file of `size` zeroes, or opens a block device that is large enough. Returns whether it is a file.
@@ -405,6 +564,7 @@ fn create_file(path: &Path, size: u64) -> io::Result<(File, bool)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true);
     let file = check_type(options.custom_flags(O_NONBLOCK).open(path)?)?;
+    lock(&file, false)?;
     if file.metadata()?.is_file() {
         file.set_len(0)?;
         file.set_len(size)?;

@@ -7,6 +7,7 @@ mod compare;
 mod copy;
 mod formats;
 mod map;
+mod qcow2_target;
 mod zeroes;
 
 #[cfg(test)]
@@ -21,8 +22,9 @@ pub use check::check_blocks;
 pub use compare::{Difference, compare};
 pub use copy::{CopyOptions, copy};
 pub use formats::{
-    CreateError, Created, Format, OpenImageError, Opened, PREALLOCATIONS, Preallocation,
-    UnknownFormat, create, describe_options, open, open_target, probe, resize,
+    CreateError, Created, Format, NewContent, OpenImageError, Opened, PREALLOCATIONS,
+    Preallocation, Purpose, UnknownFormat, create, describe_options, open, open_file_of_qcow2,
+    open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
 

@@ -88,13 +88,9 @@ impl VmdkWriter {
     }
 }
 
-/// Refuses a disk that an extent cannot hold: a size of 0 stands for a size that another file says.
+/// Refuses a disk that an extent cannot hold.
 pub fn check_size(size: u64) -> io::Result<()> {
     match size {
-        0 => Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a VMDK disk cannot be empty",
-        )),
         size if size < MAX_FILE => Ok(()),
         _ => Err(io::ErrorKind::FileTooLarge.into()),
     }

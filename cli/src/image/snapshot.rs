@@ -1,0 +1,124 @@
+//! `bantam image snapshot`.
+
+use std::fmt::Write;
+
+use anyhow::Context;
+use bantam_storage::Image;
+use bantam_storage::tools::{Purpose, open};
+use nix::libc;
+
+use super::args::SnapshotArgs;
+use super::output::print;
+use super::purpose;
+use super::size::human;
+
+/// Lists or changes the snapshots of an image.
+pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<()> {
+    let changes = args.create.is_some() || args.apply.is_some() || args.delete.is_some();
+    let purpose = match changes {
+        true => Purpose::Write,
+        false => purpose(args.force_share),
+    };
+    let opened = open(&args.file, None, purpose)?;
+    let name = args.file.display();
+    let Some(image) = opened.qcow2 else {
+        // Other formats have no snapshots to list.
+        anyhow::ensure!(
+            !changes,
+            "'{name}' has no snapshots: it is {}",
+            opened.format
+        );
+        return Ok(());
+    };
+    if let Some(snapshot) = &args.create {
+        image
+            .create_snapshot(snapshot)
+            .with_context(|| format!("cannot create the snapshot '{snapshot}' in '{name}'"))?;
+    } else if let Some(snapshot) = &args.apply {
+        image
+            .apply_snapshot(snapshot)
+            .with_context(|| format!("cannot apply the snapshot '{snapshot}' of '{name}'"))?;
+    } else if let Some(snapshot) = &args.delete {
+        image
+            .delete_snapshot(snapshot)
+            .with_context(|| format!("cannot delete the snapshot '{snapshot}' of '{name}'"))?;
+    } else {
+        let snapshots = image.snapshots()?;
+        if !snapshots.is_empty() {
+            let listed = snapshots.iter().map(|snapshot| Listed {
+                id: &snapshot.id,
+                name: &snapshot.name,
+                machine_state: snapshot.machine_state,
+                seconds: snapshot.seconds,
+                guest_clock: snapshot.guest_clock,
+            });
+            print(&list(listed))?;
+        }
+        return Ok(());
+    }
+    image
+        .flush()
+        .with_context(|| format!("cannot write '{name}'"))
+}
+
+/// A snapshot in a list.
+pub struct Listed<'a> {
+    /// Its identifier.
+    pub id: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// The size of the machine's state in bytes.
+    pub machine_state: u64,
+    /// When it was made, in seconds since 1970.
+    pub seconds: u32,
+    /// For how long the guest had run, in nanoseconds.
+    pub guest_clock: u64,
+}
+
+/// Lists snapshots as qemu-img does.
+pub fn list<'a>(snapshots: impl Iterator<Item = Listed<'a>>) -> String {
+    let mut text = format!(
+        "Snapshot list:\n{:<10}{:<17}{:>8}{:>20}{:>13}{:>11}\n",
+        "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"
+    );
+    for snapshot in snapshots {
+        let milliseconds = snapshot.guest_clock / 1_000_000;
+        let (seconds, milliseconds) = (milliseconds / 1000, milliseconds % 1000);
+        let clock = format!(
+            "{:02}:{:02}:{:02}.{milliseconds:03}",
+            seconds / 3600,
+            seconds / 60 % 60,
+            seconds % 60
+        );
+        let _ = writeln!(
+            text,
+            "{:<9} {:<16} {:>8}{:>20}{clock:>13}{:>11}",
+            snapshot.id,
+            snapshot.name,
+            human(snapshot.machine_state),
+            local_time(snapshot.seconds),
+            0
+        );
+    }
+    text
+}
+
+/// Formats a time by the host's time zone.
+fn local_time(seconds: u32) -> String {
+    let seconds = libc::time_t::from(seconds);
+    let mut parts = std::mem::MaybeUninit::<libc::tm>::zeroed();
+    // SAFETY: both pointers are valid for the call, and a `tm` of zeroes, as it is if the call fails, is one.
+    let parts = unsafe {
+        libc::localtime_r(&raw const seconds, parts.as_mut_ptr());
+        parts.assume_init()
+    };
+    format!(
+        "{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
+        parts.tm_year + 1900,
+        parts.tm_mon + 1,
+        parts.tm_mday,
+        parts.tm_hour,
+        parts.tm_min,
+        parts.tm_sec
+    )
+}

@@ -1,0 +1,382 @@
+//! `bantam image` beside qemu-img: the same command lines give the same output, exit status and files.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use bantam_tests::monitor;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const FILES: [(&str, &[&str]); 9] = [
+    ("a.qcow2", &["qcow2"]),
+    (
+        "c.qcow2",
+        &[
+            "qcow2",
+            "-c",
+            "-o",
+            "compression_type=zstd,cluster_size=128k",
+        ],
+    ),
+    ("a.vmdk", &["vmdk"]),
+    ("s.vmdk", &["vmdk", "-o", "subformat=streamOptimized"]),
+    ("f.vmdk", &["vmdk", "-o", "subformat=twoGbMaxExtentFlat"]),
+    ("a.vpc", &["vpc", "-o", "force_size=on"]),
+    ("a.vhdx", &["vhdx"]),
+    ("a.vdi", &["vdi"]),
+    ("s.vdi", &["vdi", "-o", "static=on"]),
+];
+
+/// A folder with a sparse raw image `src.img`, and images of it in other formats.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to");
+    let mut disk = vec![0; (9 << 20) + 1536];
+    for (index, byte) in disk[70_000..200_000].iter_mut().enumerate() {
+        *byte = (index * index / 7) as u8;
+    }
+    disk[(5 << 20)..(5 << 20) + 4096].fill(0x41);
+    let source = folder.path().join("src.img");
+    fs::write(&source, &disk).expect("there is room");
+    // It was written without holes.
+    run(
+        folder.path(),
+        "qemu-img",
+        &["convert", "-O", "raw", "src.img", "sparse.img"],
+    );
+    fs::rename(folder.path().join("sparse.img"), source).expect("both are in one folder");
+    for (name, options) in FILES {
+        let arguments = [&["convert", "-f", "raw", "-O"], options, &["src.img", name]].concat();
+        let output = run(folder.path(), "qemu-img", &arguments);
+        assert!(output.status.success(), "{name}: {output:?}");
+    }
+    folder
+}
+
+fn run(folder: &Path, program: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(program);
+    command.current_dir(folder).args(arguments);
+    command.output().expect("qemu-img is installed")
+}
+
+fn bantam(folder: &Path, arguments: &[&str]) -> Output {
+    let program = monitor();
+    let program = program.to_str().expect("the path is UTF-8");
+    run(folder, program, &[&["image"], arguments].concat())
+}
+
+/// Runs a command line by both, with `new` as the file that it makes, if any.
+fn assert_same(folder: &Path, line: &str) {
+    let arguments: Vec<_> = line.split(' ').collect();
+    let new = folder.join("new");
+    let run_one = |run: &dyn Fn() -> Output| {
+        let _ = fs::remove_file(&new);
+        let output = run();
+        let made = fs::read(&new).ok();
+        (output, made)
+    };
+    let (expected, expected_file) = run_one(&|| run(folder, "qemu-img", &arguments));
+    let (output, file) = run_one(&|| bantam(folder, &arguments));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert_eq!(
+        text(&output.stdout),
+        text(&expected.stdout),
+        "{line}: {output:?}"
+    );
+    assert_eq!(
+        output.status.code(),
+        expected.status.code(),
+        "{line}: {output:?}"
+    );
+    assert!(file == expected_file, "{line}: the files differ");
+    if !expected.status.success() && line.contains("nosuch") {
+        let error = text(&output.stderr);
+        assert!(
+            error.starts_with("bantam image: ") && error.lines().count() == 1,
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn information_is_that_of_qemu_img() {
+    let folder = folder();
+    for name in FILES.map(|(name, _)| name).into_iter().chain(["src.img"]) {
+        for line in [
+            "info",
+            "info --output=json",
+            "info --backing-chain --output=json -U",
+        ] {
+            assert_same(folder.path(), &format!("{line} {name}"));
+        }
+        // QEMU does not say where a VHDX image has its data.
+        if name != "a.vhdx" {
+            assert_same(folder.path(), &format!("map --output=json {name}"));
+            assert_same(
+                folder.path(),
+                &format!("map --output=json -s 1M -l 5M {name}"),
+            );
+        }
+        if !["a.vhdx", "c.qcow2", "s.vmdk"].contains(&name) {
+            assert_same(folder.path(), &format!("map {name}"));
+        }
+        for line in [
+            "compare -f raw src.img",
+            "compare -q src.img",
+            "compare -f raw src.img -U",
+        ] {
+            assert_same(folder.path(), &format!("{line} {name}"));
+        }
+        assert_same(folder.path(), &format!("measure {name}"));
+    }
+    for name in ["a.vmdk", "a.vdi", "a.vhdx", "src.img"] {
+        assert_same(folder.path(), &format!("check {name}"));
+        assert_same(folder.path(), &format!("check --output=json {name}"));
+    }
+    assert_same(folder.path(), "measure --output=json --size 1.5G");
+    for line in [
+        "info nosuch",
+        "map nosuch",
+        "compare src.img nosuch",
+        "convert nosuch new",
+        "check nosuch",
+    ] {
+        assert_same(folder.path(), line);
+    }
+}
+
+#[test]
+fn copies_are_those_of_qemu_img() {
+    let folder = folder();
+    for name in FILES.map(|(name, _)| name).into_iter().chain(["src.img"]) {
+        assert_same(folder.path(), &format!("convert -O raw {name} new"));
+        assert_same(folder.path(), &format!("convert -S 0 -t none {name} new"));
+        assert_same(
+            folder.path(),
+            &format!("dd bs=1000 count=4000 skip=60 if={name} of=new"),
+        );
+    }
+    assert_same(folder.path(), "convert src.img a.vdi a.qcow2 new");
+    for format in ["qcow2", "vmdk", "vpc", "vhdx", "vdi"] {
+        let output = bantam(
+            folder.path(),
+            &["convert", "-f", "raw", "-O", format, "src.img", "new"],
+        );
+        assert!(output.status.success(), "{format}: {output:?}");
+        let compared = run(
+            folder.path(),
+            "qemu-img",
+            &["compare", "-f", "raw", "-F", format, "src.img", "new"],
+        );
+        assert!(compared.status.success(), "{format}: {compared:?}");
+        let checked = run(folder.path(), "qemu-img", &["check", "-f", format, "new"]);
+        assert!(
+            matches!(checked.status.code(), Some(0 | 63)),
+            "{format}: {checked:?}"
+        );
+    }
+    for options in [
+        "compression_type=zlib",
+        "compression_type=zstd,cluster_size=2M",
+        "extended_l2=on",
+    ] {
+        let arguments = [
+            "convert", "-c", "-O", "qcow2", "-o", options, "a.vdi", "new",
+        ];
+        let output = bantam(folder.path(), &arguments);
+        assert!(output.status.success(), "{options}: {output:?}");
+        let compared = run(folder.path(), "qemu-img", &["compare", "src.img", "new"]);
+        assert!(compared.status.success(), "{options}: {compared:?}");
+        let checked = run(folder.path(), "qemu-img", &["check", "new"]);
+        assert!(checked.status.success(), "{options}: {checked:?}");
+    }
+}
+
+#[test]
+fn images_are_created_and_resized_as_by_qemu_img() {
+    let folder = folder();
+    for line in [
+        "create new 10M",
+        "create -f raw new 1.5k",
+        "create new 1000",
+        "create -o preallocation=full,size=1M new",
+        "create -q new 1M",
+        "create new",
+        "create -o nosuch=1 -q new 1M",
+    ] {
+        assert_same(folder.path(), line);
+    }
+    // The bytes differ: identifiers are random, tables have other places.
+    for line in [
+        "create -f qcow2 new 10M",
+        "create -f qcow2 -o compat=0.10,cluster_size=4k new 1M",
+        "create -f qcow2 -b src.img -F raw new",
+        "create -f qcow2 -u -b nosuch -F raw new 1G",
+        "create -f vmdk new 10M",
+        "create -f vpc -o subformat=fixed new 10M",
+        "create -f vhdx -o block_size=1M new 10M",
+        "create -f vdi new 10M",
+    ] {
+        let arguments: Vec<_> = line.split(' ').collect();
+        let expected = run(folder.path(), "qemu-img", &arguments);
+        let output = bantam(folder.path(), &arguments);
+        assert_eq!(output.stdout, expected.stdout, "{line}: {output:?}");
+        assert!(output.status.success(), "{line}: {output:?}");
+        if !line.contains("nosuch") {
+            let info = run(
+                folder.path(),
+                "qemu-img",
+                &["info", "-f", arguments[2], "new"],
+            );
+            assert!(info.status.success(), "{line}: {info:?}");
+        }
+    }
+    for (file, format) in [("src.img", "raw"), ("a.qcow2", "qcow2")] {
+        for (change, success) in [("+1M", true), ("-5M", false), ("20M", true), ("1M", false)] {
+            let output = bantam(folder.path(), &["resize", "-f", format, file, change]);
+            assert_eq!(
+                output.status.success(),
+                success,
+                "{file} {change}: {output:?}"
+            );
+        }
+        let output = bantam(
+            folder.path(),
+            &["resize", "--shrink", "-f", format, file, "-15M"],
+        );
+        assert!(output.status.success(), "{output:?}");
+        assert_same(folder.path(), &format!("info {file}"));
+    }
+    let checked = run(folder.path(), "qemu-img", &["check", "a.qcow2"]);
+    assert!(checked.status.success(), "{checked:?}");
+}
+
+#[test]
+fn snapshots_are_those_of_qemu_img() {
+    let folder = folder();
+    let ok = |arguments: &[&str]| {
+        let output = bantam(folder.path(), arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    assert_same(folder.path(), "snapshot -l a.qcow2");
+    ok(&["snapshot", "-c", "first", "a.qcow2"]);
+    ok(&["snapshot", "-c", "second", "a.qcow2"]);
+    assert_same(folder.path(), "snapshot -l a.qcow2");
+    assert_same(folder.path(), "info a.qcow2");
+    assert_same(folder.path(), "info --output=json a.qcow2");
+    ok(&["snapshot", "-a", "first", "a.qcow2"]);
+    ok(&["snapshot", "-d", "first", "a.qcow2"]);
+    assert_same(folder.path(), "snapshot -l a.qcow2");
+    assert_same(folder.path(), "snapshot -d nosuch a.qcow2");
+    assert_same(folder.path(), "compare src.img a.qcow2");
+    let checked = run(folder.path(), "qemu-img", &["check", "a.qcow2"]);
+    assert!(checked.status.success(), "{checked:?}");
+}
+
+#[test]
+fn an_overlay_is_converted_to_another_overlay() {
+    let folder = folder();
+    let qemu = |program: &str, arguments: &[&str]| {
+        let output = run(folder.path(), program, arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    };
+    qemu(
+        "qemu-img",
+        &[
+            "create",
+            "-f",
+            "qcow2",
+            "-b",
+            "src.img",
+            "-F",
+            "raw",
+            "over.qcow2",
+        ],
+    );
+    let writes = [
+        "-c",
+        "write -P 9 100k 3k",
+        "-c",
+        "write -z 64k 64k",
+        "over.qcow2",
+    ];
+    qemu("qemu-io", &writes);
+    for compress in [&[][..], &["-c"]] {
+        let arguments = [
+            &["convert", "-O", "qcow2", "-B", "src.img", "-F", "raw"],
+            compress,
+            &["over.qcow2", "new"],
+        ];
+        let output = bantam(folder.path(), &arguments.concat());
+        assert!(output.status.success(), "{output:?}");
+        qemu("qemu-img", &["compare", "over.qcow2", "new"]);
+        qemu("qemu-img", &["check", "new"]);
+        assert_same(folder.path(), "info --backing-chain over.qcow2");
+        assert_same(folder.path(), "map --output=json over.qcow2");
+        let size = fs::metadata(folder.path().join("new")).unwrap().len();
+        assert!(size < 1 << 20, "{size}");
+    }
+}
+
+#[test]
+fn a_source_is_not_overwritten() {
+    let folder = folder();
+    let before = fs::read(folder.path().join("src.img")).unwrap();
+    symlink("src.img", folder.path().join("link.img")).unwrap();
+    for target in ["src.img", "./src.img", "link.img"] {
+        let output = bantam(folder.path(), &["convert", "a.vdi", "src.img", target]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+    }
+    let extent = bantam(
+        folder.path(),
+        &["convert", "-O", "raw", "f.vmdk", "f-f001.vmdk"],
+    );
+    assert_eq!(extent.status.code(), Some(1), "{extent:?}");
+    assert!(fs::read(folder.path().join("src.img")).unwrap() == before);
+}
+
+#[test]
+fn a_link_named_qemu_img_takes_the_same_commands() {
+    let folder = folder();
+    symlink(monitor(), folder.path().join("qemu-img")).unwrap();
+    let link = folder.path().join("qemu-img");
+    let output = run(folder.path(), link.to_str().unwrap(), &["info", "a.vdi"]);
+    let expected = run(folder.path(), "qemu-img", &["info", "a.vdi"]);
+    assert_eq!(output.stdout, expected.stdout);
+}
+
+#[test]
+fn an_interrupted_copy_leaves_no_target() {
+    let folder = folder();
+    let source = fs::File::create(folder.path().join("large.img")).unwrap();
+    source.set_len(64 << 30).unwrap();
+    let mut child = Command::new(monitor())
+        .current_dir(folder.path())
+        .args([
+            "image",
+            "convert",
+            "-S",
+            "0",
+            "-c",
+            "-O",
+            "qcow2",
+            "large.img",
+            "new",
+        ])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !folder.path().join("new").exists() {
+        assert!(started.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    assert!(!folder.path().join("new").exists());
+    assert_eq!(source.metadata().unwrap().len(), 64 << 30);
+}
