@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::iter;
 use std::path::Path;
 
 use anyhow::Context;
@@ -26,12 +25,15 @@ pub fn write_man_pages(folder: &Path) -> anyhow::Result<()> {
     let mut command = Args::command().disable_help_subcommand(true);
     command.build();
     fs::create_dir_all(folder)
-        .and_then(|()| {
-            iter::once(&command)
-                .chain(command.get_subcommands())
-                .try_for_each(|command| write_man_page(command, folder))
-        })
+        .and_then(|()| write_man_pages_of(&command, folder))
         .with_context(|| format!("cannot write the manual pages to '{}'", folder.display()))
+}
+
+fn write_man_pages_of(command: &Command, folder: &Path) -> io::Result<()> {
+    write_man_page(command, folder)?;
+    command
+        .get_subcommands()
+        .try_for_each(|command| write_man_pages_of(command, folder))
 }
 
 fn write_man_page(command: &Command, folder: &Path) -> io::Result<()> {
@@ -95,6 +97,8 @@ mod tests {
             "bantam.1",
             "bantam-check.1",
             "bantam-completions.1",
+            "bantam-image.1",
+            "bantam-image-convert.1",
             "bantam-man.1",
         ] {
             assert!(folder.join(page).exists(), "{page}");

@@ -263,7 +263,11 @@ fn snapshots_are_those_of_qemu_img() {
     };
     assert_same(folder.path(), "snapshot -l a.qcow2");
     ok(&["snapshot", "-c", "first", "a.qcow2"]);
-    ok(&["snapshot", "-c", "second", "a.qcow2"]);
+    run(
+        folder.path(),
+        "qemu-img",
+        &["snapshot", "-c", "second", "a.qcow2"],
+    );
     assert_same(folder.path(), "snapshot -l a.qcow2");
     assert_same(folder.path(), "info a.qcow2");
     assert_same(folder.path(), "info --output=json a.qcow2");
@@ -314,10 +318,9 @@ fn an_overlay_is_converted_to_another_overlay() {
         assert!(output.status.success(), "{output:?}");
         qemu("qemu-img", &["compare", "over.qcow2", "new"]);
         qemu("qemu-img", &["check", "new"]);
-        assert_same(folder.path(), "info --backing-chain over.qcow2");
-        assert_same(folder.path(), "map --output=json over.qcow2");
         let size = fs::metadata(folder.path().join("new")).unwrap().len();
         assert!(size < 1 << 20, "{size}");
+        assert_same(folder.path(), "info --backing-chain over.qcow2");
     }
 }
 

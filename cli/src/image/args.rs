@@ -370,6 +370,8 @@ pub struct DdArgs {
     pub force_share: bool,
 
     /// if=FILE of=FILE, and bs=SIZE (512 without), count=BLOCKS, skip=BLOCKS
+    ///
+    /// As in qemu-img, count includes the blocks that skip leaves out.
     #[arg(value_name = "OPERAND", required = true)]
     pub operands: Vec<String>,
 }

@@ -71,14 +71,14 @@ pub fn dd(args: &DdArgs) -> anyhow::Result<()> {
         "cannot skip {start} bytes: '{}' has {size}",
         operands.input.display()
     );
-    let length = operands
+    // Skipped blocks are among those that are counted, as in qemu-img and unlike in other dd.
+    let counted = operands
         .count
-        .unwrap_or(u64::MAX)
-        .saturating_mul(operands.block);
+        .map_or(size, |count| count.saturating_mul(operands.block));
     let part = Part {
         source: &sources[0],
         start,
-        end: start.saturating_add(length).min(size),
+        end: counted.clamp(start, size),
     };
     let how = Copying {
         sparse: Some(4096),

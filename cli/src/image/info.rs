@@ -47,7 +47,8 @@ struct Info {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct SnapshotInfo {
-    icount: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    icount: Option<u64>,
     vm_clock_nsec: u64,
     name: String,
     date_sec: u32,
@@ -186,7 +187,7 @@ impl Info {
         }
         for snapshot in image.snapshots()? {
             self.snapshots.push(SnapshotInfo {
-                icount: 0,
+                icount: snapshot.instructions(),
                 vm_clock_nsec: snapshot.guest_clock % 1_000_000_000,
                 date_sec: snapshot.seconds,
                 date_nsec: snapshot.nanoseconds,
@@ -230,6 +231,7 @@ impl Info {
                 name: &snapshot.name,
                 machine_state: snapshot.vm_state_size,
                 seconds: snapshot.date_sec,
+                instructions: snapshot.icount,
                 guest_clock: snapshot.vm_clock_sec * 1_000_000_000 + snapshot.vm_clock_nsec,
             });
             text.push_str(&list(snapshots));

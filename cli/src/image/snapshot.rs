@@ -51,6 +51,7 @@ pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<()> {
                 machine_state: snapshot.machine_state,
                 seconds: snapshot.seconds,
                 guest_clock: snapshot.guest_clock,
+                instructions: snapshot.instructions(),
             });
             print(&list(listed))?;
         }
@@ -73,6 +74,8 @@ pub struct Listed<'a> {
     pub seconds: u32,
     /// For how long the guest had run, in nanoseconds.
     pub guest_clock: u64,
+    /// How many instructions the guest had executed, if they were counted.
+    pub instructions: Option<u64>,
 }
 
 /// Lists snapshots as qemu-img does.
@@ -97,7 +100,9 @@ pub fn list<'a>(snapshots: impl Iterator<Item = Listed<'a>>) -> String {
             snapshot.name,
             human(snapshot.machine_state),
             local_time(snapshot.seconds),
-            0
+            snapshot
+                .instructions
+                .map_or(String::new(), |count| count.to_string())
         );
     }
     text

@@ -40,6 +40,14 @@ pub struct Snapshot {
     pub(super) extra: Vec<u8>,
 }
 
+impl Snapshot {
+    /// Returns how many instructions the guest had executed, if it was run with a count of them.
+    pub fn instructions(&self) -> Option<u64> {
+        let count = self.extra.first_chunk().copied().map(u64::from_be_bytes);
+        count.filter(|&count| count != u64::MAX)
+    }
+}
+
 /// Reads the table that a header names, and returns it with its length in bytes.
 ///
 /// # Errors
