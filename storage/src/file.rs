@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use nix::errno::Errno;
@@ -27,6 +27,16 @@ pub trait ImageFile: Debug + Send + Sync {
     /// # Errors
     /// If the host cannot write all of them; some may have been written then.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Writes `bytes` to `offset` and brings them to stable storage, with the size of the file if it grows.
+    /// Other writes may stay behind, so this is less work than a [`Self::sync`].
+    ///
+    /// # Errors
+    /// Those of [`Self::write_at`] and [`Self::sync`].
+    fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_at(bytes, offset)?;
+        self.sync()
+    }
 
     /// Makes the bytes of `range` read as zeroes and gives their storage back to the host. The file does
     /// not grow.
@@ -119,6 +129,38 @@ impl ImageFile for HostFile {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_all_at(bytes, offset)
+    }
+
+    fn write_durably(&self, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let vector = libc::iovec {
+                iov_base: bytes.as_ptr().cast_mut().cast(),
+                iov_len: bytes.len(),
+            };
+            let position = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            // SAFETY: the kernel reads the one vector, and through it only `bytes`, which outlive the call.
+            let count = unsafe {
+                libc::pwritev2(
+                    self.0.as_raw_fd(),
+                    &raw const vector,
+                    1,
+                    position,
+                    libc::RWF_DSYNC,
+                )
+            };
+            match usize::try_from(count) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    bytes = &bytes[count..];
+                    offset += count as u64;
+                }
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {

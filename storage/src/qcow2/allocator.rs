@@ -29,6 +29,8 @@ const MIN_RESERVE: u64 = 4 << 20;
 const MAX_RESERVE: u64 = 64 << 20;
 /// Minimum number of clusters of a reserve.
 const MIN_RESERVE_CLUSTERS: u64 = 8;
+/// Most refcount blocks that are written durably one by one, in place of a sync.
+const MAX_DURABLE_BLOCKS: u64 = 2;
 /// Maximum number of refcount blocks that are searched for free clusters at a time.
 const MAX_SEARCH: u32 = 64;
 /// Maximum number of places behind the end of the file that are tried. Only a damaged image has used clusters at
@@ -49,6 +51,9 @@ pub(super) struct Allocator {
     file_size: u64,
     /// Where the search for free clusters goes on.
     search: u64,
+    /// Whether stable storage has nothing behind the end of the file, as there was a sync since it was last cut
+    /// off.
+    is_end_stable: bool,
     reserve: Vec<Range<u64>>,
     reserve_clusters: u64,
     freed: Vec<Range<u64>>,
@@ -87,6 +92,7 @@ impl Allocator {
             cluster_bits,
             file_size,
             search: 0,
+            is_end_stable: false,
             reserve: Vec::new(),
             reserve_clusters: (MIN_RESERVE >> cluster_bits).max(MIN_RESERVE_CLUSTERS),
             freed: Vec::new(),
@@ -192,6 +198,7 @@ impl Allocator {
         self.refcounts.write_back()?;
         let size = end << self.cluster_bits;
         if size < self.file_size {
+            self.is_end_stable = false;
             self.file.set_size(size)?;
             self.file_size = size;
         }
@@ -325,6 +332,12 @@ impl Allocator {
     }
 
     fn write_reserve(&mut self, holes: &[Range<u64>], tail: Option<&Tail>) -> io::Result<()> {
+        if let (true, [], Some(tail)) = (self.is_end_stable, holes, tail)
+            && tail.blocks.is_empty()
+            && self.refcounts.blocks_of(&tail.clusters) <= MAX_DURABLE_BLOCKS
+        {
+            return self.write_tail_durably(&tail.clusters);
+        }
         for run in holes {
             self.refcounts.set(run.clone(), 1)?;
             self.clear(run)?;
@@ -336,6 +349,7 @@ impl Allocator {
         }
         self.refcounts.write_back()?;
         self.gate.sync()?;
+        self.is_end_stable = true;
         // A block is in the table before those that it counts.
         let (own, others) = tail.map_or((&[][..], &[][..]), |tail| tail.blocks.split_at(tail.own));
         for blocks in [own, others]
@@ -349,6 +363,18 @@ impl Allocator {
             self.gate.sync()?;
         }
         Ok(())
+    }
+
+    /// Makes clusters behind the end of the file a reserve, with no sync: that would also have to wait for all
+    /// that the guest has written.
+    fn write_tail_durably(&mut self, clusters: &Range<u64>) -> io::Result<()> {
+        self.refcounts.set(clusters.clone(), 1)?;
+        let size = clusters.end << self.cluster_bits;
+        if size > self.file_size {
+            self.file.write_durably(&[0], size - 1)?;
+            self.grown_to(clusters.end);
+        }
+        self.refcounts.write_back_durably()
     }
 
     /// Counts the clusters `all`, in new blocks and those that exist.
@@ -427,10 +453,14 @@ impl Allocator {
         let size = clusters << self.cluster_bits;
         if size > self.file_size {
             self.file.set_size(size)?;
-            self.file_size = size;
-            write(&self.metadata).file_clusters = clusters;
+            self.grown_to(clusters);
         }
         Ok(())
+    }
+
+    fn grown_to(&mut self, clusters: u64) {
+        self.file_size = clusters << self.cluster_bits;
+        write(&self.metadata).file_clusters = clusters;
     }
 
     /// Makes clusters read as zeroes.

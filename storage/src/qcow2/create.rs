@@ -124,6 +124,10 @@ impl ImageFile for Unsynced {
         self.0.write_at(bytes, offset)
     }
 
+    fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         self.0.punch_hole(range)
     }

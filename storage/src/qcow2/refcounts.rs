@@ -31,6 +31,9 @@ pub(super) struct Refcounts {
     blocks: Vec<Block>,
 }
 
+/// Writes bytes to an offset of a file.
+type WriteTo = fn(&dyn ImageFile, &[u8], u64) -> io::Result<()>;
+
 #[derive(Debug)]
 struct Block {
     index: u64,
@@ -63,6 +66,11 @@ impl Refcounts {
     /// Number of refcounts of a block.
     pub fn per_block(&self) -> u64 {
         1 << (self.cluster_bits + 3 - self.order)
+    }
+
+    /// Number of blocks that have the refcounts of `clusters`.
+    pub fn blocks_of(&self, clusters: &Range<u64>) -> u64 {
+        clusters.end.div_ceil(self.per_block()) - clusters.start / self.per_block()
     }
 
     /// The largest refcount.
@@ -263,8 +271,21 @@ impl Refcounts {
     /// # Errors
     /// If the host cannot write them. The cache is empty then, as it is not known what the file holds.
     pub fn write_back(&mut self) -> io::Result<()> {
+        self.write_back_by(|file, bytes, offset| file.write_at(bytes, offset))
+    }
+
+    /// Writes changed refcounts to stable storage. Those of which [`Self::block`] had no room for more were
+    /// written before, and may not be there.
+    ///
+    /// # Errors
+    /// Those of [`Self::write_back`].
+    pub fn write_back_durably(&mut self) -> io::Result<()> {
+        self.write_back_by(|file, bytes, offset| file.write_durably(bytes, offset))
+    }
+
+    fn write_back_by(&mut self, write: WriteTo) -> io::Result<()> {
         for position in 0..self.blocks.len() {
-            if let Err(error) = self.write_back_block(position) {
+            if let Err(error) = self.write_back_block(position, write) {
                 self.blocks.clear();
                 return Err(error);
             }
@@ -289,7 +310,7 @@ impl Refcounts {
             .collect()
     }
 
-    fn write_back_block(&mut self, position: usize) -> io::Result<()> {
+    fn write_back_block(&mut self, position: usize, write: WriteTo) -> io::Result<()> {
         let block = &self.blocks[position];
         if block.changed.is_empty() {
             return Ok(());
@@ -298,8 +319,8 @@ impl Refcounts {
         let offset = self.block_offset(index)?;
         let offset = offset.ok_or_else(|| io::Error::other("a refcount block has gone"))?;
         let block = &mut self.blocks[position];
-        self.file
-            .write_at(&block.bytes[changed.clone()], offset + changed.start as u64)?;
+        let bytes = &block.bytes[changed.clone()];
+        write(&*self.file, bytes, offset + changed.start as u64)?;
         block.changed = 0..0;
         Ok(())
     }
@@ -317,7 +338,7 @@ impl Refcounts {
                     return Ok(None);
                 };
                 if self.blocks.len() as u64 >= (CACHE_BYTES >> self.cluster_bits).max(MIN_BLOCKS) {
-                    self.write_back_block(0)?;
+                    self.write_back_block(0, |file, bytes, offset| file.write_at(bytes, offset))?;
                     self.blocks.remove(0);
                 }
                 let mut bytes = vec![0; 1 << self.cluster_bits];

@@ -155,10 +155,12 @@ impl Recorded {
     fn crash(stable: &[u8], rest: &[Change], numbers: &mut Numbers) -> Vec<u8> {
         let mut file = stable.to_vec();
         let style = numbers.below(4);
-        for change in rest {
+        for (index, change) in rest.iter().enumerate() {
+            let has_ended = index + 1 < rest.len();
             match change {
                 _ if style == 0 => change.apply(&mut file),
-                Change::Write { offset, bytes } => {
+                Change::DurableWrite { .. } if has_ended => change.apply(&mut file),
+                Change::Write { offset, bytes } | Change::DurableWrite { offset, bytes } => {
                     // A write is torn between sectors.
                     let mut position = 0;
                     while position < bytes.len() {

@@ -14,6 +14,11 @@ pub enum Change {
         offset: u64,
         bytes: Vec<u8>,
     },
+    /// A write that is on stable storage once it has ended.
+    DurableWrite {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
     Hole(Range<u64>),
     Size(u64),
     /// All changes before are on stable storage.
@@ -24,7 +29,7 @@ impl Change {
     /// Applies the change to the bytes of a file.
     pub fn apply(&self, file: &mut Vec<u8>) {
         match self {
-            Change::Write { offset, bytes } => {
+            Change::Write { offset, bytes } | Change::DurableWrite { offset, bytes } => {
                 let end = *offset as usize + bytes.len();
                 if file.len() < end {
                     file.resize(end, 0);
@@ -150,6 +155,16 @@ impl ImageFile for MemoryFile {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         self.change(Change::Write {
+            offset,
+            bytes: bytes.to_vec(),
+        })
+    }
+
+    fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if offset.saturating_add(bytes.len() as u64) > self.limit {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.change(Change::DurableWrite {
             offset,
             bytes: bytes.to_vec(),
         })
