@@ -116,7 +116,8 @@ pub trait Image: Debug + Send + Sync {
     /// Those of [`Self::write_at`].
     fn discard(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Brings everything written so far to stable storage.
+    /// Brings everything written so far to stable storage, including what was transferred by answers of
+    /// [`Self::map`]. To sync the files is not enough for that: where the bytes are may be known in memory only.
     ///
     /// # Errors
     /// If the host has failed to write something.

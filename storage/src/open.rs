@@ -9,7 +9,7 @@ use crate::disk::{Disk, FormattedDisk};
 use crate::file::HostFile;
 use crate::lock::LockMode;
 use crate::opener::{FileOpener, HostOpener};
-use crate::qcow2::{self, Layer, open_chain};
+use crate::qcow2::{self, Layer, Unsynced, open_chain};
 use crate::raw::{
     Access, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, RawBacking, format_of_name,
     open_file, open_locked,
@@ -65,9 +65,13 @@ fn open_qcow2(
             path: path.to_path_buf(),
         });
     }
+    let is_unsafe = options.cache == CacheMode::Unsafe;
+    let defaults = qcow2::Options::default();
     let image_options = qcow2::Options {
         read_only: options.read_only,
-        ..qcow2::Options::default()
+        // No flush would write what is pending, and the syncs that this saves do nothing.
+        max_pending: if is_unsafe { 0 } else { defaults.max_pending },
+        ..defaults
     };
     let mut files = Vec::new();
     let mut failure = None;
@@ -84,6 +88,9 @@ fn open_qcow2(
                 ..DiskOptions::default()
             };
             match open_layer(opener, layer, format, options, &mut files) {
+                Ok(Layer::Qcow2(file)) if is_unsafe => {
+                    return Ok(Layer::Qcow2(Arc::new(Unsynced(file))));
+                }
                 Ok(layer) => return Ok(layer),
                 Err(error) => failure = Some(error),
             }

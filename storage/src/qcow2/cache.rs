@@ -2,8 +2,8 @@
 //!
 //! Tables are cached in slices of at most 4 KiB. The words of a slot are atomics under a sequence lock: a reader
 //! that has met a writer notices it by the sequence number and takes the slow path, so it never waits. Writers hold
-//! the lock of [`Tables`](super::tables::Tables). The file is never older than the cache, so a slot can be reused
-//! at any time.
+//! the lock of [`Tables`](super::tables::Tables). What a slot has and the file has not is among the pending entries, so
+//! a slot can be reused at any time.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

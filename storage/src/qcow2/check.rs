@@ -73,7 +73,7 @@ impl Qcow2 {
         let options = Options {
             read_only: repair == Repair::Nothing,
             cache_bytes: 0,
-            backing: None,
+            ..Options::default()
         };
         let image = Qcow2::assemble(file, header, options)?;
         if !image.read_only {

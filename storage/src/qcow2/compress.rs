@@ -6,6 +6,7 @@ use super::Qcow2;
 use super::entry::{Compressed, L2Entry};
 use super::header::Compression;
 use super::locks::lock;
+use super::tables::NewEntry;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 /// Maximum number of bytes that are compressed at a time, if a cluster is not larger.
@@ -179,8 +180,9 @@ impl Qcow2 {
                     len,
                 },
             );
-            self.tables.store(cluster, &[entry])?;
-            self.free_old(&old);
+            let new = NewEntry::immediate(entry);
+            let replaced = self.tables.store(cluster, &old, &[new])?;
+            self.free_old(&replaced);
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use super::header::{
 };
 use super::locks::lock;
 use super::refcounts::write_first_blocks;
+use super::tables::NewEntry;
 use super::{Options, Qcow2};
 use crate::ImageFile;
 
@@ -111,7 +112,8 @@ impl CreateOptions {
     }
 }
 
-/// A file whose syncs do nothing, for an image that is synced as a whole when it is complete.
+/// A file whose syncs do nothing, for an image that is synced as a whole when it is complete, or need not survive a
+/// crash of the host.
 #[derive(Debug)]
 pub(crate) struct Unsynced(pub(crate) Arc<dyn ImageFile>);
 
@@ -241,11 +243,13 @@ impl Qcow2 {
             } else {
                 0
             };
-            let entries: Vec<L2Entry> = taken
+            let entries: Vec<NewEntry> = taken
                 .clone()
                 .map(|cluster| L2Entry::data(cluster << cluster_bits, bitmap))
+                .map(NewEntry::immediate)
                 .collect();
-            self.tables.store(next, &entries)?;
+            let old = vec![L2Entry::UNALLOCATED; entries.len()];
+            self.tables.store(next, &old, &entries)?;
             next += taken.end - taken.start;
         }
         Ok(())

@@ -11,11 +11,15 @@
 //! check frees them. `allocator.rs` says how this is kept cheap.
 //!
 //! Each sector that was written and not flushed holds its old bytes or its new ones after a crash. Therefore a new
-//! cluster that replaces anything but zeroes is synced before its L2 entry is written. The first write to a
-//! cluster of a backing file or snapshot costs a sync for this reason, which concurrent requests share.
+//! cluster that replaces anything but zeroes has to be on stable storage before the file has its L2 entry. The first
+//! write to a cluster of a backing file or snapshot does not sync for this reason: it leaves the entry *pending*, in
+//! memory only. A flush syncs the data, writes the pending entries and syncs them. If more than
+//! [`Options::max_pending`] clusters are pending, the request that exceeds this syncs the data of all of them and
+//! writes their entries.
 //!
-//! Metadata is written through: the file has all of it when a request ends. If only the process is killed, no
-//! acknowledged write is lost, flushed or not.
+//! All other metadata is written through: the file has it when a request ends. If only the process is killed,
+//! what was flushed is kept, and so are all acknowledged writes, except those to pending clusters. These hold the bytes
+//! of before their first write, as after a power failure of a disk with a volatile cache.
 //!
 //! Images with lazy refcounts are rebuilt if they are dirty, and otherwise written like all others: refcounts
 //! that are raised in advance are as cheap, and leave nothing to rebuild.
@@ -38,6 +42,7 @@ mod error;
 mod header;
 mod locks;
 mod overlap;
+mod pending;
 mod read;
 mod refcounts;
 mod resize;
@@ -73,6 +78,9 @@ use tables::{L1, Tables};
 /// Default size of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
 const CACHE_BYTES: u64 = 8 << 20;
 
+/// Default number of clusters whose entries may be pending.
+const MAX_PENDING: usize = 1024;
+
 /// How an image is opened.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -80,6 +88,10 @@ pub struct Options {
     pub read_only: bool,
     /// Maximum size of the cache of L2 tables in bytes.
     pub cache_bytes: u64,
+    /// Maximum number of clusters that have replaced old bytes and are not in the tables of the file before the next
+    /// flush. With 0, each request that replaces the bytes of a backing file or snapshot for the first time
+    /// syncs.
+    pub max_pending: usize,
     /// The opened backing file, if the image has one.
     pub backing: Option<Arc<dyn Image>>,
 }
@@ -89,6 +101,7 @@ impl Default for Options {
         Options {
             read_only: false,
             cache_bytes: CACHE_BYTES,
+            max_pending: MAX_PENDING,
             backing: None,
         }
     }
@@ -105,6 +118,7 @@ pub struct Qcow2 {
     read_only: bool,
     geometry: Geometry,
     compression: Compression,
+    max_pending: usize,
     size: AtomicU64,
     /// What the header in the file says.
     header: Mutex<Header>,
@@ -197,6 +211,7 @@ impl Qcow2 {
             read_only: options.read_only,
             geometry,
             compression: header.compression,
+            max_pending: options.max_pending,
             size: AtomicU64::new(header.size),
             header: Mutex::new(header),
             tables: Tables::new(Arc::clone(&file), geometry, l1, options.cache_bytes),

@@ -1,7 +1,9 @@
 //! The tables that map the disk: the active L1 table in memory, L2 tables in the file, with a cache.
 //!
-//! A changed entry is written to the file before anyone sees it in memory, so what was acknowledged is in the
-//! file even if the process is killed. The lock is held for such a write, never for a sync.
+//! Most changed entries are written to the file before anyone sees them in memory. *Pending* entries are only in
+//! memory, because they refer to data that is not known to be on stable storage. They are applied to each slice that
+//! is read into the cache, so a slot of the cache can still be reused at any time. [`Tables::store_pending`] writes
+//! them after a sync. The lock is held for writes to the file, never for a sync.
 
 use std::io;
 use std::ops::Range;
@@ -12,6 +14,7 @@ use super::cache::SliceCache;
 use super::entry::{BadEntry, Geometry, L1Entry, L2Entry, Mapping};
 use super::error::Error;
 use super::locks::{lock, read, try_read, write};
+use super::pending::{Pending, Waiting};
 use crate::ImageFile;
 
 /// What the first bytes of a range are.
@@ -51,9 +54,27 @@ pub(super) struct Tables {
     slice_bits: u32,
     l1: RwLock<L1>,
     cache: SliceCache,
-    /// Held while a slice is read into the cache and while an entry changes, because a slice that was read before a
-    /// change must not get into the cache after it.
-    lock: Mutex<()>,
+    /// The pending entries. The lock is also held while a slice is read into the cache and while an entry changes,
+    /// because a slice that was read before a change must not get into the cache after it.
+    pending: Mutex<Pending>,
+}
+
+/// A new L2 entry.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewEntry {
+    pub entry: L2Entry,
+    /// Whether it has to wait for a sync of the data that it refers to.
+    pub is_pending: bool,
+}
+
+impl NewEntry {
+    /// An entry that refers to no data that is not on stable storage.
+    pub fn immediate(entry: L2Entry) -> NewEntry {
+        NewEntry {
+            entry,
+            is_pending: false,
+        }
+    }
 }
 
 impl Tables {
@@ -65,7 +86,7 @@ impl Tables {
             slice_bits: (cache.words() / geometry.entry_words()).ilog2(),
             l1: RwLock::new(l1),
             cache,
-            lock: Mutex::new(()),
+            pending: Mutex::default(),
         }
     }
 
@@ -101,12 +122,12 @@ impl Tables {
             return Ok(run);
         }
         let (slice, index, within) = self.place(offset);
-        let guard = lock(&self.lock);
-        let Some(words) = self.load(slice, inspect)? else {
+        let pending = lock(&self.pending);
+        let Some(words) = self.load(&pending, slice, inspect)? else {
             let end = (slice + 1) << (self.slice_bits + self.geometry.cluster_bits);
             return Ok(Ok((Mapping::Unallocated, len.min(end - offset))));
         };
-        drop(guard);
+        drop(pending);
         let word = |index: usize| words.get(index).copied().unwrap_or(0);
         Ok(run(self.geometry, word, words.len(), index, within, len))
     }
@@ -145,40 +166,153 @@ impl Tables {
         if let Some(entries) = cached {
             return Ok(entries);
         }
-        let _guard = lock(&self.lock);
-        let words = self.load(slice, inspect)?.unwrap_or_default();
+        let pending = lock(&self.pending);
+        let words = self.load(&pending, slice, inspect)?.unwrap_or_default();
         Ok(take(&|index| words.get(index).copied().unwrap_or(0)))
     }
 
-    /// Writes the entries of clusters from `cluster` on, which are in one slice and have an L2 table that can be
-    /// written in place.
+    /// Replaces the entries `old` of clusters from `cluster` on, which are in one slice and have an L2 table that can
+    /// be written in place. Returns former entries that nothing refers to any more; their clusters can be freed.
     ///
     /// # Errors
-    /// If the host cannot write them. The file may have the old entries or the new ones.
-    pub fn store(&self, cluster: u64, entries: &[L2Entry]) -> io::Result<()> {
+    /// If the host cannot write them. The file may have the old entries or the new ones, and no entry has become
+    /// pending.
+    pub fn store(
+        &self,
+        cluster: u64,
+        old: &[L2Entry],
+        new: &[NewEntry],
+    ) -> io::Result<Vec<L2Entry>> {
         let (slice, index, _) = self.place(cluster << self.geometry.cluster_bits);
-        let l2_index = cluster & (self.geometry.l2_entries() - 1);
-        let entry_bytes = self.geometry.entry_words() * 8;
-        let mut words = Vec::with_capacity(entries.len() * 2);
+        let mut pending = lock(&self.pending);
+        let is_written =
+            |index: &usize| !new[*index].is_pending && new[*index].entry != old[*index];
+        if let Some(first) = (0..new.len()).find(is_written) {
+            let last = (first..new.len()).rfind(is_written).unwrap_or(first);
+            let stored: Vec<L2Entry> = (first..=last)
+                .map(|index| {
+                    if is_written(&index) {
+                        new[index].entry
+                    } else {
+                        pending.stored(cluster + index as u64).unwrap_or(old[index])
+                    }
+                })
+                .collect();
+            let result = self.write_entries(cluster + first as u64, &self.words(stored));
+            if result.is_err() {
+                self.cache.remove(slice);
+                return result.map(|()| Vec::new());
+            }
+        }
+        let first_word = index * self.geometry.entry_words() as usize;
+        let words = self.words(new.iter().map(|new| new.entry));
+        self.cache.update(slice, first_word, &words);
+        let mut replaced = Vec::new();
+        for (cluster, (&old, new)) in (cluster..).zip(old.iter().zip(new)) {
+            let is_unused =
+                old.host_clusters(self.geometry) != new.entry.host_clusters(self.geometry);
+            let unused = is_unused.then_some(old);
+            if new.is_pending {
+                pending.defer(cluster, old, new.entry, unused);
+            } else if new.entry != old {
+                replaced.extend(unused);
+                replaced.extend(pending.cancel(cluster));
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// Number of pending entries.
+    pub fn pending_len(&self) -> usize {
+        lock(&self.pending).len()
+    }
+
+    /// Returns the pending entries. After a sync, the caller passes them to [`Self::store_pending`].
+    pub fn pending(&self) -> Vec<Waiting> {
+        lock(&self.pending).waiting()
+    }
+
+    /// Writes entries that were pending before the last sync. Those that have been replaced meanwhile are left out.
+    /// Adds former entries that nothing refers to any more to `replaced`.
+    ///
+    /// # Errors
+    /// If the host cannot read or write the tables. Some of the entries are pending as before.
+    pub fn store_pending(
+        &self,
+        waiting: &[Waiting],
+        replaced: &mut Vec<L2Entry>,
+    ) -> io::Result<()> {
+        for waiting in
+            waiting.chunk_by(|a, b| a.cluster >> self.slice_bits == b.cluster >> self.slice_bits)
+        {
+            let mut pending = lock(&self.pending);
+            let waiting = waiting.iter().filter(|waiting| pending.is_due(waiting));
+            let waiting: Vec<&Waiting> = waiting.collect();
+            let (Some(first), Some(last)) = (waiting.first(), waiting.last()) else {
+                continue;
+            };
+            let mut entries = self.stored_entries(&pending, first.cluster..last.cluster + 1)?;
+            for waiting in &waiting {
+                entries[(waiting.cluster - first.cluster) as usize] = waiting.entry;
+            }
+            self.write_entries(first.cluster, &self.words(entries))?;
+            for waiting in waiting {
+                replaced.extend(pending.settle(waiting));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the entries that the file has for clusters of one slice.
+    fn stored_entries(&self, pending: &Pending, clusters: Range<u64>) -> io::Result<Vec<L2Entry>> {
+        let (slice, index, _) = self.place(clusters.start << self.geometry.cluster_bits);
+        let cached = self.cache.read(slice, |words| {
+            words
+                .iter()
+                .map(|word| word.load(Ordering::Relaxed))
+                .collect()
+        });
+        let words: Vec<u64> = match cached {
+            Some(words) => words,
+            // Each of these entries has been inspected when it was replaced.
+            None => self.load(pending, slice, |_| ())?.unwrap_or_default(),
+        };
+        let words = words.chunks_exact(self.geometry.entry_words() as usize);
+        let entries: Vec<L2Entry> = clusters
+            .clone()
+            .zip(words.skip(index))
+            .map(|(cluster, words)| {
+                pending.stored(cluster).unwrap_or(L2Entry {
+                    word: words[0],
+                    bitmap: words.get(1).copied().unwrap_or(0),
+                })
+            })
+            .collect();
+        if entries.len() as u64 != clusters.end - clusters.start {
+            return Err(io::Error::other("there is no L2 table to write to"));
+        }
+        Ok(entries)
+    }
+
+    /// Writes words of the L2 table from the entry of `cluster` on. The caller holds the lock.
+    fn write_entries(&self, cluster: u64, words: &[u64]) -> io::Result<()> {
+        let index = cluster & (self.geometry.l2_entries() - 1);
+        let table = self.l1_entry(cluster >> self.geometry.l2_bits()).table();
+        let table = table.ok_or_else(|| io::Error::other("there is no L2 table to write to"))?;
+        let offset = table + index * self.geometry.entry_words() * 8;
+        self.file.write_at(&to_bytes(words), offset)
+    }
+
+    /// Returns the words of entries.
+    fn words(&self, entries: impl IntoIterator<Item = L2Entry>) -> Vec<u64> {
+        let mut words = Vec::new();
         for entry in entries {
             words.push(entry.word);
             if self.geometry.extended {
                 words.push(entry.bitmap);
             }
         }
-        let _guard = lock(&self.lock);
-        let table = self.l1_entry(cluster >> self.geometry.l2_bits()).table();
-        let table = table.ok_or_else(|| io::Error::other("there is no L2 table to write to"))?;
-        let result = self
-            .file
-            .write_at(&to_bytes(&words), table + l2_index * entry_bytes);
-        if result.is_ok() {
-            let first = index * self.geometry.entry_words() as usize;
-            self.cache.update(slice, first, &words);
-        } else {
-            self.cache.remove(slice);
-        }
-        result
+        words
     }
 
     /// Returns an entry of the L1 table.
@@ -197,7 +331,7 @@ impl Tables {
     /// # Errors
     /// If the host cannot write it. The file may have the old entry or the new one.
     pub fn set_l1_entry(&self, index: u64, entry: L1Entry) -> io::Result<()> {
-        let _guard = lock(&self.lock);
+        let _pending = lock(&self.pending);
         let l1 = read(&self.l1);
         self.file
             .write_at(&entry.0.to_be_bytes(), l1.offset + index * 8)?;
@@ -209,7 +343,7 @@ impl Tables {
 
     /// Goes on with another L1 table, and forgets all slices.
     pub fn replace_l1(&self, l1: L1) {
-        let _guard = lock(&self.lock);
+        let _pending = lock(&self.pending);
         *write(&self.l1) = l1;
         self.cache.clear();
     }
@@ -238,8 +372,13 @@ impl Tables {
         (next > offset).then_some((Mapping::Unallocated, len.min(next - offset)))
     }
 
-    /// Reads a slice into the cache. `None` if there is no L2 table. The caller holds the lock.
-    fn load(&self, slice: u64, mut inspect: impl FnMut(L2Entry)) -> io::Result<Option<Vec<u64>>> {
+    /// Reads a slice into the cache, with the pending entries. `None` if there is no L2 table.
+    fn load(
+        &self,
+        pending: &Pending,
+        slice: u64,
+        mut inspect: impl FnMut(L2Entry),
+    ) -> io::Result<Option<Vec<u64>>> {
         let slices = self.geometry.l2_entries() / self.slice_clusters();
         let Some(table) = self.l1_entry(slice / slices).table() else {
             return Ok(None);
@@ -248,7 +387,15 @@ impl Tables {
             return Err(Error::Damaged(format!("an L2 table is at {table:#x}")).into());
         }
         let words = self.cache.words();
-        let words = read_words(&*self.file, table + slice % slices * words * 8, words)?;
+        let mut words = read_words(&*self.file, table + slice % slices * words * 8, words)?;
+        let first = slice << self.slice_bits;
+        for (cluster, entry) in pending.range(first..first + self.slice_clusters()) {
+            let index = (cluster - first) * self.geometry.entry_words();
+            let place = words.iter_mut().skip(index as usize);
+            for (place, word) in place.zip(self.words([entry])) {
+                *place = word;
+            }
+        }
         for entry in words.chunks_exact(self.geometry.entry_words() as usize) {
             inspect(L2Entry {
                 word: entry[0],

@@ -9,6 +9,7 @@ use super::entry::{L1Entry, L2Entry, Mapping};
 use super::error::Error;
 use super::locks::{lock, read, write};
 use super::overlap::Kind;
+use super::tables::NewEntry;
 use crate::ImageFile;
 
 /// Maximum number of bytes that are mapped at a time, if a cluster is not larger.
@@ -16,13 +17,11 @@ const PIECE: u64 = 1 << 20;
 
 /// How a cluster is written.
 struct Plan {
-    /// The L2 entry afterwards.
-    entry: L2Entry,
+    /// The L2 entry afterwards. It is pending if the file must not have it before the new bytes are on stable storage:
+    /// otherwise a crash could lose old bytes, or show bytes that were deleted before.
+    entry: NewEntry,
     /// Ranges of the guest whose old bytes are copied to the new place.
     copies: Vec<Range<u64>>,
-    /// Whether the new bytes have to be on stable storage before the entry. Otherwise a crash could lose old
-    /// bytes, or show bytes that were deleted before.
-    needs_sync: bool,
 }
 
 impl Qcow2 {
@@ -31,7 +30,10 @@ impl Qcow2 {
         while !bytes.is_empty() {
             let mut written = self.write_in_place(bytes, offset)?;
             if written == 0 {
+                // If an earlier call could not settle them, no more entries become pending.
+                self.settle_if_many()?;
                 written = self.write_new(bytes, offset)?;
+                self.settle_if_many()?;
                 self.release_if_many()?;
             }
             bytes = &bytes[written..];
@@ -111,8 +113,8 @@ impl Qcow2 {
                 }
             };
             // If this fails, the file may refer to the new clusters or the old ones, so none is freed.
-            self.tables.store(first, &entries)?;
-            self.free_old(old);
+            let replaced = self.tables.store(first, old, &entries)?;
+            self.free_old(&replaced);
             return Ok(bytes.len());
         }
         if matches!(
@@ -127,15 +129,10 @@ impl Qcow2 {
         let end = end.min((first + 1) << geometry.cluster_bits);
         let bytes = &bytes[..(end - offset) as usize];
         self.ensure_table(first)?;
-        let entries = self.fill(
-            std::slice::from_ref(entry),
-            first,
-            host,
-            false,
-            bytes,
-            offset,
-        )?;
-        self.tables.store(first, &entries)?;
+        let old = std::slice::from_ref(entry);
+        let entries = self.fill(old, first, host, false, bytes, offset)?;
+        let replaced = self.tables.store(first, old, &entries)?;
+        self.free_old(&replaced);
         Ok(bytes.len())
     }
 
@@ -150,12 +147,11 @@ impl Qcow2 {
         is_fresh: bool,
         bytes: &[u8],
         offset: u64,
-    ) -> io::Result<Vec<L2Entry>> {
+    ) -> io::Result<Vec<NewEntry>> {
         let geometry = self.geometry;
         let start = first << geometry.cluster_bits;
         let end = offset + bytes.len() as u64;
         let mut entries = Vec::with_capacity(old.len());
-        let mut needs_sync = false;
         for (entry, number) in old.iter().zip(0..) {
             let guest = start + (number << geometry.cluster_bits);
             let place = host + (number << geometry.cluster_bits);
@@ -166,13 +162,9 @@ impl Qcow2 {
                 self.read_unlocked(&mut copy, range.start)?;
                 self.write_host(&copy, host + (range.start - start))?;
             }
-            needs_sync |= plan.needs_sync;
             entries.push(plan.entry);
         }
         self.write_host(bytes, host + (offset - start))?;
-        if needs_sync {
-            self.gate.sync()?;
-        }
         Ok(entries)
     }
 
@@ -187,7 +179,8 @@ impl Qcow2 {
     ) -> io::Result<Plan> {
         let unit_size = self.geometry.unit_size();
         let mut copies: Vec<Range<u64>> = Vec::new();
-        let mut needs_sync = false;
+        // The old entry of a cluster that is filled in place may be pending itself.
+        let mut is_pending = !is_fresh;
         let mut allocated = 0u64;
         for number in 0..self.geometry.cluster_size() / unit_size {
             let unit = guest + number * unit_size..guest + (number + 1) * unit_size;
@@ -217,7 +210,7 @@ impl Qcow2 {
             allocated |= 1 << number;
             // A place that is not fresh may hold bytes that were there before it was marked as zeroes.
             if has_old_bytes || !is_fresh {
-                needs_sync = true;
+                is_pending = true;
                 let around = [
                     unit.start..unit.end.min(covered.start.max(unit.start)),
                     unit.start.max(covered.end.min(unit.end))..unit.end,
@@ -243,9 +236,11 @@ impl Qcow2 {
             0
         };
         Ok(Plan {
-            entry: L2Entry::data(host, bitmap),
+            entry: NewEntry {
+                entry: L2Entry::data(host, bitmap),
+                is_pending,
+            },
             copies,
-            needs_sync,
         })
     }
 
@@ -296,8 +291,34 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes the pending L2 entries, after a sync of the data that they refer to. They are not on stable storage
+    /// themselves then.
+    fn settle(&self) -> io::Result<()> {
+        let waiting = self.tables.pending();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        self.check_writable()?;
+        self.gate.sync()?;
+        let mut replaced = Vec::new();
+        let result = self.tables.store_pending(&waiting, &mut replaced);
+        self.free_old(&replaced);
+        result
+    }
+
+    /// Settles if more entries are pending than may wait for the next flush.
+    fn settle_if_many(&self) -> io::Result<()> {
+        if self.tables.pending_len() > self.max_pending {
+            self.settle()
+        } else {
+            Ok(())
+        }
+    }
+
     /// Brings everything to stable storage, then lowers the refcounts of what was freed before.
     pub(super) fn sync_and_release(&self) -> io::Result<()> {
+        // This is an error if the image is damaged and has pending entries, which it takes no more.
+        self.settle()?;
         if self.is_damaged.load(Ordering::Relaxed) {
             return self.gate.sync();
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::Qcow2;
 use super::entry::{L2Entry, Mapping};
+use super::tables::NewEntry;
 
 impl Qcow2 {
     /// [`Image::write_zeroes`](crate::Image::write_zeroes) for a range that has been checked.
@@ -106,24 +107,16 @@ impl Qcow2 {
             .tables
             .entries(clusters.clone(), |entry| self.inspect(entry))?;
         self.check_writable()?;
-        let new: Vec<L2Entry> = old.iter().map(|entry| change(*entry)).collect();
-        let is_changed = |&index: &usize| old[index] != new[index];
-        let Some(first) = (0..old.len()).find(is_changed) else {
-            return Ok(());
-        };
-        let last = (first..old.len()).rev().find(is_changed).unwrap_or(first);
-        self.ensure_table(clusters.start)?;
-        self.tables
-            .store(clusters.start + first as u64, &new[first..=last])?;
-        let freed: Vec<L2Entry> = old
+        let new: Vec<NewEntry> = old
             .iter()
-            .zip(&new)
-            .filter(|(old, new)| {
-                old.host_clusters(self.geometry) != new.host_clusters(self.geometry)
-            })
-            .map(|(old, _)| *old)
+            .map(|entry| NewEntry::immediate(change(*entry)))
             .collect();
-        self.free_old(&freed);
+        if old.iter().zip(&new).all(|(old, new)| *old == new.entry) {
+            return Ok(());
+        }
+        self.ensure_table(clusters.start)?;
+        let replaced = self.tables.store(clusters.start, &old, &new)?;
+        self.free_old(&replaced);
         Ok(())
     }
 

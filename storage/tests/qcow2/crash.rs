@@ -1,6 +1,5 @@
 //! Crashes of the host, and failures of its calls, at all moments.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use bantam_storage::Image;
@@ -20,6 +19,7 @@ struct Recorded {
     file: Arc<MemoryFile>,
     image: Option<Qcow2>,
     backing: Option<Arc<dyn Image>>,
+    max_pending: usize,
     /// What each sector may hold on stable storage, with the number of changes since when.
     sectors: Vec<Vec<(usize, Vec<u8>)>>,
     /// Numbers of changes after which a flush has ended, and what each sector may hold from then on.
@@ -27,7 +27,11 @@ struct Recorded {
 }
 
 impl Recorded {
-    fn new(options: &CreateOptions, backing: Option<Arc<dyn Image>>) -> Recorded {
+    fn new(
+        options: &CreateOptions,
+        backing: Option<Arc<dyn Image>>,
+        max_pending: usize,
+    ) -> Recorded {
         let file = Arc::new(MemoryFile::new(Vec::new()));
         Qcow2::create(Arc::clone(&file) as _, options).unwrap();
         // Recording begins with a whole image.
@@ -36,6 +40,7 @@ impl Recorded {
             file,
             image: None,
             backing,
+            max_pending,
             sectors: Vec::new(),
             flushes: Vec::new(),
         };
@@ -51,6 +56,8 @@ impl Recorded {
     fn open(&mut self) {
         let options = Options {
             backing: self.backing.clone(),
+            cache_bytes: 0,
+            max_pending: self.max_pending,
             ..Options::default()
         };
         self.image = Some(Qcow2::open(Arc::clone(&self.file) as _, options).unwrap());
@@ -195,8 +202,20 @@ fn check_by_qemu(folder: &Folder, file: &[u8]) {
 }
 
 fn survive(options: &CreateOptions, backing: Option<Arc<dyn Image>>, seed: u64, snapshots: bool) {
+    for max_pending in [2, 1024] {
+        survive_with(options, backing.clone(), max_pending, seed, snapshots);
+    }
+}
+
+fn survive_with(
+    options: &CreateOptions,
+    backing: Option<Arc<dyn Image>>,
+    max_pending: usize,
+    seed: u64,
+    snapshots: bool,
+) {
     let folder = Folder::new();
-    let mut recorded = Recorded::new(options, backing.clone());
+    let mut recorded = Recorded::new(options, backing.clone(), max_pending);
     let start = recorded.file.bytes();
     let mut numbers = Numbers::new(seed);
     recorded.run(&mut numbers, snapshots);
@@ -218,7 +237,7 @@ fn survive(options: &CreateOptions, backing: Option<Arc<dyn Image>>, seed: u64, 
         for turn in 0..2 {
             let file = Recorded::crash(&stable, &changes[synced..count], &mut numbers);
             let what = format!(
-                "{options:?}, seed {seed}, {count} of {} changes",
+                "{options:?}, {max_pending} pending, seed {seed}, {count} of {} changes",
                 changes.len()
             );
             let crashed = Arc::new(MemoryFile::new(file.clone()));
@@ -336,16 +355,43 @@ fn a_crash_spares_snapshots() {
     }
 }
 
-/// Does a fixed list of things, and returns which bytes are not known, if a write to them has failed and no
+/// What the sectors of a disk hold, each of one byte, and what they may hold in the file.
+struct Model {
+    now: Vec<u8>,
+    /// What each sector has held since the last flush.
+    unflushed: Vec<Vec<u8>>,
+}
+
+impl Model {
+    fn new(image: &Qcow2) -> Model {
+        let bytes = read_all(image);
+        let now: Vec<u8> = bytes.chunks(SECTOR).map(|sector| sector[0]).collect();
+        let unflushed = now.iter().map(|&byte| vec![byte]).collect();
+        Model { now, unflushed }
+    }
+
+    fn set(&mut self, sector: usize, byte: u8) {
+        self.now[sector] = byte;
+        self.unflushed[sector].push(byte);
+    }
+
+    fn flush(&mut self) {
+        for (allowed, &now) in self.unflushed.iter_mut().zip(&self.now) {
+            *allowed = vec![now];
+        }
+    }
+}
+
+/// Does a fixed list of things, until it is not known what the disk holds because a write has failed and no
 /// read has succeeded since.
-fn do_things(image: &Qcow2, model: &mut [u8]) -> Option<Range<usize>> {
+fn do_things(image: &Qcow2, model: &mut Model) {
     let mut numbers = Numbers::new(9);
     for _ in 0..25 {
         let sectors = SIZE / 512;
         let first = numbers.below(sectors);
         let count = (numbers.below(60) + 1).min(sectors - first);
         let (offset, len) = (first * 512, count * 512);
-        let part = &mut model[offset as usize..(offset + len) as usize];
+        let sectors = first as usize..(first + count) as usize;
         let kind = numbers.below(10);
         let byte = numbers.below(255) as u8 + 1;
         let result = match kind {
@@ -357,62 +403,103 @@ fn do_things(image: &Qcow2, model: &mut [u8]) -> Option<Range<usize>> {
                 .map_err(std::io::Error::from),
             _ => image.flush(),
         };
+        let new = if kind < 6 { byte } else { 0 };
         match (kind, result) {
-            (0..6, Ok(())) => part.fill(byte),
-            (6 | 7, Ok(())) => part.fill(0),
+            (0..8, Ok(())) => sectors.for_each(|sector| model.set(sector, new)),
             // A write that has failed leaves old bytes or new ones.
             (0..8, Err(_)) => {
-                let mut bytes = vec![0; part.len()];
+                let mut bytes = vec![0; len as usize];
                 let mut reads = (0..4).map(|_| image.read_at(&mut bytes, offset));
                 if !reads.any(|read| read.is_ok()) {
-                    return Some(offset as usize..(offset + len) as usize);
+                    for sector in sectors {
+                        model.unflushed[sector].push(new);
+                    }
+                    return;
                 }
-                let new = if kind < 6 { byte } else { 0 };
-                assert!(
-                    bytes
-                        .iter()
-                        .zip(&*part)
-                        .all(|(&now, &old)| now == old || now == new)
-                );
-                part.copy_from_slice(&bytes);
+                for (sector, bytes) in sectors.zip(bytes.chunks(SECTOR)) {
+                    let now = bytes[0];
+                    assert!(bytes.iter().all(|&byte| byte == now));
+                    assert!(now == model.now[sector] || now == new);
+                    model.unflushed[sector].push(new);
+                    model.set(sector, now);
+                }
             }
-            (_, Ok(()) | Err(_)) => {}
+            (8.., Ok(())) => model.flush(),
+            (8.., Err(_)) => {}
         }
     }
-    None
+    if image.flush().is_ok() {
+        model.flush();
+    }
 }
 
 #[test]
 fn failures_of_the_host_leak_clusters_at_most() {
     for options in variants() {
-        let pristine = Arc::new(MemoryFile::new(Vec::new()));
-        Qcow2::create(Arc::clone(&pristine) as _, &options).unwrap();
-        for failures in [1, 3, u64::MAX] {
-            for call in 0.. {
-                let what = format!("{options:?}, {failures} failures from call {call}");
-                let file = Arc::new(MemoryFile::new(pristine.bytes()));
-                let image = Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
-                let mut model = vec![0; SIZE as usize];
-                file.fail_after(call, failures);
-                let unknown = do_things(&image, &mut model);
-                drop(image);
-                let is_over = !file.heal();
-                let is_dirty = Header::read(&*file).unwrap().is_dirty();
-                let report = Qcow2::check(Arc::clone(&file) as _, Repair::Nothing).unwrap();
-                if !is_dirty && options.version == 3 {
-                    assert_eq!(report.corruptions, 0, "{what}: {report:?}");
-                }
-                let image = Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
-                let bytes = read_all(&image);
-                if let Some(unknown) = unknown {
-                    model[unknown.clone()].copy_from_slice(&bytes[unknown]);
-                }
-                assert!(bytes == model, "{what}");
-                drop(image);
-                if is_over {
-                    assert!(call > 20);
-                    break;
-                }
+        for max_pending in [2, 1024] {
+            survive_failures(&options, None, max_pending);
+        }
+    }
+}
+
+#[test]
+fn failures_of_the_host_spare_the_backing_file() {
+    let bytes = (0..100 << 10)
+        .map(|index| (index / 512 % 120 + 130) as u8)
+        .collect();
+    let backing: Arc<dyn Image> = Arc::new(Bytes(bytes));
+    let name = BackingName {
+        name: "base".to_owned(),
+        format: Some("raw".to_owned()),
+    };
+    for options in variants() {
+        let options = CreateOptions {
+            backing: Some(name.clone()),
+            ..options
+        };
+        survive_failures(&options, Some(Arc::clone(&backing)), 3);
+    }
+}
+
+fn survive_failures(options: &CreateOptions, backing: Option<Arc<dyn Image>>, max_pending: usize) {
+    let pristine = Arc::new(MemoryFile::new(Vec::new()));
+    Qcow2::create(Arc::clone(&pristine) as _, options).unwrap();
+    let open = |file: &Arc<MemoryFile>| {
+        let options = Options {
+            backing: backing.clone(),
+            max_pending,
+            ..Options::default()
+        };
+        Qcow2::open(Arc::clone(file) as _, options).unwrap()
+    };
+    for failures in [1, 3, u64::MAX] {
+        for call in 0.. {
+            let what =
+                format!("{options:?}, {max_pending} pending, {failures} failures from call {call}");
+            let file = Arc::new(MemoryFile::new(pristine.bytes()));
+            let image = open(&file);
+            let mut model = Model::new(&image);
+            file.fail_after(call, failures);
+            do_things(&image, &mut model);
+            drop(image);
+            let is_over = !file.heal();
+            let is_dirty = Header::read(&*file).unwrap().is_dirty();
+            let report = Qcow2::check(Arc::clone(&file) as _, Repair::Nothing).unwrap();
+            if !is_dirty && options.version == 3 {
+                assert_eq!(report.corruptions, 0, "{what}: {report:?}");
+            }
+            let bytes = read_all(&open(&file));
+            for (index, (sector, allowed)) in bytes.chunks(SECTOR).zip(&model.unflushed).enumerate()
+            {
+                assert!(
+                    sector.iter().all(|&byte| byte == sector[0]) && allowed.contains(&sector[0]),
+                    "{what}: sector {index} is {:?}, not {allowed:?}",
+                    &sector[..2],
+                );
+            }
+            if is_over {
+                assert!(call > 20);
+                break;
             }
         }
     }

@@ -8,6 +8,7 @@ mod support;
 mod change;
 mod crash;
 mod fuzz;
+mod pending;
 mod property;
 mod read;
 mod threads;

@@ -17,6 +17,7 @@ struct Format {
     version_2: bool,
     extended: bool,
     backing: Option<u64>,
+    max_pending: usize,
 }
 
 impl Format {
@@ -36,13 +37,16 @@ impl Format {
 
 fn format() -> impl Strategy<Value = Format> {
     let backing = proptest::option::of(1..SIZE / 512 * 2);
-    (9u32..=17, 0u32..=6, any::<bool>(), any::<bool>(), backing).prop_map(
-        |(cluster_bits, order, version_2, extended, backing)| Format {
+    let max_pending = prop_oneof![0..4usize, Just(1024)];
+    let flags = (any::<bool>(), any::<bool>());
+    (9u32..=17, 0u32..=6, flags, backing, max_pending).prop_map(
+        |(cluster_bits, order, (version_2, extended), backing, max_pending)| Format {
             cluster_bits,
             refcount_bits: 1 << order,
             version_2,
             extended: extended && cluster_bits >= 14 && !version_2,
             backing: backing.map(|sectors| sectors * 512),
+            max_pending,
         },
     )
 }
@@ -133,6 +137,7 @@ fn operation() -> impl Strategy<Value = Operation> {
 struct Subject {
     folder: Folder,
     has_backing: bool,
+    max_pending: usize,
     image: Option<Qcow2>,
     file: Arc<dyn ImageFile>,
     model: Vec<u8>,
@@ -163,6 +168,7 @@ impl Subject {
         let mut subject = Subject {
             folder,
             has_backing,
+            max_pending: format.max_pending,
             image: None,
             file,
             model,
@@ -179,6 +185,7 @@ impl Subject {
         // A small cache, so that slices come and go.
         let options = Options {
             cache_bytes: 0,
+            max_pending: self.max_pending,
             backing,
             ..Options::default()
         };

@@ -12,11 +12,13 @@ const THREADS: u64 = 4;
 
 #[test]
 fn threads_share_clusters_and_tables() {
-    for (cluster_size, extended_l2, has_backing) in [
-        (65536, false, false),
-        (512, false, true),
-        (16384, true, true),
-        (4096, false, true),
+    for (cluster_size, extended_l2, has_backing, max_pending) in [
+        (65536, false, false, 1024),
+        (512, false, true, 1024),
+        (512, false, true, 2),
+        (16384, true, true, 1024),
+        (16384, true, true, 2),
+        (4096, false, true, 4),
     ] {
         let folder = Folder::new();
         std::fs::write(folder.path("base"), vec![0xee; SIZE as usize]).unwrap();
@@ -38,6 +40,7 @@ fn threads_share_clusters_and_tables() {
         let open = Options {
             backing,
             cache_bytes: 0,
+            max_pending,
             ..Options::default()
         };
         let image = Qcow2::open(Arc::clone(&file), open).unwrap();
