@@ -21,13 +21,16 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::args::ApiArgs;
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::log;
-use crate::main_loop::{Awaited, EndedBy, attend, await_start};
+use crate::main_loop::{Awaited, EndedBy, attend, await_end, await_start};
 use crate::process_times::ProcessTimes;
 use crate::signals::Signals;
 use crate::stopping;
 
 /// How long the thread of the API may take to end: longer than the time that it gives its clients.
 const API_END_TIME: Duration = Duration::from_secs(2);
+
+/// How long the end may wait for an API that is only being prepared.
+const API_START_TIME: Duration = Duration::from_millis(500);
 
 /// Serves the API until the machine has ended or the user wants the program to end.
 pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
@@ -67,6 +70,62 @@ fn serve_instance(
     let started = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .context("cannot create an event")?;
     let started = Arc::new(started);
+    let (serving, served) = mpsc::channel();
+    let (ready, prepared) = mpsc::channel();
+    thread::Builder::new()
+        .name("bantam-api".into())
+        .spawn({
+            let (args, controller) = (args.clone(), controller.clone());
+            let started = started.clone();
+            move || {
+                // Here, so that a signal ends the process even if the host does not answer.
+                let result = prepare(&args, program_log, &controller, &started);
+                let result = result.and_then(|server| {
+                    // It fails if the process ends without waiting for this.
+                    let _ = ready.send(server.ending());
+                    Ok(server.run()?)
+                });
+                // No client could reach the machine any more.
+                controller.stop();
+                // It fails if the process ends without waiting for this.
+                let _ = serving.send(result);
+            }
+        })
+        .context("cannot start the thread of the API")?;
+    let timeout = args.shutdown_timeout.get();
+    let ended = attend_instance(&controller, signals, console, &started, timeout);
+    if !matches!(ended, Ok(EndedBy::Guest)) {
+        controller.stop();
+    }
+    // The machine ends meanwhile.
+    let _ = controller.wait_within(Duration::ZERO);
+    if let Ok(ending) = prepared.recv_timeout(stopping::time_left(API_START_TIME)) {
+        ending.notify_one();
+    }
+    let served = served.recv_timeout(stopping::time_left(API_END_TIME));
+    let reason = await_end(&controller, signals, Some(console))?;
+    match served {
+        Ok(served) => served?,
+        // The process ends now in any case.
+        Err(RecvTimeoutError::Timeout) => tracing::warn!("the API has not ended in time"),
+        Err(RecvTimeoutError::Disconnected) => {
+            bail!("the API has failed: this is a bug, please report it with the log")
+        }
+    }
+    if let Some(reason) = reason {
+        tracing::info!("the machine has ended: {reason:?}: {reason}");
+    }
+    ended
+}
+
+/// Makes the instance that the options describe, starts its machine if they have one, and returns a server
+/// of its API.
+fn prepare(
+    args: &ApiArgs,
+    program_log: log::AdjustableLog,
+    controller: &Controller,
+    started: &Arc<EventFd>,
+) -> anyhow::Result<Server> {
     let mut instance = new_instance(
         controller.clone(),
         InstanceOptions {
@@ -121,40 +180,7 @@ fn serve_instance(
         body_size: args.http_api_max_payload_size,
         ..ServerLimits::default()
     };
-    let server = Server::new(instance, listener, limits);
-    let ending = server.ending();
-    let (serving, served) = mpsc::channel();
-    thread::Builder::new()
-        .name("bantam-api".into())
-        .spawn({
-            let controller = controller.clone();
-            move || {
-                let result = server.run();
-                // No client could reach the machine any more.
-                controller.stop();
-                // It fails if the process ends without waiting for this.
-                let _ = serving.send(result);
-            }
-        })
-        .context("cannot start the thread of the API")?;
-    let timeout = args.shutdown_timeout.get();
-    let ended = attend_instance(&controller, signals, console, &started, timeout);
-    if !matches!(ended, Ok(EndedBy::Guest)) {
-        controller.stop();
-    }
-    ending.notify_one();
-    let served = served.recv_timeout(API_END_TIME);
-    let reason = controller.wait()?;
-    tracing::info!("the machine has ended: {reason:?}: {reason}");
-    match served {
-        Ok(served) => served?,
-        // The machine has ended in any case, and the process ends now.
-        Err(RecvTimeoutError::Timeout) => tracing::warn!("the API has not ended in time"),
-        Err(RecvTimeoutError::Disconnected) => {
-            bail!("the API has failed: this is a bug, please report it with the log")
-        }
-    }
-    ended
+    Ok(Server::new(instance, listener, limits))
 }
 
 fn listen(path: &Path) -> anyhow::Result<ListeningSocket> {

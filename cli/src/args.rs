@@ -95,7 +95,7 @@ pub struct RunArgs {
 /// The API is that of Firecracker, version 1.17, on a Unix socket: programs that drive Firecracker
 /// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
 /// the same options without a command. See docs/api.md.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct ApiArgs {
     /// Unix socket for the clients
     ///

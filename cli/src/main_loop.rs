@@ -2,19 +2,31 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bantam_vmm::config::DeviceName;
-use bantam_vmm::{Controller, DeviceCommand, ShutDown};
+use bantam_vmm::{Controller, DeviceCommand, ExitReason, ShutDown, State};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
+use nix::unistd::pipe2;
 
 use crate::console::{Input, StdioConsole};
 use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
 use crate::{stopping, terminal};
+
+/// How long a machine may take to end once its user has asked for it. Most take a few milliseconds.
+const END_TIME: Duration = Duration::from_secs(1);
+/// How long a machine takes to end if nothing holds it up.
+const USUAL_END_TIME: Duration = Duration::from_millis(50);
+/// How often a machine that takes longer is looked at.
+const END_INTERVAL: Duration = Duration::from_millis(20);
+/// After what time the user is told what a machine that ends by itself waits for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Who ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,16 +130,118 @@ pub fn attend(
 /// Asks the guest to shut itself down, and prints that. Returns `false` if its power is cut
 /// instead.
 fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
+    let is_paused = matches!(controller.state(), State::Pausing | State::Paused);
     let how = match controller.shut_down(timeout) {
         ShutDown::PowerButton => "the power button",
         ShutDown::CtrlAltDel => "Ctrl-Alt-Del",
-        ShutDown::PowerCut => return false,
+        ShutDown::PowerCut => {
+            if is_paused && !timeout.is_zero() {
+                say(format_args!(
+                    "the machine is paused, so its guest cannot shut down: its power is cut"
+                ));
+            }
+            return false;
+        }
     };
     say(format_args!(
         "asking the guest by {how} to shut down; its power is cut in {} s, or at another signal",
         timeout.as_secs_f64()
     ));
     true
+}
+
+/// Builds and starts a machine by `start`, on another thread, so that a signal ends the wait even
+/// if the host does not answer. Returns `false` if the user has ended it.
+pub fn await_build(
+    controller: &Controller,
+    signals: &Signals,
+    mut console: Option<&mut StdioConsole>,
+    start: impl FnOnce() -> Result<(), bantam_vmm::Error> + Send + 'static,
+) -> anyhow::Result<bool> {
+    // It hangs up when the thread has ended.
+    let (started, starting) =
+        pipe2(OFlag::O_CLOEXEC).context("cannot create a pipe for the start of the machine")?;
+    let thread = thread::Builder::new()
+        .name("bantam-start".into())
+        .spawn(move || {
+            let result = start();
+            drop(starting);
+            result
+        })
+        .context("cannot start the thread that builds the machine")?;
+    loop {
+        match turn(signals, Some(started.as_fd()), console.as_deref_mut(), None)? {
+            Turn::Stop(signal) => {
+                tracing::info!("the machine is not started: {signal}");
+                break;
+            }
+            Turn::Quit => break,
+            Turn::Exit => {
+                return match thread.join() {
+                    Ok(result) => Ok(result.map(|()| true)?),
+                    Err(_) => bail!(
+                        "the start of the machine panicked: this is a bug, please report it with the log"
+                    ),
+                };
+            }
+            Turn::Resize | Turn::Other => {}
+        }
+    }
+    stopping::ask();
+    controller.stop();
+    Ok(false)
+}
+
+/// Waits until a machine that has ended, or whose power has been cut, has been taken down, and
+/// returns why it ended. If the user has asked for the end, or does so meanwhile, the wait is short:
+/// this then prints what does not come to an end, and returns `None`. The process must end now.
+pub fn await_end(
+    controller: &Controller,
+    signals: &Signals,
+    mut console: Option<&mut StdioConsole>,
+) -> anyhow::Result<Option<ExitReason>> {
+    let begin = Instant::now();
+    let mut deadline = None;
+    let mut has_told = false;
+    let mut wait = USUAL_END_TIME;
+    loop {
+        if let Some(reason) = controller.wait_within(wait)? {
+            return Ok(Some(reason));
+        }
+        wait = Duration::ZERO;
+        if stopping::is_asked() {
+            let end = || Instant::now() + stopping::time_left(END_TIME);
+            if Instant::now() >= *deadline.get_or_insert_with(end) {
+                say_unfinished(controller);
+                return Ok(None);
+            }
+        } else if begin.elapsed() >= PATIENCE && !std::mem::replace(&mut has_told, true) {
+            tracing::warn!(
+                "the machine has ended, but {} has not finished: waiting for it, at most until a signal",
+                unfinished(controller)
+            );
+        }
+        match turn(signals, None, console.as_deref_mut(), Some(END_INTERVAL))? {
+            Turn::Stop(_) | Turn::Quit => stopping::ask(),
+            Turn::Exit | Turn::Resize | Turn::Other => {}
+        }
+    }
+}
+
+fn say_unfinished(controller: &Controller) {
+    say(format_args!(
+        "{} does not answer: ending without it; what it had not written may be lost",
+        unfinished(controller)
+    ));
+}
+
+/// Names what keeps a machine from ending.
+fn unfinished(controller: &Controller) -> String {
+    let devices = controller.held_up();
+    match devices.is_empty() {
+        true => "a thread of the machine".to_owned(),
+        false => devices.join(", "),
+    }
 }
 
 /// Passes on input and signals while a machine waits to be started again. Returns who ended the

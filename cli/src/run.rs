@@ -8,7 +8,7 @@ use bantam_vmm::{Console, Controller, ControllerOptions, ExitReason, MachineLog,
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
-use crate::main_loop::{EndedBy, attend, await_restart};
+use crate::main_loop::{EndedBy, attend, await_build, await_end, await_restart};
 use crate::message::say;
 use crate::restart::Restarts;
 use crate::signals::Signals;
@@ -90,20 +90,38 @@ fn run_once(
         ..ControllerOptions::default()
     })?;
     controller.set_console(machine_console)?;
-    controller.configure(config.clone())?;
     if let Some(console) = &mut console {
         console.input.enter_terminal()?;
     }
-    controller.start()?;
-    say_pseudoterminals(config, &controller);
-    let timeout = config.shutdown_timeout.get();
-    let resizes = config.console == SerialConfig::Stdio;
-    let ended = attend(&controller, signals, console, timeout, resizes, None);
+    let start = {
+        let (controller, config) = (controller.clone(), config.clone());
+        move || {
+            controller.configure(config)?;
+            controller.start()
+        }
+    };
+    let ended = match await_build(&controller, signals, console.as_deref_mut(), start)? {
+        true => {
+            say_pseudoterminals(config, &controller);
+            let timeout = config.shutdown_timeout.get();
+            let resizes = config.console == SerialConfig::Stdio;
+            let console = console.as_deref_mut();
+            attend(&controller, signals, console, timeout, resizes, None)
+        }
+        false => Ok(EndedBy::User),
+    };
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
-    let reason = controller.wait()?;
-    Ok(Ending { by: ended?, reason })
+    let reason = await_end(&controller, signals, console)?;
+    let by = ended?;
+    Ok(match reason {
+        Some(reason) => Ending { by, reason },
+        None => Ending {
+            by: EndedBy::User,
+            reason: ExitReason::Stopped,
+        },
+    })
 }
 
 /// Prints the paths of the pseudoterminals that the machine has opened.

@@ -3,7 +3,8 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// How long the process may wait in all for others: readers of the last output, clients of the API.
+/// How long the process may wait in all for others: the machine's devices, readers of the last output, clients
+/// of the API.
 const TIME: Duration = Duration::from_millis(1500);
 /// Least time for each of them.
 const LEAST_TIME: Duration = Duration::from_millis(100);

@@ -5,6 +5,7 @@
 //! machine.
 
 pub mod acpi_power;
+pub mod activity;
 pub mod boot_timer;
 pub mod bus;
 pub mod device_log;

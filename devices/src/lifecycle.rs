@@ -1,8 +1,13 @@
 //! The life cycle of a device: it is paused, resumed, reset, saved and restored.
 
 use std::io;
+use std::time::Duration;
 
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
+
+/// How long a pause waits for the thread of a device, and for the requests that the device has under way. A
+/// host that takes longer is taken to hang.
+pub const PAUSE_TIME: Duration = Duration::from_secs(10);
 
 /// A device whose work can be stopped and continued, and whose state can be moved to another process.
 ///
@@ -26,9 +31,9 @@ pub trait Device: Send {
     /// paused.
     ///
     /// # Errors
-    /// If the host cannot end what is in progress. The device is then neither at work nor paused: guest
-    /// memory may still be touched, so it is not saved. A resume lets it go on, and another pause tries
-    /// again.
+    /// If the host does not end what is in progress within [`PAUSE_TIME`]. The device is then neither at work
+    /// nor paused: guest memory may still be touched, so it is not saved. A resume lets it go on, and another
+    /// pause tries again.
     fn pause(&mut self) -> io::Result<()>;
 
     /// Continues the work, before the vCPUs enter the guest. A device that is at work stays at work.

@@ -13,6 +13,7 @@ mod owner;
 mod pattern;
 mod process;
 mod requirements;
+mod stalling_storage;
 mod traffic;
 mod watchdog;
 mod workload;
@@ -32,8 +33,9 @@ pub use process::{
     with_devices, with_file_size_limit, with_mounts,
 };
 pub use requirements::{
-    lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,
+    lacks_fuse, lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,
 };
+pub use stalling_storage::StallingStorage;
 pub use traffic::Traffic;
 pub use workload::after_random_work;
 
@@ -76,6 +78,17 @@ macro_rules! require_namespaces {
 macro_rules! require_loop_devices {
     () => {
         if $crate::lacks_kvm() || $crate::lacks_loop_devices() {
+            return;
+        }
+    };
+}
+
+/// Like [`require_kvm`], for tests that also use a [`StallingStorage`]; `BANTAM_SKIP_FUSE_TESTS` set
+/// to 1 skips them if they cannot mount one.
+#[macro_export]
+macro_rules! require_fuse {
+    () => {
+        if $crate::lacks_kvm() || $crate::lacks_fuse() {
             return;
         }
     };

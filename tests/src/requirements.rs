@@ -11,6 +11,7 @@ use bantam_vmm::host;
 use crate::huge_pages::HugePagePool;
 use crate::loop_device::LoopDevice;
 use crate::process::with_devices;
+use crate::stalling_storage::StallingStorage;
 
 /// Returns whether there is no usable `/dev/kvm` and the user wants to skip tests then.
 ///
@@ -69,6 +70,16 @@ pub fn lacks_loop_devices() -> bool {
     file.as_file().set_len(1 << 20).expect("sizes can be set");
     let reason = LoopDevice::try_new(file.path()).err();
     skip_or_fail(reason, "BANTAM_SKIP_LOOP_TESTS")
+}
+
+/// Returns whether this process cannot mount a [`StallingStorage`] and the user wants to skip tests
+/// then.
+///
+/// # Panics
+///
+/// If it cannot and the user has not asked to skip tests.
+pub fn lacks_fuse() -> bool {
+    skip_or_fail(StallingStorage::try_new().err(), "BANTAM_SKIP_FUSE_TESTS")
 }
 
 /// Returns whether the host sets no huge pages aside for this process, and prints the reason. Many

@@ -2,8 +2,9 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
 use bantam_memory::GuestMemory;
@@ -71,6 +72,7 @@ impl Controller {
             changed: Condvar::new(),
             config: Mutex::new(None),
             metrics: OnceLock::new(),
+            devices: OnceLock::new(),
         })))
     }
 
@@ -244,8 +246,9 @@ impl Controller {
     /// Takes the vCPUs out of the guest and brings the devices to rest ([`Command::Pause`]).
     ///
     /// # Errors
-    /// If the machine does not run or ends meanwhile. Also if a vCPU does not leave the guest in time, or the
-    /// host does not finish what a device has under way; the machine then keeps running.
+    /// If the machine does not run or ends meanwhile. Also if a vCPU does not leave the guest within 5 seconds,
+    /// or the host does not finish what a device has under way within 10 seconds; the machine then keeps
+    /// running.
     pub fn pause(&self) -> Result<(), Error> {
         let action = "pause the machine";
         let (vcpu_count, devices) = {
@@ -282,8 +285,15 @@ impl Controller {
         devices: &DeviceTable,
     ) -> Result<(), Error> {
         if !self.0.control().pause_vcpus(vcpu_count, PAUSE_TIME) {
-            return Err(Error::PauseTimeout {
-                seconds: PAUSE_TIME.as_secs(),
+            // A vCPU whose guest resets a device waits for the end of the device's work.
+            return Err(match devices.no_answer() {
+                Some(source) => Error::DeviceLife {
+                    action: "pause the machine",
+                    source,
+                },
+                None => Error::PauseTimeout {
+                    seconds: PAUSE_TIME.as_secs(),
+                },
             });
         }
         let paused = devices.pause();
@@ -351,11 +361,14 @@ impl Controller {
     }
 
     /// Asks the guest to shut itself down, and cuts its power if it has not after `timeout`
-    /// ([`Command::ShutDown`]). Returns at once: [`Controller::wait`] waits for the end.
+    /// ([`Command::ShutDown`]). The power of a paused machine is cut at once, as its guest cannot do anything.
+    /// Returns at once: [`Controller::wait`] waits for the end.
     pub fn shut_down(&self, timeout: Duration) -> ShutDown {
         let life = self.0.life();
-        match life.machine() {
-            Some(machine) if !self.0.is_stopping() => machine.shut_down(timeout),
+        match &*life {
+            Life::Running(machine) | Life::Resuming(machine) if !self.0.is_stopping() => {
+                machine.shut_down(timeout)
+            }
             _ => {
                 self.0.stop();
                 ShutDown::PowerCut
@@ -377,11 +390,17 @@ impl Controller {
     ///
     /// # Errors
     /// If the machine neither runs nor is paused, has no such device, or for a reason that
-    /// [`DeviceError`](crate::DeviceError) lists.
+    /// [`DeviceError`](crate::DeviceError) lists. A command that needs an answer of the host, such as a file
+    /// that it opens, is given up after 10 seconds.
     pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
         let devices = self.0.devices("change a device")?;
-        devices.execute(name, command, |command| {
-            self.0.record(|config| config.apply(name, command));
+        // A command that the host does not answer must not keep the machine.
+        let inner = Arc::downgrade(&self.0);
+        let noted_name = name.clone();
+        devices.execute(name, command, move |command| {
+            if let Some(inner) = inner.upgrade() {
+                inner.record(|config| config.apply(&noted_name, command));
+            }
         })
     }
 
@@ -453,18 +472,49 @@ impl Controller {
     /// If neither the guest nor the owner ended the machine, its disks could not be flushed, or it was never
     /// started.
     pub fn wait(&self) -> Result<ExitReason, Arc<Error>> {
+        loop {
+            if let Some(reason) = self.wait_by(None)? {
+                return Ok(reason);
+            }
+        }
+    }
+
+    /// Waits like [`Controller::wait`], but not longer than `time`. Returns `None` if the machine has not ended
+    /// by then, or not all of it: storage that no longer answers can hold up a device without end, and
+    /// [`Controller::held_up`] names it. The end goes on meanwhile, on a thread of its own, and any method waits
+    /// for it again. A program that does not want to wait can only end its process.
+    ///
+    /// # Errors
+    /// Those of [`Controller::wait`].
+    pub fn wait_within(&self, time: Duration) -> Result<Option<ExitReason>, Arc<Error>> {
+        self.wait_by(Instant::now().checked_add(time))
+    }
+
+    fn wait_by(&self, deadline: Option<Instant>) -> Result<Option<ExitReason>, Arc<Error>> {
         {
             let mut life = self.0.life();
             while matches!(*life, Life::Starting) && !self.0.is_stopping() {
-                life = wait(&self.0.changed, life);
+                match self.0.wait_for_change(life, deadline) {
+                    Some(changed) => life = changed,
+                    None => return Ok(None),
+                }
             }
             if matches!(*life, Life::NotConfigured | Life::Configured(_)) && !self.0.is_stopping() {
                 // It may never be started.
                 return Err(Arc::new(self.0.wrong_state(&life, "wait for the machine")));
             }
         }
-        wait_readable(self.exit_event())?;
-        self.0.take_down()
+        if !wait_readable(self.exit_event(), deadline)? {
+            return Ok(None);
+        }
+        self.0.take_down(deadline).transpose()
+    }
+
+    /// Returns the devices that wait for an answer of the host at this moment, by their names in the log, such
+    /// as `disk 'root.img'`. This is meant for a message: a device may go on just then.
+    pub fn held_up(&self) -> Vec<String> {
+        let devices = self.0.devices.get().and_then(Weak::upgrade);
+        devices.map_or_else(Vec::new, |devices| devices.held_up())
     }
 }
 
@@ -479,6 +529,8 @@ struct Inner {
     config: Mutex<Option<MachineConfig>>,
     /// The counters, which are kept after the machine's end.
     metrics: OnceLock<Arc<MachineMetrics>>,
+    /// The devices of the machine that was started, also while it is taken down.
+    devices: OnceLock<Weak<DeviceTable>>,
 }
 
 /// The stage of the machine's life, with what the machine has in that stage.
@@ -606,6 +658,7 @@ impl Inner {
         let (next, result) = match built {
             Ok(mut built) => match built.start() {
                 Ok(()) => {
+                    let _ = self.devices.set(Arc::downgrade(built.devices()));
                     let _ = self.metrics.set(built.devices().metrics.clone());
                     *lock(&self.config) = Some(*config);
                     // The machine has duplicates of its own. With these closed, a reader of the output sees
@@ -654,21 +707,25 @@ impl Inner {
         self.control().finish(Ok(ExitReason::Stopped));
     }
 
-    /// Takes down a machine that is stopping, or waits until another thread has done so.
-    fn take_down(&self) -> Result<ExitReason, Arc<Error>> {
+    /// Takes down a machine that is stopping, or waits until another thread has done so. Returns `None` if that
+    /// is not done by `deadline`. Without a deadline, the calling thread takes it down.
+    fn take_down(
+        self: &Arc<Inner>,
+        deadline: Option<Instant>,
+    ) -> Option<Result<ExitReason, Arc<Error>>> {
         let mut life = self.life();
         loop {
             match std::mem::replace(&mut *life, Life::Ending) {
-                Life::Running(mut machine)
-                | Life::Pausing(mut machine)
-                | Life::Paused(mut machine)
-                | Life::Resuming(mut machine) => {
+                Life::Running(machine)
+                | Life::Pausing(machine)
+                | Life::Paused(machine)
+                | Life::Resuming(machine) => {
                     drop(life);
-                    let outcome = machine.end().map_err(Arc::new);
-                    drop(machine);
-                    *self.life() = Life::Gone(outcome.clone());
-                    self.changed.notify_all();
-                    return outcome;
+                    match deadline {
+                        Some(_) => self.end_on_another_thread(machine),
+                        None => self.end(machine),
+                    }
+                    life = self.life();
                 }
                 Life::NotConfigured | Life::Configured(_) => {
                     self.close_console();
@@ -676,14 +733,59 @@ impl Inner {
                 }
                 Life::Gone(outcome) => {
                     *life = Life::Gone(outcome.clone());
-                    return outcome;
+                    return Some(outcome);
                 }
                 other @ (Life::Starting | Life::Ending) => {
                     *life = other;
-                    life = wait(&self.changed, life);
+                    life = self.wait_for_change(life, deadline)?;
                 }
             }
         }
+    }
+
+    fn end_on_another_thread(self: &Arc<Inner>, machine: Machine) {
+        // Shared, so that it is not lost with a thread that cannot be started.
+        let machine = Arc::new(Mutex::new(Some(machine)));
+        let (inner, shared) = (self.clone(), machine.clone());
+        let end = move |inner: &Inner, shared: &Mutex<Option<Machine>>| {
+            let machine = lock(shared).take();
+            if let Some(machine) = machine {
+                inner.end(machine);
+            }
+        };
+        let started = thread::Builder::new()
+            .name("bantam-end".into())
+            .spawn(move || end(&inner, &shared));
+        if let Err(error) = started {
+            tracing::warn!("cannot start a thread that ends the machine: {error}");
+            // What the guest has written counts for more than the time.
+            end(self, &machine);
+        }
+    }
+
+    /// Takes down `machine`, which is stopping, in state [`Life::Ending`].
+    fn end(&self, mut machine: Machine) {
+        let outcome = machine.end().map_err(Arc::new);
+        drop(machine);
+        *self.life() = Life::Gone(outcome);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the state may have changed; `None` at `deadline`.
+    fn wait_for_change<'a>(
+        &self,
+        life: MutexGuard<'a, Life>,
+        deadline: Option<Instant>,
+    ) -> Option<MutexGuard<'a, Life>> {
+        let Some(deadline) = deadline else {
+            return Some(wait(&self.changed, life));
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        let waited = self.changed.wait_timeout(life, left);
+        Some(waited.unwrap_or_else(PoisonError::into_inner).0)
     }
 }
 
@@ -693,12 +795,20 @@ impl Drop for Inner {
     }
 }
 
-fn wait_readable(event: BorrowedFd<'_>) -> Result<(), Error> {
+/// Waits until `event` is readable; `false` if it is not by `deadline`.
+fn wait_readable(event: BorrowedFd<'_>, deadline: Option<Instant>) -> Result<bool, Error> {
     loop {
         let mut events = [PollFd::new(event, PollFlags::POLLIN)];
-        match poll(&mut events, PollTimeout::NONE) {
-            Ok(_) => return Ok(()),
-            Err(Errno::EINTR) => {}
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            // Rounded up, so that this does not spin at the end.
+            let left = left + Duration::from_micros(999);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        match poll(&mut events, timeout) {
+            Ok(0) if left.is_some_and(|left| left.is_zero()) => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
             Err(errno) => return Err(Error::resource("a wait for the machine")(errno.into())),
         }
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use bantam_devices::EventLoop;
+use bantam_devices::activity::{Activity, Watched};
 use bantam_devices::event_loop::Subscriber;
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
@@ -50,10 +51,12 @@ impl DeviceLoop {
         &self.handle
     }
 
-    /// Adds a part to a loop that has not been started. The part stays for as long as the loop runs.
-    pub(crate) fn add(&mut self, part: Box<dyn MutEventSubscriber + Send>) {
+    /// Adds a part to a loop that has not been started. The part stays for as long as the loop runs, and
+    /// `activity` shows when the thread works for it.
+    pub(crate) fn add(&mut self, part: Box<dyn MutEventSubscriber + Send>, activity: Activity) {
         if let Stage::Prepared(manager) = &mut self.stage {
-            manager.add_subscriber(Subscriber::Resident(part));
+            let part = Watched::new(part, activity);
+            manager.add_subscriber(Subscriber::Resident(Box::new(part)));
         }
     }
 
@@ -78,8 +81,11 @@ impl DeviceLoop {
                     return;
                 }
             }
-            // Finishes what the guest asked for before it switched itself off.
-            let _ = manager.run_with_timeout(0);
+            // Takes workers that have just been handed to the loop, and then finishes what the guest asked
+            // for before it switched itself off.
+            for _ in 0..2 {
+                let _ = manager.run_with_timeout(0);
+            }
         })?;
         self.stage = Stage::Running(thread);
         Ok(())
@@ -145,7 +151,7 @@ mod tests {
                 doorbell: doorbell.try_clone().unwrap(),
                 served: served.clone(),
             };
-            event_loop.add(Box::new(device));
+            event_loop.add(Box::new(device), Activity::default());
             event_loop.start(&control, None).unwrap();
             doorbell.write(1).unwrap();
             event_loop.end();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bantam_arch::cpuid::Topology;
 use bantam_arch::layout;
+use bantam_devices::activity::Activity;
 use bantam_devices::bus::Bus;
 use bantam_devices::device_log::MachineLog;
 use bantam_devices::opener::Opener;
@@ -136,8 +137,14 @@ impl Machine {
         let serial_log = log.device("serial port");
         let serial_log = serial_log.observed_by(context.events.observer(&DeviceName::serial()));
         let limit = config.serial_limit.rate_limit();
-        let (serial_guard, uart) =
-            legacy.attach_serial(&mut event_loop, serial, limit, serial_log)?;
+        let serial_activity = Activity::default();
+        let (serial_guard, uart) = legacy.attach_serial(
+            &mut event_loop,
+            serial,
+            limit,
+            serial_log,
+            serial_activity.clone(),
+        )?;
         let legacy = legacy.finish();
         let mut builder = Builder::new(&vm, &memory, &mut mmio, log, &context.events, &event_loop);
         for build in virtio {
@@ -178,7 +185,7 @@ impl Machine {
             Vec::new()
         });
         let watch = Watch::new(control.clone(), config.on_halt, statistics);
-        event_loop.add(Box::new(watch));
+        event_loop.add(Box::new(watch), Activity::default());
         let metrics = MachineMetrics {
             vcpus: vcpus.iter().map(Vcpu::metrics).collect(),
             uart,
@@ -205,6 +212,7 @@ impl Machine {
                 power_button,
                 keyboard,
                 legacy,
+                serial_activity,
                 virtio: virtio.entries,
                 metadata: metadata.map(|metadata| metadata.metadata),
                 metrics: Arc::new(metrics),
@@ -315,8 +323,8 @@ impl Machine {
             image_thread.end();
         }
         let mut flushed = Ok(());
-        for disk in self.devices.disks() {
-            if let Err(source) = flush_at_end(&disk) {
+        for (disk, activity) in self.devices.disks() {
+            if let Err(source) = activity.during(|| flush_at_end(&disk)) {
                 let path = disk.path().to_path_buf();
                 let error = Error::Flush { path, source };
                 tracing::error!("{error}");

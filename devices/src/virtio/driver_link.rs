@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fmt, io};
 
 use super::QueueSet;
+use crate::activity::Activity;
 use crate::device_log::DeviceLog;
 use crate::notice::DeviceNotice;
 
@@ -32,6 +33,7 @@ pub struct DriverLink {
     log: DeviceLog,
     notify: Arc<dyn Notify>,
     needs_reset: AtomicBool,
+    activity: Activity,
 }
 
 impl DriverLink {
@@ -41,6 +43,7 @@ impl DriverLink {
             log: log.into(),
             notify,
             needs_reset: AtomicBool::new(false),
+            activity: Activity::default(),
         }
     }
 
@@ -115,14 +118,19 @@ impl DriverLink {
         self.needs_reset.load(Ordering::Acquire)
     }
 
+    /// Returns what shows whether a thread works for the device.
+    pub fn activity(&self) -> &Activity {
+        &self.activity
+    }
+
     /// Returns the device's name in the log.
     pub fn name(&self) -> &str {
         self.log.name()
     }
 
     /// Returns `error` with the device's name.
-    pub(super) fn with_name(&self, error: &dyn fmt::Display) -> io::Error {
-        io::Error::other(format!("{}: {error}", self.name()))
+    pub(super) fn with_name(&self, error: &io::Error) -> io::Error {
+        io::Error::new(error.kind(), format!("{}: {error}", self.name()))
     }
 
     /// Sets whether the device waits for a reset, without telling the driver.

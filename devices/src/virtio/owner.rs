@@ -4,6 +4,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess};
 use serde::{Deserialize, Serialize};
@@ -118,6 +119,12 @@ pub enum DeviceError {
     /// The host refuses to set a timer for the limits.
     #[error("cannot set a timer for its limits: {0}")]
     Limits(#[source] io::Error),
+    /// The host does not answer, so the command is given up.
+    #[error("the host does not answer within {seconds} s: try again when it does")]
+    NoAnswer {
+        /// How many seconds it was waited for.
+        seconds: u64,
+    },
     /// The balloon cannot have the settings that are asked for.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -178,7 +185,16 @@ impl DeviceHandle {
         }
     }
 
-    /// Carries out `command`, with files that `opener` opens.
+    /// Whether `command` uses files of the host, which may be on storage that does not answer.
+    pub fn uses_files(command: &DeviceCommand) -> bool {
+        matches!(
+            command,
+            DeviceCommand::UpdateSize | DeviceCommand::ReplaceImage { .. }
+        )
+    }
+
+    /// Carries out `command`, with files that `opener` opens. An image that has not been replaced by
+    /// `deadline` stays, however late the host answers.
     ///
     /// # Errors
     /// See [`DeviceError`].
@@ -186,13 +202,14 @@ impl DeviceHandle {
         &self,
         command: DeviceCommand,
         opener: &dyn Opener,
+        deadline: Instant,
     ) -> Result<DeviceAnswer, DeviceError> {
         match (self, command) {
             (DeviceHandle::Disk(disk), DeviceCommand::UpdateSize) => {
                 return update_size(disk).map(DeviceAnswer::Size);
             }
             (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path }) => {
-                replace_image(disk, &path, opener)?;
+                replace_image(disk, &path, opener, deadline)?;
             }
             (DeviceHandle::Disk(disk), DeviceCommand::SetLimits(limits)) => {
                 disk.set_limits(&limits).map_err(DeviceError::Limits)?;
@@ -231,7 +248,12 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
     })
 }
 
-fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result<(), DeviceError> {
+fn replace_image(
+    disk: &BlockHandle,
+    path: &Path,
+    opener: &dyn Opener,
+    deadline: Instant,
+) -> Result<(), DeviceError> {
     let before = disk.disk();
     // An error of opening the image is reported below.
     let is_same = opener
@@ -248,5 +270,5 @@ fn replace_image(disk: &BlockHandle, path: &Path, opener: &dyn Opener) -> Result
     // The old image must not be kept open.
     drop(before);
     let image = Disk::open_by(opener, path, &options)?;
-    Ok(disk.replace(image)?)
+    Ok(disk.replace(image, deadline)?)
 }

@@ -17,6 +17,7 @@ use bantam_memory::GuestMemory;
 use super::serial_end::{OpenSerial, SerialGuard};
 use super::streams::{Stream, StreamPaths};
 use super::table::Entry;
+use super::turn::Turn;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
@@ -111,7 +112,8 @@ impl<'a> Builder<'a> {
         let log = log.observed_by(self.events.observer(&name));
         let line = self.vm.interrupt_event(window.gsi)?;
         let link = MmioLink::new(log, Box::new(line));
-        let handle = handle(&model, link.driver());
+        let driver = link.driver();
+        let handle = handle(&model, driver.clone());
         self.built.metrics.insert(name.clone(), handle.metrics());
         let event_loop = match own_thread {
             Some(thread_name) => {
@@ -136,7 +138,8 @@ impl<'a> Builder<'a> {
             name,
             device,
             handle,
-            turn: Mutex::new(()),
+            link: driver,
+            turn: Arc::new(Turn::default()),
         });
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use bantam_arch::{acpi, layout};
 use bantam_devices::acpi_power::{AcpiPower, PowerValues};
+use bantam_devices::activity::Activity;
 use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::{Bus, BusDevice};
 use bantam_devices::device_log::DeviceLog;
@@ -146,13 +147,14 @@ impl<'a> LegacyDevices<'a> {
     }
 
     /// Attaches the serial port, whose other end is `open`, and returns its counters, with a guard that must
-    /// outlive it. Output beyond `limit` is dropped.
+    /// outlive it. Output beyond `limit` is dropped. `activity` shows when a thread works for it.
     pub(crate) fn attach_serial(
         &mut self,
         event_loop: &mut DeviceLoop,
         open: OpenSerial,
         limit: Option<RateLimit>,
         log: DeviceLog,
+        activity: Activity,
     ) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
         let interrupt = self.vm.interrupt_event(layout::SERIAL_GSI)?;
         let port = Serial::new(Box::new(interrupt), limit, log);
@@ -162,7 +164,8 @@ impl<'a> LegacyDevices<'a> {
         let port = self.attach_to_ports(port, first, count)?;
         if let Some(endpoint) = open.endpoint {
             let worker = endpoint.serve(port);
-            event_loop.add(worker.map_err(Error::resource("the serial port"))?);
+            let worker = worker.map_err(Error::resource("the serial port"))?;
+            event_loop.add(worker, activity);
         }
         Ok((open.guard, metrics))
     }

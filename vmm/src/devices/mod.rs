@@ -7,6 +7,7 @@ mod net;
 mod serial_end;
 mod streams;
 mod table;
+mod turn;
 
 use std::num::NonZeroU32;
 use std::path::Path;

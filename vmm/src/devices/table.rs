@@ -1,12 +1,16 @@
 //! The devices of a machine, as its owner uses them while the guest does.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use bantam_devices::InterruptLine;
+use bantam_devices::activity::Activity;
 use bantam_devices::i8042::I8042;
-use bantam_devices::lifecycle::Device;
+use bantam_devices::lifecycle::{Device, PAUSE_TIME};
 use bantam_devices::opener::Opener;
+use bantam_devices::virtio::DriverLink;
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceError, DeviceHandle};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
@@ -14,11 +18,17 @@ use bantam_storage::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::streams::StreamPaths;
+use super::turn::Turn;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::events::{Event, EventSender};
 use crate::lock::lock;
 use crate::metrics::MachineMetrics;
+
+/// For how long a device's work has not ended if the host holds it up.
+const HOLD_UP: Duration = Duration::from_millis(20);
+/// How much longer a command may take than the time after which it gives itself up.
+const GIVE_UP_TIME: Duration = Duration::from_millis(500);
 
 /// Controls the devices of a machine that runs or is paused.
 pub(crate) struct DeviceTable {
@@ -26,6 +36,8 @@ pub(crate) struct DeviceTable {
     pub(crate) keyboard: Arc<Mutex<I8042>>,
     /// The devices at fixed ports and addresses.
     pub(crate) legacy: Vec<Arc<Mutex<dyn Device>>>,
+    /// Shows whether a thread works for the serial port.
+    pub(crate) serial_activity: Activity,
     /// The virtio devices in the order of their places.
     pub(crate) virtio: Vec<Entry>,
     pub(crate) metadata: Option<Metadata>,
@@ -40,9 +52,10 @@ pub(crate) struct Entry {
     pub(crate) name: DeviceName,
     pub(crate) device: Arc<Mutex<MmioTransport>>,
     pub(crate) handle: DeviceHandle,
-    /// Held while a command is executed and recorded, so that commands are recorded in the order in which
+    pub(crate) link: Arc<DriverLink>,
+    /// Taken while a command is executed and recorded, so that commands are recorded in the order in which
     /// they were executed.
-    pub(crate) turn: Mutex<()>,
+    pub(crate) turn: Arc<Turn>,
 }
 
 impl DeviceTable {
@@ -73,10 +86,45 @@ impl DeviceTable {
         for device in self.devices() {
             lock(device).pause().map_err(|source| Error::DeviceLife {
                 action: "pause the machine",
-                source,
+                // The device that waited for its thread need not be the one that holds the thread up.
+                source: match source.kind() {
+                    io::ErrorKind::TimedOut => self.no_answer().unwrap_or(source),
+                    _ => source,
+                },
             })?;
         }
         Ok(())
+    }
+
+    /// Returns the names in the log of the devices that the host holds up now.
+    pub(crate) fn held_up(&self) -> Vec<String> {
+        let virtio = self
+            .virtio
+            .iter()
+            .map(|entry| (entry.link.name(), entry.link.activity()));
+        let serial = ("serial port", &self.serial_activity);
+        let at_work: Vec<_> = virtio
+            .chain([serial])
+            .filter_map(|(name, activity)| Some((name, activity, activity.work_under_way()?)))
+            .collect();
+        if !at_work.is_empty() {
+            thread::sleep(HOLD_UP);
+        }
+        at_work
+            .into_iter()
+            .filter(|(_, activity, work)| activity.work_under_way() == Some(*work))
+            .map(|(name, ..)| name.to_owned())
+            .collect()
+    }
+
+    /// Returns an error that names the devices that the host holds up, if there are any.
+    pub(crate) fn no_answer(&self) -> Option<io::Error> {
+        let held_up = self.held_up();
+        (!held_up.is_empty()).then(|| {
+            let names = held_up.join(", ");
+            let reason = format!("the host does not answer for {names}; try again when it does");
+            io::Error::new(io::ErrorKind::TimedOut, reason)
+        })
     }
 
     /// Lets all devices go on, before the vCPUs.
@@ -104,10 +152,10 @@ impl DeviceTable {
         virtio.chain(self.legacy.iter().map(|device| &**device))
     }
 
-    /// Returns the images of all disks.
-    pub(crate) fn disks(&self) -> impl Iterator<Item = Arc<Disk>> {
+    /// Returns the images of all disks, with what shows whether a thread works for the disk.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = (Arc<Disk>, &Activity)> {
         self.virtio.iter().filter_map(|entry| match &entry.handle {
-            DeviceHandle::Disk(disk) => Some(disk.disk()),
+            DeviceHandle::Disk(disk) => Some((disk.disk(), entry.link.activity())),
             _ => None,
         })
     }
@@ -123,26 +171,66 @@ impl DeviceTable {
     }
 
     /// Executes `command` on the device called `name`, and calls `note` with the command if it took effect.
+    ///
+    /// # Errors
+    /// If there is no such device, or it cannot carry out the command. If the host does not answer, the
+    /// command is given up, and its thread ends when the host answers.
     pub(crate) fn execute(
-        &self,
+        self: &Arc<DeviceTable>,
         name: &DeviceName,
         command: DeviceCommand,
-        note: impl FnOnce(&DeviceCommand),
+        note: impl FnOnce(&DeviceCommand) + Send + 'static,
     ) -> Result<DeviceAnswer, Error> {
-        let entry = self.virtio.iter().find(|entry| entry.name == *name);
-        let entry = entry.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
-        let _turn = lock(&entry.turn);
-        let executed = entry.handle.execute(command.clone(), &*self.opener);
-        if executed
-            .as_ref()
-            .map_or_else(DeviceError::is_done, |_| true)
-        {
-            note(&command);
-        }
-        executed.map_err(|source| Error::Device {
+        let index = self.virtio.iter().position(|entry| entry.name == *name);
+        let index = index.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
+        let error = |source| Error::Device {
             name: name.clone(),
             source,
-        })
+        };
+        let no_answer = || {
+            error(DeviceError::NoAnswer {
+                seconds: PAUSE_TIME.as_secs(),
+            })
+        };
+        let deadline = Instant::now() + PAUSE_TIME;
+        let turn = self.virtio[index]
+            .turn
+            .take(deadline)
+            .ok_or_else(no_answer)?;
+        let uses_files = DeviceHandle::uses_files(&command);
+        let devices = self.clone();
+        let execute = move || {
+            let handle = &devices.virtio[index].handle;
+            let executed = handle.execute(command.clone(), &*devices.opener, deadline);
+            let has_effect = executed
+                .as_ref()
+                .map_or_else(DeviceError::is_done, |_| true);
+            if has_effect {
+                note(&command);
+            }
+            drop(turn);
+            executed
+        };
+        if !uses_files {
+            return execute().map_err(error);
+        }
+        let (answer, answered) = mpsc::channel();
+        let work = move || {
+            // It fails if the answer comes too late.
+            let _ = answer.send(execute());
+        };
+        let thread_name = "bantam-command";
+        let started = thread::Builder::new().name(thread_name.into()).spawn(work);
+        started.map_err(|source| Error::Thread {
+            name: thread_name.to_owned(),
+            source,
+        })?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        match answered.recv_timeout(left + GIVE_UP_TIME) {
+            Ok(executed) => executed.map_err(error),
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(no_answer()),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Panic),
+        }
     }
 
     pub(crate) fn metadata(&self) -> Result<&Metadata, Error> {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bantam_storage::Disk;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,9 +19,6 @@ pub(super) struct OpenDisk {
     /// A ring over the files of the disk, if the engine uses one.
     pub(super) ring: Option<Ring>,
 }
-
-/// How long to wait for requests to a disk before its replacement is given up.
-const EXCHANGE_TIME: Duration = Duration::from_secs(30);
 
 /// State that the front of a block device, its worker and the owner of the machine share.
 pub(super) struct DiskSlot {
@@ -120,11 +117,13 @@ impl DiskSlot {
     /// the guard of [`DiskSlot::change`].
     ///
     /// # Errors
-    /// If the worker cannot switch to `new`, or requests to the present disk take longer than
-    /// [`EXCHANGE_TIME`]. The present disk then stays.
-    pub(super) fn exchange(&self, new: OpenDisk) -> io::Result<OpenDisk> {
-        let deadline = Instant::now() + EXCHANGE_TIME;
+    /// If the worker cannot switch to `new`, or has not done so by `deadline`, as when requests to the present
+    /// disk do not end. The present disk then stays.
+    pub(super) fn exchange(&self, new: OpenDisk, deadline: Instant) -> io::Result<OpenDisk> {
         let mut contents = self.contents();
+        if Instant::now() >= deadline {
+            return Err(given_up());
+        }
         if !contents.has_worker {
             return Ok(self.put(&mut contents, new));
         }
@@ -147,10 +146,7 @@ impl DiskSlot {
                     Exchange::UnderWay => Exchange::GivenUp,
                     _ => Exchange::None,
                 };
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "requests to the disk that is there do not end",
-                ));
+                return Err(given_up());
             }
             let waited = self.done.wait_timeout(contents, left);
             contents = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -174,6 +170,11 @@ impl DiskSlot {
     fn contents(&self) -> MutexGuard<'_, Contents> {
         lock(&self.contents)
     }
+}
+
+fn given_up() -> io::Error {
+    let reason = "requests to the disk that is there do not end";
+    io::Error::new(io::ErrorKind::TimedOut, reason)
 }
 
 impl Contents {
@@ -265,11 +266,15 @@ impl Drop for DiskLease {
 mod tests {
     use std::fs;
     use std::path::Path;
+    use std::time::Duration;
 
     use bantam_storage::{DiskFile, DiskOptions};
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
+
+    /// Longer than any exchange here takes.
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn open_disk(folder: &Path, name: &str) -> OpenDisk {
         let path = folder.join(name);
@@ -301,7 +306,8 @@ mod tests {
             // The worker has the second disk when the owner gives it up, and the third comes before the
             // requests to the first have ended.
             slot.contents().exchange = Exchange::GivenUp;
-            let owner = scope.spawn(|| slot.exchange(open_disk(folder, "c")));
+            let owner =
+                scope.spawn(|| slot.exchange(open_disk(folder, "c"), Instant::now() + PATIENCE));
             while !matches!(slot.contents().exchange, Exchange::Wanted(_)) {
                 std::thread::yield_now();
             }
@@ -314,6 +320,16 @@ mod tests {
             assert_eq!(before.disk.path(), folder.join("a"));
         });
         assert_eq!(slot.disk().path(), folder.join("c"));
+    }
+
+    #[test]
+    fn a_disk_that_comes_too_late_is_refused() {
+        let folder = TempDir::new().unwrap();
+        let folder = folder.as_path();
+        let slot = DiskSlot::new(open_disk(folder, "a"), 1).unwrap();
+        let exchanged = slot.exchange(open_disk(folder, "b"), Instant::now());
+        assert_eq!(exchanged.err().unwrap().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(slot.disk().path(), folder.join("a"));
     }
 
     #[test]

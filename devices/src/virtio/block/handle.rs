@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bantam_storage::{Disk, SECTOR_SIZE};
 
@@ -133,13 +134,13 @@ impl BlockHandle {
     /// someone else has the disk from [`BlockHandle::disk`]. The device's serial number stays.
     ///
     /// # Errors
-    /// If the device cannot use `disk`. It then keeps the disk that it has, except with
-    /// [`ReplaceError::Flush`].
-    pub fn replace(&self, disk: impl Into<Disk>) -> Result<(), ReplaceError> {
-        self.counted(self.try_replace(disk.into()))
+    /// If the device cannot use `disk`, or does not use it by `deadline`. It then keeps the disk that it has,
+    /// except with [`ReplaceError::Flush`].
+    pub fn replace(&self, disk: impl Into<Disk>, deadline: Instant) -> Result<(), ReplaceError> {
+        self.counted(self.try_replace(disk.into(), deadline))
     }
 
-    fn try_replace(&self, disk: Disk) -> Result<(), ReplaceError> {
+    fn try_replace(&self, disk: Disk, deadline: Instant) -> Result<(), ReplaceError> {
         let path = disk.path().to_path_buf();
         let _change = self.slot.change();
         let is_raw = matches!(&*self.disk(), Disk::Raw(_));
@@ -167,7 +168,7 @@ impl BlockHandle {
                 })?;
         }
         let disk = Arc::new(disk);
-        let exchanged = self.slot.exchange(OpenDisk { disk, ring });
+        let exchanged = self.slot.exchange(OpenDisk { disk, ring }, deadline);
         let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
         self.link.notify_configuration_change();
         let OpenDisk { disk: old, ring } = old;

@@ -1,18 +1,16 @@
 //! The worker of a block device as its transport sees it: at work on a disk, or paused without one.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
 use super::Blueprint;
 use super::worker::Worker;
+use crate::lifecycle::PAUSE_TIME;
 use crate::virtio::{Activation, VirtQueue};
 use crate::worker::{QueueProgress, VirtioWorker};
-
-/// How long a pause waits for requests in progress. Storage that takes longer is taken to hang.
-const PAUSE_TIME: Duration = Duration::from_secs(10);
 
 /// A worker that lets go of its disk when it is paused, so that the owner of the machine can put another
 /// one into its place then, and takes up the disk that is there when it is resumed.

@@ -649,13 +649,14 @@ impl Worker {
         let Some(OpenDisk { disk, ring }) = self.next_disk.take() else {
             return;
         };
-        if !self.lease.may_commit() {
-            self.end_stall();
-            return;
-        }
         // Most of it has been flushed already. A later flush of the driver covers only the next disk.
         if let Err(error) = self.handler.flush_disk() {
             self.lease.reject(error);
+            self.end_stall();
+            return;
+        }
+        // The flush may have taken so long that the next disk was given up.
+        if !self.lease.may_commit() {
             self.end_stall();
             return;
         }

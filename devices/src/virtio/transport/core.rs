@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bantam_memory::GuestMemory;
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
@@ -16,8 +17,9 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::EventLoop;
+use crate::activity::Watched;
 use crate::event_loop::WorkerId;
-use crate::lifecycle::Device;
+use crate::lifecycle::{Device, PAUSE_TIME};
 use crate::virtio::{
     Activation, DriverLink, F_EVENT_IDX, F_VERSION_1, MAX_QUEUES, QueueSet, VirtQueue, VirtioDevice,
 };
@@ -321,7 +323,9 @@ impl TransportCore {
             link: self.link.clone(),
             state,
         });
-        self.put_to_work(worker.map_err(ActivateError::Host)?)
+        let worker = worker.map_err(ActivateError::Host)?;
+        let activity = self.link.activity().clone();
+        self.put_to_work(Box::new(Watched::new(worker, activity)))
     }
 
     /// Builds the queues as the driver has set them up. Each goes on at its position in `progress`, or
@@ -364,8 +368,9 @@ impl TransportCore {
     /// Resets the device on the driver's request (section 2.4). On return its worker has ended and touches no
     /// guest memory any more.
     fn reset_by_driver(&mut self) {
-        if let WorkerPlace::AtWork(worker) = std::mem::replace(&mut self.worker, WorkerPlace::None)
-            && let Err(error) = self.event_loop.take_worker(worker)
+        // However long it takes: until then the worker may use the guest's memory.
+        if let WorkerPlace::AtWork(id) = std::mem::replace(&mut self.worker, WorkerPlace::None)
+            && let Err(error) = self.event_loop.take_worker(&id, None)
         {
             self.link
                 .warn_of_host(format_args!("cannot stop its worker: {error}"));
@@ -446,16 +451,21 @@ impl Device for TransportCore {
         if self.is_paused {
             return Ok(());
         }
-        self.worker = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
-            WorkerPlace::AtWork(id) => match self.event_loop.take_worker(id) {
-                Ok(worker) => WorkerPlace::Paused(worker),
+        if let WorkerPlace::AtWork(id) = &self.worker {
+            let deadline = Instant::now() + PAUSE_TIME;
+            match self.event_loop.take_worker(id, Some(deadline)) {
+                Ok(worker) => self.worker = WorkerPlace::Paused(worker),
+                // It is still on the loop, and goes on when the loop does.
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    return Err(self.link.with_name(&error));
+                }
                 Err(error) => {
+                    self.worker = WorkerPlace::None;
                     self.link.need_reset_by_host(&error);
                     return Err(self.link.with_name(&error));
                 }
-            },
-            other => other,
-        };
+            }
+        }
         if let WorkerPlace::Paused(worker) = &mut self.worker {
             worker
                 .pause()
@@ -466,7 +476,7 @@ impl Device for TransportCore {
     }
 
     fn resume(&mut self) -> io::Result<()> {
-        // The worker is off the loop even after a pause that failed.
+        // The worker may be off the loop even after a pause that failed.
         self.is_paused = false;
         let resumed = match std::mem::replace(&mut self.worker, WorkerPlace::None) {
             WorkerPlace::Paused(worker) => {
@@ -492,7 +502,7 @@ impl Device for TransportCore {
             self.ask_for_reset(&error);
             match error {
                 ActivateError::Driver(reason) | ActivateError::Host(reason) => {
-                    self.link.with_name(&reason)
+                    self.link.with_name(&io::Error::other(reason))
                 }
             }
         })

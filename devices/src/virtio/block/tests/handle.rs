@@ -21,7 +21,7 @@ impl Machine {
     fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
         let handle = &self.handle;
         thread::scope(|scope| {
-            let owner = scope.spawn(|| handle.replace(disk));
+            let owner = scope.spawn(|| handle.replace(disk, no_haste()));
             let deadline = Instant::now() + LIMIT;
             while !owner.is_finished() {
                 assert!(Instant::now() < deadline, "the disk is not replaced");
@@ -138,7 +138,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         drop(machine.manager.remove_subscriber(machine.worker).unwrap());
         machine
             .handle
-            .replace(machine.other_disk(CacheMode::None))
+            .replace(machine.other_disk(CacheMode::None), no_haste())
             .unwrap();
         machine.activate();
         machine.has_other_disk();
@@ -162,7 +162,7 @@ fn an_image_is_replaced_whatever_state_the_driver_is_in() {
         let mut machine = Machine::new(engine, CacheMode::Writeback);
         let other = machine.other_disk(CacheMode::Writeback);
         thread::scope(|scope| {
-            let owner = scope.spawn(|| machine.handle.replace(other));
+            let owner = scope.spawn(|| machine.handle.replace(other, no_haste()));
             thread::sleep(Duration::from_millis(20));
             assert!(!owner.is_finished());
             drop(machine.manager.remove_subscriber(machine.worker).unwrap());

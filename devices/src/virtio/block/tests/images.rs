@@ -349,7 +349,12 @@ fn a_discard_waits_for_transfers_of_its_bytes_and_they_wait_for_it() {
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
     let disk = Arc::new(disk().into());
-    drop(block.blueprint.slot.exchange(OpenDisk { disk, ring }));
+    drop(
+        block
+            .blueprint
+            .slot
+            .exchange(OpenDisk { disk, ring }, no_haste()),
+    );
     let mut machine = Machine::over_block(block, PathBuf::new(), folder);
     // Dropped before the machine, which waits for its requests.
     let mut pipe = writer;
@@ -496,12 +501,14 @@ fn an_image_of_another_kind_does_not_take_the_place_of_one() {
     let raw = || open(&raw, false, CacheMode::Writeback).unwrap();
     let machine = machine(&image, Engine::Auto, CacheMode::Writeback);
     assert!(matches!(
-        machine.handle.replace(raw()),
+        machine.handle.replace(raw(), no_haste()),
         Err(ReplaceError::Format { is_raw: false, .. })
     ));
     let other = Machine::new(Engine::Auto, CacheMode::Writeback);
     assert!(matches!(
-        other.handle.replace(image.disk(CacheMode::Writeback)),
+        other
+            .handle
+            .replace(image.disk(CacheMode::Writeback), no_haste()),
         Err(ReplaceError::Format { is_raw: true, .. })
     ));
 }

@@ -325,7 +325,7 @@ fn a_disk_is_replaced_while_the_device_is_paused() {
             }
             machine.interrupts.take();
             let start = Instant::now();
-            handle.replace(image.other_disk()).unwrap();
+            handle.replace(image.other_disk(), no_haste()).unwrap();
             assert!(start.elapsed() < LIMIT / 2);
             assert!(image.is_free());
             assert_eq!(machine.interrupts.take(), 1);
@@ -461,7 +461,7 @@ fn hanging_worker() -> (
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
     let slot = &block.blueprint.slot;
-    drop(slot.exchange(OpenDisk { disk, ring }).unwrap());
+    drop(slot.exchange(OpenDisk { disk, ring }, no_haste()).unwrap());
     let memory = memory();
     let driver = TestDriver::new(&memory, RINGS, 256);
     let activation = Activation {
@@ -520,7 +520,7 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     manager.run_with_timeout(100).unwrap();
     let handle = block.handle(InterruptCounter::default().link());
     thread::scope(|scope| {
-        let owner = scope.spawn(|| handle.replace(image.other_disk()));
+        let owner = scope.spawn(|| handle.replace(image.other_disk(), no_haste()));
         // Once the worker has the other disk, it begins nothing more on this one.
         while !block.blueprint.slot.is_under_way() {
             manager.run_with_timeout(20).unwrap();

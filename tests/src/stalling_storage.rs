@@ -1,0 +1,281 @@
+//! Storage that stops answering, like a server that is gone.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tempfile::TempDir;
+
+/// Size of the one file in bytes.
+const FILE_SIZE: usize = 1 << 20;
+/// Size of the largest request in bytes, with its header.
+const REQUEST_SIZE: usize = 256 << 10;
+/// Sizes of the headers of requests and answers.
+const IN_HEADER: usize = 40;
+/// Node of the root folder, and of the file.
+const ROOT: u64 = 1;
+const FILE: u64 = 2;
+/// How often the server checks whether it has to answer again.
+const INTERVAL: Duration = Duration::from_millis(10);
+
+/// Operations of FUSE (`linux/fuse.h`).
+mod opcode {
+    pub const LOOKUP: u32 = 1;
+    pub const FORGET: u32 = 2;
+    pub const GETATTR: u32 = 3;
+    pub const SETATTR: u32 = 4;
+    pub const OPEN: u32 = 14;
+    pub const READ: u32 = 15;
+    pub const WRITE: u32 = 16;
+    pub const RELEASE: u32 = 18;
+    pub const FSYNC: u32 = 20;
+    pub const FLUSH: u32 = 25;
+    pub const INIT: u32 = 26;
+    pub const INTERRUPT: u32 = 36;
+    pub const BATCH_FORGET: u32 = 42;
+}
+
+/// A FUSE file system with one file of zeroes, which is never in the page cache. While it is stalled,
+/// reads, writes and flushes get no answer; a signal that ends the process ends them.
+pub struct StallingStorage {
+    folder: TempDir,
+    stalled: Arc<AtomicBool>,
+    ending: Arc<AtomicBool>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl StallingStorage {
+    /// Mounts the file system, which takes `CAP_SYS_ADMIN`.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be mounted.
+    pub fn new() -> Self {
+        Self::try_new().unwrap_or_else(|reason| panic!("no FUSE file system: {reason}"))
+    }
+
+    pub(crate) fn try_new() -> Result<Self, String> {
+        let device = File::options().read(true).write(true).open("/dev/fuse");
+        let device = device.map_err(|error| format!("cannot open /dev/fuse: {error}"))?;
+        let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+            device.as_raw_fd()
+        );
+        mount(folder.path(), &options).map_err(|error| format!("cannot mount it: {error}"))?;
+        let (stalled, ending) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let mut server = Server {
+            device,
+            data: vec![0; FILE_SIZE],
+            stalled: stalled.clone(),
+            ending: ending.clone(),
+            held: VecDeque::new(),
+        };
+        Ok(Self {
+            folder,
+            stalled,
+            ending,
+            server: Some(thread::spawn(move || server.run())),
+        })
+    }
+
+    /// The path of the file.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("file")
+    }
+
+    /// Stops answering, or goes on with what has been asked meanwhile.
+    pub fn stall(&self, stalls: bool) {
+        self.stalled.store(stalls, Ordering::SeqCst);
+    }
+}
+
+impl Default for StallingStorage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for StallingStorage {
+    fn drop(&mut self) {
+        self.stall(false);
+        let path = path_of(self.folder.path());
+        // SAFETY: the path is a string that ends with a zero.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+        self.ending.store(true, Ordering::SeqCst);
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+    }
+}
+
+fn path_of(path: &Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).expect("paths have no zeroes")
+}
+
+fn mount(folder: &Path, options: &str) -> io::Result<()> {
+    let (folder, options) = (path_of(folder), CString::new(options)?);
+    // SAFETY: all of them are strings that end with a zero.
+    let result = unsafe {
+        libc::mount(
+            c"stalling".as_ptr(),
+            folder.as_ptr(),
+            c"fuse.stalling".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV,
+            options.as_ptr().cast(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The thread that answers the kernel.
+struct Server {
+    device: File,
+    data: Vec<u8>,
+    stalled: Arc<AtomicBool>,
+    ending: Arc<AtomicBool>,
+    /// Requests that have no answer yet.
+    held: VecDeque<Vec<u8>>,
+}
+
+impl Server {
+    fn run(&mut self) {
+        let mut request = vec![0; REQUEST_SIZE];
+        while !self.ending.load(Ordering::SeqCst) {
+            if !self.stalled.load(Ordering::SeqCst) {
+                while let Some(held) = self.held.pop_front() {
+                    self.answer(&held);
+                }
+            }
+            let mut events = [PollFd::new(self.device.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(INTERVAL).expect("it is short");
+            if !poll(&mut events, timeout).is_ok_and(|ready| ready > 0) {
+                continue;
+            }
+            match self.device.read(&mut request) {
+                Ok(size) => self.take(&request[..size]),
+                // The file system is no longer mounted.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return,
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn take(&mut self, request: &[u8]) {
+        let opcode = u32_at(request, 4);
+        let waits = matches!(
+            opcode,
+            opcode::READ | opcode::WRITE | opcode::FSYNC | opcode::FLUSH
+        );
+        if opcode == opcode::INTERRUPT {
+            let unique = u64_at(request, IN_HEADER);
+            let before = self.held.len();
+            self.held.retain(|held| u64_at(held, 8) != unique);
+            if self.held.len() < before {
+                self.reply(unique, -libc::EINTR, &[]);
+            }
+        } else if waits && self.stalled.load(Ordering::SeqCst) {
+            self.held.push_back(request.to_vec());
+        } else {
+            self.answer(request);
+        }
+    }
+
+    fn answer(&mut self, request: &[u8]) {
+        let (opcode, unique, node) = (u32_at(request, 4), u64_at(request, 8), u64_at(request, 16));
+        let body = &request[IN_HEADER..];
+        match opcode {
+            opcode::INIT => {
+                // Version 7.31, no optional features, and the sizes of queues and of writes.
+                let mut answer = Vec::new();
+                for word in [7_u32, 31, 1 << 16, 0, 10 << 16 | 12, 128 << 10, 1] {
+                    answer.extend(word.to_le_bytes());
+                }
+                answer.resize(64, 0);
+                self.reply(unique, 0, &answer);
+            }
+            opcode::LOOKUP if node == ROOT && body.starts_with(b"file\0") => {
+                let mut answer = FILE.to_le_bytes().to_vec();
+                answer.resize(40, 0);
+                answer.extend(attributes(FILE));
+                self.reply(unique, 0, &answer);
+            }
+            opcode::LOOKUP => self.reply(unique, -libc::ENOENT, &[]),
+            opcode::GETATTR | opcode::SETATTR => {
+                let mut answer = vec![0; 16];
+                answer.extend(attributes(node));
+                self.reply(unique, 0, &answer);
+            }
+            opcode::OPEN => {
+                // A handle, and the flag FOPEN_DIRECT_IO.
+                let mut answer = 1_u64.to_le_bytes().to_vec();
+                answer.extend(1_u64.to_le_bytes());
+                self.reply(unique, 0, &answer);
+            }
+            opcode::READ => {
+                let start = (u64_at(body, 8) as usize).min(FILE_SIZE);
+                let end = (start + u32_at(body, 16) as usize).min(FILE_SIZE);
+                let bytes = self.data[start..end].to_vec();
+                self.reply(unique, 0, &bytes);
+            }
+            opcode::WRITE => {
+                let (start, size) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
+                let end = (start + size).min(FILE_SIZE);
+                let taken = end.saturating_sub(start);
+                self.data[end - taken..end].copy_from_slice(&body[40..40 + taken]);
+                // What goes beyond the end is lost.
+                self.reply(unique, 0, &(size as u64).to_le_bytes());
+            }
+            opcode::FSYNC | opcode::FLUSH | opcode::RELEASE => self.reply(unique, 0, &[]),
+            opcode::FORGET | opcode::BATCH_FORGET => {}
+            _ => self.reply(unique, -libc::ENOSYS, &[]),
+        }
+    }
+
+    fn reply(&mut self, unique: u64, error: i32, body: &[u8]) {
+        let mut answer = ((16 + body.len()) as u32).to_le_bytes().to_vec();
+        answer.extend(error.to_le_bytes());
+        answer.extend(unique.to_le_bytes());
+        answer.extend(body);
+        // It fails if the request has been interrupted.
+        let _ = self.device.write(&answer);
+    }
+}
+
+/// The attributes of a node, as `struct fuse_attr`.
+fn attributes(node: u64) -> Vec<u8> {
+    let (mode, size) = match node {
+        ROOT => (0o40755_u32, 0),
+        _ => (0o100_644, FILE_SIZE as u64),
+    };
+    let mut bytes = Vec::new();
+    for number in [node, size, size / 512, 0, 0, 0] {
+        bytes.extend(number.to_le_bytes());
+    }
+    for number in [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0] {
+        bytes.extend(number.to_le_bytes());
+    }
+    bytes
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    let bytes = bytes[offset..offset + 4].try_into();
+    u32::from_le_bytes(bytes.expect("there are four"))
+}
+
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    let bytes = bytes[offset..offset + 8].try_into();
+    u64::from_le_bytes(bytes.expect("there are eight"))
+}
