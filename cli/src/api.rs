@@ -72,6 +72,7 @@ fn serve_instance(
         InstanceOptions {
             id: args.id.clone(),
             log: Box::new(program_log),
+            log_path: args.log_path.clone(),
             startup_times: ProcessTimes {
                 start_us: args.start_time_us,
                 start_cpu_us: args.start_time_cpu_us,

@@ -376,10 +376,18 @@ impl Controller {
     /// Changes a device or asks it something ([`Command::Device`]).
     ///
     /// # Errors
-    /// If the machine neither runs nor is paused, has no such device, or for a reason that
-    /// [`DeviceError`](crate::DeviceError) lists.
+    /// If the machine neither runs nor is paused, has no such device, uses a disk's new image otherwise, or
+    /// for a reason that [`DeviceError`](crate::DeviceError) lists.
     pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
         let devices = self.0.devices("change a device")?;
+        if let DeviceCommand::ReplaceImage { .. } = &command {
+            let config = lock(&self.0.config).clone();
+            if let Some(mut config) = config {
+                config.apply(name, &command);
+                // Without any lock: a file system may not answer.
+                config.validate_files()?;
+            }
+        }
         devices.execute(name, command, |command| {
             self.0.record(|config| config.apply(name, command));
         })
