@@ -146,7 +146,7 @@ fn serve_instance(
     ending.notify_one();
     let served = served.recv_timeout(API_END_TIME);
     let reason = controller.wait()?;
-    tracing::info!("the machine has ended: {reason:?}: {reason}");
+    tracing::info!("the machine has ended: {reason}");
     match served {
         Ok(served) => served?,
         // The machine has ended in any case, and the process ends now.

@@ -40,7 +40,10 @@ fn a_configuration_file_starts_a_machine_without_an_api() {
     assert!(!path("api.socket").exists());
     assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
     let log = fs::read_to_string(path("log")).unwrap();
-    assert!(log.contains("has ended: PowerOff"), "{log}");
+    assert!(
+        log.contains("has ended: the guest has powered off"),
+        "{log}"
+    );
     // One line is written at the end.
     let metrics = lines(&fs::read_to_string(path("metrics")).unwrap());
     assert_eq!(metrics.len(), 1);

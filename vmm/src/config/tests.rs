@@ -501,6 +501,23 @@ fn the_guest_cannot_write_what_it_boots_from() {
 }
 
 #[test]
+fn numbers_out_of_range_are_told_their_range() {
+    for (text, message) in [
+        (
+            "kernel = [300]",
+            "300 is not a byte: a list of numbers from 0 to 255 is a path that is not UTF-8",
+        ),
+        (
+            "restart-limit = -1",
+            "expected a number from 0 to 4294967295",
+        ),
+    ] {
+        let error = config(text).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
 fn a_socket_leads_to_one_device() {
     let config = MachineConfig {
         vsock: Some(VsockConfig {
