@@ -51,6 +51,17 @@ impl Clients {
         let _ = self.places.acquire_many(self.count).await;
     }
 
+    /// Asks the client that the server has waited for longest to leave, as its descriptor is needed for
+    /// another. Nothing happens if the server waits for no client, or not for long.
+    pub(crate) fn make_room(&self) {
+        let mut waiting = lock(&self.waiting);
+        if let Some(longest) = waiting.clients.first_entry()
+            && longest.get().0.elapsed() >= GRACE_TIME
+        {
+            longest.remove().1.notify_one();
+        }
+    }
+
     /// Returns a place for a new client. If all are taken, it is the place of the client that the server has
     /// waited for longest, or `None` if the server waits for no client.
     pub(crate) async fn place(&self) -> Option<Place> {
@@ -153,6 +164,21 @@ mod tests {
         let ((), fourth) = tokio::join!(leaving, clients.place());
         assert!(fourth.is_some());
         assert!(!is_needed(&first).await && !is_needed(&third).await);
+    }
+
+    #[tokio::test]
+    async fn who_is_waited_for_longest_makes_room() {
+        let clients = Clients::new(2);
+        let idle = clients.place().await.unwrap();
+        let served = clients.place().await.unwrap();
+        served.work();
+        clients.make_room();
+        assert!(!is_needed(&idle).await, "it has come just now");
+        time::sleep(GRACE_TIME).await;
+        clients.make_room();
+        assert!(is_needed(&idle).await);
+        clients.make_room();
+        assert!(!is_needed(&served).await);
     }
 
     #[tokio::test]

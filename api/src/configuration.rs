@@ -3,11 +3,11 @@
 //! The bodies for devices that a machine has at most one of are here, those for all other parts in
 //! [`bodies`](crate::bodies).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bantam_vmm::config::{
     BalloonConfig, BalloonSize, DeviceName, DiskConfig, GuestCid, LimitedDevice, MachineConfig,
-    MetadataConfig as MachineMetadata, NetConfig, SerialConfig, VsockConfig,
+    MetadataConfig as MachineMetadata, NetConfig, SerialConfig, VsockConfig, is_same_file,
 };
 use serde::{Deserialize, Serialize};
 
@@ -309,6 +309,29 @@ impl Configuration {
         };
         machine.validate()?;
         Ok(machine)
+    }
+
+    /// Checks that the program can write `what` to the file at `path`: it is not one that the machine uses. This
+    /// waits for a file system that hangs.
+    ///
+    /// # Errors
+    /// If it is a disk, the kernel or the initrd.
+    pub(crate) fn check_output(&self, what: &'static str, path: &Path) -> Result<(), Fault> {
+        let boot_source = self.boot_source.iter();
+        let boot_files =
+            boot_source.flat_map(|it| [Some(&it.kernel_image_path), it.initrd_path.as_ref()]);
+        let images = self
+            .drives
+            .iter()
+            .filter_map(|drive| drive.path_on_host.as_ref());
+        let mut used = boot_files.flatten().chain(images);
+        match used.any(|used| is_same_file(used, path)) {
+            true => Err(Fault::MachineFile {
+                what,
+                path: path.display().to_string(),
+            }),
+            false => Ok(()),
+        }
     }
 
     fn disks(&self) -> Result<Vec<DiskConfig>, Fault> {

@@ -96,6 +96,16 @@ pub enum Fault {
         /// Why not.
         reason: String,
     },
+    /// The program would write to a file that the machine uses.
+    #[error(
+        "Cannot use {what} '{path}': it is a disk, the kernel or the initrd; choose another file"
+    )]
+    MachineFile {
+        /// What would be written there.
+        what: &'static str,
+        /// The file.
+        path: String,
+    },
     /// There is no kernel to start.
     #[error("Cannot start the microVM without a kernel: PUT /boot-source first")]
     NoBootSource,

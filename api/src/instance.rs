@@ -1,5 +1,6 @@
 //! The instance that the API controls: a configuration, and the machine that is built from it.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bantam_vmm::config::SerialConfig;
@@ -19,6 +20,12 @@ use crate::view::View;
 /// How long it may take to open a file for the log or the metrics.
 const OPEN_TIME: Duration = Duration::from_secs(5);
 
+/// What the file of the log is called in messages.
+const LOG_FILE: &str = "log file";
+
+/// What the file of the metrics is called in messages.
+const METRICS_FILE: &str = "metrics file";
+
 /// The log of the program, as far as clients can set it.
 pub trait ProgramLog: Send {
     /// Applies the settings in `logger`, and leaves others as they are. This may take as long as a file takes
@@ -35,6 +42,8 @@ pub struct InstanceOptions {
     pub id: String,
     /// The program's log.
     pub log: Box<dyn ProgramLog>,
+    /// The file that the log goes to already, if any.
+    pub log_path: Option<PathBuf>,
     /// How long the process took to start.
     pub startup_times: StartupTimes,
     /// Called when a machine that has the console has been started.
@@ -49,6 +58,8 @@ pub struct InstanceOptions {
 pub struct Instance {
     view: View,
     log: Bounded<Box<dyn ProgramLog>>,
+    /// The file that the log goes to.
+    log_path: Option<PathBuf>,
     /// Opens the file of metrics.
     opener: Bounded<()>,
     on_start: Box<dyn FnMut() + Send>,
@@ -73,6 +84,7 @@ impl Instance {
                 metrics_groups,
             ),
             log: Bounded::new(options.log),
+            log_path: options.log_path,
             opener: Bounded::new(()),
             on_start: options.on_start,
             boot_timer: options.boot_timer,
@@ -85,12 +97,8 @@ impl Instance {
     /// If a part of it cannot be used.
     pub fn configure(&mut self, configuration: Configuration) -> Result<(), Fault> {
         let configuration = configuration.check()?;
-        if let Some(logger) = configuration.logger.clone() {
-            self.put_logger(logger)?;
-        }
-        if let Some(metrics) = configuration.metrics.clone() {
-            self.put_metrics(metrics)?;
-        }
+        let (logger, metrics) = (configuration.logger.clone(), configuration.metrics.clone());
+        // The rest comes first, so that neither file can be one that the machine uses.
         self.record(|before| {
             *before = Configuration {
                 logger: before.logger.take(),
@@ -98,6 +106,12 @@ impl Instance {
                 ..configuration
             };
         });
+        if let Some(logger) = logger {
+            self.put_logger(logger)?;
+        }
+        if let Some(metrics) = metrics {
+            self.put_metrics(metrics)?;
+        }
         Ok(())
     }
 
@@ -142,7 +156,9 @@ impl Instance {
     /// If it has been started, or cannot be.
     pub fn start(&mut self) -> Result<(), Fault> {
         self.require_not_started()?;
-        let mut config = self.view.configuration().machine()?;
+        let configuration = self.view.configuration();
+        let mut config = configuration.machine()?;
+        self.check_outputs(&configuration)?;
         config.boot_timer = self.boot_timer;
         if let Some(metadata) = &mut config.metadata {
             let store = self.view.own_metadata();
@@ -156,6 +172,17 @@ impl Instance {
             (self.on_start)();
         }
         Ok(())
+    }
+
+    /// Checks that the log and the metrics do not go to a file that the machine of `configuration` uses.
+    pub(crate) fn check_outputs(&self, configuration: &Configuration) -> Result<(), Fault> {
+        if let Some(path) = &self.log_path {
+            configuration.check_output(LOG_FILE, path)?;
+        }
+        match &configuration.metrics {
+            Some(metrics) => configuration.check_output(METRICS_FILE, &metrics.metrics_path),
+            None => Ok(()),
+        }
     }
 
     /// Replaces the metadata.
@@ -179,13 +206,22 @@ impl Instance {
     /// Sets the program's log. If the file takes too long to open, the request is refused; the log is set all
     /// the same if the file opens in the end.
     pub(crate) fn put_logger(&mut self, logger: Logger) -> Result<(), Fault> {
-        let wanted = logger.clone();
-        match self.log.run(OPEN_TIME, move |log| log.set(&wanted)) {
+        let (wanted, configuration) = (logger.clone(), self.view.configuration());
+        let set = self.log.run(OPEN_TIME, move |log| {
+            if let Some(path) = &wanted.log_path {
+                configuration.check_output(LOG_FILE, path)?;
+            }
+            log.set(&wanted)
+        });
+        match set {
             Ok(set) => set?,
             Err(error) => {
                 let path = logger.log_path.unwrap_or_default();
-                return Err(Fault::file("log file", &path, &error));
+                return Err(Fault::file(LOG_FILE, &path, &error));
             }
+        }
+        if logger.log_path.is_some() {
+            self.log_path.clone_from(&logger.log_path);
         }
         self.record(|configuration| configuration.logger = Some(logger));
         Ok(())
@@ -193,17 +229,16 @@ impl Instance {
 
     pub(crate) fn put_metrics(&mut self, metrics: Metrics) -> Result<(), Fault> {
         if self.view.has_metrics_file() {
-            return Err(Fault::SetTwice {
-                what: "metrics file",
-            });
+            return Err(Fault::SetTwice { what: METRICS_FILE });
         }
-        let path = metrics.metrics_path.clone();
-        let opened = self
-            .opener
-            .run(OPEN_TIME, move |()| MetricsFile::open(&path));
-        let file = opened
-            .flatten()
-            .map_err(|error| Fault::file("metrics file", &metrics.metrics_path, &error))?;
+        let (path, configuration) = (metrics.metrics_path.clone(), self.view.configuration());
+        let opened = self.opener.run(OPEN_TIME, move |()| {
+            configuration.check_output(METRICS_FILE, &path)?;
+            MetricsFile::open(&path).map_err(|error| Fault::file(METRICS_FILE, &path, &error))
+        });
+        let opened =
+            opened.map_err(|error| Fault::file(METRICS_FILE, &metrics.metrics_path, &error))?;
+        let file = opened?;
         self.view.set_metrics_file(file);
         self.record(|configuration| configuration.metrics = Some(metrics));
         Ok(())

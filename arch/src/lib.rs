@@ -16,6 +16,8 @@ pub mod mptable;
 pub mod msrs;
 pub mod registers;
 
+use std::fmt;
+
 pub use error::{Error, Result};
 
 /// How the boot vCPU enters the guest.
@@ -25,4 +27,13 @@ pub enum EntryProtocol {
     Pvh,
     /// The 64-bit entry of the Linux boot protocol (`Documentation/arch/x86/boot.rst`).
     Linux64,
+}
+
+impl fmt::Display for EntryProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pvh => "PVH",
+            Self::Linux64 => "the 64-bit Linux protocol",
+        })
+    }
 }

@@ -113,7 +113,7 @@ fn serve_instance(
         }
     }
     if let Some(reason) = reason {
-        tracing::info!("the machine has ended: {reason:?}: {reason}");
+        tracing::info!("the machine has ended: {reason}");
     }
     ended
 }
@@ -131,6 +131,7 @@ fn prepare(
         InstanceOptions {
             id: args.id.clone(),
             log: Box::new(program_log),
+            log_path: args.log_path.clone(),
             startup_times: ProcessTimes {
                 start_us: args.start_time_us,
                 start_cpu_us: args.start_time_cpu_us,

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use bantam_vmm::host::{self, KvmCapability, Virtualization};
+use bantam_vmm::text::without_error_numbers;
 
 /// The state of one feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +84,7 @@ fn print_table(rows: &[Row], out: &mut impl Write) -> io::Result<()> {
         remedy,
     } in rows
     {
+        let found = without_error_numbers(found.clone());
         writeln!(out, "{subject:<27} {status:<8} {found}")?;
         if let Some(remedy) = remedy {
             writeln!(out, "{:<27} {:<8} -> {remedy}", "", "")?;
@@ -211,7 +213,7 @@ mod tests {
     fn the_table_has_a_line_for_each_thing_and_one_for_each_remedy() {
         let rows = [
             Row::ok("one", "here"),
-            Row::limited("two", "not here", "get it"),
+            Row::limited("two", "not here (os error 13)", "get it"),
         ];
         let mut table = Vec::new();
         print_table(&rows, &mut table).unwrap();

@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
 use std::time::Duration;
@@ -25,7 +26,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::message::Stderr;
+use crate::message::{Stderr, say};
 use crate::outlet::Outlet;
 use crate::stopping;
 
@@ -98,7 +99,7 @@ impl AdjustableLog {
 
 impl ProgramLog for AdjustableLog {
     fn set(&mut self, logger: &Logger) -> Result<(), Fault> {
-        let open = |path| {
+        let open = |path: &PathBuf| {
             let file = OpenOptions::new()
                 // Also for reading: otherwise a named pipe without a reader could not be opened.
                 .read(true)
@@ -106,7 +107,14 @@ impl ProgramLog for AdjustableLog {
                 .create(true)
                 .custom_flags(libc::O_NONBLOCK)
                 .open(path)?;
-            Outlet::start("bantam-log", file)
+            let shown = path.display().to_string();
+            Outlet::start("bantam-log", file, move |errno| {
+                let reason = errno.desc();
+                say(format_args!(
+                    "warning: cannot write the log to '{shown}': {reason}; lines are lost until it can be \
+                     written"
+                ));
+            })
         };
         let file = match &logger.log_path {
             Some(path) => Some(open(path).map_err(|error| Fault::File {

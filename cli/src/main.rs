@@ -26,10 +26,12 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use bantam_vmm::config::ExitStatus;
 use bantam_vmm::text::without_error_numbers;
 use clap::Parser;
 use clap::error::ErrorKind;
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use args::{Args, Command, FirecrackerArgs, RunArgs};
@@ -145,11 +147,7 @@ fn print_firecracker_version() -> anyhow::Result<()> {
 /// Prints help and version in clap's layout, and an error, whose status is `failure`, as one line.
 fn report_usage<T: Parser>(error: &clap::Error, failure: ExitCode) -> ExitCode {
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            // A reader that closes early, such as a pager, has seen enough.
-            let _ = error.print();
-            ExitCode::SUCCESS
-        }
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => status_of(print_usage(error)),
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
             failure
@@ -163,6 +161,14 @@ fn report_usage<T: Parser>(error: &clap::Error, failure: ExitCode) -> ExitCode {
             say(format_args!("{}", usage_line(&error.to_string())));
             failure
         }
+    }
+}
+
+fn print_usage(usage: &clap::Error) -> anyhow::Result<()> {
+    match usage.print().and_then(|()| io::stdout().flush()) {
+        // A reader that closes early, such as a pager, has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed.context("cannot write to standard output"),
     }
 }
 
@@ -217,7 +223,11 @@ fn usage_line(rendered: &str) -> String {
 fn reason(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
-        let text = cause.to_string();
+        let text = match cause.downcast_ref::<Errno>() {
+            // It would begin with the constant's name.
+            Some(&errno) => io::Error::from(errno).to_string(),
+            None => cause.to_string(),
+        };
         if line.is_empty() {
             line = text;
         } else if !line.contains(&text) {
@@ -231,8 +241,6 @@ fn reason(error: &anyhow::Error) -> String {
 mod tests {
     use std::ffi::OsStr;
     use std::os::unix::ffi::OsStrExt;
-
-    use anyhow::Context;
 
     use super::*;
 
@@ -297,6 +305,17 @@ mod tests {
             reason(&told),
             "cannot open 'x': No such file or directory; try another"
         );
+    }
+
+    #[test]
+    fn the_remedy_for_too_few_descriptors_is_printed_wherever_they_run_out() {
+        let line = "cannot create an event: Too many open files: raise the limit (ulimit -n)";
+        for error in [
+            anyhow::Error::from(Errno::EMFILE),
+            io::Error::from(Errno::EMFILE).into(),
+        ] {
+            assert_eq!(reason(&error.context("cannot create an event")), line);
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ static OUTLET: OnceLock<Outlet> = OnceLock::new();
 /// Starts the thread that writes from now on. No later message blocks, not even the report of a
 /// panic.
 pub fn start() -> anyhow::Result<()> {
-    let outlet = Outlet::start("bantam-stderr", io::stderr());
+    let outlet = Outlet::start("bantam-stderr", io::stderr(), |_| ());
     let outlet = outlet.context("cannot start the thread that writes to standard error")?;
     if OUTLET.set(outlet).is_ok() {
         panic::set_hook(Box::new(report_panic));
@@ -32,8 +32,10 @@ pub fn start() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a line to standard error. If that is closed, there is nobody to tell.
+/// Writes a line, or several, to standard error, with control characters escaped. If that is closed, there is
+/// nobody to tell.
 pub fn say(line: fmt::Arguments<'_>) {
+    let line = printable(&line.to_string());
     let _ = writeln!(Stderr, "{line}");
 }
 
@@ -41,9 +43,22 @@ pub fn say(line: fmt::Arguments<'_>) {
 /// before it.
 pub fn say_last(line: fmt::Arguments<'_>) {
     match OUTLET.get() {
-        Some(outlet) => outlet.push_last(format!("{line}\n").as_bytes()),
+        Some(outlet) => outlet.push_last((printable(&line.to_string()) + "\n").as_bytes()),
         None => say(line),
     }
+}
+
+/// Escapes the characters of `text` that a terminal would obey, except for line feeds: text may have names of
+/// files or of keys in it, which anyone may have chosen.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() && character != '\n' {
+            true => printable.extend(character.escape_debug()),
+            false => printable.push(character),
+        }
+    }
+    printable
 }
 
 /// Waits until everything is written, for a short time at most.
@@ -85,4 +100,18 @@ fn report_panic(info: &panic::PanicHookInfo<'_>) {
         _ => say(format_args!("thread '{name}' {info}")),
     }
     flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_obeys_nothing_in_a_message() {
+        assert_eq!(
+            printable("caf\u{e9} '\x1b[2Jx'\n"),
+            "caf\u{e9} '\\u{1b}[2Jx'\n"
+        );
+        assert_eq!(printable("\u{9b}2J\r\x07"), "\\u{9b}2J\\r\\u{7}");
+    }
 }

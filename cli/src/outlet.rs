@@ -54,11 +54,16 @@ struct State {
 }
 
 impl Outlet {
-    /// Starts the thread, called `name`, that writes to `to`.
+    /// Starts the thread, called `name`, that writes to `to`. It calls `on_failure` the first time that `to`
+    /// refuses lines.
     ///
     /// # Errors
     /// If the host cannot create the thread or a descriptor.
-    pub fn start(name: &str, to: impl AsFd + Send + 'static) -> io::Result<Outlet> {
+    pub fn start(
+        name: &str,
+        to: impl AsFd + Send + 'static,
+        on_failure: impl FnOnce(Errno) + Send + 'static,
+    ) -> io::Result<Outlet> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 queue: LineQueue::new(CAPACITY),
@@ -72,7 +77,7 @@ impl Outlet {
         // The main thread reads signals, even if it has not begun to yet.
         signals::while_blocked(|| {
             let shared = shared.clone();
-            thread.spawn(move || shared.write_all(to.as_fd()))
+            thread.spawn(move || shared.write_all(to.as_fd(), on_failure))
         })??;
         Ok(Outlet { shared })
     }
@@ -129,21 +134,29 @@ impl Shared {
     }
 
     /// Writes what is queued until the outlet is dropped.
-    fn write_all(&self, to: BorrowedFd<'_>) {
+    fn write_all(&self, to: BorrowedFd<'_>, on_failure: impl FnOnce(Errno)) {
         IS_WRITER.set(true);
         // Whether the descriptor took the last lines: a broken one need not get the number of lost
         // lines.
         let mut works = true;
+        let mut failure = None;
+        let mut on_failure = Some(on_failure);
         while let Some(lines) = self.next_lines() {
             if works {
-                self.report_dropped();
+                self.report_dropped(failure);
             }
-            let written = write_lines(to, &lines, self.dropped.as_fd());
+            let (written, error) = write_lines(to, &lines, self.dropped.as_fd());
+            if let Some(errno) = error {
+                failure = error;
+                if let Some(on_failure) = on_failure.take() {
+                    on_failure(errno);
+                }
+            }
             let lost = lines.get(written..).map_or(0, queue::count_lines);
             if lost > 0 {
                 self.state().queue.count_dropped(lost);
             } else if !works {
-                self.report_dropped();
+                self.report_dropped(failure.take());
             }
             works = lost == 0;
         }
@@ -167,19 +180,27 @@ impl Shared {
         Some(state.queue.take())
     }
 
-    /// Logs how many lines were lost, after the lines that found room before.
-    fn report_dropped(&self) {
+    /// Logs how many lines were lost, after the lines that found room before, because of `failure` if there was
+    /// one.
+    fn report_dropped(&self, failure: Option<Errno>) {
         let dropped = self.state().queue.dropped();
         if dropped > 0 {
-            tracing::warn!("{dropped} lines were lost here: nobody read them fast enough");
+            match failure {
+                Some(errno) => tracing::warn!("{dropped} lines were lost here: {}", errno.desc()),
+                None => {
+                    tracing::warn!("{dropped} lines were lost here: nobody read them fast enough")
+                }
+            }
             self.state().queue.forget_dropped(dropped);
         }
     }
 }
 
-/// Writes `lines`, until `stop` becomes readable, and returns how many bytes were written.
-fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> usize {
+/// Writes `lines`, until `stop` becomes readable, and returns how many bytes were written, and the error that
+/// ended it early.
+fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> (usize, Option<Errno>) {
     let mut rest = lines;
+    let mut failure = None;
     while !rest.is_empty() {
         match write(to, queue::whole_lines(rest, MAX_PIECE)) {
             Ok(count @ 1..) => rest = rest.get(count..).unwrap_or_default(),
@@ -196,10 +217,14 @@ fn write_lines(to: BorrowedFd<'_>, lines: &[u8], stop: BorrowedFd<'_>) -> usize 
                     break;
                 }
             }
-            Ok(_) | Err(_) => break,
+            Ok(_) => break,
+            Err(errno) => {
+                failure = Some(errno);
+                break;
+            }
         }
     }
-    lines.len() - rest.len()
+    (lines.len() - rest.len(), failure)
 }
 
 #[cfg(test)]
@@ -218,7 +243,7 @@ mod tests {
 
     fn outlet(flags: OFlag) -> (Outlet, OwnedFd) {
         let (from, to) = pipe2(OFlag::O_CLOEXEC | flags).unwrap();
-        (Outlet::start("outlet", to).unwrap(), from)
+        (Outlet::start("outlet", to, |_| ()).unwrap(), from)
     }
 
     #[test]
@@ -283,6 +308,20 @@ mod tests {
             outlet.flush(PATIENCE);
         }
         assert_eq!(outlet.shared.state().queue.dropped(), 3);
+    }
+
+    #[test]
+    fn a_file_that_refuses_lines_is_reported_once() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let (sender, failures) = std::sync::mpsc::channel();
+        let report = move |errno| sender.send(errno).unwrap();
+        let outlet = Outlet::start("outlet", full, report).unwrap();
+        for _ in 0..3 {
+            outlet.push(b"a line\n");
+            outlet.flush(PATIENCE);
+        }
+        drop(outlet);
+        assert_eq!(failures.iter().collect::<Vec<_>>(), [Errno::ENOSPC]);
     }
 
     #[test]

@@ -46,7 +46,7 @@ fn run_until_end(
             && matches!(reason, ExitReason::Reboot | ExitReason::Panic)
             && config.on_reboot == OnReboot::Restart;
         if !restarts_machine {
-            tracing::info!("the machine has ended: {reason:?}: {reason}");
+            tracing::info!("the machine has ended: {reason}");
             return Ok(ending);
         }
         let run = started.elapsed();

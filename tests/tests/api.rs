@@ -57,7 +57,12 @@ fn a_machine_is_put_together_started_and_ended_by_its_guest() {
     api.act("InstanceStart");
     let ended = machine.ended_well();
     ended.passed();
-    assert!(ended.stderr.contains("has ended: PowerOff"), "{ended}");
+    assert!(
+        ended
+            .stderr
+            .contains("has ended: the guest has powered off"),
+        "{ended}"
+    );
 }
 
 #[test]

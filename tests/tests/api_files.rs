@@ -40,7 +40,10 @@ fn a_configuration_file_starts_a_machine_without_an_api() {
     assert!(!path("api.socket").exists());
     assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
     let log = fs::read_to_string(path("log")).unwrap();
-    assert!(log.contains("has ended: PowerOff"), "{log}");
+    assert!(
+        log.contains("has ended: the guest has powered off"),
+        "{log}"
+    );
     // One line is written at the end.
     let metrics = lines(&fs::read_to_string(path("metrics")).unwrap());
     assert_eq!(metrics.len(), 1);
@@ -251,4 +254,35 @@ fn wait_for_line(file: &Path, text: &str) -> String {
         assert!(Instant::now() < deadline, "no '{text}' in\n{lines}");
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn log_and_metrics_do_not_go_into_a_file_of_the_machine() {
+    require_kvm!();
+    let machine = ApiMachine::new();
+    let (image, log) = (machine.path("image"), machine.path("log"));
+    fs::write(&image, [0; 4096]).unwrap();
+    let boot_source = bare_metal_boot_source("hello", "finish=hang");
+    let api = &machine.api;
+    api.put("/boot-source", &boot_source);
+    let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": image});
+    api.put("/drives/a", &drive);
+    for (path, key) in [("/logger", "log_path"), ("/metrics", "metrics_path")] {
+        let reason = api.refused("PUT", path, &json!({key: image}).to_string());
+        assert!(reason.contains("it is a disk, the kernel"), "{reason}");
+    }
+    api.put("/logger", &json!({"log_path": log}));
+    api.put("/actions", &json!({"action_type": "InstanceStart"}));
+
+    // Nor does a disk become one of these files, or the kernel.
+    for (path, part) in [
+        (json!(log), "Cannot use log file"),
+        (boot_source["kernel_image_path"].clone(), "the kernel"),
+    ] {
+        let update = json!({"drive_id": "a", "path_on_host": path});
+        let reason = api.refused("PATCH", "/drives/a", &update.to_string());
+        assert!(reason.starts_with(part), "{reason}");
+    }
+    assert_eq!(fs::read(&image).unwrap(), [0; 4096]);
+    machine.stop();
 }

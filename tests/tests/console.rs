@@ -282,7 +282,10 @@ fn a_reader_that_leaves_does_not_hold_the_guest_up() {
         .option("--log", "info")
         .finish();
     ended.succeeded();
-    assert!(ended.stderr.contains("has ended: Reboot"), "{ended}");
+    assert!(
+        ended.stderr.contains("has ended: the guest has rebooted"),
+        "{ended}"
+    );
 }
 
 #[test]

@@ -258,9 +258,9 @@ fn a_guest_is_not_asked_without_time_or_a_driver() {
 fn the_api_asks_first_if_it_is_told_to() {
     require_kvm!();
     let cases = [
-        (None, true, "Stopped"),
-        (Some("10m"), true, "PowerOff"),
-        (Some("10m"), false, "PowerOff"),
+        (None, true, "the power was cut"),
+        (Some("10m"), true, "the guest has powered off"),
+        (Some("10m"), false, "the guest has powered off"),
     ];
     for (timeout, has_console, reason) in cases {
         let machine = ApiMachine::with(|bantam, folder| {

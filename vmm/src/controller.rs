@@ -389,15 +389,23 @@ impl Controller {
     /// Changes a device or asks it something ([`Command::Device`]).
     ///
     /// # Errors
-    /// If the machine neither runs nor is paused, has no such device, or for a reason that
-    /// [`DeviceError`](crate::DeviceError) lists. A command that needs an answer of the host, such as a file
-    /// that it opens, is given up after 10 seconds.
+    /// If the machine neither runs nor is paused, has no such device, uses a disk's new image otherwise, or
+    /// for a reason that [`DeviceError`](crate::DeviceError) lists. A command that needs an answer of the
+    /// host, such as a file that it opens, is given up after 10 seconds.
     pub fn device(&self, name: &DeviceName, command: DeviceCommand) -> Result<DeviceAnswer, Error> {
         let devices = self.0.devices("change a device")?;
+        let changed = match &command {
+            DeviceCommand::ReplaceImage { .. } => lock(&self.0.config).clone().map(|mut config| {
+                config.apply(name, &command);
+                config
+            }),
+            _ => None,
+        };
+        let check = move || changed.map_or(Ok(()), |config| Ok(config.validate_files()?));
         // A command that the host does not answer must not keep the machine.
         let inner = Arc::downgrade(&self.0);
         let noted_name = name.clone();
-        devices.execute(name, command, move |command| {
+        devices.execute(name, command, check, move |command| {
             if let Some(inner) = inner.upgrade() {
                 inner.record(|config| config.apply(&noted_name, command));
             }

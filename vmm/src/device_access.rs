@@ -4,7 +4,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, getgroups};
+use nix::unistd::{Gid, getegid, geteuid, getgroups};
+
+use crate::accounts::{self, Group, User};
 
 /// Group and user ID that the kernel shows in place of those that a user namespace does not have
 /// (`/proc/sys/kernel/overflowgid`).
@@ -23,7 +25,8 @@ struct Access {
     /// `None` if the group has no name here.
     group_name: Option<String>,
     user: u32,
-    user_name: String,
+    /// `None` if the user has no name here.
+    user_name: Option<String>,
     /// Whether the process has the device's group.
     in_group: bool,
     /// Whether the group database lists the user as a member, so that the next login brings the group.
@@ -41,14 +44,12 @@ pub(crate) fn remedy(path: &Path) -> String {
 impl Access {
     fn of(path: &Path) -> Option<Self> {
         let metadata = fs::metadata(path).ok()?;
-        let user = User::from_uid(geteuid()).ok().flatten();
-        let group = Group::from_gid(Gid::from_raw(metadata.gid()))
-            .ok()
-            .flatten();
         let gid = Gid::from_raw(metadata.gid());
+        let user = accounts::user(geteuid().as_raw());
+        let group = accounts::group(gid.as_raw());
         let is_member = |user: &User| {
-            let is_listed = |group: &Group| group.mem.contains(&user.name);
-            user.gid == gid || group.as_ref().is_some_and(is_listed)
+            let is_listed = |group: &Group| group.members.contains(&user.name);
+            user.group == gid.as_raw() || group.as_ref().is_some_and(is_listed)
         };
         Some(Self {
             path: path.display().to_string(),
@@ -59,14 +60,12 @@ impl Access {
             is_member: user.as_ref().is_some_and(is_member),
             group_name: group.map(|group| group.name),
             user: geteuid().as_raw(),
-            user_name: user.map_or_else(|| Uid::effective().to_string(), |user| user.name),
+            user_name: user.map(|user| user.name),
         })
     }
 
     fn remedy(&self) -> String {
-        let Self {
-            path, user_name, ..
-        } = self;
+        let path = &self.path;
         let allows = |shift| self.mode >> shift & READ_WRITE == READ_WRITE;
         // The kernel applies only the first of the three that matches.
         let is_allowed = if self.user == self.owner {
@@ -86,6 +85,14 @@ impl Access {
             let Some(group) = &self.group_name else {
                 return self.remedy_for_unnamed_group();
             };
+            let Some(user_name) = &self.user_name else {
+                return format!(
+                    "only the device's group {group} may use it, and user {} has no name here by which \
+                     to join it: {}",
+                    self.user,
+                    self.access_control_entry()
+                );
+            };
             if self.is_member {
                 return format!(
                     "user {user_name} is a member of the device's group {group}, but was not yet \
@@ -98,11 +105,23 @@ impl Access {
             );
         }
         format!(
-            "its mode {:04o} lets no group use it that this user should be in: \
-             sudo setfacl -m u:{user_name}:rw {path} until the host restarts, or a udev rule \
-             that gives it a group and MODE=\"0660\" for good",
-            self.mode & 0o7777
+            "its mode is {:04o}, and no group that this user could join may read and write it: {}, or \
+             for good a udev rule that gives it a group and MODE=\"0660\"",
+            self.mode & 0o7777,
+            self.access_control_entry()
         )
+    }
+
+    /// The command that gives the device to this user alone.
+    fn access_control_entry(&self) -> String {
+        let Self {
+            path,
+            user,
+            user_name,
+            ..
+        } = self;
+        let user = user_name.clone().unwrap_or_else(|| user.to_string());
+        format!("sudo setfacl -m u:{user}:rw {path} until the host restarts")
     }
 
     fn remedy_for_unnamed_group(&self) -> String {
@@ -133,7 +152,7 @@ mod tests {
             group: 108,
             group_name: Some("virt".into()),
             user: 1000,
-            user_name: "alice".into(),
+            user_name: Some("alice".into()),
             in_group: false,
             is_member: false,
         }
@@ -163,7 +182,7 @@ mod tests {
             group_name: Some("root".into()),
             ..usual()
         };
-        assert_helps(&root_only, "its mode 0600");
+        assert_helps(&root_only, "its mode is 0600");
         for access in [
             &root_only,
             &Access {
@@ -182,6 +201,16 @@ mod tests {
         ] {
             assert_helps(access, "sudo setfacl -m u:alice:rw /dev/kvm");
         }
+    }
+
+    #[test]
+    fn a_user_without_a_name_is_told_what_takes_a_number() {
+        let nameless = Access {
+            user_name: None,
+            ..usual()
+        };
+        assert_helps(&nameless, "sudo setfacl -m u:1000:rw /dev/kvm");
+        assert!(!nameless.remedy().contains("usermod"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The threads on which the machine's devices do their work.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -36,7 +37,12 @@ impl DeviceLoop {
     /// # Errors
     /// If the host is out of file descriptors.
     pub(crate) fn new(name: String, role: ThreadRole) -> Result<DeviceLoop, Error> {
-        let manager = EventManager::new()?;
+        let manager = EventManager::new().map_err(|error| match error {
+            event_manager::Error::Epoll(errno) => {
+                Error::resource("an event loop")(io::Error::from_raw_os_error(errno.errno()))
+            }
+            other => other.into(),
+        })?;
         Ok(DeviceLoop {
             name,
             role,

@@ -25,6 +25,7 @@
 #[doc = include_str!("../../docs/embedding.md")]
 struct EmbeddingPage;
 
+mod accounts;
 mod command;
 pub mod config;
 mod console;

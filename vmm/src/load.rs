@@ -45,7 +45,7 @@ pub(crate) fn load_guest(
         source,
     })?;
     tracing::info!(
-        "kernel '{}': {}, entered at {:#x} by {:?}",
+        "kernel '{}': {}, entered at {:#x} by {}",
         path.display(),
         kernel.format,
         kernel.entry.0,

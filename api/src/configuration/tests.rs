@@ -114,3 +114,23 @@ fn an_address_in_other_letters_is_the_same() {
     put("b", "tap1", "06:00:C0:00:02:0B").unwrap();
     put("a", "tap0", "06:00:c0:00:02:0a").unwrap();
 }
+
+#[test]
+fn no_output_goes_to_a_file_that_the_machine_uses() {
+    let text = r#"{
+        "boot-source": {"kernel_image_path": "/dev/null", "initrd_path": "/dev/zero"},
+        "drives": [{"drive_id": "1", "path_on_host": "/dev/full", "is_root_device": false}]
+    }"#;
+    let configuration: Configuration = serde_json::from_str(text).unwrap();
+    for path in ["/dev/null", "/dev/zero", "/dev/../dev/full"] {
+        let fault = configuration.check_output("log file", Path::new(path));
+        let message = fault.unwrap_err().message();
+        let start = format!("Cannot use log file '{path}': it is a disk, the kernel or the initrd");
+        assert!(message.starts_with(&start), "{message}");
+    }
+    for path in ["/dev/random", "/dev/bantam-nothing"] {
+        configuration
+            .check_output("log file", Path::new(path))
+            .unwrap();
+    }
+}

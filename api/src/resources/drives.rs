@@ -68,6 +68,12 @@ impl DriveUpdate {
         let mut drive = drive.clone();
         let name = configuration.names().drive(&drive.drive_id)?;
         if let Some(path) = self.path_on_host {
+            let mut changed = Configuration::clone(&configuration);
+            changed.set_drive(Drive {
+                path_on_host: Some(path.clone()),
+                ..drive.clone()
+            });
+            instance.check_outputs(&changed)?;
             let command = DeviceCommand::ReplaceImage { path: path.clone() };
             let replaced = instance.controller().device(&name, command);
             // The drive has the new image even if the old one could not be flushed.

@@ -61,7 +61,9 @@ pub(super) async fn serve(
             // The client has gone.
             Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Some(Err(error)) => {
-                // Such as too many open files. That passes, but trying again at once would be in vain.
+                // Such as too many open files. That passes once a client has left, but trying again at once would
+                // be in vain.
+                clients.make_room();
                 if last_failure.replace(Instant::now()).is_none() {
                     service
                         .failures

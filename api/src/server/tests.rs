@@ -64,6 +64,7 @@ fn a_request_that_hangs_holds_up_none_that_reads_and_no_other_for_ever() {
             begun,
             release: hung,
         }),
+        log_path: None,
         startup_times: StartupTimes::default(),
         on_start: Box::new(|| ()),
         boot_timer: false,

@@ -209,7 +209,8 @@ pub struct MachineArgs {
     pub on_reboot: Option<OnReboot>,
 
     /// How often --on-reboot restart starts it again [default: no limit]
-    #[arg(long, value_name = "N", help_heading = heading::OTHER, hide_short_help = true)]
+    #[arg(long, value_name = "N", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = restart_limit)]
     pub restart_limit: Option<u32>,
 
     /// What happens when the guest has halted for good [default: wait]
@@ -275,4 +276,9 @@ where
 
 fn switch() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(["on", "off"]).map(|name| name == "on")
+}
+
+fn restart_limit(text: &str) -> Result<u32, String> {
+    let expected = || format!("expected a number from 0 to {}", u32::MAX);
+    text.parse().map_err(|_| expected())
 }

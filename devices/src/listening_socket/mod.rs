@@ -91,7 +91,15 @@ impl AsRawFd for ListeningSocket {
 impl Drop for ListeningSocket {
     /// Removes the file while the socket still listens, unless another file has taken its place.
     fn drop(&mut self) {
-        let removed = PathLock::take(&self.path).and_then(|_lock| match identity(&self.path) {
+        let lock = match PathLock::take(&self.path) {
+            // No other process replaces a socket that listens, so only one whose user has removed this one could
+            // come in between.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                Ok(None)
+            }
+            lock => lock.map(Some),
+        };
+        let removed = lock.and_then(|_lock| match identity(&self.path) {
             Ok(found) if found == self.identity => fs::remove_file(&self.path),
             Ok(_) => Ok(()),
             Err(error) => Err(error),

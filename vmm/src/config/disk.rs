@@ -474,9 +474,9 @@ mod tests {
     fn errors_show_the_accepted_form() {
         assert_eq!(
             disk("root.img,rw").unwrap_err(),
-            "unknown option 'rw', expected one of 'path', 'readonly', 'ro', 'id', 'name', 'cache', \
+            "unknown option 'rw', expected one of 'readonly', 'ro', 'id', 'name', 'cache', \
              'engine', 'format', 'backing', 'block-size', 'lock', 'queues', 'iothread', 'poll', 'burst-bytes', \
-             'burst-operations', 'bytes-per-second', 'limits', 'operations-per-second', 'any-size'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
+             'burst-operations', 'bytes-per-second', 'operations-per-second', 'any-size'; a disk is PATH[,ro][,id=NAME][,KEY=VALUE]..."
         );
         assert!(
             disk("root.img,cache=no")

@@ -174,6 +174,15 @@ pub enum ConfigError {
         /// The name.
         name: DeviceName,
     },
+    /// A device has the name that another one, which has no name of its own, has by its place.
+    #[error(
+        "device name '{name}' is what another device is called by its place: choose another name, or \
+         give that device one too"
+    )]
+    PlaceDeviceName {
+        /// The name.
+        name: DeviceName,
+    },
     /// A disk or network device has a name that is reserved for a device of another kind.
     #[error("device name '{name}' is that of another kind of device: choose another name")]
     FixedDeviceName {
@@ -200,6 +209,18 @@ pub enum ConfigError {
     )]
     RepeatedDisk {
         /// The file, as given the second time.
+        path: PathBuf,
+    },
+    /// The guest could overwrite what it is booted from.
+    #[error(
+        "the {what} '{}' is also a disk that the guest can write: make that disk read-only, or give it \
+         a file of its own",
+        path.display()
+    )]
+    WritableBootFile {
+        /// What the file is: the kernel or the initrd.
+        what: &'static str,
+        /// The file.
         path: PathBuf,
     },
     /// The serial port, console or a channel would write to a file that the machine reads.
@@ -398,7 +419,8 @@ pub enum ConfigError {
         /// The other.
         second: String,
     },
-    /// Two byte streams lead to the same file or socket, which they cannot share.
+    /// Two byte streams, or one and the socket device, lead to the same file or socket, which they cannot
+    /// share.
     #[error("{stream} leads to '{}', and so does another: give each an end of its own", path.display())]
     RepeatedEnd {
         /// One of them.

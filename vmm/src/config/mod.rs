@@ -63,6 +63,7 @@ pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
 pub use quantity::Quantity;
 pub use serial::SerialConfig;
 pub use table::MachineTable;
+pub use validation::is_same_file;
 pub use vcpu_count::VcpuCount;
 pub use vsock::{GuestCid, VsockConfig};
 

@@ -373,7 +373,7 @@ mod tests {
             (
                 "tap0",
                 "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues', 'iothread', \
-                 'name', 'limits', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
+                 'name', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
                  'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
                  'tx-bytes-per-second', 'tx-packets-per-second'",
             ),

@@ -30,15 +30,30 @@ pub(super) fn parse<T: DeserializeOwned>(
             (_, None) => (key_of(&item)?, None),
         };
         if key.is_empty() {
-            return Err(OptionStringError("an item has no name".into()));
+            return Err(OptionStringError::Message("an item has no name".into()));
         }
         if value.as_ref().is_some_and(Vec::is_empty) {
-            return Err(OptionStringError(format!("the value of '{key}' is empty")));
+            return Err(OptionStringError::Message(format!(
+                "the value of '{key}' is empty"
+            )));
         }
         items.push((key.clone(), ItemValue { key, value }));
     }
-    T::deserialize(MapDeserializer::new(items.into_iter()))
+    T::deserialize(MapDeserializer::new(items.into_iter())).map_err(|error| match error {
+        OptionStringError::Unknown { field, accepted } => {
+            let is_key = |key: &&str| Some(*key) != first_field && *key != TABLE;
+            let keys: Vec<_> = accepted.iter().copied().filter(is_key).collect();
+            OptionStringError::Message(format!(
+                "unknown option '{field}', expected one of '{}'",
+                keys.join("', '")
+            ))
+        }
+        message => message,
+    })
 }
+
+/// The field of devices with limits that only a table of a machine file can describe.
+const TABLE: &str = "limits";
 
 /// Writes a value in the form that [`parse`] reads back.
 pub(super) fn escape(value: &str) -> String {
@@ -48,7 +63,7 @@ pub(super) fn escape(value: &str) -> String {
 fn key_of(bytes: &[u8]) -> Result<String, OptionStringError> {
     String::from_utf8(bytes.to_vec()).map_err(|_| {
         let name = String::from_utf8_lossy(bytes);
-        OptionStringError(format!("the name of an option, '{name}', is not UTF-8"))
+        OptionStringError::Message(format!("the name of an option, '{name}', is not UTF-8"))
     })
 }
 
@@ -79,8 +94,9 @@ struct ItemValue {
 impl ItemValue {
     fn bytes(self) -> Result<Vec<u8>, OptionStringError> {
         let key = self.key;
-        self.value
-            .ok_or_else(|| OptionStringError(format!("'{key}' needs a value: {key}=VALUE")))
+        self.value.ok_or_else(|| {
+            OptionStringError::Message(format!("'{key}' needs a value: {key}=VALUE"))
+        })
     }
 
     fn text(self) -> Result<String, OptionStringError> {
@@ -88,7 +104,7 @@ impl ItemValue {
         String::from_utf8(self.bytes()?).map_err(|error| {
             let text = OsString::from_vec(error.into_bytes());
             let text = text.display();
-            OptionStringError(format!("the value '{text}' of '{key}' is not UTF-8"))
+            OptionStringError::Message(format!("the value '{text}' of '{key}' is not UTF-8"))
         })
     }
 }
@@ -112,7 +128,10 @@ impl<'de> Deserializer<'de> for ItemValue {
         match self.value.as_deref() {
             None | Some(b"on") => visitor.visit_bool(true),
             Some(b"off") => visitor.visit_bool(false),
-            Some(_) => Err(OptionStringError(format!("'{}' is on or off", self.key))),
+            Some(_) => Err(OptionStringError::Message(format!(
+                "'{}' is on or off",
+                self.key
+            ))),
         }
     }
 
@@ -129,7 +148,7 @@ impl<'de> Deserializer<'de> for ItemValue {
         let key = self.key.clone();
         let text = self.text()?;
         let number = text.parse().map_err(|_| {
-            OptionStringError(format!(
+            OptionStringError::Message(format!(
                 "the value '{text}' of '{key}' is not a whole number"
             ))
         })?;
@@ -152,27 +171,36 @@ impl<'de> Deserializer<'de> for ItemValue {
 
 /// Says what is wrong with an option string.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct OptionStringError(String);
+pub(super) enum OptionStringError {
+    /// What is wrong.
+    #[error("{0}")]
+    Message(String),
+    /// The struct has no such field.
+    #[error("unknown option '{field}'")]
+    Unknown {
+        field: String,
+        accepted: &'static [&'static str],
+    },
+}
 
 impl Error for OptionStringError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self(message.to_string())
+        Self::Message(message.to_string())
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
-        Self(format!(
-            "unknown option '{field}', expected one of '{}'",
-            expected.join("', '")
-        ))
+        Self::Unknown {
+            field: field.to_owned(),
+            accepted: expected,
+        }
     }
 
     fn missing_field(field: &'static str) -> Self {
-        Self(format!("'{field}' is missing"))
+        Self::Message(format!("'{field}' is missing"))
     }
 
     fn duplicate_field(field: &'static str) -> Self {
-        Self(format!("'{field}' is given twice"))
+        Self::Message(format!("'{field}' is given twice"))
     }
 }
 
@@ -227,7 +255,8 @@ mod tests {
 
     #[test]
     fn errors_name_the_option() {
-        let unknown = "unknown option 'nope', expected one of 'file', 'flag', 'size'";
+        // The first item is the file.
+        let unknown = "unknown option 'nope', expected one of 'flag', 'size'";
         assert_eq!(sample("a,nope").unwrap_err(), unknown);
         assert_eq!(sample("a,nope=1").unwrap_err(), unknown);
         assert_eq!(sample("").unwrap_err(), "the value of 'file' is empty");

@@ -72,7 +72,13 @@ impl<'de> Visitor<'de> for TextVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<OsString, A::Error> {
         let mut bytes = Vec::new();
-        while let Some(byte) = items.next_element()? {
+        while let Some(number) = items.next_element::<i64>()? {
+            let byte = u8::try_from(number).map_err(|_| {
+                A::Error::custom(format_args!(
+                    "{number} is not a byte: a list of numbers from 0 to 255 is {} that is not UTF-8",
+                    self.expecting
+                ))
+            })?;
             bytes.push(byte);
         }
         Ok(OsString::from_vec(bytes))

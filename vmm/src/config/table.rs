@@ -136,7 +136,17 @@ fn line_number(text: &str, offset: usize) -> usize {
 
 /// Rewrites serde's message about a struct in terms of a configuration file, on one line.
 fn describe(message: &str) -> String {
-    let message = message.replace('`', "'").replace('\n', " ");
+    let mut message = message.replace('`', "'").replace('\n', " ");
+    for (rust_type, max) in [
+        ("u8", u64::from(u8::MAX)),
+        ("u16", u16::MAX.into()),
+        ("u32", u32::MAX.into()),
+    ] {
+        message = message.replace(
+            &format!("expected {rust_type}"),
+            &format!("expected a number from 0 to {max}"),
+        );
+    }
     for (serde_words, words) in [
         ("unknown field", "unknown option"),
         ("missing field", "missing option"),

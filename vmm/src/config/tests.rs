@@ -433,7 +433,10 @@ fn devices_have_names_of_their_own() {
     );
     for (name, error) in [
         ("root", "device name 'root' is given twice: "),
-        ("disk1", "device name 'disk1' is given twice: "),
+        (
+            "disk1",
+            "device name 'disk1' is what another device is called by its place: ",
+        ),
         (
             "rng",
             "device name 'rng' is that of another kind of device: ",
@@ -456,6 +459,76 @@ fn only_files_that_are_the_same_need_a_look_at_the_file_system() {
         config.validate_files(),
         Err(ConfigError::RepeatedDisk { .. })
     ));
+}
+
+#[test]
+fn a_name_of_a_place_that_two_devices_are_given_is_given_twice() {
+    let twice = ["a", "b"].map(|path| DiskConfig {
+        name: Some("disk7".parse().unwrap()),
+        ..DiskConfig::new(path)
+    });
+    let config = MachineConfig {
+        disks: twice.to_vec(),
+        ..MachineConfig::new("k")
+    };
+    let error = config.validate_values().unwrap_err().to_string();
+    assert!(error.contains("'disk7' is given twice"), "{error}");
+}
+
+#[test]
+fn the_guest_cannot_write_what_it_boots_from() {
+    let with = |readonly, initrd: Option<&str>, kernel| MachineConfig {
+        disks: vec![DiskConfig {
+            readonly,
+            ..DiskConfig::new("/dev/../dev/null")
+        }],
+        initrd: initrd.map(Into::into),
+        ..MachineConfig::new(kernel)
+    };
+    for (config, what) in [
+        (with(false, None, "/dev/null"), "kernel"),
+        (with(false, Some("/dev/null"), "k"), "initrd"),
+    ] {
+        let error = config.validate_files().unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("the {what} '/dev/null' is also a disk")),
+            "{error}"
+        );
+    }
+    with(true, Some("/dev/null"), "/dev/null")
+        .validate_files()
+        .unwrap();
+}
+
+#[test]
+fn numbers_out_of_range_are_told_their_range() {
+    for (text, message) in [
+        (
+            "kernel = [300]",
+            "300 is not a byte: a list of numbers from 0 to 255 is a path that is not UTF-8",
+        ),
+        (
+            "restart-limit = -1",
+            "expected a number from 0 to 4294967295",
+        ),
+    ] {
+        let error = config(text).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn a_socket_leads_to_one_device() {
+    let config = MachineConfig {
+        vsock: Some(VsockConfig {
+            cid: GuestCid::unchecked(3),
+            socket: "/tmp/../tmp/bantam-none.socket".into(),
+        }),
+        serial: SerialConfig::Socket("/tmp/bantam-none.socket".into()),
+        ..MachineConfig::new("k")
+    };
+    let error = config.validate_files().unwrap_err();
+    assert!(matches!(error, ConfigError::RepeatedEnd { .. }), "{error}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Checks that the parts of a machine fit together.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::hash::Hash;
 use std::os::unix::fs::MetadataExt;
@@ -10,7 +11,7 @@ use bantam_arch::layout;
 use bantam_devices::virtio::console::MAX_CHANNELS;
 
 use super::limits::RateKeys;
-use super::{ChannelConfig, ConfigError, MachineConfig, SerialConfig};
+use super::{ChannelConfig, ConfigError, DeviceName, MachineConfig, SerialConfig};
 
 impl MachineConfig {
     /// Checks that the parts of the machine fit together.
@@ -36,8 +37,8 @@ impl MachineConfig {
     /// - [`ConfigError::RepeatedDiskId`]: an id is given to two disks.
     /// - [`ConfigError::RepeatedTap`]: a tap interface is given to two network devices.
     /// - [`ConfigError::RepeatedMacAddress`]: two network devices have the same address.
-    /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::FixedDeviceName`]: a disk or network device has
-    ///   the name of another device.
+    /// - [`ConfigError::RepeatedDeviceName`], [`ConfigError::PlaceDeviceName`],
+    ///   [`ConfigError::FixedDeviceName`]: a disk or network device has the name of another device.
     /// - [`ConfigError::BurstWithoutLimit`]: a device has a burst without its limit.
     /// - [`ConfigError::MetadataWithoutNet`], [`ConfigError::MetadataNet`]: metadata is to be served over no
     ///   network device, or over one that does not exist.
@@ -91,14 +92,16 @@ impl MachineConfig {
     ///
     /// # Errors
     ///
-    /// - [`ConfigError::RepeatedEnd`]: more than one of serial port, console and channels leads to the same
-    ///   file or socket.
+    /// - [`ConfigError::RepeatedEnd`]: more than one of serial port, console, channels and socket device leads
+    ///   to the same file or socket.
     /// - [`ConfigError::SerialFile`]: the output of one of them goes to a file that is a disk, the
     ///   kernel or the initrd.
     /// - [`ConfigError::RepeatedDisk`]: a file is given to two disks that are not both read-only.
+    /// - [`ConfigError::WritableBootFile`]: a disk that is not read-only is the kernel or the initrd.
     pub fn validate_files(&self) -> Result<(), ConfigError> {
         self.validate_stream_files()?;
-        self.validate_disk_sharing()
+        self.validate_disk_sharing()?;
+        self.validate_boot_files()
     }
 
     fn validate_names(&self) -> Result<(), ConfigError> {
@@ -106,9 +109,16 @@ impl MachineConfig {
         if let Some(name) = names.iter().find(|name| name.is_fixed()) {
             return Err(ConfigError::FixedDeviceName { name: name.clone() });
         }
-        match first_repeated(names.into_iter()) {
-            Some(name) => Err(ConfigError::RepeatedDeviceName { name }),
-            None => Ok(()),
+        let Some(name) = first_repeated(names.into_iter()) else {
+            return Ok(());
+        };
+        let disks = self.disks.iter().map(|disk| disk.name.as_ref());
+        let nets = self.nets.iter().map(|net| net.name.as_ref());
+        let is_given = |given: Option<&DeviceName>| given == Some(&name);
+        let times_given = disks.chain(nets).filter(|&given| is_given(given)).count();
+        match name.is_by_place() && times_given < 2 {
+            true => Err(ConfigError::PlaceDeviceName { name }),
+            false => Err(ConfigError::RepeatedDeviceName { name }),
         }
     }
 
@@ -171,11 +181,14 @@ impl MachineConfig {
             .chain(self.disks.iter().map(|disk| &disk.path))
             .map(|path| FileIdentity::of(path))
             .collect();
+        let streams = self.streams().filter_map(|(stream, end)| match end {
+            SerialConfig::File(path) | SerialConfig::Socket(path) => Some((stream, path)),
+            _ => None,
+        });
+        let vsock = self.vsock.iter();
+        let vsock = vsock.map(|vsock| ("the socket device".to_string(), &vsock.socket));
         let mut ends = HashSet::new();
-        for (stream, end) in self.streams() {
-            let (SerialConfig::File(path) | SerialConfig::Socket(path)) = end else {
-                continue;
-            };
+        for (stream, path) in streams.chain(vsock) {
             let identity = FileIdentity::of(path);
             if inputs.contains(&identity) {
                 let path = path.clone();
@@ -184,6 +197,24 @@ impl MachineConfig {
             if !ends.insert(identity) {
                 let path = path.clone();
                 return Err(ConfigError::RepeatedEnd { stream, path });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_boot_files(&self) -> Result<(), ConfigError> {
+        let writable = self.disks.iter().filter(|disk| !disk.readonly);
+        let writable: HashSet<_> = writable.map(|disk| FileIdentity::of(&disk.path)).collect();
+        let boot_files = [
+            ("kernel", Some(&self.kernel)),
+            ("initrd", self.initrd.as_ref()),
+        ];
+        for (what, path) in boot_files {
+            if let Some(path) = path
+                && writable.contains(&FileIdentity::of(path))
+            {
+                let path = path.clone();
+                return Err(ConfigError::WritableBootFile { what, path });
             }
         }
         Ok(())
@@ -205,23 +236,46 @@ impl MachineConfig {
     }
 }
 
+/// Whether two paths lead to the same file, or to the same place for one that does not exist yet. It waits
+/// for a file system that hangs.
+pub fn is_same_file(one: &Path, other: &Path) -> bool {
+    FileIdentity::of(one) == FileIdentity::of(other)
+}
+
 /// Identifies a file, whatever its paths and links.
 #[derive(PartialEq, Eq, Hash)]
 enum FileIdentity {
     /// An existing file.
     Inode { device: u64, inode: u64 },
-    /// A file that does not exist or cannot be reached. If it is needed, opening it reports that.
+    /// A name in an existing folder.
+    New {
+        device: u64,
+        folder: u64,
+        name: OsString,
+    },
+    /// A file that cannot be reached. If it is needed, opening it reports that.
     Path(PathBuf),
 }
 
 impl FileIdentity {
     fn of(path: &Path) -> Self {
-        match fs::metadata(path) {
-            Ok(metadata) => Self::Inode {
+        if let Ok(metadata) = fs::metadata(path) {
+            return Self::Inode {
                 device: metadata.dev(),
                 inode: metadata.ino(),
+            };
+        }
+        let folder = match path.parent() {
+            Some(folder) if folder.as_os_str().is_empty() => Path::new("."),
+            folder => folder.unwrap_or(path),
+        };
+        match (fs::metadata(folder), path.file_name()) {
+            (Ok(metadata), Some(name)) => Self::New {
+                device: metadata.dev(),
+                folder: metadata.ino(),
+                name: name.to_owned(),
             },
-            Err(_) => Self::Path(path.to_path_buf()),
+            _ => Self::Path(path.to_path_buf()),
         }
     }
 }

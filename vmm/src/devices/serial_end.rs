@@ -123,7 +123,13 @@ fn open_file(opener: &dyn Opener, stream: &str, path: &Path) -> Result<OpenSeria
         }
     };
     // Appending keeps what the file holds, whatever it is.
-    let file = opener.file(path, FileAccess::Append).map_err(error(""))?;
+    let file = opener.file(path, FileAccess::Append);
+    let file = file.map_err(|source| match source.raw_os_error() {
+        Some(libc::ENXIO) => {
+            error(": it is a pipe that nobody reads; start its reader first")(source)
+        }
+        _ => error("")(source),
+    })?;
     // A pipe or the like, unlike a file, can have several writers.
     if file.metadata().map_err(error(""))?.is_file() {
         lock_patiently(&file, Lock::Exclusive).map_err(error(

@@ -170,21 +170,24 @@ impl DeviceTable {
         pressed.map_err(Error::Keyboard)
     }
 
-    /// Executes `command` on the device called `name`, and calls `note` with the command if it took effect.
+    /// Executes `command` on the device called `name` if `check` allows it, and calls `note` with the command if
+    /// it took effect. A command that uses files is checked and executed on a thread of its own.
     ///
     /// # Errors
-    /// If there is no such device, or it cannot carry out the command. If the host does not answer, the
-    /// command is given up, and its thread ends when the host answers.
+    /// Those of `check`; also if there is no such device, or it cannot carry out the command. If the host
+    /// does not answer, the command is given up, and its thread ends when the host answers.
     pub(crate) fn execute(
         self: &Arc<DeviceTable>,
         name: &DeviceName,
         command: DeviceCommand,
+        check: impl FnOnce() -> Result<(), Error> + Send + 'static,
         note: impl FnOnce(&DeviceCommand) + Send + 'static,
     ) -> Result<DeviceAnswer, Error> {
         let index = self.virtio.iter().position(|entry| entry.name == *name);
         let index = index.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
-        let error = |source| Error::Device {
-            name: name.clone(),
+        let device_name = name.clone();
+        let error = move |source| Error::Device {
+            name: device_name.clone(),
             source,
         };
         let no_answer = || {
@@ -199,7 +202,9 @@ impl DeviceTable {
             .ok_or_else(no_answer)?;
         let uses_files = DeviceHandle::uses_files(&command);
         let devices = self.clone();
+        let execute_error = error.clone();
         let execute = move || {
+            check()?;
             let handle = &devices.virtio[index].handle;
             let executed = handle.execute(command.clone(), &*devices.opener, deadline);
             let has_effect = executed
@@ -209,10 +214,10 @@ impl DeviceTable {
                 note(&command);
             }
             drop(turn);
-            executed
+            executed.map_err(execute_error)
         };
         if !uses_files {
-            return execute().map_err(error);
+            return execute();
         }
         let (answer, answered) = mpsc::channel();
         let work = move || {
@@ -227,7 +232,7 @@ impl DeviceTable {
         })?;
         let left = deadline.saturating_duration_since(Instant::now());
         match answered.recv_timeout(left + GIVE_UP_TIME) {
-            Ok(executed) => executed.map_err(error),
+            Ok(executed) => executed,
             Err(mpsc::RecvTimeoutError::Timeout) => Err(no_answer()),
             Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Panic),
         }
