@@ -188,7 +188,7 @@ impl Shared {
             match failure {
                 Some(errno) => tracing::warn!("{dropped} lines were lost here: {}", errno.desc()),
                 None => {
-                    tracing::warn!("{dropped} lines were lost here: nobody read them fast enough")
+                    tracing::warn!("{dropped} lines were lost here: nobody read them fast enough");
                 }
             }
             self.state().queue.forget_dropped(dropped);
