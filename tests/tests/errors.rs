@@ -75,7 +75,7 @@ fn a_user_who_may_not_use_kvm_gets_a_remedy() {
         bantam,
         &[
             "cannot open /dev/kvm: Permission denied",
-            "its mode 0000",
+            "its mode is 0000",
             "setfacl",
         ],
     );
