@@ -28,6 +28,9 @@ const END_INTERVAL: Duration = Duration::from_millis(20);
 /// After what time the user is told what a machine that ends by itself waits for.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How many milliseconds a start may take to end when a signal arrives, if the guest runs already.
+const START_END_TIME_MS: u16 = 300;
+
 /// Who ended the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndedBy {
@@ -150,14 +153,23 @@ fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
     true
 }
 
+/// What has become of the start of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// The machine runs, and this signal has asked for its end already.
+    Done(Option<Signal>),
+    /// The user has ended it.
+    Abandoned,
+}
+
 /// Builds and starts a machine by `start`, on another thread, so that a signal ends the wait even
-/// if the host does not answer. Returns `false` if the user has ended it.
+/// if the host does not answer.
 pub fn await_build(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
     start: impl FnOnce() -> Result<(), bantam_vmm::Error> + Send + 'static,
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<Start> {
     // It hangs up when the thread has ended.
     let (started, starting) =
         pipe2(OFlag::O_CLOEXEC).context("cannot create a pipe for the start of the machine")?;
@@ -169,27 +181,38 @@ pub fn await_build(
             result
         })
         .context("cannot start the thread that builds the machine")?;
-    loop {
+    let stop = loop {
         match turn(signals, Some(started.as_fd()), console.as_deref_mut(), None)? {
+            Turn::Stop(signal) if ends_soon(started.as_fd()) => break Some(signal),
             Turn::Stop(signal) => {
                 tracing::info!("the machine is not started: {signal}");
-                break;
+                stopping::ask();
+                controller.stop();
+                return Ok(Start::Abandoned);
             }
-            Turn::Quit => break,
-            Turn::Exit => {
-                return match thread.join() {
-                    Ok(result) => Ok(result.map(|()| true)?),
-                    Err(_) => bail!(
-                        "the start of the machine panicked: this is a bug, please report it with the log"
-                    ),
-                };
+            Turn::Quit => {
+                stopping::ask();
+                controller.stop();
+                return Ok(Start::Abandoned);
             }
+            Turn::Exit => break None,
             Turn::Resize | Turn::Other => {}
         }
+    };
+    match thread.join() {
+        Ok(result) => Ok(result.map(|()| Start::Done(stop))?),
+        Err(_) => {
+            bail!("the start of the machine panicked: this is a bug, please report it with the log")
+        }
     }
-    stopping::ask();
-    controller.stop();
-    Ok(false)
+}
+
+/// Waits a moment for the end of a start, which hangs up `started`: the guest may run a little
+/// before that, and then it is for the guest to shut down.
+fn ends_soon(started: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(started, PollFlags::POLLIN)];
+    let time = PollTimeout::from(START_END_TIME_MS);
+    poll(&mut fds, time).is_ok_and(|count| count > 0)
 }
 
 /// Waits until a machine that has ended, or whose power has been cut, has been taken down, and

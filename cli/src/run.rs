@@ -8,7 +8,7 @@ use bantam_vmm::{Console, Controller, ControllerOptions, ExitReason, MachineLog,
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
-use crate::main_loop::{EndedBy, attend, await_build, await_end, await_restart};
+use crate::main_loop::{EndedBy, Start, attend, await_build, await_end, await_restart};
 use crate::message::say;
 use crate::restart::Restarts;
 use crate::signals::Signals;
@@ -101,14 +101,14 @@ fn run_once(
         }
     };
     let ended = match await_build(&controller, signals, console.as_deref_mut(), start)? {
-        true => {
+        Start::Done(stop) => {
             say_pseudoterminals(config, &controller);
             let timeout = config.shutdown_timeout.get();
             let resizes = config.console == SerialConfig::Stdio;
             let console = console.as_deref_mut();
-            attend(&controller, signals, console, timeout, resizes, None)
+            attend(&controller, signals, console, timeout, resizes, stop)
         }
-        false => Ok(EndedBy::User),
+        Start::Abandoned => Ok(EndedBy::User),
     };
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();

@@ -201,10 +201,9 @@ fn a_tap_with_a_single_queue_serves_two_vcpus_but_is_not_split() {
     let machine = |suffix: &str| {
         Bantam::payload("hello")
             .option("--cpus", "2")
-            .option("--log", "info")
             .option("--net", format!("tap={}{suffix}", tap.name))
     };
-    let ended = machine("").finish();
+    let ended = machine("").option("--log", "info").finish();
     ended.passed();
     assert!(
         ended.stderr.contains("was made with a single queue"),
