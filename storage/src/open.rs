@@ -11,9 +11,10 @@ use crate::lock::LockMode;
 use crate::opener::{FileOpener, HostOpener};
 use crate::qcow2::{self, Layer, Unsynced, open_chain};
 use crate::raw::{
-    Access, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, RawBacking, format_of_name,
-    open_file, open_locked,
+    Access, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, format_of_name, open_file,
+    open_locked,
 };
+use crate::raw_image::RawImage;
 
 impl Disk {
     /// Opens and locks the image at `path`, and its backing files, with `opener`.
@@ -140,10 +141,13 @@ fn open_layer(
                 ..options
             };
             let disk = DiskFile::open_by(opener, path, &options)?;
-            if let Some(file) = disk.file(Access::Usual) {
-                files.push(file.try_clone().map_err(with_path)?);
-            }
-            Ok(Layer::Other(Arc::new(RawBacking(disk))))
+            let file = disk.file(Access::Usual);
+            let file = file.ok_or_else(|| with_path(io::ErrorKind::NotFound.into()))?;
+            files.push(file.try_clone().map_err(with_path)?);
+            // Locks are those of the open file, and last as long as one of its descriptors.
+            let file = HostFile::new(file.try_clone().map_err(with_path)?);
+            let image = RawImage::new(Arc::new(file), true).map_err(with_path)?;
+            Ok(Layer::Other(Arc::new(image)))
         }
         _ => Err(DiskError::BackingFormat {
             path: path.to_path_buf(),

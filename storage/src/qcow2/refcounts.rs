@@ -274,8 +274,8 @@ impl Refcounts {
         self.write_back_by(|file, bytes, offset| file.write_at(bytes, offset))
     }
 
-    /// Writes changed refcounts to stable storage. Those of which [`Self::block`] had no room for more were
-    /// written before, and may not be there.
+    /// Writes changed refcounts to stable storage, except those of blocks that have left the cache since they
+    /// were changed.
     ///
     /// # Errors
     /// Those of [`Self::write_back`].

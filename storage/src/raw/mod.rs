@@ -1,6 +1,5 @@
 //! Raw disk images: a regular file or a block device whose bytes are the disk's.
 
-mod backing;
 mod bounce;
 mod error;
 mod format;
@@ -21,7 +20,6 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use bounce::{Alignment, Data, Zeroes};
 use geometry::{block_device, measure};
 
-pub(crate) use backing::RawBacking;
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
