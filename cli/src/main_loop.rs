@@ -184,13 +184,10 @@ pub fn await_build(
     let stop = loop {
         match turn(signals, Some(started.as_fd()), console.as_deref_mut(), None)? {
             Turn::Stop(signal) if ends_soon(started.as_fd()) => break Some(signal),
-            Turn::Stop(signal) => {
-                tracing::info!("the machine is not started: {signal}");
-                stopping::ask();
-                controller.stop();
-                return Ok(Start::Abandoned);
-            }
-            Turn::Quit => {
+            end @ (Turn::Stop(_) | Turn::Quit) => {
+                if let Turn::Stop(signal) = end {
+                    tracing::info!("the machine is not started: {signal}");
+                }
                 stopping::ask();
                 controller.stop();
                 return Ok(Start::Abandoned);

@@ -9,7 +9,6 @@
 mod allocator;
 mod blocks;
 mod bytes;
-mod crc32c;
 mod create;
 mod error;
 mod tables;

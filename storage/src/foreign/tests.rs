@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
+use crc32c::crc32c;
+
 use super::*;
-use crate::foreign::crc32c::crc32c;
 use crate::{Content, HostFile};
 
 /// Format, the name that qemu-img has for it, and options: everything that qemu-img can write.

@@ -1,9 +1,10 @@
 //! Headers, region table and metadata.
 
+use crc32c::crc32c;
+
 use super::super::OpenError;
 use super::super::blocks::SizedFile;
 use super::super::bytes::Header;
-use super::super::crc32c::crc32c;
 
 pub const MIB: u64 = 1 << 20;
 /// \[MS-VHDX\] 2.6.2.4: the largest disk.

@@ -4,13 +4,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crc32c::crc32c;
+
 use super::IDENTIFIER;
 use super::structures::{
     BAT_REGION, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADER_SIZE, HEADERS, MAX_SIZE,
     METADATA_REGION, MIB, PHYSICAL_SECTOR_SIZE, REGION_TABLES, SECTOR_SIZE, TABLE_SIZE,
 };
 use crate::foreign::allocator::{Allocator, Arrangement, NOWHERE, put};
-use crate::foreign::crc32c::crc32c;
 use crate::foreign::random_id;
 use crate::{ImageFile, Target};
 
