@@ -26,9 +26,21 @@ pub struct Args {
     pub command: Command,
 }
 
+// The options of one command only are built, as those of all take time and memory.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub enum Command {
+    /// Boots a machine and stays until it ends
+    ///
+    /// Boots a Linux kernel, or another kernel that can be entered in the same way, in a machine of
+    /// its own and stays until the machine ends. Options come from the command line, from a machine
+    /// file (--config), or from both; the command line wins.
     Run(Box<RunArgs>),
+    /// Serves an API by which clients put a machine together, start it and change it
+    ///
+    /// The API is that of Firecracker, version 1.17, on a Unix socket: programs that drive Firecracker
+    /// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
+    /// the same options without a command. See docs/api.md.
     Api(Box<ApiArgs>),
     /// Shows whether this host can run machines, and what to do if it cannot
     ///
@@ -36,6 +48,11 @@ pub enum Command {
     /// Each line of the table says what was found; if something is missing, a line below it
     /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
     Check,
+    /// Creates, converts and examines disk images
+    ///
+    /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
+    /// name qemu-img, Bantam takes the same commands. Formats are raw, qcow2, vmdk, vpc (VHD), vhdx and
+    /// vdi; the last four are read, and written by create and convert. See docs/images.md.
     Image(Box<ImageArgs>),
     /// Prints completions for a shell
     ///
@@ -54,11 +71,6 @@ pub enum Command {
     },
 }
 
-/// Boots a machine and stays until it ends
-///
-/// Boots a Linux kernel, or another kernel that can be entered in the same way, in a machine of
-/// its own and stays until the machine ends. Options come from the command line, from a machine
-/// file (--config), or from both; the command line wins.
 #[derive(Debug, clap::Args)]
 #[command(after_help = RUN_SHORT_HELP, after_long_help = RUN_HELP, disable_help_flag = true)]
 pub struct RunArgs {
@@ -90,11 +102,6 @@ pub struct RunArgs {
     help: Option<bool>,
 }
 
-/// Serves an API by which clients put a machine together, start it and change it
-///
-/// The API is that of Firecracker, version 1.17, on a Unix socket: programs that drive Firecracker
-/// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
-/// the same options without a command. See docs/api.md.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ApiArgs {
     /// Unix socket for the clients

@@ -5,16 +5,21 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::Context;
-use clap::{Command, CommandFactory};
+use clap::{Args as _, Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
 use crate::args::Args;
+use crate::image::ImageArgs;
 
 /// Prints the completions for a shell.
 pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Args::command(), "bantam", &mut script);
+    // The command `help` completes only the subcommands that are there from the beginning.
+    let mut command = Args::command().mut_subcommand("image", |command| {
+        ImageArgs::augment_args(command.defer(|command| command))
+    });
+    clap_complete::generate(shell, &mut command, "bantam", &mut script);
     io::stdout()
         .write_all(&script)
         .context("cannot write the completions to standard output")

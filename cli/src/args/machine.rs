@@ -12,8 +12,10 @@ use bantam_vmm::config::{
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
 
-/// The options of `bantam run` that a machine file has too. They serialize to its keys, without those that
-/// are not given.
+// A documentation comment would be the help of `bantam run`.
+//
+// The options of `bantam run` that a machine file has too. They serialize to its keys, without those that
+// are not given.
 #[derive(Debug, clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MachineArgs {

@@ -8,11 +8,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::size::SizeChange;
 use bantam_storage::parse_size;
 
-/// Creates, converts and examines disk images
-///
-/// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
-/// name qemu-img, Bantam takes the same commands. Formats are raw, qcow2, vmdk, vpc (VHD), vhdx and
-/// vdi; the last four are read, and written by create and convert. See docs/images.md.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     #[command(subcommand)]
