@@ -1,4 +1,4 @@
-//! Storage that stops answering, like a server that is gone.
+//! Storage that stops answering, like a server that is gone, or that refuses writes, like a disk that fails.
 
 use std::collections::VecDeque;
 use std::ffi::CString;
@@ -15,8 +15,12 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
-/// Size of the one file in bytes.
+/// Size of the one file in bytes, until it is changed.
 const FILE_SIZE: usize = 1 << 20;
+/// Size to which it can grow.
+const MAX_FILE_SIZE: usize = 256 << 20;
+/// The bit of `valid` in `struct fuse_setattr_in` that says that there is a size.
+const SETS_SIZE: u32 = 1 << 3;
 /// Size of the largest request in bytes, with its header.
 const REQUEST_SIZE: usize = 256 << 10;
 /// Sizes of the headers of requests and answers.
@@ -44,10 +48,12 @@ mod opcode {
 }
 
 /// A FUSE file system with one file of zeroes, which is never in the page cache. While it is stalled,
-/// reads, writes and syncs get no answer; a signal that ends the process ends them.
+/// reads, writes and syncs get no answer; a signal that ends the process ends them. While it refuses
+/// writes, they fail with an I/O error, and so do syncs.
 pub struct StallingStorage {
     folder: TempDir,
     stalled: Arc<AtomicBool>,
+    refuses: Arc<AtomicBool>,
     ending: Arc<AtomicBool>,
     server: Option<JoinHandle<()>>,
 }
@@ -72,16 +78,19 @@ impl StallingStorage {
         );
         mount(folder.path(), &options).map_err(|error| format!("cannot mount it: {error}"))?;
         let (stalled, ending) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let refuses = Arc::<AtomicBool>::default();
         let mut server = Server {
             device,
             data: vec![0; FILE_SIZE],
             stalled: stalled.clone(),
+            refuses: refuses.clone(),
             ending: ending.clone(),
             held: VecDeque::new(),
         };
         Ok(Self {
             folder,
             stalled,
+            refuses,
             ending,
             server: Some(thread::spawn(move || server.run())),
         })
@@ -95,6 +104,11 @@ impl StallingStorage {
     /// Stops answering, or goes on with what has been asked meanwhile.
     pub fn stall(&self, stalls: bool) {
         self.stalled.store(stalls, Ordering::SeqCst);
+    }
+
+    /// Refuses writes and syncs, or takes them again.
+    pub fn refuse_writes(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
     }
 }
 
@@ -144,6 +158,7 @@ struct Server {
     device: File,
     data: Vec<u8>,
     stalled: Arc<AtomicBool>,
+    refuses: Arc<AtomicBool>,
     ending: Arc<AtomicBool>,
     /// Requests that have no answer yet.
     held: VecDeque<Vec<u8>>,
@@ -205,13 +220,17 @@ impl Server {
             opcode::LOOKUP if node == ROOT && body.starts_with(b"file\0") => {
                 let mut answer = FILE.to_le_bytes().to_vec();
                 answer.resize(40, 0);
-                answer.extend(attributes(FILE));
+                answer.extend(self.attributes(FILE));
                 self.reply(unique, 0, &answer);
             }
             opcode::LOOKUP => self.reply(unique, -libc::ENOENT, &[]),
             opcode::GETATTR | opcode::SETATTR => {
+                if opcode == opcode::SETATTR && u32_at(body, 0) & SETS_SIZE != 0 {
+                    let size = (u64_at(body, 16) as usize).min(MAX_FILE_SIZE);
+                    self.data.resize(size, 0);
+                }
                 let mut answer = vec![0; 16];
-                answer.extend(attributes(node));
+                answer.extend(self.attributes(node));
                 self.reply(unique, 0, &answer);
             }
             opcode::OPEN => {
@@ -221,17 +240,23 @@ impl Server {
                 self.reply(unique, 0, &answer);
             }
             opcode::READ => {
-                let start = (u64_at(body, 8) as usize).min(FILE_SIZE);
-                let end = (start + u32_at(body, 16) as usize).min(FILE_SIZE);
+                let start = (u64_at(body, 8) as usize).min(self.data.len());
+                let end = (start + u32_at(body, 16) as usize).min(self.data.len());
                 let bytes = self.data[start..end].to_vec();
                 self.reply(unique, 0, &bytes);
             }
+            opcode::WRITE | opcode::FSYNC if self.refuses.load(Ordering::SeqCst) => {
+                self.reply(unique, -libc::EIO, &[]);
+            }
             opcode::WRITE => {
                 let (start, size) = (u64_at(body, 8) as usize, u32_at(body, 16) as usize);
-                let end = (start + size).min(FILE_SIZE);
-                let taken = end.saturating_sub(start);
-                self.data[end - taken..end].copy_from_slice(&body[40..40 + taken]);
-                // What goes beyond the end is lost.
+                let end = start.saturating_add(size);
+                if end > MAX_FILE_SIZE {
+                    self.reply(unique, -libc::EFBIG, &[]);
+                    return;
+                }
+                self.data.resize(self.data.len().max(end), 0);
+                self.data[start..end].copy_from_slice(&body[40..40 + size]);
                 self.reply(unique, 0, &(size as u64).to_le_bytes());
             }
             opcode::FSYNC | opcode::RELEASE => self.reply(unique, 0, &[]),
@@ -250,22 +275,22 @@ impl Server {
         // It fails if the request has been interrupted.
         let _ = self.device.write(&answer);
     }
-}
 
-/// The attributes of a node, as `struct fuse_attr`.
-fn attributes(node: u64) -> Vec<u8> {
-    let (mode, size) = match node {
-        ROOT => (0o40755_u32, 0),
-        _ => (0o100_644, FILE_SIZE as u64),
-    };
-    let mut bytes = Vec::new();
-    for number in [node, size, size / 512, 0, 0, 0] {
-        bytes.extend(number.to_le_bytes());
+    /// The attributes of a node, as `struct fuse_attr`.
+    fn attributes(&self, node: u64) -> Vec<u8> {
+        let (mode, size) = match node {
+            ROOT => (0o40755_u32, 0),
+            _ => (0o100_644, self.data.len() as u64),
+        };
+        let mut bytes = Vec::new();
+        for number in [node, size, size / 512, 0, 0, 0] {
+            bytes.extend(number.to_le_bytes());
+        }
+        for number in [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0] {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes
     }
-    for number in [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0] {
-        bytes.extend(number.to_le_bytes());
-    }
-    bytes
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> u32 {
