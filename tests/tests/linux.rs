@@ -204,7 +204,7 @@ fn linux_uses_disks_entropy_clock_and_console() {
 #[test]
 fn linux_keeps_its_data_with_every_engine_and_cache_mode() {
     const SIZE: usize = 3 * MIB;
-    const OPERATIONS: u32 = 10;
+    const OPERATIONS: u32 = 8;
     require_kvm!();
     // On this folder's file system, as cache=none needs O_DIRECT.
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -159,12 +159,16 @@ fn work_on(number: u64, disks: &[RandomDisk<'_>], operations: u32) -> Result<Vec
 
 fn carry_out(area: &mut Area, buffer: &mut Buffer, disk: &RandomDisk<'_>) -> Result<()> {
     let step = area.next_step();
-    let (Step::Write(transfer) | Step::Read(transfer)) = step else {
-        let flushed = match step {
-            Step::Flush { data_only: true } => disk.buffered.file.sync_data(),
-            _ => disk.buffered.file.sync_all(),
-        };
-        return flushed.context("flush");
+    let transfer = match step {
+        Step::Write(transfer) | Step::Read(transfer) => transfer,
+        Step::Clear { transfer, discards } => return clear(disk, transfer, discards),
+        Step::Flush { data_only } => {
+            let flushed = match data_only {
+                true => disk.buffered.file.sync_data(),
+                false => disk.buffered.file.sync_all(),
+            };
+            return flushed.context("flush");
+        }
     };
     let Transfer { offset, length, .. } = transfer;
     let device = if transfer.direct {
@@ -182,6 +186,18 @@ fn carry_out(area: &mut Area, buffer: &mut Buffer, disk: &RandomDisk<'_>) -> Res
         .file
         .write_all_at(buffer, offset)
         .context(format_args!("write {length} bytes at {offset}"))
+}
+
+fn clear(disk: &RandomDisk<'_>, transfer: Transfer, discards: bool) -> Result<()> {
+    let Transfer { offset, length, .. } = transfer;
+    let file = &disk.buffered.file;
+    let length = length as u64;
+    if discards {
+        sys::block_range(file, BlockRange::Discard, offset, length)
+            .context(format_args!("discard {length} bytes at {offset}"))?;
+    }
+    sys::block_range(file, BlockRange::ZeroOut, offset, length)
+        .context(format_args!("zero {length} bytes at {offset}"))
 }
 
 pub fn checksum(disk: &str) -> Result<String> {

@@ -8,7 +8,7 @@
 use super::pattern;
 
 /// Number of areas of a disk.
-pub const AREAS: u64 = 3;
+pub const AREAS: u64 = 4;
 
 /// Most bytes of a transfer.
 pub const MAX_TRANSFER: usize = 1 << 20;
@@ -20,6 +20,13 @@ pub enum Step {
     Write(Transfer),
     /// Read, and expect the data of [`Area::fill`].
     Read(Transfer),
+    /// Make zeroes of these bytes, perhaps by a discard first.
+    Clear {
+        /// The place, a multiple of [`Area::PAGE`] like the length.
+        transfer: Transfer,
+        /// Whether they are discarded first.
+        discards: bool,
+    },
     /// Flush, perhaps without the file's metadata.
     Flush { data_only: bool },
 }
@@ -37,11 +44,15 @@ pub struct Transfer {
     pub misalignment: usize,
 }
 
+/// Stands for the step that wrote a block that has zeroes.
+const CLEARED: u32 = u32::MAX;
+
 /// A part of a disk, and the expected content of its blocks.
 pub struct Area {
     start: u64,
     block_size: usize,
-    /// The step that last wrote each block, counted from one; zero if none did.
+    /// The step that last wrote each block, counted from one; zero if none did, [`CLEARED`] if it was made
+    /// zeroes after that.
     blocks: Vec<u32>,
     steps: u32,
     /// The seed of the pattern that the disk held before.
@@ -106,6 +117,21 @@ impl Area {
         match kind {
             1..=5 => Step::Read(transfer(true)),
             6 => Step::Read(transfer(false)),
+            7 => {
+                let page = Self::PAGE / self.block_size;
+                let (first, count) = (first / page * page, count.next_multiple_of(page));
+                let count = count.min(self.blocks.len() - first);
+                self.blocks[first..first + count].fill(CLEARED);
+                Step::Clear {
+                    transfer: Transfer {
+                        direct: false,
+                        offset: self.start + (first * self.block_size) as u64,
+                        length: count * self.block_size,
+                        misalignment: 0,
+                    },
+                    discards: self.random(2) == 0,
+                }
+            }
             _ => {
                 let step = Step::Write(transfer(kind < 13));
                 self.blocks[first..first + count].fill(self.steps);
@@ -121,6 +147,10 @@ impl Area {
         for (index, (&step, chunk)) in self.blocks[first..].iter().zip(chunks).enumerate() {
             let seed = match step {
                 0 => self.disk_seed,
+                CLEARED => {
+                    chunk.fill(0);
+                    continue;
+                }
                 // Each step has its own pattern.
                 step => !pattern::word(self.seed, step.into()),
             };
@@ -150,7 +180,9 @@ mod tests {
             assert_eq!(area.start(), number << 20);
             assert_eq!(area.size(), AREA_SIZE);
             for _ in 0..1000 {
-                if let Step::Read(transfer) | Step::Write(transfer) = area.next_step() {
+                if let Step::Read(transfer) | Step::Write(transfer) | Step::Clear { transfer, .. } =
+                    area.next_step()
+                {
                     let start = (transfer.offset - area.start()) as usize;
                     assert!(transfer.length > 0 && start + transfer.length <= AREA_SIZE);
                     assert!(transfer.misalignment < Area::PAGE);
@@ -171,6 +203,10 @@ mod tests {
         for _ in 0..50 {
             let step = area.next_step();
             area.fill(area.start(), &mut now);
+            if let Step::Clear { transfer, .. } = step {
+                let start = (transfer.offset - area.start()) as usize;
+                expected[start..start + transfer.length].fill(0);
+            }
             if let Step::Write(Transfer { offset, length, .. }) = step {
                 let start = (offset - area.start()) as usize;
                 let range = start..start + length;
