@@ -154,6 +154,37 @@ impl Disk {
         }
     }
 
+    /// Makes the image larger, and the disk with it, beside other requests. What is added reads as zeroes.
+    ///
+    /// # Errors
+    /// If the disk is read-only or on a block device, it cannot have this size or would become smaller, or the host
+    /// cannot change the image.
+    pub fn grow(&self, size: u64) -> io::Result<()> {
+        let block = self.logical_block_size();
+        let refused = if self.is_read_only() {
+            Some("it is read-only".to_owned())
+        } else if size < self.size() {
+            let size = self.size();
+            Some(format!(
+                "it has {size} bytes, and cannot become smaller while a machine uses it"
+            ))
+        } else if !size.is_multiple_of(block.into()) {
+            Some(format!("its size has to be a multiple of {block} bytes"))
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        match self {
+            Disk::Raw(disk) => disk.grow(size)?,
+            Disk::Formatted(disk) if size > disk.image.size() => disk.image.grow(size)?,
+            Disk::Formatted(_) => {}
+        }
+        self.update_size()?;
+        Ok(())
+    }
+
     /// Returns the options with which the image was opened.
     pub fn options(&self) -> &DiskOptions {
         match self {

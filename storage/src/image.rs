@@ -123,6 +123,25 @@ pub trait Image: Debug + Send + Sync {
     /// If the host has failed to write something.
     fn flush(&self) -> io::Result<()>;
 
+    /// Brings everything to stable storage, as [`Self::flush`] does, and writes no more to the files. No request is
+    /// under way, and later writes may be refused.
+    ///
+    /// # Errors
+    /// Those of [`Self::flush`].
+    fn end_writing(&self) -> io::Result<()> {
+        self.flush()
+    }
+
+    /// Makes the disk larger, beside other requests. What is added reads as zeroes.
+    ///
+    /// # Errors
+    /// If the disk is not smaller than `size`, or the image cannot have this size
+    /// ([`io::ErrorKind::InvalidInput`]); otherwise those of [`Self::write_at`].
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Returns what the first bytes of `range` hold.
     ///
     /// # Errors

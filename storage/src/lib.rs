@@ -11,6 +11,7 @@ mod lock;
 mod open;
 mod opener;
 mod options;
+mod overlay;
 mod patience;
 pub mod qcow2;
 mod raw;

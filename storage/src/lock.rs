@@ -74,6 +74,27 @@ pub(crate) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     patiently(is_busy, || try_lock_image(file, read_only))
 }
 
+/// Gives up the permission to write to an image that was locked for reading and writing. Others still may not write
+/// to it. This has no effect on an image that is not locked.
+///
+/// # Errors
+/// Those of `fcntl` with `F_OFD_SETLK`.
+pub(crate) fn end_writing(file: &File) -> io::Result<()> {
+    match set(file, libc::F_UNLCK, HAS + WRITE..HAS + WRITE + 1) {
+        // Then it is not locked.
+        Err(error) if has_no_locks(&error) => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether `error` says that the file system has no locks.
+pub(crate) fn has_no_locks(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+    )
+}
+
 /// Locks all of `file` like [`lock_file`], but waits for the lock as [`patiently`] does.
 ///
 /// # Errors
@@ -178,6 +199,22 @@ mod tests {
         }
         // The refused ones have left no lock behind.
         drop(third);
+        try_lock_image(&open(&image), false).unwrap();
+    }
+
+    #[test]
+    fn a_writer_that_ends_writing_lets_readers_in() {
+        let image = TempFile::new().unwrap();
+        let writer = open(&image);
+        end_writing(&writer).unwrap();
+        try_lock_image(&writer, false).unwrap();
+        try_lock_image(&open(&image), true).unwrap_err();
+        end_writing(&writer).unwrap();
+        let reader = open(&image);
+        try_lock_image(&reader, true).unwrap();
+        try_lock_image(&open(&image), false).unwrap_err();
+        drop(writer);
+        drop(reader);
         try_lock_image(&open(&image), false).unwrap();
     }
 

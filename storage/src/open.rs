@@ -56,6 +56,20 @@ impl Disk {
     }
 }
 
+/// Returns the options of the qcow2 image of a disk with `options`.
+pub(crate) fn image_options(options: &DiskOptions) -> qcow2::Options {
+    let defaults = qcow2::Options::default();
+    qcow2::Options {
+        read_only: options.read_only,
+        // No flush would write what is pending, and the syncs that this saves do nothing.
+        max_pending: match options.cache {
+            CacheMode::Unsafe => 0,
+            _ => defaults.max_pending,
+        },
+        ..defaults
+    }
+}
+
 fn open_qcow2(
     opener: &dyn FileOpener,
     path: &Path,
@@ -67,13 +81,7 @@ fn open_qcow2(
         });
     }
     let is_unsafe = options.cache == CacheMode::Unsafe;
-    let defaults = qcow2::Options::default();
-    let image_options = qcow2::Options {
-        read_only: options.read_only,
-        // No flush would write what is pending, and the syncs that this saves do nothing.
-        max_pending: if is_unsafe { 0 } else { defaults.max_pending },
-        ..defaults
-    };
+    let image_options = image_options(options);
     let mut files = Vec::new();
     let mut failure = None;
     let image = open_chain(path, image_options, &mut |layer, format, read_only| {

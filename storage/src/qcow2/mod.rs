@@ -135,6 +135,8 @@ pub struct Qcow2 {
     is_damaged: AtomicBool,
     /// The compressed cluster that was read last, as requests are often smaller than a cluster.
     decompressed: Mutex<Option<(Compressed, Vec<u8>)>>,
+    /// Whether the file is not to be changed any more.
+    writing_has_ended: AtomicBool,
 }
 
 impl Header {
@@ -224,6 +226,7 @@ impl Qcow2 {
             layout: Mutex::new(()),
             is_damaged: AtomicBool::new(false),
             decompressed: Mutex::new(None),
+            writing_has_ended: AtomicBool::new(false),
         })
     }
 
@@ -310,7 +313,7 @@ impl Qcow2 {
 
     /// Refuses writes to an image that takes none.
     fn check_writable(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.read_only || self.writing_has_ended.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         if self.is_damaged.load(Ordering::Relaxed) {
@@ -432,6 +435,25 @@ impl Image for Qcow2 {
             return Ok(());
         }
         self.sync_and_release()
+    }
+
+    fn end_writing(&self) -> io::Result<()> {
+        self.flush()?;
+        if self.check_writable().is_ok() {
+            // What cannot be given back is leaked, and a check frees it.
+            let _ = lock(&self.allocator).give_back();
+            self.writing_has_ended.store(true, Ordering::Relaxed);
+            self.gate.sync()?;
+        }
+        Ok(())
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let _layout = lock(&self.layout);
+        if size <= self.size() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(self.resize_locked(size)?)
     }
 
     fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {

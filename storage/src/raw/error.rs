@@ -120,6 +120,12 @@ pub enum DiskError {
         /// Why not.
         source: crate::qcow2::Error,
     },
+    /// It is read-only, so its guest cannot write to an overlay either.
+    #[error("cannot make an overlay of disk '{path}': it is read-only", path = .path.display())]
+    ReadOnlyBase {
+        /// The image.
+        path: PathBuf,
+    },
     /// It has a backing file, and must not have any.
     #[error(
         "cannot open disk '{path}': it has the backing file '{backing}', which is not to be opened; \

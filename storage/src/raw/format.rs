@@ -5,13 +5,23 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// Format of a disk image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
     /// The bytes of the file are those of the disk.
     Raw,
     /// The format of QEMU.
     Qcow2,
+}
+
+impl ImageFormat {
+    /// Returns the format that the name of an image says: qcow2 if it ends in `.qcow2`, otherwise raw.
+    pub fn of_name(path: &Path) -> ImageFormat {
+        format_of_name(path)
+    }
 }
 
 /// A format that other programs know.

@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
 use super::geometry::{block_sizes, direct_alignment, disk_size, measure};
 use super::{Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, SECTOR_SIZE, format};
-use crate::lock::{LockMode, lock_image};
+use crate::lock::{LockMode, has_no_locks, lock_image};
 use crate::opener::{FileAccess, FileOpener, HostOpener};
 
 /// How a disk image is opened.
@@ -233,6 +233,35 @@ pub(crate) fn open_locked(
     Ok(file)
 }
 
+/// Creates and locks a regular file at `path`, which an image that is not raw is to be kept in.
+pub(crate) fn create_locked(
+    opener: &dyn FileOpener,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<File, DiskError> {
+    let create = opener.file(path, FileAccess::Create);
+    let file = create.map_err(|source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "create",
+        source,
+    })?;
+    let flags =
+        file_flags(&file).and_then(|flags| set_file_flags(&file, flags - OFlag::O_NONBLOCK));
+    let flags = flags.map_err(|source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source,
+    });
+    match flags.and_then(|()| lock_as_wanted(&file, path, options)) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            // The first error says more than a second one.
+            let _ = opener.remove(path);
+            Err(error)
+        }
+    }
+}
+
 fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     let remedy = match source.raw_os_error() {
         Some(libc::EACCES | libc::EROFS) if !read_only => "; ',ro' opens it read-only",
@@ -295,10 +324,7 @@ fn lock_as_wanted(file: &File, path: &Path, options: &DiskOptions) -> Result<(),
     let Err(source) = lock_image(file, options.read_only) else {
         return Ok(());
     };
-    let has_no_locks = matches!(
-        source.raw_os_error(),
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
-    );
+    let has_no_locks = has_no_locks(&source);
     let path = path.to_path_buf();
     let error = match source.kind() {
         io::ErrorKind::WouldBlock => DiskError::InUse { path },

@@ -1,0 +1,169 @@
+//! Overlays: new images whose backing file is the image of a disk that is in use.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::disk::{Disk, FormattedDisk};
+use crate::file::{HostFile, ImageFile};
+use crate::image::Image;
+use crate::lock::end_writing;
+use crate::open::image_options;
+use crate::opener::{FileAccess, FileOpener};
+use crate::qcow2::{BackingName, CreateOptions, Qcow2, Unsynced};
+use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
+use crate::raw_image::RawImage;
+
+impl Disk {
+    /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
+    /// as a disk. The present image is used as it is open, whatever its path leads to by now.
+    ///
+    /// Nothing may write to the present image once the new disk is used, whose guest would see it.
+    /// [`Disk::end_writing`] makes sure of that.
+    ///
+    /// # Errors
+    /// If this disk is read-only or bypasses the page cache, or the new file cannot be made. There is no new file
+    /// then.
+    pub fn overlay(&self, opener: &dyn FileOpener, path: &Path) -> Result<Disk, DiskError> {
+        if self.is_read_only() {
+            return Err(DiskError::ReadOnlyBase {
+                path: self.path().to_path_buf(),
+            });
+        }
+        if self.cache() == CacheMode::None {
+            let path = path.to_path_buf();
+            return Err(DiskError::DirectFormat { path });
+        }
+        let file = create_locked(opener, path, self.options())?;
+        let made = self.overlay_in(file, opener, path);
+        if made.is_err() {
+            // The first error says more than a second one.
+            let _ = opener.remove(path);
+        }
+        made
+    }
+
+    fn overlay_in(
+        &self,
+        file: File,
+        opener: &dyn FileOpener,
+        path: &Path,
+    ) -> Result<Disk, DiskError> {
+        let with_path = |action| {
+            move |source| DiskError::Io {
+                path: path.to_path_buf(),
+                action,
+                source,
+            }
+        };
+        let not_made = |source| DiskError::Qcow2 {
+            path: path.to_path_buf(),
+            source,
+        };
+        let mut files = vec![file.try_clone().map_err(with_path("set up"))?];
+        let (base, format) = self
+            .as_backing_file(&mut files)
+            .map_err(with_path("set up"))?;
+        let mut file: Arc<dyn ImageFile> = Arc::new(HostFile::new(file));
+        if self.cache() == CacheMode::Unsafe {
+            file = Arc::new(Unsynced(file));
+        }
+        let name = self
+            .backing_name(path)
+            .map_err(with_path("name the backing file of"))?;
+        let create_options = CreateOptions {
+            size: self.size(),
+            backing: Some(BackingName {
+                name,
+                format: Some(format.to_owned()),
+            }),
+            ..CreateOptions::default()
+        };
+        Qcow2::create(file.clone(), &create_options).map_err(not_made)?;
+        if self.cache() != CacheMode::Unsafe {
+            sync_folder(opener, path).map_err(with_path("sync the folder of"))?;
+        }
+        let image_options = crate::qcow2::Options {
+            backing: Some(base),
+            ..image_options(self.options())
+        };
+        let image = Qcow2::open(file, image_options).map_err(not_made)?;
+        let options = DiskOptions {
+            format: Some(ImageFormat::Qcow2),
+            // The guest knows the block size, and does not read it again.
+            block_size: Some(self.logical_block_size()),
+            ..self.options().clone()
+        };
+        let disk = FormattedDisk::new(path, Arc::new(image), files, &options)?;
+        Ok(Disk::Formatted(disk))
+    }
+
+    /// Returns the open image for use as a backing file, and its format, and adds its files to `files`.
+    fn as_backing_file(&self, files: &mut Vec<File>) -> io::Result<(Arc<dyn Image>, &'static str)> {
+        match self {
+            Disk::Raw(disk) => {
+                let file = disk.file(Access::Usual).ok_or(io::ErrorKind::NotFound)?;
+                files.push(file.try_clone()?);
+                let image = RawImage::new(Arc::new(HostFile::new(file.try_clone()?)), true)?;
+                Ok((Arc::new(image), "raw"))
+            }
+            Disk::Formatted(disk) => {
+                for file in disk.files() {
+                    files.push(file.try_clone()?);
+                }
+                Ok((disk.image().clone(), "qcow2"))
+            }
+        }
+    }
+
+    /// Returns the name by which an image at `path` finds this one: a name in the same folder, or an absolute path.
+    fn backing_name(&self, path: &Path) -> io::Result<String> {
+        let (base, overlay) = (
+            std::path::absolute(self.path())?,
+            std::path::absolute(path)?,
+        );
+        let name = match base.file_name() {
+            // A colon at the beginning would be taken for a protocol by QEMU.
+            Some(name) if base.parent() == overlay.parent() && !has_colon(name) => {
+                PathBuf::from(name)
+            }
+            _ => base,
+        };
+        name.into_os_string()
+            .into_string()
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))
+    }
+
+    /// Brings everything to stable storage and writes no more to the image, which other programs may read from then
+    /// on, but not write. No request to it is under way.
+    ///
+    /// # Errors
+    /// If the host has failed to write something. Other programs may not read the image then.
+    pub fn end_writing(&self) -> io::Result<()> {
+        let file = match self {
+            Disk::Raw(disk) => {
+                disk.flush()?;
+                disk.file(Access::Usual)
+            }
+            Disk::Formatted(disk) => {
+                disk.image().end_writing()?;
+                disk.files().first()
+            }
+        };
+        file.map_or(Ok(()), end_writing)
+    }
+}
+
+fn has_colon(name: &std::ffi::OsStr) -> bool {
+    name.as_encoded_bytes().contains(&b':')
+}
+
+/// Makes sure that the file at `path` is found there after a crash of the host.
+fn sync_folder(opener: &dyn FileOpener, path: &Path) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    opener.file(folder, FileAccess::Read)?.sync_all()
+}
