@@ -80,7 +80,11 @@ impl Load {
     /// Puts `image` in the place of the disk's.
     fn replace(&self, image: &Path) -> Result<DeviceAnswer, Error> {
         let path = image.to_path_buf();
-        device(&self.machine, "disk0", DeviceCommand::ReplaceImage { path })
+        device(
+            &self.machine,
+            "disk0",
+            DeviceCommand::ReplaceImage { path, format: None },
+        )
     }
 
     /// Waits for the end, which has to be a success, and returns the payload's report of its load.
@@ -185,7 +189,11 @@ fn a_disk_that_is_read_only_stays_so() {
     open(&second, true).unwrap();
     open(&second, false).unwrap_err();
     let path = second.clone();
-    let replaced = device(&load.machine, "disk1", DeviceCommand::ReplaceImage { path });
+    let replaced = device(
+        &load.machine,
+        "disk1",
+        DeviceCommand::ReplaceImage { path, format: None },
+    );
     assert!(matches!(
         replaced,
         Err(Error::NoSuchDevice { name }) if name.as_str() == "disk1"

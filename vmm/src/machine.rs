@@ -44,7 +44,7 @@ pub(crate) struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<DeviceLoop>,
     /// Outlive the event loops, whose disks wait for them.
-    image_threads: Vec<ImageThread>,
+    image_threads: Vec<Arc<ImageThread>>,
     devices: Arc<DeviceTable>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
@@ -146,7 +146,7 @@ impl Machine {
             serial_activity.clone(),
         )?;
         let legacy = legacy.finish();
-        let mut builder = Builder::new(&vm, &memory, &mut mmio, log, &context.events, &event_loop);
+        let mut builder = Builder::new(&vm, &memory, &mut mmio, context, &event_loop);
         for build in virtio {
             build(&mut builder)?;
         }
@@ -240,8 +240,8 @@ impl Machine {
         if waits {
             self.control.hold_vcpus();
         }
-        for image_thread in &mut self.image_threads {
-            image_thread.start(&self.control, hook)?;
+        for image_thread in &self.image_threads {
+            image_thread.start()?;
         }
         for event_loop in &mut self.event_loops {
             event_loop.start(&self.control, hook)?;
@@ -319,7 +319,7 @@ impl Machine {
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }
-        for image_thread in &mut self.image_threads {
+        for image_thread in &self.image_threads {
             image_thread.end();
         }
         let mut flushed = Ok(());

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use bantam_vmm::{DeviceCommand, Error};
+use bantam_vmm::{DeviceCommand, Error, ImageFormat};
 use serde::Deserialize;
 
 use crate::bodies::drives::Drive;
@@ -74,7 +74,11 @@ impl DriveUpdate {
                 ..drive.clone()
             });
             instance.check_outputs(&changed)?;
-            let command = DeviceCommand::ReplaceImage { path: path.clone() };
+            let command = DeviceCommand::ReplaceImage {
+                path: path.clone(),
+                // The disk may have an image of another format since the start, but this is Firecracker's request.
+                format: Some(ImageFormat::Raw),
+            };
             let replaced = instance.controller().device(&name, command);
             // The drive has the new image even if the old one could not be flushed.
             let is_there = match &replaced {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess};
+use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess, ImageFormat};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::BalloonHandle;
@@ -14,7 +14,7 @@ pub use super::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
 };
 use super::block::BlockHandle;
-pub use super::block::{BlockMetrics, ReplaceError};
+pub use super::block::{BlockMetrics, ReplaceError, SnapshotError};
 use super::console::ConsoleHandle;
 pub use super::console::ConsoleMetrics;
 use super::net::NetHandle;
@@ -35,6 +35,15 @@ pub enum DeviceCommand {
     ReplaceImage {
         /// The new image.
         path: PathBuf,
+        /// Its format, if it has another one than the present image. If the present image is raw and was opened
+        /// without a format, the name of the new image says whether it is raw or qcow2.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        format: Option<ImageFormat>,
+    },
+    /// Makes a disk's image larger, and tells the guest.
+    Grow {
+        /// The new size in bytes.
+        size: u64,
     },
     /// Sets the limits of a disk. An unchanged limit keeps its fill level; a changed one begins with a full
     /// bucket.
@@ -70,6 +79,7 @@ impl DeviceCommand {
         match self {
             DeviceCommand::UpdateSize
             | DeviceCommand::ReplaceImage { .. }
+            | DeviceCommand::Grow { .. }
             | DeviceCommand::SetLimits(_) => "a disk",
             DeviceCommand::SetNetLimits(_) => "a network device",
             DeviceCommand::ResizeConsole { .. } => "a console",
@@ -87,7 +97,7 @@ impl DeviceCommand {
 pub enum DeviceAnswer {
     /// It is done.
     Done,
-    /// Answers [`DeviceCommand::UpdateSize`]: the size in bytes.
+    /// Answers [`DeviceCommand::UpdateSize`] and [`DeviceCommand::Grow`]: the size in bytes.
     Size(u64),
     /// Answers [`DeviceCommand::BalloonStatistics`].
     Balloon(Box<BalloonStatistics>),
@@ -189,7 +199,9 @@ impl DeviceHandle {
     pub fn uses_files(command: &DeviceCommand) -> bool {
         matches!(
             command,
-            DeviceCommand::UpdateSize | DeviceCommand::ReplaceImage { .. }
+            DeviceCommand::UpdateSize
+                | DeviceCommand::ReplaceImage { .. }
+                | DeviceCommand::Grow { .. }
         )
     }
 
@@ -206,10 +218,15 @@ impl DeviceHandle {
     ) -> Result<DeviceAnswer, DeviceError> {
         match (self, command) {
             (DeviceHandle::Disk(disk), DeviceCommand::UpdateSize) => {
-                return update_size(disk).map(DeviceAnswer::Size);
+                let size = sized(disk, disk.update_size())?;
+                return Ok(DeviceAnswer::Size(size));
             }
-            (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path }) => {
-                replace_image(disk, &path, opener, deadline)?;
+            (DeviceHandle::Disk(disk), DeviceCommand::Grow { size }) => {
+                let size = sized(disk, disk.grow(size))?;
+                return Ok(DeviceAnswer::Size(size));
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path, format }) => {
+                replace_image(disk, &path, format, opener, deadline)?;
             }
             (DeviceHandle::Disk(disk), DeviceCommand::SetLimits(limits)) => {
                 disk.set_limits(&limits).map_err(DeviceError::Limits)?;
@@ -241,8 +258,8 @@ impl DeviceHandle {
     }
 }
 
-fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
-    disk.update_size().map_err(|source| DeviceError::Size {
+fn sized(disk: &BlockHandle, result: io::Result<u64>) -> Result<u64, DeviceError> {
+    result.map_err(|source| DeviceError::Size {
         path: disk.disk().path().to_path_buf(),
         source,
     })
@@ -251,6 +268,7 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
 fn replace_image(
     disk: &BlockHandle,
     path: &Path,
+    format: Option<ImageFormat>,
     opener: &dyn Opener,
     deadline: Instant,
 ) -> Result<(), DeviceError> {
@@ -260,9 +278,10 @@ fn replace_image(
         .file(path, FileAccess::Read)
         .and_then(|file| before.is_same_file(&file));
     if is_same.unwrap_or(false) {
-        return update_size(disk).map(drop);
+        return sized(disk, disk.update_size()).map(drop);
     }
     let options = DiskOptions {
+        format: format.or(before.options().format),
         // The guest knows the block size, and does not read it again.
         block_size: Some(before.logical_block_size()),
         ..before.options().clone()

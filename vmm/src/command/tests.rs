@@ -2,6 +2,7 @@ use std::num::NonZeroU32;
 
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::balloon::HintingCommand;
+use bantam_storage::ImageFormat;
 use serde_json::json;
 
 use super::*;
@@ -40,6 +41,7 @@ fn commands_and_answers_travel_as_json() {
         DeviceCommand::UpdateSize,
         DeviceCommand::ReplaceImage {
             path: "/other.img".into(),
+            format: Some(ImageFormat::Qcow2),
         },
         DeviceCommand::SetLimits(limits),
         DeviceCommand::SetStatisticsInterval {

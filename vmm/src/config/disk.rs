@@ -2,11 +2,12 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_devices::virtio::block::MAX_QUEUES;
 use bantam_devices::virtio::owner::DeviceCommand;
+use bantam_storage::ImageFormat;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::forms::Listed;
@@ -80,6 +81,9 @@ pub struct DiskConfig {
     pub any_size: bool,
 }
 
+/// Block size of a disk that is kept in a file, if no other is configured.
+const SECTOR_SIZE: u32 = 512;
+
 serde_with_short_keys!(DiskConfig);
 
 impl DiskConfig {
@@ -122,9 +126,28 @@ impl DiskConfig {
     /// Applies the change that `command` has made to the device.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         match command {
-            DeviceCommand::ReplaceImage { path } => self.path.clone_from(path),
+            DeviceCommand::ReplaceImage { path, format } => {
+                // An image that its name says to be qcow2 is replaced by another one, whatever that is called.
+                let is_qcow2 =
+                    self.format.is_none() && ImageFormat::of_name(&self.path) == ImageFormat::Qcow2;
+                let format = format.or(is_qcow2.then_some(ImageFormat::Qcow2));
+                self.path.clone_from(path);
+                self.format = format.map(Into::into).or(self.format);
+            }
             DeviceCommand::SetLimits(limits) => self.limits = (*limits).into(),
             _ => {}
+        }
+    }
+
+    /// Describes the overlay at `path`, which has taken the place of the image. `block_size` is that of the disk.
+    pub(super) fn apply_overlay(&mut self, path: &Path, block_size: u32) {
+        self.path = path.to_path_buf();
+        self.format = Some(DiskFormatOption::Qcow2);
+        // It has one now.
+        self.backing = true;
+        // A block device may have had larger blocks than a file.
+        if self.block_size.is_none() && block_size != SECTOR_SIZE {
+            self.block_size = DiskBlockSize::try_from(i64::from(block_size)).ok();
         }
     }
 
@@ -281,6 +304,15 @@ pub enum DiskFormatOption {
     Raw,
     /// The format of QEMU.
     Qcow2,
+}
+
+impl From<ImageFormat> for DiskFormatOption {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 impl TryFrom<String> for DiskFormatOption {

@@ -304,6 +304,14 @@ impl MachineConfig {
         }
     }
 
+    /// Describes the overlay at `path`, which has taken the place of the image of the disk called `name`.
+    pub(crate) fn apply_overlay(&mut self, name: &DeviceName, path: &Path, block_size: u32) {
+        let mut disks = (0..).zip(&mut self.disks);
+        if let Some((_, disk)) = disks.find(|(index, disk)| disk.device_name(*index) == *name) {
+            disk.apply_overlay(path, block_size);
+        }
+    }
+
     /// Returns the serial port, the console and the channels: the name of each for messages, and its other
     /// end.
     fn streams(&self) -> impl Iterator<Item = (String, &SerialConfig)> {

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use bantam_arch::acpi::VirtioMmioWindow;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
-use bantam_devices::device_log::MachineLog;
 use bantam_devices::virtio::block::ImageWork;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
 use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
@@ -21,9 +20,9 @@ use super::turn::Turn;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
-use crate::events::EventSender;
 use crate::hooks::ThreadRole;
 use crate::image_thread::ImageThread;
+use crate::machine::MachineContext;
 use crate::vm::Vm;
 
 /// A device that is to get a place in the machine.
@@ -41,8 +40,7 @@ pub(crate) struct Builder<'a> {
     pub(super) vm: &'a Vm,
     pub(super) memory: &'a Arc<GuestMemory>,
     mmio: &'a mut Bus,
-    log: &'a MachineLog,
-    events: &'a EventSender,
+    context: &'a MachineContext,
     event_loop: &'a DeviceLoop,
     windows: Vec<VirtioMmioWindow>,
     built: BuiltDevices,
@@ -55,8 +53,8 @@ pub(crate) struct BuiltDevices {
     pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
     /// The event loops of devices that have a thread of their own.
     pub(crate) loops: Vec<DeviceLoop>,
-    /// The threads of disks whose images are not raw.
-    pub(crate) image_threads: Vec<ImageThread>,
+    /// The threads of disks for images that are not raw.
+    pub(crate) image_threads: Vec<Arc<ImageThread>>,
     pub(crate) stream_paths: StreamPaths,
     /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
@@ -68,16 +66,14 @@ impl<'a> Builder<'a> {
         vm: &'a Vm,
         memory: &'a Arc<GuestMemory>,
         mmio: &'a mut Bus,
-        log: &'a MachineLog,
-        events: &'a EventSender,
+        context: &'a MachineContext,
         event_loop: &'a DeviceLoop,
     ) -> Builder<'a> {
         Builder {
             vm,
             memory,
             mmio,
-            log,
-            events,
+            context,
             event_loop,
             windows: Vec::new(),
             built: BuiltDevices::default(),
@@ -108,8 +104,8 @@ impl<'a> Builder<'a> {
             model,
         } = device;
         let window = self.next_window();
-        let log = self.log.device(&log_name);
-        let log = log.observed_by(self.events.observer(&name));
+        let log = self.context.log.device(&log_name);
+        let log = log.observed_by(self.context.events.observer(&name));
         let line = self.vm.interrupt_event(window.gsi)?;
         let link = MmioLink::new(log, Box::new(line));
         let driver = link.driver();
@@ -144,15 +140,23 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Has a thread called `thread_name` do the work of the image of the disk `name`.
+    /// Has a thread called `thread_name` do the work of the images of the disk `name` that are not raw. `work` is
+    /// that of the first image, if it is one of these.
     pub(super) fn add_image_thread(
         &mut self,
         thread_name: String,
         name: DeviceName,
-        work: Arc<ImageWork>,
-    ) {
-        let thread = ImageThread::new(thread_name, ThreadRole::Image(name), work);
-        self.built.image_threads.push(thread);
+        work: Option<Arc<ImageWork>>,
+    ) -> Arc<ImageThread> {
+        let thread = Arc::new(ImageThread::new(
+            thread_name,
+            ThreadRole::Image(name),
+            self.context.control.clone(),
+            self.context.thread_hook.clone(),
+            work,
+        ));
+        self.built.image_threads.push(thread.clone());
+        thread
     }
 
     /// Connects `port` of a console device to the end that is open for `stream`.

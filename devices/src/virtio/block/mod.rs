@@ -16,6 +16,7 @@ mod pieces;
 mod polling;
 mod request;
 mod ring;
+mod snapshot;
 mod span;
 #[cfg(test)]
 mod tests;
@@ -44,10 +45,11 @@ use ring::Ring;
 use worker::Worker;
 
 pub use handle::{BlockHandle, ReplaceError};
-pub use image_work::ImageWork;
+pub use image_work::{ImageWork, StartImageThread};
 pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
 pub use options::{BlockOptions, Engine, MAX_QUEUES};
+pub use snapshot::{SnapshotError, snapshot};
 
 /// Why a block device cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +75,6 @@ struct Blueprint {
     throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
     options: BlockOptions,
-    /// Present if the image is not raw.
-    image_work: Option<Arc<ImageWork>>,
 }
 
 impl Blueprint {
@@ -84,7 +84,7 @@ impl Blueprint {
     /// # Errors
     /// If another ring is needed and the host refuses it. The queues then stay with `activation`.
     fn worker(&self, activation: &mut Activation) -> io::Result<Worker> {
-        let (mut open_disk, lease) = self.slot.lease();
+        let (mut open_disk, next_disk, lease) = self.slot.lease();
         if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
             open_disk.ring = Some(Ring::new(&open_disk.disk)?);
         }
@@ -102,7 +102,7 @@ impl Blueprint {
             &self.options,
             self.throttle.clone(),
             open_disk.ring,
-            self.image_work.clone(),
+            next_disk,
         ))
     }
 }
@@ -134,24 +134,22 @@ impl Block {
                 Err(error) => return Err(BlockError::Ring(error)),
             },
         };
-        let image_work = match &disk {
-            Disk::Raw(_) => None,
-            Disk::Formatted(_) => {
-                let work = ImageWork::new().map_err(BlockError::Resource)?;
-                Some(Arc::new(work))
-            }
-        };
+        let is_raw = matches!(disk, Disk::Raw(_));
         let disk = Arc::new(disk);
+        let slot =
+            DiskSlot::new(OpenDisk { disk, ring }, options.queues).map_err(BlockError::Resource)?;
+        if !is_raw {
+            // The owner starts the thread later.
+            slot.provide_image_work(|_| Ok(()))
+                .map_err(BlockError::Resource)?;
+        }
         let blueprint = Blueprint {
-            slot: DiskSlot::new(OpenDisk { disk, ring }, options.queues)
-                .map(Arc::new)
-                .map_err(BlockError::Resource)?,
+            slot: Arc::new(slot),
             throttle: Throttle::new(&options.limits)
                 .map(Arc::new)
                 .map_err(BlockError::Resource)?,
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
-            image_work,
         };
         Ok(Block {
             blueprint,
@@ -161,15 +159,21 @@ impl Block {
 
     /// Returns the work for a thread of the disk, if its image is not raw.
     pub fn image_work(&self) -> Option<Arc<ImageWork>> {
-        self.blueprint.image_work.clone()
+        self.blueprint.slot.image_work()
     }
 
-    /// A handle to the device for the owner of the machine. `link` is the device's.
-    pub fn handle(&self, link: Arc<DriverLink>) -> BlockHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's; `start_image_thread` starts a
+    /// thread for the first image that is not raw, if it takes the place of a raw one.
+    pub fn handle(
+        &self,
+        link: Arc<DriverLink>,
+        start_image_thread: StartImageThread,
+    ) -> BlockHandle {
         BlockHandle {
             slot: self.blueprint.slot.clone(),
             throttle: self.blueprint.throttle.clone(),
             link,
+            start_image_thread,
             engine: self.blueprint.options.engine,
         }
     }

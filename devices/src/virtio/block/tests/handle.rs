@@ -18,7 +18,8 @@ const OTHER_BYTE: u8 = 0xa7;
 
 impl Machine {
     /// Replaces the present image while the event loop runs.
-    fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
+    pub(super) fn replace(&mut self, disk: impl Into<Disk>) -> Result<(), ReplaceError> {
+        let disk = disk.into();
         let handle = &self.handle;
         thread::scope(|scope| {
             let owner = scope.spawn(|| handle.replace(disk, no_haste()));
@@ -42,7 +43,7 @@ impl Machine {
     }
 
     /// Resets the device and initializes it again.
-    fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         drop(self.manager.remove_subscriber(self.worker).unwrap());
         self.link.set_needs_reset(false);
         self.activate();

@@ -1,0 +1,132 @@
+//! Snapshots of disks: each gets an overlay, and its image stays as it is.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bantam_storage::{Disk, DiskError, FileOpener};
+
+use super::disk_slot::{DiskSlot, OpenDisk, exchange_all};
+use super::handle::flush;
+use super::{BlockHandle, ReplaceError};
+
+/// Why no snapshot was taken. All disks keep the images that they have.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// An overlay cannot be made.
+    #[error(transparent)]
+    Overlay(#[from] DiskError),
+    /// A device cannot use its overlay.
+    #[error(transparent)]
+    Device(#[from] ReplaceError),
+    /// What was written to an image so far cannot be brought to stable storage.
+    #[error("cannot flush disk '{path}': {source}", path = .path.display())]
+    Flush {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The devices cannot switch to their overlays.
+    #[error("cannot use the overlays from now on: {0}")]
+    ChangeOver(#[source] io::Error),
+    /// A disk is named twice.
+    #[error("a snapshot has each disk once")]
+    Repeated,
+}
+
+/// Puts a new overlay into the place of the image of each of `disks`, all at one instant, and returns for how long
+/// their guest had to wait. Each overlay is a qcow2 image, at the path that is given with the disk and must not exist;
+/// its backing file is the image that was there, which is not written from then on. All data that the guest wrote
+/// before is on stable storage then, unless the disk's cache mode says otherwise.
+///
+/// # Errors
+/// If this is not possible for one of the disks, or not by `deadline`. Then all keep their images, and there are no
+/// new files.
+pub fn snapshot(
+    disks: &[(&BlockHandle, &Path)],
+    opener: &dyn FileOpener,
+    deadline: Instant,
+) -> Result<Duration, SnapshotError> {
+    let taken = try_snapshot(disks, opener, deadline);
+    for (disk, _) in disks {
+        match &taken {
+            Ok(_) => disk.metrics().update_count.add(1),
+            Err(_) => disk.metrics().update_fails.add(1),
+        }
+    }
+    taken
+}
+
+fn try_snapshot(
+    disks: &[(&BlockHandle, &Path)],
+    opener: &dyn FileOpener,
+    deadline: Instant,
+) -> Result<Duration, SnapshotError> {
+    let slots: Vec<&DiskSlot> = disks.iter().map(|(disk, _)| &*disk.slot).collect();
+    let _changes = change_all(&slots)?;
+    let mut files = NewFiles {
+        opener,
+        paths: Vec::new(),
+    };
+    let mut new = Vec::with_capacity(disks.len());
+    for (disk, path) in disks {
+        let overlay = disk.disk().overlay(opener, path)?;
+        files.paths.push(path);
+        new.push(disk.prepare(overlay)?);
+    }
+    let present: Vec<Arc<Disk>> = slots.iter().map(|slot| slot.disk()).collect();
+    // The second time takes only as long as the first has been followed by writes, so that little is left to be
+    // flushed while the guest waits.
+    for disk in present.iter().chain(&present) {
+        flush(disk).map_err(|source| SnapshotError::Flush {
+            path: disk.path().to_path_buf(),
+            source,
+        })?;
+    }
+    let start = Instant::now();
+    let at_rest = || present.iter().try_for_each(|disk| flush(disk));
+    let exchanges = slots.into_iter().zip(new).collect();
+    let old = exchange_all(exchanges, at_rest, deadline).map_err(SnapshotError::ChangeOver)?;
+    let held_up = start.elapsed();
+    files.paths.clear();
+    for OpenDisk { disk, ring } in old {
+        drop(ring);
+        if let Err(error) = disk.end_writing() {
+            let path = disk.path().display();
+            tracing::warn!("cannot let other programs read disk '{path}': {error}");
+        }
+    }
+    Ok(held_up)
+}
+
+/// Keeps other threads from changing the disks, whatever order they name them in.
+fn change_all<'a>(slots: &[&'a DiskSlot]) -> Result<Vec<MutexGuard<'a, ()>>, SnapshotError> {
+    let mut in_order = slots.to_vec();
+    in_order.sort_by_key(|&slot| std::ptr::from_ref(slot));
+    if in_order
+        .windows(2)
+        .any(|pair| std::ptr::eq(pair[0], pair[1]))
+    {
+        return Err(SnapshotError::Repeated);
+    }
+    Ok(in_order.into_iter().map(DiskSlot::change).collect())
+}
+
+/// New files, which are removed unless they are forgotten.
+struct NewFiles<'a> {
+    opener: &'a dyn FileOpener,
+    paths: Vec<&'a Path>,
+}
+
+impl Drop for NewFiles<'_> {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            if let Err(error) = self.opener.remove(path) {
+                let path = path.display();
+                tracing::warn!("cannot remove the new disk '{path}', which is not used: {error}");
+            }
+        }
+    }
+}
