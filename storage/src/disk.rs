@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bantam_memory::GuestBuffers;
 
 use crate::image::Image;
-use crate::raw::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE, disk_size, fill_from};
+use crate::raw::{
+    CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, disk_size, fill_from,
+};
 
 /// Physical block size of an image that is not raw, in bytes: a page.
 const PHYSICAL_BLOCK_SIZE: u32 = 4096;
@@ -24,12 +26,23 @@ pub enum Disk {
     Formatted(FormattedDisk),
 }
 
+/// A layer of an image: the image itself, or one of its backing files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskLayer {
+    /// The path with which its file was opened.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+}
+
 /// An open image of a format other than raw, and the files that it is kept in.
 #[derive(Debug)]
 pub struct FormattedDisk {
     path: PathBuf,
     image: Arc<dyn Image>,
     files: Vec<File>,
+    /// What each of the files is, if that is known.
+    layers: Vec<DiskLayer>,
     /// Size of the disk in bytes.
     size: AtomicU64,
     options: DiskOptions,
@@ -69,10 +82,25 @@ impl FormattedDisk {
             path,
             image,
             files,
+            layers: Vec::new(),
             size: AtomicU64::new(size),
             options,
             logical_block_size,
         })
+    }
+
+    /// Says what each of the files is, in the same order. A commit and a pull need to know.
+    #[must_use]
+    pub fn with_layers(mut self, layers: Vec<DiskLayer>) -> FormattedDisk {
+        self.layers = layers;
+        self
+    }
+
+    /// Has the disk go through `image`, which has the size and the numbers of files of its image.
+    #[must_use]
+    pub fn with_image(mut self, image: Arc<dyn Image>) -> FormattedDisk {
+        self.image = image;
+        self
     }
 
     /// Returns the image.
@@ -83,6 +111,21 @@ impl FormattedDisk {
     /// Returns the files that [`Image::map`] names.
     pub fn files(&self) -> &[File] {
         &self.files
+    }
+
+    /// Returns what each of the files is. Empty if that is not known.
+    pub fn layers(&self) -> &[DiskLayer] {
+        &self.layers
+    }
+
+    /// Returns the options with which the image was opened.
+    pub fn options(&self) -> &DiskOptions {
+        &self.options
+    }
+
+    /// Returns the smallest unit in which the guest should address the disk, in bytes.
+    pub fn logical_block_size(&self) -> u32 {
+        self.logical_block_size
     }
 
     fn update_size(&self) -> io::Result<u64> {

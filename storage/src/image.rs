@@ -1,5 +1,6 @@
 //! What a guest sees as a disk.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -77,7 +78,7 @@ pub struct BlockStatus {
 /// All methods can be called from several threads at a time. Requests for the same bytes that run at the
 /// same time take effect in any order. Offsets and lengths are in bytes and need no alignment. A range
 /// beyond the end of the disk is an error ([`io::ErrorKind::InvalidInput`]).
-pub trait Image: Debug + Send + Sync {
+pub trait Image: Any + Debug + Send + Sync {
     /// Returns the disk's size in bytes.
     fn size(&self) -> u64;
 

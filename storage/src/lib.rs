@@ -7,6 +7,7 @@ mod disk;
 mod file;
 pub mod foreign;
 mod image;
+pub mod job;
 mod lock;
 mod open;
 mod opener;
@@ -19,7 +20,7 @@ mod raw_image;
 mod target;
 pub mod tools;
 
-pub use disk::{Disk, FormattedDisk};
+pub use disk::{Disk, DiskLayer, FormattedDisk};
 pub use file::{HostFile, ImageFile};
 pub use image::{BlockStatus, Content, Direction, Extent, Image};
 pub use lock::{Lock, LockMode, lock_file, lock_patiently};

@@ -5,15 +5,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, FormattedDisk};
+use crate::disk::{Disk, DiskLayer, FormattedDisk};
 use crate::file::{HostFile, ImageFile};
-use crate::image::Image;
 use crate::lock::end_writing;
 use crate::open::image_options;
 use crate::opener::{FileAccess, FileOpener};
 use crate::qcow2::{BackingName, CreateOptions, Qcow2, Unsynced};
 use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
-use crate::raw_image::RawImage;
 
 impl Disk {
     /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
@@ -61,10 +59,18 @@ impl Disk {
             path: path.to_path_buf(),
             source,
         };
+        let base = self.to_formatted(opener)?;
+        let format = base.layers().first().map(|layer| layer.format);
+        let format = format.unwrap_or(ImageFormat::Qcow2);
         let mut files = vec![file.try_clone().map_err(with_path("set up"))?];
-        let (base, format) = self
-            .as_backing_file(&mut files)
-            .map_err(with_path("set up"))?;
+        for file in base.files() {
+            files.push(file.try_clone().map_err(with_path("set up"))?);
+        }
+        let mut layers = vec![DiskLayer {
+            path: path.to_path_buf(),
+            format: ImageFormat::Qcow2,
+        }];
+        layers.extend_from_slice(base.layers());
         let mut file: Arc<dyn ImageFile> = Arc::new(HostFile::new(file));
         if self.cache() == CacheMode::Unsafe {
             file = Arc::new(Unsynced(file));
@@ -76,7 +82,7 @@ impl Disk {
             size: self.size(),
             backing: Some(BackingName {
                 name,
-                format: Some(format.to_owned()),
+                format: Some(format.name().to_owned()),
             }),
             ..CreateOptions::default()
         };
@@ -85,7 +91,7 @@ impl Disk {
             sync_folder(opener, path).map_err(with_path("sync the folder of"))?;
         }
         let image_options = crate::qcow2::Options {
-            backing: Some(base),
+            backing: Some(base.image().clone()),
             ..image_options(self.options())
         };
         let image = Qcow2::open(file, image_options).map_err(not_made)?;
@@ -96,25 +102,7 @@ impl Disk {
             ..self.options().clone()
         };
         let disk = FormattedDisk::new(path, Arc::new(image), files, &options)?;
-        Ok(Disk::Formatted(disk))
-    }
-
-    /// Returns the open image for use as a backing file, and its format, and adds its files to `files`.
-    fn as_backing_file(&self, files: &mut Vec<File>) -> io::Result<(Arc<dyn Image>, &'static str)> {
-        match self {
-            Disk::Raw(disk) => {
-                let file = disk.file(Access::Usual).ok_or(io::ErrorKind::NotFound)?;
-                files.push(file.try_clone()?);
-                let image = RawImage::new(Arc::new(HostFile::new(file.try_clone()?)), true)?;
-                Ok((Arc::new(image), "raw"))
-            }
-            Disk::Formatted(disk) => {
-                for file in disk.files() {
-                    files.push(file.try_clone()?);
-                }
-                Ok((disk.image().clone(), "qcow2"))
-            }
-        }
+        Ok(Disk::Formatted(disk.with_layers(layers)))
     }
 
     /// Returns the name by which an image at `path` finds this one: a name in the same folder, or an absolute path.

@@ -32,6 +32,7 @@
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
 mod allocator;
+mod backing;
 mod cache;
 mod chain;
 mod check;
@@ -43,9 +44,11 @@ mod header;
 mod locks;
 mod overlap;
 mod pending;
+mod pull;
 mod read;
 mod refcounts;
 mod resize;
+mod rewrite;
 mod snapshot_table;
 mod snapshots;
 mod tables;
@@ -64,13 +67,15 @@ pub(crate) use create::Unsynced;
 pub use create::{CreateOptions, Preallocation};
 pub use error::Error;
 pub use header::{BackingName, Compression, Header};
+pub(crate) use locks::{ALL, RangeLocks};
 pub use snapshot_table::Snapshot;
 
 use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
 use allocator::Allocator;
+use backing::{Backing, Below};
 use entry::{Compressed, Geometry, L2Entry};
 use header::{Field, incompatible};
-use locks::{RangeLocks, SyncGate, lock, read};
+use locks::{SyncGate, lock, read};
 use overlap::{Kind, Metadata};
 use refcounts::Refcounts;
 use tables::{L1, Tables};
@@ -114,7 +119,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Qcow2 {
     file: Arc<dyn ImageFile>,
-    backing: Option<Arc<dyn Image>>,
+    backing: Backing,
     read_only: bool,
     geometry: Geometry,
     compression: Compression,
@@ -209,7 +214,7 @@ impl Qcow2 {
             file_size,
         );
         Ok(Qcow2 {
-            backing: options.backing.filter(|_| header.backing.is_some()),
+            backing: Backing::new(options.backing.filter(|_| header.backing.is_some())),
             read_only: options.read_only,
             geometry,
             compression: header.compression,
@@ -233,6 +238,36 @@ impl Qcow2 {
     /// Returns what the header says now.
     pub fn header(&self) -> Header {
         lock(&self.header).clone()
+    }
+
+    /// Returns the backing file, if there is one.
+    pub fn backing(&self) -> Option<Arc<dyn Image>> {
+        self.backing.get().map(|below| below.image)
+    }
+
+    /// Goes on with another opened backing file, which reads as the present one wherever this image takes its bytes
+    /// from there, and whose files have the same numbers. The name of the backing file in the header stays.
+    ///
+    /// The caller makes sure that data is transferred by earlier answers of [`Image::map`] only if these hold for
+    /// the other one too.
+    ///
+    /// # Errors
+    /// If the image has no backing file.
+    pub fn replace_backing(&self, image: Arc<dyn Image>) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
+        let _guard = self.ranges.exclusive(ALL);
+        let Some(Below { distance, .. }) = self.backing.get() else {
+            let error = "the image has no backing file";
+            return Err(Error::NotPossible(error.to_owned()));
+        };
+        self.backing.replace(Some(Below { image, distance }));
+        Ok(())
+    }
+
+    /// Uses the backing file of `other`, which is the same image, with the numbers that files have there.
+    pub(crate) fn share_backing_of(&self, other: &Qcow2) {
+        let _guard = self.ranges.exclusive(ALL);
+        self.backing.replace(other.backing.get());
     }
 
     /// Does what has to be done before the first write.

@@ -66,7 +66,7 @@ impl Qcow2 {
         let first = old.div_ceil(cluster_size);
         self.write_zero_bytes(old..size.min(first * cluster_size))?;
         let end = size.div_ceil(cluster_size).max(first);
-        let backed = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let backed = self.backing.get().map_or(0, |below| below.image.size());
         let backed = backed.div_ceil(cluster_size).clamp(first, end);
         if self.geometry.zero_flag {
             self.zero_clusters(first..backed, true)?;

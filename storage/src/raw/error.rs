@@ -81,6 +81,15 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
+    /// Its path leads to another file than the one that is open.
+    #[error(
+        "cannot open disk '{path}' for writing: its path leads to another file than the one that is in use",
+        path = .path.display()
+    )]
+    Replaced {
+        /// The image.
+        path: PathBuf,
+    },
     /// The page cache cannot be bypassed.
     #[error(
         "cannot open disk '{path}' with 'cache=none': {source}; its file system may not have \

@@ -22,6 +22,14 @@ impl ImageFormat {
     pub fn of_name(path: &Path) -> ImageFormat {
         format_of_name(path)
     }
+
+    /// Returns the format's name, as images have it for that of their backing file.
+    pub fn name(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// A format that other programs know.

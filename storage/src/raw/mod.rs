@@ -26,7 +26,9 @@ pub use format::ImageFormat;
 pub(crate) use format::format_of_name;
 pub(crate) use geometry::disk_size;
 pub use open::DiskOptions;
-pub(crate) use open::{create_locked, open_file, open_locked};
+pub(crate) use open::{
+    create_locked, lock_as_wanted, open_again, open_file, open_locked, open_regular,
+};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
