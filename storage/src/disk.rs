@@ -108,6 +108,22 @@ impl FormattedDisk {
         &self.image
     }
 
+    /// Returns the same disk without the files below the image itself, which needs them no more.
+    ///
+    /// # Errors
+    /// If a file cannot be duplicated.
+    pub fn without_backing_files(&self) -> Result<FormattedDisk, DiskError> {
+        let layers = self.layers.iter().take(1).cloned().collect();
+        let files: io::Result<Vec<File>> = self.files.iter().take(1).map(File::try_clone).collect();
+        let files = files.map_err(|source| DiskError::Io {
+            path: self.path.clone(),
+            action: "set up",
+            source,
+        })?;
+        let disk = FormattedDisk::new(&self.path, Arc::clone(&self.image), files, &self.options)?;
+        Ok(disk.with_layers(layers))
+    }
+
     /// Returns the files that [`Image::map`] names.
     pub fn files(&self) -> &[File] {
         &self.files

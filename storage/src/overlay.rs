@@ -1,4 +1,4 @@
-//! Overlays: new images whose backing file is the image of a disk that is in use.
+//! New images for disks: empty ones, and overlays, whose backing file is the image of a disk that is in use.
 
 use std::fs::File;
 use std::io;
@@ -14,6 +14,50 @@ use crate::qcow2::{BackingName, CreateOptions, Qcow2, Unsynced};
 use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
 
 impl Disk {
+    /// Makes an image at `path`, which must not exist, for a disk of `size` bytes that reads as zeroes, and opens it
+    /// with `options`, which give its format.
+    ///
+    /// # Errors
+    /// If the file cannot be made, or not be used with `options`. There is no new file then.
+    pub fn create_by(
+        opener: &dyn FileOpener,
+        path: &Path,
+        size: u64,
+        options: &DiskOptions,
+    ) -> Result<Disk, DiskError> {
+        let with_path = |action| {
+            move |source| DiskError::Io {
+                path: path.to_path_buf(),
+                action,
+                source,
+            }
+        };
+        let file = opener.file(path, FileAccess::Create);
+        let file = HostFile::new(file.map_err(with_path("create"))?);
+        let made = match options.format {
+            Some(ImageFormat::Qcow2) => {
+                let create_options = CreateOptions {
+                    size,
+                    ..CreateOptions::default()
+                };
+                let file: Arc<dyn ImageFile> = Arc::new(file);
+                Qcow2::create(file, &create_options).map_err(|source| DiskError::Qcow2 {
+                    path: path.to_path_buf(),
+                    source,
+                })
+            }
+            _ => file.set_size(size).map_err(with_path("create")),
+        };
+        let opened = made
+            .and_then(|()| sync_folder(opener, path).map_err(with_path("sync the folder of")))
+            .and_then(|()| Disk::open_by(opener, path, options));
+        if opened.is_err() {
+            // The first error says more than a second one.
+            let _ = opener.remove(path);
+        }
+        opened
+    }
+
     /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
     /// as a disk. The present image is used as it is open, whatever its path leads to by now.
     ///

@@ -6,10 +6,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, PresentImage};
 use bantam_memory::GuestMemory;
 use bantam_metadata::Metadata;
 use bantam_state::Section;
+use bantam_storage::ImageFormat;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
@@ -409,9 +410,14 @@ impl Controller {
         // A command that the host does not answer must not keep the machine.
         let inner = Arc::downgrade(&self.0);
         let noted_name = name.clone();
-        devices.execute(name, command, check, move |command| {
+        devices.execute(name, command, check, move |command, answer| {
             if let Some(inner) = inner.upgrade() {
-                inner.record(|config| config.apply(&noted_name, command));
+                inner.record(|config| {
+                    config.apply(&noted_name, command);
+                    if let Some(DeviceAnswer::Image(image)) = answer {
+                        config.apply_image(&noted_name, image);
+                    }
+                });
             }
         })
     }
@@ -428,7 +434,15 @@ impl Controller {
         let inner = Arc::downgrade(&self.0);
         devices.snapshot(disks, move |disk, block_size| {
             if let Some(inner) = inner.upgrade() {
-                inner.record(|config| config.apply_overlay(&disk.disk, &disk.path, block_size));
+                let image = PresentImage {
+                    path: disk.path.clone(),
+                    format: ImageFormat::Qcow2,
+                    block_size,
+                };
+                inner.record(|config| {
+                    config.apply_image(&disk.disk, &image);
+                    config.allow_backing(&disk.disk);
+                });
             }
         })
     }

@@ -14,7 +14,10 @@ pub use super::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
 };
 use super::block::BlockHandle;
-pub use super::block::{BlockMetrics, ReplaceError, SnapshotError};
+pub use super::block::{
+    BlockMetrics, DiskJob, JobCommandError, JobState, JobStatus, PresentImage, ReplaceError,
+    SnapshotError,
+};
 use super::console::ConsoleHandle;
 pub use super::console::ConsoleMetrics;
 use super::net::NetHandle;
@@ -45,6 +48,15 @@ pub enum DeviceCommand {
         /// The new size in bytes.
         size: u64,
     },
+    /// Begins to copy data of a disk, beside its guest. A disk has one job at a time, and keeps its image and its size
+    /// until the job has ended.
+    StartJob(DiskJob),
+    /// Has the guest of a disk go on with the copy that a job has made. The job must be ready.
+    FinishJob,
+    /// Ends the job of a disk, whose guest goes on with the image that the disk had before.
+    CancelJob,
+    /// Asks for the job of a disk, or the last one.
+    Job,
     /// Sets the limits of a disk. An unchanged limit keeps its fill level; a changed one begins with a full
     /// bucket.
     SetLimits(Limits),
@@ -80,6 +92,10 @@ impl DeviceCommand {
             DeviceCommand::UpdateSize
             | DeviceCommand::ReplaceImage { .. }
             | DeviceCommand::Grow { .. }
+            | DeviceCommand::StartJob(_)
+            | DeviceCommand::FinishJob
+            | DeviceCommand::CancelJob
+            | DeviceCommand::Job
             | DeviceCommand::SetLimits(_) => "a disk",
             DeviceCommand::SetNetLimits(_) => "a network device",
             DeviceCommand::ResizeConsole { .. } => "a console",
@@ -99,6 +115,10 @@ pub enum DeviceAnswer {
     Done,
     /// Answers [`DeviceCommand::UpdateSize`] and [`DeviceCommand::Grow`]: the size in bytes.
     Size(u64),
+    /// Answers [`DeviceCommand::FinishJob`]: the image with which the guest goes on.
+    Image(PresentImage),
+    /// Answers [`DeviceCommand::Job`]; `None` if there was no job yet.
+    Job(Option<JobStatus>),
     /// Answers [`DeviceCommand::BalloonStatistics`].
     Balloon(Box<BalloonStatistics>),
 }
@@ -126,6 +146,9 @@ pub enum DeviceError {
     /// A disk cannot be replaced.
     #[error(transparent)]
     Replace(#[from] ReplaceError),
+    /// A command for a job cannot be carried out.
+    #[error(transparent)]
+    Job(#[from] JobCommandError),
     /// The host refuses to set a timer for the limits.
     #[error("cannot set a timer for its limits: {0}")]
     Limits(#[source] io::Error),
@@ -195,6 +218,11 @@ impl DeviceHandle {
         }
     }
 
+    /// Whether `command` neither changes anything nor waits, so that it can be executed beside others.
+    pub fn is_question(command: &DeviceCommand) -> bool {
+        matches!(command, DeviceCommand::Job)
+    }
+
     /// Whether `command` uses files of the host, which may be on storage that does not answer.
     pub fn uses_files(command: &DeviceCommand) -> bool {
         matches!(
@@ -202,6 +230,8 @@ impl DeviceHandle {
             DeviceCommand::UpdateSize
                 | DeviceCommand::ReplaceImage { .. }
                 | DeviceCommand::Grow { .. }
+                | DeviceCommand::StartJob(_)
+                | DeviceCommand::FinishJob
         )
     }
 
@@ -227,6 +257,16 @@ impl DeviceHandle {
             }
             (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path, format }) => {
                 replace_image(disk, &path, format, opener, deadline)?;
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::StartJob(job)) => {
+                disk.start_job(job, opener, deadline)?;
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::FinishJob) => {
+                return Ok(DeviceAnswer::Image(disk.finish_job(deadline)?));
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::CancelJob) => disk.cancel_job()?,
+            (DeviceHandle::Disk(disk), DeviceCommand::Job) => {
+                return Ok(DeviceAnswer::Job(disk.job()));
             }
             (DeviceHandle::Disk(disk), DeviceCommand::SetLimits(limits)) => {
                 disk.set_limits(&limits).map_err(DeviceError::Limits)?;

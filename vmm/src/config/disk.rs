@@ -2,11 +2,11 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use bantam_devices::virtio::block::MAX_QUEUES;
-use bantam_devices::virtio::owner::DeviceCommand;
+use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
 use bantam_storage::ImageFormat;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -139,15 +139,13 @@ impl DiskConfig {
         }
     }
 
-    /// Describes the overlay at `path`, which has taken the place of the image. `block_size` is that of the disk.
-    pub(super) fn apply_overlay(&mut self, path: &Path, block_size: u32) {
-        self.path = path.to_path_buf();
-        self.format = Some(DiskFormatOption::Qcow2);
-        // It has one now.
-        self.backing = true;
+    /// Gives the disk another image.
+    pub(super) fn apply_image(&mut self, image: &PresentImage) {
+        self.path.clone_from(&image.path);
+        self.format = Some(image.format.into());
         // A block device may have had larger blocks than a file.
-        if self.block_size.is_none() && block_size != SECTOR_SIZE {
-            self.block_size = DiskBlockSize::try_from(i64::from(block_size)).ok();
+        if self.block_size.is_none() && image.block_size != SECTOR_SIZE {
+            self.block_size = DiskBlockSize::try_from(i64::from(image.block_size)).ok();
         }
     }
 

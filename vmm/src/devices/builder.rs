@@ -18,10 +18,10 @@ use super::streams::{Stream, StreamPaths};
 use super::table::Entry;
 use super::turn::Turn;
 use crate::config::DeviceName;
+use crate::disk_threads::DiskThreads;
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::hooks::ThreadRole;
-use crate::image_thread::ImageThread;
 use crate::machine::MachineContext;
 use crate::vm::Vm;
 
@@ -53,8 +53,7 @@ pub(crate) struct BuiltDevices {
     pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
     /// The event loops of devices that have a thread of their own.
     pub(crate) loops: Vec<DeviceLoop>,
-    /// The threads of disks for images that are not raw.
-    pub(crate) image_threads: Vec<Arc<ImageThread>>,
+    pub(crate) disk_threads: Vec<Arc<DiskThreads>>,
     pub(crate) stream_paths: StreamPaths,
     /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
@@ -140,23 +139,17 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Has a thread called `thread_name` do the work of the images of the disk `name` that are not raw. `work` is
-    /// that of the first image, if it is one of these.
-    pub(super) fn add_image_thread(
+    /// Prepares the threads of the disk `name` at place `index`. `work` is that of its first image, if that is not
+    /// raw.
+    pub(super) fn add_disk_threads(
         &mut self,
-        thread_name: String,
+        index: usize,
         name: DeviceName,
         work: Option<Arc<ImageWork>>,
-    ) -> Arc<ImageThread> {
-        let thread = Arc::new(ImageThread::new(
-            thread_name,
-            ThreadRole::Image(name),
-            self.context.control.clone(),
-            self.context.thread_hook.clone(),
-            work,
-        ));
-        self.built.image_threads.push(thread.clone());
-        thread
+    ) -> Arc<DiskThreads> {
+        let threads = Arc::new(DiskThreads::new(index, name, self.context, work));
+        self.built.disk_threads.push(threads.clone());
+        threads
     }
 
     /// Connects `port` of a console device to the end that is open for `stream`.

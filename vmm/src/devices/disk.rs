@@ -32,10 +32,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 let path = image.path().to_path_buf();
                 let block = Block::new(image, &id, &options);
                 let block = block.map_err(|error| block_error(&path, error))?;
-                let thread_name = format!("bantam-disk{index}");
-                let image_thread =
-                    builder.add_image_thread(thread_name, name.clone(), block.image_work());
-                let start_image_thread = Box::new(move |work| image_thread.start_with(work));
+                let threads = builder.add_disk_threads(index, name.clone(), block.image_work());
                 let device = NewDevice {
                     name,
                     log_name: format!("disk '{}'", path.display()),
@@ -43,7 +40,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                     model: block,
                 };
                 builder.attach(device, |block, link| {
-                    DeviceHandle::Disk(block.handle(link, start_image_thread))
+                    DeviceHandle::Disk(block.handle(link, threads))
                 })
             });
             Ok(build)

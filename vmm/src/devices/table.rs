@@ -162,6 +162,16 @@ impl DeviceTable {
         })
     }
 
+    /// Cancels the jobs of all disks, which end soon after this.
+    pub(crate) fn cancel_jobs(&self) {
+        for entry in &self.virtio {
+            if let DeviceHandle::Disk(disk) = &entry.handle {
+                // There is none, or the guest is about to go on with its copy.
+                let _ = disk.cancel_job();
+            }
+        }
+    }
+
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {
         let pressed = self.power_button.trigger();
         pressed.map_err(Error::resource("the interrupt of the power button"))
@@ -172,8 +182,8 @@ impl DeviceTable {
         pressed.map_err(Error::Keyboard)
     }
 
-    /// Executes `command` on the device called `name` if `check` allows it, and calls `note` with the command if
-    /// it took effect. A command that uses files is checked and executed on a thread of its own.
+    /// Executes `command` on the device called `name` if `check` allows it, and calls `note` with the command and its
+    /// answer if it took effect. A command that uses files is checked and executed on a thread of its own.
     ///
     /// # Errors
     /// Those of `check`; also if there is no such device, or it cannot carry out the command. If the host
@@ -183,7 +193,7 @@ impl DeviceTable {
         name: &DeviceName,
         command: DeviceCommand,
         check: impl FnOnce() -> Result<(), Error> + Send + 'static,
-        note: impl FnOnce(&DeviceCommand) + Send + 'static,
+        note: impl FnOnce(&DeviceCommand, Option<&DeviceAnswer>) + Send + 'static,
     ) -> Result<DeviceAnswer, Error> {
         let index = self.index_of(name)?;
         let device_name = name.clone();
@@ -197,6 +207,12 @@ impl DeviceTable {
             })
         };
         let deadline = Instant::now() + PAUSE_TIME;
+        if DeviceHandle::is_question(&command) {
+            let handle = &self.virtio[index].handle;
+            return handle
+                .execute(command, &*self.opener, deadline)
+                .map_err(error);
+        }
         let turn = self.virtio[index]
             .turn
             .take(deadline)
@@ -212,7 +228,7 @@ impl DeviceTable {
                 .as_ref()
                 .map_or_else(DeviceError::is_done, |_| true);
             if has_effect {
-                note(&command);
+                note(&command, executed.as_ref().ok());
             }
             drop(turn);
             executed.map_err(execute_error)

@@ -9,6 +9,7 @@ use bantam_storage::Disk;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::image_work::ImageWork;
+use super::job::JobPlace;
 use super::ring::Ring;
 use super::{BlockMetrics, config_space};
 use crate::lock::lock;
@@ -32,6 +33,8 @@ pub(super) struct DiskSlot {
     event: EventFd,
     /// The work for a thread of the disk. Present from the first image on that is not raw.
     image_work: OnceLock<Arc<ImageWork>>,
+    /// The job of the disk. It is begun and ended by those who hold the guard of [`DiskSlot::change`].
+    pub(super) job: Mutex<Option<JobPlace>>,
     pub(super) config: ConfigSpace,
     queues: u16,
     pub(super) metrics: Arc<BlockMetrics>,
@@ -97,6 +100,7 @@ impl DiskSlot {
             changing: Mutex::new(()),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             image_work: OnceLock::new(),
+            job: Mutex::new(None),
             queues,
             metrics: Arc::default(),
         })

@@ -9,7 +9,7 @@ use bantam_storage::{Disk, SECTOR_SIZE};
 
 use super::disk_slot::{DiskSlot, OpenDisk};
 use super::ring::Ring;
-use super::{BlockMetrics, Engine, StartImageThread, config};
+use super::{BlockMetrics, DiskOwner, Engine, config};
 use crate::rate_limiter::Limits;
 use crate::virtio::{DriverLink, Throttle};
 
@@ -28,6 +28,15 @@ pub enum ReplaceError {
         path: PathBuf,
         /// Whether the device is read-only.
         read_only: bool,
+    },
+    /// A job copies data of the present image.
+    #[error(
+        "cannot put '{path}' in the place of a disk on which a job is at work: finish or cancel that first",
+        path = .path.display()
+    )]
+    Job {
+        /// The image.
+        path: PathBuf,
     },
     /// The image is not raw, and there is no thread for it.
     #[error("cannot start a thread for disk '{path}': {source}", path = .path.display())]
@@ -73,12 +82,13 @@ fn access(read_only: bool) -> &'static str {
 
 /// A handle for the owner of a machine to a block device while the guest uses it, for any thread except that
 /// of the device's event loop.
+#[derive(Clone)]
 pub struct BlockHandle {
     pub(super) slot: Arc<DiskSlot>,
     pub(super) throttle: Arc<Throttle>,
     pub(super) link: Arc<DriverLink>,
     pub(super) engine: Engine,
-    pub(super) start_image_thread: StartImageThread,
+    pub(super) owner: Arc<dyn DiskOwner>,
 }
 
 impl BlockHandle {
@@ -129,6 +139,10 @@ impl BlockHandle {
 
     fn change_size(&self, change: impl FnOnce(&Disk) -> io::Result<u64>) -> io::Result<u64> {
         let _change = self.slot.change();
+        if self.has_job() {
+            let reason = "a job is at work on it: finish or cancel that first";
+            return self.counted(Err(io::Error::new(io::ErrorKind::ResourceBusy, reason)));
+        }
         let disk = self.disk();
         let before = disk.size();
         let size = self.counted(change(&disk))?;
@@ -155,7 +169,10 @@ impl BlockHandle {
     fn try_replace(&self, disk: Disk, deadline: Instant) -> Result<(), ReplaceError> {
         let path = disk.path().to_path_buf();
         let _change = self.slot.change();
-        let new = self.prepare(disk)?;
+        if self.has_job() {
+            return Err(ReplaceError::Job { path });
+        }
+        let new = self.prepare(Arc::new(disk))?;
         // Twice, so that little is left to be flushed while the guest waits.
         let exchanged = flush(&self.disk()).and_then(|()| {
             let at_rest = || flush(&self.disk());
@@ -173,14 +190,16 @@ impl BlockHandle {
     }
 
     /// Makes what the device needs to use `disk`.
-    pub(super) fn prepare(&self, disk: Disk) -> Result<OpenDisk, ReplaceError> {
+    pub(super) fn prepare(&self, disk: Arc<Disk>) -> Result<OpenDisk, ReplaceError> {
         let path = disk.path().to_path_buf();
         let read_only = self.disk().is_read_only();
         if disk.is_read_only() != read_only {
             return Err(ReplaceError::Access { path, read_only });
         }
-        if let Disk::Formatted(_) = &disk
-            && let Err(source) = self.slot.provide_image_work(&self.start_image_thread)
+        if let Disk::Formatted(_) = &*disk
+            && let Err(source) = self
+                .slot
+                .provide_image_work(|work| self.owner.start_image_thread(work))
         {
             return Err(ReplaceError::Thread { path, source });
         }
@@ -191,7 +210,6 @@ impl BlockHandle {
                 Err(source) => return Err(ReplaceError::Ring { path, source }),
             },
         };
-        let disk = Arc::new(disk);
         Ok(OpenDisk { disk, ring })
     }
 

@@ -57,9 +57,6 @@ pub(super) struct Done {
     pub(super) buffers: Option<GuestBuffers>,
 }
 
-/// Has a thread of the disk call [`ImageWork::run`], or says why there is none.
-pub type StartImageThread = Box<dyn Fn(Arc<ImageWork>) -> io::Result<()> + Send + Sync>;
-
 /// The jobs of one disk, shared by the worker of its device and the thread that does them.
 ///
 /// The owner of the machine calls [`ImageWork::run`] on a thread of its own, and ends it by

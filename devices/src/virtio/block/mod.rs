@@ -4,10 +4,12 @@
 #[doc(hidden)]
 pub mod bench;
 mod config;
+mod disk_owner;
 mod disk_slot;
 mod handle;
 mod image_work;
 mod in_flight;
+mod job;
 mod limits;
 mod metrics;
 mod options;
@@ -44,8 +46,10 @@ use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
 
+pub use disk_owner::DiskOwner;
 pub use handle::{BlockHandle, ReplaceError};
-pub use image_work::{ImageWork, StartImageThread};
+pub use image_work::ImageWork;
+pub use job::{DiskJob, JobCommandError, JobState, JobStatus, PresentImage};
 pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
 pub use options::{BlockOptions, Engine, MAX_QUEUES};
@@ -162,18 +166,13 @@ impl Block {
         self.blueprint.slot.image_work()
     }
 
-    /// A handle to the device for the owner of the machine. `link` is the device's; `start_image_thread` starts a
-    /// thread for the first image that is not raw, if it takes the place of a raw one.
-    pub fn handle(
-        &self,
-        link: Arc<DriverLink>,
-        start_image_thread: StartImageThread,
-    ) -> BlockHandle {
+    /// A handle to the device for the owner of the machine. `link` is the device's.
+    pub fn handle(&self, link: Arc<DriverLink>, owner: Arc<dyn DiskOwner>) -> BlockHandle {
         BlockHandle {
             slot: self.blueprint.slot.clone(),
             throttle: self.blueprint.throttle.clone(),
             link,
-            start_image_thread,
+            owner,
             engine: self.blueprint.options.engine,
         }
     }

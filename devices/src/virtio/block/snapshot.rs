@@ -31,6 +31,12 @@ pub enum SnapshotError {
     /// The devices cannot switch to their overlays.
     #[error("cannot use the overlays from now on: {0}")]
     ChangeOver(#[source] io::Error),
+    /// A job copies data of a disk.
+    #[error("a job is at work on disk '{path}': finish or cancel it first", path = .path.display())]
+    Job {
+        /// The image.
+        path: PathBuf,
+    },
     /// A disk is named twice.
     #[error("a snapshot has each disk once")]
     Repeated,
@@ -72,9 +78,14 @@ fn try_snapshot(
     };
     let mut new = Vec::with_capacity(disks.len());
     for (disk, path) in disks {
-        let overlay = disk.disk().overlay(opener, path)?;
+        let present = disk.disk();
+        if disk.has_job() {
+            let path = present.path().to_path_buf();
+            return Err(SnapshotError::Job { path });
+        }
+        let overlay = present.overlay(opener, path)?;
         files.paths.push(path);
-        new.push(disk.prepare(overlay)?);
+        new.push(disk.prepare(Arc::new(overlay))?);
     }
     let present: Vec<Arc<Disk>> = slots.iter().map(|slot| slot.disk()).collect();
     // The second time takes only as long as the first has been followed by writes, so that little is left to be

@@ -145,7 +145,7 @@ impl Machine {
             link: link.clone(),
             state: None,
         };
-        let handle = block.handle(link.clone(), image_threads.starter());
+        let handle = block.handle(link.clone(), image_threads.owner());
         let mut manager = EventManager::new().unwrap();
         let worker =
             manager.add_subscriber(Subscriber::Worker(block.activate(activation).unwrap()));

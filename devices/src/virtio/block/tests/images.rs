@@ -563,10 +563,27 @@ fn images_of_all_formats_take_the_place_of_each_other() {
     }
 }
 
+/// The owner of a machine on a host without more threads.
+struct NoThreads;
+
+impl DiskOwner for NoThreads {
+    fn start_image_thread(&self, _: Arc<ImageWork>) -> io::Result<()> {
+        Err(io::Error::other("no more threads"))
+    }
+
+    fn start_job(&self, _: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        Err(io::Error::other("no more threads"))
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+}
+
 #[test]
 fn an_image_without_a_thread_does_not_take_the_place_of_a_raw_one() {
     let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
-    machine.handle.start_image_thread = Box::new(|_| Err(io::Error::other("no more threads")));
+    machine.handle.owner = Arc::new(NoThreads);
     let (image, _folder) = image(3);
     let error = machine
         .replace(image.disk(CacheMode::Writeback))

@@ -81,7 +81,7 @@ impl Image {
             let disk = image.disk(self.cache);
             let block = Block::new(disk, "test disk", &self.options).unwrap();
             self.threads.extend(block.image_work());
-            let handle = block.handle(link, self.threads.starter());
+            let handle = block.handle(link, self.threads.owner());
             return (Box::new(block), handle);
         }
         let mut disk = open(&self.path, false, self.cache).unwrap();
@@ -89,7 +89,7 @@ impl Image {
             disk = disk.with_block(4096);
         }
         let block = Block::new(disk, "test disk", &self.options).unwrap();
-        let handle = block.handle(link, self.threads.starter());
+        let handle = block.handle(link, self.threads.owner());
         (Box::new(block), handle)
     }
 
@@ -517,7 +517,7 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     let id = manager.add_subscriber(worker);
     driver.ring_doorbell();
     manager.run_with_timeout(100).unwrap();
-    let handle = block.handle(InterruptCounter::default().link(), image.threads.starter());
+    let handle = block.handle(InterruptCounter::default().link(), image.threads.owner());
     thread::scope(|scope| {
         let owner = scope.spawn(|| handle.replace(image.other_disk(), no_haste()));
         // Once the worker has the other disk, it begins nothing more on this one.

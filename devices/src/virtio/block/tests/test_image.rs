@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bantam_storage::{BlockStatus, Direction, Extent, FormattedDisk, Image};
 
-use super::{CacheMode, DISK_SIZE, DiskOptions, ImageWork, Random, StartImageThread, byte_of_disk};
+use super::{CacheMode, DISK_SIZE, DiskOptions, DiskOwner, ImageWork, Random, byte_of_disk};
 use crate::lock::lock;
 
 const CLUSTER: usize = 4096;
@@ -319,16 +319,28 @@ impl ImageThreads {
         self.0.lock().unwrap().extend(threads);
     }
 
-    /// Returns what starts a thread that is needed later.
-    pub fn starter(&self) -> StartImageThread {
-        let threads = self.clone();
-        Box::new(move |work| {
-            threads.extend(Some(work));
-            Ok(())
-        })
+    /// Returns the owner of the machine, as the disk sees it.
+    pub fn owner(&self) -> Arc<dyn DiskOwner> {
+        Arc::new(self.clone())
     }
 
     pub fn count(&self) -> usize {
         self.0.lock().unwrap().len()
+    }
+}
+
+impl DiskOwner for ImageThreads {
+    fn start_image_thread(&self, work: Arc<ImageWork>) -> io::Result<()> {
+        self.extend(Some(work));
+        Ok(())
+    }
+
+    fn start_job(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        thread::spawn(work);
+        Ok(())
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
     }
 }
