@@ -61,8 +61,8 @@ impl Disk {
     /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
     /// as a disk. The present image is used as it is open, whatever its path leads to by now.
     ///
-    /// Nothing may write to the present image once the new disk is used, whose guest would see it.
-    /// [`Disk::end_writing`] makes sure of that.
+    /// The first flush of the new disk flushes the present image too. Nothing may write to that once the new disk is
+    /// used; [`Disk::end_writing`] makes sure of it.
     ///
     /// # Errors
     /// If this disk is read-only or bypasses the page cache, or the new file cannot be made. There is no new file
@@ -139,6 +139,7 @@ impl Disk {
             ..image_options(self.options())
         };
         let image = Qcow2::open(file, image_options).map_err(not_made)?;
+        image.flush_backing_too();
         let options = DiskOptions {
             format: Some(ImageFormat::Qcow2),
             // The guest knows the block size, and does not read it again.
@@ -198,4 +199,141 @@ fn sync_folder(opener: &dyn FileOpener, path: &Path) -> io::Result<()> {
         _ => Path::new("."),
     };
     opener.file(folder, FileAccess::Read)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+    use crate::image::{BlockStatus, Direction, Extent, Image};
+    use crate::opener::HostOpener;
+    use crate::qcow2::Header;
+
+    const SIZE: u64 = 1 << 20;
+
+    /// An image that reads as sevens, and counts its flushes.
+    #[derive(Debug, Default)]
+    struct Sevens {
+        flushes: AtomicU32,
+        fails: AtomicBool,
+    }
+
+    impl Image for Sevens {
+        fn size(&self) -> u64 {
+            SIZE
+        }
+
+        fn is_read_only(&self) -> bool {
+            false
+        }
+
+        fn map(&self, range: Range<u64>, _: Direction) -> Extent {
+            let len = range.end - range.start;
+            Extent::Slow { len }
+        }
+
+        fn read_at(&self, bytes: &mut [u8], _: u64) -> io::Result<()> {
+            bytes.fill(7);
+            Ok(())
+        }
+
+        fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn write_zeroes(&self, _: Range<u64>, _: bool) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn discard(&self, _: Range<u64>) -> io::Result<()> {
+            Err(io::ErrorKind::Other.into())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            self.flushes.fetch_add(1, Ordering::SeqCst);
+            match self.fails.swap(false, Ordering::SeqCst) {
+                true => Err(io::ErrorKind::StorageFull.into()),
+                false => Ok(()),
+            }
+        }
+
+        fn status(&self, _: Range<u64>) -> io::Result<BlockStatus> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    fn disk(folder: &Path, image: &Arc<Sevens>) -> Disk {
+        let path = folder.join("base");
+        let file = File::create(&path).unwrap();
+        let image: Arc<dyn Image> = image.clone();
+        let disk = FormattedDisk::new(&path, image, vec![file], &DiskOptions::default());
+        Disk::Formatted(disk.unwrap())
+    }
+
+    fn image(disk: &Disk) -> &Arc<dyn Image> {
+        match disk {
+            Disk::Formatted(disk) => disk.image(),
+            Disk::Raw(_) => panic!("it is raw"),
+        }
+    }
+
+    #[test]
+    fn the_first_flush_of_an_overlay_flushes_its_base() {
+        let folder = TempDir::new().unwrap();
+        let base = Arc::new(Sevens::default());
+        let path = folder.as_path().join("overlay");
+        let overlay = disk(folder.as_path(), &base)
+            .overlay(&HostOpener, &path)
+            .unwrap();
+        assert_eq!(base.flushes.load(Ordering::SeqCst), 0);
+        image(&overlay).write_at(&[1; 512], 512).unwrap();
+        for _ in 0..2 {
+            overlay.flush().unwrap();
+            assert_eq!(base.flushes.load(Ordering::SeqCst), 1);
+        }
+        let mut bytes = [0; 1024];
+        image(&overlay).read_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [[7; 512], [1; 512]].concat()[..]);
+        let header = Header::read(&HostFile::new(File::open(&path).unwrap())).unwrap();
+        let backing = header.backing().unwrap();
+        assert_eq!(backing.name, "base");
+        assert_eq!(backing.format.as_deref(), Some("qcow2"));
+    }
+
+    #[test]
+    fn a_flush_of_the_base_that_has_failed_is_not_forgotten() {
+        let folder = TempDir::new().unwrap();
+        let base = Arc::new(Sevens::default());
+        base.fails.store(true, Ordering::SeqCst);
+        let path = folder.as_path().join("overlay");
+        let overlay = disk(folder.as_path(), &base)
+            .overlay(&HostOpener, &path)
+            .unwrap();
+        let first = overlay.flush().unwrap_err();
+        assert_eq!(first.kind(), io::ErrorKind::StorageFull);
+        overlay.flush().unwrap_err();
+    }
+
+    #[test]
+    fn an_overlay_takes_no_place_that_is_taken() {
+        let folder = TempDir::new().unwrap();
+        let base = Arc::new(Sevens::default());
+        let path = folder.as_path().join("overlay");
+        std::fs::write(&path, "here").unwrap();
+        let disk = disk(folder.as_path(), &base);
+        let error = disk.overlay(&HostOpener, &path).unwrap_err().to_string();
+        assert!(error.starts_with("cannot create disk '"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"here");
+        // Another folder is found by its whole path.
+        let other = TempDir::new().unwrap();
+        let path = other.as_path().join("overlay");
+        disk.overlay(&HostOpener, &path).unwrap();
+        let header = Header::read(&HostFile::new(File::open(&path).unwrap())).unwrap();
+        let name = folder.as_path().join("base");
+        assert_eq!(header.backing().unwrap().name, name.to_str().unwrap());
+    }
 }

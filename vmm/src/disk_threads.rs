@@ -41,6 +41,8 @@ enum Stage {
 struct Threads {
     image: Option<(Arc<ImageWork>, JoinHandle<()>)>,
     job: Option<JoinHandle<()>>,
+    /// Whether no more jobs begin, because the machine is about to end.
+    refuses_jobs: bool,
 }
 
 impl DiskThreads {
@@ -101,6 +103,13 @@ impl DiskThreads {
         })
     }
 
+    /// Refuses jobs from now on. One that has begun can be cancelled now.
+    pub(crate) fn refuse_jobs(&self) {
+        if let Stage::Started(threads) = &mut *lock(&self.stage) {
+            threads.refuses_jobs = true;
+        }
+    }
+
     /// Ends the thread for images. The disk has no request under way any more. Its job, which is ended by its owner,
     /// is waited for.
     pub(crate) fn end(&self) {
@@ -133,7 +142,7 @@ impl DiskOwner for DiskThreads {
 
     fn start_job(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
         match &mut *lock(&self.stage) {
-            Stage::Started(threads) => {
+            Stage::Started(threads) if !threads.refuses_jobs => {
                 if let Some(former) = threads.job.take() {
                     // Its job is over, or it would not be replaced. A panic has ended the machine.
                     let _ = former.join();

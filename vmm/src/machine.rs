@@ -316,6 +316,9 @@ impl Machine {
         if let Err(error) = self.devices.resume() {
             tracing::warn!("{error}");
         }
+        for threads in &self.disk_threads {
+            threads.refuse_jobs();
+        }
         self.devices.cancel_jobs();
         for event_loop in &mut self.event_loops {
             event_loop.end();

@@ -317,7 +317,11 @@ fn replace_image(
     let is_same = opener
         .file(path, FileAccess::Read)
         .and_then(|file| before.is_same_file(&file));
-    if is_same.unwrap_or(false) {
+    let present = match &*before {
+        Disk::Raw(_) => ImageFormat::Raw,
+        Disk::Formatted(_) => before.options().format.unwrap_or(ImageFormat::Qcow2),
+    };
+    if is_same.unwrap_or(false) && format.is_none_or(|format| format == present) {
         return sized(disk, disk.update_size()).map(drop);
     }
     let options = DiskOptions {

@@ -142,6 +142,19 @@ pub struct Qcow2 {
     decompressed: Mutex<Option<(Compressed, Vec<u8>)>>,
     /// Whether the file is not to be changed any more.
     writing_has_ended: AtomicBool,
+    /// Taken before all other locks.
+    backing_sync: Mutex<BackingSync>,
+}
+
+/// Whether a flush of an image has to bring its backing file to stable storage too.
+#[derive(Debug)]
+enum BackingSync {
+    /// It has not.
+    NotNeeded,
+    /// The disk has gone on with this image since the backing file was written.
+    Due(Arc<dyn Image>),
+    /// It has failed, and the host would report success for the next one all the same.
+    Failed,
 }
 
 impl Header {
@@ -232,6 +245,7 @@ impl Qcow2 {
             is_damaged: AtomicBool::new(false),
             decompressed: Mutex::new(None),
             writing_has_ended: AtomicBool::new(false),
+            backing_sync: Mutex::new(BackingSync::NotNeeded),
         })
     }
 
@@ -268,6 +282,29 @@ impl Qcow2 {
     pub(crate) fn share_backing_of(&self, other: &Qcow2) {
         let _guard = self.ranges.exclusive(ALL);
         self.backing.replace(other.backing.get());
+    }
+
+    /// Has the next flush flush the backing file too, to which the guest has written before this image took its place.
+    pub(crate) fn flush_backing_too(&self) {
+        if let Some(backing) = self.backing() {
+            *lock(&self.backing_sync) = BackingSync::Due(backing);
+        }
+    }
+
+    fn sync_backing(&self) -> io::Result<()> {
+        let mut state = lock(&self.backing_sync);
+        let flushed = match &*state {
+            BackingSync::NotNeeded => return Ok(()),
+            BackingSync::Due(backing) => backing.flush(),
+            BackingSync::Failed => Err(io::Error::other(
+                "the host has failed to write the backing file, which held the disk before",
+            )),
+        };
+        *state = match flushed {
+            Ok(()) => BackingSync::NotNeeded,
+            Err(_) => BackingSync::Failed,
+        };
+        flushed
     }
 
     /// Does what has to be done before the first write.
@@ -469,6 +506,7 @@ impl Image for Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        self.sync_backing()?;
         self.sync_and_release()
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use bantam_storage::{Disk, DiskError, FileOpener};
+use bantam_storage::{DiskError, FileOpener};
 
 use super::disk_slot::{DiskSlot, OpenDisk, exchange_all};
 use super::handle::flush;
@@ -44,8 +44,8 @@ pub enum SnapshotError {
 
 /// Puts a new overlay into the place of the image of each of `disks`, all at one instant, and returns for how long
 /// their guest had to wait. Each overlay is a qcow2 image, at the path that is given with the disk and must not exist;
-/// its backing file is the image that was there, which is not written from then on. All data that the guest wrote
-/// before is on stable storage then, unless the disk's cache mode says otherwise.
+/// its backing file is the image that was there, which is not written from then on. What the guest wrote before the
+/// snapshot is on stable storage when the guest's next flush is answered, unless the disk's cache mode says otherwise.
 ///
 /// # Errors
 /// If this is not possible for one of the disks, or not by `deadline`. Then all keep their images, and there are no
@@ -87,21 +87,28 @@ fn try_snapshot(
         files.paths.push(path);
         new.push(disk.prepare(Arc::new(overlay))?);
     }
-    let present: Vec<Arc<Disk>> = slots.iter().map(|slot| slot.disk()).collect();
-    // The second time takes only as long as the first has been followed by writes, so that little is left to be
-    // flushed while the guest waits.
-    for disk in present.iter().chain(&present) {
-        flush(disk).map_err(|source| SnapshotError::Flush {
+    // So that little is left for the first flush after the snapshot.
+    for slot in &slots {
+        let disk = slot.disk();
+        flush(&disk).map_err(|source| SnapshotError::Flush {
             path: disk.path().to_path_buf(),
             source,
         })?;
     }
     let start = Instant::now();
-    let at_rest = || present.iter().try_for_each(|disk| flush(disk));
-    let exchanges = slots.into_iter().zip(new).collect();
-    let old = exchange_all(exchanges, at_rest, deadline).map_err(SnapshotError::ChangeOver)?;
+    let exchanges = slots.iter().copied().zip(new).collect();
+    let exchanged = exchange_all(exchanges, || Ok(()), deadline);
+    let old = exchanged.map_err(SnapshotError::ChangeOver)?;
     let held_up = start.elapsed();
     files.paths.clear();
+    for slot in &slots {
+        // This flushes the former image too. If it fails, so do all flushes of the guest from now on.
+        let disk = slot.disk();
+        if let Err(error) = flush(&disk) {
+            let path = disk.path().display();
+            tracing::error!("cannot flush the image that disk '{path}' is the overlay of: {error}");
+        }
+    }
     for OpenDisk { disk, ring } in old {
         drop(ring);
         if let Err(error) = disk.end_writing() {
