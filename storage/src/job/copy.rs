@@ -174,14 +174,12 @@ impl CopyJob {
 
     /// Copies what follows the frontier, as much as is done at a time.
     fn advance(&self, start: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let status = self.source.status(start..self.size);
-        let status = status.map_err(cannot("read", "the disk", start))?;
-        let len = match self.work_for(&status) {
-            Work::Copy => CHUNK - start % CHUNK,
-            Work::Zeroes => status.len.min(ZEROES),
-            Work::Nothing => status.len,
+        let len = match self.work(start..self.size)? {
+            (Work::Copy, _) => CHUNK - start % CHUNK,
+            (Work::Zeroes, len) => len.min(ZEROES),
+            (Work::Nothing, len) => len,
         };
-        let end = start.saturating_add(len.max(1)).min(self.size);
+        let end = start.saturating_add(len).min(self.size);
         let _guard = self.locks.exclusive(start..end);
         if !self.control.is_live() {
             return Ok(());
@@ -213,10 +211,8 @@ impl CopyJob {
         let mut next = range.start;
         let mut copied = 0;
         while next < range.end && copied < CHUNK {
-            let status = self.source.status(next..range.end);
-            let status = status.map_err(cannot("read", "the disk", next))?;
-            let len = status.len.clamp(1, range.end - next);
-            let len = match self.work_for(&status) {
+            let (work, len) = self.work(next..range.end)?;
+            let len = match work {
                 Work::Nothing => len,
                 Work::Zeroes if target_is_zero => len,
                 Work::Zeroes => {
@@ -240,13 +236,30 @@ impl CopyJob {
         Ok(next)
     }
 
-    fn work_for(&self, status: &crate::BlockStatus) -> Work {
-        let is_below = |layers| status.depth.is_none_or(|depth| depth >= layers);
-        match status.content {
-            _ if self.options.layers.is_some_and(is_below) => Work::Nothing,
+    /// Returns what has to be done with the first bytes of a range, and their number.
+    fn work(&self, range: Range<u64>) -> io::Result<(Work, u64)> {
+        let status = self.source.status(range.clone());
+        let status = status.map_err(cannot("read", "the disk", range.start))?;
+        let len = status.len.clamp(1, range.end - range.start);
+        match (self.options.layers, status.depth) {
+            (Some(layers), Some(depth)) if depth >= layers => return Ok((Work::Nothing, len)),
+            // No layer has it, because one that is copied ends before, or the target has zeroes itself.
+            (Some(_), None) => {
+                let hidden = self.target.status(range.start..range.start + len);
+                let hidden = hidden.map_err(cannot("read", "the target", range.start))?;
+                let work = match hidden.content {
+                    Content::Zeroes | Content::Hole { .. } => Work::Nothing,
+                    Content::Data { .. } | Content::Compressed => Work::Zeroes,
+                };
+                return Ok((work, hidden.len.clamp(1, len)));
+            }
+            _ => {}
+        }
+        let work = match status.content {
             Content::Data { .. } | Content::Compressed => Work::Copy,
             Content::Hole { .. } | Content::Zeroes => Work::Zeroes,
-        }
+        };
+        Ok((work, len))
     }
 
     /// Deals with an error of the target: it ends the job, and is an error of the guest's request only if the target

@@ -100,7 +100,7 @@ pub struct Control {
 #[derive(Debug)]
 struct State {
     state: JobState,
-    /// Whether the job can no longer be cancelled.
+    /// Whether the job cannot be cancelled.
     is_sealed: bool,
 }
 
@@ -131,8 +131,8 @@ impl Control {
     }
 
     /// Cancels the job if it copies or is ready. `run` returns after at most a chunk of a mebibyte. Returns whether
-    /// the job is cancelled now: one that has ended otherwise, or whose target is about to become the disk
-    /// ([`CopyJob::begin_switch`]), is not.
+    /// the job is cancelled now: one that has ended otherwise, whose target is about to become the disk
+    /// ([`CopyJob::begin_switch`]), or that is removing backing files from the image, is not.
     pub fn cancel(&self) -> bool {
         let mut state = self.lock();
         if !state.is_sealed {
@@ -161,6 +161,13 @@ impl Control {
     fn fail(&self, reason: &str) {
         let reason = JobState::Failed(reason.to_owned());
         self.end(&mut self.lock(), reason);
+    }
+
+    /// Has the job not be cancelled from now on. Returns whether it has not ended before.
+    fn seal(&self) -> bool {
+        let mut state = self.lock();
+        state.is_sealed = self.is_live();
+        state.is_sealed
     }
 
     /// Notes that everything has been copied.

@@ -89,8 +89,10 @@ impl PullJob {
             // The size can change meanwhile.
             let size = image.size();
             if next >= size {
-                image.finish_pull(self.layers, self.name.clone())?;
-                self.control.become_ready();
+                if self.control.seal() {
+                    image.finish_pull(self.layers, self.name.clone())?;
+                    self.control.become_ready();
+                }
                 break;
             }
             let pulled = image.pull(next..size, self.layers);
