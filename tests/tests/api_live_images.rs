@@ -58,11 +58,18 @@ fn present_drive(machine: &ApiMachine) -> Value {
 /// Checks a qcow2 image. Clusters may be leaked if the monitor was killed.
 #[track_caller]
 fn check(image: &Path, is_complete: bool) {
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", "qcow2"])
-        .arg(image)
-        .output();
-    let output = output.unwrap();
+    let check = || {
+        let mut command = Command::new("qemu-img");
+        command.args(["check", "-f", "qcow2"]).arg(image);
+        command.output().unwrap()
+    };
+    let mut output = check();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // The kernel tears down the io_uring of a killed monitor, and with it the lock, a moment later.
+    while String::from_utf8_lossy(&output.stderr).contains("lock") && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+        output = check();
+    }
     let is_good = match output.status.code() {
         Some(0) => true,
         Some(3) => !is_complete,

@@ -149,6 +149,7 @@ fn snapshots_are_taken_under_load() {
             config.disks = vec![disk(&first, kind), disk(&second, kind)];
         });
         let machine = load.machine.clone();
+        let mut times = Vec::new();
         let mut images = vec![(first.clone(), None::<Vec<u8>>)];
         for number in 0..5 {
             thread::sleep(Duration::from_millis(300));
@@ -159,11 +160,15 @@ fn snapshots_are_taken_under_load() {
                 &[("disk0", &overlays[0]), ("disk1", &overlays[1])],
             );
             let held_up = held_up.unwrap_or_else(|error| panic!("{kind}: {error}"));
-            println!("{kind}: requests were held up for {held_up:?}");
+            times.push(held_up);
             let (last, content) = images.last_mut().unwrap();
             *content = Some(fs::read(last).unwrap());
             images.push((overlays[0].clone(), None));
         }
+        times.sort();
+        println!("{kind}: requests were held up for {times:?}");
+        // Work of others takes the only processor for longer now and then.
+        assert!(times[2] < Duration::from_millis(20), "{kind}: {times:?}");
         let config = machine.configuration().unwrap();
         assert_eq!(config.disks[0].path, images[5].0);
         load.finish();
@@ -369,7 +374,6 @@ fn an_overlay_is_committed_into_its_backing_file() {
             if round == 0 {
                 device(&machine, "disk0", DeviceCommand::CancelJob).unwrap();
                 assert_eq!(next_of_job(&events).state, JobState::Cancelled);
-                check(&overlay);
                 machine.resume().unwrap();
                 start_job(&machine, DiskJob::Commit);
                 assert_eq!(next_of_job(&events).state, JobState::Ready);
@@ -409,7 +413,7 @@ fn an_overlay_pulls_what_its_backing_files_hold() {
     start_job(&machine, DiskJob::Pull);
     assert_eq!(next_of_job(&events).state, JobState::Finished);
     // All of its former backing files are free, and it needs them no more.
-    for base in [&image, &overlays[0]] {
+    for base in [&overlays[0], &image] {
         let format = if *base == image { "raw" } else { "qcow2" };
         let words = ["-f", format, "-c", "write 0 16M"];
         let written = Command::new("qemu-io")

@@ -114,7 +114,7 @@ impl DiskThreads {
     /// is waited for.
     pub(crate) fn end(&self) {
         let stage = std::mem::replace(&mut *lock(&self.stage), Stage::Ended);
-        let Stage::Started(Threads { image, job }) = stage else {
+        let Stage::Started(Threads { image, job, .. }) = stage else {
             return;
         };
         if let Some((work, _)) = &image {

@@ -552,6 +552,39 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_described_with_the_image_that_it_has() {
+        let replaced = |text: &str, path: &str, format| {
+            let mut disk = disk(text).unwrap();
+            let path = path.into();
+            disk.apply(&DeviceCommand::ReplaceImage { path, format });
+            disk.to_string()
+        };
+        for (text, path, format, expected) in [
+            ("a", "b", None, "b"),
+            ("a", "b.qcow2", None, "b.qcow2"),
+            ("a,format=raw", "b.qcow2", None, "b.qcow2,format=raw"),
+            ("a.qcow2", "b", None, "b,format=qcow2"),
+            ("a.qcow2", "b", Some(ImageFormat::Raw), "b,format=raw"),
+            ("a", "b", Some(ImageFormat::Qcow2), "b,format=qcow2"),
+        ] {
+            assert_eq!(replaced(text, path, format), expected);
+        }
+        let mut disk = disk("a,cache=unsafe,backing=off").unwrap();
+        disk.apply_image(&PresentImage {
+            path: "b".into(),
+            format: ImageFormat::Qcow2,
+            block_size: 512,
+        });
+        assert_eq!(disk.to_string(), "b,cache=unsafe,format=qcow2,backing=off");
+        disk.apply_image(&PresentImage {
+            path: "c".into(),
+            format: ImageFormat::Raw,
+            block_size: 4096,
+        });
+        assert_eq!(disk.block_size, Some(DiskBlockSize(4096)));
+    }
+
+    #[test]
     fn an_id_fits_the_device() {
         assert!(disk("a,id=12345678901234567890").is_ok());
         for id in ["123456789012345678901", "tab\there", "é"] {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bantam_storage::Disk;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -47,6 +47,8 @@ struct Contents {
     /// Whether one is at work on the disk.
     has_worker: bool,
     exchange: Exchange,
+    /// When a worker has last stopped to begin requests because of an exchange.
+    stopped: Option<Instant>,
 }
 
 /// The progress of a new disk on its way to the worker.
@@ -95,6 +97,7 @@ impl DiskSlot {
                 ring: open_disk.ring,
                 has_worker: false,
                 exchange: Exchange::None,
+                stopped: None,
             }),
             progress: Condvar::new(),
             changing: Mutex::new(()),
@@ -175,8 +178,8 @@ impl DiskSlot {
         at_rest: impl FnOnce() -> io::Result<()>,
         deadline: Instant,
     ) -> io::Result<OpenDisk> {
-        let mut old = exchange_all(vec![(self, new)], at_rest, deadline)?;
-        old.pop().ok_or_else(given_up)
+        let mut exchanged = exchange_all(vec![(self, new)], at_rest, deadline)?;
+        exchanged.old.pop().ok_or_else(given_up)
     }
 
     /// Waits until no request uses the present disk, and none will before the owner has decided.
@@ -265,6 +268,13 @@ impl DiskSlot {
     }
 }
 
+/// What an exchange of disks leaves.
+pub(super) struct Exchanged {
+    pub(super) old: Vec<OpenDisk>,
+    /// For how long no requests were begun to one of the disks.
+    pub(super) held_up: Duration,
+}
+
 /// Replaces the disks of several devices at one instant, and returns the old ones. At this instant, no request
 /// to any of them is under way; those that were begun before are done with the old disks, and all others with
 /// the new ones. `at_rest` is called when no request is under way any more, and none is begun before it has
@@ -277,10 +287,13 @@ pub(super) fn exchange_all(
     exchanges: Vec<(&DiskSlot, OpenDisk)>,
     at_rest: impl FnOnce() -> io::Result<()>,
     deadline: Instant,
-) -> io::Result<Vec<OpenDisk>> {
+) -> io::Result<Exchanged> {
     let mut slots = Vec::with_capacity(exchanges.len());
     for (slot, new) in exchanges {
-        slot.contents().exchange = Exchange::Wanted(new);
+        let mut contents = slot.contents();
+        contents.exchange = Exchange::Wanted(new);
+        contents.stopped = None;
+        drop(contents);
         slot.wake_worker();
         slots.push(slot);
     }
@@ -293,7 +306,15 @@ pub(super) fn exchange_all(
             slot.give_up(&mut slot.contents());
         }
     }
-    exchanged
+    let stopped = slots
+        .iter()
+        .filter_map(|slot| slot.contents().stopped)
+        .min();
+    let held_up = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
+    Ok(Exchanged {
+        old: exchanged?,
+        held_up,
+    })
 }
 
 fn bring_to_rest(slots: &[&DiskSlot], deadline: Instant) -> io::Result<()> {
@@ -357,7 +378,10 @@ fn given_up() -> io::Error {
 impl Contents {
     fn take_wanted(&mut self) -> Option<OpenDisk> {
         match std::mem::replace(&mut self.exchange, Exchange::Taken) {
-            Exchange::Wanted(new) => Some(new),
+            Exchange::Wanted(new) => {
+                self.stopped.get_or_insert_with(Instant::now);
+                Some(new)
+            }
             other => {
                 self.exchange = other;
                 None
@@ -478,7 +502,6 @@ impl Drop for DiskLease {
 mod tests {
     use std::fs;
     use std::path::Path;
-    use std::time::Duration;
 
     use bantam_storage::{DiskFile, DiskOptions};
     use vmm_sys_util::tempdir::TempDir;
@@ -635,8 +658,13 @@ mod tests {
             commit(first, next);
             assert!(is_at_rest.load(std::sync::atomic::Ordering::SeqCst));
             commit(second, next_of_second);
-            let old = owner.join().unwrap().unwrap();
-            let old: Vec<_> = old.iter().map(|old| old.disk.path().to_owned()).collect();
+            let exchanged = owner.join().unwrap().unwrap();
+            assert!(exchanged.held_up >= Duration::from_millis(50));
+            let old: Vec<_> = exchanged
+                .old
+                .iter()
+                .map(|old| old.disk.path().to_owned())
+                .collect();
             assert_eq!(old, ["a", "b"].map(|name| folder.join(name)));
         });
     }

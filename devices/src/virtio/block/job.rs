@@ -12,6 +12,7 @@ use bantam_storage::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::new_files::NewFiles;
 use super::{BlockHandle, ReplaceError};
 use crate::lock::lock;
 use crate::notice::DeviceNotice;
@@ -264,33 +265,13 @@ impl BlockHandle {
         if self.has_job() {
             return Err(JobCommandError::Busy);
         }
-        let started = self.try_start_job(&job, opener, deadline);
-        if started.is_err()
-            && let DiskJob::Copy { path, .. } = &job
-            && !matches!(started, Err((_, false)))
-        {
-            // It has just been made. The first error says more than a second one.
-            let _ = opener.remove(path);
-        }
-        started.map_err(|(error, _)| error)
-    }
-
-    /// Begins a job. With an error it says whether there is a new image.
-    fn try_start_job(
-        &self,
-        job: &DiskJob,
-        opener: &dyn FileOpener,
-        deadline: Instant,
-    ) -> Result<(), (JobCommandError, bool)> {
-        let nothing_new = |error: JobCommandError| (error, false);
+        let mut files = NewFiles::new(opener);
         let original = self.disk();
-        let source = original.to_formatted(opener);
-        let source = source.map_err(|error| nothing_new(error.into()))?;
-        let work = match job {
+        let source = original.to_formatted(opener)?;
+        let work = match &job {
             DiskJob::Copy { path, format } => {
                 if original.is_read_only() {
-                    let read_only = JobError::ReadOnly("the disk");
-                    return Err(nothing_new(read_only.into()));
+                    return Err(JobError::ReadOnly("the disk").into());
                 }
                 let options = DiskOptions {
                     format: Some(*format),
@@ -298,37 +279,27 @@ impl BlockHandle {
                     block_size: Some(original.logical_block_size()),
                     ..original.options().clone()
                 };
-                let target = Disk::create_by(opener, path, original.size(), &options);
-                let target = target.map_err(|error| nothing_new(error.into()))?;
-                let copy = target
-                    .to_formatted(opener)
-                    .map_err(JobCommandError::from)
-                    .and_then(|formatted| {
-                        let options = CopyJobOptions {
-                            target_is_zero: true,
-                            layers: None,
-                        };
-                        let (from, to) = (source.image().clone(), formatted.image().clone());
-                        Ok(CopyJob::new(from, to, options)?)
-                    });
+                let target = Disk::create_by(opener, path, original.size(), &options)?;
+                files.add(path);
+                let (from, to) = (source.image().clone(), target.to_formatted(opener)?);
+                let options = CopyJobOptions {
+                    target_is_zero: true,
+                    layers: None,
+                };
                 Work::Copy {
-                    copy: copy.map_err(|error| (error, true))?,
+                    copy: CopyJob::new(from, to.image().clone(), options)?,
                     target: Arc::new(target),
                 }
             }
-            DiskJob::Commit => {
-                let commit = CommitJob::open(opener, &source, 1);
-                Work::Commit(commit.map_err(|error| nothing_new(error.into()))?)
-            }
-            DiskJob::Pull => {
-                let pull = PullJob::new(&source, None);
-                Work::Pull(pull.map_err(|error| nothing_new(error.into()))?)
-            }
+            DiskJob::Commit => Work::Commit(CommitJob::open(opener, &source, 1)?),
+            DiskJob::Pull => Work::Pull(PullJob::new(&source, None)?),
         };
-        let begun = self.begin(job, work, original, source, deadline);
-        begun.map_err(|error| (error, true))
+        self.begin(&job, work, original, source, deadline)?;
+        files.keep();
+        Ok(())
     }
 
+    /// Puts the filter of a job in the place of the disk, and starts its thread.
     fn begin(
         &self,
         job: &DiskJob,

@@ -12,6 +12,7 @@ mod in_flight;
 mod job;
 mod limits;
 mod metrics;
+mod new_files;
 mod options;
 mod pausable_worker;
 mod pieces;

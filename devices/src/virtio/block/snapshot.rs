@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use bantam_storage::{DiskError, FileOpener};
 
-use super::disk_slot::{DiskSlot, OpenDisk, exchange_all};
+use super::disk_slot::{DiskSlot, Exchanged, OpenDisk, exchange_all};
 use super::handle::flush;
+use super::new_files::NewFiles;
 use super::{BlockHandle, ReplaceError};
 
 /// Why no snapshot was taken. All disks keep the images that they have.
@@ -72,10 +73,7 @@ fn try_snapshot(
 ) -> Result<Duration, SnapshotError> {
     let slots: Vec<&DiskSlot> = disks.iter().map(|(disk, _)| &*disk.slot).collect();
     let _changes = change_all(&slots)?;
-    let mut files = NewFiles {
-        opener,
-        paths: Vec::new(),
-    };
+    let mut files = NewFiles::new(opener);
     let mut new = Vec::with_capacity(disks.len());
     for (disk, path) in disks {
         let present = disk.disk();
@@ -84,7 +82,7 @@ fn try_snapshot(
             return Err(SnapshotError::Job { path });
         }
         let overlay = present.overlay(opener, path)?;
-        files.paths.push(path);
+        files.add(path);
         new.push(disk.prepare(Arc::new(overlay))?);
     }
     // So that little is left for the first flush after the snapshot.
@@ -95,12 +93,10 @@ fn try_snapshot(
             source,
         })?;
     }
-    let start = Instant::now();
     let exchanges = slots.iter().copied().zip(new).collect();
     let exchanged = exchange_all(exchanges, || Ok(()), deadline);
-    let old = exchanged.map_err(SnapshotError::ChangeOver)?;
-    let held_up = start.elapsed();
-    files.paths.clear();
+    let Exchanged { old, held_up } = exchanged.map_err(SnapshotError::ChangeOver)?;
+    files.keep();
     for slot in &slots {
         // This flushes the former image too. If it fails, so do all flushes of the guest from now on.
         let disk = slot.disk();
@@ -130,21 +126,4 @@ fn change_all<'a>(slots: &[&'a DiskSlot]) -> Result<Vec<MutexGuard<'a, ()>>, Sna
         return Err(SnapshotError::Repeated);
     }
     Ok(in_order.into_iter().map(DiskSlot::change).collect())
-}
-
-/// New files, which are removed unless they are forgotten.
-struct NewFiles<'a> {
-    opener: &'a dyn FileOpener,
-    paths: Vec<&'a Path>,
-}
-
-impl Drop for NewFiles<'_> {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            if let Err(error) = self.opener.remove(path) {
-                let path = path.display();
-                tracing::warn!("cannot remove the new disk '{path}', which is not used: {error}");
-            }
-        }
-    }
 }

@@ -4,6 +4,7 @@ mod direct;
 mod dirty_log;
 mod handle;
 mod images;
+mod live_images;
 mod suspend;
 mod test_image;
 
