@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,8 @@ pub(super) struct DiskSlot {
     progress: Condvar,
     /// Signalled when the worker is to look at what the owner wants.
     event: EventFd,
+    /// Whether there is a disk that the worker has not seen yet. While it waits for the worker, others may be held up.
+    is_urgent: AtomicBool,
     /// The work for a thread of the disk. Present from the first image on that is not raw.
     image_work: OnceLock<Arc<ImageWork>>,
     /// The job of the disk. It is begun and ended by those who hold the guard of [`DiskSlot::change`].
@@ -70,6 +73,7 @@ enum Exchange {
 }
 
 /// What the owner wants of a worker.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart at once")]
 pub(super) enum Wish {
     /// The worker is to go on with what it has been told.
     None,
@@ -102,6 +106,7 @@ impl DiskSlot {
             progress: Condvar::new(),
             changing: Mutex::new(()),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            is_urgent: AtomicBool::new(false),
             image_work: OnceLock::new(),
             job: Mutex::new(None),
             queues,
@@ -294,6 +299,7 @@ pub(super) fn exchange_all(
         contents.exchange = Exchange::Wanted(new);
         contents.stopped = None;
         drop(contents);
+        slot.is_urgent.store(true, Ordering::Relaxed);
         slot.wake_worker();
         slots.push(slot);
     }
@@ -420,8 +426,14 @@ impl DiskLease {
         self.0.image_work()
     }
 
+    /// Whether the worker is to ask for the owner's wish soon.
+    pub(super) fn is_urgent(&self) -> bool {
+        self.0.is_urgent.load(Ordering::Relaxed)
+    }
+
     /// Returns what the owner wants.
     pub(super) fn wish(&self) -> Wish {
+        self.0.is_urgent.store(false, Ordering::Relaxed);
         // The event is non-blocking: the read fails only if it was not signalled.
         let _ = self.0.event.read();
         let mut contents = self.0.contents();
@@ -630,13 +642,13 @@ mod tests {
         let folder = folder.as_path();
         let slots = [open_slot(folder, "a"), open_slot(folder, "b")];
         let leases = [&slots[0], &slots[1]].map(|slot| slot.lease().2);
-        let is_at_rest = std::sync::atomic::AtomicBool::new(false);
+        let is_at_rest = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let owner = scope.spawn(|| {
                 let new = ["c", "d"].map(|name| open_disk(folder, name));
                 let pairs = slots.iter().map(|slot| &**slot).zip(new).collect();
                 let at_rest = || {
-                    is_at_rest.store(true, std::sync::atomic::Ordering::SeqCst);
+                    is_at_rest.store(true, Ordering::SeqCst);
                     Ok(())
                 };
                 exchange_all(pairs, at_rest, soon())
@@ -645,7 +657,7 @@ mod tests {
             let next = take(first);
             first.is_at_rest();
             std::thread::sleep(Duration::from_millis(50));
-            assert!(!first.may_commit() && !is_at_rest.load(std::sync::atomic::Ordering::SeqCst));
+            assert!(!first.may_commit() && !is_at_rest.load(Ordering::SeqCst));
             // The worker of the second device ends, and another begins while the disk is held.
             let given = take(second);
             second.leave(given);
@@ -656,7 +668,7 @@ mod tests {
             };
             second.is_at_rest();
             commit(first, next);
-            assert!(is_at_rest.load(std::sync::atomic::Ordering::SeqCst));
+            assert!(is_at_rest.load(Ordering::SeqCst));
             commit(second, next_of_second);
             let exchanged = owner.join().unwrap().unwrap();
             assert!(exchanged.held_up >= Duration::from_millis(50));

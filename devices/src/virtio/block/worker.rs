@@ -205,7 +205,7 @@ impl Worker {
             if now - before >= SLOW_WRITES && mem::take(&mut self.has_written) {
                 self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
             }
-            if now - start >= MAX_TURN {
+            if now - start >= MAX_TURN || self.lease.is_urgent() {
                 self.queues[index].ring_doorbell();
                 return self.leave_rest(index);
             }
