@@ -10,7 +10,7 @@ use crate::file::{HostFile, ImageFile};
 use crate::lock::end_writing;
 use crate::open::image_options;
 use crate::opener::{FileAccess, FileOpener};
-use crate::qcow2::{BackingName, CreateOptions, Qcow2, Unsynced};
+use crate::qcow2::{self, BackingName, CreateOptions, MAX_DEPTH, Qcow2, Unsynced};
 use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
 
 impl Disk {
@@ -65,8 +65,8 @@ impl Disk {
     /// used; [`Disk::end_writing`] makes sure of it.
     ///
     /// # Errors
-    /// If this disk is read-only or bypasses the page cache, or the new file cannot be made. There is no new file
-    /// then.
+    /// If this disk is read-only, bypasses the page cache or has as many backing files as it can have, or the new file
+    /// cannot be made. There is no new file then.
     pub fn overlay(&self, opener: &dyn FileOpener, path: &Path) -> Result<Disk, DiskError> {
         if self.is_read_only() {
             return Err(DiskError::ReadOnlyBase {
@@ -76,6 +76,14 @@ impl Disk {
         if self.cache() == CacheMode::None {
             let path = path.to_path_buf();
             return Err(DiskError::DirectFormat { path });
+        }
+        if let Disk::Formatted(disk) = self
+            && disk.layers().len() >= MAX_DEPTH
+        {
+            return Err(DiskError::Qcow2 {
+                path: path.to_path_buf(),
+                source: qcow2::Error::ChainLength(MAX_DEPTH),
+            });
         }
         let file = create_locked(opener, path, self.options())?;
         let made = self.overlay_in(file, opener, path);
@@ -134,7 +142,7 @@ impl Disk {
         if self.cache() != CacheMode::Unsafe {
             sync_folder(opener, path).map_err(with_path("sync the folder of"))?;
         }
-        let image_options = crate::qcow2::Options {
+        let image_options = qcow2::Options {
             backing: Some(base.image().clone()),
             ..image_options(self.options())
         };
@@ -323,6 +331,41 @@ mod tests {
         let first = overlay.flush().unwrap_err();
         assert_eq!(first.kind(), io::ErrorKind::StorageFull);
         overlay.flush().unwrap_err();
+    }
+
+    #[test]
+    fn a_chain_is_not_longer_than_one_that_can_be_opened() {
+        let folder = TempDir::new().unwrap();
+        let path = |number| folder.as_path().join(format!("{number}"));
+        std::fs::write(path(0), vec![7; SIZE as usize]).unwrap();
+        let options = DiskOptions {
+            cache: CacheMode::Unsafe,
+            backing: true,
+            ..DiskOptions::default()
+        };
+        let mut disk = Disk::open_by(&HostOpener, &path(0), &options).unwrap();
+        for number in 1..MAX_DEPTH {
+            disk = disk.overlay(&HostOpener, &path(number)).unwrap();
+        }
+        let error = disk.overlay(&HostOpener, &path(MAX_DEPTH)).unwrap_err();
+        let is_told = matches!(
+            &error,
+            DiskError::Qcow2 {
+                source: qcow2::Error::ChainLength(_),
+                ..
+            }
+        );
+        assert!(is_told, "{error}");
+        assert!(!path(MAX_DEPTH).exists());
+        drop(disk);
+        let options = DiskOptions {
+            format: Some(ImageFormat::Qcow2),
+            ..options
+        };
+        let disk = Disk::open_by(&HostOpener, &path(MAX_DEPTH - 1), &options).unwrap();
+        let mut bytes = [0; 512];
+        image(&disk).read_at(&mut bytes, SIZE - 512).unwrap();
+        assert_eq!(bytes, [7; 512]);
     }
 
     #[test]

@@ -61,6 +61,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+pub(crate) use chain::MAX_DEPTH;
 pub use chain::{Layer, open_chain};
 pub use check::{Repair, Report};
 pub(crate) use create::Unsynced;

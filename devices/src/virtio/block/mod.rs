@@ -91,7 +91,15 @@ impl Blueprint {
     fn worker(&self, activation: &mut Activation) -> io::Result<Worker> {
         let (mut open_disk, next_disk, lease) = self.slot.lease();
         if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
-            open_disk.ring = Some(Ring::new(&open_disk.disk)?);
+            match Ring::new(&open_disk.disk) {
+                Ok(ring) => open_disk.ring = Some(ring),
+                Err(error) => {
+                    if let Some(next) = next_disk {
+                        lease.leave(next);
+                    }
+                    return Err(error);
+                }
+            }
         }
         let handler = RequestHandler::new(
             open_disk.disk,
