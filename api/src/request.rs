@@ -30,16 +30,19 @@ enum Action {
     Change(Change),
 }
 
-type Read = fn(&View) -> Result<Reply, Fault>;
+type Read = Box<dyn Fn(&View) -> Result<Reply, Fault> + Send>;
 type Change = Box<dyn FnOnce(&mut Instance) -> Result<(), Fault> + Send>;
 
 impl Request {
     /// A request to read.
-    pub(crate) fn get(name: &'static str, read: Read) -> Request {
+    pub(crate) fn get(
+        name: &'static str,
+        read: impl Fn(&View) -> Result<Reply, Fault> + Send + 'static,
+    ) -> Request {
         Request {
             method: Method::Get,
             name,
-            action: Action::Read(read),
+            action: Action::Read(Box::new(read)),
         }
     }
 
@@ -73,7 +76,7 @@ impl Request {
 
     /// Answers it if it only reads, for which a view is enough. None if it changes something.
     pub(crate) fn answer(&self, view: &View) -> Option<Result<Reply, Fault>> {
-        let Action::Read(read) = self.action else {
+        let Action::Read(read) = &self.action else {
             return None;
         };
         let result = read(view);

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::virtio::owner::JobStatus;
+
 /// Something that happened to a device and that its owner may want to know.
 pub enum DeviceNotice<'a> {
     /// The device has stopped, and its driver must reset it.
@@ -18,6 +20,11 @@ pub enum DeviceNotice<'a> {
     MemoryReturned {
         /// The balloon's size in MiB now, rounded down.
         mib: u32,
+    },
+    /// The job of a disk is ready, or has ended.
+    Job {
+        /// How far it is.
+        status: &'a JobStatus,
     },
 }
 

@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bantam_memory::GuestBuffers;
 
 use crate::image::Image;
-use crate::raw::{CacheMode, DiskError, DiskFile, DiskOptions, SECTOR_SIZE, disk_size, fill_from};
+use crate::raw::{
+    CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, disk_size, fill_from,
+};
 
 /// Physical block size of an image that is not raw, in bytes: a page.
 const PHYSICAL_BLOCK_SIZE: u32 = 4096;
@@ -24,12 +26,23 @@ pub enum Disk {
     Formatted(FormattedDisk),
 }
 
+/// A layer of an image: the image itself, or one of its backing files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskLayer {
+    /// The path with which its file was opened.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+}
+
 /// An open image of a format other than raw, and the files that it is kept in.
 #[derive(Debug)]
 pub struct FormattedDisk {
     path: PathBuf,
     image: Arc<dyn Image>,
     files: Vec<File>,
+    /// What each of the files is, if that is known.
+    layers: Vec<DiskLayer>,
     /// Size of the disk in bytes.
     size: AtomicU64,
     options: DiskOptions,
@@ -69,10 +82,25 @@ impl FormattedDisk {
             path,
             image,
             files,
+            layers: Vec::new(),
             size: AtomicU64::new(size),
             options,
             logical_block_size,
         })
+    }
+
+    /// Says what each of the files is, in the same order. A commit and a pull need to know.
+    #[must_use]
+    pub fn with_layers(mut self, layers: Vec<DiskLayer>) -> FormattedDisk {
+        self.layers = layers;
+        self
+    }
+
+    /// Has the disk go through `image`, which has the size and the numbers of files of its image.
+    #[must_use]
+    pub fn with_image(mut self, image: Arc<dyn Image>) -> FormattedDisk {
+        self.image = image;
+        self
     }
 
     /// Returns the image.
@@ -80,9 +108,40 @@ impl FormattedDisk {
         &self.image
     }
 
+    /// Returns the same disk without the files below the image itself, which needs them no more.
+    ///
+    /// # Errors
+    /// If a file cannot be duplicated.
+    pub fn without_backing_files(&self) -> Result<FormattedDisk, DiskError> {
+        let layers = self.layers.iter().take(1).cloned().collect();
+        let files: io::Result<Vec<File>> = self.files.iter().take(1).map(File::try_clone).collect();
+        let files = files.map_err(|source| DiskError::Io {
+            path: self.path.clone(),
+            action: "set up",
+            source,
+        })?;
+        let disk = FormattedDisk::new(&self.path, Arc::clone(&self.image), files, &self.options)?;
+        Ok(disk.with_layers(layers))
+    }
+
     /// Returns the files that [`Image::map`] names.
     pub fn files(&self) -> &[File] {
         &self.files
+    }
+
+    /// Returns what each of the files is. Empty if that is not known.
+    pub fn layers(&self) -> &[DiskLayer] {
+        &self.layers
+    }
+
+    /// Returns the options with which the image was opened.
+    pub fn options(&self) -> &DiskOptions {
+        &self.options
+    }
+
+    /// Returns the smallest unit in which the guest should address the disk, in bytes.
+    pub fn logical_block_size(&self) -> u32 {
+        self.logical_block_size
     }
 
     fn update_size(&self) -> io::Result<u64> {
@@ -152,6 +211,37 @@ impl Disk {
             Disk::Raw(disk) => disk.update_size(),
             Disk::Formatted(disk) => disk.update_size(),
         }
+    }
+
+    /// Makes the image larger, and the disk with it, beside other requests. What is added reads as zeroes.
+    ///
+    /// # Errors
+    /// If the disk is read-only or on a block device, it cannot have this size or would become smaller, or the host
+    /// cannot change the image.
+    pub fn grow(&self, size: u64) -> io::Result<()> {
+        let block = self.logical_block_size();
+        let refused = if self.is_read_only() {
+            Some("it is read-only".to_owned())
+        } else if size < self.size() {
+            let size = self.size();
+            Some(format!(
+                "it has {size} bytes, and cannot become smaller while a machine uses it"
+            ))
+        } else if !size.is_multiple_of(block.into()) {
+            Some(format!("its size has to be a multiple of {block} bytes"))
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        match self {
+            Disk::Raw(disk) => disk.grow(size)?,
+            Disk::Formatted(disk) if size > disk.image.size() => disk.image.grow(size)?,
+            Disk::Formatted(_) => {}
+        }
+        self.update_size()?;
+        Ok(())
     }
 
     /// Returns the options with which the image was opened.

@@ -1,5 +1,6 @@
 //! What a guest sees as a disk.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -77,7 +78,7 @@ pub struct BlockStatus {
 /// All methods can be called from several threads at a time. Requests for the same bytes that run at the
 /// same time take effect in any order. Offsets and lengths are in bytes and need no alignment. A range
 /// beyond the end of the disk is an error ([`io::ErrorKind::InvalidInput`]).
-pub trait Image: Debug + Send + Sync {
+pub trait Image: Any + Debug + Send + Sync {
     /// Returns the disk's size in bytes.
     fn size(&self) -> u64;
 
@@ -122,6 +123,25 @@ pub trait Image: Debug + Send + Sync {
     /// # Errors
     /// If the host has failed to write something.
     fn flush(&self) -> io::Result<()>;
+
+    /// Brings everything to stable storage, as [`Self::flush`] does, and writes no more to the files. No request is
+    /// under way, and later writes may be refused.
+    ///
+    /// # Errors
+    /// Those of [`Self::flush`].
+    fn end_writing(&self) -> io::Result<()> {
+        self.flush()
+    }
+
+    /// Makes the disk larger, beside other requests. What is added reads as zeroes.
+    ///
+    /// # Errors
+    /// If the disk is not smaller than `size`, or the image cannot have this size
+    /// ([`io::ErrorKind::InvalidInput`]); otherwise those of [`Self::write_at`].
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Returns what the first bytes of `range` hold.
     ///

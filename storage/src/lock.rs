@@ -23,6 +23,8 @@ const KEEPS: u64 = 200;
 const READ: u64 = 0;
 /// Permission to write.
 const WRITE: u64 = 1;
+/// The permissions that every user of an image denies to others.
+const KEPT: Range<u64> = WRITE..WRITE + 1;
 
 /// How a file is shared with others that lock it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +76,57 @@ pub(crate) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     patiently(is_busy, || try_lock_image(file, read_only))
 }
 
+/// Gives up the permission to write to an image that was locked for reading and writing. Others still may not write
+/// to it. This has no effect on an image that is not locked.
+///
+/// # Errors
+/// Those of `fcntl` with `F_OFD_SETLK`.
+pub(crate) fn end_writing(file: &File) -> io::Result<()> {
+    match set(file, libc::F_UNLCK, HAS + WRITE..HAS + WRITE + 1) {
+        // Then it is not locked.
+        Err(error) if has_no_locks(&error) => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether `error` says that the file system has no locks.
+pub(crate) fn has_no_locks(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+    )
+}
+
+/// Takes the lock of an image for `writer`, which is to write to it, from `reader`, another opening of the image by
+/// the same program, which has locked it for reading and goes on reading. At every moment one of the two denies
+/// writing to others.
+///
+/// # Errors
+/// Those of [`lock_image`]; `reader` has its lock again then.
+pub(crate) fn take_over(writer: &File, reader: &File) -> io::Result<()> {
+    let has = READ..WRITE + 1;
+    let taken = set(writer, libc::F_RDLCK, bytes(HAS, &has))
+        .and_then(|()| set(writer, libc::F_RDLCK, bytes(KEEPS, &KEPT)))
+        .and_then(|()| set(reader, libc::F_UNLCK, bytes(KEEPS, &KEPT)))
+        .and_then(|()| {
+            patiently(is_busy, || match is_contradicted(writer, &has)? {
+                true => Err(io::ErrorKind::WouldBlock.into()),
+                false => Ok(()),
+            })
+        });
+    if taken.is_err() {
+        give_back(writer, reader);
+    }
+    taken
+}
+
+/// Returns to `reader` the lock that [`take_over`] has taken from it.
+pub(crate) fn give_back(writer: &File, reader: &File) {
+    // Nobody has got a lock meanwhile that conflicts with this one.
+    let _ = set(reader, libc::F_RDLCK, bytes(KEEPS, &KEPT));
+    let _ = set(writer, libc::F_UNLCK, 0..0);
+}
+
 /// Locks all of `file` like [`lock_file`], but waits for the lock as [`patiently`] does.
 ///
 /// # Errors
@@ -92,18 +145,11 @@ fn try_lock_image(file: &File, read_only: bool) -> io::Result<()> {
     } else {
         READ..WRITE + 1
     };
-    let keeps = WRITE..WRITE + 1;
-    let bytes =
-        |base: u64, permissions: &Range<u64>| base + permissions.start..base + permissions.end;
     let locked = set(file, libc::F_RDLCK, bytes(HAS, &has))
-        .and_then(|()| set(file, libc::F_RDLCK, bytes(KEEPS, &keeps)))
-        .and_then(|()| {
-            let contradicted =
-                is_locked(file, bytes(KEEPS, &has))? || is_locked(file, bytes(HAS, &keeps))?;
-            match contradicted {
-                true => Err(io::ErrorKind::WouldBlock.into()),
-                false => Ok(()),
-            }
+        .and_then(|()| set(file, libc::F_RDLCK, bytes(KEEPS, &KEPT)))
+        .and_then(|()| match is_contradicted(file, &has)? {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => Ok(()),
         });
     if locked.is_err() {
         // A lock kept while waiting would turn others away. Unlocking fails only if the file system has no
@@ -117,6 +163,16 @@ fn try_lock_image(file: &File, read_only: bool) -> io::Result<()> {
         }
         locked => locked,
     }
+}
+
+/// Whether another has a permission that a user of an image denies, or denies one of the permissions `has`.
+fn is_contradicted(file: &File, has: &Range<u64>) -> io::Result<bool> {
+    Ok(is_locked(file, bytes(KEEPS, has))? || is_locked(file, bytes(HAS, &KEPT))?)
+}
+
+/// Returns the bytes for a range of permissions.
+fn bytes(base: u64, permissions: &Range<u64>) -> Range<u64> {
+    base + permissions.start..base + permissions.end
 }
 
 /// Sets or removes a lock on a range of bytes, or on all of the file if the range is empty.
@@ -178,6 +234,22 @@ mod tests {
         }
         // The refused ones have left no lock behind.
         drop(third);
+        try_lock_image(&open(&image), false).unwrap();
+    }
+
+    #[test]
+    fn a_writer_that_ends_writing_lets_readers_in() {
+        let image = TempFile::new().unwrap();
+        let writer = open(&image);
+        end_writing(&writer).unwrap();
+        try_lock_image(&writer, false).unwrap();
+        try_lock_image(&open(&image), true).unwrap_err();
+        end_writing(&writer).unwrap();
+        let reader = open(&image);
+        try_lock_image(&reader, true).unwrap();
+        try_lock_image(&open(&image), false).unwrap_err();
+        drop(writer);
+        drop(reader);
         try_lock_image(&open(&image), false).unwrap();
     }
 

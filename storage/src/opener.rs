@@ -17,6 +17,8 @@ pub enum FileAccess {
     ReadWriteDisk,
     /// Appending, to a file that is created if it does not exist.
     Append,
+    /// Reading and writing a file that is created, and must not exist.
+    Create,
 }
 
 /// Opens files on the host.
@@ -29,6 +31,15 @@ pub trait FileOpener: Send + Sync {
     /// # Errors
     /// If it cannot be opened for `access`.
     fn file(&self, path: &Path, access: FileAccess) -> io::Result<File>;
+
+    /// Removes the file at `path`, which was opened by [`FileAccess::Create`] and is of no use. By default with the
+    /// rights of the calling process.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
 }
 
 /// Opens everything with the rights of the calling process.
@@ -50,6 +61,7 @@ impl FileOpener for HostOpener {
                 options.read(true).write(true)
             }
             FileAccess::Append => options.append(true).create(true),
+            FileAccess::Create => options.read(true).write(true).create_new(true),
         };
         options.custom_flags(flags).open(path)
     }

@@ -132,6 +132,15 @@ impl ApiMachine {
     }
 }
 
+impl ApiMachine {
+    /// Kills the process as if by `kill -9`, and returns the folder with its files when it is gone.
+    pub fn kill(self) -> TempDir {
+        self.running.signal(Signal::SIGKILL);
+        self.running.wait();
+        self.folder
+    }
+}
+
 impl Default for ApiMachine {
     fn default() -> ApiMachine {
         ApiMachine::new()

@@ -7,6 +7,7 @@ mod artefacts;
 mod huge_pages;
 mod images;
 mod linux;
+mod load;
 mod loop_device;
 mod network;
 mod owner;
@@ -24,6 +25,7 @@ pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, pa
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{LinuxSlot, answer, linux_slot};
+pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
 pub use owner::{balloon_statistics, configured, device, device_metrics};

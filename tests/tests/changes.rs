@@ -1,24 +1,20 @@
 //! Changes to devices and their counters, by the owner of the machine, while a guest loads them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_storage::{DiskFile, DiskOptions};
-use bantam_tests::{HostTap, Traffic, configured, device, payload, require_kvm, require_taps};
-use bantam_vmm::config::{DiskConfig, MachineConfig, NetConfig, SerialConfig};
-use bantam_vmm::{
-    Console, Controller, DeviceAnswer, DeviceCommand, DeviceError, Error, Limits, NetLimits,
-    RateLimit,
-};
+use bantam_tests::{HostTap, Load, Traffic, device, require_kvm, require_taps};
+use bantam_vmm::config::NetConfig;
+use bantam_vmm::{DeviceCommand, DeviceError, Error, Limits, NetLimits, RateLimit};
 use serde_json::Value;
 use tempfile::TempDir;
 
 const DISK_SIZE: usize = 4 << 20;
 const BLOCK_SIZE: usize = 4096;
 const BLOCKS: usize = DISK_SIZE / BLOCK_SIZE;
-const LIMIT: Duration = Duration::from_secs(30);
 /// All engines, and the cache modes that differ in how they open files.
 const KINDS: [&str; 6] = [
     ",engine=auto",
@@ -28,75 +24,6 @@ const KINDS: [&str; 6] = [
     ",engine=io_uring,cache=none,iothread=on",
     ",engine=sync,cache=none",
 ];
-
-/// A machine that runs the payload `load`.
-struct Load {
-    machine: Controller,
-    log: PathBuf,
-}
-
-impl Load {
-    fn start(folder: &TempDir, words: &str, configure: impl FnOnce(&mut MachineConfig)) -> Load {
-        let log = folder.path().join("log");
-        let _ = fs::remove_file(&log);
-        let mut config = MachineConfig::new(payload("load"));
-        config.append = Some(format!("{words} finish=poweroff"));
-        config.serial = SerialConfig::File(log.clone());
-        configure(&mut config);
-        let machine = configured(config, Console::default());
-        machine.start().unwrap_or_else(|error| panic!("{error}"));
-        let load = Load { machine, log };
-        load.wait_for("load: ready");
-        load
-    }
-
-    fn of_disk(folder: &TempDir, path: &Path, kind: &str, words: &str) -> Load {
-        Load::start(folder, &format!("test=block {words}"), |config| {
-            config.disks = vec![disk(path, kind)];
-        })
-    }
-
-    fn text(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    fn wait_for(&self, wanted: &str) {
-        let deadline = Instant::now() + LIMIT;
-        while !self.text().contains(wanted) {
-            assert!(
-                Instant::now() < deadline,
-                "no '{wanted}' in {}",
-                self.text()
-            );
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn metrics(&self) -> Value {
-        let metrics = self.machine.metrics().expect("it was started");
-        serde_json::to_value(metrics).expect("counters are numbers")
-    }
-
-    /// Puts `image` in the place of the disk's.
-    fn replace(&self, image: &Path) -> Result<DeviceAnswer, Error> {
-        let path = image.to_path_buf();
-        device(&self.machine, "disk0", DeviceCommand::ReplaceImage { path })
-    }
-
-    /// Waits for the end, which has to be a success, and returns the payload's report of its load.
-    fn finish(self) -> Value {
-        self.machine.wait().expect("the guest powers off");
-        let text = fs::read_to_string(&self.log).expect("there is a log");
-        assert!(text.ends_with("PASS\n"), "{text}");
-        let line = text.lines().find(|line| line.starts_with('{'));
-        serde_json::from_str(line.expect("there is JSON")).expect("it is JSON")
-    }
-}
-
-fn disk(path: &Path, kind: &str) -> DiskConfig {
-    let option = format!("{}{kind}", path.display());
-    option.parse().expect("it is a disk")
-}
 
 /// A folder for images that need O_DIRECT.
 fn folder() -> TempDir {
@@ -185,7 +112,11 @@ fn a_disk_that_is_read_only_stays_so() {
     open(&second, true).unwrap();
     open(&second, false).unwrap_err();
     let path = second.clone();
-    let replaced = device(&load.machine, "disk1", DeviceCommand::ReplaceImage { path });
+    let replaced = device(
+        &load.machine,
+        "disk1",
+        DeviceCommand::ReplaceImage { path, format: None },
+    );
     assert!(matches!(
         replaced,
         Err(Error::NoSuchDevice { name }) if name.as_str() == "disk1"

@@ -177,7 +177,7 @@ fn a_configuration_has_what_was_changed_since_the_start() {
     };
     let path = other.clone();
     for (name, command) in [
-        ("disk0", DeviceCommand::ReplaceImage { path }),
+        ("disk0", DeviceCommand::ReplaceImage { path, format: None }),
         ("disk0", DeviceCommand::SetLimits(limits)),
         ("balloon", DeviceCommand::SetBalloonTarget { mib: 3 }),
     ] {
@@ -185,7 +185,12 @@ fn a_configuration_has_what_was_changed_since_the_start() {
     }
     // What is refused changes nothing.
     let path = folder.path().join("missing.img");
-    device(&machine, "disk0", DeviceCommand::ReplaceImage { path }).unwrap_err();
+    device(
+        &machine,
+        "disk0",
+        DeviceCommand::ReplaceImage { path, format: None },
+    )
+    .unwrap_err();
     device(&machine, "rng", DeviceCommand::SetBalloonTarget { mib: 1 }).unwrap_err();
     let changed = machine.configuration().unwrap();
     assert_eq!(changed.disks[0].path, other);
@@ -296,7 +301,12 @@ fn everything_is_opened_by_the_opener_before_the_first_thread_starts() {
     let path = folder.path().join("other.img");
     fs::copy(&image, &path).unwrap();
     let opened = Step::Opened(path.clone());
-    device(&machine, "disk0", DeviceCommand::ReplaceImage { path }).unwrap();
+    device(
+        &machine,
+        "disk0",
+        DeviceCommand::ReplaceImage { path, format: None },
+    )
+    .unwrap();
     assert_eq!(record.steps().last(), Some(&opened));
     machine.stop();
     machine.wait().unwrap();

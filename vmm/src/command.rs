@@ -1,5 +1,6 @@
 //! The commands that a machine executes, the states that allow them, and the answers.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
@@ -50,6 +51,10 @@ pub enum Command {
         /// The command to the device.
         command: DeviceCommand,
     },
+    /// Takes a snapshot of disks, all at one instant: each goes on with a new qcow2 image whose backing file is the
+    /// image that the disk had, and which stays as it is. If this is not possible for one of them, all keep their
+    /// images.
+    SnapshotDisks(Vec<DiskSnapshot>),
     /// Replaces the metadata that the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
@@ -58,6 +63,16 @@ pub enum Command {
     Metadata,
     /// Asks for the counters.
     Metrics,
+}
+
+/// A disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskSnapshot {
+    /// The disk's name.
+    pub disk: DeviceName,
+    /// Where the new image is made. There must be no file.
+    pub path: PathBuf,
 }
 
 /// What [`Command::ShutDown`] has done.
@@ -86,6 +101,11 @@ pub enum Answer {
     Configuration(Box<MachineConfig>),
     /// Answers [`Command::Device`].
     Device(DeviceAnswer),
+    /// Answers [`Command::SnapshotDisks`].
+    Snapshot {
+        /// For how long requests to the disks had to wait.
+        held_up: Duration,
+    },
     /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
     /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.

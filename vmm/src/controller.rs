@@ -6,15 +6,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
+use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, PresentImage};
 use bantam_memory::GuestMemory;
 use bantam_metadata::Metadata;
 use bantam_state::Section;
+use bantam_storage::ImageFormat;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
-use crate::command::{Answer, Command, ShutDown};
+use crate::command::{Answer, Command, DiskSnapshot, ShutDown};
 use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
 use crate::devices::{DeviceTable, Stream};
@@ -97,6 +98,10 @@ impl Controller {
             }
             Command::Device { name, command } => {
                 return Ok(Answer::Device(self.device(&name, command)?));
+            }
+            Command::SnapshotDisks(disks) => {
+                let held_up = self.snapshot_disks(disks)?;
+                return Ok(Answer::Snapshot { held_up });
             }
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
@@ -405,9 +410,39 @@ impl Controller {
         // A command that the host does not answer must not keep the machine.
         let inner = Arc::downgrade(&self.0);
         let noted_name = name.clone();
-        devices.execute(name, command, check, move |command| {
+        devices.execute(name, command, check, move |command, answer| {
             if let Some(inner) = inner.upgrade() {
-                inner.record(|config| config.apply(&noted_name, command));
+                inner.record(|config| {
+                    config.apply(&noted_name, command);
+                    if let Some(DeviceAnswer::Image(image)) = answer {
+                        config.apply_image(&noted_name, image);
+                    }
+                });
+            }
+        })
+    }
+
+    /// Takes a snapshot of disks ([`Command::SnapshotDisks`]), and returns for how long requests to them had to wait.
+    ///
+    /// # Errors
+    /// If the machine neither runs nor is paused, has no such disk, or for a reason that
+    /// [`SnapshotError`](crate::SnapshotError) lists. If the host does not answer, the command is given up after 10
+    /// seconds.
+    pub fn snapshot_disks(&self, disks: Vec<DiskSnapshot>) -> Result<Duration, Error> {
+        let devices = self.0.devices("take a snapshot of disks")?;
+        // A command that the host does not answer must not keep the machine.
+        let inner = Arc::downgrade(&self.0);
+        devices.snapshot(disks, move |disk, block_size| {
+            if let Some(inner) = inner.upgrade() {
+                let image = PresentImage {
+                    path: disk.path.clone(),
+                    format: ImageFormat::Qcow2,
+                    block_size,
+                };
+                inner.record(|config| {
+                    config.apply_image(&disk.disk, &image);
+                    config.allow_backing(&disk.disk);
+                });
             }
         })
     }

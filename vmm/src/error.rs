@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bantam_devices::ListenError;
 use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
-use bantam_devices::virtio::owner::DeviceError;
+use bantam_devices::virtio::owner::{DeviceError, SnapshotError};
 use bantam_metadata::MetadataError;
 use bantam_state::{RestoreError, SaveError};
 use bantam_storage::DiskError;
@@ -171,6 +171,15 @@ pub enum Error {
         name: DeviceName,
         /// Why not.
         source: DeviceError,
+    },
+    /// No snapshot of disks was taken. All keep the images that they have.
+    #[error("no snapshot is taken: {0}")]
+    Snapshot(#[from] SnapshotError),
+    /// The host does not answer, so a command for several devices is given up.
+    #[error("the host does not answer within {seconds} s: try again when it does")]
+    NoAnswer {
+        /// How many seconds it was waited for.
+        seconds: u64,
     },
     /// A thread cannot be started.
     #[error("cannot start thread '{name}': {source}")]

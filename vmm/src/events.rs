@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bantam_devices::notice::{DeviceNotice, DeviceObserver};
+use bantam_devices::virtio::owner::JobStatus;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -58,6 +59,13 @@ pub enum Event {
         device: DeviceName,
         /// How many MiB it has returned in all, rounded down.
         mib: u32,
+    },
+    /// The job of a disk is ready, or has ended.
+    Job {
+        /// The disk.
+        device: DeviceName,
+        /// How far the job is.
+        status: JobStatus,
     },
     /// Events were lost here, because the subscriber did not receive them in time.
     Missed {
@@ -250,6 +258,10 @@ impl DeviceObserver for Observer {
                     text: text.to_string(),
                 },
                 DeviceNotice::MemoryReturned { mib } => Event::MemoryReturned { device, mib },
+                DeviceNotice::Job { status } => Event::Job {
+                    device,
+                    status: status.clone(),
+                },
             }
         });
     }

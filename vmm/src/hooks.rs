@@ -21,8 +21,10 @@ pub enum ThreadRole {
     /// Serves this device.
     Device(DeviceName),
     /// Serves the image of this disk, which is not raw: finds places for data, decompresses it, and changes the
-    /// image's tables.
+    /// image's tables. It is started with the first such image, which a command can bring while the machine runs.
     Image(DeviceName),
+    /// Does the job of this disk: copies its data while the guest uses it. A command starts it.
+    Job(DeviceName),
 }
 
 /// A hook that is called on each thread of a machine, before the thread does anything else.
@@ -33,7 +35,7 @@ pub trait ThreadHook: Send + Sync {
     /// Prepares the calling thread.
     ///
     /// # Errors
-    /// If the machine is not to be started.
+    /// If the thread is not to run. The machine, or the command that needs the thread, then fails.
     fn enter(&self, role: &ThreadRole) -> io::Result<()>;
 }
 

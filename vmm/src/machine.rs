@@ -18,12 +18,12 @@ use crate::command::ShutDown;
 use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
 use crate::devices::{Builder, DeviceTable, LegacyDevices, SerialGuard, Stream};
+use crate::disk_threads::DiskThreads;
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
 use crate::hooks::{ThreadHook, ThreadRole};
-use crate::image_thread::ImageThread;
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
 use crate::memory::{allocate_memory, check_layout};
@@ -44,7 +44,7 @@ pub(crate) struct Machine {
     vcpu_threads: Vec<JoinHandle<()>>,
     event_loops: Vec<DeviceLoop>,
     /// Outlive the event loops, whose disks wait for them.
-    image_threads: Vec<ImageThread>,
+    disk_threads: Vec<Arc<DiskThreads>>,
     devices: Arc<DeviceTable>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
@@ -146,7 +146,7 @@ impl Machine {
             serial_activity.clone(),
         )?;
         let legacy = legacy.finish();
-        let mut builder = Builder::new(&vm, &memory, &mut mmio, log, &context.events, &event_loop);
+        let mut builder = Builder::new(&vm, &memory, &mut mmio, context, &event_loop);
         for build in virtio {
             build(&mut builder)?;
         }
@@ -207,7 +207,7 @@ impl Machine {
             vcpus,
             vcpu_threads: Vec::new(),
             event_loops,
-            image_threads: virtio.image_threads,
+            disk_threads: virtio.disk_threads,
             devices: Arc::new(DeviceTable {
                 power_button,
                 keyboard,
@@ -240,8 +240,8 @@ impl Machine {
         if waits {
             self.control.hold_vcpus();
         }
-        for image_thread in &mut self.image_threads {
-            image_thread.start(&self.control, hook)?;
+        for threads in &self.disk_threads {
+            threads.start()?;
         }
         for event_loop in &mut self.event_loops {
             event_loop.start(&self.control, hook)?;
@@ -316,11 +316,15 @@ impl Machine {
         if let Err(error) = self.devices.resume() {
             tracing::warn!("{error}");
         }
+        for threads in &self.disk_threads {
+            threads.refuse_jobs();
+        }
+        self.devices.cancel_jobs();
         for event_loop in &mut self.event_loops {
             event_loop.end();
         }
-        for image_thread in &mut self.image_threads {
-            image_thread.end();
+        for threads in &self.disk_threads {
+            threads.end();
         }
         let mut flushed = Ok(());
         for (disk, activity) in self.devices.disks() {

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use bantam_vmm::check_disk;
 use bantam_vmm::config::{
     BlockEngineOption, CacheModeOption, DiskConfig, DiskFormatOption, DiskId, DiskLockOption,
 };
+use bantam_vmm::{ImageFormat, check_disk};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::bodies::rate_limiter::RateLimiter;
@@ -45,6 +45,44 @@ pub struct Drive {
     /// Socket of a vhost-user backend, in place of an image.
     #[serde(default)]
     pub socket: Option<PathBuf>,
+    /// Format of the image. Firecracker knows only raw images, and does not have this field.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub format: DriveFormat,
+    /// Whether the image may have backing files, which are then opened too. Firecracker does not have this field.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub backing: bool,
+}
+
+/// Format of the image of a drive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DriveFormat {
+    /// The bytes of the file are those of the drive.
+    #[default]
+    Raw,
+    /// The format of QEMU.
+    Qcow2,
+}
+
+impl From<DriveFormat> for ImageFormat {
+    fn from(format: DriveFormat) -> ImageFormat {
+        match format {
+            DriveFormat::Raw => ImageFormat::Raw,
+            DriveFormat::Qcow2 => ImageFormat::Qcow2,
+        }
+    }
+}
+
+impl From<ImageFormat> for DriveFormat {
+    fn from(format: ImageFormat) -> DriveFormat {
+        match format {
+            ImageFormat::Raw => DriveFormat::Raw,
+            ImageFormat::Qcow2 => DriveFormat::Qcow2,
+        }
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What happens when the guest flushes.
@@ -105,9 +143,12 @@ impl Drive {
                 Some(IoEngine::Async) => BlockEngineOption::IoUring,
             },
             limits: RateLimiter::limits(self.rate_limiter.as_ref()).into(),
-            // As Firecracker does it, which has neither formats nor locks.
-            format: Some(DiskFormatOption::Raw),
-            backing: false,
+            format: Some(match self.format {
+                DriveFormat::Raw => DiskFormatOption::Raw,
+                DriveFormat::Qcow2 => DiskFormatOption::Qcow2,
+            }),
+            backing: self.backing,
+            // As Firecracker does it, which has no locks.
             lock: DiskLockOption::WherePossible,
             any_size: true,
             ..DiskConfig::new(path)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bantam_vmm::{DeviceCommand, Error};
 use serde::Deserialize;
 
-use crate::bodies::drives::Drive;
+use crate::bodies::drives::{Drive, DriveFormat};
 use crate::bodies::rate_limiter::RateLimiter;
 use crate::configuration::Configuration;
 use crate::fault::Fault;
@@ -69,12 +69,20 @@ impl DriveUpdate {
         let name = configuration.names().drive(&drive.drive_id)?;
         if let Some(path) = self.path_on_host {
             let mut changed = Configuration::clone(&configuration);
+            if drive.path_on_host.as_ref() != Some(&path) {
+                // Firecracker's images are raw, whatever the drive has got since the start.
+                drive.format = DriveFormat::Raw;
+                drive.backing = false;
+            }
             changed.set_drive(Drive {
                 path_on_host: Some(path.clone()),
                 ..drive.clone()
             });
             instance.check_outputs(&changed)?;
-            let command = DeviceCommand::ReplaceImage { path: path.clone() };
+            let command = DeviceCommand::ReplaceImage {
+                path: path.clone(),
+                format: Some(drive.format.into()),
+            };
             let replaced = instance.controller().device(&name, command);
             // The drive has the new image even if the old one could not be flushed.
             let is_there = match &replaced {

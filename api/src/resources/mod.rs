@@ -2,6 +2,7 @@
 
 mod actions;
 mod balloon;
+mod bantam;
 mod drives;
 mod instance;
 mod machine_config;
@@ -29,6 +30,7 @@ static RESOURCES: &[Resource] = &[
     actions::RESOURCE,
     machine_config::RESOURCE,
     drives::RESOURCE,
+    bantam::RESOURCE,
     network_interfaces::RESOURCE,
     balloon::RESOURCE,
     mmds::RESOURCE,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess};
+use bantam_storage::{Disk, DiskError, DiskOptions, FileAccess, ImageFormat};
 use serde::{Deserialize, Serialize};
 
 use super::balloon::BalloonHandle;
@@ -14,7 +14,10 @@ pub use super::balloon::{
     BalloonError, BalloonMetrics, BalloonStatistics, GuestStatistics, HintingCommand, HintingStatus,
 };
 use super::block::BlockHandle;
-pub use super::block::{BlockMetrics, ReplaceError};
+pub use super::block::{
+    BlockMetrics, DiskJob, JobCommandError, JobState, JobStatus, PresentImage, ReplaceError,
+    SnapshotError,
+};
 use super::console::ConsoleHandle;
 pub use super::console::ConsoleMetrics;
 use super::net::NetHandle;
@@ -35,7 +38,25 @@ pub enum DeviceCommand {
     ReplaceImage {
         /// The new image.
         path: PathBuf,
+        /// Its format, if it has another one than the present image. If the present image is raw and was opened
+        /// without a format, the name of the new image says whether it is raw or qcow2.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        format: Option<ImageFormat>,
     },
+    /// Makes a disk's image larger, and tells the guest.
+    Grow {
+        /// The new size in bytes.
+        size: u64,
+    },
+    /// Begins to copy data of a disk, beside its guest. A disk has one job at a time, and keeps its image and its size
+    /// until the job has ended.
+    StartJob(DiskJob),
+    /// Has the guest of a disk go on with the copy that a job has made. The job must be ready.
+    FinishJob,
+    /// Ends the job of a disk, whose guest goes on with the image that the disk had before.
+    CancelJob,
+    /// Asks for the job of a disk, or the last one.
+    Job,
     /// Sets the limits of a disk. An unchanged limit keeps its fill level; a changed one begins with a full
     /// bucket.
     SetLimits(Limits),
@@ -70,6 +91,11 @@ impl DeviceCommand {
         match self {
             DeviceCommand::UpdateSize
             | DeviceCommand::ReplaceImage { .. }
+            | DeviceCommand::Grow { .. }
+            | DeviceCommand::StartJob(_)
+            | DeviceCommand::FinishJob
+            | DeviceCommand::CancelJob
+            | DeviceCommand::Job
             | DeviceCommand::SetLimits(_) => "a disk",
             DeviceCommand::SetNetLimits(_) => "a network device",
             DeviceCommand::ResizeConsole { .. } => "a console",
@@ -87,8 +113,12 @@ impl DeviceCommand {
 pub enum DeviceAnswer {
     /// It is done.
     Done,
-    /// Answers [`DeviceCommand::UpdateSize`]: the size in bytes.
+    /// Answers [`DeviceCommand::UpdateSize`] and [`DeviceCommand::Grow`]: the size in bytes.
     Size(u64),
+    /// Answers [`DeviceCommand::FinishJob`]: the image with which the guest goes on.
+    Image(PresentImage),
+    /// Answers [`DeviceCommand::Job`]; `None` if there was no job yet.
+    Job(Option<JobStatus>),
     /// Answers [`DeviceCommand::BalloonStatistics`].
     Balloon(Box<BalloonStatistics>),
 }
@@ -116,6 +146,9 @@ pub enum DeviceError {
     /// A disk cannot be replaced.
     #[error(transparent)]
     Replace(#[from] ReplaceError),
+    /// A command for a job cannot be carried out.
+    #[error(transparent)]
+    Job(#[from] JobCommandError),
     /// The host refuses to set a timer for the limits.
     #[error("cannot set a timer for its limits: {0}")]
     Limits(#[source] io::Error),
@@ -185,11 +218,20 @@ impl DeviceHandle {
         }
     }
 
+    /// Whether `command` neither changes anything nor waits, so that it can be executed beside others.
+    pub fn is_question(command: &DeviceCommand) -> bool {
+        matches!(command, DeviceCommand::Job)
+    }
+
     /// Whether `command` uses files of the host, which may be on storage that does not answer.
     pub fn uses_files(command: &DeviceCommand) -> bool {
         matches!(
             command,
-            DeviceCommand::UpdateSize | DeviceCommand::ReplaceImage { .. }
+            DeviceCommand::UpdateSize
+                | DeviceCommand::ReplaceImage { .. }
+                | DeviceCommand::Grow { .. }
+                | DeviceCommand::StartJob(_)
+                | DeviceCommand::FinishJob
         )
     }
 
@@ -206,10 +248,25 @@ impl DeviceHandle {
     ) -> Result<DeviceAnswer, DeviceError> {
         match (self, command) {
             (DeviceHandle::Disk(disk), DeviceCommand::UpdateSize) => {
-                return update_size(disk).map(DeviceAnswer::Size);
+                let size = sized(disk, disk.update_size())?;
+                return Ok(DeviceAnswer::Size(size));
             }
-            (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path }) => {
-                replace_image(disk, &path, opener, deadline)?;
+            (DeviceHandle::Disk(disk), DeviceCommand::Grow { size }) => {
+                let size = sized(disk, disk.grow(size))?;
+                return Ok(DeviceAnswer::Size(size));
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::ReplaceImage { path, format }) => {
+                replace_image(disk, &path, format, opener, deadline)?;
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::StartJob(job)) => {
+                disk.start_job(job, opener, deadline)?;
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::FinishJob) => {
+                return Ok(DeviceAnswer::Image(disk.finish_job(deadline)?));
+            }
+            (DeviceHandle::Disk(disk), DeviceCommand::CancelJob) => disk.cancel_job()?,
+            (DeviceHandle::Disk(disk), DeviceCommand::Job) => {
+                return Ok(DeviceAnswer::Job(disk.job()));
             }
             (DeviceHandle::Disk(disk), DeviceCommand::SetLimits(limits)) => {
                 disk.set_limits(&limits).map_err(DeviceError::Limits)?;
@@ -241,8 +298,8 @@ impl DeviceHandle {
     }
 }
 
-fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
-    disk.update_size().map_err(|source| DeviceError::Size {
+fn sized(disk: &BlockHandle, result: io::Result<u64>) -> Result<u64, DeviceError> {
+    result.map_err(|source| DeviceError::Size {
         path: disk.disk().path().to_path_buf(),
         source,
     })
@@ -251,6 +308,7 @@ fn update_size(disk: &BlockHandle) -> Result<u64, DeviceError> {
 fn replace_image(
     disk: &BlockHandle,
     path: &Path,
+    format: Option<ImageFormat>,
     opener: &dyn Opener,
     deadline: Instant,
 ) -> Result<(), DeviceError> {
@@ -259,10 +317,15 @@ fn replace_image(
     let is_same = opener
         .file(path, FileAccess::Read)
         .and_then(|file| before.is_same_file(&file));
-    if is_same.unwrap_or(false) {
-        return update_size(disk).map(drop);
+    let present = match &*before {
+        Disk::Raw(_) => ImageFormat::Raw,
+        Disk::Formatted(_) => before.options().format.unwrap_or(ImageFormat::Qcow2),
+    };
+    if is_same.unwrap_or(false) && format.is_none_or(|format| format == present) {
+        return sized(disk, disk.update_size()).map(drop);
     }
     let options = DiskOptions {
+        format: format.or(before.options().format),
         // The guest knows the block size, and does not read it again.
         block_size: Some(before.logical_block_size()),
         ..before.options().clone()

@@ -136,7 +136,7 @@ impl<L: Layout> BlockImage<L> {
     }
 }
 
-impl<L: Layout> Image for BlockImage<L> {
+impl<L: Layout + 'static> Image for BlockImage<L> {
     fn size(&self) -> u64 {
         self.size
     }

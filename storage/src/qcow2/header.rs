@@ -8,13 +8,13 @@ use super::error::Error;
 
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Length of a header of version 2.
-const LENGTH_2: usize = 72;
+pub(super) const LENGTH_2: usize = 72;
 /// Length of the part of a header of version 3 that is always there.
 const LENGTH_3: usize = 104;
 /// Length of the header that is written here, with the compression type.
 pub(super) const LENGTH: usize = 112;
 /// Maximum length of the name of a backing file in bytes.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(super) const MAX_BACKING_NAME: u32 = 1023;
 /// Maximum size of an L1 table in bytes. The limit is QEMU's too.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 /// Maximum size of a refcount table in bytes. The limit is QEMU's too.
@@ -22,9 +22,9 @@ pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// Maximum number of snapshots of an image. The limit is QEMU's too.
 pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 
-const EXTENSION_END: u32 = 0;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXTENSION_FEATURES: u32 = 0x6803_f857;
+pub(super) const EXTENSION_END: u32 = 0;
+pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const EXTENSION_FEATURES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 
 /// Incompatible features.
@@ -522,7 +522,7 @@ impl<'a> Extensions<'a> {
     }
 }
 
-fn put_extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
+pub(super) fn put_extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&kind.to_be_bytes());
     bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
     bytes.extend_from_slice(data);

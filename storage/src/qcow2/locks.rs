@@ -34,13 +34,13 @@ pub(super) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
 }
 
 /// All clusters of the disk.
-pub(super) const ALL: Range<u64> = 0..u64::MAX;
+pub(crate) const ALL: Range<u64> = 0..u64::MAX;
 
 /// Locks on ranges of clusters of the disk, shared or exclusive, granted in the order of requests.
 ///
 /// A request holds at most one of them, so there are no deadlocks.
 #[derive(Debug, Default)]
-pub(super) struct RangeLocks {
+pub(crate) struct RangeLocks {
     entries: Mutex<VecDeque<Entry>>,
     released: Condvar,
 }
@@ -54,7 +54,7 @@ struct Entry {
 
 /// A lock on a range, held until it is dropped.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     locks: &'a RangeLocks,
     id: u64,
 }

@@ -32,6 +32,7 @@
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
 mod allocator;
+mod backing;
 mod cache;
 mod chain;
 mod check;
@@ -43,9 +44,11 @@ mod header;
 mod locks;
 mod overlap;
 mod pending;
+mod pull;
 mod read;
 mod refcounts;
 mod resize;
+mod rewrite;
 mod snapshot_table;
 mod snapshots;
 mod tables;
@@ -58,19 +61,22 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+pub(crate) use chain::MAX_DEPTH;
 pub use chain::{Layer, open_chain};
 pub use check::{Repair, Report};
 pub(crate) use create::Unsynced;
 pub use create::{CreateOptions, Preallocation};
 pub use error::Error;
 pub use header::{BackingName, Compression, Header};
+pub(crate) use locks::{ALL, RangeLocks};
 pub use snapshot_table::Snapshot;
 
 use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
 use allocator::Allocator;
+use backing::{Backing, Below};
 use entry::{Compressed, Geometry, L2Entry};
 use header::{Field, incompatible};
-use locks::{RangeLocks, SyncGate, lock, read};
+use locks::{SyncGate, lock, read};
 use overlap::{Kind, Metadata};
 use refcounts::Refcounts;
 use tables::{L1, Tables};
@@ -114,7 +120,7 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Qcow2 {
     file: Arc<dyn ImageFile>,
-    backing: Option<Arc<dyn Image>>,
+    backing: Backing,
     read_only: bool,
     geometry: Geometry,
     compression: Compression,
@@ -135,6 +141,21 @@ pub struct Qcow2 {
     is_damaged: AtomicBool,
     /// The compressed cluster that was read last, as requests are often smaller than a cluster.
     decompressed: Mutex<Option<(Compressed, Vec<u8>)>>,
+    /// Whether the file is not to be changed any more.
+    writing_has_ended: AtomicBool,
+    /// Taken before all other locks.
+    backing_sync: Mutex<BackingSync>,
+}
+
+/// Whether a flush of an image has to bring its backing file to stable storage too.
+#[derive(Debug)]
+enum BackingSync {
+    /// It has not.
+    NotNeeded,
+    /// The disk has gone on with this image since the backing file was written.
+    Due(Arc<dyn Image>),
+    /// It has failed, and the host would report success for the next one all the same.
+    Failed,
 }
 
 impl Header {
@@ -207,7 +228,7 @@ impl Qcow2 {
             file_size,
         );
         Ok(Qcow2 {
-            backing: options.backing.filter(|_| header.backing.is_some()),
+            backing: Backing::new(options.backing.filter(|_| header.backing.is_some())),
             read_only: options.read_only,
             geometry,
             compression: header.compression,
@@ -224,12 +245,67 @@ impl Qcow2 {
             layout: Mutex::new(()),
             is_damaged: AtomicBool::new(false),
             decompressed: Mutex::new(None),
+            writing_has_ended: AtomicBool::new(false),
+            backing_sync: Mutex::new(BackingSync::NotNeeded),
         })
     }
 
     /// Returns what the header says now.
     pub fn header(&self) -> Header {
         lock(&self.header).clone()
+    }
+
+    /// Returns the backing file, if there is one.
+    pub fn backing(&self) -> Option<Arc<dyn Image>> {
+        self.backing.get().map(|below| below.image)
+    }
+
+    /// Goes on with another opened backing file, which reads as the present one wherever this image takes its bytes
+    /// from there, and whose files have the same numbers. The name of the backing file in the header stays.
+    ///
+    /// The caller makes sure that data is transferred by earlier answers of [`Image::map`] only if these hold for
+    /// the other one too.
+    ///
+    /// # Errors
+    /// If the image has no backing file.
+    pub fn replace_backing(&self, image: Arc<dyn Image>) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
+        let _guard = self.ranges.exclusive(ALL);
+        let Some(Below { distance, .. }) = self.backing.get() else {
+            let error = "the image has no backing file";
+            return Err(Error::NotPossible(error.to_owned()));
+        };
+        self.backing.replace(Some(Below { image, distance }));
+        Ok(())
+    }
+
+    /// Uses the backing file of `other`, which is the same image, with the numbers that files have there.
+    pub(crate) fn share_backing_of(&self, other: &Qcow2) {
+        let _guard = self.ranges.exclusive(ALL);
+        self.backing.replace(other.backing.get());
+    }
+
+    /// Has the next flush flush the backing file too, to which the guest has written before this image took its place.
+    pub(crate) fn flush_backing_too(&self) {
+        if let Some(backing) = self.backing() {
+            *lock(&self.backing_sync) = BackingSync::Due(backing);
+        }
+    }
+
+    fn sync_backing(&self) -> io::Result<()> {
+        let mut state = lock(&self.backing_sync);
+        let flushed = match &*state {
+            BackingSync::NotNeeded => return Ok(()),
+            BackingSync::Due(backing) => backing.flush(),
+            BackingSync::Failed => Err(io::Error::other(
+                "the host has failed to write the backing file, which held the disk before",
+            )),
+        };
+        *state = match flushed {
+            Ok(()) => BackingSync::NotNeeded,
+            Err(_) => BackingSync::Failed,
+        };
+        flushed
     }
 
     /// Does what has to be done before the first write.
@@ -310,7 +386,7 @@ impl Qcow2 {
 
     /// Refuses writes to an image that takes none.
     fn check_writable(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.read_only || self.writing_has_ended.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         if self.is_damaged.load(Ordering::Relaxed) {
@@ -431,7 +507,27 @@ impl Image for Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        self.sync_backing()?;
         self.sync_and_release()
+    }
+
+    fn end_writing(&self) -> io::Result<()> {
+        self.flush()?;
+        if self.check_writable().is_ok() {
+            // What cannot be given back is leaked, and a check frees it.
+            let _ = lock(&self.allocator).give_back();
+            self.writing_has_ended.store(true, Ordering::Relaxed);
+            self.gate.sync()?;
+        }
+        Ok(())
+    }
+
+    fn grow(&self, size: u64) -> io::Result<()> {
+        let _layout = lock(&self.layout);
+        if size <= self.size() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(self.resize_locked(size)?)
     }
 
     fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {

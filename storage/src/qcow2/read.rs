@@ -1,15 +1,17 @@
 //! Reads: where bytes are, and the bytes themselves.
 
+use std::borrow::Borrow;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::Qcow2;
+use super::backing::Below;
 use super::entry::{Compressed, Mapping};
 use super::error::Error;
 use super::locks::lock;
 use super::tables::Run;
-use crate::{BlockStatus, Content, Direction, Extent, Image};
+use crate::{BlockStatus, Content, Direction, Extent};
 
 impl Qcow2 {
     /// [`Image::map`].
@@ -22,6 +24,7 @@ impl Qcow2 {
         if len == 0 {
             return slow;
         }
+        let changes = self.backing.changes();
         let Some(Ok((mapping, len))) = self.tables.cached(range.start, len) else {
             return slow;
         };
@@ -44,17 +47,22 @@ impl Qcow2 {
             },
             (Mapping::Zeroes, Direction::Read) => Extent::Zeroes { len },
             (Mapping::Unallocated, Direction::Read) => {
-                let Some((backing, backed)) = self.backed(range.start, len) else {
-                    return Extent::Zeroes { len };
-                };
-                match backing.map(range.start..range.start + backed, Direction::Read) {
-                    Extent::File { file, offset, len } => Extent::File {
-                        file: file + 1,
-                        offset,
-                        len,
-                    },
-                    extent => extent,
-                }
+                // The entry may be from before a change of the backing file.
+                let extent = self.backing.try_with(changes, |below| {
+                    let Some((below, backed)) = part(below, range.start, len) else {
+                        return Extent::Zeroes { len };
+                    };
+                    let range = range.start..range.start + backed;
+                    match below.image.map(range, Direction::Read) {
+                        Extent::File { file, offset, len } => Extent::File {
+                            file: file + below.distance,
+                            offset,
+                            len,
+                        },
+                        extent => extent,
+                    }
+                });
+                extent.unwrap_or(Extent::Slow { len })
             }
             _ => Extent::Slow { len },
         }
@@ -69,10 +77,8 @@ impl Qcow2 {
     }
 
     /// Returns the backing file and how many of the bytes from `offset` on it has, if it has the first.
-    fn backed(&self, offset: u64, len: u64) -> Option<(&dyn Image, u64)> {
-        let backing = self.backing.as_deref()?;
-        let len = backing.size().saturating_sub(offset).min(len);
-        (len > 0).then_some((backing, len))
+    fn backed(&self, offset: u64, len: u64) -> Option<(Below, u64)> {
+        part(self.backing.get(), offset, len)
     }
 
     /// [`Image::read_at`] for a caller that holds a lock on the range. The range may end behind the
@@ -98,21 +104,21 @@ impl Qcow2 {
 
     /// Fills `bytes` from the backing file.
     fn read_backing(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        let Some((backing, len)) = self.backed(offset, bytes.len() as u64) else {
+        let Some((below, len)) = self.backed(offset, bytes.len() as u64) else {
             bytes.fill(0);
             return Ok(());
         };
         let (part, rest) = bytes.split_at_mut(len as usize);
         rest.fill(0);
         // Damage of the backing file is not damage of this image.
-        backing.read_at(part, offset).map_err(foreign)
+        below.image.read_at(part, offset).map_err(foreign)
     }
 
     /// Whether all bytes of a range of the backing file are known to be zeroes.
     pub(super) fn is_backed_by_zeroes(&self, range: Range<u64>) -> io::Result<bool> {
         let mut next = range.start;
-        while let Some((backing, len)) = self.backed(next, range.end.saturating_sub(next)) {
-            let status = backing.status(next..next + len).map_err(foreign)?;
+        while let Some((below, len)) = self.backed(next, range.end.saturating_sub(next)) {
+            let status = below.image.status(next..next + len).map_err(foreign)?;
             if status.content != Content::Zeroes {
                 return Ok(false);
             }
@@ -160,19 +166,24 @@ impl Qcow2 {
             Mapping::Zeroes => Content::Zeroes,
             Mapping::Compressed(_) => Content::Compressed,
             Mapping::Unallocated => {
-                let Some((backing, backed)) = self.backed(range.start, len) else {
+                let Some((below, backed)) = self.backed(range.start, len) else {
                     return Ok(BlockStatus {
                         len,
                         content: Content::Zeroes,
                         depth: None,
                     });
                 };
-                let status = backing
+                let status = below
+                    .image
                     .status(range.start..range.start + backed)
                     .map_err(foreign)?;
                 let content = match status.content {
                     Content::Data { file, offset } => Content::Data {
-                        file: file + 1,
+                        file: file + below.distance,
+                        offset,
+                    },
+                    Content::Hole { file, offset } => Content::Hole {
+                        file: file + below.distance,
                         offset,
                     },
                     content => content,
@@ -191,6 +202,13 @@ impl Qcow2 {
             depth: Some(0),
         })
     }
+}
+
+/// Returns the backing file `below` and how many of the bytes from `offset` on it has, if it has the first.
+fn part<B: Borrow<Below>>(below: Option<B>, offset: u64, len: u64) -> Option<(B, u64)> {
+    let below = below?;
+    let len = below.borrow().image.size().saturating_sub(offset).min(len);
+    (len > 0).then_some((below, len))
 }
 
 /// Turns an error of the backing file into one that does not mark this image as damaged.

@@ -16,16 +16,22 @@ impl Qcow2 {
     /// Changes the size of the disk. What is added reads as zeroes; what is cut off is lost, even if this
     /// fails.
     ///
-    /// The caller makes sure that no data is transferred by an answer of [`Image::map`] meanwhile.
+    /// If the disk becomes smaller, the caller makes sure that no data is transferred by an answer of [`Image::map`]
+    /// meanwhile.
     ///
     /// # Errors
     /// If the size is not possible, or the host cannot write.
     pub fn resize(&self, size: u64) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
+        self.resize_locked(size)
+    }
+
+    /// [`Self::resize`] for a caller that has locked the layout.
+    pub(super) fn resize_locked(&self, size: u64) -> Result<(), Error> {
         if !size.is_multiple_of(512) || size > 1 << 62 {
             let error = "the size of a disk is a multiple of 512 bytes";
             return Err(Error::Option(error.to_owned()));
         }
-        let _layout = lock(&self.layout);
         let header = self.header();
         if self.geometry.l1_entries(size) * 8 > MAX_L1_BYTES {
             return Err(Error::Option(
@@ -60,7 +66,7 @@ impl Qcow2 {
         let first = old.div_ceil(cluster_size);
         self.write_zero_bytes(old..size.min(first * cluster_size))?;
         let end = size.div_ceil(cluster_size).max(first);
-        let backed = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let backed = self.backing.get().map_or(0, |below| below.image.size());
         let backed = backed.div_ceil(cluster_size).clamp(first, end);
         if self.geometry.zero_flag {
             self.zero_clusters(first..backed, true)?;

@@ -78,15 +78,27 @@ impl Qcow2 {
     /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another
     /// thread has mapped them meanwhile.
     fn write_new(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let geometry = self.geometry;
-        let cluster_size = geometry.cluster_size();
-        let first = offset >> geometry.cluster_bits;
-        let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
-        let most = slice_end.min(first + (PIECE / cluster_size).max(1));
-        let end = (offset + bytes.len() as u64).min(most << geometry.cluster_bits);
-        let clusters = geometry.clusters(offset..end);
+        let end = self.new_end(&(offset..offset + bytes.len() as u64));
+        let _guard = self.ranges.exclusive(self.geometry.clusters(offset..end));
+        self.write_new_locked(&bytes[..(end - offset) as usize], offset)
+    }
 
-        let _guard = self.ranges.exclusive(clusters.clone());
+    /// Returns how far clusters are mapped at a time from the beginning of `range` on.
+    pub(super) fn new_end(&self, range: &Range<u64>) -> u64 {
+        let geometry = self.geometry;
+        let first = range.start >> geometry.cluster_bits;
+        let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
+        let most = slice_end.min(first + (PIECE / geometry.cluster_size()).max(1));
+        range.end.min(most << geometry.cluster_bits)
+    }
+
+    /// Does what [`Self::write_new`] does, for a caller that has locked the clusters, and no more bytes than are mapped
+    /// at a time.
+    pub(super) fn write_new_locked(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let geometry = self.geometry;
+        let first = offset >> geometry.cluster_bits;
+        let end = offset + bytes.len() as u64;
+        let clusters = geometry.clusters(offset..end);
         let old = self
             .tables
             .entries(clusters.clone(), |entry| self.inspect(entry))?;
@@ -307,7 +319,7 @@ impl Qcow2 {
     }
 
     /// Settles if more entries are pending than may wait for the next flush.
-    fn settle_if_many(&self) -> io::Result<()> {
+    pub(super) fn settle_if_many(&self) -> io::Result<()> {
         if self.tables.pending_len() > self.max_pending {
             self.settle()
         } else {

@@ -60,7 +60,7 @@ impl Qcow2 {
     }
 
     /// Returns the clusters that lie within `range`. The last one of the disk may end behind it.
-    fn whole_clusters(&self, range: &Range<u64>) -> Range<u64> {
+    pub(super) fn whole_clusters(&self, range: &Range<u64>) -> Range<u64> {
         let start = range.start.div_ceil(self.geometry.cluster_size());
         let end = if range.end == self.size.load(Ordering::Relaxed) {
             range.end.div_ceil(self.geometry.cluster_size())
@@ -103,6 +103,15 @@ impl Qcow2 {
         change: impl Fn(L2Entry) -> L2Entry,
     ) -> io::Result<()> {
         let _guard = self.ranges.exclusive(clusters.clone());
+        self.change_slice_locked(clusters, change)
+    }
+
+    /// Replaces entries of one slice, for a caller that has locked their clusters.
+    pub(super) fn change_slice_locked(
+        &self,
+        clusters: Range<u64>,
+        change: impl Fn(L2Entry) -> L2Entry,
+    ) -> io::Result<()> {
         let old = self
             .tables
             .entries(clusters.clone(), |entry| self.inspect(entry))?;

@@ -81,6 +81,15 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
+    /// Its path leads to another file than the one that is open.
+    #[error(
+        "cannot open disk '{path}' for writing: its path leads to another file than the one that is in use",
+        path = .path.display()
+    )]
+    Replaced {
+        /// The image.
+        path: PathBuf,
+    },
     /// The page cache cannot be bypassed.
     #[error(
         "cannot open disk '{path}' with 'cache=none': {source}; its file system may not have \
@@ -119,6 +128,12 @@ pub enum DiskError {
         path: PathBuf,
         /// Why not.
         source: crate::qcow2::Error,
+    },
+    /// It is read-only, so its guest cannot write to an overlay either.
+    #[error("cannot make an overlay of disk '{path}': it is read-only", path = .path.display())]
+    ReadOnlyBase {
+        /// The image.
+        path: PathBuf,
     },
     /// It has a backing file, and must not have any.
     #[error(

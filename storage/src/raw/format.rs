@@ -5,13 +5,31 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// Format of a disk image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
     /// The bytes of the file are those of the disk.
     Raw,
     /// The format of QEMU.
     Qcow2,
+}
+
+impl ImageFormat {
+    /// Returns the format that the name of an image says: qcow2 if it ends in `.qcow2`, otherwise raw.
+    pub fn of_name(path: &Path) -> ImageFormat {
+        format_of_name(path)
+    }
+
+    /// Returns the format's name, as images have it for that of their backing file.
+    pub fn name(self) -> &'static str {
+        match self {
+            ImageFormat::Raw => "raw",
+            ImageFormat::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// A format that other programs know.

@@ -26,7 +26,9 @@ pub use format::ImageFormat;
 pub(crate) use format::format_of_name;
 pub(crate) use geometry::disk_size;
 pub use open::DiskOptions;
-pub(crate) use open::{open_file, open_locked};
+pub(crate) use open::{
+    create_locked, lock_as_wanted, open_again, open_file, open_locked, open_regular,
+};
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -149,6 +151,27 @@ impl DiskFile {
             self.warn_of_hidden_bytes();
         }
         Ok(size)
+    }
+
+    /// Makes the file larger. The disk keeps its size until [`DiskFile::update_size`].
+    ///
+    /// # Errors
+    /// If it is a block device, the file is larger already, or the host cannot change it.
+    pub fn grow(&self, size: u64) -> io::Result<()> {
+        if self.is_block_device {
+            let reason = "it is on a block device, whose size the host determines";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
+        }
+        let length = self.current_size()?;
+        if size < length {
+            let reason = format!("its image has {length} bytes, and cannot become smaller");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        self.file.set_len(size)?;
+        match self.options.cache {
+            CacheMode::Unsafe => Ok(()),
+            _ => self.file.sync_all(),
+        }
     }
 
     /// Returns the options with which it was opened.

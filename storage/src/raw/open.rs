@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
 
 use super::geometry::{block_sizes, direct_alignment, disk_size, measure};
 use super::{Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, SECTOR_SIZE, format};
-use crate::lock::{LockMode, lock_image};
+use crate::lock::{LockMode, has_no_locks, lock_image};
 use crate::opener::{FileAccess, FileOpener, HostOpener};
 
 /// How a disk image is opened.
@@ -56,7 +56,9 @@ impl DiskFile {
         path: &Path,
         options: &DiskOptions,
     ) -> Result<DiskFile, DiskError> {
-        let (disk, format) = DiskFile::open_silently(opener, path, options)?;
+        let lock =
+            |file: &File| lock_as_wanted(path, options, || lock_image(file, options.read_only));
+        let (disk, format) = DiskFile::open_silently(opener, path, options, lock)?;
         if let Some(format) = format {
             tracing::warn!(
                 "disk '{path}' is used as raw, though it begins as a {format} image does. A guest can \
@@ -74,18 +76,15 @@ impl DiskFile {
     /// # Errors
     /// Those of [`DiskFile::open`].
     pub fn check(path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
-        let options = DiskOptions {
-            lock: LockMode::Off,
-            ..options.clone()
-        };
-        DiskFile::open_silently(&HostOpener, path, &options).map(drop)
+        DiskFile::open_silently(&HostOpener, path, options, |_| Ok(())).map(drop)
     }
 
-    /// Opens an image, and returns the format other than raw that its first bytes suggest.
-    fn open_silently(
+    /// Opens an image, locks it by `lock`, and returns the format other than raw that its first bytes suggest.
+    pub(crate) fn open_silently(
         opener: &dyn FileOpener,
         path: &Path,
         options: &DiskOptions,
+        lock: impl FnOnce(&File) -> Result<(), DiskError>,
     ) -> Result<(DiskFile, Option<&'static str>), DiskError> {
         let with_path = |action| {
             move |source| DiskError::Io {
@@ -102,7 +101,7 @@ impl DiskFile {
             return Err(DiskError::NamedFormat { path, format });
         }
         // Before it is measured: its present user may change its size.
-        lock_as_wanted(&file, path, options)?;
+        lock(&file)?;
         let length = measure(&file, kind).map_err(with_path("measure"))?;
         let (logical, physical_block_size) =
             block_sizes(&file, kind).map_err(with_path("examine"))?;
@@ -216,12 +215,24 @@ pub(crate) fn open_locked(
     path: &Path,
     options: &DiskOptions,
 ) -> Result<File, DiskError> {
+    open_regular(opener, path, options, |file| {
+        lock_as_wanted(path, options, || lock_image(file, options.read_only))
+    })
+}
+
+/// Opens a regular file like [`open_locked`], but locks it by `lock`.
+pub(crate) fn open_regular(
+    opener: &dyn FileOpener,
+    path: &Path,
+    options: &DiskOptions,
+    lock: impl FnOnce(&File) -> Result<(), DiskError>,
+) -> Result<File, DiskError> {
     let (file, kind) = open_file(opener, path, options.read_only)?;
     if !kind.is_file() {
         let path = path.to_path_buf();
         return Err(DiskError::DeviceFormat { path });
     }
-    lock_as_wanted(&file, path, options)?;
+    lock(&file)?;
     // The flag kept the open from waiting for a pipe's other end.
     let flags =
         file_flags(&file).and_then(|flags| set_file_flags(&file, flags - OFlag::O_NONBLOCK));
@@ -231,6 +242,35 @@ pub(crate) fn open_locked(
         source,
     })?;
     Ok(file)
+}
+
+/// Creates and locks a regular file at `path`, which an image that is not raw is to be kept in.
+pub(crate) fn create_locked(
+    opener: &dyn FileOpener,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<File, DiskError> {
+    let create = opener.file(path, FileAccess::Create);
+    let file = create.map_err(|source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "create",
+        source,
+    })?;
+    let flags =
+        file_flags(&file).and_then(|flags| set_file_flags(&file, flags - OFlag::O_NONBLOCK));
+    let flags = flags.map_err(|source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source,
+    });
+    match flags.and_then(|()| lock_as_wanted(path, options, || lock_image(&file, false))) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            // The first error says more than a second one.
+            let _ = opener.remove(path);
+            Err(error)
+        }
+    }
 }
 
 fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
@@ -262,6 +302,24 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
 
 /// Opens the image `file` at `path` a second time, for [`Access::Tail`].
 fn open_tail(opener: &dyn FileOpener, path: &Path, file: &File) -> Result<File, DiskError> {
+    let tail = open_again(opener, path, file, false)?;
+    // Data before the tail must not be read ahead into the page cache, where it would become stale.
+    let advice = PosixFadviseAdvice::POSIX_FADV_RANDOM;
+    posix_fadvise(&tail, 0, 0, advice).map_err(|error| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source: error.into(),
+    })?;
+    Ok(tail)
+}
+
+/// Opens the image `file` at `path` a second time, through the page cache.
+pub(crate) fn open_again(
+    opener: &dyn FileOpener,
+    path: &Path,
+    file: &File,
+    read_only: bool,
+) -> Result<File, DiskError> {
     let with_path = |action| {
         move |source| DiskError::Io {
             path: path.to_path_buf(),
@@ -269,36 +327,36 @@ fn open_tail(opener: &dyn FileOpener, path: &Path, file: &File) -> Result<File, 
             source,
         }
     };
-    let tail = opener
-        .file(path, FileAccess::ReadWrite)
-        .map_err(with_path("open"))?;
+    let access = match read_only {
+        true => FileAccess::Read,
+        false => FileAccess::ReadWrite,
+    };
+    let again = opener.file(path, access).map_err(with_path("open"))?;
     let identity = |file: &File| file.metadata().map(|it| (it.dev(), it.ino()));
-    let same = identity(&tail).and_then(|tail| Ok(tail == identity(file)?));
+    let same = identity(&again).and_then(|again| Ok(again == identity(file)?));
     if !same.map_err(with_path("examine"))? {
         return Err(DiskError::Changed {
             path: path.to_path_buf(),
         });
     }
-    let flags = file_flags(&tail).map_err(with_path("set up"))?;
-    set_file_flags(&tail, flags - OFlag::O_NONBLOCK).map_err(with_path("set up"))?;
-    // Data before the tail must not be read ahead into the page cache, where it would become stale.
-    let advice = PosixFadviseAdvice::POSIX_FADV_RANDOM;
-    posix_fadvise(&tail, 0, 0, advice).map_err(|error| with_path("set up")(error.into()))?;
-    Ok(tail)
+    let flags = file_flags(&again).map_err(with_path("set up"))?;
+    set_file_flags(&again, flags - OFlag::O_NONBLOCK).map_err(with_path("set up"))?;
+    Ok(again)
 }
 
-/// Locks an image in the way that `options` ask for.
-fn lock_as_wanted(file: &File, path: &Path, options: &DiskOptions) -> Result<(), DiskError> {
+/// Locks an image by `lock` in the way that `options` ask for.
+pub(crate) fn lock_as_wanted(
+    path: &Path,
+    options: &DiskOptions,
+    lock: impl FnOnce() -> io::Result<()>,
+) -> Result<(), DiskError> {
     if options.lock == LockMode::Off {
         return Ok(());
     }
-    let Err(source) = lock_image(file, options.read_only) else {
+    let Err(source) = lock() else {
         return Ok(());
     };
-    let has_no_locks = matches!(
-        source.raw_os_error(),
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
-    );
+    let has_no_locks = has_no_locks(&source);
     let path = path.to_path_buf();
     let error = match source.kind() {
         io::ErrorKind::WouldBlock => DiskError::InUse { path },

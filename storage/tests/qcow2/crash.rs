@@ -156,38 +156,37 @@ impl Recorded {
         }
         self.image = None;
     }
+}
 
-    /// Returns the file after a crash that kept `stable`, and any part of the changes `rest`, among which there is
-    /// no sync.
-    fn crash(stable: &[u8], rest: &[Change], numbers: &mut Numbers) -> Vec<u8> {
-        let mut file = stable.to_vec();
-        let style = numbers.below(4);
-        for (index, change) in rest.iter().enumerate() {
-            let has_ended = index + 1 < rest.len();
-            match change {
-                _ if style == 0 => change.apply(&mut file),
-                Change::DurableWrite { .. } if has_ended => change.apply(&mut file),
-                Change::Write { offset, bytes } | Change::DurableWrite { offset, bytes } => {
-                    // A write is torn between sectors.
-                    let mut position = 0;
-                    while position < bytes.len() {
-                        let sector = (*offset as usize + position) / SECTOR;
-                        let len =
-                            bytes.len().min((sector + 1) * SECTOR - *offset as usize) - position;
-                        if numbers.below(4) >= style {
-                            let bytes = bytes[position..position + len].to_vec();
-                            let offset = offset + position as u64;
-                            Change::Write { offset, bytes }.apply(&mut file);
-                        }
-                        position += len;
+/// Returns the file after a crash that kept `stable`, and any part of the changes `rest`, among which there is
+/// no sync.
+pub fn crash(stable: &[u8], rest: &[Change], numbers: &mut Numbers) -> Vec<u8> {
+    let mut file = stable.to_vec();
+    let style = numbers.below(4);
+    for (index, change) in rest.iter().enumerate() {
+        let has_ended = index + 1 < rest.len();
+        match change {
+            _ if style == 0 => change.apply(&mut file),
+            Change::DurableWrite { .. } if has_ended => change.apply(&mut file),
+            Change::Write { offset, bytes } | Change::DurableWrite { offset, bytes } => {
+                // A write is torn between sectors.
+                let mut position = 0;
+                while position < bytes.len() {
+                    let sector = (*offset as usize + position) / SECTOR;
+                    let len = bytes.len().min((sector + 1) * SECTOR - *offset as usize) - position;
+                    if numbers.below(4) >= style {
+                        let bytes = bytes[position..position + len].to_vec();
+                        let offset = offset + position as u64;
+                        Change::Write { offset, bytes }.apply(&mut file);
                     }
+                    position += len;
                 }
-                change if numbers.below(4) >= style => change.apply(&mut file),
-                _ => {}
             }
+            change if numbers.below(4) >= style => change.apply(&mut file),
+            _ => {}
         }
-        file
     }
+    file
 }
 
 fn check_by_qemu(folder: &Folder, file: &[u8]) {
@@ -235,7 +234,7 @@ fn survive_with(
             continue;
         }
         for turn in 0..2 {
-            let file = Recorded::crash(&stable, &changes[synced..count], &mut numbers);
+            let file = crash(&stable, &changes[synced..count], &mut numbers);
             let what = format!(
                 "{options:?}, {max_pending} pending, seed {seed}, {count} of {} changes",
                 changes.len()

@@ -8,6 +8,8 @@ mod support;
 mod change;
 mod crash;
 mod fuzz;
+mod jobs;
+mod jobs_crash;
 mod pending;
 mod property;
 mod read;

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bantam_storage::ImageFile;
 
@@ -48,6 +48,22 @@ impl Change {
     }
 }
 
+/// The order of the changes of several files.
+#[derive(Debug, Default)]
+pub struct Journal(Mutex<Vec<usize>>);
+
+impl Journal {
+    /// Number of changes so far.
+    pub fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    /// Returns the number of the file that each change was made to.
+    pub fn files(&self) -> Vec<usize> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
@@ -66,6 +82,8 @@ pub struct MemoryFile {
     /// Largest size.
     limit: u64,
     bytes_read: AtomicU64,
+    /// Where its changes are noted together with those of others, and its number there.
+    journal: Option<(Arc<Journal>, usize)>,
 }
 
 impl MemoryFile {
@@ -78,6 +96,7 @@ impl MemoryFile {
         MemoryFile {
             limit,
             bytes_read: AtomicU64::new(0),
+            journal: None,
             state: Mutex::new(State {
                 bytes,
                 changes: Vec::new(),
@@ -86,6 +105,12 @@ impl MemoryFile {
             failing: AtomicU64::new(u64::MAX),
             failures: AtomicU64::new(0),
         }
+    }
+
+    /// Notes its changes in `journal` too, as those of file `number`.
+    pub fn recorded_in(mut self, journal: &Arc<Journal>, number: usize) -> MemoryFile {
+        self.journal = Some((Arc::clone(journal), number));
+        self
     }
 
     /// Has `failures` calls fail, after `calls` more.
@@ -133,6 +158,9 @@ impl MemoryFile {
         let mut state = self.state.lock().unwrap();
         change.apply(&mut state.bytes);
         state.changes.push(change);
+        if let Some((journal, number)) = &self.journal {
+            journal.0.lock().unwrap().push(*number);
+        }
         Ok(())
     }
 }

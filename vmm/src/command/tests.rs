@@ -2,6 +2,8 @@ use std::num::NonZeroU32;
 
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::balloon::HintingCommand;
+use bantam_devices::virtio::owner::{DiskJob, JobState, JobStatus, PresentImage};
+use bantam_storage::ImageFormat;
 use serde_json::json;
 
 use super::*;
@@ -32,6 +34,10 @@ fn commands_and_answers_travel_as_json() {
         Command::ShutDown {
             timeout: Duration::from_millis(1500),
         },
+        Command::SnapshotDisks(vec![DiskSnapshot {
+            disk: "root".parse().unwrap(),
+            path: "/overlay.qcow2".into(),
+        }]),
         Command::PutMetadata(json!({"a": [1, null]})),
     ] {
         comes_back(&command);
@@ -40,7 +46,15 @@ fn commands_and_answers_travel_as_json() {
         DeviceCommand::UpdateSize,
         DeviceCommand::ReplaceImage {
             path: "/other.img".into(),
+            format: Some(ImageFormat::Qcow2),
         },
+        DeviceCommand::Grow { size: u64::MAX },
+        DeviceCommand::StartJob(DiskJob::Copy {
+            path: "/copy.img".into(),
+            format: ImageFormat::Raw,
+        }),
+        DeviceCommand::StartJob(DiskJob::Pull),
+        DeviceCommand::CancelJob,
         DeviceCommand::SetLimits(limits),
         DeviceCommand::SetStatisticsInterval {
             seconds: NonZeroU32::MIN,
@@ -58,6 +72,22 @@ fn commands_and_answers_travel_as_json() {
         Answer::ShutDown(ShutDown::PowerCut),
         Answer::Configuration(Box::new(config)),
         Answer::Device(DeviceAnswer::Size(u64::MAX)),
+        Answer::Device(DeviceAnswer::Image(PresentImage {
+            path: "/copy.img".into(),
+            format: ImageFormat::Raw,
+            block_size: 512,
+        })),
+        Answer::Device(DeviceAnswer::Job(Some(JobStatus {
+            job: DiskJob::Commit,
+            state: JobState::Failed {
+                reason: "there is no room".to_owned(),
+            },
+            done: 1,
+            total: 2,
+        }))),
+        Answer::Snapshot {
+            held_up: Duration::from_micros(700),
+        },
         Answer::Metadata(None),
     ] {
         comes_back(&answer);

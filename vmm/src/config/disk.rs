@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use bantam_devices::virtio::block::MAX_QUEUES;
-use bantam_devices::virtio::owner::DeviceCommand;
+use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
+use bantam_storage::ImageFormat;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::forms::Listed;
@@ -80,6 +81,9 @@ pub struct DiskConfig {
     pub any_size: bool,
 }
 
+/// Block size of a disk that is kept in a file, if no other is configured.
+const SECTOR_SIZE: u32 = 512;
+
 serde_with_short_keys!(DiskConfig);
 
 impl DiskConfig {
@@ -122,9 +126,26 @@ impl DiskConfig {
     /// Applies the change that `command` has made to the device.
     pub(super) fn apply(&mut self, command: &DeviceCommand) {
         match command {
-            DeviceCommand::ReplaceImage { path } => self.path.clone_from(path),
+            DeviceCommand::ReplaceImage { path, format } => {
+                // An image that its name says to be qcow2 is replaced by another one, whatever that is called.
+                let is_qcow2 =
+                    self.format.is_none() && ImageFormat::of_name(&self.path) == ImageFormat::Qcow2;
+                let format = format.or(is_qcow2.then_some(ImageFormat::Qcow2));
+                self.path.clone_from(path);
+                self.format = format.map(Into::into).or(self.format);
+            }
             DeviceCommand::SetLimits(limits) => self.limits = (*limits).into(),
             _ => {}
+        }
+    }
+
+    /// Gives the disk another image.
+    pub(super) fn apply_image(&mut self, image: &PresentImage) {
+        self.path.clone_from(&image.path);
+        self.format = Some(image.format.into());
+        // A block device may have had larger blocks than a file.
+        if self.block_size.is_none() && image.block_size != SECTOR_SIZE {
+            self.block_size = DiskBlockSize::try_from(i64::from(image.block_size)).ok();
         }
     }
 
@@ -281,6 +302,15 @@ pub enum DiskFormatOption {
     Raw,
     /// The format of QEMU.
     Qcow2,
+}
+
+impl From<ImageFormat> for DiskFormatOption {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 impl TryFrom<String> for DiskFormatOption {
@@ -519,6 +549,39 @@ mod tests {
         ] {
             assert_eq!(disk(text).unwrap().device_name(3).as_str(), name);
         }
+    }
+
+    #[test]
+    fn a_disk_is_described_with_the_image_that_it_has() {
+        let replaced = |text: &str, path: &str, format| {
+            let mut disk = disk(text).unwrap();
+            let path = path.into();
+            disk.apply(&DeviceCommand::ReplaceImage { path, format });
+            disk.to_string()
+        };
+        for (text, path, format, expected) in [
+            ("a", "b", None, "b"),
+            ("a", "b.qcow2", None, "b.qcow2"),
+            ("a,format=raw", "b.qcow2", None, "b.qcow2,format=raw"),
+            ("a.qcow2", "b", None, "b,format=qcow2"),
+            ("a.qcow2", "b", Some(ImageFormat::Raw), "b,format=raw"),
+            ("a", "b", Some(ImageFormat::Qcow2), "b,format=qcow2"),
+        ] {
+            assert_eq!(replaced(text, path, format), expected);
+        }
+        let mut disk = disk("a,cache=unsafe,backing=off").unwrap();
+        disk.apply_image(&PresentImage {
+            path: "b".into(),
+            format: ImageFormat::Qcow2,
+            block_size: 512,
+        });
+        assert_eq!(disk.to_string(), "b,cache=unsafe,format=qcow2,backing=off");
+        disk.apply_image(&PresentImage {
+            path: "c".into(),
+            format: ImageFormat::Raw,
+            block_size: 4096,
+        });
+        assert_eq!(disk.block_size, Some(DiskBlockSize(4096)));
     }
 
     #[test]

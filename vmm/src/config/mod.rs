@@ -37,7 +37,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use bantam_devices::virtio::owner::DeviceCommand;
+use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -302,6 +302,26 @@ impl MachineConfig {
         } else if let Some(balloon) = &mut self.balloon {
             balloon.apply(command);
         }
+    }
+
+    /// Gives the disk called `name` another image.
+    pub(crate) fn apply_image(&mut self, name: &DeviceName, image: &PresentImage) {
+        if let Some(disk) = self.disk_mut(name) {
+            disk.apply_image(image);
+        }
+    }
+
+    /// Allows the image of the disk called `name` to have backing files.
+    pub(crate) fn allow_backing(&mut self, name: &DeviceName) {
+        if let Some(disk) = self.disk_mut(name) {
+            disk.backing = true;
+        }
+    }
+
+    fn disk_mut(&mut self, name: &DeviceName) -> Option<&mut DiskConfig> {
+        let mut disks = (0..).zip(&mut self.disks);
+        let found = disks.find(|(index, disk)| disk.device_name(*index) == *name);
+        found.map(|(_, disk)| disk)
     }
 
     /// Returns the serial port, the console and the channels: the name of each for messages, and its other

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use bantam_arch::acpi::VirtioMmioWindow;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
-use bantam_devices::device_log::MachineLog;
 use bantam_devices::virtio::block::ImageWork;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
 use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
@@ -19,11 +18,11 @@ use super::streams::{Stream, StreamPaths};
 use super::table::Entry;
 use super::turn::Turn;
 use crate::config::DeviceName;
+use crate::disk_threads::DiskThreads;
 use crate::error::Error;
 use crate::event_loop::DeviceLoop;
-use crate::events::EventSender;
 use crate::hooks::ThreadRole;
-use crate::image_thread::ImageThread;
+use crate::machine::MachineContext;
 use crate::vm::Vm;
 
 /// A device that is to get a place in the machine.
@@ -41,8 +40,7 @@ pub(crate) struct Builder<'a> {
     pub(super) vm: &'a Vm,
     pub(super) memory: &'a Arc<GuestMemory>,
     mmio: &'a mut Bus,
-    log: &'a MachineLog,
-    events: &'a EventSender,
+    context: &'a MachineContext,
     event_loop: &'a DeviceLoop,
     windows: Vec<VirtioMmioWindow>,
     built: BuiltDevices,
@@ -55,8 +53,7 @@ pub(crate) struct BuiltDevices {
     pub(crate) metrics: BTreeMap<DeviceName, DeviceMetrics>,
     /// The event loops of devices that have a thread of their own.
     pub(crate) loops: Vec<DeviceLoop>,
-    /// The threads of disks whose images are not raw.
-    pub(crate) image_threads: Vec<ImageThread>,
+    pub(crate) disk_threads: Vec<Arc<DiskThreads>>,
     pub(crate) stream_paths: StreamPaths,
     /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
@@ -68,16 +65,14 @@ impl<'a> Builder<'a> {
         vm: &'a Vm,
         memory: &'a Arc<GuestMemory>,
         mmio: &'a mut Bus,
-        log: &'a MachineLog,
-        events: &'a EventSender,
+        context: &'a MachineContext,
         event_loop: &'a DeviceLoop,
     ) -> Builder<'a> {
         Builder {
             vm,
             memory,
             mmio,
-            log,
-            events,
+            context,
             event_loop,
             windows: Vec::new(),
             built: BuiltDevices::default(),
@@ -108,8 +103,8 @@ impl<'a> Builder<'a> {
             model,
         } = device;
         let window = self.next_window();
-        let log = self.log.device(&log_name);
-        let log = log.observed_by(self.events.observer(&name));
+        let log = self.context.log.device(&log_name);
+        let log = log.observed_by(self.context.events.observer(&name));
         let line = self.vm.interrupt_event(window.gsi)?;
         let link = MmioLink::new(log, Box::new(line));
         let driver = link.driver();
@@ -144,15 +139,17 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Has a thread called `thread_name` do the work of the image of the disk `name`.
-    pub(super) fn add_image_thread(
+    /// Prepares the threads of the disk `name` at place `index`. `work` is that of its first image, if that is not
+    /// raw.
+    pub(super) fn add_disk_threads(
         &mut self,
-        thread_name: String,
+        index: usize,
         name: DeviceName,
-        work: Arc<ImageWork>,
-    ) {
-        let thread = ImageThread::new(thread_name, ThreadRole::Image(name), work);
-        self.built.image_threads.push(thread);
+        work: Option<Arc<ImageWork>>,
+    ) -> Arc<DiskThreads> {
+        let threads = Arc::new(DiskThreads::new(index, name, self.context, work));
+        self.built.disk_threads.push(threads.clone());
+        threads
     }
 
     /// Connects `port` of a console device to the end that is open for `stream`.

@@ -32,17 +32,16 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 let path = image.path().to_path_buf();
                 let block = Block::new(image, &id, &options);
                 let block = block.map_err(|error| block_error(&path, error))?;
-                if let Some(work) = block.image_work() {
-                    let thread_name = format!("bantam-disk{index}");
-                    builder.add_image_thread(thread_name, name.clone(), work);
-                }
+                let threads = builder.add_disk_threads(index, name.clone(), block.image_work());
                 let device = NewDevice {
                     name,
                     log_name: format!("disk '{}'", path.display()),
                     own_thread,
                     model: block,
                 };
-                builder.attach(device, |block, link| DeviceHandle::Disk(block.handle(link)))
+                builder.attach(device, |block, link| {
+                    DeviceHandle::Disk(block.handle(link, threads))
+                })
             });
             Ok(build)
         })

@@ -11,6 +11,7 @@ use bantam_devices::i8042::I8042;
 use bantam_devices::lifecycle::{Device, PAUSE_TIME};
 use bantam_devices::opener::Opener;
 use bantam_devices::virtio::DriverLink;
+use bantam_devices::virtio::block::{self, BlockHandle, SnapshotError};
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceError, DeviceHandle};
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::streams::StreamPaths;
 use super::turn::Turn;
+use crate::command::DiskSnapshot;
 use crate::config::DeviceName;
 use crate::error::Error;
 use crate::events::{Event, EventSender};
@@ -160,6 +162,16 @@ impl DeviceTable {
         })
     }
 
+    /// Cancels the jobs of all disks, which end soon after this.
+    pub(crate) fn cancel_jobs(&self) {
+        for entry in &self.virtio {
+            if let DeviceHandle::Disk(disk) = &entry.handle {
+                // There is none, or the guest is about to go on with its copy.
+                let _ = disk.cancel_job();
+            }
+        }
+    }
+
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {
         let pressed = self.power_button.trigger();
         pressed.map_err(Error::resource("the interrupt of the power button"))
@@ -170,8 +182,8 @@ impl DeviceTable {
         pressed.map_err(Error::Keyboard)
     }
 
-    /// Executes `command` on the device called `name` if `check` allows it, and calls `note` with the command if
-    /// it took effect. A command that uses files is checked and executed on a thread of its own.
+    /// Executes `command` on the device called `name` if `check` allows it, and calls `note` with the command and its
+    /// answer if it took effect. A command that uses files is checked and executed on a thread of its own.
     ///
     /// # Errors
     /// Those of `check`; also if there is no such device, or it cannot carry out the command. If the host
@@ -181,10 +193,9 @@ impl DeviceTable {
         name: &DeviceName,
         command: DeviceCommand,
         check: impl FnOnce() -> Result<(), Error> + Send + 'static,
-        note: impl FnOnce(&DeviceCommand) + Send + 'static,
+        note: impl FnOnce(&DeviceCommand, Option<&DeviceAnswer>) + Send + 'static,
     ) -> Result<DeviceAnswer, Error> {
-        let index = self.virtio.iter().position(|entry| entry.name == *name);
-        let index = index.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })?;
+        let index = self.index_of(name)?;
         let device_name = name.clone();
         let error = move |source| Error::Device {
             name: device_name.clone(),
@@ -196,6 +207,12 @@ impl DeviceTable {
             })
         };
         let deadline = Instant::now() + PAUSE_TIME;
+        if DeviceHandle::is_question(&command) {
+            let handle = &self.virtio[index].handle;
+            return handle
+                .execute(command, &*self.opener, deadline)
+                .map_err(error);
+        }
         let turn = self.virtio[index]
             .turn
             .take(deadline)
@@ -211,7 +228,7 @@ impl DeviceTable {
                 .as_ref()
                 .map_or_else(DeviceError::is_done, |_| true);
             if has_effect {
-                note(&command);
+                note(&command, executed.as_ref().ok());
             }
             drop(turn);
             executed.map_err(execute_error)
@@ -219,22 +236,71 @@ impl DeviceTable {
         if !uses_files {
             return execute();
         }
-        let (answer, answered) = mpsc::channel();
-        let work = move || {
-            // It fails if the answer comes too late.
-            let _ = answer.send(execute());
+        on_own_thread(execute, deadline, no_answer)
+    }
+
+    /// Takes a snapshot of `disks`, all at one instant, and returns for how long requests to them had to wait. Calls
+    /// `note` with each disk and its block size if there is a snapshot.
+    ///
+    /// # Errors
+    /// If there is no such disk, or no snapshot can be taken. If the host does not answer, the command is given up,
+    /// and its thread ends when the host answers.
+    pub(crate) fn snapshot(
+        self: &Arc<DeviceTable>,
+        disks: Vec<DiskSnapshot>,
+        note: impl Fn(&DiskSnapshot, u32) + Send + 'static,
+    ) -> Result<Duration, Error> {
+        let mut indices = Vec::with_capacity(disks.len());
+        for DiskSnapshot { disk, .. } in &disks {
+            let index = self.index_of(disk)?;
+            if indices.contains(&index) {
+                return Err(SnapshotError::Repeated.into());
+            }
+            self.disk(index)?;
+            indices.push(index);
+        }
+        let deadline = Instant::now() + PAUSE_TIME;
+        let no_answer = || Error::NoAnswer {
+            seconds: PAUSE_TIME.as_secs(),
         };
-        let thread_name = "bantam-command";
-        let started = thread::Builder::new().name(thread_name.into()).spawn(work);
-        started.map_err(|source| Error::Thread {
-            name: thread_name.to_owned(),
-            source,
-        })?;
-        let left = deadline.saturating_duration_since(Instant::now());
-        match answered.recv_timeout(left + GIVE_UP_TIME) {
-            Ok(executed) => executed,
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(no_answer()),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Panic),
+        // In one order, so that two of these commands do not wait for each other.
+        let mut in_order = indices.clone();
+        in_order.sort_unstable();
+        let turns: Option<Vec<_>> = in_order
+            .into_iter()
+            .map(|index| self.virtio[index].turn.take(deadline))
+            .collect();
+        let turns = turns.ok_or_else(no_answer)?;
+        let devices = self.clone();
+        let execute = move || {
+            let mut parts = Vec::with_capacity(disks.len());
+            for (&index, disk) in indices.iter().zip(&disks) {
+                parts.push((devices.disk(index)?, disk.path.as_path()));
+            }
+            let held_up = block::snapshot(&parts, &*devices.opener, deadline)?;
+            for ((handle, _), disk) in parts.iter().zip(&disks) {
+                note(disk, handle.disk().logical_block_size());
+            }
+            drop(turns);
+            Ok(held_up)
+        };
+        on_own_thread(execute, deadline, no_answer)
+    }
+
+    fn index_of(&self, name: &DeviceName) -> Result<usize, Error> {
+        let index = self.virtio.iter().position(|entry| entry.name == *name);
+        index.ok_or_else(|| Error::NoSuchDevice { name: name.clone() })
+    }
+
+    /// Returns the disk at this index.
+    fn disk(&self, index: usize) -> Result<&BlockHandle, Error> {
+        let entry = &self.virtio[index];
+        match &entry.handle {
+            DeviceHandle::Disk(disk) => Ok(disk),
+            _ => Err(Error::Device {
+                name: entry.name.clone(),
+                source: DeviceError::Kind { kind: "a disk" },
+            }),
         }
     }
 
@@ -245,5 +311,31 @@ impl DeviceTable {
     /// Returns the path of `stream`, if it leads to a pseudoterminal, file or socket.
     pub(crate) fn stream_path(&self, stream: &super::Stream) -> Option<&Path> {
         self.stream_paths.get(stream).map(PathBuf::as_path)
+    }
+}
+
+/// Executes a command on a thread of its own, which is given up some time after `deadline`: the error is then that of
+/// `no_answer`, and the thread ends when the host answers.
+fn on_own_thread<T: Send + 'static>(
+    execute: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    deadline: Instant,
+    no_answer: impl FnOnce() -> Error,
+) -> Result<T, Error> {
+    let (answer, answered) = mpsc::channel();
+    let work = move || {
+        // It fails if the answer comes too late.
+        let _ = answer.send(execute());
+    };
+    let thread_name = "bantam-command";
+    let started = thread::Builder::new().name(thread_name.into()).spawn(work);
+    started.map_err(|source| Error::Thread {
+        name: thread_name.to_owned(),
+        source,
+    })?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    match answered.recv_timeout(left + GIVE_UP_TIME) {
+        Ok(executed) => executed,
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(no_answer()),
+        Err(mpsc::RecvTimeoutError::Disconnected) => Err(Error::Panic),
     }
 }

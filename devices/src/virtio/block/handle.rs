@@ -9,7 +9,7 @@ use bantam_storage::{Disk, SECTOR_SIZE};
 
 use super::disk_slot::{DiskSlot, OpenDisk};
 use super::ring::Ring;
-use super::{BlockMetrics, Engine, config};
+use super::{BlockMetrics, DiskOwner, Engine, config};
 use crate::rate_limiter::Limits;
 use crate::virtio::{DriverLink, Throttle};
 
@@ -29,17 +29,22 @@ pub enum ReplaceError {
         /// Whether the device is read-only.
         read_only: bool,
     },
-    /// One of the two images is raw and the other is not, and the device cannot change how it serves them.
+    /// A job copies data of the present image.
     #[error(
-        "cannot put '{path}' in the place of a disk whose image is {expected}",
-        path = .path.display(),
-        expected = if *.is_raw { "raw" } else { "not raw" }
+        "cannot put '{path}' in the place of a disk on which a job is at work: finish or cancel that first",
+        path = .path.display()
     )]
-    Format {
+    Job {
         /// The image.
         path: PathBuf,
-        /// Whether the present image is raw.
-        is_raw: bool,
+    },
+    /// The image is not raw, and there is no thread for it.
+    #[error("cannot start a thread for disk '{path}': {source}", path = .path.display())]
+    Thread {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
     },
     /// The device uses io_uring, and cannot do so with this image.
     #[error("cannot serve disk '{path}' by io_uring: {source}", path = .path.display())]
@@ -77,11 +82,13 @@ fn access(read_only: bool) -> &'static str {
 
 /// A handle for the owner of a machine to a block device while the guest uses it, for any thread except that
 /// of the device's event loop.
+#[derive(Clone)]
 pub struct BlockHandle {
     pub(super) slot: Arc<DiskSlot>,
     pub(super) throttle: Arc<Throttle>,
     pub(super) link: Arc<DriverLink>,
     pub(super) engine: Engine,
+    pub(super) owner: Arc<dyn DiskOwner>,
 }
 
 impl BlockHandle {
@@ -116,10 +123,29 @@ impl BlockHandle {
     /// # Errors
     /// Those of [`Disk::update_size`]; the disk then keeps its size.
     pub fn update_size(&self) -> io::Result<u64> {
+        self.change_size(Disk::update_size)
+    }
+
+    /// Makes the image larger while the guest uses it, and tells the driver. Returns the size in bytes.
+    ///
+    /// # Errors
+    /// Those of [`Disk::grow`]; the disk then keeps its size.
+    pub fn grow(&self, size: u64) -> io::Result<u64> {
+        self.change_size(|disk| {
+            disk.grow(size)?;
+            Ok(disk.size())
+        })
+    }
+
+    fn change_size(&self, change: impl FnOnce(&Disk) -> io::Result<u64>) -> io::Result<u64> {
         let _change = self.slot.change();
+        if self.has_job() {
+            let reason = "a job is at work on it: finish or cancel that first";
+            return self.counted(Err(io::Error::new(io::ErrorKind::ResourceBusy, reason)));
+        }
         let disk = self.disk();
         let before = disk.size();
-        let size = self.counted(disk.update_size())?;
+        let size = self.counted(change(&disk))?;
         if size != before {
             let capacity = size / SECTOR_SIZE;
             let config = &self.slot.config;
@@ -143,13 +169,39 @@ impl BlockHandle {
     fn try_replace(&self, disk: Disk, deadline: Instant) -> Result<(), ReplaceError> {
         let path = disk.path().to_path_buf();
         let _change = self.slot.change();
-        let is_raw = matches!(&*self.disk(), Disk::Raw(_));
-        if matches!(&disk, Disk::Raw(_)) != is_raw {
-            return Err(ReplaceError::Format { path, is_raw });
+        if self.has_job() {
+            return Err(ReplaceError::Job { path });
         }
+        let new = self.prepare(Arc::new(disk))?;
+        // Twice, so that little is left to be flushed while the guest waits.
+        let exchanged = flush(&self.disk()).and_then(|()| {
+            let at_rest = || flush(&self.disk());
+            self.slot.exchange(new, at_rest, deadline)
+        });
+        let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
+        self.link.notify_configuration_change();
+        let OpenDisk { disk: old, ring } = old;
+        // The ring has the file open too.
+        drop(ring);
+        flush(&old).map_err(|source| ReplaceError::Flush {
+            path: old.path().to_path_buf(),
+            source,
+        })
+    }
+
+    /// Makes what the device needs to use `disk`.
+    pub(super) fn prepare(&self, disk: Arc<Disk>) -> Result<OpenDisk, ReplaceError> {
+        let path = disk.path().to_path_buf();
         let read_only = self.disk().is_read_only();
         if disk.is_read_only() != read_only {
             return Err(ReplaceError::Access { path, read_only });
+        }
+        if let Disk::Formatted(_) = &*disk
+            && let Err(source) = self
+                .slot
+                .provide_image_work(|work| self.owner.start_image_thread(work))
+        {
+            return Err(ReplaceError::Thread { path, source });
         }
         let ring = match self.engine {
             Engine::Sync => None,
@@ -158,29 +210,7 @@ impl BlockHandle {
                 Err(source) => return Err(ReplaceError::Ring { path, source }),
             },
         };
-        // So that little is left for the worker to flush.
-        if !read_only {
-            self.disk()
-                .flush()
-                .map_err(|source| ReplaceError::ChangeOver {
-                    path: path.clone(),
-                    source,
-                })?;
-        }
-        let disk = Arc::new(disk);
-        let exchanged = self.slot.exchange(OpenDisk { disk, ring }, deadline);
-        let old = exchanged.map_err(|source| ReplaceError::ChangeOver { path, source })?;
-        self.link.notify_configuration_change();
-        let OpenDisk { disk: old, ring } = old;
-        // The ring has the file open too.
-        drop(ring);
-        if !old.is_read_only() {
-            old.flush().map_err(|source| ReplaceError::Flush {
-                path: old.path().to_path_buf(),
-                source,
-            })?;
-        }
-        Ok(())
+        Ok(OpenDisk { disk, ring })
     }
 
     fn counted<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
@@ -190,5 +220,13 @@ impl BlockHandle {
             Err(_) => metrics.update_fails.add(1),
         }
         result
+    }
+}
+
+/// Brings what was written to `disk` to stable storage.
+pub(super) fn flush(disk: &Disk) -> io::Result<()> {
+    match disk.is_read_only() {
+        true => Ok(()),
+        false => disk.flush(),
     }
 }

@@ -4,18 +4,22 @@
 #[doc(hidden)]
 pub mod bench;
 mod config;
+mod disk_owner;
 mod disk_slot;
 mod handle;
 mod image_work;
 mod in_flight;
+mod job;
 mod limits;
 mod metrics;
+mod new_files;
 mod options;
 mod pausable_worker;
 mod pieces;
 mod polling;
 mod request;
 mod ring;
+mod snapshot;
 mod span;
 #[cfg(test)]
 mod tests;
@@ -43,11 +47,14 @@ use request::RequestHandler;
 use ring::Ring;
 use worker::Worker;
 
+pub use disk_owner::DiskOwner;
 pub use handle::{BlockHandle, ReplaceError};
 pub use image_work::ImageWork;
+pub use job::{DiskJob, JobCommandError, JobState, JobStatus, PresentImage};
 pub use limits::ID_SIZE;
 pub use metrics::BlockMetrics;
 pub use options::{BlockOptions, Engine, MAX_QUEUES};
+pub use snapshot::{SnapshotError, snapshot};
 
 /// Why a block device cannot be created.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +80,6 @@ struct Blueprint {
     throttle: Arc<Throttle>,
     id: [u8; ID_SIZE],
     options: BlockOptions,
-    /// Present if the image is not raw.
-    image_work: Option<Arc<ImageWork>>,
 }
 
 impl Blueprint {
@@ -84,9 +89,17 @@ impl Blueprint {
     /// # Errors
     /// If another ring is needed and the host refuses it. The queues then stay with `activation`.
     fn worker(&self, activation: &mut Activation) -> io::Result<Worker> {
-        let (mut open_disk, lease) = self.slot.lease();
+        let (mut open_disk, next_disk, lease) = self.slot.lease();
         if open_disk.ring.is_none() && self.options.engine != Engine::Sync {
-            open_disk.ring = Some(Ring::new(&open_disk.disk)?);
+            match Ring::new(&open_disk.disk) {
+                Ok(ring) => open_disk.ring = Some(ring),
+                Err(error) => {
+                    if let Some(next) = next_disk {
+                        lease.leave(next);
+                    }
+                    return Err(error);
+                }
+            }
         }
         let handler = RequestHandler::new(
             open_disk.disk,
@@ -102,7 +115,7 @@ impl Blueprint {
             &self.options,
             self.throttle.clone(),
             open_disk.ring,
-            self.image_work.clone(),
+            next_disk,
         ))
     }
 }
@@ -134,24 +147,22 @@ impl Block {
                 Err(error) => return Err(BlockError::Ring(error)),
             },
         };
-        let image_work = match &disk {
-            Disk::Raw(_) => None,
-            Disk::Formatted(_) => {
-                let work = ImageWork::new().map_err(BlockError::Resource)?;
-                Some(Arc::new(work))
-            }
-        };
+        let is_raw = matches!(disk, Disk::Raw(_));
         let disk = Arc::new(disk);
+        let slot =
+            DiskSlot::new(OpenDisk { disk, ring }, options.queues).map_err(BlockError::Resource)?;
+        if !is_raw {
+            // The owner starts the thread later.
+            slot.provide_image_work(|_| Ok(()))
+                .map_err(BlockError::Resource)?;
+        }
         let blueprint = Blueprint {
-            slot: DiskSlot::new(OpenDisk { disk, ring }, options.queues)
-                .map(Arc::new)
-                .map_err(BlockError::Resource)?,
+            slot: Arc::new(slot),
             throttle: Throttle::new(&options.limits)
                 .map(Arc::new)
                 .map_err(BlockError::Resource)?,
             id: id_bytes,
             options: BlockOptions { engine, ..*options },
-            image_work,
         };
         Ok(Block {
             blueprint,
@@ -161,15 +172,16 @@ impl Block {
 
     /// Returns the work for a thread of the disk, if its image is not raw.
     pub fn image_work(&self) -> Option<Arc<ImageWork>> {
-        self.blueprint.image_work.clone()
+        self.blueprint.slot.image_work()
     }
 
     /// A handle to the device for the owner of the machine. `link` is the device's.
-    pub fn handle(&self, link: Arc<DriverLink>) -> BlockHandle {
+    pub fn handle(&self, link: Arc<DriverLink>, owner: Arc<dyn DiskOwner>) -> BlockHandle {
         BlockHandle {
             slot: self.blueprint.slot.clone(),
             throttle: self.blueprint.throttle.clone(),
             link,
+            owner,
             engine: self.blueprint.options.engine,
         }
     }

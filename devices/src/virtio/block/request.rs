@@ -210,17 +210,6 @@ impl RequestHandler {
         &self.disk
     }
 
-    /// Brings all writes to the disk to stable storage.
-    ///
-    /// # Errors
-    /// Those of [`Disk::flush`].
-    pub(super) fn flush_disk(&self) -> io::Result<()> {
-        if self.disk.is_read_only() {
-            return Ok(());
-        }
-        self.disk.flush()
-    }
-
     /// Performs requests on `disk` from now on.
     pub(super) fn set_disk(&mut self, disk: Arc<Disk>) {
         self.disk = disk;

@@ -4,6 +4,7 @@ mod direct;
 mod dirty_log;
 mod handle;
 mod images;
+mod live_images;
 mod suspend;
 mod test_image;
 
@@ -29,7 +30,7 @@ use crate::event_loop::Subscriber;
 use crate::rate_limiter::{Limits, RateLimit};
 use crate::virtio::DriverLink;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
-use test_image::ImageThread;
+use test_image::ImageThreads;
 
 const RINGS: u64 = 0x1000;
 /// Headers and status bytes of requests, at a position given by their head.
@@ -66,8 +67,8 @@ struct Machine {
     image: PathBuf,
     folder: TempDir,
     block: Block,
-    /// Ends after the worker.
-    _image_thread: Option<ImageThread>,
+    /// End after the worker.
+    image_threads: ImageThreads,
 }
 
 pub(super) fn open(path: &Path, read_only: bool, cache: CacheMode) -> Result<DiskFile, DiskError> {
@@ -130,7 +131,8 @@ impl Machine {
     }
 
     fn over_block(mut block: Block, image: PathBuf, folder: TempDir) -> Machine {
-        let image_thread = block.image_work().map(ImageThread::start);
+        let image_threads = ImageThreads::default();
+        image_threads.extend(block.image_work());
 
         let regions = [(GuestAddress(0), MEMORY_SIZE)];
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
@@ -144,7 +146,7 @@ impl Machine {
             link: link.clone(),
             state: None,
         };
-        let handle = block.handle(link.clone());
+        let handle = block.handle(link.clone(), image_threads.owner());
         let mut manager = EventManager::new().unwrap();
         let worker =
             manager.add_subscriber(Subscriber::Worker(block.activate(activation).unwrap()));
@@ -159,7 +161,7 @@ impl Machine {
             image,
             folder,
             block,
-            _image_thread: image_thread,
+            image_threads,
         }
     }
 

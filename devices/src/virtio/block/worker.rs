@@ -2,6 +2,7 @@
 //! when it is done.
 
 mod images;
+mod next_disk;
 mod waiting;
 
 use std::io;
@@ -59,9 +60,11 @@ struct Slot {
 
 pub(super) struct Worker {
     handler: RequestHandler,
-    /// The disk to use as soon as no request to the present one is in progress. Until then no request is
-    /// begun.
+    /// The disk to use once no request to the present one is in progress, and the owner has decided. Until
+    /// then no request is begun.
     next_disk: Option<OpenDisk>,
+    /// Whether everything is prepared for the switch to the next disk.
+    is_prepared: bool,
     link: Arc<DriverLink>,
     memory: Arc<GuestMemory>,
     queues: Vec<VirtQueue>,
@@ -73,7 +76,7 @@ pub(super) struct Worker {
     /// Slots that are not in use.
     free_slots: Vec<usize>,
     completions: Vec<Completion>,
-    /// What the thread of the image has to do. Present if the image is not raw.
+    /// What the thread of the image has to do. Present from the first image on that is not raw.
     image_work: Option<Arc<ImageWork>>,
     /// How many jobs that thread has.
     image_jobs: usize,
@@ -102,7 +105,8 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Makes a worker, which takes the queues of `activation`.
+    /// Makes a worker, which takes the queues of `activation`. If there is a `next_disk`, it begins no request
+    /// to the present one.
     pub(super) fn new(
         handler: RequestHandler,
         lease: DiskLease,
@@ -110,12 +114,14 @@ impl Worker {
         options: &BlockOptions,
         throttle: Arc<Throttle>,
         ring: Option<Ring>,
-        image_work: Option<Arc<ImageWork>>,
+        next_disk: Option<OpenDisk>,
     ) -> Worker {
+        let image_work = lease.image_work();
         Worker {
             handler,
             lease,
-            next_disk: None,
+            next_disk,
+            is_prepared: false,
             link: activation.link.clone(),
             memory: activation.memory.clone(),
             queues: mem::take(&mut activation.queues),
@@ -200,7 +206,7 @@ impl Worker {
             if now - before >= SLOW_WRITES && mem::take(&mut self.has_written) {
                 self.slow_writes_until = Some(now + SLOW_WRITES_LAST);
             }
-            if now - start >= MAX_TURN {
+            if now - start >= MAX_TURN || self.lease.is_urgent() {
                 self.queues[index].ring_doorbell();
                 return self.leave_rest(index);
             }
@@ -630,55 +636,6 @@ impl Worker {
         }
     }
 
-    /// Switches to the next disk once no request to the present one is in progress.
-    fn change_disk(&mut self, operations: &mut EventOps<'_>) {
-        if self.next_disk.is_none() {
-            return;
-        }
-        // Requests in progress of a device that needs a reset are not watched any more.
-        if self.link.needs_reset()
-            && let Err(error) = self.finish_all()
-        {
-            self.next_disk = None;
-            self.lease.reject(error);
-            return;
-        }
-        if self.in_flight_count() > 0 {
-            return;
-        }
-        let Some(OpenDisk { disk, ring }) = self.next_disk.take() else {
-            return;
-        };
-        // Most of it has been flushed already. A later flush of the driver covers only the next disk.
-        if let Err(error) = self.handler.flush_disk() {
-            self.lease.reject(error);
-            self.end_stall();
-            return;
-        }
-        // The flush may have taken so long that the next disk was given up.
-        if !self.lease.may_commit() {
-            self.end_stall();
-            return;
-        }
-        let watched = ring.as_ref().map_or(Ok(()), |ring| {
-            operations.add(Events::with_data(ring, RING_EVENT, EventSet::IN))
-        });
-        if let Err(error) = watched {
-            self.lease.reject(io::Error::other(error.to_string()));
-            self.end_stall();
-            return;
-        }
-        let old_ring = mem::replace(&mut self.ring, ring);
-        if let Some(ring) = &old_ring {
-            // It fails if the ring is not watched any more because the device needs a reset.
-            let _ = operations.remove(Events::with_data(ring, RING_EVENT, EventSet::IN));
-        }
-        self.handler.set_disk(disk.clone());
-        self.waiting = Waiting::default();
-        self.lease.commit(OpenDisk { disk, ring: None }, old_ring);
-        self.end_stall();
-    }
-
     /// Has all queues served, each in its own turn.
     fn ring_doorbells(&self) {
         let (last, first) = self.queues.split_at(self.first_queue);
@@ -703,11 +660,7 @@ impl MutEventSubscriber for Worker {
             Events::with_data(&self.lease, DISK_EVENT, EventSet::IN),
             Events::with_data(&*self.throttle, TIMER_EVENT, EventSet::IN),
         ];
-        // Edge-triggered, as the signal is taken back only to wait for the next.
-        let image = self.image_work.iter().map(|work| {
-            let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            Events::with_data(&**work, IMAGE_EVENT, set)
-        });
+        let image = self.image_work.iter().map(|work| image_events(work));
         // Those of the host first: they are handled even while the device needs a reset.
         for events in others
             .into_iter()
@@ -728,9 +681,7 @@ impl MutEventSubscriber for Worker {
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
         if events.data() == DISK_EVENT {
-            if let Some(next) = self.lease.take_wanted() {
-                self.next_disk = Some(next);
-            }
+            self.look_for_disk(operations);
         } else if self.link.needs_reset() {
             // Nothing clears its readiness any more, so it would be reported without end.
             if let Err(error) = operations.remove(events) {
@@ -757,7 +708,7 @@ impl Drop for Worker {
     /// Waits for what the ring and the thread of the image have, however long that takes: the kernel and that
     /// thread read and write the guest's memory until then. A driver that resets the device uses that memory for something else as soon
     /// as the write of the status register returns: that of Linux for MMIO does not look whether the
-    /// reset is complete. The ring, or that over the next disk, is left to the next worker.
+    /// reset is complete. The ring is left to the next worker, and the next disk to the owner.
     fn drop(&mut self) {
         let finished = self.finish_all();
         if let Err(error) = &finished {
@@ -767,15 +718,20 @@ impl Drop for Worker {
             mem::forget(mem::take(&mut self.slots));
         }
         self.tally.report(self.lease.metrics());
-        if let Some(next) = self.next_disk.take()
-            && self.lease.may_commit()
-        {
-            self.handler.set_disk(next.disk.clone());
-            self.lease.commit(next, self.ring.take());
-        } else if finished.is_ok()
+        if finished.is_ok()
             && let Some(ring) = self.ring.take()
         {
             self.lease.give_back(ring);
         }
+        if let Some(next) = self.next_disk.take() {
+            self.lease.leave(next);
+        }
     }
+}
+
+/// Returns the events of the thread of an image: edge-triggered, as the signal is taken back only to wait for the
+/// next.
+fn image_events(work: &ImageWork) -> Events {
+    let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    Events::with_data(work, IMAGE_EVENT, set)
 }

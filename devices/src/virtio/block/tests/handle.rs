@@ -18,13 +18,19 @@ const OTHER_BYTE: u8 = 0xa7;
 
 impl Machine {
     /// Replaces the present image while the event loop runs.
-    fn replace(&mut self, disk: DiskFile) -> Result<(), ReplaceError> {
+    pub(super) fn replace(&mut self, disk: impl Into<Disk>) -> Result<(), ReplaceError> {
+        let disk = disk.into();
+        self.during(|handle| handle.replace(disk, no_haste()))
+    }
+
+    /// Runs the event loop while the owner does `work`.
+    pub(super) fn during<T: Send>(&mut self, work: impl FnOnce(&BlockHandle) -> T + Send) -> T {
         let handle = &self.handle;
         thread::scope(|scope| {
-            let owner = scope.spawn(|| handle.replace(disk, no_haste()));
+            let owner = scope.spawn(|| work(handle));
             let deadline = Instant::now() + LIMIT;
             while !owner.is_finished() {
-                assert!(Instant::now() < deadline, "the disk is not replaced");
+                assert!(Instant::now() < deadline, "the owner is held up");
                 self.manager.run_with_timeout(1).unwrap();
             }
             owner.join().unwrap()
@@ -42,13 +48,13 @@ impl Machine {
     }
 
     /// Resets the device and initializes it again.
-    fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         drop(self.manager.remove_subscriber(self.worker).unwrap());
         self.link.set_needs_reset(false);
         self.activate();
     }
 
-    fn activate(&mut self) {
+    pub(super) fn activate(&mut self) {
         let rings = vec![0; RINGS_SIZE as usize];
         self.memory
             .write_slice(&rings, GuestAddress(RINGS))

@@ -43,6 +43,35 @@ const MODES: [CacheMode; 3] = [
     CacheMode::Unsafe,
 ];
 
+impl Machine {
+    /// Offers many reads, calls `replace`, and checks that each read has found one of `contents`.
+    fn read_during(
+        &mut self,
+        contents: &[Vec<u8>],
+        replace: impl FnOnce(&mut Machine) -> Result<(), ReplaceError>,
+    ) {
+        const COUNT: u64 = 64;
+        const SIZE: u32 = 0x1_0000;
+        let address = |index: u64| DATA + index * u64::from(SIZE);
+        let sector = |index: u64| index * 113 % 8000;
+        let heads: Vec<u16> = (0..COUNT)
+            .map(|index| self.offer(VIRTIO_BLK_T_IN, sector(index), &[(address(index), SIZE)]))
+            .collect();
+        self.driver.ring_doorbell();
+        self.manager.run_with_timeout(0).unwrap();
+        replace(self).unwrap();
+        let done = self.driver.take_used().len();
+        self.run(COUNT as usize - done);
+        for (index, head) in (0..).zip(heads) {
+            assert_eq!(self.status(head), VIRTIO_BLK_S_OK);
+            let bytes = self.bytes(address(index), SIZE as usize);
+            let offset = sector(index) as usize * 512;
+            let is_there = |content: &Vec<u8>| content[offset..][..bytes.len()] == bytes;
+            assert!(contents.iter().any(is_there), "request {index}");
+        }
+    }
+}
+
 /// What a sector may hold.
 struct Value {
     /// Number of the request that has written it, 0 for zeroes.
@@ -353,7 +382,7 @@ fn a_discard_waits_for_transfers_of_its_bytes_and_they_wait_for_it() {
         block
             .blueprint
             .slot
-            .exchange(OpenDisk { disk, ring }, no_haste()),
+            .exchange(OpenDisk { disk, ring }, || Ok(()), no_haste()),
     );
     let mut machine = Machine::over_block(block, PathBuf::new(), folder);
     // Dropped before the machine, which waits for its requests.
@@ -494,23 +523,74 @@ fn what_is_read_from_an_image_is_in_the_dirty_log() {
 }
 
 #[test]
-fn an_image_of_another_kind_does_not_take_the_place_of_one() {
-    let (image, folder) = image(2);
-    let raw = folder.as_path().join("raw");
-    fs::write(&raw, [0; 512]).unwrap();
-    let raw = || open(&raw, false, CacheMode::Writeback).unwrap();
-    let machine = machine(&image, Engine::Auto, CacheMode::Writeback);
-    assert!(matches!(
-        machine.handle.replace(raw(), no_haste()),
-        Err(ReplaceError::Format { is_raw: false, .. })
-    ));
-    let other = Machine::new(Engine::Auto, CacheMode::Writeback);
-    assert!(matches!(
-        other
-            .handle
-            .replace(image.disk(CacheMode::Writeback), no_haste()),
-        Err(ReplaceError::Format { is_raw: true, .. })
-    ));
+fn images_of_all_formats_take_the_place_of_each_other() {
+    for engine in ENGINES {
+        let mut machine = Machine::new(engine, CacheMode::Writeback);
+        assert_eq!(machine.image_threads.count(), 0);
+        let raw: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
+        let mut present = raw.clone();
+        for round in 0..2 {
+            // Many requests are in progress, or wait, when the image is replaced.
+            let (image, _folder) = image(3);
+            let content = [present, image.content()];
+            machine.read_during(&content, |machine| {
+                machine.replace(image.disk(CacheMode::Writeback))
+            });
+            assert_eq!(machine.image_threads.count(), 1);
+            let status = machine.request(VIRTIO_BLK_T_OUT, 1000, &[(DATA, 0x3000)]);
+            assert_eq!(status, VIRTIO_BLK_S_OK);
+            assert_eq!(machine.request(VIRTIO_BLK_T_FLUSH, 0, &[]), VIRTIO_BLK_S_OK);
+            let data = machine.bytes(DATA, 0x3000);
+            assert!(image.content()[1000 * 512..][..0x3000] == data);
+
+            let content = [image.content(), raw.clone()];
+            let path = machine.folder.as_path().join(format!("raw{round}.img"));
+            fs::write(&path, &raw).unwrap();
+            let disk = open(&path, false, CacheMode::Writeback).unwrap();
+            machine.read_during(&content, |machine| machine.replace(disk));
+            let status = machine.request(VIRTIO_BLK_T_OUT, 1000, &[(DATA, 0x3000)]);
+            assert_eq!(status, VIRTIO_BLK_S_OK);
+            let data = machine.bytes(DATA, 0x3000);
+            present = fs::read(&path).unwrap();
+            assert!(present[1000 * 512..][..0x3000] == data);
+        }
+        // Requests that only a thread does are done after a reset, too.
+        let (image, _folder) = image(4);
+        machine.replace(image.disk(CacheMode::Writeback)).unwrap();
+        machine.reset();
+        machine.read_during(&[image.content()], |_| Ok(()));
+        assert_eq!(machine.image_threads.count(), 1);
+    }
+}
+
+/// The owner of a machine on a host without more threads.
+struct NoThreads;
+
+impl DiskOwner for NoThreads {
+    fn start_image_thread(&self, _: Arc<ImageWork>) -> io::Result<()> {
+        Err(io::Error::other("no more threads"))
+    }
+
+    fn start_job(&self, _: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        Err(io::Error::other("no more threads"))
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+}
+
+#[test]
+fn an_image_without_a_thread_does_not_take_the_place_of_a_raw_one() {
+    let mut machine = Machine::new(Engine::Auto, CacheMode::Writeback);
+    machine.handle.owner = Arc::new(NoThreads);
+    let (image, _folder) = image(3);
+    let error = machine
+        .replace(image.disk(CacheMode::Writeback))
+        .unwrap_err();
+    assert!(matches!(error, ReplaceError::Thread { .. }), "{error}");
+    let raw: Vec<u8> = (0..DISK_SIZE).map(byte_of_disk).collect();
+    machine.read_during(&[raw], |_| Ok(()));
 }
 
 #[test]

@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::thread;
 
 use bantam_state::RestoreError;
 use bantam_storage::SECTOR_SIZE;
 
-use super::test_image::{ImageThread, TestImage};
+use super::test_image::{ImageThreads, TestImage};
 use super::*;
 use crate::suspend_test::suspend_tests;
 use crate::virtio::F_EVENT_IDX;
@@ -35,7 +34,7 @@ struct Image {
     cache: CacheMode,
     /// Present if it is not raw.
     formatted: Option<Arc<TestImage>>,
-    threads: Mutex<Vec<ImageThread>>,
+    threads: ImageThreads,
 }
 
 impl Image {
@@ -55,7 +54,7 @@ impl Image {
             options,
             cache,
             formatted: None,
-            threads: Mutex::default(),
+            threads: ImageThreads::default(),
         }
     }
 
@@ -81,9 +80,8 @@ impl Image {
         if let Some(image) = &self.formatted {
             let disk = image.disk(self.cache);
             let block = Block::new(disk, "test disk", &self.options).unwrap();
-            let thread = block.image_work().map(ImageThread::start);
-            self.threads.lock().unwrap().extend(thread);
-            let handle = block.handle(link);
+            self.threads.extend(block.image_work());
+            let handle = block.handle(link, self.threads.owner());
             return (Box::new(block), handle);
         }
         let mut disk = open(&self.path, false, self.cache).unwrap();
@@ -91,7 +89,7 @@ impl Image {
             disk = disk.with_block(4096);
         }
         let block = Block::new(disk, "test disk", &self.options).unwrap();
-        let handle = block.handle(link);
+        let handle = block.handle(link, self.threads.owner());
         (Box::new(block), handle)
     }
 
@@ -461,7 +459,8 @@ fn hanging_worker() -> (
     let (reader, writer) = io::pipe().unwrap();
     let ring = Some(Ring::over(&[reader.as_raw_fd()]).unwrap());
     let slot = &block.blueprint.slot;
-    drop(slot.exchange(OpenDisk { disk, ring }, no_haste()).unwrap());
+    let old = slot.exchange(OpenDisk { disk, ring }, || Ok(()), no_haste());
+    drop(old.unwrap());
     let memory = memory();
     let driver = TestDriver::new(&memory, RINGS, 256);
     let activation = Activation {
@@ -518,7 +517,7 @@ fn a_disk_that_waits_for_requests_takes_its_place_in_the_pause() {
     let id = manager.add_subscriber(worker);
     driver.ring_doorbell();
     manager.run_with_timeout(100).unwrap();
-    let handle = block.handle(InterruptCounter::default().link());
+    let handle = block.handle(InterruptCounter::default().link(), image.threads.owner());
     thread::scope(|scope| {
         let owner = scope.spawn(|| handle.replace(image.other_disk(), no_haste()));
         // Once the worker has the other disk, it begins nothing more on this one.
@@ -660,7 +659,8 @@ fn a_thread_that_hangs_fails_the_pause_and_the_device_goes_on() {
         let image = Image::formatted(engine, CacheMode::Writeback);
         let formatted = image.formatted.as_ref().unwrap();
         let block = Block::new(formatted.disk(image.cache), "", &image.options).unwrap();
-        let _thread = block.image_work().map(ImageThread::start);
+        let threads = ImageThreads::default();
+        threads.extend(block.image_work());
         let memory = memory();
         let mut driver = TestDriver::new(&memory, RINGS, 256);
         let activation = Activation {
@@ -697,7 +697,7 @@ fn a_thread_that_hangs_fails_the_pause_and_the_device_goes_on() {
 
 /// The descriptor of the ring that waits for a worker.
 fn waiting_ring(handle: &BlockHandle) -> Option<RawFd> {
-    let (open_disk, lease) = handle.slot.lease();
+    let (open_disk, _, lease) = handle.slot.lease();
     let descriptor = open_disk.ring.as_ref().map(AsRawFd::as_raw_fd);
     if let Some(ring) = open_disk.ring {
         lease.give_back(ring);
@@ -742,7 +742,7 @@ fn drivers_one_after_the_other_have_the_ring_that_was_made_with_the_device() {
 fn a_ring_that_is_lost_is_replaced_on_the_event_loop() {
     let image = Image::new(Engine::IoUring, CacheMode::Writeback);
     let (mut machine, handle) = SuspendMachine::new(&memory(), |link| image.block(link));
-    let (open_disk, lease) = handle.slot.lease();
+    let (open_disk, _, lease) = handle.slot.lease();
     drop((open_disk, lease));
     assert_eq!(waiting_ring(&handle), None);
     without_io_uring_setup(|| {

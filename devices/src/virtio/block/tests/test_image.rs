@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bantam_storage::{BlockStatus, Direction, Extent, FormattedDisk, Image};
 
-use super::{CacheMode, DISK_SIZE, DiskOptions, ImageWork, Random, byte_of_disk};
+use super::{CacheMode, DISK_SIZE, DiskOptions, DiskOwner, ImageWork, Random, byte_of_disk};
 use crate::lock::lock;
 
 const CLUSTER: usize = 4096;
@@ -281,13 +281,13 @@ impl Image for TestImage {
 }
 
 /// A thread that does the work of an image until this is dropped.
-pub struct ImageThread {
+struct ImageThread {
     work: Arc<ImageWork>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ImageThread {
-    pub fn start(work: Arc<ImageWork>) -> ImageThread {
+    fn start(work: Arc<ImageWork>) -> ImageThread {
         let thread = thread::spawn({
             let work = work.clone();
             move || work.run()
@@ -306,5 +306,41 @@ impl Drop for ImageThread {
             // A test has it panic.
             let _ = thread.join();
         }
+    }
+}
+
+/// The threads of a disk.
+#[derive(Clone, Default)]
+pub struct ImageThreads(Arc<Mutex<Vec<ImageThread>>>);
+
+impl ImageThreads {
+    pub fn extend(&self, work: Option<Arc<ImageWork>>) {
+        let threads = work.map(ImageThread::start);
+        self.0.lock().unwrap().extend(threads);
+    }
+
+    /// Returns the owner of the machine, as the disk sees it.
+    pub fn owner(&self) -> Arc<dyn DiskOwner> {
+        Arc::new(self.clone())
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+impl DiskOwner for ImageThreads {
+    fn start_image_thread(&self, work: Arc<ImageWork>) -> io::Result<()> {
+        self.extend(Some(work));
+        Ok(())
+    }
+
+    fn start_job(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        thread::spawn(work);
+        Ok(())
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
     }
 }
