@@ -1,0 +1,137 @@
+//! A Linux guest works on a disk with four processors and four queues, while the disk grows, gets snapshots, and
+//! is committed and copied.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_tests::{
+    Kernel, RootFileSystem, after_random_work, configured, device, linux_slot, pattern, require_kvm,
+};
+use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
+use bantam_vmm::{
+    Console, Controller, DeviceAnswer, DeviceCommand, DiskJob, DiskSnapshot, ImageFormat, JobState,
+};
+
+const SIZE: usize = 24 << 20;
+const SEED: u64 = 5;
+/// Steps of each of the guest's threads. They take about a minute.
+const OPERATIONS: u32 = 2500;
+/// How long the guest may take.
+const LIMIT: Duration = Duration::from_secs(400);
+/// How long a job may take.
+const JOB_LIMIT: Duration = Duration::from_secs(60);
+
+#[track_caller]
+fn qemu_img(words: &[&str], paths: &[&Path]) {
+    let output = Command::new("qemu-img").args(words).args(paths).output();
+    let output = output.expect("qemu-img is there");
+    assert!(output.status.success(), "{words:?}: {output:?}");
+}
+
+fn command(machine: &Controller, command: DeviceCommand) -> DeviceAnswer {
+    device(machine, "disk0", command).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Does `job`, and has the guest go on with its result.
+fn finish_job(machine: &Controller, job: DiskJob) {
+    command(machine, DeviceCommand::StartJob(job));
+    let deadline = Instant::now() + JOB_LIMIT;
+    loop {
+        let answer = command(machine, DeviceCommand::Job);
+        let DeviceAnswer::Job(Some(status)) = answer else {
+            panic!("{answer:?}");
+        };
+        match status.state {
+            JobState::Ready => break,
+            JobState::Copying if Instant::now() < deadline => {}
+            // This job finishes by itself.
+            JobState::Finished => return,
+            other => panic!("{other:?}"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    command(machine, DeviceCommand::FinishJob);
+}
+
+#[test]
+fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
+    require_kvm!();
+    let _slot = linux_slot();
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to");
+    let place = |name: &str| folder.path().join(name);
+    let (raw, image) = (place("raw"), place("disk.qcow2"));
+    fs::write(&raw, pattern(SEED, 0, SIZE)).expect("there is room");
+    let small_clusters = "cluster_size=16k";
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "-o", small_clusters];
+    qemu_img(&convert, &[&raw, &image]);
+
+    let log = place("log");
+    let mut config = MachineConfig::new(Kernel::Full.vmlinux());
+    config.initrd = Some(RootFileSystem::new().initrd);
+    config.cpus = 4.try_into().expect("it is not zero");
+    let work = format!("disk-verify-random:vda:{SEED}:{OPERATIONS}");
+    // The guest is there until the test ends it.
+    config.append = Some(format!(
+        "quiet bantam.mode=test bantam.test={work},sleep:600000"
+    ));
+    config.serial = SerialConfig::File(log.clone());
+    let option = format!("{},queues=4", image.display());
+    config.disks = vec![option.parse::<DiskConfig>().expect("it is a disk")];
+    let machine = configured(config, Console::default());
+    machine.start().unwrap_or_else(|error| panic!("{error}"));
+    let ended = || fs::read_to_string(&log).is_ok_and(|text| text.contains(&format!("bantam: {work} ")));
+
+    let started = Instant::now();
+    let mut size = SIZE as u64;
+    let mut rounds = 0;
+    let mut longest = Duration::ZERO;
+    while !ended() {
+        assert!(started.elapsed() < LIMIT, "the guest does not end");
+        size += 1 << 20;
+        command(&machine, DeviceCommand::Grow { size });
+        let snapshot = DiskSnapshot {
+            disk: "disk0".parse().expect("it is a name"),
+            path: place(&format!("overlay{rounds}.qcow2")),
+        };
+        let held_up = machine.snapshot_disks(vec![snapshot]);
+        longest = longest.max(held_up.unwrap_or_else(|error| panic!("{error}")));
+        thread::sleep(Duration::from_millis(200));
+        let job = match rounds % 3 {
+            0 => DiskJob::Commit,
+            1 => DiskJob::Pull,
+            _ => DiskJob::Copy {
+                path: place(&format!("copy{rounds}.qcow2")),
+                format: ImageFormat::Qcow2,
+            },
+        };
+        finish_job(&machine, job);
+        rounds += 1;
+        thread::sleep(Duration::from_millis(100));
+    }
+    println!(
+        "{rounds} rounds in {:?}, held up for at most {longest:?}",
+        started.elapsed()
+    );
+    let config = machine.configuration();
+    machine.stop();
+    machine.wait().expect("the disk is flushed");
+    let text = fs::read_to_string(&log).expect("there is a log");
+    assert!(text.contains(&format!("bantam: {work} ok")), "{text}");
+    assert!(rounds >= 6, "only {rounds} rounds");
+
+    let present: PathBuf = config.expect("there is one").disks.swap_remove(0).path;
+    drop(machine);
+    qemu_img(&["check", "-q"], &[&present]);
+    let result = place("result");
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw"], &[&present, &result]);
+    let found = fs::read(&result).expect("it was made");
+    assert_eq!(found.len() as u64, size);
+    // The guest has seen blocks of 512 bytes.
+    let expected = after_random_work(SEED, OPERATIONS, 512, SIZE);
+    let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "the byte there");
+    assert!(found[SIZE..].iter().all(|&byte| byte == 0));
+}
