@@ -75,7 +75,7 @@ pub enum JobError {
     NotQcow2,
 
     /// There is no such layer.
-    #[error("the image has no {0} backing files")]
+    #[error("the image has fewer than {0} backing files")]
     Depth(usize),
 
     /// A backing file cannot be opened to be written.

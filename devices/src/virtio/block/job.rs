@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use bantam_storage::job::{CommitJob, Control, CopyJob, CopyJobOptions, JobError, PullJob};
 use bantam_storage::{
-    Disk, DiskError, DiskOptions, FileOpener, FormattedDisk, ImageFormat,
-    job::JobState as CopyState,
+    Disk, DiskError, FileOpener, FormattedDisk, ImageFormat, job::JobState as CopyState,
 };
 use serde::{Deserialize, Serialize};
 
@@ -223,11 +222,11 @@ impl RunningJob {
     fn wait_for_end(&self) -> bool {
         let mut stage = lock(&self.stage);
         loop {
-            match &*stage {
-                Stage::Finished => return true,
-                Stage::Restored => return false,
-                Stage::Live if self.control().state() != CopyState::Ready => return false,
-                Stage::Live => {}
+            if let Stage::Finished = *stage {
+                return true;
+            }
+            if self.control().state() != CopyState::Ready {
+                return false;
             }
             let waited = self.changed.wait_timeout(stage, LOOK_INTERVAL);
             stage = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -273,13 +272,7 @@ impl BlockHandle {
                 if original.is_read_only() {
                     return Err(JobError::ReadOnly("the disk").into());
                 }
-                let options = DiskOptions {
-                    format: Some(*format),
-                    // The guest knows the block size, and does not read it again.
-                    block_size: Some(original.logical_block_size()),
-                    ..original.options().clone()
-                };
-                let target = Disk::create_by(opener, path, original.size(), &options)?;
+                let target = original.create_for_copy(opener, path, *format)?;
                 files.add(path);
                 let (from, to) = (source.image().clone(), target.to_formatted(opener)?);
                 let options = CopyJobOptions {
