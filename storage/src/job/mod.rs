@@ -32,6 +32,10 @@ pub use pull::PullJob;
 /// cancelled ends after them.
 const CHUNK: u64 = 1 << 20;
 
+/// How much of a disk is looked at at a time, to find what has to be copied. Requests that change where the guest's bytes
+/// are wait meanwhile.
+const WINDOW: u64 = 64 << 20;
+
 /// What has become of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobState {
