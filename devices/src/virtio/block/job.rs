@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_storage::job::{CommitJob, Control, CopyJob, CopyJobOptions, JobError, PullJob};
@@ -20,6 +21,8 @@ use crate::notice::DeviceNotice;
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the thread of a job that has ended waits for the guest's requests before it tries again.
 const REST_TIME: Duration = Duration::from_secs(5);
+/// How often it tries, so that the end of the machine does not wait for it without end.
+const RESTORE_ATTEMPTS: usize = 20;
 
 /// What a job does with the data of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -382,11 +385,13 @@ impl BlockHandle {
         if let Work::Pull(_) = running.work {
             return;
         }
-        loop {
+        for _ in 0..RESTORE_ATTEMPTS {
             match self.switch_to(running.original.clone(), Instant::now() + REST_TIME) {
                 Ok(()) => return,
+                // The filter passes everything to that disk, so this does the guest no harm.
                 Err(error) => tracing::warn!("the guest still uses the filter of a job: {error}"),
             }
+            thread::sleep(LOOK_INTERVAL);
         }
     }
 
@@ -440,13 +445,9 @@ impl BlockHandle {
         if self.disk().size() != size_before {
             self.link.notify_configuration_change();
         }
-        let format = match &running.work {
-            Work::Copy { .. } | Work::Pull(_) => target.options().format,
-            Work::Commit(commit) => commit.disk().options().format,
-        };
         Ok(PresentImage {
             path: target.path().to_path_buf(),
-            format: format.unwrap_or(ImageFormat::Raw),
+            format: target.options().format.unwrap_or(ImageFormat::Raw),
             block_size: target.logical_block_size(),
         })
     }
