@@ -1,5 +1,6 @@
 //! The disk of a machine: an open image of any format.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bantam_memory::GuestBuffers;
 
 use crate::image::Image;
+use crate::qcow2::{self, Qcow2};
 use crate::raw::{
     CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, SECTOR_SIZE, disk_size, fill_from,
 };
@@ -127,6 +129,20 @@ impl FormattedDisk {
     /// Returns the files that [`Image::map`] names.
     pub fn files(&self) -> &[File] {
         &self.files
+    }
+
+    /// Forgets what the image itself holds, so that the disk is what its backing file has.
+    ///
+    /// # Errors
+    /// If the image has no backing file, or the host cannot write.
+    pub fn empty(&self) -> Result<(), qcow2::Error> {
+        let image: &dyn Any = &*self.image;
+        match image.downcast_ref::<Qcow2>() {
+            Some(image) if image.backing().is_some() => image.make_empty(),
+            _ => Err(qcow2::Error::NotPossible(
+                "the image has no backing file".to_owned(),
+            )),
+        }
     }
 
     /// Returns what each of the files is. Empty if that is not known.

@@ -17,7 +17,7 @@ pub enum FileAccess {
     ReadWriteDisk,
     /// Appending, to a file that is created if it does not exist.
     Append,
-    /// Reading and writing a file that is created, and must not exist.
+    /// Reading and writing a file that is created, for its owner alone, and must not exist.
     Create,
 }
 
@@ -61,7 +61,7 @@ impl FileOpener for HostOpener {
                 options.read(true).write(true)
             }
             FileAccess::Append => options.append(true).create(true),
-            FileAccess::Create => options.read(true).write(true).create_new(true),
+            FileAccess::Create => options.read(true).write(true).create_new(true).mode(0o600),
         };
         options.custom_flags(flags).open(path)
     }

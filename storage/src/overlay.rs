@@ -1,7 +1,8 @@
 //! New images for disks: empty ones, and overlays, whose backing file is the image of a disk that is in use.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,17 +15,24 @@ use crate::qcow2::{self, BackingName, CreateOptions, MAX_DEPTH, Qcow2, Unsynced}
 use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
 
 impl Disk {
-    /// Makes an image at `path`, which must not exist, for a disk of `size` bytes that reads as zeroes, and opens it
-    /// with `options`, which give its format.
+    /// Makes an image of this `format` at `path`, which must not exist, for a copy of the disk, and opens it with the
+    /// options of the disk. It has the size of the disk and reads as zeroes. Its file has the permissions of that of the
+    /// present image.
     ///
     /// # Errors
-    /// If the file cannot be made, or not be used with `options`. There is no new file then.
-    pub fn create_by(
+    /// If the file cannot be made, or cannot be used with these options. There is no new file then.
+    pub fn create_for_copy(
+        &self,
         opener: &dyn FileOpener,
         path: &Path,
-        size: u64,
-        options: &DiskOptions,
+        format: ImageFormat,
     ) -> Result<Disk, DiskError> {
+        let options = DiskOptions {
+            format: Some(format),
+            // The guest knows the block size, and does not read it again.
+            block_size: Some(self.logical_block_size()),
+            ..self.options().clone()
+        };
         let with_path = |action| {
             move |source| DiskError::Io {
                 path: path.to_path_buf(),
@@ -33,29 +41,58 @@ impl Disk {
             }
         };
         let file = opener.file(path, FileAccess::Create);
-        let file = HostFile::new(file.map_err(with_path("create"))?);
-        let made = match options.format {
-            Some(ImageFormat::Qcow2) => {
-                let create_options = CreateOptions {
+        let file = file.map_err(with_path("create"))?;
+        let made = self
+            .share_permissions(&file)
+            .map_err(with_path("set up"))
+            .and_then(|()| self.make_empty(HostFile::new(file), path, format))
+            .and_then(|()| sync_folder(opener, path).map_err(with_path("sync the folder of")))
+            .and_then(|()| Disk::open_by(opener, path, &options));
+        if made.is_err() {
+            // The first error says more than a second one.
+            let _ = opener.remove(path);
+        }
+        made
+    }
+
+    fn make_empty(
+        &self,
+        file: HostFile,
+        path: &Path,
+        format: ImageFormat,
+    ) -> Result<(), DiskError> {
+        let size = self.size();
+        match format {
+            ImageFormat::Raw => file.set_size(size).map_err(|source| DiskError::Io {
+                path: path.to_path_buf(),
+                action: "create",
+                source,
+            }),
+            ImageFormat::Qcow2 => {
+                let options = CreateOptions {
                     size,
                     ..CreateOptions::default()
                 };
-                let file: Arc<dyn ImageFile> = Arc::new(file);
-                Qcow2::create(file, &create_options).map_err(|source| DiskError::Qcow2 {
+                let created = Qcow2::create(Arc::new(file), &options);
+                created.map_err(|source| DiskError::Qcow2 {
                     path: path.to_path_buf(),
                     source,
                 })
             }
-            _ => file.set_size(size).map_err(with_path("create")),
-        };
-        let opened = made
-            .and_then(|()| sync_folder(opener, path).map_err(with_path("sync the folder of")))
-            .and_then(|()| Disk::open_by(opener, path, options));
-        if opened.is_err() {
-            // The first error says more than a second one.
-            let _ = opener.remove(path);
         }
-        opened
+    }
+
+    /// Lets those use `new` who can use the present image, and nobody else: it gets the same data.
+    fn share_permissions(&self, new: &File) -> io::Result<()> {
+        let present = match self {
+            Disk::Raw(disk) => disk.file(Access::Usual),
+            Disk::Formatted(disk) => disk.files().first(),
+        };
+        let Some(present) = present else {
+            return Ok(());
+        };
+        let mode = present.metadata()?.mode() & 0o666;
+        new.set_permissions(Permissions::from_mode(mode))
     }
 
     /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
@@ -114,6 +151,7 @@ impl Disk {
         let base = self.to_formatted(opener)?;
         let format = base.layers().first().map(|layer| layer.format);
         let format = format.unwrap_or(ImageFormat::Qcow2);
+        self.share_permissions(&file).map_err(with_path("set up"))?;
         let mut files = vec![file.try_clone().map_err(with_path("set up"))?];
         for file in base.files() {
             files.push(file.try_clone().map_err(with_path("set up"))?);
@@ -284,6 +322,7 @@ mod tests {
     fn disk(folder: &Path, image: &Arc<Sevens>) -> Disk {
         let path = folder.join("base");
         let file = File::create(&path).unwrap();
+        file.set_permissions(Permissions::from_mode(0o640)).unwrap();
         let image: Arc<dyn Image> = image.clone();
         let disk = FormattedDisk::new(&path, image, vec![file], &DiskOptions::default());
         Disk::Formatted(disk.unwrap())
@@ -313,6 +352,8 @@ mod tests {
         let mut bytes = [0; 1024];
         image(&overlay).read_at(&mut bytes, 0).unwrap();
         assert_eq!(bytes, [[7; 512], [1; 512]].concat()[..]);
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(mode(&path), 0o640);
         let header = Header::read(&HostFile::new(File::open(&path).unwrap())).unwrap();
         let backing = header.backing().unwrap();
         assert_eq!(backing.name, "base");

@@ -18,7 +18,7 @@ const CHECK: &str = "test=block mode=read verify seed=7 depth=8 operations=4096 
 fn load(seconds: u32) -> ApiMachine {
     let machine = ApiMachine::new();
     let image = machine.image("a.img", SIZE);
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is room");
     let words = "mode=write pattern=seq verify seed=7 operations=4096";
     Load::of_disk(&folder, &image, "", words).finish();
     let drive = json!({"drive_id": "a", "is_root_device": false, "path_on_host": image,
@@ -61,7 +61,7 @@ fn check(image: &Path, is_complete: bool) {
     let check = || {
         let mut command = Command::new("qemu-img");
         command.args(["check", "-f", "qcow2"]).arg(image);
-        command.output().unwrap()
+        command.output().expect("qemu-img is there")
     };
     let mut output = check();
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -81,10 +81,10 @@ fn check(image: &Path, is_complete: bool) {
 /// Has a guest check the data on a disk.
 #[track_caller]
 fn check_by_guest(image: &Path, kind: &str) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is room");
     Load::start(&folder, CHECK, |config| {
         let option = format!("{}{kind}", image.display());
-        config.disks = vec![option.parse().unwrap()];
+        config.disks = vec![option.parse().expect("it is a disk")];
     })
     .finish();
 }
@@ -195,7 +195,7 @@ fn a_request_that_is_not_possible_is_refused_on_one_line() {
         assert!(!told.contains('\n'), "{told}");
     }
     let none = machine.api.refused("GET", "/bantam/drives/a/job", "");
-    assert!(none.contains("job"), "{none}");
+    assert_eq!(none, "The drive has not had a job yet");
     assert_eq!(fs::read(&there).unwrap(), [0; 512]);
     machine.stop();
 }

@@ -75,7 +75,7 @@ fn disk(path: &Path, kind: &str) -> DiskConfig {
 fn load(folder: &TempDir, image: &Path, kind: &str, seconds: u32) -> Load {
     let words = format!("{MIXED} seconds={seconds}");
     Load::start(folder, &words, |config| {
-        config.disks = vec![disk(image, kind)]
+        config.disks = vec![disk(image, kind)];
     })
 }
 
@@ -87,7 +87,7 @@ fn check_by_guest(folder: &TempDir, config: &MachineConfig) {
 }
 
 fn job(machine: &Controller) -> Option<JobStatus> {
-    match device(machine, "disk0", DeviceCommand::Job).unwrap() {
+    match device(machine, "disk0", DeviceCommand::Job).expect("it is a disk") {
         DeviceAnswer::Job(status) => status,
         other => panic!("{other:?}"),
     }
@@ -118,7 +118,8 @@ fn next_of_job(events: &Events) -> JobStatus {
 
 #[track_caller]
 fn refused(machine: &Controller, command: DeviceCommand) -> String {
-    let error = device(machine, "disk0", command).unwrap_err().to_string();
+    let error = device(machine, "disk0", command).expect_err("it is refused");
+    let error = error.to_string();
     assert!(!error.contains('\n'), "{error}");
     error
 }
@@ -127,7 +128,7 @@ fn refused(machine: &Controller, command: DeviceCommand) -> String {
 
 fn snapshot(machine: &Controller, disks: &[(&str, &Path)]) -> Result<Duration, Error> {
     let disks = disks.iter().map(|(disk, path)| DiskSnapshot {
-        disk: disk.parse().unwrap(),
+        disk: disk.parse().expect("it is a name"),
         path: path.to_path_buf(),
     });
     machine.snapshot_disks(disks.collect())
@@ -230,7 +231,7 @@ fn all_disks_have_a_snapshot_or_none_has() {
 /// Starts a guest that loads a disk for a second, and is paused.
 fn load_paused(folder: &TempDir, image: &Path, kind: &str) -> Load {
     let load = load(folder, image, kind, 1);
-    load.machine.pause().unwrap();
+    load.machine.pause().expect("it runs");
     load
 }
 

@@ -228,9 +228,7 @@ impl JobUpdate {
 fn job(id: &str, view: &View) -> Result<Reply, Fault> {
     match command(id, view, DeviceCommand::Job)? {
         DeviceAnswer::Job(Some(status)) => Reply::value(&JobAnswer::from(status)),
-        _ => Err(Fault::NotConfigured {
-            kind: "job of this drive",
-        }),
+        _ => Err(Fault::NotNow("The drive has not had a job yet")),
     }
 }
 

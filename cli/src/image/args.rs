@@ -39,6 +39,9 @@ pub enum ImageCommand {
     Measure(MeasureArgs),
     Dd(DdArgs),
     Snapshot(SnapshotArgs),
+    Commit(CommitArgs),
+    Rebase(RebaseArgs),
+    Amend(AmendArgs),
 }
 
 /// Creates an image of an empty disk
@@ -185,6 +188,10 @@ pub struct ConvertArgs {
     /// With -n: the target reads as zeroes already
     #[arg(long, requires = "no_create")]
     pub target_is_zero: bool,
+
+    /// Copy the disk as it was at a snapshot: its name or number, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
 
     /// How many zeroes in a row are not written; 0 writes all of them
     #[arg(short = 'S', value_name = "SIZE", default_value = "4k", value_parser = parse_size)]
@@ -344,6 +351,10 @@ pub struct MeasureArgs {
     #[arg(short = 'U', long)]
     pub force_share: bool,
 
+    /// Measure the disk as it was at a snapshot of FILE, as for convert
+    #[arg(short = 'l', value_name = "SNAPSHOT", requires = "file")]
+    pub snapshot: Option<String>,
+
     /// The image that is to be converted
     #[arg(value_name = "FILE", required_unless_present = "size")]
     pub file: Option<PathBuf>,
@@ -397,6 +408,112 @@ pub struct SnapshotArgs {
     /// List them even if another program writes to the image
     #[arg(short = 'U', long)]
     pub force_share: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Copies what a qcow2 image holds into its backing file, and empties the image
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    /// Print nothing but errors
+    #[arg(short)]
+    pub quiet: bool,
+
+    /// Show the progress
+    #[arg(short)]
+    pub progress: bool,
+
+    /// Format of the image [default: by its content]
+    #[arg(short, value_name = "FORMAT")]
+    pub format: Option<Format>,
+
+    /// Cache mode of the images; has no effect
+    #[arg(short = 't', value_name = "MODE")]
+    pub cache: Option<CacheMode>,
+
+    /// Copy into this one of the backing files, and do not empty the image
+    #[arg(short, value_name = "FILE")]
+    pub base: Option<PathBuf>,
+
+    /// Do not empty the image
+    #[arg(short = 'd')]
+    pub keep: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Gives a qcow2 image another backing file, or none
+///
+/// What differs between the two backing files is copied into the image, so that the disk stays the same.
+#[derive(Debug, Args)]
+pub struct RebaseArgs {
+    /// Print nothing but errors
+    #[arg(short)]
+    pub quiet: bool,
+
+    /// Show the progress
+    #[arg(short)]
+    pub progress: bool,
+
+    /// Format of the image [default: by its content]
+    #[arg(short, value_name = "FORMAT")]
+    pub format: Option<Format>,
+
+    /// Cache mode of the image; has no effect
+    #[arg(short = 't', value_name = "MODE")]
+    pub cache: Option<CacheMode>,
+
+    /// Cache mode of the backing files; has no effect
+    #[arg(short = 'T', value_name = "MODE")]
+    pub source_cache: Option<CacheMode>,
+
+    /// Only change the name: you know that both backing files have the same content, or none is to be read
+    #[arg(short)]
+    pub unsafe_mode: bool,
+
+    /// The backing file, relative to the image's folder; "" for none
+    #[arg(short, value_name = "FILE")]
+    pub backing: Option<String>,
+
+    /// Format of the backing file
+    #[arg(short = 'F', value_name = "FORMAT")]
+    pub backing_format: Option<Format>,
+
+    /// Read backing files even if another program writes to them
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Changes options of a qcow2 image: compat, lazy_refcounts, size
+#[derive(Debug, Args)]
+pub struct AmendArgs {
+    /// Print nothing but errors
+    #[arg(short)]
+    pub quiet: bool,
+
+    /// Show the progress
+    #[arg(short)]
+    pub progress: bool,
+
+    /// Format of the image [default: by its content]
+    #[arg(short, value_name = "FORMAT")]
+    pub format: Option<Format>,
+
+    /// Cache mode of the image; has no effect
+    #[arg(short = 't', value_name = "MODE")]
+    pub cache: Option<CacheMode>,
+
+    /// Options of the format: KEY=VALUE,...
+    #[arg(short, value_name = "OPTIONS", required = true)]
+    pub options: Vec<String>,
 
     /// The image
     #[arg(value_name = "FILE")]

@@ -1,5 +1,7 @@
 //! `bantam image convert`.
 
+use std::path::PathBuf;
+
 use anyhow::Context;
 use bantam_storage::tools::{Job, Opened, open};
 
@@ -7,6 +9,7 @@ use super::args::{CacheMode, ConvertArgs};
 use super::interrupt::cancel_on_signal;
 use super::progress::Progress;
 use super::purpose;
+use super::snapshot::at_snapshot;
 use super::target::{
     Copying, Part, check_not_source, copy_to_new, copy_to_old, options, set_backing,
 };
@@ -15,10 +18,21 @@ use super::target::{
 pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
     let cancelled = cancel_on_signal()?;
     let (target, sources) = args.files.split_last().context("there is no target")?;
+    anyhow::ensure!(
+        args.snapshot.is_none() || sources.len() == 1,
+        "a snapshot can be copied from one source only"
+    );
+    let open_source = |source: &PathBuf| {
+        let opened = open(source, args.format, purpose(args.force_share))?;
+        match &args.snapshot {
+            Some(snapshot) => at_snapshot(opened, snapshot),
+            None => Ok(opened),
+        }
+    };
     let sources: Vec<Opened> = sources
         .iter()
-        .map(|source| open(source, args.format, purpose(args.force_share)))
-        .collect::<Result<_, _>>()?;
+        .map(open_source)
+        .collect::<anyhow::Result<_>>()?;
     check_not_source(&sources, target)?;
     let parts: Vec<_> = sources
         .iter()

@@ -1,7 +1,9 @@
 //! `bantam image`: disk images without a machine.
 
+mod amend;
 mod args;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
@@ -12,6 +14,7 @@ mod map;
 mod measure;
 mod output;
 mod progress;
+mod rebase;
 mod resize;
 mod size;
 mod snapshot;
@@ -49,6 +52,9 @@ pub fn run(args: ImageArgs) -> ExitCode {
         ImageCommand::Measure(args) => (FAILED, measure::measure(args).map(|()| 0)),
         ImageCommand::Dd(args) => (FAILED, dd::dd(&args).map(|()| 0)),
         ImageCommand::Snapshot(args) => (FAILED, snapshot::snapshot(&args).map(|()| 0)),
+        ImageCommand::Commit(args) => (FAILED, commit::commit(&args).map(|()| 0)),
+        ImageCommand::Rebase(args) => (FAILED, rebase::rebase(&args).map(|()| 0)),
+        ImageCommand::Amend(args) => (FAILED, amend::amend(&args).map(|()| 0)),
     };
     match result {
         Ok(status) => status.into(),

@@ -1,16 +1,19 @@
 //! `bantam image snapshot`.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use anyhow::Context;
 use bantam_storage::Image;
-use bantam_storage::tools::{Purpose, open};
+use bantam_storage::qcow2::Snapshot;
+use bantam_storage::tools::{Opened, Purpose, open};
 use nix::libc;
 
 use super::args::SnapshotArgs;
 use super::output::print;
 use super::purpose;
 use super::size::human;
+use super::target::options;
 
 /// Lists or changes the snapshots of an image.
 pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<()> {
@@ -60,6 +63,43 @@ pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<()> {
     image
         .flush()
         .with_context(|| format!("cannot write '{name}'"))
+}
+
+/// Returns the disk of an open image as it was at a snapshot. It is given as for qemu-img: by its name or identifier, or as
+/// `snapshot.id=ID,snapshot.name=NAME`.
+pub fn at_snapshot(opened: Opened, wanted: &str) -> anyhow::Result<Opened> {
+    let name = opened.files.first().map(|path| path.display().to_string());
+    let name = name.unwrap_or_default();
+    let Some(image) = &opened.qcow2 else {
+        anyhow::bail!("'{name}' has no snapshots: it is {}", opened.format);
+    };
+    let (mut by_id, mut by_name) = (None, None);
+    if wanted.starts_with("snapshot.") {
+        let mut options = options(&[wanted.to_owned()])?;
+        (by_id, by_name) = (options.take("snapshot.id"), options.take("snapshot.name"));
+        options.finish("of a snapshot")?;
+    }
+    let id = match (&by_id, &by_name) {
+        (None, None) => wanted.to_owned(),
+        _ => {
+            let is_wanted = |snapshot: &Snapshot| {
+                by_id.as_ref().is_none_or(|id| *id == snapshot.id)
+                    && by_name.as_ref().is_none_or(|name| *name == snapshot.name)
+            };
+            let found = image.snapshots()?.into_iter().find(is_wanted);
+            let found = found.with_context(|| format!("'{name}' has no snapshot '{wanted}'"))?;
+            found.id
+        }
+    };
+    let snapshot = image
+        .open_snapshot(&id)
+        .with_context(|| format!("cannot open a snapshot of '{name}'"))?;
+    let snapshot = Arc::new(snapshot);
+    Ok(Opened {
+        image: Arc::clone(&snapshot) as Arc<dyn Image>,
+        qcow2: Some(snapshot),
+        ..opened
+    })
 }
 
 /// A snapshot in a list.

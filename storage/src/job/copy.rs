@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::filter::Filter;
-use super::{CHUNK, Control, JobError, JobState, cannot};
+use super::{CHUNK, Control, JobError, JobState, WINDOW, cannot};
 use crate::qcow2::{ALL, RangeLocks};
 use crate::{Content, Image};
 
@@ -174,10 +174,11 @@ impl CopyJob {
 
     /// Copies what follows the frontier, as much as is done at a time.
     fn advance(&self, start: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let len = match self.work(start..self.size)? {
+        let window = start..start.saturating_add(WINDOW).min(self.size);
+        let len = match self.work(window)? {
             (Work::Copy, _) => CHUNK - start % CHUNK,
-            (Work::Zeroes, len) => len.min(ZEROES),
-            (Work::Nothing, len) => len,
+            (Work::Zeroes, len) if !self.options.target_is_zero => len.min(ZEROES),
+            (Work::Zeroes | Work::Nothing, len) => len,
         };
         let end = start.saturating_add(len).min(self.size);
         let _guard = self.locks.exclusive(start..end);

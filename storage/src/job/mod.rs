@@ -32,6 +32,10 @@ pub use pull::PullJob;
 /// cancelled ends after them.
 const CHUNK: u64 = 1 << 20;
 
+/// How much of a disk is looked at at a time, to find what has to be copied. Requests that change where the guest's bytes
+/// are wait meanwhile.
+const WINDOW: u64 = 64 << 20;
+
 /// What has become of a job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum JobState {
@@ -75,7 +79,7 @@ pub enum JobError {
     NotQcow2,
 
     /// There is no such layer.
-    #[error("the image has no {0} backing files")]
+    #[error("the image has fewer than {0} backing files")]
     Depth(usize),
 
     /// A backing file cannot be opened to be written.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Control, JobError, JobState, as_qcow2};
+use super::{Control, JobError, JobState, WINDOW, as_qcow2};
 use crate::disk::FormattedDisk;
 use crate::qcow2::{BackingName, Error};
 use crate::raw::ImageFormat;
@@ -95,7 +95,7 @@ impl PullJob {
                 }
                 break;
             }
-            let pulled = image.pull(next..size, self.layers);
+            let pulled = image.pull(next..next.saturating_add(WINDOW).min(size), self.layers);
             let pulled = pulled.map_err(|error| Error::Io {
                 action: "copy from the backing file",
                 error,

@@ -464,6 +464,11 @@ impl Header {
         self.incompatible & incompatible::CORRUPT != 0
     }
 
+    /// Whether the image has bitmaps.
+    pub fn has_bitmaps(&self) -> bool {
+        self.bitmaps.is_some()
+    }
+
     /// The backing file, if there is one.
     pub fn backing(&self) -> Option<&BackingName> {
         self.backing.as_ref()

@@ -32,6 +32,7 @@
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
 mod allocator;
+mod amend;
 mod backing;
 mod cache;
 mod chain;
@@ -61,6 +62,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+pub use amend::Amendment;
 pub(crate) use chain::MAX_DEPTH;
 pub use chain::{Layer, open_chain};
 pub use check::{Repair, Report};

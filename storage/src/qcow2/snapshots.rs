@@ -8,8 +8,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::Options;
 use super::Qcow2;
 use super::check::{Repair, Report};
 use super::entry::L1Entry;
@@ -29,6 +31,29 @@ impl Qcow2 {
             .note(snapshot_table::read(&*self.file, &self.header()))
             .map_err(Error::io("read the snapshot table of the image"))?;
         Ok(snapshots)
+    }
+
+    /// Opens the disk as it was at a snapshot, given by its identifier or name, to be read. The image must not be written
+    /// as long as it is open.
+    ///
+    /// # Errors
+    /// If there is no such snapshot, or the host cannot read it.
+    pub fn open_snapshot(&self, snapshot: &str) -> Result<Qcow2, Error> {
+        let snapshots = self.snapshots()?;
+        let snapshot = &snapshots[find(&snapshots, snapshot)?];
+        let header = Header {
+            size: snapshot.size,
+            l1_size: snapshot.l1_size,
+            l1_offset: snapshot.l1_offset,
+            ..self.header()
+        };
+        let options = Options {
+            read_only: true,
+            ..Options::default()
+        };
+        let opened = Qcow2::assemble(Arc::clone(&self.file), header, options)?;
+        opened.share_backing_of(self);
+        Ok(opened)
     }
 
     /// Keeps the present state of the disk as a snapshot, and returns its identifier.
@@ -259,7 +284,7 @@ impl Qcow2 {
     }
 
     /// Writes a new snapshot table, syncs it, has the header name it, and frees the old one.
-    fn write_snapshots(&self, snapshots: &[Snapshot]) -> io::Result<()> {
+    pub(super) fn write_snapshots(&self, snapshots: &[Snapshot]) -> io::Result<()> {
         let header = self.header();
         let (_, old_len) = snapshot_table::read(&*self.file, &header)?;
         let bytes = snapshot_table::to_bytes(snapshots)?;

@@ -7,7 +7,9 @@ mod compare;
 mod copy;
 mod formats;
 mod map;
+mod measure;
 mod qcow2_target;
+mod rebase;
 mod zeroes;
 
 #[cfg(test)]
@@ -27,6 +29,9 @@ pub use formats::{
     open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
+pub use measure::{Measured, measure_qcow2};
+pub use qcow2_target::qcow2_options;
+pub use rebase::copy_differences;
 
 /// How an operation tells its caller how far it is, and learns that it has to stop.
 #[derive(Clone, Copy)]

@@ -13,4 +13,5 @@ mod jobs_crash;
 mod pending;
 mod property;
 mod read;
+mod rebase;
 mod threads;

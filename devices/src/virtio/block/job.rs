@@ -3,12 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_storage::job::{CommitJob, Control, CopyJob, CopyJobOptions, JobError, PullJob};
 use bantam_storage::{
-    Disk, DiskError, DiskOptions, FileOpener, FormattedDisk, ImageFormat,
-    job::JobState as CopyState,
+    Disk, DiskError, FileOpener, FormattedDisk, ImageFormat, job::JobState as CopyState,
 };
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,8 @@ use crate::notice::DeviceNotice;
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the thread of a job that has ended waits for the guest's requests before it tries again.
 const REST_TIME: Duration = Duration::from_secs(5);
+/// How often it tries, so that the end of the machine does not wait for it without end.
+const RESTORE_ATTEMPTS: usize = 20;
 
 /// What a job does with the data of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,11 +225,11 @@ impl RunningJob {
     fn wait_for_end(&self) -> bool {
         let mut stage = lock(&self.stage);
         loop {
-            match &*stage {
-                Stage::Finished => return true,
-                Stage::Restored => return false,
-                Stage::Live if self.control().state() != CopyState::Ready => return false,
-                Stage::Live => {}
+            if let Stage::Finished = *stage {
+                return true;
+            }
+            if self.control().state() != CopyState::Ready {
+                return false;
             }
             let waited = self.changed.wait_timeout(stage, LOOK_INTERVAL);
             stage = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -273,13 +275,7 @@ impl BlockHandle {
                 if original.is_read_only() {
                     return Err(JobError::ReadOnly("the disk").into());
                 }
-                let options = DiskOptions {
-                    format: Some(*format),
-                    // The guest knows the block size, and does not read it again.
-                    block_size: Some(original.logical_block_size()),
-                    ..original.options().clone()
-                };
-                let target = Disk::create_by(opener, path, original.size(), &options)?;
+                let target = original.create_for_copy(opener, path, *format)?;
                 files.add(path);
                 let (from, to) = (source.image().clone(), target.to_formatted(opener)?);
                 let options = CopyJobOptions {
@@ -389,11 +385,13 @@ impl BlockHandle {
         if let Work::Pull(_) = running.work {
             return;
         }
-        loop {
+        for _ in 0..RESTORE_ATTEMPTS {
             match self.switch_to(running.original.clone(), Instant::now() + REST_TIME) {
                 Ok(()) => return,
+                // The filter passes everything to that disk, so this does the guest no harm.
                 Err(error) => tracing::warn!("the guest still uses the filter of a job: {error}"),
             }
+            thread::sleep(LOOK_INTERVAL);
         }
     }
 
@@ -447,13 +445,9 @@ impl BlockHandle {
         if self.disk().size() != size_before {
             self.link.notify_configuration_change();
         }
-        let format = match &running.work {
-            Work::Copy { .. } | Work::Pull(_) => target.options().format,
-            Work::Commit(commit) => commit.disk().options().format,
-        };
         Ok(PresentImage {
             path: target.path().to_path_buf(),
-            format: format.unwrap_or(ImageFormat::Raw),
+            format: target.options().format.unwrap_or(ImageFormat::Raw),
             block_size: target.logical_block_size(),
         })
     }

@@ -32,8 +32,8 @@ pub(in crate::virtio::block) fn exchange_all(
         let mut contents = slot.contents();
         contents.exchange = Exchange::Wanted(new);
         contents.stopped = None;
-        drop(contents);
         slot.is_urgent.store(true, Ordering::Relaxed);
+        drop(contents);
         slot.wake_worker();
         slots.push(slot);
     }

@@ -37,6 +37,7 @@ pub(super) struct DiskSlot {
     /// Signalled when the worker is to look at what the owner wants.
     event: EventFd,
     /// Whether there is a disk that the worker has not seen yet. While it waits for the worker, others may be held up.
+    /// It is changed while `contents` are locked.
     is_urgent: AtomicBool,
     /// The work for a thread of the disk. Present from the first image on that is not raw.
     image_work: OnceLock<Arc<ImageWork>>,
@@ -334,10 +335,10 @@ impl DiskLease {
 
     /// Returns what the owner wants.
     pub(super) fn wish(&self) -> Wish {
-        self.0.is_urgent.store(false, Ordering::Relaxed);
         // The event is non-blocking: the read fails only if it was not signalled.
         let _ = self.0.event.read();
         let mut contents = self.0.contents();
+        self.0.is_urgent.store(false, Ordering::Relaxed);
         if let Some(new) = contents.take_wanted() {
             return Wish::Take(new);
         }

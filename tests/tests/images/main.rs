@@ -1,5 +1,7 @@
 //! `bantam image` beside qemu-img: the same command lines give the same output, exit status and files.
 
+mod chains;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -10,6 +12,8 @@ use bantam_tests::monitor;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+
+use chains::chain;
 
 const FILES: [(&str, &[&str]); 9] = [
     ("a.qcow2", &["qcow2"]),
@@ -322,6 +326,75 @@ fn an_overlay_is_converted_to_another_overlay() {
         assert!(size < 1 << 20, "{size}");
         assert_same(folder.path(), "info --backing-chain over.qcow2");
     }
+}
+
+#[test]
+fn sizes_are_those_of_qemu_img() {
+    let folder = folder();
+    chain(folder.path());
+    for line in [
+        "--size 10G",
+        "--size 0",
+        "--size 1000",
+        "-o cluster_size=4k,refcount_bits=64 --size 10G",
+        "-o cluster_size=2M,extended_l2=on --size 1T",
+        "-o compat=0.10 a.qcow2",
+        "-o preallocation=falloc c.qcow2",
+        "-o preallocation=metadata a.vmdk",
+        "-o backing_file=base.img,backing_fmt=raw top.qcow2",
+        "--size 1E",
+        "top.qcow2",
+        "mid.qcow2",
+        "old.qcow2",
+        "-f raw base.img",
+        "src.img",
+        "c.qcow2",
+        "nosuch",
+    ] {
+        assert_same(folder.path(), &format!("measure -O qcow2 {line}"));
+        assert_same(
+            folder.path(),
+            &format!("measure -O qcow2 --output=json {line}"),
+        );
+    }
+}
+
+#[test]
+fn a_snapshot_is_converted_as_by_qemu_img() {
+    let folder = folder();
+    chain(folder.path());
+    for file in ["a.qcow2", "top.qcow2"] {
+        run(
+            folder.path(),
+            "qemu-img",
+            &["snapshot", "-c", "first", file],
+        );
+        let writes = ["-c", "write -P 8 64k 1M", file];
+        assert!(run(folder.path(), "qemu-io", &writes).status.success());
+        run(
+            folder.path(),
+            "qemu-img",
+            &["snapshot", "-c", "second", file],
+        );
+        for snapshot in [
+            "first",
+            "second",
+            "2",
+            "snapshot.id=1",
+            "snapshot.name=second",
+            "nosuch",
+            "snapshot.id=2,snapshot.name=second",
+            "snapshot.id=1,snapshot.name=second",
+        ] {
+            assert_same(folder.path(), &format!("convert -l {snapshot} {file} new"));
+            assert_same(
+                folder.path(),
+                &format!("measure -O qcow2 -l {snapshot} {file}"),
+            );
+        }
+    }
+    assert_same(folder.path(), "convert -l first src.img new");
+    assert_same(folder.path(), "convert -l first a.qcow2 top.qcow2 new");
 }
 
 #[test]
