@@ -18,7 +18,7 @@ use bantam_vmm::{
 const SIZE: usize = 24 << 20;
 const SEED: u64 = 5;
 /// Steps of each of the guest's threads. They take about a minute.
-const OPERATIONS: u32 = 2500;
+const OPERATIONS: u32 = 2000;
 /// How long the guest may take.
 const LIMIT: Duration = Duration::from_secs(400);
 /// How long a job may take.
@@ -82,8 +82,14 @@ fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
     config.disks = vec![option.parse::<DiskConfig>().expect("it is a disk")];
     let machine = configured(config, Console::default());
     machine.start().unwrap_or_else(|error| panic!("{error}"));
-    let ended = || fs::read_to_string(&log).is_ok_and(|text| text.contains(&format!("bantam: {work} ")));
+    let has_said = |words: &str| fs::read_to_string(&log).is_ok_and(|text| text.contains(words));
+    let ended = || has_said(&format!("bantam: {work} "));
 
+    let started = Instant::now();
+    while !has_said("bantam: disks are open") {
+        assert!(started.elapsed() < LIMIT, "the guest does not begin");
+        thread::sleep(Duration::from_millis(10));
+    }
     let started = Instant::now();
     let mut size = SIZE as u64;
     let mut rounds = 0;
@@ -126,7 +132,10 @@ fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
     drop(machine);
     qemu_img(&["check", "-q"], &[&present]);
     let result = place("result");
-    qemu_img(&["convert", "-f", "qcow2", "-O", "raw"], &[&present, &result]);
+    qemu_img(
+        &["convert", "-f", "qcow2", "-O", "raw"],
+        &[&present, &result],
+    );
     let found = fs::read(&result).expect("it was made");
     assert_eq!(found.len() as u64, size);
     // The guest has seen blocks of 512 bytes.

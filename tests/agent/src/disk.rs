@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::thread;
 use std::time::Instant;
 
+use crate::console::say;
 use crate::error::{Context, Error, Result};
 use crate::pattern::{self, Crc32};
 use crate::sys::{self, BlockRange};
@@ -89,6 +90,8 @@ pub fn verify_random(names: &[String], seed: u64, operations: u32) -> Result<Str
         .zip(seed..)
         .map(|(name, seed)| RandomDisk::open(name, seed))
         .collect::<Result<Vec<_>>>()?;
+    // Later changes of their sizes do not matter.
+    say(format_args!("bantam: disks are open"));
     let opened = &disks;
     let areas = thread::scope(|scope| {
         // The same threads use all disks, as starting a thread with its memory takes longest.

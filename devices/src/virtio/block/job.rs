@@ -199,6 +199,10 @@ impl RunningJob {
             (Stage::Restored, CopyState::Failed(reason)) => JobState::Failed { reason },
             (Stage::Restored, _) => JobState::Cancelled,
             (Stage::Live, CopyState::Copying) => JobState::Copying,
+            // It needs nobody to finish it.
+            (Stage::Live, CopyState::Ready) if matches!(self.work, Work::Pull(_)) => {
+                JobState::Copying
+            }
             (Stage::Live, CopyState::Ready) => JobState::Ready,
             (Stage::Live, CopyState::Cancelled | CopyState::Failed(_)) => JobState::Ending,
         };
