@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{ApiMachine, Load, require_kvm};
+use bantam_tests::{ApiMachine, Load, require_kvm, with_file_size_limit};
 use serde_json::{Value, json};
 
 const SIZE: usize = 16 << 20;
@@ -16,7 +16,11 @@ const CHECK: &str = "test=block mode=read verify seed=7 depth=8 operations=4096 
 
 /// Makes a raw image with checked data, and starts a guest that writes to it and checks what it reads.
 fn load(seconds: u32) -> ApiMachine {
-    let machine = ApiMachine::new();
+    load_in(ApiMachine::new(), seconds)
+}
+
+/// Like [`load`], in a machine that has not been configured.
+fn load_in(machine: ApiMachine, seconds: u32) -> ApiMachine {
     let image = machine.image("a.img", SIZE);
     let folder = tempfile::tempdir().expect("there is room");
     let words = "mode=write pattern=seq verify seed=7 operations=4096";
@@ -198,6 +202,32 @@ fn a_request_that_is_not_possible_is_refused_on_one_line() {
     assert_eq!(none, "The drive has not had a job yet");
     assert_eq!(fs::read(&there).unwrap(), [0; 512]);
     machine.stop();
+}
+
+#[test]
+fn a_job_that_fails_does_the_guest_no_harm() {
+    require_kvm!();
+    // There is room for the image, but not for a qcow2 image with the same data.
+    let limit = with_file_size_limit(SIZE as u64);
+    let machine = load_in(ApiMachine::with(|bantam, _| bantam.launcher(limit)), 3);
+    let copy = machine.path("copy");
+    for _ in 0..2 {
+        let job = json!({"job_type": "Copy", "path_on_host": copy, "format": "Qcow2"});
+        start_job(&machine, &job);
+        let failed = wait_for_state(&machine, "Failed");
+        let reason = failed["reason"].as_str().unwrap();
+        assert!(reason.contains("File too large"), "{reason}");
+        assert!(!reason.contains('\n'), "{reason}");
+        assert!(!copy.exists());
+    }
+    // The disk is as free as before.
+    start_job(&machine, &json!({"job_type": "Copy", "path_on_host": copy}));
+    wait_for_state(&machine, "Ready");
+    machine
+        .api
+        .patch("/bantam/drives/a/job", &json!({"action": "Finish"}));
+    machine.running.wait_for_output("PASS\n");
+    machine.ended_well();
 }
 
 /// Kills the monitor some time after `begin`, at several moments, and has `look` examine what is left.

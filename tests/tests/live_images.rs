@@ -498,3 +498,41 @@ fn a_job_ends_when_it_is_cancelled_and_with_its_machine() {
     check(&image);
     assert!(!path.exists());
 }
+
+#[test]
+fn pauses_do_not_disturb_snapshots_and_jobs() {
+    require_kvm!();
+    let folder = folder();
+    let image = written(&folder, "a.img", "raw");
+    let load = load(&folder, &image, "", 5);
+    let machine = load.machine.clone();
+    let events = machine.subscribe().unwrap();
+    let overlay = folder.path().join("overlay.qcow2");
+    let end = Instant::now() + Duration::from_secs(3);
+    let config = thread::scope(|scope| {
+        scope.spawn(|| {
+            while Instant::now() < end {
+                machine.pause().unwrap();
+                thread::sleep(Duration::from_millis(3));
+                machine.resume().unwrap();
+                thread::sleep(Duration::from_millis(3));
+            }
+        });
+        let mut rounds = 0;
+        while Instant::now() < end {
+            snapshot(&machine, &[("disk0", &overlay)]).unwrap();
+            start_job(&machine, DiskJob::Commit);
+            assert_eq!(next_of_job(&events).state, JobState::Ready);
+            device(&machine, "disk0", DeviceCommand::FinishJob).unwrap();
+            assert_eq!(next_of_job(&events).state, JobState::Finished);
+            fs::remove_file(&overlay).unwrap();
+            rounds += 1;
+        }
+        assert!(rounds > 3, "{rounds}");
+        machine.configuration().unwrap()
+    });
+    assert_eq!(config.disks[0].path, image);
+    load.finish();
+    drop(machine);
+    check_by_guest(&folder, &config);
+}

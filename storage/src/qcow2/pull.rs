@@ -40,7 +40,7 @@ impl Qcow2 {
     /// Does what [`Self::pull`] does, for bytes that are mapped at a time.
     fn pull_piece(&self, range: Range<u64>, merge: &Merge) -> io::Result<u64> {
         let start = range.start;
-        let range = start..self.new_end(&range);
+        let range = start..self.piece_end(&range);
         let _guard = self.ranges.exclusive(self.geometry.clusters(range.clone()));
         let status = self.status_unlocked(range)?;
         let (piece, len) = merge.piece(&status, start)?;

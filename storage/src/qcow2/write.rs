@@ -75,21 +75,21 @@ impl Qcow2 {
         self.file.write_at(bytes, host)
     }
 
-    /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another
-    /// thread has mapped them meanwhile.
-    fn write_new(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let end = self.new_end(&(offset..offset + bytes.len() as u64));
-        let _guard = self.ranges.exclusive(self.geometry.clusters(offset..end));
-        self.write_new_locked(&bytes[..(end - offset) as usize], offset)
-    }
-
-    /// Returns how far clusters are mapped at a time from the beginning of `range` on.
-    pub(super) fn new_end(&self, range: &Range<u64>) -> u64 {
+    /// Returns the end of the first bytes of `range` that can be mapped at a time.
+    pub(super) fn piece_end(&self, range: &Range<u64>) -> u64 {
         let geometry = self.geometry;
         let first = range.start >> geometry.cluster_bits;
         let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
         let most = slice_end.min(first + (PIECE / geometry.cluster_size()).max(1));
         range.end.min(most << geometry.cluster_bits)
+    }
+
+    /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another
+    /// thread has mapped them meanwhile.
+    fn write_new(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let end = self.piece_end(&(offset..offset + bytes.len() as u64));
+        let _guard = self.ranges.exclusive(self.geometry.clusters(offset..end));
+        self.write_new_locked(&bytes[..(end - offset) as usize], offset)
     }
 
     /// Does what [`Self::write_new`] does, for a caller that has locked the clusters, and no more bytes than are mapped

@@ -18,6 +18,7 @@ use bantam_storage::{
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
+use crate::memory_file::{Change, MemoryFile};
 use crate::support::{Folder, Numbers, host_file, qemu, read_all};
 
 /// Each thread has a part of the disk for itself, where it knows what it reads. The last part is for all.
@@ -500,6 +501,53 @@ fn errors_of_the_target_end_the_copy_and_spare_the_guest() {
     let mut bytes = [0; 4096];
     disk.image().read_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [1; 4096]);
+}
+
+#[test]
+fn the_target_counts_from_the_begin_of_a_switch() {
+    let source = Arc::new(MemoryFile::new(vec![3; 1 << 20]));
+    let target = Arc::new(MemoryFile::new(vec![0; 1 << 20]));
+    let raw = |file: &Arc<MemoryFile>| -> Arc<dyn Image> {
+        Arc::new(RawImage::new(Arc::clone(file) as _, false).unwrap())
+    };
+    let job = CopyJob::new(raw(&source), raw(&target), CopyJobOptions::default()).unwrap();
+    let filter = job.filter();
+    let syncs = |file: &MemoryFile| {
+        let changes = file.changes();
+        changes
+            .iter()
+            .filter(|change| matches!(change, Change::Sync))
+            .count()
+    };
+    job.begin_switch().unwrap_err();
+    assert_eq!(job.run(), JobState::Ready);
+    filter.flush().unwrap();
+    assert_eq!((syncs(&source), syncs(&target)), (1, 0));
+
+    job.begin_switch().unwrap();
+    assert_eq!((syncs(&source), syncs(&target)), (1, 1));
+    assert!(!job.control().cancel());
+    filter.write_at(&[4; 512], 0).unwrap();
+    filter.flush().unwrap();
+    assert_eq!((syncs(&source), syncs(&target)), (2, 2));
+    assert!(source.bytes() == target.bytes());
+
+    // A switch that comes to nothing changes nothing.
+    job.abort_switch();
+    assert_eq!(job.control().state(), JobState::Ready);
+    filter.flush().unwrap();
+    assert_eq!((syncs(&source), syncs(&target)), (3, 2));
+
+    // What the target does not take has not been written.
+    job.begin_switch().unwrap();
+    target.fail_after(0, u64::MAX);
+    filter.write_at(&[5; 512], 0).unwrap_err();
+    filter.flush().unwrap_err();
+    assert_eq!(job.control().state(), JobState::Ready);
+    job.abort_switch();
+    assert!(matches!(job.control().state(), JobState::Failed(_)));
+    filter.write_at(&[6; 512], 512).unwrap();
+    filter.flush().unwrap();
 }
 
 #[test]
