@@ -19,16 +19,19 @@ use crate::{Access, DiskLayer, HostFile, Image, ImageFile, RawImage};
 /// Copies what the image of a disk holds into one of its backing files, the base, while the guest uses the disk, which
 /// goes on with the base afterwards.
 ///
-/// It is a [`CopyJob`] to the base of what the layers above it hold, and is used as that is. When it was opened, the
-/// layers above read the base from the open image that the job writes.
+/// The job is a [`CopyJob`] of what the layers above the base hold, and is used as one. Once it is open, the layers above
+/// read the base from the image that the job writes.
 ///
 /// # Crashes
-/// At every moment the image, with its layers, reads as the disk does, and holds all that was flushed. The base changes
-/// only where the layers above it hold bytes, so it does not matter there. After a crash, an entry of the image that was
-/// not on stable storage is lost, and the bytes are those of the base again. These bytes were equal to those of the
-/// image but for what the guest has written since its last flush, and so they are after the job has copied them. An
-/// entry that is on stable storage never gives way to one that leaves the bytes to the base: with a backing file, a
-/// discard makes zeroes, or does nothing.
+/// At every moment the image, with its layers, reads as the disk does, and holds all that was flushed:
+///
+/// - The base changes only where the layers above hold bytes, or end before it. It is not read there.
+/// - An entry of the image that is not on stable storage when the host crashes is lost, and the disk has the bytes of the
+///   base there again. These are right too. Until its entry is on stable storage, a cluster of the image differs from the
+///   base only in what the guest has written since its last flush. If the job has copied the cluster, the base has some
+///   of that, and nothing else that is new.
+/// - An entry that is on stable storage never gives way to one that leaves the bytes to the base: with a backing file, a
+///   discard makes zeroes or does nothing.
 #[derive(Debug)]
 pub struct CommitJob {
     copy: Arc<CopyJob>,

@@ -61,7 +61,7 @@ impl Backing {
     /// Goes on with another backing file. The caller has locked all clusters of the image.
     pub fn replace(&self, new: Option<Below>) {
         let mut below = write(&self.below);
-        // Whoever looks up an entry after this sees all that was stored before.
+        // A request that sees this number also sees all entries that were stored before.
         self.changes.fetch_add(1, Ordering::Release);
         *below = new;
     }

@@ -11,12 +11,13 @@ use super::entry::L2Entry;
 use super::error::Error;
 use super::header::BackingName;
 use super::locks::{ALL, lock};
+use super::read::foreign;
 use crate::{BlockStatus, Content, Image};
 
 impl Qcow2 {
     /// Copies into the image what the first bytes of `range` are, if they come from one of the backing files that are
-    /// to go, and returns the number of bytes for which this is done. The first `layers` layers become one, of which
-    /// this image is the first; `None` stands for all. No bytes that the image holds are changed.
+    /// to go, and returns the number of bytes for which this is done. The first `layers` layers become one, and this
+    /// image is the first of them; `None` stands for all. Bytes that the image holds are not changed.
     ///
     /// # Errors
     /// Those of [`Image::write_at`], or if a backing file cannot be read.
@@ -171,7 +172,7 @@ impl Merge {
             0 => return Ok((Piece::InPlace, len)),
             left => len.min(left),
         };
-        let hidden = rest.image.status(start..start + len)?;
+        let hidden = rest.image.status(start..start + len).map_err(foreign)?;
         let piece = match is_zero(&hidden) {
             true => Piece::InPlace,
             false => Piece::Zeroes,

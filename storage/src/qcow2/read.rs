@@ -212,6 +212,6 @@ fn part<B: Borrow<Below>>(below: Option<B>, offset: u64, len: u64) -> Option<(B,
 }
 
 /// Turns an error of the backing file into one that does not mark this image as damaged.
-fn foreign(error: io::Error) -> io::Error {
+pub(super) fn foreign(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("backing file: {error}"))
 }

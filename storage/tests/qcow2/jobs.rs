@@ -273,7 +273,7 @@ fn plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-/// A disk of one to three layers, the last of which is not raw if there are others.
+/// A disk of two or three layers. Only the lowest can be raw.
 fn chain() -> impl Strategy<Value = Vec<(Layer, u64)>> {
     let size = prop_oneof![
         Just(SIZE),
