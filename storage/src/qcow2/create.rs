@@ -300,7 +300,10 @@ impl Layout {
     /// Writes everything but the header.
     fn write(&self, file: &dyn ImageFile, header: &Header) -> io::Result<()> {
         let cluster_bits = header.cluster_bits;
-        file.set_size(0)?;
+        // A new file is not truncated, as ext4 would write all of it when it is closed, and its owner wait.
+        if file.size()? > 0 {
+            file.set_size(0)?;
+        }
         file.set_size(self.blocks.end << cluster_bits)?;
         let words: Vec<u8> = self
             .blocks
