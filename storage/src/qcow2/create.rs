@@ -238,14 +238,9 @@ impl Qcow2 {
                 Preallocation::Falloc => self.file.allocate(bytes)?,
                 Preallocation::Full => write_zeroes(&*self.file, bytes)?,
             }
-            let bitmap = if self.geometry.extended {
-                u64::from(u32::MAX)
-            } else {
-                0
-            };
             let entries: Vec<NewEntry> = taken
                 .clone()
-                .map(|cluster| L2Entry::data(cluster << cluster_bits, bitmap))
+                .map(|cluster| L2Entry::whole(self.geometry, cluster << cluster_bits))
                 .map(NewEntry::immediate)
                 .collect();
             let old = vec![L2Entry::UNALLOCATED; entries.len()];

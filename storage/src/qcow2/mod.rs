@@ -26,11 +26,13 @@
 //!
 //! # Locks
 //! A request locks its clusters of the disk: shared to transfer data, exclusive to change their mapping. Below
-//! that lock there are, in this order, those for the creation of L2 tables, for the allocator and for the tables.
-//! Reads need only the last one, which is never held during a sync. [`Image::map`] waits for none of them.
+//! that lock there are, in this order, those for the creation of L2 tables, for the allocator, for the tables and for the
+//! reserve of clusters. Reads need only that for the tables, which is never held during a sync. [`Image::map`] waits for
+//! none of them, and [`Image::allocate`] gives up if one of the first four is in use.
 //!
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
+mod allocate;
 mod allocator;
 mod cache;
 mod chain;
@@ -45,6 +47,7 @@ mod overlap;
 mod pending;
 mod read;
 mod refcounts;
+mod reserve;
 mod resize;
 mod snapshot_table;
 mod snapshots;
@@ -66,13 +69,14 @@ pub use error::Error;
 pub use header::{BackingName, Compression, Header};
 pub use snapshot_table::Snapshot;
 
-use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
+use crate::{Allocation, BlockStatus, Direction, Extent, Image, ImageFile};
 use allocator::Allocator;
 use entry::{Compressed, Geometry, L2Entry};
 use header::{Field, incompatible};
 use locks::{RangeLocks, SyncGate, lock, read};
 use overlap::{Kind, Metadata};
 use refcounts::Refcounts;
+use reserve::Reserve;
 use tables::{L1, Tables};
 
 /// Default size of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
@@ -124,6 +128,8 @@ pub struct Qcow2 {
     header: Mutex<Header>,
     tables: Tables,
     allocator: Mutex<Allocator>,
+    /// That of the allocator.
+    reserve: Arc<Mutex<Reserve>>,
     metadata: Arc<RwLock<Metadata>>,
     gate: Arc<SyncGate>,
     ranges: RangeLocks,
@@ -216,6 +222,7 @@ impl Qcow2 {
             header: Mutex::new(header),
             tables: Tables::new(Arc::clone(&file), geometry, l1, options.cache_bytes),
             file,
+            reserve: Arc::clone(allocator.reserve()),
             allocator: Mutex::new(allocator),
             metadata,
             gate,
@@ -400,6 +407,14 @@ impl Image for Qcow2 {
 
     fn map(&self, range: Range<u64>, direction: Direction) -> Extent {
         self.map_range(range, direction)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> Option<Allocation> {
+        self.allocate_range(range)
+    }
+
+    fn prepare(&self) -> io::Result<()> {
+        self.note(self.fill_reserve())
     }
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {

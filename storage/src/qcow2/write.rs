@@ -75,15 +75,21 @@ impl Qcow2 {
         self.file.write_at(bytes, host)
     }
 
+    /// Returns the end of the first bytes of `range` that can be mapped at a time.
+    pub(super) fn piece_end(&self, range: &Range<u64>) -> u64 {
+        let geometry = self.geometry;
+        let first = range.start >> geometry.cluster_bits;
+        let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
+        let most = slice_end.min(first + (PIECE / geometry.cluster_size()).max(1));
+        range.end.min(most << geometry.cluster_bits)
+    }
+
     /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another
     /// thread has mapped them meanwhile.
     fn write_new(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let geometry = self.geometry;
-        let cluster_size = geometry.cluster_size();
         let first = offset >> geometry.cluster_bits;
-        let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
-        let most = slice_end.min(first + (PIECE / cluster_size).max(1));
-        let end = (offset + bytes.len() as u64).min(most << geometry.cluster_bits);
+        let end = self.piece_end(&(offset..offset + bytes.len() as u64));
         let clusters = geometry.clusters(offset..end);
 
         let _guard = self.ranges.exclusive(clusters.clone());
@@ -255,18 +261,23 @@ impl Qcow2 {
         }
     }
 
+    /// Whether the L2 table of a cluster of the guest exists and can be written in place.
+    pub(super) fn has_own_table(&self, cluster: u64) -> bool {
+        let entry = self.tables.l1_entry(cluster >> self.geometry.l2_bits());
+        entry.is_copied() && entry.table().is_some()
+    }
+
     /// Makes sure that the L2 table of a cluster of the guest exists and can be written in place.
     pub(super) fn ensure_table(&self, cluster: u64) -> io::Result<()> {
-        let index = cluster >> self.geometry.l2_bits();
-        let is_writable = |entry: L1Entry| entry.is_copied() && entry.table().is_some();
-        if is_writable(self.tables.l1_entry(index)) {
+        if self.has_own_table(cluster) {
             return Ok(());
         }
         let _guard = lock(&self.new_table);
-        let old = self.tables.l1_entry(index);
-        if is_writable(old) {
+        if self.has_own_table(cluster) {
             return Ok(());
         }
+        let index = cluster >> self.geometry.l2_bits();
+        let old = self.tables.l1_entry(index);
         let taken = lock(&self.allocator).take(1)?;
         let offset = taken.start << self.geometry.cluster_bits;
         let filled = match old.table() {
