@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -85,12 +86,20 @@ pub trait ImageFile: Debug + Send + Sync {
 
 /// A regular file or block device of the host.
 #[derive(Debug)]
-pub struct HostFile(File);
+pub struct HostFile {
+    file: File,
+    /// Held during a write. File systems let one thread at a time write to a file, and others that try meanwhile may
+    /// spin in the kernel: with it they sleep.
+    writing: Mutex<()>,
+}
 
 impl HostFile {
     /// Keeps an image in `file`.
     pub fn new(file: File) -> HostFile {
-        HostFile(file)
+        HostFile {
+            file,
+            writing: Mutex::new(()),
+        }
     }
 
     /// Changes the storage of a range, never the size of the file.
@@ -99,7 +108,7 @@ impl HostFile {
         let start = i64::try_from(range.start).map_err(too_large)?;
         let length = i64::try_from(range.end - range.start).map_err(too_large)?;
         let flags = flags | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(self.0.as_fd(), flags, start, length) {
+        match fallocate(self.file.as_fd(), flags, start, length) {
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
                 Err(io::ErrorKind::Unsupported.into())
             }
@@ -111,7 +120,7 @@ impl HostFile {
 impl ImageFile for HostFile {
     fn read_at(&self, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
         while !bytes.is_empty() {
-            match self.0.read_at(bytes, offset) {
+            match self.file.read_at(bytes, offset) {
                 Ok(0) => {
                     bytes.fill(0);
                     break;
@@ -128,7 +137,8 @@ impl ImageFile for HostFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(bytes, offset)
+        let _guard = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.file.write_all_at(bytes, offset)
     }
 
     fn write_durably(&self, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
@@ -141,7 +151,7 @@ impl ImageFile for HostFile {
             // SAFETY: the kernel reads the one vector, and through it only `bytes`, which outlive the call.
             let count = unsafe {
                 libc::pwritev2(
-                    self.0.as_raw_fd(),
+                    self.file.as_raw_fd(),
                     &raw const vector,
                     1,
                     position,
@@ -172,20 +182,20 @@ impl ImageFile for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.file.sync_data()
     }
 
     fn size(&self) -> io::Result<u64> {
-        let metadata = self.0.metadata()?;
+        let metadata = self.file.metadata()?;
         if metadata.file_type().is_block_device() {
-            let end = lseek(&self.0, 0, Whence::SeekEnd)?;
+            let end = lseek(&self.file, 0, Whence::SeekEnd)?;
             return u64::try_from(end).map_err(io::Error::other);
         }
         Ok(metadata.len())
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
-        self.0.set_len(size)
+        self.file.set_len(size)
     }
 
     fn next_run(&self, range: Range<u64>) -> io::Result<(bool, u64)> {
@@ -195,9 +205,9 @@ impl ImageFile for HostFile {
             let end = u64::try_from(position).unwrap_or_default().min(range.end);
             end.saturating_sub(range.start)
         };
-        match lseek(&self.0, start, Whence::SeekData) {
+        match lseek(&self.file, start, Whence::SeekData) {
             Ok(data) if data > start => Ok((true, up_to(data))),
-            Ok(_) => match lseek(&self.0, start, Whence::SeekHole) {
+            Ok(_) => match lseek(&self.file, start, Whence::SeekHole) {
                 // Another process can make a hole here meanwhile; then the bytes can still be read.
                 Ok(hole) if hole > start => Ok((false, up_to(hole))),
                 _ => Ok((false, length)),

@@ -38,6 +38,16 @@ pub enum Extent {
     },
 }
 
+/// A place that was found for bytes that are about to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocation {
+    /// Where the bytes can be written. It holds as long as an answer of [`Image::map`].
+    pub extent: Extent,
+    /// Whether [`Image::prepare`] should be called, so that there is room for the bytes that come later. Only one
+    /// answer says so before that has succeeded.
+    pub should_prepare: bool,
+}
+
 /// What a range of an image holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
@@ -91,6 +101,22 @@ pub trait Image: Any + Debug + Send + Sync {
     /// The answer holds until the next request that discards, or makes zeroes of, one of the bytes: who
     /// transfers data by it ends its transfers before it makes such a request.
     fn map(&self, range: Range<u64>, direction: Direction) -> Extent;
+
+    /// Finds a place for the first bytes of `range`, which the caller is about to write, where [`Self::map`] knows
+    /// none. Does no more on the host than a write of a few bytes to the page cache. `None`: they need
+    /// [`Self::write_at`]. The bytes read as zeroes before and afterwards.
+    fn allocate(&self, range: Range<u64>) -> Option<Allocation> {
+        let _ = range;
+        None
+    }
+
+    /// Prepares places for [`Self::allocate`], which it uses up. Waits for the host's storage.
+    ///
+    /// # Errors
+    /// If the host has no room or cannot write, or the image is damaged. Later writes show whether that lasts.
+    fn prepare(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Fills `bytes` with those from `offset` on.
     ///

@@ -22,7 +22,7 @@ pub mod tools;
 
 pub use disk::{Disk, DiskLayer, FormattedDisk};
 pub use file::{HostFile, ImageFile};
-pub use image::{BlockStatus, Content, Direction, Extent, Image};
+pub use image::{Allocation, BlockStatus, Content, Direction, Extent, Image};
 pub use lock::{Lock, LockMode, lock_file, lock_patiently};
 pub use opener::{FileAccess, FileOpener, HostOpener};
 pub use options::{OptionError, Options, parse_size};

@@ -14,22 +14,24 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use super::error::Error;
 use super::header::{Field, MAX_REFCOUNT_TABLE_BYTES};
-use super::locks::{SyncGate, read, write};
+use super::locks::{SyncGate, lock, read, write};
 use super::overlap::{Kind, Metadata};
-use super::refcounts::Refcounts;
+use super::refcounts::{Refcounts, WRITE, WRITE_DURABLY, WriteTo};
+use super::reserve::Reserve;
 use crate::ImageFile;
 
-/// Size of the first reserve in bytes. Each one is twice as large as the one before.
+/// By how many bytes the reserve is filled first. Each time, it is [`GROWTH`] times as many as the time before.
 const MIN_RESERVE: u64 = 4 << 20;
-/// Maximum size of a reserve in bytes.
-const MAX_RESERVE: u64 = 64 << 20;
-/// Minimum number of clusters of a reserve.
+/// By how many bytes the reserve is filled at most. They take no storage before they are written.
+const MAX_RESERVE: u64 = 256 << 20;
+const GROWTH: u64 = 4;
+/// By how many clusters the reserve is filled at least.
 const MIN_RESERVE_CLUSTERS: u64 = 8;
-/// Most refcount blocks that are written durably one by one, in place of a sync.
+/// Most refcount blocks, new or not, that are written durably one by one, in place of a sync.
 const MAX_DURABLE_BLOCKS: u64 = 2;
 /// Maximum number of refcount blocks that are searched for free clusters at a time.
 const MAX_SEARCH: u32 = 64;
@@ -54,7 +56,8 @@ pub(super) struct Allocator {
     /// Whether stable storage has nothing behind the end of the file, as there was a sync since it was last cut
     /// off.
     is_end_stable: bool,
-    reserve: Vec<Range<u64>>,
+    reserve: Arc<Mutex<Reserve>>,
+    /// How many clusters are added to the reserve the next time.
     reserve_clusters: u64,
     freed: Vec<Range<u64>>,
 }
@@ -93,7 +96,7 @@ impl Allocator {
             file_size,
             search: 0,
             is_end_stable: false,
-            reserve: Vec::new(),
+            reserve: Arc::default(),
             reserve_clusters: (MIN_RESERVE >> cluster_bits).max(MIN_RESERVE_CLUSTERS),
             freed: Vec::new(),
         }
@@ -109,18 +112,28 @@ impl Allocator {
     /// # Errors
     /// If there are none and the host has no room for more, or the image is damaged.
     pub fn take(&mut self, count: u64) -> io::Result<Range<u64>> {
-        if self.reserve.is_empty() {
-            self.refill(self.reserve_clusters)?;
-            let most = (MAX_RESERVE >> self.cluster_bits).max(MIN_RESERVE_CLUSTERS);
-            self.reserve_clusters = (self.reserve_clusters * 2).min(most);
+        loop {
+            // The lock is not held while the reserve is filled.
+            let taken = lock(&self.reserve).take(count);
+            if let Some(taken) = taken {
+                return Ok(taken);
+            }
+            self.refill()?;
         }
-        let run = self.reserve.last_mut().ok_or(io::ErrorKind::StorageFull)?;
-        let taken = run.start..run.end.min(run.start + count);
-        run.start = taken.end;
-        if run.is_empty() {
-            self.reserve.pop();
-        }
-        Ok(taken)
+    }
+
+    /// Returns the reserve, from which clusters can be taken without the allocator.
+    pub fn reserve(&self) -> &Arc<Mutex<Reserve>> {
+        &self.reserve
+    }
+
+    /// Fills the reserve if it is low.
+    ///
+    /// # Errors
+    /// Those of [`Self::take`].
+    pub fn fill_reserve(&mut self) -> io::Result<()> {
+        let is_low = lock(&self.reserve).is_low();
+        if is_low { self.refill() } else { Ok(()) }
     }
 
     /// Takes exactly `count` clusters that follow each other. They are like those of the reserve.
@@ -186,7 +199,7 @@ impl Allocator {
     /// If the host cannot write. The reserve is leaked then.
     pub fn give_back(&mut self) -> io::Result<()> {
         let mut end = self.file_size.div_ceil(1 << self.cluster_bits);
-        let mut reserve = std::mem::take(&mut self.reserve);
+        let mut reserve = lock(&self.reserve).take_all();
         reserve.sort_unstable_by_key(|run| run.start);
         for run in reserve.iter().rev() {
             self.refcounts.set(run.clone(), 0)?;
@@ -205,8 +218,9 @@ impl Allocator {
         Ok(())
     }
 
-    /// Adds about `count` clusters to the reserve.
-    fn refill(&mut self, count: u64) -> io::Result<()> {
+    /// Adds about [`Self::reserve_clusters`] clusters to the reserve.
+    fn refill(&mut self) -> io::Result<()> {
+        let count = self.reserve_clusters;
         let end = self.end();
         let per_block = self.refcounts.per_block();
         let mut holes = Vec::new();
@@ -229,9 +243,10 @@ impl Allocator {
             None
         };
         self.make_reserve(&holes, tail.as_ref())?;
-        self.reserve.extend(holes);
-        self.reserve.extend(tail.map(|tail| tail.clusters));
-        self.reserve.reverse();
+        let tail = tail.map(|tail| tail.clusters);
+        lock(&self.reserve).fill(holes.into_iter().chain(tail));
+        let most = (MAX_RESERVE >> self.cluster_bits).max(MIN_RESERVE_CLUSTERS);
+        self.reserve_clusters = (count * GROWTH).min(most);
         Ok(())
     }
 
@@ -333,10 +348,9 @@ impl Allocator {
 
     fn write_reserve(&mut self, holes: &[Range<u64>], tail: Option<&Tail>) -> io::Result<()> {
         if let (true, [], Some(tail)) = (self.is_end_stable, holes, tail)
-            && tail.blocks.is_empty()
-            && self.refcounts.blocks_of(&tail.clusters) <= MAX_DURABLE_BLOCKS
+            && self.refcounts.blocks_of(&tail.all()) <= MAX_DURABLE_BLOCKS
         {
-            return self.write_tail_durably(&tail.clusters);
+            return self.write_tail_durably(tail);
         }
         for run in holes {
             self.refcounts.set(run.clone(), 1)?;
@@ -344,7 +358,7 @@ impl Allocator {
         }
         if let Some(tail) = tail {
             let all = tail.all();
-            self.count_tail(&all, &tail.blocks)?;
+            self.count_tail(&all, &tail.blocks, WRITE)?;
             self.extend_to(all.end)?;
         }
         self.refcounts.write_back()?;
@@ -357,8 +371,7 @@ impl Allocator {
             .filter(|blocks| !blocks.is_empty())
         {
             for &(index, offset) in blocks {
-                self.refcounts.add_block(index, offset)?;
-                write(&self.metadata).add(offset >> self.cluster_bits, Kind::RefcountBlock);
+                self.add_block(index, offset, WRITE)?;
             }
             self.gate.sync()?;
         }
@@ -367,21 +380,39 @@ impl Allocator {
 
     /// Makes clusters behind the end of the file a reserve, with no sync: that would also have to wait for all
     /// that the guest has written.
-    fn write_tail_durably(&mut self, clusters: &Range<u64>) -> io::Result<()> {
-        self.refcounts.set(clusters.clone(), 1)?;
-        let size = clusters.end << self.cluster_bits;
+    fn write_tail_durably(&mut self, tail: &Tail) -> io::Result<()> {
+        let all = tail.all();
+        let size = all.end << self.cluster_bits;
         if size > self.file_size {
             self.file.write_durably(&[0], size - 1)?;
-            self.grown_to(clusters.end);
+            self.grown_to(all.end);
         }
-        self.refcounts.write_back_durably()
+        self.count_tail(&all, &tail.blocks, WRITE_DURABLY)?;
+        self.refcounts.write_back_durably()?;
+        // Those that count themselves come first, as a block is in the table before those that it counts.
+        for &(index, offset) in &tail.blocks {
+            self.add_block(index, offset, WRITE_DURABLY)?;
+        }
+        Ok(())
+    }
+
+    /// Enters a block into the table. It is on stable storage already.
+    fn add_block(&mut self, index: u64, offset: u64, write_to: WriteTo) -> io::Result<()> {
+        self.refcounts.add_block(index, offset, write_to)?;
+        write(&self.metadata).add(offset >> self.cluster_bits, Kind::RefcountBlock);
+        Ok(())
     }
 
     /// Counts the clusters `all`, in new blocks and those that exist.
-    fn count_tail(&mut self, all: &Range<u64>, blocks: &[(u64, u64)]) -> io::Result<()> {
+    fn count_tail(
+        &mut self,
+        all: &Range<u64>,
+        blocks: &[(u64, u64)],
+        write_to: WriteTo,
+    ) -> io::Result<()> {
         let per_block = self.refcounts.per_block();
         for &(index, offset) in blocks {
-            self.refcounts.write_block(index, offset, all)?;
+            self.refcounts.write_block(index, offset, all, write_to)?;
         }
         for index in all.start / per_block..all.end.div_ceil(per_block) {
             if !blocks.iter().any(|&(new, _)| new == index) {
@@ -420,7 +451,7 @@ impl Allocator {
         let all = tail.all();
         let offset = tail.clusters.start << self.cluster_bits;
         let table = self.refcounts.grown_table(clusters, &tail.blocks);
-        self.count_tail(&all, &tail.blocks)?;
+        self.count_tail(&all, &tail.blocks, WRITE)?;
         self.refcounts.write_back()?;
         self.refcounts.write_table(&table, offset)?;
         self.extend_to(all.end)?;

@@ -12,6 +12,7 @@ use super::entry::L1Entry;
 use super::error::Error;
 use super::header::{Field, Header, incompatible};
 use super::locks::{ALL, lock};
+use super::refcounts::WRITE;
 use super::tables::{L1, read_words, to_bytes};
 use super::walk::References;
 use super::{Options, Qcow2};
@@ -238,9 +239,11 @@ impl Qcow2 {
                 allocator.free(taken);
                 continue;
             }
-            allocator.refcounts.write_block(index, offset, &(0..0))?;
+            allocator
+                .refcounts
+                .write_block(index, offset, &(0..0), WRITE)?;
             self.gate.sync()?;
-            allocator.refcounts.add_block(index, offset)?;
+            allocator.refcounts.add_block(index, offset, WRITE)?;
         }
         self.gate.sync()?;
         let freed = allocator.take_freed();

@@ -238,14 +238,9 @@ impl Qcow2 {
                 Preallocation::Falloc => self.file.allocate(bytes)?,
                 Preallocation::Full => write_zeroes(&*self.file, bytes)?,
             }
-            let bitmap = if self.geometry.extended {
-                u64::from(u32::MAX)
-            } else {
-                0
-            };
             let entries: Vec<NewEntry> = taken
                 .clone()
-                .map(|cluster| L2Entry::data(cluster << cluster_bits, bitmap))
+                .map(|cluster| L2Entry::whole(self.geometry, cluster << cluster_bits))
                 .map(NewEntry::immediate)
                 .collect();
             let old = vec![L2Entry::UNALLOCATED; entries.len()];
@@ -300,7 +295,10 @@ impl Layout {
     /// Writes everything but the header.
     fn write(&self, file: &dyn ImageFile, header: &Header) -> io::Result<()> {
         let cluster_bits = header.cluster_bits;
-        file.set_size(0)?;
+        // A new file is not truncated, as ext4 would write all of it when it is closed, and its owner wait.
+        if file.size()? > 0 {
+            file.set_size(0)?;
+        }
         file.set_size(self.blocks.end << cluster_bits)?;
         let words: Vec<u8> = self
             .blocks

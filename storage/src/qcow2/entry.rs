@@ -164,6 +164,15 @@ impl L2Entry {
         }
     }
 
+    /// Maps a whole cluster at `host` that has no other reference.
+    pub fn whole(geometry: Geometry, host: u64) -> L2Entry {
+        let bitmap = match geometry.extended {
+            true => u64::from(u32::MAX),
+            false => 0,
+        };
+        L2Entry::data(host, bitmap)
+    }
+
     /// Marks a cluster as zeroes. `host` is kept for later writes.
     pub fn zeroes(geometry: Geometry, host: Option<u64>) -> L2Entry {
         let word = host.map_or(0, |host| host | COPIED);

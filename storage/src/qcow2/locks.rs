@@ -14,6 +14,15 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Locks `mutex` if that needs no waiting.
+pub(super) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 /// Locks `lock` for reading.
 pub(super) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
@@ -52,6 +61,23 @@ struct Entry {
     exclusive: bool,
 }
 
+impl Entry {
+    fn overlaps(&self, range: &Range<u64>) -> bool {
+        self.range.start < range.end && range.start < self.range.end
+    }
+}
+
+/// Adds an entry, and returns its identifier.
+fn push(entries: &mut VecDeque<Entry>, range: Range<u64>, exclusive: bool) -> u64 {
+    let id = entries.back().map_or(0, |entry| entry.id + 1);
+    entries.push_back(Entry {
+        id,
+        range,
+        exclusive,
+    });
+    id
+}
+
 /// A lock on a range, held until it is dropped.
 #[derive(Debug)]
 pub(crate) struct RangeGuard<'a> {
@@ -70,23 +96,24 @@ impl RangeLocks {
         self.acquire(range, true)
     }
 
+    /// Returns an exclusive lock on `range` if nobody uses or awaits any of it.
+    pub fn try_exclusive(&self, range: Range<u64>) -> Option<RangeGuard<'_>> {
+        let mut entries = lock(&self.entries);
+        let is_used = entries.iter().any(|entry| entry.overlaps(&range));
+        (!is_used).then(|| RangeGuard {
+            locks: self,
+            id: push(&mut entries, range, true),
+        })
+    }
+
     fn acquire(&self, range: Range<u64>, exclusive: bool) -> RangeGuard<'_> {
         let mut entries = lock(&self.entries);
-        let id = entries.back().map_or(0, |entry| entry.id + 1);
-        entries.push_back(Entry {
-            id,
-            range: range.clone(),
-            exclusive,
-        });
+        let id = push(&mut entries, range.clone(), exclusive);
         let conflicts = |entries: &mut VecDeque<Entry>| {
             entries
                 .iter()
                 .take_while(|entry| entry.id != id)
-                .any(|entry| {
-                    (exclusive || entry.exclusive)
-                        && entry.range.start < range.end
-                        && range.start < entry.range.end
-                })
+                .any(|entry| (exclusive || entry.exclusive) && entry.overlaps(&range))
         };
         drop(
             self.released

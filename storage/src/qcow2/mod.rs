@@ -26,11 +26,13 @@
 //!
 //! # Locks
 //! A request locks its clusters of the disk: shared to transfer data, exclusive to change their mapping. Below
-//! that lock there are, in this order, those for the creation of L2 tables, for the allocator and for the tables.
-//! Reads need only the last one, which is never held during a sync. [`Image::map`] waits for none of them.
+//! that lock there are, in this order, those for the creation of L2 tables, for the allocator, for the tables and for the
+//! reserve of clusters. Reads need only that for the tables, which is never held during a sync. [`Image::map`] waits for
+//! none of them, and [`Image::allocate`] gives up if one of the first four is in use.
 //!
 //! [specification]: https://www.qemu.org/docs/master/interop/qcow2.html
 
+mod allocate;
 mod allocator;
 mod amend;
 mod backing;
@@ -48,6 +50,7 @@ mod pending;
 mod pull;
 mod read;
 mod refcounts;
+mod reserve;
 mod resize;
 mod rewrite;
 mod snapshot_table;
@@ -73,7 +76,7 @@ pub use header::{BackingName, Compression, Header};
 pub(crate) use locks::{ALL, RangeLocks};
 pub use snapshot_table::Snapshot;
 
-use crate::{BlockStatus, Direction, Extent, Image, ImageFile};
+use crate::{Allocation, BlockStatus, Direction, Extent, Image, ImageFile};
 use allocator::Allocator;
 use backing::{Backing, Below};
 use entry::{Compressed, Geometry, L2Entry};
@@ -81,6 +84,7 @@ use header::{Field, incompatible};
 use locks::{SyncGate, lock, read};
 use overlap::{Kind, Metadata};
 use refcounts::Refcounts;
+use reserve::Reserve;
 use tables::{L1, Tables};
 
 /// Default size of the cache of L2 tables: enough for 64 GiB of disk with clusters of 64 KiB.
@@ -132,6 +136,8 @@ pub struct Qcow2 {
     header: Mutex<Header>,
     tables: Tables,
     allocator: Mutex<Allocator>,
+    /// That of the allocator.
+    reserve: Arc<Mutex<Reserve>>,
     metadata: Arc<RwLock<Metadata>>,
     gate: Arc<SyncGate>,
     ranges: RangeLocks,
@@ -239,6 +245,7 @@ impl Qcow2 {
             header: Mutex::new(header),
             tables: Tables::new(Arc::clone(&file), geometry, l1, options.cache_bytes),
             file,
+            reserve: Arc::clone(allocator.reserve()),
             allocator: Mutex::new(allocator),
             metadata,
             gate,
@@ -480,6 +487,14 @@ impl Image for Qcow2 {
         self.map_range(range, direction)
     }
 
+    fn allocate(&self, range: Range<u64>) -> Option<Allocation> {
+        self.allocate_range(range)
+    }
+
+    fn prepare(&self) -> io::Result<()> {
+        self.note(self.fill_reserve())
+    }
+
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.check_range(&(offset..offset.saturating_add(bytes.len() as u64)))?;
         let range = offset..offset + bytes.len() as u64;
@@ -515,6 +530,8 @@ impl Image for Qcow2 {
 
     fn end_writing(&self) -> io::Result<()> {
         self.flush()?;
+        // A thread that fills the reserve has ended before, or finds that nothing is written any more.
+        let _layout = lock(&self.layout);
         if self.check_writable().is_ok() {
             // What cannot be given back is leaked, and a check frees it.
             let _ = lock(&self.allocator).give_back();

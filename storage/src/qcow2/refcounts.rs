@@ -32,7 +32,11 @@ pub(super) struct Refcounts {
 }
 
 /// Writes bytes to an offset of a file.
-type WriteTo = fn(&dyn ImageFile, &[u8], u64) -> io::Result<()>;
+pub(super) type WriteTo = fn(&dyn ImageFile, &[u8], u64) -> io::Result<()>;
+/// A write that the next sync brings to stable storage.
+pub(super) const WRITE: WriteTo = |file, bytes, offset| file.write_at(bytes, offset);
+/// A write that is on stable storage when it has ended.
+pub(super) const WRITE_DURABLY: WriteTo = |file, bytes, offset| file.write_durably(bytes, offset);
 
 #[derive(Debug)]
 struct Block {
@@ -224,19 +228,25 @@ impl Refcounts {
 
     /// Writes a new block to `offset`, with refcount 1 for those of `used` that it counts. It does not
     /// count anything before [`Self::add_block`].
-    pub fn write_block(&mut self, index: u64, offset: u64, used: &Range<u64>) -> io::Result<()> {
+    pub fn write_block(
+        &self,
+        index: u64,
+        offset: u64,
+        used: &Range<u64>,
+        write_to: WriteTo,
+    ) -> io::Result<()> {
         let mut bytes = vec![0; 1 << self.cluster_bits];
         let first = index * self.per_block();
         for cluster in used.start.max(first)..used.end.min(first + self.per_block()) {
             put(&mut bytes, self.order, cluster - first, 1);
         }
-        self.file.write_at(&bytes, offset)
+        write_to(&*self.file, &bytes, offset)
     }
 
     /// Enters a block into the table. It is on stable storage already.
-    pub fn add_block(&mut self, index: u64, offset: u64) -> io::Result<()> {
-        self.file
-            .write_at(&offset.to_be_bytes(), self.table_offset + index * 8)?;
+    pub fn add_block(&mut self, index: u64, offset: u64, write_to: WriteTo) -> io::Result<()> {
+        let place = self.table_offset + index * 8;
+        write_to(&*self.file, &offset.to_be_bytes(), place)?;
         if let Some(entry) = self.table.get_mut(index as usize) {
             *entry = offset;
         }
@@ -271,7 +281,7 @@ impl Refcounts {
     /// # Errors
     /// If the host cannot write them. The cache is empty then, as it is not known what the file holds.
     pub fn write_back(&mut self) -> io::Result<()> {
-        self.write_back_by(|file, bytes, offset| file.write_at(bytes, offset))
+        self.write_back_by(WRITE)
     }
 
     /// Writes changed refcounts to stable storage, except those of blocks that have left the cache since they
@@ -280,12 +290,12 @@ impl Refcounts {
     /// # Errors
     /// Those of [`Self::write_back`].
     pub fn write_back_durably(&mut self) -> io::Result<()> {
-        self.write_back_by(|file, bytes, offset| file.write_durably(bytes, offset))
+        self.write_back_by(WRITE_DURABLY)
     }
 
-    fn write_back_by(&mut self, write: WriteTo) -> io::Result<()> {
+    fn write_back_by(&mut self, write_to: WriteTo) -> io::Result<()> {
         for position in 0..self.blocks.len() {
-            if let Err(error) = self.write_back_block(position, write) {
+            if let Err(error) = self.write_back_block(position, write_to) {
                 self.blocks.clear();
                 return Err(error);
             }
@@ -310,7 +320,7 @@ impl Refcounts {
             .collect()
     }
 
-    fn write_back_block(&mut self, position: usize, write: WriteTo) -> io::Result<()> {
+    fn write_back_block(&mut self, position: usize, write_to: WriteTo) -> io::Result<()> {
         let block = &self.blocks[position];
         if block.changed.is_empty() {
             return Ok(());
@@ -320,7 +330,7 @@ impl Refcounts {
         let offset = offset.ok_or_else(|| io::Error::other("a refcount block has gone"))?;
         let block = &mut self.blocks[position];
         let bytes = &block.bytes[changed.clone()];
-        write(&*self.file, bytes, offset + changed.start as u64)?;
+        write_to(&*self.file, bytes, offset + changed.start as u64)?;
         block.changed = 0..0;
         Ok(())
     }
@@ -338,7 +348,7 @@ impl Refcounts {
                     return Ok(None);
                 };
                 if self.blocks.len() as u64 >= (CACHE_BYTES >> self.cluster_bits).max(MIN_BLOCKS) {
-                    self.write_back_block(0, |file, bytes, offset| file.write_at(bytes, offset))?;
+                    self.write_back_block(0, WRITE)?;
                     self.blocks.remove(0);
                 }
                 let mut bytes = vec![0; 1 << self.cluster_bits];

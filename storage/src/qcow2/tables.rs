@@ -8,12 +8,12 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use super::cache::SliceCache;
 use super::entry::{BadEntry, Geometry, L1Entry, L2Entry, Mapping};
 use super::error::Error;
-use super::locks::{lock, read, try_read, write};
+use super::locks::{lock, read, try_lock, try_read, write};
 use super::pending::{Pending, Waiting};
 use crate::ImageFile;
 
@@ -138,37 +138,39 @@ impl Tables {
         clusters: Range<u64>,
         inspect: impl FnMut(L2Entry),
     ) -> io::Result<Vec<L2Entry>> {
-        let (slice, index, _) = self.place(clusters.start << self.geometry.cluster_bits);
-        let words_per_entry = self.geometry.entry_words() as usize;
-        let take = |word: &dyn Fn(usize) -> u64| {
-            (0..(clusters.end - clusters.start) as usize)
-                .map(|entry| {
-                    let first = (index + entry) * words_per_entry;
-                    let bitmap = if words_per_entry == 2 {
-                        word(first + 1)
-                    } else {
-                        0
-                    };
-                    L2Entry {
-                        word: word(first),
-                        bitmap,
-                    }
-                })
-                .collect()
-        };
-        let cached = self.cache.read(slice, |words| {
-            take(&|index| {
-                words
-                    .get(index)
-                    .map_or(0, |word| word.load(Ordering::Relaxed))
-            })
-        });
-        if let Some(entries) = cached {
+        if let Some(entries) = self.cached_entries(clusters.clone()) {
             return Ok(entries);
         }
+        let (slice, _, _) = self.place(clusters.start << self.geometry.cluster_bits);
         let pending = lock(&self.pending);
         let words = self.load(&pending, slice, inspect)?.unwrap_or_default();
-        Ok(take(&|index| words.get(index).copied().unwrap_or(0)))
+        let word = |index: usize| words.get(index).copied().unwrap_or(0);
+        Ok(self.entries_of(clusters, word))
+    }
+
+    /// Returns the entries of `clusters`, which are in one slice, if they are known without the host.
+    pub fn cached_entries(&self, clusters: Range<u64>) -> Option<Vec<L2Entry>> {
+        let (slice, _, _) = self.place(clusters.start << self.geometry.cluster_bits);
+        self.cache.read(slice, |words| {
+            let word = |index: usize| words.get(index).map(|word| word.load(Ordering::Relaxed));
+            self.entries_of(clusters, |index| word(index).unwrap_or(0))
+        })
+    }
+
+    /// Returns the entries of `clusters` from the words of their slice.
+    fn entries_of(&self, clusters: Range<u64>, word: impl Fn(usize) -> u64) -> Vec<L2Entry> {
+        let (_, index, _) = self.place(clusters.start << self.geometry.cluster_bits);
+        let words_per_entry = self.geometry.entry_words() as usize;
+        let entries = index..index + (clusters.end - clusters.start) as usize;
+        entries
+            .map(|entry| L2Entry {
+                word: word(entry * words_per_entry),
+                bitmap: match words_per_entry {
+                    2 => word(entry * 2 + 1),
+                    _ => 0,
+                },
+            })
+            .collect()
     }
 
     /// Replaces the entries `old` of clusters from `cluster` on, which are in one slice and have an L2 table that can
@@ -183,8 +185,27 @@ impl Tables {
         old: &[L2Entry],
         new: &[NewEntry],
     ) -> io::Result<Vec<L2Entry>> {
+        self.store_locked(lock(&self.pending), cluster, old, new)
+    }
+
+    /// [`Self::store`] if nobody reads or writes tables of the file.
+    pub fn try_store(
+        &self,
+        cluster: u64,
+        old: &[L2Entry],
+        new: &[NewEntry],
+    ) -> Option<io::Result<Vec<L2Entry>>> {
+        Some(self.store_locked(try_lock(&self.pending)?, cluster, old, new))
+    }
+
+    fn store_locked(
+        &self,
+        mut pending: MutexGuard<'_, Pending>,
+        cluster: u64,
+        old: &[L2Entry],
+        new: &[NewEntry],
+    ) -> io::Result<Vec<L2Entry>> {
         let (slice, index, _) = self.place(cluster << self.geometry.cluster_bits);
-        let mut pending = lock(&self.pending);
         let is_written =
             |index: &usize| !new[*index].is_pending && new[*index].entry != old[*index];
         if let Some(first) = (0..new.len()).find(is_written) {

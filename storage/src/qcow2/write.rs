@@ -267,18 +267,23 @@ impl Qcow2 {
         }
     }
 
+    /// Whether the L2 table of a cluster of the guest exists and can be written in place.
+    pub(super) fn has_own_table(&self, cluster: u64) -> bool {
+        let entry = self.tables.l1_entry(cluster >> self.geometry.l2_bits());
+        entry.is_copied() && entry.table().is_some()
+    }
+
     /// Makes sure that the L2 table of a cluster of the guest exists and can be written in place.
     pub(super) fn ensure_table(&self, cluster: u64) -> io::Result<()> {
-        let index = cluster >> self.geometry.l2_bits();
-        let is_writable = |entry: L1Entry| entry.is_copied() && entry.table().is_some();
-        if is_writable(self.tables.l1_entry(index)) {
+        if self.has_own_table(cluster) {
             return Ok(());
         }
         let _guard = lock(&self.new_table);
-        let old = self.tables.l1_entry(index);
-        if is_writable(old) {
+        if self.has_own_table(cluster) {
             return Ok(());
         }
+        let index = cluster >> self.geometry.l2_bits();
+        let old = self.tables.l1_entry(index);
         let taken = lock(&self.allocator).take(1)?;
         let offset = taken.start << self.geometry.cluster_bits;
         let filled = match old.table() {

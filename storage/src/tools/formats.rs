@@ -565,9 +565,16 @@ fn create_file(path: &Path, size: u64) -> io::Result<(File, bool)> {
     options.read(true).write(true).create(true);
     let file = check_type(options.custom_flags(O_NONBLOCK).open(path)?)?;
     lock(&file, false)?;
-    if file.metadata()?.is_file() {
-        file.set_len(0)?;
-        file.set_len(size)?;
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        // A new file is not truncated: if an empty one is, ext4 writes all of it when it is closed, and its owner
+        // waits for that.
+        if metadata.len() > 0 {
+            file.set_len(0)?;
+        }
+        if size > 0 {
+            file.set_len(size)?;
+        }
         return Ok((file, true));
     }
     let device_size = HostFile::new(file.try_clone()?).size()?;

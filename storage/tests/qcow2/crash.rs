@@ -6,7 +6,7 @@ use bantam_storage::Image;
 use bantam_storage::qcow2::{BackingName, CreateOptions, Header, Options, Qcow2, Repair, Report};
 
 use crate::memory_file::{Change, MemoryFile};
-use crate::support::{Bytes, Folder, Numbers, read_all, try_qemu};
+use crate::support::{Bytes, Folder, Numbers, read_all, try_qemu, write_as_device};
 
 const SIZE: u64 = 192 << 10;
 const SECTOR: usize = 512;
@@ -20,6 +20,8 @@ struct Recorded {
     image: Option<Qcow2>,
     backing: Option<Arc<dyn Image>>,
     max_pending: usize,
+    /// Whether it is written as the device of a disk does it.
+    as_device: bool,
     /// What each sector may hold on stable storage, with the number of changes since when.
     sectors: Vec<Vec<(usize, Vec<u8>)>>,
     /// Numbers of changes after which a flush has ended, and what each sector may hold from then on.
@@ -41,6 +43,7 @@ impl Recorded {
             image: None,
             backing,
             max_pending,
+            as_device: false,
             sectors: Vec::new(),
             flushes: Vec::new(),
         };
@@ -120,7 +123,11 @@ impl Recorded {
                 0..7 => {
                     let bytes = vec![byte; len as usize];
                     self.expect(offset, &bytes);
-                    self.image().write_at(&bytes, offset).unwrap();
+                    if self.as_device {
+                        write_as_device(self.image(), &*self.file, &bytes, offset).unwrap();
+                    } else {
+                        self.image().write_at(&bytes, offset).unwrap();
+                    }
                 }
                 7 | 8 => {
                     self.expect(offset, &vec![0; len as usize]);
@@ -202,19 +209,14 @@ fn check_by_qemu(folder: &Folder, file: &[u8]) {
 
 fn survive(options: &CreateOptions, backing: Option<Arc<dyn Image>>, seed: u64, snapshots: bool) {
     for max_pending in [2, 1024] {
-        survive_with(options, backing.clone(), max_pending, seed, snapshots);
+        let recorded = Recorded::new(options, backing.clone(), max_pending);
+        survive_with(recorded, options, seed, snapshots);
     }
 }
 
-fn survive_with(
-    options: &CreateOptions,
-    backing: Option<Arc<dyn Image>>,
-    max_pending: usize,
-    seed: u64,
-    snapshots: bool,
-) {
+fn survive_with(mut recorded: Recorded, options: &CreateOptions, seed: u64, snapshots: bool) {
     let folder = Folder::new();
-    let mut recorded = Recorded::new(options, backing.clone(), max_pending);
+    let (backing, max_pending) = (recorded.backing.clone(), recorded.max_pending);
     let start = recorded.file.bytes();
     let mut numbers = Numbers::new(seed);
     recorded.run(&mut numbers, snapshots);
@@ -348,6 +350,29 @@ fn a_crash_does_not_bring_the_backing_file_or_lose_it() {
 }
 
 #[test]
+fn a_crash_spares_what_a_device_writes() {
+    let bytes = (0..100 << 10)
+        .map(|index| (index / 512 % 120 + 130) as u8)
+        .collect();
+    let base: Arc<dyn Image> = Arc::new(Bytes(bytes));
+    for (number, options) in variants().into_iter().enumerate() {
+        for backing in [None, Some(Arc::clone(&base))] {
+            let name = backing.as_ref().map(|_| BackingName {
+                name: "base".to_owned(),
+                format: Some("raw".to_owned()),
+            });
+            let options = CreateOptions {
+                backing: name,
+                ..options.clone()
+            };
+            let mut recorded = Recorded::new(&options, backing.clone(), 1024);
+            recorded.as_device = true;
+            survive_with(recorded, &options, 90 + number as u64, backing.is_none());
+        }
+    }
+}
+
+#[test]
 fn a_crash_spares_snapshots() {
     for (number, options) in variants().into_iter().enumerate() {
         survive(&options, None, 70 + number as u64, true);
@@ -382,8 +407,8 @@ impl Model {
 }
 
 /// Does a fixed list of things, until it is not known what the disk holds because a write has failed and no
-/// read has succeeded since.
-fn do_things(image: &Qcow2, model: &mut Model) {
+/// read has succeeded since. If `file` is that of the image, it is written as the device of a disk does it.
+fn do_things(image: &Qcow2, file: Option<&MemoryFile>, model: &mut Model) {
     let mut numbers = Numbers::new(9);
     for _ in 0..25 {
         let sectors = SIZE / 512;
@@ -394,7 +419,13 @@ fn do_things(image: &Qcow2, model: &mut Model) {
         let kind = numbers.below(10);
         let byte = numbers.below(255) as u8 + 1;
         let result = match kind {
-            0..6 => image.write_at(&vec![byte; len as usize], offset),
+            0..6 => {
+                let bytes = vec![byte; len as usize];
+                match file {
+                    Some(file) => write_as_device(image, file, &bytes, offset),
+                    None => image.write_at(&bytes, offset),
+                }
+            }
             6 | 7 => image.write_zeroes(offset..offset + len, true),
             8 => image
                 .create_snapshot("s")
@@ -436,8 +467,15 @@ fn do_things(image: &Qcow2, model: &mut Model) {
 fn failures_of_the_host_leak_clusters_at_most() {
     for options in variants() {
         for max_pending in [2, 1024] {
-            survive_failures(&options, None, max_pending);
+            survive_failures(&options, None, max_pending, false);
         }
+    }
+}
+
+#[test]
+fn failures_of_the_host_spare_what_a_device_writes() {
+    for options in variants() {
+        survive_failures(&options, None, 1024, true);
     }
 }
 
@@ -456,11 +494,16 @@ fn failures_of_the_host_spare_the_backing_file() {
             backing: Some(name.clone()),
             ..options
         };
-        survive_failures(&options, Some(Arc::clone(&backing)), 3);
+        survive_failures(&options, Some(Arc::clone(&backing)), 3, false);
     }
 }
 
-fn survive_failures(options: &CreateOptions, backing: Option<Arc<dyn Image>>, max_pending: usize) {
+fn survive_failures(
+    options: &CreateOptions,
+    backing: Option<Arc<dyn Image>>,
+    max_pending: usize,
+    as_device: bool,
+) {
     let pristine = Arc::new(MemoryFile::new(Vec::new()));
     Qcow2::create(Arc::clone(&pristine) as _, options).unwrap();
     let open = |file: &Arc<MemoryFile>| {
@@ -479,7 +522,7 @@ fn survive_failures(options: &CreateOptions, backing: Option<Arc<dyn Image>>, ma
             let image = open(&file);
             let mut model = Model::new(&image);
             file.fail_after(call, failures);
-            do_things(&image, &mut model);
+            do_things(&image, as_device.then_some(&*file), &mut model);
             drop(image);
             let is_over = !file.heal();
             let is_dirty = Header::read(&*file).unwrap().is_dirty();

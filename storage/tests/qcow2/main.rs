@@ -5,6 +5,7 @@
 mod memory_file;
 mod support;
 
+mod allocate;
 mod change;
 mod crash;
 mod fuzz;

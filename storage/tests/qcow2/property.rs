@@ -7,7 +7,7 @@ use bantam_storage::{Direction, Extent, Image, ImageFile};
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
-use crate::support::{Folder, Raw, host_file, qemu, read_all};
+use crate::support::{Folder, Raw, host_file, qemu, read_all, write_as_device};
 
 /// How an image is made.
 #[derive(Debug, Clone)]
@@ -66,6 +66,12 @@ enum Operation {
         len: u64,
         byte: u8,
     },
+    /// A write to where `map` or `allocate` says, if one does.
+    AsDevice {
+        offset: u64,
+        len: u64,
+        byte: u8,
+    },
     Zeroes {
         offset: u64,
         len: u64,
@@ -118,6 +124,8 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|((offset, len), byte)| Operation::Write { offset, len, byte }),
         4 => (range(), 1u8..)
             .prop_map(|((offset, len), byte)| Operation::Direct { offset, len, byte }),
+        4 => (range(), 1u8..)
+            .prop_map(|((offset, len), byte)| Operation::AsDevice { offset, len, byte }),
         4 => (range(), any::<bool>())
             .prop_map(|((offset, len), unmap)| Operation::Zeroes { offset, len, unmap }),
         3 => range().prop_map(|(offset, len)| Operation::Discard { offset, len }),
@@ -212,6 +220,11 @@ impl Subject {
                     self.file.write_at(&vec![byte; len as usize], host).unwrap();
                     self.model[part(offset, len)].fill(byte);
                 }
+            }
+            Operation::AsDevice { offset, len, byte } => {
+                let bytes = vec![byte; len as usize];
+                write_as_device(image, &*self.file, &bytes, offset).unwrap();
+                self.model[part(offset, len)].fill(byte);
             }
             Operation::Zeroes { offset, len, unmap } => {
                 image.write_zeroes(offset..offset + len, unmap).unwrap();

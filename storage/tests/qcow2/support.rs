@@ -269,3 +269,34 @@ impl Image for Bytes {
         })
     }
 }
+
+/// Writes as the device of a disk does: to the file where the image has or finds a place, and by the image elsewhere.
+pub fn write_as_device(
+    image: &Qcow2,
+    file: &dyn ImageFile,
+    mut bytes: &[u8],
+    mut offset: u64,
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let range = offset..offset + bytes.len() as u64;
+        let mut extent = image.map(range, Direction::Write);
+        if let Extent::Slow { len } = extent
+            && let Some(found) = image.allocate(offset..offset + len)
+        {
+            extent = found.extent;
+            if found.should_prepare {
+                // A failure shows again when a write finds no room.
+                let _ = image.prepare();
+            }
+        }
+        let (Extent::File { len, .. } | Extent::Zeroes { len } | Extent::Slow { len }) = extent;
+        let (part, rest) = bytes.split_at(len as usize);
+        match extent {
+            Extent::File { offset, .. } => file.write_at(part, offset)?,
+            Extent::Zeroes { .. } | Extent::Slow { .. } => image.write_at(part, offset)?,
+        }
+        bytes = rest;
+        offset += len;
+    }
+    Ok(())
+}

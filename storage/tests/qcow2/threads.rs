@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bantam_storage::qcow2::{BackingName, CreateOptions, Options, Qcow2};
 use bantam_storage::{Direction, Extent, Image};
 
-use crate::support::{Folder, Numbers, Raw, host_file, read_all};
+use crate::support::{Folder, Numbers, Raw, host_file, read_all, write_as_device};
 
 const SIZE: u64 = 8 << 20;
 const THREADS: u64 = 4;
@@ -45,7 +45,7 @@ fn threads_share_clusters_and_tables() {
         };
         let image = Qcow2::open(Arc::clone(&file), open).unwrap();
         let mut model = read_all(&image);
-        // Sectors belong to one thread each, clusters to all.
+        // Sectors belong to one thread each, clusters to all. Odd ones find a place for what they write.
         let work = |thread: u64| {
             let mut numbers = Numbers::new(thread + 1);
             let mut written = Vec::new();
@@ -53,6 +53,9 @@ fn threads_share_clusters_and_tables() {
                 let offset = (numbers.below(SIZE / 512 / THREADS) * THREADS + thread) * 512;
                 let bytes = [turn as u8; 512];
                 match image.map(offset..offset + 512, Direction::Write) {
+                    _ if thread % 2 == 1 => {
+                        write_as_device(&image, &*file, &bytes, offset).unwrap();
+                    }
                     Extent::File {
                         offset, len: 512, ..
                     } if turn % 2 == 0 => {

@@ -73,6 +73,8 @@ pub struct ImageWork {
 #[derive(Default)]
 struct Jobs {
     waiting: VecDeque<Job>,
+    /// An image that is to be prepared for later writes.
+    unprepared: Option<Arc<dyn Image>>,
     has_ended: bool,
 }
 
@@ -109,6 +111,14 @@ impl ImageWork {
                 if jobs.has_ended {
                     return;
                 }
+                if let Some(image) = jobs.unprepared.take() {
+                    drop(jobs);
+                    // A failure shows again when a write finds no room.
+                    let _ = image.prepare();
+                    drop(image);
+                    jobs = lock(&self.jobs);
+                    continue;
+                }
                 chunk = Vec::new();
                 jobs = self
                     .wanted
@@ -129,7 +139,12 @@ impl ImageWork {
 
     /// Has [`ImageWork::run`] return when it has done all jobs. Later ones fail.
     pub fn end(&self) {
-        lock(&self.jobs).has_ended = true;
+        let mut jobs = lock(&self.jobs);
+        jobs.has_ended = true;
+        // It is not prepared any more, and can be closed.
+        let unprepared = jobs.unprepared.take();
+        drop(jobs);
+        drop(unprepared);
         self.wanted.notify_all();
     }
 
@@ -143,6 +158,15 @@ impl ImageWork {
         }
         jobs.waiting.push_back(job);
         self.wanted.notify_one();
+    }
+
+    /// Has `image` prepared for later writes when there is no job.
+    pub(super) fn prepare(&self, image: Arc<dyn Image>) {
+        let mut jobs = lock(&self.jobs);
+        if !jobs.has_ended {
+            jobs.unprepared = Some(image);
+            self.wanted.notify_one();
+        }
     }
 
     /// Moves the jobs that have ended to the end of `done`.
@@ -171,7 +195,9 @@ impl Drop for RefuseOnExit<'_> {
         let mut jobs = lock(&self.0.jobs);
         jobs.has_ended = true;
         let waiting = std::mem::take(&mut jobs.waiting);
+        let unprepared = jobs.unprepared.take();
         drop(jobs);
+        drop(unprepared);
         for job in waiting {
             self.0.report(job.refuse());
         }

@@ -20,6 +20,8 @@ pub(super) struct Pieces {
     /// Where on the disk the bytes are that are left.
     pub(super) offset: u64,
     piece: Piece,
+    /// Whether the image should be prepared for later writes, as it has found a place for these.
+    pub(super) should_prepare: bool,
 }
 
 /// What is to be done next. The buffers of the chain are those of the piece; those after it are kept apart.
@@ -43,6 +45,7 @@ impl Pieces {
             direction,
             offset,
             piece: Piece::Unknown,
+            should_prepare: false,
         }
     }
 
@@ -52,17 +55,18 @@ impl Pieces {
     }
 
     /// Returns what is to be done next, apart from zeroes, which are filled in here. `rest` has the buffers
-    /// after the piece.
+    /// after the piece. `allocates` says whether the image may find places for writes at once.
     pub(super) fn next(
         &mut self,
         disk: &FormattedDisk,
         chain: &mut Chain,
         rest: &mut GuestBuffers,
+        allocates: bool,
     ) -> Piece {
         let buffers = self.direction.buffers_mut(chain);
         // A file that has transferred only a part goes on.
         if buffers.is_empty() || !matches!(self.piece, Piece::File { .. }) {
-            self.piece = self.choose(disk, buffers, rest);
+            self.piece = self.choose(disk, buffers, rest, allocates);
         }
         self.piece
     }
@@ -72,6 +76,7 @@ impl Pieces {
         disk: &FormattedDisk,
         buffers: &mut GuestBuffers,
         rest: &mut GuestBuffers,
+        allocates: bool,
     ) -> Piece {
         loop {
             if buffers.is_empty() {
@@ -90,7 +95,14 @@ impl Pieces {
                 Direction::Read => MapDirection::Read,
                 Direction::Write { .. } => MapDirection::Write,
             };
-            let extent = disk.image().map(wanted, direction);
+            let mut extent = disk.image().map(wanted, direction);
+            if let (Extent::Slow { len }, MapDirection::Write, true) =
+                (extent, direction, allocates)
+                && let Some(found) = disk.image().allocate(self.offset..self.offset + len)
+            {
+                extent = found.extent;
+                self.should_prepare |= found.should_prepare;
+            }
             let (Extent::File { len, .. } | Extent::Zeroes { len } | Extent::Slow { len }) = extent;
             let len = usize::try_from(len).unwrap_or(usize::MAX);
             if len < buffers.len() {

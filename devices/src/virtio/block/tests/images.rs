@@ -607,3 +607,24 @@ fn an_image_that_is_not_raw_uses_the_page_cache() {
          cache mode"
     );
 }
+
+#[test]
+fn an_image_is_prepared_unless_its_thread_ends() {
+    let (image, _folder) = image(5);
+    let work = Arc::new(ImageWork::new().unwrap());
+    work.prepare(image.clone());
+    work.end();
+    work.prepare(image.clone());
+    assert_eq!(Arc::strong_count(&image), 1);
+
+    let work = Arc::new(ImageWork::new().unwrap());
+    work.prepare(image.clone());
+    let thread = ImageThread::start(work);
+    let start = Instant::now();
+    while image.preparations.load(Ordering::SeqCst) == 0 {
+        assert!(start.elapsed() < Duration::from_secs(10));
+        std::thread::yield_now();
+    }
+    drop(thread);
+    assert_eq!(Arc::strong_count(&image), 1);
+}

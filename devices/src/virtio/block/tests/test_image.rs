@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use bantam_storage::{BlockStatus, Direction, Extent, FormattedDisk, Image};
+use bantam_storage::{Allocation, BlockStatus, Direction, Extent, FormattedDisk, Image};
 
 use super::{CacheMode, DISK_SIZE, DiskOptions, DiskOwner, ImageWork, Random, byte_of_disk};
 use crate::lock::lock;
@@ -46,6 +46,8 @@ pub struct TestImage {
     /// Whether all that is in the file is said to be there.
     pub is_steady: AtomicBool,
     pub flushes: AtomicUsize,
+    /// How often it was prepared for writes.
+    pub preparations: AtomicUsize,
     /// Whether calls wait.
     is_closed: Mutex<bool>,
     opened: Condvar,
@@ -90,6 +92,7 @@ impl TestImage {
             panics: AtomicBool::new(false),
             is_steady: AtomicBool::new(false),
             flushes: AtomicUsize::new(0),
+            preparations: AtomicUsize::new(0),
             is_closed: Mutex::new(false),
             opened: Condvar::new(),
         })
@@ -231,6 +234,32 @@ impl Image for TestImage {
             Cluster::Nowhere if is_known && direction == Direction::Read => Extent::Zeroes { len },
             _ => Extent::Slow { len },
         }
+    }
+
+    fn allocate(&self, range: Range<u64>) -> Option<Allocation> {
+        let mut clusters = self.clusters.try_lock().ok()?;
+        let index = range.start as usize / CLUSTER;
+        if !matches!(clusters.clusters[index], Cluster::Nowhere) || clusters.random.below(4) == 0 {
+            return None;
+        }
+        let place = clusters.free.pop()?;
+        self.file.write_all_at(&[0; CLUSTER], place).unwrap();
+        clusters.clusters[index] = Cluster::InFile(place);
+        let skip = range.start % CLUSTER as u64;
+        Some(Allocation {
+            extent: Extent::File {
+                file: 0,
+                offset: place + skip,
+                len: (range.end - range.start).min(CLUSTER as u64 - skip),
+            },
+            should_prepare: clusters.random.below(4) == 0,
+        })
+    }
+
+    fn prepare(&self) -> io::Result<()> {
+        self.call()?;
+        self.preparations.fetch_add(1, Ordering::SeqCst);
+        Ok(())
     }
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {

@@ -40,6 +40,7 @@ impl Worker {
         let is_auto = self.engine == Engine::Auto;
         let reads_at_once = is_auto && !self.is_large_batch;
         let writes_at_once = is_auto && !self.writes_are_slow();
+        let allocates = self.ring.is_none() || writes_at_once;
         let Worker {
             handler,
             slots,
@@ -76,7 +77,11 @@ impl Worker {
             }
             Remaining::Pieces(pieces) => loop {
                 let is_write = pieces.direction != Direction::Read;
-                match pieces.next(disk, chain, rest) {
+                let piece = pieces.next(disk, chain, rest, allocates);
+                if mem::take(&mut pieces.should_prepare) {
+                    work.prepare(disk.image().clone());
+                }
+                match piece {
                     Piece::File { .. } if ring.is_none() || is_write && writes_at_once => {
                         *has_written |= is_write;
                         if let Err(error) = pieces.transfer(disk.files(), chain, 0) {
