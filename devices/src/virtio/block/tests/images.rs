@@ -9,7 +9,7 @@ use std::thread;
 
 use bantam_storage::HostOpener;
 
-use super::test_image::TestImage;
+use super::test_image::{ImageThread, TestImage};
 use super::*;
 
 /// Requests in flight at a time.

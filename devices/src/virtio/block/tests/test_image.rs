@@ -310,13 +310,13 @@ impl Image for TestImage {
 }
 
 /// A thread that does the work of an image until this is dropped.
-struct ImageThread {
+pub struct ImageThread {
     work: Arc<ImageWork>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ImageThread {
-    fn start(work: Arc<ImageWork>) -> ImageThread {
+    pub fn start(work: Arc<ImageWork>) -> ImageThread {
         let thread = thread::spawn({
             let work = work.clone();
             move || work.run()
