@@ -96,14 +96,14 @@ impl Disk {
     }
 
     /// Makes a qcow2 image at `path`, which must not exist, with the present image as its backing file, and opens it
-    /// as a disk. The present image is used as it is open, whatever its path leads to by now.
+    /// as a disk. The present image is used as it is open.
     ///
     /// The first flush of the new disk flushes the present image too. Nothing may write to that once the new disk is
     /// used; [`Disk::end_writing`] makes sure of it.
     ///
     /// # Errors
-    /// If this disk is read-only, bypasses the page cache or has as many backing files as it can have, or the new file
-    /// cannot be made. There is no new file then.
+    /// If this disk is read-only, bypasses the page cache or has as many backing files as it can have, its path does not
+    /// lead to its image any more, or the new file cannot be made. There is no new file then.
     pub fn overlay(&self, opener: &dyn FileOpener, path: &Path) -> Result<Disk, DiskError> {
         if self.is_read_only() {
             return Err(DiskError::ReadOnlyBase {
@@ -120,6 +120,14 @@ impl Disk {
             return Err(DiskError::Qcow2 {
                 path: path.to_path_buf(),
                 source: qcow2::Error::ChainLength(MAX_DEPTH),
+            });
+        }
+        // The overlay would have another backing file the next time.
+        let base = opener.file(self.path(), FileAccess::Read);
+        let is_found = base.and_then(|base| self.is_same_file(&base));
+        if !is_found.unwrap_or(false) {
+            return Err(DiskError::Replaced {
+                path: self.path().to_path_buf(),
             });
         }
         let file = create_locked(opener, path, self.options())?;
@@ -426,5 +434,24 @@ mod tests {
         let header = Header::read(&HostFile::new(File::open(&path).unwrap())).unwrap();
         let name = folder.as_path().join("base");
         assert_eq!(header.backing().unwrap().name, name.to_str().unwrap());
+    }
+
+    #[test]
+    fn an_overlay_is_refused_if_its_base_would_not_be_found_again() {
+        let folder = TempDir::new().unwrap();
+        let disk = disk(folder.as_path(), &Arc::new(Sevens::default()));
+        let [base, moved, overlay] =
+            ["base", "moved", "overlay"].map(|name| folder.as_path().join(name));
+        std::fs::rename(&base, &moved).unwrap();
+        for makes_another in [false, true] {
+            if makes_another {
+                std::fs::write(&base, "another").unwrap();
+            }
+            let error = disk.overlay(&HostOpener, &overlay).unwrap_err();
+            assert!(matches!(error, DiskError::Replaced { .. }), "{error}");
+            assert!(!overlay.exists());
+        }
+        std::fs::rename(&moved, &base).unwrap();
+        disk.overlay(&HostOpener, &overlay).unwrap();
     }
 }

@@ -132,10 +132,18 @@ fn a_drive_has_a_snapshot_grows_and_moves() {
         .put("/bantam/drives/a/job", &json!({"job_type": "Pull"}));
     wait_for_state(&machine, "Finished");
 
-    // Firecracker's request still brings raw images only.
     let drive = present_drive(&machine);
     let overlay = machine.path("d.qcow2");
     assert_eq!(drive["path_on_host"], json!(overlay));
+    // A drive keeps the format of its image, so that no raw image is taken for another, nor the reverse.
+    let raw = machine.image("e.img", 2 * SIZE);
+    let swap = json!({"drive_id": "a", "path_on_host": raw});
+    let refused = machine.refused("PATCH", "/drives/a", &swap);
+    assert!(refused.contains("qcow2"), "{refused}");
+    assert_eq!(present_drive(&machine), drive);
+    let without = json!({"drive_id": "a", "format": "Raw"});
+    let refused = machine.refused("PATCH", "/drives/a", &without);
+    assert!(refused.contains("path_on_host"), "{refused}");
     machine.running.wait_for_output("PASS\n");
     fs::remove_file(&copy).unwrap();
     check(&overlay, true);
@@ -156,6 +164,13 @@ fn a_request_that_is_not_possible_is_refused_on_one_line() {
         ("PUT", "drives/b/job", job.clone(), "b"),
         ("PUT", "drives/a/job", job, "no backing file"),
         ("PUT", "drives/a/job", json!({"job_type": "Move"}), "Move"),
+        (
+            "PUT",
+            "drives/a/job",
+            json!({"job_type": "Pull", "path_on_host": "a"}),
+            "unknown field",
+        ),
+        ("PUT", "snapshot", json!({"drives": []}), "at least one"),
         (
             "PATCH",
             "drives/a/job",

@@ -88,9 +88,9 @@ enum Job {
         format: DriveFormat,
     },
     /// Copies the image into its backing file.
-    Commit,
+    Commit {},
     /// Copies the backing files into the image.
-    Pull,
+    Pull {},
 }
 
 /// Body of `PATCH /bantam/drives/{drive_id}/job`.
@@ -152,6 +152,12 @@ fn command(id: &str, view: &View, command: DeviceCommand) -> Result<DeviceAnswer
 impl Snapshot {
     fn take(self, instance: &mut Instance) -> Result<(), Fault> {
         instance.view().require_started()?;
+        if self.drives.is_empty() {
+            return Err(Fault::Value {
+                what: "drives",
+                reason: "a snapshot has at least one drive".to_string(),
+            });
+        }
         let configuration = instance.view().configuration();
         let mut disks = Vec::with_capacity(self.drives.len());
         let mut changed = Vec::with_capacity(self.drives.len());
@@ -198,8 +204,8 @@ impl Job {
                 path,
                 format: format.into(),
             },
-            Job::Commit => DiskJob::Commit,
-            Job::Pull => DiskJob::Pull,
+            Job::Commit {} => DiskJob::Commit,
+            Job::Pull {} => DiskJob::Pull,
         };
         command(id, instance.view(), DeviceCommand::StartJob(job))?;
         Ok(())

@@ -49,6 +49,9 @@ struct DriveUpdate {
     /// The new image, if it changes.
     #[serde(default)]
     path_on_host: Option<PathBuf>,
+    /// Format of the new image; that of the one before if it is not given. Firecracker does not have this field.
+    #[serde(default)]
+    format: Option<DriveFormat>,
     /// The limits that change.
     #[serde(default)]
     rate_limiter: Option<RateLimiter>,
@@ -67,13 +70,16 @@ impl DriveUpdate {
         };
         let mut drive = drive.clone();
         let name = configuration.names().drive(&drive.drive_id)?;
+        if self.format.is_some() && self.path_on_host.is_none() {
+            return Err(Fault::Value {
+                what: "format",
+                reason: "it is that of a new image: path_on_host is missing".to_string(),
+            });
+        }
         if let Some(path) = self.path_on_host {
             let mut changed = Configuration::clone(&configuration);
-            if drive.path_on_host.as_ref() != Some(&path) {
-                // Firecracker's images are raw, whatever the drive has got since the start.
-                drive.format = DriveFormat::Raw;
-                drive.backing = false;
-            }
+            // An image that is not of the format of the one before is refused rather than damaged.
+            drive.format = self.format.unwrap_or(drive.format);
             changed.set_drive(Drive {
                 path_on_host: Some(path.clone()),
                 ..drive.clone()

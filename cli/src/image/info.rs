@@ -3,12 +3,12 @@
 use std::fmt::{Display, Write};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bantam_storage::foreign::VmdkDetails;
 use bantam_storage::qcow2::{Compression, Qcow2};
-use bantam_storage::tools::{Format, open};
+use bantam_storage::tools::{Format, open_alone};
 use serde::Serialize;
 
 use super::args::{InfoArgs, Output};
@@ -112,6 +112,9 @@ pub fn info(args: &InfoArgs) -> anyhow::Result<()> {
         else {
             break;
         };
+        if infos.iter().any(|info| info.filename == *backing) {
+            bail!("the backing files of '{}' form a loop", args.file.display());
+        }
         let format = format.parse()?;
         infos.push(Info::open(
             backing.as_ref(),
@@ -131,7 +134,7 @@ pub fn info(args: &InfoArgs) -> anyhow::Result<()> {
 
 impl Info {
     fn open(path: &Path, format: Option<Format>, force_share: bool) -> anyhow::Result<Info> {
-        let opened = open(path, format, purpose(force_share))?;
+        let opened = open_alone(path, format, purpose(force_share))?;
         // Only a VMDK image has files of its own besides the first; others are backing files.
         let own = match &opened.vmdk {
             Some(_) => opened.files.len(),
@@ -160,12 +163,12 @@ impl Info {
             dirty_flag: false,
         };
         if let Some(image) = &opened.qcow2 {
-            info.add_qcow2(image, opened.files.get(1))?;
+            info.add_qcow2(image, path)?;
         }
         Ok(info)
     }
 
-    fn add_qcow2(&mut self, image: &Qcow2, backing: Option<&PathBuf>) -> anyhow::Result<()> {
+    fn add_qcow2(&mut self, image: &Qcow2, path: &Path) -> anyhow::Result<()> {
         let header = image.header();
         let is_new = header.version() > 2;
         self.dirty_flag = header.is_dirty();
@@ -183,7 +186,9 @@ impl Info {
         if let Some(named) = header.backing() {
             self.backing_filename = Some(named.name.clone());
             self.backing_filename_format = named.format.clone();
-            self.full_backing_filename = backing.map(|path| path.display().to_string());
+            let folder = path.parent().unwrap_or(Path::new(""));
+            let full = folder.join(&named.name);
+            self.full_backing_filename = Some(full.display().to_string());
         }
         for snapshot in image.snapshots()? {
             self.snapshots.push(SnapshotInfo {

@@ -26,6 +26,7 @@ use std::process::ExitCode;
 
 use anyhow::Error;
 use bantam_storage::tools::{Purpose, ToolError};
+use nix::sys::signal::{SigSet, Signal};
 
 use args::ImageCommand;
 pub use args::{ImageArgs, QemuImgArgs};
@@ -41,6 +42,11 @@ const FAILED: u8 = 1;
 
 /// Runs a command, reports an error in one line and returns the exit status.
 pub fn run(args: ImageArgs) -> ExitCode {
+    // A write beyond the limit of file sizes is an error then, which has its message.
+    if let Err(error) = SigSet::from(Signal::SIGXFSZ).thread_block() {
+        say_last(format_args!("bantam image: cannot block a signal: {error}"));
+        return FAILED.into();
+    }
     let (failed, result) = match args.command {
         ImageCommand::Create(args) => (FAILED, create::create(args).map(|()| 0)),
         ImageCommand::Info(args) => (FAILED, info::info(&args).map(|()| 0)),

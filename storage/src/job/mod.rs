@@ -79,7 +79,7 @@ pub enum JobError {
     NotQcow2,
 
     /// There is no such layer.
-    #[error("the image has fewer than {0} backing files")]
+    #[error("{}", match .0 { 1 => "the image has no backing file".to_owned(), count => format!("the image has fewer than {count} backing files") })]
     Depth(usize),
 
     /// A backing file cannot be opened to be written.

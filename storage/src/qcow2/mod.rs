@@ -207,6 +207,20 @@ impl Qcow2 {
         Ok(image)
     }
 
+    /// Opens an image, read-only, without its backing file, to examine what is its own: what the backing file holds
+    /// reads as zeroes.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub fn open_alone(file: Arc<dyn ImageFile>) -> Result<Qcow2, Error> {
+        let header = Header::read(&*file)?;
+        let options = Options {
+            read_only: true,
+            ..Options::default()
+        };
+        Qcow2::assemble(file, header, options)
+    }
+
     /// Reads the tables of an image whose header is known. Nothing is written.
     fn assemble(
         file: Arc<dyn ImageFile>,

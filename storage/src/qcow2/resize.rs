@@ -28,9 +28,12 @@ impl Qcow2 {
 
     /// [`Self::resize`] for a caller that has locked the layout.
     pub(super) fn resize_locked(&self, size: u64) -> Result<(), Error> {
-        if !size.is_multiple_of(512) || size > 1 << 62 {
+        if !size.is_multiple_of(512) {
             let error = "the size of a disk is a multiple of 512 bytes";
             return Err(Error::Option(error.to_owned()));
+        }
+        if size > 1 << 62 {
+            return Err(Error::Option("the disk would be too large".to_owned()));
         }
         let header = self.header();
         if self.geometry.l1_entries(size) * 8 > MAX_L1_BYTES {

@@ -83,7 +83,7 @@ pub enum DiskError {
     },
     /// Its path leads to another file than the one that is open.
     #[error(
-        "cannot open disk '{path}' for writing: its path leads to another file than the one that is in use",
+        "cannot use disk '{path}' for this: its path leads to another file than the one that is open",
         path = .path.display()
     )]
     Replaced {

@@ -167,6 +167,27 @@ pub fn open(
     })
 }
 
+/// Opens an image without its backing files, which may be missing, to examine what is its own. It is read-only, and
+/// what the backing files hold reads as zeroes. Without a format, [`probe`] decides.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_alone(
+    path: &Path,
+    format: Option<Format>,
+    purpose: Purpose,
+) -> Result<Opened, OpenImageError> {
+    let opened = format.map_or_else(|| probe_path(path), Ok);
+    let opened = opened.and_then(|format| match format {
+        Format::Qcow2 => open_qcow2_alone(path, purpose),
+        _ => open_single(path, format, purpose),
+    });
+    opened.map_err(|reason| OpenImageError {
+        path: path.to_owned(),
+        reason,
+    })
+}
+
 /// Opens a qcow2 image without its backing file, to change or examine what is its own.
 ///
 /// # Errors
@@ -210,14 +231,24 @@ fn open_qcow2(path: &Path, purpose: Purpose) -> Result<Opened, OpenError> {
     };
     let image = qcow2::open_chain(path, options, &mut open_layer);
     let image = Arc::new(image.map_err(|error| OpenError::Unsupported(error.to_string()))?);
-    Ok(Opened {
+    Ok(opened_qcow2(image, files))
+}
+
+fn open_qcow2_alone(path: &Path, purpose: Purpose) -> Result<Opened, OpenError> {
+    let image = Qcow2::open_alone(open_file(path, purpose, 0)?);
+    let image = image.map_err(|error| OpenError::Unsupported(error.to_string()))?;
+    Ok(opened_qcow2(Arc::new(image), vec![path.to_owned()]))
+}
+
+fn opened_qcow2(image: Arc<Qcow2>, files: Vec<PathBuf>) -> Opened {
+    Opened {
         image: Arc::clone(&image) as Arc<dyn Image>,
         format: Format::Qcow2,
         files,
         cluster_size: Some(image.header().cluster_size()),
         vmdk: None,
         qcow2: Some(image),
-    })
+    }
 }
 
 fn with_path(path: &Path, error: &dyn fmt::Display) -> io::Error {

@@ -25,8 +25,8 @@ pub use compare::{Difference, compare};
 pub use copy::{CopyOptions, copy};
 pub use formats::{
     CreateError, Created, Format, NewContent, OpenImageError, Opened, PREALLOCATIONS,
-    Preallocation, Purpose, UnknownFormat, create, describe_options, open, open_file_of_qcow2,
-    open_target, probe, resize,
+    Preallocation, Purpose, UnknownFormat, create, describe_options, open, open_alone,
+    open_file_of_qcow2, open_target, probe, resize,
 };
 pub use map::{MapEntry, map};
 pub use measure::{Measured, measure_qcow2};

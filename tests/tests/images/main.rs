@@ -141,6 +141,14 @@ fn information_is_that_of_qemu_img() {
         assert_same(folder.path(), &format!("check --output=json {name}"));
     }
     assert_same(folder.path(), "measure --output=json --size 1.5G");
+    // An image tells what it is without its backing file.
+    let missing = [
+        "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "gone.img",
+    ];
+    let missing = [&missing[..], &["m.qcow2", "1M"]].concat();
+    assert!(run(folder.path(), "qemu-img", &missing).status.success());
+    assert_same(folder.path(), "info m.qcow2");
+    assert_same(folder.path(), "info --output=json m.qcow2");
     for line in [
         "info nosuch",
         "map nosuch",

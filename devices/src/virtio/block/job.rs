@@ -369,6 +369,10 @@ impl BlockHandle {
             running.enter(Stage::Restored);
         }
         let status = running.status();
+        if let JobState::Failed { reason } = &status.state {
+            let path = running.original.path().display();
+            tracing::warn!("the job of disk '{path}' has failed: {reason}");
+        }
         let mut place = lock(&self.slot.job);
         // The next job can have begun already.
         if matches!(&*place, Some(JobPlace::Running(present)) if Arc::ptr_eq(present, &running)) {
