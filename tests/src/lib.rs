@@ -13,6 +13,7 @@ mod network;
 mod owner;
 mod pattern;
 mod process;
+mod qemu_img;
 mod requirements;
 mod stalling_storage;
 mod traffic;
@@ -34,6 +35,7 @@ pub use process::{
     Bantam, Ended, Running, STATUS_ERROR, STATUS_POWER_CUT, STATUS_REBOOT, unprivileged,
     with_devices, with_file_size_limit, with_mounts,
 };
+pub use qemu_img::{check_image, qemu_img};
 pub use requirements::{
     lacks_fuse, lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,
 };

@@ -3,11 +3,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{ApiMachine, Load, require_kvm, with_file_size_limit};
+use bantam_tests::{ApiMachine, Load, check_image, require_kvm, with_file_size_limit};
 use serde_json::{Value, json};
 
 const SIZE: usize = 16 << 20;
@@ -57,29 +56,6 @@ fn wait_for_state(machine: &ApiMachine, state: &str) -> Value {
 
 fn present_drive(machine: &ApiMachine) -> Value {
     machine.api.get("/vm/config")["drives"][0].clone()
-}
-
-/// Checks a qcow2 image. Clusters may be leaked if the monitor was killed.
-#[track_caller]
-fn check(image: &Path, is_complete: bool) {
-    let check = || {
-        let mut command = Command::new("qemu-img");
-        command.args(["check", "-f", "qcow2"]).arg(image);
-        command.output().expect("qemu-img is there")
-    };
-    let mut output = check();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    // The kernel tears down the io_uring of a killed monitor, and with it the lock, a moment later.
-    while String::from_utf8_lossy(&output.stderr).contains("lock") && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(10));
-        output = check();
-    }
-    let is_good = match output.status.code() {
-        Some(0) => true,
-        Some(3) => !is_complete,
-        _ => false,
-    };
-    assert!(is_good, "{output:?}");
 }
 
 /// Has a guest check the data on a disk.
@@ -146,7 +122,7 @@ fn a_drive_has_a_snapshot_grows_and_moves() {
     assert!(refused.contains("path_on_host"), "{refused}");
     machine.running.wait_for_output("PASS\n");
     fs::remove_file(&copy).unwrap();
-    check(&overlay, true);
+    check_image(&overlay, false);
     check_by_guest(&overlay, ",format=qcow2");
 }
 
@@ -284,7 +260,7 @@ fn a_commit_that_is_killed_leaves_an_overlay_that_opens() {
         },
         |folder| {
             let overlay = folder.join("b.qcow2");
-            check(&overlay, false);
+            check_image(&overlay, true);
             check_by_guest(&overlay, ",format=qcow2");
         },
     );
@@ -300,7 +276,7 @@ fn a_pull_that_is_killed_leaves_an_overlay_that_opens() {
         },
         |folder| {
             let overlay = folder.join("b.qcow2");
-            check(&overlay, false);
+            check_image(&overlay, true);
             check_by_guest(&overlay, ",format=qcow2");
         },
     );

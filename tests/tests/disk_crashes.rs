@@ -3,12 +3,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bantam_tests::{
-    Bantam, StallingStorage, require_fuse, require_kvm, require_namespaces, with_mounts,
+    Bantam, StallingStorage, check_image, qemu_img, require_fuse, require_kvm, require_namespaces,
+    with_mounts,
 };
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
@@ -16,41 +16,9 @@ use tempfile::TempDir;
 const DISK_SIZE: u64 = 32 << 20;
 /// What the disk has where the guest has written nothing, if it has a backing file or a snapshot.
 const FILL: u8 = 0x5a;
-/// How long the lock of a monitor that was killed can stay.
-const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
 fn folder() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to")
-}
-
-fn qemu_img(arguments: &[&str], path: &Path) {
-    let output = Command::new("qemu-img").args(arguments).arg(path).output();
-    let output = output.expect("qemu-img is installed");
-    assert!(output.status.success(), "{arguments:?}: {output:?}");
-}
-
-/// Asserts that the image is whole. Clusters that nothing uses may be left.
-fn check(path: &Path) {
-    let mut command = Command::new("qemu-img");
-    command.arg("check").arg(path);
-    let mut output = command.output().expect("qemu-img is installed");
-    // The kernel closes the files of an io_uring some time after the process has ended.
-    let end = Instant::now() + LOCK_LIMIT;
-    while String::from_utf8_lossy(&output.stderr).contains("lock") && Instant::now() < end {
-        thread::sleep(Duration::from_millis(5));
-        output = command.output().expect("qemu-img is installed");
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors: Vec<_> = text
-        .lines()
-        .filter(|line| line.starts_with("ERROR"))
-        .collect();
-    assert!(
-        matches!(output.status.code(), Some(0 | 3)),
-        "{:?}: {errors:#?} {}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 /// Images that allocate clusters in different ways.
@@ -98,17 +66,15 @@ impl Kind {
                 run(&create, &options, path, &size);
             }
             Kind::Snapshot => {
-                qemu_img(&["convert", "-f", "raw", "-O", "qcow2", base], path);
-                qemu_img(&["snapshot", "-c", "before"], path);
+                qemu_img(&["convert", "-f", "raw", "-O", "qcow2", base], &[path]);
+                qemu_img(&["snapshot", "-c", "before"], &[path]);
             }
         }
     }
 }
 
 fn run(command: &[&str], options: &[&str], path: &Path, size: &str) {
-    let path = path.to_str().expect("the path is text");
-    let arguments = [command, options, &[path]].concat();
-    qemu_img(&arguments, Path::new(size));
+    qemu_img(&[command, options].concat(), &[path, Path::new(size)]);
 }
 
 fn base(folder: &Path) -> PathBuf {
@@ -157,10 +123,10 @@ fn a_monitor_that_is_killed_leaves_a_whole_image_with_all_that_was_flushed() {
         let flushed = last_flushed(&output);
         assert!(flushed > 0, "{kind:?}: {output}");
         rounds += flushed;
-        check(&path);
+        check_image(&path, true);
         verify(&path, seed, flushed, kind.fill());
         // It reads the image and adds nothing.
-        check(&path);
+        check_image(&path, true);
         fs::remove_file(&path).unwrap();
     }
     assert!(rounds > 102 * 5, "{rounds} rounds are too few to tell");
@@ -194,7 +160,7 @@ fn a_full_file_system_leaves_a_whole_image_with_all_that_was_flushed() {
         let ended = guest(&path, seed, &words).launcher(launcher).finish();
         ended.passed().printed("stopped in round");
         let text = ended.text();
-        check(&template);
+        check_image(&template, true);
         verify(&template, seed, last_flushed(&text), kind.fill());
     }
 }
@@ -224,7 +190,7 @@ fn storage_that_refuses_writes_leaves_a_whole_image_with_all_that_was_flushed() 
         let refused = "takes writes when it is opened again";
         assert!(reason.contains(refused), "{ended}");
         fs::copy(storage.path(), &path).unwrap();
-        check(&path);
+        check_image(&path, true);
         verify(&path, seed, last_flushed(&ended.text()), kind.fill());
     }
 }

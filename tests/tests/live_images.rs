@@ -6,7 +6,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Load, device, require_kvm};
+use bantam_tests::{Load, device, qemu_img, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::{
     Controller, DeviceAnswer, DeviceCommand, DiskJob, DiskSnapshot, Error, Event, Events,
@@ -25,16 +25,6 @@ const CHECK: &str = "test=block mode=read verify seed=7 depth=8 operations=8192 
 /// A folder on a disk, not in memory.
 fn folder() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to")
-}
-
-#[track_caller]
-fn qemu_img(words: &[&str], paths: &[&Path]) -> String {
-    let output = Command::new("qemu-img").args(words).args(paths).output();
-    let output = output.expect("qemu-img is there");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{words:?}: {text}{errors}");
-    text
 }
 
 /// Checks that a qcow2 image is in order.

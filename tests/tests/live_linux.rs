@@ -2,13 +2,13 @@
 //! is committed and copied.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Kernel, RootFileSystem, after_random_work, configured, device, linux_slot, pattern, require_kvm,
+    Kernel, RootFileSystem, after_random_work, check_image, configured, device, linux_slot,
+    pattern, qemu_img, require_kvm,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
 use bantam_vmm::{
@@ -23,13 +23,6 @@ const OPERATIONS: u32 = 2000;
 const LIMIT: Duration = Duration::from_secs(400);
 /// How long a job may take.
 const JOB_LIMIT: Duration = Duration::from_secs(60);
-
-#[track_caller]
-fn qemu_img(words: &[&str], paths: &[&Path]) {
-    let output = Command::new("qemu-img").args(words).args(paths).output();
-    let output = output.expect("qemu-img is there");
-    assert!(output.status.success(), "{words:?}: {output:?}");
-}
 
 fn command(machine: &Controller, command: DeviceCommand) -> DeviceAnswer {
     device(machine, "disk0", command).unwrap_or_else(|error| panic!("{error}"))
@@ -130,7 +123,7 @@ fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
 
     let present: PathBuf = config.expect("there is one").disks.swap_remove(0).path;
     drop(machine);
-    qemu_img(&["check", "-q"], &[&present]);
+    check_image(&present, false);
     let result = place("result");
     qemu_img(
         &["convert", "-f", "qcow2", "-O", "raw"],

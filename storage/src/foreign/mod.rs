@@ -11,6 +11,7 @@ mod blocks;
 mod bytes;
 mod create;
 mod error;
+mod new_image;
 mod tables;
 mod vdi;
 mod vhd;

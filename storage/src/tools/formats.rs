@@ -156,15 +156,7 @@ pub fn open(
     format: Option<Format>,
     purpose: Purpose,
 ) -> Result<Opened, OpenImageError> {
-    let opened = format.map_or_else(|| probe_path(path), Ok);
-    let opened = opened.and_then(|format| match format {
-        Format::Qcow2 => open_qcow2(path, purpose),
-        _ => open_single(path, format, purpose),
-    });
-    opened.map_err(|reason| OpenImageError {
-        path: path.to_owned(),
-        reason,
-    })
+    open_with(path, format, purpose, open_qcow2)
 }
 
 /// Opens an image without its backing files, which may be missing, to examine what is its own. It is read-only, and
@@ -177,9 +169,18 @@ pub fn open_alone(
     format: Option<Format>,
     purpose: Purpose,
 ) -> Result<Opened, OpenImageError> {
+    open_with(path, format, purpose, open_qcow2_alone)
+}
+
+fn open_with(
+    path: &Path,
+    format: Option<Format>,
+    purpose: Purpose,
+    open_qcow2: fn(&Path, Purpose) -> Result<Opened, OpenError>,
+) -> Result<Opened, OpenImageError> {
     let opened = format.map_or_else(|| probe_path(path), Ok);
     let opened = opened.and_then(|format| match format {
-        Format::Qcow2 => open_qcow2_alone(path, purpose),
+        Format::Qcow2 => open_qcow2(path, purpose),
         _ => open_single(path, format, purpose),
     });
     opened.map_err(|reason| OpenImageError {

@@ -6,7 +6,7 @@ use bantam_storage::qcow2::{BackingName, CreateOptions, Options, Qcow2, Repair};
 use bantam_storage::{Allocation, Direction, Extent, Image, ImageFile};
 
 use crate::memory_file::{Change, MemoryFile};
-use crate::support::{Bytes, read_all};
+use crate::support::{image_of, read_all};
 
 const CLUSTER: u64 = 16384;
 const SIZE: u64 = 1 << 20;
@@ -134,7 +134,7 @@ fn bytes_of_a_backing_file_get_no_place_before_they_are_zeroes() {
         ..usual()
     });
     let options = Options {
-        backing: Some(Arc::new(Bytes(vec![7; SIZE as usize / 2]))),
+        backing: Some(image_of(vec![7; SIZE as usize / 2])),
         ..Options::default()
     };
     let image = Qcow2::open(Arc::clone(&file) as _, options).unwrap();

@@ -11,7 +11,7 @@ use bantam_storage::qcow2::{
 use bantam_storage::{Direction, Extent, Image};
 
 use crate::memory_file::MemoryFile;
-use crate::support::{Folder, Numbers, Raw, host_file, qemu, read_all, try_qemu};
+use crate::support::{Folder, Numbers, host_file, qemu, raw_image, read_all, try_qemu};
 
 fn create(folder: &Folder, name: &str, options: &CreateOptions) {
     std::fs::write(folder.path(name), [0xff; 3000]).unwrap();
@@ -420,7 +420,7 @@ fn the_disk_changes_its_size() {
             let backing = options
                 .backing
                 .is_some()
-                .then(|| Raw::open(&folder.path("base")));
+                .then(|| raw_image(&folder.path("base")));
             folder.open(
                 "image",
                 Options {
@@ -683,7 +683,7 @@ fn chains_are_opened_by_the_names_and_formats_in_the_images() {
         opened.push((format.to_owned(), read_only));
         Ok::<_, io::Error>(match format {
             "qcow2" => Layer::Qcow2(host_file(path, read_only)),
-            _ => Layer::Other(Raw::open(path)),
+            _ => Layer::Other(raw_image(path)),
         })
     };
     let image = open_chain(&folder.path("top"), Options::default(), &mut open).unwrap();

@@ -6,7 +6,7 @@ use bantam_storage::Image;
 use bantam_storage::qcow2::{BackingName, CreateOptions, Header, Options, Qcow2, Repair, Report};
 
 use crate::memory_file::{Change, MemoryFile};
-use crate::support::{Bytes, Folder, Numbers, read_all, try_qemu, write_as_device};
+use crate::support::{Folder, Numbers, image_of, read_all, try_qemu, write_as_device};
 
 const SIZE: u64 = 192 << 10;
 const SECTOR: usize = 512;
@@ -336,7 +336,7 @@ fn a_crash_does_not_bring_the_backing_file_or_lose_it() {
         let bytes = (0..100 << 10)
             .map(|index| (index / 512 % 120 + 130) as u8)
             .collect();
-        let backing: Arc<dyn Image> = Arc::new(Bytes(bytes));
+        let backing: Arc<dyn Image> = image_of(bytes);
         let name = BackingName {
             name: "base".to_owned(),
             format: Some("raw".to_owned()),
@@ -354,7 +354,7 @@ fn a_crash_spares_what_a_device_writes() {
     let bytes = (0..100 << 10)
         .map(|index| (index / 512 % 120 + 130) as u8)
         .collect();
-    let base: Arc<dyn Image> = Arc::new(Bytes(bytes));
+    let base: Arc<dyn Image> = image_of(bytes);
     for (number, options) in variants().into_iter().enumerate() {
         for backing in [None, Some(Arc::clone(&base))] {
             let name = backing.as_ref().map(|_| BackingName {
@@ -484,7 +484,7 @@ fn failures_of_the_host_spare_the_backing_file() {
     let bytes = (0..100 << 10)
         .map(|index| (index / 512 % 120 + 130) as u8)
         .collect();
-    let backing: Arc<dyn Image> = Arc::new(Bytes(bytes));
+    let backing: Arc<dyn Image> = image_of(bytes);
     let name = BackingName {
         name: "base".to_owned(),
         format: Some("raw".to_owned()),

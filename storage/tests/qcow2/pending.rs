@@ -9,7 +9,7 @@ use bantam_storage::qcow2::{BackingName, CreateOptions, Options, Qcow2, Repair};
 use bantam_storage::{Image, ImageFile};
 
 use crate::memory_file::{Change, MemoryFile};
-use crate::support::{Bytes, read_all};
+use crate::support::{image_of, read_all};
 
 const SIZE: u64 = 1 << 20;
 const CLUSTER: u64 = 16384;
@@ -36,7 +36,7 @@ fn create(extended_l2: bool) -> Arc<MemoryFile> {
 
 fn open(file: Arc<dyn ImageFile>, max_pending: usize) -> Qcow2 {
     let options = Options {
-        backing: Some(Arc::new(Bytes(vec![OLD; SIZE as usize]))),
+        backing: Some(image_of(vec![OLD; SIZE as usize])),
         max_pending,
         ..Options::default()
     };

@@ -7,7 +7,7 @@ use bantam_storage::{Direction, Extent, Image, ImageFile};
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
-use crate::support::{Folder, Raw, host_file, qemu, read_all, write_as_device};
+use crate::support::{Folder, host_file, qemu, raw_image, read_all, write_as_device};
 
 /// How an image is made.
 #[derive(Debug, Clone)]
@@ -189,7 +189,7 @@ impl Subject {
     fn open(&mut self) {
         let backing = self
             .has_backing
-            .then(|| Raw::open(&self.folder.path("base")));
+            .then(|| raw_image(&self.folder.path("base")));
         // A small cache, so that slices come and go.
         let options = Options {
             cache_bytes: 0,

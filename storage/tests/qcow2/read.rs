@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bantam_storage::qcow2::{Error, Header, Options, Qcow2};
 use bantam_storage::{Content, Direction, Extent, Image};
 
-use crate::support::{Folder, Numbers, Raw, host_file, qemu, read_all};
+use crate::support::{Folder, Numbers, host_file, qemu, raw_image, read_all};
 
 /// Fills an image with all kinds of clusters by QEMU.
 fn fill(folder: &Folder, name: &str, size: u64, seed: u64, compress: bool) {
@@ -151,7 +151,7 @@ fn backing_files_are_read_and_flattened() {
         };
         Arc::new(folder.open(name, options))
     };
-    let middle = backed("middle", Raw::open(&folder.path("base")));
+    let middle = backed("middle", raw_image(&folder.path("base")));
     let top = backed("top", Arc::clone(&middle) as Arc<dyn Image>);
     compare(&folder, "middle", &middle);
     compare(&folder, "top", &top);

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use crate::crash::crash;
 use crate::memory_file::{Change, MemoryFile};
-use crate::support::{Bytes, Numbers, read_all};
+use crate::support::{Numbers, image_of, read_all};
 
 const SIZE: u64 = (1 << 20) + 512;
 
@@ -157,7 +157,7 @@ fn bases(plan: &Plan, numbers: &mut Numbers) -> Bases {
             name: format!("base{number}{}", "x".repeat(plan.long_name)),
             format: Some("raw".to_owned()),
         };
-        let image: Arc<dyn Image> = Arc::new(Bytes(content(numbers, size)));
+        let image: Arc<dyn Image> = image_of(content(numbers, size));
         (name, image)
     });
     Bases(bases.collect())

@@ -2,14 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use bantam_storage::qcow2::{Options, Qcow2};
-use bantam_storage::{BlockStatus, Content, Direction, Extent, HostFile, Image, ImageFile};
+use bantam_storage::{Direction, Extent, HostFile, Image, ImageFile, RawImage};
 use tempfile::TempDir;
+
+use crate::memory_file::MemoryFile;
 
 /// Runs one of QEMU's tools and returns what it prints, or its status and what it says.
 pub fn try_qemu(tool: &str, arguments: &[&str]) -> Result<String, (i32, String)> {
@@ -135,71 +136,10 @@ pub fn read_all(image: &dyn Image) -> Vec<u8> {
     bytes
 }
 
-/// A raw image, for backing files.
-#[derive(Debug)]
-pub struct Raw {
-    file: HostFile,
-    size: u64,
-}
-
-impl Raw {
-    pub fn open(path: &Path) -> Arc<dyn Image> {
-        let file = File::open(path).unwrap();
-        let size = file.metadata().unwrap().len();
-        Arc::new(Raw {
-            file: HostFile::new(file),
-            size,
-        })
-    }
-}
-
-impl Image for Raw {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
-    fn map(&self, range: Range<u64>, _direction: Direction) -> Extent {
-        Extent::File {
-            file: 0,
-            offset: range.start,
-            len: range.end - range.start,
-        }
-    }
-
-    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_at(bytes, offset)
-    }
-
-    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn write_zeroes(&self, _range: Range<u64>, _unmap: bool) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn discard(&self, _range: Range<u64>) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {
-        Ok(BlockStatus {
-            len: range.end - range.start,
-            content: Content::Data {
-                file: 0,
-                offset: range.start,
-            },
-            depth: Some(0),
-        })
-    }
+/// Opens a raw image, for backing files.
+pub fn raw_image(path: &Path) -> Arc<dyn Image> {
+    let file = Arc::new(HostFile::new(File::open(path).unwrap()));
+    Arc::new(RawImage::new(file, true).unwrap())
 }
 
 /// Numbers that look random, and are the same in each run.
@@ -218,56 +158,10 @@ impl Numbers {
     }
 }
 
-/// A backing file in memory.
-#[derive(Debug)]
-pub struct Bytes(pub Vec<u8>);
-
-impl Image for Bytes {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
-    fn map(&self, range: Range<u64>, _direction: Direction) -> Extent {
-        Extent::Slow {
-            len: range.end - range.start,
-        }
-    }
-
-    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        bytes.copy_from_slice(&self.0[offset as usize..][..bytes.len()]);
-        Ok(())
-    }
-
-    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn write_zeroes(&self, _range: Range<u64>, _unmap: bool) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn discard(&self, _range: Range<u64>) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn status(&self, range: Range<u64>) -> io::Result<BlockStatus> {
-        Ok(BlockStatus {
-            len: range.end - range.start,
-            content: Content::Data {
-                file: 0,
-                offset: range.start,
-            },
-            depth: Some(0),
-        })
-    }
+/// Returns a backing file in memory.
+pub fn image_of(bytes: Vec<u8>) -> Arc<dyn Image> {
+    let file = Arc::new(MemoryFile::new(bytes));
+    Arc::new(RawImage::new(file, true).unwrap())
 }
 
 /// Writes as the device of a disk does: to the file where the image has or finds a place, and by the image elsewhere.

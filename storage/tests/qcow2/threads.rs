@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bantam_storage::qcow2::{BackingName, CreateOptions, Options, Qcow2};
 use bantam_storage::{Direction, Extent, Image};
 
-use crate::support::{Folder, Numbers, Raw, host_file, read_all, write_as_device};
+use crate::support::{Folder, Numbers, host_file, raw_image, read_all, write_as_device};
 
 const SIZE: u64 = 8 << 20;
 const THREADS: u64 = 4;
@@ -36,7 +36,7 @@ fn threads_share_clusters_and_tables() {
         std::fs::write(folder.path("image"), []).unwrap();
         let file = host_file(&folder.path("image"), false);
         Qcow2::create(Arc::clone(&file), &options).unwrap();
-        let backing = has_backing.then(|| Raw::open(&folder.path("base")));
+        let backing = has_backing.then(|| raw_image(&folder.path("base")));
         let open = Options {
             backing,
             cache_bytes: 0,

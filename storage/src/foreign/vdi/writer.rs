@@ -1,13 +1,13 @@
 //! Writes a VDI image.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::{DYNAMIC, FREE, SECTOR, SIGNATURE, SIGNATURE_OFFSET, STATIC, VERSION};
+use crate::ImageFile;
 use crate::foreign::allocator::{Allocator, Arrangement, NOWHERE, put, write_table};
+use crate::foreign::new_image::NewImage;
 use crate::foreign::random_id;
-use crate::{ImageFile, Target};
 
 const TEXT: &[u8] = b"<<< Oracle VM VirtualBox Disk Image >>>\n";
 const BLOCK: u64 = 1 << 20;
@@ -71,31 +71,21 @@ impl VdiWriter {
     }
 }
 
-impl Target for VdiWriter {
-    fn unit(&self) -> u64 {
-        SECTOR
+impl NewImage for VdiWriter {
+    fn file(&self) -> &dyn ImageFile {
+        &*self.file
     }
 
-    fn is_sequential(&self) -> bool {
-        false
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.allocator.write(bytes, offset)
     }
 
-    fn write_zeroes(&self, _: Range<u64>) -> io::Result<()> {
-        // The image is new.
-        Ok(())
-    }
-
-    fn finish(&self, sync: bool) -> io::Result<()> {
+    fn write_tables(&self) -> io::Result<()> {
         let (blocks, _) = self.allocator.finish()?;
         let header = self.header(blocks.places.len(), blocks.count)?;
         let entry = |&place: &u32| if place == NOWHERE { FREE } else { place };
         let entries = blocks.places.iter().map(|place| entry(place).to_le_bytes());
         write_table(&*self.file, MAP, entries)?;
-        self.file.write_at(&header, 0)?;
-        if sync { self.file.sync() } else { Ok(()) }
+        self.file.write_at(&header, 0)
     }
 }

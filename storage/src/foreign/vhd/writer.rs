@@ -1,7 +1,6 @@
 //! Writes a VHD image.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -9,9 +8,10 @@ use super::{
     COOKIE, DYNAMIC, FIXED, FOOTER_SIZE, HEADER_COOKIE, HEADER_SIZE, MAX_GEOMETRY, MAX_SIZE,
     SECTOR, UNALLOCATED, bitmap_size, checksum,
 };
+use crate::ImageFile;
 use crate::foreign::allocator::{Allocator, Arrangement, NOWHERE, put, write_table};
+use crate::foreign::new_image::NewImage;
 use crate::foreign::random_id;
-use crate::{ImageFile, Target};
 
 const BLOCK: u64 = 2 << 20;
 const TABLE: u64 = FOOTER_SIZE + HEADER_SIZE as u64;
@@ -132,33 +132,23 @@ impl VhdWriter {
     }
 }
 
-impl Target for VhdWriter {
-    fn unit(&self) -> u64 {
-        SECTOR
+impl NewImage for VhdWriter {
+    fn file(&self) -> &dyn ImageFile {
+        &*self.file
     }
 
-    fn is_sequential(&self) -> bool {
-        false
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         match &self.blocks {
             Disk::Fixed { .. } => self.file.write_at(bytes, offset),
             Disk::Dynamic(allocator) => allocator.write(bytes, offset),
         }
     }
 
-    fn write_zeroes(&self, _: Range<u64>) -> io::Result<()> {
-        // The image is new.
-        Ok(())
-    }
-
-    fn finish(&self, sync: bool) -> io::Result<()> {
+    fn write_tables(&self) -> io::Result<()> {
         match &self.blocks {
-            Disk::Fixed { size } => self.file.write_at(&self.footer, *size)?,
-            Disk::Dynamic(allocator) => self.finish_dynamic(allocator)?,
+            Disk::Fixed { size } => self.file.write_at(&self.footer, *size),
+            Disk::Dynamic(allocator) => self.finish_dynamic(allocator),
         }
-        if sync { self.file.sync() } else { Ok(()) }
     }
 }
 

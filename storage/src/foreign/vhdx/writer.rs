@@ -1,7 +1,6 @@
 //! Writes a VHDX image.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use crc32c::crc32c;
@@ -11,9 +10,10 @@ use super::structures::{
     BAT_REGION, DISK_ID, DISK_SIZE, FILE_PARAMETERS, HEADER_SIZE, HEADERS, MAX_SIZE,
     METADATA_REGION, MIB, PHYSICAL_SECTOR_SIZE, REGION_TABLES, SECTOR_SIZE, TABLE_SIZE,
 };
+use crate::ImageFile;
 use crate::foreign::allocator::{Allocator, Arrangement, NOWHERE, put};
+use crate::foreign::new_image::NewImage;
 use crate::foreign::random_id;
-use crate::{ImageFile, Target};
 
 const SECTOR: u64 = 512;
 const LOG: u64 = MIB;
@@ -188,25 +188,16 @@ impl VhdxWriter {
     }
 }
 
-impl Target for VhdxWriter {
-    fn unit(&self) -> u64 {
-        SECTOR
+impl NewImage for VhdxWriter {
+    fn file(&self) -> &dyn ImageFile {
+        &*self.file
     }
 
-    fn is_sequential(&self) -> bool {
-        false
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.allocator.write(bytes, offset)
     }
 
-    fn write_zeroes(&self, _: Range<u64>) -> io::Result<()> {
-        // The image is new.
-        Ok(())
-    }
-
-    fn finish(&self, sync: bool) -> io::Result<()> {
+    fn write_tables(&self) -> io::Result<()> {
         let (blocks, _) = self.allocator.finish()?;
         self.write_bat(&blocks.places)?;
         self.write_metadata()?;
@@ -214,7 +205,6 @@ impl Target for VhdxWriter {
         let mut identifier = Vec::from(IDENTIFIER);
         let creator = concat!("Bantam ", env!("CARGO_PKG_VERSION"));
         identifier.extend(creator.encode_utf16().flat_map(u16::to_le_bytes));
-        self.file.write_at(&identifier, 0)?;
-        if sync { self.file.sync() } else { Ok(()) }
+        self.file.write_at(&identifier, 0)
     }
 }

@@ -1,14 +1,14 @@
 //! Writes a VMDK image that is one sparse extent (monolithicSparse).
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::SECTOR;
 use super::sparse::{HAS_LINE_ENDS, LINE_ENDS, MAGIC, USE_REDUNDANT_DIRECTORY};
+use crate::ImageFile;
 use crate::foreign::allocator::{Allocator, Arrangement, NOWHERE, put, write_table};
+use crate::foreign::new_image::NewImage;
 use crate::foreign::random_id;
-use crate::{ImageFile, Target};
 
 pub const GRAIN: u64 = 64 << 10;
 pub const GRAINS_OF_TABLE: u64 = 512;
@@ -123,25 +123,16 @@ impl Layout {
     }
 }
 
-impl Target for VmdkWriter {
-    fn unit(&self) -> u64 {
-        SECTOR
+impl NewImage for VmdkWriter {
+    fn file(&self) -> &dyn ImageFile {
+        &*self.file
     }
 
-    fn is_sequential(&self) -> bool {
-        false
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.allocator.write(bytes, offset)
     }
 
-    fn write_zeroes(&self, _: Range<u64>) -> io::Result<()> {
-        // The image is new.
-        Ok(())
-    }
-
-    fn finish(&self, sync: bool) -> io::Result<()> {
+    fn write_tables(&self) -> io::Result<()> {
         let layout = Layout::of(self.size);
         let (blocks, end) = self.allocator.finish()?;
         if end > MAX_FILE {
@@ -172,8 +163,7 @@ impl Target for VmdkWriter {
             start: layout.start,
             compression: 0,
         };
-        self.file.write_at(&header.bytes(), 0)?;
-        if sync { self.file.sync() } else { Ok(()) }
+        self.file.write_at(&header.bytes(), 0)
     }
 }
 
