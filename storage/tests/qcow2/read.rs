@@ -204,13 +204,14 @@ fn what_cannot_be_read_is_refused_by_its_name() {
         "1M",
     );
     assert!(refuse("external").contains("'external data file'"));
-    let secret = ["--object", "secret,id=s,data=x"];
-    let path = folder.name("luks");
-    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
-    let mut arguments = vec!["create", "-q", "-f", "qcow2"];
-    arguments.extend(secret);
-    arguments.extend(["-o", options, &path, "1M"]);
-    qemu("qemu-img", &arguments);
+    // qemu-img times its key derivation and fails on busy hosts, so the header's encryption method is written here.
+    folder.create("luks", "", "1M");
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(folder.path("luks"))
+        .unwrap()
+        .write_all_at(&2u32.to_be_bytes(), 32)
+        .unwrap();
     assert!(refuse("luks").contains("'LUKS encryption'"));
 
     folder.create("future", "", "1M");
