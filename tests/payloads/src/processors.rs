@@ -22,7 +22,7 @@ const RING_3_STACK_SIZE: usize = 32 << 10;
 const FIRST_TASK_STATE: u32 = 0x28;
 const TASK_STATE_SIZE: u64 = 104;
 const RSP0_OFFSET: u64 = 4;
-const START_TIMEOUT: Duration = Duration::from_millis(500);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 
 unsafe extern "C" {
     static trampoline: u8;

@@ -18,6 +18,7 @@ use runtime::processors::{self, MAX_PROCESSORS};
 use runtime::time::Deadline;
 use runtime::{BootInfo, acpi, arguments, interrupts, mp_table, payload, println, report};
 
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_VECTOR: u8 = 0x40;
 
 /// Local APIC ids in the low half and CPUID's initial APIC ids in the high half, as each processor
@@ -122,7 +123,7 @@ fn start_all(ids: &[u8]) {
 
 /// Waits until the processor has reported its ids, then wakes it from its halt.
 fn ping(id: u8, index: usize) -> Result<(), String> {
-    let deadline = Deadline::after(Duration::from_millis(500));
+    let deadline = Deadline::after(PING_TIMEOUT);
     while ARRIVED.load(Ordering::Acquire) < index {
         if deadline.passed() {
             return Err(String::from("it did not report"));
@@ -140,7 +141,7 @@ fn ping(id: u8, index: usize) -> Result<(), String> {
     }
     let before = interrupts::count(PING_VECTOR);
     interrupts::send(id, PING_VECTOR);
-    let deadline = Deadline::after(Duration::from_millis(500));
+    let deadline = Deadline::after(PING_TIMEOUT);
     while interrupts::count(PING_VECTOR) == before {
         if deadline.passed() {
             return Err(String::from("it did not take the interrupt"));

@@ -32,7 +32,6 @@ use runtime::{arguments, interrupts, payload, println, report};
 const FIRST_DEVICE_VECTOR: u8 = 0x50;
 const QUEUE_SIZE: u16 = 16;
 const INTERRUPT_ROUNDS: u64 = 10;
-const INTERRUPT_TIMEOUT: Duration = Duration::from_millis(500);
 
 payload!(check_devices);
 
@@ -100,21 +99,19 @@ fn route(device: &MmioDevice, vector: u8) {
     interrupts::route(device.window().gsi, vector);
 }
 
-/// Executes `request` by interrupt several times, and checks that each caused an interrupt.
+/// Executes `request` several times, and checks that each causes an interrupt.
 fn check_interrupts(
     device: &MmioDevice,
     vector: u8,
-    mut request: impl FnMut() -> Result<(), Error>,
+    mut request: impl FnMut(Completion) -> Result<(), Error>,
 ) -> Result<(), String> {
     route(device, vector);
     let result = (0..INTERRUPT_ROUNDS).try_for_each(|round| {
         let before = interrupts::count(vector);
-        request().map_err(|error| format!("request {round}: {error}"))?;
-        if interrupts::wait_until(INTERRUPT_TIMEOUT, || interrupts::count(vector) != before) {
-            Ok(())
-        } else {
-            Err(format!("request {round} was done without an interrupt"))
-        }
+        request(Completion::InterruptOf { vector, before }).map_err(|error| {
+            let interrupts = interrupts::count(vector) - before;
+            format!("request {round}, {interrupts} interrupts: {error}")
+        })
     });
     interrupts::mask(device.window().gsi);
     result
@@ -128,8 +125,8 @@ fn check_rng(device: MmioDevice, vector: u8) {
         Err(reason) => return report::fail("rng initialises", reason),
     };
     report::check("rng gives random bytes", random_bytes(&mut rng));
-    let by_interrupt = check_interrupts(&device, vector, || {
-        rng.read(&mut [0; 8], Completion::Interrupt).map(drop)
+    let by_interrupt = check_interrupts(&device, vector, |completion| {
+        rng.read(&mut [0; 8], completion).map(drop)
     });
     report::check("rng interrupts", by_interrupt);
 }
@@ -192,8 +189,8 @@ fn check_block(device: MmioDevice, vector: u8) {
         }
         Err(reason) => report::fail("block has an id", reason),
     }
-    let by_interrupt = check_interrupts(&device, vector, || {
-        block.read(0, &mut [0; SECTOR_SIZE], Completion::Interrupt)
+    let by_interrupt = check_interrupts(&device, vector, |completion| {
+        block.read(0, &mut [0; SECTOR_SIZE], completion)
     });
     report::check("block interrupts", by_interrupt);
     if block.features & block_feature::READ_ONLY != 0 {
@@ -414,8 +411,8 @@ fn check_net(device: MmioDevice, vector: u8) {
         "net sends",
         (0..64).try_for_each(|_| net.send(Header::default(), &broadcast, Completion::Polled)),
     );
-    let by_interrupt = check_interrupts(&device, vector, || {
-        net.send(Header::default(), &broadcast, Completion::Interrupt)
+    let by_interrupt = check_interrupts(&device, vector, |completion| {
+        net.send(Header::default(), &broadcast, completion)
     });
     report::check("net interrupts", by_interrupt);
     if let Some(addresses) = arguments::value("net-arp") {

@@ -130,6 +130,16 @@ pub enum Completion {
     Polled,
     /// By the device's interrupt, halted until it arrives.
     Interrupt,
+    /// By an interrupt of this vector, which must come after `before` others of it.
+    ///
+    /// [`Completion::Interrupt`] may see the used chain before the device has decided to interrupt. Once the chain is
+    /// taken, the device may omit the interrupt (virtio 1.3, section 2.7.10).
+    InterruptOf {
+        /// The interrupt's vector.
+        vector: u8,
+        /// [`interrupts::count`] of the vector before the request.
+        before: u64,
+    },
 }
 
 /// Waits until the device has used a chain of `queue`, and takes it.
@@ -158,8 +168,12 @@ pub fn wait_for_used(
                 }
             }
         }
-        Completion::Interrupt => {
-            if !interrupts::wait_until(REQUEST_TIMEOUT, || queue.has_used()) {
+        Completion::Interrupt | Completion::InterruptOf { .. } => {
+            let interrupted = || match completion {
+                Completion::InterruptOf { vector, before } => interrupts::count(vector) != before,
+                _ => true,
+            };
+            if !interrupts::wait_until(REQUEST_TIMEOUT, || queue.has_used() && interrupted()) {
                 let needs_reset = device.needs_reset();
                 return Err(if needs_reset {
                     Error::NeedsReset
