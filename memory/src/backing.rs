@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 
+use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 
 use crate::PAGE_SIZE;
@@ -22,6 +23,10 @@ pub enum Backing {
     /// Huge pages of 2 MiB that the host has set aside (hugetlbfs). They are reserved when the memory
     /// is mapped, so that no access finds none left.
     HugePages,
+    /// A private mapping of a file, which has the file's content until it is written. Writes do not reach the file.
+    /// The file must neither shrink nor change while it is mapped: an access past its end ends the process (`SIGBUS`),
+    /// and the guest may see changes of pages that it has not written.
+    PrivateFile,
 }
 
 /// Why guest memory cannot be mapped.
@@ -42,27 +47,33 @@ pub enum MapError {
 }
 
 impl Backing {
-    /// Maps `size` bytes of zeroes.
+    /// Maps `size` bytes of zeroes, or of `file` from an offset on. Only [`Backing::PrivateFile`] has a file.
     pub(crate) fn map(
         self,
         size: usize,
+        file: Option<FileOffset>,
         log: RegionLog,
     ) -> Result<MmapRegion<RegionLog>, MapError> {
         let flags = match self {
-            Backing::Anonymous | Backing::TransparentHugePages => libc::MAP_NORESERVE,
+            Backing::Anonymous | Backing::TransparentHugePages => {
+                libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
+            }
             // Without `MAP_NORESERVE` the kernel reserves all pages of the mapping.
-            Backing::HugePages => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            Backing::HugePages => libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+            Backing::PrivateFile => libc::MAP_NORESERVE,
         };
-        let region = MmapRegionBuilder::new_with_bitmap(size, log)
+        let mut builder = MmapRegionBuilder::new_with_bitmap(size, log)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
-            .with_hugetlbfs(self == Backing::HugePages)
-            .build()
-            .map_err(|error| match (error, self) {
-                (MmapRegionError::Mmap(error), Backing::HugePages) => MapError::HugePages(error),
-                (MmapRegionError::Mmap(error), _) => MapError::Map(error),
-                (error, _) => MapError::Map(io::Error::other(error)),
-            })?;
+            .with_mmap_flags(libc::MAP_PRIVATE | flags)
+            .with_hugetlbfs(self == Backing::HugePages);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        let region = builder.build().map_err(|error| match (error, self) {
+            (MmapRegionError::Mmap(error), Backing::HugePages) => MapError::HugePages(error),
+            (MmapRegionError::Mmap(error), _) => MapError::Map(error),
+            (error, _) => MapError::Map(io::Error::other(error)),
+        })?;
         if self == Backing::TransparentHugePages {
             // SAFETY: the range is one mapping of this size, whose content the advice leaves alone.
             let result =
@@ -78,7 +89,7 @@ impl Backing {
     /// back a transparent huge page in parts.
     pub(crate) fn page_size(self) -> usize {
         match self {
-            Backing::Anonymous | Backing::TransparentHugePages => PAGE_SIZE,
+            Backing::Anonymous | Backing::TransparentHugePages | Backing::PrivateFile => PAGE_SIZE,
             Backing::HugePages => HUGE_PAGE_SIZE,
         }
     }
@@ -97,17 +108,28 @@ impl Backing {
     /// Gives `len` bytes, whole pages, back to the host. They read as zero afterwards.
     ///
     /// # Errors
-    /// Those of `madvise`.
+    /// Those of `madvise` and `mmap`.
     ///
     /// # Safety
     /// The bytes must be mapped as this backing is, and nothing may refer to them.
     pub(crate) unsafe fn discard(self, pages: *mut u8, len: usize) -> io::Result<()> {
         let advice = match self {
             // Dropped pages of private anonymous memory, huge pages included, are zero when they
-            // are touched again. Those of a file's private mapping would have the file's content,
-            // and those of shared memory would keep theirs.
+            // are touched again. Those of shared memory would keep their content.
             Backing::Anonymous | Backing::TransparentHugePages | Backing::HugePages => {
                 libc::MADV_DONTNEED
+            }
+            Backing::PrivateFile => {
+                // Dropped pages would have the file's content again, so anonymous memory replaces the mapping.
+                let protection = libc::PROT_READ | libc::PROT_WRITE;
+                let flags =
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+                // SAFETY: the caller promises mapped pages that nothing refers to, and they stay mapped.
+                let mapped = unsafe { libc::mmap(pages.cast(), len, protection, flags, -1, 0) };
+                return match mapped == libc::MAP_FAILED {
+                    false => Ok(()),
+                    true => Err(io::Error::last_os_error()),
+                };
             }
         };
         // SAFETY: the caller promises mapped pages that nothing refers to; the advice changes only

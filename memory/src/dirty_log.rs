@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, compiler_fence};
 use vm_memory::GuestAddress;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
-use crate::PAGE_SIZE;
+use crate::{PAGE_SIZE, PageSet};
 
 /// Pages per word of the log.
 const PAGES_PER_WORD: usize = u64::BITS as usize;
@@ -34,6 +34,8 @@ pub(crate) struct DirtyLog {
 #[derive(Debug, Clone, Copy)]
 struct LoggedRegion {
     start: GuestAddress,
+    /// Length in bytes.
+    len: usize,
     first_word: usize,
     word_count: usize,
 }
@@ -46,6 +48,7 @@ impl DirtyLog {
             let word_count = len.div_ceil(PAGE_SIZE * PAGES_PER_WORD);
             let region = LoggedRegion {
                 start,
+                len,
                 first_word,
                 word_count,
             };
@@ -95,7 +98,7 @@ impl DirtyLog {
 
     /// Removes the pages that were marked since the log was started, or since the last call, and
     /// returns them.
-    pub(crate) fn take(&self) -> DirtyPages {
+    pub(crate) fn take(&self) -> PageSet {
         let words = self.words.get().map(Box::as_ref).unwrap_or_default();
         let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
             // A bit that is set meanwhile is for the next call.
@@ -106,11 +109,9 @@ impl DirtyLog {
         let regions = self.regions.iter().map(|region| {
             let words = words.get(region.first_word..).unwrap_or_default();
             let words = words.iter().take(region.word_count).map(take).collect();
-            (region.start, words)
+            (region.start, region.len as u64, words)
         });
-        DirtyPages {
-            regions: regions.collect(),
-        }
+        PageSet::from_words(regions)
     }
 
     /// Marks the pages of `len` bytes, which have been written, `offset` bytes after the start of
@@ -149,27 +150,6 @@ fn membarrier(command: libc::c_int) -> io::Result<()> {
     match unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// A set of pages of guest memory, with a bit for each.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DirtyPages {
-    /// Start of each region and the bits of its pages, in order.
-    regions: Vec<(GuestAddress, Vec<u64>)>,
-}
-
-impl DirtyPages {
-    /// Returns the addresses of the pages, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = GuestAddress> {
-        self.regions.iter().flat_map(|(start, words)| {
-            let pages = words.iter().enumerate().flat_map(|(index, &word)| {
-                let is_set = move |bit: &usize| word >> bit & 1 != 0;
-                let bits = (0..PAGES_PER_WORD).filter(is_set);
-                bits.map(move |bit| index * PAGES_PER_WORD + bit)
-            });
-            pages.map(|page| GuestAddress(start.0 + (page * PAGE_SIZE) as u64))
-        })
     }
 }
 

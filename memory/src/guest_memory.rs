@@ -1,5 +1,6 @@
 //! Guest memory as a whole.
 
+use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -7,12 +8,12 @@ use std::sync::Arc;
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult, GuestRegionCollection,
-    GuestRegionMmap, Permissions,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult,
+    GuestRegionCollection, GuestRegionMmap, Permissions,
 };
 
-use crate::dirty_log::{DirtyLog, DirtyPages, RegionLog};
-use crate::{Backing, GuestRange, MapError, Word};
+use crate::dirty_log::{DirtyLog, RegionLog};
+use crate::{Backing, GuestRange, MapError, PageSet, Word};
 
 /// The memory of a guest: one or more regions of its physical address space.
 ///
@@ -22,6 +23,8 @@ use crate::{Backing, GuestRange, MapError, Word};
 pub struct GuestMemory {
     regions: GuestRegionCollection<GuestRegionMmap<RegionLog>>,
     backing: Backing,
+    /// The file of a private mapping, and where each region begins in it.
+    file: Option<(Arc<File>, Vec<u64>)>,
     log: Arc<DirtyLog>,
 }
 
@@ -48,14 +51,50 @@ impl GuestMemory {
     /// region, in ascending order.
     ///
     /// # Errors
-    /// If the host refuses to map it, or `ranges` are not valid regions.
+    /// If the host refuses to map it, `ranges` are not valid regions, or the backing is a file.
     pub fn new(ranges: &[(GuestAddress, usize)], backing: Backing) -> Result<Self, MapError> {
+        if backing == Backing::PrivateFile {
+            return Err(MapError::Regions("a file has content".to_string()));
+        }
+        GuestMemory::map(ranges, backing, None)
+    }
+
+    /// Maps `file` privately: the memory has the file's content until it is written, and takes memory of its own only
+    /// for pages that were. The regions, given as for [`GuestMemory::new`], are one after another in the file.
+    ///
+    /// # Errors
+    /// If the file is shorter than the regions, the host refuses to map it, or `ranges` are not valid regions.
+    pub fn from_file(ranges: &[(GuestAddress, usize)], file: Arc<File>) -> Result<Self, MapError> {
+        let mut next = 0;
+        let offsets = ranges.iter().map(|&(_, size)| {
+            let offset = next;
+            next += size as u64;
+            offset
+        });
+        let offsets = offsets.collect();
+        // An access past the end of the file would end the process.
+        let len = file.metadata().map_err(MapError::Map)?.len();
+        if len < next {
+            let reason = format!("the file has {len} of {next} bytes");
+            return Err(MapError::Regions(reason));
+        }
+        GuestMemory::map(ranges, Backing::PrivateFile, Some((file, offsets)))
+    }
+
+    fn map(
+        ranges: &[(GuestAddress, usize)],
+        backing: Backing,
+        file: Option<(Arc<File>, Vec<u64>)>,
+    ) -> Result<Self, MapError> {
         let log = Arc::new(DirtyLog::new(ranges.iter().copied()));
         let regions: Result<Vec<_>, MapError> = ranges
             .iter()
             .enumerate()
             .map(|(index, &(start, size))| {
-                let mapping = backing.map(size, RegionLog::new(log.clone(), index))?;
+                let file = file
+                    .as_ref()
+                    .map(|(file, offsets)| FileOffset::from_arc(file.clone(), offsets[index]));
+                let mapping = backing.map(size, file, RegionLog::new(log.clone(), index))?;
                 GuestRegionMmap::new(mapping, start).ok_or_else(|| {
                     MapError::Regions("it does not fit into the guest's address space".to_string())
                 })
@@ -66,6 +105,7 @@ impl GuestMemory {
         Ok(GuestMemory {
             regions,
             backing,
+            file,
             log,
         })
     }
@@ -81,6 +121,16 @@ impl GuestMemory {
     /// Returns what the memory is made of.
     pub fn backing(&self) -> Backing {
         self.backing
+    }
+
+    /// Returns the file of [`GuestMemory::from_file`].
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.file.as_ref().map(|(file, _)| &**file)
+    }
+
+    /// Returns where each region begins in the file.
+    pub(crate) fn file_offsets(&self) -> impl Iterator<Item = u64> {
+        self.file.iter().flat_map(|(_, offsets)| offsets).copied()
     }
 
     /// Returns the regions, in ascending order.
@@ -149,7 +199,7 @@ impl GuestMemory {
     ///
     /// A page is marked after it was written. Thus a page that a device writes meanwhile is either
     /// in this result or in the next; if no device is running, the next result is empty.
-    pub fn take_dirty(&self) -> DirtyPages {
+    pub fn take_dirty(&self) -> PageSet {
         self.log.take()
     }
 

@@ -8,15 +8,17 @@
 
 mod backing;
 mod buffers;
+mod content;
 mod copy;
 mod dirty_log;
 mod guest_memory;
+mod page_set;
 mod range;
 
 pub use backing::{Backing, MapError};
 pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
-pub use dirty_log::DirtyPages;
 pub use guest_memory::{GuestMemory, Region};
+pub use page_set::PageSet;
 pub use range::{GuestRange, Word};
 
 /// Size in bytes of a page of the guest, the unit of the dirty log.

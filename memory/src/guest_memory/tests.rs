@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -271,4 +272,74 @@ fn a_copy_by_the_log_is_whole() {
             );
         }
     }
+}
+
+/// Pages of [`REGIONS`] in a file, each filled with its number there plus one, except that pages 5 to 7 are a hole.
+fn mapped_file() -> GuestMemory {
+    let file = file_of(12 * PAGE);
+    for page in (0..12_u8).filter(|page| !(5..8).contains(page)) {
+        let bytes = [page + 1; PAGE_SIZE];
+        file.write_all_at(&bytes, u64::from(page) * PAGE).unwrap();
+    }
+    GuestMemory::from_file(&REGIONS, Arc::new(file)).unwrap()
+}
+
+fn numbers(pages: &PageSet) -> Vec<u64> {
+    pages.iter().map(|address| address.0 / PAGE).collect()
+}
+
+#[test]
+fn memory_of_a_file_has_its_content_and_leaves_it_alone() {
+    let memory = mapped_file();
+    let byte = |page: u64| memory.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+    assert_eq!(
+        [byte(0), byte(4), byte(5), byte(16), byte(19)],
+        [1, 5, 0, 9, 12]
+    );
+    assert_eq!(numbers(&memory.written_pages().unwrap()), NONE);
+    memory.write_obj(7_u8, GuestAddress(17 * PAGE)).unwrap();
+    memory.write_obj(7_u8, GuestAddress(6 * PAGE)).unwrap();
+    assert_eq!(numbers(&memory.written_pages().unwrap()), [6, 17]);
+    let content = [0, 1, 2, 3, 4, 6, 16, 17, 18, 19];
+    assert_eq!(numbers(&memory.pages_with_content().unwrap()), content);
+    let mut bytes = [0];
+    memory
+        .file()
+        .unwrap()
+        .read_exact_at(&mut bytes, 9 * PAGE)
+        .unwrap();
+    assert_eq!(bytes, [10]);
+}
+
+#[test]
+fn discarded_memory_of_a_file_reads_as_zero() {
+    let memory = Arc::new(mapped_file());
+    memory.write_obj(7_u8, GuestAddress(2 * PAGE)).unwrap();
+    let mut discarded = buffers(&memory, &[(PAGE, 2 * PAGE as u32)]);
+    assert_eq!(discarded.discard_front(usize::MAX).unwrap(), 2 * PAGE_SIZE);
+    let byte = |page: u64| memory.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+    assert_eq!([byte(0), byte(1), byte(2), byte(3)], [1, 0, 0, 4]);
+    assert!(memory.is_zero_page(GuestAddress(PAGE)));
+    assert!(!memory.is_zero_page(GuestAddress(0)));
+    memory.write_obj(8_u8, GuestAddress(PAGE)).unwrap();
+    assert_eq!(byte(1), 8);
+}
+
+#[test]
+fn a_file_shorter_than_the_memory_is_refused() {
+    let file = Arc::new(file_of(12 * PAGE - 1));
+    assert!(GuestMemory::from_file(&REGIONS, file).is_err());
+}
+
+#[test]
+fn only_pages_that_were_touched_have_content() {
+    let memory = GuestMemory::from_ranges(&REGIONS).unwrap();
+    assert_eq!(numbers(&memory.pages_with_content().unwrap()), NONE);
+    memory.write_obj(7_u8, GuestAddress(3 * PAGE + 9)).unwrap();
+    memory.write_obj(7_u8, GuestAddress(19 * PAGE)).unwrap();
+    assert_eq!(numbers(&memory.pages_with_content().unwrap()), [3, 19]);
+    assert!(memory.is_zero_page(GuestAddress(0)));
+    assert!(!memory.is_zero_page(GuestAddress(3 * PAGE)));
+    assert!(!memory.is_zero_page(GuestAddress(3 * PAGE + 1)));
+    assert!(!memory.is_zero_page(GuestAddress(20 * PAGE)));
 }

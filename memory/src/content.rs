@@ -1,0 +1,146 @@
+//! Which pages of guest memory have content, so that the others need not be read.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::GuestAddress;
+
+use crate::{Backing, GuestMemory, PAGE_SIZE, PageSet};
+
+/// The kernel's table of the pages of this process (Documentation/admin-guide/mm/pagemap.rst).
+const PAGE_MAP: &str = "/proc/self/pagemap";
+/// The page has memory.
+const PRESENT: u64 = 1 << 63;
+/// The page has been swapped out.
+const SWAPPED: u64 = 1 << 62;
+/// The page is one of a file's, or shared.
+const OF_FILE: u64 = 1 << 61;
+
+/// Entries of the table that are read at once.
+const ENTRIES: usize = 8192;
+const ENTRY_SIZE: usize = size_of::<u64>();
+
+impl GuestMemory {
+    /// Returns the pages that can differ from zero. All others read as zero; most of those in the result do not. While
+    /// the guest or a device writes, pages may be missing.
+    ///
+    /// # Errors
+    /// If the host does not say which pages have memory (`/proc/self/pagemap`).
+    pub fn pages_with_content(&self) -> io::Result<PageSet> {
+        let Some(file) = self.file() else {
+            return self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0);
+        };
+        let mut pages = self.written_pages()?;
+        let regions = self.regions().zip(self.file_offsets());
+        let regions = regions.map(|(region, offset)| (region.start, region.len, offset));
+        let regions: Vec<_> = regions.collect();
+        pages.add(&PageSet::with_data(file, regions.into_iter())?);
+        Ok(pages)
+    }
+
+    /// Returns the pages that have been written since the memory was mapped from a file. A page that was discarded is
+    /// not among them unless it has been written afterwards.
+    ///
+    /// # Errors
+    /// If the memory was not mapped from a file, or the host does not say which pages have memory.
+    pub fn written_pages(&self) -> io::Result<PageSet> {
+        if self.backing() != Backing::PrivateFile {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        // A page that was only read is the file's.
+        self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0)
+    }
+
+    /// Returns the pages whose entry of the kernel's table meets `condition`.
+    fn pages_by(&self, condition: impl Fn(u64) -> bool) -> io::Result<PageSet> {
+        let table = File::open(PAGE_MAP)?;
+        let mut bytes = vec![0; ENTRIES * ENTRY_SIZE];
+        let mut regions = Vec::new();
+        for region in self.regions() {
+            let page_count = region.len as usize / PAGE_SIZE;
+            let first = region.host_address as usize / PAGE_SIZE;
+            let mut words = vec![0; page_count.div_ceil(u64::BITS as usize)];
+            for start in (0..page_count).step_by(ENTRIES) {
+                let count = ENTRIES.min(page_count - start);
+                let bytes = &mut bytes[..count * ENTRY_SIZE];
+                table.read_exact_at(bytes, ((first + start) * ENTRY_SIZE) as u64)?;
+                let (entries, _) = bytes.as_chunks();
+                for (page, entry) in (start..).zip(entries) {
+                    if condition(u64::from_ne_bytes(*entry)) {
+                        words[page / u64::BITS as usize] |= 1 << (page % u64::BITS as usize);
+                    }
+                }
+            }
+            regions.push((region.start, region.len, words));
+        }
+        Ok(PageSet::from_words(regions))
+    }
+
+    /// Returns whether the page at `address` is all zero; `false` if it is not a page of guest memory.
+    pub fn is_zero_page(&self, address: GuestAddress) -> bool {
+        let Some(pointer) = self.host_range(address, PAGE_SIZE) else {
+            return false;
+        };
+        let words = pointer.as_ptr().cast::<AtomicU64>();
+        if !words.is_aligned() {
+            return false;
+        }
+        // Most pages with content differ from zero early on.
+        (0..PAGE_SIZE / ENTRY_SIZE).step_by(8).all(|first| {
+            let mut bits = 0;
+            for index in first..first + 8 {
+                // SAFETY: the page is mapped as long as `self` is, the pointer is aligned, and the guest too changes
+                // words in it only by accesses to memory that other processors may access.
+                bits |= unsafe { &*words.add(index) }.load(Ordering::Relaxed);
+            }
+            bits == 0
+        })
+    }
+}
+
+impl PageSet {
+    /// Returns the pages for which `file` has data. Each region is given by its start, its length in bytes and its offset
+    /// in the file.
+    ///
+    /// # Errors
+    /// Those of `lseek`.
+    pub fn with_data(
+        file: &File,
+        regions: impl Iterator<Item = (GuestAddress, u64, u64)> + Clone,
+    ) -> io::Result<PageSet> {
+        let mut pages = PageSet::empty(regions.clone().map(|(start, len, _)| (start, len)));
+        for (start, len, offset) in regions {
+            let end = offset + len;
+            let mut position = offset;
+            while position < end {
+                let data = seek(file, position, libc::SEEK_DATA)?;
+                let Some(data) = data.filter(|&data| data < end) else {
+                    break;
+                };
+                let hole = seek(file, data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+                let first = (data - offset) & !(PAGE_SIZE as u64 - 1);
+                for page in (first..hole - offset).step_by(PAGE_SIZE) {
+                    pages.insert(GuestAddress(start.0 + page));
+                }
+                position = hole.max(data + 1);
+            }
+        }
+        Ok(pages)
+    }
+}
+
+/// Returns where the next data or the next hole begins; `None` past the last one.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    // SAFETY: the call takes integers only.
+    let result = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
+    if let Ok(position) = u64::try_from(result) {
+        return Ok(Some(position));
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        error => Err(error),
+    }
+}

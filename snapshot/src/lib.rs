@@ -1,0 +1,39 @@
+//! The files of a snapshot: what a machine was at one moment, for another to go on from.
+//!
+//! A snapshot is two files. The **state file** ([`StateFile`]) is small: facts about the snapshot ([`Facts`]), and
+//! sections of state (`bantam-state`) that the monitor's parts have written. The **memory file** is as large as the
+//! guest's memory, and sparse: regions of memory one after another, as they are, with holes for pages of zeroes. A page
+//! at its end, the seal, has the id of the snapshot, which is in the state file as well, so that files of different
+//! snapshots are not taken for one.
+//!
+//! A **differential** snapshot ([`Facts::base`]) has only the pages that were written since another. Its state file says
+//! which pages those are; [`merge`] makes a full snapshot of it and of those that it is based on.
+//!
+//! The state file is:
+//!
+//! | bytes | |
+//! | --- | --- |
+//! | 8 | `BANTAMSS` |
+//! | 4 | version of this format, 1, little-endian |
+//! | any | sections: `snapshot` ([`Facts`]), then those of the machine, for a differential snapshot `snapshot pages` |
+//! | any | section `snapshot end`: the number of sections before it |
+//!
+//! New files are written under another name, brought to stable storage, and then put in the place of earlier ones, so
+//! that a program that is killed leaves the earlier snapshot or the new one.
+
+mod error;
+mod facts;
+mod files;
+mod memory_file;
+mod memory_writer;
+mod merge;
+mod state_file;
+mod write_ring;
+
+pub use error::SnapshotError;
+pub use facts::{Facts, SnapshotId};
+pub use files::{NewFile, SnapshotFiles};
+pub use memory_file::MemoryFile;
+pub use memory_writer::{CopiedPages, MemoryWriter};
+pub use merge::merge;
+pub use state_file::StateFile;
