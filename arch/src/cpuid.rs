@@ -4,12 +4,14 @@
 //! multithreading (SMT). The local APIC id of a vCPU is its index, so that vCPUs with neighbouring
 //! ids are the threads of a core.
 
+mod features;
 mod modifier;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::error::{Error, Result, check_vcpu_count};
 
+pub use features::missing_features;
 pub use modifier::{CpuidModifier, CpuidRegister, modify_cpuid};
 
 const FEATURES: u32 = 0x1;

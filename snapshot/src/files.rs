@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::SnapshotError;
 
 /// Names of the files in a snapshot's directory.
@@ -12,7 +14,7 @@ const STATE: &str = "state";
 const MEMORY: &str = "memory";
 
 /// Where the files of a snapshot are.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotFiles {
     /// The state file.
     pub state: PathBuf,

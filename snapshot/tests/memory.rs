@@ -1,5 +1,7 @@
 //! Memory files, written from guest memory, merged, and mapped again.
 
+#![allow(clippy::unwrap_used, reason = "every step of a test has to succeed")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -4,6 +4,7 @@
 mod api;
 mod api_machine;
 mod artefacts;
+pub mod counting;
 mod huge_pages;
 mod images;
 mod linux;

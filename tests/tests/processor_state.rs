@@ -3,147 +3,17 @@
 //! The payload `count` counts in memory and in registers. Each round pauses a machine at a random
 //! moment, and lets another go on from its state.
 
-use std::fs::File;
-use std::io::{ErrorKind, PipeReader, Read};
-use std::os::fd::AsFd;
 use std::thread;
-use std::time::{Duration, Instant};
 
-use bantam_tests::{payload, require_kvm};
-use bantam_vmm::config::{MachineConfig, VcpuCount};
-use bantam_vmm::{
-    Console, Controller, Error, ExitReason, GuestMemory, RestoreError, Section, State,
+use bantam_tests::counting::{
+    START_SECOND, STOP, config, configured, counting, random_time, read_on, wait_until_gone_on,
 };
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use vm_memory::{Bytes, GuestAddress};
+use bantam_tests::require_kvm;
+use bantam_vmm::config::MachineConfig;
+use bantam_vmm::{Controller, Error, ExitReason, GuestMemory, RestoreError, Section, State};
+use vm_memory::Bytes;
 
 const ROUNDS: usize = 20;
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The payload's state of one of its processors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Processor {
-    count: u64,
-    faults: u64,
-    accesses: u64,
-    interrupts: u64,
-}
-
-impl Processor {
-    fn has_gone_on_since(&self, before: &Processor) -> bool {
-        self.count > before.count
-            && self.accesses > before.accesses
-            && self.interrupts > before.interrupts
-    }
-
-    fn is_at_or_after(&self, before: &Processor) -> bool {
-        self.count >= before.count
-            && self.accesses >= before.accesses
-            && self.interrupts >= before.interrupts
-    }
-}
-
-/// Words of the payload's counters.
-const WORDS_OF_A_PROCESSOR: u64 = 4;
-const START_SECOND: u64 = 2 * WORDS_OF_A_PROCESSOR;
-const STOP: u64 = START_SECOND + 1;
-
-/// Address of the counters.
-#[derive(Clone, Copy)]
-struct Counters(u64);
-
-impl Counters {
-    fn word(self, memory: &GuestMemory, word: u64) -> u64 {
-        let address = GuestAddress(self.0 + word * 8);
-        memory
-            .read_obj(address)
-            .expect("the counters are in memory")
-    }
-
-    fn set(self, memory: &GuestMemory, word: u64) {
-        let address = GuestAddress(self.0 + word * 8);
-        memory
-            .write_obj(1_u64, address)
-            .expect("the counters are in memory");
-    }
-
-    fn processors(self, memory: &GuestMemory, count: u64) -> Vec<Processor> {
-        (0..count)
-            .map(|index| self.processor(memory, index))
-            .collect()
-    }
-
-    fn processor(self, memory: &GuestMemory, index: u64) -> Processor {
-        let word = |word| self.word(memory, index * WORDS_OF_A_PROCESSOR + word);
-        Processor {
-            count: word(0),
-            faults: word(1),
-            accesses: word(2),
-            interrupts: word(3),
-        }
-    }
-}
-
-fn config(cpus: u8, append: &str) -> MachineConfig {
-    let mut config = MachineConfig::new(payload("count"));
-    config.memory = "16M".parse().expect("this is a size");
-    config.cpus = VcpuCount::try_from(i64::from(cpus)).expect("a machine can have them");
-    config.append = Some(format!("{append} finish=poweroff"));
-    config
-}
-
-fn configured(config: &MachineConfig) -> (Controller, PipeReader) {
-    let (reader, writer) = std::io::pipe().expect("there are pipes");
-    for end in [reader.as_fd(), writer.as_fd()] {
-        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("pipes can be non-blocking");
-    }
-    let console = Console {
-        input: None,
-        output: Some(writer.into()),
-    };
-    let machine = bantam_tests::configured(config.clone(), console);
-    (machine, reader)
-}
-
-/// Appends the available output to `text`.
-fn read_on(reader: &mut PipeReader, text: &mut String) {
-    let mut bytes = [0; 4096];
-    loop {
-        match reader.read(&mut bytes) {
-            Ok(0) => return,
-            Ok(count) => text.push_str(&String::from_utf8_lossy(&bytes[..count])),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A machine that counts, and the address of its counters.
-fn counting(config: &MachineConfig) -> (Controller, PipeReader, Counters) {
-    let (machine, mut reader) = configured(config);
-    machine.start().unwrap_or_else(|error| panic!("{error}"));
-    let mut text = String::new();
-    let mut address = None;
-    wait_until("the guest counts", || {
-        read_on(&mut reader, &mut text);
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("counting at 0x"));
-        address = line
-            .filter(|_| text.ends_with('\n'))
-            .and_then(|address| u64::from_str_radix(address.trim(), 16).ok());
-        address.is_some()
-    });
-    (machine, reader, Counters(address.expect("it was found")))
-}
 
 fn copy(memory: &GuestMemory) -> GuestMemory {
     let ranges: Vec<_> = memory
@@ -172,15 +42,6 @@ fn through_a_file(sections: &[Section]) -> Vec<Section> {
     let read = read.collect::<Result<_, _>>().expect("it was written");
     assert!(reader.is_empty());
     read
-}
-
-/// Returns a few milliseconds, different each time.
-fn random_time() -> Duration {
-    let mut byte = [0; 2];
-    File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut byte))
-        .expect("there are random bytes");
-    Duration::from_micros(u64::from(u16::from_le_bytes(byte)) / 4)
 }
 
 /// Pauses `machine`, and returns its state.
@@ -232,25 +93,6 @@ fn go_on_from_machine_to_machine(config: &MachineConfig, second_from: usize) {
     read_on(&mut reader, &mut text);
     assert_eq!(reason, ExitReason::PowerOff, "{text}");
     assert!(text.ends_with("PASS\n"), "{text}");
-}
-
-/// Waits until all processors that were as in `before` have counted, accessed a device and been interrupted.
-fn wait_until_gone_on(counters: Counters, memory: &GuestMemory, before: &[Processor]) {
-    for (index, before) in (0..).zip(before) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let now = counters.processor(memory, index);
-            assert_eq!(now.faults, 0, "processor {index}");
-            if now.has_gone_on_since(before) {
-                break;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "processor {index} stands still: {before:?}, {now:?}"
-            );
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{DeviceName, MachineConfig};
+use crate::snapshot::{SnapshotOptions, SnapshotTaken};
 use crate::state::State;
 
 /// A command to a machine.
@@ -55,6 +56,8 @@ pub enum Command {
     /// image that the disk had, and which stays as it is. If this is not possible for one of them, all keep their
     /// images.
     SnapshotDisks(Vec<DiskSnapshot>),
+    /// Takes a snapshot of the machine: files from which another goes on. The machine is paused meanwhile.
+    Snapshot(Box<SnapshotOptions>),
     /// Replaces the metadata that the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
@@ -106,6 +109,8 @@ pub enum Answer {
         /// For how long requests to the disks had to wait.
         held_up: Duration,
     },
+    /// Answers [`Command::Snapshot`].
+    SnapshotTaken(SnapshotTaken),
     /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
     /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.

@@ -1,5 +1,7 @@
 //! The controller, which owns a machine from its configuration to its end.
 
+mod snapshot;
+
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -23,7 +25,6 @@ use crate::error::Error;
 use crate::events::{EventSender, Events};
 use crate::exit_reason::ExitReason;
 use crate::hooks::ControllerOptions;
-use crate::kvm::{SavedProcessors, VmState};
 use crate::lock::{lock, wait};
 use crate::machine::{Machine, MachineContext, Origin};
 use crate::metrics::MachineMetrics;
@@ -102,6 +103,9 @@ impl Controller {
             Command::SnapshotDisks(disks) => {
                 let held_up = self.snapshot_disks(disks)?;
                 return Ok(Answer::Snapshot { held_up });
+            }
+            Command::Snapshot(options) => {
+                return Ok(Answer::SnapshotTaken(self.snapshot(*options)?));
             }
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
@@ -221,31 +225,7 @@ impl Controller {
     /// # Errors
     /// If the machine is not paused or ends meanwhile, or KVM does not return a part of the state.
     pub fn save_processors(&self) -> Result<Vec<Section>, Error> {
-        let action = "save the processors";
-        let (vm, vcpu_count) = {
-            let mut life = self.0.life();
-            match self.0.take(&mut life) {
-                Some(Life::Paused(machine)) => {
-                    let vm = machine.vm().clone();
-                    let vcpu_count = machine.vcpu_count();
-                    // This keeps others from resuming it meanwhile.
-                    self.0.enter(&mut life, Life::Pausing(machine));
-                    (vm, vcpu_count)
-                }
-                other => return Err(self.0.put_back(life, other, action)),
-            }
-        };
-        let saved = VmState::save(&vm).map(|vm| (vm, self.0.control().save_vcpus(vcpu_count)));
-        let mut life = self.0.life();
-        match self.0.take(&mut life) {
-            Some(Life::Pausing(machine)) => self.0.enter(&mut life, Life::Paused(machine)),
-            other => return Err(self.0.put_back(life, other, action)),
-        }
-        match saved? {
-            (vm, Some(vcpus)) => Ok(SavedProcessors::new(vm, vcpus?).encode()?),
-            // It ended just now.
-            (_, None) => Err(self.0.wrong_state(&life, action)),
-        }
+        self.while_paused("save the processors", |parts| self.read_processors(parts))
     }
 
     /// Takes the vCPUs out of the guest and brings the devices to rest ([`Command::Pause`]).
@@ -707,7 +687,11 @@ impl Inner {
                     // The machine has duplicates of its own. With these closed, a reader of the output sees
                     // its end when the machine ends.
                     self.close_console();
-                    (Life::Running(built), Ok(()))
+                    let next = match built.starts_paused() {
+                        true => Life::Paused(built),
+                        false => Life::Running(built),
+                    };
+                    (next, Ok(()))
                 }
                 Err(error) => {
                     // Some of its vCPUs may have run.

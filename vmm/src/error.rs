@@ -9,6 +9,7 @@ use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::owner::{DeviceError, SnapshotError};
 use bantam_metadata::MetadataError;
+use bantam_snapshot::SnapshotError as SnapshotFileError;
 use bantam_state::{RestoreError, SaveError};
 use bantam_storage::DiskError;
 
@@ -175,6 +176,26 @@ pub enum Error {
     /// No snapshot of disks was taken. All keep the images that they have.
     #[error("no snapshot is taken: {0}")]
     Snapshot(#[from] SnapshotError),
+    /// A snapshot of the machine cannot be written or read.
+    #[error(transparent)]
+    SnapshotFile(#[from] SnapshotFileError),
+    /// The image of a disk cannot be examined after a snapshot.
+    #[error("cannot examine disk '{path}' after the snapshot: {source}", path = .path.display())]
+    FrozenDisk {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A differential snapshot was to be based on one of another machine.
+    #[error(
+        "snapshot '{path}' cannot be the base: its machine has other memory",
+        path = .path.display()
+    )]
+    OtherMemory {
+        /// The state file of the base.
+        path: PathBuf,
+    },
     /// The host does not answer, so a command for several devices is given up.
     #[error("the host does not answer within {seconds} s: try again when it does")]
     NoAnswer {

@@ -49,6 +49,7 @@ mod metadata;
 mod metrics;
 mod resources;
 mod run_control;
+mod snapshot;
 mod state;
 pub mod text;
 mod threads;
@@ -78,4 +79,8 @@ pub use events::{Event, Events};
 pub use exit_reason::ExitReason;
 pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
 pub use metrics::{MachineMetrics, VcpuMetrics};
+pub use snapshot::{
+    FrozenDisk, HostFacts, Snapshot, SnapshotDisks, SnapshotFacts, SnapshotFileError,
+    SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
+};
 pub use state::State;

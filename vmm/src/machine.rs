@@ -1,6 +1,6 @@
 //! Builds a machine, starts its threads, and ends them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ use crate::memory::{allocate_memory, check_layout};
 use crate::metrics::MachineMetrics;
 use crate::resources::Resources;
 use crate::run_control::{EndOnPanic, RunControl};
+use crate::snapshot::{Changes, GuestFacts, Snapshot};
 use crate::threads;
 use crate::vcpu::{Vcpu, VcpuEnvironment, VcpuModel};
 use crate::vm::Vm;
@@ -48,8 +49,11 @@ pub(crate) struct Machine {
     devices: Arc<DeviceTable>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
-    /// Whether the guest marks a restart after a panic.
-    tells_panics: bool,
+    guest: GuestFacts,
+    /// What is known of changes of guest memory, for the next snapshot.
+    changes: Arc<Mutex<Changes>>,
+    /// Whether vCPUs stay out of the guest when they have been started.
+    starts_paused: bool,
     _stream_guards: Vec<SerialGuard>,
     /// Kept until all vCPUs have ended.
     vm: Arc<Vm>,
@@ -75,6 +79,8 @@ pub(crate) enum Origin<'a> {
         memory: GuestMemory,
         processors: &'a [Section],
     },
+    /// The snapshot of another machine. The machine is paused when it has started.
+    Snapshot(&'a Snapshot),
 }
 
 impl Machine {
@@ -108,16 +114,32 @@ impl Machine {
             serial,
         } = resources;
         let control = &context.control;
-        let (memory, saved) = match origin {
-            Origin::Kernel => (allocate_memory(config)?, None),
-            Origin::Saved { memory, processors } => {
-                check_layout(&memory, config)?;
-                let saved = SavedProcessors::decode(processors, config.cpus.get())?;
-                (memory, Some(saved))
+        let mut changes = Changes::default();
+        let (memory, processors, snapshot) = match origin {
+            Origin::Kernel => (allocate_memory(config)?, None, None),
+            Origin::Saved { memory, processors } => (memory, Some(processors), None),
+            Origin::Snapshot(snapshot) => {
+                let memory = snapshot.guest_memory(config)?;
+                changes = snapshot.changes(&memory);
+                let state = snapshot.machine_state();
+                (memory, Some(state.processors), Some(state))
             }
         };
+        let saved = match processors {
+            Some(processors) => {
+                check_layout(&memory, config)?;
+                Some(SavedProcessors::decode(processors, config.cpus.get())?)
+            }
+            None => None,
+        };
+        let starts_paused = snapshot.is_some();
+        if config.track_dirty_pages {
+            memory
+                .start_dirty_log()
+                .map_err(Error::resource("the log of written pages"))?;
+        }
         let memory = Arc::new(memory);
-        let vm = Arc::new(Vm::new(&kvm, memory.clone())?);
+        let vm = Arc::new(Vm::new(&kvm, memory.clone(), config.track_dirty_pages)?);
         let mut event_loop = DeviceLoop::new("bantam-devices".to_owned(), ThreadRole::Devices)?;
 
         let mut ports = Bus::default();
@@ -194,6 +216,27 @@ impl Machine {
         };
         let mut event_loops = virtio.loops;
         event_loops.push(event_loop);
+        let devices = DeviceTable {
+            power_button,
+            keyboard,
+            legacy,
+            serial_activity,
+            virtio: virtio.entries,
+            metadata: metadata.map(|metadata| metadata.metadata),
+            metrics: Arc::new(metrics),
+            stream_paths: virtio.stream_paths,
+            opener: context.opener.clone(),
+            events: context.events.clone(),
+        };
+        let guest_facts = match snapshot {
+            Some(state) => {
+                devices.restore(state.devices)?;
+                state.guest
+            }
+            None => GuestFacts {
+                tells_panics: guest.is_some_and(|guest| guest.tells_panics),
+            },
+        };
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
                 ports,
@@ -208,26 +251,18 @@ impl Machine {
             vcpu_threads: Vec::new(),
             event_loops,
             disk_threads: virtio.disk_threads,
-            devices: Arc::new(DeviceTable {
-                power_button,
-                keyboard,
-                legacy,
-                serial_activity,
-                virtio: virtio.entries,
-                metadata: metadata.map(|metadata| metadata.metadata),
-                metrics: Arc::new(metrics),
-                stream_paths: virtio.stream_paths,
-                opener: context.opener.clone(),
-                events: context.events.clone(),
-            }),
+            devices: Arc::new(devices),
             is_attached: false,
-            tells_panics: guest.is_some_and(|guest| guest.tells_panics),
+            guest: guest_facts,
+            changes: Arc::new(Mutex::new(changes)),
+            starts_paused,
             _stream_guards: virtio.guards,
             vm,
         })
     }
 
-    /// Starts the threads of devices and vCPUs.
+    /// Starts the threads of devices and vCPUs. The devices of a machine that goes on from a snapshot are at rest, and its
+    /// vCPUs out of the guest.
     ///
     /// # Errors
     /// If the host is out of threads, or the program's hook refuses. The machine is then of no further use.
@@ -236,7 +271,7 @@ impl Machine {
         self.devices.tell_attached();
         self.is_attached = true;
         // The guest executes no instruction before every thread is ready. A single thread need not wait.
-        let waits = hook.is_some() || self.vcpus.len() > 1;
+        let waits = hook.is_some() || self.vcpus.len() > 1 || self.starts_paused;
         if waits {
             self.control.hold_vcpus();
         }
@@ -255,7 +290,7 @@ impl Machine {
             })?;
             self.vcpu_threads.push(thread);
         }
-        if waits {
+        if waits && !self.starts_paused {
             self.control.resume_vcpus();
         }
         Ok(())
@@ -288,6 +323,21 @@ impl Machine {
     /// Returns the number of vCPUs that run.
     pub(crate) fn vcpu_count(&self) -> usize {
         self.vcpu_threads.len()
+    }
+
+    /// Returns whether the machine is paused when it has been started.
+    pub(crate) fn starts_paused(&self) -> bool {
+        self.starts_paused
+    }
+
+    /// Returns what the monitor knows of the guest.
+    pub(crate) fn guest(&self) -> GuestFacts {
+        self.guest
+    }
+
+    /// Returns what is known of changes of guest memory.
+    pub(crate) fn changes(&self) -> &Arc<Mutex<Changes>> {
+        &self.changes
     }
 
     pub(crate) fn vm(&self) -> &Arc<Vm> {
@@ -338,7 +388,9 @@ impl Machine {
         let outcome = self.control.take_outcome();
         let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
         let memory = &self.environment.memory;
-        if reason == ExitReason::Reboot && self.tells_panics && exit_reason::has_told_panic(memory)
+        if reason == ExitReason::Reboot
+            && self.guest.tells_panics
+            && exit_reason::has_told_panic(memory)
         {
             reason = ExitReason::Panic;
         }

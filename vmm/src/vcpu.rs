@@ -158,6 +158,14 @@ impl Vcpu {
         VcpuStatistics::of(&self.fd)
     }
 
+    /// Checks that this vCPU has what `state` promises its guest; see [`VcpuState::check_features`].
+    ///
+    /// # Errors
+    /// If features are missing.
+    pub(crate) fn check_features(&self, state: &VcpuState) -> Result<(), RestoreError> {
+        state.check_features(&self.fd)
+    }
+
     /// Gives this vCPU the saved state of another; see [`VcpuState::restore`].
     ///
     /// # Errors

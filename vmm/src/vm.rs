@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use bantam_arch::layout;
 use bantam_devices::virtio::transport::mmio;
-use bantam_memory::{GuestMemory, Region};
+use bantam_memory::{GuestMemory, PageSet, Region};
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    KVMIO, kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_irqchip, kvm_pic_state, kvm_pit_config, kvm_pit_state2,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -26,10 +27,13 @@ pub(crate) struct Vm {
     fd: VmFd,
     /// KVM uses this memory for as long as the machine exists.
     memory: Arc<GuestMemory>,
+    /// Whether KVM logs the pages that vCPUs write.
+    logs_writes: bool,
 }
 
 impl Vm {
-    pub(crate) fn new(kvm: &Kvm, memory: Arc<GuestMemory>) -> Result<Vm, Error> {
+    /// Creates a virtual machine. If it `logs_writes`, [`Vm::take_written`] returns the pages that vCPUs write.
+    pub(crate) fn new(kvm: &Kvm, memory: Arc<GuestMemory>, logs_writes: bool) -> Result<Vm, Error> {
         let fd = loop {
             match kvm.create_vm() {
                 // KVM gives up if anything is pending for the thread, such as work of an io_uring that the
@@ -38,7 +42,11 @@ impl Vm {
                 created => break created.map_err(Error::kvm("create a virtual machine"))?,
             }
         };
-        let vm = Vm { fd, memory };
+        let vm = Vm {
+            fd,
+            memory,
+            logs_writes,
+        };
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
         // controllers and ioeventfds queue a grace period that takes milliseconds, and slots set after
         // them would have to wait for it.
@@ -61,7 +69,10 @@ impl Vm {
         for (slot, region) in self.memory.regions().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags: match self.logs_writes {
+                    true => KVM_MEM_LOG_DIRTY_PAGES,
+                    false => 0,
+                },
                 guest_phys_addr: region.start.0,
                 memory_size: size(&region),
                 userspace_addr: region.host_address,
@@ -71,6 +82,20 @@ impl Vm {
             unsafe { self.fd.set_user_memory_region(slot) }?;
         }
         Ok(())
+    }
+
+    /// Returns the pages that vCPUs have written since the machine was created, or since the last call.
+    ///
+    /// # Errors
+    /// If KVM does not log writes. What it has returned of some regions before is lost.
+    pub(crate) fn take_written(&self) -> Result<PageSet, Error> {
+        let regions = self.memory.regions().enumerate().map(|(slot, region)| {
+            let words = self.fd.get_dirty_log(slot as u32, region.len as usize);
+            words.map(|words| (region.start, region.len, words))
+        });
+        let regions: Result<Vec<_>, _> = regions.collect();
+        let regions = regions.map_err(Error::kvm("tell which pages the guest has written"))?;
+        Ok(PageSet::from_words(regions))
     }
 
     /// Returns the frequency of the guest's time stamp counter in kHz; `None` if KVM does not say (KVM API,

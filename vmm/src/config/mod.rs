@@ -163,6 +163,8 @@ pub struct MachineConfig {
     /// Whether the log says how long the guest takes from its start until it writes 123 to
     /// [`layout::BOOT_TIMER`].
     pub boot_timer: bool,
+    /// Whether the pages that the guest and its devices write are logged, for differential snapshots.
+    pub track_dirty_pages: bool,
 }
 
 impl MachineConfig {
@@ -197,6 +199,7 @@ impl MachineConfig {
             on_halt: OnHalt::default(),
             host_workarounds: true,
             boot_timer: false,
+            track_dirty_pages: false,
         }
     }
 
@@ -219,6 +222,19 @@ impl MachineConfig {
         let mut table = self.to_table();
         table.retain(|key, value| defaults.get(key) != Some(value));
         table.to_string()
+    }
+
+    /// Reads what [`MachineConfig::to_toml`] has written, without looking at the files that it names.
+    ///
+    /// # Errors
+    /// [`ConfigError::Options`] if a key or a value is not one of a machine file, and those of
+    /// [`MachineConfig::validate_values`].
+    pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Options {
+            message: table::describe(error.message()),
+        })?;
+        config.validate_values()?;
+        Ok(config)
     }
 
     /// Makes relative paths relative to `folder`.

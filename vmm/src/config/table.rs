@@ -135,7 +135,7 @@ fn line_number(text: &str, offset: usize) -> usize {
 }
 
 /// Rewrites serde's message about a struct in terms of a configuration file, on one line.
-fn describe(message: &str) -> String {
+pub(super) fn describe(message: &str) -> String {
     let mut message = message.replace('`', "'").replace('\n', " ");
     for (rust_type, max) in [
         ("u8", u64::from(u8::MAX)),

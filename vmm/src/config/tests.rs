@@ -143,7 +143,7 @@ fn errors_in_a_machine_file_name_the_line() {
              'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
              'vsock', 'metadata', 'serial', 'serial-limit', 'console', 'channel', 'rng', 'balloon', \
              'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
-             'on-halt', 'host-workarounds', 'boot-timer'",
+             'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",

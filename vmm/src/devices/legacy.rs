@@ -24,13 +24,16 @@ use crate::interval_timer::{self, IntervalTimer};
 use crate::run_control::RunControl;
 use crate::vm::Vm;
 
+/// A device at fixed ports or addresses, and its name in saved state.
+pub(crate) type LegacyDevice = (&'static str, Arc<Mutex<dyn Device>>);
+
 /// Attaches the devices that every machine has.
 pub(crate) struct LegacyDevices<'a> {
     ports: &'a mut Bus,
     mmio: &'a mut Bus,
     vm: &'a Arc<Vm>,
     control: &'a Arc<RunControl>,
-    attached: Vec<Arc<Mutex<dyn Device>>>,
+    attached: Vec<LegacyDevice>,
 }
 
 impl<'a> LegacyDevices<'a> {
@@ -51,13 +54,14 @@ impl<'a> LegacyDevices<'a> {
     }
 
     /// Returns all devices that have been attached.
-    pub(crate) fn finish(self) -> Vec<Arc<Mutex<dyn Device>>> {
+    pub(crate) fn finish(self) -> Vec<LegacyDevice> {
         self.attached
     }
 
-    /// Attaches `device` to `count` ports, starting at `port`.
+    /// Attaches `device`, which saved state calls `name`, to `count` ports, starting at `port`.
     fn attach_to_ports<D: BusDevice + Device + 'static>(
         &mut self,
+        name: &'static str,
         device: D,
         port: u16,
         count: u16,
@@ -65,7 +69,7 @@ impl<'a> LegacyDevices<'a> {
         let device = Arc::new(Mutex::new(device));
         self.ports
             .insert(port.into(), count.into(), device.clone())?;
-        self.attached.push(device.clone());
+        self.attached.push((name, device.clone()));
         Ok(device)
     }
 
@@ -73,7 +77,7 @@ impl<'a> LegacyDevices<'a> {
     pub(crate) fn attach_keyboard(&mut self) -> Result<Arc<Mutex<I8042>>, Error> {
         let interrupt = self.vm.interrupt_event(layout::KEYBOARD_GSI)?;
         let i8042 = I8042::new(self.control.clone(), Box::new(interrupt));
-        let i8042 = self.attach_to_ports(i8042, layout::I8042_PORT, 1)?;
+        let i8042 = self.attach_to_ports("keyboard", i8042, layout::I8042_PORT, 1)?;
         self.ports.insert_part(
             layout::I8042_COMMAND_PORT.into(),
             1,
@@ -109,30 +113,30 @@ impl<'a> LegacyDevices<'a> {
         };
         let power = AcpiPower::new(values, self.control.clone());
         let (port, count) = (layout::ACPI_POWER_PORT, layout::ACPI_POWER_PORT_COUNT);
-        self.attach_to_ports(power, port, count)?;
+        self.attach_to_ports("power", power, port, count)?;
         Ok(())
     }
 
     /// Attaches the real-time clock, for guests without a paravirtual one.
     pub(crate) fn attach_rtc(&mut self) -> Result<(), Error> {
         let (port, count) = (layout::RTC_PORT, layout::RTC_PORT_COUNT);
-        self.attach_to_ports(Rtc::new(), port, count)?;
+        self.attach_to_ports("clock", Rtc::new(), port, count)?;
         Ok(())
     }
 
     /// Attaches the PCI bus, which has no devices.
     pub(crate) fn attach_pci_bus(&mut self) -> Result<(), Error> {
         let (port, count) = (layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_COUNT);
-        self.attach_to_ports(PciBus::default(), port, count)?;
+        self.attach_to_ports("pci", PciBus::default(), port, count)?;
         Ok(())
     }
 
     /// Attaches the ports by which a guest reports its outcome: that it has panicked, or a number of its own.
     pub(crate) fn attach_outcome_ports(&mut self) -> Result<(), Error> {
         let panic_device = PanicDevice::new(self.control.clone());
-        self.attach_to_ports(panic_device, layout::PANIC_PORT, 1)?;
+        self.attach_to_ports("panic", panic_device, layout::PANIC_PORT, 1)?;
         let exit_port = ExitPort::new(self.control.clone());
-        self.attach_to_ports(exit_port, layout::EXIT_PORT, 1)?;
+        self.attach_to_ports("exit", exit_port, layout::EXIT_PORT, 1)?;
         Ok(())
     }
 
@@ -142,7 +146,7 @@ impl<'a> LegacyDevices<'a> {
         let device = Arc::new(Mutex::new(timer));
         self.mmio
             .insert(layout::BOOT_TIMER, layout::BOOT_TIMER_SIZE, device.clone())?;
-        self.attached.push(device);
+        self.attached.push(("boot timer", device));
         Ok(())
     }
 
@@ -161,7 +165,7 @@ impl<'a> LegacyDevices<'a> {
         let port = port.map_err(Error::resource("the serial port"))?;
         let metrics = port.metrics();
         let (first, count) = (layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT);
-        let port = self.attach_to_ports(port, first, count)?;
+        let port = self.attach_to_ports("serial", port, first, count)?;
         if let Some(endpoint) = open.endpoint {
             let worker = endpoint.serve(port);
             let worker = worker.map_err(Error::resource("the serial port"))?;

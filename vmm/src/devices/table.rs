@@ -18,6 +18,7 @@ use bantam_metadata::Metadata;
 use bantam_storage::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::LegacyDevice;
 use super::streams::StreamPaths;
 use super::turn::Turn;
 use crate::command::DiskSnapshot;
@@ -37,7 +38,7 @@ pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
     /// The devices at fixed ports and addresses.
-    pub(crate) legacy: Vec<Arc<Mutex<dyn Device>>>,
+    pub(crate) legacy: Vec<LegacyDevice>,
     /// Shows whether a thread works for the serial port.
     pub(crate) serial_activity: Activity,
     /// The virtio devices in the order of their places.
@@ -151,7 +152,7 @@ impl DeviceTable {
             .virtio
             .iter()
             .map(|entry| &*entry.device as &Mutex<dyn Device>);
-        virtio.chain(self.legacy.iter().map(|device| &**device))
+        virtio.chain(self.legacy.iter().map(|(_, device)| &**device))
     }
 
     /// Returns the images of all disks, with what shows whether a thread works for the disk.

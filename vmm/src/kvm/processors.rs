@@ -77,6 +77,9 @@ impl SavedProcessors {
         vcpus: &[Vcpu],
         support: &StateSupport,
     ) -> Result<(), Error> {
+        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
+            vcpu.check_features(state)?;
+        }
         self.vm.restore_clock(vm)?;
         let mut tsc = TscRestorer::default();
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {

@@ -1,5 +1,6 @@
 //! The state of a vCPU.
 
+use bantam_arch::cpuid::missing_features;
 use bantam_state::{RestoreError, SaveError, SavedState};
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, KVM_SREGS2_FLAGS_PDPTRS_VALID, KVMIO, Xsave,
@@ -145,6 +146,26 @@ impl VcpuState {
     /// Returns the index of the vCPU.
     pub(crate) fn index(&self) -> u8 {
         self.index
+    }
+
+    /// Checks that a new vCPU of this host, with its own CPUID, has all features that this state promises the guest.
+    ///
+    /// # Errors
+    /// [`RestoreError::Invalid`] with the names of those that are missing.
+    pub(crate) fn check_features(&self, fd: &VcpuFd) -> Result<(), RestoreError> {
+        let offered = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        let offered = offered.map_err(|source| RestoreError::Host {
+            part: part(self.index, "CPUID"),
+            source: source.into(),
+        })?;
+        let missing = missing_features(&self.cpuid, offered.as_slice());
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "its guest was promised what this host's processor lacks: {}; use a host that has it",
+            missing.join(", ")
+        )))
     }
 
     /// Sets the state of a vCPU that has not run yet. Guest memory must be in place, and the machine's clock
@@ -401,7 +422,7 @@ mod tests {
 
     fn vcpu(kvm: &Kvm) -> (Vm, VcpuFd) {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let vm = Vm::new(kvm, Arc::new(memory)).unwrap();
+        let vm = Vm::new(kvm, Arc::new(memory), false).unwrap();
         let fd = vm.create_vcpu(0).unwrap();
         (vm, fd)
     }

@@ -133,7 +133,7 @@ mod tests {
 
     fn vm(kvm: &Kvm) -> Vm {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        Vm::new(kvm, Arc::new(memory)).unwrap()
+        Vm::new(kvm, Arc::new(memory), false).unwrap()
     }
 
     fn io_apic(state: &VmState) -> kvm_bindings::kvm_ioapic_state {

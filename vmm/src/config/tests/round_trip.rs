@@ -225,7 +225,7 @@ prop_compose! {
         ),
         restart_limit in of(any::<u32>()),
         shutdown_timeout in 0..=3_600_000_u32,
-        (host_workarounds, boot_timer) in (any::<bool>(), any::<bool>()),
+        (host_workarounds, boot_timer, track_dirty_pages) in any::<(bool, bool, bool)>(),
     ) -> MachineConfig {
         let mut config = MachineConfig {
             kernel, initrd, cmdline, append, cpus, smt, cpu,
@@ -236,7 +236,7 @@ prop_compose! {
             serial, serial_limit, console, channels, rng, balloon, boot_protocol, on_reboot,
             restart_limit,
             shutdown_timeout: format!("{shutdown_timeout}ms").parse().unwrap(),
-            exit_status, on_halt, host_workarounds, boot_timer,
+            exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages,
         };
         if !config.nets.is_empty() {
             let names: Vec<_> = config.net_names().collect();

@@ -1,0 +1,163 @@
+//! Snapshots of machines: what they consist of, and what is asked of them.
+
+mod changes;
+mod sections;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bantam_memory::{Backing, GuestMemory};
+pub use bantam_snapshot::{
+    Facts as SnapshotFacts, SnapshotError as SnapshotFileError, SnapshotFiles, SnapshotId,
+};
+use bantam_snapshot::{MemoryFile, StateFile};
+use serde::{Deserialize, Serialize};
+
+use crate::command::DiskSnapshot;
+use crate::config::{HugePages, MachineConfig};
+use crate::error::Error;
+use crate::memory::allocate_memory;
+
+pub(crate) use changes::{Changes, changes_since};
+pub use sections::{FrozenDisk, HostFacts};
+pub(crate) use sections::{GuestFacts, MachineState, Sections};
+
+/// What [`Command::Snapshot`](crate::Command::Snapshot) is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotOptions {
+    /// The files to write. They replace earlier ones.
+    pub files: SnapshotFiles,
+    /// An earlier snapshot of the machine, or the one that it was restored from. The new one then has only the pages that
+    /// were written since.
+    #[serde(default)]
+    pub base: Option<SnapshotFiles>,
+    /// What becomes of the disks.
+    #[serde(default)]
+    pub disks: SnapshotDisks,
+    /// Ends the machine, as if its power were cut, instead of letting it go on.
+    #[serde(default)]
+    pub stop: bool,
+}
+
+/// How the disks of a machine stay as they were at a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotDisks {
+    /// The machine goes on with a new overlay of each disk that it can write to, beside the disk's image. The image stays
+    /// as it is. A machine that ends needs none.
+    #[default]
+    Overlays,
+    /// The same with overlays at these paths. Each disk that can be written to has one.
+    OverlaysAt(Vec<DiskSnapshot>),
+    /// The machine goes on with its images. Whoever takes the snapshot keeps copies of them, and brings these back before
+    /// the snapshot is used.
+    Unprotected,
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotTaken {
+    /// Its id.
+    pub id: SnapshotId,
+    /// How many pages of 4 KiB were read; some of those of a full snapshot may be zero.
+    pub pages: u64,
+    /// For how long the guest did not run.
+    pub paused_for: Duration,
+}
+
+/// A snapshot that is open, for a machine to go on from.
+#[derive(Debug)]
+pub struct Snapshot {
+    state: StateFile,
+    memory: MemoryFile,
+    sections: Sections,
+    config: MachineConfig,
+}
+
+impl Snapshot {
+    /// Opens the snapshot that is in a directory of its own.
+    ///
+    /// # Errors
+    /// Those of [`Snapshot::open_files`].
+    pub fn open(directory: &Path) -> Result<Snapshot, Error> {
+        Snapshot::open_files(&SnapshotFiles::in_directory(directory))
+    }
+
+    /// Opens a snapshot.
+    ///
+    /// # Errors
+    /// If a file cannot be read, is damaged, or was written in a format that this program does not know; if the files do
+    /// not belong together; or if the snapshot is differential.
+    pub fn open_files(files: &SnapshotFiles) -> Result<Snapshot, Error> {
+        let state = StateFile::open(&files.state)?;
+        if state.pages().is_some() {
+            let path = files.state.clone();
+            return Err(SnapshotFileError::Differential { path }.into());
+        }
+        let memory = MemoryFile::open(&files.memory, &state)?;
+        let sections = Sections::read(state.sections())?;
+        let config = sections.config()?;
+        Ok(Snapshot {
+            state,
+            memory,
+            sections,
+            config,
+        })
+    }
+
+    /// Returns the facts about the snapshot.
+    pub fn facts(&self) -> &SnapshotFacts {
+        self.state.facts()
+    }
+
+    /// Returns the facts about the host that it was taken on.
+    pub fn host(&self) -> &HostFacts {
+        &self.sections.host
+    }
+
+    /// Returns the configuration of the machine at the snapshot, with the images that its disks had.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Returns the disks that were frozen with it.
+    pub fn disks(&self) -> &[FrozenDisk] {
+        &self.sections.disks
+    }
+
+    pub(crate) fn machine_state(&self) -> MachineState<'_> {
+        self.sections.machine_state()
+    }
+
+    /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.
+    pub(crate) fn guest_memory(&self, config: &MachineConfig) -> Result<GuestMemory, Error> {
+        match config.huge_pages {
+            HugePages::None => self.memory.map().map_err(|error| Error::Memory {
+                mib: self.facts().memory_size() >> 20,
+                reason: error.to_string(),
+            }),
+            HugePages::Transparent | HugePages::TwoMib => {
+                let memory = Arc::new(allocate_memory(config)?);
+                self.memory.read_into(&memory)?;
+                Arc::into_inner(memory).ok_or_else(|| Error::Memory {
+                    mib: self.facts().memory_size() >> 20,
+                    reason: "it is still being read".to_owned(),
+                })
+            }
+        }
+    }
+
+    /// Checks that the memory file has not been changed since it was opened.
+    pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
+        Ok(self.memory.check_unchanged()?)
+    }
+
+    /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
+    pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
+        let is_mapped = memory.backing() == Backing::PrivateFile;
+        Changes::of_restored(self.facts().id, is_mapped)
+    }
+}
