@@ -1,5 +1,6 @@
 //! Snapshots of machines, and machines that go on from them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -9,7 +10,8 @@ use bantam_tests::counting::{
 use bantam_tests::require_kvm;
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{
-    Controller, ExitReason, Snapshot, SnapshotDisks, SnapshotFiles, SnapshotOptions, State,
+    Controller, ExitReason, Snapshot, SnapshotDisks, SnapshotFiles, SnapshotOptions, SnapshotTaken,
+    State, merge_snapshots,
 };
 
 const ROUNDS: usize = 20;
@@ -43,32 +45,70 @@ fn ends_well(machine: &Controller, reader: &mut std::io::PipeReader, counters: C
     assert!(text.ends_with("PASS\n"), "{text}");
 }
 
-/// Lets a machine count, another go on from its snapshot, and so on. Each snapshot is based on the one before if the
-/// machine logs its writes.
-fn go_on_from_snapshot_to_snapshot(config: &MachineConfig) {
-    let directory = tempfile::tempdir().expect("there is room");
-    let path = |round: usize| -> PathBuf {
-        let path = directory.path().join(round.to_string());
-        std::fs::create_dir_all(&path).expect("there is room");
+/// A directory with snapshots.
+struct Snapshots(tempfile::TempDir);
+
+impl Snapshots {
+    fn new() -> Snapshots {
+        Snapshots(tempfile::tempdir().expect("there is room"))
+    }
+
+    /// Returns a directory for one snapshot.
+    fn path(&self, name: impl ToString) -> PathBuf {
+        let path = self.0.path().join(name.to_string());
+        fs::create_dir_all(&path).expect("there is room");
         path
-    };
+    }
+
+    fn files(&self, name: impl ToString) -> SnapshotFiles {
+        SnapshotFiles::in_directory(&self.path(name))
+    }
+
+    /// Takes a snapshot, of what has changed since `base` if that is given.
+    fn take(
+        &self,
+        machine: &Controller,
+        name: impl ToString,
+        base: Option<SnapshotFiles>,
+    ) -> SnapshotTaken {
+        let options = SnapshotOptions {
+            base,
+            ..options(&self.path(name))
+        };
+        let taken = machine.snapshot(options);
+        taken.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    fn memory(&self, name: impl ToString) -> Vec<u8> {
+        let mut bytes = fs::read(self.files(name).memory).expect("it was written");
+        // The last page has the snapshot's id.
+        bytes.truncate(bytes.len() - 4096);
+        bytes
+    }
+}
+
+/// Waits until the guest has counted from now on.
+fn wait_until_counting(machine: &Controller, counters: Counters, cpus: u64) {
+    let memory = machine.memory().expect("it runs");
+    let before = counters.processors(&memory, cpus);
+    wait_until_gone_on(counters, &memory, &before);
+}
+
+/// Lets a machine count, another go on from its snapshot, and so on.
+fn go_on_from_snapshot_to_snapshot(config: &MachineConfig) {
+    let snapshots = Snapshots::new();
     let (mut machine, mut reader, counters) = counting(config);
     let cpus = u64::from(config.cpus.get());
     for round in 0..ROUNDS {
-        let memory = machine.memory().expect("it runs");
-        let before = counters.processors(&memory, cpus);
-        wait_until_gone_on(counters, &memory, &before);
+        wait_until_counting(&machine, counters, cpus);
         thread::sleep(random_time());
-        let taken = machine.snapshot(options(&path(round)));
-        let taken = taken.unwrap_or_else(|error| panic!("round {round}: {error}"));
-        println!("{taken:?}");
+        snapshots.take(&machine, round, None);
         assert_eq!(machine.state(), State::Running);
-        // The first machine has not noticed.
-        let before = counters.processors(&memory, cpus);
-        wait_until_gone_on(counters, &memory, &before);
+        // This machine has not noticed.
+        wait_until_counting(&machine, counters, cpus);
         drop(machine);
 
-        (machine, reader) = restored(&path(round));
+        (machine, reader) = restored(&snapshots.path(round));
         let memory = machine.memory().expect("it is paused");
         let before = counters.processors(&memory, cpus);
         machine.resume().unwrap_or_else(|error| panic!("{error}"));
@@ -81,4 +121,93 @@ fn go_on_from_snapshot_to_snapshot(config: &MachineConfig) {
 fn a_machine_goes_on_from_its_snapshot() {
     require_kvm!();
     go_on_from_snapshot_to_snapshot(&config(1, "timer=deadline"));
+}
+
+#[test]
+fn a_machine_with_four_processors_goes_on_from_its_snapshot() {
+    require_kvm!();
+    go_on_from_snapshot_to_snapshot(&config(4, "timer=local second=at-once"));
+}
+
+/// Takes a chain of differential snapshots of `machine`, and checks that together they are what a full one is.
+fn check_chain(machine: &Controller, counters: Counters, snapshots: &Snapshots, first: bool) {
+    const LENGTH: usize = 10;
+    if first {
+        snapshots.take(machine, 0, None);
+    }
+    for index in 1..=LENGTH {
+        wait_until_counting(machine, counters, 1);
+        if index == LENGTH {
+            machine.pause().unwrap_or_else(|error| panic!("{error}"));
+        }
+        let taken = snapshots.take(machine, index, Some(snapshots.files(index - 1)));
+        assert!(taken.pages < 200, "{taken:?}");
+    }
+    let chain: Vec<_> = (1..=LENGTH).map(|index| snapshots.files(index)).collect();
+    let merged = snapshots.files("merged");
+    merge_snapshots(&snapshots.files(0), &chain, &merged).unwrap_or_else(|error| panic!("{error}"));
+    snapshots.take(machine, "full", None);
+    assert!(snapshots.memory("merged") == snapshots.memory("full"));
+    let (machine, mut reader) = restored(&snapshots.path("merged"));
+    machine.resume().unwrap_or_else(|error| panic!("{error}"));
+    wait_until_counting(&machine, counters, 1);
+    ends_well(&machine, &mut reader, counters);
+}
+
+#[test]
+fn a_chain_of_changes_is_a_full_snapshot() {
+    require_kvm!();
+    let mut config = config(1, "timer=deadline");
+    config.track_dirty_pages = true;
+    let snapshots = Snapshots::new();
+    let (machine, _reader, counters) = counting(&config);
+    check_chain(&machine, counters, &snapshots, true);
+    drop(machine);
+
+    // A machine that goes on from a snapshot goes on with the chain.
+    let (machine, _reader) = restored(&snapshots.path("full"));
+    machine.resume().unwrap_or_else(|error| panic!("{error}"));
+    fs::rename(snapshots.path("full"), snapshots.path("first")).expect("the folder is empty");
+    fs::remove_dir_all(snapshots.path(0)).expect("it is there");
+    fs::rename(snapshots.path("first"), snapshots.path(0)).expect("the folder is empty");
+    check_chain(&machine, counters, &snapshots, false);
+}
+
+#[test]
+fn changes_are_found_without_a_log() {
+    require_kvm!();
+    let snapshots = Snapshots::new();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline"));
+    let base = Some(snapshots.files("base"));
+    let check = |machine: &Controller, name: &str| {
+        wait_until_counting(machine, counters, 1);
+        machine.pause().unwrap_or_else(|error| panic!("{error}"));
+        let taken = snapshots.take(machine, name, base.clone());
+        assert!(taken.pages < 200, "{taken:?}");
+        snapshots.take(machine, "full", None);
+        let merged = snapshots.files("merged");
+        merge_snapshots(&snapshots.files("base"), &[snapshots.files(name)], &merged)
+            .unwrap_or_else(|error| panic!("{error}"));
+        assert!(snapshots.memory("merged") == snapshots.memory("full"));
+    };
+    snapshots.take(&machine, "base", None);
+    // By comparison.
+    check(&machine, "compared");
+    drop(machine);
+    // By what is not the file's any more.
+    let (machine, _reader) = restored(&snapshots.path("base"));
+    machine.resume().unwrap_or_else(|error| panic!("{error}"));
+    check(&machine, "mapped");
+    // A differential snapshot cannot be compared with.
+    let error = machine
+        .snapshot(SnapshotOptions {
+            base: Some(snapshots.files("mapped")),
+            ..options(&snapshots.path("more"))
+        })
+        .expect_err("it has not all pages");
+    assert!(
+        error.to_string().contains("bantam snapshot merge"),
+        "{error}"
+    );
+    assert_eq!(machine.state(), State::Paused);
 }

@@ -68,6 +68,7 @@ pub use bantam_devices::virtio::owner::*;
 pub use bantam_devices::{ListenError, ListeningSocket};
 pub use bantam_memory::GuestMemory;
 pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
+pub use bantam_snapshot::merge as merge_snapshots;
 pub use bantam_state::{RestoreError, SaveError, Section};
 pub use bantam_storage::{FileAccess, FileOpener, HostOpener, ImageFormat};
 pub use command::{Answer, Command, DiskSnapshot, ShutDown};
