@@ -47,7 +47,7 @@ impl Processor {
 /// Words of the payload's counters.
 const WORDS_OF_A_PROCESSOR: u64 = 4;
 /// Word by which the second processor is told to start.
-pub const START_SECOND: u64 = 2 * WORDS_OF_A_PROCESSOR;
+pub const START_SECOND: u64 = 4 * WORDS_OF_A_PROCESSOR;
 /// Word by which the guest is told to end.
 pub const STOP: u64 = START_SECOND + 1;
 

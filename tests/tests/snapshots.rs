@@ -126,7 +126,7 @@ fn a_machine_goes_on_from_its_snapshot() {
 #[test]
 fn a_machine_with_four_processors_goes_on_from_its_snapshot() {
     require_kvm!();
-    go_on_from_snapshot_to_snapshot(&config(4, "timer=local second=at-once"));
+    go_on_from_snapshot_to_snapshot(&config(4, "timer=local second=at-once others=3"));
 }
 
 /// Takes a chain of differential snapshots of `machine`, and checks that together they are what a full one is.

@@ -4,7 +4,8 @@
 //! It prints the address of [`COUNTERS`], which the test reads and writes. Arguments:
 //! `timer=local|deadline|interval`, the local APIC's periodic timer, its TSC deadline, or the 8254
 //! by the I/O APIC. `second=at-once|told|reset`: a second processor counts as well, from the start,
-//! when it is told, or when it is told after it has got its INIT at the start.
+//! when it is told, or when it is told after it has got its INIT at the start. `others=N`: so do N
+//! processors, at most three, and not one.
 
 #![no_std]
 #![no_main]
@@ -18,6 +19,9 @@ use runtime::system_call::{enable_interrupts, read_port_8, write_msr, write_port
 use runtime::time::Deadline;
 use runtime::{arguments, interrupts, payload, port, println, processors, report, time};
 
+/// Most processors that count.
+const MAX_PROCESSORS: usize = 4;
+
 /// The state of a processor that counts.
 #[repr(C)]
 struct Processor {
@@ -26,15 +30,15 @@ struct Processor {
     faults: AtomicU64,
     /// Accesses to a device.
     accesses: AtomicU64,
-    /// Interrupts: of the timer for the boot processor, from the boot processor for the other.
+    /// Interrupts: of the timer for the boot processor, from the boot processor for the others.
     interrupts: AtomicU64,
 }
 
 /// The memory that the test reads and writes.
 #[repr(C, align(64))]
 struct Counters {
-    processors: [Processor; 2],
-    /// Not zero if the second processor has to start.
+    processors: [Processor; MAX_PROCESSORS],
+    /// Not zero if the other processors have to start.
     start_second: AtomicU64,
     /// Not zero if all have to stop.
     stop: AtomicU64,
@@ -48,7 +52,7 @@ static COUNTERS: Counters = Counters {
             accesses: AtomicU64::new(0),
             interrupts: AtomicU64::new(0),
         }
-    }; 2],
+    }; MAX_PROCESSORS],
     start_second: AtomicU64::new(0),
     stop: AtomicU64::new(0),
 };
@@ -59,8 +63,8 @@ static STOPPED: AtomicU64 = AtomicU64::new(0);
 const PERIOD: Duration = Duration::from_millis(1);
 const INTERVAL_TIMER_GSI: u32 = 0;
 const INTERVAL_TIMER_VECTOR: u8 = 0x40;
+/// Vector for the second processor; the others have those after it.
 const PING_VECTOR: u8 = 0x41;
-const SECOND_LOCAL_APIC_ID: u8 = 1;
 
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const INTERVAL_TIMER_COUNTER_0: u16 = 0x40;
@@ -121,17 +125,20 @@ fn count() {
         _ => Timer::Local,
     };
     let second = arguments::value("second");
+    let others = arguments::value("others").and_then(|others| others.parse().ok());
+    // Their local APIC ids.
+    let others = 1..=others.unwrap_or(1).min(MAX_PROCESSORS as u8 - 1);
     // Measuring the clock uses the timer that is used differently below.
     time::ticks_per_second();
     interrupts::enable_local_apic();
     match second {
         Some("at-once") => COUNTERS.start_second.store(1, Ordering::Release),
-        Some("reset") => interrupts::send_init(SECOND_LOCAL_APIC_ID),
+        Some("reset") => others.clone().for_each(interrupts::send_init),
         _ => {}
     }
     let mut second_runs = false;
     let mut ticks_seen = 0;
-    let mut pings_sent = 0;
+    let mut pings_sent = [0; MAX_PROCESSORS];
     timer.start();
     enable_interrupts();
     println!("counting at {:#x}", ptr::from_ref(&COUNTERS) as usize);
@@ -147,28 +154,28 @@ fn count() {
         }
         if !second_runs && second.is_some() && COUNTERS.start_second.load(Ordering::Acquire) != 0 {
             second_runs = true;
-            if let Err(reason) = processors::start(SECOND_LOCAL_APIC_ID, count_second) {
-                report::fail("the second processor starts", reason);
+            for id in others.clone() {
+                if let Err(reason) = processors::start(id, count_beside) {
+                    report::fail(format_args!("processor {id} starts"), reason);
+                }
             }
         }
-        // One at a time: if one is lost, there is never another.
-        if second_runs && interrupts::count(PING_VECTOR) == pings_sent {
-            COUNTERS.processors[1]
-                .interrupts
-                .store(pings_sent, Ordering::Release);
-            pings_sent += 1;
-            interrupts::send(SECOND_LOCAL_APIC_ID, PING_VECTOR);
+        if second_runs {
+            others
+                .clone()
+                .for_each(|id| ping(id, &mut pings_sent[usize::from(id)]));
         }
     }
     if second_runs {
+        let count = others.len() as u64;
         let deadline = Deadline::after(Duration::from_secs(5));
-        while STOPPED.load(Ordering::Acquire) == 0 && !deadline.passed() {
+        while STOPPED.load(Ordering::Acquire) < count && !deadline.passed() {
             core::hint::spin_loop();
         }
-        let stopped = STOPPED.load(Ordering::Acquire) == 1;
+        let stopped = STOPPED.load(Ordering::Acquire) == count;
         report::check(
-            "the second processor stops",
-            stopped.then_some(()).ok_or("it does not"),
+            "the other processors stop",
+            stopped.then_some(()).ok_or("they do not"),
         );
     }
     for (index, processor) in COUNTERS.processors.iter().enumerate() {
@@ -178,10 +185,22 @@ fn count() {
     }
 }
 
-fn count_second(_: usize) {
+/// Interrupts a processor if it has taken the interrupt before. If one is lost, there is never another.
+fn ping(id: u8, sent: &mut u64) {
+    let vector = PING_VECTOR - 1 + id;
+    if interrupts::count(vector) == *sent {
+        COUNTERS.processors[usize::from(id)]
+            .interrupts
+            .store(*sent, Ordering::Release);
+        *sent += 1;
+        interrupts::send(id, vector);
+    }
+}
+
+fn count_beside(index: usize) {
     enable_interrupts();
     while COUNTERS.stop.load(Ordering::Acquire) == 0 {
-        count_a_stride(1);
+        count_a_stride(index);
     }
     STOPPED.fetch_add(1, Ordering::AcqRel);
 }
