@@ -5,12 +5,16 @@ mod machine;
 use std::path::PathBuf;
 
 use bantam_api::bodies::logger::LogLevel;
-use bantam_vmm::config::{ConfigError, MachineTable, ShutdownTimeout};
+use bantam_vmm::config::{
+    ConfigError, DiskConfig, InterfaceName, MachineTable, SerialConfig, ShutdownTimeout,
+};
 use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
 use crate::image::ImageArgs;
+use crate::restore::{self, Replacement};
+use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
 use machine::{choice, heading};
 
@@ -48,6 +52,14 @@ pub enum Command {
     /// Each line of the table says what was found; if something is missing, a line below it
     /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
     Check,
+    /// Starts a machine from a snapshot, and stays until it ends
+    ///
+    /// The machine goes on from where another was when its snapshot was taken. What it uses of the host can be
+    /// other than it was: images, taps, sockets. Exit status and keys are those of bantam run. See
+    /// docs/snapshots.md.
+    Restore(Box<RestoreArgs>),
+    /// Takes snapshots of machines, and examines and merges them
+    Snapshot(Box<SnapshotArgs>),
     /// Creates, converts and examines disk images
     ///
     /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
@@ -100,6 +112,53 @@ pub struct RunArgs {
     /// Print help: a summary with -h, all of it with --help
     #[arg(short, long, action = ArgAction::Help, help_heading = heading::OTHER)]
     help: Option<bool>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArgs {
+    /// Directory of the snapshot
+    pub directory: PathBuf,
+
+    /// Folder for new overlays of the disks that the machine can write to
+    ///
+    /// Without it, the machine writes to the images of the snapshot, from which no other machine can go on
+    /// then. With a folder for each, any number of machines go on from one snapshot, at the same time too.
+    #[arg(long, value_name = "FOLDER")]
+    pub overlays: Option<PathBuf>,
+
+    /// Another image for a disk, with the same content; can be given more than once
+    ///
+    /// NAME is that of the disk on the host, disk0, disk1, ... unless it was given another.
+    #[arg(long = "disk", value_name = "NAME=PATH[,format=FORMAT]", value_parser = restore::disk)]
+    pub disks: Vec<Replacement<DiskConfig>>,
+
+    /// Another tap for a network device; can be given more than once
+    #[arg(long = "net", value_name = "NAME=TAP", value_parser = restore::net)]
+    pub nets: Vec<Replacement<InterfaceName>>,
+
+    /// Another socket for the socket device
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+
+    /// Where the serial port leads now
+    #[arg(long, value_name = "END")]
+    pub serial: Option<SerialConfig>,
+
+    /// Where the virtio console leads now
+    #[arg(long, value_name = "END")]
+    pub console: Option<SerialConfig>,
+
+    /// Take images that have been changed since the snapshot
+    ///
+    /// The guest knows nothing of the change: it may find a damaged file system, or damage it.
+    #[arg(long)]
+    pub force: bool,
+
+    /// How much to log: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "warn",
+        hide_possible_values = true,
+        value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
+    pub log: LevelFilter,
 }
 
 #[derive(Clone, Debug, clap::Args)]

@@ -10,14 +10,17 @@ mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
 mod image;
+mod local_time;
 mod log;
 mod main_loop;
 mod message;
 mod outlet;
 mod process_times;
 mod restart;
+mod restore;
 mod run;
 mod signals;
+mod snapshot;
 mod stopping;
 mod terminal;
 
@@ -25,6 +28,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use bantam_vmm::config::ExitStatus;
@@ -34,7 +38,7 @@ use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use args::{Args, Command, FirecrackerArgs, RunArgs};
+use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
 use message::say;
 
@@ -85,6 +89,11 @@ fn execute(command: Command) -> ExitCode {
             raise_descriptor_limit();
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
+        Command::Restore(args) => {
+            raise_descriptor_limit();
+            restore(&args)
+        }
+        Command::Snapshot(args) => status_of(snapshot::run(*args)),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
@@ -99,8 +108,23 @@ fn run(args: RunArgs) -> ExitCode {
         log::to_stderr(args.log);
         let table = args.into_table()?;
         meaning = table.exit_status();
-        run::run(&table.into_config()?)
+        run::run(&table.into_config()?, None)
     });
+    status_of_machine(ended, meaning)
+}
+
+fn restore(args: &RestoreArgs) -> ExitCode {
+    let mut meaning = ExitStatus::default();
+    let ended = message::start().and_then(|()| {
+        log::to_stderr(args.log);
+        let (snapshot, config) = restore::prepare(args)?;
+        meaning = config.exit_status;
+        run::run(&config, Some(Arc::new(snapshot)))
+    });
+    status_of_machine(ended, meaning)
+}
+
+fn status_of_machine(ended: anyhow::Result<u8>, meaning: ExitStatus) -> ExitCode {
     match ended {
         Ok(status) => ExitCode::from(status),
         Err(error) => {

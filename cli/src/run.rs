@@ -1,10 +1,13 @@
 //! `bantam run`: one machine from start to end, and again if it reboots.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, Controller, ControllerOptions, ExitReason, MachineLog, Stream};
+use bantam_vmm::{
+    Console, Controller, ControllerOptions, ExitReason, MachineLog, Snapshot, Stream,
+};
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::exit_status::Ending;
@@ -14,14 +17,15 @@ use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
 
-/// Runs a machine until it ends for good, and returns the exit status.
-pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
+/// Runs a machine until it ends for good, and returns the exit status. It goes on from `snapshot` if that is given, and
+/// boots otherwise, as it does when it is restarted.
+pub fn run(config: &MachineConfig, snapshot: Option<Arc<Snapshot>>) -> anyhow::Result<u8> {
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = match config.uses_stdio() {
         true => Some(StdioConsole::new()?),
         false => None,
     };
-    let ended = run_until_end(config, &signals, console.as_mut());
+    let ended = run_until_end(config, snapshot, &signals, console.as_mut());
     if let Some(console) = console {
         // An error must not wait for a reader that may never read again.
         let ends_soon = stopping::is_asked() || ended.is_err();
@@ -33,6 +37,7 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
 
 fn run_until_end(
     config: &MachineConfig,
+    mut snapshot: Option<Arc<Snapshot>>,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
 ) -> anyhow::Result<Ending> {
@@ -40,7 +45,13 @@ fn run_until_end(
     let mut restarts = Restarts::new(config.restart_limit);
     loop {
         let started = Instant::now();
-        let ending = run_once(config, signals, console.as_deref_mut(), &log)?;
+        let ending = run_once(
+            config,
+            snapshot.take(),
+            signals,
+            console.as_deref_mut(),
+            &log,
+        )?;
         let reason = ending.reason;
         let restarts_machine = ending.by == EndedBy::Guest
             && matches!(reason, ExitReason::Reboot | ExitReason::Panic)
@@ -75,6 +86,7 @@ fn run_until_end(
 /// Runs a machine until it ends.
 fn run_once(
     config: &MachineConfig,
+    snapshot: Option<Arc<Snapshot>>,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
     log: &MachineLog,
@@ -97,7 +109,11 @@ fn run_once(
         let (controller, config) = (controller.clone(), config.clone());
         move || {
             controller.configure(config)?;
-            controller.start()
+            let Some(snapshot) = snapshot else {
+                return controller.start();
+            };
+            controller.restore(&snapshot)?;
+            controller.resume()
         }
     };
     let ended = match await_build(&controller, signals, console.as_deref_mut(), start)? {

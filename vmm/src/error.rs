@@ -187,6 +187,16 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The image of a disk is not as it was at the snapshot.
+    #[error(
+        "disk '{path}' has been changed since the snapshot: use the image that it was then, or take this one by \
+         force",
+        path = .path.display()
+    )]
+    ChangedDisk {
+        /// The image.
+        path: PathBuf,
+    },
     /// A differential snapshot was to be based on one of another machine.
     #[error(
         "snapshot '{path}' cannot be the base: its machine has other memory",

@@ -12,6 +12,7 @@ pub use bantam_snapshot::{
     Facts as SnapshotFacts, SnapshotError as SnapshotFileError, SnapshotFiles, SnapshotId,
 };
 use bantam_snapshot::{MemoryFile, StateFile};
+use bantam_storage::DiskError;
 use serde::{Deserialize, Serialize};
 
 use crate::command::DiskSnapshot;
@@ -68,6 +69,39 @@ pub struct SnapshotTaken {
     pub paused_for: Duration,
 }
 
+/// What is known of a snapshot from its state file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotDescription {
+    /// Facts about the snapshot.
+    pub facts: SnapshotFacts,
+    /// The number of pages of 4 KiB of a differential snapshot; `None` for a full one.
+    pub changed_pages: Option<u64>,
+    /// The host that it was taken on.
+    pub host: HostFacts,
+    /// The configuration of its machine, with the images that its disks had.
+    pub config: MachineConfig,
+    /// The disks that were frozen with it.
+    pub disks: Vec<FrozenDisk>,
+}
+
+impl SnapshotDescription {
+    /// Reads the state file of a snapshot, full or differential.
+    ///
+    /// # Errors
+    /// If it cannot be read, is damaged, or was written in a format that this program does not know.
+    pub fn read(files: &SnapshotFiles) -> Result<SnapshotDescription, Error> {
+        let state = StateFile::open(&files.state)?;
+        let sections = Sections::read(state.sections())?;
+        Ok(SnapshotDescription {
+            facts: state.facts().clone(),
+            changed_pages: state.pages().map(|pages| pages.len() as u64),
+            config: sections.config()?,
+            host: sections.host,
+            disks: sections.disks,
+        })
+    }
+}
+
 /// A snapshot that is open, for a machine to go on from.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -75,6 +109,7 @@ pub struct Snapshot {
     memory: MemoryFile,
     sections: Sections,
     config: MachineConfig,
+    takes_changed_disks: bool,
 }
 
 impl Snapshot {
@@ -105,6 +140,7 @@ impl Snapshot {
             memory,
             sections,
             config,
+            takes_changed_disks: false,
         })
     }
 
@@ -126,6 +162,42 @@ impl Snapshot {
     /// Returns the disks that were frozen with it.
     pub fn disks(&self) -> &[FrozenDisk] {
         &self.sections.disks
+    }
+
+    /// Lets a machine go on from this snapshot although an image has been changed since. Its guest knows nothing of the
+    /// change: it may find a damaged file system, or damage it.
+    pub fn take_changed_disks(&mut self) {
+        self.takes_changed_disks = true;
+    }
+
+    /// Checks that the images of `config` that were frozen with this snapshot are as they were.
+    ///
+    /// # Errors
+    /// [`Error::ChangedDisk`] if one has been changed or is not there.
+    pub fn check_disks(&self, config: &MachineConfig) -> Result<(), Error> {
+        if self.takes_changed_disks {
+            return Ok(());
+        }
+        for (name, disk) in config.disk_names().zip(&config.disks) {
+            let mut frozen = self.disks().iter();
+            let is_it = |it: &&FrozenDisk| it.name == name && it.path == disk.path;
+            let Some(frozen) = frozen.find(is_it) else {
+                continue;
+            };
+            let unchanged = frozen.is_unchanged();
+            let unchanged = unchanged.map_err(|source| DiskError::Open {
+                path: disk.path.clone(),
+                access: "reading",
+                source,
+                remedy: "",
+            })?;
+            if !unchanged {
+                return Err(Error::ChangedDisk {
+                    path: disk.path.clone(),
+                });
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn machine_state(&self) -> MachineState<'_> {

@@ -30,6 +30,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use args::ImageCommand;
 pub use args::{ImageArgs, QemuImgArgs};
+pub use target::{open_backing, options, set_backing};
 
 use crate::message::say_last;
 use crate::reason;

@@ -216,9 +216,10 @@ impl Controller {
     /// The guest's clocks go on from where they were: the time of day is behind until the guest sets it.
     ///
     /// # Errors
-    /// Those of [`Controller::start`], and [`Error::Restore`] if the state does not fit the machine or this host.
+    /// Those of [`Controller::start`] and of [`Snapshot::check_disks`], and [`Error::Restore`] if the state does not fit the machine or this host.
     pub fn restore(&self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check_unchanged()?;
+        snapshot.check_disks(&self.configuration()?)?;
         self.0.start(Origin::Snapshot(snapshot))
     }
 }
