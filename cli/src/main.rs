@@ -4,6 +4,7 @@ mod api;
 mod args;
 mod check;
 mod console;
+mod control;
 mod escape;
 mod exit_status;
 mod generated_docs;
@@ -85,6 +86,7 @@ fn execute(command: Command) -> ExitCode {
             raise_descriptor_limit();
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
+        Command::Control(args) => status_of(control::control(*args)),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
@@ -97,9 +99,10 @@ fn run(args: RunArgs) -> ExitCode {
     let mut meaning = args.machine.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
+        let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
-        run::run(&table.into_config()?)
+        run::run(&table.into_config()?, control.as_deref())
     });
     match ended {
         Ok(status) => ExitCode::from(status),
@@ -123,6 +126,12 @@ fn status_of(result: anyhow::Result<()>) -> ExitCode {
 /// Reports an error to the user, in one line.
 fn report(error: &anyhow::Error) {
     message::say_last(format_args!("error: {}", reason(error)));
+}
+
+/// Whether an error is that nobody reads the output any more.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Raises the limit of file descriptors to the maximum: connections to a guest take one each.
