@@ -12,7 +12,6 @@
 
 pub mod bodies;
 mod bounded;
-mod clients;
 pub mod configuration;
 mod device_ids;
 mod device_names;
@@ -20,7 +19,6 @@ mod fault;
 mod host_files;
 mod instance;
 mod json;
-mod lock;
 mod method;
 mod metrics_file;
 mod metrics_groups;

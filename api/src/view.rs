@@ -3,12 +3,12 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use bantam_serving::lock;
 use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
 use crate::configuration::Configuration;
 use crate::fault::Fault;
-use crate::lock::lock;
 use crate::method::Method;
 use crate::metrics_file::MetricsFile;
 use crate::metrics_groups::{Group, groups};

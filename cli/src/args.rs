@@ -12,6 +12,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
+use crate::control::ControlArgs;
 use crate::image::ImageArgs;
 use crate::restore::{self, Replacement};
 use crate::snapshot::SnapshotArgs;
@@ -46,6 +47,12 @@ pub enum Command {
     /// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
     /// the same options without a command. See docs/api.md.
     Api(Box<ApiArgs>),
+    /// Controls a machine that runs: pauses it, asks for its state, ends it
+    ///
+    /// Sends a command to the control socket of a machine, which it has if it was started with --control, and
+    /// prints the answer. The exit status is 0 if the machine has done what it was asked for. See
+    /// docs/control.md.
+    Control(Box<ControlArgs>),
     /// Shows whether this host can run machines, and what to do if it cannot
     ///
     /// Looks for KVM and what Bantam needs of it, and for what disks and networks make use of.
@@ -88,7 +95,7 @@ pub enum Command {
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
-    /// Its keys are the names of the options below, except --log, without the dashes:
+    /// Its keys are the names of the options below, except --control and --log, without the dashes:
     /// kernel = "vmlinux", cpus = 2, memory = "512M". A disk is a table [[disk]] with the keys path,
     /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so on;
     /// a channel is a table [[channel]]. Other options with keys, such as --vsock, are a table each,
@@ -102,6 +109,13 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub machine: MachineArgs,
+
+    /// Unix socket by which other programs control the machine
+    ///
+    /// Only the user who starts the machine, and root, can connect. `bantam control` is a client of it. It is
+    /// removed in the end.
+    #[arg(long, value_name = "PATH", help_heading = heading::OTHER, hide_short_help = true)]
+    pub control: Option<PathBuf>,
 
     /// How much to log: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = heading::OTHER,
@@ -148,6 +162,14 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "END")]
     pub console: Option<SerialConfig>,
 
+    /// Unix socket by which other programs control the machine, as for bantam run
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// Wait until a client of the control socket lets the machine go on
+    #[arg(long, requires = "control")]
+    pub paused: bool,
+
     /// Take images that have been changed since the snapshot
     ///
     /// The guest knows nothing of the change: it may find a damaged file system, or damage it.
@@ -172,6 +194,10 @@ pub struct ApiArgs {
     /// Name of the instance: up to 64 letters, digits and dashes
     #[arg(long, value_name = "NAME", default_value = "anonymous-instance", value_parser = instance_id)]
     pub id: String,
+
+    /// Unix socket by which other programs control the machine, as for bantam run
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 
     /// How long the guest may take to shut down when a signal asks the program to end
     ///

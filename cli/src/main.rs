@@ -4,6 +4,7 @@ mod api;
 mod args;
 mod check;
 mod console;
+mod control;
 mod escape;
 mod exit_status;
 mod generated_docs;
@@ -41,6 +42,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
 use message::say;
+use run::Origin;
 
 fn main() -> ExitCode {
     #[cfg(target_env = "gnu")]
@@ -89,6 +91,7 @@ fn execute(command: Command) -> ExitCode {
             raise_descriptor_limit();
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
+        Command::Control(args) => status_of(control::control(*args)),
         Command::Restore(args) => {
             raise_descriptor_limit();
             restore(&args)
@@ -106,9 +109,10 @@ fn run(args: RunArgs) -> ExitCode {
     let mut meaning = args.machine.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
+        let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
-        run::run(&table.into_config()?, None)
+        run::run(&table.into_config()?, Origin::Boot, control.as_deref())
     });
     status_of_machine(ended, meaning)
 }
@@ -119,7 +123,11 @@ fn restore(args: &RestoreArgs) -> ExitCode {
         log::to_stderr(args.log);
         let (snapshot, config) = restore::prepare(args)?;
         meaning = config.exit_status;
-        run::run(&config, Some(Arc::new(snapshot)))
+        let origin = Origin::Snapshot {
+            snapshot: Arc::new(snapshot),
+            paused: args.paused,
+        };
+        run::run(&config, origin, args.control.as_deref())
     });
     status_of_machine(ended, meaning)
 }
@@ -147,6 +155,12 @@ fn status_of(result: anyhow::Result<()>) -> ExitCode {
 /// Reports an error to the user, in one line.
 fn report(error: &anyhow::Error) {
     message::say_last(format_args!("error: {}", reason(error)));
+}
+
+/// Whether an error is that nobody reads the output any more.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Raises the limit of file descriptors to the maximum: connections to a guest take one each.
