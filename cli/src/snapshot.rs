@@ -4,19 +4,63 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::Context;
-use bantam_vmm::{FrozenDisk, SnapshotDescription, SnapshotFiles, merge_snapshots};
+use anyhow::{Context, bail};
+use bantam_vmm::{
+    Answer, Command, DiskSnapshot, FrozenDisk, SnapshotDescription, SnapshotDisks, SnapshotFiles,
+    SnapshotOptions, merge_snapshots,
+};
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use crate::control::connect;
 use crate::local_time::local_time;
+
+/// How long a machine may take to write a snapshot.
+const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The options of `bantam snapshot`.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct SnapshotArgs {
     #[command(subcommand)]
-    command: SnapshotCommand,
+    command: Option<SnapshotCommand>,
+
+    #[command(flatten)]
+    take: TakeArgs,
+}
+
+/// The options for taking a snapshot.
+#[derive(Debug, clap::Args)]
+struct TakeArgs {
+    /// The control socket that the machine was started with (--control)
+    #[arg(required = true)]
+    socket: Option<PathBuf>,
+
+    /// Directory for the snapshot, in the place of an earlier one
+    #[arg(required = true)]
+    directory: Option<PathBuf>,
+
+    /// Write only what has changed since this snapshot
+    #[arg(long, value_name = "BASE")]
+    diff: Option<PathBuf>,
+
+    /// End the machine, as if its power were cut
+    ///
+    /// Its disks then need no overlays.
+    #[arg(long)]
+    stop: bool,
+
+    /// Path of the overlay that a disk goes on with; can be given more than once
+    ///
+    /// By default it is beside the image of the disk. If one is given, each disk that the guest can write to needs one.
+    #[arg(long = "overlay", value_name = "NAME=PATH", value_parser = overlay, conflicts_with = "stop")]
+    overlays: Vec<DiskSnapshot>,
+
+    /// Form of the output
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
 }
 
 #[derive(Debug, Subcommand)]
@@ -52,9 +96,75 @@ enum Output {
 /// Executes `bantam snapshot`.
 pub fn run(args: SnapshotArgs) -> anyhow::Result<()> {
     match args.command {
-        SnapshotCommand::Info { directory, output } => info(&directory, output),
-        SnapshotCommand::Merge { base, directories } => merge(&base, &directories),
+        Some(SnapshotCommand::Info { directory, output }) => info(&directory, output),
+        Some(SnapshotCommand::Merge { base, directories }) => merge(&base, &directories),
+        None => take(args.take),
     }
+}
+
+/// Has a machine take a snapshot of itself.
+fn take(args: TakeArgs) -> anyhow::Result<()> {
+    let (Some(socket), Some(directory)) = (args.socket, args.directory) else {
+        bail!("name the control socket of the machine and the directory of the snapshot");
+    };
+    let mut client = connect(&socket)?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create '{}'", directory.display()))?;
+    // The machine may be in another folder.
+    let files = |directory: &Path| {
+        let directory = fs::canonicalize(directory);
+        directory.map(|directory| SnapshotFiles::in_directory(&directory))
+    };
+    let base = args.diff.as_deref().map(|base| {
+        files(base).with_context(|| format!("cannot find snapshot '{}'", base.display()))
+    });
+    let options = SnapshotOptions {
+        files: files(&directory)?,
+        base: base.transpose()?,
+        disks: match args.overlays.is_empty() {
+            true => SnapshotDisks::Overlays,
+            false => SnapshotDisks::OverlaysAt(args.overlays),
+        },
+        stop: args.stop,
+    };
+    client.set_answer_time(WRITE_TIME);
+    let Answer::SnapshotTaken(taken) = client.execute(Command::Snapshot(Box::new(options)))? else {
+        bail!("the machine gives another answer than that of a snapshot");
+    };
+    let text = match args.output {
+        Output::Text => format!(
+            "snapshot {}: {} pages; the guest stood still for {:.1} ms\n",
+            taken.id,
+            taken.pages,
+            taken.paused_for.as_secs_f64() * 1000.0
+        ),
+        Output::Json => format!(
+            "{}\n",
+            json!({
+                "id": taken.id.to_string(),
+                "pages": taken.pages,
+                "paused-for-us": taken.paused_for.as_micros(),
+            })
+        ),
+    };
+    print(&text)
+}
+
+/// Reads a disk's overlay: `NAME=PATH`.
+fn overlay(text: &str) -> Result<DiskSnapshot, String> {
+    let (name, path) = text
+        .split_once('=')
+        .ok_or("it must be the name of a disk, '=', and a path")?;
+    Ok(DiskSnapshot {
+        disk: name.parse().map_err(|error| format!("{error}"))?,
+        path: std::path::absolute(path).map_err(|error| error.to_string())?,
+    })
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot write to standard output")
 }
 
 fn info(directory: &Path, output: Output) -> anyhow::Result<()> {
@@ -66,9 +176,7 @@ fn info(directory: &Path, output: Output) -> anyhow::Result<()> {
         Output::Text => text(&snapshot, used),
         Output::Json => format!("{:#}\n", json(&snapshot, used)),
     };
-    io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot write to standard output")
+    print(&text)
 }
 
 fn text(snapshot: &SnapshotDescription, used: u64) -> String {
@@ -139,7 +247,7 @@ fn json(snapshot: &SnapshotDescription, used: u64) -> Value {
 
 fn merge(base: &Path, directories: &[PathBuf]) -> anyhow::Result<()> {
     let Some((target, differential)) = directories.split_last() else {
-        anyhow::bail!("name the directory of the new snapshot");
+        bail!("name the directory of the new snapshot");
     };
     let differential: Vec<_> = differential
         .iter()

@@ -7,6 +7,7 @@ mod serving;
 mod tests;
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::{Context, Error};
 use bantam_control::{ControlClient, ControlError};
@@ -26,13 +27,20 @@ pub fn control(args: ControlArgs) -> anyhow::Result<()> {
     }
 }
 
-fn execute(args: ControlArgs) -> anyhow::Result<()> {
-    let socket = args.socket.display();
-    let mut client = ControlClient::connect(&args.socket).map_err(|error| match error {
+/// Connects to the control socket of a machine.
+pub fn connect(socket: &Path) -> anyhow::Result<ControlClient> {
+    ControlClient::connect(socket).map_err(|error| match error {
         // The line is whole.
         ControlError::Refused(_) => Error::from(error),
-        error => Error::from(error).context(format!("cannot control a machine by '{socket}'")),
-    })?;
+        error => Error::from(error).context(format!(
+            "cannot control a machine by '{}'",
+            socket.display()
+        )),
+    })
+}
+
+fn execute(args: ControlArgs) -> anyhow::Result<()> {
+    let mut client = connect(&args.socket)?;
     let command = match args.command {
         ControlCommand::Pause => Command::Pause,
         ControlCommand::Resume => Command::Resume,
