@@ -25,6 +25,10 @@
 #[doc = include_str!("../../docs/embedding.md")]
 struct EmbeddingPage;
 
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/snapshots.md")]
+struct SnapshotsPage;
+
 mod accounts;
 mod command;
 pub mod config;

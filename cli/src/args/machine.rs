@@ -63,6 +63,13 @@ pub struct MachineArgs {
         value_parser = switch())]
     pub host_workarounds: Option<bool>,
 
+    /// Whether the pages that the guest and its devices write are logged [default: off]
+    ///
+    /// The log is for differential snapshots: bantam snapshot --diff.
+    #[arg(long, value_name = "on|off", help_heading = heading::CPU, hide_short_help = true,
+        value_parser = switch())]
+    pub track_dirty_pages: Option<bool>,
+
     /// Number of vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = heading::CPU)]
     pub cpus: Option<VcpuCount>,
