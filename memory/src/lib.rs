@@ -12,12 +12,14 @@ mod content;
 mod copy;
 mod dirty_log;
 mod guest_memory;
+mod layers;
 mod page_set;
 mod range;
 
 pub use backing::{Backing, MapError};
 pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
 pub use guest_memory::{GuestMemory, Region};
+pub use layers::Layer;
 pub use page_set::PageSet;
 pub use range::{GuestRange, Word};
 
