@@ -7,13 +7,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bantam_memory::{Backing, GuestMemory};
+use bantam_memory::{Backing, GuestMemory, Layer, MapError};
 pub use bantam_snapshot::{
     Facts as SnapshotFacts, SnapshotError as SnapshotFileError, SnapshotFiles, SnapshotId,
 };
 use bantam_snapshot::{MemoryFile, StateFile};
 use bantam_storage::DiskError;
 use serde::{Deserialize, Serialize};
+use vm_memory::GuestAddress;
 
 use crate::command::DiskSnapshot;
 use crate::config::{HugePages, MachineConfig};
@@ -105,11 +106,20 @@ impl SnapshotDescription {
 /// A snapshot that is open, for a machine to go on from.
 #[derive(Debug)]
 pub struct Snapshot {
-    state: StateFile,
-    memory: MemoryFile,
+    facts: SnapshotFacts,
+    memory: SnapshotMemory,
     sections: Sections,
     config: MachineConfig,
     takes_changed_disks: bool,
+}
+
+/// Where the memory of a snapshot is.
+#[derive(Debug)]
+enum SnapshotMemory {
+    /// In its memory file.
+    File(MemoryFile),
+    /// In memory that other machines share.
+    Shared(Vec<Layer>),
 }
 
 impl Snapshot {
@@ -136,17 +146,33 @@ impl Snapshot {
         let sections = Sections::read(state.sections())?;
         let config = sections.config()?;
         Ok(Snapshot {
-            state,
-            memory,
+            facts: state.facts().clone(),
+            memory: SnapshotMemory::File(memory),
             sections,
             config,
             takes_changed_disks: false,
         })
     }
 
+    /// Puts together a snapshot whose memory other machines share.
+    pub(crate) fn shared(
+        facts: SnapshotFacts,
+        layers: Vec<Layer>,
+        sections: Sections,
+        config: MachineConfig,
+    ) -> Snapshot {
+        Snapshot {
+            facts,
+            memory: SnapshotMemory::Shared(layers),
+            sections,
+            config,
+            takes_changed_disks: false,
+        }
+    }
+
     /// Returns the facts about the snapshot.
     pub fn facts(&self) -> &SnapshotFacts {
-        self.state.facts()
+        &self.facts
     }
 
     /// Returns the facts about the host that it was taken on.
@@ -206,30 +232,44 @@ impl Snapshot {
 
     /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.
     pub(crate) fn guest_memory(&self, config: &MachineConfig) -> Result<GuestMemory, Error> {
-        match config.huge_pages {
-            HugePages::None => self.memory.map().map_err(|error| Error::Memory {
-                mib: self.facts().memory_size() >> 20,
-                reason: error.to_string(),
-            }),
-            HugePages::Transparent | HugePages::TwoMib => {
+        let failed = |reason: String| Error::Memory {
+            mib: self.facts.memory_size() >> 20,
+            reason,
+        };
+        let mapped = |error: MapError| failed(error.to_string());
+        match (&self.memory, config.huge_pages) {
+            (SnapshotMemory::File(file), HugePages::None) => file.map().map_err(mapped),
+            (SnapshotMemory::File(file), HugePages::Transparent | HugePages::TwoMib) => {
                 let memory = Arc::new(allocate_memory(config)?);
-                self.memory.read_into(&memory)?;
-                Arc::into_inner(memory).ok_or_else(|| Error::Memory {
-                    mib: self.facts().memory_size() >> 20,
-                    reason: "it is still being read".to_owned(),
-                })
+                file.read_into(&memory)?;
+                Arc::into_inner(memory).ok_or_else(|| failed("it is still being read".to_owned()))
+            }
+            (SnapshotMemory::Shared(layers), _) => {
+                let regions = self.facts.regions.iter();
+                let regions = regions.map(|&(start, len)| (GuestAddress(start), len as usize));
+                let regions: Vec<_> = regions.collect();
+                GuestMemory::from_layers(&regions, layers).map_err(mapped)
             }
         }
     }
 
     /// Checks that the memory file has not been changed since it was opened.
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
-        Ok(self.memory.check_unchanged()?)
+        match &self.memory {
+            SnapshotMemory::File(file) => Ok(file.check_unchanged()?),
+            SnapshotMemory::Shared(_) => Ok(()),
+        }
     }
 
     /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
     pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
-        let is_mapped = memory.backing() == Backing::PrivateFile;
-        Changes::of_restored(self.facts().id, is_mapped)
+        match &self.memory {
+            SnapshotMemory::File(_) => {
+                let is_mapped = memory.backing() == Backing::PrivateFile;
+                Changes::of_restored(self.facts.id, is_mapped)
+            }
+            // There are no files to base another on.
+            SnapshotMemory::Shared(_) => Changes::default(),
+        }
     }
 }
