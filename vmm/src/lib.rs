@@ -47,6 +47,7 @@ mod machine;
 mod memory;
 mod metadata;
 mod metrics;
+mod random;
 mod resources;
 mod run_control;
 mod state;

@@ -26,8 +26,10 @@ use crate::exit_reason::{self, ExitReason};
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
+use crate::lock::lock;
 use crate::memory::{allocate_memory, check_layout};
 use crate::metrics::MachineMetrics;
+use crate::random::random;
 use crate::resources::Resources;
 use crate::run_control::{EndOnPanic, RunControl};
 use crate::threads;
@@ -131,6 +133,7 @@ impl Machine {
         legacy.attach_rtc()?;
         legacy.attach_pci_bus()?;
         legacy.attach_outcome_ports()?;
+        let generation = legacy.attach_generation(&memory)?;
         if config.boot_timer {
             legacy.attach_boot_timer()?;
         }
@@ -152,6 +155,8 @@ impl Machine {
         }
         let guest = match images {
             Some(images) => {
+                let begun = lock(&generation).begin(random()?);
+                begun.map_err(Error::resource("the generation id"))?;
                 let windows = builder.windows();
                 Some(load_guest(config, images, &memory, windows, vm.tsc_khz())?)
             }
@@ -194,6 +199,22 @@ impl Machine {
         };
         let mut event_loops = virtio.loops;
         event_loops.push(event_loop);
+        let devices = Arc::new(DeviceTable {
+            power_button,
+            keyboard,
+            generation,
+            legacy,
+            serial_activity,
+            virtio: virtio.entries,
+            metadata: metadata.map(|metadata| metadata.metadata),
+            metrics: Arc::new(metrics),
+            stream_paths: virtio.stream_paths,
+            opener: context.opener.clone(),
+            events: context.events.clone(),
+        });
+        if saved.is_some() {
+            devices.tell_restored()?;
+        }
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
                 ports,
@@ -208,18 +229,7 @@ impl Machine {
             vcpu_threads: Vec::new(),
             event_loops,
             disk_threads: virtio.disk_threads,
-            devices: Arc::new(DeviceTable {
-                power_button,
-                keyboard,
-                legacy,
-                serial_activity,
-                virtio: virtio.entries,
-                metadata: metadata.map(|metadata| metadata.metadata),
-                metrics: Arc::new(metrics),
-                stream_paths: virtio.stream_paths,
-                opener: context.opener.clone(),
-                events: context.events.clone(),
-            }),
+            devices,
             is_attached: false,
             tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             _stream_guards: virtio.guards,
