@@ -151,7 +151,7 @@ pub enum Error {
         /// How many seconds it was waited for.
         seconds: u64,
     },
-    /// A device does not come to rest, or cannot go on.
+    /// A device does not come to rest, cannot go on, or cannot tell the guest of a restore.
     #[error("cannot {action}: {source}")]
     DeviceLife {
         /// What was to be done.

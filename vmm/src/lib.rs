@@ -51,6 +51,7 @@ mod machine;
 mod memory;
 mod metadata;
 mod metrics;
+mod random;
 mod resources;
 mod run_control;
 mod snapshot;

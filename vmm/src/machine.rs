@@ -26,8 +26,10 @@ use crate::exit_reason::{self, ExitReason};
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
+use crate::lock::lock;
 use crate::memory::{allocate_memory, check_layout};
 use crate::metrics::MachineMetrics;
+use crate::random::random;
 use crate::resources::Resources;
 use crate::run_control::{EndOnPanic, RunControl};
 use crate::snapshot::{Changes, GuestFacts, Snapshot};
@@ -153,6 +155,7 @@ impl Machine {
         legacy.attach_rtc()?;
         legacy.attach_pci_bus()?;
         legacy.attach_outcome_ports()?;
+        let generation = legacy.attach_generation(&memory)?;
         if config.boot_timer {
             legacy.attach_boot_timer()?;
         }
@@ -174,6 +177,8 @@ impl Machine {
         }
         let guest = match images {
             Some(images) => {
+                let begun = lock(&generation).begin(random()?);
+                begun.map_err(Error::resource("the generation id"))?;
                 let windows = builder.windows();
                 Some(load_guest(config, images, &memory, windows, vm.tsc_khz())?)
             }
@@ -219,6 +224,7 @@ impl Machine {
         let devices = DeviceTable {
             power_button,
             keyboard,
+            generation,
             legacy,
             serial_activity,
             virtio: virtio.entries,
@@ -237,6 +243,9 @@ impl Machine {
                 tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             },
         };
+        if saved.is_some() {
+            devices.tell_restored()?;
+        }
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
                 ports,
