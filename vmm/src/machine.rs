@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
+use crate::gdb::GdbServer;
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
@@ -46,6 +47,9 @@ pub(crate) struct Machine {
     /// Outlive the event loops, whose disks wait for them.
     disk_threads: Vec<Arc<DiskThreads>>,
     devices: Arc<DeviceTable>,
+    /// Until it is started.
+    gdb_server: Option<GdbServer>,
+    gdb_thread: Option<JoinHandle<()>>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
     /// Whether the guest marks a restart after a panic.
@@ -106,6 +110,7 @@ impl Machine {
             metadata,
             virtio,
             serial,
+            gdb,
         } = resources;
         let control = &context.control;
         let (memory, saved) = match origin {
@@ -192,6 +197,16 @@ impl Machine {
             devices: virtio.metrics,
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
         };
+        let gdb_server = match gdb {
+            Some(listener) => Some(GdbServer::new(
+                listener,
+                &kvm,
+                control,
+                &memory,
+                config.cpus,
+            )?),
+            None => None,
+        };
         let mut event_loops = virtio.loops;
         event_loops.push(event_loop);
         Ok(Machine {
@@ -201,6 +216,7 @@ impl Machine {
                 memory,
                 control: control.clone(),
                 state_support,
+                debugger: gdb_server.as_ref().map(GdbServer::debugger),
             }),
             control: control.clone(),
             thread_hook: context.thread_hook.clone(),
@@ -220,6 +236,8 @@ impl Machine {
                 opener: context.opener.clone(),
                 events: context.events.clone(),
             }),
+            gdb_server,
+            gdb_thread: None,
             is_attached: false,
             tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             _stream_guards: virtio.guards,
@@ -240,6 +258,9 @@ impl Machine {
         if waits {
             self.control.hold_vcpus();
         }
+        if self.gdb_server.is_some() {
+            self.control.hold_all_vcpus();
+        }
         for threads in &self.disk_threads {
             threads.start()?;
         }
@@ -255,6 +276,9 @@ impl Machine {
             })?;
             self.vcpu_threads.push(thread);
         }
+        if let Some(server) = self.gdb_server.take() {
+            self.gdb_thread = Some(server.start(hook)?);
+        }
         if waits {
             self.control.resume_vcpus();
         }
@@ -262,9 +286,9 @@ impl Machine {
     }
 
     /// Asks the guest to shut itself down, and cuts its power after `time`. If the guest does not listen, its
-    /// power is cut at once.
+    /// power is cut at once; so it is if a debugger has stopped the guest.
     pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
-        let asked = if time.is_zero() {
+        let asked = if time.is_zero() || self.control.is_held_by_debugger() {
             None
         } else if self.vm.takes_interrupt(layout::POWER_BUTTON_GSI) {
             let pressed = self.devices.press_power_button();
@@ -310,6 +334,11 @@ impl Machine {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
+        }
+        if let Some(thread) = self.gdb_thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that talks to gdb panicked");
         }
         // This finishes what the guest asked for before a pause, as if there had been none. It waits for a
         // pause that is still under way on another thread.
