@@ -1,6 +1,7 @@
 //! What can go wrong with a machine.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -250,6 +251,14 @@ pub enum Error {
         purpose: String,
         /// Why not.
         source: ListenError,
+    },
+    /// A TCP port cannot be listened on for gdb.
+    #[error("cannot listen on {address} for gdb: {source}; choose another address")]
+    ListenTcp {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
     },
     /// Metadata cannot be stored.
     #[error(transparent)]

@@ -41,6 +41,7 @@ mod error;
 mod event_loop;
 mod events;
 mod exit_reason;
+mod gdb;
 mod hooks;
 pub mod host;
 mod interval_timer;

@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
+use crate::gdb::GdbServer;
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
@@ -49,6 +50,9 @@ pub(crate) struct Machine {
     /// Outlive the event loops, whose disks wait for them.
     disk_threads: Vec<Arc<DiskThreads>>,
     devices: Arc<DeviceTable>,
+    /// Until it is started.
+    gdb_server: Option<GdbServer>,
+    gdb_thread: Option<JoinHandle<()>>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
     guest: GuestFacts,
@@ -114,6 +118,7 @@ impl Machine {
             metadata,
             virtio,
             serial,
+            gdb,
         } = resources;
         let control = &context.control;
         let mut changes = Changes::default();
@@ -219,6 +224,16 @@ impl Machine {
             devices: virtio.metrics,
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
         };
+        let gdb_server = match gdb {
+            Some(listener) => Some(GdbServer::new(
+                listener,
+                &kvm,
+                control,
+                &memory,
+                config.cpus,
+            )?),
+            None => None,
+        };
         let mut event_loops = virtio.loops;
         event_loops.push(event_loop);
         let devices = DeviceTable {
@@ -253,6 +268,7 @@ impl Machine {
                 memory,
                 control: control.clone(),
                 state_support,
+                debugger: gdb_server.as_ref().map(GdbServer::debugger),
             }),
             control: control.clone(),
             thread_hook: context.thread_hook.clone(),
@@ -261,6 +277,8 @@ impl Machine {
             event_loops,
             disk_threads: virtio.disk_threads,
             devices: Arc::new(devices),
+            gdb_server,
+            gdb_thread: None,
             is_attached: false,
             guest: guest_facts,
             changes: Arc::new(Mutex::new(changes)),
@@ -284,6 +302,9 @@ impl Machine {
         if waits {
             self.control.hold_vcpus();
         }
+        if self.gdb_server.is_some() {
+            self.control.hold_all_vcpus();
+        }
         for threads in &self.disk_threads {
             threads.start()?;
         }
@@ -299,6 +320,9 @@ impl Machine {
             })?;
             self.vcpu_threads.push(thread);
         }
+        if let Some(server) = self.gdb_server.take() {
+            self.gdb_thread = Some(server.start(hook)?);
+        }
         if waits && !self.starts_paused {
             self.control.resume_vcpus();
         }
@@ -306,9 +330,9 @@ impl Machine {
     }
 
     /// Asks the guest to shut itself down, and cuts its power after `time`. If the guest does not listen, its
-    /// power is cut at once.
+    /// power is cut at once; so it is if a debugger has stopped the guest.
     pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
-        let asked = if time.is_zero() {
+        let asked = if time.is_zero() || self.control.is_held_by_debugger() {
             None
         } else if self.vm.takes_interrupt(layout::POWER_BUTTON_GSI) {
             let pressed = self.devices.press_power_button();
@@ -369,6 +393,11 @@ impl Machine {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
+        }
+        if let Some(thread) = self.gdb_thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that talks to gdb panicked");
         }
         // This finishes what the guest asked for before a pause, as if there had been none. It waits for a
         // pause that is still under way on another thread.

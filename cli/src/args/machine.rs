@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
-    HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout, VcpuCount,
-    VsockConfig, path,
+    GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
+    VcpuCount, VsockConfig, path,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
@@ -247,6 +247,15 @@ pub struct MachineArgs {
     #[arg(long, value_name = "OF", help_heading = heading::OTHER, hide_short_help = true,
         value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
     pub exit_status: Option<ExitStatus>,
+
+    /// Where gdb connects to debug the guest, which waits for it
+    ///
+    /// WHERE is tcp:ADDRESS:PORT, such as tcp:127.0.0.1:1234, or unix:PATH, a Unix domain socket. Before its
+    /// first instruction the guest waits until gdb has connected (target remote) and lets it go on. Who can
+    /// connect there controls the guest.
+    #[arg(long, value_name = "WHERE", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = os_text::<GdbConfig>())]
+    pub gdb: Option<GdbConfig>,
 }
 
 /// Headings of the help, in the order in which they are shown.

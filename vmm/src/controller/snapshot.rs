@@ -265,6 +265,8 @@ impl Controller {
 
     fn read_state(&self, parts: &PausedParts) -> Result<SavedMachine, Error> {
         let mut config = self.configuration()?;
+        // The guest has begun, and who debugs it is not a part of its machine.
+        config.gdb = None;
         // Whoever restores it may be in another folder.
         if let Ok(folder) = std::env::current_dir() {
             config.rebase_paths(&folder);
