@@ -89,7 +89,10 @@ impl Ring {
                 .filter_map(|access| disk.file(access))
                 .map(AsRawFd::as_raw_fd)
                 .collect(),
-            Disk::Formatted(disk) => disk.files().iter().map(AsRawFd::as_raw_fd).collect(),
+            Disk::Formatted(disk) => {
+                let files = disk.files().iter();
+                files.map(|file| file.for_transfers().as_raw_fd()).collect()
+            }
         };
         Ring::over(&files)
     }
