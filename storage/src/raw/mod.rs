@@ -375,6 +375,28 @@ impl DiskFile {
         }
     }
 
+    /// Returns the mode with which `fallocate` discards ranges, if it can.
+    pub fn discard_mode(&self) -> Option<libc::c_int> {
+        // A block device would make zeroes of them, which not every device can that discards.
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        (!self.is_block_device).then_some(mode.bits())
+    }
+
+    /// Returns the mode with which `fallocate` makes ranges read as zeroes, as [`DiskFile::write_zeroes`] does.
+    pub fn zero_mode(&self, deallocate: bool) -> libc::c_int {
+        let mode = match deallocate && !self.is_block_device {
+            true => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        (mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits()
+    }
+
+    /// Whether `error` of `fallocate` says that the host cannot do this, so that [`DiskFile::discard`] or
+    /// [`DiskFile::write_zeroes`] has to find another way.
+    pub fn is_unsupported(error: &io::Error) -> bool {
+        is_unsupported(error)
+    }
+
     /// Gives the storage of a range back to the host. The content of the range is undefined afterwards. If
     /// the host cannot do it, nothing happens.
     ///

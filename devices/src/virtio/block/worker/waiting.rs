@@ -132,6 +132,17 @@ impl Worker {
                 bytes: operation.range()?,
                 is_exclusive: true,
             }),
+            Remaining::Storage { operation, .. } => {
+                let Disk::Raw(disk) = &**self.handler.disk() else {
+                    return None;
+                };
+                // A write that reads one of these blocks before must not bring back what they have now.
+                let (bytes, _) = disk.block_span(operation.range()?)?;
+                Some(Span {
+                    bytes,
+                    is_exclusive: true,
+                })
+            }
             Remaining::AtOnce(_) => Some(Span {
                 bytes: 0..u64::MAX,
                 is_exclusive: true,
@@ -220,6 +231,7 @@ impl Worker {
 
     /// Takes back the buffer of a request that has ended, and the claim on its part of the disk.
     pub(super) fn release(&mut self, in_flight: &mut InFlight) {
+        self.storage_changes -= usize::from(in_flight.remaining.changes_storage());
         let span = in_flight.span.take();
         let was_exclusive = span.is_some_and(|span| span.is_exclusive);
         self.waiting.exclusive_count -= usize::from(was_exclusive);
