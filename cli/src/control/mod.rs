@@ -7,6 +7,7 @@ mod serving;
 mod tests;
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use anyhow::{Context, Error};
 use bantam_control::{ControlClient, ControlError};
@@ -47,6 +48,8 @@ fn execute(args: ControlArgs) -> anyhow::Result<()> {
         ControlCommand::Metrics => Command::Metrics,
         ControlCommand::Events => return follow(client, args.output),
         ControlCommand::Json { command } => {
+            // It may be one that takes long.
+            client.set_answer_time(Duration::MAX);
             let answer = client.execute(*command)?;
             return print(&output::answer(&answer, Output::Json)?);
         }
