@@ -114,6 +114,10 @@ impl Connection {
         if let Some(byte) = self.input.pop() {
             return Ok(Some(byte));
         }
+        // A client that never stops sending must not hide the machine's end.
+        if self.debugger.control().is_stopping() {
+            return Err(Ended::Machine);
+        }
         let mut bytes = [0; 1024];
         match self.stream.read(&mut bytes) {
             Ok(0) => Err(Ended::Closed),

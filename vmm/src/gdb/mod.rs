@@ -8,6 +8,7 @@
 mod breakpoints;
 mod connection;
 mod debugger;
+mod delivery;
 mod guest_memory;
 mod registers;
 mod server;
