@@ -150,6 +150,12 @@ impl Connection {
         Ok(stops && is_ready(&events[2]))
     }
 
+    /// Sends the answer to a request that has no other.
+    pub(super) fn send_ok(&mut self) -> Result<(), Ended> {
+        self.output.extend(b"$OK#9a");
+        self.send()
+    }
+
     /// Sends what has been written, even if the machine has ended, unless gdb does not take it.
     pub(super) fn send(&mut self) -> Result<(), Ended> {
         let output = std::mem::take(&mut self.output);

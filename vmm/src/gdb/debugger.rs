@@ -58,13 +58,13 @@ pub(crate) struct Debugger {
     /// Whether KVM can keep interrupts away from a vCPU during a single step.
     blocks_interrupts: bool,
     /// Whether KVM delivers the exceptions of programs to the guest.
-    delivers: bool,
+    delivers_to_guest: bool,
     state: Mutex<State>,
     /// Signalled when a vCPU has stopped.
     stopped: EventFd,
 }
 
-/// What changes only while all vCPUs are out of the guest, but for `stops`.
+/// Only `stops` and `passing` change while vCPUs are in the guest.
 #[derive(Default)]
 struct State {
     is_attached: bool,
@@ -95,7 +95,7 @@ impl Debugger {
             control: control.clone(),
             memory: memory.clone(),
             vcpu_count,
-            delivers: virtualization() == Virtualization::Pvm,
+            delivers_to_guest: virtualization() == Virtualization::Pvm,
             blocks_interrupts: flags & KVM_GUESTDBG_BLOCKIRQ as i32 != 0,
             state: Mutex::default(),
             stopped: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -207,7 +207,7 @@ impl Debugger {
         }
         let mut registers = state.registers.clone();
         let is_passing = state.passing & (1 << vcpu.index) != 0;
-        if self.delivers && !is_passing {
+        if self.delivers_to_guest && !is_passing {
             for (_, handler) in self.handlers(state, vcpu) {
                 // A debug register of gdb's counts for more.
                 registers.add(handler, 1, Access::Execute);
@@ -312,7 +312,9 @@ impl Debugger {
         if was_passing {
             return vcpu.fd.set_guest_debug(&self.setting(&state, vcpu));
         }
-        let mut handlers = self.handlers(&state, vcpu).filter(|_| self.delivers);
+        let mut handlers = self
+            .handlers(&state, vcpu)
+            .filter(|_| self.delivers_to_guest);
         let handler = handlers.find(|(_, handler)| *handler == exit.pc);
         drop(handlers);
         if let Some((vector, _)) = handler {

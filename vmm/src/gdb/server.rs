@@ -235,7 +235,14 @@ impl GdbServer {
                     };
                     interrupted.interrupt_handled(&mut machine, reason)?
                 }
-                Disconnected(disconnected) => return Ok(disconnected.get_reason()),
+                Disconnected(mut disconnected) => {
+                    let reason = disconnected.get_reason();
+                    if reason == DisconnectReason::Kill {
+                        // gdb waits for it, and the stub does not send it.
+                        disconnected.borrow_conn().send_ok()?;
+                    }
+                    return Ok(reason);
+                }
             };
         }
     }
