@@ -490,7 +490,7 @@ mod tests {
                 return None;
             };
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-            let vm = Arc::new(Vm::new(&kvm, Arc::new(memory)).unwrap());
+            let vm = Arc::new(Vm::new(&kvm, Arc::new(memory), false).unwrap());
             let entries = Arc::<[AtomicUsize; 2]>::default();
             let start = |index: u8| {
                 let (control, entries) = (control.clone(), entries.clone());
