@@ -64,6 +64,27 @@ impl PageSet {
         }
     }
 
+    /// Returns whether the page at `address` is in the set.
+    pub fn contains(&self, address: GuestAddress) -> bool {
+        self.regions.iter().any(|region| {
+            let offset = address.0.checked_sub(region.start.0);
+            let page = offset.map(|offset| offset as usize / PAGE_SIZE);
+            let page = page.filter(|page| *page < region.page_count);
+            page.is_some_and(|page| {
+                region.words[page / PAGES_PER_WORD] >> (page % PAGES_PER_WORD) & 1 != 0
+            })
+        })
+    }
+
+    /// Returns whether all pages of `other`, a set of the same regions, are in the set.
+    pub fn contains_all(&self, other: &PageSet) -> bool {
+        let mut regions = self.regions.iter().zip(&other.regions);
+        regions.all(|(region, others)| {
+            let mut words = region.words.iter().zip(&others.words);
+            words.all(|(word, other)| other & !word == 0)
+        })
+    }
+
     /// Adds the pages of `other`, a set of the same regions.
     pub fn add(&mut self, other: &PageSet) {
         for (region, others) in self.regions.iter_mut().zip(&other.regions) {

@@ -141,6 +141,27 @@ impl MemoryFile {
         Ok(())
     }
 
+    /// Returns whether the file has all pages of `state`, to which it belongs. The file of a differential snapshot has them
+    /// after those of its base have been added.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn is_complete(&self, state: &StateFile) -> Result<bool, SnapshotError> {
+        let failed = SnapshotError::read(&self.path);
+        let Some(pages) = state.pages() else {
+            return Ok(true);
+        };
+        let is_complete = match state.witnesses() {
+            // Then the guest has next to nothing else.
+            [] => self.data_pages().map(|data| !pages.contains_all(&data)),
+            witnesses => {
+                let mut present = witnesses.iter().map(|it| it.is_in(&self.file, &self.facts));
+                present.try_fold(true, |all, one| Ok(all && one?))
+            }
+        };
+        is_complete.map_err(failed)
+    }
+
     /// Returns the pages for which the file has data. The others are zero, or not in a differential snapshot.
     pub(crate) fn data_pages(&self) -> io::Result<PageSet> {
         let places: Vec<_> = self.facts.places().collect();

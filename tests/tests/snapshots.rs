@@ -10,8 +10,8 @@ use bantam_tests::counting::{
 use bantam_tests::require_kvm;
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{
-    Controller, ExitReason, Snapshot, SnapshotDisks, SnapshotFiles, SnapshotOptions, SnapshotTaken,
-    State, merge_snapshots,
+    Controller, ExitReason, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions,
+    SnapshotTaken, State, merge_snapshots,
 };
 
 const ROUNDS: usize = 20;
@@ -22,6 +22,7 @@ fn options(directory: &Path) -> SnapshotOptions {
         base: None,
         disks: SnapshotDisks::Overlays,
         stop: false,
+        note: None,
     }
 }
 
@@ -72,7 +73,7 @@ impl Snapshots {
         base: Option<SnapshotFiles>,
     ) -> SnapshotTaken {
         let options = SnapshotOptions {
-            base,
+            base: base.map(SnapshotBase::Files),
             ..options(&self.path(name))
         };
         let taken = machine.snapshot(options);

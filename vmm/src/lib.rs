@@ -81,7 +81,7 @@ pub use exit_reason::ExitReason;
 pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
 pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use snapshot::{
-    FrozenDisk, HostFacts, Snapshot, SnapshotDisks, SnapshotFacts, SnapshotFileError,
+    FrozenDisk, HostFacts, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFacts, SnapshotFileError,
     SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
 };
 pub use state::State;

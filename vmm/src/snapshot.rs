@@ -19,7 +19,7 @@ use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
 use crate::memory::allocate_memory;
 
-pub(crate) use changes::{Changes, changes_since};
+pub(crate) use changes::{Changes, Selection, changes_since};
 pub use sections::{FrozenDisk, HostFacts};
 pub(crate) use sections::{GuestFacts, MachineState, Sections};
 
@@ -32,13 +32,28 @@ pub struct SnapshotOptions {
     /// An earlier snapshot of the machine, or the one that it was restored from. The new one then has only the pages that
     /// were written since.
     #[serde(default)]
-    pub base: Option<SnapshotFiles>,
+    pub base: Option<SnapshotBase>,
     /// What becomes of the disks.
     #[serde(default)]
     pub disks: SnapshotDisks,
     /// Ends the machine, as if its power were cut, instead of letting it go on.
     #[serde(default)]
     pub stop: bool,
+    /// What the owner of the machine wants to find in the snapshot again ([`Snapshot::note`]).
+    #[serde(default)]
+    pub note: Option<String>,
+}
+
+/// What a differential snapshot is based on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotBase {
+    /// The snapshot in these files.
+    Files(SnapshotFiles),
+    /// The last snapshot, wherever its files are: of those that were taken, or the one that the machine goes on from. The
+    /// new one may have more pages than those that were written since. If these are not known at all, it has all pages. If
+    /// its memory file is to replace that of the last snapshot, it gets the other pages from there.
+    Last,
 }
 
 /// How the disks of a machine stay as they were at a snapshot.
@@ -90,14 +105,14 @@ impl Snapshot {
     ///
     /// # Errors
     /// If a file cannot be read, is damaged, or was written in a format that this program does not know; if the files do
-    /// not belong together; or if the snapshot is differential.
+    /// not belong together; or if the snapshot is differential and its memory file has not been completed.
     pub fn open_files(files: &SnapshotFiles) -> Result<Snapshot, Error> {
         let state = StateFile::open(&files.state)?;
-        if state.pages().is_some() {
+        let memory = MemoryFile::open(&files.memory, &state)?;
+        if !memory.is_complete(&state)? {
             let path = files.state.clone();
             return Err(SnapshotFileError::Differential { path }.into());
         }
-        let memory = MemoryFile::open(&files.memory, &state)?;
         let sections = Sections::read(state.sections())?;
         let config = sections.config()?;
         Ok(Snapshot {
@@ -121,6 +136,11 @@ impl Snapshot {
     /// Returns the configuration of the machine at the snapshot, with the images that its disks had.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// Returns what the owner of the machine has left in it ([`SnapshotOptions::note`]).
+    pub fn note(&self) -> Option<&str> {
+        self.sections.note.as_deref()
     }
 
     /// Returns the disks that were frozen with it.
@@ -158,6 +178,6 @@ impl Snapshot {
     /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
     pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
         let is_mapped = memory.backing() == Backing::PrivateFile;
-        Changes::of_restored(self.facts().id, is_mapped)
+        Changes::of_restored(self.state.path(), self.facts(), is_mapped)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, NewFile, SnapshotId, StateFile};
+use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, NewFile, SnapshotId, StateFile, Witness};
 use bantam_state::Section;
 
 use super::{Controller, Life};
@@ -18,8 +18,8 @@ use crate::kvm::{SavedProcessors, VmState};
 use crate::lock::lock;
 use crate::machine::{Machine, Origin};
 use crate::snapshot::{
-    Changes, FrozenDisk, GuestFacts, Sections, Snapshot, SnapshotDisks, SnapshotOptions,
-    SnapshotTaken, changes_since,
+    Changes, FrozenDisk, GuestFacts, Sections, Selection, Snapshot, SnapshotBase, SnapshotDisks,
+    SnapshotOptions, SnapshotTaken, changes_since,
 };
 use crate::state::State;
 use crate::vm::Vm;
@@ -60,6 +60,8 @@ struct Taken {
     devices: Vec<SavedDevice>,
     /// The pages of a differential snapshot.
     pages: Option<PageSet>,
+    /// The witnesses of a differential snapshot.
+    witnesses: Vec<Witness>,
     page_count: usize,
     writer: MemoryWriter,
     /// What is still to be written.
@@ -101,10 +103,10 @@ impl Controller {
             self.stop();
             self.wait().map_err(Error::Shared)?;
         }
-        let id = memory.put_in_place(&options, disks)?;
-        lock(&changes).note(id, is_logging);
+        let state = memory.put_in_place(&options, disks)?;
+        lock(&changes).note(&state, is_logging);
         Ok(SnapshotTaken {
-            id,
+            id: state.facts().id,
             pages: page_count,
             paused_for,
         })
@@ -172,16 +174,43 @@ impl Controller {
         let processors = self.read_processors(parts)?;
         let devices = parts.devices.save()?;
         let memory = &parts.memory;
-        let (pages, base) = changes_since(
+        let mut changes = lock(&parts.changes);
+        let Selection { pages, base } = changes_since(
             options.base.as_ref(),
-            &mut lock(&parts.changes),
+            &mut changes,
             config.track_dirty_pages,
             &parts.vm,
             memory,
         )?;
+        let is_since_last = matches!(options.base, Some(SnapshotBase::Last));
+        let earlier = match base.filter(|_| is_since_last) {
+            Some(base) => changes.earlier(&options.files.memory, base)?,
+            None => None,
+        };
+        drop(changes);
+        let (base_of_all, all_pages) = match &earlier {
+            None => (base, base.map(|_| pages.clone())),
+            Some(earlier) => {
+                let mut all_pages = earlier.pages.clone();
+                if let Some(all_pages) = &mut all_pages {
+                    all_pages.add(&pages);
+                }
+                (earlier.base, all_pages)
+            }
+        };
         let regions = memory.regions().map(|region| (region.start.0, region.len));
-        let facts = Facts::now(base, regions).map_err(Error::RandomSeed)?;
-        let writer = MemoryWriter::create(&options.files.memory, &facts)?;
+        let facts = Facts::now(base_of_all, regions).map_err(Error::RandomSeed)?;
+        let mut writer = MemoryWriter::create(&options.files.memory, &facts)?;
+        if is_since_last {
+            writer = writer.writing_zeroes();
+        }
+        if let Some(earlier) = &earlier {
+            writer.copy(&earlier.file, earlier.pages.as_ref())?;
+        }
+        let witnesses = match all_pages.as_ref().filter(|_| is_since_last) {
+            Some(pages) => Witness::find(memory, &facts, pages),
+            None => Vec::new(),
+        };
         let page_count = pages.len();
         let is_small = base.is_some() && page_count * PAGE_SIZE <= MAX_COPY;
         let copied = match is_small {
@@ -200,7 +229,8 @@ impl Controller {
             guest: parts.guest,
             processors,
             devices,
-            pages: base.map(|_| pages),
+            pages: all_pages,
+            witnesses,
             page_count,
             writer,
             copied,
@@ -237,6 +267,7 @@ impl Taken {
             processors: self.processors,
             devices: self.devices,
             pages: self.pages,
+            witnesses: self.witnesses,
         })
     }
 }
@@ -250,15 +281,16 @@ struct Written {
     processors: Vec<Section>,
     devices: Vec<SavedDevice>,
     pages: Option<PageSet>,
+    witnesses: Vec<Witness>,
 }
 
 impl Written {
-    /// Writes the state file, and puts both in place.
+    /// Writes the state file, and puts both in place. Returns the content of the state file.
     fn put_in_place(
         self,
         options: &SnapshotOptions,
         overlays: Vec<DiskSnapshot>,
-    ) -> Result<SnapshotId, Error> {
+    ) -> Result<StateFile, Error> {
         let is_frozen = |name: &crate::config::DeviceName, readonly: bool| {
             options.stop || readonly || overlays.iter().any(|it| it.disk == *name)
         };
@@ -277,19 +309,21 @@ impl Written {
                 })
                 .collect::<Result<_, _>>()?,
         };
-        let id = self.facts.id;
         let sections = Sections::new(
             &self.config,
+            options.note.clone(),
             self.guest,
             frozen,
             self.processors,
             self.devices,
         );
         let path = &options.files.state;
-        let state = StateFile::new(path, self.facts, self.pages, sections.write()?).write()?;
+        let state = StateFile::new(path, self.facts, self.pages, sections.write()?)
+            .with_witnesses(self.witnesses);
+        let file = state.write()?;
         self.memory.put_in_place()?;
-        state.put_in_place()?;
-        Ok(id)
+        file.put_in_place()?;
+        Ok(state)
     }
 }
 
