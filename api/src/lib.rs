@@ -20,6 +20,7 @@ mod fault;
 mod host_files;
 mod instance;
 mod json;
+mod latencies;
 mod lock;
 mod method;
 mod metrics_file;

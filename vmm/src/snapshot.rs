@@ -90,6 +90,7 @@ pub struct Snapshot {
     memory: MemoryFile,
     sections: Sections,
     config: MachineConfig,
+    clock_catches_up: bool,
 }
 
 impl Snapshot {
@@ -120,7 +121,13 @@ impl Snapshot {
             memory,
             sections,
             config,
+            clock_catches_up: false,
         })
+    }
+
+    /// Lets the clock of KVM (kvm-clock) go on as if the machine had run since the snapshot, and not from where it was.
+    pub fn catch_up_clock(&mut self) {
+        self.clock_catches_up = true;
     }
 
     /// Returns the facts about the snapshot.
@@ -149,7 +156,9 @@ impl Snapshot {
     }
 
     pub(crate) fn machine_state(&self) -> MachineState<'_> {
-        self.sections.machine_state()
+        let taken_at = Duration::from_secs(self.facts().taken_at);
+        self.sections
+            .machine_state(self.clock_catches_up.then_some(taken_at))
     }
 
     /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.

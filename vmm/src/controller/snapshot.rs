@@ -115,7 +115,13 @@ impl Controller {
     /// Reads the state of a paused machine, and gives its disks their overlays. Returns the disks whose images stay as they
     /// are.
     fn take_paused(&self, options: &SnapshotOptions) -> Result<(Taken, Vec<DiskSnapshot>), Error> {
-        let taken = self.while_paused("take a snapshot", |parts| self.read(parts, options))?;
+        let taken = self.while_paused("take a snapshot", |parts| {
+            if options.disks == SnapshotDisks::Unprotected {
+                // A copy of an image has all that the guest has written.
+                parts.devices.flush_disks()?;
+            }
+            self.read(parts, options)
+        })?;
         let overlays = match &options.disks {
             _ if options.stop => Vec::new(),
             SnapshotDisks::Unprotected => Vec::new(),
@@ -244,6 +250,7 @@ impl Controller {
     /// the same content, taps, sockets and ends of streams.
     ///
     /// The guest's clocks go on from where they were: the time of day is behind until the guest sets it.
+    /// [`Snapshot::catch_up_clock`] changes that.
     ///
     /// # Errors
     /// Those of [`Controller::start`], and [`Error::Restore`] if the state does not fit the machine or this host.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
@@ -126,6 +127,8 @@ impl SavedState for Note {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct MachineState<'a> {
     pub(crate) guest: GuestFacts,
+    /// When it was saved, since 1970, if the guest's clock is to go on as if the machine had run since.
+    pub(crate) clock_catches_up_from: Option<Duration>,
     /// One of the virtual machine, and then one of each vCPU.
     pub(crate) processors: &'a [Section],
     pub(crate) devices: &'a [SavedDevice],
@@ -239,9 +242,13 @@ impl Sections {
         config.map_err(|error| invalid(error.to_string()).into())
     }
 
-    pub(crate) fn machine_state(&self) -> MachineState<'_> {
+    pub(crate) fn machine_state(
+        &self,
+        clock_catches_up_from: Option<Duration>,
+    ) -> MachineState<'_> {
         MachineState {
             guest: self.guest,
+            clock_catches_up_from,
             processors: &self.processors,
             devices: &self.devices,
         }
