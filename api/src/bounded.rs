@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use crate::lock::lock;
+use bantam_serving::lock;
 
 /// Holds something whose use may hang. A thread of its own uses it, and is waited for only for a limited
 /// time. The thread holds the other reference while it works.

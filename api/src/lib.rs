@@ -12,7 +12,6 @@
 
 pub mod bodies;
 mod bounded;
-mod clients;
 pub mod configuration;
 mod device_ids;
 mod device_names;
@@ -21,7 +20,6 @@ mod host_files;
 mod instance;
 mod json;
 mod latencies;
-mod lock;
 mod method;
 mod metrics_file;
 mod metrics_groups;

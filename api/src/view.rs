@@ -4,13 +4,13 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use bantam_serving::lock;
 use bantam_vmm::{Controller, MetadataStore, State};
 use serde_json::Value;
 
 use crate::configuration::Configuration;
 use crate::fault::Fault;
 use crate::latencies::Latencies;
-use crate::lock::lock;
 use crate::method::Method;
 use crate::metrics_file::MetricsFile;
 use crate::metrics_groups::{Group, groups};

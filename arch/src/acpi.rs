@@ -1,8 +1,8 @@
 //! ACPI tables: the machine as a hardware-reduced ACPI platform (ACPI 6.5 section 4.1).
 //!
 //! There is no fixed ACPI hardware. Power is controlled by three byte-wide registers at
-//! [`ACPI_POWER_PORT`], [`ACPI_SLEEP_STATUS_PORT`] and [`ACPI_RESET_PORT`]; the power button is
-//! signalled by an interrupt of the generic event device.
+//! [`ACPI_POWER_PORT`], [`ACPI_SLEEP_STATUS_PORT`] and [`ACPI_RESET_PORT`]. Interrupts of the generic
+//! event device signal the power button, and that the machine has been restored from saved state.
 
 mod dsdt;
 

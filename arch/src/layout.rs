@@ -46,6 +46,13 @@ pub const RANDOM_SEED: u64 = CONVENTIONAL_MEMORY_END;
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Size of that area in bytes.
 pub const MP_TABLE_MAX_SIZE: usize = 0x400;
+/// Generation id of the machine, in a page of its own. It is not at the start of 2 KiB, where kernels
+/// look for the signature of an adapter's ROM, which a random id might equal.
+pub const GENERATION_ID: u64 = 0xd_e040;
+/// VMClock page.
+pub const VM_CLOCK: u64 = 0xd_f000;
+/// Size of that page in bytes.
+pub const VM_CLOCK_SIZE: u32 = 0x1000;
 /// ACPI root pointer, followed by the other tables.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables in bytes.
@@ -120,6 +127,9 @@ pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
 pub const TIMER_GSI: u32 = 0;
 /// Interrupt of the keyboard controller, edge-triggered.
 pub const KEYBOARD_GSI: u32 = 1;
+/// Interrupt of the ACPI generic event device, raised when the machine has been restored from saved
+/// state.
+pub const RESTORED_GSI: u32 = 3;
 /// Interrupt of the first serial port, edge-triggered.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI generic event device, raised when the power button is pressed.

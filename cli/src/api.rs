@@ -20,6 +20,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::args::ApiArgs;
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
+use crate::control::{self, Control};
 use crate::log;
 use crate::main_loop::{Awaited, EndedBy, attend, await_end, await_start};
 use crate::process_times::ProcessTimes;
@@ -45,9 +46,11 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
             tracing::info!("{option} has no effect: there is no seccomp filter yet");
         }
     }
+    // Before signals are diverted, so that one ends the process even if the host does not answer.
+    let control = args.control.as_deref().map(control::listen).transpose()?;
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = StdioConsole::new()?;
-    let served = serve_instance(args, program_log.clone(), &signals, &mut console);
+    let served = serve_instance(args, program_log.clone(), &signals, &mut console, control);
     // An error must not wait for a reader that may never return.
     let ends_soon = stopping::is_asked() || served.is_err();
     let limit = ends_soon.then(|| stopping::time_left(OUTPUT_LIMIT_AFTER_STOP));
@@ -61,8 +64,12 @@ fn serve_instance(
     program_log: log::AdjustableLog,
     signals: &Signals,
     console: &mut StdioConsole,
+    control: Option<ListeningSocket>,
 ) -> anyhow::Result<EndedBy> {
     let controller = Controller::new()?;
+    let control = control
+        .map(|socket| Control::start(socket, controller.clone()))
+        .transpose()?;
     let machine_console = console
         .for_machine()
         .context("cannot pass the serial console to the machine")?;
@@ -94,6 +101,7 @@ fn serve_instance(
         .context("cannot start the thread of the API")?;
     let timeout = args.shutdown_timeout.get();
     let ended = attend_instance(&controller, signals, console, &started, timeout);
+    let ended = ended.map(|by| control.as_ref().map_or(by, |control| control.ended_by(by)));
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
@@ -104,6 +112,9 @@ fn serve_instance(
     }
     let served = served.recv_timeout(stopping::time_left(API_END_TIME));
     let reason = await_end(&controller, signals, Some(console))?;
+    if let Some(control) = control {
+        control.end();
+    }
     match served {
         Ok(served) => served?,
         // The process ends now in any case.

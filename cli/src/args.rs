@@ -5,12 +5,17 @@ mod machine;
 use std::path::PathBuf;
 
 use bantam_api::bodies::logger::LogLevel;
-use bantam_vmm::config::{ConfigError, MachineTable, ShutdownTimeout};
+use bantam_vmm::config::{
+    ConfigError, DiskConfig, InterfaceName, MachineTable, SerialConfig, ShutdownTimeout,
+};
 use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
+use crate::control::ControlArgs;
 use crate::image::ImageArgs;
+use crate::restore::{self, Replacement};
+use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
 use machine::{choice, heading};
 
@@ -42,12 +47,26 @@ pub enum Command {
     /// drive Bantam. It stays until the machine ends. Started under the name firecracker, Bantam takes
     /// the same options without a command. See docs/api.md.
     Api(Box<ApiArgs>),
+    /// Controls a machine that runs: pauses it, asks for its state, ends it
+    ///
+    /// Sends a command to the control socket of a machine, which it has if it was started with --control, and
+    /// prints the answer. The exit status is 0 if the machine has done what it was asked for. See
+    /// docs/control.md.
+    Control(Box<ControlArgs>),
     /// Shows whether this host can run machines, and what to do if it cannot
     ///
     /// Looks for KVM and what Bantam needs of it, and for what disks and networks make use of.
     /// Each line of the table says what was found; if something is missing, a line below it
     /// says what to do. The exit status is 0 if machines can run here and 1 if they cannot.
     Check,
+    /// Starts a machine from a snapshot, and stays until it ends
+    ///
+    /// The machine goes on from where another was when its snapshot was taken. What it uses of the host can be
+    /// other than it was: images, taps, sockets. Exit status and keys are those of bantam run. See
+    /// docs/snapshots.md.
+    Restore(Box<RestoreArgs>),
+    /// Takes snapshots of machines, and examines and merges them
+    Snapshot(Box<SnapshotArgs>),
     /// Creates, converts and examines disk images
     ///
     /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
@@ -76,7 +95,7 @@ pub enum Command {
 pub struct RunArgs {
     /// Machine file with options for this command, in TOML
     ///
-    /// Its keys are the names of the options below, except --log, without the dashes:
+    /// Its keys are the names of the options below, except --control and --log, without the dashes:
     /// kernel = "vmlinux", cpus = 2, memory = "512M". A disk is a table [[disk]] with the keys path,
     /// readonly, id and so on; a network device is a table [[net]] with the keys tap, mac and so on;
     /// a channel is a table [[channel]]. Other options with keys, such as --vsock, are a table each,
@@ -91,6 +110,13 @@ pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
+    /// Unix socket by which other programs control the machine
+    ///
+    /// Only the user who starts the machine, and root, can connect. `bantam control` is a client of it. It is
+    /// removed in the end.
+    #[arg(long, value_name = "PATH", help_heading = heading::OTHER, hide_short_help = true)]
+    pub control: Option<PathBuf>,
+
     /// How much to log: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "warn", help_heading = heading::OTHER,
         hide_possible_values = true,
@@ -100,6 +126,61 @@ pub struct RunArgs {
     /// Print help: a summary with -h, all of it with --help
     #[arg(short, long, action = ArgAction::Help, help_heading = heading::OTHER)]
     help: Option<bool>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArgs {
+    /// Directory of the snapshot
+    pub directory: PathBuf,
+
+    /// Folder for new overlays of the disks that the machine can write to
+    ///
+    /// Without it, the machine writes to the images of the snapshot, from which no other machine can go on
+    /// then. With a folder for each, any number of machines go on from one snapshot, at the same time too.
+    #[arg(long, value_name = "FOLDER")]
+    pub overlays: Option<PathBuf>,
+
+    /// Another image for a disk, with the same content; can be given more than once
+    ///
+    /// NAME is that of the disk on the host, disk0, disk1, ... unless it was given another.
+    #[arg(long = "disk", value_name = "NAME=PATH[,format=FORMAT]", value_parser = restore::disk)]
+    pub disks: Vec<Replacement<DiskConfig>>,
+
+    /// Another tap for a network device; can be given more than once
+    #[arg(long = "net", value_name = "NAME=TAP", value_parser = restore::net)]
+    pub nets: Vec<Replacement<InterfaceName>>,
+
+    /// Another socket for the socket device
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+
+    /// Where the serial port leads now
+    #[arg(long, value_name = "END")]
+    pub serial: Option<SerialConfig>,
+
+    /// Where the virtio console leads now
+    #[arg(long, value_name = "END")]
+    pub console: Option<SerialConfig>,
+
+    /// Unix socket by which other programs control the machine, as for bantam run
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// Wait until a client of the control socket lets the machine go on
+    #[arg(long, requires = "control")]
+    pub paused: bool,
+
+    /// Take images that have been changed since the snapshot
+    ///
+    /// The guest knows nothing of the change: it may find a damaged file system, or damage it.
+    #[arg(long)]
+    pub force: bool,
+
+    /// How much to log: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "warn",
+        hide_possible_values = true,
+        value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
+    pub log: LevelFilter,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -113,6 +194,10 @@ pub struct ApiArgs {
     /// Name of the instance: up to 64 letters, digits and dashes
     #[arg(long, value_name = "NAME", default_value = "anonymous-instance", value_parser = instance_id)]
     pub id: String,
+
+    /// Unix socket by which other programs control the machine, as for bantam run
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 
     /// How long the guest may take to shut down when a signal asks the program to end
     ///

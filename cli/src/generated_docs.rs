@@ -10,15 +10,20 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use crate::args::Args;
+use crate::control::ControlArgs;
 use crate::image::ImageArgs;
 
 /// Prints the completions for a shell.
 pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
     // The command `help` completes only the subcommands that are there from the beginning.
-    let mut command = Args::command().mut_subcommand("image", |command| {
-        ImageArgs::augment_args(command.defer(|command| command))
-    });
+    let mut command = Args::command()
+        .mut_subcommand("image", |command| {
+            ImageArgs::augment_args(command.defer(|command| command))
+        })
+        .mut_subcommand("control", |command| {
+            ControlArgs::augment_args(command.defer(|command| command))
+        });
     clap_complete::generate(shell, &mut command, "bantam", &mut script);
     io::stdout()
         .write_all(&script)
@@ -102,6 +107,8 @@ mod tests {
             "bantam.1",
             "bantam-check.1",
             "bantam-completions.1",
+            "bantam-control.1",
+            "bantam-control-pause.1",
             "bantam-image.1",
             "bantam-image-convert.1",
             "bantam-man.1",

@@ -4,20 +4,24 @@ mod api;
 mod args;
 mod check;
 mod console;
+mod control;
 mod escape;
 mod exit_status;
 mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
 mod image;
+mod local_time;
 mod log;
 mod main_loop;
 mod message;
 mod outlet;
 mod process_times;
 mod restart;
+mod restore;
 mod run;
 mod signals;
+mod snapshot;
 mod stopping;
 mod terminal;
 
@@ -25,6 +29,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use bantam_vmm::config::ExitStatus;
@@ -34,9 +39,10 @@ use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use args::{Args, Command, FirecrackerArgs, RunArgs};
+use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
 use message::say;
+use run::Origin;
 
 fn main() -> ExitCode {
     #[cfg(target_env = "gnu")]
@@ -85,6 +91,12 @@ fn execute(command: Command) -> ExitCode {
             raise_descriptor_limit();
             status_of(message::start().and_then(|()| api::serve(&args)))
         }
+        Command::Control(args) => status_of(control::control(*args)),
+        Command::Restore(args) => {
+            raise_descriptor_limit();
+            restore(&args)
+        }
+        Command::Snapshot(args) => status_of(snapshot::run(*args)),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
@@ -97,10 +109,30 @@ fn run(args: RunArgs) -> ExitCode {
     let mut meaning = args.machine.exit_status.unwrap_or_default();
     let ended = message::start().and_then(|()| {
         log::to_stderr(args.log);
+        let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
-        run::run(&table.into_config()?)
+        run::run(&table.into_config()?, Origin::Boot, control.as_deref())
     });
+    status_of_machine(ended, meaning)
+}
+
+fn restore(args: &RestoreArgs) -> ExitCode {
+    let mut meaning = ExitStatus::default();
+    let ended = message::start().and_then(|()| {
+        log::to_stderr(args.log);
+        let (snapshot, config) = restore::prepare(args)?;
+        meaning = config.exit_status;
+        let origin = Origin::Snapshot {
+            snapshot: Arc::new(snapshot),
+            paused: args.paused,
+        };
+        run::run(&config, origin, args.control.as_deref())
+    });
+    status_of_machine(ended, meaning)
+}
+
+fn status_of_machine(ended: anyhow::Result<u8>, meaning: ExitStatus) -> ExitCode {
     match ended {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
@@ -123,6 +155,12 @@ fn status_of(result: anyhow::Result<()>) -> ExitCode {
 /// Reports an error to the user, in one line.
 fn report(error: &anyhow::Error) {
     message::say_last(format_args!("error: {}", reason(error)));
+}
+
+/// Whether an error is that nobody reads the output any more.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Raises the limit of file descriptors to the maximum: connections to a guest take one each.

@@ -102,7 +102,7 @@ pub fn attend(
         let exit_event = Some(controller.exit_event());
         let turn = match stop.take() {
             Some(signal) => Turn::Stop(signal),
-            None => turn(signals, exit_event, console.as_deref_mut(), None)?,
+            None => turn(signals, [exit_event, None], console.as_deref_mut(), None)?,
         };
         match turn {
             Turn::Stop(signal) => {
@@ -163,11 +163,13 @@ pub enum Start {
 }
 
 /// Builds and starts a machine by `start`, on another thread, so that a signal ends the wait even
-/// if the host does not answer.
+/// if the host does not answer, and so does a client of the control socket, which makes `end_event`
+/// readable.
 pub fn await_build(
     controller: &Controller,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
+    end_event: Option<BorrowedFd<'_>>,
     start: impl FnOnce() -> Result<(), bantam_vmm::Error> + Send + 'static,
 ) -> anyhow::Result<Start> {
     // It hangs up when the thread has ended.
@@ -182,9 +184,11 @@ pub fn await_build(
         })
         .context("cannot start the thread that builds the machine")?;
     let stop = loop {
-        match turn(signals, Some(started.as_fd()), console.as_deref_mut(), None)? {
+        let ends = [Some(started.as_fd()), end_event];
+        match turn(signals, ends, console.as_deref_mut(), None)? {
             Turn::Stop(signal) if ends_soon(started.as_fd()) => break Some(signal),
-            end @ (Turn::Stop(_) | Turn::Quit) => {
+            Turn::Exit if ends_soon(started.as_fd()) => break None,
+            end @ (Turn::Stop(_) | Turn::Quit | Turn::Exit) => {
                 if let Turn::Stop(signal) = end {
                     tracing::info!("the machine is not started: {signal}");
                 }
@@ -192,7 +196,6 @@ pub fn await_build(
                 controller.stop();
                 return Ok(Start::Abandoned);
             }
-            Turn::Exit => break None,
             Turn::Resize | Turn::Other => {}
         }
     };
@@ -241,7 +244,13 @@ pub fn await_end(
                 unfinished(controller)
             );
         }
-        match turn(signals, None, console.as_deref_mut(), Some(END_INTERVAL))? {
+        let no_event = [None, None];
+        match turn(
+            signals,
+            no_event,
+            console.as_deref_mut(),
+            Some(END_INTERVAL),
+        )? {
             Turn::Stop(_) | Turn::Quit => stopping::ask(),
             Turn::Exit | Turn::Resize | Turn::Other => {}
         }
@@ -265,27 +274,29 @@ fn unfinished(controller: &Controller) -> String {
 }
 
 /// Passes on input and signals while a machine waits to be started again. Returns who ended the
-/// wait, if anyone.
+/// wait, if anyone: a client of the control socket does so by making `end_event` readable.
 pub fn await_restart(
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
+    end_event: Option<BorrowedFd<'_>>,
     wait: Duration,
 ) -> anyhow::Result<Option<EndedBy>> {
     let end = Instant::now() + wait;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        match turn(signals, None, console.as_deref_mut(), Some(left))? {
+        let ends = [end_event, None];
+        match turn(signals, ends, console.as_deref_mut(), Some(left))? {
             Turn::Stop(signal) => {
                 stopping::ask();
                 tracing::info!("the machine is not started again: {signal}");
                 return Ok(Some(EndedBy::User));
             }
-            Turn::Quit => {
+            Turn::Quit | Turn::Exit => {
                 stopping::ask();
                 return Ok(Some(EndedBy::User));
             }
-            Turn::Exit | Turn::Resize | Turn::Other if left.is_zero() => return Ok(None),
-            Turn::Exit | Turn::Resize | Turn::Other => {}
+            Turn::Resize | Turn::Other if left.is_zero() => return Ok(None),
+            Turn::Resize | Turn::Other => {}
         }
     }
 }
@@ -296,7 +307,7 @@ enum Turn {
     Stop(Signal),
     /// Keys ask for the end.
     Quit,
-    /// The machine has ended.
+    /// The machine has ended, or what else was waited for has happened.
     Exit,
     /// The terminal has, or may have, a new size.
     Resize,
@@ -307,11 +318,11 @@ enum Turn {
 /// Waits for events, at most for `timeout`, and passes on input.
 fn turn(
     signals: &Signals,
-    exit_event: Option<BorrowedFd<'_>>,
+    exit_events: [Option<BorrowedFd<'_>>; 2],
     mut console: Option<&mut StdioConsole>,
     timeout: Option<Duration>,
 ) -> anyhow::Result<Turn> {
-    let ready = wait_for_events(signals, exit_event, console.as_deref(), timeout)?;
+    let ready = wait_for_events(signals, exit_events, console.as_deref(), timeout)?;
     if ready.signal {
         match signals.next().context("cannot read signals")? {
             Some(Request::Stop(signal)) => return Ok(Turn::Stop(signal)),
@@ -342,7 +353,10 @@ fn turn(
             return Ok(Turn::Quit);
         }
     }
-    Ok(if ready.exit { Turn::Exit } else { Turn::Other })
+    Ok(match ready.exits {
+        [false, false] => Turn::Other,
+        _ => Turn::Exit,
+    })
 }
 
 /// Tells the guest the size of the terminal.
@@ -361,14 +375,14 @@ fn resize(controller: &Controller) {
 #[derive(Debug, Default)]
 struct Ready {
     signal: bool,
-    exit: bool,
+    exits: [bool; 2],
     source: bool,
     destination: bool,
 }
 
 fn wait_for_events(
     signals: &Signals,
-    exit_event: Option<BorrowedFd<'_>>,
+    exit_events: [Option<BorrowedFd<'_>>; 2],
     console: Option<&StdioConsole>,
     timeout: Option<Duration>,
 ) -> anyhow::Result<Ready> {
@@ -376,9 +390,12 @@ fn wait_for_events(
     let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
     let writable = |fd| PollFd::new(fd, PollFlags::POLLOUT);
     let mut ready = Ready::default();
+    let [exit, other_exit] = &mut ready.exits;
+    let [exit_event, other_exit_event] = exit_events;
     let (mut fds, flags): (Vec<_>, Vec<_>) = [
         (Some(readable(signals.as_fd())), &mut ready.signal),
-        (exit_event.map(readable), &mut ready.exit),
+        (exit_event.map(readable), exit),
+        (other_exit_event.map(readable), other_exit),
         (
             input.and_then(Input::source).map(readable),
             &mut ready.source,

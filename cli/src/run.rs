@@ -1,12 +1,18 @@
 //! `bantam run`: one machine from start to end, and again if it reboots.
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
-use bantam_vmm::{Console, Controller, ControllerOptions, ExitReason, MachineLog, Stream};
+use bantam_vmm::{
+    Console, Controller, ControllerOptions, ExitReason, ListeningSocket, MachineLog, Snapshot,
+    Stream,
+};
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
+use crate::control::{Control, listen};
 use crate::exit_status::Ending;
 use crate::main_loop::{EndedBy, Start, attend, await_build, await_end, await_restart};
 use crate::message::say;
@@ -14,14 +20,30 @@ use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
 
-/// Runs a machine until it ends for good, and returns the exit status.
-pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
+/// What a machine starts from.
+pub enum Origin {
+    /// The kernel that its configuration names.
+    Boot,
+    /// A snapshot of another machine.
+    Snapshot {
+        /// The snapshot.
+        snapshot: Arc<Snapshot>,
+        /// Whether the machine waits until it is told to go on.
+        paused: bool,
+    },
+}
+
+/// Runs a machine until it ends for good, and returns the exit status. It starts from `origin`, and boots when it is
+/// restarted. Clients of a socket at `control`, if that is given, can control it.
+pub fn run(config: &MachineConfig, origin: Origin, control: Option<&Path>) -> anyhow::Result<u8> {
+    // Before signals are diverted, so that one ends the process even if the host does not answer.
+    let control = control.map(listen).transpose()?;
     let signals = Signals::block().context("cannot divert signals")?;
     let mut console = match config.uses_stdio() {
         true => Some(StdioConsole::new()?),
         false => None,
     };
-    let ended = run_until_end(config, &signals, console.as_mut());
+    let ended = run_until_end(config, origin, &signals, console.as_mut(), control);
     if let Some(console) = console {
         // An error must not wait for a reader that may never read again.
         let ends_soon = stopping::is_asked() || ended.is_err();
@@ -33,14 +55,62 @@ pub fn run(config: &MachineConfig) -> anyhow::Result<u8> {
 
 fn run_until_end(
     config: &MachineConfig,
+    origin: Origin,
     signals: &Signals,
-    mut console: Option<&mut StdioConsole>,
+    console: Option<&mut StdioConsole>,
+    control: Option<ListeningSocket>,
 ) -> anyhow::Result<Ending> {
     let log = MachineLog::default();
+    let controller = new_controller(&log)?;
+    let control = control
+        .map(|socket| Control::start(socket, controller.clone()))
+        .transpose()?;
+    let ended = run_with_restarts(
+        config,
+        origin,
+        signals,
+        console,
+        controller,
+        &log,
+        control.as_ref(),
+    );
+    if let Some(control) = control {
+        control.end();
+    }
+    ended
+}
+
+fn new_controller(log: &MachineLog) -> Result<Controller, bantam_vmm::Error> {
+    Controller::with(ControllerOptions {
+        log: log.clone(),
+        ..ControllerOptions::default()
+    })
+}
+
+fn run_with_restarts(
+    config: &MachineConfig,
+    mut origin: Origin,
+    signals: &Signals,
+    mut console: Option<&mut StdioConsole>,
+    mut controller: Controller,
+    log: &MachineLog,
+    control: Option<&Control>,
+) -> anyhow::Result<Ending> {
+    const ENDED_BY_USER: Ending = Ending {
+        by: EndedBy::User,
+        reason: ExitReason::Stopped,
+    };
     let mut restarts = Restarts::new(config.restart_limit);
     loop {
         let started = Instant::now();
-        let ending = run_once(config, signals, console.as_deref_mut(), &log)?;
+        let ending = run_once(
+            config,
+            std::mem::replace(&mut origin, Origin::Boot),
+            signals,
+            console.as_deref_mut(),
+            &controller,
+            control,
+        )?;
         let reason = ending.reason;
         let restarts_machine = ending.by == EndedBy::Guest
             && matches!(reason, ExitReason::Reboot | ExitReason::Panic)
@@ -63,11 +133,14 @@ fn run_until_end(
             run.as_secs_f64(),
             restarts.describe()
         );
-        if await_restart(signals, console.as_deref_mut(), wait)? == Some(EndedBy::User) {
-            return Ok(Ending {
-                by: EndedBy::User,
-                reason: ExitReason::Stopped,
-            });
+        let end_event = control.map(Control::end_event);
+        let ended_by = await_restart(signals, console.as_deref_mut(), end_event, wait)?;
+        if ended_by == Some(EndedBy::User) {
+            return Ok(ENDED_BY_USER);
+        }
+        controller = new_controller(log)?;
+        if control.is_some_and(|control| !control.replace(&controller)) {
+            return Ok(ENDED_BY_USER);
         }
     }
 }
@@ -75,9 +148,11 @@ fn run_until_end(
 /// Runs a machine until it ends.
 fn run_once(
     config: &MachineConfig,
+    origin: Origin,
     signals: &Signals,
     mut console: Option<&mut StdioConsole>,
-    log: &MachineLog,
+    controller: &Controller,
+    control: Option<&Control>,
 ) -> anyhow::Result<Ending> {
     let machine_console = match &console {
         Some(console) => console
@@ -85,10 +160,6 @@ fn run_once(
             .context("cannot pass the serial console to the machine")?,
         None => Console::default(),
     };
-    let controller = Controller::with(ControllerOptions {
-        log: log.clone(),
-        ..ControllerOptions::default()
-    })?;
     controller.set_console(machine_console)?;
     if let Some(console) = &mut console {
         console.input.enter_terminal()?;
@@ -97,23 +168,42 @@ fn run_once(
         let (controller, config) = (controller.clone(), config.clone());
         move || {
             controller.configure(config)?;
-            controller.start()
+            let Origin::Snapshot { snapshot, paused } = origin else {
+                return controller.start();
+            };
+            controller.restore(&snapshot)?;
+            match paused {
+                true => Ok(()),
+                false => controller.resume(),
+            }
         }
     };
-    let ended = match await_build(&controller, signals, console.as_deref_mut(), start)? {
-        Start::Done(stop) => {
-            say_pseudoterminals(config, &controller);
+    let end_event = control.map(Control::end_event);
+    let built = await_build(
+        controller,
+        signals,
+        console.as_deref_mut(),
+        end_event,
+        start,
+    );
+    let ended = match built {
+        Ok(Start::Done(stop)) => {
+            say_pseudoterminals(config, controller);
             let timeout = config.shutdown_timeout.get();
             let resizes = config.console == SerialConfig::Stdio;
             let console = console.as_deref_mut();
-            attend(&controller, signals, console, timeout, resizes, stop)
+            attend(controller, signals, console, timeout, resizes, stop)
         }
-        Start::Abandoned => Ok(EndedBy::User),
+        Ok(Start::Abandoned) => Ok(EndedBy::User),
+        // A machine that a client has stopped before is refused the start.
+        Err(_) if control.is_some_and(Control::is_end_asked) => Ok(EndedBy::User),
+        Err(error) => return Err(error),
     };
+    let ended = ended.map(|by| control.map_or(by, |control| control.ended_by(by)));
     if !matches!(ended, Ok(EndedBy::Guest)) {
         controller.stop();
     }
-    let reason = await_end(&controller, signals, console)?;
+    let reason = await_end(controller, signals, console)?;
     let by = ended?;
     Ok(match reason {
         Some(reason) => Ending { by, reason },

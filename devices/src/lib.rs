@@ -11,6 +11,7 @@ pub mod bus;
 pub mod device_log;
 pub mod event_loop;
 pub mod exit_port;
+pub mod generation;
 pub mod i8042;
 pub mod interrupt;
 mod io_uring_support;

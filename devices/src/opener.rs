@@ -1,5 +1,7 @@
 //! Opening of the files, sockets and taps that a machine uses on its host.
 
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 
 use bantam_storage::{FileOpener, HostOpener};
@@ -17,6 +19,14 @@ pub trait Opener: FileOpener {
     /// # Errors
     /// Those of [`ListeningSocket::bind`].
     fn listen(&self, path: &Path) -> Result<ListeningSocket, ListenError>;
+
+    /// Listens on a TCP port.
+    ///
+    /// # Errors
+    /// If the address is in use, or is not an address of this host.
+    fn listen_tcp(&self, address: SocketAddr) -> io::Result<TcpListener> {
+        TcpListener::bind(address)
+    }
 
     /// Attaches to the tap `name`.
     ///

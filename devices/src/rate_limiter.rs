@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// A bucket of size zero, or one that fills in no time, limits nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RateLimit {
     /// Units that the bucket holds, which is how many may be used at once after an idle period.
     pub size: u64,
@@ -38,6 +39,7 @@ impl RateLimit {
 
 /// Limits on a device's bytes and operations; `None` means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Limits {
     /// Limit on bytes.
     pub bytes: Option<RateLimit>,

@@ -1,9 +1,10 @@
 //! The kinds of pages that guest memory is made of, and how they are mapped and given back.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 
-use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 
 use crate::PAGE_SIZE;
@@ -47,33 +48,29 @@ pub enum MapError {
 }
 
 impl Backing {
-    /// Maps `size` bytes of zeroes, or of `file` from an offset on. Only [`Backing::PrivateFile`] has a file.
+    /// Maps `size` bytes of zeroes. Files are mapped over those of [`Backing::PrivateFile`].
     pub(crate) fn map(
         self,
         size: usize,
-        file: Option<FileOffset>,
         log: RegionLog,
     ) -> Result<MmapRegion<RegionLog>, MapError> {
         let flags = match self {
-            Backing::Anonymous | Backing::TransparentHugePages => {
-                libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
+            Backing::Anonymous | Backing::TransparentHugePages | Backing::PrivateFile => {
+                libc::MAP_NORESERVE
             }
             // Without `MAP_NORESERVE` the kernel reserves all pages of the mapping.
-            Backing::HugePages => libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
-            Backing::PrivateFile => libc::MAP_NORESERVE,
+            Backing::HugePages => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         };
-        let mut builder = MmapRegionBuilder::new_with_bitmap(size, log)
+        let region = MmapRegionBuilder::new_with_bitmap(size, log)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | flags)
-            .with_hugetlbfs(self == Backing::HugePages);
-        if let Some(file) = file {
-            builder = builder.with_file_offset(file);
-        }
-        let region = builder.build().map_err(|error| match (error, self) {
-            (MmapRegionError::Mmap(error), Backing::HugePages) => MapError::HugePages(error),
-            (MmapRegionError::Mmap(error), _) => MapError::Map(error),
-            (error, _) => MapError::Map(io::Error::other(error)),
-        })?;
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
+            .with_hugetlbfs(self == Backing::HugePages)
+            .build()
+            .map_err(|error| match (error, self) {
+                (MmapRegionError::Mmap(error), Backing::HugePages) => MapError::HugePages(error),
+                (MmapRegionError::Mmap(error), _) => MapError::Map(error),
+                (error, _) => MapError::Map(io::Error::other(error)),
+            })?;
         if self == Backing::TransparentHugePages {
             // SAFETY: the range is one mapping of this size, whose content the advice leaves alone.
             let result =
@@ -121,15 +118,8 @@ impl Backing {
             }
             Backing::PrivateFile => {
                 // Dropped pages would have the file's content again, so anonymous memory replaces the mapping.
-                let protection = libc::PROT_READ | libc::PROT_WRITE;
-                let flags =
-                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-                // SAFETY: the caller promises mapped pages that nothing refers to, and they stay mapped.
-                let mapped = unsafe { libc::mmap(pages.cast(), len, protection, flags, -1, 0) };
-                return match mapped == libc::MAP_FAILED {
-                    false => Ok(()),
-                    true => Err(io::Error::last_os_error()),
-                };
+                // SAFETY: the caller promises mapped pages that nothing refers to.
+                return unsafe { map_over(pages, len, None) };
             }
         };
         // SAFETY: the caller promises mapped pages that nothing refers to; the advice changes only
@@ -138,6 +128,33 @@ impl Backing {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+/// Maps the file from this offset on, or zeroes, privately in the place of `len` bytes, whole pages.
+///
+/// # Errors
+/// Those of `mmap`.
+///
+/// # Safety
+/// The bytes must be mapped, as one or more private mappings, and nothing may refer to them.
+pub(crate) unsafe fn map_over(
+    pages: *mut u8,
+    len: usize,
+    file: Option<(&File, u64)>,
+) -> io::Result<()> {
+    let (kind, fd, offset) = match file {
+        Some((file, offset)) => (0, file.as_raw_fd(), offset),
+        None => (libc::MAP_ANONYMOUS, -1, 0),
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED | kind;
+    let offset = offset as libc::off_t;
+    // SAFETY: the caller promises mapped pages that nothing refers to, and they stay mapped.
+    let mapped = unsafe { libc::mmap(pages.cast(), len, protection, flags, fd, offset) };
+    match mapped == libc::MAP_FAILED {
+        false => Ok(()),
+        true => Err(io::Error::last_os_error()),
     }
 }
 

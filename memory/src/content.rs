@@ -30,19 +30,17 @@ impl GuestMemory {
     /// # Errors
     /// If the host does not say which pages have memory (`/proc/self/pagemap`).
     pub fn pages_with_content(&self) -> io::Result<PageSet> {
-        let Some(file) = self.file() else {
+        if self.backing() != Backing::PrivateFile {
             return self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0);
-        };
+        }
         let mut pages = self.written_pages()?;
-        let regions = self.regions().zip(self.file_offsets());
-        let regions = regions.map(|(region, offset)| (region.start, region.len, offset));
-        let regions: Vec<_> = regions.collect();
-        pages.add(&PageSet::with_data(file, regions.into_iter())?);
+        for layer in self.layers() {
+            pages.add_data(&layer.file, layer.start, layer.len, layer.offset)?;
+        }
         Ok(pages)
     }
 
-    /// Returns the pages that have been written since the memory was mapped from a file. A page that was discarded is
-    /// not among them unless it has been written afterwards.
+    /// Returns the pages that have been written or discarded since the memory was mapped from files.
     ///
     /// # Errors
     /// If the memory was not mapped from a file, or the host does not say which pages have memory.
@@ -51,7 +49,12 @@ impl GuestMemory {
             return Err(io::ErrorKind::Unsupported.into());
         }
         // A page that was only read is the file's.
-        self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0)
+        let mut pages =
+            self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0)?;
+        if let Some(discarded) = self.discarded() {
+            pages.add(&discarded);
+        }
+        Ok(pages)
     }
 
     /// Returns the pages whose entry of the kernel's table meets `condition`.
@@ -102,33 +105,32 @@ impl GuestMemory {
 }
 
 impl PageSet {
-    /// Returns the pages for which `file` has data. Each region is given by its start, its length in bytes and its offset
-    /// in the file.
+    /// Adds the pages for which `file` has data, of the `len` bytes at `address` that begin at `offset` in the file.
     ///
     /// # Errors
     /// Those of `lseek`.
-    pub fn with_data(
+    pub fn add_data(
+        &mut self,
         file: &File,
-        regions: impl Iterator<Item = (GuestAddress, u64, u64)> + Clone,
-    ) -> io::Result<PageSet> {
-        let mut pages = PageSet::empty(regions.clone().map(|(start, len, _)| (start, len)));
-        for (start, len, offset) in regions {
-            let end = offset + len;
-            let mut position = offset;
-            while position < end {
-                let data = seek(file, position, libc::SEEK_DATA)?;
-                let Some(data) = data.filter(|&data| data < end) else {
-                    break;
-                };
-                let hole = seek(file, data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-                let first = (data - offset) & !(PAGE_SIZE as u64 - 1);
-                for page in (first..hole - offset).step_by(PAGE_SIZE) {
-                    pages.insert(GuestAddress(start.0 + page));
-                }
-                position = hole.max(data + 1);
+        address: GuestAddress,
+        len: u64,
+        offset: u64,
+    ) -> io::Result<()> {
+        let end = offset + len;
+        let mut position = offset;
+        while position < end {
+            let data = seek(file, position, libc::SEEK_DATA)?;
+            let Some(data) = data.filter(|&data| data < end) else {
+                break;
+            };
+            let hole = seek(file, data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            let first = (data - offset) & !(PAGE_SIZE as u64 - 1);
+            for page in (first..hole - offset).step_by(PAGE_SIZE) {
+                self.insert(GuestAddress(address.0 + page));
             }
+            position = hole.max(data + 1);
         }
-        Ok(pages)
+        Ok(())
     }
 }
 

@@ -3,17 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult,
-    GuestRegionCollection, GuestRegionMmap, Permissions,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryResult, GuestRegionCollection,
+    GuestRegionMmap, Permissions,
 };
 
+use crate::backing::map_over;
 use crate::dirty_log::{DirtyLog, RegionLog};
-use crate::{Backing, GuestRange, MapError, PageSet, Word};
+use crate::layers::{Layer, Layers};
+use crate::{Backing, GuestRange, MapError, PAGE_SIZE, PageSet, Word};
 
 /// The memory of a guest: one or more regions of its physical address space.
 ///
@@ -22,10 +25,20 @@ use crate::{Backing, GuestRange, MapError, PageSet, Word};
 #[derive(Debug)]
 pub struct GuestMemory {
     regions: GuestRegionCollection<GuestRegionMmap<RegionLog>>,
+    /// What it was made of at first.
     backing: Backing,
-    /// The file of a private mapping, and where each region begins in it.
-    file: Option<(Arc<File>, Vec<u64>)>,
+    /// Whether it is mapped from files now.
+    is_of_files: AtomicBool,
+    files: Mutex<Option<Files>>,
     log: Arc<DirtyLog>,
+}
+
+/// The files that guest memory is mapped from.
+#[derive(Debug)]
+struct Files {
+    layers: Layers,
+    /// Pages that are zero instead, until they are written.
+    discarded: PageSet,
 }
 
 /// A region of guest memory.
@@ -56,7 +69,7 @@ impl GuestMemory {
         if backing == Backing::PrivateFile {
             return Err(MapError::Regions("a file has content".to_string()));
         }
-        GuestMemory::map(ranges, backing, None)
+        GuestMemory::map(ranges, backing)
     }
 
     /// Maps `file` privately: the memory has the file's content until it is written, and takes memory of its own only
@@ -66,35 +79,42 @@ impl GuestMemory {
     /// If the file is shorter than the regions, the host refuses to map it, or `ranges` are not valid regions.
     pub fn from_file(ranges: &[(GuestAddress, usize)], file: Arc<File>) -> Result<Self, MapError> {
         let mut next = 0;
-        let offsets = ranges.iter().map(|&(_, size)| {
+        let layers = ranges.iter().map(|&(start, size)| {
             let offset = next;
             next += size as u64;
-            offset
+            Layer {
+                start,
+                len: size as u64,
+                file: file.clone(),
+                offset,
+            }
         });
-        let offsets = offsets.collect();
-        // An access past the end of the file would end the process.
-        let len = file.metadata().map_err(MapError::Map)?.len();
-        if len < next {
-            let reason = format!("the file has {len} of {next} bytes");
-            return Err(MapError::Regions(reason));
-        }
-        GuestMemory::map(ranges, Backing::PrivateFile, Some((file, offsets)))
+        let layers: Vec<_> = layers.collect();
+        GuestMemory::from_layers(ranges, &layers)
     }
 
-    fn map(
+    /// Maps files privately: the memory has their content until it is written. Parts that no layer covers are zero. The
+    /// layers are in ascending order.
+    ///
+    /// # Errors
+    /// If a file is shorter than its layer, a layer is not in one of the regions, the host refuses to map it, or `ranges`
+    /// are not valid regions.
+    pub fn from_layers(
         ranges: &[(GuestAddress, usize)],
-        backing: Backing,
-        file: Option<(Arc<File>, Vec<u64>)>,
+        layers: &[Layer],
     ) -> Result<Self, MapError> {
+        let memory = GuestMemory::map(ranges, Backing::PrivateFile)?;
+        memory.put_layers(layers).map_err(MapError::Map)?;
+        Ok(memory)
+    }
+
+    fn map(ranges: &[(GuestAddress, usize)], backing: Backing) -> Result<Self, MapError> {
         let log = Arc::new(DirtyLog::new(ranges.iter().copied()));
         let regions: Result<Vec<_>, MapError> = ranges
             .iter()
             .enumerate()
             .map(|(index, &(start, size))| {
-                let file = file
-                    .as_ref()
-                    .map(|(file, offsets)| FileOffset::from_arc(file.clone(), offsets[index]));
-                let mapping = backing.map(size, file, RegionLog::new(log.clone(), index))?;
+                let mapping = backing.map(size, RegionLog::new(log.clone(), index))?;
                 GuestRegionMmap::new(mapping, start).ok_or_else(|| {
                     MapError::Regions("it does not fit into the guest's address space".to_string())
                 })
@@ -105,9 +125,65 @@ impl GuestMemory {
         Ok(GuestMemory {
             regions,
             backing,
-            file,
+            files: Mutex::new(None),
+            is_of_files: AtomicBool::new(backing == Backing::PrivateFile),
             log,
         })
+    }
+
+    /// Maps files privately in the place of parts of the memory. The layers are in ascending order.
+    ///
+    /// If the files have the content that the parts have, this changes nothing but where pages are kept: the memory takes
+    /// no memory of its own for these parts until they are written again. The caller makes sure that neither the guest nor a
+    /// device accesses the memory meanwhile.
+    ///
+    /// # Errors
+    /// If a file is shorter than its layer, a layer is not in one of the regions, memory consists of huge pages, or the
+    /// host refuses. Some layers may have been mapped by then.
+    pub fn put_layers(&self, layers: &[Layer]) -> io::Result<()> {
+        if self.backing == Backing::HugePages {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut files = self.files();
+        let regions = self.regions().map(|region| (region.start, region.len));
+        let files = files.get_or_insert_with(|| Files {
+            layers: Layers::default(),
+            discarded: PageSet::empty(regions),
+        });
+        for layer in layers {
+            let pages = self.host_range(layer.start, layer.len as usize);
+            let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
+            // An access past the end of the file would end the process.
+            if layer.file.metadata()?.len() < layer.offset + layer.len {
+                let reason = "a file is shorter than the memory that it is for";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+            }
+            let file = Some((&*layer.file, layer.offset));
+            // SAFETY: the pages are within a region, and of private mappings. Nothing borrows the bytes of guest memory.
+            unsafe { map_over(pages.as_ptr(), layer.len as usize, file) }?;
+        }
+        files.layers.put(layers);
+        for layer in layers {
+            files.discarded.remove(layer.start, layer.len);
+        }
+        self.is_of_files.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Returns the files that the memory is mapped from, in ascending order of their addresses.
+    pub fn layers(&self) -> Vec<Layer> {
+        let files = self.files();
+        let layers = files.as_ref().map(|files| files.layers.as_slice().to_vec());
+        layers.unwrap_or_default()
+    }
+
+    /// Returns the pages that were discarded since files were mapped there.
+    pub(crate) fn discarded(&self) -> Option<PageSet> {
+        self.files().as_ref().map(|files| files.discarded.clone())
+    }
+
+    fn files(&self) -> MutexGuard<'_, Option<Files>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Maps anonymous memory of these regions; see [`GuestMemory::new`].
@@ -120,17 +196,10 @@ impl GuestMemory {
 
     /// Returns what the memory is made of.
     pub fn backing(&self) -> Backing {
-        self.backing
-    }
-
-    /// Returns the file of [`GuestMemory::from_file`].
-    pub(crate) fn file(&self) -> Option<&File> {
-        self.file.as_ref().map(|(file, _)| &**file)
-    }
-
-    /// Returns where each region begins in the file.
-    pub(crate) fn file_offsets(&self) -> impl Iterator<Item = u64> {
-        self.file.iter().flat_map(|(_, offsets)| offsets).copied()
+        match self.is_of_files.load(Ordering::Acquire) {
+            true => Backing::PrivateFile,
+            false => self.backing,
+        }
     }
 
     /// Returns the regions, in ascending order.
@@ -256,16 +325,37 @@ impl GuestMemory {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let start = pointer.addr();
-        let Some(pages) = self.backing.whole_pages(&(start..start + len)) else {
+        let backing = self.backing();
+        let Some(pages) = backing.whole_pages(&(start..start + len)) else {
             return Ok(0);
         };
         let (pointer, len) = (pointer.wrapping_add(pages.start - start), pages.len());
         // SAFETY: the pages are within a region, which is mapped as this backing is. Nothing
         // borrows the bytes of guest memory, and the guest could make them zero at any time too.
-        let result = unsafe { self.backing.discard(pointer, len) };
+        let result = unsafe { backing.discard(pointer, len) };
+        if backing == Backing::PrivateFile {
+            self.note_discarded(pointer, len);
+        }
         // The call may have failed after some of the pages.
         self.mark_host(pointer, len);
         result.map(|()| len)
+    }
+}
+
+impl GuestMemory {
+    /// Notes that `len` bytes at a host address do not have the content of their file any more.
+    #[cold]
+    fn note_discarded(&self, pointer: *const u8, len: usize) {
+        let Some((index, offset)) = self.find_host(pointer, len) else {
+            return;
+        };
+        let region = self.regions().nth(index);
+        if let (Some(region), Some(files)) = (region, &mut *self.files()) {
+            let start = region.start.0 + offset as u64;
+            for address in (start..start + len as u64).step_by(PAGE_SIZE) {
+                files.discarded.insert(GuestAddress(address));
+            }
+        }
     }
 }
 

@@ -12,14 +12,18 @@ mod content;
 mod copy;
 mod dirty_log;
 mod guest_memory;
+mod layers;
 mod page_set;
 mod range;
+mod sharing;
 
 pub use backing::{Backing, MapError};
 pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
 pub use guest_memory::{GuestMemory, Region};
+pub use layers::Layer;
 pub use page_set::PageSet;
 pub use range::{GuestRange, Word};
+pub use sharing::share;
 
 /// Size in bytes of a page of the guest, the unit of the dirty log.
 pub const PAGE_SIZE: usize = 4096;

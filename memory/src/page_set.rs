@@ -85,6 +85,21 @@ impl PageSet {
         })
     }
 
+    /// Removes the pages of `len` bytes from `address` on.
+    pub(crate) fn remove(&mut self, address: GuestAddress, len: u64) {
+        let removed = address.0..address.0 + len;
+        for region in &mut self.regions {
+            for (index, word) in region.words.iter_mut().enumerate().filter(|it| *it.1 != 0) {
+                for bit in 0..PAGES_PER_WORD {
+                    let page = index * PAGES_PER_WORD + bit;
+                    if removed.contains(&(region.start.0 + (page * PAGE_SIZE) as u64)) {
+                        *word &= !(1 << bit);
+                    }
+                }
+            }
+        }
+    }
+
     /// Adds the pages of `other`, a set of the same regions.
     pub fn add(&mut self, other: &PageSet) {
         for (region, others) in self.regions.iter_mut().zip(&other.regions) {

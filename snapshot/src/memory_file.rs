@@ -164,10 +164,13 @@ impl MemoryFile {
 
     /// Returns the pages for which the file has data. The others are zero, or not in a differential snapshot.
     pub(crate) fn data_pages(&self) -> io::Result<PageSet> {
-        let places: Vec<_> = self.facts.places().collect();
-        let regions = places.iter();
-        let regions = regions.map(|place| (GuestAddress(place.start), place.len, place.offset));
-        PageSet::with_data(&self.file, regions)
+        let regions = self.facts.regions.iter();
+        let mut pages = PageSet::empty(regions.map(|&(start, len)| (GuestAddress(start), len)));
+        for place in self.facts.places() {
+            let start = GuestAddress(place.start);
+            pages.add_data(&self.file, start, place.len, place.offset)?;
+        }
+        Ok(pages)
     }
 
     /// Checks that the file is the one that was opened, as far as size and time of change tell.

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bantam_memory::GuestBuffers;
 
+use crate::direct_file::LayerFile;
 use crate::image::Image;
 use crate::qcow2::{self, Qcow2};
 use crate::raw::{
@@ -42,7 +44,7 @@ pub struct DiskLayer {
 pub struct FormattedDisk {
     path: PathBuf,
     image: Arc<dyn Image>,
-    files: Vec<File>,
+    files: Vec<LayerFile>,
     /// What each of the files is, if that is known.
     layers: Vec<DiskLayer>,
     /// Size of the disk in bytes.
@@ -53,20 +55,17 @@ pub struct FormattedDisk {
 
 impl FormattedDisk {
     /// Makes a disk of `image`, which was opened from `path` with `options`. `files` are those that
-    /// [`Image::map`] names, in that order.
+    /// [`Image::map`] names, in that order, opened as the cache mode requires.
     ///
     /// # Errors
-    /// If its size or its cache mode cannot be that of a disk.
+    /// If its size cannot be that of a disk.
     pub fn new(
         path: &Path,
         image: Arc<dyn Image>,
-        files: Vec<File>,
+        files: Vec<LayerFile>,
         options: &DiskOptions,
     ) -> Result<FormattedDisk, DiskError> {
         let path = path.to_path_buf();
-        if options.cache == CacheMode::None {
-            return Err(DiskError::DirectFormat { path });
-        }
         let options = DiskOptions {
             read_only: options.read_only || image.is_read_only(),
             ..options.clone()
@@ -116,7 +115,8 @@ impl FormattedDisk {
     /// If a file cannot be duplicated.
     pub fn without_backing_files(&self) -> Result<FormattedDisk, DiskError> {
         let layers = self.layers.iter().take(1).cloned().collect();
-        let files: io::Result<Vec<File>> = self.files.iter().take(1).map(File::try_clone).collect();
+        let files = self.files.iter().take(1).map(LayerFile::try_clone);
+        let files: io::Result<Vec<LayerFile>> = files.collect();
         let files = files.map_err(|source| DiskError::Io {
             path: self.path.clone(),
             action: "set up",
@@ -127,8 +127,21 @@ impl FormattedDisk {
     }
 
     /// Returns the files that [`Image::map`] names.
-    pub fn files(&self) -> &[File] {
+    pub fn files(&self) -> &[LayerFile] {
         &self.files
+    }
+
+    /// Returns the files alone.
+    pub(crate) fn into_files(self) -> Vec<LayerFile> {
+        self.files
+    }
+
+    /// Returns the blocks of the storage, as offsets of the disk, that a write to `range` reads or writes, and whether
+    /// it covers all of them. A write that does not must not run while another write to one of them does. `None` if no
+    /// block is read to be written.
+    pub fn block_span(&self, range: Range<u64>) -> Option<(Range<u64>, bool)> {
+        // A block of the disk is one of the file, as clusters are not smaller.
+        self.files.first()?.block_span(&range)
     }
 
     /// Forgets what the image itself holds, so that the disk is what its backing file has.
@@ -158,6 +171,12 @@ impl FormattedDisk {
     /// Returns the smallest unit in which the guest should address the disk, in bytes.
     pub fn logical_block_size(&self) -> u32 {
         self.logical_block_size
+    }
+
+    /// Returns the size of a block that direct access writes as a whole, in bytes.
+    fn storage_block_size(&self) -> u32 {
+        let direct = self.files.first().and_then(|file| file.direct.as_ref());
+        direct.map_or(0, |direct| direct.alignment().offset as u32)
     }
 
     fn update_size(&self) -> io::Result<u64> {
@@ -204,7 +223,7 @@ impl Disk {
                 let Some(open) = disk.files.first() else {
                     return Ok(false);
                 };
-                let (open, other) = (open.metadata()?, file.metadata()?);
+                let (open, other) = (open.cached.metadata()?, file.metadata()?);
                 Ok((open.dev(), open.ino()) == (other.dev(), other.ino()))
             }
         }
@@ -291,7 +310,9 @@ impl Disk {
     pub fn physical_block_size(&self) -> u32 {
         match self {
             Disk::Raw(disk) => disk.physical_block_size(),
-            Disk::Formatted(disk) => PHYSICAL_BLOCK_SIZE.max(disk.logical_block_size),
+            Disk::Formatted(disk) => PHYSICAL_BLOCK_SIZE
+                .max(disk.logical_block_size)
+                .max(disk.storage_block_size()),
         }
     }
 

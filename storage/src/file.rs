@@ -12,6 +12,14 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
+use crate::direct_file::{DirectFile, LayerFile};
+use crate::raw::block_device;
+
+/// The most zeroes that are written at a time, aligned so that no storage needs another buffer for them.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 << 10]);
+static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
+
 /// A file, or something like it, that an image is kept in.
 ///
 /// What has been written is on stable storage once [`Self::sync`] has returned, not before. Until then, a
@@ -37,6 +45,30 @@ pub trait ImageFile: Debug + Send + Sync {
     fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.write_at(bytes, offset)?;
         self.sync()
+    }
+
+    /// Reads bytes of the disk like [`Self::read_at`], past the page cache if the file is open for that.
+    ///
+    /// # Errors
+    /// Those of [`Self::read_at`].
+    fn read_data(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_at(bytes, offset)
+    }
+
+    /// Writes bytes of the disk like [`Self::write_at`], past the page cache if the file is open for that.
+    ///
+    /// # Errors
+    /// Those of [`Self::write_at`].
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.write_at(bytes, offset)
+    }
+
+    /// Makes the bytes of `range` read as zeroes, by writing them unless there is a better way.
+    ///
+    /// # Errors
+    /// Those of [`Self::write_at`].
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        write_zero_bytes(self, range)
     }
 
     /// Makes the bytes of `range` read as zeroes and gives their storage back to the host. The file does
@@ -68,10 +100,19 @@ pub trait ImageFile: Debug + Send + Sync {
     /// If it cannot be measured.
     fn size(&self) -> io::Result<u64>;
 
-    /// Sets the size of the file in bytes. What is added reads as zeroes.
+    /// Returns the size in bytes that the file always has: that of a block device. Such a file holds anything where
+    /// nothing was written.
     ///
     /// # Errors
-    /// If the host cannot change it.
+    /// If it cannot be measured.
+    fn fixed_size(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// Sets the size of the file in bytes. What is added reads as zeroes. A file of a fixed size keeps it.
+    ///
+    /// # Errors
+    /// If the host cannot change it; [`io::ErrorKind::StorageFull`] if the fixed size is smaller.
     fn set_size(&self, size: u64) -> io::Result<()>;
 
     /// Returns whether the first bytes of `range` are a hole, which takes no storage and reads as zeroes,
@@ -84,22 +125,59 @@ pub trait ImageFile: Debug + Send + Sync {
     }
 }
 
+/// Writes zeroes to a range of a file.
+fn write_zero_bytes<F: ImageFile + ?Sized>(file: &F, range: Range<u64>) -> io::Result<()> {
+    let mut next = range.start;
+    while next < range.end {
+        let len = (range.end - next).min(ZEROES.0.len() as u64);
+        file.write_data(&ZEROES.0[..len as usize], next)?;
+        next += len;
+    }
+    Ok(())
+}
+
 /// A regular file or block device of the host.
 #[derive(Debug)]
 pub struct HostFile {
     file: File,
+    /// The file for bytes of the disk, if they go past the page cache.
+    direct: Option<DirectFile>,
     /// Held during a write. File systems let one thread at a time write to a file, and others that try meanwhile may
-    /// spin in the kernel: with it they sleep.
+    /// spin in the kernel: with it they sleep. Past the page cache, it also keeps others from a block that is read,
+    /// changed and written.
     writing: Mutex<()>,
+}
+
+impl From<LayerFile> for HostFile {
+    /// Keeps an image in a file of a disk.
+    fn from(layer: LayerFile) -> HostFile {
+        let LayerFile { cached, direct, .. } = layer;
+        HostFile {
+            file: cached,
+            direct,
+            writing: Mutex::new(()),
+        }
+    }
+}
+
+/// Returns the size in bytes of a regular file or block device.
+pub(crate) fn file_size(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() {
+        let end = lseek(file, 0, Whence::SeekEnd)?;
+        return u64::try_from(end).map_err(io::Error::other);
+    }
+    Ok(metadata.len())
 }
 
 impl HostFile {
     /// Keeps an image in `file`.
     pub fn new(file: File) -> HostFile {
-        HostFile {
-            file,
-            writing: Mutex::new(()),
-        }
+        HostFile::from(LayerFile::from(file))
+    }
+
+    fn is_block_device(&self) -> io::Result<bool> {
+        Ok(self.file.metadata()?.file_type().is_block_device())
     }
 
     /// Changes the storage of a range, never the size of the file.
@@ -112,6 +190,8 @@ impl HostFile {
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV) => {
                 Err(io::ErrorKind::Unsupported.into())
             }
+            // A block device takes whole sectors only.
+            Err(Errno::EINVAL) if self.is_block_device()? => Err(io::ErrorKind::Unsupported.into()),
             result => Ok(result?),
         }
     }
@@ -139,6 +219,34 @@ impl ImageFile for HostFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let _guard = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         self.file.write_all_at(bytes, offset)
+    }
+
+    fn read_data(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.direct {
+            Some(direct) => direct.read_at(bytes, offset),
+            None => self.read_at(bytes, offset),
+        }
+    }
+
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let Some(direct) = &self.direct else {
+            return self.write_at(bytes, offset);
+        };
+        let _guard = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        direct.write_at(bytes, offset, &self.file)
+    }
+
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() || !self.is_block_device()? {
+            return write_zero_bytes(self, range);
+        }
+        let place = [range.start, range.end - range.start];
+        // SAFETY: the request reads two u64 from the place it is given.
+        match unsafe { block_device::zero_out(self.file.as_raw_fd(), &place) } {
+            // It takes whole sectors only.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOTTY) => write_zero_bytes(self, range),
+            result => Ok(result.map(drop)?),
+        }
     }
 
     fn write_durably(&self, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
@@ -186,16 +294,19 @@ impl ImageFile for HostFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        let metadata = self.file.metadata()?;
-        if metadata.file_type().is_block_device() {
-            let end = lseek(&self.file, 0, Whence::SeekEnd)?;
-            return u64::try_from(end).map_err(io::Error::other);
-        }
-        Ok(metadata.len())
+        file_size(&self.file)
+    }
+
+    fn fixed_size(&self) -> io::Result<Option<u64>> {
+        self.is_block_device()?.then(|| self.size()).transpose()
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
-        self.file.set_len(size)
+        match self.fixed_size()? {
+            None => self.file.set_len(size),
+            Some(fixed) if size <= fixed => Ok(()),
+            Some(_) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        }
     }
 
     fn next_run(&self, range: Range<u64>) -> io::Result<(bool, u64)> {

@@ -3,6 +3,7 @@
 //! An [`Image`] is what a guest sees as a disk. It is kept in one or more [`ImageFile`]s. A raw image, whose
 //! bytes are those of the disk, is a [`DiskFile`]. A machine has either of them as a [`Disk`].
 
+mod direct_file;
 mod disk;
 mod file;
 pub mod foreign;
@@ -20,6 +21,7 @@ mod raw_image;
 mod target;
 pub mod tools;
 
+pub use direct_file::LayerFile;
 pub use disk::{Disk, DiskLayer, FormattedDisk};
 pub use file::{HostFile, ImageFile};
 pub use image::{Allocation, BlockStatus, Content, Direction, Extent, Image};

@@ -1,20 +1,24 @@
 //! Opening of a machine's disk, with all files that its image is kept in.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::direct_file::LayerFile;
 use crate::disk::{Disk, DiskLayer, FormattedDisk};
 use crate::file::HostFile;
+use crate::image::Image;
 use crate::lock::LockMode;
 use crate::opener::{FileOpener, HostOpener};
-use crate::qcow2::{self, Layer, Unsynced, open_chain};
+use crate::qcow2::{self, Layer, Qcow2, Unsynced, open_chain};
 use crate::raw::{
     Access, CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, format_of_name, open_again,
-    open_file, open_locked,
+    open_direct, open_file, open_locked,
 };
 use crate::raw_image::RawImage;
+
+/// Two accesses, past the page cache and through it, must not be to the same page.
+const PAGE_SIZE: u64 = 4096;
 
 impl Disk {
     /// Opens and locks the image at `path`, and its backing files, with `opener`.
@@ -55,39 +59,60 @@ impl Disk {
         }
     }
 
-    /// Returns the same open disk as one that is served through an [`Image`](crate::Image), as jobs need it. A raw image that bypasses
-    /// the page cache is opened once more with `opener` for that, without a lock of its own.
+    /// Returns the same open disk as one that is served through an [`Image`], as jobs need it. A raw image that bypasses
+    /// the page cache is opened once more with `opener`, for the bytes behind its last whole block, without a lock of
+    /// its own.
     ///
     /// # Errors
     /// If a file cannot be opened or duplicated.
     pub fn to_formatted(&self, opener: &dyn FileOpener) -> Result<FormattedDisk, DiskError> {
+        self.to_formatted_of(opener, Some(self.size()))
+    }
+
+    /// Returns the same as [`Self::to_formatted`], but with all bytes of a raw image: an image of which it is the backing
+    /// file has those behind the last whole block of the disk, too.
+    pub(crate) fn to_backing(&self, opener: &dyn FileOpener) -> Result<FormattedDisk, DiskError> {
+        self.to_formatted_of(opener, None)
+    }
+
+    /// `size` is that of a raw disk, if it is not that of the file.
+    fn to_formatted_of(
+        &self,
+        opener: &dyn FileOpener,
+        size: Option<u64>,
+    ) -> Result<FormattedDisk, DiskError> {
         let failed = |source| DiskError::Io {
             path: self.path().to_path_buf(),
             action: "set up",
             source,
         };
-        let clone = |file: &File| file.try_clone().map_err(failed);
         let raw = match self {
             Disk::Raw(raw) => raw,
             Disk::Formatted(disk) => {
-                let files: Result<Vec<File>, DiskError> = disk.files().iter().map(clone).collect();
+                let files = disk.files().iter().map(LayerFile::try_clone);
+                let files: io::Result<Vec<LayerFile>> = files.collect();
+                let files = files.map_err(failed);
                 let image = Arc::clone(disk.image());
                 let same = FormattedDisk::new(self.path(), image, files?, disk.options())?;
                 return Ok(same.with_layers(disk.layers().to_vec()));
             }
         };
-        let file = match raw.file(Access::Usual) {
-            Some(file) if !raw.is_direct() => clone(file)?,
-            Some(file) => open_again(opener, self.path(), file, self.is_read_only())?,
-            None => return Err(failed(io::ErrorKind::NotFound.into())),
+        let file = raw.file(Access::Usual);
+        let file = file.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        let file = match raw.direct_file().map_err(failed)? {
+            None => LayerFile::from(file.try_clone().map_err(failed)?),
+            Some(direct) => {
+                let cached = open_again(opener, self.path(), file, self.is_read_only())?;
+                LayerFile::beside_locked(cached, direct).map_err(failed)?
+            }
         };
-        let image = HostFile::new(clone(&file)?);
-        let image = RawImage::new(Arc::new(image), self.is_read_only()).map_err(failed)?;
+        let image = HostFile::from(file.try_clone().map_err(failed)?);
+        let image = Arc::new(image);
+        let image = match size {
+            Some(size) => RawImage::with_size(image, size, self.is_read_only()),
+            None => RawImage::new(image, self.is_read_only()).map_err(failed)?,
+        };
         let options = DiskOptions {
-            cache: match self.cache() {
-                CacheMode::None => CacheMode::Writeback,
-                cache => cache,
-            },
             block_size: Some(self.logical_block_size()),
             ..self.options().clone()
         };
@@ -119,11 +144,6 @@ fn open_qcow2(
     path: &Path,
     options: &DiskOptions,
 ) -> Result<FormattedDisk, DiskError> {
-    if options.cache == CacheMode::None {
-        return Err(DiskError::DirectFormat {
-            path: path.to_path_buf(),
-        });
-    }
     let is_unsafe = options.cache == CacheMode::Unsafe;
     let image_options = image_options(options);
     let mut files = Vec::new();
@@ -138,6 +158,10 @@ fn open_qcow2(
         } else {
             let options = DiskOptions {
                 read_only,
+                cache: match options.cache {
+                    CacheMode::None => CacheMode::None,
+                    _ => CacheMode::default(),
+                },
                 lock: options.lock,
                 ..DiskOptions::default()
             };
@@ -169,8 +193,35 @@ fn open_qcow2(
         format: Some(ImageFormat::Qcow2),
         ..options.clone()
     };
+    if let Some(file) = files.first() {
+        check_direct(path, &image, file)?;
+    }
     let disk = FormattedDisk::new(path, Arc::new(image), files, &options)?;
     Ok(disk.with_layers(layers))
+}
+
+/// Refuses to write an image past the page cache if its tables and its data, or two parts of its data that have
+/// different places, can share a block of the storage.
+pub(crate) fn check_direct(path: &Path, image: &Qcow2, file: &LayerFile) -> Result<(), DiskError> {
+    let Some(direct) = file.direct.as_ref().filter(|_| !image.is_read_only()) else {
+        return Ok(());
+    };
+    let (cluster, subcluster) = image.unit_sizes();
+    let block = direct.alignment().offset;
+    for (unit, size, block) in [
+        ("clusters", cluster, block.max(PAGE_SIZE)),
+        ("subclusters", subcluster, block),
+    ] {
+        if size < block {
+            return Err(DiskError::DirectClusters {
+                path: path.to_path_buf(),
+                unit,
+                size,
+                block,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Opens and locks a file of a chain, and adds it to `files`. Returns its format too.
@@ -179,7 +230,7 @@ fn open_layer(
     path: &Path,
     format: &str,
     options: DiskOptions,
-    files: &mut Vec<File>,
+    files: &mut Vec<LayerFile>,
 ) -> Result<(Layer, ImageFormat), DiskError> {
     let with_path = |source| DiskError::Io {
         path: path.to_path_buf(),
@@ -189,8 +240,9 @@ fn open_layer(
     match format {
         "qcow2" => {
             let file = open_locked(opener, path, &options)?;
+            let file = open_direct(opener, path, file, &options)?;
             files.push(file.try_clone().map_err(with_path)?);
-            let layer = Layer::Qcow2(Arc::new(HostFile::new(file)));
+            let layer = Layer::Qcow2(Arc::new(HostFile::from(file)));
             Ok((layer, ImageFormat::Qcow2))
         }
         "raw" => {
@@ -199,14 +251,12 @@ fn open_layer(
                 any_size: true,
                 ..options
             };
-            let disk = DiskFile::open_by(opener, path, &options)?;
-            let file = disk.file(Access::Usual);
-            let file = file.ok_or_else(|| with_path(io::ErrorKind::NotFound.into()))?;
-            files.push(file.try_clone().map_err(with_path)?);
+            let disk = Disk::Raw(DiskFile::open_by(opener, path, &options)?);
             // Locks are those of the open file, and last as long as one of its descriptors.
-            let file = HostFile::new(file.try_clone().map_err(with_path)?);
-            let image = RawImage::new(Arc::new(file), true).map_err(with_path)?;
-            Ok((Layer::Other(Arc::new(image)), ImageFormat::Raw))
+            let disk = disk.to_backing(opener)?;
+            let image = Arc::clone(disk.image());
+            files.extend(disk.into_files());
+            Ok((Layer::Other(image), ImageFormat::Raw))
         }
         _ => Err(DiskError::BackingFormat {
             path: path.to_path_buf(),

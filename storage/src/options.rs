@@ -54,6 +54,11 @@ impl Options {
         Ok(())
     }
 
+    /// Whether one of the parts of `text`, in the form that [`Self::add`] reads, asks for a list of the options.
+    pub fn asks_for_help(text: &str) -> bool {
+        text.split(',').any(|part| matches!(part, "help" | "?"))
+    }
+
     /// Sets one option.
     pub fn set(&mut self, key: &str, value: &str) {
         self.0.retain(|(other, _)| other != key);

@@ -6,13 +6,16 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::direct_file::LayerFile;
 use crate::disk::{Disk, DiskLayer, FormattedDisk};
 use crate::file::{HostFile, ImageFile};
 use crate::lock::end_writing;
-use crate::open::image_options;
+use crate::open::{check_direct, image_options};
 use crate::opener::{FileAccess, FileOpener};
 use crate::qcow2::{self, BackingName, CreateOptions, MAX_DEPTH, Qcow2, Unsynced};
-use crate::raw::{Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked};
+use crate::raw::{
+    Access, CacheMode, DiskError, DiskOptions, ImageFormat, create_locked, open_direct,
+};
 
 impl Disk {
     /// Makes an image of this `format` at `path`, which must not exist, for a copy of the disk, and opens it with the
@@ -74,7 +77,7 @@ impl Disk {
                     ..CreateOptions::default()
                 };
                 let created = Qcow2::create(Arc::new(file), &options);
-                created.map_err(|source| DiskError::Qcow2 {
+                created.map_err(|source| DiskError::Create {
                     path: path.to_path_buf(),
                     source,
                 })
@@ -86,7 +89,7 @@ impl Disk {
     fn share_permissions(&self, new: &File) -> io::Result<()> {
         let present = match self {
             Disk::Raw(disk) => disk.file(Access::Usual),
-            Disk::Formatted(disk) => disk.files().first(),
+            Disk::Formatted(disk) => disk.files().first().map(|file| &file.cached),
         };
         let Some(present) = present else {
             return Ok(());
@@ -102,22 +105,17 @@ impl Disk {
     /// used; [`Disk::end_writing`] makes sure of it.
     ///
     /// # Errors
-    /// If this disk is read-only, bypasses the page cache or has as many backing files as it can have, its path does not
-    /// lead to its image any more, or the new file cannot be made. There is no new file then.
+    /// If this disk is read-only or has as many backing files as it can have, its path does not lead to its image any more, or the new file cannot be made. There is no new file then.
     pub fn overlay(&self, opener: &dyn FileOpener, path: &Path) -> Result<Disk, DiskError> {
         if self.is_read_only() {
             return Err(DiskError::ReadOnlyBase {
                 path: self.path().to_path_buf(),
             });
         }
-        if self.cache() == CacheMode::None {
-            let path = path.to_path_buf();
-            return Err(DiskError::DirectFormat { path });
-        }
         if let Disk::Formatted(disk) = self
             && disk.layers().len() >= MAX_DEPTH
         {
-            return Err(DiskError::Qcow2 {
+            return Err(DiskError::Create {
                 path: path.to_path_buf(),
                 source: qcow2::Error::ChainLength(MAX_DEPTH),
             });
@@ -152,14 +150,15 @@ impl Disk {
                 source,
             }
         };
-        let not_made = |source| DiskError::Qcow2 {
+        let not_made = |source| DiskError::Create {
             path: path.to_path_buf(),
             source,
         };
-        let base = self.to_formatted(opener)?;
+        let base = self.to_backing(opener)?;
         let format = base.layers().first().map(|layer| layer.format);
         let format = format.unwrap_or(ImageFormat::Qcow2);
         self.share_permissions(&file).map_err(with_path("set up"))?;
+        let file = open_direct(opener, path, file, self.options())?;
         let mut files = vec![file.try_clone().map_err(with_path("set up"))?];
         for file in base.files() {
             files.push(file.try_clone().map_err(with_path("set up"))?);
@@ -169,7 +168,7 @@ impl Disk {
             format: ImageFormat::Qcow2,
         }];
         layers.extend_from_slice(base.layers());
-        let mut file: Arc<dyn ImageFile> = Arc::new(HostFile::new(file));
+        let mut file: Arc<dyn ImageFile> = Arc::new(HostFile::from(file));
         if self.cache() == CacheMode::Unsafe {
             file = Arc::new(Unsynced(file));
         }
@@ -184,16 +183,16 @@ impl Disk {
             }),
             ..CreateOptions::default()
         };
-        Qcow2::create(file.clone(), &create_options).map_err(not_made)?;
+        let base = Arc::clone(base.image());
+        let image_options = image_options(self.options());
+        let image = Qcow2::create_overlay(file, &create_options, base, image_options);
+        let image = image.map_err(not_made)?;
         if self.cache() != CacheMode::Unsafe {
             sync_folder(opener, path).map_err(with_path("sync the folder of"))?;
         }
-        let image_options = qcow2::Options {
-            backing: Some(base.image().clone()),
-            ..image_options(self.options())
-        };
-        let image = Qcow2::open(file, image_options).map_err(not_made)?;
-        image.flush_backing_too();
+        if let Some(file) = files.first() {
+            check_direct(path, &image, file)?;
+        }
         let options = DiskOptions {
             format: Some(ImageFormat::Qcow2),
             // The guest knows the block size, and does not read it again.
@@ -235,7 +234,7 @@ impl Disk {
             }
             Disk::Formatted(disk) => {
                 disk.image().end_writing()?;
-                disk.files().first()
+                disk.files().first().map(LayerFile::locked)
             }
         };
         file.map_or(Ok(()), end_writing)
@@ -332,7 +331,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_permissions(Permissions::from_mode(0o640)).unwrap();
         let image: Arc<dyn Image> = image.clone();
-        let disk = FormattedDisk::new(&path, image, vec![file], &DiskOptions::default());
+        let disk = FormattedDisk::new(&path, image, vec![file.into()], &DiskOptions::default());
         Disk::Formatted(disk.unwrap())
     }
 
@@ -399,7 +398,7 @@ mod tests {
         let error = disk.overlay(&HostOpener, &path(MAX_DEPTH)).unwrap_err();
         let is_told = matches!(
             &error,
-            DiskError::Qcow2 {
+            DiskError::Create {
                 source: qcow2::Error::ChainLength(_),
                 ..
             }

@@ -7,8 +7,6 @@ use std::sync::Arc;
 use crate::{BlockStatus, Content, Direction, Extent, Image, ImageFile};
 
 const SECTOR: u64 = 512;
-/// The most zeroes that are written at a time.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file whose bytes are those of the disk.
 #[derive(Debug)]
@@ -28,11 +26,16 @@ impl RawImage {
         let size = size
             .checked_next_multiple_of(SECTOR)
             .ok_or(io::ErrorKind::FileTooLarge)?;
-        Ok(RawImage {
+        Ok(RawImage::with_size(file, size, read_only))
+    }
+
+    /// Uses the first `size` bytes of `file` as a disk. What is missing in the file reads as zeroes.
+    pub(crate) fn with_size(file: Arc<dyn ImageFile>, size: u64, read_only: bool) -> RawImage {
+        RawImage {
             file,
             size,
             read_only,
-        })
+        }
     }
 
     fn check(&self, range: &Range<u64>, direction: Direction) -> io::Result<()> {
@@ -71,12 +74,12 @@ impl Image for RawImage {
 
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.check(&range(offset, bytes.len())?, Direction::Read)?;
-        self.file.read_at(bytes, offset)
+        self.file.read_data(bytes, offset)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.check(&range(offset, bytes.len())?, Direction::Write)?;
-        self.file.write_at(bytes, offset)
+        self.file.write_data(bytes, offset)
     }
 
     fn write_zeroes(&self, range: Range<u64>, unmap: bool) -> io::Result<()> {
@@ -87,13 +90,7 @@ impl Image for RawImage {
                 result => return result,
             }
         }
-        let mut position = range.start;
-        while position < range.end {
-            let len = (range.end - position).min(ZEROES.len() as u64);
-            self.file.write_at(&ZEROES[..len as usize], position)?;
-            position += len;
-        }
-        Ok(())
+        self.file.write_zeroes(range)
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {

@@ -1,11 +1,16 @@
 //! Disks of a machine in qcow2 format, opened by their names. QEMU's tools make them; the tests fail without
 //! them.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bantam_storage::{CacheMode, Disk, DiskError, DiskOptions, HostOpener, ImageFormat};
+use bantam_storage::job::{CopyJob, CopyJobOptions, JobState};
+use bantam_storage::{
+    CacheMode, Direction, Disk, DiskError, DiskOptions, Extent, HostOpener, ImageFormat,
+};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tempfile::TempDir;
 
 const SIZE: u64 = 8 << 20;
@@ -108,6 +113,122 @@ fn each_file_of_a_chain_is_locked() {
     assert!(written("top.qcow2"));
 }
 
+/// Whether a byte of a file is in the page cache.
+fn is_cached(path: &Path, offset: u64) -> bool {
+    let file = File::open(path).unwrap();
+    let mut byte = [0];
+    let vector = libc::iovec {
+        iov_base: byte.as_mut_ptr().cast(),
+        iov_len: 1,
+    };
+    // SAFETY: the call writes to the one byte of the vector at most.
+    let count = unsafe {
+        libc::preadv2(
+            file.as_raw_fd(),
+            &raw const vector,
+            1,
+            offset as i64,
+            libc::RWF_NOWAIT,
+        )
+    };
+    count == 1
+}
+
+#[test]
+fn data_go_past_the_page_cache_and_tables_through_it() {
+    // Beside this program: the usual folder for temporary files may be in memory.
+    let program = std::env::current_exe().unwrap();
+    let folder = TempDir::new_in(program.parent().unwrap()).unwrap();
+    let base = folder.path().join("base.img");
+    fs::write(&base, vec![0x5a; SIZE as usize]).unwrap();
+    let words = "create -q -f qcow2 -F raw -b base.img top.qcow2";
+    qemu_img(folder.path(), words);
+    let top = folder.path().join("top.qcow2");
+    // What the tools have left there.
+    for path in [&base, &top] {
+        let file = File::open(path).unwrap();
+        file.sync_all().unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
+    let direct = DiskOptions {
+        cache: CacheMode::None,
+        ..options()
+    };
+    let disk = open(&top, &direct).unwrap();
+    let Disk::Formatted(formatted) = &disk else {
+        panic!("it is raw");
+    };
+    let image = formatted.image();
+    // Whole clusters, parts of some, and what no storage takes as it is.
+    for (offset, len) in [(0, 3 << 16), (5 << 16, 5000), ((9 << 16) + 7, 3)] {
+        image.write_at(&vec![7; len], offset).unwrap();
+        let mut bytes = vec![0; len + 2];
+        image.read_at(&mut bytes, offset).unwrap();
+        assert_eq!(bytes, [&vec![7; len][..], &[0x5a; 2]].concat());
+    }
+    disk.flush().unwrap();
+    for guest in [0, 1 << 16, 5 << 16, 9 << 16] {
+        let Extent::File {
+            file: 0, offset, ..
+        } = image.map(guest..guest + 512, Direction::Read)
+        else {
+            panic!("it is not mapped");
+        };
+        assert!(!is_cached(&top, offset), "{guest}");
+    }
+    assert!(is_cached(&top, 0));
+    for guest in [5 << 16, 9 << 16, 20 << 16] {
+        assert_eq!(read(&disk, guest + 8192), [0x5a; 512]);
+        assert!(!is_cached(&base, guest + 8192), "{guest}");
+    }
+    drop(disk);
+    qemu_img(folder.path(), "check -q top.qcow2");
+    assert_eq!(read(&open(&top, &options()).unwrap(), 5 << 16), [7; 512]);
+}
+
+#[test]
+fn a_copy_has_the_size_of_the_disk_whatever_that_of_its_file_is() {
+    for (format, name) in [(ImageFormat::Raw, "raw"), (ImageFormat::Qcow2, "qcow2")] {
+        for cache in [CacheMode::Writeback, CacheMode::None] {
+            let program = std::env::current_exe().unwrap();
+            let folder = TempDir::new_in(program.parent().unwrap()).unwrap();
+            let path = folder.path().join("disk.img");
+            let bytes: Vec<u8> = (0..300_100).map(|index| (index % 251) as u8).collect();
+            fs::write(&path, &bytes).unwrap();
+            let options = DiskOptions {
+                any_size: true,
+                cache,
+                ..options()
+            };
+            let disk = open(&path, &options).unwrap();
+            assert_eq!(disk.size(), 586 * 512);
+            let source = disk.to_formatted(&HostOpener).unwrap();
+            assert_eq!(source.image().size(), disk.size());
+            let copy = folder.path().join("copy");
+            let target = disk.create_for_copy(&HostOpener, &copy, format).unwrap();
+            let to = target.to_formatted(&HostOpener).unwrap();
+            let options = CopyJobOptions {
+                target_is_zero: true,
+                layers: None,
+            };
+            let job = CopyJob::new(source.image().clone(), to.image().clone(), options).unwrap();
+            assert_eq!(job.run(), JobState::Ready);
+            job.begin_switch().unwrap();
+            drop((job, to, target));
+            let words = format!("convert -f {name} -O raw copy read.img");
+            qemu_img(folder.path(), &words);
+            let copied = fs::read(folder.path().join("read.img")).unwrap();
+            assert!(copied == bytes[..586 * 512]);
+            // An image that has it as its backing file reads all of it.
+            let overlay = disk.overlay(&HostOpener, &folder.path().join("overlay"));
+            assert_eq!(
+                read(&overlay.unwrap(), 585 * 512)[..],
+                bytes[585 * 512..586 * 512]
+            );
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_a_disk_is_refused_by_name() {
     let (folder, top) = chain();
@@ -118,7 +239,11 @@ fn what_cannot_be_a_disk_is_refused_by_name() {
         cache: CacheMode::None,
         ..options()
     };
-    assert!(refusal(&top, &direct).contains("'cache=none'"));
+    // Their data and tables would share blocks.
+    let words = "create -q -f qcow2 -o cluster_size=512 small.qcow2 1M";
+    qemu_img(folder.path(), words);
+    let small = path("small.qcow2");
+    assert!(refusal(&small, &direct).contains("'cache=none'"));
     fs::write(path("zeroes.qcow2"), [0; 4096]).unwrap();
     assert!(refusal(&path("zeroes.qcow2"), &options()).contains("not a qcow2 image"));
     let raw = DiskOptions {

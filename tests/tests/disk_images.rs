@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bantam_tests::{
-    ApiMachine, Bantam, LoopDevice, require_kvm, require_loop_devices, require_namespaces,
-    with_mounts,
+    ApiMachine, Bantam, LoopDevice, check_image, qemu_img, require_kvm, require_loop_devices,
+    require_namespaces, with_mounts,
 };
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -119,6 +119,49 @@ fn storage_of_4096_byte_sectors_serves_disks_of_either_size() {
             let kind = format!(",cache={cache}{block_size}");
             check_disk(&device.path, &kind, SIZE as u64 / 512);
         }
+    }
+}
+
+#[test]
+fn a_qcow2_image_on_a_block_device_is_a_disk() {
+    require_kvm!();
+    require_loop_devices!();
+    let folder = folder();
+    for sector_size in [512, 4096] {
+        let image = image(folder.path(), "device.img", 2 * SIZE);
+        let device = LoopDevice::with_sectors(&image, sector_size);
+        let size = SIZE.to_string();
+        let path = device.path.to_str().expect("it is text");
+        qemu_img(&["create", "-q", "-f", "qcow2", path, &size], &[]);
+        for cache in CACHE_MODES {
+            let kind = format!(",format=qcow2,cache={cache}");
+            check_disk(&device.path, &kind, SIZE as u64 / 512);
+            check_image(&device.path, false);
+        }
+    }
+}
+
+#[test]
+fn a_qcow2_image_on_a_full_block_device_stays_whole() {
+    require_kvm!();
+    require_loop_devices!();
+    let folder = folder();
+    let image = image(folder.path(), "device.img", SIZE / 2);
+    let device = LoopDevice::new(&image);
+    let path = device.path.to_str().expect("it is text");
+    qemu_img(
+        &["create", "-q", "-f", "qcow2", path, &SIZE.to_string()],
+        &[],
+    );
+    for cache in ["writeback", "none"] {
+        let ended = Bantam::payload("load")
+            .disk(&device.path, &format!(",format=qcow2,cache={cache}"))
+            .append(format!(
+                "test=block mode=write pattern=seq operations={BLOCKS}"
+            ))
+            .finish();
+        assert!(ended.stderr.contains("No space left"), "{ended}");
+        check_image(&device.path, false);
     }
 }
 

@@ -202,7 +202,7 @@ fn changes_are_found_without_a_log() {
     // A differential snapshot cannot be compared with.
     let error = machine
         .snapshot(SnapshotOptions {
-            base: Some(snapshots.files("mapped")),
+            base: Some(SnapshotBase::Files(snapshots.files("mapped"))),
             ..options(&snapshots.path("more"))
         })
         .expect_err("it has not all pages");
@@ -211,4 +211,49 @@ fn changes_are_found_without_a_log() {
         "{error}"
     );
     assert_eq!(machine.state(), State::Paused);
+}
+
+/// Returns a machine that goes on from `snapshot`, which is kept in memory.
+fn child(snapshot: &Snapshot) -> (Controller, std::io::PipeReader) {
+    let (machine, reader) = configured(snapshot.config());
+    machine
+        .restore(snapshot)
+        .unwrap_or_else(|error| panic!("{error}"));
+    machine.resume().unwrap_or_else(|error| panic!("{error}"));
+    (machine, reader)
+}
+
+#[test]
+fn a_machine_has_forks_and_they_have_forks() {
+    require_kvm!();
+    const GENERATIONS: usize = 4;
+    const CHILDREN: usize = 2;
+    let (mut machine, mut reader, counters) = counting(&config(2, "timer=deadline second=at-once"));
+    for _ in 0..GENERATIONS {
+        wait_until_counting(&machine, counters, 2);
+        let memory = machine.memory().expect("it runs");
+        let before = counters.processors(&memory, 2);
+        let forked = machine.fork(&SnapshotDisks::Overlays);
+        let (snapshot, _) = forked.unwrap_or_else(|error| panic!("{error}"));
+        let mut children: Vec<_> = (0..CHILDREN).map(|_| child(&snapshot)).collect();
+        drop(snapshot);
+        for (child, _) in &children {
+            let memory = child.memory().expect("it runs");
+            for (now, before) in counters.processors(&memory, 2).iter().zip(&before) {
+                assert!(now.is_at_or_after(before), "{before:?}, then {now:?}");
+            }
+        }
+        // Each goes on, and none sees what another counts.
+        wait_until_counting(&machine, counters, 2);
+        for (child, _) in &children {
+            wait_until_counting(child, counters, 2);
+        }
+        let next = children.swap_remove(0);
+        for (ended, mut reader) in children {
+            ends_well(&ended, &mut reader, counters);
+        }
+        ends_well(&machine, &mut reader, counters);
+        (machine, reader) = next;
+    }
+    ends_well(&machine, &mut reader, counters);
 }

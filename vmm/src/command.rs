@@ -13,7 +13,7 @@ use crate::state::State;
 
 /// A command to a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Command {
     /// Sets the configuration, replacing any earlier one. Allowed only before the start.
     Configure(Box<MachineConfig>),
@@ -70,7 +70,7 @@ pub enum Command {
 
 /// A disk of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskSnapshot {
     /// The disk's name.
     pub disk: DeviceName,

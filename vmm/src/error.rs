@@ -1,6 +1,7 @@
 //! What can go wrong with a machine.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -151,7 +152,7 @@ pub enum Error {
         /// How many seconds it was waited for.
         seconds: u64,
     },
-    /// A device does not come to rest, or cannot go on.
+    /// A device does not come to rest, cannot go on, or cannot tell the guest of a restore.
     #[error("cannot {action}: {source}")]
     DeviceLife {
         /// What was to be done.
@@ -186,6 +187,16 @@ pub enum Error {
         path: PathBuf,
         /// Why not.
         source: io::Error,
+    },
+    /// The image of a disk is not as it was at the snapshot.
+    #[error(
+        "disk '{path}' has been changed since the snapshot: use the image that it was then, or take this one by \
+         force",
+        path = .path.display()
+    )]
+    ChangedDisk {
+        /// The image.
+        path: PathBuf,
     },
     /// A differential snapshot was to be based on one of another machine.
     #[error(
@@ -240,6 +251,14 @@ pub enum Error {
         purpose: String,
         /// Why not.
         source: ListenError,
+    },
+    /// A TCP port cannot be listened on for gdb.
+    #[error("cannot listen on {address} for gdb: {source}; choose another address")]
+    ListenTcp {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
     },
     /// Metadata cannot be stored.
     #[error(transparent)]

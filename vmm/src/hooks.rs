@@ -23,6 +23,8 @@ pub enum ThreadRole {
     /// Serves the image of this disk, which is not raw: finds places for data, decompresses it, and changes the
     /// image's tables. It is started with the first such image, which a command can bring while the machine runs.
     Image(DeviceName),
+    /// Talks to gdb.
+    Debugger,
     /// Does the job of this disk: copies its data while the guest uses it. A command starts it.
     Job(DeviceName),
 }

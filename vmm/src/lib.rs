@@ -25,6 +25,10 @@
 #[doc = include_str!("../../docs/embedding.md")]
 struct EmbeddingPage;
 
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/snapshots.md")]
+struct SnapshotsPage;
+
 mod accounts;
 mod command;
 pub mod config;
@@ -37,6 +41,7 @@ mod error;
 mod event_loop;
 mod events;
 mod exit_reason;
+mod gdb;
 mod hooks;
 pub mod host;
 mod interval_timer;
@@ -47,6 +52,7 @@ mod machine;
 mod memory;
 mod metadata;
 mod metrics;
+mod random;
 mod resources;
 mod run_control;
 mod snapshot;
@@ -81,7 +87,7 @@ pub use exit_reason::ExitReason;
 pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
 pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use snapshot::{
-    FrozenDisk, HostFacts, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFacts, SnapshotFileError,
-    SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
+    FrozenDisk, HostFacts, Snapshot, SnapshotBase, SnapshotDescription, SnapshotDisks,
+    SnapshotFacts, SnapshotFileError, SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
 };
 pub use state::State;

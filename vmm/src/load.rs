@@ -4,8 +4,8 @@ use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
 use bantam_arch::{layout, mptable, registers};
 use bantam_boot::{
-    BootProtocol, CommandLine, LoadedKernel, RANDOM_SEED_SIZE, StartInformation, load_initrd,
-    load_kernel, write_start_information,
+    BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
+    write_start_information,
 };
 use bantam_memory::GuestMemory;
 use vm_memory::GuestAddress;
@@ -13,6 +13,7 @@ use vm_memory::GuestAddress;
 use crate::config::{BootProtocolOption, MachineConfig, SerialConfig};
 use crate::error::Error;
 use crate::exit_reason;
+use crate::random::random;
 use crate::resources::Images;
 use crate::vcpu::BootEntry;
 use crate::workarounds;
@@ -89,7 +90,7 @@ pub(crate) fn load_guest(
         command_line: &command_line,
         initrd,
         rsdp: Some(rsdp),
-        random_seed: random_seed()?,
+        random_seed: random()?,
     };
     write_start_information(memory, &kernel, &information)?;
     Ok(LoadedGuest {
@@ -99,12 +100,6 @@ pub(crate) fn load_guest(
         },
         tells_panics: exit_reason::tells_panics(&command_line),
     })
-}
-
-fn random_seed() -> Result<[u8; RANDOM_SEED_SIZE], Error> {
-    let mut seed = [0; RANDOM_SEED_SIZE];
-    getrandom::fill(&mut seed).map_err(|source| Error::RandomSeed(source.into()))?;
-    Ok(seed)
 }
 
 /// Builds the kernel command line: the user's or the default one, what the user adds, what the host needs,

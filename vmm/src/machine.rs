@@ -22,11 +22,14 @@ use crate::error::Error;
 use crate::event_loop::DeviceLoop;
 use crate::events::EventSender;
 use crate::exit_reason::{self, ExitReason};
+use crate::gdb::GdbServer;
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
+use crate::lock::lock;
 use crate::memory::{allocate_memory, check_layout};
 use crate::metrics::MachineMetrics;
+use crate::random::random;
 use crate::resources::Resources;
 use crate::run_control::{EndOnPanic, RunControl};
 use crate::snapshot::{Changes, GuestFacts, Snapshot};
@@ -46,6 +49,9 @@ pub(crate) struct Machine {
     /// Outlive the event loops, whose disks wait for them.
     disk_threads: Vec<Arc<DiskThreads>>,
     devices: Arc<DeviceTable>,
+    /// Until it is started.
+    gdb_server: Option<GdbServer>,
+    gdb_thread: Option<JoinHandle<()>>,
     /// Whether subscribers were told of the devices.
     is_attached: bool,
     guest: GuestFacts,
@@ -111,6 +117,7 @@ impl Machine {
             metadata,
             virtio,
             serial,
+            gdb,
         } = resources;
         let control = &context.control;
         let mut changes = Changes::default();
@@ -152,6 +159,7 @@ impl Machine {
         legacy.attach_rtc()?;
         legacy.attach_pci_bus()?;
         legacy.attach_outcome_ports()?;
+        let generation = legacy.attach_generation(&memory)?;
         if config.boot_timer {
             legacy.attach_boot_timer()?;
         }
@@ -173,6 +181,8 @@ impl Machine {
         }
         let guest = match images {
             Some(images) => {
+                let begun = lock(&generation).begin(random()?);
+                begun.map_err(Error::resource("the generation id"))?;
                 let windows = builder.windows();
                 Some(load_guest(config, images, &memory, windows, vm.tsc_khz())?)
             }
@@ -217,11 +227,22 @@ impl Machine {
             devices: virtio.metrics,
             mmds: metadata.as_ref().map(|it| it.metadata.metrics().clone()),
         };
+        let gdb_server = match gdb {
+            Some(listener) => Some(GdbServer::new(
+                listener,
+                &kvm,
+                control,
+                &memory,
+                config.cpus,
+            )?),
+            None => None,
+        };
         let mut event_loops = virtio.loops;
         event_loops.push(event_loop);
         let devices = DeviceTable {
             power_button,
             keyboard,
+            generation,
             legacy,
             serial_activity,
             virtio: virtio.entries,
@@ -240,6 +261,9 @@ impl Machine {
                 tells_panics: guest.is_some_and(|guest| guest.tells_panics),
             },
         };
+        if saved.is_some() {
+            devices.tell_restored()?;
+        }
         Ok(Machine {
             environment: Arc::new(VcpuEnvironment {
                 ports,
@@ -247,6 +271,7 @@ impl Machine {
                 memory,
                 control: control.clone(),
                 state_support,
+                debugger: gdb_server.as_ref().map(GdbServer::debugger),
             }),
             control: control.clone(),
             thread_hook: context.thread_hook.clone(),
@@ -255,6 +280,8 @@ impl Machine {
             event_loops,
             disk_threads: virtio.disk_threads,
             devices: Arc::new(devices),
+            gdb_server,
+            gdb_thread: None,
             is_attached: false,
             guest: guest_facts,
             changes: Arc::new(Mutex::new(changes)),
@@ -278,6 +305,9 @@ impl Machine {
         if waits {
             self.control.hold_vcpus();
         }
+        if self.gdb_server.is_some() {
+            self.control.hold_all_vcpus();
+        }
         for threads in &self.disk_threads {
             threads.start()?;
         }
@@ -293,6 +323,9 @@ impl Machine {
             })?;
             self.vcpu_threads.push(thread);
         }
+        if let Some(server) = self.gdb_server.take() {
+            self.gdb_thread = Some(server.start(hook)?);
+        }
         if waits && !self.starts_paused {
             self.control.resume_vcpus();
         }
@@ -300,9 +333,9 @@ impl Machine {
     }
 
     /// Asks the guest to shut itself down, and cuts its power after `time`. If the guest does not listen, its
-    /// power is cut at once.
+    /// power is cut at once; so it is if a debugger has stopped the guest.
     pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
-        let asked = if time.is_zero() {
+        let asked = if time.is_zero() || self.control.is_held_by_debugger() {
             None
         } else if self.vm.takes_interrupt(layout::POWER_BUTTON_GSI) {
             let pressed = self.devices.press_power_button();
@@ -363,6 +396,11 @@ impl Machine {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
+        }
+        if let Some(thread) = self.gdb_thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that talks to gdb panicked");
         }
         // This finishes what the guest asked for before a pause, as if there had been none. It waits for a
         // pause that is still under way on another thread.

@@ -11,6 +11,7 @@ use crate::config::MachineConfig;
 use crate::console::Console;
 use crate::devices::{self, Build, OpenSerial, Opening};
 use crate::error::Error;
+use crate::gdb::GdbListener;
 use crate::host;
 use crate::metadata::MachineMetadata;
 
@@ -22,6 +23,7 @@ pub(crate) struct Resources {
     pub(crate) metadata: Option<MachineMetadata>,
     pub(crate) virtio: Vec<Build>,
     pub(crate) serial: OpenSerial,
+    pub(crate) gdb: Option<GdbListener>,
 }
 
 /// What a guest is loaded from.
@@ -58,12 +60,17 @@ impl Resources {
         };
         let virtio = devices::open_virtio(&mut opening)?;
         let serial = devices::open_serial(&mut opening)?;
+        let gdb = match &config.gdb {
+            Some(gdb) => Some(GdbListener::open(gdb, opener)?),
+            None => None,
+        };
         Ok(Resources {
             kvm,
             images,
             metadata,
             virtio,
             serial,
+            gdb,
         })
     }
 }

@@ -2,11 +2,13 @@
 //! why the machine has ended.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use bantam_arch::layout::MAX_VCPUS;
 use bantam_devices::PowerControl;
 use bantam_state::SaveError;
 use nix::sys::pthread::{Pthread, pthread_self};
@@ -19,6 +21,15 @@ use crate::exit_reason::ExitReason;
 use crate::kvm::VcpuState;
 use crate::lock::{lock, wait};
 use crate::state::State;
+use crate::vcpu::ParkedVcpu;
+
+/// What the thread of a vCPU does for another thread, while its vCPU is out of the guest.
+type Work = Box<dyn FnOnce(&ParkedVcpu<'_>) + Send>;
+
+/// A set of vCPUs: bit N stands for vCPU N.
+pub(crate) type VcpuSet = u32;
+
+const _: () = assert!(MAX_VCPUS as u32 <= VcpuSet::BITS);
 
 /// How often the machine is checked.
 const TICK: Duration = Duration::from_secs(1);
@@ -29,24 +40,42 @@ const PANIC_TIME: Duration = Duration::from_secs(10);
 /// What the vCPU threads of a machine are doing.
 #[derive(Default)]
 struct VcpuThreads {
-    /// The threads that can be kicked out of the guest.
-    kickable: Vec<Pthread>,
-    /// How many threads wait for the end of a pause.
-    parked: usize,
+    /// The threads that can be kicked out of the guest, each with the index of its vCPU.
+    kickable: Vec<(u8, Pthread)>,
+    /// The vCPUs whose threads wait until they may go on.
+    parked: VcpuSet,
     /// For each vCPU whether it has halted for good, `None` until it answers. Empty until they are asked.
     halted: Vec<Option<bool>>,
-    /// The state of each vCPU, `None` until it answers. Empty unless states are being saved.
-    states: Vec<Option<Result<VcpuState, SaveError>>>,
+    /// Work for threads that are parked, each piece with the index of the vCPU.
+    work: Vec<(u8, Work)>,
+}
+
+impl VcpuThreads {
+    /// Takes the vCPUs out of the guest. Those that are parked see by themselves what has changed when they are
+    /// about to go on, and must not gather signals meanwhile.
+    fn kick_running(&self) {
+        let running = self.kickable.iter();
+        for (_, thread) in running.filter(|(index, _)| self.parked & (1 << index) == 0) {
+            kick(*thread);
+        }
+    }
+
+    fn take_work(&mut self, index: u8) -> Option<Work> {
+        let place = self.work.iter().position(|(of, _)| *of == index)?;
+        Some(self.work.remove(place).1)
+    }
 }
 
 /// What all vCPUs are to do, and the end of the machine.
 pub(crate) struct RunControl {
     stopping: AtomicBool,
     pausing: AtomicBool,
+    /// The vCPUs that a debugger keeps out of the guest.
+    held: AtomicU32,
     panicked: AtomicBool,
     outcome: Mutex<Option<Result<ExitReason, Error>>>,
     threads: Mutex<VcpuThreads>,
-    /// Signalled when a thread has parked, when a pause is over, and when the machine ends.
+    /// Signalled when a thread has parked or has work, when a vCPU may go on, and when the machine ends.
     changed: Condvar,
     exit_event: EventFd,
     events: EventSender,
@@ -67,6 +96,7 @@ impl RunControl {
             events,
             stopping: AtomicBool::new(false),
             pausing: AtomicBool::new(false),
+            held: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             outcome: Mutex::new(None),
             threads: Mutex::new(VcpuThreads::default()),
@@ -90,91 +120,162 @@ impl RunControl {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Registers the calling thread, which runs a vCPU, so that it can be kicked out of the guest.
-    pub(crate) fn register_vcpu_thread(&self) {
-        lock(&self.threads).kickable.push(pthread_self());
+    /// Registers the calling thread, which runs vCPU `index`, so that it can be kicked out of the guest.
+    pub(crate) fn register_vcpu_thread(&self, index: u8) {
+        lock(&self.threads).kickable.push((index, pthread_self()));
     }
 
-    /// Waits on the thread of vCPU `index` for as long as the machine is paused, and answers with `save` if
-    /// [`RunControl::save_vcpus`] asks meanwhile. Returns whether the machine was paused.
+    /// Waits on the thread of `vcpu` for as long as the machine is paused or a debugger holds the vCPU, and
+    /// meanwhile does the work that [`RunControl::on_parked_vcpus`] asks for. Returns whether it had to wait.
     ///
     /// A vCPU thread calls this before it enters the guest for the first time, and whenever it was
     /// kicked out of it.
-    pub(crate) fn wait_while_paused(
-        &self,
-        index: u8,
-        save: impl Fn() -> Result<VcpuState, SaveError>,
-    ) -> bool {
-        if !self.pausing.load(Ordering::SeqCst) {
+    pub(crate) fn wait_while_held(&self, vcpu: &ParkedVcpu<'_>) -> bool {
+        if !self.is_held(vcpu.index) {
             return false;
         }
         let mut threads = lock(&self.threads);
-        threads.parked += 1;
+        threads.parked |= 1 << vcpu.index;
         self.changed.notify_all();
-        let index = usize::from(index);
-        while self.pausing.load(Ordering::SeqCst) && !self.is_stopping() {
-            if !matches!(threads.states.get(index), Some(None)) {
+        while self.is_held(vcpu.index) && !self.is_stopping() {
+            let Some(work) = threads.take_work(vcpu.index) else {
                 threads = wait(&self.changed, threads);
                 continue;
-            }
-            // All vCPUs save at the same time.
+            };
+            // All vCPUs work at the same time.
             drop(threads);
-            let state = save();
+            work(vcpu);
             threads = lock(&self.threads);
-            if let Some(answer) = threads.states.get_mut(index) {
-                *answer = Some(state);
-            }
-            self.changed.notify_all();
         }
-        threads.parked -= 1;
+        threads.parked &= !(1 << vcpu.index);
         true
+    }
+
+    fn is_held(&self, index: u8) -> bool {
+        self.pausing.load(Ordering::SeqCst) || self.held.load(Ordering::SeqCst) & (1 << index) != 0
     }
 
     /// Takes all `vcpu_count` vCPUs out of the guest. Returns `false`, and lets the vCPUs run on, if they
     /// have not all left it in time or the machine has ended.
     pub(crate) fn pause_vcpus(&self, vcpu_count: usize, time: Duration) -> bool {
         let deadline = Instant::now() + time;
-        let mut threads = lock(&self.threads);
+        let threads = lock(&self.threads);
         // The threads of a machine that is stopping may have been joined.
         if self.is_stopping() {
             return false;
         }
         // A thread that registers later sees this before it enters the guest.
         self.pausing.store(true, Ordering::SeqCst);
-        kick(&threads.kickable);
-        while threads.parked < vcpu_count {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.is_stopping() {
-                self.pausing.store(false, Ordering::SeqCst);
-                self.changed.notify_all();
-                return false;
-            }
-            threads = self
-                .changed
-                .wait_timeout(threads, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+        threads.kick_running();
+        let (_threads, parked) = self.wait_until_parked(threads, vcpu_count, Some(deadline));
+        if !parked {
+            self.pausing.store(false, Ordering::SeqCst);
+            self.changed.notify_all();
         }
-        true
+        parked
+    }
+
+    /// Waits until `vcpu_count` vCPUs are out of the guest. Returns `false` with the lock if they are not by
+    /// `deadline`, or the machine has ended.
+    fn wait_until_parked<'a>(
+        &'a self,
+        mut threads: MutexGuard<'a, VcpuThreads>,
+        vcpu_count: usize,
+        deadline: Option<Instant>,
+    ) -> (MutexGuard<'a, VcpuThreads>, bool) {
+        while (threads.parked.count_ones() as usize) < vcpu_count {
+            if self.is_stopping() {
+                return (threads, false);
+            }
+            threads = match deadline {
+                None => wait(&self.changed, threads),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return (threads, false);
+                    }
+                    let waited = self.changed.wait_timeout(threads, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        (threads, true)
+    }
+
+    /// Takes all vCPUs out of the guest for a debugger, independently of a pause. They stay out until
+    /// [`RunControl::release_vcpus`].
+    pub(crate) fn hold_all_vcpus(&self) {
+        let threads = lock(&self.threads);
+        self.held.store(VcpuSet::MAX, Ordering::SeqCst);
+        // The threads of a machine that is stopping may have been joined.
+        if !self.is_stopping() {
+            threads.kick_running();
+        }
+    }
+
+    /// Waits until all `vcpu_count` vCPUs, which must be held, are out of the guest. Returns `false` if the
+    /// machine ends first. A vCPU that accesses a device which waits for the host holds this up.
+    pub(crate) fn await_held_vcpus(&self, vcpu_count: usize) -> bool {
+        let threads = lock(&self.threads);
+        self.wait_until_parked(threads, vcpu_count, None).1 && !self.is_stopping()
+    }
+
+    /// Lets `vcpus`, which a debugger holds, go on, unless the machine is paused.
+    pub(crate) fn release_vcpus(&self, vcpus: VcpuSet) {
+        let _threads = lock(&self.threads);
+        self.held.fetch_and(!vcpus, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Whether a debugger holds any vCPU, so that the guest as a whole does not answer.
+    pub(crate) fn is_held_by_debugger(&self) -> bool {
+        self.held.load(Ordering::SeqCst) != 0
+    }
+
+    /// Has the threads of `vcpus`, which must be out of the guest and stay so, call `work`, and returns the
+    /// answers in order. Returns `None` if the machine ends meanwhile.
+    ///
+    /// KVM's requests for a vCPU are made on the thread that runs it. All of these threads work at the same time.
+    pub(crate) fn on_parked_vcpus<T: Send + 'static>(
+        &self,
+        vcpus: Range<u8>,
+        work: impl Fn(&ParkedVcpu<'_>) -> T + Send + Sync + 'static,
+    ) -> Option<Vec<T>> {
+        let work = Arc::new(work);
+        let (sender, answers) = mpsc::channel();
+        let mut threads = lock(&self.threads);
+        if self.is_stopping() {
+            return None;
+        }
+        for index in vcpus.clone() {
+            let (sender, work) = (sender.clone(), work.clone());
+            // The receiver is there until all have answered.
+            let work = move |vcpu: &ParkedVcpu<'_>| drop(sender.send((index, work(vcpu))));
+            threads.work.push((index, Box::new(work)));
+        }
+        self.changed.notify_all();
+        drop(threads);
+        drop(sender);
+        // This ends when no sender is left: all have answered, or the machine's end has dropped the work.
+        let mut answers: Vec<(u8, T)> = answers.iter().collect();
+        if answers.len() < vcpus.len() {
+            return None;
+        }
+        answers.sort_unstable_by_key(|(index, _)| *index);
+        Some(answers.into_iter().map(|(_, answer)| answer).collect())
     }
 
     /// Has all `vcpu_count` vCPUs, which must be paused and stay so, save their state. Returns `None` if the
     /// machine ends meanwhile.
-    ///
-    /// Their threads do it, because KVM's requests for a vCPU are made on the thread that runs it.
     pub(crate) fn save_vcpus(
         &self,
         vcpu_count: usize,
     ) -> Option<Result<Vec<VcpuState>, SaveError>> {
-        let mut threads = lock(&self.threads);
-        threads.states = (0..vcpu_count).map(|_| None).collect();
-        self.changed.notify_all();
-        while threads.states.iter().any(Option::is_none) && !self.is_stopping() {
-            threads = wait(&self.changed, threads);
-        }
-        let states = std::mem::take(&mut threads.states);
-        let states: Option<Vec<_>> = states.into_iter().collect();
-        states.map(|states| states.into_iter().collect())
+        let vcpus = 0..u8::try_from(vcpu_count).unwrap_or(MAX_VCPUS);
+        let states = self.on_parked_vcpus(vcpus, |vcpu| {
+            VcpuState::save(vcpu.fd, vcpu.index, vcpu.state_support)
+        })?;
+        Some(states.into_iter().collect())
     }
 
     /// Takes each of `vcpu_count` vCPUs out of the guest for a moment, to ask whether it has halted for good.
@@ -186,7 +287,9 @@ impl RunControl {
             return;
         }
         threads.halted = vec![None; vcpu_count];
-        kick(&threads.kickable);
+        for (_, thread) in &threads.kickable {
+            kick(*thread);
+        }
     }
 
     /// Answers for vCPU `index`, on its thread, if [`RunControl::ask_whether_halted`] has asked.
@@ -258,7 +361,7 @@ impl RunControl {
     pub(crate) fn finish(&self, outcome: Result<ExitReason, Error>) {
         // Held throughout: a second caller returns, and may join threads, only when the first has kicked
         // all of them. A thread that registers later sees that the machine is stopping.
-        let threads = lock(&self.threads);
+        let mut threads = lock(&self.threads);
         if self.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
@@ -268,7 +371,9 @@ impl RunControl {
             Ok(_) => outcome,
         };
         *lock(&self.outcome) = Some(outcome);
-        kick(&threads.kickable);
+        // Nobody does it any more, and who waits for it is to see that.
+        threads.work.clear();
+        threads.kick_running();
         self.changed.notify_all();
         drop(threads);
         self.events.send_state(State::Stopped);
@@ -279,6 +384,15 @@ impl RunControl {
     /// Whether the guest has reported a panic to the panic device.
     pub(crate) fn has_panicked(&self) -> bool {
         self.panicked.load(Ordering::SeqCst)
+    }
+
+    /// Returns why the machine has ended, `Some(None)` for an error; `None` before its end, and after
+    /// [`RunControl::take_outcome`].
+    pub(crate) fn exit_reason(&self) -> Option<Option<ExitReason>> {
+        let outcome = lock(&self.outcome);
+        outcome
+            .as_ref()
+            .map(|outcome| outcome.as_ref().ok().copied())
     }
 
     /// Returns why the machine has ended; `None` before its end, and after the first call.
@@ -293,17 +407,15 @@ pub(crate) fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// Takes the registered vCPU threads out of the guest. None of them has been joined: that happens only when
-/// the machine is stopping, which begins under the lock that callers hold.
-fn kick(threads: &[Pthread]) {
-    for &thread in threads {
-        // SAFETY: the thread has not been joined, as said above. It blocks the signal except in the guest,
-        // where the signal only ends the run of the guest.
-        let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
-        if error != 0 {
-            let error = io::Error::from_raw_os_error(error);
-            tracing::error!("cannot take a vCPU out of the guest: {error}");
-        }
+/// Takes a registered vCPU thread out of the guest. It has not been joined: that happens only when the machine
+/// is stopping, which begins under the lock that callers hold.
+fn kick(thread: Pthread) {
+    // SAFETY: the thread has not been joined, as said above. It blocks the signal except in the guest, where
+    // the signal only ends the run of the guest.
+    let error = unsafe { libc::pthread_kill(thread, kick_signal()) };
+    if error != 0 {
+        let error = io::Error::from_raw_os_error(error);
+        tracing::error!("cannot take a vCPU out of the guest: {error}");
     }
 }
 

@@ -7,12 +7,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bantam_memory::{Backing, GuestMemory};
+use bantam_memory::{Backing, GuestMemory, Layer, MapError};
 pub use bantam_snapshot::{
     Facts as SnapshotFacts, SnapshotError as SnapshotFileError, SnapshotFiles, SnapshotId,
 };
 use bantam_snapshot::{MemoryFile, StateFile};
+use bantam_storage::DiskError;
 use serde::{Deserialize, Serialize};
+use vm_memory::GuestAddress;
 
 use crate::command::DiskSnapshot;
 use crate::config::{HugePages, MachineConfig};
@@ -83,14 +85,57 @@ pub struct SnapshotTaken {
     pub paused_for: Duration,
 }
 
+/// What is known of a snapshot from its state file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotDescription {
+    /// Facts about the snapshot.
+    pub facts: SnapshotFacts,
+    /// The number of pages of 4 KiB of a differential snapshot; `None` for a full one.
+    pub changed_pages: Option<u64>,
+    /// The host that it was taken on.
+    pub host: HostFacts,
+    /// The configuration of its machine, with the images that its disks had.
+    pub config: MachineConfig,
+    /// The disks that were frozen with it.
+    pub disks: Vec<FrozenDisk>,
+}
+
+impl SnapshotDescription {
+    /// Reads the state file of a snapshot, full or differential.
+    ///
+    /// # Errors
+    /// If it cannot be read, is damaged, or was written in a format that this program does not know.
+    pub fn read(files: &SnapshotFiles) -> Result<SnapshotDescription, Error> {
+        let state = StateFile::open(&files.state)?;
+        let sections = Sections::read(state.sections())?;
+        Ok(SnapshotDescription {
+            facts: state.facts().clone(),
+            changed_pages: state.pages().map(|pages| pages.len() as u64),
+            config: sections.config()?,
+            host: sections.host,
+            disks: sections.disks,
+        })
+    }
+}
+
 /// A snapshot that is open, for a machine to go on from.
 #[derive(Debug)]
 pub struct Snapshot {
-    state: StateFile,
-    memory: MemoryFile,
+    facts: SnapshotFacts,
+    memory: SnapshotMemory,
     sections: Sections,
     config: MachineConfig,
     clock_catches_up: bool,
+    takes_changed_disks: bool,
+}
+
+/// Where the memory of a snapshot is.
+#[derive(Debug)]
+enum SnapshotMemory {
+    /// In its memory file.
+    File(MemoryFile),
+    /// In memory that other machines share.
+    Shared(Vec<Layer>),
 }
 
 impl Snapshot {
@@ -117,12 +162,30 @@ impl Snapshot {
         let sections = Sections::read(state.sections())?;
         let config = sections.config()?;
         Ok(Snapshot {
-            state,
-            memory,
+            facts: state.facts().clone(),
+            memory: SnapshotMemory::File(memory),
             sections,
             config,
             clock_catches_up: false,
+            takes_changed_disks: false,
         })
+    }
+
+    /// Puts together a snapshot whose memory other machines share.
+    pub(crate) fn shared(
+        facts: SnapshotFacts,
+        layers: Vec<Layer>,
+        sections: Sections,
+        config: MachineConfig,
+    ) -> Snapshot {
+        Snapshot {
+            facts,
+            memory: SnapshotMemory::Shared(layers),
+            sections,
+            config,
+            clock_catches_up: false,
+            takes_changed_disks: false,
+        }
     }
 
     /// Lets the clock of KVM (kvm-clock) go on as if the machine had run since the snapshot, and not from where it was.
@@ -132,7 +195,7 @@ impl Snapshot {
 
     /// Returns the facts about the snapshot.
     pub fn facts(&self) -> &SnapshotFacts {
-        self.state.facts()
+        &self.facts
     }
 
     /// Returns the facts about the host that it was taken on.
@@ -155,6 +218,42 @@ impl Snapshot {
         &self.sections.disks
     }
 
+    /// Lets a machine go on from this snapshot although an image has been changed since. Its guest knows nothing of the
+    /// change: it may find a damaged file system, or damage it.
+    pub fn take_changed_disks(&mut self) {
+        self.takes_changed_disks = true;
+    }
+
+    /// Checks that the images of `config` that were frozen with this snapshot are as they were.
+    ///
+    /// # Errors
+    /// [`Error::ChangedDisk`] if one has been changed or is not there.
+    pub fn check_disks(&self, config: &MachineConfig) -> Result<(), Error> {
+        if self.takes_changed_disks {
+            return Ok(());
+        }
+        for (name, disk) in config.disk_names().zip(&config.disks) {
+            let mut frozen = self.disks().iter();
+            let is_it = |it: &&FrozenDisk| it.name == name && it.path == disk.path;
+            let Some(frozen) = frozen.find(is_it) else {
+                continue;
+            };
+            let unchanged = frozen.is_unchanged();
+            let unchanged = unchanged.map_err(|source| DiskError::Open {
+                path: disk.path.clone(),
+                access: "reading",
+                source,
+                remedy: "",
+            })?;
+            if !unchanged {
+                return Err(Error::ChangedDisk {
+                    path: disk.path.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn machine_state(&self) -> MachineState<'_> {
         let taken_at = Duration::from_secs(self.facts().taken_at);
         self.sections
@@ -163,30 +262,44 @@ impl Snapshot {
 
     /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.
     pub(crate) fn guest_memory(&self, config: &MachineConfig) -> Result<GuestMemory, Error> {
-        match config.huge_pages {
-            HugePages::None => self.memory.map().map_err(|error| Error::Memory {
-                mib: self.facts().memory_size() >> 20,
-                reason: error.to_string(),
-            }),
-            HugePages::Transparent | HugePages::TwoMib => {
+        let failed = |reason: String| Error::Memory {
+            mib: self.facts.memory_size() >> 20,
+            reason,
+        };
+        let mapped = |error: MapError| failed(error.to_string());
+        match (&self.memory, config.huge_pages) {
+            (SnapshotMemory::File(file), HugePages::None) => file.map().map_err(mapped),
+            (SnapshotMemory::File(file), HugePages::Transparent | HugePages::TwoMib) => {
                 let memory = Arc::new(allocate_memory(config)?);
-                self.memory.read_into(&memory)?;
-                Arc::into_inner(memory).ok_or_else(|| Error::Memory {
-                    mib: self.facts().memory_size() >> 20,
-                    reason: "it is still being read".to_owned(),
-                })
+                file.read_into(&memory)?;
+                Arc::into_inner(memory).ok_or_else(|| failed("it is still being read".to_owned()))
+            }
+            (SnapshotMemory::Shared(layers), _) => {
+                let regions = self.facts.regions.iter();
+                let regions = regions.map(|&(start, len)| (GuestAddress(start), len as usize));
+                let regions: Vec<_> = regions.collect();
+                GuestMemory::from_layers(&regions, layers).map_err(mapped)
             }
         }
     }
 
     /// Checks that the memory file has not been changed since it was opened.
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
-        Ok(self.memory.check_unchanged()?)
+        match &self.memory {
+            SnapshotMemory::File(file) => Ok(file.check_unchanged()?),
+            SnapshotMemory::Shared(_) => Ok(()),
+        }
     }
 
     /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
     pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
-        let is_mapped = memory.backing() == Backing::PrivateFile;
-        Changes::of_restored(self.state.path(), self.facts(), is_mapped)
+        match &self.memory {
+            SnapshotMemory::File(file) => {
+                let is_mapped = memory.backing() == Backing::PrivateFile;
+                Changes::of_restored(file.path(), &self.facts, is_mapped)
+            }
+            // There are no files to base another on.
+            SnapshotMemory::Shared(_) => Changes::default(),
+        }
     }
 }

@@ -23,6 +23,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::config::{CpuModifiers, MsrModifier};
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
+use crate::gdb::Debugger;
 use crate::kvm::{StateSupport, TscRestorer, VcpuState};
 use crate::metrics::VcpuMetrics;
 use crate::run_control::{RunControl, kick_signal};
@@ -95,6 +96,13 @@ pub(crate) struct Vcpu {
     metrics: Arc<VcpuMetrics>,
 }
 
+/// A vCPU that is out of the guest, between two instructions, on the thread that runs it.
+pub(crate) struct ParkedVcpu<'a> {
+    pub(crate) index: u8,
+    pub(crate) fd: &'a VcpuFd,
+    pub(crate) state_support: &'a StateSupport,
+}
+
 /// What a vCPU reaches when it leaves the guest.
 pub(crate) struct VcpuEnvironment {
     pub(crate) ports: Bus,
@@ -102,6 +110,7 @@ pub(crate) struct VcpuEnvironment {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) control: Arc<RunControl>,
     pub(crate) state_support: StateSupport,
+    pub(crate) debugger: Option<Arc<Debugger>>,
 }
 
 impl Vcpu {
@@ -185,7 +194,7 @@ impl Vcpu {
         let outcome = match self.unblock_kick_signal_in_guest() {
             Ok(()) => {
                 // Not earlier: until it is blocked, the signal ends the process.
-                control.register_vcpu_thread();
+                control.register_vcpu_thread(self.index);
                 self.run_loop(environment)
             }
             Err(error) => Err(error),
@@ -265,7 +274,7 @@ impl Vcpu {
             ..
         } = environment;
         let metrics = self.metrics.clone();
-        self.wait_while_paused(environment);
+        self.wait_while_held(environment);
         while !control.is_stopping() {
             match self.fd.run() {
                 Ok(VcpuExit::MmioRead(address, data)) => {
@@ -310,8 +319,21 @@ impl Vcpu {
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
                     return Ok(Some(ExitReason::Panic));
                 }
+                Ok(VcpuExit::Debug(exit)) => {
+                    let Some(debugger) = &environment.debugger else {
+                        return Err(self.error("a debug exit without a debugger".to_owned()));
+                    };
+                    debugger
+                        .take_debug_exit(&self.parked(environment), &exit)
+                        .map_err(|error| self.error(error.to_string()))?;
+                    self.wait_while_held(environment);
+                }
                 Ok(VcpuExit::InternalError) => {
-                    return Err(self.internal_error(&environment.memory));
+                    let debugger = environment.debugger.as_ref();
+                    if !debugger.is_some_and(|it| it.take_failure(&self.parked(environment))) {
+                        return Err(self.internal_error(&environment.memory));
+                    }
+                    self.wait_while_held(environment);
                 }
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return Err(self.error(format!("entering the guest failed ({reason:#x})")));
@@ -333,7 +355,7 @@ impl Vcpu {
     }
 
     /// Does what the vCPU was taken out of the guest for: it says whether it has halted for good, and stays
-    /// out while the machine is paused.
+    /// out while the machine is paused or a debugger holds it.
     ///
     /// Its registers are those between two instructions, so its state can be saved. After an access to a
     /// device, that is true only when `KVM_RUN` has been called again, which finishes the instruction before
@@ -344,15 +366,26 @@ impl Vcpu {
         take_kick_signals();
         let control = &environment.control;
         control.tell_whether_halted(self.index, || self.has_halted_for_good());
-        if self.wait_while_paused(environment) {
+        self.wait_while_held(environment);
+    }
+
+    fn wait_while_held(&self, environment: &VcpuEnvironment) {
+        if environment
+            .control
+            .wait_while_held(&self.parked(environment))
+        {
             // This fails for a guest that does not use the clock.
             let _ = self.fd.kvmclock_ctrl();
         }
     }
 
-    fn wait_while_paused(&self, environment: &VcpuEnvironment) -> bool {
-        let save = || VcpuState::save(&self.fd, self.index, &environment.state_support);
-        environment.control.wait_while_paused(self.index, save)
+    /// Returns this vCPU, which is out of the guest, for what other threads ask of it.
+    fn parked<'a>(&'a self, environment: &'a VcpuEnvironment) -> ParkedVcpu<'a> {
+        ParkedVcpu {
+            index: self.index,
+            fd: &self.fd,
+            state_support: &environment.state_support,
+        }
     }
 
     /// Whether no interrupt can wake the vCPU: it has halted with interrupts off, or was never started. Only

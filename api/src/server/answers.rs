@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bantam_serving::Place;
 use bantam_vmm::BoundedLog;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes, Incoming};
@@ -12,7 +13,6 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use tokio::{task, time};
 
-use crate::clients::Place;
 use crate::fault::Fault;
 use crate::instance::Instance;
 use crate::reply::Reply;

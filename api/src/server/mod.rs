@@ -9,21 +9,19 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bantam_serving::{Clients, runtime};
 use bantam_vmm::{BoundedLog, ListeningSocket};
 use tokio::sync::{Mutex, Notify};
 use tokio::task;
 use tokio::time::{self, MissedTickBehavior};
 
 use self::answers::Service;
-use crate::clients::Clients;
 use crate::instance::Instance;
 use crate::view::View;
 
 /// Maximum number of threads besides that of the server: one executes a request that changes something, and
 /// one waits for metrics to be written.
 const WORK_THREADS: usize = 2;
-/// How long such a thread waits for more work before it ends.
-const WORK_THREAD_TIME: Duration = Duration::from_secs(1);
 /// How long clients may take at the end to receive the answers to their requests.
 const LAST_ANSWERS_TIME: Duration = Duration::from_secs(1);
 /// How long it may take to write the last metrics.
@@ -104,12 +102,7 @@ impl Server {
     /// # Errors
     /// If the host is out of descriptors.
     pub fn run(self) -> Result<(), ServerError> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .thread_name("bantam-api-work")
-            .max_blocking_threads(WORK_THREADS)
-            .thread_keep_alive(WORK_THREAD_TIME)
-            .build()?;
+        let runtime = runtime("bantam-api-work", WORK_THREADS)?;
         let clients = Clients::new(self.limits.clients);
         let result = runtime.block_on(async {
             let serving = async {
@@ -119,7 +112,7 @@ impl Server {
                 }
             };
             let served = tokio::select! {
-                failed = serving => failed,
+                failed = serving => failed.map(|never| match never {}).map_err(ServerError::from),
                 () = write_metrics(&self.view) => Ok(()),
                 () = self.ending.notified() => Ok(()),
             };

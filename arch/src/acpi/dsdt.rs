@@ -5,20 +5,24 @@
 //! particular, it leaves out objects that have a default (`_STA`, and on x86 `_CCA`).
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
-    ResourceTemplate, Scope,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
+    Path, ResourceTemplate, Scope,
 };
 use acpi_tables::{Aml, AmlSink};
 
 use super::{ACPI_SLEEP_TYPE_S5, AcpiDevices, VirtioMmioWindow};
 use crate::error::{Error, Result};
 use crate::layout::{
-    DEVICE_HOLE, DEVICE_HOLE_END, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI, PANIC_PORT,
-    POWER_BUTTON_GSI, RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    DEVICE_HOLE, DEVICE_HOLE_END, GENERATION_ID, I8042_COMMAND_PORT, I8042_PORT, KEYBOARD_GSI,
+    PANIC_PORT, POWER_BUTTON_GSI, RESTORED_GSI, RTC_PORT, RTC_PORT_COUNT, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORT_COUNT, VM_CLOCK, VM_CLOCK_SIZE,
 };
 
 /// Notification value for a press of the power button (ACPI 6.5 section 5.6.6).
 const POWER_BUTTON_PRESSED: u8 = 0x80;
+/// Notification value for a change of the generation id or of the VMClock page: the first value whose
+/// meaning depends on the device.
+const CHANGED: u8 = 0x80;
 
 /// Returns the definition block, in ACPI machine language, of a machine with these devices.
 pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
@@ -31,6 +35,8 @@ pub(super) fn definition_block(devices: &AcpiDevices<'_>) -> Result<Vec<u8>> {
 
     let mut system_bus: Vec<&dyn Aml> = vec![
         &PowerButton,
+        &GenerationCounter,
+        &VmClock,
         &GenericEventDevice,
         &Keyboard,
         &Rtc,
@@ -71,7 +77,51 @@ impl Aml for PowerButton {
     }
 }
 
-/// Turns its only interrupt into a press of the power button (ACPI 6.5 section 5.6.9).
+/// The generation counter ("Virtual Machine Generation ID", Microsoft). Drivers know it by the compatible
+/// id, and find the generation id at the address whose halves, the lower one first, are a package.
+struct GenerationCounter;
+
+impl Aml for GenerationCounter {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let halves = [GENERATION_ID as u32, (GENERATION_ID >> 32) as u32];
+        Device::new(
+            "VGEN".into(),
+            vec![
+                &Name::new("_HID".into(), &"BNTM0001"),
+                &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                &Name::new("ADDR".into(), &Package::new(vec![&halves[0], &halves[1]])),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The VMClock page (Linux, `include/uapi/linux/vmclock-abi.h`).
+struct VmClock;
+
+impl Aml for VmClock {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        Device::new(
+            "VCLK".into(),
+            vec![
+                &Name::new("_HID".into(), &"AMZNC10C"),
+                &Name::new("_CID".into(), &"VMCLOCK"),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                        false,
+                        VM_CLOCK as u32,
+                        VM_CLOCK_SIZE,
+                    )]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Turns interrupts into notifications of devices (ACPI 6.5 section 5.6.9).
 struct GenericEventDevice;
 
 impl Aml for GenericEventDevice {
@@ -82,13 +132,28 @@ impl Aml for GenericEventDevice {
                 &Name::new("_HID".into(), &"ACPI0013"),
                 &Name::new(
                     "_CRS".into(),
-                    &ResourceTemplate::new(vec![&interrupt(POWER_BUTTON_GSI)]),
+                    &ResourceTemplate::new(vec![
+                        &interrupt(POWER_BUTTON_GSI),
+                        &interrupt(RESTORED_GSI),
+                    ]),
                 ),
                 &Method::new(
                     "_EVT".into(),
                     1,
                     false,
-                    vec![&Notify::new(&Path::new("PWRB"), &POWER_BUTTON_PRESSED)],
+                    vec![
+                        &If::new(
+                            &Equal::new(&Arg(0), &POWER_BUTTON_GSI),
+                            vec![&Notify::new(&Path::new("PWRB"), &POWER_BUTTON_PRESSED)],
+                        ),
+                        &If::new(
+                            &Equal::new(&Arg(0), &RESTORED_GSI),
+                            vec![
+                                &Notify::new(&Path::new("VGEN"), &CHANGED),
+                                &Notify::new(&Path::new("VCLK"), &CHANGED),
+                            ],
+                        ),
+                    ],
                 ),
             ],
         )

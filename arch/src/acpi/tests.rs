@@ -186,12 +186,47 @@ fn power_button_and_soft_off_are_defined() {
         virtio_mmio: &[],
         serial: false,
     });
-    // Method _EVT of one argument: Notify (PWRB, 0x80)
-    let event = [b"\x14\x0d_EVT\x01", &b"\x86PWRB\x0a\x80"[..]].concat();
-    assert!(contains(&tables.dsdt, &event));
+    // Method _EVT of one argument: If (Arg0 == 5) { Notify (PWRB, 0x80) }
+    let event = [
+        &b"_EVT\x01"[..],
+        b"\xa0\x0c\x93\x68\x0a\x05",
+        b"\x86PWRB\x0a\x80",
+    ];
+    assert!(contains(&tables.dsdt, &event.concat()));
     // Name _S5 of a package of two elements: 5, 0
     let soft_off = b"\x08_S5_\x12\x05\x02\x0a\x05\x00";
     assert!(contains(&tables.dsdt, soft_off));
+}
+
+#[test]
+fn the_devices_that_tell_of_a_restore_are_defined() {
+    let tables = Tables::write(&AcpiDevices {
+        vcpu_count: 1,
+        virtio_mmio: &[],
+        serial: false,
+    });
+    // Name ADDR of a package of two elements: 0xde040, 0
+    let counter = [
+        &b"VGEN\x08_HID\x0dBNTM0001\0"[..],
+        b"\x08_CID\x0dVM_Gen_Counter\0",
+        b"\x08_DDN\x0dVM_Gen_Counter\0",
+        b"\x08ADDR\x12\x08\x02\x0c\x40\xe0\x0d\x00\x00",
+    ];
+    assert!(contains(&tables.dsdt, &counter.concat()));
+    let clock = b"VCLK\x08_HID\x0dAMZNC10C\0\x08_CID\x0dVMCLOCK\0";
+    assert!(contains(&tables.dsdt, clock));
+    // Fixed memory that is only read, 0x1000 bytes at 0xdf000
+    let page = b"\x86\x09\x00\x00\x00\xf0\x0d\x00\x00\x10\x00\x00";
+    assert!(contains(&tables.dsdt, page));
+    // If (Arg0 == 3) { Notify (VGEN, 0x80) Notify (VCLK, 0x80) }
+    let event = b"\xa0\x13\x93\x68\x0a\x03\x86VGEN\x0a\x80\x86VCLK\x0a\x80";
+    assert!(contains(&tables.dsdt, event));
+    // Interrupts 5 and 3 of the generic event device, edge-triggered, active high
+    let interrupts = [
+        &b"\x89\x06\x00\x03\x01\x05\x00\x00\x00"[..],
+        b"\x89\x06\x00\x03\x01\x03\x00\x00\x00",
+    ];
+    assert!(contains(&tables.dsdt, &interrupts.concat()));
 }
 
 #[test]

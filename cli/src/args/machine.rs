@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
-    HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout, VcpuCount,
-    VsockConfig, path,
+    GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
+    VcpuCount, VsockConfig, path,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
@@ -62,6 +62,13 @@ pub struct MachineArgs {
     #[arg(long, value_name = "on|off", help_heading = heading::BOOT, hide_short_help = true,
         value_parser = switch())]
     pub host_workarounds: Option<bool>,
+
+    /// Whether the pages that the guest and its devices write are logged [default: off]
+    ///
+    /// The log is for differential snapshots: bantam snapshot --diff.
+    #[arg(long, value_name = "on|off", help_heading = heading::CPU, hide_short_help = true,
+        value_parser = switch())]
+    pub track_dirty_pages: Option<bool>,
 
     /// Number of vCPUs, 1 to 32 [default: 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = heading::CPU)]
@@ -240,6 +247,15 @@ pub struct MachineArgs {
     #[arg(long, value_name = "OF", help_heading = heading::OTHER, hide_short_help = true,
         value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
     pub exit_status: Option<ExitStatus>,
+
+    /// Where gdb connects to debug the guest, which waits for it
+    ///
+    /// WHERE is tcp:ADDRESS:PORT, such as tcp:127.0.0.1:1234, or unix:PATH, a Unix domain socket. Before its
+    /// first instruction the guest waits until gdb has connected (target remote) and lets it go on. Who can
+    /// connect there controls the guest.
+    #[arg(long, value_name = "WHERE", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = os_text::<GdbConfig>())]
+    pub gdb: Option<GdbConfig>,
 }
 
 /// Headings of the help, in the order in which they are shown.

@@ -68,6 +68,7 @@ fn every_option_reaches_the_machine() {
         "--shutdown-timeout=2m",
         "--exit-status=monitor",
         "--host-workarounds=off",
+        "--gdb=unix:g.sock",
         "--log=off",
     ]);
     assert_eq!(args.log, LevelFilter::OFF);
@@ -99,6 +100,7 @@ fn every_option_reaches_the_machine() {
         shutdown_timeout: "120s".parse().unwrap(),
         exit_status: ExitStatus::Monitor,
         host_workarounds: false,
+        gdb: Some("unix:g.sock".parse().unwrap()),
         ..MachineConfig::new("k")
     };
     let config = args.into_table().unwrap().into_config();

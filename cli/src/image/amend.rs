@@ -1,28 +1,40 @@
 //! `bantam image amend`.
 
+use std::path::Path;
+
 use anyhow::Context;
 use bantam_storage::Image;
 use bantam_storage::qcow2::{Amendment, Header};
-use bantam_storage::tools::{Purpose, open};
+use bantam_storage::tools::{Format, Purpose, amend_help, open};
 
 use super::args::AmendArgs;
+use super::output::print;
 use super::progress::Progress;
-use super::target::options;
+use super::target::{NO_FILE, asks_for_help, options};
 
 /// Changes options of an image.
 pub fn amend(args: &AmendArgs) -> anyhow::Result<()> {
+    if asks_for_help(&args.options) {
+        let format = args.format.unwrap_or(Format::Qcow2);
+        anyhow::ensure!(
+            format == Format::Qcow2,
+            "the format {format} has no options to amend"
+        );
+        return print(&amend_help());
+    }
+    let file = args.file.as_deref().context(NO_FILE)?;
     let progress = Progress::new(args.progress && !args.quiet);
-    let amended = change(args);
+    let amended = change(args, file);
     if amended.is_ok() {
         progress.set(1.0);
     }
     drop(progress);
-    amended.with_context(|| format!("cannot amend '{}'", args.file.display()))
+    amended.with_context(|| format!("cannot amend '{}'", file.display()))
 }
 
-fn change(args: &AmendArgs) -> anyhow::Result<()> {
+fn change(args: &AmendArgs, file: &Path) -> anyhow::Result<()> {
     let mut options = options(&args.options)?;
-    let opened = open(&args.file, args.format, Purpose::Write)?;
+    let opened = open(file, args.format, Purpose::Write)?;
     let Some(image) = opened.qcow2 else {
         anyhow::bail!("the format {} has no options to amend", opened.format);
     };

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use bantam_storage::tools::{Format, PREALLOCATIONS, Preallocation};
+use bantam_storage::qcow2::Preallocation;
+use bantam_storage::tools::{Format, PREALLOCATIONS};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::size::SizeChange;
@@ -18,7 +19,8 @@ pub struct ImageArgs {
 #[derive(Debug, Parser)]
 #[command(
     name = "qemu-img",
-    version,
+    // Programs look for the version of qemu-img whose command lines they can give.
+    version = concat!("version 7.2.0 (Bantam ", env!("CARGO_PKG_VERSION"), ")"),
     max_term_width = 100,
     about = "Bantam in place of qemu-img: creates, converts and examines disk images"
 )]
@@ -55,7 +57,7 @@ pub struct CreateArgs {
     #[arg(short, value_name = "FORMAT", default_value = "raw")]
     pub format: Format,
 
-    /// Options of the format: KEY=VALUE,...
+    /// Options of the format: KEY=VALUE,..., or help, which lists them
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<String>,
 
@@ -72,8 +74,8 @@ pub struct CreateArgs {
     pub unchecked: bool,
 
     /// The image; a file of this name is replaced
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
+    #[arg(value_name = "FILE", required_unless_present = "options")]
+    pub file: Option<PathBuf>,
 
     /// Size of the disk, such as 512M or 1.5G
     #[arg(value_name = "SIZE", value_parser = parse_size)]
@@ -160,7 +162,7 @@ pub struct ConvertArgs {
     #[arg(short = 'O', value_name = "FORMAT", default_value = "raw")]
     pub target_format: Format,
 
-    /// Options of the target's format: KEY=VALUE,...
+    /// Options of the target's format: KEY=VALUE,..., or help, which lists them
     #[arg(short, value_name = "OPTIONS", conflicts_with = "no_create")]
     pub options: Vec<String>,
 
@@ -222,7 +224,7 @@ pub struct ConvertArgs {
     pub force_share: bool,
 
     /// The sources, and last the target
-    #[arg(value_name = "FILE", num_args = 2.., required = true)]
+    #[arg(value_name = "FILE", num_args = 2.., required_unless_present = "options")]
     pub files: Vec<PathBuf>,
 }
 
@@ -241,7 +243,7 @@ pub struct ResizeArgs {
     #[arg(long)]
     pub shrink: bool,
 
-    /// How the storage of what is added is reserved: off, falloc or full
+    /// What is allocated in advance of what is added: off, metadata (in qcow2), falloc or full
     #[arg(long, value_name = "HOW", default_value = "off", value_parser = preallocation)]
     pub preallocation: Preallocation,
 
@@ -511,13 +513,13 @@ pub struct AmendArgs {
     #[arg(short = 't', value_name = "MODE")]
     pub cache: Option<CacheMode>,
 
-    /// Options of the format: KEY=VALUE,...
+    /// Options of the format: KEY=VALUE,..., or help, which lists them
     #[arg(short, value_name = "OPTIONS", required = true)]
     pub options: Vec<String>,
 
     /// The image
-    #[arg(value_name = "FILE")]
-    pub file: PathBuf,
+    #[arg(value_name = "FILE", required_unless_present = "options")]
+    pub file: Option<PathBuf>,
 }
 
 /// What a check repairs.
@@ -557,5 +559,5 @@ fn preallocation(name: &str) -> Result<Preallocation, String> {
     let found = PREALLOCATIONS.iter().find(|(known, _)| *known == name);
     found
         .map(|&(_, value)| value)
-        .ok_or_else(|| "expected off, falloc or full".to_owned())
+        .ok_or_else(|| "expected off, metadata, falloc or full".to_owned())
 }

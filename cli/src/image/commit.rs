@@ -8,9 +8,11 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use bantam_storage::job::{CommitJob, CopyJob, JobState};
+use bantam_storage::job::{CommitJob, CopyJob, JobError, JobState};
 use bantam_storage::tools::{Format, ToolError, probe};
-use bantam_storage::{Disk, DiskLayer, DiskOptions, HostFile, HostOpener, ImageFormat, LockMode};
+use bantam_storage::{
+    Disk, DiskError, DiskLayer, DiskOptions, HostFile, HostOpener, ImageFormat, LockMode,
+};
 
 use super::args::CommitArgs;
 use super::interrupt::cancel_on_signal;
@@ -39,7 +41,7 @@ pub fn commit(args: &CommitArgs) -> anyhow::Result<()> {
         any_size: true,
         ..DiskOptions::default()
     };
-    let disk = Disk::open_by(&HostOpener, &args.file, &options)?;
+    let disk = Disk::open_by(&HostOpener, &args.file, &options).map_err(without_hint)?;
     let disk = disk.to_formatted(&HostOpener)?;
     let layers = disk.layers();
     anyhow::ensure!(layers.len() > 1, "'{name}' has no backing file");
@@ -52,7 +54,10 @@ pub fn commit(args: &CommitArgs) -> anyhow::Result<()> {
             )
         })?,
     };
-    let job = CommitJob::open(&HostOpener, &disk, depth)?;
+    let job = CommitJob::open(&HostOpener, &disk, depth).map_err(|error| match error {
+        JobError::Disk(error) => without_hint(error),
+        error => error.into(),
+    })?;
     let progress = Progress::new(args.progress && !args.quiet);
     let copied = copy(job.copy(), &progress, || cancelled.load(Ordering::Relaxed));
     drop(progress);
@@ -96,6 +101,20 @@ fn copy(job: &CopyJob, progress: &Progress, is_cancelled: impl Fn() -> bool) -> 
     }
     progress.set(1.0);
     job.begin_switch().context("cannot write the backing file")
+}
+
+/// Says why an image cannot be opened, without what helps if it is the disk of a machine.
+fn without_hint(error: DiskError) -> anyhow::Error {
+    match error {
+        DiskError::Open { path, source, .. } => {
+            anyhow::anyhow!("cannot open '{}': {source}", path.display())
+        }
+        DiskError::InUse { path } => anyhow::anyhow!(
+            "cannot open '{}': another program or machine uses it",
+            path.display()
+        ),
+        error => error.into(),
+    }
 }
 
 fn probe_path(path: &Path) -> io::Result<Format> {

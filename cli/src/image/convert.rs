@@ -3,21 +3,26 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use bantam_storage::tools::{Job, Opened, open};
+use bantam_storage::tools::{Job, Opened, open, option_help};
 
 use super::args::{CacheMode, ConvertArgs};
 use super::interrupt::cancel_on_signal;
+use super::output::print;
 use super::progress::Progress;
 use super::purpose;
 use super::snapshot::at_snapshot;
 use super::target::{
-    Copying, Part, check_not_source, copy_to_new, copy_to_old, options, set_backing,
+    Copying, NO_FILE, Part, asks_for_help, check_not_source, copy_to_new, copy_to_old, options,
+    set_backing,
 };
 
 /// Copies disks to an image.
 pub fn convert(args: &ConvertArgs) -> anyhow::Result<()> {
+    if asks_for_help(&args.options) {
+        return print(&option_help(args.target_format));
+    }
     let cancelled = cancel_on_signal()?;
-    let (target, sources) = args.files.split_last().context("there is no target")?;
+    let (target, sources) = args.files.split_last().context(NO_FILE)?;
     anyhow::ensure!(
         args.snapshot.is_none() || sources.len() == 1,
         "a snapshot can be copied from one source only"

@@ -6,10 +6,14 @@ use bantam_storage::tools::{self, NewContent};
 
 use super::args::CreateArgs;
 use super::output::print;
-use super::target::{open_backing, options, set_backing};
+use super::target::{NO_FILE, asks_for_help, open_backing, options, set_backing};
 
 /// Creates an image.
 pub fn create(args: CreateArgs) -> anyhow::Result<()> {
+    if asks_for_help(&args.options) {
+        return print(&tools::option_help(args.format));
+    }
+    let file = args.file.as_deref().context(NO_FILE)?;
     let mut options = options(&args.options)?;
     set_backing(&mut options, args.backing.as_deref(), args.backing_format);
     let mut size = match (args.size, options.take("size")) {
@@ -19,19 +23,19 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     };
     let backing = match args.unchecked {
         true => None,
-        false => open_backing(&args.file, &options)?,
+        false => open_backing(file, &options)?,
     };
     if let Some(backing) = &backing {
         size = size.or(Some(backing.image.size()));
     }
-    let name = args.file.display();
+    let name = file.display();
     let size = size.with_context(|| format!("cannot create '{name}': give it a size"))?;
     let content = NewContent {
         compress: false,
         backing: backing.map(|backing| backing.image),
     };
     let chosen = tools::describe_options(args.format, size, &options);
-    let created = tools::create(&args.file, args.format, size, options, content)?;
+    let created = tools::create(file, args.format, size, options, content)?;
     let finished = created.target.finish(true);
     if finished.is_err() {
         created.remove();

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use bantam_storage::foreign::VmdkDetails;
-use bantam_storage::qcow2::{Compression, Qcow2};
+use bantam_storage::qcow2::{Compression, MAX_DEPTH, Qcow2};
 use bantam_storage::tools::{Format, open_alone};
 use serde::Serialize;
 
@@ -16,9 +16,6 @@ use super::output::{print, print_json};
 use super::purpose;
 use super::size::human;
 use super::snapshot::{Listed, list};
-
-/// The most images of a chain, as for one that is opened.
-const MAX_CHAIN: usize = 64;
 
 /// What is told about an image, in QEMU's words and order.
 #[derive(Debug, Serialize)]
@@ -103,7 +100,8 @@ struct VmdkExtent {
 /// Shows what an image is.
 pub fn info(args: &InfoArgs) -> anyhow::Result<()> {
     let mut infos = vec![Info::open(&args.file, args.format, args.force_share)?];
-    while args.backing_chain && infos.len() < MAX_CHAIN {
+    let mut files = vec![identity(&args.file)?];
+    while args.backing_chain && infos.len() < MAX_DEPTH {
         let Some(Info {
             full_backing_filename: Some(backing),
             backing_filename_format: Some(format),
@@ -112,9 +110,11 @@ pub fn info(args: &InfoArgs) -> anyhow::Result<()> {
         else {
             break;
         };
-        if infos.iter().any(|info| info.filename == *backing) {
+        let file = identity(backing.as_ref())?;
+        if files.contains(&file) {
             bail!("the backing files of '{}' form a loop", args.file.display());
         }
+        files.push(file);
         let format = format.parse()?;
         infos.push(Info::open(
             backing.as_ref(),
@@ -130,6 +130,13 @@ pub fn info(args: &InfoArgs) -> anyhow::Result<()> {
         (Output::Json, [info]) if !args.backing_chain => print_json(info),
         (Output::Json, infos) => print_json(&infos),
     }
+}
+
+/// Returns what tells a file from all others, whatever name it has.
+fn identity(path: &Path) -> anyhow::Result<(u64, u64)> {
+    let file = fs::metadata(path);
+    let file = file.with_context(|| format!("cannot open '{}'", path.display()))?;
+    Ok((file.dev(), file.ino()))
 }
 
 impl Info {

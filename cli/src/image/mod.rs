@@ -21,18 +21,17 @@ mod snapshot;
 mod target;
 
 use std::ffi::OsString;
-use std::io;
 use std::process::ExitCode;
 
-use anyhow::Error;
 use bantam_storage::tools::{Purpose, ToolError};
 use nix::sys::signal::{SigSet, Signal};
 
 use args::ImageCommand;
 pub use args::{ImageArgs, QemuImgArgs};
+pub use target::{open_backing, options, set_backing};
 
 use crate::message::say_last;
-use crate::reason;
+use crate::{is_broken_pipe, reason};
 
 /// The exit statuses of a comparison: the disks are the same or differ; more means that it failed.
 const SAME: u8 = 0;
@@ -82,11 +81,6 @@ fn purpose(force_share: bool) -> Purpose {
         true => Purpose::ReadShared,
         false => Purpose::Read,
     }
-}
-
-fn is_broken_pipe(error: &Error) -> bool {
-    let error = error.downcast_ref::<io::Error>();
-    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Whether the program was started as qemu-img, by a link or a copy with that name.

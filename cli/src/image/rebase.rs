@@ -1,6 +1,7 @@
 //! `bantam image rebase`.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::Context;
@@ -13,6 +14,7 @@ use super::args::RebaseArgs;
 use super::interrupt::cancel_on_signal;
 use super::progress::Progress;
 use super::purpose;
+use super::target::check_depth;
 
 /// Gives an image another backing file, or none.
 pub fn rebase(args: &RebaseArgs) -> anyhow::Result<()> {
@@ -32,6 +34,13 @@ pub fn rebase(args: &RebaseArgs) -> anyhow::Result<()> {
         })
     });
     let backing = backing.transpose()?;
+    let folder = args.file.parent().unwrap_or(Path::new(""));
+    if let Some(new) = new {
+        anyhow::ensure!(
+            !is_same_file(&folder.join(new), &args.file),
+            "cannot rebase '{name}': it cannot be its own backing file"
+        );
+    }
     let progress = Progress::new(args.progress && !args.quiet);
     let job = Job {
         progress: &|share| progress.set(share),
@@ -75,13 +84,20 @@ fn copy_and_rename(
         Some(backing) => {
             let path = folder.join(&backing.name);
             let format = args.backing_format;
-            Some((open(&path, format, purpose(args.force_share))?, path))
+            let opened = open(&path, format, purpose(args.force_share))?;
+            check_depth(&opened)?;
+            Some((opened, path))
         }
     };
     let shared = new.as_ref().and_then(|(_, path)| find(&opened, path));
     let new = new.as_ref().map(|(new, _)| &*new.image);
     copy_differences(image, new, shared, job)?;
     Ok(image.rebase(backing)?)
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 fn check_format(format: Format) -> anyhow::Result<()> {

@@ -7,13 +7,13 @@ use anyhow::Context;
 use bantam_storage::Image;
 use bantam_storage::qcow2::Snapshot;
 use bantam_storage::tools::{Opened, Purpose, open};
-use nix::libc;
 
 use super::args::SnapshotArgs;
 use super::output::print;
 use super::purpose;
 use super::size::human;
 use super::target::options;
+use crate::local_time::local_time;
 
 /// Lists or changes the snapshots of an image.
 pub fn snapshot(args: &SnapshotArgs) -> anyhow::Result<()> {
@@ -139,31 +139,11 @@ pub fn list<'a>(snapshots: impl Iterator<Item = Listed<'a>>) -> String {
             snapshot.id,
             snapshot.name,
             human(snapshot.machine_state),
-            local_time(snapshot.seconds),
+            local_time(snapshot.seconds.into()),
             snapshot
                 .instructions
                 .map_or(String::new(), |count| count.to_string())
         );
     }
     text
-}
-
-/// Formats a time by the host's time zone.
-fn local_time(seconds: u32) -> String {
-    let seconds = libc::time_t::from(seconds);
-    let mut parts = std::mem::MaybeUninit::<libc::tm>::zeroed();
-    // SAFETY: both pointers are valid for the call, and a `tm` of zeroes, as it is if the call fails, is one.
-    let parts = unsafe {
-        libc::localtime_r(&raw const seconds, parts.as_mut_ptr());
-        parts.assume_init()
-    };
-    format!(
-        "{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
-        parts.tm_year + 1900,
-        parts.tm_mon + 1,
-        parts.tm_mday,
-        parts.tm_hour,
-        parts.tm_min,
-        parts.tm_sec
-    )
 }

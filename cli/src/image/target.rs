@@ -5,11 +5,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use bantam_storage::qcow2::MAX_DEPTH;
 use bantam_storage::tools::{
     CopyOptions, Created, Format, Job, NewContent, Opened, Purpose, ToolError, copy, create, open,
     open_target,
 };
 use bantam_storage::{OptionError, Options, Target};
+
+/// What is missing on a command line that has options of a format.
+pub const NO_FILE: &str = "give the name of the image";
+
+/// Whether options of a format ask for a list of them.
+pub fn asks_for_help(texts: &[String]) -> bool {
+    texts.iter().any(|text| Options::asks_for_help(text))
+}
 
 /// Reads the options of a format.
 pub fn options(texts: &[String]) -> Result<Options, OptionError> {
@@ -37,7 +46,18 @@ pub fn open_backing(path: &Path, options: &Options) -> anyhow::Result<Option<Ope
     let format = format.context("give the format of the backing file: -F")?;
     let folder = path.parent().unwrap_or(Path::new(""));
     let opened = open(&folder.join(backing), Some(format.parse()?), Purpose::Read)?;
+    check_depth(&opened)?;
     Ok(Some(opened))
+}
+
+/// Makes sure that an image over `backing` can be opened.
+pub fn check_depth(backing: &Opened) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        backing.files.len() < MAX_DEPTH,
+        "the backing file has {} files below it, and a chain has {MAX_DEPTH} at most; merge some by commit or rebase",
+        backing.files.len() - 1
+    );
+    Ok(())
 }
 
 /// Makes sure that no source would be overwritten.

@@ -20,7 +20,10 @@ use std::path::{Path, PathBuf};
 
 use bantam_storage::patiently;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+};
+use nix::sys::stat::{Mode, fchmod};
 
 use path_lock::PathLock;
 
@@ -39,6 +42,38 @@ pub struct ListeningSocket {
     identity: FileIdentity,
 }
 
+/// Who can connect to a socket.
+#[derive(Clone, Copy, Debug)]
+enum Clients {
+    /// Those whom the file mode creation mask lets write to the file.
+    OfUmask,
+    /// The user of this process, and root.
+    OfUser,
+}
+
+impl Clients {
+    /// Listens at `path`, which must be free.
+    fn listen(self, path: &Path) -> io::Result<UnixListener> {
+        match self {
+            Clients::OfUmask => UnixListener::bind(path),
+            Clients::OfUser => {
+                let socket = socket(
+                    AddressFamily::Unix,
+                    SockType::Stream,
+                    SockFlag::SOCK_CLOEXEC,
+                    None,
+                )?;
+                // The file gets the mode that the socket has when it is bound, so there is no moment at which others
+                // could connect.
+                fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+                bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+                listen(&socket, Backlog::MAXCONN)?;
+                Ok(socket.into())
+            }
+        }
+    }
+}
+
 /// Device and inode numbers of a file.
 type FileIdentity = (u64, u64);
 
@@ -49,10 +84,23 @@ impl ListeningSocket {
     /// # Errors
     /// If there is a file of another kind, another process listens there, or nothing can be created.
     pub fn bind(path: &Path) -> Result<ListeningSocket, ListenError> {
+        ListeningSocket::bind_for(Clients::OfUmask, path)
+    }
+
+    /// Listens at `path` like [`ListeningSocket::bind`], but only the user of this process and root can connect,
+    /// whatever the file mode creation mask (umask) allows.
+    ///
+    /// # Errors
+    /// Those of [`ListeningSocket::bind`].
+    pub fn bind_private(path: &Path) -> Result<ListeningSocket, ListenError> {
+        ListeningSocket::bind_for(Clients::OfUser, path)
+    }
+
+    fn bind_for(clients: Clients, path: &Path) -> Result<ListeningSocket, ListenError> {
         check_path(path)?;
         patiently(
             |error| matches!(error, ListenError::InUse),
-            || take_path(path),
+            || take_path(path, clients),
         )
     }
 
@@ -128,7 +176,7 @@ fn check_path(path: &Path) -> Result<(), ListenError> {
 }
 
 /// Listens at `path` if it is free or abandoned now.
-fn take_path(path: &Path) -> Result<ListeningSocket, ListenError> {
+fn take_path(path: &Path, clients: Clients) -> Result<ListeningSocket, ListenError> {
     let _lock = PathLock::take(path).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => ListenError::Contended,
         _ => error.into(),
@@ -144,13 +192,13 @@ fn take_path(path: &Path) -> Result<ListeningSocket, ListenError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => false,
         Err(error) => return Err(error.into()),
     };
-    let staged = stage(path);
+    let staged = stage(path, clients);
     if is_abandoned {
         fs::remove_file(path)?;
     }
     let listener = match staged {
         Some(staged) => staged.publish(path)?,
-        None => bind(path)?,
+        None => listen_directly(path, clients)?,
     };
     listener.set_nonblocking(true)?;
     Ok(ListeningSocket {
@@ -164,11 +212,12 @@ fn take_path(path: &Path) -> Result<ListeningSocket, ListenError> {
 struct Staged {
     listener: UnixListener,
     path: PathBuf,
+    clients: Clients,
 }
 
 /// Listens under a name beside `path`, if that name fits into an address and is free. No other process uses
 /// that name, as it would have to hold the lock.
-fn stage(path: &Path) -> Option<Staged> {
+fn stage(path: &Path, clients: Clients) -> Option<Staged> {
     let path = with_suffix(path, STAGING_SUFFIX);
     SocketAddr::from_pathname(&path).ok()?;
     let is_socket =
@@ -177,8 +226,12 @@ fn stage(path: &Path) -> Option<Staged> {
         // Its maker was killed.
         fs::remove_file(&path).ok()?;
     }
-    let listener = UnixListener::bind(&path).ok()?;
-    Some(Staged { listener, path })
+    let listener = clients.listen(&path).ok()?;
+    Some(Staged {
+        listener,
+        path,
+        clients,
+    })
 }
 
 impl Staged {
@@ -190,14 +243,14 @@ impl Staged {
             Ok(()) => Ok(self.listener),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(ListenError::InUse),
             // Not every file system has hard links.
-            Err(_) => bind(path),
+            Err(_) => listen_directly(path, self.clients),
         }
     }
 }
 
 /// Listens at `path` directly. Between the two system calls that this takes, clients are refused.
-fn bind(path: &Path) -> Result<UnixListener, ListenError> {
-    UnixListener::bind(path).map_err(|error| match error.kind() {
+fn listen_directly(path: &Path, clients: Clients) -> Result<UnixListener, ListenError> {
+    clients.listen(path).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => ListenError::InUse,
         _ => error.into(),
     })

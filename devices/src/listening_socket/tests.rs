@@ -40,6 +40,24 @@ fn a_socket_is_there_while_it_listens_and_nothing_beside_it() {
 }
 
 #[test]
+fn a_private_socket_is_for_its_user_alone_from_its_first_moment() {
+    let folder = TempDir::new().unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    let path = folder.as_path().join("socket");
+    let socket = ListeningSocket::bind_private(&path).unwrap();
+    assert_eq!(mode(&path), 0o600);
+    UnixStream::connect(&path).unwrap();
+    socket.accept().unwrap();
+    drop(socket);
+    assert_eq!(names(&folder), [""; 0]);
+    let staged = stage(&path, Clients::OfUser).unwrap();
+    assert_eq!(mode(&staged.path), 0o600);
+    let direct = folder.as_path().join("direct");
+    let _listener = listen_directly(&direct, Clients::OfUser).unwrap();
+    assert_eq!(mode(&direct), 0o600);
+}
+
+#[test]
 fn an_abandoned_socket_is_replaced_and_one_in_use_gets_no_client() {
     let folder = TempDir::new().unwrap();
     let path = folder.as_path().join("socket");
@@ -124,7 +142,7 @@ fn of_many_that_start_at_once_one_gets_an_abandoned_socket() {
                 .map(|_| {
                     scope.spawn(|| {
                         start.wait();
-                        take_path(&path)
+                        take_path(&path, Clients::OfUmask)
                     })
                 })
                 .collect();
@@ -158,7 +176,7 @@ fn those_that_end_take_nothing_from_those_that_start() {
             scope.spawn(|| {
                 let mut count = 0;
                 while count < 50 && Instant::now() < deadline {
-                    match take_path(&path) {
+                    match take_path(&path, Clients::OfUmask) {
                         Ok(socket) => {
                             // The owner of the path can be reached there until it removes the file.
                             UnixStream::connect(&path).unwrap();

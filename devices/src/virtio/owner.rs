@@ -29,7 +29,7 @@ use crate::rate_limiter::Limits;
 
 /// A command to a device. Each is for devices of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum DeviceCommand {
     /// Checks the present size of a disk's image, and tells the guest if it has changed.
     UpdateSize,

@@ -303,9 +303,8 @@ fn memory_of_a_file_has_its_content_and_leaves_it_alone() {
     let content = [0, 1, 2, 3, 4, 6, 16, 17, 18, 19];
     assert_eq!(numbers(&memory.pages_with_content().unwrap()), content);
     let mut bytes = [0];
-    memory
-        .file()
-        .unwrap()
+    memory.layers()[0]
+        .file
         .read_exact_at(&mut bytes, 9 * PAGE)
         .unwrap();
     assert_eq!(bytes, [10]);

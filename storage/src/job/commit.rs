@@ -7,12 +7,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{CopyJob, CopyJobOptions, JobError, as_qcow2};
+use crate::direct_file::LayerFile;
 use crate::disk::{Disk, FormattedDisk};
 use crate::lock::{LockMode, give_back, take_over};
+use crate::open::check_direct;
 use crate::opener::FileOpener;
 use crate::qcow2::{self, ALL, Qcow2, Unsynced};
 use crate::raw::{
-    CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, lock_as_wanted, open_regular,
+    CacheMode, DiskError, DiskFile, DiskOptions, ImageFormat, lock_as_wanted, open_direct,
+    open_image,
 };
 use crate::{Access, DiskLayer, HostFile, Image, ImageFile, RawImage};
 
@@ -46,7 +49,7 @@ pub struct CommitJob {
 struct Base {
     layer: DiskLayer,
     /// Opened for reading.
-    reader: File,
+    reader: LayerFile,
     /// Opened for writing.
     writer: File,
     below: Option<Arc<dyn Image>>,
@@ -157,7 +160,7 @@ impl CommitJob {
         drop(self.copy.locks.exclusive(ALL));
         // What was not copied completely is of no use, so an error of this changes nothing.
         let _ = self.copy.target().flush();
-        let reader = HostFile::new(self.base.reader.try_clone()?);
+        let reader = HostFile::from(self.base.reader.try_clone()?);
         let former: Arc<dyn Image> = match self.base.layer.format {
             ImageFormat::Raw => Arc::new(RawImage::new(Arc::new(reader), true)?),
             ImageFormat::Qcow2 => {
@@ -180,7 +183,7 @@ impl CommitJob {
 impl Base {
     fn give_back_lock(&self) {
         if self.is_locked {
-            give_back(&self.writer, &self.reader);
+            give_back(&self.writer, self.reader.locked());
         }
     }
 }
@@ -190,7 +193,7 @@ struct OpenBase<'a> {
     opener: &'a dyn FileOpener,
     layer: &'a DiskLayer,
     /// The base, open for reading.
-    former: &'a File,
+    former: &'a LayerFile,
     /// Size that it must have at least, in bytes.
     size: u64,
     options: DiskOptions,
@@ -215,19 +218,21 @@ impl OpenBase<'_> {
     /// Takes the lock for `file`, the base, which has just been opened for writing.
     fn lock(&self, file: &File) -> Result<(), DiskError> {
         let identity = |file: &File| file.metadata().map(|it| (it.dev(), it.ino()));
-        let same = identity(file).and_then(|new| Ok(new == identity(self.former)?));
+        let same = identity(file).and_then(|new| Ok(new == identity(&self.former.cached)?));
         if !same.map_err(|error| self.failed("examine", error))? {
             return Err(DiskError::Replaced {
                 path: self.path().to_path_buf(),
             });
         }
-        lock_as_wanted(self.path(), &self.options, || take_over(file, self.former))
+        lock_as_wanted(self.path(), &self.options, || {
+            take_over(file, self.former.locked())
+        })
     }
 
     /// Returns the lock if what follows it has failed.
     fn or_unlock<T, E>(&self, file: &File, result: Result<T, E>) -> Result<T, E> {
         if result.is_err() && self.options.lock != LockMode::Off {
-            give_back(file, self.former);
+            give_back(file, self.former.locked());
         }
         result
     }
@@ -253,10 +258,9 @@ impl OpenBase<'_> {
             let failed = |error| self.failed("set up", error);
             let file = disk.file(Access::Usual).ok_or(JobError::Depth(1))?;
             let writer = file.try_clone().map_err(failed)?;
-            let file = HostFile::new(file.try_clone().map_err(failed)?);
-            let image = RawImage::new(Arc::new(file), false).map_err(failed)?;
-            let image: Arc<dyn Image> = Arc::new(image);
-            Ok((image, Disk::Raw(disk), writer))
+            let disk = Disk::Raw(disk);
+            let image = Arc::clone(disk.to_formatted(self.opener)?.image());
+            Ok((image, disk, writer))
         });
         match &locked {
             Some(file) => self.or_unlock(file, made),
@@ -273,14 +277,18 @@ impl OpenBase<'_> {
     ) -> Result<Opened, JobError> {
         let path = self.path();
         let lock = |file: &File| self.lock(file);
-        let file = open_regular(self.opener, path, &self.options, lock)?;
-        let made = self.make_qcow2(&file, below, number, disk);
-        self.or_unlock(&file, made)
+        let locked = open_image(self.opener, path, &self.options, lock)?;
+        let made = locked
+            .try_clone()
+            .map_err(|error| JobError::Disk(self.failed("set up", error)))
+            .and_then(|file| Ok(open_direct(self.opener, path, file, &self.options)?))
+            .and_then(|file| self.make_qcow2(&file, below, number, disk));
+        self.or_unlock(&locked, made)
     }
 
     fn make_qcow2(
         &self,
-        file: &File,
+        file: &LayerFile,
         below: &dyn Image,
         number: usize,
         disk: &FormattedDisk,
@@ -288,7 +296,7 @@ impl OpenBase<'_> {
         let path = self.path();
         let failed = |error| self.failed("set up", error);
         let below = as_qcow2(below).ok_or(JobError::NotQcow2)?;
-        let host: Arc<dyn ImageFile> = Arc::new(HostFile::new(file.try_clone().map_err(failed)?));
+        let host: Arc<dyn ImageFile> = Arc::new(HostFile::from(file.try_clone().map_err(failed)?));
         let is_unsafe = self.options.cache == CacheMode::Unsafe;
         let defaults = qcow2::Options::default();
         let options = qcow2::Options {
@@ -304,6 +312,7 @@ impl OpenBase<'_> {
             path: path.to_path_buf(),
             source,
         })?;
+        check_direct(path, &image, file)?;
         image.share_backing_of(below);
         if image.size() < self.size {
             image.resize(self.size)?;
@@ -315,7 +324,7 @@ impl OpenBase<'_> {
         }
         let layers = disk.layers().iter().skip(number).cloned().collect();
         let disk = FormattedDisk::new(path, Arc::clone(&image), files, &self.options)?;
-        let writer = file.try_clone().map_err(failed)?;
+        let writer = file.cached.try_clone().map_err(failed)?;
         Ok((image, Disk::Formatted(disk.with_layers(layers)), writer))
     }
 }

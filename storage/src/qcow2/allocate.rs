@@ -63,7 +63,7 @@ impl Qcow2 {
     }
 
     /// Whether a cluster reads as zeroes and has no place in any file.
-    fn is_empty(&self, entry: L2Entry) -> bool {
+    pub(super) fn is_empty(&self, entry: L2Entry) -> bool {
         let is_unallocated = entry.is_unallocated() && self.backing.is_none();
         is_unallocated || self.geometry.zero_flag && entry == L2Entry::zeroes(self.geometry, None)
     }

@@ -49,8 +49,11 @@ pub(super) struct Allocator {
     metadata: Arc<RwLock<Metadata>>,
     pub refcounts: Refcounts,
     cluster_bits: u32,
-    /// Size of the file in bytes. What is beyond reads as zeroes.
+    /// Size of the file in bytes. What is beyond reads as zeroes. If the file has a fixed size, this is where its used
+    /// part ends, and what is beyond holds anything.
     file_size: u64,
+    /// Number of whole clusters of a file of a fixed size.
+    most_clusters: Option<u64>,
     /// Where the search for free clusters goes on.
     search: u64,
     /// Whether stable storage has nothing behind the end of the file, as there was a sync since it was last cut
@@ -86,6 +89,7 @@ impl Allocator {
         refcounts: Refcounts,
         cluster_bits: u32,
         file_size: u64,
+        fixed_size: Option<u64>,
     ) -> Allocator {
         Allocator {
             file,
@@ -94,6 +98,7 @@ impl Allocator {
             refcounts,
             cluster_bits,
             file_size,
+            most_clusters: fixed_size.map(|size| size >> cluster_bits),
             search: 0,
             is_end_stable: false,
             reserve: Arc::default(),
@@ -102,9 +107,21 @@ impl Allocator {
         }
     }
 
-    /// Size of the file in bytes.
+    /// Size of the file in bytes; if that is fixed, where its used part ends, once [`Self::find_end`] was called.
     pub fn file_size(&self) -> u64 {
         self.file_size
+    }
+
+    /// Finds out where the used part of a file of a fixed size ends. Its refcounts are right.
+    ///
+    /// # Errors
+    /// If the image is damaged or the host cannot read it.
+    pub fn find_end(&mut self) -> io::Result<()> {
+        if let Some(most) = self.most_clusters {
+            let end = self.refcounts.end_of_used()?.min(most);
+            self.file_size = end << self.cluster_bits;
+        }
+        Ok(())
     }
 
     /// Takes between one and `count` clusters that follow each other, from the reserve.
@@ -141,9 +158,39 @@ impl Allocator {
     /// # Errors
     /// Those of [`Self::take`].
     pub fn take_contiguous(&mut self, count: u64) -> io::Result<Range<u64>> {
-        let tail = self.plan_tail(count)?;
+        let tail = match self.plan_tail(count) {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                // The reserve can have all that is left of a file of a fixed size.
+                self.give_back()?;
+                if let Some(run) = self.find_run(count)? {
+                    self.make_reserve(std::slice::from_ref(&run), None)?;
+                    return Ok(run);
+                }
+                self.plan_tail(count)?
+            }
+            tail => tail?,
+        };
         self.make_reserve(&[], Some(&tail))?;
         Ok(tail.clusters)
+    }
+
+    /// Finds `count` free clusters that follow each other within the file.
+    fn find_run(&mut self, count: u64) -> io::Result<Option<Range<u64>>> {
+        let (end, per_block) = (self.end(), self.refcounts.per_block());
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut next = 0;
+        while next < end {
+            let block_end = end.min((next / per_block + 1) * per_block);
+            self.refcounts
+                .free_runs(next..block_end, u64::MAX, &mut runs)?;
+            if let Some(run) = runs.iter().find(|run| run.end - run.start >= count) {
+                return Ok(Some(run.start..run.start + count));
+            }
+            // Only the last one can go on in the next block.
+            runs.drain(..runs.len().saturating_sub(1));
+            next = block_end;
+        }
+        Ok(None)
     }
 
     /// Frees clusters that have lost a reference. They can be used again after a sync.
@@ -153,6 +200,11 @@ impl Allocator {
             Some(last) if last.end == clusters.start => last.end = clusters.end,
             _ => self.freed.push(clusters),
         }
+    }
+
+    /// Whether something has been freed that can be used again after a sync.
+    pub fn has_freed(&self) -> bool {
+        !self.freed.is_empty()
     }
 
     /// Whether so much has been freed that a sync is due.
@@ -212,7 +264,9 @@ impl Allocator {
         let size = end << self.cluster_bits;
         if size < self.file_size {
             self.is_end_stable = false;
-            self.file.set_size(size)?;
+            if self.most_clusters.is_none() {
+                self.file.set_size(size)?;
+            }
             self.file_size = size;
         }
         Ok(())
@@ -221,27 +275,7 @@ impl Allocator {
     /// Adds about [`Self::reserve_clusters`] clusters to the reserve.
     fn refill(&mut self) -> io::Result<()> {
         let count = self.reserve_clusters;
-        let end = self.end();
-        let per_block = self.refcounts.per_block();
-        let mut holes = Vec::new();
-        let mut missing = count;
-        let mut searched = 0;
-        while self.search < end && missing > 0 && searched < MAX_SEARCH {
-            let block_end = end.min((self.search / per_block + 1) * per_block);
-            let found = holes.len();
-            self.search = self
-                .refcounts
-                .free_runs(self.search..block_end, missing, &mut holes)?;
-            // A run that goes on is counted in part only, which makes the reserve larger at most.
-            missing -= missing.min(holes[found..].iter().map(|run| run.end - run.start).sum());
-            searched += 1;
-        }
-        // One large run is worth more than the last few holes.
-        let tail = if missing > count / 2 {
-            Some(self.plan_tail(missing)?)
-        } else {
-            None
-        };
+        let (holes, tail) = self.find_free(count)?;
         self.make_reserve(&holes, tail.as_ref())?;
         let tail = tail.map(|tail| tail.clusters);
         lock(&self.reserve).fill(holes.into_iter().chain(tail));
@@ -250,11 +284,68 @@ impl Allocator {
         Ok(())
     }
 
+    /// Finds about `count` free clusters, and at least one.
+    fn find_free(&mut self, count: u64) -> io::Result<(Vec<Range<u64>>, Option<Tail>)> {
+        let mut holes = Vec::new();
+        loop {
+            let missing = self.find_holes(count, &mut holes)?;
+            // One large run is worth more than the last few holes.
+            if missing <= count / 2 {
+                return Ok((holes, None));
+            }
+            match self.plan_reserve_tail(missing) {
+                // A file of a fixed size is full behind what is used, but may have holes in it.
+                Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                    if !holes.is_empty() {
+                        return Ok((holes, None));
+                    } else if self.search >= self.end() {
+                        return Err(error);
+                    }
+                }
+                tail => return Ok((holes, Some(tail?))),
+            }
+        }
+    }
+
+    /// Adds runs of free clusters that it finds within the file, and returns how many are missing to `count`.
+    fn find_holes(&mut self, count: u64, holes: &mut Vec<Range<u64>>) -> io::Result<u64> {
+        let end = self.end();
+        let per_block = self.refcounts.per_block();
+        let mut missing = count;
+        let mut searched = 0;
+        while self.search < end && missing > 0 && searched < MAX_SEARCH {
+            let block_end = end.min((self.search / per_block + 1) * per_block);
+            let found = holes.len();
+            self.search = self
+                .refcounts
+                .free_runs(self.search..block_end, missing, holes)?;
+            // A run that goes on is counted in part only, which makes the reserve larger at most.
+            missing -= missing.min(holes[found..].iter().map(|run| run.end - run.start).sum());
+            searched += 1;
+        }
+        Ok(missing)
+    }
+
+    /// Finds `count` clusters behind everything that is used, or fewer if a file of a fixed size has no room for more.
+    fn plan_reserve_tail(&mut self, mut count: u64) -> io::Result<Tail> {
+        loop {
+            match self.plan_tail(count) {
+                Err(error) if error.kind() == io::ErrorKind::StorageFull && count > 1 => count /= 2,
+                tail => return tail,
+            }
+        }
+    }
+
     /// Finds `count` clusters behind everything that is used.
+    ///
+    /// # Errors
+    /// If the image is damaged or cannot become that large; [`io::ErrorKind::StorageFull`] if a file of a fixed size has
+    /// no room.
     fn plan_tail(&mut self, count: u64) -> io::Result<Tail> {
         let mut start = self.end();
         for _ in 0..MAX_TRIES {
             let tail = self.tail_at(start, count);
+            self.check_room(tail.all().end)?;
             let last = tail.all().end - 1;
             let needed = last / self.refcounts.per_block() + 1;
             if needed > self.refcounts.table_len() {
@@ -271,6 +362,14 @@ impl Allocator {
         Err(io::Error::other(
             "there are used clusters behind the end of the image",
         ))
+    }
+
+    /// Refuses to use more clusters than a file of a fixed size has.
+    fn check_room(&self, clusters: u64) -> io::Result<()> {
+        match self.most_clusters {
+            Some(most) if clusters > most => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the first cluster behind the end of the file.
@@ -348,6 +447,7 @@ impl Allocator {
 
     fn write_reserve(&mut self, holes: &[Range<u64>], tail: Option<&Tail>) -> io::Result<()> {
         if let (true, [], Some(tail)) = (self.is_end_stable, holes, tail)
+            && self.most_clusters.is_none()
             && self.refcounts.blocks_of(&tail.all()) <= MAX_DURABLE_BLOCKS
         {
             return self.write_tail_durably(tail);
@@ -358,8 +458,8 @@ impl Allocator {
         }
         if let Some(tail) = tail {
             let all = tail.all();
-            self.count_tail(&all, &tail.blocks, WRITE)?;
             self.extend_to(all.end)?;
+            self.count_tail(&all, &tail.blocks, WRITE)?;
         }
         self.refcounts.write_back()?;
         self.gate.sync()?;
@@ -451,10 +551,10 @@ impl Allocator {
         let all = tail.all();
         let offset = tail.clusters.start << self.cluster_bits;
         let table = self.refcounts.grown_table(clusters, &tail.blocks);
+        self.extend_to(all.end)?;
         self.count_tail(&all, &tail.blocks, WRITE)?;
         self.refcounts.write_back()?;
         self.refcounts.write_table(&table, offset)?;
-        self.extend_to(all.end)?;
         self.gate.sync()?;
         let field = Field::RefcountTable {
             offset,
@@ -479,11 +579,15 @@ impl Allocator {
         Ok(())
     }
 
-    /// Makes the file at least as long as `clusters` clusters.
+    /// Makes the file at least as long as `clusters` clusters. What is added reads as zeroes.
     fn extend_to(&mut self, clusters: u64) -> io::Result<()> {
         let size = clusters << self.cluster_bits;
         if size > self.file_size {
-            self.file.set_size(size)?;
+            self.check_room(clusters)?;
+            match self.most_clusters {
+                None => self.file.set_size(size)?,
+                Some(_) => self.zero(self.file_size..size)?,
+            }
             self.grown_to(clusters);
         }
         Ok(())
@@ -501,9 +605,14 @@ impl Allocator {
         if bytes.start >= end {
             return Ok(());
         }
-        match self.file.punch_hole(bytes.start..end) {
+        self.zero(bytes.start..end)
+    }
+
+    /// Makes bytes read as zeroes.
+    fn zero(&self, bytes: Range<u64>) -> io::Result<()> {
+        match self.file.punch_hole(bytes.clone()) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                write_zeroes(&*self.file, bytes.start..end)
+                self.file.write_zeroes(bytes)
             }
             result => result,
         }
@@ -512,16 +621,4 @@ impl Allocator {
     fn bytes(&self, clusters: &Range<u64>) -> Range<u64> {
         clusters.start << self.cluster_bits..clusters.end << self.cluster_bits
     }
-}
-
-/// Writes zeroes to a range of a file.
-pub(super) fn write_zeroes(file: &dyn ImageFile, range: Range<u64>) -> io::Result<()> {
-    static ZEROES: [u8; 65536] = [0; 65536];
-    let mut next = range.start;
-    while next < range.end {
-        let len = (range.end - next).min(ZEROES.len() as u64);
-        file.write_at(&ZEROES[..len as usize], next)?;
-        next += len;
-    }
-    Ok(())
 }

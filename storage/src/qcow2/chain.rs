@@ -10,7 +10,7 @@ use super::{Options, Qcow2};
 use crate::{Image, ImageFile};
 
 /// Maximum number of images in a chain.
-pub(crate) const MAX_DEPTH: usize = 64;
+pub const MAX_DEPTH: usize = 64;
 
 /// An opened file of a chain.
 #[derive(Debug)]

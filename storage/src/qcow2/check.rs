@@ -110,7 +110,7 @@ impl Qcow2 {
         }
         let mut report = Report::default();
         let references = self.find_references()?;
-        for damage in &references.damage {
+        for damage in references.damage.iter().chain(&references.flaws) {
             report.corruptions += 1;
             report.find(|| damage.clone());
         }
@@ -167,9 +167,9 @@ impl Qcow2 {
                 }
             };
             let is_first = start == 0;
-            self.visit_references(references, visit, |damage| {
+            self.visit_references(references, visit, |damage, count| {
                 if is_first {
-                    report.corruptions += 1;
+                    report.corruptions += u64::from(count);
                     report.find(|| damage);
                 }
             })?;

@@ -4,7 +4,6 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::allocator::write_zeroes;
 use super::entry::{Geometry, L2Entry};
 use super::error::Error;
 use super::header::{
@@ -15,7 +14,7 @@ use super::locks::lock;
 use super::refcounts::write_first_blocks;
 use super::tables::NewEntry;
 use super::{Options, Qcow2};
-use crate::ImageFile;
+use crate::{Image, ImageFile};
 
 /// What a new image allocates in advance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -126,8 +125,20 @@ impl ImageFile for Unsynced {
         self.0.write_at(bytes, offset)
     }
 
+    fn read_data(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_data(bytes, offset)
+    }
+
+    fn write_data(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_data(bytes, offset)
+    }
+
     fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.0.write_at(bytes, offset)
+    }
+
+    fn write_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        self.0.write_zeroes(range)
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
@@ -144,6 +155,10 @@ impl ImageFile for Unsynced {
 
     fn size(&self) -> io::Result<u64> {
         self.0.size()
+    }
+
+    fn fixed_size(&self) -> io::Result<Option<u64>> {
+        self.0.fixed_size()
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
@@ -210,7 +225,9 @@ impl Qcow2 {
         }
         let unsynced: Arc<dyn ImageFile> = Arc::new(Unsynced(Arc::clone(&file)));
         let image = Qcow2::assemble(unsynced, header.clone(), Options::default())?;
-        let result = image.preallocate(options.preallocation);
+        let result = lock(&image.allocator).find_end();
+        let clusters = image.geometry.clusters(0..options.size);
+        let result = result.and_then(|()| image.preallocate(clusters, options.preallocation));
         // It may have moved to become larger.
         let table = lock(&image.allocator).refcounts.table_clusters();
         header.refcount_table_offset = table.start << cluster_bits;
@@ -222,29 +239,68 @@ impl Qcow2 {
             .map_err(Error::io("preallocate a new image"))
     }
 
-    /// Maps the whole disk.
-    fn preallocate(&self, preallocation: Preallocation) -> io::Result<()> {
+    /// Creates an image in `file` whose backing file is `base`, the open image of a disk, and opens it. The disk goes on
+    /// with it, and `base` is not written any more then. The first flush flushes `base` too.
+    ///
+    /// # Errors
+    /// Those of [`Self::create`] and [`Self::open`].
+    pub fn create_overlay(
+        file: Arc<dyn ImageFile>,
+        create: &CreateOptions,
+        base: Arc<dyn Image>,
+        options: Options,
+    ) -> Result<Qcow2, Error> {
+        Qcow2::create(Arc::clone(&file), create)?;
+        let options = Options {
+            backing: Some(base),
+            ..options
+        };
+        let image = Qcow2::open(file, options)?;
+        image.flush_backing_too();
+        Ok(image)
+    }
+
+    /// Maps those of `clusters` of the disk that read as zeroes and have no place.
+    pub(super) fn preallocate(
+        &self,
+        clusters: Range<u64>,
+        preallocation: Preallocation,
+    ) -> io::Result<()> {
         let cluster_bits = self.geometry.cluster_bits;
-        let clusters = self.geometry.clusters(0..self.header().size).end;
         let slice = self.tables.slice_clusters();
-        let mut next = 0;
-        while next < clusters {
+        let mut next = clusters.start;
+        while next < clusters.end {
+            let end = clusters.end.min((next / slice + 1) * slice);
+            let old = self
+                .tables
+                .entries(next..end, |entry| self.inspect(entry))?;
+            let count = old
+                .iter()
+                .take_while(|&&entry| self.is_empty(entry))
+                .count();
+            if count == 0 {
+                next += 1;
+                continue;
+            }
             self.ensure_table(next)?;
-            let end = clusters.min((next / slice + 1) * slice);
-            let taken = lock(&self.allocator).take(end - next)?;
+            let taken = lock(&self.allocator).take(count as u64)?;
             let bytes = taken.start << cluster_bits..taken.end << cluster_bits;
-            match preallocation {
-                Preallocation::Off | Preallocation::Metadata => {}
-                Preallocation::Falloc => self.file.allocate(bytes)?,
-                Preallocation::Full => write_zeroes(&*self.file, bytes)?,
+            let reserved = match preallocation {
+                Preallocation::Off | Preallocation::Metadata => Ok(()),
+                Preallocation::Falloc => self.file.allocate(bytes),
+                Preallocation::Full => self.file.write_zeroes(bytes),
+            };
+            if let Err(error) = reserved {
+                lock(&self.allocator).free(taken);
+                return Err(error);
             }
             let entries: Vec<NewEntry> = taken
                 .clone()
                 .map(|cluster| L2Entry::whole(self.geometry, cluster << cluster_bits))
                 .map(NewEntry::immediate)
                 .collect();
-            let old = vec![L2Entry::UNALLOCATED; entries.len()];
-            self.tables.store(next, &old, &entries)?;
+            let replaced = self.tables.store(next, &old[..entries.len()], &entries)?;
+            self.free_old(&replaced);
             next += taken.end - taken.start;
         }
         Ok(())
@@ -295,11 +351,17 @@ impl Layout {
     /// Writes everything but the header.
     fn write(&self, file: &dyn ImageFile, header: &Header) -> io::Result<()> {
         let cluster_bits = header.cluster_bits;
-        // A new file is not truncated, as ext4 would write all of it when it is closed, and its owner wait.
-        if file.size()? > 0 {
-            file.set_size(0)?;
+        let size = self.blocks.end << cluster_bits;
+        if file.fixed_size()?.is_some() {
+            file.set_size(size)?;
+            file.write_zeroes(0..size)?;
+        } else {
+            // A new file is not truncated, as ext4 would write all of it when it is closed, and its owner wait.
+            if file.size()? > 0 {
+                file.set_size(0)?;
+            }
+            file.set_size(size)?;
         }
-        file.set_size(self.blocks.end << cluster_bits)?;
         let words: Vec<u8> = self
             .blocks
             .clone()

@@ -12,6 +12,10 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 /// The cluster reads as zeroes.
 const ZERO: u64 = 1;
+/// Bits of an L1 entry that are 0.
+const RESERVED_L1: u64 = !(OFFSET | COPIED);
+/// Bits of an L2 entry that are 0 unless the cluster is compressed.
+const RESERVED_L2: u64 = !(OFFSET | COPIED | COMPRESSED | ZERO);
 /// Number of subclusters of a cluster.
 pub(super) const SUBCLUSTERS: u64 = 32;
 
@@ -85,6 +89,11 @@ impl L1Entry {
     /// Offset of the L2 table in the file, or `None` if there is none.
     pub fn table(self) -> Option<u64> {
         Some(self.0 & OFFSET).filter(|&offset| offset != 0)
+    }
+
+    /// Whether bits are set that the specification reserves.
+    pub fn has_reserved_bits(self) -> bool {
+        self.0 & RESERVED_L1 != 0
     }
 
     /// Whether the table can be written in place.
@@ -194,6 +203,29 @@ impl L2Entry {
         let sectors = (data.offset + data.len - 1) / 512 - data.offset / 512;
         let word = COMPRESSED | data.offset | sectors << (70 - geometry.cluster_bits);
         L2Entry { word, bitmap: 0 }
+    }
+
+    /// Whether the cluster is compressed.
+    pub fn is_compressed(self) -> bool {
+        self.word & COMPRESSED != 0
+    }
+
+    /// Returns what the specification does not allow in the entry, although it says where the bytes are.
+    pub fn flaws(self) -> impl Iterator<Item = &'static str> {
+        let is_compressed = self.is_compressed();
+        let flaws = [
+            (
+                !is_compressed && self.word & RESERVED_L2 != 0,
+                "has reserved bits set",
+            ),
+            (
+                is_compressed && self.word & COPIED != 0,
+                "marks a compressed cluster as copied",
+            ),
+        ];
+        flaws
+            .into_iter()
+            .filter_map(|(is_there, flaw)| is_there.then_some(flaw))
     }
 
     /// Whether the cluster is unallocated.

@@ -66,8 +66,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 pub use amend::Amendment;
-pub(crate) use chain::MAX_DEPTH;
-pub use chain::{Layer, open_chain};
+pub use chain::{Layer, MAX_DEPTH, open_chain};
 pub use check::{Repair, Report};
 pub(crate) use create::Unsynced;
 pub use create::{CreateOptions, Preallocation};
@@ -239,7 +238,8 @@ impl Qcow2 {
             header.refcount_table_clusters,
         )
         .map_err(Error::io("read the refcount table of the image"))?;
-        let file_size = file.size().map_err(Error::io("measure the image"))?;
+        let measured = file.size().and_then(|size| Ok((size, file.fixed_size()?)));
+        let (file_size, fixed_size) = measured.map_err(Error::io("measure the image"))?;
         let metadata = Arc::new(RwLock::new(Metadata::default()));
         let allocator = Allocator::new(
             Arc::clone(&file),
@@ -248,6 +248,7 @@ impl Qcow2 {
             refcounts,
             header.cluster_bits,
             file_size,
+            fixed_size,
         );
         Ok(Qcow2 {
             backing: Backing::new(options.backing.filter(|_| header.backing.is_some())),
@@ -276,6 +277,11 @@ impl Qcow2 {
     /// Returns what the header says now.
     pub fn header(&self) -> Header {
         lock(&self.header).clone()
+    }
+
+    /// Returns the sizes of a cluster and of a subcluster in bytes.
+    pub(crate) fn unit_sizes(&self) -> (u64, u64) {
+        (self.geometry.cluster_size(), self.geometry.unit_size())
     }
 
     /// Returns the backing file, if there is one.
@@ -309,7 +315,7 @@ impl Qcow2 {
     }
 
     /// Has the next flush flush the backing file too, to which the guest has written before this image took its place.
-    pub(crate) fn flush_backing_too(&self) {
+    fn flush_backing_too(&self) {
         if let Some(backing) = self.backing() {
             *lock(&self.backing_sync) = BackingSync::Due(backing);
         }
@@ -333,16 +339,19 @@ impl Qcow2 {
 
     /// Does what has to be done before the first write.
     fn prepare_to_write(&self) -> Result<(), Error> {
-        self.find_metadata()?;
         let header = self.header();
         if header.is_dirty() {
+            self.find_metadata()?;
             let repair = self.check_unlocked(Repair::All);
             let report = repair.map_err(Error::io("rebuild the refcounts of the image"))?;
             if report.corruptions > 0 {
                 return Err(Error::Damaged(report.findings.join("; ")));
             }
-            self.find_metadata()?;
         }
+        lock(&self.allocator)
+            .find_end()
+            .map_err(Error::io("read the refcounts of the image"))?;
+        self.find_metadata()?;
         if header.autoclear != 0 {
             // Bitmaps would not follow what is written from now on.
             self.write_header(Field::Autoclear(0), |header| header.autoclear = 0)

@@ -88,7 +88,7 @@ impl Qcow2 {
             let (mapping, len) = self.lookup(offset, bytes.len() as u64)?;
             let (part, rest) = bytes.split_at_mut(len as usize);
             match mapping {
-                Mapping::Data { host, .. } => self.file.read_at(part, host)?,
+                Mapping::Data { host, .. } => self.file.read_data(part, host)?,
                 Mapping::Zeroes => part.fill(0),
                 Mapping::Unallocated => self.read_backing(part, offset)?,
                 Mapping::Compressed(data) => {

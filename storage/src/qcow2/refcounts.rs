@@ -131,6 +131,24 @@ impl Refcounts {
         Ok(block.map_or(0, |block| get(&block.bytes, order, within)))
     }
 
+    /// Returns the first cluster behind all that have a refcount.
+    ///
+    /// # Errors
+    /// If the table is damaged, or the host cannot read a block.
+    pub fn end_of_used(&mut self) -> io::Result<u64> {
+        let (order, per_block) = (self.order, self.per_block());
+        for index in (0..self.table_len()).rev() {
+            let Some(block) = self.block(index)? else {
+                continue;
+            };
+            let last = (0..per_block).rfind(|&within| get(&block.bytes, order, within) != 0);
+            if let Some(last) = last {
+                return Ok(index * per_block + last + 1);
+            }
+        }
+        Ok(0)
+    }
+
     /// Sets the refcounts of `clusters`, whose blocks exist.
     pub fn set(&mut self, clusters: Range<u64>, value: u64) -> io::Result<()> {
         self.change(clusters, |_, _| Ok(value))

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 
 use super::Qcow2;
+use super::create::Preallocation;
 use super::entry::L2Entry;
 use super::error::Error;
 use super::header::{Field, Header, MAX_L1_BYTES};
@@ -24,6 +25,25 @@ impl Qcow2 {
     pub fn resize(&self, size: u64) -> Result<(), Error> {
         let _layout = lock(&self.layout);
         self.resize_locked(size)
+    }
+
+    /// Changes the size of the disk like [`Self::resize`], and allocates what is added in advance.
+    ///
+    /// # Errors
+    /// Those of [`Self::resize`]. If the host has no room for what is allocated, the disk has its new size.
+    pub fn resize_with(&self, size: u64, preallocation: Preallocation) -> Result<(), Error> {
+        let _layout = lock(&self.layout);
+        let added = self.size()..size;
+        self.resize_locked(size)?;
+        if preallocation == Preallocation::Off || added.is_empty() {
+            return Ok(());
+        }
+        let clusters = self.geometry.clusters(added);
+        let _guard = self.ranges.exclusive(clusters.clone());
+        let allocated = self.note(self.preallocate(clusters, preallocation));
+        allocated
+            .and_then(|()| self.sync_and_release())
+            .map_err(Error::io("allocate what is added to the disk"))
     }
 
     /// [`Self::resize`] for a caller that has locked the layout.

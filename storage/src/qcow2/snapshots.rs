@@ -2,9 +2,13 @@
 //!
 //! A snapshot has an L1 table of its own and shares L2 tables and clusters with the active one. Creating or
 //! deleting it changes the refcounts of everything that it shares. They are never too low meanwhile, but they
-//! cannot change at the same moment as the flags for clusters with one reference (`COPIED`). Therefore an image of
-//! version 3 is marked as dirty meanwhile, and both are rebuilt after a crash. Version 2 has no such mark: a crash
-//! can leave leaks, and clusters without the flag, which are copied at the next write for no reason.
+//! cannot change at the same moment as the flags for clusters with one reference (`COPIED`), whatever the order of
+//! writes: the two are in different sectors, and a check expects them to agree. Therefore an image of version 3 is
+//! marked as dirty meanwhile, and both are rebuilt after a crash. Version 2 has no such mark: a crash can leave leaks,
+//! and clusters without the flag, which are copied at the next write for no reason.
+//!
+//! Applying a snapshot needs no mark. All that the disk refers to then belongs to the snapshot too, so that no flag
+//! is set, and the disk goes from its former tables to these in one moment.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -98,7 +102,7 @@ impl Qcow2 {
         });
         // An impossible name is refused before anything changes.
         snapshot_table::to_bytes(&snapshots)?;
-        self.change_snapshots(|| self.add_snapshot(&mut snapshots))?;
+        self.change_shared(|| self.add_snapshot(&mut snapshots))?;
         Ok(id)
     }
 
@@ -126,25 +130,29 @@ impl Qcow2 {
         let _guard = self.ranges.exclusive(ALL);
         let mut snapshots = self.snapshots()?;
         let snapshot = snapshots.remove(find(&snapshots, snapshot)?);
-        self.change_snapshots(|| {
+        self.change_shared(|| {
             self.write_snapshots(&snapshots)?;
             self.lower_references(snapshot.l1_offset, snapshot.l1_size)
         })
     }
 
-    /// Changes snapshots while the image is marked as dirty. If that fails, the refcounts are rebuilt.
+    /// Changes what snapshots share with the disk, and then the flags, while the image is marked as dirty.
+    fn change_shared(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Error> {
+        self.change_snapshots(|| {
+            self.mark_dirty(true)?;
+            change()?;
+            let references = self.find_references()?;
+            self.compare_copied(&references, Repair::All, &mut Report::default())?;
+            self.gate.sync()?;
+            self.mark_dirty(false)
+        })
+    }
+
+    /// Changes snapshots. If that fails, refcounts and flags are rebuilt.
     fn change_snapshots(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Error> {
         let changed = self.check_writable().and_then(|()| {
             self.sync_and_release()?;
-            self.mark_dirty(true)?;
-            let changed = change().and_then(|()| {
-                self.compare_copied(
-                    &self.find_references()?,
-                    Repair::All,
-                    &mut Report::default(),
-                )?;
-                self.gate.sync()
-            });
+            let changed = change().and_then(|()| self.gate.sync());
             let changed = self.note(changed);
             if changed.is_err() && self.check_writable().is_ok() {
                 // The first error says more than one of these.
@@ -159,8 +167,7 @@ impl Qcow2 {
             )?);
             *lock(&self.decompressed) = None;
             self.find_metadata()?;
-            changed?;
-            self.mark_dirty(false)
+            changed
         });
         changed.map_err(Error::io("change the snapshots of the image"))
     }
@@ -211,6 +218,10 @@ impl Qcow2 {
             .into_iter()
             .map(|word| L1Entry(word).with_copied(false).0)
             .collect();
+        // A table that only snapshots refer to can have flags that nobody has looked at so far.
+        for table in self.tables_of(&words)? {
+            self.unmark_table(table)?;
+        }
         self.raise_references(&words)?;
         let l1_offset = self.write_contiguous(&to_bytes(&words))?;
         self.gate.sync()?;

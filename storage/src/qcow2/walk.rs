@@ -32,8 +32,10 @@ pub(super) struct References {
     metadata: Vec<(Range<u64>, u32)>,
     /// L2 tables by their offset.
     pub l2: BTreeMap<u64, TableUse>,
-    /// What is wrong.
+    /// What is wrong and can hide references.
     pub damage: Vec<String>,
+    /// What is wrong and hides none.
+    pub flaws: Vec<String>,
 }
 
 impl Qcow2 {
@@ -48,6 +50,7 @@ impl Qcow2 {
             metadata: vec![(0..1, 1)],
             l2: BTreeMap::new(),
             damage: Vec::new(),
+            flaws: Vec::new(),
         };
         let allocator = lock(&self.allocator);
         references
@@ -120,6 +123,11 @@ impl Qcow2 {
             .iter()
             .enumerate()
         {
+            if L1Entry(*word).has_reserved_bits() {
+                references
+                    .flaws
+                    .push(format!("L1 entry {index} has reserved bits set: {word:#x}"));
+            }
             let Some(table) = L1Entry(*word).table() else {
                 continue;
             };
@@ -196,12 +204,12 @@ impl Qcow2 {
     }
 
     /// Calls `visit` with all references: clusters, and how often they are referred to. Damage that is found
-    /// on the way goes to `damage`.
+    /// on the way goes to `damage`, with the number of references that lead to it.
     pub(super) fn visit_references(
         &self,
         references: &References,
         mut visit: impl FnMut(Range<u64>, u32),
-        mut damage: impl FnMut(String),
+        mut damage: impl FnMut(String, u32),
     ) -> io::Result<()> {
         let geometry = self.geometry;
         for (range, count) in &references.metadata {
@@ -214,17 +222,32 @@ impl Qcow2 {
             let cluster = table >> geometry.cluster_bits;
             visit(cluster..cluster + 1, uses.count);
             for (index, entry) in self.read_table(table)?.into_iter().enumerate() {
+                for flaw in entry.flaws() {
+                    let what = format!("L2 entry {index} of the table at {table:#x} {flaw}");
+                    damage(what, uses.count);
+                }
+                if entry.is_compressed() && entry.bitmap != 0 {
+                    let what = format!(
+                        "L2 entry {index} of the table at {table:#x} gives a compressed cluster subclusters"
+                    );
+                    damage(what, uses.count);
+                    continue;
+                }
                 if let Err(error) = entry.mapping(geometry, 0) {
-                    damage(format!(
-                        "{error}, number {index} of the table at {table:#x}"
-                    ));
+                    let what = format!("{error}, number {index} of the table at {table:#x}");
+                    damage(what, uses.count);
+                    // What it refers to is not free all the same.
+                    if let Some(host) = entry.host() {
+                        let clusters = geometry.clusters(host..host + geometry.cluster_size());
+                        visit(clusters.start..clusters.end.min(file_clusters), uses.count);
+                    }
                     continue;
                 }
                 let clusters = entry.host_clusters(geometry);
                 if clusters.end > file_clusters {
-                    damage(format!(
-                        "L2 entry {index} of the table at {table:#x} leaves the file"
-                    ));
+                    let what =
+                        format!("L2 entry {index} of the table at {table:#x} leaves the file");
+                    damage(what, uses.count);
                 }
                 visit(clusters.start..clusters.end.min(file_clusters), uses.count);
             }

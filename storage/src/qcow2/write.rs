@@ -32,7 +32,7 @@ impl Qcow2 {
             if written == 0 {
                 // If an earlier call could not settle them, no more entries become pending.
                 self.settle_if_many()?;
-                written = self.write_new(bytes, offset)?;
+                written = self.write_new_or_release(bytes, offset)?;
                 self.settle_if_many()?;
                 self.release_if_many()?;
             }
@@ -72,7 +72,7 @@ impl Qcow2 {
             );
         }
         self.check_writable()?;
-        self.file.write_at(bytes, host)
+        self.file.write_data(bytes, host)
     }
 
     /// Returns the end of the first bytes of `range` that can be mapped at a time.
@@ -82,6 +82,20 @@ impl Qcow2 {
         let slice_end = (first / self.tables.slice_clusters() + 1) * self.tables.slice_clusters();
         let most = slice_end.min(first + (PIECE / geometry.cluster_size()).max(1));
         range.end.min(most << geometry.cluster_bits)
+    }
+
+    /// Does what [`Self::write_new`] does, if need be with the storage of clusters that were freed and wait for a sync.
+    fn write_new_or_release(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        match self.write_new(bytes, offset) {
+            Err(error)
+                if error.kind() == io::ErrorKind::StorageFull
+                    && lock(&self.allocator).has_freed() =>
+            {
+                self.sync_and_release()?;
+                self.write_new(bytes, offset)
+            }
+            written => written,
+        }
     }
 
     /// Writes the first bytes to clusters that it maps for them. Returns how many were written: none if another

@@ -3,31 +3,51 @@
 //! Storage that is accessed directly has blocks: an operation covers whole blocks, and its memory is aligned.
 //! Any other request is done in windows of whole blocks, each at most as large as the buffer. If a write
 //! covers a block only in part, its window is first read, then changed and written, so no other write to that
-//! block may be in progress meanwhile: see [`DiskFile::block_span`].
+//! block may be in progress meanwhile: see [`DiskFile::block_span`](super::DiskFile::block_span).
 //!
 //! The bytes after an image's last whole block, its tail, cannot be written in this way without making the
 //! file longer. They are written through the page cache, and in no other way.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use bantam_memory::GuestBuffers;
 
-use super::{Access, DiskFile};
+use super::Access;
 
 /// Size of a buffer in bytes, unless a block is larger.
 const BUFFER_SIZE: usize = 128 << 10;
 
 /// The alignment that `O_DIRECT` requires of an operation.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Alignment {
+pub(crate) struct Alignment {
     /// Size of a block in bytes, a power of two. Offset and size must be multiples of it.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// Alignment of addresses in memory in bytes, a power of two.
-    pub(super) memory: usize,
+    pub(crate) memory: usize,
+}
+
+/// An image on storage that has blocks.
+pub(crate) trait Blocks {
+    /// Returns the alignment that the storage requires.
+    fn alignment(&self) -> Alignment;
+    /// Returns where the tail begins, which only [`Access::Tail`] writes.
+    fn tail(&self) -> u64;
+    /// Returns the present size of the image in bytes.
+    fn current_size(&self) -> io::Result<u64>;
+    /// Returns the file for `access`, if there is one.
+    fn file(&self, access: Access) -> Option<&File>;
 }
 
 impl Alignment {
+    /// That of the page cache, which accepts any request.
+    pub(crate) const NONE: Alignment = Alignment {
+        offset: 1,
+        memory: 1,
+    };
+
     fn block_start(&self, offset: u64) -> u64 {
         offset & !(self.offset - 1)
     }
@@ -37,23 +57,23 @@ impl Alignment {
     }
 
     /// Returns the smallest range of whole blocks that contains `range`.
-    pub(super) fn blocks_around(&self, range: &Range<u64>) -> Range<u64> {
+    pub(crate) fn blocks_around(&self, range: &Range<u64>) -> Range<u64> {
         self.block_start(range.start)..self.block_end(range.end)
     }
 
     /// Whether a range consists of whole blocks.
-    pub(super) fn covers_blocks(&self, range: &Range<u64>) -> bool {
+    pub(crate) fn covers_blocks(&self, range: &Range<u64>) -> bool {
         self.blocks_around(range) == *range
     }
 
     /// Returns where the tail of a file of `size` bytes begins.
-    pub(super) fn tail(&self, size: u64) -> u64 {
+    pub(crate) fn tail(&self, size: u64) -> u64 {
         self.block_start(size)
     }
 }
 
 /// The data of a request.
-pub(super) trait Data {
+pub(crate) trait Data {
     /// Returns how many bytes are left.
     fn len(&self) -> usize;
     /// Fills `bytes` with the first bytes that are left.
@@ -83,7 +103,7 @@ impl Data for GuestBuffers {
 }
 
 /// This many zeroes, to be written.
-pub(super) struct Zeroes(pub(super) usize);
+pub(crate) struct Zeroes(pub(crate) usize);
 
 impl Data for Zeroes {
     fn len(&self) -> usize {
@@ -101,6 +121,78 @@ impl Data for Zeroes {
     fn advance(&mut self, count: usize) {
         self.0 -= count;
     }
+}
+
+impl Data for &mut [u8] {
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+
+    fn peek(&self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self[..bytes.len()]);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self[..bytes.len()].copy_from_slice(bytes);
+        self.advance(bytes.len());
+    }
+
+    fn advance(&mut self, count: usize) {
+        *self = &mut std::mem::take(self)[count..];
+    }
+}
+
+/// Bytes that are written.
+pub(crate) struct Written<'a>(pub(crate) &'a [u8]);
+
+impl Data for Written<'_> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn peek(&self, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.0[..bytes.len()]);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.advance(bytes.len());
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.0 = &self.0[count..];
+    }
+}
+
+/// Transfers all of `data` between memory and the image through a buffer.
+///
+/// # Errors
+/// Those of the transfers, and if the image ends before the data does.
+pub(crate) fn bounce_all(
+    image: &impl Blocks,
+    data: &mut impl Data,
+    mut offset: u64,
+    writes: bool,
+) -> io::Result<()> {
+    if data.len() == 0 {
+        return Ok(());
+    }
+    let mut bounce = Bounce::new(image.alignment(), data.len());
+    while data.len() > 0 {
+        let step = bounce.step(image, data, offset, writes);
+        let file = image.file(step.access);
+        let file = file.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let bytes = bounce.bytes(step.bytes.clone());
+        let result = match step.writes {
+            true => file.write_at(bytes, step.offset),
+            false => file.read_at(bytes, step.offset),
+        };
+        match result {
+            Ok(count) => offset += bounce.advance(image, data, count)? as u64,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// A part of an image that is in the buffer.
@@ -238,14 +330,14 @@ impl Bounce {
     /// again if it is interrupted; otherwise it tells [`Bounce::advance`] how much was transferred.
     pub(super) fn step(
         &mut self,
-        disk: &DiskFile,
+        image: &impl Blocks,
         data: &impl Data,
         offset: u64,
         writes: bool,
     ) -> Step {
         if self.phase == Phase::Idle {
             let capacity = self.capacity();
-            let tail = disk.tail();
+            let tail = image.tail();
             self.window = Window::new(&self.alignment, tail, offset, data.len(), capacity, writes);
             match (writes, self.window.has_others()) {
                 (false, _) => self.phase = Phase::Read,
@@ -290,7 +382,7 @@ impl Bounce {
     /// If the image ends before the request does, or a block is repeatedly transferred only in part.
     pub(super) fn advance(
         &mut self,
-        disk: &DiskFile,
+        image: &impl Blocks,
         data: &mut impl Data,
         count: usize,
     ) -> io::Result<usize> {
@@ -298,7 +390,7 @@ impl Bounce {
         match self.phase {
             Phase::Idle => Ok(0),
             Phase::Fill { done } => {
-                self.fill(disk, data, done + count)?;
+                self.fill(image, data, done + count)?;
                 Ok(0)
             }
             phase => {
@@ -320,14 +412,14 @@ impl Bounce {
     }
 
     /// Takes account of the first `reached` bytes of the window having been read.
-    fn fill(&mut self, disk: &DiskFile, data: &impl Data, reached: usize) -> io::Result<()> {
+    fn fill(&mut self, image: &impl Blocks, data: &impl Data, reached: usize) -> io::Result<()> {
         let Phase::Fill { done } = self.phase else {
             return Ok(());
         };
         let len = self.window.len;
         if reached < len {
             // An image that was truncated becomes longer again.
-            if self.window.start + reached as u64 >= disk.current_size()? {
+            if self.window.start + reached as u64 >= image.current_size()? {
                 self.bytes(reached..len).fill(0);
             } else {
                 let unit = self.alignment.memory.max(self.alignment.offset as usize);

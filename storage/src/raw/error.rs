@@ -102,28 +102,34 @@ pub enum DiskError {
         /// Why not.
         source: io::Error,
     },
-    /// The page cache cannot be bypassed for an image of this format.
+    /// Its tables and its data would share blocks of the storage, so the page cache cannot be bypassed for the data
+    /// alone.
     #[error(
-        "cannot open disk '{path}' with 'cache=none': only raw images bypass the page cache, so use \
-         another cache mode",
+        "cannot open disk '{path}' with 'cache=none': its {unit} of {size} bytes are smaller than a block of {block}; \
+         use another cache mode, or convert it to larger clusters",
         path = .path.display()
     )]
-    DirectFormat {
+    DirectClusters {
         /// The image.
         path: PathBuf,
-    },
-    /// It is not raw, and on a block device.
-    #[error(
-        "cannot open disk '{path}' as qcow2: it is a block device, and only raw disks can be on one",
-        path = .path.display()
-    )]
-    DeviceFormat {
-        /// The image.
-        path: PathBuf,
+        /// "clusters" or "subclusters".
+        unit: &'static str,
+        /// Their size in bytes.
+        size: u64,
+        /// Size in bytes that they must have at least.
+        block: u64,
     },
     /// It is not a qcow2 image, or not one that can be used.
     #[error("cannot open disk '{path}' as qcow2: {source}", path = .path.display())]
     Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: crate::qcow2::Error,
+    },
+    /// A new image cannot be made.
+    #[error("cannot create disk '{path}' as qcow2: {source}", path = .path.display())]
+    Create {
         /// The image.
         path: PathBuf,
         /// Why not.

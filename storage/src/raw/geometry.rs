@@ -13,7 +13,7 @@ const MAX_BLOCK_SIZE: u32 = 64 << 10;
 /// Physical block size if the host does not report one: a page.
 const DEFAULT_PHYSICAL_BLOCK_SIZE: u32 = 4096;
 
-pub(super) mod block_device {
+pub(crate) mod block_device {
     //! Requests to block devices (`linux/fs.h`).
     nix::ioctl_read!(size_in_bytes, 0x12, 114, u64);
     nix::ioctl_read_bad!(

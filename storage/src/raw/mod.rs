@@ -17,17 +17,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use bounce::{Alignment, Data, Zeroes};
-use geometry::{block_device, measure};
+use crate::direct_file::DirectFile;
+use bounce::Zeroes;
+use geometry::measure;
 
+pub(crate) use bounce::{Alignment, Blocks, Written, bounce_all};
 pub use bounce::{Bounce, Step};
 pub use error::DiskError;
 pub use format::ImageFormat;
 pub(crate) use format::format_of_name;
-pub(crate) use geometry::disk_size;
+pub(crate) use geometry::{block_device, disk_size};
 pub use open::DiskOptions;
 pub(crate) use open::{
-    create_locked, lock_as_wanted, open_again, open_file, open_locked, open_regular,
+    create_locked, lock_as_wanted, open_again, open_direct, open_file, open_image, open_locked,
 };
 
 /// Disks are addressed in units of this many bytes.
@@ -208,6 +210,18 @@ impl DiskFile {
         }
     }
 
+    /// Returns the file for direct access, if the page cache is bypassed.
+    ///
+    /// # Errors
+    /// If its descriptor cannot be duplicated.
+    pub(crate) fn direct_file(&self) -> io::Result<Option<DirectFile>> {
+        let direct = self.direct.as_ref().map(|direct| {
+            let file = self.file.try_clone()?;
+            Ok(DirectFile::new(file, direct.alignment))
+        });
+        direct.transpose()
+    }
+
     /// Whether the page cache is bypassed, so that some requests need a [`Bounce`].
     pub fn is_direct(&self) -> bool {
         self.direct.is_some()
@@ -267,13 +281,6 @@ impl DiskFile {
         bounce.advance(self, buffers, count)
     }
 
-    /// Returns where the tail begins, which only [`Access::Tail`] writes.
-    fn tail(&self) -> u64 {
-        let length = self.length.load(Ordering::Relaxed);
-        let direct = self.direct.as_ref();
-        direct.map_or(length, |direct| direct.alignment.tail(length))
-    }
-
     /// Returns the present size of the image in bytes.
     fn current_size(&self) -> io::Result<u64> {
         measure(&self.file, self.file.metadata()?.file_type())
@@ -294,7 +301,8 @@ impl DiskFile {
     /// Those of `preadv`; also if the file ends before the buffers do.
     pub fn read(&self, buffers: &mut GuestBuffers, offset: u64) -> io::Result<()> {
         let offset = self.transfer(buffers, offset, 0, GuestBuffers::read_from)?;
-        self.bounce_rest(buffers, offset, false)
+        // Only direct access leaves something, which it does not take as it is.
+        bounce_all(self, buffers, offset, false)
     }
 
     /// Fills `buffers` like [`DiskFile::read`], but only with data that the page cache holds: the part not
@@ -327,7 +335,7 @@ impl DiskFile {
         if buffers.is_empty() {
             return Ok(());
         }
-        self.bounce_rest(buffers, offset, true)?;
+        bounce_all(self, buffers, offset, true)?;
         if durable {
             self.file.sync_data()
         } else {
@@ -355,30 +363,6 @@ impl DiskFile {
         Ok(offset)
     }
 
-    /// Does the rest of a request through an aligned buffer.
-    fn bounce_rest(&self, data: &mut impl Data, mut offset: u64, writes: bool) -> io::Result<()> {
-        let Some(direct) = self.direct.as_ref().filter(|_| data.len() > 0) else {
-            return Ok(());
-        };
-        let mut bounce = Bounce::new(direct.alignment, data.len());
-        while data.len() > 0 {
-            let step = bounce.step(self, data, offset, writes);
-            let file = self.file(step.access);
-            let file = file.ok_or(io::ErrorKind::UnexpectedEof)?;
-            let bytes = bounce.bytes(step.bytes.clone());
-            let result = match step.writes {
-                true => file.write_at(bytes, step.offset),
-                false => file.read_at(bytes, step.offset),
-            };
-            match result {
-                Ok(count) => offset += bounce.advance(self, data, count)? as u64,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     /// Brings everything written so far to stable storage, unless the cache mode is
     /// [`CacheMode::Unsafe`].
     ///
@@ -389,6 +373,28 @@ impl DiskFile {
             CacheMode::Unsafe => Ok(()),
             _ => self.file.sync_data(),
         }
+    }
+
+    /// Returns the mode with which `fallocate` discards ranges, if it can.
+    pub fn discard_mode(&self) -> Option<libc::c_int> {
+        // A block device would make zeroes of them, which not every device can that discards.
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        (!self.is_block_device).then_some(mode.bits())
+    }
+
+    /// Returns the mode with which `fallocate` makes ranges read as zeroes, as [`DiskFile::write_zeroes`] does.
+    pub fn zero_mode(&self, deallocate: bool) -> libc::c_int {
+        let mode = match deallocate && !self.is_block_device {
+            true => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        (mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits()
+    }
+
+    /// Whether `error` of `fallocate` says that the host cannot do this, so that [`DiskFile::discard`] or
+    /// [`DiskFile::write_zeroes`] has to find another way.
+    pub fn is_unsupported(error: &io::Error) -> bool {
+        is_unsupported(error)
     }
 
     /// Gives the storage of a range back to the host. The content of the range is undefined afterwards. If
@@ -447,7 +453,7 @@ impl DiskFile {
 
     fn fill_with_zeroes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         if self.is_direct() {
-            return self.bounce_rest(&mut Zeroes(len as usize), offset, true);
+            return bounce_all(self, &mut Zeroes(len as usize), offset, true);
         }
         let zeroes = [0; ZEROES_SIZE];
         while len > 0 {
@@ -457,6 +463,25 @@ impl DiskFile {
             len -= count;
         }
         Ok(())
+    }
+}
+
+impl Blocks for DiskFile {
+    fn alignment(&self) -> Alignment {
+        let direct = self.direct.as_ref();
+        direct.map_or(Alignment::NONE, |direct| direct.alignment)
+    }
+
+    fn tail(&self) -> u64 {
+        self.alignment().tail(self.length.load(Ordering::Relaxed))
+    }
+
+    fn current_size(&self) -> io::Result<u64> {
+        DiskFile::current_size(self)
+    }
+
+    fn file(&self, access: Access) -> Option<&File> {
+        DiskFile::file(self, access)
     }
 }
 

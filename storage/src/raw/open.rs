@@ -6,10 +6,11 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 
-use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::geometry::{block_sizes, direct_alignment, disk_size, measure};
 use super::{Bounce, CacheMode, Direct, DiskError, DiskFile, ImageFormat, SECTOR_SIZE, format};
+use crate::direct_file::{DirectFile, LayerFile, read_nothing_ahead};
 use crate::lock::{LockMode, has_no_locks, lock_image};
 use crate::opener::{FileAccess, FileOpener, HostOpener};
 
@@ -209,29 +210,25 @@ pub(crate) fn open_file(
     Err(DiskError::Kind { path, kind })
 }
 
-/// Opens and locks the regular file at `path`, which an image that is not raw is kept in.
+/// Opens and locks the file or block device at `path`, which an image that is not raw is kept in.
 pub(crate) fn open_locked(
     opener: &dyn FileOpener,
     path: &Path,
     options: &DiskOptions,
 ) -> Result<File, DiskError> {
-    open_regular(opener, path, options, |file| {
+    open_image(opener, path, options, |file| {
         lock_as_wanted(path, options, || lock_image(file, options.read_only))
     })
 }
 
-/// Opens a regular file like [`open_locked`], but locks it by `lock`.
-pub(crate) fn open_regular(
+/// Opens a file like [`open_locked`], but locks it by `lock`.
+pub(crate) fn open_image(
     opener: &dyn FileOpener,
     path: &Path,
     options: &DiskOptions,
     lock: impl FnOnce(&File) -> Result<(), DiskError>,
 ) -> Result<File, DiskError> {
-    let (file, kind) = open_file(opener, path, options.read_only)?;
-    if !kind.is_file() {
-        let path = path.to_path_buf();
-        return Err(DiskError::DeviceFormat { path });
-    }
+    let (file, _) = open_file(opener, path, options.read_only)?;
     lock(&file)?;
     // The flag kept the open from waiting for a pipe's other end.
     let flags =
@@ -303,14 +300,46 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
 /// Opens the image `file` at `path` a second time, for [`Access::Tail`].
 fn open_tail(opener: &dyn FileOpener, path: &Path, file: &File) -> Result<File, DiskError> {
     let tail = open_again(opener, path, file, false)?;
-    // Data before the tail must not be read ahead into the page cache, where it would become stale.
-    let advice = PosixFadviseAdvice::POSIX_FADV_RANDOM;
-    posix_fadvise(&tail, 0, 0, advice).map_err(|error| DiskError::Io {
+    read_nothing_ahead(&tail).map_err(|source| DiskError::Io {
         path: path.to_path_buf(),
         action: "set up",
-        source: error.into(),
+        source,
     })?;
     Ok(tail)
+}
+
+/// Makes `cached`, the open file at `path`, one whose bytes of the disk go as the cache mode requires: with
+/// [`CacheMode::None`] it is opened a second time for that, past the page cache.
+pub(crate) fn open_direct(
+    opener: &dyn FileOpener,
+    path: &Path,
+    cached: File,
+    options: &DiskOptions,
+) -> Result<LayerFile, DiskError> {
+    if options.cache != CacheMode::None {
+        return Ok(LayerFile::from(cached));
+    }
+    let with_path = |source| DiskError::Io {
+        path: path.to_path_buf(),
+        action: "set up",
+        source,
+    };
+    let no_direct = |source| DiskError::Direct {
+        path: path.to_path_buf(),
+        source,
+    };
+    let file = open_again(opener, path, &cached, options.read_only)?;
+    let kind = file.metadata().map_err(with_path)?.file_type();
+    let (logical, _) = block_sizes(&file, kind).map_err(with_path)?;
+    let alignment = direct_alignment(&file, kind.is_block_device(), logical);
+    let flags = file_flags(&file).map_err(with_path)?;
+    set_file_flags(&file, flags | OFlag::O_DIRECT).map_err(no_direct)?;
+    // Only a read shows whether the file system takes requests of this kind.
+    let mut bounce = Bounce::new(alignment, 1);
+    let bytes = bounce.bytes(0..alignment.offset as usize);
+    file.read_at(bytes, 0).map_err(no_direct)?;
+    let direct = DirectFile::new(file, alignment);
+    LayerFile::locked_beside(cached, direct).map_err(with_path)
 }
 
 /// Opens the image `file` at `path` a second time, through the page cache.

@@ -15,7 +15,7 @@ use thiserror::Error;
 use super::qcow2_target::{Qcow2Target, qcow2_options};
 use crate::foreign::{ForeignFormat, ForeignOptions, OpenError, VmdkDetails};
 use crate::lock::lock_image;
-use crate::qcow2::{self, Layer, Qcow2};
+use crate::qcow2::{self, Layer, Preallocation, Qcow2};
 use crate::{
     HostFile, Image, ImageFile, ImageTarget, OptionError, Options, RawImage, Target, parse_size,
 };
@@ -69,10 +69,11 @@ impl FromStr for Format {
     }
 }
 
-/// Why an image cannot be opened.
+/// Why an image cannot be opened, or changed.
 #[derive(Debug, Error)]
-#[error("cannot open '{}': {reason}", path.display())]
+#[error("cannot {action} '{}': {reason}", path.display())]
 pub struct OpenImageError {
+    action: &'static str,
     path: PathBuf,
     reason: OpenError,
 }
@@ -184,6 +185,7 @@ fn open_with(
         _ => open_single(path, format, purpose),
     });
     opened.map_err(|reason| OpenImageError {
+        action: "open",
         path: path.to_owned(),
         reason,
     })
@@ -199,6 +201,7 @@ pub fn open_file_of_qcow2(
 ) -> Result<Arc<dyn ImageFile>, OpenImageError> {
     let file = open_file(path, purpose, 0);
     file.map_err(|error| OpenImageError {
+        action: "open",
         path: path.to_owned(),
         reason: error.into(),
     })
@@ -335,7 +338,7 @@ pub fn create(
     match format {
         Format::Raw => {
             let preallocation = options
-                .take_choice("preallocation", &PREALLOCATIONS)
+                .take_choice("preallocation", &RAW_PREALLOCATIONS)
                 .map_err(wrong)?;
             options.finish("raw").map_err(wrong)?;
             let (file, is_new) = create_file(path, size).map_err(failed)?;
@@ -441,6 +444,109 @@ fn option_names(format: Format) -> &'static [(&'static str, Option<&'static str>
     }
 }
 
+/// Lists the options that an image of a format is created with, in the way of qemu-img.
+pub fn option_help(format: Format) -> String {
+    let options: &[OptionHelp] = match format {
+        Format::Raw => &[RAW_PREALLOCATION_HELP, SIZE_HELP],
+        Format::Foreign(ForeignFormat::Vmdk) => &[
+            (
+                "adapter_type",
+                "str",
+                "Virtual adapter: ide, buslogic, lsilogic or legacyESX",
+            ),
+            SIZE_HELP,
+            ("subformat", "str", "monolithicSparse or streamOptimized"),
+        ],
+        Format::Foreign(ForeignFormat::Vhd) => &[
+            (
+                "force_size",
+                SWITCH_TYPE,
+                "Size as given, not as cylinders, heads and sectors allow it",
+            ),
+            SIZE_HELP,
+            SUBFORMAT_HELP,
+        ],
+        Format::Foreign(ForeignFormat::Vhdx) => &[
+            (
+                "block_size",
+                "size",
+                "Block size; 0 chooses one that fits the disk",
+            ),
+            SIZE_HELP,
+            SUBFORMAT_HELP,
+        ],
+        Format::Foreign(ForeignFormat::Vdi) => &[
+            SIZE_HELP,
+            (
+                "static",
+                SWITCH_TYPE,
+                "Whether all blocks are there from the start",
+            ),
+        ],
+        Format::Qcow2 => &[
+            ("backing_file", "str", "File name of the backing file"),
+            ("backing_fmt", "str", "Format of the backing file"),
+            ("cluster_size", "size", "Size of a cluster"),
+            COMPAT_HELP,
+            (
+                "compression_type",
+                "str",
+                "Compression of clusters: zlib or zstd",
+            ),
+            (
+                "extended_l2",
+                SWITCH_TYPE,
+                "Whether clusters have subclusters",
+            ),
+            LAZY_REFCOUNTS_HELP,
+            (
+                "preallocation",
+                "str",
+                "What is allocated in advance: off, metadata, falloc or full",
+            ),
+            ("refcount_bits", "num", "Width of a refcount in bits"),
+            SIZE_HELP,
+        ],
+    };
+    format!("Supported {format} options:\n{}", option_lines(options))
+}
+
+/// Lists the options of a qcow2 image that can be changed, in the way of qemu-img.
+pub fn amend_help() -> String {
+    let lines = option_lines(&[COMPAT_HELP, LAZY_REFCOUNTS_HELP, SIZE_HELP]);
+    format!("Amend options for 'qcow2':\n{lines}")
+}
+
+/// The name of an option, the type of its values and what it is.
+type OptionHelp = (&'static str, &'static str, &'static str);
+
+const SWITCH_TYPE: &str = "bool (on/off)";
+const SIZE_HELP: OptionHelp = ("size", "size", "Virtual disk size");
+const SUBFORMAT_HELP: OptionHelp = ("subformat", "str", "dynamic or fixed");
+const RAW_PREALLOCATION_HELP: OptionHelp = (
+    "preallocation",
+    "str",
+    "What is allocated in advance: off, falloc or full",
+);
+const COMPAT_HELP: OptionHelp = (
+    "compat",
+    "str",
+    "Version of the format: v2 [0.10] or v3 [1.1]",
+);
+const LAZY_REFCOUNTS_HELP: OptionHelp = (
+    "lazy_refcounts",
+    SWITCH_TYPE,
+    "Whether QEMU may write refcounts late",
+);
+
+fn option_lines(options: &[OptionHelp]) -> String {
+    let lines = options.iter().map(|(name, kind, what)| {
+        let option = format!("{name}=<{kind}>");
+        format!("  {option:<22} - {what}\n")
+    });
+    lines.collect()
+}
+
 /// An image that has been created, to be written.
 pub struct Created {
     /// What writes it.
@@ -494,16 +600,18 @@ pub fn resize(
     let opened = open(path, format, Purpose::Write)?;
     let before = opened.image.size();
     let resized = || -> io::Result<()> {
+        if preallocation != Preallocation::Off && size < before {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "storage is only reserved for what is added to a disk, and this one becomes smaller",
+            ));
+        }
         if let Some(image) = &opened.qcow2 {
-            if preallocation != Preallocation::Off {
-                return Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "storage is not reserved for what is added to a qcow2 image",
-                ));
-            }
             let size = size.checked_next_multiple_of(SECTOR);
             let size = size.ok_or(io::ErrorKind::FileTooLarge)?;
-            image.resize(size).map_err(io::Error::other)?;
+            image
+                .resize_with(size, preallocation)
+                .map_err(io::Error::from)?;
             return image.flush();
         }
         // The image that is open has the lock.
@@ -516,25 +624,23 @@ pub fn resize(
         prepare(&file, before.min(size), size, preallocation)
     };
     resized().map_err(|error| OpenImageError {
+        action: "resize",
         path: path.to_owned(),
         reason: OpenError::Io(error),
     })
 }
 
-/// How much of the storage of an image is reserved when it is created.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing.
-    Off,
-    /// All, by telling the file system.
-    Falloc,
-    /// All, by writing zeroes.
-    Full,
-}
+/// What can be allocated in advance in a raw image.
+const RAW_PREALLOCATIONS: [(&str, Preallocation); 3] = [
+    ("off", Preallocation::Off),
+    ("falloc", Preallocation::Falloc),
+    ("full", Preallocation::Full),
+];
 
 /// The names of [`Preallocation`].
-pub const PREALLOCATIONS: [(&str, Preallocation); 3] = [
+pub const PREALLOCATIONS: [(&str, Preallocation); 4] = [
     ("off", Preallocation::Off),
+    ("metadata", Preallocation::Metadata),
     ("falloc", Preallocation::Falloc),
     ("full", Preallocation::Full),
 ];
@@ -543,6 +649,10 @@ pub const PREALLOCATIONS: [(&str, Preallocation); 3] = [
 fn prepare(file: &File, start: u64, end: u64, preallocation: Preallocation) -> io::Result<()> {
     match preallocation {
         Preallocation::Off => Ok(()),
+        Preallocation::Metadata => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "a raw image has no metadata to allocate; off, falloc and full are possible",
+        )),
         _ if start == end => Ok(()),
         Preallocation::Falloc => {
             // Both are below the largest signed number.

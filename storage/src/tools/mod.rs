@@ -24,9 +24,9 @@ pub use check::check_blocks;
 pub use compare::{Difference, compare};
 pub use copy::{CopyOptions, copy};
 pub use formats::{
-    CreateError, Created, Format, NewContent, OpenImageError, Opened, PREALLOCATIONS,
-    Preallocation, Purpose, UnknownFormat, create, describe_options, open, open_alone,
-    open_file_of_qcow2, open_target, probe, resize,
+    CreateError, Created, Format, NewContent, OpenImageError, Opened, PREALLOCATIONS, Purpose,
+    UnknownFormat, amend_help, create, describe_options, open, open_alone, open_file_of_qcow2,
+    open_target, option_help, probe, resize,
 };
 pub use map::{MapEntry, map};
 pub use measure::{Measured, measure_qcow2};

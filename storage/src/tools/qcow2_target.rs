@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::formats::NewContent;
+use super::formats::{NewContent, PREALLOCATIONS};
 use crate::qcow2::{self, BackingName, Compression, CreateOptions, Qcow2, Unsynced};
 use crate::{Image, ImageFile, OptionError, Options, Target};
 
@@ -15,12 +15,6 @@ const SWITCH: [(&str, bool); 2] = [("off", false), ("on", true)];
 pub fn qcow2_options(mut options: Options, size: u64) -> Result<CreateOptions, OptionError> {
     let versions = [("1.1", 3), ("v3", 3), ("0.10", 2), ("v2", 2)];
     let compressions = [("zlib", Compression::Zlib), ("zstd", Compression::Zstd)];
-    let preallocations = [
-        ("off", qcow2::Preallocation::Off),
-        ("metadata", qcow2::Preallocation::Metadata),
-        ("falloc", qcow2::Preallocation::Falloc),
-        ("full", qcow2::Preallocation::Full),
-    ];
     let widths = [
         ("16", 16),
         ("1", 1),
@@ -40,7 +34,7 @@ pub fn qcow2_options(mut options: Options, size: u64) -> Result<CreateOptions, O
         lazy_refcounts: options.take_choice("lazy_refcounts", &SWITCH)?,
         extended_l2: options.take_choice("extended_l2", &SWITCH)?,
         compression: options.take_choice("compression_type", &compressions)?,
-        preallocation: options.take_choice("preallocation", &preallocations)?,
+        preallocation: options.take_choice("preallocation", &PREALLOCATIONS)?,
         backing: backing.map(|name| BackingName { name, format }),
     };
     options.finish("qcow2")?;

@@ -522,30 +522,10 @@ fn damage_is_found_and_repaired_as_by_qemu() {
         std::fs::write(folder.path("image"), &bytes).unwrap();
         std::fs::write(folder.path("theirs"), &bytes).unwrap();
 
-        let theirs = [
-            "check",
-            "--output=json",
-            "-f",
-            "qcow2",
-            &folder.name("theirs"),
-        ];
-        let says = try_qemu("qemu-img", &theirs).unwrap_or_else(|(_, says)| says);
-        let count = |field: &str| {
-            let start = says.find(&format!("\"{field}\": "))?;
-            let number = says[start..].split([' ', ',', '\n']).nth(1)?;
-            number.parse::<u64>().ok()
-        };
+        let (corruptions, leaks) = faults(&folder.name("theirs"));
         let report = Qcow2::check(host_file(&folder.path("image"), true), Repair::Nothing).unwrap();
-        assert_eq!(
-            report.leaks,
-            count("leaks").unwrap_or(0),
-            "{says} {report:?}"
-        );
-        assert_eq!(
-            report.corruptions,
-            count("corruptions").unwrap_or(0),
-            "{says} {report:?}"
-        );
+        assert_eq!(report.leaks, leaks, "{report:?}");
+        assert_eq!(report.corruptions, corruptions, "{report:?}");
 
         let file = host_file(&folder.path("image"), false);
         let repaired = Qcow2::check(Arc::clone(&file), Repair::Leaks).unwrap();
@@ -563,6 +543,93 @@ fn damage_is_found_and_repaired_as_by_qemu() {
             model[50_000..150_000].fill(2);
         }
         assert!(folder.contents("image") == model);
+    }
+}
+
+/// Returns the numbers of corruptions and leaks that `qemu-img check` finds in an image.
+fn faults(path: &str) -> (u64, u64) {
+    let words = ["check", "--output=json", "-f", "qcow2", path];
+    let says = try_qemu("qemu-img", &words).unwrap_or_else(|(_, says)| says);
+    let count = |field: &str| {
+        let start = says.find(&format!("\"{field}\": "))?;
+        let number = says[start..].split([' ', ',', '\n']).nth(1)?;
+        number.parse::<u64>().ok()
+    };
+    (
+        count("corruptions").unwrap_or(0),
+        count("leaks").unwrap_or(0),
+    )
+}
+
+#[test]
+fn wrong_bits_of_entries_are_found_as_by_qemu() {
+    let folder = Folder::new();
+    for (extended_l2, has_snapshot) in [(false, false), (false, true), (true, false), (true, true)]
+    {
+        let cluster_size = 16384;
+        create(
+            &folder,
+            "image",
+            &CreateOptions {
+                size: 1 << 20,
+                cluster_size,
+                extended_l2,
+                ..usual()
+            },
+        );
+        let image = folder.open("image", Options::default());
+        image
+            .write_at(&vec![1; 3 * cluster_size as usize], 0)
+            .unwrap();
+        image
+            .write_compressed(&vec![2; cluster_size as usize], 4 * cluster_size)
+            .unwrap();
+        image.flush().unwrap();
+        if has_snapshot {
+            image.create_snapshot("s").unwrap();
+        }
+        drop(image);
+        let whole = std::fs::read(folder.path("image")).unwrap();
+        let at = |offset: u64| {
+            let offset = offset as usize;
+            u64::from_be_bytes(whole[offset..offset + 8].try_into().unwrap())
+        };
+        let l1 = at(40);
+        let l2 = at(l1) & 0x00ff_ffff_ffff_fe00;
+        let entry = |number: u64| l2 + number * if extended_l2 { 16 } else { 8 };
+        let mut damages = vec![
+            vec![(l1, 1)],
+            vec![(l1, 1 << 56)],
+            vec![(l1, 0x7f << 56)],
+            vec![(entry(0), 2)],
+            vec![(entry(1), 1 << 57), (entry(2), 1 << 8)],
+            vec![(entry(10), 4)],
+            vec![(entry(1), 0x200)],
+            vec![(entry(4), 1 << 63)],
+            vec![(entry(4), 1 << 63), (entry(0), 1 << 60), (l1, 2)],
+        ];
+        if extended_l2 {
+            damages.push(vec![(entry(4) + 8, 1)]);
+            damages.push(vec![(entry(4), 1 << 63), (entry(4) + 8, 1)]);
+            damages.push(vec![(entry(0) + 8, 1 << 32)]);
+        }
+        for damage in damages {
+            let mut bytes = whole.clone();
+            for &(offset, bits) in &damage {
+                let word = at(offset) ^ bits;
+                bytes[offset as usize..][..8].copy_from_slice(&word.to_be_bytes());
+            }
+            std::fs::write(folder.path("image"), &bytes).unwrap();
+            let (corruptions, leaks) = faults(&folder.name("image"));
+            let file = host_file(&folder.path("image"), true);
+            let report = Qcow2::check(file, Repair::Nothing).unwrap();
+            assert_eq!(
+                (report.corruptions, report.leaks),
+                (corruptions, leaks),
+                "{extended_l2} {has_snapshot} {damage:x?}: {report:?}"
+            );
+            assert!(corruptions > 0);
+        }
     }
 }
 

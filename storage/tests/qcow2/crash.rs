@@ -1,5 +1,6 @@
 //! Crashes of the host, and failures of its calls, at all moments.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bantam_storage::Image;
@@ -14,9 +15,20 @@ const SECTOR: usize = 512;
 /// What a sector may hold after a crash.
 type Allowed = Vec<Vec<u8>>;
 
+/// What is done to the snapshots of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Snapshots {
+    Untouched,
+    /// Those that are there in the beginning are applied.
+    Applied,
+    /// They are made, applied and deleted.
+    Changed,
+}
+
 /// A disk whose file is recorded, and what its sectors may hold.
 struct Recorded {
     file: Arc<MemoryFile>,
+    new_file: fn(Vec<u8>) -> MemoryFile,
     image: Option<Qcow2>,
     backing: Option<Arc<dyn Image>>,
     max_pending: usize,
@@ -24,6 +36,8 @@ struct Recorded {
     as_device: bool,
     /// What each sector may hold on stable storage, with the number of changes since when.
     sectors: Vec<Vec<(usize, Vec<u8>)>>,
+    /// What the disk held when each snapshot was made, by its identifier.
+    snapshots: Vec<(String, Vec<u8>)>,
     /// Numbers of changes after which a flush has ended, and what each sector may hold from then on.
     flushes: Vec<(usize, Vec<usize>)>,
 }
@@ -34,26 +48,42 @@ impl Recorded {
         backing: Option<Arc<dyn Image>>,
         max_pending: usize,
     ) -> Recorded {
-        let file = Arc::new(MemoryFile::new(Vec::new()));
+        Recorded::in_file(options, backing, max_pending, MemoryFile::new, Vec::new())
+    }
+
+    /// Records a file that `new_file` makes of its bytes.
+    fn in_file(
+        options: &CreateOptions,
+        backing: Option<Arc<dyn Image>>,
+        max_pending: usize,
+        new_file: fn(Vec<u8>) -> MemoryFile,
+        bytes: Vec<u8>,
+    ) -> Recorded {
+        let file = Arc::new(new_file(bytes));
         Qcow2::create(Arc::clone(&file) as _, options).unwrap();
-        // Recording begins with a whole image.
-        let file = Arc::new(MemoryFile::new(file.bytes()));
         let mut recorded = Recorded {
             file,
+            new_file,
             image: None,
             backing,
             max_pending,
             as_device: false,
             sectors: Vec::new(),
+            snapshots: Vec::new(),
             flushes: Vec::new(),
         };
-        recorded.open();
-        let bytes = read_all(recorded.image.as_ref().unwrap());
-        recorded.sectors = bytes
-            .chunks(SECTOR)
-            .map(|sector| vec![(0, sector.to_vec())])
-            .collect();
+        recorded.restart();
         recorded
+    }
+
+    /// Begins the record with the image as it is.
+    fn restart(&mut self) {
+        self.image = None;
+        self.file = Arc::new((self.new_file)(self.file.bytes()));
+        self.open();
+        let bytes = read_all(self.image());
+        let sectors = bytes.chunks(SECTOR);
+        self.sectors = sectors.map(|sector| vec![(0, sector.to_vec())]).collect();
     }
 
     fn open(&mut self) {
@@ -80,9 +110,8 @@ impl Recorded {
     }
 
     fn flush(&mut self) {
-        let newest = self.sectors.iter().map(|values| values.len() - 1).collect();
         self.image().flush().unwrap();
-        self.flushes.push((self.file.len(), newest));
+        self.note_flush();
     }
 
     /// Returns what each sector may hold if the first `changes` changes were begun.
@@ -106,15 +135,46 @@ impl Recorded {
             .collect()
     }
 
+    /// Notes that what the disk holds now is on stable storage.
+    fn note_flush(&mut self) {
+        let newest = self.sectors.iter().map(|values| values.len() - 1).collect();
+        self.flushes.push((self.file.len(), newest));
+    }
+
+    fn change_snapshots(&mut self, numbers: &mut Numbers) {
+        match (self.snapshots.len(), numbers.below(2)) {
+            (0 | 1, _) => {
+                let state = read_all(self.image());
+                let id = self.image().create_snapshot("s").unwrap();
+                self.snapshots.push((id, state));
+                self.note_flush();
+            }
+            (_, 0) => {
+                let (id, _) = self.snapshots.remove(0);
+                self.image().delete_snapshot(&id).unwrap();
+                self.note_flush();
+            }
+            _ => self.apply_snapshot(0),
+        }
+    }
+
+    fn apply_snapshot(&mut self, number: usize) {
+        let (id, state) = self.snapshots[number].clone();
+        // What was there before is on stable storage when it gives way to this.
+        self.expect(0, &state);
+        self.image().apply_snapshot(&id).unwrap();
+        self.note_flush();
+    }
+
     /// Does random things to the disk.
-    fn run(&mut self, numbers: &mut Numbers, snapshots: bool) {
+    fn run(&mut self, numbers: &mut Numbers, snapshots: Snapshots) {
         let sectors = SIZE / SECTOR as u64;
         for turn in 0..40 {
             let first = numbers.below(sectors);
             let count = (numbers.below(40) + 1).min(sectors - first);
             let (offset, len) = (first * 512, count * 512);
             let byte = numbers.below(255) as u8 + 1;
-            let kind = if snapshots && turn % 8 == 7 {
+            let kind = if snapshots != Snapshots::Untouched && turn % 8 == 7 {
                 20
             } else {
                 numbers.below(14)
@@ -143,17 +203,8 @@ impl Recorded {
                     self.image().read_at(&mut bytes, offset).unwrap();
                     self.expect(offset, &bytes);
                 }
-                20 => {
-                    // A snapshot is on stable storage with the disk as it is.
-                    let newest: Vec<usize> =
-                        self.sectors.iter().map(|values| values.len() - 1).collect();
-                    let image = self.image();
-                    match image.snapshots().unwrap().len() {
-                        0 | 1 => drop(image.create_snapshot("s").unwrap()),
-                        _ => image.delete_snapshot("s").unwrap(),
-                    }
-                    self.flushes.push((self.file.len(), newest));
-                }
+                20 if snapshots == Snapshots::Applied => self.apply_snapshot(turn / 8 % 2),
+                20 => self.change_snapshots(numbers),
                 11 => {
                     self.image = None;
                     self.open();
@@ -207,14 +258,19 @@ fn check_by_qemu(folder: &Folder, file: &[u8]) {
     assert!(matches!(result, Ok(_) | Err((3, _))), "{result:?}");
 }
 
-fn survive(options: &CreateOptions, backing: Option<Arc<dyn Image>>, seed: u64, snapshots: bool) {
+fn survive(
+    options: &CreateOptions,
+    backing: Option<Arc<dyn Image>>,
+    seed: u64,
+    snapshots: Snapshots,
+) {
     for max_pending in [2, 1024] {
         let recorded = Recorded::new(options, backing.clone(), max_pending);
         survive_with(recorded, options, seed, snapshots);
     }
 }
 
-fn survive_with(mut recorded: Recorded, options: &CreateOptions, seed: u64, snapshots: bool) {
+fn survive_with(mut recorded: Recorded, options: &CreateOptions, seed: u64, snapshots: Snapshots) {
     let folder = Folder::new();
     let (backing, max_pending) = (recorded.backing.clone(), recorded.max_pending);
     let start = recorded.file.bytes();
@@ -241,10 +297,11 @@ fn survive_with(mut recorded: Recorded, options: &CreateOptions, seed: u64, snap
                 "{options:?}, {max_pending} pending, seed {seed}, {count} of {} changes",
                 changes.len()
             );
-            let crashed = Arc::new(MemoryFile::new(file.clone()));
+            let crashed = Arc::new((recorded.new_file)(file.clone()));
             // While snapshots change, flags do not agree with refcounts. The mark says so, except in version 2.
             let is_dirty = Header::read(&*crashed).unwrap().is_dirty();
-            let may_disagree = is_dirty || (snapshots && options.version == 2);
+            let changes = snapshots == Snapshots::Changed;
+            let may_disagree = changes && (is_dirty || options.version == 2);
             if !may_disagree {
                 let report = Qcow2::check(Arc::clone(&crashed) as _, Repair::Nothing).unwrap();
                 assert_eq!(
@@ -325,7 +382,12 @@ fn variants() -> Vec<CreateOptions> {
 fn a_crash_leaks_clusters_at_most() {
     for (number, options) in variants().into_iter().enumerate() {
         for seed in 0..2 {
-            survive(&options, None, seed * 100 + number as u64, false);
+            survive(
+                &options,
+                None,
+                seed * 100 + number as u64,
+                Snapshots::Untouched,
+            );
         }
     }
 }
@@ -345,7 +407,12 @@ fn a_crash_does_not_bring_the_backing_file_or_lose_it() {
             backing: Some(name),
             ..options
         };
-        survive(&options, Some(backing), 50 + number as u64, false);
+        survive(
+            &options,
+            Some(backing),
+            50 + number as u64,
+            Snapshots::Untouched,
+        );
     }
 }
 
@@ -367,15 +434,120 @@ fn a_crash_spares_what_a_device_writes() {
             };
             let mut recorded = Recorded::new(&options, backing.clone(), 1024);
             recorded.as_device = true;
-            survive_with(recorded, &options, 90 + number as u64, backing.is_none());
+            let snapshots = match backing {
+                None => Snapshots::Changed,
+                Some(_) => Snapshots::Untouched,
+            };
+            survive_with(recorded, &options, 90 + number as u64, snapshots);
         }
+    }
+}
+
+/// Size of the block device that an image is on.
+const DEVICE_SIZE: usize = 1 << 20;
+
+#[test]
+fn a_crash_spares_an_image_on_a_block_device() {
+    for (number, options) in variants().into_iter().enumerate() {
+        for as_device in [false, true] {
+            let garbage = vec![0xa5; DEVICE_SIZE];
+            let mut recorded = Recorded::in_file(&options, None, 1024, MemoryFile::fixed, garbage);
+            recorded.as_device = as_device;
+            let snapshots = match as_device {
+                true => Snapshots::Untouched,
+                false => Snapshots::Changed,
+            };
+            survive_with(recorded, &options, 110 + number as u64, snapshots);
+        }
+    }
+}
+
+#[test]
+fn a_block_device_that_is_full_takes_writes_again_after_a_discard() {
+    for options in variants() {
+        // The disk does not fit into the device.
+        let options = CreateOptions {
+            size: 2 * DEVICE_SIZE as u64,
+            ..options
+        };
+        let file = Arc::new(MemoryFile::fixed(vec![0xa5; DEVICE_SIZE]));
+        Qcow2::create(Arc::clone(&file) as _, &options).unwrap();
+        let open = || Qcow2::open(Arc::clone(&file) as _, Options::default()).unwrap();
+        let mut image = open();
+        let chunk = 32 << 10;
+        let chunks = options.size / chunk;
+        let fill = |image: &Qcow2, chunks: Range<u64>, byte: u8| {
+            let bytes = vec![byte; chunk as usize];
+            let write = |number: &u64| image.write_at(&bytes, number * chunk);
+            let written = chunks
+                .clone()
+                .map_while(|number| write(&number).ok())
+                .count() as u64;
+            let error = (written < chunks.end - chunks.start)
+                .then(|| write(&(chunks.start + written)).unwrap_err());
+            (written, error)
+        };
+        let (written, error) = fill(&image, 0..chunks, 1);
+        assert_eq!(error.unwrap().kind(), std::io::ErrorKind::StorageFull);
+        // Most of the device is used.
+        assert!(
+            written * chunk > DEVICE_SIZE as u64 * 3 / 4,
+            "{options:?}: {written}"
+        );
+        for turn in 2..5 {
+            image.discard(0..written / 2 * chunk).unwrap();
+            if turn == 3 {
+                image.flush().unwrap();
+                drop(image);
+                image = open();
+            }
+            let (again, _) = fill(&image, 0..written / 2, turn);
+            assert_eq!(again, written / 2, "{options:?}");
+            let bytes = read_all(&image);
+            let half = (written / 2 * chunk) as usize;
+            assert!(bytes[..half].iter().all(|&byte| byte == turn));
+            assert!(
+                bytes[half..(written * chunk) as usize]
+                    .iter()
+                    .all(|&byte| byte == 1)
+            );
+        }
+        drop(image);
+        let report = Qcow2::check(file, Repair::Nothing).unwrap();
+        assert_eq!(report, Report::default(), "{options:?}");
     }
 }
 
 #[test]
 fn a_crash_spares_snapshots() {
     for (number, options) in variants().into_iter().enumerate() {
-        survive(&options, None, 70 + number as u64, true);
+        survive(&options, None, 70 + number as u64, Snapshots::Changed);
+    }
+}
+
+#[test]
+fn a_crash_while_a_snapshot_is_applied_leaks_clusters_at_most() {
+    for (number, options) in variants().into_iter().enumerate() {
+        for seed in 0..2 {
+            let mut numbers = Numbers::new(seed * 10 + number as u64 + 1);
+            let mut recorded = Recorded::new(&options, None, 1024);
+            // One more, so that some clusters have lost a reference, but not their last one.
+            for _ in 0..3 {
+                for _ in 0..4 {
+                    let first = numbers.below(SIZE / 512 - 40);
+                    let bytes = vec![numbers.below(255) as u8 + 1; 40 * 512];
+                    recorded.image().write_at(&bytes, first * 512).unwrap();
+                }
+                let state = read_all(recorded.image());
+                let id = recorded.image().create_snapshot("s").unwrap();
+                recorded.snapshots.push((id, state));
+            }
+            let (id, _) = recorded.snapshots.remove(1);
+            recorded.image().delete_snapshot(&id).unwrap();
+            recorded.restart();
+            let seed = 130 + 10 * seed + number as u64;
+            survive_with(recorded, &options, seed, Snapshots::Applied);
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use bantam_storage::job::{
 use bantam_storage::qcow2::{BackingName, CreateOptions, Header, Qcow2};
 use bantam_storage::{
     Direction, Disk, DiskError, DiskOptions, Extent, FormattedDisk, HostOpener, Image, ImageFormat,
-    RawImage,
+    LayerFile, RawImage,
 };
 use proptest::prelude::*;
 use proptest::test_runner::Config;
@@ -137,12 +137,7 @@ fn range_in(numbers: &mut Numbers, within: Range<u64>) -> Range<u64> {
 }
 
 /// Does to a disk what a guest does, until `is_over`. Returns what the part of each thread holds.
-fn use_disk(
-    image: &dyn Image,
-    files: &[std::fs::File],
-    seed: u64,
-    is_over: &AtomicBool,
-) -> Vec<u8> {
+fn use_disk(image: &dyn Image, files: &[LayerFile], seed: u64, is_over: &AtomicBool) -> Vec<u8> {
     let work = |number: u64| {
         let mut numbers = Numbers::new(seed * THREADS + number);
         let own = number * PART..(number + 1) * PART;
@@ -170,7 +165,10 @@ fn use_disk(
                     {
                         use std::os::unix::fs::FileExt;
                         let part = &mut bytes[..len as usize];
-                        files[file].read_exact_at(part, offset).unwrap();
+                        files[file]
+                            .for_transfers()
+                            .read_exact_at(part, offset)
+                            .unwrap();
                         let start = (range.start - own.start) as usize;
                         assert!(*part == model[start..start + part.len()]);
                     }
@@ -212,7 +210,7 @@ fn use_disk(
 /// `cancel`, cancels it after some time.
 fn use_while(
     image: &dyn Image,
-    files: &[std::fs::File],
+    files: &[LayerFile],
     seed: u64,
     run: impl FnOnce() -> JobState + Send,
     cancel: Option<&Control>,

@@ -18,12 +18,12 @@ const SECTORS: u64 = SIZE / SECTOR;
 
 /// What the base of a disk is.
 #[derive(Debug, Clone, Copy)]
-enum Base {
+pub enum Base {
     Raw,
     Qcow2 { cluster_size: u64 },
 }
 
-fn name(base: Base) -> BackingName {
+pub fn name(base: Base) -> BackingName {
     let format = match base {
         Base::Raw => "raw",
         Base::Qcow2 { .. } => "qcow2",
@@ -34,7 +34,7 @@ fn name(base: Base) -> BackingName {
     }
 }
 
-fn open_base(base: Base, file: &Arc<MemoryFile>, read_only: bool) -> Arc<dyn Image> {
+pub fn open_base(base: Base, file: &Arc<MemoryFile>, read_only: bool) -> Arc<dyn Image> {
     let file = Arc::clone(file) as _;
     match base {
         Base::Raw => Arc::new(RawImage::new(file, read_only).unwrap()),
@@ -48,7 +48,7 @@ fn open_base(base: Base, file: &Arc<MemoryFile>, read_only: bool) -> Arc<dyn Ima
     }
 }
 
-fn open_top(file: &Arc<MemoryFile>, base: Option<Arc<dyn Image>>, max_pending: usize) -> Qcow2 {
+pub fn open_top(file: &Arc<MemoryFile>, base: Option<Arc<dyn Image>>, max_pending: usize) -> Qcow2 {
     let options = Options {
         backing: base,
         max_pending,
@@ -76,7 +76,7 @@ fn range(numbers: &mut Numbers) -> (u64, u64) {
 }
 
 /// What the sectors of a disk may hold after a crash. Each is of one byte.
-struct Model {
+pub struct Model {
     /// What each sector was about to hold, with the number of changes of files before.
     sectors: Vec<Vec<(usize, u8)>>,
     /// Numbers of changes after which a flush has ended, and the newest of these values at its begin.
@@ -84,7 +84,7 @@ struct Model {
 }
 
 impl Model {
-    fn new(image: &dyn Image) -> Model {
+    pub fn new(image: &dyn Image) -> Model {
         let bytes = read_all(image);
         let sectors = bytes.chunks(SECTOR as usize);
         Model {
@@ -104,7 +104,7 @@ impl Model {
     }
 
     /// Checks a disk after a crash that came after `changes` changes of files were begun.
-    fn check(&self, bytes: &[u8], changes: usize, what: &str) {
+    pub fn check(&self, bytes: &[u8], changes: usize, what: &str) {
         let flushed = self
             .flushes
             .iter()
@@ -127,6 +127,39 @@ impl Model {
     }
 }
 
+/// Has a disk do one thing that its guest may ask for.
+pub fn use_once(image: &dyn Image, journal: &Journal, numbers: &mut Numbers, model: &mut Model) {
+    let (offset, len) = range(numbers);
+    let byte = numbers.below(255) as u8 + 1;
+    let mut bytes = vec![byte; len as usize];
+    match numbers.below(10) {
+        0..5 => {
+            model.expect(journal.len(), offset, &bytes);
+            image.write_at(&bytes, offset).unwrap();
+        }
+        5 => {
+            bytes.fill(0);
+            model.expect(journal.len(), offset, &bytes);
+            image
+                .write_zeroes(offset..offset + len, byte < 128)
+                .unwrap();
+        }
+        6 => {
+            bytes.fill(0);
+            model.expect(journal.len(), offset, &bytes);
+            image.discard(offset..offset + len).unwrap();
+            image.read_at(&mut bytes, offset).unwrap();
+            model.expect(journal.len(), offset, &bytes);
+        }
+        7 | 8 => {
+            let newest = model.newest();
+            image.flush().unwrap();
+            model.flushes.push((journal.len(), newest));
+        }
+        _ => thread::yield_now(),
+    }
+}
+
 /// Uses a disk as its guest does while `run` runs, and for some time afterwards.
 fn use_while(
     image: &dyn Image,
@@ -145,35 +178,7 @@ fn use_while(
         let mut left = 10;
         while left > 0 {
             left -= u32::from(is_over.load(Ordering::Relaxed));
-            let (offset, len) = range(numbers);
-            let byte = numbers.below(255) as u8 + 1;
-            let mut bytes = vec![byte; len as usize];
-            match numbers.below(10) {
-                0..5 => {
-                    model.expect(journal.len(), offset, &bytes);
-                    image.write_at(&bytes, offset).unwrap();
-                }
-                5 => {
-                    bytes.fill(0);
-                    model.expect(journal.len(), offset, &bytes);
-                    image
-                        .write_zeroes(offset..offset + len, byte < 128)
-                        .unwrap();
-                }
-                6 => {
-                    bytes.fill(0);
-                    model.expect(journal.len(), offset, &bytes);
-                    image.discard(offset..offset + len).unwrap();
-                    image.read_at(&mut bytes, offset).unwrap();
-                    model.expect(journal.len(), offset, &bytes);
-                }
-                7 | 8 => {
-                    let newest = model.newest();
-                    image.flush().unwrap();
-                    model.flushes.push((journal.len(), newest));
-                }
-                _ => thread::yield_now(),
-            }
+            use_once(image, journal, numbers, &mut model);
         }
         assert_eq!(job.join().unwrap(), JobState::Ready);
     });
@@ -201,7 +206,7 @@ impl History {
 }
 
 /// Crashes at many moments, and has the disk examined.
-fn crash_often(
+pub fn crash_often(
     files: &[(Vec<u8>, Arc<MemoryFile>)],
     journal: &Journal,
     numbers: &mut Numbers,
@@ -232,13 +237,13 @@ fn crash_often(
     }
 }
 
-fn check_clean(file: &Arc<MemoryFile>, what: &str) {
+pub fn check_clean(file: &Arc<MemoryFile>, what: &str) {
     let report = Qcow2::check(Arc::clone(file) as _, Repair::Nothing).unwrap();
     assert_eq!(report.corruptions, 0, "{what}: {report:?}");
 }
 
 /// Makes a base and an image over it. Returns the bytes of both files.
-fn make_files(base: Base, top: &CreateOptions, numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
+pub fn make_files(base: Base, top: &CreateOptions, numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
     let base_file = Arc::new(MemoryFile::new(Vec::new()));
     match base {
         Base::Raw => bantam_storage::ImageFile::set_size(&*base_file, SIZE).unwrap(),
@@ -260,7 +265,7 @@ fn make_files(base: Base, top: &CreateOptions, numbers: &mut Numbers) -> (Vec<u8
     (base_file.bytes(), top_file.bytes())
 }
 
-fn tops(base: Base) -> Vec<CreateOptions> {
+pub fn tops(base: Base) -> Vec<CreateOptions> {
     let usual = CreateOptions {
         size: SIZE,
         backing: Some(name(base)),
@@ -285,7 +290,7 @@ fn tops(base: Base) -> Vec<CreateOptions> {
     ]
 }
 
-const BASES: [Base; 3] = [
+pub const BASES: [Base; 3] = [
     Base::Raw,
     Base::Qcow2 { cluster_size: 4096 },
     Base::Qcow2 {

@@ -11,6 +11,7 @@ mod crash;
 mod fuzz;
 mod jobs;
 mod jobs_crash;
+mod overlay_crash;
 mod pending;
 mod property;
 mod read;

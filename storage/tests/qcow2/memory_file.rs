@@ -81,6 +81,8 @@ pub struct MemoryFile {
     failures: AtomicU64,
     /// Largest size.
     limit: u64,
+    /// Whether it always has its largest size, as a block device has, and no holes.
+    is_fixed: bool,
     bytes_read: AtomicU64,
     /// Where its changes are noted together with those of others, and its number there.
     journal: Option<(Arc<Journal>, usize)>,
@@ -95,6 +97,7 @@ impl MemoryFile {
     pub fn with_limit(bytes: Vec<u8>, limit: u64) -> MemoryFile {
         MemoryFile {
             limit,
+            is_fixed: false,
             bytes_read: AtomicU64::new(0),
             journal: None,
             state: Mutex::new(State {
@@ -104,6 +107,23 @@ impl MemoryFile {
             calls: AtomicU64::new(0),
             failing: AtomicU64::new(u64::MAX),
             failures: AtomicU64::new(0),
+        }
+    }
+
+    /// A file that is like a block device: it keeps its size, and holds `bytes` until it is written.
+    pub fn fixed(bytes: Vec<u8>) -> MemoryFile {
+        let limit = bytes.len() as u64;
+        MemoryFile {
+            is_fixed: true,
+            ..MemoryFile::with_limit(bytes, limit)
+        }
+    }
+
+    fn check_size(&self, size: u64) -> io::Result<()> {
+        match (size > self.limit, self.is_fixed) {
+            (false, _) => Ok(()),
+            (true, false) => Err(io::ErrorKind::FileTooLarge.into()),
+            (true, true) => Err(io::ErrorKind::StorageFull.into()),
         }
     }
 
@@ -179,9 +199,7 @@ impl ImageFile for MemoryFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if offset.saturating_add(bytes.len() as u64) > self.limit {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
+        self.check_size(offset.saturating_add(bytes.len() as u64))?;
         self.change(Change::Write {
             offset,
             bytes: bytes.to_vec(),
@@ -189,9 +207,7 @@ impl ImageFile for MemoryFile {
     }
 
     fn write_durably(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        if offset.saturating_add(bytes.len() as u64) > self.limit {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
+        self.check_size(offset.saturating_add(bytes.len() as u64))?;
         self.change(Change::DurableWrite {
             offset,
             bytes: bytes.to_vec(),
@@ -199,7 +215,10 @@ impl ImageFile for MemoryFile {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.change(Change::Hole(range))
+        match self.is_fixed {
+            true => Err(io::ErrorKind::Unsupported.into()),
+            false => self.change(Change::Hole(range)),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -210,10 +229,15 @@ impl ImageFile for MemoryFile {
         Ok(self.state.lock().unwrap().bytes.len() as u64)
     }
 
+    fn fixed_size(&self) -> io::Result<Option<u64>> {
+        Ok(self.is_fixed.then_some(self.limit))
+    }
+
     fn set_size(&self, size: u64) -> io::Result<()> {
-        if size > self.limit {
-            return Err(io::ErrorKind::FileTooLarge.into());
+        self.check_size(size)?;
+        match self.is_fixed {
+            true => Ok(()),
+            false => self.change(Change::Size(size)),
         }
-        self.change(Change::Size(size))
     }
 }

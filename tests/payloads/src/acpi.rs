@@ -14,6 +14,17 @@ const ENABLED: u32 = 1;
 const FADT_DSDT: u64 = 40;
 const FADT_X_DSDT: u64 = 140;
 
+/// Encodings in ACPI machine language (ACPI 6.5 sections 20.2 and 6.4.3.4).
+mod aml {
+    pub const BYTE: u8 = 0x0a;
+    pub const WORD: u8 = 0x0b;
+    pub const DWORD: u8 = 0x0c;
+    pub const QWORD: u8 = 0x0e;
+    pub const PACKAGE: u8 = 0x12;
+    /// Descriptor of memory at a fixed 32-bit address, with its length.
+    pub const FIXED_MEMORY: [u8; 3] = [0x86, 9, 0];
+}
+
 /// Reads a value of guest-physical memory, aligned or not.
 ///
 /// # Safety
@@ -44,6 +55,63 @@ pub struct Acpi {
     pub processors: Vec<u32>,
     /// Guest-physical addresses of the I/O APICs.
     pub io_apics: Vec<u32>,
+    /// The machine language of the DSDT.
+    pub definition_block: Vec<u8>,
+}
+
+impl Acpi {
+    /// Returns the address of the generation id, which the package `ADDR` of the device `VGEN` gives.
+    pub fn generation_id(&self) -> Option<u64> {
+        let device = self.after(b"VGEN\x08_HID")?;
+        let package = after(device, b"\x08ADDR")?;
+        // Its length has one byte.
+        let [aml::PACKAGE, _, 2, elements @ ..] = package else {
+            return None;
+        };
+        let (low, elements) = integer(elements)?;
+        let (high, _) = integer(elements)?;
+        Some(low | high << 32)
+    }
+
+    /// Returns the address of the VMClock page, which is the resource of the device `VCLK`.
+    pub fn vm_clock(&self) -> Option<u64> {
+        let device = self.after(b"VCLK\x08_HID")?;
+        let resource = after(device, &aml::FIXED_MEMORY)?;
+        let address = resource.get(1..5)?.try_into().ok()?;
+        Some(u64::from(u32::from_le_bytes(address)))
+    }
+
+    /// Returns the part of the definition block after the first occurrence of `bytes`.
+    fn after(&self, bytes: &[u8]) -> Option<&[u8]> {
+        after(&self.definition_block, bytes)
+    }
+}
+
+fn after<'a>(all: &'a [u8], bytes: &[u8]) -> Option<&'a [u8]> {
+    let at = all
+        .windows(bytes.len())
+        .position(|window| window == bytes)?;
+    Some(&all[at + bytes.len()..])
+}
+
+/// Takes an integer from the front of `bytes`, and returns it with the rest.
+fn integer(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let (&encoding, rest) = bytes.split_first()?;
+    let size = match encoding {
+        // The constants zero and one.
+        0 | 1 => return Some((encoding.into(), rest)),
+        aml::BYTE => 1,
+        aml::WORD => 2,
+        aml::DWORD => 4,
+        aml::QWORD => 8,
+        _ => return None,
+    };
+    let (value, rest) = rest.split_at_checked(size)?;
+    let value = value
+        .iter()
+        .rev()
+        .fold(0, |value, &byte| value << 8 | u64::from(byte));
+    Some((value, rest))
 }
 
 /// Walks all tables from the root pointer at `rsdp`, checking every signature, length and
@@ -67,6 +135,7 @@ pub fn walk(rsdp: u64) -> Result<Acpi, String> {
             tables: Vec::new(),
             processors: Vec::new(),
             io_apics: Vec::new(),
+            definition_block: Vec::new(),
         };
         let root = read::<u64>(rsdp + 24);
         let (signature, root_length) = check_table(root)?;
@@ -84,7 +153,11 @@ pub fn walk(rsdp: u64) -> Result<Acpi, String> {
                         0 => u64::from(read::<u32>(table + FADT_DSDT)),
                         address => address,
                     };
-                    acpi.tables.push(check_table(dsdt)?.0);
+                    let (signature, length) = check_table(dsdt)?;
+                    acpi.tables.push(signature);
+                    acpi.definition_block = (HEADER_SIZE..length)
+                        .map(|offset| read::<u8>(dsdt + offset))
+                        .collect();
                 }
                 _ => {}
             }

@@ -3,7 +3,7 @@
 mod chains;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -267,6 +267,145 @@ fn images_are_created_and_resized_as_by_qemu_img() {
 }
 
 #[test]
+fn what_is_added_to_a_disk_is_allocated_in_advance() {
+    let folder = folder();
+    for how in ["off", "metadata", "falloc", "full"] {
+        let line = "create -q -f qcow2 new 10M";
+        let created = bantam(folder.path(), &line.split(' ').collect::<Vec<_>>());
+        assert!(created.status.success(), "{created:?}");
+        let option = format!("--preallocation={how}");
+        let output = bantam(folder.path(), &["resize", &option, "new", "20M"]);
+        assert!(output.status.success(), "{output:?}");
+        let checked = run(folder.path(), "qemu-img", &["check", "new"]);
+        assert!(checked.status.success(), "{how}: {checked:?}");
+        let map = run(folder.path(), "qemu-img", &["map", "--output=json", "new"]);
+        let map: serde_json::Value = serde_json::from_slice(&map.stdout).unwrap();
+        let allocated = map.as_array().unwrap().iter();
+        let allocated = allocated.filter(|part| part["offset"].is_u64());
+        let allocated: u64 = allocated.map(|part| part["length"].as_u64().unwrap()).sum();
+        assert_eq!(allocated, if how == "off" { 0 } else { 10 << 20 }, "{how}");
+        let blocks = fs::metadata(folder.path().join("new")).unwrap().blocks();
+        let is_reserved = blocks * 512 > 10 << 20;
+        assert_eq!(is_reserved, matches!(how, "falloc" | "full"), "{how}");
+        let shrunk = bantam(folder.path(), &["resize", "--shrink", &option, "new", "1M"]);
+        assert_eq!(shrunk.status.success(), how == "off", "{shrunk:?}");
+    }
+    let output = bantam(
+        folder.path(),
+        &[
+            "resize",
+            "--preallocation=metadata",
+            "-f",
+            "raw",
+            "src.img",
+            "+1M",
+        ],
+    );
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("cannot resize 'src.img'"), "{error}");
+    assert!(error.contains("off, falloc and full"), "{error}");
+}
+
+#[test]
+fn options_are_listed_as_by_qemu_img() {
+    let folder = folder();
+    let lines = |output: Output| -> Vec<String> {
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(str::to_owned).collect()
+    };
+    for words in [
+        &["create", "-f", "qcow2", "-o", "help"][..],
+        &["create", "-f", "qcow2", "-o", "compat=v3,?", "new"],
+        &["create", "-f", "vmdk", "-o", "help"],
+        &["create", "-f", "vpc", "-o", "help"],
+        &["create", "-f", "vhdx", "-o", "help"],
+        &["convert", "-O", "vdi", "-o", "help"],
+        &["amend", "-f", "qcow2", "-o", "help"],
+    ] {
+        let expected = lines(run(folder.path(), "qemu-img", words));
+        let listed = lines(bantam(folder.path(), words));
+        if !words.contains(&"new") {
+            assert_eq!(listed[0], expected[0]);
+        }
+        assert!(listed.len() > 2);
+        for line in &listed[1..] {
+            let (option, _) = line.split_once(" - ").unwrap();
+            let is_known = expected
+                .iter()
+                .any(|line| line.starts_with(option.trim_end()));
+            assert!(is_known, "{words:?}: {line}");
+        }
+    }
+    assert!(!folder.path().join("new").exists());
+    let output = bantam(folder.path(), &["create", "-f", "qcow2", "-o", "compat=v3"]);
+    assert!(!output.status.success());
+}
+
+#[test]
+fn a_chain_is_not_made_longer_than_one_that_can_be_opened() {
+    let folder = folder();
+    let create = |options: &[&str], below: &str, name: &str| {
+        let words = [
+            &["create", "-q", "-f", "qcow2"],
+            options,
+            &["-F", "qcow2", "-b", below, name, "1M"],
+        ];
+        bantam(folder.path(), &words.concat())
+    };
+    let first = bantam(
+        folder.path(),
+        &["create", "-q", "-f", "qcow2", "1.qcow2", "1M"],
+    );
+    assert!(first.status.success(), "{first:?}");
+    for number in 2..65 {
+        let [below, name] = [number - 1, number].map(|number| format!("{number}.qcow2"));
+        let created = create(&["-u"], &below, &name);
+        assert!(created.status.success(), "{created:?}");
+    }
+    let opened = bantam(folder.path(), &["map", "64.qcow2"]);
+    assert!(opened.status.success(), "{opened:?}");
+    let refused = create(&[], "64.qcow2", "65.qcow2");
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert!(error.contains("a chain has 64 at most"), "{error}");
+    assert!(!folder.path().join("65.qcow2").exists());
+}
+
+#[test]
+fn an_image_is_not_its_own_backing_file() {
+    let folder = folder();
+    let fails = |words: &[&str], reason: &str| {
+        let output = bantam(folder.path(), words);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && error.contains(reason),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 1, "{error}");
+    };
+    let path = |name| folder.path().join(name);
+    fs::hard_link(path("a.qcow2"), path("b.qcow2")).unwrap();
+    for words in [
+        &["rebase", "-F", "qcow2", "-b", "a.qcow2", "a.qcow2"][..],
+        &["rebase", "-F", "qcow2", "-b", "b.qcow2", "a.qcow2"],
+        &["rebase", "-u", "-F", "qcow2", "-b", "b.qcow2", "a.qcow2"],
+    ] {
+        fails(
+            words,
+            "cannot rebase 'a.qcow2': it cannot be its own backing file",
+        );
+    }
+    let words = "rebase -u -F qcow2 -b b.qcow2 a.qcow2";
+    let rebased = run(
+        folder.path(),
+        "qemu-img",
+        &words.split(' ').collect::<Vec<_>>(),
+    );
+    assert!(rebased.status.success(), "{rebased:?}");
+    fails(&["info", "--backing-chain", "a.qcow2"], "form a loop");
+}
+
+#[test]
 fn snapshots_are_those_of_qemu_img() {
     let folder = folder();
     let ok = |arguments: &[&str]| {
@@ -430,6 +569,12 @@ fn a_link_named_qemu_img_takes_the_same_commands() {
     let output = run(folder.path(), link.to_str().unwrap(), &["info", "a.vdi"]);
     let expected = run(folder.path(), "qemu-img", &["info", "a.vdi"]);
     assert_eq!(output.stdout, expected.stdout);
+    let output = run(folder.path(), link.to_str().unwrap(), &["--version"]);
+    let version = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        version.starts_with("qemu-img version 7.2.0 (Bantam "),
+        "{version}"
+    );
 }
 
 #[test]

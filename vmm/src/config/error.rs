@@ -376,6 +376,14 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Not a place where gdb can connect.
+    #[error(
+        "invalid place for gdb '{text}': expected tcp:ADDRESS:PORT, such as tcp:127.0.0.1:1234, or unix:PATH"
+    )]
+    Gdb {
+        /// What was given.
+        text: String,
+    },
     /// Not a description of a channel.
     #[error("{reason}; a channel is name=NAME and one of socket=PATH, file=PATH, pty and stdio")]
     ChannelOption {

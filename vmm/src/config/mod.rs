@@ -14,6 +14,7 @@ mod disk;
 mod ending;
 mod error;
 mod forms;
+mod gdb;
 mod huge_pages;
 mod input_file;
 mod limited_device;
@@ -53,6 +54,7 @@ pub use disk::{
 };
 pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
+pub use gdb::GdbConfig;
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;
 pub use limited_device::LimitedDevice;
@@ -165,6 +167,9 @@ pub struct MachineConfig {
     pub boot_timer: bool,
     /// Whether the pages that the guest and its devices write are logged, for differential snapshots.
     pub track_dirty_pages: bool,
+    /// Where gdb can connect to debug the guest, which waits for it before its first instruction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gdb: Option<GdbConfig>,
 }
 
 impl MachineConfig {
@@ -200,6 +205,7 @@ impl MachineConfig {
             host_workarounds: true,
             boot_timer: false,
             track_dirty_pages: false,
+            gdb: None,
         }
     }
 
@@ -249,11 +255,16 @@ impl MachineConfig {
             });
         let kernel = Some(&mut self.kernel).filter(|path| !path.as_os_str().is_empty());
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
+        let gdb = match &mut self.gdb {
+            Some(GdbConfig::Unix(path)) => Some(path),
+            Some(GdbConfig::Tcp(_)) | None => None,
+        };
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         for path in kernel
             .into_iter()
             .chain(&mut self.initrd)
             .chain(vsock)
+            .chain(gdb)
             .chain(streams)
             .chain(disks)
         {

@@ -143,7 +143,7 @@ fn errors_in_a_machine_file_name_the_line() {
              'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
              'vsock', 'metadata', 'serial', 'serial-limit', 'console', 'channel', 'rng', 'balloon', \
              'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
-             'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages'",
+             'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages', 'gdb'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",
@@ -304,6 +304,7 @@ fn what_only_a_machine_file_says_reaches_the_machine() {
         smt = true
         serial-limit = { per-second = "1K" }
         boot-timer = true
+        gdb = "unix:gdb.sock"
 
         [[disk]]
         path = "a.img"
@@ -397,6 +398,7 @@ fn what_only_a_machine_file_says_reaches_the_machine() {
             },
         }),
         boot_timer: true,
+        gdb: Some(GdbConfig::Unix("/vm/gdb.sock".into())),
         ..MachineConfig::new("/vm/vmlinux")
     };
     assert_eq!(config, Ok(expected));

@@ -3,10 +3,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, NewFile, SnapshotId, StateFile, Witness};
+use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, SnapshotId, StateFile, Witness};
 use bantam_state::Section;
 
 use super::{Controller, Life};
@@ -51,13 +51,52 @@ impl PausedParts {
     }
 }
 
-/// What has been read of a paused machine, and the files that are not complete yet.
-struct Taken {
-    facts: Facts,
+/// The state of a machine, besides memory.
+struct SavedMachine {
     config: MachineConfig,
     guest: GuestFacts,
     processors: Vec<Section>,
     devices: Vec<SavedDevice>,
+}
+
+impl SavedMachine {
+    /// Returns the sections of a state file, with a note of the owner and the disks that stay as they are.
+    fn into_sections(self, note: Option<String>, disks: Vec<FrozenDisk>) -> Sections {
+        Sections::new(
+            &self.config,
+            note,
+            self.guest,
+            disks,
+            self.processors,
+            self.devices,
+        )
+    }
+
+    /// Describes the images that stay as they are: those of disks with `overlays`, and those that are only read, or all
+    /// if the machine has ended.
+    fn frozen_disks(
+        &self,
+        overlays: &[DiskSnapshot],
+        has_ended: bool,
+    ) -> Result<Vec<FrozenDisk>, Error> {
+        let disks = self.config.disk_names().zip(&self.config.disks);
+        let frozen = disks.filter(|(name, disk)| {
+            has_ended || disk.readonly || overlays.iter().any(|it| it.disk == *name)
+        });
+        let frozen = frozen.map(|(name, disk)| {
+            FrozenDisk::now(name, &disk.path).map_err(|source| Error::FrozenDisk {
+                path: disk.path.clone(),
+                source,
+            })
+        });
+        frozen.collect()
+    }
+}
+
+/// What has been read of a paused machine, and the memory file that is not complete yet.
+struct Taken {
+    machine: SavedMachine,
+    facts: Facts,
     /// The pages of a differential snapshot.
     pages: Option<PageSet>,
     /// The witnesses of a differential snapshot.
@@ -78,60 +117,123 @@ impl Controller {
     /// be written; if the changes since the base are not known; or if a disk cannot go on with an overlay. The machine
     /// then goes on as it was, but some of its disks may have new overlays.
     pub fn snapshot(&self, options: SnapshotOptions) -> Result<SnapshotTaken, Error> {
+        let (taken, paused_for) = self.while_at_rest(options.stop, || {
+            let taken = self.while_paused("take a snapshot", |parts| {
+                if options.disks == SnapshotDisks::Unprotected && !options.stop {
+                    // A copy of an image has all that the guest has written.
+                    parts.devices.flush_disks()?;
+                }
+                self.read(parts, &options)
+            })?;
+            let disks = match options.stop {
+                true => &SnapshotDisks::Unprotected,
+                false => &options.disks,
+            };
+            let overlays = self.freeze(&taken.machine.config, disks, taken.facts.id)?;
+            Ok((taken, overlays))
+        })?;
+        let (taken, overlays) = taken;
+        if let Some(copied) = &taken.copied {
+            taken.writer.write_copied(copied)?;
+        }
+        let memory = taken.writer.finish()?;
+        if options.stop {
+            self.stop();
+            self.wait().map_err(Error::Shared)?;
+        }
+        let frozen = match options.disks {
+            SnapshotDisks::Unprotected => Vec::new(),
+            _ => taken.machine.frozen_disks(&overlays, options.stop)?,
+        };
+        let is_logging = taken.machine.config.track_dirty_pages;
+        let sections = taken.machine.into_sections(options.note, frozen).write()?;
+        let path = &options.files.state;
+        let state = StateFile::new(path, taken.facts, taken.pages, sections)
+            .with_witnesses(taken.witnesses);
+        let file = state.write()?;
+        memory.put_in_place()?;
+        file.put_in_place()?;
+        lock(&taken.changes).note(&state, is_logging);
+        Ok(SnapshotTaken {
+            id: state.facts().id,
+            pages: taken.page_count as u64,
+            paused_for,
+        })
+    }
+
+    /// Takes a snapshot of the machine that is kept in memory, for other machines of this process: forks of this one. They
+    /// share its memory until they write to it, and so does this machine. A machine that runs is paused meanwhile; returned
+    /// is also for how long the guest did not run. That grows with the pages that were written since the last fork.
+    ///
+    /// # Errors
+    /// Those of [`Controller::snapshot`], and if the host has too little memory.
+    pub fn fork(&self, disks: &SnapshotDisks) -> Result<(Snapshot, Duration), Error> {
+        let (forked, paused_for) = self.while_at_rest(false, || {
+            let (machine, facts, layers) = self.while_paused("fork the machine", |parts| {
+                let machine = self.read_state(parts)?;
+                let regions = parts.memory.regions();
+                let regions = regions.map(|region| (region.start.0, region.len));
+                let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
+                let layers = bantam_memory::share(&parts.memory);
+                let layers = layers.map_err(Error::resource("memory that forks share"))?;
+                lock(&parts.changes).forget_mapping();
+                Ok((machine, facts, layers))
+            })?;
+            let overlays = self.freeze(&machine.config, disks, facts.id)?;
+            Ok((machine, facts, layers, overlays))
+        })?;
+        let (machine, facts, layers, overlays) = forked;
+        let frozen = match disks {
+            SnapshotDisks::Unprotected => Vec::new(),
+            _ => machine.frozen_disks(&overlays, false)?,
+        };
+        let config = machine.config.clone();
+        let sections = machine.into_sections(None, frozen);
+        Ok((
+            Snapshot::shared(facts, layers, sections, config),
+            paused_for,
+        ))
+    }
+
+    /// Calls `work` on a paused machine, and lets one that ran go on, unless `work` succeeds and it `ends` the machine.
+    /// Returns also for how long the guest did not run.
+    fn while_at_rest<T>(
+        &self,
+        ends: bool,
+        work: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<(T, Duration), Error> {
         let runs = self.state() != State::Paused;
         let paused_at = Instant::now();
         if runs {
             self.pause()?;
         }
-        let taken = self.take_paused(&options);
-        let mut paused_for = paused_at.elapsed();
-        let goes_on = runs && !(options.stop && taken.is_ok());
-        if goes_on {
+        let result = work();
+        if runs && !(ends && result.is_ok()) {
             let resumed = self.resume();
-            paused_for = paused_at.elapsed();
-            // Without an answer, whoever asked would wait for a machine that does not run.
-            if taken.is_ok() {
+            // The first error says more.
+            if result.is_ok() {
                 resumed?;
             }
         }
-        let (taken, disks) = taken?;
-        let changes = taken.changes.clone();
-        let page_count = taken.page_count as u64;
-        let is_logging = taken.config.track_dirty_pages;
-        let memory = taken.write_memory()?;
-        if options.stop {
-            self.stop();
-            self.wait().map_err(Error::Shared)?;
-        }
-        let state = memory.put_in_place(&options, disks)?;
-        lock(&changes).note(&state, is_logging);
-        Ok(SnapshotTaken {
-            id: state.facts().id,
-            pages: page_count,
-            paused_for,
-        })
+        Ok((result?, paused_at.elapsed()))
     }
 
-    /// Reads the state of a paused machine, and gives its disks their overlays. Returns the disks whose images stay as they
-    /// are.
-    fn take_paused(&self, options: &SnapshotOptions) -> Result<(Taken, Vec<DiskSnapshot>), Error> {
-        let taken = self.while_paused("take a snapshot", |parts| {
-            if options.disks == SnapshotDisks::Unprotected {
-                // A copy of an image has all that the guest has written.
-                parts.devices.flush_disks()?;
-            }
-            self.read(parts, options)
-        })?;
-        let overlays = match &options.disks {
-            _ if options.stop => Vec::new(),
+    /// Has the paused machine go on with overlays as `disks` says, and returns them.
+    fn freeze(
+        &self,
+        config: &MachineConfig,
+        disks: &SnapshotDisks,
+        id: SnapshotId,
+    ) -> Result<Vec<DiskSnapshot>, Error> {
+        let overlays = match disks {
             SnapshotDisks::Unprotected => Vec::new(),
             SnapshotDisks::OverlaysAt(overlays) => overlays.clone(),
-            SnapshotDisks::Overlays => default_overlays(&taken.config, taken.facts.id),
+            SnapshotDisks::Overlays => default_overlays(config, id),
         };
         if !overlays.is_empty() {
             self.snapshot_disks(overlays.clone())?;
         }
-        Ok((taken, overlays))
+        Ok(overlays)
     }
 
     /// Calls `work` while nothing else changes the paused machine.
@@ -171,20 +273,30 @@ impl Controller {
         }
     }
 
-    fn read(&self, parts: &PausedParts, options: &SnapshotOptions) -> Result<Taken, Error> {
+    fn read_state(&self, parts: &PausedParts) -> Result<SavedMachine, Error> {
         let mut config = self.configuration()?;
+        // The guest has begun, and who debugs it is not a part of its machine.
+        config.gdb = None;
         // Whoever restores it may be in another folder.
         if let Ok(folder) = std::env::current_dir() {
             config.rebase_paths(&folder);
         }
-        let processors = self.read_processors(parts)?;
-        let devices = parts.devices.save()?;
+        Ok(SavedMachine {
+            config,
+            guest: parts.guest,
+            processors: self.read_processors(parts)?,
+            devices: parts.devices.save()?,
+        })
+    }
+
+    fn read(&self, parts: &PausedParts, options: &SnapshotOptions) -> Result<Taken, Error> {
+        let machine = self.read_state(parts)?;
         let memory = &parts.memory;
         let mut changes = lock(&parts.changes);
         let Selection { pages, base } = changes_since(
             options.base.as_ref(),
             &mut changes,
-            config.track_dirty_pages,
+            machine.config.track_dirty_pages,
             &parts.vm,
             memory,
         )?;
@@ -230,11 +342,8 @@ impl Controller {
             }
         };
         Ok(Taken {
+            machine,
             facts,
-            config,
-            guest: parts.guest,
-            processors,
-            devices,
             pages: all_pages,
             witnesses,
             page_count,
@@ -253,84 +362,11 @@ impl Controller {
     /// [`Snapshot::catch_up_clock`] changes that.
     ///
     /// # Errors
-    /// Those of [`Controller::start`], and [`Error::Restore`] if the state does not fit the machine or this host.
+    /// Those of [`Controller::start`] and of [`Snapshot::check_disks`], and [`Error::Restore`] if the state does not fit the machine or this host.
     pub fn restore(&self, snapshot: &Snapshot) -> Result<(), Error> {
         snapshot.check_unchanged()?;
+        snapshot.check_disks(&self.configuration()?)?;
         self.0.start(Origin::Snapshot(snapshot))
-    }
-}
-
-impl Taken {
-    /// Writes what is left of the memory.
-    fn write_memory(self) -> Result<Written, Error> {
-        if let Some(copied) = &self.copied {
-            self.writer.write_copied(copied)?;
-        }
-        Ok(Written {
-            memory: self.writer.finish()?,
-            facts: self.facts,
-            config: self.config,
-            guest: self.guest,
-            processors: self.processors,
-            devices: self.devices,
-            pages: self.pages,
-            witnesses: self.witnesses,
-        })
-    }
-}
-
-/// A snapshot whose memory is written.
-struct Written {
-    memory: NewFile,
-    facts: Facts,
-    config: MachineConfig,
-    guest: GuestFacts,
-    processors: Vec<Section>,
-    devices: Vec<SavedDevice>,
-    pages: Option<PageSet>,
-    witnesses: Vec<Witness>,
-}
-
-impl Written {
-    /// Writes the state file, and puts both in place. Returns the content of the state file.
-    fn put_in_place(
-        self,
-        options: &SnapshotOptions,
-        overlays: Vec<DiskSnapshot>,
-    ) -> Result<StateFile, Error> {
-        let is_frozen = |name: &crate::config::DeviceName, readonly: bool| {
-            options.stop || readonly || overlays.iter().any(|it| it.disk == *name)
-        };
-        let frozen = match options.disks {
-            SnapshotDisks::Unprotected => Vec::new(),
-            _ => self
-                .config
-                .disk_names()
-                .zip(&self.config.disks)
-                .filter(|(name, disk)| is_frozen(name, disk.readonly))
-                .map(|(name, disk)| {
-                    FrozenDisk::now(name, &disk.path).map_err(|source| Error::FrozenDisk {
-                        path: disk.path.clone(),
-                        source,
-                    })
-                })
-                .collect::<Result<_, _>>()?,
-        };
-        let sections = Sections::new(
-            &self.config,
-            options.note.clone(),
-            self.guest,
-            frozen,
-            self.processors,
-            self.devices,
-        );
-        let path = &options.files.state;
-        let state = StateFile::new(path, self.facts, self.pages, sections.write()?)
-            .with_witnesses(self.witnesses);
-        let file = state.write()?;
-        self.memory.put_in_place()?;
-        file.put_in_place()?;
-        Ok(state)
     }
 }
 

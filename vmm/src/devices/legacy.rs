@@ -9,6 +9,7 @@ use bantam_devices::boot_timer::BootTimer;
 use bantam_devices::bus::{Bus, BusDevice};
 use bantam_devices::device_log::DeviceLog;
 use bantam_devices::exit_port::ExitPort;
+use bantam_devices::generation::{self, Generation, GenerationPlaces};
 use bantam_devices::i8042::I8042;
 use bantam_devices::lifecycle::Device;
 use bantam_devices::panic_device::PanicDevice;
@@ -16,6 +17,7 @@ use bantam_devices::pci_bus::PciBus;
 use bantam_devices::rate_limiter::RateLimit;
 use bantam_devices::rtc::Rtc;
 use bantam_devices::serial::{Serial, SerialMetrics};
+use bantam_memory::GuestMemory;
 
 use super::serial_end::{OpenSerial, SerialGuard};
 use crate::error::Error;
@@ -23,6 +25,9 @@ use crate::event_loop::DeviceLoop;
 use crate::interval_timer::{self, IntervalTimer};
 use crate::run_control::RunControl;
 use crate::vm::Vm;
+
+// The tables give the size of the page.
+const _: () = assert!(generation::CLOCK_SIZE == layout::VM_CLOCK_SIZE as usize);
 
 /// A device at fixed ports or addresses, and its name in saved state.
 pub(crate) type LegacyDevice = (&'static str, Arc<Mutex<dyn Device>>);
@@ -138,6 +143,23 @@ impl<'a> LegacyDevices<'a> {
         let exit_port = ExitPort::new(self.control.clone());
         self.attach_to_ports("exit", exit_port, layout::EXIT_PORT, 1)?;
         Ok(())
+    }
+
+    /// Attaches what tells the guest that its machine has been restored. It has no registers: the guest finds it
+    /// in `memory`.
+    pub(crate) fn attach_generation(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Arc<Mutex<Generation>>, Error> {
+        let interrupt = self.vm.interrupt_event(layout::RESTORED_GSI)?;
+        let places = GenerationPlaces {
+            id: layout::GENERATION_ID,
+            clock: layout::VM_CLOCK,
+        };
+        let generation = Generation::new(memory.clone(), places, Box::new(interrupt));
+        let generation = Arc::new(Mutex::new(generation));
+        self.attached.push(("generation", generation.clone()));
+        Ok(generation)
     }
 
     /// Attaches the register by which the guest reports that it has booted.

@@ -7,6 +7,7 @@ use std::{io, thread};
 
 use bantam_devices::InterruptLine;
 use bantam_devices::activity::Activity;
+use bantam_devices::generation::Generation;
 use bantam_devices::i8042::I8042;
 use bantam_devices::lifecycle::{Device, PAUSE_TIME};
 use bantam_devices::opener::Opener;
@@ -27,6 +28,7 @@ use crate::error::Error;
 use crate::events::{Event, EventSender};
 use crate::lock::lock;
 use crate::metrics::MachineMetrics;
+use crate::random::random;
 
 /// For how long a device's work has not ended if the host holds it up.
 const HOLD_UP: Duration = Duration::from_millis(20);
@@ -37,6 +39,7 @@ const GIVE_UP_TIME: Duration = Duration::from_millis(500);
 pub(crate) struct DeviceTable {
     pub(crate) power_button: EventFd,
     pub(crate) keyboard: Arc<Mutex<I8042>>,
+    pub(crate) generation: Arc<Mutex<Generation>>,
     /// The devices at fixed ports and addresses.
     pub(crate) legacy: Vec<LegacyDevice>,
     /// Shows whether a thread works for the serial port.
@@ -189,6 +192,21 @@ impl DeviceTable {
                 let _ = disk.cancel_job();
             }
         }
+    }
+
+    /// Tells the guest that its machine goes on from saved state, after that state has been set and before the
+    /// vCPUs enter the guest. Network cards and the socket device tell their drivers themselves, when they are
+    /// resumed.
+    ///
+    /// # Errors
+    /// If the host provides no random bytes, or refuses to deliver the interrupt.
+    pub(crate) fn tell_restored(&self) -> Result<(), Error> {
+        let (id, marker) = (random()?, u64::from_ne_bytes(random()?));
+        let told = lock(&self.generation).change(id, marker);
+        told.map_err(|source| Error::DeviceLife {
+            action: "tell the guest that it has been restored",
+            source,
+        })
     }
 
     pub(crate) fn press_power_button(&self) -> Result<(), Error> {

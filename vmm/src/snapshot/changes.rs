@@ -61,6 +61,11 @@ impl Changes {
         Ok((base.is_some() && base == self.logged_since).then_some(pages))
     }
 
+    /// Notes that memory is not mapped from the snapshot any more that the machine goes on from.
+    pub(crate) fn forget_mapping(&mut self) {
+        self.mapped_from = None;
+    }
+
     /// Notes that `snapshot` has all changes that were taken.
     pub(crate) fn note(&mut self, snapshot: &StateFile, is_logging: bool) {
         self.kept = None;

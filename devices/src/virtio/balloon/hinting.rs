@@ -16,7 +16,7 @@ const FIRST_REQUEST: u32 = 2;
 
 /// A command of the machine's owner about free page hinting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum HintingCommand {
     /// Asks the driver for hints from now on.
     Start {

@@ -21,12 +21,26 @@ pub(super) enum Remaining {
         offset: u64,
     },
     Flush,
+    /// Changes the storage of a range, by `fallocate` with this mode.
+    Storage {
+        operation: Operation,
+        mode: libc::c_int,
+    },
+    /// Brings a change of the storage of a range to stable storage.
+    FlushOfStorage,
     /// Is done without the ring, at once when its turn comes.
     AtOnce(Operation),
     /// Transfers data of an image that is not raw.
     Pieces(Pieces),
     /// Is done by the thread of an image that is not raw.
     ByImage(Operation),
+}
+
+impl Remaining {
+    /// Whether it belongs to a change of the storage of a range.
+    pub(super) fn changes_storage(&self) -> bool {
+        matches!(self, Remaining::Storage { .. } | Remaining::FlushOfStorage)
+    }
 }
 
 /// A request that the ring or the thread of the image has, or that waits for others that they have.
@@ -99,7 +113,10 @@ impl InFlight {
     pub(super) fn work(&self) -> Work {
         let direction = match self.remaining {
             Remaining::Flush | Remaining::ByImage(Operation::Flush) => return Work::Flush,
-            Remaining::AtOnce(_) | Remaining::ByImage(_) => return Work::Other,
+            Remaining::Storage { .. }
+            | Remaining::FlushOfStorage
+            | Remaining::AtOnce(_)
+            | Remaining::ByImage(_) => return Work::Other,
             Remaining::Transfer { direction, .. } => direction,
             Remaining::Pieces(pieces) => pieces.direction,
         };

@@ -26,7 +26,7 @@ const RESTORE_ATTEMPTS: usize = 20;
 
 /// What a job does with the data of a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum DiskJob {
     /// Copies the disk to a new image, with which the guest goes on when the job is finished.
     Copy {

@@ -1,13 +1,12 @@
 //! A transfer between guest memory and an image that is not raw. It is done in pieces, one after the other,
 //! as the bytes of the disk may be in several places and files.
 
-use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::AsFd;
 
 use bantam_memory::{FilePosition, GuestBuffers};
-use bantam_storage::{Direction as MapDirection, Extent, FormattedDisk};
+use bantam_storage::{Direction as MapDirection, Extent, FormattedDisk, LayerFile};
 
 use super::request::Outcome;
 use super::ring::Direction;
@@ -64,10 +63,16 @@ impl Pieces {
         allocates: bool,
     ) -> Piece {
         let buffers = self.direction.buffers_mut(chain);
-        // A file that has transferred only a part goes on.
-        if buffers.is_empty() || !matches!(self.piece, Piece::File { .. }) {
-            self.piece = self.choose(disk, buffers, rest, allocates);
-        }
+        // A file that has transferred only a part goes on, unless it does not take the rest as it is.
+        self.piece = match self.piece {
+            Piece::File { file, offset } if !buffers.is_empty() => {
+                match takes(disk, file, buffers, offset) {
+                    true => self.piece,
+                    false => Piece::Slow { len: buffers.len() },
+                }
+            }
+            _ => self.choose(disk, buffers, rest, allocates),
+        };
         self.piece
     }
 
@@ -111,7 +116,7 @@ impl Pieces {
             }
             let len = buffers.len();
             match extent {
-                Extent::File { file, offset, .. } if file < disk.files().len() => {
+                Extent::File { file, offset, .. } if takes(disk, file as u32, buffers, offset) => {
                     let file = file as u32;
                     return Piece::File { file, offset };
                 }
@@ -130,7 +135,7 @@ impl Pieces {
     /// Those of `preadv2` and `pwritev2`. A part may have been transferred then.
     pub(super) fn transfer(
         &mut self,
-        files: &[File],
+        files: &[LayerFile],
         chain: &mut Chain,
         flags: libc::c_int,
     ) -> io::Result<()> {
@@ -187,6 +192,12 @@ impl Pieces {
             self.offset += len as u64;
         }
     }
+}
+
+/// Whether a file of the disk, if it has one of this number, can transfer `buffers` as they are.
+fn takes(disk: &FormattedDisk, file: u32, buffers: &GuestBuffers, offset: u64) -> bool {
+    let file = disk.files().get(file as usize);
+    file.is_some_and(|file| file.takes(buffers, offset))
 }
 
 fn fill_with_zeroes(buffers: &mut GuestBuffers) {

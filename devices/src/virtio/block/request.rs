@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bantam_memory::{GuestBuffers, GuestMemory};
-use bantam_storage::{CacheMode, Disk, SECTOR_SIZE};
+use bantam_storage::{CacheMode, Disk, DiskFile, SECTOR_SIZE};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -81,6 +81,17 @@ impl Operation {
             Operation::Discard { offset, len } | Operation::WriteZeroes { offset, len, .. } => {
                 Some(offset..offset + len)
             }
+            _ => None,
+        }
+    }
+
+    /// Returns the mode with which `fallocate` does it to a raw disk, if it changes a range and `fallocate` can.
+    pub(super) fn fallocate_mode(self, disk: &DiskFile) -> Option<libc::c_int> {
+        match self {
+            Operation::Discard { len: 1.., .. } => disk.discard_mode(),
+            Operation::WriteZeroes {
+                len: 1.., unmap, ..
+            } => Some(disk.zero_mode(unmap)),
             _ => None,
         }
     }

@@ -1,6 +1,7 @@
 //! The io_uring that performs requests.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Instant;
 
@@ -89,7 +90,10 @@ impl Ring {
                 .filter_map(|access| disk.file(access))
                 .map(AsRawFd::as_raw_fd)
                 .collect(),
-            Disk::Formatted(disk) => disk.files().iter().map(AsRawFd::as_raw_fd).collect(),
+            Disk::Formatted(disk) => {
+                let files = disk.files().iter();
+                files.map(|file| file.for_transfers().as_raw_fd()).collect()
+            }
         };
         Ring::over(&files)
     }
@@ -113,6 +117,7 @@ impl Ring {
             opcode::Readv::CODE,
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
         ];
         require_operations(&ring, &needed)?;
         ring.submitter().register_files(files)?;
@@ -218,6 +223,24 @@ impl Ring {
     pub(super) fn push_flush(&mut self, token: u64) -> io::Result<()> {
         let entry = opcode::Fsync::new(fixed(Access::Usual))
             .flags(FsyncFlags::DATASYNC)
+            .build();
+        // SAFETY: the operation refers to no memory.
+        unsafe { self.push(entry.user_data(token)) }
+    }
+
+    /// Adds a change of the storage of `range`, by `fallocate` with this mode.
+    ///
+    /// # Errors
+    /// Those of [`Ring::submit`].
+    pub(super) fn push_fallocate(
+        &mut self,
+        mode: libc::c_int,
+        range: Range<u64>,
+        token: u64,
+    ) -> io::Result<()> {
+        let entry = opcode::Fallocate::new(fixed(Access::Usual), range.end - range.start)
+            .offset(range.start)
+            .mode(mode)
             .build();
         // SAFETY: the operation refers to no memory.
         unsafe { self.push(entry.user_data(token)) }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bantam_memory::GuestMemory;
-use bantam_storage::{DiskError, DiskFile, DiskOptions, FormattedDisk};
+use bantam_storage::{DiskError, DiskFile, DiskOptions};
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::bindings::virtio_blk::{

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestBuffers, GuestMemory};
-use bantam_storage::{CacheMode, Disk};
+use bantam_storage::{CacheMode, Disk, DiskFile};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::disk_slot::{DiskLease, OpenDisk};
@@ -90,6 +90,8 @@ pub(super) struct Worker {
     has_written: bool,
     /// Until when writes to the page cache are assumed to block.
     slow_writes_until: Option<Instant>,
+    /// How many requests change the storage of a range. A write to the page cache waits for them.
+    storage_changes: usize,
     throttle: Arc<Throttle>,
     /// The queue that is served first when limits allow more: each in turn, or the first would get
     /// everything.
@@ -138,6 +140,7 @@ impl Worker {
             is_large_batch: false,
             has_written: false,
             slow_writes_until: None,
+            storage_changes: 0,
             throttle,
             first_queue: 0,
             polling: Polling::new(options.polls),
@@ -288,6 +291,7 @@ impl Worker {
         let (work, result) = match operation {
             Ok(operation) => match self.remaining(slot, operation) {
                 Some(remaining) => {
+                    self.storage_changes += usize::from(remaining.changes_storage());
                     self.slots[slot].in_flight = Some(InFlight {
                         queue,
                         request,
@@ -333,6 +337,9 @@ impl Worker {
             return self.remaining_of_image(operation);
         };
         self.ring.as_ref()?;
+        if let Some(mode) = operation.fallocate_mode(disk) {
+            return Some(Remaining::Storage { operation, mode });
+        }
         if self.has_to_wait(operation) {
             return Some(Remaining::AtOnce(operation));
         }
@@ -379,6 +386,9 @@ impl Worker {
     }
 
     fn writes_are_slow(&mut self) -> bool {
+        if self.storage_changes > 0 {
+            return true;
+        }
         match self.slow_writes_until {
             Some(until) if Instant::now() < until => true,
             _ => {
@@ -398,7 +408,12 @@ impl Worker {
         };
         let token = slot as u64;
         match in_flight.remaining {
-            Remaining::Flush => ring.push_flush(token)?,
+            Remaining::Flush | Remaining::FlushOfStorage => ring.push_flush(token)?,
+            Remaining::Storage { operation, mode } => {
+                if let Some(range) = operation.range() {
+                    ring.push_fallocate(mode, range, token)?;
+                }
+            }
             Remaining::AtOnce(_) | Remaining::Pieces(_) | Remaining::ByImage(_) => {}
             Remaining::Transfer { direction, offset } => {
                 let buffers = direction.buffers_mut(chain);
@@ -467,7 +482,23 @@ impl Worker {
         let Some(in_flight) = &mut slot.in_flight else {
             return Ok(());
         };
-        match in_flight.advance(self.handler.disk(), &mut slot.chain, completion.result) {
+        let outcome = in_flight.advance(self.handler.disk(), &mut slot.chain, completion.result);
+        let Remaining::Storage { operation, .. } = in_flight.remaining else {
+            return match outcome {
+                None => self.go_on_or_end(index, now),
+                Some(result) => self.end(index, result, now),
+            };
+        };
+        match outcome {
+            Some(Ok(())) if self.handler.writes_are_durable() => {
+                in_flight.remaining = Remaining::FlushOfStorage;
+                self.go_on_or_end(index, now)
+            }
+            // The host has a slower way, or none.
+            Some(Err(Failure::Host(error))) if DiskFile::is_unsupported(&error) => {
+                let result = self.perform(index, operation);
+                self.end(index, result, now)
+            }
             None => self.go_on_or_end(index, now),
             Some(result) => self.end(index, result, now),
         }

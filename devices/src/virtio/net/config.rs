@@ -1,14 +1,16 @@
 //! The configuration space (section 5.1.4).
 
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
+
 use crate::virtio::ConfigSpace;
 
 /// A card's Ethernet address.
 pub(super) type MacAddress = [u8; 6];
 
-/// Offsets of the fields. The status, which is between the address and the number of queue pairs,
-/// belongs to a feature that is not offered.
+/// Offsets of the fields.
 mod offset {
     pub const MAC: usize = 0;
+    pub const STATUS: usize = 6;
     pub const MAX_QUEUE_PAIRS: usize = 8;
     pub const MTU: usize = 10;
 }
@@ -19,6 +21,7 @@ const SIZE: usize = 12;
 pub(super) fn config_space(mac: MacAddress, max_queue_pairs: u16, mtu: u16) -> ConfigSpace {
     let config = ConfigSpace::new(vec![0; SIZE]);
     set_mac(&config, mac);
+    set_announce(&config, false);
     config.write(offset::MAX_QUEUE_PAIRS, &max_queue_pairs.to_le_bytes());
     config.write(offset::MTU, &mtu.to_le_bytes());
     config
@@ -34,6 +37,22 @@ pub(super) fn set_mac(config: &ConfigSpace, mac: MacAddress) {
     config.write(offset::MAC, &mac);
 }
 
+/// Sets whether the driver is asked to announce the card to its network (section 5.1.6.5.4). The status also
+/// says that there is a link, which is always so.
+pub(super) fn set_announce(config: &ConfigSpace, announce: bool) {
+    let mut status = VIRTIO_NET_S_LINK_UP as u16;
+    if announce {
+        status |= VIRTIO_NET_S_ANNOUNCE as u16;
+    }
+    config.write(offset::STATUS, &status.to_le_bytes());
+}
+
+/// Whether the driver is asked to announce the card.
+pub(super) fn asks_for_announcement(config: &ConfigSpace) -> bool {
+    let status = u16::from_le_bytes(config.array(offset::STATUS as u64));
+    status & VIRTIO_NET_S_ANNOUNCE as u16 != 0
+}
+
 /// Whether `mac` can be the address of a card: neither a group address nor all zeroes.
 pub(super) fn is_station_address(mac: MacAddress) -> bool {
     mac[0] & 1 == 0 && mac != [0; 6]
@@ -46,8 +65,14 @@ mod tests {
     #[test]
     fn fields_are_where_the_standard_has_them() {
         let config = config_space([2, 0, 0, 1, 2, 3], 8, 9000);
-        let bytes = [2, 0, 0, 1, 2, 3, 0, 0, 8, 0, 0x28, 0x23];
+        let bytes = [2, 0, 0, 1, 2, 3, 1, 0, 8, 0, 0x28, 0x23];
         assert_eq!(config.array(0), bytes);
         assert_eq!(mac(&config), bytes[..6]);
+        set_announce(&config, true);
+        assert_eq!(config.array(6), [3, 0]);
+        assert!(asks_for_announcement(&config));
+        set_announce(&config, false);
+        assert!(!asks_for_announcement(&config));
+        assert_eq!(config.array(0), bytes);
     }
 }

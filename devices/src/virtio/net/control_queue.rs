@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use bantam_memory::{GuestBuffers, GuestMemory};
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC,
-    VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ,
-    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI,
-    VIRTIO_NET_CTRL_RX_ALLUNI, VIRTIO_NET_CTRL_RX_NOBCAST, VIRTIO_NET_CTRL_RX_NOMULTI,
-    VIRTIO_NET_CTRL_RX_NOUNI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR,
-    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI,
+    VIRTIO_NET_CTRL_RX_NOBCAST, VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI,
+    VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
 };
 
 use super::DriverError;
@@ -32,6 +33,8 @@ pub(super) enum Command {
     },
     /// The card's own address.
     Address(MacAddress),
+    /// The driver has seen that it is to announce the card.
+    AnnounceSeen,
     /// How many pairs of queues are in use.
     QueuePairs(u16),
     /// The work on received packets that is left to the driver, as feature bits (section 5.1.6.5.6).
@@ -71,6 +74,10 @@ impl Command {
             (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
                 needs(VIRTIO_NET_F_CTRL_MAC_ADDR)?;
                 Command::Address(take(bytes)?)
+            }
+            (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
+                needs(VIRTIO_NET_F_GUEST_ANNOUNCE)?;
+                Command::AnnounceSeen
             }
             (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
                 needs(VIRTIO_NET_F_MQ)?;
@@ -217,6 +224,7 @@ mod tests {
                 23,
                 Command::Address([2, 3, 4, 5, 6, 7]),
             ),
+            (vec![3, 0], 21, Command::AnnounceSeen),
             (vec![4, 0, 3, 1], 22, Command::QueuePairs(0x103)),
             (
                 vec![5, 0, 0x83, 0, 0, 0, 0, 0, 0xc0, 0],
@@ -243,7 +251,7 @@ mod tests {
             &[0, 0, 2],
             &[1, 2, 0],
             &[2, 0, 1, 0],
-            &[3, 0],
+            &[3, 1],
             &[4, 1, 1, 0],
             &[5, 1, 0, 0, 0, 0, 0, 0, 0, 0],
             &[255, 255],

@@ -34,14 +34,16 @@ use std::sync::Arc;
 use bantam_state::{RestoreError, Section};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::tap::Tap;
 use crate::worker::VirtioWorker;
-use config::{MacAddress, config_space, is_station_address, mac, set_mac};
+use config::{
+    MacAddress, asks_for_announcement, config_space, is_station_address, mac, set_announce, set_mac,
+};
 use error::DriverError;
 use local_port::LocalPort;
 use offloads::{GUEST_OFFLOADS, GUEST_SEGMENTATION, offload_features, offloads};
@@ -97,6 +99,8 @@ impl Net {
             | 1 << VIRTIO_NET_F_CTRL_RX
             | 1 << VIRTIO_NET_F_CTRL_RX_EXTRA
             | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
             | offload_features(tap.offloads());
         if mtu.is_some() {
             features |= 1 << VIRTIO_NET_F_MTU;
@@ -176,14 +180,17 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         set_mac(&self.config, self.mac);
+        set_announce(&self.config, false);
     }
 
     fn restore(&mut self, config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
         let saved = ConfigSpace::new(config.to_vec());
         let address = mac(&saved);
-        // Everything except the address is the same for every driver.
-        set_mac(&saved, self.mac);
-        let fits = saved.save().0 == self.config.save().0;
+        // All else is the same for every driver.
+        let possible = ConfigSpace::new(self.config.save().0);
+        set_mac(&possible, address);
+        set_announce(&possible, asks_for_announcement(&saved));
+        let fits = possible.save().0 == config;
         if fits && (address == self.mac || is_station_address(address)) {
             return Ok(());
         }

@@ -12,6 +12,7 @@ use crate::virtio::Throttle;
 /// Limits on a card's traffic. Operations are packets; bytes are those of Ethernet frames, in the size in
 /// which host and guest exchange them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NetLimits {
     /// Limits on what the guest receives. The rest waits in the tap, which drops packets that it has no room
     /// for.

@@ -233,7 +233,7 @@ fn received(mut packet: Vec<u8>, buffer_count: u16) -> Vec<u8> {
 #[test]
 fn what_is_offered_follows_tap_and_mtu() {
     let card = net(stand_in().0, [2, 0, 0, 1, 2, 3], Some(9000));
-    let config = [2, 0, 0, 1, 2, 3, 0, 0, 1, 0, 0x28, 0x23];
+    let config = [2, 0, 0, 1, 2, 3, 1, 0, 1, 0, 0x28, 0x23];
     assert_eq!(card.config().array(0), config);
     assert_ne!(card.features() & 1 << VIRTIO_NET_F_MTU, 0);
     assert_eq!(card.features() & 1 << VIRTIO_NET_F_HOST_USO, 0);

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 
-use super::config::{MacAddress, is_station_address, mac, set_mac};
+use super::config::{MacAddress, is_station_address, mac, set_announce, set_mac};
 use super::control_queue::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
@@ -250,7 +250,17 @@ impl Worker {
         self.pairs_in_use = pairs_in_use;
         self.filter = filter;
         self.apply_filter();
+        self.ask_for_announcement();
         Ok(())
+    }
+
+    /// Asks the driver to announce the card, in case it is at another place of its network now: until then,
+    /// switches send its frames to where it was.
+    fn ask_for_announcement(&self) {
+        if self.control.is_some() && self.features & 1 << VIRTIO_NET_F_GUEST_ANNOUNCE != 0 {
+            set_announce(&self.config, true);
+            self.link.notify_configuration_change();
+        }
     }
 
     fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
@@ -436,6 +446,10 @@ impl Worker {
                     self.apply_filter();
                 }
                 Ok(valid)
+            }
+            Command::AnnounceSeen => {
+                set_announce(&self.config, false);
+                Ok(true)
             }
             Command::QueuePairs(count) => self.use_pairs(count.into()),
             Command::Offloads(wanted) => {
@@ -648,6 +662,7 @@ impl Drop for Worker {
             self.rings.give_back(index, rings);
         }
         set_mac(&self.config, self.own_mac);
+        set_announce(&self.config, false);
         if self.tap_is_gone {
             return;
         }

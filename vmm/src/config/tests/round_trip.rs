@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Debug;
+use std::net::SocketAddr;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -68,6 +69,17 @@ fn end() -> impl Strategy<Value = SerialConfig> {
         path().prop_map(SerialConfig::File),
         path().prop_map(SerialConfig::Socket),
         Just(SerialConfig::None),
+    ]
+}
+
+fn gdb() -> impl Strategy<Value = GdbConfig> {
+    prop_oneof![
+        any::<SocketAddr>().prop_map(|address| GdbConfig::Tcp(match address {
+            // Text keeps neither the scope nor the flow of an address.
+            SocketAddr::V6(address) => (*address.ip(), address.port()).into(),
+            address => address,
+        })),
+        path().prop_map(GdbConfig::Unix),
     ]
 }
 
@@ -226,6 +238,7 @@ prop_compose! {
         restart_limit in of(any::<u32>()),
         shutdown_timeout in 0..=3_600_000_u32,
         (host_workarounds, boot_timer, track_dirty_pages) in any::<(bool, bool, bool)>(),
+        gdb in of(gdb()),
     ) -> MachineConfig {
         let mut config = MachineConfig {
             kernel, initrd, cmdline, append, cpus, smt, cpu,
@@ -236,7 +249,7 @@ prop_compose! {
             serial, serial_limit, console, channels, rng, balloon, boot_protocol, on_reboot,
             restart_limit,
             shutdown_timeout: format!("{shutdown_timeout}ms").parse().unwrap(),
-            exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages,
+            exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages, gdb,
         };
         if !config.nets.is_empty() {
             let names: Vec<_> = config.net_names().collect();

@@ -136,7 +136,7 @@ fn round(machine: &mut Machine, pieces: &[Piece], model: &mut [u8], number: u8) 
 }
 
 /// Returns a folder on storage with real blocks, and one for which the host reports none.
-fn folders() -> [PathBuf; 2] {
+pub(super) fn folders() -> [PathBuf; 2] {
     let program = std::env::current_exe().unwrap();
     [program.parent().unwrap().into(), "/dev/shm".into()]
 }

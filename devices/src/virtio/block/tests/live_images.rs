@@ -147,8 +147,11 @@ fn a_snapshot_that_comes_too_late_leaves_nothing() {
 
 #[test]
 fn a_disk_moves_and_is_merged_whatever_the_driver_does() {
-    for engine in ENGINES {
-        let mut machine = Machine::new(engine, CacheMode::Writeback);
+    for (engine, cache) in ENGINES
+        .into_iter()
+        .flat_map(|engine| [CacheMode::Writeback, CacheMode::None].map(|cache| (engine, cache)))
+    {
+        let mut machine = Machine::new(engine, cache);
         let copy = machine.path("copy");
         let job = DiskJob::Copy {
             path: copy.clone(),

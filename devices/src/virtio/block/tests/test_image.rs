@@ -104,7 +104,7 @@ impl TestImage {
             cache,
             ..DiskOptions::default()
         };
-        let files = vec![self.file.try_clone().unwrap()];
+        let files = vec![self.file.try_clone().unwrap().into()];
         FormattedDisk::new(Path::new("test.image"), self.clone(), files, &options).unwrap()
     }
 

@@ -38,9 +38,11 @@ impl Worker {
     /// thread of the image. Returns the outcome if nothing is left.
     pub(super) fn go_on_with_image(&mut self, slot: usize) -> Result<Outcome, RequestError> {
         let is_auto = self.engine == Engine::Auto;
-        let reads_at_once = is_auto && !self.is_large_batch;
-        let writes_at_once = is_auto && !self.writes_are_slow();
-        let allocates = self.ring.is_none() || writes_at_once;
+        let uses_page_cache = self.handler.disk().cache() != CacheMode::None;
+        let reads_at_once = is_auto && uses_page_cache && !self.is_large_batch;
+        let may_write = is_auto && !self.writes_are_slow();
+        let writes_at_once = uses_page_cache && may_write;
+        let allocates = self.ring.is_none() || may_write;
         let Worker {
             handler,
             slots,

@@ -1,10 +1,10 @@
 //! Requests that wait for others to the same disk.
 //!
-//! If a raw disk bypasses the page cache, a request that the storage does not take as it is needs one of a
-//! few bounce buffers, and a request that writes a block in part reads all of the block first. So it waits
-//! until no other write to that block is in progress, and others then wait for it. In an image of another
-//! format, a request that discards a part of the disk changes where the data there is, so no transfer there
-//! is in progress meanwhile.
+//! If a disk bypasses the page cache, a request that the storage does not take as it is needs a bounce buffer: one
+//! of a few for a raw disk, one of the image's thread for another. A request that writes a block in part reads all
+//! of the block first. So it waits until no other write to that block is in progress, and others then wait for it. In
+//! an image that is not raw, a request that discards a part of the disk changes where the data there is, so no
+//! transfer there is in progress meanwhile.
 //!
 //! Requests wait in one line: the first in the line is the next to be begun, and a request that has to wait
 //! for one in the line joins it at its end.
@@ -116,15 +116,33 @@ impl Worker {
             }
             Remaining::Pieces(pieces) => {
                 let len = pieces.direction.buffers(&slot.chain).len() as u64;
+                let range = pieces.offset..pieces.offset + len;
+                let (bytes, is_whole) = match (&**self.handler.disk(), pieces.direction) {
+                    (Disk::Formatted(disk), Direction::Write { .. }) => {
+                        disk.block_span(range.clone()).unwrap_or((range, true))
+                    }
+                    _ => (range, true),
+                };
                 Some(Span {
-                    bytes: pieces.offset..pieces.offset + len,
-                    is_exclusive: false,
+                    bytes,
+                    is_exclusive: !is_whole,
                 })
             }
             Remaining::ByImage(operation) => Some(Span {
                 bytes: operation.range()?,
                 is_exclusive: true,
             }),
+            Remaining::Storage { operation, .. } => {
+                let Disk::Raw(disk) = &**self.handler.disk() else {
+                    return None;
+                };
+                // A write that reads one of these blocks before must not bring back what they have now.
+                let (bytes, _) = disk.block_span(operation.range()?)?;
+                Some(Span {
+                    bytes,
+                    is_exclusive: true,
+                })
+            }
             Remaining::AtOnce(_) => Some(Span {
                 bytes: 0..u64::MAX,
                 is_exclusive: true,
@@ -213,6 +231,7 @@ impl Worker {
 
     /// Takes back the buffer of a request that has ended, and the claim on its part of the disk.
     pub(super) fn release(&mut self, in_flight: &mut InFlight) {
+        self.storage_changes -= usize::from(in_flight.remaining.changes_storage());
         let span = in_flight.span.take();
         let was_exclusive = span.is_some_and(|span| span.is_exclusive);
         self.waiting.exclusive_count -= usize::from(was_exclusive);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bantam_state::{RestoreError, SaveError, Section};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
 };
 
 use super::*;
@@ -468,8 +469,15 @@ fn heads_that_the_driver_never_offered_need_a_reset() {
 fn only_its_own_configuration_space_fits_a_card() {
     let mut card = net(stand_in().0, MAC, Some(1500));
     let space = |mac, pairs, mtu| config_space(mac, pairs, mtu).save().0;
+    let with_status = |status: u8| {
+        let mut config = space(MAC, 1, 1500);
+        config[6] = status;
+        config
+    };
     for (fits, config) in [
         (true, space(MAC, 1, 1500)),
+        (true, with_status(3)),
+        (false, with_status(4)),
         (true, space([2, 9, 9, 9, 9, 9], 1, 1500)),
         (false, space([3, 9, 9, 9, 9, 9], 1, 1500)),
         (false, space([0; 6], 1, 1500)),
@@ -726,6 +734,108 @@ impl Backend for Cable {
 }
 
 suspend_tests!(VirtioGuest<Cable>);
+
+/// Address of the rings of a moved card's driver.
+const MOVED_RINGS: u64 = 0x1000;
+
+/// A driver of a card, with its three queues.
+struct MovingDriver {
+    machine: SuspendMachine,
+    queues: Vec<TestDriver>,
+}
+
+impl MovingDriver {
+    /// Makes a driver that accepts `features`, and whose card is at work.
+    fn new(features: u64) -> MovingDriver {
+        let memory = memory();
+        let (mut machine, ()) = SuspendMachine::new(&memory, MovingDriver::card);
+        let queues: Vec<_> = (0..3)
+            .map(|index| TestDriver::new(&memory, MOVED_RINGS + index * RINGS_SIZE, 64))
+            .collect();
+        let drivers: Vec<_> = queues.iter().collect();
+        machine.initialize(features, &drivers);
+        MovingDriver { machine, queues }
+    }
+
+    fn card(_: Arc<DriverLink>) -> (Box<dyn VirtioDevice>, ()) {
+        (Box::new(CardOfSocket(net(stand_in().0, MAC, None))), ())
+    }
+
+    /// Saves the card, which is paused, and has the driver go on elsewhere, where the card is still paused.
+    fn moved(self) -> MovingDriver {
+        let (machine, ()) = self.machine.moved(MovingDriver::card);
+        let mut queues = self.queues;
+        for queue in &mut queues {
+            queue.move_to(&machine.memory);
+        }
+        MovingDriver { machine, queues }
+    }
+
+    /// Returns the status field of the card.
+    fn status(&mut self) -> u8 {
+        self.machine.config(8)[6]
+    }
+
+    /// Gives a command without data, and returns the answer.
+    fn command(&mut self, command: [u8; 2]) -> u8 {
+        let memory = self.machine.memory.clone();
+        memory.write_slice(&command, GuestAddress(DATA)).unwrap();
+        self.queues[CONTROL].offer(&[readable(DATA, 2), writable(DATA + 2, 1)]);
+        self.machine.ring_doorbell(CONTROL as u32);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.queues[CONTROL].take_used().is_empty() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        memory.read_obj(GuestAddress(DATA + 2)).unwrap()
+    }
+}
+
+#[test]
+fn a_driver_that_goes_on_elsewhere_is_asked_to_announce_its_card() {
+    const LINK: u8 = 1;
+    const LINK_AND_ANNOUNCE: u8 = 3;
+    const CONFIGURATION_CHANGE: u32 = 2;
+    let mut driver = MovingDriver::new(u64::MAX);
+    driver.machine.pause().unwrap();
+    driver.machine.resume();
+    assert_eq!(driver.status(), LINK, "it is still where it was");
+    for _ in 0..2 {
+        driver.machine.pause().unwrap();
+        driver = driver.moved();
+        assert_eq!(driver.status(), LINK);
+        driver.machine.resume();
+        assert_eq!(driver.status(), LINK_AND_ANNOUNCE);
+        let causes = driver.machine.read(register::INTERRUPT_STATUS);
+        assert_ne!(causes & CONFIGURATION_CHANGE, 0);
+        assert!(driver.machine.interrupts.take() > 0);
+        assert_eq!(driver.command([3, 0]), 0);
+        assert_eq!(driver.status(), LINK);
+    }
+
+    // It is asked until it has answered, elsewhere again if need be, and the next driver is not asked.
+    driver.machine.pause().unwrap();
+    driver = driver.moved();
+    driver.machine.resume();
+    driver.machine.pause().unwrap();
+    driver = driver.moved();
+    assert_eq!(driver.status(), LINK_AND_ANNOUNCE);
+    driver.machine.resume();
+    assert_eq!(driver.status(), LINK_AND_ANNOUNCE);
+    driver.machine.write(register::STATUS, 0);
+    assert_eq!(driver.status(), LINK);
+}
+
+#[test]
+fn a_driver_that_cannot_announce_its_card_is_not_asked() {
+    for refused in [VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_CTRL_VQ] {
+        let mut driver = MovingDriver::new(!(1 << refused));
+        driver.machine.pause().unwrap();
+        let mut driver = driver.moved();
+        driver.machine.resume();
+        assert_eq!(driver.status(), 1);
+    }
+}
 
 /// The descriptors of the rings that wait for a worker.
 fn waiting_rings(store: &RingStore) -> [Option<RawFd>; 2] {

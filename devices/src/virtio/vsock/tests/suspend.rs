@@ -15,7 +15,10 @@ use super::guest::{EVENT_DATA, GUEST_CID, Guest, QUEUE_SIZE, answer, with};
 use super::{bytes, is_closed};
 use crate::ListeningSocket;
 use crate::suspend_test::suspend_tests;
-use crate::virtio::suspend_test::{Backend, Driver, FREE_MEMORY, VirtioGuest, readable, writable};
+use crate::virtio::suspend_test::{
+    Backend, Driver, FREE_MEMORY, SuspendMachine, VirtioGuest, readable, writable,
+};
+use crate::virtio::test_driver::{RINGS_SIZE, TestDriver};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::vsock::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use crate::virtio::vsock::state::WorkerState;
@@ -176,6 +179,51 @@ fn a_driver_that_goes_on_elsewhere_is_told_that_its_connections_have_ended() {
     let worker = guest.pause();
     guest.restore(worker);
     assert_eq!(guest.take_events(), [0]);
+}
+
+#[test]
+fn the_event_passes_the_transport_of_a_moved_device() {
+    const RINGS: u64 = 0x1000;
+    const EVENT: usize = 2;
+    let folder = TempDir::new().unwrap();
+    let device = |name: &str| -> (Box<dyn VirtioDevice>, ()) {
+        let listener = ListeningSocket::bind(&folder.as_path().join(name)).unwrap();
+        (Box::new(Vsock::new(GUEST_CID as u32, listener)), ())
+    };
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = Arc::new(memory);
+    let (mut machine, ()) = SuspendMachine::new(&memory, |_| device("first"));
+    let mut queues: Vec<_> = (0..3)
+        .map(|index| TestDriver::new(&memory, RINGS + index * RINGS_SIZE, QUEUE_SIZE))
+        .collect();
+    machine.initialize(u64::MAX, &queues.iter().collect::<Vec<_>>());
+    queues[EVENT].offer(&[writable(EVENT_DATA, 4)]);
+    machine.ring_doorbell(EVENT as u32);
+    machine.pause().unwrap();
+    machine.resume();
+    machine.pause().unwrap();
+    assert!(queues[EVENT].take_used().is_empty(), "it is where it was");
+
+    memory
+        .write_obj(u32::MAX, GuestAddress(EVENT_DATA))
+        .unwrap();
+    let (mut machine, ()) = machine.moved(|_| device("second"));
+    let event = &mut queues[EVENT];
+    event.move_to(&machine.memory);
+    machine.resume();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let used = loop {
+        let used = event.take_used();
+        if !used.is_empty() {
+            break used;
+        }
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_micros(100));
+    };
+    assert_eq!(used, [(0, 4)]);
+    let told: u32 = machine.memory.read_obj(GuestAddress(EVENT_DATA)).unwrap();
+    assert_eq!(told, 0);
+    assert!(machine.interrupts.take() > 0);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::lock::lock;
 const GRACE_TIME: Duration = Duration::from_millis(50);
 
 /// The places for clients, and the clients that have them.
-pub(crate) struct Clients {
+pub struct Clients {
     places: Arc<Semaphore>,
     count: u32,
     waiting: Arc<Mutex<Waiting>>,
@@ -34,7 +34,7 @@ struct Waiting {
 
 impl Clients {
     /// Creates places for `count` clients.
-    pub(crate) fn new(count: usize) -> Clients {
+    pub fn new(count: usize) -> Clients {
         let count = u32::try_from(count.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
         Clients {
             places: Arc::new(Semaphore::new(count as usize)),
@@ -45,7 +45,7 @@ impl Clients {
     }
 
     /// Asks all clients to leave, and waits until they have.
-    pub(crate) async fn leave(&self) {
+    pub async fn leave(&self) {
         self.leaving.send_replace(true);
         // This fails only for a closed semaphore, and this one is never closed.
         let _ = self.places.acquire_many(self.count).await;
@@ -53,7 +53,7 @@ impl Clients {
 
     /// Asks the client that the server has waited for longest to leave, as its descriptor is needed for
     /// another. Nothing happens if the server waits for no client, or not for long.
-    pub(crate) fn make_room(&self) {
+    pub fn make_room(&self) {
         let mut waiting = lock(&self.waiting);
         if let Some(longest) = waiting.clients.first_entry()
             && longest.get().0.elapsed() >= GRACE_TIME
@@ -64,7 +64,7 @@ impl Clients {
 
     /// Returns a place for a new client. If all are taken, it is the place of the client that the server has
     /// waited for longest, or `None` if the server waits for no client.
-    pub(crate) async fn place(&self) -> Option<Place> {
+    pub async fn place(&self) -> Option<Place> {
         let permit = loop {
             if let Ok(permit) = self.places.clone().try_acquire_owned() {
                 break permit;
@@ -93,7 +93,7 @@ impl Clients {
 }
 
 /// A client's place, which is free again when this is dropped.
-pub(crate) struct Place {
+pub struct Place {
     waiting: Arc<Mutex<Waiting>>,
     leave: Arc<Notify>,
     leaving: watch::Receiver<bool>,
@@ -104,7 +104,7 @@ pub(crate) struct Place {
 
 impl Place {
     /// Notes that the server waits for the client from now on.
-    pub(crate) fn wait_for_client(&self) {
+    pub fn wait_for_client(&self) {
         let mut waiting = lock(&self.waiting);
         waiting.last += 1;
         let number = waiting.last;
@@ -115,19 +115,19 @@ impl Place {
     }
 
     /// Notes that the client waits for the server from now on.
-    pub(crate) fn work(&self) {
+    pub fn work(&self) {
         let number = self.since.load(Ordering::Relaxed);
         lock(&self.waiting).clients.remove(&number);
     }
 
     /// Waits until all clients are asked to leave as soon as their requests are answered.
-    pub(crate) async fn leaving(&self) {
+    pub async fn leaving(&self) {
         // This fails when there are no clients any more.
         let _ = self.leaving.clone().wait_for(|leaving| *leaving).await;
     }
 
     /// Waits until the place is needed for another client.
-    pub(crate) async fn needed(&self) {
+    pub async fn needed(&self) {
         self.leave.notified().await;
     }
 }

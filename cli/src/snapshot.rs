@@ -1,0 +1,261 @@
+//! `bantam snapshot`: takes, examines and merges snapshots.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bantam_vmm::{
+    Answer, Command, DiskSnapshot, FrozenDisk, SnapshotBase, SnapshotDescription, SnapshotDisks,
+    SnapshotFiles, SnapshotOptions, merge_snapshots,
+};
+use clap::{Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::control::connect;
+use crate::local_time::local_time;
+
+/// How long a machine may take to write a snapshot.
+const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The options of `bantam snapshot`.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    command: Option<SnapshotCommand>,
+
+    #[command(flatten)]
+    take: TakeArgs,
+}
+
+/// The options for taking a snapshot.
+#[derive(Debug, clap::Args)]
+struct TakeArgs {
+    /// The control socket that the machine was started with (--control)
+    #[arg(required = true)]
+    socket: Option<PathBuf>,
+
+    /// Directory for the snapshot, in the place of an earlier one
+    #[arg(required = true)]
+    directory: Option<PathBuf>,
+
+    /// Write only what has changed since this snapshot
+    #[arg(long, value_name = "BASE")]
+    diff: Option<PathBuf>,
+
+    /// End the machine, as if its power were cut
+    ///
+    /// Its disks then need no overlays.
+    #[arg(long)]
+    stop: bool,
+
+    /// Path of the overlay that a disk goes on with; can be given more than once
+    ///
+    /// By default it is beside the image of the disk. If one is given, each disk that the guest can write to needs one.
+    #[arg(long = "overlay", value_name = "NAME=PATH", value_parser = overlay, conflicts_with = "stop")]
+    overlays: Vec<DiskSnapshot>,
+
+    /// Form of the output
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotCommand {
+    /// Shows what is in a snapshot
+    Info {
+        /// Directory of the snapshot
+        directory: PathBuf,
+        /// Form of the output
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Makes a full snapshot of one and of the differential ones that follow it
+    Merge {
+        /// Directory of a full snapshot
+        base: PathBuf,
+        /// Directories of differential snapshots, each based on the one before, and then of the new one
+        #[arg(required = true, num_args = 2.., value_name = "DIFF... OUT")]
+        directories: Vec<PathBuf>,
+    },
+}
+
+/// How something is printed.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Executes `bantam snapshot`.
+pub fn run(args: SnapshotArgs) -> anyhow::Result<()> {
+    match args.command {
+        Some(SnapshotCommand::Info { directory, output }) => info(&directory, output),
+        Some(SnapshotCommand::Merge { base, directories }) => merge(&base, &directories),
+        None => take(args.take),
+    }
+}
+
+/// Has a machine take a snapshot of itself.
+fn take(args: TakeArgs) -> anyhow::Result<()> {
+    let (Some(socket), Some(directory)) = (args.socket, args.directory) else {
+        bail!("name the control socket of the machine and the directory of the snapshot");
+    };
+    let mut client = connect(&socket)?;
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create '{}'", directory.display()))?;
+    // The machine may be in another folder.
+    let files = |directory: &Path| {
+        let directory = fs::canonicalize(directory);
+        directory.map(|directory| SnapshotFiles::in_directory(&directory))
+    };
+    let base = args.diff.as_deref().map(|base| {
+        files(base).with_context(|| format!("cannot find snapshot '{}'", base.display()))
+    });
+    let options = SnapshotOptions {
+        files: files(&directory)?,
+        base: base.transpose()?.map(SnapshotBase::Files),
+        disks: match args.overlays.is_empty() {
+            true => SnapshotDisks::Overlays,
+            false => SnapshotDisks::OverlaysAt(args.overlays),
+        },
+        stop: args.stop,
+        note: None,
+    };
+    client.set_answer_time(WRITE_TIME);
+    let Answer::SnapshotTaken(taken) = client.execute(Command::Snapshot(Box::new(options)))? else {
+        bail!("the machine gives another answer than that of a snapshot");
+    };
+    let text = match args.output {
+        Output::Text => format!(
+            "snapshot {}: {} pages; the guest stood still for {:.1} ms\n",
+            taken.id,
+            taken.pages,
+            taken.paused_for.as_secs_f64() * 1000.0
+        ),
+        Output::Json => format!(
+            "{}\n",
+            json!({
+                "id": taken.id.to_string(),
+                "pages": taken.pages,
+                "paused-for-us": taken.paused_for.as_micros(),
+            })
+        ),
+    };
+    print(&text)
+}
+
+/// Reads a disk's overlay: `NAME=PATH`.
+fn overlay(text: &str) -> Result<DiskSnapshot, String> {
+    let (name, path) = text
+        .split_once('=')
+        .ok_or("it must be the name of a disk, '=', and a path")?;
+    Ok(DiskSnapshot {
+        disk: name.parse().map_err(|error| format!("{error}"))?,
+        path: std::path::absolute(path).map_err(|error| error.to_string())?,
+    })
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot write to standard output")
+}
+
+fn info(directory: &Path, output: Output) -> anyhow::Result<()> {
+    let files = SnapshotFiles::in_directory(directory);
+    let snapshot = SnapshotDescription::read(&files)?;
+    // A missing memory file is told when the snapshot is used.
+    let used = fs::metadata(&files.memory).map_or(0, |file| file.blocks() * 512);
+    let text = match output {
+        Output::Text => text(&snapshot, used),
+        Output::Json => format!("{:#}\n", json(&snapshot, used)),
+    };
+    print(&text)
+}
+
+fn text(snapshot: &SnapshotDescription, used: u64) -> String {
+    let facts = &snapshot.facts;
+    let config = &snapshot.config;
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let mut lines = vec![
+        format!("id: {}", facts.id),
+        format!("taken: {}", local_time(facts.taken_at)),
+        format!(
+            "taken on: {}, Linux {}",
+            snapshot.host.name, snapshot.host.kernel
+        ),
+        format!("taken by: bantam {}", facts.program_version),
+    ];
+    lines.push(match (facts.base, snapshot.changed_pages) {
+        (Some(base), Some(pages)) => format!("kind: {pages} pages that changed since {base}"),
+        _ => "kind: full".to_owned(),
+    });
+    lines.push(format!("kernel: {}", config.kernel.display()));
+    lines.push(format!("vCPUs: {}", config.cpus.get()));
+    let size = mib(facts.memory_size());
+    lines.push(format!("memory: {size} MiB, {} MiB on disk", mib(used)));
+    for (name, disk) in config.disk_names().zip(&config.disks) {
+        let frozen = snapshot.disks.iter().find(|it| it.name == name);
+        let state = match frozen.map(FrozenDisk::is_unchanged) {
+            None => "not protected",
+            Some(Ok(true)) => "unchanged",
+            Some(Ok(false)) => "CHANGED since",
+            Some(Err(_)) => "MISSING",
+        };
+        lines.push(format!("disk {name}: {} ({state})", disk.path.display()));
+    }
+    for (name, net) in config.net_names().zip(&config.nets) {
+        lines.push(format!("network device {name}: tap {}", net.tap));
+    }
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn json(snapshot: &SnapshotDescription, used: u64) -> Value {
+    let facts = &snapshot.facts;
+    let disks = snapshot.config.disk_names().zip(&snapshot.config.disks);
+    let disks = disks.map(|(name, disk)| {
+        let frozen = snapshot.disks.iter().find(|it| it.name == name);
+        json!({
+            "name": name,
+            "path": disk.path.to_string_lossy(),
+            "readonly": disk.readonly,
+            "protected": frozen.is_some(),
+            "unchanged": frozen.map(|frozen| frozen.is_unchanged().unwrap_or(false)),
+        })
+    });
+    json!({
+        "id": facts.id.to_string(),
+        "base": facts.base.map(|base| base.to_string()),
+        "taken-at": facts.taken_at,
+        "program-version": facts.program_version,
+        "host": {"name": snapshot.host.name, "kernel": snapshot.host.kernel},
+        "changed-pages": snapshot.changed_pages,
+        "vcpus": snapshot.config.cpus.get(),
+        "memory-bytes": facts.memory_size(),
+        "memory-bytes-on-disk": used,
+        "disks": disks.collect::<Vec<_>>(),
+        "machine-file": snapshot.config.to_toml(),
+    })
+}
+
+fn merge(base: &Path, directories: &[PathBuf]) -> anyhow::Result<()> {
+    let Some((target, differential)) = directories.split_last() else {
+        bail!("name the directory of the new snapshot");
+    };
+    let differential: Vec<_> = differential
+        .iter()
+        .map(|directory| SnapshotFiles::in_directory(directory))
+        .collect();
+    fs::create_dir_all(target).with_context(|| format!("cannot create '{}'", target.display()))?;
+    let base = SnapshotFiles::in_directory(base);
+    merge_snapshots(&base, &differential, &SnapshotFiles::in_directory(target))?;
+    Ok(())
+}
