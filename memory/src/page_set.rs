@@ -76,15 +76,6 @@ impl PageSet {
         })
     }
 
-    /// Returns whether all pages of `other`, a set of the same regions, are in the set.
-    pub fn contains_all(&self, other: &PageSet) -> bool {
-        let mut regions = self.regions.iter().zip(&other.regions);
-        regions.all(|(region, others)| {
-            let mut words = region.words.iter().zip(&others.words);
-            words.all(|(word, other)| other & !word == 0)
-        })
-    }
-
     /// Adds the pages of `other`, a set of the same regions.
     pub fn add(&mut self, other: &PageSet) {
         for (region, others) in self.regions.iter_mut().zip(&other.regions) {
