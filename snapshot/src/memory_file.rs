@@ -148,9 +148,9 @@ impl MemoryFile {
     /// If the file cannot be read.
     pub fn is_complete(&self, state: &StateFile) -> Result<bool, SnapshotError> {
         let failed = SnapshotError::read(&self.path);
-        let Some(pages) = state.pages() else {
+        if state.pages().is_none() {
             return Ok(true);
-        };
+        }
         if state.witnesses().is_empty() {
             return Ok(false);
         }
