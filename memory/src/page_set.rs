@@ -76,15 +76,6 @@ impl PageSet {
         })
     }
 
-    /// Returns whether all pages of `other`, a set of the same regions, are in the set.
-    pub fn contains_all(&self, other: &PageSet) -> bool {
-        let mut regions = self.regions.iter().zip(&other.regions);
-        regions.all(|(region, others)| {
-            let mut words = region.words.iter().zip(&others.words);
-            words.all(|(word, other)| other & !word == 0)
-        })
-    }
-
     /// Removes the pages of `len` bytes from `address` on.
     pub(crate) fn remove(&mut self, address: GuestAddress, len: u64) {
         let removed = address.0..address.0 + len;

@@ -11,12 +11,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::facts::Facts;
 
-/// Most witnesses of a snapshot.
-const MAX_WITNESSES: usize = 16;
+/// Most witnesses of a snapshot that are spread over the memory.
+const MAX_SPREAD: usize = 15;
 /// How many pages are looked at to find them.
 const MAX_CANDIDATES: u64 = 512;
-/// Spreads the candidates over the memory. It is a prime, so that none comes twice.
+/// Spreads these pages over the memory. It is a prime, so that none comes twice.
 const STRIDE: u64 = 2_654_435_761;
+/// The first MiB has tables that the guest does not change, in case that it has little else.
+const TABLES_END: u64 = 1 << 20;
 
 /// A page that is not in a differential snapshot and is not zero, with the checksum of its content. The memory file has
 /// this content only after the pages of the base have been added.
@@ -34,14 +36,11 @@ impl SavedState for Witness {
 impl Witness {
     /// Finds witnesses among the pages of a paused guest that are not in `pages`. There may be none.
     pub fn find(memory: &GuestMemory, facts: &Facts, pages: &PageSet) -> Vec<Witness> {
-        let page_count = facts.memory_size() / PAGE_SIZE as u64;
-        let candidates = (0..MAX_CANDIDATES.min(page_count)).filter_map(|index| {
-            let page = index.wrapping_mul(STRIDE) % page_count;
-            facts.address_at(page * PAGE_SIZE as u64)
-        });
-        let candidates = candidates
-            .filter(|address| !pages.contains(*address) && !memory.is_zero_page(*address));
-        let witness = |address: GuestAddress| {
+        let witness = |offset: u64| {
+            let address = facts.address_at(offset)?;
+            if pages.contains(address) || memory.is_zero_page(address) {
+                return None;
+            }
             let mut bytes = [0; PAGE_SIZE];
             memory.read_slice(&mut bytes, address).ok()?;
             Some(Witness {
@@ -49,7 +48,12 @@ impl Witness {
                 checksum: crc32fast::hash(&bytes),
             })
         };
-        candidates.filter_map(witness).take(MAX_WITNESSES).collect()
+        let page_count = facts.memory_size() / PAGE_SIZE as u64;
+        let spread = (0..MAX_CANDIDATES.min(page_count))
+            .map(|index| index.wrapping_mul(STRIDE) % page_count * PAGE_SIZE as u64);
+        let tables = (0..TABLES_END).step_by(PAGE_SIZE);
+        let spread = spread.filter_map(witness).take(MAX_SPREAD);
+        spread.chain(tables.filter_map(witness).take(1)).collect()
     }
 
     /// Returns whether the memory file `file` has the content of this page.
