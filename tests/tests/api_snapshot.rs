@@ -623,7 +623,7 @@ fn a_clone_has_its_own_tap_and_metadata() {
     assert_eq!(interface["host_dev_name"], json!(taps[1].name));
     assert_eq!(configuration["mmds-config"], config);
     // As in Firecracker, a snapshot does not carry them.
-    assert_eq!(clone.api.get("/mmds"), Value::Null);
+    assert_eq!(clone.api.get("/mmds"), json!({}));
     clone.api.put("/mmds", &json!({"name": "clone"}));
     assert_eq!(clone.api.get("/mmds"), json!({"name": "clone"}));
     let bucket = json!({"size": 1_000_000, "refill_time": 100});

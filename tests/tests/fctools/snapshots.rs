@@ -31,16 +31,15 @@ async fn a_machine_goes_on_from_a_snapshot() {
         tx_rate_limiter: None,
     }];
     let executor = workshop.executor("clone.socket");
-    let [state, memory] = ["state", "memory"].map(|name| {
-        let path = workshop.path(name);
-        workshop
-            .resources()
-            .create_resource(path, ResourceType::Produced)
-            .unwrap()
-    });
+    let paths = ["state", "memory"].map(|name| workshop.path(name));
     let (mut machine, _folder) = workshop.start(InitMethod::ViaApiCalls, data).await;
     let mut output = machine.take_pipes().unwrap();
     read_until(&mut output.stdout, "PASS\n").await;
+    let [state, memory] = paths.map(|path| {
+        let resources = machine.get_resource_system_mut();
+        let resource = resources.create_resource(path, ResourceType::Produced);
+        resource.unwrap()
+    });
     let create = CreateSnapshot {
         snapshot_type: Some(SnapshotType::Full),
         snapshot: state,
