@@ -197,6 +197,10 @@ mod tests {
             }
             let expected: BTreeSet<_> = pages.iter().map(|&page| address(page)).collect();
             prop_assert_eq!(set.len(), expected.len());
+            for page in 0..200 {
+                prop_assert_eq!(set.contains(address(page)), pages.contains(&page));
+            }
+            prop_assert!(!set.contains(GuestAddress(70 * PAGE)) && !set.contains(GuestAddress(1200 * PAGE)));
             prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), expected.clone());
             let mut found = BTreeSet::new();
             for (start, len) in set.runs(max_pages * PAGE_SIZE) {

@@ -76,7 +76,7 @@ impl Changes {
     /// Returns the memory file at `path` with the pages that it has, if it is that of snapshot `base` or of the last one.
     pub(crate) fn earlier(&self, path: &Path, base: SnapshotId) -> Result<Option<Earlier>, Error> {
         let known = [&self.last, &self.mapped_from].into_iter().flatten();
-        // What was written since the base was written since each later snapshot, or before it.
+        // What was written since the base includes what was written since the last snapshot.
         let is_last =
             |it: &StateFile| self.last.as_ref().map(|last| last.facts().id) == Some(it.facts().id);
         let fitting = known.filter(|it| it.facts().id == base || is_last(it));
