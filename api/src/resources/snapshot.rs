@@ -292,9 +292,9 @@ fn note(configuration: &Configuration) -> Result<String, Fault> {
         serial: None,
         ..configuration.clone()
     };
-    serde_json::to_string(&kept).map_err(|error| Fault::Body {
-        field: String::new(),
-        message: error.to_string(),
+    serde_json::to_string(&kept).map_err(|error| Fault::Value {
+        what: "configuration",
+        reason: error.to_string(),
     })
 }
 
