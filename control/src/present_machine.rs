@@ -50,8 +50,8 @@ impl PresentMachine {
         })))
     }
 
-    /// Makes the machine of `controller`, which has not been started yet, the present one. Subscribers get its
-    /// events after all those of the machine before.
+    /// Makes the machine of `controller`, which has not been started yet, the present one after another that has
+    /// ended. Subscribers get its events after all those of the machine before.
     ///
     /// If [`PresentMachine::is_end_asked`] then, the machine must not be started: the request has come too early
     /// to end it.
@@ -62,7 +62,7 @@ impl PresentMachine {
             match controller.subscribe() {
                 Ok(events) => lock(&follower.next).push(events),
                 Err(error) => {
-                    tracing::warn!("a client gets no events of the next machine: {error}")
+                    tracing::warn!("a client gets no events of the next machine: {error}");
                 }
             }
             follower.replaced.notify_one();

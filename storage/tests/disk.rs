@@ -115,7 +115,7 @@ fn each_file_of_a_chain_is_locked() {
 
 /// Whether a byte of a file is in the page cache.
 fn is_cached(path: &Path, offset: u64) -> bool {
-    let file = File::open(path).unwrap();
+    let file = File::open(path).expect("it is there");
     let mut byte = [0];
     let vector = libc::iovec {
         iov_base: byte.as_mut_ptr().cast(),
@@ -146,7 +146,7 @@ fn data_go_past_the_page_cache_and_tables_through_it() {
     let top = folder.path().join("top.qcow2");
     // What the tools have left there.
     for path in [&base, &top] {
-        let file = File::open(path).unwrap();
+        let file = File::open(path).expect("it is there");
         file.sync_all().unwrap();
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
     }

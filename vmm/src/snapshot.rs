@@ -133,7 +133,7 @@ pub struct Snapshot {
 #[derive(Debug)]
 enum SnapshotMemory {
     /// In its memory file.
-    File(MemoryFile),
+    File(Box<MemoryFile>),
     /// In memory that other machines share.
     Shared(Vec<Layer>),
 }
@@ -163,7 +163,7 @@ impl Snapshot {
         let config = sections.config()?;
         Ok(Snapshot {
             facts: state.facts().clone(),
-            memory: SnapshotMemory::File(memory),
+            memory: SnapshotMemory::File(Box::new(memory)),
             sections,
             config,
             clock_catches_up: false,

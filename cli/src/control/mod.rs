@@ -8,6 +8,7 @@ mod tests;
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Error};
 use bantam_control::{ControlClient, ControlError};
@@ -55,6 +56,8 @@ fn execute(args: ControlArgs) -> anyhow::Result<()> {
         ControlCommand::Metrics => Command::Metrics,
         ControlCommand::Events => return follow(client, args.output),
         ControlCommand::Json { command } => {
+            // It may be one that takes long.
+            client.set_answer_time(Duration::MAX);
             let answer = client.execute(*command)?;
             return print(&output::answer(&answer, Output::Json)?);
         }

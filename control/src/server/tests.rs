@@ -328,17 +328,19 @@ fn requests_that_were_sent_before_the_end_of_the_input_are_answered() {
 
 #[test]
 fn a_subscriber_gets_the_events_of_one_machine_after_another() {
-    let served = Served::new();
+    let mut owned = Controller::new().unwrap();
+    let served = Served::of(owned.clone());
     let mut client = served.client();
     client.subscribe().unwrap();
     let config = served.config();
     for _ in 0..3 {
         client.execute(Command::Configure(config.clone())).unwrap();
-        let next = Controller::new().unwrap();
-        served.machine.replace(next.clone());
-        next.configure((*config).clone()).unwrap();
+        owned.stop();
+        owned = Controller::new().unwrap();
+        served.machine.replace(owned.clone());
+        // A machine that is configured again does not change its state.
+        owned.configure((*config).clone()).unwrap();
     }
-    // A machine that is configured again does not change its state, and one whose controller is dropped has ended.
     let [configured, stopped] =
         [State::Configured, State::Stopped].map(|state| Some(Event::State { state }));
     for _ in 0..3 {
@@ -412,17 +414,27 @@ fn clients_that_do_nothing_give_up_their_places_and_those_that_wait_keep_them() 
 #[test]
 fn a_client_that_does_not_receive_holds_up_nobody_and_is_dropped() {
     let served = Served::new();
-    let mut stalled = served.raw();
-    stalled
-        .get_ref()
-        .set_write_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
     // The server stops receiving when it has too much to send.
-    let lines = "{\"id\":1,\"command\":\"query\"}\n".repeat(4096);
-    while stalled.get_mut().write_all(lines.as_bytes()).is_ok() {}
+    let stalled = || {
+        let mut stream = served.raw();
+        let time = Some(Duration::from_millis(200));
+        stream.get_ref().set_write_timeout(time).unwrap();
+        let lines = "{\"id\":1,\"command\":\"query\"}\n".repeat(4096);
+        while stream.get_mut().write_all(lines.as_bytes()).is_ok() {}
+        stream
+    };
+    let mut dropped = stalled();
     let begin = Instant::now();
     served.client().execute(Command::Query).unwrap();
     assert!(begin.elapsed() < SOON);
+    // The server gives it up, so what it has been sent has an end.
+    thread::sleep(Duration::from_secs(11));
+    let read = dropped.read_to_end(&mut Vec::new());
+    let is_waiting = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+    assert!(!read.as_ref().is_err_and(is_waiting), "{read:?}");
+    let _stalled = stalled();
+    // Nor does it hold up the end.
+    let begin = Instant::now();
     let path = served.path();
     served.server.end(SOON);
     assert!(begin.elapsed() < SOON);
