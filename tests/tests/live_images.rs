@@ -10,7 +10,7 @@ use bantam_tests::{Load, device, qemu_img, require_kvm};
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::{
     Controller, DeviceAnswer, DeviceCommand, DiskJob, DiskSnapshot, Error, Event, Events,
-    ImageFormat, JobState, JobStatus, SnapshotError,
+    ImageFormat, JobState, JobStatus,
 };
 use tempfile::TempDir;
 
