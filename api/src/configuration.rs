@@ -288,6 +288,7 @@ impl Configuration {
             smt: wanted.smt,
             memory: wanted.memory_size()?,
             huge_pages: wanted.huge_pages.into(),
+            track_dirty_pages: wanted.track_dirty_pages,
             initrd: boot_source.initrd_path.clone(),
             cmdline: Some(boot_source.cmdline()),
             append: root_device_words(&self.drives),

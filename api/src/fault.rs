@@ -106,6 +106,41 @@ pub enum Fault {
         /// The file.
         path: String,
     },
+    /// A snapshot can be taken of a paused machine only.
+    #[error(
+        "Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore \
+         unavailable while running"
+    )]
+    NotPaused,
+    /// A snapshot cannot be taken.
+    #[error("Create snapshot error: {0}")]
+    CreateSnapshot(#[source] bantam_vmm::Error),
+    /// A snapshot brings all that it needs with it.
+    #[error(
+        "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific \
+         resources."
+    )]
+    LoadAfterConfiguration,
+    /// A snapshot cannot be used.
+    #[error("Load snapshot error: Failed to restore from snapshot: {0}")]
+    LoadSnapshot(#[source] Box<Fault>),
+    /// A snapshot is to be loaded with another device in the place of one that it does not have.
+    #[error(
+        "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from \
+         file: Unknown {kind} Device: the snapshot has no {what}"
+    )]
+    NotInSnapshot {
+        /// Firecracker's name for the kind of device.
+        kind: &'static str,
+        /// What was to be replaced.
+        what: String,
+    },
+    /// The machine of a snapshot was restored, but does not go on.
+    #[error("Load snapshot error: Failed to resume microVM: {0}")]
+    ResumeSnapshot(#[source] bantam_vmm::Error),
+    /// The owner of the machine of a snapshot was not the API.
+    #[error("it was not taken by PUT /snapshot/create")]
+    NotOfApi,
     /// There is no kernel to start.
     #[error("Cannot start the microVM without a kernel: PUT /boot-source first")]
     NoBootSource,

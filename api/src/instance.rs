@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bantam_vmm::config::SerialConfig;
-use bantam_vmm::{Controller, MetadataStore, State};
+use bantam_vmm::{Controller, MetadataStore, Snapshot, State};
 use serde_json::Value;
 
 use crate::bodies::logger::Logger;
@@ -64,6 +64,8 @@ pub struct Instance {
     opener: Bounded<()>,
     on_start: Box<dyn FnMut() + Send>,
     boot_timer: bool,
+    /// Whether clients have begun to configure a machine that boots.
+    will_boot: bool,
 }
 
 impl Instance {
@@ -88,6 +90,7 @@ impl Instance {
             opener: Bounded::new(()),
             on_start: options.on_start,
             boot_timer: options.boot_timer,
+            will_boot: false,
         }
     }
 
@@ -124,8 +127,18 @@ impl Instance {
         self.view.controller()
     }
 
-    /// Changes the configuration, which is allowed only before the start. A refused change has no effect.
+    /// Changes the configuration of a machine that boots, which is allowed only before the start. A refused change has no
+    /// effect, except that no snapshot can be loaded any more, as in Firecracker.
     pub(crate) fn change(
+        &mut self,
+        change: impl FnOnce(&mut Configuration) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        self.will_boot = true;
+        self.change_any(change)
+    }
+
+    /// Does the same with a part of the configuration after which a snapshot can still be loaded.
+    pub(crate) fn change_any(
         &mut self,
         change: impl FnOnce(&mut Configuration) -> Result<(), Fault>,
     ) -> Result<(), Fault> {
@@ -157,9 +170,43 @@ impl Instance {
     pub fn start(&mut self) -> Result<(), Fault> {
         self.require_not_started()?;
         let configuration = self.view.configuration();
+        let boot_timer = self.boot_timer;
+        self.run(&configuration, boot_timer, Controller::start)
+    }
+
+    /// Checks that a snapshot can be loaded: nothing has been configured but what it does not have.
+    pub(crate) fn require_loadable(&self) -> Result<(), Fault> {
+        self.require_not_started()?;
+        match self.will_boot {
+            true => Err(Fault::LoadAfterConfiguration),
+            false => Ok(()),
+        }
+    }
+
+    /// Starts the machine with this configuration from a snapshot. It is paused then.
+    pub(crate) fn restore(
+        &mut self,
+        snapshot: &Snapshot,
+        configuration: Configuration,
+    ) -> Result<(), Fault> {
+        self.require_loadable()?;
+        let boot_timer = snapshot.config().boot_timer;
+        let restore = |controller: &Controller| controller.restore(snapshot);
+        self.run(&configuration, boot_timer, restore)?;
+        self.view.set_configuration(configuration);
+        Ok(())
+    }
+
+    /// Has `start` start the machine with this configuration.
+    fn run(
+        &mut self,
+        configuration: &Configuration,
+        boot_timer: bool,
+        start: impl FnOnce(&Controller) -> Result<(), bantam_vmm::Error>,
+    ) -> Result<(), Fault> {
         let mut config = configuration.machine()?;
-        self.check_outputs(&configuration)?;
-        config.boot_timer = self.boot_timer;
+        self.check_outputs(configuration)?;
+        config.boot_timer = boot_timer;
         if let Some(metadata) = &mut config.metadata {
             let store = self.view.own_metadata();
             metadata.size_limit = store.size_limit();
@@ -167,7 +214,7 @@ impl Instance {
         }
         let has_console = config.serial == SerialConfig::Stdio;
         self.controller().configure(config)?;
-        self.controller().start()?;
+        start(self.controller())?;
         if has_console {
             (self.on_start)();
         }

@@ -19,6 +19,7 @@ mod fault;
 mod host_files;
 mod instance;
 mod json;
+mod latencies;
 mod method;
 mod metrics_file;
 mod metrics_groups;

@@ -11,8 +11,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nix::fcntl::OFlag;
 use serde_json::{Map, Value, json};
 
-/// Names of values that are states, not totals; they are written as they are.
-const NOT_TOTALS: [&str; 4] = [
+use crate::latencies;
+
+/// Names of values that are states, not totals, or of groups of such values; they are written as they are.
+const NOT_TOTALS: [&str; 5] = [
+    latencies::GROUP,
     "min_us",
     "max_us",
     "process_startup_time_us",

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use bantam_vmm::config::DeviceName;
 use serde_json::{Map, Value, json};
 
+use crate::latencies;
+
 /// A group of metrics. What this monitor does not count stays zero.
 #[derive(Clone, Copy)]
 pub(crate) struct Group {
@@ -59,7 +61,7 @@ const GROUPS: &[Group] = &[
         "error_count missed_read_count missed_write_count read_count write_count reset_count",
     ),
     Group::new(
-        "latencies_us",
+        latencies::GROUP,
         "full_create_snapshot diff_create_snapshot load_snapshot pause_vm resume_vm \
          vmm_full_create_snapshot vmm_diff_create_snapshot vmm_load_snapshot vmm_pause_vm vmm_resume_vm",
     ),

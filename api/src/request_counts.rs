@@ -11,6 +11,7 @@ use crate::method::Method;
 pub(crate) struct RequestCounts {
     /// By method and by the counter's name.
     counts: BTreeMap<(Method, String), u64>,
+    deprecated: u64,
 }
 
 impl RequestCounts {
@@ -25,8 +26,19 @@ impl RequestCounts {
         }
     }
 
+    /// Counts the use of a field that clients are to do without.
+    pub(crate) fn count_deprecated(&mut self) {
+        self.deprecated += 1;
+    }
+
     /// Puts the counts into their groups.
     pub(crate) fn add_to(&self, groups: &mut Map<String, Value>) {
+        if let Some(Value::Object(group)) = groups.get_mut("deprecated_api") {
+            group.insert(
+                "deprecated_http_api_calls".to_string(),
+                json!(self.deprecated),
+            );
+        }
         for ((method, name), count) in &self.counts {
             if let Some(Value::Object(group)) = groups.get_mut(group_of(*method)) {
                 group.insert(name.clone(), json!(count));

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use bantam_serving::lock;
 use bantam_vmm::{Controller, MetadataStore, State};
@@ -9,6 +10,7 @@ use serde_json::Value;
 
 use crate::configuration::Configuration;
 use crate::fault::Fault;
+use crate::latencies::Latencies;
 use crate::method::Method;
 use crate::metrics_file::MetricsFile;
 use crate::metrics_groups::{Group, groups};
@@ -29,6 +31,7 @@ struct Parts {
     /// The metadata, unless the machine has taken it over.
     metadata: Mutex<MetadataStore>,
     requests: Mutex<RequestCounts>,
+    latencies: Mutex<Latencies>,
     startup_times: StartupTimes,
     /// The groups of metrics of the resources.
     metrics_groups: Vec<Group>,
@@ -50,6 +53,7 @@ impl View {
             configuration: Mutex::default(),
             metadata: Mutex::new(metadata),
             requests: Mutex::default(),
+            latencies: Mutex::default(),
             startup_times,
             metrics_groups,
             metrics_file: Mutex::new(None),
@@ -59,6 +63,26 @@ impl View {
     /// Counts a request that was answered, given its method and name.
     pub(crate) fn count(&self, request: (Method, &'static str), refused: bool) {
         lock(&self.0.requests).count(request, refused);
+    }
+
+    /// Counts the use of a field that clients are to do without.
+    pub(crate) fn count_deprecated(&self) {
+        lock(&self.0.requests).count_deprecated();
+    }
+
+    /// Has the machine do `work`, for a request that was received at `received`, and records how long it took if it
+    /// succeeds. The metrics call it `name`.
+    pub(crate) fn timed<T>(
+        &self,
+        name: &'static str,
+        received: Instant,
+        work: impl FnOnce() -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        let begun = Instant::now();
+        let done = work()?;
+        let ended = Instant::now();
+        lock(&self.0.latencies).set(name, ended - received, ended - begun);
+        Ok(done)
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -128,6 +152,7 @@ impl View {
         let startup_times = serde_json::to_value(self.0.startup_times)?;
         totals.insert("api_server".to_string(), startup_times);
         lock(&self.0.requests).add_to(&mut totals);
+        lock(&self.0.latencies).add_to(&mut totals);
         file.write(Value::Object(totals))
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bantam_vmm::{
-    Answer, Command, DiskSnapshot, FrozenDisk, SnapshotDescription, SnapshotDisks, SnapshotFiles,
-    SnapshotOptions, merge_snapshots,
+    Answer, Command, DiskSnapshot, FrozenDisk, SnapshotBase, SnapshotDescription, SnapshotDisks,
+    SnapshotFiles, SnapshotOptions, merge_snapshots,
 };
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -120,12 +120,13 @@ fn take(args: TakeArgs) -> anyhow::Result<()> {
     });
     let options = SnapshotOptions {
         files: files(&directory)?,
-        base: base.transpose()?,
+        base: base.transpose()?.map(SnapshotBase::Files),
         disks: match args.overlays.is_empty() {
             true => SnapshotDisks::Overlays,
             false => SnapshotDisks::OverlaysAt(args.overlays),
         },
         stop: args.stop,
+        note: None,
     };
     client.set_answer_time(WRITE_TIME);
     let Answer::SnapshotTaken(taken) = client.execute(Command::Snapshot(Box::new(options)))? else {

@@ -64,6 +64,18 @@ impl PageSet {
         }
     }
 
+    /// Returns whether the page at `address` is in the set.
+    pub fn contains(&self, address: GuestAddress) -> bool {
+        self.regions.iter().any(|region| {
+            let offset = address.0.checked_sub(region.start.0);
+            let page = offset.map(|offset| offset as usize / PAGE_SIZE);
+            let page = page.filter(|page| *page < region.page_count);
+            page.is_some_and(|page| {
+                region.words[page / PAGES_PER_WORD] >> (page % PAGES_PER_WORD) & 1 != 0
+            })
+        })
+    }
+
     /// Removes the pages of `len` bytes from `address` on.
     pub(crate) fn remove(&mut self, address: GuestAddress, len: u64) {
         let removed = address.0..address.0 + len;
@@ -185,6 +197,10 @@ mod tests {
             }
             let expected: BTreeSet<_> = pages.iter().map(|&page| address(page)).collect();
             prop_assert_eq!(set.len(), expected.len());
+            for page in 0..200 {
+                prop_assert_eq!(set.contains(address(page)), pages.contains(&page));
+            }
+            prop_assert!(!set.contains(GuestAddress(70 * PAGE)) && !set.contains(GuestAddress(1200 * PAGE)));
             prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), expected.clone());
             let mut found = BTreeSet::new();
             for (start, len) in set.runs(max_pages * PAGE_SIZE) {

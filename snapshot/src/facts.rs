@@ -95,6 +95,14 @@ impl Facts {
         })
     }
 
+    /// Returns the address of the byte at `offset` in the memory file.
+    pub(crate) fn address_at(&self, offset: u64) -> Option<GuestAddress> {
+        self.places().find_map(|place| {
+            let within = offset.checked_sub(place.offset)?;
+            (within < place.len).then_some(GuestAddress(place.start + within))
+        })
+    }
+
     /// Checks that regions are in ascending order, of whole pages, and do not overlap.
     pub(crate) fn check(&self) -> Result<(), String> {
         let page = bantam_memory::PAGE_SIZE as u64;

@@ -7,7 +7,10 @@
 //! snapshots are not taken for one.
 //!
 //! A **differential** snapshot ([`Facts::base`]) has only the pages that were written since another. Its state file says
-//! which pages those are; [`merge`] makes a full snapshot of it and of those that it is based on.
+//! which pages those are; [`merge`] makes a full snapshot of it and of those that it is based on. A program that knows
+//! nothing of these files can complete the memory file as well: it copies the data of the differential one, page of zeroes
+//! and seal included, over a copy of the memory file that it is based on. By its [`Witness`]es, the state file recognizes
+//! the result.
 //!
 //! The state file is:
 //!
@@ -15,7 +18,7 @@
 //! | --- | --- |
 //! | 8 | `BANTAMSS` |
 //! | 4 | version of this format, 1, little-endian |
-//! | any | sections: `snapshot` ([`Facts`]), then those of the machine, for a differential snapshot `snapshot pages` |
+//! | any | sections: `snapshot` ([`Facts`]), then those of the machine, for a differential snapshot `snapshot pages` and `snapshot witness` |
 //! | any | section `snapshot end`: the number of sections before it |
 //!
 //! New files are written under another name, brought to stable storage, and then put in the place of earlier ones, so
@@ -28,6 +31,7 @@ mod memory_file;
 mod memory_writer;
 mod merge;
 mod state_file;
+mod witness;
 mod write_ring;
 
 pub use error::SnapshotError;
@@ -37,3 +41,4 @@ pub use memory_file::MemoryFile;
 pub use memory_writer::{CopiedPages, MemoryWriter};
 pub use merge::merge;
 pub use state_file::StateFile;
+pub use witness::Witness;

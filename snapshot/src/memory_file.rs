@@ -141,6 +141,27 @@ impl MemoryFile {
         Ok(())
     }
 
+    /// Returns whether the file has all pages of `state`, to which it belongs. The file of a differential snapshot has them
+    /// after those of its base have been added; without witnesses, that is not known.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn is_complete(&self, state: &StateFile) -> Result<bool, SnapshotError> {
+        let failed = SnapshotError::read(&self.path);
+        if state.pages().is_none() {
+            return Ok(true);
+        }
+        if state.witnesses().is_empty() {
+            return Ok(false);
+        }
+        let mut present = state
+            .witnesses()
+            .iter()
+            .map(|it| it.is_in(&self.file, &self.facts));
+        let is_complete = present.try_fold(true, |all, one| Ok(all && one?));
+        is_complete.map_err(failed)
+    }
+
     /// Returns the pages for which the file has data. The others are zero, or not in a differential snapshot.
     pub(crate) fn data_pages(&self) -> io::Result<PageSet> {
         let regions = self.facts.regions.iter();

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::facts::Facts;
 use crate::memory_file::seal;
 use crate::write_ring::WriteRing;
-use crate::{NewFile, SnapshotError};
+use crate::{MemoryFile, NewFile, SnapshotError, merge};
 
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
@@ -24,6 +24,8 @@ const DIRECT_FROM: usize = 16 << 20;
 pub struct MemoryWriter {
     file: NewFile,
     facts: Facts,
+    /// Whether pages of zeroes are written as others are, because they differ from what would be there without them.
+    writes_zeroes: bool,
 }
 
 /// Pages of a paused guest that were copied, to be written while the guest goes on.
@@ -70,7 +72,35 @@ impl MemoryWriter {
         Ok(MemoryWriter {
             file,
             facts: facts.clone(),
+            writes_zeroes: facts.base.is_some(),
         })
+    }
+
+    /// Has pages of zeroes written in a full snapshot too, as the pages of the file are to replace those of another.
+    #[must_use]
+    pub fn writing_zeroes(self) -> MemoryWriter {
+        MemoryWriter {
+            writes_zeroes: true,
+            ..self
+        }
+    }
+
+    /// Copies pages of an earlier snapshot of the same memory: those in `pages`, or all of it.
+    ///
+    /// # Errors
+    /// If they cannot be read or written.
+    pub fn copy(&self, earlier: &MemoryFile, pages: Option<&PageSet>) -> Result<(), SnapshotError> {
+        let all;
+        let pages = match pages {
+            Some(pages) => pages,
+            None => {
+                let data = earlier.data_pages();
+                all = data.map_err(SnapshotError::read(earlier.path()))?;
+                &all
+            }
+        };
+        merge::copy(earlier.file(), self.file(), &self.facts, pages)
+            .map_err(SnapshotError::write(self.file.path()))
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -99,8 +129,8 @@ impl MemoryWriter {
         };
         let mut ring = WriteRing::new(direct.as_ref().unwrap_or(self.file.file()));
         for (address, len) in pages.runs(MAX_WRITE) {
-            // In a differential snapshot, a page of zeroes differs from one that is not there.
-            if self.facts.base.is_some() {
+            // In a differential snapshot, for example, a page of zeroes differs from one that is not there.
+            if self.writes_zeroes {
                 self.begin(&mut ring, memory, address, len)?;
                 continue;
             }

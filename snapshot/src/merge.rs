@@ -26,12 +26,13 @@ pub fn merge(
     target: &SnapshotFiles,
 ) -> Result<(), SnapshotError> {
     let mut last = StateFile::open(&base.state)?;
-    if last.pages().is_some() {
+    let first = MemoryFile::open(&base.memory, &last)?;
+    if !first.is_complete(&last)? {
         return Err(SnapshotError::Differential {
             path: last.path().to_path_buf(),
         });
     }
-    let mut layers = vec![MemoryFile::open(&base.memory, &last)?];
+    let mut layers = vec![first];
     let mut pages = vec![None];
     for files in differential {
         let next = StateFile::open(&files.state)?;
@@ -69,7 +70,7 @@ pub fn merge(
 }
 
 /// Copies the content of `pages` from one memory file to another.
-fn copy(from: &File, to: &File, facts: &Facts, pages: &PageSet) -> io::Result<()> {
+pub(crate) fn copy(from: &File, to: &File, facts: &Facts, pages: &PageSet) -> io::Result<()> {
     let mut bytes = vec![0; MAX_COPY];
     let mut copy_run = |(address, len): (GuestAddress, usize)| {
         let offset = facts.offset_of(address, len);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
 use crate::facts::Facts;
-use crate::{NewFile, SnapshotError};
+use crate::{NewFile, SnapshotError, Witness};
 
 const MAGIC: [u8; 8] = *b"BANTAMSS";
 /// Version of the format of the file as a whole.
@@ -54,6 +54,8 @@ pub struct StateFile {
     path: PathBuf,
     facts: Facts,
     pages: Option<PageSet>,
+    /// Pages that a differential snapshot does not have.
+    witnesses: Vec<Witness>,
     sections: Vec<Section>,
 }
 
@@ -70,7 +72,26 @@ impl StateFile {
             path: path.to_path_buf(),
             facts,
             pages,
+            witnesses: Vec::new(),
             sections,
+        }
+    }
+
+    /// Adds witnesses to a differential snapshot.
+    #[must_use]
+    pub fn with_witnesses(self, witnesses: Vec<Witness>) -> StateFile {
+        StateFile { witnesses, ..self }
+    }
+
+    /// Returns the same without the sections of the machine.
+    #[must_use]
+    pub fn without_sections(&self) -> StateFile {
+        StateFile {
+            path: self.path.clone(),
+            facts: self.facts.clone(),
+            pages: self.pages.clone(),
+            witnesses: self.witnesses.clone(),
+            sections: Vec::new(),
         }
     }
 
@@ -87,6 +108,11 @@ impl StateFile {
     /// Returns the pages of a differential snapshot.
     pub fn pages(&self) -> Option<&PageSet> {
         self.pages.as_ref()
+    }
+
+    /// Returns the witnesses of a differential snapshot.
+    pub fn witnesses(&self) -> &[Witness] {
+        &self.witnesses
     }
 
     /// Returns the sections of the machine.
@@ -111,6 +137,9 @@ impl StateFile {
                     words: words.to_vec(),
                 })?);
             }
+        }
+        for witness in &self.witnesses {
+            head.push(Section::of(witness)?);
         }
         let end = Section::of(&End {
             sections: head.len() as u64,
@@ -181,6 +210,13 @@ impl StateFile {
         facts.check().map_err(|reason| damaged(&reason))?;
         let (pages, sections): (Vec<_>, Vec<_>) =
             sections.partition(|section| section.kind() == Pages::KIND);
+        let (witnesses, sections): (Vec<_>, Vec<_>) = sections
+            .into_iter()
+            .partition(|section| section.kind() == Witness::KIND);
+        let witnesses = witnesses
+            .iter()
+            .map(Section::decode)
+            .collect::<Result<_, _>>()?;
         let pages = match facts.base {
             Some(_) => Some(read_pages(&facts, &pages)?),
             None if pages.is_empty() => None,
@@ -190,6 +226,7 @@ impl StateFile {
             path: path.to_path_buf(),
             facts,
             pages,
+            witnesses,
             sections,
         })
     }

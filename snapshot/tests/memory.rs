@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
 use bantam_snapshot::{
-    CopiedPages, Facts, MemoryFile, MemoryWriter, SnapshotError, SnapshotFiles, StateFile, merge,
+    CopiedPages, Facts, MemoryFile, MemoryWriter, SnapshotError, SnapshotFiles, StateFile, Witness,
+    merge,
 };
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -177,6 +178,74 @@ fn only_snapshots_that_follow_each_other_are_merged() {
     );
     assert_eq!(fs::read_dir(path("out")).unwrap().count(), 0);
     merge(&files("base"), &[files("1"), files("2")], &files("out")).unwrap();
+}
+
+#[test]
+fn the_memory_file_of_a_differential_snapshot_is_complete_with_the_pages_of_its_base() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    for other_pages in [0..FIRST + SECOND, 5..6] {
+        let memory = memory();
+        for page in other_pages {
+            fill(&memory, page, (page % 250) as u8 + 1);
+        }
+        let base = write(&path("base"), &memory, None, None, false);
+        assert!(open(&path("base")).unwrap().is_complete(&base).unwrap());
+        // One of the pages is zero now.
+        fill(&memory, 1, 7);
+        fill(&memory, 2, 0);
+        let pages = set([1, 2]);
+        let state = write(
+            &path("next"),
+            &memory,
+            Some(&base),
+            Some(pages.clone()),
+            false,
+        );
+        let file = open(&path("next")).unwrap();
+        // Without witnesses that cannot be known.
+        assert!(!file.is_complete(&state).unwrap());
+        let state = state.with_witnesses(Witness::find(&memory, base.facts(), &pages));
+        state.write().unwrap().put_in_place().unwrap();
+        let state = StateFile::open(state.path()).unwrap();
+        assert!(!state.witnesses().is_empty());
+        assert!(!file.is_complete(&state).unwrap());
+
+        // Into a copy of the base.
+        let writer = MemoryWriter::create(&path("next").join("memory"), state.facts()).unwrap();
+        writer.copy(&open(&path("base")).unwrap(), None).unwrap();
+        writer.copy(&file, Some(&pages)).unwrap();
+        writer.finish().unwrap().put_in_place().unwrap();
+        let file = open(&path("next")).unwrap();
+        assert!(file.is_complete(&state).unwrap());
+        assert_eq!(bytes(&file.map().unwrap()), bytes(&memory));
+        // It is then the base of others as well.
+        let last = write(&path("last"), &memory, Some(&state), Some(set([3])), false);
+        assert_eq!(last.facts().base, Some(state.facts().id));
+        let files = |name: &str| SnapshotFiles::in_directory(&path(name));
+        fs::create_dir_all(path("out")).unwrap();
+        merge(&files("next"), &[files("last")], &files("out")).unwrap();
+        assert_eq!(
+            bytes(&open(&path("out")).unwrap().map().unwrap()),
+            bytes(&memory)
+        );
+    }
+}
+
+#[test]
+fn pages_of_zeroes_are_written_where_they_replace_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("memory");
+    let memory = memory();
+    fill(&memory, 1, 1);
+    let facts = Facts::now(None, REGIONS).unwrap();
+    let written = |writer: MemoryWriter| {
+        writer.write(&memory, &set([1, 2, 3])).unwrap();
+        let file = writer.finish().unwrap().put_in_place().unwrap();
+        file.metadata().unwrap().blocks()
+    };
+    let new = || MemoryWriter::create(&path, &facts).unwrap();
+    assert!(written(new()) < written(new().writing_zeroes()));
 }
 
 proptest! {

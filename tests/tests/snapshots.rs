@@ -10,8 +10,8 @@ use bantam_tests::counting::{
 use bantam_tests::require_kvm;
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{
-    Controller, ExitReason, Snapshot, SnapshotDisks, SnapshotFiles, SnapshotOptions, SnapshotTaken,
-    State, merge_snapshots,
+    Controller, ExitReason, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions,
+    SnapshotTaken, State, merge_snapshots,
 };
 
 const ROUNDS: usize = 20;
@@ -22,6 +22,7 @@ fn options(directory: &Path) -> SnapshotOptions {
         base: None,
         disks: SnapshotDisks::Overlays,
         stop: false,
+        note: None,
     }
 }
 
@@ -72,7 +73,7 @@ impl Snapshots {
         base: Option<SnapshotFiles>,
     ) -> SnapshotTaken {
         let options = SnapshotOptions {
-            base,
+            base: base.map(SnapshotBase::Files),
             ..options(&self.path(name))
         };
         let taken = machine.snapshot(options);
@@ -201,7 +202,7 @@ fn changes_are_found_without_a_log() {
     // A differential snapshot cannot be compared with.
     let error = machine
         .snapshot(SnapshotOptions {
-            base: Some(snapshots.files("mapped")),
+            base: Some(SnapshotBase::Files(snapshots.files("mapped"))),
             ..options(&snapshots.path("more"))
         })
         .expect_err("it has not all pages");

@@ -96,6 +96,7 @@ fn a_busy_linux_goes_from_machine_to_machine() {
             base: None,
             disks: SnapshotDisks::Overlays,
             stop: true,
+            note: None,
         });
         let taken = taken.unwrap_or_else(|error| panic!("{error}"));
         longest = longest.max(taken.paused_for);

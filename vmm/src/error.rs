@@ -308,8 +308,8 @@ pub enum Error {
     /// A thread of the machine panicked, which is a bug in the monitor.
     #[error("a thread of the machine panicked: this is a bug, please report it with the log")]
     Panic,
-    /// What the guest wrote could not be flushed to stable storage at the end.
-    #[error("cannot flush disk '{path}' at the end: {source}", path = .path.display())]
+    /// What the guest wrote could not be flushed to stable storage.
+    #[error("cannot flush disk '{path}': {source}", path = .path.display())]
     Flush {
         /// The image.
         path: PathBuf,

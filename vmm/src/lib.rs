@@ -87,7 +87,7 @@ pub use exit_reason::ExitReason;
 pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
 pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use snapshot::{
-    FrozenDisk, HostFacts, Snapshot, SnapshotDescription, SnapshotDisks, SnapshotFacts,
-    SnapshotFileError, SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
+    FrozenDisk, HostFacts, Snapshot, SnapshotBase, SnapshotDescription, SnapshotDisks,
+    SnapshotFacts, SnapshotFileError, SnapshotFiles, SnapshotId, SnapshotOptions, SnapshotTaken,
 };
 pub use state::State;

@@ -12,7 +12,6 @@ use bantam_devices::device_log::MachineLog;
 use bantam_devices::opener::Opener;
 use bantam_memory::GuestMemory;
 use bantam_state::Section;
-use bantam_storage::Disk;
 
 use crate::command::ShutDown;
 use crate::config::{DeviceName, MachineConfig};
@@ -132,7 +131,7 @@ impl Machine {
                 (memory, Some(state.processors), Some(state))
             }
         };
-        let saved = match processors {
+        let mut saved = match processors {
             Some(processors) => {
                 check_layout(&memory, config)?;
                 Some(SavedProcessors::decode(processors, config.cpus.get())?)
@@ -208,7 +207,11 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let state_support = StateSupport::new(&kvm)?;
-        if let Some(saved) = &saved {
+        if let Some(saved) = &mut saved {
+            // As late as can be, as the time until the clock is set is lost.
+            if let Some(saved_at) = snapshot.and_then(|it| it.clock_catches_up_from) {
+                saved.catch_up_clock(saved_at);
+            }
             saved.restore(&vm, &vcpus, &state_support)?;
         }
         let statistics = vcpus.iter().map(Vcpu::statistics).collect::<Result<_, _>>();
@@ -414,15 +417,7 @@ impl Machine {
         for threads in &self.disk_threads {
             threads.end();
         }
-        let mut flushed = Ok(());
-        for (disk, activity) in self.devices.disks() {
-            if let Err(source) = activity.during(|| flush_at_end(&disk)) {
-                let path = disk.path().to_path_buf();
-                let error = Error::Flush { path, source };
-                tracing::error!("{error}");
-                flushed = flushed.and(Err(error));
-            }
-        }
+        let flushed = self.devices.flush_disks();
         let outcome = self.control.take_outcome();
         let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
         let memory = &self.environment.memory;
@@ -448,11 +443,4 @@ impl Drop for Machine {
             self.devices.tell_detached();
         }
     }
-}
-
-fn flush_at_end(disk: &Disk) -> std::io::Result<()> {
-    if disk.is_read_only() {
-        return Ok(());
-    }
-    disk.flush()
 }

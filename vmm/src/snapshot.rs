@@ -21,7 +21,7 @@ use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
 use crate::memory::allocate_memory;
 
-pub(crate) use changes::{Changes, changes_since};
+pub(crate) use changes::{Changes, Selection, changes_since};
 pub use sections::{FrozenDisk, HostFacts};
 pub(crate) use sections::{GuestFacts, MachineState, Sections};
 
@@ -34,13 +34,28 @@ pub struct SnapshotOptions {
     /// An earlier snapshot of the machine, or the one that it was restored from. The new one then has only the pages that
     /// were written since.
     #[serde(default)]
-    pub base: Option<SnapshotFiles>,
+    pub base: Option<SnapshotBase>,
     /// What becomes of the disks.
     #[serde(default)]
     pub disks: SnapshotDisks,
     /// Ends the machine, as if its power were cut, instead of letting it go on.
     #[serde(default)]
     pub stop: bool,
+    /// What the owner of the machine wants to find in the snapshot again ([`Snapshot::note`]).
+    #[serde(default)]
+    pub note: Option<String>,
+}
+
+/// What a differential snapshot is based on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotBase {
+    /// The snapshot in these files.
+    Files(SnapshotFiles),
+    /// The last snapshot, wherever its files are: of those that were taken, or the one that the machine goes on from. The
+    /// new one may have more pages than those that were written since. If these are not known at all, it has all pages. If
+    /// its memory file is to replace that of the last snapshot, it gets the other pages from there.
+    Last,
 }
 
 /// How the disks of a machine stay as they were at a snapshot.
@@ -110,6 +125,7 @@ pub struct Snapshot {
     memory: SnapshotMemory,
     sections: Sections,
     config: MachineConfig,
+    clock_catches_up: bool,
     takes_changed_disks: bool,
 }
 
@@ -135,14 +151,14 @@ impl Snapshot {
     ///
     /// # Errors
     /// If a file cannot be read, is damaged, or was written in a format that this program does not know; if the files do
-    /// not belong together; or if the snapshot is differential.
+    /// not belong together; or if the snapshot is differential and its memory file has not been completed.
     pub fn open_files(files: &SnapshotFiles) -> Result<Snapshot, Error> {
         let state = StateFile::open(&files.state)?;
-        if state.pages().is_some() {
+        let memory = MemoryFile::open(&files.memory, &state)?;
+        if !memory.is_complete(&state)? {
             let path = files.state.clone();
             return Err(SnapshotFileError::Differential { path }.into());
         }
-        let memory = MemoryFile::open(&files.memory, &state)?;
         let sections = Sections::read(state.sections())?;
         let config = sections.config()?;
         Ok(Snapshot {
@@ -150,6 +166,7 @@ impl Snapshot {
             memory: SnapshotMemory::File(Box::new(memory)),
             sections,
             config,
+            clock_catches_up: false,
             takes_changed_disks: false,
         })
     }
@@ -166,8 +183,14 @@ impl Snapshot {
             memory: SnapshotMemory::Shared(layers),
             sections,
             config,
+            clock_catches_up: false,
             takes_changed_disks: false,
         }
+    }
+
+    /// Lets the clock of KVM (kvm-clock) go on as if the machine had run since the snapshot, and not from where it was.
+    pub fn catch_up_clock(&mut self) {
+        self.clock_catches_up = true;
     }
 
     /// Returns the facts about the snapshot.
@@ -183,6 +206,11 @@ impl Snapshot {
     /// Returns the configuration of the machine at the snapshot, with the images that its disks had.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// Returns what the owner of the machine has left in it ([`SnapshotOptions::note`]).
+    pub fn note(&self) -> Option<&str> {
+        self.sections.note.as_deref()
     }
 
     /// Returns the disks that were frozen with it.
@@ -227,7 +255,9 @@ impl Snapshot {
     }
 
     pub(crate) fn machine_state(&self) -> MachineState<'_> {
-        self.sections.machine_state()
+        let taken_at = Duration::from_secs(self.facts().taken_at);
+        self.sections
+            .machine_state(self.clock_catches_up.then_some(taken_at))
     }
 
     /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.
@@ -264,9 +294,9 @@ impl Snapshot {
     /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
     pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
         match &self.memory {
-            SnapshotMemory::File(_) => {
+            SnapshotMemory::File(file) => {
                 let is_mapped = memory.backing() == Backing::PrivateFile;
-                Changes::of_restored(self.facts.id, is_mapped)
+                Changes::of_restored(file.path(), &self.facts, is_mapped)
             }
             // There are no files to base another on.
             SnapshotMemory::Shared(_) => Changes::default(),

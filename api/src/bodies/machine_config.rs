@@ -19,7 +19,7 @@ pub struct MachineConfiguration {
     /// A model of processor to imitate; only `None` is supported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
-    /// Whether pages that the guest writes are recorded.
+    /// Whether pages that the guest writes are recorded, for snapshots of type `Diff`.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Which pages guest memory is made of.
@@ -73,9 +73,6 @@ impl MachineConfiguration {
             return Err(Fault::NotSupported {
                 what: "CPU templates other than 'None'".to_string(),
             });
-        }
-        if self.track_dirty_pages {
-            tracing::info!("track_dirty_pages has no effect: there are no snapshots yet");
         }
         Ok(())
     }

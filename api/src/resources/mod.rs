@@ -10,6 +10,7 @@ mod mmds;
 mod network_interfaces;
 mod parts;
 mod resource;
+mod snapshot;
 mod version;
 mod vm;
 
@@ -34,11 +35,11 @@ static RESOURCES: &[Resource] = &[
     network_interfaces::RESOURCE,
     balloon::RESOURCE,
     mmds::RESOURCE,
+    snapshot::RESOURCE,
 ];
 
 /// Resources of Firecracker that are not supported yet, by the first part of their path.
-const NOT_SUPPORTED: [(&str, &str); 3] = [
-    ("snapshot", "Snapshots"),
+const NOT_SUPPORTED: [(&str, &str); 2] = [
     ("pmem", "Persistent memory devices"),
     ("hotplug", "Memory hotplug"),
 ];

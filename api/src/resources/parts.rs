@@ -6,6 +6,7 @@ use crate::bodies::logger::Logger;
 use crate::bodies::metrics::Metrics;
 use crate::configuration::{Configuration, Put};
 use crate::fault::Fault;
+use crate::instance::Instance;
 use crate::method::Method;
 use crate::metrics_groups::Group;
 use crate::request::{Call, Request};
@@ -64,7 +65,7 @@ pub(super) static RESOURCES: &[Resource] = &[
     Resource {
         path: "serial",
         parse: |call| {
-            put(call, "serial", |configuration, serial| {
+            put_beside_snapshot(call, "serial", |configuration, serial| {
                 configuration.serial = Some(serial);
                 Ok(())
             })
@@ -76,7 +77,7 @@ pub(super) static RESOURCES: &[Resource] = &[
     },
     Resource {
         path: "cpu-config",
-        parse: |call| put(call, "cpu_cfg", Configuration::put_cpu_config),
+        parse: |call| put_beside_snapshot(call, "cpu_cfg", Configuration::put_cpu_config),
         groups: &[],
     },
 ];
@@ -95,6 +96,22 @@ where
     T: DeserializeOwned + Send + 'static,
 {
     Ok(Request::put(name, whole(call)?, put))
+}
+
+/// Reads a request to put a part of the configuration after which a snapshot can still be loaded.
+fn put_beside_snapshot<T>(
+    call: &Call<'_>,
+    name: &'static str,
+    put: Put<T>,
+) -> Result<Request, Fault>
+where
+    T: DeserializeOwned + Send + 'static,
+{
+    let part = whole(call)?;
+    let change = move |instance: &mut Instance| {
+        instance.change_any(|configuration| put(configuration, part))
+    };
+    Ok(Request::change(Method::Put, name, change))
 }
 
 fn set_logger(logger: Logger) -> Request {

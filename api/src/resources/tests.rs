@@ -115,7 +115,54 @@ fn what_is_wrong_is_said_with_its_place() {
             "PUT",
             "/snapshot/create",
             "{}",
-            "Snapshots: not supported by this version of Bantam",
+            "Invalid JSON body: missing field `snapshot_path` at line 1 column 2",
+        ),
+        (
+            "PUT",
+            "/snapshot/create",
+            r#"{"snapshot_path": "a", "mem_file_path": "b", "version": "1.0.0"}"#,
+            "Invalid JSON body: version: unknown field `version`, expected one of `snapshot_type`, \
+             `snapshot_path`, `mem_file_path`, `sync_snapshot_files` at line 1 column 54",
+        ),
+        (
+            "PUT",
+            "/snapshot/create",
+            r#"{"snapshot_path": "a", "mem_file_path": "b", "snapshot_type": "Half"}"#,
+            "Invalid JSON body: snapshot_type: unknown variant `Half`, expected `Full` or `Diff` at \
+             line 1 column 68",
+        ),
+        (
+            "PUT",
+            "/snapshot/load",
+            r#"{"snapshot_path": "a"}"#,
+            "Invalid JSON body: missing field: either `mem_backend` or `mem_file_path` is required",
+        ),
+        (
+            "PUT",
+            "/snapshot/load",
+            r#"{"snapshot_path": "a", "mem_file_path": "b",
+                "mem_backend": {"backend_type": "File", "backend_path": "b"}}"#,
+            "Invalid JSON body: too many fields: either `mem_backend` or `mem_file_path` exclusively \
+             is required",
+        ),
+        (
+            "PUT",
+            "/snapshot/load",
+            r#"{"snapshot_path": "a", "mem_backend": {"backend_path": "b"}}"#,
+            "Invalid JSON body: mem_backend: missing field `backend_type` at line 1 column 59",
+        ),
+        (
+            "PUT",
+            "/snapshot/load",
+            r#"{"snapshot_path": "a", "mem_backend": {"backend_type": "Uffd", "backend_path": "b"}}"#,
+            "A snapshot whose memory another program serves (Uffd): not supported by this version of \
+             Bantam",
+        ),
+        (
+            "PUT",
+            "/snapshot",
+            "{}",
+            "Invalid request method and/or path: PUT /snapshot",
         ),
         (
             "GET",

@@ -1,5 +1,7 @@
 //! `/vm`: whether the machine runs, and its whole configuration.
 
+use std::time::Instant;
+
 use bantam_vmm::State;
 use serde::Deserialize;
 
@@ -18,7 +20,12 @@ pub(super) const RESOURCE: Resource = Resource {
         })),
         (Method::Patch, []) => {
             let Vm { state } = call.json()?;
-            Ok(Request::patch("vm", move |instance| go_to(state, instance)))
+            let received = Instant::now();
+            Ok(Request::patch("vm", move |instance| {
+                instance
+                    .view()
+                    .timed(state.latency(), received, || go_to(state, instance))
+            }))
         }
         _ => Err(call.unknown()),
     },
@@ -42,8 +49,18 @@ enum VmState {
     Resumed,
 }
 
+impl VmState {
+    /// What the metrics call the way there.
+    fn latency(self) -> &'static str {
+        match self {
+            VmState::Paused => "pause_vm",
+            VmState::Resumed => "resume_vm",
+        }
+    }
+}
+
 /// Pauses or resumes the machine, unless it is in the wanted state already.
-fn go_to(wanted: VmState, instance: &mut Instance) -> Result<(), Fault> {
+fn go_to(wanted: VmState, instance: &Instance) -> Result<(), Fault> {
     instance.view().require_started()?;
     let controller = instance.controller();
     match (wanted, controller.state()) {

@@ -5,6 +5,7 @@
 
 mod devices;
 mod metadata;
+mod snapshots;
 mod workshop;
 
 use std::fs;

@@ -114,6 +114,20 @@ impl Workshop {
         }
     }
 
+    /// Returns what starts a monitor with its API on this socket in the folder.
+    pub fn executor(&self, socket: &str) -> UnrestrictedVmmExecutor {
+        let socket = VmmApiSocket::Enabled(self.path(socket));
+        let arguments = VmmArguments::new(socket)
+            .log_level(VmmLogLevel::Info)
+            .show_log_level()
+            .enable_boot_timer()
+            .api_max_payload_bytes(100_000)
+            .mmds_size_limit(100_000);
+        UnrestrictedVmmExecutor::new(arguments)
+            .command_modifier(EndWithTest)
+            .id(VmmId::new("fctools-1").unwrap())
+    }
+
     /// Starts a machine, and returns it with the folder of its files.
     pub async fn start(
         self,
@@ -123,16 +137,7 @@ impl Workshop {
         let firecracker = self.path("firecracker");
         symlink(monitor(), &firecracker).unwrap();
         let installation = VmmInstallation::new(&firecracker, &firecracker, &firecracker);
-        let socket = VmmApiSocket::Enabled(self.path("api.socket"));
-        let arguments = VmmArguments::new(socket)
-            .log_level(VmmLogLevel::Info)
-            .show_log_level()
-            .enable_boot_timer()
-            .api_max_payload_bytes(100_000)
-            .mmds_size_limit(100_000);
-        let executor = UnrestrictedVmmExecutor::new(arguments)
-            .command_modifier(EndWithTest)
-            .id(VmmId::new("fctools-1").unwrap());
+        let executor = self.executor("api.socket");
         let configuration = VmConfiguration::New { init_method, data };
         let machine = Vm::prepare(executor, self.resources, installation, configuration);
         let mut machine = machine.await.unwrap();

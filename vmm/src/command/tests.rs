@@ -1,4 +1,5 @@
 use std::num::NonZeroU32;
+use std::path::Path;
 
 use bantam_devices::rate_limiter::{Limits, RateLimit};
 use bantam_devices::virtio::balloon::HintingCommand;
@@ -7,6 +8,7 @@ use bantam_storage::ImageFormat;
 use serde_json::json;
 
 use super::*;
+use crate::snapshot::{SnapshotBase, SnapshotDisks, SnapshotFiles};
 
 fn comes_back<T>(value: &T)
 where
@@ -38,6 +40,13 @@ fn commands_and_answers_travel_as_json() {
             disk: "root".parse().unwrap(),
             path: "/overlay.qcow2".into(),
         }]),
+        Command::Snapshot(Box::new(SnapshotOptions {
+            files: SnapshotFiles::in_directory(Path::new("/snapshot")),
+            base: Some(SnapshotBase::Last),
+            disks: SnapshotDisks::Unprotected,
+            stop: false,
+            note: Some("root".to_owned()),
+        })),
         Command::PutMetadata(json!({"a": [1, null]})),
     ] {
         comes_back(&command);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, SnapshotId, StateFile};
+use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, SnapshotId, StateFile, Witness};
 use bantam_state::Section;
 
 use super::{Controller, Life};
@@ -18,8 +18,8 @@ use crate::kvm::{SavedProcessors, VmState};
 use crate::lock::lock;
 use crate::machine::{Machine, Origin};
 use crate::snapshot::{
-    Changes, FrozenDisk, GuestFacts, Sections, Snapshot, SnapshotDisks, SnapshotOptions,
-    SnapshotTaken, changes_since,
+    Changes, FrozenDisk, GuestFacts, Sections, Selection, Snapshot, SnapshotBase, SnapshotDisks,
+    SnapshotOptions, SnapshotTaken, changes_since,
 };
 use crate::state::State;
 use crate::vm::Vm;
@@ -60,10 +60,11 @@ struct SavedMachine {
 }
 
 impl SavedMachine {
-    /// Returns the sections of a state file, with the disks that stay as they are.
-    fn into_sections(self, disks: Vec<FrozenDisk>) -> Sections {
+    /// Returns the sections of a state file, with a note of the owner and the disks that stay as they are.
+    fn into_sections(self, note: Option<String>, disks: Vec<FrozenDisk>) -> Sections {
         Sections::new(
             &self.config,
+            note,
             self.guest,
             disks,
             self.processors,
@@ -98,6 +99,8 @@ struct Taken {
     facts: Facts,
     /// The pages of a differential snapshot.
     pages: Option<PageSet>,
+    /// The witnesses of a differential snapshot.
+    witnesses: Vec<Witness>,
     page_count: usize,
     writer: MemoryWriter,
     /// What is still to be written.
@@ -115,7 +118,13 @@ impl Controller {
     /// then goes on as it was, but some of its disks may have new overlays.
     pub fn snapshot(&self, options: SnapshotOptions) -> Result<SnapshotTaken, Error> {
         let (taken, paused_for) = self.while_at_rest(options.stop, || {
-            let taken = self.while_paused("take a snapshot", |parts| self.read(parts, &options))?;
+            let taken = self.while_paused("take a snapshot", |parts| {
+                if options.disks == SnapshotDisks::Unprotected && !options.stop {
+                    // A copy of an image has all that the guest has written.
+                    parts.devices.flush_disks()?;
+                }
+                self.read(parts, &options)
+            })?;
             let disks = match options.stop {
                 true => &SnapshotDisks::Unprotected,
                 false => &options.disks,
@@ -136,16 +145,17 @@ impl Controller {
             SnapshotDisks::Unprotected => Vec::new(),
             _ => taken.machine.frozen_disks(&overlays, options.stop)?,
         };
-        let id = taken.facts.id;
         let is_logging = taken.machine.config.track_dirty_pages;
-        let sections = taken.machine.into_sections(frozen).write()?;
+        let sections = taken.machine.into_sections(options.note, frozen).write()?;
         let path = &options.files.state;
-        let state = StateFile::new(path, taken.facts, taken.pages, sections).write()?;
+        let state = StateFile::new(path, taken.facts, taken.pages, sections)
+            .with_witnesses(taken.witnesses);
+        let file = state.write()?;
         memory.put_in_place()?;
-        state.put_in_place()?;
-        lock(&taken.changes).note(id, is_logging);
+        file.put_in_place()?;
+        lock(&taken.changes).note(&state, is_logging);
         Ok(SnapshotTaken {
-            id,
+            id: state.facts().id,
             pages: taken.page_count as u64,
             paused_for,
         })
@@ -178,7 +188,7 @@ impl Controller {
             _ => machine.frozen_disks(&overlays, false)?,
         };
         let config = machine.config.clone();
-        let sections = machine.into_sections(frozen);
+        let sections = machine.into_sections(None, frozen);
         Ok((
             Snapshot::shared(facts, layers, sections, config),
             paused_for,
@@ -282,16 +292,43 @@ impl Controller {
     fn read(&self, parts: &PausedParts, options: &SnapshotOptions) -> Result<Taken, Error> {
         let machine = self.read_state(parts)?;
         let memory = &parts.memory;
-        let (pages, base) = changes_since(
+        let mut changes = lock(&parts.changes);
+        let Selection { pages, base } = changes_since(
             options.base.as_ref(),
-            &mut lock(&parts.changes),
+            &mut changes,
             machine.config.track_dirty_pages,
             &parts.vm,
             memory,
         )?;
+        let is_since_last = matches!(options.base, Some(SnapshotBase::Last));
+        let earlier = match base.filter(|_| is_since_last) {
+            Some(base) => changes.earlier(&options.files.memory, base)?,
+            None => None,
+        };
+        drop(changes);
+        let (base_of_all, all_pages) = match &earlier {
+            None => (base, base.map(|_| pages.clone())),
+            Some(earlier) => {
+                let mut all_pages = earlier.pages.clone();
+                if let Some(all_pages) = &mut all_pages {
+                    all_pages.add(&pages);
+                }
+                (earlier.base, all_pages)
+            }
+        };
         let regions = memory.regions().map(|region| (region.start.0, region.len));
-        let facts = Facts::now(base, regions).map_err(Error::RandomSeed)?;
-        let writer = MemoryWriter::create(&options.files.memory, &facts)?;
+        let facts = Facts::now(base_of_all, regions).map_err(Error::RandomSeed)?;
+        let mut writer = MemoryWriter::create(&options.files.memory, &facts)?;
+        if is_since_last {
+            writer = writer.writing_zeroes();
+        }
+        if let Some(earlier) = &earlier {
+            writer.copy(&earlier.file, earlier.pages.as_ref())?;
+        }
+        let witnesses = match all_pages.as_ref().filter(|_| is_since_last) {
+            Some(pages) => Witness::find(memory, &facts, pages),
+            None => Vec::new(),
+        };
         let page_count = pages.len();
         let is_small = base.is_some() && page_count * PAGE_SIZE <= MAX_COPY;
         let copied = match is_small {
@@ -307,7 +344,8 @@ impl Controller {
         Ok(Taken {
             machine,
             facts,
-            pages: base.map(|_| pages),
+            pages: all_pages,
+            witnesses,
             page_count,
             writer,
             copied,
@@ -321,6 +359,7 @@ impl Controller {
     /// the same content, taps, sockets and ends of streams.
     ///
     /// The guest's clocks go on from where they were: the time of day is behind until the guest sets it.
+    /// [`Snapshot::catch_up_clock`] changes that.
     ///
     /// # Errors
     /// Those of [`Controller::start`] and of [`Snapshot::check_disks`], and [`Error::Restore`] if the state does not fit the machine or this host.

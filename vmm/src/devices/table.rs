@@ -166,6 +166,24 @@ impl DeviceTable {
         })
     }
 
+    /// Brings what the guest has written to all disks to stable storage.
+    ///
+    /// # Errors
+    /// If one of them cannot be flushed. The others are flushed all the same.
+    pub(crate) fn flush_disks(&self) -> Result<(), Error> {
+        let mut flushed = Ok(());
+        let disks = self.disks().filter(|(disk, _)| !disk.is_read_only());
+        for (disk, activity) in disks {
+            if let Err(source) = activity.during(|| disk.flush()) {
+                let path = disk.path().to_path_buf();
+                let error = Error::Flush { path, source };
+                tracing::error!("{error}");
+                flushed = flushed.and(Err(error));
+            }
+        }
+        flushed
+    }
+
     /// Cancels the jobs of all disks, which end soon after this.
     pub(crate) fn cancel_jobs(&self) {
         for entry in &self.virtio {

@@ -1,5 +1,7 @@
 //! The state of a machine's virtual machine and vCPUs together.
 
+use std::time::Duration;
+
 use bantam_state::{RestoreError, SaveError, SavedState, Section};
 
 use super::tsc::TscRestorer;
@@ -65,6 +67,11 @@ impl SavedProcessors {
             }
         }
         Ok(SavedProcessors { vm, vcpus })
+    }
+
+    /// Lets the guest's clock go on as if the machine had run since its state was saved, at `saved_at` since 1970.
+    pub(crate) fn catch_up_clock(&mut self, saved_at: Duration) {
+        self.vm.catch_up_clock(saved_at);
     }
 
     /// Sets the state of a machine that has its memory and has not run yet.

@@ -1,9 +1,11 @@
 //! The state of a virtual machine besides its vCPUs: interrupt controllers, interval timer and clock.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use bantam_state::{RestoreError, SaveError, SavedState};
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pit_state2,
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
 };
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +66,19 @@ impl VmState {
             },
             clock: vm.fd().get_clock().map_err(failed("clock"))?,
         })
+    }
+
+    /// Lets the clock (kvm-clock) go on as if the machine had run since it was saved, at `saved_at` since 1970. If KVM has
+    /// said when that was, it is more exact.
+    pub(crate) fn catch_up_clock(&mut self, saved_at: Duration) {
+        let saved_at = match self.clock.flags & KVM_CLOCK_REALTIME {
+            0 => saved_at,
+            _ => Duration::from_nanos(self.clock.realtime),
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let passed = now.unwrap_or_default().saturating_sub(saved_at);
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        self.clock.clock = self.clock.clock.saturating_add(passed);
     }
 
     /// Sets the clock (kvm-clock), which goes on from where it was. By this clock, as by the time stamp
@@ -170,6 +185,31 @@ mod tests {
         assert!((1 << 50..1 << 51).contains(&restored.clock.clock));
         let timer = restored.interval_timer.unwrap();
         assert_eq!((timer.channels[0].mode, timer.channels[0].count), (2, 1193));
+    }
+
+    #[test]
+    fn a_clock_catches_up_from_the_moment_that_is_known_best() {
+        let Ok(kvm) = open_kvm() else {
+            eprintln!("skipped: there is no KVM here");
+            return;
+        };
+        const DAY: u64 = 24 * 60 * 60 * 1_000_000_000;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let mut state = VmState::save(&vm(&kvm)).unwrap();
+        state.clock.clock = 1;
+        state.clock.flags = 0;
+        state.catch_up_clock(now - Duration::from_nanos(DAY));
+        assert!((DAY..DAY + DAY / 24).contains(&state.clock.clock));
+        state.clock.flags = KVM_CLOCK_REALTIME;
+        state.clock.realtime = now.as_nanos() as u64 - 2 * DAY;
+        state.clock.clock = 1;
+        state.catch_up_clock(now);
+        assert!((2 * DAY..2 * DAY + DAY / 24).contains(&state.clock.clock));
+        // The host's clock may have been set back.
+        state.clock.flags = 0;
+        state.clock.clock = 1;
+        state.catch_up_clock(now + Duration::from_nanos(DAY));
+        assert_eq!(state.clock.clock, 1);
     }
 
     #[test]

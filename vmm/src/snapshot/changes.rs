@@ -1,9 +1,12 @@
 //! Which pages of guest memory have changed since a snapshot.
 
+use std::path::Path;
+
 use bantam_memory::{Backing, GuestMemory, PageSet};
-use bantam_snapshot::{MemoryFile, SnapshotError, SnapshotFiles, SnapshotId, StateFile};
+use bantam_snapshot::{Facts, MemoryFile, SnapshotError, SnapshotId, StateFile};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::SnapshotBase;
 use crate::error::Error;
 use crate::vm::Vm;
 
@@ -14,18 +17,23 @@ pub(crate) struct Changes {
     logged_since: Option<SnapshotId>,
     /// Pages that were taken from the logs for a snapshot that failed.
     kept: Option<PageSet>,
-    /// The snapshot that guest memory is mapped from. Its pages that have been written are not the file's any more.
-    mapped_from: Option<SnapshotId>,
+    /// The snapshot that guest memory is mapped from, which is complete. Its pages that have been written are not the
+    /// file's any more.
+    mapped_from: Option<StateFile>,
+    /// The last snapshot, or the one that the machine goes on from, without the sections of the machine.
+    last: Option<StateFile>,
 }
 
 impl Changes {
-    /// Returns what a machine that goes on from snapshot `id` knows. If its memory `is_mapped` from there, the host knows
-    /// which pages have been written since.
-    pub(crate) fn of_restored(id: SnapshotId, is_mapped: bool) -> Changes {
+    /// Returns what a machine knows that goes on from the complete snapshot with these facts, whose state file is at
+    /// `path`. If its memory `is_mapped` from there, the host knows which pages have been written since.
+    pub(crate) fn of_restored(path: &Path, facts: &Facts, is_mapped: bool) -> Changes {
+        let snapshot = StateFile::new(path, facts.clone(), None, Vec::new());
         Changes {
-            logged_since: Some(id),
+            logged_since: Some(facts.id),
             kept: None,
-            mapped_from: is_mapped.then_some(id),
+            mapped_from: is_mapped.then(|| snapshot.clone()),
+            last: Some(snapshot),
         }
     }
 
@@ -58,46 +66,105 @@ impl Changes {
         self.mapped_from = None;
     }
 
-    /// Notes that snapshot `id` has all changes that were taken.
-    pub(crate) fn note(&mut self, id: SnapshotId, is_logging: bool) {
+    /// Notes that `snapshot` has all changes that were taken.
+    pub(crate) fn note(&mut self, snapshot: &StateFile, is_logging: bool) {
         self.kept = None;
-        self.logged_since = is_logging.then_some(id);
+        self.logged_since = is_logging.then_some(snapshot.facts().id);
+        self.last = Some(snapshot.without_sections());
+    }
+
+    /// Returns the memory file at `path` with the pages that it has, if it is that of snapshot `base` or of the last one.
+    pub(crate) fn earlier(&self, path: &Path, base: SnapshotId) -> Result<Option<Earlier>, Error> {
+        let known = [&self.last, &self.mapped_from].into_iter().flatten();
+        // What was written since the base includes what was written since the last snapshot.
+        let is_last =
+            |it: &StateFile| self.last.as_ref().map(|last| last.facts().id) == Some(it.facts().id);
+        let fitting = known.filter(|it| it.facts().id == base || is_last(it));
+        for snapshot in fitting {
+            let Ok(file) = MemoryFile::open(path, snapshot) else {
+                continue;
+            };
+            let is_complete = file.is_complete(snapshot)?;
+            return Ok(Some(Earlier {
+                file,
+                base: snapshot.facts().base.filter(|_| !is_complete),
+                pages: snapshot.pages().filter(|_| !is_complete).cloned(),
+            }));
+        }
+        Ok(None)
     }
 }
 
-/// Returns the pages of a snapshot of a paused machine: all that can differ from zero, or those that have changed since
-/// `base`, with its id.
+/// The memory file of an earlier snapshot, for a new one to begin with.
+pub(crate) struct Earlier {
+    pub(crate) file: MemoryFile,
+    /// What it is based on, unless it is complete.
+    pub(crate) base: Option<SnapshotId>,
+    /// The pages that it has, unless it is complete.
+    pub(crate) pages: Option<PageSet>,
+}
+
+/// The pages that a snapshot is to have.
+pub(crate) struct Selection {
+    /// All that can differ from zero, or those that have changed since `base`.
+    pub(crate) pages: PageSet,
+    pub(crate) base: Option<SnapshotId>,
+}
+
+impl Selection {
+    fn all(memory: &GuestMemory) -> std::io::Result<Selection> {
+        let pages = memory.pages_with_content()?;
+        Ok(Selection { pages, base: None })
+    }
+}
+
+/// Returns the pages of a snapshot of a paused machine that is based on `base`.
 ///
 /// # Errors
 /// If `base` is not a snapshot of such a machine, or its changes are not known and it is no full snapshot.
 pub(crate) fn changes_since(
-    base: Option<&SnapshotFiles>,
+    base: Option<&SnapshotBase>,
     changes: &mut Changes,
     is_logging: bool,
     vm: &Vm,
     memory: &GuestMemory,
-) -> Result<(PageSet, Option<SnapshotId>), Error> {
-    let state = base.map(|base| StateFile::open(&base.state)).transpose()?;
-    let base_id = state.as_ref().map(|state| state.facts().id);
-    let logged = match is_logging {
-        true => changes.take(base_id, vm, memory)?,
-        false => None,
+) -> Result<Selection, Error> {
+    let state = match base {
+        Some(SnapshotBase::Files(files)) => Some(StateFile::open(&files.state)?),
+        Some(SnapshotBase::Last) | None => None,
     };
-    if let Some(pages) = logged {
-        return Ok((pages, base_id));
+    let base_id = match base {
+        Some(SnapshotBase::Last) => changes.logged_since,
+        Some(SnapshotBase::Files(_)) | None => state.as_ref().map(|state| state.facts().id),
+    };
+    if is_logging && let Some(pages) = changes.take(base_id, vm, memory)? {
+        return Ok(Selection {
+            pages,
+            base: base_id,
+        });
     }
     let failed = Error::resource("the list of pages of guest memory");
-    let (Some(base), Some(state)) = (base, state) else {
-        return Ok((memory.pages_with_content().map_err(failed)?, None));
+    let mapped_from = changes.mapped_from.as_ref();
+    let mapped_from = mapped_from.map(|it| it.facts().id);
+    let mapped_from = mapped_from.filter(|_| memory.backing() == Backing::PrivateFile);
+    let is_base = |id: SnapshotId| match base {
+        Some(SnapshotBase::Last) => true,
+        Some(SnapshotBase::Files(_)) | None => base_id == Some(id),
     };
-    if memory.backing() == Backing::PrivateFile && base_id == changes.mapped_from {
-        return Ok((memory.written_pages().map_err(failed)?, base_id));
+    if let Some(id) = mapped_from.filter(|id| is_base(*id)) {
+        return Ok(Selection {
+            pages: memory.written_pages().map_err(failed)?,
+            base: Some(id),
+        });
     }
-    if state.pages().is_some() {
+    let (Some(SnapshotBase::Files(base)), Some(state)) = (base, state) else {
+        return Selection::all(memory).map_err(failed);
+    };
+    let file = MemoryFile::open(&base.memory, &state)?;
+    if !file.is_complete(&state)? {
         let path = base.state.clone();
         return Err(SnapshotError::Differential { path }.into());
     }
-    let file = MemoryFile::open(&base.memory, &state)?;
     let regions = memory.regions().map(|region| (region.start.0, region.len));
     if !regions.eq(state.facts().regions.iter().copied()) {
         return Err(Error::OtherMemory {
@@ -109,7 +176,10 @@ pub(crate) fn changes_since(
         reason: error.to_string(),
     })?;
     let pages = differing_pages(memory, &earlier).map_err(failed)?;
-    Ok((pages, base_id))
+    Ok(Selection {
+        pages,
+        base: base_id,
+    })
 }
 
 /// Returns the pages in which two memories with the same regions differ.

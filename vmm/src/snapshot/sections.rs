@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bantam_state::{RestoreError, SavedState, Section};
 use serde::{Deserialize, Serialize};
@@ -111,10 +112,23 @@ impl FrozenDisk {
     }
 }
 
+/// What the owner of the machine wants to find again.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    text: String,
+}
+
+impl SavedState for Note {
+    const KIND: &'static str = "note";
+    const VERSION: u16 = 1;
+}
+
 /// The state that a machine goes on from, besides its memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct MachineState<'a> {
     pub(crate) guest: GuestFacts,
+    /// When it was saved, since 1970, if the guest's clock is to go on as if the machine had run since.
+    pub(crate) clock_catches_up_from: Option<Duration>,
     /// One of the virtual machine, and then one of each vCPU.
     pub(crate) processors: &'a [Section],
     pub(crate) devices: &'a [SavedDevice],
@@ -125,6 +139,7 @@ pub(crate) struct MachineState<'a> {
 pub(crate) struct Sections {
     machine_file: String,
     pub(crate) host: HostFacts,
+    pub(crate) note: Option<String>,
     guest: GuestFacts,
     pub(crate) disks: Vec<FrozenDisk>,
     processors: Vec<Section>,
@@ -135,6 +150,7 @@ impl Sections {
     /// Puts together the state of a machine of this host.
     pub(crate) fn new(
         config: &MachineConfig,
+        note: Option<String>,
         guest: GuestFacts,
         disks: Vec<FrozenDisk>,
         processors: Vec<Section>,
@@ -143,6 +159,7 @@ impl Sections {
         Sections {
             machine_file: config.to_toml(),
             host: HostFacts::of_this_host(),
+            note,
             guest,
             disks,
             processors,
@@ -162,6 +179,9 @@ impl Sections {
             Section::of(&self.host)?,
             Section::of(&self.guest)?,
         ];
+        if let Some(text) = &self.note {
+            sections.push(Section::of(&Note { text: text.clone() })?);
+        }
         for disk in &self.disks {
             sections.push(Section::of(disk)?);
         }
@@ -177,13 +197,14 @@ impl Sections {
     /// # Errors
     /// If one is damaged, not known to this program, or missing.
     pub(crate) fn read(sections: &[Section]) -> Result<Sections, RestoreError> {
-        let (mut configuration, mut host, mut guest) = (None, None, None);
+        let (mut configuration, mut host, mut guest, mut note) = (None, None, None, None);
         let (mut disks, mut processors, mut devices) = (Vec::new(), Vec::new(), Vec::new());
         for section in sections {
             match section.kind() {
                 Configuration::KIND => configuration = Some(section.decode::<Configuration>()?),
                 HostFacts::KIND => host = Some(section.decode()?),
                 GuestFacts::KIND => guest = Some(section.decode()?),
+                Note::KIND => note = Some(section.decode::<Note>()?.text),
                 FrozenDisk::KIND => disks.push(section.decode()?),
                 VM_KIND | VCPU_KIND => processors.push(section.clone()),
                 SavedDevice::KIND => devices.push(section.decode()?),
@@ -200,6 +221,7 @@ impl Sections {
         Ok(Sections {
             machine_file: required(configuration)?.machine_file,
             host: required(host)?,
+            note,
             guest: required(guest)?,
             disks,
             processors,
@@ -220,9 +242,13 @@ impl Sections {
         config.map_err(|error| invalid(error.to_string()).into())
     }
 
-    pub(crate) fn machine_state(&self) -> MachineState<'_> {
+    pub(crate) fn machine_state(
+        &self,
+        clock_catches_up_from: Option<Duration>,
+    ) -> MachineState<'_> {
         MachineState {
             guest: self.guest,
+            clock_catches_up_from,
             processors: &self.processors,
             devices: &self.devices,
         }
