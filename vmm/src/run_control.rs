@@ -371,7 +371,7 @@ impl RunControl {
             Ok(_) => outcome,
         };
         *lock(&self.outcome) = Some(outcome);
-        // Nobody does it any more, and who waits for it is to see that.
+        // Nobody does it any more, and the threads that wait for it have to see that.
         threads.work.clear();
         threads.kick_running();
         self.changed.notify_all();

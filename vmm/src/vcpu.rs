@@ -323,6 +323,7 @@ impl Vcpu {
                     let Some(debugger) = &environment.debugger else {
                         return Err(self.error("a debug exit without a debugger".to_owned()));
                     };
+                    // This exit leaves nothing of an instruction undone, so the vCPU can wait here.
                     debugger
                         .take_debug_exit(&self.parked(environment), &exit)
                         .map_err(|error| self.error(error.to_string()))?;
