@@ -300,6 +300,7 @@ fn linux_runs_on_four_vcpus_reacts_to_its_owner_and_reboots() {
     let commands = [
         "cpus",
         "time",
+        "platform-driver:vmgenid",
         "power-button",
         "ctrl-alt-del",
         "disk-info:vda",
@@ -354,6 +355,10 @@ fn linux_runs_on_four_vcpus_reacts_to_its_owner_and_reboots() {
         );
     }
     assert_right_time(&answer(&text, "time"));
+    assert_words(
+        &answer(&text, "platform-driver:vmgenid"),
+        &["devices=BNTM0001:00"],
+    );
     answer(&text, "power-button");
     answer(&text, "ctrl-alt-del");
     assert_words(

@@ -23,6 +23,10 @@ pub enum Command {
     Memory,
     /// The name of the current clock source.
     Clocksource,
+    /// `devices=NAME+...`, the devices of a driver on the platform bus, or `devices=-`.
+    PlatformDriver {
+        driver: String,
+    },
     /// `slept=Nms wall=SECONDS`, the duration of a sleep of 200 ms, and the time since 1970.
     Time,
     /// Nothing, but late.
@@ -154,6 +158,9 @@ impl FromStr for Command {
             "cpus" => Self::Cpus,
             "memory" => Self::Memory,
             "clocksource" => Self::Clocksource,
+            "platform-driver" => Self::PlatformDriver {
+                driver: arguments.device("driver")?,
+            },
             "time" => Self::Time,
             "sleep" => Self::Sleep {
                 milliseconds: arguments.parsed("milliseconds")?,

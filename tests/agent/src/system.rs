@@ -107,6 +107,17 @@ pub fn clocksource() -> Result<String> {
     attribute("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 }
 
+pub fn platform_driver(driver: &str) -> Result<String> {
+    let mut devices = names(&format!("/sys/bus/platform/drivers/{driver}"))?;
+    // The others are the driver's own files; the id of an ACPI device is followed by a number.
+    devices.retain(|name| name.contains(':'));
+    let devices = match &devices[..] {
+        [] => "-".to_owned(),
+        devices => devices.join("+"),
+    };
+    Ok(format!("devices={devices}"))
+}
+
 /// Checks that a sleep takes as long as it should by the monotonic clock.
 pub fn time() -> Result<String> {
     const ASKED: Duration = Duration::from_millis(200);
