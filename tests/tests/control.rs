@@ -331,7 +331,7 @@ fn misbehaving_clients_hold_up_neither_others_nor_the_end() {
         .unwrap();
     let lines = b"{\"id\":1,\"command\":\"metrics\"}\n".repeat(1000);
     while stalled.write_all(&lines).is_ok() {}
-    // One says nothing, one only a part of a request, and one what is none.
+    // One says nothing, one sends a part of a request, and one something that is not a request.
     let silent = raw(&machine.path());
     let mut partial = raw(&machine.path());
     partial.write_all(b"{\"id\":1,\"comm").unwrap();
