@@ -34,7 +34,7 @@ struct Controlled {
 impl Controlled {
     /// Starts `bantam`, and waits until its guest has printed `text`.
     fn start(bantam: Bantam, text: &str) -> Controlled {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().expect("there is room for temporary files");
         let path = folder.path().join("control.sock");
         let running = bantam.option("--control", &path).start();
         running.wait_for_output(text);
@@ -307,15 +307,15 @@ fn the_machine_of_the_api_has_a_control_socket() {
 
 /// Connects, and reads the greeting.
 fn raw(path: &Path) -> UnixStream {
-    let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream
-        .set_write_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
+    let mut stream = UnixStream::connect(path).expect("the machine listens");
+    let timeouts = stream
+        .set_read_timeout(Some(PATIENCE))
+        .and_then(|()| stream.set_write_timeout(Some(Duration::from_millis(200))));
+    timeouts.expect("sockets have timeouts");
     let mut greeting = Vec::new();
     let mut byte = [0];
     while byte != *b"\n" {
-        stream.read_exact(&mut byte).unwrap();
+        stream.read_exact(&mut byte).expect("it greets");
         greeting.extend(byte);
     }
     assert!(greeting.starts_with(b"{\"greeting\":{"));
@@ -333,7 +333,7 @@ fn misbehaving_clients_hold_up_neither_others_nor_the_end() {
         .unwrap();
     let lines = b"{\"id\":1,\"command\":\"metrics\"}\n".repeat(1000);
     while stalled.write_all(&lines).is_ok() {}
-    // One says nothing, one only a part of a request, and one what is none.
+    // One says nothing, one sends a part of a request, and one something that is not a request.
     let silent = raw(&machine.path());
     let mut partial = raw(&machine.path());
     partial.write_all(b"{\"id\":1,\"comm").unwrap();

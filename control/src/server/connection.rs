@@ -142,7 +142,7 @@ impl Connection {
     fn receive(&mut self) -> io::Result<()> {
         let mut chunk = [0; CHUNK_SIZE];
         match self.stream.try_read(&mut chunk) {
-            // Nobody waits for events without being able to end that.
+            // A client that can no longer unsubscribe gets no more events.
             Ok(0) => {
                 self.is_closing = true;
                 self.subscription = None;
