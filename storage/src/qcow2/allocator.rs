@@ -159,8 +159,8 @@ impl Allocator {
     /// Those of [`Self::take`].
     pub fn take_contiguous(&mut self, count: u64) -> io::Result<Range<u64>> {
         let tail = match self.plan_tail(count) {
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
-                // The reserve can have all that is left of a file of a fixed size.
+            Err(error) if self.is_full(&error) => {
+                // The reserve can have all that is left.
                 self.give_back()?;
                 if let Some(run) = self.find_run(count)? {
                     self.make_reserve(std::slice::from_ref(&run), None)?;
@@ -294,8 +294,8 @@ impl Allocator {
                 return Ok((holes, None));
             }
             match self.plan_reserve_tail(missing) {
-                // A file of a fixed size is full behind what is used, but may have holes in it.
-                Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                // There is no room behind what is used, but there may be holes in it.
+                Err(error) if self.is_full(&error) => {
                     if !holes.is_empty() {
                         return Ok((holes, None));
                     } else if self.search >= self.end() {
@@ -330,7 +330,7 @@ impl Allocator {
     fn plan_reserve_tail(&mut self, mut count: u64) -> io::Result<Tail> {
         loop {
             match self.plan_tail(count) {
-                Err(error) if error.kind() == io::ErrorKind::StorageFull && count > 1 => count /= 2,
+                Err(error) if self.is_full(&error) && count > 1 => count /= 2,
                 tail => return tail,
             }
         }
@@ -362,6 +362,11 @@ impl Allocator {
         Err(io::Error::other(
             "there are used clusters behind the end of the image",
         ))
+    }
+
+    /// Whether `error` says that a file of a fixed size has no room behind what is used.
+    fn is_full(&self, error: &io::Error) -> bool {
+        self.most_clusters.is_some() && error.kind() == io::ErrorKind::StorageFull
     }
 
     /// Refuses to use more clusters than a file of a fixed size has.
