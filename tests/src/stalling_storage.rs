@@ -8,9 +8,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
@@ -28,6 +28,8 @@ const IN_HEADER: usize = 40;
 /// Node of the root folder, and of the file.
 const ROOT: u64 = 1;
 const FILE: u64 = 2;
+/// How long a guest may take to have the storage of a range changed.
+const CHANGE_LIMIT: Duration = Duration::from_secs(30);
 /// How often the server checks whether it has to answer again.
 const INTERVAL: Duration = Duration::from_millis(10);
 
@@ -45,14 +47,18 @@ mod opcode {
     pub const INIT: u32 = 26;
     pub const INTERRUPT: u32 = 36;
     pub const BATCH_FORGET: u32 = 42;
+    pub const FALLOCATE: u32 = 43;
 }
 
 /// A FUSE file system with one file of zeroes, which is never in the page cache. While it is stalled,
 /// reads, writes and syncs get no answer; a signal that ends the process ends them. While it refuses
-/// writes, they fail with an I/O error, and so do syncs.
+/// writes, they fail with an I/O error, and so do syncs. It changes the storage of no range: while it
+/// holds such requests they get no answer, and otherwise they are not supported.
 pub struct StallingStorage {
     folder: TempDir,
     stalled: Arc<AtomicBool>,
+    holds_changes: Arc<AtomicBool>,
+    held_changes: Arc<AtomicUsize>,
     refuses: Arc<AtomicBool>,
     ending: Arc<AtomicBool>,
     server: Option<JoinHandle<()>>,
@@ -79,17 +85,24 @@ impl StallingStorage {
         mount(folder.path(), &options).map_err(|error| format!("cannot mount it: {error}"))?;
         let (stalled, ending) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let refuses = Arc::<AtomicBool>::default();
+        let holds_changes = Arc::<AtomicBool>::default();
+        let held_changes = Arc::<AtomicUsize>::default();
         let mut server = Server {
             device,
             data: vec![0; FILE_SIZE],
             stalled: stalled.clone(),
             refuses: refuses.clone(),
+            holds_changes: holds_changes.clone(),
+            held_changes: held_changes.clone(),
             ending: ending.clone(),
             held: VecDeque::new(),
+            changes: VecDeque::new(),
         };
         Ok(Self {
             folder,
             stalled,
+            holds_changes,
+            held_changes,
             refuses,
             ending,
             server: Some(thread::spawn(move || server.run())),
@@ -104,6 +117,24 @@ impl StallingStorage {
     /// Stops answering, or goes on with what has been asked meanwhile.
     pub fn stall(&self, stalls: bool) {
         self.stalled.store(stalls, Ordering::SeqCst);
+    }
+
+    /// Answers no request to change the storage of a range, or refuses those that were held and all others.
+    pub fn hold_changes(&self, holds: bool) {
+        self.holds_changes.store(holds, Ordering::SeqCst);
+    }
+
+    /// Waits until a request to change the storage of a range is held.
+    ///
+    /// # Panics
+    ///
+    /// If none comes in time.
+    pub fn wait_for_change(&self) {
+        let deadline = Instant::now() + CHANGE_LIMIT;
+        while self.held_changes.load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < deadline, "nobody changes the file");
+            thread::sleep(INTERVAL);
+        }
     }
 
     /// Refuses writes and syncs, or takes them again.
@@ -121,6 +152,7 @@ impl Default for StallingStorage {
 impl Drop for StallingStorage {
     fn drop(&mut self) {
         self.stall(false);
+        self.hold_changes(false);
         let path = path_of(self.folder.path());
         // SAFETY: the path is a string that ends with a zero.
         unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
@@ -159,9 +191,14 @@ struct Server {
     data: Vec<u8>,
     stalled: Arc<AtomicBool>,
     refuses: Arc<AtomicBool>,
+    holds_changes: Arc<AtomicBool>,
+    /// How many changes of the storage of a range were held so far.
+    held_changes: Arc<AtomicUsize>,
     ending: Arc<AtomicBool>,
     /// Requests that have no answer yet.
     held: VecDeque<Vec<u8>>,
+    /// Changes of the storage of a range that have no answer yet.
+    changes: VecDeque<Vec<u8>>,
 }
 
 impl Server {
@@ -171,6 +208,11 @@ impl Server {
             if !self.stalled.load(Ordering::SeqCst) {
                 while let Some(held) = self.held.pop_front() {
                     self.answer(&held);
+                }
+            }
+            if !self.holds_changes.load(Ordering::SeqCst) {
+                while let Some(change) = self.changes.pop_front() {
+                    self.answer(&change);
                 }
             }
             let mut events = [PollFd::new(self.device.as_fd(), PollFlags::POLLIN)];
@@ -197,6 +239,9 @@ impl Server {
             if self.held.len() < before {
                 self.reply(unique, -libc::EINTR, &[]);
             }
+        } else if opcode == opcode::FALLOCATE && self.holds_changes.load(Ordering::SeqCst) {
+            self.changes.push_back(request.to_vec());
+            self.held_changes.fetch_add(1, Ordering::SeqCst);
         } else if waits && self.stalled.load(Ordering::SeqCst) {
             self.held.push_back(request.to_vec());
         } else {

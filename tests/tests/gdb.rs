@@ -1,5 +1,6 @@
 //! Guests that gdb debugs.
 
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ struct Debugged {
 
 impl Debugged {
     fn start(payload: &'static str, cpus: u8, words: &str) -> Debugged {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().expect("there is room for temporary files");
         let socket = folder.path().join("gdb.sock");
         let bantam = Bantam::payload(payload)
             .option("--cpus", cpus.to_string())
@@ -72,16 +73,16 @@ struct Gdb {
 
 impl Gdb {
     fn start(name: &str, target: &str, commands: &[&str]) -> Gdb {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir().expect("there is room for temporary files");
         let output = folder.path().join("output");
-        let file = std::fs::File::create(&output).unwrap();
+        let file = File::create(&output).expect("there is room for temporary files");
         let mut command = Command::new("gdb");
         command
             .args(["-nx", "-batch", "-ex", "set pagination off", "-ex"])
             .arg(format!("file {}", payload(name).display()))
             .args(["-ex", &format!("target remote {target}")])
             .stdin(Stdio::null())
-            .stdout(file.try_clone().unwrap())
+            .stdout(file.try_clone().expect("there are descriptors"))
             .stderr(file);
         for line in commands {
             command.args(["-ex", line]);
@@ -95,7 +96,8 @@ impl Gdb {
     }
 
     fn text(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.output).unwrap()).into_owned()
+        let output = fs::read(&self.output).expect("it was created");
+        String::from_utf8_lossy(&output).into_owned()
     }
 
     fn wait_for(&self, text: &str) {
@@ -107,14 +109,19 @@ impl Gdb {
     }
 
     fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().try_into().unwrap());
+        let pid = Pid::from_raw(
+            self.child
+                .id()
+                .try_into()
+                .expect("process ids are positive"),
+        );
         kill(pid, signal).expect("it is not reaped yet");
     }
 
     /// Waits for its end, and returns what it has printed.
     fn finish(mut self) -> String {
         let begin = Instant::now();
-        while self.child.try_wait().unwrap().is_none() {
+        while self.child.try_wait().expect("it is a child").is_none() {
             assert!(begin.elapsed() < LIMIT, "gdb hangs:\n{}", self.text());
             thread::sleep(Duration::from_millis(10));
         }
@@ -197,7 +204,7 @@ fn registers_and_memory_can_be_read_and_written() {
     assert_in_order(
         &text,
         &[
-            "hit Breakpoint 1",
+            "Breakpoint 1, 0x",
             "rbx 1122334455667788",
             "xmm3 99",
             "gs_base 7000 cr4 20 efer 500",
@@ -209,7 +216,7 @@ fn registers_and_memory_can_be_read_and_written() {
             "Cannot access memory at address 0xd0000000",
             "Cannot access memory at address 0x800000000000",
             "Cannot access memory at address 0xdeadbeef000",
-            "hit Breakpoint 1",
+            "Breakpoint 1, 0x",
             "exited normally]",
         ],
     );
@@ -236,15 +243,54 @@ fn breakpoints_in_memory_and_in_debug_registers_stop_the_guest() {
     assert_in_order(
         &text,
         &[
-            "hit Breakpoint 1",
+            "Breakpoint 1, 0x",
             "stepped 1",
-            "hit Breakpoint 2",
-            "hit Breakpoint 2",
+            "Breakpoint 2, 0x",
+            "Breakpoint 2, 0x",
             "(process 1) exited with code 07]",
         ],
     );
     let ended = guest.finish();
     ended.passed().has_status(7);
+}
+
+#[test]
+fn a_program_of_the_guest_is_stopped_in_ring_3() {
+    require_kvm!();
+    let guest = Debugged::start("hello", 1, "finish=poweroff");
+    let text = guest.gdb(&[
+        // Page tables and descriptor tables are there from then on.
+        "hbreak undefined_instruction",
+        "continue",
+        "delete",
+        "break system_call",
+        "continue",
+        "printf \"ring %d\\n\", $cs & 3",
+        "delete",
+        // Back from the kernel, in the caller.
+        "set $caller = *(long*)$rsp",
+        "tbreak *$caller",
+        "continue",
+        "printf \"in the caller %d\\n\", $pc == $caller",
+        "stepi",
+        "stepi",
+        "printf \"moved %d in ring %d\\n\", $pc != $caller, $cs & 3",
+        "printf \"trap flag %d\\n\", ((int)$eflags >> 8) & 1",
+        "continue",
+    ]);
+    assert_in_order(
+        &text,
+        &[
+            "Breakpoint 1, 0x",
+            "Breakpoint 2, 0x",
+            "ring 3",
+            "in the caller 1",
+            "moved 1 in ring 3",
+            "trap flag 0",
+            "exited normally]",
+        ],
+    );
+    guest.finish().passed().has_status(0);
 }
 
 #[test]
@@ -322,7 +368,6 @@ fn gdb_interrupts_leaves_and_kills_a_guest() {
     let guest = Debugged::start("hello", 2, "finish=hang");
     let gdb = guest.start_gdb(&["continue", "printf \"at %lx\\n\", $pc", "detach"]);
     guest.bantam.wait_for_output("PASS");
-    gdb.wait_for("target remote");
     gdb.signal(Signal::SIGINT);
     assert_in_order(
         &gdb.finish(),
@@ -349,7 +394,7 @@ fn a_guest_goes_on_without_breakpoints_when_gdb_is_gone() {
         "printf \"gone\\n\"",
         "shell kill -9 $PPID",
     ]);
-    assert_in_order(&text, &["hit Breakpoint 1", "gone"]);
+    assert_in_order(&text, &["Breakpoint 1, 0x", "gone"]);
     guest.finish().passed().has_status(0);
 }
 
@@ -366,7 +411,7 @@ fn a_signal_ends_a_guest_that_gdb_has_stopped() {
     ends_soon(Debugged::start("hello", 2, "finish=hang"));
     let guest = Debugged::start("hello", 2, "finish=hang");
     let gdb = guest.start_gdb(&["break undefined_instruction", "continue", "shell sleep 20"]);
-    gdb.wait_for("hit Breakpoint 1");
+    gdb.wait_for("Breakpoint 1, 0x");
     ends_soon(guest);
     drop(gdb);
 
@@ -406,7 +451,9 @@ fn gdb_connects_by_tcp() {
 fn machine(folder: &Path, cpus: u8) -> (Controller, PathBuf) {
     let socket = folder.join("gdb.sock");
     let config = MachineConfig {
-        cpus: i64::from(cpus).try_into().unwrap(),
+        cpus: i64::from(cpus)
+            .try_into()
+            .expect("a machine can have as many"),
         gdb: Some(GdbConfig::Unix(socket.clone())),
         append: Some("finish=hang".to_owned()),
         ..MachineConfig::new(payload("hello"))
@@ -422,7 +469,8 @@ struct Client(UnixStream);
 impl Client {
     fn connect(socket: &Path) -> Client {
         let stream = UnixStream::connect(socket).expect("the machine listens");
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let limited = stream.set_read_timeout(Some(LIMIT));
+        limited.expect("a stream can have a limit");
         Client(stream)
     }
 
@@ -469,7 +517,7 @@ fn a_machine_is_paused_and_stopped_in_every_state_of_its_debugger() {
     // Before gdb has connected.
     pause();
     let mut gdb = Client::connect(&socket);
-    assert_eq!(gdb.ask("qC"), "QC1");
+    assert_eq!(gdb.ask("?"), "T05thread:01;");
     let registers = gdb.ask("g");
     pause();
     // What gdb sees is still there, and the guest still waits.
@@ -586,7 +634,7 @@ fn no_bytes_of_a_client_harm_the_machine() {
         }
     }
     let mut gdb = Client::connect(&socket);
-    assert_eq!(gdb.ask("qC"), "QC1");
+    assert_eq!(gdb.ask("?"), "T05thread:01;");
     machine.stop();
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }

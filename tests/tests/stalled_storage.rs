@@ -136,6 +136,31 @@ fn changes_are_refused_in_time_while_a_disk_does_not_answer_and_work_again_after
 }
 
 #[test]
+fn a_change_of_the_storage_of_a_file_holds_up_no_other_device() {
+    require_fuse!();
+    let storage = StallingStorage::new();
+    storage.hold_changes(true);
+    let machine = ApiMachine::new();
+    let drive = json!({"drive_id": "slow", "is_root_device": false, "path_on_host": storage.path(),
+                       "io_engine": "Async"});
+    machine.api.put("/drives/slow", &drive);
+    machine.add_drive("other", &json!({"is_read_only": true}));
+    machine.boot("devices", "block-test=write finish=hang");
+    machine.api.act("InstanceStart");
+    storage.wait_for_change();
+    // The event loop of both has to switch.
+    let image = machine.image("new", 8192);
+    let swap = json!({"drive_id": "other", "path_on_host": image});
+    let asked = Instant::now();
+    machine.api.patch("/drives/other", &swap);
+    assert!(asked.elapsed() < END_LIMIT);
+    // The zeroes are written then.
+    storage.hold_changes(false);
+    machine.running.wait_for_output("PASS\n");
+    machine.stop();
+}
+
+#[test]
 fn a_library_user_is_told_what_does_not_end() {
     require_fuse!();
     let storage = StallingStorage::new();

@@ -459,3 +459,145 @@ impl PowerControl for RunControl {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::thread::{self, JoinHandle};
+
+    use bantam_memory::GuestMemory;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::host::open_kvm;
+    use crate::kvm::StateSupport;
+    use crate::vm::Vm;
+
+    const TIME: Duration = Duration::from_secs(10);
+
+    /// Threads that do everything with their vCPUs but enter the guest.
+    struct Threads {
+        threads: Vec<JoinHandle<()>>,
+        /// How often each would have entered the guest.
+        entries: Arc<[AtomicUsize; 2]>,
+    }
+
+    impl Threads {
+        /// Returns `None` if there is no KVM here.
+        fn start(control: &Arc<RunControl>) -> Option<Threads> {
+            let Ok(kvm) = open_kvm() else {
+                eprintln!("skipped: there is no KVM here");
+                return None;
+            };
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+            let vm = Arc::new(Vm::new(&kvm, Arc::new(memory), false).unwrap());
+            let entries = Arc::<[AtomicUsize; 2]>::default();
+            let start = |index: u8| {
+                let (control, entries) = (control.clone(), entries.clone());
+                let fd = vm.create_vcpu(index).unwrap();
+                let state_support = StateSupport::new(&kvm).unwrap();
+                thread::spawn(move || {
+                    while !control.is_stopping() {
+                        control.wait_while_held(&ParkedVcpu {
+                            index,
+                            fd: &fd,
+                            state_support: &state_support,
+                        });
+                        entries[usize::from(index)].fetch_add(1, Ordering::SeqCst);
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                })
+            };
+            let threads = (0..2).map(start).collect();
+            Some(Threads { threads, entries })
+        }
+
+        /// Waits until the vCPU enters the guest.
+        fn await_entry(&self, index: usize) {
+            let count = || self.entries[index].load(Ordering::SeqCst);
+            let (begin, before) = (Instant::now(), count());
+            while count() == before {
+                assert!(begin.elapsed() < TIME, "vCPU {index} does not go on");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+
+        /// Checks that the vCPU stays out of the guest.
+        fn assert_held(&self, index: usize) {
+            let count = || self.entries[index].load(Ordering::SeqCst);
+            let before = count();
+            thread::sleep(Duration::from_millis(20));
+            assert_eq!(count(), before, "vCPU {index} goes on");
+        }
+    }
+
+    fn control() -> Arc<RunControl> {
+        Arc::new(RunControl::new(EventSender::default()).unwrap())
+    }
+
+    #[test]
+    fn a_vcpu_goes_on_when_neither_a_pause_nor_a_debugger_holds_it() {
+        let control = control();
+        control.hold_all_vcpus();
+        let Some(threads) = Threads::start(&control) else {
+            return;
+        };
+        assert!(control.await_held_vcpus(2));
+        assert!(control.pause_vcpus(2, TIME));
+        control.release_vcpus(VcpuSet::MAX);
+        assert!(!control.is_held_by_debugger());
+        threads.assert_held(0);
+        control.hold_all_vcpus();
+        control.resume_vcpus();
+        threads.assert_held(1);
+        // Only the second.
+        control.release_vcpus(0b10);
+        threads.await_entry(1);
+        threads.assert_held(0);
+        assert!(control.is_held_by_debugger());
+        assert!(control.pause_vcpus(2, TIME));
+        threads.assert_held(1);
+        control.release_vcpus(VcpuSet::MAX);
+        control.resume_vcpus();
+        threads.await_entry(0);
+        threads.await_entry(1);
+        control.finish(Ok(ExitReason::Stopped));
+        threads
+            .threads
+            .into_iter()
+            .for_each(|it| it.join().unwrap());
+    }
+
+    #[test]
+    fn parked_vcpus_work_on_their_own_threads_until_the_end() {
+        let control = control();
+        control.hold_all_vcpus();
+        let Some(threads) = Threads::start(&control) else {
+            return;
+        };
+        assert!(control.await_held_vcpus(2));
+        let work = |vcpu: &ParkedVcpu<'_>| (vcpu.index, thread::current().id());
+        let ids: Vec<_> = threads.threads.iter().map(|it| it.thread().id()).collect();
+        let answers = control.on_parked_vcpus(0..2, work);
+        assert_eq!(answers, Some(vec![(0, ids[0]), (1, ids[1])]));
+        assert_eq!(control.on_parked_vcpus(1..2, work), Some(vec![(1, ids[1])]));
+        assert_eq!(control.save_vcpus(2).unwrap().unwrap().len(), 2);
+
+        // The end interrupts a wait for a vCPU that never answers.
+        let waiting = {
+            let control = control.clone();
+            thread::spawn(move || control.on_parked_vcpus(0..3, work))
+        };
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(control.exit_reason(), None);
+        control.finish(Ok(ExitReason::Stopped));
+        assert_eq!(waiting.join().unwrap(), None);
+        assert_eq!(control.on_parked_vcpus(0..1, work), None);
+        assert_eq!(control.exit_reason(), Some(Some(ExitReason::Stopped)));
+        assert!(!control.await_held_vcpus(3));
+        threads
+            .threads
+            .into_iter()
+            .for_each(|it| it.join().unwrap());
+    }
+}

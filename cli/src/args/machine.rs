@@ -251,8 +251,8 @@ pub struct MachineArgs {
     /// Where gdb connects to debug the guest, which waits for it
     ///
     /// WHERE is tcp:ADDRESS:PORT, such as tcp:127.0.0.1:1234, or unix:PATH, a Unix domain socket. Before its
-    /// first instruction the guest waits until gdb has connected (target remote) and lets it go on. Who can
-    /// connect there controls the guest.
+    /// first instruction the guest waits until gdb has connected (target remote) and lets it go on. Anyone who
+    /// can connect there controls the guest.
     #[arg(long, value_name = "WHERE", help_heading = heading::OTHER, hide_short_help = true,
         value_parser = os_text::<GdbConfig>())]
     pub gdb: Option<GdbConfig>,

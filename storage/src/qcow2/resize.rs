@@ -142,8 +142,11 @@ impl Qcow2 {
         let clusters = (entries * 8).div_ceil(self.geometry.cluster_size());
         let taken = lock(&self.allocator).take_contiguous(clusters)?;
         let offset = taken.start << self.geometry.cluster_bits;
-        self.file.write_at(&to_bytes(&words), offset)?;
-        self.gate.sync()?;
+        let written = self.file.write_at(&to_bytes(&words), offset);
+        if let Err(error) = written.and_then(|()| self.gate.sync()) {
+            lock(&self.allocator).free(taken);
+            return Err(error);
+        }
         self.write_active(Header {
             l1_size: entries as u32,
             l1_offset: offset,

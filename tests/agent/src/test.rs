@@ -48,7 +48,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::Cpus => system::cpus()?,
         Command::Memory => format!("total={}kB", system::memory()?),
         Command::Clocksource => system::clocksource()?,
-        Command::PlatformDriver { driver } => system::platform_driver(&driver)?,
+        Command::PlatformDriver { ref driver } => system::platform_driver(driver)?,
         Command::Time => system::time()?,
         Command::Sleep { milliseconds } => {
             thread::sleep(Duration::from_millis(milliseconds));

@@ -14,8 +14,8 @@ use super::{ConfigError, path};
 
 /// Says where gdb connects to debug the guest.
 ///
-/// On the command line and in a machine file `tcp:ADDRESS:PORT` or `unix:PATH`. Who can connect there controls the
-/// guest and reads all of its memory.
+/// On the command line and in a machine file `tcp:ADDRESS:PORT` or `unix:PATH`. Anyone who can connect there
+/// controls the guest and reads all of its memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GdbConfig {
     /// A TCP port. With port 0 the host chooses one, which the log tells.

@@ -114,6 +114,10 @@ impl Connection {
         if let Some(byte) = self.input.pop() {
             return Ok(Some(byte));
         }
+        // A client that never stops sending must not hide the machine's end.
+        if self.debugger.control().is_stopping() {
+            return Err(Ended::Machine);
+        }
         let mut bytes = [0; 1024];
         match self.stream.read(&mut bytes) {
             Ok(0) => Err(Ended::Closed),
@@ -144,6 +148,12 @@ impl Connection {
             return Err(Ended::Machine);
         }
         Ok(stops && is_ready(&events[2]))
+    }
+
+    /// Sends the answer to a request that has no other.
+    pub(super) fn send_ok(&mut self) -> Result<(), Ended> {
+        self.output.extend(b"$OK#9a");
+        self.send()
     }
 
     /// Sends what has been written, even if the machine has ended, unless gdb does not take it.

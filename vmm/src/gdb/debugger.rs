@@ -11,17 +11,20 @@ use kvm_bindings::{
     KVM_GUESTDBG_INJECT_DB, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
     KVM_GUESTDBG_USE_SW_BP, KVM_MP_STATE_HALTED, kvm_debug_exit_arch, kvm_guest_debug,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::breakpoints::{Access, DebugRegisters, SoftwareBreakpoints};
+use super::delivery::{self, Delivery};
 use super::guest_memory;
+use crate::host::{Virtualization, virtualization};
 use crate::lock::lock;
 use crate::run_control::{RunControl, VcpuSet};
 use crate::vcpu::ParkedVcpu;
 
-/// Number of the breakpoint exception (#BP); the other that KVM reports is the debug exception (#DB).
-const BREAKPOINT_EXCEPTION: u32 = 3;
+/// Number of the debug exception (#DB), and of the breakpoint exception (#BP).
+const DEBUG_EXCEPTION: u8 = 1;
+const BREAKPOINT_EXCEPTION: u8 = 3;
 
 /// Bit of DR6 that says that a single step has ended (BS).
 const DR6_STEP: u64 = 1 << 14;
@@ -54,12 +57,14 @@ pub(crate) struct Debugger {
     vcpu_count: u8,
     /// Whether KVM can keep interrupts away from a vCPU during a single step.
     blocks_interrupts: bool,
+    /// Whether KVM delivers the exceptions of programs to the guest.
+    delivers_to_guest: bool,
     state: Mutex<State>,
     /// Signalled when a vCPU has stopped.
     stopped: EventFd,
 }
 
-/// What changes only while all vCPUs are out of the guest, but for `stops`.
+/// Only `stops` and `passing` change while vCPUs are in the guest.
 #[derive(Default)]
 struct State {
     is_attached: bool,
@@ -67,6 +72,9 @@ struct State {
     registers: DebugRegisters,
     /// The vCPUs that are to execute one instruction.
     stepping: VcpuSet,
+    /// The vCPUs that execute the first instruction of their handler of a program's exception, which is not the
+    /// debugger's.
+    passing: VcpuSet,
     /// In the order in which they have happened.
     stops: VecDeque<Stop>,
 }
@@ -87,6 +95,7 @@ impl Debugger {
             control: control.clone(),
             memory: memory.clone(),
             vcpu_count,
+            delivers_to_guest: virtualization() == Virtualization::Pvm,
             blocks_interrupts: flags & KVM_GUESTDBG_BLOCKIRQ as i32 != 0,
             state: Mutex::default(),
             stopped: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -119,7 +128,7 @@ impl Debugger {
     }
 
     /// Ends a session: removes all breakpoints, and lets all vCPUs go on.
-    pub(super) fn detach(&self) {
+    pub(super) fn detach(self: &Arc<Debugger>) {
         // Otherwise the machine has ended.
         if self.stop_all() {
             {
@@ -132,7 +141,7 @@ impl Debugger {
                 software.clear(&self.memory);
                 registers.clear();
                 state.is_attached = false;
-                state.stepping = 0;
+                (state.stepping, state.passing) = (0, 0);
                 state.stops.clear();
             }
             self.configure_vcpus();
@@ -143,7 +152,7 @@ impl Debugger {
 
     /// Lets the vCPUs in `run` go on, and those in `step` for one instruction. All must be stopped. If one has
     /// stopped for a reason that was not reported yet, none goes on, and that is reported next.
-    pub(super) fn resume(&self, run: VcpuSet, step: VcpuSet) {
+    pub(super) fn resume(self: &Arc<Debugger>, run: VcpuSet, step: VcpuSet) {
         {
             let mut state = lock(&self.state);
             // A vCPU comes upon a breakpoint again, if it is still there; and a step is not wanted any more.
@@ -170,30 +179,24 @@ impl Debugger {
         state.stops.pop_front()
     }
 
-    /// Tells KVM for each vCPU what it has to stop for. Returns `false` if the machine has ended or KVM refuses.
-    fn configure_vcpus(self: &Debugger) -> bool {
-        let settings: Vec<_> = {
-            let state = lock(&self.state);
-            let setting = |vcpu| self.guest_debug(&state, vcpu);
-            (0..self.vcpu_count).map(setting).collect()
-        };
+    /// Tells KVM for each vCPU what it has to stop for. Returns `false` if the machine has ended.
+    fn configure_vcpus(self: &Arc<Debugger>) -> bool {
+        let debugger = self.clone();
         let configured = self
             .control
             .on_parked_vcpus(0..self.vcpu_count, move |vcpu| {
-                let setting = settings.get(usize::from(vcpu.index));
-                setting.map_or(Ok(()), |setting| configure(vcpu.fd, *setting))
+                let setting = debugger.setting(&lock(&debugger.state), vcpu);
+                vcpu.fd.set_guest_debug(&setting)
             });
-        for error in configured
-            .iter()
-            .flatten()
-            .filter_map(|it| it.as_ref().err())
-        {
+        let results = configured.iter().flatten();
+        for error in results.filter_map(|result| result.as_ref().err()) {
             tracing::error!("KVM cannot debug a vCPU: {error}");
         }
         configured.is_some()
     }
 
-    fn guest_debug(&self, state: &State, vcpu: u8) -> kvm_guest_debug {
+    /// Returns what KVM has to stop `vcpu` for.
+    fn setting(&self, state: &State, vcpu: &ParkedVcpu<'_>) -> kvm_guest_debug {
         let mut setting = kvm_guest_debug::default();
         if !state.is_attached {
             return setting;
@@ -202,17 +205,43 @@ impl Debugger {
         if !state.software.is_empty() {
             setting.control |= KVM_GUESTDBG_USE_SW_BP;
         }
-        if !state.registers.is_empty() {
-            setting.control |= KVM_GUESTDBG_USE_HW_BP;
-            setting.arch = state.registers.for_kvm();
+        let mut registers = state.registers.clone();
+        let is_passing = state.passing & (1 << vcpu.index) != 0;
+        if self.delivers_to_guest && !is_passing {
+            for (_, handler) in self.handlers(state, vcpu) {
+                // A debug register of gdb's counts for more.
+                registers.add(handler, 1, Access::Execute);
+            }
         }
-        if state.stepping & (1 << vcpu) != 0 {
+        if !registers.is_empty() {
+            setting.control |= KVM_GUESTDBG_USE_HW_BP;
+            setting.arch = registers.for_kvm();
+        }
+        if state.stepping & (1 << vcpu.index) != 0 || is_passing {
             setting.control |= KVM_GUESTDBG_SINGLESTEP;
-            if self.blocks_interrupts {
+            // Only an interrupt ends a halt, and with it the step.
+            let halts = vcpu.fd.get_mp_state();
+            let halts = halts.is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED);
+            if self.blocks_interrupts && !halts {
                 setting.control |= KVM_GUESTDBG_BLOCKIRQ;
             }
         }
         setting
+    }
+
+    /// Returns the exceptions by which `vcpu` may come upon a breakpoint or end a step in a program of the guest, with
+    /// the addresses of their handlers.
+    fn handlers(&self, state: &State, vcpu: &ParkedVcpu<'_>) -> impl Iterator<Item = (u8, u64)> {
+        let steps = state.stepping & (1 << vcpu.index) != 0;
+        let vectors = [
+            (DEBUG_EXCEPTION, steps),
+            (BREAKPOINT_EXCEPTION, !state.software.is_empty()),
+        ];
+        let read = move |address, bytes: &mut [u8]| self.read_locked(state, vcpu, address, bytes);
+        vectors
+            .into_iter()
+            .filter(|(_, is_used)| *is_used)
+            .filter_map(move |(vector, _)| Some((vector, delivery::handler(vcpu, vector, read)?)))
     }
 
     /// Has the thread of `vcpu`, which must be stopped, call `work`. Returns `None` if the machine ends.
@@ -226,7 +255,16 @@ impl Debugger {
 
     /// Reads memory on the thread of `vcpu`; see [`guest_memory::read`].
     pub(super) fn read(&self, vcpu: &ParkedVcpu<'_>, address: u64, bytes: &mut [u8]) -> usize {
-        let state = lock(&self.state);
+        self.read_locked(&lock(&self.state), vcpu, address, bytes)
+    }
+
+    fn read_locked(
+        &self,
+        state: &State,
+        vcpu: &ParkedVcpu<'_>,
+        address: u64,
+        bytes: &mut [u8],
+    ) -> usize {
         guest_memory::read(vcpu, &self.memory, &state.software, address, bytes)
     }
 
@@ -264,16 +302,57 @@ impl Debugger {
         exit: &kvm_debug_exit_arch,
     ) -> Result<(), kvm_ioctls::Error> {
         let mut state = lock(&self.state);
+        let bit = 1 << vcpu.index;
+        let was_passing = state.passing & bit != 0;
+        state.passing &= !bit;
         if let Some(cause) = cause(&state, vcpu, exit) {
             self.stop(&mut state, vcpu, cause);
             return Ok(());
         }
-        let mut setting = self.guest_debug(&state, vcpu.index);
-        setting.control |= match exit.exception {
-            BREAKPOINT_EXCEPTION => KVM_GUESTDBG_INJECT_BP,
-            _ => KVM_GUESTDBG_INJECT_DB,
+        if was_passing {
+            return vcpu.fd.set_guest_debug(&self.setting(&state, vcpu));
+        }
+        let mut handlers = self
+            .handlers(&state, vcpu)
+            .filter(|_| self.delivers_to_guest);
+        let handler = handlers.find(|(_, handler)| *handler == exit.pc);
+        drop(handlers);
+        if let Some((vector, _)) = handler {
+            if let Some(cause) = self.take_back(&state, vcpu, vector) {
+                self.stop(&mut state, vcpu, cause);
+                return Ok(());
+            }
+            state.passing |= bit;
+            return vcpu.fd.set_guest_debug(&self.setting(&state, vcpu));
+        }
+        let mut setting = self.setting(&state, vcpu);
+        setting.control |= match exit.exception == u32::from(BREAKPOINT_EXCEPTION) {
+            true => KVM_GUESTDBG_INJECT_BP,
+            false => KVM_GUESTDBG_INJECT_DB,
         };
         vcpu.fd.set_guest_debug(&setting)
+    }
+
+    /// Takes back the delivery of exception `vector`, at whose handler `vcpu` has arrived, if it is the debugger's.
+    fn take_back(&self, state: &State, vcpu: &ParkedVcpu<'_>, vector: u8) -> Option<Cause> {
+        let read = move |address, bytes: &mut [u8]| self.read_locked(state, vcpu, address, bytes);
+        let delivery = Delivery::read(vcpu, read)?;
+        let (cause, rip) = match vector {
+            BREAKPOINT_EXCEPTION => {
+                // The breakpoint instruction has one byte.
+                let rip = delivery.rip.wrapping_sub(1);
+                (software_cause(state, vcpu, rip)?, rip)
+            }
+            // Only if it is wanted is there a handler of it.
+            _ => (Cause::Step, delivery.rip),
+        };
+        match delivery.take_back(vcpu, rip, read) {
+            Ok(()) => Some(cause),
+            Err(error) => {
+                tracing::warn!("cannot stop a program of the guest: {error}");
+                None
+            }
+        }
     }
 
     /// Handles an instruction that KVM has failed to emulate, on the thread of `vcpu`. If that is a breakpoint,
@@ -311,7 +390,7 @@ fn cause(state: &State, vcpu: &ParkedVcpu<'_>, exit: &kvm_debug_exit_arch) -> Op
     if !state.is_attached {
         return None;
     }
-    if exit.exception == BREAKPOINT_EXCEPTION {
+    if exit.exception == u32::from(BREAKPOINT_EXCEPTION) {
         return software_cause(state, vcpu, exit.pc);
     }
     // Before a step, which may end at the same place.
@@ -335,12 +414,4 @@ fn software_cause(state: &State, vcpu: &ParkedVcpu<'_>, pc: u64) -> Option<Cause
     let physical = guest_memory::translate(vcpu, pc)?;
     let is_shared = state.software.is_at_physical(physical);
     is_shared.then_some(Cause::SharedSoftware)
-}
-
-fn configure(fd: &VcpuFd, mut setting: kvm_guest_debug) -> Result<(), kvm_ioctls::Error> {
-    // Only an interrupt ends a halt, and with it the step.
-    if fd.get_mp_state()?.mp_state == KVM_MP_STATE_HALTED {
-        setting.control &= !KVM_GUESTDBG_BLOCKIRQ;
-    }
-    fd.set_guest_debug(&setting)
 }

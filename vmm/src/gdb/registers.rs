@@ -141,8 +141,8 @@ pub(super) enum RegisterError {
 
 /// The registers of a vCPU as KVM has them.
 pub(super) struct CpuRegisters {
-    pub(super) regs: kvm_regs,
-    pub(super) sregs: kvm_sregs,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
     xsave: kvm_xsave,
     changed: Changed,
 }
@@ -295,7 +295,7 @@ impl CpuRegisters {
 
     /// Returns the segment that the processor would load for `selector` (Intel SDM, volume 3A, "Segment
     /// Descriptors").
-    pub(super) fn load_segment(
+    fn load_segment(
         &mut self,
         place: usize,
         selector: u16,
@@ -346,6 +346,21 @@ impl CpuRegisters {
             unusable: 0,
             padding: 0,
         })
+    }
+
+    /// Does what `iretq` does with CS and SS in `selectors`, and with RIP, RSP and RFLAGS in `values`.
+    pub(super) fn return_to(
+        &mut self,
+        selectors: [u16; 2],
+        values: [u64; 3],
+        descriptor: impl Fn(u64) -> Option<[u8; 8]>,
+    ) -> Result<(), RegisterError> {
+        let [cs, ss] = selectors;
+        self.sregs.cs = self.load_segment(0, cs, &descriptor)?;
+        self.sregs.ss = self.load_segment(1, ss, &descriptor)?;
+        [self.regs.rip, self.regs.rsp, self.regs.rflags] = values;
+        (self.changed.sregs, self.changed.regs) = (true, true);
+        Ok(())
     }
 
     /// Returns `fctrl`, `fstat`, `ftag`, `fiseg`, `fioff`, `foseg`, `fooff` or `fop`.

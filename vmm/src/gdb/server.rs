@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::connection::{Connection, Ended, Next, Stream};
 use super::debugger::Debugger;
-use super::target::Machine;
+use super::target::MachineTarget;
 use crate::config::{GdbConfig, VcpuCount};
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
@@ -211,7 +211,7 @@ impl GdbServer {
     fn session(&self, connection: Connection) -> Result<DisconnectReason, SessionError> {
         use GdbStubStateMachine::{CtrlCInterrupt, Disconnected, Idle, Running};
 
-        let mut machine = Machine::new(self.debugger.clone());
+        let mut machine = MachineTarget::new(self.debugger.clone());
         let mut gdb = GdbStub::new(connection).run_state_machine(&mut machine)?;
         loop {
             gdb = match gdb {
@@ -235,7 +235,14 @@ impl GdbServer {
                     };
                     interrupted.interrupt_handled(&mut machine, reason)?
                 }
-                Disconnected(disconnected) => return Ok(disconnected.get_reason()),
+                Disconnected(mut disconnected) => {
+                    let reason = disconnected.get_reason();
+                    if reason == DisconnectReason::Kill {
+                        // gdb waits for it, and the stub does not send it.
+                        disconnected.borrow_conn().send_ok()?;
+                    }
+                    return Ok(reason);
+                }
             };
         }
     }

@@ -36,7 +36,7 @@ const BAD_ADDRESS: TargetError<Ended> = TargetError::Errno(libc::EFAULT as u8);
 const INVALID: TargetError<Ended> = TargetError::Errno(libc::EINVAL as u8);
 
 /// The machine as gdb sees it.
-pub(super) struct Machine {
+pub(super) struct MachineTarget {
     debugger: Arc<Debugger>,
     /// The vCPU that gdb has looked at last.
     current: u8,
@@ -48,10 +48,10 @@ pub(super) struct Machine {
     is_running: bool,
 }
 
-impl Machine {
+impl MachineTarget {
     /// Creates the view of a machine whose vCPUs are all stopped.
-    pub(super) fn new(debugger: Arc<Debugger>) -> Machine {
-        Machine {
+    pub(super) fn new(debugger: Arc<Debugger>) -> MachineTarget {
+        MachineTarget {
             debugger,
             current: 0,
             run: 0,
@@ -144,7 +144,7 @@ fn tid(vcpu: u8) -> Tid {
     Tid::MIN.saturating_add(vcpu.into())
 }
 
-impl Target for Machine {
+impl Target for MachineTarget {
     type Arch = X86_64;
     type Error = Ended;
 
@@ -157,7 +157,7 @@ impl Target for Machine {
     }
 }
 
-impl MultiThreadBase for Machine {
+impl MultiThreadBase for MachineTarget {
     fn read_registers(&mut self, file: &mut RegisterFile, tid: Tid) -> TargetResult<(), Self> {
         let read = |vcpu: &ParkedVcpu<'_>| Some(CpuRegisters::read(vcpu.fd).ok()?.file());
         *file = self.on_vcpu(tid, read)?.ok_or(INVALID)?;
@@ -212,7 +212,7 @@ impl MultiThreadBase for Machine {
     }
 }
 
-impl SingleRegisterAccess<Tid> for Machine {
+impl SingleRegisterAccess<Tid> for MachineTarget {
     fn read_register(
         &mut self,
         tid: Tid,
@@ -237,7 +237,7 @@ impl SingleRegisterAccess<Tid> for Machine {
     }
 }
 
-impl ThreadExtraInfo for Machine {
+impl ThreadExtraInfo for MachineTarget {
     fn thread_extra_info(&self, tid: Tid, buffer: &mut [u8]) -> Result<usize, Ended> {
         let Some(index) = self.vcpu(tid) else {
             return Ok(0);
@@ -258,7 +258,7 @@ impl ThreadExtraInfo for Machine {
     }
 }
 
-impl MultiThreadResume for Machine {
+impl MultiThreadResume for MachineTarget {
     fn resume(&mut self) -> Result<(), Ended> {
         let others = match self.locked {
             true => 0,
@@ -291,7 +291,7 @@ impl MultiThreadResume for Machine {
     }
 }
 
-impl MultiThreadSingleStep for Machine {
+impl MultiThreadSingleStep for MachineTarget {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Ended> {
         if let Some(vcpu) = self.vcpu(tid) {
             self.step |= 1 << vcpu;
@@ -300,14 +300,14 @@ impl MultiThreadSingleStep for Machine {
     }
 }
 
-impl MultiThreadSchedulerLocking for Machine {
+impl MultiThreadSchedulerLocking for MachineTarget {
     fn set_resume_action_scheduler_lock(&mut self) -> Result<(), Ended> {
         self.locked = true;
         Ok(())
     }
 }
 
-impl Breakpoints for Machine {
+impl Breakpoints for MachineTarget {
     fn support_sw_breakpoint(&mut self) -> Option<SwBreakpointOps<'_, Self>> {
         Some(self)
     }
@@ -321,7 +321,7 @@ impl Breakpoints for Machine {
     }
 }
 
-impl SwBreakpoint for Machine {
+impl SwBreakpoint for MachineTarget {
     /// The protocol does not say whose addresses these are. They are looked up in the page tables of the vCPU that
     /// gdb has looked at last, and then of all others.
     fn add_sw_breakpoint(&mut self, address: u64, _: usize) -> TargetResult<bool, Self> {
@@ -344,7 +344,7 @@ impl SwBreakpoint for Machine {
     }
 }
 
-impl HwBreakpoint for Machine {
+impl HwBreakpoint for MachineTarget {
     fn add_hw_breakpoint(&mut self, address: u64, _: usize) -> TargetResult<bool, Self> {
         let add = self
             .debugger
@@ -369,7 +369,7 @@ fn access(kind: WatchKind) -> Access {
     }
 }
 
-impl HwWatchpoint for Machine {
+impl HwWatchpoint for MachineTarget {
     fn add_hw_watchpoint(
         &mut self,
         address: u64,
