@@ -64,6 +64,7 @@ async fn a_machine_goes_on_from_a_snapshot() {
     let clone = snapshot.prepare_vm(&mut machine, options).await;
     let mut clone = clone.unwrap();
     // The image of its drive is free then.
+    machine.resume().await.unwrap();
     pause_then_kill(&mut machine).await;
     clone.start(PATIENCE).await.unwrap();
     assert!(!clone.get_info().await.unwrap().is_paused);
