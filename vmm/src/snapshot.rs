@@ -46,6 +46,19 @@ pub struct SnapshotOptions {
     pub note: Option<String>,
 }
 
+impl SnapshotOptions {
+    /// Asks for a full snapshot of a machine that goes on with overlays.
+    pub fn new(files: SnapshotFiles) -> SnapshotOptions {
+        SnapshotOptions {
+            files,
+            base: None,
+            disks: SnapshotDisks::Overlays,
+            stop: false,
+            note: None,
+        }
+    }
+}
+
 /// What a differential snapshot is based on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -16,6 +16,7 @@ mod monitors;
 mod net;
 mod process;
 mod report;
+mod snapshots;
 mod start;
 mod statistics;
 
@@ -29,7 +30,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -39,6 +40,7 @@ const PARTS: [Part; 9] = [
     ("net", net::measure),
     ("disks", disks::measure),
     ("images", images::measure),
+    ("snapshots", snapshots::measure),
 ];
 
 fn main() {
