@@ -416,7 +416,7 @@ fn a_signal_ends_a_guest_that_gdb_has_stopped() {
     // Before gdb, and at a breakpoint.
     ends_soon(Debugged::start("hello", 2, "finish=hang"));
     let guest = Debugged::start("hello", 2, "finish=hang");
-    let gdb = guest.start_gdb(&["break undefined_instruction", "continue", "shell sleep 20"]);
+    let gdb = guest.start_gdb(&["break undefined_instruction", "continue", "shell sleep 5"]);
     gdb.wait_for("Breakpoint 1, 0x");
     ends_soon(guest);
     drop(gdb);
