@@ -13,6 +13,7 @@ use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
 use crate::control::ControlArgs;
+use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
 use crate::restore::{self, Replacement};
 use crate::snapshot::SnapshotArgs;
@@ -65,6 +66,11 @@ pub enum Command {
     /// other than it was: images, taps, sockets. Exit status and keys are those of bantam run. See
     /// docs/snapshots.md.
     Restore(Box<RestoreArgs>),
+    /// Starts machines that go on from where another is
+    ///
+    /// The machine goes on. Each child is a process in the background, with overlays of its own of the disks.
+    /// They share the memory that none of them has written since. See docs/snapshots.md.
+    Fork(Box<ForkArgs>),
     /// Takes snapshots of machines, and examines and merges them
     Snapshot(Box<SnapshotArgs>),
     /// Creates, converts and examines disk images

@@ -7,6 +7,7 @@ mod console;
 mod control;
 mod escape;
 mod exit_status;
+mod fork;
 mod generated_docs;
 #[cfg(target_env = "gnu")]
 mod heap;
@@ -96,6 +97,7 @@ fn execute(command: Command) -> ExitCode {
             raise_descriptor_limit();
             restore(&args)
         }
+        Command::Fork(args) => status_of(fork::fork(&args)),
         Command::Snapshot(args) => status_of(snapshot::run(*args)),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use bantam_control::ControlClient;
 use bantam_vmm::{
     Answer, Command, DiskSnapshot, FrozenDisk, SnapshotBase, SnapshotDescription, SnapshotDisks,
-    SnapshotFiles, SnapshotOptions, merge_snapshots,
+    SnapshotFiles, SnapshotOptions, SnapshotTaken, merge_snapshots,
 };
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -107,19 +108,12 @@ fn take(args: TakeArgs) -> anyhow::Result<()> {
     let (Some(socket), Some(directory)) = (args.socket, args.directory) else {
         bail!("name the control socket of the machine and the directory of the snapshot");
     };
-    let mut client = connect(&socket)?;
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create '{}'", directory.display()))?;
-    // The machine may be in another folder.
-    let files = |directory: &Path| {
-        let directory = fs::canonicalize(directory);
-        directory.map(|directory| SnapshotFiles::in_directory(&directory))
-    };
     let base = args.diff.as_deref().map(|base| {
         files(base).with_context(|| format!("cannot find snapshot '{}'", base.display()))
     });
+    let mut client = connect(&socket)?;
     let options = SnapshotOptions {
-        files: files(&directory)?,
+        files: new_files(&directory)?,
         base: base.transpose()?.map(SnapshotBase::Files),
         disks: match args.overlays.is_empty() {
             true => SnapshotDisks::Overlays,
@@ -128,10 +122,7 @@ fn take(args: TakeArgs) -> anyhow::Result<()> {
         stop: args.stop,
         note: None,
     };
-    client.set_answer_time(WRITE_TIME);
-    let Answer::SnapshotTaken(taken) = client.execute(Command::Snapshot(Box::new(options)))? else {
-        bail!("the machine gives another answer than that of a snapshot");
-    };
+    let taken = execute(&mut client, options)?;
     let text = match args.output {
         Output::Text => format!(
             "snapshot {}: {} pages; the guest stood still for {:.1} ms\n",
@@ -149,6 +140,34 @@ fn take(args: TakeArgs) -> anyhow::Result<()> {
         ),
     };
     print(&text)
+}
+
+/// Has the machine with this control socket take a full snapshot, and go on with overlays.
+pub fn take_into(socket: &Path, directory: &Path) -> anyhow::Result<()> {
+    let mut client = connect(socket)?;
+    let options = SnapshotOptions::new(new_files(directory)?);
+    execute(&mut client, options).map(drop)
+}
+
+fn execute(client: &mut ControlClient, options: SnapshotOptions) -> anyhow::Result<SnapshotTaken> {
+    client.set_answer_time(WRITE_TIME);
+    match client.execute(Command::Snapshot(Box::new(options)))? {
+        Answer::SnapshotTaken(taken) => Ok(taken),
+        _ => bail!("the machine gives another answer than that of a snapshot"),
+    }
+}
+
+/// Returns the files of a snapshot by paths that the machine knows, which may be in another folder.
+fn files(directory: &Path) -> io::Result<SnapshotFiles> {
+    let directory = fs::canonicalize(directory)?;
+    Ok(SnapshotFiles::in_directory(&directory))
+}
+
+/// Returns the files of a new snapshot, and makes its directory.
+fn new_files(directory: &Path) -> anyhow::Result<SnapshotFiles> {
+    fs::create_dir_all(directory)
+        .and_then(|()| files(directory))
+        .with_context(|| format!("cannot create '{}'", directory.display()))
 }
 
 /// Reads a disk's overlay: `NAME=PATH`.
