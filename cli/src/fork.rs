@@ -43,6 +43,16 @@ pub struct ForkArgs {
 /// Executes `bantam fork`.
 pub fn fork(args: &ForkArgs) -> anyhow::Result<()> {
     let directory = &args.directory;
+    for number in 1..=args.count {
+        let folder = directory.join(number.to_string());
+        if folder.exists() {
+            bail!(
+                "cannot fork into '{}': there is a child '{}' already; choose another directory",
+                directory.display(),
+                folder.display()
+            );
+        }
+    }
     take_into(&args.socket, directory)?;
     let directory = fs::canonicalize(directory)
         .with_context(|| format!("cannot find '{}'", directory.display()))?;
@@ -86,7 +96,7 @@ fn start(
     args: &ForkArgs,
     number: u16,
 ) -> anyhow::Result<(Child, PathBuf)> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot create '{}'", folder.display()))?;
+    fs::create_dir(folder).with_context(|| format!("cannot create '{}'", folder.display()))?;
     let place = |name: &str| folder.join(name);
     let log = File::create(place("log"));
     let log = log.with_context(|| format!("cannot create '{}'", place("log").display()))?;

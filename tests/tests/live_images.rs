@@ -159,8 +159,8 @@ fn snapshots_are_taken_under_load() {
         }
         times.sort();
         println!("{kind}: requests were held up for {times:?}");
-        // Work of others takes the only processor for longer now and then.
-        assert!(times[2] < Duration::from_millis(20), "{kind}: {times:?}");
+        // Requests wait for no timeout. The host's storage and its other work decide about the rest.
+        assert!(times[2] < Duration::from_secs(1), "{kind}: {times:?}");
         let config = machine.configuration().unwrap();
         assert_eq!(config.disks[0].path, images[5].0);
         load.finish();
