@@ -12,7 +12,7 @@ use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 
-use crate::workshop::{PATIENCE, Workshop, drive, limiter, pause_then_kill, read_until};
+use crate::workshop::{PATIENCE, Workshop, limiter, pause_then_kill, read_until};
 
 #[tokio::test]
 async fn a_machine_goes_on_from_a_snapshot() {
@@ -20,8 +20,6 @@ async fn a_machine_goes_on_from_a_snapshot() {
     let taps = [HostTap::new(), HostTap::new()];
     let mut workshop = Workshop::new();
     let mut data = workshop.configuration("hello", "finish=hang");
-    let scratch = workshop.image("scratch");
-    data.drives = vec![drive("scratch", scratch)];
     data.machine_configuration.track_dirty_pages = Some(true);
     data.network_interfaces = vec![NetworkInterface {
         iface_id: "eth0".to_owned(),
@@ -63,9 +61,6 @@ async fn a_machine_goes_on_from_a_snapshot() {
     };
     let clone = snapshot.prepare_vm(&mut machine, options).await;
     let mut clone = clone.unwrap();
-    // The image of its drive is free then.
-    machine.resume().await.unwrap();
-    pause_then_kill(&mut machine).await;
     clone.start(PATIENCE).await.unwrap();
     assert!(!clone.get_info().await.unwrap().is_paused);
     let configuration = clone.get_machine_configuration().await.unwrap();
@@ -80,4 +75,6 @@ async fn a_machine_goes_on_from_a_snapshot() {
     clone.pause().await.unwrap();
     clone.resume().await.unwrap();
     pause_then_kill(&mut clone).await;
+    machine.resume().await.unwrap();
+    pause_then_kill(&mut machine).await;
 }
