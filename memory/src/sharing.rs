@@ -8,14 +8,17 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use crate::{Backing, FilePosition, GuestBuffers, GuestMemory, Layer, PAGE_SIZE, PageSet};
+use crate::{Backing, FilePosition, GuestBuffers, GuestMemory, Layer, PageSet};
 
 /// Name of the files, for people who look at the mappings of a process.
 const NAME: &CStr = c"bantam-guest-memory";
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
-/// Most parts of memory that are mapped one by one. A process has 65,530 mappings at most.
-const MAX_LAYERS: usize = 2048;
+/// Most parts of memory that are mapped one by one. A process has 65,530 mappings at most, and may have a thousand
+/// machines.
+const MAX_LAYERS: usize = 32;
+/// Most parts that one call adds. Pages between those that were written are moved with them.
+const MAX_PARTS: usize = 8;
 
 /// Moves what `memory` has of its own to a file in memory, and returns the files from which all of its content is mapped.
 ///
@@ -32,9 +35,9 @@ pub fn share(memory: &Arc<GuestMemory>) -> io::Result<Vec<Layer>> {
         false => memory.pages_with_content()?,
     };
     if is_shared {
-        let count = memory.layers().len() + 2 * written.runs(usize::MAX).count();
-        if count <= MAX_LAYERS {
-            memory.put_layers(&copy_pages(memory, &written)?)?;
+        let parts = parts(memory, &written);
+        if memory.layers().len() + 2 * parts.len() <= MAX_LAYERS {
+            memory.put_layers(&copy_parts(memory, &parts)?)?;
             return Ok(memory.layers());
         }
     }
@@ -50,12 +53,45 @@ pub fn share(memory: &Arc<GuestMemory>) -> io::Result<Vec<Layer>> {
     }
 }
 
-/// Copies `pages`, one after another, to a file.
-fn copy_pages(memory: &Arc<GuestMemory>, pages: &PageSet) -> io::Result<Vec<Layer>> {
-    let file = Arc::new(file_in_memory((pages.len() * PAGE_SIZE) as u64)?);
+/// Returns a few parts of memory that have all `pages`, in ascending order, each with its address and its length in bytes.
+/// What is between them is as much as possible.
+fn parts(memory: &GuestMemory, pages: &PageSet) -> Vec<(GuestAddress, usize)> {
+    let runs: Vec<_> = pages.runs(usize::MAX).collect();
+    // A part begins before each of these runs.
+    let mut gaps: Vec<_> = runs
+        .windows(2)
+        .enumerate()
+        .map(|(index, pair)| (pair[1].0.0 - pair[0].0.0 - pair[0].1 as u64, index + 1))
+        .collect();
+    gaps.sort_unstable_by(|one, other| other.cmp(one));
+    gaps.truncate(MAX_PARTS - 1);
+    let mut parts: Vec<(GuestAddress, usize)> = Vec::new();
+    for (index, &(start, len)) in runs.iter().enumerate() {
+        let begins = gaps.iter().any(|gap| gap.1 == index);
+        // One is in one region.
+        let longer = parts.last_mut().filter(|_| !begins).and_then(|part| {
+            let longer = (start.0 - part.0.0) as usize + len;
+            memory.host_range(part.0, longer)?;
+            part.1 = longer;
+            Some(())
+        });
+        if longer.is_none() {
+            parts.push((start, len));
+        }
+    }
+    parts
+}
+
+/// Copies parts of memory, one after another, to a file.
+fn copy_parts(
+    memory: &Arc<GuestMemory>,
+    parts: &[(GuestAddress, usize)],
+) -> io::Result<Vec<Layer>> {
+    let size: usize = parts.iter().map(|part| part.1).sum();
+    let file = Arc::new(file_in_memory(size as u64)?);
     let mut offset = 0;
     let mut layers = Vec::new();
-    for (start, len) in pages.runs(usize::MAX) {
+    for &(start, len) in parts {
         let first = offset;
         let mut written = 0;
         while written < len {
@@ -141,6 +177,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::PAGE_SIZE;
 
     const PAGE: u64 = PAGE_SIZE as u64;
     const RANGES: [(GuestAddress, usize); 2] = [
@@ -193,20 +230,26 @@ mod tests {
     }
 
     #[test]
-    fn memory_in_many_pieces_is_copied_as_a_whole() {
-        let pages = 4 * MAX_LAYERS as u64;
+    fn memory_that_is_written_here_and_there_stays_in_few_parts() {
+        let pages = 8192;
         let ranges = [(GuestAddress(0), pages as usize * PAGE_SIZE)];
         let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
         share(&memory).unwrap();
-        for page in (0..pages).step_by(3) {
-            memory.write_obj(7_u8, GuestAddress(page * PAGE)).unwrap();
-        }
-        let layers = share(&memory).unwrap();
-        assert_eq!(layers.len(), 1);
-        let copy = GuestMemory::from_layers(&ranges, &layers).unwrap();
-        for page in 0..pages {
-            let byte: u8 = copy.read_obj(GuestAddress(page * PAGE)).unwrap();
-            assert_eq!(byte == 7, page % 3 == 0, "{page}");
+        for round in 1..10 {
+            let written = |page: &u64| page % (2 + round) == 0;
+            for page in (0..pages).filter(written) {
+                memory
+                    .write_obj(round as u8, GuestAddress(page * PAGE))
+                    .unwrap();
+            }
+            let layers = share(&memory).unwrap();
+            assert!(layers.len() <= MAX_LAYERS);
+            let copy = GuestMemory::from_layers(&ranges, &layers).unwrap();
+            for page in 0..pages {
+                let last = (1..=round).rfind(|round| page % (2 + round) == 0);
+                let byte: u8 = copy.read_obj(GuestAddress(page * PAGE)).unwrap();
+                assert_eq!(byte, last.unwrap_or(0) as u8, "{page}");
+            }
         }
     }
 }
