@@ -236,7 +236,7 @@ mod tests {
         let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
         share(&memory).unwrap();
         for round in 1..10 {
-            let written = |page: &u64| page % (2 + round) == 0;
+            let written = |page: &u64| page.is_multiple_of(2 + round);
             for page in (0..pages).filter(written) {
                 memory
                     .write_obj(round as u8, GuestAddress(page * PAGE))
@@ -246,7 +246,7 @@ mod tests {
             assert!(layers.len() <= MAX_LAYERS);
             let copy = GuestMemory::from_layers(&ranges, &layers).unwrap();
             for page in 0..pages {
-                let last = (1..=round).rfind(|round| page % (2 + round) == 0);
+                let last = (1..=round).rfind(|round| u64::is_multiple_of(page, 2 + round));
                 let byte: u8 = copy.read_obj(GuestAddress(page * PAGE)).unwrap();
                 assert_eq!(byte, last.unwrap_or(0) as u8, "{page}");
             }
