@@ -1,6 +1,7 @@
 //! `bantam fork`: starts machines that go on from where another is.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
 use std::thread;
@@ -10,7 +11,6 @@ use anyhow::{Context, bail};
 use bantam_control::ControlClient;
 use bantam_vmm::config::SerialConfig;
 use bantam_vmm::{Answer, Command, SnapshotDescription, SnapshotFiles, State};
-use nix::unistd::setsid;
 
 use crate::message::say;
 use crate::snapshot::take_into;
@@ -125,12 +125,7 @@ fn start(
         .stdout(Stdio::null())
         .stderr(log);
     // So that keys at this terminal do not end it.
-    // SAFETY: between fork and exec it makes one system call, which needs no lock and no memory.
-    unsafe {
-        std::os::unix::process::CommandExt::pre_exec(&mut process, || {
-            setsid().map(drop).map_err(std::io::Error::from)
-        });
-    }
+    process.process_group(0);
     let child = process.spawn().context("cannot start a child")?;
     Ok((child, folder.to_path_buf()))
 }

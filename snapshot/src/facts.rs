@@ -8,6 +8,9 @@ use bantam_state::SavedState;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
+/// The end of the physical addresses of an x86-64 processor (AMD64 APM volume 2, section 5.3).
+const MAX_ADDRESS: u64 = 1 << 52;
+
 /// Names a snapshot. No two have the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotId(pub [u8; 16]);
@@ -103,12 +106,13 @@ impl Facts {
         })
     }
 
-    /// Checks that regions are in ascending order, of whole pages, and do not overlap.
+    /// Checks that regions are in ascending order, of whole pages, where an x86-64 processor can have memory, and do not
+    /// overlap.
     pub(crate) fn check(&self) -> Result<(), String> {
         let page = bantam_memory::PAGE_SIZE as u64;
         let mut end = 0;
         for &(start, len) in &self.regions {
-            let next = start.checked_add(len);
+            let next = start.checked_add(len).filter(|&end| end <= MAX_ADDRESS);
             let is_whole = start.is_multiple_of(page) && len.is_multiple_of(page) && len > 0;
             match next {
                 Some(next) if is_whole && start >= end => end = next,

@@ -30,7 +30,7 @@ pub use linux::{LinuxSlot, answer, linux_slot};
 pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
-pub use owner::{balloon_statistics, configured, device, device_metrics};
+pub use owner::{balloon_statistics, configured, copy_memory, device, device_metrics};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
     Bantam, Ended, Running, STATUS_ERROR, STATUS_POWER_CUT, STATUS_REBOOT, unprivileged,

@@ -2,7 +2,8 @@
 
 use bantam_vmm::config::{DeviceName, MachineConfig};
 use bantam_vmm::{BalloonStatistics, Console, Controller, DeviceAnswer, DeviceCommand};
-use bantam_vmm::{DeviceMetrics, Error};
+use bantam_vmm::{DeviceMetrics, Error, GuestMemory};
+use vm_memory::Bytes;
 
 /// A machine of `config` that has not been started, with `console` as its standard input and output.
 ///
@@ -53,4 +54,25 @@ pub fn balloon_statistics(machine: &Controller) -> BalloonStatistics {
 pub fn device_metrics(machine: &Controller, name: &str) -> DeviceMetrics {
     let metrics = machine.metrics().expect("it was started");
     metrics.devices.get(name).expect("there is one").clone()
+}
+
+/// Returns a copy of guest memory.
+///
+/// # Panics
+/// If the host has too little memory.
+#[must_use]
+pub fn copy_memory(memory: &GuestMemory) -> GuestMemory {
+    let ranges: Vec<_> = memory
+        .regions()
+        .map(|region| (region.start, region.len as usize))
+        .collect();
+    let copy = GuestMemory::from_ranges(&ranges).expect("there is memory");
+    for (address, len) in ranges {
+        let mut bytes = vec![0; len];
+        memory
+            .read_slice(&mut bytes, address)
+            .expect("it is memory");
+        copy.write_slice(&bytes, address).expect("it is memory");
+    }
+    copy
 }

@@ -5,11 +5,10 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{configured, payload, require_kvm};
+use bantam_tests::{configured, copy_memory, payload, require_kvm};
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{Console, Controller, ExitReason, GuestMemory, Section};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use vm_memory::Bytes;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -104,7 +103,7 @@ impl Machine {
         let processors = self.controller.save_processors();
         let processors = processors.unwrap_or_else(|error| panic!("{error}"));
         let memory = self.controller.memory().expect("it has not ended");
-        (copy(&memory), processors)
+        (copy_memory(&memory), processors)
     }
 }
 
@@ -121,22 +120,6 @@ fn parse(words: &str) -> Generation {
     }
 }
 
-fn copy(memory: &GuestMemory) -> GuestMemory {
-    let ranges: Vec<_> = memory
-        .regions()
-        .map(|region| (region.start, region.len as usize))
-        .collect();
-    let copy = GuestMemory::from_ranges(&ranges).expect("there is memory");
-    for (address, len) in ranges {
-        let mut bytes = vec![0; len];
-        memory
-            .read_slice(&mut bytes, address)
-            .expect("it is memory");
-        copy.write_slice(&bytes, address).expect("it is memory");
-    }
-    copy
-}
-
 #[test]
 fn each_machine_that_goes_on_from_saved_state_is_another_generation() {
     require_kvm!();
@@ -147,7 +130,7 @@ fn each_machine_that_goes_on_from_saved_state_is_another_generation() {
     drop(machine);
 
     // Two machines that go on from one state differ.
-    let memory_of_twin = copy(&memory);
+    let memory_of_twin = copy_memory(&memory);
     let mut machine = Machine::restored(2, memory, &processors);
     let second = machine.generation();
     assert_eq!(second.sequence, 2);

@@ -8,28 +8,11 @@ use std::thread;
 use bantam_tests::counting::{
     START_SECOND, STOP, config, configured, counting, random_time, read_on, wait_until_gone_on,
 };
-use bantam_tests::require_kvm;
+use bantam_tests::{copy_memory, require_kvm};
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{Controller, Error, ExitReason, GuestMemory, RestoreError, Section, State};
-use vm_memory::Bytes;
 
 const ROUNDS: usize = 20;
-
-fn copy(memory: &GuestMemory) -> GuestMemory {
-    let ranges: Vec<_> = memory
-        .regions()
-        .map(|region| (region.start, region.len as usize))
-        .collect();
-    let copy = GuestMemory::from_ranges(&ranges).expect("there is memory");
-    for (address, len) in ranges {
-        let mut bytes = vec![0; len];
-        memory
-            .read_slice(&mut bytes, address)
-            .expect("it is memory");
-        copy.write_slice(&bytes, address).expect("it is memory");
-    }
-    copy
-}
 
 /// Returns `sections` as written to a file and read back.
 fn through_a_file(sections: &[Section]) -> Vec<Section> {
@@ -51,7 +34,7 @@ fn save(machine: &Controller) -> (GuestMemory, Vec<Section>) {
     let saved = saved.unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(machine.state(), State::Paused);
     let memory = machine.memory().expect("it has not ended");
-    (copy(&memory), through_a_file(&saved))
+    (copy_memory(&memory), through_a_file(&saved))
 }
 
 /// Lets a machine count, another go on from its state, and so on. The second vCPU, if there is one,
@@ -167,7 +150,7 @@ fn the_state_of_another_machine_is_refused() {
     let (saved, processors) = save(&machine);
     let refused = |config: &MachineConfig, processors: &[Section], expected: &str| {
         let (machine, _reader) = configured(config);
-        match machine.start_from(copy(&saved), processors) {
+        match machine.start_from(copy_memory(&saved), processors) {
             Err(Error::Restore(RestoreError::Invalid { kind, .. })) => assert_eq!(kind, expected),
             Err(Error::Restore(RestoreError::Kind { found, .. })) => assert_eq!(found, expected),
             Err(error) => panic!("{error}"),

@@ -92,6 +92,9 @@ fn impossible_facts_are_refused() {
         vec![(0, 0)],
         vec![(0, 2 * PAGE), (PAGE, PAGE)],
         vec![(u64::MAX - PAGE + 1, 2 * PAGE)],
+        // With the seal, the memory file would have 2^64 bytes.
+        vec![(0, u64::MAX - PAGE + 1)],
+        vec![(1 << 52, PAGE)],
     ] {
         let facts = Facts {
             regions: regions.clone(),

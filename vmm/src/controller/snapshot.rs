@@ -117,22 +117,21 @@ impl Controller {
     /// be written; if the changes since the base are not known; or if a disk cannot go on with an overlay. The machine
     /// then goes on as it was, but some of its disks may have new overlays.
     pub fn snapshot(&self, options: SnapshotOptions) -> Result<SnapshotTaken, Error> {
-        let (taken, paused_for) = self.while_at_rest(options.stop, || {
-            let taken = self.while_paused("take a snapshot", |parts| {
+        let disks = match options.stop {
+            true => &SnapshotDisks::Unprotected,
+            false => &options.disks,
+        };
+        let ((taken, overlays), paused_for) = self.while_at_rest(options.stop, || {
+            self.while_paused("take a snapshot", |parts| {
                 if options.disks == SnapshotDisks::Unprotected && !options.stop {
                     // A copy of an image has all that the guest has written.
                     parts.devices.flush_disks()?;
                 }
-                self.read(parts, &options)
-            })?;
-            let disks = match options.stop {
-                true => &SnapshotDisks::Unprotected,
-                false => &options.disks,
-            };
-            let overlays = self.freeze(&taken.machine.config, disks, taken.facts.id)?;
-            Ok((taken, overlays))
+                let taken = self.read(parts, &options)?;
+                let overlays = self.freeze(&taken.machine.config, disks, taken.facts.id)?;
+                Ok((taken, overlays))
+            })
         })?;
-        let (taken, overlays) = taken;
         if let Some(copied) = &taken.copied {
             taken.writer.write_copied(copied)?;
         }
@@ -169,7 +168,7 @@ impl Controller {
     /// Those of [`Controller::snapshot`], and if the host has too little memory.
     pub fn fork(&self, disks: &SnapshotDisks) -> Result<(Snapshot, Duration), Error> {
         let (forked, paused_for) = self.while_at_rest(false, || {
-            let (machine, facts, layers) = self.while_paused("fork the machine", |parts| {
+            self.while_paused("fork the machine", |parts| {
                 let machine = self.read_state(parts)?;
                 let regions = parts.memory.regions();
                 let regions = regions.map(|region| (region.start.0, region.len));
@@ -177,10 +176,9 @@ impl Controller {
                 let layers = bantam_memory::share(&parts.memory);
                 let layers = layers.map_err(Error::resource("memory that forks share"))?;
                 lock(&parts.changes).forget_mapping();
-                Ok((machine, facts, layers))
-            })?;
-            let overlays = self.freeze(&machine.config, disks, facts.id)?;
-            Ok((machine, facts, layers, overlays))
+                let overlays = self.freeze(&machine.config, disks, facts.id)?;
+                Ok((machine, facts, layers, overlays))
+            })
         })?;
         let (machine, facts, layers, overlays) = forked;
         let frozen = match disks {
@@ -218,7 +216,8 @@ impl Controller {
         Ok((result?, paused_at.elapsed()))
     }
 
-    /// Has the paused machine go on with overlays as `disks` says, and returns them.
+    /// Has the paused machine go on with overlays as `disks` says, and returns them. Nothing may let the guest run between
+    /// this and the reading of its state, as the disks would be from another moment.
     fn freeze(
         &self,
         config: &MachineConfig,
@@ -385,7 +384,33 @@ fn default_overlays(config: &MachineConfig, id: SnapshotId) -> Vec<DiskSnapshot>
 /// Returns the path of the overlay that a machine goes on with after snapshot `id`.
 fn overlay_of(image: &Path, id: SnapshotId) -> PathBuf {
     let id = id.to_string();
-    let mut name = OsString::from(image.file_stem().unwrap_or_default());
+    let stem = image.file_stem().unwrap_or_default();
+    // The image may be such an overlay itself, and names must not get longer and longer.
+    let first = stem.to_str().and_then(|stem| stem.rsplit_once('-'));
+    let is_id = |text: &str| text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let stem = match first {
+        Some((first, last)) if is_id(last) => first.as_ref(),
+        _ => stem,
+    };
+    let mut name = OsString::from(stem);
     name.push(format!("-{}.qcow2", id.get(..8).unwrap_or(&id)));
     image.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_overlay_of_an_overlay_has_a_name_of_the_same_length() {
+        let id = SnapshotId([0xab; 16]);
+        for (image, expected) in [
+            ("/vm/root.img", "/vm/root-abababab.qcow2"),
+            ("root-01234567.qcow2", "root-abababab.qcow2"),
+            ("root-0123456.qcow2", "root-0123456-abababab.qcow2"),
+            ("my-data-disk", "my-data-disk-abababab.qcow2"),
+        ] {
+            assert_eq!(overlay_of(Path::new(image), id), Path::new(expected));
+        }
+    }
 }
