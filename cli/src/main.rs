@@ -17,6 +17,7 @@ mod log;
 mod main_loop;
 mod message;
 mod outlet;
+mod own_code;
 mod process_times;
 mod restart;
 mod restore;

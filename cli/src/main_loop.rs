@@ -17,7 +17,7 @@ use nix::unistd::pipe2;
 use crate::console::{Input, StdioConsole};
 use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
-use crate::{stopping, terminal};
+use crate::{own_code, stopping, terminal};
 
 /// How long a machine may take to end once its user has asked for it. Most take a few milliseconds.
 const END_TIME: Duration = Duration::from_secs(1);
@@ -94,6 +94,7 @@ pub fn attend(
     resizes: bool,
     mut stop: Option<Signal>,
 ) -> anyhow::Result<EndedBy> {
+    own_code::release_pages();
     if resizes {
         resize(controller);
     }
