@@ -102,6 +102,12 @@ pub trait Image: Any + Debug + Send + Sync {
     /// transfers data by it ends its transfers before it makes such a request.
     fn map(&self, range: Range<u64>, direction: Direction) -> Extent;
 
+    /// Brings what [`Self::map`] needs for the byte at `offset` into the caches of the processor, as it will be asked
+    /// soon. Waits for nothing.
+    fn prefetch_map(&self, offset: u64) {
+        let _ = offset;
+    }
+
     /// Finds a place for the first bytes of `range`, which the caller is about to write, where [`Self::map`] knows
     /// none. Does no more on the host than a write of a few bytes to the page cache. `None`: they need
     /// [`Self::write_at`]. The bytes read as zeroes before and afterwards.

@@ -58,6 +58,10 @@ impl Image for Filter {
         }
     }
 
+    fn prefetch_map(&self, offset: u64) {
+        self.0.source.prefetch_map(offset);
+    }
+
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.source.read_at(bytes, offset)
     }

@@ -5,6 +5,8 @@
 //! the lock of [`Tables`](super::tables::Tables). What a slot has and the file has not is among the pending entries, so
 //! a slot can be reused at any time.
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
@@ -66,6 +68,16 @@ impl SliceCache {
             slot.is_used.store(true, Ordering::Relaxed);
         }
         Some(result)
+    }
+
+    /// Has the processor fetch a word of a slice, if that is cached. The tables of a disk are too large for the caches
+    /// that are next to the processor, as data goes through these too.
+    pub fn prefetch(&self, slice: u64, word: usize) {
+        let words = self.find(slice).and_then(|slot| slot.words.get());
+        if let Some(word) = words.and_then(|words| words.get(word)) {
+            // SAFETY: a prefetch accesses nothing that a program could notice.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(word).cast()) };
+        }
     }
 
     /// Puts a slice into the cache. The caller holds the lock of the tables.

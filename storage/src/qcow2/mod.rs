@@ -510,6 +510,10 @@ impl Image for Qcow2 {
         self.map_range(range, direction)
     }
 
+    fn prefetch_map(&self, offset: u64) {
+        self.tables.prefetch(offset);
+    }
+
     fn allocate(&self, range: Range<u64>) -> Option<Allocation> {
         self.allocate_range(range)
     }

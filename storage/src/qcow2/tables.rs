@@ -110,6 +110,13 @@ impl Tables {
         })
     }
 
+    /// Has the processor fetch the cached entry for `offset`, if there is one.
+    pub fn prefetch(&self, offset: u64) {
+        let (slice, index, _) = self.place(offset);
+        let word = index * self.geometry.entry_words() as usize;
+        self.cache.prefetch(slice, word);
+    }
+
     /// Returns what the bytes from `offset` on are. `inspect` is called with each entry that comes into the
     /// cache.
     pub fn lookup(

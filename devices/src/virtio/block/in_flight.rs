@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Instant;
 
+use bantam_memory::GuestBuffers;
 use bantam_storage::{Bounce, Disk};
 
 use super::metrics::Work;
@@ -59,8 +60,15 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
-    /// Takes account of what the ring has done. Returns the request's outcome, unless there is more to do.
-    pub(super) fn advance(&mut self, disk: &Disk, chain: &mut Chain, result: i32) -> Outcome {
+    /// Takes account of what the ring has done. `rest` has the buffers that come after those in `chain`. Returns the
+    /// request's outcome, unless there is more to do.
+    pub(super) fn advance(
+        &mut self,
+        disk: &Disk,
+        chain: &mut Chain,
+        rest: &GuestBuffers,
+        result: i32,
+    ) -> Outcome {
         if self.reads_in_place() {
             // Storage may have written more than it reports, or something before it failed.
             chain.writable.mark_filled(usize::MAX);
@@ -79,7 +87,7 @@ impl InFlight {
         };
         let (direction, offset) = match &mut self.remaining {
             Remaining::Transfer { direction, offset } => (direction, offset),
-            Remaining::Pieces(pieces) => return pieces.advance(chain, count),
+            Remaining::Pieces(pieces) => return pieces.advance(chain, rest, count),
             _ => return Some(Ok(())),
         };
         let buffers = direction.buffers_mut(chain);

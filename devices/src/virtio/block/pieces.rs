@@ -159,10 +159,17 @@ impl Pieces {
 
     /// Takes account of `count` bytes that the ring has transferred between `chain` and the file of the
     /// present piece. Returns the outcome of the request, unless there is more to do.
-    pub(super) fn advance(&mut self, chain: &mut Chain, count: usize) -> Outcome {
+    pub(super) fn advance(
+        &mut self,
+        chain: &mut Chain,
+        rest: &GuestBuffers,
+        count: usize,
+    ) -> Outcome {
         let buffers = self.direction.buffers_mut(chain);
         buffers.advance(count);
+        let flushes = self.direction == Direction::Write { durable: true };
         match self.moved(buffers, count) {
+            Ok(()) if buffers.is_empty() && rest.is_empty() && !flushes => Some(Ok(())),
             Ok(()) => None,
             Err(error) => Some(Err(error.into())),
         }

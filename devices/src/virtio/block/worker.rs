@@ -75,6 +75,8 @@ pub(super) struct Worker {
     slots: Vec<Slot>,
     /// Slots that are not in use.
     free_slots: Vec<usize>,
+    /// Slots of requests to an image that is not raw, which begin with the next submission.
+    parsed: Vec<usize>,
     completions: Vec<Completion>,
     /// What the thread of the image has to do. Present from the first image on that is not raw.
     image_work: Option<Arc<ImageWork>>,
@@ -131,6 +133,7 @@ impl Worker {
             ring,
             slots: Vec::new(),
             free_slots: Vec::new(),
+            parsed: Vec::new(),
             completions: Vec::new(),
             image_work,
             image_jobs: 0,
@@ -301,6 +304,9 @@ impl Worker {
                         span: None,
                         waits: false,
                     });
+                    if self.starts_later(slot, operation) {
+                        return Ok(true);
+                    }
                     let result = match self.start(slot) {
                         Ok(None) => return Ok(true),
                         Ok(Some(result)) => Ok(result),
@@ -439,6 +445,7 @@ impl Worker {
 
     /// Submits what was added to the ring, and returns completed requests to the driver.
     fn submit(&mut self) -> Result<(), RequestError> {
+        self.start_parsed()?;
         while let Some(ring) = &mut self.ring
             && ring.unsubmitted() > 0
         {
@@ -451,11 +458,11 @@ impl Worker {
     /// Returns the requests that the ring and the thread of the image have completed, and continues those that
     /// they have done in part.
     fn complete(&mut self) -> Result<(), RequestError> {
+        let mut result = self.start_parsed();
         let mut completions = mem::take(&mut self.completions);
         if let Some(ring) = &mut self.ring {
             ring.take_completions(&mut completions);
         }
-        let mut result = Ok(());
         // The clock is read once for all of them.
         let now = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
@@ -482,7 +489,12 @@ impl Worker {
         let Some(in_flight) = &mut slot.in_flight else {
             return Ok(());
         };
-        let outcome = in_flight.advance(self.handler.disk(), &mut slot.chain, completion.result);
+        let outcome = in_flight.advance(
+            self.handler.disk(),
+            &mut slot.chain,
+            &slot.rest,
+            completion.result,
+        );
         let Remaining::Storage { operation, .. } = in_flight.remaining else {
             return match outcome {
                 None => self.go_on_or_end(index, now),

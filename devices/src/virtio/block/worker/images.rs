@@ -34,6 +34,39 @@ impl Worker {
         }
     }
 
+    /// Whether the request in `slot` is one to an image, which is begun by [`Worker::start_parsed`]: the entries of
+    /// the image's tables come from memory while the next requests are parsed.
+    pub(super) fn starts_later(&mut self, slot: usize, operation: Operation) -> bool {
+        let Disk::Formatted(disk) = &**self.handler.disk() else {
+            return false;
+        };
+        if let Operation::Read { offset } | Operation::Write { offset } = operation {
+            disk.image().prefetch_map(offset);
+        }
+        self.parsed.push(slot);
+        true
+    }
+
+    /// Begins the requests to an image that were parsed.
+    pub(super) fn start_parsed(&mut self) -> Result<(), RequestError> {
+        let mut parsed = mem::take(&mut self.parsed);
+        let mut result = Ok(());
+        for slot in parsed.drain(..) {
+            let started = match self.start(slot) {
+                Ok(None) => Ok(()),
+                Ok(Some(outcome)) => self.end(slot, outcome, None),
+                Err(error) => {
+                    self.give_up(slot);
+                    Err(error)
+                }
+            };
+            // All are begun: none is lost because another one fails.
+            result = result.and(started);
+        }
+        self.parsed = parsed;
+        result
+    }
+
     /// Does what can be done at once of the request in `slot`, and gives what comes then to the ring or the
     /// thread of the image. Returns the outcome if nothing is left.
     pub(super) fn go_on_with_image(&mut self, slot: usize) -> Result<Outcome, RequestError> {
