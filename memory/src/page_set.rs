@@ -101,6 +101,16 @@ impl PageSet {
         }
     }
 
+    /// Removes the pages of `other`, a set of the same regions.
+    pub fn subtract(&mut self, other: &PageSet) {
+        for (region, others) in self.regions.iter_mut().zip(&other.regions) {
+            debug_assert_eq!(region.start, others.start);
+            for (word, other) in region.words.iter_mut().zip(&others.words) {
+                *word &= !other;
+            }
+        }
+    }
+
     /// Returns the start of each region and the bits of its pages; see [`PageSet::from_words`].
     pub fn words(&self) -> impl Iterator<Item = (GuestAddress, &[u64])> {
         self.regions
@@ -216,6 +226,10 @@ mod tests {
             let mut sum = PageSet::empty(regions);
             sum.insert(address(3));
             sum.add(&set);
+            let mut rest = sum.clone();
+            rest.subtract(&set);
+            prop_assert_eq!(rest.contains(address(3)), !pages.contains(&3));
+            prop_assert!(rest.len() <= 1);
             set.insert(address(3));
             prop_assert_eq!(sum, set);
         }

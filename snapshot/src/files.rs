@@ -1,9 +1,12 @@
 //! Files that are written under another name until they are complete.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use serde::{Deserialize, Serialize};
 
@@ -98,23 +101,63 @@ impl NewFile {
             .map_err(SnapshotError::write(&self.path))
     }
 
-    /// Puts the file in its place, and brings its name to stable storage.
-    ///
-    /// # Errors
-    /// Those of `rename`, and of `fsync` on the directory.
-    pub fn put_in_place(mut self) -> Result<File, SnapshotError> {
-        if let Some(temporary) = &self.temporary {
-            fs::rename(temporary, &self.path).map_err(SnapshotError::write(&self.path))?;
+    /// Calls `sync_file_range` for the whole file.
+    fn sync_range(&self, flags: libc::c_uint) -> Result<(), SnapshotError> {
+        // SAFETY: the call takes integers only. A length of zero means up to the end.
+        match unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, flags) } {
+            0 => Ok(()),
+            _ => Err(SnapshotError::write(&self.path)(io::Error::last_os_error())),
         }
-        self.temporary = None;
-        let parent = self.path.parent().filter(|it| !it.as_os_str().is_empty());
-        File::open(parent.unwrap_or(Path::new(".")))
-            .and_then(|directory| directory.sync_all())
-            .map_err(SnapshotError::write(&self.path))?;
-        self.file
-            .try_clone()
-            .map_err(SnapshotError::write(&self.path))
     }
+
+    fn directory(&self) -> &Path {
+        let parent = self.path.parent().filter(|it| !it.as_os_str().is_empty());
+        parent.unwrap_or(Path::new("."))
+    }
+}
+
+/// Puts `files` in their places, in this order. When this returns, they are on stable storage under their names.
+///
+/// Whenever the host loses its power, there is a complete file under each name, the earlier or the new one: first the content
+/// of all files is brought to stable storage, and only then do they get their names, which follow by an `fsync` of the
+/// directory. Either step takes one commit of the file system's journal, however many files there are: when the first file
+/// is synced, those after it have nothing left to write.
+///
+/// # Errors
+/// If the host cannot write or rename them. Some of them may be in their places then.
+pub fn put_in_place<const COUNT: usize>(files: [NewFile; COUNT]) -> Result<(), SnapshotError> {
+    const START: libc::c_uint = libc::SYNC_FILE_RANGE_WRITE;
+    const WAIT: libc::c_uint =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | START | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    files.iter().try_for_each(|file| file.sync_range(START))?;
+    files.iter().try_for_each(|file| file.sync_range(WAIT))?;
+    files.iter().try_for_each(NewFile::sync)?;
+    let mut replaced = Vec::new();
+    let mut directories = BTreeSet::new();
+    for mut file in files {
+        replaced.extend(
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_PATH)
+                .open(&file.path),
+        );
+        if let Some(temporary) = &file.temporary {
+            fs::rename(temporary, &file.path).map_err(SnapshotError::write(&file.path))?;
+        }
+        file.temporary = None;
+        directories.insert(file.directory().to_path_buf());
+    }
+    for directory in directories {
+        File::open(&directory)
+            .and_then(|it| it.sync_all())
+            .map_err(SnapshotError::write(&directory))?;
+    }
+    // To free the blocks of a large file can take a second, for which nobody has to wait. Without a thread, the files are
+    // closed here.
+    let _ = thread::Builder::new()
+        .name("bantam-files".to_owned())
+        .spawn(|| drop(replaced));
+    Ok(())
 }
 
 impl Drop for NewFile {

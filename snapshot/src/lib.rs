@@ -36,7 +36,7 @@ mod write_ring;
 
 pub use error::SnapshotError;
 pub use facts::{Facts, SnapshotId};
-pub use files::{NewFile, SnapshotFiles};
+pub use files::{NewFile, SnapshotFiles, put_in_place};
 pub use memory_file::MemoryFile;
 pub use memory_writer::{CopiedPages, MemoryWriter};
 pub use merge::merge;

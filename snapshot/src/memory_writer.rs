@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +17,10 @@ use crate::{MemoryFile, NewFile, SnapshotError, merge};
 
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
+/// Most bytes for which blocks are chosen at once. No write begins while they are looked through for pages of zeroes.
+const MAX_EXTENT: usize = 16 << 20;
+/// From this many adjacent bytes on, blocks are chosen before they are written.
+const ALLOCATE_FROM: usize = 256 << 10;
 /// From this many bytes on, they are written past the page cache. For less, the wait for each write counts more than the
 /// copy that is saved.
 const DIRECT_FROM: usize = 16 << 20;
@@ -85,21 +90,24 @@ impl MemoryWriter {
         }
     }
 
-    /// Copies pages of an earlier snapshot of the same memory: those in `pages`, or all of it.
+    /// Copies pages of an earlier snapshot of the same memory, besides those in `except`: those in `pages`, or all of it.
     ///
     /// # Errors
     /// If they cannot be read or written.
-    pub fn copy(&self, earlier: &MemoryFile, pages: Option<&PageSet>) -> Result<(), SnapshotError> {
-        let all;
-        let pages = match pages {
+    pub fn copy(
+        &self,
+        earlier: &MemoryFile,
+        pages: Option<PageSet>,
+        except: &PageSet,
+    ) -> Result<(), SnapshotError> {
+        let mut pages = match pages {
             Some(pages) => pages,
-            None => {
-                let data = earlier.data_pages();
-                all = data.map_err(SnapshotError::read(earlier.path()))?;
-                &all
-            }
+            None => earlier
+                .data_pages()
+                .map_err(SnapshotError::read(earlier.path()))?,
         };
-        merge::copy(earlier.file(), self.file(), &self.facts, pages)
+        pages.subtract(except);
+        merge::copy(earlier.file(), self.file(), &self.facts, &pages)
             .map_err(SnapshotError::write(self.file.path()))
     }
 
@@ -128,7 +136,7 @@ impl MemoryWriter {
             false => None,
         };
         let mut ring = WriteRing::new(direct.as_ref().unwrap_or(self.file.file()));
-        for (address, len) in pages.runs(MAX_WRITE) {
+        for (address, len) in pages.runs(MAX_EXTENT) {
             // In a differential snapshot, for example, a page of zeroes differs from one that is not there.
             if self.writes_zeroes {
                 self.begin(&mut ring, memory, address, len)?;
@@ -163,11 +171,27 @@ impl MemoryWriter {
         address: GuestAddress,
         len: usize,
     ) -> io::Result<()> {
-        let mut buffers = GuestBuffers::new(memory.clone());
-        buffers
-            .push(address, len as u32)
-            .map_err(io::Error::other)?;
-        ring.write(buffers, self.offset_of(address, len)?)
+        let offset = self.offset_of(address, len)?;
+        if len >= ALLOCATE_FROM {
+            self.allocate(offset, len);
+        }
+        for start in (0..len).step_by(MAX_WRITE) {
+            let len = MAX_WRITE.min(len - start);
+            let mut buffers = GuestBuffers::new(memory.clone());
+            buffers
+                .push(GuestAddress(address.0 + start as u64), len as u32)
+                .map_err(io::Error::other)?;
+            ring.write(buffers, offset + start as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Has the file system choose blocks for `len` bytes at `offset`. Otherwise each write past the page cache waits for
+    /// the one before, as it changes where the file has blocks. A file system that cannot do this chooses at each write.
+    fn allocate(&self, offset: u64, len: usize) {
+        let descriptor = self.file.file().as_raw_fd();
+        // SAFETY: the call takes integers only.
+        let _ = unsafe { libc::fallocate(descriptor, 0, offset as i64, len as i64) };
     }
 
     fn offset_of(&self, address: GuestAddress, len: usize) -> io::Result<u64> {
@@ -194,7 +218,7 @@ impl MemoryWriter {
         runs.try_for_each(write).map_err(failed)
     }
 
-    /// Seals the file, and brings it to stable storage. It can then be put in its place.
+    /// Seals the file. It can then be put in its place.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -202,7 +226,6 @@ impl MemoryWriter {
         let end = self.facts.memory_size();
         let written = self.file.file().write_all_at(&seal(self.facts.id), end);
         written.map_err(SnapshotError::write(self.file.path()))?;
-        self.file.sync()?;
         Ok(self.file)
     }
 }

@@ -120,7 +120,7 @@ impl StateFile {
         &self.sections
     }
 
-    /// Writes the file under another name, and brings it to stable storage.
+    /// Writes the file under another name.
     ///
     /// # Errors
     /// If a section is too large, or the file cannot be written.
@@ -155,7 +155,6 @@ impl StateFile {
         };
         write(&mut writer).map_err(failed)?;
         drop(writer);
-        file.sync()?;
         Ok(file)
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
 use bantam_snapshot::{
     CopiedPages, Facts, MemoryFile, MemoryWriter, SnapshotError, SnapshotFiles, StateFile, Witness,
-    merge,
+    merge, put_in_place,
 };
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -78,9 +78,9 @@ fn write(
             .unwrap(),
         false => writer.write(memory, &to_write).unwrap(),
     }
-    writer.finish().unwrap().put_in_place().unwrap();
+    put_in_place([writer.finish().unwrap()]).unwrap();
     let state = StateFile::new(&files.state, facts, pages, Vec::new());
-    state.write().unwrap().put_in_place().unwrap();
+    put_in_place([state.write().unwrap()]).unwrap();
     StateFile::open(&files.state).unwrap()
 }
 
@@ -206,16 +206,17 @@ fn the_memory_file_of_a_differential_snapshot_is_complete_with_the_pages_of_its_
         // Without witnesses that cannot be known.
         assert!(!file.is_complete(&state).unwrap());
         let state = state.with_witnesses(Witness::find(&memory, base.facts(), &pages));
-        state.write().unwrap().put_in_place().unwrap();
+        put_in_place([state.write().unwrap()]).unwrap();
         let state = StateFile::open(state.path()).unwrap();
         assert!(!state.witnesses().is_empty());
         assert!(!file.is_complete(&state).unwrap());
 
         // Into a copy of the base.
         let writer = MemoryWriter::create(&path("next").join("memory"), state.facts()).unwrap();
-        writer.copy(&open(&path("base")).unwrap(), None).unwrap();
-        writer.copy(&file, Some(&pages)).unwrap();
-        writer.finish().unwrap().put_in_place().unwrap();
+        let base = open(&path("base")).unwrap();
+        writer.copy(&base, None, &pages).unwrap();
+        writer.copy(&file, Some(pages), &set([])).unwrap();
+        put_in_place([writer.finish().unwrap()]).unwrap();
         let file = open(&path("next")).unwrap();
         assert!(file.is_complete(&state).unwrap());
         assert_eq!(bytes(&file.map().unwrap()), bytes(&memory));
@@ -241,8 +242,8 @@ fn pages_of_zeroes_are_written_where_they_replace_others() {
     let facts = Facts::now(None, REGIONS).unwrap();
     let written = |writer: MemoryWriter| {
         writer.write(&memory, &set([1, 2, 3])).unwrap();
-        let file = writer.finish().unwrap().put_in_place().unwrap();
-        file.metadata().unwrap().blocks()
+        put_in_place([writer.finish().unwrap()]).unwrap();
+        fs::metadata(&path).unwrap().blocks()
     };
     let new = || MemoryWriter::create(&path, &facts).unwrap();
     assert!(written(new()) < written(new().writing_zeroes()));

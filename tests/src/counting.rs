@@ -1,5 +1,6 @@
 //! Machines that run the payload `count`, which counts in memory, in registers, by accesses to a device and by interrupts.
 
+use std::env;
 use std::fs::File;
 use std::io::{ErrorKind, PipeReader, Read};
 use std::os::fd::AsFd;
@@ -151,6 +152,15 @@ pub fn counting(config: &MachineConfig) -> (Controller, PipeReader, Counters) {
         address.is_some()
     });
     (machine, reader, Counters(address.expect("it was found")))
+}
+
+/// Returns how often tests let a machine go on from its state: `BANTAM_SNAPSHOT_ROUNDS`, or 30 times.
+///
+/// # Panics
+/// If the variable is not a number.
+pub fn rounds() -> usize {
+    let rounds = env::var("BANTAM_SNAPSHOT_ROUNDS").ok();
+    rounds.map_or(30, |rounds| rounds.parse().expect("it is a number"))
 }
 
 /// Returns a few milliseconds, different each time.

@@ -17,7 +17,9 @@ mod process;
 mod qemu_img;
 mod requirements;
 mod stalling_storage;
+mod temporary;
 mod traffic;
+mod traveller;
 mod watchdog;
 mod workload;
 
@@ -26,7 +28,7 @@ pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
-pub use linux::{LinuxSlot, answer, linux_slot};
+pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot};
 pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
@@ -41,7 +43,9 @@ pub use requirements::{
     lacks_fuse, lacks_huge_pages, lacks_kvm, lacks_loop_devices, lacks_namespaces, lacks_taps,
 };
 pub use stalling_storage::StallingStorage;
+pub use temporary::memory_folder;
 pub use traffic::Traffic;
+pub use traveller::{Traveller, gone_on};
 pub use workload::after_random_work;
 
 /// Ends a test that cannot run on this host. The test fails with the reason; if the environment

@@ -1,13 +1,16 @@
 //! Linux guests.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bantam_vmm::config::{DiskConfig, MachineConfig};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::artefacts::target_folder;
+use crate::artefacts::{Kernel, RootFileSystem, target_folder};
+use crate::{after_random_work, check_image, pattern, qemu_img};
 
 /// How many Linux guests run at the same time. Each keeps a processor busy, and more guests than
 /// processors would make each other exceed their time.
@@ -37,6 +40,106 @@ pub fn linux_slot() -> LinuxSlot {
             }
         }
         thread::sleep(RETRY_INTERVAL);
+    }
+}
+
+/// A Linux guest that works on a disk with four processors and four queues, and whose work the host knows.
+pub struct BusyLinux {
+    folder: PathBuf,
+    seed: u64,
+    operations: u32,
+    size: usize,
+}
+
+impl BusyLinux {
+    /// How long the guest may take to boot, and then to do its work.
+    pub const LIMIT: Duration = Duration::from_secs(400);
+
+    /// Makes the image of its disk in `folder`, of `size` bytes, by `qemu-img convert` with these options. Each of the guest's
+    /// threads takes a number of steps.
+    ///
+    /// # Panics
+    /// If there is no room.
+    pub fn new(
+        folder: &Path,
+        options: &[&str],
+        size: usize,
+        seed: u64,
+        operations: u32,
+    ) -> BusyLinux {
+        let guest = BusyLinux {
+            folder: folder.to_path_buf(),
+            seed,
+            operations,
+            size,
+        };
+        let raw = folder.join("raw");
+        fs::write(&raw, pattern(seed, 0, size)).expect("there is room");
+        let convert = [&["convert", "-f", "raw", "-O", "qcow2"], options].concat();
+        qemu_img(&convert, &[&raw, &guest.image()]);
+        guest
+    }
+
+    /// Returns the path of its image.
+    pub fn image(&self) -> PathBuf {
+        self.folder.join("disk.qcow2")
+    }
+
+    /// Returns the command of its work.
+    pub fn work(&self) -> String {
+        format!("disk-verify-random:vda:{}:{}", self.seed, self.operations)
+    }
+
+    /// Returns the configuration of its machine. It executes `others` while it works, each after a `&`, and is there until the
+    /// test ends it.
+    ///
+    /// # Panics
+    /// If there is no kernel.
+    pub fn config(&self, others: &str) -> MachineConfig {
+        let mut config = MachineConfig::new(Kernel::Full.vmlinux());
+        config.initrd = Some(RootFileSystem::new().initrd);
+        config.cpus = 4.try_into().expect("it is not zero");
+        let commands = format!("{}{others},sleep:600000", self.work());
+        // Complaints of Linux are warnings at least.
+        config.append = Some(format!(
+            "loglevel=5 bantam.mode=test bantam.test={commands}"
+        ));
+        let option = format!("{},queues=4", self.image().display());
+        config.disks = vec![option.parse::<DiskConfig>().expect("it is a disk")];
+        config
+    }
+
+    /// Waits until what the guest has printed, which `text` returns, says that it has begun.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn wait_until_it_works(text: impl Fn() -> String) {
+        let started = Instant::now();
+        while !text().contains("bantam: disks are open") {
+            assert!(
+                started.elapsed() < Self::LIMIT,
+                "the guest does not begin: {}",
+                text()
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Checks that the disk in `image`, which may have grown, is what the work leaves.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub fn check_disk(&self, image: &Path) {
+        check_image(image, false);
+        let result = self.folder.join("result");
+        qemu_img(&["convert", "-f", "qcow2", "-O", "raw"], &[image, &result]);
+        let found = fs::read(&result).expect("it was made");
+        // The guest has seen blocks of 512 bytes.
+        let expected = after_random_work(self.seed, self.operations, 512, self.size);
+        let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "the byte there");
+        assert!(found.len() >= self.size);
+        assert!(found[self.size..].iter().all(|&byte| byte == 0));
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
-use bantam_tests::{Bantam, Running, require_kvm};
+use bantam_tests::{Bantam, Running, memory_folder, require_kvm};
 
 const MIB: u64 = 1 << 20;
 const BALLOON: u64 = 64 * MIB;
@@ -67,4 +69,43 @@ fn pages_in_the_balloon_and_reported_ones_belong_to_the_host() {
         reported <= refilled - BALLOON + TOLERANCE,
         "{refilled} {reported}"
     );
+}
+
+#[test]
+fn a_balloon_that_inflates_goes_on_in_another_machine() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (control, directory) = (
+        folder.path().join("control"),
+        folder.path().join("snapshot"),
+    );
+    let mut before = 0;
+    for milliseconds in [0, 2, 8] {
+        let mut machine = balloon(",reporting=on")
+            .option("--control", &control)
+            .start();
+        machine.wait_for_output("filled");
+        machine.send(b"\n");
+        thread::sleep(Duration::from_millis(milliseconds));
+        let taken = Bantam::new(["snapshot", "--stop"])
+            .argument(&control)
+            .argument(&directory)
+            .finish();
+        taken.succeeded();
+        let text = machine.wait().text();
+        let mut machine = Bantam::new(["restore"])
+            .argument(&directory)
+            .stdin(Stdio::piped())
+            .start();
+        if !text.contains("inflated") {
+            before += 1;
+            machine.wait_for_output("inflated");
+        }
+        machine.send(b"\n");
+        step(&mut machine, "refilled");
+        step(&mut machine, "reported");
+        machine.wait().passed();
+    }
+    println!("{before} snapshots came before the balloon was inflated");
+    assert!(before > 0, "all came too late");
 }

@@ -6,11 +6,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{
-    Kernel, RootFileSystem, after_random_work, check_image, configured, device, linux_slot,
-    pattern, qemu_img, require_kvm,
-};
-use bantam_vmm::config::{DiskConfig, MachineConfig, SerialConfig};
+use bantam_tests::{BusyLinux, configured, device, linux_slot, require_kvm};
+use bantam_vmm::config::SerialConfig;
 use bantam_vmm::{
     Console, Controller, DeviceAnswer, DeviceCommand, DiskJob, DiskSnapshot, ImageFormat, JobState,
 };
@@ -19,8 +16,6 @@ const SIZE: usize = 24 << 20;
 const SEED: u64 = 5;
 /// Steps of each of the guest's threads. They take about a minute.
 const OPERATIONS: u32 = 2000;
-/// How long the guest may take.
-const LIMIT: Duration = Duration::from_secs(400);
 /// How long a job may take.
 const JOB_LIMIT: Duration = Duration::from_secs(60);
 
@@ -55,40 +50,30 @@ fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
     let _slot = linux_slot();
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("it can be written to");
     let place = |name: &str| folder.path().join(name);
-    let (raw, image) = (place("raw"), place("disk.qcow2"));
-    fs::write(&raw, pattern(SEED, 0, SIZE)).expect("there is room");
-    let small_clusters = "cluster_size=16k";
-    let convert = ["convert", "-f", "raw", "-O", "qcow2", "-o", small_clusters];
-    qemu_img(&convert, &[&raw, &image]);
-
+    let guest = BusyLinux::new(
+        folder.path(),
+        &["-o", "cluster_size=16k"],
+        SIZE,
+        SEED,
+        OPERATIONS,
+    );
     let log = place("log");
-    let mut config = MachineConfig::new(Kernel::Full.vmlinux());
-    config.initrd = Some(RootFileSystem::new().initrd);
-    config.cpus = 4.try_into().expect("it is not zero");
-    let work = format!("disk-verify-random:vda:{SEED}:{OPERATIONS}");
-    // The guest is there until the test ends it.
-    config.append = Some(format!(
-        "quiet bantam.mode=test bantam.test={work},sleep:600000"
-    ));
+    let mut config = guest.config("");
     config.serial = SerialConfig::File(log.clone());
-    let option = format!("{},queues=4", image.display());
-    config.disks = vec![option.parse::<DiskConfig>().expect("it is a disk")];
     let machine = configured(config, Console::default());
     machine.start().unwrap_or_else(|error| panic!("{error}"));
-    let has_said = |words: &str| fs::read_to_string(&log).is_ok_and(|text| text.contains(words));
-    let ended = || has_said(&format!("bantam: {work} "));
-
-    let started = Instant::now();
-    while !has_said("bantam: disks are open") {
-        assert!(started.elapsed() < LIMIT, "the guest does not begin");
-        thread::sleep(Duration::from_millis(10));
-    }
+    let text = || fs::read_to_string(&log).unwrap_or_default();
+    let ended = || text().contains(&format!("bantam: {} ", guest.work()));
+    BusyLinux::wait_until_it_works(text);
     let started = Instant::now();
     let mut size = SIZE as u64;
     let mut rounds = 0;
     let mut longest = Duration::ZERO;
     while !ended() {
-        assert!(started.elapsed() < LIMIT, "the guest does not end");
+        assert!(
+            started.elapsed() < BusyLinux::LIMIT,
+            "the guest does not end"
+        );
         size += 1 << 20;
         command(&machine, DeviceCommand::Grow { size });
         let snapshot = DiskSnapshot {
@@ -117,23 +102,16 @@ fn a_disk_with_four_queues_keeps_its_data_through_growth_snapshots_and_jobs() {
     let config = machine.configuration();
     machine.stop();
     machine.wait().expect("the disk is flushed");
-    let text = fs::read_to_string(&log).expect("there is a log");
-    assert!(text.contains(&format!("bantam: {work} ok")), "{text}");
+    let text = text();
+    assert!(
+        text.contains(&format!("bantam: {} ok", guest.work())),
+        "{text}"
+    );
     assert!(rounds >= 6, "only {rounds} rounds");
 
     let present: PathBuf = config.expect("there is one").disks.swap_remove(0).path;
     drop(machine);
-    check_image(&present, false);
-    let result = place("result");
-    qemu_img(
-        &["convert", "-f", "qcow2", "-O", "raw"],
-        &[&present, &result],
-    );
-    let found = fs::read(&result).expect("it was made");
-    assert_eq!(found.len() as u64, size);
-    // The guest has seen blocks of 512 bytes.
-    let expected = after_random_work(SEED, OPERATIONS, 512, SIZE);
-    let wrong = found.iter().zip(&expected).position(|(a, b)| a != b);
-    assert_eq!(wrong, None, "the byte there");
-    assert!(found[SIZE..].iter().all(|&byte| byte == 0));
+    guest.check_disk(&present);
+    let grown = fs::metadata(place("result")).expect("it was made").len();
+    assert_eq!(grown, size);
 }

@@ -6,13 +6,12 @@
 use std::thread;
 
 use bantam_tests::counting::{
-    START_SECOND, STOP, config, configured, counting, random_time, read_on, wait_until_gone_on,
+    START_SECOND, STOP, config, configured, counting, random_time, read_on, rounds,
+    wait_until_gone_on,
 };
 use bantam_tests::{copy_memory, require_kvm};
 use bantam_vmm::config::MachineConfig;
 use bantam_vmm::{Controller, Error, ExitReason, GuestMemory, RestoreError, Section, State};
-
-const ROUNDS: usize = 20;
 
 /// Returns `sections` as written to a file and read back.
 fn through_a_file(sections: &[Section]) -> Vec<Section> {
@@ -43,7 +42,7 @@ fn go_on_from_machine_to_machine(config: &MachineConfig, second_from: usize) {
     let (mut machine, mut reader, counters) = counting(config);
     let cpus = u64::from(config.cpus.get());
     let mut memory = machine.memory().expect("it runs");
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         let counting = if round < second_from {
             1
         } else {
@@ -105,13 +104,13 @@ fn a_machine_with_two_processors_goes_on() {
 #[test]
 fn a_processor_that_was_not_started_can_be_started_afterwards() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(2, "timer=local second=told"), ROUNDS / 2);
+    go_on_from_machine_to_machine(&config(2, "timer=local second=told"), rounds() / 2);
 }
 
 #[test]
 fn a_processor_that_waits_for_its_start_up_interrupt_gets_it_afterwards() {
     require_kvm!();
-    go_on_from_machine_to_machine(&config(2, "timer=local second=reset"), ROUNDS / 2);
+    go_on_from_machine_to_machine(&config(2, "timer=local second=reset"), rounds() / 2);
 }
 
 #[test]

@@ -1,20 +1,18 @@
 //! Snapshots of machines, and machines that go on from them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use bantam_tests::counting::{
-    Counters, STOP, config, configured, counting, random_time, read_on, wait_until_gone_on,
+    Counters, STOP, config, configured, counting, random_time, read_on, rounds, wait_until_gone_on,
 };
-use bantam_tests::require_kvm;
-use bantam_vmm::config::MachineConfig;
+use bantam_tests::{Traveller, memory_folder, payload, require_kvm};
+use bantam_vmm::config::{MachineConfig, SerialConfig, VsockConfig};
 use bantam_vmm::{
     Controller, ExitReason, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions,
     SnapshotTaken, State, merge_snapshots,
 };
-
-const ROUNDS: usize = 20;
 
 fn options(directory: &Path) -> SnapshotOptions {
     SnapshotOptions {
@@ -51,7 +49,7 @@ struct Snapshots(tempfile::TempDir);
 
 impl Snapshots {
     fn new() -> Snapshots {
-        Snapshots(tempfile::tempdir().expect("there is room"))
+        Snapshots(memory_folder())
     }
 
     /// Returns a directory for one snapshot.
@@ -100,7 +98,7 @@ fn go_on_from_snapshot_to_snapshot(config: &MachineConfig) {
     let snapshots = Snapshots::new();
     let (mut machine, mut reader, counters) = counting(config);
     let cpus = u64::from(config.cpus.get());
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         wait_until_counting(&machine, counters, cpus);
         thread::sleep(random_time());
         snapshots.take(&machine, round, None);
@@ -226,10 +224,9 @@ fn child(snapshot: &Snapshot) -> (Controller, std::io::PipeReader) {
 #[test]
 fn a_machine_has_forks_and_they_have_forks() {
     require_kvm!();
-    const GENERATIONS: usize = 4;
     const CHILDREN: usize = 2;
     let (mut machine, mut reader, counters) = counting(&config(2, "timer=deadline second=at-once"));
-    for _ in 0..GENERATIONS {
+    for _ in 0..rounds().div_ceil(5) {
         wait_until_counting(&machine, counters, 2);
         let memory = machine.memory().expect("it runs");
         let before = counters.processors(&memory, 2);
@@ -256,4 +253,64 @@ fn a_machine_has_forks_and_they_have_forks() {
         (machine, reader) = next;
     }
     ends_well(&machine, &mut reader, counters);
+}
+
+/// Returns the configuration of a machine that runs `kernel`, with a disk of this size in `folder`.
+fn with_disk(kernel: &str, words: &str, folder: &Path, size: u64, option: &str) -> MachineConfig {
+    let image = folder.join("disk");
+    let made = File::create(&image).and_then(|file| file.set_len(size));
+    made.expect("there is room");
+    let mut config = MachineConfig::new(payload(kernel));
+    config.memory = "32M".parse().expect("this is a size");
+    config.append = Some(format!("{words} finish=poweroff"));
+    let disk = format!("{}{option}", image.display());
+    config.disks = vec![disk.parse().expect("it is a disk")];
+    config
+}
+
+/// Lets a guest go from machine to machine, at random moments.
+fn travel(traveller: &mut Traveller) {
+    while traveller.moves() < rounds() && traveller.move_on() {
+        thread::sleep(random_time());
+    }
+}
+
+#[test]
+fn requests_to_a_disk_by_the_hundred_are_neither_lost_nor_repeated() {
+    require_kvm!();
+    for option in ["", ",engine=io_uring", ",cache=none"] {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("there is room");
+        let operations = rounds() * 1500;
+        let words = format!(
+            "test=block mode=mixed pattern=random verify seed=7 depth=256 operations={operations}"
+        );
+        let config = with_disk("load", &words, folder.path(), 4 << 20, option);
+        let mut traveller = Traveller::start(config, folder.path());
+        travel(&mut traveller);
+        let moves = traveller.moves();
+        println!("{moves} moves with '{option}'");
+        assert!(moves > 2, "{moves}");
+        let text = traveller.passed();
+        assert!(text.contains("\"errors\":0"), "{text}");
+    }
+}
+
+#[test]
+fn a_driver_of_each_device_goes_on_from_snapshots_at_any_moment() {
+    require_kvm!();
+    let folder = memory_folder();
+    let words = format!("rounds={} block-test=write", rounds().div_ceil(2));
+    let mut config = with_disk("devices", &words, folder.path(), 1 << 20, "");
+    config.console = SerialConfig::File(folder.path().join("console"));
+    config.vsock = Some(VsockConfig {
+        cid: 3.try_into().expect("a guest can have it"),
+        socket: folder.path().join("vsock"),
+    });
+    config.balloon = Some("size=1M".parse().expect("it is a balloon"));
+    let mut traveller = Traveller::start(config, folder.path());
+    travel(&mut traveller);
+    let moves = traveller.moves();
+    println!("{moves} moves");
+    assert!(moves > 2, "{moves}");
+    traveller.passed();
 }

@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,11 +33,14 @@ mod port {
     pub const NONE: u32 = 99;
 }
 
-fn start(socket: &Path, words: &str) -> Running {
-    let machine = Bantam::payload("vsock")
+fn machine(socket: &Path, words: &str) -> Bantam {
+    Bantam::payload("vsock")
         .option("--vsock", format!("cid=5,socket={}", socket.display()))
         .append(words)
-        .start();
+}
+
+fn start(socket: &Path, words: &str) -> Running {
+    let machine = machine(socket, words).start();
     let text = machine.wait_for_output("ready\n");
     assert!(text.contains("cid 5\n"), "{text}");
     machine
@@ -169,6 +173,75 @@ fn a_hundred_connections_carry_a_gibibyte() {
     let ended = finish(&socket, machine);
     ended.printed(&format!("{} exchanges", 2 * CONNECTIONS));
     assert!(!ended.text().contains("was reset"), "{ended}");
+}
+
+/// Exchanges data until the stream is cut, and checks that what has arrived until then is right. Adds it to `received`.
+fn exchange_until_cut(mut stream: UnixStream, pattern: &[u8], received: &AtomicUsize) {
+    let mut writer = stream.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || while writer.write_all(&pattern[..PATTERN_SIZE]).is_ok() {});
+        let mut chunk = vec![0; PATTERN_SIZE];
+        let mut position = 0;
+        while let Ok(count @ 1..) = stream.read(&mut chunk) {
+            let start = position % PATTERN_SIZE;
+            assert!(chunk[..count] == pattern[start..start + count]);
+            position += count;
+            received.fetch_add(count, Ordering::Relaxed);
+        }
+    });
+}
+
+#[test]
+fn a_snapshot_cuts_streams_and_the_next_machine_has_others() {
+    const CONNECTIONS: usize = 8;
+    const LENGTH: usize = 32 << 20;
+    require_kvm!();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = socket(&folder);
+    let control = folder.path().join("control");
+    let directory = folder.path().join("snapshot");
+    let pattern = payload_pattern();
+    let machine = machine(&socket, &format!("length={LENGTH}"))
+        .option("--control", &control)
+        .start();
+    machine.wait_for_output("ready\n");
+    let received = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        let (received, pattern) = (&received, &pattern);
+        for _ in 0..CONNECTIONS {
+            let (stream, _) = connect(&socket, port::EXCHANGE);
+            scope.spawn(move || exchange_until_cut(stream, pattern, received));
+        }
+        let deadline = Instant::now() + LIMIT;
+        while received.load(Ordering::Relaxed) < LENGTH / 4 {
+            assert!(Instant::now() < deadline, "nothing arrives");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let taken = Bantam::new(["snapshot", "--stop"])
+            .argument(&control)
+            .argument(&directory)
+            .finish();
+        taken.succeeded();
+    });
+    drop(machine);
+    let received = received.into_inner();
+    println!("{received} bytes before the snapshot");
+    assert!(received < CONNECTIONS * LENGTH, "it came too late");
+
+    let socket = folder.path().join("other");
+    let machine = Bantam::new(["restore"])
+        .argument(&directory)
+        .option("--vsock", &socket)
+        .start();
+    let deadline = Instant::now() + LIMIT;
+    while !socket.exists() {
+        assert!(Instant::now() < deadline, "there is no socket");
+        thread::sleep(Duration::from_millis(1));
+    }
+    for _ in 0..2 {
+        exchange(connect(&socket, port::EXCHANGE).0, LENGTH, &pattern);
+    }
+    finish(&socket, machine);
 }
 
 #[test]

@@ -75,6 +75,7 @@ impl Controller {
             config: Mutex::new(None),
             metrics: OnceLock::new(),
             devices: OnceLock::new(),
+            snapshots: Mutex::new(()),
         })))
     }
 
@@ -554,6 +555,8 @@ struct Inner {
     metrics: OnceLock<Arc<MachineMetrics>>,
     /// The devices of the machine that was started, also while it is taken down.
     devices: OnceLock<Weak<DeviceTable>>,
+    /// Locked while a snapshot is taken and written, before `life`.
+    snapshots: Mutex<()>,
 }
 
 /// The stage of the machine's life, with what the machine has in that stage.

@@ -173,6 +173,7 @@ impl Machine {
             limit,
             serial_log,
             serial_activity.clone(),
+            starts_paused,
         )?;
         let legacy = legacy.finish();
         let mut builder = Builder::new(&vm, &memory, &mut mmio, context, &event_loop);

@@ -21,7 +21,7 @@ use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
 use crate::memory::allocate_memory;
 
-pub(crate) use changes::{Changes, Selection, changes_since};
+pub(crate) use changes::{Changes, Earlier, Selection, changes_since};
 pub use sections::{FrozenDisk, HostFacts};
 pub(crate) use sections::{GuestFacts, MachineState, Sections};
 

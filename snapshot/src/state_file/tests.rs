@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::SnapshotId;
+use crate::{SnapshotId, put_in_place};
 
 const PAGE: u64 = bantam_memory::PAGE_SIZE as u64;
 
@@ -43,7 +43,7 @@ fn bytes_of(base: Option<SnapshotId>) -> Vec<u8> {
     let path = directory.path().join("state");
     let file = state(&path, base).write().unwrap();
     assert!(!path.exists(), "it appears when it is put in its place");
-    file.put_in_place().unwrap();
+    put_in_place([file]).unwrap();
     std::fs::read(path).unwrap()
 }
 
@@ -120,7 +120,7 @@ fn a_list_of_pages_must_fit_the_memory() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         let file = StateFile::new(&path, facts(base), Some(pages(words)), Vec::new());
-        file.write().unwrap().put_in_place().unwrap();
+        put_in_place([file.write().unwrap()]).unwrap();
         StateFile::open(&path).is_ok()
     };
     assert!(fits([vec![0, 0x3f], vec![1, 2, 3]]));

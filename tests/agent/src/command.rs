@@ -33,6 +33,11 @@ pub enum Command {
     Sleep {
         milliseconds: u64,
     },
+    /// Never: it prints `bantam: random HEX` again and again, of numbers from the kernel's generator, and ends with a
+    /// failure when a clock goes back.
+    Watch {
+        milliseconds: u64,
+    },
     /// `size=BYTES ro=0|1 serial=TEXT|- logical=BYTES physical=BYTES discard-max=BYTES
     /// write-zeroes-max=BYTES`
     DiskInfo {
@@ -103,6 +108,10 @@ pub enum Command {
     VsockConnect(Exchange),
     /// `bytes=N rate=RATE`, the same on connections of the host, for which the guest waits.
     VsockListen(Exchange),
+    /// Never: it returns to connections of the host what they send.
+    VsockEcho {
+        port: u32,
+    },
     /// `status=N body=TEXT`, the metadata at a path, with `+` in place of spaces and ends of lines.
     /// The interface gets an address for this.
     Metadata {
@@ -165,6 +174,9 @@ impl FromStr for Command {
             "sleep" => Self::Sleep {
                 milliseconds: arguments.parsed("milliseconds")?,
             },
+            "watch" => Self::Watch {
+                milliseconds: arguments.parsed("milliseconds")?,
+            },
             "disk-info" => Self::DiskInfo {
                 disk: arguments.device("disk")?,
             },
@@ -220,6 +232,9 @@ impl FromStr for Command {
             },
             "vsock-connect" => Self::VsockConnect(arguments.exchange()?),
             "vsock-listen" => Self::VsockListen(arguments.exchange()?),
+            "vsock-echo" => Self::VsockEcho {
+                port: arguments.parsed("port")?,
+            },
             "metadata" => Self::Metadata {
                 interface: arguments.device("interface")?,
                 path: arguments.text("path")?.to_owned(),

@@ -7,7 +7,9 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::console::say;
 use crate::error::{Context, Error, Result};
+use crate::sys;
 
 /// Returns the text of one of the kernel's small files, without the line end.
 pub fn attribute(path: &str) -> Result<String> {
@@ -138,6 +140,26 @@ pub fn time() -> Result<String> {
         slept.as_millis(),
         wall.as_secs()
     ))
+}
+
+/// Prints random numbers again and again, and fails when the time goes back.
+pub fn watch(interval: Duration) -> Result<String> {
+    // Clocks are compared more often than numbers are printed.
+    const COMPARISONS: u32 = 10;
+    let mut last = Instant::now();
+    loop {
+        for _ in 0..COMPARISONS {
+            let now = Instant::now();
+            if now < last {
+                return Err(Error::new(format!("the time goes from {last:?} to {now:?}")));
+            }
+            last = now;
+            thread::sleep(interval / COMPARISONS);
+        }
+        let mut bytes = [0; 8];
+        sys::random(&mut bytes).context("getrandom")?;
+        say(format_args!("bantam: random {:016x}", u64::from_le_bytes(bytes)));
+    }
 }
 
 #[cfg(test)]

@@ -11,26 +11,40 @@ use crate::error::{Context, Result};
 use crate::power::{self, Ending};
 use crate::{disk, metadata, net, random, sys, system, vsock};
 
-/// Executes the commands in order and returns how the guest has to end. A failed command does not
-/// prevent the next one.
+/// Executes the commands in order, those of a word with `&` between them at the same time, and returns how the guest has to
+/// end. A failed command does not prevent the next one.
 pub fn run<'a>(commands: impl Iterator<Item = &'a str>) -> Ending {
-    let mut ending = Ending::PowerOff;
-    for word in commands {
-        match word.parse().and_then(|command| carry_out(&command, word)) {
-            Ok(Outcome::Done(details)) => {
-                let space = if details.is_empty() { "" } else { " " };
-                say(format_args!("bantam: {word} ok{space}{details}"));
+    let mut ending = None;
+    for words in commands {
+        ending = thread::scope(|scope| {
+            let (first, others) = words.split_once('&').unwrap_or((words, ""));
+            for word in others.split_terminator('&') {
+                scope.spawn(|| execute(word));
             }
-            Ok(Outcome::End(how)) => {
-                say(format_args!("bantam: {word} ok"));
-                ending = how;
-                break;
-            }
-            Err(reason) => say(format_args!("bantam: {word} failed {reason}")),
+            execute(first)
+        });
+        if ending.is_some() {
+            break;
         }
     }
     say(format_args!("bantam: done"));
-    ending
+    ending.unwrap_or(Ending::PowerOff)
+}
+
+/// Executes a command, and returns how the guest has to end if it says so.
+fn execute(word: &str) -> Option<Ending> {
+    match word.parse().and_then(|command| carry_out(&command, word)) {
+        Ok(Outcome::Done(details)) => {
+            let space = if details.is_empty() { "" } else { " " };
+            say(format_args!("bantam: {word} ok{space}{details}"));
+        }
+        Ok(Outcome::End(how)) => {
+            say(format_args!("bantam: {word} ok"));
+            return Some(how);
+        }
+        Err(reason) => say(format_args!("bantam: {word} failed {reason}")),
+    }
+    None
 }
 
 enum Outcome {
@@ -54,6 +68,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
             thread::sleep(Duration::from_millis(milliseconds));
             String::new()
         }
+        Command::Watch { milliseconds } => system::watch(Duration::from_millis(milliseconds))?,
         Command::DiskInfo { ref disk } => disk::info(disk)?,
         Command::DiskWriteVerify {
             ref disk,
@@ -89,6 +104,7 @@ fn carry_out(command: &Command, word: &str) -> Result<Outcome> {
         Command::NetTcpReceive { peer, length, seed } => net::tcp_receive(peer, length, seed)?,
         Command::VsockConnect(exchange) => vsock::connect(exchange)?,
         Command::VsockListen(exchange) => vsock::listen(exchange, waiting)?,
+        Command::VsockEcho { port } => vsock::echo(port, waiting)?,
         Command::Metadata {
             ref interface,
             ref path,

@@ -53,6 +53,26 @@ pub fn listen(exchange: Exchange, waiting: impl Fn()) -> Result<String> {
     all_at_once(streams, exchange.length)
 }
 
+/// Reports that it is waiting, and returns to each connection of the host what it sends.
+pub fn echo(port: u32, waiting: impl Fn()) -> Result<String> {
+    const BACKLOG: u32 = 4;
+    let listener =
+        sys::vsock_listen(port, BACKLOG).context(format_args!("listen on port {port}"))?;
+    waiting();
+    loop {
+        let mut stream = UnixStream::from(sys::accept(&listener).context("accept")?);
+        thread::spawn(move || {
+            let mut buffer = vec![0; CHUNK];
+            // The connection ends with the host's, or when the machine goes on elsewhere.
+            while let Ok(size @ 1..) = stream.read(&mut buffer) {
+                if stream.write_all(&buffer[..size]).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+}
+
 fn all_at_once(streams: Vec<UnixStream>, length: u64) -> Result<String> {
     let started = Instant::now();
     let count = streams.len() as u64;

@@ -234,7 +234,8 @@ pub fn write_image(path: &Path) {
     write().unwrap_or_else(|error| cannot("write", path, &error));
 }
 
-fn sync(path: &Path) {
+/// Writes what the page cache has of a file to the disk.
+pub fn sync(path: &Path) {
     File::open(path)
         .and_then(|file| file.sync_all())
         .unwrap_or_else(|error| cannot("sync", path, &error));

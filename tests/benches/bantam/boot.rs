@@ -38,6 +38,7 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
             options: "",
         }),
         tap: None,
+        tracks_dirty_pages: false,
     }
 }
 

@@ -19,6 +19,7 @@ mod report;
 mod snapshots;
 mod start;
 mod statistics;
+mod tracking;
 
 use std::env;
 use std::fs;
@@ -30,7 +31,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -41,6 +42,7 @@ const PARTS: [Part; 10] = [
     ("disks", disks::measure),
     ("images", images::measure),
     ("snapshots", snapshots::measure),
+    ("tracking", tracking::measure),
 ];
 
 fn main() {

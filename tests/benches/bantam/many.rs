@@ -98,6 +98,7 @@ fn run_processes(monitors: &Monitors, monitor: Monitor, taps: &[String]) -> Proc
             disk: None,
             idle_disks: Vec::new(),
             tap: taps_left.next().cloned(),
+            tracks_dirty_pages: false,
         };
         let mut process = Process::start(monitors.command(monitor, &guest));
         times.push(process.wait_for(READY, LIMIT).as_secs_f64() * 1000.0);

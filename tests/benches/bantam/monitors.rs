@@ -49,6 +49,8 @@ pub struct Guest {
     pub idle_disks: Vec<PathBuf>,
     /// Name of a tap interface for a virtio-net device; the peer takes only one that exists.
     pub tap: Option<String>,
+    /// Whether the monitor logs which pages change, for Bantam alone.
+    pub tracks_dirty_pages: bool,
 }
 
 /// A virtio-blk disk.
@@ -179,6 +181,9 @@ impl Monitors {
         }
         if let Some(tap) = &guest.tap {
             command.arg("--net").arg(format!("tap={tap}"));
+        }
+        if guest.tracks_dirty_pages {
+            command.args(["--track-dirty-pages", "on"]);
         }
         command
     }

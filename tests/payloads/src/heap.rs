@@ -54,6 +54,16 @@ unsafe impl GlobalAlloc for BumpAllocator {
     }
 }
 
+/// Calls `work`, and frees all that it has allocated.
+///
+/// # Safety
+/// Nothing that `work` has allocated may be in use when it returns, not by a device either.
+pub unsafe fn freeing(work: impl FnOnce()) {
+    let before = HEAP.next.load(Ordering::Relaxed);
+    work();
+    HEAP.next.store(before, Ordering::Relaxed);
+}
+
 /// Returns the first address after the payload's image.
 pub fn image_end() -> u64 {
     unsafe extern "C" {

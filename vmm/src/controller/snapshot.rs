@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_snapshot::{CopiedPages, Facts, MemoryWriter, SnapshotId, StateFile, Witness};
+use bantam_snapshot::{
+    CopiedPages, Facts, MemoryWriter, SnapshotId, StateFile, Witness, put_in_place,
+};
 use bantam_state::Section;
 
 use super::{Controller, Life};
@@ -18,8 +20,8 @@ use crate::kvm::{SavedProcessors, VmState};
 use crate::lock::lock;
 use crate::machine::{Machine, Origin};
 use crate::snapshot::{
-    Changes, FrozenDisk, GuestFacts, Sections, Selection, Snapshot, SnapshotBase, SnapshotDisks,
-    SnapshotOptions, SnapshotTaken, changes_since,
+    Changes, Earlier, FrozenDisk, GuestFacts, Sections, Selection, Snapshot, SnapshotBase,
+    SnapshotDisks, SnapshotOptions, SnapshotTaken, changes_since,
 };
 use crate::state::State;
 use crate::vm::Vm;
@@ -101,22 +103,27 @@ struct Taken {
     pages: Option<PageSet>,
     /// The witnesses of a differential snapshot.
     witnesses: Vec<Witness>,
-    page_count: usize,
+    /// The pages that were read.
+    read: PageSet,
     writer: MemoryWriter,
     /// What is still to be written.
     copied: Option<CopiedPages>,
+    /// The memory file that has the other pages.
+    earlier: Option<Earlier>,
     changes: Arc<Mutex<Changes>>,
 }
 
 impl Controller {
     /// Takes a snapshot of the machine ([`Command::Snapshot`](crate::Command::Snapshot)). A machine that runs is paused
-    /// meanwhile.
+    /// meanwhile. A call waits for an earlier one to be done.
     ///
     /// # Errors
     /// If the machine neither runs nor is paused, cannot be paused, or has a part that cannot be saved; if the files cannot
     /// be written; if the changes since the base are not known; or if a disk cannot go on with an overlay. The machine
     /// then goes on as it was, but some of its disks may have new overlays.
     pub fn snapshot(&self, options: SnapshotOptions) -> Result<SnapshotTaken, Error> {
+        // The next one is based on what this one notes of changes.
+        let _one_at_a_time = lock(&self.0.snapshots);
         let disks = match options.stop {
             true => &SnapshotDisks::Unprotected,
             false => &options.disks,
@@ -132,11 +139,19 @@ impl Controller {
                 Ok((taken, overlays))
             })
         })?;
+        let page_count = taken.read.len() as u64;
+        if let Some(earlier) = taken.earlier {
+            taken
+                .writer
+                .copy(&earlier.file, earlier.pages, &taken.read)?;
+        }
         if let Some(copied) = &taken.copied {
             taken.writer.write_copied(copied)?;
         }
         let memory = taken.writer.finish()?;
         if options.stop {
+            // The machine is still there if its memory cannot be kept.
+            memory.sync()?;
             self.stop();
             self.wait().map_err(Error::Shared)?;
         }
@@ -150,12 +165,11 @@ impl Controller {
         let state = StateFile::new(path, taken.facts, taken.pages, sections)
             .with_witnesses(taken.witnesses);
         let file = state.write()?;
-        memory.put_in_place()?;
-        file.put_in_place()?;
+        put_in_place([memory, file])?;
         lock(&taken.changes).note(&state, is_logging);
         Ok(SnapshotTaken {
             id: state.facts().id,
-            pages: taken.page_count as u64,
+            pages: page_count,
             paused_for,
         })
     }
@@ -321,15 +335,11 @@ impl Controller {
         if is_since_last {
             writer = writer.writing_zeroes();
         }
-        if let Some(earlier) = &earlier {
-            writer.copy(&earlier.file, earlier.pages.as_ref())?;
-        }
         let witnesses = match all_pages.as_ref().filter(|_| is_since_last) {
             Some(pages) => Witness::find(memory, &facts, pages),
             None => Vec::new(),
         };
-        let page_count = pages.len();
-        let is_small = base.is_some() && page_count * PAGE_SIZE <= MAX_COPY;
+        let is_small = base.is_some() && pages.len() * PAGE_SIZE <= MAX_COPY;
         let copied = match is_small {
             true => {
                 let copied = CopiedPages::copy(memory, pages.clone());
@@ -345,9 +355,10 @@ impl Controller {
             facts,
             pages: all_pages,
             witnesses,
-            page_count,
+            read: pages,
             writer,
             copied,
+            earlier,
             changes: parts.changes.clone(),
         })
     }

@@ -181,10 +181,15 @@ impl<'a> LegacyDevices<'a> {
         limit: Option<RateLimit>,
         log: DeviceLog,
         activity: Activity,
+        is_restored: bool,
     ) -> Result<(SerialGuard, Arc<SerialMetrics>), Error> {
         let interrupt = self.vm.interrupt_event(layout::SERIAL_GSI)?;
         let port = Serial::new(Box::new(interrupt), limit, log);
-        let port = port.map_err(Error::resource("the serial port"))?;
+        let mut port = port.map_err(Error::resource("the serial port"))?;
+        if is_restored {
+            // Its state will replace what it had taken from the host until then.
+            port.pause().map_err(Error::resource("the serial port"))?;
+        }
         let metrics = port.metrics();
         let (first, count) = (layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT);
         let port = self.attach_to_ports("serial", port, first, count)?;

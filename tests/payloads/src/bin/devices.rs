@@ -4,7 +4,7 @@
 //! `block-test=write` writes to every block device that is not read-only, destroying what it has;
 //! `net-arp=OWN,TARGET` asks the network for the hardware address of TARGET (IPv4 addresses);
 //! `net-echo=N` sends N frames back to their sender, and `offloads` negotiates checksum and
-//! segmentation offload for that.
+//! segmentation offload for that; `rounds=N` does all of it N times (1).
 
 #![no_std]
 #![no_main]
@@ -27,7 +27,7 @@ use runtime::virtio::net::{Header, Net, OFFLOADS, net_feature};
 use runtime::virtio::rng::Rng;
 use runtime::virtio::vsock::Vsock;
 use runtime::virtio::{Buffer, Completion, Error, MmioDevice, Transport, device_id, wait_for_used};
-use runtime::{arguments, interrupts, payload, println, report};
+use runtime::{arguments, heap, interrupts, payload, println, report};
 
 const FIRST_DEVICE_VECTOR: u8 = 0x50;
 const QUEUE_SIZE: u16 = 16;
@@ -36,6 +36,22 @@ const INTERRUPT_ROUNDS: u64 = 10;
 payload!(check_devices);
 
 fn check_devices() {
+    for _ in 0..arguments::parsed("rounds").unwrap_or(1) {
+        // SAFETY: the round keeps nothing, and resets the devices.
+        unsafe { heap::freeing(check_all) };
+    }
+}
+
+fn check_all() {
+    check_each();
+    for device in arguments::virtio_mmio_windows().filter_map(|it| MmioDevice::probe(it).ok()) {
+        if let Err(reason) = device.reset() {
+            report::fail("a device resets", reason);
+        }
+    }
+}
+
+fn check_each() {
     let mut ids = Vec::new();
     for (number, window) in arguments::virtio_mmio_windows().enumerate() {
         let name = format!("device {number} at {:#x}", window.address);
