@@ -93,10 +93,31 @@ impl PageSet {
 
     /// Adds the pages of `other`, a set of the same regions.
     pub fn add(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word | other);
+    }
+
+    /// Adds the pages of `len` bytes from `address` on, which are in one region.
+    pub(crate) fn insert_range(&mut self, address: GuestAddress, len: usize) {
+        for page in (address.0..address.0 + len as u64).step_by(PAGE_SIZE) {
+            self.insert(GuestAddress(page));
+        }
+    }
+
+    /// Removes the pages of `other`, a set of the same regions.
+    pub(crate) fn subtract(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word & !other);
+    }
+
+    /// Removes the pages that are not in `other`, a set of the same regions.
+    pub(crate) fn retain(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word & other);
+    }
+
+    fn combine(&mut self, other: &PageSet, operation: impl Fn(u64, u64) -> u64) {
         for (region, others) in self.regions.iter_mut().zip(&other.regions) {
             debug_assert_eq!(region.start, others.start);
             for (word, other) in region.words.iter_mut().zip(&others.words) {
-                *word |= other;
+                *word = operation(*word, *other);
             }
         }
     }

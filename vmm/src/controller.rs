@@ -1,5 +1,6 @@
 //! The controller, which owns a machine from its configuration to its end.
 
+mod fork;
 mod snapshot;
 
 use std::os::fd::BorrowedFd;
