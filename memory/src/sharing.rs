@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::GuestAddress;
@@ -193,8 +193,9 @@ fn write(memory: &Arc<GuestMemory>, layer: &Layer) -> io::Result<()> {
 
 /// Makes a file in memory of this size, all zero.
 fn file_in_memory(size: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string, which the call only reads.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -202,6 +203,26 @@ fn file_in_memory(size: u64) -> io::Result<File> {
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size)?;
     Ok(file)
+}
+
+/// Makes sure that no process changes or shortens a file in memory any more, whoever has a descriptor of it. Other files
+/// are left alone.
+///
+/// # Errors
+/// If a process has mapped the file to write to it, or the host reads from it or writes to it without end.
+pub fn seal(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
+    // SAFETY: the request takes no argument.
+    let present = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    // It is negative if the file is one that cannot have seals.
+    if present < 0 || present & seals == seals {
+        return Ok(());
+    }
+    // SAFETY: the request takes an integer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]
@@ -246,7 +267,9 @@ mod tests {
     fn change(memory: &Arc<GuestMemory>, changes: &Changes) {
         for (&page, &byte) in changes {
             match byte {
-                Some(byte) => memory.write_slice(&[byte; PAGE_SIZE], address(page)).unwrap(),
+                Some(byte) => memory
+                    .write_slice(&[byte; PAGE_SIZE], address(page))
+                    .unwrap(),
                 None => {
                     let mut buffers = GuestBuffers::new(memory.clone());
                     buffers.push(address(page), PAGE as u32).unwrap();
