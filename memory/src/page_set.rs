@@ -240,6 +240,31 @@ mod tests {
             set.insert(address(3));
             prop_assert_eq!(sum, set);
         }
+
+        #[test]
+        fn sets_are_combined_page_by_page(
+            one in prop::collection::btree_set(0..100_u64, 0..100),
+            start in 0..90_u64,
+            count in 0..10_usize,
+        ) {
+            let regions = [(GuestAddress(0), 100 * PAGE)];
+            let mut set = PageSet::empty(regions);
+            for page in &one {
+                set.insert(GuestAddress(page * PAGE));
+            }
+            let mut range = PageSet::empty(regions);
+            range.insert_range(GuestAddress(start * PAGE), count * PAGE_SIZE);
+            prop_assert_eq!(range.len(), count);
+            let (mut rest, mut common) = (set.clone(), set.clone());
+            rest.subtract(&range);
+            common.retain(&range);
+            for page in 0..100 {
+                let in_range = (start..start + count as u64).contains(&page);
+                let address = GuestAddress(page * PAGE);
+                prop_assert_eq!(rest.contains(address), one.contains(&page) && !in_range);
+                prop_assert_eq!(common.contains(address), one.contains(&page) && in_range);
+            }
+        }
     }
 
     #[test]
