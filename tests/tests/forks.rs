@@ -111,7 +111,9 @@ fn neither_side_sees_what_the_other_writes() {
     parent.pause().unwrap();
     let write = |machine: &Controller, value: u64| {
         let memory = machine.memory().unwrap();
-        PAGES.map(|page| memory.write_obj(value, GuestAddress(page)).unwrap());
+        for page in PAGES {
+            memory.write_obj(value, GuestAddress(page)).unwrap();
+        }
     };
     let read = |machine: &Controller| {
         let memory = machine.memory().unwrap();
