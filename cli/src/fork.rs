@@ -218,34 +218,35 @@ impl<'a> Fork<'a> {
 }
 
 impl Child {
-    /// Waits until the child runs.
+    /// Waits until the child runs, or has run.
     fn await_running(&mut self) -> anyhow::Result<()> {
         let number = self.number;
-        self.try_await_running()
+        let runs = self
+            .try_await_running()
             .with_context(|| format!("child {number} does not run"))?;
-        say(format_args!(
-            "child {number}: process {}, {}",
-            self.process.id(),
-            self.socket().display()
-        ));
+        match runs {
+            true => say(format_args!(
+                "child {number}: process {}, {}",
+                self.process.id(),
+                self.socket().display()
+            )),
+            false => say(format_args!("child {number}: its guest has ended already")),
+        }
         Ok(())
     }
 
-    fn try_await_running(&mut self) -> anyhow::Result<()> {
-        let mut client = loop {
-            if let Ok(client) = ControlClient::connect(&self.socket()) {
-                break client;
+    /// Returns `false` if the child has run, but not for long.
+    fn try_await_running(&mut self) -> anyhow::Result<bool> {
+        loop {
+            let client = ControlClient::connect(&self.socket());
+            if client.is_ok_and(|mut client| self.await_state(&mut client).is_ok()) {
+                return Ok(true);
             }
-            self.check_alive()?;
-            thread::sleep(START_INTERVAL);
-        };
-        // It has ended if it does not answer, and says why in its log.
-        let awaited = self.await_state(&mut client);
-        while awaited.is_err() {
-            self.check_alive()?;
+            if self.has_ended()? {
+                return Ok(false);
+            }
             thread::sleep(START_INTERVAL);
         }
-        Ok(())
     }
 
     fn await_state(&self, client: &mut ControlClient) -> anyhow::Result<()> {
@@ -265,19 +266,26 @@ impl Child {
         }
     }
 
-    /// Checks that the child has not ended, and that there is still time.
-    fn check_alive(&mut self) -> anyhow::Result<()> {
+    /// Returns whether the child's guest has ended.
+    ///
+    /// # Errors
+    /// If the child has failed, or its time is over.
+    fn has_ended(&mut self) -> anyhow::Result<bool> {
         if let Some(status) = self.process.try_wait().context("cannot wait for it")? {
             let log = fs::read_to_string(self.folder.join("log")).unwrap_or_default();
-            match log.lines().last() {
-                Some(line) => bail!("{}", line.trim_start_matches("error: ").to_owned()),
-                None => bail!("it has ended: {status}"),
+            let last = log.lines().last().unwrap_or_default();
+            if let Some(error) = last.strip_prefix("error: ") {
+                bail!("{}", error.to_owned());
             }
+            if status.code().is_none() {
+                bail!("it was killed: {status}");
+            }
+            return Ok(true);
         }
         if Instant::now() > self.deadline {
             bail!("it is not ready after {} s", START_TIME.as_secs());
         }
-        Ok(())
+        Ok(false)
     }
 
     fn socket(&self) -> PathBuf {
