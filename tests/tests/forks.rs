@@ -86,7 +86,7 @@ fn a_machine_has_forks_and_they_have_forks() {
 #[test]
 fn a_fork_has_the_memory_of_one_moment_while_four_processors_write() {
     require_kvm!();
-    const ROUNDS: usize = 10;
+    const ROUNDS: usize = 20;
     let (machine, reader, counters) =
         counting(&config(4, "timer=local second=at-once others=3 pages=256"));
     for _ in 0..ROUNDS {
@@ -97,7 +97,6 @@ fn a_fork_has_the_memory_of_one_moment_while_four_processors_write() {
         resume(&child.0);
         // A page of another moment would be a fault.
         wait_until_counting(&child.0, counters, 4);
-        wait_until_counting(&machine, counters, 4);
         ends_well(child, counters);
     }
     ends_well((machine, reader), counters);

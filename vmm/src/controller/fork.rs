@@ -33,22 +33,23 @@ impl Controller {
         let is_tracking = self.configuration()?.track_dirty_pages;
         // Held to the end, so that no other fork takes pages from the logs meanwhile.
         let mut changes = lock(&parts.changes);
-        let mut copied = match self.state() {
+        let (mut sharing, log) = match self.state() {
             State::Running => Some(copy_of_running(&parts, &mut changes, is_tracking)?),
             _ => None,
-        };
+        }
+        .unzip();
         let (forked, paused_for) = self.while_at_rest(false, || {
             self.while_paused(ACTION, |parts| {
                 let machine = self.read_state(parts)?;
                 let regions = parts.memory.regions();
                 let regions = regions.map(|region| (region.start.0, region.len));
                 let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
-                let sharing = match copied.take() {
-                    Some((mut sharing, log)) => {
+                let sharing = match (sharing.take(), &log) {
+                    (Some(mut sharing), Some(log)) => {
                         sharing.copy(&log.take(&mut changes)?).map_err(failed)?;
                         sharing
                     }
-                    None => Sharing::begin(&parts.memory).map_err(failed)?,
+                    _ => Sharing::begin(&parts.memory).map_err(failed)?,
                 };
                 let layers = sharing.finish().map_err(failed)?;
                 changes.forget_mapping();
@@ -56,6 +57,7 @@ impl Controller {
                 Ok((machine, facts, layers, overlays))
             })
         })?;
+        drop(log);
         let (machine, facts, layers, overlays) = forked;
         let frozen = match disks {
             SnapshotDisks::Unprotected => Vec::new(),
