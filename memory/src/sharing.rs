@@ -14,11 +14,11 @@ use crate::{Backing, FilePosition, GuestBuffers, GuestMemory, Layer, PageSet};
 const NAME: &CStr = c"bantam-guest-memory";
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
-/// Most parts of memory that are mapped one by one. A process has 65,530 mappings at most, and may have a thousand
-/// machines.
-const MAX_LAYERS: usize = 32;
+/// Most parts of memory that are mapped one by one. A process may have a thousand machines, but only 65,530 mappings; and the
+/// host's kernel tells each machine of the process of each change of them.
+const MAX_LAYERS: usize = 16;
 /// Most parts that one file adds. Pages between those that were written are copied with them.
-const MAX_PARTS: usize = 8;
+const MAX_PARTS: usize = 4;
 
 /// Moves what guest memory has of its own to a file in memory, from which other machines map it too.
 ///

@@ -194,6 +194,18 @@ fn bare_kvm(kvm: &Kvm, memory: u64) -> (kvm_ioctls::VmFd, kvm_ioctls::VcpuFd) {
     (vm, vcpu)
 }
 
+/// Returns 1.5 times what these calls take, plus 0.3 ms, for `count` machines beside each other.
+fn bare_kvm_times(memory: u64, count: usize) -> Vec<f64> {
+    let kvm = Kvm::new().expect("there is KVM");
+    let mut machines = Vec::new();
+    let time = |_| {
+        let started = Instant::now();
+        machines.push(bare_kvm(&kvm, memory));
+        1.5 * milliseconds(started.elapsed()) + 0.3
+    };
+    (0..count).map(time).collect()
+}
+
 fn available_memory() -> f64 {
     let text = fs::read_to_string("/proc/meminfo").expect("the host says what it has");
     let line = text
@@ -211,8 +223,7 @@ fn fork(report: &mut Report) {
         let forked = parent.fork(&SnapshotDisks::Unprotected);
         forked.unwrap_or_else(|error| panic!("{error}"))
     };
-    let (first, first_pause) = fork();
-    drop(first);
+    let (snapshot, first_pause) = fork();
     let mut pauses = Vec::new();
     for _ in 0..RUNS {
         touch(
@@ -221,19 +232,12 @@ fn fork(report: &mut Report) {
         );
         pauses.push(milliseconds(fork().1));
     }
-    let (snapshot, _) = fork();
     parent.pause().unwrap_or_else(|error| panic!("{error}"));
 
-    let kvm = Kvm::new().expect("there is KVM");
     let mapping = parent.memory().expect("it is paused");
     let region = mapping.regions().next().expect("it has memory");
-    let (mut times, mut bare, mut bare_machines, mut children) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..FORKS {
-        let started = Instant::now();
-        bare_machines.push(bare_kvm(&kvm, region.host_address));
-        bare.push(1.5 * milliseconds(started.elapsed()) + 0.3);
-    }
-    drop(bare_machines);
+    let (mut times, mut children) = (vec![], vec![]);
+    let bare = bare_kvm_times(region.host_address, FORKS);
     thread::sleep(Duration::from_millis(500));
     let before = available_memory();
     for _ in 0..FORKS {
@@ -243,7 +247,7 @@ fn fork(report: &mut Report) {
     }
     let taken = (before - available_memory()) / FORKS as f64;
     children.clear();
-    many_forks(&snapshot, report);
+    many_forks(&snapshot, region.host_address, report);
     let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
     let name = "fork: a child in the process of its parent, 512 MiB".to_owned();
     let goal = Goal::RatioAtMost(1.0);
@@ -262,8 +266,8 @@ fn fork(report: &mut Report) {
     add(report, name, Samples::new(pauses), None, Goal::AtMost(10.0));
 }
 
-/// A thousand forks in one process: the last take as long as the first.
-fn many_forks(snapshot: &Snapshot, report: &mut Report) {
+/// A thousand forks in one process. `memory` is mapped there, as large as theirs.
+fn many_forks(snapshot: &Snapshot, memory: u64, report: &mut Report) {
     let (mut times, mut children) = (vec![], vec![]);
     for _ in 0..MANY_FORKS {
         let started = Instant::now();
@@ -271,14 +275,15 @@ fn many_forks(snapshot: &Snapshot, report: &mut Report) {
         times.push(milliseconds(started.elapsed()));
     }
     let last = times.split_off(MANY_FORKS - FORKS);
-    times.truncate(FORKS);
-    let peer = Peer::named("the first", Samples::new(times));
+    // They take longer too the more machines a process has.
+    let bare = bare_kvm_times(memory, FORKS);
+    let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
     add(
         report,
         format!("fork: the last of {MANY_FORKS} children in the process of their parent, 512 MiB"),
         Samples::new(last),
         Some(peer),
-        Goal::RatioAtMost(1.5),
+        Goal::RatioAtMost(1.0),
     );
 }
 
