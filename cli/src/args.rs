@@ -2,11 +2,12 @@
 
 mod machine;
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use bantam_api::bodies::logger::LogLevel;
 use bantam_vmm::config::{
-    ConfigError, DiskConfig, InterfaceName, MachineTable, SerialConfig, ShutdownTimeout,
+    ConfigError, DiskConfig, GuestCid, MachineTable, NetConfig, SerialConfig, ShutdownTimeout,
 };
 use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
@@ -153,12 +154,18 @@ pub struct RestoreArgs {
     pub disks: Vec<Replacement<DiskConfig>>,
 
     /// Another tap for a network device; can be given more than once
-    #[arg(long = "net", value_name = "NAME=TAP", value_parser = restore::net)]
-    pub nets: Vec<Replacement<InterfaceName>>,
+    ///
+    /// The guest has another MAC address from when its driver starts again: when it reboots, for example.
+    #[arg(long = "net", value_name = "NAME=TAP[,mac=MAC]", value_parser = restore::net)]
+    pub nets: Vec<Replacement<NetConfig>>,
 
     /// Another socket for the socket device
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,
+
+    /// Another context identifier of the guest for the socket device
+    #[arg(long, value_name = "N", value_parser = restore::cid)]
+    pub cid: Option<GuestCid>,
 
     /// Where the serial port leads now
     #[arg(long, value_name = "END")]
@@ -175,6 +182,10 @@ pub struct RestoreArgs {
     /// Wait until a client of the control socket lets the machine go on
     #[arg(long, requires = "control")]
     pub paused: bool,
+
+    /// The descriptors of a fork, which are inherited; the directory is then only a name
+    #[arg(long, hide = true, value_delimiter = ',')]
+    pub descriptors: Vec<RawFd>,
 
     /// Take images that have been changed since the snapshot
     ///

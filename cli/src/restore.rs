@@ -1,6 +1,7 @@
 //! `bantam restore`: a machine that goes on from a snapshot.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -8,8 +9,9 @@ use bantam_storage::ImageFormat;
 use bantam_storage::tools::{self, Format, NewContent};
 use bantam_vmm::Snapshot;
 use bantam_vmm::config::{
-    DeviceName, DiskConfig, DiskFormatOption, InterfaceName, MachineConfig, SerialConfig,
+    DeviceName, DiskConfig, DiskFormatOption, GuestCid, MachineConfig, NetConfig, SerialConfig,
 };
+use nix::unistd::close;
 
 use crate::args::RestoreArgs;
 use crate::image::{open_backing, options, set_backing};
@@ -40,7 +42,10 @@ impl<T> Replacement<T> {
 
 /// Opens the snapshot, and returns it with the configuration of the machine that goes on from it.
 pub fn prepare(args: &RestoreArgs) -> anyhow::Result<(Snapshot, MachineConfig)> {
-    let mut snapshot = Snapshot::open(&args.directory)?;
+    let mut snapshot = match args.descriptors.as_slice() {
+        [] => Snapshot::open(&args.directory)?,
+        descriptors => Snapshot::from_descriptors(inherited(descriptors)?)?,
+    };
     if args.force {
         snapshot.take_changed_disks();
     }
@@ -64,12 +69,17 @@ fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Resul
     }
     for Replacement { device, value } in &args.nets {
         let names: Vec<_> = config.net_names().collect();
-        named(&mut config.nets, &names, device, "network device")?.tap = value.clone();
+        let net = named(&mut config.nets, &names, device, "network device")?;
+        net.tap = value.tap.clone();
+        net.mac = value.mac.or(net.mac);
     }
-    if let Some(socket) = &args.vsock {
+    if args.vsock.is_some() || args.cid.is_some() {
         let vsock = config.vsock.as_mut();
         let vsock = vsock.context("the machine of the snapshot has no socket device")?;
-        vsock.socket = socket.clone();
+        if let Some(socket) = &args.vsock {
+            vsock.socket.clone_from(socket);
+        }
+        vsock.cid = args.cid.unwrap_or(vsock.cid);
     }
     if let Some(serial) = &args.serial {
         config.serial = serial.clone();
@@ -167,9 +177,35 @@ pub fn disk(text: &str) -> Result<Replacement<DiskConfig>, String> {
     })
 }
 
-/// Reads a network device's replacement: `NAME=TAP`.
-pub fn net(text: &str) -> Result<Replacement<InterfaceName>, String> {
+/// Reads a network device's replacement: `NAME=TAP[,mac=MAC]`.
+pub fn net(text: &str) -> Result<Replacement<NetConfig>, String> {
     Replacement::parse(text, |text| {
-        InterfaceName::try_from(text.to_owned()).map_err(|error| format!("{error}"))
+        let net: NetConfig = format!("tap={text}")
+            .parse()
+            .map_err(|error| format!("{error}"))?;
+        let mut expected = NetConfig::new(net.tap.clone());
+        expected.mac = net.mac;
+        match net == expected {
+            true => Ok(net),
+            false => Err("only the tap and its 'mac' can be others".to_owned()),
+        }
     })
+}
+
+/// Reads a context identifier of a guest.
+pub fn cid(text: &str) -> Result<GuestCid, String> {
+    let number: i64 = text.parse().map_err(|_| "it is not a whole number")?;
+    GuestCid::try_from(number).map_err(|error| error.to_string())
+}
+
+/// Takes over descriptors that the program was started with.
+fn inherited(numbers: &[RawFd]) -> anyhow::Result<Vec<OwnedFd>> {
+    let take = |&number: &RawFd| {
+        // This program reads from its own place in the file, and none of its own programs inherits it.
+        let path = format!("/proc/self/fd/{number}");
+        let file = File::open(&path).with_context(|| format!("cannot open '{path}'"))?;
+        close(number).context("cannot close an inherited descriptor")?;
+        Ok(file.into())
+    };
+    numbers.iter().map(take).collect()
 }

@@ -142,13 +142,6 @@ fn take(args: TakeArgs) -> anyhow::Result<()> {
     print(&text)
 }
 
-/// Has the machine with this control socket take a full snapshot, and go on with overlays.
-pub fn take_into(socket: &Path, directory: &Path) -> anyhow::Result<()> {
-    let mut client = connect(socket)?;
-    let options = SnapshotOptions::new(new_files(directory)?);
-    execute(&mut client, options).map(drop)
-}
-
 fn execute(client: &mut ControlClient, options: SnapshotOptions) -> anyhow::Result<SnapshotTaken> {
     client.set_answer_time(WRITE_TIME);
     match client.execute(Command::Snapshot(Box::new(options)))? {

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 use bantam_vmm::{Answer, Command, Event};
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::SendTimeout;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket};
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
+    setsockopt, socket,
+};
 use nix::sys::time::TimeVal;
 
 use crate::error::ControlError;
@@ -25,6 +28,8 @@ const GREETING_TIME: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(60);
 /// Maximum number of events that wait to be taken by the client's owner.
 const EVENT_CAPACITY: usize = 1024;
+/// Most descriptors that the kernel passes beside a message (`SCM_MAX_FD`).
+const MAX_DESCRIPTORS: usize = 253;
 /// How much is received at once.
 const CHUNK_SIZE: usize = 16 << 10;
 
@@ -33,6 +38,8 @@ const CHUNK_SIZE: usize = 16 << 10;
 pub struct ControlClient {
     stream: UnixStream,
     received: LineBuffer,
+    /// The descriptors that were received last, until the line that they belong to is read.
+    descriptors: Vec<OwnedFd>,
     greeting: Greeting,
     last_id: u64,
     answer_time: Duration,
@@ -53,6 +60,7 @@ impl ControlClient {
         let mut client = ControlClient {
             stream,
             received: LineBuffer::new(MAX_LINE_SIZE),
+            descriptors: Vec::new(),
             greeting: Greeting::new(),
             last_id: 0,
             answer_time: ANSWER_TIME,
@@ -194,10 +202,11 @@ impl ControlClient {
         loop {
             match self.received.next_line() {
                 Ok(Some(line)) => {
-                    let message = serde_json::from_slice(line);
-                    return message.map(Some).map_err(|error| {
+                    let message = serde_json::from_slice::<Message>(line).map_err(|error| {
                         foreign(format!("a line of it has another form: {error}"))
                     });
+                    let message = message?.with_descriptors(&mut self.descriptors);
+                    return Ok(Some(message));
                 }
                 Ok(None) => {}
                 Err(LineTooLong) => return Err(foreign("a line of it is too long".to_owned())),
@@ -208,7 +217,7 @@ impl ControlClient {
             }
             self.stream.set_read_timeout(left)?;
             let mut chunk = [0; CHUNK_SIZE];
-            match self.stream.read(&mut chunk) {
+            match receive_with_descriptors(&self.stream, &mut chunk, &mut self.descriptors) {
                 Ok(0) => return Err(ControlError::Ended),
                 Ok(count) => self.received.push(chunk.get(..count).unwrap_or_default()),
                 Err(error) => match error.kind() {
@@ -219,6 +228,38 @@ impl ControlClient {
             }
         }
     }
+}
+
+/// Receives bytes, and in `descriptors` those that are passed beside them, if there are any.
+fn receive_with_descriptors(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut vectors = [IoSliceMut::new(bytes)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut vectors, Some(&mut space), flags)?;
+    // It fails if this process is out of descriptors. Those that there was room for stay open.
+    let controls = message.cmsgs().map_err(|_| Errno::EMFILE)?;
+    let rights = controls.filter_map(|control| match control {
+        ControlMessageOwned::ScmRights(numbers) => Some(numbers),
+        _ => None,
+    });
+    let received = rights.flatten().map(take_ownership);
+    let received: Vec<_> = received.collect();
+    if !received.is_empty() {
+        *descriptors = received;
+    }
+    Ok(message.bytes)
+}
+
+/// Owns a descriptor that was received just now.
+#[expect(unsafe_code)]
+fn take_ownership(number: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has made the descriptor for this process when the message was received, and has told nobody but
+    // the caller of its number.
+    unsafe { OwnedFd::from_raw_fd(number) }
 }
 
 /// Connects to the socket at `path`. A server that accepts no clients is waited for up to `time`.

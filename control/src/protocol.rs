@@ -3,6 +3,9 @@
 //! The server begins with a [`Greeting`]. Then each [`Request`] gets a [`Reply`] with its number, in the order in
 //! which they are answered, and a client that has subscribed gets an [`Event`] for what happens to the machine.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use bantam_vmm::{Answer, Command, Error, Event};
 use serde::{Deserialize, Serialize};
 
@@ -265,6 +268,29 @@ impl Message {
             Message::Greeting(_) | Message::Event(_) => None,
         };
         Message::refusal(id, ErrorKind::Failed, reason).to_line()
+    }
+
+    /// Returns the descriptors that are passed beside the line.
+    pub(crate) fn descriptors(&self) -> &[Arc<OwnedFd>] {
+        match self {
+            Message::Reply(Reply {
+                result: Ok(Answer::Forked(forked)),
+                ..
+            }) => &forked.snapshot.0,
+            _ => &[],
+        }
+    }
+
+    /// Adds `descriptors`, which were received beside the line, if it is one that has some.
+    pub(crate) fn with_descriptors(mut self, descriptors: &mut Vec<OwnedFd>) -> Message {
+        if let Message::Reply(Reply {
+            result: Ok(Answer::Forked(forked)),
+            ..
+        }) = &mut self
+        {
+            forked.snapshot.0 = descriptors.drain(..).map(Arc::new).collect();
+        }
+        self
     }
 
     pub(crate) fn refusal(id: Option<u64>, kind: ErrorKind, reason: impl Into<String>) -> Message {

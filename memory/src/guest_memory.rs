@@ -154,7 +154,9 @@ impl GuestMemory {
             let pages = self.host_range(layer.start, layer.len as usize);
             let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
             // An access past the end of the file would end the process.
-            if layer.file.metadata()?.len() < layer.offset + layer.len {
+            let size = layer.file.metadata()?.len();
+            let end = layer.offset.checked_add(layer.len);
+            if end.is_none_or(|end| end > size) {
                 let reason = "a file is shorter than the memory that it is for";
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
             }

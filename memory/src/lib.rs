@@ -23,7 +23,7 @@ pub use guest_memory::{GuestMemory, Region};
 pub use layers::Layer;
 pub use page_set::PageSet;
 pub use range::{GuestRange, Word};
-pub use sharing::share;
+pub use sharing::{Sharing, seal};
 
 /// Size in bytes of a page of the guest, the unit of the dirty log.
 pub const PAGE_SIZE: usize = 4096;

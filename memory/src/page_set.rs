@@ -93,10 +93,31 @@ impl PageSet {
 
     /// Adds the pages of `other`, a set of the same regions.
     pub fn add(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word | other);
+    }
+
+    /// Adds the pages of `len` bytes from `address` on, which are in one region.
+    pub(crate) fn insert_range(&mut self, address: GuestAddress, len: usize) {
+        for page in (address.0..address.0 + len as u64).step_by(PAGE_SIZE) {
+            self.insert(GuestAddress(page));
+        }
+    }
+
+    /// Removes the pages of `other`, a set of the same regions.
+    pub(crate) fn subtract(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word & !other);
+    }
+
+    /// Removes the pages that are not in `other`, a set of the same regions.
+    pub(crate) fn retain(&mut self, other: &PageSet) {
+        self.combine(other, |word, other| word & other);
+    }
+
+    fn combine(&mut self, other: &PageSet, operation: impl Fn(u64, u64) -> u64) {
         for (region, others) in self.regions.iter_mut().zip(&other.regions) {
             debug_assert_eq!(region.start, others.start);
             for (word, other) in region.words.iter_mut().zip(&others.words) {
-                *word |= other;
+                *word = operation(*word, *other);
             }
         }
     }
@@ -232,6 +253,31 @@ mod tests {
             prop_assert!(rest.len() <= 1);
             set.insert(address(3));
             prop_assert_eq!(sum, set);
+        }
+
+        #[test]
+        fn sets_are_combined_page_by_page(
+            one in prop::collection::btree_set(0..100_u64, 0..100),
+            start in 0..90_u64,
+            count in 0..10_usize,
+        ) {
+            let regions = [(GuestAddress(0), 100 * PAGE)];
+            let mut set = PageSet::empty(regions);
+            for page in &one {
+                set.insert(GuestAddress(page * PAGE));
+            }
+            let mut range = PageSet::empty(regions);
+            range.insert_range(GuestAddress(start * PAGE), count * PAGE_SIZE);
+            prop_assert_eq!(range.len(), count);
+            let (mut rest, mut common) = (set.clone(), set.clone());
+            rest.subtract(&range);
+            common.retain(&range);
+            for page in 0..100 {
+                let in_range = (start..start + count as u64).contains(&page);
+                let address = GuestAddress(page * PAGE);
+                prop_assert_eq!(rest.contains(address), one.contains(&page) && !in_range);
+                prop_assert_eq!(common.contains(address), one.contains(&page) && in_range);
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::GuestAddress;
@@ -14,141 +14,174 @@ use crate::{Backing, FilePosition, GuestBuffers, GuestMemory, Layer, PageSet};
 const NAME: &CStr = c"bantam-guest-memory";
 /// Most bytes of one write.
 const MAX_WRITE: usize = 1 << 20;
-/// Most parts of memory that are mapped one by one. A process has 65,530 mappings at most, and may have a thousand
-/// machines.
-const MAX_LAYERS: usize = 32;
-/// Most parts that one call adds. Pages between those that were written are moved with them.
-const MAX_PARTS: usize = 8;
+/// Most parts of memory that are mapped one by one. A process may have a thousand machines, but only 65,530 mappings; and the
+/// host's kernel tells each machine of the process of each change of them.
+const MAX_LAYERS: usize = 16;
+/// Most parts that one file adds. Pages between those that were written are copied with them.
+const MAX_PARTS: usize = 4;
 
-/// Moves what `memory` has of its own to a file in memory, and returns the files from which all of its content is mapped.
+/// Moves what guest memory has of its own to a file in memory, from which other machines map it too.
 ///
-/// `memory` itself is mapped from there as well, so that it shares the pages until it writes to them. What it has moved
-/// before stays where it is: the time that this takes grows with the pages that were written since. The caller makes sure
-/// that neither the guest nor a device accesses the memory meanwhile. Memory of huge pages is copied, and stays as it is.
-///
-/// # Errors
-/// If the host has too little memory, or refuses.
-pub fn share(memory: &Arc<GuestMemory>) -> io::Result<Vec<Layer>> {
-    let is_shared = memory.backing() == Backing::PrivateFile;
-    let written = match is_shared {
-        true => memory.written_pages()?,
-        false => memory.pages_with_content()?,
-    };
-    if is_shared {
-        let parts = parts(memory, &written);
-        if memory.layers().len() + 2 * parts.len() <= MAX_LAYERS {
-            memory.put_layers(&copy_parts(memory, &parts)?)?;
-            return Ok(memory.layers());
-        }
-    }
-    let pages = match is_shared {
-        true => memory.pages_with_content()?,
-        false => written,
-    };
-    let layers = copy_all(memory, &pages)?;
-    match memory.put_layers(&layers) {
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(layers),
-        Err(error) => Err(error),
-        Ok(()) => Ok(memory.layers()),
-    }
+/// The machine can run while most of it is copied. [`Sharing::begin`] copies what there is, and [`Sharing::copy`] pages
+/// that have been written meanwhile. [`Sharing::finish`] maps the memory from the file, so that it shares the pages until it
+/// writes to them. What was moved to another file before stays there.
+#[derive(Debug)]
+pub struct Sharing {
+    memory: Arc<GuestMemory>,
+    /// The regions of memory, each with its place in the file.
+    regions: Vec<Layer>,
+    /// The pages that the file has the content of. All others are zero there.
+    copied: PageSet,
+    /// Whether it has the content of all pages, and not only of those that were written since the memory was last moved to
+    /// a file.
+    has_all: bool,
 }
 
-/// Returns a few parts of memory that have all `pages`, in ascending order, each with its address and its length in bytes.
-/// What is between them is as much as possible.
-fn parts(memory: &GuestMemory, pages: &PageSet) -> Vec<(GuestAddress, usize)> {
-    let runs: Vec<_> = pages.runs(usize::MAX).collect();
-    // A part begins before each of these runs.
-    let mut gaps: Vec<_> = runs
-        .windows(2)
-        .enumerate()
-        .map(|(index, pair)| (pair[1].0.0 - pair[0].0.0 - pair[0].1 as u64, index + 1))
-        .collect();
-    gaps.sort_unstable_by(|one, other| other.cmp(one));
-    gaps.truncate(MAX_PARTS - 1);
-    let mut parts: Vec<(GuestAddress, usize)> = Vec::new();
-    for (index, &(start, len)) in runs.iter().enumerate() {
-        let begins = gaps.iter().any(|gap| gap.1 == index);
-        // One is in one region.
-        let longer = parts.last_mut().filter(|_| !begins).and_then(|part| {
-            let longer = (start.0 - part.0.0) as usize + len;
-            memory.host_range(part.0, longer)?;
-            part.1 = longer;
-            Some(())
+impl Sharing {
+    /// Copies what `memory` has of its own to a file. Pages that are written meanwhile have to be copied again.
+    ///
+    /// # Errors
+    /// If the host has too little memory, or refuses.
+    pub fn begin(memory: &Arc<GuestMemory>) -> io::Result<Sharing> {
+        let is_of_files = memory.backing() == Backing::PrivateFile;
+        let pages = match is_of_files {
+            true => memory.written_pages()?,
+            false => memory.pages_with_content()?,
+        };
+        let file = Arc::new(file_in_memory(memory.size())?);
+        let mut next = 0;
+        let regions = memory.regions().map(|region| {
+            let offset = next;
+            next += region.len;
+            Layer {
+                start: region.start,
+                len: region.len,
+                file: file.clone(),
+                offset,
+            }
         });
-        if longer.is_none() {
-            parts.push((start, len));
+        let mut sharing = Sharing {
+            memory: memory.clone(),
+            regions: regions.collect(),
+            copied: PageSet::empty(memory.regions().map(|region| (region.start, region.len))),
+            has_all: !is_of_files,
+        };
+        sharing.copy(&pages)?;
+        Ok(sharing)
+    }
+
+    /// Copies `pages`, which have been written since they were copied, or for the first time.
+    ///
+    /// # Errors
+    /// If the host has too little memory, or refuses.
+    pub fn copy(&mut self, pages: &PageSet) -> io::Result<()> {
+        let mut new = pages.clone();
+        new.subtract(&self.copied);
+        self.write(pages)?;
+        if self.has_all || new.is_empty() {
+            return Ok(());
+        }
+        let parts = self.parts();
+        self.has_all = self.memory.layers().len() + 2 * parts.len() > MAX_LAYERS;
+        let mut between = self.memory.pages_with_content()?;
+        between.subtract(&self.copied);
+        if !self.has_all {
+            let mut in_parts = self.copied.clone();
+            for (start, len) in parts {
+                in_parts.insert_range(start, len);
+            }
+            between.retain(&in_parts);
+            // What has no content is zero in the file too.
+            self.copied = in_parts;
+        }
+        self.write(&between)
+    }
+
+    /// Maps the memory from the file, and returns the files from which all of its content is mapped. Memory of huge pages
+    /// stays as it is.
+    ///
+    /// All pages that were written must have been copied. The caller makes sure that neither the guest nor a device has
+    /// accessed the memory since, nor does so before this returns.
+    ///
+    /// # Errors
+    /// If the host refuses. Some of the memory may be mapped from the file by then, which has the same content.
+    pub fn finish(self) -> io::Result<Vec<Layer>> {
+        let layers = match self.has_all {
+            true => self.regions,
+            false => {
+                let parts = self.parts().into_iter();
+                let layers = parts.filter_map(|(start, len)| self.layer(start, len as u64));
+                layers.collect()
+            }
+        };
+        match self.memory.put_layers(&layers) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(layers),
+            Err(error) => Err(error),
+            Ok(()) => Ok(self.memory.layers()),
         }
     }
-    parts
-}
 
-/// Copies parts of memory, one after another, to a file.
-fn copy_parts(
-    memory: &Arc<GuestMemory>,
-    parts: &[(GuestAddress, usize)],
-) -> io::Result<Vec<Layer>> {
-    let size: usize = parts.iter().map(|part| part.1).sum();
-    let file = Arc::new(file_in_memory(size as u64)?);
-    let mut offset = 0;
-    let mut layers = Vec::new();
-    for &(start, len) in parts {
-        let first = offset;
-        let mut written = 0;
-        while written < len {
-            let part = MAX_WRITE.min(len - written);
-            let address = GuestAddress(start.0 + written as u64);
-            write(memory, &file, address, part, offset)?;
-            written += part;
-            offset += part as u64;
+    /// Returns a few parts of memory that have all copied pages, in ascending order, each with its address and its length in
+    /// bytes. What is between them is as much as possible.
+    fn parts(&self) -> Vec<(GuestAddress, usize)> {
+        let runs: Vec<_> = self.copied.runs(usize::MAX).collect();
+        // A part begins before each of these runs.
+        let mut gaps: Vec<_> = runs
+            .windows(2)
+            .enumerate()
+            .map(|(index, pair)| (pair[1].0.0 - pair[0].0.0 - pair[0].1 as u64, index + 1))
+            .collect();
+        gaps.sort_unstable_by(|one, other| other.cmp(one));
+        gaps.truncate(MAX_PARTS - 1);
+        let mut parts: Vec<(GuestAddress, usize)> = Vec::new();
+        for (index, &(start, len)) in runs.iter().enumerate() {
+            let begins = gaps.iter().any(|gap| gap.1 == index);
+            // One is in one region.
+            let longer = parts.last_mut().filter(|_| !begins).and_then(|part| {
+                let longer = (start.0 - part.0.0) as usize + len;
+                self.memory.host_range(part.0, longer)?;
+                part.1 = longer;
+                Some(())
+            });
+            if longer.is_none() {
+                parts.push((start, len));
+            }
         }
-        layers.push(Layer {
+        parts
+    }
+
+    /// Returns the place in the file of `len` bytes of memory, which are in one region.
+    fn layer(&self, start: GuestAddress, len: u64) -> Option<Layer> {
+        let region = self.regions.iter().rfind(|region| region.start <= start)?;
+        Some(Layer {
             start,
-            len: len as u64,
-            file: file.clone(),
-            offset: first,
-        });
+            len,
+            file: region.file.clone(),
+            offset: region.offset + (start.0 - region.start.0),
+        })
     }
-    Ok(layers)
-}
 
-/// Copies `pages`, all that can differ from zero, to a file that has a place for each page of memory.
-fn copy_all(memory: &Arc<GuestMemory>, pages: &PageSet) -> io::Result<Vec<Layer>> {
-    let file = Arc::new(file_in_memory(memory.size())?);
-    let mut next = 0;
-    let layers = memory.regions().map(|region| {
-        let offset = next;
-        next += region.len;
-        Layer {
-            start: region.start,
-            len: region.len,
-            file: file.clone(),
-            offset,
+    /// Writes `pages` to their places in the file.
+    fn write(&mut self, pages: &PageSet) -> io::Result<()> {
+        for (start, len) in pages.runs(MAX_WRITE) {
+            let layer = self.layer(start, len as u64);
+            write(&self.memory, &layer.ok_or(io::ErrorKind::InvalidInput)?)?;
         }
-    });
-    let layers: Vec<_> = layers.collect();
-    for (address, len) in pages.runs(MAX_WRITE) {
-        let region = layers.iter().rfind(|layer| layer.start <= address);
-        let region = region.ok_or(io::ErrorKind::InvalidInput)?;
-        let offset = region.offset + (address.0 - region.start.0);
-        write(memory, &file, address, len, offset)?;
+        self.copied.add(pages);
+        Ok(())
     }
-    Ok(layers)
 }
 
-fn write(
-    memory: &Arc<GuestMemory>,
-    file: &File,
-    address: GuestAddress,
-    len: usize,
-    mut offset: u64,
-) -> io::Result<()> {
+/// Writes what is in memory to its place in a file.
+fn write(memory: &Arc<GuestMemory>, layer: &Layer) -> io::Result<()> {
     let mut buffers = GuestBuffers::new(memory.clone());
     buffers
-        .push(address, len as u32)
+        .push(layer.start, layer.len as u32)
         .map_err(io::Error::other)?;
+    let mut offset = layer.offset;
     while !buffers.is_empty() {
         let position = FilePosition { offset, flags: 0 };
-        match buffers.write_to(file.as_fd(), Some(position)) {
+        match buffers.write_to(layer.file.as_fd(), Some(position)) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(count) => offset += count as u64,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -160,8 +193,9 @@ fn write(
 
 /// Makes a file in memory of this size, all zero.
 fn file_in_memory(size: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string, which the call only reads.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -171,8 +205,30 @@ fn file_in_memory(size: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Makes sure that no process changes or shortens a file in memory any more, whoever has a descriptor of it. Other files
+/// are left alone.
+///
+/// # Errors
+/// If a process has mapped the file to write to it, or the host reads from it or writes to it without end.
+pub fn seal(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
+    // SAFETY: the request takes no argument.
+    let present = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    // It is negative if the file is one that cannot have seals.
+    if present < 0 || present & seals == seals {
+        return Ok(());
+    }
+    // SAFETY: the request takes an integer.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
     use vm_memory::Bytes;
 
@@ -197,26 +253,50 @@ mod tests {
         (0..100).map(byte).collect()
     }
 
+    fn share(memory: &Arc<GuestMemory>) -> io::Result<Vec<Layer>> {
+        Sharing::begin(memory)?.finish()
+    }
+
+    /// What is done to pages: they are filled with a byte, or discarded.
+    type Changes = BTreeMap<u64, Option<u8>>;
+
+    fn changes() -> impl Strategy<Value = Changes> {
+        prop::collection::btree_map(0..100_u64, any::<Option<u8>>(), 0..30)
+    }
+
+    fn change(memory: &Arc<GuestMemory>, changes: &Changes) {
+        for (&page, &byte) in changes {
+            match byte {
+                Some(byte) => memory
+                    .write_slice(&[byte; PAGE_SIZE], address(page))
+                    .unwrap(),
+                None => {
+                    let mut buffers = GuestBuffers::new(memory.clone());
+                    buffers.push(address(page), PAGE as u32).unwrap();
+                    buffers.discard_front(PAGE_SIZE).unwrap();
+                }
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn each_copy_keeps_what_the_memory_was(
-            rounds in prop::collection::vec(
-                prop::collection::btree_map(0..100_u64, (any::<u8>(), any::<bool>()), 0..30), 1..6),
+            rounds in prop::collection::vec((changes(), prop::collection::vec(changes(), 0..3)), 1..6),
         ) {
             let memory = Arc::new(GuestMemory::from_ranges(&RANGES).unwrap());
+            memory.start_dirty_log().unwrap();
             let mut copies = Vec::new();
-            for round in rounds {
-                for (page, (byte, discard)) in round {
-                    if discard {
-                        let mut buffers = GuestBuffers::new(memory.clone());
-                        buffers.push(address(page), PAGE as u32).unwrap();
-                        buffers.discard_front(PAGE_SIZE).unwrap();
-                    } else {
-                        memory.write_slice(&[byte; PAGE_SIZE], address(page)).unwrap();
-                    }
+            for (before, meanwhile) in rounds {
+                change(&memory, &before);
+                memory.take_dirty();
+                let mut sharing = Sharing::begin(&memory).unwrap();
+                for changes in meanwhile {
+                    change(&memory, &changes);
+                    sharing.copy(&memory.take_dirty()).unwrap();
                 }
                 let expected = content(&memory);
-                let layers = share(&memory).unwrap();
+                let layers = sharing.finish().unwrap();
                 prop_assert_eq!(&content(&memory), &expected);
                 prop_assert!(memory.written_pages().unwrap().is_empty());
                 let copy = GuestMemory::from_layers(&RANGES, &layers).unwrap();

@@ -126,7 +126,18 @@ impl StateFile {
     /// If a section is too large, or the file cannot be written.
     pub fn write(&self) -> Result<NewFile, SnapshotError> {
         let file = NewFile::create(&self.path)?;
-        let failed = SnapshotError::write(&self.path);
+        let mut writer = BufWriter::new(file.file());
+        self.write_to(&mut writer)?;
+        writer.flush().map_err(SnapshotError::write(&self.path))?;
+        drop(writer);
+        Ok(file)
+    }
+
+    /// Writes what the file has to `writer`.
+    ///
+    /// # Errors
+    /// If a section is too large, or `writer` fails.
+    pub fn write_to(&self, writer: &mut impl Write) -> Result<(), SnapshotError> {
         let mut head = vec![Section::of(&self.facts)?];
         head.extend(self.sections.iter().cloned());
         for (region, words) in self.pages.iter().flat_map(PageSet::words) {
@@ -145,17 +156,11 @@ impl StateFile {
             sections: head.len() as u64,
         })?;
         head.push(end);
-        let mut writer = BufWriter::new(file.file());
-        let write = |writer: &mut BufWriter<&File>| {
-            writer.write_all(&MAGIC)?;
-            writer.write_all(&FORMAT.to_le_bytes())?;
-            head.iter()
-                .try_for_each(|section| section.write_to(writer))?;
-            writer.flush()
-        };
-        write(&mut writer).map_err(failed)?;
-        drop(writer);
-        Ok(file)
+        let written = writer
+            .write_all(&MAGIC)
+            .and_then(|()| writer.write_all(&FORMAT.to_le_bytes()))
+            .and_then(|()| head.iter().try_for_each(|it| it.write_to(writer)));
+        written.map_err(SnapshotError::write(&self.path))
     }
 
     /// Opens the state file at `path`.

@@ -211,48 +211,32 @@ fn changes_are_found_without_a_log() {
     assert_eq!(machine.state(), State::Paused);
 }
 
-/// Returns a machine that goes on from `snapshot`, which is kept in memory.
-fn child(snapshot: &Snapshot) -> (Controller, std::io::PipeReader) {
-    let (machine, reader) = configured(snapshot.config());
-    machine
-        .restore(snapshot)
-        .unwrap_or_else(|error| panic!("{error}"));
-    machine.resume().unwrap_or_else(|error| panic!("{error}"));
-    (machine, reader)
-}
-
 #[test]
-fn a_machine_has_forks_and_they_have_forks() {
+fn a_fork_leaves_the_log_of_changes_as_it_was() {
     require_kvm!();
-    const CHILDREN: usize = 2;
-    let (mut machine, mut reader, counters) = counting(&config(2, "timer=deadline second=at-once"));
-    for _ in 0..rounds().div_ceil(5) {
-        wait_until_counting(&machine, counters, 2);
-        let memory = machine.memory().expect("it runs");
-        let before = counters.processors(&memory, 2);
+    let mut config = config(1, "timer=deadline pages=100");
+    config.track_dirty_pages = true;
+    let snapshots = Snapshots::new();
+    let (machine, _reader, counters) = counting(&config);
+    snapshots.take(&machine, "base", None);
+    for _ in 0..3 {
+        wait_until_counting(&machine, counters, 1);
         let forked = machine.fork(&SnapshotDisks::Overlays);
-        let (snapshot, _) = forked.unwrap_or_else(|error| panic!("{error}"));
-        let mut children: Vec<_> = (0..CHILDREN).map(|_| child(&snapshot)).collect();
-        drop(snapshot);
-        for (child, _) in &children {
-            let memory = child.memory().expect("it runs");
-            for (now, before) in counters.processors(&memory, 2).iter().zip(&before) {
-                assert!(now.is_at_or_after(before), "{before:?}, then {now:?}");
-            }
-        }
-        // Each goes on, and none sees what another counts.
-        wait_until_counting(&machine, counters, 2);
-        for (child, _) in &children {
-            wait_until_counting(child, counters, 2);
-        }
-        let next = children.swap_remove(0);
-        for (ended, mut reader) in children {
-            ends_well(&ended, &mut reader, counters);
-        }
-        ends_well(&machine, &mut reader, counters);
-        (machine, reader) = next;
+        forked.unwrap_or_else(|error| panic!("{error}"));
     }
-    ends_well(&machine, &mut reader, counters);
+    wait_until_counting(&machine, counters, 1);
+    machine.pause().unwrap_or_else(|error| panic!("{error}"));
+    let taken = snapshots.take(&machine, "next", Some(snapshots.files("base")));
+    assert!(taken.pages < 300, "{taken:?}");
+    let merged = snapshots.files("merged");
+    merge_snapshots(
+        &snapshots.files("base"),
+        &[snapshots.files("next")],
+        &merged,
+    )
+    .unwrap_or_else(|error| panic!("{error}"));
+    snapshots.take(&machine, "full", None);
+    assert!(snapshots.memory("merged") == snapshots.memory("full"));
 }
 
 /// Returns the configuration of a machine that runs `kernel`, with a disk of this size in `folder`.

@@ -1,6 +1,8 @@
 //! The commands that a machine executes, the states that allow them, and the answers.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
@@ -8,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{DeviceName, MachineConfig};
-use crate::snapshot::{SnapshotOptions, SnapshotTaken};
+use crate::snapshot::{SnapshotDisks, SnapshotOptions, SnapshotTaken};
 use crate::state::State;
 
 /// A command to a machine.
@@ -58,6 +60,9 @@ pub enum Command {
     SnapshotDisks(Vec<DiskSnapshot>),
     /// Takes a snapshot of the machine: files from which another goes on. The machine is paused meanwhile.
     Snapshot(Box<SnapshotOptions>),
+    /// Takes a snapshot of the machine that is kept in memory, for other machines of this host that share it. The machine
+    /// is paused meanwhile, but not while most of its memory is copied.
+    Fork(SnapshotDisks),
     /// Replaces the metadata that the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
@@ -77,6 +82,31 @@ pub struct DiskSnapshot {
     /// Where the new image is made. There must be no file.
     pub path: PathBuf,
 }
+
+/// What [`Command::Fork`] has done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Forked {
+    /// For how long the guest did not run.
+    pub paused_for: Duration,
+    /// The snapshot. A control socket passes it beside the answer.
+    #[serde(skip)]
+    pub snapshot: ForkDescriptors,
+}
+
+/// The descriptors of a fork, from which [`Snapshot::from_descriptors`](crate::Snapshot::from_descriptors) opens it.
+#[derive(Debug, Clone, Default)]
+pub struct ForkDescriptors(pub Vec<Arc<OwnedFd>>);
+
+impl PartialEq for ForkDescriptors {
+    fn eq(&self, other: &ForkDescriptors) -> bool {
+        let numbers =
+            |it: &ForkDescriptors| it.0.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>();
+        numbers(self) == numbers(other)
+    }
+}
+
+impl Eq for ForkDescriptors {}
 
 /// What [`Command::ShutDown`] has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +141,8 @@ pub enum Answer {
     },
     /// Answers [`Command::Snapshot`].
     SnapshotTaken(SnapshotTaken),
+    /// Answers [`Command::Fork`].
+    Forked(Forked),
     /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
     /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.

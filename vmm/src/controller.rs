@@ -1,5 +1,6 @@
 //! The controller, which owns a machine from its configuration to its end.
 
+mod fork;
 mod snapshot;
 
 use std::os::fd::BorrowedFd;
@@ -17,7 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
 
-use crate::command::{Answer, Command, DiskSnapshot, ShutDown};
+use crate::command::{Answer, Command, DiskSnapshot, ForkDescriptors, Forked, ShutDown};
 use crate::config::{DeviceName, MachineConfig};
 use crate::console::Console;
 use crate::devices::{DeviceTable, Stream};
@@ -107,6 +108,15 @@ impl Controller {
             }
             Command::Snapshot(options) => {
                 return Ok(Answer::SnapshotTaken(self.snapshot(*options)?));
+            }
+            Command::Fork(disks) => {
+                let (snapshot, paused_for) = self.fork(&disks)?;
+                let descriptors = snapshot.descriptors()?.into_iter().map(Arc::new);
+                let snapshot = ForkDescriptors(descriptors.collect());
+                return Ok(Answer::Forked(Forked {
+                    paused_for,
+                    snapshot,
+                }));
             }
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,

@@ -198,6 +198,9 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
+    /// A snapshot in files has no descriptors for other processes.
+    #[error("the snapshot is in files: have the other process open them by their names")]
+    NotFork,
     /// A differential snapshot was to be based on one of another machine.
     #[error(
         "snapshot '{path}' cannot be the base: its machine has other memory",

@@ -200,15 +200,27 @@ impl Machine {
             vcpu_count: config.cpus.get(),
             smt: config.smt,
         };
-        let model = VcpuModel::new(&kvm, topology, &config.cpu)?;
-        let vcpus = (0..config.cpus.get())
-            .map(|index| {
+        // The vCPUs of a fork take over CPUID as it is. Asking KVM for this host's takes as long as creating a machine. MSRs
+        // that the configuration changes need not be among those that are saved.
+        let takes_over_cpuid =
+            snapshot.is_some_and(|it| it.is_of_fork) && config.cpu.msrs.is_empty();
+        let model = match takes_over_cpuid {
+            true => None,
+            false => Some(VcpuModel::new(&kvm, topology, &config.cpu)?),
+        };
+        let vcpus = (0..config.cpus.get()).map(|index| match &model {
+            Some(model) => {
                 let guest = guest.as_ref().filter(|_| index == 0);
-                Vcpu::new(&vm, &model, index, guest.map(|guest| guest.boot))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+                Vcpu::new(&vm, model, index, guest.map(|guest| guest.boot))
+            }
+            None => Vcpu::without_model(&vm, index),
+        });
+        let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         let state_support = StateSupport::new(&kvm)?;
         if let Some(saved) = &mut saved {
+            if model.is_some() {
+                saved.check_features(&vcpus)?;
+            }
             // As late as can be, as the time until the clock is set is lost.
             if let Some(saved_at) = snapshot.and_then(|it| it.clock_catches_up_from) {
                 saved.catch_up_clock(saved_at);

@@ -1,6 +1,7 @@
 //! Snapshots of machines: what they consist of, and what is asked of them.
 
 mod changes;
+mod descriptors;
 mod sections;
 
 use std::path::Path;
@@ -269,8 +270,10 @@ impl Snapshot {
 
     pub(crate) fn machine_state(&self) -> MachineState<'_> {
         let taken_at = Duration::from_secs(self.facts().taken_at);
-        self.sections
-            .machine_state(self.clock_catches_up.then_some(taken_at))
+        self.sections.machine_state(
+            self.clock_catches_up.then_some(taken_at),
+            matches!(self.memory, SnapshotMemory::Shared(_)),
+        )
     }
 
     /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.

@@ -122,7 +122,8 @@ impl Vcpu {
         index: u8,
         boot: Option<BootEntry>,
     ) -> Result<Vcpu, Error> {
-        let fd = vm.create_vcpu(index)?;
+        let vcpu = Vcpu::without_model(vm, index)?;
+        let fd = &vcpu.fd;
         let mut table = cpuid::vcpu_cpuid(
             &model.supported_cpuid,
             index,
@@ -142,14 +143,19 @@ impl Vcpu {
             );
         }
         for modifier in &model.modifiers.msrs {
-            modify_msr(&fd, modifier)?;
+            modify_msr(fd, modifier)?;
         }
         if let Some(boot) = boot {
-            set_boot_state(&fd, boot)?;
+            set_boot_state(fd, boot)?;
         }
+        Ok(vcpu)
+    }
+
+    /// Creates vCPU number `index`, which is to get the state of another vCPU, with its CPUID.
+    pub(crate) fn without_model(vm: &Vm, index: u8) -> Result<Vcpu, Error> {
         Ok(Vcpu {
             index,
-            fd,
+            fd: vm.create_vcpu(index)?,
             metrics: Arc::default(),
         })
     }

@@ -27,8 +27,6 @@ pub(crate) struct Vm {
     fd: VmFd,
     /// KVM uses this memory for as long as the machine exists.
     memory: Arc<GuestMemory>,
-    /// Whether KVM logs the pages that vCPUs write.
-    logs_writes: bool,
 }
 
 impl Vm {
@@ -42,15 +40,11 @@ impl Vm {
                 created => break created.map_err(Error::kvm("create a virtual machine"))?,
             }
         };
-        let vm = Vm {
-            fd,
-            memory,
-            logs_writes,
-        };
+        let vm = Vm { fd, memory };
         // KVM changes its memory slots and its I/O buses only between grace periods. The interrupt
         // controllers and ioeventfds queue a grace period that takes milliseconds, and slots set after
         // them would have to wait for it.
-        vm.set_memory_slots(|region| region.len)
+        vm.set_memory_slots(|region| region.len, logs_writes)
             .map_err(Error::kvm("map guest memory"))?;
         let fd = &vm.fd;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -64,12 +58,16 @@ impl Vm {
     }
 
     /// Makes each region of guest memory a slot with the size in bytes that `size` returns: the size of the
-    /// region, or zero to remove the slot.
-    fn set_memory_slots(&self, size: impl Fn(&Region) -> u64) -> Result<(), kvm_ioctls::Error> {
+    /// region, or zero to remove the slot. KVM logs the pages that vCPUs write if it `logs_writes`.
+    fn set_memory_slots(
+        &self,
+        size: impl Fn(&Region) -> u64,
+        logs_writes: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
         for (slot, region) in self.memory.regions().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: match self.logs_writes {
+                flags: match logs_writes {
                     true => KVM_MEM_LOG_DIRTY_PAGES,
                     false => 0,
                 },
@@ -84,7 +82,16 @@ impl Vm {
         Ok(())
     }
 
-    /// Returns the pages that vCPUs have written since the machine was created, or since the last call.
+    /// Has KVM log the pages that vCPUs write from now on, or stops that. vCPUs may run meanwhile.
+    ///
+    /// # Errors
+    /// If KVM refuses.
+    pub(crate) fn log_writes(&self, on: bool) -> Result<(), Error> {
+        self.set_memory_slots(|region| region.len, on)
+            .map_err(Error::kvm("log which pages the guest writes"))
+    }
+
+    /// Returns the pages that vCPUs have written since KVM began to log that, or since the last call.
     ///
     /// # Errors
     /// If KVM does not log writes. What it has returned of some regions before is lost.
@@ -192,7 +199,7 @@ impl Drop for Vm {
     /// Removes the memory slots, which expedites the grace period if one is queued. The end of the virtual
     /// machine would otherwise wait milliseconds for it.
     fn drop(&mut self) {
-        if let Err(error) = self.set_memory_slots(|_| 0) {
+        if let Err(error) = self.set_memory_slots(|_| 0, false) {
             tracing::debug!("cannot unmap guest memory: {error}");
         }
     }

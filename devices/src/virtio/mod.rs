@@ -125,6 +125,9 @@ pub trait VirtioDevice: Send {
     fn restore(&mut self, _config: &[u8], _state: Option<&Section>) -> Result<(), RestoreError> {
         Ok(())
     }
+
+    /// Changes what is not to be as it was saved in the configuration space, after that has been restored.
+    fn config_restored(&self) {}
 }
 
 /// What the transport gives a device when it activates it.

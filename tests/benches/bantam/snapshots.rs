@@ -14,6 +14,8 @@ use bantam_vmm::{
 };
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::monitors::{Guest, Monitor, Monitors};
@@ -35,6 +37,7 @@ const CHANGED_PAGES: u64 = 1000;
 const FORKED: u64 = 512 * MIB;
 const TOUCHED: u64 = 50 * MIB;
 const FORKS: usize = 100;
+const MANY_FORKS: usize = 1000;
 
 /// Adds the rows.
 pub fn measure(monitors: &Monitors, report: &mut Report) {
@@ -43,6 +46,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     fs::create_dir_all(&folder).expect("the folder can be written to");
     write(&folder, report);
     fork(report);
+    fork_into_processes(monitors, report);
     fs::remove_dir_all(&folder).expect("it was made above");
 }
 
@@ -194,6 +198,18 @@ fn bare_kvm(kvm: &Kvm, memory: u64) -> (kvm_ioctls::VmFd, kvm_ioctls::VcpuFd) {
     (vm, vcpu)
 }
 
+/// Returns 1.5 times what these calls take, plus 0.3 ms, for `count` machines beside each other.
+fn bare_kvm_times(memory: u64, count: usize) -> Vec<f64> {
+    let kvm = Kvm::new().expect("there is KVM");
+    let mut machines = Vec::new();
+    let time = |_| {
+        let started = Instant::now();
+        machines.push(bare_kvm(&kvm, memory));
+        1.5 * milliseconds(started.elapsed()) + 0.3
+    };
+    (0..count).map(time).collect()
+}
+
 fn available_memory() -> f64 {
     let text = fs::read_to_string("/proc/meminfo").expect("the host says what it has");
     let line = text
@@ -211,8 +227,7 @@ fn fork(report: &mut Report) {
         let forked = parent.fork(&SnapshotDisks::Unprotected);
         forked.unwrap_or_else(|error| panic!("{error}"))
     };
-    let (first, first_pause) = fork();
-    drop(first);
+    let (snapshot, first_pause) = fork();
     let mut pauses = Vec::new();
     for _ in 0..RUNS {
         touch(
@@ -221,19 +236,12 @@ fn fork(report: &mut Report) {
         );
         pauses.push(milliseconds(fork().1));
     }
-    let (snapshot, _) = fork();
     parent.pause().unwrap_or_else(|error| panic!("{error}"));
 
-    let kvm = Kvm::new().expect("there is KVM");
     let mapping = parent.memory().expect("it is paused");
     let region = mapping.regions().next().expect("it has memory");
-    let (mut times, mut bare, mut bare_machines, mut children) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..FORKS {
-        let started = Instant::now();
-        bare_machines.push(bare_kvm(&kvm, region.host_address));
-        bare.push(1.5 * milliseconds(started.elapsed()) + 0.3);
-    }
-    drop(bare_machines);
+    let (mut times, mut children) = (vec![], vec![]);
+    let bare = bare_kvm_times(region.host_address, FORKS);
     thread::sleep(Duration::from_millis(500));
     let before = available_memory();
     for _ in 0..FORKS {
@@ -242,6 +250,8 @@ fn fork(report: &mut Report) {
         times.push(milliseconds(started.elapsed()));
     }
     let taken = (before - available_memory()) / FORKS as f64;
+    children.clear();
+    many_forks(&snapshot, region.host_address, report);
     let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
     let name = "fork: a child in the process of its parent, 512 MiB".to_owned();
     let goal = Goal::RatioAtMost(1.0);
@@ -258,6 +268,91 @@ fn fork(report: &mut Report) {
     add(report, name, first, None, Goal::AtMost(10.0));
     let name = "fork: later pauses of the parent, 1,000 pages written".to_owned();
     add(report, name, Samples::new(pauses), None, Goal::AtMost(10.0));
+}
+
+/// A thousand forks in one process. `memory` is mapped there, as large as theirs.
+fn many_forks(snapshot: &Snapshot, memory: u64, report: &mut Report) {
+    let (mut times, mut children) = (vec![], vec![]);
+    for _ in 0..MANY_FORKS {
+        let started = Instant::now();
+        children.push(child(snapshot));
+        times.push(milliseconds(started.elapsed()));
+    }
+    let last = times.split_off(MANY_FORKS - FORKS);
+    // They take longer too the more machines a process has.
+    let bare = bare_kvm_times(memory, FORKS);
+    let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
+    add(
+        report,
+        format!("fork: the last of {MANY_FORKS} children in the process of their parent, 512 MiB"),
+        Samples::new(last),
+        Some(peer),
+        Goal::RatioAtMost(1.0),
+    );
+}
+
+/// Forks in processes of their own, whose guests are idle.
+fn fork_into_processes(monitors: &Monitors, report: &mut Report) {
+    let socket = monitors.folder().join("parent.sock");
+    let children = monitors.folder().join("children");
+    let guest = Guest {
+        kernel: payload("hello"),
+        memory_mib: FORKED / MIB,
+        command_line: "finish=hang".to_owned(),
+        ..Guest::default()
+    };
+    let mut command = monitors.command(Monitor::Bantam, &guest);
+    command.arg("--control").arg(&socket);
+    let mut parent = Process::start(command);
+    parent.wait_for("PASS", LIMIT);
+    let started = Instant::now();
+    let output = Command::new(monitors.bantam())
+        .arg("fork")
+        .args([&socket, &children])
+        .args(["--count", &FORKS.to_string()])
+        .output()
+        .expect("the monitor can be started");
+    let time = milliseconds(started.elapsed()) / FORKS as f64;
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stderr);
+    let process = |line: &str| -> i32 {
+        let words = line.split("process ").nth(1);
+        let number = words.and_then(|words| words.split(',').next());
+        number
+            .and_then(|number| number.parse().ok())
+            .expect("a line has the process of a child")
+    };
+    let processes: Vec<_> = text.lines().map(process).collect();
+    let memory = |process: &i32| {
+        let text = fs::read_to_string(format!("/proc/{process}/smaps_rollup"));
+        let text = text.expect("the child runs");
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+        let kib: Option<f64> = line
+            .and_then(|line| line.split_whitespace().next())
+            .and_then(|kib| kib.parse().ok());
+        kib.expect("it is a number") / 1024.0
+    };
+    let memory: Samples = processes.iter().map(memory).collect();
+    for process in processes {
+        kill(Pid::from_raw(process), Signal::SIGKILL).expect("the child runs");
+    }
+    parent.stop(LIMIT);
+    fs::remove_dir_all(&children).expect("it was made above");
+    let name = format!("fork: a child in a process of its own, 512 MiB, of {FORKS}");
+    add(
+        report,
+        name,
+        vec![time].into_iter().collect(),
+        None,
+        Goal::AtMost(8.0),
+    );
+    report.add(Row {
+        name: format!("fork: memory of a child in a process of its own, Pss, of {FORKS}"),
+        unit: "MiB",
+        bantam: memory,
+        peer: None,
+        goal: Goal::AtMost(1.5),
+    });
 }
 
 /// A machine that goes on from `snapshot` and is paused.

@@ -47,6 +47,7 @@ fn commands_and_answers_travel_as_json() {
             stop: false,
             note: Some("root".to_owned()),
         })),
+        Command::Fork(SnapshotDisks::Overlays),
         Command::PutMetadata(json!({"a": [1, null]})),
     ] {
         comes_back(&command);

@@ -30,19 +30,19 @@ use crate::vm::Vm;
 /// written before that, so that the monitor needs no memory for them.
 const MAX_COPY: usize = 64 << 20;
 
-/// The parts of a paused machine that a snapshot is made of.
-pub(super) struct PausedParts {
-    vm: Arc<Vm>,
-    memory: Arc<GuestMemory>,
+/// The parts of a machine that a snapshot is made of.
+pub(super) struct Parts {
+    pub(super) vm: Arc<Vm>,
+    pub(super) memory: Arc<GuestMemory>,
     devices: Arc<DeviceTable>,
     vcpu_count: usize,
     guest: GuestFacts,
-    changes: Arc<Mutex<Changes>>,
+    pub(super) changes: Arc<Mutex<Changes>>,
 }
 
-impl PausedParts {
-    fn of(machine: &Machine) -> PausedParts {
-        PausedParts {
+impl Parts {
+    pub(super) fn of(machine: &Machine) -> Parts {
+        Parts {
             vm: machine.vm().clone(),
             memory: machine.memory().clone(),
             devices: machine.devices().clone(),
@@ -54,8 +54,8 @@ impl PausedParts {
 }
 
 /// The state of a machine, besides memory.
-struct SavedMachine {
-    config: MachineConfig,
+pub(super) struct SavedMachine {
+    pub(super) config: MachineConfig,
     guest: GuestFacts,
     processors: Vec<Section>,
     devices: Vec<SavedDevice>,
@@ -63,7 +63,7 @@ struct SavedMachine {
 
 impl SavedMachine {
     /// Returns the sections of a state file, with a note of the owner and the disks that stay as they are.
-    fn into_sections(self, note: Option<String>, disks: Vec<FrozenDisk>) -> Sections {
+    pub(super) fn into_sections(self, note: Option<String>, disks: Vec<FrozenDisk>) -> Sections {
         Sections::new(
             &self.config,
             note,
@@ -76,7 +76,7 @@ impl SavedMachine {
 
     /// Describes the images that stay as they are: those of disks with `overlays`, and those that are only read, or all
     /// if the machine has ended.
-    fn frozen_disks(
+    pub(super) fn frozen_disks(
         &self,
         overlays: &[DiskSnapshot],
         has_ended: bool,
@@ -174,42 +174,9 @@ impl Controller {
         })
     }
 
-    /// Takes a snapshot of the machine that is kept in memory, for other machines of this process: forks of this one. They
-    /// share its memory until they write to it, and so does this machine. A machine that runs is paused meanwhile; returned
-    /// is also for how long the guest did not run. That grows with the pages that were written since the last fork.
-    ///
-    /// # Errors
-    /// Those of [`Controller::snapshot`], and if the host has too little memory.
-    pub fn fork(&self, disks: &SnapshotDisks) -> Result<(Snapshot, Duration), Error> {
-        let (forked, paused_for) = self.while_at_rest(false, || {
-            self.while_paused("fork the machine", |parts| {
-                let machine = self.read_state(parts)?;
-                let regions = parts.memory.regions();
-                let regions = regions.map(|region| (region.start.0, region.len));
-                let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
-                let layers = bantam_memory::share(&parts.memory);
-                let layers = layers.map_err(Error::resource("memory that forks share"))?;
-                lock(&parts.changes).forget_mapping();
-                let overlays = self.freeze(&machine.config, disks, facts.id)?;
-                Ok((machine, facts, layers, overlays))
-            })
-        })?;
-        let (machine, facts, layers, overlays) = forked;
-        let frozen = match disks {
-            SnapshotDisks::Unprotected => Vec::new(),
-            _ => machine.frozen_disks(&overlays, false)?,
-        };
-        let config = machine.config.clone();
-        let sections = machine.into_sections(None, frozen);
-        Ok((
-            Snapshot::shared(facts, layers, sections, config),
-            paused_for,
-        ))
-    }
-
     /// Calls `work` on a paused machine, and lets one that ran go on, unless `work` succeeds and it `ends` the machine.
     /// Returns also for how long the guest did not run.
-    fn while_at_rest<T>(
+    pub(super) fn while_at_rest<T>(
         &self,
         ends: bool,
         work: impl FnOnce() -> Result<T, Error>,
@@ -232,7 +199,7 @@ impl Controller {
 
     /// Has the paused machine go on with overlays as `disks` says, and returns them. Nothing may let the guest run between
     /// this and the reading of its state, as the disks would be from another moment.
-    fn freeze(
+    pub(super) fn freeze(
         &self,
         config: &MachineConfig,
         disks: &SnapshotDisks,
@@ -253,13 +220,13 @@ impl Controller {
     pub(super) fn while_paused<T>(
         &self,
         action: &'static str,
-        work: impl FnOnce(&PausedParts) -> Result<T, Error>,
+        work: impl FnOnce(&Parts) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let parts = {
             let mut life = self.0.life();
             match self.0.take(&mut life) {
                 Some(Life::Paused(machine)) => {
-                    let parts = PausedParts::of(&machine);
+                    let parts = Parts::of(&machine);
                     // This keeps others from resuming it meanwhile.
                     self.0.enter(&mut life, Life::Pausing(machine));
                     parts
@@ -277,7 +244,7 @@ impl Controller {
     }
 
     /// Returns the state of the processors of a paused machine.
-    pub(super) fn read_processors(&self, parts: &PausedParts) -> Result<Vec<Section>, Error> {
+    pub(super) fn read_processors(&self, parts: &Parts) -> Result<Vec<Section>, Error> {
         let vm = VmState::save(&parts.vm)?;
         match self.0.control().save_vcpus(parts.vcpu_count) {
             Some(vcpus) => Ok(SavedProcessors::new(vm, vcpus?).encode()?),
@@ -286,7 +253,7 @@ impl Controller {
         }
     }
 
-    fn read_state(&self, parts: &PausedParts) -> Result<SavedMachine, Error> {
+    pub(super) fn read_state(&self, parts: &Parts) -> Result<SavedMachine, Error> {
         let mut config = self.configuration()?;
         // The guest has begun, and who debugs it is not a part of its machine.
         config.gdb = None;
@@ -302,7 +269,7 @@ impl Controller {
         })
     }
 
-    fn read(&self, parts: &PausedParts, options: &SnapshotOptions) -> Result<Taken, Error> {
+    fn read(&self, parts: &Parts, options: &SnapshotOptions) -> Result<Taken, Error> {
         let machine = self.read_state(parts)?;
         let memory = &parts.memory;
         let mut changes = lock(&parts.changes);

@@ -74,6 +74,15 @@ impl SavedProcessors {
         self.vm.catch_up_clock(saved_at);
     }
 
+    /// Checks that `vcpus`, which have CPUID of this host, have all features that the guest was promised.
+    ///
+    /// # Errors
+    /// If some are missing.
+    pub(crate) fn check_features(&self, vcpus: &[Vcpu]) -> Result<(), RestoreError> {
+        let mut pairs = vcpus.iter().zip(&self.vcpus);
+        pairs.try_for_each(|(vcpu, state)| vcpu.check_features(state))
+    }
+
     /// Sets the state of a machine that has its memory and has not run yet.
     ///
     /// # Errors
@@ -84,9 +93,6 @@ impl SavedProcessors {
         vcpus: &[Vcpu],
         support: &StateSupport,
     ) -> Result<(), Error> {
-        for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {
-            vcpu.check_features(state)?;
-        }
         self.vm.restore_clock(vm)?;
         let mut tsc = TscRestorer::default();
         for (vcpu, state) in vcpus.iter().zip(&self.vcpus) {

@@ -15,7 +15,7 @@ use crate::vm::Vm;
 pub(crate) struct Changes {
     /// The snapshot since which all changes are logged, or in `kept`.
     logged_since: Option<SnapshotId>,
-    /// Pages that were taken from the logs for a snapshot that failed.
+    /// Pages that were taken from the logs, for a snapshot that failed or for a fork.
     kept: Option<PageSet>,
     /// The snapshot that guest memory is mapped from, which is complete. Its pages that have been written are not the
     /// file's any more.
@@ -45,6 +45,13 @@ impl Changes {
         vm: &Vm,
         memory: &GuestMemory,
     ) -> Result<Option<PageSet>, Error> {
+        self.take_new(vm, memory)?;
+        let is_since_base = base.is_some() && base == self.logged_since;
+        Ok(self.kept.clone().filter(|_| is_since_base))
+    }
+
+    /// Takes the changes that have been logged since they were last taken. They are kept for the next snapshot.
+    pub(crate) fn take_new(&mut self, vm: &Vm, memory: &GuestMemory) -> Result<PageSet, Error> {
         let mut pages = match vm.take_written() {
             Ok(pages) => pages,
             Err(error) => {
@@ -54,11 +61,11 @@ impl Changes {
             }
         };
         pages.add(&memory.take_dirty());
-        if let Some(kept) = &self.kept {
-            pages.add(kept);
+        match &mut self.kept {
+            Some(kept) => kept.add(&pages),
+            None => self.kept = Some(pages.clone()),
         }
-        self.kept = Some(pages.clone());
-        Ok((base.is_some() && base == self.logged_since).then_some(pages))
+        Ok(pages)
     }
 
     /// Notes that memory is not mapped from the snapshot any more that the machine goes on from.

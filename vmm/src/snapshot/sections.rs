@@ -129,6 +129,8 @@ pub(crate) struct MachineState<'a> {
     pub(crate) guest: GuestFacts,
     /// When it was saved, since 1970, if the guest's clock is to go on as if the machine had run since.
     pub(crate) clock_catches_up_from: Option<Duration>,
+    /// Whether the machine that it was saved of runs on this host, so that KVM takes all that its vCPUs have.
+    pub(crate) is_of_fork: bool,
     /// One of the virtual machine, and then one of each vCPU.
     pub(crate) processors: &'a [Section],
     pub(crate) devices: &'a [SavedDevice],
@@ -245,10 +247,12 @@ impl Sections {
     pub(crate) fn machine_state(
         &self,
         clock_catches_up_from: Option<Duration>,
+        is_of_fork: bool,
     ) -> MachineState<'_> {
         MachineState {
             guest: self.guest,
             clock_catches_up_from,
+            is_of_fork,
             processors: &self.processors,
             devices: &self.devices,
         }

@@ -438,6 +438,7 @@ impl TransportCore {
         self.device
             .config()
             .restore(&state.config, state.config_generation)?;
+        self.device.config_restored();
         self.link.set_needs_reset(state.needs_reset);
         if let Some(worker) = state.worker {
             self.worker = WorkerPlace::Saved(worker);

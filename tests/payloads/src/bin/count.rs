@@ -5,14 +5,15 @@
 //! `timer=local|deadline|interval`, the local APIC's periodic timer, its TSC deadline, or the 8254
 //! by the I/O APIC. `second=at-once|told|reset`: a second processor counts as well, from the start,
 //! when it is told, or when it is told after it has got its INIT at the start. `others=N`: so do N
-//! processors, at most three, and not one.
+//! processors, at most three, and not one. `pages=N`: each also counts in N pages, at most 256: in a copy
+//! of memory that is not of one moment, some of them have another number than the others.
 
 #![no_std]
 #![no_main]
 
 use core::arch::asm;
 use core::ptr;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use core::time::Duration;
 
 use runtime::system_call::{enable_interrupts, read_port_8, write_msr, write_port_8};
@@ -56,6 +57,18 @@ static COUNTERS: Counters = Counters {
     start_second: AtomicU64::new(0),
     stop: AtomicU64::new(0),
 };
+
+/// Most pages in which a processor counts.
+const MAX_PAGES: usize = 256;
+
+/// A page with a count in it.
+#[repr(C, align(4096))]
+struct Page(AtomicU64);
+
+static PAGES: [[Page; MAX_PAGES]; MAX_PROCESSORS] =
+    [const { [const { Page(AtomicU64::new(0)) }; MAX_PAGES] }; MAX_PROCESSORS];
+/// Number of pages in which each processor counts.
+static PAGE_COUNT: AtomicUsize = AtomicUsize::new(0);
 
 /// Number of processors that have stopped counting.
 static STOPPED: AtomicU64 = AtomicU64::new(0);
@@ -128,6 +141,9 @@ fn count() {
     let others = arguments::value("others").and_then(|others| others.parse().ok());
     // Their local APIC ids.
     let others = 1..=others.unwrap_or(1).min(MAX_PROCESSORS as u8 - 1);
+    let pages = arguments::value("pages").and_then(|pages| pages.parse().ok());
+    PAGE_COUNT.store(pages.unwrap_or(0), Ordering::Release);
+    let mut round = 0;
     // Measuring the clock uses the timer that is used differently below.
     time::ticks_per_second();
     interrupts::enable_local_apic();
@@ -144,6 +160,7 @@ fn count() {
     println!("counting at {:#x}", ptr::from_ref(&COUNTERS) as usize);
     while COUNTERS.stop.load(Ordering::Acquire) == 0 {
         count_a_stride(0);
+        count_in_pages(0, &mut round);
         let ticks = interrupts::count(timer.vector());
         COUNTERS.processors[0]
             .interrupts
@@ -199,10 +216,25 @@ fn ping(id: u8, sent: &mut u64) {
 
 fn count_beside(index: usize) {
     enable_interrupts();
+    let mut round = 0;
     while COUNTERS.stop.load(Ordering::Acquire) == 0 {
         count_a_stride(index);
+        count_in_pages(index, &mut round);
     }
     STOPPED.fetch_add(1, Ordering::AcqRel);
+}
+
+/// Counts in each page of the processor, and checks that it had the same count as the others.
+fn count_in_pages(index: usize, round: &mut u64) {
+    let count = PAGE_COUNT.load(Ordering::Acquire);
+    let faults = PAGES[index].iter().take(count).filter(|page| {
+        let before = page.0.fetch_add(1, Ordering::AcqRel);
+        before != *round
+    });
+    let faults = faults.count() as u64;
+    *round += 1;
+    let total = &COUNTERS.processors[index].faults;
+    total.fetch_add(faults, Ordering::AcqRel);
 }
 
 /// Counts in memory, in R8 and in XMM0, and compares them after each step; compares the time stamp counter with

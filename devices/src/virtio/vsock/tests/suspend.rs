@@ -182,17 +182,17 @@ fn a_driver_that_goes_on_elsewhere_is_told_that_its_connections_have_ended() {
 }
 
 #[test]
-fn the_event_passes_the_transport_of_a_moved_device() {
+fn the_event_passes_the_transport_of_a_moved_device_with_another_cid() {
     const RINGS: u64 = 0x1000;
     const EVENT: usize = 2;
     let folder = TempDir::new().unwrap();
-    let device = |name: &str| -> (Box<dyn VirtioDevice>, ()) {
+    let device = |name: &str, cid| -> (Box<dyn VirtioDevice>, ()) {
         let listener = ListeningSocket::bind(&folder.as_path().join(name)).unwrap();
-        (Box::new(Vsock::new(GUEST_CID as u32, listener)), ())
+        (Box::new(Vsock::new(cid, listener)), ())
     };
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
     let memory = Arc::new(memory);
-    let (mut machine, ()) = SuspendMachine::new(&memory, |_| device("first"));
+    let (mut machine, ()) = SuspendMachine::new(&memory, |_| device("first", 7));
     let mut queues: Vec<_> = (0..3)
         .map(|index| TestDriver::new(&memory, RINGS + index * RINGS_SIZE, QUEUE_SIZE))
         .collect();
@@ -207,7 +207,9 @@ fn the_event_passes_the_transport_of_a_moved_device() {
     memory
         .write_obj(u32::MAX, GuestAddress(EVENT_DATA))
         .unwrap();
-    let (mut machine, ()) = machine.moved(|_| device("second"));
+    let (mut machine, ()) = machine.moved(|_| device("second", 8));
+    // The driver reads it again because of the event.
+    assert_eq!(machine.config(8), 8_u64.to_le_bytes());
     let event = &mut queues[EVENT];
     event.move_to(&machine.memory);
     machine.resume();
