@@ -29,7 +29,7 @@ const MAX_PARTS: usize = 8;
 /// # Errors
 /// If the host has too little memory, or refuses.
 pub fn share(memory: &Arc<GuestMemory>) -> io::Result<Vec<Layer>> {
-    let is_shared = memory.backing() == Backing::PrivateFile;
+    let is_shared = memory.backing() == Backing::PrivateFile && !memory.is_missing_pages();
     let written = match is_shared {
         true => memory.written_pages()?,
         false => memory.pages_with_content()?,
