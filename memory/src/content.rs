@@ -30,7 +30,7 @@ impl GuestMemory {
     /// # Errors
     /// If the host does not say which pages have memory (`/proc/self/pagemap`).
     pub fn pages_with_content(&self) -> io::Result<PageSet> {
-        if !self.has_files() {
+        if !self.knows_written_pages() {
             return self.present_pages();
         }
         let layers = self.layers();
@@ -55,7 +55,7 @@ impl GuestMemory {
     /// # Errors
     /// If the memory was neither mapped from files nor filled by a program, or the host does not say which pages have memory.
     pub fn written_pages(&self) -> io::Result<PageSet> {
-        if !self.has_files() {
+        if !self.knows_written_pages() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         // A page that was only read is the file's.

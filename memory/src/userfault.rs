@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use crate::{GuestMemory, Layer};
+use crate::{GuestMemory, Layer, PAGE_SIZE};
 
 /// Gives descriptors to those who may open it, whatever [`SYSCTL`] says.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -293,6 +293,14 @@ impl MissingPages {
             Some(number) => Err(io::Error::from_raw_os_error(number)),
             None => Ok(Filled::Bytes((pages.end - pages.start) as usize)),
         }
+    }
+
+    /// Lets those go on who wait for the page at `address`, which is not missing any more.
+    ///
+    /// # Errors
+    /// If it is not in guest memory.
+    pub fn wake_at(&self, address: GuestAddress) -> io::Result<()> {
+        self.wake(self.host_range(address, PAGE_SIZE)?)
     }
 
     fn wake(&self, pages: Range<u64>) -> io::Result<()> {

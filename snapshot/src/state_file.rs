@@ -5,7 +5,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bantam_memory::PageSet;
-use bantam_state::{RestoreError, SavedState, Section};
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -126,35 +126,15 @@ impl StateFile {
     /// If a section is too large, or the file cannot be written.
     pub fn write(&self) -> Result<NewFile, SnapshotError> {
         let file = NewFile::create(&self.path)?;
-        let failed = SnapshotError::write(&self.path);
-        let mut head = vec![Section::of(&self.facts)?];
-        head.extend(self.sections.iter().cloned());
-        for (region, words) in self.pages.iter().flat_map(PageSet::words) {
-            for (index, words) in words.chunks(WORDS_PER_SECTION).enumerate() {
-                head.push(Section::of(&Pages {
-                    region: region.0,
-                    first: (index * WORDS_PER_SECTION) as u64,
-                    words: words.to_vec(),
-                })?);
-            }
+        let mut sections = vec![Section::of(&self.facts)?];
+        sections.extend(self.sections.iter().cloned());
+        if let Some(pages) = &self.pages {
+            sections.extend(page_sections(pages)?);
         }
         for witness in &self.witnesses {
-            head.push(Section::of(witness)?);
+            sections.push(Section::of(witness)?);
         }
-        let end = Section::of(&End {
-            sections: head.len() as u64,
-        })?;
-        head.push(end);
-        let mut writer = BufWriter::new(file.file());
-        let write = |writer: &mut BufWriter<&File>| {
-            writer.write_all(&MAGIC)?;
-            writer.write_all(&FORMAT.to_le_bytes())?;
-            head.iter()
-                .try_for_each(|section| section.write_to(writer))?;
-            writer.flush()
-        };
-        write(&mut writer).map_err(failed)?;
-        drop(writer);
+        write_sections(file.file(), MAGIC, FORMAT, sections, &self.path)?;
         file.sync()?;
         Ok(file)
     }
@@ -232,14 +212,51 @@ impl StateFile {
     }
 }
 
-fn damaged(reason: &str) -> RestoreError {
+/// Returns sections with a set of pages.
+pub(crate) fn page_sections(pages: &PageSet) -> Result<Vec<Section>, SaveError> {
+    let parts = pages.words().flat_map(|(region, words)| {
+        let parts = words.chunks(WORDS_PER_SECTION).enumerate();
+        parts.map(move |(index, words)| Pages {
+            region: region.0,
+            first: (index * WORDS_PER_SECTION) as u64,
+            words: words.to_vec(),
+        })
+    });
+    parts.map(|part| Section::of(&part)).collect()
+}
+
+/// Writes a file, which errors call `path`: magic number, version of the format, `sections` and their end.
+pub(crate) fn write_sections(
+    file: &File,
+    magic: [u8; 8],
+    format: u32,
+    mut sections: Vec<Section>,
+    path: &Path,
+) -> Result<(), SnapshotError> {
+    let end = Section::of(&End {
+        sections: sections.len() as u64,
+    })?;
+    sections.push(end);
+    let mut writer = BufWriter::new(file);
+    let mut write = || {
+        writer.write_all(&magic)?;
+        writer.write_all(&format.to_le_bytes())?;
+        sections
+            .iter()
+            .try_for_each(|section| section.write_to(&mut writer))?;
+        writer.flush()
+    };
+    write().map_err(SnapshotError::write(path))
+}
+
+pub(crate) fn damaged(reason: &str) -> RestoreError {
     RestoreError::Damaged {
         reason: reason.to_owned(),
     }
 }
 
 /// Reads sections up to the one that ends the file, which is not returned.
-fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
+pub(crate) fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
     let mut sections = Vec::new();
     loop {
         let section = Section::read_from(reader)?;
@@ -262,7 +279,7 @@ fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
 }
 
 /// Puts the set of pages together from its sections.
-fn read_pages(facts: &Facts, sections: &[Section]) -> Result<PageSet, RestoreError> {
+pub(crate) fn read_pages(facts: &Facts, sections: &[Section]) -> Result<PageSet, RestoreError> {
     let page_count = |len: u64| len / bantam_memory::PAGE_SIZE as u64;
     let mut words: Vec<(GuestAddress, Vec<u64>)> = Vec::new();
     for section in sections {

@@ -106,6 +106,7 @@ struct Taken {
     /// What is still to be written.
     copied: Option<CopiedPages>,
     changes: Arc<Mutex<Changes>>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Controller {
@@ -136,6 +137,7 @@ impl Controller {
             taken.writer.write_copied(copied)?;
         }
         let memory = taken.writer.finish()?;
+        self.require_memory(&taken.memory)?;
         if options.stop {
             self.stop();
             self.wait().map_err(Error::Shared)?;
@@ -175,6 +177,7 @@ impl Controller {
                 let facts = Facts::now(None, regions).map_err(Error::RandomSeed)?;
                 let layers = bantam_memory::share(&parts.memory);
                 let layers = layers.map_err(Error::resource("memory that forks share"))?;
+                self.require_memory(&parts.memory)?;
                 lock(&parts.changes).forget_mapping();
                 let overlays = self.freeze(&machine.config, disks, facts.id)?;
                 Ok((machine, facts, layers, overlays))
@@ -349,7 +352,18 @@ impl Controller {
             writer,
             copied,
             changes: parts.changes.clone(),
+            memory: memory.clone(),
         })
+    }
+
+    /// Checks that what was read of guest memory is its content: it may have been lost meanwhile, which ends the machine.
+    fn require_memory(&self, memory: &GuestMemory) -> Result<(), Error> {
+        match memory.is_lost() {
+            true => Err(self
+                .0
+                .wrong_state(&self.0.life(), "read the memory of the machine")),
+            false => Ok(()),
+        }
     }
 
     /// Starts the machine from a snapshot instead of booting it. It is paused then, and [`Controller::resume`] lets it go on.
