@@ -28,7 +28,8 @@ pub struct ForkArgs {
     /// Directory for the snapshot, and for a folder of each child: 1, 2, ...
     ///
     /// A child's folder has its control socket (control.sock), the output of its serial port (serial.log), its
-    /// own messages (log), its overlays, and the socket of its socket device (vsock.sock).
+    /// own messages (log), its overlays, and the sockets of its socket device (vsock.sock) and of its channels
+    /// (channel-NAME.sock).
     pub directory: PathBuf,
 
     /// Number of children
@@ -112,6 +113,11 @@ fn start(
     process.arg("--serial").arg(file("serial.log"));
     if snapshot.config.console != SerialConfig::None {
         process.arg("--console").arg(file("console.log"));
+    }
+    for channel in &snapshot.config.channels {
+        let mut end = std::ffi::OsString::from(format!("{}=socket=", channel.name));
+        end.push(place(&format!("channel-{}.sock", channel.name)));
+        process.arg("--channel").arg(end);
     }
     if snapshot.config.vsock.is_some() {
         process.arg("--vsock").arg(place("vsock.sock"));
