@@ -153,7 +153,7 @@ impl Bantam {
         let runs = self
             .arguments
             .first()
-            .is_some_and(|command| command == "run");
+            .is_some_and(|command| command == "run" || command == "restore");
         let error_status = if runs { STATUS_ERROR } else { 1 };
         let mut line = self.launcher;
         line.push(monitor().into());
