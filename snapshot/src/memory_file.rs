@@ -197,6 +197,17 @@ impl MemoryFile {
         }
     }
 
+    /// Adds to `pages` those of `len` bytes from `address` on, all in one region, for which the file has data.
+    ///
+    /// # Errors
+    /// If the host does not say where the file has data.
+    pub fn add_data(&self, pages: &mut PageSet, address: GuestAddress, len: u64) -> io::Result<()> {
+        match self.facts.offset_of(address, len as usize) {
+            Some(offset) => pages.add_data(&self.file, address, len, offset),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
     /// Returns the pages for which the file has data. The others are zero, or not in a differential snapshot.
     ///
     /// # Errors

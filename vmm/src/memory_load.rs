@@ -186,12 +186,20 @@ impl MemoryService {
     }
 
     fn new(memory: &Arc<GuestMemory>, context: &MachineContext) -> Result<MemoryService, Error> {
+        MemoryService::with(memory, &context.control, &context.events)
+    }
+
+    fn with(
+        memory: &Arc<GuestMemory>,
+        control: &Arc<RunControl>,
+        events: &EventSender,
+    ) -> Result<MemoryService, Error> {
         let end_event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         Ok(MemoryService {
             link: Arc::new(Link {
                 memory: memory.clone(),
-                control: context.control.clone(),
-                events: context.events.clone(),
+                control: control.clone(),
+                events: events.clone(),
                 end_event: end_event.map_err(Error::resource("an event"))?,
                 is_ending: AtomicBool::new(false),
                 failure: Mutex::new(Failure::Building(None)),
@@ -336,5 +344,17 @@ impl Patience {
             Ready { last: true, .. } => Turn::Ready,
             Ready { .. } => Turn::Other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the service of a machine without processors.
+    pub(super) fn service(memory: &Arc<GuestMemory>) -> MemoryService {
+        let events = EventSender::default();
+        let control = Arc::new(RunControl::new(events.clone()).unwrap());
+        MemoryService::with(memory, &control, &events).unwrap()
     }
 }
