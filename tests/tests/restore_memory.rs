@@ -439,7 +439,6 @@ fn a_program_that_does_not_take_the_request_is_named() {
         let refused = restored_with(&first.open_served(socket), |_| {}).map(drop);
         let error = refused.expect_err("nobody serves its memory");
         assert!(begin.elapsed() < Duration::from_secs(8));
-        assert!(matches!(error, Error::MemoryServer(_)), "{error}");
         error.to_string()
     };
     let none = first.path("none.sock");
