@@ -197,6 +197,7 @@ impl Filler {
                 .file
                 .data_pages()
                 .map_err(|error| self.unreadable(error))?;
+            self.file.check_unchanged().map_err(Error::MemoryFile)?;
             self.enqueue(&pages);
             self.fills = Fills::Rest;
         }
@@ -216,6 +217,8 @@ impl Filler {
                     .add_data(&mut self.data, GuestAddress(start), end - start);
                 data.map_err(|error| self.unreadable(error))?;
             }
+            // What has been cut off looks like a hole.
+            self.file.check_unchanged().map_err(Error::MemoryFile)?;
         }
         Ok(())
     }
