@@ -135,6 +135,9 @@ pub enum Fault {
         /// What was to be replaced.
         what: String,
     },
+    /// The memory of a snapshot cannot be served by another program.
+    #[error("Failed to load guest memory: Error creating guest memory from uffd: {0}")]
+    ServedMemory(#[source] bantam_vmm::Error),
     /// The machine of a snapshot was restored, but does not go on.
     #[error("Load snapshot error: Failed to resume microVM: {0}")]
     ResumeSnapshot(#[source] bantam_vmm::Error),

@@ -17,6 +17,7 @@ use bantam_api::{
 use bantam_vmm::config::read_text_file;
 use bantam_vmm::{Controller, ListeningSocket};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde_json::Value;
 
 use crate::args::ApiArgs;
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
@@ -169,10 +170,7 @@ fn prepare(
         Request::from(metrics).execute(&mut instance)?;
     }
     if let Some(path) = &args.metadata {
-        let what = "metadata file";
-        let contents = parse_value(read_file(what, path)?.as_bytes())
-            .with_context(|| format!("cannot use {what} '{}'", path.display()))?;
-        instance.put_metadata(contents)?;
+        instance.put_metadata(read_metadata(path)?)?;
     }
     if let Some(path) = &args.config_file {
         let what = "configuration file";
@@ -220,6 +218,13 @@ fn attend_instance(
         Awaited::Ended => return Ok(EndedBy::Guest),
     };
     attend(controller, signals, console, shutdown_timeout, false, stop)
+}
+
+/// Reads a file with metadata for a guest, in JSON.
+pub fn read_metadata(path: &Path) -> anyhow::Result<Value> {
+    let what = "metadata file";
+    parse_value(read_file(what, path)?.as_bytes())
+        .with_context(|| format!("cannot use {what} '{}'", path.display()))
 }
 
 fn read_file(what: &str, path: &Path) -> anyhow::Result<String> {

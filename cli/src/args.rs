@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use bantam_api::bodies::logger::LogLevel;
 use bantam_vmm::config::{
-    ConfigError, DiskConfig, GuestCid, MachineTable, NetConfig, SerialConfig, ShutdownTimeout,
+    ChannelName, ConfigError, DiskConfig, GuestCid, MachineTable, NetConfig, SerialConfig,
+    ShutdownTimeout,
 };
 use clap::{ArgAction, Parser, Subcommand};
 use clap_complete::Shell;
@@ -16,7 +17,7 @@ use tracing::level_filters::LevelFilter;
 use crate::control::ControlArgs;
 use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
-use crate::restore::{self, Replacement};
+use crate::restore::{self, MemorySource, Replacement};
 use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
 use machine::{choice, heading};
@@ -174,6 +175,33 @@ pub struct RestoreArgs {
     /// Where the virtio console leads now
     #[arg(long, value_name = "END")]
     pub console: Option<SerialConfig>,
+
+    /// Where a channel leads now; can be given more than once
+    ///
+    /// END is socket=PATH, file=PATH, pty or stdio, as for bantam run.
+    #[arg(long = "channel", value_name = "NAME=END", value_parser = restore::channel)]
+    pub channels: Vec<(ChannelName, SerialConfig)>,
+
+    /// File with other metadata for the guest, in JSON
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
+
+    /// How the guest gets its memory: lazy, prefetch, copy, copy-all or uffd=SOCKET
+    ///
+    /// lazy: the memory file is mapped, and read where the guest touches its memory. prefetch: the same, and all of it
+    /// is read in the background. copy: what the guest touches is copied; if the file cannot be read, the machine
+    /// ends with an error. copy-all: the same, and the rest is copied in the background; the file is not needed any
+    /// more when that is done. uffd=SOCKET: the program that listens on SOCKET fills pages that are touched, in the
+    /// protocol of Firecracker; the memory file is not used.
+    #[arg(long, value_name = "HOW", default_value = "lazy", value_parser = restore::memory_source)]
+    pub memory_load: MemorySource,
+
+    /// Record which pages the guest needs first, for later restores
+    ///
+    /// They are those touched in the first ten seconds, or until the machine ends. From then on, each restore from
+    /// the directory reads these pages ahead, in few large pieces. They are in the file working-set there.
+    #[arg(long)]
+    pub record_working_set: bool,
 
     /// Unix socket by which other programs control the machine, as for bantam run
     #[arg(long, value_name = "PATH")]

@@ -36,7 +36,8 @@ pub struct ForkArgs {
     /// Directory for a folder of each child: 1, 2, ...
     ///
     /// A child's folder has its control socket (control.sock), the output of its serial port (serial.log), its
-    /// own messages (log), its overlays, and the socket of its socket device (vsock.sock).
+    /// own messages (log), its overlays, and the sockets of its socket device (vsock.sock) and of its channels
+    /// (channel-NAME.sock).
     pub directory: PathBuf,
 
     /// Number of children
@@ -194,6 +195,11 @@ impl<'a> Fork<'a> {
         program.arg("--serial").arg(file("serial.log"));
         if self.config.console != SerialConfig::None {
             program.arg("--console").arg(file("console.log"));
+        }
+        for channel in &self.config.channels {
+            let mut end = OsString::from(format!("{}=socket=", channel.name));
+            end.push(place(&format!("channel-{}.sock", channel.name)));
+            program.arg("--channel").arg(end);
         }
         if self.config.vsock.is_some() {
             program.arg("--vsock").arg(place("vsock.sock"));

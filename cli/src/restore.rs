@@ -2,17 +2,20 @@
 
 use std::fs::{self, File};
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use bantam_storage::ImageFormat;
 use bantam_storage::tools::{self, Format, NewContent};
-use bantam_vmm::Snapshot;
 use bantam_vmm::config::{
-    DeviceName, DiskConfig, DiskFormatOption, GuestCid, MachineConfig, NetConfig, SerialConfig,
+    ChannelName, DeviceName, DiskConfig, DiskFormatOption, GuestCid, MachineConfig, NetConfig,
+    SerialConfig,
 };
 use nix::unistd::close;
 
+use bantam_vmm::{MemoryLoad, Snapshot, SnapshotFiles};
+
+use crate::api::read_metadata;
 use crate::args::RestoreArgs;
 use crate::image::{open_backing, options, set_backing};
 
@@ -40,12 +43,18 @@ impl<T> Replacement<T> {
     }
 }
 
+/// Where the memory of a machine comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemorySource {
+    /// From the memory file.
+    File(MemoryLoad),
+    /// From the program that listens on this socket.
+    Server(PathBuf),
+}
+
 /// Opens the snapshot, and returns it with the configuration of the machine that goes on from it.
 pub fn prepare(args: &RestoreArgs) -> anyhow::Result<(Snapshot, MachineConfig)> {
-    let mut snapshot = match args.descriptors.as_slice() {
-        [] => Snapshot::open(&args.directory)?,
-        descriptors => Snapshot::from_descriptors(inherited(descriptors)?)?,
-    };
+    let mut snapshot = open(args)?;
     if args.force {
         snapshot.take_changed_disks();
     }
@@ -59,7 +68,35 @@ pub fn prepare(args: &RestoreArgs) -> anyhow::Result<(Snapshot, MachineConfig)> 
     Ok((snapshot, config))
 }
 
-/// Gives devices the ends on the host that the command line names.
+fn open(args: &RestoreArgs) -> anyhow::Result<Snapshot> {
+    if !args.descriptors.is_empty() {
+        let descriptors = inherited(&args.descriptors)?;
+        return Ok(Snapshot::from_descriptors(descriptors)?);
+    }
+    let mut snapshot = match &args.memory_load {
+        MemorySource::File(load) => {
+            let mut snapshot = Snapshot::open(&args.directory)?;
+            snapshot.set_memory_load(*load);
+            snapshot
+        }
+        MemorySource::Server(socket) => {
+            let files = SnapshotFiles::in_directory(&args.directory);
+            Snapshot::open_served(&files.state, socket)?
+        }
+    };
+    if args.record_working_set {
+        if matches!(args.memory_load, MemorySource::Server(_)) {
+            bail!(
+                "cannot record the working set of memory that another program serves (--memory-load uffd): that program \
+                 sees which pages are touched"
+            );
+        }
+        snapshot.record_working_set()?;
+    }
+    Ok(snapshot)
+}
+
+/// Gives devices the ends on the host that the command line names, and the guest other metadata.
 fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Result<()> {
     for Replacement { device, value } in &args.disks {
         let names: Vec<_> = config.disk_names().collect();
@@ -92,6 +129,18 @@ fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Resul
             bail!("the virtio console cannot be removed: lead it to a file or a socket");
         }
         config.console = console.clone();
+    }
+    for (name, end) in &args.channels {
+        let mut channels = config.channels.iter_mut();
+        let channel = channels.find(|channel| channel.name == *name);
+        let channel = channel
+            .with_context(|| format!("the machine of the snapshot has no channel '{name}'"))?;
+        channel.end = end.clone();
+    }
+    if let Some(path) = &args.metadata {
+        let metadata = config.metadata.as_mut();
+        let metadata = metadata.context("the machine of the snapshot serves no metadata")?;
+        metadata.contents = Some(read_metadata(path)?);
     }
     Ok(())
 }
@@ -175,6 +224,37 @@ pub fn disk(text: &str) -> Result<Replacement<DiskConfig>, String> {
     Replacement::parse(text, |text| {
         text.parse().map_err(|error| format!("{error}"))
     })
+}
+
+/// Reads where a channel leads: `NAME=END`.
+pub fn channel(text: &str) -> Result<(ChannelName, SerialConfig), String> {
+    let (name, end) = text
+        .split_once('=')
+        .ok_or("it must be the name of a channel, '=', and where it leads")?;
+    let name = ChannelName::try_from(name.to_owned()).map_err(|error| error.to_string())?;
+    match end.parse() {
+        Ok(SerialConfig::None) => Err("a channel cannot lead nowhere".to_owned()),
+        end => Ok((name, end.map_err(|error| error.to_string())?)),
+    }
+}
+
+/// Reads where memory comes from.
+pub fn memory_source(text: &str) -> Result<MemorySource, String> {
+    let load = match text {
+        "lazy" => MemoryLoad::Lazy,
+        "prefetch" => MemoryLoad::Prefetch,
+        "copy" => MemoryLoad::Copy,
+        "copy-all" => MemoryLoad::CopyAll,
+        _ => {
+            let socket = text.strip_prefix("uffd=").filter(|path| !path.is_empty());
+            return socket
+                .map(|path| MemorySource::Server(PathBuf::from(path)))
+                .ok_or_else(|| {
+                    "expected lazy, prefetch, copy, copy-all or uffd=SOCKET".to_owned()
+                });
+        }
+    };
+    Ok(MemorySource::File(load))
 }
 
 /// Reads a network device's replacement: `NAME=TAP[,mac=MAC]`.

@@ -84,7 +84,7 @@ impl Backing {
 
     /// Returns the size in bytes of the pages that the host can take back, a power of two. It takes
     /// back a transparent huge page in parts.
-    pub(crate) fn page_size(self) -> usize {
+    pub fn page_size(self) -> usize {
         match self {
             Backing::Anonymous | Backing::TransparentHugePages | Backing::PrivateFile => PAGE_SIZE,
             Backing::HugePages => HUGE_PAGE_SIZE,

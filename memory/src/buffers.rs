@@ -7,8 +7,8 @@ use std::sync::Arc;
 use libc::iovec;
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
-use crate::GuestMemory;
 use crate::copy::{copy_from_guest, copy_to_guest};
+use crate::{GuestMemory, PAGE_SIZE};
 
 /// Most vectors that the kernel takes in one call (`IOV_MAX`).
 pub const MAX_VECTORS_PER_CALL: usize = 1024;
@@ -272,6 +272,38 @@ impl GuestBuffers {
             done += count;
         }
         done
+    }
+
+    /// Waits until none of the pages is missing ([`MissingPages`](crate::MissingPages)). Returns `false` if the content of one
+    /// may have been lost.
+    ///
+    /// What is done with the bytes afterwards, by the host's kernel for example, is done with those that the guest has written.
+    #[inline]
+    pub fn await_pages(&self) -> bool {
+        if self.memory.is_missing_pages() {
+            self.touch_pages();
+            return !self.memory.is_lost();
+        }
+        true
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn touch_pages(&self) {
+        for vector in self.vectors.iter().skip(self.front) {
+            let start = vector.iov_base.addr();
+            let first = (start / PAGE_SIZE + 1) * PAGE_SIZE;
+            let pages = (first..start + vector.iov_len).step_by(PAGE_SIZE);
+            for address in [start].into_iter().chain(pages) {
+                if vector.iov_len > 0 {
+                    let byte = vector.iov_base.cast::<u8>().wrapping_add(address - start);
+                    let mut bytes = [0];
+                    // SAFETY: the byte is one of the vector, which covers guest memory that `self.memory` keeps mapped.
+                    unsafe { copy_from_guest(byte, &mut bytes) };
+                    std::hint::black_box(bytes);
+                }
+            }
+        }
     }
 
     /// Fills the list from `fd`, at `position` if given, by one system call.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestAddress;
 
-use crate::{Backing, GuestMemory, PAGE_SIZE, PageSet};
+use crate::{GuestMemory, PAGE_SIZE, PageSet};
 
 /// The kernel's table of the pages of this process (Documentation/admin-guide/mm/pagemap.rst).
 const PAGE_MAP: &str = "/proc/self/pagemap";
@@ -30,22 +30,32 @@ impl GuestMemory {
     /// # Errors
     /// If the host does not say which pages have memory (`/proc/self/pagemap`).
     pub fn pages_with_content(&self) -> io::Result<PageSet> {
-        if self.backing() != Backing::PrivateFile {
-            return self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0);
+        if !self.knows_written_pages() {
+            return self.present_pages();
+        }
+        let layers = self.layers();
+        if layers.is_empty() {
+            // Any page may have content.
+            let regions = self.regions();
+            return Ok(PageSet::from_words(regions.map(|region| {
+                let words = (region.len as usize / PAGE_SIZE).div_ceil(u64::BITS as usize);
+                (region.start, region.len, vec![u64::MAX; words])
+            })));
         }
         let mut pages = self.written_pages()?;
-        for layer in self.layers() {
+        for layer in layers {
             pages.add_data(&layer.file, layer.start, layer.len, layer.offset)?;
         }
         Ok(pages)
     }
 
-    /// Returns the pages that have been written or discarded since the memory was mapped from files.
+    /// Returns the pages that have been written or discarded since the memory was mapped from files. If a program fills the
+    /// memory, these are all pages that it has filled, as they do not show whether they have been written.
     ///
     /// # Errors
-    /// If the memory was not mapped from a file, or the host does not say which pages have memory.
+    /// If the memory was neither mapped from files nor filled by a program, or the host does not say which pages have memory.
     pub fn written_pages(&self) -> io::Result<PageSet> {
-        if self.backing() != Backing::PrivateFile {
+        if !self.knows_written_pages() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         // A page that was only read is the file's.
@@ -55,6 +65,15 @@ impl GuestMemory {
             pages.add(&discarded);
         }
         Ok(pages)
+    }
+
+    /// Returns the pages that have memory of the host: those that were touched, and others that the kernel, or the program that
+    /// fills them, has added at the same time.
+    ///
+    /// # Errors
+    /// If the host does not say which pages have memory.
+    pub fn present_pages(&self) -> io::Result<PageSet> {
+        self.pages_by(|entry| entry & (PRESENT | SWAPPED) != 0)
     }
 
     /// Returns the pages whose entry of the kernel's table meets `condition`.

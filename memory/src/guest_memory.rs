@@ -29,13 +29,18 @@ pub struct GuestMemory {
     backing: Backing,
     /// Whether it is mapped from files now.
     is_of_files: AtomicBool,
+    /// Whether pages may be missing until a program fills them.
+    is_missing_pages: AtomicBool,
+    /// Whether pages have been given up whose content could not be had.
+    is_lost: AtomicBool,
     files: Mutex<Option<Files>>,
     log: Arc<DirtyLog>,
 }
 
-/// The files that guest memory is mapped from.
+/// The files that guest memory is mapped or filled from.
 #[derive(Debug)]
 struct Files {
+    /// Empty if a program fills the memory whose files are not known.
     layers: Layers,
     /// Pages that are zero instead, until they are written.
     discarded: PageSet,
@@ -127,6 +132,8 @@ impl GuestMemory {
             backing,
             files: Mutex::new(None),
             is_of_files: AtomicBool::new(backing == Backing::PrivateFile),
+            is_missing_pages: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
             log,
         })
     }
@@ -145,11 +152,7 @@ impl GuestMemory {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let mut files = self.files();
-        let regions = self.regions().map(|region| (region.start, region.len));
-        let files = files.get_or_insert_with(|| Files {
-            layers: Layers::default(),
-            discarded: PageSet::empty(regions),
-        });
+        let files = files.get_or_insert_with(|| self.no_files());
         for layer in layers {
             let pages = self.host_range(layer.start, layer.len as usize);
             let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
@@ -168,15 +171,80 @@ impl GuestMemory {
         for layer in layers {
             files.discarded.remove(layer.start, layer.len);
         }
+        let len: u64 = files.layers.as_slice().iter().map(|layer| layer.len).sum();
+        if len == self.size() {
+            self.note_complete();
+        }
         self.is_of_files.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Returns the files that the memory is mapped from, in ascending order of their addresses.
+    fn no_files(&self) -> Files {
+        let regions = self.regions().map(|region| (region.start, region.len));
+        Files {
+            layers: Layers::default(),
+            discarded: PageSet::empty(regions),
+        }
+    }
+
+    /// Notes that all pages are missing until they are filled, from these files if they are known.
+    pub(crate) fn note_missing(&self, content: &[Layer]) {
+        let mut files = self.no_files();
+        files.layers.put(content);
+        *self.files() = Some(files);
+        self.is_missing_pages.store(true, Ordering::Release);
+    }
+
+    /// Notes that no page is missing any more.
+    pub(crate) fn note_complete(&self) {
+        self.is_missing_pages.store(false, Ordering::Release);
+    }
+
+    /// Notes that pages that are missing will be zero instead of what they should be.
+    pub(crate) fn note_lost(&self) {
+        // Before any page is: who finds a zero page sees this.
+        self.is_lost.store(true, Ordering::SeqCst);
+    }
+
+    /// Returns whether a thread that touches a page may have to wait until a program fills it
+    /// ([`MissingPages`](crate::MissingPages)).
+    #[inline]
+    pub fn is_missing_pages(&self) -> bool {
+        self.is_missing_pages.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether pages may be zero because their content could not be had. What is read after that, and what was read
+    /// before this returns, is not what the guest has written.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.is_lost.load(Ordering::SeqCst)
+    }
+
+    /// Reads `len` bytes from `address` on, whole pages of one region, into memory, so that nobody has to wait who touches them.
+    ///
+    /// # Errors
+    /// If they cannot be read, or the host's kernel does not offer this (Linux 5.14 has it).
+    pub fn populate(&self, address: GuestAddress, len: usize) -> io::Result<()> {
+        let pages = self.host_range(address, len);
+        let pages = pages.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the pages are within a region. The advice changes no content.
+        match unsafe { libc::madvise(pages.as_ptr().cast(), len, libc::MADV_POPULATE_READ) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Returns the files that the memory is mapped or filled from, in ascending order of their addresses.
     pub fn layers(&self) -> Vec<Layer> {
         let files = self.files();
         let layers = files.as_ref().map(|files| files.layers.as_slice().to_vec());
         layers.unwrap_or_default()
+    }
+
+    /// Returns whether it was mapped from files or filled by a program, so that
+    /// [`written_pages`](GuestMemory::written_pages) are known.
+    pub fn knows_written_pages(&self) -> bool {
+        self.files().is_some()
     }
 
     /// Returns the pages that were discarded since files were mapped there.
@@ -335,9 +403,7 @@ impl GuestMemory {
         // SAFETY: the pages are within a region, which is mapped as this backing is. Nothing
         // borrows the bytes of guest memory, and the guest could make them zero at any time too.
         let result = unsafe { backing.discard(pointer, len) };
-        if backing == Backing::PrivateFile {
-            self.note_discarded(pointer, len);
-        }
+        self.note_discarded(pointer, len);
         // The call may have failed after some of the pages.
         self.mark_host(pointer, len);
         result.map(|()| len)
@@ -346,13 +412,13 @@ impl GuestMemory {
 
 impl GuestMemory {
     /// Notes that `len` bytes at a host address do not have the content of their file any more.
-    #[cold]
     fn note_discarded(&self, pointer: *const u8, len: usize) {
-        let Some((index, offset)) = self.find_host(pointer, len) else {
+        let Some(files) = &mut *self.files() else {
             return;
         };
-        let region = self.regions().nth(index);
-        if let (Some(region), Some(files)) = (region, &mut *self.files()) {
+        let place = self.find_host(pointer, len);
+        let place = place.and_then(|(index, offset)| Some((self.regions().nth(index)?, offset)));
+        if let Some((region, offset)) = place {
             let start = region.start.0 + offset as u64;
             for address in (start..start + len as u64).step_by(PAGE_SIZE) {
                 files.discarded.insert(GuestAddress(address));

@@ -16,6 +16,7 @@ mod layers;
 mod page_set;
 mod range;
 mod sharing;
+mod userfault;
 
 pub use backing::{Backing, MapError};
 pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
@@ -24,6 +25,7 @@ pub use layers::Layer;
 pub use page_set::PageSet;
 pub use range::{GuestRange, Word};
 pub use sharing::{Sharing, seal};
+pub use userfault::{Filled, MemoryEvent, MissingPages, UserfaultError};
 
 /// Size in bytes of a page of the guest, the unit of the dirty log.
 pub const PAGE_SIZE: usize = 4096;

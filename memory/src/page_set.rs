@@ -104,7 +104,7 @@ impl PageSet {
     }
 
     /// Removes the pages of `other`, a set of the same regions.
-    pub(crate) fn subtract(&mut self, other: &PageSet) {
+    pub fn subtract(&mut self, other: &PageSet) {
         self.combine(other, |word, other| word & !other);
     }
 
@@ -118,16 +118,6 @@ impl PageSet {
             debug_assert_eq!(region.start, others.start);
             for (word, other) in region.words.iter_mut().zip(&others.words) {
                 *word = operation(*word, *other);
-            }
-        }
-    }
-
-    /// Removes the pages of `other`, a set of the same regions.
-    pub fn subtract(&mut self, other: &PageSet) {
-        for (region, others) in self.regions.iter_mut().zip(&other.regions) {
-            debug_assert_eq!(region.start, others.start);
-            for (word, other) in region.words.iter_mut().zip(&others.words) {
-                *word &= !other;
             }
         }
     }

@@ -33,6 +33,14 @@ pub enum SnapshotError {
         /// What is wrong with it.
         source: RestoreError,
     },
+    /// The working set cannot be used.
+    #[error("'{}' is not the working set of this snapshot: {reason}", path.display())]
+    WorkingSet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// State cannot be written as a section.
     #[error(transparent)]
     Save(#[from] SaveError),

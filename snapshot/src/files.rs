@@ -15,6 +15,7 @@ use crate::SnapshotError;
 /// Names of the files in a snapshot's directory.
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
+const WORKING_SET: &str = "working-set";
 
 /// Where the files of a snapshot are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,11 @@ impl SnapshotFiles {
             state: directory.join(STATE),
             memory: directory.join(MEMORY),
         }
+    }
+
+    /// Returns where the working set of a snapshot is that is in a directory of its own.
+    pub fn working_set_in_directory(directory: &Path) -> PathBuf {
+        directory.join(WORKING_SET)
     }
 }
 

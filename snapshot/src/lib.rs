@@ -21,6 +21,10 @@
 //! | any | sections: `snapshot` ([`Facts`]), then those of the machine, for a differential snapshot `snapshot pages` and `snapshot witness` |
 //! | any | section `snapshot end`: the number of sections before it |
 //!
+//! A **working set** ([`write_working_set`]) may be beside them: the pages that a machine has needed first after the snapshot, so
+//! that the next one finds them read already. It is a hint. The file is like a state file, with `BANTAMSW` at its beginning and a
+//! section `working set`, which has the snapshot's id, in the place of facts.
+//!
 //! New files are written under another name, brought to stable storage, and then put in the place of earlier ones, so
 //! that a program that is killed leaves the earlier snapshot or the new one.
 
@@ -32,6 +36,7 @@ mod memory_writer;
 mod merge;
 mod state_file;
 mod witness;
+mod working_set;
 mod write_ring;
 
 pub use error::SnapshotError;
@@ -42,3 +47,4 @@ pub use memory_writer::{CopiedPages, MemoryWriter};
 pub use merge::merge;
 pub use state_file::StateFile;
 pub use witness::Witness;
+pub use working_set::{read_working_set, write_working_set};

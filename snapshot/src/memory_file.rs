@@ -2,12 +2,12 @@
 
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bantam_memory::{FilePosition, GuestBuffers, GuestMemory, MapError, PAGE_SIZE, PageSet};
+use bantam_memory::{FilePosition, GuestBuffers, GuestMemory, Layer, MapError, PAGE_SIZE, PageSet};
 use vm_memory::GuestAddress;
 
 use crate::facts::{Facts, SnapshotId};
@@ -162,8 +162,57 @@ impl MemoryFile {
         is_complete.map_err(failed)
     }
 
+    /// Returns where each region of memory is in the file.
+    pub fn layers(&self) -> Vec<Layer> {
+        let places = self.facts.places();
+        let layers = places.map(|place| Layer {
+            start: GuestAddress(place.start),
+            len: place.len,
+            file: self.file.clone(),
+            offset: place.offset,
+        });
+        layers.collect()
+    }
+
+    /// Reads the bytes of memory from `address` on, all in one region.
+    ///
+    /// # Errors
+    /// Those of reading, or if the file is too short by now.
+    pub fn read_at(&self, address: GuestAddress, bytes: &mut [u8]) -> Result<(), SnapshotError> {
+        let read = match self.facts.offset_of(address, bytes.len()) {
+            Some(offset) => self.file.read_exact_at(bytes, offset),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        };
+        read.map_err(SnapshotError::read(&self.path))
+    }
+
+    /// Has the host begin to read `len` bytes of memory from `address` on, all in one region, into its page cache.
+    pub fn read_ahead(&self, address: GuestAddress, len: usize) {
+        if let Some(offset) = self.facts.offset_of(address, len) {
+            let (descriptor, offset) = (self.file.as_raw_fd(), offset as libc::off_t);
+            let advice = libc::POSIX_FADV_WILLNEED;
+            // SAFETY: the call takes integers only. It is advice: if the host does not take it, pages are read when they are
+            // touched.
+            let _ = unsafe { libc::posix_fadvise(descriptor, offset, len as libc::off_t, advice) };
+        }
+    }
+
+    /// Adds to `pages` those of `len` bytes from `address` on, all in one region, for which the file has data.
+    ///
+    /// # Errors
+    /// If the host does not say where the file has data.
+    pub fn add_data(&self, pages: &mut PageSet, address: GuestAddress, len: u64) -> io::Result<()> {
+        match self.facts.offset_of(address, len as usize) {
+            Some(offset) => pages.add_data(&self.file, address, len, offset),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
     /// Returns the pages for which the file has data. The others are zero, or not in a differential snapshot.
-    pub(crate) fn data_pages(&self) -> io::Result<PageSet> {
+    ///
+    /// # Errors
+    /// If the host does not say where the file has data.
+    pub fn data_pages(&self) -> io::Result<PageSet> {
         let regions = self.facts.regions.iter();
         let mut pages = PageSet::empty(regions.map(|&(start, len)| (GuestAddress(start), len)));
         for place in self.facts.places() {

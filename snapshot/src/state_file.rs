@@ -5,7 +5,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bantam_memory::PageSet;
-use bantam_state::{RestoreError, SavedState, Section};
+use bantam_state::{RestoreError, SaveError, SavedState, Section};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -126,10 +126,7 @@ impl StateFile {
     /// If a section is too large, or the file cannot be written.
     pub fn write(&self) -> Result<NewFile, SnapshotError> {
         let file = NewFile::create(&self.path)?;
-        let mut writer = BufWriter::new(file.file());
-        self.write_to(&mut writer)?;
-        writer.flush().map_err(SnapshotError::write(&self.path))?;
-        drop(writer);
+        self.write_to(file.file())?;
         Ok(file)
     }
 
@@ -137,30 +134,16 @@ impl StateFile {
     ///
     /// # Errors
     /// If a section is too large, or `writer` fails.
-    pub fn write_to(&self, writer: &mut impl Write) -> Result<(), SnapshotError> {
-        let mut head = vec![Section::of(&self.facts)?];
-        head.extend(self.sections.iter().cloned());
-        for (region, words) in self.pages.iter().flat_map(PageSet::words) {
-            for (index, words) in words.chunks(WORDS_PER_SECTION).enumerate() {
-                head.push(Section::of(&Pages {
-                    region: region.0,
-                    first: (index * WORDS_PER_SECTION) as u64,
-                    words: words.to_vec(),
-                })?);
-            }
+    pub fn write_to(&self, writer: impl Write) -> Result<(), SnapshotError> {
+        let mut sections = vec![Section::of(&self.facts)?];
+        sections.extend(self.sections.iter().cloned());
+        if let Some(pages) = &self.pages {
+            sections.extend(page_sections(pages)?);
         }
         for witness in &self.witnesses {
-            head.push(Section::of(witness)?);
+            sections.push(Section::of(witness)?);
         }
-        let end = Section::of(&End {
-            sections: head.len() as u64,
-        })?;
-        head.push(end);
-        let written = writer
-            .write_all(&MAGIC)
-            .and_then(|()| writer.write_all(&FORMAT.to_le_bytes()))
-            .and_then(|()| head.iter().try_for_each(|it| it.write_to(writer)));
-        written.map_err(SnapshotError::write(&self.path))
+        write_sections(writer, MAGIC, FORMAT, sections, &self.path)
     }
 
     /// Opens the state file at `path`.
@@ -236,14 +219,51 @@ impl StateFile {
     }
 }
 
-fn damaged(reason: &str) -> RestoreError {
+/// Returns sections with a set of pages.
+pub(crate) fn page_sections(pages: &PageSet) -> Result<Vec<Section>, SaveError> {
+    let parts = pages.words().flat_map(|(region, words)| {
+        let parts = words.chunks(WORDS_PER_SECTION).enumerate();
+        parts.map(move |(index, words)| Pages {
+            region: region.0,
+            first: (index * WORDS_PER_SECTION) as u64,
+            words: words.to_vec(),
+        })
+    });
+    parts.map(|part| Section::of(&part)).collect()
+}
+
+/// Writes a file, which errors call `path`: magic number, version of the format, `sections` and their end.
+pub(crate) fn write_sections(
+    writer: impl Write,
+    magic: [u8; 8],
+    format: u32,
+    mut sections: Vec<Section>,
+    path: &Path,
+) -> Result<(), SnapshotError> {
+    let end = Section::of(&End {
+        sections: sections.len() as u64,
+    })?;
+    sections.push(end);
+    let mut writer = BufWriter::new(writer);
+    let mut write = || {
+        writer.write_all(&magic)?;
+        writer.write_all(&format.to_le_bytes())?;
+        sections
+            .iter()
+            .try_for_each(|section| section.write_to(&mut writer))?;
+        writer.flush()
+    };
+    write().map_err(SnapshotError::write(path))
+}
+
+pub(crate) fn damaged(reason: &str) -> RestoreError {
     RestoreError::Damaged {
         reason: reason.to_owned(),
     }
 }
 
 /// Reads sections up to the one that ends the file, which is not returned.
-fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
+pub(crate) fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
     let mut sections = Vec::new();
     loop {
         let section = Section::read_from(reader)?;
@@ -266,7 +286,7 @@ fn read_sections(reader: &mut impl Read) -> Result<Vec<Section>, RestoreError> {
 }
 
 /// Puts the set of pages together from its sections.
-fn read_pages(facts: &Facts, sections: &[Section]) -> Result<PageSet, RestoreError> {
+pub(crate) fn read_pages(facts: &Facts, sections: &[Section]) -> Result<PageSet, RestoreError> {
     let page_count = |len: u64| len / bantam_memory::PAGE_SIZE as u64;
     let mut words: Vec<(GuestAddress, Vec<u64>)> = Vec::new();
     for section in sections {

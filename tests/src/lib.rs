@@ -12,6 +12,7 @@ mod load;
 mod loop_device;
 mod network;
 mod owner;
+pub mod page_server;
 mod pattern;
 mod process;
 mod qemu_img;

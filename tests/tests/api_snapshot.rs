@@ -310,9 +310,6 @@ fn the_files_of_a_snapshot_are_refused_with_a_reason() {
     // Its drive is gone with its folder.
     let gone = refused(snapshots.load("a"));
     assert!(gone.starts_with(prefix) && gone.contains("data"), "{gone}");
-    let uffd = json!({"mem_backend": {"backend_type": "Uffd", "backend_path": "socket"}});
-    let uffd = refused(with(snapshots.load("a"), &uffd));
-    assert!(uffd.contains("not supported"), "{uffd}");
     // What was refused has left nothing behind.
     assert_eq!(machine.api.get("/")["state"], "Not started");
     machine.start_hello();

@@ -9,6 +9,7 @@ use bantam_devices::ListenError;
 use bantam_devices::i8042::KeyboardError;
 use bantam_devices::tap::TapError;
 use bantam_devices::virtio::owner::{DeviceError, SnapshotError};
+use bantam_memory::UserfaultError;
 use bantam_metadata::MetadataError;
 use bantam_snapshot::SnapshotError as SnapshotFileError;
 use bantam_state::{RestoreError, SaveError};
@@ -16,6 +17,7 @@ use bantam_storage::DiskError;
 
 use crate::config::{ConfigError, DeviceName};
 use crate::host::HostError;
+use crate::memory_load::MemoryServerError;
 use crate::state::State;
 
 /// Why a machine cannot do what it was asked to do, or why it has failed. Each error displays as one line
@@ -82,6 +84,23 @@ pub enum Error {
          (CONFIG_TRANSPARENT_HUGEPAGE); use ordinary pages"
     )]
     TransparentHugePages(#[source] io::Error),
+    /// Guest memory cannot be filled when it is touched.
+    #[error("cannot bring guest memory back when it is touched: {0}")]
+    Userfault(#[from] UserfaultError),
+    /// Another program does not serve guest memory.
+    #[error(transparent)]
+    MemoryServer(#[from] MemoryServerError),
+    /// The memory of a snapshot cannot be read any more.
+    #[error(
+        "the machine cannot go on without its memory: {0}; restore it again from files that stay as they are"
+    )]
+    MemoryFile(#[source] SnapshotFileError),
+    /// The host cannot give the machine the memory of a snapshot.
+    #[error("the machine cannot go on without its memory: {0}")]
+    FillMemory(#[source] io::Error),
+    /// The working set of a snapshot cannot be recorded.
+    #[error("cannot record the working set: {0}")]
+    WorkingSet(&'static str),
     /// The kernel image cannot be opened.
     #[error("cannot open kernel '{path}': {source}", path = .path.display())]
     OpenKernel {

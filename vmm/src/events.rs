@@ -60,6 +60,11 @@ pub enum Event {
         /// How many MiB it has returned in all, rounded down.
         mib: u32,
     },
+    /// Guest memory cannot be read any more from where the snapshot has it, which ends the machine.
+    MemoryLost {
+        /// Why not.
+        reason: String,
+    },
     /// The job of a disk is ready, or has ended.
     Job {
         /// The disk.

@@ -25,6 +25,8 @@ pub enum ThreadRole {
     Image(DeviceName),
     /// Talks to gdb.
     Debugger,
+    /// Brings back the memory of a snapshot, or watches the program that does so.
+    Memory,
     /// Does the job of this disk: copies its data while the guest uses it. A command starts it.
     Job(DeviceName),
 }

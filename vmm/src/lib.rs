@@ -50,6 +50,7 @@ mod load;
 mod lock;
 mod machine;
 mod memory;
+mod memory_load;
 mod metadata;
 mod metrics;
 mod random;
@@ -85,6 +86,7 @@ pub use error::Error;
 pub use events::{Event, Events};
 pub use exit_reason::ExitReason;
 pub use hooks::{ControllerOptions, ThreadHook, ThreadRole};
+pub use memory_load::{MemoryLoad, MemoryServerError};
 pub use metrics::{MachineMetrics, VcpuMetrics};
 pub use snapshot::{
     FrozenDisk, HostFacts, Snapshot, SnapshotBase, SnapshotDescription, SnapshotDisks,

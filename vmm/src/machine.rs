@@ -28,6 +28,7 @@ use crate::kvm::{SavedProcessors, StateSupport};
 use crate::load::load_guest;
 use crate::lock::lock;
 use crate::memory::{allocate_memory, check_layout};
+use crate::memory_load::MemoryService;
 use crate::metrics::MachineMetrics;
 use crate::random::random;
 use crate::resources::Resources;
@@ -49,6 +50,8 @@ pub(crate) struct Machine {
     /// Outlive the event loops, whose disks wait for them.
     disk_threads: Vec<Arc<DiskThreads>>,
     devices: Arc<DeviceTable>,
+    /// Outlives all threads that touch memory.
+    memory_service: Option<MemoryService>,
     /// Until it is started.
     gdb_server: Option<GdbServer>,
     gdb_thread: Option<JoinHandle<()>>,
@@ -121,11 +124,13 @@ impl Machine {
         } = resources;
         let control = &context.control;
         let mut changes = Changes::default();
+        let mut memory_service = None;
         let (memory, processors, snapshot) = match origin {
-            Origin::Kernel => (allocate_memory(config)?, None, None),
-            Origin::Saved { memory, processors } => (memory, Some(processors), None),
+            Origin::Kernel => (Arc::new(allocate_memory(config)?), None, None),
+            Origin::Saved { memory, processors } => (Arc::new(memory), Some(processors), None),
             Origin::Snapshot(snapshot) => {
-                let memory = snapshot.guest_memory(config)?;
+                let memory;
+                (memory, memory_service) = snapshot.guest_memory(config, context)?;
                 changes = snapshot.changes(&memory);
                 let state = snapshot.machine_state();
                 (memory, Some(state.processors), Some(state))
@@ -144,7 +149,6 @@ impl Machine {
                 .start_dirty_log()
                 .map_err(Error::resource("the log of written pages"))?;
         }
-        let memory = Arc::new(memory);
         let vm = Arc::new(Vm::new(&kvm, memory.clone(), config.track_dirty_pages)?);
         let mut event_loop = DeviceLoop::new("bantam-devices".to_owned(), ThreadRole::Devices)?;
 
@@ -293,6 +297,7 @@ impl Machine {
             event_loops,
             disk_threads: virtio.disk_threads,
             devices: Arc::new(devices),
+            memory_service,
             gdb_server,
             gdb_thread: None,
             is_attached: false,
@@ -311,6 +316,9 @@ impl Machine {
     /// If the host is out of threads, or the program's hook refuses. The machine is then of no further use.
     pub(crate) fn start(&mut self) -> Result<(), Error> {
         let hook = self.thread_hook.as_ref();
+        if let Some(service) = &self.memory_service {
+            service.begin()?;
+        }
         self.devices.tell_attached();
         self.is_attached = true;
         // The guest executes no instruction before every thread is ready. A single thread need not wait.
@@ -432,14 +440,18 @@ impl Machine {
         }
         let flushed = self.devices.flush_disks();
         let outcome = self.control.take_outcome();
-        let mut reason = outcome.unwrap_or(Ok(ExitReason::Stopped))?;
+        let mut outcome = outcome.unwrap_or(Ok(ExitReason::Stopped));
         let memory = &self.environment.memory;
-        if reason == ExitReason::Reboot
+        if matches!(outcome, Ok(ExitReason::Reboot))
             && self.guest.tells_panics
             && exit_reason::has_told_panic(memory)
         {
-            reason = ExitReason::Panic;
+            outcome = Ok(ExitReason::Panic);
         }
+        if let Some(service) = &mut self.memory_service {
+            service.end();
+        }
+        let reason = outcome?;
         flushed.map(|()| reason)
     }
 }

@@ -51,8 +51,18 @@ pub(crate) fn check_layout(
     memory: &GuestMemory,
     config: &MachineConfig,
 ) -> Result<(), RestoreError> {
-    let ranges = memory.regions().map(|it| (it.start.0, it.len));
-    if ranges.eq(ram_regions(config.memory.bytes())) {
+    check_regions(memory.regions().map(|it| (it.start.0, it.len)), config)
+}
+
+/// Checks that these regions, given by address and size in bytes, are those of a machine built from `config`.
+///
+/// # Errors
+/// If they differ.
+pub(crate) fn check_regions(
+    regions: impl Iterator<Item = (u64, u64)>,
+    config: &MachineConfig,
+) -> Result<(), RestoreError> {
+    if regions.eq(ram_regions(config.memory.bytes())) {
         return Ok(());
     }
     let mib = config.memory.bytes() >> 20;

@@ -120,6 +120,11 @@ impl RunControl {
         self.stopping.load(Ordering::SeqCst)
     }
 
+    /// Whether vCPUs are kept out of the guest by a pause.
+    pub(crate) fn is_pausing(&self) -> bool {
+        self.pausing.load(Ordering::SeqCst)
+    }
+
     /// Registers the calling thread, which runs vCPU `index`, so that it can be kicked out of the guest.
     pub(crate) fn register_vcpu_thread(&self, index: u8) {
         lock(&self.threads).kickable.push((index, pthread_self()));
@@ -152,7 +157,7 @@ impl RunControl {
     }
 
     fn is_held(&self, index: u8) -> bool {
-        self.pausing.load(Ordering::SeqCst) || self.held.load(Ordering::SeqCst) & (1 << index) != 0
+        self.is_pausing() || self.held.load(Ordering::SeqCst) & (1 << index) != 0
     }
 
     /// Takes all `vcpu_count` vCPUs out of the guest. Returns `false`, and lets the vCPUs run on, if they

@@ -4,15 +4,15 @@ mod changes;
 mod descriptors;
 mod sections;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bantam_memory::{Backing, GuestMemory, Layer, MapError};
+use bantam_memory::{GuestMemory, Layer, MapError, PageSet};
 pub use bantam_snapshot::{
     Facts as SnapshotFacts, SnapshotError as SnapshotFileError, SnapshotFiles, SnapshotId,
 };
-use bantam_snapshot::{MemoryFile, StateFile};
+use bantam_snapshot::{MemoryFile, StateFile, read_working_set};
 use bantam_storage::DiskError;
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
@@ -20,7 +20,9 @@ use vm_memory::GuestAddress;
 use crate::command::DiskSnapshot;
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
-use crate::memory::allocate_memory;
+use crate::machine::MachineContext;
+use crate::memory::{allocate_memory, check_regions};
+use crate::memory_load::{MemoryLoad, MemoryService, Plan};
 
 pub(crate) use changes::{Changes, Earlier, Selection, changes_since};
 pub use sections::{FrozenDisk, HostFacts};
@@ -141,24 +143,40 @@ pub struct Snapshot {
     config: MachineConfig,
     clock_catches_up: bool,
     takes_changed_disks: bool,
+    memory_load: MemoryLoad,
+    /// The pages that an earlier machine has needed first, if that was recorded.
+    working_set: Option<PageSet>,
+    /// Where the working set is, or is to be, recorded. Only a snapshot in a directory of its own has such a place.
+    working_set_path: Option<PathBuf>,
+    records_working_set: bool,
 }
 
 /// Where the memory of a snapshot is.
 #[derive(Debug)]
 enum SnapshotMemory {
     /// In its memory file.
-    File(Box<MemoryFile>),
+    File(Arc<MemoryFile>),
+    /// With a program that listens on this socket.
+    Server(PathBuf),
     /// In memory that other machines share.
     Shared(Vec<Layer>),
 }
 
 impl Snapshot {
-    /// Opens the snapshot that is in a directory of its own.
+    /// Opens the snapshot that is in a directory of its own. If a working set was recorded there, its pages are read ahead when a
+    /// machine goes on.
     ///
     /// # Errors
     /// Those of [`Snapshot::open_files`].
     pub fn open(directory: &Path) -> Result<Snapshot, Error> {
-        Snapshot::open_files(&SnapshotFiles::in_directory(directory))
+        let mut snapshot = Snapshot::open_files(&SnapshotFiles::in_directory(directory))?;
+        let path = SnapshotFiles::working_set_in_directory(directory);
+        snapshot.working_set = read_working_set(&path, &snapshot.facts).unwrap_or_else(|error| {
+            tracing::warn!("{error}; record it again");
+            None
+        });
+        snapshot.working_set_path = Some(path);
+        Ok(snapshot)
     }
 
     /// Opens a snapshot.
@@ -173,16 +191,48 @@ impl Snapshot {
             let path = files.state.clone();
             return Err(SnapshotFileError::Differential { path }.into());
         }
+        Snapshot::of(&state, SnapshotMemory::File(Arc::new(memory)))
+    }
+
+    /// Opens a snapshot whose memory another program serves, in the protocol of Firecracker: it listens on `socket` and fills
+    /// pages when they are touched. It knows which memory that is, and Bantam does not check it.
+    ///
+    /// # Errors
+    /// If the state file cannot be read, is damaged, or was written in a format that this program does not know.
+    pub fn open_served(state: &Path, socket: &Path) -> Result<Snapshot, Error> {
+        let state = StateFile::open(state)?;
+        Snapshot::of(&state, SnapshotMemory::Server(socket.to_path_buf()))
+    }
+
+    fn of(state: &StateFile, memory: SnapshotMemory) -> Result<Snapshot, Error> {
         let sections = Sections::read(state.sections())?;
         let config = sections.config()?;
-        Ok(Snapshot {
-            facts: state.facts().clone(),
-            memory: SnapshotMemory::File(Box::new(memory)),
+        Ok(Snapshot::new(
+            state.facts().clone(),
+            memory,
+            sections,
+            config,
+        ))
+    }
+
+    fn new(
+        facts: SnapshotFacts,
+        memory: SnapshotMemory,
+        sections: Sections,
+        config: MachineConfig,
+    ) -> Snapshot {
+        Snapshot {
+            facts,
+            memory,
             sections,
             config,
             clock_catches_up: false,
             takes_changed_disks: false,
-        })
+            memory_load: MemoryLoad::default(),
+            working_set: None,
+            working_set_path: None,
+            records_working_set: false,
+        }
     }
 
     /// Puts together a snapshot whose memory other machines share.
@@ -192,14 +242,26 @@ impl Snapshot {
         sections: Sections,
         config: MachineConfig,
     ) -> Snapshot {
-        Snapshot {
-            facts,
-            memory: SnapshotMemory::Shared(layers),
-            sections,
-            config,
-            clock_catches_up: false,
-            takes_changed_disks: false,
+        Snapshot::new(facts, SnapshotMemory::Shared(layers), sections, config)
+    }
+
+    /// Sets how a machine gets its memory from the memory file.
+    pub fn set_memory_load(&mut self, load: MemoryLoad) {
+        self.memory_load = load;
+    }
+
+    /// Has the pages recorded that a machine touches in the first ten seconds, in the directory of the snapshot. An earlier
+    /// record is not used then.
+    ///
+    /// # Errors
+    /// If the snapshot is not in a directory of its own.
+    pub fn record_working_set(&mut self) -> Result<(), Error> {
+        if self.working_set_path.is_none() {
+            let reason = "the snapshot is not in a directory of its own";
+            return Err(Error::WorkingSet(reason));
         }
+        self.records_working_set = true;
+        Ok(())
     }
 
     /// Lets the clock of KVM (kvm-clock) go on as if the machine had run since the snapshot, and not from where it was.
@@ -276,26 +338,75 @@ impl Snapshot {
         )
     }
 
-    /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for.
-    pub(crate) fn guest_memory(&self, config: &MachineConfig) -> Result<GuestMemory, Error> {
-        let failed = |reason: String| Error::Memory {
+    /// Returns guest memory with the content of the snapshot, in the pages that `config` asks for, and what brings it back
+    /// while the machine runs.
+    pub(crate) fn guest_memory(
+        &self,
+        config: &MachineConfig,
+        context: &MachineContext,
+    ) -> Result<(Arc<GuestMemory>, Option<MemoryService>), Error> {
+        let mapped = |error: MapError| Error::Memory {
             mib: self.facts.memory_size() >> 20,
-            reason,
+            reason: error.to_string(),
         };
-        let mapped = |error: MapError| failed(error.to_string());
-        match (&self.memory, config.huge_pages) {
-            (SnapshotMemory::File(file), HugePages::None) => file.map().map_err(mapped),
-            (SnapshotMemory::File(file), HugePages::Transparent | HugePages::TwoMib) => {
-                let memory = Arc::new(allocate_memory(config)?);
-                file.read_into(&memory)?;
-                Arc::into_inner(memory).ok_or_else(|| failed("it is still being read".to_owned()))
+        match &self.memory {
+            SnapshotMemory::File(file) => {
+                let load = self.memory_load;
+                let memory = match config.huge_pages {
+                    _ if load.copies() => self.empty_memory(config)?,
+                    HugePages::None => Arc::new(file.map().map_err(mapped)?),
+                    HugePages::Transparent | HugePages::TwoMib => {
+                        let memory = Arc::new(allocate_memory(config)?);
+                        file.read_into(&memory)?;
+                        memory
+                    }
+                };
+                let plan = Plan {
+                    file,
+                    load,
+                    working_set: self.working_set.as_ref(),
+                    record: self.record(config)?,
+                };
+                let service = MemoryService::of_file(&plan, &memory, context)?;
+                Ok((memory, service))
             }
-            (SnapshotMemory::Shared(layers), _) => {
+            SnapshotMemory::Server(socket) => {
+                let memory = self.empty_memory(config)?;
+                let service = MemoryService::of_server(socket.clone(), &memory, context)?;
+                Ok((memory, Some(service)))
+            }
+            SnapshotMemory::Shared(layers) => {
                 let regions = self.facts.regions.iter();
                 let regions = regions.map(|&(start, len)| (GuestAddress(start), len as usize));
                 let regions: Vec<_> = regions.collect();
-                GuestMemory::from_layers(&regions, layers).map_err(mapped)
+                let memory = GuestMemory::from_layers(&regions, layers).map_err(mapped)?;
+                Ok((Arc::new(memory), None))
             }
+        }
+    }
+
+    /// Returns memory whose pages are to be filled.
+    fn empty_memory(&self, config: &MachineConfig) -> Result<Arc<GuestMemory>, Error> {
+        let memory = allocate_memory(config)?;
+        check_regions(self.facts.regions.iter().copied(), config)?;
+        Ok(Arc::new(memory))
+    }
+
+    /// Returns where the working set is to be recorded, if it is.
+    fn record(&self, config: &MachineConfig) -> Result<Option<(&Path, &SnapshotFacts)>, Error> {
+        let Some(path) = self
+            .working_set_path
+            .as_ref()
+            .filter(|_| self.records_working_set)
+        else {
+            return Ok(None);
+        };
+        let reads_at_start = config.huge_pages != HugePages::None && !self.memory_load.copies();
+        match self.memory_load.reads_all() || reads_at_start {
+            true => Err(Error::WorkingSet(
+                "all memory is read, whatever the guest needs; load it lazily, or copy it",
+            )),
+            false => Ok(Some((path, &self.facts))),
         }
     }
 
@@ -303,19 +414,18 @@ impl Snapshot {
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
         match &self.memory {
             SnapshotMemory::File(file) => Ok(file.check_unchanged()?),
-            SnapshotMemory::Shared(_) => Ok(()),
+            SnapshotMemory::Server(_) | SnapshotMemory::Shared(_) => Ok(()),
         }
     }
 
     /// Returns what a machine that goes on from this snapshot knows of changes of its memory.
     pub(crate) fn changes(&self, memory: &GuestMemory) -> Changes {
-        match &self.memory {
-            SnapshotMemory::File(file) => {
-                let is_mapped = memory.backing() == Backing::PrivateFile;
-                Changes::of_restored(file.path(), &self.facts, is_mapped)
-            }
+        let path = match &self.memory {
+            SnapshotMemory::File(file) => file.path(),
+            SnapshotMemory::Server(socket) => socket,
             // There are no files to base another on.
-            SnapshotMemory::Shared(_) => Changes::default(),
-        }
+            SnapshotMemory::Shared(_) => return Changes::default(),
+        };
+        Changes::of_restored(path, &self.facts, memory.knows_written_pages())
     }
 }

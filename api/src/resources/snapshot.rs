@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bantam_vmm::config::is_same_file;
-use bantam_vmm::{Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions, State};
+use bantam_vmm::{
+    Error, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions, State,
+};
 use serde::Deserialize;
 
 use crate::bodies::machine_config::HugePages;
@@ -192,8 +194,8 @@ impl Create {
 }
 
 impl Load {
-    /// Returns the memory file.
-    fn memory(&self) -> Result<PathBuf, Fault> {
+    /// Returns where memory comes from.
+    fn memory(&self) -> Result<MemoryBackend, Fault> {
         let refused = |message: &str| {
             Err(Fault::Body {
                 field: String::new(),
@@ -207,19 +209,17 @@ impl Load {
             (None, None) => {
                 refused("missing field: either `mem_backend` or `mem_file_path` is required")
             }
-            (None, Some(path)) => Ok(path.clone()),
-            (Some(backend), None) => match backend.backend_type {
-                BackendType::File => Ok(backend.backend_path.clone()),
-                BackendType::Uffd => Err(Fault::NotSupported {
-                    what: "A snapshot whose memory another program serves (Uffd)".to_string(),
-                }),
-            },
+            (None, Some(path)) => Ok(MemoryBackend {
+                backend_type: BackendType::File,
+                backend_path: path.clone(),
+            }),
+            (Some(backend), None) => Ok(backend.clone()),
         }
     }
 
     fn restore(
         self,
-        memory: PathBuf,
+        memory: MemoryBackend,
         received: Instant,
         instance: &mut Instance,
     ) -> Result<(), Fault> {
@@ -233,13 +233,14 @@ impl Load {
         let view = instance.view().clone();
         view.timed("load_snapshot", received, || {
             let failed = |fault| Fault::LoadSnapshot(Box::new(fault));
-            let mut snapshot = open(&self.snapshot_path, memory).map_err(failed)?;
+            let mut snapshot = open(&self.snapshot_path, &memory).map_err(failed)?;
             let configuration = configuration(&snapshot, instance).map_err(failed)?;
             let configuration = self.applied_to(configuration)?;
             if self.clock_realtime {
                 snapshot.catch_up_clock();
             }
-            instance.restore(&snapshot, configuration).map_err(failed)?;
+            let restored = instance.restore(&snapshot, configuration);
+            restored.map_err(|fault| failed(of_memory(fault)))?;
             if self.resume_vm {
                 let resumed = instance.controller().resume();
                 resumed.map_err(Fault::ResumeSnapshot)?;
@@ -298,11 +299,31 @@ fn note(configuration: &Configuration) -> Result<String, Fault> {
     })
 }
 
-fn open(state: &Path, memory: PathBuf) -> Result<Snapshot, Fault> {
-    Ok(Snapshot::open_files(&SnapshotFiles {
-        state: state.to_path_buf(),
-        memory,
-    })?)
+fn open(state: &Path, memory: &MemoryBackend) -> Result<Snapshot, Fault> {
+    let path = &memory.backend_path;
+    Ok(match memory.backend_type {
+        BackendType::File => Snapshot::open_files(&SnapshotFiles {
+            state: state.to_path_buf(),
+            memory: path.clone(),
+        })?,
+        BackendType::Uffd => Snapshot::open_served(state, path)?,
+    })
+}
+
+/// Says, as Firecracker does, that it is the memory that cannot be loaded, if that is why the machine cannot go on.
+fn of_memory(fault: Fault) -> Fault {
+    match fault {
+        Fault::Machine(error) if is_of_memory(&error) => Fault::ServedMemory(error),
+        fault => fault,
+    }
+}
+
+fn is_of_memory(error: &Error) -> bool {
+    match error {
+        Error::Userfault(_) | Error::MemoryServer(_) => true,
+        Error::Shared(error) => is_of_memory(error),
+        _ => false,
+    }
 }
 
 /// Returns the configuration that is kept in a snapshot, with the log, the metrics and the serial port of this process.

@@ -153,13 +153,6 @@ fn what_is_wrong_is_said_with_its_place() {
         ),
         (
             "PUT",
-            "/snapshot/load",
-            r#"{"snapshot_path": "a", "mem_backend": {"backend_type": "Uffd", "backend_path": "b"}}"#,
-            "A snapshot whose memory another program serves (Uffd): not supported by this version of \
-             Bantam",
-        ),
-        (
-            "PUT",
             "/snapshot",
             "{}",
             "Invalid request method and/or path: PUT /snapshot",

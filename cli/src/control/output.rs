@@ -40,6 +40,7 @@ pub fn event(event: &Event, format: Output) -> serde_json::Result<String> {
         (Output::Human, Event::MemoryReturned { device, mib }) => {
             format!("{device}: {mib} MiB returned to the host")
         }
+        (Output::Human, Event::MemoryLost { reason }) => reason.clone(),
         (Output::Human, Event::Job { device, status }) => {
             let state = match &status.state {
                 JobState::Copying => "is copying".to_owned(),

@@ -197,7 +197,7 @@ impl VirtQueue {
         let _ = self.doorbell.write(1);
     }
 
-    /// Takes the next available chain into `chain`; `false` if there is none.
+    /// Takes the next available chain into `chain`; `false` if there is none, or the content of guest memory has been lost.
     ///
     /// # Errors
     /// If the driver has broken the rules of the rings. The offending chain stays in the queue, so no more
@@ -224,6 +224,10 @@ impl VirtQueue {
         chain.head = substitute.unwrap_or_else(|| rings.available_head(self.next_available));
         chain.last_writable_byte = None;
         self.take_buffers(rings, chain)?;
+        // Zeroes in the place of what the driver wrote could be another request, or be written to a disk.
+        if !chain.readable.await_pages() {
+            return Ok(false);
+        }
         self.next_available = self.next_available.wrapping_add(1);
         Ok(true)
     }
@@ -342,12 +346,14 @@ impl VirtQueue {
         Err(broken(self.max_size))
     }
 
-    /// Whether a chain is available.
+    /// Whether a chain is available. None is if the content of guest memory has been lost.
     ///
     /// # Errors
     /// If the driver claims that more chains are available than possible.
     pub fn has_available(&mut self) -> Result<bool, QueueError> {
-        Ok(self.seen_available != self.next_available || self.available_count()? > 0)
+        let is_available =
+            self.seen_available != self.next_available || self.available_count()? > 0;
+        Ok(is_available && !self.memory.is_lost())
     }
 
     /// Returns how many chains are available.
@@ -360,6 +366,9 @@ impl VirtQueue {
         };
         let index = rings.available_index();
         let count = index.wrapping_sub(self.next_available);
+        if self.memory.is_lost() {
+            return Ok(0);
+        }
         if count > self.size {
             let queue = self.index;
             return Err(QueueError::TooManyAvailable { queue, count });

@@ -52,6 +52,7 @@ impl Controller {
                     _ => Sharing::begin(&parts.memory).map_err(failed)?,
                 };
                 let layers = sharing.finish().map_err(failed)?;
+                self.require_memory(&parts.memory)?;
                 changes.forget_mapping();
                 let overlays = self.freeze(&machine.config, disks, facts.id)?;
                 Ok((machine, facts, layers, overlays))

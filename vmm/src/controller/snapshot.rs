@@ -111,6 +111,7 @@ struct Taken {
     /// The memory file that has the other pages.
     earlier: Option<Earlier>,
     changes: Arc<Mutex<Changes>>,
+    memory: Arc<GuestMemory>,
 }
 
 impl Controller {
@@ -149,6 +150,7 @@ impl Controller {
             taken.writer.write_copied(copied)?;
         }
         let memory = taken.writer.finish()?;
+        self.require_memory(&taken.memory)?;
         if options.stop {
             // The machine is still there if its memory cannot be kept.
             memory.sync()?;
@@ -327,7 +329,18 @@ impl Controller {
             copied,
             earlier,
             changes: parts.changes.clone(),
+            memory: memory.clone(),
         })
+    }
+
+    /// Checks that what was read of guest memory is its content: it may have been lost meanwhile, which ends the machine.
+    fn require_memory(&self, memory: &GuestMemory) -> Result<(), Error> {
+        match memory.is_lost() {
+            true => Err(self
+                .0
+                .wrong_state(&self.0.life(), "read the memory of the machine")),
+            false => Ok(()),
+        }
     }
 
     /// Starts the machine from a snapshot instead of booting it. It is paused then, and [`Controller::resume`] lets it go on.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bantam_memory::{Backing, GuestMemory, PageSet};
+use bantam_memory::{GuestMemory, PageSet};
 use bantam_snapshot::{Facts, MemoryFile, SnapshotError, SnapshotId, StateFile};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -153,7 +153,7 @@ pub(crate) fn changes_since(
     let failed = Error::resource("the list of pages of guest memory");
     let mapped_from = changes.mapped_from.as_ref();
     let mapped_from = mapped_from.map(|it| it.facts().id);
-    let mapped_from = mapped_from.filter(|_| memory.backing() == Backing::PrivateFile);
+    let mapped_from = mapped_from.filter(|_| memory.knows_written_pages());
     let is_base = |id: SnapshotId| match base {
         Some(SnapshotBase::Last) => true,
         Some(SnapshotBase::Files(_)) | None => base_id == Some(id),

@@ -1,4 +1,5 @@
 use super::*;
+use bantam_memory::{MissingPages, PAGE_SIZE};
 use vm_memory::Bytes;
 
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
@@ -234,4 +235,36 @@ fn a_queue_that_is_not_set_up_leaves_memory_alone() {
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
     assert!(bytes.iter().all(|&byte| byte == 0x5a));
     assert_eq!(counter.take(), 0);
+}
+
+#[test]
+fn no_chain_is_taken_when_the_content_of_memory_is_lost() {
+    let memory = memory();
+    let pages = match MissingPages::of(memory.clone(), &[]) {
+        Ok(pages) => pages,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    // All but the last pages.
+    let present = [0; DATA as usize + PAGE_SIZE];
+    pages.fill(GuestAddress(0), &present).unwrap();
+    let mut driver = TestDriver::new(&memory, 0x1000, 4);
+    let mut queue = driver.queue(QUEUE, false);
+    let mut chain = Chain::new(&memory);
+    driver.offer(&[buffer(0, 8, false), buffer(PAGE_SIZE as u64, 8, true)]);
+    driver.offer(&[buffer(0, 8, false), buffer(PAGE_SIZE as u64, 8, false)]);
+    driver.offer(&[buffer(0, 8, false)]);
+    // What the device writes need not be there.
+    assert!(queue.pop(&mut chain).unwrap());
+    let taking = std::thread::spawn(move || {
+        let taken = queue.pop(&mut chain).unwrap();
+        (
+            taken,
+            queue.has_available().unwrap(),
+            queue.available_count().unwrap(),
+        )
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!taking.is_finished());
+    pages.give_up();
+    assert_eq!(taking.join().unwrap(), (false, false, 0));
 }
