@@ -64,7 +64,11 @@ fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Resul
     }
     for Replacement { device, value } in &args.nets {
         let names: Vec<_> = config.net_names().collect();
-        named(&mut config.nets, &names, device, "network device")?.tap = value.clone();
+        let net = named(&mut config.nets, &names, device, "network device")?;
+        if net.user {
+            bail!("network device '{device}' is on a user network, and takes no tap");
+        }
+        net.tap = Some(value.clone());
     }
     if let Some(socket) = &args.vsock {
         let vsock = config.vsock.as_mut();

@@ -289,10 +289,10 @@ impl DnsName {
     }
 }
 
-impl TryFrom<String> for DnsName {
-    type Error = OptionError;
+impl FromStr for DnsName {
+    type Err = OptionError;
 
-    fn try_from(text: String) -> Result<Self, OptionError> {
+    fn from_str(text: &str) -> Result<Self, OptionError> {
         let is_label = |label: &str| {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
             (1..=63).contains(&label.len())
@@ -301,9 +301,17 @@ impl TryFrom<String> for DnsName {
                 && !label.ends_with('-')
         };
         match text.len() <= 253 && text.split('.').all(is_label) {
-            true => Ok(DnsName(text)),
-            false => Err(OptionError::DnsName { text }),
+            true => Ok(DnsName(text.into())),
+            false => Err(OptionError::DnsName { text: text.into() }),
         }
+    }
+}
+
+impl TryFrom<String> for DnsName {
+    type Error = OptionError;
+
+    fn try_from(text: String) -> Result<Self, OptionError> {
+        text.parse()
     }
 }
 
@@ -399,7 +407,7 @@ mod tests {
 
     #[test]
     fn names_are_those_of_dns() {
-        let name = |text: &str| DnsName::try_from(text.to_owned());
+        let name = |text: &str| text.parse::<DnsName>();
         assert!(name("guest-1.example.org").is_ok());
         for text in ["", ".", "a..b", "-a", "a-", "a b", "ä", &"a".repeat(64)] {
             assert!(name(text).is_err(), "{text}");
@@ -415,7 +423,7 @@ mod tests {
             if let Ok(subnet) = text.parse::<Subnet>() {
                 prop_assert_eq!(subnet.to_string().parse::<Subnet>().unwrap(), subnet);
             }
-            let _ = DnsName::try_from(text);
+            let _ = text.parse::<DnsName>();
         }
     }
 }

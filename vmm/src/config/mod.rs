@@ -305,8 +305,8 @@ impl MachineConfig {
         for disk in &self.disks {
             disk.validate_bursts()?;
         }
-        for net in &self.nets {
-            net.validate_bursts()?;
+        for (place, net) in self.nets.iter().enumerate() {
+            net.validate(place)?;
         }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
