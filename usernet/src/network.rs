@@ -1,6 +1,7 @@
 //! The network: what becomes of each frame of the guest, and where the next frame to the guest comes from.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -54,6 +55,21 @@ const ECHO_IDLE_TIME: Duration = Duration::from_secs(60);
 const FAST_TICK: Duration = Duration::from_millis(250);
 const SLOW_TICK: Duration = Duration::from_secs(5);
 
+impl fmt::Display for ForwardedPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ForwardedPort {
+            protocol,
+            host,
+            guest_port,
+            ..
+        } = self;
+        write!(
+            f,
+            "{protocol} port {host} leads to port {guest_port} of the guest"
+        )
+    }
+}
+
 /// Something that may have frames for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
@@ -99,6 +115,8 @@ enum ListenerSocket {
 struct Listener {
     socket: ListenerSocket,
     guest_port: u16,
+    /// Whether the host has chosen the port.
+    is_chosen: bool,
     is_queued: bool,
 }
 
@@ -111,6 +129,8 @@ pub struct ForwardedPort {
     pub host: SocketAddr,
     /// The port of the guest.
     pub guest_port: u16,
+    /// Whether the host has chosen its port, as port 0 asks for.
+    pub is_chosen: bool,
 }
 
 /// A running network for one guest.
@@ -251,6 +271,7 @@ impl UserNetwork {
         self.listeners.push(Listener {
             socket,
             guest_port,
+            is_chosen: address.port() == 0,
             is_queued: false,
         });
         Ok(())
@@ -270,6 +291,7 @@ impl UserNetwork {
                 protocol,
                 host,
                 guest_port: listener.guest_port,
+                is_chosen: listener.is_chosen,
             })
         });
         ports.collect()

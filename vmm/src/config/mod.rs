@@ -40,6 +40,7 @@ use std::str::FromStr;
 
 use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
+pub use bantam_usernet::{DnsName, Forward, Subnet};
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 use serde::{Deserialize, Serialize};

@@ -20,9 +20,14 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let nets = config.nets.iter().enumerate();
     nets.map(|(index, net)| {
         let mac = net.mac_address(index).bytes();
+        let mut ports = Vec::new();
         let backend: Arc<dyn NetBackend> = match &net.tap {
             Some(tap) => Arc::new(open_tap(opening, net, tap, vcpu_count)?),
-            None => Arc::new(UserBackend::open(net, mac, net.label(index))?),
+            None => {
+                let backend = UserBackend::open(net, mac, net.label(index))?;
+                ports = backend.ports().to_vec();
+                Arc::new(backend)
+            }
         };
         let name = net.device_name(index);
         let service = opening
@@ -47,6 +52,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 own_thread,
                 model: device,
             };
+            builder.forward(ports);
             builder.attach(device, |net, _| DeviceHandle::Net(net.handle()))
         });
         Ok(build)

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use bantam_devices::tap::{FrameFilter, Offloads, PACKET_HEADER_SIZE};
 use bantam_devices::virtio::net::{NetBackend, NetQueue, PacketBuffer};
 use bantam_memory::GuestBuffers;
-use bantam_usernet::{FrameBuffer, GuestFrame, PartialChecksum, UserNetwork};
+use bantam_usernet::{ForwardedPort, FrameBuffer, GuestFrame, PartialChecksum, UserNetwork};
 
 use crate::config::{Mtu, NetConfig};
 use crate::error::Error;
@@ -32,6 +32,7 @@ pub(super) fn mtu(config: &NetConfig) -> u16 {
 pub(super) struct UserBackend {
     label: String,
     queue: UserQueue,
+    ports: Vec<ForwardedPort>,
 }
 
 struct UserQueue {
@@ -52,13 +53,9 @@ impl UserBackend {
     ) -> Result<UserBackend, Error> {
         let network = UserNetwork::open(&config.user_options(), mac, mtu(config))?;
         let ports = network.forwarded_ports();
-        for port in ports.map_err(Error::resource("the forwarded ports"))? {
-            tracing::info!(
-                "{} port {} of the host leads to port {} of the guest",
-                port.protocol,
-                port.host,
-                port.guest_port
-            );
+        let ports = ports.map_err(Error::resource("the forwarded ports"))?;
+        for port in &ports {
+            tracing::info!("{port}");
         }
         Ok(UserBackend {
             label,
@@ -66,7 +63,13 @@ impl UserBackend {
                 fd: network.as_raw_fd(),
                 network: Mutex::new(network),
             },
+            ports,
         })
+    }
+
+    /// Returns the ports of the host that lead to the guest.
+    pub(super) fn ports(&self) -> &[ForwardedPort] {
+        &self.ports
     }
 }
 
