@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -107,7 +107,7 @@ fn linux_gets_an_address_resolves_a_name_fetches_and_serves() {
              nslookup files.test\n\
              ping -c 1 -W 5 {SERVER}\n\
              wget -q -O - http://files.test/ | md5sum\n\
-             wget -T 5 -O - http://10.0.2.2:81/\n\
+             nc -w 5 10.0.2.2 81 </dev/null && echo REACHED\n\
              echo SERVING; echo the guest answers | nc -l -p 7000\n\
              echo DONE\n\
              printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
@@ -127,8 +127,29 @@ fn linux_gets_an_address_resolves_a_name_fetches_and_serves() {
         assert_eq!(answer, "the guest answers\n", "{text}");
         let ended = machine.wait();
         ended.printed("LEASE 10.0.2.15 255.255.255.0 10.0.2.2 10.0.2.3 example.test one 65520");
-        ended.printed("DONE");
+        let sum = file_sum();
+        ended.printed(&format!("{sum}  -")).printed("DONE");
+        let text = ended.succeeded().text();
+        assert!(text.contains("1 packets received"), "{text}");
+        assert!(!text.contains("REACHED"), "{text}");
+        assert!(local.accept().is_err(), "the host's loopback was reached");
     });
+}
+
+/// The MD5 sum of the file, by the same program as the guest's.
+fn file_sum() -> String {
+    let mut sum = Command::new("/bin/busybox")
+        .arg("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = sum.stdin.take().unwrap();
+    stdin.write_all(&pattern(5, 0, FILE_SIZE)).unwrap();
+    drop(stdin);
+    let output = sum.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split(' ').next().unwrap().to_owned()
 }
 
 /// Reads everything from a server, which may take a moment to be there.

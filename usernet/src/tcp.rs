@@ -790,12 +790,12 @@ pub(crate) fn reset(segment: &Tcp, payload_size: usize) -> Option<Tcp> {
     if segment.has(tcp_flag::ACK) {
         answer.sequence = segment.acknowledgment;
     } else {
-        let flags = segment.has(tcp_flag::SYN) as u32 + segment.has(tcp_flag::FIN) as u32;
+        let [syn, finish] = [tcp_flag::SYN, tcp_flag::FIN].map(|flag| u32::from(segment.has(flag)));
         answer.flags |= tcp_flag::ACK;
         answer.acknowledgment = segment
             .sequence
             .wrapping_add(payload_size as u32)
-            .wrapping_add(flags);
+            .wrapping_add(syn + finish);
     }
     Some(answer)
 }

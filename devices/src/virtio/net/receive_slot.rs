@@ -132,6 +132,7 @@ impl ReceiveSlot {
         match queue.read(&mut buffer).map(i32::try_from) {
             Ok(Ok(size)) => size,
             Ok(Err(_)) => -libc::EMSGSIZE,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => -libc::EAGAIN,
             Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         }
     }

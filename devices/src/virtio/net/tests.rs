@@ -1,5 +1,6 @@
 //! The whole device against a test driver and a socket in place of the tap.
 
+mod backend;
 mod control_queue;
 mod dirty_log;
 mod limits;
