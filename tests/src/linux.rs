@@ -57,7 +57,7 @@ pub fn scripted_root(folder: &Path, scripts: &[(&str, &str)]) -> PathBuf {
     fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("there is busybox-static");
     for applet in [
         "dd", "ifconfig", "md5sum", "mount", "nc", "nslookup", "ping", "printf", "route", "sh",
-        "sync", "udhcpc", "wget",
+        "sleep", "sync", "udhcpc", "wget",
     ] {
         symlink("busybox", tree.join("bin").join(applet))
             .expect("there is room for temporary files");

@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -216,4 +217,52 @@ fn the_port_that_the_host_chose_is_told() {
     TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
     machine.signal(Signal::SIGTERM);
     machine.wait().succeeded();
+}
+
+#[test]
+fn a_restored_guest_finds_its_connections_reset_and_opens_others() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let first = TcpListener::bind((SERVER, 90)).unwrap();
+        let second = TcpListener::bind((SERVER, 91)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!(
+            "#!/bin/sh\n\
+             ifconfig eth0 10.0.2.15\n\
+             route add default gw 10.0.2.2\n\
+             while :; do echo tick; sleep 1; done | nc {SERVER} 90\n\
+             echo ENDED; echo again | nc {SERVER} 91\n\
+             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+        );
+        let root = scripted_root(folder.path(), &[("test.sh", &script)]);
+        let (socket, snapshot) = (folder.path().join("socket"), folder.path().join("snapshot"));
+        let machine = Bantam::linux(Kernel::Small)
+            .disk(&root, "")
+            .append("quiet init=/test.sh")
+            .option("--net", "user,forward=7070:7000")
+            .option("--control", &socket)
+            .start();
+        let (mut stream, _) = first.accept().unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+        let words = [Path::new("snapshot"), &socket, &snapshot];
+        Bantam::new(words).finish().succeeded();
+        machine.signal(Signal::SIGKILL);
+        machine.wait();
+        let server = thread::spawn(move || {
+            let mut text = String::new();
+            second
+                .accept()
+                .unwrap()
+                .0
+                .read_to_string(&mut text)
+                .unwrap();
+            text
+        });
+        let words = [Path::new("restore"), &snapshot];
+        let ended = Bantam::new(words).limit(Duration::from_secs(120)).finish();
+        ended.succeeded();
+        ended.printed("ENDED");
+        assert_eq!(server.join().unwrap(), "again\n");
+    });
 }

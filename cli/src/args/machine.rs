@@ -144,8 +144,9 @@ pub struct MachineArgs {
 
     /// Network device for the guest; can be given more than once
     ///
-    /// user is a network that needs no rights: the guest gets an address by DHCP, and reaches by ordinary
-    /// sockets of Bantam what this user reaches. NAME is a tap interface of the host. KEY=VALUE is any of
+    /// user is a network that needs no rights: the guest gets an address by
+    /// DHCP, and reaches what you reach. NAME is a tap interface of the host.
+    /// KEY=VALUE is any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
