@@ -24,10 +24,11 @@ const FILE_SIZE: usize = 1 << 20;
 fn in_world(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         // A thread has a namespace of its own, and passes it on to what it starts.
-        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
         ip("link set lo up");
         ip(&format!("address add {SERVER}/32 dev lo"));
-        fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
+        fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
+            .expect("the setting is that of the namespace");
         test();
     });
     if let Err(panic) = thread.join() {
@@ -48,7 +49,8 @@ fn serve_names(socket: &UdpSocket) {
     let mut query = [0; 512];
     while let Ok((size, peer)) = socket.recv_from(&mut query) {
         let question = &query[12..size];
-        let name_size = question.iter().position(|&byte| byte == 0).unwrap() + 1;
+        let name_size = question.iter().position(|&byte| byte == 0);
+        let name_size = name_size.expect("a name ends with an empty label") + 1;
         let asks_for_address = question[name_size..name_size + 2] == [0, 1];
         let mut answer = query[..2].to_vec();
         answer.extend([0x81, 0x80, 0, 1, 0, asks_for_address.into(), 0, 0, 0, 0]);
@@ -57,22 +59,23 @@ fn serve_names(socket: &UdpSocket) {
             answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
             answer.extend(SERVER.octets());
         }
-        socket.send_to(&answer, peer).unwrap();
+        socket.send_to(&answer, peer).expect("the guest is there");
     }
 }
 
 /// Answers every request of HTTP with a file.
 fn serve_file(listener: &TcpListener) {
     for stream in listener.incoming() {
-        let mut stream = stream.unwrap();
+        let mut stream = stream.expect("connections can be accepted");
         let mut request = Vec::new();
         let mut byte = [0];
-        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
+        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
             request.push(byte[0]);
         }
         let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {FILE_SIZE}\r\n\r\n");
-        stream.write_all(head.as_bytes()).unwrap();
-        stream.write_all(&pattern(5, 0, FILE_SIZE)).unwrap();
+        let file = pattern(5, 0, FILE_SIZE);
+        let sent = stream.write_all(&[head.as_bytes(), &file].concat());
+        sent.expect("the guest takes all of it");
     }
 }
 
@@ -144,13 +147,15 @@ fn file_sum() -> String {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap();
-    let mut stdin = sum.stdin.take().unwrap();
-    stdin.write_all(&pattern(5, 0, FILE_SIZE)).unwrap();
+        .expect("there is busybox-static");
+    let stdin = sum.stdin.take();
+    let mut stdin = stdin.expect("it is a pipe");
+    let written = stdin.write_all(&pattern(5, 0, FILE_SIZE));
+    written.expect("all of it is read");
     drop(stdin);
-    let output = sum.wait_with_output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.split(' ').next().unwrap().to_owned()
+    let output = sum.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.split(' ').next().unwrap_or_default().to_owned()
 }
 
 /// Reads everything from a server, which may take a moment to be there.
