@@ -85,7 +85,7 @@ pub(super) struct Cable {
     /// Of so many frames of the guest one is lost.
     pub(super) guest_loss: Option<u32>,
     count: u32,
-    /// The ethertypes and sizes of frames to the guest.
+    /// Size of the largest frame to the guest, in bytes.
     pub(super) largest: usize,
 }
 
