@@ -227,9 +227,12 @@ impl Configuration {
         interface: NetworkInterface,
     ) -> Result<(), Fault> {
         check_id(&interface.iface_id)?;
-        let mac = interface.config()?.mac_address();
-        let has_same_mac =
-            |other: &NetworkInterface| other.config().is_ok_and(|other| other.mac_address() == mac);
+        let mac = interface.config()?.mac_address(0);
+        let has_same_mac = |other: &NetworkInterface| {
+            other
+                .config()
+                .is_ok_and(|other| other.mac_address(0) == mac)
+        };
         let is_same = |other: &&NetworkInterface| {
             other.iface_id != interface.iface_id
                 && (other.host_dev_name == interface.host_dev_name || has_same_mac(other))

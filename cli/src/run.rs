@@ -189,6 +189,7 @@ fn run_once(
     let ended = match built {
         Ok(Start::Done(stop)) => {
             say_pseudoterminals(config, controller);
+            say_ports(controller);
             let timeout = config.shutdown_timeout.get();
             let resizes = config.console == SerialConfig::Stdio;
             let console = console.as_deref_mut();
@@ -212,6 +213,14 @@ fn run_once(
             reason: ExitReason::Stopped,
         },
     })
+}
+
+/// Prints the ports of the host that lead to the guest, if the host has chosen them.
+fn say_ports(controller: &Controller) {
+    let ports = controller.forwarded_ports().unwrap_or_default();
+    for port in ports.iter().filter(|port| port.is_chosen) {
+        say(format_args!("{port}"));
+    }
 }
 
 /// Prints the paths of the pseudoterminals that the machine has opened.

@@ -224,7 +224,11 @@ fn text(snapshot: &SnapshotDescription, used: u64) -> String {
         lines.push(format!("disk {name}: {} ({state})", disk.path.display()));
     }
     for (name, net) in config.net_names().zip(&config.nets) {
-        lines.push(format!("network device {name}: tap {}", net.tap));
+        let end = match &net.tap {
+            Some(tap) => format!("tap {tap}"),
+            None => "user network".to_owned(),
+        };
+        lines.push(format!("network device {name}: {end}"));
     }
     lines.push(String::new());
     lines.join("\n")

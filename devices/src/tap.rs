@@ -492,11 +492,6 @@ fn encode_filter(filter: &FrameFilter) -> Vec<u8> {
     .concat()
 }
 
-/// Whether `error`, of a read or a write, says that the interface has been removed.
-pub fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV))
-}
-
 /// Checks a name as the host does, and refuses '%', with which the host would choose a name itself.
 fn check_name(name: &str) -> Result<(), TapError> {
     let reason = if name.is_empty() {

@@ -29,7 +29,7 @@ pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
-pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot};
+pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot, scripted_root};
 pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};

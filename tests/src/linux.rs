@@ -1,7 +1,9 @@
 //! Linux guests.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -141,6 +143,40 @@ impl BusyLinux {
         assert!(found.len() >= self.size);
         assert!(found[self.size..].iter().all(|&byte| byte == 0));
     }
+}
+
+/// Makes a root file system of busybox in `folder` with these scripts, each a name and its text, the way
+/// docs/ci.md does.
+///
+/// # Panics
+///
+/// If it cannot be made.
+pub fn scripted_root(folder: &Path, scripts: &[(&str, &str)]) -> PathBuf {
+    let (tree, image) = (folder.join("tree"), folder.join("root"));
+    for name in ["bin", "dev", "etc", "proc"] {
+        fs::create_dir_all(tree.join(name)).expect("there is room for temporary files");
+    }
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("there is busybox-static");
+    for applet in [
+        "dd", "ifconfig", "md5sum", "mount", "nc", "nslookup", "ping", "printf", "route", "sh",
+        "sleep", "sync", "udhcpc", "wget",
+    ] {
+        symlink("busybox", tree.join("bin").join(applet))
+            .expect("there is room for temporary files");
+    }
+    for (name, text) in scripts {
+        let path = tree.join(name);
+        fs::write(&path, text).expect("there is room for temporary files");
+        fs::set_permissions(&path, Permissions::from_mode(0o755))
+            .expect("there is room for temporary files");
+    }
+    let made = Command::new("/sbin/mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .args([&tree, &image])
+        .arg("8M")
+        .status();
+    assert!(made.expect("there is e2fsprogs").success());
+    image
 }
 
 /// Returns the answer of the guest's test agent to `command`: the details after `ok`.

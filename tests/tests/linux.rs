@@ -2,11 +2,10 @@
 //!
 //! A boot takes long on a host without hardware virtualization, so each guest does much.
 
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io::{ErrorKind, PipeReader, Read, Write};
 use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -16,6 +15,7 @@ use bantam_tests::{
     Bantam, Ended, HostTap, Kernel, RootFileSystem, accept, after_random_work, answer,
     balloon_statistics, bzimages, configured, crc32, debian_kernel, device, device_metrics,
     first_difference, interface_exists, linux_slot, pattern, require_kvm, require_taps,
+    scripted_root,
 };
 use bantam_vmm::config::{DiskConfig, MachineConfig};
 use bantam_vmm::workarounds::guest_kernel_parameters;
@@ -370,29 +370,6 @@ fn linux_runs_on_four_vcpus_reacts_to_its_owner_and_reboots() {
 
 // --- What becomes of a guest --------------------------------------------------------------------
 
-/// Makes a root file system of busybox whose first process is this script, the way docs/ci.md does.
-fn scripted_root(folder: &TempDir, script: &str) -> PathBuf {
-    let (tree, image) = (folder.path().join("tree"), folder.path().join("root"));
-    for name in ["bin", "dev"] {
-        fs::create_dir_all(tree.join(name)).expect("there is room for temporary files");
-    }
-    fs::copy("/bin/busybox", tree.join("bin/busybox")).expect("there is busybox-static");
-    for applet in ["dd", "printf", "sh", "sync"] {
-        symlink("busybox", tree.join("bin").join(applet))
-            .expect("there is room for temporary files");
-    }
-    fs::write(tree.join("test.sh"), script).expect("there is room for temporary files");
-    fs::set_permissions(tree.join("test.sh"), Permissions::from_mode(0o755))
-        .expect("there is room for temporary files");
-    let made = Command::new("/sbin/mke2fs")
-        .args(["-q", "-t", "ext4", "-d"])
-        .args([&tree, &image])
-        .arg("8M")
-        .status();
-    assert!(made.expect("there is e2fsprogs").success());
-    image
-}
-
 #[test]
 fn linux_without_acpi_reports_a_panic_and_a_number() {
     require_kvm!();
@@ -402,7 +379,7 @@ fn linux_without_acpi_reports_a_panic_and_a_number() {
         if [ ! -e /second ]; then : >/second; sync; exit 9; fi\n\
         status=3; printf \"\\\\$(printf %o \"$status\")\" | dd of=/dev/port bs=1 seek=1280\n";
     let ended = Bantam::linux(Kernel::Small)
-        .disk(&scripted_root(&folder, script), "")
+        .disk(&scripted_root(folder.path(), &[("test.sh", script)]), "")
         .append("quiet init=/test.sh")
         .option("--on-reboot", "restart")
         .option("--restart-limit", "1")

@@ -14,6 +14,7 @@ use bantam_memory::GuestMemory;
 use bantam_metadata::Metadata;
 use bantam_state::Section;
 use bantam_storage::ImageFormat;
+use bantam_usernet::ForwardedPort;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::Value;
@@ -491,6 +492,15 @@ impl Controller {
     pub fn stream_path(&self, stream: &Stream) -> Result<Option<PathBuf>, Error> {
         let devices = self.0.devices("find a stream")?;
         Ok(devices.stream_path(stream).map(Path::to_path_buf))
+    }
+
+    /// Returns the ports of the host that lead to the guest by user networks.
+    ///
+    /// # Errors
+    /// If the machine neither runs nor is paused.
+    pub fn forwarded_ports(&self) -> Result<Vec<ForwardedPort>, Error> {
+        let devices = self.0.devices("find the forwarded ports")?;
+        Ok(devices.forwarded_ports.clone())
     }
 
     /// Returns a descriptor that becomes readable when the machine has ended, for whatever reason.

@@ -264,6 +264,9 @@ pub enum Error {
     /// A network interface cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A user network cannot be opened.
+    #[error(transparent)]
+    UserNetwork(#[from] bantam_usernet::OpenError),
     /// A socket of a device cannot be opened.
     #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
     Listen {

@@ -78,6 +78,7 @@ pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
 pub use bantam_snapshot::merge as merge_snapshots;
 pub use bantam_state::{RestoreError, SaveError, Section};
 pub use bantam_storage::{FileAccess, FileOpener, HostOpener, ImageFormat};
+pub use bantam_usernet::{ForwardedPort, OpenError as UserNetworkError, Protocol};
 pub use command::{Answer, Command, DiskSnapshot, ForkDescriptors, Forked, ShutDown};
 pub use console::Console;
 pub use controller::Controller;

@@ -266,6 +266,7 @@ impl Machine {
             metadata: metadata.map(|metadata| metadata.metadata),
             metrics: Arc::new(metrics),
             stream_paths: virtio.stream_paths,
+            forwarded_ports: virtio.forwarded_ports,
             opener: context.opener.clone(),
             events: context.events.clone(),
         };

@@ -144,7 +144,9 @@ pub struct MachineArgs {
 
     /// Network device for the guest; can be given more than once
     ///
-    /// NAME is a tap interface of the host. KEY=VALUE is any of
+    /// user is a network that needs no rights: the guest gets an address by
+    /// DHCP, and reaches what you reach. NAME is a tap interface of the host.
+    /// KEY=VALUE is any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
@@ -156,7 +158,22 @@ pub struct MachineArgs {
     ///   receives, such as 10M or 500, and the same with tx what it
     ///   transmits; rx-burst-bytes=N, rx-burst-packets=N, tx-burst-bytes=N
     ///   and tx-burst-packets=N say how much may come at once after a rest.
-    #[arg(long = "net", value_name = "tap=NAME[,KEY=VALUE]...", help_heading = heading::NETWORKS,
+    ///
+    /// and with user also of
+    ///
+    /// - forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT: a port of the host that
+    ///   leads to one of the guest; can be given more than once. ADDRESS is
+    ///   127.0.0.1 by default, PORT and GUESTPORT can be ranges such as
+    ///   80-89, and port 0 is a free one, which is printed.
+    /// - restrict=on: the guest reaches nothing, and is only reached.
+    /// - host-loopback=on: the gateway's address, 10.0.2.2, leads to the
+    ///   host's 127.0.0.1.
+    /// - subnet=ADDRESS/BITS: the network's addresses; 10.0.2.0/24 by
+    ///   default.
+    /// - dns=ADDRESS: a name server in place of the host's; can be given more
+    ///   than once.
+    /// - domain=NAME, hostname=NAME: what DHCP tells the guest.
+    #[arg(long = "net", value_name = "user|tap=NAME[,KEY=VALUE]...", help_heading = heading::NETWORKS,
         verbatim_doc_comment)]
     #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,

@@ -80,7 +80,7 @@ impl NetTarget {
             SockProtocol::EthAll,
         );
         let (mac, limits) = ([2, 0, 0, 0, 0, 1], NetLimits::default());
-        let net = Net::new(tap, mac, None, &limits, Some(metadata_service()));
+        let net = Net::new(Arc::new(tap), mac, None, &limits, Some(metadata_service()));
         Some(NetTarget {
             net: Arc::new(Mutex::new(net.unwrap())),
             host: host.unwrap(),

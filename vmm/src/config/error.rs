@@ -236,10 +236,25 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// Not a description of a network device.
-    #[error("{reason}; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...")]
+    #[error("{reason}; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...")]
     NetOption {
         /// What is wrong with it.
         reason: String,
+    },
+    /// A network device is connected to nothing.
+    #[error("neither a tap nor 'user' says what the device is connected to")]
+    NetBackendMissing,
+    /// A network device is connected to two networks.
+    #[error("a device on a tap is not on a user network too")]
+    NetBackends,
+    /// A network device without a tap has several queues.
+    #[error("'queues' is for devices on a tap")]
+    UserNetQueues,
+    /// A device on a tap has an option of user networks.
+    #[error("'{key}' is for devices on a user network")]
+    UserNetOption {
+        /// The option.
+        key: &'static str,
     },
     /// Not the name of a network interface.
     #[error(
@@ -252,16 +267,16 @@ pub enum ConfigError {
     },
     /// Two network devices have the same MAC address.
     #[error(
-        "the network devices on taps '{first}' and '{second}' have the same MAC address {mac}: \
-         give each an address of its own"
+        "the network devices on {first} and {second} have the same MAC address {mac}: give each an \
+         address of its own"
     )]
     RepeatedMacAddress {
         /// The address.
         mac: MacAddress,
-        /// Tap of the first device.
-        first: InterfaceName,
-        /// Tap of the second.
-        second: InterfaceName,
+        /// What the first device is connected to.
+        first: String,
+        /// What the second is connected to.
+        second: String,
     },
     /// Not a MAC address.
     #[error(

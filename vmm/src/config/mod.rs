@@ -40,6 +40,7 @@ use std::str::FromStr;
 
 use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
+pub use bantam_usernet::{DnsName, Forward, Subnet};
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 use serde::{Deserialize, Serialize};
@@ -305,8 +306,8 @@ impl MachineConfig {
         for disk in &self.disks {
             disk.validate_bursts()?;
         }
-        for net in &self.nets {
-            net.validate_bursts()?;
+        for (place, net) in self.nets.iter().enumerate() {
+            net.validate(place)?;
         }
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;

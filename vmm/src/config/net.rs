@@ -1,9 +1,11 @@
 //! Network devices.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use bantam_devices::virtio::owner::DeviceCommand;
+use bantam_usernet::{DnsName, Forward, Subnet, UserNetworkOptions};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::forms::Listed;
@@ -11,19 +13,24 @@ use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
-/// Describes a network device of the guest, which is connected to a tap interface of the host.
+/// Describes a network device of the guest, which is connected to a tap interface of the host, or to a network
+/// that the monitor provides by ordinary sockets.
 ///
-/// On the command line `tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...`; in a machine file a
-/// `[[net]]` table with the same keys.
+/// On the command line `tap=NAME[,KEY=VALUE]...` or `user[,KEY=VALUE]...`; in a machine file a `[[net]]` table
+/// with the same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     remote = "Self",
     deny_unknown_fields,
-    expecting = "a network device: a table with a tap"
+    expecting = "a network device: a table with a tap, or with user = true"
 )]
 pub struct NetConfig {
-    /// Tap interface of the host.
-    pub tap: InterfaceName,
+    /// Tap interface of the host, for a device that is connected to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<InterfaceName>,
+    /// Whether the device is connected to a network that the monitor provides.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub user: bool,
     /// The guest's MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet that the guest is told to send.
@@ -36,6 +43,28 @@ pub struct NetConfig {
     pub iothread: bool,
     /// Name of the device on the host; by default it is named after its place, such as `net0`.
     pub name: Option<DeviceName>,
+    /// Of a network that the monitor provides: ports of the host that lead to the guest.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub forward: Vec<Forward>,
+    /// Of a network that the monitor provides: whether the guest reaches nothing by itself.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub restrict: bool,
+    /// Of a network that the monitor provides: whether the gateway's address leads to the host's loopback
+    /// address.
+    #[serde(default, rename = "host-loopback", skip_serializing_if = "is_default")]
+    pub host_loopback: bool,
+    /// Of a network that the monitor provides: its IPv4 addresses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subnet: Option<Subnet>,
+    /// Of a network that the monitor provides: name servers in place of the host's.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dns: Vec<IpAddr>,
+    /// Of a network that the monitor provides: the domain that the guest is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain: Option<DnsName>,
+    /// Of a network that the monitor provides: the name that the guest is told for itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<DnsName>,
     /// Limits of what the guest receives and transmits.
     #[serde(
         default,
@@ -58,7 +87,24 @@ impl NetConfig {
     /// Describes a network device on `tap`, with defaults for all else.
     pub fn new(tap: InterfaceName) -> Self {
         Self {
-            tap,
+            tap: Some(tap),
+            user: false,
+            ..Self::user()
+        }
+    }
+
+    /// Describes a network device on a network that the monitor provides, with defaults for all else.
+    pub fn user() -> Self {
+        Self {
+            tap: None,
+            user: true,
+            forward: Vec::new(),
+            restrict: false,
+            host_loopback: false,
+            subnet: None,
+            dns: Vec::new(),
+            domain: None,
+            hostname: None,
             mac: None,
             mtu: None,
             queues: None,
@@ -81,49 +127,101 @@ impl NetConfig {
         }
     }
 
-    /// Returns the MAC address that is given, or else one derived from the tap's name: it is locally
-    /// administered, and the same at each start.
-    pub fn mac_address(&self) -> MacAddress {
+    /// Returns what messages call the device at `place`, by what it is connected to.
+    pub(crate) fn label(&self, place: usize) -> String {
+        match &self.tap {
+            Some(tap) => format!("tap '{tap}'"),
+            None => format!("the user network of '{}'", self.device_name(place)),
+        }
+    }
+
+    /// Returns the MAC address that is given, or else one derived from the tap's name, or from `place`, counted
+    /// from zero, if there is no tap: it is locally administered, and the same at each start.
+    pub fn mac_address(&self, place: usize) -> MacAddress {
         self.mac.unwrap_or_else(|| {
+            let name = match &self.tap {
+                Some(tap) => tap.to_string(),
+                None => format!("user {place}"),
+            };
             // FNV-1a, 64 bits.
-            let hash = self
-                .tap
-                .as_str()
-                .bytes()
-                .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-                    (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-                });
+            let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+            });
             let [a, b, c, d, e, ..] = hash.to_le_bytes();
             MacAddress([0x02, a, b, c, d, e])
         })
     }
 
-    /// Checks that each burst of the network device has its limit.
-    pub(super) fn validate_bursts(&self) -> Result<(), ConfigError> {
-        let device = || format!("the network device on tap '{}'", self.tap);
+    /// Returns the options of the network that the monitor provides.
+    pub(crate) fn user_options(&self) -> UserNetworkOptions {
+        UserNetworkOptions {
+            subnet: self.subnet.unwrap_or_default(),
+            forwards: self.forward.clone(),
+            restrict: self.restrict,
+            host_loopback: self.host_loopback,
+            dns: self.dns.clone(),
+            domain: self.domain.clone(),
+            hostname: self.hostname.clone(),
+        }
+    }
+
+    /// Checks the network device at `place`: each burst has its limit, and the options are those of what it is
+    /// connected to.
+    pub(super) fn validate(&self, place: usize) -> Result<(), ConfigError> {
+        self.check_backend()?;
+        let device = || format!("the network device on {}", self.label(place));
         self.limits.check_bursts(device)
+    }
+
+    fn check_backend(&self) -> Result<(), ConfigError> {
+        match (&self.tap, self.user) {
+            (None, false) => return Err(ConfigError::NetBackendMissing),
+            (Some(_), true) => return Err(ConfigError::NetBackends),
+            (None, true) if self.queues.is_some() => return Err(ConfigError::UserNetQueues),
+            (None, true) => return Ok(()),
+            (Some(_), false) => {}
+        }
+        let given = [
+            ("forward", !self.forward.is_empty()),
+            ("restrict", self.restrict),
+            ("host-loopback", self.host_loopback),
+            ("subnet", self.subnet.is_some()),
+            ("dns", !self.dns.is_empty()),
+            ("domain", self.domain.is_some()),
+            ("hostname", self.hostname.is_some()),
+        ];
+        match given.into_iter().find(|(_, is_given)| *is_given) {
+            Some((key, _)) => Err(ConfigError::UserNetOption { key }),
+            None => Ok(()),
+        }
     }
 }
 
 impl Listed for NetConfig {
     const NAME: &'static str = "net";
-    const EXAMPLE: &'static str = "tap = \"tap0\"";
+    const EXAMPLE: &'static str = "tap = \"tap0\" or user = true";
 }
 
 impl FromStr for NetConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        option_string::parse(text.as_ref(), None).map_err(|error| ConfigError::NetOption {
-            reason: error.to_string(),
-        })
+        let wrong = |reason: String| ConfigError::NetOption { reason };
+        let net: NetConfig =
+            option_string::parse(text.as_ref(), None).map_err(|error| wrong(error.to_string()))?;
+        net.check_backend()
+            .map_err(|error| wrong(error.to_string()))?;
+        Ok(net)
     }
 }
 
 /// Writes the option string, which cannot express limits that are buckets.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tap={}", option_string::escape(self.tap.as_str()))?;
+        match &self.tap {
+            Some(tap) => write!(f, "tap={}", option_string::escape(tap.as_str()))?,
+            None => f.write_str("user")?,
+        }
         if let Some(mac) = self.mac {
             write!(f, ",mac={mac}")?;
         }
@@ -138,6 +236,28 @@ impl fmt::Display for NetConfig {
         }
         if let Some(name) = &self.name {
             write!(f, ",name={name}")?;
+        }
+        for forward in &self.forward {
+            write!(f, ",forward={forward}")?;
+        }
+        for (key, is_on) in [
+            ("restrict", self.restrict),
+            ("host-loopback", self.host_loopback),
+        ] {
+            if is_on {
+                write!(f, ",{key}=on")?;
+            }
+        }
+        if let Some(subnet) = &self.subnet {
+            write!(f, ",subnet={subnet}")?;
+        }
+        for server in &self.dns {
+            write!(f, ",dns={server}")?;
+        }
+        for (key, name) in [("domain", &self.domain), ("hostname", &self.hostname)] {
+            if let Some(name) = name {
+                write!(f, ",{key}={name}")?;
+            }
         }
         for (key, quantity) in self.limits.rates() {
             write!(f, ",{key}={}", quantity.get())?;
@@ -352,7 +472,7 @@ mod tests {
              rx-bytes-per-second=1M,tx-burst-packets=7",
         )
         .unwrap();
-        assert_eq!(net.tap.as_str(), "vm-tap0");
+        assert_eq!(net.tap.unwrap().as_str(), "vm-tap0");
         assert_eq!(net.mac.unwrap().bytes(), [0x52, 0x54, 0, 0xab, 0xcd, 1]);
         assert_eq!(net.mtu.unwrap().get(), 9000);
         assert_eq!(net.queues.unwrap().get(), 4);
@@ -367,17 +487,35 @@ mod tests {
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is tap=NAME[,mac=MAC][,mtu=N][,queues=N][,KEY=VALUE]...";
+        let form = "; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
-                "unknown option 'tap0', expected one of 'tap', 'mac', 'mtu', 'queues', 'iothread', \
-                 'name', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
+                "unknown option 'tap0', expected one of 'tap', 'user', 'mac', 'mtu', 'queues', \
+                 'iothread', 'name', 'forward', 'restrict', 'host-loopback', 'subnet', 'dns', \
+                 'domain', 'hostname', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
                  'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
                  'tx-bytes-per-second', 'tx-packets-per-second'",
             ),
-            ("mac=52:54:00:12:34:56", "'tap' is missing"),
+            (
+                "mac=52:54:00:12:34:56",
+                "neither a tap nor 'user' says what the device is connected to",
+            ),
+            (
+                "tap=t,user",
+                "a device on a tap is not on a user network too",
+            ),
+            ("user,queues=2", "'queues' is for devices on a tap"),
+            (
+                "tap=t,restrict",
+                "'restrict' is for devices on a user network",
+            ),
+            (
+                "user,forward=80",
+                "invalid forward '80': expected [tcp:|udp:][ADDRESS:]PORT:GUESTPORT, such as 8080:80 \
+                 or udp:0.0.0.0:5000-5009:6000-6009",
+            ),
             ("tap=t,mtu=67", "mtu 67 is out of range: 68 to 65521"),
             ("tap=t,mtu=65522", "mtu 65522 is out of range: 68 to 65521"),
             ("tap=t,queues=0", "queues 0 is out of range: 1 to 8"),
@@ -402,11 +540,26 @@ mod tests {
 
     #[test]
     fn an_address_of_ones_own_is_stable_and_local() {
-        let address = |text: &str| net(text).unwrap().mac_address().to_string();
+        let address = |text: &str| net(text).unwrap().mac_address(0).to_string();
         assert_eq!(address("tap=vm-tap0"), address("tap=vm-tap0,mtu=9000"));
         assert_ne!(address("tap=vm-tap0"), address("tap=vm-tap1"));
         assert!(address("tap=vm-tap0").starts_with("02:"));
         assert_eq!(address("tap=t,mac=52:54:00:ab:cd:01"), "52:54:00:ab:cd:01");
+    }
+
+    #[test]
+    fn reads_the_options_of_a_user_network() {
+        let text = "user,forward=8080:80,forward=udp:0.0.0.0:53:53,host-loopback,dns=192.0.2.1,\
+                    subnet=172.20.0.0/16,domain=a.test,hostname=b,restrict=off";
+        let net = net(text).unwrap();
+        assert_eq!(net.forward.len(), 2);
+        assert!(net.host_loopback && !net.restrict);
+        assert_eq!(net.subnet.unwrap().guest().octets(), [172, 20, 0, 15]);
+        assert_eq!(net.dns[0].to_string(), "192.0.2.1");
+        let written = net.to_string();
+        assert_eq!(written.parse::<NetConfig>().unwrap(), net, "{written}");
+        let second = NetConfig::user().mac_address(1);
+        assert_ne!(NetConfig::user().mac_address(0), second);
     }
 
     #[test]

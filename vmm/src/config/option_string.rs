@@ -2,13 +2,14 @@
 //!
 //! An option string is a list of `key=value` and `flag` items separated by commas. The value of
 //! one chosen field may come first without its key. A comma that belongs to a value is doubled:
-//! `odd,,name.img,ro` is the path `odd,name.img` and the flag `ro`.
+//! `odd,,name.img,ro` is the path `odd,name.img` and the flag `ro`. Items with the same key are the elements of
+//! a list, if the field is one.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use serde::de::value::MapDeserializer;
+use serde::de::value::{MapDeserializer, SeqDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, Error, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
@@ -21,7 +22,7 @@ pub(super) fn parse<T: DeserializeOwned>(
     text: &OsStr,
     first_field: Option<&'static str>,
 ) -> Result<T, OptionStringError> {
-    let mut items = Vec::new();
+    let mut items: Vec<(String, ItemValue)> = Vec::new();
     for (index, item) in split_items(text.as_bytes()).into_iter().enumerate() {
         let sign = item.iter().position(|&byte| byte == b'=');
         let (key, value) = match (first_field, sign) {
@@ -37,7 +38,20 @@ pub(super) fn parse<T: DeserializeOwned>(
                 "the value of '{key}' is empty"
             )));
         }
-        items.push((key.clone(), ItemValue { key, value }));
+        match items.iter_mut().find(|(known, _)| *known == key) {
+            Some((_, item)) => item.further.push(value),
+            None => {
+                let further = Vec::new();
+                items.push((
+                    key.clone(),
+                    ItemValue {
+                        key,
+                        value,
+                        further,
+                    },
+                ));
+            }
+        }
     }
     T::deserialize(MapDeserializer::new(items.into_iter())).map_err(|error| match error {
         OptionStringError::Unknown { field, accepted } => {
@@ -89,10 +103,23 @@ fn split_items(text: &[u8]) -> Vec<Vec<u8>> {
 struct ItemValue {
     key: String,
     value: Option<Vec<u8>>,
+    /// The values of further items with the same key, which only a list may have.
+    further: Vec<Option<Vec<u8>>>,
 }
 
 impl ItemValue {
+    fn check_single(&self) -> Result<(), OptionStringError> {
+        match self.further.is_empty() {
+            true => Ok(()),
+            false => Err(OptionStringError::Message(format!(
+                "'{}' is given twice",
+                self.key
+            ))),
+        }
+    }
+
     fn bytes(self) -> Result<Vec<u8>, OptionStringError> {
+        self.check_single()?;
         let key = self.key;
         self.value.ok_or_else(|| {
             OptionStringError::Message(format!("'{key}' needs a value: {key}=VALUE"))
@@ -125,6 +152,7 @@ impl<'de> Deserializer<'de> for ItemValue {
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        self.check_single()?;
         match self.value.as_deref() {
             None | Some(b"on") => visitor.visit_bool(true),
             Some(b"off") => visitor.visit_bool(false),
@@ -163,9 +191,26 @@ impl<'de> Deserializer<'de> for ItemValue {
         visitor.visit_some(self)
     }
 
+    /// Reads a list: each item is one element.
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        let ItemValue {
+            key,
+            value,
+            further,
+        } = self;
+        let items = std::iter::once(value)
+            .chain(further)
+            .map(|value| ItemValue {
+                key: key.clone(),
+                value,
+                further: Vec::new(),
+            });
+        visitor.visit_seq(SeqDeserializer::new(items))
+    }
+
     forward_to_deserialize_any! {
         i8 i16 i32 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+        newtype_struct tuple tuple_struct map struct identifier ignored_any
     }
 }
 
@@ -220,6 +265,8 @@ mod tests {
         #[serde(default)]
         flag: bool,
         size: Option<i64>,
+        #[serde(default)]
+        tag: Vec<String>,
     }
 
     fn sample(text: &str) -> Result<Sample, String> {
@@ -232,6 +279,7 @@ mod tests {
             file: "a=b".into(),
             flag: true,
             size: Some(-3),
+            tag: vec![],
         };
         assert_eq!(sample("a=b,flag,size=-3"), Ok(expected));
         let keyed: Sample = parse("size=1,file=x".as_ref(), None).unwrap();
@@ -240,7 +288,8 @@ mod tests {
             Sample {
                 file: "x".into(),
                 flag: false,
-                size: Some(1)
+                size: Some(1),
+                tag: vec![],
             }
         );
     }
@@ -254,9 +303,23 @@ mod tests {
     }
 
     #[test]
+    fn a_list_has_an_item_for_each_element() {
+        let tags = |text: &str| sample(text).map(|sample| sample.tag);
+        assert_eq!(tags("f,tag=a,flag,tag=b,,c").unwrap(), ["a", "b,c"]);
+        assert_eq!(
+            tags("f,tag=a,tag").unwrap_err(),
+            "'tag' needs a value: tag=VALUE"
+        );
+        assert_eq!(
+            tags("f,size=1,size=2").unwrap_err(),
+            "'size' is given twice"
+        );
+    }
+
+    #[test]
     fn errors_name_the_option() {
         // The first item is the file.
-        let unknown = "unknown option 'nope', expected one of 'flag', 'size'";
+        let unknown = "unknown option 'nope', expected one of 'flag', 'size', 'tag'";
         assert_eq!(sample("a,nope").unwrap_err(), unknown);
         assert_eq!(sample("a,nope=1").unwrap_err(), unknown);
         assert_eq!(sample("").unwrap_err(), "the value of 'file' is empty");
@@ -336,7 +399,7 @@ mod tests {
         #[test]
         fn escaped_values_come_back(value in ".+", size in any::<i64>()) {
             let text = format!("{},flag,size={size}", escape(&value));
-            prop_assert_eq!(sample(&text), Ok(Sample { file: value, flag: true, size: Some(size) }));
+            prop_assert_eq!(sample(&text), Ok(Sample { file: value, flag: true, size: Some(size), tag: vec![] }));
         }
 
         #[test]

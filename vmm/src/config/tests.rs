@@ -723,14 +723,14 @@ fn mac_addresses_are_not_repeated() {
         nets("mac = '52:54:00:00:00:01'", "mac = '52:54:00:00:00:02'"),
         Ok(2)
     );
-    let same = "the network devices on taps 't0' and 't1' have the same MAC address \
+    let same = "the network devices on tap 't0' and tap 't1' have the same MAC address \
                 52:54:00:00:00:0a: give each an address of its own";
     assert_eq!(
         nets("mac = '52:54:00:00:00:0A'", "mac = '52:54:00:00:00:0a'").unwrap_err(),
         same
     );
     // An address that is derived from the name of its tap counts as well.
-    let made = NetConfig::new("t0".to_owned().try_into().unwrap()).mac_address();
+    let made = NetConfig::new("t0".to_owned().try_into().unwrap()).mac_address(0);
     let error = nets("", &format!("mac = '{made}'")).unwrap_err();
     assert!(error.contains("the same MAC address 02:"), "{error}");
 }

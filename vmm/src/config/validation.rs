@@ -73,7 +73,7 @@ impl MachineConfig {
         if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId { id: id.clone() });
         }
-        if let Some(tap) = first_repeated(self.nets.iter().map(|net| &net.tap)) {
+        if let Some(tap) = first_repeated(self.nets.iter().filter_map(|net| net.tap.as_ref())) {
             return Err(ConfigError::RepeatedTap { tap: tap.clone() });
         }
         self.validate_mac_addresses()?;
@@ -123,15 +123,11 @@ impl MachineConfig {
     }
 
     fn validate_mac_addresses(&self) -> Result<(), ConfigError> {
-        let mut taps = HashMap::new();
-        for net in &self.nets {
-            let mac = net.mac_address();
-            if let Some(first) = taps.insert(mac, &net.tap) {
-                return Err(ConfigError::RepeatedMacAddress {
-                    mac,
-                    first: first.clone(),
-                    second: net.tap.clone(),
-                });
+        let mut labels = HashMap::new();
+        for (place, net) in self.nets.iter().enumerate() {
+            let (mac, second) = (net.mac_address(place), net.label(place));
+            if let Some(first) = labels.insert(mac, second.clone()) {
+                return Err(ConfigError::RepeatedMacAddress { mac, first, second });
             }
         }
         Ok(())

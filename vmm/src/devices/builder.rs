@@ -12,6 +12,7 @@ use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
 use bantam_devices::virtio::transport::mmio::{MmioLink, MmioTransport};
 use bantam_devices::virtio::{DriverLink, VirtioDevice};
 use bantam_memory::GuestMemory;
+use bantam_usernet::ForwardedPort;
 
 use super::serial_end::{OpenSerial, SerialGuard};
 use super::streams::{Stream, StreamPaths};
@@ -55,6 +56,7 @@ pub(crate) struct BuiltDevices {
     pub(crate) loops: Vec<DeviceLoop>,
     pub(crate) disk_threads: Vec<Arc<DiskThreads>>,
     pub(crate) stream_paths: StreamPaths,
+    pub(crate) forwarded_ports: Vec<ForwardedPort>,
     /// Resources that must outlive the devices.
     pub(crate) guards: Vec<SerialGuard>,
 }
@@ -150,6 +152,11 @@ impl<'a> Builder<'a> {
         let threads = Arc::new(DiskThreads::new(index, name, self.context, work));
         self.built.disk_threads.push(threads.clone());
         threads
+    }
+
+    /// Takes note of ports of the host that lead to the guest.
+    pub(super) fn forward(&mut self, ports: Vec<ForwardedPort>) {
+        self.built.forwarded_ports.extend(ports);
     }
 
     /// Connects `port` of a console device to the end that is open for `stream`.

@@ -1,30 +1,50 @@
 //! The network devices of a machine.
 
+mod user;
+
+use std::sync::Arc;
+
 use bantam_devices::tap::{QueueCount, Tap};
-use bantam_devices::virtio::net::Net;
+use bantam_devices::virtio::net::{Net, NetBackend};
 use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::{Build, NewDevice, Opening};
-use crate::config::{Mtu, NetConfig, QueuePairs};
+use crate::config::{InterfaceName, Mtu, NetConfig, QueuePairs};
 use crate::error::Error;
+use user::UserBackend;
 
-/// Opens the taps of all network devices.
+/// Opens what all network devices are connected to.
 pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let config = opening.config;
     let vcpu_count = config.cpus.get();
     let nets = config.nets.iter().enumerate();
     nets.map(|(index, net)| {
-        let tap = open_tap(opening, net, vcpu_count)?;
+        let mac = net.mac_address(index).bytes();
+        let mut ports = Vec::new();
+        let backend: Arc<dyn NetBackend> = match &net.tap {
+            Some(tap) => Arc::new(open_tap(opening, net, tap, vcpu_count)?),
+            None => {
+                let backend = UserBackend::open(net, mac, net.label(index))?;
+                ports = backend.ports().to_vec();
+                Arc::new(backend)
+            }
+        };
         let name = net.device_name(index);
         let service = opening
             .metadata
             .and_then(|metadata| metadata.service(&name));
-        let (mac, mtu) = (net.mac_address().bytes(), net.mtu.map(Mtu::get));
+        let mtu = match net.user {
+            true => Some(user::mtu(net)),
+            false => net.mtu.map(Mtu::get),
+        };
         let limits = net.limits.into();
-        let log_name = format!("network interface '{}'", net.tap);
+        let log_name = match &net.tap {
+            Some(tap) => format!("network interface '{tap}'"),
+            None => format!("network interface '{name}'"),
+        };
         let own_thread = net.iothread.then(|| format!("bantam-net{index}"));
         let build: Build = Box::new(move |builder| {
-            let device = Net::new(tap, mac, mtu, &limits, service)
+            let device = Net::new(backend, mac, mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
             let device = NewDevice {
                 name,
@@ -32,6 +52,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
                 own_thread,
                 model: device,
             };
+            builder.forward(ports);
             builder.attach(device, |net, _| DeviceHandle::Net(net.handle()))
         });
         Ok(build)
@@ -39,19 +60,23 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     .collect()
 }
 
-fn open_tap(opening: &Opening<'_>, config: &NetConfig, vcpu_count: u8) -> Result<Tap, Error> {
+fn open_tap(
+    opening: &Opening<'_>,
+    config: &NetConfig,
+    name: &InterfaceName,
+    vcpu_count: u8,
+) -> Result<Tap, Error> {
     let useful = vcpu_count.min(QueuePairs::MAX);
     let queues = match config.queues {
         Some(queues) => QueueCount::Exactly(queues.get().into()),
         None => QueueCount::AtMost(useful.into()),
     };
     let mtu = config.mtu.map(Mtu::get);
-    let tap = opening.opener.tap(config.tap.as_str(), mtu, queues)?;
+    let tap = opening.opener.tap(name.as_str(), mtu, queues)?;
     if config.queues.is_none() && tap.queues().len() < useful.into() {
         tracing::info!(
-            "tap '{}' was made with a single queue, so {vcpu_count} vCPUs share one; made \
-             with 'multi_queue', it has one for each",
-            config.tap
+            "tap '{name}' was made with a single queue, so {vcpu_count} vCPUs share one; made \
+             with 'multi_queue', it has one for each"
         );
     }
     Ok(tap)

@@ -17,6 +17,7 @@ use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, DeviceError, De
 use bantam_devices::virtio::transport::mmio::MmioTransport;
 use bantam_metadata::Metadata;
 use bantam_storage::Disk;
+use bantam_usernet::ForwardedPort;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::LegacyDevice;
@@ -49,6 +50,8 @@ pub(crate) struct DeviceTable {
     pub(crate) metadata: Option<Metadata>,
     pub(crate) metrics: Arc<MachineMetrics>,
     pub(crate) stream_paths: StreamPaths,
+    /// Ports of the host that lead to the guest.
+    pub(crate) forwarded_ports: Vec<ForwardedPort>,
     pub(crate) opener: Arc<dyn Opener>,
     pub(crate) events: EventSender,
 }

@@ -1,8 +1,9 @@
-//! Accounting of packets that are lost between the driver and the tap.
+//! Accounting of packets that are lost between the driver and the backend.
 
 use std::io;
 use std::sync::Arc;
 
+use super::backend::NetBackend;
 use super::shared::Shared;
 use crate::device_log::Repeat;
 use crate::virtio::DriverLink;
@@ -24,24 +25,28 @@ pub(super) enum DropReason {
 /// packet often drops many. Their number is logged at the end.
 pub(super) struct DroppedPackets {
     link: Arc<DriverLink>,
-    tap: String,
+    backend: Arc<dyn NetBackend>,
     shared: Arc<Shared>,
     count: u64,
     /// When a drop because of the driver's packets or buffers was last logged.
     driver_warning: Repeat,
-    /// When a drop because of the tap was last logged.
-    tap_warning: Repeat,
+    /// When a drop because of the backend was last logged.
+    backend_warning: Repeat,
 }
 
 impl DroppedPackets {
-    pub(super) fn new(link: Arc<DriverLink>, tap: &str, shared: Arc<Shared>) -> DroppedPackets {
+    pub(super) fn new(
+        link: Arc<DriverLink>,
+        backend: Arc<dyn NetBackend>,
+        shared: Arc<Shared>,
+    ) -> DroppedPackets {
         DroppedPackets {
             link,
-            tap: tap.to_string(),
+            backend,
             shared,
             count: 0,
             driver_warning: Repeat::default(),
-            tap_warning: Repeat::default(),
+            backend_warning: Repeat::default(),
         }
     }
 
@@ -60,29 +65,28 @@ impl DroppedPackets {
                 metrics.tx_fails.add(1);
             }
         }
-        let DroppedPackets { link, tap, .. } = self;
+        let DroppedPackets { link, backend, .. } = self;
         match reason {
             DropReason::NoPacket(_) | DropReason::NoRoom(_) => {
                 if self.driver_warning.is_due() {
                     link.warn(format_args!(
-                        "a packet to or from tap '{tap}' was dropped: {reason}"
+                        "a packet to or from {} was dropped: {reason}",
+                        backend.label()
                     ));
                 }
             }
             DropReason::Read(error) | DropReason::Write(error) => {
-                if !self.tap_warning.is_due() {
+                if !self.backend_warning.is_due() {
                     return;
                 }
-                // The error of a tap that is down.
-                if error.raw_os_error() == Some(libc::EIO) {
-                    link.warn_of_host(format_args!(
-                        "a packet was dropped, as tap '{tap}' is down; as root \
-                         'ip link set {tap} up' brings it up"
-                    ));
-                } else {
-                    link.warn_of_host(format_args!(
-                        "a packet to or from tap '{tap}' was dropped: {error}"
-                    ));
+                match backend.remedy(error) {
+                    Some(remedy) => {
+                        link.warn_of_host(format_args!("a packet was dropped, {remedy}"));
+                    }
+                    None => link.warn_of_host(format_args!(
+                        "a packet to or from {} was dropped: {error}",
+                        backend.label()
+                    )),
                 }
             }
         }
@@ -93,10 +97,14 @@ impl Drop for DroppedPackets {
     fn drop(&mut self) {
         if self.count > 1 {
             let DroppedPackets {
-                link, tap, count, ..
+                link,
+                backend,
+                count,
+                ..
             } = self;
             link.warn(format_args!(
-                "{count} packets to or from tap '{tap}' were dropped"
+                "{count} packets to or from {} were dropped",
+                backend.label()
             ));
         }
     }

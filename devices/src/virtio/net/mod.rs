@@ -1,8 +1,9 @@
-//! The network device (section 5.1) over a tap.
+//! The network device (section 5.1) over a tap or another backend.
 //!
 //! A tap uses the packet format of virtio, header included, so the host's kernel copies each packet directly
 //! between its own memory and the guest's: the bytes never pass through the monitor's memory.
 
+mod backend;
 mod config;
 mod control_queue;
 mod dhcp_checksum;
@@ -22,6 +23,7 @@ mod receive_slot;
 mod ring_store;
 mod shared;
 mod state;
+mod tap_backend;
 #[cfg(test)]
 mod tests;
 mod transmit;
@@ -39,7 +41,6 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
-use crate::tap::Tap;
 use crate::worker::VirtioWorker;
 use config::{
     MacAddress, asks_for_announcement, config_space, is_station_address, mac, set_announce, set_mac,
@@ -54,6 +55,7 @@ use turn::{
 };
 use worker::Worker;
 
+pub use backend::{NetBackend, NetQueue, PacketBuffer};
 pub use handle::NetHandle;
 pub use local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 pub use metrics::NetMetrics;
@@ -79,14 +81,14 @@ pub struct Net {
 }
 
 impl Net {
-    /// Makes a network card with the address `mac` that is connected to `tap`, with a pair of queues for each
-    /// queue of the tap. The driver is told `mtu`, in bytes, if it is given. Frames that `service` claims go
-    /// there and not to the tap.
+    /// Makes a network card with the address `mac` that is connected to `backend`, with a pair of queues for
+    /// each queue of the backend. The driver is told `mtu`, in bytes, if it is given. Frames that `service` claims go
+    /// there and not to the backend.
     ///
     /// # Errors
     /// When the host has no timers for the limits.
     pub fn new(
-        tap: Tap,
+        backend: Arc<dyn NetBackend>,
         mac: [u8; 6],
         mtu: Option<u16>,
         limits: &NetLimits,
@@ -101,17 +103,17 @@ impl Net {
             | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
-            | offload_features(tap.offloads());
+            | offload_features(backend.offloads());
         if mtu.is_some() {
             features |= 1 << VIRTIO_NET_F_MTU;
         }
-        let pair_count = tap.queues().len();
+        let pair_count = backend.queue_count();
         if pair_count > 1 {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
         let mtu = mtu.unwrap_or(DEFAULT_MTU);
         Ok(Net {
-            rings: Arc::new(RingStore::new(Arc::new(tap))),
+            rings: Arc::new(RingStore::new(backend)),
             features,
             queue_sizes: vec![QUEUE_SIZE; 2 * pair_count + 1],
             mtu,
@@ -130,9 +132,10 @@ impl Net {
     }
 
     fn worker(&self, activation: Activation) -> Result<Worker, String> {
-        let tap = self.rings.tap();
-        tap.set_offloads(offloads(activation.features))
-            .map_err(|error| format!("cannot set the offloads of tap '{}': {error}", tap.name()))?;
+        let backend = self.rings.backend();
+        backend
+            .set_offloads(offloads(activation.features))
+            .map_err(|error| format!("cannot set the offloads of {}: {error}", backend.label()))?;
         let connect = |service: &LocalService| {
             LocalPort::new(service, self.mtu)
                 .map_err(|error| format!("cannot create {}: {error}", service.name()))

@@ -1,42 +1,42 @@
-//! Sending and reading several packets of a tap with one system call of io_uring.
+//! Sending and reading several packets of a file with one system call of io_uring.
 
 use std::io;
-use std::os::fd::AsRawFd;
 #[cfg(test)]
 use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use io_uring::squeue::Entry;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 
+use super::backend::NetQueue;
 use super::receive_slot::ReceiveSlot;
 use crate::io_uring_support::require_operations;
-use crate::tap::TapQueue;
 use crate::virtio::Chain;
 
 /// Most packets at a time.
 pub(super) const MAX_BATCH: usize = 16;
 
 /// The only file that is registered with the ring.
-const TAP: Fixed = Fixed(0);
+const FILE: Fixed = Fixed(0);
 /// The offset that stands for a file without positions.
 const NO_OFFSET: u64 = u64::MAX;
 
-/// An io_uring over one queue of a tap.
+/// An io_uring over the file of a queue.
 pub(super) struct PacketRing {
     /// None once it has failed: it may then hold operations that were not submitted.
     ring: Option<IoUring>,
-    /// Flags with which no operation waits for the tap.
+    /// Flags with which no operation waits for the file.
     flags: i32,
 }
 
 impl PacketRing {
-    /// Makes a ring for packets to and from `tap`, which must be non-blocking.
+    /// Makes a ring for packets to and from `file`, which must be non-blocking.
     ///
     /// # Errors
     /// If the host has no io_uring, forbids it, or lacks an operation.
-    pub(super) fn new(tap: &TapQueue) -> io::Result<PacketRing> {
+    pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<PacketRing> {
         let mut ring = IoUring::new(MAX_BATCH as u32)?;
         let needed = [
             opcode::Read::CODE,
@@ -45,7 +45,7 @@ impl PacketRing {
             opcode::Writev::CODE,
         ];
         require_operations(&ring, &needed)?;
-        ring.submitter().register_files(&[tap.as_raw_fd()])?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
         let flags = flags_against_waiting(&mut ring)?;
         Ok(PacketRing {
             ring: Some(ring),
@@ -58,10 +58,11 @@ impl PacketRing {
         self.ring.is_some()
     }
 
-    /// Replaces a ring that has failed by another over `tap`, if the host gives one.
-    pub(super) fn renew(&mut self, tap: &TapQueue) {
+    /// Replaces a ring that has failed by another over the file of `queue`, if the host gives one.
+    pub(super) fn renew(&mut self, queue: &dyn NetQueue) {
         if !self.is_usable()
-            && let Ok(ring) = PacketRing::new(tap)
+            && let Some(file) = queue.packet_file()
+            && let Ok(ring) = PacketRing::new(file)
         {
             *self = ring;
         }
@@ -79,12 +80,12 @@ impl PacketRing {
         let entries = chains.iter().map(|chain| match chain.readable.vectors() {
             [vector] => {
                 let base = vector.iov_base.cast_const().cast();
-                opcode::Write::new(TAP, base, vector.iov_len as u32)
+                opcode::Write::new(FILE, base, vector.iov_len as u32)
                     .offset(NO_OFFSET)
                     .rw_flags(flags)
                     .build()
             }
-            vectors => opcode::Writev::new(TAP, vectors.as_ptr(), vectors.len() as u32)
+            vectors => opcode::Writev::new(FILE, vectors.as_ptr(), vectors.len() as u32)
                 .offset(NO_OFFSET)
                 .rw_flags(flags)
                 .build(),
@@ -107,7 +108,7 @@ impl PacketRing {
         let flags = self.flags;
         let entries = slots.iter_mut().map(|slot| {
             let vectors = slot.vectors_to_read_to();
-            opcode::Readv::new(TAP, vectors.as_ptr(), vectors.len() as u32)
+            opcode::Readv::new(FILE, vectors.as_ptr(), vectors.len() as u32)
                 .offset(NO_OFFSET)
                 .rw_flags(flags)
                 .build()
@@ -123,7 +124,7 @@ impl PacketRing {
 ///
 /// # Safety
 /// What the entries point to must be valid for the kernel's use until this returns, and none of them
-/// may wait for the tap.
+/// may wait for the file.
 unsafe fn run(
     place: &mut Option<IoUring>,
     entries: impl Iterator<Item = Entry>,
@@ -161,7 +162,7 @@ unsafe fn run(
 /// such a flag, io_uring would otherwise wait even for a non-blocking file. If it does not, the flag is an
 /// error, and operations on a non-blocking file do not wait.
 fn flags_against_waiting(ring: &mut IoUring) -> io::Result<i32> {
-    let nothing = opcode::Read::new(TAP, ptr::null_mut(), 0)
+    let nothing = opcode::Read::new(FILE, ptr::null_mut(), 0)
         .offset(NO_OFFSET)
         .rw_flags(libc::RWF_NOWAIT)
         .build();
@@ -199,7 +200,7 @@ impl AsRawFd for PacketRing {
 }
 
 impl Drop for PacketRing {
-    /// Unregisters the tap. The kernel tears a ring down some time after it is closed, and the tap must not
+    /// Unregisters the file. The kernel tears a ring down some time after it is closed, and a tap must not
     /// be kept that long.
     fn drop(&mut self) {
         if let Some(ring) = &self.ring {

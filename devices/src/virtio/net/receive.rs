@@ -1,4 +1,4 @@
-//! From the tap to the driver (section 5.1.6.4).
+//! From the backend to the driver (section 5.1.6.4).
 
 use std::collections::VecDeque;
 use std::io;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bantam_memory::GuestMemory;
 
+use super::backend::{NetQueue, is_gone};
 use super::dropped::{DropReason, DroppedPackets};
 use super::expected_size::ExpectedSize;
 use super::flow::Flow;
@@ -14,7 +15,7 @@ use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::receive_slot::ReceiveSlot;
 use super::state::ReceiverState;
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
-use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
+use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
@@ -77,9 +78,9 @@ impl Receiver {
     }
 
     /// Replaces a ring that has failed.
-    pub(super) fn renew_ring(&mut self, tap: &TapQueue) {
+    pub(super) fn renew_ring(&mut self, backend: &dyn NetQueue) {
         if let Some(ring) = &mut self.ring {
-            ring.renew(tap);
+            ring.renew(backend);
         }
     }
 
@@ -127,17 +128,17 @@ impl Receiver {
         Ok(())
     }
 
-    /// Receives packets from the tap, for one turn at most.
+    /// Receives packets from the backend, for one turn at most.
     pub(super) fn receive(
         &mut self,
-        tap: &TapQueue,
+        backend: &dyn NetQueue,
         flow: &mut Flow,
         link: &DriverLink,
         dropped: &mut DroppedPackets,
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.receive_turn(tap, flow, link, dropped, &mut unreported);
+        let result = self.receive_turn(backend, flow, link, dropped, &mut unreported);
         // The driver is told of what was received, even if it broke the rules afterwards.
         self.report(&mut unreported, link);
         result
@@ -145,7 +146,7 @@ impl Receiver {
 
     fn receive_turn(
         &mut self,
-        tap: &TapQueue,
+        backend: &dyn NetQueue,
         flow: &mut Flow,
         link: &DriverLink,
         dropped: &mut DroppedPackets,
@@ -156,12 +157,12 @@ impl Receiver {
             // Packets that were read before come first.
             let halt = match self.deliver_read(flow, dropped, unreported)? {
                 Some(halt) => Some(halt),
-                None => self.read(tap, flow, dropped, &mut packets)?,
+                None => self.read(backend, flow, dropped, &mut packets)?,
             };
             if let Some(halt) = halt {
                 // Packets that the same call has read are delivered all the same.
                 return Ok(match self.deliver_read(flow, dropped, unreported)? {
-                    Some(other) if halt == Halt::Tap => other,
+                    Some(other) if halt == Halt::Backend => other,
                     _ => halt,
                 });
             }
@@ -171,12 +172,12 @@ impl Receiver {
         }
         Ok(match self.deliver_read(flow, dropped, unreported)? {
             Some(halt) => halt,
-            // The tap is ready at once if it has more.
-            None => Halt::Tap,
+            // The backend is ready at once if it has more.
+            None => Halt::Backend,
         })
     }
 
-    /// Delivers a packet that does not come from the tap, header included. Returns `Some(false)` if it is
+    /// Delivers a packet that does not come from the backend, header included. Returns `Some(false)` if it is
     /// larger than the driver's buffers, and `None` if the driver has too few; the driver then rings the
     /// doorbell when it has more.
     pub(super) fn insert(
@@ -188,8 +189,8 @@ impl Receiver {
     ) -> Result<Option<bool>, DriverError> {
         match self.deliver_read(flow, dropped, unreported)? {
             None => {}
-            // Packets from the tap that are left do not matter any more.
-            Some(Halt::TapGone) => self.slots.iter_mut().for_each(ReceiveSlot::forget),
+            // Packets of the backend that are left do not matter any more.
+            Some(Halt::BackendGone) => self.slots.iter_mut().for_each(ReceiveSlot::forget),
             Some(_) => return Ok(None),
         }
         if !self.take_buffers(0, packet.len())? {
@@ -216,7 +217,7 @@ impl Receiver {
     /// there are none.
     fn read(
         &mut self,
-        tap: &TapQueue,
+        backend: &dyn NetQueue,
         flow: &mut Flow,
         dropped: &mut DroppedPackets,
         packets: &mut usize,
@@ -243,7 +244,7 @@ impl Receiver {
             }
             _ => {
                 let slot = &mut self.slots[0];
-                self.results.push(slot.read(tap));
+                self.results.push(slot.read(backend, self.max_buffers > 1));
             }
         }
         let mut halt = None;
@@ -263,8 +264,8 @@ impl Receiver {
             };
             self.slots[index].failed(&error);
             match error.raw_os_error() {
-                Some(libc::EAGAIN | libc::ECANCELED) => halt = halt.or(Some(Halt::Tap)),
-                _ if is_gone(&error) => halt = Some(Halt::TapGone),
+                Some(libc::EAGAIN | libc::ECANCELED) => halt = halt.or(Some(Halt::Backend)),
+                _ if is_gone(&error) => halt = Some(Halt::BackendGone),
                 _ => {
                     *packets += 1;
                     dropped.record(&DropReason::Read(error));
@@ -294,7 +295,7 @@ impl Receiver {
         while let Some(len) = self.slots.front().and_then(ReceiveSlot::packet_size) {
             // A tap puts a header before each packet, so a shorter one means that it has ended.
             if len < PACKET_HEADER_SIZE {
-                return Ok(Some(Halt::TapGone));
+                return Ok(Some(Halt::BackendGone));
             }
             if len <= MAX_PACKET_SIZE && !self.take_buffers(0, len)? {
                 return Ok(Some(Halt::Driver));

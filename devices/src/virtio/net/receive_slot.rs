@@ -2,15 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use bantam_memory::{GuestMemory, MAX_VECTORS_PER_CALL};
 use libc::iovec;
 
+use super::backend::{NetQueue, PacketBuffer};
 use super::dhcp_checksum::complete_dhcp_checksum;
 use super::{DriverError, MAX_PACKET_SIZE};
-use crate::tap::{PACKET_HEADER_SIZE, TapQueue};
+use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{Chain, VirtQueue};
 
 /// Offset of `num_buffers` in the header of a packet (section 5.1.6).
@@ -117,17 +117,23 @@ impl ReceiveSlot {
         &self.vectors
     }
 
-    /// Reads a packet from `tap`. Returns its size, or a negated error number.
-    pub(super) fn read(&mut self, tap: &TapQueue) -> i32 {
-        let vectors = self.vectors_to_read_to();
-        let count = vectors.len() as libc::c_int;
-        // SAFETY: the vectors cover guest memory and the overflow, both of which outlive the call.
-        let result = unsafe { libc::readv(tap.as_raw_fd(), vectors.as_ptr(), count) };
-        match i32::try_from(result) {
-            Ok(size @ 0..) => size,
-            _ => -io::Error::last_os_error()
-                .raw_os_error()
-                .unwrap_or(libc::EIO),
+    /// Reads a packet from `queue`. Returns its size, or a negated error number. A packet can be larger than
+    /// the buffers if the slot `can_grow`.
+    pub(super) fn read(&mut self, queue: &dyn NetQueue, can_grow: bool) -> i32 {
+        self.vectors_to_read_to();
+        let size = if can_grow {
+            usize::MAX
+        } else {
+            self.in_buffers
+        };
+        // SAFETY: the vectors cover guest memory and the overflow. Both outlive the call, and nothing refers to
+        // either.
+        let mut buffer = unsafe { PacketBuffer::new(&self.vectors, size) };
+        match queue.read(&mut buffer).map(i32::try_from) {
+            Ok(Ok(size)) => size,
+            Ok(Err(_)) => -libc::EMSGSIZE,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => -libc::EAGAIN,
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         }
     }
 

@@ -2,11 +2,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::backend::{NetBackend, NetQueue};
 use super::packet_ring::PacketRing;
 use crate::lock::lock;
-use crate::tap::{Tap, TapQueue};
 
-/// The rings of a pair of queues. A host without io_uring gives none.
+/// The rings of a pair of queues. A host without io_uring gives none, and a queue that is not a file takes
+/// none.
 #[derive(Default)]
 pub(super) struct PairRings {
     pub(super) receive: Option<PacketRing>,
@@ -14,8 +15,8 @@ pub(super) struct PairRings {
 }
 
 impl PairRings {
-    fn new(tap_queue: &TapQueue) -> PairRings {
-        let ring = || PacketRing::new(tap_queue).ok();
+    fn new(queue: &dyn NetQueue) -> PairRings {
+        let ring = || PacketRing::new(queue.packet_file()?).ok();
         PairRings {
             receive: ring(),
             transmit: ring(),
@@ -23,36 +24,37 @@ impl PairRings {
     }
 }
 
-/// A tap, and the rings over its queues for the next worker.
+/// A backend, and the rings over its queues for the next worker.
 ///
 /// The rings are made with the device and not when its driver is ready: that is on the thread of a vCPU,
 /// which may not be allowed to.
 pub(super) struct RingStore {
-    tap: Arc<Tap>,
-    /// As many as the tap has queues.
+    backend: Arc<dyn NetBackend>,
+    /// One for each queue of the backend.
     pairs: Mutex<Vec<PairRings>>,
 }
 
 impl RingStore {
-    pub(super) fn new(tap: Arc<Tap>) -> RingStore {
-        let pairs = tap.queues().iter().map(PairRings::new).collect();
+    pub(super) fn new(backend: Arc<dyn NetBackend>) -> RingStore {
+        let queues = (0..backend.queue_count()).filter_map(|index| backend.queue(index));
+        let pairs = queues.map(PairRings::new).collect();
         RingStore {
             pairs: Mutex::new(pairs),
-            tap,
+            backend,
         }
     }
 
-    pub(super) fn tap(&self) -> &Arc<Tap> {
-        &self.tap
+    pub(super) fn backend(&self) -> &Arc<dyn NetBackend> {
+        &self.backend
     }
 
-    /// The rings over a queue of the tap. Nobody else has them until they are given back.
+    /// The rings over a queue of the backend. Nobody else has them until they are given back.
     pub(super) fn take(&self, pair: usize) -> PairRings {
         let mut pairs = self.pairs();
         pairs.get_mut(pair).map(std::mem::take).unwrap_or_default()
     }
 
-    /// Leaves the rings over a queue of the tap to the next worker.
+    /// Leaves the rings over a queue of the backend to the next worker.
     pub(super) fn give_back(&self, pair: usize, rings: PairRings) {
         if let Some(place) = self.pairs().get_mut(pair) {
             *place = rings;

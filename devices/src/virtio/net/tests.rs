@@ -1,5 +1,6 @@
 //! The whole device against a test driver and a socket in place of the tap.
 
+mod backend;
 mod control_queue;
 mod dirty_log;
 mod limits;
@@ -24,7 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::event_loop::Subscriber;
-use crate::tap::PACKET_HEADER_SIZE;
+use crate::tap::{PACKET_HEADER_SIZE, Tap};
 use crate::virtio::DriverLink;
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::test_driver::{Buffer, InterruptCounter, RINGS_SIZE, TestDriver};
@@ -74,7 +75,7 @@ fn worker_with(tap: Arc<Tap>, limits: &NetLimits, activation: Activation) -> Wor
 
 /// Makes a card without limits.
 fn net(tap: Tap, mac: [u8; 6], mtu: Option<u16>) -> Net {
-    Net::new(tap, mac, mtu, &NetLimits::default(), None).unwrap()
+    Net::new(Arc::new(tap), mac, mtu, &NetLimits::default(), None).unwrap()
 }
 
 /// Makes a socket in place of a tap, and its far end.

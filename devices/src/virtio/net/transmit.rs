@@ -1,18 +1,19 @@
-//! From the driver to the tap (section 5.1.6.2).
+//! From the driver to the backend (section 5.1.6.2).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use bantam_memory::GuestMemory;
 
+use super::backend::{NetQueue, is_gone};
 use super::dropped::{DropReason, DroppedPackets};
 use super::flow::Flow;
 use super::local_port::LocalPort;
 use super::packet_ring::{MAX_BATCH, PacketRing};
 use super::{DriverError, Halt, MAX_PACKET_SIZE, MAX_PACKETS_PER_TURN, PACKETS_PER_INTERRUPT};
-use crate::tap::{PACKET_HEADER_SIZE, TapQueue, is_gone};
+use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{Chain, DriverLink, VirtQueue};
 use crate::worker::QueueProgress;
 
@@ -54,9 +55,9 @@ impl Transmitter {
     }
 
     /// Replaces a ring that has failed.
-    pub(super) fn renew_ring(&mut self, tap: &TapQueue) {
+    pub(super) fn renew_ring(&mut self, backend: &dyn NetQueue) {
         if let Some(ring) = &mut self.ring {
-            ring.renew(tap);
+            ring.renew(backend);
         }
     }
 
@@ -76,12 +77,12 @@ impl Transmitter {
         self.queue.ring_doorbell();
     }
 
-    /// Sends the packets that the driver has made available, or drops them if there is no tap; for one turn
+    /// Sends the packets that the driver has made available, or drops them if there is no backend; for one turn
     /// at most, with the doorbell rung again for the rest. Packets for the local endpoint, if there is one,
     /// go there.
     pub(super) fn transmit(
         &mut self,
-        tap: Option<&TapQueue>,
+        backend: Option<&dyn NetQueue>,
         flow: &mut Flow,
         local_port: &mut Option<LocalPort>,
         link: &DriverLink,
@@ -89,7 +90,7 @@ impl Transmitter {
     ) -> Result<Halt, DriverError> {
         self.queue.disable_doorbell();
         let mut unreported = 0;
-        let result = self.transmit_turn(tap, flow, local_port, link, dropped, &mut unreported);
+        let result = self.transmit_turn(backend, flow, local_port, link, dropped, &mut unreported);
         // The driver is told of what was sent, even if it broke the rules afterwards.
         self.report(&mut unreported, link);
         result
@@ -97,7 +98,7 @@ impl Transmitter {
 
     fn transmit_turn(
         &mut self,
-        tap: Option<&TapQueue>,
+        backend: Option<&dyn NetQueue>,
         flow: &mut Flow,
         local_port: &mut Option<LocalPort>,
         link: &DriverLink,
@@ -117,12 +118,12 @@ impl Transmitter {
                 since = Instant::now();
                 continue;
             }
-            if tap.is_some() && !flow.allows_more()? {
+            if backend.is_some() && !flow.allows_more()? {
                 return Ok(Halt::Limit);
             }
             // Half of them: while the driver takes these, there is more to do here.
             let batch = flow.batch((waiting / 2).min(self.chains.len()));
-            match (tap, &self.ring) {
+            match (backend, &self.ring) {
                 (Some(_), Some(ring)) if batch >= MIN_BATCH && ring.is_usable() => {
                     steps += batch;
                     *unreported += batch;
@@ -134,7 +135,9 @@ impl Transmitter {
                 }
                 _ => {
                     steps += 1;
-                    if let Some(halt) = self.send_one(tap, flow, local_port, &mut since, dropped)? {
+                    if let Some(halt) =
+                        self.send_one(backend, flow, local_port, &mut since, dropped)?
+                    {
                         return Ok(halt);
                     }
                     *unreported += 1;
@@ -149,11 +152,11 @@ impl Transmitter {
         Ok(Halt::Driver)
     }
 
-    /// Takes the next packet and sends it, if there is a tap. If the tap cannot take it now, puts it back and
+    /// Takes the next packet and sends it, if there is a backend. If that cannot take it now, puts it back and
     /// returns why.
     fn send_one(
         &mut self,
-        tap: Option<&TapQueue>,
+        backend: Option<&dyn NetQueue>,
         flow: &mut Flow,
         local_port: &mut Option<LocalPort>,
         since: &mut Instant,
@@ -166,8 +169,8 @@ impl Transmitter {
             return Ok(None);
         }
         if !is_taken(local_port, chain)
-            && let Some(tap) = tap
-            && let Err(halt) = send(tap, chain, flow, since, dropped)
+            && let Some(backend) = backend
+            && let Err(halt) = send(backend, chain, flow, since, dropped)
         {
             self.queue.undo_pop();
             return Ok(Some(halt));
@@ -176,8 +179,8 @@ impl Transmitter {
         Ok(None)
     }
 
-    /// Takes the next `count` packets and sends them with one system call. Packets that the tap cannot take
-    /// are dropped: it takes as many as the host has memory for.
+    /// Takes the next `count` packets and sends them with one system call. Packets that cannot be
+    /// taken are dropped: a tap takes as many as the host has memory for.
     fn send_together(
         &mut self,
         count: usize,
@@ -218,7 +221,7 @@ impl Transmitter {
             if result < 0 {
                 let error = io::Error::from_raw_os_error(-result);
                 if is_gone(&error) {
-                    halt = Some(Halt::TapGone);
+                    halt = Some(Halt::BackendGone);
                 } else {
                     flow.charge(0);
                     dropped.record(&DropReason::Write(error));
@@ -263,7 +266,7 @@ fn is_packet(chain: &Chain, dropped: &mut DroppedPackets) -> bool {
 
 /// Sends the packet in `chain`, or drops it if it can be sent neither now nor later.
 fn send(
-    tap: &TapQueue,
+    backend: &dyn NetQueue,
     chain: &mut Chain,
     flow: &mut Flow,
     since: &mut Instant,
@@ -274,17 +277,17 @@ fn send(
         return Ok(());
     }
     let size = chain.readable.len();
-    match chain.readable.write_to(tap.as_fd(), None) {
-        Ok(_) => {
+    match backend.write(&mut chain.readable) {
+        Ok(()) => {
             flow.charge(size);
             flow.passed(size);
             flow.called_since(since);
             Ok(())
         }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Tap),
-        Err(error) if is_gone(&error) => Err(Halt::TapGone),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(Halt::Backend),
+        Err(error) if is_gone(&error) => Err(Halt::BackendGone),
         Err(error) => {
-            // A driver could otherwise exceed the limits with packets that the tap refuses.
+            // A driver could otherwise exceed the limits with packets that are refused.
             flow.charge(0);
             dropped.record(&DropReason::Write(error));
             Ok(())

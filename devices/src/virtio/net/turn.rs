@@ -17,10 +17,10 @@ pub(super) const MAX_PACKET_SIZE: usize = PACKET_HEADER_SIZE + MAX_FRAME_HEADER_
 pub(super) enum Halt {
     /// The driver has nothing more in its queue; it goes on when the driver rings the doorbell.
     Driver,
-    /// The tap has no more packets, or takes no more; it goes on when the tap becomes ready.
-    Tap,
+    /// The backend has no more packets, or takes no more; it goes on when the backend becomes ready.
+    Backend,
     /// A limit is reached; it goes on when the timer expires.
     Limit,
-    /// The tap has been removed.
-    TapGone,
+    /// The backend is gone for good.
+    BackendGone,
 }

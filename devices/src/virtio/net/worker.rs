@@ -1,4 +1,4 @@
-//! The worker: it moves packets between the queues and the tap, and obeys the driver's commands.
+//! The worker: it moves packets between the queues and the backend, and obeys the driver's commands.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -10,6 +10,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
 };
 
+use super::backend::{NetBackend, NetQueue};
 use super::config::{MacAddress, is_station_address, mac, set_announce, set_mac};
 use super::control_queue::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
@@ -26,7 +27,7 @@ use super::{
     DriverError, GUEST_OFFLOADS, GUEST_SEGMENTATION, Halt, MAX_FRAME_HEADER_SIZE, MAX_PACKET_SIZE,
     offloads,
 };
-use crate::tap::{PACKET_HEADER_SIZE, Tap};
+use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{Activation, ConfigSpace, DriverLink};
 use crate::worker::{QueueProgress, VirtioWorker};
 
@@ -38,8 +39,8 @@ enum Source {
     ReceiveDoorbell(usize),
     /// The doorbell of the transmit queue of a pair.
     TransmitDoorbell(usize),
-    /// The queue of the tap that belongs to a pair.
-    Tap(usize),
+    /// The queue of the backend that belongs to a pair.
+    Backend(usize),
     /// The timer of the limits of reception.
     ReceiveLimit,
     /// The timer of the limits of transmission.
@@ -55,7 +56,7 @@ impl Source {
             Source::ControlDoorbell => (0, 0),
             Source::ReceiveDoorbell(pair) => (1, pair),
             Source::TransmitDoorbell(pair) => (2, pair),
-            Source::Tap(pair) => (3, pair),
+            Source::Backend(pair) => (3, pair),
             Source::ReceiveLimit => (4, 0),
             Source::TransmitLimit => (5, 0),
             Source::LocalTimer => (6, 0),
@@ -69,7 +70,7 @@ impl Source {
             0 => Source::ControlDoorbell,
             1 => Source::ReceiveDoorbell(pair),
             2 => Source::TransmitDoorbell(pair),
-            3 => Source::Tap(pair),
+            3 => Source::Backend(pair),
             4 => Source::ReceiveLimit,
             5 => Source::TransmitLimit,
             _ => Source::LocalTimer,
@@ -77,13 +78,13 @@ impl Source {
     }
 }
 
-/// A receive queue and a transmit queue, and their state with respect to their queue of the tap.
+/// A receive queue and a transmit queue, and their state with respect to their queue of the backend.
 struct QueuePair {
     receiver: Receiver,
     transmitter: Transmitter,
     receive_halt: Halt,
     transmit_halt: Halt,
-    /// The events that the event loop watches the tap's queue for, if it does.
+    /// The events that the event loop watches the backend's queue for, if it does.
     watched: Option<EventSet>,
 }
 
@@ -95,12 +96,12 @@ impl QueuePair {
 }
 
 pub(super) struct Worker {
-    tap: Arc<Tap>,
+    backend: Arc<dyn NetBackend>,
     /// Where the rings of the pairs are for another worker.
     rings: Arc<RingStore>,
-    /// Whether the tap has been removed from the host. Packets of the guest then go nowhere, as
+    /// Whether the backend is gone for good, as a tap that is removed. Packets of the guest then go nowhere, as
     /// from a card whose cable is pulled.
-    tap_is_gone: bool,
+    backend_is_gone: bool,
     pairs: Vec<QueuePair>,
     /// How many of the pairs the driver uses, counted from the first.
     pairs_in_use: usize,
@@ -125,7 +126,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// With the tap and the rings of `rings`, for packets of at most `mtu` bytes, as far as neither
+    /// With the backend and the rings of `rings`, for packets of at most `mtu` bytes, as far as neither
     /// side leaves segmentation to the other, on a card whose own address is `own_mac`.
     ///
     /// The order of the queues is in section 5.1.2: the two of each pair one after the other, then the
@@ -152,10 +153,10 @@ impl Worker {
         } else {
             usual_size
         };
-        let tap = rings.tap().clone();
+        let backend = rings.backend().clone();
         let merges_buffers = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let pair_count = if features & 1 << VIRTIO_NET_F_MQ != 0 {
-            tap.queues().len()
+            backend.queue_count()
         } else {
             1
         };
@@ -186,14 +187,14 @@ impl Worker {
             .map(|queue| ControlQueue::new(queue, &memory, features));
         let unused = queues.map(|queue| queue.progress()).collect();
         let mut worker = Worker {
-            dropped: DroppedPackets::new(link.clone(), tap.name(), shared.clone()),
+            dropped: DroppedPackets::new(link.clone(), backend.clone(), shared.clone()),
             first_pair: 0,
             received: Flow::new(shared.clone(), Direction::Receive),
             transmitted: Flow::new(shared.clone(), Direction::Transmit),
             shared,
-            tap,
+            backend,
             rings,
-            tap_is_gone: false,
+            backend_is_gone: false,
             pairs,
             pairs_in_use: 1,
             control,
@@ -241,11 +242,11 @@ impl Worker {
             self.shared.metrics.rx_fails.add(state.undelivered);
             pair.receiver.restore(state)?;
         }
-        let mut done = self.tap.use_queues(pairs_in_use);
+        let mut done = self.backend.use_queues(pairs_in_use);
         if offloads_in_use != self.offloads {
-            done = done.and_then(|()| self.tap.set_offloads(offloads(offloads_in_use)));
+            done = done.and_then(|()| self.backend.set_offloads(offloads(offloads_in_use)));
         }
-        done.map_err(|error| format!("cannot set up tap '{}': {error}", self.tap.name()))?;
+        done.map_err(|error| format!("cannot set up {}: {error}", self.backend.label()))?;
         self.offloads = offloads_in_use;
         self.pairs_in_use = pairs_in_use;
         self.filter = filter;
@@ -295,17 +296,17 @@ impl Worker {
                 }
                 Ok(())
             }
-            Source::Tap(pair) => {
+            Source::Backend(pair) => {
                 metrics
                     .rx_tap_event_count
                     .add(ready.contains(EventSet::IN).into());
                 if ready.intersects(EventSet::ERROR | EventSet::HANG_UP) {
-                    self.lose_tap();
+                    self.lose_backend();
                 }
                 if ready.contains(EventSet::IN) {
                     self.receive(pair)?;
                 }
-                let waits = |pair: &QueuePair| pair.transmit_halt == Halt::Tap;
+                let waits = |pair: &QueuePair| pair.transmit_halt == Halt::Backend;
                 if self.pairs.get(pair).is_some_and(waits) {
                     self.transmit(pair)?;
                 }
@@ -325,30 +326,30 @@ impl Worker {
 
     /// Receives on one pair, for one turn at most.
     fn receive(&mut self, index: usize) -> Result<(), DriverError> {
-        self.receive_from_tap(index)?;
+        self.receive_from_backend(index)?;
         match &self.local_port {
             Some(local_port) if index == 0 && local_port.has_frames() => self.serve_local(),
             _ => Ok(()),
         }
     }
 
-    fn receive_from_tap(&mut self, index: usize) -> Result<(), DriverError> {
-        let (Some(pair), Some(tap)) = (
+    fn receive_from_backend(&mut self, index: usize) -> Result<(), DriverError> {
+        let (Some(pair), Some(queue)) = (
             self.pairs[..self.pairs_in_use].get_mut(index),
-            self.tap.queues().get(index),
+            self.backend.queue(index),
         ) else {
             return Ok(());
         };
-        if self.tap_is_gone {
+        if self.backend_is_gone {
             return Ok(());
         }
         pair.receive_halt =
             pair.receiver
-                .receive(tap, &mut self.received, &self.link, &mut self.dropped)?;
+                .receive(queue, &mut self.received, &self.link, &mut self.dropped)?;
         match pair.receive_halt {
             Halt::Driver => self.shared.metrics.no_rx_avail_buffer.add(1),
-            Halt::TapGone => self.lose_tap(),
-            Halt::Tap | Halt::Limit => {}
+            Halt::BackendGone => self.lose_backend(),
+            Halt::Backend | Halt::Limit => {}
         }
         Ok(())
     }
@@ -358,13 +359,13 @@ impl Worker {
         let Some(pair) = self.pairs[..self.pairs_in_use].get_mut(index) else {
             return Ok(());
         };
-        let tap = self.tap.queues().get(index).filter(|_| !self.tap_is_gone);
+        let queue = self.backend.queue(index).filter(|_| !self.backend_is_gone);
         let metrics = &self.shared.metrics;
         if pair.transmitter.waiting()? == 0 {
             metrics.no_tx_avail_buffer.add(1);
         }
         pair.transmit_halt = pair.transmitter.transmit(
-            tap,
+            queue,
             &mut self.transmitted,
             &mut self.local_port,
             &self.link,
@@ -372,13 +373,22 @@ impl Worker {
         )?;
         let left = pair.transmitter.waiting()?;
         metrics.tx_remaining_reqs_count.add(left.into());
-        if pair.transmit_halt == Halt::TapGone {
-            self.lose_tap();
+        if pair.transmit_halt == Halt::BackendGone {
+            self.lose_backend();
         }
-        match &self.local_port {
-            Some(local_port) if local_port.has_taken() => self.serve_local(),
-            _ => Ok(()),
+        if let Some(local_port) = &self.local_port
+            && local_port.has_taken()
+        {
+            self.serve_local()?;
         }
+        // Packets of the driver can have answers at once.
+        let queue = self.backend.queue(index);
+        if queue.is_some_and(NetQueue::has_packets)
+            && self.pairs[index].receive_halt == Halt::Backend
+        {
+            return self.receive(index);
+        }
+        Ok(())
     }
 
     /// Has the local endpoint do its work. Its frames go to the first pair, which is always in use.
@@ -392,23 +402,23 @@ impl Worker {
             &self.link,
             &mut self.dropped,
         )?;
-        // Packets of the tap wait for buffers too, and the doorbell may have been switched off meanwhile.
+        // Packets of the backend wait for buffers too, and the doorbell may have been switched off meanwhile.
         if delivered && pair.receive_halt == Halt::Driver {
             pair.receiver.ring_doorbell();
         }
         Ok(())
     }
 
-    /// Takes note that the tap is gone. From now on the driver's packets are dropped, including those that
-    /// have waited for the tap.
-    fn lose_tap(&mut self) {
-        if std::mem::replace(&mut self.tap_is_gone, true) {
+    /// Takes note that the backend is gone. From now on the driver's packets are dropped, including those that
+    /// have waited for the backend.
+    fn lose_backend(&mut self) {
+        if std::mem::replace(&mut self.backend_is_gone, true) {
             return;
         }
         self.link.warn_of_host(format_args!(
-            "tap '{}' has been removed; the guest has no network on this card until the machine \
-             is started anew",
-            self.tap.name()
+            "{} has been removed; the guest has no network on this card until the machine is \
+             started anew",
+            self.backend.label()
         ));
         for pair in &self.pairs {
             pair.transmitter.ring_doorbell();
@@ -455,7 +465,8 @@ impl Worker {
             Command::Offloads(wanted) => {
                 let negotiated = self.features & GUEST_OFFLOADS;
                 let done = wanted & !negotiated == 0
-                    && (self.tap_is_gone || self.tap.set_offloads(offloads(wanted)).is_ok());
+                    && (self.backend_is_gone
+                        || self.backend.set_offloads(offloads(wanted)).is_ok());
                 if done {
                     self.offloads = wanted;
                 }
@@ -467,15 +478,14 @@ impl Worker {
     /// Has the host filter frames, which spares the monitor and the guest the most work. The driver must cope
     /// with frames that it does not want, so it need not know if that fails.
     fn apply_filter(&self) {
-        if self.tap_is_gone {
+        if self.backend_is_gone {
             return;
         }
         let filter = self.filter.for_tap(mac(&self.config));
-        if let Err(error) = self.tap.set_filter(&filter) {
+        if let Err(error) = self.backend.set_filter(&filter) {
             self.link.warn(format_args!(
-                "cannot set which frames tap '{}' passes to the guest, which thus has too many: \
-                 {error}",
-                self.tap.name()
+                "cannot set which frames {} passes to the guest, which thus has too many: {error}",
+                self.backend.label()
             ));
         }
     }
@@ -496,12 +506,12 @@ impl Worker {
                 &mut self.dropped,
             )?;
         }
-        if !self.tap_is_gone
-            && let Err(error) = self.tap.use_queues(count)
+        if !self.backend_is_gone
+            && let Err(error) = self.backend.use_queues(count)
         {
             self.link.warn(format_args!(
-                "cannot use {count} queues of tap '{}': {error}",
-                self.tap.name()
+                "cannot use {count} queues of {}: {error}",
+                self.backend.label()
             ));
             return Ok(false);
         }
@@ -513,25 +523,32 @@ impl Worker {
         Ok(true)
     }
 
-    /// Has the event loop watch the tap for the events that the worker waits for. An error of the tap is
-    /// reported even if none are asked for, so the tap is not watched once it has been removed, nor while the
+    /// Has the event loop watch the backend for the events that the worker waits for. An error of it is
+    /// reported even if none are asked for, so it is not watched once it is gone, nor while the
     /// device needs a reset. A queue that is not in use, which is always in error, is not watched either.
-    fn watch_tap(&mut self, operations: &mut EventOps<'_>) {
-        let at_rest = self.tap_is_gone || self.link.needs_reset();
-        for (index, (pair, tap)) in self.pairs.iter_mut().zip(self.tap.queues()).enumerate() {
+    fn watch_backend(&mut self, operations: &mut EventOps<'_>) {
+        let at_rest = self.backend_is_gone || self.link.needs_reset();
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            let Some(queue) = self.backend.queue(index) else {
+                break;
+            };
             let wanted = if at_rest || index >= self.pairs_in_use {
                 None
             } else {
                 let mut readiness = EventSet::empty();
-                readiness.set(EventSet::IN, pair.receive_halt == Halt::Tap);
-                readiness.set(EventSet::OUT, pair.transmit_halt == Halt::Tap);
+                readiness.set(EventSet::IN, pair.receive_halt == Halt::Backend);
+                readiness.set(EventSet::OUT, pair.transmit_halt == Halt::Backend);
                 Some(readiness)
             };
             if wanted == pair.watched {
                 continue;
             }
-            let token = Source::Tap(index).token();
-            let events = Events::with_data(tap, token, wanted.unwrap_or(EventSet::empty()));
+            let token = Source::Backend(index).token();
+            let events = Events::with_data_raw(
+                queue.as_raw_fd(),
+                token,
+                wanted.unwrap_or(EventSet::empty()),
+            );
             let done = match (pair.watched, wanted) {
                 (None, _) => operations.add(events),
                 (_, Some(_)) => operations.modify(events),
@@ -558,7 +575,7 @@ impl Worker {
 
 impl VirtioWorker for Worker {
     /// Puts the receive buffers back. There is nothing else to end: each turn ends with all of its operations
-    /// done and the driver notified. Packets queued in the tap wait there, and connections to the local
+    /// done and the driver notified. Packets queued in the backend wait there, and connections to the local
     /// endpoint stay open.
     fn pause(&mut self) -> io::Result<()> {
         for pair in &mut self.pairs {
@@ -584,7 +601,7 @@ impl VirtioWorker for Worker {
         let state = WorkerState {
             filter: self.filter.clone(),
             offloads: self.offloads,
-            // A tap does not have more queues than fit.
+            // A backend does not have more queues than fit.
             pairs_in_use: self.pairs_in_use as u16,
             receivers: self
                 .pairs
@@ -598,9 +615,11 @@ impl VirtioWorker for Worker {
 
 impl MutEventSubscriber for Worker {
     fn init(&mut self, operations: &mut EventOps<'_>) {
-        for (pair, tap_queue) in self.pairs.iter_mut().zip(self.tap.queues()) {
-            pair.receiver.renew_ring(tap_queue);
-            pair.transmitter.renew_ring(tap_queue);
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            if let Some(queue) = self.backend.queue(index) {
+                pair.receiver.renew_ring(queue);
+                pair.transmitter.renew_ring(queue);
+            }
         }
         for (doorbell, source) in self.doorbells() {
             // Edge-triggered, so that no call is spent on reading the doorbell.
@@ -627,7 +646,7 @@ impl MutEventSubscriber for Worker {
                 self.link.need_reset_by_host(&error);
             }
         }
-        self.watch_tap(operations);
+        self.watch_backend(operations);
     }
 
     fn process(&mut self, events: Events, operations: &mut EventOps<'_>) {
@@ -647,7 +666,7 @@ impl MutEventSubscriber for Worker {
             self.link
                 .warn_of_host(format_args!("cannot stop watching a timer: {error}"));
         }
-        self.watch_tap(operations);
+        self.watch_backend(operations);
     }
 }
 
@@ -663,13 +682,14 @@ impl Drop for Worker {
         }
         set_mac(&self.config, self.own_mac);
         set_announce(&self.config, false);
-        if self.tap_is_gone {
+        if self.backend_is_gone {
             return;
         }
-        if let Err(error) = self.tap.forget_driver() {
-            self.link
-                .warn_of_host(format_args!("cannot bring its tap to rest: {error}"));
+        if let Err(error) = self.backend.forget_driver() {
+            self.link.warn_of_host(format_args!(
+                "cannot bring {} to rest: {error}",
+                self.backend.label()
+            ));
         }
-        self.tap.discard_queued();
     }
 }

@@ -127,12 +127,28 @@ prop_compose! {
         iothread: bool,
         name in of(parsed("[a-z0-9._-]{1,64}")),
         (receive, transmit) in (limits(), limits()),
+        user in of((
+            prop::collection::vec(parsed("(tcp:|udp:)?127[.]0[.]0[.]1:[1-9][0-9]{0,3}:80"), 0..3),
+            any::<(bool, bool)>(),
+            of(parsed("10[.][0-9][.]0[.]0/16")),
+            prop::collection::vec(any::<std::net::IpAddr>(), 0..3),
+            of(parsed("[a-z]{1,9}([.][a-z]{1,9})?")),
+            of(parsed("[a-z]{1,9}([.][a-z]{1,9})?")),
+        )),
     ) -> NetConfig {
+        if let Some((forward, (restrict, host_loopback), subnet, dns, domain, hostname)) = user {
+            return NetConfig {
+                mac: mac.and_then(|bytes| bytes.try_into().ok()),
+                mtu, iothread, name, forward, restrict, host_loopback, subnet, dns, domain, hostname,
+                limits: NetLimitsConfig { receive, transmit },
+                ..NetConfig::user()
+            };
+        }
         NetConfig {
-            tap: tap.try_into().unwrap(),
             mac: mac.and_then(|bytes| bytes.try_into().ok()),
             mtu, queues, iothread, name,
             limits: NetLimitsConfig { receive, transmit },
+            ..NetConfig::new(tap.try_into().unwrap())
         }
     }
 }

@@ -1,0 +1,273 @@
+//! User networks: what a guest reaches by ordinary sockets of the monitor, and how it is reached.
+//!
+//! The "world" is the loopback interface of a network namespace that each test makes, so no packet leaves it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_tests::{Bantam, Kernel, pattern, require_kvm, require_namespaces, scripted_root};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
+
+/// An address of the world.
+const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+/// What the guest fetches.
+const FILE_SIZE: usize = 1 << 20;
+
+/// Runs `test` in a network namespace whose loopback interface has the address [`SERVER`], and in which users
+/// may ping.
+fn in_world(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        // A thread has a namespace of its own, and passes it on to what it starts.
+        unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
+        ip("link set lo up");
+        ip(&format!("address add {SERVER}/32 dev lo"));
+        fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
+            .expect("the setting is that of the namespace");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(
+        status.is_ok_and(|status| status.success()),
+        "ip {arguments}"
+    );
+}
+
+/// Answers every query for an IPv4 address with [`SERVER`], and others with nothing.
+fn serve_names(socket: &UdpSocket) {
+    let mut query = [0; 512];
+    while let Ok((size, peer)) = socket.recv_from(&mut query) {
+        let question = &query[12..size];
+        let name_size = question.iter().position(|&byte| byte == 0);
+        let name_size = name_size.expect("a name ends with an empty label") + 1;
+        let asks_for_address = question[name_size..name_size + 2] == [0, 1];
+        let mut answer = query[..2].to_vec();
+        answer.extend([0x81, 0x80, 0, 1, 0, asks_for_address.into(), 0, 0, 0, 0]);
+        answer.extend(&question[..name_size + 4]);
+        if asks_for_address {
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+            answer.extend(SERVER.octets());
+        }
+        socket.send_to(&answer, peer).expect("the guest is there");
+    }
+}
+
+/// Answers every request of HTTP with a file.
+fn serve_file(listener: &TcpListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.expect("connections can be accepted");
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+            request.push(byte[0]);
+        }
+        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {FILE_SIZE}\r\n\r\n");
+        let file = pattern(5, 0, FILE_SIZE);
+        let sent = stream.write_all(&[head.as_bytes(), &file].concat());
+        sent.expect("the guest takes all of it");
+    }
+}
+
+/// What busybox's DHCP client calls.
+const LEASE_SCRIPT: &str = "#!/bin/sh\n\
+    case $1 in\n\
+    deconfig) ifconfig eth0 up;;\n\
+    bound)\n\
+        ifconfig eth0 $ip netmask $subnet\n\
+        route add default gw $router\n\
+        echo nameserver $dns > /etc/resolv.conf\n\
+        echo LEASE $ip $subnet $router $dns $domain $hostname $mtu;;\n\
+    esac\n";
+
+#[test]
+fn linux_gets_an_address_resolves_a_name_fetches_and_serves() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let names = UdpSocket::bind("127.0.0.53:53").unwrap();
+        thread::spawn(move || serve_names(&names));
+        let files = TcpListener::bind((SERVER, 80)).unwrap();
+        thread::spawn(move || serve_file(&files));
+        // The host's own resolver stub is what the guest's queries reach; its loopback is not.
+        let local = TcpListener::bind("127.0.0.1:81").unwrap();
+        local.set_nonblocking(true).unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!(
+            "#!/bin/sh\n\
+             mount -t proc proc /proc\n\
+             udhcpc -i eth0 -n -q -f -s /lease.sh\n\
+             nslookup files.test\n\
+             ping -c 1 -W 5 {SERVER}\n\
+             wget -q -O - http://files.test/ | md5sum\n\
+             nc -w 5 10.0.2.2 81 </dev/null && echo REACHED\n\
+             echo SERVING; echo the guest answers | nc -l -p 7000\n\
+             echo DONE\n\
+             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+        );
+        let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
+        let root = scripted_root(folder.path(), &scripts);
+        let machine = Bantam::linux(Kernel::Small)
+            .disk(&root, "")
+            .append("quiet init=/test.sh")
+            .option(
+                "--net",
+                "user,dns=127.0.0.53,domain=example.test,hostname=one,forward=7070:7000",
+            )
+            .start();
+        let text = machine.wait_for_output("SERVING");
+        let answer = connect("127.0.0.1:7070");
+        assert_eq!(answer, "the guest answers\n", "{text}");
+        let ended = machine.wait();
+        ended.printed("LEASE 10.0.2.15 255.255.255.0 10.0.2.2 10.0.2.3 example.test one 65520");
+        let sum = file_sum();
+        ended.printed(&format!("{sum}  -")).printed("DONE");
+        let text = ended.succeeded().text();
+        assert!(text.contains("1 packets received"), "{text}");
+        assert!(!text.contains("REACHED"), "{text}");
+        assert!(local.accept().is_err(), "the host's loopback was reached");
+    });
+}
+
+/// The MD5 sum of the file, by the same program as the guest's.
+fn file_sum() -> String {
+    let mut sum = Command::new("/bin/busybox")
+        .arg("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("there is busybox-static");
+    let stdin = sum.stdin.take();
+    let mut stdin = stdin.expect("it is a pipe");
+    let written = stdin.write_all(&pattern(5, 0, FILE_SIZE));
+    written.expect("all of it is read");
+    drop(stdin);
+    let output = sum.wait_with_output().expect("it ends");
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+/// Reads everything from a server, which may take a moment to be there.
+fn connect(address: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let mut text = String::new();
+        let read =
+            TcpStream::connect(address).and_then(|mut stream| stream.read_to_string(&mut text));
+        if read.is_ok() && !text.is_empty() {
+            return text;
+        }
+        assert!(Instant::now() < deadline, "nobody answers: {read:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_driver_exchanges_frames_with_a_user_network() {
+    require_kvm!();
+    for words in ["", "offloads"] {
+        let ended = Bantam::payload("devices")
+            .option("--net", "user")
+            .append(format!("net-arp=10.0.2.15,10.0.2.2 {words}"))
+            .finish();
+        ended
+            .passed()
+            .printed("ok: net resolves 10.0.2.15,10.0.2.2")
+            .printed("ok: net sends");
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_refused_before_the_guest_starts() {
+    require_kvm!();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let ended = Bantam::payload("hello")
+        .option("--net", format!("user,forward={port}:80"))
+        .finish();
+    let reason = ended.failed_with_one_line();
+    assert!(
+        reason.contains(&format!("tcp port 127.0.0.1:{port} of the host")),
+        "{reason}"
+    );
+    drop(taken);
+    Bantam::payload("hello")
+        .option("--net", format!("user,forward={port}:80"))
+        .finish()
+        .passed();
+}
+
+#[test]
+fn the_port_that_the_host_chose_is_told() {
+    require_kvm!();
+    let machine = Bantam::payload("hello")
+        .option("--net", "user,forward=0:80")
+        .append("finish=hang")
+        .start();
+    let text = machine.wait_for_error("leads to port 80 of the guest");
+    let port = text.split("127.0.0.1:").nth(1).unwrap();
+    let port = port.split(' ').next().unwrap();
+    // The guest has no driver, but the connection waits for one.
+    TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+}
+
+#[test]
+fn a_restored_guest_finds_its_connections_reset_and_opens_others() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let first = TcpListener::bind((SERVER, 90)).unwrap();
+        let second = TcpListener::bind((SERVER, 91)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!(
+            "#!/bin/sh\n\
+             ifconfig eth0 10.0.2.15\n\
+             route add default gw 10.0.2.2\n\
+             while :; do echo tick; sleep 1; done | nc {SERVER} 90\n\
+             echo ENDED; echo again | nc {SERVER} 91\n\
+             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+        );
+        let root = scripted_root(folder.path(), &[("test.sh", &script)]);
+        let (socket, snapshot) = (folder.path().join("socket"), folder.path().join("snapshot"));
+        let machine = Bantam::linux(Kernel::Small)
+            .disk(&root, "")
+            .append("quiet init=/test.sh")
+            .option("--net", "user,forward=7070:7000")
+            .option("--control", &socket)
+            .start();
+        let (mut stream, _) = first.accept().unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+        let words = [Path::new("snapshot"), &socket, &snapshot];
+        Bantam::new(words).finish().succeeded();
+        machine.signal(Signal::SIGKILL);
+        machine.wait();
+        let server = thread::spawn(move || {
+            let mut text = String::new();
+            second
+                .accept()
+                .unwrap()
+                .0
+                .read_to_string(&mut text)
+                .unwrap();
+            text
+        });
+        let words = [Path::new("restore"), &snapshot];
+        let ended = Bantam::new(words).limit(Duration::from_secs(120)).finish();
+        ended.succeeded();
+        ended.printed("ENDED");
+        assert_eq!(server.join().unwrap(), "again\n");
+    });
+}

@@ -1,0 +1,44 @@
+//! A network for a guest that needs no rights on the host: what the guest sends goes through ordinary sockets
+//! of the monitor's process.
+//!
+//! The guest sees one Ethernet segment with itself, a gateway and a name server. It gets its address by DHCP.
+//! Each of its connections is a socket of the host, so the outside sees the host speak.
+//!
+//! # Why there is no second TCP
+//! A stack such as smoltcp between guest and sockets would take in each byte, acknowledge it, keep it, and
+//! send it on by a TCP of its own, with windows, timers and buffers for each connection. There is nothing to
+//! gain: the link to the guest loses and reorders nothing, and the host's kernel has a TCP towards the outside
+//! already. So segments are mapped to system calls, as passt does: a segment's payload goes from guest memory
+//! to `sendmsg`; what the socket has received is peeked at, into guest memory, and leaves the socket's queue
+//! when the guest acknowledges it. A large MTU makes each of these calls carry up to 64 KiB.
+//!
+//! # Bounds
+//! The guest is hostile. Flows are bounded in number, what they keep in memory is bounded for all of them
+//! together, and each call does a bounded amount of work. What is too much is dropped or refused, so that the
+//! guest is slowed and not the host.
+//!
+//! # Files
+//! `network.rs` says what becomes of each frame, `tcp.rs`, `udp.rs` and `icmp.rs` have the flows, `dhcp.rs`
+//! and `resolver.rs` what the guest is told and asks, `addresses.rs` what it may reach, `wire.rs` the headers.
+
+mod addresses;
+mod dhcp;
+mod error;
+mod frame;
+mod icmp;
+mod network;
+mod options;
+mod output;
+mod resolver;
+mod sys;
+mod table;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod udp;
+mod wire;
+
+pub use error::{OpenError, OptionError};
+pub use frame::{FrameBuffer, GuestFrame, PartialChecksum, WrittenFrame};
+pub use network::{ForwardedPort, UserNetwork};
+pub use options::{DnsName, Forward, Protocol, Subnet, UserNetworkOptions};

@@ -1,0 +1,234 @@
+//! UDP between a port of the guest and one other port.
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::frame::{GuestFrame, WrittenFrame};
+use crate::output::{Output, Payload};
+use crate::wire::{PROTOCOL_UDP, Route, UDP_SIZE, Udp};
+
+/// How long a flow lives without datagrams (RFC 4787, section 4.3).
+const IDLE_TIME: Duration = Duration::from_secs(180);
+/// How long a query to a name server waits for its answer.
+const QUERY_TIME: Duration = Duration::from_secs(15);
+
+/// How long a name server may take before it is considered silent. Resolvers ask again after 2 seconds at least.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
+/// Most datagrams and reports that are passed over at once.
+const MAX_REPORTS: usize = 16;
+
+/// What [`UdpFlow::produce`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Received {
+    /// A datagram is written, and there may be more.
+    Frame(WrittenFrame),
+    /// Nobody listens at the other end.
+    Refused(Udp),
+    /// There is nothing now.
+    Nothing,
+}
+
+/// Where the datagrams of a flow go.
+enum Socket {
+    /// A socket that is connected to the other end.
+    Own(UdpSocket),
+    /// The socket of a forwarded port, and the other end.
+    Forwarded(Arc<UdpSocket>, SocketAddr),
+}
+
+/// One flow.
+pub(crate) struct UdpFlow {
+    route: Route,
+    /// The ports of datagrams to the guest.
+    source: u16,
+    destination: u16,
+    socket: Socket,
+    /// The name server to which queries go, as long as it has not answered.
+    unanswered: Option<IpAddr>,
+    is_query: bool,
+    last_use: Instant,
+}
+
+impl UdpFlow {
+    /// Makes a flow that the guest begins, to `remote`; with `is_query`, that is a name server.
+    ///
+    /// # Errors
+    /// If the host has no route to it, or no more sockets.
+    pub(crate) fn outgoing(
+        route: Route,
+        ports: [u16; 2],
+        remote: SocketAddr,
+        is_query: bool,
+        now: Instant,
+    ) -> io::Result<UdpFlow> {
+        let any: IpAddr = match remote {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        socket.set_nonblocking(true)?;
+        socket.connect(remote)?;
+        let mut flow = UdpFlow::new(route, ports, Socket::Own(socket), now);
+        flow.is_query = is_query;
+        Ok(flow)
+    }
+
+    /// Makes a flow that `remote` has begun by a datagram to a forwarded port.
+    pub(crate) fn incoming(
+        route: Route,
+        ports: [u16; 2],
+        socket: Arc<UdpSocket>,
+        remote: SocketAddr,
+        now: Instant,
+    ) -> UdpFlow {
+        UdpFlow::new(route, ports, Socket::Forwarded(socket, remote), now)
+    }
+
+    fn new(route: Route, [source, destination]: [u16; 2], socket: Socket, now: Instant) -> UdpFlow {
+        UdpFlow {
+            route,
+            source,
+            destination,
+            socket,
+            unanswered: None,
+            is_query: false,
+            last_use: now,
+        }
+    }
+
+    /// The socket of a flow that has one of its own.
+    pub(crate) fn socket(&self) -> Option<&UdpSocket> {
+        match &self.socket {
+            Socket::Own(socket) => Some(socket),
+            Socket::Forwarded(..) => None,
+        }
+    }
+
+    pub(crate) fn last_use(&self) -> Instant {
+        self.last_use
+    }
+
+    pub(crate) fn is_idle(&self, now: Instant) -> bool {
+        let limit = if self.is_query { QUERY_TIME } else { IDLE_TIME };
+        now.duration_since(self.last_use) >= limit
+    }
+
+    /// The other end, if the flow is that of a forwarded port.
+    pub(crate) fn forwarded_peer(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Socket::Own(_) => None,
+            Socket::Forwarded(_, remote) => Some(*remote),
+        }
+    }
+
+    /// Returns the name server that has had time to answer the last query, and has not, if there is one.
+    pub(crate) fn silent_server(&self, now: Instant) -> Option<IpAddr> {
+        // Two queries may follow each other at once, for addresses of both versions.
+        let had_time = now.duration_since(self.last_use) >= ANSWER_TIME;
+        self.unanswered.filter(|_| had_time)
+    }
+
+    /// Sends a datagram of the guest, whose payload of `size` bytes is at `offset` in `frame`, on. One that
+    /// the host cannot send now is lost, as on any network.
+    pub(crate) fn take(
+        &mut self,
+        frame: &mut dyn GuestFrame,
+        (offset, size): (usize, usize),
+        scratch: &mut Vec<u8>,
+        now: Instant,
+    ) {
+        self.last_use = now;
+        match &self.socket {
+            Socket::Own(socket) => {
+                let _ = frame.send_at(offset, size, socket.as_fd());
+                if self.is_query {
+                    self.unanswered = socket.peer_addr().ok().map(|address| address.ip());
+                }
+            }
+            Socket::Forwarded(socket, remote) => {
+                scratch.resize(scratch.len().max(size), 0);
+                frame.read_at(offset, &mut scratch[..size]);
+                let _ = socket.send_to(&scratch[..size], remote);
+            }
+        }
+    }
+
+    /// Writes the next datagram for the guest, if the flow has a socket of its own.
+    pub(crate) fn produce(&mut self, output: &mut Output<'_>, now: Instant) -> Received {
+        let Socket::Own(socket) = &self.socket else {
+            return Received::Nothing;
+        };
+        let headers_size = self.route.headers_size() + UDP_SIZE;
+        let room = output.room(headers_size);
+        for _ in 0..MAX_REPORTS {
+            let (received, in_buffer) = if output.link.leaves_checksums {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+                let received = output
+                    .buffer
+                    .receive_at(headers_size, room, socket.as_fd(), flags);
+                (received, true)
+            } else {
+                let bytes = &mut output.scratch.payload;
+                bytes.resize(bytes.len().max(1 << 16), 0);
+                (socket.recv(bytes), false)
+            };
+            match received {
+                // A datagram that does not fit into a packet is lost.
+                Ok(size) if size > room => {}
+                Ok(size) => {
+                    self.unanswered = None;
+                    self.last_use = now;
+                    let payload = match in_buffer {
+                        true => Payload::InBuffer(size),
+                        false => Payload::InScratch(size),
+                    };
+                    return Received::Frame(self.finish(output, payload));
+                }
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    return Received::Refused(Udp {
+                        source: self.destination,
+                        destination: self.source,
+                        payload_size: 0,
+                    });
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Received::Nothing,
+                // A report of a router, which does not end the flow.
+                Err(_) => {}
+            }
+        }
+        Received::Nothing
+    }
+
+    /// Writes a datagram that has come on a forwarded port, and is at the start of the scratch memory.
+    pub(crate) fn deliver(
+        &mut self,
+        output: &mut Output<'_>,
+        size: usize,
+        now: Instant,
+    ) -> Option<WrittenFrame> {
+        self.last_use = now;
+        let headers_size = self.route.headers_size() + UDP_SIZE;
+        (size <= output.room(headers_size)).then(|| self.finish(output, Payload::InScratch(size)))
+    }
+
+    fn finish(&self, output: &mut Output<'_>, payload: Payload) -> WrittenFrame {
+        let (Payload::InBuffer(size) | Payload::InScratch(size)) = payload;
+        let headers = &mut output.scratch.headers;
+        self.route
+            .write(headers, PROTOCOL_UDP, UDP_SIZE + size, None);
+        Udp {
+            source: self.source,
+            destination: self.destination,
+            payload_size: size,
+        }
+        .write(headers);
+        output.finish(&self.route, PROTOCOL_UDP, Udp::CHECKSUM_OFFSET, payload)
+    }
+
+    pub(crate) fn route(&self) -> &Route {
+        &self.route
+    }
+}
