@@ -266,8 +266,12 @@ pub fn net(text: &str) -> Result<Replacement<NetConfig>, String> {
         let net: NetConfig = format!("tap={text}")
             .parse()
             .map_err(|error| format!("{error}"))?;
-        let mut expected = NetConfig::new(net.tap.clone());
-        expected.mac = net.mac;
+        let expected = NetConfig {
+            tap: net.tap.clone(),
+            user: false,
+            mac: net.mac,
+            ..NetConfig::user()
+        };
         match net == expected {
             true => Ok(net),
             false => Err("only the tap and its 'mac' can be others".to_owned()),
@@ -291,4 +295,35 @@ fn inherited(numbers: &[RawFd]) -> anyhow::Result<Vec<OwnedFd>> {
         Ok(file.into())
     };
     numbers.iter().map(take).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_device_gets_another_tap_and_mac_address_only() {
+        let replaced = net("lan=tap7,mac=02:00:00:00:00:07").unwrap();
+        assert_eq!(replaced.device.as_str(), "lan");
+        assert_eq!(replaced.value.tap.as_str(), "tap7");
+        let mac = replaced.value.mac.unwrap();
+        assert_eq!(mac.to_string(), "02:00:00:00:00:07");
+        assert_eq!(net("lan=tap7").unwrap().value.mac, None);
+        for (text, reason) in [
+            ("tap7", "it must be the name of a device"),
+            ("lan=tap7,mtu=9000", "only the tap and its 'mac'"),
+            ("lan=tap7,mac=7", "'mac'"),
+        ] {
+            let error = net(text).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_guest_cannot_have_every_cid() {
+        assert_eq!(cid("3").unwrap().get(), 3);
+        for text in ["2", "4294967295", "x", ""] {
+            cid(text).unwrap_err();
+        }
+    }
 }

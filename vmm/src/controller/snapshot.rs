@@ -334,7 +334,7 @@ impl Controller {
     }
 
     /// Checks that what was read of guest memory is its content: it may have been lost meanwhile, which ends the machine.
-    fn require_memory(&self, memory: &GuestMemory) -> Result<(), Error> {
+    pub(super) fn require_memory(&self, memory: &GuestMemory) -> Result<(), Error> {
         match memory.is_lost() {
             true => Err(self
                 .0
