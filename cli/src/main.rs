@@ -73,7 +73,8 @@ fn run_command() -> ExitCode {
     match Args::try_parse_from(arguments) {
         Ok(args) => execute(args.command),
         Err(error) => {
-            let runs = std::env::args_os().nth(1) == Some("run".into());
+            let command = std::env::args_os().nth(1);
+            let runs = command.is_some_and(|command| command == "run" || command == "restore");
             let failure = match runs {
                 true => exit_status::of_error(ExitStatus::Guest),
                 false => ExitCode::FAILURE,

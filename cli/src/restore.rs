@@ -305,14 +305,14 @@ mod tests {
     fn a_network_device_gets_another_tap_and_mac_address_only() {
         let replaced = net("lan=tap7,mac=02:00:00:00:00:07").unwrap();
         assert_eq!(replaced.device.as_str(), "lan");
-        assert_eq!(replaced.value.tap.as_str(), "tap7");
+        assert_eq!(replaced.value.tap.unwrap().as_str(), "tap7");
         let mac = replaced.value.mac.unwrap();
         assert_eq!(mac.to_string(), "02:00:00:00:00:07");
         assert_eq!(net("lan=tap7").unwrap().value.mac, None);
         for (text, reason) in [
             ("tap7", "it must be the name of a device"),
             ("lan=tap7,mtu=9000", "only the tap and its 'mac'"),
-            ("lan=tap7,mac=7", "'mac'"),
+            ("lan=tap7,mac=7", "invalid MAC address"),
         ] {
             let error = net(text).unwrap_err();
             assert!(error.contains(reason), "{error}");

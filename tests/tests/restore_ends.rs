@@ -132,7 +132,10 @@ fn the_guest_gets_other_metadata() {
             restored = restored.option("--metadata", file("metadata.json", contents));
         }
         let running = restored.start();
-        wait_until("it runs", || folder.join("control.sock").exists());
+        wait_until("it is there", || folder.join("control.sock").exists());
+        wait_until("it runs", || {
+            control(folder, &["query"]).contains("running")
+        });
         let found = control(folder, &["json", "\"metadata\""]);
         assert!(found.contains(expected), "{found}");
         control(folder, &["stop"]);

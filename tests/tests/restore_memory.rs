@@ -333,7 +333,7 @@ fn another_program_serves_the_memory() {
     let first = Counting::snapshot(&config(1, "timer=deadline"));
     for conduct in [Conduct::Serves, Conduct::HangsUp, Conduct::Talks] {
         for tracks in [false, true] {
-            let (_server, socket) = first.server(conduct);
+            let (server, socket) = first.server(conduct);
             let tracking = |config: &mut MachineConfig| config.track_dirty_pages = tracks;
             let (machine, mut reader) = restored_with(&first.open_served(&socket), tracking)
                 .unwrap_or_else(|error| panic!("{error}"));
@@ -351,7 +351,7 @@ fn another_program_serves_the_memory() {
                 .fork(&SnapshotDisks::Overlays)
                 .unwrap_or_else(|error| panic!("{error}"));
             // All of its memory is elsewhere now.
-            drop(_server);
+            drop(server);
             let (child, mut child_reader) = restored(&forked);
             first.goes_on(&child);
             first.ends_well(&child, &mut child_reader);
@@ -567,7 +567,7 @@ fn the_api_loads_memory_that_another_program_serves() {
     machine.api.patch("/vm", &json!({"state": "Resumed"}));
     server.signal(Signal::SIGKILL);
     let ended = machine.running.wait();
-    let error = ended.failed_with_one_line();
+    let error = ended.failed();
     assert!(
         error.contains("has ended, and guest memory with it"),
         "{error}"

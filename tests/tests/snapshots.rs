@@ -108,6 +108,8 @@ fn go_on_from_snapshot_to_snapshot(config: &MachineConfig) {
         drop(machine);
 
         (machine, reader) = restored(&snapshots.path(round));
+        // The machine keeps the memory file, which has no name any more.
+        fs::remove_dir_all(snapshots.path(round)).expect("it is there");
         let memory = machine.memory().expect("it is paused");
         let before = counters.processors(&memory, cpus);
         machine.resume().unwrap_or_else(|error| panic!("{error}"));

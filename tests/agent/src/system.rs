@@ -151,14 +151,19 @@ pub fn watch(interval: Duration) -> Result<String> {
         for _ in 0..COMPARISONS {
             let now = Instant::now();
             if now < last {
-                return Err(Error::new(format!("the time goes from {last:?} to {now:?}")));
+                return Err(Error::new(format!(
+                    "the time goes from {last:?} to {now:?}"
+                )));
             }
             last = now;
             thread::sleep(interval / COMPARISONS);
         }
         let mut bytes = [0; 8];
         sys::random(&mut bytes).context("getrandom")?;
-        say(format_args!("bantam: random {:016x}", u64::from_le_bytes(bytes)));
+        say(format_args!(
+            "bantam: random {:016x}",
+            u64::from_le_bytes(bytes)
+        ));
     }
 }
 

@@ -1,20 +1,15 @@
 //! Machines that go on from a snapshot.
 
-use bantam_tests::page_server::{Conduct, PageServer};
-use bantam_tests::{HostTap, require_kvm, require_taps};
+use bantam_tests::{HostTap, require_taps};
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
-use fctools::vm::Vm;
 use fctools::vm::api::VmApi;
-use fctools::vm::configuration::{InitMethod, VmConfiguration};
+use fctools::vm::configuration::InitMethod;
 use fctools::vm::models::{
-    CreateSnapshot, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkInterface,
-    NetworkOverride, SnapshotType, UpdateNetworkInterface,
+    CreateSnapshot, NetworkInterface, NetworkOverride, SnapshotType, UpdateNetworkInterface,
 };
 use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
-use fctools::vmm::installation::VmmInstallation;
 use fctools::vmm::ownership::VmmOwnershipModel;
-use fctools::vmm::resource::system::ResourceSystem;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 
 use crate::workshop::{PATIENCE, Workshop, limiter, pause_then_kill, read_until};
@@ -79,73 +74,6 @@ async fn a_machine_goes_on_from_a_snapshot() {
     clone.update_network_interface(update).await.unwrap();
     clone.pause().await.unwrap();
     clone.resume().await.unwrap();
-    pause_then_kill(&mut clone).await;
-    machine.resume().await.unwrap();
-    pause_then_kill(&mut machine).await;
-}
-
-#[tokio::test]
-async fn a_machine_goes_on_with_memory_that_another_program_serves() {
-    require_kvm!();
-    let mut workshop = Workshop::new();
-    let data = workshop.configuration("hello", "finish=hang");
-    let executor = workshop.executor("clone.socket");
-    let paths = ["state", "memory"].map(|name| workshop.path(name));
-    let firecracker = workshop.path("firecracker");
-    let socket = workshop.path("pages.socket");
-    let (mut machine, _folder) = workshop.start(InitMethod::ViaApiCalls, data).await;
-    let mut output = machine.take_pipes().unwrap();
-    read_until(&mut output.stdout, "PASS\n").await;
-    let [state, memory] = paths.map(|path| {
-        let resources = machine.get_resource_system_mut();
-        let resource = resources.create_resource(path, ResourceType::Produced);
-        resource.unwrap()
-    });
-    let create = CreateSnapshot {
-        snapshot_type: Some(SnapshotType::Full),
-        snapshot: state,
-        mem_file: memory,
-    };
-    machine.pause().await.unwrap();
-    let snapshot = machine.create_snapshot(create).await.unwrap();
-
-    let _server = PageServer::start(&socket, &snapshot.mem_file_path, Conduct::Serves);
-    let moved = ResourceType::Moved(MovedResourceType::Copied);
-    let mut resources = ResourceSystem::new(
-        DirectProcessSpawner,
-        TokioRuntime,
-        VmmOwnershipModel::Shared,
-    );
-    let load_snapshot = LoadSnapshot {
-        track_dirty_pages: None,
-        mem_backend: MemoryBackend {
-            backend_type: MemoryBackendType::Uffd,
-            backend: resources
-                .create_resource(socket, ResourceType::Produced)
-                .unwrap(),
-        },
-        snapshot: resources
-            .create_resource(snapshot.snapshot_path, moved)
-            .unwrap(),
-        resume_vm: Some(true),
-        network_overrides: Vec::new(),
-    };
-    for resource in machine.get_resource_system().get_resources() {
-        if let (ResourceType::Moved(_), Some(path)) =
-            (resource.get_type(), resource.get_effective_path())
-        {
-            resources.create_resource(path, moved).unwrap();
-        }
-    }
-    let configuration = VmConfiguration::RestoredFromSnapshot {
-        load_snapshot,
-        data: snapshot.configuration_data,
-    };
-    let installation = VmmInstallation::new(&firecracker, &firecracker, &firecracker);
-    let clone = Vm::prepare(executor, resources, installation, configuration).await;
-    let mut clone = clone.unwrap();
-    clone.start(PATIENCE).await.unwrap();
-    assert!(!clone.get_info().await.unwrap().is_paused);
     pause_then_kill(&mut clone).await;
     machine.resume().await.unwrap();
     pause_then_kill(&mut machine).await;
