@@ -43,8 +43,7 @@ impl Sharing {
     /// # Errors
     /// If the host has too little memory, or refuses.
     pub fn begin(memory: &Arc<GuestMemory>) -> io::Result<Sharing> {
-        let is_of_files =
-            memory.backing() == Backing::PrivateFile && !memory.is_missing_pages();
+        let is_of_files = memory.backing() == Backing::PrivateFile && !memory.is_missing_pages();
         let pages = match is_of_files {
             true => memory.written_pages()?,
             false => memory.pages_with_content()?,

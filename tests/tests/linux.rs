@@ -7,7 +7,7 @@ use std::io::{ErrorKind, PipeReader, Read, Write};
 use std::net::{SocketAddrV4, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 

@@ -167,7 +167,7 @@ fn numbers_of_twin(snapshot: &Snapshot, image: &Path, folder: &Path) -> Vec<Stri
     let disk = folder.join("twin.qcow2");
     fs::copy(image, &disk).expect("there is room");
     config.disks[0].path = disk;
-    config.nets[0].tap = tap.name.clone().try_into().expect("it is a name");
+    config.nets[0].tap = Some(tap.name.clone().try_into().expect("it is a name"));
     let vsock = config.vsock.as_mut().expect("it has one");
     vsock.socket = folder.join("twin.sock");
     let log = folder.join("twin.log");

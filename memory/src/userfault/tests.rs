@@ -9,7 +9,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
-use crate::{Backing, GuestBuffers, PAGE_SIZE, PageSet};
+use crate::{Backing, GuestBuffers, PAGE_SIZE, PageSet, Sharing};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Two regions with a hole between them.
@@ -199,7 +199,10 @@ fn a_snapshot_needs_the_pages_of_the_files_and_those_that_were_filled() {
 fn memory_that_is_shared_has_no_missing_pages_any_more() {
     let Some(pages) = missing(&[]) else { return };
     let memory = pages.memory().clone();
-    let sharing = thread::spawn(move || crate::share(&memory).unwrap());
+    let sharing = thread::spawn(move || {
+        let sharing = Sharing::begin(&memory).unwrap();
+        sharing.finish().unwrap()
+    });
     while !sharing.is_finished() {
         for event in pages.take_events().unwrap() {
             if let MemoryEvent::Missing(address) = event {

@@ -360,10 +360,11 @@ impl Filler {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::time::Instant;
 
     use bantam_memory::{Backing, GuestBuffers, GuestMemory, UserfaultError};
-    use bantam_snapshot::{Facts, MemoryWriter};
+    use bantam_snapshot::{Facts, MemoryWriter, put_in_place};
     use proptest::prelude::*;
     use vm_memory::Bytes;
     use vmm_sys_util::tempdir::TempDir;
@@ -406,7 +407,9 @@ mod tests {
         writer
             .write(&memory, &memory.pages_with_content().unwrap())
             .unwrap();
-        let file = writer.finish().unwrap().put_in_place().unwrap();
+        let file = writer.finish().unwrap();
+        put_in_place([file]).unwrap();
+        let file = File::open(&path).unwrap();
         Arc::new(MemoryFile::of(file, &path, &facts).unwrap())
     }
 
