@@ -36,13 +36,15 @@ const INTERRUPT_ROUNDS: u64 = 10;
 payload!(check_devices);
 
 fn check_devices() {
-    for _ in 0..arguments::parsed("rounds").unwrap_or(1) {
+    for _ in 1..arguments::parsed("rounds").unwrap_or(1) {
         // SAFETY: the round keeps nothing, and resets the devices.
-        unsafe { heap::freeing(check_all) };
+        unsafe { heap::freeing(check_and_reset) };
     }
+    // The devices are in use afterwards.
+    check_each();
 }
 
-fn check_all() {
+fn check_and_reset() {
     check_each();
     for device in arguments::virtio_mmio_windows().filter_map(|it| MmioDevice::probe(it).ok()) {
         if let Err(reason) = device.reset() {
