@@ -158,11 +158,13 @@ pub fn put_in_place<const COUNT: usize>(files: [NewFile; COUNT]) -> Result<(), S
             .and_then(|it| it.sync_all())
             .map_err(SnapshotError::write(&directory))?;
     }
-    // To free the blocks of a large file can take a second, for which nobody has to wait. Without a thread, the files are
-    // closed here.
-    let _ = thread::Builder::new()
-        .name("bantam-files".to_owned())
-        .spawn(|| drop(replaced));
+    if !replaced.is_empty() {
+        // To free the blocks of a large file can take a second, for which nobody has to wait. Without a thread, the files
+        // are closed here.
+        let _ = thread::Builder::new()
+            .name("bantam-files".to_owned())
+            .spawn(|| drop(replaced));
+    }
     Ok(())
 }
 

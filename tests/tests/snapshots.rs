@@ -13,6 +13,7 @@ use bantam_vmm::{
     Controller, ExitReason, Snapshot, SnapshotBase, SnapshotDisks, SnapshotFiles, SnapshotOptions,
     SnapshotTaken, State, merge_snapshots,
 };
+use vm_memory::{Bytes, GuestAddress};
 
 fn options(directory: &Path) -> SnapshotOptions {
     SnapshotOptions {
@@ -237,6 +238,46 @@ fn a_fork_leaves_the_log_of_changes_as_it_was() {
         &merged,
     )
     .unwrap_or_else(|error| panic!("{error}"));
+    snapshots.take(&machine, "full", None);
+    assert!(snapshots.memory("merged") == snapshots.memory("full"));
+}
+
+#[test]
+fn forks_while_snapshots_are_written_lose_no_change() {
+    require_kvm!();
+    const FORKS: u64 = 40;
+    /// The guest does not use the pages from here on.
+    const PAGES: u64 = 0xa0_0000;
+    let mut config = config(1, "timer=deadline");
+    config.track_dirty_pages = true;
+    let snapshots = Snapshots::new();
+    let (machine, _reader, _) = counting(&config);
+    snapshots.take(&machine, 0, None);
+    let mut last = 0;
+    let take_next = |last: &mut usize| {
+        snapshots.take(&machine, *last + 1, Some(snapshots.files(*last)));
+        *last += 1;
+    };
+    thread::scope(|scope| {
+        let forks = scope.spawn(|| {
+            let memory = machine.memory().expect("it runs");
+            for page in 0..FORKS {
+                // Nothing writes to it again, so no later snapshot would have it by chance.
+                let written = memory.write_obj(1_u8, GuestAddress(PAGES + page * 4096));
+                written.expect("the machine has so much memory");
+                let forked = machine.fork(&SnapshotDisks::Overlays);
+                forked.unwrap_or_else(|error| panic!("{error}"));
+            }
+        });
+        while !forks.is_finished() {
+            take_next(&mut last);
+        }
+    });
+    machine.pause().unwrap_or_else(|error| panic!("{error}"));
+    take_next(&mut last);
+    let chain: Vec<_> = (1..=last).map(|index| snapshots.files(index)).collect();
+    let merged = snapshots.files("merged");
+    merge_snapshots(&snapshots.files(0), &chain, &merged).unwrap_or_else(|error| panic!("{error}"));
     snapshots.take(&machine, "full", None);
     assert!(snapshots.memory("merged") == snapshots.memory("full"));
 }

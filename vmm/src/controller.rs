@@ -575,7 +575,7 @@ struct Inner {
     metrics: OnceLock<Arc<MachineMetrics>>,
     /// The devices of the machine that was started, also while it is taken down.
     devices: OnceLock<Weak<DeviceTable>>,
-    /// Locked while a snapshot is taken and written, before `life`.
+    /// Locked while a snapshot is taken and written, or the machine is forked; before `life`.
     snapshots: Mutex<()>,
 }
 

@@ -74,11 +74,11 @@ const CASES: [Case; 4] = [
     },
 ];
 
-/// Adds the rows, if taps can be created.
-pub fn measure(monitors: &Monitors, report: &mut Report) {
+/// Returns a tap on which the host sends nothing of its own; `None` if taps cannot be created.
+pub fn quiet_tap() -> Option<HostTap> {
     if !can_administer_network() || open_tun().is_err() {
         eprintln!("skipped: creating taps takes CAP_NET_ADMIN");
-        return;
+        return None;
     }
     let tap = HostTap::new();
     // The host's own IPv6 announcements would count as work. A host without IPv6 sends none.
@@ -86,6 +86,14 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
         format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", tap.name),
         "1",
     );
+    Some(tap)
+}
+
+/// Adds the rows, if taps can be created.
+pub fn measure(monitors: &Monitors, report: &mut Report) {
+    let Some(tap) = quiet_tap() else {
+        return;
+    };
     for case in &CASES {
         let guest = Guest {
             tap: Some(tap.name.clone()),

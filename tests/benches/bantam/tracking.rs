@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use bantam_tests::{HostTap, Traffic};
-use bantam_vmm::host::{can_administer_network, open_tun};
+use bantam_tests::Traffic;
 
 use crate::block::{sync, write_image};
 use crate::load::{self, Load, RUNS};
 use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors};
+use crate::net::quiet_tap;
 use crate::report::{Goal, Peer, Report, Row};
 
 /// A load, and the size of the frames with which the host floods the guest meanwhile.
@@ -52,16 +52,9 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
         measure_case(monitors, report, case, Some(&image), None);
     }
     let _ = fs::remove_file(&image);
-    if !can_administer_network() || open_tun().is_err() {
-        eprintln!("skipped: creating taps takes CAP_NET_ADMIN");
+    let Some(tap) = quiet_tap() else {
         return;
-    }
-    let tap = HostTap::new();
-    // The host's own IPv6 announcements would count as work. A host without IPv6 sends none.
-    let _ = fs::write(
-        format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", tap.name),
-        "1",
-    );
+    };
     for case in &NET_CASES {
         measure_case(monitors, report, case, None, Some(&tap.name));
     }

@@ -20,7 +20,7 @@ const FEW_PAGES: usize = 64;
 impl Controller {
     /// Takes a snapshot of the machine that is kept in memory, for other machines of this process: forks of this one. They
     /// share its memory until they write to it, and so does this machine. A machine that runs is paused meanwhile; returned
-    /// is also for how long the guest did not run.
+    /// is also for how long the guest did not run. A call waits for an earlier one, and for a snapshot, to be done.
     ///
     /// What the machine has written since the last fork is copied while it runs. While it is paused, only the pages are
     /// copied again that it has written during the last moments.
@@ -29,9 +29,10 @@ impl Controller {
     /// Those of [`Controller::snapshot`], and if the host has too little memory.
     pub fn fork(&self, disks: &SnapshotDisks) -> Result<(Snapshot, Duration), Error> {
         const ACTION: &str = "fork the machine";
+        // A snapshot that is being written would take the pages for its own that this takes from the logs.
+        let _one_at_a_time = lock(&self.0.snapshots);
         let parts = self.0.of_machine(ACTION, Parts::of)?;
         let is_tracking = self.configuration()?.track_dirty_pages;
-        // Held to the end, so that no other fork takes pages from the logs meanwhile.
         let mut changes = lock(&parts.changes);
         let (mut sharing, log) = match self.state() {
             State::Running => Some(copy_of_running(&parts, &mut changes, is_tracking)?),

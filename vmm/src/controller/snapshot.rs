@@ -116,7 +116,7 @@ struct Taken {
 
 impl Controller {
     /// Takes a snapshot of the machine ([`Command::Snapshot`](crate::Command::Snapshot)). A machine that runs is paused
-    /// meanwhile. A call waits for an earlier one to be done.
+    /// meanwhile. A call waits for an earlier one, and for a fork, to be done.
     ///
     /// # Errors
     /// If the machine neither runs nor is paused, cannot be paused, or has a part that cannot be saved; if the files cannot

@@ -1,7 +1,7 @@
 //! Snapshots that are kept in memory, for other processes.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -74,11 +74,7 @@ impl Snapshot {
             MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
         );
         let state = File::from(state.map_err(|errno| failed(errno.into()))?);
-        let mut writer = BufWriter::new(&state);
-        StateFile::new(Path::new(NAME), self.facts.clone(), None, sections)
-            .write_to(&mut writer)?;
-        writer.flush().map_err(&failed)?;
-        drop(writer);
+        StateFile::new(Path::new(NAME), self.facts.clone(), None, sections).write_to(&state)?;
         let mut descriptors = Vec::with_capacity(files.len() + 1);
         for file in [&state]
             .into_iter()

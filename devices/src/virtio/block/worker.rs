@@ -304,7 +304,7 @@ impl Worker {
                         span: None,
                         waits: false,
                     });
-                    if self.starts_later(slot, operation) {
+                    if self.defer_start(slot, operation) {
                         return Ok(true);
                     }
                     let result = match self.start(slot) {

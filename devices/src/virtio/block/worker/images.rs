@@ -34,9 +34,9 @@ impl Worker {
         }
     }
 
-    /// Whether the request in `slot` is one to an image, which is begun by [`Worker::start_parsed`]: the entries of
-    /// the image's tables come from memory while the next requests are parsed.
-    pub(super) fn starts_later(&mut self, slot: usize, operation: Operation) -> bool {
+    /// Leaves the start of the request in `slot` to [`Worker::start_parsed`] if it is one to an image, and returns
+    /// whether it is: the entries of the image's tables come from memory while the next requests are parsed.
+    pub(super) fn defer_start(&mut self, slot: usize, operation: Operation) -> bool {
         let Disk::Formatted(disk) = &**self.handler.disk() else {
             return false;
         };
