@@ -11,7 +11,7 @@
 //! ```
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
@@ -124,7 +124,10 @@ pub fn serve() {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let is_named = |it: &&Conduct| conduct == *format!("{it:?}");
     let conduct = *CONDUCTS.iter().find(is_named).expect("it is a conduct");
-    let listener = UnixListener::bind(socket).expect("the socket is free");
+    // It has its name when it can be connected to, which is after its file is there.
+    let bound = Path::new(&socket).with_extension("bound");
+    let listener = UnixListener::bind(&bound).expect("the socket is free");
+    fs::rename(bound, socket).expect("the socket has a place");
     if conduct == Conduct::Ignores {
         loop {
             thread::park();
