@@ -153,8 +153,8 @@ fn errors_in_a_machine_file_name_the_line() {
              'operations-per-second', 'any-size'",
         ),
         (
-            "\n[[net]]\nmtu = 99",
-            "/vm/machine.toml:2: missing option 'tap'",
+            "\n[[disk]]\nreadonly = true",
+            "/vm/machine.toml:2: missing option 'path'",
         ),
         (
             "[[net]]\ntap = 't'\nmtu = 5",

@@ -544,7 +544,13 @@ mod tests {
         let Some((memory, service)) = filled(&file, None, false, false) else {
             return;
         };
-        file.file().set_len(0).unwrap();
+        let path = folder.as_path().join("memory");
+        File::options()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_len(0)
+            .unwrap();
         assert_eq!(memory.read_obj::<u8>(address(3)).unwrap(), 0);
         assert!(memory.is_lost());
         let error = service.begin().unwrap_err();
