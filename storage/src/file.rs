@@ -17,8 +17,8 @@ use crate::raw::block_device;
 
 /// The most zeroes that are written at a time, aligned so that no storage needs another buffer for them.
 #[repr(align(4096))]
-struct Zeroes([u8; 64 << 10]);
-static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
+pub(crate) struct Zeroes(pub [u8; 64 << 10]);
+pub(crate) static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
 /// A file, or something like it, that an image is kept in.
 ///

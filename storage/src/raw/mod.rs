@@ -18,6 +18,7 @@ use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::direct_file::DirectFile;
+use crate::file::ZEROES;
 use bounce::Zeroes;
 use geometry::measure;
 
@@ -34,9 +35,6 @@ pub(crate) use open::{
 
 /// Disks are addressed in units of this many bytes.
 pub const SECTOR_SIZE: u64 = 512;
-
-/// Bytes of zeroes that are written at a time if a file system cannot zero a range itself.
-const ZEROES_SIZE: usize = 64 << 10;
 
 /// Where written data is kept until the guest asks for a flush, and what a flush does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -455,10 +453,10 @@ impl DiskFile {
         if self.is_direct() {
             return bounce_all(self, &mut Zeroes(len as usize), offset, true);
         }
-        let zeroes = [0; ZEROES_SIZE];
         while len > 0 {
-            let count = len.min(ZEROES_SIZE as u64);
-            self.file.write_all_at(&zeroes[..count as usize], offset)?;
+            let count = len.min(ZEROES.0.len() as u64);
+            self.file
+                .write_all_at(&ZEROES.0[..count as usize], offset)?;
             offset += count;
             len -= count;
         }

@@ -17,6 +17,7 @@ mod local_endpoint;
 mod local_port;
 mod metrics;
 mod offloads;
+mod overflow;
 mod packet_ring;
 mod receive;
 mod receive_slot;

@@ -45,15 +45,18 @@ pub(super) struct Receiver {
 
 impl Receiver {
     /// Makes a receiver. With `ring`, it reads several packets together.
+    ///
+    /// # Errors
+    /// If the host has no room for large packets.
     pub(super) fn new(
         queue: VirtQueue,
         memory: &Arc<GuestMemory>,
         merges_buffers: bool,
         expected: ExpectedSize,
         ring: Option<PacketRing>,
-    ) -> Receiver {
+    ) -> Result<Receiver, String> {
         let slot_count = if ring.is_some() { MAX_BATCH } else { 1 };
-        Receiver {
+        Ok(Receiver {
             max_buffers: if merges_buffers {
                 usize::from(queue.size())
             } else {
@@ -61,11 +64,13 @@ impl Receiver {
             },
             queue,
             expected,
-            slots: (0..slot_count).map(|_| ReceiveSlot::new(memory)).collect(),
+            slots: (0..slot_count)
+                .map(|_| ReceiveSlot::new(memory))
+                .collect::<Result<_, _>>()?,
             ring,
             batch: 1,
             results: Vec::new(),
-        }
+        })
     }
 
     pub(super) fn doorbell(&self) -> RawFd {

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use bantam_memory::{GuestMemory, MAX_VECTORS_PER_CALL};
 use libc::iovec;
 
+use super::DriverError;
 use super::backend::{NetQueue, PacketBuffer};
 use super::dhcp_checksum::complete_dhcp_checksum;
-use super::{DriverError, MAX_PACKET_SIZE};
+use super::overflow::Overflow;
 use crate::tap::PACKET_HEADER_SIZE;
 use crate::virtio::{Chain, VirtQueue};
 
@@ -28,9 +29,8 @@ pub(super) struct ReceiveSlot {
     chain: Chain,
     /// The single buffers in `chain`, in the same order.
     buffers: VecDeque<EmptyBuffer>,
-    /// The part of a packet that does not fit into the buffers. It takes no memory until there is such a
-    /// packet.
-    overflow: Box<[u8]>,
+    /// The part of a packet that does not fit into the buffers.
+    overflow: Overflow,
     /// Size of the packet that has been read, if there is one.
     packet: Option<usize>,
     /// How many of its bytes are in the buffers; the rest is in the overflow.
@@ -46,16 +46,20 @@ pub(super) struct ReceiveSlot {
 unsafe impl Send for ReceiveSlot {}
 
 impl ReceiveSlot {
-    pub(super) fn new(memory: &Arc<GuestMemory>) -> ReceiveSlot {
-        ReceiveSlot {
+    /// # Errors
+    /// If the host has no room for the overflow.
+    pub(super) fn new(memory: &Arc<GuestMemory>) -> Result<ReceiveSlot, String> {
+        let overflow = Overflow::new()
+            .map_err(|error| format!("cannot map memory for large packets: {error}"))?;
+        Ok(ReceiveSlot {
             chain: Chain::new(memory),
             buffers: VecDeque::new(),
-            overflow: vec![0; MAX_PACKET_SIZE].into_boxed_slice(),
+            overflow,
             packet: None,
             in_buffers: 0,
             vectors: Vec::new(),
             filled: Vec::new(),
-        }
+        })
     }
 
     /// Returns how many bytes the buffers have room for.

@@ -174,7 +174,7 @@ impl Worker {
                     merges_buffers,
                     ExpectedSize::new(usual_size, largest_size),
                     receive,
-                ),
+                )?,
                 transmitter: Transmitter::new(transmit_queue, &memory, transmit),
                 receive_halt: Halt::Driver,
                 transmit_halt: Halt::Driver,
