@@ -17,6 +17,7 @@ use tracing::level_filters::LevelFilter;
 use crate::control::ControlArgs;
 use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
+use crate::named::NamedCommand;
 use crate::restore::{self, MemorySource, Replacement};
 use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
@@ -75,6 +76,8 @@ pub enum Command {
     Fork(Box<ForkArgs>),
     /// Takes snapshots of machines, and examines and merges them
     Snapshot(Box<SnapshotArgs>),
+    #[command(flatten)]
+    Named(NamedCommand),
     /// Creates, converts and examines disk images
     ///
     /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
@@ -395,6 +398,25 @@ impl RunArgs {
             Some(file) => options.over(MachineTable::from_file(file)?),
             None => options,
         })
+    }
+}
+
+impl RestoreArgs {
+    /// Whether the machine goes on with all that it had, and nothing is asked for beside that.
+    pub fn is_plain(&self) -> bool {
+        self.overlays.is_none()
+            && self.disks.is_empty()
+            && self.nets.is_empty()
+            && self.vsock.is_none()
+            && self.cid.is_none()
+            && self.serial.is_none()
+            && self.console.is_none()
+            && self.channels.is_empty()
+            && self.metadata.is_none()
+            && self.control.is_none()
+            && self.descriptors.is_empty()
+            && !self.record_working_set
+            && !self.force
     }
 }
 

@@ -84,6 +84,11 @@ fn follow(mut client: ControlClient, format: Output) -> anyhow::Result<()> {
     }
 }
 
+/// Describes an event for people.
+pub fn describe_event(event: &Event) -> serde_json::Result<String> {
+    output::event(event, Output::Human)
+}
+
 /// Prints a line, or several, at once.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();

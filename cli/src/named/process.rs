@@ -1,0 +1,104 @@
+//! The process of a named machine.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use bantam_manager::{Folders, Machine, MachineProcess, ProcessLog, RunOrigin};
+use bantam_vmm::ExitReason;
+use bantam_vmm::config::{MachineConfig, OnReboot};
+
+use super::args::ProcessArgs;
+use crate::run::{self, Origin, Owner};
+use crate::{log, message, raise_descriptor_limit, reason, report};
+
+/// Runs a named machine until it ends for good.
+pub fn run(args: ProcessArgs) -> ExitCode {
+    raise_descriptor_limit();
+    let origin = match (&args.from, args.reverted) {
+        (None, _) => RunOrigin::Booted,
+        (Some(_), false) => RunOrigin::Restored,
+        (Some(_), true) => RunOrigin::Reverted,
+    };
+    let folders = Folders {
+        machines: args.machines,
+        runtime: args.runtime,
+        units: None,
+    };
+    let process = match MachineProcess::enter(&folders, args.name, origin) {
+        Ok(process) => process,
+        Err(error) => {
+            report(&error.into());
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = message::start().and_then(|()| {
+        log::of_process(ProcessLog::of(process.machine()));
+        run_machine(&process, args.from.as_deref())
+    });
+    if let Err(error) = &ended {
+        report(error);
+        process.say_failed(&reason(error));
+    }
+    process.leave();
+    match ended {
+        Ok(status) => ExitCode::from(status),
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn run_machine(process: &MachineProcess, from: Option<&Path>) -> anyhow::Result<u8> {
+    let machine = process.machine();
+    let (config, origin) = prepare(machine, from)?;
+    let owner = Background {
+        process,
+        restarts_on_reboot: config.on_reboot == OnReboot::Restart,
+    };
+    tracing::info!("machine '{}' is started", machine.name());
+    run::run(&config, origin, Some(&machine.control_socket()), &owner)
+}
+
+fn prepare(machine: &Machine, from: Option<&Path>) -> anyhow::Result<(MachineConfig, Origin)> {
+    let Some(directory) = from else {
+        let config = machine.process_config()?;
+        config.validate()?;
+        return Ok((config, Origin::Boot));
+    };
+    let opened = machine.open_state(directory);
+    let (snapshot, config) =
+        opened.with_context(|| format!("cannot go on from '{}'", directory.display()))?;
+    let origin = Origin::Snapshot {
+        snapshot: Arc::new(snapshot),
+        paused: false,
+    };
+    Ok((config, origin))
+}
+
+/// A named machine as its process runs it.
+struct Background<'a> {
+    process: &'a MachineProcess,
+    restarts_on_reboot: bool,
+}
+
+impl Owner for Background<'_> {
+    fn started(&self) {
+        self.process.say_running();
+    }
+
+    fn ended(&self, reason: ExitReason) {
+        self.process.ended(reason);
+    }
+
+    fn restarts_after(&self, reason: ExitReason) -> bool {
+        self.process.restarts_after(reason, self.restarts_on_reboot)
+    }
+
+    fn restarts_after_error(&self) -> bool {
+        self.process.restarts_after_error()
+    }
+
+    fn restarted(&self) {
+        self.process.restarted();
+    }
+}
