@@ -12,6 +12,7 @@ use clap_mangen::Man;
 use crate::args::Args;
 use crate::control::ControlArgs;
 use crate::image::ImageArgs;
+use crate::named;
 
 /// Prints the completions for a shell.
 pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
@@ -25,8 +26,9 @@ pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
             ControlArgs::augment_args(command.defer(|command| command))
         });
     clap_complete::generate(shell, &mut command, "bantam", &mut script);
+    let script = named::with_machine_names(shell, String::from_utf8_lossy(&script).into_owned());
     io::stdout()
-        .write_all(&script)
+        .write_all(script.as_bytes())
         .context("cannot write the completions to standard output")
 }
 

@@ -26,7 +26,7 @@ pub trait Owner {
     fn started(&self) {}
 
     /// The machine has ended.
-    fn ended(&self, _reason: ExitReason) {}
+    fn ended(&self, _ending: Ending) {}
 
     /// Whether a machine that nobody has told to end is started again.
     fn restarts_after(&self, reason: ExitReason) -> bool;
@@ -157,7 +157,7 @@ fn run_with_restarts(
         let reason = match &ended {
             Ok(ending) => {
                 let reason = ending.reason;
-                owner.ended(reason);
+                owner.ended(*ending);
                 if ending.by == EndedBy::User || !owner.restarts_after(reason) {
                     tracing::info!("the machine has ended: {reason}");
                     return ended;

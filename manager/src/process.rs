@@ -192,6 +192,7 @@ impl Machine {
                           take the change back, or start it anew (bantam start --force-boot)";
             return Err(self.refused("restore", reason));
         }
+        // A machine that has gone back to a snapshot has overlays of the images there.
         for (disk, now) in config.disks.iter_mut().zip(&now.disks) {
             disk.path.clone_from(&now.path);
             disk.format = now.format;
@@ -221,7 +222,8 @@ impl Machine {
     pub fn open_state(&self, directory: &Path) -> Result<(Snapshot, MachineConfig), Error> {
         let snapshot = Snapshot::open(directory)?;
         let config = self.config_for(&snapshot)?;
-        snapshot.check_disks(&config)?;
+        // The images of the snapshot itself, which may be backing files now.
+        snapshot.check_disks(snapshot.config())?;
         Ok((snapshot, config))
     }
 }

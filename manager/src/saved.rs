@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use bantam_vmm::{Answer, Command, SnapshotDisks, SnapshotFiles, SnapshotOptions, SnapshotTaken};
+use bantam_vmm::{Answer, Command, SnapshotFiles, SnapshotOptions, SnapshotTaken};
 
 use crate::error::Error;
 use crate::files;
@@ -69,7 +69,6 @@ impl Machine {
         let taken = self.take_snapshot(
             "save",
             SnapshotOptions {
-                disks: SnapshotDisks::Unprotected,
                 stop: true,
                 ..SnapshotOptions::new(SnapshotFiles::in_directory(directory))
             },

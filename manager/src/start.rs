@@ -39,6 +39,7 @@ impl Machine {
     /// gives.
     pub fn start(&self, options: &StartOptions) -> Result<RunOrigin, Error> {
         let change = self.change("start")?;
+        self.mend(&change)?;
         self.start_with(&change, options)
     }
 

@@ -364,3 +364,40 @@ pub struct ProcessArgs {
     #[arg(long)]
     pub reverted: bool,
 }
+
+#[derive(Debug, Args)]
+pub struct SnapshotCreateArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// Name of the snapshot; the time in seconds since 1970 by default
+    pub snapshot: Option<MachineName>,
+    /// What you want to know of it later
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<String>,
+    /// Leave out the memory of a machine that runs
+    #[arg(long)]
+    pub disk_only: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotListArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// Print names only
+    #[arg(long = "name")]
+    pub only_names: bool,
+    /// Form of the output
+    #[arg(long, value_enum, default_value_t)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotNameArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The snapshot
+    pub snapshot: MachineName,
+}

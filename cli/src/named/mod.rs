@@ -2,6 +2,7 @@
 
 mod args;
 mod autostart;
+mod completion;
 mod console;
 mod create;
 mod detach;
@@ -12,17 +13,24 @@ mod lifecycle;
 mod list;
 mod process;
 mod save;
+mod snapshot;
 mod stats;
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use bantam_manager::{Machine, MachineName, Manager};
 use serde::Serialize;
 
-pub use args::NamedCommand;
+pub use args::{NameArgs, NamedCommand, SnapshotCreateArgs, SnapshotListArgs, SnapshotNameArgs};
+pub use completion::with_machine_names;
 pub use save::restore;
+pub use snapshot::{
+    create_snapshot, delete_snapshot, describe_snapshot, list_snapshots, revert, snapshot_tree,
+    snapshot_with_memory,
+};
 
 use crate::{is_broken_pipe, status_of};
 
@@ -75,6 +83,15 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
 /// Returns the machine called `name`.
 fn machine(name: &MachineName) -> anyhow::Result<Machine> {
     Ok(Manager::of_user()?.machine(name)?)
+}
+
+/// Returns the machine that `socket` names, if it is not the path of a file but the name of a machine.
+pub fn running_machine(socket: &Path) -> Option<Machine> {
+    if socket.exists() {
+        return None;
+    }
+    let name = socket.to_str()?.parse().ok()?;
+    machine(&name).ok()
 }
 
 /// Prints text to standard output.

@@ -10,6 +10,8 @@ use bantam_vmm::ExitReason;
 use bantam_vmm::config::{MachineConfig, OnReboot};
 
 use super::args::ProcessArgs;
+use crate::exit_status::Ending;
+use crate::main_loop::EndedBy;
 use crate::run::{self, Origin, Owner};
 use crate::{log, message, raise_descriptor_limit, reason, report};
 
@@ -86,8 +88,12 @@ impl Owner for Background<'_> {
         self.process.say_running();
     }
 
-    fn ended(&self, reason: ExitReason) {
-        self.process.ended(reason);
+    fn ended(&self, ending: Ending) {
+        self.process.ended(match (ending.by, ending.reason) {
+            // A guest that was asked to end, by keys that ask for a restart, has done so.
+            (EndedBy::User, ExitReason::Reboot) => ExitReason::PowerOff,
+            (_, reason) => reason,
+        });
     }
 
     fn restarts_after(&self, reason: ExitReason) -> bool {
