@@ -98,7 +98,7 @@ fn execute(command: Command) -> ExitCode {
         Command::Control(args) => status_of(control::control(*args)),
         Command::Restore(args) => {
             if let Some(restored) = named::restore(&args) {
-                return status_of(restored);
+                return status_of_machine(restored.map(|()| 0), ExitStatus::default());
             }
             raise_descriptor_limit();
             restore(&args)

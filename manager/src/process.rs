@@ -164,26 +164,16 @@ impl MachineProcess {
 }
 
 impl Machine {
-    /// Returns the machine called `name`, in the folders that the process of a machine is told.
-    pub fn in_folders(machines: PathBuf, runtime: PathBuf, name: MachineName) -> Machine {
-        let folders = Folders {
-            machines,
-            runtime,
-            units: None,
-        };
-        Machine::at(&folders, name)
-    }
-
-    /// Returns the configuration for a machine that goes on from `snapshot`: that of the snapshot, with the images, taps and
-    /// sockets that the machine has now.
-    ///
-    /// # Errors
-    /// If the machine file has other devices than the snapshot.
-    pub fn config_for(&self, snapshot: &Snapshot) -> Result<MachineConfig, Error> {
+    /// Returns the configuration for a machine that goes on from `snapshot`: that of the snapshot, with the taps and sockets
+    /// that the machine has now, and if it goes back to a snapshot, the images.
+    fn config_for(&self, snapshot: &Snapshot, goes_back: bool) -> Result<MachineConfig, Error> {
         let now = self.process_config()?;
         let mut config = snapshot.config().clone();
         let is_console = |end: &SerialConfig| *end != SerialConfig::None;
-        if config.disks.len() != now.disks.len()
+        let mut disks = config.disks.iter().zip(&now.disks);
+        let has_other_images = !goes_back && disks.any(|(disk, now)| disk.path != now.path);
+        if has_other_images
+            || config.disks.len() != now.disks.len()
             || config.nets.len() != now.nets.len()
             || config.channels.len() != now.channels.len()
             || is_console(&config.console) != is_console(&now.console)
@@ -192,7 +182,7 @@ impl Machine {
                           take the change back, or start it anew (bantam start --force-boot)";
             return Err(self.refused("restore", reason));
         }
-        // A machine that has gone back to a snapshot has overlays of the images there.
+        // Those of a machine that goes back to a snapshot are overlays of the images there.
         for (disk, now) in config.disks.iter_mut().zip(&now.disks) {
             disk.path.clone_from(&now.path);
             disk.format = now.format;
@@ -219,9 +209,13 @@ impl Machine {
     ///
     /// # Errors
     /// If it cannot be read or is damaged, or the images of disks are not as they were.
-    pub fn open_state(&self, directory: &Path) -> Result<(Snapshot, MachineConfig), Error> {
+    pub fn open_state(
+        &self,
+        directory: &Path,
+        origin: RunOrigin,
+    ) -> Result<(Snapshot, MachineConfig), Error> {
         let snapshot = Snapshot::open(directory)?;
-        let config = self.config_for(&snapshot)?;
+        let config = self.config_for(&snapshot, origin == RunOrigin::Reverted)?;
         // The images of the snapshot itself, which may be backing files now.
         snapshot.check_disks(snapshot.config())?;
         Ok((snapshot, config))

@@ -16,7 +16,7 @@ use crate::start::Launch;
 /// The file, in the directory of a saved state, with the name of the machine.
 const MACHINE: &str = "machine";
 /// How long a machine may take to write its state.
-const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
+pub(crate) const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long its process may take to end then.
 const END_TIME: Duration = Duration::from_secs(60);
 

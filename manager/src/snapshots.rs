@@ -8,6 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bantam_control::ControlError;
 use bantam_vmm::config::{DeviceName, MachineConfig};
 use bantam_vmm::{Command, DiskSnapshot, SnapshotDisks, SnapshotFiles, SnapshotOptions};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use crate::history::{EndReason, RunOrigin, now};
 use crate::images::{create_overlay, use_overlay};
 use crate::machine::{Change, Machine, file};
 use crate::name::MachineName;
+use crate::saved::WRITE_TIME;
 use crate::start::Launch;
 
 /// The file with what is known of a snapshot.
@@ -250,6 +252,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Waits until the machine has executed the commands of clients that have gone, which are executed one after another.
+    fn await_commands(&self) -> Result<(), Error> {
+        let action = "take a snapshot of";
+        let mut client = self.connect(action)?;
+        client.set_answer_time(WRITE_TIME);
+        match client.execute(Command::SnapshotDisks(Vec::new())) {
+            // A machine that is about to end may refuse it.
+            Ok(_) | Err(ControlError::Refused(_) | ControlError::Ended) => Ok(()),
+            Err(error) => Err(self.control_error(action, error)),
+        }
+    }
+
     fn mend_snapshot(&self, folder: &Path) -> Result<(), Error> {
         let remove = || files::remove_folder(folder).map_err(Error::file("remove", folder));
         let Ok(record) = read_record(folder) else {
@@ -259,6 +273,7 @@ impl Machine {
         let has_state = !record.has_memory || folder.join("state").exists();
         let has_gone_on = match self.is_active()? {
             true => {
+                self.await_commands()?;
                 let live = self.live_config()?;
                 let mut disks = record.disks.iter();
                 disks.all(|kept| live.disks.iter().any(|disk| disk.path == kept.overlay))

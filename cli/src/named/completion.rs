@@ -100,7 +100,9 @@ mod tests {
 
     fn takes_machine(command: &clap::Command) -> bool {
         let first = command.get_positionals().next();
-        let names = first.and_then(clap::Arg::get_value_names).unwrap_or_default();
+        let names = first
+            .and_then(clap::Arg::get_value_names)
+            .unwrap_or_default();
         names.first().is_some_and(|name| name == "MACHINE")
     }
 

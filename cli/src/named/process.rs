@@ -37,7 +37,7 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     };
     let ended = message::start().and_then(|()| {
         log::of_process(ProcessLog::of(process.machine()));
-        run_machine(&process, args.from.as_deref())
+        run_machine(&process, args.from.as_deref().map(|from| (from, origin)))
     });
     if let Err(error) = &ended {
         report(error);
@@ -50,7 +50,8 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     }
 }
 
-fn run_machine(process: &MachineProcess, from: Option<&Path>) -> anyhow::Result<u8> {
+/// Runs the machine, from a state in a directory if there is one.
+fn run_machine(process: &MachineProcess, from: Option<(&Path, RunOrigin)>) -> anyhow::Result<u8> {
     let machine = process.machine();
     let (config, origin) = prepare(machine, from)?;
     let owner = Background {
@@ -61,13 +62,16 @@ fn run_machine(process: &MachineProcess, from: Option<&Path>) -> anyhow::Result<
     run::run(&config, origin, Some(&machine.control_socket()), &owner)
 }
 
-fn prepare(machine: &Machine, from: Option<&Path>) -> anyhow::Result<(MachineConfig, Origin)> {
-    let Some(directory) = from else {
+fn prepare(
+    machine: &Machine,
+    from: Option<(&Path, RunOrigin)>,
+) -> anyhow::Result<(MachineConfig, Origin)> {
+    let Some((directory, origin)) = from else {
         let config = machine.process_config()?;
         config.validate()?;
         return Ok((config, Origin::Boot));
     };
-    let opened = machine.open_state(directory);
+    let opened = machine.open_state(directory, origin);
     let (snapshot, config) =
         opened.with_context(|| format!("cannot go on from '{}'", directory.display()))?;
     let origin = Origin::Snapshot {
