@@ -182,7 +182,7 @@ mod tests {
     fn a_mistake_is_reported_with_its_line() {
         let path = Path::new("/m/machine.toml");
         let error = parse_machine_file("kernel = \"k\"\ncups = 2", path).unwrap_err();
-        assert!(error.to_string().contains("line 2"), "{error}");
+        assert!(error.to_string().contains("machine.toml:2: "), "{error}");
         let error = parse_machine_file("cpus = 2", path).unwrap_err();
         assert!(error.to_string().contains("kernel"), "{error}");
     }

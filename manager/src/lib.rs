@@ -45,6 +45,7 @@ mod process;
 mod saved;
 mod snapshots;
 mod start;
+mod states;
 mod usage;
 
 pub use definition::{RestartPolicy, Settings, defaults, machine_file, parse_machine_file};

@@ -10,7 +10,6 @@ use std::{process, thread};
 use bantam_control::ControlClient;
 use bantam_vmm::State;
 use bantam_vmm::config::{MachineConfig, SerialConfig, read_text_file};
-use bantam_vmm::{Answer, Command};
 use nix::unistd::Pid;
 
 use crate::definition::{Settings, parse_machine_file};
@@ -20,6 +19,7 @@ use crate::folders::Folders;
 use crate::history::{EndReason, Run, RunEnd};
 use crate::lock::{self, Purpose};
 use crate::name::MachineName;
+use crate::states::states;
 
 /// Names of files in the folder of a machine.
 pub(crate) mod file {
@@ -85,7 +85,7 @@ impl MachineState {
         }
     }
 
-    fn of(state: State) -> MachineState {
+    pub(crate) fn of(state: State) -> MachineState {
         match state {
             State::NotConfigured | State::Configured | State::Starting => MachineState::Starting,
             State::Running | State::Pausing | State::Resuming => MachineState::Running,
@@ -237,16 +237,11 @@ impl Machine {
         if !self.is_active()? {
             return Ok(MachineState::ShutOff);
         }
-        let asked = ControlClient::connect(&self.control_socket())
-            .and_then(|mut client| client.execute(Command::Query));
-        match asked {
-            Ok(Answer::State(state)) => Ok(MachineState::of(state)),
-            // It has ended meanwhile, has no socket yet, or does not answer.
+        match states(&[self])[..] {
+            [state @ (MachineState::Running | MachineState::Paused)] => Ok(state),
+            // It may have ended meanwhile.
             _ if !self.is_active()? => Ok(MachineState::ShutOff),
-            Err(
-                bantam_control::ControlError::NoSocket | bantam_control::ControlError::Abandoned,
-            ) => Ok(MachineState::Starting),
-            Err(bantam_control::ControlError::Ended) => Ok(MachineState::Ending),
+            [state] => Ok(state),
             _ => Ok(MachineState::Unresponsive),
         }
     }
@@ -419,8 +414,11 @@ impl Machine {
 fn holder(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     match text.trim().rsplit_once(' ') {
-        Some((action, process)) => format!("another command ({action}, process {process})"),
-        None => "another command".to_owned(),
+        // One that has just taken the lock may not have written yet.
+        Some((action, process)) if Path::new("/proc").join(process).exists() => {
+            format!("another command ({action}, process {process})")
+        }
+        _ => "another command".to_owned(),
     }
 }
 

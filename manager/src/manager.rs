@@ -16,6 +16,7 @@ use crate::folders::{Folders, name_of};
 use crate::lock::{self, Purpose};
 use crate::machine::{Machine, MachineState, file, write_new};
 use crate::name::MachineName;
+use crate::states::states;
 
 /// Begins the name of the folder of a machine that is being made.
 const NEW: &str = ".new-";
@@ -130,20 +131,25 @@ impl Manager {
                 entries.push(Entry { machine, state });
             }
         }
-        thread::scope(|scope| {
-            let active = entries
-                .iter_mut()
-                .filter(|it| it.state != MachineState::ShutOff);
-            for entry in active {
-                let ask = move || {
-                    if let Ok(state) = entry.machine.state() {
-                        entry.state = state;
-                    }
-                };
-                // Without a thread, it is listed as one that does not answer.
-                let _ = thread::Builder::new().spawn_scoped(scope, ask);
-            }
-        });
+        let active: Vec<_> = (0..)
+            .zip(&entries)
+            .filter(|(_, it)| it.state != MachineState::ShutOff)
+            .map(|(place, _)| place)
+            .collect();
+        let machines: Vec<_> = active
+            .iter()
+            .map(|&place: &usize| &entries[place].machine)
+            .collect();
+        let found = states(&machines);
+        for (place, state) in active.into_iter().zip(found) {
+            let entry = &mut entries[place];
+            entry.state = match state {
+                MachineState::Running | MachineState::Paused => state,
+                // It may have ended meanwhile.
+                _ if !entry.machine.is_active().unwrap_or(false) => MachineState::ShutOff,
+                state => state,
+            };
+        }
         entries.retain(|it| all || it.state != MachineState::ShutOff);
         Ok(entries)
     }
@@ -220,7 +226,7 @@ impl Manager {
                 let reason = "it has a managed save; remove that too (--managed-save)";
                 return Err(machine.refused("undefine", reason));
             }
-            if !machine.snapshots()?.is_empty() && !removal.snapshots {
+            if !removal.snapshots && !machine.snapshots()?.is_empty() {
                 let reason = "it has snapshots; remove them too (--snapshots)";
                 return Err(machine.refused("undefine", reason));
             }

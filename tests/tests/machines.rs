@@ -243,6 +243,20 @@ fn a_machine_lives_from_create_to_undefine() {
 }
 
 #[test]
+fn a_machine_keeps_nothing_of_whoever_starts_it() {
+    require_kvm!();
+    let machines = Machines::new();
+    machines.create_idle("web");
+    // A shell that passes on a pipe: its reader waits until all have closed it.
+    let script = "exec 7>&1; exec \"$@\"";
+    let variable = format!("BANTAM_STATE_DIR={}", machines.folder.path().display());
+    let launcher = ["env", &variable, "sh", "-c", script, "sh"].map(str::to_owned);
+    let ended = Bantam::new(["start", "web"]).launcher(launcher).finish();
+    ended.has_status(0);
+    assert_eq!(machines.state("web"), "running (booted)");
+}
+
+#[test]
 fn start_says_why_a_guest_does_not_run() {
     require_kvm!();
     let machines = Machines::new();
@@ -267,7 +281,7 @@ fn start_says_why_a_guest_does_not_run() {
 
     fs::write(&path, "kernel = \"/k\"\ncups = 2\n").unwrap();
     let reason = machines.refused(&["start", "web"]);
-    assert!(reason.contains("line 2"), "{reason}");
+    assert!(reason.contains("machine.toml:2: "), "{reason}");
     // The others are not affected, and neither is the list.
     machines.create_idle("db");
     assert!(machines.done(&["list", "--all"]).contains("web"));
@@ -475,7 +489,7 @@ fn a_guest_that_fails_is_started_again_as_its_policy_says() {
         // A reboot is a reboot.
         ("e", "finish=reset", "never", "rebooted", 2),
     ] {
-        let more = [&limit[..], &["--restart", policy]].concat();
+        let more = [&limit[..], &["--restart", policy][..]].concat();
         machines.create(name, "hello", words, &more);
         machines.done(&["start", name]);
         machines.wait_for_state(name, &format!("shut off ({reason})"));
@@ -595,7 +609,7 @@ fn a_saved_machine_goes_on_where_it_was() {
     let machines = Machines::new();
     machines.create("count", "count", "", &[]);
     machines.done(&["start", "count"]);
-    machines.console_until("count", "counters");
+    machines.console_until("count", "counting at");
     machines.done(&["managedsave", "count"]);
     assert_eq!(machines.state("count"), "shut off (saved)");
     assert!(
@@ -622,7 +636,7 @@ fn a_saved_machine_goes_on_where_it_was() {
     assert!(machines.refused(&["restore", saved]).contains("is running"));
     machines.done(&["managedsave", "count"]);
     machines.done(&["start", "count", "--force-boot"]);
-    machines.console_until("count", "counters");
+    machines.console_until("count", "counting at");
 }
 
 #[test]
@@ -639,7 +653,7 @@ fn snapshots_keep_disks_and_memory_and_are_gone_back_to() {
     assert_ne!(first, disk);
 
     machines.done(&["start", "count"]);
-    machines.console_until("count", "counters");
+    machines.console_until("count", "counting at");
     machines.done(&[
         "snapshot",
         "create",
@@ -675,7 +689,7 @@ fn snapshots_keep_disks_and_memory_and_are_gone_back_to() {
     let overlays = fs::read_dir(machines.of_machine("count").join("disks")).unwrap();
     assert_eq!(overlays.count(), 2);
     machines.done(&["start", "count"]);
-    machines.console_until("count", "counters");
+    machines.console_until("count", "counting at");
 
     let reason = machines.refused(&["undefine", "count"]);
     assert!(reason.contains("it is running"), "{reason}");
@@ -705,7 +719,7 @@ fn a_snapshot_that_is_killed_counts_or_leaves_nothing() {
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     machines.create("count", "count", "", &["--disk", disk.to_str().unwrap()]);
     machines.done(&["start", "count"]);
-    machines.console_until("count", "counters");
+    machines.console_until("count", "counting at");
     for round in 0..15 {
         let name = format!("s{round}");
         let take = machines
@@ -779,7 +793,7 @@ fn linux_is_started_shut_down_saved_and_restored() {
     let machines = Machines::new();
     let root = machines.folder.path().join("root.img");
     fs::copy(RootFileSystem::new().ext4, &root).unwrap();
-    let kernel = Kernel::Small.vmlinux();
+    let kernel = Kernel::Full.vmlinux();
     machines.done(&[
         "create",
         "linux",
@@ -798,6 +812,11 @@ fn linux_is_started_shut_down_saved_and_restored() {
     machines.done(&["start", "linux"]);
     let mut console = LinuxConsole::attach(&machines, "linux");
     console.command("echo still-$kept", "still-before");
+    // The button is a device that is read, and the root file system has no daemon for that.
+    console.command(
+        "for it in /dev/input/event*; do (head -c 1 $it >/dev/null; poweroff) & done; echo watched-$((40 + 2))",
+        "watched-42",
+    );
     drop(console);
     machines.done(&["shutdown", "linux", "--wait", "--timeout", "200s"]);
     assert_eq!(machines.state("linux"), "shut off (powered off)");

@@ -46,9 +46,14 @@ pub fn with_machine_names(shell: Shell, script: String) -> String {
 _bantam_with_machines() {{
     _bantam "$@"
     local place
-    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
-        snapshot\ @({snapshot_commands})) place=3 ;;
-        @({commands})\ *) place=2 ;;
+    case "${{COMP_WORDS[1]}}" in
+        snapshot)
+            case "${{COMP_WORDS[2]}}" in
+                {snapshot_commands}) place=3 ;;
+                *) return ;;
+            esac
+            ;;
+        {commands}) place=2 ;;
         *) return ;;
     esac
     if [[ $COMP_CWORD -eq $place && "${{COMP_WORDS[COMP_CWORD]}}" != -* ]]; then

@@ -1,7 +1,6 @@
 //! `bantam save` and `managedsave`, and `bantam restore` of what they have written.
 
-use bantam_manager::saved_machine;
-use bantam_vmm::SnapshotTaken;
+use bantam_manager::{MachineName, saved_machine};
 
 use super::args::{ManagedsaveArgs, SaveArgs};
 use super::machine;
@@ -9,8 +8,8 @@ use crate::args::RestoreArgs;
 use crate::message::say;
 
 pub fn save(args: &SaveArgs) -> anyhow::Result<()> {
-    let taken = machine(&args.name)?.save(&args.directory)?;
-    say_saved(args.name.as_str(), &taken);
+    machine(&args.name)?.save(&args.directory)?;
+    say_saved(&args.name);
     Ok(())
 }
 
@@ -19,16 +18,13 @@ pub fn managed_save(args: &ManagedsaveArgs) -> anyhow::Result<()> {
     if args.remove {
         return Ok(machine.remove_managed_save()?);
     }
-    let taken = machine.managed_save()?;
-    say_saved(args.name.as_str(), &taken);
+    machine.managed_save()?;
+    say_saved(&args.name);
     Ok(())
 }
 
-fn say_saved(name: &str, taken: &SnapshotTaken) {
-    say(format_args!(
-        "machine '{name}' is saved: {} pages",
-        taken.pages
-    ));
+fn say_saved(name: &MachineName) {
+    say(format_args!("machine '{name}' is saved"));
 }
 
 /// Starts a named machine again from the state that `bantam save` has written. Returns `None` if it is another state, or
