@@ -23,6 +23,9 @@ use tempfile::TempDir;
 /// How long something may take that needs milliseconds, on a busy host.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a Linux guest may take.
+const LINUX_LIMIT: Duration = Duration::from_secs(250);
+
 /// The machines of a test, in folders of their own. They are destroyed with this.
 struct Machines {
     folder: TempDir,
@@ -712,6 +715,33 @@ fn snapshots_keep_disks_and_memory_and_are_gone_back_to() {
 }
 
 #[test]
+fn a_guest_that_reboots_after_a_snapshot_keeps_its_overlays() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = machines.folder.path().join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let disk = disk.to_str().unwrap();
+    machines.create("web", "button", "finish=reset", &["--disk", disk]);
+    machines.done(&["start", "web"]);
+    machines.console_until("web", "ready");
+    machines.done(&["snapshot", "create", "web", "before"]);
+    machines.done(&["control", "web", "power-button"]);
+    let begin = Instant::now();
+    while machines.json(&["domstate", "web"])["last-run"]["restarts"] != 1 {
+        assert!(begin.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(5));
+    }
+    machines.wait_for_state("web", "running (booted)");
+    let source = machines.json(&["domblklist", "web"])[0]["source"].clone();
+    assert_ne!(source, disk);
+    assert!(
+        machines
+            .machine_file("web")
+            .contains(source.as_str().unwrap())
+    );
+}
+
+#[test]
 fn a_snapshot_that_is_killed_counts_or_leaves_nothing() {
     require_kvm!();
     let machines = Machines::new();
@@ -786,25 +816,24 @@ fn storage_that_another_machine_uses_is_kept() {
     assert!(shared.exists() && read.exists());
 }
 
+/// Defines and starts a Linux guest with a root file system of its own.
+fn start_linux(machines: &Machines, name: &str, kernel: Kernel, words: &str) {
+    let root = machines.folder.path().join("root.img");
+    fs::copy(RootFileSystem::new().ext4, &root).unwrap();
+    let kernel = kernel.vmlinux();
+    let kernel = kernel.to_str().unwrap();
+    let root = root.to_str().unwrap();
+    let options = ["--kernel", kernel, "--disk", root, "--append", words];
+    let arguments = [&["create", name, "--start"], &options[..]].concat();
+    machines.done(&arguments);
+}
+
 #[test]
-fn linux_is_started_shut_down_saved_and_restored() {
+fn a_shell_of_linux_goes_on_after_a_managed_save() {
     require_kvm!();
     let _slot = linux_slot();
     let machines = Machines::new();
-    let root = machines.folder.path().join("root.img");
-    fs::copy(RootFileSystem::new().ext4, &root).unwrap();
-    let kernel = Kernel::Full.vmlinux();
-    machines.done(&[
-        "create",
-        "linux",
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--disk",
-        root.to_str().unwrap(),
-        "--append",
-        "bantam.mode=shell quiet",
-        "--start",
-    ]);
+    start_linux(&machines, "linux", Kernel::Small, "bantam.mode=shell quiet");
     let mut console = LinuxConsole::attach(&machines, "linux");
     console.command("kept=before; echo got-$kept", "got-before");
     drop(console);
@@ -812,13 +841,20 @@ fn linux_is_started_shut_down_saved_and_restored() {
     machines.done(&["start", "linux"]);
     let mut console = LinuxConsole::attach(&machines, "linux");
     console.command("echo still-$kept", "still-before");
-    // The button is a device that is read, and the root file system has no daemon for that.
-    console.command(
-        "for it in /dev/input/event*; do (head -c 1 $it >/dev/null; poweroff) & done; echo watched-$((40 + 2))",
-        "watched-42",
-    );
-    drop(console);
-    machines.done(&["shutdown", "linux", "--wait", "--timeout", "200s"]);
+}
+
+#[test]
+fn linux_shuts_itself_down_by_the_power_button() {
+    require_kvm!();
+    let _slot = linux_slot();
+    let machines = Machines::new();
+    let words = "bantam.mode=test bantam.test=power-button quiet";
+    start_linux(&machines, "linux", Kernel::Full, words);
+    let mut console = LinuxConsole::attach(&machines, "linux");
+    console.read_until("bantam: power-button waiting");
+    let shutdown = ["shutdown", "linux", "--wait", "--timeout", "200s"];
+    let shutdown = machines.bantam(&shutdown).limit(LINUX_LIMIT).finish();
+    shutdown.has_status(0);
     assert_eq!(machines.state("linux"), "shut off (powered off)");
 }
 
@@ -838,18 +874,26 @@ impl LinuxConsole {
     /// Types a command again and again until its output is there, as the shell may not have started yet.
     #[track_caller]
     fn command(&mut self, command: &str, awaited: &str) {
+        self.await_output(Some(command), awaited);
+    }
+
+    #[track_caller]
+    fn read_until(&mut self, awaited: &str) {
+        self.await_output(None, awaited);
+    }
+
+    #[track_caller]
+    fn await_output(&mut self, command: Option<&str>, awaited: &str) {
         let begin = Instant::now();
         let mut output = String::new();
         let mut chunk = [0; 4096];
         let mut typed = None::<Instant>;
         while !output.contains(awaited) {
-            assert!(
-                begin.elapsed() < Duration::from_secs(250),
-                "no '{awaited}' in\n{output}"
-            );
-            if typed.is_none_or(|typed| typed.elapsed() > Duration::from_secs(20)) {
-                self.0.write_all(command.as_bytes()).unwrap();
-                self.0.write_all(b"\n").unwrap();
+            assert!(begin.elapsed() < LINUX_LIMIT, "no '{awaited}' in\n{output}");
+            if let Some(command) = command
+                && typed.is_none_or(|typed| typed.elapsed() > Duration::from_secs(20))
+            {
+                self.0.write_all(format!("{command}\n").as_bytes()).unwrap();
                 typed = Some(Instant::now());
             }
             if let Ok(count) = self.0.read(&mut chunk) {

@@ -2,6 +2,7 @@
 
 use bantam_manager::{Machine, MachineState, Run, RunOrigin};
 use bantam_vmm::config::{MachineConfig, NetConfig};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::args::{DomstateArgs, DumpcfgArgs, Output, OutputArgs};
@@ -24,7 +25,7 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
             "name": args.name,
             "id": settings.id,
             "state": state.as_str(),
-            "process": process.map(|process| process.as_raw()),
+            "process": process.map(Pid::as_raw),
             "vcpus": config.cpus.get(),
             "memory-kib": memory,
             "autostart": machine.is_autostarted(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::bail;
 use bantam_manager::{RunOrigin, StartOptions};
 use bantam_vmm::ShutDown;
+use bantam_vmm::config::ShutdownTimeout;
 
 use super::args::{DestroyArgs, ShutdownArgs, StartArgs};
 use super::{console, machine};
@@ -34,7 +35,7 @@ pub fn start(args: &StartArgs) -> anyhow::Result<()> {
 
 pub fn shutdown(args: &ShutdownArgs) -> anyhow::Result<()> {
     let machine = machine(&args.name)?;
-    let timeout = args.timeout.map(|timeout| timeout.get());
+    let timeout = args.timeout.map(ShutdownTimeout::get);
     if machine.shutdown(timeout)? == ShutDown::PowerCut && timeout != Some(Duration::ZERO) {
         say(format_args!(
             "the guest of machine '{}' listens neither to the power button nor to Ctrl-Alt-Del: its power is cut",
