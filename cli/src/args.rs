@@ -67,7 +67,8 @@ pub enum Command {
     ///
     /// The machine goes on from where another was when its snapshot was taken. What it uses of the host can be
     /// other than it was: images, taps, sockets. Exit status and keys are those of bantam run. See
-    /// docs/snapshots.md.
+    /// docs/snapshots.md. A directory that bantam save has written is that of a named machine: without options
+    /// for another machine, that one is started from there, in the background.
     Restore(Box<RestoreArgs>),
     /// Starts machines that go on from where another is
     ///

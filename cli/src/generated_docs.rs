@@ -45,6 +45,7 @@ fn write_man_pages_of(command: &Command, folder: &Path) -> io::Result<()> {
     write_man_page(command, folder)?;
     command
         .get_subcommands()
+        .filter(|command| !command.is_hide_set())
         .try_for_each(|command| write_man_pages_of(command, folder))
 }
 
@@ -114,9 +115,11 @@ mod tests {
             "bantam-image.1",
             "bantam-image-convert.1",
             "bantam-man.1",
+            "bantam-start.1",
         ] {
             assert!(folder.join(page).exists(), "{page}");
         }
+        assert!(!folder.join("bantam-machine-process.1").exists());
         fs::remove_dir_all(&folder).unwrap();
         assert!(run.contains("host\\-workarounds"), "{run}");
         assert!(run.contains(".nf\nExamples:"), "{run}");
