@@ -17,6 +17,7 @@ use tracing::level_filters::LevelFilter;
 use crate::control::ControlArgs;
 use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
+use crate::named::NamedCommand;
 use crate::restore::{self, MemorySource, Replacement};
 use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
@@ -66,7 +67,8 @@ pub enum Command {
     ///
     /// The machine goes on from where another was when its snapshot was taken. What it uses of the host can be
     /// other than it was: images, taps, sockets. Exit status and keys are those of bantam run. See
-    /// docs/snapshots.md.
+    /// docs/snapshots.md. A directory that bantam save has written is that of a named machine: without options
+    /// for another machine, that one is started from there, in the background.
     Restore(Box<RestoreArgs>),
     /// Starts machines that go on from where another is
     ///
@@ -75,6 +77,8 @@ pub enum Command {
     Fork(Box<ForkArgs>),
     /// Takes snapshots of machines, and examines and merges them
     Snapshot(Box<SnapshotArgs>),
+    #[command(flatten)]
+    Named(NamedCommand),
     /// Creates, converts and examines disk images
     ///
     /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the
@@ -395,6 +399,25 @@ impl RunArgs {
             Some(file) => options.over(MachineTable::from_file(file)?),
             None => options,
         })
+    }
+}
+
+impl RestoreArgs {
+    /// Whether the machine goes on with all that it had, and nothing is asked for beside that.
+    pub fn is_plain(&self) -> bool {
+        self.overlays.is_none()
+            && self.disks.is_empty()
+            && self.nets.is_empty()
+            && self.vsock.is_none()
+            && self.cid.is_none()
+            && self.serial.is_none()
+            && self.console.is_none()
+            && self.channels.is_empty()
+            && self.metadata.is_none()
+            && self.control.is_none()
+            && self.descriptors.is_empty()
+            && !self.record_working_set
+            && !self.force
     }
 }
 

@@ -12,6 +12,7 @@ use clap_mangen::Man;
 use crate::args::Args;
 use crate::control::ControlArgs;
 use crate::image::ImageArgs;
+use crate::named;
 
 /// Prints the completions for a shell.
 pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
@@ -25,8 +26,9 @@ pub fn print_completions(shell: Shell) -> anyhow::Result<()> {
             ControlArgs::augment_args(command.defer(|command| command))
         });
     clap_complete::generate(shell, &mut command, "bantam", &mut script);
+    let script = named::with_machine_names(shell, String::from_utf8_lossy(&script).into_owned());
     io::stdout()
-        .write_all(&script)
+        .write_all(script.as_bytes())
         .context("cannot write the completions to standard output")
 }
 
@@ -43,6 +45,7 @@ fn write_man_pages_of(command: &Command, folder: &Path) -> io::Result<()> {
     write_man_page(command, folder)?;
     command
         .get_subcommands()
+        .filter(|command| !command.is_hide_set())
         .try_for_each(|command| write_man_pages_of(command, folder))
 }
 
@@ -112,9 +115,11 @@ mod tests {
             "bantam-image.1",
             "bantam-image-convert.1",
             "bantam-man.1",
+            "bantam-start.1",
         ] {
             assert!(folder.join(page).exists(), "{page}");
         }
+        assert!(!folder.join("bantam-machine-process.1").exists());
         fs::remove_dir_all(&folder).unwrap();
         assert!(run.contains("host\\-workarounds"), "{run}");
         assert!(run.contains(".nf\nExamples:"), "{run}");

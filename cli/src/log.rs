@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use anstream::{AutoStream, ColorChoice};
 use bantam_api::Fault;
 use bantam_api::ProgramLog;
 use bantam_api::bodies::logger::{LogLevel, Logger};
+use bantam_manager::ProcessLog;
 use bantam_vmm::text::without_error_numbers;
 use nix::libc;
 use tracing::level_filters::LevelFilter;
@@ -44,6 +45,34 @@ pub fn to_stderr(level: LevelFilter) {
         .with_timer(tracing_subscriber::fmt::time::uptime())
         .log_internal_errors(false)
         .init();
+}
+
+/// Logs lines up to level `Info`, with the time of day, on the standard error of the process of a named machine.
+pub fn of_process(log: ProcessLog) {
+    let log = Arc::new(Mutex::new(log));
+    tracing_subscriber::fmt()
+        .with_writer(move || ProcessLogWriter(log.clone()))
+        .with_ansi(false)
+        .with_max_level(LevelFilter::INFO)
+        .with_target(false)
+        .log_internal_errors(false)
+        .init();
+}
+
+/// Writes lines to the log of a named machine, which is put aside when it is large.
+struct ProcessLogWriter(Arc<Mutex<ProcessLog>>);
+
+impl Write for ProcessLogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = LineWriter(None).write(bytes)?;
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        log.wrote(written);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Logs lines of the instance called `id` in Firecracker's format: up to level `Info` on standard

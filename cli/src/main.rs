@@ -16,6 +16,7 @@ mod local_time;
 mod log;
 mod main_loop;
 mod message;
+mod named;
 mod outlet;
 mod own_code;
 mod process_times;
@@ -44,7 +45,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
 use message::say;
-use run::Origin;
+use run::{Foreground, Origin};
 
 fn main() -> ExitCode {
     #[cfg(target_env = "gnu")]
@@ -96,6 +97,9 @@ fn execute(command: Command) -> ExitCode {
         }
         Command::Control(args) => status_of(control::control(*args)),
         Command::Restore(args) => {
+            if let Some(restored) = named::restore(&args) {
+                return status_of_machine(restored.map(|()| 0), ExitStatus::default());
+            }
             raise_descriptor_limit();
             restore(&args)
         }
@@ -104,6 +108,7 @@ fn execute(command: Command) -> ExitCode {
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),
+        Command::Named(command) => named::execute(command),
         Command::Man { folder } => status_of(generated_docs::write_man_pages(&folder)),
     }
 }
@@ -116,7 +121,9 @@ fn run(args: RunArgs) -> ExitCode {
         let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
-        run::run(&table.into_config()?, Origin::Boot, control.as_deref())
+        let config = table.into_config()?;
+        let owner = Foreground(config.on_reboot);
+        run::run(&config, Origin::Boot, control.as_deref(), &owner)
     });
     status_of_machine(ended, meaning)
 }
@@ -131,7 +138,8 @@ fn restore(args: &RestoreArgs) -> ExitCode {
             snapshot: Arc::new(snapshot),
             paused: args.paused,
         };
-        run::run(&config, origin, args.control.as_deref())
+        let owner = Foreground(config.on_reboot);
+        run::run(&config, origin, args.control.as_deref(), &owner)
     });
     status_of_machine(ended, meaning)
 }

@@ -20,6 +20,35 @@ use crate::restart::Restarts;
 use crate::signals::Signals;
 use crate::stopping;
 
+/// Decides what becomes of a machine that has ended, and is told how it goes on.
+pub trait Owner {
+    /// The guest runs.
+    fn started(&self) {}
+
+    /// The machine has ended.
+    fn ended(&self, _ending: Ending) {}
+
+    /// Whether a machine that nobody has told to end is started again.
+    fn restarts_after(&self, reason: ExitReason) -> bool;
+
+    /// Whether a machine that an error has ended is started again.
+    fn restarts_after_error(&self) -> bool {
+        false
+    }
+
+    /// The machine is going to be started again.
+    fn restarted(&self) {}
+}
+
+/// The owner of a machine that only its configuration decides about.
+pub struct Foreground(pub OnReboot);
+
+impl Owner for Foreground {
+    fn restarts_after(&self, reason: ExitReason) -> bool {
+        matches!(reason, ExitReason::Reboot | ExitReason::Panic) && self.0 == OnReboot::Restart
+    }
+}
+
 /// What a machine starts from.
 pub enum Origin {
     /// The kernel that its configuration names.
@@ -34,8 +63,13 @@ pub enum Origin {
 }
 
 /// Runs a machine until it ends for good, and returns the exit status. It starts from `origin`, and boots when it is
-/// restarted. Clients of a socket at `control`, if that is given, can control it.
-pub fn run(config: &MachineConfig, origin: Origin, control: Option<&Path>) -> anyhow::Result<u8> {
+/// restarted, as its `owner` says. Clients of a socket at `control`, if that is given, can control it.
+pub fn run(
+    config: &MachineConfig,
+    origin: Origin,
+    control: Option<&Path>,
+    owner: &dyn Owner,
+) -> anyhow::Result<u8> {
     // Before signals are diverted, so that one ends the process even if the host does not answer.
     let control = control.map(listen).transpose()?;
     let signals = Signals::block().context("cannot divert signals")?;
@@ -43,7 +77,7 @@ pub fn run(config: &MachineConfig, origin: Origin, control: Option<&Path>) -> an
         true => Some(StdioConsole::new()?),
         false => None,
     };
-    let ended = run_until_end(config, origin, &signals, console.as_mut(), control);
+    let ended = run_until_end(config, origin, &signals, console.as_mut(), control, owner);
     if let Some(console) = console {
         // An error must not wait for a reader that may never read again.
         let ends_soon = stopping::is_asked() || ended.is_err();
@@ -59,6 +93,7 @@ fn run_until_end(
     signals: &Signals,
     console: Option<&mut StdioConsole>,
     control: Option<ListeningSocket>,
+    owner: &dyn Owner,
 ) -> anyhow::Result<Ending> {
     let log = MachineLog::default();
     let controller = new_controller(&log)?;
@@ -73,6 +108,7 @@ fn run_until_end(
         controller,
         &log,
         control.as_ref(),
+        owner,
     );
     if let Some(control) = control {
         control.end();
@@ -87,6 +123,10 @@ fn new_controller(log: &MachineLog) -> Result<Controller, bantam_vmm::Error> {
     })
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "they are what the process has one of"
+)]
 fn run_with_restarts(
     config: &MachineConfig,
     mut origin: Origin,
@@ -95,34 +135,46 @@ fn run_with_restarts(
     mut controller: Controller,
     log: &MachineLog,
     control: Option<&Control>,
+    owner: &dyn Owner,
 ) -> anyhow::Result<Ending> {
     const ENDED_BY_USER: Ending = Ending {
         by: EndedBy::User,
         reason: ExitReason::Stopped,
     };
     let mut restarts = Restarts::new(config.restart_limit);
+    let mut config = config.clone();
     loop {
         let started = Instant::now();
-        let ending = run_once(
-            config,
+        let ended = run_once(
+            &config,
             std::mem::replace(&mut origin, Origin::Boot),
             signals,
             console.as_deref_mut(),
             &controller,
             control,
-        )?;
-        let reason = ending.reason;
-        let restarts_machine = ending.by == EndedBy::Guest
-            && matches!(reason, ExitReason::Reboot | ExitReason::Panic)
-            && config.on_reboot == OnReboot::Restart;
-        if !restarts_machine {
-            tracing::info!("the machine has ended: {reason}");
-            return Ok(ending);
-        }
+            owner,
+        );
+        let reason = match &ended {
+            Ok(ending) => {
+                let reason = ending.reason;
+                owner.ended(*ending);
+                if ending.by == EndedBy::User || !owner.restarts_after(reason) {
+                    tracing::info!("the machine has ended: {reason}");
+                    return ended;
+                }
+                reason.to_string()
+            }
+            Err(error) => {
+                if stopping::is_asked() || !owner.restarts_after_error() {
+                    return ended;
+                }
+                crate::reason(error)
+            }
+        };
         let run = started.elapsed();
         let Some(wait) = restarts.next(run) else {
             tracing::warn!("{reason}, and is not started again: that was the last restart allowed");
-            return Ok(ending);
+            return ended;
         };
         let soon = match wait {
             Duration::ZERO => String::new(),
@@ -138,6 +190,9 @@ fn run_with_restarts(
         if ended_by == Some(EndedBy::User) {
             return Ok(ENDED_BY_USER);
         }
+        owner.restarted();
+        // A snapshot keeps the images that the disks had, and they must not be written to any more.
+        config = controller.configuration().unwrap_or(config);
         controller = new_controller(log)?;
         if control.is_some_and(|control| !control.replace(&controller)) {
             return Ok(ENDED_BY_USER);
@@ -153,6 +208,7 @@ fn run_once(
     mut console: Option<&mut StdioConsole>,
     controller: &Controller,
     control: Option<&Control>,
+    owner: &dyn Owner,
 ) -> anyhow::Result<Ending> {
     let machine_console = match &console {
         Some(console) => console
@@ -188,6 +244,7 @@ fn run_once(
     );
     let ended = match built {
         Ok(Start::Done(stop)) => {
+            owner.started();
             say_pseudoterminals(config, controller);
             say_ports(controller);
             let timeout = config.shutdown_timeout.get();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bantam_control::ControlClient;
+use bantam_manager::MachineName;
 use bantam_vmm::{
     Answer, Command, DiskSnapshot, FrozenDisk, SnapshotBase, SnapshotDescription, SnapshotDisks,
     SnapshotFiles, SnapshotOptions, SnapshotTaken, merge_snapshots,
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::control::connect;
 use crate::local_time::local_time;
+use crate::named;
 
 /// How long a machine may take to write a snapshot.
 const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -35,7 +37,7 @@ pub struct SnapshotArgs {
 /// The options for taking a snapshot.
 #[derive(Debug, clap::Args)]
 struct TakeArgs {
-    /// The control socket that the machine was started with (--control)
+    /// The control socket that the machine was started with (--control), or the name of a machine
     #[arg(required = true)]
     socket: Option<PathBuf>,
 
@@ -66,10 +68,28 @@ struct TakeArgs {
 
 #[derive(Debug, Subcommand)]
 enum SnapshotCommand {
+    /// Takes a snapshot of a named machine, and keeps it with the machine
+    ///
+    /// It has all disks at one instant, and the memory of a machine that runs.
+    Create(named::SnapshotCreateArgs),
+    /// Lists the snapshots of a named machine
+    List(named::SnapshotListArgs),
+    /// Shows the snapshots of a named machine, each below the one that it was taken after
+    Tree(named::NameArgs),
+    /// Brings a named machine back to where it was at a snapshot
+    ///
+    /// The machine goes on from there at once if the snapshot has memory, and is shut off otherwise. What its disks have
+    /// been given since is lost.
+    Revert(named::SnapshotNameArgs),
+    /// Deletes a snapshot of a named machine
+    Delete(named::SnapshotNameArgs),
     /// Shows what is in a snapshot
     Info {
-        /// Directory of the snapshot
+        /// Directory of the snapshot, or a machine
+        #[arg(value_name = "DIRECTORY|MACHINE")]
         directory: PathBuf,
+        /// Snapshot of the machine
+        snapshot: Option<MachineName>,
         /// Form of the output
         #[arg(long, value_enum, default_value_t)]
         output: Output,
@@ -85,7 +105,7 @@ enum SnapshotCommand {
 }
 
 /// How something is printed.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Output {
     /// For people.
     #[default]
@@ -97,7 +117,25 @@ enum Output {
 /// Executes `bantam snapshot`.
 pub fn run(args: SnapshotArgs) -> anyhow::Result<()> {
     match args.command {
-        Some(SnapshotCommand::Info { directory, output }) => info(&directory, output),
+        Some(SnapshotCommand::Create(args)) => named::create_snapshot(&args),
+        Some(SnapshotCommand::List(args)) => named::list_snapshots(&args),
+        Some(SnapshotCommand::Tree(args)) => named::snapshot_tree(&args),
+        Some(SnapshotCommand::Revert(args)) => named::revert(&args),
+        Some(SnapshotCommand::Delete(args)) => named::delete_snapshot(&args),
+        Some(SnapshotCommand::Info {
+            directory,
+            snapshot: Some(snapshot),
+            output,
+        }) => {
+            let machine = directory.to_str().unwrap_or_default().parse()?;
+            match named::snapshot_with_memory(&machine, &snapshot)? {
+                Some(directory) => info(&directory, output),
+                None => named::describe_snapshot(&machine, &snapshot, output == Output::Json),
+            }
+        }
+        Some(SnapshotCommand::Info {
+            directory, output, ..
+        }) => info(&directory, output),
         Some(SnapshotCommand::Merge { base, directories }) => merge(&base, &directories),
         None => take(args.take),
     }

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 #[derive(Debug, Args)]
 pub struct ControlArgs {
-    /// The control socket that the machine was started with (--control)
+    /// The control socket that the machine was started with (--control), or the name of a machine
     pub socket: PathBuf,
 
     /// How the answer is printed

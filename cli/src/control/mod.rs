@@ -17,7 +17,7 @@ use bantam_vmm::{Command, Event, State};
 pub use args::{ControlArgs, ControlCommand, Output};
 pub use serving::{Control, listen};
 
-use crate::is_broken_pipe;
+use crate::{is_broken_pipe, named};
 
 /// Has the machine execute a command, and prints the answer.
 pub fn control(args: ControlArgs) -> anyhow::Result<()> {
@@ -28,8 +28,11 @@ pub fn control(args: ControlArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Connects to the control socket of a machine.
+/// Connects to the control socket of a machine: the one at this path, or if there is none, that of the named machine.
 pub fn connect(socket: &Path) -> anyhow::Result<ControlClient> {
+    if let Some(machine) = named::running_machine(socket) {
+        return Ok(machine.connect("control")?);
+    }
     ControlClient::connect(socket).map_err(|error| match error {
         // The line is whole.
         ControlError::Refused(_) => Error::from(error),
@@ -82,6 +85,11 @@ fn follow(mut client: ControlClient, format: Output) -> anyhow::Result<()> {
         }
         print(&output::event(&event, format)?)?;
     }
+}
+
+/// Describes an event for people.
+pub fn describe_event(event: &Event) -> serde_json::Result<String> {
+    output::event(event, Output::Human)
 }
 
 /// Prints a line, or several, at once.

@@ -1,0 +1,135 @@
+//! The process of a named machine.
+
+use std::fs;
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use bantam_manager::{Folders, Machine, MachineProcess, ProcessLog, RunOrigin};
+use bantam_vmm::ExitReason;
+use bantam_vmm::config::{MachineConfig, OnReboot};
+use nix::unistd::close;
+
+use super::args::ProcessArgs;
+use crate::exit_status::Ending;
+use crate::main_loop::EndedBy;
+use crate::run::{self, Origin, Owner};
+use crate::{log, message, raise_descriptor_limit, reason, report};
+
+/// Runs a named machine until it ends for good.
+pub fn run(args: ProcessArgs) -> ExitCode {
+    close_inherited();
+    raise_descriptor_limit();
+    let origin = match (&args.from, args.reverted) {
+        (None, _) => RunOrigin::Booted,
+        (Some(_), false) => RunOrigin::Restored,
+        (Some(_), true) => RunOrigin::Reverted,
+    };
+    let folders = Folders {
+        machines: args.machines,
+        runtime: args.runtime,
+        units: None,
+    };
+    let process = match MachineProcess::enter(&folders, args.name, origin) {
+        Ok(process) => process,
+        Err(error) => {
+            report(&error.into());
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = message::start().and_then(|()| {
+        log::of_process(ProcessLog::of(process.machine()));
+        run_machine(&process, args.from.as_deref().map(|from| (from, origin)))
+    });
+    if let Err(error) = &ended {
+        report(error);
+        process.say_failed(&reason(error));
+    }
+    process.leave();
+    match ended {
+        Ok(status) => ExitCode::from(status),
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Closes what this process has inherited beside standard input, output and error: the machine must not keep the pipes and
+/// locks of whoever has started it. Nothing else is open yet.
+fn close_inherited() {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let numbers: Vec<RawFd> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|&number| number > 2)
+        .collect();
+    for number in numbers {
+        // The one by which the folder was read is closed already.
+        let _ = close(number);
+    }
+}
+
+/// Runs the machine, from a state in a directory if there is one.
+fn run_machine(process: &MachineProcess, from: Option<(&Path, RunOrigin)>) -> anyhow::Result<u8> {
+    let machine = process.machine();
+    let (config, origin) = prepare(machine, from)?;
+    let owner = Background {
+        process,
+        restarts_on_reboot: config.on_reboot == OnReboot::Restart,
+    };
+    tracing::info!("machine '{}' is started", machine.name());
+    run::run(&config, origin, Some(&machine.control_socket()), &owner)
+}
+
+fn prepare(
+    machine: &Machine,
+    from: Option<(&Path, RunOrigin)>,
+) -> anyhow::Result<(MachineConfig, Origin)> {
+    let Some((directory, origin)) = from else {
+        let config = machine.process_config()?;
+        config.validate()?;
+        return Ok((config, Origin::Boot));
+    };
+    let opened = machine.open_state(directory, origin);
+    let (snapshot, config) =
+        opened.with_context(|| format!("cannot go on from '{}'", directory.display()))?;
+    let origin = Origin::Snapshot {
+        snapshot: Arc::new(snapshot),
+        paused: false,
+    };
+    Ok((config, origin))
+}
+
+/// A named machine as its process runs it.
+struct Background<'a> {
+    process: &'a MachineProcess,
+    restarts_on_reboot: bool,
+}
+
+impl Owner for Background<'_> {
+    fn started(&self) {
+        self.process.say_running();
+    }
+
+    fn ended(&self, ending: Ending) {
+        self.process.ended(match (ending.by, ending.reason) {
+            // A guest that was asked to end, by keys that ask for a restart, has done so.
+            (EndedBy::User, ExitReason::Reboot) => ExitReason::PowerOff,
+            (_, reason) => reason,
+        });
+    }
+
+    fn restarts_after(&self, reason: ExitReason) -> bool {
+        self.process.restarts_after(reason, self.restarts_on_reboot)
+    }
+
+    fn restarts_after_error(&self) -> bool {
+        self.process.restarts_after_error()
+    }
+
+    fn restarted(&self) {
+        self.process.restarted();
+    }
+}

@@ -1,0 +1,84 @@
+//! The locks of a machine: bytes of one file, which processes lock for as long as they have it open.
+//!
+//! They are locks of an open file (`F_OFD_SETLK`), so a process that is started with the file goes on having the lock,
+//! and the kernel ends it with the last process that has the file, however that ends. Others ask who has a lock without
+//! taking it (`F_OFD_GETLK`), so a question never gets in the way of a process that wants the lock.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+/// What a byte of the lock file is locked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Purpose {
+    /// By the process of the machine, for life.
+    Life = 0,
+    /// By a command that changes what belongs to the machine, while it does so.
+    Change = 1,
+}
+
+/// Opens a lock file, and creates it if it does not exist.
+pub(crate) fn create(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    options.mode(0o600).open(path)
+}
+
+/// Takes a lock for as long as the file is open. Returns `false` if another has it.
+pub(crate) fn try_lock(file: &File, purpose: Purpose) -> io::Result<bool> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&request(purpose))) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Whether another open file has a lock.
+pub(crate) fn is_locked(file: &File, purpose: Purpose) -> io::Result<bool> {
+    let mut found = request(purpose);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+    Ok(found.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+fn request(purpose: Purpose) -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: purpose as libc::off_t,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_has_one_owner_and_questions_take_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let open = || create(&path).unwrap();
+        let owner = open();
+        let asking = File::open(&path).unwrap();
+        assert!(!is_locked(&asking, Purpose::Life).unwrap());
+        assert!(try_lock(&owner, Purpose::Life).unwrap());
+        assert!(is_locked(&asking, Purpose::Life).unwrap());
+        assert!(!is_locked(&asking, Purpose::Change).unwrap());
+        let other = open();
+        assert!(!try_lock(&other, Purpose::Life).unwrap());
+        assert!(try_lock(&other, Purpose::Change).unwrap());
+        // A copy of the descriptor, as a new process has it, is the same owner.
+        let inherited = owner.try_clone().unwrap();
+        drop(owner);
+        assert!(is_locked(&asking, Purpose::Life).unwrap());
+        drop(inherited);
+        assert!(!is_locked(&asking, Purpose::Life).unwrap());
+    }
+}

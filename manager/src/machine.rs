@@ -1,0 +1,443 @@
+//! One named machine: what is kept of it, and whether it runs.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{process, thread};
+
+use bantam_control::ControlClient;
+use bantam_vmm::State;
+use bantam_vmm::config::{MachineConfig, SerialConfig, read_text_file};
+use nix::unistd::Pid;
+
+use crate::definition::{Settings, parse_machine_file};
+use crate::error::Error;
+use crate::files;
+use crate::folders::Folders;
+use crate::history::{EndReason, Run, RunEnd};
+use crate::lock::{self, Purpose};
+use crate::name::MachineName;
+use crate::states::states;
+
+/// Names of files in the folder of a machine.
+pub(crate) mod file {
+    /// The machine file.
+    pub(crate) const MACHINE: &str = "machine.toml";
+    /// The settings of the manager.
+    pub(crate) const SETTINGS: &str = "settings.toml";
+    /// The locks.
+    pub(crate) const LOCK: &str = "lock";
+    /// How the last run began and ended.
+    pub(crate) const RUN: &str = "run.json";
+    /// The log of the machine's process.
+    pub(crate) const LOG: &str = "log";
+    /// The state of a managed save.
+    pub(crate) const SAVE: &str = "save";
+    /// Snapshots.
+    pub(crate) const SNAPSHOTS: &str = "snapshots";
+    /// Overlays of disks.
+    pub(crate) const DISKS: &str = "disks";
+}
+
+/// How long a process may hold a lock that is about to be released.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// The longest time between two looks at a lock.
+const LONGEST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// A named machine.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub(crate) folders: Folders,
+    name: MachineName,
+    folder: PathBuf,
+    runtime: PathBuf,
+}
+
+/// What a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineState {
+    /// It has no process.
+    ShutOff,
+    /// Its process builds it, or waits to start it again.
+    Starting,
+    /// Its guest runs.
+    Running,
+    /// Its guest stands still.
+    Paused,
+    /// Its process ends.
+    Ending,
+    /// Its process does not answer.
+    Unresponsive,
+}
+
+impl MachineState {
+    /// Returns the state as virsh calls it, if virsh has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MachineState::ShutOff => "shut off",
+            MachineState::Starting => "starting",
+            MachineState::Running => "running",
+            MachineState::Paused => "paused",
+            MachineState::Ending => "in shutdown",
+            MachineState::Unresponsive => "no answer",
+        }
+    }
+
+    pub(crate) fn of(state: State) -> MachineState {
+        match state {
+            State::NotConfigured | State::Configured | State::Starting => MachineState::Starting,
+            State::Running | State::Pausing | State::Resuming => MachineState::Running,
+            State::Paused => MachineState::Paused,
+            State::Stopped => MachineState::Ending,
+        }
+    }
+}
+
+/// The right to change what belongs to a machine, until this is dropped. No two commands have it at once.
+#[derive(Debug)]
+pub(crate) struct Change {
+    _lock: File,
+}
+
+impl Machine {
+    /// Returns the machine, whether it exists or not.
+    pub(crate) fn at(folders: &Folders, name: MachineName) -> Machine {
+        Machine {
+            folder: folders.of_machine(&name),
+            runtime: folders.runtime_of(&name),
+            folders: folders.clone(),
+            name,
+        }
+    }
+
+    /// Returns the name.
+    pub fn name(&self) -> &MachineName {
+        &self.name
+    }
+
+    /// Returns the folder in which the machine is kept.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Returns the folder of the sockets, which exists while the machine runs.
+    pub fn runtime(&self) -> &Path {
+        &self.runtime
+    }
+
+    /// Returns the path of the machine file.
+    pub fn machine_file(&self) -> PathBuf {
+        self.folder.join(file::MACHINE)
+    }
+
+    /// Returns the path of the log. Earlier lines are in a file of the same name with `.1`.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join(file::LOG)
+    }
+
+    /// Returns the path of the control socket, which exists while the machine runs.
+    pub fn control_socket(&self) -> PathBuf {
+        self.runtime.join("control.sock")
+    }
+
+    /// Returns the path of the socket of the console, which exists while the machine runs.
+    pub fn console_socket(&self) -> PathBuf {
+        self.runtime.join("console.sock")
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Returns whether the machine has been defined.
+    pub fn exists(&self) -> bool {
+        self.folder.is_dir()
+    }
+
+    /// Reads the text of the machine file.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn machine_file_text(&self) -> Result<String, Error> {
+        let path = self.machine_file();
+        match read_text_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.exists() => {
+                Err(self.not_found())
+            }
+            text => text.map_err(Error::file("read", &path)),
+        }
+    }
+
+    /// Reads the machine file: what the machine is at its next start.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is not a machine file.
+    pub fn config(&self) -> Result<MachineConfig, Error> {
+        parse_machine_file(&self.machine_file_text()?, &self.machine_file())
+    }
+
+    /// Returns the configuration for the machine's process: `stdio` is the socket of the console.
+    ///
+    /// # Errors
+    /// Those of [`Machine::config`].
+    pub fn process_config(&self) -> Result<MachineConfig, Error> {
+        let mut config = self.config()?;
+        let socket = self.console_socket();
+        let channels = config.channels.iter_mut().map(|channel| &mut channel.end);
+        for end in [&mut config.serial, &mut config.console]
+            .into_iter()
+            .chain(channels)
+        {
+            if *end == SerialConfig::Stdio {
+                *end = SerialConfig::Socket(socket.clone());
+            }
+        }
+        Ok(config)
+    }
+
+    /// Reads the settings.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn settings(&self) -> Result<Settings, Error> {
+        let path = self.file(file::SETTINGS);
+        let text = files::read(&path).map_err(Error::file("read", &path))?;
+        match text {
+            Some(text) => Settings::parse(&text, &path),
+            None => Err(match self.exists() {
+                true => Error::file("read", &path)(io::ErrorKind::NotFound.into()),
+                false => self.not_found(),
+            }),
+        }
+    }
+
+    /// Returns whether the machine has a process: that is, whether a process has its lock.
+    ///
+    /// # Errors
+    /// If the lock cannot be looked at, or there is no such machine.
+    pub fn is_active(&self) -> Result<bool, Error> {
+        let path = self.file(file::LOCK);
+        match File::open(&path) {
+            Ok(file) => lock::is_locked(&file, Purpose::Life).map_err(Error::file("test", &path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match self.exists() {
+                true => Ok(false),
+                false => Err(self.not_found()),
+            },
+            Err(error) => Err(Error::file("open", &path)(error)),
+        }
+    }
+
+    /// Returns what the machine does.
+    ///
+    /// # Errors
+    /// Those of [`Machine::is_active`].
+    pub fn state(&self) -> Result<MachineState, Error> {
+        if !self.is_active()? {
+            return Ok(MachineState::ShutOff);
+        }
+        match states(&[self])[..] {
+            [state @ (MachineState::Running | MachineState::Paused)] => Ok(state),
+            // It may have ended meanwhile.
+            _ if !self.is_active()? => Ok(MachineState::ShutOff),
+            [state] => Ok(state),
+            _ => Ok(MachineState::Unresponsive),
+        }
+    }
+
+    /// Returns how the last run began, and how it ended if it has; `None` if the machine has not run yet.
+    ///
+    /// # Errors
+    /// Those of [`Machine::is_active`].
+    pub fn last_run(&self) -> Result<Option<Run>, Error> {
+        let is_active = self.is_active()?;
+        let mut run = Run::read(&self.file(file::RUN));
+        if let Some(run) = &mut run {
+            match is_active {
+                true => run.end = None,
+                false => {
+                    run.end.get_or_insert(RunEnd {
+                        time: None,
+                        reason: EndReason::Killed,
+                        detail: None,
+                    });
+                }
+            }
+        }
+        Ok(run)
+    }
+
+    pub(crate) fn write_run(&self, run: &Run) -> Result<(), Error> {
+        let path = self.file(file::RUN);
+        run.write(&path).map_err(Error::file("write", &path))
+    }
+
+    /// Returns whether there is a saved state that the next start goes on from.
+    pub fn has_managed_save(&self) -> bool {
+        self.file(file::SAVE).join("state").exists()
+    }
+
+    /// Returns the process of the machine: the one that has its lock as standard input. `None` if there is none that this
+    /// user can see.
+    pub fn process(&self) -> Option<Pid> {
+        let identity = |path: &Path| {
+            let file = fs::metadata(path).ok()?;
+            Some((file.dev(), file.ino()))
+        };
+        let lock = identity(&self.file(file::LOCK))?;
+        let processes = fs::read_dir("/proc").ok()?;
+        processes.flatten().find_map(|process| {
+            let number = process.file_name().to_str()?.parse().ok()?;
+            let input = process.path().join("fd/0");
+            (identity(&input)? == lock).then(|| Pid::from_raw(number))
+        })
+    }
+
+    pub(crate) fn not_found(&self) -> Error {
+        let name = self.name.clone();
+        Error::NotFound { name }
+    }
+
+    pub(crate) fn refused(&self, action: &'static str, reason: impl Into<String>) -> Error {
+        Error::Refused {
+            action,
+            name: self.name.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Takes the right to change what belongs to the machine, to `action` it.
+    pub(crate) fn change(&self, action: &'static str) -> Result<Change, Error> {
+        let path = self.file(file::LOCK);
+        if !self.exists() {
+            return Err(self.not_found());
+        }
+        let file = lock::create(&path).map_err(Error::file("open", &path))?;
+        if !lock::try_lock(&file, Purpose::Change).map_err(Error::file("lock", &path))? {
+            return Err(Error::Busy {
+                action,
+                name: self.name.clone(),
+                holder: holder(&path),
+            });
+        }
+        // The machine may have gone, or another may have its name, since the file was opened.
+        let is_it = fs::metadata(&path).and_then(|now| Ok(now.ino() == file.metadata()?.ino()));
+        if !is_it.unwrap_or(false) {
+            return Err(self.not_found());
+        }
+        // It only makes messages better.
+        let note = format!("{action} {}\n", process::id());
+        let _ = file
+            .set_len(0)
+            .and_then(|()| file.write_all_at(note.as_bytes(), 0));
+        Ok(Change { _lock: file })
+    }
+
+    /// Takes the lock of the machine's process for the process that is going to be started.
+    pub(crate) fn take_life(&self) -> Result<File, Error> {
+        let path = self.file(file::LOCK);
+        let file = lock::create(&path).map_err(Error::file("open", &path))?;
+        let begin = Instant::now();
+        loop {
+            if lock::try_lock(&file, Purpose::Life).map_err(Error::file("lock", &path))? {
+                return Ok(file);
+            }
+            // One that was just killed may still be on its way out.
+            let is_served = ControlClient::connect(&self.control_socket()).is_ok();
+            if is_served || begin.elapsed() >= PATIENCE {
+                return Err(self.running("start", "there is nothing to do"));
+            }
+            thread::sleep(LONGEST_INTERVAL);
+        }
+    }
+
+    pub(crate) fn running(&self, action: &'static str, remedy: impl Into<String>) -> Error {
+        Error::Running {
+            action,
+            name: self.name.clone(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// Returns an error if the machine runs.
+    pub(crate) fn require_shut_off(&self, action: &'static str) -> Result<(), Error> {
+        match self.is_active()? {
+            true => {
+                let name = &self.name;
+                Err(self.running(
+                    action,
+                    format!("end it first (bantam shutdown {name}, or bantam destroy {name})"),
+                ))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// Waits until the machine has no process any more. Returns `false` if it still has one after `limit`.
+    ///
+    /// # Errors
+    /// Those of [`Machine::is_active`].
+    pub fn wait_until_shut_off(&self, limit: Option<Duration>) -> Result<bool, Error> {
+        let begin = Instant::now();
+        let mut interval = Duration::from_micros(200);
+        loop {
+            match self.is_active() {
+                Ok(false) => return Ok(true),
+                // It was undefined meanwhile.
+                Err(Error::NotFound { .. }) => return Ok(true),
+                Err(error) => return Err(error),
+                Ok(true) => {}
+            }
+            if limit.is_some_and(|limit| begin.elapsed() >= limit) {
+                return Ok(false);
+            }
+            thread::sleep(interval);
+            interval = (interval * 2).min(LONGEST_INTERVAL);
+        }
+    }
+
+    /// Writes the machine file.
+    pub(crate) fn write_config(&self, text: &str) -> Result<(), Error> {
+        let path = self.machine_file();
+        files::replace(&path, text).map_err(Error::file("write", &path))
+    }
+
+    /// Writes the settings.
+    pub(crate) fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
+        let path = self.file(file::SETTINGS);
+        files::replace(&path, &settings.to_toml()).map_err(Error::file("write", &path))
+    }
+}
+
+/// Says which command has a lock, as it has written into the lock file.
+fn holder(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    match text.trim().rsplit_once(' ') {
+        // One that has just taken the lock may not have written yet.
+        Some((action, process)) if Path::new("/proc").join(process).exists() => {
+            format!("another command ({action}, process {process})")
+        }
+        _ => "another command".to_owned(),
+    }
+}
+
+/// Writes the first files of a machine into a folder that nobody knows yet.
+pub(crate) fn write_new(
+    folder: &Path,
+    machine_file: &str,
+    settings: &Settings,
+) -> Result<(), Error> {
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        let written = File::create(&path).and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        });
+        written.map_err(Error::file("write", &path))
+    };
+    write(file::SETTINGS, &settings.to_toml())?;
+    write(file::LOCK, "")?;
+    write(file::MACHINE, machine_file)?;
+    files::sync_folder(folder).map_err(Error::file("write", folder))
+}
