@@ -12,8 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, Ended, Kernel, RootFileSystem, linux_slot, payload, require_kvm, require_namespaces,
-    with_mounts,
+    Bantam, Ended, Kernel, RootFileSystem, Running, linux_slot, payload, require_kvm,
+    require_namespaces, with_mounts,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -319,7 +319,7 @@ fn of_several_starts_at_once_one_wins() {
         let starts: Vec<_> = (0..4)
             .map(|_| machines.bantam(&["start", "web"]).start())
             .collect();
-        let ended: Vec<_> = starts.into_iter().map(|start| start.wait()).collect();
+        let ended: Vec<_> = starts.into_iter().map(Running::wait).collect();
         let (won, lost): (Vec<_>, Vec<_>) = ended.iter().partition(|it| it.status.success());
         assert_eq!(won.len(), 1);
         for lost in lost {
