@@ -40,8 +40,8 @@ pub struct Attachment {
 pub struct Port {
     networks: Networks,
     record: Record,
-    /// The network, or the bridge as one; none for a place beside an interface.
-    definition: Option<Definition>,
+    /// The bridge that the machine's tap is to be a port of, and whether its ports are kept from each other.
+    bridge: Option<(String, bool)>,
     device: Option<PathBuf>,
     _lock: RecordLock,
 }
@@ -89,11 +89,11 @@ impl Networks {
         let mut port = Port {
             networks: self.clone(),
             record,
-            definition,
+            bridge: None,
             device: None,
             _lock: record_lock,
         };
-        if let Err(error) = port.prepare(attachment, &living, &mut netlink) {
+        if let Err(error) = port.prepare(attachment, definition.as_ref(), &living, &mut netlink) {
             // Dropping the port takes the lock.
             drop(lock);
             return Err(error);
@@ -171,27 +171,29 @@ impl Port {
     /// # Errors
     /// If it or the bridge is gone, or this user may not do it.
     pub fn connect(&self) -> Result<(), NetworkError> {
-        let Some(definition) = &self.definition else {
+        let Some((bridge, is_isolated)) = &self.bridge else {
             return Ok(());
         };
         let mut netlink =
             Netlink::new().map_err(NetworkError::netlink("ask for the interfaces of the host"))?;
-        add_port(definition, &self.record.interface, &mut netlink).map(drop)
+        add_port(bridge, *is_isolated, &self.record.interface, &mut netlink).map(drop)
     }
 
     fn prepare(
         &mut self,
         attachment: &Attachment,
+        network: Option<&Definition>,
         living: &[Record],
         netlink: &mut Netlink,
     ) -> Result<(), NetworkError> {
+        if let Some(network) = network {
+            self.bridge = Some((network.bridge.clone(), network.isolate_ports));
+            return self.networks.update(network, living);
+        }
         match &attachment.place {
-            Place::Network(_) => match &self.definition {
-                Some(definition) => self.networks.update(definition, living),
-                None => Ok(()),
-            },
+            Place::Network(_) => Ok(()),
             Place::Bridge(name) => {
-                self.definition = Some(Definition::of_bridge(name));
+                self.bridge = Some((name.clone(), false));
                 Ok(())
             }
             Place::Beside(parent) => {

@@ -143,21 +143,6 @@ pub struct Definition {
     pub autostart: bool,
 }
 
-impl Definition {
-    /// Returns what a network would be that is bridged to the bridge `name`.
-    pub(crate) fn of_bridge(name: &str) -> Definition {
-        Definition {
-            name: NetworkName::nat(),
-            mode: Mode::Bridged,
-            bridge: name.to_owned(),
-            addresses: None,
-            isolate_ports: false,
-            filter: false,
-            autostart: false,
-        }
-    }
-}
-
 /// Addresses and names of a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

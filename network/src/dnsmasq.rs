@@ -245,7 +245,7 @@ fn end(pid: Pid) -> Result<(), NetworkError> {
 /// Returns the servers of networks in this network namespace: processes, and their configuration files.
 fn servers(folders: &Folders) -> Vec<(Pid, PathBuf)> {
     let started = folders.started();
-    let namespace = fs::read_link("/proc/self/ns/net").ok();
+    let namespace = fs::read_link("/proc/thread-self/ns/net").ok();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let processes = processes.filter_map(|process| {
         let pid = process.file_name().to_str()?.parse().ok()?;

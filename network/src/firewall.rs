@@ -22,6 +22,20 @@ pub(crate) fn set(definition: &Definition, ports: &[&Record]) -> Result<(), Netw
     apply(&action, &rules(definition, ports))
 }
 
+/// Has the rules that are set apply to `ports`, and sets all of them if another program has removed them. It takes
+/// less time than [`set`].
+///
+/// # Errors
+/// Those of [`set`].
+pub(crate) fn set_ports(definition: &Definition, ports: &[&Record]) -> Result<(), NetworkError> {
+    let mut commands = Vec::new();
+    Table::of_frames(definition, &mut commands).set_ports(ports);
+    match apply("set the ports of a network", &commands) {
+        Err(NetworkError::Program { .. }) => set(definition, ports),
+        applied => applied,
+    }
+}
+
 /// Removes the rules of a network, if there are any.
 ///
 /// # Errors
@@ -93,18 +107,13 @@ fn absent_tables(bridge: &str) -> Vec<Value> {
 }
 
 fn rules(definition: &Definition, ports: &[&Record]) -> Vec<Value> {
-    let bridge = &definition.bridge;
-    let mut commands = absent_tables(bridge);
+    let mut commands = absent_tables(&definition.bridge);
     if let Some(addresses) = &definition.addresses {
         commands.extend(packet_rules(definition, addresses));
-    }
-    let filtered: Vec<_> = ports.iter().filter(|port| port.filter).collect();
-    if !filtered.is_empty() {
-        let mut table = Table::new("bridge", bridge, &mut commands);
+        let mut table = Table::of_frames(definition, &mut commands);
+        table.add_table();
         table.frame_rules();
-        for port in filtered {
-            table.add_port(port);
-        }
+        table.set_ports(ports);
     }
     commands
 }
@@ -113,7 +122,12 @@ fn rules(definition: &Definition, ports: &[&Record]) -> Vec<Value> {
 fn packet_rules(definition: &Definition, addresses: &Addresses) -> Vec<Value> {
     let bridge = &definition.bridge;
     let mut commands = Vec::new();
-    let mut table = Table::new("inet", bridge, &mut commands);
+    let mut table = Table {
+        family: "inet",
+        name: bridge,
+        commands: &mut commands,
+    };
+    table.add_table();
     let comes_in = || same(meta("iifname"), json!(bridge));
     let comes_from_elsewhere = || other(meta("iifname"), json!(bridge));
     let goes_in = || same(meta("oifname"), json!(bridge));
@@ -183,13 +197,18 @@ struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    fn new(family: &'static str, name: &'a str, commands: &'a mut Vec<Value>) -> Table<'a> {
-        commands.push(json!({ "add": { "table": { "family": family, "name": name } } }));
+    /// Returns the table for frames.
+    fn of_frames(definition: &'a Definition, commands: &'a mut Vec<Value>) -> Table<'a> {
         Table {
-            family,
-            name,
+            family: "bridge",
+            name: &definition.bridge,
             commands,
         }
+    }
+
+    fn add_table(&mut self) {
+        let table = json!({ "family": self.family, "name": self.name });
+        self.commands.push(json!({ "add": { "table": table } }));
     }
 
     fn base_chain(&mut self, name: &str, kind: &str, hook: &str, priority: i32) {
@@ -291,12 +310,20 @@ impl<'a> Table<'a> {
         self.rule("machine", vec![drop_it()]);
     }
 
-    fn add_port(&mut self, port: &Record) {
-        let (interface, mac) = (&port.interface, port.mac.to_string());
-        self.element("filtered", json!(interface));
-        self.element("macs", json!({ "concat": [interface, mac] }));
-        if let Some(address) = port.address {
-            self.element("addresses", json!({ "concat": [interface, mac, address] }));
+    /// Has the rules apply to `ports` and to no others.
+    fn set_ports(&mut self, ports: &[&Record]) {
+        for set in ["filtered", "macs", "addresses"] {
+            self.commands.push(json!({ "flush": { "set": {
+                "family": self.family, "table": self.name, "name": set,
+            } } }));
+        }
+        for port in ports.iter().filter(|port| port.filter) {
+            let (interface, mac) = (&port.interface, port.mac.to_string());
+            self.element("macs", json!({ "concat": [interface, mac] }));
+            if let Some(address) = port.address {
+                self.element("addresses", json!({ "concat": [interface, mac, address] }));
+            }
+            self.element("filtered", json!(interface));
         }
     }
 }

@@ -119,6 +119,9 @@ impl Networks {
             NetworkError::Unknown {
                 name: name.to_string(),
                 remedy: match names.is_empty() {
+                    _ if Self::ready_made(name).is_some() => {
+                        format!("'bantam network start {name}' makes it, as the first machine on it does")
+                    }
                     true => format!("'bantam network define {name}' defines it"),
                     false => format!("there are {}", names.join(", ")),
                 },

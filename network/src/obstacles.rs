@@ -280,7 +280,7 @@ impl Rule {
 
 /// Returns what can be said about firewalls that `nft` does not show.
 pub(crate) fn legacy_warning(definition: &Definition) -> Option<String> {
-    let tables = fs::read_to_string("/proc/net/ip_tables_names").ok()?;
+    let tables = fs::read_to_string("/proc/thread-self/net/ip_tables_names").ok()?;
     let has_filter = tables.lines().any(|table| table == "filter");
     (has_filter && definition.mode == Mode::Nat).then(|| {
         format!(

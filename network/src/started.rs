@@ -230,7 +230,8 @@ impl Networks {
         self.tell_server(definition, &ports)?;
         let mut returned = 0;
         for port in ports {
-            let added = add_port(definition, &port.interface, netlink);
+            let bridge = &definition.bridge;
+            let added = add_port(bridge, definition.isolate_ports, &port.interface, netlink);
             match added {
                 Ok(is_new) => returned += usize::from(is_new),
                 // The machine has ended meanwhile.
@@ -257,7 +258,7 @@ impl Networks {
         self.tell_server(definition, &ports)?;
         match definition.mode {
             Mode::Bridged => Ok(()),
-            Mode::Nat | Mode::HostOnly => firewall::set(definition, &ports),
+            Mode::Nat | Mode::HostOnly => firewall::set_ports(definition, &ports),
         }
     }
 
@@ -407,22 +408,20 @@ pub(crate) fn bridge(netlink: &mut Netlink, name: &str) -> Result<Link, NetworkE
 /// # Errors
 /// If one of them is missing, or this user may not do it.
 pub(crate) fn add_port(
-    definition: &Definition,
+    bridge_name: &str,
+    is_isolated: bool,
     interface: &str,
     netlink: &mut Netlink,
 ) -> Result<bool, NetworkError> {
-    let bridge = bridge(netlink, &definition.bridge)?;
+    let bridge = bridge(netlink, bridge_name)?;
     let link = netlink
         .link(interface)
         .map_err(NetworkError::netlink("ask for an interface"))?;
     let link = link.ok_or_else(|| NetworkError::InterfaceMissing {
         name: interface.to_owned(),
     })?;
-    let added = netlink.add_port(link.index, bridge.index, definition.isolate_ports);
-    let action = format!(
-        "make '{interface}' a port of the bridge '{}'",
-        definition.bridge
-    );
+    let added = netlink.add_port(link.index, bridge.index, is_isolated);
+    let action = format!("make '{interface}' a port of the bridge '{bridge_name}'");
     added.map_err(NetworkError::netlink(action))?;
     Ok(link.controller != Some(bridge.index))
 }

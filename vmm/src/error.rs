@@ -270,6 +270,17 @@ pub enum Error {
     /// A network of the host cannot be used.
     #[error(transparent)]
     Network(#[from] bantam_network::NetworkError),
+    /// The device of a tap beside another interface cannot be opened.
+    #[error(
+        "cannot open '{path}' for a tap beside another interface: {source}; /dev has to show the host's devices",
+        path = .path.display()
+    )]
+    OpenTapDevice {
+        /// The device.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// A network namespace cannot be entered.
     #[error("cannot enter network namespace '{path}': {source}{remedy}", path = .path.display())]
     Namespace {

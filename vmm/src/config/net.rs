@@ -603,24 +603,48 @@ mod tests {
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...";
+        let form = "; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME and \
+                    macvtap=NAME, with [,KEY=VALUE]...";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
-                "unknown option 'tap0', expected one of 'tap', 'user', 'mac', 'mtu', 'queues', \
+                "unknown option 'tap0', expected one of 'tap', 'user', 'nat', 'hostonly', 'network', \
+                 'bridge', 'macvtap', 'mac', 'mtu', 'queues', \
                  'iothread', 'name', 'forward', 'restrict', 'host-loopback', 'subnet', 'dns', \
-                 'domain', 'hostname', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
+                 'domain', 'hostname', 'filter', 'netns', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
                  'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
                  'tx-bytes-per-second', 'tx-packets-per-second'",
             ),
             (
                 "mac=52:54:00:12:34:56",
-                "neither a tap nor 'user' says what the device is connected to",
+                "neither a tap nor a network nor 'user' says what the device is connected to",
+            ),
+            ("tap=t,user", "a device is on one tap or network only"),
+            ("nat,hostonly", "a device is on one tap or network only"),
+            ("user,nat", "a device is on one tap or network only"),
+            ("tap=t,bridge=b", "a device is on one tap or network only"),
+            ("nat,netns=blue", "'netns' is for devices on a tap"),
+            (
+                "tap=t,netns=a/b",
+                "invalid network namespace 'a/b': expected the name of one that 'ip netns' lists, or a path",
             ),
             (
-                "tap=t,user",
-                "a device on a tap is not on a user network too",
+                "bridge=b,filter=off",
+                "'filter' is for devices on a network of the host: nat, hostonly or network=NAME",
+            ),
+            (
+                "nat,forward=80:80",
+                "'forward' is for devices on a user network",
+            ),
+            (
+                "nat,hostname=a.b",
+                "invalid hostname 'a.b': on a network of the host it is 1 to 63 letters, digits and '-'",
+            ),
+            (
+                "network=-x",
+                "invalid network name '-x': 1 to 40 letters, digits and the characters '.', '_' and '-', of which the \
+                 first is a letter or digit",
             ),
             ("user,queues=2", "'queues' is for devices on a tap"),
             (
@@ -676,6 +700,34 @@ mod tests {
         assert_eq!(written.parse::<NetConfig>().unwrap(), net, "{written}");
         let second = NetConfig::user().mac_address(1);
         assert_ne!(NetConfig::user().mac_address(0), second);
+    }
+
+    #[test]
+    fn a_device_on_a_network_of_the_host_has_the_address_of_its_name() {
+        let address = |text: &str| net(text).unwrap().mac_address(0).to_string();
+        assert_eq!(
+            address("nat,hostname=web"),
+            address("network=default,hostname=web")
+        );
+        assert_ne!(address("nat,hostname=web"), address("nat,hostname=db"));
+        assert_ne!(
+            address("nat,hostname=web"),
+            address("hostonly,hostname=web")
+        );
+        assert_eq!(address("nat"), address("nat"));
+        let mut fixed = net("nat").unwrap();
+        fixed.fix_mac_address(0);
+        assert_eq!(fixed.mac.unwrap().to_string(), address("nat"));
+        for text in [
+            "nat",
+            "hostonly,filter=off",
+            "network=lab,hostname=a",
+            "bridge=br0",
+            "macvtap=eth0",
+            "tap=t,netns=n",
+        ] {
+            assert_eq!(net(text).unwrap().to_string(), text);
+        }
     }
 
     #[test]

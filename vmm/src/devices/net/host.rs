@@ -5,9 +5,10 @@ use std::io;
 use bantam_devices::tap::{FrameFilter, Offloads, Tap};
 use bantam_devices::virtio::net::{NetBackend, NetQueue};
 use bantam_network::{Attachment, Mac, Networks, Place, Port};
+use bantam_storage::FileAccess;
 
 use super::Opening;
-use crate::config::{HostNetwork, NetConfig};
+use crate::config::{HostNetwork, Mtu, NetConfig};
 use crate::error::Error;
 
 /// A tap with its place on a network.
@@ -40,7 +41,17 @@ pub(super) fn open(
         hostname: config.host_name(),
         filter: config.filter,
     })?;
-    let tap = super::open_tap(opening, config, port.interface(), vcpu_count)?;
+    let tap = match port.device() {
+        Some(device) => {
+            let file = opening.opener.file(device, FileAccess::ReadWrite);
+            let file = file.map_err(|source| Error::OpenTapDevice {
+                path: device.to_owned(),
+                source,
+            })?;
+            Tap::beside(file, port.interface(), config.mtu.map(Mtu::get))?
+        }
+        None => super::open_tap(opening, config, port.interface(), vcpu_count)?,
+    };
     port.connect()?;
     Ok(HostBackend {
         label: format!("tap '{}' on {label}", tap.name()),
