@@ -20,8 +20,11 @@ use crate::{NetworkError, Subnet6};
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long to wait between looks at whether it has ended.
 const END_INTERVAL: Duration = Duration::from_millis(2);
-/// How long a machine may keep an address without asking again.
-const LEASE_TIME: &str = "1h";
+/// How long a machine may keep an address without asking again. The address of a machine that runs is reserved for it, so
+/// this says how soon that of one that has ended is free for others.
+const LEASE_TIME: &str = "5m";
+/// How long a machine may use an IPv6 prefix without hearing of it again.
+const PREFIX_TIME: &str = "1h";
 
 /// The server of a network that is started.
 pub(crate) struct Server<'a> {
@@ -119,7 +122,7 @@ impl<'a> Server<'a> {
             let (first, bits) = (subnet6.first(), Subnet6::BITS);
             lines.push("enable-ra".to_owned());
             lines.push(format!(
-                "dhcp-range={first},ra-stateless,ra-names,{bits},{LEASE_TIME}"
+                "dhcp-range={first},ra-stateless,ra-names,{bits},{PREFIX_TIME}"
             ));
         }
         if definition.mode == Mode::HostOnly {

@@ -85,9 +85,15 @@ impl Folders {
     /// # Errors
     /// If this user may not have it, or another command keeps it for too long.
     pub(crate) fn lock(&self) -> Result<Lock, NetworkError> {
-        for folder in [&self.state, &self.ports(), &self.started()] {
-            create_folder(folder)?;
-        }
+        create_folder(&self.state)?;
+        create_folder(&self.started())?;
+        // Nobody else may hold the lock of a record.
+        let ports = self.ports();
+        let created = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&ports);
+        created.map_err(NetworkError::file("create", &ports))?;
         let path = self.runtime.join("lock");
         let file = OpenOptions::new()
             .create(true)

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_network::{Attachment, Mac, Networks, Place, Port};
 use bantam_tests::{
-    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps, scripted_root, unprivileged,
+    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps,
+    scripted_root, unprivileged,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -57,16 +58,21 @@ const LEASE_SCRIPT: &str = "#!/bin/sh\n\
 fn on_host(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         // A thread has namespaces of its own, and passes them on to what it starts.
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("namespaces can be made");
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+            .expect("namespaces can be made");
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("they are ours");
         for folder in ["/run", "/var/lib"] {
-            mount(Some("none"), folder, Some("tmpfs"), MsFlags::empty(), none).expect("they are ours");
+            mount(Some("none"), folder, Some("tmpfs"), MsFlags::empty(), none)
+                .expect("they are ours");
         }
         succeed("ip link set lo up");
         test();
         for line in run(&["network", "list", "--output", "json"], "").lines() {
-            assert!(!line.contains("\"is-started\": true"), "a network is left: {line}");
+            assert!(
+                !line.contains("\"is-started\": true"),
+                "a network is left: {line}"
+            );
         }
     });
     if let Err(panic) = thread.join() {
@@ -103,10 +109,28 @@ impl World {
         }
         fs::write("/run/resolv.conf", format!("nameserver {OUTSIDE}\n")).expect("it is ours");
         let none = None::<&str>;
-        mount(Some("/run/resolv.conf"), "/etc/resolv.conf", none, MsFlags::MS_BIND, none).expect("it is ours");
+        mount(
+            Some("/run/resolv.conf"),
+            "/etc/resolv.conf",
+            none,
+            MsFlags::MS_BIND,
+            none,
+        )
+        .expect("it is ours");
         let names = Command::new("nsenter")
-            .args(["--target", &pid.to_string(), "--net", "dnsmasq", "--keep-in-foreground"])
-            .args(["--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file"])
+            .args([
+                "--target",
+                &pid.to_string(),
+                "--net",
+                "dnsmasq",
+                "--keep-in-foreground",
+            ])
+            .args([
+                "--conf-file=/dev/null",
+                "--no-resolv",
+                "--no-hosts",
+                "--pid-file",
+            ])
             .arg(format!("--address=/files.test/{OUTSIDE}"))
             .spawn();
         World {
@@ -141,8 +165,15 @@ fn serve(listener: &TcpListener) {
 
 #[track_caller]
 fn succeed(command: &str) -> String {
-    let output = Command::new("sh").args(["-c", command]).output().expect("there is a shell");
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new("sh")
+        .args(["-c", command])
+        .output()
+        .expect("there is a shell");
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -150,7 +181,9 @@ fn succeed(command: &str) -> String {
 fn bantam(arguments: &[&str], folder: &str) -> Output {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(monitor());
-    command.args(arguments).env("PATH", format!("{folder}:{path}"));
+    command
+        .args(arguments)
+        .env("PATH", format!("{folder}:{path}"));
     command.output().expect("the program can be run")
 }
 
@@ -174,7 +207,10 @@ fn refused(arguments: &[&str]) -> String {
 }
 
 fn network(arguments: &str) -> String {
-    let words: Vec<_> = ["network"].into_iter().chain(arguments.split(' ')).collect();
+    let words: Vec<_> = ["network"]
+        .into_iter()
+        .chain(arguments.split(' '))
+        .collect();
     run(&words, "")
 }
 
@@ -189,7 +225,10 @@ fn interfaces() -> String {
 
 /// Starts a machine whose payload has used its devices and stays.
 fn hanging(net: &str) -> Running {
-    let machine = Bantam::payload("devices").option("--net", net).append("finish=hang").start();
+    let machine = Bantam::payload("devices")
+        .option("--net", net)
+        .append("finish=hang")
+        .start();
     machine.wait_for_output("PASS\n");
     machine
 }
@@ -240,21 +279,31 @@ fn linux_guests_reach_the_world_and_each_other_beside_docker() {
                 "ping -c 1 -W 5 {OUTSIDE}\n\
                  wget -q -O - http://files.test/\n\
                  nslookup two.default.internal\n\
-                 until echo the guest two hears | nc -w 5 two 7000; do sleep 1; done\n\
-                 ping -c 1 -W 5 two"
+                 until ping -c 1 -W 2 two; do sleep 1; done\n\
+                 until echo the guest two hears | nc -w 5 two 7000; do sleep 1; done"
             ),
         );
         let ended = two.wait();
-        ended.succeeded().printed("LEASE 192.168.130.").printed("default.internal");
+        ended
+            .succeeded()
+            .printed("LEASE 192.168.130.")
+            .printed("default.internal");
         ended.printed("the guest two hears").printed("DONE");
         let leases = json("leases default");
         let ended = one.wait();
-        ended.succeeded().printed("LEASE 192.168.130.").printed("DONE");
+        ended
+            .succeeded()
+            .printed("LEASE 192.168.130.")
+            .printed("DONE");
         ended.printed(&format!("FETCHED by {UPLINK}"));
         let text = ended.text();
         assert_eq!(text.matches("1 packets received").count(), 2, "{text}");
 
-        let names = leases.as_array().unwrap().iter().map(|lease| lease["hostname"].as_str().unwrap());
+        let names = leases
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|lease| lease["hostname"].as_str().unwrap());
         let mut names: Vec<_> = names.collect();
         names.sort_unstable();
         assert_eq!(names, ["one", "two"]);
@@ -326,13 +375,17 @@ fn what_another_program_removes_comes_back() {
     require_taps!();
     on_host(|| {
         network("start default");
-        let server = || fs::read_to_string("/run/bantam/networks/started/default/dnsmasq.pid").unwrap();
+        let server =
+            || fs::read_to_string("/run/bantam/networks/started/default/dnsmasq.pid").unwrap();
         let first = server();
         succeed(&format!("nft flush ruleset; kill -9 {first}"));
         end(hanging("nat")).succeeded();
         assert_ne!(server(), first);
         let rules = succeed("nft list ruleset");
-        assert!(rules.contains("masquerade") && rules.contains("@filtered"), "{rules}");
+        assert!(
+            rules.contains("masquerade") && rules.contains("@filtered"),
+            "{rules}"
+        );
         succeed("ip link delete bantam0");
         assert_eq!(json("list")[0]["is-started"], true);
         assert!(interfaces().contains("bantam0"));
@@ -409,16 +462,28 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         succeed("ip addr add 192.168.130.9/24 dev d0");
         succeed("ip link set d0 up");
         for (arguments, reason) in [
-            ("info lab", "there is no network 'lab'; 'bantam network define lab' defines it"),
+            (
+                "info lab",
+                "there is no network 'lab'; 'bantam network define lab' defines it",
+            ),
             ("start lab", "there is no network 'lab'"),
             ("define a/b", "invalid network name 'a/b'"),
             ("define lab --mode routed", "invalid value 'routed'"),
-            ("define lab --subnet 192.168.130.128/25", "overlaps the route of the host to 192.168.130.0/24"),
-            ("define lab --subnet 10.0.0.0/8", "the prefix has 16 to 30 bits"),
+            (
+                "define lab --subnet 192.168.130.128/25",
+                "overlaps the route of the host to 192.168.130.0/24",
+            ),
+            (
+                "define lab --subnet 10.0.0.0/8",
+                "the prefix has 16 to 30 bits",
+            ),
             ("define lab --mode bridged", "needs the name of its bridge"),
             ("define lab --domain a..b", "invalid domain 'a..b'"),
         ] {
-            let words: Vec<_> = ["network"].into_iter().chain(arguments.split(' ')).collect();
+            let words: Vec<_> = ["network"]
+                .into_iter()
+                .chain(arguments.split(' '))
+                .collect();
             let error = refused(&words);
             assert!(error.contains(reason), "{error}");
         }
@@ -426,14 +491,23 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         let error = refused(&["network", "define", "other", "--subnet", "10.9.7.0/24"]);
         assert!(error.contains("overlaps network 'lab'"), "{error}");
         let error = refused(&["network", "define", "lab"]);
-        assert!(error.contains("there is a network 'lab' already"), "{error}");
+        assert!(
+            error.contains("there is a network 'lab' already"),
+            "{error}"
+        );
         for (net, reason) in [
             ("network=lab", "'bantam network start lab' starts it"),
             ("network=none", "there is no network 'none'; there are lab"),
-            ("bridge=none", "there is no bridge 'none'; as root 'ip link add none type bridge"),
+            (
+                "bridge=none",
+                "there is no bridge 'none'; as root 'ip link add none type bridge",
+            ),
             ("bridge=lo", "interface 'lo' is not a bridge"),
             ("macvtap=none", "there is no interface 'none'"),
-            ("tap=t,netns=none", "cannot enter network namespace '/run/netns/none': No such file"),
+            (
+                "tap=t,netns=none",
+                "cannot enter network namespace '/run/netns/none': No such file",
+            ),
         ] {
             let ended = Bantam::payload("hello").option("--net", net).finish();
             let error = ended.failed_with_one_line();
@@ -441,30 +515,58 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         }
         // The free subnet is another one than that of the bridge.
         network("start default");
-        assert_eq!(json("info default")["addresses"]["subnet"], "192.168.131.0/24");
+        assert_eq!(
+            json("info default")["addresses"]["subnet"],
+            "192.168.131.0/24"
+        );
         network("stop default");
         // Its addresses were chosen, so others are if they are not free any more.
         succeed("ip addr add 192.168.131.9/24 dev d0");
         network("start default");
-        assert_eq!(json("info default")["addresses"]["subnet"], "192.168.132.0/24");
+        assert_eq!(
+            json("info default")["addresses"]["subnet"],
+            "192.168.132.0/24"
+        );
         let error = refused(&["network", "undefine", "default"]);
-        assert!(error.contains("'bantam network stop default' stops it"), "{error}");
+        assert!(
+            error.contains("'bantam network stop default' stops it"),
+            "{error}"
+        );
         network("stop default");
         succeed("ip link add bantam0 type dummy");
         let error = refused(&["network", "start", "lab"]);
-        assert!(error.contains("there is an interface 'bantam0' already"), "{error}");
+        assert!(
+            error.contains("there is an interface 'bantam0' already"),
+            "{error}"
+        );
 
-        let ended = Bantam::payload("hello").launcher(unprivileged()).option("--net", "nat").finish();
+        let ended = Bantam::payload("hello")
+            .launcher(unprivileged())
+            .option("--net", "nat")
+            .finish();
         let error = ended.failed_with_one_line();
-        assert!(error.contains("not permitted; networks of the host take root"), "{error}");
+        assert!(
+            error.contains("not permitted; networks of the host take root"),
+            "{error}"
+        );
         assert!(error.contains("'--net user' works without"), "{error}");
 
         for (program, package) in [("dnsmasq", "dnsmasq-base"), ("nft", "nftables")] {
             let file = format!("/usr/sbin/{program}");
             let none = None::<&str>;
-            mount(Some("/dev/null"), file.as_str(), none, MsFlags::MS_BIND, none).unwrap();
+            mount(
+                Some("/dev/null"),
+                file.as_str(),
+                none,
+                MsFlags::MS_BIND,
+                none,
+            )
+            .unwrap();
             let error = refused(&["network", "start", "default"]);
-            assert!(error.contains(&format!("install the package '{package}'")), "{error}");
+            assert!(
+                error.contains(&format!("install the package '{package}'")),
+                "{error}"
+            );
             nix::mount::umount(file.as_str()).unwrap();
             assert!(!interfaces().contains("bantam1"), "{}", interfaces());
         }
@@ -577,9 +679,21 @@ fn a_machine_sends_under_its_own_addresses_only() {
             ("another's address", arp(mac, mac, two.address()), false),
             ("its own packet", udp(mac, address, [9, 9]), true),
             ("another's packet", udp(mac, two.address(), [9, 9]), false),
-            ("a question for an address", udp(mac, [0; 4], [68, 67]), true),
-            ("a packet without an address", udp(mac, [0; 4], [9, 9]), false),
-            ("an answer of a DHCP server", udp(mac, address, [67, 68]), false),
+            (
+                "a question for an address",
+                udp(mac, [0; 4], [68, 67]),
+                true,
+            ),
+            (
+                "a packet without an address",
+                udp(mac, [0; 4], [9, 9]),
+                false,
+            ),
+            (
+                "an answer of a DHCP server",
+                udp(mac, address, [67, 68]),
+                false,
+            ),
             ("a router", router_advertisement(mac), false),
         ];
         for (number, (what, frame, passes)) in (0..).zip(cases) {
@@ -628,11 +742,22 @@ fn a_tap_is_made_in_the_namespace_that_is_named() {
     require_taps!();
     on_host(|| {
         let mut keeper = Command::new("unshare");
-        let keeper = keeper.args(["--net", "cat"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let keeper = keeper
+            .args(["--net", "cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn();
         let mut keeper = keeper.unwrap();
         let namespace = format!("/proc/{}/ns/net", keeper.id());
-        let own = fs::read_link(format!("/proc/{}/task/{}/ns/net", std::process::id(), gettid())).unwrap();
-        wait_until("there is a namespace", || fs::read_link(&namespace).unwrap() != own);
+        let own = fs::read_link(format!(
+            "/proc/{}/task/{}/ns/net",
+            std::process::id(),
+            gettid()
+        ))
+        .unwrap();
+        wait_until("there is a namespace", || {
+            fs::read_link(&namespace).unwrap() != own
+        });
         let there = || succeed(&format!("nsenter --net={namespace} ip -brief link"));
         let net = format!("tap=t0,netns={namespace}");
         let machine = hanging(&net);
