@@ -273,7 +273,7 @@ fn choose_address(
                 .as_ref()
                 .is_some_and(|it| it.is_same(hostname))
         };
-        if ports.iter().any(|port| has_it(port)) {
+        if ports.iter().any(has_it) {
             return Err(NetworkError::HostNameInUse {
                 network: name,
                 hostname: hostname.to_string(),

@@ -31,5 +31,5 @@ pub use mac::Mac;
 pub use name::{HostName, NetworkName};
 pub use networks::{NetworkInfo, Networks};
 pub use port::Record;
-pub use started::Started;
+pub use started::{StartOfOne, Started};
 pub use subnet::{Subnet, Subnet6};

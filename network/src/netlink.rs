@@ -333,10 +333,10 @@ fn route_of(message: RouteNetlinkMessage) -> Option<Route> {
     for attribute in message.attributes {
         match attribute {
             RouteAttribute::Destination(RouteAddress::Inet(found)) => {
-                address = Some(IpAddr::V4(found))
+                address = Some(IpAddr::V4(found));
             }
             RouteAttribute::Destination(RouteAddress::Inet6(found)) => {
-                address = Some(IpAddr::V6(found))
+                address = Some(IpAddr::V6(found));
             }
             RouteAttribute::Oif(found) => interface = Some(found),
             _ => {}

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::folders::{Folders, names_in, read_json, remove_file, write_json};
@@ -88,7 +88,7 @@ pub(crate) fn records(folders: &Folders) -> Result<(Vec<Record>, Vec<Record>), N
 fn try_lock(path: &Path) -> Result<Option<Flock<File>>, NetworkError> {
     let file = OpenOptions::new()
         .read(true)
-        .custom_flags(libc_nofollow())
+        .custom_flags(OFlag::O_NOFOLLOW.bits())
         .open(path);
     let file = file.map_err(NetworkError::file("open", path))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -96,8 +96,4 @@ fn try_lock(path: &Path) -> Result<Option<Flock<File>>, NetworkError> {
         Err((_, Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, errno)) => Err(NetworkError::file("lock", path)(errno.into())),
     }
-}
-
-fn libc_nofollow() -> i32 {
-    nix::fcntl::OFlag::O_NOFOLLOW.bits()
 }

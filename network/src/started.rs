@@ -49,6 +49,9 @@ pub struct Started {
     pub returned: usize,
 }
 
+/// A network that was to be started with others, and what came of it.
+pub type StartOfOne = (NetworkName, Result<Started, NetworkError>);
+
 impl Networks {
     /// Starts the network `name`. One that is started gets back what other programs have removed, such as its rules in
     /// the packet filter.
@@ -68,9 +71,7 @@ impl Networks {
     ///
     /// # Errors
     /// If the definitions cannot be read, or this user may not do it.
-    pub fn start_all(
-        &self,
-    ) -> Result<Vec<(NetworkName, Result<Started, NetworkError>)>, NetworkError> {
+    pub fn start_all(&self) -> Result<Vec<StartOfOne>, NetworkError> {
         let lock = self.folders.lock()?;
         self.repair(&lock)?;
         let (living, _) = port::records(&self.folders)?;

@@ -443,8 +443,8 @@ fn a_start_that_is_killed_at_any_step_is_repaired() {
 
 /// Returns how many servers of addresses there are in this namespace.
 fn servers() -> usize {
-    let here = fs::read_link("/proc/thread-self/ns/net").unwrap();
-    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let here = fs::read_link("/proc/thread-self/ns/net").expect("it can be read");
+    let processes = fs::read_dir("/proc").expect("it can be read").flatten();
     let servers = processes.filter(|process| {
         let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
         let is_here = fs::read_link(process.path().join("ns/net")).is_ok_and(|it| it == here);
@@ -584,25 +584,28 @@ impl Guest {
     fn on(name: &str, last: u8) -> Guest {
         let mac = [2, 0, 0, 0, 0, last];
         let port = Networks::of_host().attach(&Attachment {
-            place: Place::Network(name.parse().unwrap()),
+            place: Place::Network(name.parse().expect("it is a name")),
             mac: Mac(mac),
             hostname: None,
             filter: None,
         });
-        let port = port.unwrap();
-        let tap = Tap::open(port.interface(), None, QueueCount::AtMost(1)).unwrap();
-        port.connect().unwrap();
+        let port = port.expect("the network has a place");
+        let tap = Tap::open(port.interface(), None, QueueCount::AtMost(1)).expect("it is free");
+        port.connect().expect("there is a bridge");
         Guest { tap, port, mac }
     }
 
     fn address(&self) -> [u8; 4] {
-        self.port.address().unwrap().octets()
+        self.port.address().expect("one is reserved").octets()
     }
 
     fn send(&self, frame: &[u8]) {
         let packet = [&[0; PACKET_HEADER_SIZE], frame].concat();
         let queue = &self.tap.queues()[0];
-        assert_eq!(nix::unistd::write(queue, &packet).unwrap(), packet.len());
+        assert_eq!(
+            nix::unistd::write(queue, &packet).expect("the tap is up"),
+            packet.len()
+        );
     }
 
     /// Whether a frame with this end arrives at the machine.
