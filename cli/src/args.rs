@@ -18,6 +18,7 @@ use crate::control::ControlArgs;
 use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
 use crate::named::NamedCommand;
+use crate::network::NetworkArgs;
 use crate::restore::{self, MemorySource, Replacement};
 use crate::snapshot::SnapshotArgs;
 pub use machine::MachineArgs;
@@ -79,6 +80,11 @@ pub enum Command {
     Snapshot(Box<SnapshotArgs>),
     #[command(flatten)]
     Named(NamedCommand),
+    /// Defines, starts and stops networks of the host for machines
+    ///
+    /// Networks with addresses, names and a way out for machines on them (--net nat, hostonly, network=NAME). They
+    /// take root. See docs/networks.md.
+    Network(Box<NetworkArgs>),
     /// Creates, converts and examines disk images
     ///
     /// Takes the command lines of qemu-img, and gives its output and its exit status. Started under the

@@ -17,6 +17,7 @@ mod log;
 mod main_loop;
 mod message;
 mod named;
+mod network;
 mod outlet;
 mod own_code;
 mod process_times;
@@ -41,6 +42,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tracing::level_filters::LevelFilter;
 
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
@@ -105,6 +107,10 @@ fn execute(command: Command) -> ExitCode {
         }
         Command::Fork(args) => status_of(fork::fork(&args)),
         Command::Snapshot(args) => status_of(snapshot::run(*args)),
+        Command::Network(args) => status_of(message::start().and_then(|()| {
+            log::to_stderr(LevelFilter::WARN);
+            network::run(*args)
+        })),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),

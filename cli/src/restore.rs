@@ -107,8 +107,8 @@ fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Resul
     for Replacement { device, value } in &args.nets {
         let names: Vec<_> = config.net_names().collect();
         let net = named(&mut config.nets, &names, device, "network device")?;
-        if net.user {
-            bail!("network device '{device}' is on a user network, and takes no tap");
+        if net.tap.is_none() {
+            bail!("network device '{device}' is on a network, and takes no tap");
         }
         net.tap = value.tap.clone();
         net.mac = value.mac.or(net.mac);

@@ -262,9 +262,10 @@ fn text(snapshot: &SnapshotDescription, used: u64) -> String {
         lines.push(format!("disk {name}: {} ({state})", disk.path.display()));
     }
     for (name, net) in config.net_names().zip(&config.nets) {
-        let end = match &net.tap {
-            Some(tap) => format!("tap {tap}"),
-            None => "user network".to_owned(),
+        let end = match (&net.tap, net.host_network()) {
+            (Some(tap), _) => format!("tap {tap}"),
+            (None, Some(network)) => network.to_string(),
+            (None, None) => "user network".to_owned(),
         };
         lines.push(format!("network device {name}: {end}"));
     }

@@ -3,6 +3,7 @@
 mod error;
 mod interface;
 mod link;
+mod station;
 
 use std::ffi::{c_char, c_int, c_short};
 use std::fs::{File, OpenOptions};
@@ -144,6 +145,8 @@ pub struct Tap {
     found_header_size: Option<c_int>,
     /// The MTU that was set, if it differed from the tap's own.
     temporary_mtu: Option<TemporaryMtu>,
+    /// Whether the host can select the frames that it hands out.
+    selects_frames: bool,
 }
 
 impl Tap {
@@ -204,6 +207,7 @@ impl Tap {
             offloads: Offloads::default(),
             found_header_size: None,
             temporary_mtu: None,
+            selects_frames: true,
         };
         tap.created = !tap.is_persistent()?;
         if !tap.created {
@@ -281,11 +285,15 @@ impl Tap {
         Ok(())
     }
 
-    /// Sets which frames the host hands out from now on, for as long as the tap exists.
+    /// Sets which frames the host hands out from now on, for as long as the tap exists. A tap beside another interface
+    /// hands out those that are addressed to it in any case.
     ///
     /// # Errors
     /// Those of the `TUNSETTXFILTER` request: the tap is gone.
     pub fn set_filter(&self, filter: &FrameFilter) -> io::Result<()> {
+        if !self.selects_frames {
+            return Ok(());
+        }
         let filter = encode_filter(filter);
         // SAFETY: the request reads a struct tun_filter and, after it, the number of addresses that its count
         // states. `filter` consists of exactly these.
@@ -399,6 +407,7 @@ impl From<std::os::fd::OwnedFd> for Tap {
             offloads: Offloads::default(),
             found_header_size: None,
             temporary_mtu: None,
+            selects_frames: true,
         }
     }
 }

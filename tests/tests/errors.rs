@@ -415,7 +415,7 @@ fn values_that_an_option_does_not_have_are_refused_with_those_it_has() {
         ),
         ("--disk", "a.img,rw", "PATH[,ro][,id=NAME]"),
         ("--vsock", "cid=3", "cid=N,socket=PATH"),
-        ("--net", "tun=tap0", "tap=NAME[,KEY=VALUE]... or user"),
+        ("--net", "tun=tap0", "tap=NAME, bridge=NAME"),
         (
             "--net",
             "tap=tap0,mac=ff:ff:ff:ff:ff:ff",

@@ -148,7 +148,8 @@ impl Controller {
     ///
     /// # Errors
     /// If the configuration contradicts itself, or the machine has been started.
-    pub fn configure(&self, config: MachineConfig) -> Result<(), Error> {
+    pub fn configure(&self, mut config: MachineConfig) -> Result<(), Error> {
+        config.fix_mac_addresses();
         // Without the lock: this looks at files, which may be on a server that does not answer.
         let validated = config.validate();
         let mut life = self.0.life();

@@ -267,6 +267,30 @@ pub enum Error {
     /// A user network cannot be opened.
     #[error(transparent)]
     UserNetwork(#[from] bantam_usernet::OpenError),
+    /// A network of the host cannot be used.
+    #[error(transparent)]
+    Network(#[from] bantam_network::NetworkError),
+    /// The device of a tap beside another interface cannot be opened.
+    #[error(
+        "cannot open '{path}' for a tap beside another interface: {source}; /dev has to show the host's devices",
+        path = .path.display()
+    )]
+    OpenTapDevice {
+        /// The device.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A network namespace cannot be entered.
+    #[error("cannot enter network namespace '{path}': {source}{remedy}", path = .path.display())]
+    Namespace {
+        /// The namespace.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+        /// What may help, as a continuation of the line.
+        remedy: &'static str,
+    },
     /// A socket of a device cannot be opened.
     #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
     Listen {

@@ -144,9 +144,17 @@ pub struct MachineArgs {
 
     /// Network device for the guest; can be given more than once
     ///
-    /// user is a network that needs no rights: the guest gets an address by
-    /// DHCP, and reaches what you reach. NAME is a tap interface of the host.
-    /// KEY=VALUE is any of
+    /// Where it leads is one of
+    ///
+    /// - user: a network that needs no rights. The guest gets an address by
+    ///   DHCP, and reaches what you reach.
+    /// - nat, hostonly, network=NAME: a network of the host with addresses
+    ///   and names, with a way out, without, or as bantam network defines.
+    /// - bridge=NAME: a bridge of the host.
+    /// - macvtap=NAME: what an interface of the host leads to.
+    /// - tap=NAME: a tap interface of the host.
+    ///
+    /// All but the first take root. KEY=VALUE is any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
@@ -158,6 +166,16 @@ pub struct MachineArgs {
     ///   receives, such as 10M or 500, and the same with tx what it
     ///   transmits; rx-burst-bytes=N, rx-burst-packets=N, tx-burst-bytes=N
     ///   and tx-burst-packets=N say how much may come at once after a rest.
+    ///
+    /// with nat, hostonly and network also of
+    ///
+    /// - hostname=NAME: what the guest is called on the network.
+    /// - filter=off: lets the guest send under any address.
+    ///
+    /// with tap also of
+    ///
+    /// - netns=NAME: the network namespace that the tap is in; a name of
+    ///   ip netns, or a path.
     ///
     /// and with user also of
     ///
@@ -173,7 +191,7 @@ pub struct MachineArgs {
     /// - dns=ADDRESS: a name server in place of the host's; can be given more
     ///   than once.
     /// - domain=NAME, hostname=NAME: what DHCP tells the guest.
-    #[arg(long = "net", value_name = "user|tap=NAME[,...]", help_heading = heading::NETWORKS,
+    #[arg(long = "net", value_name = "user|nat|tap=NAME|...[,KEY=VALUE]...", help_heading = heading::NETWORKS,
         verbatim_doc_comment)]
     #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,

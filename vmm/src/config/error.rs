@@ -236,17 +236,47 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// Not a description of a network device.
-    #[error("{reason}; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...")]
+    #[error(
+        "{reason}; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME and macvtap=NAME, with [,KEY=VALUE]..."
+    )]
     NetOption {
         /// What is wrong with it.
         reason: String,
     },
     /// A network device is connected to nothing.
-    #[error("neither a tap nor 'user' says what the device is connected to")]
+    #[error("neither a tap nor a network nor 'user' says what the device is connected to")]
     NetBackendMissing,
     /// A network device is connected to two networks.
-    #[error("a device on a tap is not on a user network too")]
+    #[error("a device is on one tap or network only")]
     NetBackends,
+    /// A device without a tap has an option of taps.
+    #[error("'{key}' is for devices on a tap")]
+    NetTapOption {
+        /// The option.
+        key: &'static str,
+    },
+    /// A device elsewhere has an option of networks of the host.
+    #[error("'{key}' is for devices on a network of the host: nat, hostonly or network=NAME")]
+    HostNetOption {
+        /// The option.
+        key: &'static str,
+    },
+    /// The guest cannot be called so on a network of the host.
+    #[error(
+        "invalid hostname '{name}': on a network of the host it is 1 to 63 letters, digits and '-'"
+    )]
+    NetHostName {
+        /// The name.
+        name: String,
+    },
+    /// Not a network namespace.
+    #[error(
+        "invalid network namespace '{text}': expected the name of one that 'ip netns' lists, or a path"
+    )]
+    Namespace {
+        /// The text.
+        text: String,
+    },
     /// A network device without a tap has several queues.
     #[error("'queues' is for devices on a tap")]
     UserNetQueues,

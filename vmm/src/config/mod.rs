@@ -15,6 +15,7 @@ mod ending;
 mod error;
 mod forms;
 mod gdb;
+mod host_network;
 mod huge_pages;
 mod input_file;
 mod limited_device;
@@ -40,6 +41,7 @@ use std::str::FromStr;
 
 use bantam_devices::virtio::owner::{DeviceCommand, PresentImage};
 pub use bantam_metadata::{MetadataAddress, MetadataVersion};
+pub use bantam_network::NetworkName;
 pub use bantam_usernet::{DnsName, Forward, Subnet};
 use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
@@ -56,6 +58,7 @@ pub use disk::{
 pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
 pub use gdb::GdbConfig;
+pub use host_network::{HostNetwork, Namespace};
 pub use huge_pages::HugePages;
 pub use input_file::read_text_file;
 pub use limited_device::LimitedDevice;
@@ -285,6 +288,14 @@ impl MachineConfig {
     pub fn net_names(&self) -> impl Iterator<Item = DeviceName> {
         let nets = self.nets.iter().enumerate();
         nets.map(|(place, net)| net.device_name(place))
+    }
+
+    /// Gives devices on networks of the host the MAC addresses that they will have, if the configuration leaves them
+    /// open, so that they have the same ones when the machine goes on in another process.
+    pub(crate) fn fix_mac_addresses(&mut self) {
+        for (place, net) in self.nets.iter_mut().enumerate() {
+            net.fix_mac_address(place);
+        }
     }
 
     /// Returns the number of virtio devices of the machine.

@@ -8,21 +8,24 @@ use bantam_devices::virtio::owner::DeviceCommand;
 use bantam_usernet::{DnsName, Forward, Subnet, UserNetworkOptions};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use bantam_network::{HostName, NetworkName};
+
 use super::forms::Listed;
+use super::host_network::{HostNetwork, Namespace, random_seed};
 use super::limits::ShortKeys;
 use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
-/// Describes a network device of the guest, which is connected to a tap interface of the host, or to a network
-/// that the monitor provides by ordinary sockets.
+/// Describes a network device of the guest, which is connected to a tap interface of the host, to a network
+/// of the host, or to a network that the monitor provides by ordinary sockets.
 ///
-/// On the command line `tap=NAME[,KEY=VALUE]...` or `user[,KEY=VALUE]...`; in a machine file a `[[net]]` table
-/// with the same keys.
+/// On the command line `tap=NAME[,KEY=VALUE]...`, `user[,KEY=VALUE]...`, or one of `nat`, `hostonly`, `network=NAME`,
+/// `bridge=NAME` and `macvtap=NAME` in the same way; in a machine file a `[[net]]` table with the same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     remote = "Self",
     deny_unknown_fields,
-    expecting = "a network device: a table with a tap, or with user = true"
+    expecting = "a network device: a table with a tap or a network, or with user = true or nat = true"
 )]
 pub struct NetConfig {
     /// Tap interface of the host, for a device that is connected to one.
@@ -31,6 +34,21 @@ pub struct NetConfig {
     /// Whether the device is connected to a network that the monitor provides.
     #[serde(default, skip_serializing_if = "is_default")]
     pub user: bool,
+    /// Whether the device is on the network `default` of the host, which has a way out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub nat: bool,
+    /// Whether the device is on the network `hostonly` of the host, which has no way out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub hostonly: bool,
+    /// The network of the host that the device is on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkName>,
+    /// The bridge of the host that the device is on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<InterfaceName>,
+    /// The interface of the host whose network the device is on, as a station of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub macvtap: Option<InterfaceName>,
     /// The guest's MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet that the guest is told to send.
@@ -62,9 +80,16 @@ pub struct NetConfig {
     /// Of a network that the monitor provides: the domain that the guest is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<DnsName>,
-    /// Of a network that the monitor provides: the name that the guest is told for itself.
+    /// Of a network that the monitor or the host provides: what the guest is called there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<DnsName>,
+    /// Of a network of the host: whether the guest can send under its own addresses only; by default what the network
+    /// says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filter: Option<bool>,
+    /// Of a tap: the network namespace that it is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns: Option<Namespace>,
     /// Limits of what the guest receives and transmits.
     #[serde(
         default,
@@ -98,6 +123,13 @@ impl NetConfig {
         Self {
             tap: None,
             user: true,
+            nat: false,
+            hostonly: false,
+            network: None,
+            bridge: None,
+            macvtap: None,
+            filter: None,
+            netns: None,
             forward: Vec::new(),
             restrict: false,
             host_loopback: false,
@@ -129,19 +161,51 @@ impl NetConfig {
 
     /// Returns what messages call the device at `place`, by what it is connected to.
     pub(crate) fn label(&self, place: usize) -> String {
-        match &self.tap {
-            Some(tap) => format!("tap '{tap}'"),
-            None => format!("the user network of '{}'", self.device_name(place)),
+        match (&self.tap, self.host_network()) {
+            (Some(tap), _) => format!("tap '{tap}'"),
+            (None, Some(network)) => network.to_string(),
+            (None, None) => format!("the user network of '{}'", self.device_name(place)),
+        }
+    }
+
+    /// Returns the network of the host that the device is on, if it is on one.
+    pub fn host_network(&self) -> Option<HostNetwork> {
+        let interface = |name: &InterfaceName| name.as_str().to_owned();
+        match (&self.network, &self.bridge, &self.macvtap) {
+            (Some(name), _, _) => Some(HostNetwork::Network(name.clone())),
+            (_, Some(name), _) => Some(HostNetwork::Bridge(interface(name))),
+            (_, _, Some(name)) => Some(HostNetwork::Beside(interface(name))),
+            _ if self.nat => Some(HostNetwork::Network(NetworkName::nat())),
+            _ if self.hostonly => Some(HostNetwork::Network(NetworkName::host_only())),
+            _ => None,
+        }
+    }
+
+    /// Returns what the guest is called on a network of the host.
+    pub(crate) fn host_name(&self) -> Option<HostName> {
+        self.hostname
+            .as_ref()
+            .and_then(|name| name.to_string().parse().ok())
+    }
+
+    /// Gives a device on a network of the host its MAC address, so that it has the same one when its machine goes on
+    /// in another process.
+    pub(crate) fn fix_mac_address(&mut self, place: usize) {
+        if self.host_network().is_some() {
+            self.mac = Some(self.mac_address(place));
         }
     }
 
     /// Returns the MAC address that is given, or else one derived from the tap's name, or from `place`, counted
-    /// from zero, if there is no tap: it is locally administered, and the same at each start.
+    /// from zero, if there is no tap: it is locally administered, and the same at each start. On a network of the host
+    /// it is derived from the guest's name there; without a name it is another one in each process.
     pub fn mac_address(&self, place: usize) -> MacAddress {
         self.mac.unwrap_or_else(|| {
-            let name = match &self.tap {
-                Some(tap) => tap.to_string(),
-                None => format!("user {place}"),
+            let name = match (&self.tap, self.host_network(), &self.hostname) {
+                (Some(tap), _, _) => tap.to_string(),
+                (None, Some(network), Some(hostname)) => format!("{network} {hostname}"),
+                (None, Some(network), None) => format!("{network} {} {place}", random_seed()),
+                (None, None, _) => format!("user {place}"),
             };
             // FNV-1a, 64 bits.
             let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -174,12 +238,37 @@ impl NetConfig {
     }
 
     fn check_backend(&self) -> Result<(), ConfigError> {
+        let networks = [
+            self.nat,
+            self.hostonly,
+            self.network.is_some(),
+            self.bridge.is_some(),
+            self.macvtap.is_some(),
+        ];
+        let network_count = networks.into_iter().filter(|is_given| *is_given).count();
+        if network_count > 1 || network_count == 1 && (self.tap.is_some() || self.user) {
+            return Err(ConfigError::NetBackends);
+        }
+        if self.netns.is_some() && self.tap.is_none() {
+            return Err(ConfigError::NetTapOption { key: "netns" });
+        }
+        if self.filter.is_some() && !self.is_on_managed_network() {
+            return Err(ConfigError::HostNetOption { key: "filter" });
+        }
         match (&self.tap, self.user) {
-            (None, false) => return Err(ConfigError::NetBackendMissing),
+            (None, false) if network_count == 0 => return Err(ConfigError::NetBackendMissing),
             (Some(_), true) => return Err(ConfigError::NetBackends),
             (None, true) if self.queues.is_some() => return Err(ConfigError::UserNetQueues),
             (None, true) => return Ok(()),
-            (Some(_), false) => {}
+            (Some(_) | None, false) => {}
+        }
+        if let Some(hostname) = &self.hostname
+            && self.is_on_managed_network()
+            && self.host_name().is_none()
+        {
+            return Err(ConfigError::NetHostName {
+                name: hostname.to_string(),
+            });
         }
         let given = [
             ("forward", !self.forward.is_empty()),
@@ -188,12 +277,22 @@ impl NetConfig {
             ("subnet", self.subnet.is_some()),
             ("dns", !self.dns.is_empty()),
             ("domain", self.domain.is_some()),
-            ("hostname", self.hostname.is_some()),
+            (
+                "hostname",
+                self.hostname.is_some() && !self.is_on_managed_network(),
+            ),
         ];
         match given.into_iter().find(|(_, is_given)| *is_given) {
             Some((key, _)) => Err(ConfigError::UserNetOption { key }),
             None => Ok(()),
         }
+    }
+}
+
+impl NetConfig {
+    /// Whether the device is on a network that has a definition on the host.
+    fn is_on_managed_network(&self) -> bool {
+        matches!(self.host_network(), Some(HostNetwork::Network(_)))
     }
 }
 
@@ -218,9 +317,26 @@ impl FromStr for NetConfig {
 /// Writes the option string, which cannot express limits that are buckets.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.tap {
-            Some(tap) => write!(f, "tap={}", option_string::escape(tap.as_str()))?,
-            None => f.write_str("user")?,
+        let escape = |name: &InterfaceName| option_string::escape(name.as_str());
+        match (&self.tap, &self.network, &self.bridge, &self.macvtap) {
+            (Some(tap), _, _, _) => write!(f, "tap={}", escape(tap))?,
+            (_, Some(network), _, _) => write!(f, "network={network}")?,
+            (_, _, Some(bridge), _) => write!(f, "bridge={}", escape(bridge))?,
+            (_, _, _, Some(interface)) => write!(f, "macvtap={}", escape(interface))?,
+            _ if self.nat => f.write_str("nat")?,
+            _ if self.hostonly => f.write_str("hostonly")?,
+            _ => f.write_str("user")?,
+        }
+        if let Some(namespace) = &self.netns {
+            write!(
+                f,
+                ",netns={}",
+                option_string::escape(&namespace.to_string())
+            )?;
+        }
+        if let Some(filter) = self.filter {
+            let value = if filter { "on" } else { "off" };
+            write!(f, ",filter={value}")?;
         }
         if let Some(mac) = self.mac {
             write!(f, ",mac={mac}")?;
@@ -487,24 +603,48 @@ mod tests {
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...";
+        let form = "; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME and \
+                    macvtap=NAME, with [,KEY=VALUE]...";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
-                "unknown option 'tap0', expected one of 'tap', 'user', 'mac', 'mtu', 'queues', \
+                "unknown option 'tap0', expected one of 'tap', 'user', 'nat', 'hostonly', 'network', \
+                 'bridge', 'macvtap', 'mac', 'mtu', 'queues', \
                  'iothread', 'name', 'forward', 'restrict', 'host-loopback', 'subnet', 'dns', \
-                 'domain', 'hostname', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
+                 'domain', 'hostname', 'filter', 'netns', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
                  'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
                  'tx-bytes-per-second', 'tx-packets-per-second'",
             ),
             (
                 "mac=52:54:00:12:34:56",
-                "neither a tap nor 'user' says what the device is connected to",
+                "neither a tap nor a network nor 'user' says what the device is connected to",
+            ),
+            ("tap=t,user", "a device is on one tap or network only"),
+            ("nat,hostonly", "a device is on one tap or network only"),
+            ("user,nat", "a device is on one tap or network only"),
+            ("tap=t,bridge=b", "a device is on one tap or network only"),
+            ("nat,netns=blue", "'netns' is for devices on a tap"),
+            (
+                "tap=t,netns=a/b",
+                "invalid network namespace 'a/b': expected the name of one that 'ip netns' lists, or a path",
             ),
             (
-                "tap=t,user",
-                "a device on a tap is not on a user network too",
+                "bridge=b,filter=off",
+                "'filter' is for devices on a network of the host: nat, hostonly or network=NAME",
+            ),
+            (
+                "nat,forward=80:80",
+                "'forward' is for devices on a user network",
+            ),
+            (
+                "nat,hostname=a.b",
+                "invalid hostname 'a.b': on a network of the host it is 1 to 63 letters, digits and '-'",
+            ),
+            (
+                "network=-x",
+                "invalid network name '-x': 1 to 40 letters, digits and the characters '.', '_' and '-', of which the \
+                 first is a letter or digit",
             ),
             ("user,queues=2", "'queues' is for devices on a tap"),
             (
@@ -560,6 +700,34 @@ mod tests {
         assert_eq!(written.parse::<NetConfig>().unwrap(), net, "{written}");
         let second = NetConfig::user().mac_address(1);
         assert_ne!(NetConfig::user().mac_address(0), second);
+    }
+
+    #[test]
+    fn a_device_on_a_network_of_the_host_has_the_address_of_its_name() {
+        let address = |text: &str| net(text).unwrap().mac_address(0).to_string();
+        assert_eq!(
+            address("nat,hostname=web"),
+            address("network=default,hostname=web")
+        );
+        assert_ne!(address("nat,hostname=web"), address("nat,hostname=db"));
+        assert_ne!(
+            address("nat,hostname=web"),
+            address("hostonly,hostname=web")
+        );
+        assert_eq!(address("nat"), address("nat"));
+        let mut fixed = net("nat").unwrap();
+        fixed.fix_mac_address(0);
+        assert_eq!(fixed.mac.unwrap().to_string(), address("nat"));
+        for text in [
+            "nat",
+            "hostonly,filter=off",
+            "network=lab,hostname=a",
+            "bridge=br0",
+            "macvtap=eth0",
+            "tap=t,netns=n",
+        ] {
+            assert_eq!(net(text).unwrap().to_string(), text);
+        }
     }
 
     #[test]

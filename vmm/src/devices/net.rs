@@ -1,5 +1,7 @@
 //! The network devices of a machine.
 
+mod host;
+mod namespace;
 mod user;
 
 use std::sync::Arc;
@@ -9,7 +11,7 @@ use bantam_devices::virtio::net::{Net, NetBackend};
 use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::{Build, NewDevice, Opening};
-use crate::config::{InterfaceName, Mtu, NetConfig, QueuePairs};
+use crate::config::{Mtu, NetConfig, QueuePairs};
 use crate::error::Error;
 use user::UserBackend;
 
@@ -21,9 +23,16 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     nets.map(|(index, net)| {
         let mac = net.mac_address(index).bytes();
         let mut ports = Vec::new();
-        let backend: Arc<dyn NetBackend> = match &net.tap {
-            Some(tap) => Arc::new(open_tap(opening, net, tap, vcpu_count)?),
-            None => {
+        let backend: Arc<dyn NetBackend> = match (&net.tap, net.host_network()) {
+            (Some(tap), _) => {
+                let open = || open_tap(opening, net, tap.as_str(), vcpu_count);
+                Arc::new(match &net.netns {
+                    Some(namespace) => namespace::inside(namespace, open)?,
+                    None => open()?,
+                })
+            }
+            (None, Some(network)) => Arc::new(host::open(opening, net, network, mac, vcpu_count)?),
+            (None, None) => {
                 let backend = UserBackend::open(net, mac, net.label(index))?;
                 ports = backend.ports().to_vec();
                 Arc::new(backend)
@@ -63,7 +72,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
 fn open_tap(
     opening: &Opening<'_>,
     config: &NetConfig,
-    name: &InterfaceName,
+    name: &str,
     vcpu_count: u8,
 ) -> Result<Tap, Error> {
     let useful = vcpu_count.min(QueuePairs::MAX);
@@ -72,7 +81,7 @@ fn open_tap(
         None => QueueCount::AtMost(useful.into()),
     };
     let mtu = config.mtu.map(Mtu::get);
-    let tap = opening.opener.tap(name.as_str(), mtu, queues)?;
+    let tap = opening.opener.tap(name, mtu, queues)?;
     if config.queues.is_none() && tap.queues().len() < useful.into() {
         tracing::info!(
             "tap '{name}' was made with a single queue, so {vcpu_count} vCPUs share one; made \

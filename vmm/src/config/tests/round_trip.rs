@@ -127,6 +127,8 @@ prop_compose! {
         iothread: bool,
         name in of(parsed("[a-z0-9._-]{1,64}")),
         (receive, transmit) in (limits(), limits()),
+        host in of(0..5),
+        netns in of("[a-z]{1,9}|/proc/1/ns/net"),
         user in of((
             prop::collection::vec(parsed("(tcp:|udp:)?127[.]0[.]0[.]1:[1-9][0-9]{0,3}:80"), 0..3),
             any::<(bool, bool)>(),
@@ -144,12 +146,22 @@ prop_compose! {
                 ..NetConfig::user()
             };
         }
-        NetConfig {
-            mac: mac.and_then(|bytes| bytes.try_into().ok()),
-            mtu, queues, iothread, name,
-            limits: NetLimitsConfig { receive, transmit },
-            ..NetConfig::new(tap.try_into().unwrap())
+        let mac = mac.and_then(|bytes| bytes.try_into().ok());
+        let limits = NetLimitsConfig { receive, transmit };
+        if let Some(kind) = host {
+            let base = NetConfig { user: false, ..NetConfig::user() };
+            let interface = || tap.clone().try_into().unwrap();
+            let host = match kind {
+                0 => NetConfig { nat: true, filter: Some(iothread), ..base },
+                1 => NetConfig { hostonly: true, ..base },
+                2 => NetConfig { network: Some(tap.parse().unwrap()), hostname: tap.parse().ok(), ..base },
+                3 => NetConfig { bridge: Some(interface()), ..base },
+                _ => NetConfig { macvtap: Some(interface()), ..base },
+            };
+            return NetConfig { mac, mtu, queues, iothread, name, limits, ..host };
         }
+        let netns = netns.map(|name| name.try_into().unwrap());
+        NetConfig { mac, mtu, queues, iothread, name, limits, netns, ..NetConfig::new(tap.try_into().unwrap()) }
     }
 }
 

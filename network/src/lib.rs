@@ -1,0 +1,35 @@
+//! Networks of the host for machines: bridges with addresses, names and a way out, and places for machines on them.
+//!
+//! [`Networks`] defines, starts and stops networks, and gives machines places on them ([`Port`]). There is no daemon:
+//! each process that changes something takes a lock, and first repairs what one that was killed has left. Interfaces,
+//! addresses and routes are read and set by rtnetlink, the packet filter by the JSON of `nft`, and addresses and names
+//! are served by `dnsmasq`.
+
+mod attach;
+mod definition;
+mod dnsmasq;
+mod error;
+mod firewall;
+mod folders;
+mod forwarding;
+mod leases;
+mod mac;
+mod name;
+mod netlink;
+mod networks;
+mod obstacles;
+mod port;
+mod program;
+mod started;
+mod subnet;
+
+pub use attach::{Attachment, Place, Port};
+pub use definition::{Addresses, Definition, Mode, NewNetwork};
+pub use error::NetworkError;
+pub use leases::Lease;
+pub use mac::Mac;
+pub use name::{HostName, NetworkName};
+pub use networks::{NetworkInfo, Networks};
+pub use port::Record;
+pub use started::{StartOfOne, Started};
+pub use subnet::{Subnet, Subnet6};

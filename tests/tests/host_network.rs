@@ -1,0 +1,827 @@
+//! Networks of the host: `bantam network`, and machines on them.
+//!
+//! Each test has a network namespace that stands for the host, and another one that stands for the world, in which no
+//! packet leaves them. Definitions and state are in file systems of the test's own.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
+use bantam_network::{Attachment, Mac, Networks, Place, Port};
+use bantam_tests::{
+    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps,
+    scripted_root, unprivileged,
+};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
+use nix::unistd::gettid;
+use serde_json::Value;
+
+/// The host's address in the world, and that of the world's router, name server and web server.
+const UPLINK: &str = "203.0.113.2";
+const OUTSIDE: &str = "203.0.113.1";
+
+/// The rules of Docker 28 for forwarded packets, on a host without containers.
+const DOCKER_RULES: &str = "\
+*filter
+:INPUT ACCEPT
+:FORWARD DROP
+:OUTPUT ACCEPT
+:DOCKER-FORWARD -
+:DOCKER-USER -
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-FORWARD
+-A DOCKER-FORWARD -i docker0 -j ACCEPT
+COMMIT
+";
+
+/// What busybox's DHCP client calls.
+const LEASE_SCRIPT: &str = "#!/bin/sh\n\
+    case $1 in\n\
+    deconfig) ifconfig eth0 up;;\n\
+    bound)\n\
+        ifconfig eth0 $ip netmask $subnet\n\
+        test -n \"$router\" && route add default gw $router\n\
+        echo search $domain > /etc/resolv.conf\n\
+        echo nameserver $dns >> /etc/resolv.conf\n\
+        echo LEASE $ip $domain;;\n\
+    esac\n";
+
+/// Runs `test` on a host of its own.
+fn on_host(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        // A thread has namespaces of its own, and passes them on to what it starts.
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+            .expect("namespaces can be made");
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("they are ours");
+        for folder in ["/run", "/var/lib"] {
+            mount(Some("none"), folder, Some("tmpfs"), MsFlags::empty(), none)
+                .expect("they are ours");
+        }
+        succeed("ip link set lo up");
+        test();
+        for line in run(&["network", "list", "--output", "json"], "").lines() {
+            assert!(
+                !line.contains("\"is-started\": true"),
+                "a network is left: {line}"
+            );
+        }
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// A namespace that stands for the world outside the host. Dropping this ends it.
+struct World {
+    keeper: Child,
+    names: Child,
+}
+
+impl World {
+    fn new(web: TcpListener) -> World {
+        thread::spawn(move || serve(&web));
+        let mut keeper = Command::new("cat");
+        let keeper = keeper.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let keeper = keeper.expect("the host allows it");
+        unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
+        let pid = keeper.id();
+        let inside = format!("nsenter --target {pid} --net");
+        for command in [
+            "ip link set lo up".to_owned(),
+            format!("ip link add eth0 type veth peer name eth0 netns {pid}"),
+            format!("ip addr add {UPLINK}/24 dev eth0"),
+            "ip link set eth0 up".to_owned(),
+            format!("{inside} ip addr add {OUTSIDE}/24 dev eth0"),
+            format!("{inside} ip link set eth0 up"),
+            format!("{inside} ip link set lo up"),
+            format!("ip route add default via {OUTSIDE}"),
+        ] {
+            succeed(&command);
+        }
+        fs::write("/run/resolv.conf", format!("nameserver {OUTSIDE}\n")).expect("it is ours");
+        let none = None::<&str>;
+        mount(
+            Some("/run/resolv.conf"),
+            "/etc/resolv.conf",
+            none,
+            MsFlags::MS_BIND,
+            none,
+        )
+        .expect("it is ours");
+        let names = Command::new("nsenter")
+            .args([
+                "--target",
+                &pid.to_string(),
+                "--net",
+                "dnsmasq",
+                "--keep-in-foreground",
+            ])
+            .args([
+                "--conf-file=/dev/null",
+                "--no-resolv",
+                "--no-hosts",
+                "--pid-file",
+            ])
+            .arg(format!("--address=/files.test/{OUTSIDE}"))
+            .spawn();
+        World {
+            keeper,
+            names: names.expect("the host allows it"),
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.names.kill();
+        let _ = self.names.wait();
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+/// Answers each request of HTTP with the address that it comes from.
+fn serve(listener: &TcpListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.expect("connections can be accepted");
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+            request.push(byte[0]);
+        }
+        let peer = stream.peer_addr().expect("it is connected").ip();
+        let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nFETCHED by {peer}\n");
+    }
+}
+
+#[track_caller]
+fn succeed(command: &str) -> String {
+    let output = Command::new("sh")
+        .args(["-c", command])
+        .output()
+        .expect("there is a shell");
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs the program with `folder` before the search path.
+fn bantam(arguments: &[&str], folder: &str) -> Output {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(monitor());
+    command
+        .args(arguments)
+        .env("PATH", format!("{folder}:{path}"));
+    command.output().expect("the program can be run")
+}
+
+/// Runs the program, which must succeed, and returns its output.
+#[track_caller]
+fn run(arguments: &[&str], folder: &str) -> String {
+    let output = bantam(arguments, folder);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs the program, which must fail, and returns the line that it says.
+#[track_caller]
+fn refused(arguments: &[&str]) -> String {
+    let output = bantam(arguments, "");
+    assert!(!output.status.success(), "{arguments:?}");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(error.lines().count(), 1, "{error}");
+    error
+}
+
+fn network(arguments: &str) -> String {
+    let words: Vec<_> = ["network"]
+        .into_iter()
+        .chain(arguments.split(' '))
+        .collect();
+    run(&words, "")
+}
+
+fn json(arguments: &str) -> Value {
+    let text = network(&format!("{arguments} --output json"));
+    serde_json::from_str(&text).expect("it is JSON")
+}
+
+fn interfaces() -> String {
+    succeed("ip -brief link")
+}
+
+/// Starts a machine whose payload has used its devices and stays.
+fn hanging(net: &str) -> Running {
+    let machine = Bantam::payload("devices")
+        .option("--net", net)
+        .append("finish=hang")
+        .start();
+    machine.wait_for_output("PASS\n");
+    machine
+}
+
+fn end(machine: Running) -> Ended {
+    machine.signal(Signal::SIGTERM);
+    machine.wait()
+}
+
+fn kill(machine: Running) {
+    machine.signal(Signal::SIGKILL);
+    machine.wait();
+}
+
+#[test]
+fn linux_guests_reach_the_world_and_each_other_beside_docker() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        let web = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80)).unwrap();
+        let _world = World::new(web);
+        fs::write("/run/rules", DOCKER_RULES).unwrap();
+        succeed("iptables-restore /run/rules");
+        let folder = tempfile::tempdir().unwrap();
+        let guest = |name: &str, work: &str| {
+            let folder = folder.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            let script = format!(
+                "#!/bin/sh\n\
+                 mount -t proc proc /proc\n\
+                 udhcpc -i eth0 -n -q -f -s /lease.sh\n\
+                 {work}\n\
+                 echo DONE\n\
+                 printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+            );
+            let root = scripted_root(&folder, &[("test.sh", &script), ("lease.sh", LEASE_SCRIPT)]);
+            Bantam::linux(Kernel::Small)
+                .disk(&root, "")
+                .append("quiet init=/test.sh")
+                .option("--net", format!("nat,hostname={name}"))
+                .limit(Duration::from_secs(300))
+                .start()
+        };
+        let two = guest("two", "nc -l -p 7000");
+        let one = guest(
+            "one",
+            &format!(
+                "ping -c 1 -W 5 {OUTSIDE}\n\
+                 wget -q -O - http://files.test/\n\
+                 nslookup two.default.internal\n\
+                 until ping -c 1 -W 2 two; do sleep 1; done\n\
+                 until echo the guest two hears | nc -w 5 two 7000; do sleep 1; done"
+            ),
+        );
+        let ended = two.wait();
+        ended
+            .succeeded()
+            .printed("LEASE 192.168.130.")
+            .printed("default.internal");
+        ended.printed("the guest two hears").printed("DONE");
+        let leases = json("leases default");
+        let ended = one.wait();
+        ended
+            .succeeded()
+            .printed("LEASE 192.168.130.")
+            .printed("DONE");
+        ended.printed(&format!("FETCHED by {UPLINK}"));
+        let text = ended.text();
+        assert_eq!(text.matches("1 packets received").count(), 2, "{text}");
+
+        let names = leases
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|lease| lease["hostname"].as_str().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort_unstable();
+        assert_eq!(names, ["one", "two"]);
+        assert!(!interfaces().contains("bnt"), "{}", interfaces());
+        assert_eq!(json("info default")["ports"], Value::Array(vec![]));
+        network("stop default");
+        let rules = succeed("iptables -S DOCKER-USER");
+        assert_eq!(rules.trim(), "-N DOCKER-USER");
+    });
+}
+
+#[test]
+fn a_machine_has_a_place_while_it_runs_and_leaves_nothing_when_it_is_killed() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        let machine = hanging("nat,hostname=web");
+        let info = json("info default");
+        assert_eq!(info["is-started"], true);
+        assert_eq!(info["ports"][0]["hostname"], "web");
+        assert_eq!(info["ports"][0]["interface"], "bnt0");
+        let rules = succeed("nft list table bridge bantam0");
+        assert!(rules.contains("elements = { \"bnt0\" }"), "{rules}");
+        let subnet = info["addresses"]["subnet"].as_str().unwrap();
+        assert_eq!(subnet, "192.168.130.0/24");
+
+        // The same name, and the same MAC address.
+        for (net, reason) in [
+            ("nat,hostname=WEB", "is called 'WEB'"),
+            (
+                &format!("nat,mac={}", info["ports"][0]["mac"].as_str().unwrap()),
+                "has MAC address",
+            ),
+        ] {
+            let ended = Bantam::payload("hello").option("--net", net).finish();
+            let error = ended.failed_with_one_line();
+            assert!(error.contains(reason), "{error}");
+        }
+
+        // It is cut off while the network is stopped, and then on it again.
+        let stopped = bantam(&["network", "stop", "default"], "");
+        let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
+        assert!(said.contains("1 machine is cut off"), "{said}");
+        assert!(!interfaces().contains("bantam0"));
+        let started = bantam(&["network", "start", "default"], "");
+        let said = String::from_utf8_lossy(&started.stderr).into_owned();
+        assert!(said.contains("1 machine is on it again"), "{said}");
+        let link = succeed("ip -oneline link show bnt0");
+        assert!(link.contains("master bantam0"), "{link}");
+
+        kill(machine);
+        wait_until("the tap is gone", || !interfaces().contains("bnt0"));
+        assert_eq!(json("info default")["ports"], Value::Array(vec![]));
+        let rules = succeed("nft list table bridge bantam0");
+        assert!(!rules.contains("elements"), "{rules}");
+        for folder in ["ports", "started/default/hosts", "started/default/names"] {
+            let path = Path::new("/run/bantam/networks").join(folder);
+            assert_eq!(fs::read_dir(path).unwrap().count(), 0, "{folder}");
+        }
+        network("stop default");
+        network("undefine default");
+        assert_eq!(fs::read_dir("/var/lib/bantam/networks").unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn what_another_program_removes_comes_back() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        network("start default");
+        let server =
+            || fs::read_to_string("/run/bantam/networks/started/default/dnsmasq.pid").unwrap();
+        let first = server();
+        succeed(&format!("nft flush ruleset; kill -9 {first}"));
+        end(hanging("nat")).succeeded();
+        assert_ne!(server(), first);
+        let rules = succeed("nft list ruleset");
+        assert!(
+            rules.contains("masquerade") && rules.contains("@filtered"),
+            "{rules}"
+        );
+        succeed("ip link delete bantam0");
+        assert_eq!(json("list")[0]["is-started"], true);
+        assert!(interfaces().contains("bantam0"));
+        network("stop default");
+        assert_eq!(succeed("nft list ruleset"), "");
+    });
+}
+
+/// Programs that kill who has called them are put in the place of those that a network needs.
+#[test]
+fn a_start_that_is_killed_at_any_step_is_repaired() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        for (program, call, when) in [
+            ("nft", 1, "before"),
+            ("nft", 1, "after"),
+            ("nft", 2, "before"),
+            ("nft", 2, "after"),
+            ("dnsmasq", 1, "before"),
+            ("dnsmasq", 1, "after"),
+        ] {
+            let tools = Path::new("/run/tools");
+            let _ = fs::remove_dir_all(tools);
+            fs::create_dir(tools).unwrap();
+            let real = format!("/usr/sbin/{program} \"$@\"");
+            let (before, after) = match when {
+                "before" => ("kill -9 $PPID", ""),
+                _ => ("", "kill -9 $PPID"),
+            };
+            let script = format!(
+                "#!/bin/sh\n\
+                 echo >> /run/tools/calls\n\
+                 if [ $(wc -l < /run/tools/calls) = {call} ]; then {before}\n{real}\n{after}\nelse {real}\nfi\n"
+            );
+            let path = tools.join(program);
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            let killed = bantam(&["network", "start", "default"], "/run/tools");
+            assert!(!killed.status.success(), "{program} {call} {when}");
+            thread::sleep(Duration::from_millis(50));
+
+            let list = json("list");
+            assert_eq!(list[0]["is-started"], false, "{program} {call} {when}");
+            assert!(!interfaces().contains("bantam"), "{program} {call} {when}");
+            assert_eq!(succeed("nft list ruleset"), "", "{program} {call} {when}");
+            assert_eq!(servers(), 0, "{program} {call} {when}");
+            network("start default");
+            assert_eq!(servers(), 1);
+            network("stop default");
+            assert_eq!(servers(), 0);
+        }
+    });
+}
+
+/// Returns how many servers of addresses there are in this namespace.
+fn servers() -> usize {
+    let here = fs::read_link("/proc/thread-self/ns/net").expect("it can be read");
+    let processes = fs::read_dir("/proc").expect("it can be read").flatten();
+    let servers = processes.filter(|process| {
+        let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        let is_here = fs::read_link(process.path().join("ns/net")).is_ok_and(|it| it == here);
+        is_here && command.starts_with(b"/usr/sbin/dnsmasq")
+    });
+    servers.count()
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_a_remedy() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        succeed("ip link add d0 type bridge");
+        succeed("ip addr add 192.168.130.9/24 dev d0");
+        succeed("ip link set d0 up");
+        for (arguments, reason) in [
+            (
+                "info lab",
+                "there is no network 'lab'; 'bantam network define lab' defines it",
+            ),
+            ("start lab", "there is no network 'lab'"),
+            ("define a/b", "invalid network name 'a/b'"),
+            ("define lab --mode routed", "invalid value 'routed'"),
+            (
+                "define lab --subnet 192.168.130.128/25",
+                "overlaps the route of the host to 192.168.130.0/24",
+            ),
+            (
+                "define lab --subnet 10.0.0.0/8",
+                "the prefix has 16 to 30 bits",
+            ),
+            ("define lab --mode bridged", "needs the name of its bridge"),
+            ("define lab --domain a..b", "invalid domain 'a..b'"),
+        ] {
+            let words: Vec<_> = ["network"]
+                .into_iter()
+                .chain(arguments.split(' '))
+                .collect();
+            let error = refused(&words);
+            assert!(error.contains(reason), "{error}");
+        }
+        network("define lab --subnet 10.9.0.0/16 --no-ipv6");
+        let error = refused(&["network", "define", "other", "--subnet", "10.9.7.0/24"]);
+        assert!(error.contains("overlaps network 'lab'"), "{error}");
+        let error = refused(&["network", "define", "lab"]);
+        assert!(
+            error.contains("there is a network 'lab' already"),
+            "{error}"
+        );
+        for (net, reason) in [
+            ("network=lab", "'bantam network start lab' starts it"),
+            ("network=none", "there is no network 'none'; there are lab"),
+            (
+                "bridge=none",
+                "there is no bridge 'none'; as root 'ip link add none type bridge",
+            ),
+            ("bridge=lo", "interface 'lo' is not a bridge"),
+            ("macvtap=none", "there is no interface 'none'"),
+            (
+                "tap=t,netns=none",
+                "cannot enter network namespace '/run/netns/none': No such file",
+            ),
+        ] {
+            let ended = Bantam::payload("hello").option("--net", net).finish();
+            let error = ended.failed_with_one_line();
+            assert!(error.contains(reason), "{error}");
+        }
+        // The free subnet is another one than that of the bridge.
+        network("start default");
+        assert_eq!(
+            json("info default")["addresses"]["subnet"],
+            "192.168.131.0/24"
+        );
+        network("stop default");
+        // Its addresses were chosen, so others are if they are not free any more.
+        succeed("ip addr add 192.168.131.9/24 dev d0");
+        network("start default");
+        assert_eq!(
+            json("info default")["addresses"]["subnet"],
+            "192.168.132.0/24"
+        );
+        let error = refused(&["network", "undefine", "default"]);
+        assert!(
+            error.contains("'bantam network stop default' stops it"),
+            "{error}"
+        );
+        network("stop default");
+        succeed("ip link add bantam0 type dummy");
+        let error = refused(&["network", "start", "lab"]);
+        assert!(
+            error.contains("there is an interface 'bantam0' already"),
+            "{error}"
+        );
+
+        let ended = Bantam::payload("hello")
+            .launcher(unprivileged())
+            .option("--net", "nat")
+            .finish();
+        let error = ended.failed_with_one_line();
+        assert!(
+            error.contains("not permitted; networks of the host take root"),
+            "{error}"
+        );
+        assert!(error.contains("'--net user' works without"), "{error}");
+
+        for (program, package) in [("dnsmasq", "dnsmasq-base"), ("nft", "nftables")] {
+            let file = format!("/usr/sbin/{program}");
+            let none = None::<&str>;
+            mount(
+                Some("/dev/null"),
+                file.as_str(),
+                none,
+                MsFlags::MS_BIND,
+                none,
+            )
+            .unwrap();
+            let error = refused(&["network", "start", "default"]);
+            assert!(
+                error.contains(&format!("install the package '{package}'")),
+                "{error}"
+            );
+            nix::mount::umount(file.as_str()).unwrap();
+            assert!(!interfaces().contains("bantam1"), "{}", interfaces());
+        }
+    });
+}
+
+/// A machine on a network, without a machine: the test reads and writes its frames.
+struct Guest {
+    tap: Tap,
+    port: Port,
+    mac: [u8; 6],
+}
+
+impl Guest {
+    fn on(name: &str, last: u8) -> Guest {
+        let mac = [2, 0, 0, 0, 0, last];
+        let port = Networks::of_host().attach(&Attachment {
+            place: Place::Network(name.parse().expect("it is a name")),
+            mac: Mac(mac),
+            hostname: None,
+            filter: None,
+        });
+        let port = port.expect("the network has a place");
+        let tap = Tap::open(port.interface(), None, QueueCount::AtMost(1)).expect("it is free");
+        port.connect().expect("there is a bridge");
+        Guest { tap, port, mac }
+    }
+
+    fn address(&self) -> [u8; 4] {
+        self.port.address().expect("one is reserved").octets()
+    }
+
+    fn send(&self, frame: &[u8]) {
+        let packet = [&[0; PACKET_HEADER_SIZE], frame].concat();
+        let queue = &self.tap.queues()[0];
+        assert_eq!(
+            nix::unistd::write(queue, &packet).expect("the tap is up"),
+            packet.len()
+        );
+    }
+
+    /// Whether a frame with this end arrives at the machine.
+    fn hears(&self, end: &[u8]) -> bool {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let mut packet = [0; 2048];
+        while Instant::now() < deadline {
+            match nix::unistd::read(&self.tap.queues()[0], &mut packet) {
+                Ok(size) if packet[..size].ends_with(end) => return true,
+                Ok(_) => {}
+                Err(_) => thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        false
+    }
+}
+
+const BROADCAST: [u8; 6] = [0xff; 6];
+
+fn arp(source: [u8; 6], sender: [u8; 6], address: [u8; 4]) -> Vec<u8> {
+    let mut frame = [BROADCAST, source].concat();
+    frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(sender);
+    frame.extend(address);
+    frame.extend([0; 10]);
+    frame.resize(60, 0);
+    frame
+}
+
+fn udp(source: [u8; 6], address: [u8; 4], ports: [u16; 2]) -> Vec<u8> {
+    let mut frame = [BROADCAST, source].concat();
+    frame.extend([8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0]);
+    frame.extend(address);
+    frame.extend([255; 4]);
+    frame.extend(ports.iter().flat_map(|port| port.to_be_bytes()));
+    frame.extend([0, 26, 0, 0]);
+    frame.resize(60, 0);
+    // Of the IPv4 header.
+    let sum = frame[14..34].chunks(2).fold(0_u32, |sum, word| {
+        sum + u32::from(u16::from_be_bytes([word[0], word[1]]))
+    });
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame
+}
+
+fn router_advertisement(source: [u8; 6]) -> Vec<u8> {
+    let mut frame = vec![0x33, 0x33, 0, 0, 0, 1];
+    frame.extend(source);
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 16, 58, 255, 0xfe, 0x80]);
+    frame.extend([0; 13]);
+    frame.extend([1, 0xff, 2]);
+    frame.extend([0; 14]);
+    frame.push(1);
+    frame.extend([134, 0, 0, 0, 64, 0, 7, 8]);
+    frame.extend([0; 8]);
+    frame
+}
+
+#[test]
+fn a_machine_sends_under_its_own_addresses_only() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        let (one, two) = (Guest::on("default", 1), Guest::on("default", 2));
+        let other = [2, 0, 0, 0, 0, 9];
+        let (mac, address) = (one.mac, one.address());
+        assert_ne!(address, two.address());
+        let cases = [
+            ("its own", arp(mac, mac, address), true),
+            ("whether an address is free", arp(mac, mac, [0; 4]), true),
+            ("another source", arp(other, mac, address), false),
+            ("another sender", arp(mac, other, address), false),
+            ("another's address", arp(mac, mac, two.address()), false),
+            ("its own packet", udp(mac, address, [9, 9]), true),
+            ("another's packet", udp(mac, two.address(), [9, 9]), false),
+            (
+                "a question for an address",
+                udp(mac, [0; 4], [68, 67]),
+                true,
+            ),
+            (
+                "a packet without an address",
+                udp(mac, [0; 4], [9, 9]),
+                false,
+            ),
+            (
+                "an answer of a DHCP server",
+                udp(mac, address, [67, 68]),
+                false,
+            ),
+            ("a router", router_advertisement(mac), false),
+        ];
+        for (number, (what, frame, passes)) in (0..).zip(cases) {
+            let mark = [0xbe, 0xef, number];
+            let frame = [&frame[..], &mark].concat();
+            one.send(&frame);
+            assert_eq!(two.hears(&mark), passes, "{what}");
+        }
+        drop((one, two));
+        network("stop default");
+
+        network("define open --no-filter");
+        network("start open");
+        let (one, two) = (Guest::on("open", 1), Guest::on("open", 2));
+        let frame = [&arp(other, other, [10, 0, 0, 1])[..], &[0xbe, 0xef, 1]].concat();
+        one.send(&frame);
+        assert!(two.hears(&[0xbe, 0xef, 1]));
+        drop((one, two));
+        network("stop open");
+    });
+}
+
+#[test]
+fn machines_on_isolated_ports_reach_the_host_only() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        network("define apart --mode hostonly --isolate-ports");
+        network("start apart");
+        let (one, two) = (Guest::on("apart", 1), Guest::on("apart", 2));
+        let socket = PacketSocket::open("bantam0");
+        let mark = [0xbe, 0xef, 1];
+        let frame = [&arp(one.mac, one.mac, one.address())[..], &mark].concat();
+        one.send(&frame);
+        let heard = socket.receive(Duration::from_secs(5), |frame| frame.ends_with(&mark));
+        assert!(heard.is_some(), "the host hears it");
+        assert!(!two.hears(&mark), "the other machine hears it");
+        drop((one, two));
+        network("stop apart");
+    });
+}
+
+#[test]
+fn a_tap_is_made_in_the_namespace_that_is_named() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        let mut keeper = Command::new("unshare");
+        let keeper = keeper
+            .args(["--net", "cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn();
+        let mut keeper = keeper.unwrap();
+        let namespace = format!("/proc/{}/ns/net", keeper.id());
+        let own = fs::read_link(format!(
+            "/proc/{}/task/{}/ns/net",
+            std::process::id(),
+            gettid()
+        ))
+        .unwrap();
+        wait_until("there is a namespace", || {
+            fs::read_link(&namespace).unwrap() != own
+        });
+        let there = || succeed(&format!("nsenter --net={namespace} ip -brief link"));
+        let net = format!("tap=t0,netns={namespace}");
+        let machine = hanging(&net);
+        assert!(there().contains("t0"));
+        assert!(!interfaces().contains("t0"));
+        let ended = Bantam::payload("hello").option("--net", &net).finish();
+        let error = ended.failed_with_one_line();
+        assert!(error.contains("in use by another machine"), "{error}");
+        // A tap of the same name elsewhere is another one.
+        end(hanging("tap=t0")).succeeded();
+        kill(machine);
+        // It is waited for.
+        end(hanging(&net)).succeeded();
+        assert!(!there().contains("t0"));
+        drop(keeper.stdin.take());
+        keeper.wait().unwrap();
+    });
+}
+
+#[test]
+fn a_machine_is_a_station_beside_an_interface() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        succeed("ip link add p0 type veth peer name p1 && ip link set p0 up && ip link set p1 up");
+        let machine = hanging("macvtap=p0,mac=02:00:00:00:00:07");
+        assert!(interfaces().contains("bnt0@p0"), "{}", interfaces());
+        end(machine).succeeded();
+        assert!(!interfaces().contains("bnt0"), "{}", interfaces());
+        kill(hanging("macvtap=p0"));
+        assert!(interfaces().contains("bnt0@p0"), "{}", interfaces());
+        network("list");
+        assert!(!interfaces().contains("bnt0"), "{}", interfaces());
+    });
+}
+
+#[test]
+fn a_machine_is_on_a_bridge_of_the_host() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        succeed("ip link add br7 type bridge && ip link set br7 up");
+        let machine = hanging("bridge=br7");
+        let link = succeed("ip -oneline link show bnt0");
+        assert!(link.contains("master br7"), "{link}");
+        end(machine).succeeded();
+        network("define lan --mode bridged --bridge br7");
+        network("start lan");
+        let machine = hanging("network=lan");
+        assert_eq!(json("info lan")["ports"][0]["interface"], "bnt0");
+        end(machine).succeeded();
+        network("stop lan");
+        assert!(interfaces().contains("br7"));
+    });
+}
+
+#[track_caller]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
