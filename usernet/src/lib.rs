@@ -23,13 +23,19 @@
 
 mod addresses;
 mod dhcp;
+mod dhcpv6;
+mod dns;
 mod error;
 mod frame;
 mod icmp;
+mod ndp;
 mod network;
 mod options;
 mod output;
+mod policy;
+mod reassembly;
 mod resolver;
+mod rule;
 mod sys;
 mod table;
 mod tcp;
@@ -40,5 +46,6 @@ mod wire;
 
 pub use error::{OpenError, OptionError};
 pub use frame::{FrameBuffer, GuestFrame, PartialChecksum, WrittenFrame};
-pub use network::{ForwardedPort, UserNetwork};
+pub use network::{ForwardedPort, Refusal, UserNetwork};
 pub use options::{DnsName, Forward, Protocol, Subnet, UserNetworkOptions};
+pub use rule::Rule;

@@ -162,6 +162,10 @@ impl Guest {
 
     /// A guest that has no address yet.
     pub(super) fn bare(network: UserNetwork) -> Guest {
+        Guest::without_addresses(network, false)
+    }
+
+    fn without_addresses(network: UserNetwork, has_v6: bool) -> Guest {
         let mut cable = Cable {
             network,
             loss: None,
@@ -171,6 +175,7 @@ impl Guest {
         };
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(MAC)));
         config.random_seed = 7;
+        config.slaac = has_v6;
         let interface = Interface::new(config, &mut cable, StackInstant::ZERO);
         Guest {
             cable,
@@ -184,11 +189,21 @@ impl Guest {
         self.interface.update_ip_addrs(|addresses| {
             addresses.push(IpCidr::new(ADDRESS, 24)).unwrap();
         });
-        let IpAddress::Ipv4(gateway) = GATEWAY;
         self.interface
             .routes_mut()
-            .add_default_ipv4_route(gateway)
+            .add_default_ipv4_route(std::net::Ipv4Addr::new(10, 0, 2, 2))
             .unwrap();
+    }
+
+    /// A guest that has made itself an address of IPv6, and has no other.
+    pub(super) fn with_v6(network: UserNetwork) -> Guest {
+        let mut guest = Guest::without_addresses(network, true);
+        guest.interface.update_ip_addrs(|addresses| {
+            let address = IpAddress::v6(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+            addresses.push(IpCidr::new(address, 64)).unwrap();
+        });
+        guest.wait(|guest| (guest.interface.ip_addrs().len() > 1).then_some(()));
+        guest
     }
 
     /// Lets everything happen that can at once.
