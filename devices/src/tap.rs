@@ -1,5 +1,6 @@
 //! Tap interfaces: the host's end of a guest's network card.
 
+mod adopted;
 mod error;
 mod interface;
 mod link;
@@ -140,6 +141,8 @@ pub struct Tap {
     name: String,
     created: bool,
     offloads: Offloads,
+    /// Whether it can be told which frames to hand out, which a macvtap cannot.
+    filters: bool,
     /// The header size in bytes that an existing tap had before.
     found_header_size: Option<c_int>,
     /// The MTU that was set, if it differed from the tap's own.
@@ -202,6 +205,7 @@ impl Tap {
             name: name.to_string(),
             created: false,
             offloads: Offloads::default(),
+            filters: true,
             found_header_size: None,
             temporary_mtu: None,
         };
@@ -281,11 +285,15 @@ impl Tap {
         Ok(())
     }
 
-    /// Sets which frames the host hands out from now on, for as long as the tap exists.
+    /// Sets which frames the host hands out from now on, for as long as the tap exists. A macvtap hands out all
+    /// that are for it.
     ///
     /// # Errors
     /// Those of the `TUNSETTXFILTER` request: the tap is gone.
     pub fn set_filter(&self, filter: &FrameFilter) -> io::Result<()> {
+        if !self.filters {
+            return Ok(());
+        }
         let filter = encode_filter(filter);
         // SAFETY: the request reads a struct tun_filter and, after it, the number of addresses that its count
         // states. `filter` consists of exactly these.
@@ -397,6 +405,7 @@ impl From<std::os::fd::OwnedFd> for Tap {
             name: "stand-in".to_string(),
             created: false,
             offloads: Offloads::default(),
+            filters: true,
             found_header_size: None,
             temporary_mtu: None,
         }
@@ -509,6 +518,13 @@ fn check_name(name: &str) -> Result<(), TapError> {
     };
     let name = name.to_string();
     Err(TapError::Name { name, reason })
+}
+
+/// Returns the name in a request.
+fn interface_name(request: &ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|&byte| byte as u8);
+    let name: Vec<u8> = bytes.take_while(|&byte| byte != 0).collect();
+    String::from_utf8_lossy(&name).into_owned()
 }
 
 /// Makes a request about the interface called `name`. A name that is too long is cut.

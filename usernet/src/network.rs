@@ -260,7 +260,10 @@ impl UserNetwork {
 
     fn insert_tcp(&mut self, ends: Ends, flow: TcpFlow) {
         let source = Source::Tcp(self.tcp.next_index());
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP;
+        let flags = EpollFlags::EPOLLIN
+            | EpollFlags::EPOLLPRI
+            | EpollFlags::EPOLLOUT
+            | EpollFlags::EPOLLRDHUP;
         match self.watch(flow.as_fd(), source, flags) {
             Ok(()) => {
                 self.tcp.insert(ends, flow);

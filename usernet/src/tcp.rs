@@ -35,6 +35,8 @@ const RETRANSMISSION_TIME: Duration = Duration::from_secs(1);
 const MAX_ATTEMPTS: u32 = 7;
 /// Acknowledgments of the same byte after which what follows it is taken for lost (RFC 5681).
 const DUPLICATES_OF_LOSS: u8 = 3;
+/// How long the opening of a connection may take, if there is no room for another.
+const OPENING_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may be idle (RFC 5382, section 5).
 const IDLE_TIME: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
 
@@ -135,6 +137,9 @@ pub(crate) struct TcpFlow {
     can_peek_at_offset: bool,
     /// The socket may have more to read.
     is_readable: bool,
+    /// A read that returns little does not mean that there is no more: the end of the stream may follow, or
+    /// urgent data, before which reads end.
+    reads_on: bool,
     /// The other end sends nothing more, and the guest has been sent everything.
     host_finished: bool,
     /// The end of the stream has been sent to the guest.
@@ -204,6 +209,7 @@ impl TcpFlow {
             next: isn,
             can_peek_at_offset: false,
             is_readable: false,
+            reads_on: false,
             host_finished: false,
             sent_finish: false,
             guest_window: 0,
@@ -216,6 +222,12 @@ impl TcpFlow {
             progress: now,
             attempts: 0,
         }
+    }
+
+    /// Since when it has waited to be opened, if that takes so long that another may take its place.
+    pub(crate) fn waits_since(&self, now: Instant) -> Option<Instant> {
+        let is_late = now.duration_since(self.progress) >= OPENING_TIME;
+        (self.stage != Stage::Open && is_late).then_some(self.progress)
     }
 
     /// Has the messages of a name server, the other end, collected for [`TcpFlow::take_answers`].
@@ -265,13 +277,15 @@ impl TcpFlow {
         let _ = socket.set_out_of_band_inline(true);
     }
 
-    /// Takes note of events of the socket.
+    /// Takes note of events of the socket. With `reads_on`, there is more to read than bytes.
     pub(crate) fn socket_event(
         &mut self,
         is_writable: bool,
         is_readable: bool,
+        reads_on: bool,
         budget: &mut Budget,
     ) {
+        self.reads_on |= reads_on;
         if self.stage == Stage::Connecting {
             let error = self.socket.take_error();
             match error {

@@ -146,7 +146,9 @@ pub struct MachineArgs {
     ///
     /// user is a network that needs no rights: the guest gets an address by
     /// DHCP, and reaches what you reach. NAME is a tap interface of the host.
-    /// KEY=VALUE is any of
+    /// SOCKET is the Unix socket of passt or gvproxy. N is a descriptor of a
+    /// tap that was opened by the program that starts this one. KEY=VALUE is
+    /// any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
@@ -166,6 +168,11 @@ pub struct MachineArgs {
     ///   127.0.0.1 by default, PORT and GUESTPORT can be ranges such as
     ///   80-89, and port 0 is a free one, which is printed.
     /// - restrict=on: the guest reaches nothing, and is only reached.
+    /// - allow=TARGET[:PORT[-LAST]], deny=TARGET[:PORT[-LAST]]: what the guest
+    ///   may and may not reach; can be given more than once. TARGET is an
+    ///   address, a network such as 192.0.2.0/24 or [2001:db8::]/32, a name
+    ///   such as example.org or *.example.org, or *. With an allow, all else
+    ///   is denied; a deny is stronger than an allow.
     /// - host-loopback=on: the gateway's address, 10.0.2.2, leads to the
     ///   host's 127.0.0.1.
     /// - subnet=ADDRESS/BITS: the network's addresses; 10.0.2.0/24 by
@@ -173,8 +180,8 @@ pub struct MachineArgs {
     /// - dns=ADDRESS: a name server in place of the host's; can be given more
     ///   than once.
     /// - domain=NAME, hostname=NAME: what DHCP tells the guest.
-    #[arg(long = "net", value_name = "user|tap=NAME[,...]", help_heading = heading::NETWORKS,
-        verbatim_doc_comment)]
+    #[arg(long = "net", value_name = "user|tap=NAME|passt=SOCKET|fd=N[,...]",
+        help_heading = heading::NETWORKS, verbatim_doc_comment, value_parser = os_text::<NetConfig>())]
     #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
 

@@ -395,12 +395,12 @@ impl UserNetwork {
         }
         let opens =
             segment.flags & (wire::tcp_flag::SYN | wire::tcp_flag::ACK) == wire::tcp_flag::SYN;
-        if opens
-            && !segment.has(wire::tcp_flag::RST)
-            && self.open_tcp(route, ends, segment, now).is_some()
-        {
-            self.keep_time(false);
-            return;
+        if opens && !segment.has(wire::tcp_flag::RST) {
+            match self.open_tcp(route, ends, segment, now) {
+                Opening::Begun => return self.keep_time(false),
+                Opening::Later => return,
+                Opening::Refused => {}
+            }
         }
         if let Some(answer) = tcp::reset(segment, place.1) {
             let mut headers = Vec::new();
@@ -418,27 +418,56 @@ impl UserNetwork {
         }
     }
 
-    /// Opens a connection of the guest; `None` if it cannot be, which the guest is told by a reset.
-    fn open_tcp(&mut self, route: &Route, ends: Ends, syn: &Tcp, now: Instant) -> Option<()> {
-        if self.tcp.is_full() {
-            return None;
+    fn open_tcp(&mut self, route: &Route, ends: Ends, syn: &Tcp, now: Instant) -> Opening {
+        let Ok((remote, is_query)) = self.remote(Some(Protocol::Tcp), ends.remote, now) else {
+            return Opening::Refused;
+        };
+        if !self.make_room_for_tcp(now) {
+            return Opening::Later;
         }
-        let remote = self.remote(Some(Protocol::Tcp), ends.remote, now);
-        let (remote, is_query) = remote.ok()?;
-        let kind = Type::STREAM.nonblocking().cloexec();
-        let socket = Socket::new(Domain::for_address(remote), kind, None).ok()?;
-        match socket.connect(&remote.into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            Err(_) => return None,
-        }
-        let mut flow = TcpFlow::outgoing(*route, TcpStream::from(socket), syn, random(), now);
+        let Ok(socket) = begin_to_connect(remote) else {
+            return Opening::Refused;
+        };
+        let mut flow = TcpFlow::outgoing(*route, socket, syn, random(), now);
         if is_query && self.policy.needs_answers() {
             flow.inspect();
         }
         self.insert_tcp(ends, flow);
-        Some(())
+        Opening::Begun
     }
+
+    /// Ends the connection that has waited to be opened for the longest time, if there is no room for another
+    /// and it has had time enough. Returns whether there is room.
+    fn make_room_for_tcp(&mut self, now: Instant) -> bool {
+        if self.tcp.is_full() {
+            let waiting = self.tcp.iter();
+            let waiting = waiting.filter_map(|(index, flow)| Some((flow.waits_since(now)?, index)));
+            if let Some((_, index)) = waiting.min() {
+                self.close_tcp(index);
+            }
+        }
+        !self.tcp.is_full()
+    }
+}
+
+/// What has become of an attempt to open a connection.
+enum Opening {
+    Begun,
+    /// The guest is told that it cannot be.
+    Refused,
+    /// There are too many. The guest is told nothing, so that it tries again after some time.
+    Later,
+}
+
+fn begin_to_connect(remote: SocketAddr) -> io::Result<TcpStream> {
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(remote), kind, None)?;
+    match socket.connect(&remote.into()) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(socket.into())
 }
 
 /// A packet that was put together from its parts.

@@ -65,10 +65,11 @@ impl UserNetwork {
                     let flags = event.events();
                     let ended = EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP;
                     let is_writable = flags.intersects(EpollFlags::EPOLLOUT | ended);
-                    let readable = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | ended;
-                    let is_readable = flags.intersects(readable);
+                    let last = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLPRI | ended;
+                    let is_readable = flags.intersects(EpollFlags::EPOLLIN | last);
+                    let reads_on = flags.intersects(last);
                     if let Some(flow) = self.tcp.get(index) {
-                        flow.socket_event(is_writable, is_readable, &mut self.budget);
+                        flow.socket_event(is_writable, is_readable, reads_on, &mut self.budget);
                         if flow.has_work() {
                             self.queue(source);
                         }

@@ -204,6 +204,8 @@ impl TcpFlow {
                 let mut flags = tcp_flag::ACK;
                 if size < limit {
                     flags |= tcp_flag::PSH;
+                    // The host tells of what comes after that.
+                    self.is_readable = self.reads_on;
                 }
                 let header = self.header(flags, sequence);
                 Some(self.finish(output, &header, payload(size)))

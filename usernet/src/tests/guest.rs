@@ -84,15 +84,28 @@ pub(super) struct Cable {
     pub(super) loss: Option<u32>,
     /// Of so many frames of the guest one is lost.
     pub(super) guest_loss: Option<u32>,
-    count: u32,
+    /// Pseudo-random, so that losses do not keep step with attempts to send again.
+    chance: u32,
+    /// What has passed, in the format of pcap, if it is wanted.
+    pub(super) capture: Option<Vec<u8>>,
     /// Size of the largest frame to the guest, in bytes.
     pub(super) largest: usize,
 }
 
 impl Cable {
     fn is_lost(&mut self, one_of: Option<u32>) -> bool {
-        self.count = self.count.wrapping_add(1);
-        one_of.is_some_and(|number| self.count.is_multiple_of(number))
+        self.chance = self.chance.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        one_of.is_some_and(|number| (self.chance >> 16).is_multiple_of(number))
+    }
+
+    fn record(&mut self, frame: &[u8]) {
+        if let Some(capture) = &mut self.capture {
+            let size = (frame.len() as u32).to_le_bytes();
+            // The time, and the size twice: that of the record, and that of the frame.
+            capture.extend([0; 8]);
+            capture.extend([size, size].as_flattened());
+            capture.extend(frame);
+        }
     }
 }
 
@@ -110,6 +123,7 @@ impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, size: usize, fill: F) -> R {
         let mut frame = vec![0; size];
         let result = fill(&mut frame);
+        self.0.record(&frame);
         let lost = self.0.is_lost(self.0.guest_loss);
         if !lost {
             self.0.network.send(&mut Bytes(frame));
@@ -126,6 +140,7 @@ impl Device for Cable {
         loop {
             let frame = next_frame(&mut self.network)?;
             self.largest = self.largest.max(frame.len());
+            self.record(&frame);
             if !self.is_lost(self.loss) {
                 return Some((Received(frame), Sending(self)));
             }
@@ -170,7 +185,8 @@ impl Guest {
             network,
             loss: None,
             guest_loss: None,
-            count: 0,
+            chance: 1,
+            capture: None,
             largest: 0,
         };
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(MAC)));

@@ -236,17 +236,25 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// Not a description of a network device.
-    #[error("{reason}; a network device is tap=NAME[,KEY=VALUE]... or user[,KEY=VALUE]...")]
+    #[error(
+        "{reason}; a network device is user, tap=NAME, passt=SOCKET or fd=N, and [,KEY=VALUE]..."
+    )]
     NetOption {
         /// What is wrong with it.
         reason: String,
     },
     /// A network device is connected to nothing.
-    #[error("neither a tap nor 'user' says what the device is connected to")]
+    #[error("none of 'user', 'tap', 'passt' and 'fd' says what the device is connected to")]
     NetBackendMissing,
     /// A network device is connected to two networks.
-    #[error("a device on a tap is not on a user network too")]
+    #[error("a device is connected to one of 'user', 'tap', 'passt' and 'fd' only")]
     NetBackends,
+    /// Not the number of a descriptor.
+    #[error("{number} is not the number of a descriptor")]
+    Descriptor {
+        /// The number.
+        number: i64,
+    },
     /// A network device without a tap has several queues.
     #[error("'queues' is for devices on a tap")]
     UserNetQueues,
