@@ -71,7 +71,7 @@ fn serve_names(socket: &UdpSocket) {
         answer.extend([0x81, 0x80, 0, 1, 0, is_known.into(), 0, 0, 0, 0]);
         answer.extend(&question[..name_size + 4]);
         if is_known {
-            answer.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 60, 0, address.len() as u8]);
+            answer.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 250, 0, address.len() as u8]);
             answer.extend(address);
         }
         socket.send_to(&answer, peer).expect("the guest is there");
@@ -262,7 +262,7 @@ fn a_tap_that_another_program_has_opened_is_used() {
     let refused = Bantam::payload("hello").option("--net", "fd=9").finish();
     assert_eq!(
         refused.failed_with_one_line(),
-        "error: cannot use descriptor 9 as a tap: no such descriptor is open"
+        "cannot use descriptor 9 as a tap: no such descriptor is open"
     );
 }
 
