@@ -5,6 +5,7 @@ mod capture;
 mod fragments;
 mod guest;
 mod hostile;
+mod linux;
 mod namespace;
 mod policy;
 mod v6;

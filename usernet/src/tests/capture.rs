@@ -33,7 +33,12 @@ fn tshark(capture: &[u8], filter: &str) -> String {
     let output = Command::new("tshark")
         .args(["-n", "-r"])
         .arg(file.path())
-        .args(["-o", "ip.check_checksum:TRUE", "-o", "tcp.check_checksum:TRUE"])
+        .args([
+            "-o",
+            "ip.check_checksum:TRUE",
+            "-o",
+            "tcp.check_checksum:TRUE",
+        ])
         .args(["-o", "udp.check_checksum:TRUE", "-Y", filter])
         .output();
     let output = output.expect("there is tshark");
@@ -77,7 +82,9 @@ fn exchange(guest: &mut Guest, loopback: IpAddr, gateway: IpAddress) {
     let handle = guest.add(udp_socket(5000));
     for size in [0, 1, 1001] {
         let socket = guest.udp(handle);
-        socket.send_slice(&pattern(size), (gateway, ports.1)).unwrap();
+        socket
+            .send_slice(&pattern(size), (gateway, ports.1))
+            .unwrap();
         guest.wait(|guest| guest.udp(handle).can_recv().then_some(()));
         guest.udp(handle).recv().unwrap();
     }
@@ -98,7 +105,15 @@ fn tcp_and_udp_have_right_checksums() {
         guest.cable.network.leave_checksums(leave_checksums);
         exchange(&mut guest, Ipv4Addr::LOCALHOST.into(), GATEWAY);
         let capture = guest.cable.capture.take().unwrap();
-        check(&capture, &["dhcp.option.dhcp == 5", "arp", "tcp.len > 30000", "udp.length == 1009"]);
+        check(
+            &capture,
+            &[
+                "dhcp.option.dhcp == 5",
+                "arp",
+                "tcp.len > 30000",
+                "udp.length == 1009",
+            ],
+        );
 
         let network = UserNetwork::open(&to_host(), MAC, MTU).unwrap();
         let mut guest = Guest::with_v6(network);
@@ -106,7 +121,10 @@ fn tcp_and_udp_have_right_checksums() {
         guest.cable.network.leave_checksums(leave_checksums);
         exchange(&mut guest, Ipv6Addr::LOCALHOST.into(), GATEWAY_V6);
         let capture = guest.cable.capture.take().unwrap();
-        check(&capture, &["icmpv6.type == 136", "ipv6 and tcp.len > 30000"]);
+        check(
+            &capture,
+            &["icmpv6.type == 136", "ipv6 and tcp.len > 30000"],
+        );
     }
 }
 
@@ -133,7 +151,13 @@ fn what_the_network_says_itself_is_well_formed() {
         &[1, 1, 2, 0, 0, 0, 0, 1],
     ]
     .concat();
-    let neighbor = [&[135, 0, 0, 0, 0, 0, 0, 0], &[0xfe, 0x80][..], &[0; 13], &[2]].concat();
+    let neighbor = [
+        &[135, 0, 0, 0, 0, 0, 0, 0],
+        &[0xfe, 0x80][..],
+        &[0; 13],
+        &[2],
+    ]
+    .concat();
     let frames = [
         icmp_frame(&route("fe80::9", "ff02::2"), &solicitation, Some(255)),
         icmp_frame(&route("fe80::9", "fe80::2"), &neighbor, Some(255)),
@@ -142,7 +166,11 @@ fn what_the_network_says_itself_is_well_formed() {
         // What cannot be reached is reported.
         Udp::frame(&route(guest, "fd62:616e:a00:200::77"), 5000, 9, b"hello"),
         Udp::frame(&route("10.0.2.15", "127.0.0.1"), 5000, 9, b"hello"),
-        icmp_frame(&route("10.0.2.15", "10.0.2.2"), &[8, 0, 0, 0, 0, 1, 0, 1], None),
+        icmp_frame(
+            &route("10.0.2.15", "10.0.2.2"),
+            &[8, 0, 0, 0, 0, 1, 0, 1],
+            None,
+        ),
         icmp_frame(&route(guest, "fe80::2"), &[128, 0, 0, 0, 0, 1, 0, 1], None),
     ];
     let mut capture = header();

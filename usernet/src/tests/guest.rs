@@ -94,7 +94,10 @@ pub(super) struct Cable {
 
 impl Cable {
     fn is_lost(&mut self, one_of: Option<u32>) -> bool {
-        self.chance = self.chance.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.chance = self
+            .chance
+            .wrapping_mul(1_664_525)
+            .wrapping_add(1_013_904_223);
         one_of.is_some_and(|number| (self.chance >> 16).is_multiple_of(number))
     }
 

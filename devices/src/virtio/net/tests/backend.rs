@@ -164,7 +164,7 @@ fn frames_follow_their_sizes_on_a_stream() {
 fn a_stream_that_takes_no_more_gets_every_frame_once() {
     let (mut machine, mut far) = machine_on_stream();
     far.set_nonblocking(true).unwrap();
-    let (mut got, mut expected) = (Vec::new(), Vec::new());
+    let (mut got, mut expected) = (Vec::<u8>::new(), Vec::<u8>::new());
     let mut piece = vec![0; 50_000];
     for seed in 0..60 {
         let bytes = packet(60_000, seed);
