@@ -216,7 +216,9 @@ fn linux_is_on_a_network_of_passt() {
     });
 }
 
-nix::ioctl_write_ptr_bad!(attach_tap, libc::TUNSETIFF, libc::ifreq);
+mod request {
+    nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, libc::ifreq);
+}
 
 #[test]
 fn a_tap_that_another_program_has_opened_is_used() {
@@ -228,14 +230,14 @@ fn a_tap_that_another_program_has_opened_is_used() {
         .open("/dev/net/tun");
     let opened = opened.unwrap();
     // SAFETY: it consists of integers and pointers, all of which may be zero.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(tap.name.bytes()) {
+    let mut attachment: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, byte) in attachment.ifr_name.iter_mut().zip(tap.name.bytes()) {
         *target = byte as libc::c_char;
     }
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    attachment.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
-    unsafe { attach_tap(opened.as_raw_fd(), &request) }.unwrap();
+    unsafe { request::attach(opened.as_raw_fd(), &attachment) }.unwrap();
     // The monitor has it as descriptor 9.
     let pass_on = ["sh", "-c", "exec 9<&0 </dev/null; exec \"$@\"", "sh"];
     let launcher = pass_on.into_iter().chain(unprivileged());
