@@ -169,7 +169,8 @@ fn linux_is_on_a_network_of_passt() {
     require_namespaces!();
     in_world(|| {
         // What passt shows the guest is the interface with the default route.
-        ip("link add world type dummy");
+        ip("link add world type veth peer name other");
+        ip("link set other up");
         ip("address add 198.51.100.2/24 dev world");
         ip("link set world up");
         ip("route add default via 198.51.100.1");
