@@ -10,7 +10,7 @@ task=${1:-all}
 needed=(gcc libc6-dev make)
 [[ $task == build ]] || mapfile -t -O "${#needed[@]}" needed < <(guest/build.sh packages "$task")
 # The peer of the benchmarks, tools to check disk images, a debugger, and network tools for the tests.
-[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils gdb dnsmasq-base iproute2 iptables nftables procps)
+[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils gdb dnsmasq-base iproute2 iptables nftables passt procps tshark)
 
 # One at a time: apt's own lock makes the second fail.
 exec {lock}<install-packages.sh

@@ -9,7 +9,7 @@ use bantam_storage::ImageFormat;
 use bantam_storage::tools::{self, Format, NewContent};
 use bantam_vmm::config::{
     ChannelName, DeviceName, DiskConfig, DiskFormatOption, GuestCid, MachineConfig, NetConfig,
-    SerialConfig,
+    NetEnd, SerialConfig,
 };
 use nix::unistd::close;
 
@@ -107,8 +107,14 @@ fn replace_ends(config: &mut MachineConfig, args: &RestoreArgs) -> anyhow::Resul
     for Replacement { device, value } in &args.nets {
         let names: Vec<_> = config.net_names().collect();
         let net = named(&mut config.nets, &names, device, "network device")?;
-        if net.tap.is_none() {
-            bail!("network device '{device}' is on a network, and takes no tap");
+        match net.end() {
+            NetEnd::Tap(_) | NetEnd::Descriptor(_) => net.fd = None,
+            NetEnd::User | NetEnd::Host(_) => {
+                bail!("network device '{device}' is on a network, and takes no tap")
+            }
+            NetEnd::Passt(_) => {
+                bail!("network device '{device}' is on a network of passt, and takes no tap")
+            }
         }
         net.tap = value.tap.clone();
         net.mac = value.mac.or(net.mac);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use bantam_control::ControlClient;
 use bantam_manager::MachineName;
+use bantam_vmm::config::NetEnd;
 use bantam_vmm::{
     Answer, Command, DiskSnapshot, FrozenDisk, SnapshotBase, SnapshotDescription, SnapshotDisks,
     SnapshotFiles, SnapshotOptions, SnapshotTaken, merge_snapshots,
@@ -262,10 +263,12 @@ fn text(snapshot: &SnapshotDescription, used: u64) -> String {
         lines.push(format!("disk {name}: {} ({state})", disk.path.display()));
     }
     for (name, net) in config.net_names().zip(&config.nets) {
-        let end = match (&net.tap, net.host_network()) {
-            (Some(tap), _) => format!("tap {tap}"),
-            (None, Some(network)) => network.to_string(),
-            (None, None) => "user network".to_owned(),
+        let end = match net.end() {
+            NetEnd::Tap(tap) => format!("tap {tap}"),
+            NetEnd::Host(network) => network.to_string(),
+            NetEnd::User => "user network".to_owned(),
+            NetEnd::Passt(path) => format!("network at {}", path.display()),
+            NetEnd::Descriptor(fd) => format!("tap of descriptor {fd}"),
         };
         lines.push(format!("network device {name}: {end}"));
     }

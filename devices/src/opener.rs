@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use bantam_storage::{FileOpener, HostOpener};
@@ -33,6 +35,22 @@ pub trait Opener: FileOpener {
     /// # Errors
     /// Those of [`Tap::open`].
     fn tap(&self, name: &str, mtu: Option<u16>, queues: QueueCount) -> Result<Tap, TapError>;
+
+    /// Uses the tap that the process has as descriptor `fd`.
+    ///
+    /// # Errors
+    /// Those of [`Tap::adopt`].
+    fn adopt_tap(&self, fd: RawFd) -> Result<Tap, TapError> {
+        Tap::adopt(fd)
+    }
+
+    /// Connects to the Unix stream socket at `path`.
+    ///
+    /// # Errors
+    /// Those of `connect`.
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        UnixStream::connect(path)
+    }
 }
 
 impl Opener for HostOpener {

@@ -1,5 +1,6 @@
 //! Tap interfaces: the host's end of a guest's network card.
 
+mod adopted;
 mod error;
 mod interface;
 mod link;
@@ -145,7 +146,7 @@ pub struct Tap {
     found_header_size: Option<c_int>,
     /// The MTU that was set, if it differed from the tap's own.
     temporary_mtu: Option<TemporaryMtu>,
-    /// Whether the host can select the frames that it hands out.
+    /// Whether it can be told which frames to hand out, which a tap beside another interface cannot.
     selects_frames: bool,
 }
 
@@ -518,6 +519,13 @@ fn check_name(name: &str) -> Result<(), TapError> {
     };
     let name = name.to_string();
     Err(TapError::Name { name, reason })
+}
+
+/// Returns the name in a request.
+fn interface_name(request: &ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|&byte| byte as u8);
+    let name: Vec<u8> = bytes.take_while(|&byte| byte != 0).collect();
+    String::from_utf8_lossy(&name).into_owned()
 }
 
 /// Makes a request about the interface called `name`. A name that is too long is cut.

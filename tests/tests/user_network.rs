@@ -5,28 +5,37 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, Kernel, pattern, require_kvm, require_namespaces, scripted_root};
+use bantam_tests::{
+    Bantam, HostTap, Kernel, pattern, require_kvm, require_namespaces, require_taps, scripted_root,
+    unprivileged,
+};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 
-/// An address of the world.
+/// Addresses of the world.
 const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+/// One that the guest may not reach.
+const FORBIDDEN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 8);
 /// What the guest fetches.
 const FILE_SIZE: usize = 1 << 20;
 
-/// Runs `test` in a network namespace whose loopback interface has the address [`SERVER`], and in which users
+/// Runs `test` in a network namespace whose loopback interface has the addresses of the world, and in which users
 /// may ping.
 fn in_world(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         // A thread has a namespace of its own, and passes it on to what it starts.
         unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
         ip("link set lo up");
-        ip(&format!("address add {SERVER}/32 dev lo"));
+        for address in [SERVER, FORBIDDEN] {
+            ip(&format!("address add {address}/32 dev lo"));
+        }
         fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
             .expect("the setting is that of the namespace");
         test();
@@ -56,7 +65,7 @@ fn serve_names(socket: &UdpSocket) {
         answer.extend([0x81, 0x80, 0, 1, 0, asks_for_address.into(), 0, 0, 0, 0]);
         answer.extend(&question[..name_size + 4]);
         if asks_for_address {
-            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 250, 0, 4]);
             answer.extend(SERVER.octets());
         }
         socket.send_to(&answer, peer).expect("the guest is there");
@@ -91,14 +100,16 @@ const LEASE_SCRIPT: &str = "#!/bin/sh\n\
     esac\n";
 
 #[test]
-fn linux_gets_an_address_resolves_a_name_fetches_and_serves() {
+fn linux_gets_an_address_resolves_a_name_fetches_pings_and_serves() {
     require_kvm!();
     require_namespaces!();
     in_world(|| {
         let names = UdpSocket::bind("127.0.0.53:53").unwrap();
         thread::spawn(move || serve_names(&names));
-        let files = TcpListener::bind((SERVER, 80)).unwrap();
-        thread::spawn(move || serve_file(&files));
+        for address in [SERVER, FORBIDDEN] {
+            let files = TcpListener::bind((address, 80)).unwrap();
+            thread::spawn(move || serve_file(&files));
+        }
         // The host's own resolver stub is what the guest's queries reach; its loopback is not.
         let local = TcpListener::bind("127.0.0.1:81").unwrap();
         local.set_nonblocking(true).unwrap();
@@ -108,36 +119,143 @@ fn linux_gets_an_address_resolves_a_name_fetches_and_serves() {
             "#!/bin/sh\n\
              mount -t proc proc /proc\n\
              udhcpc -i eth0 -n -q -f -s /lease.sh\n\
+             wget -q -T 5 -O - http://{SERVER}/ && echo UNNAMED\n\
              nslookup files.test\n\
              ping -c 1 -W 5 {SERVER}\n\
              wget -q -O - http://files.test/ | md5sum\n\
              nc -w 5 10.0.2.2 81 </dev/null && echo REACHED\n\
+             wget -q -T 5 -O - http://{FORBIDDEN}/ && echo FORBIDDEN\n\
              echo SERVING; echo the guest answers | nc -l -p 7000\n\
+             echo AGAIN; echo to IPv4 all the same | nc -l -p 7000\n\
              echo DONE\n\
              printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
         );
         let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
         let root = scripted_root(folder.path(), &scripts);
         let machine = Bantam::linux(Kernel::Small)
+            .launcher(unprivileged())
             .disk(&root, "")
             .append("quiet init=/test.sh")
             .option(
                 "--net",
-                "user,dns=127.0.0.53,domain=example.test,hostname=one,forward=7070:7000",
+                "user,dns=127.0.0.53,domain=example.test,hostname=one,forward=7070:7000,\
+                 forward=[::1]:7070:7000,allow=*.test,deny=192.0.2.8",
             )
             .start();
         let text = machine.wait_for_output("SERVING");
         let answer = connect("127.0.0.1:7070");
         assert_eq!(answer, "the guest answers\n", "{text}");
+        machine.wait_for_output("AGAIN");
+        assert_eq!(connect("[::1]:7070"), "to IPv4 all the same\n");
         let ended = machine.wait();
         ended.printed("LEASE 10.0.2.15 255.255.255.0 10.0.2.2 10.0.2.3 example.test one 65520");
-        let sum = file_sum();
-        ended.printed(&format!("{sum}  -")).printed("DONE");
+        ended.printed("DONE");
+        let refusal = format!("the guest may not reach tcp port {FORBIDDEN}:80");
+        assert!(ended.stderr.contains(&refusal), "{}", ended.stderr);
         let text = ended.succeeded().text();
+        let sum = format!("{}  -", file_sum());
+        assert!(text.contains(&sum), "{text}");
         assert!(text.contains("1 packets received"), "{text}");
-        assert!(!text.contains("REACHED"), "{text}");
+        for word in ["UNNAMED", "REACHED", "FORBIDDEN"] {
+            assert!(!text.contains(word), "{word}: {text}");
+        }
         assert!(local.accept().is_err(), "the host's loopback was reached");
     });
+}
+
+#[test]
+fn linux_is_on_a_network_of_passt() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        // What passt shows the guest is the interface with the default route.
+        ip("link add world type veth peer name other");
+        ip("link set other up");
+        ip("address add 198.51.100.2/24 dev world");
+        ip("link set world up");
+        ip("route add default via 198.51.100.1");
+        let files = TcpListener::bind((SERVER, 80)).unwrap();
+        thread::spawn(move || serve_file(&files));
+        let folder = tempfile::tempdir().unwrap();
+        // It gives up root.
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let socket = folder.path().join("passt");
+        let missing = Bantam::payload("hello")
+            .option("--net", format!("passt={}", socket.display()))
+            .finish();
+        let reason = missing.failed_with_one_line();
+        assert!(reason.contains("so start passt"), "{reason}");
+        let passt = Command::new("passt")
+            .args(["--foreground", "--one-off", "--socket"])
+            .arg(&socket)
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut passt = passt.expect("there is passt");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !socket.exists() {
+            assert!(Instant::now() < deadline, "passt does not start");
+            thread::sleep(Duration::from_millis(10));
+        }
+        let script = format!(
+            "#!/bin/sh\n\
+             udhcpc -i eth0 -n -q -f -s /lease.sh\n\
+             wget -q -O - http://{SERVER}/ | md5sum\n\
+             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+        );
+        let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
+        let root = scripted_root(folder.path(), &scripts);
+        let ended = Bantam::linux(Kernel::Small)
+            .launcher(unprivileged())
+            .disk(&root, "")
+            .append("quiet init=/test.sh")
+            .option("--net", format!("passt={}", socket.display()))
+            .finish();
+        // With `--one-off` it ends with its guest.
+        passt.wait().unwrap();
+        ended.printed("LEASE 198.51.100.2 255.255.255.0 198.51.100.1");
+        ended.printed(&format!("{}  -", file_sum())).succeeded();
+    });
+}
+
+mod request {
+    nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, libc::ifreq);
+}
+
+#[test]
+fn a_tap_that_another_program_has_opened_is_used() {
+    require_taps!();
+    let tap = HostTap::new();
+    let opened = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    let opened = opened.unwrap();
+    // SAFETY: it consists of integers and pointers, all of which may be zero.
+    let mut attachment: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, byte) in attachment.ifr_name.iter_mut().zip(tap.name.bytes()) {
+        *target = byte as libc::c_char;
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    attachment.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
+    unsafe { request::attach(opened.as_raw_fd(), &attachment) }.unwrap();
+    // The monitor has it as descriptor 9.
+    let pass_on = ["sh", "-c", "exec 9<&0 </dev/null; exec \"$@\"", "sh"];
+    let launcher = pass_on.into_iter().chain(unprivileged());
+    let ended = Bantam::payload("devices")
+        .launcher(launcher)
+        .stdin(opened)
+        .option("--net", "fd=9")
+        .append(format!("net-arp={},{} offloads", tap.guest, tap.host))
+        .finish();
+    ended
+        .passed()
+        .printed(&format!("ok: net resolves {},{}", tap.guest, tap.host));
+    let refused = Bantam::payload("hello").option("--net", "fd=9").finish();
+    assert_eq!(
+        refused.failed_with_one_line(),
+        "cannot use descriptor 9 as a tap: no such descriptor is open"
+    );
 }
 
 /// The MD5 sum of the file, by the same program as the guest's.

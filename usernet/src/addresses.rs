@@ -1,12 +1,21 @@
 //! Which addresses there are in the network, and which of the host's they lead to.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::options::{Subnet, UserNetworkOptions};
 use crate::wire::Mac;
 
 /// The port of DNS.
 const DNS_PORT: u16 = 53;
+
+/// The gateway's address on the link, which routers must have (RFC 4861, section 6.1.2).
+pub(crate) const LINK_LOCAL_GATEWAY: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
+
+/// Unique local addresses under which clouds give credentials to whoever asks, as under 169.254.169.254.
+const METADATA_V6: [Ipv6Addr; 2] = [
+    Ipv6Addr::new(0xfd00, 0x0ec2, 0, 0, 0, 0, 0, 0x254),
+    Ipv6Addr::new(0xfd20, 0x00ce, 0, 0, 0, 0, 0, 0x254),
+];
 
 /// Where something of the guest goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,8 +24,10 @@ pub(crate) enum Target {
     Remote(SocketAddr),
     /// To a name server of the host.
     NameServer,
-    /// There is nobody, or the guest may not reach it.
-    Refused,
+    /// There is nobody.
+    Nobody,
+    /// The guest may not reach it.
+    Forbidden,
 }
 
 /// The addresses of a network, and what the guest may reach.
@@ -43,9 +54,23 @@ impl Addresses {
         [0x52, 0x55, a, b, c, d]
     }
 
+    /// Whether the guest reaches more than its gateway.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.restrict
+    }
+
     /// Whether the network itself has `address`.
     pub(crate) fn is_own(&self, address: IpAddr) -> bool {
-        address == self.subnet.gateway() || !self.restrict && address == self.subnet.dns()
+        match address {
+            IpAddr::V4(address) => {
+                address == self.subnet.gateway() || self.is_open() && address == self.subnet.dns()
+            }
+            IpAddr::V6(address) => {
+                address == self.subnet.gateway_v6()
+                    || address == LINK_LOCAL_GATEWAY
+                    || self.is_open() && address == self.subnet.dns_v6()
+            }
+        }
     }
 
     /// Whether the guest may use `address` for itself.
@@ -57,47 +82,90 @@ impl Addresses {
                     && address != self.subnet.dns()
                     && address != self.subnet.broadcast()
             }
-            IpAddr::V6(_) => false,
+            IpAddr::V6(address) if address.is_unicast_link_local() => address != LINK_LOCAL_GATEWAY,
+            IpAddr::V6(address) => {
+                self.subnet.contains_v6(address)
+                    && address != self.subnet.gateway_v6()
+                    && address != self.subnet.dns_v6()
+            }
         }
     }
 
     /// Returns where a packet to `destination` goes.
     pub(crate) fn target(&self, destination: SocketAddr) -> Target {
-        let IpAddr::V4(address) = destination.ip() else {
-            return Target::Refused;
+        let (gateway, dns, loopback): (IpAddr, IpAddr, IpAddr) = match destination {
+            SocketAddr::V4(_) => (
+                self.subnet.gateway().into(),
+                self.subnet.dns().into(),
+                Ipv4Addr::LOCALHOST.into(),
+            ),
+            SocketAddr::V6(_) => (
+                self.subnet.gateway_v6().into(),
+                self.subnet.dns_v6().into(),
+                Ipv6Addr::LOCALHOST.into(),
+            ),
         };
+        let address = destination.ip();
         if self.restrict {
-            return Target::Refused;
+            return Target::Forbidden;
         }
-        if address == self.subnet.dns() && destination.port() == DNS_PORT {
+        if address == dns && destination.port() == DNS_PORT {
             return Target::NameServer;
         }
-        if address == self.subnet.gateway() && self.host_loopback {
-            let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            return Target::Remote(SocketAddr::new(loopback, destination.port()));
+        if address == gateway {
+            return match self.host_loopback {
+                true => Target::Remote(SocketAddr::new(loopback, destination.port())),
+                false => Target::Forbidden,
+            };
         }
-        match self.subnet.contains(address) || !is_public_v4(address) {
-            true => Target::Refused,
-            false => Target::Remote(destination),
+        if self.contains(address) {
+            return Target::Nobody;
+        }
+        match is_public(address) {
+            true => Target::Remote(destination),
+            false => Target::Forbidden,
         }
     }
 
-    /// Returns the address under which the guest sees `peer`, which has connected to a forwarded port.
-    pub(crate) fn seen_by_guest(&self, peer: IpAddr) -> IpAddr {
-        let peer = peer.to_canonical();
-        match peer {
-            IpAddr::V4(address) if is_public_v4(address) && !self.subnet.contains(address) => peer,
-            // Programs of the host, and others whom the guest could not answer.
-            _ => self.subnet.gateway().into(),
+    fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.subnet.contains(address),
+            IpAddr::V6(address) => self.subnet.contains_v6(address),
+        }
+    }
+
+    /// Returns the address under which a guest that is reached by the same version of IP as `guest` sees
+    /// `peer`, which has connected to a forwarded port.
+    pub(crate) fn seen_by_guest(&self, peer: IpAddr, guest: IpAddr) -> IpAddr {
+        let is_same_kind = peer.is_ipv4() == guest.is_ipv4();
+        if is_same_kind && is_public(peer) && !self.contains(peer) {
+            return peer;
+        }
+        // Programs of the host, and others whom the guest could not answer.
+        match guest {
+            IpAddr::V4(_) => self.subnet.gateway().into(),
+            IpAddr::V6(_) => self.subnet.gateway_v6().into(),
         }
     }
 }
 
 /// Whether an address means the same for everybody, and is neither this host's alone nor that of its link.
-fn is_public_v4(address: Ipv4Addr) -> bool {
-    let first = address.octets()[0];
-    // 0.0.0.0 means this host too.
-    first != 0 && !address.is_loopback() && !address.is_link_local() && first < 224
+fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => {
+            let first = address.octets()[0];
+            // 0.0.0.0 means this host too.
+            first != 0 && !address.is_loopback() && !address.is_link_local() && first < 224
+        }
+        IpAddr::V6(address) => {
+            // Addresses that begin with 96 zeroes, ::1 and :: among them, or that stand for those of IPv4.
+            let has_v4 = address.to_bits() >> 32 == 0 || address.to_ipv4_mapped().is_some();
+            !has_v4
+                && !address.is_unicast_link_local()
+                && !address.is_multicast()
+                && !METADATA_V6.contains(&address)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -132,15 +200,37 @@ mod tests {
             "10.0.2.77:80",
             "10.0.2.255:80",
             "[::1]:80",
+            "[::]:80",
+            "[::127.0.0.1]:80",
             "[::ffff:127.0.0.1]:80",
+            "[::ffff:192.0.2.1]:80",
+            "[fe80::1]:80",
+            "[febf::1]:80",
+            "[ff02::fb]:5353",
+            "[fd00:ec2::254]:80",
+            "[fd62:616e:a00:200::2]:22",
+            "[fd62:616e:a00:200::3]:80",
+            "[fd62:616e:a00:200::77]:80",
         ] {
-            assert_eq!(target(&addresses, text), Target::Refused, "{text}");
+            let target = target(&addresses, text);
+            assert!(
+                matches!(target, Target::Forbidden | Target::Nobody),
+                "{text}"
+            );
         }
-        for text in ["192.0.2.1:80", "10.0.3.1:53", "192.168.1.1:443"] {
+        for text in [
+            "192.0.2.1:80",
+            "10.0.3.1:53",
+            "192.168.1.1:443",
+            "[2001:db8::1]:80",
+            "[fd00::1]:80",
+        ] {
             let address = text.parse().unwrap();
             assert_eq!(target(&addresses, text), Target::Remote(address));
         }
-        assert_eq!(target(&addresses, "10.0.2.3:53"), Target::NameServer);
+        for text in ["10.0.2.3:53", "[fd62:616e:a00:200::3]:53"] {
+            assert_eq!(target(&addresses, text), Target::NameServer);
+        }
     }
 
     #[test]
@@ -148,28 +238,60 @@ mod tests {
         let address = "127.0.0.1:8080".parse().unwrap();
         let open = addresses(true, false);
         assert_eq!(target(&open, "10.0.2.2:8080"), Target::Remote(address));
-        // Only its own address does.
-        assert_eq!(target(&open, "127.0.0.1:8080"), Target::Refused);
+        let address = "[::1]:8080".parse().unwrap();
+        let gateway = "[fd62:616e:a00:200::2]:8080";
+        assert_eq!(target(&open, gateway), Target::Remote(address));
+        // Only its own addresses do.
+        assert_eq!(target(&open, "127.0.0.1:8080"), Target::Forbidden);
+        assert_eq!(target(&open, "[::1]:8080"), Target::Forbidden);
         let closed = addresses(true, true);
         for text in ["10.0.2.2:8080", "10.0.2.3:53", "192.0.2.1:80"] {
-            assert_eq!(target(&closed, text), Target::Refused, "{text}");
+            assert_eq!(target(&closed, text), Target::Forbidden, "{text}");
         }
     }
 
     #[test]
     fn peers_that_the_guest_could_not_answer_are_the_gateway() {
         let addresses = addresses(false, false);
-        let seen = |text: &str| addresses.seen_by_guest(text.parse().unwrap()).to_string();
-        assert_eq!(seen("192.0.2.7"), "192.0.2.7");
-        assert_eq!(seen("::ffff:192.0.2.7"), "192.0.2.7");
+        let seen = |peer: &str, guest: &str| {
+            let [peer, guest] = [peer, guest].map(|text| text.parse().unwrap());
+            addresses.seen_by_guest(peer, guest).to_string()
+        };
+        let guest = "10.0.2.15";
+        assert_eq!(seen("192.0.2.7", guest), "192.0.2.7");
+        for text in ["127.0.0.1", guest, "::1", "2001:db8::1", "169.254.1.1"] {
+            assert_eq!(seen(text, guest), "10.0.2.2", "{text}");
+        }
+        let guest = "fd62:616e:a00:200::15";
+        assert_eq!(seen("2001:db8::1", guest), "2001:db8::1");
+        for text in ["::1", "fe80::7", guest, "192.0.2.7"] {
+            assert_eq!(seen(text, guest), "fd62:616e:a00:200::2", "{text}");
+        }
+    }
+
+    #[test]
+    fn the_guest_has_addresses_of_the_network() {
+        let addresses = addresses(false, false);
+        let is_of_guest = |text: &str| addresses.is_of_guest(text.parse().unwrap());
         for text in [
-            "127.0.0.1",
             "10.0.2.15",
-            "::1",
-            "2001:db8::1",
-            "169.254.1.1",
+            "10.0.2.99",
+            "fd62:616e:a00:200:1::9",
+            "fe80::99",
         ] {
-            assert_eq!(seen(text), "10.0.2.2", "{text}");
+            assert!(is_of_guest(text), "{text}");
+        }
+        for text in [
+            "10.0.2.2",
+            "10.0.2.255",
+            "192.0.2.1",
+            "fe80::2",
+            "fd62:616e:a00:200::3",
+            "fd62:616e:a00:201::9",
+            "::",
+            "::ffff:10.0.2.15",
+        ] {
+            assert!(!is_of_guest(text), "{text}");
         }
     }
 }

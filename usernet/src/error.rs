@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use crate::options::{Forward, Protocol};
+use crate::rule::Rule;
 
 /// Why an option has no meaning.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -15,6 +16,16 @@ pub enum OptionError {
         text.escape_debug()
     )]
     Forward {
+        /// What was given.
+        text: String,
+    },
+    /// Not a rule.
+    #[error(
+        "invalid rule '{}': expected TARGET[:PORT[-LAST]], where TARGET is an address, a network such as \
+         192.0.2.0/24 or [2001:db8::]/32, a name such as example.org or *.example.org, or *",
+        text.escape_debug()
+    )]
+    Rule {
         /// What was given.
         text: String,
     },
@@ -62,6 +73,15 @@ pub enum OpenError {
     )]
     TooManyForwards {
         /// How many ports there are.
+        count: usize,
+    },
+    /// There are too many rules.
+    #[error(
+        "{count} rules are given, but a network has at most {}",
+        Rule::MAX_COUNT
+    )]
+    TooManyRules {
+        /// How many rules there are.
         count: usize,
     },
     /// The host lacks something else.

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::wire::{ETHERNET_SIZE, ICMP_SIZE, Route, Udp, icmp_frame, number16, put16};
+use crate::wire::{
+    ETHERNET_SIZE, ICMP_SIZE, PROTOCOL_UDP, Route, UDP_SIZE, Udp, icmp_frame, number16, put16,
+};
 
 const ECHO_REQUEST_V4: u8 = 8;
 const ECHO_REPLY_V4: u8 = 0;
@@ -16,6 +18,9 @@ const ECHO_REPLY_V6: u8 = 129;
 
 /// Where an echo has its identifier.
 const IDENTIFIER_OFFSET: usize = 4;
+
+/// Most bytes of a packet that a report about it has: all headers, without options that nobody uses.
+const MAX_QUOTED_SIZE: usize = 128;
 
 /// Returns the identifier of `message` if it is a request for an echo of an address like `address`.
 pub(crate) fn echo_identifier(address: IpAddr, message: &[u8]) -> Option<u16> {
@@ -39,36 +44,66 @@ pub(crate) fn echo_reply(route: &Route, request: &mut [u8]) -> Vec<u8> {
     icmp_frame(route, request, None)
 }
 
-/// Why a datagram was not delivered.
+/// Why a packet of the guest was not delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unreachable {
+    /// The host has no way to the address, or nobody has it.
+    Address,
     /// Nobody listens on the port.
     Port,
     /// The network's rules forbid it.
     Forbidden,
+    /// Its source is an address of the link, but not its destination.
+    Scope,
+    /// The sender gives the way.
+    SourceRoute,
+    /// The protocol that is named at this offset of the packet is not known.
+    Protocol(u32),
 }
 
-/// Reports to the guest that a UDP datagram could not be delivered. `route` is that of an answer.
-pub(crate) fn unreachable(route: &Route, datagram: &Udp, reason: Unreachable) -> Vec<u8> {
-    let (kind, code) = match (route.destination, reason) {
-        (IpAddr::V4(_), Unreachable::Port) => (3, 3),
-        (IpAddr::V4(_), Unreachable::Forbidden) => (3, 13),
-        (IpAddr::V6(_), Unreachable::Port) => (1, 4),
-        (IpAddr::V6(_), Unreachable::Forbidden) => (1, 1),
-    };
-    // The headers of the datagram follow, by which the guest finds the socket that is concerned.
+impl Unreachable {
+    /// Returns the first bytes of the message to `address`: kind, code, an empty checksum, and what the kind
+    /// has besides (RFC 792, RFC 4443).
+    fn start(self, address: IpAddr) -> [u8; ICMP_SIZE] {
+        let (kind, code, value) = match (address, self) {
+            (IpAddr::V4(_), Unreachable::Address | Unreachable::Scope) => (3, 1, 0),
+            (IpAddr::V4(_), Unreachable::Port) => (3, 3, 0),
+            (IpAddr::V4(_), Unreachable::Forbidden) => (3, 13, 0),
+            (IpAddr::V4(_), Unreachable::SourceRoute) => (3, 5, 0),
+            (IpAddr::V4(_), Unreachable::Protocol(_)) => (3, 2, 0),
+            (IpAddr::V6(_), Unreachable::Address) => (1, 0, 0),
+            (IpAddr::V6(_), Unreachable::Port) => (1, 4, 0),
+            (IpAddr::V6(_), Unreachable::Forbidden) => (1, 1, 0),
+            (IpAddr::V6(_), Unreachable::Scope) => (1, 2, 0),
+            (IpAddr::V6(_), Unreachable::SourceRoute) => (1, 7, 0),
+            (IpAddr::V6(_), Unreachable::Protocol(offset)) => (4, 1, offset),
+        };
+        let [a, b, c, d] = value.to_be_bytes();
+        [kind, code, 0, 0, a, b, c, d]
+    }
+}
+
+/// Reports to the guest that a packet, of which `packet` has the start, could not be delivered. `route` is that
+/// of an answer.
+pub(crate) fn unreachable(route: &Route, packet: &[u8], reason: Unreachable) -> Vec<u8> {
+    let mut message = reason.start(route.destination).to_vec();
+    // By the headers of the packet the guest finds the socket that is concerned.
+    message.extend(packet.iter().take(MAX_QUOTED_SIZE));
+    icmp_frame(route, &message, None)
+}
+
+/// Reports to the guest that nobody listens where a datagram went.
+pub(crate) fn port_unreachable(route: &Route, datagram: &Udp) -> Vec<u8> {
     let sent = Route {
         source: route.destination,
         destination: route.source,
         ..*route
     };
     let mut headers = Vec::new();
-    let size = crate::wire::UDP_SIZE + datagram.payload_size;
-    sent.write(&mut headers, crate::wire::PROTOCOL_UDP, size, None);
+    let size = UDP_SIZE + datagram.payload_size;
+    sent.write(&mut headers, PROTOCOL_UDP, size, None);
     datagram.write(&mut headers);
-    let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
-    message.extend(&headers[ETHERNET_SIZE..]);
-    icmp_frame(route, &message, None)
+    unreachable(route, &headers[ETHERNET_SIZE..], Unreachable::Port)
 }
 
 /// Echoes between an identifier of the guest and one other address.
@@ -103,10 +138,12 @@ impl EchoFlow {
     }
 
     /// Sends a request on.
-    pub(crate) fn take(&mut self, request: &[u8], now: Instant) {
+    ///
+    /// # Errors
+    /// If the host cannot send it; it is lost then, as on any network.
+    pub(crate) fn take(&mut self, request: &[u8], now: Instant) -> io::Result<()> {
         self.last_use = now;
-        // A request that the host cannot send is lost, as on any network.
-        let _ = self.socket.send(request);
+        self.socket.send(request).map(drop)
     }
 
     /// Returns the frame of the next answer, if there is one.

@@ -1,8 +1,9 @@
 //! A network for a guest that needs no rights on the host: what the guest sends goes through ordinary sockets
 //! of the monitor's process.
 //!
-//! The guest sees one Ethernet segment with itself, a gateway and a name server. It gets its address by DHCP.
-//! Each of its connections is a socket of the host, so the outside sees the host speak.
+//! The guest sees one Ethernet segment with itself, a gateway and a name server. It gets its addresses by DHCP
+//! and by advertisements of the gateway. Each of its connections is a socket of the host, so the outside sees the
+//! host speak.
 //!
 //! # Why there is no second TCP
 //! A stack such as smoltcp between guest and sockets would take in each byte, acknowledge it, keep it, and
@@ -18,18 +19,26 @@
 //! guest is slowed and not the host.
 //!
 //! # Files
-//! `network.rs` says what becomes of each frame, `tcp.rs`, `udp.rs` and `icmp.rs` have the flows, `dhcp.rs`
-//! and `resolver.rs` what the guest is told and asks, `addresses.rs` what it may reach, `wire.rs` the headers.
+//! `network/` says what becomes of each frame, and where frames come from; `tcp.rs`, `udp.rs` and `icmp.rs` have
+//! the flows. `dhcp.rs`, `dhcpv6.rs` and `ndp.rs` are what the guest is told, `resolver.rs` and `dns.rs` what it
+//! asks. `addresses.rs` has what the guest may reach at all, `rule.rs` and `policy.rs` what its user lets it
+//! reach. `reassembly.rs` puts packets together, `wire/` has the headers.
 
 mod addresses;
 mod dhcp;
+mod dhcpv6;
+mod dns;
 mod error;
 mod frame;
 mod icmp;
+mod ndp;
 mod network;
 mod options;
 mod output;
+mod policy;
+mod reassembly;
 mod resolver;
+mod rule;
 mod sys;
 mod table;
 mod tcp;
@@ -40,5 +49,6 @@ mod wire;
 
 pub use error::{OpenError, OptionError};
 pub use frame::{FrameBuffer, GuestFrame, PartialChecksum, WrittenFrame};
-pub use network::{ForwardedPort, UserNetwork};
+pub use network::{ForwardedPort, Refusal, UserNetwork};
 pub use options::{DnsName, Forward, Protocol, Subnet, UserNetworkOptions};
+pub use rule::Rule;

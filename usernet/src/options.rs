@@ -1,13 +1,14 @@
 //! What a user says about the network.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::OptionError;
+use crate::rule::Rule;
 
 /// What a network is like. [`UserNetworkOptions::default`] is what most guests need.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,6 +19,10 @@ pub struct UserNetworkOptions {
     pub forwards: Vec<Forward>,
     /// Whether the guest reaches nothing, and is only reached by `forwards`.
     pub restrict: bool,
+    /// What the guest may reach; if there are none, all that `deny` does not forbid.
+    pub allow: Vec<Rule>,
+    /// What the guest may not reach, even if `allow` has it.
+    pub deny: Vec<Rule>,
     /// Whether the gateway's address leads to the host's loopback address.
     pub host_loopback: bool,
     /// Name servers in place of those of the host.
@@ -28,7 +33,8 @@ pub struct UserNetworkOptions {
     pub hostname: Option<DnsName>,
 }
 
-/// The IPv4 addresses of a network: [`Subnet::MIN_HOSTS`] or more, as `10.0.2.0/24`.
+/// The IPv4 addresses of a network: [`Subnet::MIN_HOSTS`] or more, as `10.0.2.0/24`. Its IPv6 addresses follow
+/// from them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Subnet {
@@ -60,6 +66,37 @@ impl Subnet {
             ..=27 => self.host(15),
             _ => self.host(4),
         }
+    }
+
+    /// Returns the gateway's address of IPv6.
+    pub fn gateway_v6(self) -> Ipv6Addr {
+        self.host_v6(2)
+    }
+
+    /// Returns the name server's address of IPv6.
+    pub fn dns_v6(self) -> Ipv6Addr {
+        self.host_v6(3)
+    }
+
+    /// Returns the address of IPv6 that the guest gets if it asks for one by DHCP.
+    pub fn guest_v6(self) -> Ipv6Addr {
+        self.host_v6(0x15)
+    }
+
+    /// Returns the first 64 bits of the network's IPv6 addresses, followed by zeroes.
+    pub(crate) fn prefix_v6(self) -> Ipv6Addr {
+        self.host_v6(0)
+    }
+
+    pub(crate) fn contains_v6(self, address: Ipv6Addr) -> bool {
+        address.to_bits() >> 64 == self.prefix_v6().to_bits() >> 64
+    }
+
+    fn host_v6(self, number: u16) -> Ipv6Addr {
+        // Unique local addresses, which differ for networks with different subnets. They are not random, as
+        // RFC 4193 wants them for networks that could meet: these end in the monitor.
+        let [high, low] = [16, 0].map(|shift| (self.address.to_bits() >> shift) as u16);
+        Ipv6Addr::new(0xfd62, 0x616e, high, low, 0, 0, 0, number)
     }
 
     pub(crate) fn mask(self) -> Ipv4Addr {
@@ -233,7 +270,7 @@ impl FromStr for Forward {
 }
 
 /// Reads `PORT` or `FIRST-LAST`.
-fn ports(text: &str) -> Option<RangeInclusive<u16>> {
+pub(crate) fn ports(text: &str) -> Option<RangeInclusive<u16>> {
     let port = |text: &str| {
         let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
         is_number.then(|| text.parse().ok()).flatten()

@@ -8,6 +8,8 @@
 //! Only if the socket takes less than the guest was allowed to send, the rest is kept, up to the size of the
 //! window; it is at most [`Budget`] for all connections.
 
+mod output;
+
 use std::io::{self, ErrorKind, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,19 +17,13 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
+use crate::dns::MessageStream;
 use crate::frame::{GuestFrame, WrittenFrame};
-use crate::output::{Output, Payload};
 use crate::sys;
-use crate::wire::{PROTOCOL_TCP, Route, TCP_SIZE, Tcp, tcp_flag};
+use crate::wire::{Route, Tcp, tcp_flag};
 
-/// How a socket's queue is read, and left as it is.
-const PEEK: libc::c_int = libc::MSG_PEEK | libc::MSG_DONTWAIT;
 /// What a guest may send before it is acknowledged.
 const WINDOW: u32 = 256 << 10;
-/// How windows to the guest are scaled if the guest can.
-const WINDOW_SCALE: u8 = 3;
-/// What a guest may have on the way if the host cannot peek behind the front of a queue.
-const MAX_IN_FLIGHT_WITHOUT_OFFSET: u32 = 64 << 10;
 /// The payload of segments to a guest that does not say what it takes (RFC 9293, section 3.7.1).
 const DEFAULT_MSS: u16 = 536;
 /// The smallest payload that a guest can ask for, so that it does not make one byte a frame of work.
@@ -39,6 +35,8 @@ const RETRANSMISSION_TIME: Duration = Duration::from_secs(1);
 const MAX_ATTEMPTS: u32 = 7;
 /// Acknowledgments of the same byte after which what follows it is taken for lost (RFC 5681).
 const DUPLICATES_OF_LOSS: u8 = 3;
+/// How long the opening of a connection may take, if there is no room for another.
+const OPENING_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may be idle (RFC 5382, section 5).
 const IDLE_TIME: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
 
@@ -103,6 +101,15 @@ pub(crate) enum Produced {
     Over,
 }
 
+/// What a name server sends.
+#[derive(Debug)]
+struct Answers {
+    stream: MessageStream,
+    /// The next byte that it has not sent before.
+    next: u32,
+    messages: Vec<Vec<u8>>,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct TcpFlow {
@@ -130,6 +137,9 @@ pub(crate) struct TcpFlow {
     can_peek_at_offset: bool,
     /// The socket may have more to read.
     is_readable: bool,
+    /// A read that returns little does not mean that there is no more: the end of the stream may follow, or
+    /// urgent data, before which reads end.
+    reads_on: bool,
     /// The other end sends nothing more, and the guest has been sent everything.
     host_finished: bool,
     /// The end of the stream has been sent to the guest.
@@ -139,6 +149,8 @@ pub(crate) struct TcpFlow {
     guest_mss: u16,
     duplicates: u8,
     must_probe: bool,
+    /// If what the other end sends matters to the network.
+    answers: Option<Answers>,
 
     last_use: Instant,
     /// When something was last sent first, or acknowledged.
@@ -197,6 +209,7 @@ impl TcpFlow {
             next: isn,
             can_peek_at_offset: false,
             is_readable: false,
+            reads_on: false,
             host_finished: false,
             sent_finish: false,
             guest_window: 0,
@@ -204,10 +217,32 @@ impl TcpFlow {
             guest_mss: DEFAULT_MSS,
             duplicates: 0,
             must_probe: false,
+            answers: None,
             last_use: now,
             progress: now,
             attempts: 0,
         }
+    }
+
+    /// Since when it has waited to be opened, if that takes so long that another may take its place.
+    pub(crate) fn waits_since(&self, now: Instant) -> Option<Instant> {
+        let is_late = now.duration_since(self.progress) >= OPENING_TIME;
+        (self.stage != Stage::Open && is_late).then_some(self.progress)
+    }
+
+    /// Has the messages of a name server, the other end, collected for [`TcpFlow::take_answers`].
+    pub(crate) fn inspect(&mut self) {
+        self.answers = Some(Answers {
+            stream: MessageStream::default(),
+            next: self.next.wrapping_add(1),
+            messages: Vec::new(),
+        });
+    }
+
+    /// Returns the messages that the last frame of [`TcpFlow::produce`] has completed.
+    pub(crate) fn take_answers(&mut self) -> Vec<Vec<u8>> {
+        let answers = self.answers.as_mut();
+        answers.map_or_else(Vec::new, |answers| std::mem::take(&mut answers.messages))
     }
 
     /// Whether the connection needs a timer that is finer than that of idle ones.
@@ -242,13 +277,15 @@ impl TcpFlow {
         let _ = socket.set_out_of_band_inline(true);
     }
 
-    /// Takes note of events of the socket.
+    /// Takes note of events of the socket. With `reads_on`, there is more to read than bytes.
     pub(crate) fn socket_event(
         &mut self,
         is_writable: bool,
         is_readable: bool,
+        reads_on: bool,
         budget: &mut Budget,
     ) {
+        self.reads_on |= reads_on;
         if self.stage == Stage::Connecting {
             let error = self.socket.take_error();
             match error {
@@ -556,203 +593,6 @@ impl TcpFlow {
             && self.pending.is_empty()
             && self.sent_finish
             && self.unacknowledged == self.next
-    }
-
-    /// Writes the next frame to the guest.
-    pub(crate) fn produce(&mut self, output: &mut Output<'_>, now: Instant) -> Produced {
-        if self.must_reset {
-            let flags = match self.stage {
-                Stage::Calling => tcp_flag::RST,
-                _ => tcp_flag::RST | tcp_flag::ACK,
-            };
-            // Before the guest has been answered, it expects no sequence number.
-            return Produced::Last(self.control(output, flags, self.next));
-        }
-        match self.stage {
-            Stage::Connecting => return Produced::Nothing,
-            Stage::Answering | Stage::Calling => return self.open(output, now),
-            Stage::Open => {}
-        }
-        if let Some(frame) = self.data(output, now) {
-            return Produced::Frame(frame);
-        }
-        if self.must_reset {
-            return self.produce(output, now);
-        }
-        if self.must_finish() {
-            let sequence = self.next;
-            if self.unacknowledged == self.next {
-                self.progress = now;
-            }
-            self.next = self.next.wrapping_add(1);
-            self.sent_finish = true;
-            let flags = tcp_flag::FIN | tcp_flag::ACK;
-            return Produced::Frame(self.control(output, flags, sequence));
-        }
-        if std::mem::take(&mut self.must_probe) {
-            // Something that the guest has acknowledged already makes it say what its window is.
-            let sequence = self.unacknowledged.wrapping_sub(1);
-            return Produced::Frame(self.control(output, tcp_flag::ACK, sequence));
-        }
-        if self.must_acknowledge {
-            let frame = self.control(output, tcp_flag::ACK, self.next);
-            return match self.is_done() {
-                true => Produced::Last(frame),
-                false => Produced::Frame(frame),
-            };
-        }
-        match self.is_done() {
-            true => Produced::Over,
-            false => Produced::Nothing,
-        }
-    }
-
-    /// Writes the segment that opens the connection, if it has to be sent.
-    fn open(&mut self, output: &mut Output<'_>, now: Instant) -> Produced {
-        if self.next != self.unacknowledged {
-            return Produced::Nothing;
-        }
-        let sequence = self.next;
-        self.next = self.next.wrapping_add(1);
-        self.progress = now;
-        let flags = match self.stage {
-            Stage::Calling => tcp_flag::SYN,
-            _ => tcp_flag::SYN | tcp_flag::ACK,
-        };
-        Produced::Frame(self.control(output, flags, sequence))
-    }
-
-    /// Writes a segment without payload.
-    fn control(&mut self, output: &mut Output<'_>, flags: u8, sequence: u32) -> WrittenFrame {
-        let mut header = self.header(flags, sequence);
-        if flags & tcp_flag::SYN != 0 {
-            let headers_size = self.route.headers_size() + TCP_SIZE;
-            let mtu = usize::from(output.link.mtu);
-            let mss = (mtu + crate::wire::ETHERNET_SIZE).saturating_sub(headers_size);
-            header.mss = Some(mss as u16);
-            header.window_scale = match self.stage {
-                Stage::Calling => Some(WINDOW_SCALE),
-                _ => self.guest_scale.map(|_| WINDOW_SCALE),
-            };
-        }
-        self.finish(output, &header, Payload::InScratch(0))
-    }
-
-    fn header(&mut self, flags: u8, sequence: u32) -> Tcp {
-        let is_first = flags & tcp_flag::SYN != 0;
-        let scale = match self.guest_scale {
-            Some(_) if !is_first => WINDOW_SCALE,
-            _ => 0,
-        };
-        if self.pending.is_empty() {
-            let size = WINDOW.min(u32::from(u16::MAX) << scale);
-            let end = self.expected.wrapping_add(size);
-            if is_before(self.window_end, end) {
-                self.window_end = end;
-            }
-        }
-        // A guest that sends more than it may has no window left.
-        let window = match is_before(self.window_end, self.expected) {
-            true => 0,
-            false => self.window_end.wrapping_sub(self.expected) >> scale,
-        };
-        if flags & tcp_flag::ACK != 0 {
-            self.must_acknowledge = false;
-        }
-        Tcp {
-            source: self.source,
-            destination: self.destination,
-            sequence,
-            acknowledgment: if flags & tcp_flag::ACK != 0 {
-                self.expected
-            } else {
-                0
-            },
-            flags,
-            window: window.min(u16::MAX.into()) as u16,
-            ..Tcp::default()
-        }
-    }
-
-    fn finish(&self, output: &mut Output<'_>, header: &Tcp, payload: Payload) -> WrittenFrame {
-        let (Payload::InBuffer(size) | Payload::InScratch(size)) = payload;
-        let headers = &mut output.scratch.headers;
-        let segment_size = header.written_size() + size;
-        self.route.write(headers, PROTOCOL_TCP, segment_size, None);
-        header.write(headers);
-        output.finish(&self.route, PROTOCOL_TCP, Tcp::CHECKSUM_OFFSET, payload)
-    }
-
-    /// Writes a segment with what the socket has received, if there is something and the guest's window is
-    /// open.
-    fn data(&mut self, output: &mut Output<'_>, now: Instant) -> Option<WrittenFrame> {
-        if !self.is_readable || self.host_finished {
-            return None;
-        }
-        let in_flight = self.next.wrapping_sub(self.unacknowledged);
-        let headers_size = self.route.headers_size() + TCP_SIZE;
-        let window = match self.can_peek_at_offset {
-            true => self.guest_window,
-            false => self.guest_window.min(MAX_IN_FLIGHT_WITHOUT_OFFSET),
-        };
-        let limit = (window.saturating_sub(in_flight) as usize)
-            .min(self.guest_mss.into())
-            .min(output.room(headers_size));
-        if limit == 0 {
-            return None;
-        }
-        let (read, payload) = if !self.can_peek_at_offset {
-            let skipped = in_flight as usize;
-            let bytes = &mut output.scratch.payload;
-            bytes.resize(bytes.len().max(skipped + limit), 0);
-            let read = sys::receive(&self.socket, &mut bytes[..skipped + limit], PEEK);
-            // As long as nothing follows what is on the way, the end cannot be told from a pause.
-            let read = match read {
-                Ok(size) if size > 0 && size <= skipped => Err(ErrorKind::WouldBlock.into()),
-                Ok(size) if size > 0 => Ok(size - skipped),
-                other => other,
-            };
-            if let Ok(size) = read {
-                bytes.copy_within(skipped..skipped + size, 0);
-            }
-            (read, Payload::InScratch as fn(usize) -> Payload)
-        } else if output.link.leaves_checksums {
-            let socket = self.socket.as_fd();
-            let read = output.buffer.receive_at(headers_size, limit, socket, PEEK);
-            (read, Payload::InBuffer as fn(usize) -> Payload)
-        } else {
-            let bytes = &mut output.scratch.payload;
-            bytes.resize(bytes.len().max(limit), 0);
-            let read = sys::receive(&self.socket, &mut bytes[..limit], PEEK);
-            (read, Payload::InScratch as fn(usize) -> Payload)
-        };
-        match read {
-            Ok(0) => {
-                self.host_finished = true;
-                None
-            }
-            Ok(size) => {
-                let sequence = self.next;
-                if in_flight == 0 {
-                    self.progress = now;
-                }
-                self.last_use = now;
-                self.next = self.next.wrapping_add(size as u32);
-                let mut flags = tcp_flag::ACK;
-                if size < limit {
-                    flags |= tcp_flag::PSH;
-                }
-                let header = self.header(flags, sequence);
-                Some(self.finish(output, &header, payload(size)))
-            }
-            Err(error) => {
-                match error.kind() {
-                    ErrorKind::WouldBlock => self.is_readable = false,
-                    _ => self.failed(&error),
-                }
-                None
-            }
-        }
     }
 
     /// Ends the connection. The other end sees a reset unless both have said all.

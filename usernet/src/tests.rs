@@ -1,9 +1,14 @@
 //! A whole guest over a whole network, with the host's own sockets. No packet leaves the host: what is not on
 //! its loopback interface is in a network namespace of the test.
 
+mod capture;
+mod fragments;
 mod guest;
 mod hostile;
+mod linux;
 mod namespace;
+mod policy;
+mod v6;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};

@@ -25,6 +25,9 @@ const MAX_REPORTS: usize = 16;
 pub(crate) enum Received {
     /// A datagram is written, and there may be more.
     Frame(WrittenFrame),
+    /// The same, and the datagram, whose payload of this size is at the start of the scratch memory, is an answer
+    /// that matters.
+    Answer(WrittenFrame, usize),
     /// Nobody listens at the other end.
     Refused(Udp),
     /// There is nothing now.
@@ -48,7 +51,10 @@ pub(crate) struct UdpFlow {
     socket: Socket,
     /// The name server to which queries go, as long as it has not answered.
     unanswered: Option<IpAddr>,
-    is_query: bool,
+    /// The name server to which all queries go, if it is one.
+    server: Option<IpAddr>,
+    /// Whether what the name server answers matters to the network.
+    is_inspected: bool,
     last_use: Instant,
 }
 
@@ -72,7 +78,7 @@ impl UdpFlow {
         socket.set_nonblocking(true)?;
         socket.connect(remote)?;
         let mut flow = UdpFlow::new(route, ports, Socket::Own(socket), now);
-        flow.is_query = is_query;
+        flow.server = is_query.then(|| remote.ip());
         Ok(flow)
     }
 
@@ -94,9 +100,15 @@ impl UdpFlow {
             destination,
             socket,
             unanswered: None,
-            is_query: false,
+            server: None,
+            is_inspected: false,
             last_use: now,
         }
+    }
+
+    /// Has [`UdpFlow::produce`] report answers of the name server.
+    pub(crate) fn inspect(&mut self) {
+        self.is_inspected = self.server.is_some();
     }
 
     /// The socket of a flow that has one of its own.
@@ -112,7 +124,11 @@ impl UdpFlow {
     }
 
     pub(crate) fn is_idle(&self, now: Instant) -> bool {
-        let limit = if self.is_query { QUERY_TIME } else { IDLE_TIME };
+        let limit = if self.server.is_some() {
+            QUERY_TIME
+        } else {
+            IDLE_TIME
+        };
         now.duration_since(self.last_use) >= limit
     }
 
@@ -144,8 +160,8 @@ impl UdpFlow {
         match &self.socket {
             Socket::Own(socket) => {
                 let _ = frame.send_at(offset, size, socket.as_fd());
-                if self.is_query {
-                    self.unanswered = socket.peer_addr().ok().map(|address| address.ip());
+                if self.server.is_some() {
+                    self.unanswered = self.server;
                 }
             }
             Socket::Forwarded(socket, remote) => {
@@ -164,7 +180,7 @@ impl UdpFlow {
         let headers_size = self.route.headers_size() + UDP_SIZE;
         let room = output.room(headers_size);
         for _ in 0..MAX_REPORTS {
-            let (received, in_buffer) = if output.link.leaves_checksums {
+            let (received, in_buffer) = if output.link.leaves_checksums && !self.is_inspected {
                 let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
                 let received = output
                     .buffer
@@ -185,7 +201,11 @@ impl UdpFlow {
                         true => Payload::InBuffer(size),
                         false => Payload::InScratch(size),
                     };
-                    return Received::Frame(self.finish(output, payload));
+                    let frame = self.finish(output, payload);
+                    return match self.is_inspected {
+                        true => Received::Answer(frame, size),
+                        false => Received::Frame(frame),
+                    };
                 }
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
                     return Received::Refused(Udp {

@@ -291,6 +291,18 @@ pub enum Error {
         /// What may help, as a continuation of the line.
         remedy: &'static str,
     },
+    /// The program that is a device's network cannot be reached.
+    #[error(
+        "cannot connect to '{}' for a network device: {source}{}",
+        path.display(),
+        socket_remedy(source)
+    )]
+    NetSocket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A socket of a device cannot be opened.
     #[error("cannot listen on '{path}' for {purpose}: {source}", path = .path.display())]
     Listen {
@@ -409,5 +421,15 @@ impl Error {
     /// Returns a closure for `map_err` on the creation of `what`.
     pub(crate) fn resource(what: &'static str) -> impl Fn(io::Error) -> Error {
         move |source| Error::Resource { what, source }
+    }
+}
+
+/// Says what helps if a program cannot be reached by its socket.
+fn socket_remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            "; nobody listens there, so start passt, gvproxy or the like before"
+        }
+        _ => "",
     }
 }

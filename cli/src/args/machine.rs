@@ -154,7 +154,11 @@ pub struct MachineArgs {
     /// - macvtap=NAME: what an interface of the host leads to.
     /// - tap=NAME: a tap interface of the host.
     ///
-    /// All but the first take root. KEY=VALUE is any of
+    /// - passt=SOCKET: the Unix socket of passt or gvproxy.
+    /// - fd=N: a descriptor of a tap that was opened by the program that
+    ///   starts this one.
+    ///
+    /// Networks of the host take root. KEY=VALUE is any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.
@@ -184,6 +188,11 @@ pub struct MachineArgs {
     ///   127.0.0.1 by default, PORT and GUESTPORT can be ranges such as
     ///   80-89, and port 0 is a free one, which is printed.
     /// - restrict=on: the guest reaches nothing, and is only reached.
+    /// - allow=TARGET[:PORT[-LAST]], deny=TARGET[:PORT[-LAST]]: what the guest
+    ///   may and may not reach; can be given more than once. TARGET is an
+    ///   address, a network such as 192.0.2.0/24 or [2001:db8::]/32, a name
+    ///   such as example.org or *.example.org, or *. With an allow, all else
+    ///   is denied; a deny is stronger than an allow.
     /// - host-loopback=on: the gateway's address, 10.0.2.2, leads to the
     ///   host's 127.0.0.1.
     /// - subnet=ADDRESS/BITS: the network's addresses; 10.0.2.0/24 by
@@ -192,7 +201,7 @@ pub struct MachineArgs {
     ///   than once.
     /// - domain=NAME, hostname=NAME: what DHCP tells the guest.
     #[arg(long = "net", value_name = "user|nat|tap=NAME|...[,KEY=VALUE]...", help_heading = heading::NETWORKS,
-        verbatim_doc_comment)]
+        verbatim_doc_comment, value_parser = os_text::<NetConfig>())]
     #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
 

@@ -1,6 +1,7 @@
 //! Errors of taps, with what may help.
 
 use std::io;
+use std::os::fd::RawFd;
 
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
@@ -60,6 +61,14 @@ pub enum TapError {
     NoTap {
         /// The interface.
         name: String,
+    },
+    /// A descriptor that was passed on cannot be used.
+    #[error("cannot use descriptor {fd} as a tap: {reason}")]
+    Descriptor {
+        /// The descriptor.
+        fd: RawFd,
+        /// What is wrong with it.
+        reason: String,
     },
     /// The tap was made with one queue, and more are needed.
     #[error(

@@ -411,3 +411,58 @@ fn offloads_without_their_foundation_are_not_asked_for() {
     };
     assert_eq!(ecn_alone.bits(), libc::TUN_F_CSUM);
 }
+
+/// Attaches to a tap as another program would. It is not persistent, so it vanishes with the file.
+fn attached(name: &str, flags: c_int) -> File {
+    let file = open_control_device().unwrap();
+    let mut attachment = interface_request(name);
+    attachment.ifr_ifru.ifru_flags = flags as c_short;
+    // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
+    unsafe { request::attach(file.as_raw_fd(), &attachment) }.unwrap();
+    file
+}
+
+#[test]
+fn a_tap_that_another_program_has_opened_is_used() {
+    if !may_create_taps() {
+        return;
+    }
+    let name = name('q');
+    let file = attached(&name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+    let tap = Tap::adopt(file.as_raw_fd()).unwrap();
+    assert_eq!((tap.name(), tap.created()), (name.as_str(), false));
+    assert!(tap.offloads().checksum && tap.offloads().tcp4_segmentation);
+    assert_eq!(tap.header_size(), Ok(PACKET_HEADER_SIZE as c_int));
+    tap.forget_driver().unwrap();
+    drop(tap);
+    // The descriptor stays open, and can be used again, as after a reboot.
+    let tap = Tap::adopt(file.as_raw_fd()).unwrap();
+    assert_eq!(tap.found_header_size, Some(10));
+}
+
+#[test]
+fn descriptors_of_something_else_are_refused() {
+    let refusal = |fd| Tap::adopt(fd).unwrap_err().to_string();
+    let file = File::open("/dev/null").unwrap();
+    let fd = file.as_raw_fd();
+    let expected = format!("cannot use descriptor {fd} as a tap: it is not that of a tap");
+    assert_eq!(refusal(fd), expected);
+    assert_eq!(
+        refusal(-1),
+        "cannot use descriptor -1 as a tap: no such descriptor is open"
+    );
+    if !may_create_taps() {
+        return;
+    }
+    // One that is not attached to anything.
+    let file = open_control_device().unwrap();
+    let error = refusal(file.as_raw_fd());
+    assert!(error.ends_with("it is not that of a tap"), "{error}");
+    let (tun, bare) = (name('r'), name('s'));
+    let file = attached(&tun, libc::IFF_TUN | libc::IFF_NO_PI);
+    let error = refusal(file.as_raw_fd());
+    assert!(error.ends_with("it is a tun"), "{error}");
+    let file = attached(&bare, libc::IFF_TAP | libc::IFF_NO_PI);
+    let error = refusal(file.as_raw_fd());
+    assert!(error.contains("IFF_VNET_HDR"), "{error}");
+}

@@ -84,15 +84,31 @@ pub(super) struct Cable {
     pub(super) loss: Option<u32>,
     /// Of so many frames of the guest one is lost.
     pub(super) guest_loss: Option<u32>,
-    count: u32,
+    /// Pseudo-random, so that losses do not keep step with attempts to send again.
+    chance: u32,
+    /// What has passed, in the format of pcap, if it is wanted.
+    pub(super) capture: Option<Vec<u8>>,
     /// Size of the largest frame to the guest, in bytes.
     pub(super) largest: usize,
 }
 
 impl Cable {
     fn is_lost(&mut self, one_of: Option<u32>) -> bool {
-        self.count = self.count.wrapping_add(1);
-        one_of.is_some_and(|number| self.count.is_multiple_of(number))
+        self.chance = self
+            .chance
+            .wrapping_mul(1_664_525)
+            .wrapping_add(1_013_904_223);
+        one_of.is_some_and(|number| (self.chance >> 16).is_multiple_of(number))
+    }
+
+    fn record(&mut self, frame: &[u8]) {
+        if let Some(capture) = &mut self.capture {
+            let size = (frame.len() as u32).to_le_bytes();
+            // The time, and the size twice: that of the record, and that of the frame.
+            capture.extend([0; 8]);
+            capture.extend([size, size].as_flattened());
+            capture.extend(frame);
+        }
     }
 }
 
@@ -110,6 +126,7 @@ impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, size: usize, fill: F) -> R {
         let mut frame = vec![0; size];
         let result = fill(&mut frame);
+        self.0.record(&frame);
         let lost = self.0.is_lost(self.0.guest_loss);
         if !lost {
             self.0.network.send(&mut Bytes(frame));
@@ -126,6 +143,7 @@ impl Device for Cable {
         loop {
             let frame = next_frame(&mut self.network)?;
             self.largest = self.largest.max(frame.len());
+            self.record(&frame);
             if !self.is_lost(self.loss) {
                 return Some((Received(frame), Sending(self)));
             }
@@ -162,15 +180,21 @@ impl Guest {
 
     /// A guest that has no address yet.
     pub(super) fn bare(network: UserNetwork) -> Guest {
+        Guest::without_addresses(network, false)
+    }
+
+    fn without_addresses(network: UserNetwork, has_v6: bool) -> Guest {
         let mut cable = Cable {
             network,
             loss: None,
             guest_loss: None,
-            count: 0,
+            chance: 1,
+            capture: None,
             largest: 0,
         };
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(MAC)));
         config.random_seed = 7;
+        config.slaac = has_v6;
         let interface = Interface::new(config, &mut cable, StackInstant::ZERO);
         Guest {
             cable,
@@ -184,11 +208,21 @@ impl Guest {
         self.interface.update_ip_addrs(|addresses| {
             addresses.push(IpCidr::new(ADDRESS, 24)).unwrap();
         });
-        let IpAddress::Ipv4(gateway) = GATEWAY;
         self.interface
             .routes_mut()
-            .add_default_ipv4_route(gateway)
+            .add_default_ipv4_route(std::net::Ipv4Addr::new(10, 0, 2, 2))
             .unwrap();
+    }
+
+    /// A guest that has made itself an address of IPv6, and has no other.
+    pub(super) fn with_v6(network: UserNetwork) -> Guest {
+        let mut guest = Guest::without_addresses(network, true);
+        guest.interface.update_ip_addrs(|addresses| {
+            let address = IpAddress::v6(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+            addresses.push(IpCidr::new(address, 64)).unwrap();
+        });
+        guest.wait(|guest| (guest.interface.ip_addrs().len() > 1).then_some(()));
+        guest
     }
 
     /// Lets everything happen that can at once.

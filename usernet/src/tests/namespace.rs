@@ -9,17 +9,23 @@ use nix::sched::{CloneFlags, unshare};
 /// the test is skipped.
 pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
-        // A thread has a namespace of its own, and passes it on to what it starts.
-        if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
-            eprintln!("skipped, as this user may not make network namespaces: {error}");
-            return;
+        if enter_namespace() {
+            test();
         }
-        ip(&["link", "set", "lo", "up"]);
-        test();
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Makes a namespace for the calling thread, and for what it starts. `false` if this user may not.
+pub(super) fn enter_namespace() -> bool {
+    if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+        eprintln!("skipped, as this user may not make network namespaces: {error}");
+        return false;
+    }
+    ip(&["link", "set", "lo", "up"]);
+    true
 }
 
 pub(super) fn ip(arguments: &[&str]) {

@@ -237,7 +237,7 @@ pub enum ConfigError {
     },
     /// Not a description of a network device.
     #[error(
-        "{reason}; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME and macvtap=NAME, with [,KEY=VALUE]..."
+        "{reason}; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME, macvtap=NAME, passt=SOCKET and fd=N, with [,KEY=VALUE]..."
     )]
     NetOption {
         /// What is wrong with it.
@@ -276,6 +276,12 @@ pub enum ConfigError {
     Namespace {
         /// The text.
         text: String,
+    },
+    /// Not the number of a descriptor.
+    #[error("{number} is not the number of a descriptor")]
+    Descriptor {
+        /// The number.
+        number: i64,
     },
     /// A network device without a tap has several queues.
     #[error("'queues' is for devices on a tap")]

@@ -65,7 +65,7 @@ pub use limited_device::LimitedDevice;
 pub use limits::{LimitConfig, LimitsConfig, NetLimitsConfig};
 pub use memory_size::MemorySize;
 pub use metadata::MetadataConfig;
-pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, QueuePairs};
+pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, NetEnd, QueuePairs};
 pub use quantity::Quantity;
 pub use serial::SerialConfig;
 pub use table::MachineTable;

@@ -1,11 +1,14 @@
 //! Network devices.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::net::IpAddr;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bantam_devices::virtio::owner::DeviceCommand;
-use bantam_usernet::{DnsName, Forward, Subnet, UserNetworkOptions};
+use bantam_usernet::{DnsName, Forward, Rule, Subnet, UserNetworkOptions};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use bantam_network::{HostName, NetworkName};
@@ -17,10 +20,11 @@ use super::short_keys::serde_with_short_keys;
 use super::{ConfigError, DeviceName, NetLimitsConfig, is_default, option_string, whole_number};
 
 /// Describes a network device of the guest, which is connected to a tap interface of the host, to a network
-/// of the host, or to a network that the monitor provides by ordinary sockets.
+/// of the host, to a network that the monitor provides by ordinary sockets, or to a program that is the network.
 ///
 /// On the command line `tap=NAME[,KEY=VALUE]...`, `user[,KEY=VALUE]...`, or one of `nat`, `hostonly`, `network=NAME`,
-/// `bridge=NAME` and `macvtap=NAME` in the same way; in a machine file a `[[net]]` table with the same keys.
+/// `bridge=NAME`, `macvtap=NAME`, `passt=SOCKET` and `fd=N` in the same way; in a machine file a `[[net]]` table with
+/// the same keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     remote = "Self",
@@ -49,6 +53,20 @@ pub struct NetConfig {
     /// The interface of the host whose network the device is on, as a station of its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub macvtap: Option<InterfaceName>,
+    /// Unix stream socket of a program that is the network, in the protocol of passt and gvproxy.
+    #[serde(
+        default,
+        with = "super::path::option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub passt: Option<PathBuf>,
+    /// Descriptor of a tap that another program has opened, and passed on to this process.
+    #[serde(
+        default,
+        deserialize_with = "descriptor",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub fd: Option<RawFd>,
     /// The guest's MAC address.
     pub mac: Option<MacAddress>,
     /// Largest packet that the guest is told to send.
@@ -67,6 +85,13 @@ pub struct NetConfig {
     /// Of a network that the monitor provides: whether the guest reaches nothing by itself.
     #[serde(default, skip_serializing_if = "is_default")]
     pub restrict: bool,
+    /// Of a network that the monitor provides: what the guest may reach; if there are none, all that `deny` does
+    /// not forbid.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub allow: Vec<Rule>,
+    /// Of a network that the monitor provides: what the guest may not reach, even if `allow` has it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub deny: Vec<Rule>,
     /// Of a network that the monitor provides: whether the gateway's address leads to the host's loopback
     /// address.
     #[serde(default, rename = "host-loopback", skip_serializing_if = "is_default")]
@@ -130,8 +155,12 @@ impl NetConfig {
             macvtap: None,
             filter: None,
             netns: None,
+            passt: None,
+            fd: None,
             forward: Vec::new(),
             restrict: false,
+            allow: Vec::new(),
+            deny: Vec::new(),
             host_loopback: false,
             subnet: None,
             dns: Vec::new(),
@@ -161,10 +190,22 @@ impl NetConfig {
 
     /// Returns what messages call the device at `place`, by what it is connected to.
     pub(crate) fn label(&self, place: usize) -> String {
-        match (&self.tap, self.host_network()) {
-            (Some(tap), _) => format!("tap '{tap}'"),
-            (None, Some(network)) => network.to_string(),
-            (None, None) => format!("the user network of '{}'", self.device_name(place)),
+        match self.end() {
+            NetEnd::Tap(tap) => format!("tap '{tap}'"),
+            NetEnd::Host(network) => network.to_string(),
+            NetEnd::User => format!("the user network of '{}'", self.device_name(place)),
+            NetEnd::Passt(path) => format!("the network at '{}'", path.display()),
+            NetEnd::Descriptor(fd) => format!("the tap of descriptor {fd}"),
+        }
+    }
+
+    /// Returns what the device is connected to.
+    pub fn end(&self) -> NetEnd<'_> {
+        match (&self.tap, &self.passt, self.fd) {
+            (Some(tap), _, _) => NetEnd::Tap(tap),
+            (_, Some(path), _) => NetEnd::Passt(path),
+            (_, _, Some(fd)) => NetEnd::Descriptor(fd),
+            (None, None, None) => self.host_network().map_or(NetEnd::User, NetEnd::Host),
         }
     }
 
@@ -178,6 +219,18 @@ impl NetConfig {
             _ if self.nat => Some(HostNetwork::Network(NetworkName::nat())),
             _ if self.hostonly => Some(HostNetwork::Network(NetworkName::host_only())),
             _ => None,
+        }
+    }
+
+    /// Writes the word of a network of the host.
+    fn fmt_host_network(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let escape = |name: &InterfaceName| option_string::escape(name.as_str());
+        match (&self.network, &self.bridge, &self.macvtap) {
+            (Some(network), _, _) => write!(f, "network={network}"),
+            (_, Some(bridge), _) => write!(f, "bridge={}", escape(bridge)),
+            (_, _, Some(interface)) => write!(f, "macvtap={}", escape(interface)),
+            _ if self.nat => f.write_str("nat"),
+            _ => f.write_str("hostonly"),
         }
     }
 
@@ -222,6 +275,8 @@ impl NetConfig {
             subnet: self.subnet.unwrap_or_default(),
             forwards: self.forward.clone(),
             restrict: self.restrict,
+            allow: self.allow.clone(),
+            deny: self.deny.clone(),
             host_loopback: self.host_loopback,
             dns: self.dns.clone(),
             domain: self.domain.clone(),
@@ -238,16 +293,21 @@ impl NetConfig {
     }
 
     fn check_backend(&self) -> Result<(), ConfigError> {
-        let networks = [
+        let ends = [
+            self.tap.is_some(),
+            self.user,
             self.nat,
             self.hostonly,
             self.network.is_some(),
             self.bridge.is_some(),
             self.macvtap.is_some(),
+            self.passt.is_some(),
+            self.fd.is_some(),
         ];
-        let network_count = networks.into_iter().filter(|is_given| *is_given).count();
-        if network_count > 1 || network_count == 1 && (self.tap.is_some() || self.user) {
-            return Err(ConfigError::NetBackends);
+        match ends.into_iter().filter(|is_given| *is_given).count() {
+            0 => return Err(ConfigError::NetBackendMissing),
+            1 => {}
+            _ => return Err(ConfigError::NetBackends),
         }
         if self.netns.is_some() && self.tap.is_none() {
             return Err(ConfigError::NetTapOption { key: "netns" });
@@ -255,12 +315,12 @@ impl NetConfig {
         if self.filter.is_some() && !self.is_on_managed_network() {
             return Err(ConfigError::HostNetOption { key: "filter" });
         }
-        match (&self.tap, self.user) {
-            (None, false) if network_count == 0 => return Err(ConfigError::NetBackendMissing),
-            (Some(_), true) => return Err(ConfigError::NetBackends),
-            (None, true) if self.queues.is_some() => return Err(ConfigError::UserNetQueues),
-            (None, true) => return Ok(()),
-            (Some(_) | None, false) => {}
+        let has_tap = self.tap.is_some() || self.host_network().is_some();
+        if !has_tap && self.queues.is_some() {
+            return Err(ConfigError::UserNetQueues);
+        }
+        if self.user {
+            return Ok(());
         }
         if let Some(hostname) = &self.hostname
             && self.is_on_managed_network()
@@ -273,6 +333,8 @@ impl NetConfig {
         let given = [
             ("forward", !self.forward.is_empty()),
             ("restrict", self.restrict),
+            ("allow", !self.allow.is_empty()),
+            ("deny", !self.deny.is_empty()),
             ("host-loopback", self.host_loopback),
             ("subnet", self.subnet.is_some()),
             ("dns", !self.dns.is_empty()),
@@ -296,6 +358,30 @@ impl NetConfig {
     }
 }
 
+/// What a network device is connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetEnd<'a> {
+    /// A tap interface of the host.
+    Tap(&'a InterfaceName),
+    /// A network of the host.
+    Host(HostNetwork),
+    /// A network that the monitor provides.
+    User,
+    /// A program that listens on this socket.
+    Passt(&'a Path),
+    /// A tap that another program has opened, by its descriptor.
+    Descriptor(RawFd),
+}
+
+/// Reads the number of a descriptor.
+fn descriptor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<RawFd>, D::Error> {
+    let read = |number: i64| match RawFd::try_from(number) {
+        Ok(fd @ 0..) => Ok(Some(fd)),
+        _ => Err(ConfigError::Descriptor { number }),
+    };
+    whole_number::deserialize(deserializer, read)
+}
+
 impl Listed for NetConfig {
     const NAME: &'static str = "net";
     const EXAMPLE: &'static str = "tap = \"tap0\" or user = true";
@@ -305,9 +391,17 @@ impl FromStr for NetConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
+        Self::try_from(OsStr::new(text))
+    }
+}
+
+impl TryFrom<&OsStr> for NetConfig {
+    type Error = ConfigError;
+
+    fn try_from(text: &OsStr) -> Result<Self, ConfigError> {
         let wrong = |reason: String| ConfigError::NetOption { reason };
         let net: NetConfig =
-            option_string::parse(text.as_ref(), None).map_err(|error| wrong(error.to_string()))?;
+            option_string::parse(text, None).map_err(|error| wrong(error.to_string()))?;
         net.check_backend()
             .map_err(|error| wrong(error.to_string()))?;
         Ok(net)
@@ -317,15 +411,15 @@ impl FromStr for NetConfig {
 /// Writes the option string, which cannot express limits that are buckets.
 impl fmt::Display for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let escape = |name: &InterfaceName| option_string::escape(name.as_str());
-        match (&self.tap, &self.network, &self.bridge, &self.macvtap) {
-            (Some(tap), _, _, _) => write!(f, "tap={}", escape(tap))?,
-            (_, Some(network), _, _) => write!(f, "network={network}")?,
-            (_, _, Some(bridge), _) => write!(f, "bridge={}", escape(bridge))?,
-            (_, _, _, Some(interface)) => write!(f, "macvtap={}", escape(interface))?,
-            _ if self.nat => f.write_str("nat")?,
-            _ if self.hostonly => f.write_str("hostonly")?,
-            _ => f.write_str("user")?,
+        match self.end() {
+            NetEnd::Tap(tap) => write!(f, "tap={}", option_string::escape(tap.as_str()))?,
+            NetEnd::Host(_) => self.fmt_host_network(f)?,
+            NetEnd::User => f.write_str("user")?,
+            NetEnd::Passt(path) => {
+                let path = path.display().to_string();
+                write!(f, "passt={}", option_string::escape(&path))?;
+            }
+            NetEnd::Descriptor(fd) => write!(f, "fd={fd}")?,
         }
         if let Some(namespace) = &self.netns {
             write!(
@@ -362,6 +456,11 @@ impl fmt::Display for NetConfig {
         ] {
             if is_on {
                 write!(f, ",{key}=on")?;
+            }
+        }
+        for (key, rules) in [("allow", &self.allow), ("deny", &self.deny)] {
+            for rule in rules {
+                write!(f, ",{key}={rule}")?;
             }
         }
         if let Some(subnet) = &self.subnet {
@@ -603,15 +702,15 @@ mod tests {
 
     #[test]
     fn refuses_what_is_wrong_and_shows_the_accepted_form() {
-        let form = "; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME and \
-                    macvtap=NAME, with [,KEY=VALUE]...";
+        let form = "; a network device is one of user, nat, hostonly, network=NAME, tap=NAME, bridge=NAME, \
+                    macvtap=NAME, passt=SOCKET and fd=N, with [,KEY=VALUE]...";
         for (text, reason) in [
             ("", "an item has no name"),
             (
                 "tap0",
                 "unknown option 'tap0', expected one of 'tap', 'user', 'nat', 'hostonly', 'network', \
-                 'bridge', 'macvtap', 'mac', 'mtu', 'queues', \
-                 'iothread', 'name', 'forward', 'restrict', 'host-loopback', 'subnet', 'dns', \
+                 'bridge', 'macvtap', 'passt', 'fd', 'mac', 'mtu', 'queues', \
+                 'iothread', 'name', 'forward', 'restrict', 'allow', 'deny', 'host-loopback', 'subnet', 'dns', \
                  'domain', 'hostname', 'filter', 'netns', 'rx-burst-bytes', 'rx-burst-packets', 'rx-bytes-per-second', \
                  'rx-packets-per-second', 'tx-burst-bytes', 'tx-burst-packets', \
                  'tx-bytes-per-second', 'tx-packets-per-second'",
@@ -645,6 +744,17 @@ mod tests {
                 "network=-x",
                 "invalid network name '-x': 1 to 40 letters, digits and the characters '.', '_' and '-', of which the \
                  first is a letter or digit",
+            ),
+            ("passt=a,fd=3", "a device is on one tap or network only"),
+            (
+                "passt=a,allow=192.0.2.1",
+                "'allow' is for devices on a user network",
+            ),
+            ("fd=-1", "-1 is not the number of a descriptor"),
+            (
+                "user,deny=a b",
+                "invalid rule 'a b': expected TARGET[:PORT[-LAST]], where TARGET is an address, a network \
+                 such as 192.0.2.0/24 or [2001:db8::]/32, a name such as example.org or *.example.org, or *",
             ),
             ("user,queues=2", "'queues' is for devices on a tap"),
             (
@@ -690,9 +800,11 @@ mod tests {
     #[test]
     fn reads_the_options_of_a_user_network() {
         let text = "user,forward=8080:80,forward=udp:0.0.0.0:53:53,host-loopback,dns=192.0.2.1,\
+                    allow=*.example.org:443,allow=[2001:db8::]/32,deny=192.0.2.0/24,\
                     subnet=172.20.0.0/16,domain=a.test,hostname=b,restrict=off";
         let net = net(text).unwrap();
         assert_eq!(net.forward.len(), 2);
+        assert_eq!((net.allow.len(), net.deny.len()), (2, 1));
         assert!(net.host_loopback && !net.restrict);
         assert_eq!(net.subnet.unwrap().guest().octets(), [172, 20, 0, 15]);
         assert_eq!(net.dns[0].to_string(), "192.0.2.1");
@@ -727,6 +839,17 @@ mod tests {
             "tap=t,netns=n",
         ] {
             assert_eq!(net(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn reads_ends_that_others_have_made() {
+        let passt = net("passt=a,,b.sock,mtu=1500").unwrap();
+        assert_eq!(passt.end(), NetEnd::Passt(Path::new("a,b.sock")));
+        let tap = net("fd=7").unwrap();
+        assert_eq!(tap.end(), NetEnd::Descriptor(7));
+        for net in [passt, tap] {
+            assert_eq!(net.to_string().parse::<NetConfig>().unwrap(), net);
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use bantam_arch::acpi::VirtioMmioWindow;
 use bantam_arch::layout;
 use bantam_devices::bus::Bus;
+use bantam_devices::device_log::DeviceLog;
 use bantam_devices::virtio::block::ImageWork;
 use bantam_devices::virtio::console::Console as ConsoleDevice;
 use bantam_devices::virtio::owner::{DeviceHandle, DeviceMetrics};
@@ -89,6 +90,11 @@ impl<'a> Builder<'a> {
     /// Returns everything that has been attached.
     pub(crate) fn finish(self) -> BuiltDevices {
         self.built
+    }
+
+    /// Returns the log for what is called `name`.
+    pub(super) fn log(&self, name: &str) -> DeviceLog {
+        self.context.log.device(name)
     }
 
     /// Attaches a device to the next free window and interrupt. `handle` makes the owner's handle from the

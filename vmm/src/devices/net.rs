@@ -4,14 +4,15 @@ mod host;
 mod namespace;
 mod user;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use bantam_devices::tap::{QueueCount, Tap};
-use bantam_devices::virtio::net::{Net, NetBackend};
+use bantam_devices::virtio::net::{FrameStream, Net, NetBackend};
 use bantam_devices::virtio::owner::DeviceHandle;
 
 use super::{Build, NewDevice, Opening};
-use crate::config::{Mtu, NetConfig, QueuePairs};
+use crate::config::{Mtu, NetConfig, NetEnd, QueuePairs};
 use crate::error::Error;
 use user::UserBackend;
 
@@ -22,29 +23,31 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let nets = config.nets.iter().enumerate();
     nets.map(|(index, net)| {
         let mac = net.mac_address(index).bytes();
-        let mut ports = Vec::new();
-        let backend: Arc<dyn NetBackend> = match (&net.tap, net.host_network()) {
-            (Some(tap), _) => {
+        let mut user = None;
+        let backend: Arc<dyn NetBackend> = match net.end() {
+            NetEnd::Tap(tap) => {
                 let open = || open_tap(opening, net, tap.as_str(), vcpu_count);
                 Arc::new(match &net.netns {
                     Some(namespace) => namespace::inside(namespace, open)?,
                     None => open()?,
                 })
             }
-            (None, Some(network)) => Arc::new(host::open(opening, net, network, mac, vcpu_count)?),
-            (None, None) => {
-                let backend = UserBackend::open(net, mac, net.label(index))?;
-                ports = backend.ports().to_vec();
-                Arc::new(backend)
+            NetEnd::Host(network) => Arc::new(host::open(opening, net, network, mac, vcpu_count)?),
+            NetEnd::Descriptor(fd) => Arc::new(opening.opener.adopt_tap(fd)?),
+            NetEnd::Passt(path) => Arc::new(open_passt(opening, path, net.label(index))?),
+            NetEnd::User => {
+                let backend = Arc::new(UserBackend::open(net, mac, net.label(index))?);
+                user = Some(backend.clone());
+                backend
             }
         };
         let name = net.device_name(index);
         let service = opening
             .metadata
             .and_then(|metadata| metadata.service(&name));
-        let mtu = match net.user {
-            true => Some(user::mtu(net)),
-            false => net.mtu.map(Mtu::get),
+        let mtu = match net.end() {
+            NetEnd::Tap(_) | NetEnd::Host(_) | NetEnd::Descriptor(_) => net.mtu.map(Mtu::get),
+            NetEnd::User | NetEnd::Passt(_) => Some(user::mtu(net)),
         };
         let limits = net.limits.into();
         let log_name = match &net.tap {
@@ -55,18 +58,33 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
         let build: Build = Box::new(move |builder| {
             let device = Net::new(backend, mac, mtu, &limits, service)
                 .map_err(Error::resource("the timers of a network interface"))?;
+            if let Some(user) = user {
+                // Apart from the device's own log: a guest must not hide its other faults by refusals.
+                let log = builder.log(&format!("rules of {log_name}"));
+                user.report_refusals(log, device.handle().metrics().clone());
+                builder.forward(user.ports().to_vec());
+            }
             let device = NewDevice {
                 name,
                 log_name,
                 own_thread,
                 model: device,
             };
-            builder.forward(ports);
             builder.attach(device, |net, _| DeviceHandle::Net(net.handle()))
         });
         Ok(build)
     })
     .collect()
+}
+
+fn open_passt(opening: &Opening<'_>, path: &Path, label: String) -> Result<FrameStream, Error> {
+    let socket = opening.opener.connect(path);
+    socket
+        .and_then(|socket| FrameStream::new(socket, label))
+        .map_err(|source| Error::NetSocket {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 fn open_tap(

@@ -26,6 +26,12 @@ pub trait NetBackend: Send + Sync {
     /// Returns the work that can be left to the guest's driver.
     fn offloads(&self) -> Offloads;
 
+    /// Whether the driver may leave work on its packets to the backend: checksums, and segments of TCP that are
+    /// larger than the MTU.
+    fn takes_unfinished_packets(&self) -> bool {
+        true
+    }
+
     /// Sets which work is left to the driver from now on.
     ///
     /// # Errors
@@ -79,7 +85,7 @@ pub trait NetQueue: AsRawFd + Send + Sync {
     fn read(&self, buffer: &mut PacketBuffer<'_>) -> io::Result<usize>;
 
     /// Whether there may be packets for the driver, although the descriptor is not readable. It is asked after
-    /// packets were written.
+    /// packets were written, and when a turn of reading has ended before the packets did.
     fn has_packets(&self) -> bool {
         false
     }

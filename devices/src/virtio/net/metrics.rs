@@ -56,6 +56,8 @@ pub struct NetMetrics {
     pub tx_rate_limiter_throttled: Counter,
     /// Packets left in a transmit queue each time that the worker stopped serving it.
     pub tx_remaining_reqs_count: Counter,
+    /// Attempts of the guest to reach something that its user network keeps from it.
+    pub refused_count: Counter,
     /// How long writes to the tap took, including taking their packets from the queue.
     pub tap_write_agg: Latency,
 }

@@ -24,6 +24,7 @@ mod receive_slot;
 mod ring_store;
 mod shared;
 mod state;
+mod stream_backend;
 mod tap_backend;
 #[cfg(test)]
 mod tests;
@@ -61,6 +62,7 @@ pub use handle::NetHandle;
 pub use local_endpoint::{FRAME_START_SIZE, LocalEndpoint, LocalService};
 pub use metrics::NetMetrics;
 pub use shared::NetLimits;
+pub use stream_backend::FrameStream;
 
 /// Size of each queue. It is the same for the control queue, whose index depends on the driver.
 const QUEUE_SIZE: u16 = 256;
@@ -104,7 +106,7 @@ impl Net {
             | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
             | 1 << VIRTIO_NET_F_STATUS
             | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
-            | offload_features(backend.offloads());
+            | offload_features(backend.offloads(), backend.takes_unfinished_packets());
         if mtu.is_some() {
             features |= 1 << VIRTIO_NET_F_MTU;
         }

@@ -18,14 +18,17 @@ pub(super) const GUEST_SEGMENTATION: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4
 pub(super) const GUEST_OFFLOADS: u64 =
     GUEST_SEGMENTATION | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_ECN;
 
-/// Returns the features to offer to the driver if the host supports `offloads`. The host always does the work
-/// that the driver may leave to it, except for UDP segmentation: a host supports that in both directions or
-/// in neither.
-pub(super) fn offload_features(offloads: Offloads) -> u64 {
-    let mut features = 1 << VIRTIO_NET_F_CSUM
-        | 1 << VIRTIO_NET_F_HOST_TSO4
-        | 1 << VIRTIO_NET_F_HOST_TSO6
-        | 1 << VIRTIO_NET_F_HOST_ECN;
+/// Features that say which work the driver may leave to the host.
+const HOST_OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO6
+    | 1 << VIRTIO_NET_F_HOST_ECN;
+
+/// Returns the features to offer to the driver if the host supports `offloads`. A host that `takes_unfinished`
+/// packets does all the work that the driver may leave to it, except for UDP segmentation: it supports that in
+/// both directions or in neither.
+pub(super) fn offload_features(offloads: Offloads, takes_unfinished: bool) -> u64 {
+    let mut features = if takes_unfinished { HOST_OFFLOADS } else { 0 };
     for (known, bits) in [
         (
             offloads.checksum,

@@ -346,6 +346,10 @@ impl Worker {
         pair.receive_halt =
             pair.receiver
                 .receive(queue, &mut self.received, &self.link, &mut self.dropped)?;
+        if pair.receive_halt == Halt::Backend && queue.has_packets() {
+            // The turn has ended before the packets did, and the backend does not tell of them again.
+            pair.receiver.ring_doorbell();
+        }
         match pair.receive_halt {
             Halt::Driver => self.shared.metrics.no_rx_avail_buffer.add(1),
             Halt::BackendGone => self.lose_backend(),

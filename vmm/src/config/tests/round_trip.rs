@@ -136,12 +136,14 @@ prop_compose! {
             prop::collection::vec(any::<std::net::IpAddr>(), 0..3),
             of(parsed("[a-z]{1,9}([.][a-z]{1,9})?")),
             of(parsed("[a-z]{1,9}([.][a-z]{1,9})?")),
+            prop::collection::vec(parsed("([*][.])?[a-z]{1,9}(:[1-9][0-9]{0,3})?"), 0..3),
+            prop::collection::vec(parsed("192[.]0[.]2[.]0/24(:[1-9][0-9]{0,3})?"), 0..3),
         )),
     ) -> NetConfig {
-        if let Some((forward, (restrict, host_loopback), subnet, dns, domain, hostname)) = user {
+        if let Some((forward, (restrict, host_loopback), subnet, dns, domain, hostname, allow, deny)) = user {
             return NetConfig {
                 mac: mac.and_then(|bytes| bytes.try_into().ok()),
-                mtu, iothread, name, forward, restrict, host_loopback, subnet, dns, domain, hostname,
+                mtu, iothread, name, forward, restrict, host_loopback, subnet, dns, domain, hostname, allow, deny,
                 limits: NetLimitsConfig { receive, transmit },
                 ..NetConfig::user()
             };

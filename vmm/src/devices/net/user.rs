@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use bantam_devices::device_log::DeviceLog;
 use bantam_devices::tap::{FrameFilter, Offloads, PACKET_HEADER_SIZE};
-use bantam_devices::virtio::net::{NetBackend, NetQueue, PacketBuffer};
+use bantam_devices::virtio::net::{NetBackend, NetMetrics, NetQueue, PacketBuffer};
 use bantam_memory::GuestBuffers;
 use bantam_usernet::{ForwardedPort, FrameBuffer, GuestFrame, PartialChecksum, UserNetwork};
 
@@ -65,6 +66,14 @@ impl UserBackend {
             },
             ports,
         })
+    }
+
+    /// Has attempts to reach what the guest may not reach counted and logged.
+    pub(super) fn report_refusals(&self, log: DeviceLog, metrics: Arc<NetMetrics>) {
+        lock(&self.queue.network).observe_refusals(move |refusal| {
+            metrics.refused_count.add(1);
+            log.warn_of_guest(format_args!("the guest may not reach {refusal}"));
+        });
     }
 
     /// Returns the ports of the host that lead to the guest.

@@ -1,8 +1,9 @@
 //! A backend that is not a file.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 
 use bantam_memory::GuestBuffers;
@@ -79,18 +80,136 @@ impl NetQueue for Echo {
     }
 }
 
-fn machine() -> Machine {
-    let echo = Arc::new(Echo {
+fn echo() -> Echo {
+    Echo {
         packets: Mutex::default(),
         event: EventFd::new(EFD_NONBLOCK).unwrap(),
-    });
+    }
+}
+
+fn machine() -> Machine {
+    machine_on(Arc::new(echo()))
+}
+
+fn machine_on(backend: Arc<dyn NetBackend>) -> Machine {
     let (_, unused) = stand_in();
     Machine::with(MERGE, unused, |activation| {
         let config = Arc::new(config_space(MAC, 1, 1500));
         let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
-        let rings = Arc::new(RingStore::new(echo));
+        let rings = Arc::new(RingStore::new(backend));
         Box::new(Worker::new(rings, 1500, MAC, config, shared, None, activation).unwrap())
     })
+}
+
+#[test]
+fn packets_that_are_left_after_a_turn_have_another() {
+    let echo = echo();
+    let packets = vec![packet(70, 1); 3 * MAX_PACKETS_PER_TURN];
+    echo.packets.lock().unwrap().extend(packets);
+    // One event for all of them.
+    echo.event.write(1).unwrap();
+    let mut machine = machine_on(Arc::new(echo));
+    let mut received = 0;
+    for _ in 0..12 {
+        machine.offer_receive_buffers(&[2000; 64]);
+        machine.run();
+        received += machine.receive.take_used().len();
+    }
+    assert_eq!(received, 3 * MAX_PACKETS_PER_TURN);
+}
+
+/// Makes a card on a stream, and the stream's far end.
+fn machine_on_stream() -> (Machine, UnixStream) {
+    let (near, far) = UnixStream::pair().unwrap();
+    let stream = FrameStream::new(near, "a stream".to_owned()).unwrap();
+    (machine_on(Arc::new(stream)), far)
+}
+
+fn frame_of(size: usize) -> Vec<u8> {
+    let mut frame = (size as u32).to_be_bytes().to_vec();
+    frame.extend((0..size).map(|index| index as u8));
+    frame
+}
+
+#[test]
+fn frames_follow_their_sizes_on_a_stream() {
+    let (mut machine, mut far) = machine_on_stream();
+    machine.offer_receive_buffers(&[2000; 4]);
+    let frames: Vec<_> = [14, 1000, 1514].map(frame_of).concat();
+    // They come in pieces that do not begin with frames.
+    for piece in frames.chunks(700) {
+        far.write_all(piece).unwrap();
+        machine.run();
+    }
+    let used = machine.receive.take_used();
+    let sizes: Vec<_> = used.iter().map(|(_, size)| *size as usize).collect();
+    assert_eq!(
+        sizes,
+        [14, 1000, 1514].map(|size| size + PACKET_HEADER_SIZE)
+    );
+    let place = DATA + 2000 + PACKET_HEADER_SIZE as u64;
+    assert_eq!(machine.bytes(place, 1000), frame_of(1000)[4..]);
+
+    let sent = packet(600, 7);
+    machine.transmit(&sent, &[12]);
+    machine.run();
+    let mut bytes = vec![0; 4 + 600 - PACKET_HEADER_SIZE];
+    far.read_exact(&mut bytes).unwrap();
+    let size = (600 - PACKET_HEADER_SIZE) as u32;
+    assert_eq!(bytes[..4], size.to_be_bytes());
+    assert_eq!(bytes[4..], sent[PACKET_HEADER_SIZE..]);
+}
+
+#[test]
+fn a_stream_that_takes_no_more_gets_every_frame_once() {
+    let (mut machine, mut far) = machine_on_stream();
+    far.set_nonblocking(true).unwrap();
+    let (mut got, mut expected) = (Vec::<u8>::new(), Vec::<u8>::new());
+    let mut piece = vec![0; 50_000];
+    for seed in 0..60 {
+        let bytes = packet(60_000, seed);
+        expected.extend(((60_000 - PACKET_HEADER_SIZE) as u32).to_be_bytes());
+        expected.extend(&bytes[PACKET_HEADER_SIZE..]);
+        machine.transmit(&bytes, &[12]);
+        machine.run();
+        // A part is read at a time, so that the socket has room for a part of a frame.
+        while machine.transmit.take_used().is_empty() {
+            let count = far.read(&mut piece).unwrap();
+            got.extend(&piece[..count]);
+            machine.run();
+        }
+    }
+    while let Ok(count) = far.read(&mut piece) {
+        got.extend(&piece[..count]);
+        machine.run();
+    }
+    assert!(got == expected, "{} of {} bytes", got.len(), expected.len());
+}
+
+#[test]
+fn a_stream_that_ends_or_makes_no_sense_is_gone() {
+    for bytes in [&b""[..], b"\0\0\0\x05hello", b"\xff\xff\xff\xff"] {
+        let (mut machine, mut far) = machine_on_stream();
+        machine.offer_receive_buffers(&[2000; 4]);
+        far.write_all(bytes).unwrap();
+        drop(far);
+        machine.run();
+        assert!(machine.receive.take_used().is_empty());
+        // The guest's packets go nowhere.
+        machine.transmit(&packet(600, 7), &[12]);
+        machine.run();
+        assert_eq!(machine.transmit.take_used().len(), 1);
+        assert!(!machine.link.needs_reset());
+    }
+}
+
+#[test]
+fn what_a_stream_leaves_to_others_is_not_offered_to_the_driver() {
+    let (near, _far) = UnixStream::pair().unwrap();
+    let stream = FrameStream::new(near, "a stream".to_owned()).unwrap();
+    let card = Net::new(Arc::new(stream), MAC, None, &NetLimits::default(), None).unwrap();
+    let unfinished = 1 << VIRTIO_NET_F_GUEST_CSUM | SEGMENTS | 1 << VIRTIO_NET_F_HOST_USO;
+    assert_eq!(card.features() & (unfinished | 1 | 1 << 11 | 1 << 12), 0);
 }
 
 #[test]
