@@ -70,7 +70,7 @@ impl Tap {
             name,
             created: false,
             offloads: Offloads::default(),
-            filters: true,
+            selects_frames: true,
             found_header_size: None,
             temporary_mtu: None,
         };
@@ -80,7 +80,7 @@ impl Tap {
         tap.set_header_size(PACKET_HEADER_SIZE as c_int)
             .map_err(|errno| tap.io_error("set the header size of", errno))?;
         tap.offloads = tap.probe_offloads();
-        tap.filters = tap.set_filter(&FrameFilter::All).is_ok();
+        tap.selects_frames = tap.set_filter(&FrameFilter::All).is_ok();
         let settled = tap.set_offloads(Offloads::default());
         settled.map_err(|source| TapError::Io {
             name: tap.name.clone(),
