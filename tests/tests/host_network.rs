@@ -18,7 +18,6 @@ use bantam_tests::{
     Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps,
     scripted_root, unprivileged,
 };
-use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::unistd::gettid;
@@ -60,12 +59,9 @@ fn on_host(test: impl FnOnce() + Send + 'static) {
         // A thread has namespaces of its own, and passes them on to what it starts.
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
             .expect("namespaces can be made");
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("they are ours");
-        for folder in ["/run", "/var/lib"] {
-            mount(Some("none"), folder, Some("tmpfs"), MsFlags::empty(), none)
-                .expect("they are ours");
-        }
+        succeed(
+            "mount --make-rprivate / && mount -t tmpfs none /run && mount -t tmpfs none /var/lib",
+        );
         succeed("ip link set lo up");
         test();
         for line in run(&["network", "list", "--output", "json"], "").lines() {
@@ -108,15 +104,7 @@ impl World {
             succeed(&command);
         }
         fs::write("/run/resolv.conf", format!("nameserver {OUTSIDE}\n")).expect("it is ours");
-        let none = None::<&str>;
-        mount(
-            Some("/run/resolv.conf"),
-            "/etc/resolv.conf",
-            none,
-            MsFlags::MS_BIND,
-            none,
-        )
-        .expect("it is ours");
+        succeed("mount --bind /run/resolv.conf /etc/resolv.conf");
         let names = Command::new("nsenter")
             .args([
                 "--target",
@@ -553,21 +541,13 @@ fn what_cannot_be_is_refused_with_a_remedy() {
 
         for (program, package) in [("dnsmasq", "dnsmasq-base"), ("nft", "nftables")] {
             let file = format!("/usr/sbin/{program}");
-            let none = None::<&str>;
-            mount(
-                Some("/dev/null"),
-                file.as_str(),
-                none,
-                MsFlags::MS_BIND,
-                none,
-            )
-            .unwrap();
+            succeed(&format!("mount --bind /dev/null {file}"));
             let error = refused(&["network", "start", "default"]);
             assert!(
                 error.contains(&format!("install the package '{package}'")),
                 "{error}"
             );
-            nix::mount::umount(file.as_str()).unwrap();
+            succeed(&format!("umount {file}"));
             assert!(!interfaces().contains("bantam1"), "{}", interfaces());
         }
     });
