@@ -8,7 +8,7 @@ use crate::netlink::Netlink;
 use crate::networks::Networks;
 use crate::port::{self, Record, RecordLock};
 use crate::started::{add_port, bridge, ports_of};
-use crate::{HostName, Mac, NetworkError, NetworkName, Subnet, leases};
+use crate::{HostName, Mac, NetworkError, NetworkName, Subnet, leases, rights};
 
 /// Where a machine is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +54,7 @@ impl Networks {
     /// If there is no such network, it has no free address, another machine has the same name or MAC address, or this
     /// user may not do it.
     pub fn attach(&self, attachment: &Attachment) -> Result<Port, NetworkError> {
+        rights::check("give the machine a place on a network")?;
         let lock = self.folders.lock()?;
         let mut netlink =
             Netlink::new().map_err(NetworkError::netlink("ask for the interfaces of the host"))?;

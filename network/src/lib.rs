@@ -20,6 +20,7 @@ mod networks;
 mod obstacles;
 mod port;
 mod program;
+mod rights;
 mod started;
 mod subnet;
 
@@ -31,5 +32,6 @@ pub use mac::Mac;
 pub use name::{HostName, NetworkName};
 pub use networks::{NetworkInfo, Networks};
 pub use port::Record;
+pub use rights::can_administer_network;
 pub use started::{StartOfOne, Started};
 pub use subnet::{Subnet, Subnet6};

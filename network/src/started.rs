@@ -13,7 +13,7 @@ use crate::networks::Networks;
 use crate::obstacles::{self, Measures};
 use crate::port::{self, Record};
 use crate::program::{DNSMASQ, NFT};
-use crate::{NetworkError, NetworkName, Subnet6, firewall, forwarding};
+use crate::{NetworkError, NetworkName, Subnet6, firewall, forwarding, rights};
 
 /// How far a network has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +99,7 @@ impl Networks {
                 name: name.to_string(),
             });
         }
+        rights::check(&format!("stop network '{name}'"))?;
         self.take_down(name.as_str())?;
         let (living, _) = port::records(&self.folders)?;
         Ok(ports_of(name.as_str(), &living).len())
@@ -110,6 +111,7 @@ impl Networks {
         living: &[Record],
     ) -> Result<Started, NetworkError> {
         let name = definition.name.as_str().to_owned();
+        rights::check(&format!("start network '{name}'"))?;
         let found = self.state(&name)?;
         let was_started = found.is_some();
         if let Some(state) = found {

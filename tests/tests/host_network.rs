@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_network::{Attachment, Mac, Networks, Place, Port};
 use bantam_tests::{
-    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps, scripted_root,
+    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps,
+    scripted_root, unprivileged,
 };
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
@@ -524,6 +525,21 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         let error = refused(&["network", "start", "lab"]);
         assert!(
             error.contains("there is an interface 'bantam0' already"),
+            "{error}"
+        );
+
+        let launcher = unprivileged();
+        let output = Command::new(launcher[0])
+            .args(&launcher[1..])
+            .arg(monitor())
+            .args(["network", "start", "default"])
+            .output()
+            .expect("there is setpriv");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            error.contains(
+                "networks of the host take root (CAP_NET_ADMIN), '--net user' works without"
+            ),
             "{error}"
         );
 

@@ -1,7 +1,7 @@
 //! What the host offers to machines.
 
 use std::arch::x86_64::__cpuid;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::path::Path;
@@ -13,15 +13,14 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::device_access;
 
+pub use bantam_network::can_administer_network;
+
 const KVM_DEVICE: &str = "/dev/kvm";
 /// The device by which tap interfaces are attached.
 pub const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// The stable version of the KVM API; no program should run on another (KVM API, section 4.1).
 const KVM_API_VERSION: i32 = 12;
-
-/// Bit of `CAP_NET_ADMIN` in a set of Linux capabilities (`linux/capability.h`).
-const CAP_NET_ADMIN: u32 = 12;
 
 /// What lets the host's processor run guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,20 +261,6 @@ pub fn open_tun() -> io::Result<File> {
     File::options().read(true).write(true).open(TUN_DEVICE)
 }
 
-/// Whether this process may create tap interfaces and attach to those of other users (`CAP_NET_ADMIN`).
-pub fn can_administer_network() -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    effective_capabilities(&status) & (1 << CAP_NET_ADMIN) != 0
-}
-
-fn effective_capabilities(status: &str) -> u64 {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
-        .unwrap_or(0)
-}
-
 /// Checks that this process may use io_uring.
 ///
 /// # Errors
@@ -319,7 +304,7 @@ mod tests {
 
     #[test]
     fn the_processor_agrees_with_the_kernel() {
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap();
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
         let has = |flag| cpuinfo.split_whitespace().any(|word| word == flag);
         // The flags are missing there if the firmware has switched the feature off.
         let found = processor_virtualization(|leaf| __cpuid(leaf).ecx);
@@ -328,13 +313,6 @@ mod tests {
         } else if has("svm") {
             assert_eq!(found, Virtualization::Svm);
         }
-    }
-
-    #[test]
-    fn effective_capabilities_are_hexadecimal() {
-        let status = "Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n";
-        assert_eq!(effective_capabilities(status), 0x1ff_ffff_ffff);
-        assert_eq!(effective_capabilities("CapEff:\tjunk"), 0);
     }
 
     #[test]
