@@ -344,8 +344,8 @@ mod tests {
             format!("the value '\u{fffd}' of '--cpus' {rest}")
         );
         assert_eq!(
-            message(b"bantam run --disk d\xe9 --net=tap=t\xff --log \xff"),
-            format!("the value '--net=tap=t\u{fffd}' {rest}")
+            message(b"bantam run --disk d\xe9 --append=x\xff --log \xff"),
+            format!("the value '--append=x\u{fffd}' {rest}")
         );
         assert_eq!(
             message(b"bantam api --api-sock \xff --id i\xff"),

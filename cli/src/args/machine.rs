@@ -200,7 +200,7 @@ pub struct MachineArgs {
     /// - dns=ADDRESS: a name server in place of the host's; can be given more
     ///   than once.
     /// - domain=NAME, hostname=NAME: what DHCP tells the guest.
-    #[arg(long = "net", value_name = "user|nat|tap=NAME|...[,KEY=VALUE]...", help_heading = heading::NETWORKS,
+    #[arg(long = "net", value_name = "user|nat|tap=NAME[,...]", help_heading = heading::NETWORKS,
         verbatim_doc_comment, value_parser = os_text::<NetConfig>())]
     #[serde(rename = "net", skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
