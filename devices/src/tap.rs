@@ -200,16 +200,7 @@ impl Tap {
                 name: name.to_string(),
             });
         }
-        let mut tap = Tap {
-            queues: vec![TapQueue(first)],
-            queues_in_use: AtomicUsize::new(1),
-            name: name.to_string(),
-            created: false,
-            offloads: Offloads::default(),
-            found_header_size: None,
-            temporary_mtu: None,
-            selects_frames: true,
-        };
+        let mut tap = Tap::of(first, name);
         tap.created = !tap.is_persistent()?;
         if !tap.created {
             let found = tap.header_size();
@@ -274,6 +265,20 @@ impl Tap {
         }
         self.queues_in_use.store(count, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Makes a tap of its first queue, as one that exists already and on which nothing is set yet.
+    fn of(first: File, name: &str) -> Tap {
+        Tap {
+            queues: vec![TapQueue(first)],
+            queues_in_use: AtomicUsize::new(1),
+            name: name.to_string(),
+            created: false,
+            offloads: Offloads::default(),
+            found_header_size: None,
+            temporary_mtu: None,
+            selects_frames: true,
+        }
     }
 
     /// Sets which work on packets the host may leave to the reader from now on.
@@ -400,16 +405,7 @@ impl Drop for Tap {
 #[cfg(test)]
 impl From<std::os::fd::OwnedFd> for Tap {
     fn from(socket: std::os::fd::OwnedFd) -> Tap {
-        Tap {
-            queues: vec![TapQueue(File::from(socket))],
-            queues_in_use: AtomicUsize::new(1),
-            name: "stand-in".to_string(),
-            created: false,
-            offloads: Offloads::default(),
-            found_header_size: None,
-            temporary_mtu: None,
-            selects_frames: true,
-        }
+        Tap::of(File::from(socket), "stand-in")
     }
 }
 

@@ -41,14 +41,6 @@ pub(crate) struct Link {
     pub(crate) controller: Option<u32>,
 }
 
-/// A route of the host.
-#[derive(Clone, Debug)]
-pub(crate) struct Route {
-    pub(crate) destination: Prefix,
-    /// The interface that it leads to.
-    pub(crate) interface: Option<u32>,
-}
-
 /// A connection to the kernel in the network namespace in which it was made.
 pub(crate) struct Netlink {
     socket: Socket,
@@ -225,13 +217,13 @@ impl Netlink {
     ///
     /// # Errors
     /// If the kernel does not say.
-    pub(crate) fn routes(&mut self) -> io::Result<Vec<Route>> {
+    pub(crate) fn routes(&mut self) -> io::Result<Vec<Prefix>> {
         let mut routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut message = RouteMessage::default();
             message.header.address_family = family;
             let answers = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP)?;
-            routes.extend(answers.into_iter().filter_map(route_of));
+            routes.extend(answers.into_iter().filter_map(destination_of));
         }
         Ok(routes)
     }
@@ -315,7 +307,8 @@ fn link_of(message: RouteNetlinkMessage) -> Option<Link> {
     Some(link)
 }
 
-fn route_of(message: RouteNetlinkMessage) -> Option<Route> {
+/// Returns the addresses that a route of the host leads to.
+fn destination_of(message: RouteNetlinkMessage) -> Option<Prefix> {
     let RouteNetlinkMessage::NewRoute(message) = message else {
         return None;
     };
@@ -328,25 +321,15 @@ fn route_of(message: RouteNetlinkMessage) -> Option<Route> {
     if table == LOCAL_TABLE || bits == 0 || kind == RouteType::Multicast {
         return None;
     }
-    let mut address = None;
-    let mut interface = None;
-    for attribute in message.attributes {
-        match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(found)) => {
-                address = Some(IpAddr::V4(found));
-            }
-            RouteAttribute::Destination(RouteAddress::Inet6(found)) => {
-                address = Some(IpAddr::V6(found));
-            }
-            RouteAttribute::Oif(found) => interface = Some(found),
-            _ => {}
-        }
-    }
-    let address = address?;
-    Some(Route {
-        destination: Prefix { address, bits },
-        interface,
-    })
+    let address = message
+        .attributes
+        .into_iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(found)) => Some(IpAddr::V4(found)),
+            RouteAttribute::Destination(RouteAddress::Inet6(found)) => Some(IpAddr::V6(found)),
+            _ => None,
+        })?;
+    Some(Prefix { address, bits })
 }
 
 #[cfg(test)]
@@ -363,8 +346,8 @@ mod tests {
         assert!(netlink.link("no-such-link").unwrap().is_none());
         let links = netlink.links().unwrap();
         assert!(links.iter().any(|link| link.index == loopback.index));
-        for route in netlink.routes().unwrap() {
-            assert!(route.destination.bits > 0);
+        for destination in netlink.routes().unwrap() {
+            assert!(destination.bits > 0);
         }
     }
 }

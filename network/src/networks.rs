@@ -88,10 +88,10 @@ impl Networks {
     fn choose_addresses(&self, new: &NewNetwork) -> Result<Addresses, NetworkError> {
         let subnet = match new.subnet {
             Some(subnet) => {
-                self.check_free(subnet, None, None)?;
+                self.check_free(subnet, None)?;
                 subnet
             }
-            None => self.free_subnet(None, None)?,
+            None => self.free_subnet(None)?,
         };
         let subnet6 = match (new.ipv6, new.subnet6) {
             (false, _) => None,
@@ -266,13 +266,9 @@ impl Networks {
     }
 
     /// Returns a subnet that overlaps no route of the host and no other network. The network `name`, if there is one,
-    /// and its bridge do not count.
-    pub(crate) fn free_subnet(
-        &self,
-        name: Option<&str>,
-        bridge: Option<u32>,
-    ) -> Result<Subnet, NetworkError> {
-        let occupied = self.occupied(name, bridge)?;
+    /// does not count.
+    pub(crate) fn free_subnet(&self, name: Option<&str>) -> Result<Subnet, NetworkError> {
+        let occupied = self.occupied(name)?;
         let is_free = |subnet: &Subnet| {
             !occupied
                 .iter()
@@ -288,9 +284,8 @@ impl Networks {
         &self,
         subnet: Subnet,
         name: Option<&str>,
-        bridge: Option<u32>,
     ) -> Result<(), NetworkError> {
-        let occupied = self.occupied(name, bridge)?;
+        let occupied = self.occupied(name)?;
         match occupied
             .into_iter()
             .find(|(prefix, _)| prefix.overlaps(subnet.prefix()))
@@ -307,13 +302,9 @@ impl Networks {
     fn occupied(
         &self,
         name: Option<&str>,
-        bridge: Option<u32>,
     ) -> Result<Vec<(crate::subnet::Prefix, String)>, NetworkError> {
         let routes = Netlink::new().and_then(|mut netlink| netlink.routes());
         let routes = routes.map_err(NetworkError::netlink("list the routes of the host"))?;
-        let routes = routes
-            .into_iter()
-            .filter(|route| bridge.is_none() || route.interface != bridge);
         let mut occupied: Vec<_> = Vec::new();
         // The reason that names a network is the more useful one.
         for other in self.definitions()? {
@@ -326,8 +317,7 @@ impl Networks {
                 ));
             }
         }
-        occupied.extend(routes.map(|route| {
-            let destination = route.destination;
+        occupied.extend(routes.into_iter().map(|destination| {
             (
                 destination,
                 format!("the route of the host to {destination}"),

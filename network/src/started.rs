@@ -171,9 +171,9 @@ impl Networks {
         }
         let name = definition.name.as_str().to_owned();
         if let Some(addresses) = &mut definition.addresses {
-            match self.check_free(addresses.subnet, Some(&name), None) {
+            match self.check_free(addresses.subnet, Some(&name)) {
                 Err(NetworkError::Overlap { .. }) if addresses.is_chosen => {
-                    addresses.subnet = self.free_subnet(Some(&name), None)?;
+                    addresses.subnet = self.free_subnet(Some(&name))?;
                 }
                 checked => return checked,
             }

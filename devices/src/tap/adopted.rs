@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::AtomicUsize;
 
 use libc::{c_int, ifreq};
 use nix::errno::Errno;
 
 use super::{
-    FrameFilter, Offloads, PACKET_HEADER_SIZE, Tap, TapError, TapQueue, interface_name,
-    interface_request, request,
+    FrameFilter, Offloads, PACKET_HEADER_SIZE, Tap, TapError, interface_name, interface_request,
+    request,
 };
 
 impl Tap {
@@ -64,16 +63,7 @@ impl Tap {
             }
         }
         set_nonblocking(&file).map_err(|error| refuse(error.to_string()))?;
-        let mut tap = Tap {
-            queues: vec![TapQueue(file)],
-            queues_in_use: AtomicUsize::new(1),
-            name,
-            created: false,
-            offloads: Offloads::default(),
-            selects_frames: true,
-            found_header_size: None,
-            temporary_mtu: None,
-        };
+        let mut tap = Tap::of(file, &name);
         let found = tap.header_size();
         let found = found.map_err(|errno| tap.io_error("read the header size of", errno))?;
         tap.found_header_size = Some(found);

@@ -2,11 +2,10 @@
 
 use std::ffi::c_int;
 use std::fs::File;
-use std::sync::atomic::AtomicUsize;
 
 use super::error::attach_error;
 use super::interface::Interface;
-use super::{Offloads, PACKET_HEADER_SIZE, Tap, TapError, TapQueue, attach_queue};
+use super::{PACKET_HEADER_SIZE, Tap, TapError, attach_queue};
 
 impl Tap {
     /// Uses the interface `name`, which was made beside another one and is up, by its `device`, which does not block.
@@ -16,16 +15,8 @@ impl Tap {
     /// If the device is something else, or the MTU cannot be set.
     pub fn beside(device: File, name: &str, mtu: Option<u16>) -> Result<Tap, TapError> {
         attach_queue(&device, name, false).map_err(|errno| attach_error(name, errno))?;
-        let mut tap = Tap {
-            queues: vec![TapQueue(device)],
-            queues_in_use: AtomicUsize::new(1),
-            name: name.to_string(),
-            created: false,
-            offloads: Offloads::default(),
-            found_header_size: None,
-            temporary_mtu: None,
-            selects_frames: false,
-        };
+        let mut tap = Tap::of(device, name);
+        tap.selects_frames = false;
         tap.set_header_size(PACKET_HEADER_SIZE as c_int)
             .map_err(|errno| tap.io_error("set the header size of", errno))?;
         tap.offloads = tap.probe_offloads();
