@@ -53,7 +53,12 @@ impl Geometry {
 
     /// Number of bytes of the disk that one L2 table maps.
     pub fn l2_coverage(self) -> u64 {
-        1 << (self.l2_bits() + self.cluster_bits)
+        1 << self.l2_coverage_bits()
+    }
+
+    /// [`Geometry::l2_coverage`] as a power of two.
+    pub fn l2_coverage_bits(self) -> u32 {
+        self.l2_bits() + self.cluster_bits
     }
 
     /// Size in bytes of the smallest unit that can be mapped: a subcluster, or a cluster if there are none.

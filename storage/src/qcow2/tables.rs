@@ -8,12 +8,12 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::cache::SliceCache;
 use super::entry::{BadEntry, Geometry, L1Entry, L2Entry, Mapping};
 use super::error::Error;
-use super::locks::{lock, read, try_lock, try_read, write};
+use super::locks::{lock, try_lock};
 use super::pending::{Pending, Waiting};
 use crate::ImageFile;
 
@@ -25,6 +25,9 @@ pub(super) type Run = (Mapping, u64);
 pub(super) struct L1 {
     pub offset: u64,
     pub entries: Vec<AtomicU64>,
+    /// The table that has taken its place. The old one is kept as long as the image, so that a reader needs no lock:
+    /// each request to an overlay that has nothing at its offset reads the table, and few images are ever made larger.
+    next: OnceLock<Box<L1>>,
 }
 
 impl L1 {
@@ -34,6 +37,7 @@ impl L1 {
         Ok(L1 {
             offset,
             entries: words.into_iter().map(AtomicU64::new).collect(),
+            next: OnceLock::new(),
         })
     }
 
@@ -52,7 +56,7 @@ pub(super) struct Tables {
     geometry: Geometry,
     /// Number of clusters that a slice maps as a power of two.
     slice_bits: u32,
-    l1: RwLock<L1>,
+    first_l1: L1,
     cache: SliceCache,
     /// The pending entries. The lock is also held while a slice is read into the cache and while an entry changes,
     /// because a slice that was read before a change must not get into the cache after it.
@@ -84,7 +88,7 @@ impl Tables {
             file,
             geometry,
             slice_bits: (cache.words() / geometry.entry_words()).ilog2(),
-            l1: RwLock::new(l1),
+            first_l1: l1,
             cache,
             pending: Mutex::default(),
         }
@@ -101,13 +105,7 @@ impl Tables {
             };
             run(self.geometry, word, words.len(), index, within, len)
         });
-        cached.or_else(|| {
-            Some(Ok(self.without_table(
-                offset,
-                len,
-                &*try_read(&self.l1)?,
-            )?))
-        })
+        cached.or_else(|| self.without_table(offset, len).map(Ok))
     }
 
     /// Has the processor fetch the cached entry for `offset`, if there is one.
@@ -343,14 +341,22 @@ impl Tables {
         words
     }
 
+    fn l1(&self) -> &L1 {
+        let mut l1 = &self.first_l1;
+        while let Some(next) = l1.next.get() {
+            l1 = next;
+        }
+        l1
+    }
+
     /// Returns an entry of the L1 table.
     pub fn l1_entry(&self, index: u64) -> L1Entry {
-        read(&self.l1).get(index)
+        self.l1().get(index)
     }
 
     /// Number of entries of the L1 table.
     pub fn l1_len(&self) -> u64 {
-        read(&self.l1).entries.len() as u64
+        self.l1().entries.len() as u64
     }
 
     /// Writes an entry of the L1 table. What the table that it points to says does not differ from what the
@@ -360,7 +366,7 @@ impl Tables {
     /// If the host cannot write it. The file may have the old entry or the new one.
     pub fn set_l1_entry(&self, index: u64, entry: L1Entry) -> io::Result<()> {
         let _pending = lock(&self.pending);
-        let l1 = read(&self.l1);
+        let l1 = self.l1();
         self.file
             .write_at(&entry.0.to_be_bytes(), l1.offset + index * 8)?;
         if let Some(place) = l1.entries.get(index as usize) {
@@ -372,7 +378,8 @@ impl Tables {
     /// Goes on with another L1 table, and forgets all slices.
     pub fn replace_l1(&self, l1: L1) {
         let _pending = lock(&self.pending);
-        *write(&self.l1) = l1;
+        // Tables are replaced one after the other, under the lock, so the last one has no successor.
+        let _ = self.l1().next.set(Box::new(l1));
         self.cache.clear();
     }
 
@@ -390,12 +397,13 @@ impl Tables {
     }
 
     /// Returns the run at `offset` if there is no L2 table.
-    fn without_table(&self, offset: u64, len: u64, l1: &L1) -> Option<Run> {
-        let coverage = self.geometry.l2_coverage();
+    fn without_table(&self, offset: u64, len: u64) -> Option<Run> {
+        let l1 = self.l1();
+        let bits = self.geometry.l2_coverage_bits();
         let end = offset + len;
         let mut next = offset;
-        while next < end && l1.get(next / coverage).table().is_none() {
-            next = (next / coverage + 1) * coverage;
+        while next < end && l1.get(next >> bits).table().is_none() {
+            next = ((next >> bits) + 1) << bits;
         }
         (next > offset).then_some((Mapping::Unallocated, len.min(next - offset)))
     }

@@ -151,7 +151,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
         "api: memory with disk, network, vsock and balloon, without guest memory, Rss",
         "MiB",
         Samples::new(vec![memory.resident as f64 / MIB]),
-        5.0,
+        4.6,
     );
 }
 
