@@ -135,10 +135,10 @@ pub fn attend(
 /// instead.
 fn ask_to_shut_down(controller: &Controller, timeout: Duration) -> bool {
     let is_paused = matches!(controller.state(), State::Pausing | State::Paused);
-    let how = match controller.shut_down(timeout) {
+    let how = match controller.shut_down(Some(timeout)) {
         ShutDown::PowerButton => "the power button",
         ShutDown::CtrlAltDel => "Ctrl-Alt-Del",
-        ShutDown::PowerCut => {
+        ShutDown::PowerCut | ShutDown::Unheard => {
             if is_paused && !timeout.is_zero() {
                 say(format_args!(
                     "the machine is paused, so its guest cannot shut down: its power is cut"

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, Weak};
 
 use bantam_serving::lock;
-use bantam_vmm::{Answer, Command, Controller, DeviceHandle, Error, Events};
+use bantam_vmm::{Answer, Command, Controller, DeviceHandle, Error, Events, ShutDown};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::Notify;
 
@@ -88,14 +88,27 @@ impl PresentMachine {
     pub(crate) fn execute(&self, command: Command) -> Result<Answer, Error> {
         let controller = {
             let mut present = lock(&self.0.present);
-            if matches!(command, Command::Stop | Command::ShutDown { .. }) {
-                present.is_end_asked = true;
-                // The counter has room: it fails only after 2^64 requests.
-                let _ = self.0.end.write(1);
+            match command {
+                Command::Stop => self.ask_for_end(&mut present),
+                // It waits for nothing. A guest that cannot be asked is started again as before.
+                Command::ShutDown { timeout } => {
+                    let how = present.controller.shut_down(timeout);
+                    if how != ShutDown::Unheard {
+                        self.ask_for_end(&mut present);
+                    }
+                    return Ok(Answer::ShutDown(how));
+                }
+                _ => {}
             }
             present.controller.clone()
         };
         controller.execute(command)
+    }
+
+    fn ask_for_end(&self, present: &mut Present) {
+        present.is_end_asked = true;
+        // The counter has room: it fails only after 2^64 requests.
+        let _ = self.0.end.write(1);
     }
 
     /// Returns the events of the present machine from now on, and what brings those of the next ones.

@@ -22,8 +22,6 @@ const CONTROL_TIME: Duration = Duration::from_secs(2);
 const END_TIME: Duration = Duration::from_secs(5);
 /// How long a guest may take to shut down that is to reboot, if it does not say how long it needs.
 const REBOOT_TIME: Duration = Duration::from_secs(120);
-/// How long a guest may take that is given all the time that it needs.
-const NO_LIMIT: Duration = Duration::MAX;
 
 impl Machine {
     /// Connects to the control socket, to `action` the machine.
@@ -83,13 +81,12 @@ impl Machine {
         self.execute("resume", Command::Resume).map(drop)
     }
 
-    /// Asks the guest to shut itself down, and returns how it was asked. Its power is cut after `timeout`, if that is
-    /// given, and at once if it listens neither to the power button nor to Ctrl-Alt-Del. Does not wait for the end.
+    /// Asks the guest to shut itself down, and returns how it was asked. With `timeout` its power is cut after that time, and
+    /// at once if it listens neither to the power button nor to Ctrl-Alt-Del. Does not wait for the end.
     ///
     /// # Errors
     /// Those of [`Machine::execute`].
     pub fn shutdown(&self, timeout: Option<Duration>) -> Result<ShutDown, Error> {
-        let timeout = timeout.unwrap_or(NO_LIMIT);
         match self.execute("shut down", Command::ShutDown { timeout })? {
             Answer::ShutDown(how) => Ok(how),
             _ => Err(self.unexpected("shut down")),

@@ -246,7 +246,11 @@ fn a_guest_is_asked_to_shut_down() {
     let mut client = machine.client();
     let timeout = Duration::from_secs(30);
     assert_eq!(
-        client.execute(Command::ShutDown { timeout }).unwrap(),
+        client
+            .execute(Command::ShutDown {
+                timeout: Some(timeout)
+            })
+            .unwrap(),
         Answer::ShutDown(ShutDown::PowerButton)
     );
     machine.running.wait().passed().has_status(0);

@@ -216,13 +216,49 @@ fn a_guest_is_asked_to_shut_down_in_the_way_that_it_listens_to() {
         let (machine, mut output) = started(&config);
         read_until(&mut output, "ready\n");
         let answer = machine
-            .execute(Command::ShutDown { timeout: long })
+            .execute(Command::ShutDown {
+                timeout: Some(long),
+            })
             .unwrap();
         assert!(
             matches!(answer, Answer::ShutDown(how) if how == asked),
             "{answer:?}"
         );
         assert_eq!(machine.wait().unwrap(), reason);
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_be_asked_and_has_all_the_time_goes_on() {
+    require_kvm!();
+    let _alone = alone();
+    for (name, words, is_paused) in [
+        ("serial", "bytes=1", false),
+        ("button", "finish=poweroff", true),
+    ] {
+        let config = MachineConfig {
+            append: Some(words.to_string()),
+            ..MachineConfig::new(payload(name))
+        };
+        let (machine, mut output) = started(&config);
+        read_until(&mut output, "ready\n");
+        let state = if is_paused {
+            machine.pause().unwrap();
+            State::Paused
+        } else {
+            State::Running
+        };
+        assert_eq!(machine.shut_down(None), ShutDown::Unheard);
+        assert_eq!(machine.state(), state);
+        if is_paused {
+            machine.resume().unwrap();
+            assert_eq!(machine.shut_down(None), ShutDown::PowerButton);
+            assert_eq!(machine.wait().unwrap(), ExitReason::PowerOff);
+        } else {
+            machine.stop();
+            assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
+        }
+        assert_eq!(machine.shut_down(None), ShutDown::PowerCut);
     }
 }
 
@@ -241,19 +277,19 @@ fn a_guest_that_does_not_shut_down_is_stopped_by_the_earliest_time_given() {
         Duration::from_millis(100),
         Duration::from_secs(600),
     ] {
-        assert_eq!(machine.shut_down(timeout), ShutDown::PowerButton);
+        assert_eq!(machine.shut_down(Some(timeout)), ShutDown::PowerButton);
     }
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
-    assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
+    assert_eq!(machine.shut_down(Some(Duration::MAX)), ShutDown::PowerCut);
 
     // A paused guest cannot, and a machine that was not started has no guest to ask.
     let (machine, mut output) = started(&config);
     read_until(&mut output, "ready\n");
     machine.pause().unwrap();
-    machine.shut_down(Duration::from_millis(100));
+    machine.shut_down(Some(Duration::from_millis(100)));
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
     let machine = configured(config.clone(), Console::default());
-    assert_eq!(machine.shut_down(Duration::MAX), ShutDown::PowerCut);
+    assert_eq!(machine.shut_down(Some(Duration::MAX)), ShutDown::PowerCut);
     assert_eq!(machine.wait().unwrap(), ExitReason::Stopped);
 }
 

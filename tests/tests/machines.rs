@@ -480,6 +480,30 @@ fn shutdown_presses_the_power_button_and_waits() {
 }
 
 #[test]
+fn a_guest_that_cannot_be_asked_to_shut_down_goes_on() {
+    require_kvm!();
+    let machines = Machines::new();
+    machines.create("deaf", "serial", "bytes=1", &["--restart", "always"]);
+    machines.done(&["start", "deaf"]);
+    let (mut console, _) = machines.console_until("deaf", "ready");
+    let line = machines.refused(&["shutdown", "deaf", "--wait"]);
+    assert!(line.contains("cannot be asked to shut down"), "{line}");
+    assert!(line.contains("bantam destroy deaf"), "{line}");
+    machines.done(&["suspend", "deaf"]);
+    let line = machines.refused(&["shutdown", "deaf"]);
+    assert!(line.contains("it is paused"), "{line}");
+    machines.done(&["resume", "deaf"]);
+    // The request has changed nothing: its end is followed by another start.
+    let process = machines.process("deaf");
+    console.write_all(b"a").unwrap();
+    read_until(&mut console, "PASS");
+    machines.console_until("deaf", "ready");
+    assert_eq!(machines.process("deaf"), process);
+    machines.done(&["shutdown", "deaf", "--wait", "--timeout", "20s"]);
+    assert_eq!(machines.state("deaf"), "shut off (destroyed)");
+}
+
+#[test]
 fn a_guest_that_fails_is_started_again_as_its_policy_says() {
     require_kvm!();
     let machines = Machines::new();

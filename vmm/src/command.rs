@@ -33,12 +33,13 @@ pub enum Command {
     PressCtrlAltDel,
     /// Asks the guest to shut itself down, and ends the machine as [`Command::Stop`] does if the guest has
     /// not done so when the time is over. The guest is asked by the ACPI power button if it takes that
-    /// interrupt, otherwise by Ctrl-Alt-Del if it has enabled its keyboard. A guest that listens to neither,
-    /// and a machine that is not running, is stopped at once. Asking again presses again, and the earliest
-    /// deadline counts.
+    /// interrupt, otherwise by Ctrl-Alt-Del if it has enabled its keyboard. If it listens to neither or is paused,
+    /// the machine is stopped at once if there is a time, and otherwise goes on. A machine without a guest is stopped.
+    /// Asking again presses again, and the earliest deadline counts.
     ShutDown {
-        /// How long the guest may take.
-        timeout: Duration,
+        /// How long the guest may take. Without it, the guest has all the time that it needs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        timeout: Option<Duration>,
     },
     /// Ends the machine as if its power were cut: the guest loses what it has not written out, but no
     /// request is left half done. A machine that has ended stays as it is.
@@ -116,8 +117,10 @@ pub enum ShutDown {
     PowerButton,
     /// It has pressed Ctrl-Alt-Del.
     CtrlAltDel,
-    /// It has cut the power, because the guest listens to neither or was given no time.
+    /// It has cut the power, because the guest cannot be asked or was given no time.
     PowerCut,
+    /// It has done nothing, because the guest cannot be asked: it listens to neither, or is paused.
+    Unheard,
 }
 
 /// What a command returns.

@@ -359,13 +359,16 @@ impl Controller {
     }
 
     /// Asks the guest to shut itself down, and cuts its power if it has not after `timeout`
-    /// ([`Command::ShutDown`]). The power of a paused machine is cut at once, as its guest cannot do anything.
+    /// ([`Command::ShutDown`]). A paused guest cannot do anything: its power is cut at once if there is a time.
     /// Returns at once: [`Controller::wait`] waits for the end.
-    pub fn shut_down(&self, timeout: Duration) -> ShutDown {
+    pub fn shut_down(&self, timeout: Option<Duration>) -> ShutDown {
         let life = self.0.life();
         match &*life {
             Life::Running(machine) | Life::Resuming(machine) if !self.0.is_stopping() => {
                 machine.shut_down(timeout)
+            }
+            Life::Pausing(_) | Life::Paused(_) if timeout.is_none() && !self.0.is_stopping() => {
+                ShutDown::Unheard
             }
             _ => {
                 self.0.stop();

@@ -354,10 +354,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Asks the guest to shut itself down, and cuts its power after `time`. If the guest does not listen, its
-    /// power is cut at once; so it is if a debugger has stopped the guest.
-    pub(crate) fn shut_down(&self, time: Duration) -> ShutDown {
-        let asked = if time.is_zero() || self.control.is_held_by_debugger() {
+    /// Asks the guest to shut itself down, and cuts its power after `time`, if that is given. If the guest does not listen
+    /// or a debugger has stopped it, its power is cut at once; without a time, nothing is done.
+    pub(crate) fn shut_down(&self, time: Option<Duration>) -> ShutDown {
+        let asked = if time.is_some_and(|time| time.is_zero()) || self.control.is_held_by_debugger()
+        {
             None
         } else if self.vm.takes_interrupt(layout::POWER_BUTTON_GSI) {
             let pressed = self.devices.press_power_button();
@@ -366,15 +367,17 @@ impl Machine {
             let pressed = self.devices.press_ctrl_alt_del();
             pressed.ok().map(|()| ShutDown::CtrlAltDel)
         };
-        match asked {
-            Some(asked) => {
+        match (asked, time) {
+            (Some(asked), Some(time)) => {
                 self.control.cut_power_after(time);
                 asked
             }
-            None => {
+            (Some(asked), None) => asked,
+            (None, Some(_)) => {
                 self.control.finish(Ok(ExitReason::Stopped));
                 ShutDown::PowerCut
             }
+            (None, None) => ShutDown::Unheard,
         }
     }
 

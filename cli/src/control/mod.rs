@@ -50,7 +50,7 @@ fn execute(args: ControlArgs) -> anyhow::Result<()> {
         ControlCommand::Resume => Command::Resume,
         ControlCommand::Stop => Command::Stop,
         ControlCommand::Shutdown { timeout } => Command::ShutDown {
-            timeout: timeout.get(),
+            timeout: Some(timeout.get()),
         },
         ControlCommand::PowerButton => Command::PressPowerButton,
         ControlCommand::CtrlAltDel => Command::PressCtrlAltDel,

@@ -18,6 +18,7 @@ pub fn answer(answer: &Answer, format: Output) -> serde_json::Result<String> {
             ShutDown::PowerButton => "the guest is asked to shut down, by the power button",
             ShutDown::CtrlAltDel => "the guest is asked to shut down, by Ctrl-Alt-Del",
             ShutDown::PowerCut => "the power is cut",
+            ShutDown::Unheard => "the guest cannot be asked to shut down",
         }
         .to_owned(),
         (Output::Human, Answer::Configuration(config)) => config.to_toml().trim_end().to_owned(),

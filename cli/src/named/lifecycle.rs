@@ -36,11 +36,17 @@ pub fn start(args: &StartArgs) -> anyhow::Result<()> {
 pub fn shutdown(args: &ShutdownArgs) -> anyhow::Result<()> {
     let machine = machine(&args.name)?;
     let timeout = args.timeout.map(ShutdownTimeout::get);
-    if machine.shutdown(timeout)? == ShutDown::PowerCut && timeout != Some(Duration::ZERO) {
-        say(format_args!(
+    match machine.shutdown(timeout)? {
+        ShutDown::PowerCut if timeout != Some(Duration::ZERO) => say(format_args!(
             "the guest of machine '{}' listens neither to the power button nor to Ctrl-Alt-Del: its power is cut",
             args.name
-        ));
+        )),
+        ShutDown::Unheard => bail!(
+            "the guest of machine '{0}' cannot be asked to shut down: it is paused, or listens neither to the power \
+             button nor to Ctrl-Alt-Del, or not yet; try again later, or end it (bantam destroy {0})",
+            args.name
+        ),
+        ShutDown::PowerButton | ShutDown::CtrlAltDel | ShutDown::PowerCut => {}
     }
     let limit = timeout.map(|timeout| timeout + END_TIME);
     if args.wait && !machine.wait_until_shut_off(limit)? {

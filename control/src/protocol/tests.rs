@@ -33,9 +33,13 @@ fn a_request_is_one_object() {
         ),
         (
             command(Command::ShutDown {
-                timeout: Duration::from_millis(1500),
+                timeout: Some(Duration::from_millis(1500)),
             }),
             json!({"id": 7, "command": {"shut-down": {"timeout": {"secs": 1, "nanos": 500_000_000}}}}),
+        ),
+        (
+            command(Command::ShutDown { timeout: None }),
+            json!({"id": 7, "command": {"shut-down": {}}}),
         ),
         (
             command(Command::PutMetadata(json!({"a": null}))),
@@ -204,7 +208,7 @@ fn unknown_fields_of_commands_are_refused() {
     for asked in [
         Command::Configure(Box::new(MachineConfig::new("vmlinux"))),
         Command::ShutDown {
-            timeout: Duration::from_secs(1),
+            timeout: Some(Duration::from_secs(1)),
         },
         Command::SnapshotDisks(vec![DiskSnapshot {
             disk: "disk0".parse().unwrap(),

@@ -17,16 +17,24 @@ const WAYS: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct SliceCache {
-    slots: Box<[Slot]>,
+    sets: Box<[Set]>,
     words: usize,
+}
+
+/// The slots that a slice can be in.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Set {
+    /// Number of the slice in each slot plus one, or 0. They are together because a look-up of a slice that is not cached
+    /// reads them all, and an overlay that has nothing at an offset has no slice for it.
+    tags: [AtomicU64; WAYS],
+    slots: [Slot; WAYS],
 }
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// Odd while a writer changes the slot.
+    /// Odd while a writer changes the slot or its tag.
     sequence: AtomicU64,
-    /// Number of the slice plus one, or 0.
-    tag: AtomicU64,
     /// Whether the slot was read since it was last considered for reuse.
     is_used: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
@@ -39,9 +47,8 @@ impl SliceCache {
         let sets = (bytes / slice_bytes / WAYS as u64)
             .clamp(1, 1 << 16)
             .next_power_of_two();
-        let slots = (0..sets as usize * WAYS).map(|_| Slot::default()).collect();
         SliceCache {
-            slots,
+            sets: (0..sets).map(|_| Set::default()).collect(),
             words: slice_bytes as usize / 8,
         }
     }
@@ -54,9 +61,9 @@ impl SliceCache {
     /// Calls `look` with the words of a slice if it is cached. It may see a mixture of old and new words, in
     /// which case its result is dropped.
     pub fn read<T>(&self, slice: u64, look: impl FnOnce(&[AtomicU64]) -> T) -> Option<T> {
-        let slot = self.find(slice)?;
+        let (tag, slot) = self.set(slice).find(slice)?;
         let sequence = slot.sequence.load(Ordering::Acquire);
-        if sequence & 1 != 0 || slot.tag.load(Ordering::Relaxed) != slice + 1 {
+        if sequence & 1 != 0 || tag.load(Ordering::Relaxed) != slice + 1 {
             return None;
         }
         let result = look(slot.words.get()?);
@@ -73,7 +80,8 @@ impl SliceCache {
     /// Has the processor fetch a word of a slice, if that is cached. The tables of a disk are too large for the caches
     /// that are next to the processor, as data goes through these too.
     pub fn prefetch(&self, slice: u64, word: usize) {
-        let words = self.find(slice).and_then(|slot| slot.words.get());
+        let found = self.set(slice).find(slice);
+        let words = found.and_then(|(_, slot)| slot.words.get());
         if let Some(word) = words.and_then(|words| words.get(word)) {
             // SAFETY: a prefetch accesses nothing that a program could notice.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(word).cast()) };
@@ -83,33 +91,22 @@ impl SliceCache {
     /// Puts a slice into the cache. The caller holds the lock of the tables.
     pub fn insert(&self, slice: u64, words: &[u64]) {
         let set = self.set(slice);
-        let slot = self.find(slice).or_else(|| {
-            let is_empty = |slot: &&Slot| slot.tag.load(Ordering::Relaxed) == 0;
-            let is_unused = |slot: &&Slot| !slot.is_used.swap(false, Ordering::Relaxed);
-            set.iter()
-                .find(is_empty)
-                .or_else(|| set.iter().find(is_unused))
-                .or(set.first())
+        let (tag, slot) = set.find(slice).unwrap_or_else(|| set.choose());
+        let empty = || (0..self.words).map(|_| AtomicU64::new(0)).collect();
+        let place = slot.words.get_or_init(empty);
+        slot.change(|| {
+            tag.store(slice + 1, Ordering::Relaxed);
+            for (word, &value) in place.iter().zip(words) {
+                word.store(value, Ordering::Relaxed);
+            }
         });
-        if let Some(slot) = slot {
-            let empty = || (0..self.words).map(|_| AtomicU64::new(0)).collect();
-            let place = slot.words.get_or_init(empty);
-            slot.change(|| {
-                slot.tag.store(slice + 1, Ordering::Relaxed);
-                for (word, &value) in place.iter().zip(words) {
-                    word.store(value, Ordering::Relaxed);
-                }
-            });
-        }
     }
 
     /// Replaces the words of a slice from `first` on, if it is cached. The caller holds the lock of the
     /// tables.
     pub fn update(&self, slice: u64, first: usize, words: &[u64]) {
-        if let Some((slot, place)) = self
-            .find(slice)
-            .and_then(|slot| Some((slot, slot.words.get()?)))
-        {
+        let found = self.set(slice).find(slice);
+        if let Some((slot, place)) = found.and_then(|(_, slot)| Some((slot, slot.words.get()?))) {
             slot.change(|| {
                 for (word, &value) in place.iter().skip(first).zip(words) {
                     word.store(value, Ordering::Relaxed);
@@ -120,28 +117,43 @@ impl SliceCache {
 
     /// Forgets a slice. The caller holds the lock of the tables.
     pub fn remove(&self, slice: u64) {
-        if let Some(slot) = self.find(slice) {
-            slot.change(|| slot.tag.store(0, Ordering::Relaxed));
+        if let Some((tag, slot)) = self.set(slice).find(slice) {
+            slot.change(|| tag.store(0, Ordering::Relaxed));
         }
     }
 
     /// Forgets all slices. The caller holds the lock of the tables.
     pub fn clear(&self) {
-        for slot in &self.slots {
-            slot.change(|| slot.tag.store(0, Ordering::Relaxed));
+        for (tag, slot) in self.sets.iter().flat_map(Set::iter) {
+            slot.change(|| tag.store(0, Ordering::Relaxed));
         }
     }
 
-    fn set(&self, slice: u64) -> &[Slot] {
+    fn set(&self, slice: u64) -> &Set {
         // The number of sets is a power of two.
-        let start = (slice as usize & (self.slots.len() / WAYS - 1)) * WAYS;
-        &self.slots[start..start + WAYS]
+        &self.sets[slice as usize & (self.sets.len() - 1)]
+    }
+}
+
+impl Set {
+    /// Returns the slots with their tags.
+    fn iter(&self) -> impl Iterator<Item = (&AtomicU64, &Slot)> {
+        self.tags.iter().zip(&self.slots)
     }
 
-    fn find(&self, slice: u64) -> Option<&Slot> {
-        self.set(slice)
-            .iter()
-            .find(|slot| slot.tag.load(Ordering::Relaxed) == slice + 1)
+    /// Returns the slot of a slice.
+    fn find(&self, slice: u64) -> Option<(&AtomicU64, &Slot)> {
+        self.iter()
+            .find(|(tag, _)| tag.load(Ordering::Relaxed) == slice + 1)
+    }
+
+    /// Returns the slot for another slice: an empty one if there is one, otherwise one that was not used lately.
+    fn choose(&self) -> (&AtomicU64, &Slot) {
+        let is_unused = |(_, slot): &(_, &Slot)| !slot.is_used.swap(false, Ordering::Relaxed);
+        self.iter()
+            .find(|(tag, _)| tag.load(Ordering::Relaxed) == 0)
+            .or_else(|| self.iter().find(is_unused))
+            .unwrap_or((&self.tags[0], &self.slots[0]))
     }
 }
 

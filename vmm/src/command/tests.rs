@@ -34,8 +34,9 @@ fn commands_and_answers_travel_as_json() {
         Command::Configure(Box::new(config.clone())),
         Command::Start,
         Command::ShutDown {
-            timeout: Duration::from_millis(1500),
+            timeout: Some(Duration::from_millis(1500)),
         },
+        Command::ShutDown { timeout: None },
         Command::SnapshotDisks(vec![DiskSnapshot {
             disk: "root".parse().unwrap(),
             path: "/overlay.qcow2".into(),
@@ -80,6 +81,7 @@ fn commands_and_answers_travel_as_json() {
         Answer::Done,
         Answer::State(State::Paused),
         Answer::ShutDown(ShutDown::PowerCut),
+        Answer::ShutDown(ShutDown::Unheard),
         Answer::Configuration(Box::new(config)),
         Answer::Device(DeviceAnswer::Size(u64::MAX)),
         Answer::Device(DeviceAnswer::Image(PresentImage {
