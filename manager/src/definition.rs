@@ -112,6 +112,13 @@ pub struct Settings {
     /// The snapshot that the machine has last made or gone back to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub current_snapshot: Option<String>,
+    /// Whether the machine is a template: it cannot be started, and linked copies can be made of it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub template: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Settings {
@@ -126,6 +133,7 @@ impl Settings {
             id: id.trim().to_owned(),
             restart,
             current_snapshot: None,
+            template: false,
         })
     }
 

@@ -1,6 +1,11 @@
 //! Changes of the machine file.
 
-use bantam_vmm::config::{MachineConfig, VcpuCount};
+use std::path::Path;
+
+use bantam_vmm::config::{
+    DeviceName, DiskConfig, DiskFormatOption, MachineConfig, NetConfig, VcpuCount,
+};
+use bantam_vmm::{Command, DeviceCommand, ImageFormat};
 
 use crate::definition::{machine_file, parse_machine_file};
 use crate::error::Error;
@@ -30,6 +35,125 @@ impl Machine {
     pub fn set_vcpus(&self, count: VcpuCount) -> Result<(), Error> {
         let _change = self.change("set the number of vCPUs of")?;
         self.update_config(|config| config.cpus = count)
+    }
+
+    /// Adds a disk, which the machine has from its next start on.
+    ///
+    /// # Errors
+    /// If the machine has one of that name, has a managed save, or another command is at work on it.
+    pub fn attach_disk(&self, disk: DiskConfig) -> Result<(), Error> {
+        self.change_devices("attach a disk to", |config| {
+            config.disks.push(disk);
+            Ok(())
+        })
+    }
+
+    /// Takes a disk from the machine from its next start on, and returns it. Its image stays.
+    ///
+    /// # Errors
+    /// If the machine has no such disk, has a managed save, or another command is at work on it.
+    pub fn detach_disk(&self, name: &DeviceName) -> Result<DiskConfig, Error> {
+        const ACTION: &str = "detach a disk from";
+        self.change_devices(ACTION, |config| {
+            let place = config.disk_names().position(|it| it == *name);
+            let place = place.ok_or_else(|| self.has_none(ACTION, "disk", name, "domblklist"))?;
+            Ok(config.disks.remove(place))
+        })
+    }
+
+    /// Adds a network device, which the machine has from its next start on.
+    ///
+    /// # Errors
+    /// Those of [`Machine::attach_disk`].
+    pub fn attach_interface(&self, net: NetConfig) -> Result<(), Error> {
+        self.change_devices("attach a network device to", |config| {
+            config.nets.push(net);
+            Ok(())
+        })
+    }
+
+    /// Takes a network device from the machine from its next start on.
+    ///
+    /// # Errors
+    /// If the machine has no such network device, has a managed save, or another command is at work on it.
+    pub fn detach_interface(&self, name: &DeviceName) -> Result<(), Error> {
+        const ACTION: &str = "detach a network device from";
+        self.change_devices(ACTION, |config| {
+            let place = config.net_names().position(|it| it == *name);
+            let place =
+                place.ok_or_else(|| self.has_none(ACTION, "network device", name, "domiflist"))?;
+            config.nets.remove(place);
+            Ok(())
+        })
+    }
+
+    /// Has a disk use another image. If the machine runs, its guest sees the change at once.
+    ///
+    /// # Errors
+    /// If the machine has no such disk, cannot use the image, has a managed save, or another command is at work
+    /// on it.
+    pub fn change_media(
+        &self,
+        name: &DeviceName,
+        path: &Path,
+        format: Option<DiskFormatOption>,
+    ) -> Result<(), Error> {
+        const ACTION: &str = "change an image of";
+        let is_active = self.is_active()?;
+        self.change_devices(ACTION, |config| {
+            let place = config.disk_names().position(|it| it == *name);
+            let place = place.ok_or_else(|| self.has_none(ACTION, "disk", name, "domblklist"))?;
+            if is_active {
+                let format = format.map(|format| match format {
+                    DiskFormatOption::Raw => ImageFormat::Raw,
+                    DiskFormatOption::Qcow2 => ImageFormat::Qcow2,
+                });
+                let command = DeviceCommand::ReplaceImage {
+                    path: path.to_owned(),
+                    format,
+                };
+                let name = name.clone();
+                self.execute(ACTION, Command::Device { name, command })?;
+            }
+            let disk = &mut config.disks[place];
+            disk.path = path.to_owned();
+            disk.format = format;
+            Ok(())
+        })
+    }
+
+    /// Changes which devices the machine has. A state that was saved goes on with those that it had.
+    fn change_devices<T>(
+        &self,
+        action: &'static str,
+        change_config: impl FnOnce(&mut MachineConfig) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let change = self.change(action)?;
+        self.mend(&change)?;
+        if self.has_managed_save() {
+            let reason =
+                "it goes on from a managed save with the devices that it had; start it first";
+            return Err(self.refused(action, reason));
+        }
+        let mut config = self.config()?;
+        let result = change_config(&mut config)?;
+        config.validate_values()?;
+        self.write_config(&machine_file(&config))?;
+        Ok(result)
+    }
+
+    fn has_none(
+        &self,
+        action: &'static str,
+        kind: &str,
+        name: &DeviceName,
+        command: &str,
+    ) -> Error {
+        let machine = self.name();
+        let reason = format!(
+            "it has no {kind} '{name}'; `bantam {command} {machine}` shows those that it has"
+        );
+        self.refused(action, reason)
     }
 
     /// Changes the machine file.

@@ -15,7 +15,7 @@ use crate::files;
 use crate::machine::{Machine, file};
 
 /// Returns the format of a disk's image.
-fn format_of(disk: &DiskConfig) -> Format {
+pub(crate) fn format_of(disk: &DiskConfig) -> Format {
     match (disk.format, ImageFormat::of_name(&disk.path)) {
         (Some(DiskFormatOption::Qcow2), _) | (None, ImageFormat::Qcow2) => Format::Qcow2,
         (Some(DiskFormatOption::Raw), _) | (None, ImageFormat::Raw) => Format::Raw,
@@ -61,6 +61,17 @@ pub(crate) fn use_overlay(disk: &mut DiskConfig, overlay: &Path) {
     disk.path = overlay.to_path_buf();
     disk.format = Some(DiskFormatOption::Qcow2);
     disk.backing = true;
+}
+
+/// Returns the files that the image of a disk consists of: its own, and its backing files. Those that cannot be opened
+/// are left out.
+pub(crate) fn chain(disk: &DiskConfig) -> Vec<PathBuf> {
+    let opened = open(&disk.path, Some(format_of(disk)), Purpose::ReadShared);
+    let files = opened.map_or_else(|_| vec![disk.path.clone()], |opened| opened.files);
+    files
+        .iter()
+        .filter_map(|path| fs::canonicalize(path).ok())
+        .collect()
 }
 
 impl Machine {

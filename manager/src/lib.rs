@@ -28,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod autostart;
+mod clone;
 mod commands;
 mod definition;
 mod edit;
@@ -48,6 +49,7 @@ mod start;
 mod states;
 mod usage;
 
+pub use clone::{CloneProgress, CloneStorage, ClonedMachine};
 pub use definition::{RestartPolicy, Settings, defaults, machine_file, parse_machine_file};
 pub use error::Error;
 pub use folders::Folders;

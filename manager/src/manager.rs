@@ -13,6 +13,7 @@ use crate::definition::{RestartPolicy, Settings, machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::folders::{Folders, name_of};
+use crate::images::chain;
 use crate::lock::{self, Purpose};
 use crate::machine::{Machine, MachineState, file, write_new};
 use crate::name::MachineName;
@@ -168,7 +169,7 @@ impl Manager {
         if let Some(found) = self.find_folded(name)? {
             return Err(Error::Exists { found });
         }
-        let new = self.folders.machines.join(format!("{NEW}{name}"));
+        let new = self.new_folder(name);
         fs::create_dir(&new).map_err(Error::file("create", &new))?;
         let made = Settings::new(restart)
             .and_then(|settings| write_new(&new, &machine_file(config), &settings))
@@ -222,6 +223,7 @@ impl Manager {
         let gone = {
             let _change = machine.change("undefine")?;
             machine.require_shut_off("undefine")?;
+            self.require_unlinked(machine, "undefine")?;
             if machine.has_managed_save() && !removal.managed_save {
                 let reason = "it has a managed save; remove that too (--managed-save)";
                 return Err(machine.refused("undefine", reason));
@@ -276,7 +278,12 @@ impl Manager {
         Ok(renamed)
     }
 
-    fn put_in_place(&self, folder: &Path, name: &MachineName) -> Result<Machine, Error> {
+    /// Returns the folder of a machine that is being made.
+    pub(crate) fn new_folder(&self, name: &MachineName) -> PathBuf {
+        self.folders.machines.join(format!("{NEW}{name}"))
+    }
+
+    pub(crate) fn put_in_place(&self, folder: &Path, name: &MachineName) -> Result<Machine, Error> {
         let machine = Machine::at(&self.folders, name.clone());
         fs::rename(folder, machine.folder())
             .and_then(|()| files::sync_folder(&self.folders.machines))
@@ -286,7 +293,7 @@ impl Manager {
 
     /// Keeps all other commands from making, renaming and removing machines, and removes what such a command has left
     /// when it was killed.
-    fn lock_all(&self) -> Result<File, Error> {
+    pub(crate) fn lock_all(&self) -> Result<File, Error> {
         let folder = &self.folders.machines;
         files::create_folders(folder).map_err(Error::file("create", folder))?;
         let path = folder.join(ALL_LOCK);
@@ -303,8 +310,8 @@ impl Manager {
             let entry = entry.map_err(Error::file("read", folder))?;
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            if name.starts_with(NEW) || name.starts_with(GONE) {
-                let path = entry.path();
+            let path = entry.path();
+            if name.starts_with(GONE) || (name.starts_with(NEW) && !is_being_made(&path)) {
                 files::remove_folder(&path).map_err(Error::file("remove", &path))?;
             }
         }
@@ -312,7 +319,7 @@ impl Manager {
     }
 
     /// Returns the name of a machine that is the same as `name` or differs only by case.
-    fn find_folded(&self, name: &MachineName) -> Result<Option<String>, Error> {
+    pub(crate) fn find_folded(&self, name: &MachineName) -> Result<Option<String>, Error> {
         let machines = self.machines()?;
         let mut names = machines.iter().map(Machine::name);
         let found = names.find(|it| it.folded() == name.folded());
@@ -336,8 +343,7 @@ impl Manager {
             .iter()
             .filter_map(|machine| machine.config().ok())
             .flat_map(|config| config.disks)
-            .map(|disk| disk.path)
-            .filter_map(|path| fs::canonicalize(path).ok())
+            .flat_map(|disk| chain(&disk))
             .collect();
         let mut kept = Vec::new();
         // Those in its own folder go with it.
@@ -359,4 +365,11 @@ impl Manager {
         }
         kept
     }
+}
+
+/// Whether a command is at work on a machine whose folder is not complete.
+fn is_being_made(folder: &Path) -> bool {
+    let lock = File::open(folder.join(file::LOCK));
+    lock.and_then(|lock| lock::is_locked(&lock, Purpose::Change))
+        .unwrap_or(false)
 }

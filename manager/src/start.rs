@@ -40,6 +40,14 @@ impl Machine {
     pub fn start(&self, options: &StartOptions) -> Result<RunOrigin, Error> {
         let change = self.change("start")?;
         self.mend(&change)?;
+        if self.settings()?.template {
+            let name = self.name();
+            let reason = format!(
+                "it is a template; start a copy of it (bantam clone {name} NEW), or make it an ordinary machine again \
+                 (bantam template {name} --off)"
+            );
+            return Err(self.refused("start", reason));
+        }
         self.start_with(&change, options)
     }
 

@@ -2,174 +2,25 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
-use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, Ended, Kernel, RootFileSystem, Running, linux_slot, payload, require_kvm,
-    require_namespaces, with_mounts,
+    Bantam, Kernel, Machines, RootFileSystem, Running, files_below, linux_slot, payload,
+    read_until, require_kvm, require_namespaces, with_mounts,
 };
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
-use tempfile::TempDir;
 
 /// How long something may take that needs milliseconds, on a busy host.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long a Linux guest may take.
 const LINUX_LIMIT: Duration = Duration::from_secs(250);
-
-/// The machines of a test, in folders of their own. They are destroyed with this.
-struct Machines {
-    folder: TempDir,
-}
-
-impl Machines {
-    fn new() -> Machines {
-        Machines {
-            folder: tempfile::tempdir().expect("there is room for temporary files"),
-        }
-    }
-
-    fn bantam(&self, arguments: &[&str]) -> Bantam {
-        let variable = format!("BANTAM_STATE_DIR={}", self.folder.path().display());
-        Bantam::new(arguments).launcher(["env".to_owned(), variable])
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ended {
-        self.bantam(arguments).finish()
-    }
-
-    /// Executes a command that has to succeed, and returns what it prints.
-    #[track_caller]
-    fn done(&self, arguments: &[&str]) -> String {
-        let ended = self.run(arguments);
-        ended.has_status(0);
-        ended.text()
-    }
-
-    /// Executes a command that has to fail, and returns the line with the reason.
-    #[track_caller]
-    fn refused(&self, arguments: &[&str]) -> String {
-        self.run(arguments).failed_with_one_line().to_owned()
-    }
-
-    #[track_caller]
-    fn json(&self, arguments: &[&str]) -> Value {
-        let mut arguments = arguments.to_vec();
-        arguments.extend(["--output", "json"]);
-        serde_json::from_str(&self.done(&arguments)).expect("it is JSON")
-    }
-
-    /// Defines a machine with a payload as its kernel.
-    #[track_caller]
-    fn create(&self, name: &str, payload_name: &str, words: &str, more: &[&str]) {
-        let kernel = payload(payload_name);
-        let kernel = kernel.to_str().unwrap();
-        let mut arguments = vec!["create", name, "--kernel", kernel, "--memory", "32M"];
-        if !words.is_empty() {
-            arguments.extend(["--append", words]);
-        }
-        arguments.extend(more);
-        self.done(&arguments);
-    }
-
-    /// Defines a machine whose guest does nothing.
-    #[track_caller]
-    fn create_idle(&self, name: &str) {
-        self.create(name, "hello", "finish=hang", &[]);
-    }
-
-    #[track_caller]
-    fn state(&self, name: &str) -> String {
-        self.done(&["domstate", name, "--reason"]).trim().to_owned()
-    }
-
-    #[track_caller]
-    fn process(&self, name: &str) -> Pid {
-        let process = self.json(&["dominfo", name])["process"].as_i64();
-        Pid::from_raw(process.expect("it runs").try_into().unwrap())
-    }
-
-    fn of_machine(&self, name: &str) -> PathBuf {
-        self.folder.path().join("machines").join(name)
-    }
-
-    fn runtime(&self, name: &str) -> PathBuf {
-        self.folder.path().join("run").join(name)
-    }
-
-    fn machine_file(&self, name: &str) -> String {
-        fs::read_to_string(self.of_machine(name).join("machine.toml")).unwrap()
-    }
-
-    #[track_caller]
-    fn wait_for_state(&self, name: &str, awaited: &str) {
-        let begin = Instant::now();
-        loop {
-            let state = self.state(name);
-            if state == awaited {
-                return;
-            }
-            assert!(begin.elapsed() < PATIENCE, "it is {state}, not {awaited}");
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Connects to the console of a machine and reads until its output contains `text`.
-    #[track_caller]
-    fn console_until(&self, name: &str, text: &str) -> (UnixStream, String) {
-        let mut stream = UnixStream::connect(self.runtime(name).join("console.sock")).unwrap();
-        let output = read_until(&mut stream, text);
-        (stream, output)
-    }
-}
-
-impl Drop for Machines {
-    fn drop(&mut self) {
-        let names = self.bantam(&["list", "--name"]).finish().text();
-        for name in names.lines() {
-            self.bantam(&["destroy", name]).finish();
-        }
-    }
-}
-
-#[track_caller]
-fn read_until(stream: &mut UnixStream, text: &str) -> String {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut output = String::new();
-    let mut chunk = [0; 4096];
-    while !output.contains(text) {
-        let count = stream.read(&mut chunk).unwrap_or_else(|error| {
-            panic!("{error} before '{text}' in\n{output}");
-        });
-        assert!(count > 0, "it has ended before '{text}' in\n{output}");
-        output.push_str(&String::from_utf8_lossy(&chunk[..count]));
-    }
-    output
-}
-
-fn files_below(folder: &Path) -> HashSet<PathBuf> {
-    let mut found = HashSet::new();
-    let mut waiting = vec![folder.to_path_buf()];
-    while let Some(folder) = waiting.pop() {
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                waiting.push(path.clone());
-            }
-            found.insert(path);
-        }
-    }
-    found
-}
 
 #[test]
 fn a_machine_lives_from_create_to_undefine() {
@@ -241,7 +92,7 @@ fn a_machine_lives_from_create_to_undefine() {
     );
     machines.done(&["undefine", "db"]);
     assert_eq!(machines.done(&["list", "--all"]), "NAME   STATE\n");
-    let left = files_below(&machines.folder.path().join("machines"));
+    let left = files_below(&machines.folder().join("machines"));
     assert_eq!(left.len(), 1, "{left:?}");
 }
 
@@ -252,7 +103,7 @@ fn a_machine_keeps_nothing_of_whoever_starts_it() {
     machines.create_idle("web");
     // A shell that passes on a pipe: its reader waits until all have closed it.
     let script = "exec 7>&1; exec \"$@\"";
-    let variable = format!("BANTAM_STATE_DIR={}", machines.folder.path().display());
+    let variable = format!("BANTAM_STATE_DIR={}", machines.folder().display());
     let launcher = ["env", &variable, "sh", "-c", script, "sh"].map(str::to_owned);
     let ended = Bantam::new(["start", "web"]).launcher(launcher).finish();
     ended.has_status(0);
@@ -302,7 +153,7 @@ fn names_that_are_not_names_are_refused() {
         assert_eq!(ended.status.code(), Some(1), "{name}: {ended}");
         assert_eq!(ended.stderr.lines().count(), 1, "{name}: {ended}");
     }
-    assert!(!machines.folder.path().join("machines").exists());
+    assert!(!machines.folder().join("machines").exists());
     let kernel = payload("hello");
     let create = |name| machines.run(&["create", name, "--kernel", kernel.to_str().unwrap()]);
     create("Web").has_status(0);
@@ -338,18 +189,18 @@ fn a_hundred_starts_leave_nothing() {
     machines.create_idle("web");
     machines.done(&["start", "web"]);
     machines.done(&["destroy", "web"]);
-    let before = files_below(machines.folder.path());
+    let before = files_below(machines.folder());
     for _ in 0..100 {
         machines.done(&["start", "web"]);
         machines.done(&["destroy", "web"]);
     }
-    assert_eq!(files_below(machines.folder.path()), before);
+    assert_eq!(files_below(machines.folder()), before);
     assert!(!has_process(&machines));
 }
 
 /// Whether a process has a file in the folder of the machines open.
 fn has_process(machines: &Machines) -> bool {
-    let folder = fs::canonicalize(machines.folder.path()).unwrap();
+    let folder = fs::canonicalize(machines.folder()).unwrap();
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let descriptors = processes
         .filter_map(|process| fs::read_dir(process.path().join("fd")).ok())
@@ -412,7 +263,7 @@ fn a_create_that_is_killed_leaves_a_machine_or_nothing() {
         }
         machines.done(&["dominfo", "web"]);
         machines.done(&["undefine", "web"]);
-        let left = files_below(&machines.folder.path().join("machines"));
+        let left = files_below(&machines.folder().join("machines"));
         assert_eq!(left.len(), 1, "{left:?}");
     }
 }
@@ -497,7 +348,12 @@ fn a_guest_that_cannot_be_asked_to_shut_down_goes_on() {
     let process = machines.process("deaf");
     console.write_all(b"a").unwrap();
     read_until(&mut console, "PASS");
-    machines.console_until("deaf", "ready");
+    let begin = Instant::now();
+    while machines.json(&["domstate", "deaf"])["last-run"]["restarts"] != 1 {
+        assert!(begin.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(5));
+    }
+    machines.wait_for_state("deaf", "running (booted)");
     assert_eq!(machines.process("deaf"), process);
     machines.done(&["shutdown", "deaf", "--wait", "--timeout", "20s"]);
     assert_eq!(machines.state("deaf"), "shut off (destroyed)");
@@ -534,7 +390,7 @@ fn a_guest_that_fails_is_started_again_as_its_policy_says() {
 fn a_machine_file_is_defined_edited_and_printed() {
     require_kvm!();
     let machines = Machines::new();
-    let file = machines.folder.path().join("web.toml");
+    let file = machines.folder().join("web.toml");
     let kernel = payload("hello");
     let text = format!(
         "kernel = \"{}\"\nappend = \"finish=hang\"\n",
@@ -545,7 +401,7 @@ fn a_machine_file_is_defined_edited_and_printed() {
     assert!(machines.done(&["dumpcfg", "web"]).contains("finish=hang"));
 
     let edit = |script: &str| {
-        let variable = format!("BANTAM_STATE_DIR={}", machines.folder.path().display());
+        let variable = format!("BANTAM_STATE_DIR={}", machines.folder().display());
         let editor = format!("EDITOR=sed -i {script}");
         let launcher = ["env", "-u", "VISUAL", &variable, &editor].map(str::to_owned);
         Bantam::new(["edit", "web"]).launcher(launcher).finish()
@@ -589,7 +445,7 @@ fn events_of_machines_are_followed_from_before_their_start() {
     let events = machines.bantam(&["events", "--output", "json"]).start();
     // It watches once the folder of the sockets is there.
     let begin = Instant::now();
-    while !machines.folder.path().join("run").exists() {
+    while !machines.folder().join("run").exists() {
         assert!(begin.elapsed() < PATIENCE);
         thread::sleep(Duration::from_millis(1));
     }
@@ -655,7 +511,7 @@ fn a_saved_machine_goes_on_where_it_was() {
     let mut output = [0; 64];
     assert!(stream.read(&mut output).is_err(), "{output:?}");
 
-    let saved = machines.folder.path().join("saved");
+    let saved = machines.folder().join("saved");
     let saved = saved.to_str().unwrap();
     machines.done(&["save", "count", saved]);
     machines.done(&["restore", saved]);
@@ -670,7 +526,7 @@ fn a_saved_machine_goes_on_where_it_was() {
 fn snapshots_keep_disks_and_memory_and_are_gone_back_to() {
     require_kvm!();
     let machines = Machines::new();
-    let disk = machines.folder.path().join("disk.img");
+    let disk = machines.folder().join("disk.img");
     let content = vec![7; 1 << 20];
     fs::write(&disk, &content).unwrap();
     let disk = disk.to_str().unwrap();
@@ -742,7 +598,7 @@ fn snapshots_keep_disks_and_memory_and_are_gone_back_to() {
 fn a_guest_that_reboots_after_a_snapshot_keeps_its_overlays() {
     require_kvm!();
     let machines = Machines::new();
-    let disk = machines.folder.path().join("disk.img");
+    let disk = machines.folder().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let disk = disk.to_str().unwrap();
     machines.create("web", "button", "finish=reset", &["--disk", disk]);
@@ -769,7 +625,7 @@ fn a_guest_that_reboots_after_a_snapshot_keeps_its_overlays() {
 fn a_snapshot_that_is_killed_counts_or_leaves_nothing() {
     require_kvm!();
     let machines = Machines::new();
-    let disk = machines.folder.path().join("disk.img");
+    let disk = machines.folder().join("disk.img");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     machines.create("count", "count", "", &["--disk", disk.to_str().unwrap()]);
     machines.done(&["start", "count"]);
@@ -818,7 +674,7 @@ fn a_snapshot_that_is_killed_counts_or_leaves_nothing() {
 fn storage_that_another_machine_uses_is_kept() {
     let machines = Machines::new();
     let image = |name: &str| {
-        let path = machines.folder.path().join(name);
+        let path = machines.folder().join(name);
         fs::write(&path, vec![0; 1 << 16]).unwrap();
         path
     };
@@ -842,7 +698,7 @@ fn storage_that_another_machine_uses_is_kept() {
 
 /// Defines and starts a Linux guest with a root file system of its own.
 fn start_linux(machines: &Machines, name: &str, kernel: Kernel, words: &str) {
-    let root = machines.folder.path().join("root.img");
+    let root = machines.folder().join("root.img");
     fs::copy(RootFileSystem::new().ext4, &root).unwrap();
     let kernel = kernel.vmlinux();
     let kernel = kernel.to_str().unwrap();

@@ -28,6 +28,8 @@ use nix::sys::signal::{SigSet, Signal};
 
 use args::ImageCommand;
 pub use args::{ImageArgs, QemuImgArgs};
+pub use interrupt::cancel_on_signal;
+pub use progress::Progress;
 pub use target::{open_backing, options, set_backing};
 
 use crate::message::say_last;

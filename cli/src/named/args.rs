@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use bantam_manager::{MachineName, RestartPolicy};
 use bantam_storage::parse_size;
-use bantam_vmm::config::{DeviceName, MemorySize, ShutdownTimeout, VcpuCount};
+use bantam_vmm::config::{
+    DeviceName, DiskConfig, DiskFormatOption, MemorySize, NetConfig, ShutdownTimeout, VcpuCount,
+};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::args::MachineArgs;
@@ -26,6 +28,13 @@ pub enum NamedCommand {
     Undefine(UndefineArgs),
     /// Gives a named machine that does not run another name
     Rename(RenameArgs),
+    /// Makes a named machine that is like another, with disks of its own
+    ///
+    /// The other one must not run. Its disks are copied, or shared block by block if the file system can. Those of a template
+    /// are the base of overlays, so that a clone takes no time and little room.
+    Clone(CloneArgs),
+    /// Makes a named machine a template, which is not started but cloned
+    Template(TemplateArgs),
     /// Lists named machines: those that run, or all
     List(ListArgs),
     /// Starts a named machine, and returns when its guest runs
@@ -34,8 +43,8 @@ pub enum NamedCommand {
     Start(StartArgs),
     /// Asks the guest of a named machine to shut itself down
     ///
-    /// The guest is asked by the power button or by Ctrl-Alt-Del, and takes its time. The power of a guest that listens to
-    /// neither is cut at once.
+    /// The guest is asked by the power button or by Ctrl-Alt-Del, and takes its time. If it listens to neither, it goes on,
+    /// unless there is a --timeout.
     Shutdown(ShutdownArgs),
     /// Asks the guest of a named machine to reboot
     ///
@@ -82,6 +91,16 @@ pub enum NamedCommand {
     Setvcpus(SetvcpusArgs),
     /// Makes a disk of a named machine that runs larger
     Blockresize(BlockresizeArgs),
+    /// Gives a named machine a disk from its next start on
+    AttachDisk(AttachDiskArgs),
+    /// Takes a disk from a named machine from its next start on; its image stays
+    DetachDisk(DetachDiskArgs),
+    /// Gives a named machine a network device from its next start on
+    AttachInterface(AttachInterfaceArgs),
+    /// Takes a network device from a named machine from its next start on
+    DetachInterface(DetachInterfaceArgs),
+    /// Has a disk of a named machine use another image, at once if the machine runs
+    ChangeMedia(ChangeMediaArgs),
     /// Has systemd start a named machine with the host, or with your session
     Autostart(AutostartArgs),
     /// Prints what happens to named machines from now on
@@ -182,6 +201,86 @@ pub struct RenameArgs {
     pub name: MachineName,
     /// The new name
     pub new_name: MachineName,
+}
+
+#[derive(Debug, Args)]
+pub struct CloneArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The name of the new one
+    pub new_name: MachineName,
+    /// Make overlays of the disks of a template; the default for templates
+    #[arg(long, conflicts_with = "full")]
+    pub linked: bool,
+    /// Copy the disks; the default for other machines
+    #[arg(long)]
+    pub full: bool,
+    /// Start the new machine
+    #[arg(long)]
+    pub start: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TemplateArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// Make it an ordinary machine again, if it has no linked clones
+    #[arg(long)]
+    pub off: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct AttachDiskArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The disk, as for --disk of bantam run: PATH[,KEY=VALUE]...
+    #[arg(value_name = "DISK")]
+    pub disk: DiskConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct DetachDiskArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The disk: its name on the host, as bantam domblklist prints it
+    pub disk: DeviceName,
+}
+
+#[derive(Debug, Args)]
+pub struct AttachInterfaceArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The network device, as for --net of bantam run, such as user or nat
+    #[arg(value_name = "NET")]
+    pub net: NetConfig,
+}
+
+#[derive(Debug, Args)]
+pub struct DetachInterfaceArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The network device: its name on the host, as bantam domiflist prints it
+    pub interface: DeviceName,
+}
+
+#[derive(Debug, Args)]
+pub struct ChangeMediaArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// The disk: its name on the host, as bantam domblklist prints it
+    pub disk: DeviceName,
+    /// The image
+    pub path: PathBuf,
+    /// Format of the image; by default it follows from its name
+    #[arg(long, value_name = "FORMAT", value_parser = |text: &str| DiskFormatOption::try_from(text.to_owned()))]
+    pub format: Option<DiskFormatOption>,
 }
 
 #[derive(Debug, Args)]

@@ -28,7 +28,7 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_new(machine: &Machine) -> anyhow::Result<()> {
+pub fn start_new(machine: &Machine) -> anyhow::Result<()> {
     machine.start(&StartOptions::default()).with_context(|| {
         format!(
             "machine '{}' is defined, but does not start",

@@ -87,7 +87,7 @@ fn asks_to_go_on(reason: &str) -> anyhow::Result<bool> {
 }
 
 /// Tells the user of a machine that runs when a change counts.
-fn say_next_start(machine: &Machine) -> anyhow::Result<()> {
+pub fn say_next_start(machine: &Machine) -> anyhow::Result<()> {
     if machine.is_active()? {
         let name = machine.name();
         say(format_args!(

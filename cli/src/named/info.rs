@@ -30,6 +30,7 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
             "memory-kib": memory,
             "autostart": machine.is_autostarted(),
             "restart": settings.restart,
+            "template": settings.template,
             "managed-save": has_save,
             "current-snapshot": settings.current_snapshot,
             "last-run": run,
@@ -49,6 +50,9 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
         ("Restart", settings.restart.to_string()),
         ("Managed save", yes(has_save)),
     ];
+    if settings.template {
+        lines.push(("Template", yes(true)));
+    }
     if let Some(process) = process {
         lines.push(("Process", process.to_string()));
     }

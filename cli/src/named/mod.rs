@@ -2,10 +2,12 @@
 
 mod args;
 mod autostart;
+mod clone;
 mod completion;
 mod console;
 mod create;
 mod detach;
+mod devices;
 mod edit;
 mod events;
 mod info;
@@ -52,6 +54,8 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Define(args) => create::define(&args),
         NamedCommand::Undefine(args) => create::undefine(&args),
         NamedCommand::Rename(args) => create::rename(&args),
+        NamedCommand::Clone(args) => clone::clone(&args),
+        NamedCommand::Template(args) => clone::template(&args),
         NamedCommand::List(args) => list::list(&args),
         NamedCommand::Start(args) => lifecycle::start(&args),
         NamedCommand::Shutdown(args) => lifecycle::shutdown(&args),
@@ -73,6 +77,11 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Setmem(args) => edit::set_memory(&args),
         NamedCommand::Setvcpus(args) => edit::set_vcpus(&args),
         NamedCommand::Blockresize(args) => edit::resize_disk(&args),
+        NamedCommand::AttachDisk(args) => devices::attach_disk(args),
+        NamedCommand::DetachDisk(args) => devices::detach_disk(&args),
+        NamedCommand::AttachInterface(args) => devices::attach_interface(args),
+        NamedCommand::DetachInterface(args) => devices::detach_interface(&args),
+        NamedCommand::ChangeMedia(args) => devices::change_media(&args),
         NamedCommand::Autostart(args) => autostart::autostart(&args),
         NamedCommand::Events(args) => events::events(&args),
         // It is executed before this.

@@ -249,6 +249,24 @@ impl MachineConfig {
 
     /// Makes relative paths relative to `folder`.
     pub fn rebase_paths(&mut self, folder: &Path) {
+        let rebase = |path: &mut PathBuf| {
+            if path.is_relative() {
+                *path = folder.join(&path);
+            }
+        };
+        self.stream_paths_mut().for_each(rebase);
+        let kernel = Some(&mut self.kernel).filter(|path| !path.as_os_str().is_empty());
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        kernel
+            .into_iter()
+            .chain(&mut self.initrd)
+            .chain(disks)
+            .for_each(rebase);
+    }
+
+    /// Returns the paths of sockets and files of the host that what the guest writes leads to, apart from disks. Two
+    /// machines cannot have the same ones.
+    pub fn stream_paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
         let channels = self.channels.iter_mut().map(|channel| &mut channel.end);
         let streams = [&mut self.serial, &mut self.console]
             .into_iter()
@@ -257,25 +275,12 @@ impl MachineConfig {
                 SerialConfig::File(path) | SerialConfig::Socket(path) => Some(path),
                 SerialConfig::Stdio | SerialConfig::Pty | SerialConfig::None => None,
             });
-        let kernel = Some(&mut self.kernel).filter(|path| !path.as_os_str().is_empty());
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let gdb = match &mut self.gdb {
             Some(GdbConfig::Unix(path)) => Some(path),
             Some(GdbConfig::Tcp(_)) | None => None,
         };
-        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
-        for path in kernel
-            .into_iter()
-            .chain(&mut self.initrd)
-            .chain(vsock)
-            .chain(gdb)
-            .chain(streams)
-            .chain(disks)
-        {
-            if path.is_relative() {
-                *path = folder.join(&path);
-            }
-        }
+        vsock.into_iter().chain(gdb).chain(streams)
     }
 
     /// Returns the names of the disks, in their order.

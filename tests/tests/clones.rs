@@ -1,0 +1,271 @@
+//! Copies of named machines, templates, and changes of devices: `bantam clone`, `template`, `attach-disk` and the others.
+
+#![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bantam_tests::{Machines, check_image, files_below, pattern, qemu_img, require_kvm};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const MIB: usize = 1 << 20;
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Writes an image with content that is not the same anywhere.
+fn image(machines: &Machines, name: &str, size: usize) -> PathBuf {
+    let path = machines.folder().join(name);
+    fs::write(&path, pattern(name.len() as u64, 0, size)).unwrap();
+    path
+}
+
+/// Returns where the image of a disk is.
+fn source(machines: &Machines, name: &str, disk: usize) -> PathBuf {
+    let source = machines.json(&["domblklist", name])[disk]["source"].clone();
+    source.as_str().unwrap().into()
+}
+
+/// Checks that two images, with their backing files, are the same disk.
+fn identical(images: [&Path; 2], formats: [&str; 2]) {
+    qemu_img(&["compare", "-f", formats[0], "-F", formats[1]], &images);
+}
+
+#[test]
+fn a_clone_has_disks_and_an_identity_of_its_own() {
+    require_kvm!();
+    let machines = Machines::new();
+    let raw = image(&machines, "raw.img", 4 * MIB);
+    let base = image(&machines, "base.img", 3 * MIB);
+    let shared = image(&machines, "shared.img", MIB);
+    let overlay = machines.folder().join("overlay.qcow2");
+    qemu_img(
+        &["create", "-f", "qcow2", "-F", "raw", "-b", text(&base)],
+        &[&overlay],
+    );
+    let vsock = machines.folder().join("web.vsock");
+    machines.create(
+        "web",
+        "hello",
+        "finish=hang",
+        &[
+            "--disk",
+            text(&raw),
+            "--disk",
+            text(&overlay),
+            "--disk",
+            &format!("{},ro", text(&shared)),
+            "--net",
+            "user,mac=52:54:00:00:00:01",
+            "--vsock",
+            &format!("cid=3,socket={}", text(&vsock)),
+        ],
+    );
+    let cloned = machines.run(&["clone", "web", "copy"]);
+    cloned.has_status(0);
+    // A socket is for one machine.
+    let moved = machines.of_machine("copy").join("web.vsock");
+    assert!(cloned.stderr.contains(text(&moved)), "{cloned}");
+
+    let folder = machines.of_machine("copy").join("disks");
+    let copies = [0, 1].map(|disk| source(&machines, "copy", disk));
+    assert!(copies.iter().all(|copy| copy.starts_with(&folder)));
+    assert_eq!(source(&machines, "copy", 2), shared);
+    assert_eq!(fs::read(&copies[0]).unwrap(), fs::read(&raw).unwrap());
+    identical([&copies[1], &base], ["qcow2", "raw"]);
+    check_image(&copies[1], false);
+    let id = |name: &str| machines.json(&["dominfo", name])["id"].clone();
+    assert_ne!(id("web"), id("copy"));
+    assert!(!machines.machine_file("copy").contains("52:54"));
+
+    // Both run at once, and the copy does without the other's images.
+    machines.done(&["start", "web"]);
+    machines.done(&["start", "copy"]);
+    machines.done(&["destroy", "web"]);
+    machines.done(&["destroy", "copy"]);
+    machines.done(&["undefine", "web", "--remove-all-storage"]);
+    assert!(!raw.exists() && !overlay.exists());
+    fs::remove_file(&base).unwrap();
+    machines.done(&["start", "copy"]);
+    machines.done(&["destroy", "copy"]);
+    machines.done(&["undefine", "copy"]);
+    assert!(!folder.exists() && shared.exists());
+}
+
+#[test]
+fn a_machine_that_cannot_be_cloned_says_why() {
+    require_kvm!();
+    let machines = Machines::new();
+    machines.create_idle("web");
+    machines.create_idle("other");
+    let line = machines.refused(&["clone", "web", "OTHER"]);
+    assert!(
+        line.contains("there is a machine 'other' already"),
+        "{line}"
+    );
+    let line = machines.refused(&["clone", "web", "new", "--linked"]);
+    assert!(line.contains("bantam template web"), "{line}");
+    machines.done(&["start", "web"]);
+    let line = machines.refused(&["clone", "web", "new"]);
+    assert!(line.contains("it is running"), "{line}");
+    machines.done(&["managedsave", "web"]);
+    let line = machines.refused(&["clone", "web", "new"]);
+    assert!(line.contains("managed save"), "{line}");
+
+    // An image that is not there leaves nothing of the copy.
+    let disk = image(&machines, "disk.img", MIB);
+    machines.create("third", "hello", "finish=hang", &["--disk", text(&disk)]);
+    fs::remove_file(&disk).unwrap();
+    let before = files_below(machines.folder());
+    let line = machines.refused(&["clone", "third", "new"]);
+    assert!(line.contains("disk.img"), "{line}");
+    assert_eq!(files_below(machines.folder()), before);
+}
+
+#[test]
+fn a_clone_that_is_killed_leaves_a_machine_or_nothing() {
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", 16 * MIB);
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    let before = files_below(&machines.folder().join("machines"));
+    for round in 0..12 {
+        let clone = machines.bantam(&["clone", "web", "copy"]).start();
+        thread::sleep(Duration::from_millis(round * 4));
+        clone.signal(Signal::SIGKILL);
+        clone.wait();
+        if machines.done(&["list", "--all", "--name"]) == "web\n" {
+            machines.done(&["clone", "web", "copy"]);
+        }
+        let copy = fs::read(source(&machines, "copy", 0)).unwrap();
+        assert!(copy == fs::read(&disk).unwrap());
+        machines.done(&["undefine", "copy"]);
+        assert_eq!(files_below(&machines.folder().join("machines")), before);
+    }
+}
+
+#[test]
+fn other_commands_leave_a_machine_alone_that_is_being_cloned() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = machines.folder().join("disk.img");
+    fs::write(&disk, vec![7; 384 * MIB]).unwrap();
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    let clone = machines.bantam(&["clone", "web", "copy"]).start();
+    let new = machines.folder().join("machines/.new-copy/disks");
+    let begin = Instant::now();
+    while !new.exists() && begin.elapsed() < Duration::from_secs(20) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    // These take the lock that removes what killed commands have left.
+    machines.create_idle("third");
+    let second = machines.run(&["clone", "third", "copy"]);
+    let start = machines.run(&["start", "web"]);
+    clone.wait().has_status(0);
+    assert!(fs::read(source(&machines, "copy", 0)).unwrap() == fs::read(&disk).unwrap());
+    // A host that is very fast has copied before.
+    if !start.status.success() {
+        assert!(start.stderr.contains("another command (clone"), "{start}");
+    }
+    assert!(second.stderr.contains("already"), "{second}");
+}
+
+#[test]
+fn a_template_is_not_started_but_cloned() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", 2 * MIB);
+    machines.create("base", "hello", "finish=hang", &["--disk", text(&disk)]);
+    machines.done(&["template", "base"]);
+    assert_eq!(machines.json(&["dominfo", "base"])["template"], true);
+    let line = machines.refused(&["start", "base"]);
+    assert!(line.contains("it is a template"), "{line}");
+    assert!(line.contains("bantam clone base"), "{line}");
+
+    machines.done(&["clone", "base", "one", "--start"]);
+    machines.done(&["clone", "base", "two", "--full"]);
+    assert_eq!(machines.state("one"), "running (booted)");
+    let overlay = source(&machines, "one", 0);
+    machines.done(&["destroy", "one"]);
+    identical([&overlay, &disk], ["qcow2", "raw"]);
+    assert!(fs::metadata(&overlay).unwrap().len() < MIB as u64);
+    assert_eq!(
+        fs::read(source(&machines, "two", 0)).unwrap(),
+        fs::read(&disk).unwrap()
+    );
+    assert_eq!(machines.json(&["dominfo", "one"])["template"], false);
+
+    // What others need stays. A copy needs nothing.
+    for command in [
+        &["undefine", "base"][..],
+        &["undefine", "base", "--remove-all-storage"],
+        &["template", "base", "--off"],
+    ] {
+        let line = machines.refused(command);
+        assert!(
+            line.contains("other machines need its disks: one; "),
+            "{line}"
+        );
+    }
+    machines.done(&["undefine", "one"]);
+    machines.done(&["template", "base", "--off"]);
+    machines.done(&["start", "base"]);
+    machines.done(&["destroy", "base"]);
+    machines.done(&["undefine", "base", "--remove-all-storage"]);
+    assert!(!disk.exists());
+    machines.done(&["start", "two"]);
+}
+
+#[test]
+fn devices_are_attached_and_detached_for_the_next_start() {
+    require_kvm!();
+    let machines = Machines::new();
+    machines.create_idle("web");
+    let first = image(&machines, "first.img", MIB);
+    let second = image(&machines, "second.img", MIB);
+    machines.done(&["attach-disk", "web", &format!("{},id=data", text(&first))]);
+    machines.done(&["attach-interface", "web", "user,name=lan"]);
+    let names = |list: Value| -> Vec<String> {
+        let names = list.as_array().unwrap().iter();
+        names
+            .map(|it| it["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    machines.done(&["start", "web"]);
+    assert_eq!(names(machines.json(&["domblklist", "web"])), ["data"]);
+    assert_eq!(names(machines.json(&["domiflist", "web"])), ["lan"]);
+
+    // A machine that runs keeps what it has.
+    let detached = machines.run(&["detach-disk", "web", "data"]);
+    detached.has_status(0);
+    assert!(detached.stderr.contains("started again"), "{detached}");
+    machines.done(&["detach-interface", "web", "lan"]);
+    assert_eq!(names(machines.json(&["domblklist", "web"])), ["data"]);
+    machines.done(&["destroy", "web"]);
+    machines.done(&["start", "web"]);
+    assert!(names(machines.json(&["domblklist", "web"])).is_empty());
+    assert!(names(machines.json(&["domiflist", "web"])).is_empty());
+    machines.done(&["destroy", "web"]);
+
+    let line = machines.refused(&["detach-disk", "web", "data"]);
+    assert!(line.contains("bantam domblklist web"), "{line}");
+    machines.done(&[
+        "attach-disk",
+        "web",
+        &format!("{},id=data,ro", text(&first)),
+    ]);
+    let line = machines.refused(&["attach-disk", "web", &format!("{},id=data", text(&second))]);
+    assert!(line.contains("data"), "{line}");
+    machines.done(&["change-media", "web", "data", text(&second)]);
+    machines.done(&["start", "web"]);
+    assert_eq!(source(&machines, "web", 0), second);
+    machines.done(&["change-media", "web", "data", text(&first)]);
+    assert_eq!(source(&machines, "web", 0), first);
+    assert!(machines.machine_file("web").contains("first.img"));
+    let missing = machines.folder().join("missing.img");
+    machines.refused(&["change-media", "web", "data", text(&missing)]);
+    assert!(machines.machine_file("web").contains("first.img"));
+}
