@@ -178,7 +178,8 @@ impl Machine {
         parse_machine_file(&self.machine_file_text()?, &self.machine_file())
     }
 
-    /// Returns the configuration for the machine's process: `stdio` is the socket of the console.
+    /// Returns the configuration for the machine's process: `stdio` is the socket of the console, and networks know the
+    /// machine by its name.
     ///
     /// # Errors
     /// Those of [`Machine::config`].
@@ -193,6 +194,9 @@ impl Machine {
             if *end == SerialConfig::Stdio {
                 *end = SerialConfig::Socket(socket.clone());
             }
+        }
+        for net in &mut config.nets {
+            net.name_guest(self.name.as_str());
         }
         Ok(config)
     }

@@ -1,8 +1,9 @@
-//! Copies of named machines, templates, and changes of devices: `bantam clone`, `template`, `attach-disk` and the others.
+//! Copies of named machines, templates, and their devices: `bantam clone`, `template`, `attach-disk`, `domifaddr` and others.
 
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -268,4 +269,59 @@ fn devices_are_attached_and_detached_for_the_next_start() {
     let missing = machines.folder().join("missing.img");
     machines.refused(&["change-media", "web", "data", text(&missing)]);
     assert!(machines.machine_file("web").contains("first.img"));
+}
+
+#[test]
+fn interfaces_are_listed_with_their_addresses() {
+    require_kvm!();
+    let machines = Machines::new();
+    let nets = [
+        "--net",
+        "user,subnet=10.7.0.0/24,forward=tcp:127.0.0.1:2222:22",
+        "--net",
+        "tap=none0,mac=52:54:00:00:00:01",
+    ];
+    machines.create("web", "hello", "finish=hang", &nets);
+    let list = machines.json(&["domiflist", "web"]);
+    assert_eq!(list[0]["type"], "user");
+    assert_eq!(list[1]["type"], "ethernet");
+    assert_eq!(list[1]["source"], "none0");
+    assert_eq!(list[1]["mac"], "52:54:00:00:00:01");
+    let addresses = machines.json(&["domifaddr", "web"]);
+    assert_eq!(addresses.as_array().unwrap().len(), 1);
+    assert_eq!(addresses[0]["address"], "10.7.0.15");
+    assert_eq!(addresses[0]["mac"], list[0]["mac"]);
+    let table = machines.done(&["domifaddr", "web"]);
+    assert!(table.starts_with("Name"), "{table}");
+    assert!(table.contains("10.7.0.15"), "{table}");
+}
+
+#[test]
+fn ssh_is_started_with_the_address_of_the_machine() {
+    let machines = Machines::new();
+    let bin = machines.folder().join("bin");
+    fs::create_dir(&bin).unwrap();
+    let ssh = bin.join("ssh");
+    fs::write(&ssh, "#!/bin/sh\necho \"$@\"\n").unwrap();
+    fs::set_permissions(&ssh, fs::Permissions::from_mode(0o755)).unwrap();
+    let run = |arguments: &[&str]| {
+        let path = format!("PATH={}:/usr/bin:/bin", bin.display());
+        let state = format!("BANTAM_STATE_DIR={}", machines.folder().display());
+        machines
+            .bantam(arguments)
+            .launcher(["env".to_owned(), path, state])
+            .finish()
+    };
+    let net = "user,forward=tcp:127.0.0.1:8080:80,forward=tcp:127.0.0.1:2222:22";
+    machines.create("web", "hello", "finish=hang", &["--net", net]);
+    let ended = run(&["ssh", "admin@web", "-v", "uname", "-a"]);
+    ended.has_status(0);
+    let words = "-p 2222 -l admin -o HostKeyAlias=bantam-web 127.0.0.1 -v uname -a\n";
+    assert_eq!(ended.text(), words);
+    machines.create("closed", "hello", "finish=hang", &["--net", "user"]);
+    let line = machines.refused(&["ssh", "closed"]);
+    assert!(line.contains("forward=tcp:2222:22"), "{line}");
+    machines.create_idle("alone");
+    let line = machines.refused(&["ssh", "alone"]);
+    assert!(line.contains("no address"), "{line}");
 }

@@ -219,7 +219,7 @@ impl Forward {
     }
 
     /// Returns each port of the host with the port of the guest that it leads to.
-    pub(crate) fn ports(&self) -> impl Iterator<Item = (SocketAddr, u16)> + use<> {
+    pub fn ports(&self) -> impl Iterator<Item = (SocketAddr, u16)> + use<> {
         let (address, first) = (self.address, self.guest_port);
         let ports = self.host_ports.clone().enumerate();
         ports.map(move |(index, port)| (SocketAddr::new(address, port), first + index as u16))

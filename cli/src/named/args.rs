@@ -74,6 +74,12 @@ pub enum NamedCommand {
     Domblklist(OutputArgs),
     /// Lists the network devices of a named machine
     Domiflist(OutputArgs),
+    /// Lists the addresses of a named machine that are known
+    ///
+    /// Those of user networks, leases of networks of the host, and neighbours of the host on bridges and taps.
+    Domifaddr(OutputArgs),
+    /// Logs in to a named machine by ssh, whose address is looked up
+    Ssh(SshArgs),
     /// Prints the machine file of a named machine
     Dumpcfg(DumpcfgArgs),
     /// Attaches the terminal to the console of a named machine
@@ -281,6 +287,20 @@ pub struct ChangeMediaArgs {
     /// Format of the image; by default it follows from its name
     #[arg(long, value_name = "FORMAT", value_parser = |text: &str| DiskFormatOption::try_from(text.to_owned()))]
     pub format: Option<DiskFormatOption>,
+}
+
+#[derive(Debug, Args)]
+pub struct SshArgs {
+    /// The machine, with the name of a user before it if that is another: admin@web
+    #[arg(value_name = "[USER@]MACHINE")]
+    pub target: String,
+    /// Options of ssh, or a command for the machine
+    #[arg(
+        value_name = "ARGUMENT",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub arguments: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,7 +1,7 @@
-//! `bantam dominfo`, `domstate`, `domblklist`, `domiflist` and `dumpcfg`.
+//! `bantam dominfo`, `domstate`, `domblklist` and `dumpcfg`.
 
 use bantam_manager::{Machine, MachineState, Run, RunOrigin};
-use bantam_vmm::config::{MachineConfig, NetConfig};
+use bantam_vmm::config::MachineConfig;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
@@ -126,10 +126,10 @@ fn reason(state: MachineState, run: Option<&Run>) -> Option<String> {
 }
 
 /// Returns the configuration of a machine: as it runs, or as it will.
-fn present_config(machine: &Machine) -> anyhow::Result<MachineConfig> {
+pub fn present_config(machine: &Machine) -> anyhow::Result<MachineConfig> {
     Ok(match machine.is_active()? {
         true => machine.live_config()?,
-        false => machine.config()?,
+        false => machine.process_config()?,
     })
 }
 
@@ -148,38 +148,6 @@ pub fn disks(args: &OutputArgs) -> anyhow::Result<()> {
     }
     let mut rows = vec![vec!["Target".to_owned(), "Source".to_owned()]];
     rows.extend(disks.map(|(name, disk)| vec![name.to_string(), disk.path.display().to_string()]));
-    print(&table(&rows))
-}
-
-pub fn networks(args: &OutputArgs) -> anyhow::Result<()> {
-    let config = present_config(&machine(&args.name)?)?;
-    let nets = config.net_names().zip(&config.nets);
-    let source = |net: &NetConfig| net.tap.as_ref().map(ToString::to_string);
-    let kind = |net: &NetConfig| if net.user { "user" } else { "tap" };
-    let mac = |net: &NetConfig| net.mac.as_ref().map(ToString::to_string);
-    if args.output == Output::Json {
-        let nets = nets.map(|(name, net)| {
-            json!({
-                "name": name,
-                "type": kind(net),
-                "source": source(net),
-                "mac": mac(net),
-            })
-        });
-        return print_json(&nets.collect::<Vec<Value>>());
-    }
-    let heading = ["Interface", "Type", "Source", "Model", "MAC"].map(str::to_owned);
-    let mut rows = vec![heading.to_vec()];
-    rows.extend(nets.map(|(name, net)| {
-        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        vec![
-            name.to_string(),
-            kind(net).to_owned(),
-            or_dash(source(net)),
-            "virtio".to_owned(),
-            or_dash(mac(net)),
-        ]
-    }));
     print(&table(&rows))
 }
 

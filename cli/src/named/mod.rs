@@ -11,6 +11,7 @@ mod devices;
 mod edit;
 mod events;
 mod info;
+mod interfaces;
 mod lifecycle;
 mod list;
 mod process;
@@ -70,7 +71,9 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Domstate(args) => info::state(&args),
         NamedCommand::Domstats(args) => stats::stats(&args),
         NamedCommand::Domblklist(args) => info::disks(&args),
-        NamedCommand::Domiflist(args) => info::networks(&args),
+        NamedCommand::Domiflist(args) => interfaces::list(&args),
+        NamedCommand::Domifaddr(args) => interfaces::addresses(&args),
+        NamedCommand::Ssh(args) => interfaces::ssh(&args),
         NamedCommand::Dumpcfg(args) => info::dump(&args),
         NamedCommand::Console(args) => console::console(&args),
         NamedCommand::Edit(args) => edit::edit(&args),

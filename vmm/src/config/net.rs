@@ -234,6 +234,15 @@ impl NetConfig {
         }
     }
 
+    /// Has a network that gives its guests names call this one `name`, unless it is called something already, or
+    /// `name` is not a name for a host.
+    pub fn name_guest(&mut self, name: &str) {
+        let has_names = self.user || self.is_on_managed_network();
+        if has_names && self.hostname.is_none() && name.parse::<HostName>().is_ok() {
+            self.hostname = name.parse().ok();
+        }
+    }
+
     /// Returns what the guest is called on a network of the host.
     pub(crate) fn host_name(&self) -> Option<HostName> {
         self.hostname
@@ -871,6 +880,23 @@ mod tests {
         ] {
             assert!(InterfaceName::try_from(name.to_owned()).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_guest_is_named_where_networks_have_names() {
+        let named = |text: &str, name: &str| {
+            let mut net = net(text).unwrap();
+            net.name_guest(name);
+            assert!(net.validate(0).is_ok(), "{text}");
+            net.hostname.map(|name| name.to_string())
+        };
+        for text in ["user", "nat", "network=lab"] {
+            assert_eq!(named(text, "web").as_deref(), Some("web"));
+            assert_eq!(named(text, "my_web"), None);
+        }
+        assert_eq!(named("nat,hostname=db", "web").as_deref(), Some("db"));
+        assert_eq!(named("tap=t", "web"), None);
+        assert_eq!(named("bridge=br0", "web"), None);
     }
 
     #[test]
