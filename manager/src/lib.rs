@@ -41,6 +41,7 @@ mod images;
 mod lock;
 mod machine;
 mod manager;
+mod merge;
 mod name;
 mod process;
 mod saved;

@@ -347,7 +347,8 @@ impl Machine {
         Ok(record)
     }
 
-    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them.
+    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. The overlays
+    /// that a machine which does not run has of them go back into them, if nobody else needs these.
     ///
     /// # Errors
     /// If there is no such snapshot, another command is at work on the machine, or the host refuses it.
@@ -373,6 +374,7 @@ impl Machine {
         let gone = self.file(file::SNAPSHOTS).join(format!("{GONE}{name}"));
         fs::rename(&folder, &gone).map_err(Error::file("remove", &folder))?;
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
+        self.merge_overlays(&record)?;
         self.remove_unused()
     }
 

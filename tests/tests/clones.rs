@@ -5,6 +5,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -324,4 +325,85 @@ fn ssh_is_started_with_the_address_of_the_machine() {
     machines.create_idle("alone");
     let line = machines.refused(&["ssh", "alone"]);
     assert!(line.contains("no address"), "{line}");
+}
+
+/// Writes 64 KiB of a byte to a qcow2 image.
+fn write_to(image: &Path, byte: u8, offset: usize) {
+    let write = format!("write -P {byte} {offset} 64k");
+    let written = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", &write])
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(written.status.success(), "{written:?}");
+}
+
+#[test]
+fn images_of_deleted_snapshots_are_merged() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", 2 * MIB);
+    let mut expected = fs::read(&disk).unwrap();
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    for (name, byte) in [("one", 0x11), ("two", 0x22)] {
+        machines.done(&["snapshot", "create", "web", name]);
+        let offset = usize::from(byte) << 14;
+        write_to(&source(&machines, "web", 0), byte, offset);
+        expected[offset..offset + (64 << 10)].fill(byte);
+    }
+    let content = machines.folder().join("expected.img");
+    fs::write(&content, &expected).unwrap();
+    // What a snapshot keeps stays as it is.
+    let of_two = source(&machines, "web", 0);
+    machines.done(&["snapshot", "delete", "web", "two"]);
+    let of_one = source(&machines, "web", 0);
+    assert!(!of_two.exists() && of_one != disk);
+    check_image(&of_one, false);
+    identical([&of_one, &content], ["qcow2", "raw"]);
+    machines.done(&["start", "web"]);
+    machines.done(&["destroy", "web"]);
+
+    // Another machine reads the first image.
+    machines.create(
+        "reader",
+        "hello",
+        "",
+        &["--disk", &format!("{},ro", text(&disk))],
+    );
+    let before = fs::read(&disk).unwrap();
+    machines.done(&["snapshot", "create", "web", "three"]);
+    machines.done(&["snapshot", "delete", "web", "one"]);
+    machines.done(&["snapshot", "delete", "web", "three"]);
+    assert_eq!(source(&machines, "web", 0), of_one);
+    assert!(fs::read(&disk).unwrap() == before);
+    machines.done(&["undefine", "reader"]);
+
+    // With one layer, the machine ends where it began.
+    machines.done(&["undefine", "web"]);
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    machines.done(&["snapshot", "create", "web", "one"]);
+    write_to(&source(&machines, "web", 0), 0x33, 0);
+    machines.done(&["snapshot", "delete", "web", "one"]);
+    assert_eq!(source(&machines, "web", 0), disk);
+    assert!(!machines.of_machine("web").join("disks").exists());
+    let after = fs::read(&disk).unwrap();
+    assert!(after[..64 << 10].iter().all(|&byte| byte == 0x33));
+    assert!(after[64 << 10..] == before[64 << 10..]);
+    machines.done(&["start", "web"]);
+}
+
+#[test]
+fn a_machine_that_runs_keeps_its_overlay_when_a_snapshot_is_deleted() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", MIB);
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    machines.done(&["start", "web"]);
+    machines.done(&["snapshot", "create", "web", "one"]);
+    let overlay = source(&machines, "web", 0);
+    machines.done(&["snapshot", "delete", "web", "one"]);
+    assert_eq!(source(&machines, "web", 0), overlay);
+    assert!(overlay.exists());
+    machines.done(&["destroy", "web"]);
+    machines.done(&["start", "web"]);
 }
