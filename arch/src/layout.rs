@@ -56,7 +56,11 @@ pub const VM_CLOCK_SIZE: u32 = 0x1000;
 /// ACPI root pointer, followed by the other tables.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables in bytes.
-pub const ACPI_TABLES_MAX_SIZE: usize = 0x2_0000;
+pub const ACPI_TABLES_MAX_SIZE: usize = 0x1_f000;
+/// SMBIOS entry point, followed by the tables.
+pub const SMBIOS: u64 = 0xf_f000;
+/// Room for them in bytes.
+pub const SMBIOS_MAX_SIZE: usize = 0x1000;
 
 // --- Guest-physical memory: from 1 MiB --------------------------------------------------------
 

@@ -15,6 +15,7 @@ pub mod memory_map;
 pub mod mptable;
 pub mod msrs;
 pub mod registers;
+pub mod smbios;
 
 use std::fmt;
 

@@ -178,8 +178,8 @@ impl Machine {
         parse_machine_file(&self.machine_file_text()?, &self.machine_file())
     }
 
-    /// Returns the configuration for the machine's process: `stdio` is the socket of the console, and networks know the
-    /// machine by its name.
+    /// Returns the configuration for the machine's process: `stdio` is the socket of the console, networks know the machine
+    /// by its name, and its guest by its id.
     ///
     /// # Errors
     /// Those of [`Machine::config`].
@@ -197,6 +197,10 @@ impl Machine {
         }
         for net in &mut config.nets {
             net.name_guest(self.name.as_str());
+        }
+        let smbios = config.smbios.get_or_insert_default();
+        if smbios.uuid.is_none() {
+            smbios.uuid = self.settings()?.id.parse().ok();
         }
         Ok(config)
     }

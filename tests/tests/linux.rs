@@ -589,3 +589,21 @@ fn the_kernel_that_debian_ships_starts() {
     require_kvm!();
     first_line(&debian_kernel()).printed("Linux version 6.1.");
 }
+
+#[test]
+fn linux_knows_its_machine_by_smbios() {
+    require_kvm!();
+    let _slot = linux_slot();
+    // The project's own kernels do without.
+    let machine = Bantam::run(debian_kernel())
+        .append("earlyprintk=ttyS0")
+        .option(
+            "--smbios",
+            "manufacturer=Maker,product=Box,uuid=123e4567-e89b-12d3-a456-426614174000",
+        )
+        .start();
+    machine.wait_for_output("SMBIOS 3.2.0 present");
+    machine.wait_for_output("DMI: Maker Box, BIOS ");
+    machine.signal(Signal::SIGTERM);
+    machine.wait().succeeded();
+}

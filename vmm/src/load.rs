@@ -2,7 +2,7 @@
 
 use bantam_arch::acpi::{self, AcpiDevices, VirtioMmioWindow};
 use bantam_arch::memory_map::memory_map;
-use bantam_arch::{layout, mptable, registers};
+use bantam_arch::{layout, mptable, registers, smbios};
 use bantam_boot::{
     BootProtocol, CommandLine, LoadedKernel, StartInformation, load_initrd, load_kernel,
     write_start_information,
@@ -84,6 +84,9 @@ pub(crate) fn load_guest(
         .chain([layout::KEYBOARD_GSI, layout::SERIAL_GSI])
         .collect();
     mptable::write_mp_table(memory, vcpu_count, &gsis)?;
+    if let Some(config) = &config.smbios {
+        smbios::write_smbios_tables(memory, &config.identity())?;
+    }
     registers::write_boot_tables(memory, kernel.protocol)?;
     let information = StartInformation {
         memory_map: &memory_map(config.memory.bytes()),

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
     GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
-    VcpuCount, VsockConfig, path,
+    SmbiosConfig, VcpuCount, VsockConfig, path,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
@@ -249,6 +249,14 @@ pub struct MachineArgs {
     /// Whether the guest has an entropy device (virtio-rng) [default: on]
     #[arg(hide_possible_values = true, long, value_name = "on|off", help_heading = heading::OTHER, value_parser = switch())]
     pub rng: Option<bool>,
+
+    /// Who the guest is told that its machine is, by SMBIOS tables [default: no tables]
+    ///
+    /// Keys are manufacturer, product, version, serial, uuid, sku, family and asset-tag, as in
+    /// uuid=123e4567-e89b-12d3-a456-426614174000,serial=ds=nocloud. A comma in a value is written twice.
+    #[arg(long, value_name = "KEY=VALUE,...", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = os_text::<SmbiosConfig>())]
+    pub smbios: Option<SmbiosConfig>,
 
     /// What a reboot or panic of the guest does to the machine [default: exit]
     ///

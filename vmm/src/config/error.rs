@@ -396,6 +396,26 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Not a description of SMBIOS tables.
+    #[error(
+        "{reason}; SMBIOS tables are KEY=VALUE,... with manufacturer, product, version, serial, uuid, sku, family and asset-tag"
+    )]
+    SmbiosOption {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not a text that an SMBIOS table can have.
+    #[error("'{text}' cannot be in an SMBIOS table: use 1 to 64 printable ASCII characters")]
+    SmbiosText {
+        /// What was given.
+        text: String,
+    },
+    /// Not a UUID.
+    #[error("'{text}' is not a UUID such as 123e4567-e89b-12d3-a456-426614174000")]
+    Uuid {
+        /// What was given.
+        text: String,
+    },
     /// Not a context identifier that a guest can have.
     #[error("cid {cid} is out of range: {MIN_GUEST_CID} to {MAX_GUEST_CID}")]
     GuestCid {

@@ -28,6 +28,7 @@ pub mod path;
 mod quantity;
 mod serial;
 mod short_keys;
+mod smbios;
 mod table;
 mod validation;
 mod vcpu_count;
@@ -68,6 +69,7 @@ pub use metadata::MetadataConfig;
 pub use net::{InterfaceName, MacAddress, Mtu, NetConfig, NetEnd, QueuePairs};
 pub use quantity::Quantity;
 pub use serial::SerialConfig;
+pub use smbios::{SmbiosConfig, SmbiosText, Uuid};
 pub use table::MachineTable;
 pub use validation::is_same_file;
 pub use vcpu_count::VcpuCount;
@@ -131,6 +133,12 @@ pub struct MachineConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub metadata: Option<MetadataConfig>,
+    /// SMBIOS tables, which say who the machine is.
+    #[serde(
+        deserialize_with = "forms::table",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub smbios: Option<SmbiosConfig>,
     /// Other end of the serial port.
     pub serial: SerialConfig,
     /// Limit of the serial port's output in bytes; output beyond it is dropped.
@@ -194,6 +202,7 @@ impl MachineConfig {
             nets: Vec::new(),
             vsock: None,
             metadata: None,
+            smbios: None,
             serial: SerialConfig::default(),
             serial_limit: LimitConfig::default(),
             console: SerialConfig::None,

@@ -141,8 +141,8 @@ fn errors_in_a_machine_file_name_the_line() {
             "kernel = 'k'\nmemroy = 5",
             "/vm/machine.toml:2: unknown option 'memroy', expected one of 'kernel', 'initrd', \
              'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
-             'vsock', 'metadata', 'serial', 'serial-limit', 'console', 'channel', 'rng', 'balloon', \
-             'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
+             'vsock', 'metadata', 'smbios', 'serial', 'serial-limit', 'console', 'channel', 'rng', \
+             'balloon', 'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
              'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages', 'gdb'",
         ),
         (

@@ -182,6 +182,16 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    fn smbios()(
+        texts in vec(of(parsed::<SmbiosText>("[ -~]{1,64}")), 7),
+        uuid in of(parsed("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")),
+    ) -> SmbiosConfig {
+        let [manufacturer, product, version, serial, sku, family, asset_tag] = texts.try_into().unwrap();
+        SmbiosConfig { manufacturer, product, version, serial, uuid, sku, family, asset_tag }
+    }
+}
+
 /// JSON of a few levels.
 fn json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -252,7 +262,7 @@ prop_compose! {
         huge_pages in prop_oneof![Just(HugePages::None), Just(HugePages::Transparent), Just(HugePages::TwoMib)],
         (disks, nets) in (vec(disk(), 0..4), vec(net(), 0..3)),
         vsock in of((any::<u32>(), path())),
-        metadata in of(metadata()),
+        (metadata, smbios) in (of(metadata()), of(smbios())),
         (serial, serial_limit, console, channels) in (end(), limit(), end(), vec(channel(), 0..3)),
         (rng, balloon) in (of(limits().prop_map(|limits| LimitedDevice { limits })), of(balloon())),
         boot_protocol in prop_oneof![
@@ -276,6 +286,7 @@ prop_compose! {
             huge_pages, disks, nets,
             vsock: vsock.map(|(cid, socket)| VsockConfig { cid: GuestCid::unchecked(cid), socket }),
             metadata: None,
+            smbios,
             serial, serial_limit, console, channels, rng, balloon, boot_protocol, on_reboot,
             restart_limit,
             shutdown_timeout: format!("{shutdown_timeout}ms").parse().unwrap(),
