@@ -21,6 +21,7 @@ use crate::named::NamedCommand;
 use crate::network::NetworkArgs;
 use crate::restore::{self, MemorySource, Replacement};
 use crate::snapshot::SnapshotArgs;
+use crate::virsh::VirshArgs;
 pub use machine::MachineArgs;
 use machine::{choice, heading};
 
@@ -80,6 +81,13 @@ pub enum Command {
     Snapshot(Box<SnapshotArgs>),
     #[command(flatten)]
     Named(NamedCommand),
+    /// Shows the CPUs and the memory of this host
+    Nodeinfo,
+    /// Takes command lines of virsh for named machines
+    ///
+    /// It has virsh's options, tables and messages, so that scripts for virsh go on working. Started under the name
+    /// virsh, Bantam takes the same commands. `bantam virsh help` lists them. See docs/virsh.md.
+    Virsh(VirshArgs),
     /// Defines, starts and stops networks of the host for machines
     ///
     /// Networks with addresses, names and a way out for machines on them (--net nat, hostonly, network=NAME). They

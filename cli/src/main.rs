@@ -28,6 +28,7 @@ mod signals;
 mod snapshot;
 mod stopping;
 mod terminal;
+mod virsh;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -73,6 +74,9 @@ fn run_command() -> ExitCode {
             Err(error) => report_usage::<QemuImgArgs>(&error, ExitCode::FAILURE),
         };
     }
+    if virsh::is_virsh(&name) {
+        return virsh::execute(std::env::args_os().skip(1).collect());
+    }
     match Args::try_parse_from(arguments) {
         Ok(args) => execute(args.command),
         Err(error) => {
@@ -111,6 +115,8 @@ fn execute(command: Command) -> ExitCode {
             log::to_stderr(LevelFilter::WARN);
             network::run(*args)
         })),
+        Command::Virsh(args) => virsh::run(args),
+        Command::Nodeinfo => status_of(virsh::print_node_information()),
         Command::Check => status_of(check::check(&mut io::stdout().lock())),
         Command::Image(args) => image::run(*args),
         Command::Completions { shell } => status_of(generated_docs::print_completions(shell)),

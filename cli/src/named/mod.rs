@@ -29,6 +29,7 @@ use serde::Serialize;
 
 pub use args::{NameArgs, NamedCommand, SnapshotCreateArgs, SnapshotListArgs, SnapshotNameArgs};
 pub use completion::with_machine_names;
+pub use console::attach as attach_console;
 pub use save::restore;
 pub use snapshot::{
     create_snapshot, delete_snapshot, describe_snapshot, list_snapshots, revert, snapshot_tree,
@@ -107,7 +108,7 @@ pub fn running_machine(socket: &Path) -> Option<Machine> {
 }
 
 /// Prints text to standard output.
-fn print(text: &str) -> anyhow::Result<()> {
+pub fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     let printed = stdout
         .write_all(text.as_bytes())

@@ -1,0 +1,355 @@
+//! `bantam virsh`, and Bantam under the name virsh: what it prints is laid out as virsh 9.0 does it.
+
+#![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
+
+use std::fs;
+use std::path::PathBuf;
+
+use bantam_tests::{Bantam, Ended, payload, require_kvm};
+use tempfile::TempDir;
+
+/// The machines of a test, in folders of their own. They are destroyed with this.
+struct Domains {
+    folder: TempDir,
+}
+
+impl Domains {
+    fn new() -> Domains {
+        Domains {
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn variables(&self) -> Vec<String> {
+        let folder = self.folder.path().display();
+        vec![
+            "env".to_owned(),
+            "--unset=LIBVIRT_DEFAULT_URI".to_owned(),
+            "--unset=VIRSH_DEFAULT_CONNECT_URI".to_owned(),
+            "TZ=UTC".to_owned(),
+            format!("BANTAM_STATE_DIR={folder}"),
+            format!("BANTAM_NETWORK_ROOT={folder}/networks"),
+        ]
+    }
+
+    fn run(&self, line: &str) -> Ended {
+        let words = line.split(' ').filter(|word| !word.is_empty());
+        Bantam::new(["virsh"].into_iter().chain(words))
+            .launcher(self.variables())
+            .finish()
+    }
+
+    /// Executes a command that has to succeed, and returns what it prints.
+    #[track_caller]
+    fn done(&self, line: &str) -> String {
+        let ended = self.run(line);
+        ended.has_status(0);
+        assert_eq!(ended.stderr, "", "{ended}");
+        ended.text()
+    }
+
+    /// Executes a command that has to succeed with a message, which an empty line comes after.
+    #[track_caller]
+    fn says(&self, line: &str, message: &str) {
+        assert_eq!(self.done(line), format!("{message}\n\n"));
+    }
+
+    /// Executes a command that has to fail with one line, and returns that.
+    #[track_caller]
+    fn refused(&self, line: &str) -> String {
+        let ended = self.run(line);
+        ended.has_status(1);
+        assert_eq!(ended.text().trim(), "", "{ended}");
+        assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
+        ended.stderr.trim_end().to_owned()
+    }
+
+    /// Writes the machine file of a machine whose guest does nothing, and returns its path.
+    fn machine_file(&self, name: &str) -> PathBuf {
+        let disk = self.folder.path().join("disk.img");
+        fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        let file = self.folder.path().join(format!("{name}.toml"));
+        let text = format!(
+            "kernel = {:?}\nappend = \"finish=hang\"\nmemory = \"32M\"\n[[disk]]\npath = {disk:?}\n[[net]]\nuser = true\n",
+            payload("hello")
+        );
+        fs::write(&file, text).unwrap();
+        file
+    }
+
+    #[track_caller]
+    fn define(&self, name: &str) {
+        let file = self.machine_file(name);
+        let file = file.display();
+        self.says(
+            &format!("define {file}"),
+            &format!("Domain '{name}' defined from {file}"),
+        );
+    }
+
+    #[track_caller]
+    fn id(&self, name: &str) -> String {
+        self.done(&format!("-q domid {name}")).trim().to_owned()
+    }
+}
+
+impl Drop for Domains {
+    fn drop(&mut self) {
+        for name in self.run("-q list --name").text().lines() {
+            self.run(&format!("destroy {name}"));
+        }
+    }
+}
+
+#[test]
+fn a_domain_lives_from_define_to_undefine() {
+    require_kvm!();
+    let domains = Domains::new();
+    let empty = " Id   Name   State\n--------------------\n\n";
+    assert_eq!(domains.done("list --all"), empty);
+    domains.define("web");
+    assert_eq!(
+        domains.done("list --all"),
+        " Id   Name   State\n-----------------------\n -    web    shut off\n\n"
+    );
+    assert_eq!(domains.done("list"), empty);
+    domains.says("domstate web --reason", "shut off (unknown)");
+    domains.says("start web", "Domain 'web' started");
+    assert_eq!(
+        domains.refused("start --domain web"),
+        "error: Domain is already active"
+    );
+    let id = domains.id("web");
+    let width = id.len();
+    assert_eq!(
+        domains.done("list"),
+        format!(
+            " {:<width$}   Name   State\n{}\n {id}   web    running\n\n",
+            "Id",
+            "-".repeat(width + 20)
+        )
+    );
+    domains.says(&format!("domname {id}"), "web");
+    let uuid = domains.done("-q domuuid web");
+    domains.says(&format!("domid --domain={uuid}").replace('\n', ""), &id);
+    domains.says("suspend web", "Domain 'web' suspended");
+    domains.says("domstate web --reason", "paused (user)");
+    domains.says("resume web", "Domain 'web' resumed");
+    domains.says("reset web", "Domain 'web' was reset");
+    assert_eq!(domains.done("setvcpus web 2 --config"), "\n");
+    domains.says(
+        "blockresize web disk0 2M",
+        "Block device 'disk0' is resized",
+    );
+    let shutdown = domains.refused("shutdown web");
+    assert!(
+        shutdown.starts_with("error: Failed to shutdown domain 'web': "),
+        "{shutdown}"
+    );
+    domains.says("destroy web", "Domain 'web' destroyed");
+    assert_eq!(
+        domains.refused("destroy web"),
+        "error: Failed to destroy domain 'web': domain is not running"
+    );
+    domains.says("domstate web --reason", "shut off (destroyed)");
+    domains.says("domrename web www", "Domain successfully renamed");
+    let disk = domains.folder.path().join("disk.img");
+    domains.says(
+        "undefine www --remove-all-storage --nvram",
+        &format!(
+            "Domain 'www' has been undefined\nVolume 'disk0'({}) removed.",
+            disk.display()
+        ),
+    );
+    assert!(!disk.exists());
+    assert_eq!(domains.done("list --all"), empty);
+}
+
+#[test]
+fn facts_and_devices_are_laid_out_as_by_virsh() {
+    require_kvm!();
+    let domains = Domains::new();
+    domains.define("web");
+    let uuid = domains.done("-q domuuid web");
+    let uuid = uuid.trim();
+    assert_eq!(
+        domains.done("dominfo web"),
+        format!(
+            "Id:             -\nName:           web\nUUID:           {uuid}\nOS Type:        hvm\n\
+             State:          shut off\nCPU(s):         1\nMax memory:     32768 KiB\n\
+             Used memory:    32768 KiB\nPersistent:     yes\nAutostart:      disable\n\
+             Managed save:   no\nSecurity model: none\nSecurity DOI:   0\n\n"
+        )
+    );
+    let disk = domains.folder.path().join("disk.img");
+    let disk = disk.display().to_string();
+    assert_eq!(
+        domains.done("domblklist web"),
+        format!(
+            " Target   Source\n{}\n disk0    {disk}\n\n",
+            "-".repeat(9 + disk.len() + 3)
+        )
+    );
+    assert_eq!(
+        domains.done("-q domblklist web --details"),
+        format!(" file   disk   disk0   {disk}\n")
+    );
+    assert_eq!(
+        domains.done("domiflist web"),
+        " Interface   Type   Source   Model    MAC\n-------------------------------------------\n \
+         -           user   -        virtio   -\n\n"
+    );
+    assert_eq!(
+        domains.done("domstats web --state --vcpu"),
+        "Domain: 'web'\n  state.state=5\n  state.reason=0\n  vcpu.current=1\n  vcpu.maximum=1\n\n"
+    );
+    assert_eq!(
+        domains.done("net-list --all"),
+        " Name   State   Autostart   Persistent\n----------------------------------------\n\n"
+    );
+    let keys: Vec<_> = domains
+        .done("nodeinfo")
+        .lines()
+        .map(|line| line.chars().take(21).collect::<String>())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "CPU model:           ",
+            "CPU(s):              ",
+            "CPU frequency:       ",
+            "CPU socket(s):       ",
+            "Core(s) per socket:  ",
+            "Thread(s) per core:  ",
+            "NUMA cell(s):        ",
+            "Memory size:         ",
+            "",
+        ]
+    );
+}
+
+#[test]
+fn states_are_saved_and_snapshots_gone_back_to() {
+    require_kvm!();
+    let domains = Domains::new();
+    domains.define("web");
+    domains.says("start web", "Domain 'web' started");
+    domains.says(
+        "snapshot-create-as web s1 --atomic",
+        "Domain snapshot s1 created",
+    );
+    let list = domains.done("snapshot-list web");
+    let lines: Vec<_> = list.lines().collect();
+    assert_eq!(lines[0], " Name   Creation Time               State");
+    assert_eq!(lines[1], "-".repeat(45));
+    assert!(lines[2].starts_with(" s1     20"), "{list}");
+    assert!(lines[2].ends_with(" +0000   running"), "{list}");
+    assert_eq!(
+        domains.done("snapshot-info web --current"),
+        "Name:           s1\nDomain:         web\nCurrent:        yes\nState:          running\n\
+         Location:       external\nParent:         -\nChildren:       0\nDescendants:    0\n\
+         Metadata:       yes\n\n"
+    );
+    domains.says("snapshot-current web --name", "s1");
+    domains.says("snapshot-revert web s1", "Domain snapshot s1 reverted");
+    domains.says("domstate web --reason", "running (from snapshot)");
+    domains.says(
+        "snapshot-delete web --snapshotname s1",
+        "Domain snapshot s1 deleted",
+    );
+    assert_eq!(
+        domains.refused("snapshot-info web s1"),
+        "error: Domain snapshot not found: no domain snapshot with matching name 's1'"
+    );
+    domains.says("managedsave web", "\nDomain 'web' state saved by Bantam");
+    domains.says("domstate web --reason", "shut off (saved)");
+    let undefine = domains.refused("undefine web");
+    assert!(undefine.contains("--managed-save"), "{undefine}");
+    domains.says("start web", "Domain 'web' started");
+    domains.says("domstate web --reason", "running (restored)");
+    let directory = domains.folder.path().join("state");
+    let directory = directory.display();
+    domains.says(
+        &format!("save web {directory}"),
+        &format!("\nDomain 'web' saved to {directory}"),
+    );
+    domains.says(
+        &format!("restore {directory}"),
+        &format!("Domain restored from {directory}"),
+    );
+    domains.says(
+        "managedsave-remove web",
+        "Domain 'web' has no manage save image; removal skipped",
+    );
+}
+
+#[test]
+fn mistakes_and_what_is_lacking_are_one_line() {
+    let domains = Domains::new();
+    let xml = domains.folder.path().join("web.xml");
+    fs::write(&xml, "<domain type='kvm'/>").unwrap();
+    for (line, error) in [
+        ("domstate nope", "failed to get domain 'nope'"),
+        ("domstate ../x", "failed to get domain '../x'"),
+        ("net-info nope", "failed to get network 'nope'"),
+        ("start", "command 'start' requires <domain> option"),
+        (
+            "start web --paused",
+            "command 'start' doesn't support option --paused",
+        ),
+        ("list extra", "unexpected data 'extra'"),
+        ("xyz", "unknown command: 'xyz'"),
+        (
+            "migrate web qemu+ssh://other/system",
+            "command 'migrate' is not supported by Bantam",
+        ),
+        (
+            "dumpxml web",
+            "command 'dumpxml' is not supported by Bantam; use 'bantam dumpcfg'",
+        ),
+        (
+            "-r destroy web",
+            "operation forbidden: read only access prevents 'destroy'",
+        ),
+        ("--nope list", "unsupported option '--nope'. See --help."),
+    ] {
+        assert_eq!(domains.refused(line), format!("error: {error}"));
+    }
+    let line = format!("define {}", xml.display());
+    assert!(domains.refused(&line).contains("XML of libvirt"));
+    for uri in ["test:///default", "qemu+ssh://host/system"] {
+        let error = domains.refused(&format!("-c {uri} list"));
+        assert!(
+            error.contains(&format!("failed to connect to the hypervisor '{uri}'")),
+            "{error}"
+        );
+    }
+    assert_eq!(
+        domains.done("--connect=qemu:///session uri"),
+        "qemu:///session\n\n"
+    );
+}
+
+#[test]
+fn the_name_virsh_is_enough() {
+    let domains = Domains::new();
+    let mut launcher = domains.variables();
+    let script = "exec -a /usr/local/bin/virsh \"$@\"";
+    launcher.extend(["bash", "-c", script, "bash"].map(str::to_owned));
+    let run = |arguments: &[&str]| {
+        let bantam = Bantam::new(arguments).launcher(launcher.clone());
+        let ended = bantam.finish();
+        ended.has_status(0);
+        ended.text()
+    };
+    let empty = " Id   Name   State\n--------------------\n";
+    assert_eq!(run(&["list", "--all"]), format!("{empty}\n"));
+    assert_eq!(
+        run(&["-c", "qemu:///system", "list; uri"]),
+        format!("{empty}\nqemu:///system\n\n")
+    );
+    assert!(run(&["--help"]).contains("    snapshot-create-as "));
+    assert!(run(&["help", "start"]).contains("start <domain> [--console]"));
+    assert!(run(&["start", "--help"]).contains("start <domain> [--console]"));
+    assert_eq!(run(&["--version"]).lines().count(), 1);
+}
