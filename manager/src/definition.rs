@@ -100,6 +100,13 @@ impl FromStr for RestartPolicy {
     }
 }
 
+/// Returns a new UUID.
+pub(crate) fn random_uuid() -> Result<String, Error> {
+    let path = Path::new("/proc/sys/kernel/random/uuid");
+    let id = fs::read_to_string(path).map_err(Error::file("read", path))?;
+    Ok(id.trim().to_owned())
+}
+
 /// What the manager knows of a machine beside its machine file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -112,6 +119,9 @@ pub struct Settings {
     /// The snapshot that the machine has last made or gone back to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub current_snapshot: Option<String>,
+    /// What cloud-init in its guest knows it by, if there is a disk for cloud-init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<String>,
 }
 
 impl Settings {
@@ -120,12 +130,11 @@ impl Settings {
     /// # Errors
     /// If the kernel's random numbers cannot be read.
     pub fn new(restart: RestartPolicy) -> Result<Settings, Error> {
-        let path = Path::new("/proc/sys/kernel/random/uuid");
-        let id = fs::read_to_string(path).map_err(Error::file("read", path))?;
         Ok(Settings {
-            id: id.trim().to_owned(),
+            id: random_uuid()?,
             restart,
             current_snapshot: None,
+            instance_id: None,
         })
     }
 

@@ -75,7 +75,9 @@ pub enum Error {
         name: String,
     },
     /// A password is not one line.
-    #[error("the password is {reason}; write it, or its hash (openssl passwd -6), into the first line of the file")]
+    #[error(
+        "the password is {reason}; write it, or its hash (openssl passwd -6), into the first line of the file"
+    )]
     Password {
         /// What it is.
         reason: &'static str,

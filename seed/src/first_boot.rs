@@ -25,7 +25,10 @@ impl FromStr for UserName {
     fn from_str(name: &str) -> Result<UserName, Error> {
         let is_start = |c: char| c.is_ascii_lowercase() || c == '_';
         let is_allowed = |c: char| is_start(c) || c.is_ascii_digit() || c == '-';
-        if name.len() > MAX_USER_NAME || !name.starts_with(is_start) || !name.chars().all(is_allowed) {
+        if name.len() > MAX_USER_NAME
+            || !name.starts_with(is_start)
+            || !name.chars().all(is_allowed)
+        {
             return Err(Error::UserName {
                 name: name.chars().take(MAX_USER_NAME).collect(),
             });
@@ -158,7 +161,8 @@ mod tests {
 
     #[test]
     fn options_become_a_cloud_config() {
-        let key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB5MFlRbGeGhoBxV6H7u0ND0PVLPfWA4nYgEZTlxwWtG";
+        let key =
+            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB5MFlRbGeGhoBxV6H7u0ND0PVLPfWA4nYgEZTlxwWtG";
         let boot = FirstBoot {
             user: Some("ada".parse().unwrap()),
             ssh_keys: PublicKey::parse_file(key).unwrap(),

@@ -27,7 +27,11 @@ impl Seed {
             ("meta-data", meta_data.as_bytes()),
             ("user-data", self.user_data.as_bytes()),
         ];
-        files.extend(self.vendor_data.iter().map(|data| ("vendor-data", data.as_bytes())));
+        files.extend(
+            self.vendor_data
+                .iter()
+                .map(|data| ("vendor-data", data.as_bytes())),
+        );
         let network = self.network_config.iter();
         files.extend(network.map(|config| ("network-config", config.as_text().as_bytes())));
         write(&files).map_err(Error::Image)
@@ -95,7 +99,10 @@ mod tests {
         let files = files_of(&image);
         let names: Vec<_> = files.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["meta-data", "network-config", "user-data"]);
-        assert_eq!(files[0].1, b"{\"instance-id\":\"i-1\",\"local-hostname\":\"web\"}\n");
+        assert_eq!(
+            files[0].1,
+            b"{\"instance-id\":\"i-1\",\"local-hostname\":\"web\"}\n"
+        );
         assert_eq!(seed().to_image().unwrap(), image);
     }
 
@@ -135,10 +142,16 @@ mod tests {
         let path = folder.path().join("seed.img");
         fs::write(&path, seed().to_image().unwrap()).unwrap();
         let path = path.to_str().unwrap();
-        if let Some(label) = ask("/usr/sbin/blkid", &["-p", "-s", "LABEL", "-o", "value", path]) {
+        if let Some(label) = ask(
+            "/usr/sbin/blkid",
+            &["-p", "-s", "LABEL", "-o", "value", path],
+        ) {
             assert_eq!(label.trim(), LABEL);
         }
-        if let Some(kind) = ask("/usr/sbin/blkid", &["-p", "-s", "TYPE", "-o", "value", path]) {
+        if let Some(kind) = ask(
+            "/usr/sbin/blkid",
+            &["-p", "-s", "TYPE", "-o", "value", path],
+        ) {
             assert_eq!(kind.trim(), "vfat");
         }
         ask("/usr/sbin/fsck.fat", &["-n", path]);

@@ -27,7 +27,9 @@ impl PublicKey {
     /// If there is none, or something else; above all if it is a private key.
     pub fn parse_file(text: &str) -> Result<Vec<PublicKey>, Error> {
         if text.contains("PRIVATE KEY") {
-            return Err(wrong("this is a private key, which must not leave its host"));
+            return Err(wrong(
+                "this is a private key, which must not leave its host",
+            ));
         }
         let lines = text.lines().map(str::trim);
         let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
@@ -52,7 +54,9 @@ impl PublicKey {
         }
         match STANDARD.decode(data).is_ok_and(|key| is_whole(kind, &key)) {
             true => Ok(PublicKey(line.to_owned())),
-            false => Err(wrong(&format!("the SSH public key of type {kind} is damaged"))),
+            false => Err(wrong(&format!(
+                "the SSH public key of type {kind} is damaged"
+            ))),
         }
     }
 
@@ -108,7 +112,8 @@ mod tests {
 
     #[test]
     fn what_is_not_a_public_key_is_refused() {
-        let private = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3Bl\n-----END OPENSSH PRIVATE KEY-----\n";
+        let private =
+            "-----BEGIN OPENSSH PRIVATE KEY-----\nb3Bl\n-----END OPENSSH PRIVATE KEY-----\n";
         let cut = &KEY[..40];
         let other_type = KEY.replace("ssh-ed25519", "ssh-rsa");
         for (text, part) in [

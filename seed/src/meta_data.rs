@@ -150,7 +150,16 @@ mod tests {
         for name in ["a", "a-1.example.org", "1a"] {
             assert_eq!(name.parse::<HostName>().unwrap().as_str(), name);
         }
-        for name in ["", "-a", "a-", "a..b", "a b", "ä", &"a".repeat(64), &"a.".repeat(200)] {
+        for name in [
+            "",
+            "-a",
+            "a-",
+            "a..b",
+            "a b",
+            "ä",
+            &"a".repeat(64),
+            &"a.".repeat(200),
+        ] {
             assert!(name.parse::<HostName>().is_err(), "{name}");
         }
     }

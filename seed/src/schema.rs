@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn what_cloud_init_refuses_is_an_error_of_one_line() {
-        let script = "grep -q bad /dev/stdin && { echo 'Error:'; echo '  bad: wrong'; exit 1; }; exit 0";
+        let script =
+            "grep -q bad /dev/stdin && { echo 'Error:'; echo '  bad: wrong'; exit 1; }; exit 0";
         let error = ask(script, "#cloud-config\nbad: 1").unwrap_err();
         let expected = "cloud-init refuses the user data: Error: bad: wrong";
         assert_eq!(error.to_string(), expected);

@@ -42,7 +42,9 @@ impl Given {
         let data = |name: &str| {
             let path = path.join(name);
             let bytes = read_if_there(&path)?;
-            bytes.map(|bytes| UserData::new(&what(&path), bytes)).transpose()
+            bytes
+                .map(|bytes| UserData::new(&what(&path), bytes))
+                .transpose()
         };
         let text = |name: &str| {
             let path = path.join(name);

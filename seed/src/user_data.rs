@@ -141,7 +141,10 @@ mod tests {
             assert!(error.starts_with("user-data "), "{error}");
             assert!(error.contains(part), "{error}");
         }
-        assert!(matches!(take(b"#!\xff").unwrap_err(), Error::NotText { .. }));
+        assert!(matches!(
+            take(b"#!\xff").unwrap_err(),
+            Error::NotText { .. }
+        ));
         let large = vec![b'#'; MAX_FILE_SIZE + 1];
         assert!(matches!(take(large).unwrap_err(), Error::TooLarge { .. }));
     }

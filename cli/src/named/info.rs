@@ -24,6 +24,7 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
         return print_json(&json!({
             "name": args.name,
             "id": settings.id,
+            "instance-id": settings.instance_id,
             "state": state.as_str(),
             "process": process.map(Pid::as_raw),
             "vcpus": config.cpus.get(),
@@ -49,6 +50,9 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
         ("Restart", settings.restart.to_string()),
         ("Managed save", yes(has_save)),
     ];
+    if let Some(id) = settings.instance_id {
+        lines.push(("Instance id", id));
+    }
     if let Some(process) = process {
         lines.push(("Process", process.to_string()));
     }

@@ -8,6 +8,8 @@ mod create;
 mod detach;
 mod edit;
 mod events;
+mod first_boot;
+mod images;
 mod info;
 mod lifecycle;
 mod list;
@@ -52,6 +54,7 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Define(args) => create::define(&args),
         NamedCommand::Undefine(args) => create::undefine(&args),
         NamedCommand::Rename(args) => create::rename(&args),
+        NamedCommand::Images(args) => images::images(*args),
         NamedCommand::List(args) => list::list(&args),
         NamedCommand::Start(args) => lifecycle::start(&args),
         NamedCommand::Shutdown(args) => lifecycle::shutdown(&args),
