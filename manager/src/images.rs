@@ -54,9 +54,13 @@ pub(crate) fn create_overlay_of_size(
     let backing_size = opened.image.size();
     let size = size.unwrap_or(backing_size);
     if size < backing_size {
-        return Err(refused(format!(
-            "its image '{backing}' has {backing_size} bytes, and a disk cannot be smaller than its image"
-        )));
+        return Err(Error::Store {
+            action: "use",
+            name: backing.to_owned(),
+            reason: format!(
+                "its disk has {backing_size} bytes, and an overlay cannot be smaller; give a larger size"
+            ),
+        });
     }
     let content = NewContent {
         compress: false,

@@ -83,7 +83,7 @@ impl BaseImage {
     fn make_overlay(&self, overlay: &Path) -> Result<(), Error> {
         // A link may lead to another image one day.
         let path = fs::canonicalize(&self.path).map_err(Error::file("find", &self.path))?;
-        checked_format(&path, self.format)?;
+        checked_format("use", &path, self.format)?;
         let mut disk = DiskConfig::new(path);
         disk.format = self.format;
         create_overlay_of_size(&disk, overlay, self.size)

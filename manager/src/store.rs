@@ -134,7 +134,7 @@ impl Manager {
                 stem.parse()?
             }
         };
-        let format = checked_format(source, format)?;
+        let format = checked_format(ACTION, source, format)?;
         // Nobody writes to it while it is open.
         let opened = open(source, Some(format), Purpose::Read);
         let opened = opened.map_err(|error| refused(ACTION, &name, error.to_string()))?;
@@ -248,6 +248,7 @@ impl Machine {
 /// Returns the format of an image that a user names: the one that is given, or else the one that its name says, unless it
 /// is in fact of another.
 pub(crate) fn checked_format(
+    action: &'static str,
     path: &Path,
     given: Option<DiskFormatOption>,
 ) -> Result<Format, Error> {
@@ -257,10 +258,11 @@ pub(crate) fn checked_format(
     let opened = File::open(path).map_err(Error::file("open", path))?;
     let found = probe(&HostFile::new(opened)).map_err(Error::file("read", path))?;
     if given.is_none() && found != format {
-        return Err(Error::Image {
-            path: path.display().to_string(),
+        return Err(Error::Store {
+            action,
+            name: path.display().to_string(),
             reason: format!(
-                "its name says that it is {format}, but it looks like {found}; say which it is, raw or qcow2, or convert it \
+                "its name says that it is {format}, but it looks like {found}; give its format, raw or qcow2, or convert it \
                  first (bantam image convert)"
             ),
         });
