@@ -82,6 +82,12 @@ pub enum Error {
         /// What it is.
         reason: &'static str,
     },
+    /// cloud-init would take a password for something else, as its user has no name.
+    #[error(
+        "cloud-init would not know whether this is a password or a hash; give the user a name (--user), or use a hash that \
+         it knows (openssl passwd -6)"
+    )]
+    Ambiguous,
     /// cloud-init has refused user data.
     #[error("cloud-init refuses {what}: {reason}")]
     Schema {

@@ -68,6 +68,22 @@ impl Password {
     }
 }
 
+impl Password {
+    /// Whether cloud-init tells by itself whether this is a password or a hash, as it has to for a user whose name is not given.
+    fn is_understood(&self) -> bool {
+        match self {
+            Password::Plain(text) => {
+                // The words stand for a random password.
+                !text.starts_with('$') && !["R", "RANDOM"].contains(&text.as_str())
+            }
+            Password::Hashed(hash) => {
+                let known = ["$1$", "$2a$", "$2y$", "$5$", "$6$"];
+                known.iter().any(|start| hash.starts_with(start))
+            }
+        }
+    }
+}
+
 impl fmt::Debug for Password {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -111,26 +127,35 @@ pub struct FirstBoot {
 impl FirstBoot {
     /// Makes user data of it: `#cloud-config` in JSON, which is YAML, so there is nothing in a text that could be taken for
     /// something else.
-    pub fn to_user_data(&self) -> UserData {
+    ///
+    /// # Errors
+    /// If cloud-init would take the password for a hash, or the other way round.
+    pub fn to_user_data(&self) -> Result<UserData, Error> {
         let mut config = Map::new();
-        // What is said here of the user goes before what the distribution says.
-        let mut user = Map::new();
-        if let Some(UserName(name)) = &self.user {
-            user.insert("name".to_owned(), json!(name));
-        }
-        if let Some(password) = &self.password {
-            let (key, value) = match password {
-                Password::Plain(text) => ("plain_text_passwd", text),
-                Password::Hashed(text) => ("hashed_passwd", text),
-            };
-            user.insert(key.to_owned(), json!(value));
-            user.insert("lock_passwd".to_owned(), json!(false));
-        }
         let mut add = |key: &str, value: Value| {
             config.insert(key.to_owned(), value);
         };
-        if !user.is_empty() {
-            add("user", user.into());
+        match (&self.user, &self.password) {
+            // What is said here of the user goes before what the distribution says.
+            (Some(UserName(name)), None) => add("user", json!({ "name": name })),
+            (Some(UserName(name)), Some(password)) => {
+                let (key, value) = match password {
+                    Password::Plain(text) => ("plain_text_passwd", text),
+                    Password::Hashed(text) => ("hashed_passwd", text),
+                };
+                add(
+                    "user",
+                    json!({ "name": name, "lock_passwd": false, key: value }),
+                );
+            }
+            (None, Some(password)) if !password.is_understood() => {
+                return Err(Error::Ambiguous);
+            }
+            (None, Some(Password::Plain(text) | Password::Hashed(text))) => {
+                add("password", json!(text));
+                add("chpasswd", json!({ "expire": false }));
+            }
+            (None, None) => {}
         }
         if !self.ssh_keys.is_empty() {
             let keys: Vec<_> = self.ssh_keys.iter().map(PublicKey::as_str).collect();
@@ -143,7 +168,8 @@ impl FirstBoot {
         if !self.commands.is_empty() {
             add("runcmd", json!(self.commands));
         }
-        UserData::generated(format!("#cloud-config\n{}\n", Value::from(config)))
+        let text = format!("#cloud-config\n{}\n", Value::from(config));
+        Ok(UserData::generated(text))
     }
 }
 
@@ -152,7 +178,7 @@ mod tests {
     use super::*;
 
     fn config_of(boot: &FirstBoot) -> Value {
-        let data = boot.to_user_data();
+        let data = boot.to_user_data().unwrap();
         // What is generated would be taken if it were given.
         UserData::new("it", data.as_bytes().to_vec()).unwrap();
         let text = data.as_cloud_config().unwrap();
@@ -195,11 +221,28 @@ mod tests {
             assert_eq!(password, Password::Plain(text.to_owned()));
         }
         let boot = FirstBoot {
+            user: Some("ada".parse().unwrap()),
             password: Some(Password::Hashed(hash.to_owned())),
             ..FirstBoot::default()
         };
         assert_eq!(config_of(&boot)["user"]["hashed_passwd"], hash);
         assert!(!format!("{boot:?}").contains(hash));
+    }
+
+    #[test]
+    fn the_user_of_the_distribution_has_a_password_or_a_hash_that_cloud_init_knows() {
+        let of = |text: &str| FirstBoot {
+            password: Some(Password::parse_file(text).unwrap()),
+            ..FirstBoot::default()
+        };
+        for text in ["secret", "$6$saltsalt$abcdefgh"] {
+            let expected = json!({ "password": text, "chpasswd": { "expire": false } });
+            assert_eq!(config_of(&of(text)), expected);
+        }
+        for text in ["$y$j9T$abc$def", "$6$a b$c", "RANDOM"] {
+            let error = of(text).to_user_data().unwrap_err();
+            assert!(error.to_string().contains("--user"), "{error}");
+        }
     }
 
     #[test]

@@ -69,7 +69,7 @@ mod tests {
     fn seed() -> Seed {
         Seed {
             meta_data: MetaData::new("i-1", Some("web")),
-            user_data: FirstBoot::default().to_user_data(),
+            user_data: FirstBoot::default().to_user_data().unwrap(),
             vendor_data: None,
             network_config: Some(NetworkConfig::dhcp(&["02:00:00:00:00:01"])),
         }

@@ -20,7 +20,7 @@
 //! };
 //! let seed = Seed {
 //!     meta_data: MetaData::new("5b0f3d6e", Some("web")),
-//!     user_data: boot.to_user_data(),
+//!     user_data: boot.to_user_data()?,
 //!     vendor_data: None,
 //!     network_config: Some(NetworkConfig::dhcp(&["02:00:00:12:34:56"])),
 //! };

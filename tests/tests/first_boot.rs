@@ -362,3 +362,129 @@ fn what_cannot_be_used_is_said_and_leaves_nothing() {
         "qcow2",
     ]);
 }
+
+/// What executes cloud-init in Debian's root file system `$1` with the seed `$2`, and then `$3`. It runs in namespaces of its
+/// own, and writes to an overlay in memory. There is a network device with the MAC address `$4`.
+///
+/// The files of the seed are copied, as not every host can mount them; that the disk is found by its label is a matter of
+/// `blkid`, which unit tests ask.
+const CLOUD_INIT: &str = r#"set -eu
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/upper /mnt/work /mnt/root
+mount -t overlay -o "lowerdir=$1,upperdir=/mnt/upper,workdir=/mnt/work" overlay /mnt/root
+cd /mnt/root
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount --bind /dev dev
+mount -t tmpfs tmpfs run
+ip link set lo up
+ip link add eth0 address "$4" type veth peer name peer0
+files=var/lib/cloud/seed/nocloud
+mkdir -p $files
+for file in $(mdir -b -i "$2" ::); do mcopy -i "$2" "$file" $files/; done
+cat > etc/cloud/cloud.cfg.d/99-test.cfg <<END
+datasource_list: [NoCloud, None]
+locale: false
+resize_rootfs: false
+ssh_genkeytypes: [ed25519]
+END
+exec chroot . /bin/sh -c "
+    cloud-init schema -c /$files/user-data && echo SCHEMA
+    cloud-init init --local && cloud-init init &&
+        cloud-init modules --mode=config && cloud-init modules --mode=final
+    grep -i warning /var/log/cloud-init.log
+    $3"
+"#;
+
+/// Has cloud-init set a machine up, and returns what `questions` print afterwards.
+fn set_up(host: &Host, name: &str, questions: &str) -> String {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/guest/debian-root.sh");
+    let root = Command::new(script).output().unwrap();
+    let root = String::from_utf8(root.stdout).unwrap();
+    let mac = host.json(&["domiflist", name])[0]["mac"].clone();
+    let ended = Command::new("unshare")
+        .args([
+            "--mount",
+            "--uts",
+            "--net",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+        ])
+        .args(["sh", "-c", CLOUD_INIT, "sh", root.trim()])
+        .arg(host.of_machine(name).join("seed.img"))
+        .args([questions, mac.as_str().unwrap()])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&ended.stderr);
+    format!("{}\n{errors}", String::from_utf8_lossy(&ended.stdout))
+}
+
+#[test]
+#[ignore = "it takes root and a root file system of Debian: make distribution"]
+fn cloud_init_of_debian_does_what_it_is_told() {
+    let host = Host::new();
+    let key = host.file("id.pub", KEY);
+    let password = host.file("password", "a \"b\": c\n");
+    let hash = "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/";
+    let hash_file = host.file("hash", hash);
+    let create = ["--kernel", "/k", "--net", "user", "--ssh-key", &key];
+    let run = [
+        "--run",
+        "printf 'ran as %s: %s' \"$(id -un)\" \"$(hostname)\" > /ran",
+    ];
+    let options = ["--user", "ada", "--password-file", &password];
+    host.done(&[&["create", "web"], &create[..], &options, &run].concat());
+    let text = set_up(
+        &host,
+        "web",
+        "cat /ran /etc/network/interfaces.d/* /home/ada/.ssh/authorized_keys; getent shadow ada; id ada; getent passwd debian",
+    );
+    let id = host.json(&["dominfo", "web"])["instance-id"].clone();
+    for part in [
+        "SCHEMA",
+        "ran as root: web",
+        "iface eth0 inet dhcp",
+        KEY,
+        "ada:$",
+        "(sudo)",
+    ] {
+        assert!(text.contains(part), "'{part}' is not in\n{text}");
+    }
+    assert!(!text.contains("ada:!"), "{text}");
+    assert!(!text.contains("debian:x"), "{text}");
+
+    let options = [
+        "--password-file",
+        &hash_file,
+        "--hostname",
+        "db.example.org",
+    ];
+    host.done(&[&["create", "db"], &create[..], &options].concat());
+    let text = set_up(
+        &host,
+        "db",
+        "hostname; cat /home/debian/.ssh/authorized_keys /var/lib/cloud/data/instance-id; getent shadow debian",
+    );
+    let other_id = host.json(&["dominfo", "db"])["instance-id"].clone();
+    assert_ne!(other_id, id);
+    let hashed = format!("debian:{hash}:");
+    for part in ["SCHEMA", "db\n", KEY, &hashed, other_id.as_str().unwrap()] {
+        assert!(text.contains(part), "'{part}' is not in\n{text}");
+    }
+
+    let own = "#cloud-config\nwrite_files: [{path: /mine, content: written}]\n";
+    let file = host.file("mine.yaml", own);
+    host.done(&[
+        "create",
+        "own",
+        "--kernel",
+        "/k",
+        "--net",
+        "user",
+        "--cloud-init",
+        &file,
+    ]);
+    let text = set_up(&host, "own", "cat /mine; hostname");
+    assert!(text.contains("written") && text.contains("own\n"), "{text}");
+}

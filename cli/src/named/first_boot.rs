@@ -104,7 +104,7 @@ impl FirstBootArgs {
         let given = match &self.cloud_init {
             Some(path) => Given::read(path)?,
             None => Given {
-                user_data: self.first_boot()?.to_user_data(),
+                user_data: self.first_boot()?.to_user_data()?,
                 meta_data: None,
                 vendor_data: None,
                 network_config: None,
