@@ -23,7 +23,7 @@ use crate::name::MachineName;
 
 /// Begins the name of an image that is being copied.
 const NEW: &str = ".new-";
-/// Only read, by whoever may enter the folder.
+/// An image that machines are made of is never written to.
 const MODE: u32 = 0o444;
 /// How much is copied at once, in bytes.
 const CHUNK: usize = 1 << 20;
@@ -356,5 +356,77 @@ impl Drop for NewImage {
     fn drop(&mut self) {
         // In its place, it has another name.
         let _ = files::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn checksums_are_those_of_sha256sum() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source");
+        fs::write(&source, "abc").unwrap();
+        let name = "a".parse().unwrap();
+        let new = NewImage::create(folder.path(), &name).unwrap();
+        let known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(new.copy(&source).unwrap(), known.parse().unwrap());
+        assert_eq!(
+            known.to_ascii_uppercase().parse::<Checksum>(),
+            known.parse()
+        );
+        for text in ["", "ba78", &known.replace('b', "g"), &"é".repeat(32)] {
+            assert!(text.parse::<Checksum>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn zeroes_take_no_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source");
+        let mut content = vec![0; 5 * CHUNK + 7];
+        content[2 * CHUNK] = 1;
+        fs::write(&source, &content).unwrap();
+        let new = NewImage::create(folder.path(), &"a".parse().unwrap()).unwrap();
+        new.copy(&source).unwrap();
+        let path = folder.path().join("a.raw");
+        new.put_in_place(&path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), content);
+        assert!(fs::metadata(&path).unwrap().blocks() * 512 <= 2 * CHUNK as u64);
+    }
+
+    #[test]
+    fn what_a_killed_command_has_left_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let left = folder.path().join(".new-1-a");
+        fs::write(&left, "x").unwrap();
+        let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let first = NewImage::create(folder.path(), &a).unwrap();
+        assert!(!left.exists());
+        // One that is being copied stays.
+        let second = NewImage::create(folder.path(), &b).unwrap();
+        assert!(first.path.exists() && second.path.exists());
+        drop(first);
+        drop(second);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_of_files_say_name_and_format() {
+        let found = |path: &str| {
+            let (name, format) = name_and_format(Path::new(path))?;
+            Some(format!("{name} {format}"))
+        };
+        assert_eq!(
+            found("/i/debian-12.5.qcow2").as_deref(),
+            Some("debian-12.5 qcow2")
+        );
+        assert_eq!(found("/i/a.raw").as_deref(), Some("a raw"));
+        for path in ["/i/.new-1-a.raw", "/i/a", "/i/a.img", "/i/"] {
+            assert_eq!(found(path), None, "{path}");
+        }
     }
 }

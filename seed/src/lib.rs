@@ -1,7 +1,7 @@
 //! What cloud-init in a guest is told at its first boot, and the disk on which it finds that.
 //!
 //! A [`Seed`] holds the four files of cloud-init's NoCloud data source: [`MetaData`] says which instance this is,
-//! [`UserData`] what to set up, vendor data the same from whoever offers the machine, and [`NetworkConfig`] how its network
+//! [`UserData`] what to set up, vendor data the same on behalf of those who offer the machine, and [`NetworkConfig`] how its network
 //! devices get their addresses. [`Seed::to_image`] makes a disk of them, with the label that cloud-init looks for.
 //!
 //! User data is made of typed input ([`FirstBoot`]), or is a file that was written for cloud-init and is taken as it is.
