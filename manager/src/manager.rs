@@ -190,7 +190,8 @@ impl Manager {
             .and_then(|mut settings| {
                 let mut config = config.clone();
                 give_mac_addresses(&mut config, &settings.id);
-                provision.make(&new, name.as_str(), &mut config, &mut settings)?;
+                let machine = Machine::at(&self.folders, name.clone());
+                provision.make(&new, &machine, &mut config, &mut settings)?;
                 write_new(&new, &machine_file(&config), &settings)
             })
             .and_then(|()| self.put_in_place(&new, name));
@@ -288,10 +289,14 @@ impl Manager {
             Some(found) => return Err(Error::Exists { found }),
             None => {}
         }
-        machine.make_own_paths_relative()?;
+        let has_own_files = machine.make_own_paths_relative()?;
         let is_autostarted = machine.is_autostarted();
         machine.set_autostart(false)?;
         let renamed = self.put_in_place(machine.folder(), name)?;
+        if has_own_files {
+            // The paths are whole again, for those who read the machine file somewhere else.
+            renamed.update_config(|_| ())?;
+        }
         if is_autostarted {
             renamed.set_autostart(true)?;
         }

@@ -51,24 +51,25 @@ pub struct SeedSource {
 }
 
 impl Provision {
-    /// Makes the files in `folder`, which will be that of the machine called `name`, and adds their disks to `config`.
+    /// Makes the files in `folder`, which will be that of `machine`, and adds their disks to `config`.
     pub(crate) fn make(
         &self,
         folder: &Path,
-        name: &str,
+        machine: &Machine,
         config: &mut MachineConfig,
         settings: &mut Settings,
     ) -> Result<(), Error> {
-        // Their paths are relative to the folder of the machine file, which is in the same folder.
         if let Some(image) = &self.image {
             image.make_overlay(&folder.join(OVERLAY))?;
-            config.disks.insert(0, DiskConfig::new(OVERLAY));
+            config
+                .disks
+                .insert(0, DiskConfig::new(machine.file(OVERLAY)));
         }
         if let Some(source) = &self.seed {
-            let (seed, instance_id) = source.seed(name, config)?;
+            let (seed, instance_id) = source.seed(machine.name().as_str(), config)?;
             let path = folder.join(SEED);
             write_private(&path, &seed.to_image()?).map_err(Error::file("write", &path))?;
-            let mut disk = DiskConfig::new(SEED);
+            let mut disk = DiskConfig::new(machine.file(SEED));
             disk.readonly = true;
             disk.id = SEED_ID.to_owned().try_into().ok();
             config.disks.push(disk);
@@ -130,12 +131,12 @@ fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 impl Machine {
     /// Has the machine file name the files in the machine's own folder by relative paths, which hold when the folder gets
-    /// another name.
-    pub(crate) fn make_own_paths_relative(&self) -> Result<(), Error> {
+    /// another name. Returns whether there are any.
+    pub(crate) fn make_own_paths_relative(&self) -> Result<bool, Error> {
         let folder = self.folder();
         let text = self.machine_file_text()?;
         if !text.contains(&*folder.to_string_lossy()) {
-            return Ok(());
+            return Ok(false);
         }
         let mut config = self.config()?;
         for disk in &mut config.disks {
@@ -143,6 +144,7 @@ impl Machine {
                 disk.path = rest.to_owned();
             }
         }
-        self.write_config(&machine_file(&config))
+        self.write_config(&machine_file(&config))?;
+        Ok(true)
     }
 }

@@ -68,7 +68,7 @@ impl Manager {
     /// # Errors
     /// If there is neither.
     pub fn find_image(&self, name: &Path) -> Result<PathBuf, Error> {
-        if name.exists() {
+        if name.exists() && !name.is_dir() {
             return Ok(name.to_owned());
         }
         let kept = name.to_str().and_then(|name| name.parse().ok());
@@ -145,7 +145,10 @@ impl Manager {
         let size = opened.image.size();
         let folder = self.folders().images();
         files::create_folders(&folder).map_err(Error::file("create", &folder))?;
-        let new = NewImage::create(&folder, &name)?;
+        let new = {
+            let _all = self.lock_all()?;
+            NewImage::create(&folder, &name)?
+        };
         let found = new
             .copy(source)
             .map_err(Error::io(format!("copy '{}'", source.display())))?;
