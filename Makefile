@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-packages run run-parts run-guest test bench guest payloads lint fmt install packages
+.PHONY: help build build-packages run run-parts run-guest test distribution bench guest payloads lint fmt install packages
 
 GUEST := resources/guest/build.sh
 TARGET := x86_64-unknown-linux-gnu
@@ -45,6 +45,11 @@ run-guest:
 test: guest payloads ## Run all tests, on real KVM
 	cargo build --package bantam
 	cargo test --workspace
+
+distribution: ## Test with cloud-init of Debian, as root (needs debootstrap, mtools)
+	resources/guest/debian-root.sh >/dev/null
+	cargo build --package bantam
+	cargo test --workspace --test first_boot -- --ignored
 
 bench: build guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
 	BANTAM_BIN=$(BANTAM) cargo bench --package bantam-tests --bench bantam -- $(ONLY)

@@ -18,9 +18,11 @@ use crate::error::Error;
 use crate::files;
 use crate::images::{chain, create_overlay, format_of, use_overlay};
 use crate::lock;
+use crate::mac::give_mac_addresses;
 use crate::machine::{Machine, file, write_new};
 use crate::manager::Manager;
 use crate::name::MachineName;
+use crate::provision::{SEED, renew_seed};
 
 /// Zeroes of this length and alignment take no room in a copy.
 const SPARSE: u64 = 4096;
@@ -52,8 +54,8 @@ pub struct ClonedMachine {
 }
 
 impl Manager {
-    /// Makes a machine that is like `source`, with disks of its own. It has another id; MAC addresses and host names
-    /// that were given for the network devices of `source` are left out, so that they derive from the new name.
+    /// Makes a machine that is like `source`, with disks of its own. It has another id, from which its MAC addresses derive,
+    /// and a disk for cloud-init, if there is one, with another instance id and host name.
     ///
     /// The command can be killed at any time: the copy exists as a whole or not at all.
     ///
@@ -87,13 +89,22 @@ impl Manager {
         }
         let new = self.begin(name)?;
         let target = Machine::at(self.folders(), name.clone());
-        let made = Settings::new(settings.restart).and_then(|settings| {
+        let made = Settings::new(settings.restart).and_then(|mut settings| {
             let mut config = source.config()?;
             let moved = move_streams(&mut config, target.folder());
+            let before: Vec<_> = config.nets.iter().map(|net| net.mac).collect();
             for net in &mut config.nets {
                 net.mac = None;
                 net.hostname = None;
             }
+            give_mac_addresses(&mut config, &settings.id);
+            let after = config.nets.iter().map(|net| net.mac);
+            let changed = before.into_iter().zip(after);
+            let changed =
+                changed.filter_map(|(old, new)| Some((old?.to_string(), new?.to_string())));
+            let changed: Vec<_> = changed.collect();
+            let seed = source.file(SEED);
+            let seed = config.disks.iter().position(|disk| disk.path == seed);
             copy_disks(
                 source,
                 &mut config,
@@ -102,6 +113,10 @@ impl Manager {
                 storage,
                 progress,
             )?;
+            if let Some(file) = seed.and_then(|place| config.disks[place].path.file_name()) {
+                let path = new.folder.join(file::DISKS).join(file);
+                settings.instance_id = Some(renew_seed(&path, name.as_str(), &changed)?);
+            }
             write_new(&new.folder, &machine_file(&config), &settings)?;
             Ok(moved)
         });

@@ -100,6 +100,13 @@ impl FromStr for RestartPolicy {
     }
 }
 
+/// Returns a new UUID.
+pub(crate) fn random_uuid() -> Result<String, Error> {
+    let path = Path::new("/proc/sys/kernel/random/uuid");
+    let id = fs::read_to_string(path).map_err(Error::file("read", path))?;
+    Ok(id.trim().to_owned())
+}
+
 /// What the manager knows of a machine beside its machine file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -115,6 +122,9 @@ pub struct Settings {
     /// Whether the machine is a template: it cannot be started, and linked copies can be made of it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub template: bool,
+    /// What cloud-init in its guest knows it by, if there is a disk for cloud-init.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<String>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -127,13 +137,12 @@ impl Settings {
     /// # Errors
     /// If the kernel's random numbers cannot be read.
     pub fn new(restart: RestartPolicy) -> Result<Settings, Error> {
-        let path = Path::new("/proc/sys/kernel/random/uuid");
-        let id = fs::read_to_string(path).map_err(Error::file("read", path))?;
         Ok(Settings {
-            id: id.trim().to_owned(),
+            id: random_uuid()?,
             restart,
             current_snapshot: None,
             template: false,
+            instance_id: None,
         })
     }
 

@@ -111,6 +111,19 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Something cannot be done with an image that is kept for machines.
+    #[error("cannot {action} image '{name}': {reason}")]
+    Store {
+        /// What was to be done.
+        action: &'static str,
+        /// The image.
+        name: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// There is something wrong with what cloud-init is to be told.
+    #[error(transparent)]
+    Seed(#[from] bantam_seed::Error),
     /// The host has refused an operation.
     #[error("cannot {action}: {source}")]
     Io {

@@ -82,6 +82,11 @@ impl Folders {
         self.machines.join(name.as_str())
     }
 
+    /// Returns the folder of images that machines are made of, beside that of the machines.
+    pub fn images(&self) -> PathBuf {
+        self.machines.with_file_name("images")
+    }
+
     /// Returns the folder with the sockets of a machine.
     pub fn runtime_of(&self, name: &MachineName) -> PathBuf {
         self.runtime.join(name.as_str())

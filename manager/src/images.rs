@@ -24,6 +24,15 @@ pub(crate) fn format_of(disk: &DiskConfig) -> Format {
 
 /// Makes an empty image at `overlay` whose backing file is the image of `disk`.
 pub(crate) fn create_overlay(disk: &DiskConfig, overlay: &Path) -> Result<(), Error> {
+    create_overlay_of_size(disk, overlay, None)
+}
+
+/// The same with a disk of at least `size` bytes, or else of the size of the image.
+pub(crate) fn create_overlay_of_size(
+    disk: &DiskConfig,
+    overlay: &Path,
+    size: Option<u64>,
+) -> Result<(), Error> {
     let refused = |reason: String| Error::Image {
         path: overlay.display().to_string(),
         reason,
@@ -42,7 +51,17 @@ pub(crate) fn create_overlay(disk: &DiskConfig, overlay: &Path) -> Result<(), Er
     let mut options = Options::default();
     options.set("backing_file", backing);
     options.set("backing_fmt", &format.to_string());
-    let size = opened.image.size();
+    let backing_size = opened.image.size();
+    let size = size.unwrap_or(backing_size);
+    if size < backing_size {
+        return Err(Error::Store {
+            action: "use",
+            name: backing.to_owned(),
+            reason: format!(
+                "its disk has {backing_size} bytes, and an overlay cannot be smaller; give a larger size"
+            ),
+        });
+    }
     let content = NewContent {
         compress: false,
         backing: Some(opened.image),

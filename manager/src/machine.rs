@@ -18,6 +18,7 @@ use crate::files;
 use crate::folders::Folders;
 use crate::history::{EndReason, Run, RunEnd};
 use crate::lock::{self, Purpose};
+use crate::mac::give_mac_addresses;
 use crate::name::MachineName;
 use crate::states::states;
 
@@ -185,6 +186,7 @@ impl Machine {
     /// Those of [`Machine::config`].
     pub fn process_config(&self) -> Result<MachineConfig, Error> {
         let mut config = self.config()?;
+        give_mac_addresses(&mut config, &self.settings()?.id);
         let socket = self.console_socket();
         let channels = config.channels.iter_mut().map(|channel| &mut channel.end);
         for end in [&mut config.serial, &mut config.console]

@@ -15,8 +15,10 @@ use crate::files;
 use crate::folders::{Folders, name_of};
 use crate::images::chain;
 use crate::lock::{self, Purpose};
+use crate::mac::give_mac_addresses;
 use crate::machine::{Machine, MachineState, file, write_new};
 use crate::name::MachineName;
+use crate::provision::Provision;
 use crate::states::states;
 
 /// Begins the name of the folder of a machine that is being made.
@@ -165,6 +167,20 @@ impl Manager {
         config: &MachineConfig,
         restart: RestartPolicy,
     ) -> Result<Machine, Error> {
+        self.provision(name, config, restart, &Provision::default())
+    }
+
+    /// Defines a machine that is like `config`, and makes the files that `provision` says.
+    ///
+    /// # Errors
+    /// Those of [`Manager::create`]; also if the image cannot be used, or the disk for cloud-init cannot be made.
+    pub fn provision(
+        &self,
+        name: &MachineName,
+        config: &MachineConfig,
+        restart: RestartPolicy,
+        provision: &Provision,
+    ) -> Result<Machine, Error> {
         let _all = self.lock_all()?;
         if let Some(found) = self.find_folded(name)? {
             return Err(Error::Exists { found });
@@ -172,7 +188,13 @@ impl Manager {
         let new = self.new_folder(name);
         fs::create_dir(&new).map_err(Error::file("create", &new))?;
         let made = Settings::new(restart)
-            .and_then(|settings| write_new(&new, &machine_file(config), &settings))
+            .and_then(|mut settings| {
+                let mut config = config.clone();
+                give_mac_addresses(&mut config, &settings.id);
+                let machine = Machine::at(&self.folders, name.clone());
+                provision.make(&new, &machine, &mut config, &mut settings)?;
+                write_new(&new, &machine_file(&config), &settings)
+            })
             .and_then(|()| self.put_in_place(&new, name));
         if made.is_err() {
             // The first error says more.
@@ -198,12 +220,14 @@ impl Manager {
             return self.create(name, config, restart.unwrap_or_default());
         }
         let _change = machine.change("define")?;
+        let mut settings = machine.settings()?;
+        let mut config = config.clone();
+        give_mac_addresses(&mut config, &settings.id);
         if let Some(restart) = restart {
-            let mut settings = machine.settings()?;
             settings.restart = restart;
             machine.write_settings(&settings)?;
         }
-        machine.write_config(&machine_file(config))?;
+        machine.write_config(&machine_file(&config))?;
         Ok(machine)
     }
 
@@ -267,9 +291,14 @@ impl Manager {
             Some(found) => return Err(Error::Exists { found }),
             None => {}
         }
+        let has_own_files = machine.make_own_paths_relative()?;
         let is_autostarted = machine.is_autostarted();
         machine.set_autostart(false)?;
         let renamed = self.put_in_place(machine.folder(), name)?;
+        if has_own_files {
+            // The paths are whole again, for those who read the machine file somewhere else.
+            renamed.update_config(|_| ())?;
+        }
         if is_autostarted {
             renamed.set_autostart(true)?;
         }
@@ -347,7 +376,10 @@ impl Manager {
             .collect();
         let mut kept = Vec::new();
         // Those in its own folder go with it.
-        for image in own.into_iter().filter(|image| !image.starts_with(home)) {
+        for image in own
+            .into_iter()
+            .filter(|image| ![home, folder].iter().any(|it| image.starts_with(it)))
+        {
             let remove = || {
                 let real = fs::canonicalize(&image).map_err(|error| error.to_string())?;
                 if used.contains(&real) {

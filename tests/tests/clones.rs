@@ -99,6 +99,32 @@ fn a_clone_has_disks_and_an_identity_of_its_own() {
 }
 
 #[test]
+fn a_clone_is_another_instance_for_cloud_init() {
+    let machines = Machines::new();
+    let base = image(&machines, "base.img", 2 * MIB);
+    let first_boot = ["--image", text(&base), "--run", "true", "--net", "user"];
+    machines.create("web", "hello", "finish=hang", &first_boot);
+    machines.done(&["template", "web"]);
+    machines.done(&["clone", "web", "copy"]);
+    let [web, copy] = ["web", "copy"].map(|name| {
+        let id = machines.json(&["dominfo", name])["instance-id"].clone();
+        let mac = machines.json(&["domiflist", name])[0]["mac"].clone();
+        let seed = fs::read(source(&machines, name, 1)).unwrap();
+        let said = |text: &str| {
+            seed.windows(text.len())
+                .any(|bytes| bytes == text.as_bytes())
+        };
+        let [id, mac] = [id, mac].map(|value| value.as_str().unwrap().to_owned());
+        assert!(said(&id) && said(&mac));
+        assert!(said(&format!("\"local-hostname\":\"{name}\"")));
+        (id, mac)
+    });
+    assert_ne!(web.0, copy.0);
+    assert_ne!(web.1, copy.1);
+    identical([&source(&machines, "copy", 0), &base], ["qcow2", "raw"]);
+}
+
+#[test]
 fn a_machine_that_cannot_be_cloned_says_why() {
     require_kvm!();
     let machines = Machines::new();

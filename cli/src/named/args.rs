@@ -9,6 +9,8 @@ use bantam_vmm::config::{
 };
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::first_boot::FirstBootArgs;
+use super::images::ImagesArgs;
 use crate::args::MachineArgs;
 
 #[derive(Debug, Subcommand)]
@@ -35,6 +37,11 @@ pub enum NamedCommand {
     Clone(CloneArgs),
     /// Makes a named machine a template, which is not started but cloned
     Template(TemplateArgs),
+    /// Keeps images that machines are made of: adds, lists and removes them
+    ///
+    /// They are in a folder beside the machines, and bantam create --image finds them by their names. See
+    /// docs/cloud-init.md. bantam image, another command, makes and examines disk images.
+    Images(Box<ImagesArgs>),
     /// Lists named machines: those that run, or all
     List(ListArgs),
     /// Starts a named machine, and returns when its guest runs
@@ -168,6 +175,9 @@ pub struct CreateArgs {
 
     #[command(flatten)]
     pub machine: MachineArgs,
+
+    #[command(flatten)]
+    pub first_boot: FirstBootArgs,
 }
 
 #[derive(Debug, Args)]

@@ -21,7 +21,9 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     }
     let mut config = table.over(defaults()?).into_config()?;
     config.rebase_paths(&env::current_dir().context("cannot find the current folder")?);
-    let machine = Manager::of_user()?.create(&args.name, &config, args.restart)?;
+    let manager = Manager::of_user()?;
+    let provision = args.first_boot.into_provision(&manager)?;
+    let machine = manager.provision(&args.name, &config, args.restart, &provision)?;
     if args.start {
         start_new(&machine)?;
     }

@@ -24,6 +24,7 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
         return print_json(&json!({
             "name": args.name,
             "id": settings.id,
+            "instance-id": settings.instance_id,
             "state": state.as_str(),
             "process": process.map(Pid::as_raw),
             "vcpus": config.cpus.get(),
@@ -52,6 +53,9 @@ pub fn info(args: &OutputArgs) -> anyhow::Result<()> {
     ];
     if settings.template {
         lines.push(("Template", yes(true)));
+    }
+    if let Some(id) = settings.instance_id {
+        lines.push(("Instance id", id));
     }
     if let Some(process) = process {
         lines.push(("Process", process.to_string()));

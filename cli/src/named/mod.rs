@@ -10,6 +10,8 @@ mod detach;
 mod devices;
 mod edit;
 mod events;
+mod first_boot;
+mod images;
 mod info;
 mod interfaces;
 mod lifecycle;
@@ -58,6 +60,7 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Rename(args) => create::rename(&args),
         NamedCommand::Clone(args) => clone::clone(&args),
         NamedCommand::Template(args) => clone::template(&args),
+        NamedCommand::Images(args) => images::images(*args),
         NamedCommand::List(args) => list::list(&args),
         NamedCommand::Start(args) => lifecycle::start(&args),
         NamedCommand::Shutdown(args) => lifecycle::shutdown(&args),
