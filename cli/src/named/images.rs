@@ -9,7 +9,9 @@ use clap::{Args, Subcommand};
 use super::args::Output;
 use super::{print, print_json, table};
 
-/// The options of `bantam images`.
+// A documentation comment would be the help of `bantam images`.
+//
+// The options of `bantam images`.
 #[derive(Debug, Args)]
 pub struct ImagesArgs {
     #[command(subcommand)]
