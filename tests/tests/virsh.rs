@@ -315,6 +315,14 @@ fn mistakes_and_what_is_lacking_are_one_line() {
     ] {
         assert_eq!(domains.refused(line), format!("error: {error}"));
     }
+    let script = Bantam::new(["virsh", "uri; xyz"]).launcher(domains.variables());
+    let ended = script.finish();
+    ended.has_status(1);
+    assert_eq!(
+        ended.text(),
+        "",
+        "nothing of a script with a mistake is executed"
+    );
     let line = format!("define {}", xml.display());
     assert!(domains.refused(&line).contains("XML of libvirt"));
     for uri in ["test:///default", "qemu+ssh://host/system"] {
