@@ -31,7 +31,7 @@ use crate::message::say_last;
 use crate::named::print;
 use crate::{is_broken_pipe, reason};
 
-/// The command line of `bantam virsh`.
+// A description here would take the place of the one in the help.
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct VirshArgs {
