@@ -4,9 +4,14 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bantam_tests::{Bantam, Ended, payload, require_kvm};
 use tempfile::TempDir;
+
+/// How long something may take that needs milliseconds, on a busy host.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The machines of a test, in folders of their own. They are destroyed with this.
 struct Domains {
@@ -64,22 +69,28 @@ impl Domains {
         ended.stderr.trim_end().to_owned()
     }
 
-    /// Writes the machine file of a machine whose guest does nothing, and returns its path.
-    fn machine_file(&self, name: &str) -> PathBuf {
+    /// Writes the machine file of a machine with a payload as its kernel, and returns its path.
+    fn machine_file(&self, name: &str, payload_name: &str, words: &str) -> PathBuf {
         let disk = self.folder.path().join("disk.img");
         fs::write(&disk, vec![0; 1 << 20]).unwrap();
         let file = self.folder.path().join(format!("{name}.toml"));
         let text = format!(
-            "kernel = {:?}\nappend = \"finish=hang\"\nmemory = \"32M\"\n[[disk]]\npath = {disk:?}\n[[net]]\nuser = true\n",
-            payload("hello")
+            "kernel = {:?}\nappend = {words:?}\nmemory = \"32M\"\n[[disk]]\npath = {disk:?}\n[[net]]\nuser = true\n",
+            payload(payload_name)
         );
         fs::write(&file, text).unwrap();
         file
     }
 
+    /// Defines a machine whose guest does nothing.
     #[track_caller]
     fn define(&self, name: &str) {
-        let file = self.machine_file(name);
+        self.define_payload(name, "hello", "finish=hang");
+    }
+
+    #[track_caller]
+    fn define_payload(&self, name: &str, payload_name: &str, words: &str) {
+        let file = self.machine_file(name, payload_name, words);
         let file = file.display();
         self.says(
             &format!("define {file}"),
@@ -163,6 +174,24 @@ fn a_domain_lives_from_define_to_undefine() {
     );
     assert!(!disk.exists());
     assert_eq!(domains.done("list --all"), empty);
+}
+
+#[test]
+fn a_guest_that_listens_is_shut_down() {
+    require_kvm!();
+    let domains = Domains::new();
+    domains.define_payload("web", "button", "finish=poweroff");
+    domains.says("start web", "Domain 'web' started");
+    let begin = Instant::now();
+    let until = |line: &str, expected: &str| {
+        while domains.run(line).text() != format!("{expected}\n\n") {
+            assert!(begin.elapsed() < PATIENCE, "{line}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    // It takes a moment until the guest listens.
+    until("shutdown web --mode acpi", "Domain 'web' is being shutdown");
+    until("domstate web --reason", "shut off (shutdown)");
 }
 
 #[test]
@@ -315,6 +344,14 @@ fn mistakes_and_what_is_lacking_are_one_line() {
     ] {
         assert_eq!(domains.refused(line), format!("error: {error}"));
     }
+    let script = Bantam::new(["virsh", "uri; xyz"]).launcher(domains.variables());
+    let ended = script.finish();
+    ended.has_status(1);
+    assert_eq!(
+        ended.text(),
+        "",
+        "nothing of a script with a mistake is executed"
+    );
     let line = format!("define {}", xml.display());
     assert!(domains.refused(&line).contains("XML of libvirt"));
     for uri in ["test:///default", "qemu+ssh://host/system"] {

@@ -64,6 +64,9 @@ fn failed(what: &str, machine: &Machine) -> impl Fn(Error) -> anyhow::Error {
     let what = format!("Failed to {what} domain '{}'", machine.name());
     move |error| match error {
         Error::NotRunning { .. } => anyhow!("{what}: domain is not running"),
+        // The rest of their lines says again what has failed.
+        Error::Control { source, .. } => anyhow!(source).context(what.clone()),
+        Error::Start { reason, .. } | Error::Refused { reason, .. } => anyhow!("{what}: {reason}"),
         error => anyhow!(error).context(what.clone()),
     }
 }

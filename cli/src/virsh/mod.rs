@@ -25,12 +25,13 @@ use nix::unistd::geteuid;
 pub use host::print_node_information;
 
 use args::Arguments;
+use commands::Command;
 
 use crate::message::say_last;
 use crate::named::print;
 use crate::{is_broken_pipe, reason};
 
-/// The command line of `bantam virsh`.
+// A description here would take the place of the one in the help.
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct VirshArgs {
@@ -65,6 +66,29 @@ enum Call {
     Commands(Session, Vec<Vec<String>>),
 }
 
+/// A command with its options; without them it is to be described.
+#[derive(Debug)]
+struct Parsed {
+    command: &'static Command,
+    arguments: Option<Arguments>,
+}
+
+impl Parsed {
+    /// Reads the words of a command.
+    ///
+    /// # Errors
+    /// If there is no such command, or it has no such options.
+    fn of(words: &[String]) -> anyhow::Result<Parsed> {
+        let (name, words) = words.split_first().context("there is no command")?;
+        let command = commands::find(name).ok_or_else(|| anyhow!(lacking::refusal(name)))?;
+        let arguments = match words.iter().any(|word| word == "--help") {
+            true => None,
+            false => Some(Arguments::parse(command, words)?),
+        };
+        Ok(Parsed { command, arguments })
+    }
+}
+
 /// Whether the program was started as virsh, by a link or a copy with that name.
 pub fn is_virsh(program: &OsString) -> bool {
     Path::new(program).file_name() == Some("virsh".as_ref())
@@ -87,9 +111,12 @@ pub fn execute(arguments: Vec<OsString>) -> ExitCode {
         ))
         .map(|()| true),
         Call::Commands(mut session, commands) => {
+            // None is executed if there is a mistake in one of them.
+            let commands = commands.iter().map(|words| Parsed::of(words));
+            let commands = commands.collect::<Result<Vec<_>, _>>()?;
             let mut is_done = true;
-            for words in commands {
-                is_done = session.execute(&words)?;
+            for command in commands {
+                is_done = session.execute(&command)?;
             }
             Ok(is_done)
         }
@@ -120,6 +147,9 @@ fn read_call(arguments: Vec<OsString>) -> anyhow::Result<Call> {
     let mut words = words.into_iter().peekable();
     let mut session = Session::default();
     while let Some(option) = words.next_if(|word| word.starts_with('-')) {
+        if option == "--" {
+            break;
+        }
         let (name, mut given) = match option.split_once('=') {
             Some((name, value)) if name.starts_with("--") => (name, Some(value.to_owned())),
             _ => (option.as_str(), None),
@@ -194,30 +224,18 @@ impl Session {
     ///
     /// # Errors
     /// If standard output cannot be written to.
-    fn execute(&mut self, words: &[String]) -> anyhow::Result<bool> {
-        let Some((name, words)) = words.split_first() else {
-            return Ok(true);
-        };
-        let Some(command) = commands::find(name) else {
-            say_error(&anyhow!(lacking::refusal(name)));
-            return Ok(false);
-        };
-        if words.iter().any(|word| word == "--help") {
+    fn execute(&mut self, parsed: &Parsed) -> anyhow::Result<bool> {
+        let Parsed { command, arguments } = parsed;
+        let Some(arguments) = arguments else {
             print(&help::of(command))?;
             return Ok(true);
-        }
-        let arguments = match Arguments::parse(command, words) {
-            Ok(arguments) => arguments,
-            Err(error) => {
-                say_error(&error);
-                return Ok(false);
-            }
         };
         let result = match self.is_read_only && command.changes {
             true => Err(anyhow!(
-                "operation forbidden: read only access prevents '{name}'"
+                "operation forbidden: read only access prevents '{}'",
+                command.name
             )),
-            false => (command.run)(self, &arguments),
+            false => (command.run)(self, arguments),
         };
         if !self.is_quiet {
             self.text.push('\n');
