@@ -105,11 +105,11 @@ pub enum NamedCommand {
     /// Makes a disk of a named machine that runs larger
     Blockresize(BlockresizeArgs),
     /// Gives a named machine a disk from its next start on
-    AttachDisk(AttachDiskArgs),
+    AttachDisk(Box<AttachDiskArgs>),
     /// Takes a disk from a named machine from its next start on; its image stays
     DetachDisk(DetachDiskArgs),
     /// Gives a named machine a network device from its next start on
-    AttachInterface(AttachInterfaceArgs),
+    AttachInterface(Box<AttachInterfaceArgs>),
     /// Takes a network device from a named machine from its next start on
     DetachInterface(DetachInterfaceArgs),
     /// Has a disk of a named machine use another image, at once if the machine runs
