@@ -4,11 +4,18 @@ use clap_complete::Shell;
 
 /// Commands whose first argument is a machine.
 const COMMANDS: &[&str] = &[
+    "attach-disk",
+    "attach-interface",
     "autostart",
     "blockresize",
+    "change-media",
+    "clone",
     "console",
     "destroy",
+    "detach-disk",
+    "detach-interface",
     "domblklist",
+    "domifaddr",
     "domiflist",
     "dominfo",
     "domstate",
@@ -27,6 +34,7 @@ const COMMANDS: &[&str] = &[
     "shutdown",
     "start",
     "suspend",
+    "template",
     "undefine",
 ];
 
