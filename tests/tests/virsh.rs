@@ -223,10 +223,17 @@ fn facts_and_devices_are_laid_out_as_by_virsh() {
         domains.done("-q domblklist web --details"),
         format!(" file   disk   disk0   {disk}\n")
     );
+    let interfaces = domains.done("domiflist web");
+    // The address derives from the id of the machine.
+    let mac = interfaces.split_whitespace().last().unwrap();
+    assert!(mac.starts_with("02:") && mac.len() == 17, "{interfaces}");
     assert_eq!(
-        domains.done("domiflist web"),
-        " Interface   Type   Source   Model    MAC\n-------------------------------------------\n \
-         -           user   -        virtio   -\n\n"
+        interfaces,
+        format!(
+            " Interface   Type   Source   Model    MAC\n{}\n \
+             -           user   -        virtio   {mac}\n\n",
+            "-".repeat(57)
+        )
     );
     assert_eq!(
         domains.done("domstats web --state --vcpu"),
