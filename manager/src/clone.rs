@@ -7,7 +7,6 @@ use std::io;
 use std::mem;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use bantam_storage::Options;
 use bantam_storage::tools::{self, CopyOptions, Format, Job, NewContent, Opened, Purpose, open};
@@ -16,7 +15,7 @@ use bantam_vmm::config::{DiskConfig, DiskFormatOption, MachineConfig};
 use crate::definition::{Settings, machine_file};
 use crate::error::Error;
 use crate::files;
-use crate::images::{chain, create_overlay, format_of, use_overlay};
+use crate::images::{create_overlay, format_of, use_overlay};
 use crate::lock;
 use crate::mac::give_mac_addresses;
 use crate::machine::{Machine, file, write_new};
@@ -36,14 +35,6 @@ pub enum CloneStorage {
     Linked,
 }
 
-/// How far a copy is, and whether it is to be given up.
-pub struct CloneProgress<'a> {
-    /// Called with the share of the disk that is copied, from 0 to 1. It may be called from any thread.
-    pub disk: &'a (dyn Fn(f64) + Sync),
-    /// Stops the copy once it is set.
-    pub cancelled: &'a AtomicBool,
-}
-
 /// A copy of a machine.
 #[derive(Clone, Debug)]
 pub struct ClonedMachine {
@@ -54,7 +45,7 @@ pub struct ClonedMachine {
 }
 
 impl Manager {
-    /// Makes a machine that is like `source`, with disks of its own. It has another id, from which its MAC addresses derive,
+    /// Makes a machine that is like `source`, with disks of its own; `job` is told how far the copy of each is. It has another id, from which its MAC addresses derive,
     /// and a disk for cloud-init, if there is one, with another instance id and host name.
     ///
     /// The command can be killed at any time: the copy exists as a whole or not at all.
@@ -67,7 +58,7 @@ impl Manager {
         source: &Machine,
         name: &MachineName,
         storage: CloneStorage,
-        progress: &CloneProgress<'_>,
+        job: Job<'_>,
     ) -> Result<ClonedMachine, Error> {
         const ACTION: &str = "clone";
         let change = source.change(ACTION)?;
@@ -111,7 +102,7 @@ impl Manager {
                 &new.folder,
                 target.folder(),
                 storage,
-                progress,
+                job,
             )?;
             if let Some(file) = seed.and_then(|place| config.disks[place].path.file_name()) {
                 let path = new.folder.join(file::DISKS).join(file);
@@ -165,7 +156,7 @@ impl Manager {
     /// # Errors
     /// If the folder of the machines cannot be read.
     pub fn linked_to(&self, machine: &Machine) -> Result<Vec<MachineName>, Error> {
-        let is_template = machine.settings()?.template;
+        let is_template = machine.settings().is_ok_and(|settings| settings.template);
         let disks = machine.config().map(|config| config.disks);
         let written: HashSet<_> = disks
             .unwrap_or_default()
@@ -173,20 +164,13 @@ impl Manager {
             .filter(|disk| is_template && !disk.readonly)
             .filter_map(|disk| fs::canonicalize(disk.path).ok())
             .collect();
-        let home = fs::canonicalize(machine.folder()).ok();
-        let needs = |other: &Machine| {
-            let Ok(config) = other.config() else {
-                return false;
-            };
-            config.disks.iter().any(|disk| {
-                chain(disk).into_iter().any(|image| {
-                    written.contains(&image)
-                        || home.as_ref().is_some_and(|home| image.starts_with(home))
-                })
-            })
-        };
+        let home = fs::canonicalize(machine.folder());
+        let home = home.map_err(Error::file("find", machine.folder()))?;
+        let is_own = |image: &PathBuf| written.contains(image) || image.starts_with(&home);
         let others = self.machines()?.into_iter();
-        let linked = others.filter(|other| other.name() != machine.name() && needs(other));
+        let linked = others.filter(|other| {
+            other.name() != machine.name() && other.needed_images().files.iter().any(is_own)
+        });
         Ok(linked.map(|other| other.name().clone()).collect())
     }
 
@@ -275,7 +259,7 @@ fn copy_disks(
     new: &Path,
     home: &Path,
     storage: CloneStorage,
-    progress: &CloneProgress<'_>,
+    job: Job<'_>,
 ) -> Result<(), Error> {
     let names: Vec<_> = config.disk_names().collect();
     let folder = new.join(file::DISKS);
@@ -292,7 +276,7 @@ fn copy_disks(
             continue;
         }
         let file = format!("{name}.{format}");
-        copy_image(disk, format, &folder.join(&file), progress)?;
+        copy_image(disk, format, &folder.join(&file), job)?;
         disk.path = home.join(file::DISKS).join(file);
         disk.format = Some(match format {
             Format::Qcow2 => DiskFormatOption::Qcow2,
@@ -303,12 +287,7 @@ fn copy_disks(
 }
 
 /// Copies the image of `disk` to `path`, with what its backing files have.
-fn copy_image(
-    disk: &DiskConfig,
-    format: Format,
-    path: &Path,
-    progress: &CloneProgress<'_>,
-) -> Result<(), Error> {
+fn copy_image(disk: &DiskConfig, format: Format, path: &Path, job: Job<'_>) -> Result<(), Error> {
     let refused = |reason: String| Error::Image {
         path: path.display().to_string(),
         reason,
@@ -320,7 +299,7 @@ fn copy_image(
     {
         return Ok(());
     }
-    let copied = copy_content(&opened, format, path, progress);
+    let copied = copy_content(&opened, format, path, job);
     copied.map_err(|reason| {
         // The reason says more.
         let _ = files::remove_file(path);
@@ -345,12 +324,7 @@ fn share_blocks(from: &Path, to: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-fn copy_content(
-    opened: &Opened,
-    format: Format,
-    path: &Path,
-    progress: &CloneProgress<'_>,
-) -> Result<(), String> {
+fn copy_content(opened: &Opened, format: Format, path: &Path, job: Job<'_>) -> Result<(), String> {
     let size = opened.image.size();
     let created = tools::create(
         path,
@@ -364,10 +338,6 @@ fn copy_content(
         sparse: Some(SPARSE),
         target_is_zero: created.reads_as_zeroes,
         layers: None,
-    };
-    let job = Job {
-        progress: progress.disk,
-        cancelled: progress.cancelled,
     };
     tools::copy(&*opened.image, 0..size, &*created.target, 0, options, job)
         .map_err(|error| error.to_string())?;

@@ -82,17 +82,6 @@ pub(crate) fn use_overlay(disk: &mut DiskConfig, overlay: &Path) {
     disk.backing = true;
 }
 
-/// Returns the files that the image of a disk consists of: its own, and its backing files. Those that cannot be opened
-/// are left out.
-pub(crate) fn chain(disk: &DiskConfig) -> Vec<PathBuf> {
-    let opened = open(&disk.path, Some(format_of(disk)), Purpose::ReadShared);
-    let files = opened.map_or_else(|_| vec![disk.path.clone()], |opened| opened.files);
-    files
-        .iter()
-        .filter_map(|path| fs::canonicalize(path).ok())
-        .collect()
-}
-
 impl Machine {
     /// Chooses paths for new overlays of the disks that can be written to.
     pub(crate) fn new_overlays(

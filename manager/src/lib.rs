@@ -44,6 +44,7 @@ mod machine;
 mod manager;
 mod merge;
 mod name;
+mod needed;
 mod process;
 mod provision;
 mod saved;
@@ -53,7 +54,7 @@ mod states;
 mod store;
 mod usage;
 
-pub use clone::{CloneProgress, CloneStorage, ClonedMachine};
+pub use clone::{CloneStorage, ClonedMachine};
 pub use definition::{RestartPolicy, Settings, defaults, machine_file, parse_machine_file};
 pub use error::Error;
 pub use folders::Folders;

@@ -186,7 +186,8 @@ impl Machine {
     /// Those of [`Machine::config`].
     pub fn process_config(&self) -> Result<MachineConfig, Error> {
         let mut config = self.config()?;
-        give_mac_addresses(&mut config, &self.settings()?.id);
+        let id = self.settings()?.id;
+        give_mac_addresses(&mut config, &id);
         let socket = self.console_socket();
         let channels = config.channels.iter_mut().map(|channel| &mut channel.end);
         for end in [&mut config.serial, &mut config.console]
@@ -202,7 +203,7 @@ impl Machine {
         }
         let smbios = config.smbios.get_or_insert_default();
         if smbios.uuid.is_none() {
-            smbios.uuid = self.settings()?.id.parse().ok();
+            smbios.uuid = id.parse().ok();
         }
         Ok(config)
     }

@@ -13,7 +13,6 @@ use crate::definition::{RestartPolicy, Settings, machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::folders::{Folders, name_of};
-use crate::images::chain;
 use crate::lock::{self, Purpose};
 use crate::mac::give_mac_addresses;
 use crate::machine::{Machine, MachineState, file, write_new};
@@ -281,10 +280,12 @@ impl Manager {
         let _all = self.lock_all()?;
         let _change = machine.change("rename")?;
         machine.require_shut_off("rename")?;
-        if machine.has_managed_save() || machine.file(file::DISKS).exists() {
+        if machine.has_managed_save() || !machine.snapshots()?.is_empty() {
             let reason = "its snapshots or its managed save know it by its name; remove them first";
             return Err(machine.refused("rename", reason));
         }
+        machine.require_independent_images("rename")?;
+        self.require_unlinked(machine, "rename")?;
         match self.find_folded(name)? {
             // Only the case of its letters changes.
             Some(found) if found == machine.name().as_str() && found != name.as_str() => {}
@@ -370,9 +371,7 @@ impl Manager {
         let others = self.machines().unwrap_or_default();
         let used: Vec<_> = others
             .iter()
-            .filter_map(|machine| machine.config().ok())
-            .flat_map(|config| config.disks)
-            .flat_map(|disk| chain(&disk))
+            .flat_map(|machine| machine.needed_images().files)
             .collect();
         let mut kept = Vec::new();
         // Those in its own folder go with it.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::iter;
 use std::path::PathBuf;
 
 use bantam_storage::job::{CommitJob, JobState};
@@ -10,7 +11,6 @@ use bantam_vmm::config::DiskConfig;
 
 use crate::definition::parse_machine_file;
 use crate::error::Error;
-use crate::images::chain;
 use crate::machine::Machine;
 use crate::manager::Manager;
 use crate::snapshots::MachineSnapshot;
@@ -27,7 +27,9 @@ impl Machine {
         }
         let config = self.config()?;
         let former = parse_machine_file(&deleted.machine_file, &self.machine_file())?;
-        let mut needed = None;
+        let Some(needed) = self.images_that_others_need()? else {
+            return Ok(());
+        };
         for (name, disk) in config.disk_names().zip(&config.disks) {
             let kept = deleted.disks.iter().find(|kept| kept.name == name);
             let image = former.disk_names().zip(&former.disks);
@@ -42,11 +44,8 @@ impl Machine {
             if disk.path != kept.overlay || image.path != kept.image {
                 continue;
             }
-            if needed.is_none() {
-                needed = Some(self.images_that_others_need()?);
-            }
             let real = fs::canonicalize(&image.path).map_err(Error::file("find", &image.path))?;
-            if needed.iter().flatten().any(|needed| *needed == real) {
+            if needed.contains(&real) {
                 continue;
             }
             commit(disk)?;
@@ -61,25 +60,23 @@ impl Machine {
         Ok(())
     }
 
-    /// Returns the images, with their backing files, of the snapshots and of all other machines.
-    fn images_that_others_need(&self) -> Result<HashSet<PathBuf>, Error> {
-        let mut needed = HashSet::new();
-        let mut add = |disks: &[DiskConfig]| needed.extend(disks.iter().flat_map(chain));
-        for snapshot in self.snapshots()? {
-            add(&parse_machine_file(&snapshot.machine_file, &self.machine_file())?.disks);
+    /// Returns the images that snapshots or other machines need; `None` if there may be more.
+    fn images_that_others_need(&self) -> Result<Option<HashSet<PathBuf>>, Error> {
+        let others = Manager::new(self.folders.clone()).machines()?;
+        let others = others.iter().filter(|other| other.name() != self.name());
+        let mut files = HashSet::new();
+        for needed in
+            iter::once(self.images_of_snapshots()).chain(others.map(Machine::needed_images))
+        {
+            if let Some(reason) = needed.unknown {
+                tracing::warn!(
+                    "overlays stay, as it is not known which images are needed: {reason}"
+                );
+                return Ok(None);
+            }
+            files.extend(needed.files);
         }
-        for other in Manager::new(self.folders.clone()).machines()? {
-            if other.name() == self.name() {
-                continue;
-            }
-            if let Ok(config) = other.config() {
-                add(&config.disks);
-            }
-            for snapshot in other.snapshots().unwrap_or_default() {
-                add(&parse_machine_file(&snapshot.machine_file, &other.machine_file())?.disks);
-            }
-        }
-        Ok(needed)
+        Ok(Some(files))
     }
 }
 

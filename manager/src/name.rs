@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 /// The longest name in bytes.
 const MAX_LEN: usize = 64;
 
-/// The name of a machine, of one of its snapshots, or of an image that machines are made of: 1 to 64 letters, digits, dots, underscores and dashes, of which
-/// the first is neither a dot nor a dash. So it is a file name that no program takes for an option.
+/// The name of a machine, of one of its snapshots, or of an image that machines are made of: 1 to 64 letters, digits, dots,
+/// underscores and dashes. The first is neither a dot nor a dash, so it is a file name that no program takes for an option.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MachineName(String);

@@ -17,7 +17,6 @@ use crate::error::Error;
 use crate::files;
 use crate::images::format_of;
 use crate::lock::{self, Purpose as LockPurpose};
-use crate::machine::{Machine, file};
 use crate::manager::Manager;
 use crate::name::MachineName;
 
@@ -188,19 +187,17 @@ impl Manager {
         };
         let real = fs::canonicalize(&path).map_err(Error::file("find", &path))?;
         for machine in self.machines()? {
-            let needs = machine.needs_image(&real).map_err(|reason| {
-                let machine = machine.name();
-                refused(
-                    ACTION,
-                    name,
-                    format!("it is not known whether machine '{machine}' needs it: {reason}"),
-                )
-            })?;
-            if needs {
-                let machine = machine.name();
+            let needed = machine.needed_images();
+            let machine = machine.name();
+            if needed.files.contains(&real) {
                 let reason = format!(
                     "machine '{machine}' needs it; undefine that first (bantam undefine {machine})"
                 );
+                return Err(refused(ACTION, name, reason));
+            }
+            if let Some(reason) = needed.unknown {
+                let reason =
+                    format!("it is not known whether machine '{machine}' needs it: {reason}");
                 return Err(refused(ACTION, name, reason));
             }
         }
@@ -212,39 +209,6 @@ impl Manager {
         let paths =
             [Format::Qcow2, Format::Raw].map(|format| folder.join(format!("{name}.{format}")));
         paths.into_iter().find(|path| path.exists())
-    }
-}
-
-impl Machine {
-    /// Whether a disk of the machine or of its snapshots is `image`, or is based on it. If that is not known, the error says
-    /// why.
-    fn needs_image(&self, image: &Path) -> Result<bool, String> {
-        let config = self.config().map_err(|error| error.to_string())?;
-        let mut disks: Vec<_> = config
-            .disks
-            .iter()
-            .map(|disk| (disk.path.clone(), format_of(disk)))
-            .collect();
-        // Those of its snapshots are here.
-        let overlays = fs::read_dir(self.file(file::DISKS)).into_iter().flatten();
-        disks.extend(overlays.flatten().map(|entry| {
-            let path = entry.path();
-            let format = format_of(&DiskConfig::new(&path));
-            (path, format)
-        }));
-        for (path, format) in disks {
-            // One that is not there is based on nothing.
-            if !path.exists() {
-                continue;
-            }
-            let opened = open(&path, Some(format), Purpose::ReadShared);
-            let files = opened.map_err(|error| error.to_string())?.files;
-            let mut files = files.iter().filter_map(|path| fs::canonicalize(path).ok());
-            if files.any(|file| file == image) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 }
 

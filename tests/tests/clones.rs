@@ -125,6 +125,60 @@ fn a_clone_is_another_instance_for_cloud_init() {
 }
 
 #[test]
+fn a_clone_is_renamed_and_a_template_with_clones_is_not() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", MIB);
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    machines.done(&["clone", "web", "copy"]);
+    machines.done(&["rename", "copy", "other"]);
+    assert!(source(&machines, "other", 0).starts_with(machines.of_machine("other")));
+    machines.done(&["template", "other"]);
+    machines.done(&["clone", "other", "linked"]);
+    let line = machines.refused(&["rename", "other", "third"]);
+    assert!(
+        line.contains("other machines need its disks: linked; "),
+        "{line}"
+    );
+    machines.done(&["rename", "linked", "fourth"]);
+    machines.done(&["start", "fourth"]);
+
+    // A snapshot leaves a chain in the folder, which stays when the machine has another image below.
+    machines.done(&["clone", "web", "chain"]);
+    machines.done(&["snapshot", "create", "chain", "one"]);
+    let line = machines.refused(&["rename", "chain", "fifth"]);
+    assert!(line.contains("its snapshots"), "{line}");
+    machines.done(&["start", "chain"]);
+    machines.done(&["snapshot", "delete", "chain", "one"]);
+    machines.done(&["destroy", "chain"]);
+    let line = machines.refused(&["rename", "chain", "fifth"]);
+    assert!(line.contains("bantam clone"), "{line}");
+}
+
+#[test]
+fn images_stay_apart_while_one_of_another_machine_cannot_be_read() {
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", MIB);
+    machines.create("web", "hello", "", &["--disk", text(&disk)]);
+    let broken = image(&machines, "broken.qcow2", MIB);
+    machines.create("other", "hello", "", &["--disk", text(&broken)]);
+    machines.done(&["snapshot", "create", "web", "one"]);
+    let overlay = source(&machines, "web", 0);
+    machines.done(&["snapshot", "delete", "web", "one"]);
+    assert_eq!(source(&machines, "web", 0), overlay);
+    assert!(overlay.exists());
+}
+
+#[test]
+fn a_machine_whose_settings_are_damaged_is_undefined() {
+    let machines = Machines::new();
+    machines.create("web", "hello", "", &[]);
+    fs::write(machines.of_machine("web").join("settings.toml"), "id = ").unwrap();
+    machines.done(&["undefine", "web"]);
+    assert_eq!(machines.done(&["list", "--all", "--name"]), "");
+}
+
+#[test]
 fn a_machine_that_cannot_be_cloned_says_why() {
     require_kvm!();
     let machines = Machines::new();

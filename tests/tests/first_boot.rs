@@ -4,14 +4,13 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, Kernel, linux_slot, qemu_img, require_kvm, scripted_root};
+use bantam_tests::{Kernel, Machines, linux_slot, qemu_img, require_kvm, scripted_root};
 use serde_json::Value;
-use tempfile::TempDir;
 
 /// How long a Linux guest may take.
 const LINUX_LIMIT: Duration = Duration::from_secs(250);
@@ -19,70 +18,18 @@ const LINUX_LIMIT: Duration = Duration::from_secs(250);
 const KEY: &str =
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB5MFlRbGeGhoBxV6H7u0ND0PVLPfWA4nYgEZTlxwWtG me@host";
 
-/// The machines and images of a test, in a folder of their own. Machines are destroyed with this.
-struct Host {
-    folder: TempDir,
+/// Writes a file, and returns its path.
+fn write_file(host: &Machines, name: &str, content: impl AsRef<[u8]>) -> String {
+    let path = host.folder().join(name);
+    fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
 }
 
-impl Host {
-    fn new() -> Host {
-        let folder = tempfile::tempdir().unwrap();
-        Host { folder }
-    }
-
-    fn bantam(&self, arguments: &[&str]) -> Bantam {
-        let variable = format!("BANTAM_STATE_DIR={}", self.path("state").display());
-        Bantam::new(arguments).launcher(["env".to_owned(), variable])
-    }
-
-    #[track_caller]
-    fn done(&self, arguments: &[&str]) -> String {
-        let ended = self.bantam(arguments).finish();
-        ended.has_status(0);
-        ended.text()
-    }
-
-    #[track_caller]
-    fn refused(&self, arguments: &[&str]) -> String {
-        let ended = self.bantam(arguments).finish();
-        ended.failed_with_one_line().to_owned()
-    }
-
-    #[track_caller]
-    fn json(&self, arguments: &[&str]) -> Value {
-        let text = self.done(&[arguments, &["--output", "json"]].concat());
-        serde_json::from_str(&text).unwrap()
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Writes a file, and returns its path.
-    fn file(&self, name: &str, content: impl AsRef<[u8]>) -> String {
-        let path = self.path(name);
-        fs::write(&path, content).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    /// Makes an empty qcow2 image of 8 MiB, and returns its path.
-    fn image(&self, name: &str) -> String {
-        let path = self.path(name);
-        qemu_img(&["create", "-q", "-f", "qcow2"], &[&path, Path::new("8M")]);
-        path.to_str().unwrap().to_owned()
-    }
-
-    fn of_machine(&self, name: &str) -> PathBuf {
-        self.path("state/machines").join(name)
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        for name in self.bantam(&["list", "--name"]).finish().text().lines() {
-            self.bantam(&["destroy", name]).finish();
-        }
-    }
+/// Makes an empty qcow2 image of 8 MiB, and returns its path.
+fn make_image(host: &Machines, name: &str) -> String {
+    let path = host.folder().join(name);
+    qemu_img(&["create", "-q", "-f", "qcow2"], &[&path, Path::new("8M")]);
+    path.to_str().unwrap().to_owned()
 }
 
 /// Returns a file of a seed.
@@ -107,7 +54,7 @@ fn json_of_seed(seed: &Path, name: &str) -> Value {
 fn a_machine_of_an_image_finds_its_seed_and_leaves_the_image_alone() {
     require_kvm!();
     let _slot = linux_slot();
-    let host = Host::new();
+    let host = Machines::new();
     let script = "#!/bin/sh\n\
          mount -t proc proc /proc\n\
          echo LABEL $(dd if=/dev/vdb bs=1 skip=43 count=6)\n\
@@ -117,10 +64,10 @@ fn a_machine_of_an_image_finds_its_seed_and_leaves_the_image_alone() {
          echo SIZE $(busybox blockdev --getsize64 /dev/vda)\n\
          printf written > /mark; sync\n\
          printf '\\000' | dd of=/dev/port bs=1 seek=1280\n";
-    let image = scripted_root(host.folder.path(), &[("first.sh", script)]);
+    let image = scripted_root(host.folder(), &[("first.sh", script)]);
     let before = fs::read(&image).unwrap();
     let kernel = Kernel::Small.vmlinux();
-    let output = host.path("output");
+    let output = host.folder().join("output");
     let serial = format!("file={}", output.display());
     host.done(&[
         "create",
@@ -162,7 +109,7 @@ fn a_machine_of_an_image_finds_its_seed_and_leaves_the_image_alone() {
     }
     assert_eq!(fs::read(&image).unwrap(), before);
     // What the guest has written is in the overlay.
-    let result = host.path("result");
+    let result = host.folder().join("result");
     let overlay = host.of_machine("web").join("disk.qcow2");
     qemu_img(&["convert", "-O", "raw"], &[&overlay, &result]);
     let result = fs::read(&result).unwrap();
@@ -172,10 +119,10 @@ fn a_machine_of_an_image_finds_its_seed_and_leaves_the_image_alone() {
 
 #[test]
 fn what_the_guest_is_told_follows_from_the_options() {
-    let host = Host::new();
-    let image = host.image("debian.qcow2");
-    let key = host.file("id.pub", KEY);
-    let password = host.file("password", "$6$saltsalt$abcdefgh\n");
+    let host = Machines::new();
+    let image = make_image(&host, "debian.qcow2");
+    let key = write_file(&host, "id.pub", KEY);
+    let password = write_file(&host, "password", "$6$saltsalt$abcdefgh\n");
     host.done(&[
         "create",
         "Web_1",
@@ -242,9 +189,9 @@ fn what_the_guest_is_told_follows_from_the_options() {
 
 #[test]
 fn what_a_user_has_written_for_cloud_init_is_taken_as_it_is() {
-    let host = Host::new();
+    let host = Machines::new();
     let own = "#cloud-config\nruncmd: [ 'true' ]  # mine\n";
-    let file = host.file("mine.yaml", own);
+    let file = write_file(&host, "mine.yaml", own);
     host.done(&[
         "create",
         "a",
@@ -262,11 +209,11 @@ fn what_a_user_has_written_for_cloud_init_is_taken_as_it_is() {
         "one.test"
     );
 
-    let folder = host.path("mine");
+    let folder = host.folder().join("mine");
     fs::create_dir(&folder).unwrap();
-    host.file("mine/user-data", own);
-    host.file("mine/meta-data", "instance-id: mine-1\n");
-    host.file("mine/network-config", "version: 2\n");
+    write_file(&host, "mine/user-data", own);
+    write_file(&host, "mine/meta-data", "instance-id: mine-1\n");
+    write_file(&host, "mine/network-config", "version: 2\n");
     host.done(&[
         "create",
         "b",
@@ -282,8 +229,8 @@ fn what_a_user_has_written_for_cloud_init_is_taken_as_it_is() {
 
 #[test]
 fn images_are_kept_as_long_as_a_machine_needs_them() {
-    let host = Host::new();
-    let image = host.image("debian.qcow2");
+    let host = Machines::new();
+    let image = make_image(&host, "debian.qcow2");
     let sum = Command::new("sha256sum").arg(&image).output().unwrap();
     let sum = String::from_utf8(sum.stdout).unwrap();
     let sum = sum.split(' ').next().unwrap();
@@ -293,7 +240,7 @@ fn images_are_kept_as_long_as_a_machine_needs_them() {
     host.done(&["images", "add", &image, "--sha256", sum]);
     let reason = host.refused(&["images", "add", &image]);
     assert!(reason.contains("--name"), "{reason}");
-    let raw = host.file("small.img", vec![0; 1 << 20]);
+    let raw = write_file(&host, "small.img", vec![0; 1 << 20]);
     host.done(&["images", "add", &raw, "--name", "small"]);
     assert_eq!(
         host.done(&["images", "list"]),
@@ -303,7 +250,7 @@ fn images_are_kept_as_long_as_a_machine_needs_them() {
     let path = images[0]["path"].as_str().unwrap();
     assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o222, 0);
     // Nothing is left of what was refused.
-    let files = fs::read_dir(host.path("state/images")).unwrap();
+    let files = fs::read_dir(host.folder().join("images")).unwrap();
     assert_eq!(files.count(), 2);
 
     host.done(&["create", "web", "--kernel", "/k", "--image", "debian"]);
@@ -319,17 +266,17 @@ fn images_are_kept_as_long_as_a_machine_needs_them() {
 
 #[test]
 fn what_cannot_be_used_is_said_and_leaves_nothing() {
-    let host = Host::new();
-    let image = host.image("debian.qcow2");
-    let misnamed = host.image("debian.img");
-    let overlay = host.path("overlay.qcow2");
+    let host = Machines::new();
+    let image = make_image(&host, "debian.qcow2");
+    let misnamed = make_image(&host, "debian.img");
+    let overlay = host.folder().join("overlay.qcow2");
     qemu_img(
         &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &image],
         &[&overlay],
     );
-    let private = host.file("id", "-----BEGIN OPENSSH PRIVATE KEY-----\n");
-    let list = host.file("list", "#cloud-config\n- a\n");
-    let nothing = host.file("nothing", "");
+    let private = write_file(&host, "id", "-----BEGIN OPENSSH PRIVATE KEY-----\n");
+    let list = write_file(&host, "list", "#cloud-config\n- a\n");
+    let nothing = write_file(&host, "nothing", "");
     let overlay = overlay.to_str().unwrap();
     for (options, part) in [
         (["--image", "absent"], "bantam images list"),
@@ -397,7 +344,7 @@ exec chroot . /bin/sh -c "
 "#;
 
 /// Has cloud-init set a machine up, and returns what `questions` print afterwards.
-fn set_up(host: &Host, name: &str, questions: &str) -> String {
+fn set_up(host: &Machines, name: &str, questions: &str) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/guest/debian-root.sh");
     let root = Command::new(script).output().unwrap();
     let root = String::from_utf8(root.stdout).unwrap();
@@ -423,11 +370,11 @@ fn set_up(host: &Host, name: &str, questions: &str) -> String {
 #[test]
 #[ignore = "it takes root and a root file system of Debian: make distribution"]
 fn cloud_init_of_debian_does_what_it_is_told() {
-    let host = Host::new();
-    let key = host.file("id.pub", KEY);
-    let password = host.file("password", "a \"b\": c\n");
+    let host = Machines::new();
+    let key = write_file(&host, "id.pub", KEY);
+    let password = write_file(&host, "password", "a \"b\": c\n");
     let hash = "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/";
-    let hash_file = host.file("hash", hash);
+    let hash_file = write_file(&host, "hash", hash);
     let create = ["--kernel", "/k", "--net", "user", "--ssh-key", &key];
     let run = [
         "--run",
@@ -474,7 +421,7 @@ fn cloud_init_of_debian_does_what_it_is_told() {
     }
 
     let own = "#cloud-config\nwrite_files: [{path: /mine, content: written}]\n";
-    let file = host.file("mine.yaml", own);
+    let file = write_file(&host, "mine.yaml", own);
     host.done(&[
         "create",
         "own",

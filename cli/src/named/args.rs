@@ -295,7 +295,7 @@ pub struct ChangeMediaArgs {
     /// The image
     pub path: PathBuf,
     /// Format of the image; by default it follows from its name
-    #[arg(long, value_name = "FORMAT", value_parser = |text: &str| DiskFormatOption::try_from(text.to_owned()))]
+    #[arg(long, value_name = "FORMAT")]
     pub format: Option<DiskFormatOption>,
 }
 

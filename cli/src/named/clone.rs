@@ -2,7 +2,8 @@
 
 use std::io::{self, IsTerminal};
 
-use bantam_manager::{CloneProgress, CloneStorage, Manager};
+use bantam_manager::{CloneStorage, Manager};
+use bantam_storage::tools::Job;
 
 use super::args::{CloneArgs, TemplateArgs};
 use super::create::start_new;
@@ -25,8 +26,8 @@ pub fn clone(args: &CloneArgs) -> anyhow::Result<()> {
         &source,
         &args.new_name,
         storage,
-        &CloneProgress {
-            disk: &|share| progress.set(share),
+        Job {
+            progress: &|share| progress.set(share),
             cancelled,
         },
     );

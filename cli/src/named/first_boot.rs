@@ -30,8 +30,7 @@ pub struct FirstBootArgs {
     image: Option<PathBuf>,
 
     /// Format of the image, raw or qcow2; by default qcow2 if its name ends in .qcow2, else raw
-    #[arg(long, value_name = "FORMAT", help_heading = HEADING, hide_short_help = true, requires = "image",
-        value_parser = |text: &str| DiskFormatOption::try_from(text.to_owned()))]
+    #[arg(long, value_name = "FORMAT", help_heading = HEADING, hide_short_help = true, requires = "image")]
     image_format: Option<DiskFormatOption>,
 
     /// Size of the first disk, such as 20G; by default that of the image

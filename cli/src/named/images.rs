@@ -44,7 +44,7 @@ struct AddArgs {
     #[arg(long, value_name = "IMAGE")]
     name: Option<MachineName>,
     /// Format of the image; by default qcow2 if its name ends in .qcow2, else raw
-    #[arg(long, value_name = "FORMAT", value_parser = |text: &str| DiskFormatOption::try_from(text.to_owned()))]
+    #[arg(long, value_name = "FORMAT")]
     format: Option<DiskFormatOption>,
     /// Checksum that the file must have, as sha256sum prints it
     #[arg(long, value_name = "HEX")]

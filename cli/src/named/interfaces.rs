@@ -40,7 +40,7 @@ fn interfaces(name: &MachineName) -> anyhow::Result<Vec<Interface>> {
 }
 
 /// Returns what a device is connected to, as virsh calls it, and the name of that.
-fn connection(net: &NetConfig) -> (&'static str, Option<String>) {
+pub fn connection(net: &NetConfig) -> (&'static str, Option<String>) {
     match net.host_network() {
         Some(HostNetwork::Network(name)) => ("network", Some(name.to_string())),
         Some(HostNetwork::Bridge(name)) => ("bridge", Some(name)),
@@ -73,7 +73,8 @@ pub fn list(args: &OutputArgs) -> anyhow::Result<()> {
         return print_json(&interfaces.collect::<Vec<Value>>());
     }
     let heading = ["Interface", "Type", "Source", "Model", "MAC"].map(str::to_owned);
-    let rows = interfaces.iter().map(|it| {
+    let mut rows = vec![heading.to_vec()];
+    rows.extend(interfaces.iter().map(|it| {
         let (kind, source) = connection(&it.net);
         vec![
             it.name.to_string(),
@@ -82,13 +83,8 @@ pub fn list(args: &OutputArgs) -> anyhow::Result<()> {
             "virtio".to_owned(),
             it.mac.to_string(),
         ]
-    });
-    print(&table(
-        &[heading.to_vec()]
-            .into_iter()
-            .chain(rows)
-            .collect::<Vec<_>>(),
-    ))
+    }));
+    print(&table(&rows))
 }
 
 pub fn addresses(args: &OutputArgs) -> anyhow::Result<()> {
@@ -113,20 +109,16 @@ pub fn addresses(args: &OutputArgs) -> anyhow::Result<()> {
         return print_json(&found.collect::<Vec<Value>>());
     }
     let heading = ["Name", "MAC address", "Protocol", "Address"].map(str::to_owned);
-    let rows = found.iter().map(|(interface, (address, _))| {
+    let mut rows = vec![heading.to_vec()];
+    rows.extend(found.iter().map(|(interface, (address, _))| {
         vec![
             interface.name.to_string(),
             interface.mac.to_string(),
             if address.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned(),
             address.to_string(),
         ]
-    });
-    print(&table(
-        &[heading.to_vec()]
-            .into_iter()
-            .chain(rows)
-            .collect::<Vec<_>>(),
-    ))
+    }));
+    print(&table(&rows))
 }
 
 /// Returns the addresses of the guest on a network, and who says so.

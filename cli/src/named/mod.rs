@@ -32,6 +32,7 @@ use serde::Serialize;
 pub use args::{NameArgs, NamedCommand, SnapshotCreateArgs, SnapshotListArgs, SnapshotNameArgs};
 pub use completion::with_machine_names;
 pub use console::attach as attach_console;
+pub use interfaces::connection;
 pub use save::restore;
 pub use snapshot::{
     create_snapshot, delete_snapshot, describe_snapshot, list_snapshots, revert, snapshot_tree,

@@ -4,12 +4,13 @@ use std::fs;
 use std::os::unix::fs::FileTypeExt;
 
 use bantam_manager::{EndReason, Entry, Machine, MachineState, Manager, Run, RunOrigin, Usage};
-use bantam_network::{NetworkName, Networks};
+use bantam_network::Networks;
 use bantam_vmm::config::{DiskConfig, MachineConfig, NetConfig};
 
 use super::Session;
 use super::args::Arguments;
 use super::domains::{domain, find, id_of};
+use crate::named;
 
 /// Returns a state in the words and with the number (`virDomainState`) of libvirt.
 fn state_of(state: MachineState) -> (u32, &'static str) {
@@ -261,20 +262,11 @@ pub fn disks(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()>
 
 /// Returns the type of a network device in libvirt's words, and what it is connected to.
 fn connection(net: &NetConfig) -> (&'static str, Option<String>) {
-    if net.user || net.passt.is_some() {
-        ("user", None)
-    } else if net.nat {
-        ("network", Some(NetworkName::nat().to_string()))
-    } else if net.hostonly {
-        ("network", Some(NetworkName::host_only().to_string()))
-    } else if let Some(network) = &net.network {
-        ("network", Some(network.to_string()))
-    } else if let Some(bridge) = &net.bridge {
-        ("bridge", Some(bridge.to_string()))
-    } else if let Some(interface) = &net.macvtap {
-        ("direct", Some(interface.to_string()))
-    } else {
-        ("ethernet", None)
+    match named::connection(net) {
+        ("passt", _) => ("user", None),
+        // libvirt lists a tap as the interface of the device.
+        ("ethernet", _) => ("ethernet", None),
+        connection => connection,
     }
 }
 

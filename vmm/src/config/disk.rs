@@ -313,15 +313,23 @@ impl From<ImageFormat> for DiskFormatOption {
     }
 }
 
+impl FromStr for DiskFormatOption {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(ConfigError::DiskFormat { text: text.into() }),
+        }
+    }
+}
+
 impl TryFrom<String> for DiskFormatOption {
     type Error = ConfigError;
 
     fn try_from(text: String) -> Result<Self, ConfigError> {
-        match text.as_str() {
-            "raw" => Ok(Self::Raw),
-            "qcow2" => Ok(Self::Qcow2),
-            _ => Err(ConfigError::DiskFormat { text }),
-        }
+        text.parse()
     }
 }
 
