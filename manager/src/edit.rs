@@ -5,10 +5,11 @@ use std::path::Path;
 use bantam_vmm::config::{
     DeviceName, DiskConfig, DiskFormatOption, MachineConfig, NetConfig, VcpuCount,
 };
-use bantam_vmm::{Command, DeviceCommand, ImageFormat};
+use bantam_vmm::{Command, DeviceCommand};
 
 use crate::definition::{machine_file, parse_machine_file};
 use crate::error::Error;
+use crate::mac::give_mac_addresses;
 use crate::machine::Machine;
 
 impl Machine {
@@ -48,16 +49,17 @@ impl Machine {
         })
     }
 
-    /// Takes a disk from the machine from its next start on, and returns it. Its image stays.
+    /// Takes a disk from the machine from its next start on. Its image stays.
     ///
     /// # Errors
     /// If the machine has no such disk, has a managed save, or another command is at work on it.
-    pub fn detach_disk(&self, name: &DeviceName) -> Result<DiskConfig, Error> {
+    pub fn detach_disk(&self, name: &DeviceName) -> Result<(), Error> {
         const ACTION: &str = "detach a disk from";
         self.change_devices(ACTION, |config| {
             let place = config.disk_names().position(|it| it == *name);
             let place = place.ok_or_else(|| self.has_none(ACTION, "disk", name, "domblklist"))?;
-            Ok(config.disks.remove(place))
+            config.disks.remove(place);
+            Ok(())
         })
     }
 
@@ -104,13 +106,9 @@ impl Machine {
             let place = config.disk_names().position(|it| it == *name);
             let place = place.ok_or_else(|| self.has_none(ACTION, "disk", name, "domblklist"))?;
             if is_active {
-                let format = format.map(|format| match format {
-                    DiskFormatOption::Raw => ImageFormat::Raw,
-                    DiskFormatOption::Qcow2 => ImageFormat::Qcow2,
-                });
                 let command = DeviceCommand::ReplaceImage {
                     path: path.to_owned(),
-                    format,
+                    format: format.map(Into::into),
                 };
                 let name = name.clone();
                 self.execute(ACTION, Command::Device { name, command })?;
@@ -123,11 +121,11 @@ impl Machine {
     }
 
     /// Changes which devices the machine has. A state that was saved goes on with those that it had.
-    fn change_devices<T>(
+    fn change_devices(
         &self,
         action: &'static str,
-        change_config: impl FnOnce(&mut MachineConfig) -> Result<T, Error>,
-    ) -> Result<T, Error> {
+        change_config: impl FnOnce(&mut MachineConfig) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let change = self.change(action)?;
         self.mend(&change)?;
         if self.has_managed_save() {
@@ -136,10 +134,11 @@ impl Machine {
             return Err(self.refused(action, reason));
         }
         let mut config = self.config()?;
-        let result = change_config(&mut config)?;
+        change_config(&mut config)?;
+        // A network device keeps its address when others before it go.
+        give_mac_addresses(&mut config, &self.settings()?.id);
         config.validate_values()?;
-        self.write_config(&machine_file(&config))?;
-        Ok(result)
+        self.write_config(&machine_file(&config))
     }
 
     fn has_none(

@@ -332,6 +332,13 @@ fn devices_are_attached_and_detached_for_the_next_start() {
     assert!(names(machines.json(&["domiflist", "web"])).is_empty());
     machines.done(&["destroy", "web"]);
 
+    // A network device keeps its address when one before it goes.
+    machines.done(&["attach-interface", "web", "user,name=first"]);
+    machines.done(&["attach-interface", "web", "user,name=second"]);
+    let address = machines.json(&["domiflist", "web"])[1]["mac"].clone();
+    machines.done(&["detach-interface", "web", "first"]);
+    assert_eq!(machines.json(&["domiflist", "web"])[0]["mac"], address);
+
     let line = machines.refused(&["detach-disk", "web", "data"]);
     assert!(line.contains("bantam domblklist web"), "{line}");
     machines.done(&[

@@ -313,6 +313,15 @@ impl From<ImageFormat> for DiskFormatOption {
     }
 }
 
+impl From<DiskFormatOption> for ImageFormat {
+    fn from(format: DiskFormatOption) -> Self {
+        match format {
+            DiskFormatOption::Raw => Self::Raw,
+            DiskFormatOption::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 impl FromStr for DiskFormatOption {
     type Err = ConfigError;
 

@@ -8,7 +8,7 @@ use bantam_storage::{CacheMode, Disk, DiskOptions, ImageFormat, LockMode};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
-    BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskLockOption,
+    BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskLockOption,
 };
 use crate::error::Error;
 
@@ -84,10 +84,7 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
             CacheModeOption::None => CacheMode::None,
             CacheModeOption::Unsafe => CacheMode::Unsafe,
         },
-        format: config.format.map(|format| match format {
-            DiskFormatOption::Raw => ImageFormat::Raw,
-            DiskFormatOption::Qcow2 => ImageFormat::Qcow2,
-        }),
+        format: config.format.map(ImageFormat::from),
         backing: config.backing,
         block_size: config.block_size.map(DiskBlockSize::get),
         lock: match config.lock {
