@@ -11,7 +11,6 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::definition::RestartPolicy;
 use crate::error::Error;
 use crate::machine::{Machine, MachineState};
 use crate::start::StartOptions;
@@ -153,7 +152,7 @@ impl Machine {
     /// Does not wait for a guest that reboots by itself.
     ///
     /// # Errors
-    /// Those of [`Machine::execute`], and if the guest has not shut down in time.
+    /// Those of [`Machine::execute`], and if the guest listens to neither or has not shut down in time.
     pub fn reboot(&self) -> Result<(), Error> {
         match self.execute("reboot", Command::PressCtrlAltDel) {
             Err(Error::Control {
@@ -163,9 +162,9 @@ impl Machine {
             result => return result.map(drop),
         }
         let change = self.change("reboot")?;
-        self.execute("reboot", Command::PressPowerButton)?;
-        if self.settings()?.restart == RestartPolicy::Always {
-            return Ok(());
+        if self.shutdown(None)? == ShutDown::Unheard {
+            let name = self.name().clone();
+            return Err(Error::Unheard { name });
         }
         if !self.wait_until_shut_off(Some(REBOOT_TIME))? {
             return Err(Error::Late {

@@ -67,6 +67,15 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The guest of the machine cannot be asked to reboot.
+    #[error(
+        "cannot reboot machine '{name}': it is paused, or its guest listens neither to the power button nor to \
+         Ctrl-Alt-Del, or not yet; try again later, or reset it (bantam reset {name})"
+    )]
+    Unheard {
+        /// The machine.
+        name: MachineName,
+    },
     /// The machine has not done in time what it was asked for.
     #[error("machine '{name}' {state}; {remedy}")]
     Late {

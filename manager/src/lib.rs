@@ -68,4 +68,4 @@ pub use saved::saved_machine;
 pub use snapshots::{KeptDisk, MachineSnapshot, SnapshotPlan};
 pub use start::StartOptions;
 pub use store::{Checksum, StoredImage};
-pub use usage::{DiskUsage, NetworkUsage, Usage};
+pub use usage::{DiskUsage, NetworkUsage, Rates, Usage};

@@ -1,5 +1,6 @@
 //! What a machine that runs has used.
 
+use std::array;
 use std::fs;
 use std::time::Duration;
 
@@ -56,6 +57,56 @@ pub struct NetworkUsage {
     pub sent_packets: u64,
     /// Bytes from the guest.
     pub sent_bytes: u64,
+}
+
+/// What a machine uses in each second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Rates {
+    /// Processor time: 100 is all of one processor.
+    pub cpu_percent: f64,
+    /// Bytes that were read from its disks.
+    pub read_bytes_per_second: f64,
+    /// Bytes that were written to its disks.
+    pub written_bytes_per_second: f64,
+    /// Bytes to the guest from networks.
+    pub received_bytes_per_second: f64,
+    /// Bytes from the guest to networks.
+    pub sent_bytes_per_second: f64,
+}
+
+impl Usage {
+    /// Returns what was used in each second since `earlier`, which was `time` ago. A machine that has been started again
+    /// meanwhile has used less than before, which counts as nothing.
+    pub fn rates_since(&self, earlier: &Self, time: Duration) -> Rates {
+        let seconds = time.as_secs_f64();
+        if seconds <= 0.0 {
+            return Rates::default();
+        }
+        let cpu_time = self.cpu_time.saturating_sub(earlier.cpu_time);
+        let (now, then) = (self.bytes(), earlier.bytes());
+        let [read, written, received, sent] =
+            array::from_fn(|index| now[index].saturating_sub(then[index]) as f64 / seconds);
+        Rates {
+            cpu_percent: cpu_time.as_secs_f64() / seconds * 100.0,
+            read_bytes_per_second: read,
+            written_bytes_per_second: written,
+            received_bytes_per_second: received,
+            sent_bytes_per_second: sent,
+        }
+    }
+
+    /// Returns the bytes that all disks have read and written, and all network devices received and sent.
+    fn bytes(&self) -> [u64; 4] {
+        let disks = self.disks.iter();
+        let networks = self.networks.iter();
+        [
+            disks.clone().map(|it| it.read_bytes).sum(),
+            disks.map(|it| it.write_bytes).sum(),
+            networks.clone().map(|it| it.received_bytes).sum(),
+            networks.map(|it| it.sent_bytes).sum(),
+        ]
+    }
 }
 
 impl Machine {

@@ -331,6 +331,30 @@ fn shutdown_presses_the_power_button_and_waits() {
 }
 
 #[test]
+fn top_shows_who_uses_the_processors() {
+    require_kvm!();
+    let machines = Machines::new();
+    machines.create("busy", "count", "", &[]);
+    machines.create("idle", "button", "finish=poweroff", &[]);
+    machines.create("off", "button", "", &[]);
+    for name in ["idle", "busy"] {
+        machines.done(&["start", name]);
+    }
+    let text = machines.done(&["top", "--count", "2", "--delay", "1"]);
+    let tables: Vec<_> = text.split("\n\n").filter(|it| !it.is_empty()).collect();
+    assert_eq!(tables.len(), 2, "{text}");
+    for table in tables {
+        let names = table.lines().filter_map(|line| line.split(' ').next());
+        let names: Vec<_> = names.collect();
+        assert_eq!(names, ["NAME", "busy", "idle"], "{text}");
+    }
+    let lines = machines.json(&["top", "--count", "1", "--sort", "name"]);
+    assert_eq!(lines[0]["name"], "busy");
+    assert!(lines[0]["cpu-percent"].as_f64() > lines[1]["cpu-percent"].as_f64());
+    assert!(lines[1]["resident"].as_u64() > Some(1 << 20));
+}
+
+#[test]
 fn a_guest_that_cannot_be_asked_to_shut_down_goes_on() {
     require_kvm!();
     let machines = Machines::new();
@@ -343,6 +367,8 @@ fn a_guest_that_cannot_be_asked_to_shut_down_goes_on() {
     machines.done(&["suspend", "deaf"]);
     let line = machines.refused(&["shutdown", "deaf"]);
     assert!(line.contains("it is paused"), "{line}");
+    let line = machines.refused(&["reboot", "deaf"]);
+    assert!(line.contains("bantam reset deaf"), "{line}");
     machines.done(&["resume", "deaf"]);
     // The request has changed nothing: its end is followed by another start.
     let process = machines.process("deaf");

@@ -77,6 +77,10 @@ pub enum NamedCommand {
     Domstate(DomstateArgs),
     /// Shows what named machines have used: processor time, memory, disks, networks
     Domstats(DomstatsArgs),
+    /// Shows what the named machines that run use, in a table that renews itself
+    ///
+    /// At a terminal, q quits, and c, m, d, n and a sort by CPU, memory, disks, networks and name.
+    Top(TopArgs),
     /// Lists the disks of a named machine
     Domblklist(OutputArgs),
     /// Lists the network devices of a named machine
@@ -392,6 +396,39 @@ pub struct DomstateArgs {
     /// Form of the output
     #[arg(long, value_enum, default_value_t)]
     pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Time between two tables
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2,
+        value_parser = clap::value_parser!(u16).range(1..))]
+    pub delay: u16,
+    /// Print so many tables, and end
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: Option<u32>,
+    /// What the machines are sorted by
+    #[arg(long, value_enum, default_value_t)]
+    pub sort: TopOrder,
+    /// Form of the output
+    #[arg(long, value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// What the lines of `bantam top` are sorted by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum TopOrder {
+    /// Processor time
+    #[default]
+    Cpu,
+    /// Memory of the process, that of the guest included
+    Memory,
+    /// Bytes read and written
+    Disk,
+    /// Bytes received and sent
+    Network,
+    /// Name
+    Name,
 }
 
 #[derive(Debug, Args)]

@@ -32,6 +32,7 @@ const COMMANDS: &[&str] = &[
     "setmem",
     "setvcpus",
     "shutdown",
+    "ssh",
     "start",
     "suspend",
     "template",
@@ -78,7 +79,11 @@ complete -F _bantam_with_machines -o nosort -o bashdefault -o default bantam
                  compadd -a machines\n}}\n\n_bantam() {{"
             );
             let mut script = script.replacen("_bantam() {", &function, 1);
-            for description in ["The machine", "The machine; all machines by default"] {
+            for description in [
+                "The machine",
+                "The machine; all machines by default",
+                "The machine, with the name of a user before it if that is another\\: admin@web",
+            ] {
                 let found = format!(" -- {description}:_default'");
                 script = script.replace(&found, &format!(" -- {description}:_bantam_machines'"));
             }
@@ -116,7 +121,7 @@ mod tests {
         let names = first
             .and_then(clap::Arg::get_value_names)
             .unwrap_or_default();
-        names.first().is_some_and(|name| name == "MACHINE")
+        names.first().is_some_and(|name| name.ends_with("MACHINE"))
     }
 
     fn names<'a>(commands: impl Iterator<Item = &'a clap::Command>) -> Vec<&'a str> {

@@ -20,6 +20,7 @@ mod process;
 mod save;
 mod snapshot;
 mod stats;
+mod top;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -75,6 +76,7 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Dominfo(args) => info::info(&args),
         NamedCommand::Domstate(args) => info::state(&args),
         NamedCommand::Domstats(args) => stats::stats(&args),
+        NamedCommand::Top(args) => top::top(&args),
         NamedCommand::Domblklist(args) => info::disks(&args),
         NamedCommand::Domiflist(args) => interfaces::list(&args),
         NamedCommand::Domifaddr(args) => interfaces::addresses(&args),

@@ -4,11 +4,21 @@ use std::collections::HashMap;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_manager::{Machine, Manager, Usage};
+use bantam_manager::{Machine, Manager, Rates, Usage};
+use serde::Serialize;
 use serde_json::json;
 
 use super::args::{DomstatsArgs, Output};
 use super::{print, print_json};
+
+/// What a machine uses in each second, as JSON.
+#[derive(Debug, Serialize)]
+struct NamedRates<'a> {
+    name: &'a str,
+    resident: u64,
+    #[serde(flatten)]
+    rates: Rates,
+}
 
 pub fn stats(args: &DomstatsArgs) -> anyhow::Result<()> {
     let manager = Manager::of_user()?;
@@ -28,7 +38,8 @@ pub fn stats(args: &DomstatsArgs) -> anyhow::Result<()> {
             let now = Instant::now();
             let name = machine.name().to_string();
             if let Some((then, before)) = earlier.insert(name, (now, usage.clone())) {
-                show_rates(&machine, &before, &usage, now - then, args.output)?;
+                let rates = usage.rates_since(&before, now - then);
+                show_rates(&machine, &usage, &rates, args.output)?;
             }
         }
         thread::sleep(interval);
@@ -75,50 +86,30 @@ fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Prints what was used between two moments, for each second.
+/// Prints what a machine uses in each second.
 fn show_rates(
     machine: &Machine,
-    before: &Usage,
-    now: &Usage,
-    time: Duration,
+    usage: &Usage,
+    rates: &Rates,
     output: Output,
 ) -> anyhow::Result<()> {
-    let seconds = time.as_secs_f64();
-    let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / seconds;
-    let total = |usage: &Usage| {
-        let disks = usage.disks.iter();
-        let nets = usage.networks.iter();
-        [
-            disks.clone().map(|it| it.read_bytes).sum::<u64>(),
-            disks.map(|it| it.write_bytes).sum(),
-            nets.clone().map(|it| it.received_bytes).sum(),
-            nets.map(|it| it.sent_bytes).sum(),
-        ]
-    };
-    let cpu = now.cpu_time.saturating_sub(before.cpu_time).as_secs_f64() / seconds * 100.0;
-    let (earlier, later) = (total(before), total(now));
-    let [read, written, received, sent] =
-        std::array::from_fn(|index| rate(earlier[index], later[index]));
     let name = machine.name();
     if output == Output::Json {
-        return print_json(&json!({
-            "name": name,
-            "cpu-percent": cpu,
-            "resident": now.resident,
-            "read-bytes-per-second": read,
-            "written-bytes-per-second": written,
-            "received-bytes-per-second": received,
-            "sent-bytes-per-second": sent,
-        }));
+        return print_json(&NamedRates {
+            name: name.as_str(),
+            resident: usage.resident,
+            rates: *rates,
+        });
     }
     let kib = |bytes: f64| bytes / 1024.0;
     print(&format!(
-        "{name}: CPU {cpu:.1} %, memory {} MiB, disks {:.0} KiB/s read {:.0} KiB/s written, networks {:.0} KiB/s \
+        "{name}: CPU {:.1} %, memory {} MiB, disks {:.0} KiB/s read {:.0} KiB/s written, networks {:.0} KiB/s \
          received {:.0} KiB/s sent\n",
-        now.resident >> 20,
-        kib(read),
-        kib(written),
-        kib(received),
-        kib(sent)
+        rates.cpu_percent,
+        usage.resident >> 20,
+        kib(rates.read_bytes_per_second),
+        kib(rates.written_bytes_per_second),
+        kib(rates.received_bytes_per_second),
+        kib(rates.sent_bytes_per_second)
     ))
 }
