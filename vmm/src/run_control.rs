@@ -330,16 +330,19 @@ impl RunControl {
     }
 
     /// Cuts the power if it is time, and sets the alarm to when it will be, or to [`TICK`] if that is
-    /// earlier.
+    /// earlier and the machine is not paused: then it costs the host nothing.
     pub(crate) fn set_alarm(&self) {
         let mut alarm = lock(&self.alarm);
         let left = alarm
             .cut
             .map(|cut| cut.saturating_duration_since(Instant::now()));
+        // Read under the lock, as a machine that is resumed sets the alarm after it has said so.
+        let tick = (!self.is_pausing()).then_some(TICK);
         let next = left.filter(|left| !left.is_zero());
-        let set = alarm
-            .timer
-            .reset(next.map_or(TICK, |left| left.min(TICK)), None);
+        let set = match next.into_iter().chain(tick).min() {
+            Some(next) => alarm.timer.reset(next, None),
+            None => alarm.timer.clear(),
+        };
         drop(alarm);
         if let Err(error) = &set {
             tracing::error!("cannot set a timer: {error}");
@@ -356,9 +359,12 @@ impl RunControl {
 
     /// Lets paused vCPUs go on.
     pub(crate) fn resume_vcpus(&self) {
-        let _threads = lock(&self.threads);
-        self.pausing.store(false, Ordering::SeqCst);
-        self.changed.notify_all();
+        {
+            let _threads = lock(&self.threads);
+            self.pausing.store(false, Ordering::SeqCst);
+            self.changed.notify_all();
+        }
+        self.set_alarm();
     }
 
     /// Ends the machine for the reason `outcome`, unless it has ended already. If the guest has panicked,
@@ -538,6 +544,22 @@ mod tests {
 
     fn control() -> Arc<RunControl> {
         Arc::new(RunControl::new(EventSender::default()).unwrap())
+    }
+
+    #[test]
+    fn a_paused_machine_wakes_only_to_have_its_power_cut() {
+        let control = control();
+        let is_armed = || lock(&control.alarm).timer.is_armed().unwrap();
+        control.set_alarm();
+        assert!(is_armed());
+        control.hold_vcpus();
+        control.set_alarm();
+        assert!(!is_armed());
+        control.resume_vcpus();
+        assert!(is_armed());
+        control.hold_vcpus();
+        control.cut_power_after(TIME);
+        assert!(is_armed());
     }
 
     #[test]
