@@ -8,6 +8,7 @@ use std::mem;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use bantam_seed::HostName;
 use bantam_storage::Options;
 use bantam_storage::tools::{self, CopyOptions, Format, Job, NewContent, Opened, Purpose, open};
 use bantam_vmm::config::{DiskConfig, DiskFormatOption, MachineConfig};
@@ -21,7 +22,7 @@ use crate::mac::give_mac_addresses;
 use crate::machine::{Machine, file, write_new};
 use crate::manager::Manager;
 use crate::name::MachineName;
-use crate::provision::{SEED, renew_seed};
+use crate::provision::renew_seed;
 
 /// Zeroes of this length and alignment take no room in a copy.
 const SPARSE: u64 = 4096;
@@ -94,8 +95,7 @@ impl Manager {
             let changed =
                 changed.filter_map(|(old, new)| Some((old?.to_string(), new?.to_string())));
             let changed: Vec<_> = changed.collect();
-            let seed = source.file(SEED);
-            let seed = config.disks.iter().position(|disk| disk.path == seed);
+            let seed = source.seed_place(&config);
             copy_disks(
                 source,
                 &mut config,
@@ -106,7 +106,11 @@ impl Manager {
             )?;
             if let Some(file) = seed.and_then(|place| config.disks[place].path.file_name()) {
                 let path = new.folder.join(file::DISKS).join(file);
-                settings.instance_id = Some(renew_seed(&path, name.as_str(), &changed)?);
+                let host_name = HostName::from_name(name.as_str());
+                let id = renew_seed(&path, |seed, id| {
+                    seed.renew(id, host_name.as_ref(), &changed);
+                })?;
+                settings.instance_id = Some(id);
             }
             write_new(&new.folder, &machine_file(&config), &settings)?;
             Ok(moved)

@@ -8,25 +8,25 @@ use std::path::Path;
 /// The end of the name of a file that is not complete yet.
 const NEW: &str = ".new";
 
-/// Puts `text` into the file at `path`, in place of an earlier one. If this fails, or the host loses its power, the
+/// Puts `bytes` into the file at `path`, in place of an earlier one. If this fails, or the host loses its power, the
 /// earlier file is still there.
-pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
-    write_over(path, text, true)
+pub(crate) fn replace(path: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+    write_over(path, bytes.as_ref(), true)
 }
 
 /// The same for what need not outlive a loss of power.
 pub(crate) fn replace_quickly(path: &Path, text: &str) -> io::Result<()> {
-    write_over(path, text, false)
+    write_over(path, text.as_bytes(), false)
 }
 
-fn write_over(path: &Path, text: &str, is_durable: bool) -> io::Result<()> {
+fn write_over(path: &Path, bytes: &[u8], is_durable: bool) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(NEW);
     let new = Path::new(&name);
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
     let written = options.open(new).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
+        file.write_all(bytes)?;
         match is_durable {
             true => file.sync_all(),
             false => Ok(()),

@@ -417,7 +417,7 @@ impl Machine {
     /// Writes the settings.
     pub(crate) fn write_settings(&self, settings: &Settings) -> Result<(), Error> {
         let path = self.file(file::SETTINGS);
-        files::replace(&path, &settings.to_toml()).map_err(Error::file("write", &path))
+        files::replace(&path, settings.to_toml()).map_err(Error::file("write", &path))
     }
 }
 

@@ -1,8 +1,6 @@
 //! Machines that are made of an image, and set themselves up at their first boot.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use bantam_seed::{Given, HostName, MetaData, NetworkConfig, Seed};
@@ -18,7 +16,7 @@ use crate::store::checked_format;
 /// The overlay of the image that a machine is made of.
 const OVERLAY: &str = "disk.qcow2";
 /// The disk for cloud-init.
-pub(crate) const SEED: &str = "seed.img";
+const SEED: &str = "seed.img";
 /// The serial number of that disk, and its name on the host.
 const SEED_ID: &str = "cidata";
 
@@ -69,7 +67,7 @@ impl Provision {
         if let Some(source) = &self.seed {
             let (seed, instance_id) = source.seed(machine.name().as_str(), config)?;
             let path = folder.join(SEED);
-            write_private(&path, &seed.to_image()?).map_err(Error::file("write", &path))?;
+            files::replace(&path, seed.to_image()?).map_err(Error::file("write", &path))?;
             let mut disk = DiskConfig::new(machine.file(SEED));
             disk.readonly = true;
             disk.id = SEED_ID.to_owned().try_into().ok();
@@ -121,31 +119,42 @@ impl SeedSource {
     }
 }
 
-/// Makes the disk for cloud-init at `path` that of another machine, called `name`. Returns its instance id.
+/// Makes the disk for cloud-init at `path` that of another instance, as `change` says of its instance id. Returns that.
 pub(crate) fn renew_seed(
     path: &Path,
-    name: &str,
-    mac_addresses: &[(String, String)],
+    change: impl FnOnce(&mut Seed, &str),
 ) -> Result<String, Error> {
     let id = random_uuid()?;
     let image = fs::read(path).map_err(Error::file("read", path))?;
     let mut seed = Seed::of_image(image)?;
-    seed.renew(&id, HostName::from_name(name).as_ref(), mac_addresses);
-    files::remove_file(path).map_err(Error::file("remove", path))?;
-    write_private(path, &seed.to_image()?).map_err(Error::file("write", path))?;
+    change(&mut seed, &id);
+    files::replace(path, seed.to_image()?).map_err(Error::file("write", path))?;
     Ok(id)
 }
 
-/// Writes a file that only its user may read, as there may be passwords in it.
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true).mode(0o600);
-    let mut file = options.open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
 impl Machine {
+    /// Returns the place, among the disks of `config`, of the disk for cloud-init that was made with this machine or with
+    /// the one that it is a copy of.
+    pub(crate) fn seed_place(&self, config: &MachineConfig) -> Option<usize> {
+        config.disks.iter().position(|disk| {
+            let is_named = disk.id.as_ref().is_some_and(|id| id.as_str() == SEED_ID);
+            is_named && disk.readonly && disk.path.starts_with(self.folder())
+        })
+    }
+
+    /// Gives the guest another instance id for its next boot, so that cloud-init sets it up anew.
+    pub(crate) fn renew_instance(&self) -> Result<(), Error> {
+        let config = self.config()?;
+        let Some(place) = self.seed_place(&config) else {
+            let reason = "it was made without a disk for cloud-init, whose instance could be a new one; see `bantam create --help`";
+            return Err(self.refused("start", reason));
+        };
+        let mut settings = self.settings()?;
+        let id = renew_seed(&config.disks[place].path, Seed::set_instance_id)?;
+        settings.instance_id = Some(id);
+        self.write_settings(&settings)
+    }
+
     /// Has the machine file name the files in the machine's own folder by relative paths, which hold when the folder gets
     /// another name. Returns whether there are any.
     pub(crate) fn make_own_paths_relative(&self) -> Result<bool, Error> {

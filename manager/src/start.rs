@@ -20,6 +20,8 @@ use crate::process::{FAILED, PROCESS_COMMAND, RUNNING, rotate_log};
 pub struct StartOptions {
     /// Boots the kernel although there is a managed save, which is removed.
     pub force_boot: bool,
+    /// Gives the guest another instance id before it boots, so that cloud-init sets it up anew.
+    pub new_instance: bool,
 }
 
 /// What the process of a machine is told on its command line.
@@ -60,6 +62,14 @@ impl Machine {
         let save = self.file(file::SAVE);
         let has_save = self.has_managed_save();
         let goes_on = has_save && !options.force_boot;
+        if options.new_instance {
+            if goes_on {
+                let reason = "its guest goes on from a managed save, and is the instance that it was; boot it with --force-boot";
+                return Err(self.refused("start", reason));
+            }
+            self.require_shut_off("start")?;
+            self.renew_instance()?;
+        }
         self.launch(
             change,
             &Launch {

@@ -75,6 +75,11 @@ impl Seed {
         })
     }
 
+    /// Gives the guest another instance id, so that cloud-init sets it up anew.
+    pub fn set_instance_id(&mut self, instance_id: &str) {
+        self.meta_data.set_instance_id(instance_id);
+    }
+
     /// Makes the seed that of another instance with this id and host name, whose network devices have other MAC addresses:
     /// each of the pairs is an address and what takes its place.
     pub fn renew(

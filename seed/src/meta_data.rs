@@ -103,9 +103,14 @@ impl MetaData {
         }
     }
 
+    /// Sets the instance id.
+    pub(crate) fn set_instance_id(&mut self, instance_id: &str) {
+        self.0.insert(INSTANCE_ID.to_owned(), instance_id.into());
+    }
+
     /// Sets the instance id, and the host name or none.
     pub(crate) fn replace(&mut self, instance_id: &str, host_name: Option<&HostName>) {
-        self.0.remove(INSTANCE_ID);
+        self.set_instance_id(instance_id);
         self.0.remove(LOCAL_HOSTNAME);
         self.complete(instance_id, host_name.map(HostName::as_str));
     }

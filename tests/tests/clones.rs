@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -100,13 +101,15 @@ fn a_clone_has_disks_and_an_identity_of_its_own() {
 
 #[test]
 fn a_clone_is_another_instance_for_cloud_init() {
+    require_kvm!();
     let machines = Machines::new();
     let base = image(&machines, "base.img", 2 * MIB);
     let first_boot = ["--image", text(&base), "--run", "true", "--net", "user"];
     machines.create("web", "hello", "finish=hang", &first_boot);
     machines.done(&["template", "web"]);
     machines.done(&["clone", "web", "copy"]);
-    let [web, copy] = ["web", "copy"].map(|name| {
+    machines.done(&["clone", "copy", "third"]);
+    let facts = |name: &str| {
         let id = machines.json(&["dominfo", name])["instance-id"].clone();
         let mac = machines.json(&["domiflist", name])[0]["mac"].clone();
         let seed = fs::read(source(&machines, name, 1)).unwrap();
@@ -118,10 +121,26 @@ fn a_clone_is_another_instance_for_cloud_init() {
         assert!(said(&id) && said(&mac));
         assert!(said(&format!("\"local-hostname\":\"{name}\"")));
         (id, mac)
-    });
-    assert_ne!(web.0, copy.0);
-    assert_ne!(web.1, copy.1);
+    };
+    let all = ["web", "copy", "third"].map(facts);
+    let ids: HashSet<_> = all.iter().map(|(id, _)| id).collect();
+    let macs: HashSet<_> = all.iter().map(|(_, mac)| mac).collect();
+    assert_eq!((ids.len(), macs.len()), (3, 3), "{all:?}");
     identical([&source(&machines, "copy", 0), &base], ["qcow2", "raw"]);
+
+    // One of them becomes another instance, and stays who it is otherwise.
+    machines.done(&["start", "copy", "--new-instance"]);
+    let line = machines.refused(&["start", "copy", "--new-instance"]);
+    assert!(line.contains("it is running"), "{line}");
+    machines.done(&["managedsave", "copy"]);
+    let line = machines.refused(&["start", "copy", "--new-instance"]);
+    assert!(line.contains("--force-boot"), "{line}");
+    let (id, mac) = facts("copy");
+    assert_ne!(id, all[1].0);
+    assert_eq!(mac, all[1].1);
+    machines.create("plain", "hello", "finish=hang", &[]);
+    let line = machines.refused(&["start", "plain", "--new-instance"]);
+    assert!(line.contains("without a disk for cloud-init"), "{line}");
 }
 
 #[test]

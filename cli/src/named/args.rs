@@ -341,6 +341,9 @@ pub struct StartArgs {
     /// Boot the kernel, and throw a managed save away
     #[arg(long)]
     pub force_boot: bool,
+    /// Give the guest another instance id, so that cloud-init sets it up anew
+    #[arg(long)]
+    pub new_instance: bool,
 }
 
 #[derive(Debug, Args)]

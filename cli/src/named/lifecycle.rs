@@ -20,6 +20,7 @@ pub fn start(args: &StartArgs) -> anyhow::Result<()> {
     let machine = machine(&args.name)?;
     let origin = machine.start(&StartOptions {
         force_boot: args.force_boot,
+        new_instance: args.new_instance,
     })?;
     if origin == RunOrigin::Restored {
         say(format_args!(

@@ -75,6 +75,7 @@ pub fn start(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()>
     let machine = domain(arguments)?;
     let options = StartOptions {
         force_boot: arguments.has("force-boot"),
+        ..StartOptions::default()
     };
     machine.start(&options).map_err(|error| match error {
         Error::Running { .. } => anyhow!("Domain is already active"),

@@ -13,6 +13,7 @@ mod load;
 mod many;
 mod memory;
 mod monitors;
+mod named;
 mod net;
 mod process;
 mod report;
@@ -31,7 +32,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -41,6 +42,7 @@ const PARTS: [Part; 11] = [
     ("net", net::measure),
     ("disks", disks::measure),
     ("images", images::measure),
+    ("named", named::measure),
     ("snapshots", snapshots::measure),
     ("tracking", tracking::measure),
 ];
