@@ -13,16 +13,17 @@ use bantam_storage::Options;
 use bantam_storage::tools::{self, CopyOptions, Format, Job, NewContent, Opened, Purpose, open};
 use bantam_vmm::config::{DiskConfig, DiskFormatOption, MachineConfig};
 
-use crate::definition::{Settings, machine_file};
+use crate::definition::{Settings, machine_file, parse_machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::images::{create_overlay, format_of, use_overlay};
 use crate::lock;
 use crate::mac::give_mac_addresses;
-use crate::machine::{Machine, file, write_new};
+use crate::machine::{Change, Machine, file, write_new};
 use crate::manager::Manager;
-use crate::name::MachineName;
+use crate::name::{MAX_LEN, MachineName};
 use crate::provision::renew_seed;
+use crate::snapshots::{MachineSnapshot, SnapshotPlan};
 
 /// Zeroes of this length and alignment take no room in a copy.
 const SPARSE: u64 = 4096;
@@ -46,13 +47,15 @@ pub struct ClonedMachine {
 }
 
 impl Manager {
-    /// Makes a machine that is like `source`, with disks of its own; `job` is told how far the copy of each is. It has another id, from which its MAC addresses derive,
-    /// and a disk for cloud-init, if there is one, with another instance id and host name.
+    /// Makes a machine that is like `source`, with disks of its own; `job` is told how far the copy of each is. It has another
+    /// id, from which its MAC addresses derive, and a disk for cloud-init, if there is one, with another instance id and host
+    /// name. The disks of a source that runs are as they would be if its power were cut now.
     ///
-    /// The command can be killed at any time: the copy exists as a whole or not at all.
+    /// The command can be killed at any time: the copy exists as a whole or not at all. A source that runs may keep a snapshot
+    /// then, whose description names the copy.
     ///
     /// # Errors
-    /// If `source` runs or has a managed save, or is to be linked and is not a template, there is a machine of that name,
+    /// If `source` has a managed save, or is to be linked and is not a template, there is a machine of that name,
     /// the copy is cancelled, another command is at work on `source`, or the host does not let the copy be kept.
     pub fn clone_machine(
         &self,
@@ -64,7 +67,6 @@ impl Manager {
         const ACTION: &str = "clone";
         let change = source.change(ACTION)?;
         source.mend(&change)?;
-        source.require_shut_off(ACTION)?;
         let settings = source.settings()?;
         if storage == CloneStorage::Linked && !settings.template {
             let reason = format!(
@@ -80,9 +82,16 @@ impl Manager {
             return Err(source.refused(ACTION, reason));
         }
         let new = self.begin(name)?;
+        let frozen = source.freeze(&change, name).inspect_err(|_| {
+            // The first error says more.
+            let _ = files::remove_folder(&new.folder);
+        })?;
         let target = Machine::at(self.folders(), name.clone());
         let made = Settings::new(settings.restart).and_then(|mut settings| {
-            let mut config = source.config()?;
+            let mut config = match &frozen {
+                Some(frozen) => parse_machine_file(&frozen.machine_file, &source.machine_file())?,
+                None => source.config()?,
+            };
             let moved = move_streams(&mut config, target.folder());
             let before: Vec<_> = config.nets.iter().map(|net| net.mac).collect();
             for net in &mut config.nets {
@@ -115,7 +124,12 @@ impl Manager {
             write_new(&new.folder, &machine_file(&config), &settings)?;
             Ok(moved)
         });
+        let thawed = match frozen {
+            Some(frozen) => source.delete_snapshot_with(&change, &frozen.name),
+            None => Ok(()),
+        };
         let finished = made.and_then(|moved| {
+            thawed?;
             let _all = self.lock_all()?;
             if let Some(found) = self.find_folded(name)? {
                 return Err(Error::Exists { found });
@@ -229,6 +243,33 @@ impl Manager {
             names.join(", ")
         );
         Err(machine.refused(action, reason))
+    }
+}
+
+impl Machine {
+    /// Has the images of a machine that runs stand still, while it goes on with overlays, for its clone `name`.
+    fn freeze(
+        &self,
+        change: &Change,
+        name: &MachineName,
+    ) -> Result<Option<MachineSnapshot>, Error> {
+        if !self.is_active()? {
+            return Ok(None);
+        }
+        let text = format!("clone-{name}");
+        let snapshot: MachineName = text.get(..MAX_LEN).unwrap_or(&text).parse()?;
+        let description = Some(format!("for the clone '{name}', while it is made"));
+        // One that an earlier command has left, which was killed.
+        let left = self.snapshot(&snapshot);
+        if left.is_ok_and(|left| left.description == description) {
+            self.delete_snapshot_with(change, &snapshot)?;
+        }
+        let plan = SnapshotPlan {
+            name: Some(snapshot),
+            description,
+            disk_only: true,
+        };
+        self.take_snapshot_with(change, &plan).map(Some)
     }
 }
 

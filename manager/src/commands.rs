@@ -92,7 +92,7 @@ impl Machine {
         }
     }
 
-    fn unexpected(&self, action: &'static str) -> Error {
+    pub(crate) fn unexpected(&self, action: &'static str) -> Error {
         let reason = "it gives the answer to another command".to_owned();
         self.control_error(action, ControlError::Foreign { reason })
     }

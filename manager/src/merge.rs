@@ -4,10 +4,14 @@ use std::collections::HashSet;
 use std::fs;
 use std::iter;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
+use bantam_control::ControlError;
 use bantam_storage::job::{CommitJob, JobState};
 use bantam_storage::{Disk, DiskOptions, HostOpener, ImageFormat, LockMode};
-use bantam_vmm::config::DiskConfig;
+use bantam_vmm::config::{DeviceName, DiskConfig};
+use bantam_vmm::{Answer, Command, DeviceAnswer, DeviceCommand, DiskJob, JobState as CopyState};
 
 use crate::definition::parse_machine_file;
 use crate::error::Error;
@@ -15,16 +19,23 @@ use crate::machine::Machine;
 use crate::manager::Manager;
 use crate::snapshots::MachineSnapshot;
 
+const ACTION: &str = "merge an overlay of";
+/// How long it takes at first, and at most, until a machine is asked again how far its copy is.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
 impl Machine {
     /// Has the disks go on with the images that the snapshot `deleted` has kept, with what their overlays hold, unless
-    /// another snapshot or another machine needs these images, or the machine runs or has a managed save.
+    /// another snapshot or another machine needs these images, or the machine has a managed save. A disk of a machine that
+    /// runs keeps its overlay if it cannot be merged now.
     ///
     /// At every moment the machine file names an image that has the disk's content: an overlay hides what has been copied
     /// out of it, and is removed only when nothing names it any more.
     pub(crate) fn merge_overlays(&self, deleted: &MachineSnapshot) -> Result<(), Error> {
-        if self.is_active()? || self.has_managed_save() {
+        if self.has_managed_save() {
             return Ok(());
         }
+        let is_active = self.is_active()?;
         let config = self.config()?;
         let former = parse_machine_file(&deleted.machine_file, &self.machine_file())?;
         let Some(needed) = self.images_that_others_need()? else {
@@ -48,16 +59,90 @@ impl Machine {
             if needed.contains(&real) {
                 continue;
             }
-            commit(disk)?;
-            self.update_config(|config| {
-                if let Some(disk) = config.disks.iter_mut().find(|it| it.path == kept.overlay) {
-                    disk.path.clone_from(&image.path);
-                    disk.format = image.format;
-                    disk.backing = image.backing;
-                }
-            })?;
+            if !is_active {
+                commit(disk)?;
+                self.exchange_image(disk, image)?;
+            } else if let Err(error) = self.commit_running(&name, disk, image) {
+                tracing::warn!("disk '{name}' keeps its overlay: {error}");
+            }
         }
         Ok(())
+    }
+
+    /// Has the machine file name the image of `new` where it names that of `old`.
+    fn exchange_image(&self, old: &DiskConfig, new: &DiskConfig) -> Result<(), Error> {
+        self.update_config(|config| {
+            if let Some(disk) = config.disks.iter_mut().find(|it| it.path == old.path) {
+                disk.path.clone_from(&new.path);
+                disk.format = new.format;
+                disk.backing = new.backing;
+            }
+        })
+    }
+
+    /// Has a machine that runs copy what the image of `overlay`, which is that of disk `name`, holds into `image`, and go on
+    /// with that.
+    fn commit_running(
+        &self,
+        name: &DeviceName,
+        overlay: &DiskConfig,
+        image: &DiskConfig,
+    ) -> Result<(), Error> {
+        self.command_disk(name, DeviceCommand::StartJob(DiskJob::Commit))?;
+        let cancel = |error| {
+            // The first error says more, and a job that has failed is none any more.
+            let _ = self.command_disk(name, DeviceCommand::CancelJob);
+            Err(error)
+        };
+        if let Err(error) = self.await_commit(name) {
+            return cancel(error);
+        }
+        // Both images are equal from now on until the machine goes on with the lower one, so the machine file may name either
+        // meanwhile, and the lower one is right whatever becomes of this process and that of the machine.
+        if let Err(error) = self.exchange_image(overlay, image) {
+            return cancel(error);
+        }
+        match self.command_disk(name, DeviceCommand::FinishJob) {
+            Err(
+                error @ Error::Control {
+                    source: ControlError::Refused(_),
+                    ..
+                },
+            ) => {
+                self.exchange_image(image, overlay)?;
+                cancel(error)
+            }
+            result => result.map(drop),
+        }
+    }
+
+    /// Waits until the copy that a commit makes is complete.
+    fn await_commit(&self, name: &DeviceName) -> Result<(), Error> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let state = match self.command_disk(name, DeviceCommand::Job)? {
+                Answer::Device(DeviceAnswer::Job(Some(status))) => status.state,
+                _ => return Err(self.unexpected(ACTION)),
+            };
+            let reason = match state {
+                CopyState::Ready => return Ok(()),
+                CopyState::Copying => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    continue;
+                }
+                CopyState::Failed { reason } => reason,
+                CopyState::Ending | CopyState::Finished | CopyState::Cancelled => {
+                    "the copy has been ended by another command".to_owned()
+                }
+            };
+            return Err(self.refused(ACTION, reason));
+        }
+    }
+
+    fn command_disk(&self, name: &DeviceName, command: DeviceCommand) -> Result<Answer, Error> {
+        let name = name.clone();
+        self.execute(ACTION, Command::Device { name, command })
     }
 
     /// Returns the images that snapshots or other machines need; `None` if there may be more.

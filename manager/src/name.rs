@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// The longest name in bytes.
-const MAX_LEN: usize = 64;
+pub(crate) const MAX_LEN: usize = 64;
 
 /// The name of a machine, of one of its snapshots, or of an image that machines are made of: 1 to 64 letters, digits, dots,
 /// underscores and dashes. The first is neither a dot nor a dash, so it is a file name that no program takes for an option.

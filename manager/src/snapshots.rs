@@ -127,9 +127,18 @@ impl Machine {
     /// If there is a snapshot of that name, another command is at work on the machine, or the host or the machine refuses
     /// it; then the machine is as it was.
     pub fn take_named_snapshot(&self, plan: &SnapshotPlan) -> Result<MachineSnapshot, Error> {
-        let action = "take a snapshot of";
-        let change = self.change(action)?;
+        let change = self.change("take a snapshot of")?;
         self.mend(&change)?;
+        self.take_snapshot_with(&change, plan)
+    }
+
+    /// The same for a command that has the right to change the machine.
+    pub(crate) fn take_snapshot_with(
+        &self,
+        _change: &Change,
+        plan: &SnapshotPlan,
+    ) -> Result<MachineSnapshot, Error> {
+        let action = "take a snapshot of";
         if self.has_managed_save() {
             let reason = "it has a managed save, whose disks must not change; start it, or remove that first";
             return Err(self.refused(action, reason));
@@ -348,13 +357,22 @@ impl Machine {
     }
 
     /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. The overlays
-    /// that a machine which does not run has of them go back into them, if nobody else needs these.
+    /// that the machine has of them go back into them, if nobody else needs these.
     ///
     /// # Errors
     /// If there is no such snapshot, another command is at work on the machine, or the host refuses it.
     pub fn delete_snapshot(&self, name: &MachineName) -> Result<(), Error> {
         let change = self.change("delete a snapshot of")?;
         self.mend(&change)?;
+        self.delete_snapshot_with(&change, name)
+    }
+
+    /// The same for a command that has the right to change the machine.
+    pub(crate) fn delete_snapshot_with(
+        &self,
+        _change: &Change,
+        name: &MachineName,
+    ) -> Result<(), Error> {
         let record = self.snapshot(name)?;
         for mut child in self.snapshots()? {
             if child.parent.as_deref() == Some(name.as_str()) {
