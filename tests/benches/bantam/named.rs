@@ -244,7 +244,7 @@ fn lifecycle(bantam: &Bantam<'_>, virsh: Option<&Virsh>, folder: &Path, report: 
         bantam.time(&[&words[..], &[path_text, "64M"]].concat());
         path
     };
-    let disk = |path: &Path| format!("path={}", path.display());
+    let disk = |path: &Path| path.display().to_string();
     let memory = format!("{MEMORY_MIB}M");
     let initrd_text = initrd.to_str().expect("the benchmarks chose the name");
     bantam.create("web", &memory, &["--disk", &disk(&image("web.qcow2"))]);
