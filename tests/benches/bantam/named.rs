@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::payload;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, sync};
 
 use crate::memory::MonitorMemory;
 use crate::monitors::{Guest, Monitor, Monitors};
@@ -194,9 +194,11 @@ fn add(report: &mut Report, name: &str, bantam: Samples, virsh: Option<Samples>,
     });
 }
 
-/// Has both do the same in turns. `bantam` and `virsh` are the commands that are timed, and what comes after each.
+/// The command that is timed, and the one that comes after it.
 type Turn<'a> = [&'a [&'a str]; 2];
 
+/// Has both do the same in turns. What virsh has written is in its file system only when that is synchronized, so that
+/// counts, as Bantam does it too; what others have written before must not.
 fn turns(
     bantam: &Bantam<'_>,
     virsh: Option<&Virsh>,
@@ -206,6 +208,7 @@ fn turns(
     let mut times = vec![(Vec::new(), Vec::new()); of_bantam.len()];
     for _ in 0..RUNS {
         for (turn, times) in of_bantam.iter().zip(&mut times) {
+            sync();
             times.0.push(bantam.time(turn[0]));
             if !turn[1].is_empty() {
                 bantam.time(turn[1]);
@@ -213,7 +216,11 @@ fn turns(
         }
         let Some(virsh) = virsh else { continue };
         for (turn, times) in of_virsh.iter().zip(&mut times) {
-            times.1.push(virsh.time(turn[0]));
+            sync();
+            let time = virsh.time(turn[0]);
+            let started = Instant::now();
+            sync();
+            times.1.push(time + milliseconds(started.elapsed()));
             if !turn[1].is_empty() {
                 virsh.time(turn[1]);
             }
@@ -409,8 +416,7 @@ fn memory(monitors: &Monitors, bantam: &Bantam<'_>, report: &mut Report) {
     let named = || {
         bantam.time(&["start", "web"]);
         thread::sleep(Duration::from_millis(200));
-        let process = Pid::from_raw(process_of(bantam, "web"));
-        let of_named = MonitorMemory::of(process, memory).proportional;
+        let of_named = MonitorMemory::of(process_of("web"), memory).proportional;
         bantam.time(&["destroy", "web"]);
         of_named
     };
@@ -426,15 +432,18 @@ fn memory(monitors: &Monitors, bantam: &Bantam<'_>, report: &mut Report) {
     });
 }
 
-/// Returns the process of a machine that runs.
-fn process_of(bantam: &Bantam<'_>, name: &str) -> i32 {
-    let output = bantam
-        .command(&["dominfo", name, "--output", "json"])
-        .output();
-    let output = output.expect("it can be started");
-    let facts: serde_json::Value = serde_json::from_slice(&output.stdout).expect("it is JSON");
-    let process = facts["process"].as_i64().expect("it runs");
-    process.try_into().expect("process ids are small")
+/// Returns the process of a machine that runs. To ask the machine would have it execute code that it does not need otherwise.
+fn process_of(name: &str) -> Pid {
+    let wanted = format!("\0machine-process\0{name}\0");
+    let entries = fs::read_dir("/proc").expect("/proc is there");
+    let process = entries.flatten().find_map(|entry| {
+        let words = fs::read(entry.path().join("cmdline")).ok()?;
+        let is_it = words
+            .windows(wanted.len())
+            .any(|it| it == wanted.as_bytes());
+        is_it.then(|| entry.file_name().to_str()?.parse().ok())?
+    });
+    Pid::from_raw(process.expect("it runs"))
 }
 
 /// Many machines that are started at the same time.
