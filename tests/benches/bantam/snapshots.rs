@@ -16,7 +16,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, MmapRegion};
 
 use crate::monitors::{Guest, Monitor, Monitors};
 use crate::process::Process;
@@ -96,10 +96,12 @@ fn restore(monitors: &Monitors, report: &mut Report) {
         };
         let samples: Samples = (0..RUNS).map(time).collect();
         fs::remove_dir_all(&folder).expect("it was made above");
+        let peer = Peer::named("bare KVM", bare_kvm_times(memory_mib * MIB));
         let name = format!(
-            "restore: from the start of the process to the guest's first byte, {memory_mib} MiB"
+            "restore: from the start of the process to the guest's first byte, {memory_mib} MiB; beside the \
+             bare calls to KVM"
         );
-        add(report, name, samples, None, Goal::AtMost(6.0));
+        add(report, name, samples, Some(peer), Goal::AtMost(6.0));
     }
 }
 
@@ -184,13 +186,13 @@ fn write(folder: &Path, report: &mut Report) {
 }
 
 /// The calls to KVM for a virtual machine with a vCPU, interrupt controllers and a memory slot.
-fn bare_kvm(kvm: &Kvm, memory: u64) -> (kvm_ioctls::VmFd, kvm_ioctls::VcpuFd) {
+fn bare_kvm(kvm: &Kvm, memory: u64, size: u64) -> (kvm_ioctls::VmFd, kvm_ioctls::VcpuFd) {
     let vm = kvm.create_vm().expect("KVM makes a virtual machine");
     let slot = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
         guest_phys_addr: 0,
-        memory_size: FORKED,
+        memory_size: size,
         userspace_addr: memory,
     };
     // SAFETY: the caller keeps the memory mapped, and no vCPU runs.
@@ -201,16 +203,62 @@ fn bare_kvm(kvm: &Kvm, memory: u64) -> (kvm_ioctls::VmFd, kvm_ioctls::VcpuFd) {
     (vm, vcpu)
 }
 
-/// Returns 1.5 times what these calls take, plus 0.3 ms, for `count` machines beside each other.
-fn bare_kvm_times(memory: u64, count: usize) -> Vec<f64> {
+/// Returns the milliseconds that these calls take for a machine with `size` bytes of memory.
+fn bare_kvm_times(size: u64) -> Samples {
     let kvm = Kvm::new().expect("there is KVM");
-    let mut machines = Vec::new();
+    let memory = MmapRegion::<()>::new(size as usize).expect("the host maps memory");
     let time = |_| {
         let started = Instant::now();
-        machines.push(bare_kvm(&kvm, memory));
-        1.5 * milliseconds(started.elapsed()) + 0.3
+        let _machine = bare_kvm(&kvm, memory.as_ptr() as u64, size);
+        milliseconds(started.elapsed())
     };
-    (0..count).map(time).collect()
+    (0..RUNS).map(time).collect()
+}
+
+/// Makes children beside those that there are, and as many bare machines in turns, as both take longer the more machines a
+/// process has. `memory` is mapped in this process, as large as theirs. Adds a row.
+fn forks_beside_bare_kvm(
+    snapshot: &Snapshot,
+    memory: u64,
+    children: &mut Vec<Controller>,
+    name: String,
+    report: &mut Report,
+) {
+    let kvm = Kvm::new().expect("there is KVM");
+    let (mut machines, mut times, mut limits) = (vec![], vec![], vec![]);
+    for _ in 0..FORKS {
+        let started = Instant::now();
+        machines.push(bare_kvm(&kvm, memory, FORKED));
+        limits.push(1.5 * milliseconds(started.elapsed()) + 0.3);
+        let started = Instant::now();
+        children.push(child(snapshot));
+        times.push(milliseconds(started.elapsed()));
+    }
+    let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(limits));
+    let goal = Goal::RatioAtMost(1.0);
+    add(report, name, Samples::new(times), Some(peer), goal);
+}
+
+/// Host memory of children, and of as many bare machines.
+fn memory_of_forks(snapshot: &Snapshot, memory: u64, report: &mut Report) {
+    // The host takes its time to have the memory of earlier machines back.
+    thread::sleep(Duration::from_millis(500));
+    let kvm = Kvm::new().expect("there is KVM");
+    let before = available_memory();
+    let machines: Vec<_> = (0..FORKS).map(|_| bare_kvm(&kvm, memory, FORKED)).collect();
+    let between = available_memory();
+    let children: Vec<_> = (0..FORKS).map(|_| child(snapshot)).collect();
+    let after = available_memory();
+    drop((machines, children));
+    let each = |kib: f64| Samples::new(vec![kib / FORKS as f64]);
+    report.add(Row {
+        name: "fork: host memory of a child that is paused, 512 MiB; beside the bare calls to KVM"
+            .to_owned(),
+        unit: "KiB",
+        bantam: each(between - after),
+        peer: Some(Peer::named("bare KVM", each(before - between))),
+        goal: Goal::AtMost(350.0),
+    });
 }
 
 fn available_memory() -> f64 {
@@ -243,55 +291,20 @@ fn fork(report: &mut Report) {
 
     let mapping = parent.memory().expect("it is paused");
     let region = mapping.regions().next().expect("it has memory");
-    let (mut times, mut children) = (vec![], vec![]);
-    let bare = bare_kvm_times(region.host_address, FORKS);
-    thread::sleep(Duration::from_millis(500));
-    let before = available_memory();
-    for _ in 0..FORKS {
-        let started = Instant::now();
-        children.push(child(&snapshot));
-        times.push(milliseconds(started.elapsed()));
-    }
-    let taken = (before - available_memory()) / FORKS as f64;
-    children.clear();
-    many_forks(&snapshot, region.host_address, report);
-    let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
+    let (memory, mut children) = (region.host_address, vec![]);
     let name = "fork: a child in the process of its parent, 512 MiB".to_owned();
-    let goal = Goal::RatioAtMost(1.0);
-    add(report, name, Samples::new(times), Some(peer), goal);
-    report.add(Row {
-        name: "fork: host memory of a child that is paused, 512 MiB".to_owned(),
-        unit: "KiB",
-        bantam: Samples::new(vec![taken]),
-        peer: None,
-        goal: Goal::AtMost(350.0),
-    });
+    forks_beside_bare_kvm(&snapshot, memory, &mut children, name, report);
+    children.resize_with(MANY_FORKS - FORKS, || child(&snapshot));
+    let name =
+        format!("fork: the last of {MANY_FORKS} children in the process of their parent, 512 MiB");
+    forks_beside_bare_kvm(&snapshot, memory, &mut children, name, report);
+    children.clear();
+    memory_of_forks(&snapshot, memory, report);
     let first = Samples::new(vec![milliseconds(first_pause)]);
     let name = "fork: first pause of the parent, 50 MiB touched".to_owned();
     add(report, name, first, None, Goal::AtMost(10.0));
     let name = "fork: later pauses of the parent, 1,000 pages written".to_owned();
     add(report, name, Samples::new(pauses), None, Goal::AtMost(10.0));
-}
-
-/// A thousand forks in one process. `memory` is mapped there, as large as theirs.
-fn many_forks(snapshot: &Snapshot, memory: u64, report: &mut Report) {
-    let (mut times, mut children) = (vec![], vec![]);
-    for _ in 0..MANY_FORKS {
-        let started = Instant::now();
-        children.push(child(snapshot));
-        times.push(milliseconds(started.elapsed()));
-    }
-    let last = times.split_off(MANY_FORKS - FORKS);
-    // They take longer too the more machines a process has.
-    let bare = bare_kvm_times(memory, FORKS);
-    let peer = Peer::named("1.5 of bare KVM's and 0.3 ms", Samples::new(bare));
-    add(
-        report,
-        format!("fork: the last of {MANY_FORKS} children in the process of their parent, 512 MiB"),
-        Samples::new(last),
-        Some(peer),
-        Goal::RatioAtMost(1.0),
-    );
 }
 
 /// Forks in processes of their own, whose guests are idle.
