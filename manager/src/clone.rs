@@ -80,7 +80,9 @@ impl Manager {
         }
         let new = self.begin(name)?;
         let target = Machine::at(self.folders(), name.clone());
+        let title = settings.title;
         let made = Settings::new(settings.restart).and_then(|mut settings| {
+            settings.title = title;
             let mut config = source.config()?;
             let moved = move_streams(&mut config, target.folder());
             let before: Vec<_> = config.nets.iter().map(|net| net.mac).collect();
@@ -108,6 +110,7 @@ impl Manager {
                 let path = new.folder.join(file::DISKS).join(file);
                 settings.instance_id = Some(renew_seed(&path, name.as_str(), &changed)?);
             }
+            source.copy_document(&new.folder)?;
             write_new(&new.folder, &machine_file(&config), &settings)?;
             Ok(moved)
         });
