@@ -87,7 +87,9 @@ impl Manager {
             let _ = files::remove_folder(&new.folder);
         })?;
         let target = Machine::at(self.folders(), name.clone());
+        let title = settings.title;
         let made = Settings::new(settings.restart).and_then(|mut settings| {
+            settings.title = title;
             let mut config = match &frozen {
                 Some(frozen) => parse_machine_file(&frozen.machine_file, &source.machine_file())?,
                 None => source.config()?,
@@ -121,6 +123,7 @@ impl Manager {
                 })?;
                 settings.instance_id = Some(id);
             }
+            source.copy_document(&new.folder)?;
             write_new(&new.folder, &machine_file(&config), &settings)?;
             Ok(moved)
         });

@@ -116,6 +116,9 @@ pub struct Settings {
     /// When it is started again.
     #[serde(default)]
     pub restart: RestartPolicy,
+    /// A few words for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub title: Option<String>,
     /// The snapshot that the machine has last made or gone back to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub current_snapshot: Option<String>,
@@ -140,6 +143,7 @@ impl Settings {
         Ok(Settings {
             id: random_uuid()?,
             restart,
+            title: None,
             current_snapshot: None,
             template: false,
             instance_id: None,

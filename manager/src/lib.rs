@@ -31,6 +31,7 @@ mod autostart;
 mod clone;
 mod commands;
 mod definition;
+mod domain;
 mod edit;
 mod error;
 mod files;
@@ -56,6 +57,7 @@ mod usage;
 
 pub use clone::{CloneStorage, ClonedMachine};
 pub use definition::{RestartPolicy, Settings, defaults, machine_file, parse_machine_file};
+pub use domain::DocumentedMachine;
 pub use error::Error;
 pub use folders::Folders;
 pub use history::{EndReason, Run, RunEnd, RunOrigin};

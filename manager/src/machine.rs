@@ -28,6 +28,8 @@ pub(crate) mod file {
     pub(crate) const MACHINE: &str = "machine.toml";
     /// The settings of the manager.
     pub(crate) const SETTINGS: &str = "settings.toml";
+    /// The document that the machine was defined by, if it was: libvirt's domain XML.
+    pub(crate) const DOCUMENT: &str = "domain.xml";
     /// The locks.
     pub(crate) const LOCK: &str = "lock";
     /// How the last run began and ended.

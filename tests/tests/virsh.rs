@@ -340,8 +340,8 @@ fn mistakes_and_what_is_lacking_are_one_line() {
             "command 'migrate' is not supported by Bantam",
         ),
         (
-            "dumpxml web",
-            "command 'dumpxml' is not supported by Bantam; use 'bantam dumpcfg'",
+            "event",
+            "command 'event' is not supported by Bantam; use 'bantam events'",
         ),
         (
             "-r destroy web",
@@ -360,7 +360,11 @@ fn mistakes_and_what_is_lacking_are_one_line() {
         "nothing of a script with a mistake is executed"
     );
     let line = format!("define {}", xml.display());
-    assert!(domains.refused(&line).contains("XML of libvirt"));
+    assert!(
+        domains
+            .refused(&line)
+            .contains("write <type arch='x86_64'>hvm</type>")
+    );
     for uri in ["test:///default", "qemu+ssh://host/system"] {
         let error = domains.refused(&format!("-c {uri} list"));
         assert!(

@@ -25,7 +25,7 @@ pub enum NamedCommand {
     /// Defines a named machine by a machine file, or changes one
     ///
     /// A machine that runs changes at its next start.
-    Define(DefineArgs),
+    Define(Box<DefineArgs>),
     /// Forgets a named machine that does not run
     Undefine(UndefineArgs),
     /// Gives a named machine that does not run another name
@@ -93,6 +93,11 @@ pub enum NamedCommand {
     Ssh(SshArgs),
     /// Prints the machine file of a named machine
     Dumpcfg(DumpcfgArgs),
+    /// Prints a named machine as libvirt's domain XML
+    ///
+    /// It is what the machine is at its next start; of one that runs, the memory that its guest is to have now. See
+    /// docs/libvirt-xml.md.
+    Dumpxml(DumpxmlArgs),
     /// Attaches the terminal to the console of a named machine
     ///
     /// First comes the last output, up to 256 KiB. Ctrl-] and Ctrl-A d detach, and the machine goes on. Ctrl-A a sends
@@ -186,14 +191,28 @@ pub struct CreateArgs {
 
 #[derive(Debug, Args)]
 pub struct DefineArgs {
-    /// Machine file in TOML
+    /// Machine file in TOML, or libvirt's domain XML
     pub file: PathBuf,
-    /// Name of the machine; by default that of the file without .toml
+    /// Name of the machine; by default that of the file without .toml, or the one in the XML
     #[arg(long, value_name = "MACHINE")]
     pub name: Option<MachineName>,
     /// When the machine is started again if it ends by itself: never, on-failure or always
     #[arg(long, value_name = "POLICY")]
     pub restart: Option<RestartPolicy>,
+    /// Kernel for XML that has none, or in place of the one that it has
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk to go with --kernel
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Words for the end of the kernel command line, to go with --kernel
+    #[arg(
+        long,
+        value_name = "WORDS",
+        requires = "kernel",
+        allow_hyphen_values = true
+    )]
+    pub append: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -456,6 +475,16 @@ pub struct DumpcfgArgs {
     /// Print what the machine that runs is, with all changes since its start
     #[arg(long)]
     pub live: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DumpxmlArgs {
+    /// The machine
+    #[arg(value_name = "MACHINE")]
+    pub name: MachineName,
+    /// Print what it is at its next start, also in its memory
+    #[arg(long)]
+    pub inactive: bool,
 }
 
 #[derive(Debug, Args)]

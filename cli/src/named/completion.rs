@@ -21,6 +21,7 @@ const COMMANDS: &[&str] = &[
     "domstate",
     "domstats",
     "dumpcfg",
+    "dumpxml",
     "edit",
     "events",
     "managedsave",

@@ -2,15 +2,17 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use bantam_libvirt::{Boot, is_xml};
 use bantam_manager::{
     Machine, MachineName, Manager, Removal, StartOptions, defaults, parse_machine_file,
 };
 use bantam_vmm::config::{MachineTable, read_text_file};
 
 use super::args::{CreateArgs, DefineArgs, RenameArgs, UndefineArgs};
+use super::domain::define_domain;
 use super::machine;
 use crate::message::say;
 
@@ -40,23 +42,49 @@ pub fn start_new(machine: &Machine) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub fn define(args: &DefineArgs) -> anyhow::Result<()> {
+pub fn define(args: DefineArgs) -> anyhow::Result<()> {
     let file = &args.file;
     let text = read_text_file(file).with_context(|| format!("cannot read '{}'", file.display()))?;
-    let path = std::path::absolute(file)
-        .with_context(|| format!("cannot find the folder of '{}'", file.display()))?;
-    let config = parse_machine_file(&text, &path)?;
-    let name = match &args.name {
-        Some(name) => name.clone(),
-        None => name_of(file)?,
+    let machine = match is_xml(&text) {
+        true => {
+            let boot = args.kernel.map(|kernel| {
+                Ok::<_, anyhow::Error>(Boot {
+                    kernel: absolute(&kernel)?,
+                    initrd: args.initrd.as_deref().map(absolute).transpose()?,
+                    append: args.append,
+                })
+            });
+            let name = args.name.as_ref();
+            define_domain(&text, name, args.restart, boot.transpose()?)
+                .with_context(|| format!("cannot define a machine by '{}'", file.display()))?
+        }
+        false if args.kernel.is_some() => {
+            bail!(
+                "--kernel is for libvirt's XML: write it into '{}'",
+                file.display()
+            )
+        }
+        false => {
+            let config = parse_machine_file(&text, &absolute(file)?)?;
+            let name = match args.name {
+                Some(name) => name,
+                None => name_of(file)?,
+            };
+            Manager::of_user()?.define(&name, &config, args.restart)?
+        }
     };
-    let machine = Manager::of_user()?.define(&name, &config, args.restart)?;
     if machine.is_active()? {
         say(format_args!(
-            "machine '{name}' is running: it changes when it is started again"
+            "machine '{}' is running: it changes when it is started again",
+            machine.name()
         ));
     }
     Ok(())
+}
+
+fn absolute(file: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(file)
+        .with_context(|| format!("cannot find the folder of '{}'", file.display()))
 }
 
 fn name_of(file: &Path) -> anyhow::Result<MachineName> {

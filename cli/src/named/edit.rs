@@ -9,49 +9,65 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 use bantam_manager::{Machine, parse_machine_file};
+use bantam_vmm::config::read_text_file;
 
 use super::args::{BlockresizeArgs, NameArgs, SetmemArgs, SetvcpusArgs};
 use super::machine;
 use crate::message::say;
+use crate::reason;
 
 pub fn edit(args: &NameArgs) -> anyhow::Result<()> {
     let machine = machine(&args.name)?;
     let before = machine.machine_file_text()?;
-    let draft = machine
-        .folder()
-        .join(format!("edit-{}.toml", std::process::id()));
-    fs::write(&draft, &before).with_context(|| format!("cannot write '{}'", draft.display()))?;
-    let edited = edit_draft(&machine, &draft, &before);
-    let removed = fs::remove_file(&draft);
-    let is_changed = edited?;
-    removed.with_context(|| format!("cannot remove '{}'", draft.display()))?;
-    match is_changed {
-        true => say_next_start(&machine),
-        false => {
+    let path = machine.machine_file();
+    let check = |text: &str| Ok(parse_machine_file(text, &path).map(|_| ())?);
+    match edit_text(&machine, "toml", &before, check)? {
+        Some(text) => {
+            machine.replace_machine_file(&before, &text)?;
+            say_next_start(&machine)
+        }
+        None => {
             say(format_args!("machine '{}' is not changed", args.name));
             Ok(())
         }
     }
 }
 
-/// Has the user edit the draft until it is a machine file, and puts it in place. Returns whether anything was changed.
-fn edit_draft(machine: &Machine, draft: &Path, before: &str) -> anyhow::Result<bool> {
+/// Has the user edit the text that is `before`, in a file with this extension, until `check` accepts it. Returns `None` if it
+/// is not changed.
+pub fn edit_text(
+    machine: &Machine,
+    extension: &str,
+    before: &str,
+    check: impl Fn(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<String>> {
+    let draft = format!("edit-{}.{extension}", std::process::id());
+    let draft = machine.folder().join(draft);
+    fs::write(&draft, before).with_context(|| format!("cannot write '{}'", draft.display()))?;
+    let edited = edit_draft(&draft, before, check);
+    let removed = fs::remove_file(&draft);
+    let text = edited?;
+    removed.with_context(|| format!("cannot remove '{}'", draft.display()))?;
+    Ok(text)
+}
+
+/// Has the user edit the draft until it is accepted. Returns `None` if it is not changed.
+fn edit_draft(
+    draft: &Path,
+    before: &str,
+    check: impl Fn(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<String>> {
     loop {
         run_editor(draft)?;
-        let text = fs::read_to_string(draft)
-            .with_context(|| format!("cannot read '{}'", draft.display()))?;
+        let text =
+            read_text_file(draft).with_context(|| format!("cannot read '{}'", draft.display()))?;
         if text == before {
-            return Ok(false);
+            return Ok(None);
         }
-        match parse_machine_file(&text, draft) {
-            Ok(_) => {
-                machine.replace_machine_file(before, &text)?;
-                return Ok(true);
-            }
-            Err(error) if io::stdin().is_terminal() && asks_to_go_on(&error.to_string())? => {}
-            Err(error) => {
-                return Err(error).context("the machine file is not changed");
-            }
+        match check(&text) {
+            Ok(()) => return Ok(Some(text)),
+            Err(error) if io::stdin().is_terminal() && asks_to_go_on(&reason(&error))? => {}
+            Err(error) => return Err(error).context("the machine is not changed"),
         }
     }
 }
@@ -68,7 +84,7 @@ fn run_editor(draft: &Path) -> anyhow::Result<()> {
     let status = status.context("cannot start a shell for the editor")?;
     if !status.success() {
         bail!(
-            "the machine file is not changed: the editor '{}' has failed ({status}); set EDITOR to another",
+            "the machine is not changed: the editor '{}' has failed ({status}); set EDITOR to another",
             editor.display()
         );
     }

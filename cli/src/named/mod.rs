@@ -8,6 +8,7 @@ mod console;
 mod create;
 mod detach;
 mod devices;
+mod domain;
 mod edit;
 mod events;
 mod first_boot;
@@ -33,6 +34,7 @@ use serde::Serialize;
 pub use args::{NameArgs, NamedCommand, SnapshotCreateArgs, SnapshotListArgs, SnapshotNameArgs};
 pub use completion::with_machine_names;
 pub use console::attach as attach_console;
+pub use domain::{Edited, Memory, define_domain, domain_xml, edit_domain};
 pub use interfaces::connection;
 pub use save::restore;
 pub use snapshot::{
@@ -57,7 +59,7 @@ pub fn execute(command: NamedCommand) -> ExitCode {
 fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
     match command {
         NamedCommand::Create(args) => create::create(*args),
-        NamedCommand::Define(args) => create::define(&args),
+        NamedCommand::Define(args) => create::define(*args),
         NamedCommand::Undefine(args) => create::undefine(&args),
         NamedCommand::Rename(args) => create::rename(&args),
         NamedCommand::Clone(args) => clone::clone(&args),
@@ -82,6 +84,7 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Domifaddr(args) => interfaces::addresses(&args),
         NamedCommand::Ssh(args) => interfaces::ssh(&args),
         NamedCommand::Dumpcfg(args) => info::dump(&args),
+        NamedCommand::Dumpxml(args) => domain::dump(&args),
         NamedCommand::Console(args) => console::console(&args),
         NamedCommand::Edit(args) => edit::edit(&args),
         NamedCommand::Setmem(args) => edit::set_memory(&args),

@@ -111,7 +111,7 @@ pub const COMMANDS: &[Command] = &[
     ),
     changes(
         "define",
-        "define a domain by a machine file",
+        "define a domain by XML or a machine file",
         &[needed("file")],
         domains::define,
     ),
@@ -182,6 +182,23 @@ pub const COMMANDS: &[Command] = &[
         "convert a domain name or id to domain UUID",
         &[DOMAIN],
         information::uuid,
+    ),
+    reads(
+        "dumpxml",
+        "domain information in XML",
+        &[
+            DOMAIN,
+            flag("inactive"),
+            flag("security-info"),
+            flag("migratable"),
+        ],
+        domains::dump,
+    ),
+    changes(
+        "edit",
+        "edit the XML configuration of a domain",
+        &[DOMAIN],
+        domains::edit,
     ),
     reads("help", "print help", &[value("command")], help::run),
     reads(

@@ -5,16 +5,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use bantam_libvirt::is_xml;
 use bantam_manager::{
     Error, Machine, MachineName, Manager, Removal, StartOptions, parse_machine_file, saved_machine,
 };
 use bantam_vmm::ShutDown;
-use bantam_vmm::config::{MachineConfig, MemorySize, read_text_file};
+use bantam_vmm::config::{MemorySize, read_text_file};
 
 use super::Session;
 use super::args::{Arguments, scaled};
 use crate::message::say;
-use crate::named::attach_console;
+use crate::named::{Edited, Memory, attach_console, define_domain, domain_xml, edit_domain};
 
 /// How long a guest may take to shut down before its power is cut, with `--graceful`.
 const GRACE: Duration = Duration::from_secs(10);
@@ -162,27 +163,49 @@ pub fn console(_session: &mut Session, arguments: &Arguments) -> anyhow::Result<
 pub fn define(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
     let file = Path::new(arguments.needed("file")?);
     let failed = || format!("Failed to define domain from {}", file.display());
-    let config = read_machine_file(file).with_context(failed)?;
-    let stem = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
-    let name: MachineName = stem.parse().with_context(failed)?;
-    let defined = Manager::of_user()?.define(&name, &config, None);
-    defined.with_context(failed)?;
+    let name = define_file(file).with_context(failed)?;
     session.tell(&format!("Domain '{name}' defined from {}", file.display()));
     Ok(())
 }
 
-fn read_machine_file(file: &Path) -> anyhow::Result<MachineConfig> {
+/// Defines a machine by XML, or by a machine file, whose name it then has.
+fn define_file(file: &Path) -> anyhow::Result<MachineName> {
     let text = read_text_file(file).with_context(|| format!("cannot read '{}'", file.display()))?;
-    if text
-        .trim_start_matches('\u{feff}')
-        .trim_start()
-        .starts_with('<')
-    {
-        bail!("it is XML of libvirt, and Bantam takes machine files in TOML (docs/machines.md)");
+    if is_xml(&text) {
+        return Ok(define_domain(&text, None, None, None)?.name().clone());
     }
     let path = std::path::absolute(file)
         .with_context(|| format!("cannot find the folder of '{}'", file.display()))?;
-    Ok(parse_machine_file(&text, &path)?)
+    let config = parse_machine_file(&text, &path)?;
+    let stem = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
+    let name: MachineName = stem.parse()?;
+    Manager::of_user()?.define(&name, &config, None)?;
+    Ok(name)
+}
+
+pub fn dump(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
+    let memory = match arguments.has("inactive") {
+        true => Memory::AtStart,
+        false => Memory::Present,
+    };
+    let text = domain_xml(&domain(arguments)?, memory)?;
+    session.print(&text);
+    Ok(())
+}
+
+pub fn edit(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
+    let machine = domain(arguments)?;
+    let edited = edit_domain(&machine)
+        .with_context(|| format!("Failed to edit domain '{}'", machine.name()))?;
+    let is = match edited {
+        Edited::Changed => "edited",
+        Edited::Unchanged => "not changed",
+    };
+    session.tell(&format!(
+        "Domain '{}' XML configuration {is}.",
+        machine.name()
+    ));
+    Ok(())
 }
 
 pub fn undefine(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {

@@ -113,7 +113,9 @@ pub fn list(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> 
             };
             let mut row = vec![id, entry.machine.name().to_string(), state.to_owned()];
             if arguments.has("title") {
-                row.push(String::new());
+                let settings = entry.machine.settings();
+                let title = settings.ok().and_then(|settings| settings.title);
+                row.push(title.unwrap_or_default());
             }
             row
         });

@@ -9,7 +9,7 @@ const LACKING: &str = "allocpages attach-device attach-disk attach-interface bac
     domblkthreshold domcapabilities domcontrol domdirtyrate-calc domdisplay domfsfreeze domfsinfo domfsthaw \
     domfstrim domhostname domif-getlink domif-setlink domifaddr domifstat domiftune domjobabort domjobinfo \
     domlaunchsecinfo dommemstat dompmsuspend dompmwakeup domsetlaunchsecstate domtime domxml-from-native \
-    domxml-to-native dump dumpxml echo edit emulatorpin event exit find-storage-pool-sources \
+    domxml-to-native dump echo emulatorpin event exit find-storage-pool-sources \
     find-storage-pool-sources-as freecell freepages get-user-sshkeys guest-agent-timeout guestinfo guestvcpus \
     hypervisor-cpu-baseline hypervisor-cpu-compare iface-begin iface-bridge iface-commit iface-define \
     iface-destroy iface-dumpxml iface-edit iface-list iface-mac iface-name iface-rollback iface-start \
@@ -48,9 +48,9 @@ pub fn refusal(name: &str) -> String {
 fn substitute(name: &str) -> Option<&'static str> {
     Some(match name {
         "create" => "'define' and 'start', or 'bantam run'",
-        "dumpxml" => "'bantam dumpcfg'",
-        "edit" | "setmaxmem" | "attach-disk" | "attach-interface" | "detach-disk"
-        | "detach-interface" => "'bantam edit': changes count from the next start on",
+        "setmaxmem" | "attach-disk" | "attach-interface" | "detach-disk" | "detach-interface" => {
+            "'edit': changes count from the next start on"
+        }
         "event" => "'bantam events'",
         "domblkstat" | "domifstat" | "dommemstat" | "cpu-stats" => "'domstats'",
         "domifaddr" => "'net-dhcp-leases' of the network that it is on",
@@ -85,8 +85,8 @@ mod tests {
     fn what_is_not_there_is_refused_by_name() {
         assert_eq!(refusal("xyz"), "unknown command: 'xyz'");
         assert_eq!(
-            refusal("dumpxml"),
-            "command 'dumpxml' is not supported by Bantam; use 'bantam dumpcfg'"
+            refusal("event"),
+            "command 'event' is not supported by Bantam; use 'bantam events'"
         );
         assert_eq!(
             refusal("screenshot"),
