@@ -40,6 +40,8 @@ pub(crate) mod file {
     pub(crate) const SAVE: &str = "save";
     /// Snapshots.
     pub(crate) const SNAPSHOTS: &str = "snapshots";
+    /// The disk whose overlay is being merged while the machine runs.
+    pub(crate) const MERGING: &str = "merging";
     /// Overlays of disks.
     pub(crate) const DISKS: &str = "disks";
 }

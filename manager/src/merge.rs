@@ -10,12 +10,13 @@ use std::time::Duration;
 use bantam_control::ControlError;
 use bantam_storage::job::{CommitJob, JobState};
 use bantam_storage::{Disk, DiskOptions, HostOpener, ImageFormat, LockMode};
-use bantam_vmm::config::{DeviceName, DiskConfig};
+use bantam_vmm::config::{DeviceName, DiskConfig, MachineConfig};
 use bantam_vmm::{Answer, Command, DeviceAnswer, DeviceCommand, DiskJob, JobState as CopyState};
 
 use crate::definition::parse_machine_file;
 use crate::error::Error;
-use crate::machine::Machine;
+use crate::files;
+use crate::machine::{Machine, file};
 use crate::manager::Manager;
 use crate::snapshots::MachineSnapshot;
 
@@ -88,6 +89,19 @@ impl Machine {
         overlay: &DiskConfig,
         image: &DiskConfig,
     ) -> Result<(), Error> {
+        let note = self.file(file::MERGING);
+        files::replace(&note, name.as_str()).map_err(Error::file("write", &note))?;
+        let merged = self.commit_noted(name, overlay, image);
+        files::remove_file(&note).map_err(Error::file("remove", &note))?;
+        merged
+    }
+
+    fn commit_noted(
+        &self,
+        name: &DeviceName,
+        overlay: &DiskConfig,
+        image: &DiskConfig,
+    ) -> Result<(), Error> {
         self.command_disk(name, DeviceCommand::StartJob(DiskJob::Commit))?;
         let cancel = |error| {
             // The first error says more, and a job that has failed is none any more.
@@ -112,6 +126,45 @@ impl Machine {
                 self.exchange_image(image, overlay)?;
                 cancel(error)
             }
+            result => result.map(drop),
+        }
+    }
+
+    /// Finishes or cancels the merge of an overlay whose command was killed, while the machine ran.
+    pub(crate) fn mend_merge(&self) -> Result<(), Error> {
+        let note = self.file(file::MERGING);
+        let Ok(text) = fs::read_to_string(&note) else {
+            return Ok(());
+        };
+        if let (true, Ok(name)) = (self.is_active()?, text.parse()) {
+            self.await_commands()?;
+            self.end_commit(&name)?;
+        }
+        files::remove_file(&note).map_err(Error::file("remove", &note))?;
+        self.remove_unused()
+    }
+
+    fn end_commit(&self, name: &DeviceName) -> Result<(), Error> {
+        let image = |config: &MachineConfig| {
+            let mut disks = config.disk_names().zip(&config.disks);
+            disks
+                .find(|(it, _)| it == name)
+                .map(|(_, disk)| disk.clone())
+        };
+        let (Some(live), Some(stored)) = (image(&self.live_config()?), image(&self.config()?))
+        else {
+            return Ok(());
+        };
+        let command = match live.path == stored.path {
+            true => DeviceCommand::CancelJob,
+            false => DeviceCommand::FinishJob,
+        };
+        match self.command_disk(name, command) {
+            // There is no job any more: what the machine goes on with is right.
+            Err(Error::Control {
+                source: ControlError::Refused(_),
+                ..
+            }) => self.exchange_image(&stored, &live),
             result => result.map(drop),
         }
     }

@@ -243,8 +243,9 @@ impl Machine {
     }
 
     /// Finishes what a command has left that was killed: a snapshot whose disks have gone on with their overlays counts,
-    /// and another one is taken back.
+    /// another one is taken back, and one that was being deleted is gone.
     pub(crate) fn mend(&self, _change: &Change) -> Result<(), Error> {
+        self.mend_merge()?;
         let folder = self.file(file::SNAPSHOTS);
         let Ok(entries) = fs::read_dir(&folder) else {
             return Ok(());
@@ -253,7 +254,13 @@ impl Machine {
         for path in names {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             if name.starts_with(GONE) {
+                if let Ok(record) = read_record(&path)
+                    && let Err(error) = self.merge_overlays(&record)
+                {
+                    tracing::warn!("an overlay stays: {error}");
+                }
                 files::remove_folder(&path).map_err(Error::file("remove", &path))?;
+                self.remove_unused()?;
             } else if name.starts_with(NEW) {
                 self.mend_snapshot(&path)?;
             }
@@ -262,7 +269,7 @@ impl Machine {
     }
 
     /// Waits until the machine has executed the commands of clients that have gone, which are executed one after another.
-    fn await_commands(&self) -> Result<(), Error> {
+    pub(crate) fn await_commands(&self) -> Result<(), Error> {
         let action = "take a snapshot of";
         let mut client = self.connect(action)?;
         client.set_answer_time(WRITE_TIME);
@@ -391,13 +398,14 @@ impl Machine {
         let folder = self.snapshot_folder(name);
         let gone = self.file(file::SNAPSHOTS).join(format!("{GONE}{name}"));
         fs::rename(&folder, &gone).map_err(Error::file("remove", &folder))?;
+        let merged = self.merge_overlays(&record);
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
-        self.merge_overlays(&record)?;
+        merged?;
         self.remove_unused()
     }
 
     /// Removes the overlays that nothing needs any more.
-    fn remove_unused(&self) -> Result<(), Error> {
+    pub(crate) fn remove_unused(&self) -> Result<(), Error> {
         let snapshots = self.snapshots()?;
         let kept = snapshots.iter().flat_map(|snapshot| &snapshot.disks);
         let images: Vec<_> = kept.map(|kept| kept.image.clone()).collect();
