@@ -19,6 +19,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use crate::addresses::Addresses;
+use crate::batch::Batch;
 use crate::error::OpenError;
 use crate::icmp::EchoFlow;
 use crate::options::{Forward, Protocol, UserNetworkOptions};
@@ -128,10 +129,13 @@ pub struct UserNetwork {
     echoes: Table<EchoFlow>,
     listeners: Vec<Listener>,
     budget: Budget,
+    batch: Batch,
     ready: VecDeque<Source>,
     replies: VecDeque<Vec<u8>>,
     scratch: Scratch,
     frames_since_poll: u32,
+    /// Whether the last call for a frame has returned one.
+    is_receiving: bool,
     warned_of_echoes: bool,
 }
 
@@ -190,10 +194,12 @@ impl UserNetwork {
             echoes: Table::new(MAX_ECHO_FLOWS),
             listeners: Vec::new(),
             budget: Budget::new(),
+            batch: Batch::default(),
             ready: VecDeque::new(),
             replies: VecDeque::new(),
             scratch: Scratch::default(),
             frames_since_poll: 0,
+            is_receiving: false,
             warned_of_echoes: false,
         };
         let count = options.forwards.iter().map(Forward::port_count).sum();
@@ -243,6 +249,7 @@ impl UserNetwork {
         self.reassembly.clear();
         self.guest_v6 = None;
         self.advertised = None;
+        self.batch.clear();
         self.replies.clear();
         self.ready.clear();
         for listener in &mut self.listeners {
@@ -251,6 +258,12 @@ impl UserNetwork {
         for index in 0..self.listeners.len() {
             self.queue(Source::Listener(index));
         }
+    }
+
+    /// Sends what was kept back of the guest's frames, to go together with more. It is for the end of a run of
+    /// [`UserNetwork::send`]; [`UserNetwork::receive`] does so too.
+    pub fn flush(&mut self) {
+        self.batch.send();
     }
 
     /// Whether there may be frames for the guest without another event of the descriptor.

@@ -20,6 +20,7 @@ mod snapshots;
 mod start;
 mod statistics;
 mod tracking;
+mod usernet;
 
 use std::env;
 use std::fs;
@@ -31,7 +32,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -39,6 +40,7 @@ const PARTS: [Part; 11] = [
     ("many", many::measure),
     ("block", block::measure),
     ("net", net::measure),
+    ("usernet", usernet::measure),
     ("disks", disks::measure),
     ("images", images::measure),
     ("snapshots", snapshots::measure),

@@ -305,7 +305,13 @@ impl UserNetwork {
         };
         let place = (offset, datagram.payload_size);
         if let Some(flow) = self.udp.get(index) {
-            flow.take(frame, place, &mut self.scratch.payload, now);
+            flow.take(
+                frame,
+                place,
+                &mut self.batch,
+                &mut self.scratch.payload,
+                now,
+            );
         }
         self.keep_time(false);
         Ok(())

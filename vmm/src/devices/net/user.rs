@@ -138,6 +138,10 @@ impl NetQueue for UserQueue {
         Ok(())
     }
 
+    fn flush(&self) {
+        lock(&self.network).flush();
+    }
+
     fn read(&self, buffer: &mut PacketBuffer<'_>) -> io::Result<usize> {
         let written = lock(&self.network).receive(&mut Place(buffer));
         let written = written.ok_or(io::ErrorKind::WouldBlock)?;
