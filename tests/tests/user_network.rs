@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, HostTap, Kernel, accept, pattern, require_kvm, require_namespaces, require_taps, scripted_root,
-    unprivileged,
+    Bantam, HostTap, Kernel, accept, pattern, require_kvm, require_namespaces, require_taps,
+    scripted_root, unprivileged,
 };
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;

@@ -99,6 +99,8 @@ impl fmt::Display for Refusal {
 
 /// What is called for each [`Refusal`].
 type Observer = Box<dyn FnMut(&Refusal) + Send>;
+/// What is called, with the most connections that there can be, for each one that is put off.
+type DelayObserver = Box<dyn FnMut(usize) + Send>;
 
 /// A running network for one guest.
 ///
@@ -119,6 +121,7 @@ pub struct UserNetwork {
     resolver: Resolver,
     policy: Policy,
     observer: Option<Observer>,
+    delay_observer: Option<DelayObserver>,
     reassembly: Reassembly,
     epoll: Epoll,
     timer: TimerFd,
@@ -184,6 +187,7 @@ impl UserNetwork {
             advertised: None,
             policy: Policy::new(&options.allow, &options.deny),
             observer: None,
+            delay_observer: None,
             reassembly: Reassembly::default(),
             resolver: Resolver::new(&options.dns, resolver),
             epoll,
@@ -228,6 +232,12 @@ impl UserNetwork {
     /// Has `observer` called whenever the guest is kept from reaching something.
     pub fn observe_refusals(&mut self, observer: impl FnMut(&Refusal) + Send + 'static) {
         self.observer = Some(Box::new(observer));
+    }
+
+    /// Has `observer` called whenever an attempt of the guest to open a connection gets no answer because the guest
+    /// has too many, with their number.
+    pub fn observe_delays(&mut self, observer: impl FnMut(usize) + Send + 'static) {
+        self.delay_observer = Some(Box::new(observer));
     }
 
     /// Sets whether checksums of frames to the guest may be left to its driver.

@@ -429,6 +429,9 @@ impl UserNetwork {
             return Opening::Refused;
         };
         if !self.make_room_for_tcp(now) {
+            if let Some(observer) = &mut self.delay_observer {
+                observer(self.tcp.limit());
+            }
             return Opening::Later;
         }
         let Ok(socket) = begin_to_connect(remote) else {

@@ -22,12 +22,13 @@ impl UserNetwork {
     /// After the last one, the host may have more by now; the descriptor tells.
     pub fn receive(&mut self, buffer: &mut dyn FrameBuffer) -> Option<WrittenFrame> {
         self.flush();
-        // The host is asked once, and only if there is nothing else: mostly there is one frame, an acknowledgment of
-        // the guest's or an answer to it, and each further question delays what comes next.
-        if !self.has_frames() && !std::mem::take(&mut self.is_receiving) {
+        // Before a run of frames the host is asked, but only if there is nothing else, and not again behind the last
+        // one: mostly there is one frame, an acknowledgment or an answer, and each question delays what comes next.
+        let mut frame = self.next_frame(buffer);
+        if frame.is_none() && !self.is_receiving {
             self.poll();
+            frame = self.next_frame(buffer);
         }
-        let frame = self.next_frame(buffer);
         self.is_receiving = frame.is_some();
         frame
     }

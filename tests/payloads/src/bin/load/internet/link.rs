@@ -33,8 +33,9 @@ const MAX_PACKET_SIZE: usize = u16::MAX as usize;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
-/// Most memory of the buffers of a queue; large buffers are fewer.
-const MAX_MEMORY: usize = 8 << 20;
+/// Most memory of the buffers of a queue; large buffers are fewer. It is about what Linux uses, so that caches work
+/// as for its drivers.
+const MAX_MEMORY: usize = 2 << 20;
 /// How long the gateway may take to tell its address, and how often it is asked.
 const ARP_LIMIT: Duration = Duration::from_secs(3);
 const ARP_INTERVAL: Duration = Duration::from_millis(100);
