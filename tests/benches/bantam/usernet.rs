@@ -4,7 +4,7 @@ mod server;
 mod world;
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::Duration;
 
@@ -326,6 +326,6 @@ fn measure_start(monitors: &Monitors, report: &mut Report) {
     stop.args(["network", "stop", "default"]);
     stop.env(NETWORK_ROOT, &folder);
     let status = stop.status();
-    let stopped = status.as_ref().is_ok_and(|status| status.success());
+    let stopped = status.as_ref().is_ok_and(ExitStatus::success);
     assert!(stopped, "the network cannot be stopped: {status:?}");
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
@@ -31,7 +31,7 @@ pub fn inside(work: impl FnOnce() + Send) {
             ] {
                 let words: Vec<&str> = command.split(' ').collect();
                 let status = Command::new(words[0]).args(&words[1..]).status();
-                let succeeded = status.as_ref().is_ok_and(|status| status.success());
+                let succeeded = status.as_ref().is_ok_and(ExitStatus::success);
                 assert!(succeeded, "'{command}' failed: {status:?}");
             }
             work();
