@@ -26,6 +26,8 @@ pub struct Connection {
     first: u32,
     is_open: bool,
     sent_opening: bool,
+    /// Whether the peer has been told that its answer to the opening has come.
+    has_greeted: bool,
     /// Bytes acknowledged, sent, and sent before those after a loss were sent again.
     acknowledged: u64,
     sent: u64,
@@ -59,6 +61,7 @@ impl Connection {
             first: (now >> 6) as u32,
             is_open: false,
             sent_opening: false,
+            has_greeted: false,
             acknowledged: 0,
             sent: 0,
             ever_sent: 0,
@@ -249,6 +252,14 @@ impl Connection {
                 self.sent_opening = self.write(link, addresses, &opening)?;
             }
             return Ok(());
+        }
+        if !self.has_greeted {
+            // By itself, as Linux does: passt passes over data that comes with it.
+            let segment = self.segment(flag::ACK);
+            if !self.write(link, addresses, &segment)? {
+                return Ok(());
+            }
+            self.has_greeted = true;
         }
         let max_payload = if link.offloads.segmentation {
             // Whole pieces, so that the device makes no small ones.
