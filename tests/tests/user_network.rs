@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_tests::{
-    Bantam, HostTap, Kernel, pattern, require_kvm, require_namespaces, require_taps, scripted_root,
-    unprivileged,
+    Bantam, HostTap, Kernel, accept, pattern, require_kvm, require_namespaces, require_taps,
+    scripted_root, unprivileged,
 };
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
@@ -389,5 +389,77 @@ fn a_restored_guest_finds_its_connections_reset_and_opens_others() {
         ended.succeeded();
         ended.printed("ENDED");
         assert_eq!(server.join().unwrap(), "again\n");
+    });
+}
+
+/// Runs a load of TCP or UDP to a server in the world.
+fn load(words: &str) -> Bantam {
+    Bantam::payload("load")
+        .option("--net", "user")
+        .option("--memory", "64M")
+        .append(words)
+}
+
+#[test]
+fn a_load_of_tcp_arrives_whole() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let listener = TcpListener::bind((SERVER, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let peer = format!("test=tcp peer={SERVER}:{port}");
+        const SIZE: usize = (16 << 20) + 1;
+
+        let machine = load(&format!("{peer} mode=send operations={SIZE}")).start();
+        let mut stream = accept(&listener);
+        let size = std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+        assert_eq!(size, SIZE as u64);
+        drop(stream);
+        machine.wait().passed();
+
+        let machine = load(&format!("{peer} mode=receive operations={SIZE}")).start();
+        let mut stream = accept(&listener);
+        // More than the guest wants: the rest is lost with the guest.
+        let _ = stream.write_all(&vec![0; 2 * SIZE]);
+        machine.wait().passed();
+
+        let machine = load(&format!("{peer} mode=connect depth=8 operations=100")).start();
+        for _ in 0..100 {
+            accept(&listener);
+        }
+        machine.wait().passed();
+
+        let machine = load(&format!("{peer} mode=round-trip operations=100")).start();
+        let mut stream = accept(&listener);
+        let mut byte = [0];
+        let mut count = 0;
+        while stream.read(&mut byte).unwrap() == 1 {
+            stream.write_all(&byte).unwrap();
+            count += 1;
+        }
+        assert_eq!(count, 100);
+        machine.wait().passed();
+    });
+}
+
+#[test]
+fn a_load_of_udp_arrives_in_datagrams() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let server = UdpSocket::bind((SERVER, 0)).unwrap();
+        let peer = server.local_addr().unwrap();
+        server
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        // As many as its buffer has room for.
+        let words = format!("test=udp packet-size=142 peer={peer} operations=150");
+        let machine = load(&words).start();
+        for _ in 0..150 {
+            let mut bytes = [1; 200];
+            assert_eq!(server.recv(&mut bytes).unwrap(), 100);
+            assert!(bytes[..100].iter().all(|&byte| byte == 0));
+        }
+        machine.wait().passed();
     });
 }

@@ -19,6 +19,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 
 use crate::addresses::Addresses;
+use crate::batch::Batch;
 use crate::error::OpenError;
 use crate::icmp::EchoFlow;
 use crate::options::{Forward, Protocol, UserNetworkOptions};
@@ -98,6 +99,8 @@ impl fmt::Display for Refusal {
 
 /// What is called for each [`Refusal`].
 type Observer = Box<dyn FnMut(&Refusal) + Send>;
+/// What is called, with the most connections that there can be, for each one that is put off.
+type DelayObserver = Box<dyn FnMut(usize) + Send>;
 
 /// A running network for one guest.
 ///
@@ -118,6 +121,7 @@ pub struct UserNetwork {
     resolver: Resolver,
     policy: Policy,
     observer: Option<Observer>,
+    delay_observer: Option<DelayObserver>,
     reassembly: Reassembly,
     epoll: Epoll,
     timer: TimerFd,
@@ -128,10 +132,13 @@ pub struct UserNetwork {
     echoes: Table<EchoFlow>,
     listeners: Vec<Listener>,
     budget: Budget,
+    batch: Batch,
     ready: VecDeque<Source>,
     replies: VecDeque<Vec<u8>>,
     scratch: Scratch,
     frames_since_poll: u32,
+    /// Whether the last call for a frame has returned one.
+    is_receiving: bool,
     warned_of_echoes: bool,
 }
 
@@ -180,6 +187,7 @@ impl UserNetwork {
             advertised: None,
             policy: Policy::new(&options.allow, &options.deny),
             observer: None,
+            delay_observer: None,
             reassembly: Reassembly::default(),
             resolver: Resolver::new(&options.dns, resolver),
             epoll,
@@ -190,10 +198,12 @@ impl UserNetwork {
             echoes: Table::new(MAX_ECHO_FLOWS),
             listeners: Vec::new(),
             budget: Budget::new(),
+            batch: Batch::default(),
             ready: VecDeque::new(),
             replies: VecDeque::new(),
             scratch: Scratch::default(),
             frames_since_poll: 0,
+            is_receiving: false,
             warned_of_echoes: false,
         };
         let count = options.forwards.iter().map(Forward::port_count).sum();
@@ -224,6 +234,12 @@ impl UserNetwork {
         self.observer = Some(Box::new(observer));
     }
 
+    /// Has `observer` called whenever an attempt of the guest to open a connection gets no answer because the guest
+    /// has too many, with their number.
+    pub fn observe_delays(&mut self, observer: impl FnMut(usize) + Send + 'static) {
+        self.delay_observer = Some(Box::new(observer));
+    }
+
     /// Sets whether checksums of frames to the guest may be left to its driver.
     pub fn leave_checksums(&mut self, leave: bool) {
         self.link.leaves_checksums = leave;
@@ -243,6 +259,7 @@ impl UserNetwork {
         self.reassembly.clear();
         self.guest_v6 = None;
         self.advertised = None;
+        self.batch.clear();
         self.replies.clear();
         self.ready.clear();
         for listener in &mut self.listeners {
@@ -251,6 +268,12 @@ impl UserNetwork {
         for index in 0..self.listeners.len() {
             self.queue(Source::Listener(index));
         }
+    }
+
+    /// Sends what was kept back of the guest's frames, to go together with more. It is for the end of a run of
+    /// [`UserNetwork::send`]; [`UserNetwork::receive`] does so too.
+    pub fn flush(&mut self) {
+        self.batch.send();
     }
 
     /// Whether there may be frames for the guest without another event of the descriptor.

@@ -37,6 +37,11 @@ impl<F> Table<F> {
         }
     }
 
+    /// The most flows that it takes.
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.by_ends.len() >= self.limit
     }

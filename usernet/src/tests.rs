@@ -1,6 +1,7 @@
 //! A whole guest over a whole network, with the host's own sockets. No packet leaves the host: what is not on
 //! its loopback interface is in a network namespace of the test.
 
+mod batch;
 mod capture;
 mod fragments;
 mod guest;

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::batch::Batch;
 use crate::frame::{GuestFrame, WrittenFrame};
 use crate::output::{Output, Payload};
 use crate::wire::{PROTOCOL_UDP, Route, UDP_SIZE, Udp};
@@ -37,7 +38,7 @@ pub(crate) enum Received {
 /// Where the datagrams of a flow go.
 enum Socket {
     /// A socket that is connected to the other end.
-    Own(UdpSocket),
+    Own(Arc<UdpSocket>),
     /// The socket of a forwarded port, and the other end.
     Forwarded(Arc<UdpSocket>, SocketAddr),
 }
@@ -77,7 +78,7 @@ impl UdpFlow {
         let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
         socket.set_nonblocking(true)?;
         socket.connect(remote)?;
-        let mut flow = UdpFlow::new(route, ports, Socket::Own(socket), now);
+        let mut flow = UdpFlow::new(route, ports, Socket::Own(socket.into()), now);
         flow.server = is_query.then(|| remote.ip());
         Ok(flow)
     }
@@ -114,7 +115,7 @@ impl UdpFlow {
     /// The socket of a flow that has one of its own.
     pub(crate) fn socket(&self) -> Option<&UdpSocket> {
         match &self.socket {
-            Socket::Own(socket) => Some(socket),
+            Socket::Own(socket) => Some(socket.as_ref()),
             Socket::Forwarded(..) => None,
         }
     }
@@ -147,19 +148,25 @@ impl UdpFlow {
         self.unanswered.filter(|_| had_time)
     }
 
-    /// Sends a datagram of the guest, whose payload of `size` bytes is at `offset` in `frame`, on. One that
-    /// the host cannot send now is lost, as on any network.
+    /// Sends a datagram of the guest, whose payload of `size` bytes is at `offset` in `frame`, on, or adds it to
+    /// `batch`. One that the host cannot send now is lost, as on any network.
     pub(crate) fn take(
         &mut self,
         frame: &mut dyn GuestFrame,
         (offset, size): (usize, usize),
+        batch: &mut Batch,
         scratch: &mut Vec<u8>,
         now: Instant,
     ) {
         self.last_use = now;
         match &self.socket {
             Socket::Own(socket) => {
-                let _ = frame.send_at(offset, size, socket.as_fd());
+                if Batch::SIZES.contains(&size) {
+                    batch.add(socket, frame, (offset, size));
+                } else {
+                    batch.send();
+                    let _ = frame.send_at(offset, size, socket.as_fd());
+                }
                 if self.server.is_some() {
                     self.unanswered = self.server;
                 }

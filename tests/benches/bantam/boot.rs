@@ -37,7 +37,7 @@ pub fn linux_guest(monitors: &Monitors, mode: &str) -> Guest {
             access: DiskAccess::Default,
             options: "",
         }),
-        tap: None,
+        network: None,
         tracks_dirty_pages: false,
     }
 }

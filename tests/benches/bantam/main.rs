@@ -21,6 +21,7 @@ mod snapshots;
 mod start;
 mod statistics;
 mod tracking;
+mod usernet;
 
 use std::env;
 use std::fs;
@@ -32,7 +33,7 @@ use report::Report;
 /// A part of the benchmarks, with the name that `ONLY=` takes.
 type Part = (&'static str, fn(&Monitors, &mut Report));
 
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 13] = [
     ("start", start::measure),
     ("api", api::measure),
     ("boot", boot::measure),
@@ -40,6 +41,7 @@ const PARTS: [Part; 12] = [
     ("many", many::measure),
     ("block", block::measure),
     ("net", net::measure),
+    ("usernet", usernet::measure),
     ("disks", disks::measure),
     ("images", images::measure),
     ("named", named::measure),

@@ -11,7 +11,7 @@ use bantam_vmm::config::{MachineConfig, MemorySize, NetConfig, SerialConfig};
 use bantam_vmm::host::{can_administer_network, open_tun};
 
 use crate::memory::MonitorMemory;
-use crate::monitors::{Guest, Monitor, Monitors};
+use crate::monitors::{Guest, Monitor, Monitors, Network};
 use crate::process::Process;
 use crate::report::{Goal, Peer, Report, Row};
 use crate::statistics::Samples;
@@ -97,7 +97,7 @@ fn run_processes(monitors: &Monitors, monitor: Monitor, taps: &[String]) -> Proc
             memory_mib: MEMORY_MIB,
             disk: None,
             idle_disks: Vec::new(),
-            tap: taps_left.next().cloned(),
+            network: taps_left.next().cloned().map(Network::Tap),
             tracks_dirty_pages: false,
         };
         let mut process = Process::start(monitors.command(monitor, &guest));

@@ -47,10 +47,23 @@ pub struct Guest {
     pub disk: Option<Disk>,
     /// Disks that the guest does not use, read-only, for Bantam alone.
     pub idle_disks: Vec<PathBuf>,
-    /// Name of a tap interface for a virtio-net device; the peer takes only one that exists.
-    pub tap: Option<String>,
+    /// What a virtio-net device is connected to.
+    pub network: Option<Network>,
     /// Whether the monitor logs which pages change, for Bantam alone.
     pub tracks_dirty_pages: bool,
+}
+
+/// What a virtio-net device is connected to.
+#[derive(Debug, Clone)]
+pub enum Network {
+    /// The tap interface of this name; the peer takes only one that exists.
+    Tap(String),
+    /// The monitor's own network without rights: `user`, and slirp of the peer.
+    User,
+    /// The program that listens on this socket: passt.
+    Passt(PathBuf),
+    /// The host's own network by address translation, for Bantam alone.
+    Nat,
 }
 
 /// A virtio-blk disk.
@@ -179,8 +192,13 @@ impl Monitors {
             value.push(",ro");
             command.arg("--disk").arg(value);
         }
-        if let Some(tap) = &guest.tap {
-            command.arg("--net").arg(format!("tap={tap}"));
+        if let Some(network) = &guest.network {
+            command.arg("--net").arg(match network {
+                Network::Tap(tap) => format!("tap={tap}"),
+                Network::User => "user".to_owned(),
+                Network::Passt(socket) => format!("passt={}", socket.display()),
+                Network::Nat => "nat".to_owned(),
+            });
         }
         if guest.tracks_dirty_pages {
             command.args(["--track-dirty-pages", "on"]);
@@ -235,8 +253,18 @@ impl Monitors {
             };
             command.args(["-drive", &drive, "-device", device]);
         }
-        if let Some(tap) = &guest.tap {
-            let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
+        if let Some(network) = &guest.network {
+            let netdev = match network {
+                Network::Tap(tap) => {
+                    format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off")
+                }
+                Network::User => "user,id=net".to_owned(),
+                Network::Passt(socket) => {
+                    let path = socket.display();
+                    format!("stream,id=net,server=off,addr.type=unix,addr.path={path}")
+                }
+                Network::Nat => panic!("the peer has no such network"),
+            };
             command.args(["-netdev", &netdev]);
             command.args(["-device", "virtio-net-device,netdev=net"]);
         }

@@ -6,7 +6,7 @@ use bantam_tests::{HostTap, Traffic};
 use bantam_vmm::host::{can_administer_network, open_tun};
 
 use crate::load::{self, Load, RUNS};
-use crate::monitors::{Guest, Monitor, Monitors};
+use crate::monitors::{Guest, Monitor, Monitors, Network};
 use crate::report::{Goal, Peer, Report, Row};
 
 /// What the host does during a load.
@@ -96,7 +96,7 @@ pub fn measure(monitors: &Monitors, report: &mut Report) {
     };
     for case in &CASES {
         let guest = Guest {
-            tap: Some(tap.name.clone()),
+            network: Some(Network::Tap(tap.name.clone())),
             ..load::guest(&format!("test=net {}", case.arguments))
         };
         let run = |monitor| {

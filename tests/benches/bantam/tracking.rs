@@ -7,7 +7,7 @@ use bantam_tests::Traffic;
 
 use crate::block::{sync, write_image};
 use crate::load::{self, Load, RUNS};
-use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors};
+use crate::monitors::{Disk, DiskAccess, Guest, Monitor, Monitors, Network};
 use crate::net::quiet_tap;
 use crate::report::{Goal, Peer, Report, Row};
 
@@ -81,7 +81,7 @@ fn measure_case(
             .map(|(tap, size)| Traffic::flood(tap, size));
         let guest = Guest {
             disk: disk.clone(),
-            tap: tap.map(str::to_owned),
+            network: tap.map(|tap| Network::Tap(tap.to_owned())),
             tracks_dirty_pages,
             ..load::guest(case.arguments)
         };

@@ -305,7 +305,13 @@ impl UserNetwork {
         };
         let place = (offset, datagram.payload_size);
         if let Some(flow) = self.udp.get(index) {
-            flow.take(frame, place, &mut self.scratch.payload, now);
+            flow.take(
+                frame,
+                place,
+                &mut self.batch,
+                &mut self.scratch.payload,
+                now,
+            );
         }
         self.keep_time(false);
         Ok(())
@@ -423,6 +429,9 @@ impl UserNetwork {
             return Opening::Refused;
         };
         if !self.make_room_for_tcp(now) {
+            if let Some(observer) = &mut self.delay_observer {
+                observer(self.tcp.limit());
+            }
             return Opening::Later;
         }
         let Ok(socket) = begin_to_connect(remote) else {

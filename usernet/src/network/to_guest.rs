@@ -18,8 +18,22 @@ const EVENTS_PER_POLL: usize = 64;
 
 impl UserNetwork {
     /// Writes the next frame for the guest to `buffer`, if there is one.
+    ///
+    /// After the last one, the host may have more by now; the descriptor tells.
     pub fn receive(&mut self, buffer: &mut dyn FrameBuffer) -> Option<WrittenFrame> {
-        let mut has_polled = false;
+        self.flush();
+        // Before a run of frames the host is asked, but only if there is nothing else, and not again behind the last
+        // one: mostly there is one frame, an acknowledgment or an answer, and each question delays what comes next.
+        let mut frame = self.next_frame(buffer);
+        if frame.is_none() && !self.is_receiving {
+            self.poll();
+            frame = self.next_frame(buffer);
+        }
+        self.is_receiving = frame.is_some();
+        frame
+    }
+
+    fn next_frame(&mut self, buffer: &mut dyn FrameBuffer) -> Option<WrittenFrame> {
         loop {
             if let Some(reply) = self.replies.pop_front() {
                 let mut output = Output {
@@ -29,18 +43,11 @@ impl UserNetwork {
                 };
                 return Some(output.put(&reply));
             }
-            if self.ready.is_empty() || self.frames_since_poll >= FRAMES_PER_POLL {
-                if std::mem::replace(&mut has_polled, true) && self.ready.is_empty() {
-                    return None;
-                }
+            if self.frames_since_poll >= FRAMES_PER_POLL {
                 self.poll();
-            }
-            let Some(source) = self.ready.pop_front() else {
-                if self.replies.is_empty() {
-                    return None;
-                }
                 continue;
-            };
+            }
+            let source = self.ready.pop_front()?;
             if let Some(frame) = self.produce(source, buffer) {
                 self.frames_since_poll += 1;
                 return Some(frame);

@@ -116,6 +116,7 @@ fn options_and_extension_headers_are_passed_over() {
             put16(&mut frame, ETHERNET_SIZE + 4, 24 + 8 + 5);
         }
         network.send(&mut Bytes(frame));
+        network.flush();
         let mut bytes = [0; 64];
         let (size, _) = server.recv_from(&mut bytes).unwrap();
         assert_eq!(&bytes[..size], b"hello");

@@ -1,6 +1,9 @@
 //! Frames that no sensible guest sends.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bolero::TypeGenerator;
 
@@ -58,6 +61,12 @@ fn a_flood_of_connections_is_slowed_and_the_guest_is_served_again() {
     // Connections that nobody accepts would hold up others.
     std::thread::spawn(move || listener.incoming().for_each(drop));
     let mut network = network();
+    let delays = Arc::<AtomicUsize>::default();
+    let counter = delays.clone();
+    network.observe_delays(move |limit| {
+        assert!((100..=4096).contains(&limit), "{limit}");
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
     let gateway = Ipv4Addr::new(10, 0, 2, 2);
     let syn = |source| Tcp {
         source,
@@ -67,12 +76,13 @@ fn a_flood_of_connections_is_slowed_and_the_guest_is_served_again() {
         window: 1000,
         ..Tcp::default()
     };
-    let (mut open, mut resets) = (Vec::new(), 0);
+    // Answers are sent again on a slow host.
+    let (mut open, mut resets) = (BTreeSet::new(), 0);
     for number in 0..6000 {
         send(&mut network, segment(gateway, &syn(1000 + number), &[]));
         for frame in drain(&mut network) {
             match frame[47] & tcp_flag::RST {
-                0 => open.push(at(&frame, 36)),
+                0 => drop(open.insert(at(&frame, 36))),
                 _ => resets += 1,
             }
         }
@@ -80,10 +90,11 @@ fn a_flood_of_connections_is_slowed_and_the_guest_is_served_again() {
     // Too many are not refused: the guest tries again later.
     assert!((100..=4096).contains(&open.len()), "{}", open.len());
     assert_eq!(resets, 0);
+    assert!(delays.load(Ordering::Relaxed) >= 6000 - 4096);
     let reset = Tcp {
         flags: tcp_flag::RST,
         sequence: 8,
-        ..syn(open[0])
+        ..syn(*open.first().unwrap())
     };
     send(&mut network, segment(gateway, &reset, &[]));
     send(&mut network, segment(gateway, &syn(60_000), &[]));

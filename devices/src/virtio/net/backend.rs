@@ -78,6 +78,10 @@ pub trait NetQueue: AsRawFd + Send + Sync {
     /// mean that the other side is gone for good.
     fn write(&self, packet: &mut GuestBuffers) -> io::Result<()>;
 
+    /// Passes on packets of the driver that were kept back to go together with more. It is called after each run of
+    /// [`NetQueue::write`].
+    fn flush(&self) {}
+
     /// Puts the next packet into `buffer`, and returns its size.
     ///
     /// # Errors

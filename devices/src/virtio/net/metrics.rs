@@ -58,6 +58,8 @@ pub struct NetMetrics {
     pub tx_remaining_reqs_count: Counter,
     /// Attempts of the guest to reach something that its user network keeps from it.
     pub refused_count: Counter,
+    /// Attempts of the guest to open a connection that got no answer because its user network has too many.
+    pub delayed_count: Counter,
     /// How long writes to the tap took, including taking their packets from the queue.
     pub tap_write_agg: Latency,
 }

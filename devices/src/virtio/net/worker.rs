@@ -368,13 +368,17 @@ impl Worker {
         if pair.transmitter.waiting()? == 0 {
             metrics.no_tx_avail_buffer.add(1);
         }
-        pair.transmit_halt = pair.transmitter.transmit(
+        let halt = pair.transmitter.transmit(
             queue,
             &mut self.transmitted,
             &mut self.local_port,
             &self.link,
             &mut self.dropped,
-        )?;
+        );
+        if let Some(queue) = queue {
+            queue.flush();
+        }
+        pair.transmit_halt = halt?;
         let left = pair.transmitter.waiting()?;
         metrics.tx_remaining_reqs_count.add(left.into());
         if pair.transmit_halt == Halt::BackendGone {

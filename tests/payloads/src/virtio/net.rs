@@ -14,6 +14,8 @@ pub mod net_feature {
     pub const CHECKSUM: u64 = 1 << 0;
     /// `VIRTIO_NET_F_GUEST_CSUM`: the driver takes frames with incomplete checksums.
     pub const GUEST_CHECKSUM: u64 = 1 << 1;
+    /// `VIRTIO_NET_F_MTU`: the configuration has the largest IP packet of the network.
+    pub const MTU: u64 = 1 << 3;
     /// `VIRTIO_NET_F_MAC`: the configuration has the card's address.
     pub const MAC: u64 = 1 << 5;
     /// `VIRTIO_NET_F_GUEST_TSO4`: the driver takes large TCP frames of IPv4.

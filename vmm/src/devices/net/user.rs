@@ -68,9 +68,22 @@ impl UserBackend {
         })
     }
 
-    /// Has attempts to reach what the guest may not reach counted and logged.
+    /// Has attempts to reach what the guest may not reach counted and logged, and those to open too many
+    /// connections, which are logged once.
     pub(super) fn report_refusals(&self, log: DeviceLog, metrics: Arc<NetMetrics>) {
-        lock(&self.queue.network).observe_refusals(move |refusal| {
+        let mut network = lock(&self.queue.network);
+        let delayed = metrics.clone();
+        let label = self.label.clone();
+        let mut is_known = false;
+        network.observe_delays(move |limit| {
+            delayed.delayed_count.add(1);
+            if !std::mem::replace(&mut is_known, true) {
+                tracing::warn!(
+                    "{label}: the guest has {limit} connections, the most that it can have; others wait"
+                );
+            }
+        });
+        network.observe_refusals(move |refusal| {
             metrics.refused_count.add(1);
             log.warn_of_guest(format_args!("the guest may not reach {refusal}"));
         });
@@ -136,6 +149,10 @@ impl NetQueue for UserQueue {
         packet.advance(PACKET_HEADER_SIZE);
         lock(&self.network).send(&mut Frame { packet, dropped: 0 });
         Ok(())
+    }
+
+    fn flush(&self) {
+        lock(&self.network).flush();
     }
 
     fn read(&self, buffer: &mut PacketBuffer<'_>) -> io::Result<usize> {

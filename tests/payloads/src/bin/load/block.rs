@@ -152,7 +152,7 @@ pub fn run(
             BlockMode::Mixed => "block read and write",
         },
         operations: load.operations,
-        operation_size: block.block_size,
+        bytes: load.operations * u64::from(block.block_size),
         ticks,
         latency: load.latency,
         errors: load.errors,

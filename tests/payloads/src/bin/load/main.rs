@@ -17,7 +17,17 @@
 //!   addresses
 //! - `depth=N` (32): frames under way, or receive buffers
 //!
-//! Both: `seconds=N` (1) or `operations=N`, and `completion=polled|interrupt` (`polled`). Numbers of
+//! `test=tcp` loads the network behind the card, with connections to `peer=ADDRESS:PORT`:
+//! - `mode=send|receive|connect|round-trip` (`send`): bytes to the peer, or from it; `depth=N` (32) connections at
+//!   a time, each of which the peer ends; or a byte to the peer and back, again and again. Operations of the first
+//!   two are bytes
+//!
+//! `test=udp` sends datagrams there, in frames of `packet-size=BYTES` (64).
+//!
+//! Both take `address=ADDRESS` (10.0.2.15) and `gateway=ADDRESS` (10.0.2.2), the peer itself if it is on the
+//! same network.
+//!
+//! All: `seconds=N` (1) or `operations=N`, and `completion=polled|interrupt` (`polled`). Numbers of
 //! bytes may end in `K` or `M`. The line `load: ready` comes before the first operation. One
 //! processor does everything, in ring 3.
 
@@ -31,6 +41,7 @@ mod buffers;
 mod completion;
 mod frame;
 mod histogram;
+mod internet;
 mod net;
 mod outcome;
 mod settings;
@@ -59,8 +70,11 @@ fn run() -> Result<Outcome, String> {
     let settings = Settings::from_command_line()?;
     // Before the first measurement, as it takes milliseconds.
     time::ticks_per_second();
+    let card = || find(device_id::NET, "network card");
     match &settings.test {
-        Test::Net(net) => net::run(&*find(device_id::NET, "network card")?, &settings, net),
+        Test::Tcp(ends, mode) => internet::run_tcp(&*card()?, &settings, ends, *mode),
+        Test::Udp(ends, size) => internet::run_udp(&*card()?, &settings, ends, *size),
+        Test::Net(net) => net::run(&*card()?, &settings, net),
         Test::Block(block) => {
             block::run(&*find(device_id::BLOCK, "block device")?, &settings, block)
         }

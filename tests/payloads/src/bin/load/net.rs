@@ -96,7 +96,7 @@ pub fn run(
     Ok(Outcome {
         name,
         operations: load.operations,
-        operation_size: net.packet_size,
+        bytes: load.operations * u64::from(net.packet_size),
         ticks,
         latency: load.latency,
         errors: load.lost,

@@ -15,8 +15,8 @@ pub struct Outcome {
     pub name: &'static str,
     /// Operations that succeeded.
     pub operations: u64,
-    /// Bytes of an operation.
-    pub operation_size: u32,
+    /// Bytes of all of them.
+    pub bytes: u64,
     /// Ticks of the time stamp counter from the first operation's start to the last one's end.
     pub ticks: u64,
     /// How long each took; empty if an operation's start is not known.
@@ -35,7 +35,7 @@ impl Outcome {
         let frequency = ticks_per_second() as f64;
         let seconds = self.ticks as f64 / frequency;
         let operations = self.operations as f64;
-        let bytes = self.operations * u64::from(self.operation_size);
+        let bytes = self.bytes;
         let nanoseconds = |share| match self.latency.percentile(share) {
             Some(ticks) => format!("{:.0}", ticks as f64 * 1e9 / frequency),
             None => "null".into(),

@@ -2,7 +2,9 @@
 
 use alloc::format;
 use alloc::string::String;
+use core::net::{Ipv4Addr, SocketAddrV4};
 use core::ops::RangeInclusive;
+use core::str::FromStr;
 
 use runtime::arguments;
 use runtime::virtio::Completion;
@@ -13,6 +15,9 @@ use crate::frame::MAX_UNCUT_SIZE;
 const MIN_FRAME_SIZE: u64 = 60;
 /// The largest frame that a card cuts into segments.
 const MAX_CUT_SIZE: u64 = 65_536;
+/// The addresses that user networks give by default.
+const DEFAULT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+const DEFAULT_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
 /// A whole load.
 pub struct Settings {
@@ -32,6 +37,33 @@ pub enum Test {
     Block(BlockSettings),
     /// A network card.
     Net(NetSettings),
+    /// Connections of TCP.
+    Tcp(InternetSettings, TcpMode),
+    /// Datagrams in frames of this many bytes.
+    Udp(InternetSettings, u32),
+}
+
+/// Who speaks to whom in loads of TCP and UDP.
+pub struct InternetSettings {
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// The address of the router on the way to the peer, or the peer's own if there is none.
+    pub gateway: Ipv4Addr,
+    /// The other end.
+    pub peer: SocketAddrV4,
+}
+
+/// What connections of TCP are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TcpMode {
+    /// One sends to the peer.
+    Send,
+    /// One receives from the peer.
+    Receive,
+    /// Many are opened, and the peer ends them.
+    Connect,
+    /// On one, a byte goes to the peer and back.
+    RoundTrip,
 }
 
 /// When a load ends.
@@ -106,9 +138,27 @@ impl Settings {
         let test = match arguments::value("test") {
             Some("block") => Test::Block(BlockSettings::from_command_line()?),
             Some("net") => Test::Net(NetSettings::from_command_line()?),
+            Some("tcp") => Test::Tcp(
+                InternetSettings::from_command_line()?,
+                choice(
+                    "mode",
+                    &[
+                        ("send", TcpMode::Send),
+                        ("receive", TcpMode::Receive),
+                        ("connect", TcpMode::Connect),
+                        ("round-trip", TcpMode::RoundTrip),
+                    ],
+                )?,
+            ),
+            Some("udp") => Test::Udp(
+                InternetSettings::from_command_line()?,
+                number("packet-size", MIN_FRAME_SIZE..=MAX_UNCUT_SIZE as u64)?.unwrap_or(64) as u32,
+            ),
             other => {
                 let given = other.map_or_else(String::new, |name| format!(", not '{name}'"));
-                return Err(format!("expected test=block or test=net{given}"));
+                return Err(format!(
+                    "expected test=block, test=net, test=tcp or test=udp{given}"
+                ));
             }
         };
         let limit = match (
@@ -183,6 +233,28 @@ impl NetSettings {
             packet_size: number("packet-size", MIN_FRAME_SIZE..=max)?.unwrap_or(64) as u32,
         })
     }
+}
+
+impl InternetSettings {
+    fn from_command_line() -> Result<Self, String> {
+        let peer: Option<SocketAddrV4> = parsed("peer", "an address and a port")?;
+        Ok(Self {
+            address: parsed("address", "an IPv4 address")?.unwrap_or(DEFAULT_ADDRESS),
+            gateway: parsed("gateway", "an IPv4 address")?.unwrap_or(DEFAULT_GATEWAY),
+            peer: peer.ok_or("expected peer=ADDRESS:PORT")?,
+        })
+    }
+}
+
+/// Returns the value of `name=VALUE`, which has to be `what`, if it is given.
+fn parsed<T: FromStr>(name: &str, what: &str) -> Result<Option<T>, String> {
+    let Some(text) = arguments::value(name) else {
+        return Ok(None);
+    };
+    let value = text.parse();
+    value
+        .map(Some)
+        .map_err(|_| format!("{name}={text}: expected {what}"))
 }
 
 /// Returns the number `name=N` in `range`, if it is given.
