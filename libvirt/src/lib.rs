@@ -25,6 +25,7 @@ mod xml;
 
 pub use domain::{Boot, Definition, Machine, is_xml, write_domain};
 pub use error::Error;
+pub use values::unit_factor;
 
 #[cfg(test)]
 mod tests;

@@ -31,13 +31,15 @@ pub(crate) fn size(text: &str, unit: Option<&str>, what: &str) -> Result<u64, Er
     let wrong = |reason: String| Error::value(what, reason);
     let count = number(text, what)?.unsigned_abs();
     let unit = unit.unwrap_or("KiB");
-    let factor = factor(unit).ok_or_else(|| wrong(format!("has the unknown unit '{unit}'")))?;
+    let factor =
+        unit_factor(unit).ok_or_else(|| wrong(format!("has the unknown unit '{unit}'")))?;
     count
         .checked_mul(factor)
         .ok_or_else(|| wrong(format!("is too large: '{text}' {unit}")))
 }
 
-fn factor(unit: &str) -> Option<u64> {
+/// Returns how many bytes a unit of libvirt (`virScaleInteger`) stands for: `k` and `KiB` are 1024, `KB` is 1000, and so on.
+pub fn unit_factor(unit: &str) -> Option<u64> {
     let unit = unit.to_ascii_lowercase();
     if matches!(unit.as_str(), "b" | "bytes" | "byte") {
         return Some(1);

@@ -637,14 +637,32 @@ fn datagram(source: [u8; 6], address: [u8; 4], ports: [u16; 2]) -> Vec<u8> {
 
 /// The same over IPv6, to all nodes on the link.
 fn datagram_v6(source: [u8; 6], ports: [u16; 2]) -> Vec<u8> {
+    to_all_nodes(source, 17, &udp(ports))
+}
+
+/// Sixteen bytes over IPv6, to all nodes on the link.
+fn to_all_nodes(source: [u8; 6], next_header: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![0x33, 0x33, 0, 0, 0, 1];
     frame.extend(source);
-    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 16, 17, 255, 0xfe, 0x80]);
+    frame.extend([
+        0x86,
+        0xdd,
+        0x60,
+        0,
+        0,
+        0,
+        0,
+        16,
+        next_header,
+        255,
+        0xfe,
+        0x80,
+    ]);
     frame.extend([0; 13]);
     frame.extend([1, 0xff, 2]);
     frame.extend([0; 13]);
     frame.push(1);
-    frame.extend(udp(ports));
+    frame.extend(payload);
     frame
 }
 
@@ -664,16 +682,9 @@ fn of_another_protocol(source: [u8; 6]) -> Vec<u8> {
 }
 
 fn router_advertisement(source: [u8; 6]) -> Vec<u8> {
-    let mut frame = vec![0x33, 0x33, 0, 0, 0, 1];
-    frame.extend(source);
-    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 16, 58, 255, 0xfe, 0x80]);
-    frame.extend([0; 13]);
-    frame.extend([1, 0xff, 2]);
-    frame.extend([0; 13]);
-    frame.push(1);
-    frame.extend([134, 0, 0, 0, 64, 0, 7, 8]);
-    frame.extend([0; 8]);
-    frame
+    let mut message = vec![134, 0, 0, 0, 64, 0, 7, 8];
+    message.extend([0; 8]);
+    to_all_nodes(source, 58, &message)
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! virsh's command lines: options that may be given by name or by place, and several commands in one argument.
 
 use anyhow::{anyhow, bail};
+use bantam_libvirt::unit_factor;
 
 use super::commands::Command;
 
@@ -173,28 +174,15 @@ pub fn split_script(script: &str) -> anyhow::Result<Vec<Vec<String>>> {
 /// If it is not a size, or too large. `option` is the one that it was given to.
 pub fn scaled(text: &str, unit: u64, option: &str) -> anyhow::Result<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let suffix = text[digits.len()..].to_ascii_lowercase();
-    let factor = match suffix.as_str() {
+    let factor = match &text[digits.len()..] {
         "" => Some(unit),
-        "b" | "byte" | "bytes" => Some(1),
-        _ => power(&suffix),
+        suffix => unit_factor(suffix),
     };
     let number = digits.parse::<u64>().ok();
     let size = number.and_then(|number| number.checked_mul(factor?));
     size.ok_or_else(|| {
         anyhow!("Scaled numeric value '{text}' for <{option}> option is malformed or out of range")
     })
-}
-
-/// Returns how many bytes a suffix such as `m`, `mib` or `mb` stands for.
-fn power(suffix: &str) -> Option<u64> {
-    let (letter, rest) = suffix.split_at_checked(1)?;
-    let exponent = "kmgtpe".find(letter)? as u32 + 1;
-    match rest {
-        "" | "ib" => Some(1024_u64.pow(exponent)),
-        "b" => Some(1000_u64.pow(exponent)),
-        _ => None,
-    }
 }
 
 #[cfg(test)]
