@@ -20,9 +20,9 @@
 //!
 //! # Files
 //! `network/` says what becomes of each frame, and where frames come from; `tcp.rs`, `udp.rs` and `icmp.rs` have
-//! the flows, `batch.rs` datagrams on their way. `dhcp.rs`, `dhcpv6.rs` and `ndp.rs` are what the guest is told, `resolver.rs` and `dns.rs` what it
-//! asks. `addresses.rs` has what the guest may reach at all, `rule.rs` and `policy.rs` what its user lets it
-//! reach. `reassembly.rs` puts packets together, `wire/` has the headers.
+//! the flows, `batch.rs` datagrams on their way. `dhcp.rs`, `dhcpv6.rs` and `ndp.rs` are what the guest is told,
+//! `resolver.rs` and `dns.rs` what it asks. `addresses.rs` has what the guest may reach at all, `rule.rs` and
+//! `policy.rs` what its user lets it reach. `reassembly.rs` puts packets together, `wire/` has the headers.
 
 mod addresses;
 mod batch;
