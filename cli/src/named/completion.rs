@@ -122,7 +122,9 @@ mod tests {
         let names = first
             .and_then(clap::Arg::get_value_names)
             .unwrap_or_default();
-        names.first().is_some_and(|name| name.ends_with("MACHINE"))
+        names
+            .first()
+            .is_some_and(|name| ["MACHINE", "[USER@]MACHINE"].contains(&name.as_str()))
     }
 
     fn names<'a>(commands: impl Iterator<Item = &'a clap::Command>) -> Vec<&'a str> {
