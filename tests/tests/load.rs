@@ -167,7 +167,10 @@ fn wrong_arguments_fail_with_a_line_that_says_so() {
             "span=1073741824: the block device has 4194304 bytes",
         ),
         ("test=net", "there is no network card"),
-        ("test=tape", "expected test=block or test=net, not 'tape'"),
+        (
+            "test=tape",
+            "expected test=block, test=net, test=tcp or test=udp, not 'tape'",
+        ),
     ] {
         load_disk(&disk, words)
             .succeeded()
