@@ -1,7 +1,6 @@
 //! Machines that are defined by a document which says more than a machine file: libvirt's domain XML.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::Path;
 
 use bantam_vmm::config::{MachineConfig, Uuid};
@@ -79,8 +78,7 @@ impl Manager {
             }
             let (config, text) = complete(&mut settings)?;
             machine.write_settings(&settings)?;
-            let path = machine.file(file::DOCUMENT);
-            files::replace(&path, &text).map_err(Error::file("write", &path))?;
+            write_document(machine.folder(), &text)?;
             machine.write_config(&config)?;
             return Ok(machine);
         }
@@ -152,14 +150,10 @@ impl Machine {
     }
 }
 
-/// Writes the document of a machine into a folder that nobody knows yet.
+/// Writes the document of the machine in `folder`.
 fn write_document(folder: &Path, text: &str) -> Result<(), Error> {
     let path = folder.join(file::DOCUMENT);
-    let written = File::create(&path).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        file.sync_all()
-    });
-    written.map_err(Error::file("write", &path))
+    files::replace(&path, text).map_err(Error::file("write", &path))
 }
 
 #[cfg(test)]

@@ -55,6 +55,8 @@ pub fn top(args: &TopArgs) -> anyhow::Result<()> {
                 left = left.map(|left| left.saturating_sub(1));
             }
             Event::Order(chosen) => order = chosen,
+            // What was printed stays as it is.
+            Event::Redraw if screen.is_none() => continue,
             Event::Redraw => {}
             Event::End => return Ok(()),
         }
