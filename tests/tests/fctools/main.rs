@@ -183,3 +183,9 @@ async fn linux_shuts_down_when_the_button_is_pressed() {
     assert!(outcome.is_fully_graceful(), "{outcome:?}");
     machine.cleanup().await.unwrap();
 }
+
+#[test]
+#[ignore = "it is the process of a page server"]
+fn page_server() {
+    bantam_tests::page_server::serve();
+}

@@ -1,18 +1,47 @@
 //! Machines that go on from a snapshot.
 
+use bantam_tests::page_server::{Conduct, PageServer};
 use bantam_tests::{HostTap, require_taps};
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::api::VmApi;
-use fctools::vm::configuration::InitMethod;
+use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
 use fctools::vm::models::{
-    CreateSnapshot, NetworkInterface, NetworkOverride, SnapshotType, UpdateNetworkInterface,
+    CreateSnapshot, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkInterface,
+    NetworkOverride, SnapshotType, UpdateNetworkInterface,
 };
-use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
+use fctools::vm::snapshot::{PrepareVmFromSnapshotOptions, VmSnapshot};
+use fctools::vm::Vm;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 
-use crate::workshop::{PATIENCE, Workshop, limiter, pause_then_kill, read_until};
+use tempfile::TempDir;
+
+use crate::workshop::{Machine, PATIENCE, Workshop, limiter, pause_then_kill, read_until};
+
+/// Starts a machine, pauses it and takes a snapshot of it.
+async fn snapshot_of(
+    workshop: Workshop,
+    data: VmConfigurationData,
+) -> (Machine, VmSnapshot, TempDir) {
+    let paths = ["state", "memory"].map(|name| workshop.path(name));
+    let (mut machine, folder) = workshop.start(InitMethod::ViaApiCalls, data).await;
+    let mut output = machine.take_pipes().unwrap();
+    read_until(&mut output.stdout, "PASS\n").await;
+    let [state, memory] = paths.map(|path| {
+        let resources = machine.get_resource_system_mut();
+        let resource = resources.create_resource(path, ResourceType::Produced);
+        resource.unwrap()
+    });
+    let create = CreateSnapshot {
+        snapshot_type: Some(SnapshotType::Full),
+        snapshot: state,
+        mem_file: memory,
+    };
+    machine.pause().await.unwrap();
+    let snapshot = machine.create_snapshot(create).await.unwrap();
+    (machine, snapshot, folder)
+}
 
 #[tokio::test]
 async fn a_machine_goes_on_from_a_snapshot() {
@@ -29,22 +58,7 @@ async fn a_machine_goes_on_from_a_snapshot() {
         tx_rate_limiter: None,
     }];
     let executor = workshop.executor("clone.socket");
-    let paths = ["state", "memory"].map(|name| workshop.path(name));
-    let (mut machine, _folder) = workshop.start(InitMethod::ViaApiCalls, data).await;
-    let mut output = machine.take_pipes().unwrap();
-    read_until(&mut output.stdout, "PASS\n").await;
-    let [state, memory] = paths.map(|path| {
-        let resources = machine.get_resource_system_mut();
-        let resource = resources.create_resource(path, ResourceType::Produced);
-        resource.unwrap()
-    });
-    let create = CreateSnapshot {
-        snapshot_type: Some(SnapshotType::Full),
-        snapshot: state,
-        mem_file: memory,
-    };
-    machine.pause().await.unwrap();
-    let snapshot = machine.create_snapshot(create).await.unwrap();
+    let (mut machine, snapshot, _folder) = snapshot_of(workshop, data).await;
 
     let options = PrepareVmFromSnapshotOptions {
         executor,
@@ -76,5 +90,42 @@ async fn a_machine_goes_on_from_a_snapshot() {
     clone.resume().await.unwrap();
     pause_then_kill(&mut clone).await;
     machine.resume().await.unwrap();
+    pause_then_kill(&mut machine).await;
+}
+
+#[tokio::test]
+async fn a_machine_goes_on_with_memory_that_another_program_serves() {
+    let mut workshop = Workshop::new();
+    let data = workshop.configuration("hello", "finish=hang");
+    let executor = workshop.executor("served.socket");
+    let installation = workshop.installation();
+    let socket = workshop.path("pages.socket");
+    let (mut machine, snapshot, _folder) = snapshot_of(workshop, data).await;
+    let _server = PageServer::start(&socket, &snapshot.mem_file_path, Conduct::Serves);
+
+    let mut served = Workshop::new();
+    let state = served.file(snapshot.snapshot_path);
+    let backend = served.present(socket);
+    let load_snapshot = LoadSnapshot {
+        track_dirty_pages: None,
+        mem_backend: MemoryBackend {
+            backend_type: MemoryBackendType::Uffd,
+            backend,
+        },
+        snapshot: state,
+        resume_vm: Some(true),
+        network_overrides: Vec::new(),
+    };
+    let configuration = VmConfiguration::RestoredFromSnapshot {
+        load_snapshot,
+        data: snapshot.configuration_data,
+    };
+    let served = Vm::prepare(executor, served.into_resources(), installation, configuration);
+    let mut served = served.await.unwrap();
+    served.start(PATIENCE).await.unwrap();
+    assert!(!served.get_info().await.unwrap().is_paused);
+    served.pause().await.unwrap();
+    served.resume().await.unwrap();
+    pause_then_kill(&mut served).await;
     pause_then_kill(&mut machine).await;
 }

@@ -59,6 +59,11 @@ impl Workshop {
         &mut self.resources
     }
 
+    /// Returns the record alone.
+    pub fn into_resources(self) -> Resources {
+        self.resources
+    }
+
     /// Returns the path of a file in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
@@ -68,6 +73,13 @@ impl Workshop {
     pub fn file(&mut self, path: PathBuf) -> Resource {
         let kind = ResourceType::Moved(MovedResourceType::Copied);
         self.resources.create_resource(path, kind).unwrap()
+    }
+
+    /// Registers a file that fctools leaves where it is.
+    pub fn present(&mut self, path: PathBuf) -> Resource {
+        self.resources
+            .create_resource(path, ResourceType::Produced)
+            .unwrap()
     }
 
     /// Registers a file that fctools creates and removes.
@@ -128,15 +140,22 @@ impl Workshop {
             .id(VmmId::new("fctools-1").unwrap())
     }
 
+    /// Returns the monitor under the name that fctools expects.
+    pub fn installation(&self) -> VmmInstallation {
+        let firecracker = self.path("firecracker");
+        if !firecracker.exists() {
+            symlink(monitor(), &firecracker).unwrap();
+        }
+        VmmInstallation::new(&firecracker, &firecracker, &firecracker)
+    }
+
     /// Starts a machine, and returns it with the folder of its files.
     pub async fn start(
         self,
         init_method: InitMethod,
         data: VmConfigurationData,
     ) -> (Machine, TempDir) {
-        let firecracker = self.path("firecracker");
-        symlink(monitor(), &firecracker).unwrap();
-        let installation = VmmInstallation::new(&firecracker, &firecracker, &firecracker);
+        let installation = self.installation();
         let executor = self.executor("api.socket");
         let configuration = VmConfiguration::New { init_method, data };
         let machine = Vm::prepare(executor, self.resources, installation, configuration);
