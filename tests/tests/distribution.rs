@@ -368,6 +368,12 @@ fn cloud_init_sets_up_a_machine_from_a_seed_in_fat_and_in_iso_9660() {
     assert_eq!(host_keys.len(), 2);
 }
 
+/// Returns a port that another program could take meanwhile, but hardly does.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
 /// A machine that cloud-init sets up.
 struct Guest {
     name: &'static str,
@@ -382,9 +388,7 @@ impl Guest {
     fn create(host: &Machines, name: &'static str, options: &[&str]) -> Guest {
         let slot = linux_slot();
         let output = host.folder().join(format!("{name}.output"));
-        // Another program could take it meanwhile, but hardly does.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = port.local_addr().unwrap().port();
+        let port = free_port();
         let serial = format!("file={}", output.display());
         let net = format!("user,mac=52:54:00:00:00:07,forward=tcp:127.0.0.1:{port}:22");
         let create = [
