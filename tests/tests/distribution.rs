@@ -181,6 +181,7 @@ fn debian_image(folder: &Path, files: &[(&str, &str)], links: &[(String, &str)])
 
 /// Mounts what systemd would, and lets cloud-init do its work.
 const INIT: &str = "#!/bin/sh\n\
+    export PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
     mount -t proc proc /proc\n\
     mount -t sysfs sysfs /sys\n\
     mount -t tmpfs tmpfs /run\n\
