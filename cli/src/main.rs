@@ -44,7 +44,6 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing::level_filters::LevelFilter;
 
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
@@ -113,7 +112,7 @@ fn execute(command: Command) -> ExitCode {
         Command::Fork(args) => status_of(fork::fork(&args)),
         Command::Snapshot(args) => status_of(snapshot::run(*args)),
         Command::Network(args) => status_of(message::start().and_then(|()| {
-            log::to_stderr(LevelFilter::WARN);
+            log::to_stderr(args.log_level());
             network::run(*args)
         })),
         Command::Virsh(args) => virsh::run(args),

@@ -1,23 +1,38 @@
 //! `bantam network`: networks of the host for machines.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use bantam_network::{
-    Definition, Lease, Mode, NetworkInfo, NetworkName, Networks, NewNetwork, Started, Subnet,
-    Subnet6,
+    Definition, GroupName, Lease, Mode, NetworkInfo, NetworkName, Networks, NewNetwork, Started,
+    Subnet, Subnet6,
 };
 use clap::{Subcommand, ValueEnum};
+use nix::unistd::{Uid, User, setsid};
 use serde::Serialize;
+use tracing::level_filters::LevelFilter;
 
 use crate::local_time::local_time;
 use crate::message::say;
+use crate::raise_descriptor_limit;
 
 /// The options of `bantam network`.
 #[derive(Debug, clap::Args)]
 pub struct NetworkArgs {
     #[command(subcommand)]
     command: NetworkCommand,
+}
+
+impl NetworkArgs {
+    /// Returns up to which level lines are logged. Those of a broker would fill a file if its users wanted that.
+    pub fn log_level(&self) -> LevelFilter {
+        match self.command {
+            NetworkCommand::Broker { .. } => LevelFilter::OFF,
+            _ => LevelFilter::WARN,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -67,6 +82,25 @@ enum NetworkCommand {
         /// Have it started by `start` only
         #[arg(long)]
         disable: bool,
+    },
+    /// Lets the members of a group use a network without root
+    ///
+    /// It takes effect at once. Machines that are on the network already stay.
+    Group {
+        /// The network
+        name: NetworkName,
+        /// The group of users
+        #[arg(required_unless_present = "none")]
+        group: Option<GroupName>,
+        /// Keep the network for root
+        #[arg(long, conflicts_with = "group")]
+        none: bool,
+    },
+    /// Gives users places on a network; 'start' runs it
+    #[command(hide = true)]
+    Broker {
+        /// The folder of the network that is started
+        folder: PathBuf,
     },
     /// Lists the addresses that the DHCP server of a network has given away
     Leases {
@@ -122,6 +156,10 @@ struct DefineArgs {
     /// Have it started with the host, and when a machine needs it
     #[arg(long)]
     autostart: bool,
+
+    /// Let the members of a group use it without root
+    #[arg(long)]
+    group: Option<GroupName>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -177,6 +215,8 @@ pub fn run(args: NetworkArgs) -> anyhow::Result<()> {
         }
         NetworkCommand::Undefine { name } => Ok(networks.undefine(&name)?),
         NetworkCommand::Autostart { name, disable } => Ok(networks.set_autostart(&name, !disable)?),
+        NetworkCommand::Group { name, group, .. } => Ok(networks.set_group(&name, group)?),
+        NetworkCommand::Broker { folder } => broker(&folder),
         NetworkCommand::Leases { name, output } => {
             let leases = networks.leases(&name)?;
             print(&leases, output, || leases_text(&leases))
@@ -199,6 +239,7 @@ fn define(networks: &Networks, args: DefineArgs) -> anyhow::Result<()> {
         isolate_ports: args.isolate_ports,
         filter: !args.no_filter,
         autostart: args.autostart,
+        group: args.group,
         ..NewNetwork::new(args.name, mode)
     })?;
     say(format_args!(
@@ -207,6 +248,18 @@ fn define(networks: &Networks, args: DefineArgs) -> anyhow::Result<()> {
         place(&definition)
     ));
     Ok(())
+}
+
+/// Gives users places on a network, until this process is ended. Standard input is the socket that they connect to, and
+/// standard output is told when it is served.
+fn broker(folder: &Path) -> anyhow::Result<()> {
+    // It goes on when the session of the command that has started it ends.
+    let _ = setsid();
+    raise_descriptor_limit();
+    let listener = io::stdin().as_fd().try_clone_to_owned()?;
+    io::stdout().write_all(b"\n")?;
+    io::stdout().flush()?;
+    match bantam_vmm::serve_network_places(folder, listener)? {}
 }
 
 /// Starts the networks that are to be started with the host, all of them even if one fails.
@@ -354,12 +407,16 @@ fn info_text(info: &NetworkInfo) -> String {
     ] {
         lines.push(format!("{key}: {}", yes_or_no(value)));
     }
+    if let Some(group) = &definition.group {
+        lines.push(format!("group: {group}"));
+    }
     for port in &info.ports {
         let address = port.address.map(|address| format!(", {address}"));
         let hostname = port.hostname.as_ref().map(|name| format!(", {name}"));
         lines.push(format!(
-            "machine: process {} on {}, {}{}{}",
+            "machine: process {} of {} on {}, {}{}{}",
             port.pid,
+            user_name(port.uid),
             port.interface,
             port.mac,
             address.unwrap_or_default(),
@@ -373,6 +430,13 @@ fn info_text(info: &NetworkInfo) -> String {
     );
     lines.push(String::new());
     lines.join("\n")
+}
+
+fn user_name(uid: u32) -> String {
+    match User::from_uid(Uid::from_raw(uid)) {
+        Ok(Some(user)) => user.name,
+        _ => format!("user {uid}"),
+    }
 }
 
 /// Formats rows with columns of equal width.

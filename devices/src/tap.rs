@@ -40,6 +40,7 @@ mod request {
     nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, ifreq);
     nix::ioctl_read_bad!(get_flags, libc::TUNGETIFF, ifreq);
     nix::ioctl_write_int_bad!(set_offloads, libc::TUNSETOFFLOAD);
+    nix::ioctl_write_int_bad!(set_owner, libc::TUNSETOWNER);
     nix::ioctl_write_ptr_bad!(set_filter, libc::TUNSETTXFILTER, u8);
     nix::ioctl_write_ptr_bad!(set_queue, libc::TUNSETQUEUE, ifreq);
     nix::ioctl_read_bad!(get_header_size, libc::TUNGETVNETHDRSZ, c_int);
@@ -106,7 +107,8 @@ pub enum QueueCount {
 }
 
 impl QueueCount {
-    fn get(self) -> usize {
+    /// Returns the largest number.
+    pub fn get(self) -> usize {
         let (QueueCount::Exactly(count) | QueueCount::AtMost(count)) = self;
         count
     }
@@ -227,6 +229,7 @@ impl Tap {
             tap.temporary_mtu = Interface::new(name)?.set_mtu_temporarily(mtu)?;
         }
         if tap.created {
+            tap.keep_from_others()?;
             Interface::new(name)?.bring_up()?;
         }
         Ok(tap)
@@ -353,6 +356,15 @@ impl Tap {
         }
     }
 
+    /// Makes the tap this user's: any user can attach to further queues of one that has no owner.
+    fn keep_from_others(&self) -> Result<(), TapError> {
+        let owner = nix::unistd::geteuid().as_raw();
+        // SAFETY: the request takes its argument by value.
+        let done = unsafe { request::set_owner(self.control(), owner as c_int) };
+        done.map(drop)
+            .map_err(|errno| self.io_error("set the owner of", errno))
+    }
+
     fn is_persistent(&self) -> Result<bool, TapError> {
         let mut answer = interface_request(&self.name);
         // SAFETY: the request writes an ifreq to the place it is given.
@@ -371,9 +383,7 @@ impl Tap {
     }
 
     fn set_header_size(&self, size: c_int) -> Result<(), Errno> {
-        // SAFETY: the request reads an int from the place it is given.
-        unsafe { request::set_header_size(self.control(), &size) }?;
-        Ok(())
+        set_header_size(self.control(), size)
     }
 
     fn io_error(&self, action: &'static str, errno: Errno) -> TapError {
@@ -440,6 +450,12 @@ fn attach_queue(file: &File, name: &str, is_one_of_many: bool) -> Result<(), Err
     attachment.ifr_ifru.ifru_flags = flags as c_short;
     // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
     unsafe { request::attach(file.as_raw_fd(), &attachment) }?;
+    Ok(())
+}
+
+fn set_header_size(queue: RawFd, size: c_int) -> Result<(), Errno> {
+    // SAFETY: the request reads an int from the place it is given.
+    unsafe { request::set_header_size(queue, &size) }?;
     Ok(())
 }
 

@@ -1,13 +1,17 @@
 //! Places for machines on networks.
 
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
+use nix::unistd::geteuid;
+
+use crate::broker::Peer;
 use crate::definition::Definition;
 use crate::folders::names_in;
 use crate::netlink::Netlink;
 use crate::networks::Networks;
 use crate::port::{self, Record, RecordLock};
-use crate::started::{add_port, bridge, ports_of};
+use crate::started::{Phase, add_port, bridge, ports_of};
 use crate::{HostName, Mac, NetworkError, NetworkName, Subnet, leases, rights};
 
 /// Where a machine is to be.
@@ -20,6 +24,9 @@ pub enum Place {
     /// Beside an interface of the host, on the network that it leads to.
     Beside(String),
 }
+
+/// Most places that a user has on a network by its broker.
+const MAX_PLACES_OF_USER: usize = 32;
 
 /// What a machine needs of a network.
 #[derive(Clone, Debug)]
@@ -43,7 +50,7 @@ pub struct Port {
     /// The bridge that the machine's tap is to be a port of, and whether its ports are kept from each other.
     bridge: Option<(String, bool)>,
     device: Option<PathBuf>,
-    _lock: RecordLock,
+    lock: RecordLock,
 }
 
 impl Networks {
@@ -54,6 +61,31 @@ impl Networks {
     /// If there is no such network, it has no free address, another machine has the same name or MAC address, or this
     /// user may not do it.
     pub fn attach(&self, attachment: &Attachment) -> Result<Port, NetworkError> {
+        let own = Peer {
+            uid: geteuid().as_raw(),
+            pid: std::process::id(),
+        };
+        self.attach_for(attachment, own, false)
+    }
+
+    /// Gives the machine of `user` a place on a network that is started, by the network's broker.
+    ///
+    /// # Errors
+    /// Those of [`Networks::attach`], and if the network is not complete, or the user has too many places.
+    pub(crate) fn attach_for_user(
+        &self,
+        attachment: &Attachment,
+        user: Peer,
+    ) -> Result<Port, NetworkError> {
+        self.attach_for(attachment, user, true)
+    }
+
+    fn attach_for(
+        &self,
+        attachment: &Attachment,
+        user: Peer,
+        by_broker: bool,
+    ) -> Result<Port, NetworkError> {
         rights::check("give the machine a place on a network")?;
         let lock = self.folders.lock()?;
         let mut netlink =
@@ -63,7 +95,10 @@ impl Networks {
         let mut address = None;
         match &attachment.place {
             Place::Network(name) => {
-                let network = self.started_for_machine(name, &living, &mut netlink, &lock)?;
+                let network = match by_broker {
+                    true => self.started_for_user(name, user, &living, &mut netlink)?,
+                    false => self.started_for_machine(name, &living, &mut netlink, &lock)?,
+                };
                 address = choose_address(self, &network, attachment, &living)?;
                 definition = Some(network);
             }
@@ -75,7 +110,8 @@ impl Networks {
         let record = Record {
             interface: self.free_interface_name(&mut netlink)?,
             network: definition.as_ref().map(|it| it.name.to_string()),
-            is_lasting: matches!(attachment.place, Place::Beside(_)),
+            // A user can have a tap outlive its descriptors.
+            is_lasting: by_broker || matches!(attachment.place, Place::Beside(_)),
             mac: attachment.mac,
             address,
             hostname: attachment.hostname.clone(),
@@ -83,7 +119,8 @@ impl Networks {
                 (Some(definition), filter) => filter.unwrap_or(definition.filter),
                 (None, _) => false,
             },
-            pid: std::process::id(),
+            pid: user.pid,
+            uid: user.uid,
         };
         let record_lock = port::record(&self.folders, &record)?;
         living.push(record.clone());
@@ -92,7 +129,7 @@ impl Networks {
             record,
             bridge: None,
             device: None,
-            _lock: record_lock,
+            lock: record_lock,
         };
         if let Err(error) = port.prepare(attachment, definition.as_ref(), &living, &mut netlink) {
             // Dropping the port takes the lock.
@@ -113,6 +150,9 @@ impl Networks {
         if let Some(state) = self.state(name.as_str())?
             && self.is_whole(&state, netlink)
         {
+            if let Some(warning) = self.broker_warning(&state.definition) {
+                tracing::warn!("{warning}");
+            }
             return Ok(state.definition);
         }
         self.repair(lock)?;
@@ -128,6 +168,33 @@ impl Networks {
             tracing::warn!("{warning}");
         }
         Ok(started.definition)
+    }
+
+    /// Returns the definition of the network `name` for another machine of `user`. It repairs nothing, as that can end the
+    /// broker.
+    fn started_for_user(
+        &self,
+        name: &NetworkName,
+        user: Peer,
+        living: &[Record],
+        netlink: &mut Netlink,
+    ) -> Result<Definition, NetworkError> {
+        let network = || name.to_string();
+        let definition = match self.state(name.as_str())? {
+            Some(state) if self.is_whole(&state, netlink) => state.definition,
+            Some(state) if state.phase == Phase::Started => {
+                return Err(NetworkError::Incomplete { network: network() });
+            }
+            _ => return Err(NetworkError::NotStarted { name: network() }),
+        };
+        let own = ports_of(name.as_str(), living);
+        if own.iter().filter(|port| port.uid == user.uid).count() >= MAX_PLACES_OF_USER {
+            return Err(NetworkError::TooManyPlaces {
+                network: network(),
+                limit: MAX_PLACES_OF_USER,
+            });
+        }
+        Ok(definition)
     }
 
     /// Returns a name that neither an interface nor the port of a machine has.
@@ -165,6 +232,11 @@ impl Port {
     /// Returns the IPv4 address that is reserved for the machine.
     pub fn address(&self) -> Option<std::net::Ipv4Addr> {
         self.record.address
+    }
+
+    /// Returns the lock by which others know that the place is in use. It is held as long as a copy is open.
+    pub(crate) fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 
     /// Makes the tap that the caller has made a port of the network's bridge.
@@ -262,7 +334,8 @@ fn choose_address(
 ) -> Result<Option<std::net::Ipv4Addr>, NetworkError> {
     let name = network.name.to_string();
     let ports = ports_of(&name, living);
-    if ports.iter().any(|port| port.mac == attachment.mac) {
+    let of_bridge = network.addresses.as_ref().map(|it| it.mac);
+    if of_bridge == Some(attachment.mac) || ports.iter().any(|port| port.mac == attachment.mac) {
         return Err(NetworkError::MacInUse {
             network: name,
             mac: attachment.mac.to_string(),

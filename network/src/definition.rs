@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Mac, NetworkError, NetworkName, Subnet, Subnet6};
+use crate::{GroupName, Mac, NetworkError, NetworkName, Subnet, Subnet6};
 
 /// How the machines of a network reach others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +52,8 @@ pub struct NewNetwork {
     pub filter: bool,
     /// Whether it is started when the host is, and when a machine needs it.
     pub autostart: bool,
+    /// The group whose members may use it without root.
+    pub group: Option<GroupName>,
 }
 
 impl NewNetwork {
@@ -68,6 +70,7 @@ impl NewNetwork {
             isolate_ports: false,
             filter: true,
             autostart: false,
+            group: None,
         }
     }
 
@@ -141,6 +144,9 @@ pub struct Definition {
     /// Whether it is started when the host is, and when a machine needs it.
     #[serde(default)]
     pub autostart: bool,
+    /// The group whose members may use it without root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<GroupName>,
 }
 
 /// Addresses and names of a network.

@@ -1,25 +1,30 @@
 //! The server of addresses and names of a network: dnsmasq, one process each.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::definition::{Addresses, Definition, Mode};
 use crate::folders::{Folders, create_folder, write_file};
 use crate::port::Record;
 use crate::program::DNSMASQ;
+use crate::servers::Kind;
 use crate::{NetworkError, Subnet6};
 
-/// How long a server may take to end before it is killed.
-const END_LIMIT: Duration = Duration::from_secs(2);
-/// How long to wait between looks at whether it has ended.
-const END_INTERVAL: Duration = Duration::from_millis(2);
+/// The processes that serve addresses and names.
+pub(crate) const SERVERS: Kind = Kind {
+    name: "dnsmasq",
+    folder: folder_of,
+};
+
+/// The file of a server's options, and that of its process, in the folder of its network.
+const CONFIGURATION: &str = "dnsmasq.conf";
+const PROCESS: &str = "dnsmasq.pid";
+
 /// How long a machine may keep an address without asking again. The address of a machine that runs is reserved for it, so
 /// this says how soon that of one that has ended is free for others.
 const LEASE_TIME: &str = "5m";
@@ -43,7 +48,7 @@ impl<'a> Server<'a> {
     }
 
     fn configuration(&self) -> PathBuf {
-        self.folder().join("dnsmasq.conf")
+        self.folder().join(CONFIGURATION)
     }
 
     /// The folder in which each machine has a file with its reservation of an address.
@@ -94,7 +99,7 @@ impl<'a> Server<'a> {
             "except-interface=lo".to_owned(),
             "bind-dynamic".to_owned(),
             "no-hosts".to_owned(),
-            format!("pid-file={}", self.folder().join("dnsmasq.pid").display()),
+            format!("pid-file={}", self.folder().join(PROCESS).display()),
             format!(
                 "dhcp-leasefile={}",
                 self.folders.leases(self.network).display()
@@ -137,14 +142,7 @@ impl<'a> Server<'a> {
 
     /// Whether the server runs.
     pub(crate) fn is_running(&self) -> bool {
-        self.pid().is_some()
-    }
-
-    fn pid(&self) -> Option<Pid> {
-        let text = fs::read_to_string(self.folder().join("dnsmasq.pid")).ok()?;
-        let pid = Pid::from_raw(text.trim().parse().ok()?);
-        let path = self.configuration();
-        (configuration_of(pid)? == path).then_some(pid)
+        SERVERS.running(&self.folder(), PROCESS).is_some()
     }
 
     /// Reserves the addresses and names of `ports`, and no others.
@@ -178,7 +176,7 @@ impl<'a> Server<'a> {
             is_less |= write_if_other(&self.hosts().join(&port.interface), &host)?;
         }
         // The server notices new files by itself, but not that one is gone or says something else.
-        if is_less && let Some(pid) = self.pid() {
+        if is_less && let Some(pid) = SERVERS.running(&self.folder(), PROCESS) {
             let _ = kill(pid, Signal::SIGHUP);
         }
         Ok(())
@@ -189,13 +187,7 @@ impl<'a> Server<'a> {
     /// # Errors
     /// If it does not end.
     pub(crate) fn stop(&self) -> Result<(), NetworkError> {
-        let path = self.configuration();
-        for (pid, configuration) in servers(self.folders) {
-            if configuration == path {
-                end(pid)?;
-            }
-        }
-        Ok(())
+        SERVERS.stop(self.folders, &self.folder())
     }
 }
 
@@ -209,65 +201,14 @@ fn write_if_other(path: &Path, text: &str) -> Result<bool, NetworkError> {
     Ok(found.is_some())
 }
 
-/// Ends all servers of networks that are not started.
-///
-/// # Errors
-/// If one does not end.
-pub(crate) fn end_orphans(
-    folders: &Folders,
-    is_started: impl Fn(&str) -> bool,
-) -> Result<(), NetworkError> {
-    for (pid, configuration) in servers(folders) {
-        let name = configuration.parent().and_then(Path::file_name);
-        let name = name.unwrap_or_default().to_string_lossy();
-        if !is_started(&name) {
-            end(pid)?;
-        }
-    }
-    Ok(())
-}
-
-fn end(pid: Pid) -> Result<(), NetworkError> {
-    let deadline = Instant::now() + END_LIMIT;
-    let mut signal = Some(Signal::SIGTERM);
-    while configuration_of(pid).is_some() {
-        if Instant::now() > deadline {
-            signal = Some(Signal::SIGKILL);
-        }
-        if let Some(signal) = signal.take()
-            && let Err(errno) = kill(pid, signal)
-            && errno != nix::errno::Errno::ESRCH
-        {
-            return Err(NetworkError::netlink(format!("end dnsmasq, process {pid}"))(errno.into()));
-        }
-        thread::sleep(END_INTERVAL);
-    }
-    Ok(())
-}
-
-/// Returns the servers of networks in this network namespace: processes, and their configuration files.
-fn servers(folders: &Folders) -> Vec<(Pid, PathBuf)> {
-    let started = folders.started();
-    let namespace = fs::read_link("/proc/thread-self/ns/net").ok();
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let processes = processes.filter_map(|process| {
-        let pid = process.file_name().to_str()?.parse().ok()?;
-        let pid = Pid::from_raw(pid);
-        let configuration = configuration_of(pid)?;
-        let is_here = fs::read_link(format!("/proc/{pid}/ns/net")).ok() == namespace;
-        (is_here && configuration.starts_with(&started)).then_some((pid, configuration))
-    });
-    processes.collect()
-}
-
-/// Returns the configuration file of a process, if it is a dnsmasq that has not ended.
-fn configuration_of(pid: Pid) -> Option<PathBuf> {
-    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let mut arguments = command.split(|&byte| byte == 0);
-    let program = Path::new(std::ffi::OsStr::from_bytes(arguments.next()?));
-    if program.file_name()? != DNSMASQ.name {
+/// Returns the folder of the network that a dnsmasq with these arguments serves: that of its configuration file.
+fn folder_of(arguments: &[&OsStr]) -> Option<PathBuf> {
+    let (program, arguments) = arguments.split_first()?;
+    if Path::new(program).file_name()? != DNSMASQ.name {
         return None;
     }
-    let option = arguments.find_map(|argument| argument.strip_prefix(b"--conf-file="));
-    Some(PathBuf::from(std::ffi::OsStr::from_bytes(option?)))
+    let mut arguments = arguments.iter().map(|argument| argument.as_bytes());
+    let path = arguments.find_map(|argument| argument.strip_prefix(b"--conf-file="))?;
+    let path = Path::new(OsStr::from_bytes(path));
+    (path.file_name()? == CONFIGURATION).then(|| path.parent().map(Path::to_owned))?
 }

@@ -196,6 +196,80 @@ pub enum NetworkError {
         /// The network.
         network: String,
     },
+    /// The host has no such group of users.
+    #[error("there is no group '{name}'; 'getent group' lists those of the host")]
+    GroupMissing {
+        /// Its name.
+        name: String,
+    },
+    /// Ordinary users may not use the network.
+    #[error(
+        "network '{network}' is for root only; as root 'bantam network group {network} GROUP' opens it to a group, and \
+         '--net user' works without"
+    )]
+    ForRoot {
+        /// The network.
+        network: String,
+    },
+    /// This user may not use the network.
+    #[error(
+        "network '{network}' is for members of the group '{group}'; as root 'usermod -aG {group} {user}' makes you one \
+         from your next login on, and '--net user' works without"
+    )]
+    NotMember {
+        /// The network.
+        network: String,
+        /// The group.
+        group: String,
+        /// The user.
+        user: String,
+    },
+    /// The process that gives users places has ended.
+    #[error(
+        "nobody gives places on network '{network}' any more; as root 'bantam network start {network}' repairs it"
+    )]
+    BrokerMissing {
+        /// The network.
+        network: String,
+    },
+    /// The process that gives users places cannot be talked to.
+    #[error("cannot get a place on network '{network}': {source}")]
+    Broker {
+        /// The network.
+        network: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Something of a network that is started has ended.
+    #[error(
+        "network '{network}' is not complete any more; as root 'bantam network start {network}' repairs it"
+    )]
+    Incomplete {
+        /// The network.
+        network: String,
+    },
+    /// A user has many places on a network.
+    #[error(
+        "network '{network}' has {limit} machines of yours, the most that a user can have there; end one"
+    )]
+    TooManyPlaces {
+        /// The network.
+        network: String,
+        /// How many a user can have.
+        limit: usize,
+    },
+    /// A user asks for something that users may not have.
+    #[error("cannot give the machine a place on a network: {reason}")]
+    Request {
+        /// What it is.
+        reason: String,
+    },
+    /// A process of root has refused a place.
+    #[error("{reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
     /// The host has no random numbers.
     #[error("cannot read random numbers of the host: {0}")]
     Random(#[from] getrandom::Error),

@@ -8,8 +8,10 @@ use crate::definition::{Addresses, Definition, Mode};
 use crate::port::Record;
 use crate::program::NFT;
 
-/// Where the rules for bridged frames are hooked in: before all others.
+/// Where the rules for frames of machines are hooked in: before all others.
 const FRAME_PRIORITY: i32 = -300;
+/// Where those for frames to machines are: after all others.
+const LAST_FRAME_PRIORITY: i32 = 300;
 /// Where address translation of the sender is hooked in (`srcnat`).
 const SOURCE_PRIORITY: i32 = 100;
 
@@ -308,6 +310,25 @@ impl<'a> Table<'a> {
         self.rule("machine", vec![is("ip6"), port("sport", 547), drop_it()]);
         self.rule("machine", vec![is("ip6"), accept()]);
         self.rule("machine", vec![drop_it()]);
+
+        // Frames to a machine are addressed to it, or to many. The bridge would also pass on those for an address that
+        // the user of a tap has given the host's end of it.
+        self.base_chain("postrouting", "filter", "postrouting", LAST_FRAME_PRIORITY);
+        let is_to_filtered = same(meta("oifname"), json!("@filtered"));
+        let is_to_one = same(
+            json!({ "&": [payload("ether", "daddr"), "01:00:00:00:00:00"] }),
+            json!("00:00:00:00:00:00"),
+        );
+        let destination = json!({ "concat": [meta("oifname"), payload("ether", "daddr")] });
+        self.rule(
+            "postrouting",
+            vec![
+                is_to_filtered,
+                is_to_one,
+                other(destination, json!("@macs")),
+                drop_it(),
+            ],
+        );
     }
 
     /// Has the rules apply to `ports` and to no others.

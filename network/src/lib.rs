@@ -4,14 +4,19 @@
 //! each process that changes something takes a lock, and first repairs what one that was killed has left. Interfaces,
 //! addresses and routes are read and set by rtnetlink, the packet filter by the JSON of `nft`, and addresses and names
 //! are served by `dnsmasq`.
+//!
+//! Ordinary users use networks of which an administrator says so: a process of root gives their machines places
+//! (`broker/`).
 
 mod attach;
+mod broker;
 mod definition;
 mod dnsmasq;
 mod error;
 mod firewall;
 mod folders;
 mod forwarding;
+mod group;
 mod leases;
 mod mac;
 mod name;
@@ -21,12 +26,15 @@ mod obstacles;
 mod port;
 mod program;
 mod rights;
+mod servers;
 mod started;
 mod subnet;
 
 pub use attach::{Attachment, Place, Port};
+pub use broker::{OpenTap, UserPlace};
 pub use definition::{Addresses, Definition, Mode, NewNetwork};
 pub use error::NetworkError;
+pub use group::GroupName;
 pub use leases::Lease;
 pub use mac::Mac;
 pub use name::{HostName, NetworkName};

@@ -134,13 +134,16 @@ impl Netlink {
         )
     }
 
-    /// Removes an interface.
+    /// Removes an interface, unless it is gone.
     ///
     /// # Errors
-    /// If it is gone, or this user may not do it.
+    /// If this user may not do it.
     pub(crate) fn delete_link(&mut self, index: u32) -> io::Result<()> {
         let message = link_message(index);
-        self.change(RouteNetlinkMessage::DelLink(message), 0)
+        match self.change(RouteNetlinkMessage::DelLink(message), 0) {
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(()),
+            changed => changed,
+        }
     }
 
     /// Brings an interface up.

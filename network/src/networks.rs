@@ -10,8 +10,8 @@ use crate::folders::{Folders, Lock, names_in, read_json, remove_file, write_json
 use crate::leases::{self, Lease};
 use crate::netlink::Netlink;
 use crate::port::{self, Record};
-use crate::started::{Phase, State};
-use crate::{Mac, NetworkError, NetworkName, Subnet, Subnet6};
+use crate::started::{Phase, STATE, State};
+use crate::{GroupName, Mac, NetworkError, NetworkName, Subnet, Subnet6};
 
 /// The networks of a host.
 ///
@@ -53,6 +53,9 @@ impl Networks {
     /// If the options exclude each other, there is such a network, its addresses are in use, or this user may not do it.
     pub fn define(&self, new: &NewNetwork) -> Result<Definition, NetworkError> {
         new.check()?;
+        if let Some(group) = &new.group {
+            group.id()?;
+        }
         let _lock = self.folders.lock()?;
         self.define_locked(new)
     }
@@ -80,6 +83,7 @@ impl Networks {
             isolate_ports: new.isolate_ports,
             filter: new.filter && new.mode != Mode::Bridged,
             autostart: new.autostart,
+            group: new.group.clone(),
         };
         write_json(&self.folders.definition(name), &definition)?;
         Ok(definition)
@@ -212,6 +216,26 @@ impl Networks {
         write_json(&self.folders.definition(name.as_str()), &definition)
     }
 
+    /// Says which group's members may use the network `name` without root, if any, from now on. Machines that are on it
+    /// already stay.
+    ///
+    /// # Errors
+    /// If there is no such network or no such group, or this user may not do it.
+    pub fn set_group(
+        &self,
+        name: &NetworkName,
+        group: Option<GroupName>,
+    ) -> Result<(), NetworkError> {
+        if let Some(group) = &group {
+            group.id()?;
+        }
+        let lock = self.folders.lock()?;
+        let mut definition = self.definition_or_ready_made(name, &lock)?;
+        definition.group.clone_from(&group);
+        write_json(&self.folders.definition(name.as_str()), &definition)?;
+        self.change_group(name, group)
+    }
+
     /// Removes the definition of the network `name`, and its leases.
     ///
     /// # Errors
@@ -238,7 +262,7 @@ impl Networks {
 
     /// Returns the state of the network `name`, if it is started or something is left of it.
     pub(crate) fn state(&self, name: &str) -> Result<Option<State>, NetworkError> {
-        read_json(&self.folders.network(name).join("state.json"))
+        read_json(&self.folders.network(name).join(STATE))
     }
 
     fn repair_if_permitted(&self) -> Result<(), NetworkError> {

@@ -2,7 +2,8 @@
 //!
 //! A packet has to be accepted by every chain that it passes, so what another program's chain drops cannot be accepted
 //! in tables of our own: the rule has to be in that chain. Docker leaves one to administrators, and the chains that
-//! `iptables` makes take rules of others. A firewall that manages its rules by itself has to be told.
+//! `iptables` makes take rules of others: ufw has its own behind these, and leaves the others alone when it loads its rules
+//! again. firewalld, whose table is its own, has to be told.
 
 use std::fs;
 
@@ -79,7 +80,6 @@ fn plan_for(
             .collect();
         let has = |name: &str| ours.iter().any(|chain| chain.name == name);
         let drops = |name: &str| ours.iter().any(|chain| chain.name == name && chain.drops);
-        let is_ufw = ours.iter().any(|chain| chain.name.starts_with("ufw"));
         let mut add = |chain: &str, rules: Vec<Vec<String>>| {
             measures.rules.extend(rules.into_iter().map(|matches| Rule {
                 is_ipv6,
@@ -87,17 +87,6 @@ fn plan_for(
                 matches,
             }));
         };
-        if is_ufw && (drops("FORWARD") || drops("INPUT")) {
-            if !is_ipv6 {
-                let bridge = &definition.bridge;
-                warnings.push(format!(
-                    "ufw drops packets of network '{}': 'ufw allow in on {bridge}' and 'ufw route allow in on {bridge}' \
-                     let them pass",
-                    definition.name
-                ));
-            }
-            continue;
-        }
         if has("DOCKER-USER") {
             add("DOCKER-USER", forward_rules(definition));
         } else if drops("FORWARD") {
@@ -312,6 +301,7 @@ mod tests {
             isolate_ports: false,
             filter: true,
             autostart: true,
+            group: None,
         };
         (definition, addresses)
     }
@@ -382,16 +372,6 @@ mod tests {
             "{warnings:?}"
         );
         assert!(plan(Mode::HostOnly, &chains).1.is_empty());
-        let ufw = [
-            chain("ip", "filter", "FORWARD", "forward", true),
-            chain("ip", "filter", "ufw-user-forward", "", false),
-        ];
-        let (rules, warnings, _) = plan(Mode::Nat, &ufw);
-        assert!(rules.is_empty());
-        assert!(
-            warnings[0].contains("ufw route allow in on bantam0"),
-            "{warnings:?}"
-        );
         let firewalld = [chain(
             "inet",
             "firewalld",

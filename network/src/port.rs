@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -35,15 +36,25 @@ pub struct Record {
     pub filter: bool,
     /// The machine's process.
     pub pid: u32,
+    /// The number of the user of that process.
+    #[serde(default)]
+    pub uid: u32,
 }
 
 /// Keeps the record of a machine that runs.
 #[derive(Debug)]
 pub(crate) struct RecordLock {
-    _file: Flock<File>,
+    file: Flock<File>,
 }
 
-/// Writes the record of a port of this process, and keeps it until the result is dropped.
+impl RecordLock {
+    /// Returns the file, which has the lock as long as a copy of it is open.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Writes the record of a port, and keeps it until the result is dropped.
 ///
 /// # Errors
 /// If it cannot be written.
@@ -52,7 +63,7 @@ pub(crate) fn record(folders: &Folders, record: &Record) -> Result<RecordLock, N
     write_json(&path, record)?;
     let lock = try_lock(&path)?;
     let held = || NetworkError::file("lock", &path)(Errno::EWOULDBLOCK.into());
-    lock.map(|file| RecordLock { _file: file }).ok_or_else(held)
+    lock.map(|file| RecordLock { file }).ok_or_else(held)
 }
 
 /// Removes the record of a port.

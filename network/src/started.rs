@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::broker::{BROKERS, Broker};
 use crate::definition::{Addresses, Definition, Mode};
 use crate::dnsmasq::{self, Server};
 use crate::folders::{Lock, create_folder, names_in, remove_folder, write_json};
@@ -13,7 +14,10 @@ use crate::networks::Networks;
 use crate::obstacles::{self, Measures};
 use crate::port::{self, Record};
 use crate::program::{DNSMASQ, NFT};
-use crate::{NetworkError, NetworkName, Subnet6, firewall, forwarding, rights};
+use crate::{GroupName, NetworkError, NetworkName, Subnet6, firewall, forwarding, rights};
+
+/// The file with the state of a network, in its folder.
+pub(crate) const STATE: &str = "state.json";
 
 /// How far a network has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,16 +119,18 @@ impl Networks {
         let found = self.state(&name)?;
         let was_started = found.is_some();
         if let Some(state) = found {
-            // What has changed since counts from the next start on.
+            // What has changed since counts from the next start on, except who may use it.
+            let group = definition.group;
             definition = state.definition;
+            definition.group = group;
         }
         let mut netlink =
             Netlink::new().map_err(NetworkError::netlink("ask for the interfaces of the host"))?;
         if definition.mode == Mode::Bridged {
-            let warnings = Vec::new();
             bridge(&mut netlink, &definition.bridge)?;
-            self.write_state(&definition, Phase::Started, Measures::default(), &warnings)?;
+            self.write_state(&definition, Phase::Started, Measures::default(), &[])?;
             let returned = self.bring_back(&definition, living, &mut netlink)?;
+            let warnings = self.broker_warning(&definition).into_iter().collect();
             return Ok(Started {
                 definition,
                 was_started,
@@ -218,8 +224,43 @@ impl Networks {
             server.start(definition, addresses)?;
         }
         let returned = self.bring_back(definition, living, netlink)?;
+        warnings.extend(self.broker_warning(definition));
         self.write_state(definition, Phase::Started, measures, &warnings)?;
         Ok((warnings, returned))
+    }
+
+    /// Starts the broker like [`Networks::watch_broker`]. Returns why it cannot be, as root can use the network in any case.
+    pub(crate) fn broker_warning(&self, definition: &Definition) -> Option<String> {
+        let error = self.watch_broker(definition).err()?;
+        let name = &definition.name;
+        Some(format!(
+            "network '{name}' is for root only for now: {error}"
+        ))
+    }
+
+    /// Starts the broker of a network that is started, if it has ended and the network is to have one.
+    pub(crate) fn watch_broker(&self, definition: &Definition) -> Result<(), NetworkError> {
+        let broker = Broker::of(&self.folders, definition.name.as_str());
+        match &definition.group {
+            Some(group) if !broker.is_running() => broker.start(group),
+            _ => Ok(()),
+        }
+    }
+
+    /// Has a network that is started be for members of another group.
+    pub(crate) fn change_group(
+        &self,
+        name: &NetworkName,
+        group: Option<GroupName>,
+    ) -> Result<(), NetworkError> {
+        let state = self.state(name.as_str())?;
+        let Some(mut state) = state.filter(|state| state.phase == Phase::Started) else {
+            return Ok(());
+        };
+        state.definition.group = group;
+        Broker::of(&self.folders, name.as_str()).stop()?;
+        write_json(&self.folders.network(name.as_str()).join(STATE), &state)?;
+        self.watch_broker(&state.definition)
     }
 
     /// Puts the machines that are on a network back on its bridge. Returns how many there are.
@@ -291,7 +332,7 @@ impl Networks {
             measures,
             warnings: warnings.to_vec(),
         };
-        write_json(&folder.join("state.json"), &state)
+        write_json(&folder.join(STATE), &state)
     }
 
     /// Removes everything of a network from the host except its definition and leases.
@@ -308,6 +349,7 @@ impl Networks {
             measures,
             ..
         } = state;
+        Broker::of(&self.folders, name).stop()?;
         if definition.mode != Mode::Bridged {
             self.write_state(&definition, Phase::Partial, measures.clone(), &[])?;
             Server::of(&self.folders, name).stop()?;
@@ -365,7 +407,11 @@ impl Networks {
         let living = self.prune_ports(&mut netlink, lock)?;
         for name in names_in(&self.folders.started())? {
             match self.state(&name) {
-                Ok(Some(state)) if self.is_whole(&state, &mut netlink) => {}
+                Ok(Some(state)) if self.is_whole(&state, &mut netlink) => {
+                    if let Some(warning) = self.broker_warning(&state.definition) {
+                        tracing::warn!("{warning}");
+                    }
+                }
                 Ok(Some(state)) if state.phase == Phase::Started => {
                     self.take_down(&name)?;
                     if let Err(error) = self.start_locked(state.definition, &living) {
@@ -377,7 +423,10 @@ impl Networks {
             }
         }
         let started = names_in(&self.folders.started())?;
-        dnsmasq::end_orphans(&self.folders, |name| started.iter().any(|it| it == name))
+        for servers in [dnsmasq::SERVERS, BROKERS] {
+            servers.end_orphans(&self.folders, |name| started.iter().any(|it| it == name))?;
+        }
+        Ok(())
     }
 }
 

@@ -22,6 +22,7 @@ mod stalling_storage;
 mod temporary;
 mod traffic;
 mod traveller;
+pub mod virtual_host;
 mod watchdog;
 mod workload;
 

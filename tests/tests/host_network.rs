@@ -4,28 +4,24 @@
 //! packet leaves them. Definitions and state are in file systems of the test's own.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bantam_devices::tap::{PACKET_HEADER_SIZE, QueueCount, Tap};
 use bantam_network::{Attachment, Mac, Networks, Place, Port};
-use bantam_tests::{
-    Bantam, Ended, Kernel, PacketSocket, Running, monitor, require_kvm, require_taps,
-    scripted_root, unprivileged,
+use bantam_tests::virtual_host::{
+    LEASE_SCRIPT, OUTSIDE, UPLINK, World, bantam, end, hanging, interfaces, json, kill, network,
+    on_host, refused, succeed, wait_until,
 };
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::Signal;
+use bantam_tests::{
+    Bantam, Kernel, PacketSocket, monitor, require_kvm, require_taps, scripted_root, unprivileged,
+};
 use nix::unistd::gettid;
 use serde_json::Value;
-
-/// The host's address in the world, and that of the world's router, name server and web server.
-const UPLINK: &str = "203.0.113.2";
-const OUTSIDE: &str = "203.0.113.1";
 
 /// The rules of Docker 28 for forwarded packets, on a host without containers.
 const DOCKER_RULES: &str = "\
@@ -40,196 +36,6 @@ const DOCKER_RULES: &str = "\
 -A DOCKER-FORWARD -i docker0 -j ACCEPT
 COMMIT
 ";
-
-/// What busybox's DHCP client calls.
-const LEASE_SCRIPT: &str = "#!/bin/sh\n\
-    case $1 in\n\
-    deconfig) ifconfig eth0 up;;\n\
-    bound)\n\
-        ifconfig eth0 $ip netmask $subnet\n\
-        test -n \"$router\" && route add default gw $router\n\
-        echo search $domain > /etc/resolv.conf\n\
-        echo nameserver $dns >> /etc/resolv.conf\n\
-        echo LEASE $ip $domain;;\n\
-    esac\n";
-
-/// Runs `test` on a host of its own.
-fn on_host(test: impl FnOnce() + Send + 'static) {
-    let thread = thread::spawn(|| {
-        // A thread has namespaces of its own, and passes them on to what it starts.
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
-            .expect("namespaces can be made");
-        succeed(
-            "mount --make-rprivate / && mount -t tmpfs none /run && mkdir /run/dpkg && mount --bind /var/lib/dpkg /run/dpkg && mount -t tmpfs none /var/lib && mkdir /var/lib/dpkg && mount --bind /run/dpkg /var/lib/dpkg",
-        );
-        succeed("ip link set lo up");
-        test();
-        for line in run(&["network", "list", "--output", "json"], "").lines() {
-            assert!(
-                !line.contains("\"is-started\": true"),
-                "a network is left: {line}"
-            );
-        }
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// A namespace that stands for the world outside the host. Dropping this ends it.
-struct World {
-    keeper: Child,
-    names: Child,
-}
-
-impl World {
-    fn new(web: TcpListener) -> World {
-        thread::spawn(move || serve(&web));
-        let mut keeper = Command::new("cat");
-        let keeper = keeper.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
-        let keeper = keeper.expect("the host allows it");
-        unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
-        let pid = keeper.id();
-        let inside = format!("nsenter --target {pid} --net");
-        for command in [
-            "ip link set lo up".to_owned(),
-            format!("ip link add eth0 type veth peer name eth0 netns {pid}"),
-            format!("ip addr add {UPLINK}/24 dev eth0"),
-            "ip link set eth0 up".to_owned(),
-            format!("{inside} ip addr add {OUTSIDE}/24 dev eth0"),
-            format!("{inside} ip link set eth0 up"),
-            format!("{inside} ip link set lo up"),
-            format!("ip route add default via {OUTSIDE}"),
-        ] {
-            succeed(&command);
-        }
-        fs::write("/run/resolv.conf", format!("nameserver {OUTSIDE}\n")).expect("it is ours");
-        succeed("mount --bind /run/resolv.conf /etc/resolv.conf");
-        let names = Command::new("nsenter")
-            .args([
-                "--target",
-                &pid.to_string(),
-                "--net",
-                "dnsmasq",
-                "--keep-in-foreground",
-            ])
-            .args([
-                "--conf-file=/dev/null",
-                "--no-resolv",
-                "--no-hosts",
-                "--pid-file",
-            ])
-            .arg(format!("--address=/files.test/{OUTSIDE}"))
-            .spawn();
-        World {
-            keeper,
-            names: names.expect("the host allows it"),
-        }
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = self.names.kill();
-        let _ = self.names.wait();
-        drop(self.keeper.stdin.take());
-        let _ = self.keeper.wait();
-    }
-}
-
-/// Answers each request of HTTP with the address that it comes from.
-fn serve(listener: &TcpListener) {
-    for stream in listener.incoming() {
-        let mut stream = stream.expect("connections can be accepted");
-        let mut request = Vec::new();
-        let mut byte = [0];
-        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
-            request.push(byte[0]);
-        }
-        let peer = stream.peer_addr().expect("it is connected").ip();
-        let _ = write!(stream, "HTTP/1.0 200 OK\r\n\r\nFETCHED by {peer}\n");
-    }
-}
-
-#[track_caller]
-fn succeed(command: &str) -> String {
-    let output = Command::new("sh")
-        .args(["-c", command])
-        .output()
-        .expect("there is a shell");
-    assert!(
-        output.status.success(),
-        "{command}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Runs the program with `folder` before the search path.
-fn bantam(arguments: &[&str], folder: &str) -> Output {
-    let path = std::env::var("PATH").unwrap_or_default();
-    let mut command = Command::new(monitor());
-    command
-        .args(arguments)
-        .env("PATH", format!("{folder}:{path}"));
-    command.output().expect("the program can be run")
-}
-
-/// Runs the program, which must succeed, and returns its output.
-#[track_caller]
-fn run(arguments: &[&str], folder: &str) -> String {
-    let output = bantam(arguments, folder);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Runs the program, which must fail, and returns the line that it says.
-#[track_caller]
-fn refused(arguments: &[&str]) -> String {
-    let output = bantam(arguments, "");
-    assert!(!output.status.success(), "{arguments:?}");
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(error.lines().count(), 1, "{error}");
-    error
-}
-
-fn network(arguments: &str) -> String {
-    let words: Vec<_> = ["network"]
-        .into_iter()
-        .chain(arguments.split(' '))
-        .collect();
-    run(&words, "")
-}
-
-fn json(arguments: &str) -> Value {
-    let text = network(&format!("{arguments} --output json"));
-    serde_json::from_str(&text).expect("it is JSON")
-}
-
-fn interfaces() -> String {
-    succeed("ip -brief link")
-}
-
-/// Starts a machine whose payload has used its devices and stays.
-fn hanging(net: &str) -> Running {
-    let machine = Bantam::payload("devices")
-        .option("--net", net)
-        .append("finish=hang")
-        .start();
-    machine.wait_for_output("PASS\n");
-    machine
-}
-
-fn end(machine: Running) -> Ended {
-    machine.signal(Signal::SIGTERM);
-    machine.wait()
-}
-
-fn kill(machine: Running) {
-    machine.signal(Signal::SIGKILL);
-    machine.wait();
-}
 
 #[test]
 fn linux_guests_reach_the_world_and_each_other_beside_docker() {
@@ -367,6 +173,10 @@ fn what_another_program_removes_comes_back() {
             || fs::read_to_string("/run/bantam/networks/started/default/dnsmasq.pid").unwrap();
         let first = server();
         succeed(&format!("nft flush ruleset; kill -9 {first}"));
+        let command = format!("/proc/{}/cmdline", first.trim());
+        wait_until("it has ended", || {
+            fs::read(&command).map_or(true, |command| command.is_empty())
+        });
         end(hanging("nat")).succeeded();
         assert_ne!(server(), first);
         let rules = succeed("nft list ruleset");
@@ -756,6 +566,28 @@ fn a_machine_sends_under_its_own_addresses_only() {
     });
 }
 
+/// Who has the descriptor of a tap can give the host's end of it any address.
+#[test]
+fn a_machine_gets_no_frames_for_another_whose_address_its_tap_has() {
+    require_kvm!();
+    require_taps!();
+    on_host(|| {
+        let (one, two) = (Guest::on("default", 1), Guest::on("default", 2));
+        let address = Ipv4Addr::from(two.address());
+        succeed(&format!(
+            "ip neighbour add {address} lladdr 02:00:00:00:00:02 dev bantam0"
+        ));
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        socket.send_to(b"for two", (address, 9)).unwrap();
+        assert!(two.hears(b"for two"));
+        succeed("ip link set bnt0 address 02:00:00:00:00:02");
+        socket.send_to(b"for two again", (address, 9)).unwrap();
+        assert!(!one.hears(b"for two again"));
+        drop((one, two));
+        network("stop default");
+    });
+}
+
 #[test]
 fn machines_on_isolated_ports_reach_the_host_only() {
     require_kvm!();
@@ -827,6 +659,15 @@ fn a_machine_is_a_station_beside_an_interface() {
         assert!(interfaces().contains("bnt0@p0"), "{}", interfaces());
         end(machine).succeeded();
         assert!(!interfaces().contains("bnt0"), "{}", interfaces());
+        // Each of its queues is an open file of its own.
+        let machine = hanging("macvtap=p0,queues=4");
+        let files = fs::read_dir(format!("/proc/{}/fd", machine.pid())).unwrap();
+        let is_queue = |file: &std::io::Result<fs::DirEntry>| {
+            let target = fs::read_link(file.as_ref().unwrap().path()).unwrap_or_default();
+            target.to_string_lossy().starts_with("/dev/tap")
+        };
+        assert_eq!(files.filter(is_queue).count(), 4);
+        end(machine).succeeded();
         kill(hanging("macvtap=p0"));
         assert!(interfaces().contains("bnt0@p0"), "{}", interfaces());
         network("list");
@@ -852,13 +693,4 @@ fn a_machine_is_on_a_bridge_of_the_host() {
         network("stop lan");
         assert!(interfaces().contains("br7"));
     });
-}
-
-#[track_caller]
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }

@@ -28,7 +28,11 @@ pub trait FrameBuffer {
     /// Copies `bytes` to `offset`, as far as they have a place.
     fn write_at(&mut self, offset: usize, bytes: &[u8]);
 
-    /// Receives at most `size` bytes from a non-blocking socket to `offset`, by one call with `flags`.
+    /// Copies bytes that were put to `offset` back to `bytes`. The guest may have changed them meanwhile.
+    fn read_back(&self, offset: usize, bytes: &mut [u8]);
+
+    /// Receives at most `size` bytes from a non-blocking socket to `offset`, and what is left to `rest`, by one call
+    /// with `flags`.
     ///
     /// # Errors
     /// Those of `recvmsg`.
@@ -36,6 +40,7 @@ pub trait FrameBuffer {
         &mut self,
         offset: usize,
         size: usize,
+        rest: &mut [u8],
         socket: BorrowedFd<'_>,
         flags: libc::c_int,
     ) -> io::Result<usize>;

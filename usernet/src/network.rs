@@ -31,7 +31,7 @@ use crate::rule::Rule;
 use crate::table::{Ends, Table};
 use crate::tcp::{Budget, TcpFlow};
 use crate::udp::UdpFlow;
-use crate::wire::Mac;
+use crate::wire::{Mac, split};
 
 pub use ports::ForwardedPort;
 use ports::Listener;
@@ -135,6 +135,10 @@ pub struct UserNetwork {
     batch: Batch,
     ready: VecDeque<Source>,
     replies: VecDeque<Vec<u8>>,
+    /// Frames with the parts of one packet, which go before all others.
+    parts: VecDeque<Vec<u8>>,
+    /// By what the parts of the next such packet are known.
+    identification: u32,
     scratch: Scratch,
     frames_since_poll: u32,
     /// Whether the last call for a frame has returned one.
@@ -201,6 +205,8 @@ impl UserNetwork {
             batch: Batch::default(),
             ready: VecDeque::new(),
             replies: VecDeque::new(),
+            parts: VecDeque::new(),
+            identification: random(),
             scratch: Scratch::default(),
             frames_since_poll: 0,
             is_receiving: false,
@@ -261,6 +267,7 @@ impl UserNetwork {
         self.advertised = None;
         self.batch.clear();
         self.replies.clear();
+        self.parts.clear();
         self.ready.clear();
         for listener in &mut self.listeners {
             listener.is_queued = false;
@@ -278,7 +285,7 @@ impl UserNetwork {
 
     /// Whether there may be frames for the guest without another event of the descriptor.
     pub fn has_frames(&self) -> bool {
-        !self.replies.is_empty() || !self.ready.is_empty()
+        !self.parts.is_empty() || !self.replies.is_empty() || !self.ready.is_empty()
     }
 
     fn insert_tcp(&mut self, ends: Ends, flow: TcpFlow) {
@@ -312,6 +319,14 @@ impl UserNetwork {
         if self.replies.len() < MAX_REPLIES {
             self.replies.push_back(frame);
         }
+    }
+
+    /// Has a packet that is larger than `packet_size` bytes, and is whole in `frame`, go in parts. Nothing else for the guest
+    /// is made before they have gone, so there is one such packet at a time.
+    fn reply_in_parts(&mut self, frame: &[u8], packet_size: usize) {
+        self.identification = self.identification.wrapping_add(1);
+        self.parts
+            .extend(split(frame, packet_size, self.identification));
     }
 
     fn queue(&mut self, source: Source) {

@@ -90,6 +90,32 @@ impl Output<'_> {
         }
     }
 
+    /// Returns a frame as [`Output::finish`] completes it, whose payload of `size` bytes is in the scratch memory, and which
+    /// is larger than the guest takes.
+    pub(crate) fn whole(
+        &mut self,
+        route: &Route,
+        protocol: u8,
+        checksum_offset: usize,
+        size: usize,
+    ) -> Vec<u8> {
+        let Scratch { headers, payload } = &*self.scratch;
+        let start = route.headers_size();
+        let mut frame = Vec::with_capacity(headers.len() + size);
+        frame.extend(headers);
+        frame.extend(&payload[..size]);
+        let pseudo = route.pseudo_sum(protocol, frame.len() - start);
+        let checksum = udp_checksum(pseudo + sum(&frame[start..]));
+        put16(&mut frame, start + checksum_offset, checksum);
+        frame
+    }
+
+    /// Returns the most bytes that an IP packet can have.
+    pub(crate) fn max_packet_size(&self) -> usize {
+        let packet = self.buffer.size().saturating_sub(ETHERNET_SIZE);
+        packet.min(self.link.mtu.into())
+    }
+
     /// Returns how many bytes of payload a packet can have behind headers of `headers_size` bytes.
     pub(crate) fn room(&self, headers_size: usize) -> usize {
         let frame = (ETHERNET_SIZE + usize::from(self.link.mtu)).min(self.buffer.size());

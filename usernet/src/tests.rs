@@ -219,6 +219,58 @@ fn resets_reach_the_other_side() {
 }
 
 #[test]
+fn urgent_data_is_in_its_place_in_the_stream() {
+    let (listener, port) = listen();
+    let mut guest = Guest::new(&to_host());
+    let handle = guest.connect(GATEWAY, port, 40000);
+    assert!(guest.is_connected(handle));
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut sent = Vec::new();
+    for round in 0..5_usize {
+        let bytes = pattern(1 + round * 700);
+        stream.write_all(&bytes).unwrap();
+        socket2::SockRef::from(&stream)
+            .send_out_of_band(b"!")
+            .unwrap();
+        sent.extend(bytes);
+        sent.push(b'!');
+        guest.poll();
+    }
+    stream.write_all(b"the end").unwrap();
+    sent.extend(b"the end");
+    let mut received: Vec<u8> = Vec::new();
+    guest.wait(|guest| {
+        let mut bytes = [0; 4096];
+        while let Ok(size @ 1..) = guest.tcp(handle).recv_slice(&mut bytes) {
+            received.extend(&bytes[..size]);
+        }
+        (received.len() >= sent.len()).then_some(())
+    });
+    assert!(received == sent);
+    // The other way goes on too.
+    guest.tcp(handle).send_slice(b"thanks").unwrap();
+    guest.poll();
+    let mut answer = [0; 6];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"thanks");
+}
+
+#[test]
+fn a_connection_may_be_idle_for_two_hours() {
+    let port = echo_server(1);
+    let mut guest = Guest::new(&to_host());
+    let handle = guest.connect(GATEWAY, port, 40000);
+    assert!(guest.is_connected(handle));
+    let begin = Instant::now();
+    assert_eq!(guest.exchange(handle, b"once"), b"once");
+    let hours = |count: u64| Duration::from_secs(count * 3600);
+    guest.cable.network.look_after_flows(begin + hours(2));
+    assert_eq!(guest.exchange(handle, b"again"), b"again");
+    guest.cable.network.look_after_flows(begin + hours(3));
+    guest.wait(|guest| (guest.tcp(handle).state() == tcp::State::Closed).then_some(()));
+}
+
+#[test]
 fn connections_of_a_guest_that_is_gone_are_reset() {
     let (listener, port) = listen();
     let mut guest = Guest::new(&to_host());

@@ -22,13 +22,16 @@ const ANSWER_TIME: Duration = Duration::from_secs(1);
 const MAX_REPORTS: usize = 16;
 
 /// What [`UdpFlow::produce`] has done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Received {
     /// A datagram is written, and there may be more.
     Frame(WrittenFrame),
     /// The same, and the datagram, whose payload of this size is at the start of the scratch memory, is an answer
     /// that matters.
     Answer(WrittenFrame, usize),
+    /// A datagram that does not fit into one packet: the frame that it would be in, and whether it is such an answer, whose
+    /// payload of this size is at the start of the scratch memory.
+    Large(Vec<u8>, Option<usize>),
     /// Nobody listens at the other end.
     Refused(Udp),
     /// There is nothing now.
@@ -187,20 +190,29 @@ impl UdpFlow {
         let headers_size = self.route.headers_size() + UDP_SIZE;
         let room = output.room(headers_size);
         for _ in 0..MAX_REPORTS {
+            let bytes = &mut output.scratch.payload;
+            bytes.resize(bytes.len().max(1 << 16), 0);
             let (received, in_buffer) = if output.link.leaves_checksums && !self.is_inspected {
-                let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+                let (socket, rest) = (socket.as_fd(), &mut bytes[room..]);
+                let flags = libc::MSG_DONTWAIT;
                 let received = output
                     .buffer
-                    .receive_at(headers_size, room, socket.as_fd(), flags);
+                    .receive_at(headers_size, room, rest, socket, flags);
                 (received, true)
             } else {
-                let bytes = &mut output.scratch.payload;
-                bytes.resize(bytes.len().max(1 << 16), 0);
                 (socket.recv(bytes), false)
             };
             match received {
-                // A datagram that does not fit into a packet is lost.
-                Ok(size) if size > room => {}
+                Ok(size) if size > room => {
+                    if in_buffer {
+                        // Its end is in its place already.
+                        output.buffer.read_back(headers_size, &mut bytes[..room]);
+                    }
+                    self.unanswered = None;
+                    self.last_use = now;
+                    let answer = self.is_inspected.then_some(size);
+                    return Received::Large(self.whole(output, size), answer);
+                }
                 Ok(size) => {
                     self.unanswered = None;
                     self.last_use = now;
@@ -235,14 +247,27 @@ impl UdpFlow {
         output: &mut Output<'_>,
         size: usize,
         now: Instant,
-    ) -> Option<WrittenFrame> {
+    ) -> Received {
         self.last_use = now;
         let headers_size = self.route.headers_size() + UDP_SIZE;
-        (size <= output.room(headers_size)).then(|| self.finish(output, Payload::InScratch(size)))
+        match size <= output.room(headers_size) {
+            true => Received::Frame(self.finish(output, Payload::InScratch(size))),
+            false => Received::Large(self.whole(output, size), None),
+        }
     }
 
     fn finish(&self, output: &mut Output<'_>, payload: Payload) -> WrittenFrame {
         let (Payload::InBuffer(size) | Payload::InScratch(size)) = payload;
+        self.write_headers(output, size);
+        output.finish(&self.route, PROTOCOL_UDP, Udp::CHECKSUM_OFFSET, payload)
+    }
+
+    fn whole(&self, output: &mut Output<'_>, size: usize) -> Vec<u8> {
+        self.write_headers(output, size);
+        output.whole(&self.route, PROTOCOL_UDP, Udp::CHECKSUM_OFFSET, size)
+    }
+
+    fn write_headers(&self, output: &mut Output<'_>, size: usize) {
         let headers = &mut output.scratch.headers;
         self.route
             .write(headers, PROTOCOL_UDP, UDP_SIZE + size, None);
@@ -252,7 +277,6 @@ impl UdpFlow {
             payload_size: size,
         }
         .write(headers);
-        output.finish(&self.route, PROTOCOL_UDP, Udp::CHECKSUM_OFFSET, payload)
     }
 
     pub(crate) fn route(&self) -> &Route {

@@ -5,10 +5,12 @@
 
 mod arp;
 mod ip;
+mod split;
 mod transport;
 
 pub(crate) use arp::ArpRequest;
 pub(crate) use ip::{Fragment, Ip, Route};
+pub(crate) use split::split;
 pub(crate) use transport::{Tcp, Udp, icmp_frame, tcp_flag, udp_checksum};
 
 /// An Ethernet address.

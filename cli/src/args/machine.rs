@@ -159,7 +159,8 @@ pub struct MachineArgs {
     /// - fd=N: a descriptor of a tap that was opened by the program that
     ///   starts this one.
     ///
-    /// Networks of the host take root. KEY=VALUE is any of
+    /// Networks of the host take root, or a group that may use them.
+    /// KEY=VALUE is any of
     ///
     /// - mac=MAC: the address of the guest's end.
     /// - mtu=N: the largest packet in bytes.

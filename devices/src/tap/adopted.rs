@@ -8,8 +8,8 @@ use libc::{c_int, ifreq};
 use nix::errno::Errno;
 
 use super::{
-    FrameFilter, Offloads, PACKET_HEADER_SIZE, Tap, TapError, interface_name, interface_request,
-    request,
+    FrameFilter, Offloads, PACKET_HEADER_SIZE, Tap, TapError, TapQueue, interface_name,
+    interface_request, request,
 };
 
 impl Tap {
@@ -78,6 +78,43 @@ impl Tap {
             source,
         })?;
         Ok(tap)
+    }
+}
+
+impl Tap {
+    /// Uses a tap whose queues another process has opened by [`Tap::open`], and given up. Its first queue is in use.
+    ///
+    /// # Errors
+    /// If there are no queues, or they are not those of a tap.
+    pub fn of_queues(queues: Vec<OwnedFd>) -> Result<Tap, TapError> {
+        let mut queues = queues.into_iter().map(File::from);
+        let refuse = |fd: RawFd, reason: &str| TapError::Descriptor {
+            fd,
+            reason: reason.to_owned(),
+        };
+        let first = queues.next().ok_or_else(|| refuse(-1, "there is none"))?;
+        let found = attachment(&first);
+        let found = found.map_err(|_| refuse(first.as_raw_fd(), "it is not that of a tap"))?;
+        let mut tap = Tap::of(first, &interface_name(&found));
+        tap.queues.extend(queues.map(TapQueue));
+        tap.offloads = tap.probe_offloads();
+        tap.forget_driver().map_err(|source| TapError::Io {
+            name: tap.name.clone(),
+            action: "set the offloads of",
+            source,
+        })?;
+        Ok(tap)
+    }
+
+    /// Gives up the tap, and returns its queues for another process.
+    pub fn into_queues(mut self) -> Vec<OwnedFd> {
+        // Only the other process knows when an existing tap is to get it back.
+        self.found_header_size = None;
+        let queues = std::mem::take(&mut self.queues);
+        queues
+            .into_iter()
+            .map(|TapQueue(file)| file.into())
+            .collect()
     }
 }
 

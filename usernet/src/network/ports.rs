@@ -16,7 +16,7 @@ use crate::options::Protocol;
 use crate::output::Output;
 use crate::table::Ends;
 use crate::tcp::TcpFlow;
-use crate::udp::UdpFlow;
+use crate::udp::{Received, UdpFlow};
 use crate::wire::Route;
 
 /// Most connections to a forwarded port that are accepted at once.
@@ -154,7 +154,15 @@ impl UserNetwork {
                     buffer,
                     scratch: &mut self.scratch,
                 };
-                self.udp.get(flow)?.deliver(&mut output, size, now)
+                let packet_size = output.max_packet_size();
+                match self.udp.get(flow)?.deliver(&mut output, size, now) {
+                    Received::Frame(frame) => Some(frame),
+                    Received::Large(frame, _) => {
+                        self.reply_in_parts(&frame, packet_size);
+                        None
+                    }
+                    _ => None,
+                }
             }
         }
     }

@@ -37,12 +37,16 @@ impl UserNetwork {
         self.tick = tick.filter(|_| done.is_ok());
     }
 
-    /// Looks after all flows.
+    /// Takes note that the timer has expired.
     pub(super) fn take_tick(&mut self) {
         // Reading the timer makes it wait for its next expiry.
         let mut expiries = [0; 8];
         let _ = nix::unistd::read(&self.timer, &mut expiries);
-        let now = Instant::now();
+        self.look_after_flows(Instant::now());
+    }
+
+    /// Ends flows that have been idle too long at `now`, and sends again what was not acknowledged.
+    pub(crate) fn look_after_flows(&mut self, now: Instant) {
         let mut is_waiting = false;
         for index in self.tcp.indices() {
             let Some(flow) = self.tcp.get(index) else {

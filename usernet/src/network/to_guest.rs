@@ -10,6 +10,7 @@ use crate::icmp::port_unreachable;
 use crate::output::Output;
 use crate::tcp::Produced;
 use crate::udp::Received;
+use crate::wire::ETHERNET_SIZE;
 
 /// After this many frames without a pause, the host is asked for events all the same.
 const FRAMES_PER_POLL: u32 = 32;
@@ -35,7 +36,8 @@ impl UserNetwork {
 
     fn next_frame(&mut self, buffer: &mut dyn FrameBuffer) -> Option<WrittenFrame> {
         loop {
-            if let Some(reply) = self.replies.pop_front() {
+            let reply = self.parts.pop_front();
+            if let Some(reply) = reply.or_else(|| self.replies.pop_front()) {
                 let mut output = Output {
                     link: &self.link,
                     buffer,
@@ -106,7 +108,12 @@ impl UserNetwork {
                     buffer,
                     scratch: &mut self.scratch,
                 };
-                Some(output.put(&frame))
+                let packet_size = output.max_packet_size();
+                if frame.len() <= ETHERNET_SIZE + packet_size {
+                    return Some(output.put(&frame));
+                }
+                self.reply_in_parts(&frame, packet_size);
+                None
             }
             Source::Listener(index) => self.produce_listener(index, buffer, now),
             Source::Timer => None,
@@ -167,6 +174,7 @@ impl UserNetwork {
             buffer,
             scratch: &mut self.scratch,
         };
+        let packet_size = output.max_packet_size();
         let flow = self.udp.get(index)?;
         match flow.produce(&mut output, now) {
             Received::Frame(frame) => {
@@ -177,6 +185,14 @@ impl UserNetwork {
                 self.policy.learn(&self.scratch.payload[..size], now);
                 self.queue(Source::Udp(index));
                 Some(frame)
+            }
+            Received::Large(frame, answer) => {
+                if let Some(size) = answer {
+                    self.policy.learn(&self.scratch.payload[..size], now);
+                }
+                self.queue(Source::Udp(index));
+                self.reply_in_parts(&frame, packet_size);
+                None
             }
             Received::Refused(datagram) => {
                 let frame = port_unreachable(flow.route(), &datagram);

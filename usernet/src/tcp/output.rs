@@ -178,7 +178,9 @@ impl TcpFlow {
             (read, Payload::InScratch as fn(usize) -> Payload)
         } else if output.link.leaves_checksums && self.answers.is_none() {
             let socket = self.socket.as_fd();
-            let read = output.buffer.receive_at(headers_size, limit, socket, PEEK);
+            let read = output
+                .buffer
+                .receive_at(headers_size, limit, &mut [], socket, PEEK);
             (read, Payload::InBuffer as fn(usize) -> Payload)
         } else {
             let bytes = &mut output.scratch.payload;

@@ -90,6 +90,68 @@ fn exchange(guest: &mut Guest, loopback: IpAddr, gateway: IpAddress) {
     }
 }
 
+/// Appends a frame to a capture.
+fn record(capture: &mut Vec<u8>, frame: &[u8]) {
+    let size = (frame.len() as u32).to_le_bytes();
+    capture.extend([0; 8]);
+    capture.extend([size, size].as_flattened());
+    capture.extend(frame);
+}
+
+#[test]
+fn datagrams_that_are_larger_than_the_mtu_come_in_parts() {
+    for (is_v4, leave_checksums) in [(true, false), (true, true), (false, false), (false, true)] {
+        let (loopback, guest, gateway): (IpAddr, IpAddr, IpAddr) = match is_v4 {
+            true => (
+                Ipv4Addr::LOCALHOST.into(),
+                [10, 0, 2, 15].into(),
+                [10, 0, 2, 2].into(),
+            ),
+            false => (
+                Ipv6Addr::LOCALHOST.into(),
+                [0xfd62, 0x616e, 0x0a00, 0x0200, 0, 0, 0, 0x15].into(),
+                [0xfd62, 0x616e, 0x0a00, 0x0200, 0, 0, 0, 2].into(),
+            ),
+        };
+        let route = Route {
+            source_mac: MAC,
+            destination_mac: [0x52, 0x55, 10, 0, 2, 2],
+            source: guest,
+            destination: gateway,
+        };
+        for mtu in [1500, MTU] {
+            let server = UdpSocket::bind((loopback, 0)).unwrap();
+            let port = server.local_addr().unwrap().port();
+            let mut network = UserNetwork::open(&to_host(), MAC, mtu).unwrap();
+            network.leave_checksums(leave_checksums);
+            network.send(&mut Bytes(Udp::frame(&route, 5000, port, b"go on")));
+            network.flush();
+            let (_, peer) = server.recv_from(&mut [0; 16]).unwrap();
+            let mut capture = header();
+            // Those that fit have another between them that does not.
+            let sizes = [1000, 3000, 1472, 1473, 65_507];
+            for size in sizes {
+                server.send_to(&pattern(size), peer).unwrap();
+            }
+            // Behind the last frame, the host is asked for more only the next time.
+            for _ in 0..2 {
+                while let Some(frame) = next_frame(&mut network) {
+                    assert!(frame.len() <= 14 + usize::from(mtu), "{}", frame.len());
+                    record(&mut capture, &frame);
+                }
+            }
+            check(&capture, &[]);
+            let whole = tshark(&capture, "udp.srcport != 5000 and not icmpv6");
+            let lengths: Vec<_> = sizes.map(|size| format!("Len={size}")).to_vec();
+            let found: Vec<_> = whole
+                .split_whitespace()
+                .filter(|word| word.starts_with("Len="))
+                .collect();
+            assert_eq!(found, lengths, "{is_v4} {leave_checksums} {mtu}: {whole}");
+        }
+    }
+}
+
 #[test]
 fn tcp_and_udp_have_right_checksums() {
     for leave_checksums in [false, true] {

@@ -52,14 +52,24 @@ impl FrameBuffer for Bytes {
         self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
+    fn read_back(&self, offset: usize, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.0[offset..offset + bytes.len()]);
+    }
+
     fn receive_at(
         &mut self,
         offset: usize,
         size: usize,
+        rest: &mut [u8],
         socket: BorrowedFd<'_>,
         flags: libc::c_int,
     ) -> io::Result<usize> {
-        sys::receive(&socket.as_fd(), &mut self.0[offset..offset + size], flags)
+        let mut bytes = vec![0; size + rest.len()];
+        let received = sys::receive(&socket.as_fd(), &mut bytes, flags)?;
+        let (first, second) = bytes.split_at(size);
+        self.0[offset..offset + size].copy_from_slice(first);
+        rest.copy_from_slice(second);
+        Ok(received)
     }
 }
 

@@ -12,20 +12,20 @@ const HOP_LIMIT: u8 = 64;
 /// The flag that forbids fragmentation (RFC 791, section 3.1).
 const DONT_FRAGMENT: [u8; 2] = [0x40, 0];
 /// The flag that says that another fragment follows.
-const MORE_FRAGMENTS: u16 = 0x2000;
+pub(super) const MORE_FRAGMENTS: u16 = 0x2000;
 /// The bits of an offset, in units of [`FRAGMENT_UNIT`] bytes.
 const OFFSET_BITS: u16 = 0x1fff;
-const FRAGMENT_UNIT: usize = 8;
+pub(super) const FRAGMENT_UNIT: usize = 8;
 
 /// Options of IPv4 by which the sender gives the way: loose and strict (RFC 791, section 3.1).
 const SOURCE_ROUTES: [u8; 2] = [131, 137];
 
 /// Extension headers of IPv6 (RFC 8200, section 4).
-mod extension {
-    pub(super) const HOP_BY_HOP: u8 = 0;
-    pub(super) const ROUTING: u8 = 43;
-    pub(super) const FRAGMENT: u8 = 44;
-    pub(super) const DESTINATION: u8 = 60;
+pub(super) mod extension {
+    pub(in crate::wire) const HOP_BY_HOP: u8 = 0;
+    pub(in crate::wire) const ROUTING: u8 = 43;
+    pub(in crate::wire) const FRAGMENT: u8 = 44;
+    pub(in crate::wire) const DESTINATION: u8 = 60;
 }
 
 /// Most extension headers of a packet.

@@ -24,6 +24,7 @@ pub(crate) use builder::Builder;
 use builder::NewDevice;
 pub use disk::check_disk;
 pub(crate) use legacy::{LegacyDevice, LegacyDevices};
+pub use net::serve_network_places;
 pub(crate) use saved::SavedDevice;
 pub(crate) use serial_end::{OpenSerial, SerialGuard};
 pub use streams::Stream;

@@ -14,6 +14,7 @@ use bantam_devices::virtio::owner::DeviceHandle;
 use super::{Build, NewDevice, Opening};
 use crate::config::{Mtu, NetConfig, NetEnd, QueuePairs};
 use crate::error::Error;
+pub use host::serve_network_places;
 use user::UserBackend;
 
 /// Opens what all network devices are connected to.
@@ -87,20 +88,24 @@ fn open_passt(opening: &Opening<'_>, path: &Path, label: String) -> Result<Frame
         })
 }
 
+/// Returns how many queues a tap is to have.
+fn wanted_queues(config: &NetConfig, vcpu_count: u8) -> QueueCount {
+    match config.queues {
+        Some(queues) => QueueCount::Exactly(queues.get().into()),
+        None => QueueCount::AtMost(vcpu_count.min(QueuePairs::MAX).into()),
+    }
+}
+
 fn open_tap(
     opening: &Opening<'_>,
     config: &NetConfig,
     name: &str,
     vcpu_count: u8,
 ) -> Result<Tap, Error> {
-    let useful = vcpu_count.min(QueuePairs::MAX);
-    let queues = match config.queues {
-        Some(queues) => QueueCount::Exactly(queues.get().into()),
-        None => QueueCount::AtMost(useful.into()),
-    };
+    let queues = wanted_queues(config, vcpu_count);
     let mtu = config.mtu.map(Mtu::get);
     let tap = opening.opener.tap(name, mtu, queues)?;
-    if config.queues.is_none() && tap.queues().len() < useful.into() {
+    if config.queues.is_none() && tap.queues().len() < queues.get() {
         tracing::info!(
             "tap '{name}' was made with a single queue, so {vcpu_count} vCPUs share one; made \
              with 'multi_queue', it has one for each"

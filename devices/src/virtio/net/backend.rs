@@ -107,7 +107,7 @@ impl PacketBuffer<'_> {
     /// Makes a place of `vectors`, whose first `size` bytes are enough for any packet that the driver can take.
     ///
     /// # Safety
-    /// The vectors must cover memory that may be written to as long as this exists, and to which nobody
+    /// The vectors must cover memory that may be read and written to as long as this exists, and to which nobody
     /// has references.
     pub(super) unsafe fn new(vectors: &[iovec], size: usize) -> PacketBuffer<'_> {
         PacketBuffer {
@@ -144,7 +144,19 @@ impl PacketBuffer<'_> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Receives at most `size` bytes from a socket to `offset`, by one call with `flags`.
+    /// Copies what was put to `offset` back to `bytes`, as far as there is room for it. The guest may have changed it
+    /// meanwhile.
+    pub fn read_back(&self, offset: usize, bytes: &mut [u8]) {
+        let mut left = bytes;
+        for vector in self.part(offset, left.len()) {
+            let (now, later) = left.split_at_mut(vector.iov_len.min(left.len()));
+            // SAFETY: the vector covers that many bytes, which are valid for reads too as `new` demands.
+            unsafe { std::ptr::copy(vector.iov_base.cast(), now.as_mut_ptr(), now.len()) };
+            left = later;
+        }
+    }
+
+    /// Receives at most `size` bytes from a socket to `offset`, and what is left to `rest`, by one call with `flags`.
     ///
     /// # Errors
     /// Those of `recvmsg`.
@@ -152,15 +164,20 @@ impl PacketBuffer<'_> {
         &mut self,
         offset: usize,
         size: usize,
+        rest: &mut [u8],
         socket: BorrowedFd<'_>,
         flags: libc::c_int,
     ) -> io::Result<usize> {
         let mut vectors: Vec<iovec> = self.part(offset, size).collect();
+        vectors.push(iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        });
         // SAFETY: `msghdr` consists of integers and pointers, all of which may be zero.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = vectors.as_mut_ptr();
         message.msg_iovlen = vectors.len();
-        // SAFETY: the vectors cover memory that is valid for writes as `new` demands.
+        // SAFETY: the vectors cover memory that is valid for writes as `new` demands, and `rest`.
         let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
@@ -213,8 +230,16 @@ mod tests {
         buffer.write_at(50, b"!");
         let (mut near, far) = UnixStream::pair().unwrap();
         near.write_all(b"123456").unwrap();
-        assert_eq!(buffer.receive_at(6, 2, far.as_fd(), 0).unwrap(), 2);
-        assert_eq!(buffer.receive_at(8, 50, far.as_fd(), 0).unwrap(), 2);
+        let mut rest = [0; 3];
+        assert_eq!(buffer.receive_at(6, 2, &mut [], far.as_fd(), 0).unwrap(), 2);
+        assert_eq!(
+            buffer.receive_at(8, 50, &mut rest, far.as_fd(), 0).unwrap(),
+            4
+        );
+        assert_eq!(&rest, b"56\0");
+        let mut back = [0; 4];
+        buffer.read_back(4, &mut back);
+        assert_eq!(&back, b"cd12");
         assert_eq!(memory, b"ab\0\0cd1234\0\0");
     }
 }

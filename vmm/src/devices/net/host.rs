@@ -1,10 +1,13 @@
 //! A place on a network of the host as what a network device is connected to.
 
+use std::convert::Infallible;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
-use bantam_devices::tap::{FrameFilter, Offloads, Tap};
+use bantam_devices::tap::{FrameFilter, Offloads, QueueCount, Tap};
 use bantam_devices::virtio::net::{NetBackend, NetQueue};
-use bantam_network::{Attachment, Mac, Networks, Place, Port};
+use bantam_network::{Attachment, Mac, Networks, Place, Port, UserPlace, can_administer_network};
 use bantam_storage::FileAccess;
 
 use super::Opening;
@@ -16,7 +19,15 @@ pub(super) struct HostBackend {
     label: String,
     /// It is gone before its place is given up.
     tap: Tap,
-    _port: Port,
+    _place: Held,
+}
+
+/// A place on a network, until this is dropped.
+enum Held {
+    /// One that this process has taken by itself.
+    Own { _port: Port },
+    /// One that a process of root has given to it.
+    Given { _place: UserPlace },
 }
 
 /// Gives a guest with the address `mac` a place on a network, and opens the tap that leads there.
@@ -31,7 +42,7 @@ pub(super) fn open(
     vcpu_count: u8,
 ) -> Result<HostBackend, Error> {
     let label = network.to_string();
-    let port = Networks::of_host().attach(&Attachment {
+    let attachment = Attachment {
         place: match network {
             HostNetwork::Network(name) => Place::Network(name),
             HostNetwork::Bridge(name) => Place::Bridge(name),
@@ -40,15 +51,30 @@ pub(super) fn open(
         mac: Mac(mac),
         hostname: config.host_name(),
         filter: config.filter,
-    })?;
+    };
+    if let Place::Network(name) = &attachment.place
+        && !can_administer_network()
+    {
+        let queues = super::wanted_queues(config, vcpu_count);
+        let (place, queues) = Networks::of_host().ask_for_place(name, &attachment, queues.get())?;
+        let tap = Tap::of_queues(queues)?;
+        return Ok(HostBackend {
+            label: format!("tap '{}' on {label}", tap.name()),
+            tap,
+            _place: Held::Given { _place: place },
+        });
+    }
+    let port = Networks::of_host().attach(&attachment)?;
     let tap = match port.device() {
         Some(device) => {
-            let file = opening.opener.file(device, FileAccess::ReadWrite);
-            let file = file.map_err(|source| Error::OpenTapDevice {
+            let queues = super::wanted_queues(config, vcpu_count).get();
+            let open = |_| opening.opener.file(device, FileAccess::ReadWrite);
+            let files = (0..queues).map(open).collect::<io::Result<Vec<_>>>();
+            let files = files.map_err(|source| Error::OpenTapDevice {
                 path: device.to_owned(),
                 source,
             })?;
-            Tap::beside(file, port.interface(), config.mtu.map(Mtu::get))?
+            Tap::beside(files, port.interface(), config.mtu.map(Mtu::get))?
         }
         None => super::open_tap(opening, config, port.interface(), vcpu_count)?,
     };
@@ -56,8 +82,23 @@ pub(super) fn open(
     Ok(HostBackend {
         label: format!("tap '{}' on {label}", tap.name()),
         tap,
-        _port: port,
+        _place: Held::Own { _port: port },
     })
+}
+
+/// Gives users places on the network whose folder is `folder`, for clients of `listener`: what the process that `bantam
+/// network start` starts does.
+///
+/// # Errors
+/// If there is no such network, or its clients cannot be waited for.
+pub fn serve_network_places(folder: &Path, listener: OwnedFd) -> Result<Infallible, Error> {
+    let mut open_tap = |name: &str, queues: u8| {
+        // Its user must not lower the MTU of the bridge, so it has none of its own.
+        let tap = Tap::open(name, None, QueueCount::Exactly(queues.into()));
+        tap.map(Tap::into_queues).map_err(|error| error.to_string())
+    };
+    let served = Networks::of_host().serve_places(folder, listener, &mut open_tap);
+    Ok(served?)
 }
 
 impl NetBackend for HostBackend {

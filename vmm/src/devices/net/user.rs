@@ -218,14 +218,19 @@ impl FrameBuffer for Place<'_, '_> {
         self.0.write_at(PACKET_HEADER_SIZE + offset, bytes);
     }
 
+    fn read_back(&self, offset: usize, bytes: &mut [u8]) {
+        self.0.read_back(PACKET_HEADER_SIZE + offset, bytes);
+    }
+
     fn receive_at(
         &mut self,
         offset: usize,
         size: usize,
+        rest: &mut [u8],
         socket: BorrowedFd<'_>,
         flags: libc::c_int,
     ) -> io::Result<usize> {
         self.0
-            .receive_at(PACKET_HEADER_SIZE + offset, size, socket, flags)
+            .receive_at(PACKET_HEADER_SIZE + offset, size, rest, socket, flags)
     }
 }
