@@ -28,7 +28,9 @@ fn connection(stream: UnixStream) -> MigrationConnection {
 fn with_disk(kernel: &str, words: &str, folder: &Path, qcow2: bool, option: &str) -> MachineConfig {
     let image = folder.join(if qcow2 { "disk.qcow2" } else { "disk" });
     match qcow2 {
-        true => qemu_img(&["create", "-q", "-f", "qcow2"], &[&image, Path::new("4M")]),
+        true => {
+            qemu_img(&["create", "-q", "-f", "qcow2"], &[&image, Path::new("4M")]);
+        }
         false => {
             let made = File::create(&image).and_then(|file| file.set_len(4 << 20));
             made.expect("there is room");
@@ -68,7 +70,7 @@ fn requests_to_a_disk_are_neither_lost_nor_repeated() {
         (true, ",engine=sync"),
     ] {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("there is room");
-        let operations = rounds() * 1500;
+        let operations = rounds() * 6000;
         let words = format!(
             "test=block mode=mixed pattern=random verify seed=7 depth=256 operations={operations}"
         );
@@ -189,6 +191,20 @@ fn relay(mut from: UnixStream, mut to: UnixStream, limit: usize) -> JoinHandle<u
     })
 }
 
+/// Passes on what comes from `from`, a few MiB a second.
+fn slow_relay(mut from: UnixStream, mut to: UnixStream) -> JoinHandle<()> {
+    thread::spawn(move || {
+        let mut bytes = [0; 1 << 14];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            thread::sleep(Duration::from_millis(1));
+            if to.write_all(&bytes[..count]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    })
+}
+
 /// Waits until the machine counts, or fails.
 fn counts(machine: &Controller, counters: Counters) {
     let memory = machine.memory().expect("it is there");
@@ -259,8 +275,8 @@ fn wherever_the_connection_is_cut_exactly_one_machine_runs() {
     // Answers are short: each byte of them.
     for limit in 0..all[1] {
         let (_, moved) = move_over_cut([usize::MAX, limit]);
-        // The last message is the one whose loss leaves the source without knowledge.
-        assert_eq!(moved, limit + 8 >= all[1], "{limit}");
+        // Without all answers before the last, of which there are more if there are more rounds, the source keeps it.
+        assert!(!moved || limit + 8 >= all[1], "{limit}");
     }
     // What the source sends varies, as the machine runs. Its last message has 9 bytes.
     let points = (0..40).chain((1..20).map(|part| all[0] * part / 20));
@@ -378,7 +394,11 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
         at_timeout: AtTimeout::Cancel,
     };
     let attempt = |options: &MigrationOptions, number| {
-        let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
+        let (ours, near) = UnixStream::pair().expect("there are descriptors");
+        let (theirs, far) = UnixStream::pair().expect("there are descriptors");
+        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+        slow_relay(clone(&near), clone(&far));
+        slow_relay(far, near);
         let folder = folder.path().to_path_buf();
         let receiver = thread::spawn(move || arrive(connection(theirs), &folder, number, None));
         let moved = machine.migrate(connection(ours), options);

@@ -261,7 +261,7 @@ fn copy_of_running<'a>(
         let left = (pages.len() * PAGE_SIZE) as u64;
         let time_left = expected(left, sent, time);
         tracing::debug!("round {rounds}: {sent} bytes in {time:?}, {left} bytes are left");
-        if time_left + HAND_OVER_TIME <= options.downtime || pages.is_empty() {
+        if time_left <= options.downtime.saturating_sub(HAND_OVER_TIME) {
             break;
         }
         if begun.elapsed() >= options.timeout {
