@@ -9,13 +9,16 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bantam_tests::counting::{
-    Counters, STOP, config, counting, random_time, rounds, wait_until_gone_on,
+    Counters, STOP, config, counting, random_time, rounds, wait_until, wait_until_gone_on,
 };
-use bantam_tests::{Traveller, arrive, memory_folder, payload, qemu_img, require_kvm};
+use bantam_tests::{
+    Bantam, Ended, Running, Traveller, arrive, memory_folder, payload, qemu_img, require_kvm,
+};
 use bantam_vmm::config::{MachineConfig, SerialConfig, VsockConfig};
 use bantam_vmm::{
     Arrival, AtTimeout, Controller, Error, ExitReason, MigrationConnection, MigrationOptions, State,
 };
+use nix::sys::signal::Signal;
 
 /// How long anything may take that is waited for.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -414,4 +417,132 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
     let (moved, there) = attempt(&options, 2);
     assert!(moved.expect("it moves").rounds > 1);
     counts(&there.unwrap_or_else(|error| panic!("{error}")), counters);
+}
+
+/// A machine in a process of its own, whose guest ends well once it has moved.
+struct Source {
+    running: Running,
+    folder: tempfile::TempDir,
+}
+
+impl Source {
+    fn start(bantam: Bantam) -> Source {
+        let folder = tempfile::tempdir().expect("there is room");
+        let socket = folder.path().join("source.sock");
+        let running = bantam.option("--control", &socket).start();
+        running.wait_for_output("generation ");
+        Source { running, folder }
+    }
+
+    fn receive(&self, address: &str) -> Bantam {
+        Bantam::new(["migrate", "--receive", address])
+    }
+
+    fn migrate(&self, address: &str) -> Ended {
+        Bantam::new(["migrate"])
+            .argument(self.folder.path().join("source.sock"))
+            .argument(address)
+            .finish()
+    }
+}
+
+#[test]
+fn a_machine_moves_to_another_process() {
+    require_kvm!();
+    let source = Source::start(Bantam::payload("generation"));
+    let socket = source.folder.path().join("move.sock");
+    let address = format!("unix:{}", socket.display());
+    let nobody = source.migrate(&address);
+    let error = nobody.failed_with_one_line();
+    assert!(error.contains("bantam migrate --receive"), "{error}");
+
+    let receiver = source.receive("tcp://127.0.0.1:0").start();
+    let line = receiver.wait_for_error("waiting at tcp://127.0.0.1:");
+    let address = line.split_whitespace().last().expect("it is not empty");
+    let moved = source.migrate(address);
+    moved.has_status(0);
+    assert!(
+        moved.text().contains("the guest stood still for"),
+        "{moved}"
+    );
+    source.running.wait().has_status(0);
+    receiver.wait().passed();
+}
+
+#[test]
+fn a_machine_stays_if_the_receiver_cannot_run_it_or_is_killed() {
+    require_kvm!();
+    let folder = tempfile::tempdir().expect("there is room");
+    let image = folder.path().join("disk");
+    let made = File::create(&image).and_then(|file| file.set_len(1 << 20));
+    made.expect("there is room");
+    let bantam = Bantam::payload("generation").disk(&image, "");
+    let source = Source::start(bantam);
+    let address = format!("unix:{}", source.folder.path().join("move.sock").display());
+    let is_there = || source.folder.path().join("move.sock").exists();
+
+    let receiver = source.receive(&address);
+    let receiver = receiver.option("--disk", "disk0=/nowhere/disk").start();
+    wait_until("it listens", is_there);
+    let error = source.migrate(&address);
+    let error = error.failed_with_one_line();
+    assert!(
+        error.contains("cannot find disk '/nowhere/disk'"),
+        "{error}"
+    );
+    let ended = receiver.wait();
+    let error = ended.failed_with_one_line();
+    assert!(
+        error.contains("cannot find disk '/nowhere/disk'"),
+        "{error}"
+    );
+
+    let receiver = source.receive(&address);
+    let receiver = receiver.option("--disk", "disk7=/nowhere/disk").start();
+    wait_until("it listens", is_there);
+    let error = source.migrate(&address);
+    let error = error.failed_with_one_line();
+    assert!(error.contains("has no disk 'disk7', but disk0"), "{error}");
+    receiver.wait().failed_with_one_line();
+
+    let receiver = source.receive(&address).start();
+    wait_until("it listens", is_there);
+    receiver.signal(Signal::SIGKILL);
+    drop(receiver);
+    source.migrate(&address).failed_with_one_line();
+
+    let receiver = source.receive(&address).start();
+    wait_until("it listens", || {
+        UnixStream::connect(source.folder.path().join("move.sock")).is_ok()
+    });
+    // That was not a machine.
+    let error = receiver.wait();
+    let error = error.failed_with_one_line();
+    assert!(error.contains("closed the connection"), "{error}");
+
+    let receiver = source.receive(&address).start();
+    wait_until("it listens", is_there);
+    source.migrate(&address).has_status(0);
+    source.running.wait().has_status(0);
+    receiver.wait().passed();
+}
+
+#[test]
+fn memory_crosses_a_network_only_if_that_is_allowed() {
+    require_kvm!();
+    let ended = Bantam::new(["migrate", "--receive", "tcp://0.0.0.0:0"]).finish();
+    let error = ended.failed_with_one_line();
+    assert!(
+        error.contains("ssh -L") && error.contains("--insecure"),
+        "{error}"
+    );
+    let source = Source::start(Bantam::payload("generation"));
+    let refused = source.migrate("tcp://192.0.2.1:9");
+    let error = refused.failed_with_one_line();
+    assert!(error.contains("--insecure"), "{error}");
+    let back = Bantam::new(["migrate", "--take-back"])
+        .argument(source.folder.path().join("source.sock"))
+        .finish();
+    let error = back.failed_with_one_line();
+    assert!(error.contains("nothing to take back"), "{error}");
 }
