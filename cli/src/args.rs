@@ -15,11 +15,13 @@ use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
 use crate::control::ControlArgs;
+use crate::ends::{self, Replacement};
 use crate::fork::ForkArgs;
 use crate::image::ImageArgs;
+use crate::migrate::MigrateArgs;
 use crate::named::NamedCommand;
 use crate::network::NetworkArgs;
-use crate::restore::{self, MemorySource, Replacement};
+use crate::restore::{self, MemorySource};
 use crate::snapshot::SnapshotArgs;
 use crate::virsh::VirshArgs;
 pub use machine::MachineArgs;
@@ -77,6 +79,11 @@ pub enum Command {
     /// The machine goes on. Each child is a process in the background, with overlays of its own of the disks.
     /// They share the memory that none of them has written since. See docs/snapshots.md.
     Fork(Box<ForkArgs>),
+    /// Moves a machine to another process or host while it runs
+    ///
+    /// Its guest stands still for some milliseconds. `bantam migrate --receive ADDRESS` waits for the machine at the other
+    /// end, and then runs it as bantam restore would. See docs/migration.md.
+    Migrate(Box<MigrateArgs>),
     /// Takes snapshots of machines, and examines and merges them
     Snapshot(Box<SnapshotArgs>),
     #[command(flatten)]
@@ -166,43 +173,8 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "FOLDER")]
     pub overlays: Option<PathBuf>,
 
-    /// Another image for a disk, with the same content; can be given more than once
-    ///
-    /// NAME is that of the disk on the host, disk0, disk1, ... unless it was given another.
-    #[arg(long = "disk", value_name = "NAME=PATH[,format=FORMAT]", value_parser = restore::disk)]
-    pub disks: Vec<Replacement<DiskConfig>>,
-
-    /// Another tap for a network device; can be given more than once
-    ///
-    /// The guest has another MAC address from when its driver starts again: when it reboots, for example.
-    #[arg(long = "net", value_name = "NAME=TAP[,mac=MAC]", value_parser = restore::net)]
-    pub nets: Vec<Replacement<NetConfig>>,
-
-    /// Another socket for the socket device
-    #[arg(long, value_name = "PATH")]
-    pub vsock: Option<PathBuf>,
-
-    /// Another context identifier of the guest for the socket device
-    #[arg(long, value_name = "N", value_parser = restore::cid)]
-    pub cid: Option<GuestCid>,
-
-    /// Where the serial port leads now
-    #[arg(long, value_name = "END")]
-    pub serial: Option<SerialConfig>,
-
-    /// Where the virtio console leads now
-    #[arg(long, value_name = "END")]
-    pub console: Option<SerialConfig>,
-
-    /// Where a channel leads now; can be given more than once
-    ///
-    /// END is socket=PATH, file=PATH, pty or stdio, as for bantam run.
-    #[arg(long = "channel", value_name = "NAME=END", value_parser = restore::channel)]
-    pub channels: Vec<(ChannelName, SerialConfig)>,
-
-    /// File with other metadata for the guest, in JSON
-    #[arg(long, value_name = "FILE")]
-    pub metadata: Option<PathBuf>,
+    #[command(flatten)]
+    pub ends: EndArgs,
 
     /// How the guest gets its memory: lazy, prefetch, copy, copy-all or uffd=SOCKET
     ///
@@ -244,6 +216,48 @@ pub struct RestoreArgs {
         hide_possible_values = true,
         value_parser = choice::<LevelFilter, _>(["off", "error", "warn", "info", "debug", "trace"]))]
     pub log: LevelFilter,
+}
+
+/// What a machine that goes on from another uses of the host, in the place of what the other has used.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EndArgs {
+    /// Another image for a disk, with the same content; can be given more than once
+    ///
+    /// NAME is that of the disk on the host, disk0, disk1, ... unless it was given another.
+    #[arg(long = "disk", value_name = "NAME=PATH[,format=FORMAT]", value_parser = ends::disk)]
+    pub disks: Vec<Replacement<DiskConfig>>,
+
+    /// Another tap for a network device; can be given more than once
+    ///
+    /// The guest has another MAC address from when its driver starts again: when it reboots, for example.
+    #[arg(long = "net", value_name = "NAME=TAP[,mac=MAC]", value_parser = ends::net)]
+    pub nets: Vec<Replacement<NetConfig>>,
+
+    /// Another socket for the socket device
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+
+    /// Another context identifier of the guest for the socket device
+    #[arg(long, value_name = "N", value_parser = ends::cid)]
+    pub cid: Option<GuestCid>,
+
+    /// Where the serial port leads now
+    #[arg(long, value_name = "END")]
+    pub serial: Option<SerialConfig>,
+
+    /// Where the virtio console leads now
+    #[arg(long, value_name = "END")]
+    pub console: Option<SerialConfig>,
+
+    /// Where a channel leads now; can be given more than once
+    ///
+    /// END is socket=PATH, file=PATH, pty or stdio, as for bantam run.
+    #[arg(long = "channel", value_name = "NAME=END", value_parser = ends::channel)]
+    pub channels: Vec<(ChannelName, SerialConfig)>,
+
+    /// File with other metadata for the guest, in JSON
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -420,7 +434,18 @@ impl RestoreArgs {
     /// Whether the machine goes on with all that it had, and nothing is asked for beside that.
     pub fn is_plain(&self) -> bool {
         self.overlays.is_none()
-            && self.disks.is_empty()
+            && self.ends.is_empty()
+            && self.control.is_none()
+            && self.descriptors.is_empty()
+            && !self.record_working_set
+            && !self.force
+    }
+}
+
+impl EndArgs {
+    /// Whether the machine goes on with all that it had.
+    pub fn is_empty(&self) -> bool {
+        self.disks.is_empty()
             && self.nets.is_empty()
             && self.vsock.is_none()
             && self.cid.is_none()
@@ -428,10 +453,6 @@ impl RestoreArgs {
             && self.console.is_none()
             && self.channels.is_empty()
             && self.metadata.is_none()
-            && self.control.is_none()
-            && self.descriptors.is_empty()
-            && !self.record_working_set
-            && !self.force
     }
 }
 

@@ -35,7 +35,7 @@ impl Ending {
             return 0;
         }
         match self.reason {
-            ExitReason::PowerOff => 0,
+            ExitReason::PowerOff | ExitReason::Moved => 0,
             // A guest that was asked to end, by keys that ask for a restart, has done so.
             ExitReason::Reboot if self.by == EndedBy::User => 0,
             ExitReason::Reboot => REBOOT,

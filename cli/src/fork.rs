@@ -17,8 +17,8 @@ use bantam_vmm::{Answer, Command, Event, Snapshot, SnapshotDisks, State};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::control::connect;
+use crate::ends;
 use crate::message::say;
-use crate::restore;
 
 /// How long the machine may take to copy its memory.
 const COPY_TIME: Duration = Duration::from_secs(60 * 60);
@@ -51,7 +51,7 @@ pub struct ForkArgs {
     pub nets: Vec<String>,
 
     /// Context identifier of the first child's guest; each of the others has the next one
-    #[arg(long, value_name = "N", value_parser = restore::cid)]
+    #[arg(long, value_name = "N", value_parser = ends::cid)]
     pub cid: Option<GuestCid>,
 }
 

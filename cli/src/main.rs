@@ -6,6 +6,7 @@ mod check;
 mod console;
 mod control;
 mod default_kernel;
+mod ends;
 mod escape;
 mod exit_status;
 mod fork;
@@ -17,6 +18,7 @@ mod local_time;
 mod log;
 mod main_loop;
 mod message;
+mod migrate;
 mod named;
 mod network;
 mod outlet;
@@ -38,6 +40,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use bantam_vmm::MigrationAddress;
 use bantam_vmm::config::ExitStatus;
 use bantam_vmm::text::without_error_numbers;
 use clap::Parser;
@@ -48,6 +51,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use image::QemuImgArgs;
 use message::say;
+use migrate::MigrateArgs;
 use run::{Foreground, Origin};
 
 fn main() -> ExitCode {
@@ -110,6 +114,13 @@ fn execute(command: Command) -> ExitCode {
             restore(&args)
         }
         Command::Fork(args) => status_of(fork::fork(&args)),
+        Command::Migrate(args) => match &args.receive {
+            Some(address) => {
+                raise_descriptor_limit();
+                receive(&args, address)
+            }
+            None => status_of(migrate::migrate(&args)),
+        },
         Command::Snapshot(args) => status_of(snapshot::run(*args)),
         Command::Network(args) => status_of(message::start().and_then(|()| {
             log::to_stderr(args.log_level());
@@ -151,6 +162,19 @@ fn restore(args: &RestoreArgs) -> ExitCode {
             paused: args.paused,
         };
         let owner = Foreground(config.on_reboot);
+        run::run(&config, origin, args.control.as_deref(), &owner)
+    });
+    status_of_machine(ended, meaning)
+}
+
+fn receive(args: &MigrateArgs, address: &MigrationAddress) -> ExitCode {
+    let mut meaning = ExitStatus::default();
+    let ended = message::start().and_then(|()| {
+        log::to_stderr(LevelFilter::WARN);
+        let (arrival, config) = migrate::receive(args, address)?;
+        meaning = config.exit_status;
+        let owner = Foreground(config.on_reboot);
+        let origin = Origin::Arrival(Box::new(arrival));
         run::run(&config, origin, args.control.as_deref(), &owner)
     });
     status_of_machine(ended, meaning)

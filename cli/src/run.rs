@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bantam_vmm::config::{MachineConfig, OnReboot, SerialConfig};
 use bantam_vmm::{
-    Console, Controller, ControllerOptions, ExitReason, ListeningSocket, MachineLog, Snapshot,
-    Stream,
+    Arrival, Console, Controller, ControllerOptions, ExitReason, ListeningSocket, MachineLog,
+    Snapshot, Stream,
 };
 
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
@@ -60,6 +60,8 @@ pub enum Origin {
         /// Whether the machine waits until it is told to go on.
         paused: bool,
     },
+    /// The machine that another process or host sends.
+    Arrival(Box<Arrival>),
 }
 
 /// Runs a machine until it ends for good, and returns the exit status. It starts from `origin`, and boots when it is
@@ -224,13 +226,16 @@ fn run_once(
         let (controller, config) = (controller.clone(), config.clone());
         move || {
             controller.configure(config)?;
-            let Origin::Snapshot { snapshot, paused } = origin else {
-                return controller.start();
-            };
-            controller.restore(&snapshot)?;
-            match paused {
-                true => Ok(()),
-                false => controller.resume(),
+            match origin {
+                Origin::Boot => controller.start(),
+                Origin::Arrival(arrival) => arrival.receive(&controller),
+                Origin::Snapshot { snapshot, paused } => {
+                    controller.restore(&snapshot)?;
+                    match paused {
+                        true => Ok(()),
+                        false => controller.resume(),
+                    }
+                }
             }
         }
     };

@@ -146,6 +146,7 @@ pub(crate) fn is_quick(command: &Command) -> bool {
         | Command::Configuration
         | Command::Metadata
         | Command::Metrics
+        | Command::CancelMigration
         | Command::ShutDown { .. }
         | Command::Stop => true,
         Command::Device { command, .. } => DeviceHandle::is_question(command),

@@ -67,6 +67,8 @@ pub enum EndReason {
     Halted,
     /// The power was cut.
     Destroyed,
+    /// It has moved to another process or host, and goes on there.
+    Moved,
     /// Its state was saved.
     Saved,
     /// A snapshot has taken the place of the run.
@@ -87,6 +89,7 @@ impl EndReason {
             ExitReason::Number(number) => EndReason::Number(number),
             ExitReason::Halted => EndReason::Halted,
             ExitReason::Stopped => EndReason::Destroyed,
+            ExitReason::Moved => EndReason::Moved,
             // One that this version does not know.
             _ => EndReason::HostError,
         }
@@ -113,6 +116,7 @@ impl fmt::Display for EndReason {
             EndReason::Number(number) => return write!(f, "ended with the number {number}"),
             EndReason::Halted => "halted",
             EndReason::Destroyed => "destroyed",
+            EndReason::Moved => "moved",
             EndReason::Saved => "saved",
             EndReason::Reverted => "reverted",
             EndReason::HostError => "host error",
@@ -183,6 +187,7 @@ mod tests {
         for (reason, is_failure) in [
             (EndReason::PoweredOff, false),
             (EndReason::Destroyed, false),
+            (EndReason::Moved, false),
             (EndReason::Saved, false),
             (EndReason::Number(0), false),
             (EndReason::Number(1), true),

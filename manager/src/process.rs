@@ -137,7 +137,8 @@ impl MachineProcess {
     /// Returns whether a machine that nobody has told to end is started again after this end.
     pub fn restarts_after(&self, reason: ExitReason, restarts_on_reboot: bool) -> bool {
         match (reason, self.policy) {
-            (ExitReason::Stopped, _) => false,
+            // One that has moved must not run twice.
+            (ExitReason::Stopped | ExitReason::Moved, _) => false,
             (ExitReason::Reboot, _) if restarts_on_reboot => true,
             (_, RestartPolicy::Never) => false,
             (_, RestartPolicy::Always) => true,

@@ -18,6 +18,7 @@ mod patience;
 pub mod qcow2;
 mod raw;
 mod raw_image;
+mod released;
 mod target;
 pub mod tools;
 

@@ -89,6 +89,18 @@ pub(crate) fn end_writing(file: &File) -> io::Result<()> {
     }
 }
 
+/// Gives up all locks of an image. This has no effect on an image that is not locked.
+///
+/// # Errors
+/// Those of `fcntl` with `F_OFD_SETLK`.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    match set(file, libc::F_UNLCK, 0..0) {
+        // Then it is not locked.
+        Err(error) if has_no_locks(&error) => Ok(()),
+        result => result,
+    }
+}
+
 /// Whether `error` says that the file system has no locks.
 pub(crate) fn has_no_locks(error: &io::Error) -> bool {
     matches!(

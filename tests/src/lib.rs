@@ -4,6 +4,7 @@
 mod api;
 mod api_machine;
 mod artefacts;
+pub mod conversation;
 pub mod counting;
 mod huge_pages;
 mod images;
@@ -37,7 +38,7 @@ pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot, partitioned_image, scr
 pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use machines::{Machines, files_below, read_until};
-pub use network::{HostTap, PacketSocket, accept, interface_exists, tap_name};
+pub use network::{HostBridge, HostTap, PacketSocket, accept, interface_exists, tap_name};
 pub use owner::{balloon_statistics, configured, copy_memory, device, device_metrics};
 pub use pattern::{crc32, first_difference, fnv1a, pattern};
 pub use process::{
@@ -51,7 +52,7 @@ pub use requirements::{
 pub use stalling_storage::StallingStorage;
 pub use temporary::memory_folder;
 pub use traffic::Traffic;
-pub use traveller::{Traveller, gone_on};
+pub use traveller::{Traveller, arrive, gone_on, vsock_of};
 pub use workload::after_random_work;
 
 /// Ends a test that cannot run on this host. The test fails with the reason; if the environment

@@ -53,17 +53,9 @@ impl HostTap {
     /// If it cannot be created.
     pub fn new() -> Self {
         let name = tap_name();
-        // A subnet of four addresses among those reserved for tests of devices (RFC 2544).
-        let number = id()
-            .wrapping_mul(8)
-            .wrapping_add(NAMED.load(Ordering::Relaxed));
-        let subnet = Ipv4Addr::new(198, 18, 0, 0).to_bits() + number % (1 << 14) * 4;
+        let [host, guest] = addresses();
         ip(&["tuntap", "add", "dev", &name, "mode", "tap"]);
-        let tap = Self {
-            name,
-            host: Ipv4Addr::from_bits(subnet + 1),
-            guest: Ipv4Addr::from_bits(subnet + 2),
-        };
+        let tap = Self { name, host, guest };
         let address = format!("{}/{}", tap.host, Self::PREFIX);
         ip(&["address", "add", &address, "dev", &tap.name]);
         ip(&["link", "set", &tap.name, "up"]);
@@ -91,6 +83,74 @@ impl Default for HostTap {
 impl Drop for HostTap {
     fn drop(&mut self) {
         ip(&["link", "delete", &self.name]);
+    }
+}
+
+/// Returns an address of the host and one of a guest, in a subnet that no other test has.
+fn addresses() -> [Ipv4Addr; 2] {
+    // A subnet of four addresses among those reserved for tests of devices (RFC 2544).
+    let number = id()
+        .wrapping_mul(8)
+        .wrapping_add(NAMED.load(Ordering::Relaxed));
+    let subnet = Ipv4Addr::new(198, 18, 0, 0).to_bits() + number % (1 << 14) * 4;
+    [1, 2].map(|place| Ipv4Addr::from_bits(subnet + place))
+}
+
+/// A bridge with an address of the host and two taps, between which a guest can move. Dropping this deletes all of them.
+pub struct HostBridge {
+    name: String,
+    /// Names of the taps.
+    pub taps: [String; 2],
+    /// The host's address.
+    pub host: Ipv4Addr,
+    /// An address for the guest.
+    pub guest: Ipv4Addr,
+}
+
+impl HostBridge {
+    /// Creates the bridge and its taps, and brings them up.
+    ///
+    /// # Panics
+    ///
+    /// If they cannot be created.
+    pub fn new() -> Self {
+        let [host, guest] = addresses();
+        let bridge = Self {
+            name: tap_name(),
+            taps: [tap_name(), tap_name()],
+            host,
+            guest,
+        };
+        let name = &bridge.name;
+        ip(&["link", "add", name, "type", "bridge"]);
+        let address = format!("{host}/{}", HostTap::PREFIX);
+        ip(&["address", "add", &address, "dev", name]);
+        for tap in &bridge.taps {
+            ip(&["tuntap", "add", "dev", tap, "mode", "tap"]);
+            ip(&["link", "set", tap, "master", name]);
+            ip(&["link", "set", tap, "up"]);
+        }
+        ip(&["link", "set", name, "up"]);
+        bridge
+    }
+
+    /// Returns its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Default for HostBridge {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for HostBridge {
+    fn drop(&mut self) {
+        for interface in self.taps.iter().chain([&self.name]) {
+            ip(&["link", "delete", interface]);
+        }
     }
 }
 

@@ -1,12 +1,15 @@
-//! A machine that goes on from its own snapshots, one after another.
+//! A guest that goes from machine to machine, by snapshots or by migrations.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use bantam_vmm::config::{MachineConfig, SerialConfig};
 use bantam_vmm::{
-    Console, Controller, ExitReason, Snapshot, SnapshotFiles, SnapshotOptions, State,
+    Arrival, Console, Controller, Error, ExitReason, Migrated, MigrationConnection,
+    MigrationOptions, Snapshot, SnapshotFiles, SnapshotOptions, State,
 };
 
 use crate::configured;
@@ -19,6 +22,8 @@ pub struct Traveller {
     /// How many there have been before.
     moves: usize,
     longest_pause: Duration,
+    /// Those of a bridge, between which migrations alternate; the first machine has the first.
+    pub taps: Option<[String; 2]>,
 }
 
 impl Traveller {
@@ -35,6 +40,7 @@ impl Traveller {
             folder: folder.to_path_buf(),
             moves: 0,
             longest_pause: Duration::ZERO,
+            taps: None,
         }
     }
 
@@ -69,6 +75,35 @@ impl Traveller {
         self.machine = gone_on(&snapshot, snapshot.config().clone(), &self.log(self.moves));
         fs::remove_dir_all(&directory).expect("it is there");
         true
+    }
+
+    /// Moves to another machine of this process while it runs, and returns how. Returns `None` if the guest has ended before.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn migrate_on(&mut self, options: &MigrationOptions) -> Option<Migrated> {
+        let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
+        let [ours, theirs] =
+            [ours, theirs].map(|it| MigrationConnection::new(it).expect("it is a socket"));
+        let (folder, number) = (self.folder.clone(), self.moves + 1);
+        let tap = self.taps.as_ref().map(|taps| taps[number % 2].clone());
+        let receiver = thread::spawn(move || arrive(theirs, &folder, number, tap));
+        let migrated = self.machine.migrate(ours, options);
+        let arrived = receiver.join().expect("the receiver does not panic");
+        let migrated = match migrated {
+            Ok(migrated) => migrated,
+            Err(_) if self.machine.state() == State::Stopped => return None,
+            Err(error) => panic!("{error}; the receiver: {:?}", arrived.err()),
+        };
+        let left = self.machine.wait();
+        assert_eq!(
+            left.unwrap_or_else(|error| panic!("{error}")),
+            ExitReason::Moved
+        );
+        self.machine = arrived.unwrap_or_else(|error| panic!("{error}"));
+        self.moves += 1;
+        self.longest_pause = self.longest_pause.max(migrated.downtime);
+        Some(migrated)
     }
 
     /// How many machines it has left.
@@ -108,6 +143,40 @@ impl Traveller {
         assert!(text.ends_with("PASS\n") && !text.contains("FAIL"), "{text}");
         text
     }
+}
+
+/// Receives a machine, the one with this number in `folder`, and lets it go on, with another tap if one is given.
+///
+/// # Errors
+/// If it cannot be received.
+pub fn arrive(
+    connection: MigrationConnection,
+    folder: &Path,
+    number: usize,
+    tap: Option<String>,
+) -> Result<Controller, Error> {
+    let arrival = Arrival::new(connection)?;
+    let mut config = arrival.config().clone();
+    // The ends of the machine before are still in use.
+    config.serial = SerialConfig::File(log(folder, number));
+    if let SerialConfig::File(path) = &mut config.console {
+        *path = folder.join(format!("console{number}"));
+    }
+    if let Some(vsock) = &mut config.vsock {
+        vsock.socket = vsock_of(folder, number);
+    }
+    if let Some(tap) = tap {
+        let net = config.nets.first_mut().expect("it has a network card");
+        net.tap = Some(tap.try_into().expect("it is a name"));
+    }
+    let machine = configured(config, Console::default());
+    arrival.receive(&machine)?;
+    Ok(machine)
+}
+
+/// Where the socket of the machine with this number is, if it was moved there.
+pub fn vsock_of(folder: &Path, number: usize) -> PathBuf {
+    folder.join(format!("vsock{number}"))
 }
 
 /// Where a machine's serial port leads to.

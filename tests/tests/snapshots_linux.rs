@@ -2,19 +2,13 @@
 //! sends by TCP, has what it sends by the socket device returned, and watches its clocks.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::net::TcpListener;
+use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{
-    BusyLinux, HostTap, PacketSocket, Traveller, accept, first_difference, gone_on, linux_slot,
-    pattern, require_kvm, require_taps,
-};
+use bantam_tests::conversation::{self, COMPLAINTS};
+use bantam_tests::{BusyLinux, HostTap, Traveller, gone_on, linux_slot, require_kvm, require_taps};
 use bantam_vmm::config::{NetConfig, VsockConfig};
 use bantam_vmm::{Snapshot, State};
 
@@ -34,121 +28,6 @@ const TWIN_LIMIT: Duration = Duration::from_secs(60);
 const TCP_LENGTH: u64 = 1 << 30;
 const TCP_SEED: u64 = 11;
 const VSOCK_PORT: u32 = 52;
-/// What Linux says about a processor or a task that has not gone on, and the agent about a command that has failed.
-const COMPLAINTS: [&str; 7] = [
-    "lockup",
-    "stall",
-    "blocked for more than",
-    "Marking clocksource",
-    "I/O error",
-    "Call Trace",
-    " failed ",
-];
-
-/// A thread of the host that counts what it gets from the guest, until it is dropped.
-struct Counting {
-    count: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Counting {
-    fn start(work: impl FnOnce(&AtomicU64, &AtomicBool) + Send + 'static) -> Counting {
-        let (count, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let thread = thread::spawn({
-            let (count, stop) = (count.clone(), stop.clone());
-            move || work(&count, &stop)
-        });
-        Counting {
-            count,
-            stop,
-            thread: Some(thread),
-        }
-    }
-
-    fn count(&self) -> u64 {
-        self.count.load(Ordering::Relaxed)
-    }
-
-    /// Ends the thread, which fails if it has found a fault, and returns what it has counted.
-    fn end(mut self) -> u64 {
-        self.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.take().expect("it ends once");
-        thread.join().expect("it has found no fault");
-        self.count()
-    }
-}
-
-/// Counts bytes of the guest's stream, which go on as if nothing had happened.
-fn receive(listener: TcpListener) -> Counting {
-    Counting::start(move |count, stop| {
-        let mut stream: TcpStream = accept(&listener);
-        let timeout = Some(Duration::from_millis(100));
-        stream.set_read_timeout(timeout).expect("sockets can be");
-        let mut bytes = vec![0; 1 << 16];
-        while !stop.load(Ordering::Relaxed) {
-            // Nothing comes for a while.
-            let Ok(size) = stream.read(&mut bytes) else {
-                continue;
-            };
-            assert_ne!(size, 0, "the guest has ended its stream");
-            let offset = count.fetch_add(size as u64, Ordering::Relaxed);
-            assert_eq!(first_difference(TCP_SEED, offset, &bytes[..size]), None);
-        }
-    })
-}
-
-/// Counts announcements of the guest's address.
-fn announcements(tap: &HostTap) -> Counting {
-    let socket = PacketSocket::open(&tap.name);
-    let address = tap.guest.octets();
-    Counting::start(move |count, stop| {
-        // RFC 5227: sender and target have the same address.
-        let is_announcement = |frame: &[u8]| {
-            frame.get(12..14) == Some(&[8, 6])
-                && frame.get(28..32) == Some(&address)
-                && frame.get(38..42) == Some(&address)
-        };
-        while !stop.load(Ordering::Relaxed) {
-            let frame = socket.receive(Duration::from_millis(100), is_announcement);
-            count.fetch_add(u64::from(frame.is_some()), Ordering::Relaxed);
-        }
-    })
-}
-
-/// Sends by the socket device in each machine anew, and counts the bytes that come back.
-fn echo(socket: PathBuf) -> Counting {
-    const CHUNK: usize = 4096;
-    Counting::start(move |count, stop| {
-        let exchange = || -> std::io::Result<()> {
-            let mut stream = UnixStream::connect(&socket)?;
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-            writeln!(stream, "CONNECT {VSOCK_PORT}")?;
-            let mut byte = [0];
-            while byte != *b"\n" {
-                stream.read_exact(&mut byte)?;
-            }
-            for offset in (0..).step_by(CHUNK) {
-                if stop.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                stream.write_all(&pattern(SEED, offset, CHUNK))?;
-                let mut bytes = [0; CHUNK];
-                stream.read_exact(&mut bytes)?;
-                assert_eq!(first_difference(SEED, offset, &bytes), None);
-                count.fetch_add(CHUNK as u64, Ordering::Relaxed);
-            }
-            Ok(())
-        };
-        while !stop.load(Ordering::Relaxed) {
-            // The machine has ended, and the next one is not there yet or has reset the device.
-            if exchange().is_err() {
-                thread::sleep(Duration::from_millis(10));
-            }
-        }
-    })
-}
-
 /// The random numbers that the guest has printed.
 fn random_numbers(text: &str) -> Vec<String> {
     // The last line may be incomplete.
@@ -217,9 +96,9 @@ fn a_busy_linux_goes_from_machine_to_machine() {
     });
     let mut traveller = Traveller::start(config, folder.path());
     BusyLinux::wait_until_it_works(|| traveller.text());
-    let received = receive(listener);
-    let announced = announcements(&tap);
-    let echoed = echo(socket);
+    let received = conversation::receive(listener, TCP_SEED);
+    let announced = conversation::announcements(&tap.name, tap.guest);
+    let echoed = conversation::echo(move || socket.clone(), VSOCK_PORT);
 
     let started = Instant::now();
     let answer = format!("bantam: {} ", guest.work());

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand};
+use bantam_migration::Address as MigrationAddress;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{DeviceName, MachineConfig};
+use crate::controller::{Migrated, MigrationOptions};
 use crate::snapshot::{SnapshotDisks, SnapshotOptions, SnapshotTaken};
 use crate::state::State;
 
@@ -64,6 +66,12 @@ pub enum Command {
     /// Takes a snapshot of the machine that is kept in memory, for other machines of this host that share it. The machine
     /// is paused meanwhile, but not while most of its memory is copied.
     Fork(SnapshotDisks),
+    /// Moves the machine to another process or host, and ends it here. It runs meanwhile, but for moments.
+    Migrate(Box<MigrationOrder>),
+    /// Ends the migration that is under way: the machine goes on where it is.
+    CancelMigration,
+    /// Lets a machine go on of which nobody knows whether it was moved. Only for someone who has made sure that it was not.
+    TakeBack,
     /// Replaces the metadata that the guest is told.
     PutMetadata(Value),
     /// Changes the metadata by a merge patch (RFC 7396).
@@ -72,6 +80,20 @@ pub enum Command {
     Metadata,
     /// Asks for the counters.
     Metrics,
+}
+
+/// Where a machine is moved, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct MigrationOrder {
+    /// The address at which it is received.
+    pub destination: MigrationAddress,
+    /// Whether its memory may cross a network where others can read and change it.
+    #[serde(default)]
+    pub insecure: bool,
+    /// How it is moved.
+    #[serde(default)]
+    pub options: MigrationOptions,
 }
 
 /// A disk of a snapshot.
@@ -146,6 +168,8 @@ pub enum Answer {
     SnapshotTaken(SnapshotTaken),
     /// Answers [`Command::Fork`].
     Forked(Forked),
+    /// Answers [`Command::Migrate`].
+    Migrated(Migrated),
     /// Answers [`Command::Metadata`]; `None` if no metadata has been set yet.
     Metadata(Option<Value>),
     /// Answers [`Command::Metrics`] with what [`MachineMetrics`](crate::MachineMetrics) serializes to.

@@ -1,7 +1,10 @@
 //! The controller, which owns a machine from its configuration to its end.
 
+mod arrival;
 mod fork;
+mod migrate;
 mod snapshot;
+mod write_log;
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -12,6 +15,7 @@ use std::time::{Duration, Instant};
 use bantam_devices::virtio::owner::{DeviceAnswer, DeviceCommand, PresentImage};
 use bantam_memory::GuestMemory;
 use bantam_metadata::Metadata;
+use bantam_migration::Breaker;
 use bantam_state::Section;
 use bantam_storage::ImageFormat;
 use bantam_usernet::ForwardedPort;
@@ -32,6 +36,9 @@ use crate::machine::{Machine, MachineContext, Origin};
 use crate::metrics::MachineMetrics;
 use crate::run_control::RunControl;
 use crate::state::State;
+
+pub use arrival::Arrival;
+pub use migrate::{AtTimeout, Migrated, MigrationOptions};
 
 /// How long vCPUs may take to leave the guest. A vCPU leaves at once unless the host does not schedule its
 /// thread, or it is accessing a device that waits for the host.
@@ -78,6 +85,8 @@ impl Controller {
             metrics: OnceLock::new(),
             devices: OnceLock::new(),
             snapshots: Mutex::new(()),
+            migration: Mutex::new(None),
+            handed_over: Mutex::new(None),
         })))
     }
 
@@ -119,6 +128,9 @@ impl Controller {
                     snapshot,
                 }));
             }
+            Command::Migrate(order) => return Ok(Answer::Migrated(self.migrate_to(&order)?)),
+            Command::CancelMigration => self.cancel_migration(),
+            Command::TakeBack => self.take_back()?,
             Command::PutMetadata(contents) => self.put_metadata(contents)?,
             Command::PatchMetadata(patch) => self.patch_metadata(patch)?,
             Command::Metadata => return Ok(Answer::Metadata(self.metadata()?)),
@@ -310,6 +322,7 @@ impl Controller {
     /// If the machine is not paused.
     pub fn resume(&self) -> Result<(), Error> {
         let action = "resume the machine";
+        self.require_own(action)?;
         let devices = {
             let mut life = self.0.life();
             match self.0.take(&mut life) {
@@ -581,6 +594,10 @@ struct Inner {
     devices: OnceLock<Weak<DeviceTable>>,
     /// Locked while a snapshot is taken and written, or the machine is forked; before `life`.
     snapshots: Mutex<()>,
+    /// What ends the migration that is under way.
+    migration: Mutex<Option<Breaker>>,
+    /// Whether the machine, which was handed over, ran. It may run elsewhere now.
+    handed_over: Mutex<Option<bool>>,
 }
 
 /// The stage of the machine's life, with what the machine has in that stage.

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bantam_devices::ListenError;
 use bantam_devices::i8042::KeyboardError;
@@ -11,6 +12,7 @@ use bantam_devices::tap::TapError;
 use bantam_devices::virtio::owner::{DeviceError, SnapshotError};
 use bantam_memory::UserfaultError;
 use bantam_metadata::MetadataError;
+use bantam_migration::MigrationError;
 use bantam_snapshot::SnapshotError as SnapshotFileError;
 use bantam_state::{RestoreError, SaveError};
 use bantam_storage::DiskError;
@@ -235,6 +237,56 @@ pub enum Error {
         /// How many seconds it was waited for.
         seconds: u64,
     },
+    /// The machine cannot be moved.
+    #[error("cannot move the machine: {0}")]
+    Migration(#[from] MigrationError),
+    /// The memory of a machine would cross a network for others to read.
+    #[error(
+        "the machine was not moved: its memory would cross a network unencrypted, for others to read and change; lead a TCP \
+         port of this host there by a tunnel such as 'ssh -L', or allow it (--insecure)"
+    )]
+    InsecureMigration,
+    /// The machine writes to its memory faster than that can be copied.
+    #[error(
+        "the machine was not moved: it writes to its memory so fast that {mib} MiB are left, too much for the {} ms for \
+         which it may stand still; allow more, or have it stand still when the time is over",
+        downtime.as_millis()
+    )]
+    Converge {
+        /// How much is left.
+        mib: u64,
+        /// For how long it may stand still.
+        downtime: Duration,
+    },
+    /// The image of a disk of a machine that is offered is not there.
+    #[error(
+        "cannot find disk '{path}' here: {source}; both ends need the same images, by shared storage for example, or name \
+         another path at this end",
+        path = .path.display()
+    )]
+    ArrivingDisk {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Nobody knows whether the machine was moved.
+    #[error(
+        "it is not known whether the machine runs at the other end: {0}; it stands still here: look there, and if it does not \
+         run, take it back"
+    )]
+    HandOver(#[source] MigrationError),
+    /// The machine may run elsewhere.
+    #[error(
+        "cannot {action}: the machine was moved, and may run elsewhere; if it does not, take it back"
+    )]
+    HandedOver {
+        /// What was to be done.
+        action: &'static str,
+    },
+    /// The machine was not handed over.
+    #[error("the machine was not moved: there is nothing to take back")]
+    NotHandedOver,
     /// A thread cannot be started.
     #[error("cannot start thread '{name}': {source}")]
     Thread {

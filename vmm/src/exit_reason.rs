@@ -25,6 +25,8 @@ pub enum ExitReason {
     /// Its power was cut from outside, by [`Command::Stop`](crate::Command::Stop) or at the end of the
     /// time that [`Command::ShutDown`](crate::Command::ShutDown) gave the guest.
     Stopped,
+    /// It has moved to another process or host, and goes on there.
+    Moved,
 }
 
 impl fmt::Display for ExitReason {
@@ -36,6 +38,7 @@ impl fmt::Display for ExitReason {
             Self::Number(number) => write!(f, "the guest has ended with the number {number}"),
             Self::Halted => f.write_str("the guest has halted"),
             Self::Stopped => f.write_str("the power was cut"),
+            Self::Moved => f.write_str("the machine has moved"),
         }
     }
 }

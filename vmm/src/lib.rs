@@ -29,6 +29,10 @@ struct EmbeddingPage;
 #[doc = include_str!("../../docs/snapshots.md")]
 struct SnapshotsPage;
 
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/migration.md")]
+struct MigrationPage;
+
 mod accounts;
 mod command;
 pub mod config;
@@ -75,13 +79,18 @@ pub use bantam_devices::virtio::owner::*;
 pub use bantam_devices::{ListenError, ListeningSocket};
 pub use bantam_memory::GuestMemory;
 pub use bantam_metadata::{MetadataError, MetadataMetrics, MetadataStore};
+pub use bantam_migration::{
+    Address as MigrationAddress, Connection as MigrationConnection, MigrationError,
+};
 pub use bantam_snapshot::merge as merge_snapshots;
 pub use bantam_state::{RestoreError, SaveError, Section};
 pub use bantam_storage::{FileAccess, FileOpener, HostOpener, ImageFormat};
 pub use bantam_usernet::{ForwardedPort, OpenError as UserNetworkError, Protocol};
-pub use command::{Answer, Command, DiskSnapshot, ForkDescriptors, Forked, ShutDown};
+pub use command::{
+    Answer, Command, DiskSnapshot, ForkDescriptors, Forked, MigrationOrder, ShutDown,
+};
 pub use console::Console;
-pub use controller::Controller;
+pub use controller::{Arrival, AtTimeout, Controller, Migrated, MigrationOptions};
 pub use devices::{Stream, check_disk, serve_network_places};
 pub use error::Error;
 pub use events::{Event, Events};

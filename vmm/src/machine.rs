@@ -432,9 +432,10 @@ impl Machine {
         {
             tracing::error!("the thread that talks to gdb panicked");
         }
+        let has_moved = self.control.exit_reason() == Some(Some(ExitReason::Moved));
         // This finishes what the guest asked for before a pause, as if there had been none. It waits for a
-        // pause that is still under way on another thread.
-        if let Err(error) = self.devices.resume() {
+        // pause that is still under way on another thread. What a machine has moved with is finished elsewhere.
+        if !has_moved && let Err(error) = self.devices.resume() {
             tracing::warn!("{error}");
         }
         for threads in &self.disk_threads {

@@ -377,7 +377,7 @@ impl RunControl {
             return;
         }
         let outcome = match outcome {
-            Ok(ExitReason::Number(_)) | Err(_) => outcome,
+            Ok(ExitReason::Number(_) | ExitReason::Moved) | Err(_) => outcome,
             Ok(_) if self.has_panicked() => Ok(ExitReason::Panic),
             Ok(_) => outcome,
         };

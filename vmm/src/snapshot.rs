@@ -5,7 +5,7 @@ mod descriptors;
 mod sections;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bantam_memory::{GuestMemory, Layer, MapError, PageSet};
@@ -20,6 +20,7 @@ use vm_memory::GuestAddress;
 use crate::command::DiskSnapshot;
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Error;
+use crate::lock::lock;
 use crate::machine::MachineContext;
 use crate::memory::{allocate_memory, check_regions};
 use crate::memory_load::{MemoryLoad, MemoryService, Plan};
@@ -160,6 +161,8 @@ enum SnapshotMemory {
     Server(PathBuf),
     /// In memory that other machines share.
     Shared(Vec<Layer>),
+    /// In memory that was received, until a machine has it.
+    Received(Mutex<Option<Arc<GuestMemory>>>),
 }
 
 impl Snapshot {
@@ -202,6 +205,14 @@ impl Snapshot {
     pub fn open_served(state: &Path, socket: &Path) -> Result<Snapshot, Error> {
         let state = StateFile::open(state)?;
         Snapshot::of(&state, SnapshotMemory::Server(socket.to_path_buf()))
+    }
+
+    /// Puts together a snapshot whose memory was received. One machine can go on from it.
+    ///
+    /// # Errors
+    /// If the state is damaged, or in a format that this program does not know.
+    pub(crate) fn received(state: &StateFile, memory: Arc<GuestMemory>) -> Result<Snapshot, Error> {
+        Snapshot::of(state, SnapshotMemory::Received(Mutex::new(Some(memory))))
     }
 
     fn of(state: &StateFile, memory: SnapshotMemory) -> Result<Snapshot, Error> {
@@ -382,6 +393,14 @@ impl Snapshot {
                 let memory = GuestMemory::from_layers(&regions, layers).map_err(mapped)?;
                 Ok((Arc::new(memory), None))
             }
+            SnapshotMemory::Received(memory) => {
+                let memory = lock(memory).take().ok_or_else(|| Error::Memory {
+                    mib: self.facts.memory_size() >> 20,
+                    reason: "another machine has gone on with it".to_owned(),
+                });
+                check_regions(self.facts.regions.iter().copied(), config)?;
+                Ok((memory?, None))
+            }
         }
     }
 
@@ -414,7 +433,9 @@ impl Snapshot {
     pub(crate) fn check_unchanged(&self) -> Result<(), Error> {
         match &self.memory {
             SnapshotMemory::File(file) => Ok(file.check_unchanged()?),
-            SnapshotMemory::Server(_) | SnapshotMemory::Shared(_) => Ok(()),
+            SnapshotMemory::Server(_) | SnapshotMemory::Shared(_) | SnapshotMemory::Received(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -424,7 +445,7 @@ impl Snapshot {
             SnapshotMemory::File(file) => file.path(),
             SnapshotMemory::Server(socket) => socket,
             // There are no files to base another on.
-            SnapshotMemory::Shared(_) => return Changes::default(),
+            SnapshotMemory::Shared(_) | SnapshotMemory::Received(_) => return Changes::default(),
         };
         Changes::of_restored(path, &self.facts, memory.knows_written_pages())
     }

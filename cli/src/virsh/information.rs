@@ -48,6 +48,7 @@ fn reason_of(state: MachineState, run: Option<&Run>) -> (u32, &'static str) {
                     | EndReason::Number(_),
                 ) => (1, "shutdown"),
                 Some(EndReason::Destroyed) => (2, "destroyed"),
+                Some(EndReason::Moved) => (4, "migrated"),
                 Some(EndReason::Crashed | EndReason::Killed) => (3, "crashed"),
                 Some(EndReason::Saved) => (5, "saved"),
                 Some(EndReason::HostError) => (6, "failed"),

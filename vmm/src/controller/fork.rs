@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use bantam_memory::{PageSet, Sharing};
+use bantam_memory::Sharing;
 use bantam_snapshot::Facts;
 
 use super::Controller;
 use super::snapshot::Parts;
+use super::write_log::WriteLog;
 use crate::error::Error;
 use crate::lock::lock;
 use crate::snapshot::{Changes, Snapshot, SnapshotDisks};
@@ -92,53 +93,4 @@ fn copy_of_running<'a>(
         }
     }
     Ok((sharing, log))
-}
-
-/// The log of the pages that a machine writes, from the start of the log until it is dropped.
-struct WriteLog<'a> {
-    parts: &'a Parts,
-    /// Whether the machine logs these pages for differential snapshots too.
-    is_tracking: bool,
-}
-
-impl<'a> WriteLog<'a> {
-    fn start(
-        parts: &'a Parts,
-        changes: &mut Changes,
-        is_tracking: bool,
-    ) -> Result<WriteLog<'a>, Error> {
-        let log = WriteLog { parts, is_tracking };
-        match is_tracking {
-            true => drop(log.take(changes)?),
-            false => {
-                let started = parts.memory.start_dirty_log();
-                started.map_err(Error::resource("the log of written pages"))?;
-                parts.vm.log_writes(true)?;
-            }
-        }
-        Ok(log)
-    }
-
-    /// Returns the pages that have been written since the start, or since the last call.
-    fn take(&self, changes: &mut Changes) -> Result<PageSet, Error> {
-        let (vm, memory) = (&self.parts.vm, &self.parts.memory);
-        if self.is_tracking {
-            return changes.take_new(vm, memory);
-        }
-        let mut pages = vm.take_written()?;
-        pages.add(&memory.take_dirty());
-        Ok(pages)
-    }
-}
-
-impl Drop for WriteLog<'_> {
-    fn drop(&mut self) {
-        if self.is_tracking {
-            return;
-        }
-        self.parts.memory.stop_dirty_log();
-        if let Err(error) = self.parts.vm.log_writes(false) {
-            tracing::debug!("cannot stop the log: {error}");
-        }
-    }
 }

@@ -34,7 +34,7 @@ const MAX_COPY: usize = 64 << 20;
 pub(super) struct Parts {
     pub(super) vm: Arc<Vm>,
     pub(super) memory: Arc<GuestMemory>,
-    devices: Arc<DeviceTable>,
+    pub(super) devices: Arc<DeviceTable>,
     vcpu_count: usize,
     guest: GuestFacts,
     pub(super) changes: Arc<Mutex<Changes>>,
@@ -224,6 +224,7 @@ impl Controller {
         action: &'static str,
         work: impl FnOnce(&Parts) -> Result<T, Error>,
     ) -> Result<T, Error> {
+        self.require_own(action)?;
         let parts = {
             let mut life = self.0.life();
             match self.0.take(&mut life) {

@@ -187,6 +187,45 @@ impl DeviceTable {
         flushed
     }
 
+    /// Gives up the images of all disks of a paused machine, with all that was written on stable storage. Others may use
+    /// them from then on.
+    ///
+    /// # Errors
+    /// If one of them cannot be given up. Others may be given up by then: [`DeviceTable::take_back_disks`] undoes that.
+    pub(crate) fn release_disks(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + PAUSE_TIME;
+        self.disk_entries().try_for_each(|(name, disk)| {
+            disk.release(deadline).map_err(|source| Error::Device {
+                name: name.clone(),
+                source: source.into(),
+            })
+        })
+    }
+
+    /// Opens and locks the images again that were given up.
+    ///
+    /// # Errors
+    /// If one of them cannot be opened, for example because others use it. The others are there all the same.
+    pub(crate) fn take_back_disks(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + PAUSE_TIME;
+        let mut outcome = Ok(());
+        for (name, disk) in self.disk_entries() {
+            let taken = disk.take_back(&*self.opener, deadline);
+            outcome = outcome.and(taken.map_err(|source| Error::Device {
+                name: name.clone(),
+                source,
+            }));
+        }
+        outcome
+    }
+
+    fn disk_entries(&self) -> impl Iterator<Item = (&DeviceName, &BlockHandle)> {
+        self.virtio.iter().filter_map(|entry| match &entry.handle {
+            DeviceHandle::Disk(disk) => Some((&entry.name, disk)),
+            _ => None,
+        })
+    }
+
     /// Cancels the jobs of all disks, which end soon after this.
     pub(crate) fn cancel_jobs(&self) {
         for entry in &self.virtio {

@@ -17,6 +17,7 @@ mod options;
 mod pausable_worker;
 mod pieces;
 mod polling;
+mod release;
 mod request;
 mod ring;
 mod snapshot;

@@ -1,0 +1,298 @@
+//! The end that gets the machine.
+
+use std::sync::Arc;
+
+use bantam_memory::{GuestBuffers, GuestMemory, PAGE_SIZE};
+use bantam_snapshot::StateFile;
+use vm_memory::GuestAddress;
+
+use crate::message::{ADDRESS, Head, Kind, MAX_PAGES, unexpected};
+use crate::{Breaker, Connection, MigrationError};
+
+/// The receiver's end of a migration.
+#[derive(Debug)]
+pub struct Incoming {
+    connection: Connection,
+    offer: StateFile,
+}
+
+impl Incoming {
+    /// Receives the offer of a machine.
+    ///
+    /// # Errors
+    /// If the other end does not offer one, or the connection fails.
+    pub fn new(connection: Connection) -> Result<Incoming, MigrationError> {
+        connection.greet()?;
+        let head = connection.receive_head()?;
+        if head.kind != Kind::Offer {
+            return Err(unexpected(head));
+        }
+        let offer = connection.receive_state(head);
+        if let Err(error) = &offer {
+            // Whether or not it arrives, the error is returned.
+            let _ = connection.send_failure(&error.to_string());
+        }
+        Ok(Incoming {
+            offer: offer?,
+            connection,
+        })
+    }
+
+    /// Returns what the machine was when it was offered.
+    pub fn offer(&self) -> &StateFile {
+        &self.offer
+    }
+
+    /// Returns what breaks the connection off.
+    pub fn breaker(&self) -> Breaker {
+        self.connection.breaker()
+    }
+
+    /// Tells the source that this end cannot take or run the machine, for this reason.
+    pub fn refuse(&self, reason: &str) {
+        // The source notices the end of the connection otherwise.
+        let _ = self.connection.send_failure(reason);
+    }
+
+    /// Accepts the machine, and receives its memory and its last state. `memory` is all zero, and nobody else uses it.
+    ///
+    /// # Errors
+    /// If the source gives up or does not keep to the protocol, or the connection fails.
+    pub fn receive(&mut self, memory: &Arc<GuestMemory>) -> Result<StateFile, MigrationError> {
+        let connection = &self.connection;
+        connection.send_message(Kind::Accepted, &[])?;
+        loop {
+            let head = connection.receive_head()?;
+            match head.kind {
+                Kind::Pages => {
+                    let mut address = [0; ADDRESS];
+                    connection.receive(&mut address)?;
+                    let len = head.len.saturating_sub(ADDRESS) as u64;
+                    let mut buffers = buffers(memory, u64::from_le_bytes(address), len)?;
+                    connection.receive_buffers(&mut buffers)?;
+                }
+                Kind::Zeroes => {
+                    let mut body = [[0; ADDRESS]; 2];
+                    connection.receive(body.as_flattened_mut())?;
+                    let [address, len] = body.map(u64::from_le_bytes);
+                    let mut buffers = buffers(memory, address, len)?;
+                    while buffers.write(&[0; PAGE_SIZE]) > 0 {}
+                }
+                Kind::RoundEnd => connection.send_message(Kind::RoundTaken, &[])?,
+                Kind::State => return self.state(head),
+                _ => return Err(unexpected(head)),
+            }
+        }
+    }
+
+    /// Receives the last state.
+    fn state(&self, head: Head) -> Result<StateFile, MigrationError> {
+        let state = self.connection.receive_state(head)?;
+        match state.facts().regions == self.offer.facts().regions {
+            true => Ok(state),
+            false => Err(MigrationError::Protocol(
+                "the memory is not that of the machine that was offered".to_owned(),
+            )),
+        }
+    }
+
+    /// Tells the source that the machine can run here, and waits until it is this end's. Returns whether it is to run, or to
+    /// stay paused.
+    ///
+    /// # Errors
+    /// If the source keeps it, or the connection fails. This end must not run it then.
+    pub fn take_over(&self) -> Result<bool, MigrationError> {
+        self.connection.send_message(Kind::Ready, &[])?;
+        let head = self.connection.receive_head()?;
+        if head.kind != Kind::TakeOver {
+            return Err(unexpected(head));
+        }
+        let mut runs = [0];
+        self.connection.receive(&mut runs)?;
+        Ok(runs != [0])
+    }
+
+    /// Tells the source that this end has the machine.
+    pub fn confirm(self) {
+        // It has, whether or not the source gets to know it.
+        let _ = self.connection.send_message(Kind::TakenOver, &[]);
+    }
+}
+
+/// Returns pages of `memory`.
+fn buffers(
+    memory: &Arc<GuestMemory>,
+    address: u64,
+    len: u64,
+) -> Result<GuestBuffers, MigrationError> {
+    let is_whole = |number: u64| number.is_multiple_of(PAGE_SIZE as u64);
+    let mut buffers = GuestBuffers::new(memory.clone());
+    let is_valid = is_whole(address)
+        && is_whole(len)
+        && len <= MAX_PAGES as u64
+        && buffers.push(GuestAddress(address), len as u32).is_ok();
+    match is_valid {
+        true => Ok(buffers),
+        false => Err(MigrationError::Protocol(format!(
+            "the machine has no pages of {len:#x} bytes at {address:#x}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use bantam_memory::PageSet;
+    use bantam_snapshot::Facts;
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::{HandOver, Outgoing, Zeroes};
+
+    const RANGES: [(GuestAddress, usize); 2] = [
+        (GuestAddress(0), 40 * PAGE_SIZE),
+        (GuestAddress(1 << 32), 8 * PAGE_SIZE),
+    ];
+
+    fn memory() -> Arc<GuestMemory> {
+        Arc::new(GuestMemory::from_ranges(&RANGES).unwrap())
+    }
+
+    fn state() -> StateFile {
+        let regions = RANGES.map(|(start, len)| (start.0, len as u64));
+        let facts = Facts::now(None, regions).unwrap();
+        StateFile::new("test".as_ref(), facts, None, Vec::new())
+    }
+
+    fn ends() -> [Connection; 2] {
+        let (one, other) = UnixStream::pair().unwrap();
+        [one, other].map(|it| Connection::new(it).unwrap())
+    }
+
+    fn address(page: u64) -> GuestAddress {
+        GuestAddress(match page {
+            ..40 => page * PAGE_SIZE as u64,
+            _ => (1 << 32) + (page - 40) * PAGE_SIZE as u64,
+        })
+    }
+
+    fn pages(numbers: impl IntoIterator<Item = u64>) -> PageSet {
+        let mut pages = PageSet::empty(RANGES);
+        for number in numbers {
+            pages.insert(address(number));
+        }
+        pages
+    }
+
+    fn content(memory: &GuestMemory) -> Vec<u8> {
+        let byte = |page| memory.read_obj(GuestAddress(address(page).0 + 7)).unwrap();
+        (0..48).map(byte).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(30))]
+
+        #[test]
+        fn all_pages_arrive(
+            rounds in prop::collection::vec(prop::collection::btree_map(0..48_u64, any::<u8>(), 0..40), 1..5),
+            runs: bool,
+        ) {
+            let [source, receiver] = ends();
+            let receiver = thread::spawn(move || {
+                let mut incoming = Incoming::new(receiver).unwrap();
+                let memory = memory();
+                incoming.receive(&memory).unwrap();
+                let runs = incoming.take_over().unwrap();
+                incoming.confirm();
+                (content(&memory), runs)
+            });
+            let memory = memory();
+            let mut outgoing = Outgoing::offer(source, &state()).unwrap();
+            let mut zeroes = Zeroes::LeaveOut;
+            for round in &rounds {
+                for (&page, &byte) in round {
+                    memory.write_slice(&[byte; PAGE_SIZE], address(page)).unwrap();
+                }
+                outgoing.send_pages(&memory, &pages(round.keys().copied()), zeroes).unwrap();
+                outgoing.end_round().unwrap();
+                zeroes = Zeroes::Send;
+            }
+            outgoing.send_state(&state()).unwrap();
+            prop_assert!(matches!(outgoing.hand_over(runs), HandOver::Done));
+            prop_assert_eq!(receiver.join().unwrap(), (content(&memory), runs));
+        }
+
+        #[test]
+        fn a_source_that_sends_anything_is_refused_or_heard(
+            offers: bool,
+            messages in prop::collection::vec(
+                (0..13_u32, prop::collection::vec(any::<u8>(), 0..40), any::<Option<u32>>()),
+                0..8,
+            ),
+        ) {
+            let (mut source, receiver) = UnixStream::pair().unwrap();
+            let mut bytes = b"BANTAMMG\x01\0\0\0".to_vec();
+            if offers {
+                let mut offer = Vec::new();
+                state().write_to(&mut offer).unwrap();
+                bytes.extend_from_slice(&Head::bytes(Kind::Offer, offer.len()));
+                bytes.extend_from_slice(&offer);
+            }
+            for (kind, body, len) in &messages {
+                bytes.extend_from_slice(&kind.to_le_bytes());
+                bytes.extend_from_slice(&len.unwrap_or(body.len() as u32).to_le_bytes());
+                bytes.extend_from_slice(body);
+            }
+            source.write_all(&bytes).unwrap();
+            source.shutdown(Shutdown::Write).unwrap();
+            let received = Incoming::new(Connection::new(receiver).unwrap())
+                .and_then(|mut incoming| incoming.receive(&memory()));
+            prop_assert!(received.is_err());
+            let mut answers = Vec::new();
+            source.read_to_end(&mut answers).unwrap();
+            prop_assert!(answers.starts_with(b"BANTAMMG"));
+        }
+    }
+
+    #[test]
+    fn another_program_and_another_version_are_named() {
+        for (greeting, expected) in [
+            (
+                b"BANTAMMG\x02\0\0\0".as_slice(),
+                "version 2 of the protocol",
+            ),
+            (b"GET / HTTP/1.1\r\n", "is not a migration of Bantam"),
+            (b"", "has closed"),
+        ] {
+            let (mut source, receiver) = UnixStream::pair().unwrap();
+            source.write_all(greeting).unwrap();
+            source.shutdown(Shutdown::Write).unwrap();
+            let error = Incoming::new(Connection::new(receiver).unwrap()).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn pages_outside_of_memory_are_refused() {
+        let memory = memory();
+        let page = PAGE_SIZE as u64;
+        for (address, len, expected) in [
+            (0, 40 * page, true),
+            (1 << 32, 8 * page, true),
+            (0, 41 * page, false),
+            (39 * page, 2 * page, false),
+            (1, page, false),
+            (0, 1, false),
+            (u64::MAX - page + 1, page, false),
+            (0, u64::MAX - page + 1, false),
+        ] {
+            let buffers = buffers(&memory, address, len);
+            assert_eq!(buffers.is_ok(), expected, "{address:#x} {len:#x}");
+        }
+    }
+}
