@@ -9,7 +9,7 @@ TARGET := x86_64-unknown-linux-gnu
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BANTAM := $(TARGET_DIR)/$(TARGET)/release/bantam
 # Crates that are built for a guest, outside the workspace.
-GUEST_CRATES := tests/agent tests/payloads
+GUEST_CRATES := sysprep/helper tests/agent tests/payloads
 PREFIX ?= /usr/local
 # A static program applies its own relocations when it starts; glibc can do so from packed ones since
 # version 2.36. Unpacked relocations are 150 KiB that every machine reads, and so keeps in memory.
@@ -73,8 +73,9 @@ fmt: ## Format all code
 	cargo fmt --all
 	for crate in $(GUEST_CRATES); do cargo fmt --manifest-path $$crate/Cargo.toml; done
 
-install: build ## Install bantam, its man pages and completions under PREFIX
-	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)"
+install: build ## Install bantam, its man pages, completions and helper machine under PREFIX
+	sysprep=$$($(GUEST) sysprep)
+	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)" "$$sysprep"
 
 build-packages:
 	@resources/install-packages.sh build

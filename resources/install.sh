@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# install.sh BINARY PREFIX: installs bantam, its manual pages and its shell completions.
+# install.sh BINARY PREFIX INITRD: installs bantam, its manual pages, its shell completions, and the initrd of the helper machine
+# that resets the identities of systems.
 set -euo pipefail
 
-if (($# != 2)); then
-    echo "usage: install.sh BINARY PREFIX" >&2
+if (($# != 3)); then
+    echo "usage: install.sh BINARY PREFIX INITRD" >&2
     exit 2
 fi
 binary=$1
 prefix=$2
+initrd=$3
 
 # Generate everything before installing anything, so that a program that does not run leaves no traces.
 work=$(mktemp --directory)
@@ -24,3 +26,4 @@ install -D --mode=644 --target-directory="$prefix/share/man/man1" -- "$work"/man
 install -D --mode=644 -- "$work/bash" "$prefix/share/bash-completion/completions/bantam"
 install -D --mode=644 -- "$work/fish" "$prefix/share/fish/vendor_completions.d/bantam.fish"
 install -D --mode=644 -- "$work/zsh" "$prefix/share/zsh/site-functions/_bantam"
+install -D --mode=644 -- "$initrd" "$prefix/share/bantam/sysprep.cpio"

@@ -5,6 +5,7 @@ mod args;
 mod check;
 mod console;
 mod control;
+mod default_kernel;
 mod escape;
 mod exit_status;
 mod fork;

@@ -141,6 +141,15 @@ impl Default for RootFileSystem {
     }
 }
 
+/// Returns the path of the initrd of the helper machine that resets identities.
+///
+/// # Panics
+///
+/// If it cannot be built.
+pub fn sysprep_initrd() -> PathBuf {
+    file_named("sysprep.cpio", &guest_script("build.sh", &["sysprep"]))
+}
+
 /// Runs a script of `resources/guest`, which prints the paths of its results.
 fn guest_script(name: &str, arguments: &[&str]) -> Vec<PathBuf> {
     let mut script = Command::new(workspace().join("resources/guest").join(name));

@@ -27,7 +27,9 @@ mod workload;
 
 pub use api::{Answer, ApiClient};
 pub use api_machine::{ApiMachine, bare_metal_boot_source};
-pub use artefacts::{Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload};
+pub use artefacts::{
+    Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload, sysprep_initrd,
+};
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
 pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot, scripted_root};
