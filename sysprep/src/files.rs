@@ -288,6 +288,7 @@ impl Files<'_> {
         if self.root.has(&unit) {
             return Ok(());
         }
+        self.root.create_folder("/etc/systemd")?;
         self.root.create_folder(folder)?;
         self.root.create(&unit, KEY_UNIT.as_bytes())?;
         self.root.create_folder(&wants)?;
