@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help build build-packages run run-parts run-guest test distribution bench guest payloads lint fmt install packages
+.PHONY: help build build-packages run run-parts run-guest test distribution test-distribution bench guest payloads lint fmt kernel install packages
 
 GUEST := resources/guest/build.sh
 TARGET := x86_64-unknown-linux-gnu
@@ -11,6 +11,9 @@ BANTAM := $(TARGET_DIR)/$(TARGET)/release/bantam
 # Crates that are built for a guest, outside the workspace.
 GUEST_CRATES := sysprep/helper tests/agent tests/payloads
 PREFIX ?= /usr/local
+# Whether to install a kernel, which takes some minutes to build.
+KERNEL ?= yes
+INSTALLED_KERNEL := $(if $(filter no,$(KERNEL)),,kernel)
 # A static program applies its own relocations when it starts; glibc can do so from packed ones since
 # version 2.36. Unpacked relocations are 150 KiB that every machine reads, and so keeps in memory.
 GLIBC = $(shell getconf GNU_LIBC_VERSION | cut -d ' ' -f 2)
@@ -18,7 +21,7 @@ PACK_RELOCATIONS = $(shell printf '%s\n' 2.36 $(GLIBC) | sort --check=quiet --ve
     echo -C link-arg=-Wl,-z,pack-relative-relocs)
 
 help: ## Show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 # Static: one file that runs with any C library of the host, starts faster and takes less memory. The
 # target is named so that the flags apply only to the monitor, not to build scripts and proc macros.
@@ -46,10 +49,15 @@ test: guest payloads ## Run all tests, on real KVM
 	cargo build --package bantam
 	cargo test --workspace
 
-distribution: ## Test with cloud-init of Debian, as root (needs debootstrap, mtools)
+distribution: packages ## Test with cloud-init of Debian, as root (minutes)
 	resources/guest/debian-root.sh >/dev/null
 	cargo build --package bantam
-	cargo test --workspace --test first_boot -- --ignored
+	cargo test --workspace --test first_boot --test distribution -- --ignored --skip login
+
+test-distribution: packages ## Boot Debian under systemd to its login prompt, as root (many minutes)
+	resources/guest/debian-root.sh >/dev/null
+	cargo build --package bantam
+	cargo test --workspace --test distribution -- --ignored login --nocapture
 
 bench: build guest payloads ## Compare with QEMU's microvm (ONLY=start runs a part)
 	BANTAM_BIN=$(BANTAM) cargo bench --package bantam-tests --bench bantam -- $(ONLY)
@@ -73,9 +81,14 @@ fmt: ## Format all code
 	cargo fmt --all
 	for crate in $(GUEST_CRATES); do cargo fmt --manifest-path $$crate/Cargo.toml; done
 
-install: build ## Install bantam, its man pages, completions and helper machine under PREFIX
+kernel: ## Build the kernel that machines boot by default (once, cached)
+	@resources/install-packages.sh kernel
+	$(GUEST) kernel distribution
+
+install: build $(INSTALLED_KERNEL) ## Install bantam, its documentation, its kernel and its helper machine under PREFIX (KERNEL=no: no kernel)
 	sysprep=$$($(GUEST) sysprep)
-	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)" "$$sysprep"
+	$(if $(INSTALLED_KERNEL),mapfile -t kernel < <($(GUEST) kernel distribution),kernel=())
+	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)" "$$sysprep" "$${kernel[@]}"
 
 build-packages:
 	@resources/install-packages.sh build

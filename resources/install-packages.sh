@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# install-packages.sh [build|run|all]: installs the Debian packages that a task needs, and prints which:
-# `build` compiles the monitor, `run` builds the guest of "make run", `all` also builds and runs all
-# tests and benchmarks. It does nothing, and needs no privilege, if all of them are installed.
+# install-packages.sh [build|run|kernel|all]: installs the Debian packages that a task needs, and prints which:
+# `build` compiles the monitor, `run` builds the guest of "make run", `kernel` the kernel that is installed, `all` also
+# builds and runs all tests and benchmarks. It does nothing, and needs no privilege, if all of them are installed.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,9 +9,9 @@ task=${1:-all}
 # A linker for Rust.
 needed=(gcc libc6-dev make)
 [[ $task == build ]] || mapfile -t -O "${#needed[@]}" needed < <(guest/build.sh packages "$task")
-# The peer of the benchmarks, tools to check disk images, file systems and domain XML, a debugger, and network tools for the
-# tests.
-[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils btrfs-progs dosfstools fdisk mtools xfsprogs libvirt-clients libxml2-utils gdb dnsmasq-base iproute2 iptables nftables passt procps tshark)
+# The peer of the benchmarks, tools to make and check disk images, file systems and domain XML, a debugger, and network tools
+# for the tests.
+[[ $task != all ]] || needed+=(qemu-system-x86 qemu-utils btrfs-progs debootstrap dosfstools fdisk mtools xfsprogs xorriso libvirt-clients libxml2-utils gdb dnsmasq-base iproute2 iptables nftables openssh-client passt procps tshark)
 
 # One at a time: apt's own lock makes the second fail.
 exec {lock}<install-packages.sh

@@ -17,6 +17,7 @@ mod command_line;
 mod image_file;
 mod initrd;
 mod kernel;
+mod root_partition;
 mod start_information;
 #[cfg(test)]
 mod test_images;
@@ -28,6 +29,7 @@ pub use kernel::{
     BootProtocol, Compression, InitOverflow, KernelError, KernelFormat, LoadedKernel, PayloadError,
     load_kernel,
 };
+pub use root_partition::find_root_partition;
 pub use start_information::{
     RANDOM_SEED_SIZE, StartInformation, StartInformationError, write_start_information,
 };

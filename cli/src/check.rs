@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 use bantam_vmm::host::{self, KvmCapability, Virtualization};
 use bantam_vmm::text::without_error_numbers;
 
+use crate::default_kernel;
+
 /// The state of one feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {
@@ -69,6 +71,7 @@ pub fn check(out: &mut impl Write) -> anyhow::Result<()> {
     rows.push(tun_row(host::open_tun().map(drop)));
     rows.push(network_administration_row(host::can_administer_network()));
     rows.push(io_uring_row(host::check_io_uring()));
+    rows.push(kernel_row(default_kernel::find().as_deref()));
     print_table(&rows, out).context("cannot print the table")?;
     if rows.iter().any(|row| row.status == Status::Missing) {
         bail!("machines cannot run on this host: see what is missing above");
@@ -110,6 +113,18 @@ fn virtualization_row(virtualization: Virtualization) -> Row {
             "none found (CPUID reports neither VMX nor SVM)",
             "enable virtualization in the firmware, or nested virtualization if the host is itself \
              a virtual machine",
+        ),
+    }
+}
+
+fn kernel_row(kernel: Option<&Path>) -> Row {
+    const SUBJECT: &str = "default kernel";
+    match kernel {
+        Some(path) => Row::ok(SUBJECT, path.display().to_string()),
+        None => Row::limited(
+            SUBJECT,
+            "none is installed",
+            "give each machine a kernel (--kernel FILE), or install Bantam's (make install)",
         ),
     }
 }

@@ -134,7 +134,7 @@ fn run(args: RunArgs) -> ExitCode {
         let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
-        let config = table.into_config()?;
+        let config = default_kernel::complete(table, false)?.into_config()?;
         let owner = Foreground(config.on_reboot);
         run::run(&config, Origin::Boot, control.as_deref(), &owner)
     });

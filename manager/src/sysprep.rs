@@ -35,7 +35,7 @@ const MEMORY: &str = "192M";
 /// virtualization, and nothing here needs that clock.
 const KERNEL_WORDS: &str = "quiet loglevel=1 panic=-1 initcall_blacklist=ptp_kvm_init";
 /// How long a helper machine may take. It takes a second with hardware virtualization, and 20 without.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(600);
 /// How often is looked whether the user has cancelled it.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// The file with what was done, beside the overlays.

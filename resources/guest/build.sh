@@ -4,13 +4,15 @@
 # Builds the guests for Bantam's tests and for trying it out:
 #
 #   build.sh kernel small|full   vmlinux
+#   build.sh kernel distribution vmlinux and its configuration: the kernel that is installed with Bantam
 #   build.sh bzimages            the small kernel's bzImage in every compression format
 #   build.sh rootfs              rootfs.ext4 and initrd.cpio
 #   build.sh sysprep             sysprep.cpio, the initrd of the helper machine
 #   build.sh all                 all of these
 #   build.sh run                 what "make run" boots on this host: a kernel, an initrd if the kernel
 #                                needs one, and rootfs.ext4
-#   build.sh packages run|all    builds nothing: the Debian packages that "run" or "all" takes
+#   build.sh packages run|kernel|all
+#                                builds nothing: the Debian packages that "run", "kernel distribution" or "all" takes
 #
 # Prints the paths of the results on standard output, one per line, and its progress on standard error.
 # Nothing is built twice: results stay in $BANTAM_CACHE (~/.cache/bantam if unset), in folders named
@@ -161,6 +163,41 @@ build_kernel() {
     follow "kernel $flavour: compiling (some minutes, once)" make_kernel vmlinux
     strip --strip-debug -o "$work/result/vmlinux" "$source/vmlinux"
     close_source
+}
+
+# The kernel of an installation is `full` with the options that a distribution needs. Its version is its name.
+distribution_kernel() {
+    local inputs
+    require_packages "${kernel_packages[@]}"
+    inputs=$(distribution_inputs)
+    artefact kernel-distribution "$inputs" build_distribution
+}
+
+distribution_inputs() {
+    (cd -- "$here/kernel" && sha256sum -- full.config distribution.config)
+    source_inputs
+    declare -f build_distribution configure_distribution make_kernel
+}
+
+build_distribution() {
+    local release
+    open_source
+    configure_distribution
+    follow "kernel distribution: compiling (some minutes, once)" make_kernel vmlinux
+    release=$(make_kernel --silent kernelrelease)
+    strip --strip-debug -o "$work/result/vmlinux-$release" "$source/vmlinux"
+    cp -- "$source/.config" "$work/result/config-$release"
+    close_source
+}
+
+# An option that lacks what it depends on is left out by olddefconfig, which says nothing of it.
+configure_distribution() {
+    local options=$here/kernel/distribution.config lacking
+    "$source/scripts/kconfig/merge_config.sh" -m -O "$source" "$here/kernel/full.config" "$options" >/dev/null
+    make_kernel --silent olddefconfig >&2
+    lacking=$(grep --extended-regexp '^(# )?CONFIG_' "$options" |
+        grep --invert-match --line-regexp --fixed-strings --file="$source/.config") || true
+    [[ -z $lacking ]] || die "Linux $linux does not take these options: ${lacking//$'\n'/, }"
 }
 
 bzimages() {
@@ -332,6 +369,10 @@ case ${*:-} in
         kernel "$2"
         printf '%s\n' "$folder/vmlinux"
         ;;
+    "kernel distribution")
+        distribution_kernel
+        printf '%s\n' "$folder"/{vmlinux,config}-*
+        ;;
     bzimages)
         bzimages
         printf '%s\n' "${compressions[@]/#/$folder/bzImage.}"
@@ -361,10 +402,15 @@ case ${*:-} in
         printf '%s\n' "${compressions[@]/#/$folder/bzImage.}"
         kernel full
         printf '%s\n' "$folder/vmlinux"
+        distribution_kernel
+        printf '%s\n' "$folder"/{vmlinux,config}-*
         rootfs
         printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
         sysprep
         printf '%s\n' "$folder/sysprep.cpio"
+        ;;
+    "packages kernel")
+        printf '%s\n' "${kernel_packages[@]}"
         ;;
     "packages run" | "packages all")
         packages=("${rootfs_packages[@]}")

@@ -7,9 +7,9 @@ set -euo pipefail
 
 suite=bookworm
 # debootstrap does not find what provides a virtual package: python3-cffi-backend has to be named.
-packages=cloud-init,python3-cffi-backend,openssh-server,ifupdown,iproute2,sudo
+packages=cloud-init,python3-cffi-backend,openssh-server,ifupdown,iproute2,sudo,systemd-sysv,udev,dbus
 cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-${HOME:-~}/.cache}/bantam}
-root=$cache/debian-$suite-cloud-init
+root=$cache/debian-$suite-$(sha256sum <<<"$packages" | cut -c 1-8)
 
 mkdir -p -- "$cache"
 exec {lock}>"$cache/.debian-root.lock"

@@ -316,6 +316,23 @@ impl Disk {
         }
     }
 
+    /// Fills `bytes` with those from `offset` on, for the monitor itself. Bytes beyond the end of the disk read as zeroes.
+    ///
+    /// # Errors
+    /// If the host cannot read them, or the image is damaged.
+    pub fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let there = (bytes.len() as u64).min(self.size().saturating_sub(offset));
+        let (bytes, beyond) = bytes.split_at_mut(there as usize);
+        beyond.fill(0);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        match self {
+            Disk::Raw(disk) => disk.read_at(bytes, offset),
+            Disk::Formatted(disk) => disk.image.read_at(bytes, offset),
+        }
+    }
+
     /// Zeroes and drops the part of `buffers`, to be filled from `offset` on, that lies beyond the end of the
     /// image.
     pub fn fill_beyond_end(&self, buffers: &mut GuestBuffers, offset: u64) {

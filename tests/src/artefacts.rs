@@ -77,6 +77,8 @@ pub enum Kernel {
     Small,
     /// With SMP, ACPI and PCI.
     Full,
+    /// The kernel that is installed with Bantam.
+    Distribution,
 }
 
 impl Kernel {
@@ -89,8 +91,13 @@ impl Kernel {
         let flavour = match self {
             Self::Small => "small",
             Self::Full => "full",
+            Self::Distribution => "distribution",
         };
-        file_named("vmlinux", &guest_script("build.sh", &["kernel", flavour]))
+        let paths = guest_script("build.sh", &["kernel", flavour]);
+        // Its name may end in its version.
+        let is_kernel = |path: &&PathBuf| name_of(path).starts_with("vmlinux");
+        let kernel = paths.iter().find(is_kernel);
+        kernel.expect("the script prints its path").clone()
     }
 }
 
@@ -150,6 +157,19 @@ pub fn sysprep_initrd() -> PathBuf {
     file_named("sysprep.cpio", &guest_script("build.sh", &["sysprep"]))
 }
 
+/// Returns the root file system of Debian with cloud-init, which takes root to make and to copy.
+///
+/// # Panics
+///
+/// If it cannot be made.
+pub fn debian_root() -> PathBuf {
+    let paths = guest_script("debian-root.sh", &[]);
+    paths
+        .into_iter()
+        .next()
+        .expect("the script prints its path")
+}
+
 /// Runs a script of `resources/guest`, which prints the paths of its results.
 fn guest_script(name: &str, arguments: &[&str]) -> Vec<PathBuf> {
     let mut script = Command::new(workspace().join("resources/guest").join(name));
@@ -160,9 +180,13 @@ fn guest_script(name: &str, arguments: &[&str]) -> Vec<PathBuf> {
 fn file_named(name: &str, paths: &[PathBuf]) -> PathBuf {
     paths
         .iter()
-        .find(|path| path.file_name() == Some(OsStr::new(name)))
+        .find(|path| name_of(path) == name)
         .unwrap_or_else(|| panic!("there is no '{name}' among {paths:?}"))
         .clone()
+}
+
+fn name_of(path: &Path) -> &str {
+    path.file_name().and_then(OsStr::to_str).unwrap_or_default()
 }
 
 /// Runs a program, whose messages go to the output of the tests.

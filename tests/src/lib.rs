@@ -28,11 +28,11 @@ mod workload;
 pub use api::{Answer, ApiClient};
 pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{
-    Kernel, RootFileSystem, bzimages, debian_kernel, monitor, payload, sysprep_initrd,
+    Kernel, RootFileSystem, bzimages, debian_kernel, debian_root, monitor, payload, sysprep_initrd,
 };
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};
-pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot, scripted_root};
+pub use linux::{BusyLinux, LinuxSlot, answer, linux_slot, partitioned_image, scripted_root};
 pub use load::Load;
 pub use loop_device::LoopDevice;
 pub use machines::{Machines, files_below, read_until};

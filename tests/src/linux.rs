@@ -1,9 +1,10 @@
 //! Linux guests.
 
 use std::fs::{self, File, Permissions};
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -176,6 +177,48 @@ pub fn scripted_root(folder: &Path, scripts: &[(&str, &str)]) -> PathBuf {
         .arg("8M")
         .status();
     assert!(made.expect("there is e2fsprogs").success());
+    image
+}
+
+/// Makes a qcow2 image `disk.qcow2` in `folder` of this file system, with partitions like those of Debian's images for
+/// clouds: the first one has the root file system and is the last on the disk.
+///
+/// # Panics
+///
+/// If it cannot be made.
+pub fn partitioned_image(folder: &Path, file_system: &Path) -> PathBuf {
+    const MIB: u64 = 1 << 20;
+    const PARTITIONS: &str = "label: gpt\n\
+        14: start=1MiB, size=1MiB, type=21686148-6449-6E6F-744E-656564454649\n\
+        15: start=2MiB, size=2MiB, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B\n\
+        1: start=4MiB, type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709\n";
+    let (raw, image) = (folder.join("disk.raw"), folder.join("disk.qcow2"));
+    let content = File::open(file_system).expect("there is a file system");
+    let size = content.metadata().expect("it is a file").len();
+    let disk = File::create(&raw).expect("there is room for temporary files");
+    // The second table is in the last MiB.
+    disk.set_len(size + 5 * MIB).expect("there is room");
+    let mut sfdisk = Command::new("/sbin/sfdisk")
+        .args(["--quiet", "--no-reread", "--no-tell-kernel"])
+        .arg(&raw)
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("there is fdisk");
+    let mut script = sfdisk.stdin.take().expect("it is piped");
+    script
+        .write_all(PARTITIONS.as_bytes())
+        .expect("sfdisk reads it");
+    drop(script);
+    assert!(sfdisk.wait().expect("it is a child").success());
+    // Keeps the holes.
+    let copied = Command::new("dd")
+        .args(["bs=1M", "seek=4", "conv=sparse,notrunc", "status=none"])
+        .arg(format!("if={}", file_system.display()))
+        .arg(format!("of={}", raw.display()))
+        .status();
+    assert!(copied.expect("there is dd").success());
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2"], &[&raw, &image]);
+    fs::remove_file(raw).expect("it was made");
     image
 }
 

@@ -43,8 +43,14 @@ impl Machines {
 
     /// Returns a command of the program.
     pub fn bantam(&self, arguments: &[&str]) -> Bantam {
-        let variable = format!("BANTAM_STATE_DIR={}", self.folder.path().display());
-        Bantam::new(arguments).launcher(["env".to_owned(), variable])
+        self.bantam_with(&[], arguments)
+    }
+
+    /// Returns a command of the program with these variables in its environment, each a `NAME=VALUE`.
+    pub fn bantam_with(&self, variables: &[String], arguments: &[&str]) -> Bantam {
+        let folder = format!("BANTAM_STATE_DIR={}", self.folder.path().display());
+        let launcher = ["env".to_owned(), folder].into_iter();
+        Bantam::new(arguments).launcher(launcher.chain(variables.iter().cloned()))
     }
 
     /// Executes a command.

@@ -19,7 +19,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(200);
+const LIMIT: Duration = Duration::from_secs(300);
 const LUKS: u32 = 4;
 
 /// Runs a tool of the host, and returns what it prints.
@@ -358,7 +358,7 @@ fn all_below(folder: &Path) -> Vec<PathBuf> {
 /// Returns a command with what the helper machine starts from.
 fn helped(machines: &Machines, arguments: &[&str]) -> Bantam {
     let state = format!("BANTAM_STATE_DIR={}", text(machines.folder()));
-    let kernel = format!("BANTAM_KERNEL={}", text(&Kernel::Full.vmlinux()));
+    let kernel = format!("BANTAM_KERNEL={}", text(&Kernel::Distribution.vmlinux()));
     let initrd = format!("BANTAM_SYSPREP_INITRD={}", text(&sysprep_initrd()));
     let launcher = ["env".to_owned(), state, kernel, initrd];
     Bantam::new(arguments).launcher(launcher).limit(LIMIT)

@@ -25,15 +25,24 @@ pub(crate) struct LoadedGuest {
     pub(crate) tells_panics: bool,
 }
 
+/// What the guest is told of its machine beside the configuration.
+pub(crate) struct Surroundings<'a> {
+    /// Where the virtio devices are.
+    pub(crate) windows: &'a [VirtioMmioWindow],
+    /// Frequency of the time stamp counter, if KVM knows it.
+    pub(crate) tsc_khz: Option<u32>,
+    /// The partition of the first disk with the root file system, if it has partitions.
+    pub(crate) root_partition: Option<u32>,
+}
+
 /// Loads everything that the guest finds in memory at its start, with kernel and initrd from `images`.
-/// `tsc_khz` is the frequency of the time stamp counter, if KVM knows it.
 pub(crate) fn load_guest(
     config: &MachineConfig,
     images: Images,
     memory: &GuestMemory,
-    windows: &[VirtioMmioWindow],
-    tsc_khz: Option<u32>,
+    surroundings: &Surroundings<'_>,
 ) -> Result<LoadedGuest, Error> {
+    let windows = surroundings.windows;
     let Images { mut kernel, initrd } = images;
     let path = &config.kernel;
     let wanted = match config.boot_protocol {
@@ -62,7 +71,7 @@ pub(crate) fn load_guest(
         }
         _ => None,
     };
-    let command_line = command_line(config, &kernel, memory, windows, tsc_khz)?;
+    let command_line = command_line(config, &kernel, memory, surroundings)?;
     tracing::info!("kernel command line: {command_line}");
     let overflow = kernel.overflows_init(memory, &command_line);
     if let Some(overflow) = overflow.map_err(Error::ReadKernel)? {
@@ -111,18 +120,18 @@ fn command_line(
     config: &MachineConfig,
     kernel: &LoadedKernel,
     memory: &GuestMemory,
-    windows: &[VirtioMmioWindow],
-    tsc_khz: Option<u32>,
+    surroundings: &Surroundings<'_>,
 ) -> Result<CommandLine, Error> {
     let mut line = match &config.cmdline {
         Some(text) => CommandLine::new(text)?,
-        None => default_command_line(config)?,
+        None => default_command_line(config, surroundings.root_partition)?,
     };
     if let Some(text) = &config.append {
         line.append(text)?;
     }
     if config.host_workarounds {
         let has_serial_port = config.serial != SerialConfig::None;
+        let tsc_khz = surroundings.tsc_khz;
         workarounds::add_guest_kernel_parameters(&mut line, has_serial_port, tsc_khz, |name| {
             kernel
                 .passes_to_init(memory, name)
@@ -134,7 +143,7 @@ fn command_line(
             .finds_virtio_mmio_by_acpi(memory)
             .map_err(Error::ReadKernel)?;
     if !finds_devices_by_acpi {
-        for window in windows {
+        for window in surroundings.windows {
             line.add_virtio_mmio_device(GuestAddress(window.address), window.size, window.gsi);
         }
     }
@@ -143,8 +152,11 @@ fn command_line(
 
 /// Builds the default command line. It has the kernel end the machine when it reboots or panics, and tell
 /// the two apart. It names the consoles that there are, the virtio console last so that init uses it, and
-/// the first disk as the root file system if there is no initrd to find one.
-fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
+/// the first disk, or this partition of it, as the root file system if there is no initrd to find one.
+fn default_command_line(
+    config: &MachineConfig,
+    root_partition: Option<u32>,
+) -> Result<CommandLine, Error> {
     let parameters = format!("reboot={},k panic=-1", exit_reason::PANIC_PARAMETER);
     let mut line = CommandLine::new(&parameters)?;
     if config.serial != SerialConfig::None {
@@ -154,7 +166,8 @@ fn default_command_line(config: &MachineConfig) -> Result<CommandLine, Error> {
         line.append("console=hvc0")?;
     }
     if let (Some(disk), None) = (config.disks.first(), &config.initrd) {
-        line.append("root=/dev/vda")?;
+        let partition = root_partition.map_or(String::new(), |number| number.to_string());
+        line.append(&format!("root=/dev/vda{partition}"))?;
         line.append(if disk.readonly { "ro" } else { "rw" })?;
     }
     Ok(line)

@@ -25,7 +25,7 @@ use crate::exit_reason::{self, ExitReason};
 use crate::gdb::GdbServer;
 use crate::hooks::{ThreadHook, ThreadRole};
 use crate::kvm::{SavedProcessors, StateSupport};
-use crate::load::load_guest;
+use crate::load::{Surroundings, load_guest};
 use crate::lock::lock;
 use crate::memory::{allocate_memory, check_layout};
 use crate::memory_load::MemoryService;
@@ -119,6 +119,7 @@ impl Machine {
             images,
             metadata,
             virtio,
+            root_partition,
             serial,
             gdb,
         } = resources;
@@ -188,8 +189,12 @@ impl Machine {
             Some(images) => {
                 let begun = lock(&generation).begin(random()?);
                 begun.map_err(Error::resource("the generation id"))?;
-                let windows = builder.windows();
-                Some(load_guest(config, images, &memory, windows, vm.tsc_khz())?)
+                let surroundings = Surroundings {
+                    windows: builder.windows(),
+                    tsc_khz: vm.tsc_khz(),
+                    root_partition,
+                };
+                Some(load_guest(config, images, &memory, &surroundings)?)
             }
             None => None,
         };

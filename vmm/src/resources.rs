@@ -22,6 +22,8 @@ pub(crate) struct Resources {
     pub(crate) images: Option<Images>,
     pub(crate) metadata: Option<MachineMetadata>,
     pub(crate) virtio: Vec<Build>,
+    /// The partition of the first disk with the root file system, if the kernel is to be told.
+    pub(crate) root_partition: Option<u32>,
     pub(crate) serial: OpenSerial,
     pub(crate) gdb: Option<GdbListener>,
 }
@@ -57,9 +59,11 @@ impl Resources {
             opener,
             stdio: &mut stdio,
             metadata: metadata.as_ref(),
+            root_partition: None,
         };
         let virtio = devices::open_virtio(&mut opening)?;
         let serial = devices::open_serial(&mut opening)?;
+        let root_partition = opening.root_partition;
         let gdb = match &config.gdb {
             Some(gdb) => Some(GdbListener::open(gdb, opener)?),
             None => None,
@@ -69,6 +73,7 @@ impl Resources {
             images,
             metadata,
             virtio,
+            root_partition,
             serial,
             gdb,
         })

@@ -5,12 +5,12 @@ use bantam_boot::CommandLine;
 use crate::error::Error;
 use crate::host::{Virtualization, virtualization};
 
-/// Keeps a kernel from three things: instructions that KVM's emulator does not know; filling and copying
+/// Keeps a kernel from four things: instructions that KVM's emulator does not know; filling and copying
 /// memory byte by byte, as it does with the features `erms` and `fsrm`, because the emulator takes as long
-/// for one byte as for eight; and measurements that take long under emulation (clock calibration, the timer
-/// check). See docs/nested-kvm.md.
+/// for one byte as for eight; measurements that take long under emulation (clock calibration, the timer
+/// check); and a hypercall for KVM's clock (`ptp_kvm`), which never returns. See docs/nested-kvm.md.
 const KERNEL_PARAMETERS: &str = "clearcpuid=popcnt,cx16,smap,fsgsbase,rdrand,rdseed,xsave,erms,fsrm \
-     tsc=reliable no_timer_check";
+     tsc=reliable no_timer_check initcall_blacklist=ptp_kvm_init";
 
 /// Keeps glibc from using AVX registers. Programs see the host's processor, but a kernel without `xsave`
 /// does not save AVX registers for them. The kernel passes this word on to init as an environment variable.

@@ -21,7 +21,8 @@ use serde::Serialize;
 pub struct MachineArgs {
     /// Kernel image: bzImage or ELF (vmlinux)
     ///
-    /// Needed on the command line or in the machine file.
+    /// Needed on the command line or in the machine file, unless Bantam's own kernel is installed: a machine with a
+    /// disk or an initrd boots that by default. BANTAM_KERNEL in the environment names another one for this.
     #[arg(long, value_name = "FILE", help_heading = heading::BOOT)]
     #[serde(serialize_with = "path::option::serialize")]
     pub kernel: Option<PathBuf>,
@@ -34,8 +35,8 @@ pub struct MachineArgs {
     /// Kernel command line, in place of the default one
     ///
     /// The default is "reboot=panic_warm,k panic=-1 console=ttyS0", with --console "console=hvc0" and, if
-    /// there is a disk and no initrd, "root=/dev/vda rw" (ro for a read-only disk). To only add to it, see
-    /// --append.
+    /// there is a disk and no initrd, "root=/dev/vda rw" (ro for a read-only disk), or "root=/dev/vda1" and so on
+    /// if the first disk has partitions. To only add to it, see --append.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = heading::BOOT)]
     pub cmdline: Option<String>,
 

@@ -14,6 +14,7 @@ use bantam_vmm::config::{MachineTable, read_text_file};
 use super::args::{CreateArgs, DefineArgs, RenameArgs, UndefineArgs};
 use super::domain::define_domain;
 use super::machine;
+use crate::default_kernel;
 use crate::message::say;
 
 pub fn create(args: CreateArgs) -> anyhow::Result<()> {
@@ -21,6 +22,7 @@ pub fn create(args: CreateArgs) -> anyhow::Result<()> {
     if let Some(file) = &args.config {
         table = table.over(MachineTable::from_file(file)?);
     }
+    let table = default_kernel::complete(table, args.first_boot.has_image())?;
     let mut config = table.over(defaults()?).into_config()?;
     config.rebase_paths(&env::current_dir().context("cannot find the current folder")?);
     let manager = Manager::of_user()?;

@@ -69,6 +69,11 @@ pub struct FirstBootArgs {
 }
 
 impl FirstBootArgs {
+    /// Whether the machine is made of an image.
+    pub fn has_image(&self) -> bool {
+        self.image.is_some()
+    }
+
     /// Reads the files that are named, and returns what the machine is made of.
     pub fn into_provision(self, manager: &Manager) -> anyhow::Result<Provision> {
         let has_seed = self.image.is_some()

@@ -18,7 +18,7 @@ use bantam_memory::{FilePosition, GuestBuffers};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::direct_file::DirectFile;
-use crate::file::ZEROES;
+use crate::file::{HostFile, ImageFile, ZEROES};
 use bounce::Zeroes;
 use geometry::measure;
 
@@ -291,6 +291,17 @@ impl DiskFile {
             return;
         }
         fill_from(self.length.load(Ordering::Relaxed), buffers, offset);
+    }
+
+    /// Fills `bytes` with those from `offset` on. Bytes beyond the end of the image read as zeroes.
+    ///
+    /// # Errors
+    /// If the host cannot read them.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match self.direct_file()? {
+            Some(direct) => direct.read_at(bytes, offset),
+            None => HostFile::new(self.file.try_clone()?).read_at(bytes, offset),
+        }
     }
 
     /// Fills `buffers` with the bytes from `offset` on.

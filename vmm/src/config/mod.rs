@@ -390,6 +390,11 @@ impl MachineConfig {
         .chain(channels)
     }
 
+    /// Whether the default kernel command line names the first disk, or a partition of it, as the root file system.
+    pub(crate) fn boots_from_first_disk(&self) -> bool {
+        self.cmdline.is_none() && self.initrd.is_none() && !self.disks.is_empty()
+    }
+
     /// Whether the serial port, the console or a channel leads to standard input and output.
     pub fn uses_stdio(&self) -> bool {
         self.streams().any(|(_, end)| *end == SerialConfig::Stdio)

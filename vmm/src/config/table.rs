@@ -92,6 +92,11 @@ impl MachineTable {
         Self(table)
     }
 
+    /// Whether the source has this key.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
     /// Returns what the exit status of the program is about.
     pub fn exit_status(&self) -> ExitStatus {
         let status = self.0.get("exit-status").cloned();

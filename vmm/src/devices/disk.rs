@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use bantam_boot::find_root_partition;
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::owner::DeviceHandle;
 use bantam_storage::{CacheMode, Disk, DiskOptions, ImageFormat, LockMode};
@@ -20,6 +21,9 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     disks
         .map(|(index, disk)| {
             let image = Disk::open_by(opening.opener, &disk.path, &disk_options(disk))?;
+            if index == 0 && config.boots_from_first_disk() {
+                opening.root_partition = root_partition(&image);
+            }
             let name = disk.device_name(index);
             let options = block_options(disk, vcpu_count);
             // The guest reads it as the serial number.
@@ -46,6 +50,16 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
             Ok(build)
         })
         .collect()
+}
+
+/// Returns the number of the partition with the root file system, if the disk has partitions.
+fn root_partition(disk: &Disk) -> Option<u32> {
+    let read = |bytes: &mut [u8], offset| disk.read_at(bytes, offset);
+    find_root_partition(disk.logical_block_size(), read).unwrap_or_else(|error| {
+        let path = disk.path().display();
+        tracing::warn!("cannot look for partitions of disk '{path}': {error}");
+        None
+    })
 }
 
 fn block_options(config: &DiskConfig, vcpu_count: u8) -> BlockOptions {

@@ -42,6 +42,8 @@ pub(crate) struct Opening<'a> {
     /// The program's end, until one of the streams has taken it.
     pub(crate) stdio: &'a mut Console,
     pub(crate) metadata: Option<&'a MachineMetadata>,
+    /// The partition of the first disk with the root file system, when that disk has been opened.
+    pub(crate) root_partition: Option<u32>,
 }
 
 /// Gives a device its place in the machine. All its files, sockets and taps are open.
