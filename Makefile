@@ -9,7 +9,7 @@ TARGET := x86_64-unknown-linux-gnu
 TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
 BANTAM := $(TARGET_DIR)/$(TARGET)/release/bantam
 # Crates that are built for a guest, outside the workspace.
-GUEST_CRATES := tests/agent tests/payloads
+GUEST_CRATES := sysprep/helper tests/agent tests/payloads
 PREFIX ?= /usr/local
 # Whether to install a kernel, which takes some minutes to build.
 KERNEL ?= yes
@@ -85,9 +85,10 @@ kernel: ## Build the kernel that machines boot by default (once, cached)
 	@resources/install-packages.sh kernel
 	$(GUEST) kernel distribution
 
-install: build $(INSTALLED_KERNEL) ## Install bantam, its documentation and its kernel under PREFIX (KERNEL=no: no kernel)
+install: build $(INSTALLED_KERNEL) ## Install bantam, its documentation, its kernel and its helper machine under PREFIX (KERNEL=no: no kernel)
+	sysprep=$$($(GUEST) sysprep)
 	$(if $(INSTALLED_KERNEL),mapfile -t kernel < <($(GUEST) kernel distribution),kernel=())
-	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)" "$${kernel[@]}"
+	resources/install.sh $(BANTAM) "$(DESTDIR)$(PREFIX)" "$$sysprep" "$${kernel[@]}"
 
 build-packages:
 	@resources/install-packages.sh build

@@ -49,22 +49,25 @@ struct Kernel<'a> {
 pub fn find() -> Option<PathBuf> {
     match env::var_os(VARIABLE) {
         Some(kernel) if !kernel.is_empty() => Some(kernel.into()),
-        _ => {
-            let program = env::current_exe().ok();
-            installed(program.as_deref(), &DATA_FOLDERS.map(Path::new))
-        }
+        _ => find_data(FILE),
     }
 }
 
-/// Finds the kernel beside `program`, or else in one of the folders for data.
-fn installed(program: Option<&Path>, data_folders: &[&Path]) -> Option<PathBuf> {
+/// Finds a file that was installed with this program or on this host, by its path below a folder for data.
+pub fn find_data(file: &str) -> Option<PathBuf> {
+    let program = env::current_exe().ok();
+    installed(file, program.as_deref(), &DATA_FOLDERS.map(Path::new))
+}
+
+/// Finds a file beside `program`, or else in one of the folders for data.
+fn installed(file: &str, program: Option<&Path>, data_folders: &[&Path]) -> Option<PathBuf> {
     let prefix = program.and_then(Path::parent).and_then(Path::parent);
     let own = prefix.map(|prefix| prefix.join("share"));
     let folders = own.iter().map(PathBuf::as_path);
-    let mut kernels = folders
+    let mut files = folders
         .chain(data_folders.iter().copied())
-        .map(|folder| folder.join(FILE));
-    kernels.find(|kernel| kernel.is_file())
+        .map(|folder| folder.join(file));
+    files.find(|file| file.is_file())
 }
 
 #[cfg(test)]
@@ -80,7 +83,7 @@ mod tests {
         let host = TempDir::new().unwrap();
         let data = host.path().join("data");
         let program = host.path().join("own/bin/bantam");
-        let find = || installed(Some(&program), &[&data]);
+        let find = || installed(FILE, Some(&program), &[&data]);
         assert_eq!(find(), None);
         for prefix in [data.as_path(), &host.path().join("own/share")] {
             let kernel = prefix.join(FILE);
@@ -92,7 +95,7 @@ mod tests {
             fs::write(&kernel, "").unwrap();
             assert_eq!(find(), Some(kernel));
         }
-        assert_eq!(installed(None, &[&data]), Some(data.join(FILE)));
+        assert_eq!(installed(FILE, None, &[&data]), Some(data.join(FILE)));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use bantam_seed::HostName;
 use bantam_storage::Options;
 use bantam_storage::tools::{self, CopyOptions, Format, Job, NewContent, Opened, Purpose, open};
+use bantam_sysprep::Report;
 use bantam_vmm::config::{DiskConfig, DiskFormatOption, MachineConfig};
 
 use crate::definition::{Settings, machine_file, parse_machine_file};
@@ -24,6 +25,7 @@ use crate::manager::Manager;
 use crate::name::{MAX_LEN, MachineName};
 use crate::provision::renew_seed;
 use crate::snapshots::{MachineSnapshot, SnapshotPlan};
+use crate::sysprep::{ACTION as RESET, IdentityReset, reset_clone};
 
 /// Zeroes of this length and alignment take no room in a copy.
 const SPARSE: u64 = 4096;
@@ -44,24 +46,29 @@ pub struct ClonedMachine {
     pub machine: Machine,
     /// Sockets and files of the host that lead to the guest, and where they are for the copy.
     pub moved: Vec<(PathBuf, PathBuf)>,
+    /// What was done to the identity of the system on its disks, if that was reset.
+    pub report: Option<Report>,
 }
 
 impl Manager {
     /// Makes a machine that is like `source`, with disks of its own; `job` is told how far the copy of each is. It has another
     /// id, from which its MAC addresses derive, and a disk for cloud-init, if there is one, with another instance id and host
-    /// name. The disks of a source that runs are as they would be if its power were cut now.
+    /// name. The disks of a source that runs are as they would be if its power were cut now. With `reset`, the identity of the
+    /// system on them is reset.
     ///
     /// The command can be killed at any time: the copy exists as a whole or not at all. A source that runs may keep a snapshot
     /// then, whose description names the copy.
     ///
     /// # Errors
     /// If `source` has a managed save, or is to be linked and is not a template, there is a machine of that name,
-    /// the copy is cancelled, another command is at work on `source`, or the host does not let the copy be kept.
+    /// the copy is cancelled, the identity cannot be reset, another command is at work on `source`, or the host does not let the
+    /// copy be kept.
     pub fn clone_machine(
         &self,
         source: &Machine,
         name: &MachineName,
         storage: CloneStorage,
+        reset: Option<&IdentityReset>,
         job: Job<'_>,
     ) -> Result<ClonedMachine, Error> {
         const ACTION: &str = "clone";
@@ -124,21 +131,35 @@ impl Manager {
                 settings.instance_id = Some(id);
             }
             source.copy_document(&new.folder)?;
-            write_new(&new.folder, &machine_file(&config), &settings)?;
-            Ok(moved)
+            Ok((moved, config, settings))
         });
         let thawed = match frozen {
             Some(frozen) => source.delete_snapshot_with(&change, &frozen.name),
             None => Ok(()),
         };
-        let finished = made.and_then(|moved| {
+        let finished = made.and_then(|(moved, mut config, settings)| {
             thawed?;
+            let report = reset.map(|reset| {
+                let host_name = HostName::from_name(name.as_str());
+                let reset = IdentityReset {
+                    host_name: reset.host_name.clone().or(host_name),
+                    ..reset.clone()
+                };
+                reset_clone(&mut config, &new.folder, &reset, job.cancelled)?
+                    .map_err(|reason| target.refused(RESET, reason))
+            });
+            let report = report.transpose()?;
+            write_new(&new.folder, &machine_file(&config), &settings)?;
             let _all = self.lock_all()?;
             if let Some(found) = self.find_folded(name)? {
                 return Err(Error::Exists { found });
             }
             let machine = self.put_in_place(&new.folder, name)?;
-            Ok(ClonedMachine { machine, moved })
+            Ok(ClonedMachine {
+                machine,
+                moved,
+                report,
+            })
         });
         if finished.is_err() {
             // The first error says more.

@@ -53,6 +53,7 @@ mod snapshots;
 mod start;
 mod states;
 mod store;
+mod sysprep;
 mod usage;
 
 pub use clone::{CloneStorage, ClonedMachine};
@@ -70,4 +71,5 @@ pub use saved::saved_machine;
 pub use snapshots::{KeptDisk, MachineSnapshot, SnapshotPlan};
 pub use start::StartOptions;
 pub use store::{Checksum, StoredImage};
+pub use sysprep::{Helper, IdentityReset, reset_identity_of_image};
 pub use usage::{DiskUsage, NetworkUsage, Rates, Usage};

@@ -44,6 +44,8 @@ pub(crate) mod file {
     pub(crate) const MERGING: &str = "merging";
     /// Overlays of disks.
     pub(crate) const DISKS: &str = "disks";
+    /// Overlays of disks with another identity.
+    pub(crate) const SYSPREP: &str = "sysprep";
 }
 
 /// How long a process may hold a lock that is about to be released.

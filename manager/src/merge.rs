@@ -219,7 +219,7 @@ impl Machine {
 }
 
 /// Copies what the image of `disk` holds into its backing file.
-fn commit(disk: &DiskConfig) -> Result<(), Error> {
+pub(crate) fn commit(disk: &DiskConfig) -> Result<(), Error> {
     let refused = |reason: String| Error::Image {
         path: disk.path.display().to_string(),
         reason,

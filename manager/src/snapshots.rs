@@ -246,6 +246,7 @@ impl Machine {
     /// another one is taken back, and one that was being deleted is gone.
     pub(crate) fn mend(&self, _change: &Change) -> Result<(), Error> {
         self.mend_merge()?;
+        self.mend_identity()?;
         let folder = self.file(file::SNAPSHOTS);
         let Ok(entries) = fs::read_dir(&folder) else {
             return Ok(());

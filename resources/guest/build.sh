@@ -7,6 +7,7 @@
 #   build.sh kernel distribution vmlinux and its configuration: the kernel that is installed with Bantam
 #   build.sh bzimages            the small kernel's bzImage in every compression format
 #   build.sh rootfs              rootfs.ext4 and initrd.cpio
+#   build.sh sysprep             sysprep.cpio, the initrd of the helper machine
 #   build.sh all                 all of these
 #   build.sh run                 what "make run" boots on this host: a kernel, an initrd if the kernel
 #                                needs one, and rootfs.ext4
@@ -22,6 +23,7 @@ shopt -s inherit_errexit
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 agent=$(cd -- "$here/../../tests/agent" && pwd)
+sysprep=$(cd -- "$here/../../sysprep" && pwd)
 cache=${BANTAM_CACHE:-${XDG_CACHE_HOME:-${HOME:-~}/.cache}/bantam}
 
 linux=6.12
@@ -303,6 +305,28 @@ build_rootfs() {
     make_initrd "$root/sbin/init" >"$work/result/initrd.cpio"
 }
 
+sysprep() {
+    local inputs
+    command -v cargo >/dev/null || die "missing cargo, see https://rustup.rs"
+    inputs=$(sysprep_inputs)
+    artefact sysprep "$inputs" build_sysprep
+}
+
+sysprep_inputs() {
+    (cd -- "$sysprep" && sha256sum -- Cargo.toml helper/Cargo.toml helper/Cargo.lock $(find src helper/src -name '*.rs' | sort))
+    declare -f build_sysprep make_initrd cpio_entry cpio_end cpio_pad
+}
+
+build_sysprep() {
+    follow "sysprep: compiling the helper" \
+        env CARGO_TARGET_DIR="$work/target" \
+        RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
+        cargo build --manifest-path "$sysprep/helper/Cargo.toml" --locked --release \
+        --target x86_64-unknown-linux-gnu
+    make_initrd "$work/target/x86_64-unknown-linux-gnu/release/bantam-sysprep-helper" \
+        >"$work/result/sysprep.cpio"
+}
+
 # Without a journal, checksums and lazy initialization: a guest that runs for a second does not need
 # them, and each makes mounting slower.
 make_ext4() {
@@ -357,6 +381,10 @@ case ${*:-} in
         rootfs
         printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
         ;;
+    sysprep)
+        sysprep
+        printf '%s\n' "$folder/sysprep.cpio"
+        ;;
     run)
         if has_hardware_virtualization; then
             "$here/debian-kernel.sh"
@@ -378,6 +406,11 @@ case ${*:-} in
         printf '%s\n' "$folder"/{vmlinux,config}-*
         rootfs
         printf '%s\n' "$folder"/{rootfs.ext4,initrd.cpio}
+        sysprep
+        printf '%s\n' "$folder/sysprep.cpio"
+        ;;
+    "packages kernel")
+        printf '%s\n' "${kernel_packages[@]}"
         ;;
     "packages kernel")
         printf '%s\n' "${kernel_packages[@]}"

@@ -148,6 +148,15 @@ impl Default for RootFileSystem {
     }
 }
 
+/// Returns the path of the initrd of the helper machine that resets identities.
+///
+/// # Panics
+///
+/// If it cannot be built.
+pub fn sysprep_initrd() -> PathBuf {
+    file_named("sysprep.cpio", &guest_script("build.sh", &["sysprep"]))
+}
+
 /// Returns the root file system of Debian with cloud-init, which takes root to make and to copy.
 ///
 /// # Panics

@@ -30,7 +30,7 @@ mod workload;
 pub use api::{Answer, ApiClient};
 pub use api_machine::{ApiMachine, bare_metal_boot_source};
 pub use artefacts::{
-    Kernel, RootFileSystem, bzimages, debian_kernel, debian_root, monitor, payload,
+    Kernel, RootFileSystem, bzimages, debian_kernel, debian_root, monitor, payload, sysprep_initrd,
 };
 pub use huge_pages::HugePagePool;
 pub use images::{BzImage, Compression, elf_kernel};

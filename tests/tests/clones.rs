@@ -107,7 +107,7 @@ fn a_clone_is_another_instance_for_cloud_init() {
     let first_boot = ["--image", text(&base), "--run", "true", "--net", "user"];
     machines.create("web", "hello", "finish=hang", &first_boot);
     machines.done(&["template", "web"]);
-    machines.done(&["clone", "web", "copy"]);
+    machines.done(&["clone", "web", "copy", "--keep-identity"]);
     machines.done(&["clone", "copy", "third"]);
     let facts = |name: &str| {
         let id = machines.json(&["dominfo", name])["instance-id"].clone();
@@ -153,7 +153,7 @@ fn a_clone_is_renamed_and_a_template_with_clones_is_not() {
     machines.done(&["rename", "copy", "other"]);
     assert!(source(&machines, "other", 0).starts_with(machines.of_machine("other")));
     machines.done(&["template", "other"]);
-    machines.done(&["clone", "other", "linked"]);
+    machines.done(&["clone", "other", "linked", "--keep-identity"]);
     let line = machines.refused(&["rename", "other", "third"]);
     assert!(
         line.contains("other machines need its disks: linked; "),
@@ -311,8 +311,8 @@ fn a_template_is_not_started_but_cloned() {
     assert!(line.contains("it is a template"), "{line}");
     assert!(line.contains("bantam clone base"), "{line}");
 
-    machines.done(&["clone", "base", "one", "--start"]);
-    machines.done(&["clone", "base", "two", "--full"]);
+    machines.done(&["clone", "base", "one", "--keep-identity", "--start"]);
+    machines.done(&["clone", "base", "two", "--keep-identity", "--full"]);
     assert_eq!(machines.state("one"), "running (booted)");
     let overlay = source(&machines, "one", 0);
     machines.done(&["destroy", "one"]);

@@ -11,6 +11,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::first_boot::FirstBootArgs;
 use super::images::ImagesArgs;
+use super::sysprep::{OperationArgs, SysprepArgs};
 use crate::args::MachineArgs;
 
 #[derive(Debug, Subcommand)]
@@ -33,8 +34,14 @@ pub enum NamedCommand {
     /// Makes a named machine that is like another, with disks of its own
     ///
     /// The other one must not run. Its disks are copied, or shared block by block if the file system can. Those of a template
-    /// are the base of overlays, so that a clone takes no time and little room.
+    /// are the base of overlays, so that a clone takes no time and little room. The identity of the system on the disks of a
+    /// template's clone is reset: host name, machine id, SSH host keys, UUIDs. See docs/identity.md.
     Clone(CloneArgs),
+    /// Resets the identity of the system on the disks of a machine that does not run, or on a disk image
+    ///
+    /// Host name, machine id, SSH host keys, UUIDs and other things that two systems must not have in common are changed inside
+    /// a small helper machine. If it fails, nothing is changed. See docs/identity.md.
+    Sysprep(Box<SysprepArgs>),
     /// Makes a named machine a template, which is not started but cloned
     Template(TemplateArgs),
     /// Keeps images that machines are made of: adds, lists and removes them
@@ -255,6 +262,14 @@ pub struct CloneArgs {
     /// Copy the disks; the default for other machines
     #[arg(long)]
     pub full: bool,
+    /// Reset the identity of the system on the disks, as bantam sysprep does; the default for templates
+    #[arg(long)]
+    pub reset_identity: bool,
+    /// Leave the identity that of the template
+    #[arg(long, conflicts_with_all = ["reset_identity", "operations"])]
+    pub keep_identity: bool,
+    #[command(flatten)]
+    pub chosen: OperationArgs,
     /// Start the new machine
     #[arg(long)]
     pub start: bool,

@@ -7,6 +7,8 @@ use bantam_storage::tools::Job;
 
 use super::args::{CloneArgs, TemplateArgs};
 use super::create::start_new;
+use super::print;
+use super::sysprep::text_of;
 use crate::image::{Progress, cancel_on_signal};
 use crate::message::say;
 
@@ -14,18 +16,34 @@ pub fn clone(args: &CloneArgs) -> anyhow::Result<()> {
     let cancelled = cancel_on_signal()?;
     let manager = Manager::of_user()?;
     let source = manager.machine(&args.name)?;
+    let is_template = source.settings()?.template;
     let storage = match (args.linked, args.full) {
         (true, _) => CloneStorage::Linked,
         (_, true) => CloneStorage::Full,
-        _ if source.settings()?.template => CloneStorage::Linked,
+        _ if is_template => CloneStorage::Linked,
         _ => CloneStorage::Full,
     };
+    let is_chosen = args.reset_identity || args.chosen.operations.is_some();
+    let reset =
+        match is_chosen || (is_template && !args.keep_identity) {
+            true => Some(args.chosen.to_reset(None).map_err(|error| {
+                match is_chosen {
+            true => error,
+            false => error.context(format!(
+                "cannot reset the identity of the system (--keep-identity leaves it that of '{}')",
+                args.name
+            )),
+        }
+            })?),
+            false => None,
+        };
     let shown = storage == CloneStorage::Full && io::stdout().is_terminal();
     let progress = Progress::new(shown);
     let cloned = manager.clone_machine(
         &source,
         &args.new_name,
         storage,
+        reset.as_ref(),
         Job {
             progress: &|share| progress.set(share),
             cancelled,
@@ -33,6 +51,9 @@ pub fn clone(args: &CloneArgs) -> anyhow::Result<()> {
     );
     drop(progress);
     let cloned = cloned?;
+    if let Some(report) = &cloned.report {
+        print(&text_of(report))?;
+    }
     for (old, new) in &cloned.moved {
         say(format_args!(
             "what '{}' is for machine '{}' is '{}' for machine '{}'",

@@ -21,6 +21,7 @@ mod process;
 mod save;
 mod snapshot;
 mod stats;
+mod sysprep;
 mod top;
 
 use std::io::{self, Write};
@@ -63,6 +64,7 @@ fn execute_command(command: NamedCommand) -> anyhow::Result<()> {
         NamedCommand::Undefine(args) => create::undefine(&args),
         NamedCommand::Rename(args) => create::rename(&args),
         NamedCommand::Clone(args) => clone::clone(&args),
+        NamedCommand::Sysprep(args) => sysprep::sysprep(&args),
         NamedCommand::Template(args) => clone::template(&args),
         NamedCommand::Images(args) => images::images(*args),
         NamedCommand::List(args) => list::list(&args),

@@ -379,7 +379,7 @@ fn copies(bantam: &Bantam<'_>, folder: &Path, report: &mut Report) {
         ];
         created.push(bantam.time(&words));
         bantam.time(&["template", &web]);
-        cloned.push(bantam.time(&["clone", &web, &copy]));
+        cloned.push(bantam.time(&["clone", &web, &copy, "--keep-identity"]));
         for name in [&copy, &web] {
             bantam.time(&["undefine", name, "--remove-all-storage"]);
         }
