@@ -82,7 +82,7 @@ pub use bantam_usernet::{ForwardedPort, OpenError as UserNetworkError, Protocol}
 pub use command::{Answer, Command, DiskSnapshot, ForkDescriptors, Forked, ShutDown};
 pub use console::Console;
 pub use controller::Controller;
-pub use devices::{Stream, check_disk};
+pub use devices::{Stream, check_disk, disk_files};
 pub use error::Error;
 pub use events::{Event, Events};
 pub use exit_reason::ExitReason;
