@@ -70,7 +70,7 @@ pub fn confinement(args: &ApiArgs) -> Confinement {
             streams: true,
             ..Networks::default()
         },
-        files: Some(Files::all()),
+        files: args.landlock.then(Files::all),
         coredump: args.coredump,
     }
 }

@@ -340,9 +340,13 @@ pub struct ApiArgs {
     pub mmds_size_limit: Option<usize>,
 
     /// What happens at a system call that a thread of Bantam never makes, as for bantam run
-    #[arg(long, value_name = "kill|log|off", default_value_t, hide_possible_values = true,
+    #[arg(long, value_name = "kill|log|off", default_value = "off", hide_possible_values = true,
         value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
     pub seccomp: Seccomp,
+
+    /// Whether Bantam is kept from executing programs and making device files: on or off
+    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, value_parser = switch())]
+    pub landlock: bool,
 
     /// Whether the host may write a core dump of the process: on or off, as for bantam run
     #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, value_parser = switch())]

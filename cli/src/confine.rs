@@ -132,7 +132,7 @@ impl ThreadHook for Filters {
             ThreadRole::Image(_) | ThreadRole::Job(_) => Role::Image,
             ThreadRole::Memory => Role::Memory,
             ThreadRole::Debugger => Role::Debugger,
-            // It is confined as the process is.
+            // A recorder, which writes a file: it is confined as the process is.
             _ => return Ok(()),
         })
     }

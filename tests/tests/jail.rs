@@ -6,12 +6,18 @@ use std::path::{Path, PathBuf};
 use bantam_tests::{Bantam, Running, require_kvm};
 use nix::unistd::Pid;
 
-/// Starts a machine that waits for its end, with a disk and a thread for it.
+/// A machine that waits for its end, with a disk and a thread for it.
 fn machine(disk: &Path) -> Bantam {
     fs::write(disk, vec![0; 1 << 20]).unwrap();
     Bantam::payload("hello")
         .append("finish=hang")
         .disk(disk, ",iothread=on")
+}
+
+fn confined(disk: &Path) -> Bantam {
+    machine(disk)
+        .option("--seccomp", "kill")
+        .option("--landlock", "on")
 }
 
 fn running(bantam: Bantam) -> Running {
@@ -42,7 +48,7 @@ fn threads(pid: Pid, key: &str) -> Vec<(String, String)> {
 fn every_thread_has_filters_and_cannot_gain_privileges() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
-    let running = running(machine(&folder.path().join("disk")));
+    let running = running(confined(&folder.path().join("disk")));
     let filters = threads(running.pid(), "Seccomp_filters");
     let count = |name: &str| {
         let found = filters.iter().find(|(it, _)| it == name);
@@ -68,7 +74,7 @@ fn without_filters_there_are_none() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let machine = machine(&folder.path().join("disk"));
-    let running = running(machine.option("--seccomp", "off").option("--landlock", "off"));
+    let running = running(machine);
     for (name, value) in threads(running.pid(), "Seccomp") {
         assert_eq!(value, "0", "{name}");
     }
@@ -79,7 +85,7 @@ fn no_descriptor_is_passed_on_and_the_environment_is_cleared() {
     require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let secret = "BNTM_TEST_SECRET=of-the-user";
-    let machine = machine(&folder.path().join("disk"));
+    let machine = confined(&folder.path().join("disk"));
     let running = running(machine.launcher(["env", secret]));
     let pid = running.pid();
     let descriptors = fs::read_dir(of_process(pid, "fdinfo")).unwrap();
@@ -107,7 +113,7 @@ fn there_is_no_core_dump_unless_it_is_wanted() {
         let words: Vec<_> = line.unwrap().split_whitespace().map(str::to_owned).collect();
         words[4..6].to_vec()
     };
-    let hidden = running(machine(&folder.path().join("disk0")));
+    let hidden = running(confined(&folder.path().join("disk0")));
     assert_eq!(limit(hidden.pid()), ["0", "0"]);
     let machine = machine(&folder.path().join("disk1")).option("--coredump", "on");
     let shown = running(machine.launcher(["prlimit", "--core=4096:4096"]));

@@ -69,7 +69,7 @@ fn every_option_reaches_the_machine() {
         "--exit-status=monitor",
         "--host-workarounds=off",
         "--seccomp=log",
-        "--landlock=off",
+        "--landlock=on",
         "--coredump=on",
         "--gdb=unix:g.sock",
         "--log=off",
@@ -104,7 +104,7 @@ fn every_option_reaches_the_machine() {
         exit_status: ExitStatus::Monitor,
         host_workarounds: false,
         seccomp: Seccomp::Log,
-        landlock: false,
+        landlock: true,
         coredump: true,
         gdb: Some("unix:g.sock".parse().unwrap()),
         ..MachineConfig::new("k")

@@ -81,6 +81,7 @@ fn sockets(role: Role, networks: Networks) -> impl Iterator<Item = &'static [Rul
             is_program && networks.interfaces,
             other_roles::INTERFACES,
         ),
+        (is_server && networks.user, other_roles::NAME_SERVERS),
         (is_program && networks.namespace, other_roles::NAMESPACE),
         (
             is_program || is_server && networks.streams,

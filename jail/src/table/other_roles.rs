@@ -1,12 +1,17 @@
 //! What threads of a machine do besides what every thread does.
 
-use super::Rule::{self, Among, Call};
+use super::Rule::{self, Among, Bits, Call};
 use super::requests::*;
 
 /// A vCPU: it raises interrupts and wakes event loops, by events that are there already.
 pub(super) const VCPU: &[Rule] = &[
     Call(libc::SYS_epoll_ctl),
+    Call(libc::SYS_timerfd_create),
     Call(libc::SYS_timerfd_settime),
+    Call(libc::SYS_eventfd2),
+    Call(libc::SYS_rt_sigtimedwait),
+    Among(libc::SYS_prlimit64, 0, &[0]),
+    Among(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]),
 ];
 
 /// Devices: an event loop, and transfers on descriptors that are open.
@@ -35,6 +40,7 @@ pub(super) const DEVICES: &[Rule] = &[
         TUNSETTXFILTER,
         TUNSETQUEUE,
         TIOCOUTQ,
+        FIONBIO,
     ]),
 ];
 
@@ -52,6 +58,8 @@ pub(super) const IMAGE: &[Rule] = &[
     Call(libc::SYS_fallocate),
     Call(libc::SYS_ftruncate),
     Call(libc::SYS_fstat),
+    Call(libc::SYS_newfstatat),
+    Call(libc::SYS_statx),
     Call(libc::SYS_io_uring_enter),
     Among(libc::SYS_io_uring_register, 1, &[UNREGISTER_FILES]),
     Call(libc::SYS_eventfd2),
@@ -92,8 +100,10 @@ pub(super) const DEBUGGER: &[Rule] = &[
     Call(libc::SYS_accept4),
     Call(libc::SYS_recvfrom),
     Call(libc::SYS_sendto),
+    Call(libc::SYS_getsockname),
     Call(libc::SYS_setsockopt),
     Call(libc::SYS_shutdown),
+    Among(libc::SYS_ioctl, 1, &[FIONBIO]),
 ];
 
 /// Unix sockets.
@@ -112,6 +122,14 @@ pub(super) const IP_SOCKETS: &[Rule] = &[
     Call(libc::SYS_listen),
     Call(libc::SYS_connect),
 ];
+
+/// The name servers of the host, whose file a user network reads again when it has changed.
+pub(super) const NAME_SERVERS: &[Rule] = &[Bits {
+    call: libc::SYS_openat,
+    argument: 2,
+    set: 0,
+    clear: (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u64,
+}];
 
 /// Interfaces of the host: taps, and what netlink says about them.
 pub(super) const INTERFACES: &[Rule] = &[

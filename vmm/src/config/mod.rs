@@ -186,7 +186,7 @@ pub struct MachineConfig {
     pub seccomp: Seccomp,
     /// Whether the process can open those files only that its machine uses.
     pub landlock: bool,
-    /// Whether the host may write a core dump of the process, which has the guest's memory.
+    /// Whether the host may write a core dump of the process.
     pub coredump: bool,
     /// Where gdb can connect to debug the guest, which waits for it before its first instruction.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -228,7 +228,7 @@ impl MachineConfig {
             boot_timer: false,
             track_dirty_pages: false,
             seccomp: Seccomp::default(),
-            landlock: true,
+            landlock: false,
             coredump: false,
             gdb: None,
         }
