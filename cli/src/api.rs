@@ -68,10 +68,12 @@ pub fn confinement(args: &ApiArgs) -> Confinement {
         networks: Networks {
             interfaces: true,
             streams: true,
+            sockets: true,
             ..Networks::default()
         },
         files: args.landlock.then(Files::all),
         coredump: args.coredump,
+        is_visible: args.coredump,
     }
 }
 

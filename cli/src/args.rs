@@ -345,11 +345,13 @@ pub struct ApiArgs {
     pub seccomp: Seccomp,
 
     /// Whether Bantam is kept from executing programs and making device files: on or off
-    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, value_parser = switch())]
+    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, action = ArgAction::Set,
+        value_parser = switch())]
     pub landlock: bool,
 
     /// Whether the host may write a core dump of the process: on or off, as for bantam run
-    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, value_parser = switch())]
+    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, action = ArgAction::Set,
+        value_parser = switch())]
     pub coredump: bool,
 
     /// Has no effect: Bantam has filters of its own

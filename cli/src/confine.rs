@@ -30,8 +30,10 @@ pub struct Confinement {
     pub networks: Networks,
     /// The files that the process can open; all if there are no bounds.
     pub files: Option<Files>,
-    /// Whether the memory of the process may be seen from outside.
+    /// Whether the host may write a core dump of the process.
     pub coredump: bool,
+    /// Whether other processes of the user may look into this one.
+    pub is_visible: bool,
 }
 
 impl Confinement {
@@ -56,15 +58,28 @@ impl Confinement {
             networks: networks(config),
             files,
             coredump: config.coredump,
+            is_visible: config.coredump,
         }
+    }
+
+    /// Returns whether the process keeps a variable of its environment. A backtrace takes files, and memory that can be
+    /// executed, which a filter refuses while a panic is reported.
+    fn keeps(&self, name: &OsStr) -> bool {
+        let bytes = name.as_encoded_bytes();
+        bytes.starts_with(OWN_VARIABLES.as_bytes())
+            || KEPT_VARIABLES.iter().any(|kept| name == *kept)
+            || self.seccomp != Seccomp::Kill && name == "RUST_BACKTRACE"
     }
 
     /// Gives up all else, for good. The threads that are started from now on are confined with this one, the
     /// only one until now.
     pub fn enter(&self) -> anyhow::Result<()> {
         // SAFETY: there is no other thread yet.
-        unsafe { process::clear_environment(is_kept) };
+        unsafe { process::clear_environment(|name| self.keeps(name)) };
         if !self.coredump {
+            process::refuse_core_dumps().context("cannot forbid core dumps")?;
+        }
+        if !self.is_visible {
             // The kernel shows it to nobody afterwards, not even to this process. It is missed only if it is needed.
             let _ = host::open_page_map();
             process::hide_memory().context("cannot hide the memory of this process")?;
@@ -138,30 +153,53 @@ impl ThreadHook for Filters {
     }
 }
 
-fn is_kept(name: &OsStr) -> bool {
-    let is_own = name.as_encoded_bytes().starts_with(OWN_VARIABLES.as_bytes());
-    is_own || KEPT_VARIABLES.iter().any(|kept| name == *kept)
-}
-
 /// Returns what a machine needs of networks.
 fn networks(config: &MachineConfig) -> Networks {
     let ends = || config.nets.iter().map(|net| net.end());
     Networks {
         user: ends().any(|end| end == NetEnd::User),
         listens: matches!(config.gdb, Some(GdbConfig::Tcp(_))),
-        interfaces: ends()
-            .any(|end| matches!(end, NetEnd::Tap(_) | NetEnd::Descriptor(_) | NetEnd::Host(_))),
+        interfaces: ends().any(|end| {
+            matches!(
+                end,
+                NetEnd::Tap(_) | NetEnd::Descriptor(_) | NetEnd::Host(_)
+            )
+        }),
         namespace: config.nets.iter().any(|net| net.netns.is_some()),
         streams: config.vsock.is_some(),
+        sockets: has_sockets(config),
     }
+}
+
+/// Returns whether a machine listens on Unix sockets.
+fn has_sockets(config: &MachineConfig) -> bool {
+    let channels = config.channels.iter().map(|channel| &channel.end);
+    let mut ends = [&config.serial, &config.console]
+        .into_iter()
+        .chain(channels);
+    ends.any(|end| matches!(end, SerialConfig::Socket(_)))
+        || config.vsock.is_some()
+        || matches!(config.gdb, Some(GdbConfig::Unix(_)))
 }
 
 /// Adds the files of a machine to `files`.
 fn of_machine(config: &MachineConfig, mut files: Files) -> Files {
-    for path in ["/dev/kvm", "/dev/net/tun", "/dev/userfaultfd", "/dev/ptmx", "/dev/pts"] {
+    for path in [
+        "/dev/kvm",
+        "/dev/net/tun",
+        "/dev/userfaultfd",
+        "/dev/ptmx",
+        "/dev/pts",
+    ] {
         files = files.write(path);
     }
-    for path in ["/dev/urandom", "/dev/null", "/sys", "/proc/self", "/etc/localtime"] {
+    for path in [
+        "/dev/urandom",
+        "/dev/null",
+        "/sys",
+        "/proc/self",
+        "/etc/localtime",
+    ] {
         files = files.read(path);
     }
     files = files.read(&config.kernel);
@@ -177,7 +215,10 @@ fn of_machine(config: &MachineConfig, mut files: Files) -> Files {
         }
     }
     let channels = config.channels.iter().map(|channel| &channel.end);
-    for end in [&config.serial, &config.console].into_iter().chain(channels) {
+    for end in [&config.serial, &config.console]
+        .into_iter()
+        .chain(channels)
+    {
         match end {
             SerialConfig::File(path) => files = files.write(created(path)),
             SerialConfig::Socket(path) => files = files.folder(folder(path)),
@@ -196,7 +237,12 @@ fn of_machine(config: &MachineConfig, mut files: Files) -> Files {
         if net.end() == NetEnd::User {
             // The name servers of the host, which can change.
             files = files.tcp();
-            for path in ["/etc/resolv.conf", "/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf"] {
+            for path in [
+                "/etc/resolv.conf",
+                "/run/systemd/resolve",
+                "/run/NetworkManager",
+                "/run/resolvconf",
+            ] {
                 files = files.read(path);
             }
         }
@@ -211,7 +257,9 @@ fn of_machine(config: &MachineConfig, mut files: Files) -> Files {
 fn created(path: &Path) -> PathBuf {
     let mut options = OpenOptions::new();
     options.append(true).create(true);
-    let _ = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let _ = options
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
     path.to_owned()
 }
 

@@ -103,7 +103,11 @@ fn execute(command: Command) -> ExitCode {
         Command::Api(args) => {
             raise_descriptor_limit();
             let confined = api::confinement(&args).enter();
-            status_of(confined.and_then(|()| message::start()).and_then(|()| api::serve(&args)))
+            status_of(
+                confined
+                    .and_then(|()| message::start())
+                    .and_then(|()| api::serve(&args)),
+            )
         }
         Command::Control(args) => status_of(control::control(*args)),
         Command::Restore(args) => {

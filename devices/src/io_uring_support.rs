@@ -33,7 +33,10 @@ pub(crate) fn restricted_ring(
     }
     submitter.register_files(files)?;
     let registered = Flags::FIXED_FILE.bits();
-    let mut restrictions: Vec<_> = codes.iter().map(|&code| Restriction::sqe_op(code)).collect();
+    let mut restrictions: Vec<_> = codes
+        .iter()
+        .map(|&code| Restriction::sqe_op(code))
+        .collect();
     restrictions.push(Restriction::sqe_flags_required(registered));
     restrictions.push(Restriction::register_op(UNREGISTER_FILES));
     submitter.register_restrictions(&mut restrictions)?;

@@ -5,10 +5,10 @@ use std::process;
 
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
+use crate::FilterError;
 use crate::compile::{allowing, answering};
 use crate::role::{Networks, Role};
 use crate::table;
-use crate::FilterError;
 
 /// What happens when a thread makes a system call that its filter does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

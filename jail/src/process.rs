@@ -9,14 +9,21 @@ use std::ptr;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 
-/// Keeps the memory of this process out of reach: there is no core dump of it, and other processes of its user can
-/// neither trace it nor open the files in `/proc` that show it. So can the process itself, unless it is root's.
+/// Keeps the kernel from writing a core dump of this process.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn refuse_core_dumps() -> io::Result<()> {
+    Ok(setrlimit(Resource::RLIMIT_CORE, 0, 0)?)
+}
+
+/// Keeps the memory of this process out of reach: other processes of its user can neither trace it nor open the files in
+/// `/proc` that show what it has. Nor can the process itself open some of these, unless it is root's.
 ///
 /// # Errors
 /// If the kernel refuses.
 pub fn hide_memory() -> io::Result<()> {
-    prctl::set_dumpable(false)?;
-    Ok(setrlimit(Resource::RLIMIT_CORE, 0, 0)?)
+    Ok(prctl::set_dumpable(false)?)
 }
 
 /// Removes all variables from the environment that `keep` does not name, and overwrites them, so that what they hold

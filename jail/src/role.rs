@@ -47,6 +47,8 @@ pub struct Networks {
     pub interfaces: bool,
     /// A network namespace that taps are opened in.
     pub namespace: bool,
+    /// Unix sockets that the machine listens on, whose files its threads remove in the end.
+    pub sockets: bool,
     /// Unix sockets that the guest connects to, by its socket device.
     pub streams: bool,
 }

@@ -23,7 +23,8 @@ const NO_CALL: c_long = 0x3fff;
 pub fn report_violations() -> Result<(), FilterError> {
     // SAFETY: zeroes are a valid `sigaction`: no flags, an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = report as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize;
+    action.sa_sigaction =
+        report as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: the handler has the signature that SA_SIGINFO asks for, and calls only what a handler may call.
     let result = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()) };

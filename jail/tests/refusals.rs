@@ -37,13 +37,24 @@ struct Place {
 type Attempt = fn(&Place) -> io::Result<()>;
 
 const ATTEMPTS: [(&str, Attempt); 22] = [
-    ("read a file of the host", |_| File::open("/etc/passwd").map(drop)),
-    ("write to a neighbour of the image", |place| {
-        File::options().append(true).open(place.folder.join("neighbour")).map(drop)
+    ("read a file of the host", |_| {
+        File::open("/etc/passwd").map(drop)
     }),
-    ("create a file beside the image", |place| File::create(place.folder.join("new")).map(drop)),
-    ("remove a neighbour of the image", |place| fs::remove_file(place.folder.join("neighbour"))),
-    ("execute a program", |_| Command::new("/bin/true").status().map(drop)),
+    ("write to a neighbour of the image", |place| {
+        File::options()
+            .append(true)
+            .open(place.folder.join("neighbour"))
+            .map(drop)
+    }),
+    ("create a file beside the image", |place| {
+        File::create(place.folder.join("new")).map(drop)
+    }),
+    ("remove a neighbour of the image", |place| {
+        fs::remove_file(place.folder.join("neighbour"))
+    }),
+    ("execute a program", |_| {
+        Command::new("/bin/true").status().map(drop)
+    }),
     ("execute a program in its place", |_| {
         let arguments = [c"/bin/true".as_ptr(), ptr::null()];
         // SAFETY: the list has an end.
@@ -61,24 +72,57 @@ const ATTEMPTS: [(&str, Attempt); 22] = [
     ("connect to a server", |place| {
         TcpStream::connect((Ipv4Addr::LOCALHOST, place.port)).map(drop)
     }),
-    ("receive all frames", |_| call(libc::SYS_socket, [libc::AF_PACKET as c_long, libc::SOCK_RAW as c_long, 0, 0])),
-    ("trace another process", |_| {
-        call(libc::SYS_ptrace, [libc::PTRACE_ATTACH as c_long, parent(), 0, 0])
+    ("receive all frames", |_| {
+        call(
+            libc::SYS_socket,
+            [libc::AF_PACKET as c_long, libc::SOCK_RAW as c_long, 0, 0],
+        )
     }),
-    ("read memory of another process", |_| call(libc::SYS_process_vm_readv, [parent(), 0, 0, 0])),
-    ("end another process", |_| call(libc::SYS_kill, [parent(), libc::SIGCONT as c_long, 0, 0])),
+    ("trace another process", |_| {
+        call(
+            libc::SYS_ptrace,
+            [libc::PTRACE_ATTACH as c_long, parent(), 0, 0],
+        )
+    }),
+    ("read memory of another process", |_| {
+        call(libc::SYS_process_vm_readv, [parent(), 0, 0, 0])
+    }),
+    ("end another process", |_| {
+        call(libc::SYS_kill, [parent(), libc::SIGCONT as c_long, 0, 0])
+    }),
     ("mount a file system", |_| {
         // SAFETY: all texts have an end.
-        result(unsafe {
-            libc::mount(c"none".as_ptr(), c"/tmp".as_ptr(), c"tmpfs".as_ptr(), 0, ptr::null())
-        }.into())
+        result(
+            unsafe {
+                libc::mount(
+                    c"none".as_ptr(),
+                    c"/tmp".as_ptr(),
+                    c"tmpfs".as_ptr(),
+                    0,
+                    ptr::null(),
+                )
+            }
+            .into(),
+        )
     }),
-    ("load a program into the kernel", |_| call(libc::SYS_bpf, [0, 0, 0, 0])),
-    ("load a module", |_| call(libc::SYS_finit_module, [0, 0, 0, 0])),
-    ("use the kernel's keys", |_| call(libc::SYS_keyctl, [0, -4, 0, 0])),
-    ("make a user namespace", |_| call(libc::SYS_unshare, [libc::CLONE_NEWUSER as c_long, 0, 0, 0])),
-    ("enter a namespace", |_| call(libc::SYS_setns, [0, libc::CLONE_NEWNS as c_long, 0, 0])),
-    ("count events of the processor", |_| call(libc::SYS_perf_event_open, [0, 0, -1, -1])),
+    ("load a program into the kernel", |_| {
+        call(libc::SYS_bpf, [0, 0, 0, 0])
+    }),
+    ("load a module", |_| {
+        call(libc::SYS_finit_module, [0, 0, 0, 0])
+    }),
+    ("use the kernel's keys", |_| {
+        call(libc::SYS_keyctl, [0, -4, 0, 0])
+    }),
+    ("make a user namespace", |_| {
+        call(libc::SYS_unshare, [libc::CLONE_NEWUSER as c_long, 0, 0, 0])
+    }),
+    ("enter a namespace", |_| {
+        call(libc::SYS_setns, [0, libc::CLONE_NEWNS as c_long, 0, 0])
+    }),
+    ("count events of the processor", |_| {
+        call(libc::SYS_perf_event_open, [0, 0, -1, -1])
+    }),
     ("open a file by io_uring", |_| {
         let mut ring = IoUring::new(2)?;
         let current = types::Fd(libc::AT_FDCWD);
@@ -157,7 +201,10 @@ fn an_attempt() {
 /// What the monitor does all the time.
 const OTHER_ATTEMPTS: [(&str, Attempt); 1] = [("allocate memory and write", |_| {
     let bytes = vec![7_u8; 1 << 20];
-    assert_eq!(bytes.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 7 << 20);
+    assert_eq!(
+        bytes.iter().map(|&byte| u64::from(byte)).sum::<u64>(),
+        7 << 20
+    );
     Ok(())
 })];
 
@@ -197,8 +244,14 @@ fn a_thread_that_is_taken_over_comes_through_with_nothing() {
             let output = setting.attempt(role, name);
             let said = String::from_utf8_lossy(&output.stdout);
             let killed = output.status.signal() == Some(libc::SIGSYS);
-            println!("{role:?}: {name}: {}", if killed { "killed" } else { said.trim() });
-            assert!(killed || said.contains(REFUSED), "{role:?}: {name}: {output:?}");
+            println!(
+                "{role:?}: {name}: {}",
+                if killed { "killed" } else { said.trim() }
+            );
+            assert!(
+                killed || said.contains(REFUSED),
+                "{role:?}: {name}: {output:?}"
+            );
             assert!(!said.contains(DONE), "{role:?}: {name}: {said}");
         }
     }

@@ -22,7 +22,7 @@ fn confined(disk: &Path) -> Bantam {
 
 fn running(bantam: Bantam) -> Running {
     let running = bantam.start();
-    running.wait_for_output("Hello");
+    running.wait_for_output("hello");
     running
 }
 
@@ -58,7 +58,13 @@ fn every_thread_has_filters_and_cannot_gain_privileges() {
     let program = count("bantam");
     assert!(program > 0);
     // Each of these has its own filter beside those of the program.
-    for name in ["bantam-vcpu0", "bantam-devices", "bantam-io0", "console", "bantam-stderr"] {
+    for name in [
+        "bantam-vcpu0",
+        "bantam-devices",
+        "bantam-io0",
+        "console",
+        "bantam-stderr",
+    ] {
         assert!(count(name) > program, "{name}: {filters:?}");
     }
     for (name, value) in threads(running.pid(), "Seccomp") {
@@ -90,9 +96,18 @@ fn no_descriptor_is_passed_on_and_the_environment_is_cleared() {
     let pid = running.pid();
     let descriptors = fs::read_dir(of_process(pid, "fdinfo")).unwrap();
     for descriptor in descriptors.map(|entry| entry.unwrap().path()) {
-        let number: u32 = descriptor.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let number: u32 = descriptor
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
         let info = fs::read_to_string(&descriptor).unwrap();
-        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        let flags = info
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))
+            .unwrap();
         let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
         let target = fs::read_link(of_process(pid, &format!("fd/{number}"))).unwrap();
         let closes = flags & libc::O_CLOEXEC != 0;
@@ -109,8 +124,14 @@ fn there_is_no_core_dump_unless_it_is_wanted() {
     let folder = tempfile::tempdir().unwrap();
     let limit = |pid| {
         let limits = fs::read_to_string(of_process(pid, "limits")).unwrap();
-        let line = limits.lines().find(|line| line.starts_with("Max core file size"));
-        let words: Vec<_> = line.unwrap().split_whitespace().map(str::to_owned).collect();
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"));
+        let words: Vec<_> = line
+            .unwrap()
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
         words[4..6].to_vec()
     };
     let hidden = running(confined(&folder.path().join("disk0")));
@@ -130,5 +151,8 @@ fn there_is_no_core_dump_unless_it_is_wanted() {
             _ => largest,
         }
     });
-    assert!(largest.1.split_whitespace().any(|flag| flag == "dd"), "{largest:?}");
+    assert!(
+        largest.1.split_whitespace().any(|flag| flag == "dd"),
+        "{largest:?}"
+    );
 }

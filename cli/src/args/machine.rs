@@ -7,8 +7,7 @@ use std::str::FromStr;
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
     GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, Seccomp, SerialConfig,
-    ShutdownTimeout,
-    SmbiosConfig, VcpuCount, VsockConfig, path,
+    ShutdownTimeout, SmbiosConfig, VcpuCount, VsockConfig, path,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;

@@ -15,9 +15,9 @@ use nix::unistd::close;
 use super::args::ProcessArgs;
 use crate::confine::Confinement;
 use crate::exit_status::Ending;
+use crate::log::{self, LargeLog};
 use crate::main_loop::EndedBy;
 use crate::run::{self, Origin, Owner};
-use crate::log::{self, LargeLog};
 use crate::{message, raise_descriptor_limit, reason, report};
 
 /// Runs a named machine until it ends for good.
@@ -80,8 +80,12 @@ fn run_machine(
 ) -> anyhow::Result<u8> {
     let machine = process.machine();
     let (config, origin) = prepare(machine, from)?;
-    // Commands name files later.
-    Confinement::of_machine(&config, None).enter()?;
+    // Commands name files later, and find this process by its open files.
+    let confinement = Confinement {
+        is_visible: true,
+        ..Confinement::of_machine(&config, None)
+    };
+    confinement.enter()?;
     message::start()?;
     log::keep_small(log).context("cannot start the thread that keeps the log small")?;
     let owner = Background {

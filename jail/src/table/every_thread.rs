@@ -14,6 +14,12 @@ pub(super) const CALLS: &[Rule] = &[
     Call(libc::SYS_close),
     Call(libc::SYS_poll),
     Call(libc::SYS_ppoll),
+    // A build with checks looks whether a descriptor is open before it is closed.
+    Among(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_GETFD as u64, libc::F_GETFL as u64],
+    ),
     // Waiting.
     Call(libc::SYS_futex),
     Call(libc::SYS_clock_gettime),
@@ -53,9 +59,13 @@ pub(super) const CALLS: &[Rule] = &[
     Call(libc::SYS_set_robust_list),
     Call(libc::SYS_sched_getaffinity),
     Call(libc::SYS_getrandom),
-    Among(libc::SYS_prctl, 0, &[
-        libc::PR_SET_NAME as u64,
-        libc::PR_GET_NAME as u64,
-        libc::PR_SET_VMA as u64,
-    ]),
+    Among(
+        libc::SYS_prctl,
+        0,
+        &[
+            libc::PR_SET_NAME as u64,
+            libc::PR_GET_NAME as u64,
+            libc::PR_SET_VMA as u64,
+        ],
+    ),
 ];

@@ -75,7 +75,7 @@ pub(super) const VCPU: &[Rule] = &[Among(
         KVM_KVMCLOCK_CTRL,
         KVM_GET_DEVICE_ATTR,
         KVM_SET_DEVICE_ATTR,
-        // A kick asks how the vCPU fares.
-        KVM_CHECK_EXTENSION,
+        // The interval timer is made when the guest touches it first.
+        KVM_CREATE_PIT2,
     ],
 )];

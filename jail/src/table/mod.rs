@@ -50,9 +50,11 @@ pub(crate) fn rules(role: Role, networks: Networks) -> impl Iterator<Item = &'st
             program::CALLS,
             kvm::BUILD,
             kvm::VCPU,
+            other_roles::VCPU,
             other_roles::DEVICES,
             other_roles::IMAGE,
             other_roles::MEMORY,
+            other_roles::DEBUGGER,
         ],
         Role::Vcpu => &[kvm::VCPU, other_roles::VCPU],
         Role::Devices => &[other_roles::DEVICES, other_roles::IMAGE],
@@ -63,9 +65,7 @@ pub(crate) fn rules(role: Role, networks: Networks) -> impl Iterator<Item = &'st
     };
     let of_networks = sockets(role, networks);
     let all = [every_thread::CALLS].into_iter();
-    all.chain(own.iter().copied())
-        .chain(of_networks)
-        .flatten()
+    all.chain(own.iter().copied()).chain(of_networks).flatten()
 }
 
 /// Returns the sockets that are allowed to a role.
@@ -77,11 +77,12 @@ fn sockets(role: Role, networks: Networks) -> impl Iterator<Item = &'static [Rul
             is_server && networks.user || is_program && networks.listens,
             other_roles::IP_SOCKETS,
         ),
-        (
-            is_program && networks.interfaces,
-            other_roles::INTERFACES,
-        ),
+        (is_program && networks.interfaces, other_roles::INTERFACES),
         (is_server && networks.user, other_roles::NAME_SERVERS),
+        (
+            (is_server || role == Role::Debugger) && networks.sockets,
+            other_roles::SOCKET_FILES,
+        ),
         (is_program && networks.namespace, other_roles::NAMESPACE),
         (
             is_program || is_server && networks.streams,
@@ -100,5 +101,33 @@ pub(crate) fn answered(role: Role) -> &'static [(&'static [c_long], i32)] {
         // A worker whose ring has failed goes on without one.
         Role::Devices => &[(&[libc::SYS_io_uring_setup], libc::EPERM)],
         _ => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_may_do_what_the_threads_do_that_it_starts() {
+        for bits in 0..64_u8 {
+            let networks = Networks {
+                user: bits & 1 != 0,
+                listens: bits & 2 != 0,
+                interfaces: bits & 4 != 0,
+                namespace: bits & 8 != 0,
+                streams: bits & 16 != 0,
+                sockets: bits & 32 != 0,
+            };
+            let program: Vec<_> = rules(Role::Program, networks)
+                .map(|rule| format!("{rule:?}"))
+                .collect();
+            for role in Role::ALL {
+                for rule in rules(role, networks) {
+                    let rule = format!("{rule:?}");
+                    assert!(program.contains(&rule), "{role:?} {networks:?}: {rule}");
+                }
+            }
+        }
     }
 }

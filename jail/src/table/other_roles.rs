@@ -35,13 +35,17 @@ pub(super) const DEVICES: &[Rule] = &[
     Call(libc::SYS_setsockopt),
     Call(libc::SYS_getsockname),
     Call(libc::SYS_getpeername),
-    Among(libc::SYS_ioctl, 1, &[
-        TUNSETOFFLOAD,
-        TUNSETTXFILTER,
-        TUNSETQUEUE,
-        TIOCOUTQ,
-        FIONBIO,
-    ]),
+    Among(
+        libc::SYS_ioctl,
+        1,
+        &[
+            TUNSETOFFLOAD,
+            TUNSETTXFILTER,
+            TUNSETQUEUE,
+            TIOCOUTQ,
+            FIONBIO,
+        ],
+    ),
 ];
 
 /// Images of disks.
@@ -63,16 +67,16 @@ pub(super) const IMAGE: &[Rule] = &[
     Call(libc::SYS_io_uring_enter),
     Among(libc::SYS_io_uring_register, 1, &[UNREGISTER_FILES]),
     Call(libc::SYS_eventfd2),
-    Among(libc::SYS_ioctl, 1, &[
-        BLKGETSIZE64,
-        BLKDISCARD,
-        BLKZEROOUT,
-    ]),
-    Among(libc::SYS_fcntl, 1, &[
-        libc::F_GETFL as u64,
-        libc::F_OFD_SETLK as u64,
-        libc::F_OFD_GETLK as u64,
-    ]),
+    Among(libc::SYS_ioctl, 1, &[BLKGETSIZE64, BLKDISCARD, BLKZEROOUT]),
+    Among(
+        libc::SYS_fcntl,
+        1,
+        &[
+            libc::F_GETFL as u64,
+            libc::F_OFD_SETLK as u64,
+            libc::F_OFD_GETLK as u64,
+        ],
+    ),
 ];
 
 /// The memory of a snapshot, which userfaultfd asks for.
@@ -86,13 +90,17 @@ pub(super) const MEMORY: &[Rule] = &[
     Call(libc::SYS_mincore),
     Call(libc::SYS_recvmsg),
     Call(libc::SYS_recvfrom),
-    Among(libc::SYS_ioctl, 1, &[
-        UFFDIO_COPY,
-        UFFDIO_ZEROPAGE,
-        UFFDIO_WAKE,
-        UFFDIO_CONTINUE,
-        UFFDIO_UNREGISTER,
-    ]),
+    Among(
+        libc::SYS_ioctl,
+        1,
+        &[
+            UFFDIO_COPY,
+            UFFDIO_ZEROPAGE,
+            UFFDIO_WAKE,
+            UFFDIO_CONTINUE,
+            UFFDIO_UNREGISTER,
+        ],
+    ),
 ];
 
 /// The connection of gdb.
@@ -114,10 +122,11 @@ pub(super) const UNIX_SOCKETS: &[Rule] = &[
 
 /// Sockets of IP.
 pub(super) const IP_SOCKETS: &[Rule] = &[
-    Among(libc::SYS_socket, 0, &[
-        libc::AF_INET as u64,
-        libc::AF_INET6 as u64,
-    ]),
+    Among(
+        libc::SYS_socket,
+        0,
+        &[libc::AF_INET as u64, libc::AF_INET6 as u64],
+    ),
     Call(libc::SYS_bind),
     Call(libc::SYS_listen),
     Call(libc::SYS_connect),
@@ -131,22 +140,35 @@ pub(super) const NAME_SERVERS: &[Rule] = &[Bits {
     clear: (libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC) as u64,
 }];
 
+/// The files of sockets, which are removed under a lock.
+pub(super) const SOCKET_FILES: &[Rule] = &[
+    Call(libc::SYS_openat),
+    Call(libc::SYS_flock),
+    Call(libc::SYS_statx),
+    Call(libc::SYS_unlink),
+];
+
 /// Interfaces of the host: taps, and what netlink says about them.
 pub(super) const INTERFACES: &[Rule] = &[
-    Among(libc::SYS_socket, 0, &[
-        libc::AF_INET as u64,
-        libc::AF_NETLINK as u64,
-    ]),
-    Among(libc::SYS_ioctl, 1, &[
-        TUNSETIFF,
-        TUNGETIFF,
-        TUNGETVNETHDRSZ,
-        TUNSETVNETHDRSZ,
-        SIOCGIFFLAGS,
-        SIOCSIFFLAGS,
-        SIOCGIFMTU,
-        SIOCSIFMTU,
-    ]),
+    Among(
+        libc::SYS_socket,
+        0,
+        &[libc::AF_INET as u64, libc::AF_NETLINK as u64],
+    ),
+    Among(
+        libc::SYS_ioctl,
+        1,
+        &[
+            TUNSETIFF,
+            TUNGETIFF,
+            TUNGETVNETHDRSZ,
+            TUNSETVNETHDRSZ,
+            SIOCGIFFLAGS,
+            SIOCSIFFLAGS,
+            SIOCGIFMTU,
+            SIOCSIFMTU,
+        ],
+    ),
     Call(libc::SYS_bind),
 ];
 

@@ -51,13 +51,13 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use channel::{ChannelConfig, ChannelName};
+pub use confinement::Seccomp;
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 pub use device_name::DeviceName;
 pub use disk::{
     BlockEngineOption, CacheModeOption, DiskBlockSize, DiskConfig, DiskFormatOption, DiskId,
     DiskLockOption, DiskQueueCount,
 };
-pub use confinement::Seccomp;
 pub use ending::{ExitStatus, OnHalt, ShutdownTimeout};
 pub use error::ConfigError;
 pub use gdb::GdbConfig;
