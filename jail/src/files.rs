@@ -116,8 +116,8 @@ impl Files {
             rules = rules.handle_access(AccessNet::from_all(VERSION))?;
         }
         let mut rules = rules.create()?;
-        for (path, rights) in &self.rules {
-            let Some(rule) = rule(path, *rights)? else {
+        for (path, allowed) in &self.rules {
+            let Some(rule) = rule(path, *allowed & rights)? else {
                 continue;
             };
             rules = rules.add_rule(rule)?;

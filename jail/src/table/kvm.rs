@@ -77,5 +77,7 @@ pub(super) const VCPU: &[Rule] = &[Among(
         KVM_SET_DEVICE_ATTR,
         // The interval timer is made when the guest touches it first.
         KVM_CREATE_PIT2,
+        KVM_GET_PIT2,
+        KVM_SET_PIT2,
     ],
 )];
