@@ -12,6 +12,12 @@ pub(super) const VCPU: &[Rule] = &[
     Call(libc::SYS_rt_sigtimedwait),
     Among(libc::SYS_prlimit64, 0, &[0]),
     Among(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]),
+    // A driver that sets up or resets its network card.
+    Among(
+        libc::SYS_ioctl,
+        1,
+        &[TUNSETOFFLOAD, TUNSETTXFILTER, TUNSETQUEUE],
+    ),
 ];
 
 /// Devices: an event loop, and transfers on descriptors that are open.
