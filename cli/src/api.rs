@@ -14,12 +14,14 @@ use bantam_api::{
     API_VERSION, Configuration, InstanceOptions, ProgramLog, Request, Server, ServerLimits,
     new_instance, parse_json, parse_value,
 };
-use bantam_vmm::config::read_text_file;
-use bantam_vmm::{Controller, ListeningSocket};
+use bantam_jail::{Files, Networks};
+use bantam_vmm::config::{Seccomp, read_text_file};
+use bantam_vmm::{Controller, ControllerOptions, ListeningSocket};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde_json::Value;
 
 use crate::args::ApiArgs;
+use crate::confine::{self, Confinement};
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::control::{self, Control};
 use crate::log;
@@ -39,13 +41,8 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
     let mut program_log = log::adjustable(&args.id);
     program_log.set(&args.logger())?;
     tracing::info!("Bantam {}, API {API_VERSION}", env!("CARGO_PKG_VERSION"));
-    for (given, option) in [
-        (args.seccomp_filter.is_some(), "--seccomp-filter"),
-        (args.no_seccomp, "--no-seccomp"),
-    ] {
-        if given {
-            tracing::info!("{option} has no effect: there is no seccomp filter yet");
-        }
+    if args.seccomp_filter.is_some() {
+        tracing::info!("--seccomp-filter has no effect: Bantam has filters of its own");
     }
     // Before signals are diverted, so that one ends the process even if the host does not answer.
     let control = args.control.as_deref().map(control::listen).transpose()?;
@@ -60,6 +57,26 @@ pub fn serve(args: &ApiArgs) -> anyhow::Result<()> {
     served.map(|_| ())
 }
 
+/// What a process that serves the API can give up. Its clients can name any file, and make any network device that the API has,
+/// while it runs.
+pub fn confinement(args: &ApiArgs) -> Confinement {
+    Confinement {
+        seccomp: match args.no_seccomp {
+            true => Seccomp::Off,
+            false => args.seccomp,
+        },
+        networks: Networks {
+            interfaces: true,
+            streams: true,
+            sockets: true,
+            ..Networks::default()
+        },
+        files: args.landlock.then(Files::all),
+        coredump: args.coredump,
+        is_visible: args.coredump,
+    }
+}
+
 fn serve_instance(
     args: &ApiArgs,
     program_log: log::AdjustableLog,
@@ -67,7 +84,10 @@ fn serve_instance(
     console: &mut StdioConsole,
     control: Option<ListeningSocket>,
 ) -> anyhow::Result<EndedBy> {
-    let controller = Controller::new()?;
+    let controller = Controller::with(ControllerOptions {
+        thread_hook: confine::thread_hook(),
+        ..ControllerOptions::default()
+    })?;
     let control = control
         .map(|socket| Control::start(socket, controller.clone()))
         .transpose()?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use bantam_api::bodies::logger::LogLevel;
 use bantam_vmm::config::{
-    ChannelName, ConfigError, DiskConfig, GuestCid, MachineTable, NetConfig, SerialConfig,
+    ChannelName, ConfigError, DiskConfig, GuestCid, MachineTable, NetConfig, Seccomp, SerialConfig,
     ShutdownTimeout,
 };
 use clap::{ArgAction, Parser, Subcommand};
@@ -25,7 +25,7 @@ use crate::restore::{self, MemorySource};
 use crate::snapshot::SnapshotArgs;
 use crate::virsh::VirshArgs;
 pub use machine::MachineArgs;
-use machine::{choice, heading};
+use machine::{choice, heading, switch};
 
 /// Runs virtual machines on KVM.
 #[derive(Debug, Parser)]
@@ -201,6 +201,11 @@ pub struct RestoreArgs {
     #[arg(long, requires = "control")]
     pub paused: bool,
 
+    /// What happens at a system call that a thread of Bantam never makes, as for bantam run
+    #[arg(long, value_name = "kill|log|off", hide_possible_values = true,
+        value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
+    pub seccomp: Option<Seccomp>,
+
     /// The descriptors of a fork, which are inherited; the directory is then only a name
     #[arg(long, hide = true, value_delimiter = ',')]
     pub descriptors: Vec<RawFd>,
@@ -348,12 +353,27 @@ pub struct ApiArgs {
     #[arg(long, value_name = "BYTES")]
     pub mmds_size_limit: Option<usize>,
 
-    /// Has no effect: there is no seccomp filter yet
+    /// What happens at a system call that a thread of Bantam never makes, as for bantam run
+    #[arg(long, value_name = "kill|log|off", default_value = "off", hide_possible_values = true,
+        value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
+    pub seccomp: Seccomp,
+
+    /// Whether Bantam is kept from executing programs and making device files: on or off
+    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, action = ArgAction::Set,
+        value_parser = switch())]
+    pub landlock: bool,
+
+    /// Whether the host may write a core dump of the process: on or off, as for bantam run
+    #[arg(long, value_name = "on|off", default_value = "off", hide_possible_values = true, action = ArgAction::Set,
+        value_parser = switch())]
+    pub coredump: bool,
+
+    /// Has no effect: Bantam has filters of its own
     #[arg(long, value_name = "FILE", conflicts_with = "no_seccomp")]
     pub seccomp_filter: Option<PathBuf>,
 
-    /// Has no effect: there is no seccomp filter yet
-    #[arg(long)]
+    /// The same as --seccomp off
+    #[arg(long, conflicts_with = "seccomp")]
     pub no_seccomp: bool,
 }
 

@@ -10,12 +10,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use bantam_jail::Role;
 use bantam_vmm::Console;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{pipe2, read, write};
 
+use crate::confine;
 use crate::escape::{CTRL_A, EscapeFilter, HELP, Key};
 use crate::message::say;
 use crate::signals::{Request, Signals};
@@ -94,7 +96,10 @@ impl Output {
         thread::Builder::new()
             .name("console".into())
             .spawn(move || {
-                copy_output(&from, &io::stdout());
+                match confine::enter(Role::Writer) {
+                    Ok(()) => copy_output(&from, &io::stdout()),
+                    Err(error) => tracing::error!("the serial console has no output: {error}"),
+                }
                 drop(copying);
             })?;
         Ok(Self { copied })

@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::message::{Stderr, say};
 use crate::outlet::Outlet;
-use crate::stopping;
+use crate::{signals, stopping};
 
 /// How long the end of the process may wait for a reader of the log.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
@@ -47,26 +47,58 @@ pub fn to_stderr(level: LevelFilter) {
         .init();
 }
 
-/// Logs lines up to level `Info`, with the time of day, on the standard error of the process of a named machine.
-pub fn of_process(log: ProcessLog) {
-    let log = Arc::new(Mutex::new(log));
+/// Logs lines up to level `Info`, with the time of day, on the standard error of the process of a named machine. The
+/// result is to be given to [`keep_small`] when the process has its threads.
+pub fn of_process(log: ProcessLog) -> LargeLog {
+    let log = Arc::new(log);
+    let (is_large, large) = mpsc::sync_channel(1);
+    let large = LargeLog {
+        log: log.clone(),
+        large,
+    };
     tracing_subscriber::fmt()
-        .with_writer(move || ProcessLogWriter(log.clone()))
+        .with_writer(move || ProcessLogWriter {
+            log: log.clone(),
+            is_large: is_large.clone(),
+        })
         .with_ansi(false)
         .with_max_level(LevelFilter::INFO)
         .with_target(false)
         .log_internal_errors(false)
         .init();
+    large
 }
 
-/// Writes lines to the log of a named machine, which is put aside when it is large.
-struct ProcessLogWriter(Arc<Mutex<ProcessLog>>);
+/// Hears when the log of a named machine has become large.
+pub struct LargeLog {
+    log: Arc<ProcessLog>,
+    large: mpsc::Receiver<()>,
+}
+
+/// Starts the thread that puts the log of a named machine aside when it is large. A thread that logs may not be allowed
+/// to open files.
+pub fn keep_small(large: LargeLog) -> io::Result<()> {
+    let thread = thread::Builder::new().name("bantam-log-file".into());
+    // The main thread reads signals, even if it has not begun to yet.
+    signals::while_blocked(|| {
+        thread.spawn(move || large.large.iter().for_each(|()| large.log.renew()))
+    })?
+    .map(drop)
+}
+
+/// Writes lines to the log of a named machine.
+struct ProcessLogWriter {
+    log: Arc<ProcessLog>,
+    is_large: mpsc::SyncSender<()>,
+}
 
 impl Write for ProcessLogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = LineWriter(None).write(bytes)?;
-        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        log.wrote(written);
+        if self.log.wrote(written) {
+            // It is full if the thread has been told already.
+            let _ = self.is_large.try_send(());
+        }
         Ok(written)
     }
 

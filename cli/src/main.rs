@@ -3,6 +3,7 @@
 mod api;
 mod args;
 mod check;
+mod confine;
 mod console;
 mod control;
 mod default_kernel;
@@ -40,6 +41,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use bantam_jail::Files;
 use bantam_vmm::MigrationAddress;
 use bantam_vmm::config::ExitStatus;
 use bantam_vmm::text::without_error_numbers;
@@ -49,6 +51,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
+use confine::Confinement;
 use image::QemuImgArgs;
 use message::say;
 use migrate::MigrateArgs;
@@ -103,7 +106,12 @@ fn execute(command: Command) -> ExitCode {
         }
         Command::Api(args) => {
             raise_descriptor_limit();
-            status_of(message::start().and_then(|()| api::serve(&args)))
+            let confined = api::confinement(&args).enter();
+            status_of(
+                confined
+                    .and_then(|()| message::start())
+                    .and_then(|()| api::serve(&args)),
+            )
         }
         Command::Control(args) => status_of(control::control(*args)),
         Command::Restore(args) => {
@@ -139,44 +147,54 @@ fn execute(command: Command) -> ExitCode {
 fn run(args: RunArgs) -> ExitCode {
     // Until the machine file is read, only the command line decides what a status means.
     let mut meaning = args.machine.exit_status.unwrap_or_default();
-    let ended = message::start().and_then(|()| {
-        log::to_stderr(args.log);
+    log::to_stderr(args.log);
+    let ended = (|| {
         let control = args.control.clone();
         let table = args.into_table()?;
         meaning = table.exit_status();
         let config = default_kernel::complete(table, false)?.into_config()?;
+        let files = control.is_none().then(Files::none);
+        Confinement::of_machine(&config, files).enter()?;
+        message::start()?;
         let owner = Foreground(config.on_reboot);
         run::run(&config, Origin::Boot, control.as_deref(), &owner)
-    });
+    })();
     status_of_machine(ended, meaning)
 }
 
 fn restore(args: &RestoreArgs) -> ExitCode {
     let mut meaning = ExitStatus::default();
-    let ended = message::start().and_then(|()| {
-        log::to_stderr(args.log);
+    log::to_stderr(args.log);
+    let ended = (|| {
         let (snapshot, config) = restore::prepare(args)?;
         meaning = config.exit_status;
+        let files = args.control.is_none();
+        let files = files.then(|| Files::none().folder(&args.directory));
+        Confinement::of_machine(&config, files).enter()?;
+        message::start()?;
         let origin = Origin::Snapshot {
             snapshot: Arc::new(snapshot),
             paused: args.paused,
         };
         let owner = Foreground(config.on_reboot);
         run::run(&config, origin, args.control.as_deref(), &owner)
-    });
+    })();
     status_of_machine(ended, meaning)
 }
 
 fn receive(args: &MigrateArgs, address: &MigrationAddress) -> ExitCode {
     let mut meaning = ExitStatus::default();
-    let ended = message::start().and_then(|()| {
-        log::to_stderr(LevelFilter::WARN);
+    log::to_stderr(LevelFilter::WARN);
+    let ended = (|| {
         let (arrival, config) = migrate::receive(args, address)?;
         meaning = config.exit_status;
+        let files = args.control.is_none().then(Files::none);
+        Confinement::of_machine(&config, files).enter()?;
+        message::start()?;
         let owner = Foreground(config.on_reboot);
         let origin = Origin::Arrival(Box::new(arrival));
         run::run(&config, origin, args.control.as_deref(), &owner)
-    });
+    })();
     status_of_machine(ended, meaning)
 }
 

@@ -10,12 +10,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bantam_jail::Role;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::write;
 
-use crate::signals;
+use crate::{confine, signals};
 use queue::LineQueue;
 
 /// Most bytes that wait to be written, besides those that the thread is writing.
@@ -77,7 +78,11 @@ impl Outlet {
         // The main thread reads signals, even if it has not begun to yet.
         signals::while_blocked(|| {
             let shared = shared.clone();
-            thread.spawn(move || shared.write_all(to.as_fd(), on_failure))
+            thread.spawn(move || {
+                // If it fails, the thread is confined as the process is.
+                let _ = confine::enter(Role::Writer);
+                shared.write_all(to.as_fd(), on_failure);
+            })
         })??;
         Ok(Outlet { shared })
     }

@@ -32,6 +32,7 @@ pub fn prepare(args: &RestoreArgs) -> anyhow::Result<(Snapshot, MachineConfig)> 
     }
     let mut config = snapshot.config().clone();
     args.ends.apply(&mut config)?;
+    config.seccomp = args.seccomp.unwrap_or(config.seccomp);
     // The rest are frozen with the snapshot, and become backing files.
     snapshot.check_disks(&config)?;
     if let Some(folder) = &args.overlays {

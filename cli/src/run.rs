@@ -11,6 +11,7 @@ use bantam_vmm::{
     Snapshot, Stream,
 };
 
+use crate::confine;
 use crate::console::{OUTPUT_LIMIT_AFTER_STOP, StdioConsole};
 use crate::control::{Control, listen};
 use crate::exit_status::Ending;
@@ -121,6 +122,7 @@ fn run_until_end(
 fn new_controller(log: &MachineLog) -> Result<Controller, bantam_vmm::Error> {
     Controller::with(ControllerOptions {
         log: log.clone(),
+        thread_hook: confine::thread_hook(),
         ..ControllerOptions::default()
     })
 }

@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use bantam_vmm::config::{MachineConfig, SerialConfig};
@@ -227,7 +228,7 @@ impl Machine {
 #[derive(Debug)]
 pub struct ProcessLog {
     path: PathBuf,
-    size: u64,
+    size: AtomicU64,
 }
 
 impl ProcessLog {
@@ -235,17 +236,19 @@ impl ProcessLog {
     pub fn of(machine: &Machine) -> ProcessLog {
         let path = machine.log();
         let size = fs::metadata(&path).map_or(0, |file| file.len());
+        let size = AtomicU64::new(size);
         ProcessLog { path, size }
     }
 
-    /// Notes that `count` bytes are written to standard error. When the log has become large, it is put aside, and
-    /// standard error leads to a new one.
-    pub fn wrote(&mut self, count: usize) {
-        self.size = self.size.saturating_add(count as u64);
-        if self.size < LOG_SIZE {
-            return;
-        }
-        self.size = 0;
+    /// Notes that `count` bytes are written to standard error, and returns whether the log is large.
+    pub fn wrote(&self, count: usize) -> bool {
+        let before = self.size.fetch_add(count as u64, Ordering::Relaxed);
+        before.saturating_add(count as u64) >= LOG_SIZE
+    }
+
+    /// Puts the log aside, and has standard error lead to a new one.
+    pub fn renew(&self) {
+        self.size.store(0, Ordering::Relaxed);
         let mut options = OpenOptions::new();
         options.create(true).append(true).mode(0o600);
         let renewed = rotate_log(&self.path)

@@ -79,6 +79,8 @@ impl Backing {
                 return Err(MapError::TransparentHugePages(io::Error::last_os_error()));
             }
         }
+        // SAFETY: the range is one mapping of this size.
+        unsafe { leave_out_of_dumps(region.as_ptr(), size) };
         Ok(region)
     }
 
@@ -152,10 +154,22 @@ pub(crate) unsafe fn map_over(
     let offset = offset as libc::off_t;
     // SAFETY: the caller promises mapped pages that nothing refers to, and they stay mapped.
     let mapped = unsafe { libc::mmap(pages.cast(), len, protection, flags, fd, offset) };
-    match mapped == libc::MAP_FAILED {
-        false => Ok(()),
-        true => Err(io::Error::last_os_error()),
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
     }
+    // SAFETY: the range was just mapped.
+    unsafe { leave_out_of_dumps(pages, len) };
+    Ok(())
+}
+
+/// Leaves `len` bytes, whole pages, out of core dumps of this process.
+///
+/// # Safety
+/// The bytes must be mapped.
+unsafe fn leave_out_of_dumps(pages: *mut u8, len: usize) {
+    // SAFETY: the caller promises mapped pages; the advice changes neither their content nor their place. It fails for
+    // memory that is in no dump anyway.
+    unsafe { libc::madvise(pages.cast(), len, libc::MADV_DONTDUMP) };
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestAddress;
@@ -22,6 +23,26 @@ const OF_FILE: u64 = 1 << 61;
 /// Entries of the table that are read at once.
 const ENTRIES: usize = 8192;
 const ENTRY_SIZE: usize = size_of::<u64>();
+
+/// The table, once it is open.
+static OPEN_PAGE_MAP: OnceLock<File> = OnceLock::new();
+
+/// Opens the kernel's table of the pages of this process, which says what guest memory has content. Otherwise it is
+/// opened when it is needed first: too late for a process that has hidden its memory (`PR_SET_DUMPABLE`).
+///
+/// # Errors
+/// If it cannot be opened.
+pub fn open_page_map() -> io::Result<()> {
+    page_map().map(drop)
+}
+
+fn page_map() -> io::Result<&'static File> {
+    if let Some(table) = OPEN_PAGE_MAP.get() {
+        return Ok(table);
+    }
+    let table = File::open(PAGE_MAP)?;
+    Ok(OPEN_PAGE_MAP.get_or_init(|| table))
+}
 
 impl GuestMemory {
     /// Returns the pages that can differ from zero. All others read as zero; most of those in the result do not. While
@@ -78,7 +99,7 @@ impl GuestMemory {
 
     /// Returns the pages whose entry of the kernel's table meets `condition`.
     fn pages_by(&self, condition: impl Fn(u64) -> bool) -> io::Result<PageSet> {
-        let table = File::open(PAGE_MAP)?;
+        let table = page_map()?;
         let mut bytes = vec![0; ENTRIES * ENTRY_SIZE];
         let mut regions = Vec::new();
         for region in self.regions() {

@@ -20,6 +20,7 @@ mod userfault;
 
 pub use backing::{Backing, MapError};
 pub use buffers::{BufferError, FilePosition, GuestBuffers, MAX_VECTORS_PER_CALL};
+pub use content::open_page_map;
 pub use guest_memory::{GuestMemory, Region};
 pub use layers::Layer;
 pub use page_set::PageSet;

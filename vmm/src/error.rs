@@ -240,6 +240,12 @@ pub enum Error {
     /// The machine cannot be moved.
     #[error("cannot move the machine: {0}")]
     Migration(#[from] MigrationError),
+    /// The filters of system calls of a machine do not let it connect to another process.
+    #[error(
+        "the machine was not moved: its filters of system calls do not let it connect to another process; run it without \
+         (--seccomp off)"
+    )]
+    ConfinedMigration,
     /// The memory of a machine would cross a network for others to read.
     #[error(
         "the machine was not moved: its memory would cross a network unencrypted, for others to read and change; lead a TCP \

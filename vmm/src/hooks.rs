@@ -27,6 +27,8 @@ pub enum ThreadRole {
     Debugger,
     /// Brings back the memory of a snapshot, or watches the program that does so.
     Memory,
+    /// Notes which pages are touched after a restore, and writes them to a file in the end.
+    Recorder,
     /// Does the job of this disk: copies its data while the guest uses it. A command starts it.
     Job(DeviceName),
 }

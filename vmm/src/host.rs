@@ -13,6 +13,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::device_access;
 
+pub use bantam_memory::open_page_map;
 pub use bantam_network::can_administer_network;
 
 const KVM_DEVICE: &str = "/dev/kvm";

@@ -91,7 +91,7 @@ pub use command::{
 };
 pub use console::Console;
 pub use controller::{Arrival, AtTimeout, Controller, Migrated, MigrationOptions};
-pub use devices::{Stream, check_disk, serve_network_places};
+pub use devices::{Stream, check_disk, disk_files, serve_network_places};
 pub use error::Error;
 pub use events::{Event, Events};
 pub use exit_reason::ExitReason;

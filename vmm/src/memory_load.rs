@@ -150,17 +150,17 @@ impl MemoryService {
                 plan.load.reads_all(),
                 fills_one,
             );
-            service.spawn("bantam-memory", hook, move || filler.run())?;
+            service.spawn(&ThreadRole::Memory, hook, move || filler.run())?;
         } else if is_mapped && (plan.load.reads_all() || first.is_some()) {
             let (link, file, first) = (service.link.clone(), plan.file.clone(), first.cloned());
             let reads_all = plan.load.reads_all();
-            service.spawn("bantam-memory", hook, move || {
+            service.spawn(&ThreadRole::Memory, hook, move || {
                 prefetch::prefetch(&link, &file, first, reads_all);
             })?;
         }
         if let Some((path, facts)) = plan.record {
             let (link, path, facts) = (service.link.clone(), path.to_path_buf(), facts.clone());
-            service.spawn("bantam-record", hook, move || {
+            service.spawn(&ThreadRole::Recorder, hook, move || {
                 record::record(&link, &path, &facts);
             })?;
         }
@@ -181,7 +181,7 @@ impl MemoryService {
         let server = Server::connect(socket, pages)?;
         let link = service.link.clone();
         let hook = context.thread_hook.as_ref();
-        service.spawn("bantam-memory", hook, move || server.watch(&link))?;
+        service.spawn(&ThreadRole::Memory, hook, move || server.watch(&link))?;
         Ok(service)
     }
 
@@ -210,11 +210,15 @@ impl MemoryService {
 
     fn spawn(
         &mut self,
-        name: &str,
+        role: &ThreadRole,
         hook: Option<&Arc<dyn ThreadHook>>,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
-        let thread = threads::spawn(name, &ThreadRole::Memory, hook, work)?;
+        let name = match role {
+            ThreadRole::Recorder => "bantam-record",
+            _ => "bantam-memory",
+        };
+        let thread = threads::spawn(name, role, hook, work)?;
         self.threads.push(thread);
         Ok(())
     }

@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use bantam_vmm::config::{
     BalloonConfig, BootProtocolOption, ChannelConfig, ConfigError, DiskConfig, ExitStatus,
-    GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, SerialConfig, ShutdownTimeout,
-    SmbiosConfig, VcpuCount, VsockConfig, path,
+    GdbConfig, HugePages, MemorySize, NetConfig, OnHalt, OnReboot, Seccomp, SerialConfig,
+    ShutdownTimeout, SmbiosConfig, VcpuCount, VsockConfig, path,
 };
 use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use serde::Serialize;
@@ -302,6 +302,28 @@ pub struct MachineArgs {
         value_parser = choice::<ExitStatus, _>(["guest", "monitor"]))]
     pub exit_status: Option<ExitStatus>,
 
+    /// What happens at a system call that a thread of Bantam never makes [default: off]
+    ///
+    /// kill: the process is killed, and a line on standard error names call and thread. log: the call is made, and
+    /// the kernel's audit log has it (journalctl -k). off: there are no filters. See docs/threat-model.md.
+    #[arg(long, value_name = "kill|log|off", help_heading = heading::OTHER, hide_short_help = true,
+        hide_possible_values = true, value_parser = choice::<Seccomp, _>(["kill", "log", "off"]))]
+    pub seccomp: Option<Seccomp>,
+
+    /// Whether Bantam can reach those files only that the machine uses [default: off]
+    ///
+    /// With --control, it can open any file, as clients can name one, but execute none.
+    #[arg(long, value_name = "on|off", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = switch())]
+    pub landlock: Option<bool>,
+
+    /// Whether the host may write a core dump of the process [default: off]
+    ///
+    /// The guest's memory is not in it. With off, no other process of the user can trace this one either.
+    #[arg(long, value_name = "on|off", help_heading = heading::OTHER, hide_short_help = true,
+        value_parser = switch())]
+    pub coredump: Option<bool>,
+
     /// Where gdb connects to debug the guest, which waits for it
     ///
     /// WHERE is tcp:ADDRESS:PORT, such as tcp:127.0.0.1:1234, or unix:PATH, a Unix domain socket. Before its
@@ -346,7 +368,7 @@ where
     OsStringValueParser::new().try_map(|text| T::try_from(&text))
 }
 
-fn switch() -> impl TypedValueParser<Value = bool> {
+pub(super) fn switch() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(["on", "off"]).map(|name| name == "on")
 }
 

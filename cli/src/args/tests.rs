@@ -6,7 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use bantam_vmm::config::{
     BootProtocolOption, DiskConfig, ExitStatus, HugePages, MachineConfig, OnHalt, OnReboot,
-    SerialConfig,
+    Seccomp, SerialConfig,
 };
 use clap::CommandFactory;
 
@@ -68,6 +68,9 @@ fn every_option_reaches_the_machine() {
         "--shutdown-timeout=2m",
         "--exit-status=monitor",
         "--host-workarounds=off",
+        "--seccomp=log",
+        "--landlock=on",
+        "--coredump=on",
         "--gdb=unix:g.sock",
         "--log=off",
     ]);
@@ -100,6 +103,9 @@ fn every_option_reaches_the_machine() {
         shutdown_timeout: "120s".parse().unwrap(),
         exit_status: ExitStatus::Monitor,
         host_workarounds: false,
+        seccomp: Seccomp::Log,
+        landlock: true,
+        coredump: true,
         gdb: Some("unix:g.sock".parse().unwrap()),
         ..MachineConfig::new("k")
     };
@@ -163,6 +169,7 @@ fn wrong_values_are_refused() {
         ["--log", "loud"],
         ["--restart-limit", "-1"],
         ["--shutdown-timeout", "soon"],
+        ["--seccomp", "on"],
     ] {
         let arguments = ["bantam", "run"].into_iter().chain(arguments);
         assert!(
@@ -261,6 +268,7 @@ fn the_help_states_the_real_defaults_and_limits() {
         defaults.on_halt.to_string(),
         defaults.shutdown_timeout.to_string(),
         defaults.exit_status.to_string(),
+        defaults.seccomp.to_string(),
     ] {
         assert!(help.contains(&format!("[default: {default}]")), "{default}");
     }

@@ -13,10 +13,12 @@ use bantam_vmm::config::{MachineConfig, OnReboot};
 use nix::unistd::close;
 
 use super::args::ProcessArgs;
+use crate::confine::Confinement;
 use crate::exit_status::Ending;
+use crate::log::{self, LargeLog};
 use crate::main_loop::EndedBy;
 use crate::run::{self, Origin, Owner};
-use crate::{log, message, raise_descriptor_limit, reason, report};
+use crate::{message, raise_descriptor_limit, reason, report};
 
 /// Runs a named machine until it ends for good.
 pub fn run(args: ProcessArgs) -> ExitCode {
@@ -39,10 +41,9 @@ pub fn run(args: ProcessArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let ended = message::start().and_then(|()| {
-        log::of_process(ProcessLog::of(process.machine()));
-        run_machine(&process, args.from.as_deref().map(|from| (from, origin)))
-    });
+    let log = log::of_process(ProcessLog::of(process.machine()));
+    let from = args.from.as_deref().map(|from| (from, origin));
+    let ended = run_machine(&process, from, log);
     if let Err(error) = &ended {
         report(error);
         process.say_failed(&reason(error));
@@ -72,9 +73,21 @@ fn close_inherited() {
 }
 
 /// Runs the machine, from a state in a directory if there is one.
-fn run_machine(process: &MachineProcess, from: Option<(&Path, RunOrigin)>) -> anyhow::Result<u8> {
+fn run_machine(
+    process: &MachineProcess,
+    from: Option<(&Path, RunOrigin)>,
+    log: LargeLog,
+) -> anyhow::Result<u8> {
     let machine = process.machine();
     let (config, origin) = prepare(machine, from)?;
+    // Commands name files later, and find this process by its open files.
+    let confinement = Confinement {
+        is_visible: true,
+        ..Confinement::of_machine(&config, None)
+    };
+    confinement.enter()?;
+    message::start()?;
+    log::keep_small(log).context("cannot start the thread that keeps the log small")?;
     let owner = Background {
         process,
         restarts_on_reboot: config.on_reboot == OnReboot::Restart,

@@ -531,6 +531,12 @@ pub enum ConfigError {
         /// What was given.
         text: String,
     },
+    /// Not an answer to calls that a filter refuses.
+    #[error("invalid filter of system calls '{text}': expected kill, log or off")]
+    Seccomp {
+        /// What was given.
+        text: String,
+    },
     /// Not a time that a guest may take to shut down.
     #[error(
         "invalid time '{text}' to shut down: expected a number of seconds, or one with a unit (500ms, \

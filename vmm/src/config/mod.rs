@@ -8,6 +8,7 @@
 
 mod balloon;
 mod channel;
+mod confinement;
 mod cpu;
 mod device_name;
 mod disk;
@@ -50,6 +51,7 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{BalloonConfig, BalloonSize};
 pub use channel::{ChannelConfig, ChannelName};
+pub use confinement::Seccomp;
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
 pub use device_name::DeviceName;
 pub use disk::{
@@ -179,6 +181,13 @@ pub struct MachineConfig {
     pub boot_timer: bool,
     /// Whether the pages that the guest and its devices write are logged, for differential snapshots.
     pub track_dirty_pages: bool,
+    /// What happens when a thread makes a system call that it never makes. This field and the next two are for the
+    /// program that owns the machine, too.
+    pub seccomp: Seccomp,
+    /// Whether the process can open those files only that its machine uses.
+    pub landlock: bool,
+    /// Whether the host may write a core dump of the process.
+    pub coredump: bool,
     /// Where gdb can connect to debug the guest, which waits for it before its first instruction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gdb: Option<GdbConfig>,
@@ -218,6 +227,9 @@ impl MachineConfig {
             host_workarounds: true,
             boot_timer: false,
             track_dirty_pages: false,
+            seccomp: Seccomp::default(),
+            landlock: false,
+            coredump: false,
             gdb: None,
         }
     }

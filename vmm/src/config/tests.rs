@@ -55,6 +55,9 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         exit-status = "monitor"
         on-halt = "exit"
         host-workarounds = false
+        seccomp = "log"
+        landlock = true
+        coredump = true
 
         [[disk]]
         path = "root,1.img"
@@ -129,6 +132,9 @@ fn a_machine_file_says_everything_and_its_paths_are_relative_to_it() {
         exit_status: ExitStatus::Monitor,
         on_halt: OnHalt::Exit,
         host_workarounds: false,
+        seccomp: Seccomp::Log,
+        landlock: true,
+        coredump: true,
         ..MachineConfig::new("unused")
     };
     assert_eq!(config, Ok(expected));
@@ -143,7 +149,8 @@ fn errors_in_a_machine_file_name_the_line() {
              'cmdline', 'append', 'cpus', 'smt', 'cpu', 'memory', 'huge-pages', 'disk', 'net', \
              'vsock', 'metadata', 'smbios', 'serial', 'serial-limit', 'console', 'channel', 'rng', \
              'balloon', 'boot-protocol', 'on-reboot', 'restart-limit', 'shutdown-timeout', 'exit-status', \
-             'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages', 'gdb'",
+             'on-halt', 'host-workarounds', 'boot-timer', 'track-dirty-pages', 'seccomp', \
+             'landlock', 'coredump', 'gdb'",
         ),
         (
             "[[disk]]\npath = 'a'\n\n[[disk]]\npath = 'b'\nsize = 1",

@@ -12,6 +12,7 @@ use super::Controller;
 use super::snapshot::Parts;
 use super::write_log::WriteLog;
 use crate::command::MigrationOrder;
+use crate::config::Seccomp;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
 use crate::lock::lock;
@@ -144,6 +145,9 @@ impl Controller {
     /// Those of [`Controller::migrate`]; also if nobody listens there, or the way leads over a network that others may read,
     /// and that is not allowed.
     pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Migrated, Error> {
+        if self.configuration()?.seccomp == Seccomp::Kill {
+            return Err(Error::ConfinedMigration);
+        }
         if !order.insecure && !order.destination.is_local() {
             return Err(Error::InsecureMigration);
         }

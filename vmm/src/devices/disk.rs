@@ -1,11 +1,16 @@
 //! The disks of a machine.
 
-use std::path::Path;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use bantam_boot::find_root_partition;
 use bantam_devices::virtio::block::{Block, BlockError, BlockOptions, Engine};
 use bantam_devices::virtio::owner::DeviceHandle;
-use bantam_storage::{CacheMode, Disk, DiskOptions, ImageFormat, LockMode};
+use bantam_storage::{
+    CacheMode, Disk, DiskOptions, FileAccess, FileOpener, HostOpener, ImageFormat, LockMode,
+};
 
 use super::{Build, NewDevice, Opening};
 use crate::config::{
@@ -118,4 +123,37 @@ fn disk_options(config: &DiskConfig) -> DiskOptions {
 /// Those with which the start of a machine with this disk would fail.
 pub fn check_disk(config: &DiskConfig) -> Result<(), Error> {
     Ok(Disk::check(&config.path, &disk_options(config))?)
+}
+
+/// Returns the files that the image of a disk is kept in: the image itself, and its backing files as far as they can be
+/// opened.
+pub fn disk_files(config: &DiskConfig) -> Vec<PathBuf> {
+    let opener = Noting::default();
+    let options = DiskOptions {
+        read_only: true,
+        lock: LockMode::Off,
+        ..disk_options(config)
+    };
+    // What is wrong with the image is said when the machine is started.
+    let _ = Disk::open_by(&opener, &config.path, &options);
+    let opened = opener.opened.into_inner();
+    let mut files = opened.unwrap_or_else(PoisonError::into_inner);
+    files.push(config.path.clone());
+    files.sort();
+    files.dedup();
+    files
+}
+
+/// Opens files, and notes which.
+#[derive(Default)]
+struct Noting {
+    opened: Mutex<Vec<PathBuf>>,
+}
+
+impl FileOpener for Noting {
+    fn file(&self, path: &Path, access: FileAccess) -> io::Result<File> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.push(path.to_owned());
+        HostOpener.file(path, access)
+    }
 }

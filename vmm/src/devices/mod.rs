@@ -22,7 +22,7 @@ use bantam_storage::FileAccess;
 
 pub(crate) use builder::Builder;
 use builder::NewDevice;
-pub use disk::check_disk;
+pub use disk::{check_disk, disk_files};
 pub(crate) use legacy::{LegacyDevice, LegacyDevices};
 pub use net::serve_network_places;
 pub(crate) use saved::SavedDevice;

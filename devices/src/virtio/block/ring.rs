@@ -13,7 +13,7 @@ use io_uring::{IoUring, opcode};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::io_uring_support::require_operations;
+use crate::io_uring_support::restricted_ring;
 use crate::virtio::Chain;
 
 /// Entries of the submission queue: more operations than are ever left unsubmitted.
@@ -101,16 +101,6 @@ impl Ring {
     /// Makes a ring over the files of a disk: those of a raw image in the order of [`Access`], those of another
     /// in its own order.
     pub(super) fn over(files: &[RawFd]) -> io::Result<Ring> {
-        let build = |cooperative: bool| {
-            let mut builder = IoUring::builder();
-            builder.setup_cqsize(MAX_IN_FLIGHT as u32);
-            if cooperative {
-                builder.setup_coop_taskrun();
-            }
-            builder.build(SUBMISSION_ENTRIES)
-        };
-        // Kernels before 5.19 refuse the flag.
-        let ring = build(true).or_else(|_| build(false))?;
         let needed = [
             opcode::Read::CODE,
             opcode::Write::CODE,
@@ -119,8 +109,16 @@ impl Ring {
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
         ];
-        require_operations(&ring, &needed)?;
-        ring.submitter().register_files(files)?;
+        let build = |cooperative: bool| {
+            let mut builder = IoUring::builder();
+            builder.setup_cqsize(MAX_IN_FLIGHT as u32);
+            if cooperative {
+                builder.setup_coop_taskrun();
+            }
+            restricted_ring(builder, SUBMISSION_ENTRIES, &needed, files)
+        };
+        // Kernels before 5.19 refuse the flag.
+        let ring = build(true).or_else(|_| build(false))?;
         Ok(Ring {
             ring,
             unsubmitted: 0,

@@ -12,7 +12,7 @@ use io_uring::{IoUring, opcode};
 
 use super::backend::NetQueue;
 use super::receive_slot::ReceiveSlot;
-use crate::io_uring_support::require_operations;
+use crate::io_uring_support::restricted_ring;
 use crate::virtio::Chain;
 
 /// Most packets at a time.
@@ -37,15 +37,14 @@ impl PacketRing {
     /// # Errors
     /// If the host has no io_uring, forbids it, or lacks an operation.
     pub(super) fn new(file: BorrowedFd<'_>) -> io::Result<PacketRing> {
-        let mut ring = IoUring::new(MAX_BATCH as u32)?;
         let needed = [
             opcode::Read::CODE,
             opcode::Readv::CODE,
             opcode::Write::CODE,
             opcode::Writev::CODE,
         ];
-        require_operations(&ring, &needed)?;
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let files = [file.as_raw_fd()];
+        let mut ring = restricted_ring(IoUring::builder(), MAX_BATCH as u32, &needed, &files)?;
         let flags = flags_against_waiting(&mut ring)?;
         Ok(PacketRing {
             ring: Some(ring),

@@ -278,6 +278,8 @@ prop_compose! {
         restart_limit in of(any::<u32>()),
         shutdown_timeout in 0..=3_600_000_u32,
         (host_workarounds, boot_timer, track_dirty_pages) in any::<(bool, bool, bool)>(),
+        seccomp in prop_oneof![Just(Seccomp::Kill), Just(Seccomp::Log), Just(Seccomp::Off)],
+        (landlock, coredump) in any::<(bool, bool)>(),
         gdb in of(gdb()),
     ) -> MachineConfig {
         let mut config = MachineConfig {
@@ -290,7 +292,8 @@ prop_compose! {
             serial, serial_limit, console, channels, rng, balloon, boot_protocol, on_reboot,
             restart_limit,
             shutdown_timeout: format!("{shutdown_timeout}ms").parse().unwrap(),
-            exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages, gdb,
+            exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages, seccomp,
+            landlock, coredump, gdb,
         };
         if !config.nets.is_empty() {
             let names: Vec<_> = config.net_names().collect();

@@ -1,0 +1,83 @@
+//! Requests to KVM.
+
+use super::Rule::{self, Among};
+use super::requests::*;
+
+/// What builds a virtual machine, and reads and sets the state that KVM has of it.
+pub(super) const BUILD: &[Rule] = &[Among(
+    libc::SYS_ioctl,
+    1,
+    &[
+        KVM_GET_API_VERSION,
+        KVM_CREATE_VM,
+        KVM_GET_MSR_INDEX_LIST,
+        KVM_GET_MSR_FEATURE_INDEX_LIST,
+        KVM_CHECK_EXTENSION,
+        KVM_GET_VCPU_MMAP_SIZE,
+        KVM_GET_SUPPORTED_CPUID,
+        KVM_CREATE_VCPU,
+        KVM_GET_DIRTY_LOG,
+        KVM_SET_USER_MEMORY_REGION,
+        KVM_SET_TSS_ADDR,
+        KVM_SET_IDENTITY_MAP_ADDR,
+        KVM_CREATE_IRQCHIP,
+        KVM_GET_IRQCHIP,
+        KVM_SET_IRQCHIP,
+        KVM_IRQFD,
+        KVM_CREATE_PIT2,
+        KVM_GET_PIT2,
+        KVM_SET_PIT2,
+        KVM_IOEVENTFD,
+        KVM_GET_CLOCK,
+        KVM_SET_CLOCK,
+        KVM_SET_GSI_ROUTING,
+        KVM_ENABLE_CAP,
+        KVM_GET_STATS_FD,
+    ],
+)];
+
+/// What runs a vCPU, and reads and sets its state.
+pub(super) const VCPU: &[Rule] = &[Among(
+    libc::SYS_ioctl,
+    1,
+    &[
+        KVM_RUN,
+        KVM_SET_SIGNAL_MASK,
+        KVM_GET_REGS,
+        KVM_SET_REGS,
+        KVM_GET_SREGS,
+        KVM_SET_SREGS,
+        KVM_GET_SREGS2,
+        KVM_SET_SREGS2,
+        KVM_TRANSLATE,
+        KVM_GET_MSRS,
+        KVM_SET_MSRS,
+        KVM_GET_FPU,
+        KVM_SET_FPU,
+        KVM_GET_LAPIC,
+        KVM_SET_LAPIC,
+        KVM_GET_CPUID2,
+        KVM_SET_CPUID2,
+        KVM_GET_MP_STATE,
+        KVM_SET_MP_STATE,
+        KVM_SET_GUEST_DEBUG,
+        KVM_GET_VCPU_EVENTS,
+        KVM_SET_VCPU_EVENTS,
+        KVM_GET_DEBUGREGS,
+        KVM_SET_DEBUGREGS,
+        KVM_GET_XSAVE,
+        KVM_GET_XSAVE2,
+        KVM_SET_XSAVE,
+        KVM_GET_XCRS,
+        KVM_SET_XCRS,
+        KVM_GET_TSC_KHZ,
+        KVM_SET_TSC_KHZ,
+        KVM_KVMCLOCK_CTRL,
+        KVM_GET_DEVICE_ATTR,
+        KVM_SET_DEVICE_ATTR,
+        // The interval timer is made when the guest touches it first.
+        KVM_CREATE_PIT2,
+        KVM_GET_PIT2,
+        KVM_SET_PIT2,
+    ],
+)];
