@@ -4,6 +4,7 @@ use bantam_tests::page_server::{Conduct, PageServer};
 use bantam_tests::{HostTap, require_taps};
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
+use fctools::vm::Vm;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
 use fctools::vm::models::{
@@ -11,7 +12,6 @@ use fctools::vm::models::{
     NetworkOverride, SnapshotType, UpdateNetworkInterface,
 };
 use fctools::vm::snapshot::{PrepareVmFromSnapshotOptions, VmSnapshot};
-use fctools::vm::Vm;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 
@@ -120,7 +120,12 @@ async fn a_machine_goes_on_with_memory_that_another_program_serves() {
         load_snapshot,
         data: snapshot.configuration_data,
     };
-    let served = Vm::prepare(executor, served.into_resources(), installation, configuration);
+    let served = Vm::prepare(
+        executor,
+        served.into_resources(),
+        installation,
+        configuration,
+    );
     let mut served = served.await.unwrap();
     served.start(PATIENCE).await.unwrap();
     assert!(!served.get_info().await.unwrap().is_paused);
