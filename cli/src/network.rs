@@ -10,7 +10,7 @@ use bantam_network::{
     Subnet, Subnet6,
 };
 use clap::{Subcommand, ValueEnum};
-use nix::unistd::{Uid, User, setsid};
+use nix::unistd::setsid;
 use serde::Serialize;
 use tracing::level_filters::LevelFilter;
 
@@ -433,9 +433,9 @@ fn info_text(info: &NetworkInfo) -> String {
 }
 
 fn user_name(uid: u32) -> String {
-    match User::from_uid(Uid::from_raw(uid)) {
-        Ok(Some(user)) => user.name,
-        _ => format!("user {uid}"),
+    match bantam_network::accounts::user(uid) {
+        Some(user) => user.name,
+        None => format!("user {uid}"),
     }
 }
 

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use nix::unistd::{Gid, Group};
+use nix::unistd::Gid;
 use serde::{Deserialize, Serialize};
 
-use crate::NetworkError;
+use crate::{NetworkError, accounts};
 
 /// Name of a group of users: 1 to [`GroupName::MAX_SIZE`] letters, digits and the characters `.`, `_`, `-` and `$`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,12 +27,11 @@ impl GroupName {
     /// # Errors
     /// If the host has no such group.
     pub(crate) fn id(&self) -> Result<Gid, NetworkError> {
-        match Group::from_name(&self.0) {
-            Ok(Some(group)) => Ok(group.gid),
-            _ => Err(NetworkError::GroupMissing {
-                name: self.to_string(),
-            }),
-        }
+        let group = accounts::group_called(&self.0);
+        let group = group.ok_or_else(|| NetworkError::GroupMissing {
+            name: self.to_string(),
+        });
+        Ok(Gid::from_raw(group?.id))
     }
 }
 

@@ -8,6 +8,7 @@
 //! Ordinary users use networks of which an administrator says so: a process of root gives their machines places
 //! (`broker/`).
 
+pub mod accounts;
 mod attach;
 mod broker;
 mod definition;

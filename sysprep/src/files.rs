@@ -87,7 +87,7 @@ pub(crate) fn reset(root: &Root, task: &Task, report: &mut Report) {
             Operation::RandomSeed => files.remove_seeds(),
             Operation::DhcpClientState => files.remove_leases(),
             Operation::UdevPersistentNet => {
-                files.remove("/etc/udev/rules.d/70-persistent-net.rules")
+                files.remove("/etc/udev/rules.d/70-persistent-net.rules");
             }
             Operation::CloudInit => {
                 for path in CLOUD_INIT {

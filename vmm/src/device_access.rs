@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::unistd::{Gid, getegid, geteuid, getgroups};
 
-use crate::accounts::{self, Group, User};
+use bantam_network::accounts::{self, Group, User};
 
 /// Group and user ID that the kernel shows in place of those that a user namespace does not have
 /// (`/proc/sys/kernel/overflowgid`).

@@ -33,7 +33,6 @@ struct SnapshotsPage;
 #[doc = include_str!("../../docs/migration.md")]
 struct MigrationPage;
 
-mod accounts;
 mod command;
 pub mod config;
 mod console;

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::unistd::{User, geteuid};
+use nix::unistd::geteuid;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -18,7 +18,7 @@ use super::process::Broker;
 use super::protocol::{Answer, MAX_PACKET_SIZE, MAX_QUEUES, Request};
 use crate::networks::Networks;
 use crate::started::Phase;
-use crate::{Attachment, NetworkError, NetworkName};
+use crate::{Attachment, NetworkError, NetworkName, accounts};
 
 /// How long a broker may take to answer: other users and commands may be before.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -166,8 +166,8 @@ fn receive(connection: &OwnedFd) -> io::Result<(Answer, Vec<OwnedFd>)> {
 /// Returns the name of the user of this process.
 fn user_name() -> String {
     let uid = geteuid();
-    match User::from_uid(uid) {
-        Ok(Some(user)) => user.name,
-        _ => uid.to_string(),
+    match accounts::user(uid.as_raw()) {
+        Some(user) => user.name,
+        None => uid.to_string(),
     }
 }

@@ -124,14 +124,13 @@ impl Superblock {
 }
 
 pub(super) fn identity(device: &File) -> io::Result<Identity> {
-    let id = Some(uuid_text(&read_at(device, 32)?));
+    let id = uuid_text(&read_at(device, 32)?);
     let superblock = Superblock::read(device, 0)?;
     let reason = match superblock
         .as_ref()
         .map(|it| (it.version(), it.places(), it.log()))
     {
         Some((5, Some(_), Some(_))) => {
-            let id = id.unwrap_or_default();
             return Ok(Identity::Changeable { id });
         }
         Some((5, Some(_), None)) => "its log is on another device",
@@ -139,7 +138,10 @@ pub(super) fn identity(device: &File) -> io::Result<Identity> {
         _ => "its superblock is damaged; examine it first (xfs_repair -n)",
     };
     let reason = reason.to_owned();
-    Ok(Identity::Fixed { id, reason })
+    Ok(Identity::Fixed {
+        id: Some(id),
+        reason,
+    })
 }
 
 pub(super) fn change(device: &File, new: &[u8; 16]) -> io::Result<()> {

@@ -9,44 +9,54 @@ use std::path::Path;
 use std::str::FromStr;
 
 /// The users of the host, one on each line.
-pub(crate) const USERS: &str = "/etc/passwd";
+pub const USERS: &str = "/etc/passwd";
 
 /// The groups of the host, one on each line.
-pub(crate) const GROUPS: &str = "/etc/group";
+pub const GROUPS: &str = "/etc/group";
 
 /// How much of a file is read.
 const MAX_SIZE: u64 = 4 << 20;
 
 /// A user of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct User {
-    pub(crate) name: String,
+pub struct User {
+    /// Its name.
+    pub name: String,
     /// The group of the user's files, which need not list the user as a member.
-    pub(crate) group: u32,
+    pub group: u32,
 }
 
 /// A group of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Group {
-    pub(crate) name: String,
-    pub(crate) members: Vec<String>,
+pub struct Group {
+    /// Its number.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+    /// Names of the users who are members beside those whose own group it is.
+    pub members: Vec<String>,
 }
 
 /// Finds the user with the number `id` in [`USERS`]. Users of a directory service are not there.
-pub(crate) fn user(id: u32) -> Option<User> {
+pub fn user(id: u32) -> Option<User> {
     find_user(&read(USERS).ok()?, id)
 }
 
 /// Finds the group with the number `id` in [`GROUPS`]. Groups of a directory service are not there.
-pub(crate) fn group(id: u32) -> Option<Group> {
-    find_group(&read(GROUPS).ok()?, id)
+pub fn group(id: u32) -> Option<Group> {
+    find_group(&read(GROUPS).ok()?, |_, number| number == id)
+}
+
+/// Finds the group called `name` in [`GROUPS`]. Groups of a directory service are not there.
+pub fn group_called(name: &str) -> Option<Group> {
+    find_group(&read(GROUPS).ok()?, |found, _| found == name)
 }
 
 fn read(path: impl AsRef<Path>) -> io::Result<String> {
     // A pipe in place of the file must not keep the reader waiting.
     let file = std::fs::OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NONBLOCK)
+        .custom_flags(nix::libc::O_NONBLOCK)
         .open(path)?;
     let mut bytes = Vec::new();
     file.take(MAX_SIZE).read_to_end(&mut bytes)?;
@@ -56,7 +66,7 @@ fn read(path: impl AsRef<Path>) -> io::Result<String> {
 /// The format of a line is `name:password:uid:gid:comment:home:shell` (passwd(5)).
 fn find_user(users: &str, id: u32) -> Option<User> {
     users.lines().find_map(|line| {
-        let mut fields = entry_of(line, id)?;
+        let mut fields = entry_of(line, |_, number| number == id)?;
         Some(User {
             name: fields.name.to_owned(),
             group: number(fields.rest.next()?)?,
@@ -65,11 +75,12 @@ fn find_user(users: &str, id: u32) -> Option<User> {
 }
 
 /// The format of a line is `name:password:gid:member,member...` (group(5)).
-fn find_group(groups: &str, id: u32) -> Option<Group> {
+fn find_group(groups: &str, is_it: impl Fn(&str, u32) -> bool) -> Option<Group> {
     groups.lines().find_map(|line| {
-        let mut fields = entry_of(line, id)?;
+        let mut fields = entry_of(line, &is_it)?;
         let members = fields.rest.next().unwrap_or_default().split(',');
         Some(Group {
+            id: fields.id,
             name: fields.name.to_owned(),
             members: members.map(|name| name.trim().to_owned()).collect(),
         })
@@ -79,18 +90,23 @@ fn find_group(groups: &str, id: u32) -> Option<Group> {
 /// A line of one of the files: the name, and the fields after the number.
 struct Entry<'a> {
     name: &'a str,
+    id: u32,
     rest: std::str::Split<'a, char>,
 }
 
-/// Splits `line` into its fields if it describes the user or group with the number `id`.
-fn entry_of(line: &str, id: u32) -> Option<Entry<'_>> {
+/// Splits `line` into its fields if it describes the user or group whose name and number `is_it` accepts.
+fn entry_of(line: &str, is_it: impl Fn(&str, u32) -> bool) -> Option<Entry<'_>> {
     let mut fields = line.split(':');
     let name = fields.next()?;
     let _password = fields.next()?;
-    let found: u32 = number(fields.next()?)?;
+    let id = number(fields.next()?)?;
     // Lines that begin with a sign refer to a directory service.
     let is_entry = !name.is_empty() && !name.starts_with(['+', '-', '#']);
-    (is_entry && found == id).then_some(Entry { name, rest: fields })
+    (is_entry && is_it(name, id)).then_some(Entry {
+        name,
+        id,
+        rest: fields,
+    })
 }
 
 fn number<T: FromStr>(field: &str) -> Option<T> {
@@ -126,12 +142,13 @@ mod tests {
     #[test]
     fn groups_are_found_with_their_members() {
         let groups = "root:x:0:\nkvm:x:108:alice,bob\nvideo:x:44";
-        let kvm = find_group(groups, 108).unwrap();
+        let kvm = find_group(groups, |_, id| id == 108).unwrap();
         assert_eq!((kvm.name.as_str(), kvm.members.len()), ("kvm", 2));
         assert!(kvm.members.contains(&"bob".to_owned()));
-        let video = find_group(groups, 44).unwrap();
+        let video = find_group(groups, |name, _| name == "video").unwrap();
         assert!(!video.members.contains(&"alice".to_owned()));
-        assert_eq!(find_group(groups, 1), None);
+        assert_eq!(video.id, 44);
+        assert_eq!(find_group(groups, |_, id| id == 1), None);
     }
 
     #[test]
