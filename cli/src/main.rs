@@ -49,6 +49,7 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tracing::level_filters::LevelFilter;
 
 use args::{Args, Command, FirecrackerArgs, RestoreArgs, RunArgs};
 use confine::Confinement;

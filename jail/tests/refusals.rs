@@ -1,6 +1,8 @@
 //! What a guest that has taken over a thread of the monitor tries, in every role. Each attempt is made in a process of its
 //! own, which is confined as the monitor is.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
+
 use std::env;
 use std::ffi::c_long;
 use std::fs::{self, File};
@@ -75,20 +77,28 @@ const ATTEMPTS: [(&str, Attempt); 22] = [
     ("receive all frames", |_| {
         call(
             libc::SYS_socket,
-            [libc::AF_PACKET as c_long, libc::SOCK_RAW as c_long, 0, 0],
+            [
+                c_long::from(libc::AF_PACKET),
+                c_long::from(libc::SOCK_RAW),
+                0,
+                0,
+            ],
         )
     }),
     ("trace another process", |_| {
         call(
             libc::SYS_ptrace,
-            [libc::PTRACE_ATTACH as c_long, parent(), 0, 0],
+            [c_long::from(libc::PTRACE_ATTACH), parent(), 0, 0],
         )
     }),
     ("read memory of another process", |_| {
         call(libc::SYS_process_vm_readv, [parent(), 0, 0, 0])
     }),
     ("end another process", |_| {
-        call(libc::SYS_kill, [parent(), libc::SIGCONT as c_long, 0, 0])
+        call(
+            libc::SYS_kill,
+            [parent(), c_long::from(libc::SIGCONT), 0, 0],
+        )
     }),
     ("mount a file system", |_| {
         // SAFETY: all texts have an end.
@@ -115,10 +125,13 @@ const ATTEMPTS: [(&str, Attempt); 22] = [
         call(libc::SYS_keyctl, [0, -4, 0, 0])
     }),
     ("make a user namespace", |_| {
-        call(libc::SYS_unshare, [libc::CLONE_NEWUSER as c_long, 0, 0, 0])
+        call(
+            libc::SYS_unshare,
+            [c_long::from(libc::CLONE_NEWUSER), 0, 0, 0],
+        )
     }),
     ("enter a namespace", |_| {
-        call(libc::SYS_setns, [0, libc::CLONE_NEWNS as c_long, 0, 0])
+        call(libc::SYS_setns, [0, c_long::from(libc::CLONE_NEWNS), 0, 0])
     }),
     ("count events of the processor", |_| {
         call(libc::SYS_perf_event_open, [0, 0, -1, -1])

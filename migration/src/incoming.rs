@@ -182,7 +182,7 @@ mod tests {
     }
 
     fn pages(numbers: impl IntoIterator<Item = u64>) -> PageSet {
-        let mut pages = PageSet::empty(RANGES);
+        let mut pages = PageSet::empty(RANGES.map(|(start, len)| (start, len as u64)));
         for number in numbers {
             pages.insert(address(number));
         }

@@ -177,7 +177,7 @@ impl Plan {
                 Ok(Ok(planned)) => edits.push((Some(place), planned)),
                 Ok(Err(found)) => obstacles.extend(named(found, &volume.name)),
                 Err(error) => {
-                    obstacles.push((volume.name.clone(), format!("not mounted: {error}")))
+                    obstacles.push((volume.name.clone(), format!("not mounted: {error}")));
                 }
             }
         }

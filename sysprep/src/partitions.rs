@@ -19,7 +19,7 @@ const MBR_ID: u64 = 440;
 #[derive(Debug)]
 pub(crate) enum Table {
     /// A GPT.
-    Gpt(Gpt),
+    Gpt(Box<Gpt>),
     /// An MBR, with its signature.
     Mbr([u8; 4]),
 }
@@ -173,7 +173,7 @@ impl Table {
                     0 | 1 => None,
                     place => GptCopy::read(device, block_size, place)?,
                 };
-                return Ok(Some(Table::Gpt(Gpt { primary, backup })));
+                return Ok(Some(Table::Gpt(Box::new(Gpt { primary, backup }))));
             }
         }
         let mut sector = [0; 512];
@@ -186,7 +186,7 @@ impl Table {
 
     /// Returns whether it should have a copy, and has none that is intact.
     pub(crate) fn lacks_backup(&self) -> bool {
-        matches!(self, Table::Gpt(Gpt { backup: None, .. }))
+        matches!(self, Table::Gpt(gpt) if gpt.backup.is_none())
     }
 
     /// Returns what is known of the partition with this number.

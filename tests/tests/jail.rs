@@ -1,5 +1,7 @@
 //! What the process of a machine has given up when its guest runs.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -3,6 +3,8 @@
 //! Machines of users are processes that have given up all rights of root, with the supplementary groups of a member or of
 //! somebody else.
 
+#![allow(clippy::unwrap_used, reason = "a test fails where the host does")]
+
 use std::fs;
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};

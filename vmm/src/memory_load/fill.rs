@@ -440,7 +440,9 @@ mod tests {
         let mut service = service(&memory);
         let link = service.link.clone();
         let filler = Filler::new(link, pages, file.clone(), first, fills_all, fills_one);
-        service.spawn("filler", None, || filler.run()).unwrap();
+        service
+            .spawn(&ThreadRole::Memory, None, || filler.run())
+            .unwrap();
         Some((memory, service))
     }
 
