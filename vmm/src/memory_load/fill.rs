@@ -372,6 +372,7 @@ mod tests {
     use super::super::MemoryService;
     use super::super::tests::service;
     use super::*;
+    use crate::hooks::ThreadRole;
 
     const PAGE: u64 = PAGE_SIZE as u64;
     const PAGES: u64 = 100;
