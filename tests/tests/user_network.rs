@@ -473,8 +473,9 @@ fn block(number: u64) -> Vec<u8> {
 
 /// The guest passes on what it gets by one connection to another.
 #[test]
-fn a_gibibyte_passes_through_a_linux_guest() {
-    const BLOCKS: u64 = (1 << 30) >> 19;
+fn bytes_pass_through_a_linux_guest_unchanged() {
+    // Linux is slow on hosts without hardware virtualization.
+    const BLOCKS: u64 = (4 << 20) >> 19;
     require_kvm!();
     require_namespaces!();
     in_world(|| {
