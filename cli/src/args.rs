@@ -223,7 +223,7 @@ pub struct RestoreArgs {
     pub log: LevelFilter,
 }
 
-/// What a machine that goes on from another uses of the host, in the place of what the other has used.
+// What a machine that goes on from another uses of the host, in the place of what the other has used.
 #[derive(Clone, Debug, clap::Args)]
 pub struct EndArgs {
     /// Another image for a disk, with the same content; can be given more than once

@@ -27,7 +27,7 @@ const START_TIME: Duration = Duration::from_secs(30);
 /// How often it is seen whether a child has its control socket yet.
 const START_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The options of `bantam fork`.
+// The options of `bantam fork`.
 #[derive(Debug, clap::Args)]
 pub struct ForkArgs {
     /// The control socket that the machine was started with (--control)

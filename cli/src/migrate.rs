@@ -20,7 +20,7 @@ use crate::args::EndArgs;
 use crate::control::{Output, connect};
 use crate::message::say;
 
-/// The options of `bantam migrate`.
+// The options of `bantam migrate`.
 #[derive(Debug, clap::Args)]
 pub struct MigrateArgs {
     /// The machine: the control socket that it was started with (--control), or its name

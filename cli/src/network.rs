@@ -18,7 +18,7 @@ use crate::local_time::local_time;
 use crate::message::say;
 use crate::raise_descriptor_limit;
 
-/// The options of `bantam network`.
+// The options of `bantam network`.
 #[derive(Debug, clap::Args)]
 pub struct NetworkArgs {
     #[command(subcommand)]

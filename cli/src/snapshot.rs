@@ -24,7 +24,7 @@ use crate::named;
 /// How long a machine may take to write a snapshot.
 const WRITE_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The options of `bantam snapshot`.
+// The options of `bantam snapshot`.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct SnapshotArgs {
@@ -35,7 +35,7 @@ pub struct SnapshotArgs {
     take: TakeArgs,
 }
 
-/// The options for taking a snapshot.
+// The options for taking a snapshot.
 #[derive(Debug, clap::Args)]
 struct TakeArgs {
     /// The control socket that the machine was started with (--control), or the name of a machine

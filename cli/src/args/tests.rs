@@ -31,6 +31,21 @@ fn the_command_line_is_consistent() {
 }
 
 #[test]
+fn each_command_says_what_it_does() {
+    let mut command = Args::command();
+    command.build();
+    for command in command.get_subcommands() {
+        if command.is_hide_set() || command.get_name() == "help" {
+            continue;
+        }
+        let about = command.get_about().map(ToString::to_string);
+        let about = about.unwrap_or_default();
+        let verb = about.split(' ').next().unwrap_or_default();
+        assert!(verb.ends_with('s'), "{}: {about}", command.get_name());
+    }
+}
+
+#[test]
 fn a_kernel_is_enough() {
     assert_eq!(
         config(&["--kernel", "vmlinux"]),

@@ -139,7 +139,7 @@ pub enum NamedCommand {
     MachineProcess(ProcessArgs),
 }
 
-/// A machine.
+// A machine.
 #[derive(Debug, Args)]
 pub struct NameArgs {
     /// The machine
@@ -157,7 +157,7 @@ pub enum Output {
     Json,
 }
 
-/// A machine, and a form of the output.
+// A machine, and a form of the output.
 #[derive(Debug, Args)]
 pub struct OutputArgs {
     /// The machine

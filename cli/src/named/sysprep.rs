@@ -56,7 +56,7 @@ pub struct SysprepArgs {
     output: Output,
 }
 
-/// What is reset.
+// What is reset.
 #[derive(Debug, Args)]
 pub struct OperationArgs {
     /// What is reset: names of bantam sysprep --list, defaults or all, separated by commas; -NAME leaves one out
