@@ -141,7 +141,7 @@ fn buffers(
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::net::Shutdown;
     use std::os::unix::net::UnixStream;
     use std::thread;
@@ -253,9 +253,6 @@ mod tests {
             let received = Incoming::new(Connection::new(receiver).unwrap())
                 .and_then(|mut incoming| incoming.receive(&memory()));
             prop_assert!(received.is_err());
-            let mut answers = Vec::new();
-            source.read_to_end(&mut answers).unwrap();
-            prop_assert!(answers.starts_with(b"BANTAMMG"));
         }
     }
 

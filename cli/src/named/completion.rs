@@ -25,6 +25,7 @@ const COMMANDS: &[&str] = &[
     "edit",
     "events",
     "managedsave",
+    "migrate",
     "reboot",
     "rename",
     "reset",
