@@ -132,5 +132,6 @@ async fn a_machine_goes_on_with_memory_that_another_program_serves() {
     served.pause().await.unwrap();
     served.resume().await.unwrap();
     pause_then_kill(&mut served).await;
+    machine.resume().await.unwrap();
     pause_then_kill(&mut machine).await;
 }
