@@ -154,7 +154,8 @@ impl Bantam {
             .arguments
             .first()
             .is_some_and(|command| command == "run" || command == "restore");
-        let error_status = if runs { STATUS_ERROR } else { 1 };
+        let receives = self.arguments.iter().any(|word| word == "--receive");
+        let error_status = if runs || receives { STATUS_ERROR } else { 1 };
         let mut line = self.launcher;
         line.push(monitor().into());
         line.extend(self.arguments);
