@@ -40,7 +40,7 @@ fn each_command_says_what_it_does() {
         }
         let about = command.get_about().map(ToString::to_string);
         let about = about.unwrap_or_default();
-        let verb = about.split(' ').next().unwrap_or_default();
+        let verb = about.split([' ', ',']).next().unwrap_or_default();
         assert!(verb.ends_with('s'), "{}: {about}", command.get_name());
     }
 }
