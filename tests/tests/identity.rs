@@ -497,7 +497,8 @@ fn clones_of_a_template_are_systems_of_their_own() {
         machines.done(&["start", name]);
     }
     assert_eq!(system.bytes(), before);
-    let line = machines.refused(&["sysprep", "base"]);
+    let refused = helped(&machines, &["sysprep", "base"]).finish();
+    let line = refused.failed();
     assert!(line.contains("other machines need its disks"), "{line}");
 }
 
