@@ -322,9 +322,9 @@ impl Controller {
     /// If the machine is not paused.
     pub fn resume(&self) -> Result<(), Error> {
         let action = "resume the machine";
-        self.require_own(action)?;
         let devices = {
             let mut life = self.0.life();
+            self.require_own(action)?;
             match self.0.take(&mut life) {
                 Some(Life::Paused(machine)) => {
                     let devices = machine.devices().clone();

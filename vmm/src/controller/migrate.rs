@@ -111,7 +111,7 @@ impl Controller {
         let stopped = Instant::now();
         let sent_rest = self.while_at_rest(true, || {
             self.while_paused(ACTION, |it| {
-                let sent_rest = self.send_rest(&mut outgoing, it, &rest);
+                let sent_rest = self.send_rest(&mut outgoing, it, &rest, runs);
                 if sent_rest.is_err()
                     && let Err(error) = it.devices.take_back_disks()
                 {
@@ -123,7 +123,6 @@ impl Controller {
         });
         sent_rest.inspect_err(|error| outgoing.give_up(&error.to_string()))?;
         let sent = outgoing.sent();
-        *lock(&self.0.handed_over) = Some(runs);
         match outgoing.hand_over(runs) {
             HandOver::Done => {
                 let migrated = Migrated {
@@ -167,7 +166,7 @@ impl Controller {
         match runs {
             true => copy_of_running(outgoing, parts, &mut changes, is_tracking, options),
             false => Ok(Rest {
-                pages: parts.memory.pages_with_content().map_err(unknown_pages)?,
+                pages: PageSet::empty([]),
                 log: None,
                 rounds: 0,
             }),
@@ -180,18 +179,28 @@ impl Controller {
         outgoing: &mut Outgoing,
         parts: &Parts,
         rest: &Rest<'_>,
+        runs: bool,
     ) -> Result<(), Error> {
-        let mut pages = rest.pages.clone();
-        let mut zeroes = Zeroes::LeaveOut;
-        if let Some(log) = &rest.log {
-            pages.add(&log.take(&mut lock(&parts.changes))?);
-            zeroes = Zeroes::Send;
-        }
+        let (pages, zeroes) = match &rest.log {
+            Some(log) => {
+                let mut pages = log.take(&mut lock(&parts.changes))?;
+                pages.add(&rest.pages);
+                (pages, Zeroes::Send)
+            }
+            // Not before: someone may have let it run for a while.
+            None => {
+                let pages = parts.memory.pages_with_content();
+                (pages.map_err(unknown_pages)?, Zeroes::LeaveOut)
+            }
+        };
         outgoing.send_pages(&parts.memory, &pages, zeroes)?;
         let state = self.describe(parts)?;
         self.require_memory(&parts.memory)?;
         parts.devices.release_disks()?;
-        Ok(outgoing.send_state(&state)?)
+        outgoing.send_state(&state)?;
+        // While nobody can let the machine go on here.
+        *lock(&self.0.handed_over) = Some(runs);
+        Ok(())
     }
 
     /// Returns what the paused machine is, besides its memory.
