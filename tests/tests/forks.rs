@@ -11,7 +11,7 @@ use std::thread;
 
 use bantam_control::ControlClient;
 use bantam_tests::counting::{
-    Counters, STOP, config, configured, counting, random_time, read_on, wait_until,
+    Counters, STOP, config, configured, counting, random_time, read_on, rounds, wait_until,
     wait_until_gone_on,
 };
 use bantam_tests::{Bantam, Running, require_kvm};
@@ -86,10 +86,9 @@ fn a_machine_has_forks_and_they_have_forks() {
 #[test]
 fn a_fork_has_the_memory_of_one_moment_while_four_processors_write() {
     require_kvm!();
-    const ROUNDS: usize = 20;
     let (machine, reader, counters) =
         counting(&config(4, "timer=local second=at-once others=3 pages=256"));
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds() {
         wait_until_counting(&machine, counters, 4);
         thread::sleep(random_time());
         let snapshot = forked(&machine);
