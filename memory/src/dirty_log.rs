@@ -17,10 +17,10 @@ const PAGES_PER_WORD: usize = u64::BITS as usize;
 /// written to the page.
 ///
 /// A thread that reads memory after it has taken a page from the log, or after it has started the
-/// log, sees what was written before. The bit ensures this between a writer and [`DirtyLog::take`]:
-/// it is set after the write, and cleared before the memory is read. A barrier of the whole process
-/// ensures it between a writer and [`DirtyLog::start`], so a writer needs no barrier: it writes,
-/// and then checks whether the log is on.
+/// log, sees what was written before. A writer needs no barrier for this: it writes, and then checks
+/// whether the log is on and the bit is set already. [`DirtyLog::start`] and [`DirtyLog::take`] have a
+/// barrier of the whole process, after they have changed the flag or the bits and before the memory is
+/// read: a writer that has checked before it has written before it, too.
 #[derive(Debug)]
 pub(crate) struct DirtyLog {
     is_on: AtomicBool,
@@ -98,12 +98,14 @@ impl DirtyLog {
 
     /// Removes the pages that were marked since the log was started, or since the last call, and
     /// returns them.
-    pub(crate) fn take(&self) -> PageSet {
+    ///
+    /// # Errors
+    /// If the kernel's barrier fails. The pages are lost then.
+    pub(crate) fn take(&self) -> io::Result<PageSet> {
         let words = self.words.get().map(Box::as_ref).unwrap_or_default();
         let take = |word: &AtomicU64| match word.load(Ordering::Relaxed) {
             // A bit that is set meanwhile is for the next call.
             0 => 0,
-            // Acquire: a reader of the page now sees what was written before the bit was set.
             _ => word.swap(0, Ordering::AcqRel),
         };
         let regions = self.regions.iter().map(|region| {
@@ -111,7 +113,12 @@ impl DirtyLog {
             let words = words.iter().take(region.word_count).map(take).collect();
             (region.start, region.len as u64, words)
         });
-        PageSet::from_words(regions)
+        let pages = PageSet::from_words(regions);
+        // A log that was never started has not prepared the barrier, nor has it pages.
+        if !words.is_empty() {
+            membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED)?;
+        }
+        Ok(pages)
     }
 
     /// Marks the pages of `len` bytes, which have been written, `offset` bytes after the start of
@@ -137,9 +144,12 @@ impl DirtyLog {
             if index == last_word {
                 bits &= u64::MAX >> (PAGES_PER_WORD - 1 - last % PAGES_PER_WORD);
             }
-            // A bit that appears to be set may have been taken already, so it is set again in any
-            // case.
-            word.fetch_or(bits, Ordering::Release);
+            // Most writes are to pages of a ring or a buffer that are in the log already. To look costs less than to
+            // change the word. A bit that appears to be set and has been taken meanwhile is no loss: `take` then has
+            // its barrier after this look, and so after the write.
+            if word.load(Ordering::Relaxed) & bits != bits {
+                word.fetch_or(bits, Ordering::Release);
+            }
         }
     }
 }
@@ -301,7 +311,7 @@ mod tests {
                         }
                     }
                     Step::Take => {
-                        let pages: Vec<u64> = log.take().iter().map(|page| page.0).collect();
+                        let pages: Vec<u64> = log.take().unwrap().iter().map(|page| page.0).collect();
                         let expected: Vec<u64> = std::mem::take(&mut model).into_iter().collect();
                         prop_assert_eq!(pages, expected);
                     }
@@ -333,8 +343,8 @@ mod tests {
         log.mark(0, usize::MAX, 2);
         log.mark(0, 1 << 40, 1);
         log.mark(2, 0, 1);
-        assert_eq!(log.take().iter().next(), None);
+        assert_eq!(log.take().unwrap().iter().next(), None);
         log.mark(0, 0, usize::MAX);
-        assert!(log.take().iter().all(|page| page.0 < STARTS[1]));
+        assert!(log.take().unwrap().iter().all(|page| page.0 < STARTS[1]));
     }
 }

@@ -338,7 +338,10 @@ impl GuestMemory {
     ///
     /// A page is marked after it was written. Thus a page that a device writes meanwhile is either
     /// in this result or in the next; if no device is running, the next result is empty.
-    pub fn take_dirty(&self) -> PageSet {
+    ///
+    /// # Errors
+    /// If the host's kernel has no memory for `membarrier`. The pages are lost then.
+    pub fn take_dirty(&self) -> io::Result<PageSet> {
         self.log.take()
     }
 

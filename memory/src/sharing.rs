@@ -289,11 +289,11 @@ mod tests {
             let mut copies = Vec::new();
             for (before, meanwhile) in rounds {
                 change(&memory, &before);
-                memory.take_dirty();
+                memory.take_dirty().unwrap();
                 let mut sharing = Sharing::begin(&memory).unwrap();
                 for changes in meanwhile {
                     change(&memory, &changes);
-                    sharing.copy(&memory.take_dirty()).unwrap();
+                    sharing.copy(&memory.take_dirty().unwrap()).unwrap();
                 }
                 let expected = content(&memory);
                 let layers = sharing.finish().unwrap();

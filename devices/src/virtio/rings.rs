@@ -198,7 +198,12 @@ mod tests {
         memory.start_dirty_log().unwrap();
         let dirty = |write: &dyn Fn()| -> Vec<u64> {
             write();
-            memory.take_dirty().iter().map(|page| page.0).collect()
+            memory
+                .take_dirty()
+                .unwrap()
+                .iter()
+                .map(|page| page.0)
+                .collect()
         };
         let add_used = || {
             rings.add_used(3, &[(1, 2)]);

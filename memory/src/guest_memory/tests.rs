@@ -29,7 +29,7 @@ fn logged_memory() -> Arc<GuestMemory> {
 
 /// Takes the log's pages and returns their numbers.
 fn dirty(memory: &GuestMemory) -> Vec<u64> {
-    let pages = memory.take_dirty();
+    let pages = memory.take_dirty().unwrap();
     pages.iter().map(|address| address.0 / PAGE).collect()
 }
 
@@ -256,13 +256,13 @@ fn a_copy_by_the_log_is_whole() {
         let mut copy: std::collections::BTreeMap<_, _> =
             all().map(|address| (address, read(address))).collect();
         for _ in 0..20 {
-            for address in memory.take_dirty().iter() {
+            for address in memory.take_dirty().unwrap().iter() {
                 copy.insert(address, read(address));
             }
         }
         ends.store(true, Ordering::Relaxed);
         writer.join().unwrap();
-        for address in memory.take_dirty().iter() {
+        for address in memory.take_dirty().unwrap().iter() {
             copy.insert(address, read(address));
         }
         for address in all() {

@@ -38,14 +38,15 @@ impl<'a> WriteLog<'a> {
     /// Returns the pages that have been written since the start, or since the last call.
     ///
     /// # Errors
-    /// If KVM does not tell.
+    /// If KVM does not tell, or the kernel has no memory for a barrier.
     pub(super) fn take(&self, changes: &mut Changes) -> Result<PageSet, Error> {
         let (vm, memory) = (&self.parts.vm, &self.parts.memory);
         if self.is_tracking {
             return changes.take_new(vm, memory);
         }
         let mut pages = vm.take_written()?;
-        pages.add(&memory.take_dirty());
+        let by_devices = memory.take_dirty();
+        pages.add(&by_devices.map_err(Error::resource("the log of written pages"))?);
         Ok(pages)
     }
 }

@@ -52,15 +52,19 @@ impl Changes {
 
     /// Takes the changes that have been logged since they were last taken. They are kept for the next snapshot.
     pub(crate) fn take_new(&mut self, vm: &Vm, memory: &GuestMemory) -> Result<PageSet, Error> {
-        let mut pages = match vm.take_written() {
+        let written = vm.take_written().and_then(|mut pages| {
+            let by_devices = memory.take_dirty();
+            pages.add(&by_devices.map_err(Error::resource("the log of written pages"))?);
+            Ok(pages)
+        });
+        let pages = match written {
             Ok(pages) => pages,
             Err(error) => {
-                // What KVM has returned of some regions is lost.
+                // What the logs have returned of some regions is lost.
                 self.logged_since = None;
                 return Err(error);
             }
         };
-        pages.add(&memory.take_dirty());
         match &mut self.kept {
             Some(kept) => kept.add(&pages),
             None => self.kept = Some(pages.clone()),

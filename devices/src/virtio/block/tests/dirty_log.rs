@@ -14,7 +14,7 @@ fn dirty_after(machine: &mut Machine, count: usize, offer: impl Fn(&mut Machine)
     offer(machine);
     machine.memory.start_dirty_log().unwrap();
     machine.run(count);
-    let pages = machine.memory.take_dirty();
+    let pages = machine.memory.take_dirty().unwrap();
     pages.iter().map(|page| page.0).collect()
 }
 

@@ -14,7 +14,13 @@ fn dirty_after(machine: &mut Machine, count: usize, len: usize) -> Vec<u64> {
         machine.host_sends(&packet(len, 0));
     }
     machine.run();
-    let mut pages: Vec<u64> = machine.memory.take_dirty().iter().map(|it| it.0).collect();
+    let mut pages: Vec<u64> = machine
+        .memory
+        .take_dirty()
+        .unwrap()
+        .iter()
+        .map(|it| it.0)
+        .collect();
     assert!(pages.contains(&USED));
     pages.retain(|&page| page >= DATA);
     pages.iter().map(|page| (page - DATA) / PAGE).collect()
@@ -61,6 +67,12 @@ fn what_the_driver_sends_is_not_in_the_log() {
     machine.memory.start_dirty_log().unwrap();
     machine.run();
     assert!(machine.host_receives().is_some());
-    let dirty: Vec<u64> = machine.memory.take_dirty().iter().map(|it| it.0).collect();
+    let dirty: Vec<u64> = machine
+        .memory
+        .take_dirty()
+        .unwrap()
+        .iter()
+        .map(|it| it.0)
+        .collect();
     assert_eq!(dirty, [TRANSMIT_RINGS + 0x2000]);
 }
