@@ -455,14 +455,17 @@ impl TcpFlow {
 
     /// Removes what the guest has acknowledged from the socket's queue.
     fn discard(&mut self, size: u32) {
-        if size == 0 {
-            return;
-        }
-        match sys::discard(&self.socket, size as usize) {
-            Ok(done) if done == size as usize => {}
-            // It was there when it was sent.
-            Ok(_) => self.must_reset = true,
-            Err(error) => self.failed(&error),
+        let mut left = size as usize;
+        while left > 0 {
+            match sys::discard(&self.socket, left) {
+                // A read ends before urgent data, the next one goes on with it.
+                Ok(done @ 1..) => left -= done,
+                // It was there when it was sent.
+                Ok(0) | Err(_) => {
+                    self.must_reset = true;
+                    return;
+                }
+            }
         }
     }
 
