@@ -8,6 +8,7 @@ mod guest;
 mod hostile;
 mod linux;
 mod namespace;
+mod path_mtu;
 mod policy;
 mod v6;
 
