@@ -229,6 +229,33 @@ fn a_load_of_tcp_arrives_whole() {
     });
 }
 
+/// A guest that opens connections as quickly as it can is held back by a limit of its packets.
+#[test]
+fn a_limit_of_packets_is_one_of_new_connections() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let listener = TcpListener::bind((SERVER, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let machine = Bantam::payload("load")
+            .option("--net", "user,tx-packets-per-second=200")
+            .option("--memory", "64M")
+            .append(&format!(
+                "test=tcp peer={SERVER}:{port} mode=connect depth=8 operations=200"
+            ))
+            .start();
+        accept(&listener);
+        let begin = Instant::now();
+        for _ in 1..200 {
+            accept(&listener);
+        }
+        // Each takes three packets or more, and a second of them can be sent at once.
+        let elapsed = begin.elapsed();
+        assert!(elapsed >= Duration::from_millis(1500), "{elapsed:?}");
+        machine.wait().passed();
+    });
+}
+
 #[test]
 fn a_load_of_udp_arrives_in_datagrams() {
     require_kvm!();
