@@ -166,7 +166,7 @@ fn networks(config: &MachineConfig) -> Networks {
             )
         }),
         namespace: config.nets.iter().any(|net| net.netns.is_some()),
-        streams: config.vsock.is_some(),
+        streams: config.vsock.is_some() || ends().any(|end| matches!(end, NetEnd::Passt(_))),
         sockets: has_sockets(config),
     }
 }

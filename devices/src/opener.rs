@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use bantam_storage::{FileOpener, HostOpener};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::listening_socket::{ListenError, ListeningSocket};
 use crate::tap::{QueueCount, Tap, TapError};
@@ -44,12 +45,15 @@ pub trait Opener: FileOpener {
         Tap::adopt(fd)
     }
 
-    /// Connects to the Unix stream socket at `path`.
+    /// Connects to the Unix stream socket at `path`, without waiting: the thread of a device may call it.
     ///
     /// # Errors
-    /// Those of `connect`.
+    /// Those of `connect`; [`io::ErrorKind::WouldBlock`] if too many others wait for the listener.
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
-        UnixStream::connect(path)
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(socket.into())
     }
 }
 

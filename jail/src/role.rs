@@ -49,6 +49,6 @@ pub struct Networks {
     pub namespace: bool,
     /// Unix sockets that the machine listens on, whose files its threads remove in the end.
     pub sockets: bool,
-    /// Unix sockets that the guest connects to, by its socket device.
+    /// Unix sockets that threads of devices connect to: those of the socket device, and of a program that is a network.
     pub streams: bool,
 }

@@ -26,6 +26,7 @@ mod traveller;
 pub mod virtual_host;
 mod watchdog;
 mod workload;
+pub mod world;
 
 pub use api::{Answer, ApiClient};
 pub use api_machine::{ApiMachine, bare_metal_boot_source};

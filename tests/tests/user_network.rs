@@ -2,102 +2,19 @@
 //!
 //! The "world" is the loopback interface of a network namespace that each test makes, so no packet leaves it.
 
-use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{
-    Bantam, HostTap, Kernel, accept, pattern, require_kvm, require_namespaces, require_taps,
-    scripted_root, unprivileged,
+use bantam_tests::world::{
+    FORBIDDEN, LEASE_SCRIPT, SERVER, connect, file_sum, in_world, serve_file, serve_names,
 };
-use nix::sched::{CloneFlags, unshare};
+use bantam_tests::{
+    Bantam, Kernel, accept, require_kvm, require_namespaces, scripted_root, unprivileged,
+};
 use nix::sys::signal::Signal;
-
-/// Addresses of the world.
-const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
-/// One that the guest may not reach.
-const FORBIDDEN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 8);
-/// What the guest fetches.
-const FILE_SIZE: usize = 1 << 20;
-
-/// Runs `test` in a network namespace whose loopback interface has the addresses of the world, and in which users
-/// may ping.
-fn in_world(test: impl FnOnce() + Send + 'static) {
-    let thread = thread::spawn(|| {
-        // A thread has a namespace of its own, and passes it on to what it starts.
-        unshare(CloneFlags::CLONE_NEWNET).expect("namespaces can be made");
-        ip("link set lo up");
-        for address in [SERVER, FORBIDDEN] {
-            ip(&format!("address add {address}/32 dev lo"));
-        }
-        fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647")
-            .expect("the setting is that of the namespace");
-        test();
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status();
-    assert!(
-        status.is_ok_and(|status| status.success()),
-        "ip {arguments}"
-    );
-}
-
-/// Answers every query for an IPv4 address with [`SERVER`], and others with nothing.
-fn serve_names(socket: &UdpSocket) {
-    let mut query = [0; 512];
-    while let Ok((size, peer)) = socket.recv_from(&mut query) {
-        let question = &query[12..size];
-        let name_size = question.iter().position(|&byte| byte == 0);
-        let name_size = name_size.expect("a name ends with an empty label") + 1;
-        let asks_for_address = question[name_size..name_size + 2] == [0, 1];
-        let mut answer = query[..2].to_vec();
-        answer.extend([0x81, 0x80, 0, 1, 0, asks_for_address.into(), 0, 0, 0, 0]);
-        answer.extend(&question[..name_size + 4]);
-        if asks_for_address {
-            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 250, 0, 4]);
-            answer.extend(SERVER.octets());
-        }
-        socket.send_to(&answer, peer).expect("the guest is there");
-    }
-}
-
-/// Answers every request of HTTP with a file.
-fn serve_file(listener: &TcpListener) {
-    for stream in listener.incoming() {
-        let mut stream = stream.expect("connections can be accepted");
-        let mut request = Vec::new();
-        let mut byte = [0];
-        while !request.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
-            request.push(byte[0]);
-        }
-        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {FILE_SIZE}\r\n\r\n");
-        let file = pattern(5, 0, FILE_SIZE);
-        let sent = stream.write_all(&[head.as_bytes(), &file].concat());
-        sent.expect("the guest takes all of it");
-    }
-}
-
-/// What busybox's DHCP client calls.
-const LEASE_SCRIPT: &str = "#!/bin/sh\n\
-    case $1 in\n\
-    deconfig) ifconfig eth0 up;;\n\
-    bound)\n\
-        ifconfig eth0 $ip netmask $subnet\n\
-        route add default gw $router\n\
-        echo nameserver $dns > /etc/resolv.conf\n\
-        echo LEASE $ip $subnet $router $dns $domain $hostname $mtu;;\n\
-    esac\n";
 
 #[test]
 fn linux_gets_an_address_resolves_a_name_fetches_pings_and_serves() {
@@ -161,136 +78,6 @@ fn linux_gets_an_address_resolves_a_name_fetches_pings_and_serves() {
         }
         assert!(local.accept().is_err(), "the host's loopback was reached");
     });
-}
-
-#[test]
-fn linux_is_on_a_network_of_passt() {
-    require_kvm!();
-    require_namespaces!();
-    in_world(|| {
-        // What passt shows the guest is the interface with the default route.
-        ip("link add world type veth peer name other");
-        ip("link set other up");
-        ip("address add 198.51.100.2/24 dev world");
-        ip("link set world up");
-        ip("route add default via 198.51.100.1");
-        let files = TcpListener::bind((SERVER, 80)).unwrap();
-        thread::spawn(move || serve_file(&files));
-        let folder = tempfile::tempdir().unwrap();
-        // It gives up root.
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        let socket = folder.path().join("passt");
-        let missing = Bantam::payload("hello")
-            .option("--net", format!("passt={}", socket.display()))
-            .finish();
-        let reason = missing.failed_with_one_line();
-        assert!(reason.contains("so start passt"), "{reason}");
-        let passt = Command::new("timeout")
-            .args(["120", "passt", "--foreground", "--one-off", "--socket"])
-            .arg(&socket)
-            .stderr(Stdio::piped())
-            .spawn();
-        let mut passt = passt.expect("there is passt");
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !socket.exists() {
-            assert!(Instant::now() < deadline, "passt does not start");
-            thread::sleep(Duration::from_millis(10));
-        }
-        // It has given up root, and the monitor has no capabilities.
-        fs::set_permissions(&socket, fs::Permissions::from_mode(0o777)).unwrap();
-        let script = format!(
-            "#!/bin/sh\n\
-             udhcpc -i eth0 -n -q -f -s /lease.sh\n\
-             wget -q -O - http://{SERVER}/ | md5sum\n\
-             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
-        );
-        let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
-        let root = scripted_root(folder.path(), &scripts);
-        let ended = Bantam::linux(Kernel::Small)
-            .launcher(unprivileged())
-            .disk(&root, "")
-            .append("quiet init=/test.sh")
-            .option("--net", format!("passt={}", socket.display()))
-            .finish();
-        // With `--one-off` it ends with its guest.
-        passt.wait().unwrap();
-        ended.printed("LEASE 198.51.100.2 255.255.255.0 198.51.100.1");
-        ended.printed(&format!("{}  -", file_sum())).succeeded();
-    });
-}
-
-mod request {
-    nix::ioctl_write_ptr_bad!(attach, libc::TUNSETIFF, libc::ifreq);
-}
-
-#[test]
-fn a_tap_that_another_program_has_opened_is_used() {
-    require_taps!();
-    let tap = HostTap::new();
-    let opened = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun");
-    let opened = opened.unwrap();
-    // SAFETY: it consists of integers and pointers, all of which may be zero.
-    let mut attachment: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in attachment.ifr_name.iter_mut().zip(tap.name.bytes()) {
-        *target = byte as libc::c_char;
-    }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    attachment.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: the request reads an ifreq and writes the name back to it; it is our own.
-    unsafe { request::attach(opened.as_raw_fd(), &attachment) }.unwrap();
-    // The monitor has it as descriptor 9.
-    let pass_on = ["sh", "-c", "exec 9<&0 </dev/null; exec \"$@\"", "sh"];
-    let launcher = pass_on.into_iter().chain(unprivileged());
-    let ended = Bantam::payload("devices")
-        .launcher(launcher)
-        .stdin(opened)
-        .option("--net", "fd=9")
-        .append(format!("net-arp={},{} offloads", tap.guest, tap.host))
-        .finish();
-    ended
-        .passed()
-        .printed(&format!("ok: net resolves {},{}", tap.guest, tap.host));
-    let refused = Bantam::payload("hello").option("--net", "fd=999").finish();
-    assert_eq!(
-        refused.failed_with_one_line(),
-        "cannot use descriptor 999 as a tap: no such descriptor is open"
-    );
-}
-
-/// The MD5 sum of the file, by the same program as the guest's.
-fn file_sum() -> String {
-    let mut sum = Command::new("/bin/busybox")
-        .arg("md5sum")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("there is busybox-static");
-    let stdin = sum.stdin.take();
-    let mut stdin = stdin.expect("it is a pipe");
-    let written = stdin.write_all(&pattern(5, 0, FILE_SIZE));
-    written.expect("all of it is read");
-    drop(stdin);
-    let output = sum.wait_with_output().expect("it ends");
-    let text = String::from_utf8_lossy(&output.stdout);
-    text.split(' ').next().unwrap_or_default().to_owned()
-}
-
-/// Reads everything from a server, which may take a moment to be there.
-fn connect(address: &str) -> String {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let mut text = String::new();
-        let read =
-            TcpStream::connect(address).and_then(|mut stream| stream.read_to_string(&mut text));
-        if read.is_ok() && !text.is_empty() {
-            return text;
-        }
-        assert!(Instant::now() < deadline, "nobody answers: {read:?}");
-        thread::sleep(Duration::from_millis(100));
-    }
 }
 
 #[test]
@@ -442,6 +229,33 @@ fn a_load_of_tcp_arrives_whole() {
     });
 }
 
+/// A guest that opens connections as quickly as it can is held back by a limit of its packets.
+#[test]
+fn a_limit_of_packets_is_one_of_new_connections() {
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let listener = TcpListener::bind((SERVER, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let machine = Bantam::payload("load")
+            .option("--net", "user,tx-packets-per-second=200")
+            .option("--memory", "64M")
+            .append(&format!(
+                "test=tcp peer={SERVER}:{port} mode=connect depth=8 operations=200"
+            ))
+            .start();
+        accept(&listener);
+        let begin = Instant::now();
+        for _ in 1..200 {
+            accept(&listener);
+        }
+        // Each takes three packets or more, and a second of them can be sent at once.
+        let elapsed = begin.elapsed();
+        assert!(elapsed >= Duration::from_millis(1500), "{elapsed:?}");
+        machine.wait().passed();
+    });
+}
+
 #[test]
 fn a_load_of_udp_arrives_in_datagrams() {
     require_kvm!();
@@ -461,60 +275,5 @@ fn a_load_of_udp_arrives_in_datagrams() {
             assert!(bytes[..100].iter().all(|&byte| byte == 0));
         }
         machine.wait().passed();
-    });
-}
-
-/// Bytes at a position of a stream, which differ from those at all others that are near.
-fn block(number: u64) -> Vec<u8> {
-    const WORDS: u64 = 1 << 16;
-    let words = (0..WORDS).map(|word| (number * WORDS + word).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    words.flat_map(u64::to_le_bytes).collect()
-}
-
-/// The guest passes on what it gets by one connection to another.
-#[test]
-fn bytes_pass_through_a_linux_guest_unchanged() {
-    // Linux is slow on hosts without hardware virtualization.
-    const BLOCKS: u64 = (4 << 20) >> 19;
-    require_kvm!();
-    require_namespaces!();
-    in_world(|| {
-        let source = TcpListener::bind((SERVER, 7000)).unwrap();
-        let target = TcpListener::bind((SERVER, 7001)).unwrap();
-        let writer = thread::spawn(move || {
-            let mut stream = accept(&source);
-            for number in 0..BLOCKS {
-                stream.write_all(&block(number)).unwrap();
-            }
-        });
-        let reader = thread::spawn(move || {
-            let mut stream = accept(&target);
-            let mut bytes = vec![0; 1 << 19];
-            for number in 0..BLOCKS {
-                stream.read_exact(&mut bytes).unwrap();
-                assert!(bytes == block(number), "block {number} is another one");
-            }
-            assert_eq!(stream.read(&mut bytes).unwrap(), 0);
-        });
-        let folder = tempfile::tempdir().unwrap();
-        let script = format!(
-            "#!/bin/sh\n\
-             mount -t proc proc /proc\n\
-             udhcpc -i eth0 -n -q -f -s /lease.sh\n\
-             nc {SERVER} 7000 </dev/null | nc {SERVER} 7001\n\
-             echo DONE\n\
-             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
-        );
-        let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
-        let root = scripted_root(folder.path(), &scripts);
-        let machine = Bantam::linux(Kernel::Small)
-            .launcher(unprivileged())
-            .disk(&root, "")
-            .append("quiet init=/test.sh")
-            .option("--net", "user")
-            .start();
-        reader.join().unwrap();
-        writer.join().unwrap();
-        machine.wait().succeeded().printed("DONE");
     });
 }

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::frame::GuestFrame;
+use crate::udp::may_be_of_another;
 
 /// Most datagrams that Linux takes at once (`UDP_MAX_SEGMENTS`, udp(7)).
 const MAX_COUNT: usize = 64;
@@ -56,7 +57,10 @@ impl Batch {
         };
         if self.bytes.len() == self.size || !send_together(&socket, &self.bytes, self.size) {
             for datagram in self.bytes.chunks(self.size.max(1)) {
-                let _ = socket.send(datagram);
+                let sent = socket.send(datagram);
+                if sent.is_err_and(|error| may_be_of_another(&error)) {
+                    let _ = socket.send(datagram);
+                }
             }
         }
         self.bytes.clear();

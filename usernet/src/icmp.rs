@@ -57,13 +57,15 @@ pub(crate) enum Unreachable {
     Scope,
     /// The sender gives the way.
     SourceRoute,
+    /// The way takes packets of at most this many bytes.
+    TooLarge(u32),
     /// The protocol that is named at this offset of the packet is not known.
     Protocol(u32),
 }
 
 impl Unreachable {
     /// Returns the first bytes of the message to `address`: kind, code, an empty checksum, and what the kind
-    /// has besides (RFC 792, RFC 4443).
+    /// has besides (RFC 792, RFC 1191, RFC 4443).
     fn start(self, address: IpAddr) -> [u8; ICMP_SIZE] {
         let (kind, code, value) = match (address, self) {
             (IpAddr::V4(_), Unreachable::Address | Unreachable::Scope) => (3, 1, 0),
@@ -71,12 +73,14 @@ impl Unreachable {
             (IpAddr::V4(_), Unreachable::Forbidden) => (3, 13, 0),
             (IpAddr::V4(_), Unreachable::SourceRoute) => (3, 5, 0),
             (IpAddr::V4(_), Unreachable::Protocol(_)) => (3, 2, 0),
+            (IpAddr::V4(_), Unreachable::TooLarge(mtu)) => (3, 4, mtu.min(u16::MAX.into())),
             (IpAddr::V6(_), Unreachable::Address) => (1, 0, 0),
             (IpAddr::V6(_), Unreachable::Port) => (1, 4, 0),
             (IpAddr::V6(_), Unreachable::Forbidden) => (1, 1, 0),
             (IpAddr::V6(_), Unreachable::Scope) => (1, 2, 0),
             (IpAddr::V6(_), Unreachable::SourceRoute) => (1, 7, 0),
             (IpAddr::V6(_), Unreachable::Protocol(offset)) => (4, 1, offset),
+            (IpAddr::V6(_), Unreachable::TooLarge(mtu)) => (2, 0, mtu),
         };
         let [a, b, c, d] = value.to_be_bytes();
         [kind, code, 0, 0, a, b, c, d]
@@ -92,8 +96,9 @@ pub(crate) fn unreachable(route: &Route, packet: &[u8], reason: Unreachable) -> 
     icmp_frame(route, &message, None)
 }
 
-/// Reports to the guest that nobody listens where a datagram went.
-pub(crate) fn port_unreachable(route: &Route, datagram: &Udp) -> Vec<u8> {
+/// Reports to the guest that a datagram, of which there is only the header, could not be delivered. `route` is that of an
+/// answer.
+pub(crate) fn undelivered(route: &Route, datagram: &Udp, reason: Unreachable) -> Vec<u8> {
     let sent = Route {
         source: route.destination,
         destination: route.source,
@@ -103,7 +108,7 @@ pub(crate) fn port_unreachable(route: &Route, datagram: &Udp) -> Vec<u8> {
     let size = UDP_SIZE + datagram.payload_size;
     sent.write(&mut headers, PROTOCOL_UDP, size, None);
     datagram.write(&mut headers);
-    unreachable(route, &headers[ETHERNET_SIZE..], Unreachable::Port)
+    unreachable(route, &headers[ETHERNET_SIZE..], reason)
 }
 
 /// Echoes between an identifier of the guest and one other address.

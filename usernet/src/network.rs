@@ -128,6 +128,8 @@ pub struct UserNetwork {
     /// How often the timer expires, if it does.
     tick: Option<Duration>,
     tcp: Table<TcpFlow>,
+    /// No connection gives way to another before this time.
+    tcp_is_full_until: Option<Instant>,
     udp: Table<UdpFlow>,
     echoes: Table<EchoFlow>,
     listeners: Vec<Listener>,
@@ -198,6 +200,7 @@ impl UserNetwork {
             timer,
             tick: None,
             tcp: Table::new(MAX_TCP_FLOWS.min(share.saturating_mul(4))),
+            tcp_is_full_until: None,
             udp: Table::new(MAX_UDP_FLOWS.min(share)),
             echoes: Table::new(MAX_ECHO_FLOWS),
             listeners: Vec::new(),

@@ -1,6 +1,7 @@
 //! Requests to sockets that the standard library does not have.
 
 use std::io;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
@@ -47,6 +48,28 @@ pub(crate) fn receive(socket: &impl AsFd, bytes: &mut [u8], flags: c_int) -> io:
     // SAFETY: the pointer is to as many bytes as the size says, to which nobody else has access.
     let result = unsafe { libc::recv(fd, bytes.as_mut_ptr().cast(), bytes.len(), flags) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Returns the size of the largest packet that the way to the other end of a connected UDP socket takes, as far as the
+/// host knows.
+pub(crate) fn path_mtu(socket: &UdpSocket) -> Option<u32> {
+    let (level, name) = match socket.peer_addr().ok()? {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
+    };
+    let mut mtu: c_int = 0;
+    let mut size = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the pointers are to an int and to its size, which the call reads and writes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw mut mtu).cast(),
+            &raw mut size,
+        )
+    };
+    u32::try_from(mtu).ok().filter(|_| result == 0)
 }
 
 #[cfg(test)]

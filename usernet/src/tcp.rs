@@ -36,7 +36,7 @@ const MAX_ATTEMPTS: u32 = 7;
 /// Acknowledgments of the same byte after which what follows it is taken for lost (RFC 5681).
 const DUPLICATES_OF_LOSS: u8 = 3;
 /// How long the opening of a connection may take, if there is no room for another.
-const OPENING_TIME: Duration = Duration::from_secs(5);
+pub(crate) const OPENING_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may be idle (RFC 5382, section 5).
 const IDLE_TIME: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
 
@@ -224,10 +224,9 @@ impl TcpFlow {
         }
     }
 
-    /// Since when it has waited to be opened, if that takes so long that another may take its place.
-    pub(crate) fn waits_since(&self, now: Instant) -> Option<Instant> {
-        let is_late = now.duration_since(self.progress) >= OPENING_TIME;
-        (self.stage != Stage::Open && is_late).then_some(self.progress)
+    /// When another may take its place, as it has waited too long to be opened.
+    pub(crate) fn gives_way_at(&self) -> Option<Instant> {
+        (self.stage != Stage::Open).then(|| self.progress + OPENING_TIME)
     }
 
     /// Has the messages of a name server, the other end, collected for [`TcpFlow::take_answers`].
@@ -455,14 +454,17 @@ impl TcpFlow {
 
     /// Removes what the guest has acknowledged from the socket's queue.
     fn discard(&mut self, size: u32) {
-        if size == 0 {
-            return;
-        }
-        match sys::discard(&self.socket, size as usize) {
-            Ok(done) if done == size as usize => {}
-            // It was there when it was sent.
-            Ok(_) => self.must_reset = true,
-            Err(error) => self.failed(&error),
+        let mut left = size as usize;
+        while left > 0 {
+            match sys::discard(&self.socket, left) {
+                // A read ends before urgent data, the next one goes on with it.
+                Ok(done @ 1..) => left -= done,
+                // It was there when it was sent.
+                Ok(0) | Err(_) => {
+                    self.must_reset = true;
+                    return;
+                }
+            }
         }
     }
 

@@ -8,6 +8,7 @@ mod guest;
 mod hostile;
 mod linux;
 mod namespace;
+mod path_mtu;
 mod policy;
 mod v6;
 
@@ -253,6 +254,43 @@ fn urgent_data_is_in_its_place_in_the_stream() {
     let mut answer = [0; 6];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"thanks");
+}
+
+/// The guest acknowledges what is before urgent data and the urgent data together, and so what is removed from the
+/// socket's queue at once is what the host's kernel does not read at once.
+#[test]
+fn urgent_data_may_be_acknowledged_with_what_is_around_it() {
+    let (listener, port) = listen();
+    for (number, is_old_host) in [(1, false), (2, true), (3, false), (7, false), (50, false)] {
+        IS_OLD_HOST.set(is_old_host);
+        let mut guest = Guest::new(&to_host());
+        let handle = guest.connect(GATEWAY, port, 40000);
+        assert!(guest.is_connected(handle));
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut sent = Vec::new();
+        for byte in 0..50 {
+            stream.write_all(&[byte, byte]).unwrap();
+            socket2::SockRef::from(&stream)
+                .send_out_of_band(&[byte])
+                .unwrap();
+            sent.extend([byte; 3]);
+            if (byte + 1) % number == 0 {
+                guest.poll();
+            }
+        }
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut received: Vec<u8> = Vec::new();
+        guest.wait(|guest| {
+            let mut bytes = [0; 4096];
+            while let Ok(size @ 1..) = guest.tcp(handle).recv_slice(&mut bytes) {
+                received.extend(&bytes[..size]);
+            }
+            (guest.tcp(handle).state() != tcp::State::Established).then_some(())
+        });
+        assert_eq!(guest.tcp(handle).state(), tcp::State::CloseWait);
+        assert_eq!(received, sent, "polled after {number} bytes");
+        IS_OLD_HOST.set(false);
+    }
 }
 
 #[test]

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::batch::Batch;
 use crate::frame::{GuestFrame, WrittenFrame};
+use crate::icmp::Unreachable;
 use crate::output::{Output, Payload};
+use crate::sys;
 use crate::wire::{PROTOCOL_UDP, Route, UDP_SIZE, Udp};
 
 /// How long a flow lives without datagrams (RFC 4787, section 4.3).
@@ -32,8 +34,8 @@ pub(crate) enum Received {
     /// A datagram that does not fit into one packet: the frame that it would be in, and whether it is such an answer, whose
     /// payload of this size is at the start of the scratch memory.
     Large(Vec<u8>, Option<usize>),
-    /// Nobody listens at the other end.
-    Refused(Udp),
+    /// A datagram of the guest with this header was not delivered.
+    Undelivered(Udp, Unreachable),
     /// There is nothing now.
     Nothing,
 }
@@ -168,7 +170,10 @@ impl UdpFlow {
                     batch.add(socket, frame, (offset, size));
                 } else {
                     batch.send();
-                    let _ = frame.send_at(offset, size, socket.as_fd());
+                    let mut send = || frame.send_at(offset, size, socket.as_fd());
+                    if send().is_err_and(|error| may_be_of_another(&error)) {
+                        let _ = send();
+                    }
                 }
                 if self.server.is_some() {
                     self.unanswered = self.server;
@@ -226,16 +231,18 @@ impl UdpFlow {
                         false => Received::Frame(frame),
                     };
                 }
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    return Received::Refused(Udp {
-                        source: self.destination,
-                        destination: self.source,
-                        payload_size: 0,
-                    });
-                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Received::Nothing,
-                // A report of a router, which does not end the flow.
-                Err(_) => {}
+                Err(error) => {
+                    // Other reports do not say anything for sure.
+                    if let Some(reason) = report(&error, socket) {
+                        let datagram = Udp {
+                            source: self.destination,
+                            destination: self.source,
+                            payload_size: 0,
+                        };
+                        return Received::Undelivered(datagram, reason);
+                    }
+                }
             }
         }
         Received::Nothing
@@ -282,4 +289,21 @@ impl UdpFlow {
     pub(crate) fn route(&self) -> &Route {
         &self.route
     }
+}
+
+/// Whether a datagram that was not sent because of `error` may be sent by another attempt, as the error can be the
+/// fate of an earlier one.
+pub(crate) fn may_be_of_another(error: &io::Error) -> bool {
+    error.kind() != ErrorKind::WouldBlock
+}
+
+/// Returns what the guest is told if a datagram to the other end of `socket` has met with `error`.
+fn report(error: &io::Error, socket: &UdpSocket) -> Option<Unreachable> {
+    if error.kind() == ErrorKind::ConnectionRefused {
+        return Some(Unreachable::Port);
+    }
+    // The host has learnt that the way takes smaller packets only. From now on it sends fragments.
+    let is_too_large = error.raw_os_error() == Some(libc::EMSGSIZE);
+    let mtu = sys::path_mtu(socket).filter(|_| is_too_large);
+    mtu.map(Unreachable::TooLarge)
 }

@@ -103,7 +103,7 @@ impl Machine {
     ) -> Result<Machine, Error> {
         config.cpu.check_host()?;
         let boots = matches!(origin, Origin::Kernel);
-        let resources = Resources::open(config, boots, &*context.opener, console)?;
+        let resources = Resources::open(config, boots, &context.opener, console)?;
         Machine::build(config, origin, resources, context)
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use bantam_devices::opener::Opener;
 use bantam_storage::FileAccess;
@@ -43,13 +44,13 @@ impl Resources {
     pub(crate) fn open(
         config: &MachineConfig,
         boots: bool,
-        opener: &dyn Opener,
+        opener: &Arc<dyn Opener>,
         mut stdio: Console,
     ) -> Result<Resources, Error> {
-        let kvm = host::open_kvm_by(opener)?;
+        let kvm = host::open_kvm_by(&**opener)?;
         host::require_capabilities(&kvm, &config.cpu.required_capabilities)?;
         let images = match boots {
-            true => Some(Images::open(config, opener)?),
+            true => Some(Images::open(config, &**opener)?),
             false => None,
         };
         let metadata = config.metadata.as_ref().map(MachineMetadata::new);
@@ -65,7 +66,7 @@ impl Resources {
         let serial = devices::open_serial(&mut opening)?;
         let root_partition = opening.root_partition;
         let gdb = match &config.gdb {
-            Some(gdb) => Some(GdbListener::open(gdb, opener)?),
+            Some(gdb) => Some(GdbListener::open(gdb, &**opener)?),
             None => None,
         };
         Ok(Resources {

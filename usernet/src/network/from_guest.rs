@@ -448,14 +448,27 @@ impl UserNetwork {
     /// Ends the connection that has waited to be opened for the longest time, if there is no room for another
     /// and it has had time enough. Returns whether there is room.
     fn make_room_for_tcp(&mut self, now: Instant) -> bool {
-        if self.tcp.is_full() {
-            let waiting = self.tcp.iter();
-            let waiting = waiting.filter_map(|(index, flow)| Some((flow.waits_since(now)?, index)));
-            if let Some((_, index)) = waiting.min() {
+        if !self.tcp.is_full() {
+            return true;
+        }
+        // A guest that floods the network does not have all connections looked at for each of its attempts.
+        if self.tcp_is_full_until.is_some_and(|end| now < end) {
+            return false;
+        }
+        let waiting = self.tcp.iter();
+        let waiting = waiting.filter_map(|(index, flow)| Some((flow.gives_way_at()?, index)));
+        match waiting.min() {
+            Some((time, index)) if time <= now => {
                 self.close_tcp(index);
+                true
+            }
+            first => {
+                // Those that are opened later give way later.
+                let latest = now + tcp::OPENING_TIME;
+                self.tcp_is_full_until = Some(first.map_or(latest, |(time, _)| time));
+                false
             }
         }
-        !self.tcp.is_full()
     }
 }
 

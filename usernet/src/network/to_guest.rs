@@ -6,7 +6,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::{Source, UserNetwork};
 use crate::frame::{FrameBuffer, WrittenFrame};
-use crate::icmp::port_unreachable;
+use crate::icmp::undelivered;
 use crate::output::Output;
 use crate::tcp::Produced;
 use crate::udp::Received;
@@ -194,8 +194,8 @@ impl UserNetwork {
                 self.reply_in_parts(&frame, packet_size);
                 None
             }
-            Received::Refused(datagram) => {
-                let frame = port_unreachable(flow.route(), &datagram);
+            Received::Undelivered(datagram, reason) => {
+                let frame = undelivered(flow.route(), &datagram, reason);
                 self.reply(frame);
                 self.queue(Source::Udp(index));
                 None

@@ -22,7 +22,7 @@ const FAULTS: &str = "_ws.malformed or ip.checksum.status == 0 or tcp.checksum.s
                       udp.checksum.status == 0 or icmp.checksum.status == 0 or \
                       icmpv6.checksum.status == 0 or _ws.expert.severity == error";
 
-fn header() -> Vec<u8> {
+pub(super) fn header() -> Vec<u8> {
     PCAP_HEADER.map(u32::to_le_bytes).as_flattened().to_vec()
 }
 
@@ -48,7 +48,7 @@ fn tshark(capture: &[u8], filter: &str) -> String {
 }
 
 #[track_caller]
-fn check(capture: &[u8], expected: &[&str]) {
+pub(super) fn check(capture: &[u8], expected: &[&str]) {
     assert_eq!(tshark(capture, FAULTS), "");
     for filter in expected {
         assert_ne!(tshark(capture, filter), "", "nothing is {filter}");

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bolero::TypeGenerator;
 
 use super::guest::{Bytes, MAC, MTU, at, next_frame};
-use super::namespace::enter_namespace;
+use super::namespace::{enter_namespace, in_namespace, ip};
 use super::{listen, to_host};
 use crate::wire::{Mac, PROTOCOL_TCP, Route, Tcp, Udp, fold, icmp_frame, put16, sum, tcp_flag};
 use crate::{UserNetwork, UserNetworkOptions};
@@ -106,14 +106,74 @@ fn a_flood_of_connections_is_slowed_and_the_guest_is_served_again() {
     assert!(network.receive(&mut Bytes(vec![0; 1 << 17])).is_none());
 }
 
+/// Counts the sockets of this thread's namespace by the kernel's list of a protocol.
+fn sockets(protocol: &str) -> usize {
+    let list = std::fs::read_to_string(format!("/proc/thread-self/net/{protocol}"));
+    list.unwrap().lines().count() - 1
+}
+
+/// Nobody answers, and so nothing but time makes room.
+#[test]
+fn a_flood_of_connections_to_nobody_takes_no_more_than_its_share() {
+    in_namespace(|| {
+        let words = "link add nobody type veth peer name other|link set other up|link set nobody up|\
+                     address add 198.51.100.1/24 dev nobody|neigh add 198.51.100.7 lladdr 02:00:00:00:00:07 dev nobody";
+        for line in words.split('|') {
+            ip(&line.split(' ').collect::<Vec<_>>());
+        }
+        let mut network = UserNetwork::open(&UserNetworkOptions::default(), MAC, MTU).unwrap();
+        let delays = Arc::<AtomicUsize>::default();
+        let counter = delays.clone();
+        network.observe_delays(move |limit| {
+            assert!(limit <= 4096);
+            counter.fetch_add(1, Ordering::Relaxed);
+        });
+        let mut number = 0;
+        let mut attempt = move |network: &mut UserNetwork| {
+            number += 1;
+            let syn = Tcp {
+                source: 1000 + (number % 50_000) as u16,
+                destination: 1 + (number / 50_000) as u16,
+                sequence: 7,
+                flags: tcp_flag::SYN,
+                window: 1000,
+                ..Tcp::default()
+            };
+            let nobody = Ipv4Addr::new(198, 51, 100, 7);
+            send(network, segment(nobody, &syn, &[]));
+            assert!(next_frame(network).is_none());
+        };
+        let count = 100_000;
+        for _ in 0..count {
+            attempt(&mut network);
+        }
+        let opened = sockets("tcp");
+        assert!((100..=4096).contains(&opened), "{opened}");
+        let refused = delays.load(Ordering::Relaxed);
+        assert!(refused >= count - 2 * 4096, "{refused}");
+        // Other programs of the host have ports and descriptors left.
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        std::thread::sleep(crate::tcp::OPENING_TIME);
+        let refused = delays.load(Ordering::Relaxed);
+        attempt(&mut network);
+        assert_eq!(delays.load(Ordering::Relaxed), refused);
+        assert!(sockets("tcp") <= opened + 2);
+    });
+}
+
 #[test]
 fn a_flood_of_datagrams_replaces_the_oldest() {
-    let mut network = network();
-    for number in 0..5000u16 {
-        let route = route(Ipv4Addr::new(10, 0, 2, 2));
-        send(&mut network, Udp::frame(&route, 1000 + number, 9, b"flood"));
-        drain(&mut network);
-    }
+    in_namespace(|| {
+        let mut network = network();
+        for number in 0..50_000u16 {
+            let route = route(Ipv4Addr::new(10, 0, 2, 2));
+            send(&mut network, Udp::frame(&route, 1000 + number, 9, b"flood"));
+            drain(&mut network);
+        }
+        let open = sockets("udp");
+        assert!((64..=1024).contains(&open), "{open}");
+    });
 }
 
 #[test]

@@ -25,7 +25,7 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
     let disks = config.disks.iter().enumerate();
     disks
         .map(|(index, disk)| {
-            let image = Disk::open_by(opening.opener, &disk.path, &disk_options(disk))?;
+            let image = Disk::open_by(&**opening.opener, &disk.path, &disk_options(disk))?;
             if index == 0 && config.boots_from_first_disk() {
                 opening.root_partition = root_partition(&image);
             }

@@ -12,6 +12,7 @@ mod turn;
 
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::Arc;
 
 use bantam_devices::opener::Opener;
 use bantam_devices::virtio::balloon::{Balloon, BalloonOptions};
@@ -39,7 +40,7 @@ use crate::metadata::MachineMetadata;
 /// What is needed to open devices.
 pub(crate) struct Opening<'a> {
     pub(crate) config: &'a MachineConfig,
-    pub(crate) opener: &'a dyn Opener,
+    pub(crate) opener: &'a Arc<dyn Opener>,
     /// The program's end, until one of the streams has taken it.
     pub(crate) stdio: &'a mut Console,
     pub(crate) metadata: Option<&'a MachineMetadata>,

@@ -79,13 +79,13 @@ pub(super) fn open(opening: &mut Opening<'_>) -> Result<Vec<Build>, Error> {
 }
 
 fn open_passt(opening: &Opening<'_>, path: &Path, label: String) -> Result<FrameStream, Error> {
-    let socket = opening.opener.connect(path);
-    socket
-        .and_then(|socket| FrameStream::new(socket, label))
-        .map_err(|source| Error::NetSocket {
+    let (opener, socket) = (opening.opener.clone(), path.to_owned());
+    FrameStream::connect(label, move || opener.connect(&socket)).map_err(|source| {
+        Error::NetSocket {
             path: path.to_owned(),
             source,
-        })
+        }
+    })
 }
 
 /// Returns how many queues a tap is to have.

@@ -94,5 +94,5 @@ fn open_end(
         SerialConfig::Stdio => std::mem::take(opening.stdio),
         _ => Default::default(),
     };
-    serial_end::open(opening.opener, stream, end, stdio)
+    serial_end::open(&**opening.opener, stream, end, stdio)
 }

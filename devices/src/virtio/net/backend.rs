@@ -56,6 +56,20 @@ pub trait NetBackend: Send + Sync {
     /// If that is not possible.
     fn forget_driver(&self) -> io::Result<()>;
 
+    /// Whether the other side can come back after it is gone.
+    fn can_reconnect(&self) -> bool {
+        false
+    }
+
+    /// Tries to reach the other side again after it is gone, without waiting for it. Descriptors of queues may be
+    /// others then.
+    ///
+    /// # Errors
+    /// If it cannot be reached now.
+    fn reconnect(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Returns why `error`, with which a packet was dropped, occurs and what helps, if it is known.
     fn remedy(&self, _error: &io::Error) -> Option<String> {
         None
@@ -75,7 +89,7 @@ pub trait NetQueue: AsRawFd + Send + Sync {
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if it cannot be taken now. Others drop the packet; `EBADFD` and `ENODEV`
-    /// mean that the other side is gone for good.
+    /// mean that the other side is gone.
     fn write(&self, packet: &mut GuestBuffers) -> io::Result<()>;
 
     /// Passes on packets of the driver that were kept back to go together with more. It is called after each run of
@@ -200,7 +214,7 @@ impl PacketBuffer<'_> {
     }
 }
 
-/// Whether `error`, of a read or a write, says that the other side is gone for good.
+/// Whether `error`, of a read or a write, says that the other side is gone.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV))
 }

@@ -21,7 +21,7 @@ const SIZE: usize = 12;
 pub(super) fn config_space(mac: MacAddress, max_queue_pairs: u16, mtu: u16) -> ConfigSpace {
     let config = ConfigSpace::new(vec![0; SIZE]);
     set_mac(&config, mac);
-    set_announce(&config, false);
+    set_link(&config, true);
     config.write(offset::MAX_QUEUE_PAIRS, &max_queue_pairs.to_le_bytes());
     config.write(offset::MTU, &mtu.to_le_bytes());
     config
@@ -37,20 +37,34 @@ pub(super) fn set_mac(config: &ConfigSpace, mac: MacAddress) {
     config.write(offset::MAC, &mac);
 }
 
-/// Sets whether the driver is asked to announce the card to its network (section 5.1.6.5.4). The status also
-/// says that there is a link, which is always so.
+/// Sets whether the driver is asked to announce the card to its network (section 5.1.6.5.4).
 pub(super) fn set_announce(config: &ConfigSpace, announce: bool) {
-    let mut status = VIRTIO_NET_S_LINK_UP as u16;
-    if announce {
-        status |= VIRTIO_NET_S_ANNOUNCE as u16;
-    }
-    config.write(offset::STATUS, &status.to_le_bytes());
+    set_status(config, VIRTIO_NET_S_ANNOUNCE, announce);
 }
 
 /// Whether the driver is asked to announce the card.
 pub(super) fn asks_for_announcement(config: &ConfigSpace) -> bool {
-    let status = u16::from_le_bytes(config.array(offset::STATUS as u64));
-    status & VIRTIO_NET_S_ANNOUNCE as u16 != 0
+    status(config) & VIRTIO_NET_S_ANNOUNCE as u16 != 0
+}
+
+/// Sets whether the card has a link.
+pub(super) fn set_link(config: &ConfigSpace, is_up: bool) {
+    set_status(config, VIRTIO_NET_S_LINK_UP, is_up);
+}
+
+/// Whether the card has a link.
+pub(super) fn has_link(config: &ConfigSpace) -> bool {
+    status(config) & VIRTIO_NET_S_LINK_UP as u16 != 0
+}
+
+fn status(config: &ConfigSpace) -> u16 {
+    u16::from_le_bytes(config.array(offset::STATUS as u64))
+}
+
+fn set_status(config: &ConfigSpace, bit: u32, is_set: bool) {
+    let others = status(config) & !(bit as u16);
+    let new = others | if is_set { bit as u16 } else { 0 };
+    config.write(offset::STATUS, &new.to_le_bytes());
 }
 
 /// Whether `mac` can be the address of a card: neither a group address nor all zeroes.
@@ -74,5 +88,11 @@ mod tests {
         set_announce(&config, false);
         assert!(!asks_for_announcement(&config));
         assert_eq!(config.array(0), bytes);
+        set_announce(&config, true);
+        set_link(&config, false);
+        assert_eq!(config.array(6), [2, 0]);
+        assert!(!has_link(&config) && asks_for_announcement(&config));
+        set_link(&config, true);
+        assert!(has_link(&config));
     }
 }

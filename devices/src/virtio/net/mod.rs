@@ -21,6 +21,7 @@ mod overflow;
 mod packet_ring;
 mod receive;
 mod receive_slot;
+mod reconnection;
 mod ring_store;
 mod shared;
 mod state;
@@ -45,7 +46,8 @@ use virtio_bindings::bindings::virtio_net::{
 use super::{Activation, COMMON_FEATURES, ConfigSpace, VirtioDevice, device_id};
 use crate::worker::VirtioWorker;
 use config::{
-    MacAddress, asks_for_announcement, config_space, is_station_address, mac, set_announce, set_mac,
+    MacAddress, asks_for_announcement, config_space, has_link, is_station_address, mac,
+    set_announce, set_link, set_mac,
 };
 use error::DriverError;
 use local_port::LocalPort;
@@ -196,6 +198,7 @@ impl VirtioDevice for Net {
         let possible = ConfigSpace::new(self.config.save().0);
         set_mac(&possible, address);
         set_announce(&possible, asks_for_announcement(&saved));
+        set_link(&possible, has_link(&saved));
         let fits = possible.save().0 == config;
         if fits && (address == self.mac || is_station_address(address)) {
             return Ok(());

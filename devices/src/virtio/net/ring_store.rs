@@ -1,5 +1,6 @@
 //! The io_urings of a card, which outlive its workers.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::backend::{NetBackend, NetQueue};
@@ -30,6 +31,7 @@ impl PairRings {
 /// which may not be allowed to.
 pub(super) struct RingStore {
     backend: Arc<dyn NetBackend>,
+    backend_is_gone: AtomicBool,
     /// One for each queue of the backend.
     pairs: Mutex<Vec<PairRings>>,
 }
@@ -41,11 +43,22 @@ impl RingStore {
         RingStore {
             pairs: Mutex::new(pairs),
             backend,
+            backend_is_gone: AtomicBool::new(false),
         }
     }
 
     pub(super) fn backend(&self) -> &Arc<dyn NetBackend> {
         &self.backend
+    }
+
+    /// Whether the backend's other side is gone, as a tap that is removed.
+    pub(super) fn backend_is_gone(&self) -> bool {
+        self.backend_is_gone.load(Ordering::Relaxed)
+    }
+
+    /// Takes note whether the backend's other side is gone, and returns what was noted before.
+    pub(super) fn set_backend_is_gone(&self, is_gone: bool) -> bool {
+        self.backend_is_gone.swap(is_gone, Ordering::Relaxed)
     }
 
     /// The rings over a queue of the backend. Nobody else has them until they are given back.

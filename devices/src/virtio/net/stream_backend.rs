@@ -24,19 +24,27 @@ const INPUT_SIZE: usize = 2 * (SIZE_SIZE + MAX_FRAME_SIZE);
 /// Most frames that are thrown away when a driver is reset, so that a flood does not keep that busy for ever.
 const MAX_DISCARDED_FRAMES: usize = 4096;
 
+/// Makes a connection to the other side.
+type Connect = dyn Fn() -> io::Result<UnixStream> + Send + Sync;
+
 /// The connection to a program that is the network.
 pub struct FrameStream {
     label: String,
+    connect: Box<Connect>,
     queue: StreamQueue,
 }
 
-struct StreamQueue {
+struct StreamQueue(Mutex<Connection>);
+
+/// One connection, from its first frame to its last.
+struct Connection {
     socket: UnixStream,
-    input: Mutex<Input>,
-    output: Mutex<Output>,
+    input: Input,
+    output: Output,
 }
 
 /// What has been read.
+#[derive(Default)]
 struct Input {
     bytes: Vec<u8>,
     /// Where the next frame's size begins, and where the bytes end that have come.
@@ -54,23 +62,20 @@ struct Output {
 }
 
 impl FrameStream {
-    /// Makes a card's other side of `socket`. Messages call it `label`.
+    /// Makes a card's other side of what `connect`, which must not wait, connects to now, and again whenever the
+    /// connection has ended. Messages call it `label`.
     ///
     /// # Errors
-    /// If the socket cannot be made non-blocking.
-    pub fn new(socket: UnixStream, label: String) -> io::Result<FrameStream> {
-        socket.set_nonblocking(true)?;
+    /// Those of `connect`, or if the socket cannot be made non-blocking.
+    pub fn connect(
+        label: String,
+        connect: impl Fn() -> io::Result<UnixStream> + Send + Sync + 'static,
+    ) -> io::Result<FrameStream> {
+        let connection = Connection::new(connect()?)?;
         Ok(FrameStream {
             label,
-            queue: StreamQueue {
-                socket,
-                input: Mutex::new(Input {
-                    bytes: Vec::new(),
-                    start: 0,
-                    end: 0,
-                }),
-                output: Mutex::default(),
-            },
+            connect: Box::new(connect),
+            queue: StreamQueue(Mutex::new(connection)),
         })
     }
 }
@@ -111,14 +116,13 @@ impl NetBackend for FrameStream {
     }
 
     fn forget_driver(&self) -> io::Result<()> {
-        let StreamQueue {
+        let Connection {
             socket,
             input,
             output,
-        } = &self.queue;
+        } = &mut *self.queue.connection();
         // The next packet is another one. What is left of this one has to be sent all the same.
-        lock(output).is_offered_again = false;
-        let mut input = lock(input);
+        output.is_offered_again = false;
         for _ in 0..MAX_DISCARDED_FRAMES {
             match input.frame(socket) {
                 Ok(_) => input.take_frame(),
@@ -126,6 +130,16 @@ impl NetBackend for FrameStream {
                 Err(_) => break,
             }
         }
+        Ok(())
+    }
+
+    fn can_reconnect(&self) -> bool {
+        true
+    }
+
+    fn reconnect(&self) -> io::Result<()> {
+        let connection = Connection::new((self.connect)()?)?;
+        *self.queue.connection() = connection;
         Ok(())
     }
 
@@ -137,20 +151,31 @@ impl NetBackend for FrameStream {
 
 impl AsRawFd for StreamQueue {
     fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.connection().socket.as_raw_fd()
     }
 }
 
 impl StreamQueue {
-    fn input(&self) -> MutexGuard<'_, Input> {
-        lock(&self.input)
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        lock(&self.0)
+    }
+}
+
+impl Connection {
+    fn new(socket: UnixStream) -> io::Result<Connection> {
+        socket.set_nonblocking(true)?;
+        Ok(Connection {
+            socket,
+            input: Input::default(),
+            output: Output::default(),
+        })
     }
 }
 
 impl NetQueue for StreamQueue {
     fn write(&self, packet: &mut GuestBuffers) -> io::Result<()> {
-        let mut output = lock(&self.output);
-        output.flush(&self.socket)?;
+        let Connection { socket, output, .. } = &mut *self.connection();
+        output.flush(socket)?;
         if std::mem::take(&mut output.is_offered_again) {
             return Ok(());
         }
@@ -161,7 +186,7 @@ impl NetQueue for StreamQueue {
         output.bytes.extend((size as u32).to_be_bytes());
         output.bytes.resize(SIZE_SIZE + size, 0);
         packet.read_at(PACKET_HEADER_SIZE, &mut output.bytes[SIZE_SIZE..]);
-        match output.flush(&self.socket) {
+        match output.flush(socket) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 if output.sent == 0 {
                     output.bytes.clear();
@@ -175,8 +200,8 @@ impl NetQueue for StreamQueue {
     }
 
     fn read(&self, buffer: &mut PacketBuffer<'_>) -> io::Result<usize> {
-        let mut input = self.input();
-        let frame = input.frame(&self.socket)?;
+        let Connection { socket, input, .. } = &mut *self.connection();
+        let frame = input.frame(socket)?;
         buffer.write_at(0, &[0; PACKET_HEADER_SIZE]);
         buffer.write_at(PACKET_HEADER_SIZE, frame);
         let size = frame.len();
@@ -185,7 +210,7 @@ impl NetQueue for StreamQueue {
     }
 
     fn has_packets(&self) -> bool {
-        matches!(self.input().size(), Ok(Some(_)))
+        matches!(self.connection().input.size(), Ok(Some(_)))
     }
 }
 

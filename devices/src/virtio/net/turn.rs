@@ -21,6 +21,6 @@ pub(super) enum Halt {
     Backend,
     /// A limit is reached; it goes on when the timer expires.
     Limit,
-    /// The backend is gone for good.
+    /// The backend is gone.
     BackendGone,
 }

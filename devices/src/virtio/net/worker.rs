@@ -8,10 +8,13 @@ use bantam_state::{SaveError, Section};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_STATUS,
 };
 
 use super::backend::{NetBackend, NetQueue};
-use super::config::{MacAddress, is_station_address, mac, set_announce, set_mac};
+use super::config::{
+    MacAddress, has_link, is_station_address, mac, set_announce, set_link, set_mac,
+};
 use super::control_queue::{Command, ControlQueue};
 use super::dropped::DroppedPackets;
 use super::expected_size::ExpectedSize;
@@ -19,6 +22,7 @@ use super::filter::ReceiveFilter;
 use super::flow::Flow;
 use super::local_port::LocalPort;
 use super::receive::Receiver;
+use super::reconnection::Reconnection;
 use super::ring_store::{PairRings, RingStore};
 use super::shared::{Direction, Shared};
 use super::state::WorkerState;
@@ -47,6 +51,8 @@ enum Source {
     TransmitLimit,
     /// The timer of the local endpoint.
     LocalTimer,
+    /// The timer of attempts to reach the backend's other side again.
+    Reconnection,
 }
 
 impl Source {
@@ -60,6 +66,7 @@ impl Source {
             Source::ReceiveLimit => (4, 0),
             Source::TransmitLimit => (5, 0),
             Source::LocalTimer => (6, 0),
+            Source::Reconnection => (7, 0),
         };
         (pair as u32) << 3 | kind
     }
@@ -73,7 +80,8 @@ impl Source {
             3 => Source::Backend(pair),
             4 => Source::ReceiveLimit,
             5 => Source::TransmitLimit,
-            _ => Source::LocalTimer,
+            6 => Source::LocalTimer,
+            _ => Source::Reconnection,
         }
     }
 }
@@ -99,9 +107,8 @@ pub(super) struct Worker {
     backend: Arc<dyn NetBackend>,
     /// Where the rings of the pairs are for another worker.
     rings: Arc<RingStore>,
-    /// Whether the backend is gone for good, as a tap that is removed. Packets of the guest then go nowhere, as
-    /// from a card whose cable is pulled.
-    backend_is_gone: bool,
+    /// Attempts to reach the backend's other side again, if it can come back.
+    reconnection: Option<Reconnection>,
     pairs: Vec<QueuePair>,
     /// How many of the pairs the driver uses, counted from the first.
     pairs_in_use: usize,
@@ -154,6 +161,10 @@ impl Worker {
             usual_size
         };
         let backend = rings.backend().clone();
+        let reconnection = match backend.can_reconnect() {
+            true => Some(Reconnection::new().map_err(|error| error.to_string())?),
+            false => None,
+        };
         let merges_buffers = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let pair_count = if features & 1 << VIRTIO_NET_F_MQ != 0 {
             backend.queue_count()
@@ -194,7 +205,7 @@ impl Worker {
             shared,
             backend,
             rings,
-            backend_is_gone: false,
+            reconnection,
             pairs,
             pairs_in_use: 1,
             control,
@@ -211,6 +222,7 @@ impl Worker {
             let state = state.decode().map_err(|error| error.to_string())?;
             worker.restore(state)?;
         }
+        worker.show_link();
         Ok(worker)
     }
 
@@ -264,6 +276,23 @@ impl Worker {
         }
     }
 
+    /// Whether the backend's other side is gone. Packets of the guest then go nowhere, as from a card whose cable is
+    /// pulled.
+    fn backend_is_gone(&self) -> bool {
+        self.rings.backend_is_gone()
+    }
+
+    /// Shows the driver whether there is a link, if that has changed.
+    fn show_link(&self) {
+        let is_up = !self.backend_is_gone();
+        if has_link(&self.config) != is_up {
+            set_link(&self.config, is_up);
+            if self.features & 1 << VIRTIO_NET_F_STATUS != 0 {
+                self.link.notify_configuration_change();
+            }
+        }
+    }
+
     fn handle(&mut self, source: Source, ready: EventSet) -> Result<(), DriverError> {
         let metrics = &self.shared.metrics;
         match source {
@@ -313,6 +342,10 @@ impl Worker {
                 Ok(())
             }
             Source::LocalTimer => self.serve_local(),
+            Source::Reconnection => {
+                self.reconnect();
+                Ok(())
+            }
         }
     }
 
@@ -340,7 +373,7 @@ impl Worker {
         ) else {
             return Ok(());
         };
-        if self.backend_is_gone {
+        if self.rings.backend_is_gone() {
             return Ok(());
         }
         pair.receive_halt =
@@ -363,7 +396,10 @@ impl Worker {
         let Some(pair) = self.pairs[..self.pairs_in_use].get_mut(index) else {
             return Ok(());
         };
-        let queue = self.backend.queue(index).filter(|_| !self.backend_is_gone);
+        let queue = self
+            .backend
+            .queue(index)
+            .filter(|_| !self.rings.backend_is_gone());
         let metrics = &self.shared.metrics;
         if pair.transmitter.waiting()? == 0 {
             metrics.no_tx_avail_buffer.add(1);
@@ -420,16 +456,51 @@ impl Worker {
     /// Takes note that the backend is gone. From now on the driver's packets are dropped, including those that
     /// have waited for the backend.
     fn lose_backend(&mut self) {
-        if std::mem::replace(&mut self.backend_is_gone, true) {
+        if self.rings.set_backend_is_gone(true) {
             return;
         }
-        self.link.warn_of_host(format_args!(
-            "{} has been removed; the guest has no network on this card until the machine is \
-             started anew",
-            self.backend.label()
-        ));
+        let label = self.backend.label();
+        match &mut self.reconnection {
+            Some(reconnection) => {
+                self.link.warn_of_host(format_args!(
+                    "{label} has ended the connection; the guest has no network on this card until it is there again"
+                ));
+                reconnection.lose();
+            }
+            None => self.link.warn_of_host(format_args!(
+                "{label} has been removed; the guest has no network on this card until the machine is \
+                 started anew"
+            )),
+        }
+        self.show_link();
         for pair in &self.pairs {
             pair.transmitter.ring_doorbell();
+        }
+    }
+
+    /// Tries to reach the backend's other side again.
+    fn reconnect(&mut self) {
+        let Some(reconnection) = &mut self.reconnection else {
+            return;
+        };
+        if !self.rings.backend_is_gone() {
+            return;
+        }
+        if self.backend.reconnect().is_err() {
+            return reconnection.fail();
+        }
+        reconnection.succeed();
+        self.rings.set_backend_is_gone(false);
+        tracing::info!(
+            "{}: {} is connected again",
+            self.link.name(),
+            self.backend.label()
+        );
+        self.show_link();
+        // The other side may be another program, which has yet to learn where the guest is.
+        self.ask_for_announcement();
+        for pair in &self.pairs[..self.pairs_in_use] {
+            pair.ring_doorbells();
         }
     }
 
@@ -473,7 +544,7 @@ impl Worker {
             Command::Offloads(wanted) => {
                 let negotiated = self.features & GUEST_OFFLOADS;
                 let done = wanted & !negotiated == 0
-                    && (self.backend_is_gone
+                    && (self.backend_is_gone()
                         || self.backend.set_offloads(offloads(wanted)).is_ok());
                 if done {
                     self.offloads = wanted;
@@ -486,7 +557,7 @@ impl Worker {
     /// Has the host filter frames, which spares the monitor and the guest the most work. The driver must cope
     /// with frames that it does not want, so it need not know if that fails.
     fn apply_filter(&self) {
-        if self.backend_is_gone {
+        if self.backend_is_gone() {
             return;
         }
         let filter = self.filter.for_tap(mac(&self.config));
@@ -514,7 +585,7 @@ impl Worker {
                 &mut self.dropped,
             )?;
         }
-        if !self.backend_is_gone
+        if !self.backend_is_gone()
             && let Err(error) = self.backend.use_queues(count)
         {
             self.link.warn(format_args!(
@@ -535,7 +606,7 @@ impl Worker {
     /// reported even if none are asked for, so it is not watched once it is gone, nor while the
     /// device needs a reset. A queue that is not in use, which is always in error, is not watched either.
     fn watch_backend(&mut self, operations: &mut EventOps<'_>) {
-        let at_rest = self.backend_is_gone || self.link.needs_reset();
+        let at_rest = self.backend_is_gone() || self.link.needs_reset();
         for (index, pair) in self.pairs.iter_mut().enumerate() {
             let Some(queue) = self.backend.queue(index) else {
                 break;
@@ -654,6 +725,18 @@ impl MutEventSubscriber for Worker {
                 self.link.need_reset_by_host(&error);
             }
         }
+        if let Some(reconnection) = &mut self.reconnection {
+            // The worker before this one may have waited.
+            if self.rings.backend_is_gone() {
+                reconnection.lose();
+            }
+            let readiness = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let token = Source::Reconnection.token();
+            let events = Events::with_data_raw(reconnection.timer(), token, readiness);
+            if let Err(error) = operations.add(events) {
+                self.link.need_reset_by_host(&error);
+            }
+        }
         self.watch_backend(operations);
     }
 
@@ -690,7 +773,7 @@ impl Drop for Worker {
         }
         set_mac(&self.config, self.own_mac);
         set_announce(&self.config, false);
-        if self.backend_is_gone {
+        if self.backend_is_gone() {
             return;
         }
         if let Err(error) = self.backend.forget_driver() {

@@ -3,6 +3,7 @@
 //! Arguments: `expect-devices=ID,ID,...`, the device ids in the command line's order;
 //! `block-test=write` writes to every block device that is not read-only, destroying what it has;
 //! `net-arp=OWN,TARGET` asks the network for the hardware address of TARGET (IPv4 addresses);
+//! `net-link=N` then waits N times for the loss of the link, and asks again when there is another;
 //! `net-echo=N` sends N frames back to their sender, and `offloads` negotiates checksum and
 //! segmentation offload for that; `rounds=N` does all of it N times (1).
 
@@ -438,6 +439,20 @@ fn check_net(device: MmioDevice, vector: u8) {
             format!("net resolves {addresses}"),
             resolve(&mut net, addresses),
         );
+        let rounds = arguments::parsed::<usize>("net-link").unwrap_or(0);
+        let names = ["the first time", "the second time"];
+        for round in names.into_iter().take(rounds) {
+            println!("net: waits for a loss of its link {round}");
+            let lost = wait_for_link(&net, false);
+            // What is sent meanwhile goes nowhere.
+            let lost = lost.and_then(|()| {
+                net.send(Header::default(), &broadcast, Completion::Polled)
+                    .map_err(|error| error.to_string())
+            });
+            report::check(format!("net loses its link {round}"), lost);
+            let found = wait_for_link(&net, true).and_then(|()| resolve(&mut net, addresses));
+            report::check(format!("net resolves with a new link {round}"), found);
+        }
     }
     if let Some(count) = arguments::parsed::<u32>("net-echo") {
         report::check(
@@ -480,6 +495,16 @@ fn parse_ipv4(text: &str) -> Option<[u8; 4]> {
         .collect::<Result<_, _>>()
         .ok()?;
     bytes.try_into().ok()
+}
+
+fn wait_for_link(net: &Net, is_up: bool) -> Result<(), String> {
+    let deadline = Deadline::after(Duration::from_secs(20));
+    while net.has_link() != is_up {
+        if deadline.passed() {
+            return Err(String::from("its link stays as it is"));
+        }
+    }
+    Ok(())
 }
 
 fn resolve(net: &mut Net, addresses: &str) -> Result<(), String> {

@@ -132,6 +132,13 @@ impl Net {
         })
     }
 
+    /// Whether the card has a link.
+    pub fn has_link(&self) -> bool {
+        // The low byte of the status, behind the address.
+        let status = super::mmio::register::CONFIG + 6;
+        self.device.read_byte(status) & 1 != 0
+    }
+
     /// Waits for a frame, passes it to `take`, and gives its buffer back to the card.
     ///
     /// # Errors

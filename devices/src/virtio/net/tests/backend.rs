@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bantam_memory::GuestBuffers;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -118,11 +120,31 @@ fn packets_that_are_left_after_a_turn_have_another() {
     assert_eq!(received, 3 * MAX_PACKETS_PER_TURN);
 }
 
+/// Sockets that a card connects to, one after the other.
+type Listener = Arc<Mutex<VecDeque<UnixStream>>>;
+
+/// Makes a backend that connects to the sockets of the listener.
+fn stream_to(listener: &Listener) -> FrameStream {
+    let listener = listener.clone();
+    let connect = move || {
+        let socket = listener.lock().unwrap().pop_front();
+        socket.ok_or(io::ErrorKind::ConnectionRefused.into())
+    };
+    FrameStream::connect("a stream".to_owned(), connect).unwrap()
+}
+
+/// Adds a socket to the listener, and returns its far end.
+fn listen(listener: &Listener) -> UnixStream {
+    let (near, far) = UnixStream::pair().unwrap();
+    listener.lock().unwrap().push_back(near);
+    far
+}
+
 /// Makes a card on a stream, and the stream's far end.
 fn machine_on_stream() -> (Machine, UnixStream) {
-    let (near, far) = UnixStream::pair().unwrap();
-    let stream = FrameStream::new(near, "a stream".to_owned()).unwrap();
-    (machine_on(Arc::new(stream)), far)
+    let listener = Listener::default();
+    let far = listen(&listener);
+    (machine_on(Arc::new(stream_to(&listener))), far)
 }
 
 fn frame_of(size: usize) -> Vec<u8> {
@@ -203,10 +225,132 @@ fn a_stream_that_ends_or_makes_no_sense_is_gone() {
     }
 }
 
+/// A card on a stream that comes and goes, and what is behind it.
+struct StreamCard {
+    machine: Machine,
+    config: Arc<ConfigSpace>,
+    listener: Listener,
+}
+
+impl StreamCard {
+    fn new() -> (StreamCard, UnixStream) {
+        let listener = Listener::default();
+        let far = listen(&listener);
+        let config = Arc::new(config_space(MAC, 1, 1500));
+        let (_, unused) = stand_in();
+        let features = MERGE
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_CTRL_VQ
+            | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+        let rings = Arc::new(RingStore::new(Arc::new(stream_to(&listener))));
+        let (own, of_worker) = (config.clone(), rings.clone());
+        let machine = Machine::with(features, unused, |activation| {
+            let shared = Arc::new(Shared::new(&NetLimits::default()).unwrap());
+            let worker = Worker::new(of_worker, 1500, MAC, own, shared, None, activation);
+            Box::new(worker.unwrap())
+        });
+        let card = StreamCard {
+            machine,
+            config,
+            listener,
+        };
+        (card, far)
+    }
+
+    fn has_link(&self) -> bool {
+        has_link(&self.config)
+    }
+
+    /// Lets the device work until its link is as wanted.
+    fn run_until_link_is(&mut self, is_up: bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.has_link() != is_up {
+            assert!(Instant::now() < deadline, "the link stays as it is");
+            self.machine.run();
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_ends_takes_the_link_down_until_there_is_another() {
+    let (mut card, mut far) = StreamCard::new();
+    card.machine.offer_receive_buffers(&[2000; 4]);
+    card.machine.run();
+    assert!(card.has_link());
+    // Half a frame is under way to the driver, and another of the driver's to the other side.
+    far.write_all(&frame_of(1000)[..500]).unwrap();
+    for _ in 0..20 {
+        card.machine.transmit(&packet(60_000, 1), &[12]);
+        card.machine.run();
+    }
+    let taken = card.machine.transmit.take_used().len();
+    assert!(taken < 20, "the stream takes everything");
+    drop(far);
+    card.machine.run();
+    assert!(!card.has_link());
+    assert_eq!(card.machine.interrupts.take_configuration_changes(), 1);
+    // What waited for it goes nowhere.
+    assert_eq!(card.machine.transmit.take_used().len(), 20 - taken);
+    card.machine.transmit(&packet(600, 3), &[12]);
+    card.machine.run();
+    assert_eq!(card.machine.transmit.take_used().len(), 1);
+
+    // Nobody listens for some time.
+    thread::sleep(Duration::from_millis(250));
+    card.machine.run();
+    assert!(!card.has_link());
+    let mut far = listen(&card.listener);
+    card.run_until_link_is(true);
+    assert!(asks_for_announcement(&card.config));
+    assert!(card.machine.interrupts.take_configuration_changes() > 0);
+    // Neither half is in the new stream.
+    far.write_all(&frame_of(700)).unwrap();
+    card.machine.run();
+    let used = card.machine.receive.take_used();
+    let sizes: Vec<_> = used.iter().map(|(_, size)| *size as usize).collect();
+    assert_eq!(sizes, [PACKET_HEADER_SIZE + 700]);
+    let place = DATA + PACKET_HEADER_SIZE as u64;
+    assert_eq!(card.machine.bytes(place, 700), frame_of(700)[4..]);
+    let sent = packet(500, 9);
+    card.machine.transmit(&sent, &[12]);
+    card.machine.run();
+    let mut bytes = vec![0; 4 + 500 - PACKET_HEADER_SIZE];
+    far.read_exact(&mut bytes).unwrap();
+    assert_eq!(
+        bytes[..4],
+        ((500 - PACKET_HEADER_SIZE) as u32).to_be_bytes()
+    );
+    assert_eq!(bytes[4..], sent[PACKET_HEADER_SIZE..]);
+    assert_eq!(card.machine.transmit.take_used().len(), 1);
+}
+
+#[test]
+fn a_stream_that_makes_no_sense_each_time_does_not_keep_the_card_busy() {
+    let (mut card, mut far) = StreamCard::new();
+    card.machine.offer_receive_buffers(&[2000; 4]);
+    for _ in 0..3 {
+        far.write_all(b"\0\0\0\x05hello").unwrap();
+        card.run_until_link_is(false);
+        far = listen(&card.listener);
+        card.run_until_link_is(true);
+    }
+    far.write_all(b"\xff\xff\xff\xff").unwrap();
+    card.run_until_link_is(false);
+    // By now it waits for 800 ms.
+    let _far = listen(&card.listener);
+    let start = Instant::now();
+    card.run_until_link_is(true);
+    assert!(start.elapsed() >= Duration::from_millis(500));
+    assert!(card.machine.receive.take_used().is_empty());
+    assert!(!card.machine.link.needs_reset());
+}
+
 #[test]
 fn what_a_stream_leaves_to_others_is_not_offered_to_the_driver() {
-    let (near, _far) = UnixStream::pair().unwrap();
-    let stream = FrameStream::new(near, "a stream".to_owned()).unwrap();
+    let listener = Listener::default();
+    let _far = listen(&listener);
+    let stream = stream_to(&listener);
     let card = Net::new(Arc::new(stream), MAC, None, &NetLimits::default(), None).unwrap();
     let unfinished = 1 << VIRTIO_NET_F_GUEST_CSUM | SEGMENTS | 1 << VIRTIO_NET_F_HOST_USO;
     assert_eq!(card.features() & (unfinished | 1 | 1 << 11 | 1 << 12), 0);

@@ -742,33 +742,44 @@ const MOVED_RINGS: u64 = 0x1000;
 struct MovingDriver {
     machine: SuspendMachine,
     queues: Vec<TestDriver>,
+    /// The far end of the card's tap. Without it, the card has no link.
+    _far: OwnedFd,
 }
 
 impl MovingDriver {
     /// Makes a driver that accepts `features`, and whose card is at work.
     fn new(features: u64) -> MovingDriver {
         let memory = memory();
-        let (mut machine, ()) = SuspendMachine::new(&memory, MovingDriver::card);
+        let (mut machine, far) = SuspendMachine::new(&memory, MovingDriver::card);
         let queues: Vec<_> = (0..3)
             .map(|index| TestDriver::new(&memory, MOVED_RINGS + index * RINGS_SIZE, 64))
             .collect();
         let drivers: Vec<_> = queues.iter().collect();
         machine.initialize(features, &drivers);
-        MovingDriver { machine, queues }
+        MovingDriver {
+            machine,
+            queues,
+            _far: far,
+        }
     }
 
-    fn card(_: Arc<DriverLink>) -> (Box<dyn VirtioDevice>, ()) {
-        (Box::new(CardOfSocket(net(stand_in().0, MAC, None))), ())
+    fn card(_: Arc<DriverLink>) -> (Box<dyn VirtioDevice>, OwnedFd) {
+        let (tap, far) = stand_in();
+        (Box::new(CardOfSocket(net(tap, MAC, None))), far)
     }
 
     /// Saves the card, which is paused, and has the driver go on elsewhere, where the card is still paused.
     fn moved(self) -> MovingDriver {
-        let (machine, ()) = self.machine.moved(MovingDriver::card);
+        let (machine, far) = self.machine.moved(MovingDriver::card);
         let mut queues = self.queues;
         for queue in &mut queues {
             queue.move_to(&machine.memory);
         }
-        MovingDriver { machine, queues }
+        MovingDriver {
+            machine,
+            queues,
+            _far: far,
+        }
     }
 
     /// Returns the status field of the card.
