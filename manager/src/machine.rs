@@ -50,6 +50,8 @@ pub(crate) mod file {
 
 /// How long a process may hold a lock that is about to be released.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// How long a command that copies a machine waits for others that do the same.
+const COPY_ACCESS_TIME: Duration = Duration::from_secs(2);
 /// The longest time between two looks at a lock.
 const LONGEST_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -326,17 +328,54 @@ impl Machine {
 
     /// Takes the right to change what belongs to the machine, to `action` it.
     pub(crate) fn change(&self, action: &'static str) -> Result<Change, Error> {
+        match self.lock_by(action, lock::try_lock)? {
+            Some(lock) => Ok(Change { lock }),
+            None => Err(self.busy(action)),
+        }
+    }
+
+    /// Takes what a command needs to copy the machine, to `action` it, and finishes what a killed command has left.
+    pub(crate) fn copy_access(&self, action: &'static str) -> Result<CopyAccess, Error> {
+        let begin = Instant::now();
+        loop {
+            if let Some(lock) = self.lock_by(action, lock::try_lock)? {
+                let change = Change { lock };
+                self.mend(&change)?;
+                if self.is_active()? {
+                    return Ok(CopyAccess::Exclusive(change));
+                }
+                let lock = change.lock;
+                let path = self.file(file::LOCK);
+                lock::try_share(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+                return Ok(CopyAccess::Shared { _lock: lock });
+            }
+            if let Some(lock) = self.lock_by(action, lock::try_share)?
+                && !self.needs_mending()
+                && !self.is_active()?
+            {
+                return Ok(CopyAccess::Shared { _lock: lock });
+            }
+            // Another that copies the machine has the lock alone for a moment.
+            if begin.elapsed() >= COPY_ACCESS_TIME {
+                return Err(self.busy(action));
+            }
+            thread::sleep(LONGEST_INTERVAL);
+        }
+    }
+
+    /// Opens the lock of commands and takes it by `take`, to `action` the machine. Returns `None` if another has it.
+    fn lock_by(
+        &self,
+        action: &'static str,
+        take: impl Fn(&File, Purpose) -> io::Result<bool>,
+    ) -> Result<Option<File>, Error> {
         let path = self.file(file::LOCK);
         if !self.exists() {
             return Err(self.not_found());
         }
         let file = lock::create(&path).map_err(Error::file("open", &path))?;
-        if !lock::try_lock(&file, Purpose::Change).map_err(Error::file("lock", &path))? {
-            return Err(Error::Busy {
-                action,
-                name: self.name.clone(),
-                holder: holder(&path),
-            });
+        if !take(&file, Purpose::Change).map_err(Error::file("lock", &path))? {
+            return Ok(None);
         }
         // The machine may have gone, or another may have its name, since the file was opened.
         let is_it = fs::metadata(&path).and_then(|now| Ok(now.ino() == file.metadata()?.ino()));
@@ -348,7 +387,15 @@ impl Machine {
         let _ = file
             .set_len(0)
             .and_then(|()| file.write_all_at(note.as_bytes(), 0));
-        Ok(Change { _lock: file })
+        Ok(Some(file))
+    }
+
+    fn busy(&self, action: &'static str) -> Error {
+        Error::Busy {
+            action,
+            name: self.name.clone(),
+            holder: holder(&self.file(file::LOCK)),
+        }
     }
 
     /// Takes the lock of the machine's process for the process that is going to be started.

@@ -269,6 +269,20 @@ impl Machine {
         Ok(())
     }
 
+    /// Returns whether a command that was killed has left something that [`Machine::mend`] finishes.
+    pub(crate) fn needs_mending(&self) -> bool {
+        let is_left = |entry: io::Result<fs::DirEntry>| {
+            let name = entry.map(|entry| entry.file_name());
+            let name = name.unwrap_or_default();
+            let name = name.to_string_lossy();
+            name.starts_with(GONE) || name.starts_with(NEW)
+        };
+        let snapshots = fs::read_dir(self.file(file::SNAPSHOTS));
+        self.file(file::MERGING).exists()
+            || self.file(file::SYSPREP).exists()
+            || snapshots.is_ok_and(|mut entries| entries.any(is_left))
+    }
+
     /// Waits until the machine has executed the commands of clients that have gone, which are executed one after another.
     pub(crate) fn await_commands(&self) -> Result<(), Error> {
         let action = "take a snapshot of";
