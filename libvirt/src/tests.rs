@@ -34,7 +34,7 @@ const FIXTURES: [(&str, &str); 6] = [
 const ID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 
 fn boot() -> Option<Boot> {
-    Some(Boot {
+    Some(Boot::Given {
         kernel: "/k".into(),
         initrd: None,
         append: None,
@@ -97,6 +97,17 @@ fn domains_of_virt_install_come_back_as_they_were() {
             assert_eq!(first.matches(kept).count(), 1, "{name}: {kept}\n{first}");
         }
     }
+}
+
+#[test]
+fn a_domain_that_boots_from_its_disk_gets_the_default_kernel() {
+    let default = || Some(Boot::Default("/default".into()));
+    let debian = FIXTURES[1].1;
+    let config = Definition::parse(debian, default()).unwrap().config;
+    assert_eq!(config.kernel, Path::new("/default"));
+    let own = Definition::parse(FIXTURES[2].1, None).unwrap().config;
+    let config = Definition::parse(FIXTURES[2].1, default()).unwrap().config;
+    assert_eq!(config.kernel, own.kernel);
 }
 
 #[test]
@@ -260,6 +271,9 @@ fn what_a_guest_would_rely_on_is_refused_by_name() {
         error.contains("has no <kernel>") && error.contains("--kernel"),
         "{error}"
     );
+    let diskless = "<domain type='kvm'><memory>65536</memory><os><type>hvm</type></os></domain>";
+    let error = Definition::parse(diskless, Some(Boot::Default("/k".into())));
+    assert!(error.unwrap_err().to_string().contains("has no <kernel>"));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use bantam_vmm::config::MachineConfig;
 use super::args::DumpxmlArgs;
 use super::edit::edit_text;
 use super::{machine, print};
+use crate::default_kernel;
 use crate::message::say;
 
 /// What an editor has done.
@@ -37,6 +38,25 @@ pub fn define_domain(
     let machine = put(&name, &definition, restart, None)?;
     say_notes(&definition.notes);
     Ok(machine)
+}
+
+/// Starts a machine by domain XML that vanishes when it has ended.
+pub fn start_domain(text: &str) -> anyhow::Result<Machine> {
+    let definition = Definition::parse(text, default_boot())?;
+    let name = definition.name.parse().context("<name>")?;
+    let machine = Manager::of_user()?
+        .start_transient(
+            &name,
+            &documented(&definition, None),
+            documents(&definition),
+        )
+        .map_err(reason_alone)?;
+    say_notes(&definition.notes);
+    Ok(machine)
+}
+
+fn default_boot() -> Option<Boot> {
+    default_kernel::find().map(Boot::Default)
 }
 
 fn put(
@@ -129,7 +149,7 @@ pub fn edit_domain(machine: &Machine) -> anyhow::Result<Edited> {
     let before = domain_xml(machine, Memory::AtStart)?;
     let earlier = Definition::parse(&before, None)?;
     let check = |text: &str| {
-        let definition = Definition::parse(text, None)?;
+        let definition = Definition::parse(text, default_boot())?;
         if definition.name != machine.name().as_str() || definition.id != earlier.id {
             bail!("its <name> and <uuid> do not change here; domrename gives it another name");
         }
@@ -138,7 +158,7 @@ pub fn edit_domain(machine: &Machine) -> anyhow::Result<Edited> {
     let Some(text) = edit_text(machine, "xml", &before, check)? else {
         return Ok(Edited::Unchanged);
     };
-    let definition = Definition::parse(&text, None)?;
+    let definition = Definition::parse(&text, default_boot())?;
     put(machine.name(), &definition, None, Some(&before_file))?;
     let is_new = |note: &&String| !earlier.notes.contains(note);
     say_notes(
