@@ -7,7 +7,7 @@ use bantam_vmm::config::{HugePages, MachineConfig, SerialConfig, Uuid};
 
 use crate::error::Error;
 use crate::xml::{Element, Node, check_size};
-use crate::{disk, interface, keep, options, platform, small, streams};
+use crate::{disk, interface, keep, limits, options, platform, small, streams};
 
 /// What a machine boots, beside what its domain says of that.
 #[derive(Clone, Debug)]
@@ -159,6 +159,7 @@ fn read(
     let mut config = MachineConfig::new("");
     let given_up = platform::read(domain, &mut config, notes)?;
     platform::read_boot(domain, &mut config)?;
+    limits::read(domain, &mut config)?;
     let none = Element::new("devices");
     let devices = domain.first("devices").unwrap_or(&none);
     config.disks = disk::read_all(devices, notes)?;
@@ -180,6 +181,7 @@ fn write_over(machine: &Machine<'_>, original: Option<&Element>) -> Result<Strin
         domain.push(Element::new("title").text(title));
     }
     platform::write(&config, machine.restart, original, &mut domain);
+    limits::write(&config).for_each(|element| domain.push(element));
     let mut devices = Element::new("devices");
     let original_devices = original.and_then(|it| it.first("devices"));
     let elements = disk::write_all(&config.disks, original_devices)

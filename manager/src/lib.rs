@@ -39,6 +39,7 @@ mod folders;
 mod follow;
 mod history;
 mod images;
+mod limits;
 mod lock;
 mod mac;
 mod machine;

@@ -266,8 +266,7 @@ impl Manager {
             false => Vec::new(),
         };
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
-        let runtime = machine.runtime();
-        files::remove_folder(runtime).map_err(Error::file("remove", runtime))?;
+        machine.remove_runtime()?;
         Ok(kept)
     }
 
@@ -303,8 +302,7 @@ impl Manager {
         if is_autostarted {
             renamed.set_autostart(true)?;
         }
-        files::remove_folder(machine.runtime())
-            .map_err(Error::file("remove", machine.runtime()))?;
+        machine.remove_runtime()?;
         Ok(renamed)
     }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use bantam_cgroup::ControlGroup;
 use bantam_vmm::config::{MachineConfig, SerialConfig};
 use bantam_vmm::{ExitReason, Snapshot};
 use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
@@ -34,6 +35,7 @@ const LOG_SIZE: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct MachineProcess {
     machine: Machine,
+    group: Option<ControlGroup>,
     policy: RestartPolicy,
     run: Mutex<Run>,
     has_answered: Mutex<bool>,
@@ -66,6 +68,7 @@ impl MachineProcess {
         machine.write_run(&run)?;
         Ok(MachineProcess {
             machine,
+            group: None,
             policy,
             run: Mutex::new(run),
             has_answered: Mutex::new(false),
@@ -75,6 +78,15 @@ impl MachineProcess {
     /// Returns the machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// Moves this process into a control group with the limits of the machine file, if there are any.
+    ///
+    /// # Errors
+    /// If the machine file cannot be read, or the host does not let the process be limited so.
+    pub fn limit(&mut self) -> Result<(), Error> {
+        self.group = self.machine.enter_control_group()?;
+        Ok(())
     }
 
     /// Tells the command that waits for it that the guest runs. Only the first call does anything.
@@ -202,6 +214,7 @@ impl Machine {
         config.serial = now.serial;
         config.console = now.console;
         config.on_reboot = now.on_reboot;
+        config.cgroup = now.cgroup;
         config.restart_limit = now.restart_limit;
         config.shutdown_timeout = now.shutdown_timeout;
         Ok(config)

@@ -311,6 +311,7 @@ fn a_machine_of_all_options_is_accepted_by_libvirt_and_comes_back() {
         balloon = { size = '64M', deflate-on-oom = true, reporting = true, hinting = true, statistics = 5 }
         rng = { bytes-per-second = 1000 }
         vsock = { cid = 7, socket = '/run/web.vsock' }
+        cgroup = { cpu-shares = 512, cpu-quota = 50000, memory-max = 2147483649, memory-high = '1G' }
         smbios = { manufacturer = 'Example', serial = 'ds=nocloud', asset-tag = 'shelf' }
         channel = [{ name = 'agent', socket = '/run/agent.sock' }, { name = 'log', file = '/var/log/web' }]
         [[disk]]
