@@ -28,6 +28,9 @@ impl Machine {
     /// # Errors
     /// If the unit cannot be written or removed, or there is no folder of units.
     pub fn set_autostart(&self, is_on: bool) -> Result<(), Error> {
+        if is_on {
+            self.require_persistent("autostart")?;
+        }
         let (Some(unit), Some(link)) = (self.unit(), self.link()) else {
             return match is_on {
                 true => {

@@ -18,7 +18,6 @@ use crate::definition::{Settings, machine_file, parse_machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::images::{create_overlay, format_of, use_overlay};
-use crate::lock;
 use crate::mac::give_mac_addresses;
 use crate::machine::{Change, CopyAccess, Machine, file, write_new};
 use crate::manager::Manager;
@@ -191,6 +190,7 @@ impl Manager {
             result => result.map_err(Error::file("create", &folder))?,
         }
         Ok(NewFolder {
+            _change: Change::of_new(&folder)?,
             folder,
         })
     }
@@ -304,7 +304,7 @@ impl Machine {
 struct NewFolder {
     folder: PathBuf,
     /// Says to other commands that somebody is at work.
-    _lock: File,
+    _change: Change,
 }
 
 /// Has what the guest writes lead to sockets and files in `home`. Returns where each was, and where it is.

@@ -28,6 +28,8 @@ pub(crate) mod file {
     pub(crate) const MACHINE: &str = "machine.toml";
     /// The settings of the manager.
     pub(crate) const SETTINGS: &str = "settings.toml";
+    /// Is there if the machine vanishes when it has ended.
+    pub(crate) const TRANSIENT: &str = "transient";
     /// The document that the machine was defined by, if it was: libvirt's domain XML.
     pub(crate) const DOCUMENT: &str = "domain.xml";
     /// The locks.
@@ -107,7 +109,29 @@ impl MachineState {
 /// The right to change what belongs to a machine, until this is dropped. No two commands have it at once.
 #[derive(Debug)]
 pub(crate) struct Change {
-    _lock: File,
+    lock: File,
+}
+
+/// What a command may do with a machine that it copies, until this is dropped.
+#[derive(Debug)]
+pub(crate) enum CopyAccess {
+    /// Read what belongs to a machine that does not run. Others may read it too, and nobody can change it.
+    Shared {
+        /// Has the lock.
+        _lock: File,
+    },
+    /// Change a machine that runs.
+    Exclusive(Change),
+}
+
+impl Change {
+    /// Takes the right for a machine that is being made in `folder`, before anybody knows it.
+    pub(crate) fn of_new(folder: &Path) -> Result<Change, Error> {
+        let path = folder.join(file::LOCK);
+        let lock = lock::create(&path).map_err(Error::file("open", &path))?;
+        lock::try_lock(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+        Ok(Change { lock })
+    }
 }
 
 impl Machine {
@@ -160,9 +184,43 @@ impl Machine {
         self.folder.join(name)
     }
 
-    /// Returns whether the machine has been defined.
+    /// Returns whether the machine has been defined, and is not a transient one that has ended.
     pub fn exists(&self) -> bool {
-        self.folder.is_dir()
+        self.folder.is_dir() && !self.has_vanished()
+    }
+
+    /// Returns whether the machine is transient: whether it vanishes when it has ended.
+    pub fn is_transient(&self) -> bool {
+        self.file(file::TRANSIENT).exists()
+    }
+
+    /// Returns whether the machine is a transient one that has ended, and whose folder nobody has removed yet.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.is_transient() && {
+            let lock = File::open(self.file(file::LOCK));
+            let is_free = |purpose| {
+                let lock = lock.as_ref().ok();
+                lock.is_none_or(|lock| !lock::is_locked(lock, purpose).unwrap_or(true))
+            };
+            is_free(Purpose::Life) && is_free(Purpose::Change)
+        }
+    }
+
+    /// Has the machine stay when it has ended.
+    pub(crate) fn make_persistent(&self) -> Result<(), Error> {
+        let path = self.file(file::TRANSIENT);
+        files::remove_file(&path).map_err(Error::file("remove", &path))
+    }
+
+    /// Returns an error if the machine vanishes when it has ended.
+    pub(crate) fn require_persistent(&self, action: &'static str) -> Result<(), Error> {
+        match self.is_transient() {
+            true => {
+                let reason = "it is transient, and vanishes when it has ended; define it first (bantam define), and it stays";
+                Err(self.refused(action, reason))
+            }
+            false => Ok(()),
+        }
     }
 
     /// Reads the text of the machine file.

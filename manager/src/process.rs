@@ -19,6 +19,7 @@ use crate::folders::Folders;
 use crate::history::{EndReason, Run, RunEnd, RunOrigin};
 use crate::lock::{self, Purpose};
 use crate::machine::{Machine, file};
+use crate::manager::Manager;
 use crate::name::MachineName;
 
 /// The command of the program that is the process of a machine.
@@ -170,9 +171,20 @@ impl MachineProcess {
 
     /// Removes what only a running machine has. The lock goes with the process.
     pub fn leave(self) {
-        let runtime = self.machine.runtime();
-        if let Err(error) = files::remove_folder(runtime) {
-            tracing::warn!("cannot remove '{}': {error}", runtime.display());
+        if let Some(Err(error)) = self.group.map(ControlGroup::leave) {
+            // It is removed by the next command, or with the group that it is in.
+            tracing::info!("the control group of the machine stays: {error}");
+            return;
+        }
+        let machine = &self.machine;
+        let runtime = machine.runtime();
+        let removed = files::remove_folder(runtime).map_err(Error::file("remove", runtime));
+        let removed = removed.and_then(|()| match machine.is_transient() {
+            true => Manager::new(machine.folders.clone()).remove_transient(machine),
+            false => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!("{error}");
         }
     }
 }

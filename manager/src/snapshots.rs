@@ -139,6 +139,7 @@ impl Machine {
         plan: &SnapshotPlan,
     ) -> Result<MachineSnapshot, Error> {
         let action = "take a snapshot of";
+        self.require_persistent(action)?;
         if self.has_managed_save() {
             let reason = "it has a managed save, whose disks must not change; start it, or remove that first";
             return Err(self.refused(action, reason));
