@@ -45,6 +45,7 @@ mod mac;
 mod machine;
 mod manager;
 mod merge;
+mod merge_at_rest;
 mod name;
 mod needed;
 mod process;

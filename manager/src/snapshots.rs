@@ -257,7 +257,7 @@ impl Machine {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             if name.starts_with(GONE) {
                 if let Ok(record) = read_record(&path)
-                    && let Err(error) = self.merge_overlays(&record)
+                    && let Err(error) = self.merge_overlays(&record, &path)
                 {
                     tracing::warn!("an overlay stays: {error}");
                 }
@@ -379,8 +379,8 @@ impl Machine {
         Ok(record)
     }
 
-    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. The overlays
-    /// that the machine has of them go back into them, if nobody else needs these.
+    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. Their overlays
+    /// go back into them, if nothing else needs these.
     ///
     /// # Errors
     /// If there is no such snapshot, another command is at work on the machine, or the host refuses it.
@@ -400,10 +400,7 @@ impl Machine {
         for mut child in self.snapshots()? {
             if child.parent.as_deref() == Some(name.as_str()) {
                 child.parent.clone_from(&record.parent);
-                let path = self.snapshot_folder(&child.name).join(RECORD);
-                let text = serde_json::to_string(&child).map_err(io::Error::from);
-                text.and_then(|text| files::replace(&path, &text))
-                    .map_err(Error::file("write", &path))?;
+                self.write_record(&child)?;
             }
         }
         let mut settings = self.settings()?;
@@ -414,10 +411,18 @@ impl Machine {
         let folder = self.snapshot_folder(name);
         let gone = self.file(file::SNAPSHOTS).join(format!("{GONE}{name}"));
         fs::rename(&folder, &gone).map_err(Error::file("remove", &folder))?;
-        let merged = self.merge_overlays(&record);
+        let merged = self.merge_overlays(&record, &gone);
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
         merged?;
         self.remove_unused()
+    }
+
+    /// Writes what is known of a snapshot.
+    pub(crate) fn write_record(&self, snapshot: &MachineSnapshot) -> Result<(), Error> {
+        let path = self.snapshot_folder(&snapshot.name).join(RECORD);
+        let text = serde_json::to_string(snapshot).map_err(io::Error::from);
+        text.and_then(|text| files::replace(&path, &text))
+            .map_err(Error::file("write", &path))
     }
 
     /// Removes the overlays that nothing needs any more.
