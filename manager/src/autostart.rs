@@ -81,7 +81,8 @@ impl Machine {
     }
 }
 
-/// Returns a unit (systemd.service(5)) whose processes are those of the machine.
+/// Returns a unit (systemd.service(5)) whose processes are those of the machine. Its control group is delegated, so that the
+/// machine can have one of its own in it.
 fn unit_text(program: &Path, name: &MachineName) -> String {
     // A percent sign begins a specifier, and a quoted argument has escapes.
     let program = program.display().to_string();
@@ -96,6 +97,7 @@ fn unit_text(program: &Path, name: &MachineName) -> String {
          \n\
          [Service]\n\
          Type=forking\n\
+         Delegate=yes\n\
          ExecStart=\"{program}\" start {name}\n\
          ExecStop=\"{program}\" shutdown {name} --wait --timeout {SHUTDOWN_SECONDS}\n\
          TimeoutStopSec={}\n\
