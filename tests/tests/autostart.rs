@@ -64,7 +64,7 @@ timeout 120 unshare --mount --pid --fork --uts --ipc --net --cgroup --kill-child
         ln -sf /dev/null $units/$unit
     done
     printf "%s\n" "[Unit]" "After=bantam-web.service" "[Service]" "StandardOutput=file:/opt/result/text" \
-        "StandardError=inherit" "ExecStart=/bin/sh -x /opt/bantam/check" > $units/check.service
+        "StandardError=inherit" "ExecStart=/bin/sh /opt/bantam/check" > $units/check.service
     mkdir -p $units/multi-user.target.wants
     ln -s ../check.service $units/multi-user.target.wants/check.service
     chroot $root /opt/bantam/bantam create web --kernel /opt/bantam/kernel --memory 32M
@@ -94,6 +94,15 @@ systemctl stop bantam-web
 state stopped
 systemctl start bantam-web
 state started
+bantam shutdown web --wait
+wait_until inactive
+state ended
+systemctl start bantam-web
+bantam managedsave web 2> /dev/null
+wait_until inactive
+state saved
+systemctl start bantam-web
+state restored
 bantam destroy web
 wait_until inactive
 state destroyed
@@ -133,6 +142,9 @@ fn systemd_starts_a_machine_with_the_host_and_ends_it_with_it() {
         "its process is in the unit",
         "stopped: inactive, shut off (powered off)",
         "started: active, running (booted)",
+        "ended: inactive, shut off (powered off)",
+        "saved: inactive, shut off (saved)",
+        "restored: active, running (restored)",
         "destroyed: inactive, shut off (destroyed)",
         "restarted: active, running (booted)",
         "killed: failed, shut off (killed)",
