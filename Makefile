@@ -52,7 +52,7 @@ test: guest payloads ## Run all tests, on real KVM
 distribution: packages ## Test with cloud-init of Debian, as root (minutes)
 	resources/guest/debian-root.sh >/dev/null
 	cargo build --package bantam
-	cargo test --workspace --test first_boot --test distribution -- --ignored --skip login
+	cargo test --workspace --test autostart --test first_boot --test distribution -- --ignored --skip login
 
 test-distribution: packages ## Boot Debian under systemd to its login prompt, as root (many minutes)
 	resources/guest/debian-root.sh >/dev/null

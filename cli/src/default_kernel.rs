@@ -1,10 +1,10 @@
 //! The kernel that a machine boots if it is given none: the one that was installed with Bantam.
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use anyhow::bail;
-use bantam_vmm::config::{MachineTable, path};
+use bantam_vmm::config::{self, MachineTable};
 use serde::Serialize;
 
 /// Names the kernel to boot in place of the one that was installed.
@@ -41,14 +41,18 @@ pub fn complete(table: MachineTable, has_image: bool) -> anyhow::Result<MachineT
 /// The key of a machine file.
 #[derive(Serialize)]
 struct Kernel<'a> {
-    #[serde(serialize_with = "path::serialize")]
+    #[serde(serialize_with = "config::path::serialize")]
     kernel: &'a Path,
 }
 
 /// Finds the kernel that the environment names, or else the one that was installed with this program or on this host.
 pub fn find() -> Option<PathBuf> {
     match env::var_os(VARIABLE) {
-        Some(kernel) if !kernel.is_empty() => Some(kernel.into()),
+        Some(kernel) if !kernel.is_empty() => {
+            let kernel = PathBuf::from(kernel);
+            // Without a current folder there is nothing better to say.
+            Some(path::absolute(&kernel).unwrap_or(kernel))
+        }
         _ => find_data(FILE),
     }
 }

@@ -154,6 +154,11 @@ fn run(args: RunArgs) -> ExitCode {
         let table = args.into_table()?;
         meaning = table.exit_status();
         let config = default_kernel::complete(table, false)?.into_config()?;
+        if config.cgroup.is_some() {
+            anyhow::bail!(
+                "[cgroup] limits named machines (bantam create --config FILE); limit this command by systemd-run --scope"
+            );
+        }
         let files = control.is_none().then(Files::none);
         Confinement::of_machine(&config, files).enter()?;
         message::start()?;

@@ -7,17 +7,22 @@ use bantam_vmm::config::{HugePages, MachineConfig, SerialConfig, Uuid};
 
 use crate::error::Error;
 use crate::xml::{Element, Node, check_size};
-use crate::{disk, interface, keep, options, platform, small, streams};
+use crate::{disk, interface, keep, limits, options, platform, small, streams};
 
-/// A kernel for a domain that boots from its disk, or another one than it has.
+/// What a machine boots, beside what its domain says of that.
 #[derive(Clone, Debug)]
-pub struct Boot {
-    /// Kernel image.
-    pub kernel: PathBuf,
-    /// Initial RAM disk, in place of that of the domain.
-    pub initrd: Option<PathBuf>,
-    /// Words for the end of the kernel command line.
-    pub append: Option<String>,
+pub enum Boot {
+    /// A kernel in place of that of the domain, if it has one.
+    Given {
+        /// Kernel image.
+        kernel: PathBuf,
+        /// Initial RAM disk, in place of that of the domain.
+        initrd: Option<PathBuf>,
+        /// Words for the end of the kernel command line.
+        append: Option<String>,
+    },
+    /// A kernel image for a domain that has a disk or an initial RAM disk and no kernel.
+    Default(PathBuf),
 }
 
 /// What domain XML says of a machine.
@@ -63,7 +68,7 @@ pub fn is_xml(text: &str) -> bool {
 }
 
 impl Definition {
-    /// Reads domain XML. If `boot` is given, the machine boots from that.
+    /// Reads domain XML of a machine that boots what the domain or `boot` says.
     ///
     /// # Errors
     /// If it is not the XML of a domain, has something that a guest would rely on and Bantam does not have, or describes a
@@ -82,16 +87,29 @@ impl Definition {
         let kept = keep::check(&original)?;
         let mut notes = Vec::new();
         let (mut config, restart) = read(&original, &mut notes)?;
-        if let Some(boot) = boot {
-            config.kernel = boot.kernel;
-            config.initrd = boot.initrd.or(config.initrd);
-            config.append = boot.append.or(config.append);
+        match boot {
+            Some(Boot::Given {
+                kernel,
+                initrd,
+                append,
+            }) => {
+                config.kernel = kernel;
+                config.initrd = initrd.or(config.initrd);
+                config.append = append.or(config.append);
+            }
+            Some(Boot::Default(kernel))
+                if config.kernel.as_os_str().is_empty()
+                    && (config.initrd.is_some() || !config.disks.is_empty()) =>
+            {
+                config.kernel = kernel;
+            }
+            _ => {}
         }
         if config.kernel.as_os_str().is_empty() {
             return Err(Error::value(
                 "<os>",
-                "has no <kernel>, and Bantam does not boot from disks: add <kernel> and perhaps <initrd> and <cmdline>, or \
-                 define it by bantam define FILE --kernel KERNEL",
+                "has no <kernel>, and no kernel is installed that a domain with a disk boots: install Bantam's (make install), add \
+                 <kernel> and perhaps <initrd> and <cmdline>, or define it by bantam define FILE --kernel KERNEL",
             ));
         }
         let config = match options::find(&original) {
@@ -141,6 +159,7 @@ fn read(
     let mut config = MachineConfig::new("");
     let given_up = platform::read(domain, &mut config, notes)?;
     platform::read_boot(domain, &mut config)?;
+    limits::read(domain, &mut config)?;
     let none = Element::new("devices");
     let devices = domain.first("devices").unwrap_or(&none);
     config.disks = disk::read_all(devices, notes)?;
@@ -162,6 +181,7 @@ fn write_over(machine: &Machine<'_>, original: Option<&Element>) -> Result<Strin
         domain.push(Element::new("title").text(title));
     }
     platform::write(&config, machine.restart, original, &mut domain);
+    limits::write(&config).for_each(|element| domain.push(element));
     let mut devices = Element::new("devices");
     let original_devices = original.and_then(|it| it.first("devices"));
     let elements = disk::write_all(&config.disks, original_devices)

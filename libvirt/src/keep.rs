@@ -228,6 +228,8 @@ fn is_container(name: &str) -> bool {
         name,
         "memoryBacking"
             | "features"
+            | "memtune"
+            | "cputune"
             | "cpu"
             | "clock"
             | "metadata"

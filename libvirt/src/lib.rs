@@ -15,6 +15,7 @@ mod domain;
 mod error;
 mod interface;
 mod keep;
+mod limits;
 mod options;
 mod platform;
 mod rules;

@@ -85,6 +85,8 @@ pub(crate) const DOMAIN: Spec = spec(
             Known(&spec(&[], &[], &[("hugepages", Known(&HUGE_PAGES))])),
         ),
         ("vcpu", Known(&spec(&["current"], &["placement"], &[]))),
+        ("memtune", Known(&MEMORY_LIMITS)),
+        ("cputune", Known(&PROCESSOR_LIMITS)),
         (
             "vcpus",
             Refused("remove it: the number of vCPUs in <vcpu> is all that there is"),
@@ -124,6 +126,25 @@ const HUGE_PAGES: Spec = spec(
     &[],
     &[],
     &[("page", Known(&spec(&["size", "unit"], &[], &[])))],
+);
+
+const MEMORY_LIMITS: Spec = spec(
+    &[],
+    &[],
+    &[
+        ("hard_limit", Known(&spec(&["unit"], &[], &[]))),
+        ("soft_limit", Known(&spec(&["unit"], &[], &[]))),
+    ],
+);
+
+const PROCESSOR_LIMITS: Spec = spec(
+    &[],
+    &[],
+    &[
+        ("shares", Known(&TEXT)),
+        ("global_period", Known(&TEXT)),
+        ("global_quota", Known(&TEXT)),
+    ],
 );
 
 const OS: Spec = spec(

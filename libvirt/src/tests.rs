@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use bantam_manager::{RestartPolicy, parse_machine_file};
-use bantam_vmm::config::{MachineConfig, SerialConfig};
+use bantam_vmm::config::{MachineConfig, Quantity, SerialConfig};
 use proptest::prelude::*;
 
 use crate::{Boot, Definition, Machine, is_xml, write_domain};
@@ -34,7 +34,7 @@ const FIXTURES: [(&str, &str); 6] = [
 const ID: &str = "6695eb01-f6a4-8304-79aa-97f2502e193f";
 
 fn boot() -> Option<Boot> {
-    Some(Boot {
+    Some(Boot::Given {
         kernel: "/k".into(),
         initrd: None,
         append: None,
@@ -100,6 +100,17 @@ fn domains_of_virt_install_come_back_as_they_were() {
 }
 
 #[test]
+fn a_domain_that_boots_from_its_disk_gets_the_default_kernel() {
+    let default = || Some(Boot::Default("/default".into()));
+    let debian = FIXTURES[1].1;
+    let config = Definition::parse(debian, default()).unwrap().config;
+    assert_eq!(config.kernel, Path::new("/default"));
+    let own = Definition::parse(FIXTURES[2].1, None).unwrap().config;
+    let config = Definition::parse(FIXTURES[2].1, default()).unwrap().config;
+    assert_eq!(config.kernel, own.kernel);
+}
+
+#[test]
 fn all_that_a_machine_has_is_read_of_a_domain() {
     let text = FIXTURES[2].1;
     let definition = Definition::parse(text, None).unwrap();
@@ -138,14 +149,15 @@ fn all_that_a_machine_has_is_read_of_a_domain() {
         [[channel]]
         name = 'org.qemu.guest_agent.0'
         socket = 'channel-org.qemu.guest_agent.0.sock'
+        [cgroup]
+        cpu-shares = 512
+        memory-max = '4G'
     ";
     assert_eq!(
         definition.config,
         MachineConfig::from_toml(expected).unwrap()
     );
     for line in [
-        "<memtune> is kept and has no effect",
-        "<cputune> is kept and has no effect",
         "<devices/controller> is kept and has no effect (16 times)",
         "the empty drive 'sda' is kept and has no effect",
     ] {
@@ -155,6 +167,44 @@ fn all_that_a_machine_has_is_read_of_a_domain() {
             definition.notes
         );
     }
+}
+
+#[test]
+fn limits_of_the_host_are_those_of_the_whole_machine() {
+    let memory = "<memtune><hard_limit unit='GiB'>1</hard_limit><soft_limit>524288</soft_limit>\
+                  <swap_hard_limit>9</swap_hard_limit></memtune>";
+    let processor = "<cputune><shares>2048</shares><global_period>50000</global_period>\
+                     <global_quota>25000</global_quota><quota>1000</quota></cputune>";
+    let definition = parse(&format!("{memory}{processor}"), "").unwrap();
+    let limits = definition.config.cgroup.unwrap();
+    let number = |limit: Option<Quantity>| limit.unwrap().get();
+    assert_eq!(number(limits.memory_max), 1 << 30);
+    assert_eq!(number(limits.memory_high), 512 << 20);
+    assert_eq!(number(limits.cpu_shares), 2048);
+    assert_eq!(number(limits.cpu_quota), 25_000);
+    assert_eq!(number(limits.cpu_period), 50_000);
+    for line in [
+        "<memtune/swap_hard_limit> is kept and has no effect",
+        "<cputune/quota> is kept and has no effect",
+    ] {
+        assert!(definition.notes.iter().any(|it| it == line), "{line}");
+    }
+    // What is kept stays when the limits go.
+    let mut config = definition.config.clone();
+    config.cgroup = None;
+    let text = definition
+        .document(&machine(&config, RestartPolicy::Never))
+        .unwrap();
+    assert!(
+        text.contains("<quota>1000</quota>") && !text.contains("<shares>"),
+        "{text}"
+    );
+    assert_eq!(Definition::parse(&text, None).unwrap().config.cgroup, None);
+    let none = "<memtune><hard_limit>9007199254740991</hard_limit></memtune>\
+                <cputune><global_quota>-1</global_quota><global_period>1000</global_period></cputune>";
+    assert_eq!(parse(none, "").unwrap().config.cgroup, None);
+    let error = parse("<cputune><shares>1</shares></cputune>", "").unwrap_err();
+    assert!(error.contains("cpu-shares of [cgroup] is 1"), "{error}");
 }
 
 #[test]
@@ -260,6 +310,9 @@ fn what_a_guest_would_rely_on_is_refused_by_name() {
         error.contains("has no <kernel>") && error.contains("--kernel"),
         "{error}"
     );
+    let diskless = "<domain type='kvm'><memory>65536</memory><os><type>hvm</type></os></domain>";
+    let error = Definition::parse(diskless, Some(Boot::Default("/k".into())));
+    assert!(error.unwrap_err().to_string().contains("has no <kernel>"));
 }
 
 #[test]

@@ -15,6 +15,8 @@ use crate::name::MachineName;
 
 /// How long the guest may take to shut down with the host.
 const SHUTDOWN_SECONDS: u32 = 60;
+/// The exit status of the machine's process if the user has cut the power or saved the state, which is no failure.
+const POWER_CUT: u8 = 123;
 
 impl Machine {
     /// Returns whether the machine is started with the host, or with the session of its user.
@@ -28,6 +30,9 @@ impl Machine {
     /// # Errors
     /// If the unit cannot be written or removed, or there is no folder of units.
     pub fn set_autostart(&self, is_on: bool) -> Result<(), Error> {
+        if is_on {
+            self.require_persistent("autostart")?;
+        }
         let (Some(unit), Some(link)) = (self.unit(), self.link()) else {
             return match is_on {
                 true => {
@@ -78,7 +83,9 @@ impl Machine {
     }
 }
 
-/// Returns a unit (systemd.service(5)) whose processes are those of the machine.
+/// Returns a unit (systemd.service(5)) whose processes are those of the machine. Its control group is delegated, so that the
+/// machine can have one of its own in it. The command that ends the machine may fail, as it is also executed when the machine
+/// has ended already.
 fn unit_text(program: &Path, name: &MachineName) -> String {
     // A percent sign begins a specifier, and a quoted argument has escapes.
     let program = program.display().to_string();
@@ -93,8 +100,10 @@ fn unit_text(program: &Path, name: &MachineName) -> String {
          \n\
          [Service]\n\
          Type=forking\n\
+         Delegate=yes\n\
          ExecStart=\"{program}\" start {name}\n\
-         ExecStop=\"{program}\" shutdown {name} --wait --timeout {SHUTDOWN_SECONDS}\n\
+         ExecStop=-\"{program}\" shutdown {name} --wait --timeout {SHUTDOWN_SECONDS}\n\
+         SuccessExitStatus={POWER_CUT}\n\
          TimeoutStopSec={}\n\
          \n\
          [Install]\n\

@@ -18,9 +18,8 @@ use crate::definition::{Settings, machine_file, parse_machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::images::{create_overlay, format_of, use_overlay};
-use crate::lock;
 use crate::mac::give_mac_addresses;
-use crate::machine::{Change, Machine, file, write_new};
+use crate::machine::{Change, CopyAccess, Machine, file, write_new};
 use crate::manager::Manager;
 use crate::name::{MAX_LEN, MachineName};
 use crate::provision::renew_seed;
@@ -61,8 +60,8 @@ impl Manager {
     ///
     /// # Errors
     /// If `source` has a managed save, or is to be linked and is not a template, there is a machine of that name,
-    /// the copy is cancelled, the identity cannot be reset, another command is at work on `source`, or the host does not let the
-    /// copy be kept.
+    /// the copy is cancelled, the identity cannot be reset, a command that changes `source` is at work on it, or the host does not
+    /// let the copy be kept. Any number of copies of a source that does not run are made at once.
     pub fn clone_machine(
         &self,
         source: &Machine,
@@ -72,8 +71,7 @@ impl Manager {
         job: Job<'_>,
     ) -> Result<ClonedMachine, Error> {
         const ACTION: &str = "clone";
-        let change = source.change(ACTION)?;
-        source.mend(&change)?;
+        let access = source.copy_access(ACTION)?;
         let settings = source.settings()?;
         if storage == CloneStorage::Linked && !settings.template {
             let reason = format!(
@@ -89,16 +87,24 @@ impl Manager {
             return Err(source.refused(ACTION, reason));
         }
         let new = self.begin(name)?;
-        let frozen = source.freeze(&change, name).inspect_err(|_| {
-            // The first error says more.
-            let _ = files::remove_folder(&new.folder);
-        })?;
+        let frozen = match &access {
+            CopyAccess::Exclusive(change) => {
+                let frozen = source.freeze(change, name).inspect_err(|_| {
+                    // The first error says more.
+                    let _ = files::remove_folder(&new.folder);
+                })?;
+                frozen.map(|frozen| (change, frozen))
+            }
+            CopyAccess::Shared { .. } => None,
+        };
         let target = Machine::at(self.folders(), name.clone());
         let title = settings.title;
         let made = Settings::new(settings.restart).and_then(|mut settings| {
             settings.title = title;
             let mut config = match &frozen {
-                Some(frozen) => parse_machine_file(&frozen.machine_file, &source.machine_file())?,
+                Some((_, frozen)) => {
+                    parse_machine_file(&frozen.machine_file, &source.machine_file())?
+                }
                 None => source.config()?,
             };
             let moved = move_streams(&mut config, target.folder());
@@ -134,7 +140,7 @@ impl Manager {
             Ok((moved, config, settings))
         });
         let thawed = match frozen {
-            Some(frozen) => source.delete_snapshot_with(&change, &frozen.name),
+            Some((change, frozen)) => source.delete_snapshot_with(change, &frozen.name),
             None => Ok(()),
         };
         let finished = made.and_then(|(moved, mut config, settings)| {
@@ -183,12 +189,9 @@ impl Manager {
             }
             result => result.map_err(Error::file("create", &folder))?,
         }
-        let path = folder.join(file::LOCK);
-        let lock = lock::create(&path).map_err(Error::file("open", &path))?;
-        lock::try_lock(&lock, lock::Purpose::Change).map_err(Error::file("lock", &path))?;
         Ok(NewFolder {
+            _change: Change::of_new(&folder)?,
             folder,
-            _lock: lock,
         })
     }
 
@@ -301,7 +304,7 @@ impl Machine {
 struct NewFolder {
     folder: PathBuf,
     /// Says to other commands that somebody is at work.
-    _lock: File,
+    _change: Change,
 }
 
 /// Has what the guest writes lead to sockets and files in `home`. Returns where each was, and where it is.

@@ -136,6 +136,7 @@ impl Machine {
             }
         }
         if self.wait_until_shut_off(Some(END_TIME))? {
+            self.remove_control_group();
             return Ok(());
         }
         Err(Error::Late {

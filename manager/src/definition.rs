@@ -5,16 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
-use bantam_vmm::config::{ConfigError, MachineConfig, MachineTable, OnReboot, SerialConfig};
+use bantam_vmm::config::{ConfigError, MachineConfig, MachineTable, OnReboot};
 use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
 
 use crate::error::Error;
 
 /// The key for what a reboot does.
 const ON_REBOOT: &str = "on-reboot";
-/// The key for the other end of the serial port.
-const SERIAL: &str = "serial";
 
 /// Reads the text of the machine file `path` of a named machine. It has the keys of any machine file; a reboot of the
 /// guest starts it again unless the file says otherwise.
@@ -24,24 +21,8 @@ const SERIAL: &str = "serial";
 /// # Errors
 /// If it is not TOML, or has a key or a value that a machine file does not have. The error names the line.
 pub fn parse_machine_file(text: &str, path: &Path) -> Result<MachineConfig, Error> {
-    // This knows the lines.
-    MachineTable::from_toml(text, path)?;
-    let mut table: Table = toml::from_str(text).map_err(|error| ConfigError::Options {
-        message: error.message().replace('\n', " "),
-    })?;
-    let restart = || Value::String("restart".to_owned());
-    table.entry(ON_REBOOT).or_insert_with(restart);
-    let says_serial = table.contains_key(SERIAL);
-    let none = || Value::String("none".to_owned());
-    table.entry(SERIAL).or_insert_with(none);
-    let mut config = MachineConfig::from_toml(&table.to_string())?;
-    if !says_serial && !config.uses_stdio() {
-        config.serial = SerialConfig::default();
-    }
-    if let Some(folder) = path.parent() {
-        config.rebase_paths(folder);
-    }
-    Ok(config)
+    let table = MachineTable::from_toml(text, path)?;
+    Ok(table.over(defaults()?).into_unopened_config()?)
 }
 
 /// Writes a machine file that [`parse_machine_file`] reads.
@@ -169,6 +150,8 @@ impl Settings {
 
 #[cfg(test)]
 mod tests {
+    use bantam_vmm::config::SerialConfig;
+
     use super::*;
 
     fn parse(text: &str) -> MachineConfig {

@@ -9,9 +9,10 @@ use crate::definition::{RestartPolicy, Settings, machine_file};
 use crate::error::Error;
 use crate::files;
 use crate::mac::give_mac_addresses;
-use crate::machine::{Machine, file, write_new};
+use crate::machine::{Change, Machine, file, write_new};
 use crate::manager::Manager;
 use crate::name::MachineName;
+use crate::start::StartOptions;
 
 const DEFINE: &str = "define";
 
@@ -49,17 +50,6 @@ impl Manager {
         if let Some(id) = &id {
             self.require_unused_id(&machine, id)?;
         }
-        let complete = |settings: &mut Settings| {
-            settings.restart = documented.restart;
-            settings.title = documented.title.map(str::to_owned);
-            let mut config = documented.config.clone();
-            config.rebase_paths(machine.folder());
-            give_mac_addresses(&mut config, &settings.id);
-            config.validate_values()?;
-            let text = document(&machine, &config, settings);
-            let text = text.map_err(|reason| machine.refused(DEFINE, reason))?;
-            Ok::<_, Error>((machine_file(&config), text))
-        };
         if machine.exists() {
             let _change = machine.change(DEFINE)?;
             let mut settings = machine.settings()?;
@@ -76,23 +66,74 @@ impl Manager {
                 let reason = "its machine file has been changed meanwhile; do it again";
                 return Err(machine.refused(DEFINE, reason));
             }
-            let (config, text) = complete(&mut settings)?;
+            machine.make_persistent()?;
+            let (config, text) = complete(&machine, documented, &document, &mut settings)?;
             machine.write_settings(&settings)?;
             write_document(machine.folder(), &text)?;
             machine.write_config(&config)?;
             return Ok(machine);
         }
+        self.create_by_document(&machine, documented, document, |_| Ok(()))?;
+        Ok(machine)
+    }
+
+    /// Defines a machine that there is not yet, and starts it. It vanishes when it has ended, and its disks stay.
+    ///
+    /// # Errors
+    /// If there is a machine of that name or id, it cannot be started, or the host does not let it be kept; then there is
+    /// nothing of it.
+    pub fn start_transient(
+        &self,
+        name: &MachineName,
+        documented: &DocumentedMachine<'_>,
+        document: impl Fn(&Machine, &MachineConfig, &Settings) -> Result<String, String>,
+    ) -> Result<Machine, Error> {
+        let machine = Machine::at(self.folders(), name.clone());
+        let change = {
+            let _all = self.lock_all()?;
+            if let Some(id) = &documented.id {
+                self.require_unused_id(&machine, &id.to_string())?;
+            }
+            self.create_by_document(&machine, documented, document, |new| {
+                let path = new.join(file::TRANSIENT);
+                fs::write(&path, "").map_err(Error::file("write", &path))?;
+                // It would have vanished if nobody were at work on it.
+                Change::of_new(new)
+            })?
+        };
+        if let Err(error) = machine.start_with(&change, &StartOptions::default()) {
+            drop(change);
+            // This removes it, as it has vanished. The first error says more.
+            let _ = self.lock_all();
+            return Err(error);
+        }
+        Ok(machine)
+    }
+
+    /// Makes the folder of a machine that there is not yet, and has `finish` add to it before anybody knows it.
+    fn create_by_document<T>(
+        &self,
+        machine: &Machine,
+        documented: &DocumentedMachine<'_>,
+        document: impl Fn(&Machine, &MachineConfig, &Settings) -> Result<String, String>,
+        finish: impl FnOnce(&Path) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let name = machine.name();
         if let Some(found) = self.find_folded(name)? {
             return Err(Error::Exists { found });
         }
         let new = self.new_folder(name);
         fs::create_dir(&new).map_err(Error::file("create", &new))?;
         let made = Settings::new(documented.restart).and_then(|mut settings| {
-            settings.id = id.unwrap_or(settings.id);
-            let (config, text) = complete(&mut settings)?;
+            if let Some(id) = &documented.id {
+                settings.id = id.to_string();
+            }
+            let (config, text) = complete(machine, documented, &document, &mut settings)?;
             write_document(&new, &text)?;
             write_new(&new, &config, &settings)?;
-            self.put_in_place(&new, name)
+            let finished = finish(&new)?;
+            self.put_in_place(&new, name)?;
+            Ok(finished)
         });
         if made.is_err() {
             // The first error says more.
@@ -148,6 +189,24 @@ impl Machine {
             None => Ok(()),
         }
     }
+}
+
+/// Completes the settings by what a document says of a machine. Returns the texts of the machine file and of the document.
+fn complete(
+    machine: &Machine,
+    documented: &DocumentedMachine<'_>,
+    document: impl Fn(&Machine, &MachineConfig, &Settings) -> Result<String, String>,
+    settings: &mut Settings,
+) -> Result<(String, String), Error> {
+    settings.restart = documented.restart;
+    settings.title = documented.title.map(str::to_owned);
+    let mut config = documented.config.clone();
+    config.rebase_paths(machine.folder());
+    give_mac_addresses(&mut config, &settings.id);
+    config.validate_values()?;
+    let text = document(machine, &config, settings);
+    let text = text.map_err(|reason| machine.refused(DEFINE, reason))?;
+    Ok((machine_file(&config), text))
 }
 
 /// Writes the document of the machine in `folder`.

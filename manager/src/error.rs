@@ -130,6 +130,9 @@ pub enum Error {
         /// Why not, and what to do.
         reason: String,
     },
+    /// The machine's process cannot be limited.
+    #[error(transparent)]
+    ControlGroup(#[from] bantam_cgroup::Error),
     /// There is something wrong with what cloud-init is to be told.
     #[error(transparent)]
     Seed(#[from] bantam_seed::Error),

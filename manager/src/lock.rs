@@ -30,25 +30,35 @@ pub(crate) fn create(path: &Path) -> io::Result<File> {
     options.mode(0o600).open(path)
 }
 
-/// Takes a lock for as long as the file is open. Returns `false` if another has it.
+/// Takes a lock for as long as the file is open. Returns `false` if another has it or shares it.
 pub(crate) fn try_lock(file: &File, purpose: Purpose) -> io::Result<bool> {
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&request(purpose))) {
+    set(file, &request(purpose, libc::F_WRLCK))
+}
+
+/// Takes a lock that others may share for as long as the file is open, in place of the one that the file has, if it has one.
+/// Returns `false` if another has it alone.
+pub(crate) fn try_share(file: &File, purpose: Purpose) -> io::Result<bool> {
+    set(file, &request(purpose, libc::F_RDLCK))
+}
+
+fn set(file: &File, request: &libc::flock) -> io::Result<bool> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(request)) {
         Ok(_) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// Whether another open file has a lock.
+/// Whether another open file has a lock or shares it.
 pub(crate) fn is_locked(file: &File, purpose: Purpose) -> io::Result<bool> {
-    let mut found = request(purpose);
+    let mut found = request(purpose, libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
     Ok(found.l_type != libc::F_UNLCK as libc::c_short)
 }
 
-fn request(purpose: Purpose) -> libc::flock {
+fn request(purpose: Purpose, kind: libc::c_int) -> libc::flock {
     libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: purpose as libc::off_t,
         l_len: 1,
@@ -80,5 +90,21 @@ mod tests {
         assert!(is_locked(&asking, Purpose::Life).unwrap());
         drop(inherited);
         assert!(!is_locked(&asking, Purpose::Life).unwrap());
+    }
+
+    #[test]
+    fn a_lock_is_shared_or_has_one_owner() {
+        let folder = tempfile::tempdir().unwrap();
+        let [first, second, third] = [(); 3].map(|()| create(&folder.path().join("lock")).unwrap());
+        assert!(try_lock(&first, Purpose::Change).unwrap());
+        assert!(!try_share(&second, Purpose::Change).unwrap());
+        assert!(try_share(&first, Purpose::Change).unwrap());
+        assert!(try_share(&second, Purpose::Change).unwrap());
+        assert!(!try_lock(&third, Purpose::Change).unwrap());
+        assert!(is_locked(&third, Purpose::Change).unwrap());
+        drop(first);
+        assert!(!try_lock(&third, Purpose::Change).unwrap());
+        drop(second);
+        assert!(try_lock(&third, Purpose::Change).unwrap());
     }
 }

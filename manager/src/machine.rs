@@ -28,6 +28,8 @@ pub(crate) mod file {
     pub(crate) const MACHINE: &str = "machine.toml";
     /// The settings of the manager.
     pub(crate) const SETTINGS: &str = "settings.toml";
+    /// Is there if the machine vanishes when it has ended.
+    pub(crate) const TRANSIENT: &str = "transient";
     /// The document that the machine was defined by, if it was: libvirt's domain XML.
     pub(crate) const DOCUMENT: &str = "domain.xml";
     /// The locks.
@@ -50,6 +52,8 @@ pub(crate) mod file {
 
 /// How long a process may hold a lock that is about to be released.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// How long a command that copies a machine waits for others that do the same.
+const COPY_ACCESS_TIME: Duration = Duration::from_secs(2);
 /// The longest time between two looks at a lock.
 const LONGEST_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -105,7 +109,29 @@ impl MachineState {
 /// The right to change what belongs to a machine, until this is dropped. No two commands have it at once.
 #[derive(Debug)]
 pub(crate) struct Change {
-    _lock: File,
+    lock: File,
+}
+
+/// What a command may do with a machine that it copies, until this is dropped.
+#[derive(Debug)]
+pub(crate) enum CopyAccess {
+    /// Read what belongs to a machine that does not run. Others may read it too, and nobody can change it.
+    Shared {
+        /// Has the lock.
+        _lock: File,
+    },
+    /// Change a machine that runs.
+    Exclusive(Change),
+}
+
+impl Change {
+    /// Takes the right for a machine that is being made in `folder`, before anybody knows it.
+    pub(crate) fn of_new(folder: &Path) -> Result<Change, Error> {
+        let path = folder.join(file::LOCK);
+        let lock = lock::create(&path).map_err(Error::file("open", &path))?;
+        lock::try_lock(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+        Ok(Change { lock })
+    }
 }
 
 impl Machine {
@@ -158,9 +184,43 @@ impl Machine {
         self.folder.join(name)
     }
 
-    /// Returns whether the machine has been defined.
+    /// Returns whether the machine has been defined, and is not a transient one that has ended.
     pub fn exists(&self) -> bool {
-        self.folder.is_dir()
+        self.folder.is_dir() && !self.has_vanished()
+    }
+
+    /// Returns whether the machine is transient: whether it vanishes when it has ended.
+    pub fn is_transient(&self) -> bool {
+        self.file(file::TRANSIENT).exists()
+    }
+
+    /// Returns whether the machine is a transient one that has ended, and whose folder nobody has removed yet.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.is_transient() && {
+            let lock = File::open(self.file(file::LOCK));
+            let is_free = |purpose| {
+                let lock = lock.as_ref().ok();
+                lock.is_none_or(|lock| !lock::is_locked(lock, purpose).unwrap_or(true))
+            };
+            is_free(Purpose::Life) && is_free(Purpose::Change)
+        }
+    }
+
+    /// Has the machine stay when it has ended.
+    pub(crate) fn make_persistent(&self) -> Result<(), Error> {
+        let path = self.file(file::TRANSIENT);
+        files::remove_file(&path).map_err(Error::file("remove", &path))
+    }
+
+    /// Returns an error if the machine vanishes when it has ended.
+    pub(crate) fn require_persistent(&self, action: &'static str) -> Result<(), Error> {
+        match self.is_transient() {
+            true => {
+                let reason = "it is transient, and vanishes when it has ended; define it first (bantam define), and it stays";
+                Err(self.refused(action, reason))
+            }
+            false => Ok(()),
+        }
     }
 
     /// Reads the text of the machine file.
@@ -326,17 +386,54 @@ impl Machine {
 
     /// Takes the right to change what belongs to the machine, to `action` it.
     pub(crate) fn change(&self, action: &'static str) -> Result<Change, Error> {
+        match self.lock_by(action, lock::try_lock)? {
+            Some(lock) => Ok(Change { lock }),
+            None => Err(self.busy(action)),
+        }
+    }
+
+    /// Takes what a command needs to copy the machine, to `action` it, and finishes what a killed command has left.
+    pub(crate) fn copy_access(&self, action: &'static str) -> Result<CopyAccess, Error> {
+        let begin = Instant::now();
+        loop {
+            if let Some(lock) = self.lock_by(action, lock::try_lock)? {
+                let change = Change { lock };
+                self.mend(&change)?;
+                if self.is_active()? {
+                    return Ok(CopyAccess::Exclusive(change));
+                }
+                let lock = change.lock;
+                let path = self.file(file::LOCK);
+                lock::try_share(&lock, Purpose::Change).map_err(Error::file("lock", &path))?;
+                return Ok(CopyAccess::Shared { _lock: lock });
+            }
+            if let Some(lock) = self.lock_by(action, lock::try_share)?
+                && !self.needs_mending()
+                && !self.is_active()?
+            {
+                return Ok(CopyAccess::Shared { _lock: lock });
+            }
+            // Another that copies the machine has the lock alone for a moment.
+            if begin.elapsed() >= COPY_ACCESS_TIME {
+                return Err(self.busy(action));
+            }
+            thread::sleep(LONGEST_INTERVAL);
+        }
+    }
+
+    /// Opens the lock of commands and takes it by `take`, to `action` the machine. Returns `None` if another has it.
+    fn lock_by(
+        &self,
+        action: &'static str,
+        take: impl Fn(&File, Purpose) -> io::Result<bool>,
+    ) -> Result<Option<File>, Error> {
         let path = self.file(file::LOCK);
         if !self.exists() {
             return Err(self.not_found());
         }
         let file = lock::create(&path).map_err(Error::file("open", &path))?;
-        if !lock::try_lock(&file, Purpose::Change).map_err(Error::file("lock", &path))? {
-            return Err(Error::Busy {
-                action,
-                name: self.name.clone(),
-                holder: holder(&path),
-            });
+        if !take(&file, Purpose::Change).map_err(Error::file("lock", &path))? {
+            return Ok(None);
         }
         // The machine may have gone, or another may have its name, since the file was opened.
         let is_it = fs::metadata(&path).and_then(|now| Ok(now.ino() == file.metadata()?.ino()));
@@ -348,7 +445,15 @@ impl Machine {
         let _ = file
             .set_len(0)
             .and_then(|()| file.write_all_at(note.as_bytes(), 0));
-        Ok(Change { _lock: file })
+        Ok(Some(file))
+    }
+
+    fn busy(&self, action: &'static str) -> Error {
+        Error::Busy {
+            action,
+            name: self.name.clone(),
+            holder: holder(&self.file(file::LOCK)),
+        }
     }
 
     /// Takes the lock of the machine's process for the process that is going to be started.

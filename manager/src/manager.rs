@@ -108,7 +108,7 @@ impl Manager {
         let machines = names
             .into_iter()
             .map(|name| Machine::at(&self.folders, name));
-        Ok(machines.collect())
+        Ok(machines.filter(Machine::exists).collect())
     }
 
     /// Returns the machines with their states, all of them or those with a process. Machines that run are asked at the
@@ -219,6 +219,7 @@ impl Manager {
             return self.create(name, config, restart.unwrap_or_default());
         }
         let _change = machine.change("define")?;
+        machine.make_persistent()?;
         let mut settings = machine.settings()?;
         let mut config = config.clone();
         give_mac_addresses(&mut config, &settings.id);
@@ -266,8 +267,7 @@ impl Manager {
             false => Vec::new(),
         };
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
-        let runtime = machine.runtime();
-        files::remove_folder(runtime).map_err(Error::file("remove", runtime))?;
+        machine.remove_runtime()?;
         Ok(kept)
     }
 
@@ -303,8 +303,7 @@ impl Manager {
         if is_autostarted {
             renamed.set_autostart(true)?;
         }
-        files::remove_folder(machine.runtime())
-            .map_err(Error::file("remove", machine.runtime()))?;
+        machine.remove_runtime()?;
         Ok(renamed)
     }
 
@@ -344,8 +343,36 @@ impl Manager {
             if name.starts_with(GONE) || (name.starts_with(NEW) && !is_being_made(&path)) {
                 files::remove_folder(&path).map_err(Error::file("remove", &path))?;
             }
+            if let Some(name) = name_of(&path) {
+                let machine = Machine::at(&self.folders, name);
+                if machine.has_vanished() {
+                    self.remove(&machine)?;
+                    machine.remove_runtime()?;
+                }
+            }
         }
         Ok(file)
+    }
+
+    /// Removes a transient machine, whose process calls this as the last thing that it does. One that another command is at
+    /// work on stays, as it may be started again, and has vanished when that is done.
+    pub(crate) fn remove_transient(&self, machine: &Machine) -> Result<(), Error> {
+        let _all = self.lock_all()?;
+        match machine.change("remove") {
+            Ok(_change) => self.remove(machine),
+            Err(Error::Busy { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes the folder of a machine, at once for all who look.
+    fn remove(&self, machine: &Machine) -> Result<(), Error> {
+        let gone = self
+            .folders
+            .machines
+            .join(format!("{GONE}{}", machine.name()));
+        fs::rename(machine.folder(), &gone).map_err(Error::file("remove", machine.folder()))?;
+        files::remove_folder(&gone).map_err(Error::file("remove", &gone))
     }
 
     /// Returns the name of a machine that is the same as `name` or differs only by case.

@@ -2,8 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::iter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -26,44 +25,49 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 impl Machine {
-    /// Has the disks go on with the images that the snapshot `deleted` has kept, with what their overlays hold, unless
-    /// another snapshot or another machine needs these images, or the machine has a managed save. A disk of a machine that
-    /// runs keeps its overlay if it cannot be merged now.
+    /// Merges the overlays of the images that the snapshot `deleted` has kept into these images, unless something else needs
+    /// them, or the machine has a managed save. `folder` is that of the snapshot, until this is done.
+    ///
+    /// The overlays of a machine that does not run may be anywhere in a chain of images ([`Machine::merge_at_rest`]). One that
+    /// runs is on the overlay, and keeps it if it cannot be merged now.
     ///
     /// At every moment the machine file names an image that has the disk's content: an overlay hides what has been copied
     /// out of it, and is removed only when nothing names it any more.
-    pub(crate) fn merge_overlays(&self, deleted: &MachineSnapshot) -> Result<(), Error> {
+    pub(crate) fn merge_overlays(
+        &self,
+        deleted: &MachineSnapshot,
+        folder: &Path,
+    ) -> Result<(), Error> {
         if self.has_managed_save() {
             return Ok(());
         }
-        let is_active = self.is_active()?;
-        let config = self.config()?;
         let former = parse_machine_file(&deleted.machine_file, &self.machine_file())?;
-        let Some(needed) = self.images_that_others_need()? else {
+        let Some(needed) = self.images_that_other_machines_need()? else {
             return Ok(());
         };
-        for (name, disk) in config.disk_names().zip(&config.disks) {
+        let is_active = self.is_active()?;
+        for (name, image) in former.disk_names().zip(&former.disks) {
             let kept = deleted.disks.iter().find(|kept| kept.name == name);
-            let image = former.disk_names().zip(&former.disks);
-            let image = image
-                .filter(|(it, _)| *it == name)
-                .map(|(_, disk)| disk)
-                .next();
-            let (Some(kept), Some(image)) = (kept, image) else {
+            let Some(kept) = kept.filter(|kept| kept.image == image.path) else {
                 continue;
             };
-            // The machine may have gone back to another snapshot meanwhile.
-            if disk.path != kept.overlay || image.path != kept.image {
+            if !is_active {
+                let note = folder.join(format!("merged-{name}.json"));
+                self.merge_at_rest(&kept.overlay, image, &note, &needed)?;
                 continue;
             }
             let real = fs::canonicalize(&image.path).map_err(Error::file("find", &image.path))?;
-            if needed.contains(&real) {
+            let own = self.images_of_snapshots();
+            if needed.contains(&real) || own.unknown.is_some() || own.files.contains(&real) {
                 continue;
             }
-            if !is_active {
-                commit(disk)?;
-                self.exchange_image(disk, image)?;
-            } else if let Err(error) = self.commit_running(&name, disk, image) {
+            // The machine may have gone back to another snapshot meanwhile.
+            let config = self.config()?;
+            let mut disks = config.disk_names().zip(&config.disks);
+            if let Some((_, disk)) =
+                disks.find(|(it, disk)| *it == name && disk.path == kept.overlay)
+                && let Err(error) = self.commit_running(&name, disk, image)
+            {
                 tracing::warn!("disk '{name}' keeps its overlay: {error}");
             }
         }
@@ -72,13 +76,7 @@ impl Machine {
 
     /// Has the machine file name the image of `new` where it names that of `old`.
     fn exchange_image(&self, old: &DiskConfig, new: &DiskConfig) -> Result<(), Error> {
-        self.update_config(|config| {
-            if let Some(disk) = config.disks.iter_mut().find(|it| it.path == old.path) {
-                disk.path.clone_from(&new.path);
-                disk.format = new.format;
-                disk.backing = new.backing;
-            }
-        })
+        self.update_config(|config| exchange(config, &old.path, new))
     }
 
     /// Has a machine that runs copy what the image of `overlay`, which is that of disk `name`, holds into `image`, and go on
@@ -198,14 +196,12 @@ impl Machine {
         self.execute(ACTION, Command::Device { name, command })
     }
 
-    /// Returns the images that snapshots or other machines need; `None` if there may be more.
-    fn images_that_others_need(&self) -> Result<Option<HashSet<PathBuf>>, Error> {
+    /// Returns the images that other machines need; `None` if there may be more.
+    fn images_that_other_machines_need(&self) -> Result<Option<HashSet<PathBuf>>, Error> {
         let others = Manager::new(self.folders.clone()).machines()?;
         let others = others.iter().filter(|other| other.name() != self.name());
         let mut files = HashSet::new();
-        for needed in
-            iter::once(self.images_of_snapshots()).chain(others.map(Machine::needed_images))
-        {
+        for needed in others.map(Machine::needed_images) {
             if let Some(reason) = needed.unknown {
                 tracing::warn!(
                     "overlays stay, as it is not known which images are needed: {reason}"
@@ -215,6 +211,15 @@ impl Machine {
             files.extend(needed.files);
         }
         Ok(Some(files))
+    }
+}
+
+/// Has a machine use the image of `new` where it uses `old`.
+pub(crate) fn exchange(config: &mut MachineConfig, old: &Path, new: &DiskConfig) {
+    if let Some(disk) = config.disks.iter_mut().find(|it| it.path == old) {
+        disk.path.clone_from(&new.path);
+        disk.format = new.format;
+        disk.backing = new.backing;
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use bantam_cgroup::ControlGroup;
 use bantam_vmm::config::{MachineConfig, SerialConfig};
 use bantam_vmm::{ExitReason, Snapshot};
 use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
@@ -18,6 +19,7 @@ use crate::folders::Folders;
 use crate::history::{EndReason, Run, RunEnd, RunOrigin};
 use crate::lock::{self, Purpose};
 use crate::machine::{Machine, file};
+use crate::manager::Manager;
 use crate::name::MachineName;
 
 /// The command of the program that is the process of a machine.
@@ -34,6 +36,7 @@ const LOG_SIZE: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct MachineProcess {
     machine: Machine,
+    group: Option<ControlGroup>,
     policy: RestartPolicy,
     run: Mutex<Run>,
     has_answered: Mutex<bool>,
@@ -66,6 +69,7 @@ impl MachineProcess {
         machine.write_run(&run)?;
         Ok(MachineProcess {
             machine,
+            group: None,
             policy,
             run: Mutex::new(run),
             has_answered: Mutex::new(false),
@@ -75,6 +79,15 @@ impl MachineProcess {
     /// Returns the machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// Moves this process into a control group with the limits of the machine file, if there are any.
+    ///
+    /// # Errors
+    /// If the machine file cannot be read, or the host does not let the process be limited so.
+    pub fn limit(&mut self) -> Result<(), Error> {
+        self.group = self.machine.enter_control_group()?;
+        Ok(())
     }
 
     /// Tells the command that waits for it that the guest runs. Only the first call does anything.
@@ -158,9 +171,20 @@ impl MachineProcess {
 
     /// Removes what only a running machine has. The lock goes with the process.
     pub fn leave(self) {
-        let runtime = self.machine.runtime();
-        if let Err(error) = files::remove_folder(runtime) {
-            tracing::warn!("cannot remove '{}': {error}", runtime.display());
+        if let Some(Err(error)) = self.group.map(ControlGroup::leave) {
+            // It is removed by the next command, or with the group that it is in.
+            tracing::info!("the control group of the machine stays: {error}");
+            return;
+        }
+        let machine = &self.machine;
+        let runtime = machine.runtime();
+        let removed = files::remove_folder(runtime).map_err(Error::file("remove", runtime));
+        let removed = removed.and_then(|()| match machine.is_transient() {
+            true => Manager::new(machine.folders.clone()).remove_transient(machine),
+            false => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!("{error}");
         }
     }
 }
@@ -202,6 +226,7 @@ impl Machine {
         config.serial = now.serial;
         config.console = now.console;
         config.on_reboot = now.on_reboot;
+        config.cgroup = now.cgroup;
         config.restart_limit = now.restart_limit;
         config.shutdown_timeout = now.shutdown_timeout;
         Ok(config)

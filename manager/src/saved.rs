@@ -58,6 +58,7 @@ impl Machine {
     }
 
     fn save_to(&self, _change: &Change, directory: &Path) -> Result<SnapshotTaken, Error> {
+        self.require_persistent("save")?;
         if !self.is_active()? {
             let name = self.name().clone();
             return Err(Error::NotRunning {

@@ -139,6 +139,7 @@ impl Machine {
         plan: &SnapshotPlan,
     ) -> Result<MachineSnapshot, Error> {
         let action = "take a snapshot of";
+        self.require_persistent(action)?;
         if self.has_managed_save() {
             let reason = "it has a managed save, whose disks must not change; start it, or remove that first";
             return Err(self.refused(action, reason));
@@ -256,7 +257,7 @@ impl Machine {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             if name.starts_with(GONE) {
                 if let Ok(record) = read_record(&path)
-                    && let Err(error) = self.merge_overlays(&record)
+                    && let Err(error) = self.merge_overlays(&record, &path)
                 {
                     tracing::warn!("an overlay stays: {error}");
                 }
@@ -267,6 +268,20 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Returns whether a command that was killed has left something that [`Machine::mend`] finishes.
+    pub(crate) fn needs_mending(&self) -> bool {
+        let is_left = |entry: io::Result<fs::DirEntry>| {
+            let name = entry.map(|entry| entry.file_name());
+            let name = name.unwrap_or_default();
+            let name = name.to_string_lossy();
+            name.starts_with(GONE) || name.starts_with(NEW)
+        };
+        let snapshots = fs::read_dir(self.file(file::SNAPSHOTS));
+        self.file(file::MERGING).exists()
+            || self.file(file::SYSPREP).exists()
+            || snapshots.is_ok_and(|mut entries| entries.any(is_left))
     }
 
     /// Waits until the machine has executed the commands of clients that have gone, which are executed one after another.
@@ -364,8 +379,8 @@ impl Machine {
         Ok(record)
     }
 
-    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. The overlays
-    /// that the machine has of them go back into them, if nobody else needs these.
+    /// Deletes a snapshot. The images that it keeps stay as long as the machine or another snapshot needs them. Their overlays
+    /// go back into them, if nothing else needs these.
     ///
     /// # Errors
     /// If there is no such snapshot, another command is at work on the machine, or the host refuses it.
@@ -385,10 +400,7 @@ impl Machine {
         for mut child in self.snapshots()? {
             if child.parent.as_deref() == Some(name.as_str()) {
                 child.parent.clone_from(&record.parent);
-                let path = self.snapshot_folder(&child.name).join(RECORD);
-                let text = serde_json::to_string(&child).map_err(io::Error::from);
-                text.and_then(|text| files::replace(&path, &text))
-                    .map_err(Error::file("write", &path))?;
+                self.write_record(&child)?;
             }
         }
         let mut settings = self.settings()?;
@@ -399,10 +411,18 @@ impl Machine {
         let folder = self.snapshot_folder(name);
         let gone = self.file(file::SNAPSHOTS).join(format!("{GONE}{name}"));
         fs::rename(&folder, &gone).map_err(Error::file("remove", &folder))?;
-        let merged = self.merge_overlays(&record);
+        let merged = self.merge_overlays(&record, &gone);
         files::remove_folder(&gone).map_err(Error::file("remove", &gone))?;
         merged?;
         self.remove_unused()
+    }
+
+    /// Writes what is known of a snapshot.
+    pub(crate) fn write_record(&self, snapshot: &MachineSnapshot) -> Result<(), Error> {
+        let path = self.snapshot_folder(&snapshot.name).join(RECORD);
+        let text = serde_json::to_string(snapshot).map_err(io::Error::from);
+        text.and_then(|text| files::replace(&path, &text))
+            .map_err(Error::file("write", &path))
     }
 
     /// Removes the overlays that nothing needs any more.

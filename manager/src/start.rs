@@ -92,9 +92,8 @@ impl Machine {
         let lock = self.take_life()?;
         // Nothing of an earlier process that was killed is left, as its lock was free.
         let runtime = self.runtime();
-        files::remove_folder(runtime)
-            .and_then(|()| files::create_folders(runtime))
-            .map_err(Error::file("create", runtime))?;
+        self.remove_runtime()?;
+        files::create_folders(runtime).map_err(Error::file("create", runtime))?;
         let path = self.log();
         rotate_log(&path).map_err(Error::file("rotate", &path))?;
         let mut options = OpenOptions::new();

@@ -21,6 +21,7 @@ mod qemu_img;
 mod requirements;
 mod stalling_storage;
 mod temporary;
+mod terminal;
 mod traffic;
 mod traveller;
 pub mod virtual_host;
@@ -52,6 +53,7 @@ pub use requirements::{
 };
 pub use stalling_storage::StallingStorage;
 pub use temporary::memory_folder;
+pub use terminal::Terminal;
 pub use traffic::Traffic;
 pub use traveller::{Traveller, arrive, gone_on, vsock_of};
 pub use workload::after_random_work;

@@ -144,6 +144,76 @@ fn a_clone_is_another_instance_for_cloud_init() {
 }
 
 #[test]
+fn ten_clones_of_a_machine_that_does_not_run_are_made_at_once() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", 2 * MIB);
+    machines.create("plain", "hello", "finish=hang", &["--disk", text(&disk)]);
+    machines.done(&["clone", "plain", "base"]);
+    machines.done(&["template", "base"]);
+    for (original, more) in [("plain", &[][..]), ("base", &["--keep-identity"])] {
+        // What a killed command has left is removed by one of them, or before any of them begins.
+        let left = machines.of_machine(original).join("snapshots/.new-x");
+        fs::create_dir_all(&left).unwrap();
+        let names: Vec<_> = (0..10).map(|n| format!("{original}-{n}")).collect();
+        thread::scope(|scope| {
+            for name in &names {
+                let machines = &machines;
+                scope.spawn(move || {
+                    machines.done(&[&["clone", original, name], more].concat());
+                });
+            }
+        });
+        assert!(!left.exists());
+        for name in &names {
+            identical(
+                [&source(&machines, name, 0), &disk],
+                [if original == "base" { "qcow2" } else { "raw" }, "raw"],
+            );
+        }
+        let ids = names.iter().map(|name| {
+            let id = machines.json(&["dominfo", name])["id"].clone();
+            id.as_str().unwrap().to_owned()
+        });
+        assert_eq!(ids.collect::<HashSet<_>>().len(), names.len());
+    }
+}
+
+#[test]
+fn a_machine_that_is_copied_does_not_change() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = image(&machines, "disk.img", 64 * MIB);
+    machines.create("web", "hello", "finish=hang", &["--disk", text(&disk)]);
+    let copying = machines.bantam(&["clone", "web", "copy"]).start();
+    let folder = machines.folder().join("machines/.new-copy");
+    let begin = Instant::now();
+    while !folder.exists() {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(1));
+    }
+    copying.signal(Signal::SIGSTOP);
+    for arguments in [
+        &["start", "web"][..],
+        &["undefine", "web"],
+        &["rename", "web", "other"],
+        &["setvcpus", "web", "2"],
+        &["template", "web"],
+        &["snapshot", "create", "web"],
+    ] {
+        let line = machines.refused(arguments);
+        assert!(line.contains("another command (clone, process "), "{line}");
+    }
+    machines.done(&["clone", "web", "second"]);
+    copying.signal(Signal::SIGCONT);
+    copying.wait().has_status(0);
+    for name in ["copy", "second"] {
+        identical([&source(&machines, name, 0), &disk], ["raw", "raw"]);
+    }
+    machines.done(&["undefine", "web"]);
+}
+
+#[test]
 fn a_clone_is_renamed_and_a_template_with_clones_is_not() {
     require_kvm!();
     let machines = Machines::new();
@@ -162,14 +232,18 @@ fn a_clone_is_renamed_and_a_template_with_clones_is_not() {
     machines.done(&["rename", "linked", "fourth"]);
     machines.done(&["start", "fourth"]);
 
-    // A snapshot below another leaves a chain in the folder.
+    // A snapshot below another that is deleted while the machine runs leaves a chain in the folder.
     machines.done(&["clone", "web", "chain"]);
-    machines.done(&["snapshot", "create", "chain", "one"]);
-    machines.done(&["snapshot", "create", "chain", "two"]);
+    machines.done(&["start", "chain"]);
+    machines.done(&["snapshot", "create", "chain", "one", "--disk-only"]);
+    machines.done(&["snapshot", "create", "chain", "two", "--disk-only"]);
+    machines.done(&["snapshot", "delete", "chain", "one"]);
+    machines.done(&["destroy", "chain"]);
     let line = machines.refused(&["rename", "chain", "fifth"]);
     assert!(line.contains("its snapshots"), "{line}");
-    machines.done(&["snapshot", "delete", "chain", "one"]);
+    machines.done(&["start", "chain"]);
     machines.done(&["snapshot", "delete", "chain", "two"]);
+    machines.done(&["destroy", "chain"]);
     let line = machines.refused(&["rename", "chain", "fifth"]);
     assert!(line.contains("bantam clone"), "{line}");
 }

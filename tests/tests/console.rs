@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -10,77 +9,12 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, STATUS_ERROR, require_kvm};
+use bantam_tests::{Bantam, STATUS_ERROR, Terminal, require_kvm};
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::pty::openpty;
 use nix::sys::signal::Signal;
-use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 
 /// How long a test waits for output that should arrive at once.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A terminal and its user.
-struct Terminal {
-    /// The user's end.
-    person: File,
-    /// The programs' end.
-    programs: OwnedFd,
-    original: Termios,
-    seen: Vec<u8>,
-}
-
-impl Terminal {
-    fn new() -> Self {
-        let pty = openpty(None, None).expect("the host has pseudoterminals");
-        Self {
-            original: tcgetattr(&pty.slave).expect("it is a terminal"),
-            person: pty.master.into(),
-            programs: pty.slave,
-            seen: Vec::new(),
-        }
-    }
-
-    /// Returns the monitor with this terminal for input and output.
-    fn at(&self, bantam: Bantam) -> Bantam {
-        let end = || self.programs.try_clone().expect("there are descriptors");
-        bantam.stdin(end()).stdout(end())
-    }
-
-    fn settings(&self) -> Termios {
-        tcgetattr(&self.programs).expect("it is a terminal")
-    }
-
-    #[track_caller]
-    fn assert_raw(&self) {
-        let flags = self.settings().local_flags;
-        assert!(!flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG));
-    }
-
-    #[track_caller]
-    fn assert_restored(&self) {
-        assert_eq!(self.settings(), self.original);
-    }
-
-    fn type_keys(&mut self, keys: &[u8]) {
-        self.person.write_all(keys).expect("it is open");
-    }
-
-    fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !String::from_utf8_lossy(&self.seen).contains(text) {
-            let mut events = [PollFd::new(self.person.as_fd(), PollFlags::POLLIN)];
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = PollTimeout::try_from(left).expect("it is short");
-            let ready = poll(&mut events, left).expect("it can be polled");
-            let seen = String::from_utf8_lossy(&self.seen);
-            assert!(ready == 1, "no '{text}' on the terminal, only\n{seen}");
-            let mut bytes = [0; 4096];
-            let count = self.person.read(&mut bytes).expect("it is open");
-            self.seen.extend_from_slice(&bytes[..count]);
-        }
-    }
-}
 
 fn hanging() -> Bantam {
     Bantam::payload("hello").append("finish=hang")

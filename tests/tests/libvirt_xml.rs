@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bantam_tests::{Bantam, Ended, Machines, payload, require_kvm};
+use bantam_tests::{Bantam, Ended, Machines, payload, qemu_img, require_kvm};
 
 /// Domains that virt-install 4.1 has printed, and whether they have a kernel.
 const DOMAINS: [(&str, &str, bool); 6] = [
@@ -79,6 +79,10 @@ fn judge_domain(folder: &Path, xml: &str) {
         "libvirt-clients",
         &["-c", "test:///default", "define", "--validate", file],
     );
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
 }
 
 fn write(machines: &Machines, name: &str, text: &str) -> PathBuf {
@@ -223,6 +227,40 @@ fn domains_of_virt_install_are_defined_and_edited_and_come_back() {
 }
 
 #[test]
+fn a_machine_with_a_disk_boots_the_kernel_that_is_installed() {
+    require_kvm!();
+    let machines = Machines::new();
+    let disk = machines.folder().join("debian.qcow2");
+    qemu_img(&["create", "-f", "qcow2"], &[&disk, Path::new("16M")]);
+    let (name, xml, _) = DOMAINS[1];
+    let xml = xml
+        .replace("/var/lib/libvirt/images", text(machines.folder()))
+        .replace("type=\"network\"", "type=\"user\"")
+        .replace("<source network=\"default\"/>", "")
+        .replace("<boot dev=\"hd\"/>", "<cmdline>finish=hang</cmdline>")
+        .replace("2097152", "65536");
+    let domain = write(&machines, "domain.xml", &xml);
+    let file = "disk = [{ path = 'debian.qcow2' }]\nmemory = '64M'\ncmdline = 'finish=hang'";
+    let file = write(&machines, "file.toml", file);
+    let kernel = [format!("BANTAM_KERNEL={}", payload("hello").display())];
+    for (name, file) in [(name, &domain), ("file", &file)] {
+        for program in [&[][..], &["virsh", "-q"]] {
+            let defined = [program, &["define", text(file)]].concat();
+            machines.bantam_with(&kernel, &defined).finish().succeeded();
+            machines.done(&["start", name]);
+            let (_, output) = machines.console_until(name, "finish=hang");
+            assert!(output.contains("finish=hang"), "{output}");
+            machines.done(&["destroy", name]);
+            machines.done(&["undefine", name]);
+        }
+    }
+    let without_disk = write(&machines, "empty.toml", "memory = '64M'");
+    let defined = machines.bantam_with(&kernel, &["define", text(&without_disk)]);
+    let line = defined.finish().failed_with_one_line().to_owned();
+    assert!(line.contains("kernel"), "{line}");
+}
+
+#[test]
 fn changes_by_other_commands_are_written() {
     let machines = Machines::new();
     define(&machines, &idle_domain(&machines, "web", "", ""), &[]);
@@ -273,6 +311,7 @@ fn a_machine_of_all_options_is_accepted_by_libvirt_and_comes_back() {
         balloon = { size = '64M', deflate-on-oom = true, reporting = true, hinting = true, statistics = 5 }
         rng = { bytes-per-second = 1000 }
         vsock = { cid = 7, socket = '/run/web.vsock' }
+        cgroup = { cpu-shares = 512, cpu-quota = 50000, memory-max = 2147483649, memory-high = '1G' }
         smbios = { manufacturer = 'Example', serial = 'ds=nocloud', asset-tag = 'shelf' }
         channel = [{ name = 'agent', socket = '/run/agent.sock' }, { name = 'log', file = '/var/log/web' }]
         [[disk]]
@@ -332,7 +371,6 @@ fn what_cannot_be_is_refused_in_a_line_and_changes_nothing() {
     define(&machines, &idle_domain(&machines, "web", &uuid, ""), &[]);
     let kept = machines.machine_file("web");
     let generic = include_str!("../../libvirt/fixtures/debian-generic-ide.xml");
-    let without_kernel = DOMAINS[1].1;
     let laughs =
         "<!DOCTYPE d [<!ENTITY a 'ha'><!ENTITY b '&a;&a;&a;'>]>\n<domain>&b;</domain>".to_owned();
     let hostdev = "<hostdev mode='subsystem' type='pci'/>";
@@ -355,7 +393,6 @@ fn what_cannot_be_is_refused_in_a_line_and_changes_nothing() {
             "<devices/hostdev>",
         ),
         (generic.to_owned(), "disk 'hda' on the bus 'ide'"),
-        (without_kernel.to_owned(), "--kernel"),
         (laughs, "whose entities are not expanded"),
         (
             format!("<domain>{}", " ".repeat(10 << 20)),

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bantam_tests::{Bantam, Ended, payload, require_kvm};
+use bantam_tests::{Bantam, Ended, Terminal, payload, require_kvm};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// How long something may take that needs milliseconds, on a busy host.
@@ -110,6 +112,108 @@ impl Drop for Domains {
             self.run(&format!("destroy {name}"));
         }
     }
+}
+
+#[test]
+fn a_created_domain_vanishes_when_it_has_ended() {
+    require_kvm!();
+    let domains = Domains::new();
+    let disk = domains.folder.path().join("disk.img");
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let xml = |words: &str| {
+        format!(
+            "<domain type='kvm'><name>web</name><metadata>\
+             <bantam:machine xmlns:bantam='urn:bantam:machine'>seccomp = 'kill'</bantam:machine></metadata>\
+             <memory unit='MiB'>32</memory><os><type>hvm</type><kernel>{}</kernel>\
+             <cmdline>{words}</cmdline></os><devices><disk type='file'><driver type='raw'/><source file='{}'/>\
+             <target dev='vda'/></disk><serial type='pty'/><memballoon model='none'/></devices></domain>",
+            payload("hello").display(),
+            disk.display()
+        )
+    };
+    let file = domains.folder.path().join("web.xml");
+    let create = || format!("create {}", file.display());
+    let created = || {
+        domains.says(
+            &create(),
+            &format!("Domain 'web' created from {}", file.display()),
+        )
+    };
+    let fact = |name: &str| {
+        let text = domains.done("dominfo web");
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_once(':').unwrap().1.trim().to_owned()
+    };
+    let left = || {
+        let machines = fs::read_dir(domains.folder.path().join("machines")).unwrap();
+        let names = machines.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name != ".lock").collect::<Vec<_>>()
+    };
+    fs::write(&file, xml("finish=hang")).unwrap();
+    created();
+    assert_eq!(fact("Persistent"), "no");
+    for (option, listed) in [("--transient", "web\n"), ("--persistent", "")] {
+        assert_eq!(domains.done(&format!("-q list --name {option}")), listed);
+    }
+    for (command, reason) in [
+        ("managedsave web", "it is transient"),
+        ("snapshot-create-as web one", "it is transient"),
+        ("autostart web", "it is transient"),
+        ("undefine web", "domain is running"),
+    ] {
+        let line = domains.refused(command);
+        assert!(line.contains(reason), "{line}");
+    }
+    let line = domains.refused(&create());
+    assert!(line.contains("there is a machine 'web' already"), "{line}");
+    // A reset is not its end.
+    domains.says("reset web", "Domain 'web' was reset");
+    assert_eq!(fact("State"), "running");
+    domains.says("destroy web", "Domain 'web' destroyed");
+    assert!(domains.refused("dominfo web").contains("web"));
+    let nothing_is_left = || {
+        let begin = Instant::now();
+        while !left().is_empty() {
+            assert!(begin.elapsed() < PATIENCE, "{:?}", left());
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    nothing_is_left();
+
+    // The end may also be that of the guest, or of the process.
+    fs::write(&file, xml("finish=poweroff")).unwrap();
+    created();
+    nothing_is_left();
+    fs::write(&file, xml("finish=hang")).unwrap();
+    created();
+    let process: i32 = domains.id("web").parse().unwrap();
+    kill(Pid::from_raw(process), Signal::SIGKILL).unwrap();
+    let begin = Instant::now();
+    while domains.done("-q list --all --name").contains("web") {
+        assert!(begin.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(domains.refused("start web").contains("web"));
+    created();
+    // One that is defined meanwhile stays.
+    domains.says(
+        &format!("define {}", file.display()),
+        &format!("Domain 'web' defined from {}", file.display()),
+    );
+    assert_eq!(fact("Persistent"), "yes");
+    domains.says("destroy web", "Domain 'web' destroyed");
+    assert_eq!(left(), ["web"]);
+    domains.says("undefine web", "Domain 'web' has been undefined");
+
+    // One that does not start is not there.
+    fs::write(&file, xml("finish=hang").replace("/hello<", "/nowhere<")).unwrap();
+    let line = domains.refused(&create());
+    assert!(
+        line.starts_with("error: Failed to create domain from "),
+        "{line}"
+    );
+    assert!(left().is_empty(), "{:?}", left());
+    assert_eq!(fs::read(&disk).unwrap(), vec![7; 1 << 20]);
 }
 
 #[test]
@@ -376,6 +480,51 @@ fn mistakes_and_what_is_lacking_are_one_line() {
         domains.done("--connect=qemu:///session uri"),
         "qemu:///session\n\n"
     );
+}
+
+#[test]
+fn the_console_is_at_the_terminal_until_its_escape_key() {
+    require_kvm!();
+    let domains = Domains::new();
+    domains.define_payload("web", "serial", "bytes=1000 mode=polled");
+    let line = domains.refused("console web");
+    assert_eq!(line, "error: The domain is not running");
+    domains.says("start web", "Domain 'web' started");
+    let line = domains.refused("console web");
+    assert_eq!(
+        line,
+        "error: Cannot run interactive console without a controlling TTY"
+    );
+    for (options, escape, key) in [
+        (&[][..], "^] (Ctrl + ])", b"\x1d"),
+        (&["-e", "^x"], "^X (Ctrl + X)", b"\x18"),
+        (&["--escape=q"], "q", b"q"),
+    ] {
+        let mut terminal = Terminal::new();
+        let arguments = [&["virsh"], options, &["console", "web"]].concat();
+        let bantam = Bantam::new(arguments).launcher(domains.variables());
+        let console = terminal.at(bantam).start();
+        // What the guest has printed before comes after this.
+        let greeting = format!("Connected to domain 'web'\r\nEscape character is {escape}\r\n");
+        let shown = terminal.wait_for("ready");
+        assert!(shown.starts_with(&greeting), "{shown}");
+        terminal.assert_raw();
+        // Keys of Bantam's own are for the guest here, which sends them back.
+        terminal.type_keys(b"\x01d[]");
+        terminal.wait_for("\x01d[]");
+        terminal.type_keys(key);
+        console.wait().has_status(0);
+        terminal.assert_restored();
+    }
+    // It also ends with the machine.
+    let mut terminal = Terminal::new();
+    let bantam = Bantam::new(["virsh", "-q", "console", "web"]).launcher(domains.variables());
+    let console = terminal.at(bantam).start();
+    let shown = terminal.wait_for("ready");
+    assert!(!shown.contains("Connected"), "{shown}");
+    domains.says("destroy web", "Domain 'web' destroyed");
+    console.wait().has_status(0);
+    terminal.assert_restored();
 }
 
 #[test]

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::read;
 
 use super::args::ConsoleArgs;
-use super::detach::{DetachFilter, HELP, Wish};
+use super::detach::{DetachFilter, HELP, Keys, Wish};
 use super::machine;
 use crate::message::say;
 use crate::signals::{Request, Signals, sleep_until_continued};
@@ -35,46 +35,61 @@ pub fn console(args: &ConsoleArgs) -> anyhow::Result<()> {
     attach(&machine(&args.name)?)
 }
 
-/// Connects standard input and output to the console of a machine until the user detaches, or the machine ends.
+/// Connects standard input and output to the console of a machine until the user detaches, or the machine ends. Says when it
+/// does so, and which keys detach.
 pub fn attach(machine: &Machine) -> anyhow::Result<()> {
+    let name = machine.name();
+    let told = |is_terminal| {
+        if is_terminal {
+            say(format_args!(
+                "connected to '{name}'; Ctrl-] or Ctrl-A d detaches"
+            ));
+        }
+    };
+    match connect_until_end(machine, Keys::Own, told)? {
+        End::Detached => say(format_args!("detached from '{name}'")),
+        End::Disconnected => say(format_args!("machine '{name}' has ended")),
+    }
+    Ok(())
+}
+
+/// Does the same without a word, and with one key that detaches.
+pub fn attach_silently(machine: &Machine, escape: u8) -> anyhow::Result<()> {
+    connect_until_end(machine, Keys::Escape(escape), |_| ()).map(drop)
+}
+
+/// Connects standard input and output to the console of a machine, and returns how that has ended for good. `begin` is told
+/// whether standard input is a terminal.
+fn connect_until_end(
+    machine: &Machine,
+    keys: Keys,
+    begin: impl FnOnce(bool),
+) -> anyhow::Result<End> {
     let name = machine.name();
     let Some(mut stream) = connect(machine)? else {
         bail!("machine '{name}' is not running; start it first (bantam start {name})");
     };
     let signals = Signals::block().context("cannot divert signals")?;
     let terminal = RawTerminal::enter().context("cannot set up the terminal on standard input")?;
-    if terminal.is_some() {
-        say(format_args!(
-            "connected to '{name}'; Ctrl-] or Ctrl-A d detaches"
-        ));
-    }
+    begin(terminal.is_some());
     let mut session = Session {
         machine,
         signals,
         terminal,
-        filter: DetachFilter::default(),
+        filter: DetachFilter::new(keys),
         keys: VecDeque::new(),
         is_open: true,
         has_size: has_size(machine),
     };
     session.tell_size();
     loop {
-        match session.run(&stream)? {
-            End::Detached => {
-                drop(session.terminal);
-                say(format_args!("detached from '{name}'"));
-                return Ok(());
-            }
-            End::Disconnected => {}
+        if let End::Detached = session.run(&stream)? {
+            return Ok(End::Detached);
         }
         // The guest has rebooted, or the machine has ended.
         match connect(machine)? {
             Some(next) => stream = next,
-            None => {
-                drop(session.terminal);
-                say(format_args!("machine '{name}' has ended"));
-                return Ok(());
-            }
+            None => return Ok(End::Disconnected),
         }
     }
 }

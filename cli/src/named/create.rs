@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use bantam_libvirt::{Boot, is_xml};
-use bantam_manager::{
-    Machine, MachineName, Manager, Removal, StartOptions, defaults, parse_machine_file,
-};
-use bantam_vmm::config::{MachineTable, read_text_file};
+use bantam_manager::{Machine, MachineName, Manager, Removal, StartOptions, defaults};
+use bantam_vmm::config::{MachineConfig, MachineTable, read_text_file};
 
 use super::args::{CreateArgs, DefineArgs, RenameArgs, UndefineArgs};
 use super::domain::define_domain;
@@ -50,7 +48,7 @@ pub fn define(args: DefineArgs) -> anyhow::Result<()> {
     let machine = match is_xml(&text) {
         true => {
             let boot = args.kernel.map(|kernel| {
-                Ok::<_, anyhow::Error>(Boot {
+                Ok::<_, anyhow::Error>(Boot::Given {
                     kernel: absolute(&kernel)?,
                     initrd: args.initrd.as_deref().map(absolute).transpose()?,
                     append: args.append,
@@ -67,7 +65,7 @@ pub fn define(args: DefineArgs) -> anyhow::Result<()> {
             )
         }
         false => {
-            let config = parse_machine_file(&text, &absolute(file)?)?;
+            let config = config_of(&text, file)?;
             let name = match args.name {
                 Some(name) => name,
                 None => name_of(file)?,
@@ -82,6 +80,13 @@ pub fn define(args: DefineArgs) -> anyhow::Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Reads the text of a machine file, and completes it by the kernel that is installed.
+pub fn config_of(text: &str, file: &Path) -> anyhow::Result<MachineConfig> {
+    let table = MachineTable::from_toml(text, &absolute(file)?)?;
+    let table = default_kernel::complete(table, false)?;
+    Ok(table.over(defaults()?).into_unopened_config()?)
 }
 
 fn absolute(file: &Path) -> anyhow::Result<PathBuf> {

@@ -21,15 +21,39 @@ pub enum Wish {
     Help,
 }
 
+/// Which keys are not for the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keys {
+    /// Ctrl-], and those that Ctrl-A begins.
+    #[default]
+    Own,
+    /// One that detaches.
+    Escape(u8),
+}
+
 /// Finds commands among the bytes typed.
 #[derive(Debug, Default)]
 pub struct DetachFilter {
+    keys: Keys,
     after_prefix: bool,
 }
 
 impl DetachFilter {
+    /// Returns a filter that finds these keys.
+    pub fn new(keys: Keys) -> DetachFilter {
+        DetachFilter {
+            keys,
+            after_prefix: false,
+        }
+    }
+
     /// Takes bytes that were typed, adds those for the guest to `keys`, and returns what the user wants.
     pub fn take(&mut self, typed: &[u8], keys: &mut Vec<u8>) -> Option<Wish> {
+        if let Keys::Escape(escape) = self.keys {
+            let end = typed.iter().position(|&byte| byte == escape);
+            keys.extend(typed.iter().take(end.unwrap_or(typed.len())));
+            return end.map(|_| Wish::Detach);
+        }
         let mut wish = None;
         for &byte in typed {
             let after_prefix = std::mem::take(&mut self.after_prefix);
@@ -66,6 +90,15 @@ mod tests {
         assert_eq!(taken(b"d\x01a\x01\x01"), (b"d\x01\x01".to_vec(), None));
         assert_eq!(taken(b"\x01h"), (Vec::new(), Some(Wish::Help)));
         assert_eq!(taken(b"\x01b"), (b"\x01b".to_vec(), None));
+    }
+
+    #[test]
+    fn with_one_escape_key_all_others_are_for_the_guest() {
+        let mut filter = DetachFilter::new(Keys::Escape(b'x'));
+        let mut keys = Vec::new();
+        assert_eq!(filter.take(b"\x01d\x1d", &mut keys), None);
+        assert_eq!(filter.take(b"ax\x01", &mut keys), Some(Wish::Detach));
+        assert_eq!(keys, b"\x01d\x1da");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use bantam_vmm::config::MachineConfig;
 use super::args::DumpxmlArgs;
 use super::edit::edit_text;
 use super::{machine, print};
+use crate::default_kernel;
 use crate::message::say;
 
 /// What an editor has done.
@@ -21,7 +22,7 @@ pub enum Edited {
     Unchanged,
 }
 
-/// Defines a machine by domain XML. The name and the policy are those that are given, or those of the XML. What the user
+/// Defines a machine by domain XML, which boots the kernel that is installed if neither the XML nor `boot` has one. The name and the policy are those that are given, or those of the XML. What the user
 /// has to know is said on standard error.
 pub fn define_domain(
     text: &str,
@@ -29,7 +30,7 @@ pub fn define_domain(
     restart: Option<RestartPolicy>,
     boot: Option<Boot>,
 ) -> anyhow::Result<Machine> {
-    let definition = Definition::parse(text, boot)?;
+    let definition = Definition::parse(text, boot.or_else(default_boot))?;
     let name = match name {
         Some(name) => name.clone(),
         None => definition.name.parse().context("<name>")?,
@@ -39,6 +40,25 @@ pub fn define_domain(
     Ok(machine)
 }
 
+/// Starts a machine by domain XML that vanishes when it has ended.
+pub fn start_domain(text: &str) -> anyhow::Result<Machine> {
+    let definition = Definition::parse(text, default_boot())?;
+    let name = definition.name.parse().context("<name>")?;
+    let machine = Manager::of_user()?
+        .start_transient(
+            &name,
+            &documented(&definition, None),
+            documents(&definition),
+        )
+        .map_err(reason_alone)?;
+    say_notes(&definition.notes);
+    Ok(machine)
+}
+
+fn default_boot() -> Option<Boot> {
+    default_kernel::find().map(Boot::Default)
+}
+
 fn put(
     name: &MachineName,
     definition: &Definition,
@@ -46,23 +66,39 @@ fn put(
     before: Option<&str>,
 ) -> anyhow::Result<Machine> {
     let documented = DocumentedMachine {
+        restart: restart.unwrap_or(definition.restart),
+        ..documented(definition, before)
+    };
+    let defined = Manager::of_user()?.define_by_document(name, &documented, documents(definition));
+    defined.map_err(reason_alone)
+}
+
+fn documented<'a>(definition: &'a Definition, before: Option<&'a str>) -> DocumentedMachine<'a> {
+    DocumentedMachine {
         config: &definition.config,
         id: definition.id,
         title: definition.title.as_deref(),
-        restart: restart.unwrap_or(definition.restart),
+        restart: definition.restart,
         before,
-    };
-    let document = |machine: &Machine, config: &MachineConfig, settings: &Settings| {
-        let described = describe(machine, config, settings);
-        let document = definition.document(&described);
+    }
+}
+
+/// Returns what writes the document that is kept with a machine.
+fn documents(
+    definition: &Definition,
+) -> impl Fn(&Machine, &MachineConfig, &Settings) -> Result<String, String> {
+    move |machine, config, settings| {
+        let document = definition.document(&describe(machine, config, settings));
         document.map_err(|error| error.to_string())
-    };
-    let defined = Manager::of_user()?.define_by_document(name, &documented, document);
-    defined.map_err(|error| match error {
-        // The callers say what was to be done.
-        Error::Refused { reason, .. } => anyhow!(reason),
+    }
+}
+
+/// Returns why a machine cannot be defined or started; the callers say what was to be done.
+fn reason_alone(error: Error) -> anyhow::Error {
+    match error {
+        Error::Refused { reason, .. } | Error::Start { reason, .. } => anyhow!(reason),
         error => error.into(),
-    })
+    }
 }
 
 fn say_notes(notes: &[String]) {
@@ -129,7 +165,7 @@ pub fn edit_domain(machine: &Machine) -> anyhow::Result<Edited> {
     let before = domain_xml(machine, Memory::AtStart)?;
     let earlier = Definition::parse(&before, None)?;
     let check = |text: &str| {
-        let definition = Definition::parse(text, None)?;
+        let definition = Definition::parse(text, default_boot())?;
         if definition.name != machine.name().as_str() || definition.id != earlier.id {
             bail!("its <name> and <uuid> do not change here; domrename gives it another name");
         }
@@ -138,7 +174,7 @@ pub fn edit_domain(machine: &Machine) -> anyhow::Result<Edited> {
     let Some(text) = edit_text(machine, "xml", &before, check)? else {
         return Ok(Edited::Unchanged);
     };
-    let definition = Definition::parse(&text, None)?;
+    let definition = Definition::parse(&text, default_boot())?;
     put(machine.name(), &definition, None, Some(&before_file))?;
     let is_new = |note: &&String| !earlier.notes.contains(note);
     say_notes(

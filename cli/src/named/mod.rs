@@ -34,8 +34,9 @@ use serde::Serialize;
 
 pub use args::{NameArgs, NamedCommand, SnapshotCreateArgs, SnapshotListArgs, SnapshotNameArgs};
 pub use completion::with_machine_names;
-pub use console::attach as attach_console;
-pub use domain::{Edited, Memory, define_domain, domain_xml, edit_domain};
+pub use console::attach_silently as attach_console;
+pub use create::config_of;
+pub use domain::{Edited, Memory, define_domain, domain_xml, edit_domain, start_domain};
 pub use interfaces::connection;
 pub use save::restore;
 pub use snapshot::{

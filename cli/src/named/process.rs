@@ -34,7 +34,7 @@ pub fn run(args: ProcessArgs) -> ExitCode {
         runtime: args.runtime,
         units: None,
     };
-    let process = match MachineProcess::enter(&folders, args.name, origin) {
+    let mut process = match MachineProcess::enter(&folders, args.name, origin) {
         Ok(process) => process,
         Err(error) => {
             report(&error.into());
@@ -43,7 +43,10 @@ pub fn run(args: ProcessArgs) -> ExitCode {
     };
     let log = log::of_process(ProcessLog::of(process.machine()));
     let from = args.from.as_deref().map(|from| (from, origin));
-    let ended = run_machine(&process, from, log);
+    let ended = process
+        .limit()
+        .map_err(anyhow::Error::from)
+        .and_then(|()| run_machine(&process, from, log));
     if let Err(error) = &ended {
         report(error);
         process.say_failed(&reason(error));

@@ -110,6 +110,12 @@ pub const COMMANDS: &[Command] = &[
         domains::console,
     ),
     changes(
+        "create",
+        "start a domain by XML that vanishes when it has ended",
+        &[needed("file"), flag("console")],
+        domains::create,
+    ),
+    changes(
         "define",
         "define a domain by XML or a machine file",
         &[needed("file")],
@@ -222,6 +228,7 @@ pub const COMMANDS: &[Command] = &[
             flag("with-managed-save"),
             flag("without-managed-save"),
             flag("persistent"),
+            flag("transient"),
             flag("uuid"),
             flag("name"),
             flag("id"),

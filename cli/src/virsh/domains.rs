@@ -1,21 +1,22 @@
 //! Commands that change machines.
 
 use std::ffi::OsStr;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use bantam_libvirt::is_xml;
-use bantam_manager::{
-    Error, Machine, MachineName, Manager, Removal, StartOptions, parse_machine_file, saved_machine,
-};
+use bantam_manager::{Error, Machine, MachineName, Manager, Removal, StartOptions, saved_machine};
 use bantam_vmm::ShutDown;
 use bantam_vmm::config::{MemorySize, read_text_file};
 
 use super::Session;
 use super::args::{Arguments, scaled};
 use crate::message::say;
-use crate::named::{Edited, Memory, attach_console, define_domain, domain_xml, edit_domain};
+use crate::named::{
+    Edited, Memory, attach_console, config_of, define_domain, domain_xml, edit_domain, start_domain,
+};
 
 /// How long a guest may take to shut down before its power is cut, with `--graceful`.
 const GRACE: Duration = Duration::from_secs(10);
@@ -83,11 +84,25 @@ pub fn start(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()>
         error => failed("start", &machine)(error),
     })?;
     session.tell(&format!("Domain '{}' started", machine.name()));
-    if arguments.has("console") {
-        session.flush()?;
-        attach_console(&machine)?;
+    match arguments.has("console") {
+        true => show_console(session, &machine),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+/// Connects the terminal to the console of a machine.
+fn show_console(session: &mut Session, machine: &Machine) -> anyhow::Result<()> {
+    if !machine.is_active()? {
+        bail!("The domain is not running");
+    }
+    if !io::stdin().is_terminal() {
+        bail!("Cannot run interactive console without a controlling TTY");
+    }
+    let escape = session.escape;
+    session.tell(&format!("Connected to domain '{}'", machine.name()));
+    session.tell(&format!("Escape character is {escape}"));
+    session.flush()?;
+    attach_console(machine, escape.byte())
 }
 
 /// Refuses ways to ask a guest that Bantam does not have.
@@ -152,12 +167,24 @@ pub fn resume(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()
     Ok(())
 }
 
-pub fn console(_session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
-    let machine = domain(arguments)?;
-    if !machine.is_active()? {
-        bail!("The domain is not running");
+pub fn console(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
+    show_console(session, &domain(arguments)?)
+}
+
+pub fn create(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
+    let file = Path::new(arguments.needed("file")?);
+    let failed = || format!("Failed to create domain from {}", file.display());
+    let text = read_text_file(file).with_context(failed)?;
+    let machine = start_domain(&text).with_context(failed)?;
+    session.tell(&format!(
+        "Domain '{}' created from {}",
+        machine.name(),
+        file.display()
+    ));
+    match arguments.has("console") {
+        true => show_console(session, &machine),
+        false => Ok(()),
     }
-    attach_console(&machine)
 }
 
 pub fn define(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> {
@@ -174,9 +201,7 @@ fn define_file(file: &Path) -> anyhow::Result<MachineName> {
     if is_xml(&text) {
         return Ok(define_domain(&text, None, None, None)?.name().clone());
     }
-    let path = std::path::absolute(file)
-        .with_context(|| format!("cannot find the folder of '{}'", file.display()))?;
-    let config = parse_machine_file(&text, &path)?;
+    let config = config_of(&text, file)?;
     let stem = file.file_stem().and_then(OsStr::to_str).unwrap_or_default();
     let name: MachineName = stem.parse()?;
     Manager::of_user()?.define(&name, &config, None)?;

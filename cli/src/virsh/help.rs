@@ -12,6 +12,7 @@ virsh [options]... <command> [args...]
 
   options:
     -c | --connect=URI      qemu:///system or qemu:///session
+    -e | --escape <char>    key that leaves a console (default ^])
     -h | --help             this help
     -q | --quiet            quiet mode
     -r | --readonly         change nothing

@@ -77,6 +77,7 @@ fn is_listed(entry: &Entry, arguments: &Arguments) -> bool {
     let (number, _) = state_of(entry.state);
     let is_autostarted = machine.is_autostarted();
     let has_save = machine.has_managed_save();
+    let is_transient = machine.is_transient();
     by_activity
         && is_one_of(&[
             ("state-running", number == 1),
@@ -88,6 +89,7 @@ fn is_listed(entry: &Entry, arguments: &Arguments) -> bool {
             ("autostart", is_autostarted),
             ("no-autostart", !is_autostarted),
         ])
+        && is_one_of(&[("persistent", !is_transient), ("transient", is_transient)])
         && is_one_of(&[
             ("with-managed-save", has_save),
             ("without-managed-save", !has_save),
@@ -221,7 +223,7 @@ pub fn info(session: &mut Session, arguments: &Arguments) -> anyhow::Result<()> 
             "Used memory",
             format!("{} KiB", present_memory(&config) >> 10),
         ),
-        ("Persistent", "yes".to_owned()),
+        ("Persistent", yes(!machine.is_transient())),
         ("Autostart", enabled.to_owned()),
         ("Managed save", yes(machine.has_managed_save())),
         ("Security model", "none".to_owned()),

@@ -4,7 +4,7 @@
 const LACKING: &str = "allocpages attach-device attach-disk attach-interface backup-begin backup-dumpxml blkdeviotune \
     blkiotune blockcommit blockcopy blockjob blockpull capabilities cd change-media checkpoint-create \
     checkpoint-create-as checkpoint-delete checkpoint-dumpxml checkpoint-edit checkpoint-info checkpoint-list \
-    checkpoint-parent connect cpu-baseline cpu-compare cpu-models cpu-stats create desc detach-device \
+    checkpoint-parent connect cpu-baseline cpu-compare cpu-models cpu-stats desc detach-device \
     detach-device-alias detach-disk detach-interface dom-fd-associate domblkerror domblkinfo domblkstat \
     domblkthreshold domcapabilities domcontrol domdirtyrate-calc domdisplay domfsfreeze domfsinfo domfsthaw \
     domfstrim domhostname domif-getlink domif-setlink domifaddr domifstat domiftune domjobabort domjobinfo \
@@ -47,7 +47,6 @@ pub fn refusal(name: &str) -> String {
 /// Returns what does the work of a command that Bantam does not have.
 fn substitute(name: &str) -> Option<&'static str> {
     Some(match name {
-        "create" => "'define' and 'start', or 'bantam run'",
         "setmaxmem" | "attach-disk" | "attach-interface" | "detach-disk" | "detach-interface" => {
             "'edit': changes count from the next start on"
         }

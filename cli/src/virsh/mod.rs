@@ -6,6 +6,7 @@
 mod args;
 mod commands;
 mod domains;
+mod escape;
 mod help;
 mod host;
 mod information;
@@ -26,6 +27,7 @@ pub use host::print_node_information;
 
 use args::Arguments;
 use commands::Command;
+use escape::Escape;
 
 use crate::message::say_last;
 use crate::named::print;
@@ -53,6 +55,8 @@ struct Session {
     is_read_only: bool,
     /// The connection that the caller has named.
     uri: Option<String>,
+    /// The key that leaves a console.
+    escape: Escape,
     /// What the command has printed.
     text: String,
 }
@@ -162,6 +166,7 @@ fn read_call(arguments: Vec<OsString>) -> anyhow::Result<Call> {
         };
         match name {
             "-c" | "--connect" => session.uri = Some(value()?),
+            "-e" | "--escape" => session.escape = value()?.parse()?,
             "-q" | "--quiet" => session.is_quiet = true,
             "-r" | "--readonly" => session.is_read_only = true,
             "-h" | "--help" => return Ok(Call::Help),
@@ -307,6 +312,16 @@ mod tests {
             "unsupported option '--nope'. See --help."
         );
         assert_eq!(call("-c").unwrap_err(), "option '-c' requires an argument");
+    }
+
+    #[test]
+    fn the_key_that_leaves_a_console_is_chosen() {
+        let Ok(Call::Commands(session, _)) = call("-e ^x --escape=^Y console web") else {
+            panic!("it is a command line");
+        };
+        assert_eq!(session.escape.byte(), 0x19);
+        let error = call("-e xy console web").unwrap_err();
+        assert_eq!(error, "Invalid string 'xy' for escape sequence");
     }
 
     #[test]

@@ -390,6 +390,21 @@ pub enum ConfigError {
         /// Guest memory.
         memory: MemorySize,
     },
+    /// A limit of the machine's control group is out of range.
+    #[error("{key} of [cgroup] is {value}: expected {least} to {most}")]
+    CgroupRange {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: u64,
+        /// The least value.
+        least: u64,
+        /// The largest value.
+        most: u64,
+    },
+    /// A period of the machine's control group has no quota.
+    #[error("cpu-period of [cgroup] needs a cpu-quota: add that, or remove the period")]
+    CgroupPeriod,
     /// Not a description of a socket device.
     #[error("{reason}; a socket device is cid=N,socket=PATH")]
     VsockOption {

@@ -7,6 +7,7 @@
 //! deserializer for option strings. An embedding program starts from [`MachineConfig::new`] instead.
 
 mod balloon;
+mod cgroup;
 mod channel;
 mod confinement;
 mod cpu;
@@ -50,6 +51,7 @@ use serde::de::value::Error as ValueError;
 use serde::{Deserialize, Serialize};
 
 pub use balloon::{BalloonConfig, BalloonSize};
+pub use cgroup::CgroupConfig;
 pub use channel::{ChannelConfig, ChannelName};
 pub use confinement::Seccomp;
 pub use cpu::{CpuModifiers, CpuidModifier, CpuidRegister, MsrModifier};
@@ -181,13 +183,19 @@ pub struct MachineConfig {
     pub boot_timer: bool,
     /// Whether the pages that the guest and its devices write are logged, for differential snapshots.
     pub track_dirty_pages: bool,
-    /// What happens when a thread makes a system call that it never makes. This field and the next two are for the
+    /// What happens when a thread makes a system call that it never makes. This field and the next three are for the
     /// program that owns the machine, too.
     pub seccomp: Seccomp,
     /// Whether the process can open those files only that its machine uses.
     pub landlock: bool,
     /// Whether the host may write a core dump of the process.
     pub coredump: bool,
+    /// What the process may use of the host.
+    #[serde(
+        deserialize_with = "forms::table",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub cgroup: Option<CgroupConfig>,
     /// Where gdb can connect to debug the guest, which waits for it before its first instruction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gdb: Option<GdbConfig>,
@@ -230,6 +238,7 @@ impl MachineConfig {
             seccomp: Seccomp::default(),
             landlock: false,
             coredump: false,
+            cgroup: None,
             gdb: None,
         }
     }

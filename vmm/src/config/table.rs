@@ -110,9 +110,20 @@ impl MachineTable {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Options`] if a key or a value is not one of a machine file, or texts to append are not
-    /// parts of a kernel command line. Otherwise those of [`MachineConfig::validate`].
+    /// Those of [`MachineTable::into_unopened_config`], and those of [`MachineConfig::validate`].
     pub fn into_config(self) -> Result<MachineConfig, ConfigError> {
+        let config = self.into_unopened_config()?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Does the same as [`MachineTable::into_config`], and does not look at the files that the configuration names.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Options`] if a key or a value is not one of a machine file, or texts to append are not
+    /// parts of a kernel command line. Otherwise those of [`MachineConfig::validate_values`].
+    pub fn into_unopened_config(self) -> Result<MachineConfig, ConfigError> {
         let says_serial = self.0.contains_key("serial");
         // From text, like a machine file: a deserializer of tables would be the same code once more.
         let mut config: MachineConfig =
@@ -125,7 +136,7 @@ impl MachineTable {
                 config.serial = default;
             }
         }
-        config.validate()?;
+        config.validate_values()?;
         Ok(config)
     }
 }

@@ -31,6 +31,7 @@ impl MachineConfig {
     /// - [`ConfigError::NoKernel`]: there is nothing to boot.
     /// - [`ConfigError::UnpairedVcpu`]: vCPUs are to share cores in pairs, but their number is odd.
     /// - [`ConfigError::HugePagesMemory`]: memory is not a whole number of the huge pages.
+    /// - [`ConfigError::CgroupRange`], [`ConfigError::CgroupPeriod`]: a limit is not one that a control group can have.
     /// - [`ConfigError::TooManyDevices`]: more devices than a machine has interrupts for
     ///   ([`layout::MAX_VIRTIO_DEVICES`]).
     /// - The error of a single device that is wrong in itself or does not fit into the machine's memory.
@@ -68,6 +69,9 @@ impl MachineConfig {
         let count = self.device_count();
         if count > layout::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices { count });
+        }
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.validate()?;
         }
         self.validate_devices()?;
         if let Some(id) = first_repeated(self.disks.iter().filter_map(|disk| disk.id.as_ref())) {

@@ -192,6 +192,17 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    fn cgroup()(
+        cpu_shares in of(number(2..=262_144)),
+        quota in of((number(1000..=1 << 30), of(number(1000..=1_000_000)))),
+        (memory_max, memory_high) in (of(number(1 << 20..=i64::MAX)), of(number(1 << 20..=i64::MAX))),
+    ) -> CgroupConfig {
+        let (cpu_quota, cpu_period) = quota.unzip();
+        CgroupConfig { cpu_shares, cpu_quota, cpu_period: cpu_period.flatten(), memory_max, memory_high }
+    }
+}
+
 /// JSON of a few levels.
 fn json() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
@@ -280,7 +291,7 @@ prop_compose! {
         (host_workarounds, boot_timer, track_dirty_pages) in any::<(bool, bool, bool)>(),
         seccomp in prop_oneof![Just(Seccomp::Kill), Just(Seccomp::Log), Just(Seccomp::Off)],
         (landlock, coredump) in any::<(bool, bool)>(),
-        gdb in of(gdb()),
+        (cgroup, gdb) in (of(cgroup()), of(gdb())),
     ) -> MachineConfig {
         let mut config = MachineConfig {
             kernel, initrd, cmdline, append, cpus, smt, cpu,
@@ -293,7 +304,7 @@ prop_compose! {
             restart_limit,
             shutdown_timeout: format!("{shutdown_timeout}ms").parse().unwrap(),
             exit_status, on_halt, host_workarounds, boot_timer, track_dirty_pages, seccomp,
-            landlock, coredump, gdb,
+            landlock, coredump, cgroup, gdb,
         };
         if !config.nets.is_empty() {
             let names: Vec<_> = config.net_names().collect();
