@@ -277,3 +277,58 @@ fn a_load_of_udp_arrives_in_datagrams() {
         machine.wait().passed();
     });
 }
+
+/// Bytes at a position of a stream, which differ from those at all others that are near.
+fn block(number: u64) -> Vec<u8> {
+    const WORDS: u64 = 1 << 16;
+    let words = (0..WORDS).map(|word| (number * WORDS + word).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    words.flat_map(u64::to_le_bytes).collect()
+}
+
+/// The guest passes on what it gets by one connection to another.
+#[test]
+fn bytes_pass_through_a_linux_guest_unchanged() {
+    // Linux is slow on hosts without hardware virtualization.
+    const BLOCKS: u64 = (4 << 20) >> 19;
+    require_kvm!();
+    require_namespaces!();
+    in_world(|| {
+        let source = TcpListener::bind((SERVER, 7000)).unwrap();
+        let target = TcpListener::bind((SERVER, 7001)).unwrap();
+        let writer = thread::spawn(move || {
+            let mut stream = accept(&source);
+            for number in 0..BLOCKS {
+                stream.write_all(&block(number)).unwrap();
+            }
+        });
+        let reader = thread::spawn(move || {
+            let mut stream = accept(&target);
+            let mut bytes = vec![0; 1 << 19];
+            for number in 0..BLOCKS {
+                stream.read_exact(&mut bytes).unwrap();
+                assert!(bytes == block(number), "block {number} is another one");
+            }
+            assert_eq!(stream.read(&mut bytes).unwrap(), 0);
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!(
+            "#!/bin/sh\n\
+             mount -t proc proc /proc\n\
+             udhcpc -i eth0 -n -q -f -s /lease.sh\n\
+             nc {SERVER} 7000 </dev/null | nc {SERVER} 7001\n\
+             echo DONE\n\
+             printf '\\000' | dd of=/dev/port bs=1 seek=1280\n"
+        );
+        let scripts = [("test.sh", script.as_str()), ("lease.sh", LEASE_SCRIPT)];
+        let root = scripted_root(folder.path(), &scripts);
+        let machine = Bantam::linux(Kernel::Small)
+            .launcher(unprivileged())
+            .disk(&root, "")
+            .append("quiet init=/test.sh")
+            .option("--net", "user")
+            .start();
+        reader.join().unwrap();
+        writer.join().unwrap();
+        machine.wait().succeeded().printed("DONE");
+    });
+}

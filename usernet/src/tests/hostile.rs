@@ -158,7 +158,8 @@ fn a_flood_of_connections_to_nobody_takes_no_more_than_its_share() {
         let refused = delays.load(Ordering::Relaxed);
         attempt(&mut network);
         assert_eq!(delays.load(Ordering::Relaxed), refused);
-        assert!(sockets("tcp") <= opened + 2);
+        // The test has a listener and both ends of a connection.
+        assert!(sockets("tcp") <= opened + 3);
     });
 }
 
