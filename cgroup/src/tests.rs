@@ -27,7 +27,7 @@ fn a_group_has_its_limits_before_it_has_the_process() {
         Ok(())
     };
     let made = make(folder.path(), folder.path(), "web", &settings(), &mut note).unwrap();
-    assert_eq!(noted, [made.clone()]);
+    assert_eq!(noted, std::slice::from_ref(&made));
     let read = |path: &Path| fs::read_to_string(path).unwrap();
     assert_eq!(read(&folder.path().join(SUBTREE)), "+memory");
     assert_eq!(read(&made.join("memory.max")), "1048576");

@@ -26,7 +26,7 @@ while read -r kind mount type options rest; do
     echo $$ > $group/cgroup.procs
 done < $work/groups
 # This ends when systemd powers off.
-timeout 120 unshare --mount --pid --fork --uts --ipc --net --cgroup --kill-child bash -c '
+timeout --signal=KILL 120 unshare --mount --pid --fork --uts --ipc --net --cgroup --kill-child bash -c '
     set -e
     work=$1
     root=$work/root

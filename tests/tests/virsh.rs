@@ -137,7 +137,7 @@ fn a_created_domain_vanishes_when_it_has_ended() {
         domains.says(
             &create(),
             &format!("Domain 'web' created from {}", file.display()),
-        )
+        );
     };
     let fact = |name: &str| {
         let text = domains.done("dominfo web");
