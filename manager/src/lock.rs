@@ -41,6 +41,11 @@ pub(crate) fn try_share(file: &File, purpose: Purpose) -> io::Result<bool> {
     set(file, &request(purpose, libc::F_RDLCK))
 }
 
+/// Gives a lock back, also on behalf of processes that have inherited the file.
+pub(crate) fn release(file: &File, purpose: Purpose) -> io::Result<()> {
+    set(file, &request(purpose, libc::F_UNLCK)).map(drop)
+}
+
 fn set(file: &File, request: &libc::flock) -> io::Result<bool> {
     match fcntl(file, FcntlArg::F_OFD_SETLK(request)) {
         Ok(_) => Ok(true),
@@ -88,7 +93,10 @@ mod tests {
         let inherited = owner.try_clone().unwrap();
         drop(owner);
         assert!(is_locked(&asking, Purpose::Life).unwrap());
+        let other_inherited = inherited.try_clone().unwrap();
         drop(inherited);
+        assert!(is_locked(&asking, Purpose::Life).unwrap());
+        release(&other_inherited, Purpose::Life).unwrap();
         assert!(!is_locked(&asking, Purpose::Life).unwrap());
     }
 

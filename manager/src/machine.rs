@@ -134,6 +134,14 @@ impl Change {
     }
 }
 
+impl Drop for Change {
+    fn drop(&mut self) {
+        // A process that another thread is just starting has all open files, and so the lock, until it executes its program.
+        // If this fails, the file has the lock until it is closed.
+        let _ = lock::release(&self.lock, Purpose::Change);
+    }
+}
+
 impl Machine {
     /// Returns the machine, whether it exists or not.
     pub(crate) fn at(folders: &Folders, name: MachineName) -> Machine {
