@@ -1,5 +1,7 @@
 //! `bantam migrate`: moves a machine to another process or host, and receives one.
 
+mod progress;
+
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::net::TcpListener;
@@ -19,6 +21,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use crate::args::EndArgs;
 use crate::control::{Output, connect};
 use crate::message::say;
+use progress::ProgressLine;
 
 // The options of `bantam migrate`.
 #[derive(Debug, clap::Args)]
@@ -29,7 +32,7 @@ pub struct MigrateArgs {
 
     /// Where it is received: unix:PATH or tcp://HOST:PORT
     #[arg(
-        required_unless_present_any = ["receive", "cancel", "take_back"],
+        required_unless_present_any = ["receive", "cancel", "progress", "take_back"],
         value_parser = address_parser(),
     )]
     pub destination: Option<MigrationAddress>,
@@ -39,7 +42,7 @@ pub struct MigrateArgs {
         long,
         value_name = "ADDRESS",
         value_parser = address_parser(),
-        conflicts_with_all = ["machine", "destination", "cancel", "take_back", "downtime", "timeout", "at_timeout"],
+        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout"],
     )]
     pub receive: Option<MigrationAddress>,
 
@@ -60,6 +63,10 @@ pub struct MigrateArgs {
     /// Otherwise ADDRESS has to be a Unix socket or a loopback address, such as the end of a tunnel of ssh.
     #[arg(long)]
     pub insecure: bool,
+
+    /// Print how far the migration is that is under way
+    #[arg(long, conflicts_with_all = ["destination", "cancel", "take_back"])]
+    pub progress: bool,
 
     /// End the migration that is under way; the machine goes on where it is
     #[arg(long, conflicts_with_all = ["destination", "take_back"])]
@@ -106,6 +113,13 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
             "disks, taps and other ends are those of the receiver: name them there, with --receive"
         );
     }
+    if args.progress {
+        return print(&match (args.output, progress::ask(machine)?) {
+            (Output::Json, progress) => serde_json::to_string(&progress)?,
+            (Output::Human, None) => "no migration is under way".to_owned(),
+            (Output::Human, Some(progress)) => progress::describe(&progress),
+        });
+    }
     let mut client = connect(machine)?;
     if args.cancel {
         client.execute(Command::CancelMigration)?;
@@ -129,13 +143,19 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
         },
     };
     client.set_answer_time(Duration::MAX);
-    let Answer::Migrated(migrated) = client.execute(Command::Migrate(Box::new(order)))? else {
+    let line = ProgressLine::show(machine);
+    let answer = client.execute(Command::Migrate(Box::new(order)));
+    drop(line);
+    let Answer::Migrated(migrated) = answer? else {
         bail!("the machine gives another answer than that of a migration");
     };
-    let text = match args.output {
+    print(&match args.output {
         Output::Human => describe(&migrated),
         Output::Json => serde_json::to_string(&migrated)?,
-    };
+    })
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context("cannot write to standard output")
 }
 

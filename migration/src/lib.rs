@@ -39,4 +39,4 @@ pub use address::Address;
 pub use connection::{Breaker, Connection};
 pub use error::MigrationError;
 pub use incoming::Incoming;
-pub use outgoing::{HandOver, Outgoing, Zeroes};
+pub use outgoing::{Counters, HandOver, Outgoing, Zeroes};

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use bantam_vmm::config::{MachineConfig, SerialConfig, VsockConfig};
 use bantam_vmm::{
     Arrival, AtTimeout, Controller, Error, ExitReason, MigrationConnection, MigrationOptions, State,
 };
+use nix::pty::openpty;
 use nix::sys::signal::Signal;
 
 /// How long anything may take that is waited for.
@@ -419,6 +420,45 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
     counts(&there.unwrap_or_else(|error| panic!("{error}")), counters);
 }
 
+#[test]
+fn others_see_how_far_a_migration_is() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=64"));
+    assert_eq!(machine.migration_progress(), None);
+    let (ours, near) = UnixStream::pair().expect("there are descriptors");
+    let (theirs, far) = UnixStream::pair().expect("there are descriptors");
+    let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+    slow_relay(clone(&near), clone(&far));
+    slow_relay(far, near);
+    let (source, receiver) = ends_of(&machine, ours, theirs, folder.path(), 1);
+    let mut seen = Vec::new();
+    while !source.is_finished() {
+        seen.extend(machine.migration_progress());
+        thread::sleep(Duration::from_millis(2));
+    }
+    source.join().expect("it does not panic").expect("it moves");
+    assert_eq!(machine.migration_progress(), None);
+    let there = receiver.join().expect("it does not panic");
+    counts(&there.unwrap_or_else(|error| panic!("{error}")), counters);
+
+    assert!(seen.len() > 2, "{seen:?}");
+    for pair in seen.windows(2) {
+        assert!(pair[0].time <= pair[1].time, "{pair:?}");
+        assert!(pair[0].rounds <= pair[1].rounds, "{pair:?}");
+        assert!(pair[0].sent <= pair[1].sent, "{pair:?}");
+        if pair[0].rounds == pair[1].rounds {
+            assert!(pair[0].remaining >= pair[1].remaining, "{pair:?}");
+        }
+    }
+    assert!(seen.iter().all(|it| it.remaining <= 16 << 20), "{seen:?}");
+    let is_sending = |it: &&bantam_vmm::MigrationProgress| it.rounds > 0 && it.remaining > 0;
+    assert!(seen.iter().any(|it| is_sending(&it)), "{seen:?}");
+    let last = seen.last().expect("there are some");
+    assert!(last.sent > 1 << 18 && last.rate > 1 << 16, "{last:?}");
+    assert!(last.expected_downtime.is_some(), "{last:?}");
+}
+
 /// A machine in a process of its own, whose guest ends well once it has moved.
 struct Source {
     running: Running,
@@ -427,10 +467,15 @@ struct Source {
 
 impl Source {
     fn start(bantam: Bantam) -> Source {
+        Source::start_until("generation ", bantam)
+    }
+
+    /// The same for a guest that prints `text` when it is ready.
+    fn start_until(text: &str, bantam: Bantam) -> Source {
         let folder = tempfile::tempdir().expect("there is room");
         let socket = folder.path().join("source.sock");
         let running = bantam.option("--control", &socket).start();
-        running.wait_for_output("generation ");
+        running.wait_for_output(text);
         Source { running, folder }
     }
 
@@ -467,6 +512,65 @@ fn a_machine_moves_to_another_process() {
     );
     source.running.wait().has_status(0);
     receiver.wait().passed();
+}
+
+/// Passes what comes at one Unix socket on to another, a few MiB a second, once.
+fn slow_relay_between(from: &Path, to: &Path) {
+    let listener = UnixListener::bind(from).expect("it is a new path");
+    let to = to.to_path_buf();
+    thread::spawn(move || {
+        let (near, _) = listener.accept().expect("the source connects");
+        let far = UnixStream::connect(to).expect("the receiver listens");
+        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+        slow_relay(clone(&near), clone(&far));
+        slow_relay(far, near);
+    });
+}
+
+#[test]
+fn a_terminal_shows_how_far_a_migration_is() {
+    require_kvm!();
+    let guest = Bantam::payload("count").append("timer=deadline pages=256");
+    let source = Source::start_until("counting at ", guest);
+    let path = |name: &str| source.folder.path().join(name);
+    let receiver = source.receive(&format!("unix:{}", path("move.sock").display()));
+    let receiver = receiver.start();
+    wait_until("it listens", || path("move.sock").exists());
+    slow_relay_between(&path("slow.sock"), &path("move.sock"));
+    let ask = || {
+        Bantam::new(["migrate", "--progress", "--output", "json"])
+            .argument(path("source.sock"))
+            .finish()
+    };
+    assert_eq!(ask().text(), "null\n");
+    let terminal = openpty(None, None).expect("there are pseudoterminals");
+    let migration = Bantam::new(["migrate", "--output", "json", "--downtime", "1ms"])
+        .option("--timeout", "1s")
+        .option("--at-timeout", "stop")
+        .argument(path("source.sock"))
+        .argument(format!("unix:{}", path("slow.sock").display()))
+        .stderr(terminal.slave)
+        .start();
+    let mut progress = serde_json::Value::Null;
+    wait_until("memory is sent", || {
+        let asked = ask();
+        progress = serde_json::from_str(&asked.text()).expect("it is JSON");
+        progress["sent"].as_u64() > Some(0)
+    });
+    assert!(progress["rounds"].as_u64() > Some(0), "{progress}");
+    let migrated = migration.wait();
+    let summary: serde_json::Value = serde_json::from_str(&migrated.text()).expect("it is JSON");
+    for key in ["time", "downtime", "sent", "rounds"] {
+        assert!(!summary[key].is_null(), "{summary}");
+    }
+    let mut shown = [0; 1 << 14];
+    let count = nix::unistd::read(&terminal.master, &mut shown).expect("it was written to");
+    let shown = String::from_utf8_lossy(&shown[..count]);
+    assert!(shown.contains("MiB/s"), "{shown:?}");
+    assert!(shown.ends_with("\r\u{1b}[K"), "{shown:?}");
+    source.running.wait().has_status(0);
+    receiver.signal(Signal::SIGTERM);
+    receiver.wait();
 }
 
 #[test]

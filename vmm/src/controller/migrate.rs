@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam_memory::{GuestMemory, PAGE_SIZE, PageSet};
-use bantam_migration::{Breaker, Connection, HandOver, Outgoing, Zeroes};
+use bantam_migration::{Connection, HandOver, Outgoing, Zeroes};
 use bantam_snapshot::{Facts, StateFile};
 use serde::{Deserialize, Serialize};
 
 use super::Controller;
+use super::migration_progress::{MigrationProgress, UnderWay};
 use super::snapshot::Parts;
 use super::write_log::WriteLog;
 use crate::command::MigrationOrder;
@@ -98,20 +99,21 @@ impl Controller {
         options: &MigrationOptions,
     ) -> Result<Migrated, Error> {
         let _one_at_a_time = lock(&self.0.snapshots);
-        let _cancel = Cancel::enable(self, connection.breaker());
-        let begun = Instant::now();
+        let under_way = Arc::new(UnderWay::new(connection.breaker()));
+        let _visible = Visible::new(self, &under_way);
         let runs = self.state() == State::Running;
         let parts = self.0.of_machine(ACTION, Parts::of)?;
         let (offer, _) =
             self.while_at_rest(false, || self.while_paused(ACTION, |it| self.describe(it)))?;
         let mut outgoing = Outgoing::offer(connection, &offer)?;
+        under_way.begin_copy(outgoing.counters());
         // Its log is dropped when the machine has been handed over, as that takes a while.
-        let rest = self.copy(&mut outgoing, &parts, runs, options);
+        let rest = self.copy(&mut outgoing, &parts, &under_way, runs, options);
         let rest = rest.inspect_err(|error| outgoing.give_up(&error.to_string()))?;
         let stopped = Instant::now();
         let sent_rest = self.while_at_rest(true, || {
             self.while_paused(ACTION, |it| {
-                let sent_rest = self.send_rest(&mut outgoing, it, &rest, runs);
+                let sent_rest = self.send_rest(&mut outgoing, it, &under_way, &rest, runs);
                 if sent_rest.is_err()
                     && let Err(error) = it.devices.take_back_disks()
                 {
@@ -122,12 +124,12 @@ impl Controller {
             })
         });
         sent_rest.inspect_err(|error| outgoing.give_up(&error.to_string()))?;
-        let sent = outgoing.sent();
+        let sent = outgoing.counters().sent();
         match outgoing.hand_over(runs) {
             HandOver::Done => {
                 let migrated = Migrated {
                     downtime: stopped.elapsed(),
-                    time: begun.elapsed(),
+                    time: under_way.time(),
                     sent,
                     rounds: rest.rounds,
                 };
@@ -158,13 +160,21 @@ impl Controller {
         &self,
         outgoing: &mut Outgoing,
         parts: &'a Parts,
+        under_way: &UnderWay,
         runs: bool,
         options: &MigrationOptions,
     ) -> Result<Rest<'a>, Error> {
         let is_tracking = self.configuration()?.track_dirty_pages;
         let mut changes = lock(&parts.changes);
         match runs {
-            true => copy_of_running(outgoing, parts, &mut changes, is_tracking, options),
+            true => copy_of_running(
+                outgoing,
+                parts,
+                under_way,
+                &mut changes,
+                is_tracking,
+                options,
+            ),
             false => Ok(Rest {
                 pages: PageSet::empty([]),
                 log: None,
@@ -178,6 +188,7 @@ impl Controller {
         &self,
         outgoing: &mut Outgoing,
         parts: &Parts,
+        under_way: &UnderWay,
         rest: &Rest<'_>,
         runs: bool,
     ) -> Result<(), Error> {
@@ -193,6 +204,7 @@ impl Controller {
                 (pages.map_err(unknown_pages)?, Zeroes::LeaveOut)
             }
         };
+        under_way.begin_round(&pages);
         outgoing.send_pages(&parts.memory, &pages, zeroes)?;
         let state = self.describe(parts)?;
         self.require_memory(&parts.memory)?;
@@ -216,9 +228,15 @@ impl Controller {
     /// Ends the migration that is under way, if there is one: the machine goes on where it is. One that is just being handed
     /// over is moved nevertheless, or nobody knows where it is ([`Error::HandOver`]).
     pub fn cancel_migration(&self) {
-        if let Some(breaker) = &*lock(&self.0.migration) {
-            breaker.break_off();
+        if let Some(under_way) = &*lock(&self.0.migration) {
+            under_way.breaker.break_off();
         }
+    }
+
+    /// Returns how far the migration is that is under way; `None` if there is none.
+    pub fn migration_progress(&self) -> Option<MigrationProgress> {
+        let under_way = lock(&self.0.migration).clone();
+        under_way.map(|it| it.progress())
     }
 
     /// Lets a machine go on of which nobody knows whether it runs at the other end ([`Error::HandOver`]). The caller has
@@ -252,6 +270,7 @@ impl Controller {
 fn copy_of_running<'a>(
     outgoing: &mut Outgoing,
     parts: &'a Parts,
+    under_way: &UnderWay,
     changes: &mut Changes,
     is_tracking: bool,
     options: &MigrationOptions,
@@ -263,18 +282,20 @@ fn copy_of_running<'a>(
     let mut zeroes = Zeroes::LeaveOut;
     let mut rounds = 0;
     loop {
-        let (round_begun, sent_before) = (Instant::now(), outgoing.sent());
+        let (round_begun, sent_before) = (Instant::now(), outgoing.counters().sent());
+        under_way.begin_round(&pages);
         outgoing.send_pages(memory, &pages, zeroes)?;
         outgoing.end_round()?;
         rounds += 1;
         let time = round_begun.elapsed();
-        let sent = outgoing.sent() - sent_before;
+        let sent = outgoing.counters().sent() - sent_before;
         pages = log.take(changes)?;
         zeroes = Zeroes::Send;
         let left = (pages.len() * PAGE_SIZE) as u64;
         let time_left = expected(left, sent, time);
+        under_way.expect_downtime(time_left + HAND_OVER_TIME);
         tracing::debug!("round {rounds}: {sent} bytes in {time:?}, {left} bytes are left");
-        if time_left <= options.downtime.saturating_sub(HAND_OVER_TIME) {
+        if time_left + HAND_OVER_TIME <= options.downtime.max(HAND_OVER_TIME) {
             break;
         }
         if begun.elapsed() >= options.timeout {
@@ -307,17 +328,17 @@ fn unknown_pages(source: std::io::Error) -> Error {
     Error::resource("a list of the pages of guest memory")(source)
 }
 
-/// While it exists, the migration can be cancelled.
-struct Cancel<'a>(&'a Controller);
+/// While it exists, others can ask how far the migration is, and cancel it.
+struct Visible<'a>(&'a Controller);
 
-impl<'a> Cancel<'a> {
-    fn enable(controller: &'a Controller, breaker: Breaker) -> Cancel<'a> {
-        *lock(&controller.0.migration) = Some(breaker);
-        Cancel(controller)
+impl<'a> Visible<'a> {
+    fn new(controller: &'a Controller, under_way: &Arc<UnderWay>) -> Visible<'a> {
+        *lock(&controller.0.migration) = Some(under_way.clone());
+        Visible(controller)
     }
 }
 
-impl Drop for Cancel<'_> {
+impl Drop for Visible<'_> {
     fn drop(&mut self) {
         *lock(&self.0.0.migration) = None;
     }
