@@ -15,8 +15,8 @@ use bantam_vmm::{
     Answer, Arrival, AtTimeout, Command, ListeningSocket, Migrated, MigrationAddress,
     MigrationConnection, MigrationOptions, MigrationOrder,
 };
-use clap::ValueEnum;
 use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{ValueEnum, value_parser};
 
 use crate::args::EndArgs;
 use crate::control::{Output, connect};
@@ -42,7 +42,7 @@ pub struct MigrateArgs {
         long,
         value_name = "ADDRESS",
         value_parser = address_parser(),
-        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout"],
+        conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle"],
     )]
     pub receive: Option<MigrationAddress>,
 
@@ -57,6 +57,12 @@ pub struct MigrateArgs {
     /// What is done when that time is over, as the guest writes faster than its memory is copied
     #[arg(long, value_name = "WHAT", value_enum, default_value_t)]
     pub at_timeout: TimeoutAction,
+
+    /// How much of its time the machine may lose at most, in percent, if it writes faster than its memory is copied
+    ///
+    /// It is slowed down in steps. 0 lets it run as fast as it can.
+    #[arg(long, value_name = "PERCENT", default_value_t = 99, value_parser = value_parser!(u8).range(0..=99))]
+    pub max_throttle: u8,
 
     /// Let the memory cross a network where others can read and change it
     ///
@@ -140,6 +146,7 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
                 TimeoutAction::Cancel => AtTimeout::Cancel,
                 TimeoutAction::Stop => AtTimeout::Stop,
             },
+            max_throttle: args.max_throttle,
         },
     };
     client.set_answer_time(Duration::MAX);
@@ -160,8 +167,12 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn describe(migrated: &Migrated) -> String {
+    let slowed = match migrated.throttle {
+        0 => String::new(),
+        share => format!("; it was slowed down by {share} % at the end"),
+    };
     format!(
-        "moved in {:.2} s: the guest stood still for {:.1} ms; {:.1} MiB of memory in {} rounds",
+        "moved in {:.2} s: the guest stood still for {:.1} ms; {:.1} MiB of memory in {} rounds{slowed}",
         migrated.time.as_secs_f64(),
         migrated.downtime.as_secs_f64() * 1000.0,
         migrated.sent as f64 / f64::from(1 << 20),

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -396,6 +397,7 @@ fn a_guest_that_writes_faster_than_it_is_copied_stays_or_stands_still() {
         downtime: Duration::ZERO,
         timeout: Duration::from_millis(200),
         at_timeout: AtTimeout::Cancel,
+        max_throttle: 0,
     };
     let attempt = |options: &MigrationOptions, number| {
         let (ours, near) = UnixStream::pair().expect("there are descriptors");
@@ -457,6 +459,154 @@ fn others_see_how_far_a_migration_is() {
     let last = seen.last().expect("there are some");
     assert!(last.sent > 1 << 18 && last.rate > 1 << 16, "{last:?}");
     assert!(last.expected_downtime.is_some(), "{last:?}");
+}
+
+/// Moves `machine` to another, and has `look` see the kind of each message of the receiver before the source gets it.
+fn both_ends_watched(
+    machine: &Controller,
+    folder: &Path,
+    number: usize,
+    mut look: impl FnMut(u32) + Send + 'static,
+) -> Ends {
+    let (ours, mut near) = UnixStream::pair().expect("there are descriptors");
+    let (theirs, mut far) = UnixStream::pair().expect("there are descriptors");
+    let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+    relay(clone(&near), clone(&far), usize::MAX);
+    thread::spawn(move || -> std::io::Result<()> {
+        let mut greeting = [0; 12];
+        far.read_exact(&mut greeting)?;
+        near.write_all(&greeting)?;
+        loop {
+            let mut head = [0; 8];
+            far.read_exact(&mut head)?;
+            look(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
+            near.write_all(&head)?;
+        }
+    });
+    ends_of(machine, ours, theirs, folder, number)
+}
+
+const ACCEPTED: u32 = 2;
+const READY: u32 = 8;
+
+#[test]
+fn nobody_lets_a_machine_run_between_its_last_state_and_its_hand_over() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (mut machine, _reader, counters) = counting(&config(1, "timer=deadline"));
+    let mut refusals = 0;
+    for number in 1..=rounds() {
+        let (tell, told) = mpsc::channel();
+        let look = move |kind| {
+            if kind == READY {
+                // The test may have ended.
+                let _ = tell.send(());
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        let (source, receiver) = both_ends_watched(&machine, folder.path(), number, look);
+        told.recv_timeout(PATIENCE).expect("it arrives");
+        while !source.is_finished() {
+            let refused = machine.resume();
+            assert!(refused.is_err(), "it runs at both ends");
+            refusals += 1;
+        }
+        let moved = source.join().expect("it does not panic");
+        moved.unwrap_or_else(|error| panic!("{error}"));
+        let there = receiver.join().expect("it does not panic");
+        machine = there.unwrap_or_else(|error| panic!("{error}"));
+        counts(&machine, counters);
+    }
+    assert!(refusals > rounds(), "{refusals}");
+}
+
+#[test]
+fn a_machine_that_is_resumed_while_it_is_offered_arrives_with_all_pages() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=256"));
+    let memory = machine.memory().expect("it runs");
+    machine.pause().expect("it can be paused");
+    let look = {
+        let machine = machine.clone();
+        move |kind| {
+            if kind == ACCEPTED {
+                machine.resume().expect("it is paused");
+                counts(&machine, counters);
+            }
+        }
+    };
+    let (source, receiver) = both_ends_watched(&machine, folder.path(), 1, look);
+    let moved = source.join().expect("it does not panic");
+    moved.unwrap_or_else(|error| panic!("{error}"));
+    let there = receiver.join().expect("it does not panic");
+    let there = there.unwrap_or_else(|error| panic!("{error}"));
+    let arrived = there.memory().expect("it is there");
+    assert_eq!(
+        counters.processors(&arrived, 1),
+        counters.processors(&memory, 1)
+    );
+    there.resume().expect("it arrives as it was: paused");
+    // Each page has what its counter says, or this fails.
+    counts(&there, counters);
+}
+
+/// How often the first processor counts in a while.
+fn speed(machine: &Controller, counters: Counters) -> u64 {
+    let memory = machine.memory().expect("it is there");
+    let count = || counters.processors(&memory, 1)[0].count;
+    let before = count();
+    thread::sleep(Duration::from_millis(500));
+    count() - before
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down_until_it_can_move() {
+    require_kvm!();
+    let folder = memory_folder();
+    let (machine, _reader, counters) = counting(&config(1, "timer=deadline pages=256"));
+    let begin = |downtime, number| {
+        let (ours, near) = UnixStream::pair().expect("there are descriptors");
+        let (theirs, far) = UnixStream::pair().expect("there are descriptors");
+        let clone = |it: &UnixStream| it.try_clone().expect("there are descriptors");
+        slow_relay(clone(&near), clone(&far));
+        slow_relay(far, near);
+        let folder = folder.path().to_path_buf();
+        let receiver = thread::spawn(move || arrive(connection(theirs), &folder, number, None));
+        let options = MigrationOptions {
+            downtime,
+            ..MigrationOptions::default()
+        };
+        let machine = machine.clone();
+        let source = thread::spawn(move || machine.migrate(connection(ours), &options));
+        (source, receiver)
+    };
+    // This never has so little left, so it becomes slower and slower.
+    let (source, receiver) = begin(Duration::ZERO, 1);
+    wait_until("it is slow", || {
+        let progress = machine.migration_progress();
+        progress.is_some_and(|it| it.throttle >= 90)
+    });
+    let slow = speed(&machine, counters);
+    // A machine that is slowed down can be paused.
+    machine.pause().expect("it runs");
+    machine.resume().expect("it is paused");
+    machine.cancel_migration();
+    let cancelled = source.join().expect("it does not panic");
+    cancelled.expect_err("it is cancelled");
+    drop(receiver.join().expect("it does not panic"));
+    let fast = speed(&machine, counters);
+    assert!(fast > 3 * slow, "{slow}, and afterwards {fast}");
+
+    let (source, receiver) = begin(Duration::from_millis(30), 2);
+    let migrated = source.join().expect("it does not panic");
+    let migrated = migrated.unwrap_or_else(|error| panic!("{error}"));
+    assert!((20..=99).contains(&migrated.throttle), "{migrated:?}");
+    let there = receiver.join().expect("it does not panic");
+    let there = there.unwrap_or_else(|error| panic!("{error}"));
+    counts(&there, counters);
+    let again = speed(&there, counters);
+    assert!(again > 3 * slow, "{slow}, and at the other end {again}");
 }
 
 /// A machine in a process of its own, whose guest ends well once it has moved.

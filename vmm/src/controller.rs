@@ -5,6 +5,7 @@ mod fork;
 mod migrate;
 mod migration_progress;
 mod snapshot;
+mod throttle;
 mod write_log;
 
 use std::os::fd::BorrowedFd;

@@ -77,8 +77,12 @@ pub fn describe(progress: &MigrationProgress) -> String {
         let ms = it.as_secs_f64() * 1000.0;
         format!(", it would stand still for {ms:.0} ms")
     });
+    let throttle = match progress.throttle {
+        0 => String::new(),
+        share => format!(", slowed down by {share} %"),
+    };
     format!(
-        "round {}: {:.1} MiB sent in {:.1} s, {:.1} MiB/s, {:.1} MiB left{downtime}",
+        "round {}: {:.1} MiB sent in {:.1} s, {:.1} MiB/s, {:.1} MiB left{downtime}{throttle}",
         progress.rounds,
         mib(progress.sent),
         progress.time.as_secs_f64(),
@@ -102,6 +106,7 @@ mod tests {
             rate: 2 << 20,
             remaining: 1 << 19,
             expected_downtime: None,
+            throttle: 0,
         };
         assert_eq!(
             describe(&progress),
@@ -109,5 +114,7 @@ mod tests {
         );
         progress.expected_downtime = Some(Duration::from_millis(70));
         assert!(describe(&progress).ends_with("left, it would stand still for 70 ms"));
+        progress.throttle = 30;
+        assert!(describe(&progress).ends_with("70 ms, slowed down by 30 %"));
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::Controller;
 use super::migration_progress::{MigrationProgress, UnderWay};
 use super::snapshot::Parts;
+use super::throttle::Throttle;
 use super::write_log::WriteLog;
 use crate::command::MigrationOrder;
 use crate::config::Seccomp;
@@ -26,6 +27,9 @@ const NAME: &str = "migration";
 /// What the last part of a migration takes beside the copying of pages.
 const HAND_OVER_TIME: Duration = Duration::from_millis(5);
 
+/// How often in a row a round has to leave much before the machine is slowed down.
+const PATIENT_ROUNDS: u32 = 2;
+
 /// How a machine is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -38,6 +42,9 @@ pub struct MigrationOptions {
     pub timeout: Duration,
     /// What is done after that time.
     pub at_timeout: AtTimeout,
+    /// How much of its time the machine may lose at most, in percent, if it writes to its memory faster than that can be
+    /// copied. It is slowed down in steps. 0 lets it run as fast as it can; more than 99 is 99.
+    pub max_throttle: u8,
 }
 
 /// What is done with a machine that writes to its memory faster than that can be copied.
@@ -57,6 +64,7 @@ impl Default for MigrationOptions {
             downtime: Duration::from_millis(50),
             timeout: Duration::from_secs(120),
             at_timeout: AtTimeout::Cancel,
+            max_throttle: 99,
         }
     }
 }
@@ -73,6 +81,8 @@ pub struct Migrated {
     pub sent: u64,
     /// How often pages were sent while the machine ran.
     pub rounds: u32,
+    /// How much of its time the machine did not run at the end of that, in percent.
+    pub throttle: u8,
 }
 
 /// What is left to be sent when the machine stands still.
@@ -81,6 +91,7 @@ struct Rest<'a> {
     /// Those that are written from now on; `None` for a machine that stands still already.
     log: Option<WriteLog<'a>>,
     rounds: u32,
+    throttle: u8,
 }
 
 impl Controller {
@@ -132,6 +143,7 @@ impl Controller {
                     time: under_way.time(),
                     sent,
                     rounds: rest.rounds,
+                    throttle: rest.throttle,
                 };
                 self.0.control().finish(Ok(ExitReason::Moved));
                 Ok(migrated)
@@ -167,18 +179,16 @@ impl Controller {
         let is_tracking = self.configuration()?.track_dirty_pages;
         let mut changes = lock(&parts.changes);
         match runs {
-            true => copy_of_running(
-                outgoing,
-                parts,
-                under_way,
-                &mut changes,
-                is_tracking,
-                options,
-            ),
+            true => {
+                let throttle = Throttle::new(self.0.control(), options.max_throttle);
+                let log = WriteLog::start(parts, &mut changes, is_tracking)?;
+                copy_of_running(outgoing, log, under_way, &mut changes, throttle, options)
+            }
             false => Ok(Rest {
                 pages: PageSet::empty([]),
                 log: None,
                 rounds: 0,
+                throttle: 0,
             }),
         }
     }
@@ -269,18 +279,17 @@ impl Controller {
 /// Sends the memory of a machine that runs, until the rest can be sent within the time for which the guest may stand still.
 fn copy_of_running<'a>(
     outgoing: &mut Outgoing,
-    parts: &'a Parts,
+    log: WriteLog<'a>,
     under_way: &UnderWay,
     changes: &mut Changes,
-    is_tracking: bool,
+    mut throttle: Throttle,
     options: &MigrationOptions,
 ) -> Result<Rest<'a>, Error> {
     let begun = Instant::now();
-    let log = WriteLog::start(parts, changes, is_tracking)?;
-    let memory: &Arc<GuestMemory> = &parts.memory;
+    let memory: &Arc<GuestMemory> = log.memory();
     let mut pages = memory.pages_with_content().map_err(unknown_pages)?;
     let mut zeroes = Zeroes::LeaveOut;
-    let mut rounds = 0;
+    let (mut rounds, mut slow_rounds, mut share) = (0, 0, 0);
     loop {
         let (round_begun, sent_before) = (Instant::now(), outgoing.counters().sent());
         under_way.begin_round(&pages);
@@ -309,11 +318,18 @@ fn copy_of_running<'a>(
                 }
             }
         }
+        slow_rounds = if left > sent / 2 { slow_rounds + 1 } else { 0 };
+        if slow_rounds == PATIENT_ROUNDS {
+            slow_rounds = 0;
+            share = throttle.slow_down()?;
+            under_way.throttle(share);
+        }
     }
     Ok(Rest {
         pages,
         log: Some(log),
         rounds,
+        throttle: share,
     })
 }
 

@@ -27,6 +27,8 @@ pub struct MigrationProgress {
     /// For how long the guest would have stood still if it had been stopped at the end of the last round. `None` in the
     /// first.
     pub expected_downtime: Option<Duration>,
+    /// How much of its time the machine does not run now, in percent, because it writes faster than its memory is copied.
+    pub throttle: u8,
 }
 
 /// A migration that is under way.
@@ -45,6 +47,7 @@ struct Copying {
     /// What [`Counters::passed`] will be at the end of the round.
     round_end: u64,
     expected_downtime: Option<Duration>,
+    throttle: u8,
 }
 
 impl UnderWay {
@@ -69,6 +72,7 @@ impl UnderWay {
             rounds: 0,
             round_end: 0,
             expected_downtime: None,
+            throttle: 0,
         });
     }
 
@@ -84,6 +88,13 @@ impl UnderWay {
     pub(super) fn expect_downtime(&self, downtime: Duration) {
         if let Some(copying) = &mut *lock(&self.copying) {
             copying.expected_downtime = Some(downtime);
+        }
+    }
+
+    /// Notes how much of its time the machine does not run from now on, in percent.
+    pub(super) fn throttle(&self, share: u8) {
+        if let Some(copying) = &mut *lock(&self.copying) {
+            copying.throttle = share;
         }
     }
 
@@ -106,6 +117,7 @@ impl UnderWay {
             rate: (sent as f64 / seconds) as u64,
             remaining: copying.round_end.saturating_sub(copying.counters.passed()),
             expected_downtime: copying.expected_downtime,
+            throttle: copying.throttle,
         }
     }
 }
