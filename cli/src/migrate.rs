@@ -6,13 +6,14 @@ use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bantam_vmm::config::{MachineConfig, ShutdownTimeout};
 use bantam_vmm::{
-    Answer, Arrival, AtTimeout, Command, ListeningSocket, Migrated, MigrationAddress,
+    Answer, Arrival, AtTimeout, Command, Controller, ListeningSocket, Migrated, MigrationAddress,
     MigrationConnection, MigrationOptions, MigrationOrder,
 };
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -45,6 +46,10 @@ pub struct MigrateArgs {
         conflicts_with_all = ["machine", "destination", "cancel", "progress", "take_back", "downtime", "timeout", "at_timeout", "max_throttle"],
     )]
     pub receive: Option<MigrationAddress>,
+
+    /// Only ask the other end whether it could run the machine; it goes on waiting for one
+    #[arg(long, requires = "destination")]
+    pub dry_run: bool,
 
     /// For how long the guest should stand still at most
     #[arg(long, value_name = "TIME", default_value = "50ms")]
@@ -139,6 +144,7 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let order = MigrationOrder {
         destination: destination.context("no destination is named")?,
         insecure: args.insecure,
+        dry_run: args.dry_run,
         options: MigrationOptions {
             downtime: args.downtime.get(),
             timeout: args.timeout.get(),
@@ -153,12 +159,13 @@ pub fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let line = ProgressLine::show(machine);
     let answer = client.execute(Command::Migrate(Box::new(order)));
     drop(line);
-    let Answer::Migrated(migrated) = answer? else {
-        bail!("the machine gives another answer than that of a migration");
-    };
-    print(&match args.output {
-        Output::Human => describe(&migrated),
-        Output::Json => serde_json::to_string(&migrated)?,
+    let answer = answer?;
+    print(&match (args.output, &answer) {
+        (Output::Human, Answer::Migrated(migrated)) => describe(migrated),
+        (Output::Json, Answer::Migrated(migrated)) => serde_json::to_string(migrated)?,
+        (Output::Human, Answer::Done) => "the machine could run there".to_owned(),
+        (Output::Json, Answer::Done) => serde_json::to_string(&answer)?,
+        _ => bail!("the machine gives another answer than that of a migration"),
     })
 }
 
@@ -180,7 +187,8 @@ fn describe(migrated: &Migrated) -> String {
     )
 }
 
-/// Waits for a machine at `address`, and returns it with its configuration at this end.
+/// Waits for a machine at `address`, and returns it with its configuration at this end. Sources that only ask whether it
+/// could run here get their answers meanwhile.
 pub fn receive(
     args: &MigrateArgs,
     address: &MigrationAddress,
@@ -191,34 +199,71 @@ pub fn receive(
              listen on 127.0.0.1 and use a tunnel such as 'ssh -L', or allow it (--insecure)"
         );
     }
-    let arrival = Arrival::new(MigrationConnection::new(accept(address)?)?)?;
-    let mut config = arrival.config().clone();
-    match args.ends.apply(&mut config) {
-        Ok(()) => Ok((arrival, config)),
-        Err(error) => {
+    let listener = Listener::bind(address)?;
+    loop {
+        let stream = listener.accept();
+        let stream = stream.with_context(|| format!("cannot listen on '{address}'"))?;
+        let arrival = Arrival::new(MigrationConnection::new(stream)?)?;
+        let mut config = arrival.config().clone();
+        if let Err(error) = args.ends.apply(&mut config) {
+            let is_trial = arrival.is_trial();
             arrival.refuse(&crate::reason(&error));
-            Err(error)
+            match is_trial {
+                true => continue,
+                false => return Err(error),
+            }
+        }
+        if !arrival.is_trial() {
+            return Ok((arrival, config));
+        }
+        let controller = Controller::new()?;
+        let answered = match controller.configure(config) {
+            Ok(()) => arrival.answer_trial(&controller),
+            Err(error) => {
+                arrival.refuse(&error.to_string());
+                Err(error)
+            }
+        };
+        if let Err(error) = answered {
+            say(format_args!("a machine could not run here: {error}"));
         }
     }
 }
 
-/// Waits for a connection.
-fn accept(address: &MigrationAddress) -> anyhow::Result<OwnedFd> {
-    let failed = || format!("cannot listen on '{address}'");
-    match address {
-        MigrationAddress::Unix(path) => {
-            let socket = ListeningSocket::bind_private(path).with_context(failed)?;
-            let listener = socket.try_clone_listener().with_context(failed)?;
-            listener.set_nonblocking(false).with_context(failed)?;
-            Ok(listener.accept().with_context(failed)?.0.into())
-        }
-        MigrationAddress::Tcp(place) => {
-            let listener = TcpListener::bind(place).with_context(failed)?;
-            let address = listener.local_addr().with_context(failed)?;
-            if place.ends_with(":0") {
-                say(format_args!("waiting at tcp://{address}"));
+/// Where connections of sources are waited for.
+enum Listener {
+    /// The socket is removed from the file system with this.
+    Unix(ListeningSocket, UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn bind(address: &MigrationAddress) -> anyhow::Result<Listener> {
+        let failed = || format!("cannot listen on '{address}'");
+        let listener = match address {
+            MigrationAddress::Unix(path) => {
+                let socket = ListeningSocket::bind_private(path).with_context(failed)?;
+                let listener = socket.try_clone_listener().with_context(failed)?;
+                listener.set_nonblocking(false).with_context(failed)?;
+                Listener::Unix(socket, listener)
             }
-            Ok(listener.accept().with_context(failed)?.0.into())
+            MigrationAddress::Tcp(place) => {
+                Listener::Tcp(TcpListener::bind(place).with_context(failed)?)
+            }
+        };
+        if let (Listener::Tcp(listener), MigrationAddress::Tcp(place)) = (&listener, address)
+            && place.ends_with(":0")
+        {
+            let address = listener.local_addr()?;
+            say(format_args!("waiting at tcp://{address}"));
+        }
+        Ok(listener)
+    }
+
+    fn accept(&self) -> io::Result<OwnedFd> {
+        match self {
+            Listener::Unix(_, listener) => Ok(listener.accept()?.0.into()),
+            Listener::Tcp(listener) => Ok(listener.accept()?.0.into()),
         }
     }
 }

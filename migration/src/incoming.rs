@@ -14,6 +14,7 @@ use crate::{Breaker, Connection, MigrationError};
 pub struct Incoming {
     connection: Connection,
     offer: StateFile,
+    is_trial: bool,
 }
 
 impl Incoming {
@@ -24,7 +25,7 @@ impl Incoming {
     pub fn new(connection: Connection) -> Result<Incoming, MigrationError> {
         connection.greet()?;
         let head = connection.receive_head()?;
-        if head.kind != Kind::Offer {
+        if !matches!(head.kind, Kind::Offer | Kind::Trial) {
             return Err(unexpected(head));
         }
         let offer = connection.receive_state(head);
@@ -34,6 +35,7 @@ impl Incoming {
         }
         Ok(Incoming {
             offer: offer?,
+            is_trial: head.kind == Kind::Trial,
             connection,
         })
     }
@@ -41,6 +43,19 @@ impl Incoming {
     /// Returns what the machine was when it was offered.
     pub fn offer(&self) -> &StateFile {
         &self.offer
+    }
+
+    /// Returns whether the source only asks if this end would accept the machine.
+    pub fn is_trial(&self) -> bool {
+        self.is_trial
+    }
+
+    /// Tells a source that only asks that this end would accept the machine.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub fn would_accept(&self) -> Result<(), MigrationError> {
+        self.connection.send_message(Kind::Accepted, &[])
     }
 
     /// Returns what breaks the connection off.
@@ -231,12 +246,12 @@ mod tests {
         fn a_source_that_sends_anything_is_refused_or_heard(
             offers: bool,
             messages in prop::collection::vec(
-                (0..13_u32, prop::collection::vec(any::<u8>(), 0..40), any::<Option<u32>>()),
+                (0..14_u32, prop::collection::vec(any::<u8>(), 0..40), any::<Option<u32>>()),
                 0..8,
             ),
         ) {
             let (mut source, receiver) = UnixStream::pair().unwrap();
-            let mut bytes = b"BANTAMMG\x01\0\0\0".to_vec();
+            let mut bytes = b"BANTAMMG\x02\0\0\0".to_vec();
             if offers {
                 let mut offer = Vec::new();
                 state().write_to(&mut offer).unwrap();
@@ -257,11 +272,32 @@ mod tests {
     }
 
     #[test]
+    fn a_trial_is_answered_and_sends_nothing_else() {
+        for refusal in [None, Some("there is no room")] {
+            let [source, receiver] = ends();
+            let answering = thread::spawn(move || {
+                let incoming = Incoming::new(receiver).unwrap();
+                assert!(incoming.is_trial());
+                match refusal {
+                    None => incoming.would_accept().unwrap(),
+                    Some(reason) => incoming.refuse(reason),
+                }
+            });
+            let answer = Outgoing::try_offer(&source, &state());
+            answering.join().unwrap();
+            match refusal {
+                None => answer.unwrap(),
+                Some(reason) => assert!(answer.unwrap_err().to_string().contains(reason)),
+            }
+        }
+    }
+
+    #[test]
     fn another_program_and_another_version_are_named() {
         for (greeting, expected) in [
             (
-                b"BANTAMMG\x02\0\0\0".as_slice(),
-                "version 2 of the protocol",
+                b"BANTAMMG\x03\0\0\0".as_slice(),
+                "version 3 of the protocol",
             ),
             (b"GET / HTTP/1.1\r\n", "is not a migration of Bantam"),
             (b"", "has closed"),

@@ -69,6 +69,16 @@ impl Outgoing {
         })
     }
 
+    /// Asks whether the receiver would accept a machine. It goes on waiting for one afterwards.
+    ///
+    /// # Errors
+    /// If it would refuse, or the connection fails.
+    pub fn try_offer(connection: &Connection, state: &StateFile) -> Result<(), MigrationError> {
+        connection.greet()?;
+        connection.send_state(Kind::Trial, state)?;
+        connection.expect(Kind::Accepted)
+    }
+
     /// Returns how much memory has been dealt with.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters

@@ -349,7 +349,7 @@ fn a_migration_is_cancelled_at_any_moment() {
         // The other end greets, and then takes nothing.
         let (ours, theirs) = UnixStream::pair().expect("there are descriptors");
         let mut greeting = b"BANTAMMG".to_vec();
-        greeting.extend(1_u32.to_le_bytes());
+        greeting.extend(2_u32.to_le_bytes());
         (&theirs).write_all(&greeting).expect("there is room");
         let source = thread::spawn({
             let machine = machine.clone();
@@ -776,6 +776,58 @@ fn a_machine_stays_if_the_receiver_cannot_run_it_or_is_killed() {
 
     let receiver = source.receive(&address).start();
     wait_until("it listens", is_there);
+    source.migrate(&address).has_status(0);
+    source.running.wait().has_status(0);
+    receiver.wait().passed();
+}
+
+#[test]
+fn a_dry_run_asks_and_changes_nothing() {
+    require_kvm!();
+    let folder = tempfile::tempdir().expect("there is room");
+    let image = folder.path().join("disk");
+    let made = File::create(&image).and_then(|file| file.set_len(1 << 20));
+    made.expect("there is room");
+    let source = Source::start(Bantam::payload("generation").disk(&image, ""));
+    let path = |name: &str| source.folder.path().join(name);
+    let address = format!("unix:{}", path("move.sock").display());
+    let ask = |address: &str| {
+        Bantam::new(["migrate", "--dry-run"])
+            .argument(path("source.sock"))
+            .argument(address)
+            .finish()
+    };
+    ask(&address).failed_with_one_line();
+    let receiver = source.receive(&address);
+    let receiver = receiver.option("--disk", "disk0=/nowhere/disk").start();
+    wait_until("it listens", || path("move.sock").exists());
+    for _ in 0..2 {
+        let refused = ask(&address);
+        let error = refused.failed_with_one_line();
+        assert!(
+            error.contains("cannot find disk '/nowhere/disk'"),
+            "{error}"
+        );
+    }
+    // It goes on waiting, now for the disk that it is to have.
+    let answers = ["a machine could not run here", "cannot find disk"];
+    assert!(
+        answers
+            .iter()
+            .all(|it| receiver.wait_for_error(it).contains(it))
+    );
+    receiver.signal(Signal::SIGKILL);
+    drop(receiver);
+
+    let address = format!("unix:{}", path("next.sock").display());
+    let receiver = source.receive(&address).start();
+    wait_until("it listens", || path("next.sock").exists());
+    for _ in 0..2 {
+        assert_eq!(
+            ask(&address).succeeded().text(),
+            "the machine could run there\n"
+        );
+    }
     source.migrate(&address).has_status(0);
     source.running.wait().has_status(0);
     receiver.wait().passed();

@@ -93,6 +93,9 @@ pub struct MigrationOrder {
     /// Whether its memory may cross a network where others can read and change it.
     #[serde(default)]
     pub insecure: bool,
+    /// Whether the other end is only asked if it could run the machine, which stays here. The answer is [`Answer::Done`].
+    #[serde(default)]
+    pub dry_run: bool,
     /// How it is moved.
     #[serde(default)]
     pub options: MigrationOptions,

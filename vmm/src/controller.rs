@@ -132,7 +132,7 @@ impl Controller {
                     snapshot,
                 }));
             }
-            Command::Migrate(order) => return Ok(Answer::Migrated(self.migrate_to(&order)?)),
+            Command::Migrate(order) => return self.migrate_to(&order),
             Command::CancelMigration => self.cancel_migration(),
             Command::MigrationProgress => {
                 return Ok(Answer::MigrationProgress(self.migration_progress()));

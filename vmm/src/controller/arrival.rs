@@ -54,6 +54,26 @@ impl Arrival {
         &self.config
     }
 
+    /// Returns whether the source only asks if the machine could run here ([`Controller::try_migrate`]).
+    pub fn is_trial(&self) -> bool {
+        self.incoming.is_trial()
+    }
+
+    /// Tells a source that only asks whether this host could run the machine in `controller`, which was configured as for
+    /// [`Arrival::receive`]. The machine does not come.
+    ///
+    /// # Errors
+    /// If this host could not run it, or the connection fails.
+    pub fn answer_trial(self, controller: &Controller) -> Result<(), Error> {
+        let check = || {
+            let config = controller.configuration()?;
+            let memory = Arc::new(allocate_memory(&config)?);
+            self.check(controller, &config, &memory)
+        };
+        check().inspect_err(|error| self.incoming.refuse(&error.to_string()))?;
+        Ok(self.incoming.would_accept()?)
+    }
+
     /// Tells the other end that the machine is not taken, for this reason.
     pub fn refuse(self, reason: &str) {
         self.incoming.refuse(reason);

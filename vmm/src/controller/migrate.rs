@@ -13,7 +13,7 @@ use super::migration_progress::{MigrationProgress, UnderWay};
 use super::snapshot::Parts;
 use super::throttle::Throttle;
 use super::write_log::WriteLog;
-use crate::command::MigrationOrder;
+use crate::command::{Answer, MigrationOrder};
 use crate::config::Seccomp;
 use crate::error::Error;
 use crate::exit_reason::ExitReason;
@@ -152,19 +152,41 @@ impl Controller {
         }
     }
 
-    /// Moves the machine to whoever receives it at an address ([`Command::Migrate`](crate::Command::Migrate)).
+    /// Asks whoever receives machines at the other end of `connection` whether it could run this one
+    /// ([`Arrival::answer_trial`](crate::Arrival::answer_trial)). Nothing of the machine changes, but it stands still for a
+    /// moment, in which it is described.
+    ///
+    /// # Errors
+    /// If the other end could not run it, or the connection fails.
+    pub fn try_migrate(&self, connection: Connection) -> Result<(), Error> {
+        let _one_at_a_time = lock(&self.0.snapshots);
+        let under_way = Arc::new(UnderWay::new(connection.breaker()));
+        let _visible = Visible::new(self, &under_way);
+        let (offer, _) =
+            self.while_at_rest(false, || self.while_paused(ACTION, |it| self.describe(it)))?;
+        Ok(Outgoing::try_offer(&connection, &offer)?)
+    }
+
+    /// Moves the machine to whoever receives it at an address, or only asks whether that is possible
+    /// ([`Command::Migrate`](crate::Command::Migrate)).
     ///
     /// # Errors
     /// Those of [`Controller::migrate`]; also if nobody listens there, or the way leads over a network that others may read,
     /// and that is not allowed.
-    pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Migrated, Error> {
+    pub fn migrate_to(&self, order: &MigrationOrder) -> Result<Answer, Error> {
         if self.configuration()?.seccomp == Seccomp::Kill {
             return Err(Error::ConfinedMigration);
         }
         if !order.insecure && !order.destination.is_local() {
             return Err(Error::InsecureMigration);
         }
-        self.migrate(order.destination.connect()?, &order.options)
+        let connection = order.destination.connect()?;
+        match order.dry_run {
+            true => self.try_migrate(connection).map(|()| Answer::Done),
+            false => self
+                .migrate(connection, &order.options)
+                .map(Answer::Migrated),
+        }
     }
 
     /// Sends the memory, all but a rest.
